@@ -1,0 +1,72 @@
+"""Five PyTorch Lightning callbacks against vanishing and exploding gradients."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lightning_gradguard.callbacks.adaptive_gradient_clipping import AdaptiveGradientClipping
+    from lightning_gradguard.callbacks.defaults import default_callbacks
+    from lightning_gradguard.callbacks.gradient_norm_monitor import GradientNormMonitor
+    from lightning_gradguard.callbacks.initialization_check import InitializationCheck
+    from lightning_gradguard.callbacks.learning_rate_backoff import LearningRateBackoff
+    from lightning_gradguard.callbacks.nan_rollback import NaNRollback
+    from lightning_gradguard.core.clipping import (
+        ClippingPolicy,
+        GlobalNormClipping,
+        PercentileClipping,
+        PerTensorClipping,
+        UnitwiseClipping,
+        ZScoreClipping,
+    )
+    from lightning_gradguard.core.initialization import InitializationError
+    from lightning_gradguard.runtime.incidents import Incident, TrainingDivergedError
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AdaptiveGradientClipping",
+    "ClippingPolicy",
+    "GlobalNormClipping",
+    "GradientNormMonitor",
+    "Incident",
+    "InitializationCheck",
+    "InitializationError",
+    "LearningRateBackoff",
+    "NaNRollback",
+    "PerTensorClipping",
+    "PercentileClipping",
+    "TrainingDivergedError",
+    "UnitwiseClipping",
+    "ZScoreClipping",
+    "default_callbacks",
+]
+
+_HOME = {
+    "AdaptiveGradientClipping": "callbacks.adaptive_gradient_clipping",
+    "ClippingPolicy": "core.clipping",
+    "GlobalNormClipping": "core.clipping",
+    "GradientNormMonitor": "callbacks.gradient_norm_monitor",
+    "Incident": "runtime.incidents",
+    "InitializationCheck": "callbacks.initialization_check",
+    "InitializationError": "core.initialization",
+    "LearningRateBackoff": "callbacks.learning_rate_backoff",
+    "NaNRollback": "callbacks.nan_rollback",
+    "PerTensorClipping": "core.clipping",
+    "PercentileClipping": "core.clipping",
+    "TrainingDivergedError": "runtime.incidents",
+    "UnitwiseClipping": "core.clipping",
+    "ZScoreClipping": "core.clipping",
+    "default_callbacks": "callbacks.defaults",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

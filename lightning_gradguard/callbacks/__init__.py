@@ -1,0 +1,1 @@
+"""Trainer hooks: shells that validate, ask, act and report, one class a file."""

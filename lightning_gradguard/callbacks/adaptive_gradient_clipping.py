@@ -1,0 +1,188 @@
+"""The callback that scales gradients down by a policy which adapts to the run."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor
+from torchmetrics import MeanMetric
+
+from lightning_gradguard.core.clipping import ClippingPolicy, ZScoreClipping
+from lightning_gradguard.core.norms import (
+    Gradients,
+    scale_gradients_,
+    tensor_norms,
+    total_norm_from_norms,
+)
+from lightning_gradguard.runtime import lightning_api
+from lightning_gradguard.runtime.reporting import family
+from lightning_gradguard.runtime.step import (
+    Step,
+    StepCallback,
+    is_logging_step,
+    matching,
+    suite_of,
+)
+
+
+class AdaptiveGradientClipping(StepCallback):
+    """Scales gradients down when they are larger than a policy allows.
+
+    Gradients are clipped after they are reduced, unscaled and accumulated, in automatic and in manual
+    optimization, once for each optimizer that steps. A nonfinite gradient is left as it is, for
+    `NaNRollback`, and enters no history. Under LBFGS, which evaluates the loss several times in one step,
+    the callback does not act. A `gradient_clip_val` of the Trainer acts after it.
+
+    | tag | value |
+    |---|---|
+    | `clip/threshold` | total norm that the policy allows now (policies with one threshold) |
+    | `clip/coefficient` | what gradients were multiplied by (the smallest, where there are several) |
+    | `clip/fraction` | share of steps clipped since the last log |
+    | `grad_norm_clipped/total` | total norm after clipping |
+
+    Args:
+        policy: Decides by how much each gradient is scaled; a fresh `ZScoreClipping()` if `None`. Each
+            optimizer gets a copy with a history of its own.
+        exclude: Names of parameters that are left alone, such as a classifier's head under
+            `UnitwiseClipping`. A name of a module leaves all of its parameters alone.
+
+    Raises:
+        ValueError: If `policy` is not a `ClippingPolicy`, or `exclude` is not a list of names.
+
+    Example:
+        >>> from lightning_gradguard import AdaptiveGradientClipping, PercentileClipping
+        >>> clipping = AdaptiveGradientClipping(PercentileClipping(percentile=10.0), exclude=["head"])
+    """
+
+    def __init__(self, policy: ClippingPolicy | None = None, exclude: Sequence[str] | None = None) -> None:
+        super().__init__()
+        if policy is not None and not isinstance(policy, ClippingPolicy):
+            raise ValueError(
+                f"policy={policy!r} is not a ClippingPolicy: subclass lightning_gradguard.ClippingPolicy "
+                "and write its method `coefficients(gradients)`."
+            )
+        if isinstance(exclude, str):
+            raise ValueError(f"exclude={exclude!r} must be a list of names, such as [{exclude!r}].")
+        self.policy = ZScoreClipping() if policy is None else policy
+        self.exclude = tuple(exclude or ())
+        self.state_arguments = {"policy": type(self.policy).__name__, "exclude": self.exclude}
+        self._policies: dict[int, ClippingPolicy] = {}
+        self._fractions: dict[int, MeanMetric] = {}
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Join the suite; say so where a second clipper acts."""
+        super().setup(trainer, pl_module, stage)
+        if stage != "fit":
+            return
+        others = []
+        if trainer.gradient_clip_val:
+            others.append(f"Trainer(gradient_clip_val={trainer.gradient_clip_val})")
+        if lightning_api.overrides_gradient_clipping(pl_module):
+            others.append(f"{type(pl_module).__name__}.configure_gradient_clipping")
+        if others:
+            warnings.warn(
+                f"Gradients are clipped twice: AdaptiveGradientClipping acts first, then "
+                f"{' and '.join(others)}. Leave one of them out.",
+                stacklevel=2,
+            )
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Say so where an optimizer cannot be clipped."""
+        for optimizer in trainer.optimizers:
+            if lightning_api.calls_closure_repeatedly(optimizer):
+                warnings.warn(
+                    f"AdaptiveGradientClipping does not act under {type(optimizer).__name__}: a line "
+                    "search needs the true gradient.",
+                    stacklevel=2,
+                )
+
+    def on_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, step: Step) -> None:
+        """Scale the gradients of an accepted step and take it into the history."""
+        if not step.accepted or step.inside_closure:
+            return
+        gradients = step.gradients.without(matching(step.gradients.names, self.exclude))
+        if not gradients.names:
+            return
+        policy = self._policy(step.optimizer_index)
+        coefficients = policy.coefficients(gradients)
+        scale_gradients_(gradients, coefficients)
+        policy.commit()
+        smallest = _smallest(coefficients)
+        fraction = self._fractions.setdefault(step.optimizer_index, _mean(smallest.device))
+        fraction.update((smallest < 1).float())
+        if is_logging_step(trainer):
+            self._report(trainer, step, gradients, policy.threshold, coefficients)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Histories of the policies, by optimizer."""
+        return self.snapshot_state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue with saved histories."""
+        self.load_snapshot_state_dict(state_dict)
+
+    def snapshot_state_dict(self) -> dict[str, Any]:
+        """What goes back with the weights when `NaNRollback` puts them back."""
+        return {i: copy.deepcopy(policy.state_dict()) for i, policy in self._policies.items()}
+
+    def load_snapshot_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Put the histories back to where the weights are put back to."""
+        self._policies.clear()
+        for index, state in state_dict.items():
+            self._policy(index).load_state_dict(copy.deepcopy(state))
+
+    def _policy(self, index: int) -> ClippingPolicy:
+        if index not in self._policies:
+            self._policies[index] = copy.deepcopy(self.policy)
+        return self._policies[index]
+
+    def _report(
+        self,
+        trainer: pl.Trainer,
+        step: Step,
+        gradients: Gradients,
+        threshold: Tensor | None,
+        coefficients: Tensor | list[Tensor],
+    ) -> None:
+        index = step.optimizer_index
+        values = {
+            ("clip", "coefficient"): _smallest(coefficients),
+            ("clip", "fraction"): self._fractions[index].compute(),
+            ("grad_norm_clipped", "total"): _clipped_norm(step.gradients, gradients, coefficients),
+        }
+        if threshold is not None:
+            values["clip", "threshold"] = threshold
+        self._fractions[index].reset()
+        n = len(trainer.optimizers)
+        tags = [f"{family(name, index, n)}/{what}" for name, what in values]
+        suite_of(trainer).report.add(
+            torch.stack([value.double() for value in values.values()]),
+            lambda host: dict(zip(tags, host, strict=True)),
+        )
+
+
+def _smallest(coefficients: Tensor | list[Tensor]) -> Tensor:
+    if isinstance(coefficients, Tensor):
+        return coefficients
+    return torch.cat([coefficient.reshape(-1) for coefficient in coefficients]).min()
+
+
+def _mean(device: torch.device) -> MeanMetric:
+    return MeanMetric(nan_strategy="disable", sync_on_compute=False).to(device)
+
+
+def _clipped_norm(everything: Gradients, clipped: Gradients, coefficients: Tensor | list[Tensor]) -> Tensor:
+    """Total norm after clipping, from the norms before it wherever one coefficient scales a tensor."""
+    if isinstance(coefficients, Tensor):
+        norms = clipped.norms * coefficients
+    elif all(coefficient.numel() == 1 for coefficient in coefficients):
+        norms = clipped.norms * torch.stack([c.reshape(()) for c in coefficients])
+    else:
+        norms = tensor_norms(clipped.tensors)
+    left_alone = everything.total_norm**2 - clipped.total_norm**2
+    return (total_norm_from_norms(norms) ** 2 + left_alone.clamp(min=0)).sqrt()

@@ -1,0 +1,325 @@
+"""The callback that logs norms and names the symptom when gradients vanish, explode or stagnate."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor
+from torch.utils.hooks import RemovableHandle
+from torchmetrics import MeanMetric
+
+from lightning_gradguard.core.anomalies import SymptomDetector
+from lightning_gradguard.core.diagnosis import advice
+from lightning_gradguard.core.norms import Gradients, tensor_norms, total_norm_from_norms
+from lightning_gradguard.runtime import reporting
+from lightning_gradguard.runtime.distributed import is_sharded
+from lightning_gradguard.runtime.figures import GradientHistory
+from lightning_gradguard.runtime.incidents import incident_now, open_journal, publish
+from lightning_gradguard.runtime.lightning_api import batches_that_stepped
+from lightning_gradguard.runtime.optimizer import after_next_step
+from lightning_gradguard.runtime.reporting import family
+from lightning_gradguard.runtime.step import (
+    Step,
+    StepCallback,
+    is_logging_step,
+    matching,
+    suite_of,
+)
+
+#: Parameters up to which each gets a chart of its own under `level="auto"`.
+FEW = 50
+
+
+class GradientNormMonitor(StepCallback):
+    """Logs the norms of gradients, weights and updates, and names what is wrong with them.
+
+    Norms are those before clipping; with several optimizers the optimizer's index joins the family, as in
+    `grad_norm.1/total`. Nothing is written to the module, its optimizers or the random number generators. A
+    skipped step has no norm; a nonfinite one that nobody skips is logged as it is.
+
+    Symptoms become incidents: `vanishing_gradient` and `exploding_gradient` (3 decades from the last
+    weight matrix to the first, or a total norm 100 times the usual), `weight_stagnation`, `stuck_loss`,
+    `nonfinite_gradient`. They are looked for at logged steps, not within the first 100, and have to last.
+
+    | tag | value |
+    |---|---|
+    | `grad_norm/total` | norm of all gradients together |
+    | `grad_norm/<name>` | norm of the gradient of a parameter or module |
+    | `grad_norm/nonfinite_fraction` | share of tensors with a nonfinite gradient since the last log |
+    | `weight_norm/<name>` | norm of the weights |
+    | `update_ratio/<name>` | how far this step moved the weights, by their norm |
+
+    Args:
+        norm_type: Any number of at least 1, or `inf`.
+        every_n_steps: Steps between logs; `trainer.log_every_n_steps` if `None`.
+        level: What gets a chart: each `"parameter"`, each `"module"`, or the `"total"` alone; `"auto"` is
+            by parameter up to 50 of them, and by module above.
+        include: Names of parameters or modules, or wildcards, that get charts; all if `None`.
+        exclude: Those that get none.
+        update_ratio: Whether updates are measured, by a copy of the weights at logged steps.
+        histograms: Whether histograms of gradients are logged as well; slow.
+        figure_every_n_steps: Steps between heat maps of layers over time; 0 for none.
+
+    Raises:
+        ValueError: If an argument is out of range.
+
+    Example:
+        >>> from lightning_gradguard import GradientNormMonitor
+        >>> monitor = GradientNormMonitor(level="module", exclude=["head"])
+    """
+
+    def __init__(
+        self,
+        norm_type: float | Literal["inf"] = 2.0,
+        every_n_steps: int | None = None,
+        level: Literal["auto", "parameter", "module", "total"] = "auto",
+        include: Sequence[str] | None = None,
+        exclude: Sequence[str] | None = None,
+        update_ratio: bool = True,
+        histograms: bool = False,
+        figure_every_n_steps: int = 1000,
+    ) -> None:
+        super().__init__()
+        if isinstance(norm_type, bool) or not float(norm_type) >= 1:
+            raise ValueError(f"norm_type={norm_type!r} must be a number of at least 1, or inf.")
+        if every_n_steps is not None and every_n_steps < 1:
+            raise ValueError(f"every_n_steps={every_n_steps!r} must be at least 1, or None.")
+        if level not in ("auto", "parameter", "module", "total"):
+            raise ValueError(f"level={level!r} must be 'auto', 'parameter', 'module' or 'total'.")
+        for name, names in (("include", include), ("exclude", exclude)):
+            if isinstance(names, str):
+                raise ValueError(f"{name}={names!r} must be a list of names, such as [{names!r}].")
+        if figure_every_n_steps < 0:
+            raise ValueError(f"figure_every_n_steps={figure_every_n_steps!r} must be 0 or more.")
+        self.norm_type = float(norm_type)
+        self.norm_types = (self.norm_type,)
+        self.every_n_steps = every_n_steps
+        self.level = level
+        self.include = None if include is None else tuple(include)
+        self.exclude = tuple(exclude or ())
+        self.update_ratio = update_ratio
+        self.histograms = histograms
+        self.figure_every_n_steps = figure_every_n_steps
+        self.state_arguments = {"norm_type": self.norm_type, "level": level}
+        self._detectors: dict[int, SymptomDetector] = defaultdict(SymptomDetector)
+        self._nonfinite: dict[int, MeanMetric] = {}
+        self._looks: dict[int, _Look] = {}
+        self._history = GradientHistory()
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Join the suite and see to it that incidents are written."""
+        super().setup(trainer, pl_module, stage)
+        if stage == "fit":
+            open_journal(trainer)
+
+    def on_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, step: Step) -> None:
+        """Measure; at a logged step look at weights as well, and at where the step moves them."""
+        index = step.optimizer_index
+        if index in self._looks or not step.gradients.names:
+            return
+        norms = step.tensor_norms[self.norm_type]
+        if index not in self._nonfinite:
+            mean = MeanMetric(nan_strategy="disable", sync_on_compute=False)
+            self._nonfinite[index] = mean.to(norms.device)
+        self._nonfinite[index].update((~torch.isfinite(norms)).float().mean())
+        if is_logging_step(trainer, self.every_n_steps) or trainer.is_last_batch:
+            self._looks[index] = _Look(step, norms, self.update_ratio)
+            if self.histograms and step.accepted:
+                self._log_histograms(trainer, step.gradients)
+
+    def on_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch_idx: int) -> None:
+        """Hand what was measured to the report."""
+        looks, self._looks = self._looks, {}
+        for index, look in looks.items():
+            look.close()
+            if not is_logging_step(trainer, self.every_n_steps):
+                self._publish_total(trainer, index, look)
+                continue
+            fraction = self._nonfinite[index].compute()
+            self._nonfinite[index].reset()
+            name = family("grad_norm", index, len(trainer.optimizers))
+            suite_of(trainer).report.add(
+                torch.cat([fraction.double().reshape(1), look.values(self.norm_type)]),
+                lambda host, look=look, index=index, name=name: self._read(
+                    trainer, pl_module, index, look, name, host
+                ),
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the detectors remember."""
+        return self.snapshot_state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue with saved detectors."""
+        self.load_snapshot_state_dict(state_dict)
+
+    def snapshot_state_dict(self) -> dict[str, Any]:
+        """What goes back with the weights when `NaNRollback` puts them back."""
+        return {index: detector.state_dict() for index, detector in self._detectors.items()}
+
+    def load_snapshot_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Put the detectors back to where the weights are put back to."""
+        self._detectors.clear()
+        for index, state in state_dict.items():
+            self._detectors[index].load_state_dict(state)
+
+    def _publish_total(self, trainer: pl.Trainer, index: int, look: _Look) -> None:
+        """Once an epoch at least, the total is there for `EarlyStopping`."""
+        report = suite_of(trainer).report
+        name = family("grad_norm", index, len(trainer.optimizers))
+        if look.accepted:
+
+            def read(host: list[float]) -> dict[str, float]:
+                report.publish_total(f"{name}/total", host[0])
+                return {}
+
+            report.add(total_norm_from_norms(look.grad_norms, self.norm_type).reshape(1), read)
+
+    def _read(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        index: int,
+        look: _Look,
+        name: str,
+        host: list[float],
+    ) -> dict[str, float]:
+        """Turn a logged step's numbers into scalars, and look for symptoms on the way."""
+        fraction, total, loss, *rest = host
+        n = len(look.names)
+        grads, weights = rest[:n], rest[n : 2 * n]
+        ratios = rest[2 * n :] or None
+        for symptom in self._detectors[index].update(
+            batches_that_stepped(trainer),
+            names=look.names,
+            is_matrix=look.is_matrix,
+            grad_norms=grads,
+            weight_norms=weights or [math.nan] * n,
+            update_ratios=ratios,
+            total_norm=total if look.accepted else math.nan,
+            loss=loss,
+            # whoever judges steps has told of it already
+            nonfinite_fraction=0.0 if look.was_judged else fraction,
+        ):
+            facts = {"where": symptom.where, "value": symptom.value}
+            text = advice(symptom.kind, symptom.where)
+            publish(trainer, pl_module, incident_now(trainer, symptom.kind, advice=text, **facts))
+        scalars = {f"{name}/nonfinite_fraction": fraction}
+        if look.accepted:
+            suite_of(trainer).report.publish_total(f"{name}/total", total)
+            scalars[f"{name}/total"] = total
+            scalars |= self._by_name(name, look.names, grads)
+            n_optimizers = len(trainer.optimizers)
+            if weights:
+                weight_norm = family("weight_norm", index, n_optimizers)
+                scalars |= self._by_name(weight_norm, look.names, weights)
+            if ratios:
+                moved = [ratio * weight for ratio, weight in zip(ratios, weights, strict=True)]
+                update_ratio = family("update_ratio", index, n_optimizers)
+                scalars |= self._by_name(update_ratio, look.names, moved, relative_to=weights)
+            self._draw(trainer, index, look.names, grads)
+        return scalars
+
+    def _by_name(
+        self,
+        name: str,
+        names: Sequence[str],
+        norms: Sequence[float],
+        relative_to: Sequence[float] | None = None,
+    ) -> dict[str, float]:
+        groups: dict[str, list[int]] = defaultdict(list)
+        for i, key in self._charted(names).items():
+            groups[key].append(i)
+        scalars = {}
+        for key, members in groups.items():
+            value = _together([norms[i] for i in members], self.norm_type)
+            if relative_to is not None:
+                value /= _together([relative_to[i] for i in members], self.norm_type) or math.inf
+            scalars[f"{name}/{key}"] = value
+        return scalars
+
+    def _charted(self, names: Sequence[str]) -> dict[int, str]:
+        """Which parameters get a chart, and its name."""
+        level = self.level
+        if level == "auto":
+            level = "parameter" if len(names) <= FEW else "module"
+        if level == "total":
+            return {}
+        shown = set(names if self.include is None else matching(names, self.include))
+        shown -= set(matching(names, self.exclude))
+        return {
+            i: name if level == "parameter" else name.rpartition(".")[0] or name
+            for i, name in enumerate(names)
+            if name in shown
+        }
+
+    def _draw(self, trainer: pl.Trainer, index: int, names: Sequence[str], grads: Sequence[float]) -> None:
+        if not self.figure_every_n_steps or index:
+            return
+        step = batches_that_stepped(trainer)
+        self._history.append(step, self._by_name("", names, grads))
+        if (step + 1) % self.figure_every_n_steps == 0 and trainer.is_global_zero:
+            reporting.log_figure(trainer, "grad_norm/layers", self._history.draw(), step)
+
+    def _log_histograms(self, trainer: pl.Trainer, gradients: Gradients) -> None:
+        for i in self._charted(gradients.names):
+            values = gradients.tensors[i].detach()
+            values = values.coalesce().values() if values.is_sparse else values
+            finite = values[torch.isfinite(values)].float()
+            if finite.numel():
+                # TensorBoard finds the histogram of larger values empty, and raises
+                bounded = finite.clamp(-1e18, 1e18).cpu()
+                tag = f"grad_histogram/{gradients.names[i]}"
+                reporting.log_histogram(trainer, tag, bounded, batches_that_stepped(trainer))
+
+
+class _Look:
+    """One optimizer step at a logged batch: norms now, and where the step moves the weights."""
+
+    def __init__(self, step: Step, grad_norms: Tensor, update_ratio: bool) -> None:
+        gradients = step.gradients
+        self.names = gradients.names
+        self.is_matrix = [parameter.ndim > 1 for parameter in gradients.parameters]
+        self.accepted = step.accepted
+        self.was_judged = step.measurement is not None
+        self.grad_norms = grad_norms
+        self._loss = step.loss
+        self._weights: Tensor | None = None
+        self._updates: Tensor | None = None
+        self._handle: RemovableHandle | None = None
+        if is_sharded(gradients.parameters) or not step.accepted:
+            return
+        parameters = [parameter.detach() for parameter in gradients.parameters]
+        self._weights = tensor_norms(parameters)
+        if update_ratio:
+            before = [parameter.clone() for parameter in parameters]
+            self._handle = after_next_step(step.optimizer, lambda: self._measure_updates(parameters, before))
+
+    def close(self) -> None:
+        """No update has come, if none has come yet: the GradScaler skipped it."""
+        if self._handle is not None:
+            self._handle.remove()
+
+    def values(self, norm_type: float) -> Tensor:
+        """Total norm, loss, norms of gradients, of weights and relative updates, as far as known."""
+        total = total_norm_from_norms(self.grad_norms, norm_type)
+        parts = [total.reshape(1), self._loss.to(total).reshape(1), self.grad_norms]
+        if self._weights is not None:
+            parts.append(self._weights)
+            if self._updates is not None:
+                parts.append(self._updates / self._weights.clamp(min=1e-300))
+        return torch.cat(parts)
+
+    def _measure_updates(self, after: list[Tensor], before: list[Tensor]) -> None:
+        self._updates = tensor_norms(torch._foreach_sub(after, before))
+
+
+def _together(norms: Sequence[float], norm_type: float) -> float:
+    if norm_type == math.inf:
+        return max(norms)
+    return float(sum(norm**norm_type for norm in norms) ** (1 / norm_type))

@@ -1,0 +1,1 @@
+"""Arithmetic on tensors that needs torch alone and serves any training loop."""

@@ -1,0 +1,108 @@
+"""The learning-rate scale as a function of incidents and quiet steps."""
+
+from __future__ import annotations
+
+from typing import Any
+
+#: Share of the learning rate with which re-warming begins.
+REWARM_FROM = 0.1
+
+
+class Backoff:
+    """A scale for learning rates: cut at once, re-warmed slowly, regrown after a quiet time.
+
+    The scale stays outside of the schedule and multiplies whatever the schedule asks for.
+
+    Args:
+        factor: A cut multiplies the scale by it; in (0, 1).
+        min_scale: No cut goes below; in (0, 1].
+        cooldown_steps: Good steps after a cut in which there is no other; 0 or more.
+        rewarm_steps: Good steps over which the scale climbs from a tenth of its level to all of it.
+        recover_after_steps: Good steps after which the level grows by `1 / factor`, up to 1; at least 1.
+
+    Raises:
+        ValueError: If an argument is out of range.
+
+    Example:
+        >>> backoff = Backoff(factor=0.5, rewarm_steps=0)
+        >>> backoff.reduce(), backoff.scale
+        (True, 0.5)
+    """
+
+    def __init__(
+        self,
+        factor: float = 0.5,
+        min_scale: float = 2**-8,
+        cooldown_steps: int = 20,
+        rewarm_steps: int = 50,
+        recover_after_steps: int = 2000,
+    ) -> None:
+        if not 0 < factor < 1:
+            raise ValueError(f"factor={factor!r} must be in (0, 1).")
+        if not 0 < min_scale <= 1:
+            raise ValueError(f"min_scale={min_scale!r} must be in (0, 1].")
+        for name, value, least in (
+            ("cooldown_steps", cooldown_steps, 0),
+            ("rewarm_steps", rewarm_steps, 0),
+            ("recover_after_steps", recover_after_steps, 1),
+        ):
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ValueError(f"{name}={value!r} must be a whole number of at least {least}.")
+        self._factor = factor
+        self._min_scale = min_scale
+        self._cooldown_steps = cooldown_steps
+        self._rewarm_steps = rewarm_steps
+        self._recover_after_steps = recover_after_steps
+        self._level = 1.0
+        self._good_steps = 0
+        self._rewarm_left = 0
+        self._cooldown_left = 0
+
+    @property
+    def scale(self) -> float:
+        """What learning rates are to be multiplied by now; 1 on a quiet run."""
+        if not self._rewarm_left:
+            return self._level
+        warmed = 1 - self._rewarm_left / self._rewarm_steps
+        return self._level * (REWARM_FROM + (1 - REWARM_FROM) * warmed)
+
+    def reduce(self) -> bool:
+        """Cut the scale.
+
+        Returns:
+            Whether it was cut; not within the cooldown. At the floor the rate is only re-warmed.
+        """
+        if self._cooldown_left:
+            return False
+        self._level = max(self._level * self._factor, self._min_scale)
+        self._good_steps = 0
+        self._rewarm_left = self._rewarm_steps
+        self._cooldown_left = self._cooldown_steps
+        return True
+
+    def step(self) -> None:
+        """Count a good step."""
+        self._cooldown_left = max(self._cooldown_left - 1, 0)
+        self._rewarm_left = max(self._rewarm_left - 1, 0)
+        if self._level == 1:
+            return
+        self._good_steps += 1
+        if self._good_steps >= self._recover_after_steps:
+            self._level = min(self._level / self._factor, 1.0)
+            self._good_steps = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """The level and the counters."""
+        return {
+            "level": self._level,
+            "good_steps": self._good_steps,
+            "rewarm_left": self._rewarm_left,
+            "cooldown_left": self._cooldown_left,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue from a saved state."""
+        self._level = state_dict["level"]
+        self._good_steps = state_dict["good_steps"]
+        self._rewarm_left = min(state_dict["rewarm_left"], self._rewarm_steps)
+        self._cooldown_left = min(state_dict["cooldown_left"], self._cooldown_steps)

@@ -1,0 +1,91 @@
+"""From symptom to remedy, in the field's words."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+_REMEDIES = {
+    "nonfinite_gradient": (
+        "Look for log(0), division by zero or sqrt at 0 on the way to {where}; clip gradients "
+        "(AdaptiveGradientClipping) and lower the learning rate if it repeats."
+    ),
+    "nonfinite_loss": (
+        "Look at this batch for nonfinite or huge inputs and bad labels, and compute the loss in float32 "
+        "(torch.nn.functional.cross_entropy on logits rather than log of softmax)."
+    ),
+    "nonfinite_weights": (
+        "An update was too large: lower the learning rate, clip gradients (AdaptiveGradientClipping), or "
+        "bound the weights (weight_decay, a max-norm constraint)."
+    ),
+    "loss_spike": (
+        "One spike is for clipping to absorb; if they recur, lower z_threshold or max_norm of the clipping "
+        "policy, warm the learning rate up for longer, and look at the batch."
+    ),
+    "amp_overflow": (
+        "The loss scale has fallen to 1 and gradients still overflow in float16: train in bf16-mixed, or "
+        "compute the overflowing layer in float32."
+    ),
+    "rollback": (
+        "The weights are those of an earlier step; add LearningRateBackoff or lower the learning rate if "
+        "it happens again."
+    ),
+    "learning_rate_backoff": (
+        "If the scale keeps falling, give the optimizer a lower learning rate or a longer warm-up."
+    ),
+    "training_diverged": (
+        "Lower the learning rate, clip gradients (AdaptiveGradientClipping), check the initialization "
+        "(InitializationCheck) and the batches that were skipped."
+    ),
+    "vanishing_gradient": (
+        "Gradients vanish on the way to {where}: use non-saturating activations (ReLU, GELU) with He "
+        "initialization (torch.nn.init.kaiming_normal_), residual connections and batch or layer "
+        "normalization; in a recurrent network LSTM or GRU gating or an orthogonal recurrent weight; "
+        "layer-wise pre-training as a last resort."
+    ),
+    "exploding_gradient": (
+        "Gradients explode at {where}: clip them (AdaptiveGradientClipping), lower the learning rate, use "
+        "orthogonal or Xavier initialization, weight_decay or a max-norm constraint; in a recurrent network "
+        "LSTM or GRU gating and truncated BPTT."
+    ),
+    "weight_stagnation": (
+        "{where} no longer moves: check that its gradient is not zero (dead ReLU, saturated tanh), that its "
+        "learning rate is above zero, and that weights are not kept in half precision."
+    ),
+    "stuck_loss": (
+        "Neither loss nor weights move: raise the learning rate, change saturating activations for ReLU or "
+        "GELU, check the initialization (InitializationCheck) and that labels match their inputs."
+    ),
+    "dead_units": (
+        "Most units of {where} are zero for every sample: lower the learning rate, use LeakyReLU or GELU, "
+        "He initialization, and normalization before the activation."
+    ),
+    "saturated_units": (
+        "Units of {where} saturate: use Xavier initialization (torch.nn.init.xavier_uniform_), smaller "
+        "inputs, normalization, or a non-saturating activation."
+    ),
+    "poor_initialization": (
+        "Initialize {where} as its activation asks: He (torch.nn.init.kaiming_normal_) before ReLU, Xavier "
+        "before tanh or sigmoid, orthogonal for recurrent weights; or "
+        "InitializationCheck(on_failure='repair')."
+    ),
+}
+
+#: What the suite's incidents are called.
+KINDS = tuple(_REMEDIES)
+
+
+def advice(kind: str, where: Sequence[str] = ()) -> str:
+    """What a person can do about an incident.
+
+    Args:
+        kind: One of `KINDS`; a kind of your own has no advice.
+        where: Names of the parameters or modules at fault, the worst first.
+
+    Returns:
+        One or two sentences that name the first of them; empty for an unknown kind.
+
+    Example:
+        >>> advice("dead_units", ["body.0"]).split(":")[0]
+        'Most units of body.0 are zero for every sample'
+    """
+    return _REMEDIES.get(kind, "").format(where=where[0] if where else "the network")

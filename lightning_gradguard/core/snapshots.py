@@ -1,0 +1,345 @@
+"""Copies of training state in memory, and putting them back in place."""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+
+def rng_state() -> dict[str, Any]:
+    """The state of every random number generator that training draws from."""
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "numpy": np.random.get_state(),
+        "python": random.getstate(),
+    }
+
+
+def set_rng_state(state: dict[str, Any]) -> None:
+    """Put back what `rng_state` returned.
+
+    Example:
+        >>> state = rng_state()
+        >>> first = torch.rand(2)
+        >>> set_rng_state(state)
+        >>> torch.equal(first, torch.rand(2))
+        True
+    """
+    torch.set_rng_state(state["torch"])
+    torch.cuda.set_rng_state_all(state["cuda"])
+    np.random.set_state(state["numpy"])
+    random.setstate(state["python"])
+
+
+#: Elements up to which a buffer is copied at every step. The version counter tells whether a larger one was
+#: written; for small ones it is not trusted: torch writes the running statistics of batch normalization
+#: without counting.
+SMALL = 65_536
+
+
+@dataclass
+class _Copy:
+    buffer: Tensor
+    version: int
+    saved: Tensor
+
+    @property
+    def may_have_changed(self) -> bool:
+        return self.buffer.numel() <= SMALL or self.buffer._version != self.version
+
+
+class BufferCopies:
+    """Copies of a module's buffers, also of those that are left out of `state_dict`.
+
+    Large buffers, such as masks and tables of positions, cost nothing while nobody writes them.
+
+    Args:
+        module: The module whose buffers, submodules included, are kept.
+
+    Example:
+        >>> norm = nn.BatchNorm1d(2)
+        >>> copies = BufferCopies(norm)
+        >>> _ = norm(torch.full((4, 2), torch.nan))
+        >>> copies.restore()
+        >>> norm.running_mean
+        tensor([0., 0.])
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+        self._copies: dict[tuple[nn.Module, str], _Copy] = {}
+        self.refresh()
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Copy the buffers as they are now."""
+        old, self._copies = self._copies, {}
+        targets, sources = [], []
+        for owner, name, buffer in _buffers(self._module):
+            copy_ = old.get((owner, name))
+            if copy_ is None or copy_.buffer is not buffer or copy_.saved.shape != buffer.shape:
+                copy_ = _Copy(buffer, buffer._version, _local(buffer).clone())
+            elif copy_.may_have_changed:
+                targets.append(copy_.saved)
+                sources.append(_local(buffer))
+                copy_.version = buffer._version
+            self._copies[owner, name] = copy_
+        _copy(targets, sources)
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Put the buffers back, in place, as the last `refresh` found them."""
+        targets, sources = [], []
+        for (owner, name), copy_ in self._copies.items():
+            owner._buffers[name] = copy_.buffer  # a forward pass may have put another tensor there
+            if copy_.may_have_changed:
+                targets.append(_local(copy_.buffer))
+                sources.append(copy_.saved)
+        _copy(targets, sources)
+        for copy_ in self._copies.values():
+            copy_.version = copy_.buffer._version
+
+    def saved(self) -> Iterator[tuple[nn.Module, str, Tensor]]:
+        """The copies, each with its owner and name."""
+        for (owner, name), copy_ in self._copies.items():
+            yield owner, name, copy_.saved
+
+
+class Snapshot:
+    """One copy of weights, buffers and optimizer state; memory is taken once and written in place.
+
+    Hyperparameters of the optimizers (learning rates among them) are not part of it: they belong to the
+    schedule.
+
+    Args:
+        device: `"cpu"` keeps the copy in host memory, `"same"` beside each tensor.
+    """
+
+    def __init__(self, device: str = "cpu") -> None:
+        self._device = device
+        self._memory: dict[Any, Tensor] = {}
+        self._structure: list[dict[Tensor, dict[Any, Any]]] = []
+        self.companions: Any = None
+        self.good_steps = 0
+
+    @torch.no_grad()
+    def capture(
+        self,
+        modules: Sequence[nn.Module],
+        optimizers: Sequence[Optimizer],
+        buffers: BufferCopies | None = None,
+    ) -> None:
+        """Copy the state of modules and optimizers as it is now.
+
+        Args:
+            modules: The trained module first, then averages of it and the like.
+            optimizers: Their state is copied; it may still be empty.
+            buffers: Take the first module's buffers from these copies, where a forward pass has
+                already written the buffers themselves.
+        """
+        copied = {(owner, name): saved for owner, name, saved in buffers.saved()} if buffers else {}
+        live: dict[Any, Tensor] = {}
+        for module in modules:
+            for parameter in _trained(module):
+                live[parameter] = parameter
+            for owner, name, buffer in _buffers(module):
+                live[(owner, name)] = copied.get((owner, name), buffer)
+        self._structure = []
+        for index, optimizer in enumerate(optimizers):
+            structure = {}
+            for parameter, state in optimizer.state.items():
+                structure[parameter] = {
+                    key: None if _is_plain(value) else copy.deepcopy(value) for key, value in state.items()
+                }
+                for key, value in state.items():
+                    if _is_plain(value):
+                        live[(index, parameter, key)] = value
+            self._structure.append(structure)
+        self._write(live)
+        self.good_steps = 0
+
+    @torch.no_grad()
+    def restore(self, modules: Sequence[nn.Module], optimizers: Sequence[Optimizer]) -> None:
+        """Put everything back in place; optimizer state born after the capture is removed."""
+        targets: list[Tensor] = []
+        sources: list[Tensor] = []
+
+        def put_back(key: Any, live: Tensor) -> None:
+            if (saved := self._memory.get(key)) is not None and saved.shape == _local(live).shape:
+                targets.append(_local(live))
+                sources.append(saved)
+
+        for module in modules:
+            for parameter in _trained(module):
+                put_back(parameter, parameter)
+            for owner, name, buffer in _buffers(module):
+                put_back((owner, name), buffer)
+        for index, optimizer in enumerate(optimizers):
+            structure = self._structure[index] if index < len(self._structure) else {}
+            for parameter in list(optimizer.state):
+                if parameter not in structure:
+                    del optimizer.state[parameter]
+            for parameter, saved_state in structure.items():
+                state = optimizer.state[parameter]
+                for key in list(state):
+                    if key not in saved_state:
+                        del state[key]
+                for key, value in saved_state.items():
+                    saved = self._memory.get((index, parameter, key))
+                    if value is not None or saved is None:
+                        state[key] = copy.deepcopy(value)
+                    elif not isinstance(state.get(key), Tensor):
+                        state[key] = saved.to(parameter.device, copy=True)
+                    else:
+                        put_back((index, parameter, key), state[key])
+        _copy(targets, sources)
+
+    def n_bytes(self) -> int:
+        """Memory that the copy takes."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in self._memory.values())
+
+    def _write(self, live: dict[Any, Tensor]) -> None:
+        for key in self._memory.keys() - live.keys():
+            del self._memory[key]
+        targets, sources = [], []
+        for key, tensor in live.items():
+            source = _local(tensor)
+            target = self._memory.get(key)
+            if target is None or target.shape != source.shape or target.dtype != source.dtype:
+                device = source.device if self._device == "same" else torch.device("cpu")
+                target = self._memory[key] = torch.empty_like(source, device=device)
+            targets.append(target)
+            sources.append(source.detach())
+        _copy(targets, sources)
+
+
+class SnapshotRing:
+    """The last proven snapshots, and one that still has to prove itself.
+
+    A snapshot is *qualified* when enough good steps followed it. Memory is recycled: at most `keep + 1`
+    snapshots exist.
+
+    Args:
+        keep: Qualified snapshots that are kept.
+        good_steps: Good steps after which a pending snapshot is qualified.
+        device: See `Snapshot`.
+    """
+
+    def __init__(self, keep: int, good_steps: int = 10, device: str = "cpu") -> None:
+        self._keep = keep
+        self._good_steps = good_steps
+        self._device = device
+        self._qualified: deque[Snapshot] = deque()
+        self._free: list[Snapshot] = []
+        self._pending: Snapshot | None = None
+        self._newest_was_tried = False
+
+    @property
+    def is_pending(self) -> bool:
+        """Whether a snapshot waits for its good steps."""
+        return self._pending is not None
+
+    def capture(self, fill: Callable[[Snapshot], None], *, qualified: bool = False) -> None:
+        """Take a new pending snapshot (or one that counts as proven at once).
+
+        Args:
+            fill: Writes the state into the snapshot that it is given.
+            qualified: Proven by definition, as the state at the first training batch is.
+        """
+        self.discard_pending()
+        snapshot = self._free.pop() if self._free else Snapshot(self._device)
+        fill(snapshot)
+        if qualified:
+            self._promote(snapshot)
+        else:
+            self._pending = snapshot
+
+    def good_step(self) -> None:
+        """Count a good step; the pending snapshot is qualified by the last one that it needs."""
+        if self._pending is None:
+            return
+        self._pending.good_steps += 1
+        if self._pending.good_steps >= self._good_steps:
+            self._promote(self._pending)
+            self._pending = None
+
+    def discard_pending(self) -> None:
+        """Drop the snapshot that has not proven itself."""
+        if self._pending is not None:
+            self._free.append(self._pending)
+            self._pending = None
+
+    def clear(self) -> None:
+        """Forget every snapshot; their memory is kept for the next ones."""
+        self.discard_pending()
+        self._free.extend(self._qualified)
+        self._qualified.clear()
+        self._newest_was_tried = False
+
+    def __len__(self) -> int:
+        """Number of qualified snapshots."""
+        return len(self._qualified)
+
+    def go_back(self) -> Snapshot:
+        """The snapshot to restore: the newest qualified, or the one before if that was tried already."""
+        self.discard_pending()
+        if self._newest_was_tried and len(self._qualified) > 1:
+            self._free.append(self._qualified.pop())
+        self._newest_was_tried = True
+        return self._qualified[-1]
+
+    def newest(self) -> Snapshot:
+        """The newest qualified snapshot, without counting as tried."""
+        return self._qualified[-1]
+
+    def _promote(self, snapshot: Snapshot) -> None:
+        self._qualified.append(snapshot)
+        self._newest_was_tried = False
+        while len(self._qualified) > self._keep:
+            self._free.append(self._qualified.popleft())
+
+
+def all_finite(tensors: Iterable[Tensor]) -> bool:
+    """Whether every element of every tensor is finite. Reads all of them, and waits for the answer.
+
+    Example:
+        >>> all_finite([torch.ones(2), torch.tensor([1.0, torch.inf])])
+        False
+    """
+    flags = [torch.isfinite(_local(tensor)).all() for tensor in tensors]
+    return not flags or bool(torch.stack([flag.to(flags[0].device) for flag in flags]).all())
+
+
+def _trained(module: nn.Module) -> Iterator[nn.Parameter]:
+    return (p for p in module.parameters() if p.requires_grad)
+
+
+def _buffers(module: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:
+    for owner in module.modules():
+        for name, buffer in owner._buffers.items():
+            if buffer is not None:
+                yield owner, name, buffer
+
+
+def _is_plain(value: Any) -> bool:
+    return isinstance(value, Tensor) and not value.is_sparse
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _copy(targets: list[Tensor], sources: list[Tensor]) -> None:
+    if targets:
+        torch._foreach_copy_(targets, sources)

@@ -1,0 +1,178 @@
+"""What happened, and who is told."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import warnings
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+from weakref import WeakKeyDictionary
+
+import pytorch_lightning as pl
+
+from lightning_gradguard.runtime import reporting
+from lightning_gradguard.runtime.lightning_api import batches_that_stepped
+
+Action = Literal["none", "skipped", "rolled back", "backed off", "repaired", "stopped"]
+
+#: How often one kind of incident is said on the console before only the file goes on.
+SAID_AT_MOST = 5
+
+
+_VALUE = {
+    "nonfinite_gradient": "norm {:.4g}",
+    "loss_spike": "loss {:.4g}",
+    "rollback": "to the weights of step {:.0f}",
+    "learning_rate_backoff": "learning rate times {:.4g}",
+}
+
+
+class TrainingDivergedError(RuntimeError):
+    """The run could not be kept alive: a budget of interventions is used up."""
+
+
+@dataclass(frozen=True)
+class Incident:
+    """Something that a person should know, or that was done to the run.
+
+    Published incidents reach every callback of the Trainer, and the LightningModule, that has a method
+    `on_training_incident(trainer, pl_module, incident)`, on every rank alike.
+
+    Args:
+        kind: What it is, such as `"nonfinite_gradient"` or `"rollback"`; `core.diagnosis.KINDS` lists
+            those of the suite.
+        step: `trainer.global_step` when it happened.
+        epoch: `trainer.current_epoch` when it happened.
+        batch_idx: The batch of that epoch, or `None` outside of one.
+        where: Names of the parameters or modules at fault, the worst first.
+        value: The measured number that gave it away.
+        action: What was done.
+        advice: What a person can do.
+
+    Example:
+        >>> incident = Incident("loss_spike", step=7, epoch=0, batch_idx=7, value=12.0)
+        >>> incident.describe()
+        'loss_spike at step 7 (epoch 0, batch 7): loss 12'
+    """
+
+    kind: str
+    step: int
+    epoch: int
+    batch_idx: int | None
+    where: tuple[str, ...] = ()
+    value: float | None = None
+    action: Action = "none"
+    advice: str = ""
+
+    def describe(self) -> str:
+        """The incident in one line."""
+        place = f" (epoch {self.epoch}" + (")" if self.batch_idx is None else f", batch {self.batch_idx})")
+        parts = [f"{self.kind} at step {self.step}{place}"]
+        facts = []
+        if self.where:
+            more = len(self.where) - 3
+            facts.append(", ".join(self.where[:3]) + (f" and {more} more" if more > 0 else ""))
+        if self.value is not None:
+            facts.append(_VALUE.get(self.kind, "{:.4g}").format(self.value))
+        if self.action != "none":
+            facts.append(self.action)
+        return ": ".join([*parts, "; ".join(facts)]) if facts else parts[0]
+
+
+class _Journal:
+    """Where the incidents of one Trainer are written, and how many there were."""
+
+    def __init__(self, folder: Path | None) -> None:
+        self._folder = folder
+        self.counts: Counter[str] = Counter()
+
+    @property
+    def path(self) -> Path | None:
+        return None if self._folder is None else self._folder / "incidents.jsonl"
+
+    def write(self, incident: Incident) -> None:
+        if self._folder is None:
+            return
+        record = dataclasses.asdict(incident)
+        if incident.value is not None and not math.isfinite(incident.value):
+            record["value"] = str(incident.value)  # JSON has no NaN
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            with (self._folder / "incidents.jsonl").open("a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+        except OSError as error:
+            warnings.warn(f"incidents are no longer written to a file: {error}", stacklevel=4)
+            self._folder = None
+
+
+_journals: WeakKeyDictionary[pl.Trainer, _Journal] = WeakKeyDictionary()
+
+
+def open_journal(trainer: pl.Trainer, folder: str | None = None) -> None:
+    """Choose where incidents are written. Collective: called on every rank.
+
+    Args:
+        trainer: The Trainer about to fit.
+        folder: The folder of `incidents.jsonl`; the run's own folder if `None`. The first callback that
+            names a folder decides.
+    """
+    run_folder = trainer.log_dir or trainer.default_root_dir
+    if folder is not None or trainer not in _journals:
+        writes = trainer.is_global_zero and not trainer.fast_dev_run  # type: ignore[attr-defined]
+        _journals[trainer] = _Journal(Path(folder or run_folder) if writes else None)
+
+
+def incidents_file(trainer: pl.Trainer) -> Path | None:
+    """The file that incidents are appended to; `None` where this process writes none."""
+    journal = _journals.get(trainer)
+    return journal.path if journal else None
+
+
+def count_incidents(trainer: pl.Trainer) -> dict[str, int]:
+    """How often each kind was published in this Trainer's life."""
+    journal = _journals.get(trainer)
+    return dict(journal.counts) if journal else {}
+
+
+def publish(trainer: pl.Trainer, pl_module: pl.LightningModule, incident: Incident) -> None:
+    """Tell the file, TensorBoard, the console, every callback and the module. Called on all ranks alike.
+
+    Args:
+        trainer: The Trainer that runs.
+        pl_module: The module in training.
+        incident: What happened.
+    """
+    journal = _journals.setdefault(trainer, _Journal(None))
+    journal.counts[incident.kind] += 1
+    journal.write(incident)
+    reporting.log_text(trainer, "incidents", _markdown(incident), batches_that_stepped(trainer))
+    times = journal.counts[incident.kind]
+    if times <= SAID_AT_MOST:
+        advice = f" {incident.advice}" if times == 1 and incident.advice else ""
+        more = " Further ones are only written down." if times == SAID_AT_MOST else ""
+        reporting.say(trainer, f"gradguard: {incident.describe()}.{advice}{more}")
+    for listener in (*trainer.callbacks, pl_module):  # type: ignore[attr-defined]
+        hear = getattr(listener, "on_training_incident", None)
+        if callable(hear):
+            hear(trainer, pl_module, incident)
+
+
+def incident_now(trainer: pl.Trainer, kind: str, *, batch_idx: int | None = None, **facts: Any) -> Incident:
+    """An incident at the Trainer's present step and epoch."""
+    return Incident(kind, trainer.global_step, trainer.current_epoch, batch_idx, **facts)
+
+
+def _markdown(incident: Incident) -> str:
+    rows = {
+        "kind": f"**{incident.kind}**",
+        "step": f"{incident.step} (epoch {incident.epoch}, batch {incident.batch_idx})",
+        "where": ", ".join(f"`{name}`" for name in incident.where) or "the whole network",
+        "value": "" if incident.value is None else f"{incident.value:.6g}",
+        "action": incident.action,
+        "advice": incident.advice,
+    }
+    return "\n".join(["| | |", "|---|---|", *(f"| {k} | {v} |" for k, v in rows.items() if v)])

@@ -1,0 +1,131 @@
+"""The only door to Lightning's package names and private attributes."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
+from torch import Tensor, nn
+from torch.optim import LBFGS, Optimizer
+from torchmetrics import Metric
+
+if TYPE_CHECKING:
+    from pytorch_lightning import Callback
+else:
+    # `lightning` is a second tree of the same classes: its command line accepts only its own `Callback`,
+    # so both are inherited where both are loaded.
+    _other = sys.modules.get("lightning.pytorch")
+    Callback = pl.Callback if _other is None else type("Callback", (pl.Callback, _other.Callback), {})
+
+_REFUSED = {
+    "DeepSpeedStrategy": (
+        "its gradients and master weights live inside the engine; use strategy='ddp' or "
+        "ModelParallelStrategy, or DeepSpeed's own `gradient_clipping`"
+    ),
+    "FSDPStrategy": (
+        "flattened shards have not been proven with this suite; use ModelParallelStrategy (FSDP2) "
+        "or strategy='ddp'"
+    ),
+    "XLAFSDPStrategy": "flattened shards have not been proven with this suite; use strategy='ddp'",
+}
+
+
+def refuse_unsupported_strategy(trainer: pl.Trainer, callback: Callback) -> None:
+    """Raise for a strategy under which the suite would measure or write the wrong tensors.
+
+    Args:
+        trainer: The Trainer whose strategy is looked at.
+        callback: Who asks; named in the message.
+
+    Raises:
+        MisconfigurationException: If the strategy is one that is refused.
+    """
+    name = type(trainer.strategy).__name__
+    if name in _REFUSED:
+        raise MisconfigurationException(
+            f"{type(callback).__name__} does not support {name}: {_REFUSED[name]}."
+        )
+
+
+def batches_that_stepped(trainer: pl.Trainer) -> int:
+    """The step on the loggers' horizontal axis, the one that `self.log` uses."""
+    epoch_loop = trainer.fit_loop.epoch_loop
+    return int(getattr(epoch_loop, "_batches_that_stepped", trainer.global_step))
+
+
+def epoch_mean_metrics(trainer: pl.Trainer) -> list[Metric]:
+    """What `self.log(..., on_epoch=True)` accumulates during training, one metric for each key."""
+    results = getattr(trainer.fit_loop.epoch_loop, "_results", None)
+    return [] if results is None else list(results.values())
+
+
+def gradient_scaler(trainer: pl.Trainer) -> torch.amp.GradScaler | None:
+    """The GradScaler of 16-bit mixed precision, if there is one."""
+    return getattr(trainer.precision_plugin, "scaler", None)
+
+
+def gradients_are_scaled(trainer: pl.Trainer, optimizer: Optimizer) -> bool:
+    """Whether gradients still carry the loss scale when the optimizer is about to step.
+
+    A fused optimizer unscales inside its own kernel, so Lightning leaves its gradients scaled.
+    """
+    return gradient_scaler(trainer) is not None and bool(
+        getattr(optimizer, "_step_supports_amp_scaling", False)
+    )
+
+
+def plain_loss(trainer: pl.Trainer, loss: Tensor) -> Tensor:
+    """The loss that a module returned, from the one that is about to be differentiated."""
+    plain = loss.detach().float().mean()
+    if (scaler := gradient_scaler(trainer)) is not None:
+        plain = plain / scaler.get_scale()
+    module = trainer.lightning_module
+    return plain * (trainer.accumulate_grad_batches if module.automatic_optimization else 1)
+
+
+def calls_closure_repeatedly(optimizer: Optimizer) -> bool:
+    """Whether one `optimizer.step` evaluates the loss several times and updates in between."""
+    return isinstance(optimizer, LBFGS)
+
+
+def weight_averages(trainer: pl.Trainer) -> list[nn.Module]:
+    """The averaged models that Lightning's `WeightAveraging` callbacks keep."""
+    return [
+        average
+        for callback in trainer.callbacks  # type: ignore[attr-defined]
+        if isinstance(average := getattr(callback, "_average_model", None), nn.Module)
+    ]
+
+
+def _epochs_only(original: Any, step_idx: int | None = None, epoch_idx: int | None = None) -> bool:
+    return step_idx is None and bool(original(step_idx=step_idx, epoch_idx=epoch_idx))
+
+
+def pause_weight_averages(trainer: pl.Trainer) -> None:
+    """Keep the running step out of every `WeightAveraging` callback, wherever it stands in the list."""
+    for callback in _averaging_callbacks(trainer):
+        if "should_update" not in vars(callback):
+            callback.should_update = partial(_epochs_only, callback.should_update)
+
+
+def resume_weight_averages(trainer: pl.Trainer) -> None:
+    """Let `WeightAveraging` callbacks see steps again."""
+    for callback in _averaging_callbacks(trainer):
+        vars(callback).pop("should_update", None)
+
+
+def _averaging_callbacks(trainer: pl.Trainer) -> Iterator[Any]:
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if hasattr(callback, "_average_model"):
+            yield callback
+
+
+def overrides_gradient_clipping(pl_module: pl.LightningModule) -> bool:
+    """Whether the module brings its own `configure_gradient_clipping`."""
+    own = type(pl_module).configure_gradient_clipping
+    return own.__module__.split(".")[0] not in {"pytorch_lightning", "lightning"}

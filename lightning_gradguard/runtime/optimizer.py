@@ -1,0 +1,114 @@
+"""What is done to an optimizer while it steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+
+class ScaledLearningRate:
+    """Multiplies the learning rates of an optimizer by `scale`, only while it steps.
+
+    Schedulers, `LearningRateMonitor` and checkpoints see the rates that were asked for. Learning rates that
+    are tensors are scaled in place and put back bit for bit.
+
+    Args:
+        optimizer: Any torch optimizer.
+
+    Example:
+        >>> weight = torch.nn.Parameter(torch.zeros(1))
+        >>> optimizer = torch.optim.SGD([weight], lr=1.0)
+        >>> rate = ScaledLearningRate(optimizer)
+        >>> rate.scale = 0.25
+        >>> weight.grad = torch.ones(1)
+        >>> optimizer.step()
+        >>> weight.item(), optimizer.param_groups[0]["lr"]
+        (-0.25, 1.0)
+    """
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self.scale = 1.0
+        self._optimizer = optimizer
+        self._asked: list[tuple[float | Tensor, float | None]] = []
+        self._handles: list[RemovableHandle] = [
+            optimizer.register_step_pre_hook(self._apply),
+            optimizer.register_step_post_hook(self._undo),
+        ]
+
+    def used(self) -> list[float]:
+        """The learning rate of each parameter group, as the optimizer uses it."""
+        return [float(group["lr"]) * self.scale for group in self._optimizer.param_groups]
+
+    def remove(self) -> None:
+        """Put the rates back and take the hooks off."""
+        self._undo()
+        for handle in self._handles:
+            handle.remove()
+
+    def _apply(self, *_: Any) -> None:
+        # a closure that raised in the step before has skipped the post-hook
+        self._undo()
+        if self.scale == 1.0:
+            return
+        for group in self._optimizer.param_groups:
+            asked = group["lr"]
+            if isinstance(asked, Tensor):
+                self._asked.append((asked.clone(), None))
+                asked.mul_(self.scale)
+            else:
+                group["lr"] = asked * self.scale
+                self._asked.append((asked, group["lr"]))
+
+    def _undo(self, *_: Any) -> None:
+        for group, (asked, scaled) in zip(self._optimizer.param_groups, self._asked, strict=False):
+            if isinstance(asked, Tensor):
+                group["lr"].copy_(asked)
+            elif group["lr"] == scaled:  # else the closure has set a rate of its own
+                group["lr"] = asked
+        self._asked = []
+
+
+def after_next_step(optimizer: Optimizer, act: Callable[[], None]) -> RemovableHandle:
+    """Run `act` once, right after the optimizer's next update.
+
+    Args:
+        optimizer: The optimizer about to step, possibly already inside of `step`.
+        act: Called with weights as the update left them.
+
+    Returns:
+        A handle that takes the hook off if the step does not take place.
+    """
+
+    def once(*_: Any) -> None:
+        handle.remove()
+        with torch.no_grad():
+            act()
+
+    handle = optimizer.register_step_post_hook(once)
+    return handle
+
+
+def drop_gradients(optimizer: Optimizer, *, unscales_itself: bool) -> None:
+    """Keep the optimizer's next update from taking place.
+
+    Gradients become `None`, never zero: with zeros, momentum and weight decay would still move weights.
+
+    Args:
+        optimizer: The optimizer about to step.
+        unscales_itself: Whether the optimizer looks for nonfinite gradients in its own kernel, under a
+            GradScaler that demands gradients to look at; then one is made nonfinite for it to find.
+    """
+    gradients = []
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if unscales_itself and parameter.grad is not None:
+                gradients.append(parameter.grad)
+            else:
+                parameter.grad = None
+    if gradients:
+        torch._foreach_mul_(gradients, torch.nan)

@@ -1,0 +1,377 @@
+"""One optimizer step as a transaction: measured once, judged once, for every callback."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any, Literal
+from weakref import WeakKeyDictionary
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_gradguard.core import norms
+from lightning_gradguard.core.norms import Gradients
+from lightning_gradguard.runtime import distributed, lightning_api, reporting
+
+#: `"accept"`: the step may enter histories. `"drop"`: it must not happen. `"ignore"`: it enters no history,
+#: and somebody else (the GradScaler) sees to it.
+Verdict = Literal["accept", "drop", "ignore"]
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One step's numbers on the host, the same on every rank; what a judge may look at.
+
+    Args:
+        optimizer_index: Which of the Trainer's optimizers is about to step.
+        loss: Mean over ranks and over the accumulation window; NaN if none was seen.
+        nonfinite_losses: How many of those losses were nonfinite.
+        total_norm: L2 norm of all gradients of the optimizer, before anything is clipped.
+        nonfinite_gradients: How many tensors have a nonfinite gradient.
+        nonfinite_weights: Whether any rank reported nonfinite weights since the step before.
+    """
+
+    optimizer_index: int
+    loss: float
+    nonfinite_losses: int
+    total_norm: float
+    nonfinite_gradients: int
+    nonfinite_weights: bool
+
+
+@dataclass
+class Step:
+    """An optimizer step between measuring and stepping.
+
+    Args:
+        optimizer: The optimizer about to step.
+        optimizer_index: Its position in `trainer.optimizers`.
+        gradients: Measured before anybody wrote.
+        loss: Mean loss of the step, a scalar on the device.
+        total_norms: Total norm by `norm_type`, for every type that a callback declared.
+        tensor_norms: Norm of each gradient by `norm_type`.
+        measurement: The numbers on the host; `None` if nobody judges.
+        verdict: What every callback and rank goes by.
+        inside_closure: Whether the optimizer evaluates several times in one step (LBFGS): callbacks
+            then only watch.
+    """
+
+    optimizer: Optimizer
+    optimizer_index: int
+    gradients: Gradients
+    loss: Tensor
+    tensor_norms: Mapping[float, Tensor]
+    measurement: Measurement | None
+    verdict: Verdict
+    inside_closure: bool
+
+    @property
+    def accepted(self) -> bool:
+        """Whether the step may enter histories."""
+        return self.verdict == "accept"
+
+
+class StepCallback(lightning_api.Callback):
+    """A callback of the suite: takes part in the shared step and leaves the Trainer as it found it.
+
+    Subclasses override `on_step`, `on_batch_end` and what else they need; `super()` keeps the books.
+    """
+
+    #: Norm types that the callback wants measured in addition to 2.
+    norm_types: tuple[float, ...] = ()
+    #: What tells two instances apart in a checkpoint.
+    state_arguments: Mapping[str, Any] = {}
+
+    @property
+    def state_key(self) -> str:
+        """Key of the callback's state in a checkpoint."""
+        return f"{type(self).__qualname__}{dict(self.state_arguments)!r}"
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Join the suite of this Trainer."""
+        if stage == "fit":
+            lightning_api.refuse_unsupported_strategy(trainer, self)
+            suite_of(trainer).join(self)
+
+    def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
+        """Remember the loss for the step that it leads to."""
+        suite_of(trainer).observe_loss(self, trainer, loss)
+
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
+    ) -> None:
+        """Take the callback's turn in the shared step."""
+        suite = suite_of(trainer)
+        step = suite.enter(self, trainer, pl_module, optimizer)
+        if step is not None:
+            self.on_step(trainer, pl_module, step)
+            suite.leave(step)
+
+    def on_train_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        """Act after the step is closed; the last callback of the suite sends the report."""
+        self.on_batch_end(trainer, pl_module, batch_idx)
+        suite_of(trainer).depart(self, trainer, pl_module)
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Leave the suite."""
+        if stage == "fit":
+            _suites.pop(trainer, None)
+
+    def judge(self, trainer: pl.Trainer, measurement: Measurement) -> Verdict:
+        """What the callback says of a step. Pure, and asked only of callbacks that override it."""
+        raise NotImplementedError
+
+    def on_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, step: Step) -> None:
+        """The callback's turn: the step is measured and judged, the optimizer has not stepped."""
+
+    def on_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch_idx: int) -> None:
+        """After the optimizers stepped, before checkpoints and validation."""
+
+
+class Suite:
+    """What the callbacks of one Trainer share."""
+
+    def __init__(self) -> None:
+        self.report = Report()
+        self.weights_are_nonfinite = False
+        self._members: list[StepCallback] = []
+        self._judges: list[StepCallback] = []
+        self._norm_types: tuple[float, ...] = (2.0,)
+        self._open: dict[int, tuple[Step, set[int]]] = {}
+        self._departed: set[int] = set()
+        self._losses: list[Tensor] = []
+        self._names: tuple[int, dict[nn.Parameter, str]] = (0, {})
+
+    def join(self, member: StepCallback) -> None:
+        """Take a callback in; what it declares is measured from now on."""
+        self._members.append(member)
+        if type(member).judge is not StepCallback.judge:
+            self._judges.append(member)
+        self._norm_types = tuple(dict.fromkeys((*self._norm_types, *member.norm_types)))
+
+    def observe_loss(self, member: StepCallback, trainer: pl.Trainer, loss: Tensor) -> None:
+        """Remember a loss, once, whichever callbacks there are."""
+        if member is self._members[0]:
+            self._losses.append(lightning_api.plain_loss(trainer, loss))
+
+    def enter(
+        self,
+        member: StepCallback,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        optimizer: Optimizer,
+    ) -> Step | None:
+        """The open step of an optimizer; the first to arrive opens it, a second arrival opens the next.
+
+        Returns:
+            The step, or `None` if there is no gradient: then there is no number either.
+        """
+        step, arrived = self._open.get(id(optimizer), (None, set()))
+        if step is None or id(member) in arrived:
+            step, arrived = self._measure(trainer, pl_module, optimizer), set()
+            if step is not None:
+                self._open[id(optimizer)] = (step, arrived)
+        arrived.add(id(member))
+        return step
+
+    def leave(self, step: Step) -> None:
+        """Close the step when every callback had its turn: references to gradients are let go."""
+        _, arrived = self._open[id(step.optimizer)]
+        if len(arrived) == len(self._members):
+            del self._open[id(step.optimizer)]
+
+    def depart(self, member: StepCallback, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """End a callback's part in the batch; with the last one the report goes out."""
+        self._open.clear()
+        self._departed.add(id(member))
+        if len(self._departed) == len(self._members):
+            self._departed.clear()
+            self.report.send(trainer, pl_module)
+
+    def _measure(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
+    ) -> Step | None:
+        losses, self._losses = self._losses, []
+        named = norms.with_gradient(self._named_parameters(pl_module, optimizer))
+        if not named and not losses:
+            return None
+        tensors = [parameter.grad for _, parameter in named if parameter.grad is not None]
+        device = tensors[0].device if tensors else pl_module.device
+        sums = {p: norms.power_sums(tensors, p) for p in self._norm_types}
+        loss = torch.stack([loss.double() for loss in losses]) if losses else None
+        head = _head(loss, self.weights_are_nonfinite, device)
+        self.weights_are_nonfinite = False
+        head, sums = _reduce(head, sums, tensors)
+        if lightning_api.gradients_are_scaled(trainer, optimizer):
+            scaler = lightning_api.gradient_scaler(trainer)
+            scale = scaler.get_scale() if scaler else 1.0
+            sums = {p: s / (scale if p == torch.inf else scale**p) for p, s in sums.items()}
+        tensor_norms = {p: norms.norms_from_power_sums(s, p) for p, s in sums.items()}
+        gradients = Gradients(
+            names=tuple(name for name, _ in named),
+            parameters=tuple(parameter for _, parameter in named),
+            tensors=tuple(tensors),
+            norms=tensor_norms[2.0],
+            total_norm=norms.total_norm_from_norms(tensor_norms[2.0]),
+        )
+        mean_loss = head[0] / head[1]
+        index = next((i for i, o in enumerate(trainer.optimizers) if o is optimizer), 0)
+        measurement, verdict = None, "accept"
+        if self._judges:
+            measurement = _to_host(index, head, mean_loss, gradients)
+            verdicts = [judge.judge(trainer, measurement) for judge in self._judges]
+            verdict = next((v for v in ("drop", "ignore") if v in verdicts), "accept")
+        return Step(
+            optimizer=optimizer,
+            optimizer_index=index,
+            gradients=gradients,
+            loss=mean_loss,
+            tensor_norms=tensor_norms,
+            measurement=measurement,
+            verdict=verdict,  # type: ignore[arg-type]
+            inside_closure=lightning_api.calls_closure_repeatedly(optimizer),
+        )
+
+    def _named_parameters(
+        self, pl_module: pl.LightningModule, optimizer: Optimizer
+    ) -> Iterable[tuple[str, nn.Parameter]]:
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        if any(p not in self._names[1] for p in parameters):
+            self._names = (len(parameters), parameter_names(pl_module, parameters))
+        return ((self._names[1][p], p) for p in parameters)
+
+
+class Report:
+    """Numbers of one batch on their way to people: gathered on the device, moved to the host once."""
+
+    def __init__(self) -> None:
+        self._parts: list[tuple[Tensor, Callable[[list[float]], Mapping[str, float]]]] = []
+        self._scalars: dict[str, float] = {}
+        self._totals: dict[str, float] = {}
+
+    def add(self, values: Tensor, to_scalars: Callable[[list[float]], Mapping[str, float]]) -> None:
+        """Take in values to be logged at this step.
+
+        Args:
+            values: Shape `(n,)`, on any device.
+            to_scalars: Gets the values on the host and returns the scalars to log; it may look at them
+                for symptoms on the way.
+        """
+        self._parts.append((values.detach().double(), to_scalars))
+
+    def add_scalars(self, scalars: Mapping[str, float]) -> None:
+        """Take in scalars that are on the host already."""
+        self._scalars.update(scalars)
+
+    def publish_total(self, tag: str, value: float) -> None:
+        """Show a total to `EarlyStopping` and the progress bar when the report goes out."""
+        self._totals[tag] = value
+
+    def send(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Move everything to the host in one transfer and hand it to the loggers."""
+        parts, self._parts = self._parts, []
+        scalars, self._scalars = self._scalars, {}
+        if parts:
+            device = pl_module.device
+            host = torch.cat([values.to(device) for values, _ in parts]).tolist()
+            start = 0
+            for values, to_scalars in parts:
+                scalars.update(to_scalars(host[start : start + len(values)]))
+                start += len(values)
+        if scalars:
+            step = lightning_api.batches_that_stepped(trainer)
+            reporting.log_scalars(trainer, scalars, step)
+        totals, self._totals = self._totals, {}
+        reporting.publish_metrics(pl_module, totals)
+
+
+_suites: WeakKeyDictionary[pl.Trainer, Suite] = WeakKeyDictionary()
+
+
+def suite_of(trainer: pl.Trainer) -> Suite:
+    """What the callbacks of this Trainer share."""
+    return _suites.setdefault(trainer, Suite())
+
+
+def is_logging_step(trainer: pl.Trainer, every_n_steps: int | None = None) -> bool:
+    """Whether the running step is logged; `None` follows `trainer.log_every_n_steps`."""
+    every = trainer.log_every_n_steps if every_n_steps is None else every_n_steps  # type: ignore[attr-defined]
+    return every > 0 and (lightning_api.batches_that_stepped(trainer) + 1) % every == 0
+
+
+def parameter_names(pl_module: nn.Module, parameters: Sequence[nn.Parameter]) -> dict[nn.Parameter, str]:
+    """Names as the module gives them, without the prefix that `torch.compile` puts in between.
+
+    Args:
+        pl_module: The module in training.
+        parameters: Those that need a name; one that the module does not hold is called `parameter.<i>`.
+    """
+    names = {p: f"parameter.{i}" for i, p in enumerate(parameters)}
+    for name, parameter in pl_module.named_parameters():
+        names[parameter] = name.replace("_orig_mod.", "")
+    return names
+
+
+def matching(names: Iterable[str], patterns: Iterable[str]) -> list[str]:
+    """The names that a pattern selects: a parameter's name, a module's, or a shell-style wildcard.
+
+    Example:
+        >>> matching(["head.weight", "body.0.weight", "body.0.bias"], ["head", "*.bias"])
+        ['head.weight', 'body.0.bias']
+    """
+    patterns = list(patterns)
+    return [name for name in names if any(name.startswith(f"{p}.") or fnmatchcase(name, p) for p in patterns)]
+
+
+def _head(loss: Tensor | None, weights_are_nonfinite: bool, device: torch.device) -> Tensor:
+    """The part of the packed vector that every rank adds to: finite losses, their number, two flags."""
+    flag = torch.full((1,), float(weights_are_nonfinite), dtype=torch.float64, device=device)
+    if loss is None:
+        return torch.cat([torch.zeros(3, dtype=torch.float64, device=device), flag])
+    loss = loss.to(device)
+    finite = torch.isfinite(loss)
+    total = torch.where(finite, loss, 0.0).sum()
+    return torch.cat([torch.stack([total, finite.sum(), (~finite).sum()]), flag])
+
+
+def _reduce(
+    head: Tensor, sums: dict[float, Tensor], tensors: Sequence[Tensor]
+) -> tuple[Tensor, dict[float, Tensor]]:
+    """The step's one collective: the head, and the power sums where tensors are sharded."""
+    if distributed.world_size() == 1:
+        return head, sums
+    if not distributed.is_sharded(tensors):
+        return distributed.sum_over_ranks(head), sums
+    if torch.inf in sums:
+        raise ValueError("norm_type=inf is not supported for sharded parameters; use 2.0")
+    counted = torch.tensor([distributed.counts_here(t) for t in tensors], device=head.device)
+    own = [torch.where(counted, values, 0.0) for values in sums.values()]
+    packed = distributed.sum_over_ranks(torch.cat([head, *own]))
+    rows = packed[len(head) :].view(len(sums), -1)
+    return packed[: len(head)], dict(zip(sums, rows, strict=True))
+
+
+def _to_host(index: int, head: Tensor, mean_loss: Tensor, gradients: Gradients) -> Measurement:
+    """The step's one host synchronization."""
+    nonfinite = (~torch.isfinite(gradients.norms)).sum()
+    packed = torch.cat([head, torch.stack([mean_loss, gradients.total_norm, nonfinite])])
+    _, _, nonfinite_losses, weights, loss, total_norm, nonfinite_gradients = packed.tolist()
+    return Measurement(
+        optimizer_index=index,
+        loss=loss,
+        nonfinite_losses=int(nonfinite_losses),
+        total_norm=total_norm,
+        nonfinite_gradients=int(nonfinite_gradients),
+        nonfinite_weights=bool(weights),
+    )

@@ -1,0 +1,116 @@
+"""What of a Trainer goes into a snapshot, and back."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pytorch_lightning as pl
+from torch import Tensor, nn
+
+from lightning_gradguard.core.snapshots import BufferCopies, Snapshot, rng_state, set_rng_state
+from lightning_gradguard.runtime import lightning_api
+
+
+@dataclass(frozen=True)
+class Companions:
+    """What goes back with the weights, besides tensors.
+
+    Args:
+        step: `trainer.global_step` at the time.
+        callbacks: State of every callback that offers `snapshot_state_dict`, by position.
+        rng: Random number generators, or `None` if they stay.
+        schedules: State of every learning rate scheduler with its optimizers' hyperparameters, or `None`
+            if they stay.
+    """
+
+    step: int
+    callbacks: dict[int, Any]
+    rng: dict[str, Any] | None
+    schedules: list[Any] | None
+
+    @classmethod
+    def of(cls, trainer: pl.Trainer, *, rng: bool, schedules: bool) -> Companions:
+        """Those of the Trainer as it is now."""
+        return cls(
+            step=trainer.global_step,
+            callbacks={
+                index: callback.snapshot_state_dict()
+                for index, callback in enumerate(trainer.callbacks)  # type: ignore[attr-defined]
+                if hasattr(callback, "snapshot_state_dict")
+            },
+            rng=rng_state() if rng else None,
+            schedules=_schedules(trainer) if schedules else None,
+        )
+
+    def restore(self, trainer: pl.Trainer) -> None:
+        """Put them back."""
+        for index, state in self.callbacks.items():
+            trainer.callbacks[index].load_snapshot_state_dict(state)  # type: ignore[attr-defined]
+        if self.rng is not None:
+            set_rng_state(self.rng)
+        if self.schedules is not None:
+            _restore_schedules(trainer, self.schedules)
+
+
+def capture(
+    trainer: pl.Trainer,
+    snapshot: Snapshot,
+    companions: Companions,
+    buffers: BufferCopies | None = None,
+) -> None:
+    """Write the Trainer's state into a snapshot.
+
+    Args:
+        trainer: The Trainer that runs.
+        snapshot: Is overwritten.
+        companions: From the same moment.
+        buffers: See `Snapshot.capture`.
+    """
+    snapshot.capture(_modules(trainer), trainer.optimizers, buffers)
+    snapshot.companions = companions
+
+
+def restore(trainer: pl.Trainer, snapshot: Snapshot) -> None:
+    """Put a snapshot back and let go of all gradients."""
+    snapshot.restore(_modules(trainer), trainer.optimizers)
+    snapshot.companions.restore(trainer)
+    for parameter in trainer.lightning_module.parameters():
+        parameter.grad = None
+
+
+def trained_tensors(trainer: pl.Trainer) -> Iterator[Tensor]:
+    """Every tensor that an optimizer writes: weights and its own state."""
+    for optimizer in trainer.optimizers:
+        for group in optimizer.param_groups:
+            yield from group["params"]
+        for state in optimizer.state.values():
+            yield from (value for value in state.values() if isinstance(value, Tensor))
+
+
+def _modules(trainer: pl.Trainer) -> list[nn.Module]:
+    return [trainer.lightning_module, *lightning_api.weight_averages(trainer)]
+
+
+def _schedules(trainer: pl.Trainer) -> list[Any]:
+    hyperparameters = [
+        [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+        for optimizer in trainer.optimizers
+    ]
+    schedulers = [config.scheduler.state_dict() for config in trainer.lr_scheduler_configs]
+    return copy.deepcopy([hyperparameters, schedulers])
+
+
+def _restore_schedules(trainer: pl.Trainer, schedules: list[Any]) -> None:
+    hyperparameters, schedulers = copy.deepcopy(schedules)
+    for optimizer, groups in zip(trainer.optimizers, hyperparameters, strict=True):
+        for group, saved in zip(optimizer.param_groups, groups, strict=False):
+            for key, value in saved.items():
+                if isinstance(value, Tensor) and isinstance(group.get(key), Tensor):
+                    group[key].copy_(value)
+                else:
+                    group[key] = value
+    for config, state in zip(trainer.lr_scheduler_configs, schedulers, strict=True):
+        config.scheduler.load_state_dict(state)
