@@ -128,12 +128,13 @@ class AdaptiveGradientClipping(StepCallback):
 
     def snapshot_state_dict(self) -> dict[str, Any]:
         """What goes back with the weights when `NaNRollback` puts them back."""
-        return {i: copy.deepcopy(policy.state_dict()) for i, policy in self._policies.items()}
+        histories = {i: copy.deepcopy(policy.state_dict()) for i, policy in self._policies.items()}
+        return {"histories": histories}
 
     def load_snapshot_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Put the histories back to where the weights are put back to."""
         self._policies.clear()
-        for index, state in state_dict.items():
+        for index, state in state_dict["histories"].items():
             self._policy(index).load_state_dict(copy.deepcopy(state))
 
     def _policy(self, index: int) -> ClippingPolicy:

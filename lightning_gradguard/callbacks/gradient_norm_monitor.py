@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, Literal
 
 import pytorch_lightning as pl
@@ -145,9 +146,7 @@ class GradientNormMonitor(StepCallback):
             name = family("grad_norm", index, len(trainer.optimizers))
             suite_of(trainer).report.add(
                 torch.cat([fraction.double().reshape(1), look.values(self.norm_type)]),
-                lambda host, look=look, index=index, name=name: self._read(
-                    trainer, pl_module, index, look, name, host
-                ),
+                partial(self._read, trainer, pl_module, index, look, name),
             )
 
     def state_dict(self) -> dict[str, Any]:
@@ -160,12 +159,12 @@ class GradientNormMonitor(StepCallback):
 
     def snapshot_state_dict(self) -> dict[str, Any]:
         """What goes back with the weights when `NaNRollback` puts them back."""
-        return {index: detector.state_dict() for index, detector in self._detectors.items()}
+        return {"detectors": {i: detector.state_dict() for i, detector in self._detectors.items()}}
 
     def load_snapshot_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Put the detectors back to where the weights are put back to."""
         self._detectors.clear()
-        for index, state in state_dict.items():
+        for index, state in state_dict["detectors"].items():
             self._detectors[index].load_state_dict(state)
 
     def _publish_total(self, trainer: pl.Trainer, index: int, look: _Look) -> None:
@@ -206,9 +205,14 @@ class GradientNormMonitor(StepCallback):
             # whoever judges steps has told of it already
             nonfinite_fraction=0.0 if look.was_judged else fraction,
         ):
-            facts = {"where": symptom.where, "value": symptom.value}
-            text = advice(symptom.kind, symptom.where)
-            publish(trainer, pl_module, incident_now(trainer, symptom.kind, advice=text, **facts))
+            incident = incident_now(
+                trainer,
+                symptom.kind,
+                where=symptom.where,
+                value=symptom.value,
+                advice=advice(symptom.kind, symptom.where),
+            )
+            publish(trainer, pl_module, incident)
         scalars = {f"{name}/nonfinite_fraction": fraction}
         if look.accepted:
             suite_of(trainer).report.publish_total(f"{name}/total", total)

@@ -130,14 +130,15 @@ def power_sums(tensors: Sequence[Tensor], norm_type: float = 2.0) -> Tensor:
 
 def norms_from_power_sums(sums: Tensor, norm_type: float = 2.0) -> Tensor:
     """Norms from what `power_sums` returned, added up over shards."""
-    return sums if norm_type == math.inf else sums ** (1 / norm_type)
+    return sums if norm_type == math.inf else sums.pow(1 / norm_type)
 
 
 def total_norm_from_norms(norms: Tensor, norm_type: float = 2.0) -> Tensor:
     """The norm of all tensors together from the norm of each; 0 if there is none."""
     if norms.numel() == 0:
         return norms.new_zeros(())
-    return torch.linalg.vector_norm(norms, norm_type)
+    total: Tensor = torch.linalg.vector_norm(norms, norm_type)
+    return total
 
 
 def tensor_norms(tensors: Sequence[Tensor], norm_type: float = 2.0) -> Tensor:
@@ -175,9 +176,9 @@ def unitwise_norm(tensor: Tensor) -> Tensor:
         everywhere = norms.new_zeros(local.shape[0], *norms.shape[1:])
         return everywhere.index_copy(0, rows.indices()[0], norms)
     wide = torch.float32 if local.dtype in (torch.float16, torch.bfloat16) else None
-    if local.ndim < 2:
-        return torch.linalg.vector_norm(local, dtype=wide)
-    return torch.linalg.vector_norm(local, dim=tuple(range(1, local.ndim)), keepdim=True, dtype=wide)
+    dims = tuple(range(1, local.ndim)) or None
+    norm: Tensor = torch.linalg.vector_norm(local, dim=dims, keepdim=dims is not None, dtype=wide)
+    return norm
 
 
 @torch.no_grad()
@@ -225,9 +226,10 @@ def _chunks(tensor: Tensor) -> Sequence[Tensor]:
     if tensor.numel() <= CHUNK:
         return (tensor,)
     if not tensor.is_contiguous():
-        order = sorted(range(tensor.ndim), key=lambda dim: -tensor.stride(dim))
+        strides = tensor.stride()
+        order = sorted(range(tensor.ndim), key=lambda dim: -strides[dim])
         tensor = tensor.permute(order)
-    return tensor.reshape(-1).split(CHUNK)
+    return torch.split(tensor.reshape(-1), CHUNK)
 
 
 def _local(tensor: Tensor) -> Tensor:

@@ -151,13 +151,13 @@ class Snapshot:
         copied = {(owner, name): saved for owner, name, saved in buffers.saved()} if buffers else {}
         live: dict[Any, Tensor] = {}
         for module in modules:
-            for parameter in _trained(module):
-                live[parameter] = parameter
+            for weight in _trained(module):
+                live[weight] = weight
             for owner, name, buffer in _buffers(module):
                 live[(owner, name)] = copied.get((owner, name), buffer)
         self._structure = []
         for index, optimizer in enumerate(optimizers):
-            structure = {}
+            structure: dict[Tensor, dict[Any, Any]] = {}
             for parameter, state in optimizer.state.items():
                 structure[parameter] = {
                     key: None if _is_plain(value) else copy.deepcopy(value) for key, value in state.items()
@@ -181,8 +181,8 @@ class Snapshot:
                 sources.append(saved)
 
         for module in modules:
-            for parameter in _trained(module):
-                put_back(parameter, parameter)
+            for weight in _trained(module):
+                put_back(weight, weight)
             for owner, name, buffer in _buffers(module):
                 put_back((owner, name), buffer)
         for index, optimizer in enumerate(optimizers):

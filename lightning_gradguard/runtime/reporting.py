@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import pytorch_lightning as pl
-from pytorch_lightning.utilities.rank_zero import rank_zero_info
+from pytorch_lightning.utilities import rank_zero_info
 
 
 def family(name: str, optimizer_index: int, n_optimizers: int) -> str:
@@ -29,7 +30,7 @@ def log_scalars(trainer: pl.Trainer, scalars: Mapping[str, float], step: int) ->
         step: The horizontal axis.
     """
     for logger in trainer.loggers:
-        _guarded(logger, lambda logger=logger: logger.log_metrics(dict(scalars), step=step))
+        _guarded(logger, partial(logger.log_metrics, dict(scalars), step=step))
 
 
 def log_text(trainer: pl.Trainer, tag: str, markdown: str, step: int) -> None:
@@ -68,7 +69,7 @@ def _log_media(trainer: pl.Trainer, method: str, tag: str, content: Any, step: i
     for logger in trainer.loggers:
         add = getattr(getattr(logger, "experiment", None), method, None)
         if add is not None:
-            _guarded(logger, lambda add=add: add(tag, content, step))
+            _guarded(logger, partial(add, tag, content, step))
 
 
 def _guarded(logger: Any, write: Callable[[], Any]) -> None:

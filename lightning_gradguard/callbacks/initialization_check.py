@@ -1,0 +1,251 @@
+"""The callback that tells before the first step whether the network can train, and repairs it when asked."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import pytorch_lightning as pl
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_gradguard.core.anomalies import DEPTH_DECADES, depth_profile
+from lightning_gradguard.core.diagnosis import advice
+from lightning_gradguard.core.initialization import (
+    Finding,
+    InitializationError,
+    check,
+    check_weights,
+    repair,
+    table,
+)
+from lightning_gradguard.core.norms import tensor_norms, with_gradient
+from lightning_gradguard.runtime import reporting
+from lightning_gradguard.runtime.distributed import any_rank, broadcast_tensors
+from lightning_gradguard.runtime.incidents import incident_now, open_journal, publish
+from lightning_gradguard.runtime.lightning_api import (
+    Callback,
+    batches_that_stepped,
+    refuse_unsupported_strategy,
+)
+
+#: Optimizers that divide gradients by their size.
+SCALE_FREE = ("Ada", "Adam", "NAdam", "RAdam", "RMSprop", "Rprop", "Lion", "Muon")
+#: Strategies under which an extra pass through the module is nobody else's business.
+PROBED = ("SingleDevice", "DDP", "SingleHPU", "SingleXLA")
+#: Measured values that get charts of their own; above, only those of the whole network.
+FEW = 50
+
+
+class InitializationCheck(Callback):
+    """Tells before the first step whether the network can train, which layer is at fault, and the cure.
+
+    On one device and under DistributedDataParallel with automatic optimization, the first training batch is
+    sent through the network once more, forward and backward, and leaves nothing behind: no gradient, no
+    buffer, no random number, no metric, no log. Elsewhere it looks at the weights, and at the gradients of
+    the first real step. A resumed run is not checked.
+
+    It looks for nonfinite, zero and copied weights, dead and saturated units, a loss above that of guessing,
+    and the gradient's gain from the last hidden layer back to the first, which tells best whether a network
+    will train.
+
+    | tag | value |
+    |---|---|
+    | `init/gradient_gain` | log10 of the gain back to the first block |
+    | `init/layer_gain/<module>` | log10 of the gain back to a layer |
+    | `init/dead_units/<module>` · `init/saturated_units/<module>` | shares |
+    | `init/gain_through_time/<module>` | log10, first step over last, of a recurrent module |
+
+    Args:
+        on_failure: `"warn"` prints one table; `"raise"` stops the run if a criterion fails; `"repair"`
+            initializes the layers at fault anew (He, orthogonal or Xavier as the activation after them
+            asks), scales them layer by layer, measures again and says what changed.
+        repair_modules: Names of modules that are repaired whatever weights they hold; others only while
+            they hold their class's default initialization.
+        seed: Of the repair; the global random number generators are not used.
+
+    Raises:
+        ValueError: If an argument is not one of the above.
+        InitializationError: From `fit`, under `on_failure="raise"`.
+
+    Example:
+        >>> from lightning_gradguard import InitializationCheck
+        >>> check = InitializationCheck(on_failure="repair")
+
+    References:
+        Schoenholz, Gilmer, Ganguli, Sohl-Dickstein, Deep Information Propagation, 2017,
+        arXiv:1611.01232. Mishkin, Matas, All you need is a good init, 2015, arXiv:1511.06422.
+    """
+
+    def __init__(
+        self,
+        on_failure: Literal["warn", "raise", "repair"] = "warn",
+        repair_modules: Sequence[str] | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if on_failure not in ("warn", "raise", "repair"):
+            raise ValueError(f"on_failure={on_failure!r} must be 'warn', 'raise' or 'repair'.")
+        if isinstance(repair_modules, str):
+            raise ValueError(f"repair_modules={repair_modules!r} must be a list of names.")
+        self.on_failure = on_failure
+        self.repair_modules = tuple(repair_modules or ())
+        self.seed = seed
+        self.findings: list[Finding] = []
+        self._is_due = False
+        self._looks_at_first_step = False
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """See to it that incidents are written."""
+        if stage == "fit":
+            refuse_unsupported_strategy(trainer, self)
+            open_journal(trainer)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Only a fresh run is checked."""
+        self._is_due = trainer.global_step == 0
+        self._looks_at_first_step = False
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Check on the first batch."""
+        if not self._is_due:
+            return
+        self._is_due = False
+        probed = type(trainer.strategy).__name__.startswith(PROBED)
+        if not (probed and pl_module.automatic_optimization):
+            self._looks_at_first_step = True
+            self._settle(trainer, pl_module, check_weights(pl_module))
+            return
+
+        def run_loss() -> Tensor:
+            with _silent(pl_module):
+                return _loss(pl_module, batch, batch_idx)
+
+        def measure() -> tuple[list[Finding], dict[str, float]]:
+            return check(pl_module, run_loss, scale_free=_is_scale_free(trainer.optimizers))
+
+        try:
+            findings, values = measure()
+        except Exception as error:
+            reporting.say(trainer, f"gradguard: the initialization was not checked: {error}")
+            findings, values = [], {}
+        failed = any_rank(_fails(findings), pl_module.device)
+        if failed and self.on_failure == "repair":
+            findings, values = self._repair(trainer, pl_module, run_loss, measure, findings)
+        shown = values if len(values) <= FEW else {k: v for k, v in values.items() if "/" not in k}
+        scalars = {f"init/{key}": value for key, value in shown.items()}
+        reporting.log_scalars(trainer, scalars, batches_that_stepped(trainer))
+        self._settle(trainer, pl_module, findings, failed=failed and self.on_failure == "raise")
+
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
+    ) -> None:
+        """Where no extra pass could be made, look at the gradients of the first step."""
+        if not self._looks_at_first_step:
+            return
+        self._looks_at_first_step = False
+        named = [(n, p) for n, p in with_gradient(pl_module.named_parameters()) if p.ndim > 1][:-1]
+        gradients = tensor_norms([p.grad for _, p in named if p.grad is not None]).tolist()
+        weights = tensor_norms([p.detach() for _, p in named]).tolist()
+        profile = depth_profile(gradients, weights)
+        if abs(profile) > DEPTH_DECADES:
+            cure = advice("vanishing_gradient" if profile > 0 else "exploding_gradient", [named[0][0]])
+            finding = Finding("gradient_profile", named[0][0], profile, "-3 .. 3", "warn", cure)
+            self._settle(trainer, pl_module, [finding])
+
+    def _repair(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        run_loss: Callable[[], Tensor],
+        measure: Callable[[], tuple[list[Finding], dict[str, float]]],
+        before: list[Finding],
+    ) -> tuple[list[Finding], dict[str, float]]:
+        try:
+            done = repair(pl_module, run_loss, names=self.repair_modules, seed=self.seed)
+        except Exception as error:
+            done = []
+            reporting.say(trainer, f"gradguard: the repair did not finish: {error}")
+        broadcast_tensors(list(pl_module.parameters()))
+        findings, values = measure()
+        gain = next((f.value for f in before if f.criterion == "gradient_gain"), None)
+        report = [f"gradguard: repaired {len(done)} layers:", *(f"  {line}" for line in done)]
+        if gain is not None and "gradient_gain" in values:
+            report.append(f"  gradient gain was {gain:.2f}, is {values['gradient_gain']:.2f} decades")
+        reporting.say(trainer, "\n".join(report))
+        where = tuple(line.partition(":")[0] for line in done)
+        facts = incident_now(
+            trainer, "poor_initialization", batch_idx=0, where=where, value=gain, action="repaired"
+        )
+        publish(trainer, pl_module, facts)
+        return findings, values
+
+    def _settle(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        findings: list[Finding],
+        *,
+        failed: bool | None = None,
+    ) -> None:
+        """Tell people what was found; stop if that was asked for."""
+        self.findings = self.findings + findings
+        failed = self.on_failure == "raise" and _fails(findings) if failed is None else failed
+        serious = [finding for finding in findings if finding.severity != "info"]
+        for kind in ("poor_initialization", "dead_units", "saturated_units"):
+            members = [f for f in serious if _kind(f) == kind]
+            if members:
+                where = tuple(dict.fromkeys(f.module for f in members if f.module))
+                facts = incident_now(
+                    trainer,
+                    kind,
+                    batch_idx=0,
+                    where=where,
+                    value=members[0].value,
+                    action="stopped" if failed else "none",
+                    advice=advice(kind, where),
+                )
+                publish(trainer, pl_module, facts)
+        if failed:
+            raise InitializationError(
+                "The network, as it is initialized, will not train:\n"
+                + (table(serious) or "a criterion failed on another rank")
+            )
+        if serious:
+            reporting.say(trainer, "gradguard: initialization\n" + table(serious))
+
+
+def _fails(findings: Sequence[Finding]) -> bool:
+    return any(finding.severity == "fail" for finding in findings)
+
+
+def _kind(finding: Finding) -> str:
+    single = finding.criterion in ("dead_units", "saturated_units")
+    return finding.criterion if single else "poor_initialization"
+
+
+def _is_scale_free(optimizers: Sequence[Optimizer]) -> bool:
+    return all(type(optimizer).__name__.startswith(SCALE_FREE) for optimizer in optimizers)
+
+
+@contextmanager
+def _silent(pl_module: pl.LightningModule) -> Iterator[None]:
+    """Let `self.log` within `training_step` go nowhere."""
+    pl_module.__dict__["log"] = pl_module.__dict__["log_dict"] = lambda *_, **__: None
+    try:
+        yield
+    finally:
+        del pl_module.__dict__["log"], pl_module.__dict__["log_dict"]
+
+
+def _loss(pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> Tensor:
+    wants = inspect.signature(pl_module.training_step).parameters
+    output = pl_module.training_step(batch, batch_idx) if len(wants) > 1 else pl_module.training_step(batch)
+    loss = output.get("loss") if isinstance(output, dict) else output
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        raise TypeError(f"training_step returned {type(output).__name__}, and not one loss")
+    return loss.reshape(())
