@@ -283,7 +283,7 @@ class NaNRollback(StepCallback):
                 pl_module,
                 "nonfinite_gradient",
                 where=tuple(n for n, ok in zip(step.gradients.names, finite, strict=True) if not ok),
-                value=measurement.total_norm,
+                value=measurement.nonfinite_gradients / len(finite),
                 action="skipped",
             )
 

@@ -24,7 +24,7 @@ SAID_AT_MOST = 5
 
 
 _VALUE = {
-    "nonfinite_gradient": "norm {:.4g}",
+    "nonfinite_gradient": "{:.0%} of the tensors",
     "loss_spike": "loss {:.4g}",
     "rollback": "to the weights of step {:.0f}",
     "learning_rate_backoff": "learning rate times {:.4g}",

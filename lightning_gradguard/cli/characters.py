@@ -1,0 +1,68 @@
+"""The demo's task: real text, character by character, for a recurrent network that truly explodes."""
+
+from __future__ import annotations
+
+import pydoc_data.topics
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+
+class Characters(pl.LightningDataModule):
+    """The documentation of Python's own language, a text of half a million characters.
+
+    Args:
+        length: Characters in a sample.
+        batch_size: Samples in a batch.
+        n_batches: Batches in an epoch, drawn at random places.
+        seed: Of the places.
+    """
+
+    def __init__(self, length: int = 100, batch_size: int = 32, n_batches: int = 300, seed: int = 0) -> None:
+        super().__init__()
+        text = "\n".join(pydoc_data.topics.topics[key] for key in sorted(pydoc_data.topics.topics))
+        self.alphabet = sorted(set(text))
+        index = {character: i for i, character in enumerate(self.alphabet)}
+        codes = torch.tensor([index[character] for character in text])
+        generator = torch.Generator().manual_seed(seed)
+        starts = torch.randint(len(codes) - length - 1, (n_batches * batch_size,), generator=generator)
+        windows = torch.stack([codes[start : start + length + 1] for start in starts.tolist()])
+        self._samples = TensorDataset(windows[:, :-1], windows[:, 1:])
+        self._batch_size = batch_size
+
+    def train_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
+        """Batches of text, and of the same text one character later; each `(batch_size, length)`."""
+        return DataLoader(self._samples, batch_size=self._batch_size)
+
+
+class CharacterRNN(pl.LightningModule):
+    """Predicts the next character with a ReLU recurrent network whose recurrent weight is too large.
+
+    Args:
+        n_characters: Size of the alphabet.
+        width: Hidden units.
+        gain: Of the orthogonal recurrent weight; above 1 the state, and its gradient, grow with time.
+        lr: Learning rate of plain SGD.
+    """
+
+    def __init__(self, n_characters: int, width: int = 128, gain: float = 1.1, lr: float = 0.5) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(n_characters, width)
+        self.rnn = nn.RNN(width, width, nonlinearity="relu", batch_first=True)
+        self.head = nn.Linear(width, n_characters)
+        nn.init.orthogonal_(self.rnn.all_weights[0][1], gain=gain)
+        self._lr = lr
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        """Cross-entropy of the next character, in nats."""
+        text, target = batch
+        states, _ = self.rnn(self.embedding(text))
+        loss = nn.functional.cross_entropy(self.head(states).transpose(1, 2), target)
+        self.log("train_loss", loss, prog_bar=True)
+        return loss
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """Plain SGD."""
+        return torch.optim.SGD(self.parameters(), lr=self._lr)

@@ -1,0 +1,181 @@
+"""`lightning-gradguard demo`: the same network trained twice, bare and with the suite."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import math
+import time
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+from pytorch_lightning.loggers import TensorBoardLogger
+
+from lightning_gradguard import GradientNormMonitor, LearningRateBackoff, default_callbacks
+from lightning_gradguard.cli.characters import CharacterRNN, Characters
+from lightning_gradguard.runtime.incidents import count_incidents
+
+#: Steps whose mean loss is called the final one.
+FINAL = 30
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a training run came to.
+
+    Args:
+        name: `"bare"`, `"guarded"` or what else it was called.
+        losses: Training loss of every step.
+        incidents: How often each kind of incident was published.
+        learning_rate: That of the last step.
+        seconds: How long it took.
+    """
+
+    name: str
+    losses: list[float]
+    incidents: dict[str, int]
+    learning_rate: float
+    seconds: float
+
+    @property
+    def survived(self) -> int:
+        """Steps before the loss became nonfinite for good."""
+        return max((i + 1 for i, loss in enumerate(self.losses) if math.isfinite(loss)), default=0)
+
+    @property
+    def final_loss(self) -> float:
+        """Mean loss of the last steps; NaN for a run that died."""
+        last = self.losses[-FINAL:]
+        return sum(last) / len(last)
+
+
+def train(
+    name: str,
+    callbacks: Sequence[pl.Callback],
+    *,
+    seed: int,
+    max_steps: int,
+    logdir: Path,
+    gradient_clip_val: float | None = None,
+) -> Run:
+    """Train the demo's network once.
+
+    Args:
+        name: Of the run; its folder in `logdir`.
+        callbacks: Those of the Trainer.
+        seed: Of data, weights and everything else.
+        max_steps: Optimizer steps.
+        logdir: Where TensorBoard looks.
+        gradient_clip_val: See Lightning's Trainer.
+    """
+    pl.seed_everything(seed, verbose=False)
+    data = Characters(n_batches=max_steps, seed=seed)
+    module = CharacterRNN(len(data.alphabet))
+    losses = _Losses()
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        max_steps=max_steps,
+        callbacks=[losses, *callbacks],
+        logger=TensorBoardLogger(logdir, name="", version=name, default_hp_metric=False),
+        log_every_n_steps=1,
+        gradient_clip_val=gradient_clip_val,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+    )
+    start = time.perf_counter()
+    trainer.fit(module, data)
+    scale = next((c.scale for c in callbacks if isinstance(c, LearningRateBackoff)), 1.0)
+    return Run(
+        name=name,
+        losses=losses.values,
+        incidents=count_incidents(trainer),
+        learning_rate=trainer.optimizers[0].param_groups[0]["lr"] * scale,
+        seconds=time.perf_counter() - start,
+    )
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Train bare and guarded, and say how both ended.
+
+    Args:
+        arguments: `--max_steps`, `--seed`, `--logdir`.
+
+    Raises:
+        SystemExit: With code 1 if the guarded run died, 2 if an argument is wrong.
+    """
+    parser = argparse.ArgumentParser(prog="lightning-gradguard demo", description=__doc__)
+    parser.add_argument("--max_steps", type=int, default=300, help="optimizer steps of each run")
+    parser.add_argument("--seed", type=int, default=0, help="of weights and data")
+    parser.add_argument("--logdir", type=Path, help="folder for TensorBoard; a new one if not given")
+    options = parser.parse_args(arguments)
+    if options.max_steps < 1:
+        parser.error(f"--max_steps {options.max_steps} must be at least 1")
+    logdir = options.logdir or Path("runs") / time.strftime("demo-%Y%m%d-%H%M%S")
+    warnings.filterwarnings("ignore", module="pytorch_lightning")
+    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
+    shared: dict[str, Any] = {
+        "seed": options.seed,
+        "max_steps": options.max_steps,
+        "logdir": logdir,
+    }
+    print("A character-level ReLU RNN, recurrent gain 1.1, SGD 0.5, first with Lightning alone:")
+    bare = train("bare", [GradientNormMonitor(figure_every_n_steps=100)], **shared)
+    print("\nThe same seed with default_callbacks():")
+    monitor = GradientNormMonitor(figure_every_n_steps=100)
+    guarded = train("guarded", default_callbacks(gradient_norm_monitor=monitor), **shared)
+    print(summary([bare, guarded], logdir))
+    if not math.isfinite(guarded.final_loss):
+        raise SystemExit(1)
+
+
+def summary(runs: Sequence[Run], logdir: Path) -> str:
+    """The runs as one table, in words, and where to look further.
+
+    Args:
+        runs: The bare one first, the guarded one last.
+        logdir: Where TensorBoard looks.
+    """
+    head = ("run", "steps survived", "final loss", "learning rate", "seconds", "incidents")
+    rows = [
+        (
+            run.name,
+            f"{run.survived} of {len(run.losses)}",
+            f"{run.final_loss:.2f}",
+            f"{run.learning_rate:g}",
+            f"{run.seconds:.0f}",
+            ", ".join(f"{n} {kind}" for kind, n in run.incidents.items()) or "none",
+        )
+        for run in runs
+    ]
+    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+    lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in (head, *rows)]
+    bare, guarded = runs[0], runs[-1]
+    died = (
+        f"The bare run died after {bare.survived} steps"
+        if math.isnan(bare.final_loss)
+        else f"The bare run survived with a loss of {bare.final_loss:.2f}"
+    )
+    return "\n".join(
+        [
+            "",
+            *lines,
+            "",
+            f"{died}; the guarded one ended at a loss of {guarded.final_loss:.2f} nats a character.",
+            f"Everything is in {logdir}. Look at it with",
+            f"    tensorboard --logdir {logdir}",
+        ]
+    )
+
+
+class _Losses(pl.Callback):
+    def __init__(self) -> None:
+        self.values: list[float] = []
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self.values.append(float(outputs["loss"]))

@@ -1,0 +1,52 @@
+"""`lightning-gradguard fit`: LightningCLI on a module and data of the user's, with the suite in place."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from jsonargparse import ArgumentError
+from pytorch_lightning import LightningDataModule, LightningModule, Trainer
+from pytorch_lightning.cli import LightningCLI
+
+import lightning_gradguard
+
+
+class GuardedTrainer(Trainer):
+    """A Trainer that takes in the callbacks of the suite which it was not given."""
+
+    def __init__(self, *args: object, **kwargs: object) -> None:
+        given = kwargs.get("callbacks") or []
+        callbacks = list(given) if isinstance(given, (list, tuple)) else [given]
+        kinds = {type(callback) for callback in callbacks}
+        missing = [c for c in lightning_gradguard.default_callbacks() if type(c) not in kinds]
+        kwargs["callbacks"] = callbacks + missing
+        super().__init__(*args, **kwargs)  # type: ignore[arg-type]
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Train.
+
+    Args:
+        arguments: Those of `LightningCLI fit`: `--model`, `--data`, `--trainer.*`, `--config`.
+
+    Raises:
+        SystemExit: With code 2 and one short message, if an argument is wrong.
+    """
+    # short names in YAML, such as `PercentileClipping`, are found among what is loaded
+    for name in lightning_gradguard.__all__:
+        getattr(lightning_gradguard, name)
+    try:
+        LightningCLI(
+            LightningModule,
+            LightningDataModule,
+            trainer_class=GuardedTrainer,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            save_config_kwargs={"overwrite": True},
+            parser_kwargs={"exit_on_error": False, "fit": {"exit_on_error": False}},
+            args=["fit", *arguments],
+        )
+    except ArgumentError as error:
+        print(f"lightning-gradguard fit: {error}", file=sys.stderr)
+        raise SystemExit(2) from None

@@ -1,0 +1,61 @@
+"""The command `lightning-gradguard`: which verb, and what to say when there is no such verb."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import sys
+from collections.abc import Sequence
+
+from lightning_gradguard import __version__
+
+VERBS = {
+    "fit": "train a module of yours with the suite in place (LightningCLI)",
+    "demo": "watch a network die, and live with the suite",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run a verb.
+
+    Args:
+        arguments: What was typed after the command; `sys.argv` if `None`.
+
+    Raises:
+        SystemExit: With code 2 and one short message, if there is no such verb.
+    """
+    verb, *rest = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    if verb in ("-h", "--help"):
+        print(usage())
+    elif verb == "--version":
+        print(__version__)
+    elif verb == "demo":
+        from lightning_gradguard.cli.demo import main as demo
+
+        demo(rest)
+    elif verb == "fit":
+        # a console script does not look into the folder it is called from, where the user's module is
+        sys.path.insert(0, os.getcwd())
+        from lightning_gradguard.cli.fit import main as fit
+
+        fit(rest)
+    else:
+        near = difflib.get_close_matches(verb, VERBS, n=1)
+        hint = f" Did you mean '{near[0]}'?" if near else f" There are: {', '.join(VERBS)}."
+        print(f"lightning-gradguard: no command '{verb}'.{hint}", file=sys.stderr)
+        raise SystemExit(2)
+
+
+def usage() -> str:
+    """What `--help` prints.
+
+    Example:
+        >>> "demo" in usage()
+        True
+    """
+    verbs = "\n".join(f"  {verb:<6} {what}" for verb, what in VERBS.items())
+    return (
+        "lightning-gradguard COMMAND ...\n\n"
+        f"{verbs}\n\n"
+        "lightning-gradguard COMMAND --help tells what a command takes."
+    )
