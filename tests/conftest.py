@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 
 import pytest
 import torch
 
 
 @pytest.fixture(autouse=True)
-def _one_thread_and_quiet() -> None:
+def _alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One thread, a seed, an empty folder to write to, and no chatter."""
+    monkeypatch.chdir(tmp_path)
     torch.set_num_threads(1)
     torch.manual_seed(0)
     for name in ("pytorch_lightning", "lightning.pytorch", "lightning.fabric"):

@@ -22,7 +22,7 @@ from lightning_gradguard.runtime.distributed import is_sharded
 from lightning_gradguard.runtime.figures import GradientHistory
 from lightning_gradguard.runtime.incidents import incident_now, open_journal, publish
 from lightning_gradguard.runtime.lightning_api import batches_that_stepped
-from lightning_gradguard.runtime.optimizer import after_next_step
+from lightning_gradguard.runtime.optimizer import after_step
 from lightning_gradguard.runtime.reporting import family
 from lightning_gradguard.runtime.step import (
     Step,
@@ -302,10 +302,10 @@ class _Look:
         self._weights = tensor_norms(parameters)
         if update_ratio:
             before = [parameter.clone() for parameter in parameters]
-            self._handle = after_next_step(step.optimizer, lambda: self._measure_updates(parameters, before))
+            self._handle = after_step(step.optimizer, lambda: self._measure_updates(parameters, before))
 
     def close(self) -> None:
-        """No update has come, if none has come yet: the GradScaler skipped it."""
+        """Stop waiting for the update; the GradScaler may have skipped it."""
         if self._handle is not None:
             self._handle.remove()
 

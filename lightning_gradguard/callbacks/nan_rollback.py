@@ -118,6 +118,7 @@ class NaNRollback(StepCallback):
         self.max_rollbacks = max_rollbacks
         self.restore_rng = restore_rng
         self.rewind_schedulers = rewind_schedulers
+        self.max_skip_fraction = max_skip_fraction
         self.incident_dir = incident_dir
         self.state_arguments = {"patience": patience}
         self.skips = 0
@@ -143,6 +144,7 @@ class NaNRollback(StepCallback):
         """Forget snapshots of another fit."""
         self._ring.clear()
         self._accepted_since_snapshot = 0
+        self._snapshot_is_due = False
         self._traces = Traces(trainer, pl_module)
         self._window_is_open = False
         repeats = any(map(lightning_api.calls_closure_repeatedly, trainer.optimizers))
@@ -154,6 +156,12 @@ class NaNRollback(StepCallback):
         """Remember what the forward passes of a step are about to change."""
         self._batch = _Batch()
         self._batch_idx = batch_idx
+        if self._snapshot_is_due:
+            # only now have all callbacks, averages among them, seen the step before
+            self._snapshot_is_due = False
+            companions = self._companions_of(trainer)
+            self._ring.capture(lambda s: training_state.capture(trainer, s, companions))
+            self._look_at_weights(trainer)
         if not self._window_is_open:
             self._window_is_open = True
             self._traces.keep()
@@ -197,7 +205,7 @@ class NaNRollback(StepCallback):
             self._accept(trainer, pl_module, step)
 
     def on_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch_idx: int) -> None:
-        """Go back if that is due; else keep a snapshot when one is due."""
+        """Go back if that is due; else see whether the next snapshot is."""
         if self._batch.first_closure is not None:
             self._settle_closures(trainer, pl_module, self._batch.first_closure)
         if self._batch.decision == "give up":
@@ -209,12 +217,9 @@ class NaNRollback(StepCallback):
         elif self._batch.accepted:
             self._ring.good_step()
             self._accepted_since_snapshot += 1
-            due = self._accepted_since_snapshot >= self.snapshot_every_n_steps
-            if due and not self._ring.is_pending:
+            if self._accepted_since_snapshot >= self.snapshot_every_n_steps and not self._ring.is_pending:
                 self._accepted_since_snapshot = 0
-                companions = self._companions_of(trainer)
-                self._ring.capture(lambda s: training_state.capture(trainer, s, companions))
-                self._look_at_weights(trainer)
+                self._snapshot_is_due = True
         if is_logging_step(trainer) or trainer.is_last_batch:
             self._report(trainer)
 
@@ -328,8 +333,9 @@ class NaNRollback(StepCallback):
         file = incidents_file(trainer)
         raise TrainingDivergedError(
             f"Training was stopped at step {trainer.global_step} after {self.rollbacks} rollbacks "
-            f"(max_rollbacks={self.max_rollbacks}) and {self.skips} skipped steps; weights are those of "
-            f"step {snapshot.companions.step}, the last that were proven good. "
+            f"(max_rollbacks={self.max_rollbacks}) and {self.skips} skipped steps "
+            f"(max_skip_fraction={self.max_skip_fraction:g}); weights are those of step "
+            f"{snapshot.companions.step}, the last that were proven good. "
             f"{advice('training_diverged')}" + (f" What happened: {file}" if file else "")
         )
 

@@ -117,8 +117,7 @@ def power_sums(tensors: Sequence[Tensor], norm_type: float = 2.0) -> Tensor:
     result = torch.zeros(len(tensors), dtype=torch.float64, device=tensors[0].device)
     for (_, dtype), members in groups.items():
         chunks = [chunk for _, chunk in members]
-        wide = torch.float32 if dtype in (torch.float16, torch.bfloat16) else None
-        norms = torch.stack(torch._foreach_norm(chunks, norm_type, dtype=wide))
+        norms = torch.stack(torch._foreach_norm(chunks, norm_type, dtype=_accumulator(dtype, norm_type)))
         norms = norms.to(result.device, torch.float64)
         owners = torch.tensor([index for index, _ in members], device=result.device)
         if norm_type == math.inf:
@@ -228,8 +227,15 @@ def _chunks(tensor: Tensor) -> Sequence[Tensor]:
     if not tensor.is_contiguous():
         strides = tensor.stride()
         order = sorted(range(tensor.ndim), key=lambda dim: -strides[dim])
-        tensor = tensor.permute(order)
-    return torch.split(tensor.reshape(-1), CHUNK)
+        tensor = tensor.permute(order).contiguous()
+    return torch.split(tensor.view(-1), CHUNK)
+
+
+def _accumulator(dtype: torch.dtype, norm_type: float) -> torch.dtype | None:
+    """What to sum in; only the kernels of the two usual norms are accurate in float32."""
+    if norm_type not in (2.0, math.inf):
+        return torch.float64
+    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else None
 
 
 def _local(tensor: Tensor) -> Tensor:

@@ -73,24 +73,19 @@ class ScaledLearningRate:
         self._asked = []
 
 
-def after_next_step(optimizer: Optimizer, act: Callable[[], None]) -> RemovableHandle:
-    """Run `act` once, right after the optimizer's next update.
+def after_step(optimizer: Optimizer, act: Callable[[], None]) -> RemovableHandle:
+    """Run `act` right after each update of the optimizer, until the handle is removed.
 
     Args:
         optimizer: The optimizer about to step, possibly already inside of `step`.
-        act: Called with weights as the update left them.
-
-    Returns:
-        A handle that takes the hook off if the step does not take place.
+        act: Called, without recording gradients, with weights as the update left them.
     """
 
-    def once(*_: Any) -> None:
-        handle.remove()
+    def hook(*_: Any) -> None:
         with torch.no_grad():
             act()
 
-    handle = optimizer.register_step_post_hook(once)
-    return handle
+    return optimizer.register_step_post_hook(hook)
 
 
 def drop_gradients(optimizer: Optimizer, *, unscales_itself: bool) -> None:

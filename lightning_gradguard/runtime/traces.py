@@ -64,6 +64,9 @@ def _state(metric: Metric) -> dict[str, Any]:
 
 
 def _put_back(metric: Metric, state: dict[str, Any]) -> None:
+    if state["count"] == 0:
+        metric.reset()  # Lightning leaves out a mean that was reset, and warns of one without a value
+        return
     for name, value in state["states"].items():
         setattr(metric, name, value.clone() if isinstance(value, Tensor) else list(value))
     metric._update_count = state["count"]

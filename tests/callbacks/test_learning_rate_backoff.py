@@ -1,0 +1,171 @@
+"""The learning rate is scaled exactly, only while the optimizer steps, under every scheduler."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from torch import Tensor, nn
+from torch.optim import lr_scheduler as schedulers
+
+from lightning_gradguard import LearningRateBackoff, NaNRollback
+from lightning_gradguard.runtime.optimizer import ScaledLearningRate
+from tests.tasks import Batch, Classifier, batches, fit, poisoned
+
+Make = Callable[[torch.optim.Optimizer], Any]
+SCHEDULERS: dict[str, Make] = {
+    "none": lambda o: None,
+    "lambda": lambda o: schedulers.LambdaLR(o, lambda step: 0.9**step),
+    "multiplicative": lambda o: schedulers.MultiplicativeLR(o, lambda step: 0.95),
+    "step": lambda o: schedulers.StepLR(o, 4),
+    "multistep": lambda o: schedulers.MultiStepLR(o, [3, 9]),
+    "constant": lambda o: schedulers.ConstantLR(o, 0.5, 6),
+    "linear": lambda o: schedulers.LinearLR(o, 0.1, 1.0, 10),
+    "exponential": lambda o: schedulers.ExponentialLR(o, 0.9),
+    "polynomial": lambda o: schedulers.PolynomialLR(o, 15),
+    "cosine": lambda o: schedulers.CosineAnnealingLR(o, 15),
+    "cosine with floor": lambda o: schedulers.CosineAnnealingLR(o, 15, eta_min=0.01),
+    "warm restarts": lambda o: schedulers.CosineAnnealingWarmRestarts(o, 5),
+    "cyclic": lambda o: schedulers.CyclicLR(o, 0.01, 0.1, 4),
+    "one cycle": lambda o: schedulers.OneCycleLR(o, 0.2, total_steps=25),
+    "chained": lambda o: schedulers.ChainedScheduler(
+        [schedulers.ConstantLR(o, 0.5, 4), schedulers.ExponentialLR(o, 0.9)]
+    ),
+    "sequential": lambda o: schedulers.SequentialLR(
+        o, [schedulers.LinearLR(o, 0.1, 1.0, 5), schedulers.CosineAnnealingLR(o, 15)], [5]
+    ),
+    "plateau": lambda o: schedulers.ReduceLROnPlateau(o, patience=2),
+}
+
+
+def rates(make: Make, scale: float | None, tensor: bool = False) -> tuple[list[float], list[float]]:
+    """Learning rates as asked for and as used, over 20 steps; the scale is set at the sixth."""
+    weight = nn.Parameter(torch.zeros(1))
+    lr: Any = torch.tensor(0.1, dtype=torch.float64) if tensor else 0.1
+    optimizer = torch.optim.SGD([weight], lr=lr, momentum=0.5)
+    scheduler = make(optimizer)
+    guard = ScaledLearningRate(optimizer) if scale is not None else None
+    asked, used = [], []
+
+    def spy(*_: Any) -> None:
+        used.append(float(optimizer.param_groups[0]["lr"]))
+
+    optimizer.register_step_pre_hook(spy)
+    for step in range(20):
+        if guard is not None and step == 5:
+            guard.scale = scale or 1.0
+        asked.append(float(optimizer.param_groups[0]["lr"]))
+        weight.grad = torch.ones(1)
+        optimizer.step()
+        if scheduler is not None:
+            scheduler.step(*([1.0] if isinstance(scheduler, schedulers.ReduceLROnPlateau) else []))
+    return asked, used
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_exact_under_every_scheduler(name: str) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's advice on the order of its own schedulers
+        reference, _ = rates(SCHEDULERS[name], None)
+        asked, used = rates(SCHEDULERS[name], 0.25)
+    assert asked == reference
+    assert used == reference[:5] + [0.25 * lr for lr in reference[5:]]
+
+
+def test_a_tensor_rate_is_put_back_bit_for_bit() -> None:
+    asked, used = rates(SCHEDULERS["none"], 0.3, tensor=True)
+    assert asked == [0.1] * 20
+    assert used[5:] == [0.1 * 0.3] * 15
+
+
+def test_several_groups() -> None:
+    a, b = nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([{"params": [a], "lr": 1.0}, {"params": [b], "lr": 0.5}])
+    guard = ScaledLearningRate(optimizer)
+    guard.scale = 0.5
+    a.grad, b.grad = torch.ones(1), torch.ones(1)
+    optimizer.step()
+    assert (a.item(), b.item()) == (-0.5, -0.25)
+    assert guard.used() == [0.5, 0.25]
+
+
+def test_a_closure_that_raises_costs_no_rate() -> None:
+    weight = nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+    guard = ScaledLearningRate(optimizer)
+    guard.scale = 0.5
+
+    def fails() -> float:
+        raise RuntimeError("out of memory")
+
+    for _ in range(3):
+        with pytest.raises(RuntimeError, match="out of memory"):
+            optimizer.step(fails)
+    weight.grad = torch.ones(1)
+    optimizer.step()
+    assert weight.item() == -0.5
+    guard.remove()
+    assert optimizer.param_groups[0]["lr"] == 1.0
+    optimizer.step()
+    assert weight.item() == -1.5
+
+
+def test_a_rate_set_by_the_closure_stays() -> None:
+    weight = nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+    guard = ScaledLearningRate(optimizer)
+    guard.scale = 0.5
+
+    def sets() -> float:
+        optimizer.param_groups[0]["lr"] = 0.125
+        return 0.0
+
+    optimizer.step(sets)
+    assert optimizer.param_groups[0]["lr"] == 0.125
+
+
+def test_it_hears_rollbacks_and_not_skips() -> None:
+    lone = poisoned(batches(30), nan=[5, 10, 15, 20])
+    backoff = LearningRateBackoff()
+    fit(Classifier(), lone, [backoff, NaNRollback()])
+    assert backoff.scale == 1.0
+    storm = poisoned(batches(40), nan=[20, 21, 22])
+    backoff = LearningRateBackoff(factor=0.25, rewarm_steps=10)
+    module = Classifier()
+    used: list[float] = []
+
+    class Spy(pl.Callback):
+        def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+            (optimizer,) = trainer.optimizers
+            optimizer.register_step_pre_hook(lambda *_: used.append(optimizer.param_groups[0]["lr"]))
+
+    trainer = fit(module, storm, [backoff, NaNRollback(), Spy()])
+    assert used[:23] == [0.05] * 23
+    assert used[23] == pytest.approx(0.05 * 0.25 * 0.1)
+    assert used[-1] == pytest.approx(0.05 * 0.25)
+    assert trainer.optimizers[0].param_groups[0]["lr"] == 0.05
+
+
+def test_an_exception_in_training_puts_the_rate_back() -> None:
+    class Fails(Classifier):
+        def training_step(self, batch: Batch, batch_idx: int) -> Tensor | None:
+            if batch_idx == 30:
+                raise RuntimeError("out of memory")
+            return super().training_step(batch, batch_idx)
+
+    module = Fails()
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.05)
+    module.configure_optimizers = lambda: optimizer  # type: ignore[method-assign]
+    with pytest.raises(RuntimeError, match="out of memory"):
+        fit(module, poisoned(batches(40), nan=[20, 21, 22]), [LearningRateBackoff(), NaNRollback()])
+    assert optimizer.param_groups[0]["lr"] == 0.05
+
+
+@pytest.mark.parametrize(("name", "value"), [("factor", 1.5), ("min_scale", 0), ("cooldown_steps", -1)])
+def test_bad_arguments_are_quoted(name: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=f"{name}={value}"):
+        LearningRateBackoff(**{name: value})

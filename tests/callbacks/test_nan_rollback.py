@@ -1,0 +1,267 @@
+"""A skipped step leaves no trace; going back is exact; every budget ends with a reason."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import EMAWeightAveraging, ModelCheckpoint
+from pytorch_lightning.plugins.precision import MixedPrecision
+from torch import Tensor, nn
+from torchmetrics import MeanMetric
+
+from lightning_gradguard import (
+    AdaptiveGradientClipping,
+    Incident,
+    LearningRateBackoff,
+    NaNRollback,
+    TrainingDivergedError,
+)
+from tests.tasks import (
+    OPTIMIZERS,
+    Batch,
+    Classifier,
+    batches,
+    fit,
+    optimizer_state,
+    poisoned,
+    same,
+    weights,
+)
+
+
+class Watched(Classifier):
+    """With everything that a forward pass may write."""
+
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(norm=True, **arguments)
+        self.mean_input = MeanMetric(nan_strategy="disable")
+        self.register_buffer("seen", torch.zeros(1), persistent=False)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor | None:
+        self.seen = self.seen + batch[0].abs().sum()
+        self.mean_input.update(batch[0].mean())
+        return super().training_step(batch, batch_idx)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_a_skipped_step_leaves_no_trace(optimizer: str) -> None:
+    clean = batches(30)
+    sick = [*clean[:10], poisoned(clean, nan=[3])[3], *clean[10:]]
+    expected, module = Watched(optimizer=optimizer), Watched(optimizer=optimizer)
+    reference = EMAWeightAveraging(decay=0.9)
+    average = EMAWeightAveraging(decay=0.9)
+    twin = fit(expected, clean, [reference, NaNRollback()])
+    trainer = fit(module, sick, [average, NaNRollback()])
+    assert same(weights(expected), weights(module))
+    assert same(optimizer_state(twin), optimizer_state(trainer))
+    assert torch.equal(expected.mean_input.compute(), module.mean_input.compute())
+    assert torch.equal(
+        twin.callback_metrics["train_loss_epoch"], trainer.callback_metrics["train_loss_epoch"]
+    )
+
+
+def test_batch_norm_after_one_nan_batch_validates_as_if_never_served() -> None:
+    clean = batches(20)
+    held_out, target = batches(1, seed=5)[0]
+    losses = []
+    for data in (clean, [*clean[:8], poisoned(clean, nan=[0])[0], *clean[8:]]):
+        module = Classifier(norm=True)
+        fit(module, data, [NaNRollback()])
+        losses.append(nn.functional.cross_entropy(module.eval().net(held_out), target))
+    assert torch.equal(*losses)
+    poisoned_run = Classifier(norm=True)
+    fit(poisoned_run, poisoned(clean, nan=[8]))
+    assert not math.isfinite(poisoned_run.eval().net(held_out).sum().item())
+
+
+def test_accumulation_loses_its_window_only() -> None:
+    clean = batches(24)
+    sick = [*clean[:8], *poisoned(clean, nan=[9])[8:12], *clean[8:]]
+    expected, module, rollback = Classifier(norm=True), Classifier(norm=True), NaNRollback()
+    fit(expected, clean, accumulate_grad_batches=4)
+    fit(module, sick, [rollback], accumulate_grad_batches=4)
+    assert rollback.skips == 1
+    assert same(weights(expected), weights(module))
+
+
+def test_going_back_is_exact() -> None:
+    """Three lost batches in a row: the run goes on from the snapshot as if it had never seen what followed."""
+    clean = batches(60)
+    sick = [*clean[:31], *[poisoned(clean, nan=[0])[0]] * 3, *clean[31:]]
+
+    class Dropout(Classifier):
+        def __init__(self) -> None:
+            super().__init__("adam", norm=True, dropout=0.3)
+
+        def configure_optimizers(self) -> Any:
+            optimizer = OPTIMIZERS["adam"](self.parameters())
+            scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.95)
+            return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
+
+    rollback = NaNRollback(snapshot_every_n_steps=10, restore_rng=True, rewind_schedulers=True)
+    module, expected = Dropout(), Dropout()
+    torch.manual_seed(1)
+    trainer = fit(module, sick, [rollback, AdaptiveGradientClipping()])
+    assert (rollback.skips, rollback.rollbacks) == (3, 1)
+    # the newest snapshot with ten good steps behind it is that of step 20
+    torch.manual_seed(1)
+    twin = fit(expected, [*clean[:20], *clean[31:]], [AdaptiveGradientClipping()])
+    assert same(weights(expected), weights(module))
+    assert same(optimizer_state(twin), optimizer_state(trainer))
+    assert twin.optimizers[0].param_groups[0]["lr"] == trainer.optimizers[0].param_groups[0]["lr"]
+
+
+def test_without_rewinding_the_schedule_moves_on() -> None:
+    clean = batches(30)
+    sick = [*clean[:20], *[poisoned(clean, nan=[0])[0]] * 3, *clean[20:]]
+
+    class Scheduled(Classifier):
+        def configure_optimizers(self) -> Any:
+            optimizer = torch.optim.SGD(self.parameters(), 0.1)
+            return [optimizer], [
+                {"scheduler": torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.9), "interval": "step"}
+            ]
+
+    trainer = fit(Scheduled(), sick, [NaNRollback()])
+    assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.1 * 0.9**33)
+
+
+def test_nonfinite_weights_go_back_at_once() -> None:
+    class Overshoots(pl.Callback):
+        def on_train_batch_end(self, trainer: pl.Trainer, module: Any, *_: Any) -> None:
+            if trainer.global_step == 15:
+                module.net[0].weight.data[0, 0] = math.nan
+
+    module, rollback = Classifier(), NaNRollback(patience=10)
+    fit(module, batches(40), [Overshoots(), rollback])
+    assert rollback.rollbacks == 1
+    assert rollback.skips == 2
+    assert all(bool(torch.isfinite(tensor).all()) for tensor in weights(module))
+
+
+def test_the_budget_of_rollbacks_stops_with_a_reason(tmp_path: Path) -> None:
+    data = poisoned(batches(60), nan=range(20, 60))
+    module, rollback = Classifier(), NaNRollback(max_rollbacks=2, snapshot_every_n_steps=5)
+    with pytest.raises(TrainingDivergedError, match=r"after 2 rollbacks .*9 skipped.*incidents.jsonl"):
+        fit(module, data, [rollback], tmp_path)
+    assert all(bool(torch.isfinite(tensor).all()) for tensor in weights(module))
+    records = [json.loads(line) for line in (tmp_path / "incidents.jsonl").read_text().splitlines()]
+    assert [r["kind"] for r in records].count("rollback") == 2
+    assert records[-1]["kind"] == "training_diverged"
+    assert records[-1]["action"] == "stopped"
+
+
+def test_skipping_every_other_batch_does_not_go_on_for_ever() -> None:
+    data = poisoned(batches(400), nan=[i for i in range(400) if i % 3 != 2])
+    with pytest.raises(TrainingDivergedError, match="max_skip_fraction"):
+        fit(Classifier(), data, [NaNRollback()])
+
+
+def test_no_checkpoint_holds_nonfinite_weights(tmp_path: Path) -> None:
+    data = poisoned(batches(40), nan=[3, 10, 11, 12, 13, 14, 39])
+    keep = ModelCheckpoint(tmp_path, every_n_train_steps=1, save_top_k=-1)
+    fit(Classifier(norm=True), data, [keep, NaNRollback()], enable_checkpointing=True)
+    files = sorted(tmp_path.glob("*.ckpt"))
+    assert len(files) == 40
+    for file in files:
+        state = torch.load(file, weights_only=False)["state_dict"]
+        assert all(bool(torch.isfinite(tensor).all()) for tensor in state.values())
+
+
+def half_precision() -> list[Any]:
+    return [MixedPrecision("16-mixed", "cpu", scaler=torch.amp.GradScaler("cpu", init_scale=2.0**40))]
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw fused"])
+def test_an_overflow_is_left_to_the_scaler(optimizer: str) -> None:
+    rollback = NaNRollback()
+    bare, module = Classifier(optimizer), Classifier(optimizer)
+    fit(bare, batches(40), plugins=half_precision())
+    trainer = fit(module, batches(40), [rollback], plugins=half_precision())
+    assert rollback.amp_overflows > 5
+    assert rollback.skips == 0
+    assert same(weights(bare), weights(module))
+    assert trainer.callback_metrics["rollback/skips"].item() == 0
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw fused"])
+def test_a_nan_batch_under_the_scaler_is_skipped(optimizer: str) -> None:
+    module, rollback = Classifier(optimizer, norm=True), NaNRollback()
+    plugin = MixedPrecision("16-mixed", "cpu", scaler=torch.amp.GradScaler("cpu", init_scale=128.0))
+    fit(module, poisoned(batches(30), nan=[5, 20]), [rollback, LearningRateBackoff()], plugins=[plugin])
+    assert rollback.skips == 2
+    assert all(bool(torch.isfinite(tensor).all()) for tensor in weights(module))
+
+
+def test_overflow_that_repeats_at_the_floor_is_no_longer_left_alone() -> None:
+    class Overflows(Classifier):
+        def training_step(self, batch: Batch, batch_idx: int) -> Tensor | None:
+            loss = super().training_step(batch, batch_idx)
+            assert loss is not None
+            if batch_idx >= 5:  # finite loss, infinite gradient
+                loss = loss + (self.net[0].weight.sum() * 0 + 1e-38).sqrt() * 1e-20
+                self.net[0].weight.register_hook(lambda gradient: gradient * math.inf)
+            return loss
+
+    plugin = MixedPrecision("16-mixed", "cpu", scaler=torch.amp.GradScaler("cpu", init_scale=1.0))
+    rollback = NaNRollback(max_rollbacks=1)
+    with pytest.raises(TrainingDivergedError):
+        fit(Overflows(), batches(40), [rollback], plugins=[plugin])
+    assert rollback.amp_overflows == 3
+    assert rollback.skips > 0
+
+
+def test_incidents_reach_callbacks_module_and_file(tmp_path: Path) -> None:
+    class Listens(Classifier):
+        heard: list[Incident]
+
+        def on_training_incident(self, trainer: Any, pl_module: Any, incident: Incident) -> None:
+            self.heard = [*getattr(self, "heard", []), incident]
+
+    class Listener(pl.Callback):
+        def __init__(self) -> None:
+            self.heard: list[Incident] = []
+
+        def on_training_incident(self, trainer: Any, pl_module: Any, incident: Incident) -> None:
+            self.heard.append(incident)
+
+    module, listener = Listens(), Listener()
+    fit(module, poisoned(batches(20), nan=[6]), [NaNRollback(incident_dir=str(tmp_path)), listener])
+    (incident,) = module.heard
+    assert listener.heard == [incident]
+    assert (incident.kind, incident.step, incident.batch_idx) == ("nonfinite_loss", 6, 6)
+    assert incident.action == "skipped"
+    assert json.loads((tmp_path / "incidents.jsonl").read_text())["kind"] == "nonfinite_loss"
+
+
+def test_an_unwritable_folder_costs_no_training(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_text("in the way")
+    module = Classifier()
+    with pytest.warns(UserWarning, match="incidents are no longer written"):
+        fit(module, poisoned(batches(10), nan=[2, 5]), [NaNRollback(incident_dir=str(file))])
+    assert all(bool(torch.isfinite(tensor).all()) for tensor in weights(module))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("patience", 0),
+        ("patience", 2.5),
+        ("snapshot_every_n_steps", 0),
+        ("keep_snapshots", 0),
+        ("max_rollbacks", -1),
+        ("snapshot_device", "disk"),
+        ("max_skip_fraction", 0.0),
+        ("max_skip_fraction", 1.5),
+    ],
+)
+def test_bad_arguments_are_quoted(name: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=f"{name}={value!r}"):
+        NaNRollback(**{name: value})

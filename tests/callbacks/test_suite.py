@@ -1,0 +1,173 @@
+"""The callbacks together: separate, in any order, watching without touching."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from pathlib import Path
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import EMAWeightAveraging, ModelCheckpoint
+
+from lightning_gradguard import (
+    AdaptiveGradientClipping,
+    GradientNormMonitor,
+    InitializationCheck,
+    LearningRateBackoff,
+    NaNRollback,
+    PercentileClipping,
+    default_callbacks,
+)
+from tests.tasks import (
+    Classifier,
+    ResumableLoader,
+    accuracy,
+    batches,
+    fit,
+    optimizer_state,
+    poisoned,
+    same,
+    weights,
+)
+
+#: Spikes, lone NaN batches, and two storms that need a rollback.
+DATA = poisoned(batches(90), nan=[4, 17, 40, 41, 42, 60, 61, 62, 63, 64, 65], spikes=[9, 30, 31, 55, 80])
+
+
+def four() -> list[pl.Callback]:
+    return [
+        GradientNormMonitor(),
+        AdaptiveGradientClipping(),
+        NaNRollback(snapshot_every_n_steps=10),
+        LearningRateBackoff(rewarm_steps=5, cooldown_steps=2),
+    ]
+
+
+def ordered(order: tuple[int, ...], on_failure: str, ema_first: bool) -> list[pl.Callback]:
+    callbacks = [four()[i] for i in order]
+    check = InitializationCheck(on_failure=on_failure)  # type: ignore[arg-type]
+    callbacks.insert(order[0] + 1, check)
+    average = EMAWeightAveraging(decay=0.9)
+    return [average, *callbacks] if ema_first else [*callbacks, average]
+
+
+def averaged(trainer: pl.Trainer) -> list[torch.Tensor]:
+    (callback,) = [c for c in trainer.callbacks if isinstance(c, EMAWeightAveraging)]
+    assert callback._average_model is not None
+    return weights(callback._average_model)
+
+
+def deep(seed: int = 0) -> Classifier:
+    """So deep that its default initialization fails, and is repaired where that is asked for."""
+    module = Classifier(norm=True, dropout=0.1, seed=seed)
+    layers = [layer for _ in range(10) for layer in (torch.nn.Linear(64, 64), torch.nn.ReLU())]
+    module.net = torch.nn.Sequential(*module.net[:6], *layers, module.net[6])
+    return module
+
+
+@pytest.mark.parametrize("on_failure", ["warn", "repair"])
+def test_every_order_gives_the_same_weights(on_failure: str) -> None:
+    results, averages, counts = [], [], set()
+    for number, order in enumerate(itertools.permutations(range(4))):
+        torch.manual_seed(0)
+        callbacks = ordered(order, on_failure, ema_first=number % 2 == 0)
+        module = deep()
+        torch.manual_seed(1)
+        captured: list[list[torch.Tensor]] = []
+
+        class Last(pl.Callback):
+            def on_train_batch_end(self, trainer: pl.Trainer, *_: object) -> None:
+                captured[:] = [weights(trainer.lightning_module), averaged(trainer)]  # noqa: B023
+
+        fit(module, DATA, [*callbacks, Last()])
+        results.append(captured[0])
+        averages.append(captured[1])
+        (rollback,) = [c for c in callbacks if isinstance(c, NaNRollback)]
+        counts.add((rollback.skips, rollback.rollbacks))
+    assert len(results) == 24
+    assert all(same(results[0], other) for other in results)
+    assert all(same(averages[0], other) for other in averages)
+    assert counts == {(11, 3)}
+    assert all(bool(torch.isfinite(tensor).all()) for tensor in results[0] + averages[0])
+
+
+def test_watching_changes_nothing(tmp_path: Path) -> None:
+    def run(callbacks: list[pl.Callback]) -> tuple[list[torch.Tensor], torch.Tensor]:
+        module = Classifier("adam", norm=True, dropout=0.2)
+        trainer = fit(module, batches(40), callbacks, tmp_path, log_every_n_steps=2)
+        return weights(module) + optimizer_state(trainer), torch.get_rng_state()
+
+    bare, bare_rng = run([])
+    watched, rng = run([GradientNormMonitor(histograms=True, figure_every_n_steps=10), InitializationCheck()])
+    assert same(bare, watched)
+    assert torch.equal(bare_rng, rng)
+
+
+@pytest.mark.parametrize("index", range(5))
+def test_each_callback_works_alone(index: int) -> None:
+    module = Classifier()
+    fit(module, batches(30), [default_callbacks()[index]])
+    assert all(bool(torch.isfinite(tensor).all()) for tensor in weights(module))
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+@pytest.mark.parametrize("seed", range(4))
+def test_a_nan_storm_is_survived(optimizer: str, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    sick = torch.nonzero(torch.rand(600, generator=generator) < 0.02).flatten().tolist()
+    assert sick
+    data = poisoned(batches(600, size=64, seed=seed), nan=sick)
+    bare, guarded = Classifier(optimizer, seed=seed), Classifier(optimizer, seed=seed)
+    fit(bare, data)
+    fit(guarded, data, default_callbacks())
+    assert accuracy(bare) < 0.4
+    assert accuracy(guarded) >= 0.95
+
+
+@pytest.mark.parametrize("where", [10, 30])
+def test_resume_in_mid_epoch_decides_as_the_uninterrupted_run(tmp_path: Path, where: int) -> None:
+    data = poisoned(batches(60), nan=[7, 35, 50], spikes=[20, 45])
+
+    def suite() -> list[pl.Callback]:
+        return [
+            GradientNormMonitor(),
+            AdaptiveGradientClipping(PercentileClipping(50.0, window=20)),
+            NaNRollback(),
+            LearningRateBackoff(),
+        ]
+
+    whole, resumed, callbacks = Classifier("adam"), Classifier("adam", seed=5), suite()
+
+    def keep() -> ModelCheckpoint:
+        return ModelCheckpoint(tmp_path, "middle", every_n_train_steps=where)
+
+    arguments = {"max_steps": 2 * where - 1, "enable_checkpointing": True}
+    fit(whole, data, [*suite(), keep()], loader=ResumableLoader(data), **arguments)
+    path = str(tmp_path / "middle.ckpt")
+    callbacks += [keep()]
+    fit(resumed, data, callbacks, ckpt_path=path, loader=ResumableLoader(data), **arguments)
+    assert same(weights(whole), weights(resumed))
+    assert isinstance(callbacks[2], NaNRollback)
+    assert callbacks[2].skips == sum(i < 2 * where - 1 for i in (7, 35, 50))
+
+
+def test_two_of_a_kind(tmp_path: Path) -> None:
+    monitors = [GradientNormMonitor(), GradientNormMonitor(norm_type=math.inf, level="total")]
+    trainer = fit(Classifier(), batches(10), monitors)
+    trainer.save_checkpoint(tmp_path / "two.ckpt")
+
+
+def test_replacements() -> None:
+    replaced = default_callbacks(nan_rollback=NaNRollback(patience=5), learning_rate_backoff=None)
+    assert [type(c).__name__ for c in replaced] == [
+        "InitializationCheck",
+        "GradientNormMonitor",
+        "NaNRollback",
+        "AdaptiveGradientClipping",
+    ]
+    with pytest.raises(ValueError, match="'rollback' is none of"):
+        default_callbacks(rollback=None)
+    with pytest.raises(ValueError, match="must be a NaNRollback"):
+        default_callbacks(nan_rollback=LearningRateBackoff())

@@ -1,0 +1,30 @@
+"""Every incident of the suite has a remedy."""
+
+from __future__ import annotations
+
+import pytest
+
+from lightning_gradguard.core.diagnosis import KINDS, advice
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_has_advice(kind: str) -> None:
+    assert advice(kind, ["layer.7"]).endswith(".")
+    assert "{" not in advice(kind)
+
+
+@pytest.mark.parametrize(
+    ("kind", "remedies"),
+    [
+        ("vanishing_gradient", ["non-saturating", "He", "residual", "normalization", "LSTM", "layer-wise"]),
+        ("exploding_gradient", ["clip", "learning rate", "orthogonal", "max-norm", "truncated BPTT"]),
+    ],
+)
+def test_the_remedies_of_the_field_are_named(kind: str, remedies: list[str]) -> None:
+    text = advice(kind, ["rnn.weight_hh_l0"])
+    assert all(remedy in text for remedy in remedies)
+    assert "rnn.weight_hh_l0" in text
+
+
+def test_a_kind_of_ones_own_has_none() -> None:
+    assert advice("coffee_machine_empty") == ""

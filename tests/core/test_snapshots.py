@@ -1,0 +1,125 @@
+"""What was copied comes back bit for bit, in place."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_gradguard.core.snapshots import (
+    BufferCopies,
+    Snapshot,
+    SnapshotRing,
+    all_finite,
+    rng_state,
+    set_rng_state,
+)
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, 2))
+        self.register_buffer("hidden", torch.zeros(3), persistent=False)
+        self.register_buffer("large", torch.zeros(100_000))
+
+
+def steps(net: Net, optimizer: torch.optim.Optimizer, n: int) -> list[torch.Tensor]:
+    for _ in range(n):
+        optimizer.zero_grad()
+        net.body(torch.randn(16, 4)).square().mean().backward()
+        optimizer.step()
+    return [*(p.detach().clone() for p in net.parameters()), *(b.clone() for b in net.buffers())]
+
+
+OPTIMIZERS = {
+    "sgd": lambda p: torch.optim.SGD(p, 0.1, momentum=0.9),
+    "adam": lambda p: torch.optim.Adam(p, 1e-2),
+    "fused": lambda p: torch.optim.AdamW(p, 1e-2, fused=True),
+    "rmsprop": lambda p: torch.optim.RMSprop(p, 1e-2),
+    "adagrad": lambda p: torch.optim.Adagrad(p, 1e-2),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("before", [0, 3])
+def test_a_restored_run_repeats_itself(name: str, before: int) -> None:
+    net = Net()
+    optimizer = OPTIMIZERS[name](net.parameters())
+    steps(net, optimizer, before)
+    snapshot, state = Snapshot(), rng_state()
+    snapshot.capture([net], [optimizer])
+    addresses = [p.data_ptr() for p in net.parameters()]
+    first = steps(net, optimizer, 3)
+    snapshot.restore([net], [optimizer])
+    set_rng_state(state)
+    second = steps(net, optimizer, 3)
+    assert all(map(torch.equal, first, second))
+    assert addresses == [p.data_ptr() for p in net.parameters()]
+
+
+def test_memory_is_taken_once() -> None:
+    net = Net()
+    optimizer = OPTIMIZERS["adam"](net.parameters())
+    steps(net, optimizer, 1)
+    snapshot = Snapshot()
+    snapshot.capture([net], [optimizer])
+    memory = {key: tensor.data_ptr() for key, tensor in snapshot._memory.items()}
+    steps(net, optimizer, 1)
+    snapshot.capture([net], [optimizer])
+    assert memory == {key: tensor.data_ptr() for key, tensor in snapshot._memory.items()}
+    assert snapshot.n_bytes() == sum(t.numel() * t.element_size() for t in snapshot._memory.values())
+
+
+def test_buffers_come_back_whatever_was_done_to_them() -> None:
+    net = Net()
+    copies = BufferCopies(net)
+    net.body(torch.full((16, 4), torch.nan))
+    net.hidden += 1  # type: ignore[operator]
+    net.large[5] = 1  # type: ignore[index,operator]
+    replaced = net.body[1].running_var
+    net.body[1].running_var = torch.ones(8) * 7
+    copies.restore()
+    assert all(bool(torch.isfinite(buffer).all()) for buffer in net.buffers())
+    assert not bool(net.hidden.any())  # type: ignore[operator]
+    assert not bool(net.large.any())  # type: ignore[operator]
+    assert net.body[1].running_var is replaced
+    assert torch.equal(replaced, torch.ones(8))
+
+
+def test_the_ring_qualifies_goes_further_back_and_recycles() -> None:
+    layer = nn.Linear(1, 1, bias=False)
+    ring = SnapshotRing(keep=2, good_steps=3)
+
+    def take(value: float, *, qualified: bool = False) -> None:
+        nn.init.constant_(layer.weight, value)
+        ring.capture(lambda snapshot: snapshot.capture([layer], []), qualified=qualified)
+
+    def go_back() -> float:
+        ring.go_back().restore([layer], [])
+        return layer.weight.item()
+
+    take(0.0, qualified=True)
+    take(1.0)
+    ring.good_step()
+    assert ring.is_pending
+    assert go_back() == 0.0  # 1.0 had not proven itself
+    take(2.0)
+    for _ in range(3):
+        ring.good_step()
+    assert not ring.is_pending
+    assert go_back() == 2.0
+    assert go_back() == 0.0  # again, before another was qualified: one further back
+    assert go_back() == 0.0
+    for value in (3.0, 4.0, 5.0):
+        take(value)
+        for _ in range(3):
+            ring.good_step()
+    assert len(ring) == 2
+    assert [go_back(), go_back()] == [5.0, 4.0]
+
+
+def test_all_finite() -> None:
+    assert all_finite([])
+    assert all_finite([torch.ones(2), torch.ones(2, dtype=torch.long)])
+    assert not all_finite([torch.ones(2), torch.tensor([torch.inf])])

@@ -1,0 +1,138 @@
+"""Small modules, data and runs that the tests share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+Batch = tuple[Tensor, Tensor]
+OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
+    "sgd": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9),
+    "adam": lambda p: torch.optim.Adam(p, lr=3e-3),
+    "adamw fused": lambda p: torch.optim.AdamW(p, lr=3e-3, fused=True),
+    "rmsprop": lambda p: torch.optim.RMSprop(p, lr=1e-3),
+    "adagrad": lambda p: torch.optim.Adagrad(p, lr=1e-2),
+}
+
+
+class Classifier(pl.LightningModule):
+    """The 20-64-64-4 network of the NaN storm."""
+
+    def __init__(
+        self, optimizer: str = "sgd", norm: bool = False, dropout: float = 0.0, seed: int = 0
+    ) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.net = nn.Sequential(
+            nn.Linear(20, 64),
+            nn.BatchNorm1d(64) if norm else nn.Identity(),
+            nn.ReLU(),
+            nn.Dropout(dropout),
+            nn.Linear(64, 64),
+            nn.ReLU(),
+            nn.Linear(64, 4),
+        )
+        self.optimizer = optimizer
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor | None:
+        inputs, target = batch
+        loss = nn.functional.cross_entropy(self.net(inputs), target)
+        self.log("train_loss", loss, on_step=True, on_epoch=True)
+        return loss
+
+    def configure_optimizers(self) -> Any:
+        return OPTIMIZERS[self.optimizer](self.parameters())
+
+
+def batches(n: int, size: int = 32, seed: int = 0) -> list[Batch]:
+    """Inputs, and the class that a fixed linear teacher gives them."""
+    teacher = torch.randn(20, 4, generator=torch.Generator().manual_seed(99))
+    generator = torch.Generator().manual_seed(seed)
+    inputs = [torch.randn(size, 20, generator=generator) for _ in range(n)]
+    return [(x, (x @ teacher).argmax(1)) for x in inputs]
+
+
+def poisoned(data: Sequence[Batch], nan: Collection[int] = (), spikes: Collection[int] = ()) -> list[Batch]:
+    """The same batches, some with NaN inputs, some a thousand times too large."""
+    return [
+        (x * float("nan"), y) if i in nan else (x * 1000, y) if i in spikes else (x, y)
+        for i, (x, y) in enumerate(data)
+    ]
+
+
+def plain_loader(data: Sequence[Batch]) -> DataLoader[Batch]:
+    return DataLoader(data, batch_size=None)  # type: ignore[arg-type]
+
+
+class ResumableLoader:
+    """Goes on in mid-epoch where a checkpoint was written, as torchdata's StatefulDataLoader does."""
+
+    def __init__(self, data: Sequence[Batch]) -> None:
+        self.data = data
+        self.position = 0
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __iter__(self) -> Iterator[Batch]:
+        start, self.position = self.position, 0
+        for i in range(start, len(self.data)):
+            self.position = i + 1
+            yield self.data[i]
+
+    def state_dict(self) -> dict[str, int]:
+        return {"position": self.position}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.position = state["position"]
+
+
+def fit(
+    module: pl.LightningModule,
+    data: Sequence[Batch],
+    callbacks: Sequence[pl.Callback] = (),
+    folder: Path | None = None,
+    ckpt_path: str | None = None,
+    loader: Any = None,
+    **trainer_arguments: Any,
+) -> pl.Trainer:
+    """A real fit on the CPU, quiet, without files unless a folder is given."""
+    arguments: dict[str, Any] = {
+        "accelerator": "cpu",
+        "devices": 1,
+        "max_epochs": 1,
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "default_root_dir": folder,
+        "log_every_n_steps": 10,
+    }
+    trainer = pl.Trainer(callbacks=list(callbacks), **{**arguments, **trainer_arguments})
+    trainer.fit(module, loader or plain_loader(data), ckpt_path=ckpt_path)
+    return trainer
+
+
+def weights(module: nn.Module) -> list[Tensor]:
+    return [p.detach().clone() for p in module.parameters()] + [b.clone() for b in module.buffers()]
+
+
+def same(first: Sequence[Tensor], second: Sequence[Tensor]) -> bool:
+    """Bit for bit."""
+    return len(first) == len(second) and all(map(torch.equal, first, second))
+
+
+def optimizer_state(trainer: pl.Trainer) -> list[Tensor]:
+    states = [state for o in trainer.optimizers for state in o.state.values()]
+    return [v for state in states for v in state.values() if isinstance(v, Tensor)]
+
+
+def accuracy(module: Classifier) -> float:
+    inputs, target = batches(1, size=2000, seed=7)[0]
+    return float((module.eval().net(inputs).argmax(1) == target).float().mean())
