@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lightning_gradguard.core.probing import (
     LAYERS,
+    NOTHING,
     RECTIFIERS,
     Layer,
     Probe,
@@ -95,7 +96,7 @@ def check(
     if any(finding.criterion == "nonfinite_weights" for finding in findings):
         return findings, {}
     seen = probe(module, run_loss)
-    findings += _judge_constant(module, seen)
+    findings += _judge_constant(seen)
     findings += _judge_loss(module, seen)
     findings += _judge_activations(seen)
     findings += _judge_gains(seen, scale_free=scale_free)
@@ -218,11 +219,12 @@ def table(findings: Sequence[Finding]) -> str:
     )
 
 
-def _judge_constant(module: nn.Module, seen: Probe) -> list[Finding]:
+def _judge_constant(seen: Probe) -> list[Finding]:
     """Weights that are all the same; zeros are a habit at the end of a residual branch or a network."""
     findings = []
     first = next((g for g in seen.gradients.values() if g is not None), None)
-    blocked = first is not None and not bool(first.any())
+    head_is_zero = bool(seen.layers) and not bool(seen.layers[-1].module.weight.detach().any())
+    blocked = first is not None and not bool(first.any()) and not head_is_zero
     for layer in seen.layers:
         weight = layer.module.weight.detach()
         if weight.numel() > 1 and bool((weight == 0).all()):
@@ -270,7 +272,10 @@ def _judge_gains(seen: Probe, *, scale_free: bool) -> list[Finding]:
     layers = [layer for layer in seen.layers if layer.gain is not None]
     if len(layers) < 2 or seen.block_gain is None:
         return []
-    gain, block = layers[0].gain or 0.0, seen.block_gain
+    block = seen.block_gain
+    gain = layers[0].gain or 0.0
+    if gain <= NOTHING:
+        gain = block  # a branch that starts at zero sends nothing back; what goes around it tells
     if not (math.isfinite(gain) and math.isfinite(block)):
         severity: Severity = "fail"
     elif abs(block) >= FAIL_BLOCK or gain <= FAIL_LAYER:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -20,6 +21,8 @@ from lightning_gradguard.core.snapshots import BufferCopies, rng_state, set_rng_
 RECTIFIERS = frozenset({"relu", "leaky_relu", "elu", "selu", "gelu", "silu", "mish", "relu6", "celu"})
 SATURATING = {"tanh": 0.97, "sigmoid": 0.985}
 LOSSES = frozenset({"cross_entropy", "nll_loss"})
+#: log10 of a gain of zero.
+NOTHING = -45.0
 #: Layers whose weights are looked at.
 WeightedLayer: TypeAlias = nn.Linear | _ConvNd
 LAYERS = (nn.Linear, _ConvNd)
@@ -250,7 +253,7 @@ def _gain_through_time(inputs: Tensor, outputs: Tensor, time: int, generator: to
 
 
 def _decades(value: float) -> float:
-    return float(torch.tensor(value, dtype=torch.float64).clamp(min=1e-45).log10())
+    return math.log10(max(value, 10**NOTHING)) if value == value else math.nan
 
 
 def _own(module: nn.Module) -> dict[str, Any]:

@@ -1,0 +1,114 @@
+"""The check on a real fit: warns, raises or repairs, and otherwise was never there."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pytorch_lightning.loggers import CSVLogger
+from torch import Tensor, nn
+
+from lightning_gradguard import InitializationCheck, InitializationError, NaNRollback
+from tests.tasks import Batch, Classifier, batches, fit, same, weights
+
+
+class Deep(Classifier):
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        layers = [layer for _ in range(12) for layer in (nn.Linear(64, 64), nn.ReLU())]
+        self.net = nn.Sequential(nn.Linear(20, 64), nn.BatchNorm1d(64), nn.Dropout(0.1), *layers)
+        self.net.append(nn.Linear(64, 4))
+
+
+def test_warn_changes_nothing_and_says_it_all(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bare, module = Deep(), Deep()
+    logger = CSVLogger(tmp_path)
+    torch.manual_seed(1)
+    fit(bare, batches(5))
+    torch.manual_seed(1)
+    check = InitializationCheck()
+    trainer = fit(module, batches(5), [check], logger=logger, enable_progress_bar=True)
+    assert same(weights(bare), weights(module))
+    printed = capsys.readouterr()
+    text = printed.out + printed.err
+    assert "nn.init.kaiming_normal_(model.net.5.weight, nonlinearity='relu')" in text
+    record = json.loads((Path(logger.log_dir) / "incidents.jsonl").read_text())
+    assert record["kind"] == "poor_initialization"
+    assert record["action"] == "none"
+    assert "net.5" in record["where"]
+    header = (Path(logger.log_dir) / "metrics.csv").read_text().splitlines()[0]
+    assert "init/gradient_gain" in header
+    assert trainer.callback_metrics["train_loss_epoch"].isfinite()
+
+
+def test_raise_stops_before_the_first_step() -> None:
+    module = Deep()
+    before = weights(module)
+    with pytest.raises(InitializationError, match="(?s)will not train.*gradient_gain.*kaiming_normal_"):
+        fit(module, batches(5), [InitializationCheck(on_failure="raise")])
+    assert same(before, weights(module))
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_repaired_weights_are_those_that_a_rollback_returns_to(order: int) -> None:
+    check, rollback = InitializationCheck(on_failure="repair"), NaNRollback(patience=1)
+    nan = [(x * float("nan"), y) for x, y in batches(1)]
+    module, twin = Deep(), Deep()
+    fit(module, nan * 1, [check, rollback][::order])
+    assert rollback.rollbacks == 0 or rollback.rollbacks == 1
+    fit(twin, batches(1), [InitializationCheck(on_failure="repair")], max_steps=0)
+    healthy = Deep()
+    fit(healthy, [*batches(1), *nan], [InitializationCheck(on_failure="repair"), NaNRollback(patience=1)])
+    assert not same(weights(Deep()), weights(healthy))
+    assert all(bool(torch.isfinite(w).all()) for w in weights(healthy))
+
+
+def test_a_resumed_run_is_not_checked(tmp_path: Path) -> None:
+    trainer = fit(Deep(), batches(3))
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    check = InitializationCheck(on_failure="raise")
+    fit(Deep(), batches(3), [check], max_epochs=2, ckpt_path=str(tmp_path / "a.ckpt"))
+    assert check.findings == []
+
+
+def test_manual_optimization_is_looked_at_in_passing() -> None:
+    class Manual(Deep):
+        def __init__(self) -> None:
+            super().__init__()
+            self.automatic_optimization = False
+            layers = [layer for _ in range(25) for layer in (nn.Linear(64, 64), nn.Sigmoid())]
+            self.net = nn.Sequential(nn.Linear(20, 64), *layers, nn.Linear(64, 4))
+
+        def training_step(self, batch: Batch, batch_idx: int) -> None:
+            optimizer: Any = self.optimizers()
+            loss = nn.functional.cross_entropy(self.net(batch[0]), batch[1])
+            optimizer.zero_grad()
+            self.manual_backward(loss)
+            optimizer.step()
+
+    bare, module, check = Manual(), Manual(), InitializationCheck()
+    bare.load_state_dict(module.state_dict())
+    fit(bare, batches(3))
+    fit(module, batches(3), [check])
+    assert same(weights(bare), weights(module))
+    assert [f.criterion for f in check.findings] == ["gradient_profile"]
+    assert check.findings[0].value > 3
+
+
+@pytest.mark.parametrize("returned", [None, {"loss": None}, "text"])
+def test_a_step_without_a_loss_is_no_harm(returned: Any) -> None:
+    calls: list[int] = []  # outside of the module, whose attributes the check puts back
+
+    class Odd(Classifier):
+        def training_step(self, batch: Batch, batch_idx: int) -> Tensor | None:
+            calls.append(batch_idx)
+            return returned if len(calls) == 1 else super().training_step(batch, batch_idx)
+
+    check, module = InitializationCheck(on_failure="raise"), Odd()
+    fit(module, batches(3), [check])
+    assert calls == [0, 0, 1, 2]
+    assert check.findings == []
+    assert all(bool(torch.isfinite(w).all()) for w in weights(module))
