@@ -1,0 +1,135 @@
+"""The package keeps its word: names, version, floors, README, examples."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+import lightning_gradguard
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def test_public_names_are_sorted_and_there() -> None:
+    assert lightning_gradguard.__all__ == sorted(lightning_gradguard.__all__)
+    assert set(lightning_gradguard.__all__) == set(lightning_gradguard._HOME)
+    for name in lightning_gradguard.__all__:
+        assert getattr(lightning_gradguard, name).__name__ == name
+    assert dir(lightning_gradguard) == lightning_gradguard.__all__
+    with pytest.raises(AttributeError, match="'Clipper'"):
+        lightning_gradguard.Clipper  # noqa: B018
+
+
+def test_the_version_is_that_of_the_changelog() -> None:
+    newest = re.search(r"^## \[(.+?)\]", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert newest is not None
+    assert newest.group(1) == lightning_gradguard.__version__
+
+
+def test_the_core_loads_without_lightning() -> None:
+    code = (
+        "import sys, lightning_gradguard.core.clipping, lightning_gradguard.core.initialization;"
+        "from lightning_gradguard import ZScoreClipping;"
+        "assert not {'pytorch_lightning', 'lightning', 'torchmetrics'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_the_linter_holds_the_floors(tmp_path: Path) -> None:
+    for floor, imported in (
+        ("core", "pytorch_lightning"),
+        ("core", "lightning_gradguard.runtime.step"),
+        ("runtime", "lightning_gradguard.callbacks.nan_rollback"),
+        ("callbacks", "lightning_gradguard.callbacks.nan_rollback"),
+        ("callbacks", "lightning_gradguard.cli.main"),
+    ):
+        room = ROOT / "lightning_gradguard" / floor / "scratch.py"
+        result = subprocess.run(
+            [sys.executable, "-m", "ruff", "check", "--no-cache", "--stdin-filename", str(room), "-"],
+            input=f'"""Looks upstairs."""\n\nimport {imported}\n',
+            capture_output=True,
+            text=True,
+        )
+        assert "TID251" in result.stdout, (floor, imported)
+
+
+@pytest.mark.parametrize("snippet", re.findall(r"```python\n(.*?)```", README, re.DOTALL))
+def test_readme_snippets_run(snippet: str) -> None:
+    exec(compile(snippet, "README.md", "exec"), {})
+
+
+def test_readme_yaml_is_understood() -> None:
+    (text,) = re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)
+    for entry in yaml.safe_load(text)["trainer"]["callbacks"]:
+        name = entry["class_path"].rpartition(".")[2]
+        assert name in lightning_gradguard.__all__
+
+
+def test_readme_targets_exist() -> None:
+    targets = re.findall(r"^make (\w+)", README, re.MULTILINE)
+    assert targets == ["demo", "test"]
+    makefile = (ROOT / "Makefile").read_text()
+    assert all(f"\n{target}:" in makefile for target in [*targets, "check", "install"])
+    assert (ROOT / "docs/images/demo.png").stat().st_size > 10_000
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "lightning_gradguard", *arguments],
+        capture_output=True,
+        text=True,
+        env={**__import__("os").environ, "PYTHONPATH": str(ROOT)},
+    )
+
+
+def test_fit_from_yaml(tmp_path: Path) -> None:
+    yaml_file = str(ROOT / "examples" / "digits.yaml")
+    result = run(
+        "fit", "-c", yaml_file, "--trainer.max_steps", "12", "--trainer.enable_progress_bar", "false"
+    )
+    assert result.returncode == 0, result.stderr
+    (folder,) = Path("lightning_logs").iterdir()
+    saved = yaml.safe_load((folder / "config.yaml").read_text())
+    classes = [entry["class_path"].rpartition(".")[2] for entry in saved["trainer"]["callbacks"]]
+    assert classes == ["InitializationCheck", "AdaptiveGradientClipping", "NaNRollback"]
+    records = [json.loads(line) for line in (folder / "incidents.jsonl").read_text().splitlines()]
+    assert records[0]["action"] == "repaired"
+
+
+def test_fit_on_a_module_of_the_current_folder(tmp_path: Path) -> None:
+    source = (ROOT / "examples" / "digits.py").read_text()
+    Path("mine.py").write_text(source)
+    result = run(
+        "fit", "--model", "mine.DeepNetwork", "--data", "mine.Digits", "--trainer.max_steps", "12",
+        "--trainer.callbacks+=NaNRollback", "--trainer.callbacks.patience=7",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["fitt"], "Did you mean 'fit'"),
+        (["bake"], "There are: fit, demo"),
+        (["demo", "--max_steps", "0"], "--max_steps 0 must be at least 1"),
+        (["fit", "--model", "missing.Module"], "missing"),
+    ],
+)
+def test_wrong_input_is_one_message_and_code_two(arguments: list[str], message: str) -> None:
+    result = run(*arguments)
+    assert result.returncode == 2
+    assert message in result.stderr
+    assert len(result.stderr.splitlines()) <= 12
+    assert "Traceback" not in result.stderr
+
+
+def test_help_and_version() -> None:
+    assert "demo" in run("--help").stdout
+    assert run("--version").stdout.strip() == lightning_gradguard.__version__
