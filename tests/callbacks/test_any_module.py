@@ -12,7 +12,7 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import EarlyStopping
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
-from pytorch_lightning.tuner import Tuner
+from pytorch_lightning.tuner.tuning import Tuner
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -277,7 +277,8 @@ def test_sparse_embeddings_and_complex_weights() -> None:
 
         def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
             vectors = self.embedding(batch[1])
-            return (vectors * self.phase).abs().square().mean()
+            loss: Tensor = (vectors * self.phase).abs().square().mean()
+            return loss
 
         def configure_optimizers(self) -> Any:
             return torch.optim.SGD(self.parameters(), lr=0.1)
@@ -320,17 +321,18 @@ def test_a_module_without_anything_to_train() -> None:
 def test_a_constant_loss_and_an_empty_batch() -> None:
     class Constant(Classifier):
         def training_step(self, batch: Batch, batch_idx: int) -> Tensor | None:
-            return (self.net(batch[0]) * 0).sum() + 1.0
+            loss: Tensor = (self.net(batch[0]) * 0).sum() + 1.0
+            return loss
 
     module = Constant("adam")
     before = weights(module)
     fit(module, batches(30), default_callbacks())
     assert same(before, weights(module))
-    module, rollback = Classifier(), NaNRollback()
+    other, rollback = Classifier(), NaNRollback()
     empty = (torch.zeros(0, 20), torch.zeros(0, dtype=torch.long))
-    fit(module, [*batches(3), empty, *batches(3)], [rollback])
+    fit(other, [*batches(3), empty, *batches(3)], [rollback])
     assert rollback.skips == 1  # the mean over no sample is NaN
-    assert finite(module)
+    assert finite(other)
 
 
 def test_a_loss_of_several_elements_is_lightning_s_error_to_raise() -> None:

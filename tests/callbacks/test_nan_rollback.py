@@ -38,6 +38,8 @@ from tests.tasks import (
 class Watched(Classifier):
     """With everything that a forward pass may write."""
 
+    seen: Tensor
+
     def __init__(self, **arguments: Any) -> None:
         super().__init__(norm=True, **arguments)
         self.mean_input = MeanMetric(nan_strategy="disable")
@@ -91,7 +93,7 @@ def test_accumulation_loses_its_window_only() -> None:
 
 
 def test_going_back_is_exact() -> None:
-    """Three lost batches in a row: the run goes on from the snapshot as if it had never seen what followed."""
+    """After three lost batches the run goes on as if it had never seen what followed the snapshot."""
     clean = batches(60)
     sick = [*clean[:31], *[poisoned(clean, nan=[0])[0]] * 3, *clean[31:]]
 
@@ -205,8 +207,8 @@ def test_overflow_that_repeats_at_the_floor_is_no_longer_left_alone() -> None:
             loss = super().training_step(batch, batch_idx)
             assert loss is not None
             if batch_idx >= 5:  # finite loss, infinite gradient
-                loss = loss + (self.net[0].weight.sum() * 0 + 1e-38).sqrt() * 1e-20
-                self.net[0].weight.register_hook(lambda gradient: gradient * math.inf)
+                first: Any = self.net[0]
+                first.weight.register_hook(lambda gradient: gradient * math.inf)
             return loss
 
     plugin = MixedPrecision("16-mixed", "cpu", scaler=torch.amp.GradScaler("cpu", init_scale=1.0))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 import pytorch_lightning as pl
@@ -54,17 +55,18 @@ def ordered(order: tuple[int, ...], on_failure: str, ema_first: bool) -> list[pl
 
 
 def averaged(trainer: pl.Trainer) -> list[torch.Tensor]:
-    (callback,) = [c for c in trainer.callbacks if isinstance(c, EMAWeightAveraging)]
+    callbacks: Any = trainer.callbacks  # type: ignore[attr-defined]
+    (callback,) = [c for c in callbacks if isinstance(c, EMAWeightAveraging)]
     assert callback._average_model is not None
     return weights(callback._average_model)
 
 
 def deep(seed: int = 0) -> Classifier:
     """So deep that its default initialization fails, and is repaired where that is asked for."""
-    module = Classifier(norm=True, dropout=0.1, seed=seed)
+    module: Any = Classifier(norm=True, dropout=0.1, seed=seed)
     layers = [layer for _ in range(10) for layer in (torch.nn.Linear(64, 64), torch.nn.ReLU())]
     module.net = torch.nn.Sequential(*module.net[:6], *layers, module.net[6])
-    return module
+    return cast(Classifier, module)
 
 
 @pytest.mark.parametrize("on_failure", ["warn", "repair"])
@@ -143,7 +145,7 @@ def test_resume_in_mid_epoch_decides_as_the_uninterrupted_run(tmp_path: Path, wh
     def keep() -> ModelCheckpoint:
         return ModelCheckpoint(tmp_path, "middle", every_n_train_steps=where)
 
-    arguments = {"max_steps": 2 * where - 1, "enable_checkpointing": True}
+    arguments: dict[str, Any] = {"max_steps": 2 * where - 1, "enable_checkpointing": True}
     fit(whole, data, [*suite(), keep()], loader=ResumableLoader(data), **arguments)
     path = str(tmp_path / "middle.ckpt")
     callbacks += [keep()]

@@ -123,7 +123,7 @@ def train(
         inputs = torch.randn(64, 20, generator=generator)
         loss = nn.functional.cross_entropy(network(inputs), (inputs @ teacher).argmax(1))
         optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         optimizer.param_groups[0]["lr"] = lr * min(1.0, (step + 1) / max(warmup, 1))
         gradients = measure_gradients(network.named_parameters())
         before = [parameter.detach().clone() for parameter in gradients.parameters]

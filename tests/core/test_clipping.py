@@ -36,7 +36,7 @@ POLICIES: list[Callable[[], ClippingPolicy]] = [
 ]
 
 
-def gradients_of(*grads: Sequence[float] | Tensor, weight: float = 1.0) -> Gradients:
+def gradients_of(*grads: Any, weight: float = 1.0) -> Gradients:
     named = []
     for i, grad in enumerate(grads):
         tensor = torch.as_tensor(grad, dtype=torch.float32)

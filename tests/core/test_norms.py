@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -44,7 +45,10 @@ def kinds() -> dict[str, Tensor]:
         "bfloat16": torch.randn(100).to(torch.bfloat16),
         "complex": torch.randn(100, dtype=torch.complex64),
         "sparse": torch.sparse_coo_tensor(
-            [[0, 0, 3]], torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]]), (5, 2), check_invariants=True
+            torch.tensor([[0, 0, 3]]),
+            torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]]),
+            (5, 2),
+            check_invariants=True,
         ),
     }
 
@@ -117,7 +121,12 @@ def test_only_what_has_a_gradient_is_measured() -> None:
     used, unused, frozen = (nn.Parameter(torch.ones(2)) for _ in range(3))
     used.grad = torch.ones(2)
     frozen.requires_grad_(False)
-    named = [("used", used), ("unused", unused), ("frozen", frozen), ("empty", nn.Parameter(torch.ones(0)))]
+    named: list[Any] = [
+        ("used", used),
+        ("unused", unused),
+        ("frozen", frozen),
+        ("empty", nn.Parameter(torch.ones(0))),
+    ]
     assert [name for name, _ in with_gradient(named)] == ["used"]
 
 
