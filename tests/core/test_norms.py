@@ -157,5 +157,5 @@ def test_scaling_sparse_rows() -> None:
     assert embedding.weight.grad is not None
     dense = embedding.weight.grad.to_dense()
     rows = torch.arange(5.0).view(5, 1) / 10
-    scale_gradients_(measure_gradients([("w", embedding.weight)]), [rows])
+    scale_gradients_(measure_gradients(embedding.named_parameters()), [rows])
     torch.testing.assert_close(embedding.weight.grad.to_dense(), dense * rows)
