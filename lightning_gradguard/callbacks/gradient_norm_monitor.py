@@ -118,6 +118,10 @@ class GradientNormMonitor(StepCallback):
         if stage == "fit":
             open_journal(trainer)
 
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Forget a batch that an exception ended."""
+        self._looks = {}
+
     def on_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, step: Step) -> None:
         """Measure; at a logged step look at weights as well, and at where the step moves them."""
         index = step.optimizer_index

@@ -118,7 +118,9 @@ class InitializationCheck(Callback):
         probed = type(trainer.strategy).__name__.startswith(PROBED)
         if not (probed and pl_module.automatic_optimization):
             self._looks_at_first_step = True
-            self._settle(trainer, pl_module, check_weights(pl_module))
+            findings = check_weights(pl_module)
+            failed = any_rank(_fails(findings), pl_module.device)
+            self._settle(trainer, pl_module, findings, failed=failed and self.on_failure == "raise")
             return
 
         def run_loss() -> Tensor:
@@ -190,11 +192,10 @@ class InitializationCheck(Callback):
         pl_module: pl.LightningModule,
         findings: list[Finding],
         *,
-        failed: bool | None = None,
+        failed: bool = False,
     ) -> None:
         """Tell people what was found; stop if that was asked for."""
         self.findings = self.findings + findings
-        failed = self.on_failure == "raise" and _fails(findings) if failed is None else failed
         serious = [finding for finding in findings if finding.severity != "info"]
         for kind in ("poor_initialization", "dead_units", "saturated_units"):
             members = [f for f in serious if _kind(f) == kind]

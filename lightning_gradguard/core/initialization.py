@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from lightning_gradguard.core.norms import local_shard
 from lightning_gradguard.core.probing import (
     LAYERS,
     NOTHING,
@@ -114,14 +115,15 @@ def check_weights(module: nn.Module) -> list[Finding]:
     findings = []
     for name, parameter in module.named_parameters():
         owner, _, _ = name.rpartition(".")
-        if not bool(torch.isfinite(parameter).all()):
-            share = float((~torch.isfinite(parameter)).float().mean())
+        finite = torch.isfinite(local_shard(parameter.detach()))
+        if not bool(finite.all()):
+            share = 1 - float(finite.float().mean())
             cure = f"model.{owner}.reset_parameters()" if owner else f"model.{name} = ..."
             findings.append(Finding("nonfinite_weights", owner, share, "0", "fail", cure))
     for name, layer in module.named_modules():
         if not isinstance(layer, LAYERS) or findings:
             continue
-        weight = layer.weight.detach()
+        weight = local_shard(layer.weight.detach())
         if weight.shape[0] > 1 and bool(weight.any()) and (copies := _equal_rows(weight)) > 0:
             findings.append(Finding("symmetric_units", name, copies, "0", "fail", _cure(name, "relu")))
     return findings

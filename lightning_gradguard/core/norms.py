@@ -89,6 +89,11 @@ def measure_gradients(named_parameters: Iterable[tuple[str, nn.Parameter]]) -> G
     )
 
 
+def local_shard(tensor: Tensor) -> Tensor:
+    """This rank's part of a sharded tensor, sharing its memory; any other tensor as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 def power_sums(tensors: Sequence[Tensor], norm_type: float = 2.0) -> Tensor:
     """Sum of `|x| ** norm_type` over each tensor, or the largest `|x|` for an infinite `norm_type`.
 
@@ -168,7 +173,7 @@ def unitwise_norm(tensor: Tensor) -> Tensor:
         Brock, De, Smith, Simonyan, High-Performance Large-Scale Image Recognition Without
         Normalization, 2021, arXiv:2102.06171.
     """
-    local = _local(tensor)
+    local = local_shard(tensor)
     if local.is_sparse:
         rows = local.coalesce()
         norms = unitwise_norm(rows.values())
@@ -198,7 +203,7 @@ def scale_gradients_(gradients: Gradients, coefficients: Tensor | Sequence[Tenso
             by_row = coefficient if coefficient.ndim == 0 else coefficient[rows]
             values.mul_(by_row.to(values.device, _real(values.dtype)))
             continue
-        local = _local(gradient)
+        local = local_shard(gradient)
         scaled, factors = groups.setdefault((local.device, local.dtype), ([], []))
         scaled.append(local)
         if not shared or not factors:
@@ -212,7 +217,7 @@ def scale_gradients_(gradients: Gradients, coefficients: Tensor | Sequence[Tenso
 
 def _plain_values(tensor: Tensor, norm_type: float) -> Tensor:
     """Dense real numbers with the same norm."""
-    tensor = _local(tensor.detach())
+    tensor = local_shard(tensor.detach())
     if tensor.is_sparse:
         tensor = tensor.coalesce().values()
     if tensor.is_complex():
@@ -236,10 +241,6 @@ def _accumulator(dtype: torch.dtype, norm_type: float) -> torch.dtype | None:
     if norm_type not in (2.0, math.inf):
         return torch.float64
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else None
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _real(dtype: torch.dtype) -> torch.dtype:

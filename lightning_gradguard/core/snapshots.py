@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
+
+from lightning_gradguard.core.norms import local_shard
 
 
 def rng_state() -> dict[str, Any]:
@@ -89,10 +90,10 @@ class BufferCopies:
         for owner, name, buffer in _buffers(self._module):
             copy_ = old.get((owner, name))
             if copy_ is None or copy_.buffer is not buffer or copy_.saved.shape != buffer.shape:
-                copy_ = _Copy(buffer, buffer._version, _local(buffer).clone())
+                copy_ = _Copy(buffer, buffer._version, local_shard(buffer).clone())
             elif copy_.may_have_changed:
                 targets.append(copy_.saved)
-                sources.append(_local(buffer))
+                sources.append(local_shard(buffer))
                 copy_.version = buffer._version
             self._copies[owner, name] = copy_
         _copy(targets, sources)
@@ -104,7 +105,7 @@ class BufferCopies:
         for (owner, name), copy_ in self._copies.items():
             owner._buffers[name] = copy_.buffer  # a forward pass may have put another tensor there
             if copy_.may_have_changed:
-                targets.append(_local(copy_.buffer))
+                targets.append(local_shard(copy_.buffer))
                 sources.append(copy_.saved)
         _copy(targets, sources)
         for copy_ in self._copies.values():
@@ -176,8 +177,8 @@ class Snapshot:
         sources: list[Tensor] = []
 
         def put_back(key: Any, live: Tensor) -> None:
-            if (saved := self._memory.get(key)) is not None and saved.shape == _local(live).shape:
-                targets.append(_local(live))
+            if (saved := self._memory.get(key)) is not None and saved.shape == local_shard(live).shape:
+                targets.append(local_shard(live))
                 sources.append(saved)
 
         for module in modules:
@@ -214,7 +215,7 @@ class Snapshot:
             del self._memory[key]
         targets, sources = [], []
         for key, tensor in live.items():
-            source = _local(tensor)
+            source = local_shard(tensor)
             target = self._memory.get(key)
             if target is None or target.shape != source.shape or target.dtype != source.dtype:
                 device = source.device if self._device == "same" else torch.device("cpu")
@@ -317,7 +318,7 @@ def all_finite(tensors: Iterable[Tensor]) -> bool:
         >>> all_finite([torch.ones(2), torch.tensor([1.0, torch.inf])])
         False
     """
-    flags = [torch.isfinite(_local(tensor)).all() for tensor in tensors]
+    flags = [torch.isfinite(local_shard(tensor)).all() for tensor in tensors]
     return not flags or bool(torch.stack([flag.to(flags[0].device) for flag in flags]).all())
 
 
@@ -334,10 +335,6 @@ def _buffers(module: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:
 
 def _is_plain(value: Any) -> bool:
     return isinstance(value, Tensor) and not value.is_sparse
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _copy(targets: list[Tensor], sources: list[Tensor]) -> None:

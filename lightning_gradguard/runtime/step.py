@@ -95,6 +95,8 @@ class StepCallback(lightning_api.Callback):
         """Join the suite of this Trainer."""
         if stage == "fit":
             lightning_api.refuse_unsupported_strategy(trainer, self)
+            if suite_of(trainer).has(self):  # an exception ended the fit before, without a teardown
+                del _suites[trainer]
             suite_of(trainer).join(self)
 
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
@@ -152,6 +154,10 @@ class Suite:
         self._departed: set[int] = set()
         self._losses: list[Tensor] = []
         self._names: tuple[int, dict[nn.Parameter, str]] = (0, {})
+
+    def has(self, member: StepCallback) -> bool:
+        """Whether a callback has joined."""
+        return any(member is other for other in self._members)
 
     def join(self, member: StepCallback) -> None:
         """Take a callback in; what it declares is measured from now on."""

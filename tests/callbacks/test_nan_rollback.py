@@ -17,6 +17,7 @@ from torchmetrics import MeanMetric
 
 from lightning_gradguard import (
     AdaptiveGradientClipping,
+    GradientNormMonitor,
     Incident,
     LearningRateBackoff,
     NaNRollback,
@@ -29,6 +30,7 @@ from tests.tasks import (
     batches,
     fit,
     optimizer_state,
+    plain_loader,
     poisoned,
     same,
     weights,
@@ -157,6 +159,18 @@ def test_the_budget_of_rollbacks_stops_with_a_reason(tmp_path: Path) -> None:
     assert [r["kind"] for r in records].count("rollback") == 2
     assert records[-1]["kind"] == "training_diverged"
     assert records[-1]["action"] == "stopped"
+
+
+def test_the_trainer_can_go_on_after_it_was_stopped() -> None:
+    rollback = NaNRollback(max_rollbacks=0)
+    module, monitor = Classifier(), GradientNormMonitor(every_n_steps=1)
+    trainer = fit(module, batches(3), [rollback, monitor])
+    trainer.fit_loop.max_epochs = 5
+    with pytest.raises(TrainingDivergedError):
+        trainer.fit(module, plain_loader(poisoned(batches(10), nan=range(5, 10))))
+    trainer.fit(module, plain_loader(batches(20)))
+    assert trainer.callback_metrics["grad_norm/total"] > 0
+    assert trainer.callback_metrics["rollback/skips"] == 3
 
 
 def test_skipping_every_other_batch_does_not_go_on_for_ever() -> None:
