@@ -270,7 +270,10 @@ class GradientNormMonitor(StepCallback):
         if not self.figure_every_n_steps or index:
             return
         step = batches_that_stepped(trainer)
-        self._history.append(step, self._by_name("", names, grads))
+        norms = self._by_name("", names, grads)
+        if not norms:
+            return
+        self._history.append(step, norms)
         if (step + 1) % self.figure_every_n_steps == 0 and trainer.is_global_zero:
             reporting.log_figure(trainer, "grad_norm/layers", self._history.draw(), step)
 

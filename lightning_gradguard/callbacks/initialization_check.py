@@ -28,7 +28,7 @@ from lightning_gradguard.runtime.incidents import incident_now, open_journal, pu
 from lightning_gradguard.runtime.lightning_api import (
     Callback,
     batches_that_stepped,
-    refuse_unsupported_strategy,
+    refuse_unsupported,
 )
 
 #: Optimizers that divide gradients by their size.
@@ -100,7 +100,7 @@ class InitializationCheck(Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """See to it that incidents are written."""
         if stage == "fit":
-            refuse_unsupported_strategy(trainer, self)
+            refuse_unsupported(trainer, self)
             open_journal(trainer)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -128,13 +128,13 @@ class InitializationCheck(Callback):
                 return _loss(pl_module, batch, batch_idx)
 
         def measure() -> tuple[list[Finding], dict[str, float]]:
-            return check(pl_module, run_loss, scale_free=_is_scale_free(trainer.optimizers))
+            try:
+                return check(pl_module, run_loss, scale_free=_is_scale_free(trainer.optimizers))
+            except Exception as error:
+                reporting.say(trainer, f"gradguard: the initialization was not checked: {error}")
+                return [], {}
 
-        try:
-            findings, values = measure()
-        except Exception as error:
-            reporting.say(trainer, f"gradguard: the initialization was not checked: {error}")
-            findings, values = [], {}
+        findings, values = measure()
         failed = any_rank(_fails(findings), pl_module.device)
         if failed and self.on_failure == "repair":
             findings, values = self._repair(trainer, pl_module, run_loss, measure, findings)
@@ -236,11 +236,14 @@ def _is_scale_free(optimizers: Sequence[Optimizer]) -> bool:
 @contextmanager
 def _silent(pl_module: pl.LightningModule) -> Iterator[None]:
     """Let `self.log` within `training_step` go nowhere."""
-    pl_module.__dict__["log"] = pl_module.__dict__["log_dict"] = lambda *_, **__: None
+    own = pl_module.__dict__
+    before = {name: own[name] for name in ("log", "log_dict") if name in own}
+    own["log"] = own["log_dict"] = lambda *_, **__: None
     try:
         yield
     finally:
-        del pl_module.__dict__["log"], pl_module.__dict__["log_dict"]
+        del own["log"], own["log_dict"]
+        own.update(before)
 
 
 def _loss(pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> Tensor:

@@ -18,8 +18,11 @@ class GuardedTrainer(Trainer):
     def __init__(self, *args: object, **kwargs: object) -> None:
         given = kwargs.get("callbacks") or []
         callbacks = list(given) if isinstance(given, (list, tuple)) else [given]
-        kinds = {type(callback) for callback in callbacks}
-        missing = [c for c in lightning_gradguard.default_callbacks() if type(c) not in kinds]
+        missing = [
+            default
+            for default in lightning_gradguard.default_callbacks()
+            if not any(isinstance(callback, type(default)) for callback in callbacks)
+        ]
         kwargs["callbacks"] = callbacks + missing
         super().__init__(*args, **kwargs)  # type: ignore[arg-type]
 

@@ -180,7 +180,15 @@ class ZScoreClipping(ClippingPolicy):
         return dict(self._state)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue with a saved history."""
+        """Continue with a saved history.
+
+        Raises:
+            ValueError: If it was saved with another `warmup_steps`.
+        """
+        if state_dict and len(state_dict["warmup"]) != self.warmup_steps:
+            raise ValueError(
+                f"warmup_steps={self.warmup_steps} does not fit the saved {len(state_dict['warmup'])}."
+            )
         self._state = dict(state_dict)
 
 

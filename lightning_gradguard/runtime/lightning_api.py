@@ -35,16 +35,21 @@ _REFUSED = {
 }
 
 
-def refuse_unsupported_strategy(trainer: pl.Trainer, callback: Callback) -> None:
-    """Raise for a strategy under which the suite would measure or write the wrong tensors.
+def refuse_unsupported(trainer: pl.Trainer, callback: Callback) -> None:
+    """Raise where the suite would measure or write the wrong tensors, or could not measure at all.
 
     Args:
-        trainer: The Trainer whose strategy is looked at.
+        trainer: The Trainer whose strategy and device are looked at.
         callback: Who asks; named in the message.
 
     Raises:
-        MisconfigurationException: If the strategy is one that is refused.
+        MisconfigurationException: If the strategy or the device is one that is refused.
     """
+    if trainer.strategy.root_device.type == "mps":
+        raise MisconfigurationException(
+            f"{type(callback).__name__} does not support MPS, which has no float64 to add norms up in; "
+            "use Trainer(accelerator='cpu')."
+        )
     name = type(trainer.strategy).__name__
     if name in _REFUSED:
         raise MisconfigurationException(
@@ -121,7 +126,7 @@ def resume_weight_averages(trainer: pl.Trainer) -> None:
 
 def _averaging_callbacks(trainer: pl.Trainer) -> Iterator[Any]:
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if hasattr(callback, "_average_model"):
+        if hasattr(callback, "_average_model") and hasattr(callback, "should_update"):
             yield callback
 
 

@@ -5,10 +5,13 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytorch_lightning as pl
 from pytorch_lightning.utilities import rank_zero_info
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 def family(name: str, optimizer_index: int, n_optimizers: int) -> str:
@@ -38,8 +41,8 @@ def log_text(trainer: pl.Trainer, tag: str, markdown: str, step: int) -> None:
     _log_media(trainer, "add_text", tag, markdown, step)
 
 
-def log_figure(trainer: pl.Trainer, tag: str, figure: Any, step: int) -> None:
-    """Write a matplotlib figure to the loggers that have a place for it."""
+def log_figure(trainer: pl.Trainer, tag: str, figure: Figure, step: int) -> None:
+    """Write a figure to the loggers that have a place for it."""
     _log_media(trainer, "add_figure", tag, figure, step)
 
 
@@ -50,6 +53,8 @@ def log_histogram(trainer: pl.Trainer, tag: str, values: Any, step: int) -> None
 
 def publish_metrics(pl_module: pl.LightningModule, metrics: Mapping[str, float]) -> None:
     """Put totals where `EarlyStopping(monitor=...)` and the progress bar look for them."""
+    if pl_module.trainer.barebones:
+        return
     for tag, value in metrics.items():
         pl_module.log(tag, value, on_step=True, on_epoch=False, logger=False, batch_size=1)
 

@@ -94,7 +94,7 @@ class StepCallback(lightning_api.Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Join the suite of this Trainer."""
         if stage == "fit":
-            lightning_api.refuse_unsupported_strategy(trainer, self)
+            lightning_api.refuse_unsupported(trainer, self)
             if suite_of(trainer).has(self):  # an exception ended the fit before, without a teardown
                 del _suites[trainer]
             suite_of(trainer).join(self)

@@ -10,7 +10,11 @@ from typing import Any, cast
 import pytest
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import EMAWeightAveraging, ModelCheckpoint
+from lightning_fabric.utilities.exceptions import MisconfigurationException
+from pytorch_lightning.callbacks import EMAWeightAveraging, ModelCheckpoint, StochasticWeightAveraging
+from pytorch_lightning.loggers import TensorBoardLogger
+from pytorch_lightning.strategies import SingleDeviceStrategy
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lightning_gradguard import (
     AdaptiveGradientClipping,
@@ -153,6 +157,45 @@ def test_resume_in_mid_epoch_decides_as_the_uninterrupted_run(tmp_path: Path, wh
     assert same(weights(whole), weights(resumed))
     assert isinstance(callbacks[2], NaNRollback)
     assert callbacks[2].skips == sum(i < 2 * where - 1 for i in (7, 35, 50))
+
+
+def test_stochastic_weight_averaging_goes_along() -> None:
+    module, rollback = Classifier(norm=True), NaNRollback()
+    average = StochasticWeightAveraging(swa_lrs=0.01, swa_epoch_start=1)
+    data = poisoned(batches(10), nan=[3, 9])
+    fit(module, data, [average, *default_callbacks(nan_rollback=rollback)], max_epochs=3)
+    assert rollback.skips >= 6
+    assert all(bool(torch.isfinite(p).all()) for p in module.parameters())
+
+
+@pytest.mark.parametrize("name", ["DeepSpeedStrategy", "FSDPStrategy"])
+def test_what_is_not_supported_is_refused_by_name(name: str) -> None:
+    strategy = type(name, (SingleDeviceStrategy,), {})()
+    for callback in default_callbacks():
+        with pytest.raises(MisconfigurationException, match=f"{type(callback).__name__}.*{name}.*use"):
+            fit(Classifier(), batches(1), [callback], strategy=strategy, accelerator="auto")
+
+
+def test_barebones_and_charts_of_totals_only(tmp_path: Path) -> None:
+    unset = dict.fromkeys(
+        ("logger", "log_every_n_steps", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
+    )
+    quiet = Classifier()
+    quiet.log = lambda *_, **__: None  # type: ignore[method-assign]
+    fit(quiet, batches(3), default_callbacks(), barebones=True, **unset)
+    monitor = GradientNormMonitor(level="total", figure_every_n_steps=1, every_n_steps=1)
+    fit(Classifier(), batches(3), [monitor], logger=TensorBoardLogger(tmp_path))
+
+
+def test_figures_and_histograms_of_anything(tmp_path: Path) -> None:
+    monitor = GradientNormMonitor(histograms=True, figure_every_n_steps=2, every_n_steps=1)
+    data = poisoned(batches(8), nan=[0, 1, 2, 5])
+    data += [(inputs * 1e30, target) for inputs, target in batches(2)]
+    fit(Classifier(), data, [monitor], logger=TensorBoardLogger(tmp_path))
+    events = EventAccumulator(str(tmp_path / "lightning_logs" / "version_0"))
+    events.Reload()
+    assert "grad_norm/layers" in events.Tags()["images"]
+    assert "incidents/text_summary" in events.Tags()["tensors"]
 
 
 def test_two_of_a_kind(tmp_path: Path) -> None:
