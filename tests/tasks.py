@@ -58,6 +58,14 @@ def batches(n: int, size: int = 32, seed: int = 0) -> list[Batch]:
     return [(x, (x @ teacher).argmax(1)) for x in inputs]
 
 
+def clusters(n: int, size: int = 32, seed: int = 0) -> list[Batch]:
+    """Four classes, each around a centre of its own, far enough apart to be told without an error."""
+    centres = 2 * torch.randn(4, 20, generator=torch.Generator().manual_seed(99))
+    generator = torch.Generator().manual_seed(seed)
+    targets = [torch.randint(4, (size,), generator=generator) for _ in range(n)]
+    return [(centres[y] + torch.randn(size, 20, generator=generator), y) for y in targets]
+
+
 def poisoned(data: Sequence[Batch], nan: Collection[int] = (), spikes: Collection[int] = ()) -> list[Batch]:
     """The same batches, some with NaN inputs, some a thousand times too large."""
     return [
@@ -134,5 +142,5 @@ def optimizer_state(trainer: pl.Trainer) -> list[Tensor]:
 
 
 def accuracy(module: Classifier) -> float:
-    inputs, target = batches(1, size=2000, seed=7)[0]
+    inputs, target = clusters(1, size=2000, seed=7)[0]
     return float((module.eval().net(inputs).argmax(1) == target).float().mean())

@@ -237,7 +237,7 @@ def _is_scale_free(optimizers: Sequence[Optimizer]) -> bool:
 def _silent(pl_module: pl.LightningModule) -> Iterator[None]:
     """Let `self.log` within `training_step` go nowhere."""
     own = pl_module.__dict__
-    before = {name: own[name] for name in ("log", "log_dict") if name in own}
+    before: dict[str, Any] = {name: own[name] for name in ("log", "log_dict") if name in own}
     own["log"] = own["log_dict"] = lambda *_, **__: None
     try:
         yield
