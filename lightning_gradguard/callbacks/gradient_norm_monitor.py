@@ -132,19 +132,18 @@ class GradientNormMonitor(StepCallback):
             mean = MeanMetric(nan_strategy="disable", sync_on_compute=False)
             self._nonfinite[index] = mean.to(norms.device)
         self._nonfinite[index].update((~torch.isfinite(norms)).float().mean())
-        if is_logging_step(trainer, self.every_n_steps) or trainer.is_last_batch:
+        if is_logging_step(trainer, self.every_n_steps):
             self._looks[index] = _Look(step, norms, self.update_ratio)
             if self.histograms and step.accepted:
                 self._log_histograms(trainer, step.gradients)
+        elif trainer.is_last_batch and step.accepted:
+            self._publish_total(trainer, index, total_norm_from_norms(norms, self.norm_type))
 
     def on_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch_idx: int) -> None:
         """Hand what was measured to the report."""
         looks, self._looks = self._looks, {}
         for index, look in looks.items():
             look.close()
-            if not is_logging_step(trainer, self.every_n_steps):
-                self._publish_total(trainer, index, look)
-                continue
             fraction = self._nonfinite[index].compute()
             self._nonfinite[index].reset()
             name = family("grad_norm", index, len(trainer.optimizers))
@@ -171,17 +170,16 @@ class GradientNormMonitor(StepCallback):
         for index, state in state_dict["detectors"].items():
             self._detectors[index].load_state_dict(state)
 
-    def _publish_total(self, trainer: pl.Trainer, index: int, look: _Look) -> None:
+    def _publish_total(self, trainer: pl.Trainer, index: int, total: Tensor) -> None:
         """Once an epoch at least, the total is there for `EarlyStopping`."""
         report = suite_of(trainer).report
         name = family("grad_norm", index, len(trainer.optimizers))
-        if look.accepted:
 
-            def read(host: list[float]) -> dict[str, float]:
-                report.publish_total(f"{name}/total", host[0])
-                return {}
+        def read(host: list[float]) -> dict[str, float]:
+            report.publish_total(f"{name}/total", host[0])
+            return {}
 
-            report.add(total_norm_from_norms(look.grad_norms, self.norm_type).reshape(1), read)
+        report.add(total.reshape(1), read)
 
     def _read(
         self,

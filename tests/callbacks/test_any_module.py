@@ -74,6 +74,9 @@ def test_a_gan_loses_only_the_sick_step(tmp_path: Path) -> None:
     assert rollback.skips == 1
     assert same(weights(clean.critic), weights(sick.critic))
     assert not same(weights(clean.generator), weights(sick.generator))
+    # of the sick batch, the critic's step and its forward pass through the generator stay
+    norm: Any = sick.generator[1]
+    assert norm.num_batches_tracked.item() == 2 * 8 - 1
     before = Gan()
     fit(before, batches(7))
     assert same(

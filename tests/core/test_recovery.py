@@ -1,0 +1,97 @@
+"""Skip, go back, give up: the same outcomes lead to the same decision, and every decision has a budget."""
+
+from __future__ import annotations
+
+import random
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lightning_gradguard.core.recovery import SPIKE_COOLDOWN, SPIKE_PATIENCE, Recovery
+
+
+def recovery(patience: int = 3, max_rollbacks: int = 2, max_skip_fraction: float = 0.5) -> Recovery:
+    return Recovery(patience, max_rollbacks, max_skip_fraction)
+
+
+def noise(generator: random.Random, level: float = 1.0) -> float:
+    return level * generator.lognormvariate(0, 0.1)
+
+
+def test_only_skips_in_a_row_count() -> None:
+    machine = recovery()
+    for _ in range(20):
+        assert machine.skipped(0) == "go on"
+        assert machine.skipped(0) == "go on"
+        assert machine.stepped(0, 1.0, 1.0) == "go on"
+        assert machine.stepped(0, 1.0, 1.0) == "go on"
+        assert machine.stepped(0, 1.0, 1.0) == "go on"
+    assert [machine.skipped(0) for _ in range(3)] == ["go on", "go on", "go back"]
+
+
+def test_each_optimizer_counts_for_itself() -> None:
+    machine = recovery()
+    for _ in range(2):
+        assert machine.skipped(0) == "go on"
+        assert machine.stepped(1, 1.0, 1.0) == "go on"
+    assert machine.skipped(1) == "go on"
+    assert machine.skipped(0) == "go back"
+
+
+def test_a_spike_of_both_that_does_not_clear_goes_back_once() -> None:
+    generator, machine = random.Random(0), recovery()
+    for _ in range(100):
+        assert machine.stepped(0, noise(generator), noise(generator)) == "go on"
+    decisions = [machine.stepped(0, noise(generator, 50), noise(generator, 50)) for _ in range(20)]
+    assert decisions.index("go back") == SPIKE_PATIENCE - 1
+    assert decisions.count("go back") == 1
+
+
+def test_a_spike_of_one_alone_is_clipping_s_business() -> None:
+    generator, machine = random.Random(0), recovery()
+    for _ in range(100):
+        machine.stepped(0, noise(generator), noise(generator))
+    assert {machine.stepped(0, noise(generator), noise(generator, 50)) for _ in range(20)} == {"go on"}
+
+
+def test_the_first_step_of_a_spike_is_told() -> None:
+    generator, machine = random.Random(0), recovery()
+    for _ in range(100):
+        machine.stepped(0, noise(generator), noise(generator))
+    told = []
+    for _ in range(5):
+        machine.stepped(0, noise(generator, 50), noise(generator, 50))
+        told.append(machine.spike_began(0))
+    assert told == [True, False, False, False, False]
+
+
+def test_a_level_that_changed_for_good_does_not_use_the_budget_up() -> None:
+    generator, machine = random.Random(0), recovery(max_rollbacks=3)
+    for _ in range(200):
+        machine.stepped(0, noise(generator), noise(generator))
+    windows = machine.windows()
+    for _ in range(4 * SPIKE_COOLDOWN):
+        decision = machine.stepped(0, noise(generator, 30), noise(generator, 30))
+        assert decision != "give up"
+        if decision == "go back":
+            machine.went_back()
+            machine.load_windows(windows)
+    assert machine.rollbacks == 1
+
+
+@given(st.lists(st.sampled_from(["skip", "step"]), max_size=150), st.integers(0, 150))
+def test_a_resumed_machine_decides_alike(events: list[str], cut: int) -> None:
+    def play(machine: Recovery, events: list[str]) -> list[str]:
+        decisions: list[str] = []
+        for event in events:
+            decision = machine.skipped(0) if event == "skip" else machine.stepped(0, 1.0, 1.0)
+            if decision == "go back":
+                machine.went_back()
+            decisions.append(decision)
+        return decisions
+
+    whole, first, resumed = recovery(), recovery(), recovery()
+    expected = play(whole, events)
+    play(first, events[:cut])
+    resumed.load_state_dict(first.state_dict())
+    assert play(resumed, events[cut:]) == expected[cut:]
