@@ -214,7 +214,7 @@ class NaNRollback(StepCallback):
             self._go_back(trainer, pl_module)
         elif self._batch.skipped:
             self._look_at_weights(trainer)
-        elif self._batch.accepted:
+        elif self._batch.accepted and not self._recovery.is_spiking:
             self._ring.good_step()
             self._accepted_since_snapshot += 1
             if self._accepted_since_snapshot >= self.snapshot_every_n_steps and not self._ring.is_pending:

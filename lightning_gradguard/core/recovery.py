@@ -80,6 +80,11 @@ class Recovery:
         """The weights are sick: go back, or give up when the budget is used up."""
         return "go back" if self.rollbacks < self._max_rollbacks else "give up"
 
+    @property
+    def is_spiking(self) -> bool:
+        """Whether the last step of any optimizer was part of a spike: no good step, then."""
+        return any(self._spiking.values())
+
     def spike_began(self, index: int) -> bool:
         """Whether the last step of an optimizer was the first of a spike."""
         return self._spiking.get(index) == 1 and not self._spike_cooldown

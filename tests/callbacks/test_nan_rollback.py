@@ -149,6 +149,30 @@ def test_nonfinite_weights_go_back_at_once() -> None:
     assert all(bool(torch.isfinite(tensor).all()) for tensor in weights(module))
 
 
+def test_a_spike_that_does_not_clear_goes_back(tmp_path: Path) -> None:
+    class Jolt(pl.Callback):
+        """What a bit flip, or one step that was far too large, does to finite weights."""
+
+        def on_train_batch_start(self, trainer: pl.Trainer, module: Any, *_: Any) -> None:
+            if trainer.global_step == 70:
+                for weight in module.parameters():
+                    weight.data.mul_(15)
+
+    class Slow(Classifier):
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), lr=1e-6)
+
+    module, before = Slow(), weights(Slow())
+    rollback = NaNRollback(snapshot_every_n_steps=5)
+    fit(module, batches(120), [Jolt(), rollback], tmp_path)
+    assert (rollback.skips, rollback.rollbacks) == (0, 1)
+    records = [json.loads(line) for line in (tmp_path / "incidents.jsonl").read_text().splitlines()]
+    assert [(r["kind"], r["step"]) for r in records] == [("loss_spike", 70), ("rollback", 80)]
+    assert records[1]["value"] <= 70
+    for one, two in zip(before, weights(module), strict=True):
+        torch.testing.assert_close(one, two, rtol=0, atol=1e-3)
+
+
 def test_the_budget_of_rollbacks_stops_with_a_reason(tmp_path: Path) -> None:
     data = poisoned(batches(60), nan=range(20, 60))
     module, rollback = Classifier(), NaNRollback(max_rollbacks=2, snapshot_every_n_steps=5)
