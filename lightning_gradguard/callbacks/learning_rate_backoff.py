@@ -98,7 +98,7 @@ class LearningRateBackoff(StepCallback):
 
     def on_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch_idx: int) -> None:
         """Report the scale, and the rates that were used."""
-        if not is_logging_step(trainer):
+        if not (suite_of(trainer).has_stepped and is_logging_step(trainer)):
             return
         values = {"lr_backoff/scale": self._scale}
         for index, rate in enumerate(self._rates):

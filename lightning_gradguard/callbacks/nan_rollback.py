@@ -220,7 +220,8 @@ class NaNRollback(StepCallback):
             if self._accepted_since_snapshot >= self.snapshot_every_n_steps and not self._ring.is_pending:
                 self._accepted_since_snapshot = 0
                 self._snapshot_is_due = True
-        if is_logging_step(trainer) or trainer.is_last_batch:
+        stepped = suite_of(trainer).has_stepped
+        if (stepped and is_logging_step(trainer)) or trainer.is_last_batch:
             self._report(trainer)
 
     def on_exception(

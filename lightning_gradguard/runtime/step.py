@@ -142,11 +142,18 @@ class StepCallback(lightning_api.Callback):
 
 
 class Suite:
-    """What the callbacks of one Trainer share."""
+    """What the callbacks of one Trainer share.
+
+    Attributes:
+        report: Numbers of the running batch on their way to people.
+        weights_are_nonfinite: Set by whoever looked at the weights; rides in the next step's reduction.
+        has_stepped: Whether an optimizer stepped in the running batch; not so while gradients accumulate.
+    """
 
     def __init__(self) -> None:
         self.report = Report()
         self.weights_are_nonfinite = False
+        self.has_stepped = False
         self._members: list[StepCallback] = []
         self._judges: list[StepCallback] = []
         self._norm_types: tuple[float, ...] = (2.0,)
@@ -187,6 +194,7 @@ class Suite:
         if step is None or id(member) in arrived:
             step, arrived = self._measure(trainer, pl_module, optimizer), set()
             if step is not None:
+                self.has_stepped = True
                 self._open[id(optimizer)] = (step, arrived)
         arrived.add(id(member))
         return step
@@ -203,6 +211,7 @@ class Suite:
         self._departed.add(id(member))
         if len(self._departed) == len(self._members):
             self._departed.clear()
+            self.has_stepped = False
             self.report.send(trainer, pl_module)
 
     def _measure(

@@ -199,6 +199,16 @@ def test_figures_and_histograms_of_anything(tmp_path: Path) -> None:
     assert "incidents/text_summary" in events.Tags()["tensors"]
 
 
+def test_accumulation_logs_each_step_once(tmp_path: Path) -> None:
+    logger = TensorBoardLogger(tmp_path)
+    fit(Classifier(), batches(42), default_callbacks(), logger=logger, accumulate_grad_batches=4)
+    events = EventAccumulator(logger.log_dir)
+    events.Reload()
+    for tag in ("grad_norm/total", "clip/coefficient", "lr_backoff/scale", "lr_backoff/lr/0"):
+        assert [point.step for point in events.Scalars(tag)] == [9], tag
+    assert [point.step for point in events.Scalars("rollback/skips")] == [9, 10]
+
+
 def test_two_of_a_kind(tmp_path: Path) -> None:
     monitors = [GradientNormMonitor(), GradientNormMonitor(norm_type=math.inf, level="total")]
     trainer = fit(Classifier(), batches(10), monitors)
