@@ -145,6 +145,7 @@ class NaNRollback(StepCallback):
         self._ring.clear()
         self._accepted_since_snapshot = 0
         self._snapshot_is_due = False
+        self._n_trained = training_state.count_trained(trainer)
         self._traces = Traces(trainer, pl_module)
         self._window_is_open = False
         repeats = any(map(lightning_api.calls_closure_repeatedly, trainer.optimizers))
@@ -165,6 +166,11 @@ class NaNRollback(StepCallback):
         if not self._window_is_open:
             self._window_is_open = True
             self._traces.keep()
+        n_trained = training_state.count_trained(trainer)
+        if n_trained != self._n_trained and not suite_of(trainer).weights_are_nonfinite:
+            # fine-tuning has unfrozen weights that no snapshot holds: start anew from here
+            self._ring.clear()
+            self._n_trained = n_trained
         if len(self._ring) == 0 or self._before_batch is not None:
             self._companions = self._companions_of(trainer)
         if self._before_batch is not None:

@@ -81,6 +81,12 @@ def restore(trainer: pl.Trainer, snapshot: Snapshot) -> None:
         parameter.grad = None
 
 
+def count_trained(trainer: pl.Trainer) -> int:
+    """Number of parameters that the optimizers write."""
+    groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
+    return sum(len(group["params"]) for group in groups)
+
+
 def trained_tensors(trainer: pl.Trainer) -> Iterator[Tensor]:
     """Every tensor that an optimizer writes: weights and its own state."""
     for optimizer in trainer.optimizers:

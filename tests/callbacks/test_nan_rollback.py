@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import EMAWeightAveraging, ModelCheckpoint
+from pytorch_lightning.callbacks import BaseFinetuning, EMAWeightAveraging, ModelCheckpoint
 from pytorch_lightning.plugins.precision import MixedPrecision
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
@@ -119,6 +119,30 @@ def test_going_back_is_exact() -> None:
     assert same(weights(expected), weights(module))
     assert same(optimizer_state(twin), optimizer_state(trainer))
     assert twin.optimizers[0].param_groups[0]["lr"] == trainer.optimizers[0].param_groups[0]["lr"]
+
+
+def test_weights_that_were_unfrozen_later_go_back_too() -> None:
+    class Unfreeze(BaseFinetuning):
+        def freeze_before_training(self, pl_module: Any) -> None:
+            self.freeze(pl_module.net[0])
+
+        def finetune_function(self, pl_module: Any, epoch: int, optimizer: Any) -> None:
+            if epoch == 1:
+                self.unfreeze_and_add_param_group(pl_module.net[0], optimizer, lr=1e-3)
+
+    class Partly(Classifier):
+        def configure_optimizers(self) -> Any:
+            return torch.optim.Adam([p for p in self.parameters() if p.requires_grad], 3e-3)
+
+    class Overshoots(pl.Callback):
+        def on_train_batch_end(self, trainer: pl.Trainer, module: Any, *_: Any) -> None:
+            if trainer.global_step == 32:
+                module.net[0].weight.data.fill_(math.nan)
+
+    module, rollback = Partly(), NaNRollback(snapshot_every_n_steps=10)
+    fit(module, batches(30), [Unfreeze(), Overshoots(), rollback], max_epochs=2)
+    assert rollback.rollbacks == 1
+    assert all(bool(torch.isfinite(tensor).all()) for tensor in weights(module))
 
 
 def test_without_rewinding_the_schedule_moves_on() -> None:
