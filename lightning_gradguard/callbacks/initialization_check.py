@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import pytorch_lightning as pl
@@ -27,14 +25,14 @@ from lightning_gradguard.runtime.distributed import any_rank, broadcast_tensors
 from lightning_gradguard.runtime.incidents import incident_now, open_journal, publish
 from lightning_gradguard.runtime.lightning_api import (
     Callback,
+    allows_extra_pass,
     batches_that_stepped,
     refuse_unsupported,
 )
+from lightning_gradguard.runtime.replaying import silent, training_loss
 
 #: Optimizers that divide gradients by their size.
 SCALE_FREE = ("Ada", "Adam", "NAdam", "RAdam", "RMSprop", "Rprop", "Lion", "Muon")
-#: Strategies under which an extra pass through the module is nobody else's business.
-PROBED = ("SingleDevice", "DDP", "SingleHPU", "SingleXLA")
 #: Measured values that get charts of their own; above, only those of the whole network.
 FEW = 50
 
@@ -115,8 +113,7 @@ class InitializationCheck(Callback):
         if not self._is_due:
             return
         self._is_due = False
-        probed = type(trainer.strategy).__name__.startswith(PROBED)
-        if not (probed and pl_module.automatic_optimization):
+        if not (allows_extra_pass(trainer) and pl_module.automatic_optimization):
             self._looks_at_first_step = True
             findings = check_weights(pl_module)
             failed = any_rank(_fails(findings), pl_module.device)
@@ -124,8 +121,8 @@ class InitializationCheck(Callback):
             return
 
         def run_loss() -> Tensor:
-            with _silent(pl_module):
-                return _loss(pl_module, batch, batch_idx)
+            with silent(pl_module):
+                return training_loss(pl_module, batch, batch_idx)
 
         def measure() -> tuple[list[Finding], dict[str, float]]:
             try:
@@ -231,25 +228,3 @@ def _kind(finding: Finding) -> str:
 
 def _is_scale_free(optimizers: Sequence[Optimizer]) -> bool:
     return all(type(optimizer).__name__.startswith(SCALE_FREE) for optimizer in optimizers)
-
-
-@contextmanager
-def _silent(pl_module: pl.LightningModule) -> Iterator[None]:
-    """Let `self.log` within `training_step` go nowhere."""
-    own = pl_module.__dict__
-    before: dict[str, Any] = {name: own[name] for name in ("log", "log_dict") if name in own}
-    own["log"] = own["log_dict"] = lambda *_, **__: None
-    try:
-        yield
-    finally:
-        del own["log"], own["log_dict"]
-        own.update(before)
-
-
-def _loss(pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> Tensor:
-    wants = inspect.signature(pl_module.training_step).parameters
-    output = pl_module.training_step(batch, batch_idx) if len(wants) > 1 else pl_module.training_step(batch)
-    loss = output.get("loss") if isinstance(output, dict) else output
-    if not isinstance(loss, Tensor) or loss.numel() != 1:
-        raise TypeError(f"training_step returned {type(output).__name__}, and not one loss")
-    return loss.reshape(())

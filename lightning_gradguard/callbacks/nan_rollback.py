@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
-import math
+import dataclasses
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import pytorch_lightning as pl
 import torch
+from torch import Tensor
 
-from lightning_gradguard.core.diagnosis import advice
+from lightning_gradguard.core.diagnosis import advice, advice_for_cause
 from lightning_gradguard.core.recovery import Decision, Recovery
-from lightning_gradguard.core.snapshots import Snapshot, SnapshotRing, all_finite
-from lightning_gradguard.runtime import lightning_api, training_state
-from lightning_gradguard.runtime.distributed import any_rank
+from lightning_gradguard.core.snapshots import Snapshot, rng_state
+from lightning_gradguard.runtime import lightning_api, reporting, training_state
+from lightning_gradguard.runtime.distributed import any_rank, gather_objects
 from lightning_gradguard.runtime.incidents import (
     TrainingDivergedError,
     incident_now,
     incidents_file,
     open_journal,
     publish,
+    run_folder,
 )
+from lightning_gradguard.runtime.investigation import Investigation
+from lightning_gradguard.runtime.lost_batches import LostBatches
 from lightning_gradguard.runtime.optimizer import drop_gradients
+from lightning_gradguard.runtime.replaying import ServedBatch
 from lightning_gradguard.runtime.step import (
     Measurement,
     Step,
@@ -32,6 +38,32 @@ from lightning_gradguard.runtime.step import (
 )
 from lightning_gradguard.runtime.traces import Traces
 from lightning_gradguard.runtime.training_state import Companions
+from lightning_gradguard.runtime.way_back import WayBack
+
+#: Name of the checkpoint that is left when training was stopped.
+LAST_GOOD = "last_good.ckpt"
+#: Largest total norm that float32 can hold.
+OVERFLOW = torch.finfo(torch.float32).max
+
+
+@dataclass(frozen=True)
+class _Window:
+    """The batches of one optimizer step, and what goes back if it does not take place."""
+
+    step: int
+    batches: list[ServedBatch]
+    companions: Companions | None
+
+
+@dataclass(frozen=True)
+class _Skip:
+    """A step that was lost, until people are told."""
+
+    measurement: Measurement | None
+    window: _Window
+    batch_idx: int
+    names: tuple[str, ...]
+    norms: Tensor
 
 
 @dataclass
@@ -41,6 +73,7 @@ class _Batch:
     accepted: bool = False
     skipped: bool = False
     decision: Decision = "go on"
+    rewind: Companions | None = None
     first_closure: Step | None = None
 
 
@@ -55,6 +88,15 @@ class NaNRollback(StepCallback):
     snapshot is qualified goes one further back. Under a GradScaler, an overflow (finite loss, nonfinite
     gradients) is left to the scaler and counted, until it repeats `patience` times at a scale of 1 or less.
     Under LBFGS a batch is the unit: it is put back if it began, or left anything, nonfinite.
+
+    The first lost batch of an episode is run once more under watch, and the incident names the operation and
+    module that made the first nonfinite value, and the cause. What it takes to see it happen again is left in
+    `incidents/<step>/` of the run's folder; `lightning-gradguard replay` reads it.
+
+    No checkpoint that the Trainer writes while it fits holds nonfinite weights. When a budget is used up, the
+    last proven state is written to `last_good.ckpt` in the run's folder, from which training can be resumed.
+    Batches that were lost are in `lost_batches.rank0.jsonl` there; a resumed run that is served one of them
+    again leaves it out.
 
     Any callback may go back along with the weights: if it has `snapshot_state_dict()` and
     `load_snapshot_state_dict(state)`, these are called when a snapshot is taken and restored.
@@ -71,12 +113,21 @@ class NaNRollback(StepCallback):
         keep_snapshots: Qualified snapshots kept in memory; one that is not yet qualified comes on top. Each
             takes the memory of the trained weights, the buffers and the optimizer's state.
         max_rollbacks: After so many, the next one stops the run; 0 or more.
-        snapshot_device: `"cpu"` keeps snapshots in host memory, `"same"` beside the weights.
-        restore_rng: Whether a rollback also puts random number generators back.
-        rewind_schedulers: Whether a rollback also puts learning rate schedules back.
+        snapshot_device: `"cpu"` keeps snapshots in host memory (pinned, and written while training goes on),
+            `"same"` beside the weights.
+        check: `"exact"` waits for the device once a step and never lets a sick step happen. `"deferred"`
+            never waits: a step is judged when the next one is about to be made, and both are lost if it was
+            sick. That takes a copy of the training state, beside the weights, at every step. It is judged
+            earlier ahead of a checkpoint, validation, the end of an epoch, and on an exception. A GradScaler
+            and LBFGS wait for the device anyway, so that under them both are the same.
+        restore_rng: Whether a rollback, or a skip, also puts random number generators back.
+        rewind_schedulers: Whether a rollback, or a skip, also puts learning rate schedules back.
         max_skip_fraction: If more than this share of the last 100 steps was skipped, the run stops; in
             (0, 1].
-        incident_dir: Folder of `incidents.jsonl`; the run's own folder if `None`.
+        incident_dir: Folder of `incidents.jsonl`, dossiers and the ledger; the run's own folder if `None`.
+        max_dossiers: Episodes that are examined in a run; 0 or more. While it is above 0, references to the
+            batches of the running step are kept.
+        max_dossier_megabytes: Limit of each dossier; weights are left out first, then the batch.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -95,10 +146,13 @@ class NaNRollback(StepCallback):
         keep_snapshots: int = 2,
         max_rollbacks: int = 10,
         snapshot_device: Literal["cpu", "same"] = "cpu",
+        check: Literal["exact", "deferred"] = "exact",
         restore_rng: bool = False,
         rewind_schedulers: bool = False,
         max_skip_fraction: float = 0.5,
         incident_dir: str | None = None,
+        max_dossiers: int = 10,
+        max_dossier_megabytes: float = 100.0,
     ) -> None:
         super().__init__()
         for name, value, least in (
@@ -106,28 +160,42 @@ class NaNRollback(StepCallback):
             ("snapshot_every_n_steps", snapshot_every_n_steps, 1),
             ("keep_snapshots", keep_snapshots, 1),
             ("max_rollbacks", max_rollbacks, 0),
+            ("max_dossiers", max_dossiers, 0),
         ):
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ValueError(f"{name}={value!r} must be a whole number of at least {least}.")
         if snapshot_device not in ("cpu", "same"):
             raise ValueError(f"snapshot_device={snapshot_device!r} must be 'cpu' or 'same'.")
+        if check not in ("exact", "deferred"):
+            raise ValueError(f"check={check!r} must be 'exact' or 'deferred'.")
         if not 0 < max_skip_fraction <= 1:
             raise ValueError(f"max_skip_fraction={max_skip_fraction!r} must be in (0, 1].")
-        self.patience = patience
-        self.snapshot_every_n_steps = snapshot_every_n_steps
+        if not max_dossier_megabytes >= 0:
+            raise ValueError(f"max_dossier_megabytes={max_dossier_megabytes!r} must be 0 or more.")
         self.max_rollbacks = max_rollbacks
-        self.restore_rng = restore_rng
-        self.rewind_schedulers = rewind_schedulers
         self.max_skip_fraction = max_skip_fraction
         self.incident_dir = incident_dir
+        self.judges_late = check == "deferred"
         self.state_arguments = {"patience": patience}
         self.skips = 0
         self.amp_overflows = 0
+        self._patience = patience
+        self._rewinds = restore_rng or rewind_schedulers
+        self._keeps_batches = max_dossiers > 0
         self._overflows_at_floor = 0
-        self._accepted_since_snapshot = 0
+        self._ledger = LostBatches(None, rank=0)
+        self._earlier_ledger: str | None = None
         self._recovery = Recovery(patience, max_rollbacks, max_skip_fraction)
-        self._ring = SnapshotRing(keep_snapshots, device=snapshot_device)
+        self._way_back = WayBack(
+            keep_snapshots,
+            snapshot_every_n_steps,
+            snapshot_device,
+            rng=restore_rng,
+            schedules=rewind_schedulers,
+        )
+        self._investigation = Investigation(max_dossiers, max_dossier_megabytes)
         self._batch = _Batch()
+        self._is_fitting = False
 
     @property
     def rollbacks(self) -> int:
@@ -135,21 +203,32 @@ class NaNRollback(StepCallback):
         return self._recovery.rollbacks
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Join the suite and choose where incidents are written."""
+        """Join the suite, choose where incidents are written, and stand before every checkpoint."""
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
             open_journal(trainer, self.incident_dir)
+            lightning_api.before_checkpoints(trainer, lambda: self._before_checkpoint(trainer, pl_module))
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Forget snapshots of another fit."""
-        self._ring.clear()
-        self._accepted_since_snapshot = 0
-        self._snapshot_is_due = False
-        self._n_trained = training_state.count_trained(trainer)
+        """Begin with what this fit begins with."""
+        self._is_fitting = True
         self._traces = Traces(trainer, pl_module)
+        self._way_back.begin(trainer, self._traces)
+        self._watched_buffers = frozenset(training_state.finite_buffers(trainer))
+        self._ledger = LostBatches(run_folder(trainer), trainer.global_rank, self._earlier_ledger)
+        self._lost_earlier = set().union(*gather_objects(self._ledger.earlier()))
+        self._lost: list[_Skip] = []
+        self._window = _Window(trainer.global_step, [], None)
         self._window_is_open = False
-        repeats = any(map(lightning_api.calls_closure_repeatedly, trainer.optimizers))
-        self._before_batch = Snapshot("same") if repeats else None
+        self._unjudged: _Skip | None = None
+        self._repeats = any(map(lightning_api.calls_closure_repeatedly, trainer.optimizers))
+        self._before = Snapshot("same") if self._repeats or self.judges_late else None
+        for name in lightning_api.unknown_averages(trainer):
+            reporting.say(
+                trainer,
+                f"gradguard: {name} seems to average weights in a way that NaNRollback cannot undo; put "
+                "NaNRollback before it in the list of callbacks: then it sees only weights that were kept.",
+            )
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -157,46 +236,34 @@ class NaNRollback(StepCallback):
         """Remember what the forward passes of a step are about to change."""
         self._batch = _Batch()
         self._batch_idx = batch_idx
-        if self._snapshot_is_due:
-            # only now have all callbacks, averages among them, seen the step before
-            self._snapshot_is_due = False
-            companions = self._companions_of(trainer)
-            self._ring.capture(lambda s: training_state.capture(trainer, s, companions))
-            self._look_at_weights(trainer)
-        if not self._window_is_open:
-            self._window_is_open = True
-            self._traces.keep()
-        n_trained = training_state.count_trained(trainer)
-        if n_trained != self._n_trained and not suite_of(trainer).weights_are_nonfinite:
-            # fine-tuning has unfrozen weights that no snapshot holds: start anew from here
-            self._ring.clear()
-            self._n_trained = n_trained
-        if len(self._ring) == 0 or self._before_batch is not None:
-            self._companions = self._companions_of(trainer)
-        if self._before_batch is not None:
-            training_state.capture(trainer, self._before_batch, self._companions)
+        if not self._window_is_open or lightning_api.updates_buffers_only(trainer):
+            self._open_window(trainer)
+        if self._keeps_batches:
+            self._window.batches.append(ServedBatch(batch, batch_idx, rng_state()))
+        self._ledger.serve(trainer.global_step, trainer.current_epoch, batch_idx, batch)
+        if (trainer.current_epoch, batch_idx) in self._lost_earlier:
+            suite_of(trainer).judges_at_once = True
+            suite_of(trainer).serves_lost_batch |= self._ledger.was_lost_before()
 
     def judge(self, trainer: pl.Trainer, measurement: Measurement) -> Verdict:
         """A nonfinite step is never accepted."""
-        if measurement.nonfinite_losses or measurement.nonfinite_weights:
+        if measurement.nonfinite_losses or measurement.nonfinite_weights or measurement.lost_before:
             return "drop"
-        if measurement.nonfinite_gradients == 0 and math.isfinite(measurement.total_norm):
+        if measurement.nonfinite_gradients == 0 and measurement.total_norm <= OVERFLOW:
             return "accept"
         scaler = lightning_api.gradient_scaler(trainer)
-        return "drop" if scaler is None or self._overflows_at_floor >= self.patience else "ignore"
+        return "drop" if scaler is None or self._overflows_at_floor >= self._patience else "ignore"
 
     def on_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, step: Step) -> None:
         """Drop a sick step, and decide whether that is enough."""
-        if len(self._ring) == 0:
+        if not self._way_back.exists:
             # by now every callback has had its chance to repair the weights that training starts from
-            buffers = self._traces.buffers
-            self._ring.capture(
-                lambda s: training_state.capture(trainer, s, self._companions, buffers),
-                qualified=True,
-            )
+            assert self._window.companions is not None
+            self._way_back.capture_first(trainer, self._window.companions)
         if step.inside_closure:
             self._batch.first_closure = self._batch.first_closure or step
             return
+        self._way_back.wait()
         self._window_is_open = False
         if step.verdict == "drop":
             drop_gradients(
@@ -204,49 +271,96 @@ class NaNRollback(StepCallback):
                 unscales_itself=lightning_api.gradients_are_scaled(trainer, step.optimizer),
             )
             self._traces.undo()
-            self._reject(trainer, pl_module, step)
+            self._reject(self._skip_of(step))
         elif step.verdict == "ignore":
             self._leave_to_scaler(trainer)
+        elif step.measurement is None:
+            assert self._before is not None
+            assert self._window.companions is not None
+            buffers = self._traces.buffers
+            training_state.capture(trainer, self._before, self._window.companions, buffers)
+            self._unjudged = self._skip_of(step)
+            self._let_happen(trainer)
         else:
-            self._accept(trainer, pl_module, step)
+            self._let_happen(trainer)
+            self._accept(trainer, pl_module, step.measurement)
+
+    def on_late_verdict(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        measurement: Measurement,
+        verdict: Verdict,
+        *,
+        in_next_step: bool,
+    ) -> None:
+        """Undo a sick step after all, along with what the running one has begun."""
+        skip, self._unjudged = self._unjudged, None
+        if skip is None:
+            return
+        if verdict == "accept":
+            self._accept(trainer, pl_module, measurement)
+            return
+        assert self._before is not None
+        companions = training_state.restore(trainer, self._before, self._traces)
+        self._way_back.distrust(companions.step)
+        lost = len(skip.window.batches)
+        if in_next_step:
+            lost += len(self._window.batches)
+            self._window_is_open = False
+        self._reject(dataclasses.replace(skip, measurement=measurement), lost)
 
     def on_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch_idx: int) -> None:
         """Go back if that is due; else see whether the next snapshot is."""
+        if lightning_api.updates_buffers_only(trainer):
+            self._guard_buffers(trainer, pl_module)
         if self._batch.first_closure is not None:
             self._settle_closures(trainer, pl_module, self._batch.first_closure)
-        if self._batch.decision == "give up":
-            self._give_up(trainer, pl_module)
-        if self._batch.decision == "go back":
-            self._go_back(trainer, pl_module)
-        elif self._batch.skipped:
-            self._look_at_weights(trainer)
-        elif self._batch.accepted and not self._recovery.is_spiking:
-            self._ring.good_step()
-            self._accepted_since_snapshot += 1
-            if self._accepted_since_snapshot >= self.snapshot_every_n_steps and not self._ring.is_pending:
-                self._accepted_since_snapshot = 0
-                self._snapshot_is_due = True
+        if trainer.is_last_batch or trainer.should_stop or trainer.global_step == trainer.max_steps:
+            suite_of(trainer).settle(trainer, pl_module)
+        self._conclude(trainer, pl_module)
+        if self._batch.accepted and not self._batch.skipped and not self._recovery.is_spiking:
+            self._way_back.good_step()
         stepped = suite_of(trainer).has_stepped
         if (stepped and is_logging_step(trainer)) or trainer.is_last_batch:
             self._report(trainer)
 
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Judge what is not judged yet, so that nothing sick is validated."""
+        self._bring_forward(trainer, pl_module)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Judge what is not judged yet."""
+        self._bring_forward(trainer, pl_module)
+
     def on_exception(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
     ) -> None:
-        """Leave other callbacks as they were."""
+        """Leave sane weights, and other callbacks as they were."""
+        if self._is_fitting:
+            suite_of(trainer).settle(trainer, pl_module)
         lightning_api.resume_weight_averages(trainer)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Leave other callbacks as they were."""
         lightning_api.resume_weight_averages(trainer)
 
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Leave the Trainer as it was."""
+        super().teardown(trainer, pl_module, stage)
+        if stage == "fit":
+            self._is_fitting = False
+            lightning_api.no_longer_before_checkpoints(trainer)
+
     def state_dict(self) -> dict[str, Any]:
-        """Counters and detectors; snapshots are not part of it."""
+        """Counters, detectors and the place of the ledger; snapshots are not part of it."""
         return {
             "skips": self.skips,
             "amp_overflows": self.amp_overflows,
             "overflows_at_floor": self._overflows_at_floor,
             "recovery": self._recovery.state_dict(),
+            "examined": self._investigation.examined,
+            "ledger": self._ledger.folder or self._earlier_ledger,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -255,6 +369,8 @@ class NaNRollback(StepCallback):
         self.amp_overflows = state_dict["amp_overflows"]
         self._overflows_at_floor = state_dict["overflows_at_floor"]
         self._recovery.load_state_dict(state_dict["recovery"])
+        self._investigation.examined = state_dict["examined"]
+        self._earlier_ledger = state_dict["ledger"]
 
     def snapshot_state_dict(self) -> dict[str, Any]:
         """The detectors' windows, which go back with the weights."""
@@ -264,40 +380,53 @@ class NaNRollback(StepCallback):
         """Put the detectors' windows back."""
         self._recovery.load_windows(state_dict)
 
-    def _accept(self, trainer: pl.Trainer, pl_module: pl.LightningModule, step: Step) -> None:
-        measurement = _measured(step)
-        self._batch.accepted = True
-        self._overflows_at_floor = 0
+    def _open_window(self, trainer: pl.Trainer) -> None:
+        self._window_is_open = True
+        self._traces.keep()
+        if self._way_back.capture_if_due(trainer):
+            self._look_at_weights(trainer)
+            self._ledger.forget_before(self._way_back.reaches_back_to())
+        elif suite_of(trainer).nonfinite_weights is None:
+            self._way_back.start_anew_if_unfrozen(trainer)
+        needed = self._rewinds or self._before is not None or not self._way_back.exists
+        companions = self._way_back.companions(trainer) if needed else None
+        self._window = _Window(trainer.global_step, [], companions)
+        if self._repeats:
+            assert self._before is not None
+            assert companions is not None
+            training_state.capture(trainer, self._before, companions)
+
+    def _skip_of(self, step: Step) -> _Skip:
+        return _Skip(
+            step.measurement, self._window, self._batch_idx, step.gradients.names, step.gradients.norms
+        )
+
+    def _let_happen(self, trainer: pl.Trainer) -> None:
         self._traces.accept()
         if len(trainer.optimizers) > 1:
             self._traces.keep()  # a later step of the same batch may be dropped, this one stays
-        index = step.optimizer_index
+
+    def _accept(self, trainer: pl.Trainer, pl_module: pl.LightningModule, measurement: Measurement) -> None:
+        self._batch.accepted = True
+        self._overflows_at_floor = 0
+        self._investigation.well()
+        index = measurement.optimizer_index
         self._decide(self._recovery.stepped(index, measurement.loss, measurement.total_norm))
         if self._recovery.spike_began(index):
             self._publish(trainer, pl_module, "loss_spike", value=measurement.loss)
 
-    def _reject(self, trainer: pl.Trainer, pl_module: pl.LightningModule, step: Step) -> None:
-        measurement = _measured(step)
+    def _reject(self, skip: _Skip, n_batches: int | None = None) -> None:
+        assert skip.measurement is not None
         self._batch.skipped = True
+        self._batch.rewind = skip.window.companions
+        self._lost.append(skip)
+        self._ledger.lose_last(n_batches or max(len(skip.window.batches), 1))
         self.skips += 1
-        self._decide(self._recovery.skipped(step.optimizer_index))
-        if measurement.nonfinite_weights:
+        if skip.measurement.lost_before:
+            return
+        self._decide(self._recovery.skipped(skip.measurement.optimizer_index))
+        if skip.measurement.nonfinite_weights:
             self._decide(self._recovery.fall())
-            self._publish(trainer, pl_module, "nonfinite_weights", action="skipped")
-        elif measurement.nonfinite_losses:
-            self._publish(trainer, pl_module, "nonfinite_loss", action="skipped")
-        elif lightning_api.gradient_scaler(trainer) is not None:
-            self._publish(trainer, pl_module, "amp_overflow", action="skipped")
-        else:
-            finite = torch.isfinite(step.gradients.norms).tolist()
-            self._publish(
-                trainer,
-                pl_module,
-                "nonfinite_gradient",
-                where=tuple(n for n, ok in zip(step.gradients.names, finite, strict=True) if not ok),
-                value=measurement.nonfinite_gradients / len(finite),
-                action="skipped",
-            )
 
     def _leave_to_scaler(self, trainer: pl.Trainer) -> None:
         """An overflow: the scaler skips the step and lowers its scale, as long as it can."""
@@ -310,57 +439,152 @@ class NaNRollback(StepCallback):
     def _settle_closures(self, trainer: pl.Trainer, pl_module: pl.LightningModule, first: Step) -> None:
         """Accept or take back a batch in which an optimizer stepped between evaluations."""
         self._window_is_open = False
-        sick = not all_finite(training_state.trained_tensors(trainer))
+        assert first.measurement is not None
+        sick = bool(training_state.state_is_nonfinite(trainer, self._watched_buffers))
         if any_rank(sick, pl_module.device) or first.verdict == "drop":
-            assert self._before_batch is not None
-            training_state.restore(trainer, self._before_batch)
-            self._traces.undo()
-            self._reject(trainer, pl_module, first)
+            assert self._before is not None
+            training_state.restore(trainer, self._before, self._traces)
+            self._reject(self._skip_of(first))
         else:
-            self._accept(trainer, pl_module, first)
+            self._let_happen(trainer)
+            self._accept(trainer, pl_module, first.measurement)
+
+    def _guard_buffers(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """In a pass that makes no step but updates statistics, a batch that spoils them is taken back."""
+        self._window_is_open = False
+        sick = bool(training_state.state_is_nonfinite(trainer, self._watched_buffers))
+        if any_rank(sick, pl_module.device):
+            self._traces.undo()
+            self._ledger.lose_last(1)
+            self.skips += 1
+            self._publish(trainer, pl_module, "nonfinite_buffers", action="skipped")
+
+    def _bring_forward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._is_fitting:
+            suite_of(trainer).settle(trainer, pl_module)
+            self._conclude(trainer, pl_module)
+
+    def _before_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """No nonfinite weights on disk: judge what is not judged yet, look, and go back if need be."""
+        if not self._is_fitting or not self._way_back.exists:
+            return
+        if trainer.interrupted:
+            # no collective here, for the other ranks may be elsewhere; and nothing is raised on top
+            suite_of(trainer).settle(trainer, pl_module)
+            if bool(training_state.state_is_nonfinite(trainer, self._watched_buffers)):
+                self._way_back.return_to_newest(trainer)
+            return
+        self._bring_forward(trainer, pl_module)
+        sick = bool(training_state.state_is_nonfinite(trainer, self._watched_buffers))
+        if any_rank(sick, pl_module.device):
+            self._publish(trainer, pl_module, "nonfinite_weights")
+            self._decide(self._recovery.fall())
+            self._conclude(trainer, pl_module)
 
     def _decide(self, decision: Decision) -> None:
         if self._batch.decision != "give up" and decision != "go on":
             self._batch.decision = decision
 
+    def _conclude(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Tell people of lost steps, and do what was decided."""
+        lost, self._lost = self._lost, []
+        for skip in lost:
+            self._tell(trainer, pl_module, skip)
+        decision, self._batch.decision = self._batch.decision, "go on"
+        if decision == "give up":
+            self._give_up(trainer, pl_module)
+        if decision == "go back":
+            self._go_back(trainer, pl_module)
+        elif lost:
+            if self._batch.rewind is not None and not self._batch.accepted:
+                self._batch.rewind.rewind(trainer)
+            self._look_at_weights(trainer)
+
+    def _tell(self, trainer: pl.Trainer, pl_module: pl.LightningModule, skip: _Skip) -> None:
+        """Publish a lost step, with its cause if it is the first of an episode."""
+        measurement = skip.measurement
+        assert measurement is not None
+        facts: dict[str, Any] = {"step": skip.window.step, "batch_idx": skip.batch_idx, "action": "skipped"}
+        if measurement.lost_before:
+            self._publish(trainer, pl_module, "lost_batch", **facts)
+            return
+        if measurement.nonfinite_weights:
+            kind = "nonfinite_weights"
+        elif measurement.nonfinite_losses:
+            kind = "nonfinite_loss"
+        elif lightning_api.gradient_scaler(trainer) is not None:
+            kind = "amp_overflow"
+        else:
+            kind = "nonfinite_gradient"
+            sick = (~torch.isfinite(skip.norms)).tolist()
+            facts["where"] = tuple(name for name, s in zip(skip.names, sick, strict=True) if s)
+            facts["value"] = measurement.nonfinite_gradients / max(len(sick), 1)
+        if skip.window.batches:
+            result = self._investigation.examine(
+                trainer,
+                pl_module,
+                skip.window.step,
+                skip.window.batches,
+                self._way_back.newest(),
+                run_folder(trainer),
+            )
+            if result is not None:
+                origin = result.origin
+                facts.update(cause=origin.cause, detail=origin.detail, dossier=result.dossier)
+                facts["where"] = origin.where or facts.get("where", ())
+                facts["advice"] = advice_for_cause(origin.cause, origin.where) or advice(kind, facts["where"])
+        self._publish(trainer, pl_module, kind, **facts)
+
     def _go_back(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        snapshot = self._ring.go_back()
-        training_state.restore(trainer, snapshot)
+        suite_of(trainer).forget()
+        self._unjudged = None
+        step = self._way_back.go_back(trainer)
         self._recovery.went_back()
-        self._accepted_since_snapshot = 0
-        suite_of(trainer).weights_are_nonfinite = False
-        self._publish(trainer, pl_module, "rollback", value=snapshot.companions.step, action="rolled back")
+        suite_of(trainer).nonfinite_weights = None
+        self._ledger.lose_since(step)
+        self._publish(trainer, pl_module, "rollback", value=step, action="rolled back")
 
     def _give_up(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        snapshot = self._ring.newest()
-        training_state.restore(trainer, snapshot)
+        suite_of(trainer).forget()
+        self._unjudged = None
+        step = self._way_back.return_to_newest(trainer)
+        self._ledger.lose_since(step)
+        checkpoint = self._save_last_good(trainer)
         self._publish(trainer, pl_module, "training_diverged", action="stopped")
         self._report(trainer)
         suite_of(trainer).report.send(trainer, pl_module)
-        file = incidents_file(trainer)
+        left = [str(path) for path in (incidents_file(trainer), checkpoint) if path]
         raise TrainingDivergedError(
             f"Training was stopped at step {trainer.global_step} after {self.rollbacks} rollbacks "
             f"(max_rollbacks={self.max_rollbacks}) and {self.skips} skipped steps "
-            f"(max_skip_fraction={self.max_skip_fraction:g}); weights are those of step "
-            f"{snapshot.companions.step}, the last that were proven good. "
-            f"{advice('training_diverged')}" + (f" What happened: {file}" if file else "")
+            f"(max_skip_fraction={self.max_skip_fraction:g}); weights are those of step {step}, the last "
+            f"that were proven good. {advice('training_diverged')}"
+            + (f" What happened, and where to resume from: {', '.join(left)}" if left else "")
         )
 
-    def _companions_of(self, trainer: pl.Trainer) -> Companions:
-        return Companions.of(trainer, rng=self.restore_rng, schedules=self.rewind_schedulers)
+    def _save_last_good(self, trainer: pl.Trainer) -> Path | None:
+        folder = run_folder(trainer)
+        if folder is None:
+            return None
+        try:
+            trainer.save_checkpoint(folder / LAST_GOOD)
+        except OSError as error:
+            reporting.say(trainer, f"gradguard: {folder / LAST_GOOD} was not written: {error}")
+            return None
+        return folder / LAST_GOOD
 
     def _look_at_weights(self, trainer: pl.Trainer) -> None:
-        """Read the weights; what is found rides in the reduction of the next step."""
-        sick = not all_finite(training_state.trained_tensors(trainer))
-        suite_of(trainer).weights_are_nonfinite = sick
+        """Read the weights, without waiting; what is found rides in the reduction of the next step."""
+        flag = training_state.state_is_nonfinite(trainer, self._watched_buffers)
+        suite_of(trainer).nonfinite_weights = flag
 
     def _publish(self, trainer: pl.Trainer, pl_module: pl.LightningModule, kind: str, **facts: Any) -> None:
-        where = facts.get("where", ())
-        publish(
-            trainer,
-            pl_module,
-            incident_now(trainer, kind, batch_idx=self._batch_idx, advice=advice(kind, where), **facts),
-        )
+        facts = {
+            "batch_idx": self._batch_idx,
+            "advice": advice(kind, facts.get("where", ())),
+            **facts,
+        }
+        publish(trainer, pl_module, incident_now(trainer, kind, **facts))
 
     def _report(self, trainer: pl.Trainer) -> None:
         counts = {
@@ -372,8 +596,3 @@ class NaNRollback(StepCallback):
         report.add_scalars(counts)
         report.publish_total("rollback/skips", counts["rollback/skips"])
         report.publish_total("rollback/rollbacks", counts["rollback/rollbacks"])
-
-
-def _measured(step: Step) -> Measurement:
-    assert step.measurement is not None  # a suite with a judge measures on the host
-    return step.measurement

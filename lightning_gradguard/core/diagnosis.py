@@ -17,6 +17,9 @@ _REMEDIES = {
         "An update was too large: lower the learning rate, clip gradients (AdaptiveGradientClipping), or "
         "bound the weights (weight_decay, a max-norm constraint)."
     ),
+    "nonfinite_buffers": (
+        "A batch without a step has spoiled statistics of normalization; look at it for nonfinite inputs."
+    ),
     "loss_spike": (
         "One spike is for clipping to absorb; if they recur, lower z_threshold or max_norm of the clipping "
         "policy, warm the learning rate up for longer, and look at the batch."
@@ -35,6 +38,9 @@ _REMEDIES = {
     "training_diverged": (
         "Lower the learning rate, clip gradients (AdaptiveGradientClipping), check the initialization "
         "(InitializationCheck) and the batches that were skipped."
+    ),
+    "lost_batch": (
+        "The run that is resumed had lost this batch (lost_batches.rank0.jsonl); it is left out again."
     ),
     "vanishing_gradient": (
         "Gradients vanish on the way to {where}: use non-saturating activations (ReLU, GELU) with He "
@@ -70,6 +76,37 @@ _REMEDIES = {
     ),
 }
 
+_BY_CAUSE = {
+    "bad input": (
+        "Look at {where}: nonfinite or huge values came in with the data. Clean or leave out the samples, "
+        "and normalize inputs."
+    ),
+    "weights": (
+        "Single elements of {where} were corrupted: suspect memory or storage, or code of your own that "
+        "writes weights. If it repeats on one machine, leave that machine out."
+    ),
+    "too large a step": (
+        "An update was too large: lower the learning rate or warm it up for longer, clip gradients "
+        "(AdaptiveGradientClipping), or bound the weights (weight_decay, a max-norm constraint)."
+    ),
+    "forward pass": (
+        "{where} made the value from finite inputs: look for exp, log, division, a fully masked softmax row, "
+        "or float16 overflow there; normalize its inputs, add an epsilon, or compute it in float32."
+    ),
+    "loss": (
+        "The loss itself is undefined for this batch: look for log(0), a division by zero or a mean of "
+        "nothing (all labels ignored) in the step; use losses on logits and an epsilon."
+    ),
+    "backward pass": (
+        "The loss is finite, its gradient is not: look for sqrt or norm at 0, a power below 1, or 0/0 under "
+        "torch.where at {where}; move an epsilon inside."
+    ),
+    "transient": (
+        "The same batch on the same weights is finite the second time: suspect the hardware, a race, or an "
+        "operation that reads memory it does not own. If it repeats on one machine, leave that machine out."
+    ),
+}
+
 #: What the suite's incidents are called.
 KINDS = tuple(_REMEDIES)
 
@@ -89,3 +126,20 @@ def advice(kind: str, where: Sequence[str] = ()) -> str:
         'Most units of body.0 are zero for every sample'
     """
     return _REMEDIES.get(kind, "").format(where=where[0] if where else "the network")
+
+
+def advice_for_cause(cause: str, where: Sequence[str] = ()) -> str:
+    """What a person can do about what a replay has found.
+
+    Args:
+        cause: One of `core.forensics.CAUSES`.
+        where: Names of the modules or tensors at fault, the worst first.
+
+    Returns:
+        One or two sentences; empty for `"unknown"`.
+
+    Example:
+        >>> advice_for_cause("loss").split(":")[0]
+        'The loss itself is undefined for this batch'
+    """
+    return _BY_CAUSE.get(cause, "").format(where=where[0] if where else "the network")

@@ -170,7 +170,7 @@ class _Trace(TorchDispatchMode):
     """Follows nonfinite values from operation to operation, through the forward and the backward pass."""
 
     def __init__(self, module: nn.Module, leaves: Mapping[str, Tensor]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.loss_modules: set[str] = set()
         self._module = module
         self._leaves = leaves
@@ -347,7 +347,7 @@ def _magnitudes(batch: Any) -> Iterator[tuple[str, float]]:
 
 def _next_sequence() -> int:
     """The number of the next autograd node."""
-    return torch.autograd._get_sequence_nr()  # type: ignore[attr-defined, no-any-return]
+    return torch.autograd._get_sequence_nr()  # type: ignore[attr-defined]
 
 
 def _storage(tensor: Tensor) -> int:

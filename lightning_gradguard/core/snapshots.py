@@ -123,12 +123,16 @@ class Snapshot:
     Hyperparameters of the optimizers (learning rates among them) are not part of it: they belong to the
     schedule.
 
+    From a GPU, `"cpu"` is pinned memory that a stream of its own writes while training goes on; `wait` must
+    come before weights are written again.
+
     Args:
         device: `"cpu"` keeps the copy in host memory, `"same"` beside each tensor.
     """
 
     def __init__(self, device: str = "cpu") -> None:
         self._device = device
+        self._stream: torch.cuda.Stream | None = None
         self._memory: dict[Any, Tensor] = {}
         self._structure: list[dict[Tensor, dict[Any, Any]]] = []
         self.companions: Any = None
@@ -173,6 +177,7 @@ class Snapshot:
     @torch.no_grad()
     def restore(self, modules: Sequence[nn.Module], optimizers: Sequence[Optimizer]) -> None:
         """Put everything back in place; optimizer state born after the capture is removed."""
+        self.wait()
         targets: list[Tensor] = []
         sources: list[Tensor] = []
 
@@ -206,6 +211,30 @@ class Snapshot:
                         put_back((index, parameter, key), state[key])
         _copy(targets, sources)
 
+    def wait(self) -> None:
+        """Let the device write weights only after they have been copied. The host does not wait."""
+        if self._stream is not None:
+            torch.cuda.current_stream(self._stream.device).wait_stream(self._stream)
+
+    def compare(
+        self, named: Iterable[tuple[str, Tensor]], optimizers: Sequence[Optimizer]
+    ) -> Iterator[tuple[str, Tensor, Tensor]]:
+        """Weights and optimizer state, each with its name, as it is and as it was at the capture.
+
+        Optimizer state grows by nature: it is compared with a bound that only corruption goes beyond.
+        """
+        names = {}
+        for name, parameter in named:
+            names[parameter] = name
+            if (saved := self._memory.get(parameter)) is not None:
+                yield name, parameter, saved
+        bound = torch.tensor(1e17)
+        for optimizer in optimizers:
+            for parameter, state in optimizer.state.items():
+                for key, value in state.items():
+                    if _is_plain(value):
+                        yield f"{key} of {names.get(parameter, 'a parameter')}", value, bound
+
     def n_bytes(self) -> int:
         """Memory that the copy takes."""
         return sum(tensor.numel() * tensor.element_size() for tensor in self._memory.values())
@@ -219,10 +248,24 @@ class Snapshot:
             target = self._memory.get(key)
             if target is None or target.shape != source.shape or target.dtype != source.dtype:
                 device = source.device if self._device == "same" else torch.device("cpu")
-                target = self._memory[key] = torch.empty_like(source, device=device)
+                pinned = source.is_cuda and device.type == "cpu"
+                target = self._memory[key] = torch.empty_like(source, device=device, pin_memory=pinned)
             targets.append(target)
             sources.append(source.detach())
-        _copy(targets, sources)
+        self._copy_out(targets, sources)
+
+    def _copy_out(self, targets: list[Tensor], sources: list[Tensor]) -> None:
+        on_gpu = next((s.device for s in sources if s.is_cuda), None)
+        if self._device == "same" or on_gpu is None:
+            _copy(targets, sources)
+            return
+        self._stream = self._stream or torch.cuda.Stream(on_gpu)  # type: ignore[no-untyped-call]
+        self._stream.wait_stream(torch.cuda.current_stream(on_gpu))
+        with torch.cuda.stream(self._stream):
+            torch._foreach_copy_(targets, sources, non_blocking=True)
+        for source in sources:
+            if source.is_cuda:
+                source.record_stream(self._stream)
 
 
 class SnapshotRing:
@@ -251,6 +294,10 @@ class SnapshotRing:
         """Whether a snapshot waits for its good steps."""
         return self._pending is not None
 
+    def pending(self) -> Snapshot | None:
+        """The snapshot that waits for its good steps."""
+        return self._pending
+
     def capture(self, fill: Callable[[Snapshot], None], *, qualified: bool = False) -> None:
         """Take a new pending snapshot (or one that counts as proven at once).
 
@@ -274,6 +321,12 @@ class SnapshotRing:
         if self._pending.good_steps >= self._good_steps:
             self._promote(self._pending)
             self._pending = None
+
+    def wait(self) -> None:
+        """See `Snapshot.wait`; of the one captured last."""
+        for snapshot in (self._pending, *self._qualified):
+            if snapshot is not None:
+                snapshot.wait()
 
     def discard_pending(self) -> None:
         """Drop the snapshot that has not proven itself."""
@@ -300,6 +353,10 @@ class SnapshotRing:
         self._newest_was_tried = True
         return self._qualified[-1]
 
+    def oldest(self) -> Snapshot:
+        """The oldest snapshot that training may go back to."""
+        return self._qualified[0]
+
     def newest(self) -> Snapshot:
         """The newest qualified snapshot, without counting as tried."""
         return self._qualified[-1]
@@ -311,15 +368,17 @@ class SnapshotRing:
             self._free.append(self._qualified.popleft())
 
 
-def all_finite(tensors: Iterable[Tensor]) -> bool:
-    """Whether every element of every tensor is finite. Reads all of them, and waits for the answer.
+def any_nonfinite(tensors: Iterable[Tensor]) -> Tensor:
+    """Whether any element of any tensor is nonfinite; a flag of shape `()` that nobody has waited for.
 
     Example:
-        >>> all_finite([torch.ones(2), torch.tensor([1.0, torch.inf])])
-        False
+        >>> any_nonfinite([torch.ones(2), torch.tensor([1.0, torch.inf])])
+        tensor(True)
     """
-    flags = [torch.isfinite(local_shard(tensor)).all() for tensor in tensors]
-    return not flags or bool(torch.stack([flag.to(flags[0].device) for flag in flags]).all())
+    flags = [(~torch.isfinite(local_shard(tensor))).any() for tensor in tensors]
+    if not flags:
+        return torch.tensor(False)
+    return torch.stack([flag.to(flags[0].device) for flag in flags]).any()
 
 
 def _trained(module: nn.Module) -> Iterator[nn.Parameter]:

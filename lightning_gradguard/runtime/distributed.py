@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -30,6 +31,15 @@ def sum_over_ranks(vector: Tensor) -> Tensor:
 def any_rank(flag: bool, device: torch.device) -> bool:
     """Whether the flag is set on at least one rank. Waits for the answer."""
     return bool(sum_over_ranks(torch.tensor([float(flag)], device=device)).item())
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """What every rank has to say, by rank. Waits for all of them."""
+    if world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
 def broadcast_tensors(tensors: Sequence[Tensor]) -> None:

@@ -52,6 +52,9 @@ class Incident:
         value: The measured number that gave it away.
         action: What was done.
         advice: What a person can do.
+        cause: What is at fault, if the batch was examined: one of `core.forensics.CAUSES`.
+        detail: What was found out, in one sentence.
+        dossier: Folder of the dossier, if one was written.
 
     Example:
         >>> incident = Incident("loss_spike", step=7, epoch=0, batch_idx=7, value=12.0)
@@ -67,6 +70,9 @@ class Incident:
     value: float | None = None
     action: Action = "none"
     advice: str = ""
+    cause: str = ""
+    detail: str = ""
+    dossier: str = ""
 
     def describe(self) -> str:
         """The incident in one line."""
@@ -78,6 +84,8 @@ class Incident:
             facts.append(", ".join(self.where[:3]) + (f" and {more} more" if more > 0 else ""))
         if self.value is not None:
             facts.append(_VALUE.get(self.kind, "{:.4g}").format(self.value))
+        if self.cause:
+            facts.append(f"cause: {self.cause}")
         if self.action != "none":
             facts.append(self.action)
         return ": ".join([*parts, "; ".join(facts)]) if facts else parts[0]
@@ -86,27 +94,28 @@ class Incident:
 class _Journal:
     """Where the incidents of one Trainer are written, and how many there were."""
 
-    def __init__(self, folder: Path | None) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path | None, writes: bool) -> None:
+        self.folder = folder
         self.counts: Counter[str] = Counter()
+        self._writes = writes
 
     @property
     def path(self) -> Path | None:
-        return None if self._folder is None else self._folder / "incidents.jsonl"
+        return self.folder / "incidents.jsonl" if self.folder and self._writes else None
 
     def write(self, incident: Incident) -> None:
-        if self._folder is None:
+        if self.path is None:
             return
         record = dataclasses.asdict(incident)
         if incident.value is not None and not math.isfinite(incident.value):
             record["value"] = str(incident.value)  # JSON has no NaN
         try:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            with (self._folder / "incidents.jsonl").open("a", encoding="utf-8") as file:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
         except OSError as error:
             warnings.warn(f"incidents are no longer written to a file: {error}", stacklevel=4)
-            self._folder = None
+            self._writes = False
 
 
 _journals: WeakKeyDictionary[pl.Trainer, _Journal] = WeakKeyDictionary()
@@ -120,10 +129,16 @@ def open_journal(trainer: pl.Trainer, folder: str | None = None) -> None:
         folder: The folder of `incidents.jsonl`; the run's own folder if `None`. The first callback that
             names a folder decides.
     """
-    run_folder = trainer.log_dir or trainer.default_root_dir
+    own = trainer.log_dir or trainer.default_root_dir
     if folder is not None or trainer not in _journals:
-        writes = trainer.is_global_zero and not trainer.fast_dev_run  # type: ignore[attr-defined]
-        _journals[trainer] = _Journal(Path(folder or run_folder) if writes else None)
+        is_real = not trainer.fast_dev_run  # type: ignore[attr-defined]
+        _journals[trainer] = _Journal(Path(folder or own) if is_real else None, trainer.is_global_zero)
+
+
+def run_folder(trainer: pl.Trainer) -> Path | None:
+    """The folder that incidents are written into, the same on every rank; `None` for none."""
+    journal = _journals.get(trainer)
+    return journal.folder if journal else None
 
 
 def incidents_file(trainer: pl.Trainer) -> Path | None:
@@ -146,7 +161,7 @@ def publish(trainer: pl.Trainer, pl_module: pl.LightningModule, incident: Incide
         pl_module: The module in training.
         incident: What happened.
     """
-    journal = _journals.setdefault(trainer, _Journal(None))
+    journal = _journals.setdefault(trainer, _Journal(None, writes=False))
     journal.counts[incident.kind] += 1
     journal.write(incident)
     reporting.log_text(trainer, "incidents", _markdown(incident), batches_that_stepped(trainer))
@@ -161,9 +176,10 @@ def publish(trainer: pl.Trainer, pl_module: pl.LightningModule, incident: Incide
             hear(trainer, pl_module, incident)
 
 
-def incident_now(trainer: pl.Trainer, kind: str, *, batch_idx: int | None = None, **facts: Any) -> Incident:
-    """An incident at the Trainer's present step and epoch."""
-    return Incident(kind, trainer.global_step, trainer.current_epoch, batch_idx, **facts)
+def incident_now(trainer: pl.Trainer, kind: str, **facts: Any) -> Incident:
+    """An incident at the Trainer's present step and epoch, unless the facts say otherwise."""
+    now = {"step": trainer.global_step, "epoch": trainer.current_epoch, "batch_idx": None}
+    return Incident(kind, **{**now, **facts})
 
 
 def _markdown(incident: Incident) -> str:
@@ -172,7 +188,10 @@ def _markdown(incident: Incident) -> str:
         "step": f"{incident.step} (epoch {incident.epoch}, batch {incident.batch_idx})",
         "where": ", ".join(f"`{name}`" for name in incident.where) or "the whole network",
         "value": "" if incident.value is None else f"{incident.value:.6g}",
+        "cause": incident.cause,
+        "detail": incident.detail,
         "action": incident.action,
         "advice": incident.advice,
+        "dossier": f"`{incident.dossier}`" if incident.dossier else "",
     }
     return "\n".join(["| | |", "|---|---|", *(f"| {k} | {v} |" for k, v in rows.items() if v)])

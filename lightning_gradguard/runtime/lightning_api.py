@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import sys
-from collections.abc import Iterator
-from functools import partial
+from collections.abc import Callable, Iterator
+from functools import partial, wraps
 from typing import TYPE_CHECKING, Any
 
 import pytorch_lightning as pl
@@ -22,6 +23,7 @@ else:
     _other = sys.modules.get("lightning.pytorch")
     Callback = pl.Callback if _other is None else type("Callback", (pl.Callback, _other.Callback), {})
 
+_AVERAGES = re.compile("EMA|SWA|Averag|Polyak")
 _REFUSED = {
     "DeepSpeedStrategy": (
         "its gradients and master weights live inside the engine; use strategy='ddp' or "
@@ -55,6 +57,11 @@ def refuse_unsupported(trainer: pl.Trainer, callback: Callback) -> None:
         raise MisconfigurationException(
             f"{type(callback).__name__} does not support {name}: {_REFUSED[name]}."
         )
+
+
+def allows_extra_pass(trainer: pl.Trainer) -> bool:
+    """Whether a pass through the module, besides that of training, is nobody else's business."""
+    return type(trainer.strategy).__name__.startswith(("SingleDevice", "DDP", "SingleHPU", "SingleXLA"))
 
 
 def batches_that_stepped(trainer: pl.Trainer) -> int:
@@ -98,12 +105,54 @@ def calls_closure_repeatedly(optimizer: Optimizer) -> bool:
     return isinstance(optimizer, LBFGS)
 
 
+def updates_buffers_only(trainer: pl.Trainer) -> bool:
+    """Whether the running epoch is the last pass of `StochasticWeightAveraging`, for BatchNorm's sake."""
+    return bool(getattr(trainer.fit_loop, "_skip_backward", False))
+
+
+def before_checkpoints(trainer: pl.Trainer, act: Callable[[], None]) -> None:
+    """Have `act` called on every rank ahead of each checkpoint that is written while the Trainer fits."""
+
+    @wraps(type(trainer).save_checkpoint)
+    def save_checkpoint(*args: Any, **kwargs: Any) -> None:
+        act()
+        type(trainer).save_checkpoint(trainer, *args, **kwargs)
+
+    trainer.save_checkpoint = save_checkpoint  # type: ignore[method-assign]
+
+
+def no_longer_before_checkpoints(trainer: pl.Trainer) -> None:
+    """Write checkpoints as before."""
+    vars(trainer).pop("save_checkpoint", None)
+
+
 def weight_averages(trainer: pl.Trainer) -> list[nn.Module]:
     """The averaged models that Lightning's `WeightAveraging` callbacks keep."""
     return [
         average
         for callback in trainer.callbacks  # type: ignore[attr-defined]
         if isinstance(average := getattr(callback, "_average_model", None), nn.Module)
+    ]
+
+
+def average_counts(trainer: pl.Trainer) -> list[Tensor]:
+    """How many models `StochasticWeightAveraging` has taken in, beside its average."""
+    return [
+        count
+        for callback in trainer.callbacks  # type: ignore[attr-defined]
+        if isinstance(count := getattr(callback, "n_averaged", None), Tensor)
+    ]
+
+
+def unknown_averages(trainer: pl.Trainer) -> list[str]:
+    """Names of callbacks that seem to average weights at every batch in a way of their own."""
+    known = {id(callback) for callback in _averaging_callbacks(trainer)}
+    return [
+        name
+        for callback in trainer.callbacks  # type: ignore[attr-defined]
+        if _AVERAGES.search(name := type(callback).__name__)
+        and id(callback) not in known
+        and type(callback).on_train_batch_end is not pl.Callback.on_train_batch_end
     ]
 
 

@@ -33,6 +33,7 @@ class Measurement:
         total_norm: L2 norm of all gradients of the optimizer, before anything is clipped.
         nonfinite_gradients: How many tensors have a nonfinite gradient.
         nonfinite_weights: Whether any rank reported nonfinite weights since the step before.
+        lost_before: Whether any rank was served a batch that this run, before it was resumed, had lost.
     """
 
     optimizer_index: int
@@ -41,6 +42,7 @@ class Measurement:
     total_norm: float
     nonfinite_gradients: int
     nonfinite_weights: bool
+    lost_before: bool
 
 
 @dataclass
@@ -54,8 +56,8 @@ class Step:
         loss: Mean loss of the step, a scalar on the device.
         total_norms: Total norm by `norm_type`, for every type that a callback declared.
         tensor_norms: Norm of each gradient by `norm_type`.
-        measurement: The numbers on the host; `None` if nobody judges.
-        verdict: What every callback and rank goes by.
+        measurement: The numbers on the host; `None` if nobody judges, or not before the next step.
+        verdict: What every callback and rank goes by; `"accept"` while the judges wait.
         inside_closure: Whether the optimizer evaluates several times in one step (LBFGS): callbacks
             then only watch.
     """
@@ -83,6 +85,8 @@ class StepCallback(lightning_api.Callback):
 
     #: Norm types that the callback wants measured in addition to 2.
     norm_types: tuple[float, ...] = ()
+    #: Whether `judge` is content to be asked one step late: then nobody waits for the device.
+    judges_late: bool = False
     #: What tells two instances apart in a checkpoint.
     state_arguments: Mapping[str, Any] = {}
 
@@ -134,6 +138,26 @@ class StepCallback(lightning_api.Callback):
         """What the callback says of a step. Pure, and asked only of callbacks that override it."""
         raise NotImplementedError
 
+    def on_late_verdict(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        measurement: Measurement,
+        verdict: Verdict,
+        *,
+        in_next_step: bool,
+    ) -> None:
+        """Hears, as a judge that is asked late, what became of the step before.
+
+        Args:
+            trainer: The Trainer that runs.
+            pl_module: The module in training.
+            measurement: Of the step before.
+            verdict: On the step before, which has taken place meanwhile.
+            in_next_step: Whether another step is about to be measured. If the verdict is `"drop"`, that one
+                does not take place: its gradients were taken at sick weights.
+        """
+
     def on_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, step: Step) -> None:
         """The callback's turn: the step is measured and judged, the optimizer has not stepped."""
 
@@ -146,14 +170,20 @@ class Suite:
 
     Attributes:
         report: Numbers of the running batch on their way to people.
-        weights_are_nonfinite: Set by whoever looked at the weights; rides in the next step's reduction.
+        nonfinite_weights: Set by whoever looked at the weights, a flag of shape `()` on the device; rides in
+            the next step's reduction.
+        serves_lost_batch: Set by whoever knows the batch, until a step was made with it; rides along as well.
+        judges_at_once: Set, on all ranks alike, where the next step is not to be judged late.
         has_stepped: Whether an optimizer stepped in the running batch; not so while gradients accumulate.
     """
 
     def __init__(self) -> None:
         self.report = Report()
-        self.weights_are_nonfinite = False
+        self.nonfinite_weights: Tensor | None = None
+        self.serves_lost_batch = False
+        self.judges_at_once = False
         self.has_stepped = False
+        self._unread: _OnItsWay | None = None
         self._members: list[StepCallback] = []
         self._judges: list[StepCallback] = []
         self._norm_types: tuple[float, ...] = (2.0,)
@@ -211,13 +241,38 @@ class Suite:
         self._departed.add(id(member))
         if len(self._departed) == len(self._members):
             self._departed.clear()
-            self.has_stepped = False
+            if self.has_stepped:
+                self.has_stepped = self.serves_lost_batch = self.judges_at_once = False
             self.report.send(trainer, pl_module)
+
+    def settle(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, *, in_next_step: bool = False
+    ) -> Verdict:
+        """Judge the step that has not been judged yet, if there is one, and tell the judges."""
+        unread, self._unread = self._unread, None
+        if unread is None:
+            return "accept"
+        measurement = unread.read()
+        verdict = self._ask(trainer, measurement)
+        for judge in self._judges:
+            judge.on_late_verdict(trainer, pl_module, measurement, verdict, in_next_step=in_next_step)
+        return verdict
+
+    def forget(self) -> None:
+        """Do not judge the step that has not been judged yet: it was undone with others."""
+        self._unread = None
+
+    def _ask(self, trainer: pl.Trainer, measurement: Measurement) -> Verdict:
+        verdicts = [judge.judge(trainer, measurement) for judge in self._judges]
+        order: tuple[Verdict, ...] = ("drop", "ignore")
+        return next((v for v in order if v in verdicts), "accept")
 
     def _measure(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> Step | None:
         losses, self._losses = self._losses, []
+        if self.settle(trainer, pl_module, in_next_step=True) == "drop":
+            return None
         named = norms.with_gradient(self._named_parameters(pl_module, optimizer))
         if not named and not losses:
             return None
@@ -225,8 +280,8 @@ class Suite:
         device = tensors[0].device if tensors else pl_module.device
         sums = {p: norms.power_sums(tensors, p) for p in self._norm_types}
         loss = torch.stack([loss.double() for loss in losses]) if losses else None
-        head = _head(loss, self.weights_are_nonfinite, device)
-        self.weights_are_nonfinite = False
+        head = _head(loss, self.nonfinite_weights, self.serves_lost_batch, device)
+        self.nonfinite_weights = None
         head, sums = _reduce(head, sums, tensors)
         if lightning_api.gradients_are_scaled(trainer, optimizer):
             scaler = lightning_api.gradient_scaler(trainer)
@@ -242,11 +297,18 @@ class Suite:
         )
         mean_loss = head[0] / head[1]
         index = next((i for i, o in enumerate(trainer.optimizers) if o is optimizer), 0)
-        measurement, verdict = None, "accept"
+        repeats = lightning_api.calls_closure_repeatedly(optimizer)
+        measurement: Measurement | None = None
+        verdict: Verdict = "accept"
         if self._judges:
-            measurement = _to_host(index, head, mean_loss, gradients)
-            verdicts = [judge.judge(trainer, measurement) for judge in self._judges]
-            verdict = next((v for v in ("drop", "ignore") if v in verdicts), "accept")
+            numbers = _OnItsWay(index, head, mean_loss, gradients)
+            # a GradScaler and a closure that is called repeatedly wait for the device anyway
+            waits = repeats or lightning_api.gradient_scaler(trainer) is not None or self.judges_at_once
+            if waits or not all(judge.judges_late for judge in self._judges):
+                measurement = numbers.read()
+                verdict = self._ask(trainer, measurement)
+            else:
+                self._unread = numbers
         return Step(
             optimizer=optimizer,
             optimizer_index=index,
@@ -254,8 +316,8 @@ class Suite:
             loss=mean_loss,
             tensor_norms=tensor_norms,
             measurement=measurement,
-            verdict=verdict,  # type: ignore[arg-type]
-            inside_closure=lightning_api.calls_closure_repeatedly(optimizer),
+            verdict=verdict,
+            inside_closure=repeats,
         )
 
     def _named_parameters(
@@ -349,15 +411,20 @@ def matching(names: Iterable[str], patterns: Iterable[str]) -> list[str]:
     return [name for name in names if any(name.startswith(f"{p}.") or fnmatchcase(name, p) for p in patterns)]
 
 
-def _head(loss: Tensor | None, weights_are_nonfinite: bool, device: torch.device) -> Tensor:
-    """The part of the packed vector that every rank adds to: finite losses, their number, two flags."""
-    flag = torch.full((1,), float(weights_are_nonfinite), dtype=torch.float64, device=device)
-    if loss is None:
-        return torch.cat([torch.zeros(3, dtype=torch.float64, device=device), flag])
-    loss = loss.to(device)
-    finite = torch.isfinite(loss)
-    total = torch.where(finite, loss, 0.0).sum()
-    return torch.cat([torch.stack([total, finite.sum(), (~finite).sum()]), flag])
+def _head(
+    loss: Tensor | None, nonfinite_weights: Tensor | None, lost_before: bool, device: torch.device
+) -> Tensor:
+    """The part of the packed vector that every rank adds to: finite losses, their number, three flags."""
+    head = torch.zeros(5, dtype=torch.float64, device=device)
+    if loss is not None:
+        loss = loss.to(device)
+        finite = torch.isfinite(loss)
+        head[:3] = torch.stack([torch.where(finite, loss, 0.0).sum(), finite.sum(), (~finite).sum()])
+    if nonfinite_weights is not None:
+        head[3] = nonfinite_weights
+    if lost_before:
+        head[4] = 1.0
+    return head
 
 
 def _reduce(
@@ -377,16 +444,32 @@ def _reduce(
     return packed[: len(head)], dict(zip(sums, rows, strict=True))
 
 
-def _to_host(index: int, head: Tensor, mean_loss: Tensor, gradients: Gradients) -> Measurement:
-    """The step's one host synchronization."""
-    nonfinite = (~torch.isfinite(gradients.norms)).sum()
-    packed = torch.cat([head, torch.stack([mean_loss, gradients.total_norm, nonfinite])])
-    _, _, nonfinite_losses, weights, loss, total_norm, nonfinite_gradients = packed.tolist()
-    return Measurement(
-        optimizer_index=index,
-        loss=loss,
-        nonfinite_losses=int(nonfinite_losses),
-        total_norm=total_norm,
-        nonfinite_gradients=int(nonfinite_gradients),
-        nonfinite_weights=bool(weights),
-    )
+class _OnItsWay:
+    """One step's numbers between the device and the host."""
+
+    def __init__(self, index: int, head: Tensor, mean_loss: Tensor, gradients: Gradients) -> None:
+        self._index = index
+        nonfinite = (~torch.isfinite(gradients.norms)).sum()
+        packed = torch.cat([head, torch.stack([mean_loss, gradients.total_norm, nonfinite])])
+        self._there: torch.cuda.Event | None = None
+        if packed.is_cuda:
+            self._numbers = torch.empty_like(packed, device="cpu", pin_memory=True)
+            self._numbers.copy_(packed, non_blocking=True)
+            self._there = torch.cuda.current_stream(packed.device).record_event()
+        else:
+            self._numbers = packed
+
+    def read(self) -> Measurement:
+        """Wait for the numbers: the step's one host synchronization."""
+        if self._there is not None:
+            self._there.synchronize()
+        _, _, nonfinite_losses, weights, lost, loss, total_norm, nonfinite = self._numbers.tolist()
+        return Measurement(
+            optimizer_index=self._index,
+            loss=loss,
+            nonfinite_losses=int(nonfinite_losses),
+            total_norm=total_norm,
+            nonfinite_gradients=int(nonfinite),
+            nonfinite_weights=bool(weights),
+            lost_before=bool(lost),
+        )

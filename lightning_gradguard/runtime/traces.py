@@ -2,14 +2,33 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import pytorch_lightning as pl
-from torch import Tensor
+from torch import Tensor, nn
 from torchmetrics import Metric
 
 from lightning_gradguard.core.snapshots import BufferCopies
 from lightning_gradguard.runtime import lightning_api
+
+_INTERNAL = frozenset(vars(nn.Module()))
+
+
+@dataclass(frozen=True)
+class Marks:
+    """What a forward pass writes apart from buffers, as it was before.
+
+    Args:
+        epoch: The epoch of it: epoch means begin anew in each.
+        metrics: States of torchmetrics and epoch means, by the metric's identity: its hash follows its state.
+        hidden: Tensors that modules carry from batch to batch as plain attributes, such as the hidden state
+            in truncated backpropagation through time.
+    """
+
+    epoch: int
+    metrics: dict[int, dict[str, Any]]
+    hidden: list[tuple[nn.Module, str, Any]]
 
 
 class Traces:
@@ -24,13 +43,19 @@ class Traces:
         self.buffers = BufferCopies(pl_module)
         self._trainer = trainer
         self._module = pl_module
-        # by identity: the hash of a metric follows its state
-        self._metrics: dict[int, dict[str, Any]] = {}
+        self._carriers = [
+            (module, name)
+            for module in pl_module.modules()
+            if not isinstance(module, Metric)
+            for name, value in vars(module).items()
+            if name not in _INTERNAL and _is_hidden(value)
+        ]
+        self.marks = self._mark()
 
     def keep(self) -> None:
         """Remember the state from before the forward passes of a step."""
         self.buffers.refresh()
-        self._metrics = {id(metric): _state(metric) for metric in self._all_metrics()}
+        self.marks = self._mark()
 
     def accept(self) -> None:
         """The step takes place: averages may take it in."""
@@ -39,20 +64,39 @@ class Traces:
     def undo(self) -> None:
         """The step does not take place: put everything back as `keep` found it."""
         self.buffers.restore()
+        self.undo_marks(self.marks)
+
+    def undo_marks(self, marks: Marks) -> None:
+        """Put back what is no buffer, and keep the running batch out of weight averages."""
         for metric in self._all_metrics():
-            if (state := self._metrics.get(id(metric))) is not None:
-                _put_back(metric, state)
-            else:
+            state = marks.metrics.get(id(metric))
+            if state is None or marks.epoch != self._trainer.current_epoch:
                 metric.reset()
+            else:
+                _put_back(metric, state)
+        for module, name, value in marks.hidden:
+            setattr(module, name, value)
         lightning_api.pause_weight_averages(self._trainer)
 
-    def let_go(self) -> None:
-        """Leave the Trainer's other callbacks as they were."""
-        lightning_api.resume_weight_averages(self._trainer)
+    def _mark(self) -> Marks:
+        return Marks(
+            epoch=self._trainer.current_epoch,
+            metrics={id(metric): _state(metric) for metric in self._all_metrics()},
+            hidden=[
+                (module, name, value)
+                for module, name in self._carriers
+                if _is_hidden(value := getattr(module, name, None))
+            ],
+        )
 
     def _all_metrics(self) -> list[Metric]:
         own = [module for module in self._module.modules() if isinstance(module, Metric)]
         return own + lightning_api.epoch_mean_metrics(self._trainer)
+
+
+def _is_hidden(value: Any) -> bool:
+    parts = value if isinstance(value, tuple) else (value,)
+    return bool(parts) and all(part is None or isinstance(part, Tensor) for part in parts)
 
 
 def _state(metric: Metric) -> dict[str, Any]:

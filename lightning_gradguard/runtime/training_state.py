@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import pytorch_lightning as pl
+import torch
 from torch import Tensor, nn
 
-from lightning_gradguard.core.snapshots import BufferCopies, Snapshot, rng_state, set_rng_state
+from lightning_gradguard.core.forensics import grown_elements
+from lightning_gradguard.core.snapshots import (
+    BufferCopies,
+    Snapshot,
+    any_nonfinite,
+    rng_state,
+    set_rng_state,
+)
 from lightning_gradguard.runtime import lightning_api
+from lightning_gradguard.runtime.traces import Marks, Traces
 
 
 @dataclass(frozen=True)
@@ -24,16 +33,20 @@ class Companions:
         rng: Random number generators, or `None` if they stay.
         schedules: State of every learning rate scheduler with its optimizers' hyperparameters, or `None`
             if they stay.
+        marks: Metrics, epoch means and hidden states.
+        average_counts: How many models each average has taken in.
     """
 
     step: int
     callbacks: dict[int, Any]
     rng: dict[str, Any] | None
     schedules: list[Any] | None
+    marks: Marks
+    average_counts: list[Tensor]
 
     @classmethod
-    def of(cls, trainer: pl.Trainer, *, rng: bool, schedules: bool) -> Companions:
-        """Those of the Trainer as it is now."""
+    def of(cls, trainer: pl.Trainer, traces: Traces, *, rng: bool, schedules: bool) -> Companions:
+        """Those of the Trainer as it is now, and the marks as they were at the start of the step."""
         return cls(
             step=trainer.global_step,
             callbacks={
@@ -43,12 +56,21 @@ class Companions:
             },
             rng=rng_state() if rng else None,
             schedules=_schedules(trainer) if schedules else None,
+            marks=traces.marks,
+            average_counts=[count.clone() for count in lightning_api.average_counts(trainer)],
         )
 
-    def restore(self, trainer: pl.Trainer) -> None:
+    def restore(self, trainer: pl.Trainer, traces: Traces) -> None:
         """Put them back."""
         for index, state in self.callbacks.items():
             trainer.callbacks[index].load_snapshot_state_dict(state)  # type: ignore[attr-defined]
+        for count, saved in zip(lightning_api.average_counts(trainer), self.average_counts, strict=False):
+            count.copy_(saved)
+        traces.undo_marks(self.marks)
+        self.rewind(trainer)
+
+    def rewind(self, trainer: pl.Trainer) -> None:
+        """Put back, where that was asked for, what moves on without a step: random numbers and schedules."""
         if self.rng is not None:
             set_rng_state(self.rng)
         if self.schedules is not None:
@@ -73,12 +95,20 @@ def capture(
     snapshot.companions = companions
 
 
-def restore(trainer: pl.Trainer, snapshot: Snapshot) -> None:
-    """Put a snapshot back and let go of all gradients."""
+def restore(trainer: pl.Trainer, snapshot: Snapshot, traces: Traces) -> Companions:
+    """Put a snapshot back and let go of all gradients; returns what went back with it."""
+    companions: Companions = snapshot.companions
     snapshot.restore(_modules(trainer), trainer.optimizers)
-    snapshot.companions.restore(trainer)
+    companions.restore(trainer, traces)
     for parameter in trainer.lightning_module.parameters():
         parameter.grad = None
+    return companions
+
+
+def grown(trainer: pl.Trainer, snapshot: Snapshot) -> dict[str, int]:
+    """Tensors that are absurd beside a snapshot; see `core.forensics.grown_elements`."""
+    named = trainer.lightning_module.named_parameters()
+    return grown_elements(snapshot.compare(named, trainer.optimizers))
 
 
 def count_trained(trainer: pl.Trainer) -> int:
@@ -88,12 +118,28 @@ def count_trained(trainer: pl.Trainer) -> int:
 
 
 def trained_tensors(trainer: pl.Trainer) -> Iterator[Tensor]:
-    """Every tensor that an optimizer writes: weights and its own state."""
+    """Every tensor that an optimizer writes, and averages of it: weights and the optimizer's own state."""
     for optimizer in trainer.optimizers:
         for group in optimizer.param_groups:
             yield from group["params"]
         for state in optimizer.state.values():
             yield from (value for value in state.values() if isinstance(value, Tensor))
+    for average in lightning_api.weight_averages(trainer):
+        yield from average.parameters()
+
+
+def finite_buffers(trainer: pl.Trainer) -> list[str]:
+    """Names of the buffers that are finite now; a mask of `-inf` is none of them."""
+    named = [(n, b) for n, b in trainer.lightning_module.named_buffers() if b.is_floating_point()]
+    flags = [any_nonfinite([buffer]) for _, buffer in named]
+    sick = torch.stack(flags).tolist() if flags else []
+    return [name for (name, _), is_sick in zip(named, sick, strict=True) if not is_sick]
+
+
+def state_is_nonfinite(trainer: pl.Trainer, buffers: Collection[str]) -> Tensor:
+    """Whether weights, optimizer state, averages or the named buffers are nonfinite; a flag on the device."""
+    written = (b for n, b in trainer.lightning_module.named_buffers() if n in buffers)
+    return any_nonfinite([*trained_tensors(trainer), *written])
 
 
 def _modules(trainer: pl.Trainer) -> list[nn.Module]:

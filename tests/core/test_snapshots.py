@@ -12,7 +12,7 @@ from lightning_gradguard.core.snapshots import (
     BufferCopies,
     Snapshot,
     SnapshotRing,
-    all_finite,
+    any_nonfinite,
     rng_state,
     set_rng_state,
 )
@@ -121,7 +121,7 @@ def test_the_ring_qualifies_goes_further_back_and_recycles() -> None:
     assert [go_back(), go_back()] == [5.0, 4.0]
 
 
-def test_all_finite() -> None:
-    assert all_finite([])
-    assert all_finite([torch.ones(2), torch.ones(2, dtype=torch.long)])
-    assert not all_finite([torch.ones(2), torch.tensor([torch.inf])])
+def test_any_nonfinite() -> None:
+    assert not any_nonfinite([])
+    assert not any_nonfinite([torch.ones(2), torch.ones(2, dtype=torch.long)])
+    assert any_nonfinite([torch.ones(2), torch.tensor([torch.inf])])

@@ -1,0 +1,281 @@
+"""What is left of an incident on disk: enough to see it happen again elsewhere, and to read about it."""
+
+from __future__ import annotations
+
+import html
+import json
+import os
+import pickle
+import platform
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves_with_path
+
+from lightning_gradguard.core.diagnosis import advice_for_cause
+from lightning_gradguard.core.forensics import Origin
+
+#: Raised whenever a file of an earlier version could no longer be read.
+FORMAT = 1
+_MEGABYTE = 1024 * 1024
+
+
+class DossierError(Exception):
+    """A dossier cannot be read; the message says why."""
+
+
+@dataclass(frozen=True)
+class Dossier:
+    """One incident.
+
+    Args:
+        origin: What was found out.
+        step: `trainer.global_step` when it happened.
+        epoch: `trainer.current_epoch` when it happened.
+        batch_idx: The batch of that epoch.
+        rank: The process that was served the batch.
+        batch: Plain containers of tensors, on the CPU; `None` if it was left out.
+        rng: Random number generators before the step; see `core.snapshots.rng_state`.
+        weights: `state_dict` of the module before the step; `None` if it was left out.
+        left_out: What was left out, and why.
+        precision: The Trainer's.
+        loss_scale: The GradScaler's; 1 without one.
+        configuration: Of module, optimizers and Trainer, as text.
+        versions: Of what took part, by name.
+    """
+
+    origin: Origin
+    step: int
+    epoch: int
+    batch_idx: int
+    rank: int
+    batch: Any
+    rng: dict[str, Any]
+    weights: dict[str, Tensor] | None
+    left_out: tuple[str, ...] = ()
+    precision: str = "32-true"
+    loss_scale: float = 1.0
+    configuration: dict[str, str] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+
+
+def write_dossier(folder: Path, dossier: Dossier, *, megabytes: float) -> Path:
+    """Write `dossier.pt`, `finding.json` and `index.html` into a folder of their own.
+
+    The folder appears complete or not at all.
+
+    Args:
+        folder: Where dossiers are kept; it is made if it is missing.
+        dossier: What to write. What is no plain data, or too large, is left out, and that is said.
+        megabytes: Limit of its size; weights are left out first, then the batch.
+
+    Returns:
+        The folder that was made, named after the step.
+
+    Raises:
+        OSError: If it cannot be written.
+    """
+    dossier = _within(_plain(dossier), megabytes * _MEGABYTE)
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=folder))
+    try:
+        content = {**vars(dossier), "origin": asdict(dossier.origin), "format": FORMAT}
+        torch.save(content, partial / "dossier.pt")
+        finding = {
+            **asdict(dossier.origin),
+            **{
+                k: getattr(dossier, k) for k in ("step", "epoch", "batch_idx", "rank", "left_out", "versions")
+            },
+        }
+        (partial / "finding.json").write_text(json.dumps(finding, indent=2), encoding="utf-8")
+        (partial / "index.html").write_text(_page(dossier), encoding="utf-8")
+        target = _free_name(folder, str(dossier.step))
+        os.rename(partial, target)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return target
+
+
+def read_dossier(path: str | Path) -> Dossier:
+    """Read a dossier; nothing in it is run as code.
+
+    Args:
+        path: Its folder, or the file `dossier.pt` within.
+
+    Raises:
+        DossierError: If there is none, it is torn, of another version, or holds more than plain data.
+    """
+    file = Path(path)
+    file = file / "dossier.pt" if file.is_dir() else file
+    try:
+        content = torch.load(file, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise DossierError(f"{file} cannot be opened: {error.strerror or error}.") from None
+    except pickle.UnpicklingError:
+        raise DossierError(
+            f"{file} is not a dossier, or holds more than plain data; it was not loaded, for loading it "
+            "could run code."
+        ) from None
+    except Exception as error:  # a torn archive makes torch raise many kinds
+        raise DossierError(f"{file} is damaged or no dossier: {type(error).__name__}.") from None
+    found = content.pop("format", None) if isinstance(content, dict) else None
+    if found != FORMAT:
+        raise DossierError(
+            f"{file} has format {found!r}; this version of lightning_gradguard reads format {FORMAT}. "
+            "Install the version that wrote it (see finding.json)."
+        )
+    try:
+        content["origin"] = Origin(**content["origin"])
+        content["rng"] = _rng_from_plain(content["rng"])
+        return Dossier(**content)
+    except (TypeError, KeyError, ValueError) as error:
+        raise DossierError(f"{file} lacks what a dossier holds: {error}.") from None
+
+
+def versions() -> dict[str, str]:
+    """Of Python, torch, Lightning and this package, and the device's name."""
+    import lightning_gradguard
+
+    return {
+        "lightning_gradguard": lightning_gradguard.__version__,
+        "pytorch_lightning": metadata.version("pytorch_lightning"),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine(),
+    }
+
+
+def _plain(dossier: Dossier) -> Dossier:
+    left_out = list(dossier.left_out)
+    try:
+        batch = _plain_data(dossier.batch)
+    except TypeError as error:
+        batch = None
+        left_out.append(f"the batch: {error}")
+    changed = {"batch": batch, "rng": _plain_data(dossier.rng), "left_out": tuple(left_out)}
+    return Dossier(**{**vars(dossier), **changed})
+
+
+def _plain_data(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.detach().cpu().clone()
+    if isinstance(value, np.ndarray):
+        # torch has no uint32 to speak of
+        return torch.from_numpy(value.astype(np.int64) if value.dtype.kind in "ui" else value.copy())
+    if isinstance(value, Mapping):
+        return {_plain_data(k): _plain_data(v) for k, v in value.items()}
+    if isinstance(value, tuple):
+        return tuple(_plain_data(v) for v in value)
+    if isinstance(value, list):
+        return [_plain_data(v) for v in value]
+    if value is None or isinstance(value, (bool, int, float, str, bytes)):
+        return value
+    raise TypeError(f"{type(value).__name__} is not plain data")
+
+
+def _rng_from_plain(rng: dict[str, Any]) -> dict[str, Any]:
+    name, keys, *rest = rng["numpy"]
+    return {**rng, "numpy": (name, keys.numpy().astype(np.uint32), *rest)}
+
+
+def _within(dossier: Dossier, limit: float) -> Dossier:
+    """The dossier without what does not fit."""
+    left_out = list(dossier.left_out)
+    kept: dict[str, Any] = {}
+    remaining = limit
+    for part in ("batch", "weights"):
+        size = _bytes(getattr(dossier, part))
+        if size <= remaining:
+            remaining -= size
+        else:
+            kept[part] = None
+            left_out.append(f"the {part}: {size / _MEGABYTE:.1f} MB do not fit into {limit / _MEGABYTE:g} MB")
+    return Dossier(**{**vars(dossier), **kept, "left_out": tuple(left_out)})
+
+
+def _bytes(value: Any) -> int:
+    sizes = [
+        leaf.numel() * leaf.element_size() for _, leaf in tree_leaves_with_path(value) if _is_tensor(leaf)
+    ]
+    return sum(sizes)
+
+
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, Tensor)
+
+
+def _free_name(folder: Path, name: str) -> Path:
+    candidates = (folder / (name if i == 1 else f"{name}-{i}") for i in range(1, 10**6))
+    return next(path for path in candidates if not path.exists())
+
+
+def _page(dossier: Dossier) -> str:
+    origin = dossier.origin
+    facts = {
+        "cause": origin.cause,
+        "module": origin.module,
+        "operation": origin.operation,
+        "at fault": ", ".join(origin.where[:10]),
+        "inputs": "" if origin.low is None else f"{origin.low:.6g} to {origin.high:.6g} ({origin.dtype})",
+        "when": f"step {dossier.step}, epoch {dossier.epoch}, batch {dossier.batch_idx}, rank {dossier.rank}",
+        "precision": dossier.precision,
+        "left out": "; ".join(dossier.left_out),
+    }
+    sections = [
+        ("What happened", f"<p>{html.escape(origin.detail)}</p>" + _rows(facts)),
+        ("What to do", f"<p>{html.escape(advice_for_cause(origin.cause, origin.where))}</p>"),
+        ("The batch", _rows(dict(_described(dossier.batch)))),
+        (
+            "See it happen again",
+            "<pre>lightning-gradguard replay "
+            f"{html.escape('PATH/OF/THIS/FOLDER')} --model your.package.Module</pre>",
+        ),
+        ("Configuration", _rows(dossier.configuration)),
+        ("Versions", _rows(dossier.versions)),
+    ]
+    body = "\n".join(f"<h2>{title}</h2>\n{content}" for title, content in sections)
+    return (
+        '<!doctype html>\n<html lang="en"><meta charset="utf-8">\n'
+        f"<title>Step {dossier.step}: {html.escape(origin.cause)}</title>\n<style>{_STYLE}</style>\n"
+        f"<h1>Step {dossier.step}: {html.escape(origin.cause)}</h1>\n{body}\n</html>\n"
+    )
+
+
+_STYLE = (
+    "body{font:16px/1.5 system-ui,sans-serif;max-width:50rem;margin:2rem auto;padding:0 1rem}"
+    "h2{font-size:1.1rem;margin-top:2rem}table{border-collapse:collapse}"
+    "th{text-align:left;font-weight:600;padding:.2rem 1.5rem .2rem 0;vertical-align:top}"
+    "td{padding:.2rem 0;overflow-wrap:anywhere}pre{background:#8882;padding:.7rem;overflow:auto}"
+    "@media(prefers-color-scheme:dark){body{background:#111;color:#ddd}}"
+)
+
+
+def _rows(facts: Mapping[str, str]) -> str:
+    rows = (f"<tr><th>{html.escape(k)}</th><td>{html.escape(v)}</td></tr>" for k, v in facts.items() if v)
+    return f"<table>{''.join(rows)}</table>"
+
+
+def _described(batch: Any) -> list[tuple[str, str]]:
+    rows = []
+    for path, leaf in tree_leaves_with_path(batch):
+        name = "batch" + "".join(map(str, path))
+        if not isinstance(leaf, Tensor):
+            rows.append((name, repr(leaf)[:100]))
+            continue
+        text = f"{tuple(leaf.shape)} {str(leaf.dtype).removeprefix('torch.')}"
+        finite = leaf[torch.isfinite(leaf)] if leaf.is_floating_point() else leaf
+        if finite.numel() and not leaf.is_complex():
+            text += f", {float(finite.min()):.4g} to {float(finite.max()):.4g}"
+        if missing := leaf.numel() - finite.numel():
+            text += f", {missing} nonfinite"
+        rows.append((name, text))
+    return rows

@@ -1,0 +1,148 @@
+"""From a lost batch to what was at fault and a dossier about it, within a budget."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+from torch import nn
+
+from lightning_gradguard.core.forensics import Origin
+from lightning_gradguard.core.snapshots import Snapshot
+from lightning_gradguard.runtime import lightning_api, reporting, training_state
+from lightning_gradguard.runtime.distributed import gather_objects, world_size
+from lightning_gradguard.runtime.dossiers import Dossier, versions, write_dossier
+from lightning_gradguard.runtime.replaying import ServedBatch, replay
+
+
+@dataclass(frozen=True)
+class Result:
+    """What an investigation came to.
+
+    Args:
+        origin: What was at fault.
+        dossier: The folder that was written, or an empty text.
+    """
+
+    origin: Origin
+    dossier: str = ""
+
+
+class Investigation:
+    """Examines the first lost step of an episode; later ones of it have the same cause.
+
+    Args:
+        max_dossiers: How many episodes are examined in a run.
+        megabytes: Limit of each dossier.
+    """
+
+    def __init__(self, max_dossiers: int, megabytes: float) -> None:
+        self.examined = 0
+        self._max_dossiers = max_dossiers
+        self._megabytes = megabytes
+        self._in_episode = False
+
+    def well(self) -> None:
+        """A step was good: the next lost one begins an episode."""
+        self._in_episode = False
+
+    def examine(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        step: int,
+        window: Sequence[ServedBatch],
+        snapshot: Snapshot,
+        folder: Path | None,
+    ) -> Result | None:
+        """Run the batches of a lost step again. Collective: called on every rank.
+
+        Args:
+            trainer: The Trainer that runs.
+            pl_module: The module, with weights as the step found them.
+            step: `trainer.global_step` when they were served first.
+            window: The batches of the step.
+            snapshot: From when the run was well.
+            folder: Of the run; `None` writes no dossier.
+
+        Returns:
+            What was found, the same on every rank; `None` within an episode, or when the budget is used up.
+        """
+        if self._in_episode or self.examined >= self._max_dossiers:
+            self._in_episode = True
+            return None
+        self._in_episode = True
+        self.examined += 1
+        if (refusal := _refusal(trainer, pl_module)) is not None:
+            return Result(Origin("unknown", detail=refusal))
+        grown = training_state.grown(trainer, snapshot)
+        origin, served = _first_sick(trainer, pl_module, window, grown)
+        origins: list[Origin] = gather_objects(origin)
+        rank = min(range(len(origins)), key=lambda r: (_VAGUE.get(origins[r].cause, 0), r))
+        path = ""
+        if rank == trainer.global_rank and folder is not None:
+            dossier = _dossier(trainer, pl_module, step, origin, served)
+            try:
+                path = str(write_dossier(folder / "incidents", dossier, megabytes=self._megabytes))
+            except OSError as error:
+                reporting.say(trainer, f"gradguard: no dossier was written: {error}")
+        return Result(origins[rank], gather_objects(path)[rank])
+
+
+_VAGUE = {"transient": 1, "unknown": 2}
+
+
+def _refusal(trainer: pl.Trainer, pl_module: pl.LightningModule) -> str | None:
+    if not lightning_api.allows_extra_pass(trainer):
+        return f"The batch was not run again: {type(trainer.strategy).__name__} shards the network."
+    if world_size() > 1 and any(isinstance(m, nn.SyncBatchNorm) for m in pl_module.modules()):
+        return "The batch was not run again: SyncBatchNorm would wait for the other ranks."
+    return None
+
+
+def _first_sick(
+    trainer: pl.Trainer, pl_module: pl.LightningModule, window: Sequence[ServedBatch], grown: dict[str, int]
+) -> tuple[Origin, ServedBatch]:
+    for served in window:
+        origin = replay(trainer, pl_module, served, grown)
+        if origin.cause != "transient":
+            return origin, served
+    return origin, window[-1]
+
+
+def _dossier(
+    trainer: pl.Trainer, pl_module: pl.LightningModule, step: int, origin: Origin, served: ServedBatch
+) -> Dossier:
+    scaler = lightning_api.gradient_scaler(trainer)
+    return Dossier(
+        origin=origin,
+        step=step,
+        epoch=trainer.current_epoch,
+        batch_idx=served.batch_idx,
+        rank=trainer.global_rank,
+        batch=served.batch,
+        rng=served.rng,
+        weights={name: value.detach().cpu() for name, value in pl_module.state_dict().items()},
+        precision=str(trainer.precision),
+        loss_scale=scaler.get_scale() if scaler is not None else 1.0,
+        configuration=_configuration(trainer, pl_module),
+        versions=versions(),
+    )
+
+
+def _configuration(trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, str]:
+    kind = type(pl_module)
+    found: dict[str, Any] = {
+        "module": f"{kind.__module__}.{kind.__qualname__}",
+        "strategy": type(trainer.strategy).__name__,
+        "accumulate_grad_batches": trainer.accumulate_grad_batches,
+        "gradient_clip_val": trainer.gradient_clip_val,
+        **{f"hparams.{name}": value for name, value in dict(pl_module.hparams).items()},
+    }
+    for index, optimizer in enumerate(trainer.optimizers):
+        settings = {k: v for k, v in optimizer.param_groups[0].items() if k != "params"}
+        found[f"optimizer {index}"] = f"{type(optimizer).__name__} {settings}"
+    return {name: str(value)[:500] for name, value in found.items()}

@@ -1,0 +1,157 @@
+"""The ledger of lost batches: which they were, and whether one is served again."""
+
+from __future__ import annotations
+
+import json
+import math
+import warnings
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+#: Keys under which a batch may say which samples it holds.
+IDS = ("id", "ids", "idx", "index", "indices", "sample_id", "sample_ids", "uid", "key", "__key__")
+#: Elements of a batch that it is recognized by.
+RECOGNIZED_BY = 4096
+
+Reason = Literal["skipped", "undone"]
+
+
+@dataclass
+class _Served:
+    step: int
+    epoch: int
+    batch_idx: int
+    fingerprint: Tensor | None
+    samples: Any
+    is_lost: bool = False
+
+
+@dataclass(frozen=True)
+class LostBatch:
+    """A batch that has left nothing in the weights.
+
+    Args:
+        epoch: When it was served.
+        batch_idx: Its place in the epoch.
+        reason: `"skipped"`: its step did not take place; `"undone"`: it did, and training went back.
+        step: `trainer.global_step` when it was served.
+        samples: Which samples it held, if the batch says so.
+        fingerprint: A number that tells it from other batches.
+    """
+
+    epoch: int
+    batch_idx: int
+    reason: Reason
+    step: int
+    samples: list[Any] = field(default_factory=list)
+    fingerprint: float | None = None
+
+
+class LostBatches:
+    """Keeps the ledger of one process, in a file `lost_batches.rank<r>.jsonl` of the run's folder.
+
+    Args:
+        folder: Of the file; `None` writes none.
+        rank: Of this process.
+        earlier: Folder of the run that is resumed, whose lost batches are recognized.
+    """
+
+    def __init__(self, folder: Path | None, rank: int, earlier: str | None = None) -> None:
+        self._name = f"lost_batches.rank{rank}.jsonl"
+        self._folder = folder
+        self._served: deque[_Served] = deque()
+        self._earlier = {} if earlier is None else _read(Path(earlier) / self._name)
+
+    @property
+    def folder(self) -> str | None:
+        """Where a resumed run finds the ledger."""
+        return None if self._folder is None else str(self._folder.absolute())
+
+    def earlier(self) -> set[tuple[int, int]]:
+        """Epoch and index of the batches that the resumed run had lost."""
+        return set(self._earlier)
+
+    def serve(self, step: int, epoch: int, batch_idx: int, batch: Any) -> None:
+        """Take note of a batch that is about to be trained on."""
+        self._served.append(_Served(step, epoch, batch_idx, _fingerprint(batch), _samples(batch)))
+
+    def was_lost_before(self) -> bool:
+        """Whether the batch served last is one that the resumed run had lost."""
+        served = self._served[-1]
+        lost = self._earlier.get((served.epoch, served.batch_idx))
+        if lost is None or lost.fingerprint is None or served.fingerprint is None:
+            return False
+        return math.isclose(lost.fingerprint, float(served.fingerprint), rel_tol=1e-9)
+
+    def lose_last(self, n: int) -> None:
+        """The last `n` batches were skipped."""
+        self._lose([s for s in list(self._served)[-n:] if not s.is_lost], "skipped")
+
+    def lose_since(self, step: int) -> None:
+        """Training went back to `step`: what was served since is undone."""
+        self._lose([s for s in self._served if s.step >= step and not s.is_lost], "undone")
+
+    def forget_before(self, step: int) -> None:
+        """Training will not go back further than to `step`."""
+        while self._served and self._served[0].step < step:
+            self._served.popleft()
+
+    def _lose(self, batches: list[_Served], reason: Reason) -> None:
+        lines = []
+        for served in batches:
+            served.is_lost = True
+            fingerprint = None if served.fingerprint is None else float(served.fingerprint)
+            samples = served.samples.tolist() if isinstance(served.samples, Tensor) else served.samples
+            lost = LostBatch(served.epoch, served.batch_idx, reason, served.step, samples, fingerprint)
+            lines.append(json.dumps(asdict(lost)) + "\n")
+        if self._folder is None or not lines:
+            return
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            with (self._folder / self._name).open("a", encoding="utf-8") as file:
+                file.write("".join(lines))
+        except OSError as error:
+            warnings.warn(f"lost batches are no longer written to a file: {error}", stacklevel=2)
+            self._folder = None
+
+
+def _read(path: Path) -> dict[tuple[int, int], LostBatch]:
+    found: dict[tuple[int, int], LostBatch] = {}
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return {}
+    for line in lines:
+        try:
+            lost = LostBatch(**json.loads(line))
+        except (ValueError, TypeError):
+            continue  # a line of another version, or one that a killed process left unfinished
+        found[lost.epoch, lost.batch_idx] = lost
+    return found
+
+
+def _fingerprint(batch: Any) -> Tensor | None:
+    first = next((leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.numel()), None)
+    if first is None or first.is_complex():
+        return None
+    values = first.detach().flatten()[:RECOGNIZED_BY].double()
+    return torch.nan_to_num(values, nan=1.0, posinf=2.0, neginf=-2.0).sum()
+
+
+def _samples(batch: Any) -> Any:
+    """The samples' identities, where the batch is a mapping that has them."""
+    found: Any = next((batch[k] for k in IDS if k in batch), []) if isinstance(batch, Mapping) else []
+    if isinstance(found, Tensor):
+        return found if found.ndim == 1 and not found.is_floating_point() else []
+    return list(found) if isinstance(found, (list, tuple)) and _are_plain(found) else []
+
+
+def _are_plain(values: Any) -> bool:
+    return all(isinstance(value, (int, str)) for value in values)
