@@ -249,8 +249,8 @@ class NaNRollback(StepCallback):
         """A nonfinite step is never accepted."""
         if measurement.nonfinite_losses or measurement.nonfinite_weights or measurement.lost_before:
             return "drop"
-        if measurement.nonfinite_gradients == 0 and measurement.total_norm <= OVERFLOW:
-            return "accept"
+        if measurement.total_norm <= OVERFLOW:
+            return "drop" if measurement.ranks_disagree else "accept"
         scaler = lightning_api.gradient_scaler(trainer)
         return "drop" if scaler is None or self._overflows_at_floor >= self._patience else "ignore"
 
@@ -372,11 +372,11 @@ class NaNRollback(StepCallback):
         self._investigation.examined = state_dict["examined"]
         self._earlier_ledger = state_dict["ledger"]
 
-    def snapshot_state_dict(self) -> dict[str, Any]:
+    def snapshot_state_dict(self) -> dict[int, Any]:
         """The detectors' windows, which go back with the weights."""
         return self._recovery.windows()
 
-    def load_snapshot_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_snapshot_state_dict(self, state_dict: dict[int, Any]) -> None:
         """Put the detectors' windows back."""
         self._recovery.load_windows(state_dict)
 
@@ -411,9 +411,12 @@ class NaNRollback(StepCallback):
         self._overflows_at_floor = 0
         self._investigation.well()
         index = measurement.optimizer_index
-        self._decide(self._recovery.stepped(index, measurement.loss, measurement.total_norm))
-        if self._recovery.spike_began(index):
-            self._publish(trainer, pl_module, "loss_spike", value=measurement.loss)
+        decision, sickness = self._recovery.stepped(
+            index, measurement.loss, measurement.total_norm, measurement.zero_share
+        )
+        self._decide(decision)
+        if sickness:
+            self._publish(trainer, pl_module, sickness, value=measurement.loss)
 
     def _reject(self, skip: _Skip, n_batches: int | None = None) -> None:
         assert skip.measurement is not None
@@ -512,13 +515,16 @@ class NaNRollback(StepCallback):
             kind = "nonfinite_weights"
         elif measurement.nonfinite_losses:
             kind = "nonfinite_loss"
+        elif measurement.ranks_disagree:
+            kind = "corrupted_gradient"
+            facts["value"] = measurement.total_norm
         elif lightning_api.gradient_scaler(trainer) is not None:
             kind = "amp_overflow"
         else:
             kind = "nonfinite_gradient"
             sick = (~torch.isfinite(skip.norms)).tolist()
             facts["where"] = tuple(name for name, s in zip(skip.names, sick, strict=True) if s)
-            facts["value"] = measurement.nonfinite_gradients / max(len(sick), 1)
+            facts["value"] = sum(sick) / max(len(sick), 1)
         if skip.window.batches:
             result = self._investigation.examine(
                 trainer,

@@ -16,6 +16,8 @@ DEPTH_DECADES = 3.0
 EXPLOSION = 100.0
 #: Relative updates below it leave a weight where it is: float32 resolves about 1.2e-7.
 STAGNANT = 1e-7
+#: While there is too little history for a deviation, a spike is this many times the largest value so far.
+EARLY_SPIKE = 100.0
 #: Layers that a depth profile needs.
 LEAST_LAYERS = 4
 #: The median absolute deviation of a normal distribution times this is its standard deviation.
@@ -29,11 +31,13 @@ class SpikeDetector:
     with; values enter it no higher than the bound, so that the detector follows a level that has changed
     for good. Nonfinite and nonpositive values are no spikes and never enter.
 
+    Before there is history enough, only a value a hundred times larger than all others so far is a spike.
+
     Args:
         window: Values remembered.
         threshold: Deviations above the median that make a spike.
         min_std: The deviation, of the logarithm, counts at least this much.
-        min_history: Values before the first alarm.
+        min_history: Values in the window before deviations are trusted.
         delay: Values that wait before they enter the window.
 
     Example:
@@ -57,12 +61,7 @@ class SpikeDetector:
         self._window: deque[float] = deque(maxlen=window)
         self._sorted: list[float] = []
         self._waiting: deque[float] = deque()
-
-    @property
-    def bound(self) -> float | None:
-        """The largest value that is no spike; `None` while there is too little history."""
-        bound = self._log_bound()
-        return None if bound is None else math.exp(bound)
+        self._highest = -math.inf
 
     def update(self, value: float) -> bool:
         """Judge a value, then remember it."""
@@ -70,25 +69,29 @@ class SpikeDetector:
             return False
         logarithm = math.log(value)
         bound = self._log_bound()
-        is_spike = bound is not None and logarithm > bound
-        self._waiting.append(bound if bound is not None and is_spike else logarithm)
+        is_spike = logarithm > bound
+        if not is_spike:
+            self._highest = max(self._highest, logarithm)
+        self._waiting.append(min(logarithm, bound))
         if len(self._waiting) > self._delay:
             self._enter(self._waiting.popleft())
         return is_spike
 
     def state_dict(self) -> dict[str, Any]:
-        """The window and the values that wait."""
-        return {"window": list(self._window), "waiting": list(self._waiting)}
+        """The window, the values that wait, and the largest that was no spike."""
+        waiting = list(self._waiting)
+        return {"window": list(self._window), "waiting": waiting, "highest": self._highest}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue with a saved window."""
         self._window = deque(state_dict["window"], maxlen=self._window.maxlen)
         self._sorted = sorted(self._window)
         self._waiting = deque(state_dict["waiting"])
+        self._highest = state_dict["highest"]
 
-    def _log_bound(self) -> float | None:
+    def _log_bound(self) -> float:
         if len(self._sorted) < self._min_history:
-            return None
+            return math.inf if self._highest == -math.inf else self._highest + math.log(EARLY_SPIKE)
         centre = _median(self._sorted)
         deviation = median(abs(value - centre) for value in self._sorted)
         return centre + self._threshold * max(MAD_TO_STD * deviation, self._min_std)

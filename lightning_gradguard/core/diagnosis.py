@@ -24,6 +24,18 @@ _REMEDIES = {
         "One spike is for clipping to absorb; if they recur, lower z_threshold or max_norm of the clipping "
         "policy, warm the learning rate up for longer, and look at the batch."
     ),
+    "divergence": (
+        "Loss and gradient norm are far above those of the first steps: lower the learning rate or warm it "
+        "up for longer, clip gradients (AdaptiveGradientClipping), check the initialization."
+    ),
+    "gradient_collapse": (
+        "Most of the network has stopped to get gradients, as when all units of a layer have died: lower the "
+        "learning rate or warm it up, use LeakyReLU or GELU, normalization or residual connections."
+    ),
+    "corrupted_gradient": (
+        "After ranks had averaged it, the gradient of one of them was different by far: suspect its memory "
+        "or code of your own that writes gradients. If it repeats on one machine, leave that machine out."
+    ),
     "amp_overflow": (
         "The loss scale has fallen to 1 and gradients still overflow in float16: train in bf16-mixed, or "
         "compute the overflowing layer in float32."

@@ -6,6 +6,7 @@ from collections import deque
 from typing import Any, Literal
 
 from lightning_gradguard.core.anomalies import SpikeDetector
+from lightning_gradguard.core.divergence import CollapseDetector, DivergenceDetector
 
 #: Steps that a spike of loss and gradient norm may last before the run goes back.
 SPIKE_PATIENCE = 10
@@ -14,16 +15,75 @@ SPIKE_PATIENCE = 10
 SPIKE_COOLDOWN = 256
 #: Outcomes over which the share of skipped steps is taken.
 OUTCOMES = 100
+#: How many times worse than at the start, in loss times norm, a divergence is; and by what that grows each
+#: time that the run goes back for one, so that a level that changed for good does not use the budget up.
+WORSE = 300.0
+STRICTER = 10.0
 
 Decision = Literal["go on", "go back", "give up"]
+#: What can be wrong with steps whose numbers are finite.
+Sickness = Literal["", "loss_spike", "divergence", "gradient_collapse"]
+
+
+class Health:
+    """What the steps of one optimizer, all of them finite, say about the weights."""
+
+    def __init__(self) -> None:
+        self._loss = SpikeDetector()
+        self._norm = SpikeDetector()
+        self._divergence = DivergenceDetector()
+        self._collapse = CollapseDetector()
+        self.spiking = 0
+
+    def update(self, loss: float, total_norm: float, zero_share: float, worse: float) -> Sickness:
+        """Take in a step; says what has lasted for too long, the clearest first.
+
+        Args:
+            loss: Of the step.
+            total_norm: Of its gradients.
+            zero_share: Of its tensors, how many have a gradient of zero.
+            worse: How many times worse than at the start is a divergence.
+        """
+        spikes = (self._loss.update(loss), self._norm.update(total_norm))
+        self.spiking = self.spiking + 1 if all(spikes) else 0
+        diverged = self._divergence.update(loss, total_norm) >= worse
+        if self._collapse.update(zero_share):
+            return "gradient_collapse"
+        if diverged:
+            return "divergence"
+        return "loss_spike" if self.spiking >= SPIKE_PATIENCE else ""
+
+    def went_back(self) -> None:
+        """The weights were put back."""
+        self.spiking = 0
+        self._divergence.forget()
+        self._collapse.forget()
+
+    def state_dict(self) -> dict[str, Any]:
+        """What every detector remembers."""
+        return {
+            "loss": self._loss.state_dict(),
+            "norm": self._norm.state_dict(),
+            "divergence": self._divergence.state_dict(),
+            "collapse": self._collapse.state_dict(),
+            "spiking": self.spiking,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue with what was remembered."""
+        self._loss.load_state_dict(state_dict["loss"])
+        self._norm.load_state_dict(state_dict["norm"])
+        self._divergence.load_state_dict(state_dict["divergence"])
+        self._collapse.load_state_dict(state_dict["collapse"])
+        self.spiking = state_dict["spiking"]
 
 
 class Recovery:
     """Counts what happened to steps and says what is to be done.
 
-    A step that is skipped costs one batch; `patience` of them in a row, or a spike that does not clear, mean
-    that the weights themselves are sick. Every decision has a budget. The same calls lead to the same
-    decision on every rank.
+    A step that is skipped costs one batch; `patience` of them in a row, a spike that does not clear, a
+    divergence or a collapse mean that the weights themselves are sick. Every decision has a budget. The same
+    calls lead to the same decision on every rank.
 
     Args:
         patience: Skipped steps in a row (of one optimizer) after which the run goes back.
@@ -47,8 +107,8 @@ class Recovery:
         self._skipped_in_a_row: dict[int, int] = {}
         self._outcomes: deque[bool] = deque(maxlen=OUTCOMES)
         self._spike_cooldown = 0
-        self._detectors: dict[int, tuple[SpikeDetector, SpikeDetector]] = {}
-        self._spiking: dict[int, int] = {}
+        self._health: dict[int, Health] = {}
+        self._divergences: dict[int, int] = {}
 
     def skipped(self, index: int) -> Decision:
         """A step of optimizer `index` did not take place."""
@@ -61,20 +121,35 @@ class Recovery:
             return "give up"
         return self.fall() if self._skipped_in_a_row[index] >= self._patience else "go on"
 
-    def stepped(self, index: int, loss: float, total_norm: float) -> Decision:
-        """A step of optimizer `index` takes place; its loss and gradient norm are finite."""
+    def stepped(
+        self, index: int, loss: float, total_norm: float, zero_share: float = 0.0
+    ) -> tuple[Decision, Sickness]:
+        """A step of optimizer `index` takes place; its loss and gradient norm are finite.
+
+        Args:
+            index: Of the optimizer.
+            loss: Of the step.
+            total_norm: Of its gradients.
+            zero_share: Of its tensors, how many have a gradient of zero.
+
+        Returns:
+            What is to be done, and what is newly wrong.
+        """
         self._skipped_in_a_row[index] = 0
         self._outcomes.append(False)
         self._spike_cooldown = max(self._spike_cooldown - 1, 0)
-        if index not in self._detectors:
-            self._detectors[index] = (SpikeDetector(), SpikeDetector())
-        loss_detector, norm_detector = self._detectors[index]
-        spikes = (loss_detector.update(loss), norm_detector.update(total_norm))
-        self._spiking[index] = self._spiking.get(index, 0) + 1 if all(spikes) else 0
-        if self._spiking[index] < SPIKE_PATIENCE or self._spike_cooldown:
-            return "go on"
-        self._spike_cooldown = SPIKE_COOLDOWN
-        return self.fall()
+        health = self._health.setdefault(index, Health())
+        worse = WORSE * STRICTER ** self._divergences.get(index, 0)
+        sickness = health.update(loss, total_norm, zero_share, worse)
+        if sickness == "loss_spike":
+            if self._spike_cooldown:
+                return "go on", ""
+            self._spike_cooldown = SPIKE_COOLDOWN
+            return self.fall(), ""  # it was told when it began
+        if sickness:
+            self._divergences[index] = self._divergences.get(index, 0) + (sickness == "divergence")
+            return self.fall(), sickness
+        return "go on", "loss_spike" if health.spiking == 1 and not self._spike_cooldown else ""
 
     def fall(self) -> Decision:
         """The weights are sick: go back, or give up when the budget is used up."""
@@ -83,35 +158,24 @@ class Recovery:
     @property
     def is_spiking(self) -> bool:
         """Whether the last step of any optimizer was part of a spike: no good step, then."""
-        return any(self._spiking.values())
-
-    def spike_began(self, index: int) -> bool:
-        """Whether the last step of an optimizer was the first of a spike."""
-        return self._spiking.get(index) == 1 and not self._spike_cooldown
+        return any(health.spiking for health in self._health.values())
 
     def went_back(self) -> None:
         """The weights were put back."""
         self.rollbacks += 1
         self._skipped_in_a_row.clear()
-        self._spiking.clear()
+        for health in self._health.values():
+            health.went_back()
 
-    def windows(self) -> dict[str, Any]:
+    def windows(self) -> dict[int, Any]:
         """What is remembered about the weights' path, and goes back with them."""
-        return {
-            "detectors": {
-                index: [detector.state_dict() for detector in pair] for index, pair in self._detectors.items()
-            },
-            "spiking": dict(self._spiking),
-        }
+        return {index: health.state_dict() for index, health in self._health.items()}
 
-    def load_windows(self, windows: dict[str, Any]) -> None:
+    def load_windows(self, windows: dict[int, Any]) -> None:
         """Put back what `windows` returned."""
-        self._detectors = {}
-        for index, states in windows["detectors"].items():
-            pair = self._detectors[index] = (SpikeDetector(), SpikeDetector())
-            for detector, state in zip(pair, states, strict=True):
-                detector.load_state_dict(state)
-        self._spiking = dict(windows["spiking"])
+        self._health = {index: Health() for index in windows}
+        for index, state in windows.items():
+            self._health[index].load_state_dict(state)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that a resumed run needs to decide alike."""
@@ -120,6 +184,7 @@ class Recovery:
             "skipped_in_a_row": dict(self._skipped_in_a_row),
             "outcomes": list(self._outcomes),
             "spike_cooldown": self._spike_cooldown,
+            "divergences": dict(self._divergences),
             "windows": self.windows(),
         }
 
@@ -129,4 +194,5 @@ class Recovery:
         self._skipped_in_a_row = dict(state_dict["skipped_in_a_row"])
         self._outcomes = deque(state_dict["outcomes"], maxlen=OUTCOMES)
         self._spike_cooldown = state_dict["spike_cooldown"]
+        self._divergences = dict(state_dict["divergences"])
         self.load_windows(state_dict["windows"])

@@ -16,6 +16,11 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
+def rank() -> int:
+    """Which of them this process is."""
+    return dist.get_rank() if world_size() > 1 else 0
+
+
 def sum_over_ranks(vector: Tensor) -> Tensor:
     """The sum of `vector` over all ranks; `vector` itself where there is one rank.
 

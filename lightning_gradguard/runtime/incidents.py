@@ -26,6 +26,9 @@ SAID_AT_MOST = 5
 _VALUE = {
     "nonfinite_gradient": "{:.0%} of the tensors",
     "loss_spike": "loss {:.4g}",
+    "divergence": "loss {:.4g}",
+    "gradient_collapse": "loss {:.4g}",
+    "corrupted_gradient": "total norm {:.4g}",
     "rollback": "to the weights of step {:.0f}",
     "learning_rate_backoff": "learning rate times {:.4g}",
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -17,6 +18,8 @@ from lightning_gradguard.core import norms
 from lightning_gradguard.core.norms import Gradients
 from lightning_gradguard.runtime import distributed, lightning_api, reporting
 
+#: Times by which the largest total norm on any rank exceeds the smallest, where ranks disagree.
+DISAGREEMENT = 1000.0
 #: `"accept"`: the step may enter histories. `"drop"`: it must not happen. `"ignore"`: it enters no history,
 #: and somebody else (the GradScaler) sees to it.
 Verdict = Literal["accept", "drop", "ignore"]
@@ -30,8 +33,11 @@ class Measurement:
         optimizer_index: Which of the Trainer's optimizers is about to step.
         loss: Mean over ranks and over the accumulation window; NaN if none was seen.
         nonfinite_losses: How many of those losses were nonfinite.
-        total_norm: L2 norm of all gradients of the optimizer, before anything is clipped.
-        nonfinite_gradients: How many tensors have a nonfinite gradient.
+        total_norm: L2 norm of all gradients of the optimizer, before anything is clipped; nonfinite if any
+            of them is, on any rank.
+        zero_share: Share of the tensors whose gradient is zero.
+        ranks_disagree: Whether gradients that ranks have averaged are a thousand times larger on one of
+            them: since then, something has written to them.
         nonfinite_weights: Whether any rank reported nonfinite weights since the step before.
         lost_before: Whether any rank was served a batch that this run, before it was resumed, had lost.
     """
@@ -40,7 +46,8 @@ class Measurement:
     loss: float
     nonfinite_losses: int
     total_norm: float
-    nonfinite_gradients: int
+    zero_share: float
+    ranks_disagree: bool
     nonfinite_weights: bool
     lost_before: bool
 
@@ -282,11 +289,11 @@ class Suite:
         loss = torch.stack([loss.double() for loss in losses]) if losses else None
         head = _head(loss, self.nonfinite_weights, self.serves_lost_batch, device)
         self.nonfinite_weights = None
-        head, sums = _reduce(head, sums, tensors)
         if lightning_api.gradients_are_scaled(trainer, optimizer):
             scaler = lightning_api.gradient_scaler(trainer)
             scale = scaler.get_scale() if scaler else 1.0
             sums = {p: s / (scale if p == torch.inf else scale**p) for p, s in sums.items()}
+        head, sums, total_norms = _reduce(head, sums, tensors)
         tensor_norms = {p: norms.norms_from_power_sums(s, p) for p, s in sums.items()}
         gradients = Gradients(
             names=tuple(name for name, _ in named),
@@ -301,7 +308,7 @@ class Suite:
         measurement: Measurement | None = None
         verdict: Verdict = "accept"
         if self._judges:
-            numbers = _OnItsWay(index, head, mean_loss, gradients)
+            numbers = _OnItsWay(index, head, mean_loss, gradients.norms, total_norms)
             # a GradScaler and a closure that is called repeatedly wait for the device anyway
             waits = repeats or lightning_api.gradient_scaler(trainer) is not None or self.judges_at_once
             if waits or not all(judge.judges_late for judge in self._judges):
@@ -429,28 +436,43 @@ def _head(
 
 def _reduce(
     head: Tensor, sums: dict[float, Tensor], tensors: Sequence[Tensor]
-) -> tuple[Tensor, dict[float, Tensor]]:
-    """The step's one collective: the head, and the power sums where tensors are sharded."""
-    if distributed.world_size() == 1:
-        return head, sums
+) -> tuple[Tensor, dict[float, Tensor], Tensor]:
+    """The step's one collective: the head, and what ranks have to tell each other about gradients.
+
+    Returns:
+        The head; the power sums; and the total norm by rank, of shape `(world_size,)`, or `(1,)` where all
+        ranks together have one.
+    """
+    ranks = distributed.world_size()
+    own = norms.total_norm_from_norms(norms.norms_from_power_sums(sums[2.0]))
+    if ranks == 1:
+        return head, sums, own.view(1)
     if not distributed.is_sharded(tensors):
-        return distributed.sum_over_ranks(head), sums
+        total_norms = head.new_zeros(ranks)
+        total_norms[distributed.rank()] = own
+        packed = distributed.sum_over_ranks(torch.cat([head, total_norms]))
+        return packed[: len(head)], sums, packed[len(head) :]
     if torch.inf in sums:
         raise ValueError("norm_type=inf is not supported for sharded parameters; use 2.0")
     counted = torch.tensor([distributed.counts_here(t) for t in tensors], device=head.device)
-    own = [torch.where(counted, values, 0.0) for values in sums.values()]
-    packed = distributed.sum_over_ranks(torch.cat([head, *own]))
+    parts = [torch.where(counted, values, 0.0) for values in sums.values()]
+    packed = distributed.sum_over_ranks(torch.cat([head, *parts]))
     rows = packed[len(head) :].view(len(sums), -1)
-    return packed[: len(head)], dict(zip(sums, rows, strict=True))
+    sums = dict(zip(sums, rows, strict=True))
+    total = norms.total_norm_from_norms(norms.norms_from_power_sums(sums[2.0]))
+    return packed[: len(head)], sums, total.view(1)
 
 
 class _OnItsWay:
     """One step's numbers between the device and the host."""
 
-    def __init__(self, index: int, head: Tensor, mean_loss: Tensor, gradients: Gradients) -> None:
+    def __init__(
+        self, index: int, head: Tensor, mean_loss: Tensor, grad_norms: Tensor, total_norms: Tensor
+    ) -> None:
         self._index = index
-        nonfinite = (~torch.isfinite(gradients.norms)).sum()
-        packed = torch.cat([head, torch.stack([mean_loss, gradients.total_norm, nonfinite])])
+        # nobody to be found without a gradient at all: then its share is one
+        zero_share = (grad_norms == 0).double().mean().nan_to_num(1.0)
+        packed = torch.cat([head, torch.stack([mean_loss, zero_share]), total_norms])
         self._there: torch.cuda.Event | None = None
         if packed.is_cuda:
             self._numbers = torch.empty_like(packed, device="cpu", pin_memory=True)
@@ -463,13 +485,15 @@ class _OnItsWay:
         """Wait for the numbers: the step's one host synchronization."""
         if self._there is not None:
             self._there.synchronize()
-        _, _, nonfinite_losses, weights, lost, loss, total_norm, nonfinite = self._numbers.tolist()
+        _, _, nonfinite_losses, weights, lost, loss, zero_share, *total_norms = self._numbers.tolist()
+        sick = next((norm for norm in total_norms if not math.isfinite(norm)), None)
         return Measurement(
             optimizer_index=self._index,
             loss=loss,
             nonfinite_losses=int(nonfinite_losses),
-            total_norm=total_norm,
-            nonfinite_gradients=int(nonfinite),
+            total_norm=max(total_norms) if sick is None else sick,
+            zero_share=zero_share,
+            ranks_disagree=max(total_norms) > DISAGREEMENT * min(total_norms),
             nonfinite_weights=bool(weights),
             lost_before=bool(lost),
         )

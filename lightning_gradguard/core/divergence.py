@@ -1,0 +1,108 @@
+"""Detectors of finite training that will not come back by itself: it has diverged, or its units have died."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from statistics import median
+from typing import Any
+
+#: Steps over which loss and norm are taken together, and for which a collapse has to last.
+STEPS = 10
+#: How much loss and norm have to rise, each, before their product says anything.
+LEAST_RISE = 1.5
+#: Share of the tensors, above that of healthy steps, that has no gradient in a collapsed network.
+COLLAPSED = 0.5
+
+
+class DivergenceDetector:
+    """Says by how much loss and gradient norm are worse than in the first steps of training.
+
+    The medians of ten steps are compared with those of the first ten. Each has to be at least one and a half
+    times as large to say anything, and what is said is the product of the two: a loss that rises a little
+    while norms explode counts, and so does the other way round. Nonpositive losses are no measure.
+
+    Example:
+        >>> detector = DivergenceDetector()
+        >>> [detector.update(2.0, 1.0) for _ in range(50)][-1]
+        0.0
+        >>> [detector.update(20.0, 1000.0) for _ in range(10)][-1]
+        10000.0
+    """
+
+    def __init__(self) -> None:
+        self._losses: deque[float] = deque(maxlen=STEPS)
+        self._norms: deque[float] = deque(maxlen=STEPS)
+        self._start: tuple[float, float] | None = None
+
+    def update(self, loss: float, total_norm: float) -> float:
+        """Take in a step whose numbers are finite; returns how many times worse it is, 0 if it is not."""
+        self._losses.append(loss)
+        self._norms.append(total_norm)
+        if len(self._losses) < STEPS:
+            return 0.0
+        now = (median(self._losses), median(self._norms))
+        if self._start is None:
+            self._start = now
+        if min(self._start) <= 0:
+            return 0.0
+        ratios = [value / start for value, start in zip(now, self._start, strict=True)]
+        return math.prod(ratios) if min(ratios) >= LEAST_RISE else 0.0
+
+    def forget(self) -> None:
+        """The weights were put back: what was seen of others says nothing about them."""
+        self._losses.clear()
+        self._norms.clear()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The last steps, and the first."""
+        return {"losses": list(self._losses), "norms": list(self._norms), "start": self._start}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue with saved steps."""
+        self._losses = deque(state_dict["losses"], maxlen=STEPS)
+        self._norms = deque(state_dict["norms"], maxlen=STEPS)
+        self._start = state_dict["start"]
+
+
+class CollapseDetector:
+    """Says whether most of a network has stopped to get gradients that it got before.
+
+    When the units of one layer have all died, every layer before it gets gradients of exactly zero, while the
+    last bias still gets one. Ten such steps in a row are a collapse; it does not heal.
+
+    Example:
+        >>> detector = CollapseDetector()
+        >>> any(detector.update(share) for share in [0.0] * 5 + [0.9] * 9)
+        False
+        >>> detector.update(0.9)
+        True
+    """
+
+    def __init__(self) -> None:
+        self._usual = 1.0
+        self._in_a_row = 0
+
+    def update(self, zero_share: float) -> bool:
+        """Take in a step, with the share of its tensors whose gradient is zero.
+
+        Args:
+            zero_share: In [0, 1]; 1, where nothing is left to learn, is no collapse.
+        """
+        self._usual = min(self._usual, zero_share)
+        collapsed = self._usual + COLLAPSED < zero_share < 1
+        self._in_a_row = self._in_a_row + 1 if collapsed else 0
+        return self._in_a_row >= STEPS
+
+    def forget(self) -> None:
+        """The weights were put back."""
+        self._in_a_row = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """The usual share, and how long it has been exceeded."""
+        return {"usual": self._usual, "in_a_row": self._in_a_row}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue with a saved share."""
+        self._usual = state_dict["usual"]
+        self._in_a_row = state_dict["in_a_row"]
