@@ -1,7 +1,7 @@
 """The classes of faults: what each does to a run, and whether a run can survive it.
 
-This table was committed before the campaign first ran. A kind that turns out to be wrong here is corrected in a
-commit of its own that says so.
+This table was committed before the campaign first ran. A kind that turns out to be wrong here is corrected in
+a commit of its own that says so.
 """
 
 from __future__ import annotations
@@ -86,5 +86,5 @@ TIMES = {
     "steady": "in step 70",
     "accumulation": "in one of two accumulated batches, around step 35",
     "last batch": "in the last batch of the first epoch",
-    "resume": "in the first batch after a resume",
+    "resume": "in the first batch after a resume (for weights and optimizer state: right after it)",
 }
