@@ -2,7 +2,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install demo test check
+.PHONY: install demo test check faults
 
 install: $(STAMP)
 
@@ -21,3 +21,6 @@ check: install
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+
+faults: install
+	$(BIN)/python -m benchmarks.faults

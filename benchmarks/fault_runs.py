@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
+import logging
 import math
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
 from functools import cache
 from pathlib import Path
 from statistics import median
@@ -16,8 +21,10 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+import torch.distributed as dist
 from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.plugins.precision import MixedPrecision
+from pytorch_lightning.strategies import DDPStrategy
 from torch import Tensor
 
 from benchmarks.fault_classes import FAULTS
@@ -28,6 +35,10 @@ from lightning_gradguard.runtime.lightning_api import plain_loss
 
 EPOCHS = 2
 BATCHES = 60
+#: After so long without an answer from another rank, a run counts as hanging.
+HANG = timedelta(seconds=60)
+#: What `NaNRollback(check=...)` can be.
+CHECKS = ("exact", "deferred")
 
 
 @dataclass(frozen=True)
@@ -80,6 +91,7 @@ class Outcome:
         case: What was run.
         survived: Whether it ended by itself with finite state, and learned.
         error: What ended it before, if anything did.
+        ranks_equal: Whether all ranks ended with the same weights and optimizer state.
         equal: Whether it ended bit for bit as its twin; `None` where that is not defined.
         causes: That incidents named.
         incidents: Kinds of the incidents, in order.
@@ -93,6 +105,7 @@ class Outcome:
     case: Case
     survived: bool
     error: str
+    ranks_equal: bool
     equal: bool | None
     causes: list[str]
     incidents: list[str]
@@ -157,6 +170,16 @@ class Losses(pl.Callback):
         self.seen.append(((trainer.current_epoch, batch_idx), sum(running) / max(len(running), 1)))
 
 
+def quietly(act: Callable[..., Any], *arguments: Any) -> Any:
+    """The same, with nothing printed: a campaign would fill the screen."""
+    warnings.filterwarnings("ignore")
+    for name in ("pytorch_lightning", "pytorch_lightning.utilities.rank_zero", "lightning.pytorch"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    torch.set_num_threads(1)
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        return act(*arguments)
+
+
 def guards(case: Case) -> list[pl.Callback]:
     """The suite as the campaign uses it: without backoff, whose point is to change what follows."""
     rollback = NaNRollback(
@@ -199,7 +222,9 @@ def fit(
             enable_progress_bar=False,
             enable_model_summary=False,
             callbacks=[*callbacks(), *([keep] if case.time == "resume" else [])],
-            **{"devices": 1, **own, **precise, **arguments},
+            devices=case.ranks,
+            strategy="auto" if case.ranks == 1 else DDPStrategy(timeout=HANG),
+            **{**own, **precise, **arguments},
         )
         torch.manual_seed(case.seed)
         trainer.fit(module, Epochs(module, data, first), ckpt_path=checkpoint)
@@ -215,21 +240,26 @@ def state(module: Task, trainer: pl.Trainer) -> list[Tensor]:
     return [*module.parameters(), *module.buffers(), *(v for v in own if isinstance(v, Tensor))]
 
 
-def epochs_of(case: Case) -> list[list[Batch]]:
-    """The data, with the fault in it if it is one of the data."""
-    data = [batches(BATCHES, seed=100 * case.seed + epoch) for epoch in range(EPOCHS)]
-    if case.kind in OF_DATA:
+def epochs_of(case: Case, rank: int) -> list[list[Batch]]:
+    """The data of a rank, with the fault in that of the last rank if it is one of the data."""
+    data = [batches(BATCHES, seed=100 * case.seed + 10 * rank + epoch) for epoch in range(EPOCHS)]
+    if case.kind in OF_DATA and rank == case.ranks - 1:
         epoch, index = case.when
         data[epoch][index] = spoiled(data[epoch][index], case.kind)
     return data
 
 
-def play(case: Case) -> Outcome:
-    """Run a case, and its twin where there is one."""
-    folder = Path(tempfile.mkdtemp(prefix="gradguard-"))
-    fault = Fault(case.kind, *case.when, seed=case.seed)
+def play(case: Case, rank: int = 0) -> Outcome:
+    """Run a case, and its twin where there is one. With several ranks, called on each of them.
+
+    Args:
+        case: What to run.
+        rank: Of this process.
+    """
+    folder = Path(_same_everywhere(case, tempfile.mkdtemp(prefix="gradguard-")))
+    fault = Fault(case.kind, *case.when, seed=case.seed, rank=case.ranks - 1)
     losses = Losses()
-    data = epochs_of(case)
+    data = epochs_of(case, rank)
     error = ""
     start = time.perf_counter()
     try:
@@ -237,12 +267,14 @@ def play(case: Case) -> Outcome:
     except Exception as raised:
         error = f"{type(raised).__name__}: {raised}"[:300]
     seconds = time.perf_counter() - start
-    untrained, best = reference(replace(case, kind="", check="exact"))
+    untrained, best = reference(replace(case, kind="", check="exact"), rank)
     incidents = records(folder / "incidents.jsonl")
-    lost = {(r["epoch"], r["batch_idx"]) for r in records(folder / "lost_batches.rank0.jsonl")}
-    score, equal, sane = math.nan, None, False
+    lost = {(r["epoch"], r["batch_idx"]) for r in records(folder / f"lost_batches.rank{rank}.jsonl")}
+    score, equal, sane, ranks_equal = math.nan, None, False, True
     if not error:
         sane = all(bool(torch.isfinite(tensor).all()) for tensor in state(module, trainer))
+        if case.ranks > 1:
+            ranks_equal = _same_on_ranks(module, trainer)
         score = module.eval().score(held_out())
         if is_defined(case, [r["kind"] for r in incidents], lost):
             twin_data = [
@@ -252,11 +284,13 @@ def play(case: Case) -> Outcome:
             twin, twin_trainer = fit(case, twin_data, nothing, lambda: guards(case))
             pairs = zip(state(module, trainer), state(twin, twin_trainer), strict=True)
             equal = all(torch.equal(one, two) for one, two in pairs)
-    shutil.rmtree(folder, ignore_errors=True)
+    if rank == 0:
+        shutil.rmtree(folder, ignore_errors=True)
     return Outcome(
         case=case,
         survived=not error and sane and score <= (untrained + best) / 2,
         error=error,
+        ranks_equal=ranks_equal,
         equal=equal,
         causes=[r["cause"] for r in incidents if r["cause"]],
         incidents=[r["kind"] for r in incidents],
@@ -302,9 +336,28 @@ def held_out() -> Batch:
 
 
 @cache
-def reference(case: Case) -> tuple[float, float]:
+def reference(case: Case, rank: int) -> tuple[float, float]:
     """Scores of the untrained network, and of one that was trained without a fault."""
     with tempfile.TemporaryDirectory() as folder:
-        module, _ = fit(case, epochs_of(case), Path(folder), list)
+        module, _ = fit(case, epochs_of(case, rank), Path(folder), list)
     untrained = MODELS[case.model](case.optimizer, case.seed)
     return untrained.eval().score(held_out()), module.eval().score(held_out())
+
+
+def _same_everywhere(case: Case, value: str) -> str:
+    """The value of rank 0."""
+    if case.ranks == 1:
+        return value
+    values = [value]
+    dist.broadcast_object_list(values)
+    return values[0]
+
+
+def _same_on_ranks(module: Task, trainer: pl.Trainer) -> bool:
+    """Whether weights and optimizer state are bit for bit those of rank 0; statistics are each rank's own."""
+    own = [tensor.detach().cpu() for tensor in state(module, trainer)]
+    buffers = {id(buffer) for buffer in module.buffers()}
+    own = [t for t, live in zip(own, state(module, trainer), strict=True) if id(live) not in buffers]
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, own)
+    return all(torch.equal(a, b) for other in everyone for a, b in zip(everyone[0], other, strict=True))

@@ -7,26 +7,20 @@ are kept in a file of JSON lines, so that a campaign which was interrupted goes 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import io
 import itertools
-import logging
 import multiprocessing
 import time
-import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
-import torch
-
+from benchmarks import kills, pairs, quiet, report, rescue, rivals
 from benchmarks.fault_classes import FAULTS, TIMES
-from benchmarks.fault_runs import Case, Outcome, play
+from benchmarks.fault_runs import CHECKS, Case, Outcome, play, quietly
 from benchmarks.fault_tasks import MODELS, OPTIMIZERS
+from benchmarks.rivals import Answer
 
 #: In what numbers precisions occur: float32 as often as the others together.
 PRECISIONS = ("32-true", "bf16-mixed", "32-true", "16-mixed")
-CHECKS = ("exact", "deferred")
 #: How often every kind meets every time and model, each time with another optimizer, precision and check.
 ROUNDS = 3
 
@@ -49,16 +43,6 @@ def cases(rounds: int = ROUNDS) -> Iterator[Case]:
                         check=CHECKS[(n // 2 + seed) % len(CHECKS)],
                         seed=seed,
                     )
-
-
-def quietly(act: Callable[..., Any], *arguments: Any) -> Any:
-    """The same, with nothing printed: a campaign would fill the screen."""
-    warnings.filterwarnings("ignore")
-    for name in ("pytorch_lightning", "pytorch_lightning.utilities.rank_zero", "lightning.pytorch"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    torch.set_num_threads(1)
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        return act(*arguments)
 
 
 def _play(case: Case) -> Outcome:
@@ -91,17 +75,48 @@ def campaign(wanted: Iterable[Case], kept: Path, processes: int) -> list[Outcome
     return [outcome for outcome in done if outcome.case in asked]
 
 
+def compare(processes: int) -> dict[str, list[tuple[str, Answer]]]:
+    """What every rival makes of the faults: by its name, the kind of fault and the answer."""
+    asked = [(name, case) for name in rivals.RIVALS for case in rivals.cases(name)]
+    with multiprocessing.get_context("fork").Pool(processes) as pool:
+        answers = pool.starmap(_answer, asked, chunksize=1)
+    found: dict[str, list[tuple[str, Answer]]] = {name: [] for name in rivals.RIVALS}
+    for (name, case), answer in zip(asked, answers, strict=True):
+        found[name].append((case.kind, answer))
+    return found
+
+
+def _answer(name: str, case: Case) -> Answer:
+    answer: Answer = quietly(rivals.answer, name, case)
+    return answer
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=ROUNDS)
-    parser.add_argument("--kept", type=Path, default=Path("runs/faults/outcomes.jsonl"))
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help="how often every combination comes")
+    parser.add_argument("--kept", type=Path, default=Path("runs/faults"), help="folder of the outcomes")
+    parser.add_argument("--page", type=Path, default=Path("docs/reliability.md"))
     parser.add_argument("--processes", type=int, default=2)
     options = parser.parse_args()
-    outcomes = campaign(cases(options.rounds), options.kept, options.processes)
-    for outcome in outcomes:
-        wrong = (FAULTS[outcome.case.kind].survivable and not outcome.survived) or outcome.equal is False
-        if wrong or outcome.named is False:
+    single = campaign(cases(options.rounds), options.kept / "single.jsonl", options.processes)
+    for outcome in single:
+        if is_wrong(outcome):
             print(outcome)
+    report.write(
+        options.page,
+        single,
+        pairs.main(options.kept / "pairs.jsonl"),
+        compare(options.processes),
+        quiet.main(options.processes),
+        rescue.table(rescue.main(range(3))),
+        kills.summary(kills.main()),
+    )
+
+
+def is_wrong(outcome: Outcome) -> bool:
+    """Whether an outcome is not as the table of faults promises."""
+    lost = FAULTS[outcome.case.kind].survivable and not outcome.survived
+    return lost or outcome.equal is False or outcome.named is False or not outcome.ranks_equal
 
 
 if __name__ == "__main__":

@@ -60,9 +60,19 @@ def test_the_linter_holds_the_floors(tmp_path: Path) -> None:
         assert "TID251" in result.stdout, (floor, imported)
 
 
-@pytest.mark.parametrize("snippet", re.findall(r"```python\n(.*?)```", README, re.DOTALL))
-def test_readme_snippets_run(snippet: str) -> None:
-    exec(compile(snippet, "README.md", "exec"), {})
+PAGES = {path.name: path.read_text() for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
+
+
+@pytest.mark.parametrize(
+    ("page", "snippet"),
+    [
+        (page, code)
+        for page, text in PAGES.items()
+        for code in re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    ],
+)
+def test_snippets_run(page: str, snippet: str) -> None:
+    exec(compile(snippet, page, "exec"), {})
 
 
 def test_readme_yaml_is_understood() -> None:
@@ -117,7 +127,7 @@ def test_fit_on_a_module_of_the_current_folder(tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         (["fitt"], "Did you mean 'fit'"),
-        (["bake"], "There are: fit, demo"),
+        (["bake"], "There are: fit, replay, demo"),
         (["demo", "--max_steps", "0"], "--max_steps 0 must be at least 1"),
         (["fit", "--model", "missing.Module"], "missing"),
     ],

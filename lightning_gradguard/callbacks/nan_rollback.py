@@ -10,8 +10,9 @@ from typing import Any, Literal
 import pytorch_lightning as pl
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
-from lightning_gradguard.core.diagnosis import advice, advice_for_cause
+from lightning_gradguard.core.diagnosis import advice
 from lightning_gradguard.core.recovery import Decision, Recovery
 from lightning_gradguard.core.snapshots import Snapshot, rng_state
 from lightning_gradguard.runtime import lightning_api, reporting, training_state
@@ -26,6 +27,7 @@ from lightning_gradguard.runtime.incidents import (
 )
 from lightning_gradguard.runtime.investigation import Investigation
 from lightning_gradguard.runtime.lost_batches import LostBatches
+from lightning_gradguard.runtime.lost_steps import LostStep, Window, facts_of
 from lightning_gradguard.runtime.optimizer import drop_gradients
 from lightning_gradguard.runtime.replaying import ServedBatch
 from lightning_gradguard.runtime.step import (
@@ -46,34 +48,16 @@ LAST_GOOD = "last_good.ckpt"
 OVERFLOW = torch.finfo(torch.float32).max
 
 
-@dataclass(frozen=True)
-class _Window:
-    """The batches of one optimizer step, and what goes back if it does not take place."""
-
-    step: int
-    batches: list[ServedBatch]
-    companions: Companions | None
-
-
-@dataclass(frozen=True)
-class _Skip:
-    """A step that was lost, until people are told."""
-
-    measurement: Measurement | None
-    window: _Window
-    batch_idx: int
-    names: tuple[str, ...]
-    norms: Tensor
-
-
 @dataclass
 class _Batch:
     """What the running batch came to."""
 
     accepted: bool = False
+    accepted_step: int = 0
     skipped: bool = False
     decision: Decision = "go on"
     rewind: Companions | None = None
+    scaler: dict[str, Any] | None = None
     first_closure: Step | None = None
 
 
@@ -121,7 +105,8 @@ class NaNRollback(StepCallback):
             earlier ahead of a checkpoint, validation, the end of an epoch, and on an exception. A GradScaler
             and LBFGS wait for the device anyway, so that under them both are the same.
         restore_rng: Whether a rollback, or a skip, also puts random number generators back.
-        rewind_schedulers: Whether a rollback, or a skip, also puts learning rate schedules back.
+        rewind_schedulers: Whether a rollback, or a skip, also puts learning rate schedules, and the scale of
+            a GradScaler, back; not schedules that move once an epoch, as no epoch is trained again.
         max_skip_fraction: If more than this share of the last 100 steps was skipped, the run stops; in
             (0, 1].
         incident_dir: Folder of `incidents.jsonl`, dossiers and the ledger; the run's own folder if `None`.
@@ -184,7 +169,7 @@ class NaNRollback(StepCallback):
         self._keeps_batches = max_dossiers > 0
         self._overflows_at_floor = 0
         self._ledger = LostBatches(None, rank=0)
-        self._earlier_ledger: str | None = None
+        self._earlier_ledgers: list[str] = []
         self._recovery = Recovery(patience, max_rollbacks, max_skip_fraction)
         self._way_back = WayBack(
             keep_snapshots,
@@ -196,6 +181,7 @@ class NaNRollback(StepCallback):
         self._investigation = Investigation(max_dossiers, max_dossier_megabytes)
         self._batch = _Batch()
         self._is_fitting = False
+        self._has_given_up = False
 
     @property
     def rollbacks(self) -> int:
@@ -212,23 +198,20 @@ class NaNRollback(StepCallback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Begin with what this fit begins with."""
         self._is_fitting = True
+        self._has_given_up = False
+        self._recovery.has_rivals = len(trainer.optimizers) > 1
         self._traces = Traces(trainer, pl_module)
         self._way_back.begin(trainer, self._traces)
         self._watched_buffers = frozenset(training_state.finite_buffers(trainer))
-        self._ledger = LostBatches(run_folder(trainer), trainer.global_rank, self._earlier_ledger)
+        self._ledger = LostBatches(run_folder(trainer), trainer.global_rank, self._earlier_ledgers)
         self._lost_earlier = set().union(*gather_objects(self._ledger.earlier()))
-        self._lost: list[_Skip] = []
-        self._window = _Window(trainer.global_step, [], None)
+        self._lost: list[LostStep] = []
+        self._window = Window(trainer.global_step, [], None)
         self._window_is_open = False
-        self._unjudged: _Skip | None = None
+        self._unjudged: LostStep | None = None
         self._repeats = any(map(lightning_api.calls_closure_repeatedly, trainer.optimizers))
         self._before = Snapshot("same") if self._repeats or self.judges_late else None
-        for name in lightning_api.unknown_averages(trainer):
-            reporting.say(
-                trainer,
-                f"gradguard: {name} seems to average weights in a way that NaNRollback cannot undo; put "
-                "NaNRollback before it in the list of callbacks: then it sees only weights that were kept.",
-            )
+        self._unknown_averages = lightning_api.unknown_averages(trainer, None if self.judges_late else self)
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -236,18 +219,28 @@ class NaNRollback(StepCallback):
         """Remember what the forward passes of a step are about to change."""
         self._batch = _Batch()
         self._batch_idx = batch_idx
+        self._warn_of_unknown_averages(trainer)  # ahead of the first batch: a progress bar is there to say it
         if not self._window_is_open or lightning_api.updates_buffers_only(trainer):
             self._open_window(trainer)
         if self._keeps_batches:
             self._window.batches.append(ServedBatch(batch, batch_idx, rng_state()))
+        self._window.n_served += 1
         self._ledger.serve(trainer.global_step, trainer.current_epoch, batch_idx, batch)
         if (trainer.current_epoch, batch_idx) in self._lost_earlier:
             suite_of(trainer).judges_at_once = True
             suite_of(trainer).serves_lost_batch |= self._ledger.was_lost_before()
 
+    def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
+        """Look at what the forward pass has left in buffers: the loss may be finite all the same."""
+        super().on_before_backward(trainer, pl_module, loss)
+        spoiled, suite = self._traces.spoiled(), suite_of(trainer)
+        earlier = suite.nonfinite_buffers
+        suite.nonfinite_buffers = spoiled if earlier is None else earlier | spoiled
+
     def judge(self, trainer: pl.Trainer, measurement: Measurement) -> Verdict:
         """A nonfinite step is never accepted."""
-        if measurement.nonfinite_losses or measurement.nonfinite_weights or measurement.lost_before:
+        m = measurement
+        if m.nonfinite_losses or m.nonfinite_weights or m.nonfinite_buffers or m.lost_before:
             return "drop"
         if measurement.total_norm <= OVERFLOW:
             return "drop" if measurement.ranks_disagree else "accept"
@@ -266,6 +259,8 @@ class NaNRollback(StepCallback):
         self._way_back.wait()
         self._window_is_open = False
         if step.verdict == "drop":
+            if (scaler := lightning_api.gradient_scaler(trainer)) is not None:
+                self._batch.scaler = scaler.state_dict()
             drop_gradients(
                 step.optimizer,
                 unscales_itself=lightning_api.gradients_are_scaled(trainer, step.optimizer),
@@ -273,7 +268,7 @@ class NaNRollback(StepCallback):
             self._traces.undo()
             self._reject(self._skip_of(step))
         elif step.verdict == "ignore":
-            self._leave_to_scaler(trainer)
+            self._leave_to_scaler(trainer, step.optimizer)
         elif step.measurement is None:
             assert self._before is not None
             assert self._window.companions is not None
@@ -283,7 +278,7 @@ class NaNRollback(StepCallback):
             self._let_happen(trainer)
         else:
             self._let_happen(trainer)
-            self._accept(trainer, pl_module, step.measurement)
+            self._accept(trainer, pl_module, step.measurement, self._window.step)
 
     def on_late_verdict(
         self,
@@ -291,36 +286,42 @@ class NaNRollback(StepCallback):
         pl_module: pl.LightningModule,
         measurement: Measurement,
         verdict: Verdict,
-        *,
-        in_next_step: bool,
     ) -> None:
         """Undo a sick step after all, along with what the running one has begun."""
         skip, self._unjudged = self._unjudged, None
         if skip is None:
             return
         if verdict == "accept":
-            self._accept(trainer, pl_module, measurement)
+            self._accept(trainer, pl_module, measurement, skip.window.step)
             return
         assert self._before is not None
+        windows = self.snapshot_state_dict()  # these have taken in every step before the sick one
         companions = training_state.restore(trainer, self._before, self._traces)
+        self.load_snapshot_state_dict(windows)
+        self._traces.keep()
         self._way_back.distrust(companions.step)
-        lost = len(skip.window.batches)
-        if in_next_step:
-            lost += len(self._window.batches)
+        lost = skip.window.n_served
+        if self._window is not skip.window:
+            lost += self._window.n_served
             self._window_is_open = False
+            self._window = dataclasses.replace(self._window, companions=companions)
         self._reject(dataclasses.replace(skip, measurement=measurement), lost)
 
     def on_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch_idx: int) -> None:
         """Go back if that is due; else see whether the next snapshot is."""
+        if self._batch.scaler is not None:
+            # it takes a dropped step for an overflow, which a smaller scale would help against
+            lightning_api.set_scaler_state(trainer, self._batch.scaler)
         if lightning_api.updates_buffers_only(trainer):
             self._guard_buffers(trainer, pl_module)
         if self._batch.first_closure is not None:
             self._settle_closures(trainer, pl_module, self._batch.first_closure)
-        if trainer.is_last_batch or trainer.should_stop or trainer.global_step == trainer.max_steps:
+        is_last = trainer.is_last_batch or trainer.should_stop or trainer.global_step == trainer.max_steps
+        if is_last or lightning_api.validates_next(trainer, batch_idx):
             suite_of(trainer).settle(trainer, pl_module)
         self._conclude(trainer, pl_module)
         if self._batch.accepted and not self._batch.skipped and not self._recovery.is_spiking:
-            self._way_back.good_step()
+            self._way_back.good_step(self._batch.accepted_step)
         stepped = suite_of(trainer).has_stepped
         if (stepped and is_logging_step(trainer)) or trainer.is_last_batch:
             self._report(trainer)
@@ -353,14 +354,15 @@ class NaNRollback(StepCallback):
             lightning_api.no_longer_before_checkpoints(trainer)
 
     def state_dict(self) -> dict[str, Any]:
-        """Counters, detectors and the place of the ledger; snapshots are not part of it."""
+        """Counters, detectors and the places of ledgers; snapshots are not part of it."""
         return {
             "skips": self.skips,
             "amp_overflows": self.amp_overflows,
             "overflows_at_floor": self._overflows_at_floor,
             "recovery": self._recovery.state_dict(),
+            "has_given_up": self._has_given_up,
             "examined": self._investigation.examined,
-            "ledger": self._ledger.folder or self._earlier_ledger,
+            "ledgers": self._ledger.folders() or self._earlier_ledgers,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -369,8 +371,10 @@ class NaNRollback(StepCallback):
         self.amp_overflows = state_dict["amp_overflows"]
         self._overflows_at_floor = state_dict["overflows_at_floor"]
         self._recovery.load_state_dict(state_dict["recovery"])
+        if state_dict["has_given_up"]:
+            self._recovery.renew_budgets()  # whoever resumes has changed something, and wants it tried
         self._investigation.examined = state_dict["examined"]
-        self._earlier_ledger = state_dict["ledger"]
+        self._earlier_ledgers = state_dict["ledgers"]
 
     def snapshot_state_dict(self) -> dict[int, Any]:
         """The detectors' windows, which go back with the weights."""
@@ -379,6 +383,16 @@ class NaNRollback(StepCallback):
     def load_snapshot_state_dict(self, state_dict: dict[int, Any]) -> None:
         """Put the detectors' windows back."""
         self._recovery.load_windows(state_dict)
+
+    def _warn_of_unknown_averages(self, trainer: pl.Trainer) -> None:
+        names, self._unknown_averages = self._unknown_averages, []
+        exact = " use check='exact' and" if self.judges_late else ""
+        for name in names:
+            reporting.say(
+                trainer,
+                f"gradguard: {name} seems to average weights in a way that NaNRollback cannot undo;{exact}"
+                " put NaNRollback before it in the list of callbacks: it then sees only what was kept.",
+            )
 
     def _open_window(self, trainer: pl.Trainer) -> None:
         self._window_is_open = True
@@ -390,14 +404,14 @@ class NaNRollback(StepCallback):
             self._way_back.start_anew_if_unfrozen(trainer)
         needed = self._rewinds or self._before is not None or not self._way_back.exists
         companions = self._way_back.companions(trainer) if needed else None
-        self._window = _Window(trainer.global_step, [], companions)
+        self._window = Window(trainer.global_step, [], companions)
         if self._repeats:
             assert self._before is not None
             assert companions is not None
             training_state.capture(trainer, self._before, companions)
 
-    def _skip_of(self, step: Step) -> _Skip:
-        return _Skip(
+    def _skip_of(self, step: Step) -> LostStep:
+        return LostStep(
             step.measurement, self._window, self._batch_idx, step.gradients.names, step.gradients.norms
         )
 
@@ -406,8 +420,11 @@ class NaNRollback(StepCallback):
         if len(trainer.optimizers) > 1:
             self._traces.keep()  # a later step of the same batch may be dropped, this one stays
 
-    def _accept(self, trainer: pl.Trainer, pl_module: pl.LightningModule, measurement: Measurement) -> None:
+    def _accept(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, measurement: Measurement, step: int
+    ) -> None:
         self._batch.accepted = True
+        self._batch.accepted_step = step
         self._overflows_at_floor = 0
         self._investigation.well()
         index = measurement.optimizer_index
@@ -416,14 +433,16 @@ class NaNRollback(StepCallback):
         )
         self._decide(decision)
         if sickness:
-            self._publish(trainer, pl_module, sickness, value=measurement.loss)
+            origin = self._investigation.look_at_weights(trainer, self._way_back.newest())
+            facts = facts_of(origin, sickness) if origin is not None else {}
+            self._publish(trainer, pl_module, sickness, value=measurement.loss, **facts)
 
-    def _reject(self, skip: _Skip, n_batches: int | None = None) -> None:
+    def _reject(self, skip: LostStep, n_batches: int | None = None) -> None:
         assert skip.measurement is not None
         self._batch.skipped = True
         self._batch.rewind = skip.window.companions
         self._lost.append(skip)
-        self._ledger.lose_last(n_batches or max(len(skip.window.batches), 1))
+        self._ledger.lose_last(n_batches or skip.window.n_served)
         self.skips += 1
         if skip.measurement.lost_before:
             return
@@ -431,9 +450,13 @@ class NaNRollback(StepCallback):
         if skip.measurement.nonfinite_weights:
             self._decide(self._recovery.fall())
 
-    def _leave_to_scaler(self, trainer: pl.Trainer) -> None:
+    def _leave_to_scaler(self, trainer: pl.Trainer, optimizer: Optimizer) -> None:
         """An overflow: the scaler skips the step and lowers its scale, as long as it can."""
         self.amp_overflows += 1
+        self._batch.scaler = None
+        if not lightning_api.gradients_are_scaled(trainer, optimizer):
+            # what was written to the gradients after the scaler had looked, it does not know of
+            drop_gradients(optimizer, unscales_itself=False)
         lightning_api.pause_weight_averages(trainer)
         scaler = lightning_api.gradient_scaler(trainer)
         at_floor = scaler is not None and scaler.get_scale() <= 1
@@ -450,7 +473,7 @@ class NaNRollback(StepCallback):
             self._reject(self._skip_of(first))
         else:
             self._let_happen(trainer)
-            self._accept(trainer, pl_module, first.measurement)
+            self._accept(trainer, pl_module, first.measurement, self._window.step)
 
     def _guard_buffers(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """In a pass that makes no step but updates statistics, a batch that spoils them is taken back."""
@@ -503,42 +526,21 @@ class NaNRollback(StepCallback):
                 self._batch.rewind.rewind(trainer)
             self._look_at_weights(trainer)
 
-    def _tell(self, trainer: pl.Trainer, pl_module: pl.LightningModule, skip: _Skip) -> None:
+    def _tell(self, trainer: pl.Trainer, pl_module: pl.LightningModule, lost: LostStep) -> None:
         """Publish a lost step, with its cause if it is the first of an episode."""
-        measurement = skip.measurement
-        assert measurement is not None
-        facts: dict[str, Any] = {"step": skip.window.step, "batch_idx": skip.batch_idx, "action": "skipped"}
-        if measurement.lost_before:
-            self._publish(trainer, pl_module, "lost_batch", **facts)
-            return
-        if measurement.nonfinite_weights:
-            kind = "nonfinite_weights"
-        elif measurement.nonfinite_losses:
-            kind = "nonfinite_loss"
-        elif measurement.ranks_disagree:
-            kind = "corrupted_gradient"
-            facts["value"] = measurement.total_norm
-        elif lightning_api.gradient_scaler(trainer) is not None:
-            kind = "amp_overflow"
-        else:
-            kind = "nonfinite_gradient"
-            sick = (~torch.isfinite(skip.norms)).tolist()
-            facts["where"] = tuple(name for name, s in zip(skip.names, sick, strict=True) if s)
-            facts["value"] = sum(sick) / max(len(sick), 1)
-        if skip.window.batches:
+        kind, facts = lost.describe(has_scaler=lightning_api.gradient_scaler(trainer) is not None)
+        if lost.window.batches and kind != "lost_batch":
             result = self._investigation.examine(
                 trainer,
                 pl_module,
-                skip.window.step,
-                skip.window.batches,
+                lost.window.step,
+                lost.window.batches,
                 self._way_back.newest(),
                 run_folder(trainer),
+                weights_are_sick=kind == "nonfinite_weights",
             )
             if result is not None:
-                origin = result.origin
-                facts.update(cause=origin.cause, detail=origin.detail, dossier=result.dossier)
-                facts["where"] = origin.where or facts.get("where", ())
-                facts["advice"] = advice_for_cause(origin.cause, origin.where) or advice(kind, facts["where"])
+                facts.update(facts_of(result.origin, kind, facts.get("where", ())), dossier=result.dossier)
         self._publish(trainer, pl_module, kind, **facts)
 
     def _go_back(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -555,6 +557,7 @@ class NaNRollback(StepCallback):
         self._unjudged = None
         step = self._way_back.return_to_newest(trainer)
         self._ledger.lose_since(step)
+        self._has_given_up = True
         checkpoint = self._save_last_good(trainer)
         self._publish(trainer, pl_module, "training_diverged", action="stopped")
         self._report(trainer)

@@ -6,11 +6,13 @@ import difflib
 import os
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 
 from lightning_gradguard import __version__
 
 VERBS = {
     "fit": "train a module of yours with the suite in place (LightningCLI)",
+    "replay": "see an incident happen again, from its dossier",
     "demo": "watch a network die, and live with the suite",
 }
 
@@ -22,7 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         arguments: What was typed after the command; `sys.argv` if `None`.
 
     Raises:
-        SystemExit: With code 2 and one short message, if there is no such verb.
+        SystemExit: With code 2 and one short message, if there is no such verb; else as the verb says.
     """
     verb, *rest = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     if verb in ("-h", "--help"):
@@ -33,12 +35,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         from lightning_gradguard.cli.demo import main as demo
 
         demo(rest)
-    elif verb == "fit":
+    elif verb in ("fit", "replay"):
         # a console script does not look into the folder it is called from, where the user's module is
         sys.path.insert(0, os.getcwd())
-        from lightning_gradguard.cli.fit import main as fit
-
-        fit(rest)
+        import_module(f"lightning_gradguard.cli.{verb}").main(rest)
     else:
         near = difflib.get_close_matches(verb, VERBS, n=1)
         hint = f" Did you mean '{near[0]}'?" if near else f" There are: {', '.join(VERBS)}."

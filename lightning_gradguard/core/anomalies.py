@@ -254,6 +254,8 @@ class SymptomDetector:
         growth = total_norm / usual if usual > 0 else 0.0
         still = [i for i, ratio in enumerate(update_ratios or ()) if ratio < STAGNANT and weight_norms[i] > 0]
         stuck = self._loss_is_flat(step, loss) and len(still) > len(names) / 2
+        # the bias of a layer ahead of a normalization stands still by nature
+        still_layers = [i for i in still if is_matrix[i]]
         sick = [i for i in by_norm if not math.isfinite(grad_norms[i])]
         if math.isfinite(total_norm) and growth <= EXPLOSION:
             self._norms.append(total_norm)
@@ -262,7 +264,7 @@ class SymptomDetector:
             ("growing", "exploding_gradient", growth > EXPLOSION, by_norm, total_norm),
             ("exploding", "exploding_gradient", profile < -DEPTH_DECADES, layers, profile),
             ("vanishing", "vanishing_gradient", profile > DEPTH_DECADES, layers, profile),
-            ("stagnant", "weight_stagnation", bool(still), still, _least(update_ratios)),
+            ("stagnant", "weight_stagnation", bool(still_layers), still_layers, _least(update_ratios)),
             ("stuck", "stuck_loss", stuck, still, loss),
         )
         symptoms = []

@@ -18,7 +18,7 @@ _REMEDIES = {
         "bound the weights (weight_decay, a max-norm constraint)."
     ),
     "nonfinite_buffers": (
-        "A batch without a step has spoiled statistics of normalization; look at it for nonfinite inputs."
+        "The batch has spoiled running statistics of normalization; look at it for nonfinite or huge inputs."
     ),
     "loss_spike": (
         "One spike is for clipping to absorb; if they recur, lower z_threshold or max_norm of the clipping "

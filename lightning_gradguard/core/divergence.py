@@ -18,9 +18,10 @@ COLLAPSED = 0.5
 class DivergenceDetector:
     """Says by how much loss and gradient norm are worse than in the first steps of training.
 
-    The medians of ten steps are compared with those of the first ten. Each has to be at least one and a half
-    times as large to say anything, and what is said is the product of the two: a loss that rises a little
-    while norms explode counts, and so does the other way round. Nonpositive losses are no measure.
+    The medians of ten steps are compared with those of the first ten, or with the very first step if that was
+    better: no update had been made before it. Each has to be at least one and a half times as large to say
+    anything, and what is said is the product of the two: a loss that rises a little while norms explode
+    counts, and so does the other way round. Nonpositive losses are no measure.
 
     Example:
         >>> detector = DivergenceDetector()
@@ -43,7 +44,7 @@ class DivergenceDetector:
             return 0.0
         now = (median(self._losses), median(self._norms))
         if self._start is None:
-            self._start = now
+            self._start = (min(now[0], self._losses[0]), min(now[1], self._norms[0]))
         if min(self._start) <= 0:
             return 0.0
         ratios = [value / start for value, start in zip(now, self._start, strict=True)]

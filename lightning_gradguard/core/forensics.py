@@ -13,7 +13,7 @@ from torch.nn.modules.loss import _Loss
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_leaves_with_path
 
-from lightning_gradguard.core.norms import local_shard
+from lightning_gradguard.core.norms import local_shard, tensor_norms, total_norm_from_norms
 from lightning_gradguard.core.probing import nothing_left_behind
 
 Cause = Literal[
@@ -103,8 +103,11 @@ def investigate(
         ('loss', 'aten::log', 0.0)
     """
     leaves = dict(_named_leaves(module, batch))
+    sound = [name for name, buffer in module.named_buffers() if not _is_nonfinite(buffer)]
     with nothing_left_behind(module), torch.enable_grad(), _Trace(module, leaves) as trace:
         losses, gradients = run()
+        buffers = dict(module.named_buffers())
+        spoiled = [name for name in sound if name in buffers and _is_nonfinite(buffers[name])]
     grown = grown or {}
     sick = next((t for t in (*losses, *gradients) if _is_nonfinite(t)), None)
     if sick is not None:
@@ -112,7 +115,9 @@ def investigate(
         source = _origin_of(record) if record is not None else None
         return _classify(source, grown, batch, trace.loss_modules)
     if _total_norm_overflows(gradients):
-        return Origin("backward pass", "backward", detail="The norm of the gradients overflows float32.")
+        return _of_overflow(grown, batch)
+    if spoiled:
+        return origin_in_weights(grown) if grown else _of_buffers(spoiled, batch)
     return Origin("transient", detail="Run again on the same weights, the batch gives finite numbers.")
 
 
@@ -139,6 +144,27 @@ def grown_elements(named: Iterable[tuple[str, Tensor, Tensor]]) -> dict[str, int
             if count:
                 found[name] = count
     return found
+
+
+def origin_in_weights(grown: Mapping[str, int]) -> Origin:
+    """What has happened to weights, from the tensors that are absurd.
+
+    Args:
+        grown: At least one tensor; see `grown_elements`.
+
+    Example:
+        >>> origin_in_weights({"head.weight": 1}).cause, origin_in_weights({"head.weight": 50}).cause
+        ('weights', 'too large a step')
+    """
+    where = tuple(sorted(grown, key=lambda name: -grown[name]))
+    if sum(grown.values()) <= CORRUPTED:
+        return Origin("weights", where=where, detail=f"Single elements of {where[0]} are absurd.")
+    return Origin(
+        "too large a step",
+        where=where,
+        detail=f"{sum(grown.values())} elements of {len(grown)} tensors are nonfinite or {GROWTH:g} times "
+        "larger than when the run was well.",
+    )
 
 
 @dataclass
@@ -289,7 +315,7 @@ def _classify(
             return Origin("bad input", where=(source,), detail=f"{source} holds nonfinite values.")
         grown = grown or {source: 1}
     if grown:
-        return _of_weights(grown)
+        return origin_in_weights(grown)
     if source is None or isinstance(source, str):
         return Origin("unknown", detail="No watched operation made the nonfinite value.")
     place = f"module `{source.module}`" if source.module else "the step's own code"
@@ -297,15 +323,15 @@ def _classify(
     sentence = f"{source.operation} in {place}{given} returned {'nan' if source.has_nan else 'inf'}"
     cause: Cause = "forward pass" if source.module else "loss"
     where: tuple[str, ...] = (source.module,) if source.module else ()
-    huge = {name: high for name, high in _magnitudes(batch) if high > HUGE}
+    huge = _huge(batch)
     if source.phase == "backward":
         cause = "backward pass"
     elif source.module in loss_modules:
         cause = "loss"
-    if huge and cause != "loss":
-        name = max(huge, key=lambda key: huge[key])
-        cause, where = "bad input", (name,)
-        sentence += f"; {name} holds values up to {huge[name]:.4g}"
+    given_most = max(abs(source.low or 0.0), abs(source.high or 0.0))
+    if huge and (cause != "loss" or given_most > HUGE):
+        cause, where = "bad input", tuple(huge)
+        sentence += f"; {where[0]} holds values up to {huge[where[0]]:.4g}"
     return Origin(
         cause,
         source.phase,
@@ -319,16 +345,26 @@ def _classify(
     )
 
 
-def _of_weights(grown: Mapping[str, int]) -> Origin:
-    where = tuple(sorted(grown, key=lambda name: -grown[name]))
-    if sum(grown.values()) <= CORRUPTED:
-        return Origin("weights", where=where, detail=f"Single elements of {where[0]} are absurd.")
-    return Origin(
-        "too large a step",
-        where=where,
-        detail=f"{sum(grown.values())} elements of {len(grown)} tensors are nonfinite or {GROWTH:g} times "
-        "larger than when the run was well.",
-    )
+def _of_overflow(grown: Mapping[str, int], batch: Any) -> Origin:
+    if grown:
+        return origin_in_weights(grown)
+    detail = "Every gradient is finite, but their norm overflows float32"
+    if huge := _huge(batch):
+        name, high = next(iter(huge.items()))
+        detail = f"{detail}: {name} holds values up to {high:.4g}."
+        return Origin("bad input", "backward", where=tuple(huge), detail=detail)
+    return Origin("backward pass", "backward", detail=f"{detail}.")
+
+
+def _of_buffers(spoiled: Sequence[str], batch: Any) -> Origin:
+    names = tuple(name.replace("_orig_mod.", "") for name in spoiled)
+    owner = names[0].rpartition(".")[0]
+    detail = f"Loss and gradients are finite, but the forward pass left nonfinite values in {names[0]}"
+    if huge := _huge(batch):
+        name, high = next(iter(huge.items()))
+        detail = f"{detail}: {name} holds values up to {high:.4g}."
+        return Origin("bad input", "forward", owner, where=tuple(huge), detail=detail)
+    return Origin("forward pass", "forward", owner, where=names, detail=f"{detail}.")
 
 
 def _named_leaves(module: nn.Module, batch: Any) -> Iterator[tuple[str, Tensor]]:
@@ -339,10 +375,15 @@ def _named_leaves(module: nn.Module, batch: Any) -> Iterator[tuple[str, Tensor]]
         yield name.replace("_orig_mod.", ""), tensor
 
 
-def _magnitudes(batch: Any) -> Iterator[tuple[str, float]]:
-    for path, leaf in tree_leaves_with_path(batch):
-        if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.numel():
-            yield "batch" + "".join(map(str, path)), float(leaf.detach().abs().amax())
+def _huge(batch: Any) -> dict[str, float]:
+    """Parts of the batch with values large enough to overflow on their way, the largest first."""
+    found = {
+        "batch" + "".join(map(str, path)): float(leaf.detach().abs().amax())
+        for path, leaf in tree_leaves_with_path(batch)
+        if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.numel()
+    }
+    huge = ((name, high) for name, high in found.items() if high > HUGE)
+    return dict(sorted(huge, key=lambda item: -item[1]))
 
 
 def _next_sequence() -> int:
@@ -364,5 +405,6 @@ def _names_nonfinite(*arguments: Any) -> bool:
 
 
 def _total_norm_overflows(gradients: Sequence[Tensor]) -> bool:
-    squares = [g.detach().double().square().sum() for g in gradients]
-    return bool(squares) and float(torch.stack(squares).sum().sqrt()) > torch.finfo(torch.float32).max
+    # measured as a step is, in which squares that overflow float32 count as a norm that does
+    total = total_norm_from_norms(tensor_norms([g.detach() for g in gradients]))
+    return float(total) > torch.finfo(torch.float32).max

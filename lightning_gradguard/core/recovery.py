@@ -19,6 +19,10 @@ OUTCOMES = 100
 #: time that the run goes back for one, so that a level that changed for good does not use the budget up.
 WORSE = 300.0
 STRICTER = 10.0
+#: The same where networks are trained against each other, and the least deviation, of logarithms, that spikes
+#: are measured by there: a loss that rises tenfold is part of the game.
+WORSE_AMONG_RIVALS = 1e6
+STD_AMONG_RIVALS = 1.0
 
 Decision = Literal["go on", "go back", "give up"]
 #: What can be wrong with steps whose numbers are finite.
@@ -26,27 +30,33 @@ Sickness = Literal["", "loss_spike", "divergence", "gradient_collapse"]
 
 
 class Health:
-    """What the steps of one optimizer, all of them finite, say about the weights."""
+    """What the steps of one optimizer, all of them finite, say about the weights.
 
-    def __init__(self) -> None:
-        self._loss = SpikeDetector()
-        self._norm = SpikeDetector()
+    Args:
+        has_rivals: See `Recovery`.
+    """
+
+    def __init__(self, has_rivals: bool) -> None:
+        self._worse = WORSE_AMONG_RIVALS if has_rivals else WORSE
+        self._loss, self._norm = (
+            SpikeDetector(min_std=STD_AMONG_RIVALS) if has_rivals else SpikeDetector() for _ in range(2)
+        )
         self._divergence = DivergenceDetector()
         self._collapse = CollapseDetector()
         self.spiking = 0
 
-    def update(self, loss: float, total_norm: float, zero_share: float, worse: float) -> Sickness:
+    def update(self, loss: float, total_norm: float, zero_share: float, strictness: float) -> Sickness:
         """Take in a step; says what has lasted for too long, the clearest first.
 
         Args:
             loss: Of the step.
             total_norm: Of its gradients.
             zero_share: Of its tensors, how many have a gradient of zero.
-            worse: How many times worse than at the start is a divergence.
+            strictness: How many times clearer than usual a divergence has to be.
         """
         spikes = (self._loss.update(loss), self._norm.update(total_norm))
         self.spiking = self.spiking + 1 if all(spikes) else 0
-        diverged = self._divergence.update(loss, total_norm) >= worse
+        diverged = self._divergence.update(loss, total_norm) >= self._worse * strictness
         if self._collapse.update(zero_share):
             return "gradient_collapse"
         if diverged:
@@ -90,6 +100,11 @@ class Recovery:
         max_rollbacks: How often the run may go back before it gives up.
         max_skip_fraction: Share of the last 100 steps that may be skipped before it gives up.
 
+    Attributes:
+        rollbacks: How often the run went back.
+        has_rivals: Whether several optimizers may train networks against each other, so that losses rise and
+            fall by nature. Set ahead of the first step.
+
     Example:
         >>> recovery = Recovery(patience=2, max_rollbacks=1, max_skip_fraction=0.5)
         >>> recovery.skipped(0), recovery.skipped(0)
@@ -104,6 +119,7 @@ class Recovery:
         self._max_rollbacks = max_rollbacks
         self._max_skip_fraction = max_skip_fraction
         self.rollbacks = 0
+        self.has_rivals = False
         self._skipped_in_a_row: dict[int, int] = {}
         self._outcomes: deque[bool] = deque(maxlen=OUTCOMES)
         self._spike_cooldown = 0
@@ -138,9 +154,9 @@ class Recovery:
         self._skipped_in_a_row[index] = 0
         self._outcomes.append(False)
         self._spike_cooldown = max(self._spike_cooldown - 1, 0)
-        health = self._health.setdefault(index, Health())
-        worse = WORSE * STRICTER ** self._divergences.get(index, 0)
-        sickness = health.update(loss, total_norm, zero_share, worse)
+        health = self._health.setdefault(index, Health(self.has_rivals))
+        strictness = STRICTER ** self._divergences.get(index, 0)
+        sickness = health.update(loss, total_norm, zero_share, strictness)
         if sickness == "loss_spike":
             if self._spike_cooldown:
                 return "go on", ""
@@ -167,13 +183,20 @@ class Recovery:
         for health in self._health.values():
             health.went_back()
 
+    def renew_budgets(self) -> None:
+        """Begin to count anew, as nobody has been helped yet."""
+        self.rollbacks = 0
+        self._skipped_in_a_row.clear()
+        self._outcomes.clear()
+        self._divergences.clear()
+
     def windows(self) -> dict[int, Any]:
         """What is remembered about the weights' path, and goes back with them."""
         return {index: health.state_dict() for index, health in self._health.items()}
 
     def load_windows(self, windows: dict[int, Any]) -> None:
         """Put back what `windows` returned."""
-        self._health = {index: Health() for index in windows}
+        self._health = {index: Health(self.has_rivals) for index in windows}
         for index, state in windows.items():
             self._health[index].load_state_dict(state)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import random
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,6 +47,9 @@ def set_rng_state(state: dict[str, Any]) -> None:
 #: written; for small ones it is not trusted: torch writes the running statistics of batch normalization
 #: without counting.
 SMALL = 65_536
+#: A larger magnitude is as good as infinite: a sum of a few squares overflows float32. A flipped exponent
+#: bit makes one of almost any weight.
+LARGEST = 1e17
 
 
 @dataclass
@@ -155,8 +158,9 @@ class Snapshot:
         """
         copied = {(owner, name): saved for owner, name, saved in buffers.saved()} if buffers else {}
         live: dict[Any, Tensor] = {}
+        optimized = _optimized(optimizers)
         for module in modules:
-            for weight in _trained(module):
+            for weight in _trained(module, optimized):
                 live[weight] = weight
             for owner, name, buffer in _buffers(module):
                 live[(owner, name)] = copied.get((owner, name), buffer)
@@ -186,8 +190,9 @@ class Snapshot:
                 targets.append(local_shard(live))
                 sources.append(saved)
 
+        optimized = _optimized(optimizers)
         for module in modules:
-            for weight in _trained(module):
+            for weight in _trained(module, optimized):
                 put_back(weight, weight)
             for owner, name, buffer in _buffers(module):
                 put_back((owner, name), buffer)
@@ -228,7 +233,7 @@ class Snapshot:
             names[parameter] = name
             if (saved := self._memory.get(parameter)) is not None:
                 yield name, parameter, saved
-        bound = torch.tensor(1e17)
+        bound = torch.tensor(LARGEST)
         for optimizer in optimizers:
             for parameter, state in optimizer.state.items():
                 for key, value in state.items():
@@ -369,20 +374,33 @@ class SnapshotRing:
 
 
 def any_nonfinite(tensors: Iterable[Tensor]) -> Tensor:
-    """Whether any element of any tensor is nonfinite; a flag of shape `()` that nobody has waited for.
+    """Whether any element is nonfinite, or as good as; a flag of shape `()` that nobody has waited for.
 
     Example:
         >>> any_nonfinite([torch.ones(2), torch.tensor([1.0, torch.inf])])
         tensor(True)
     """
-    flags = [(~torch.isfinite(local_shard(tensor))).any() for tensor in tensors]
+    groups: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    for tensor in tensors:
+        local = local_shard(tensor.detach())
+        local = torch.view_as_real(local) if local.is_complex() else local
+        if local.is_floating_point() and local.numel():
+            groups.setdefault((local.device, local.dtype), []).append(local)
+    # the largest magnitude of each is nonfinite if any element is; few operations, however many tensors
+    largest = [torch.stack(torch._foreach_norm(group, torch.inf)) for group in groups.values()]
+    flags = [(~(norms <= LARGEST)).any() for norms in largest]
     if not flags:
         return torch.tensor(False)
     return torch.stack([flag.to(flags[0].device) for flag in flags]).any()
 
 
-def _trained(module: nn.Module) -> Iterator[nn.Parameter]:
-    return (p for p in module.parameters() if p.requires_grad)
+def _optimized(optimizers: Sequence[Optimizer]) -> set[Tensor]:
+    return {p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+
+
+def _trained(module: nn.Module, optimized: Collection[Tensor]) -> Iterator[nn.Parameter]:
+    # while one optimizer is toggled on, what the others train wants no gradient
+    return (p for p in module.parameters() if p.requires_grad or p in optimized)
 
 
 def _buffers(module: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:

@@ -8,9 +8,12 @@ import os
 import pickle
 import platform
 import shutil
-import tempfile
+import uuid
+import warnings
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from enum import Enum
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -18,6 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves_with_path
 
 from lightning_gradguard.core.diagnosis import advice_for_cause
@@ -26,6 +30,8 @@ from lightning_gradguard.core.forensics import Origin
 #: Raised whenever a file of an earlier version could no longer be read.
 FORMAT = 1
 _MEGABYTE = 1024 * 1024
+#: How an array of NumPy is told from a tensor in the file; the other key is its dtype.
+_ARRAY = "lightning_gradguard.numpy"
 
 
 class DossierError(Exception):
@@ -42,12 +48,17 @@ class Dossier:
         epoch: `trainer.current_epoch` when it happened.
         batch_idx: The batch of that epoch.
         rank: The process that was served the batch.
-        batch: Plain containers of tensors, on the CPU; `None` if it was left out.
+        batch: Plain containers of tensors and arrays, on the CPU; `None` if it was left out. Tuples with
+            names have lost them, mappings are dictionaries.
         rng: Random number generators before the step; see `core.snapshots.rng_state`.
         weights: `state_dict` of the module before the step; `None` if it was left out.
         left_out: What was left out, and why.
         precision: The Trainer's.
         loss_scale: The GradScaler's; 1 without one.
+        largest: For tensors that are absurd beside what they were when the run was well: their largest
+            magnitude at that time.
+        evaluating: Names of the submodules that were in evaluation mode.
+        frozen: Names of the parameters that were not trained.
         configuration: Of module, optimizers and Trainer, as text.
         versions: Of what took part, by name.
     """
@@ -63,6 +74,9 @@ class Dossier:
     left_out: tuple[str, ...] = ()
     precision: str = "32-true"
     loss_scale: float = 1.0
+    largest: dict[str, float] = field(default_factory=dict)
+    evaluating: tuple[str, ...] = ()
+    frozen: tuple[str, ...] = ()
     configuration: dict[str, str] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
 
@@ -85,10 +99,11 @@ def write_dossier(folder: Path, dossier: Dossier, *, megabytes: float) -> Path:
     """
     dossier = _within(_plain(dossier), megabytes * _MEGABYTE)
     folder.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=folder))
+    partial = folder / f".partial-{uuid.uuid4().hex}"
+    partial.mkdir()
     try:
         content = {**vars(dossier), "origin": asdict(dossier.origin), "format": FORMAT}
-        torch.save(content, partial / "dossier.pt")
+        _save(content, partial / "dossier.pt")
         finding = {
             **asdict(dossier.origin),
             **{
@@ -117,9 +132,13 @@ def read_dossier(path: str | Path) -> Dossier:
     file = Path(path)
     file = file / "dossier.pt" if file.is_dir() else file
     try:
-        content = torch.load(file, map_location="cpu", weights_only=True)
+        opened = file.open("rb")
     except OSError as error:
         raise DossierError(f"{file} cannot be opened: {error.strerror or error}.") from None
+    try:
+        with opened, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what else a file that is no dossier has in it
+            content = torch.load(opened, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise DossierError(
             f"{file} is not a dossier, or holds more than plain data; it was not loaded, for loading it "
@@ -135,9 +154,10 @@ def read_dossier(path: str | Path) -> Dossier:
         )
     try:
         content["origin"] = Origin(**content["origin"])
-        content["rng"] = _rng_from_plain(content["rng"])
+        content["batch"] = _from_plain(content["batch"])
+        content["rng"] = _from_plain(content["rng"])
         return Dossier(**content)
-    except (TypeError, KeyError, ValueError) as error:
+    except (TypeError, KeyError, ValueError, AttributeError) as error:
         raise DossierError(f"{file} lacks what a dossier holds: {error}.") from None
 
 
@@ -148,43 +168,80 @@ def versions() -> dict[str, str]:
     return {
         "lightning_gradguard": lightning_gradguard.__version__,
         "pytorch_lightning": metadata.version("pytorch_lightning"),
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),  # it is of a class of its own, which no dossier may hold
         "python": platform.python_version(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine(),
     }
+
+
+def _save(content: dict[str, Any], path: Path) -> None:
+    try:
+        with path.open("wb") as file:
+            torch.save(content, file)
+    except RuntimeError as error:
+        # torch says in words of its own that a disk is full, and has the system's as context
+        context = error.__context__
+        raise (context if isinstance(context, OSError) else OSError(str(error))) from None
 
 
 def _plain(dossier: Dossier) -> Dossier:
     left_out = list(dossier.left_out)
     try:
         batch = _plain_data(dossier.batch)
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         batch = None
         left_out.append(f"the batch: {error}")
-    changed = {"batch": batch, "rng": _plain_data(dossier.rng), "left_out": tuple(left_out)}
-    return Dossier(**{**vars(dossier), **changed})
+    weights = dossier.weights
+    if weights is not None:
+        # extra state can be anything, and quantized weights are of classes of their own
+        odd = [name for name, weight in weights.items() if not _is_plain_tensor(weight)]
+        left_out += [
+            f"{name} among the weights: {type(weights[name]).__name__} is not plain data" for name in odd
+        ]
+        weights = {
+            name: w.detach().cpu().as_subclass(Tensor) for name, w in weights.items() if name not in odd
+        }
+    changed = {"batch": batch, "weights": weights, "rng": _plain_data(dossier.rng)}
+    return Dossier(**{**vars(dossier), **changed, "left_out": tuple(left_out)})
 
 
 def _plain_data(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.detach().cpu().clone()
+    """The same without classes that reading would have to import: subclasses become what they derive from."""
+    if _is_plain_tensor(value):
+        return value.detach().as_subclass(Tensor).cpu().clone()
     if isinstance(value, np.ndarray):
-        # torch has no uint32 to speak of
-        return torch.from_numpy(value.astype(np.int64) if value.dtype.kind in "ui" else value.copy())
+        native = value.astype(value.dtype.newbyteorder("="))
+        return {_ARRAY: torch.from_numpy(native), "dtype": native.dtype.str}
     if isinstance(value, Mapping):
         return {_plain_data(k): _plain_data(v) for k, v in value.items()}
     if isinstance(value, tuple):
         return tuple(_plain_data(v) for v in value)
     if isinstance(value, list):
         return [_plain_data(v) for v in value]
-    if value is None or isinstance(value, (bool, int, float, str, bytes)):
+    if isinstance(value, Enum):
+        return _plain_data(value.value)
+    if isinstance(value, np.generic) and not isinstance(value.item(), np.generic):
+        return _plain_data(value.item())
+    if value is None or isinstance(value, bool):
         return value
+    kind: Any = next((k for k in (int, float, str, bytes) if isinstance(value, k)), None)
+    if kind is not None:
+        return kind(value)
     raise TypeError(f"{type(value).__name__} is not plain data")
 
 
-def _rng_from_plain(rng: dict[str, Any]) -> dict[str, Any]:
-    name, keys, *rest = rng["numpy"]
-    return {**rng, "numpy": (name, keys.numpy().astype(np.uint32), *rest)}
+def _is_plain_tensor(value: Any) -> bool:
+    return isinstance(value, Tensor) and not is_traceable_wrapper_subclass(value)
+
+
+def _from_plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        if _ARRAY in value:
+            return value[_ARRAY].numpy().astype(value["dtype"])
+        return {k: _from_plain(v) for k, v in value.items()}
+    if isinstance(value, (tuple, list)):
+        return type(value)(_from_plain(v) for v in value)
+    return value
 
 
 def _within(dossier: Dossier, limit: float) -> Dossier:
@@ -198,7 +255,10 @@ def _within(dossier: Dossier, limit: float) -> Dossier:
             remaining -= size
         else:
             kept[part] = None
-            left_out.append(f"the {part}: {size / _MEGABYTE:.1f} MB do not fit into {limit / _MEGABYTE:g} MB")
+            left_out.append(
+                f"the {part}: {size / _MEGABYTE:.3g} MB do not fit into what is left of "
+                f"{limit / _MEGABYTE:g} MB"
+            )
     return Dossier(**{**vars(dossier), **kept, "left_out": tuple(left_out)})
 
 
@@ -233,11 +293,11 @@ def _page(dossier: Dossier) -> str:
     sections = [
         ("What happened", f"<p>{html.escape(origin.detail)}</p>" + _rows(facts)),
         ("What to do", f"<p>{html.escape(advice_for_cause(origin.cause, origin.where))}</p>"),
-        ("The batch", _rows(dict(_described(dossier.batch)))),
+        ("The batch", "" if dossier.batch is None else _rows(dict(_described(dossier.batch)))),
         (
             "See it happen again",
-            "<pre>lightning-gradguard replay "
-            f"{html.escape('PATH/OF/THIS/FOLDER')} --model your.package.Module</pre>",
+            "<pre>lightning-gradguard replay PATH/OF/THIS/FOLDER --model "
+            f"{html.escape(dossier.configuration.get('module', 'your.package.Module'))}</pre>",
         ),
         ("Configuration", _rows(dossier.configuration)),
         ("Versions", _rows(dossier.versions)),
@@ -266,16 +326,23 @@ def _rows(facts: Mapping[str, str]) -> str:
 
 def _described(batch: Any) -> list[tuple[str, str]]:
     rows = []
-    for path, leaf in tree_leaves_with_path(batch):
+    for path, leaf in tree_leaves_with_path(_from_plain(batch)):
         name = "batch" + "".join(map(str, path))
+        leaf = torch.from_numpy(leaf) if isinstance(leaf, np.ndarray) else leaf
         if not isinstance(leaf, Tensor):
             rows.append((name, repr(leaf)[:100]))
             continue
         text = f"{tuple(leaf.shape)} {str(leaf.dtype).removeprefix('torch.')}"
-        finite = leaf[torch.isfinite(leaf)] if leaf.is_floating_point() else leaf
-        if finite.numel() and not leaf.is_complex():
-            text += f", {float(finite.min()):.4g} to {float(finite.max()):.4g}"
-        if missing := leaf.numel() - finite.numel():
-            text += f", {missing} nonfinite"
+        with suppress(RuntimeError):  # torch cannot compare numbers of every type and layout
+            text += _range(leaf)
         rows.append((name, text))
     return rows
+
+
+def _range(tensor: Tensor) -> str:
+    if tensor.is_complex():
+        return ""
+    finite = tensor[torch.isfinite(tensor)] if tensor.is_floating_point() else tensor
+    missing = tensor.numel() - finite.numel()
+    low_high = f", {float(finite.min()):.4g} to {float(finite.max()):.4g}" if finite.numel() else ""
+    return low_high + (f", {missing} nonfinite" if missing else "")

@@ -10,7 +10,7 @@ from typing import Any
 import pytorch_lightning as pl
 from torch import nn
 
-from lightning_gradguard.core.forensics import Origin
+from lightning_gradguard.core.forensics import Origin, origin_in_weights
 from lightning_gradguard.core.snapshots import Snapshot
 from lightning_gradguard.runtime import lightning_api, reporting, training_state
 from lightning_gradguard.runtime.distributed import gather_objects, world_size
@@ -49,6 +49,16 @@ class Investigation:
         """A step was good: the next lost one begins an episode."""
         self._in_episode = False
 
+    def look_at_weights(self, trainer: pl.Trainer, snapshot: Snapshot) -> Origin | None:
+        """What has become of the weights since a snapshot, without a replay. Collective.
+
+        Returns:
+            What was found, the same on every rank; `None` if no rank has absurd weights.
+        """
+        grown = training_state.grown(trainer, snapshot)
+        origins = gather_objects(origin_in_weights(grown) if grown else None)
+        return next((origin for origin in origins if origin is not None), None)
+
     def examine(
         self,
         trainer: pl.Trainer,
@@ -57,6 +67,8 @@ class Investigation:
         window: Sequence[ServedBatch],
         snapshot: Snapshot,
         folder: Path | None,
+        *,
+        weights_are_sick: bool,
     ) -> Result | None:
         """Run the batches of a lost step again. Collective: called on every rank.
 
@@ -67,6 +79,7 @@ class Investigation:
             window: The batches of the step.
             snapshot: From when the run was well.
             folder: Of the run; `None` writes no dossier.
+            weights_are_sick: Whether weights are known to be nonfinite, whatever the batch makes of them.
 
         Returns:
             What was found, the same on every rank; `None` within an episode, or when the budget is used up.
@@ -80,15 +93,19 @@ class Investigation:
             return Result(Origin("unknown", detail=refusal))
         grown = training_state.grown(trainer, snapshot)
         origin, served = _first_sick(trainer, pl_module, window, grown)
+        if weights_are_sick and grown and origin.cause == "transient":
+            origin = origin_in_weights(grown)
         origins: list[Origin] = gather_objects(origin)
         rank = min(range(len(origins)), key=lambda r: (_VAGUE.get(origins[r].cause, 0), r))
         path = ""
         if rank == trainer.global_rank and folder is not None:
-            dossier = _dossier(trainer, pl_module, step, origin, served)
             try:
-                path = str(write_dossier(folder / "incidents", dossier, megabytes=self._megabytes))
-            except OSError as error:
+                dossier = _dossier(trainer, pl_module, step, origin, served, grown, snapshot)
+                written = write_dossier(folder / "incidents", dossier, megabytes=self._megabytes)
+            except Exception as error:  # a full disk, or data of a kind never seen: training goes on
                 reporting.say(trainer, f"gradguard: no dossier was written: {error}")
+            else:
+                path = str(written)
         return Result(origins[rank], gather_objects(path)[rank])
 
 
@@ -114,9 +131,16 @@ def _first_sick(
 
 
 def _dossier(
-    trainer: pl.Trainer, pl_module: pl.LightningModule, step: int, origin: Origin, served: ServedBatch
+    trainer: pl.Trainer,
+    pl_module: pl.LightningModule,
+    step: int,
+    origin: Origin,
+    served: ServedBatch,
+    grown: dict[str, int],
+    snapshot: Snapshot,
 ) -> Dossier:
     scaler = lightning_api.gradient_scaler(trainer)
+    compared = snapshot.compare(pl_module.named_parameters(), trainer.optimizers)
     return Dossier(
         origin=origin,
         step=step,
@@ -125,9 +149,12 @@ def _dossier(
         rank=trainer.global_rank,
         batch=served.batch,
         rng=served.rng,
-        weights={name: value.detach().cpu() for name, value in pl_module.state_dict().items()},
+        weights=dict(pl_module.state_dict()),
         precision=str(trainer.precision),
         loss_scale=scaler.get_scale() if scaler is not None else 1.0,
+        largest={name: float(before.abs().amax()) for name, _, before in compared if name in grown},
+        evaluating=tuple(name for name, module in pl_module.named_modules() if not module.training),
+        frozen=tuple(name for name, p in pl_module.named_parameters() if not p.requires_grad),
         configuration=_configuration(trainer, pl_module),
         versions=versions(),
     )

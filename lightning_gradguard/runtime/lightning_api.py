@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pytorch_lightning as pl
 import torch
 from lightning_fabric.utilities.exceptions import MisconfigurationException
+from pytorch_lightning.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 from torchmetrics import Metric
@@ -76,9 +77,34 @@ def epoch_mean_metrics(trainer: pl.Trainer) -> list[Metric]:
     return [] if results is None else list(results.values())
 
 
+def stand_in(trainer: pl.Trainer, pl_module: pl.LightningModule, *, step: int, epoch: int) -> None:
+    """Let a Trainer that has run nothing answer its module as if it were fitting it.
+
+    Args:
+        trainer: A fresh Trainer.
+        pl_module: Asks for `self.trainer`, `self.global_step` and the like.
+        step: What `trainer.global_step` shall be.
+        epoch: What `trainer.current_epoch` shall be.
+    """
+    pl_module.trainer = trainer
+    trainer.strategy.connect(pl_module)
+    trainer.state.fn = TrainerFn.FITTING
+    trainer.training = True
+    loop = trainer.fit_loop.epoch_loop
+    trainer.fit_loop.epoch_progress.current.processed = epoch  # type: ignore[attr-defined]
+    loop.automatic_optimization.optim_progress.optimizer.step.total.completed = step
+    loop.manual_optimization.optim_step_progress.total.completed = step
+
+
 def gradient_scaler(trainer: pl.Trainer) -> torch.amp.GradScaler | None:
     """The GradScaler of 16-bit mixed precision, if there is one."""
     return getattr(trainer.precision_plugin, "scaler", None)
+
+
+def set_scaler_state(trainer: pl.Trainer, state: dict[str, Any]) -> None:
+    """Put the GradScaler's scale, and its count of good steps, back to what its `state_dict` said."""
+    if (scaler := gradient_scaler(trainer)) is not None:
+        scaler.load_state_dict(state)
 
 
 def gradients_are_scaled(trainer: pl.Trainer, optimizer: Optimizer) -> bool:
@@ -103,6 +129,15 @@ def plain_loss(trainer: pl.Trainer, loss: Tensor) -> Tensor:
 def calls_closure_repeatedly(optimizer: Optimizer) -> bool:
     """Whether one `optimizer.step` evaluates the loss several times and updates in between."""
     return isinstance(optimizer, LBFGS)
+
+
+def validates_next(trainer: pl.Trainer, batch_idx: int) -> bool:
+    """Whether validation follows the running batch; not told where it follows the clock."""
+    every = getattr(trainer, "val_check_batch", None)
+    if not every or every == float("inf") or not trainer.enable_validation:
+        return False
+    by_epoch = trainer.check_val_every_n_epoch is not None
+    return bool(((batch_idx if by_epoch else trainer.fit_loop.total_batch_idx) + 1) % every == 0)
 
 
 def updates_buffers_only(trainer: pl.Trainer) -> bool:
@@ -144,12 +179,13 @@ def average_counts(trainer: pl.Trainer) -> list[Tensor]:
     ]
 
 
-def unknown_averages(trainer: pl.Trainer) -> list[str]:
-    """Names of callbacks that seem to average weights at every batch in a way of their own."""
+def unknown_averages(trainer: pl.Trainer, before: Callback | None = None) -> list[str]:
+    """Names of callbacks, before one in the list, that seem to average weights in a way of their own."""
     known = {id(callback) for callback in _averaging_callbacks(trainer)}
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
     return [
         name
-        for callback in trainer.callbacks  # type: ignore[attr-defined]
+        for callback in (callbacks if before is None else callbacks[: callbacks.index(before)])
         if _AVERAGES.search(name := type(callback).__name__)
         and id(callback) not in known
         and type(callback).on_train_batch_end is not pl.Callback.on_train_batch_end

@@ -6,8 +6,8 @@ import json
 import math
 import warnings
 from collections import deque
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,8 +17,10 @@ from torch.utils._pytree import tree_leaves
 
 #: Keys under which a batch may say which samples it holds.
 IDS = ("id", "ids", "idx", "index", "indices", "sample_id", "sample_ids", "uid", "key", "__key__")
-#: Elements of a batch that it is recognized by.
+#: Elements of a tensor that a batch is recognized by.
 RECOGNIZED_BY = 4096
+#: Tensors of a batch that it is recognized by: the first may be a mask that is always the same.
+TENSORS = 4
 
 Reason = Literal["skipped", "undone"]
 
@@ -60,22 +62,25 @@ class LostBatches:
     Args:
         folder: Of the file; `None` writes none.
         rank: Of this process.
-        earlier: Folder of the run that is resumed, whose lost batches are recognized.
+        earlier: Folders of the runs that are resumed, whose lost batches are recognized.
     """
 
-    def __init__(self, folder: Path | None, rank: int, earlier: str | None = None) -> None:
+    def __init__(self, folder: Path | None, rank: int, earlier: Sequence[str] = ()) -> None:
         self._name = f"lost_batches.rank{rank}.jsonl"
         self._folder = folder
         self._served: deque[_Served] = deque()
-        self._earlier = {} if earlier is None else _read(Path(earlier) / self._name)
+        self._folders = list(earlier)
+        self._earlier: dict[tuple[int, int], LostBatch] = {}
+        for other in earlier:
+            self._earlier.update(_read(Path(other) / self._name))
 
-    @property
-    def folder(self) -> str | None:
-        """Where a resumed run finds the ledger."""
-        return None if self._folder is None else str(self._folder.absolute())
+    def folders(self) -> list[str]:
+        """Where a run that is resumed from this one finds ledgers; empty if this one has none."""
+        own = [] if self._folder is None else [str(self._folder.absolute())]
+        return list(dict.fromkeys([*self._folders, *own]))
 
     def earlier(self) -> set[tuple[int, int]]:
-        """Epoch and index of the batches that the resumed run had lost."""
+        """Epoch and index of the batches that the resumed runs had lost."""
         return set(self._earlier)
 
     def serve(self, step: int, epoch: int, batch_idx: int, batch: Any) -> None:
@@ -83,7 +88,7 @@ class LostBatches:
         self._served.append(_Served(step, epoch, batch_idx, _fingerprint(batch), _samples(batch)))
 
     def was_lost_before(self) -> bool:
-        """Whether the batch served last is one that the resumed run had lost."""
+        """Whether the batch served last is one that the resumed runs had lost."""
         served = self._served[-1]
         lost = self._earlier.get((served.epoch, served.batch_idx))
         if lost is None or lost.fingerprint is None or served.fingerprint is None:
@@ -92,7 +97,8 @@ class LostBatches:
 
     def lose_last(self, n: int) -> None:
         """The last `n` batches were skipped."""
-        self._lose([s for s in list(self._served)[-n:] if not s.is_lost], "skipped")
+        last = list(self._served)[-n:] if n else []
+        self._lose([s for s in last if not s.is_lost], "skipped")
 
     def lose_since(self, step: int) -> None:
         """Training went back to `step`: what was served since is undone."""
@@ -115,8 +121,10 @@ class LostBatches:
             return
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
-            with (self._folder / self._name).open("a", encoding="utf-8") as file:
-                file.write("".join(lines))
+            with (self._folder / self._name).open("a+b") as file:
+                if file.tell() and file.seek(-1, 2) and file.read(1) != b"\n":
+                    lines.insert(0, "\n")  # a killed process has left half a line
+                file.write("".join(lines).encode())
         except OSError as error:
             warnings.warn(f"lost batches are no longer written to a file: {error}", stacklevel=2)
             self._folder = None
@@ -125,24 +133,28 @@ class LostBatches:
 def _read(path: Path) -> dict[tuple[int, int], LostBatch]:
     found: dict[tuple[int, int], LostBatch] = {}
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         return {}
     for line in lines:
         try:
             lost = LostBatch(**json.loads(line))
+            fingerprint = None if lost.fingerprint is None else float(lost.fingerprint)
+            found[int(lost.epoch), int(lost.batch_idx)] = replace(lost, fingerprint=fingerprint)
         except (ValueError, TypeError):
             continue  # a line of another version, or one that a killed process left unfinished
-        found[lost.epoch, lost.batch_idx] = lost
     return found
 
 
 def _fingerprint(batch: Any) -> Tensor | None:
-    first = next((leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.numel()), None)
-    if first is None or first.is_complex():
-        return None
-    values = first.detach().flatten()[:RECOGNIZED_BY].double()
-    return torch.nan_to_num(values, nan=1.0, posinf=2.0, neginf=-2.0).sum()
+    """A number that changes with any of the first tensors of the batch; nobody has waited for it."""
+    leaves = [x for x in tree_leaves(batch) if isinstance(x, Tensor) and x.numel() and not x.is_complex()]
+    sums = []
+    for leaf in leaves[:TENSORS]:
+        values = leaf.detach().flatten()[:RECOGNIZED_BY].to(leaves[0].device, torch.float64)
+        sums.append(torch.nan_to_num(values, nan=1.0, posinf=2.0, neginf=-2.0).sum())
+    weights = range(1, len(sums) + 1)
+    return torch.stack([w * s for w, s in zip(weights, sums, strict=True)]).sum() if sums else None
 
 
 def _samples(batch: Any) -> Any:

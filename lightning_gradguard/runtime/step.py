@@ -39,6 +39,7 @@ class Measurement:
         ranks_disagree: Whether gradients that ranks have averaged are a thousand times larger on one of
             them: since then, something has written to them.
         nonfinite_weights: Whether any rank reported nonfinite weights since the step before.
+        nonfinite_buffers: Whether the forward passes of any rank left nonfinite buffers.
         lost_before: Whether any rank was served a batch that this run, before it was resumed, had lost.
     """
 
@@ -49,6 +50,7 @@ class Measurement:
     zero_share: float
     ranks_disagree: bool
     nonfinite_weights: bool
+    nonfinite_buffers: bool
     lost_before: bool
 
 
@@ -151,8 +153,6 @@ class StepCallback(lightning_api.Callback):
         pl_module: pl.LightningModule,
         measurement: Measurement,
         verdict: Verdict,
-        *,
-        in_next_step: bool,
     ) -> None:
         """Hears, as a judge that is asked late, what became of the step before.
 
@@ -160,9 +160,8 @@ class StepCallback(lightning_api.Callback):
             trainer: The Trainer that runs.
             pl_module: The module in training.
             measurement: Of the step before.
-            verdict: On the step before, which has taken place meanwhile.
-            in_next_step: Whether another step is about to be measured. If the verdict is `"drop"`, that one
-                does not take place: its gradients were taken at sick weights.
+            verdict: On the step before, which has taken place meanwhile. If it is `"drop"`, a step that is
+                about to be measured does not take place either: its gradients were taken at sick weights.
         """
 
     def on_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, step: Step) -> None:
@@ -179,6 +178,7 @@ class Suite:
         report: Numbers of the running batch on their way to people.
         nonfinite_weights: Set by whoever looked at the weights, a flag of shape `()` on the device; rides in
             the next step's reduction.
+        nonfinite_buffers: The same of buffers, by whoever looked at them after a forward pass.
         serves_lost_batch: Set by whoever knows the batch, until a step was made with it; rides along as well.
         judges_at_once: Set, on all ranks alike, where the next step is not to be judged late.
         has_stepped: Whether an optimizer stepped in the running batch; not so while gradients accumulate.
@@ -187,6 +187,7 @@ class Suite:
     def __init__(self) -> None:
         self.report = Report()
         self.nonfinite_weights: Tensor | None = None
+        self.nonfinite_buffers: Tensor | None = None
         self.serves_lost_batch = False
         self.judges_at_once = False
         self.has_stepped = False
@@ -252,17 +253,18 @@ class Suite:
                 self.has_stepped = self.serves_lost_batch = self.judges_at_once = False
             self.report.send(trainer, pl_module)
 
-    def settle(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, *, in_next_step: bool = False
-    ) -> Verdict:
+    def settle(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Verdict:
         """Judge the step that has not been judged yet, if there is one, and tell the judges."""
         unread, self._unread = self._unread, None
         if unread is None:
             return "accept"
         measurement = unread.read()
         verdict = self._ask(trainer, measurement)
+        if verdict == "drop":  # what was seen since then was seen of what is undone now
+            self._losses = []
+            self.nonfinite_weights = self.nonfinite_buffers = None
         for judge in self._judges:
-            judge.on_late_verdict(trainer, pl_module, measurement, verdict, in_next_step=in_next_step)
+            judge.on_late_verdict(trainer, pl_module, measurement, verdict)
         return verdict
 
     def forget(self) -> None:
@@ -278,7 +280,8 @@ class Suite:
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> Step | None:
         losses, self._losses = self._losses, []
-        if self.settle(trainer, pl_module, in_next_step=True) == "drop":
+        if self.settle(trainer, pl_module) == "drop":
+            self.nonfinite_buffers = None  # this step's forward pass was taken back along with the last one
             return None
         named = norms.with_gradient(self._named_parameters(pl_module, optimizer))
         if not named and not losses:
@@ -287,8 +290,9 @@ class Suite:
         device = tensors[0].device if tensors else pl_module.device
         sums = {p: norms.power_sums(tensors, p) for p in self._norm_types}
         loss = torch.stack([loss.double() for loss in losses]) if losses else None
-        head = _head(loss, self.nonfinite_weights, self.serves_lost_batch, device)
-        self.nonfinite_weights = None
+        flags = (self.nonfinite_weights, self.nonfinite_buffers, self.serves_lost_batch)
+        head = _head(loss, flags, device)
+        self.nonfinite_weights = self.nonfinite_buffers = None
         if lightning_api.gradients_are_scaled(trainer, optimizer):
             scaler = lightning_api.gradient_scaler(trainer)
             scale = scaler.get_scale() if scaler else 1.0
@@ -418,19 +422,16 @@ def matching(names: Iterable[str], patterns: Iterable[str]) -> list[str]:
     return [name for name in names if any(name.startswith(f"{p}.") or fnmatchcase(name, p) for p in patterns)]
 
 
-def _head(
-    loss: Tensor | None, nonfinite_weights: Tensor | None, lost_before: bool, device: torch.device
-) -> Tensor:
-    """The part of the packed vector that every rank adds to: finite losses, their number, three flags."""
-    head = torch.zeros(5, dtype=torch.float64, device=device)
+def _head(loss: Tensor | None, flags: Sequence[Tensor | bool | None], device: torch.device) -> Tensor:
+    """The part of the packed vector that every rank adds to: finite losses, their number; flags."""
+    head = torch.zeros(3 + len(flags), dtype=torch.float64, device=device)
     if loss is not None:
         loss = loss.to(device)
         finite = torch.isfinite(loss)
         head[:3] = torch.stack([torch.where(finite, loss, 0.0).sum(), finite.sum(), (~finite).sum()])
-    if nonfinite_weights is not None:
-        head[3] = nonfinite_weights
-    if lost_before:
-        head[4] = 1.0
+    for place, flag in enumerate(flags, 3):
+        if isinstance(flag, Tensor) or flag:
+            head[place] = flag
     return head
 
 
@@ -485,15 +486,16 @@ class _OnItsWay:
         """Wait for the numbers: the step's one host synchronization."""
         if self._there is not None:
             self._there.synchronize()
-        _, _, nonfinite_losses, weights, lost, loss, zero_share, *total_norms = self._numbers.tolist()
+        _, _, losses, weights, buffers, lost, loss, zero_share, *total_norms = self._numbers.tolist()
         sick = next((norm for norm in total_norms if not math.isfinite(norm)), None)
         return Measurement(
             optimizer_index=self._index,
             loss=loss,
-            nonfinite_losses=int(nonfinite_losses),
+            nonfinite_losses=int(losses),
             total_norm=max(total_norms) if sick is None else sick,
             zero_share=zero_share,
             ranks_disagree=max(total_norms) > DISAGREEMENT * min(total_norms),
             nonfinite_weights=bool(weights),
+            nonfinite_buffers=bool(buffers),
             lost_before=bool(lost),
         )

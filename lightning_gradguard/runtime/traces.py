@@ -9,7 +9,7 @@ import pytorch_lightning as pl
 from torch import Tensor, nn
 from torchmetrics import Metric
 
-from lightning_gradguard.core.snapshots import BufferCopies
+from lightning_gradguard.core.snapshots import SMALL, BufferCopies, any_nonfinite
 from lightning_gradguard.runtime import lightning_api
 
 _INTERNAL = frozenset(vars(nn.Module()))
@@ -41,6 +41,12 @@ class Traces:
 
     def __init__(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.buffers = BufferCopies(pl_module)
+        self._statistics = [
+            (module, name)
+            for module in pl_module.modules()
+            for name, buffer in module.named_buffers(recurse=False)
+            if buffer.numel() <= SMALL and not bool(any_nonfinite([buffer]))
+        ]
         self._trainer = trainer
         self._module = pl_module
         self._carriers = [
@@ -56,6 +62,14 @@ class Traces:
         """Remember the state from before the forward passes of a step."""
         self.buffers.refresh()
         self.marks = self._mark()
+
+    def spoiled(self) -> Tensor:
+        """Whether a forward pass has left nonfinite values in small buffers that began without them.
+
+        Returns a flag of shape `()` that nobody has waited for. A mask of `-inf` is none of them;
+        statistics of normalization are.
+        """
+        return any_nonfinite(module._buffers[name] for module, name in self._statistics)  # type: ignore[misc]
 
     def accept(self) -> None:
         """The step takes place: averages may take it in."""

@@ -64,8 +64,11 @@ class Companions:
         """Put them back."""
         for index, state in self.callbacks.items():
             trainer.callbacks[index].load_snapshot_state_dict(state)  # type: ignore[attr-defined]
-        for count, saved in zip(lightning_api.average_counts(trainer), self.average_counts, strict=False):
-            count.copy_(saved)
+        for index, count in enumerate(lightning_api.average_counts(trainer)):
+            if index < len(self.average_counts):
+                count.copy_(self.average_counts[index])
+            else:
+                count.zero_()  # the average has begun since
         traces.undo_marks(self.marks)
         self.rewind(trainer)
 
@@ -146,23 +149,38 @@ def _modules(trainer: pl.Trainer) -> list[nn.Module]:
     return [trainer.lightning_module, *lightning_api.weight_averages(trainer)]
 
 
+def _by_epoch(trainer: pl.Trainer) -> list[bool]:
+    """Which schedules move with epochs: these are not gone back."""
+    automatic = trainer.lightning_module.automatic_optimization
+    return [automatic and config.interval == "epoch" for config in trainer.lr_scheduler_configs]
+
+
 def _schedules(trainer: pl.Trainer) -> list[Any]:
     hyperparameters = [
         [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
         for optimizer in trainer.optimizers
     ]
     schedulers = [config.scheduler.state_dict() for config in trainer.lr_scheduler_configs]
-    return copy.deepcopy([hyperparameters, schedulers])
+    scaler = lightning_api.gradient_scaler(trainer)
+    return copy.deepcopy([hyperparameters, schedulers, scaler.state_dict() if scaler else None])
 
 
 def _restore_schedules(trainer: pl.Trainer, schedules: list[Any]) -> None:
-    hyperparameters, schedulers = copy.deepcopy(schedules)
+    hyperparameters, schedulers, scaler = copy.deepcopy(schedules)
+    by_epoch = _by_epoch(trainer)
+    configs = trainer.lr_scheduler_configs
+    stays = [c.scheduler.optimizer for c, by in zip(configs, by_epoch, strict=True) if by]
     for optimizer, groups in zip(trainer.optimizers, hyperparameters, strict=True):
+        if any(optimizer is other for other in stays):
+            continue
         for group, saved in zip(optimizer.param_groups, groups, strict=False):
             for key, value in saved.items():
                 if isinstance(value, Tensor) and isinstance(group.get(key), Tensor):
                     group[key].copy_(value)
                 else:
                     group[key] = value
-    for config, state in zip(trainer.lr_scheduler_configs, schedulers, strict=True):
-        config.scheduler.load_state_dict(state)
+    for config, by, state in zip(configs, by_epoch, schedulers, strict=True):
+        if not by:
+            config.scheduler.load_state_dict(state)
+    if scaler is not None:
+        lightning_api.set_scaler_state(trainer, scaler)

@@ -68,9 +68,11 @@ class WayBack:
         """Let the device write weights only after they have been copied."""
         self._ring.wait()
 
-    def good_step(self) -> None:
-        """Count a good step."""
-        self._ring.good_step()
+    def good_step(self, step: int) -> None:
+        """Count the good step that was made at `trainer.global_step == step`."""
+        pending = self._ring.pending()
+        if pending is not None and pending.companions.step <= step:
+            self._ring.good_step()
         self._good_since += 1
         if self._good_since >= self._every_n_steps and not self._ring.is_pending:
             self._good_since = 0
