@@ -231,7 +231,9 @@ class _Trace(TorchDispatchMode):
         inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         # an operation in place overwrites what it was given; batch normalization too, without saying so
         overwrites = function._schema.is_mutable or "batch_norm" in name
-        before = self._look_at(inputs) if overwrites else None
+        # the target of a copy is not read: it may be memory that holds whatever was there
+        read = inputs[1:] if name == "aten::copy_" else inputs
+        before = self._look_at(read) if overwrites else None
         result = function(*args, **(kwargs or {}))
         outputs = [t for t in tree_leaves(result) if isinstance(t, Tensor)]
         known = set() if overwrites else {_storage(t) for t in inputs}
