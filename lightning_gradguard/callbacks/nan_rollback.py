@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import pytorch_lightning as pl
@@ -18,9 +17,7 @@ from lightning_gradguard.core.snapshots import Snapshot, rng_state
 from lightning_gradguard.runtime import lightning_api, reporting, training_state
 from lightning_gradguard.runtime.distributed import any_rank, gather_objects
 from lightning_gradguard.runtime.incidents import (
-    TrainingDivergedError,
     incident_now,
-    incidents_file,
     open_journal,
     publish,
     run_folder,
@@ -38,12 +35,11 @@ from lightning_gradguard.runtime.step import (
     is_logging_step,
     suite_of,
 )
+from lightning_gradguard.runtime.stopping import diverged, save_last_good
 from lightning_gradguard.runtime.traces import Traces
 from lightning_gradguard.runtime.training_state import Companions
 from lightning_gradguard.runtime.way_back import WayBack
 
-#: Name of the checkpoint that is left when training was stopped.
-LAST_GOOD = "last_good.ckpt"
 #: Largest total norm that float32 can hold.
 OVERFLOW = torch.finfo(torch.float32).max
 
@@ -266,7 +262,7 @@ class NaNRollback(StepCallback):
                 unscales_itself=lightning_api.gradients_are_scaled(trainer, step.optimizer),
             )
             self._traces.undo()
-            self._reject(self._skip_of(step))
+            self._reject(self._lost_step(step))
         elif step.verdict == "ignore":
             self._leave_to_scaler(trainer, step.optimizer)
         elif step.measurement is None:
@@ -274,7 +270,7 @@ class NaNRollback(StepCallback):
             assert self._window.companions is not None
             buffers = self._traces.buffers
             training_state.capture(trainer, self._before, self._window.companions, buffers)
-            self._unjudged = self._skip_of(step)
+            self._unjudged = self._lost_step(step)
             self._let_happen(trainer)
         else:
             self._let_happen(trainer)
@@ -288,11 +284,11 @@ class NaNRollback(StepCallback):
         verdict: Verdict,
     ) -> None:
         """Undo a sick step after all, along with what the running one has begun."""
-        skip, self._unjudged = self._unjudged, None
-        if skip is None:
+        unjudged, self._unjudged = self._unjudged, None
+        if unjudged is None:
             return
         if verdict == "accept":
-            self._accept(trainer, pl_module, measurement, skip.window.step)
+            self._accept(trainer, pl_module, measurement, unjudged.window.step)
             return
         assert self._before is not None
         windows = self.snapshot_state_dict()  # these have taken in every step before the sick one
@@ -300,12 +296,12 @@ class NaNRollback(StepCallback):
         self.load_snapshot_state_dict(windows)
         self._traces.keep()
         self._way_back.distrust(companions.step)
-        lost = skip.window.n_served
-        if self._window is not skip.window:
-            lost += self._window.n_served
+        n_batches = unjudged.window.n_served
+        if self._window is not unjudged.window:
+            n_batches += self._window.n_served
             self._window_is_open = False
             self._window = dataclasses.replace(self._window, companions=companions)
-        self._reject(dataclasses.replace(skip, measurement=measurement), lost)
+        self._reject(dataclasses.replace(unjudged, measurement=measurement), n_batches)
 
     def on_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch_idx: int) -> None:
         """Go back if that is due; else see whether the next snapshot is."""
@@ -410,7 +406,7 @@ class NaNRollback(StepCallback):
             assert companions is not None
             training_state.capture(trainer, self._before, companions)
 
-    def _skip_of(self, step: Step) -> LostStep:
+    def _lost_step(self, step: Step) -> LostStep:
         return LostStep(
             step.measurement, self._window, self._batch_idx, step.gradients.names, step.gradients.norms
         )
@@ -437,17 +433,17 @@ class NaNRollback(StepCallback):
             facts = facts_of(origin, sickness) if origin is not None else {}
             self._publish(trainer, pl_module, sickness, value=measurement.loss, **facts)
 
-    def _reject(self, skip: LostStep, n_batches: int | None = None) -> None:
-        assert skip.measurement is not None
+    def _reject(self, lost: LostStep, n_batches: int | None = None) -> None:
+        assert lost.measurement is not None
         self._batch.skipped = True
-        self._batch.rewind = skip.window.companions
-        self._lost.append(skip)
-        self._ledger.lose_last(n_batches or skip.window.n_served)
+        self._batch.rewind = lost.window.companions
+        self._lost.append(lost)
+        self._ledger.lose_last(n_batches or lost.window.n_served)
         self.skips += 1
-        if skip.measurement.lost_before:
+        if lost.measurement.lost_before:
             return
-        self._decide(self._recovery.skipped(skip.measurement.optimizer_index))
-        if skip.measurement.nonfinite_weights:
+        self._decide(self._recovery.skipped(lost.measurement.optimizer_index))
+        if lost.measurement.nonfinite_weights:
             self._decide(self._recovery.fall())
 
     def _leave_to_scaler(self, trainer: pl.Trainer, optimizer: Optimizer) -> None:
@@ -470,7 +466,7 @@ class NaNRollback(StepCallback):
         if any_rank(sick, pl_module.device) or first.verdict == "drop":
             assert self._before is not None
             training_state.restore(trainer, self._before, self._traces)
-            self._reject(self._skip_of(first))
+            self._reject(self._lost_step(first))
         else:
             self._let_happen(trainer)
             self._accept(trainer, pl_module, first.measurement, self._window.step)
@@ -514,8 +510,8 @@ class NaNRollback(StepCallback):
     def _conclude(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Tell people of lost steps, and do what was decided."""
         lost, self._lost = self._lost, []
-        for skip in lost:
-            self._tell(trainer, pl_module, skip)
+        for step in lost:
+            self._tell(trainer, pl_module, step)
         decision, self._batch.decision = self._batch.decision, "go on"
         if decision == "give up":
             self._give_up(trainer, pl_module)
@@ -558,29 +554,15 @@ class NaNRollback(StepCallback):
         step = self._way_back.return_to_newest(trainer)
         self._ledger.lose_since(step)
         self._has_given_up = True
-        checkpoint = self._save_last_good(trainer)
+        last_good = save_last_good(trainer)
         self._publish(trainer, pl_module, "training_diverged", action="stopped")
         self._report(trainer)
         suite_of(trainer).report.send(trainer, pl_module)
-        left = [str(path) for path in (incidents_file(trainer), checkpoint) if path]
-        raise TrainingDivergedError(
-            f"Training was stopped at step {trainer.global_step} after {self.rollbacks} rollbacks "
-            f"(max_rollbacks={self.max_rollbacks}) and {self.skips} skipped steps "
-            f"(max_skip_fraction={self.max_skip_fraction:g}); weights are those of step {step}, the last "
-            f"that were proven good. {advice('training_diverged')}"
-            + (f" What happened, and where to resume from: {', '.join(left)}" if left else "")
+        interventions = (
+            f"{self.rollbacks} rollbacks (max_rollbacks={self.max_rollbacks}) and {self.skips} skipped steps "
+            f"(max_skip_fraction={self.max_skip_fraction:g})"
         )
-
-    def _save_last_good(self, trainer: pl.Trainer) -> Path | None:
-        folder = run_folder(trainer)
-        if folder is None:
-            return None
-        try:
-            trainer.save_checkpoint(folder / LAST_GOOD)
-        except OSError as error:
-            reporting.say(trainer, f"gradguard: {folder / LAST_GOOD} was not written: {error}")
-            return None
-        return folder / LAST_GOOD
+        raise diverged(trainer, step, interventions, last_good)
 
     def _look_at_weights(self, trainer: pl.Trainer) -> None:
         """Read the weights, without waiting; what is found rides in the reduction of the next step."""
