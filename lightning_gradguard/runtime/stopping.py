@@ -44,7 +44,7 @@ def diverged(
     """
     left = [str(path) for path in (incidents_file(trainer), last_good) if path]
     return TrainingDivergedError(
-        f"Training was stopped at step {trainer.global_step} after {interventions}; weights are those of step "
-        f"{step}, the last that were proven good. {advice('training_diverged')}"
+        f"Training was stopped at step {trainer.global_step} after {interventions}; weights are those of "
+        f"step {step}, the last that were proven good. {advice('training_diverged')}"
         + (f" What happened, and where to resume from: {', '.join(left)}" if left else "")
     )
