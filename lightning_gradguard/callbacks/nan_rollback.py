@@ -236,10 +236,11 @@ class NaNRollback(StepCallback):
     def judge(self, trainer: pl.Trainer, measurement: Measurement) -> Verdict:
         """A nonfinite step is never accepted."""
         m = measurement
-        if m.nonfinite_losses or m.nonfinite_weights or m.nonfinite_buffers or m.lost_before:
+        is_sick = m.nonfinite_losses or m.nonfinite_weights or m.nonfinite_buffers
+        if is_sick or m.ranks_disagree or m.lost_before:
             return "drop"
-        if measurement.total_norm <= OVERFLOW:
-            return "drop" if measurement.ranks_disagree else "accept"
+        if m.total_norm <= OVERFLOW:
+            return "accept"
         scaler = lightning_api.gradient_scaler(trainer)
         return "drop" if scaler is None or self._overflows_at_floor >= self._patience else "ignore"
 

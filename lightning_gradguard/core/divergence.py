@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from statistics import median
 from typing import Any
 
 #: Steps over which loss and norm are taken together, and for which a collapse has to last.
 STEPS = 10
-#: How much loss and norm have to rise, each, before their product says anything.
+#: How much the loss has to rise before anything is said.
 LEAST_RISE = 1.5
 #: Share of the tensors, above that of healthy steps, that has no gradient in a collapsed network.
 COLLAPSED = 0.5
@@ -19,9 +18,10 @@ class DivergenceDetector:
     """Says by how much loss and gradient norm are worse than in the first steps of training.
 
     The medians of ten steps are compared with those of the first ten, or with the very first step if that was
-    better: no update had been made before it. Each has to be at least one and a half times as large to say
-    anything, and what is said is the product of the two: a loss that rises a little while norms explode
-    counts, and so does the other way round. Nonpositive losses are no measure.
+    better: no update had been made before it. The loss has to be at least one and a half times as large to
+    say anything; what is said is its ratio times that of the norm: a loss that rises a little while norms
+    explode counts. A loss that rises alone, as in a saturated network, counts as if the norm had risen as
+    much. Nonpositive losses are no measure.
 
     Example:
         >>> detector = DivergenceDetector()
@@ -47,8 +47,8 @@ class DivergenceDetector:
             self._start = (min(now[0], self._losses[0]), min(now[1], self._norms[0]))
         if min(self._start) <= 0:
             return 0.0
-        ratios = [value / start for value, start in zip(now, self._start, strict=True)]
-        return math.prod(ratios) if min(ratios) >= LEAST_RISE else 0.0
+        loss_ratio, norm_ratio = (value / start for value, start in zip(now, self._start, strict=True))
+        return loss_ratio * max(norm_ratio, loss_ratio) if loss_ratio >= LEAST_RISE else 0.0
 
     def forget(self) -> None:
         """The weights were put back: what was seen of others says nothing about them."""

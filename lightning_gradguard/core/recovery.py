@@ -18,7 +18,7 @@ OUTCOMES = 100
 #: How many times worse than at the start, in loss times norm, a divergence is; and by what that grows each
 #: time that the run goes back for one, so that a level that changed for good does not use the budget up.
 WORSE = 300.0
-STRICTER = 10.0
+STRICTER = 3.0
 #: The same where networks are trained against each other, and the least deviation, of logarithms, that spikes
 #: are measured by there: a loss that rises tenfold is part of the game.
 WORSE_AMONG_RIVALS = 1e6

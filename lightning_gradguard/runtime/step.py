@@ -36,8 +36,8 @@ class Measurement:
         total_norm: L2 norm of all gradients of the optimizer, before anything is clipped; nonfinite if any
             of them is, on any rank.
         zero_share: Share of the tensors whose gradient is zero.
-        ranks_disagree: Whether gradients that ranks have averaged are a thousand times larger on one of
-            them: since then, something has written to them.
+        ranks_disagree: Whether gradients that ranks have averaged are nonfinite, or a thousand times larger,
+            on some of them only: since then, something has written to them.
         nonfinite_weights: Whether any rank reported nonfinite weights since the step before.
         nonfinite_buffers: Whether the forward passes of any rank left nonfinite buffers.
         lost_before: Whether any rank was served a batch that this run, before it was resumed, had lost.
@@ -487,14 +487,16 @@ class _OnItsWay:
         if self._there is not None:
             self._there.synchronize()
         _, _, losses, weights, buffers, lost, loss, zero_share, *total_norms = self._numbers.tolist()
+        finite = [norm for norm in total_norms if math.isfinite(norm)]
         sick = next((norm for norm in total_norms if not math.isfinite(norm)), None)
+        differ = bool(finite) and (sick is not None or max(finite) > DISAGREEMENT * min(finite))
         return Measurement(
             optimizer_index=self._index,
             loss=loss,
             nonfinite_losses=int(losses),
             total_norm=max(total_norms) if sick is None else sick,
             zero_share=zero_share,
-            ranks_disagree=max(total_norms) > DISAGREEMENT * min(total_norms),
+            ranks_disagree=differ,
             nonfinite_weights=bool(weights),
             nonfinite_buffers=bool(buffers),
             lost_before=bool(lost),

@@ -341,3 +341,82 @@ def test_an_unwritable_folder_costs_no_training(tmp_path: Path) -> None:
 def test_bad_arguments_are_quoted(name: str, value: Any) -> None:
     with pytest.raises(ValueError, match=f"{name}={value!r}"):
         NaNRollback(**{name: value})
+
+
+def test_statistics_that_a_finite_step_spoils_are_put_back_with_it() -> None:
+    """Inputs so large that their variance overflows: batch normalization makes zeros of them, all finite."""
+    clean = batches(30)
+    huge = [(1e20 * x, y) for x, y in clean[:1]]
+    expected, module, rollback = Classifier(norm=True), Classifier(norm=True), NaNRollback()
+    fit(expected, clean, [NaNRollback()])
+    fit(module, [*clean[:10], *huge, *clean[10:]], [rollback])
+    assert (rollback.skips, rollback.rollbacks) == (1, 0)
+    assert same(weights(expected), weights(module))
+
+
+def mildly_scaled() -> MixedPrecision:
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    return MixedPrecision("16-mixed", "cpu", scaler=scaler)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw fused"])
+def test_the_scale_of_a_scaler_outlives_a_skip(optimizer: str) -> None:
+    clean = batches(30)
+    sick = [*clean[:10], poisoned(clean, nan=[3])[3], *clean[10:]]
+    expected, module = Watched(optimizer=optimizer), Watched(optimizer=optimizer)
+    twin = fit(expected, clean, [NaNRollback()], plugins=mildly_scaled())
+    trainer = fit(module, sick, [NaNRollback()], plugins=mildly_scaled())
+    assert same(weights(expected), weights(module))
+    assert same(optimizer_state(twin), optimizer_state(trainer))
+    assert trainer.precision_plugin.scaler.get_scale() == 1024  # type: ignore[attr-defined]
+
+
+def test_nan_written_after_the_scaler_has_looked_is_not_stepped_with() -> None:
+    class Corrupts(pl.Callback):
+        def on_before_optimizer_step(self, trainer: pl.Trainer, module: Any, optimizer: Any) -> None:
+            if trainer.global_step == 12:
+                module.net[0].weight.grad[0, 0] = math.nan
+
+    module, rollback = Classifier(), NaNRollback()
+    fit(module, batches(30), [Corrupts(), rollback], plugins=mildly_scaled())
+    assert (rollback.amp_overflows, rollback.rollbacks) == (1, 0)
+    assert all(bool(torch.isfinite(tensor).all()) for tensor in weights(module))
+
+
+def test_weights_beyond_reason_go_back_although_they_are_finite() -> None:
+    class Flips(pl.Callback):
+        """The top bit of the exponent, where a dead unit hides it from the loss."""
+
+        def on_train_batch_end(self, trainer: pl.Trainer, module: Any, *_: Any) -> None:
+            if trainer.global_step == 15:
+                module.net[0].bias.data[0] = -1e30
+
+    module, rollback = Classifier(), NaNRollback(snapshot_every_n_steps=10)
+    fit(module, batches(60), [Flips(), rollback])
+    assert rollback.rollbacks == 1
+    assert all(float(tensor.abs().max()) < 1e3 for tensor in weights(module) if tensor.numel())
+
+
+def test_a_network_whose_units_have_died_goes_back() -> None:
+    class Dies(pl.Callback):
+        def on_train_batch_start(self, trainer: pl.Trainer, module: Any, *_: Any) -> None:
+            if trainer.global_step == 25:
+                module.net[4].bias.data.fill_(-100.0)
+
+    module, rollback = Classifier(), NaNRollback(snapshot_every_n_steps=5)
+    fit(module, batches(80), [Dies(), rollback])
+    assert rollback.rollbacks == 1
+    assert float(weights(module.net[4])[1].min()) > -1
+
+
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended")
+def test_a_run_that_was_stopped_and_resumed_has_its_budgets_anew(tmp_path: Path) -> None:
+    clean = batches(60)
+    storm = poisoned(clean, nan=range(20, 60))
+    with pytest.raises(TrainingDivergedError, match=r"last_good.ckpt"):
+        fit(Classifier(), storm, [NaNRollback(max_rollbacks=1)], tmp_path)
+    module, rollback = Classifier(), NaNRollback(max_rollbacks=1)
+    again = poisoned(batches(60, seed=9), nan=[5, 6, 7])
+    fit(module, again, [rollback], tmp_path, ckpt_path=str(tmp_path / "last_good.ckpt"), max_epochs=2)
+    assert rollback.rollbacks == 1
+    assert all(bool(torch.isfinite(tensor).all()) for tensor in weights(module))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -194,3 +195,53 @@ def test_one_decision_on_every_rank(tmp_path: Path, optimizer: str, on_failure: 
     assert max(first["collectives"][1:]) == 1
     assert first["collectives"] == second["collectives"]
     assert len((tmp_path / "incidents.jsonl").read_text().splitlines()) >= 8 + 2
+
+
+CORRUPTED = """
+import sys
+from pathlib import Path
+
+import pytorch_lightning as pl
+import torch
+
+from lightning_gradguard import NaNRollback, default_callbacks
+from tests.tasks import Classifier, batches, plain_loader
+
+
+class Corrupts(pl.Callback):
+    \"\"\"Writes to the gradient of one rank after the ranks have averaged it.\"\"\"
+
+    def on_before_optimizer_step(self, trainer, module, optimizer):
+        if trainer.global_rank == 1 and trainer.global_step in (5, 9, 13):
+            value = {5: torch.nan, 9: 1e20, 13: torch.inf}[trainer.global_step]
+            module.net[0].weight.grad[0, 0] = value
+
+
+folder, check = sys.argv[1:]
+torch.set_num_threads(1)
+module = Classifier("adam")
+rollback = NaNRollback(check=check, incident_dir=folder)
+trainer = pl.Trainer(
+    accelerator="cpu", devices=2, strategy="ddp", max_epochs=1, logger=False, enable_checkpointing=False,
+    enable_progress_bar=False, enable_model_summary=False, use_distributed_sampler=False,
+    callbacks=[Corrupts(), *default_callbacks(nan_rollback=rollback)],
+)
+trainer.fit(module, plain_loader(batches(30)))
+torch.save(
+    {"weights": [p.detach() for p in module.parameters()], "counts": [rollback.skips, rollback.rollbacks]},
+    Path(folder) / f"rank{trainer.global_rank}.pt",
+)
+"""
+
+
+@pytest.mark.parametrize("check", ["exact", "deferred"])
+def test_a_gradient_corrupted_on_one_rank_is_dropped_on_all(tmp_path: Path, check: str) -> None:
+    first, second = run(tmp_path, check, source=CORRUPTED)
+    assert first["counts"] == second["counts"] == [3, 0]
+    for one, other in zip(first["weights"], second["weights"], strict=True):
+        assert torch.equal(one, other)
+        assert bool(torch.isfinite(one).all())
+    incidents = [json.loads(line) for line in (tmp_path / "incidents.jsonl").read_text().splitlines()]
+    told = [i for i in incidents if i["action"] == "skipped"]
+    assert [i["kind"] for i in told] == ["corrupted_gradient"] * 3
+    assert {i["cause"] for i in told} == {"transient"}

@@ -1,0 +1,127 @@
+"""Divergence and collapse are told where every number is finite, and healthy training is neither."""
+
+from __future__ import annotations
+
+import math
+import random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lightning_gradguard.core.divergence import STEPS, CollapseDetector, DivergenceDetector
+from lightning_gradguard.core.recovery import WORSE, Recovery
+
+POSITIVE = st.floats(1e-6, 1e6)
+
+
+def feed(detector: DivergenceDetector, loss: float, norm: float, steps: int = STEPS) -> float:
+    return [detector.update(loss, norm) for _ in range(steps)][-1]
+
+
+def test_the_tanh_network_that_explodes_without_a_nan_diverges() -> None:
+    detector = DivergenceDetector()
+    feed(detector, 4.55, 1.0)
+    assert feed(detector, 9.08, 2e10) > WORSE
+
+
+def test_a_saturated_network_diverges_by_its_loss_alone() -> None:
+    detector = DivergenceDetector()
+    feed(detector, 1.4, 4.6)
+    assert feed(detector, 30.0, 0.1) > WORSE
+
+
+def test_what_goes_wrong_in_the_second_step_is_measured_by_the_first() -> None:
+    detector = DivergenceDetector()
+    detector.update(1.4, 1.0)
+    assert feed(detector, 170.0, 20.0) > WORSE
+
+
+@pytest.mark.parametrize(("loss", "norm"), [(1.0, 1e12), (0.5, 1e12), (2.0, 100.0), (10.0, 10.0)])
+def test_exploding_norms_alone_or_a_loss_that_rises_a_little_are_none(loss: float, norm: float) -> None:
+    detector = DivergenceDetector()
+    feed(detector, 1.0, 1.0)
+    assert feed(detector, loss, norm) <= WORSE
+
+
+def test_losses_that_are_not_positive_are_no_measure() -> None:
+    detector = DivergenceDetector()
+    feed(detector, -1.0, 1.0)
+    assert feed(detector, 1e9, 1e9) == 0
+
+
+def test_a_descent_with_noise_of_heavy_tails_is_none() -> None:
+    generator, detector = random.Random(0), DivergenceDetector()
+    for step in range(5000):
+        level = 0.05 + 2 * math.exp(-step / 500)
+        noise = math.exp(0.5 * generator.gauss(0, 1) / max(generator.random(), 0.2))
+        assert detector.update(level * noise, level * noise) < WORSE
+
+
+@given(st.lists(st.tuples(POSITIVE, POSITIVE), max_size=40), st.integers(0, 40))
+def test_a_resumed_detector_says_the_same(steps: list[tuple[float, float]], cut: int) -> None:
+    whole, first, resumed = DivergenceDetector(), DivergenceDetector(), DivergenceDetector()
+    expected = [whole.update(*step) for step in steps]
+    for step in steps[:cut]:
+        first.update(*step)
+    resumed.load_state_dict(first.state_dict())
+    assert [resumed.update(*step) for step in steps[cut:]] == expected[cut:]
+
+
+@given(st.floats(0.01, 100), st.lists(st.tuples(POSITIVE, POSITIVE), min_size=1, max_size=40))
+def test_units_of_the_loss_do_not_matter(unit: float, steps: list[tuple[float, float]]) -> None:
+    one, other = DivergenceDetector(), DivergenceDetector()
+    for loss, norm in steps:
+        said = one.update(loss, norm)
+        assert other.update(unit * loss, unit * norm) == pytest.approx(said, rel=1e-6)
+
+
+def test_a_network_whose_gradients_have_died_collapses_after_ten_steps() -> None:
+    detector = CollapseDetector()
+    assert not any(detector.update(0.0) for _ in range(20))
+    assert [detector.update(23 / 24) for _ in range(STEPS)] == [False] * (STEPS - 1) + [True]
+
+
+def test_gradients_that_come_and_go_or_are_all_zero_are_no_collapse() -> None:
+    detector = CollapseDetector()
+    assert not any(detector.update(share) for _ in range(50) for share in (0.0, 0.9, 0.9))
+    assert not any(detector.update(1.0) for _ in range(50))  # nothing is left to learn
+    assert not any(detector.update(0.4) for _ in range(50))  # experts that nobody asked
+
+
+def test_a_network_that_had_few_gradients_from_the_start_has_not_collapsed() -> None:
+    detector = CollapseDetector()
+    assert not any(detector.update(0.8) for _ in range(50))
+
+
+def test_recovery_goes_back_for_either_and_again_only_for_clearer_divergence() -> None:
+    machine = Recovery(3, 10, 0.5)
+    steps = [machine.stepped(0, 1.0, 1.0) for _ in range(STEPS)]
+    assert {decision for decision, _ in steps} == {"go on"}
+    said = [machine.stepped(0, 20.0, 20.0) for _ in range(STEPS)]
+    assert ("go back", "divergence") in said
+    machine.went_back()
+    again = {machine.stepped(0, 20.0, 20.0)[0] for _ in range(STEPS)}
+    assert again == {"go on"}  # 400 times worse is no longer enough
+    assert ("go back", "divergence") in [machine.stepped(0, 40.0, 40.0) for _ in range(STEPS)]
+    machine.went_back()
+    dead = [machine.stepped(0, 1.0, 1.0, zero_share=0.9) for _ in range(STEPS)]
+    assert dead[-1] == ("go back", "gradient_collapse")
+
+
+def test_among_rivals_a_loss_may_rise_and_fall() -> None:
+    machine = Recovery(3, 10, 0.5)
+    machine.has_rivals = True
+    for loss, norm in [(0.7, 1.0), (5.0, 20.0), (0.3, 1.0), (12.0, 50.0)] * 5:
+        for _ in range(STEPS):
+            assert machine.stepped(0, loss, norm) == ("go on", "")
+    assert any(machine.stepped(0, 1e5, 1e5)[0] == "go back" for _ in range(STEPS))
+
+
+def test_budgets_are_renewed_for_whoever_resumes_a_run_that_was_stopped() -> None:
+    machine = Recovery(patience=1, max_rollbacks=1, max_skip_fraction=0.5)
+    assert machine.skipped(0) == "go back"
+    machine.went_back()
+    assert machine.skipped(0) == "give up"
+    machine.renew_budgets()
+    assert machine.skipped(0) == "go back"
