@@ -295,7 +295,7 @@ class _Look:
         self.names = gradients.names
         self.is_matrix = [parameter.ndim > 1 for parameter in gradients.parameters]
         self.accepted = step.accepted
-        self.was_judged = step.measurement is not None
+        self.was_judged = step.is_judged
         self.grad_norms = grad_norms
         self._loss = step.loss
         self._weights: Tensor | None = None

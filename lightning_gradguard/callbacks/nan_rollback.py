@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_gradguard.core.diagnosis import advice
-from lightning_gradguard.core.recovery import Decision, Recovery
-from lightning_gradguard.core.snapshots import Snapshot, rng_state
+from lightning_gradguard.core.recovery import OUTCOMES, Decision, Recovery
+from lightning_gradguard.core.snapshots import Snapshot
 from lightning_gradguard.runtime import lightning_api, reporting, training_state
 from lightning_gradguard.runtime.distributed import any_rank, gather_objects
 from lightning_gradguard.runtime.incidents import (
@@ -23,7 +23,7 @@ from lightning_gradguard.runtime.incidents import (
     run_folder,
 )
 from lightning_gradguard.runtime.investigation import Investigation
-from lightning_gradguard.runtime.lost_batches import LostBatches
+from lightning_gradguard.runtime.lost_batches import LostBatches, Reason
 from lightning_gradguard.runtime.lost_steps import LostStep, Window, facts_of
 from lightning_gradguard.runtime.optimizer import drop_gradients
 from lightning_gradguard.runtime.replaying import ServedBatch
@@ -200,7 +200,9 @@ class NaNRollback(StepCallback):
         self._way_back.begin(trainer, self._traces)
         self._watched_buffers = frozenset(training_state.finite_buffers(trainer))
         self._ledger = LostBatches(run_folder(trainer), trainer.global_rank, self._earlier_ledgers)
-        self._lost_earlier = set().union(*gather_objects(self._ledger.earlier()))
+        self._lost_earlier: dict[tuple[int, int], Reason] = {}
+        for earlier in gather_objects(self._ledger.earlier()):
+            self._lost_earlier.update(earlier)
         self._lost: list[LostStep] = []
         self._window = Window(trainer.global_step, [], None)
         self._window_is_open = False
@@ -219,10 +221,11 @@ class NaNRollback(StepCallback):
         if not self._window_is_open or lightning_api.updates_buffers_only(trainer):
             self._open_window(trainer)
         if self._keeps_batches:
-            self._window.batches.append(ServedBatch(batch, batch_idx, rng_state()))
+            self._window.batches.append(ServedBatch.of(batch, batch_idx))
         self._window.n_served += 1
         self._ledger.serve(trainer.global_step, trainer.current_epoch, batch_idx, batch)
-        if (trainer.current_epoch, batch_idx) in self._lost_earlier:
+        if (reason := self._lost_earlier.get((trainer.current_epoch, batch_idx))) is not None:
+            self._window.was_skipped |= reason == "skipped"
             suite_of(trainer).judges_at_once = True
             suite_of(trainer).serves_lost_batch |= self._ledger.was_lost_before()
 
@@ -297,12 +300,12 @@ class NaNRollback(StepCallback):
         self.load_snapshot_state_dict(windows)
         self._traces.keep()
         self._way_back.distrust(companions.step)
-        n_batches = unjudged.window.n_served
+        followed = 0
         if self._window is not unjudged.window:
-            n_batches += self._window.n_served
+            followed = self._window.n_served
             self._window_is_open = False
             self._window = dataclasses.replace(self._window, companions=companions)
-        self._reject(dataclasses.replace(unjudged, measurement=measurement), n_batches)
+        self._reject(dataclasses.replace(unjudged, measurement=measurement), followed)
 
     def on_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch_idx: int) -> None:
         """Go back if that is due; else see whether the next snapshot is."""
@@ -434,15 +437,16 @@ class NaNRollback(StepCallback):
             facts = facts_of(origin, sickness) if origin is not None else {}
             self._publish(trainer, pl_module, sickness, value=measurement.loss, **facts)
 
-    def _reject(self, lost: LostStep, n_batches: int | None = None) -> None:
+    def _reject(self, lost: LostStep, followed: int = 0) -> None:
         assert lost.measurement is not None
         self._batch.skipped = True
         self._batch.rewind = lost.window.companions
         self._lost.append(lost)
-        self._ledger.lose_last(n_batches or lost.window.n_served)
-        self.skips += 1
+        self._ledger.lose_last(lost.window.n_served, followed)
         if lost.measurement.lost_before:
+            self.skips += lost.window.was_skipped
             return
+        self.skips += 1
         self._decide(self._recovery.skipped(lost.measurement.optimizer_index))
         if lost.measurement.nonfinite_weights:
             self._decide(self._recovery.fall())
@@ -536,14 +540,18 @@ class NaNRollback(StepCallback):
                 run_folder(trainer),
                 weights_are_sick=kind == "nonfinite_weights",
             )
-            if result is not None:
+            if result is None:
+                facts["detail"] = "Not examined: it follows a lost step, or max_dossiers is used up."
+            else:
                 facts.update(facts_of(result.origin, kind, facts.get("where", ())), dossier=result.dossier)
         self._publish(trainer, pl_module, kind, **facts)
 
     def _go_back(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         suite_of(trainer).forget()
         self._unjudged = None
-        step = self._way_back.go_back(trainer)
+        # that the data is bad is no reason to doubt a snapshot
+        is_innocent = self._investigation.cause == "bad input"
+        step = (self._way_back.return_to_newest if is_innocent else self._way_back.go_back)(trainer)
         self._recovery.went_back()
         suite_of(trainer).nonfinite_weights = None
         self._ledger.lose_since(step)
@@ -559,11 +567,14 @@ class NaNRollback(StepCallback):
         self._publish(trainer, pl_module, "training_diverged", action="stopped")
         self._report(trainer)
         suite_of(trainer).report.send(trainer, pl_module)
-        interventions = (
-            f"{self.rollbacks} rollbacks (max_rollbacks={self.max_rollbacks}) and {self.skips} skipped steps "
+        reason = (
+            f"more than {self.max_skip_fraction:.0%} of the last {OUTCOMES} steps were skipped "
             f"(max_skip_fraction={self.max_skip_fraction:g})"
+            if self._recovery.skips_too_much
+            else f"after {self.rollbacks} rollbacks there was reason for another "
+            f"(max_rollbacks={self.max_rollbacks})"
         )
-        raise diverged(trainer, step, interventions, last_good)
+        raise diverged(trainer, reason, step, self._investigation.found, last_good)
 
     def _look_at_weights(self, trainer: pl.Trainer) -> None:
         """Read the weights, without waiting; what is found rides in the reduction of the next step."""

@@ -34,11 +34,14 @@ def main(arguments: Sequence[str]) -> None:
         arguments: Those of `LightningCLI fit`: `--model`, `--data`, `--trainer.*`, `--config`.
 
     Raises:
-        SystemExit: With code 2 and one short message, if an argument is wrong.
+        SystemExit: With code 2 and one short message, if an argument is wrong; with code 1 if training
+            diverged.
     """
     # short names in YAML, such as `PercentileClipping`, are found among what is loaded
     for name in lightning_gradguard.__all__:
         getattr(lightning_gradguard, name)
+    typed = sys.argv
+    sys.argv = [typed[0], "fit", *arguments]  # processes of a strategy are started with the same
     try:
         LightningCLI(
             LightningModule,
@@ -48,8 +51,12 @@ def main(arguments: Sequence[str]) -> None:
             subclass_mode_data=True,
             save_config_kwargs={"overwrite": True},
             parser_kwargs={"exit_on_error": False, "fit": {"exit_on_error": False}},
-            args=["fit", *arguments],
         )
     except ArgumentError as error:
         print(f"lightning-gradguard fit: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+    except lightning_gradguard.TrainingDivergedError as error:
+        print(f"lightning-gradguard fit: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
+    finally:
+        sys.argv = typed

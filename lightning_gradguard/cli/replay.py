@@ -90,6 +90,8 @@ def comparison(dossier: Dossier, found: Origin, notes: Sequence[str] = ()) -> st
     details = [f"found: {found.detail}"]
     if found.detail != recorded.detail:
         details = [f"recorded: {recorded.detail}", *details]
+    if found.cause == "transient" != recorded.cause:
+        details.append("With the module and the weights as they are now, nothing goes wrong.")
     return "\n".join(
         [
             f"Step {dossier.step}, epoch {dossier.epoch}, batch {dossier.batch_idx}, rank {dossier.rank}, "

@@ -57,6 +57,8 @@ class Origin:
         low: Smallest finite value that the operation was given; `None` if there was none.
         high: The largest.
         detail: The same in one sentence, for people.
+        rows: Of the part of the batch that is at fault, the first ten that hold nonfinite values: samples,
+            where its first dimension counts them.
     """
 
     cause: Cause
@@ -68,6 +70,7 @@ class Origin:
     low: float | None = None
     high: float | None = None
     detail: str = ""
+    rows: tuple[int, ...] = ()
 
 
 def investigate(
@@ -113,7 +116,7 @@ def investigate(
     if sick is not None:
         record = trace.record_of(sick)
         source = _origin_of(record) if record is not None else None
-        return _classify(source, grown, batch, trace.loss_modules)
+        return _classify(source, grown, batch, leaves, trace)
     if _total_norm_overflows(gradients):
         return _of_overflow(grown, batch)
     if spoiled:
@@ -184,12 +187,19 @@ class _Record:
     phase: Literal["forward", "backward"]
     module: str
     dtype: str
-    has_nan: bool
+    #: `"nan"`, `"inf"` or `"-inf"`.
+    made: str
+    #: Calls of modules that had ended by then.
+    modules_left: int
     #: Whether the values were asked for, as the `-inf` of a mask is.
     on_purpose: bool
     low: float | None
     high: float | None
     sick_inputs: list[_Input] = field(default_factory=list)
+
+    @property
+    def has_nan(self) -> bool:
+        return self.made == "nan"
 
 
 class _Trace(TorchDispatchMode):
@@ -198,6 +208,7 @@ class _Trace(TorchDispatchMode):
     def __init__(self, module: nn.Module, leaves: Mapping[str, Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.loss_modules: set[str] = set()
+        self.modules_left = 0
         self._module = module
         self._leaves = leaves
         self._records: dict[int, _Record] = {}
@@ -246,7 +257,8 @@ class _Trace(TorchDispatchMode):
                 phase="forward" if node is None else "backward",
                 module=self._inside[-1] if node is None else self._module_of(node._sequence_nr()),
                 dtype=str(made[0].dtype).removeprefix("torch."),
-                has_nan=any(bool(t.isnan().any()) for t in made if t.is_floating_point()),
+                made=_what_is_sick(made),
+                modules_left=self.modules_left,
                 on_purpose=not inputs or _names_nonfinite(args, kwargs),
                 low=low,
                 high=high,
@@ -284,6 +296,7 @@ class _Trace(TorchDispatchMode):
 
     def _leave_module(self) -> None:
         self._inside.pop()
+        self.modules_left += 1
         self._begun.append((_next_sequence(), self._inside[-1]))
 
     def _module_of(self, sequence: int) -> str:
@@ -310,11 +323,18 @@ def _origin_of(record: _Record) -> _Record | str:
 
 
 def _classify(
-    source: _Record | str | None, grown: Mapping[str, int], batch: Any, loss_modules: set[str]
+    source: _Record | str | None,
+    grown: Mapping[str, int],
+    batch: Any,
+    leaves: Mapping[str, Tensor],
+    trace: _Trace,
 ) -> Origin:
     if isinstance(source, str):
         if source.startswith("batch"):
-            return Origin("bad input", where=(source,), detail=f"{source} holds nonfinite values.")
+            rows = _nonfinite_rows(leaves[source])
+            place = f" in row {', '.join(map(str, rows))}" if rows else ""
+            detail = f"{source} holds nonfinite values{place}."
+            return Origin("bad input", where=(source,), rows=rows, detail=detail)
         grown = grown or {source: 1}
     if grown:
         return origin_in_weights(grown)
@@ -322,13 +342,14 @@ def _classify(
         return Origin("unknown", detail="No watched operation made the nonfinite value.")
     place = f"module `{source.module}`" if source.module else "the step's own code"
     given = "" if source.low is None else f" given {source.low:.4g} to {source.high:.4g}"
-    sentence = f"{source.operation} in {place}{given} returned {'nan' if source.has_nan else 'inf'}"
-    cause: Cause = "forward pass" if source.module else "loss"
+    sentence = f"{source.operation} in {place}{given} returned {source.made}"
+    is_ahead_of_modules = trace.modules_left > 0 == source.modules_left
+    cause: Cause = "forward pass" if source.module or is_ahead_of_modules else "loss"
     where: tuple[str, ...] = (source.module,) if source.module else ()
     huge = _huge(batch)
     if source.phase == "backward":
         cause = "backward pass"
-    elif source.module in loss_modules:
+    elif source.module in trace.loss_modules:
         cause = "loss"
     given_most = max(abs(source.low or 0.0), abs(source.high or 0.0))
     if huge and (cause != "loss" or given_most > HUGE):
@@ -340,10 +361,10 @@ def _classify(
         source.module,
         source.operation,
         where,
-        source.dtype,
-        source.low,
-        source.high,
-        f"{sentence} ({source.dtype}).",
+        dtype=source.dtype,
+        low=source.low,
+        high=source.high,
+        detail=f"{sentence} ({source.dtype}).",
     )
 
 
@@ -399,6 +420,21 @@ def _storage(tensor: Tensor) -> int:
 
 def _is_nonfinite(tensor: Tensor) -> bool:
     return tensor.is_floating_point() and not bool(tensor.detach().isfinite().all())
+
+
+def _what_is_sick(tensors: Sequence[Tensor]) -> str:
+    floating = [t.detach() for t in tensors if t.is_floating_point()]
+    if any(bool(t.isnan().any()) for t in floating):
+        return "nan"
+    return "inf" if any(bool(t.isposinf().any()) for t in floating) else "-inf"
+
+
+def _nonfinite_rows(tensor: Tensor) -> tuple[int, ...]:
+    """The first ten places along the first dimension; none for a scalar, or what has no dense numbers."""
+    if tensor.ndim == 0 or tensor.layout != torch.strided:
+        return ()
+    sick = (~tensor.detach().isfinite()).reshape(len(tensor), -1).any(dim=1)
+    return tuple(sick.nonzero().flatten()[:10].tolist())
 
 
 def _names_nonfinite(*arguments: Any) -> bool:

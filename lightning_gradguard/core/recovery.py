@@ -130,10 +130,7 @@ class Recovery:
         """A step of optimizer `index` did not take place."""
         self._skipped_in_a_row[index] = self._skipped_in_a_row.get(index, 0) + 1
         self._outcomes.append(True)
-        too_many = len(self._outcomes) == OUTCOMES and (
-            sum(self._outcomes) > self._max_skip_fraction * OUTCOMES
-        )
-        if too_many:
+        if self.skips_too_much:
             return "give up"
         return self.fall() if self._skipped_in_a_row[index] >= self._patience else "go on"
 
@@ -170,6 +167,11 @@ class Recovery:
     def fall(self) -> Decision:
         """The weights are sick: go back, or give up when the budget is used up."""
         return "go back" if self.rollbacks < self._max_rollbacks else "give up"
+
+    @property
+    def skips_too_much(self) -> bool:
+        """Whether more of the last steps were skipped than are allowed."""
+        return len(self._outcomes) == OUTCOMES and (sum(self._outcomes) > self._max_skip_fraction * OUTCOMES)
 
     @property
     def is_spiking(self) -> bool:

@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import platform
+import shlex
 import shutil
 import uuid
 import warnings
@@ -296,8 +297,7 @@ def _page(dossier: Dossier) -> str:
         ("The batch", "" if dossier.batch is None else _rows(dict(_described(dossier.batch)))),
         (
             "See it happen again",
-            "<pre>lightning-gradguard replay PATH/OF/THIS/FOLDER --model "
-            f"{html.escape(dossier.configuration.get('module', 'your.package.Module'))}</pre>",
+            f"<pre>{html.escape(_command(dossier))}</pre><p>where the module can be imported.</p>",
         ),
         ("Configuration", _rows(dossier.configuration)),
         ("Versions", _rows(dossier.versions)),
@@ -308,6 +308,18 @@ def _page(dossier: Dossier) -> str:
         f"<title>Step {dossier.step}: {html.escape(origin.cause)}</title>\n<style>{_STYLE}</style>\n"
         f"<h1>Step {dossier.step}: {html.escape(origin.cause)}</h1>\n{body}\n</html>\n"
     )
+
+
+def _command(dossier: Dossier) -> str:
+    known = dossier.configuration
+    prefix = "hparams."
+    arguments = [
+        f" --model.{name.removeprefix(prefix)} {shlex.quote(value)}"
+        for name, value in known.items()
+        if name.startswith(prefix)
+    ]
+    model = known.get("module", "your.package.Module")
+    return f"lightning-gradguard replay PATH/OF/THIS/FOLDER --model {model}" + "".join(arguments)
 
 
 _STYLE = (

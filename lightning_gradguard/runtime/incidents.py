@@ -57,7 +57,7 @@ class Incident:
         advice: What a person can do.
         cause: What is at fault, if the batch was examined: one of `core.forensics.CAUSES`.
         detail: What was found out, in one sentence.
-        dossier: Folder of the dossier, if one was written.
+        dossier: Folder of the dossier, within that of the run, if one was written.
 
     Example:
         >>> incident = Incident("loss_spike", step=7, epoch=0, batch_idx=7, value=12.0)
@@ -100,6 +100,7 @@ class _Journal:
     def __init__(self, folder: Path | None, writes: bool) -> None:
         self.folder = folder
         self.counts: Counter[str] = Counter()
+        self.said: Counter[tuple[str, str]] = Counter()
         self._writes = writes
 
     @property
@@ -166,13 +167,17 @@ def publish(trainer: pl.Trainer, pl_module: pl.LightningModule, incident: Incide
     """
     journal = _journals.setdefault(trainer, _Journal(None, writes=False))
     journal.counts[incident.kind] += 1
+    journal.said[incident.kind, incident.cause] += 1
     journal.write(incident)
     reporting.log_text(trainer, "incidents", _markdown(incident), batches_that_stepped(trainer))
-    times = journal.counts[incident.kind]
+    times = journal.said[incident.kind, incident.cause]
     if times <= SAID_AT_MOST:
         advice = f" {incident.advice}" if times == 1 and incident.advice else ""
+        page = ""
+        if incident.dossier and journal.folder is not None:
+            page = f" Read {journal.folder / incident.dossier / 'index.html'}."
         more = " Further ones are only written down." if times == SAID_AT_MOST else ""
-        reporting.say(trainer, f"gradguard: {incident.describe()}.{advice}{more}")
+        reporting.say(trainer, f"gradguard: {incident.describe()}.{page}{advice}{more}")
     for listener in (*trainer.callbacks, pl_module):  # type: ignore[attr-defined]
         hear = getattr(listener, "on_training_incident", None)
         if callable(hear):
@@ -189,7 +194,8 @@ def _markdown(incident: Incident) -> str:
     rows = {
         "kind": f"**{incident.kind}**",
         "step": f"{incident.step} (epoch {incident.epoch}, batch {incident.batch_idx})",
-        "where": ", ".join(f"`{name}`" for name in incident.where) or "the whole network",
+        "where": ", ".join(f"`{name}`" for name in incident.where)
+        or ("" if incident.cause else "the network"),
         "value": "" if incident.value is None else f"{incident.value:.6g}",
         "cause": incident.cause,
         "detail": incident.detail,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,11 +12,12 @@ from typing import Any
 import pytorch_lightning as pl
 from torch import nn
 
-from lightning_gradguard.core.forensics import Origin, origin_in_weights
+from lightning_gradguard.core.forensics import Cause, Origin, origin_in_weights
 from lightning_gradguard.core.snapshots import Snapshot
 from lightning_gradguard.runtime import lightning_api, reporting, training_state
 from lightning_gradguard.runtime.distributed import gather_objects, world_size
 from lightning_gradguard.runtime.dossiers import Dossier, versions, write_dossier
+from lightning_gradguard.runtime.lost_batches import samples_of
 from lightning_gradguard.runtime.replaying import ServedBatch, replay
 
 
@@ -24,7 +27,7 @@ class Result:
 
     Args:
         origin: What was at fault.
-        dossier: The folder that was written, or an empty text.
+        dossier: The folder that was written, within that of the run, or an empty text.
     """
 
     origin: Origin
@@ -37,16 +40,24 @@ class Investigation:
     Args:
         max_dossiers: How many episodes are examined in a run.
         megabytes: Limit of each dossier.
+
+    Attributes:
+        examined: How many episodes were.
+        found: The causes that were found, with the tensors or modules at fault.
+        cause: Of the running episode, if it is one and was examined.
     """
 
     def __init__(self, max_dossiers: int, megabytes: float) -> None:
         self.examined = 0
+        self.found: dict[Cause, tuple[str, ...]] = {}
         self._max_dossiers = max_dossiers
         self._megabytes = megabytes
+        self.cause: Cause | None = None
         self._in_episode = False
 
     def well(self) -> None:
         """A step was good: the next lost one begins an episode."""
+        self.cause = None
         self._in_episode = False
 
     def look_at_weights(self, trainer: pl.Trainer, snapshot: Snapshot) -> Origin | None:
@@ -95,6 +106,7 @@ class Investigation:
         origin, served = _first_sick(trainer, pl_module, window, grown)
         if weights_are_sick and grown and origin.cause == "transient":
             origin = origin_in_weights(grown)
+        origin = dataclasses.replace(origin, detail=origin.detail + _which(trainer, served, origin))
         origins: list[Origin] = gather_objects(origin)
         rank = min(range(len(origins)), key=lambda r: (_VAGUE.get(origins[r].cause, 0), r))
         path = ""
@@ -105,8 +117,19 @@ class Investigation:
             except Exception as error:  # a full disk, or data of a kind never seen: training goes on
                 reporting.say(trainer, f"gradguard: no dossier was written: {error}")
             else:
-                path = str(written)
+                path = str(written.relative_to(folder))
+        self.cause = origins[rank].cause
+        self.found[self.cause] = origins[rank].where
         return Result(origins[rank], gather_objects(path)[rank])
+
+
+def _which(trainer: pl.Trainer, served: ServedBatch, origin: Origin) -> str:
+    """Whose samples are at fault, as far as batch and ranks say."""
+    known = samples_of(served.batch)
+    ids = [known[row] for row in origin.rows if row < len(known)]
+    told = [f"samples {', '.join(map(str, ids))}"] if ids else []
+    told += [f"rank {trainer.global_rank}"] if world_size() > 1 else []
+    return f" ({'; '.join(told)})" if told else ""
 
 
 _VAGUE = {"transient": 1, "unknown": 2}
@@ -160,10 +183,16 @@ def _dossier(
     )
 
 
+def _importable(module: str) -> str:
+    """The name under which others import a module; a script's own is none of it."""
+    file = getattr(sys.modules.get("__main__"), "__file__", None)
+    return Path(file).stem if module == "__main__" and file else module
+
+
 def _configuration(trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, str]:
     kind = type(pl_module)
     found: dict[str, Any] = {
-        "module": f"{kind.__module__}.{kind.__qualname__}",
+        "module": f"{_importable(kind.__module__)}.{kind.__qualname__}",
         "strategy": type(trainer.strategy).__name__,
         "accumulate_grad_batches": trainer.accumulate_grad_batches,
         "gradient_clip_val": trainer.gradient_clip_val,

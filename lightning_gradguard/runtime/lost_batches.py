@@ -22,7 +22,7 @@ RECOGNIZED_BY = 4096
 #: Tensors of a batch that it is recognized by: the first may be a mask that is always the same.
 TENSORS = 4
 
-Reason = Literal["skipped", "undone"]
+Reason = Literal["skipped", "followed", "undone"]
 
 
 @dataclass
@@ -42,7 +42,8 @@ class LostBatch:
     Args:
         epoch: When it was served.
         batch_idx: Its place in the epoch.
-        reason: `"skipped"`: its step did not take place; `"undone"`: it did, and training went back.
+        reason: `"skipped"`: its step was sick, and did not take place; `"followed"`: the step before was,
+            which was seen when this one was about to be made; `"undone"`: training went back behind it.
         step: `trainer.global_step` when it was served.
         samples: Which samples it held, if the batch says so.
         fingerprint: A number that tells it from other batches.
@@ -79,9 +80,9 @@ class LostBatches:
         own = [] if self._folder is None else [str(self._folder.absolute())]
         return list(dict.fromkeys([*self._folders, *own]))
 
-    def earlier(self) -> set[tuple[int, int]]:
-        """Epoch and index of the batches that the resumed runs had lost."""
-        return set(self._earlier)
+    def earlier(self) -> dict[tuple[int, int], Reason]:
+        """Epoch and index of the batches that the resumed runs had lost, and why."""
+        return {place: lost.reason for place, lost in self._earlier.items()}
 
     def serve(self, step: int, epoch: int, batch_idx: int, batch: Any) -> None:
         """Take note of a batch that is about to be trained on."""
@@ -95,10 +96,11 @@ class LostBatches:
             return False
         return math.isclose(lost.fingerprint, float(served.fingerprint), rel_tol=1e-9)
 
-    def lose_last(self, n: int) -> None:
-        """The last `n` batches were skipped."""
-        last = list(self._served)[-n:] if n else []
-        self._lose([s for s in last if not s.is_lost], "skipped")
+    def lose_last(self, n: int, followed: int = 0) -> None:
+        """The last batches are lost: `n` that were skipped, and then those that followed them."""
+        last = list(self._served)[-n - followed :] if n + followed else []
+        for part, reason in ((last[:n], "skipped"), (last[n:], "followed")):
+            self._lose([s for s in part if not s.is_lost], reason)  # type: ignore[arg-type]
 
     def lose_since(self, step: int) -> None:
         """Training went back to `step`: what was served since is undone."""
@@ -163,6 +165,17 @@ def _samples(batch: Any) -> Any:
     if isinstance(found, Tensor):
         return found if found.ndim == 1 and not found.is_floating_point() else []
     return list(found) if isinstance(found, (list, tuple)) and _are_plain(found) else []
+
+
+def samples_of(batch: Any) -> list[Any]:
+    """The samples of a batch, one for each of its rows, where it is a mapping that says so.
+
+    Example:
+        >>> samples_of({"ids": torch.tensor([7, 9]), "x": torch.zeros(2, 3)})
+        [7, 9]
+    """
+    found = _samples(batch)
+    return found.tolist() if isinstance(found, Tensor) else found
 
 
 def _are_plain(values: Any) -> bool:

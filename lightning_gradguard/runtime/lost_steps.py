@@ -24,12 +24,14 @@ class Window:
         batches: As `training_step` got them; empty where nobody is going to examine them.
         companions: What goes back besides tensors; `None` where nothing does.
         n_served: How many batches there were.
+        was_skipped: Whether a run that is resumed had skipped one of them.
     """
 
     step: int
     batches: list[ServedBatch]
     companions: Companions | None
     n_served: int = 0
+    was_skipped: bool = False
 
 
 @dataclass(frozen=True)

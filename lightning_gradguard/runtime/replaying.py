@@ -11,9 +11,10 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from lightning_gradguard.core.forensics import Origin, investigate
-from lightning_gradguard.core.snapshots import set_rng_state
+from lightning_gradguard.core.snapshots import rng_state, set_rng_state
 from lightning_gradguard.runtime import lightning_api
 
 
@@ -25,11 +26,27 @@ class ServedBatch:
         batch: What the data loader gave, on the device.
         batch_idx: Its place in the epoch.
         rng: Random number generators just before, from `core.snapshots.rng_state`.
+        versions: How often each tensor of the batch had been written; empty if that is not known.
     """
 
     batch: Any
     batch_idx: int
     rng: dict[str, Any]
+    versions: tuple[int, ...] = ()
+
+    @classmethod
+    def of(cls, batch: Any, batch_idx: int) -> ServedBatch:
+        """A batch that `training_step` is about to get."""
+        return cls(batch, batch_idx, rng_state(), _versions(batch))
+
+    @property
+    def is_as_served(self) -> bool:
+        """Whether nobody has written to the batch since."""
+        return not self.versions or self.versions == _versions(self.batch)
+
+
+def _versions(batch: Any) -> tuple[int, ...]:
+    return tuple(leaf._version for leaf in tree_leaves(batch) if isinstance(leaf, Tensor))
 
 
 def replay(
@@ -48,6 +65,8 @@ def replay(
     Returns:
         The origin; `"unknown"`, with the reason, if the step could not be run.
     """
+    if not served.is_as_served:
+        return Origin("unknown", detail="The step changes its batch in place: it could not be run again.")
     scaler = lightning_api.gradient_scaler(trainer)
     scale = scaler.get_scale() if scaler is not None else 1.0
     parameters = [p for p in pl_module.parameters() if p.requires_grad]

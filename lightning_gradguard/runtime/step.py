@@ -65,6 +65,7 @@ class Step:
         loss: Mean loss of the step, a scalar on the device.
         total_norms: Total norm by `norm_type`, for every type that a callback declared.
         tensor_norms: Norm of each gradient by `norm_type`.
+        is_judged: Whether somebody judges it, now or before the next step.
         measurement: The numbers on the host; `None` if nobody judges, or not before the next step.
         verdict: What every callback and rank goes by; `"accept"` while the judges wait.
         inside_closure: Whether the optimizer evaluates several times in one step (LBFGS): callbacks
@@ -76,6 +77,7 @@ class Step:
     gradients: Gradients
     loss: Tensor
     tensor_norms: Mapping[float, Tensor]
+    is_judged: bool
     measurement: Measurement | None
     verdict: Verdict
     inside_closure: bool
@@ -326,6 +328,7 @@ class Suite:
             gradients=gradients,
             loss=mean_loss,
             tensor_norms=tensor_norms,
+            is_judged=bool(self._judges),
             measurement=measurement,
             verdict=verdict,
             inside_closure=repeats,

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytorch_lightning as pl
 
-from lightning_gradguard.core.diagnosis import advice
+from lightning_gradguard.core.diagnosis import advice, advice_for_cause
+from lightning_gradguard.core.forensics import Cause
 from lightning_gradguard.runtime import reporting
 from lightning_gradguard.runtime.incidents import TrainingDivergedError, incidents_file, run_folder
 
@@ -24,7 +26,7 @@ def save_last_good(trainer: pl.Trainer) -> Path | None:
     if folder is None:
         return None
     try:
-        trainer.save_checkpoint(folder / LAST_GOOD)
+        trainer.save_checkpoint(folder / LAST_GOOD, weights_only=False)
     except OSError as error:
         reporting.say(trainer, f"gradguard: {folder / LAST_GOOD} was not written: {error}")
         return None
@@ -32,19 +34,30 @@ def save_last_good(trainer: pl.Trainer) -> Path | None:
 
 
 def diverged(
-    trainer: pl.Trainer, step: int, interventions: str, last_good: Path | None
+    trainer: pl.Trainer,
+    reason: str,
+    step: int,
+    causes: Mapping[Cause, Sequence[str]],
+    last_good: Path | None,
 ) -> TrainingDivergedError:
     """The error that ends the run.
 
     Args:
         trainer: The Trainer that is stopped.
+        reason: Which budget was used up.
         step: `trainer.global_step` of the weights that it is left with.
-        interventions: What was done before, with the budgets.
+        causes: What was found out about lost steps, and where.
         last_good: From `save_last_good`.
     """
+    told = "; ".join(
+        f"{cause} ({', '.join(where[:3])})" if where else cause for cause, where in causes.items()
+    )
+    advices = [advice_for_cause(cause, tuple(where)) for cause, where in causes.items()]
+    cures = " ".join(filter(None, advices)) or advice("training_diverged")
     left = [str(path) for path in (incidents_file(trainer), last_good) if path]
     return TrainingDivergedError(
-        f"Training was stopped at step {trainer.global_step} after {interventions}; weights are those of "
-        f"step {step}, the last that were proven good. {advice('training_diverged')}"
+        f"Training was stopped at step {trainer.global_step}: {reason}."
+        + (f" Causes: {told}." if told else "")
+        + f" {cures} Weights are those of step {step}, the last that were proven good."
         + (f" What happened, and where to resume from: {', '.join(left)}" if left else "")
     )

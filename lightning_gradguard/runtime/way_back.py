@@ -90,7 +90,7 @@ class WayBack:
         return self._restore(trainer, self._ring.go_back())
 
     def return_to_newest(self, trainer: pl.Trainer) -> int:
-        """Return to the newest proven snapshot, without counting it as tried."""
+        """Return to the newest proven snapshot, without counting it as tried; returns its `global_step`."""
         return self._restore(trainer, self._ring.newest())
 
     def newest(self) -> Snapshot:
