@@ -92,7 +92,8 @@ class NaNRollback(StepCallback):
         snapshot_every_n_steps: A snapshot is taken after this many accepted steps; at least 1.
         keep_snapshots: Qualified snapshots kept in memory; one that is not yet qualified comes on top. Each
             takes the memory of the trained weights, the buffers and the optimizer's state.
-        max_rollbacks: After so many, the next one stops the run; 0 or more.
+        max_rollbacks: After so many, the next one stops the run; 0 or more. After 500 steps without one, one
+            less is counted.
         snapshot_device: `"cpu"` keeps snapshots in host memory (pinned, and written while training goes on),
             `"same"` beside the weights.
         check: `"exact"` waits for the device once a step and never lets a sick step happen. `"deferred"`
@@ -198,7 +199,6 @@ class NaNRollback(StepCallback):
         self._recovery.has_rivals = len(trainer.optimizers) > 1
         self._traces = Traces(trainer, pl_module)
         self._way_back.begin(trainer, self._traces)
-        self._watched_buffers = frozenset(training_state.finite_buffers(trainer))
         self._ledger = LostBatches(run_folder(trainer), trainer.global_rank, self._earlier_ledgers)
         self._lost_earlier: dict[tuple[int, int], Reason] = {}
         for earlier in gather_objects(self._ledger.earlier()):
@@ -219,7 +219,7 @@ class NaNRollback(StepCallback):
         self._batch_idx = batch_idx
         self._warn_of_unknown_averages(trainer)  # ahead of the first batch: a progress bar is there to say it
         if not self._window_is_open or lightning_api.updates_buffers_only(trainer):
-            self._open_window(trainer)
+            self._open_window(trainer, pl_module)
         if self._keeps_batches:
             self._window.batches.append(ServedBatch.of(batch, batch_idx))
         self._window.n_served += 1
@@ -272,8 +272,8 @@ class NaNRollback(StepCallback):
         elif step.measurement is None:
             assert self._before is not None
             assert self._window.companions is not None
-            buffers = self._traces.buffers
-            training_state.capture(trainer, self._before, self._window.companions, buffers)
+            companions = self._window.companions
+            training_state.capture(trainer, self._before, companions, self._traces, is_forward_done=True)
             self._unjudged = self._lost_step(step)
             self._let_happen(trainer)
         else:
@@ -320,9 +320,9 @@ class NaNRollback(StepCallback):
         if is_last or lightning_api.validates_next(trainer, batch_idx):
             suite_of(trainer).settle(trainer, pl_module)
         self._conclude(trainer, pl_module)
-        if self._batch.accepted and not self._batch.skipped and not self._recovery.is_spiking:
-            self._way_back.good_step(self._batch.accepted_step)
         stepped = suite_of(trainer).has_stepped
+        if not stepped and pl_module.automatic_optimization and trainer.accumulate_grad_batches == 1:
+            self._window_is_open = False  # `training_step` returned nothing
         if (stepped and is_logging_step(trainer)) or trainer.is_last_batch:
             self._report(trainer)
 
@@ -394,21 +394,22 @@ class NaNRollback(StepCallback):
                 " put NaNRollback before it in the list of callbacks: it then sees only what was kept.",
             )
 
-    def _open_window(self, trainer: pl.Trainer) -> None:
+    def _open_window(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._window_is_open = True
         self._traces.keep()
         if self._way_back.capture_if_due(trainer):
             self._look_at_weights(trainer)
             self._ledger.forget_before(self._way_back.reaches_back_to())
-        elif suite_of(trainer).nonfinite_weights is None:
-            self._way_back.start_anew_if_unfrozen(trainer)
+        elif self._way_back.lacks_weights(trainer) and suite_of(trainer).nonfinite_weights is None:
+            self._bring_forward(trainer, pl_module)  # while there is a snapshot to judge by
+            self._way_back.start_anew(trainer)
         needed = self._rewinds or self._before is not None or not self._way_back.exists
         companions = self._way_back.companions(trainer) if needed else None
         self._window = Window(trainer.global_step, [], companions)
         if self._repeats:
             assert self._before is not None
             assert companions is not None
-            training_state.capture(trainer, self._before, companions)
+            training_state.capture(trainer, self._before, companions, self._traces)
 
     def _lost_step(self, step: Step) -> LostStep:
         return LostStep(
@@ -429,7 +430,7 @@ class NaNRollback(StepCallback):
         self._investigation.well()
         index = measurement.optimizer_index
         decision, sickness = self._recovery.stepped(
-            index, measurement.loss, measurement.total_norm, measurement.zero_share
+            index, measurement.loss, measurement.total_norm, measurement.is_dead
         )
         self._decide(decision)
         if sickness:
@@ -467,7 +468,7 @@ class NaNRollback(StepCallback):
         """Accept or take back a batch in which an optimizer stepped between evaluations."""
         self._window_is_open = False
         assert first.measurement is not None
-        sick = bool(training_state.state_is_nonfinite(trainer, self._watched_buffers))
+        sick = bool(training_state.state_is_nonfinite(trainer, self._traces))
         if any_rank(sick, pl_module.device) or first.verdict == "drop":
             assert self._before is not None
             training_state.restore(trainer, self._before, self._traces)
@@ -479,7 +480,7 @@ class NaNRollback(StepCallback):
     def _guard_buffers(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """In a pass that makes no step but updates statistics, a batch that spoils them is taken back."""
         self._window_is_open = False
-        sick = bool(training_state.state_is_nonfinite(trainer, self._watched_buffers))
+        sick = bool(training_state.state_is_nonfinite(trainer, self._traces))
         if any_rank(sick, pl_module.device):
             self._traces.undo()
             self._ledger.lose_last(1)
@@ -498,11 +499,11 @@ class NaNRollback(StepCallback):
         if trainer.interrupted:
             # no collective here, for the other ranks may be elsewhere; and nothing is raised on top
             suite_of(trainer).settle(trainer, pl_module)
-            if bool(training_state.state_is_nonfinite(trainer, self._watched_buffers)):
+            if bool(training_state.state_is_nonfinite(trainer, self._traces)):
                 self._way_back.return_to_newest(trainer)
             return
         self._bring_forward(trainer, pl_module)
-        sick = bool(training_state.state_is_nonfinite(trainer, self._watched_buffers))
+        sick = bool(training_state.state_is_nonfinite(trainer, self._traces))
         if any_rank(sick, pl_module.device):
             self._publish(trainer, pl_module, "nonfinite_weights")
             self._decide(self._recovery.fall())
@@ -521,11 +522,15 @@ class NaNRollback(StepCallback):
         if decision == "give up":
             self._give_up(trainer, pl_module)
         if decision == "go back":
+            self._batch.accepted = False
             self._go_back(trainer, pl_module)
         elif lost:
             if self._batch.rewind is not None and not self._batch.accepted:
                 self._batch.rewind.rewind(trainer)
             self._look_at_weights(trainer)
+        if self._batch.accepted and not self._batch.skipped and not self._recovery.is_spiking:
+            self._way_back.good_step(self._batch.accepted_step)
+        self._batch.accepted = False  # it is counted once, also if a checkpoint makes it known late
 
     def _tell(self, trainer: pl.Trainer, pl_module: pl.LightningModule, lost: LostStep) -> None:
         """Publish a lost step, with its cause if it is the first of an episode."""
@@ -578,7 +583,7 @@ class NaNRollback(StepCallback):
 
     def _look_at_weights(self, trainer: pl.Trainer) -> None:
         """Read the weights, without waiting; what is found rides in the reduction of the next step."""
-        flag = training_state.state_is_nonfinite(trainer, self._watched_buffers)
+        flag = training_state.state_is_nonfinite(trainer, self._traces)
         suite_of(trainer).nonfinite_weights = flag
 
     def _publish(self, trainer: pl.Trainer, pl_module: pl.LightningModule, kind: str, **facts: Any) -> None:

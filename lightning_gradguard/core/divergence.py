@@ -10,8 +10,6 @@ from typing import Any
 STEPS = 10
 #: How much the loss has to rise before anything is said.
 LEAST_RISE = 1.5
-#: Share of the tensors, above that of healthy steps, that has no gradient in a collapsed network.
-COLLAPSED = 0.5
 
 
 class DivergenceDetector:
@@ -67,32 +65,31 @@ class DivergenceDetector:
 
 
 class CollapseDetector:
-    """Says whether most of a network has stopped to get gradients that it got before.
+    """Says whether a network that was alive has died.
 
-    When the units of one layer have all died, every layer before it gets gradients of exactly zero, while the
-    last bias still gets one. Ten such steps in a row are a collapse; it does not heal.
+    When all units of a layer have died, no weight matrix gets a gradient any more, while the last bias still
+    does. Ten such steps in a row are a collapse; it does not heal.
 
     Example:
         >>> detector = CollapseDetector()
-        >>> any(detector.update(share) for share in [0.0] * 5 + [0.9] * 9)
+        >>> any(detector.update(is_dead) for is_dead in [False] + [True] * 9)
         False
-        >>> detector.update(0.9)
+        >>> detector.update(True)
         True
     """
 
     def __init__(self) -> None:
-        self._usual = 1.0
+        self._was_alive = False
         self._in_a_row = 0
 
-    def update(self, zero_share: float) -> bool:
-        """Take in a step, with the share of its tensors whose gradient is zero.
+    def update(self, is_dead: bool) -> bool:
+        """Take in a step.
 
         Args:
-            zero_share: In [0, 1]; 1, where nothing is left to learn, is no collapse.
+            is_dead: Whether no weight matrix gets a gradient, while something else does.
         """
-        self._usual = min(self._usual, zero_share)
-        collapsed = self._usual + COLLAPSED < zero_share < 1
-        self._in_a_row = self._in_a_row + 1 if collapsed else 0
+        self._was_alive = self._was_alive or not is_dead
+        self._in_a_row = self._in_a_row + 1 if is_dead and self._was_alive else 0
         return self._in_a_row >= STEPS
 
     def forget(self) -> None:
@@ -100,10 +97,10 @@ class CollapseDetector:
         self._in_a_row = 0
 
     def state_dict(self) -> dict[str, Any]:
-        """The usual share, and how long it has been exceeded."""
-        return {"usual": self._usual, "in_a_row": self._in_a_row}
+        """Whether it was alive, and how long it has not been."""
+        return {"was_alive": self._was_alive, "in_a_row": self._in_a_row}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue with a saved share."""
-        self._usual = state_dict["usual"]
+        """Continue with what was remembered."""
+        self._was_alive = state_dict["was_alive"]
         self._in_a_row = state_dict["in_a_row"]

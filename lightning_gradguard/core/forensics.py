@@ -415,11 +415,16 @@ def _next_sequence() -> int:
 
 
 def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
+    return _values(tensor).untyped_storage().data_ptr()
 
 
 def _is_nonfinite(tensor: Tensor) -> bool:
-    return tensor.is_floating_point() and not bool(tensor.detach().isfinite().all())
+    return tensor.is_floating_point() and not bool(_values(tensor.detach()).isfinite().all())
+
+
+def _values(tensor: Tensor) -> Tensor:
+    """The numbers of a sparse gradient."""
+    return tensor._values() if tensor.layout == torch.sparse_coo else tensor
 
 
 def _what_is_sick(tensors: Sequence[Tensor]) -> str:

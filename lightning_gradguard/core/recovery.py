@@ -15,6 +15,8 @@ SPIKE_PATIENCE = 10
 SPIKE_COOLDOWN = 256
 #: Outcomes over which the share of skipped steps is taken.
 OUTCOMES = 100
+#: Steps without going back after which one of the times before no longer weighs on the budget.
+FORGIVEN_AFTER = 500
 #: How many times worse than at the start, in loss times norm, a divergence is; and by what that grows each
 #: time that the run goes back for one, so that a level that changed for good does not use the budget up.
 WORSE = 300.0
@@ -45,19 +47,19 @@ class Health:
         self._collapse = CollapseDetector()
         self.spiking = 0
 
-    def update(self, loss: float, total_norm: float, zero_share: float, strictness: float) -> Sickness:
+    def update(self, loss: float, total_norm: float, is_dead: bool, strictness: float) -> Sickness:
         """Take in a step; says what has lasted for too long, the clearest first.
 
         Args:
             loss: Of the step.
             total_norm: Of its gradients.
-            zero_share: Of its tensors, how many have a gradient of zero.
+            is_dead: Whether no weight matrix gets a gradient.
             strictness: How many times clearer than usual a divergence has to be.
         """
         spikes = (self._loss.update(loss), self._norm.update(total_norm))
         self.spiking = self.spiking + 1 if all(spikes) else 0
         diverged = self._divergence.update(loss, total_norm) >= self._worse * strictness
-        if self._collapse.update(zero_share):
+        if self._collapse.update(is_dead):
             return "gradient_collapse"
         if diverged:
             return "divergence"
@@ -97,7 +99,8 @@ class Recovery:
 
     Args:
         patience: Skipped steps in a row (of one optimizer) after which the run goes back.
-        max_rollbacks: How often the run may go back before it gives up.
+        max_rollbacks: How often the run may go back before it gives up; after 500 steps without going back,
+            one time less is counted.
         max_skip_fraction: Share of the last 100 steps that may be skipped before it gives up.
 
     Attributes:
@@ -120,6 +123,8 @@ class Recovery:
         self._max_skip_fraction = max_skip_fraction
         self.rollbacks = 0
         self.has_rivals = False
+        self._spent = 0
+        self._good_steps = 0
         self._skipped_in_a_row: dict[int, int] = {}
         self._outcomes: deque[bool] = deque(maxlen=OUTCOMES)
         self._spike_cooldown = 0
@@ -135,7 +140,7 @@ class Recovery:
         return self.fall() if self._skipped_in_a_row[index] >= self._patience else "go on"
 
     def stepped(
-        self, index: int, loss: float, total_norm: float, zero_share: float = 0.0
+        self, index: int, loss: float, total_norm: float, is_dead: bool = False
     ) -> tuple[Decision, Sickness]:
         """A step of optimizer `index` takes place; its loss and gradient norm are finite.
 
@@ -143,17 +148,20 @@ class Recovery:
             index: Of the optimizer.
             loss: Of the step.
             total_norm: Of its gradients.
-            zero_share: Of its tensors, how many have a gradient of zero.
+            is_dead: Whether no weight matrix gets a gradient, while something else does.
 
         Returns:
             What is to be done, and what is newly wrong.
         """
         self._skipped_in_a_row[index] = 0
         self._outcomes.append(False)
+        self._good_steps += 1
+        if self._good_steps % FORGIVEN_AFTER == 0:
+            self._spent = max(self._spent - 1, 0)
         self._spike_cooldown = max(self._spike_cooldown - 1, 0)
         health = self._health.setdefault(index, Health(self.has_rivals))
         strictness = STRICTER ** self._divergences.get(index, 0)
-        sickness = health.update(loss, total_norm, zero_share, strictness)
+        sickness = health.update(loss, total_norm, is_dead, strictness)
         if sickness == "loss_spike":
             if self._spike_cooldown:
                 return "go on", ""
@@ -166,7 +174,7 @@ class Recovery:
 
     def fall(self) -> Decision:
         """The weights are sick: go back, or give up when the budget is used up."""
-        return "go back" if self.rollbacks < self._max_rollbacks else "give up"
+        return "go back" if self._spent < self._max_rollbacks else "give up"
 
     @property
     def skips_too_much(self) -> bool:
@@ -181,13 +189,15 @@ class Recovery:
     def went_back(self) -> None:
         """The weights were put back."""
         self.rollbacks += 1
+        self._spent += 1
+        self._good_steps = 0
         self._skipped_in_a_row.clear()
         for health in self._health.values():
             health.went_back()
 
     def renew_budgets(self) -> None:
         """Begin to count anew, as nobody has been helped yet."""
-        self.rollbacks = 0
+        self._spent = 0
         self._skipped_in_a_row.clear()
         self._outcomes.clear()
         self._divergences.clear()
@@ -206,6 +216,8 @@ class Recovery:
         """Everything that a resumed run needs to decide alike."""
         return {
             "rollbacks": self.rollbacks,
+            "spent": self._spent,
+            "good_steps": self._good_steps,
             "skipped_in_a_row": dict(self._skipped_in_a_row),
             "outcomes": list(self._outcomes),
             "spike_cooldown": self._spike_cooldown,
@@ -216,6 +228,8 @@ class Recovery:
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from a saved state."""
         self.rollbacks = state_dict["rollbacks"]
+        self._spent = state_dict["spent"]
+        self._good_steps = state_dict["good_steps"]
         self._skipped_in_a_row = dict(state_dict["skipped_in_a_row"])
         self._outcomes = deque(state_dict["outcomes"], maxlen=OUTCOMES)
         self._spike_cooldown = state_dict["spike_cooldown"]

@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 import random
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from lightning_gradguard.core.norms import local_shard
@@ -64,12 +65,15 @@ class _Copy:
 
 
 class BufferCopies:
-    """Copies of a module's buffers, also of those that are left out of `state_dict`.
+    """Copies of a module's buffers, and of frozen weights that somebody writes, as those of a target network.
 
-    Large buffers, such as masks and tables of positions, cost nothing while nobody writes them.
+    Buffers that are left out of `state_dict` are among them. Large ones, such as masks and tables of
+    positions, cost nothing while nobody writes them, and frozen weights cost nothing until somebody has; the
+    first time is seen too late to be undone.
 
     Args:
         module: The module whose buffers, submodules included, are kept.
+        is_trained: Says of a weight that wants no gradient now whether an optimizer trains it all the same.
 
     Example:
         >>> norm = nn.BatchNorm1d(2)
@@ -80,9 +84,14 @@ class BufferCopies:
         tensor([0., 0.])
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(
+        self, module: nn.Module, is_trained: Callable[[nn.Parameter], bool] = lambda weight: False
+    ) -> None:
         self._module = module
+        self._is_trained = is_trained
         self._copies: dict[tuple[nn.Module, str], _Copy] = {}
+        self._frozen: dict[nn.Parameter, int] = {}
+        self._written: dict[nn.Parameter, _Copy] = {}
         self.refresh()
 
     @torch.no_grad()
@@ -90,6 +99,15 @@ class BufferCopies:
         """Copy the buffers as they are now."""
         old, self._copies = self._copies, {}
         targets, sources = [], []
+        for weight in self._module.parameters():
+            if weight in self._written:
+                targets.append(self._written[weight].saved)
+                sources.append(local_shard(weight))
+            elif not weight.requires_grad:
+                before = self._frozen.get(weight, weight._version)
+                self._frozen[weight] = weight._version
+                if weight._version != before and not self._is_trained(weight):
+                    self._written[weight] = _Copy(weight, 0, local_shard(weight).clone())
         for owner, name, buffer in _buffers(self._module):
             copy_ = old.get((owner, name))
             if copy_ is None or copy_.buffer is not buffer or copy_.saved.shape != buffer.shape:
@@ -106,18 +124,25 @@ class BufferCopies:
         """Put the buffers back, in place, as the last `refresh` found them."""
         targets, sources = [], []
         for (owner, name), copy_ in self._copies.items():
-            owner._buffers[name] = copy_.buffer  # a forward pass may have put another tensor there
+            owner._buffers[name] = copy_.buffer  # a forward pass may have put another tensor there, or none
             if copy_.may_have_changed:
                 targets.append(local_shard(copy_.buffer))
                 sources.append(copy_.saved)
+        for weight, copy_ in self._written.items():
+            targets.append(local_shard(weight))
+            sources.append(copy_.saved)
         _copy(targets, sources)
         for copy_ in self._copies.values():
             copy_.version = copy_.buffer._version
 
-    def saved(self) -> Iterator[tuple[nn.Module, str, Tensor]]:
-        """The copies, each with its owner and name."""
-        for (owner, name), copy_ in self._copies.items():
-            yield owner, name, copy_.saved
+    def saved(self) -> dict[Any, Tensor]:
+        """The copies: of buffers by owner and name, of frozen weights by themselves."""
+        buffers = {place: copy_.saved for place, copy_ in self._copies.items()}
+        return {**buffers, **{weight: copy_.saved for weight, copy_ in self._written.items()}}
+
+    def written(self) -> Collection[nn.Parameter]:
+        """Frozen weights that somebody has written."""
+        return self._written.keys()
 
 
 class Snapshot:
@@ -146,22 +171,26 @@ class Snapshot:
         self,
         modules: Sequence[nn.Module],
         optimizers: Sequence[Optimizer],
-        buffers: BufferCopies | None = None,
+        written: Collection[nn.Parameter] = (),
+        copied: Mapping[Any, Tensor] | None = None,
     ) -> None:
         """Copy the state of modules and optimizers as it is now.
 
         Args:
             modules: The trained module first, then averages of it and the like.
             optimizers: Their state is copied; it may still be empty.
-            buffers: Take the first module's buffers from these copies, where a forward pass has
-                already written the buffers themselves.
+            written: Frozen weights that are copied as well.
+            copied: Take buffers and frozen weights from here, as `BufferCopies.saved` returns them, where a
+                forward pass has already written them.
         """
-        copied = {(owner, name): saved for owner, name, saved in buffers.saved()} if buffers else {}
         live: dict[Any, Tensor] = {}
-        optimized = _optimized(optimizers)
+        kept = {*_optimized(optimizers), *written}
+        copied = copied or {}
         for module in modules:
-            for weight in _trained(module, optimized):
-                live[weight] = weight
+            for weight in module.parameters():
+                # while one optimizer is toggled on, what the others train wants no gradient
+                if weight.requires_grad or weight in kept:
+                    live[weight] = copied.get(weight, weight)
             for owner, name, buffer in _buffers(module):
                 live[(owner, name)] = copied.get((owner, name), buffer)
         self._structure = []
@@ -190,11 +219,13 @@ class Snapshot:
                 targets.append(local_shard(live))
                 sources.append(saved)
 
-        optimized = _optimized(optimizers)
         for module in modules:
-            for weight in _trained(module, optimized):
+            for weight in module.parameters():
                 put_back(weight, weight)
             for owner, name, buffer in _buffers(module):
+                saved = self._memory.get((owner, name))
+                if saved is not None and saved.shape != local_shard(buffer).shape:
+                    owner._buffers[name] = saved.to(buffer.device, copy=True)  # it has grown since
                 put_back((owner, name), buffer)
         for index, optimizer in enumerate(optimizers):
             structure = self._structure[index] if index < len(self._structure) else {}
@@ -233,7 +264,7 @@ class Snapshot:
             names[parameter] = name
             if (saved := self._memory.get(parameter)) is not None:
                 yield name, parameter, saved
-        bound = torch.tensor(LARGEST)
+        bound = torch.tensor(LARGEST**2)
         for optimizer in optimizers:
             for parameter, state in optimizer.state.items():
                 for key, value in state.items():
@@ -373,8 +404,12 @@ class SnapshotRing:
             self._free.append(self._qualified.popleft())
 
 
-def any_nonfinite(tensors: Iterable[Tensor]) -> Tensor:
+def any_nonfinite(tensors: Iterable[Tensor], largest: float = LARGEST) -> Tensor:
     """Whether any element is nonfinite, or as good as; a flag of shape `()` that nobody has waited for.
+
+    Args:
+        tensors: Those that are looked at; integers never are.
+        largest: Magnitudes beyond it are as good as nonfinite.
 
     Example:
         >>> any_nonfinite([torch.ones(2), torch.tensor([1.0, torch.inf])])
@@ -387,8 +422,8 @@ def any_nonfinite(tensors: Iterable[Tensor]) -> Tensor:
         if local.is_floating_point() and local.numel():
             groups.setdefault((local.device, local.dtype), []).append(local)
     # the largest magnitude of each is nonfinite if any element is; few operations, however many tensors
-    largest = [torch.stack(torch._foreach_norm(group, torch.inf)) for group in groups.values()]
-    flags = [(~(norms <= LARGEST)).any() for norms in largest]
+    magnitudes = [torch.stack(torch._foreach_norm(group, torch.inf)) for group in groups.values()]
+    flags = [(~(norms <= largest)).any() for norms in magnitudes]
     if not flags:
         return torch.tensor(False)
     return torch.stack([flag.to(flags[0].device) for flag in flags]).any()
@@ -398,15 +433,10 @@ def _optimized(optimizers: Sequence[Optimizer]) -> set[Tensor]:
     return {p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
 
 
-def _trained(module: nn.Module, optimized: Collection[Tensor]) -> Iterator[nn.Parameter]:
-    # while one optimizer is toggled on, what the others train wants no gradient
-    return (p for p in module.parameters() if p.requires_grad or p in optimized)
-
-
 def _buffers(module: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:
     for owner in module.modules():
         for name, buffer in owner._buffers.items():
-            if buffer is not None:
+            if buffer is not None and not is_lazy(buffer):
                 yield owner, name, buffer
 
 

@@ -146,11 +146,9 @@ def _refusal(trainer: pl.Trainer, pl_module: pl.LightningModule) -> str | None:
 def _first_sick(
     trainer: pl.Trainer, pl_module: pl.LightningModule, window: Sequence[ServedBatch], grown: dict[str, int]
 ) -> tuple[Origin, ServedBatch]:
-    for served in window:
-        origin = replay(trainer, pl_module, served, grown)
-        if origin.cause != "transient":
-            return origin, served
-    return origin, window[-1]
+    # all of them, on every rank: the step may talk to other ranks
+    found = [(replay(trainer, pl_module, served, grown), served) for served in window]
+    return next((pair for pair in found if pair[0].cause != "transient"), found[-1])
 
 
 def _dossier(

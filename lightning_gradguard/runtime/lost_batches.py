@@ -19,6 +19,8 @@ from torch.utils._pytree import tree_leaves
 IDS = ("id", "ids", "idx", "index", "indices", "sample_id", "sample_ids", "uid", "key", "__key__")
 #: Elements of a tensor that a batch is recognized by.
 RECOGNIZED_BY = 4096
+#: Batches that can still be written down as lost.
+REMEMBERED = 20_000
 #: Tensors of a batch that it is recognized by: the first may be a mask that is always the same.
 TENSORS = 4
 
@@ -69,7 +71,7 @@ class LostBatches:
     def __init__(self, folder: Path | None, rank: int, earlier: Sequence[str] = ()) -> None:
         self._name = f"lost_batches.rank{rank}.jsonl"
         self._folder = folder
-        self._served: deque[_Served] = deque()
+        self._served: deque[_Served] = deque(maxlen=REMEMBERED)
         self._folders = list(earlier)
         self._earlier: dict[tuple[int, int], LostBatch] = {}
         for other in earlier:
@@ -150,20 +152,33 @@ def _read(path: Path) -> dict[tuple[int, int], LostBatch]:
 
 def _fingerprint(batch: Any) -> Tensor | None:
     """A number that changes with any of the first tensors of the batch; nobody has waited for it."""
-    leaves = [x for x in tree_leaves(batch) if isinstance(x, Tensor) and x.numel() and not x.is_complex()]
+    parts = tree_leaves(dict(batch) if isinstance(batch, Mapping) else batch)
+    leaves = [leaf for leaf in parts if isinstance(leaf, Tensor) and _is_dense(leaf)]
     sums = []
-    for leaf in leaves[:TENSORS]:
-        values = leaf.detach().flatten()[:RECOGNIZED_BY].to(leaves[0].device, torch.float64)
-        sums.append(torch.nan_to_num(values, nan=1.0, posinf=2.0, neginf=-2.0).sum())
-    weights = range(1, len(sums) + 1)
-    return torch.stack([w * s for w, s in zip(weights, sums, strict=True)]).sum() if sums else None
+    for place, leaf in enumerate(leaves[:TENSORS], 1):
+        # spread over all samples, and weighted by their places: others in another order are another batch
+        values = leaf.detach().reshape(-1)[:: max(leaf.numel() // RECOGNIZED_BY, 1)]
+        values = values.to(leaves[0].device, torch.float64).nan_to_num(1.0, 2.0, -2.0)
+        weights = torch.linspace(place, place + 1, len(values), dtype=torch.float64, device=values.device)
+        sums.append(values @ weights)
+    return torch.stack(sums).sum() if sums else None
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    return (
+        tensor.layout == torch.strided
+        and not tensor.is_nested
+        and not tensor.is_complex()
+        and tensor.numel() > 0
+    )
 
 
 def _samples(batch: Any) -> Any:
     """The samples' identities, where the batch is a mapping that has them."""
     found: Any = next((batch[k] for k in IDS if k in batch), []) if isinstance(batch, Mapping) else []
     if isinstance(found, Tensor):
-        return found if found.ndim == 1 and not found.is_floating_point() else []
+        # a copy: memory that a worker process shares keeps a file open
+        return found.detach().clone() if found.ndim == 1 and not found.is_floating_point() else []
     return list(found) if isinstance(found, (list, tuple)) and _are_plain(found) else []
 
 

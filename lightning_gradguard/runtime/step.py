@@ -35,7 +35,7 @@ class Measurement:
         nonfinite_losses: How many of those losses were nonfinite.
         total_norm: L2 norm of all gradients of the optimizer, before anything is clipped; nonfinite if any
             of them is, on any rank.
-        zero_share: Share of the tensors whose gradient is zero.
+        is_dead: Whether no weight of two dimensions or more gets a gradient, while something else does.
         ranks_disagree: Whether gradients that ranks have averaged are nonfinite, or a thousand times larger,
             on some of them only: since then, something has written to them.
         nonfinite_weights: Whether any rank reported nonfinite weights since the step before.
@@ -47,7 +47,7 @@ class Measurement:
     loss: float
     nonfinite_losses: int
     total_norm: float
-    zero_share: float
+    is_dead: bool
     ranks_disagree: bool
     nonfinite_weights: bool
     nonfinite_buffers: bool
@@ -200,6 +200,7 @@ class Suite:
         self._open: dict[int, tuple[Step, set[int]]] = {}
         self._departed: set[int] = set()
         self._losses: list[Tensor] = []
+        self._layers: dict[tuple[bool, ...], Tensor] = {}
         self._names: tuple[int, dict[nn.Parameter, str]] = (0, {})
 
     def has(self, member: StepCallback) -> bool:
@@ -292,7 +293,8 @@ class Suite:
         device = tensors[0].device if tensors else pl_module.device
         sums = {p: norms.power_sums(tensors, p) for p in self._norm_types}
         loss = torch.stack([loss.double() for loss in losses]) if losses else None
-        flags = (self.nonfinite_weights, self.nonfinite_buffers, self.serves_lost_batch)
+        alive = self._is_alive(named, sums[2.0])
+        flags = (self.nonfinite_weights, self.nonfinite_buffers, self.serves_lost_batch, alive)
         head = _head(loss, flags, device)
         self.nonfinite_weights = self.nonfinite_buffers = None
         if lightning_api.gradients_are_scaled(trainer, optimizer):
@@ -314,7 +316,7 @@ class Suite:
         measurement: Measurement | None = None
         verdict: Verdict = "accept"
         if self._judges:
-            numbers = _OnItsWay(index, head, mean_loss, gradients.norms, total_norms)
+            numbers = _OnItsWay(index, head, mean_loss, total_norms)
             # a GradScaler and a closure that is called repeatedly wait for the device anyway
             waits = repeats or lightning_api.gradient_scaler(trainer) is not None or self.judges_at_once
             if waits or not all(judge.judges_late for judge in self._judges):
@@ -333,6 +335,13 @@ class Suite:
             verdict=verdict,
             inside_closure=repeats,
         )
+
+    def _is_alive(self, named: Sequence[tuple[str, nn.Parameter]], power_sums: Tensor) -> Tensor:
+        """Whether any weight of two dimensions or more gets a gradient here; a flag on the device."""
+        layers = tuple(parameter.ndim > 1 for _, parameter in named)
+        if layers not in self._layers:
+            self._layers = {layers: torch.tensor(layers, dtype=torch.bool, device=power_sums.device)}
+        return ((power_sums != 0) & self._layers[layers]).any()
 
     def _named_parameters(
         self, pl_module: pl.LightningModule, optimizer: Optimizer
@@ -470,13 +479,9 @@ def _reduce(
 class _OnItsWay:
     """One step's numbers between the device and the host."""
 
-    def __init__(
-        self, index: int, head: Tensor, mean_loss: Tensor, grad_norms: Tensor, total_norms: Tensor
-    ) -> None:
+    def __init__(self, index: int, head: Tensor, mean_loss: Tensor, total_norms: Tensor) -> None:
         self._index = index
-        # nobody to be found without a gradient at all: then its share is one
-        zero_share = (grad_norms == 0).double().mean().nan_to_num(1.0)
-        packed = torch.cat([head, torch.stack([mean_loss, zero_share]), total_norms])
+        packed = torch.cat([head, mean_loss.view(1), total_norms])
         self._there: torch.cuda.Event | None = None
         if packed.is_cuda:
             self._numbers = torch.empty_like(packed, device="cpu", pin_memory=True)
@@ -489,7 +494,7 @@ class _OnItsWay:
         """Wait for the numbers: the step's one host synchronization."""
         if self._there is not None:
             self._there.synchronize()
-        _, _, losses, weights, buffers, lost, loss, zero_share, *total_norms = self._numbers.tolist()
+        _, _, losses, weights, buffers, lost, alive, loss, *total_norms = self._numbers.tolist()
         finite = [norm for norm in total_norms if math.isfinite(norm)]
         sick = next((norm for norm in total_norms if not math.isfinite(norm)), None)
         differ = bool(finite) and (sick is not None or max(finite) > DISAGREEMENT * min(finite))
@@ -498,7 +503,7 @@ class _OnItsWay:
             loss=loss,
             nonfinite_losses=int(losses),
             total_norm=max(total_norms) if sick is None else sick,
-            zero_share=zero_share,
+            is_dead=not alive and bool(finite) and max(finite) > 0,
             ranks_disagree=differ,
             nonfinite_weights=bool(weights),
             nonfinite_buffers=bool(buffers),

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pytorch_lightning as pl
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.parameter import is_lazy
 from torchmetrics import Metric
 
-from lightning_gradguard.core.snapshots import SMALL, BufferCopies, any_nonfinite
+from lightning_gradguard.core.snapshots import BufferCopies, any_nonfinite
 from lightning_gradguard.runtime import lightning_api
 
 _INTERNAL = frozenset(vars(nn.Module()))
@@ -40,12 +44,12 @@ class Traces:
     """
 
     def __init__(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.buffers = BufferCopies(pl_module)
-        self._statistics = [
-            (module, name)
+        self.buffers = BufferCopies(pl_module, partial(_is_trained, trainer))
+        self._sound = [
+            (module, name, buffer)
             for module in pl_module.modules()
             for name, buffer in module.named_buffers(recurse=False)
-            if buffer.numel() <= SMALL and not bool(any_nonfinite([buffer]))
+            if not is_lazy(buffer) and not bool(any_nonfinite([buffer]))
         ]
         self._trainer = trainer
         self._module = pl_module
@@ -64,12 +68,23 @@ class Traces:
         self.marks = self._mark()
 
     def spoiled(self) -> Tensor:
-        """Whether a forward pass has left nonfinite values in small buffers that began without them.
+        """Whether a forward pass has left nonfinite running statistics of normalization.
 
-        Returns a flag of shape `()` that nobody has waited for. A mask of `-inf` is none of them;
-        statistics of normalization are.
+        Returns a flag of shape `()` that nobody has waited for.
         """
-        return any_nonfinite(module._buffers[name] for module, name in self._statistics)  # type: ignore[misc]
+        statistics = (module._buffers.get(name) for module, name, _ in self._sound if _is_norm(module))
+        return any_nonfinite(buffer for buffer in statistics if buffer is not None)
+
+    def sound_buffers(self) -> Iterator[Tensor]:
+        """Buffers that were finite when training began, as far as they are still the same tensors.
+
+        A mask of `-inf` is none of them, nor is one that is made when the first batch comes. Statistics of
+        normalization are, also where averaging has put others in their place.
+        """
+        for module, name, buffer in self._sound:
+            now = module._buffers.get(name)
+            if now is not None and (now is buffer or _is_norm(module)):
+                yield now
 
     def accept(self) -> None:
         """The step takes place: averages may take it in."""
@@ -108,6 +123,15 @@ class Traces:
         return own + lightning_api.epoch_mean_metrics(self._trainer)
 
 
+def _is_norm(module: nn.Module) -> bool:
+    return isinstance(module, _NormBase)
+
+
+def _is_trained(trainer: pl.Trainer, weight: nn.Parameter) -> bool:
+    groups = (group for optimizer in trainer.optimizers for group in optimizer.param_groups)
+    return any(weight is other for group in groups for other in group["params"])
+
+
 def _is_hidden(value: Any) -> bool:
     parts = value if isinstance(value, tuple) else (value,)
     return bool(parts) and all(part is None or isinstance(part, Tensor) for part in parts)
@@ -118,7 +142,12 @@ def _state(metric: Metric) -> dict[str, Any]:
         name: value.clone() if isinstance(value, Tensor) else list(value)
         for name, value in metric.metric_state.items()
     }
-    return {"states": states, "count": metric._update_count, "computed": metric._computed}
+    return {
+        "states": states,
+        "count": metric._update_count,
+        "computed": metric._computed,
+        "last": getattr(metric, "_forward_cache", None),
+    }
 
 
 def _put_back(metric: Metric, state: dict[str, Any]) -> None:
@@ -127,5 +156,6 @@ def _put_back(metric: Metric, state: dict[str, Any]) -> None:
         return
     for name, value in state["states"].items():
         setattr(metric, name, value.clone() if isinstance(value, Tensor) else list(value))
+    metric._forward_cache = state["last"]  # what was logged of the step alone
     metric._update_count = state["count"]
     metric._computed = state["computed"]

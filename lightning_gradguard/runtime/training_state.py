@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import pytorch_lightning as pl
-import torch
 from torch import Tensor, nn
 
 from lightning_gradguard.core.forensics import grown_elements
 from lightning_gradguard.core.snapshots import (
-    BufferCopies,
+    LARGEST,
     Snapshot,
     any_nonfinite,
     rng_state,
@@ -84,7 +82,9 @@ def capture(
     trainer: pl.Trainer,
     snapshot: Snapshot,
     companions: Companions,
-    buffers: BufferCopies | None = None,
+    traces: Traces,
+    *,
+    is_forward_done: bool = False,
 ) -> None:
     """Write the Trainer's state into a snapshot.
 
@@ -92,9 +92,11 @@ def capture(
         trainer: The Trainer that runs.
         snapshot: Is overwritten.
         companions: From the same moment.
-        buffers: See `Snapshot.capture`.
+        traces: Know which frozen weights are written.
+        is_forward_done: Whether buffers were written since, so that they are taken from the traces.
     """
-    snapshot.capture(_modules(trainer), trainer.optimizers, buffers)
+    copied = traces.buffers.saved() if is_forward_done else None
+    snapshot.capture(_modules(trainer), trainer.optimizers, traces.buffers.written(), copied)
     snapshot.companions = companions
 
 
@@ -120,29 +122,21 @@ def count_trained(trainer: pl.Trainer) -> int:
     return sum(len(group["params"]) for group in groups)
 
 
-def trained_tensors(trainer: pl.Trainer) -> Iterator[Tensor]:
-    """Every tensor that an optimizer writes, and averages of it: weights and the optimizer's own state."""
-    for optimizer in trainer.optimizers:
-        for group in optimizer.param_groups:
-            yield from group["params"]
-        for state in optimizer.state.values():
-            yield from (value for value in state.values() if isinstance(value, Tensor))
-    for average in lightning_api.weight_averages(trainer):
-        yield from average.parameters()
+def state_is_nonfinite(trainer: pl.Trainer, traces: Traces) -> Tensor:
+    """Whether weights, averages, buffers that began finite, or optimizer state are nonfinite.
 
-
-def finite_buffers(trainer: pl.Trainer) -> list[str]:
-    """Names of the buffers that are finite now; a mask of `-inf` is none of them."""
-    named = [(n, b) for n, b in trainer.lightning_module.named_buffers() if b.is_floating_point()]
-    flags = [any_nonfinite([buffer]) for _, buffer in named]
-    sick = torch.stack(flags).tolist() if flags else []
-    return [name for (name, _), is_sick in zip(named, sick, strict=True) if not is_sick]
-
-
-def state_is_nonfinite(trainer: pl.Trainer, buffers: Collection[str]) -> Tensor:
-    """Whether weights, optimizer state, averages or the named buffers are nonfinite; a flag on the device."""
-    written = (b for n, b in trainer.lightning_module.named_buffers() if n in buffers)
-    return any_nonfinite([*trained_tensors(trainer), *written])
+    Returns:
+        A flag on the device. Optimizer state may hold squares, and so has a bound of its own.
+    """
+    groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
+    weights = [weight for group in groups for weight in group["params"]]
+    averages = [
+        weight for average in lightning_api.weight_averages(trainer) for weight in average.parameters()
+    ]
+    states = [s for optimizer in trainer.optimizers for s in optimizer.state.values()]
+    own = [value for state in states for value in state.values() if isinstance(value, Tensor)]
+    is_sick = any_nonfinite([*weights, *averages, *traces.buffers.written(), *traces.sound_buffers()])
+    return is_sick | any_nonfinite(own, LARGEST**2).to(is_sick.device)
 
 
 def _modules(trainer: pl.Trainer) -> list[nn.Module]:
@@ -160,7 +154,7 @@ def _schedules(trainer: pl.Trainer) -> list[Any]:
         [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
         for optimizer in trainer.optimizers
     ]
-    schedulers = [config.scheduler.state_dict() for config in trainer.lr_scheduler_configs]
+    schedulers = {id(c.scheduler): c.scheduler.state_dict() for c in trainer.lr_scheduler_configs}
     scaler = lightning_api.gradient_scaler(trainer)
     return copy.deepcopy([hyperparameters, schedulers, scaler.state_dict() if scaler else None])
 
@@ -179,8 +173,8 @@ def _restore_schedules(trainer: pl.Trainer, schedules: list[Any]) -> None:
                     group[key].copy_(value)
                 else:
                     group[key] = value
-    for config, by, state in zip(configs, by_epoch, schedulers, strict=True):
-        if not by:
+    for config, by in zip(configs, by_epoch, strict=True):
+        if not by and (state := schedulers.get(id(config.scheduler))) is not None:
             config.scheduler.load_state_dict(state)
     if scaler is not None:
         lightning_api.set_scaler_state(trainer, scaler)

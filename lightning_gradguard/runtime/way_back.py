@@ -49,20 +49,25 @@ class WayBack:
         due, self._is_due = self._is_due, False
         if due:
             companions = self.companions(trainer)
-            self._ring.capture(lambda s: training_state.capture(trainer, s, companions))
+            self._ring.capture(lambda s: training_state.capture(trainer, s, companions, self._traces))
         return due
 
-    def start_anew_if_unfrozen(self, trainer: pl.Trainer) -> None:
-        """Forget snapshots that lack weights which fine-tuning trains by now."""
-        n_trained = training_state.count_trained(trainer)
-        if n_trained != self._n_trained:
-            self._ring.clear()
-            self._n_trained = n_trained
+    def lacks_weights(self, trainer: pl.Trainer) -> bool:
+        """Whether fine-tuning trains other weights by now than those in the snapshots."""
+        return training_state.count_trained(trainer) != self._n_trained
+
+    def start_anew(self, trainer: pl.Trainer) -> None:
+        """Forget all snapshots."""
+        self._ring.clear()
+        self._n_trained = training_state.count_trained(trainer)
 
     def capture_first(self, trainer: pl.Trainer, companions: Companions) -> None:
         """Take the state that training starts from, ahead of the first step: proven by definition."""
-        buffers = self._traces.buffers
-        self._ring.capture(lambda s: training_state.capture(trainer, s, companions, buffers), qualified=True)
+
+        def fill(snapshot: Snapshot) -> None:
+            training_state.capture(trainer, snapshot, companions, self._traces, is_forward_done=True)
+
+        self._ring.capture(fill, qualified=True)
 
     def wait(self) -> None:
         """Let the device write weights only after they have been copied."""

@@ -89,7 +89,7 @@ class Page(HTMLParser):
 def test_a_lost_batch_leaves_a_dossier(tmp_path: Path) -> None:
     train(tmp_path)
     folder = tmp_path / "incidents" / "6"
-    assert incident(tmp_path)["dossier"] == str(folder)
+    assert incident(tmp_path)["dossier"] == str(folder.relative_to(tmp_path))
     assert sorted(path.name for path in folder.iterdir()) == ["dossier.pt", "finding.json", "index.html"]
     assert [path.name for path in folder.parent.iterdir()] == ["6"]
     finding = strict_json((folder / "finding.json").read_text())

@@ -147,7 +147,7 @@ def test_a_resumed_run_leaves_out_what_was_lost(tmp_path: Path, check: Any) -> N
     later = {i for i in lost if i >= 20}
     hears = Hears()
     module, rollback = resume(tmp_path, poisoned(clean, nan=[30, 31, 32]), [hears], check=check)
-    assert rollback.skips == len(later)
+    assert rollback.skips == 3
     assert [i.kind for i in hears.heard] == ["lost_batch"] * len(later)
     assert {i.batch_idx for i in hears.heard} == later
     # as if only the others had been served
