@@ -298,7 +298,7 @@ class NaNRollback(StepCallback):
         windows = self.snapshot_state_dict()  # these have taken in every step before the sick one
         companions = training_state.restore(trainer, self._before, self._traces)
         self.load_snapshot_state_dict(windows)
-        self._traces.keep()
+        self._traces.keep(within_step=True)
         self._way_back.distrust(companions.step)
         followed = 0
         if self._window is not unjudged.window:
@@ -419,7 +419,9 @@ class NaNRollback(StepCallback):
     def _let_happen(self, trainer: pl.Trainer) -> None:
         self._traces.accept()
         if len(trainer.optimizers) > 1:
-            self._traces.keep()  # a later step of the same batch may be dropped, this one stays
+            self._traces.keep(
+                within_step=True
+            )  # a later step of the same batch may be dropped, this one stays
 
     def _accept(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, measurement: Measurement, step: int
@@ -545,6 +547,7 @@ class NaNRollback(StepCallback):
                 run_folder(trainer),
                 weights_are_sick=kind == "nonfinite_weights",
             )
+            self._traces.buffers.restore()  # the step may write to frozen weights each time that it is run
             if result is None:
                 facts["detail"] = "Not examined: it follows a lost step, or max_dossiers is used up."
             else:

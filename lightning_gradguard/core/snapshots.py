@@ -73,7 +73,6 @@ class BufferCopies:
 
     Args:
         module: The module whose buffers, submodules included, are kept.
-        is_trained: Says of a weight that wants no gradient now whether an optimizer trains it all the same.
 
     Example:
         >>> norm = nn.BatchNorm1d(2)
@@ -84,29 +83,30 @@ class BufferCopies:
         tensor([0., 0.])
     """
 
-    def __init__(
-        self, module: nn.Module, is_trained: Callable[[nn.Parameter], bool] = lambda weight: False
-    ) -> None:
+    def __init__(self, module: nn.Module) -> None:
         self._module = module
-        self._is_trained = is_trained
         self._copies: dict[tuple[nn.Module, str], _Copy] = {}
         self._frozen: dict[nn.Parameter, int] = {}
         self._written: dict[nn.Parameter, _Copy] = {}
         self.refresh()
 
     @torch.no_grad()
-    def refresh(self) -> None:
-        """Copy the buffers as they are now."""
+    def refresh(self, *, within_step: bool = False) -> None:
+        """Copy the buffers as they are now.
+
+        Args:
+            within_step: Whether weights may want no gradient only because another optimizer has its turn.
+        """
         old, self._copies = self._copies, {}
         targets, sources = [], []
         for weight in self._module.parameters():
             if weight in self._written:
                 targets.append(self._written[weight].saved)
                 sources.append(local_shard(weight))
-            elif not weight.requires_grad:
+            elif not weight.requires_grad and not within_step:
                 before = self._frozen.get(weight, weight._version)
                 self._frozen[weight] = weight._version
-                if weight._version != before and not self._is_trained(weight):
+                if weight._version != before:
                     self._written[weight] = _Copy(weight, 0, local_shard(weight).clone())
         for owner, name, buffer in _buffers(self._module):
             copy_ = old.get((owner, name))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import pytorch_lightning as pl
@@ -44,7 +43,7 @@ class Traces:
     """
 
     def __init__(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.buffers = BufferCopies(pl_module, partial(_is_trained, trainer))
+        self.buffers = BufferCopies(pl_module)
         self._sound = [
             (module, name, buffer)
             for module in pl_module.modules()
@@ -62,9 +61,13 @@ class Traces:
         ]
         self.marks = self._mark()
 
-    def keep(self) -> None:
-        """Remember the state from before the forward passes of a step."""
-        self.buffers.refresh()
+    def keep(self, *, within_step: bool = False) -> None:
+        """Remember the state from before the forward passes of a step.
+
+        Args:
+            within_step: Whether it is remembered anew between the turns of two optimizers.
+        """
+        self.buffers.refresh(within_step=within_step)
         self.marks = self._mark()
 
     def spoiled(self) -> Tensor:
@@ -125,11 +128,6 @@ class Traces:
 
 def _is_norm(module: nn.Module) -> bool:
     return isinstance(module, _NormBase)
-
-
-def _is_trained(trainer: pl.Trainer, weight: nn.Parameter) -> bool:
-    groups = (group for optimizer in trainer.optimizers for group in optimizer.param_groups)
-    return any(weight is other for group in groups for other in group["params"])
 
 
 def _is_hidden(value: Any) -> bool:

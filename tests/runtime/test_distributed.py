@@ -245,3 +245,54 @@ def test_a_gradient_corrupted_on_one_rank_is_dropped_on_all(tmp_path: Path, chec
     told = [i for i in incidents if i["action"] == "skipped"]
     assert [i["kind"] for i in told] == ["corrupted_gradient"] * 3
     assert {i["cause"] for i in told} == {"transient"}
+
+
+GATHERS = """
+import sys
+from pathlib import Path
+
+import pytorch_lightning as pl
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from lightning_gradguard import NaNRollback, default_callbacks
+from tests.tasks import Classifier, batches, plain_loader, poisoned
+
+
+class Gathers(Classifier):
+    \"\"\"Talks to other ranks within its step, and has layers that one rank alone stops to train.\"\"\"
+
+    def __init__(self):
+        super().__init__("adam")
+        self.local = nn.Sequential(*(nn.Linear(20, 20) for _ in range(6)))
+        self._ddp_params_and_buffers_to_ignore = {f"local.{n}" for n, _ in self.local.named_parameters()}
+
+    def training_step(self, batch, batch_idx):
+        self.all_gather(torch.tensor([float(len(batch[0]))]))
+        share = 0.0 if dist.get_rank() == 1 and batch_idx >= 8 else 1e-3
+        return super().training_step(batch, batch_idx) + share * self.local(batch[0]).square().mean()
+
+    def train_dataloader(self):
+        data = batches(60, seed=dist.get_rank())
+        return plain_loader(poisoned(data, nan=[10]) if dist.get_rank() == 1 else data)
+
+
+folder = sys.argv[1]
+torch.set_num_threads(1)
+module = Gathers()
+rollback = NaNRollback(incident_dir=folder)
+trainer = pl.Trainer(
+    accelerator="cpu", devices=2, strategy="ddp", max_epochs=1, logger=False, enable_checkpointing=False,
+    enable_progress_bar=False, enable_model_summary=False, accumulate_grad_batches=2,
+    callbacks=default_callbacks(nan_rollback=rollback),
+)
+trainer.fit(module)
+counts = [rollback.skips, rollback.rollbacks, trainer.global_step]
+torch.save({"counts": counts}, Path(folder) / f"rank{trainer.global_rank}.pt")
+"""
+
+
+def test_ranks_that_see_different_things_do_the_same(tmp_path: Path) -> None:
+    first, second = run(tmp_path, source=GATHERS)
+    assert first["counts"] == second["counts"] == [1, 0, 15]

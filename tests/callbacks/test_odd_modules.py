@@ -1,0 +1,230 @@
+"""Modules and data that do unusual things: the guard neither breaks them nor loses its promise."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections import UserDict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint, StochasticWeightAveraging
+from torch import Tensor, nn
+
+from lightning_gradguard import NaNRollback
+from tests.tasks import Batch, Classifier, batches, fit, poisoned, same, weights
+
+
+class Target(Classifier):
+    """With a copy of itself that follows it slowly, and that no optimizer knows."""
+
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__("adam", **arguments)
+        self.target = copy.deepcopy(self.net).requires_grad_(False)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor | None:
+        for mine, theirs in zip(self.net.parameters(), self.target.parameters(), strict=True):
+            with torch.no_grad():
+                theirs.lerp_(mine, 0.05)
+        distance = nn.functional.mse_loss(self.net(batch[0]), self.target(batch[0]))
+        loss = super().training_step(batch, batch_idx)
+        assert loss is not None
+        return loss + 0.1 * distance
+
+
+@pytest.mark.parametrize("check", ["exact", "deferred"])
+def test_a_target_network_is_as_if_the_batch_had_never_been_served(check: Any) -> None:
+    clean = batches(40)
+    sick = [*clean[:20], poisoned(clean, nan=[0])[0], *clean[20:]]
+    lost = 20 if check == "exact" else 21
+    expected, module = Target(), Target()
+    fit(expected, [*clean[:20], *sick[lost + 1 :]], [NaNRollback(check=check)])
+    rollback = NaNRollback(check=check)
+    fit(module, sick, [rollback])
+    assert (rollback.skips, rollback.rollbacks) == (1, 0)
+    assert same(weights(expected), weights(module))
+
+
+def test_a_target_network_goes_back_with_the_network() -> None:
+    clean = batches(60)
+    sick = [*clean[:31], *[poisoned(clean, nan=[0])[0]] * 3, *clean[31:]]
+    rollback = NaNRollback(snapshot_every_n_steps=10, restore_rng=True, rewind_schedulers=True)
+    module, expected = Target(), Target()
+    fit(module, sick, [rollback])
+    assert rollback.rollbacks == 1
+    fit(expected, [*clean[:20], *clean[31:]])
+    assert same(weights(expected), weights(module))
+
+
+def test_no_file_holds_a_sick_target_network(tmp_path: Path) -> None:
+    keep = ModelCheckpoint(tmp_path, every_n_train_steps=7, save_top_k=-1)
+    data = poisoned(batches(60), nan=[30])
+    fit(Target(), data, [keep, NaNRollback(check="deferred")], tmp_path, enable_checkpointing=True)
+    files = list(tmp_path.glob("*.ckpt"))
+    assert len(files) == 8
+    for file in files:
+        state = torch.load(file, weights_only=False)["state_dict"]
+        assert all(bool(torch.isfinite(tensor).all()) for tensor in state.values()), file
+
+
+class LazyMask(Classifier):
+    """Makes its causal mask when the first batch comes, drops a cache, and keeps a bank that grows."""
+
+    mask: Tensor
+    bank: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mask", torch.empty(0), persistent=False)
+        self.register_buffer("cache", torch.zeros(3), persistent=False)
+        self.register_buffer("bank", torch.zeros(1, 20), persistent=False)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor | None:
+        if len(self.mask) != 4:
+            self.mask = torch.full((4, 4), -math.inf).triu(1)
+        self.cache = None
+        self.bank = torch.cat([self.bank, batch[0][:1]])
+        return super().training_step(batch, batch_idx)
+
+
+@pytest.mark.parametrize("check", ["exact", "deferred"])
+def test_buffers_that_are_made_dropped_and_grown_break_nothing(check: Any) -> None:
+    clean = batches(40)
+    sick = [*clean[:20], poisoned(clean, nan=[0])[0], *clean[20:]]
+    module, rollback = LazyMask(), NaNRollback(check=check)
+    fit(module, sick, [rollback])
+    assert (rollback.skips, rollback.rollbacks) == (1, 0)
+    assert bool(torch.isfinite(module.bank).all())
+    assert len(module.bank) == 1 + (40 if check == "exact" else 39)
+
+
+def test_a_bank_that_has_grown_since_goes_back_too() -> None:
+    clean = batches(60)
+    sick = [*clean[:31], *[poisoned(clean, nan=[0])[0]] * 3, *clean[31:]]
+    module, rollback = LazyMask(), NaNRollback(snapshot_every_n_steps=10)
+    fit(module, sick, [rollback])
+    assert rollback.rollbacks == 1
+    assert len(module.bank) == 1 + 20 + 29
+
+
+class Sparse(Classifier):
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:
+        inputs, target = batch["x"], batch["y"]
+        return super().training_step((inputs.to_dense(), target), batch_idx)
+
+
+@pytest.mark.parametrize("kind", ["sparse", "csr", "user dict"])
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta state")
+def test_batches_of_any_kind_are_guarded(kind: str) -> None:
+    kinds: dict[str, Any] = {"sparse": Tensor.to_sparse, "csr": Tensor.to_sparse_csr}
+    convert = kinds.get(kind, Tensor.clone)
+    data: list[Any] = [{"x": convert(x), "y": y} for x, y in poisoned(batches(20), nan=[6])]
+    if kind == "user dict":
+        data = [UserDict(batch) for batch in data]
+    module, rollback = Sparse(), NaNRollback()
+    fit(module, data, [rollback])
+    assert (rollback.skips, rollback.rollbacks) == (1, 0)
+    assert all(bool(torch.isfinite(tensor).all()) for tensor in weights(module))
+
+
+def test_large_second_moments_are_no_sickness() -> None:
+    class Unscaled(Classifier):
+        def training_step(self, batch: Batch, batch_idx: int) -> Tensor | None:
+            loss: Tensor = (1e12 * self.net(batch[0])).square().mean() / 1e8
+            return loss
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.Adam(self.parameters(), 1e-4)
+
+    rollback = NaNRollback(snapshot_every_n_steps=5)
+    trainer = fit(Unscaled(), batches(60), [rollback])
+    squares = [state["exp_avg_sq"].max() for state in trainer.optimizers[0].state.values()]
+    assert float(max(squares)) > 1e17
+    assert (rollback.skips, rollback.rollbacks) == (0, 0)
+
+
+def test_weights_unfrozen_right_after_a_step_that_is_judged_late() -> None:
+    class Unfreeze(pl.Callback):
+        def on_train_batch_start(self, trainer: pl.Trainer, module: Any, batch: Any, batch_idx: int) -> None:
+            if batch_idx == 21:
+                trainer.optimizers[0].add_param_group({"params": list(module.net[0].parameters())})
+
+    class Partly(Classifier):
+        def configure_optimizers(self) -> Any:
+            return torch.optim.Adam(self.net[2:].parameters(), 3e-3)
+
+    module, rollback = Partly(), NaNRollback(check="deferred")
+    fit(module, poisoned(batches(40), nan=[20]), [Unfreeze(), rollback])
+    assert (rollback.skips, rollback.rollbacks) == (1, 0)
+    assert all(bool(torch.isfinite(tensor).all()) for tensor in weights(module))
+
+
+def test_good_steps_that_a_checkpoint_makes_known_count(tmp_path: Path) -> None:
+    data = poisoned(batches(60), nan=[50, 51, 52, 53, 54, 55])
+    rollback = NaNRollback(check="deferred", snapshot_every_n_steps=10, incident_dir=str(tmp_path))
+    keep = ModelCheckpoint(tmp_path, every_n_train_steps=1)
+    fit(Classifier(), data, [keep, rollback], tmp_path, enable_checkpointing=True)
+    lines = (tmp_path / "incidents.jsonl").read_text().splitlines()
+    (back, *_) = [line for line in lines if '"rollback"' in line]
+    assert '"value": 0' not in back
+
+
+def test_averaging_that_begins_between_a_snapshot_and_going_back() -> None:
+    average = StochasticWeightAveraging(1e-2, swa_epoch_start=3)
+    rollback = NaNRollback(rewind_schedulers=True)
+    data = batches(30)
+    sick = [poisoned(data, nan=[3, 4, 5]) if epoch == 2 else data for epoch in range(5)]
+
+    class Epochs:
+        def __init__(self, module: pl.LightningModule) -> None:
+            self.module = module
+
+        def __len__(self) -> int:
+            return 30
+
+        def __iter__(self) -> Any:
+            return iter(sick[self.module.trainer.current_epoch])
+
+    module = Classifier()
+    fit(module, data, [rollback, average], loader=Epochs(module), max_epochs=5)
+    assert rollback.rollbacks == 1
+    assert all(bool(torch.isfinite(tensor).all()) for tensor in weights(module))
+
+
+@pytest.mark.filterwarnings("ignore:`training_step` returned `None`")
+def test_a_step_without_a_loss_is_no_part_of_the_next() -> None:
+    class Sometimes(Classifier):
+        def training_step(self, batch: Batch, batch_idx: int) -> Tensor | None:
+            loss = super().training_step(batch, batch_idx)
+            return None if batch_idx == 9 else loss
+
+    clean = batches(30)
+    sick = poisoned(clean, nan=[10])
+    module, rollback = Sometimes(norm=True), NaNRollback()
+    fit(module, sick, [rollback])
+    assert rollback.skips == 1
+    assert int(module.net[1].num_batches_tracked) == 29  # type: ignore[arg-type]
+
+
+def test_normalization_that_is_built_by_the_first_batch() -> None:
+    class Lazy(Classifier):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = nn.Sequential(nn.Linear(20, 16), nn.LazyBatchNorm1d(), nn.ReLU(), nn.Linear(16, 4))
+
+    rollback = NaNRollback()
+    module = Lazy()
+    fit(module, poisoned(batches(20), nan=[6]), [rollback])
+    assert rollback.skips == 1
+    assert all(bool(torch.isfinite(tensor).all()) for tensor in weights(module))
+
+
+def test_what_is_logged_of_a_skipped_step_steers_nobody() -> None:
+    data = poisoned(batches(20), nan=[19])
+    stop = EarlyStopping("train_loss_step", patience=100, check_on_train_epoch_end=True)
+    trainer = fit(Classifier(), data, [stop, NaNRollback()], max_epochs=3)
+    assert trainer.current_epoch == 3
+    assert math.isfinite(float(trainer.callback_metrics["train_loss_step"]))
