@@ -62,10 +62,11 @@ class NaNRollback(StepCallback):
 
     A skipped step leaves no trace: weights, optimizer state, buffers, weight averages, torchmetrics states
     and logged epoch means are as if the batch had never been served. (`trainer.global_step` and learning
-    rate schedules move on.) After `patience` skips in a row, nonfinite weights, or a spike of loss and
-    gradient norm that does not clear within 10 steps, training state goes back in place to the last
-    *qualified* snapshot: finite on all ranks and followed by 10 good steps. A rollback before another
-    snapshot is qualified goes one further back. Under a GradScaler, an overflow (finite loss, nonfinite
+    rate schedules move on.) After `patience` skips in a row, nonfinite weights, a spike of loss and
+    gradient norm that does not clear within 10 steps, a divergence, or a collapse (no weight matrix gets a
+    gradient any more), training state goes back in place to the last *qualified* snapshot: finite on all
+    ranks and followed by 10 good steps. A rollback before another snapshot is qualified goes one further
+    back, unless the data was found to be at fault. Under a GradScaler, an overflow (finite loss, nonfinite
     gradients) is left to the scaler and counted, until it repeats `patience` times at a scale of 1 or less.
     Under LBFGS a batch is the unit: it is put back if it began, or left anything, nonfinite.
 

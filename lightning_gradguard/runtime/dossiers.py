@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import json
 import os
 import pickle
@@ -27,6 +26,7 @@ from torch.utils._pytree import tree_leaves_with_path
 
 from lightning_gradguard.core.diagnosis import advice_for_cause
 from lightning_gradguard.core.forensics import Origin
+from lightning_gradguard.runtime.pages import Section, page
 
 #: Raised whenever a file of an earlier version could no longer be read.
 FORMAT = 1
@@ -164,10 +164,8 @@ def read_dossier(path: str | Path) -> Dossier:
 
 def versions() -> dict[str, str]:
     """Of Python, torch, Lightning and this package, and the device's name."""
-    import lightning_gradguard
-
     return {
-        "lightning_gradguard": lightning_gradguard.__version__,
+        "lightning_gradguard": metadata.version("lightning-gradguard"),
         "pytorch_lightning": metadata.version("pytorch_lightning"),
         "torch": str(torch.__version__),  # it is of a class of its own, which no dossier may hold
         "python": platform.python_version(),
@@ -291,23 +289,16 @@ def _page(dossier: Dossier) -> str:
         "precision": dossier.precision,
         "left out": "; ".join(dossier.left_out),
     }
+    again = "Type this where the module can be imported:"
     sections = [
-        ("What happened", f"<p>{html.escape(origin.detail)}</p>" + _rows(facts)),
-        ("What to do", f"<p>{html.escape(advice_for_cause(origin.cause, origin.where))}</p>"),
-        ("The batch", "" if dossier.batch is None else _rows(dict(_described(dossier.batch)))),
-        (
-            "See it happen again",
-            f"<pre>{html.escape(_command(dossier))}</pre><p>where the module can be imported.</p>",
-        ),
-        ("Configuration", _rows(dossier.configuration)),
-        ("Versions", _rows(dossier.versions)),
+        Section("What happened", origin.detail, facts),
+        Section("What to do", advice_for_cause(origin.cause, origin.where)),
+        Section("The batch", rows={} if dossier.batch is None else dict(_described(dossier.batch))),
+        Section("See it happen again", again, command=_command(dossier)),
+        Section("Configuration", rows=dossier.configuration),
+        Section("Versions", rows=dossier.versions),
     ]
-    body = "\n".join(f"<h2>{title}</h2>\n{content}" for title, content in sections)
-    return (
-        '<!doctype html>\n<html lang="en"><meta charset="utf-8">\n'
-        f"<title>Step {dossier.step}: {html.escape(origin.cause)}</title>\n<style>{_STYLE}</style>\n"
-        f"<h1>Step {dossier.step}: {html.escape(origin.cause)}</h1>\n{body}\n</html>\n"
-    )
+    return page(f"Step {dossier.step}: {origin.cause}", sections)
 
 
 def _command(dossier: Dossier) -> str:
@@ -320,20 +311,6 @@ def _command(dossier: Dossier) -> str:
     ]
     model = known.get("module", "your.package.Module")
     return f"lightning-gradguard replay PATH/OF/THIS/FOLDER --model {model}" + "".join(arguments)
-
-
-_STYLE = (
-    "body{font:16px/1.5 system-ui,sans-serif;max-width:50rem;margin:2rem auto;padding:0 1rem}"
-    "h2{font-size:1.1rem;margin-top:2rem}table{border-collapse:collapse}"
-    "th{text-align:left;font-weight:600;padding:.2rem 1.5rem .2rem 0;vertical-align:top}"
-    "td{padding:.2rem 0;overflow-wrap:anywhere}pre{background:#8882;padding:.7rem;overflow:auto}"
-    "@media(prefers-color-scheme:dark){body{background:#111;color:#ddd}}"
-)
-
-
-def _rows(facts: Mapping[str, str]) -> str:
-    rows = (f"<tr><th>{html.escape(k)}</th><td>{html.escape(v)}</td></tr>" for k, v in facts.items() if v)
-    return f"<table>{''.join(rows)}</table>"
 
 
 def _described(batch: Any) -> list[tuple[str, str]]:

@@ -106,7 +106,7 @@ class Investigation:
         origin, served = _first_sick(trainer, pl_module, window, grown)
         if weights_are_sick and grown and origin.cause == "transient":
             origin = origin_in_weights(grown)
-        origin = dataclasses.replace(origin, detail=origin.detail + _which(trainer, served, origin))
+        origin = dataclasses.replace(origin, detail=_with_whose(trainer, served, origin))
         origins: list[Origin] = gather_objects(origin)
         rank = min(range(len(origins)), key=lambda r: (_VAGUE.get(origins[r].cause, 0), r))
         path = ""
@@ -123,13 +123,13 @@ class Investigation:
         return Result(origins[rank], gather_objects(path)[rank])
 
 
-def _which(trainer: pl.Trainer, served: ServedBatch, origin: Origin) -> str:
-    """Whose samples are at fault, as far as batch and ranks say."""
+def _with_whose(trainer: pl.Trainer, served: ServedBatch, origin: Origin) -> str:
+    """The detail, with the samples at fault and the rank, as far as batch and ranks say."""
     known = samples_of(served.batch)
     ids = [known[row] for row in origin.rows if row < len(known)]
-    told = [f"samples {', '.join(map(str, ids))}"] if ids else []
+    told = [f"sample {', '.join(map(str, ids))}"] if ids else []
     told += [f"rank {trainer.global_rank}"] if world_size() > 1 else []
-    return f" ({'; '.join(told)})" if told else ""
+    return f"{origin.detail.rstrip('.')} ({', '.join(told)})." if told else origin.detail
 
 
 _VAGUE = {"transient": 1, "unknown": 2}

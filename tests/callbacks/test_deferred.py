@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -614,3 +615,34 @@ def test_validation_within_a_window_undoes_the_window_before(tmp_path: Path) -> 
     first: Any = module.net[0]
     expected_first: Any = expected.net[0]
     torch.testing.assert_close(first.weight, expected_first.weight)
+
+
+def test_a_stop_that_comes_after_a_sick_step_leaves_sane_weights() -> None:
+    class Stops(pl.Callback):
+        """Behind the guard in the list: at the end of the batch, nobody knows yet that it is the last."""
+
+        def on_train_batch_end(self, trainer: pl.Trainer, module: Any, *_: Any) -> None:
+            trainer.should_stop = trainer.global_step == 11
+
+    module, expected = Classifier(), Classifier()
+    fit(module, poisoned(batches(20), nan=[10]), [NaNRollback(check="deferred"), Stops()])
+    fit(expected, batches(20)[:10])
+    assert same(weights(expected), weights(module))
+
+
+def test_validation_by_the_clock_sees_sane_weights() -> None:
+    seen: list[bool] = []
+
+    class Validates(Classifier):
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            seen.append(all(bool(torch.isfinite(p).all()) for p in self.parameters()))
+
+        def val_dataloader(self) -> Any:
+            return plain_loader(batches(1))
+
+    interval = {"val_check_interval": timedelta(microseconds=1), "num_sanity_val_steps": 0}
+    arguments: dict[str, Any] = {**interval, "check_val_every_n_epoch": None}
+    data = poisoned(batches(20), nan=[10])
+    fit(Validates(), data, [NaNRollback(check="deferred")], max_steps=20, **arguments)
+    assert len(seen) >= 15
+    assert all(seen)
