@@ -1,0 +1,77 @@
+"""The fault campaign can tell a run that survives from one that does not."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import faults, kills, rivals
+from benchmarks.fault_classes import FAULTS, TIMES
+from benchmarks.fault_injection import OF_DATA, flip, spoiled
+from benchmarks.fault_runs import Case, Outcome, play, quietly
+from benchmarks.fault_tasks import batches
+from benchmarks.report import write
+
+NAN = Case("NaN input", "steady", "MLP", "SGD", "32-true", "exact", seed=0)
+
+
+def outcome_of(case: Case) -> Outcome:
+    outcome: Outcome = quietly(play, case)
+    return outcome
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_case_survives_with_the_suite_and_dies_without() -> None:
+    outcome = outcome_of(NAN)
+    assert (outcome.survived, outcome.equal, outcome.named, outcome.lost) == (True, True, True, 1)
+    assert Outcome.from_json(outcome.to_json()) == outcome
+    bare = quietly(rivals.answer, "Lightning alone", NAN)
+    assert not bare.survived
+    assert not bare.stopped
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_outcomes_that_are_not_as_promised_are_seen() -> None:
+    outcome = outcome_of(replace(NAN, kind="flip in a weight", check="deferred"))
+    assert not faults.is_wrong(outcome)
+    for broken in ({"survived": False}, {"equal": False}, {"causes": ["loss"]}, {"ranks_equal": False}):
+        assert faults.is_wrong(replace(outcome, **broken))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_page_is_written_from_what_was_found(tmp_path: Path) -> None:
+    outcome = outcome_of(NAN)
+    lost = replace(outcome, survived=False)
+    answers = {"Lightning alone": [(NAN.kind, rivals.Answer(False, False, 0.1))]}
+    quiet = [(("MLP", 0, "SGD"), {"loss_spike": 2})]
+    write(
+        tmp_path / "page.md", [outcome, lost], [outcome], answers, quiet, "| a table |", "Nothing was torn."
+    )
+    page = (tmp_path / "page.md").read_text()
+    assert "| NaN input | 2 | 1 of 2 (50.0 %) | 2 of 2 (100.0 %) | 2 of 2 (100.0 %) |" in page
+    assert "incidents: 2 loss_spike" in page
+    assert "Nothing was torn." in page
+
+
+def test_every_kind_of_fault_is_done_and_timed() -> None:
+    batch = batches(1)[0]
+    for kind in OF_DATA:
+        worse = spoiled(batch, kind)
+        assert any(not torch.equal(worse[key], batch[key]) for key in batch), kind
+    weight = torch.tensor([0.5, 1.0])
+    flip(weight, 0)
+    assert float(weight[0]) > 1e37
+    wanted = list(faults.cases())
+    assert len(wanted) >= 1000
+    assert {case.time for case in wanted} == set(TIMES)
+    survivable = {kind for kind, fault in FAULTS.items() if fault.survivable}
+    assert survivable <= {case.kind for case in wanted}
+
+
+def test_torn_files_are_seen(tmp_path: Path) -> None:
+    (tmp_path / "a.ckpt").write_bytes(b"half of it")
+    (tmp_path / "b.jsonl").write_text('{"kind": 1}\n{"ki')
+    assert len(kills.torn(tmp_path)) == 2
