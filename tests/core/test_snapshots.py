@@ -125,3 +125,20 @@ def test_any_nonfinite() -> None:
     assert not any_nonfinite([])
     assert not any_nonfinite([torch.ones(2), torch.ones(2, dtype=torch.long)])
     assert any_nonfinite([torch.ones(2), torch.tensor([torch.inf])])
+
+
+@pytest.mark.parametrize(("optimizer", "bytes_a_weight"), [("adam", 12), ("sgd", 8)])
+def test_a_snapshot_takes_the_memory_that_the_docs_say(optimizer: str, bytes_a_weight: int) -> None:
+    net = nn.Linear(500, 400)
+    trained = OPTIMIZERS[optimizer](net.parameters())
+    net(torch.ones(1, 500)).sum().backward()
+    trained.step()
+    ring = SnapshotRing(keep=2)
+    for _ in range(10):
+        ring.capture(lambda snapshot: snapshot.capture([net], [trained]))
+        for _ in range(10):
+            ring.good_step()
+    snapshots = {id(s): s for s in (ring.newest(), ring.oldest(), *ring._free)}
+    assert len(snapshots) == 3
+    for snapshot in snapshots.values():
+        assert snapshot.n_bytes() == pytest.approx(bytes_a_weight * (500 * 400 + 400), rel=1e-3)
