@@ -37,6 +37,14 @@ EPOCHS = 2
 BATCHES = 60
 #: After so long without an answer from another rank, a run counts as hanging.
 HANG = timedelta(seconds=60)
+#: Arguments of a Trainer on the CPU that prints nothing and keeps nothing.
+QUIET: dict[str, Any] = {
+    "accelerator": "cpu",
+    "logger": False,
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+}
 #: What `NaNRollback(check=...)` can be.
 CHECKS = ("exact", "deferred")
 
@@ -214,17 +222,12 @@ def fit(
             scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
             precise = {"plugins": MixedPrecision("16-mixed", "cpu", scaler=scaler)}
         trainer = pl.Trainer(
-            accelerator="cpu",
             max_epochs=until,
             default_root_dir=folder,
-            logger=False,
-            enable_checkpointing=case.time == "resume",
-            enable_progress_bar=False,
-            enable_model_summary=False,
             callbacks=[*callbacks(), *([keep] if case.time == "resume" else [])],
             devices=case.ranks,
             strategy="auto" if case.ranks == 1 else DDPStrategy(timeout=HANG),
-            **{**own, **precise, **arguments},
+            **{**QUIET, "enable_checkpointing": case.time == "resume", **own, **precise, **arguments},
         )
         torch.manual_seed(case.seed)
         trainer.fit(module, Epochs(module, data, first), ckpt_path=checkpoint)

@@ -17,7 +17,7 @@ import pytorch_lightning as pl
 import torch
 from torch.utils.data import DataLoader
 
-from benchmarks.fault_runs import quietly, records
+from benchmarks.fault_runs import QUIET, quietly, records
 from benchmarks.fault_tasks import CLASSES, MODELS, OPTIMIZERS, SIZE, Batch, batches
 from lightning_gradguard import default_callbacks
 
@@ -59,13 +59,9 @@ def run(case: tuple[str, int, str]) -> dict[str, int]:
     module = MODELS[model](optimizer, seed)
     with tempfile.TemporaryDirectory() as folder:
         trainer = pl.Trainer(
-            accelerator="cpu",
             max_epochs=1,
             default_root_dir=folder,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
+            **QUIET,
             callbacks=[WarmUp(), *default_callbacks()],
         )
         trainer.fit(module, DataLoader(noisy(seed), batch_size=None))  # type: ignore[arg-type]

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from benchmarks.fault_runs import quietly
+from benchmarks.fault_runs import QUIET, quietly
 from lightning_gradguard import TrainingDivergedError, default_callbacks
 
 RATES = (0.03, 0.1, 0.3, 1.0, 3.0)
@@ -61,13 +61,9 @@ def accuracy(lr: float, seed: int, callbacks: Sequence[pl.Callback]) -> float:
     module = Deep(lr, seed)
     with tempfile.TemporaryDirectory() as folder:
         trainer = pl.Trainer(
-            accelerator="cpu",
             max_epochs=1,
             default_root_dir=folder,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
+            **QUIET,
             callbacks=list(callbacks),
         )
         with contextlib.suppress(TrainingDivergedError):

@@ -257,14 +257,15 @@ class Snapshot:
     ) -> Iterator[tuple[str, Tensor, Tensor]]:
         """Weights and optimizer state, each with its name, as it is and as it was at the capture.
 
-        Optimizer state grows by nature: it is compared with a bound that only corruption goes beyond.
+        Optimizer state grows by nature: as it was, it is taken to have been a tenth of what only corruption
+        goes beyond.
         """
         names = {}
         for name, parameter in named:
             names[parameter] = name
             if (saved := self._memory.get(parameter)) is not None:
                 yield name, parameter, saved
-        bound = torch.tensor(LARGEST**2)
+        bound = torch.tensor(LARGEST**2 / 10)
         for optimizer in optimizers:
             for parameter, state in optimizer.state.items():
                 for key, value in state.items():
