@@ -420,9 +420,8 @@ class NaNRollback(StepCallback):
     def _let_happen(self, trainer: pl.Trainer) -> None:
         self._traces.accept()
         if len(trainer.optimizers) > 1:
-            self._traces.keep(
-                within_step=True
-            )  # a later step of the same batch may be dropped, this one stays
+            # a later step of the same batch may be dropped, this one stays
+            self._traces.keep(within_step=True)
 
     def _accept(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, measurement: Measurement, step: int

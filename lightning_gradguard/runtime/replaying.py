@@ -46,7 +46,8 @@ class ServedBatch:
 
 
 def _versions(batch: Any) -> tuple[int, ...]:
-    return tuple(leaf._version for leaf in tree_leaves(batch) if isinstance(leaf, Tensor))
+    tensors = (leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor))
+    return tuple(tensor._version for tensor in tensors if not tensor.is_inference())
 
 
 def replay(
