@@ -435,7 +435,7 @@ class NaNRollback(StepCallback):
             index, measurement.loss, measurement.total_norm, measurement.is_dead
         )
         self._decide(decision)
-        if sickness:
+        if sickness and not trainer.interrupted:  # other ranks may be elsewhere then
             origin = self._investigation.look_at_weights(trainer, self._way_back.newest())
             facts = facts_of(origin, sickness) if origin is not None else {}
             self._publish(trainer, pl_module, sickness, value=measurement.loss, **facts)
