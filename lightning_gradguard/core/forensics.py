@@ -276,11 +276,15 @@ class _Trace(TorchDispatchMode):
     def _look_at(self, inputs: Sequence[Tensor]) -> tuple[list[_Input], float | None, float | None]:
         floating = [t.detach() for t in inputs if t.is_floating_point() and t.numel()]
         sick = [
-            _Input(bool(t.isnan().any()), record := self.record_of(t), None if record else self._leaf_of(t))
+            _Input(
+                bool(_values(t).isnan().any()),
+                record := self.record_of(t),
+                None if record else self._leaf_of(t),
+            )
             for t in floating
             if _is_nonfinite(t)
         ]
-        finite = [values for t in floating if (values := t[t.isfinite()]).numel()]
+        finite = [numbers for v in map(_values, floating) if (numbers := v[v.isfinite()]).numel()]
         if not finite:
             return sick, None, None
         return sick, min(float(t.min()) for t in finite), max(float(t.max()) for t in finite)
@@ -428,7 +432,7 @@ def _values(tensor: Tensor) -> Tensor:
 
 
 def _what_is_sick(tensors: Sequence[Tensor]) -> str:
-    floating = [t.detach() for t in tensors if t.is_floating_point()]
+    floating = [_values(t.detach()) for t in tensors if t.is_floating_point()]
     if any(bool(t.isnan().any()) for t in floating):
         return "nan"
     return "inf" if any(bool(t.isposinf().any()) for t in floating) else "-inf"

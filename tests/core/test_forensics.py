@@ -567,3 +567,15 @@ def test_grown_elements(now: list[float], before: list[float], expected: dict[st
 
 def test_whole_numbers_do_not_grow() -> None:
     assert grown_elements([("step", torch.tensor([10_000]), torch.tensor([1]))]) == {}
+
+
+def test_sparse_gradients_are_followed_too() -> None:
+    embedding = nn.Embedding(10, 4, sparse=True)
+
+    def run() -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+        loss = (embedding(torch.tensor([1, 2])) * 0).square().sum().sqrt()
+        return [loss], torch.autograd.grad(loss, list(embedding.parameters()))
+
+    origin = investigate(embedding, run, None)
+    assert (origin.cause, origin.phase) == ("backward pass", "backward")
+    assert "Sqrt" in origin.operation
