@@ -93,7 +93,9 @@ def write(
         "## What others make of the same faults\n",
         "Runs that survived, of those that could be tried: SGD, one process, a steady run, float32 (float16 "
         "for its overflow). `gradient_clip_val`, `EarlyStopping` on a logged loss and `SpikeDetection` do "
-        "not work under the manual optimization of a GAN, so that these runs are not counted.\n",
+        "not work under the manual optimization of a GAN, so that these runs are not counted. All are used "
+        "with their defaults. `log(0)` and `division by zero` spoil the value of the loss here, and not its "
+        "gradient; a run that does not look at its loss survives them.\n",
         _rivals(rivals, counted),
         "## False alarms\n",
         f"{len(quiet)} clean runs of 2,000 steps, with noisy data and a warm-up of the learning rate; "
@@ -140,10 +142,11 @@ def _rivals(rivals: Mapping[str, Sequence[tuple[str, Answer]]], ours: Sequence[O
     for kind in [*kinds, "all"]:
         cells = []
         for answers in rivals.values():
-            of_kind = [a for k, a in answers if kind in (k, "all")]
+            of_kind = [a for k, a in answers if kind == k or (kind == "all" and k)]
             cells.append(f"{sum(a.survived for a in of_kind)} of {len(of_kind)}" if of_kind else "")
         mine = [o for o in ours if kind in (o.case.kind, "all")]
-        rows.append((kind, *cells, f"{sum(o.survived for o in mine)} of {len(mine)}"))
+        cells.append(f"{sum(o.survived for o in mine)} of {len(mine)}" if mine else "see below")
+        rows.append((kind or "none, for comparison", *cells))
     return _table(("fault", *rivals, "the suite (all runs)"), rows)
 
 

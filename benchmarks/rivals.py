@@ -15,7 +15,7 @@ import torch
 from pytorch_lightning.callbacks import EarlyStopping
 from pytorch_lightning.callbacks.spike import SpikeDetection
 
-from benchmarks.fault_classes import FAULTS
+from benchmarks.fault_classes import FAULTS, FaultClass
 from benchmarks.fault_injection import Fault
 from benchmarks.fault_runs import Case, epochs_of, fit, held_out, reference, state
 from benchmarks.fault_tasks import MODELS
@@ -94,10 +94,10 @@ def answer(name: str, case: Case) -> Answer:
 
 
 def cases(name: str) -> list[Case]:
-    """Every survivable kind in every model it fits, in float32, with SGD, in a steady run."""
+    """No fault, and every survivable kind, in every model it fits, in float32, with SGD, in a steady run."""
     return [
         Case(kind, "steady", model, "SGD", fault.precision or "32-true", "exact", seed=0)
-        for kind, fault in FAULTS.items()
+        for kind, fault in {"": FaultClass("nothing", ""), **FAULTS}.items()
         for model in MODELS
         if fault.survivable and fault.model in ("", model) and (RIVALS[name].on_gan or model != "GAN")
     ]

@@ -17,6 +17,8 @@ SPIKE_COOLDOWN = 256
 OUTCOMES = 100
 #: Steps without going back after which one of the times before no longer weighs on the budget.
 FORGIVEN_AFTER = 500
+#: Steps after going back within which a spike or a divergence is what was gone back for, come again.
+AT_ONCE = 30
 #: How many times worse than at the start, in loss times norm, a divergence is; and by what that grows each
 #: time that the run goes back for one, so that a level that changed for good does not use the budget up.
 WORSE = 300.0
@@ -36,6 +38,10 @@ class Health:
 
     Args:
         has_rivals: See `Recovery`.
+
+    Attributes:
+        spiking: Steps in a row of which loss and norm both were spikes.
+        is_worse: Whether the last steps would be a divergence, were it the first.
     """
 
     def __init__(self, has_rivals: bool) -> None:
@@ -46,6 +52,7 @@ class Health:
         self._divergence = DivergenceDetector()
         self._collapse = CollapseDetector()
         self.spiking = 0
+        self.is_worse = False
 
     def update(self, loss: float, total_norm: float, is_dead: bool, strictness: float) -> Sickness:
         """Take in a step; says what has lasted for too long, the clearest first.
@@ -58,7 +65,9 @@ class Health:
         """
         spikes = (self._loss.update(loss), self._norm.update(total_norm))
         self.spiking = self.spiking + 1 if all(spikes) else 0
-        diverged = self._divergence.update(loss, total_norm) >= self._worse * strictness
+        ratio = self._divergence.update(loss, total_norm)
+        self.is_worse = ratio >= self._worse
+        diverged = ratio >= self._worse * strictness
         if self._collapse.update(is_dead):
             return "gradient_collapse"
         if diverged:
@@ -124,6 +133,7 @@ class Recovery:
         self.rollbacks = 0
         self.has_rivals = False
         self._spent = 0
+        self._is_last_counted = False
         self._good_steps = 0
         self._skipped_in_a_row: dict[int, int] = {}
         self._outcomes: deque[bool] = deque(maxlen=OUTCOMES)
@@ -162,15 +172,27 @@ class Recovery:
         health = self._health.setdefault(index, Health(self.has_rivals))
         strictness = STRICTER ** self._divergences.get(index, 0)
         sickness = health.update(loss, total_norm, is_dead, strictness)
+        if sickness in ("loss_spike", "divergence") and self._good_steps < AT_ONCE:
+            self._forgive_the_last()
         if sickness == "loss_spike":
             if self._spike_cooldown:
+                self._forgive_the_last()
                 return "go on", ""
             self._spike_cooldown = SPIKE_COOLDOWN
             return self.fall(), ""  # it was told when it began
+        if sickness == "divergence":
+            self._divergences[index] = self._divergences.get(index, 0) + 1
         if sickness:
-            self._divergences[index] = self._divergences.get(index, 0) + (sickness == "divergence")
             return self.fall(), sickness
+        if health.is_worse:
+            self._forgive_the_last()
         return "go on", "loss_spike" if health.spiking == 1 and not self._spike_cooldown else ""
+
+    def _forgive_the_last(self) -> None:
+        """What the run went back for has come again: the data's level, or nothing that going back cures."""
+        if self._is_last_counted:
+            self._is_last_counted = False
+            self._spent = max(self._spent - 1, 0)
 
     def fall(self) -> Decision:
         """The weights are sick: go back, or give up when the budget is used up."""
@@ -190,6 +212,7 @@ class Recovery:
         """The weights were put back."""
         self.rollbacks += 1
         self._spent += 1
+        self._is_last_counted = True
         self._good_steps = 0
         self._skipped_in_a_row.clear()
         for health in self._health.values():
@@ -217,6 +240,7 @@ class Recovery:
         return {
             "rollbacks": self.rollbacks,
             "spent": self._spent,
+            "is_last_counted": self._is_last_counted,
             "good_steps": self._good_steps,
             "skipped_in_a_row": dict(self._skipped_in_a_row),
             "outcomes": list(self._outcomes),
@@ -229,6 +253,7 @@ class Recovery:
         """Continue from a saved state."""
         self.rollbacks = state_dict["rollbacks"]
         self._spent = state_dict["spent"]
+        self._is_last_counted = state_dict["is_last_counted"]
         self._good_steps = state_dict["good_steps"]
         self._skipped_in_a_row = dict(state_dict["skipped_in_a_row"])
         self._outcomes = deque(state_dict["outcomes"], maxlen=OUTCOMES)

@@ -133,3 +133,16 @@ def test_after_many_steps_a_rollback_no_longer_weighs_on_the_budget() -> None:
         machine.stepped(0, 1.0, 1.0)
     assert machine.skipped(0) == "go back"
     assert machine.rollbacks == 1
+
+
+def test_levels_that_change_for_good_again_and_again_do_not_use_the_budget_up() -> None:
+    """A curriculum: each stage is harder than the one before, and is learnt before the next."""
+    generator, machine = random.Random(0), Recovery(patience=3, max_rollbacks=10, max_skip_fraction=0.5)
+    for stage in range(15):
+        for step in range(300):
+            level = 2.0**stage * max(math.exp(-step / 40), 1e-3) * generator.lognormvariate(0, 0.1)
+            decision, _ = machine.stepped(0, level, level)
+            assert decision != "give up", stage
+            if decision == "go back":
+                machine.went_back()
+    assert machine.rollbacks > 10
