@@ -156,13 +156,14 @@ def run(tmp_path: Path, *arguments: str, source: str = SCRIPT) -> list[dict[str,
     script.write_text(source)
     root = str(Path(__file__).parents[2])
     environment = {**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    subprocess.run(
+    result = subprocess.run(
         [sys.executable, str(script), str(tmp_path), *arguments],
         env=environment,
-        check=True,
-        timeout=60,
+        timeout=120,
         capture_output=True,
+        text=True,
     )
+    assert result.returncode == 0, result.stderr[-3000:]
     return [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2)]
 
 
