@@ -81,6 +81,8 @@ def main(folder, optimizer, on_failure):
         },
         Path(folder) / f"rank{rank}.pt",
     )
+    dist.barrier()  # who leaves early takes the connection away from the other
+    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
@@ -144,6 +146,8 @@ def main(folder, strategy):
         },
         Path(folder) / f"rank{trainer.global_rank}.pt",
     )
+    dist.barrier()  # who leaves early takes the connection away from the other
+    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
@@ -232,6 +236,8 @@ torch.save(
     {"weights": [p.detach() for p in module.parameters()], "counts": [rollback.skips, rollback.rollbacks]},
     Path(folder) / f"rank{trainer.global_rank}.pt",
 )
+torch.distributed.barrier()  # who leaves early takes the connection away from the other
+torch.distributed.destroy_process_group()
 """
 
 
@@ -291,6 +297,8 @@ trainer = pl.Trainer(
 trainer.fit(module)
 counts = [rollback.skips, rollback.rollbacks, trainer.global_step]
 torch.save({"counts": counts}, Path(folder) / f"rank{trainer.global_rank}.pt")
+dist.barrier()  # who leaves early takes the connection away from the other
+dist.destroy_process_group()
 """
 
 
