@@ -284,7 +284,6 @@ class Suite:
     ) -> Step | None:
         losses, self._losses = self._losses, []
         if self.settle(trainer, pl_module) == "drop":
-            self.nonfinite_buffers = None  # this step's forward pass was taken back along with the last one
             return None
         named = norms.with_gradient(self._named_parameters(pl_module, optimizer))
         if not named and not losses:
