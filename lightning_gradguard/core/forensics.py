@@ -105,7 +105,8 @@ def investigate(
         >>> origin.cause, origin.operation, origin.high
         ('loss', 'aten::log', 0.0)
     """
-    leaves = dict(_named_leaves(module, batch))
+    parts = dict(_parts(batch))
+    leaves = {**dict(_tensors(module)), **parts}
     sound = [name for name, buffer in module.named_buffers() if not _is_nonfinite(buffer)]
     with nothing_left_behind(module), torch.enable_grad(), _Trace(module, leaves) as trace:
         losses, gradients = run()
@@ -116,11 +117,11 @@ def investigate(
     if sick is not None:
         record = trace.record_of(sick)
         source = _origin_of(record) if record is not None else None
-        return _classify(source, grown, batch, leaves, trace)
+        return _classify(source, grown, parts, trace)
     if _total_norm_overflows(gradients):
-        return _of_overflow(grown, batch)
+        return _of_overflow(grown, parts)
     if spoiled:
-        return origin_in_weights(grown) if grown else _of_buffers(spoiled, batch)
+        return origin_in_weights(grown) if grown else _of_buffers(spoiled, parts)
     return Origin("transient", detail="Run again on the same weights, the batch gives finite numbers.")
 
 
@@ -327,15 +328,11 @@ def _origin_of(record: _Record) -> _Record | str:
 
 
 def _classify(
-    source: _Record | str | None,
-    grown: Mapping[str, int],
-    batch: Any,
-    leaves: Mapping[str, Tensor],
-    trace: _Trace,
+    source: _Record | str | None, grown: Mapping[str, int], parts: Mapping[str, Tensor], trace: _Trace
 ) -> Origin:
     if isinstance(source, str):
-        if source.startswith("batch"):
-            rows = _nonfinite_rows(leaves[source])
+        if source in parts:
+            rows = _nonfinite_rows(parts[source])
             place = f" in row {', '.join(map(str, rows))}" if rows else ""
             detail = f"{source} holds nonfinite values{place}."
             return Origin("bad input", where=(source,), rows=rows, detail=detail)
@@ -350,7 +347,7 @@ def _classify(
     is_ahead_of_modules = trace.modules_left > 0 == source.modules_left
     cause: Cause = "forward pass" if source.module or is_ahead_of_modules else "loss"
     where: tuple[str, ...] = (source.module,) if source.module else ()
-    huge = _huge(batch)
+    huge = _huge(parts)
     if source.phase == "backward":
         cause = "backward pass"
     elif source.module in trace.loss_modules:
@@ -372,45 +369,46 @@ def _classify(
     )
 
 
-def _of_overflow(grown: Mapping[str, int], batch: Any) -> Origin:
+def _of_overflow(grown: Mapping[str, int], parts: Mapping[str, Tensor]) -> Origin:
     if grown:
         return origin_in_weights(grown)
     detail = "Every gradient is finite, but their norm overflows float32"
-    if huge := _huge(batch):
+    if huge := _huge(parts):
         name, high = next(iter(huge.items()))
         detail = f"{detail}: {name} holds values up to {high:.4g}."
         return Origin("bad input", "backward", where=tuple(huge), detail=detail)
     return Origin("backward pass", "backward", detail=f"{detail}.")
 
 
-def _of_buffers(spoiled: Sequence[str], batch: Any) -> Origin:
+def _of_buffers(spoiled: Sequence[str], parts: Mapping[str, Tensor]) -> Origin:
     names = tuple(name.replace("_orig_mod.", "") for name in spoiled)
     owner = names[0].rpartition(".")[0]
     detail = f"Loss and gradients are finite, but the forward pass left nonfinite values in {names[0]}"
-    if huge := _huge(batch):
+    if huge := _huge(parts):
         name, high = next(iter(huge.items()))
         detail = f"{detail}: {name} holds values up to {high:.4g}."
         return Origin("bad input", "forward", owner, where=tuple(huge), detail=detail)
     return Origin("forward pass", "forward", owner, where=names, detail=f"{detail}.")
 
 
-def _named_leaves(module: nn.Module, batch: Any) -> Iterator[tuple[str, Tensor]]:
+def _parts(batch: Any) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of the batch, by their places in it."""
     for path, leaf in tree_leaves_with_path(batch):
         if isinstance(leaf, Tensor):
             yield "batch" + "".join(map(str, path)), leaf
+
+
+def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Buffers and weights, by their names."""
     for name, tensor in (*module.named_buffers(), *module.named_parameters()):
         yield name.replace("_orig_mod.", ""), tensor
 
 
-def _huge(batch: Any) -> dict[str, float]:
+def _huge(parts: Mapping[str, Tensor]) -> dict[str, float]:
     """Parts of the batch with values large enough to overflow on their way, the largest first."""
-    found = {
-        "batch" + "".join(map(str, path)): float(leaf.detach().abs().amax())
-        for path, leaf in tree_leaves_with_path(batch)
-        if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.numel()
-    }
-    huge = ((name, high) for name, high in found.items() if high > HUGE)
-    return dict(sorted(huge, key=lambda item: -item[1]))
+    floating = {name: part for name, part in parts.items() if part.is_floating_point() and part.numel()}
+    highest = ((name, float(part.detach().abs().amax())) for name, part in floating.items())
+    return dict(sorted(((n, high) for n, high in highest if high > HUGE), key=lambda item: -item[1]))
 
 
 def _next_sequence() -> int:

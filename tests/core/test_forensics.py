@@ -579,3 +579,19 @@ def test_sparse_gradients_are_followed_too() -> None:
     origin = investigate(embedding, run, None)
     assert (origin.cause, origin.phase) == ("backward pass", "backward")
     assert "Sqrt" in origin.operation
+
+
+def test_a_sick_weight_is_no_part_of_the_batch_whatever_its_name() -> None:
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.batch_norm = nn.BatchNorm1d(4)
+            with torch.no_grad():
+                self.batch_norm.weight[0] = math.nan
+
+        def forward(self, x: Tensor) -> Any:
+            return self.batch_norm(x)
+
+    x, net = inputs(), Named()
+    origin = examine(net, lambda: net(x).mean(), (x,))
+    assert (origin.cause, origin.where) == ("weights", ("batch_norm.weight",))
