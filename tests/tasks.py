@@ -108,6 +108,7 @@ def fit(
     folder: Path | None = None,
     ckpt_path: str | None = None,
     loader: Any = None,
+    validation: Sequence[Batch] | None = None,
     **trainer_arguments: Any,
 ) -> pl.Trainer:
     """A real fit on the CPU, quiet, without files unless a folder is given."""
@@ -123,7 +124,8 @@ def fit(
         "log_every_n_steps": 10,
     }
     trainer = pl.Trainer(callbacks=list(callbacks), **{**arguments, **trainer_arguments})
-    trainer.fit(module, loader or plain_loader(data), ckpt_path=ckpt_path)
+    held_out = None if validation is None else plain_loader(validation)
+    trainer.fit(module, loader or plain_loader(data), held_out, ckpt_path=ckpt_path)
     return trainer
 
 

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
-from torch.utils._pytree import tree_leaves_with_path
+from torch.utils._pytree import tree_leaves, tree_leaves_with_path
 
 from lightning_gradguard.core.diagnosis import advice_for_cause
 from lightning_gradguard.core.forensics import Origin
@@ -262,14 +262,8 @@ def _within(dossier: Dossier, limit: float) -> Dossier:
 
 
 def _bytes(value: Any) -> int:
-    sizes = [
-        leaf.numel() * leaf.element_size() for _, leaf in tree_leaves_with_path(value) if _is_tensor(leaf)
-    ]
-    return sum(sizes)
-
-
-def _is_tensor(value: Any) -> bool:
-    return isinstance(value, Tensor)
+    tensors = (leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor))
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def _free_name(folder: Path, name: str) -> Path:

@@ -101,12 +101,12 @@ class LostBatches:
     def lose_last(self, n: int, followed: int = 0) -> None:
         """The last batches are lost: `n` that were skipped, and then those that followed them."""
         last = list(self._served)[-n - followed :] if n + followed else []
-        for part, reason in ((last[:n], "skipped"), (last[n:], "followed")):
-            self._lose([s for s in part if not s.is_lost], reason)  # type: ignore[arg-type]
+        self._lose(last[:n], "skipped")
+        self._lose(last[n:], "followed")
 
     def lose_since(self, step: int) -> None:
         """Training went back to `step`: what was served since is undone."""
-        self._lose([s for s in self._served if s.step >= step and not s.is_lost], "undone")
+        self._lose([s for s in self._served if s.step >= step], "undone")
 
     def forget_before(self, step: int) -> None:
         """Training will not go back further than to `step`."""
@@ -114,11 +114,14 @@ class LostBatches:
             self._served.popleft()
 
     def _lose(self, batches: list[_Served], reason: Reason) -> None:
+        """Write down those that are not yet."""
         lines = []
         for served in batches:
+            if served.is_lost:
+                continue
             served.is_lost = True
             fingerprint = None if served.fingerprint is None else float(served.fingerprint)
-            samples = served.samples.tolist() if isinstance(served.samples, Tensor) else served.samples
+            samples = _as_list(served.samples)
             lost = LostBatch(served.epoch, served.batch_idx, reason, served.step, samples, fingerprint)
             lines.append(json.dumps(asdict(lost)) + "\n")
         if self._folder is None or not lines:
@@ -189,8 +192,11 @@ def samples_of(batch: Any) -> list[Any]:
         >>> samples_of({"ids": torch.tensor([7, 9]), "x": torch.zeros(2, 3)})
         [7, 9]
     """
-    found = _samples(batch)
-    return found.tolist() if isinstance(found, Tensor) else found
+    return _as_list(_samples(batch))
+
+
+def _as_list(samples: Any) -> list[Any]:
+    return samples.tolist() if isinstance(samples, Tensor) else samples
 
 
 def _are_plain(values: Any) -> bool:

@@ -253,18 +253,9 @@ def test_validation_in_mid_epoch_sees_healthy_weights(average_last: bool) -> Non
         module, look, rollback = Validated(), Look(), deferred()
         callbacks: list[pl.Callback] = [rollback, EMAWeightAveraging(decay=0.9)]
         torch.manual_seed(1)
-        trainer = pl.Trainer(
-            accelerator="cpu",
-            max_epochs=1,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            val_check_interval=interval,
-            num_sanity_val_steps=1,
-            callbacks=[*(callbacks if average_last else callbacks[::-1]), look],
-        )
-        trainer.fit(module, plain_loader(data), plain_loader(held_out))
+        callbacks = [*(callbacks if average_last else callbacks[::-1]), look]
+        arguments: dict[str, Any] = {"val_check_interval": interval, "num_sanity_val_steps": 1}
+        trainer = fit(module, data, callbacks, validation=held_out, **arguments)
         return module, look, trainer, rollback
 
     # the sick one is the tenth, and validation follows at once: no other batch is lost
@@ -585,20 +576,16 @@ def test_all_batches_that_were_lost_are_in_the_ledger(
 def test_validation_within_a_window_undoes_the_window_before(tmp_path: Path) -> None:
     """Validation after six batches, windows of four: what is left of the second window makes its step."""
     clean, module, rollback = batches(12), Validated(dropout=0.0), deferred()
-    trainer = pl.Trainer(
-        accelerator="cpu",
-        max_epochs=1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        default_root_dir=tmp_path,
+    fit(
+        module,
+        poisoned(clean, nan=[2]),
+        [rollback],
+        tmp_path,
+        validation=batches(1, seed=6),
         val_check_interval=6,
         num_sanity_val_steps=0,
         accumulate_grad_batches=4,
-        callbacks=[rollback],
     )
-    trainer.fit(module, plain_loader(poisoned(clean, nan=[2])), plain_loader(batches(1, seed=6)))
     assert (rollback.skips, rollback.rollbacks) == (1, 0)
     assert [record["batch_idx"] for record in ledger(tmp_path)] == list(range(6))
     expected = Rich(dropout=0.0)
