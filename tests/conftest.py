@@ -6,12 +6,27 @@ import logging
 from pathlib import Path
 
 import pytest
+import pytorch_lightning as pl
 import torch
 from hypothesis import settings
+from packaging.version import Version
 
 # the same examples in every run: a failure on CI is a failure here
 settings.register_profile("reproducible", derandomize=True, deadline=None)
 settings.load_profile("reproducible")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """How `make strategies` writes the page that the tests are held to."""
+    parser.addoption("--write-strategies", action="store_true", help="write the table of docs/strategies.md")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out tests of what the installed Lightning does not have yet."""
+    here = Version(pl.__version__)
+    left_out = [i for i in items if any(Version(m.args[0]) > here for m in i.iter_markers("lightning"))]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if item not in left_out]
 
 
 @pytest.fixture(autouse=True)

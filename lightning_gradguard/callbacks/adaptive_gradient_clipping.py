@@ -70,6 +70,7 @@ class AdaptiveGradientClipping(StepCallback):
             raise ValueError(f"exclude={exclude!r} must be a list of names, such as [{exclude!r}].")
         self.policy = ZScoreClipping() if policy is None else policy
         self.exclude = tuple(exclude or ())
+        self.wants_units = self.policy.by_unit
         self.state_arguments = {"policy": type(self.policy).__name__, "exclude": self.exclude}
         self._policies: dict[int, ClippingPolicy] = {}
         self._fractions: dict[int, MeanMetric] = {}
@@ -93,6 +94,7 @@ class AdaptiveGradientClipping(StepCallback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Say so where an optimizer cannot be clipped."""
+        super().on_train_start(trainer, pl_module)
         for optimizer in trainer.optimizers:
             if lightning_api.calls_closure_repeatedly(optimizer):
                 warnings.warn(
@@ -183,6 +185,9 @@ def _clipped_norm(everything: Gradients, clipped: Gradients, coefficients: Tenso
         norms = clipped.norms * coefficients
     elif all(coefficient.numel() == 1 for coefficient in coefficients):
         norms = clipped.norms * torch.stack([c.reshape(()) for c in coefficients])
+    elif clipped.units is not None:
+        pairs = zip(coefficients, clipped.units, strict=True)
+        norms = torch.stack([total_norm_from_norms((c * unit).reshape(-1)) for c, (unit, _) in pairs])
     else:
         norms = tensor_norms(clipped.tensors)
     left_alone = everything.total_norm**2 - clipped.total_norm**2

@@ -16,9 +16,14 @@ from torchmetrics import MeanMetric
 
 from lightning_gradguard.core.anomalies import SymptomDetector
 from lightning_gradguard.core.diagnosis import advice
-from lightning_gradguard.core.norms import Gradients, tensor_norms, total_norm_from_norms
+from lightning_gradguard.core.norms import (
+    Gradients,
+    norms_from_power_sums,
+    power_sums,
+    total_norm_from_norms,
+)
+from lightning_gradguard.core.sharding import local_shard
 from lightning_gradguard.runtime import reporting
-from lightning_gradguard.runtime.distributed import is_sharded
 from lightning_gradguard.runtime.figures import GradientHistory
 from lightning_gradguard.runtime.incidents import incident_now, open_journal, publish
 from lightning_gradguard.runtime.lightning_api import batches_that_stepped
@@ -110,6 +115,7 @@ class GradientNormMonitor(StepCallback):
         self._detectors: dict[int, SymptomDetector] = defaultdict(SymptomDetector)
         self._nonfinite: dict[int, MeanMetric] = {}
         self._looks: dict[int, _Look] = {}
+        self._waiting: list[_Look] = []
         self._history = GradientHistory()
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -120,10 +126,17 @@ class GradientNormMonitor(StepCallback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Forget a batch that an exception ended."""
+        super().on_train_start(trainer, pl_module)
         self._looks = {}
+        self._waiting = []
+
+    def wants_weight_norms(self, trainer: pl.Trainer) -> bool:
+        """At logged steps."""
+        return is_logging_step(trainer, self.every_n_steps)
 
     def on_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, step: Step) -> None:
         """Measure; at a logged step look at weights as well, and at where the step moves them."""
+        self._hand_in_waiting(trainer, pl_module)
         index = step.optimizer_index
         if index in self._looks or not step.gradients.names:
             return
@@ -133,7 +146,7 @@ class GradientNormMonitor(StepCallback):
             self._nonfinite[index] = mean.to(norms.device)
         self._nonfinite[index].update((~torch.isfinite(norms)).float().mean())
         if is_logging_step(trainer, self.every_n_steps):
-            self._looks[index] = _Look(step, norms, self.update_ratio)
+            self._looks[index] = _Look(trainer, step, norms, self.update_ratio)
             if self.histograms and step.accepted:
                 self._log_histograms(trainer, step.gradients)
         elif trainer.is_last_batch and step.accepted:
@@ -143,14 +156,21 @@ class GradientNormMonitor(StepCallback):
         """Hand what was measured to the report."""
         looks, self._looks = self._looks, {}
         for index, look in looks.items():
-            look.close()
-            fraction = self._nonfinite[index].compute()
+            look.close(self._nonfinite[index].compute())
             self._nonfinite[index].reset()
-            name = family("grad_norm", index, len(trainer.optimizers))
-            suite_of(trainer).report.add(
-                torch.cat([fraction.double().reshape(1), look.values(self.norm_type)]),
-                partial(self._read, trainer, pl_module, index, look, name),
-            )
+            if look.is_waiting:
+                self._waiting.append(look)
+                if look.accepted:
+                    self._publish_total(trainer, index, look.total(self.norm_type))
+            else:
+                self._hand_in(trainer, pl_module, look)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Report the last logged step, where its update had to wait for the other shards."""
+        super().on_train_end(trainer, pl_module)
+        if self._waiting:
+            self._hand_in_waiting(trainer, pl_module)
+            suite_of(trainer).report.send(trainer, pl_module)
 
     def state_dict(self) -> dict[str, Any]:
         """What the detectors remember."""
@@ -170,6 +190,18 @@ class GradientNormMonitor(StepCallback):
         for index, state in state_dict["detectors"].items():
             self._detectors[index].load_state_dict(state)
 
+    def _hand_in_waiting(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """The reduction of this step has brought the updates of the last logged one."""
+        waiting, self._waiting = self._waiting, []
+        for look in waiting:
+            self._hand_in(trainer, pl_module, look, is_late=True)
+
+    def _hand_in(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, look: _Look, *, is_late: bool = False
+    ) -> None:
+        read = partial(self._read, trainer, pl_module, look, is_late)
+        suite_of(trainer).report.add(look.values(self.norm_type), read, look.step)
+
     def _publish_total(self, trainer: pl.Trainer, index: int, total: Tensor) -> None:
         """Once an epoch at least, the total is there for `EarlyStopping`."""
         report = suite_of(trainer).report
@@ -185,18 +217,18 @@ class GradientNormMonitor(StepCallback):
         self,
         trainer: pl.Trainer,
         pl_module: pl.LightningModule,
-        index: int,
         look: _Look,
-        name: str,
+        is_late: bool,
         host: list[float],
     ) -> dict[str, float]:
         """Turn a logged step's numbers into scalars, and look for symptoms on the way."""
         fraction, total, loss, *rest = host
-        n = len(look.names)
+        n, index, n_optimizers = len(look.names), look.optimizer_index, len(trainer.optimizers)
+        name = family("grad_norm", index, n_optimizers)
         grads, weights = rest[:n], rest[n : 2 * n]
         ratios = rest[2 * n :] or None
         for symptom in self._detectors[index].update(
-            batches_that_stepped(trainer),
+            look.step,
             names=look.names,
             is_matrix=look.is_matrix,
             grad_norms=grads,
@@ -217,10 +249,10 @@ class GradientNormMonitor(StepCallback):
             publish(trainer, pl_module, incident)
         scalars = {f"{name}/nonfinite_fraction": fraction}
         if look.accepted:
-            suite_of(trainer).report.publish_total(f"{name}/total", total)
+            if not is_late:
+                suite_of(trainer).report.publish_total(f"{name}/total", total)
             scalars[f"{name}/total"] = total
             scalars |= self._by_name(name, look.names, grads)
-            n_optimizers = len(trainer.optimizers)
             if weights:
                 weight_norm = family("weight_norm", index, n_optimizers)
                 scalars |= self._by_name(weight_norm, look.names, weights)
@@ -228,7 +260,7 @@ class GradientNormMonitor(StepCallback):
                 moved = [ratio * weight for ratio, weight in zip(ratios, weights, strict=True)]
                 update_ratio = family("update_ratio", index, n_optimizers)
                 scalars |= self._by_name(update_ratio, look.names, moved, relative_to=weights)
-            self._draw(trainer, index, look.names, grads)
+            self._draw(trainer, look, grads)
         return scalars
 
     def _by_name(
@@ -264,20 +296,19 @@ class GradientNormMonitor(StepCallback):
             if name in shown
         }
 
-    def _draw(self, trainer: pl.Trainer, index: int, names: Sequence[str], grads: Sequence[float]) -> None:
-        if not self.figure_every_n_steps or index:
+    def _draw(self, trainer: pl.Trainer, look: _Look, grads: Sequence[float]) -> None:
+        if not self.figure_every_n_steps or look.optimizer_index:
             return
-        step = batches_that_stepped(trainer)
-        norms = self._by_name("", names, grads)
+        norms = self._by_name("", look.names, grads)
         if not norms:
             return
-        self._history.append(step, norms)
-        if (step + 1) % self.figure_every_n_steps == 0 and trainer.is_global_zero:
-            reporting.log_figure(trainer, "grad_norm/layers", self._history.draw(), step)
+        self._history.append(look.step, norms)
+        if (look.step + 1) % self.figure_every_n_steps == 0 and trainer.is_global_zero:
+            reporting.log_figure(trainer, "grad_norm/layers", self._history.draw(), look.step)
 
     def _log_histograms(self, trainer: pl.Trainer, gradients: Gradients) -> None:
         for i in self._charted(gradients.names):
-            values = gradients.tensors[i].detach()
+            values = local_shard(gradients.tensors[i].detach())
             values = values.coalesce().values() if values.is_sparse else values
             finite = values[torch.isfinite(values)].float()
             if finite.numel():
@@ -288,44 +319,60 @@ class GradientNormMonitor(StepCallback):
 
 
 class _Look:
-    """One optimizer step at a logged batch: norms now, and where the step moves the weights."""
+    """One optimizer step at a logged batch: norms now, and where the step moves the weights.
 
-    def __init__(self, step: Step, grad_norms: Tensor, update_ratio: bool) -> None:
-        gradients = step.gradients
-        self.names = gradients.names
-        self.is_matrix = [parameter.ndim > 1 for parameter in gradients.parameters]
+    Attributes:
+        is_waiting: Whether the update is known by parts, and its sum over shards is on its way.
+    """
+
+    def __init__(self, trainer: pl.Trainer, step: Step, grad_norms: Tensor, update_ratio: bool) -> None:
+        self.step = batches_that_stepped(trainer)
+        self.optimizer_index = step.optimizer_index
+        self.names = step.gradients.names
+        self.is_matrix = step.is_matrix
         self.accepted = step.accepted
         self.was_judged = step.is_judged
         self.grad_norms = grad_norms
+        self.is_waiting = False
+        self._suite = suite_of(trainer)
         self._loss = step.loss
-        self._weights: Tensor | None = None
+        self._weights = step.weight_norms if step.accepted else None
+        self._fraction = step.loss.new_zeros(())
         self._updates: Tensor | None = None
         self._handle: RemovableHandle | None = None
-        if is_sharded(gradients.parameters) or not step.accepted:
-            return
-        parameters = [parameter.detach() for parameter in gradients.parameters]
-        self._weights = tensor_norms(parameters)
-        if update_ratio:
-            before = [parameter.clone() for parameter in parameters]
-            self._handle = after_step(step.optimizer, lambda: self._measure_updates(parameters, before))
+        if step.accepted and update_ratio:
+            parameters = step.gradients.parameters
+            before = [local_shard(parameter.detach()).clone() for parameter in parameters]
+            self._handle = after_step(step.optimizer, partial(self._measure_updates, parameters, before))
 
-    def close(self) -> None:
-        """Stop waiting for the update; the GradScaler may have skipped it."""
+    def close(self, nonfinite_fraction: Tensor) -> None:
+        """Stop waiting for the optimizer, which the GradScaler may have kept from stepping."""
+        self._fraction = nonfinite_fraction
         if self._handle is not None:
             self._handle.remove()
 
+    def total(self, norm_type: float) -> Tensor:
+        """Total norm of the gradients."""
+        return total_norm_from_norms(self.grad_norms, norm_type)
+
     def values(self, norm_type: float) -> Tensor:
-        """Total norm, loss, norms of gradients, of weights and relative updates, as far as known."""
-        total = total_norm_from_norms(self.grad_norms, norm_type)
-        parts = [total.reshape(1), self._loss.to(total).reshape(1), self.grad_norms]
+        """Nonfinite fraction, total norm, loss; norms of gradients; of weights and updates if known."""
+        total = self.total(norm_type)
+        parts = [torch.stack([self._fraction.to(total), total, self._loss.to(total)]), self.grad_norms]
         if self._weights is not None:
             parts.append(self._weights)
             if self._updates is not None:
                 parts.append(self._updates / self._weights.clamp(min=1e-300))
         return torch.cat(parts)
 
-    def _measure_updates(self, after: list[Tensor], before: list[Tensor]) -> None:
-        self._updates = tensor_norms(torch._foreach_sub(after, before))
+    def _measure_updates(self, parameters: Sequence[Tensor], before: list[Tensor]) -> None:
+        after = [local_shard(parameter.detach()) for parameter in parameters]
+        self.is_waiting = True
+        self._suite.add_over_shards(power_sums(torch._foreach_sub(after, before)), parameters, self._take)
+
+    def _take(self, sums: Tensor) -> None:
+        self.is_waiting = False
+        self._updates = norms_from_power_sums(sums)
 
 
 def _together(norms: Sequence[float], norm_type: float) -> float:

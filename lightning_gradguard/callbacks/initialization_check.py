@@ -19,16 +19,22 @@ from lightning_gradguard.core.initialization import (
     repair,
     table,
 )
-from lightning_gradguard.core.norms import tensor_norms, with_gradient
 from lightning_gradguard.runtime import reporting
-from lightning_gradguard.runtime.distributed import any_rank, broadcast_tensors
+from lightning_gradguard.runtime.distributed import (
+    broadcast_tensors,
+    complete_gradients,
+    gather_objects,
+    whole,
+)
 from lightning_gradguard.runtime.incidents import incident_now, open_journal, publish
 from lightning_gradguard.runtime.lightning_api import (
     Callback,
     allows_extra_pass,
     batches_that_stepped,
+    flat_shards,
     refuse_unsupported,
 )
+from lightning_gradguard.runtime.measuring import Layout, gradient_of, norms_over_shards
 from lightning_gradguard.runtime.replaying import silent, training_loss
 
 #: Optimizers that divide gradients by their size.
@@ -115,9 +121,7 @@ class InitializationCheck(Callback):
         self._is_due = False
         if not (allows_extra_pass(trainer) and pl_module.automatic_optimization):
             self._looks_at_first_step = True
-            findings = check_weights(pl_module)
-            failed = any_rank(_fails(findings), pl_module.device)
-            self._settle(trainer, pl_module, findings, failed=failed and self.on_failure == "raise")
+            self._settle(trainer, pl_module, _agreed(check_weights(pl_module, whole))[0])
             return
 
         def run_loss() -> Tensor:
@@ -126,19 +130,19 @@ class InitializationCheck(Callback):
 
         def measure() -> tuple[list[Finding], dict[str, float]]:
             try:
-                return check(pl_module, run_loss, scale_free=_is_scale_free(trainer.optimizers))
+                found, values = check(pl_module, run_loss, scale_free=_is_scale_free(trainer.optimizers))
             except Exception as error:
                 reporting.say(trainer, f"gradguard: the initialization was not checked: {error}")
-                return [], {}
+                found, values = [], {}
+            return _agreed(found, values)
 
         findings, values = measure()
-        failed = any_rank(_fails(findings), pl_module.device)
-        if failed and self.on_failure == "repair":
+        if _fails(findings) and self.on_failure == "repair":
             findings, values = self._repair(trainer, pl_module, run_loss, measure, findings)
         shown = values if len(values) <= FEW else {k: v for k, v in values.items() if "/" not in k}
         scalars = {f"init/{key}": value for key, value in shown.items()}
         reporting.log_scalars(trainer, scalars, batches_that_stepped(trainer))
-        self._settle(trainer, pl_module, findings, failed=failed and self.on_failure == "raise")
+        self._settle(trainer, pl_module, findings)
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
@@ -147,10 +151,13 @@ class InitializationCheck(Callback):
         if not self._looks_at_first_step:
             return
         self._looks_at_first_step = False
-        named = [(n, p) for n, p in with_gradient(pl_module.named_parameters()) if p.ndim > 1][:-1]
-        gradients = tensor_norms([p.grad for _, p in named if p.grad is not None]).tolist()
-        weights = tensor_norms([p.detach() for _, p in named]).tolist()
-        profile = depth_profile(gradients, weights)
+        layout = Layout(flat_shards(trainer))
+        named = [(n, p) for n, p in layout.measured(pl_module.named_parameters()) if layout.is_matrix(p)][:-1]
+        parameters = [p for _, p in named]
+        complete_gradients(parameters)
+        tensors = [*map(gradient_of, parameters), *(p.detach() for p in parameters)]
+        sizes = norms_over_shards(tensors, [*parameters, *parameters], layout).tolist()
+        profile = depth_profile(sizes[: len(named)], sizes[len(named) :])
         if abs(profile) > DEPTH_DECADES:
             cure = advice("vanishing_gradient" if profile > 0 else "exploding_gradient", [named[0][0]])
             finding = Finding("gradient_profile", named[0][0], profile, "-3 .. 3", "warn", cure)
@@ -188,10 +195,9 @@ class InitializationCheck(Callback):
         trainer: pl.Trainer,
         pl_module: pl.LightningModule,
         findings: list[Finding],
-        *,
-        failed: bool = False,
     ) -> None:
         """Tell people what was found; stop if that was asked for."""
+        failed = _fails(findings) and self.on_failure == "raise"
         self.findings = self.findings + findings
         serious = [finding for finding in findings if finding.severity != "info"]
         for kind in ("poor_initialization", "dead_units", "saturated_units"):
@@ -209,12 +215,17 @@ class InitializationCheck(Callback):
                 )
                 publish(trainer, pl_module, facts)
         if failed:
-            raise InitializationError(
-                "The network, as it is initialized, will not train:\n"
-                + (table(serious) or "a criterion failed on another rank")
-            )
+            raise InitializationError("The network, as it is initialized, will not train:\n" + table(serious))
         if serious:
             reporting.say(trainer, "gradguard: initialization\n" + table(serious))
+
+
+def _agreed(
+    findings: list[Finding], values: dict[str, float] | None = None
+) -> tuple[list[Finding], dict[str, float]]:
+    """What the rank saw that found most: each has a batch of its own, or other parts of the weights."""
+    seen: list[tuple[list[Finding], dict[str, float]]] = gather_objects((findings, values or {}))
+    return max(seen, key=lambda found: (_fails(found[0]), len(found[0])))
 
 
 def _fails(findings: Sequence[Finding]) -> bool:

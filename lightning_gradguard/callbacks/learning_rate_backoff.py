@@ -64,6 +64,7 @@ class LearningRateBackoff(StepCallback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Take hold of the optimizers of this fit."""
+        super().on_train_start(trainer, pl_module)
         self._rates = [ScaledLearningRate(optimizer) for optimizer in trainer.optimizers]
 
     def on_train_batch_start(
@@ -115,6 +116,7 @@ class LearningRateBackoff(StepCallback):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Let go of the optimizers."""
+        super().on_train_end(trainer, pl_module)
         self._let_go()
 
     def state_dict(self) -> dict[str, Any]:

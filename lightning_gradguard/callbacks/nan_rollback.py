@@ -25,10 +25,10 @@ from lightning_gradguard.runtime.incidents import (
 from lightning_gradguard.runtime.investigation import Investigation
 from lightning_gradguard.runtime.lost_batches import LostBatches, Reason
 from lightning_gradguard.runtime.lost_steps import LostStep, Window, facts_of
+from lightning_gradguard.runtime.measuring import Measurement
 from lightning_gradguard.runtime.optimizer import drop_gradients
 from lightning_gradguard.runtime.replaying import ServedBatch
 from lightning_gradguard.runtime.step import (
-    Measurement,
     Step,
     StepCallback,
     Verdict,
@@ -195,6 +195,7 @@ class NaNRollback(StepCallback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Begin with what this fit begins with."""
+        super().on_train_start(trainer, pl_module)
         self._is_fitting = True
         self._has_given_up = False
         self._recovery.has_rivals = len(trainer.optimizers) > 1
@@ -204,6 +205,7 @@ class NaNRollback(StepCallback):
         self._lost_earlier: dict[tuple[int, int], Reason] = {}
         for earlier in gather_objects(self._ledger.earlier()):
             self._lost_earlier.update(earlier)
+        self._told_short = {trainer.current_epoch: lightning_api.places_told_short(trainer)}
         self._lost: list[LostStep] = []
         self._window = Window(trainer.global_step, [], None)
         self._window_is_open = False
@@ -217,15 +219,15 @@ class NaNRollback(StepCallback):
     ) -> None:
         """Remember what the forward passes of a step are about to change."""
         self._batch = _Batch()
-        self._batch_idx = batch_idx
+        self._batch_idx = batch_idx + self._told_short.get(trainer.current_epoch, 0)
         self._warn_of_unknown_averages(trainer)  # ahead of the first batch: a progress bar is there to say it
         if not self._window_is_open or lightning_api.updates_buffers_only(trainer):
             self._open_window(trainer, pl_module)
         if self._keeps_batches:
             self._window.batches.append(ServedBatch.of(batch, batch_idx))
         self._window.n_served += 1
-        self._ledger.serve(trainer.global_step, trainer.current_epoch, batch_idx, batch)
-        if (reason := self._lost_earlier.get((trainer.current_epoch, batch_idx))) is not None:
+        self._ledger.serve(trainer.global_step, trainer.current_epoch, self._batch_idx, batch)
+        if (reason := self._lost_earlier.get((trainer.current_epoch, self._batch_idx))) is not None:
             self._window.was_skipped |= reason == "skipped"
             suite_of(trainer).judges_at_once = True
             suite_of(trainer).serves_lost_batch |= self._ledger.was_lost_before()
@@ -345,6 +347,7 @@ class NaNRollback(StepCallback):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Leave other callbacks as they were."""
+        super().on_train_end(trainer, pl_module)
         lightning_api.resume_weight_averages(trainer)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:

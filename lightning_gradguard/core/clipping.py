@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_gradguard.core.norms import Gradients, unitwise_norm
+from lightning_gradguard.core.norms import Gradients
 
 #: Kept out of divisions by a norm; the value that `torch.nn.utils.clip_grad_norm_` uses.
 EPS = 1e-6
@@ -36,6 +36,8 @@ class ClippingPolicy(ABC):
 
     #: The total norm that was allowed for the gradients seen last; `None` without such a number.
     threshold: Tensor | None = None
+    #: Whether `coefficients` asks for `gradients.unit_norms()`, which have to be added up over shards.
+    by_unit: bool = False
 
     @abstractmethod
     def coefficients(self, gradients: Gradients) -> Tensor | list[Tensor]:
@@ -45,7 +47,8 @@ class ClippingPolicy(ABC):
             gradients: Measured before anybody wrote.
 
         Returns:
-            One scalar for all, or one tensor for each gradient that broadcasts to it.
+            One scalar for all, or one tensor for each gradient that broadcasts to it; for a sharded gradient
+            one of shape `()` or like its unit norms.
         """
 
     def commit(self) -> None:  # noqa: B027 - a policy without a history has nothing to do
@@ -273,20 +276,18 @@ class UnitwiseClipping(ClippingPolicy):
         Normalization, 2021, arXiv:2102.06171.
     """
 
+    by_unit = True
+
     def __init__(self, clipping: float = 0.01, eps: float = 1e-3) -> None:
         self.clipping = _positive("clipping", clipping)
         self.eps = _positive("eps", eps)
 
     def coefficients(self, gradients: Gradients) -> list[Tensor]:
         """One coefficient for each unit."""
-        return [
-            self._by_unit(parameter, gradient)
-            for parameter, gradient in zip(gradients.parameters, gradients.tensors, strict=True)
-        ]
+        return [self._by_unit(norm, weight) for norm, weight in gradients.unit_norms()]
 
-    def _by_unit(self, parameter: Tensor, gradient: Tensor) -> Tensor:
-        largest = self.clipping * unitwise_norm(parameter.detach()).clamp(min=self.eps)
-        norm = unitwise_norm(gradient)
+    def _by_unit(self, norm: Tensor, weight: Tensor) -> Tensor:
+        largest = self.clipping * weight.clamp(min=self.eps)
         clipped = torch.where(norm < largest, 1.0, largest / norm.clamp(min=EPS))
         return torch.where(torch.isfinite(norm), clipped, 1.0)
 

@@ -13,8 +13,9 @@ from torch.nn.modules.loss import _Loss
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_leaves_with_path
 
-from lightning_gradguard.core.norms import local_shard, tensor_norms, total_norm_from_norms
+from lightning_gradguard.core.norms import tensor_norms, total_norm_from_norms
 from lightning_gradguard.core.probing import nothing_left_behind
+from lightning_gradguard.core.sharding import local_shard
 
 Cause = Literal[
     "bad input",

@@ -10,7 +10,6 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_gradguard.core.norms import local_shard
 from lightning_gradguard.core.probing import (
     LAYERS,
     NOTHING,
@@ -106,16 +105,19 @@ def check(
     return sorted(findings, key=lambda f: order.index(f.severity)), _values(seen)
 
 
-def check_weights(module: nn.Module) -> list[Finding]:
+def check_weights(
+    module: nn.Module, whole: Callable[[Tensor], Tensor] = lambda tensor: tensor
+) -> list[Finding]:
     """What can be told without a batch: nonfinite weights, and units that are copies of each other.
 
     Args:
         module: The network.
+        whole: Puts together what ranks hold in parts.
     """
     findings = []
     for name, parameter in module.named_parameters():
         owner, _, _ = name.rpartition(".")
-        finite = torch.isfinite(local_shard(parameter.detach()))
+        finite = torch.isfinite(whole(parameter.detach()))
         if not bool(finite.all()):
             share = 1 - float(finite.float().mean())
             cure = f"model.{owner}.reset_parameters()" if owner else f"model.{name} = ..."
@@ -123,8 +125,13 @@ def check_weights(module: nn.Module) -> list[Finding]:
     for name, layer in module.named_modules():
         if not isinstance(layer, LAYERS) or findings:
             continue
-        weight = local_shard(layer.weight.detach())
-        if weight.shape[0] > 1 and bool(weight.any()) and (copies := _equal_rows(weight)) > 0:
+        weight = whole(layer.weight.detach())
+        if (
+            weight.ndim > 1
+            and weight.shape[0] > 1
+            and bool(weight.any())
+            and (copies := _equal_rows(weight)) > 0
+        ):
             findings.append(Finding("symmetric_units", name, copies, "0", "fail", _cure(name, "relu")))
     return findings
 

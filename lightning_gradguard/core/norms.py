@@ -9,8 +9,11 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
+from lightning_gradguard.core.sharding import is_sharded, local_shard, unit_places
+
+#: Of the units of a gradient, and of the weights of the same units.
+UnitNorms = tuple[Tensor, Tensor]
 #: Elements whose squares are summed in float32 on a CPU before float64 takes over: one float32 sum over
 #: 1e7 elements is off by 4e-4, sums of this length combined in float64 by less than 1e-6.
 CHUNK = 65_536
@@ -26,6 +29,7 @@ class Gradients:
         tensors: Their gradients.
         norms: L2 norm of each gradient, shape `(n,)`, float64.
         total_norm: L2 norm of all of them together, a scalar, float64.
+        units: What `unit_norms` returns, where it was added up over shards.
     """
 
     names: tuple[str, ...]
@@ -33,6 +37,17 @@ class Gradients:
     tensors: tuple[Tensor, ...]
     norms: Tensor
     total_norm: Tensor
+    units: tuple[UnitNorms, ...] | None = None
+
+    def unit_norms(self) -> tuple[UnitNorms, ...]:
+        """L2 norms of each unit of each gradient, and of the weights of the same units; see `unitwise_norm`.
+
+        The shards of a sharded tensor stand one after the other, as `core.sharding.unit_places` says.
+        """
+        if self.units is not None:
+            return self.units
+        pairs = zip(self.tensors, self.parameters, strict=True)
+        return tuple((unitwise_norm(tensor), unitwise_norm(weight.detach())) for tensor, weight in pairs)
 
     def without(self, names: Collection[str]) -> Gradients:
         """The same gradients, some left out.
@@ -51,6 +66,7 @@ class Gradients:
             tensors=tuple(self.tensors[i] for i in kept),
             norms=norms,
             total_norm=total_norm_from_norms(norms),
+            units=None if self.units is None else tuple(self.units[i] for i in kept),
         )
 
 
@@ -87,11 +103,6 @@ def measure_gradients(named_parameters: Iterable[tuple[str, nn.Parameter]]) -> G
         norms=norms,
         total_norm=total_norm_from_norms(norms),
     )
-
-
-def local_shard(tensor: Tensor) -> Tensor:
-    """This rank's part of a sharded tensor, sharing its memory; any other tensor as it is."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def power_sums(tensors: Sequence[Tensor], norm_type: float = 2.0) -> Tensor:
@@ -185,13 +196,28 @@ def unitwise_norm(tensor: Tensor) -> Tensor:
     return norm
 
 
+def unit_power_sums(tensor: Tensor) -> Tensor:
+    """Squares of `unitwise_norm`, each at the place of its unit: shards add up.
+
+    Args:
+        tensor: A weight, or the gradient of one.
+
+    Returns:
+        Shape `(places,)`, float64.
+    """
+    places, start = unit_places(tensor)
+    squares = unitwise_norm(tensor).double().square().view(-1)
+    return nn.functional.pad(squares, (start, places - start - len(squares)))
+
+
 @torch.no_grad()
 def scale_gradients_(gradients: Gradients, coefficients: Tensor | Sequence[Tensor]) -> None:
     """Multiply gradients in place.
 
     Args:
         gradients: The gradients.
-        coefficients: One scalar for all, or one tensor for each gradient that broadcasts to it.
+        coefficients: One scalar for all, or one tensor for each gradient that broadcasts to it; for a
+            sharded one a scalar, or one number for each of the places that its units have.
     """
     groups: dict[tuple[torch.device, torch.dtype], tuple[list[Tensor], list[Tensor]]] = {}
     for index, gradient in enumerate(gradients.tensors):
@@ -204,6 +230,9 @@ def scale_gradients_(gradients: Gradients, coefficients: Tensor | Sequence[Tenso
             values.mul_(by_row.to(values.device, _real(values.dtype)))
             continue
         local = local_shard(gradient)
+        if is_sharded([gradient]) and coefficient.ndim:
+            _, start = unit_places(gradient)
+            coefficient = coefficient[start : start + len(local)]
         scaled, factors = groups.setdefault((local.device, local.dtype), ([], []))
         scaled.append(local)
         if not shared or not factors:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
-from lightning_gradguard.core.norms import local_shard
+from lightning_gradguard.core.sharding import local_shard
 
 
 def rng_state() -> dict[str, Any]:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+
+Key = TypeVar("Key")
 
 
 def world_size() -> int:
@@ -33,6 +35,31 @@ def sum_over_ranks(vector: Tensor) -> Tensor:
     return vector
 
 
+def reduce_together(sums: Mapping[Key, Tensor], largest: Mapping[Key, Tensor]) -> dict[Key, Tensor]:
+    """Sums over all ranks, and largest values on any of them, in one collective.
+
+    Args:
+        sums: Vectors of shape `(n,)`, one dtype, of the same sizes in the same order on every rank.
+        largest: Others, not to be added up. Then every rank hears of every other: more bytes, still one
+            collective.
+
+    Returns:
+        All of them, by key.
+    """
+    parts = {**sums, **largest}
+    if world_size() == 1:
+        return parts
+    packed = torch.cat(list(parts.values()))
+    if largest:
+        by_rank = packed.new_empty(world_size(), len(packed))
+        dist.all_gather(list(by_rank.unbind()), packed)
+        n = sum(map(len, sums.values()))
+        packed = torch.cat([by_rank[:, :n].sum(0), by_rank[:, n:].amax(0)])
+    else:
+        dist.all_reduce(packed)
+    return dict(zip(parts, torch.split(packed, [len(part) for part in parts.values()]), strict=True))
+
+
 def any_rank(flag: bool, device: torch.device) -> bool:
     """Whether the flag is set on at least one rank. Waits for the answer."""
     return bool(sum_over_ranks(torch.tensor([float(flag)], device=device)).item())
@@ -54,20 +81,21 @@ def broadcast_tensors(tensors: Sequence[Tensor]) -> None:
             dist.broadcast(tensor.detach(), src=0)
 
 
-def is_sharded(tensors: Sequence[Tensor]) -> bool:
-    """Whether any of the tensors is spread over ranks."""
-    return any(isinstance(tensor, DTensor) for tensor in tensors)
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor of which ranks hold parts, put together on each of them; any other as it is."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def counts_here(tensor: Tensor) -> bool:
-    """Whether this rank adds its part of a tensor to a sum over all ranks.
+def complete_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Add up gradients that tensor parallelism left as parts of a sum.
 
-    A part that several ranks hold alike is counted by the first of them only.
+    The optimizer would do so each time it looks at one, and a norm of the parts says nothing.
     """
-    if not isinstance(tensor, DTensor):
-        return dist.get_rank() == 0
-    coordinate = tensor.device_mesh.get_coordinate()
-    return coordinate is not None and all(
-        placement.is_shard() or position == 0
-        for placement, position in zip(tensor.placements, coordinate, strict=True)
-    )
+    for parameter in parameters:
+        weight, gradient = parameter.data, parameter.grad
+        if (
+            isinstance(weight, DTensor)
+            and isinstance(gradient, DTensor)
+            and any(placement.is_partial() for placement in gradient.placements)
+        ):
+            parameter.grad = gradient.redistribute(placements=weight.placements)

@@ -2,30 +2,74 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial, wraps
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import pytorch_lightning as pl
 import torch
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.trainer.states import TrainerFn
+from pytorch_lightning.utilities.rank_zero import rank_zero_module  # type: ignore[attr-defined]
 from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 from torchmetrics import Metric
 
+from lightning_gradguard.core.sharding import FlatShard
+
 if TYPE_CHECKING:
     from pytorch_lightning import Callback as Callback
 else:
-    # `lightning` is a second tree of the same classes: its command line accepts only its own `Callback`,
-    # so both are inherited where both are loaded.
-    _other = sys.modules.get("lightning.pytorch")
-    Callback = pl.Callback if _other is None else type("Callback", (pl.Callback, _other.Callback), {})
+
+    class Callback(pl.Callback):
+        """Of `lightning` too, a second tree of the same classes, where that is loaded, now or later.
+
+        The command line of each tree accepts only its own callbacks.
+        """
+
+
+class _OtherTree(MetaPathFinder):
+    """Waits for `lightning`: loaded from here, it would take over what the Trainer says on the console."""
+
+    home = "lightning.pytorch.callbacks.callback"
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if fullname != self.home:
+            return None
+        spec = PathFinder.find_spec(fullname, path)
+        assert spec is not None
+        assert spec.loader is not None
+        load = spec.loader.exec_module
+
+        def load_and_join(module: ModuleType) -> None:
+            load(module)
+            self.join(module)
+
+        spec.loader.exec_module = load_and_join  # type: ignore[method-assign]
+        return spec
+
+    def join(self, module: ModuleType) -> None:
+        Callback.__bases__ = (pl.Callback, module.Callback)
+
+
+if _OtherTree.home in sys.modules:
+    _OtherTree().join(sys.modules[_OtherTree.home])
+    # the tree that was loaded first is the user's, and so are the levels of its loggers
+    _first = next(name for name in sys.modules if name in {"lightning.pytorch", "pytorch_lightning"})
+    rank_zero_module.log = logging.getLogger(f"{_first}.utilities.rank_zero")
+else:
+    sys.meta_path.insert(0, _OtherTree())
 
 _AVERAGES = re.compile("EMA|SWA|Averag|Polyak")
-_REFUSED = {
+REFUSED = {
     "DeepSpeedStrategy": (
         "its gradients and master weights live inside the engine; use strategy='ddp' or "
         "ModelParallelStrategy, or DeepSpeed's own `gradient_clipping`"
@@ -36,6 +80,18 @@ _REFUSED = {
     ),
     "XLAFSDPStrategy": "flattened shards have not been proven with this suite; use strategy='ddp'",
 }
+
+
+def tree_of(module_class: Any) -> ModuleType:
+    """The package whose Trainer a LightningModule needs: `lightning.pytorch`, or `pytorch_lightning`.
+
+    Args:
+        module_class: A class of the user's, or anything.
+    """
+    other = sys.modules.get("lightning.pytorch")
+    if other is None or not isinstance(module_class, type):
+        return pl
+    return other if issubclass(module_class, other.LightningModule) else pl
 
 
 def refuse_unsupported(trainer: pl.Trainer, callback: Callback) -> None:
@@ -54,9 +110,9 @@ def refuse_unsupported(trainer: pl.Trainer, callback: Callback) -> None:
             "use Trainer(accelerator='cpu')."
         )
     name = type(trainer.strategy).__name__
-    if name in _REFUSED:
+    if name in REFUSED:
         raise MisconfigurationException(
-            f"{type(callback).__name__} does not support {name}: {_REFUSED[name]}."
+            f"{type(callback).__name__} does not support {name}: {REFUSED[name]}."
         )
 
 
@@ -69,6 +125,18 @@ def batches_that_stepped(trainer: pl.Trainer) -> int:
     """The step on the loggers' horizontal axis, the one that `self.log` uses."""
     epoch_loop = trainer.fit_loop.epoch_loop
     return int(getattr(epoch_loop, "_batches_that_stepped", trainer.global_step))
+
+
+def places_told_short(trainer: pl.Trainer) -> int:
+    """By how much `batch_idx` is too low for the rest of the epoch, at the start of a resumed fit.
+
+    Lightning before 2.5 tells the place of the batch at whose end the checkpoint was written once more.
+    """
+    loop = trainer.fit_loop.epoch_loop
+    if not loop.restarting or hasattr(loop, "restarted_on_train_batch_end"):
+        return 0
+    progress: Any = loop.batch_progress.current
+    return int(progress.processed - progress.completed)
 
 
 def epoch_mean_metrics(trainer: pl.Trainer) -> list[Metric]:
@@ -115,6 +183,17 @@ def gradients_are_scaled(trainer: pl.Trainer, optimizer: Optimizer) -> bool:
     return gradient_scaler(trainer) is not None and bool(
         getattr(optimizer, "_step_supports_amp_scaling", False)
     )
+
+
+def scale_of_gradients(trainer: pl.Trainer, optimizer: Optimizer) -> float:
+    """By how much gradients are too large when the optimizer is about to step."""
+    scaler = gradient_scaler(trainer)
+    return scaler.get_scale() if scaler is not None and gradients_are_scaled(trainer, optimizer) else 1.0
+
+
+def flat_shards(trainer: pl.Trainer) -> dict[Tensor, FlatShard]:
+    """The parameters that FSDP1 has flattened and cut."""
+    return {}
 
 
 def plain_loss(trainer: pl.Trainer, loss: Tensor) -> Tensor:
@@ -188,7 +267,7 @@ def unknown_averages(trainer: pl.Trainer, before: Callback | None = None) -> lis
         for callback in (callbacks if before is None else callbacks[: callbacks.index(before)])
         if _AVERAGES.search(name := type(callback).__name__)
         and id(callback) not in known
-        and type(callback).on_train_batch_end is not pl.Callback.on_train_batch_end
+        and type(callback).on_train_batch_end.__module__ not in {pl.Callback.__module__, _OtherTree.home}
     ]
 
 

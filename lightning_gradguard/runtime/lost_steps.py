@@ -10,8 +10,8 @@ from torch import Tensor
 
 from lightning_gradguard.core.diagnosis import advice, advice_for_cause
 from lightning_gradguard.core.forensics import Origin
+from lightning_gradguard.runtime.measuring import Measurement
 from lightning_gradguard.runtime.replaying import ServedBatch
-from lightning_gradguard.runtime.step import Measurement
 from lightning_gradguard.runtime.training_state import Companions
 
 

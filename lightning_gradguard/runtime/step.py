@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -14,44 +14,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_gradguard.core import norms
 from lightning_gradguard.core.norms import Gradients
 from lightning_gradguard.runtime import distributed, lightning_api, reporting
+from lightning_gradguard.runtime.measuring import Layout, Measurement, Numbers, Wanted, measure
 
-#: Times by which the largest total norm on any rank exceeds the smallest, where ranks disagree.
-DISAGREEMENT = 1000.0
 #: `"accept"`: the step may enter histories. `"drop"`: it must not happen. `"ignore"`: it enters no history,
 #: and somebody else (the GradScaler) sees to it.
 Verdict = Literal["accept", "drop", "ignore"]
-
-
-@dataclass(frozen=True)
-class Measurement:
-    """One step's numbers on the host, the same on every rank; what a judge may look at.
-
-    Args:
-        optimizer_index: Which of the Trainer's optimizers is about to step.
-        loss: Mean over ranks and over the accumulation window; NaN if none was seen.
-        nonfinite_losses: How many of those losses were nonfinite.
-        total_norm: L2 norm of all gradients of the optimizer, before anything is clipped; nonfinite if any
-            of them is, on any rank.
-        is_dead: Whether no weight of two dimensions or more gets a gradient, while something else does.
-        ranks_disagree: Whether gradients that ranks have averaged are nonfinite, or a thousand times larger,
-            on some of them only: since then, something has written to them.
-        nonfinite_weights: Whether any rank reported nonfinite weights since the step before.
-        nonfinite_buffers: Whether the forward passes of any rank left nonfinite buffers.
-        lost_before: Whether any rank was served a batch that this run, before it was resumed, had lost.
-    """
-
-    optimizer_index: int
-    loss: float
-    nonfinite_losses: int
-    total_norm: float
-    is_dead: bool
-    ranks_disagree: bool
-    nonfinite_weights: bool
-    nonfinite_buffers: bool
-    lost_before: bool
 
 
 @dataclass
@@ -63,8 +32,9 @@ class Step:
         optimizer_index: Its position in `trainer.optimizers`.
         gradients: Measured before anybody wrote.
         loss: Mean loss of the step, a scalar on the device.
-        total_norms: Total norm by `norm_type`, for every type that a callback declared.
         tensor_norms: Norm of each gradient by `norm_type`.
+        weight_norms: L2 norm of each weight before the step, if a callback asked for it.
+        is_matrix: Whether each parameter has two dimensions or more.
         is_judged: Whether somebody judges it, now or before the next step.
         measurement: The numbers on the host; `None` if nobody judges, or not before the next step.
         verdict: What every callback and rank goes by; `"accept"` while the judges wait.
@@ -77,6 +47,8 @@ class Step:
     gradients: Gradients
     loss: Tensor
     tensor_norms: Mapping[float, Tensor]
+    weight_norms: Tensor | None
+    is_matrix: Sequence[bool]
     is_judged: bool
     measurement: Measurement | None
     verdict: Verdict
@@ -96,6 +68,8 @@ class StepCallback(lightning_api.Callback):
 
     #: Norm types that the callback wants measured in addition to 2.
     norm_types: tuple[float, ...] = ()
+    #: Whether the callback wants the norms of single units.
+    wants_units: bool = False
     #: Whether `judge` is content to be asked one step late: then nobody waits for the device.
     judges_late: bool = False
     #: What tells two instances apart in a checkpoint.
@@ -113,6 +87,10 @@ class StepCallback(lightning_api.Callback):
             if suite_of(trainer).has(self):  # an exception ended the fit before, without a teardown
                 del _suites[trainer]
             suite_of(trainer).join(self)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Learn how the strategy has spread the parameters, which it has by now."""
+        suite_of(trainer).layout = Layout(lightning_api.flat_shards(trainer))
 
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
         """Remember the loss for the step that it leads to."""
@@ -149,6 +127,10 @@ class StepCallback(lightning_api.Callback):
         """What the callback says of a step. Pure, and asked only of callbacks that override it."""
         raise NotImplementedError
 
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Let nothing wait for a step that does not come."""
+        suite_of(trainer).deliver()
+
     def on_late_verdict(
         self,
         trainer: pl.Trainer,
@@ -165,6 +147,10 @@ class StepCallback(lightning_api.Callback):
             verdict: On the step before, which has taken place meanwhile. If it is `"drop"`, a step that is
                 about to be measured does not take place either: its gradients were taken at sick weights.
         """
+
+    def wants_weight_norms(self, trainer: pl.Trainer) -> bool:
+        """Whether the step about to be measured is to be measured for its weights as well."""
+        return False
 
     def on_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, step: Step) -> None:
         """The callback's turn: the step is measured and judged, the optimizer has not stepped."""
@@ -184,6 +170,7 @@ class Suite:
         serves_lost_batch: Set by whoever knows the batch, until a step was made with it; rides along as well.
         judges_at_once: Set, on all ranks alike, where the next step is not to be judged late.
         has_stepped: Whether an optimizer stepped in the running batch; not so while gradients accumulate.
+        layout: How the parameters are spread over ranks.
     """
 
     def __init__(self) -> None:
@@ -193,14 +180,15 @@ class Suite:
         self.serves_lost_batch = False
         self.judges_at_once = False
         self.has_stepped = False
-        self._unread: _OnItsWay | None = None
+        self.layout = Layout({})
+        self._unread: tuple[Numbers, int] | None = None
+        self._carried: list[tuple[Tensor, Callable[[Tensor], None]]] = []
         self._members: list[StepCallback] = []
         self._judges: list[StepCallback] = []
         self._norm_types: tuple[float, ...] = (2.0,)
         self._open: dict[int, tuple[Step, set[int]]] = {}
         self._departed: set[int] = set()
         self._losses: list[Tensor] = []
-        self._layers: dict[tuple[bool, ...], Tensor] = {}
         self._names: tuple[int, dict[nn.Parameter, str]] = (0, {})
 
     def has(self, member: StepCallback) -> bool:
@@ -261,7 +249,8 @@ class Suite:
         unread, self._unread = self._unread, None
         if unread is None:
             return "accept"
-        measurement = unread.read()
+        numbers, index = unread
+        measurement = numbers.read(index)
         verdict = self._ask(trainer, measurement)
         if verdict == "drop":  # what was seen since then was seen of what is undone now
             self._losses = []
@@ -285,62 +274,80 @@ class Suite:
         losses, self._losses = self._losses, []
         if self.settle(trainer, pl_module) == "drop":
             return None
-        named = norms.with_gradient(self._named_parameters(pl_module, optimizer))
+        named = self.layout.measured(self._named_parameters(pl_module, optimizer))
         if not named and not losses:
             return None
-        tensors = [parameter.grad for _, parameter in named if parameter.grad is not None]
-        device = tensors[0].device if tensors else pl_module.device
-        sums = {p: norms.power_sums(tensors, p) for p in self._norm_types}
-        loss = torch.stack([loss.double() for loss in losses]) if losses else None
-        alive = self._is_alive(named, sums[2.0])
-        flags = (self.nonfinite_weights, self.nonfinite_buffers, self.serves_lost_batch, alive)
-        head = _head(loss, flags, device)
-        self.nonfinite_weights = self.nonfinite_buffers = None
-        if lightning_api.gradients_are_scaled(trainer, optimizer):
-            scaler = lightning_api.gradient_scaler(trainer)
-            scale = scaler.get_scale() if scaler else 1.0
-            sums = {p: s / (scale if p == torch.inf else scale**p) for p, s in sums.items()}
-        head, sums, total_norms = _reduce(head, sums, tensors)
-        tensor_norms = {p: norms.norms_from_power_sums(s, p) for p, s in sums.items()}
-        gradients = Gradients(
-            names=tuple(name for name, _ in named),
-            parameters=tuple(parameter for _, parameter in named),
-            tensors=tuple(tensors),
-            norms=tensor_norms[2.0],
-            total_norm=norms.total_norm_from_norms(tensor_norms[2.0]),
+        parameters = [parameter for _, parameter in named]
+        distributed.complete_gradients(parameters)
+        carried, self._carried = self._carried, []
+        device = parameters[0].device if parameters else pl_module.device
+        seen = measure(
+            named,
+            losses,
+            (self.nonfinite_weights, self.nonfinite_buffers, self.serves_lost_batch),
+            wanted=Wanted(
+                norm_types=self._norm_types,
+                weights=any(member.wants_weight_norms(trainer) for member in self._members),
+                units=any(member.wants_units for member in self._members),
+                loss_scale=lightning_api.scale_of_gradients(trainer, optimizer),
+            ),
+            layout=self.layout,
+            carried=torch.cat([torch.zeros(0, dtype=torch.float64, device=device), *(c for c, _ in carried)]),
         )
-        mean_loss = head[0] / head[1]
+        self.nonfinite_weights = self.nonfinite_buffers = None
+        self._hand_out(carried, seen.carried)
         index = next((i for i, o in enumerate(trainer.optimizers) if o is optimizer), 0)
         repeats = lightning_api.calls_closure_repeatedly(optimizer)
         measurement: Measurement | None = None
         verdict: Verdict = "accept"
         if self._judges:
-            numbers = _OnItsWay(index, head, mean_loss, total_norms)
             # a GradScaler and a closure that is called repeatedly wait for the device anyway
             waits = repeats or lightning_api.gradient_scaler(trainer) is not None or self.judges_at_once
             if waits or not all(judge.judges_late for judge in self._judges):
-                measurement = numbers.read()
+                measurement = seen.numbers.read(index)
                 verdict = self._ask(trainer, measurement)
             else:
-                self._unread = numbers
+                self._unread = (seen.numbers, index)
         return Step(
             optimizer=optimizer,
             optimizer_index=index,
-            gradients=gradients,
-            loss=mean_loss,
-            tensor_norms=tensor_norms,
+            gradients=seen.gradients,
+            loss=seen.mean_loss,
+            tensor_norms=seen.tensor_norms,
+            weight_norms=seen.weight_norms,
+            is_matrix=[self.layout.is_matrix(parameter) for parameter in parameters],
             is_judged=bool(self._judges),
             measurement=measurement,
             verdict=verdict,
             inside_closure=repeats,
         )
 
-    def _is_alive(self, named: Sequence[tuple[str, nn.Parameter]], power_sums: Tensor) -> Tensor:
-        """Whether any weight of two dimensions or more gets a gradient here; a flag on the device."""
-        layers = tuple(parameter.ndim > 1 for _, parameter in named)
-        if layers not in self._layers:
-            self._layers = {layers: torch.tensor(layers, dtype=torch.bool, device=power_sums.device)}
-        return ((power_sums != 0) & self._layers[layers]).any()
+    def add_over_shards(
+        self, sums: Tensor, parameters: Sequence[Tensor], then: Callable[[Tensor], None]
+    ) -> None:
+        """Have sums over local shards added up: with the next step's collective, or at once if none are cut.
+
+        Args:
+            sums: By parameter, shape `(n,)`, float64.
+            parameters: The parameters.
+            then: Called with the sums over all shards.
+        """
+        if self.layout.is_cut(parameters):
+            self._carried.append((sums * self.layout.shares(parameters, sums.device), then))
+        else:
+            then(sums)
+
+    def deliver(self) -> None:
+        """Add up what still waits for a step, which does not come."""
+        carried, self._carried = self._carried, []
+        if carried:
+            self._hand_out(carried, distributed.sum_over_ranks(torch.cat([sums for sums, _ in carried])))
+
+    def _hand_out(self, carried: Sequence[tuple[Tensor, Callable[[Tensor], None]]], total: Tensor) -> None:
+        for (_, then), part in zip(
+            carried, torch.split(total, [len(sums) for sums, _ in carried]), strict=True
+        ):
+            then(part)
 
     def _named_parameters(
         self, pl_module: pl.LightningModule, optimizer: Optimizer
@@ -355,19 +362,25 @@ class Report:
     """Numbers of one batch on their way to people: gathered on the device, moved to the host once."""
 
     def __init__(self) -> None:
-        self._parts: list[tuple[Tensor, Callable[[list[float]], Mapping[str, float]]]] = []
+        self._parts: list[tuple[Tensor, Callable[[list[float]], Mapping[str, float]], int | None]] = []
         self._scalars: dict[str, float] = {}
         self._totals: dict[str, float] = {}
 
-    def add(self, values: Tensor, to_scalars: Callable[[list[float]], Mapping[str, float]]) -> None:
-        """Take in values to be logged at this step.
+    def add(
+        self,
+        values: Tensor,
+        to_scalars: Callable[[list[float]], Mapping[str, float]],
+        step: int | None = None,
+    ) -> None:
+        """Take in values to be logged.
 
         Args:
             values: Shape `(n,)`, on any device.
             to_scalars: Gets the values on the host and returns the scalars to log; it may look at them
                 for symptoms on the way.
+            step: Where on the loggers' axis; the running step if `None`.
         """
-        self._parts.append((values.detach().double(), to_scalars))
+        self._parts.append((values.detach().double(), to_scalars, step))
 
     def add_scalars(self, scalars: Mapping[str, float]) -> None:
         """Take in scalars that are on the host already."""
@@ -380,17 +393,21 @@ class Report:
     def send(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Move everything to the host in one transfer and hand it to the loggers."""
         parts, self._parts = self._parts, []
-        scalars, self._scalars = self._scalars, {}
+        now = lightning_api.batches_that_stepped(trainer)
+        by_step: dict[int, dict[str, float]] = defaultdict(dict)
         if parts:
             device = pl_module.device
-            host = torch.cat([values.to(device) for values, _ in parts]).tolist()
+            host = torch.cat([values.to(device) for values, _, _ in parts]).tolist()
             start = 0
-            for values, to_scalars in parts:
-                scalars.update(to_scalars(host[start : start + len(values)]))
+            for values, to_scalars, step in parts:
+                scalars = to_scalars(host[start : start + len(values)])
+                by_step[now if step is None else step].update(scalars)
                 start += len(values)
-        if scalars:
-            step = lightning_api.batches_that_stepped(trainer)
-            reporting.log_scalars(trainer, scalars, step)
+        by_step[now].update(self._scalars)
+        self._scalars = {}
+        for step, scalars in sorted(by_step.items()):
+            if scalars:
+                reporting.log_scalars(trainer, scalars, step)
         totals, self._totals = self._totals, {}
         reporting.publish_metrics(pl_module, totals)
 
@@ -431,80 +448,3 @@ def matching(names: Iterable[str], patterns: Iterable[str]) -> list[str]:
     """
     patterns = list(patterns)
     return [name for name in names if any(name.startswith(f"{p}.") or fnmatchcase(name, p) for p in patterns)]
-
-
-def _head(loss: Tensor | None, flags: Sequence[Tensor | bool | None], device: torch.device) -> Tensor:
-    """The part of the packed vector that every rank adds to: finite losses, their number; flags."""
-    head = torch.zeros(3 + len(flags), dtype=torch.float64, device=device)
-    if loss is not None:
-        loss = loss.to(device)
-        finite = torch.isfinite(loss)
-        head[:3] = torch.stack([torch.where(finite, loss, 0.0).sum(), finite.sum(), (~finite).sum()])
-    for place, flag in enumerate(flags, 3):
-        if isinstance(flag, Tensor) or flag:
-            head[place] = flag
-    return head
-
-
-def _reduce(
-    head: Tensor, sums: dict[float, Tensor], tensors: Sequence[Tensor]
-) -> tuple[Tensor, dict[float, Tensor], Tensor]:
-    """The step's one collective: the head, and what ranks have to tell each other about gradients.
-
-    Returns:
-        The head; the power sums; and the total norm by rank, of shape `(world_size,)`, or `(1,)` where all
-        ranks together have one.
-    """
-    ranks = distributed.world_size()
-    own = norms.total_norm_from_norms(norms.norms_from_power_sums(sums[2.0]))
-    if ranks == 1:
-        return head, sums, own.view(1)
-    if not distributed.is_sharded(tensors):
-        total_norms = head.new_zeros(ranks)
-        total_norms[distributed.rank()] = own
-        packed = distributed.sum_over_ranks(torch.cat([head, total_norms]))
-        return packed[: len(head)], sums, packed[len(head) :]
-    if torch.inf in sums:
-        raise ValueError("norm_type=inf is not supported for sharded parameters; use 2.0")
-    counted = torch.tensor([distributed.counts_here(t) for t in tensors], device=head.device)
-    parts = [torch.where(counted, values, 0.0) for values in sums.values()]
-    packed = distributed.sum_over_ranks(torch.cat([head, *parts]))
-    rows = packed[len(head) :].view(len(sums), -1)
-    sums = dict(zip(sums, rows, strict=True))
-    total = norms.total_norm_from_norms(norms.norms_from_power_sums(sums[2.0]))
-    return packed[: len(head)], sums, total.view(1)
-
-
-class _OnItsWay:
-    """One step's numbers between the device and the host."""
-
-    def __init__(self, index: int, head: Tensor, mean_loss: Tensor, total_norms: Tensor) -> None:
-        self._index = index
-        packed = torch.cat([head, mean_loss.view(1), total_norms])
-        self._there: torch.cuda.Event | None = None
-        if packed.is_cuda:
-            self._numbers = torch.empty_like(packed, device="cpu", pin_memory=True)
-            self._numbers.copy_(packed, non_blocking=True)
-            self._there = torch.cuda.current_stream(packed.device).record_event()
-        else:
-            self._numbers = packed
-
-    def read(self) -> Measurement:
-        """Wait for the numbers: the step's one host synchronization."""
-        if self._there is not None:
-            self._there.synchronize()
-        _, _, losses, weights, buffers, lost, alive, loss, *total_norms = self._numbers.tolist()
-        finite = [norm for norm in total_norms if math.isfinite(norm)]
-        sick = next((norm for norm in total_norms if not math.isfinite(norm)), None)
-        differ = bool(finite) and (sick is not None or max(finite) > DISAGREEMENT * min(finite))
-        return Measurement(
-            optimizer_index=self._index,
-            loss=loss,
-            nonfinite_losses=int(losses),
-            total_norm=max(total_norms) if sick is None else sick,
-            is_dead=not alive and bool(finite) and max(finite) > 0,
-            ranks_disagree=differ,
-            nonfinite_weights=bool(weights),
-            nonfinite_buffers=bool(buffers),
-            lost_before=bool(lost),
-        )

@@ -1,0 +1,13 @@
+"""What the tests of the runtime stand on."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.runtime.strategies_page import StrategiesPage
+
+
+@pytest.fixture
+def strategies_page(request: pytest.FixtureRequest) -> StrategiesPage:
+    """The table of docs/strategies.md."""
+    return StrategiesPage(is_written=request.config.getoption("--write-strategies"))

@@ -1,0 +1,40 @@
+"""The table of docs/strategies.md: written from what the tests saw, and held to it by them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+PAGE = Path(__file__).parents[2] / "docs" / "strategies.md"
+FEATURES = ("monitor", "clip", "skip", "rollback", "backoff", "check")
+
+
+class StrategiesPage:
+    """The page, to compare with, or to write.
+
+    Args:
+        is_written: Whether lines are put into the page instead of looked for.
+    """
+
+    def __init__(self, is_written: bool) -> None:
+        self.is_written = is_written
+
+    def has(self, strategy: str, precision: str, outcome: Sequence[bool] | str) -> None:
+        """The page tells this of a strategy.
+
+        Args:
+            strategy: First column.
+            precision: Second column.
+            outcome: Whether each feature was proven; or what is to be said instead, of all of them.
+        """
+        cells = [outcome] * 6 if isinstance(outcome, str) else ["proven" if p else "idle" for p in outcome]
+        start = f"| {strategy} | {precision} |"
+        line = " ".join([start, *(f"{cell} |" for cell in cells)])
+        lines = PAGE.read_text().splitlines()
+        if not self.is_written:
+            assert line in lines, f"docs/strategies.md does not say (`make strategies` writes it):\n{line}"
+            return
+        rule = next(i for i, text in enumerate(lines) if text.startswith("|---")) + 1
+        end = next(i for i in range(rule, len(lines)) if not lines[i].startswith("|"))
+        rows = sorted({*(text for text in lines[rule:end] if not text.startswith(start)), line})
+        PAGE.write_text("\n".join([*lines[:rule], *rows, *lines[end:], ""]))
