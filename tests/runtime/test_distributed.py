@@ -1,16 +1,15 @@
-"""Two processes: a NaN on one rank gives the same skips, rollbacks, scales and weights on both."""
+"""Two processes: what one rank alone sees gives the same skips, rollbacks, scales and weights on both."""
 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+
+from tests.runtime.launching import launch
 
 SCRIPT = '''
 import sys
@@ -90,96 +89,11 @@ if __name__ == "__main__":
 '''
 
 
-SHARDED = """
-import sys
-from pathlib import Path
-
-import pytorch_lightning as pl
-import torch
-import torch.distributed as dist
-from pytorch_lightning.strategies import ModelParallelStrategy
-from torch import nn
-from torch.distributed.fsdp import fully_shard
-
-from lightning_gradguard import NaNRollback, default_callbacks
-from tests.tasks import Classifier, batches, plain_loader, poisoned
-
-
-class Uneven(Classifier):
-    \"\"\"One layer has a single row: its second shard is empty.\"\"\"
-
-    def __init__(self, sharded):
-        super().__init__("adam")
-        self.sharded = sharded
-        self.net = nn.Sequential(nn.Linear(20, 64), nn.ReLU(), nn.Linear(64, 1), nn.Linear(1, 4))
-
-    def configure_model(self):
-        if self.sharded:
-            for layer in self.net[::2]:
-                fully_shard(layer, mesh=self.device_mesh["data_parallel"])
-            fully_shard(self.net, mesh=self.device_mesh["data_parallel"])
-
-    def train_dataloader(self):
-        data = batches(40, seed=dist.get_rank())
-        if dist.get_rank() == 1:
-            data = poisoned(data, nan=[4, 11, 12, 13, 14, 30], spikes=[8])
-        return plain_loader(data)
-
-
-def main(folder, strategy):
-    torch.set_num_threads(1)
-    sharded = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
-    suite = default_callbacks(nan_rollback=NaNRollback(snapshot_every_n_steps=5, incident_dir=str(folder)))
-    trainer = pl.Trainer(
-        accelerator="cpu", devices=2, strategy=sharded if strategy == "sharded" else "ddp", max_epochs=1,
-        logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-        callbacks=suite, use_distributed_sampler=False, log_every_n_steps=5,
-    )
-    module = Uneven(strategy == "sharded")
-    trainer.fit(module)
-    weights = [getattr(p.detach(), "full_tensor", p.detach)() for p in module.parameters()]
-    torch.save(
-        {
-            "weights": [w.clone() for w in weights],
-            "counts": [suite[2].skips, suite[2].rollbacks, suite[4].scale],
-            "total": trainer.callback_metrics["grad_norm/total"],
-        },
-        Path(folder) / f"rank{trainer.global_rank}.pt",
-    )
-    dist.barrier()  # who leaves early takes the connection away from the other
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2])
-"""
-
-
 def run(tmp_path: Path, *arguments: str, source: str = SCRIPT) -> list[dict[str, Any]]:
     script = tmp_path / "train.py"
     script.write_text(source)
-    root = str(Path(__file__).parents[2])
-    environment = {**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    result = subprocess.run(
-        [sys.executable, str(script), str(tmp_path), *arguments],
-        env=environment,
-        timeout=120,
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
+    launch([str(script), str(tmp_path), *arguments])
     return [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2)]
-
-
-def test_sharded_parameters_give_the_numbers_and_decisions_of_ddp(tmp_path: Path) -> None:
-    results = [run(tmp_path, strategy, source=SHARDED) for strategy in ("ddp", "sharded")]
-    expected = results[0][0]
-    assert expected["counts"][:2] == [6, 1]
-    for result in (*results[0], *results[1]):
-        assert result["counts"] == expected["counts"]
-        torch.testing.assert_close(result["total"], expected["total"], rtol=1e-5, atol=0)
-        for one, two in zip(result["weights"], expected["weights"], strict=True):
-            torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize(("optimizer", "on_failure"), [("sgd", "warn"), ("adam", "repair")])
@@ -305,3 +219,55 @@ dist.destroy_process_group()
 def test_ranks_that_see_different_things_do_the_same(tmp_path: Path) -> None:
     first, second = run(tmp_path, source=GATHERS)
     assert first["counts"] == second["counts"] == [1, 0, 15]
+
+
+SPAWNED = """
+import sys
+from pathlib import Path
+
+import pytorch_lightning as pl
+import torch
+import torch.distributed as dist
+
+from lightning_gradguard import NaNRollback, default_callbacks
+from tests.tasks import Classifier, batches, plain_loader, poisoned
+
+
+class Sharded(Classifier):
+    def train_dataloader(self):
+        data = batches(30, seed=dist.get_rank())
+        return plain_loader(poisoned(data, nan=[4, 11, 12, 13]) if dist.get_rank() == 1 else data)
+
+
+class Save(pl.Callback):
+    def on_train_end(self, trainer, module):
+        rollback = trainer.callbacks[2]
+        weights = [p.detach() for p in module.parameters()]
+        counts = [rollback.skips, rollback.rollbacks]
+        file = Path(sys.argv[1]) / f"rank{trainer.global_rank}.pt"
+        torch.save({"weights": weights, "counts": counts}, file)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    suite = default_callbacks(nan_rollback=NaNRollback(incident_dir=sys.argv[1]))
+    assert isinstance(suite[2], NaNRollback)
+    trainer = pl.Trainer(
+        accelerator="cpu", devices=2, strategy="ddp_spawn", max_epochs=1, logger=False,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        use_distributed_sampler=False, callbacks=[*suite, Save()],
+    )
+    trainer.fit(Sharded("adam"))
+"""
+
+
+def test_spawned_processes(tmp_path: Path) -> None:
+    first, second = run(tmp_path, source=SPAWNED)
+    assert first["counts"] == second["counts"] == [4, 1]
+    for one, other in zip(first["weights"], second["weights"], strict=True):
+        assert torch.equal(one, other)
+
+
+def test_what_hangs_is_ended_and_shows_what_it_said() -> None:
+    with pytest.raises(AssertionError, match=r"(?s)still running after 3 seconds.*here I am"):
+        launch(["-c", "import time; print('here I am', flush=True); time.sleep(60)"], patience=3)

@@ -98,6 +98,22 @@ def test_numbers_and_decisions_are_those_of_one_process(
         strategies_page.has(group, precision, [feature in features for feature in FEATURES])
 
 
+def test_watching_changes_nothing(tmp_path: Path) -> None:
+    strategies = ("FSDP2", "tensor parallel")
+    members = [
+        Cell(s, p, callbacks=c) for s in strategies for p in ("64", "32") for c in ("watching", "none")
+    ]
+    torch.save(members, tmp_path / "cells.pt")
+    launch_on(2, "tests.runtime.cells", str(tmp_path), patience=240)
+    runs = [[load(tmp_path / f"{i}.{rank}.pt") for rank in range(2)] for i in range(len(members))]
+    for watched, bare in zip(runs[::2], runs[1::2], strict=True):
+        for one, other in zip(watched, bare, strict=True):
+            assert "grad_norm/total" in one.scalars
+            assert other.scalars == {}
+            assert all(bool(torch.isfinite(weight).all()) for weight in one.weights.values())
+            assert all(torch.equal(weight, other.weights[name]) for name, weight in one.weights.items())
+
+
 def load(path: Path) -> Seen:
     return Seen(**torch.load(path, weights_only=False))
 

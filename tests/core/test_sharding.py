@@ -1,0 +1,82 @@
+"""Every element of a sharded tensor is counted once, and every unit has a place of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from lightning_gradguard.core.norms import Gradients, scale_gradients_, unit_power_sums, unitwise_norm
+from lightning_gradguard.core.sharding import local_shard, share, unit_places
+
+MESH = (2, 3)
+WORLD_SIZE = 6
+placements = st.sampled_from([Shard(0), Shard(1), Replicate()])
+layouts = st.tuples(placements, placements)
+shapes = st.tuples(st.integers(1, 13), st.integers(1, 7))
+
+
+@pytest.fixture(autouse=True)
+def _no_group_stays() -> Iterator[None]:
+    yield
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def shards(tensor: Tensor, layout: Sequence[Shard | Replicate]) -> Iterator[DTensor]:
+    """What each rank holds, one after the other, in a group that exists in name only."""
+    for rank in range(WORLD_SIZE):
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        dist.init_process_group("fake", rank=rank, world_size=WORLD_SIZE, store=FakeStore())
+        mesh = init_device_mesh("cpu", MESH)
+        yield distribute_tensor(tensor, mesh, list(layout), src_data_rank=None)
+
+
+@given(shape=shapes, layout=layouts)
+def test_shares_count_every_element_once(shape: tuple[int, int], layout: Sequence[Shard | Replicate]) -> None:
+    tensor = torch.rand(shape, dtype=torch.float64)
+    total = sum(float(local_shard(s).sum()) * share(s, WORLD_SIZE) for s in shards(tensor, layout))
+    assert total == pytest.approx(float(tensor.sum()))
+
+
+@given(shape=shapes, layout=layouts)
+def test_units_that_are_cut_add_up_in_one_place(
+    shape: tuple[int, int], layout: Sequence[Shard | Replicate]
+) -> None:
+    tensor = torch.rand(shape, dtype=torch.float64) + 0.1
+    sums: Tensor = sum(unit_power_sums(s) * share(s, WORLD_SIZE) for s in shards(tensor, layout))  # type: ignore[assignment]
+    expected = unitwise_norm(tensor).view(-1)
+    assert len(sums) >= shape[0]
+    torch.testing.assert_close(sums.sqrt()[sums > 0].sort().values, expected.sort().values)
+
+
+@given(shape=shapes, layout=layouts)
+def test_a_unit_is_scaled_by_the_coefficient_at_its_place(
+    shape: tuple[int, int], layout: Sequence[Shard | Replicate]
+) -> None:
+    rows = torch.arange(1.0, shape[0] + 1).view(-1, 1).expand(shape).contiguous()
+    for shard in shards(rows, layout):
+        places, start = unit_places(shard)
+        here = local_shard(shard)
+        # what is at a place tells which row that is
+        coefficient = torch.zeros(places, 1)
+        coefficient[start : start + len(here)] = here[:, :1] if here.shape[1] else 0.0
+        gradients = Gradients(("w",), (shard,), (shard,), torch.ones(1), torch.ones(()))
+        expected = here**2
+        scale_gradients_(gradients, [coefficient])
+        torch.testing.assert_close(local_shard(shard), expected)
+
+
+def test_a_vector_is_one_unit_however_it_is_cut() -> None:
+    vector = torch.rand(5, dtype=torch.float64)
+    sums = [unit_power_sums(s) * share(s, WORLD_SIZE) for s in shards(vector, (Shard(0), Replicate()))]
+    torch.testing.assert_close(sum(sums), vector.square().sum().view(1))
