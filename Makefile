@@ -1,8 +1,10 @@
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+OLDEST := .venv-oldest
+OLDEST_STAMP := $(OLDEST)/.installed
 
-.PHONY: install demo test check faults
+.PHONY: install demo test test-oldest check strategies faults
 
 install: $(STAMP)
 
@@ -17,10 +19,22 @@ demo: install
 test: install
 	$(BIN)/python -m pytest -n 2 --dist worksteal -q
 
+# Lightning, and what else is a dependency, as old as pyproject.toml allows
+$(OLDEST_STAMP): pyproject.toml constraints-oldest.txt
+	test -x $(OLDEST)/bin/python || python3 -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-oldest.txt -e ".[dev]"
+	touch $(OLDEST_STAMP)
+
+test-oldest: $(OLDEST_STAMP)
+	$(OLDEST)/bin/python -m pytest -n 2 --dist worksteal -q
+
 check: install
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+
+strategies: install
+	$(BIN)/python -m pytest -q tests/runtime/test_strategies.py --write-strategies
 
 faults: install
 	$(BIN)/python -m benchmarks.faults

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import logging
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
-import pytorch_lightning as pl
 import torch
 from hypothesis import settings
 from packaging.version import Version
@@ -23,7 +23,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave out tests of what the installed Lightning does not have yet."""
-    here = Version(pl.__version__)
+    here = Version(version("pytorch-lightning"))
     left_out = [i for i in items if any(Version(m.args[0]) > here for m in i.iter_markers("lightning"))]
     config.hook.pytest_deselected(items=left_out)
     items[:] = [item for item in items if item not in left_out]

@@ -6,15 +6,22 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from lightning_gradguard.core.snapshots import Snapshot
+
 Batch = tuple[Tensor, Tensor]
 OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "sgd": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9),
+    "sgd fused": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9, fused=True),
+    "sgd, tensor rate": lambda p: torch.optim.SGD(p, lr=torch.tensor(0.05), momentum=0.9),
     "adam": lambda p: torch.optim.Adam(p, lr=3e-3),
+    "adam fused": lambda p: torch.optim.Adam(p, lr=3e-3, fused=True),
+    "adam fused, tensor rate": lambda p: torch.optim.Adam(p, lr=torch.tensor(3e-3), fused=True),
     "adamw fused": lambda p: torch.optim.AdamW(p, lr=3e-3, fused=True),
     "rmsprop": lambda p: torch.optim.RMSprop(p, lr=1e-3),
     "adagrad": lambda p: torch.optim.Adagrad(p, lr=1e-2),
@@ -127,6 +134,51 @@ def fit(
     held_out = None if validation is None else plain_loader(validation)
     trainer.fit(module, loader or plain_loader(data), held_out, ckpt_path=ckpt_path)
     return trainer
+
+
+class LateStream:
+    """The side stream of a GPU at its slowest: copies are made when somebody waits for them."""
+
+    device = "cpu"
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[list[Tensor], list[Tensor]]] = []
+
+    def synchronize(self) -> None:
+        for targets, sources in self.asked:
+            torch._foreach_copy_(targets, sources)
+        self.asked.clear()
+
+
+def copy_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let snapshots be copied as late as a GPU may copy them."""
+    copy_out = Snapshot._copy_out
+
+    def late(snapshot: Any, targets: list[Tensor], sources: list[Tensor]) -> None:
+        if snapshot._device == "same":
+            copy_out(snapshot, targets, sources)
+            return
+        snapshot._stream = snapshot._stream or LateStream()
+        snapshot._stream.asked.append((targets, sources))
+
+    class Current:
+        def wait_stream(self, other: LateStream) -> None:
+            other.synchronize()
+
+    monkeypatch.setattr(Snapshot, "_copy_out", late)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Current())
+
+
+def exponential_averages() -> list[pl.Callback]:
+    """An average of weights beside the guard, where Lightning has one: it is new in 2.6."""
+    kind = getattr(pl.callbacks, "EMAWeightAveraging", None)
+    return [] if kind is None else [kind(decay=0.9)]
+
+
+def averaged(callbacks: Sequence[Any]) -> list[Tensor]:
+    """What those averages came to."""
+    models = [callback._average_model for callback in callbacks if hasattr(callback, "_average_model")]
+    return [tensor for model in models for tensor in weights(model)]
 
 
 def weights(module: nn.Module) -> list[Tensor]:

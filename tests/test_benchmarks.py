@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import faults, kills, rivals
+from benchmarks import faults, kills, rivals, scaling
 from benchmarks.fault_classes import FAULTS, TIMES
 from benchmarks.fault_injection import OF_DATA, flip, spoiled
 from benchmarks.fault_runs import Case, Outcome, play, quietly
@@ -75,3 +75,7 @@ def test_torn_files_are_seen(tmp_path: Path) -> None:
     (tmp_path / "a.ckpt").write_bytes(b"half of it")
     (tmp_path / "b.jsonl").write_text('{"kind": 1}\n{"ki')
     assert len(kills.torn(tmp_path)) == 2
+
+
+def test_the_page_on_many_gpus_says_what_the_suite_sends() -> None:
+    assert scaling.PAGE.read_text(encoding="utf-8") == scaling.page()

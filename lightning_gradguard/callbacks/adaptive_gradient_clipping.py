@@ -80,6 +80,8 @@ class AdaptiveGradientClipping(StepCallback):
         super().setup(trainer, pl_module, stage)
         if stage != "fit":
             return
+        if self.policy.by_unit:
+            lightning_api.refuse_flattened_parameters(trainer, type(self.policy).__name__)
         others = []
         if trainer.gradient_clip_val:
             others.append(f"Trainer(gradient_clip_val={trainer.gradient_clip_val})")
@@ -115,8 +117,9 @@ class AdaptiveGradientClipping(StepCallback):
         scale_gradients_(gradients, coefficients)
         policy.commit()
         smallest = _smallest(coefficients)
-        fraction = self._fractions.setdefault(step.optimizer_index, _mean(smallest.device))
-        fraction.update((smallest < 1).float())
+        if step.optimizer_index not in self._fractions:
+            self._fractions[step.optimizer_index] = _mean(smallest.device)
+        self._fractions[step.optimizer_index].update((smallest < 1).float())
         if is_logging_step(trainer):
             self._report(trainer, step, gradients, policy.threshold, coefficients)
 

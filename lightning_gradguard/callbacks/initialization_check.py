@@ -15,7 +15,8 @@ from lightning_gradguard.core.initialization import (
     Finding,
     InitializationError,
     check,
-    check_weights,
+    copied_units,
+    nonfinite_weights,
     repair,
     table,
 )
@@ -32,10 +33,12 @@ from lightning_gradguard.runtime.lightning_api import (
     allows_extra_pass,
     batches_that_stepped,
     flat_shards,
+    flattens_parameters,
     refuse_unsupported,
 )
 from lightning_gradguard.runtime.measuring import Layout, gradient_of, norms_over_shards
 from lightning_gradguard.runtime.replaying import silent, training_loss
+from lightning_gradguard.runtime.step import plain_name
 
 #: Optimizers that divide gradients by their size.
 SCALE_FREE = ("Ada", "Adam", "NAdam", "RAdam", "RMSprop", "Rprop", "Lion", "Muon")
@@ -121,7 +124,17 @@ class InitializationCheck(Callback):
         self._is_due = False
         if not (allows_extra_pass(trainer) and pl_module.automatic_optimization):
             self._looks_at_first_step = True
-            self._settle(trainer, pl_module, _agreed(check_weights(pl_module, whole))[0])
+            if self.on_failure == "repair":
+                reporting.say(
+                    trainer,
+                    f"gradguard: nothing is repaired under {type(trainer.strategy).__name__} or manual "
+                    "optimization; run InitializationCheck(on_failure='repair') on one device first.",
+                )
+            findings, _ = _agreed(nonfinite_weights(pl_module))
+            # FSDP1 cuts rows anywhere
+            if not findings and not flattens_parameters(trainer):
+                findings = copied_units(pl_module, whole)
+            self._settle(trainer, pl_module, findings)
             return
 
         def run_loss() -> Tensor:
@@ -152,7 +165,8 @@ class InitializationCheck(Callback):
             return
         self._looks_at_first_step = False
         layout = Layout(flat_shards(trainer))
-        named = [(n, p) for n, p in layout.measured(pl_module.named_parameters()) if layout.is_matrix(p)][:-1]
+        measured = layout.measured(pl_module.named_parameters())
+        named = [(plain_name(n), p) for n, p in measured if layout.is_matrix(p)][:-1]
         parameters = [p for _, p in named]
         complete_gradients(parameters)
         tensors = [*map(gradient_of, parameters), *(p.detach() for p in parameters)]

@@ -218,6 +218,7 @@ class NaNRollback(StepCallback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Remember what the forward passes of a step are about to change."""
+        lightning_api.let_go_of_whole_weights(trainer)
         self._batch = _Batch()
         self._batch_idx = batch_idx + self._told_short.get(trainer.current_epoch, 0)
         self._warn_of_unknown_averages(trainer)  # ahead of the first batch: a progress bar is there to say it
@@ -236,8 +237,9 @@ class NaNRollback(StepCallback):
         """Look at what the forward pass has left in buffers: the loss may be finite all the same."""
         super().on_before_backward(trainer, pl_module, loss)
         spoiled, suite = self._traces.spoiled(), suite_of(trainer)
-        earlier = suite.nonfinite_buffers
-        suite.nonfinite_buffers = spoiled if earlier is None else earlier | spoiled
+        if spoiled is not None:
+            earlier = suite.nonfinite_buffers
+            suite.nonfinite_buffers = spoiled if earlier is None else earlier | spoiled
 
     def judge(self, trainer: pl.Trainer, measurement: Measurement) -> Verdict:
         """A nonfinite step is never accepted."""
@@ -256,10 +258,10 @@ class NaNRollback(StepCallback):
             # by now every callback has had its chance to repair the weights that training starts from
             assert self._window.companions is not None
             self._way_back.capture_first(trainer, self._window.companions)
+        self._way_back.wait()
         if step.inside_closure:
             self._batch.first_closure = self._batch.first_closure or step
             return
-        self._way_back.wait()
         self._window_is_open = False
         if step.verdict == "drop":
             if (scaler := lightning_api.gradient_scaler(trainer)) is not None:
@@ -275,8 +277,7 @@ class NaNRollback(StepCallback):
         elif step.measurement is None:
             assert self._before is not None
             assert self._window.companions is not None
-            companions = self._window.companions
-            training_state.capture(trainer, self._before, companions, self._traces, is_forward_done=True)
+            training_state.capture(trainer, self._before, self._window.companions, self._traces)
             self._unjudged = self._lost_step(step)
             self._let_happen(trainer)
         else:
@@ -400,6 +401,7 @@ class NaNRollback(StepCallback):
 
     def _open_window(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._window_is_open = True
+        self._way_back.wait()  # the batch before may have made no step
         self._traces.keep()
         if self._way_back.capture_if_due(trainer):
             self._look_at_weights(trainer)

@@ -7,20 +7,20 @@ import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from importlib import import_module
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
 from jsonargparse import ArgumentParser
-from pytorch_lightning.loggers.logger import DummyLogger
-from pytorch_lightning.plugins.precision import MixedPrecision
 
-from lightning_gradguard.cli.user_module import RefusalError, build_module, one_line
+from lightning_gradguard.cli.user_module import RefusalError, build_module, named_class, one_line
 from lightning_gradguard.core.diagnosis import advice_for_cause
 from lightning_gradguard.core.forensics import Origin, grown_elements
 from lightning_gradguard.runtime import lightning_api
 from lightning_gradguard.runtime.dossiers import Dossier, DossierError, read_dossier
 from lightning_gradguard.runtime.replaying import ServedBatch, replay
+from lightning_gradguard.runtime.trees import tree_of
 
 _PRECISIONS = ("32-true", "64-true", "bf16-true", "16-true", "bf16-mixed", "16-mixed")
 
@@ -36,7 +36,7 @@ def main(arguments: Sequence[str]) -> None:
             the dossier or an argument is wrong.
     """
     if {"-h", "--help"} & set(arguments):
-        _parser().print_help()
+        _parser(pl.LightningModule).print_help()
         return
     try:
         dossier, module, weights, notes = _prepared(arguments)
@@ -118,7 +118,8 @@ def _prepared(arguments: Sequence[str]) -> tuple[Dossier, pl.LightningModule, Ma
         raise RefusalError(
             f"precision {dossier.precision!r} does not run on the CPU; these do: {', '.join(_PRECISIONS)}."
         )
-    options, module = build_module(_parser(), arguments, recorded=dossier.configuration.get("module", ""))
+    parser = _parser(tree_of(named_class(arguments)).LightningModule)
+    options, module = build_module(parser, arguments, recorded=dossier.configuration.get("module", ""))
     notes = [f"left out of the dossier: {part}" for part in dossier.left_out]
     weights: Mapping[str, Any] | None = dossier.weights
     if options.checkpoint is not None:
@@ -140,7 +141,7 @@ def _left_out(dossier: Dossier, part: str) -> str:
     return next((text for text in dossier.left_out if text.startswith(part)), f"{part} was left out")
 
 
-def _parser() -> ArgumentParser:
+def _parser(base: type) -> ArgumentParser:
     parser = ArgumentParser(
         prog="lightning-gradguard replay",
         description="Run the batch of a dossier again, on the CPU, and compare what is found.",
@@ -149,7 +150,7 @@ def _parser() -> ArgumentParser:
     parser.add_argument("dossier", help="folder incidents/<step> of a run, or dossier.pt within")
     parser.add_argument("--config", help="YAML file for `fit`; the `model` in it is read")
     parser.add_argument("--checkpoint", help="file with weights, instead of the dossier's")
-    parser.add_subclass_arguments(pl.LightningModule, "model", fail_untyped=False, required=True)
+    parser.add_subclass_arguments(base, "model", fail_untyped=False, required=True)
     return parser
 
 
@@ -168,17 +169,20 @@ def _weights_in(checkpoint: str) -> Mapping[str, Any]:
 
 def _trainer(dossier: Dossier, module: pl.LightningModule, weights: Mapping[str, Any]) -> pl.Trainer:
     """A Trainer that stands where the run's did, with the module in its hands."""
+    tree = tree_of(type(module))
     arguments: dict[str, Any] = {"precision": dossier.precision}
     if dossier.precision == "16-mixed":
         # Lightning has no float16 with a loss scale for the CPU, unless it is handed over like this
         scaler = torch.amp.GradScaler("cpu", init_scale=dossier.loss_scale)
-        arguments = {"plugins": [MixedPrecision("16-mixed", "cpu", scaler=scaler)]}
-    with warnings.catch_warnings(), _quiet("pytorch_lightning"):
+        precision = import_module(f"{tree.__name__}.plugins.precision")
+        arguments = {"plugins": [precision.MixedPrecision("16-mixed", "cpu", scaler=scaler)]}
+    logger = import_module(f"{tree.__name__}.loggers.logger")
+    with warnings.catch_warnings(), _quiet("pytorch_lightning"), _quiet("lightning.pytorch"):
         warnings.simplefilter("ignore")  # of an idle GPU, and the like
-        trainer = pl.Trainer(
+        trainer: pl.Trainer = tree.Trainer(
             accelerator="cpu",
             devices=1,
-            logger=DummyLogger(),  # takes whatever the user's step hands it
+            logger=logger.DummyLogger(),  # takes whatever the user's step hands it
             enable_checkpointing=False,
             enable_progress_bar=False,
             enable_model_summary=False,

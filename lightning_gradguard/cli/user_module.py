@@ -18,9 +18,29 @@ import pytorch_lightning as pl
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
+from lightning_gradguard.runtime.trees import tree_of
+
 
 class RefusalError(Exception):
     """What was typed is wrong; the message says what, and what to do, in a line."""
+
+
+def named_class(arguments: Sequence[str]) -> Any:
+    """The class that `--model`, or else the last `--config`, names; `None` if it is not to be had.
+
+    A parser has to know beforehand whether the class is one of `pytorch_lightning` or of `lightning`; what
+    is wrong with it, that parser tells better.
+    """
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--config", "-c", action="append", default=[])
+    first.add_argument("--model", default="")
+    options = first.parse_known_args(arguments)[0]
+    paths = [options.model, *map(_class_path_in, reversed(options.config))]
+    module, _, name = next(filter(None, paths), "").rpartition(".")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except Exception:  # the user's own code
+        return None
 
 
 def build_module(
@@ -56,10 +76,7 @@ def build_module(
     except RefusalError:
         raise
     except Exception as error:  # the user's own code
-        inner = re.search(r"Errors:\s*- (.*?)\s*- Expected a", str(error), re.S)
-        raise RefusalError(
-            f"the module could not be built: {one_line(inner[1] if inner else str(error))}"
-        ) from None
+        raise RefusalError(f"the module could not be built: {one_line(_inner(str(error)))}") from None
 
 
 def one_line(text: str) -> str:
@@ -73,23 +90,43 @@ def one_line(text: str) -> str:
     return line if len(line) <= 300 else line[:297] + "..."
 
 
-def _model_in(config: str) -> Any:
+def _class_path_in(config: str) -> str:
+    try:
+        model = _read_model(config)
+    except RefusalError:
+        return ""
+    return str(model.get("class_path", "") if isinstance(model, dict) else model or "")
+
+
+def _read_model(config: str) -> Any:
     """The part of a file for LightningCLI that names the module and its arguments."""
     try:
         content = yaml.safe_load(Path(config).read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise RefusalError(f"--config {config} cannot be read: {one_line(str(error))}") from None
     content = content if isinstance(content, dict) else {}
-    model = content.get("model", (content.get("fit") or {}).get("model"))
+    return content.get("model", (content.get("fit") or {}).get("model"))
+
+
+def _model_in(config: str) -> Any:
+    """That part, with a class in it."""
+    model = _read_model(config)
     if not isinstance(model, dict) or "class_path" not in model:
         raise RefusalError(f"--config {config} has no `model` with a `class_path`, as `fit` reads it.")
     return model
 
 
+def _inner(error: str) -> str:
+    """What jsonargparse has against the class, without what it has against there being none."""
+    found = re.search(r"Errors:(.*)Given value type", error, re.S)
+    told = found[1].replace("- Expected a <class 'NoneType'>", "") if found else error
+    return told.strip().removeprefix("- ")
+
+
 def _explained(error: str, recorded: str) -> str:
     """What jsonargparse tells in many lines, in one, with the nearest valid name."""
     hint = f" The run's module was {recorded}." if recorded else ""
-    if re.search(r'required: model|"model" is required', error):
+    if re.search(r"""required: model|["']model["'] is required""", error):
         return f"name the module with --model.{hint}"
     unknown = re.search(r"[Uu]nrecognized arguments: (--[\w.-]+)", error)
     if unknown is not None:
@@ -101,14 +138,14 @@ def _explained(error: str, recorded: str) -> str:
     path = given[1]
     if (problem := _problem_with(path)) is not None:
         return f"--model {path}: {problem}{hint}"
-    option = re.search(r"Option '(\w+)' is not accepted", error)
+    option = re.search(r"(?:Option|Key) '(\w+)' is not (?:accepted|expected)", error)
     if option is not None:
         module, _, name = path.rpartition(".")
         valid = tuple(inspect.signature(getattr(importlib.import_module(module), name)).parameters)
         near = _nearest(option[1], valid, "--model.") or f" There are: {', '.join(valid) or 'none'}."
         return f"--model.{option[1]}: {path} takes no such argument.{near}"
-    inner = re.search(r"given class_path '[^']+':\s*(.*?)\s*- Expected a <class 'NoneType'>", error, re.S)
-    return f"--model {path}: {one_line(inner[1] if inner else error)}"
+    inner = _inner(error).partition(f"given class_path '{path}':")[2]
+    return f"--model {path}: {one_line(inner or error)}"
 
 
 def _problem_with(path: str) -> str | None:
@@ -138,7 +175,7 @@ def _problem_with(path: str) -> str | None:
 
 
 def _is_lightning_module(value: Any) -> bool:
-    return isinstance(value, type) and issubclass(value, pl.LightningModule)
+    return isinstance(value, type) and issubclass(value, tree_of(value).LightningModule)
 
 
 def _nearest(name: str, known: Iterable[str], before: str = "") -> str:

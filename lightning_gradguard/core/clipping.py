@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_gradguard.core.norms import Gradients
+from lightning_gradguard.core.norms import Gradients, positions
 
 #: Kept out of divisions by a norm; the value that `torch.nn.utils.clip_grad_norm_` uses.
 EPS = 1e-6
@@ -334,7 +334,7 @@ class PerTensorClipping(ClippingPolicy):
         norms = gradients.norms
         self._make_room(gradients.names, norms)
         order = {name: i for i, name in enumerate(self._names)}
-        rows = torch.tensor([order[name] for name in gradients.names], device=norms.device)
+        rows = positions(tuple(order[name] for name in gradients.names), norms.device)
         seen, running = self._state["seen"][rows], self._state["norms"][rows]
         total = gradients.total_norm
         absolute = (self.max_norm / total.clamp(min=EPS)).clamp(max=1.0)

@@ -145,6 +145,8 @@ def grown_elements(named: Iterable[tuple[str, Tensor, Tensor]]) -> dict[str, int
         now = local_shard(now.detach())
         if now.is_floating_point() and now.numel():
             bound = GROWTH * max(float(before.abs().amax()), LEAST)
+            # one that the type cannot hold would become infinity, and let infinity pass
+            bound = min(bound, torch.finfo(now.dtype).max)
             count = int((~(now.abs() <= bound)).sum())
             if count:
                 found[name] = count

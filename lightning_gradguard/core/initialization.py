@@ -20,6 +20,7 @@ from lightning_gradguard.core.probing import (
     nothing_left_behind,
     probe,
 )
+from lightning_gradguard.core.sharding import local_shard
 
 Severity = Literal["info", "warn", "fail"]
 
@@ -105,33 +106,43 @@ def check(
     return sorted(findings, key=lambda f: order.index(f.severity)), _values(seen)
 
 
-def check_weights(
-    module: nn.Module, whole: Callable[[Tensor], Tensor] = lambda tensor: tensor
-) -> list[Finding]:
+def check_weights(module: nn.Module) -> list[Finding]:
     """What can be told without a batch: nonfinite weights, and units that are copies of each other.
 
     Args:
         module: The network.
-        whole: Puts together what ranks hold in parts.
     """
+    return nonfinite_weights(module) or copied_units(module)
+
+
+def nonfinite_weights(module: nn.Module) -> list[Finding]:
+    """The layers with weights that are nonfinite; with the local shards, where weights are sharded."""
     findings = []
     for name, parameter in module.named_parameters():
         owner, _, _ = name.rpartition(".")
-        finite = torch.isfinite(whole(parameter.detach()))
+        finite = torch.isfinite(local_shard(parameter.detach()))
         if not bool(finite.all()):
             share = 1 - float(finite.float().mean())
             cure = f"model.{owner}.reset_parameters()" if owner else f"model.{name} = ..."
             findings.append(Finding("nonfinite_weights", owner, share, "0", "fail", cure))
+    return findings
+
+
+def copied_units(
+    module: nn.Module, whole: Callable[[Tensor], Tensor] = lambda weight: weight
+) -> list[Finding]:
+    """The layers that have units with the same weights.
+
+    Args:
+        module: The network.
+        whole: Puts together the weight of a layer, of which ranks hold parts.
+    """
+    findings = []
     for name, layer in module.named_modules():
-        if not isinstance(layer, LAYERS) or findings:
+        if not isinstance(layer, LAYERS):
             continue
         weight = whole(layer.weight.detach())
-        if (
-            weight.ndim > 1
-            and weight.shape[0] > 1
-            and bool(weight.any())
-            and (copies := _equal_rows(weight)) > 0
-        ):
+        if bool(weight.any()) and (copies := _equal_rows(weight)) > 0:
             findings.append(Finding("symmetric_units", name, copies, "0", "fail", _cure(name, "relu")))
     return findings
 

@@ -6,6 +6,7 @@ import math
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
@@ -58,7 +59,7 @@ class Gradients:
         kept = [i for i, name in enumerate(self.names) if name not in names]
         if len(kept) == len(self.names):
             return self
-        norms = self.norms[torch.tensor(kept, dtype=torch.long, device=self.norms.device)]
+        norms = self.norms[positions(tuple(kept), self.norms.device)]
         return replace(
             self,
             names=tuple(self.names[i] for i in kept),
@@ -105,6 +106,12 @@ def measure_gradients(named_parameters: Iterable[tuple[str, nn.Parameter]]) -> G
     )
 
 
+@lru_cache(maxsize=256)
+def positions(indices: tuple[int, ...], device: torch.device) -> Tensor:
+    """Indices on a device. They are kept: each copy to a GPU would wait for it."""
+    return torch.tensor(indices, dtype=torch.long, device=device)
+
+
 def power_sums(tensors: Sequence[Tensor], norm_type: float = 2.0) -> Tensor:
     """Sum of `|x| ** norm_type` over each tensor, or the largest `|x|` for an infinite `norm_type`.
 
@@ -135,7 +142,7 @@ def power_sums(tensors: Sequence[Tensor], norm_type: float = 2.0) -> Tensor:
         chunks = [chunk for _, chunk in members]
         norms = torch.stack(torch._foreach_norm(chunks, norm_type, dtype=_accumulator(dtype, norm_type)))
         norms = norms.to(result.device, torch.float64)
-        owners = torch.tensor([index for index, _ in members], device=result.device)
+        owners = positions(tuple(index for index, _ in members), result.device)
         if norm_type == math.inf:
             result.scatter_reduce_(0, owners, norms, "amax")
         else:

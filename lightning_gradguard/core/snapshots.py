@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,10 +19,14 @@ from lightning_gradguard.core.sharding import local_shard
 
 
 def rng_state() -> dict[str, Any]:
-    """The state of every random number generator that training draws from."""
+    """The state of every random number generator that training draws from.
+
+    A GPU's generators are left out while nobody uses it: to ask for them would set up CUDA, and processes
+    that are forked later could not use it.
+    """
     return {
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],  # type: ignore[no-untyped-call]
         "numpy": np.random.get_state(),
         "python": random.getstate(),
     }
@@ -181,7 +185,7 @@ class Snapshot:
             optimizers: Their state is copied; it may still be empty.
             written: Frozen weights that are copied as well.
             copied: Take buffers and frozen weights from here, as `BufferCopies.saved` returns them, where a
-                forward pass has already written them.
+                forward pass has written them, or does before the copy is made.
         """
         live: dict[Any, Tensor] = {}
         kept = {*_optimized(optimizers), *written}
@@ -260,6 +264,8 @@ class Snapshot:
         Optimizer state grows by nature: as it was, it is taken to have been a tenth of what only corruption
         goes beyond.
         """
+        if self._stream is not None:
+            self._stream.synchronize()  # what is yielded may be read on the host
         names = {}
         for name, parameter in named:
             names[parameter] = name
@@ -405,29 +411,36 @@ class SnapshotRing:
             self._free.append(self._qualified.popleft())
 
 
-def any_nonfinite(tensors: Iterable[Tensor], largest: float = LARGEST) -> Tensor:
+def any_nonfinite(tensors: Iterable[Tensor], squares: Iterable[Tensor] = ()) -> Tensor:
     """Whether any element is nonfinite, or as good as; a flag of shape `()` that nobody has waited for.
+
+    It is on the device if any of the tensors is.
 
     Args:
         tensors: Those that are looked at; integers never are.
-        largest: Magnitudes beyond it are as good as nonfinite.
+        squares: More of them, whose elements may be squares.
 
     Example:
         >>> any_nonfinite([torch.ones(2), torch.tensor([1.0, torch.inf])])
         tensor(True)
     """
-    groups: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
-    for tensor in tensors:
-        local = local_shard(tensor.detach())
-        local = torch.view_as_real(local) if local.is_complex() else local
-        if local.is_floating_point() and local.numel():
-            groups.setdefault((local.device, local.dtype), []).append(local)
-    # the largest magnitude of each is nonfinite if any element is; few operations, however many tensors
-    magnitudes = [torch.stack(torch._foreach_norm(group, torch.inf)) for group in groups.values()]
-    flags = [(~(norms <= largest)).any() for norms in magnitudes]
-    if not flags:
-        return torch.tensor(False)
-    return torch.stack([flag.to(flags[0].device) for flag in flags]).any()
+    groups: dict[tuple[torch.device, torch.dtype, float], list[Tensor]] = defaultdict(list)
+    for some, largest in ((tensors, LARGEST), (squares, LARGEST**2)):
+        for tensor in some:
+            local = local_shard(tensor.detach())
+            local = torch.view_as_real(local) if local.is_complex() else local
+            if local.is_floating_point() and local.numel():
+                # a bound that the type cannot hold would become infinity, and let infinity pass
+                bound = min(largest, torch.finfo(local.dtype).max)
+                groups[local.device, local.dtype, bound].append(local)
+    device = next((device for device, *_ in groups if device.type != "cpu"), torch.device("cpu"))
+    found = torch.zeros((), dtype=torch.bool, device=device)
+    for (_, _, bound), group in groups.items():
+        # the largest magnitude of each is nonfinite if any element is; few operations, however many tensors
+        flag = (~(torch.stack(torch._foreach_norm(group, torch.inf)) <= bound)).any()
+        # one that is on the host goes along as a number, where a copy to the device would be waited for
+        found = found | (flag if flag.device.type == "cpu" else flag.to(device))
+    return found
 
 
 def _optimized(optimizers: Sequence[Optimizer]) -> set[Tensor]:
@@ -446,5 +459,11 @@ def _is_plain(value: Any) -> bool:
 
 
 def _copy(targets: list[Tensor], sources: list[Tensor]) -> None:
-    if targets:
-        torch._foreach_copy_(targets, sources)
+    groups: dict[Any, tuple[list[Tensor], list[Tensor]]] = defaultdict(lambda: ([], []))
+    for target, source in zip(targets, sources, strict=True):
+        group = groups[target.device, target.dtype, source.device, source.dtype]
+        group[0].append(target)
+        group[1].append(source)
+    # of different kinds in one list, torch would copy each by itself
+    for alike in groups.values():
+        torch._foreach_copy_(*alike)

@@ -1,97 +1,39 @@
-"""The only door to Lightning's package names and private attributes."""
+"""The only door to Lightning's private attributes."""
 
 from __future__ import annotations
 
-import logging
 import re
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import partial, wraps
-from importlib.abc import MetaPathFinder
-from importlib.machinery import ModuleSpec, PathFinder
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import pytorch_lightning as pl
 import torch
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.trainer.states import TrainerFn
-from pytorch_lightning.utilities.rank_zero import rank_zero_module  # type: ignore[attr-defined]
+from pytorch_lightning.utilities import rank_zero_warn
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, ShardingStrategy
 from torch.optim import LBFGS, Optimizer
 from torchmetrics import Metric
 
 from lightning_gradguard.core.sharding import FlatShard
+from lightning_gradguard.runtime.trees import callback_of_both
 
 if TYPE_CHECKING:
     from pytorch_lightning import Callback as Callback
 else:
-
-    class Callback(pl.Callback):
-        """Of `lightning` too, a second tree of the same classes, where that is loaded, now or later.
-
-        The command line of each tree accepts only its own callbacks.
-        """
-
-
-class _OtherTree(MetaPathFinder):
-    """Waits for `lightning`: loaded from here, it would take over what the Trainer says on the console."""
-
-    home = "lightning.pytorch.callbacks.callback"
-
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
-        if fullname != self.home:
-            return None
-        spec = PathFinder.find_spec(fullname, path)
-        assert spec is not None
-        assert spec.loader is not None
-        load = spec.loader.exec_module
-
-        def load_and_join(module: ModuleType) -> None:
-            load(module)
-            self.join(module)
-
-        spec.loader.exec_module = load_and_join  # type: ignore[method-assign]
-        return spec
-
-    def join(self, module: ModuleType) -> None:
-        Callback.__bases__ = (pl.Callback, module.Callback)
-
-
-if _OtherTree.home in sys.modules:
-    _OtherTree().join(sys.modules[_OtherTree.home])
-    # the tree that was loaded first is the user's, and so are the levels of its loggers
-    _first = next(name for name in sys.modules if name in {"lightning.pytorch", "pytorch_lightning"})
-    rank_zero_module.log = logging.getLogger(f"{_first}.utilities.rank_zero")
-else:
-    sys.meta_path.insert(0, _OtherTree())
+    Callback = callback_of_both()
 
 _AVERAGES = re.compile("EMA|SWA|Averag|Polyak")
+_NO_HOOKS = {pl.Callback.__module__, "lightning.pytorch.callbacks.callback"}
 REFUSED = {
     "DeepSpeedStrategy": (
         "its gradients and master weights live inside the engine; use strategy='ddp' or "
         "ModelParallelStrategy, or DeepSpeed's own `gradient_clipping`"
     ),
-    "FSDPStrategy": (
-        "flattened shards have not been proven with this suite; use ModelParallelStrategy (FSDP2) "
-        "or strategy='ddp'"
-    ),
     "XLAFSDPStrategy": "flattened shards have not been proven with this suite; use strategy='ddp'",
 }
-
-
-def tree_of(module_class: Any) -> ModuleType:
-    """The package whose Trainer a LightningModule needs: `lightning.pytorch`, or `pytorch_lightning`.
-
-    Args:
-        module_class: A class of the user's, or anything.
-    """
-    other = sys.modules.get("lightning.pytorch")
-    if other is None or not isinstance(module_class, type):
-        return pl
-    return other if issubclass(module_class, other.LightningModule) else pl
 
 
 def refuse_unsupported(trainer: pl.Trainer, callback: Callback) -> None:
@@ -109,10 +51,29 @@ def refuse_unsupported(trainer: pl.Trainer, callback: Callback) -> None:
             f"{type(callback).__name__} does not support MPS, which has no float64 to add norms up in; "
             "use Trainer(accelerator='cpu')."
         )
+    if flattens_parameters(trainer):
+        rank_zero_warn(
+            "lightning_gradguard was proven with FSDP1 on CPUs, and has not been run with it on a GPU yet; "
+            "ModelParallelStrategy (FSDP2) is its successor.",
+            category=UserWarning,
+        )
     name = type(trainer.strategy).__name__
     if name in REFUSED:
         raise MisconfigurationException(
             f"{type(callback).__name__} does not support {name}: {REFUSED[name]}."
+        )
+
+
+def refuse_flattened_parameters(trainer: pl.Trainer, who: str) -> None:
+    """Raise under FSDP1, on behalf of who needs the shapes of weights.
+
+    Raises:
+        MisconfigurationException: If the strategy is FSDP1.
+    """
+    if flattens_parameters(trainer):
+        raise MisconfigurationException(
+            f"{who} needs the rows of weights, which {type(trainer.strategy).__name__} flattens and cuts "
+            "anywhere; use ModelParallelStrategy (FSDP2), or a policy such as PerTensorClipping."
         )
 
 
@@ -191,9 +152,48 @@ def scale_of_gradients(trainer: pl.Trainer, optimizer: Optimizer) -> float:
     return scaler.get_scale() if scaler is not None and gradients_are_scaled(trainer, optimizer) else 1.0
 
 
+def flattens_parameters(trainer: pl.Trainer) -> bool:
+    """Whether the strategy is FSDP1."""
+    return any(kind.__name__ == "FSDPStrategy" for kind in type(trainer.strategy).__mro__)
+
+
 def flat_shards(trainer: pl.Trainer) -> dict[Tensor, FlatShard]:
-    """The parameters that FSDP1 has flattened and cut."""
-    return {}
+    """The parameters that FSDP1 has flattened and cut, once it has wrapped the module."""
+    found: dict[Tensor, FlatShard] = {}
+    for unit in _fsdp1_units(trainer):
+        whole = unit.sharding_strategy is ShardingStrategy.NO_SHARD
+        pieces = 1 if whole else unit.process_group.size()
+        flat = unit._handle.flat_param
+        if flat._params is None:  # use_orig_params=False: layers in one, and none of them a vector
+            found[flat] = FlatShard(pieces, ndim=2)
+        else:
+            shapes = zip(flat._params, flat._shapes, strict=True)
+            found |= {parameter: FlatShard(pieces, len(shape)) for parameter, shape in shapes}
+    return found
+
+
+def let_go_of_whole_weights(trainer: pl.Trainer) -> None:
+    """Have sharded weights where the optimizer finds them, and nothing else.
+
+    A pass without a backward one, such as validation, leaves the whole weights in the module: what is copied
+    then are other tensors, and what is written is lost.
+    """
+    for unit in _fsdp1_units(trainer):
+        # without a pass so far there is nothing to let go of, and no room for it either
+        if unit._is_root is not None and unit._handle.uses_sharded_strategy:
+            unit._handle.reshard(True)
+    if type(trainer.strategy).__name__ == "ModelParallelStrategy":
+        for module in trainer.lightning_module.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+
+
+def _fsdp1_units(trainer: pl.Trainer) -> list[Any]:
+    """The FSDP1 modules that own parameters."""
+    if not flattens_parameters(trainer) or trainer.strategy.model is None:
+        return []
+    units: list[Any] = FullyShardedDataParallel.fsdp_modules(trainer.strategy.model)
+    return [unit for unit in units if unit._handle is not None]
 
 
 def plain_loss(trainer: pl.Trainer, loss: Tensor) -> Tensor:
@@ -267,7 +267,7 @@ def unknown_averages(trainer: pl.Trainer, before: Callback | None = None) -> lis
         for callback in (callbacks if before is None else callbacks[: callbacks.index(before)])
         if _AVERAGES.search(name := type(callback).__name__)
         and id(callback) not in known
-        and type(callback).on_train_batch_end.__module__ not in {pl.Callback.__module__, _OtherTree.home}
+        and type(callback).on_train_batch_end.__module__ not in _NO_HOOKS
     ]
 
 

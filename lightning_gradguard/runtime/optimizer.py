@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -107,3 +108,19 @@ def drop_gradients(optimizer: Optimizer, *, unscales_itself: bool) -> None:
                 parameter.grad = None
     if gradients:
         torch._foreach_mul_(gradients, torch.nan)
+        # fused SGD makes its momentum of unwritten memory, and leaves it unwritten when it finds NaN
+        if optimizer not in _known_state:
+            # for good: the optimizer does not bear that a hook removes itself
+            optimizer.register_step_post_hook(_forget_newborn_state)
+        _known_state[optimizer] = {parameter: dict(state) for parameter, state in optimizer.state.items()}
+
+
+#: What state there was before a step that is dropped, until that is over.
+_known_state: WeakKeyDictionary[Optimizer, dict[Any, dict[str, Any]] | None] = WeakKeyDictionary()
+
+
+def _forget_newborn_state(optimizer: Optimizer, *_: Any) -> None:
+    known, _known_state[optimizer] = _known_state[optimizer], None
+    if known is not None:
+        optimizer.state.clear()
+        optimizer.state.update(known)

@@ -427,7 +427,7 @@ def is_logging_step(trainer: pl.Trainer, every_n_steps: int | None = None) -> bo
 
 
 def parameter_names(pl_module: nn.Module, parameters: Sequence[nn.Parameter]) -> dict[nn.Parameter, str]:
-    """Names as the module gives them, without the prefix that `torch.compile` puts in between.
+    """Names as the module gives them, without what wrappers put in between.
 
     Args:
         pl_module: The module in training.
@@ -435,8 +435,18 @@ def parameter_names(pl_module: nn.Module, parameters: Sequence[nn.Parameter]) ->
     """
     names = {p: f"parameter.{i}" for i, p in enumerate(parameters)}
     for name, parameter in pl_module.named_parameters():
-        names[parameter] = name.replace("_orig_mod.", "")
+        names[parameter] = plain_name(name)
     return names
+
+
+def plain_name(name: str) -> str:
+    """A parameter's name without what `torch.compile` and FSDP1 put in between.
+
+    Example:
+        >>> plain_name("net._fsdp_wrapped_module.weight")
+        'net.weight'
+    """
+    return name.replace("_orig_mod.", "").replace("_fsdp_wrapped_module.", "")
 
 
 def matching(names: Iterable[str], patterns: Iterable[str]) -> list[str]:

@@ -70,13 +70,14 @@ class Traces:
         self.buffers.refresh(within_step=within_step)
         self.marks = self._mark()
 
-    def spoiled(self) -> Tensor:
+    def spoiled(self) -> Tensor | None:
         """Whether a forward pass has left nonfinite running statistics of normalization.
 
-        Returns a flag of shape `()` that nobody has waited for.
+        Returns a flag of shape `()` that nobody has waited for; `None` if there are none to look at.
         """
-        statistics = (module._buffers.get(name) for module, name, _ in self._sound if _is_norm(module))
-        return any_nonfinite(buffer for buffer in statistics if buffer is not None)
+        places = [(module, name) for module, name, _ in self._sound if _is_norm(module)]
+        statistics = [b for module, name in places if (b := module._buffers.get(name)) is not None]
+        return any_nonfinite(statistics) if statistics else None
 
     def sound_buffers(self) -> Iterator[Tensor]:
         """Buffers that were finite when training began, as far as they are still the same tensors.

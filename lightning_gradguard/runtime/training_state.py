@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from lightning_gradguard.core.forensics import grown_elements
 from lightning_gradguard.core.snapshots import (
-    LARGEST,
     Snapshot,
     any_nonfinite,
     rng_state,
@@ -78,25 +77,18 @@ class Companions:
             _restore_schedules(trainer, self.schedules)
 
 
-def capture(
-    trainer: pl.Trainer,
-    snapshot: Snapshot,
-    companions: Companions,
-    traces: Traces,
-    *,
-    is_forward_done: bool = False,
-) -> None:
+def capture(trainer: pl.Trainer, snapshot: Snapshot, companions: Companions, traces: Traces) -> None:
     """Write the Trainer's state into a snapshot.
 
     Args:
         trainer: The Trainer that runs.
         snapshot: Is overwritten.
         companions: From the same moment.
-        traces: Know which frozen weights are written.
-        is_forward_done: Whether buffers were written since, so that they are taken from the traces.
+        traces: Hold buffers and frozen weights as they were at the start of the step: the forward pass writes
+            them, and does not wait for a snapshot that is still being copied.
     """
-    copied = traces.buffers.saved() if is_forward_done else None
-    snapshot.capture(_modules(trainer), trainer.optimizers, traces.buffers.written(), copied)
+    buffers = traces.buffers
+    snapshot.capture(_modules(trainer), trainer.optimizers, buffers.written(), buffers.saved())
     snapshot.companions = companions
 
 
@@ -135,8 +127,8 @@ def state_is_nonfinite(trainer: pl.Trainer, traces: Traces) -> Tensor:
     ]
     states = [s for optimizer in trainer.optimizers for s in optimizer.state.values()]
     own = [value for state in states for value in state.values() if isinstance(value, Tensor)]
-    is_sick = any_nonfinite([*weights, *averages, *traces.buffers.written(), *traces.sound_buffers()])
-    return is_sick | any_nonfinite(own, LARGEST**2).to(is_sick.device)
+    others = [*averages, *traces.buffers.written(), *traces.sound_buffers()]
+    return any_nonfinite([*weights, *others], squares=own)
 
 
 def _modules(trainer: pl.Trainer) -> list[nn.Module]:

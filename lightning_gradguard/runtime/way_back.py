@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytorch_lightning as pl
 
 from lightning_gradguard.core.snapshots import Snapshot, SnapshotRing
-from lightning_gradguard.runtime import training_state
+from lightning_gradguard.runtime import lightning_api, training_state
 from lightning_gradguard.runtime.traces import Traces
 from lightning_gradguard.runtime.training_state import Companions
 
@@ -63,11 +63,9 @@ class WayBack:
 
     def capture_first(self, trainer: pl.Trainer, companions: Companions) -> None:
         """Take the state that training starts from, ahead of the first step: proven by definition."""
-
-        def fill(snapshot: Snapshot) -> None:
-            training_state.capture(trainer, snapshot, companions, self._traces, is_forward_done=True)
-
-        self._ring.capture(fill, qualified=True)
+        self._ring.capture(
+            lambda s: training_state.capture(trainer, s, companions, self._traces), qualified=True
+        )
 
     def wait(self) -> None:
         """Let the device write weights only after they have been copied."""
@@ -109,4 +107,5 @@ class WayBack:
     def _restore(self, trainer: pl.Trainer, snapshot: Snapshot) -> int:
         self._good_since = 0
         self._is_due = False
+        lightning_api.let_go_of_whole_weights(trainer)
         return training_state.restore(trainer, snapshot, self._traces).step

@@ -11,12 +11,23 @@ from typing import Any
 import pytest
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import EMAWeightAveraging, StochasticWeightAveraging, WeightAveraging
+from pytorch_lightning.callbacks import StochasticWeightAveraging
 from torch import Tensor
 
 from lightning_gradguard import NaNRollback
-from tests.tasks import Batch, Classifier, batches, fit, optimizer_state, poisoned, same, weights
+from tests.tasks import (
+    Batch,
+    Classifier,
+    batches,
+    exponential_averages,
+    fit,
+    optimizer_state,
+    poisoned,
+    same,
+    weights,
+)
 
+WEIGHT_AVERAGING = pytest.mark.lightning("2.6", "before it, there is no WeightAveraging")
 NOT_A_NUMBER = poisoned(batches(1, seed=3), nan=[0])[0]
 CHECKS = pytest.mark.parametrize("check", ["exact", "deferred"])
 ORDERS = pytest.mark.parametrize("guard_first", [True, False])
@@ -88,8 +99,9 @@ def test_going_back_across_epochs_takes_a_stochastic_average_along(guard_first: 
 
 @CHECKS
 @ORDERS
+@WEIGHT_AVERAGING
 def test_an_average_of_one_s_own_is_left_in_peace_too(check: Any, guard_first: bool) -> None:
-    class EverySecond(WeightAveraging):
+    class EverySecond(pl.callbacks.WeightAveraging):
         def should_update(self, step_idx: int | None = None, epoch_idx: int | None = None) -> bool:
             return step_idx is not None or epoch_idx is not None
 
@@ -106,13 +118,17 @@ def test_an_average_of_one_s_own_is_left_in_peace_too(check: Any, guard_first: b
 
 @CHECKS
 @ORDERS
+@WEIGHT_AVERAGING
 @pytest.mark.parametrize("at", [0, 1, 11, 12])
 def test_an_exponential_average_beside_a_nan_batch(check: Any, guard_first: bool, at: int) -> None:
     clean, found = batches(12), []
     needs_another = check == "deferred" and at < 12
     extra = [NOT_A_NUMBER, clean[0]] if needs_another else [NOT_A_NUMBER]
     for data in (clean, insert(clean, at, *extra)):
-        average, rollback = EMAWeightAveraging(decay=0.9), NaNRollback(check=check, max_dossiers=0)
+        average, rollback = (
+            pl.callbacks.EMAWeightAveraging(decay=0.9),
+            NaNRollback(check=check, max_dossiers=0),
+        )
         fit(Classifier("adam", norm=True), data, ordered(average, rollback, guard_first))
         assert average._average_model is not None
         assert "should_update" not in vars(average)  # as it was
@@ -157,7 +173,7 @@ def test_known_averages_and_other_callbacks_are_not_warned_of(
         def on_train_batch_end(self, *_: Any) -> None:
             """Not an average."""
 
-    callbacks = [EMAWeightAveraging(), EMAReader(), Timer(), NaNRollback()]
+    callbacks = [*exponential_averages(), EMAReader(), Timer(), NaNRollback()]
     fit(Classifier(), batches(2), callbacks, enable_progress_bar=True)
     fit(Classifier(), batches(2), [swa(), NaNRollback()], max_epochs=2, enable_progress_bar=True)
     printed = capsys.readouterr()

@@ -10,11 +10,20 @@ from typing import Any
 import pytest
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import EMAWeightAveraging, ModelCheckpoint, OnExceptionCheckpoint
+from pytorch_lightning.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from torch import Tensor
 
 from lightning_gradguard import NaNRollback, TrainingDivergedError
-from tests.tasks import Classifier, ResumableLoader, batches, fit, poisoned, same, weights
+from tests.tasks import (
+    Classifier,
+    ResumableLoader,
+    batches,
+    exponential_averages,
+    fit,
+    poisoned,
+    same,
+    weights,
+)
 
 CHECKS = pytest.mark.parametrize("check", ["exact", "deferred"])
 
@@ -104,7 +113,7 @@ def test_what_is_saved_on_an_exception_is_finite(tmp_path: Path, check: Any, spo
     by_batch = spoiled_by == "a batch"
     outside = Outside(SPOILS["all weights"], *(() if by_batch else (12,)))
     data = poisoned(batches(20), nan=[11] if by_batch else [])
-    callbacks = [outside, NaNRollback(check=check), Breaks(), EMAWeightAveraging(decay=0.9), Keep(tmp_path)]
+    callbacks = [outside, NaNRollback(check=check), Breaks(), *exponential_averages(), Keep(tmp_path)]
     with pytest.raises(RuntimeError, match="out of luck"):
         fit(module, data, callbacks, enable_checkpointing=True)
     assert assert_finite(tmp_path) == ["on_exception.ckpt"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import BaseFinetuning, EMAWeightAveraging, ModelCheckpoint
+from pytorch_lightning.callbacks import BaseFinetuning, ModelCheckpoint
 from pytorch_lightning.plugins.precision import MixedPrecision
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
@@ -23,11 +24,14 @@ from lightning_gradguard import (
     NaNRollback,
     TrainingDivergedError,
 )
+from lightning_gradguard.runtime.step import suite_of
 from tests.tasks import (
     OPTIMIZERS,
     Batch,
     Classifier,
     batches,
+    copy_late,
+    exponential_averages,
     fit,
     optimizer_state,
     plain_loader,
@@ -58,10 +62,8 @@ def test_a_skipped_step_leaves_no_trace(optimizer: str) -> None:
     clean = batches(30)
     sick = [*clean[:10], poisoned(clean, nan=[3])[3], *clean[10:]]
     expected, module = Watched(optimizer=optimizer), Watched(optimizer=optimizer)
-    reference = EMAWeightAveraging(decay=0.9)
-    average = EMAWeightAveraging(decay=0.9)
-    twin = fit(expected, clean, [reference, NaNRollback()])
-    trainer = fit(module, sick, [average, NaNRollback()])
+    twin = fit(expected, clean, [*exponential_averages(), NaNRollback()])
+    trainer = fit(module, sick, [*exponential_averages(), NaNRollback()])
     assert same(weights(expected), weights(module))
     assert same(optimizer_state(twin), optimizer_state(trainer))
     assert torch.equal(expected.mean_input.compute(), module.mean_input.compute())
@@ -119,6 +121,107 @@ def test_going_back_is_exact() -> None:
     assert same(weights(expected), weights(module))
     assert same(optimizer_state(twin), optimizer_state(trainer))
     assert twin.optimizers[0].param_groups[0]["lr"] == trainer.optimizers[0].param_groups[0]["lr"]
+
+
+class Target(Classifier):
+    """Writes running statistics, and a frozen network of its own, in each forward pass."""
+
+    def __init__(self) -> None:
+        super().__init__(norm=True)
+        self.target = nn.Linear(20, 64).requires_grad_(False)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor | None:
+        first: Any = self.net[0]
+        self.target.weight.lerp_(first.weight.detach(), 0.1)
+        loss = super().training_step(batch, batch_idx)
+        return None if len(batch[1]) == 7 else loss
+
+
+@pytest.mark.filterwarnings("ignore:`training_step` returned `None`")
+@pytest.mark.parametrize(("accumulate", "without_loss"), [(1, False), (2, False), (1, True)])
+def test_a_snapshot_holds_what_was_there_however_late_it_is_copied(
+    accumulate: int, without_loss: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the first batch after it was due makes no step."""
+
+    class Remember(pl.Callback):
+        def __init__(self) -> None:
+            self.at: dict[int, list[Tensor]] = {}
+            self.landed: tuple[int, list[Tensor]] | None = None
+
+        def state(self, trainer: pl.Trainer) -> list[Tensor]:
+            state = (*weights(trainer.lightning_module), *optimizer_state(trainer))
+            return [tensor.clone() for tensor in state]
+
+        def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
+            self.at.setdefault(trainer.global_step, self.state(trainer))
+
+        def on_training_incident(self, trainer: pl.Trainer, module: Any, incident: Incident) -> None:
+            if incident.kind == "rollback":
+                self.landed = int(incident.value or 0), self.state(trainer)
+
+    copy_late(monkeypatch)
+    remember, clean = Remember(), batches(60 * accumulate)
+    data = [
+        *clean[: 20 * accumulate],
+        *([(x[:7], y[:7]) for x, y in clean[:accumulate]] if without_loss else []),
+        *clean[20 * accumulate : 31 * accumulate],
+        *poisoned(clean, nan=range(len(clean)))[: 3 * accumulate],
+        *clean[31 * accumulate :],
+    ]
+    fit(
+        Target(), data, [remember, NaNRollback(snapshot_every_n_steps=10)], accumulate_grad_batches=accumulate
+    )
+    assert remember.landed is not None
+    step, landed = remember.landed
+    assert step == 20
+    assert same(landed, remember.at[20])
+    assert not same(landed, remember.at[21])
+
+
+def test_an_optimizer_that_evaluates_repeatedly_waits_for_the_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Lbfgs(Classifier):
+        def configure_optimizers(self) -> Any:
+            return torch.optim.LBFGS(self.parameters(), lr=0.1, max_iter=4)
+
+    clean = batches(30, size=128)
+    sick = [*clean[:12], *poisoned(clean, nan=range(3))[:3], *clean[12:]]
+    at_once, late = Lbfgs(), Lbfgs()
+    rollbacks = [NaNRollback(snapshot_every_n_steps=5) for _ in range(2)]
+    fit(at_once, sick, rollbacks[:1])
+    copy_late(monkeypatch)
+    fit(late, sick, rollbacks[1:])
+    assert [rollback.rollbacks for rollback in rollbacks] == [1, 1]
+    assert same(weights(at_once), weights(late))
+
+
+@pytest.mark.parametrize("precision", ["16-true", "bf16-true"])
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+def test_nonfinite_weights_in_half_precision_go_back(value: float, precision: Any) -> None:
+    """Minus infinity makes a dead unit, which no loss or gradient tells of."""
+
+    class Flips(pl.Callback):
+        def on_train_batch_end(self, trainer: pl.Trainer, module: Any, *_: Any) -> None:
+            if trainer.global_step == 15:
+                module.net[0].bias.data[0] = value
+
+    module, rollback = Classifier(), NaNRollback(snapshot_every_n_steps=10)
+    trainer = fit(module, batches(60), [Flips(), rollback], precision=precision)
+    assert rollback.rollbacks == 1
+    assert all(bool(torch.isfinite(t).all()) for t in (*weights(module), *optimizer_state(trainer)))
+
+
+@pytest.mark.parametrize("norm", [True, False])
+def test_without_statistics_there_is_no_flag_of_them(norm: bool) -> None:
+    """On a GPU, one that is made on the host would have to be waited for."""
+    flags = []
+
+    class Look(pl.Callback):
+        def on_before_optimizer_step(self, trainer: pl.Trainer, *_: Any) -> None:
+            flags.append(suite_of(trainer).nonfinite_buffers)
+
+    fit(Classifier(norm=norm), batches(5), [Look(), NaNRollback()])
+    assert [flag is not None for flag in flags] == [norm] * 5
 
 
 def test_weights_that_were_unfrozen_later_go_back_too() -> None:
@@ -369,6 +472,22 @@ def test_the_scale_of_a_scaler_outlives_a_skip(optimizer: str) -> None:
     assert same(weights(expected), weights(module))
     assert same(optimizer_state(twin), optimizer_state(trainer))
     assert trainer.precision_plugin.scaler.get_scale() == 1024  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("optimizer", ["sgd fused", "adam fused"])
+def test_a_first_step_that_is_dropped_leaves_no_optimizer_state(
+    optimizer: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fused SGD makes momentum of memory that nobody has written, and leaves it so if it finds infinity."""
+    unwritten = functools.partial(torch.full_like, fill_value=math.nan)
+    monkeypatch.setattr(torch, "empty_like", unwritten)
+    clean = batches(10)
+    expected, module, rollback = Classifier(optimizer), Classifier(optimizer), NaNRollback()
+    twin = fit(expected, clean, plugins=mildly_scaled())
+    trainer = fit(module, [*poisoned(clean, nan=[0])[:1], *clean], [rollback], plugins=mildly_scaled())
+    assert (rollback.skips, rollback.rollbacks) == (1, 0)
+    assert same(weights(expected), weights(module))
+    assert same(optimizer_state(twin), optimizer_state(trainer))
 
 
 def test_nan_written_after_the_scaler_has_looked_is_not_stepped_with() -> None:

@@ -10,10 +10,8 @@ from typing import Any, cast
 import pytest
 import pytorch_lightning as pl
 import torch
-from lightning_fabric.utilities.exceptions import MisconfigurationException
-from pytorch_lightning.callbacks import EMAWeightAveraging, ModelCheckpoint, StochasticWeightAveraging
+from pytorch_lightning.callbacks import ModelCheckpoint, StochasticWeightAveraging
 from pytorch_lightning.loggers import TensorBoardLogger
-from pytorch_lightning.strategies import SingleDeviceStrategy
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lightning_gradguard import (
@@ -29,8 +27,10 @@ from tests.tasks import (
     Classifier,
     ResumableLoader,
     accuracy,
+    averaged,
     batches,
     clusters,
+    exponential_averages,
     fit,
     optimizer_state,
     poisoned,
@@ -55,15 +55,8 @@ def ordered(order: tuple[int, ...], on_failure: str, ema_first: bool) -> list[pl
     callbacks = [four()[i] for i in order]
     check = InitializationCheck(on_failure=on_failure)  # type: ignore[arg-type]
     callbacks.insert(order[0] + 1, check)
-    average = EMAWeightAveraging(decay=0.9)
-    return [average, *callbacks] if ema_first else [*callbacks, average]
-
-
-def averaged(trainer: pl.Trainer) -> list[torch.Tensor]:
-    callbacks: Any = trainer.callbacks  # type: ignore[attr-defined]
-    (callback,) = [c for c in callbacks if isinstance(c, EMAWeightAveraging)]
-    assert callback._average_model is not None
-    return weights(callback._average_model)
+    averages = exponential_averages()
+    return [*averages, *callbacks] if ema_first else [*callbacks, *averages]
 
 
 def deep(seed: int = 0) -> Classifier:
@@ -86,7 +79,7 @@ def test_every_order_gives_the_same_weights(on_failure: str) -> None:
 
         class Last(pl.Callback):
             def on_train_batch_end(self, trainer: pl.Trainer, *_: object) -> None:
-                captured[:] = [weights(trainer.lightning_module), averaged(trainer)]  # noqa: B023
+                captured[:] = [weights(trainer.lightning_module), averaged(callbacks)]  # noqa: B023
 
         fit(module, DATA, [*callbacks, Last()])
         results.append(captured[0])
@@ -167,14 +160,6 @@ def test_stochastic_weight_averaging_goes_along() -> None:
     fit(module, data, [average, *default_callbacks(nan_rollback=rollback)], max_epochs=3)
     assert rollback.skips >= 6
     assert all(bool(torch.isfinite(p).all()) for p in module.parameters())
-
-
-@pytest.mark.parametrize("name", ["DeepSpeedStrategy", "FSDPStrategy"])
-def test_what_is_not_supported_is_refused_by_name(name: str) -> None:
-    strategy = type(name, (SingleDeviceStrategy,), {})()
-    for callback in default_callbacks():
-        with pytest.raises(MisconfigurationException, match=f"{type(callback).__name__}.*{name}.*use"):
-            fit(Classifier(), batches(1), [callback], strategy=strategy, accelerator="auto")
 
 
 def test_barebones_and_charts_of_totals_only(tmp_path: Path) -> None:

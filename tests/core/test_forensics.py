@@ -316,6 +316,12 @@ def test_many_absurd_elements_are_a_step_that_was_too_large() -> None:
     assert set(origin.where) == set(grown)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_infinity_is_absurd_in_any_precision(dtype: torch.dtype) -> None:
+    sick = torch.tensor([1.0, INF], dtype=dtype)
+    assert grown_elements([("momentum", sick, torch.tensor(1e33))]) == {"momentum": 1}
+
+
 def test_a_bad_input_is_not_laid_on_the_weights() -> None:
     net, x = network(), inputs(NAN)
     origin = examine(net, lambda: net(x).square().mean(), (x,), {"0.weight": 3})

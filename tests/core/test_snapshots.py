@@ -16,6 +16,7 @@ from lightning_gradguard.core.snapshots import (
     rng_state,
     set_rng_state,
 )
+from tests.tasks import copy_late
 
 
 class Net(nn.Module):
@@ -125,6 +126,67 @@ def test_any_nonfinite() -> None:
     assert not any_nonfinite([])
     assert not any_nonfinite([torch.ones(2), torch.ones(2, dtype=torch.long)])
     assert any_nonfinite([torch.ones(2), torch.tensor([torch.inf])])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_infinity_is_seen_in_any_precision(dtype: torch.dtype) -> None:
+    for value in (torch.inf, -torch.inf, torch.nan):
+        sick = [torch.tensor([1.0, value], dtype=dtype)]
+        assert any_nonfinite(sick)
+        assert any_nonfinite([], squares=sick)
+    assert not any_nonfinite([torch.full((2,), torch.finfo(torch.float16).max).to(dtype)])
+
+
+def test_squares_may_be_larger() -> None:
+    squares = [torch.tensor([1e20])]
+    assert any_nonfinite(squares)
+    assert not any_nonfinite([], squares)
+    assert any_nonfinite([], [*squares, torch.tensor([1e35])])
+
+
+@pytest.mark.parametrize("is_first", [True, False])
+def test_the_flag_is_on_the_device_and_not_on_the_host(is_first: bool) -> None:
+    counter, weight = torch.ones(()), torch.ones(2, device="meta")
+    assert any_nonfinite([counter, weight] if is_first else [weight, counter]).is_meta
+    assert any_nonfinite([weight], squares=[counter]).is_meta
+
+
+def test_what_is_still_being_copied_is_compared_when_it_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    copy_late(monkeypatch)
+    layer, snapshot = nn.Linear(2, 2), Snapshot()
+    nn.init.constant_(layer.weight, 7.0)
+    snapshot.capture([layer], [])
+    compared = {name: saved for name, _, saved in snapshot.compare(layer.named_parameters(), [])}
+    assert torch.equal(compared["weight"], layer.weight)
+
+
+def test_each_copy_is_of_one_device_and_type(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise torch copies tensor by tensor."""
+    copy, kinds = torch._foreach_copy_, []
+
+    def spy(targets: list[torch.Tensor], sources: list[torch.Tensor]) -> None:
+        pairs = zip(targets, sources, strict=True)
+        kinds.append({(t.device, t.dtype, s.device, s.dtype) for t, s in pairs})
+        copy(targets, sources)
+
+    monkeypatch.setattr(torch, "_foreach_copy_", spy)
+    net = Net()
+    optimizer = OPTIMIZERS["adam"](net.parameters())
+    steps(net, optimizer, 1)
+    snapshot, copies = Snapshot(), BufferCopies(net)
+    snapshot.capture([net], [optimizer])
+    snapshot.restore([net], [optimizer])
+    copies.refresh()
+    copies.restore()
+    assert [len(kind) for kind in kinds] == [1] * 8
+    assert len(set.union(*kinds)) == 2
+
+
+def test_random_numbers_of_a_gpu_that_nobody_uses_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To ask for them would set up CUDA, and processes that are forked later could not use it."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_rng_state_all", lambda: pytest.fail("CUDA was set up"))
+    set_rng_state(rng_state())
 
 
 @pytest.mark.parametrize(("optimizer", "bytes_a_weight"), [("adam", 12), ("sgd", 8)])

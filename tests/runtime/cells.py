@@ -9,6 +9,8 @@ import faulthandler
 import os
 import sys
 import warnings
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,11 +21,12 @@ import pytorch_lightning as pl
 import torch
 import torch.distributed as dist
 from pytorch_lightning.loggers import Logger
-from pytorch_lightning.plugins.precision import MixedPrecision
-from pytorch_lightning.strategies import DDPStrategy, ModelParallelStrategy
+from pytorch_lightning.plugins.precision import FSDPPrecision, MixedPrecision
+from pytorch_lightning.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_hook
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy, fully_shard
 from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
@@ -46,6 +49,7 @@ from lightning_gradguard import (
     default_callbacks,
 )
 from lightning_gradguard.runtime import distributed
+from lightning_gradguard.runtime.step import plain_name
 from tests.tasks import plain_loader
 
 STEPS = 24
@@ -73,6 +77,7 @@ class Cell:
         policy: A key of `POLICIES`.
         norm_type: Of the monitor.
         callbacks: All five, only those that watch, or none.
+        validates: Whether validation comes in between, some steps before going back.
     """
 
     strategy: str
@@ -82,12 +87,13 @@ class Cell:
     policy: str = "z-score"
     norm_type: float = 2.0
     callbacks: Literal["all", "watching", "none"] = "all"
+    validates: bool = False
 
     def __str__(self) -> str:
         mode = "manual" if self.manual else "automatic"
         return (
             f"{self.strategy}, {self.precision}, {mode}, windows of {self.accumulate}, "
-            f"{self.policy}, norm {self.norm_type}"
+            f"{self.policy}, norm {self.norm_type}{', validation' if self.validates else ''}"
         )
 
 
@@ -185,10 +191,18 @@ class Network(pl.LightningModule):
     def train_dataloader(self) -> Any:
         return plain_loader(part_of(all_batches(self.cell), self.cell))  # type: ignore[arg-type]
 
+    def validation_step(self, batch: tuple[Tensor, Tensor, Tensor], batch_idx: int) -> None:
+        self(*batch[:2])
+
+    def val_dataloader(self) -> Any:
+        return plain_loader(part_of(all_batches(self.cell), self.cell))  # type: ignore[arg-type]
+
     def configure_optimizers(self) -> Any:
+        # FSDP1's own flat parameters are in `trainer.model` only
+        parameters = self.trainer.model.parameters()  # type: ignore[union-attr]
         if self.cell.precision == "64":
-            return torch.optim.AdamW(self.parameters(), lr=1e-2)
-        return torch.optim.SGD(self.parameters(), lr=0.05, momentum=0.9)
+            return torch.optim.AdamW(parameters, lr=1e-2)
+        return torch.optim.SGD(parameters, lr=0.05, momentum=0.9)
 
 
 def all_batches(cell: Cell) -> list[tuple[Tensor, Tensor, Tensor]]:
@@ -210,7 +224,7 @@ def all_batches(cell: Cell) -> list[tuple[Tensor, Tensor, Tensor]]:
     return data
 
 
-def part_of(data: list[tuple[Tensor, ...]], cell: Cell) -> list[tuple[Tensor, ...]]:
+def part_of(data: Sequence[tuple[Tensor, ...]], cell: Cell) -> list[tuple[Tensor, ...]]:
     """What this process sees of every batch."""
     parts = distributed.world_size() // (2 if "tensor" in cell.strategy else 1)
     mine = distributed.rank() // (2 if "tensor" in cell.strategy else 1)
@@ -229,9 +243,49 @@ def strategy(cell: Cell) -> Any:
         "DDP, buckets as views": lambda: DDPStrategy(gradient_as_bucket_view=True),
         "DDP, fp16 hook": lambda: DDPStrategy(ddp_comm_hook=fp16_compress_hook),
         "FSDP2": lambda: ModelParallelStrategy(world_size, 1),
+        "FSDP1": lambda: FSDP1(),
+        "FSDP1, flat": lambda: FSDP1(use_orig_params=False),
+        "FSDP1, SHARD_GRAD_OP": lambda: FSDP1(sharding_strategy="SHARD_GRAD_OP"),
+        "FSDP1, NO_SHARD": lambda: FSDP1(sharding_strategy="NO_SHARD"),
+        "FSDP1, HYBRID_SHARD": lambda: FSDP1(sharding_strategy="HYBRID_SHARD", process_group="set later"),
         "tensor parallel": lambda: ModelParallelStrategy(1, tensor),
         "FSDP2 + tensor parallel": lambda: ModelParallelStrategy(world_size // tensor, tensor),
     }[cell.strategy]()
+
+
+def precision(cell: Cell) -> dict[str, Any]:
+    """How the Trainer is told of it."""
+    is_fsdp1 = cell.strategy.startswith("FSDP1")
+    if cell.precision == "16-mixed":
+        scaler = torch.amp.GradScaler("cpu")
+        return {"plugins": [MixedPrecision("16-mixed", "cpu", scaler=scaler)]}
+    if cell.precision == "64" and is_fsdp1:
+        plugin = FSDPPrecision("32-true")
+        plugin._desired_input_dtype = torch.float64  # else it has everything in float32
+        return {"plugins": [plugin]}
+    return {} if cell.precision == "64" else {"precision": cell.precision}
+
+
+class FSDP1(FSDPStrategy):
+    """On CPUs, for which Lightning names no device, and torch then refuses."""
+
+    def _setup_model(self, model: nn.Module) -> Any:
+        assert isinstance(model, Network)
+        options = dict(self.kwargs)
+        if self.sharding_strategy is ShardingStrategy.HYBRID_SHARD:  # two replicas of half of the ranks each
+            del options["process_group"]
+            options["device_mesh"] = init_device_mesh("cpu", (2, distributed.world_size() // 2))
+        common = {
+            "device_id": torch.device("cpu"),
+            "sharding_strategy": self.sharding_strategy,
+            # "32-true" would compute in float32 what a module has in float64
+            "mixed_precision": None if model.cell.precision == "64" else self.mixed_precision_config,
+            "cpu_offload": self.cpu_offload,
+            **options,
+        }
+        for name in ("up", "down"):
+            setattr(model, name, FullyShardedDataParallel(getattr(model, name), **common))
+        return super()._setup_model(FullyShardedDataParallel(model, **common))
 
 
 def distributed_world_size() -> int:
@@ -288,6 +342,14 @@ class Listener(pl.Callback):
         return call
 
 
+def whole_weights(trainer: pl.Trainer) -> AbstractContextManager[Any]:
+    """Where FSDP1 shows parameters as they were."""
+    model = trainer.strategy.model
+    if isinstance(model, FullyShardedDataParallel):
+        return FullyShardedDataParallel.summon_full_params(model, writeback=False)
+    return nullcontext()
+
+
 COLLECTIVES = ("all_reduce", "all_gather", "all_gather_object", "broadcast")
 
 
@@ -306,16 +368,16 @@ def run(cell: Cell, folder: Path) -> Seen:
         learning_rate_backoff=backoff,
     )
     used = {"all": suite, "watching": suite[:2], "none": []}[cell.callbacks]
-    scaled = cell.precision == "16-mixed"
-    plugins: Any = [MixedPrecision("16-mixed", "cpu", scaler=torch.amp.GradScaler("cpu"))] if scaled else None
     trainer = pl.Trainer(
         accelerator="cpu",
         devices=distributed_world_size(),
         strategy=strategy(cell),
-        precision=None if scaled or cell.precision == "64" else cell.precision,  # type: ignore[arg-type]
-        plugins=plugins,
+        **precision(cell),
         accumulate_grad_batches=1 if cell.manual else cell.accumulate,
         max_epochs=1,
+        # right before the first snapshot is due
+        val_check_interval=4 * cell.accumulate,
+        limit_val_batches=2 if cell.validates else 0,
         logger=Recorder(seen),
         log_every_n_steps=1,
         enable_checkpointing=False,
@@ -328,9 +390,13 @@ def run(cell: Cell, folder: Path) -> Seen:
     with mock.patch.object(distributed, "dist", counting):
         trainer.fit(module)
     check: Any = next(callback for callback in suite if hasattr(callback, "findings"))
-    seen.findings = [(f.criterion, f.module) for f in check.findings if f.severity == "fail"]
+    seen.findings = [(f.criterion, f.module) for f in check.findings]
     seen.counts = [rollback.skips, rollback.rollbacks, rollback.amp_overflows, backoff.scale]
-    seen.weights = {name: distributed.whole(p.detach()).double() for name, p in module.named_parameters()}
+    with whole_weights(trainer):
+        seen.weights = {
+            plain_name(name): distributed.whole(p.detach()).double().clone()
+            for name, p in module.named_parameters()
+        }
     return seen
 
 

@@ -10,18 +10,25 @@ from typing import Any
 
 import pytest
 import torch
+from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning import Trainer
-from pytorch_lightning.strategies import ModelParallelStrategy
+from pytorch_lightning.plugins.precision import FSDPPrecision
+from pytorch_lightning.strategies import ModelParallelStrategy, SingleDeviceStrategy
 
+from lightning_gradguard import AdaptiveGradientClipping, UnitwiseClipping, default_callbacks
+from lightning_gradguard.runtime.lightning_api import REFUSED
 from tests.runtime.cells import POLICIES, Cell, Seen, run
 from tests.runtime.launching import launch_on
 from tests.runtime.strategies_page import FEATURES, StrategiesPage
+from tests.tasks import Classifier, batches, fit
 
 #: By precision: what numbers may differ by, relative to the largest of their family, and weights, relative to
 #: their norm. In half precision the gradients themselves are rounded otherwise when a batch is divided.
 TOLERANCES = {"64": 1e-9, "32": 1e-6, "16-mixed": 0.01, "16-true": 0.01, "bf16-mixed": 0.1, "bf16-true": 0.1}
 PRECISIONS = tuple(TOLERANCES)
 SHARDED = ("64", "32", "bf16-mixed", "16-true", "bf16-true")
+# before 2.5, Lightning gave half precisions another meaning under FSDP1: weights stay in float32
+FLATTENED = SHARDED if "convert_module" in vars(FSDPPrecision) else ("64", "32")
 MODES = [(accumulate, manual) for accumulate in (1, 4) for manual in (False, True)]
 
 
@@ -45,8 +52,21 @@ GROUPS: dict[str, tuple[int, list[Cell]]] = {
     "DDP x2, gradient_as_bucket_view": (2, cells("DDP, buckets as views", ("64", "32"))),
     "DDP x2, fp16 communication hook": (2, cells("DDP, fp16 hook", ("16-mixed",), WINDOWS)),
     "DDP x4": (4, cells("DDP", ("64", "32"), WINDOWS)),
-    "FSDP2 x2": (2, [*cells("FSDP2", SHARDED), *variants("FSDP2")]),
+    "FSDP2 x2": (2, [*cells("FSDP2", SHARDED), *variants("FSDP2"), Cell("FSDP2", validates=True)]),
     "FSDP2 x4": (4, [*cells("FSDP2", ("64",), WINDOWS), Cell("FSDP2", policy="unit-wise")]),
+    # under manual optimization FSDP1 itself fails: it does not go backward within a forward pass
+    "FSDP1 x2": (
+        2,
+        [
+            *cells("FSDP1", FLATTENED, WINDOWS),
+            *(variant for variant in variants("FSDP1") if variant.policy != "unit-wise"),
+            Cell("FSDP1", validates=True),
+        ],
+    ),
+    "FSDP1 x2, SHARD_GRAD_OP": (2, [Cell("FSDP1, SHARD_GRAD_OP", validates=v) for v in (False, True)]),
+    "FSDP1 x2, NO_SHARD": (2, [Cell("FSDP1, NO_SHARD", validates=v) for v in (False, True)]),
+    "FSDP1 x2, use_orig_params=False": (2, [Cell("FSDP1, flat", validates=v) for v in (False, True)]),
+    "FSDP1 x4, HYBRID_SHARD": (4, [Cell("FSDP1, HYBRID_SHARD", validates=v) for v in (False, True)]),
     "tensor parallel x2": (2, [*cells("tensor parallel", SHARDED, ONE), *variants("tensor parallel")]),
     "FSDP2 x2, tensor parallel x2": (
         4,
@@ -66,7 +86,8 @@ LAUNCHES = [
         "DDP x2, gradient_as_bucket_view",
         "DDP x2, fp16 communication hook",
     ],
-    ["DDP x4", "FSDP2 x4"],
+    ["DDP x4", "FSDP2 x4", "FSDP1 x4, HYBRID_SHARD"],
+    ["FSDP1 x2", "FSDP1 x2, SHARD_GRAD_OP", "FSDP1 x2, NO_SHARD", "FSDP1 x2, use_orig_params=False"],
     ["FSDP2 x2"],
     ["tensor parallel x2"],
     ["FSDP2 x2, tensor parallel x2"],
@@ -128,26 +149,32 @@ def agreeing(cell: Cell, seen: Seen, alone: Seen) -> set[str]:
         float((w - alone.weights[n]).norm() / alone.weights[n].norm()) for n, w in seen.weights.items()
     )
     assert moved <= tolerance, f"{cell}: weights differ by {moved:.1e}"
-    for family in ("grad_norm", "weight_norm", "update_ratio", "clip", "grad_norm_clipped", "lr_backoff"):
+    families = ["grad_norm", "clip", "grad_norm_clipped", "lr_backoff"]
+    families += [] if cell.strategy == "FSDP1, flat" else ["weight_norm", "update_ratio"]
+    for family in families:
         assert_close(cell, seen, alone, family, tolerance)
     skips, rollbacks, overflows, scale = seen.counts
-    copied = ("symmetric_units", "up")
+    # FSDP1 cuts rows anywhere, and has only the first step to look at
+    planted = ("gradient_profile", "enter.weight") if "FSDP1" in cell.strategy else ("symmetric_units", "up")
     did = {
         "monitor": True,  # compared above
         "clip": min(seen.scalars["clip/coefficient"].values()) < 1,
         "skip": skips + overflows >= 5,
         "rollback": rollbacks == 1,
         "backoff": scale < 1,
-        "check": copied in seen.findings and copied in alone.findings,
+        "check": planted in seen.findings,
     }
     return {feature for feature, has_acted in did.items() if has_acted}
 
 
 def assert_close(cell: Cell, seen: Seen, alone: Seen, family: str, tolerance: float) -> None:
     """The numbers of a family, each relative to the largest of them in its step."""
-    tags = sorted(tag for tag in alone.scalars if tag.split("/")[0] == family)
+    # under `use_orig_params=False` there are no parameters by name
+    is_flat = cell.strategy == "FSDP1, flat" and family.startswith("grad_norm")
+    end = "/total" if is_flat else ""
+    tags = sorted(tag for tag in alone.scalars if tag.split("/")[0] == family and tag.endswith(end))
     assert tags, f"{cell}: nothing was logged under {family}"
-    assert tags == sorted(tag for tag in seen.scalars if tag.split("/")[0] == family), cell
+    assert end or tags == sorted(tag for tag in seen.scalars if tag.split("/")[0] == family), cell
     if family == "update_ratio":
         # a small difference of two weights shows rounding first, and divides by a bias that starts at zero
         tolerance *= 10
@@ -173,3 +200,22 @@ def test_lightning_refuses_a_grad_scaler_where_weights_are_sharded(
         Trainer(accelerator="cpu", devices=1, strategy=ModelParallelStrategy(), precision=precision)
     for group in ("FSDP2 x2", "tensor parallel x2", "FSDP2 x2, tensor parallel x2"):
         strategies_page.has(group, precision, "refused by Lightning")
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_not_supported_is_refused_by_name(name: str, strategies_page: StrategiesPage) -> None:
+    strategy = type(name, (SingleDeviceStrategy,), {})()
+    for callback in default_callbacks():
+        with pytest.raises(MisconfigurationException, match=f"{type(callback).__name__}.*{name}.*use"):
+            fit(Classifier(), batches(1), [callback], strategy=strategy, accelerator="auto")
+    strategies_page.has(name, "any", "refused")
+
+
+def test_rows_that_fsdp1_has_cut_are_refused_and_the_rest_is_warned_of() -> None:
+    strategy = type("FSDPStrategy", (SingleDeviceStrategy,), {})()
+    clipping = AdaptiveGradientClipping(UnitwiseClipping())
+    with (
+        pytest.warns(UserWarning, match="has not been run with it on a GPU"),
+        pytest.raises(MisconfigurationException, match="UnitwiseClipping needs the rows.*PerTensorClipping"),
+    ):
+        fit(Classifier(), batches(1), [clipping], strategy=strategy, accelerator="auto")
