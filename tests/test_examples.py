@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from examples import digits, trainer
+from tests.runtime.launching import launch
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -19,3 +22,10 @@ def test_digits(capsys: pytest.CaptureFixture[str]) -> None:
     assert as_it_is < 0.3
     assert cured > 0.7
     assert "kaiming_normal_(model.layers.2.weight" in capsys.readouterr().out
+
+
+def test_sharded_clipping(tmp_path: Path) -> None:
+    source = f"import os; os.chdir({str(tmp_path)!r}); from examples.sharded_clipping import main; main(60)"
+    script = tmp_path / "train.py"
+    script.write_text(source)
+    assert "1 batch skipped" in launch([str(script)])

@@ -12,8 +12,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 
 
-def launch(arguments: Sequence[str], patience: float = 60) -> None:
-    """Run Python with these arguments, to its end.
+def launch(arguments: Sequence[str], patience: float = 60) -> str:
+    """Run Python with these arguments, to its end; returns what it said.
 
     Args:
         arguments: Those of the interpreter.
@@ -38,6 +38,7 @@ def launch(arguments: Sequence[str], patience: float = 60) -> None:
         said, _ = process.communicate()
         raise AssertionError(f"still running after {patience} seconds:\n{said[-6000:]}") from None
     assert process.returncode == 0, said[-6000:]
+    return said
 
 
 def launch_on(processes: int, module: str, *arguments: str, patience: float = 60) -> None:
