@@ -207,7 +207,8 @@ has not proven itself yet. Under FSDP2 each rank keeps its own shards, under DDP
 
 * Under DDP, `keep_snapshots=1` takes a third off. Eight ranks on a host keep eight copies.
 * `snapshot_device="same"` keeps them on the GPU, which is for small models.
-* `check="deferred"` needs one copy more, and that on the GPU: {SNAPSHOT_BYTES} bytes a parameter.
+* `check="deferred"` needs one copy more, and that on the GPU: {SNAPSHOT_BYTES} bytes for each
+  parameter of a rank's own shard.
 
 ## Files
 
@@ -217,7 +218,7 @@ has not proven itself yet. Under FSDP2 each rank keeps its own shards, under DDP
   (`max_dossier_megabytes`), together {size(DOSSIERS * MEGABYTES * 1e6)}, whatever the number of GPUs.
   Where weights are sharded a batch is not run again, and there is no dossier.
 
-## What to change there
+## Settings for large runs
 
 | setting | 8 GPUs | 64 | 1,024 |
 |---|---|---|---|

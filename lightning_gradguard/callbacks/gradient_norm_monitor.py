@@ -68,7 +68,8 @@ class GradientNormMonitor(StepCallback):
         include: Names of parameters or modules, or wildcards, that get charts; all if `None`.
         exclude: Those that get none.
         update_ratio: Whether updates are measured, by a copy of the weights at logged steps.
-        histograms: Whether histograms of gradients are logged as well; slow.
+        histograms: Whether histograms of gradients are logged as well; slow. Of a sharded gradient it is that
+            of the first rank's shard.
         figure_every_n_steps: Steps between heat maps of layers over time; 0 for none.
 
     Raises:
@@ -156,7 +157,7 @@ class GradientNormMonitor(StepCallback):
         """Hand what was measured to the report."""
         looks, self._looks = self._looks, {}
         for index, look in looks.items():
-            look.close(self._nonfinite[index].compute())
+            look.close(trainer, self._nonfinite[index].compute())
             self._nonfinite[index].reset()
             if look.is_waiting:
                 self._waiting.append(look)
@@ -171,6 +172,15 @@ class GradientNormMonitor(StepCallback):
         if self._waiting:
             self._hand_in_waiting(trainer, pl_module)
             suite_of(trainer).report.send(trainer, pl_module)
+
+    def on_exception(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
+    ) -> None:
+        """Log the last logged step without its update, for which no other rank can be asked any more."""
+        waiting, self._waiting = self._waiting, []
+        for look in waiting:
+            scalars = self._read(trainer, pl_module, look, True, look.values(self.norm_type).tolist())
+            reporting.log_scalars(trainer, scalars, look.step)
 
     def state_dict(self) -> dict[str, Any]:
         """What the detectors remember."""
@@ -245,6 +255,7 @@ class GradientNormMonitor(StepCallback):
                 where=symptom.where,
                 value=symptom.value,
                 advice=advice(symptom.kind, symptom.where),
+                **look.now,
             )
             publish(trainer, pl_module, incident)
         scalars = {f"{name}/nonfinite_fraction": fraction}
@@ -323,6 +334,7 @@ class _Look:
 
     Attributes:
         is_waiting: Whether the update is known by parts, and its sum over shards is on its way.
+        now: Step and epoch as an incident has them, once the batch has ended.
     """
 
     def __init__(self, trainer: pl.Trainer, step: Step, grad_norms: Tensor, update_ratio: bool) -> None:
@@ -334,6 +346,7 @@ class _Look:
         self.was_judged = step.is_judged
         self.grad_norms = grad_norms
         self.is_waiting = False
+        self.now: dict[str, int] = {}
         self._suite = suite_of(trainer)
         self._loss = step.loss
         self._weights = step.weight_norms if step.accepted else None
@@ -345,8 +358,9 @@ class _Look:
             before = [local_shard(parameter.detach()).clone() for parameter in parameters]
             self._handle = after_step(step.optimizer, partial(self._measure_updates, parameters, before))
 
-    def close(self, nonfinite_fraction: Tensor) -> None:
+    def close(self, trainer: pl.Trainer, nonfinite_fraction: Tensor) -> None:
         """Stop waiting for the optimizer, which the GradScaler may have kept from stepping."""
+        self.now = {"step": trainer.global_step, "epoch": trainer.current_epoch}
         self._fraction = nonfinite_fraction
         if self._handle is not None:
             self._handle.remove()

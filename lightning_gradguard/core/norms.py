@@ -44,9 +44,17 @@ class Gradients:
         """L2 norms of each unit of each gradient, and of the weights of the same units; see `unitwise_norm`.
 
         The shards of a sharded tensor stand one after the other, as `core.sharding.unit_places` says.
+
+        Raises:
+            ValueError: If units are cut, and nobody has added them up.
         """
         if self.units is not None:
             return self.units
+        if is_sharded(self.tensors):
+            raise ValueError(
+                "The units of sharded gradients were not added up: a policy that calls `unit_norms()` needs "
+                "`by_unit = True` in its class."
+            )
         pairs = zip(self.tensors, self.parameters, strict=True)
         return tuple((unitwise_norm(tensor), unitwise_norm(weight.detach())) for tensor, weight in pairs)
 
@@ -224,7 +232,10 @@ def scale_gradients_(gradients: Gradients, coefficients: Tensor | Sequence[Tenso
     Args:
         gradients: The gradients.
         coefficients: One scalar for all, or one tensor for each gradient that broadcasts to it; for a
-            sharded one a scalar, or one number for each of the places that its units have.
+            sharded one a scalar, or one number for each of its units.
+
+    Raises:
+        ValueError: If a coefficient does not fit to a sharded gradient.
     """
     groups: dict[tuple[torch.device, torch.dtype], tuple[list[Tensor], list[Tensor]]] = {}
     for index, gradient in enumerate(gradients.tensors):
@@ -238,7 +249,13 @@ def scale_gradients_(gradients: Gradients, coefficients: Tensor | Sequence[Tenso
             continue
         local = local_shard(gradient)
         if is_sharded([gradient]) and coefficient.ndim:
-            _, start = unit_places(gradient)
+            places, start = unit_places(gradient)
+            if coefficient.shape != (places, *(1,) * (gradient.ndim - 1)):
+                raise ValueError(
+                    f"A coefficient of shape {tuple(coefficient.shape)} does not fit to the sharded gradient "
+                    f"of {gradients.names[index]}, of shape {tuple(gradient.shape)}: return one of shape (), "
+                    "or like its `unit_norms()`."
+                )
             coefficient = coefficient[start : start + len(local)]
         scaled, factors = groups.setdefault((local.device, local.dtype), ([], []))
         scaled.append(local)

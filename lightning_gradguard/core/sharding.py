@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
+from itertools import product
 
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -53,8 +55,8 @@ def share(tensor: Tensor, world_size: int) -> float:
 def unit_places(tensor: Tensor) -> tuple[int, int]:
     """Where the units of the local shard stand among those of all shards.
 
-    A unit is a row of a weight; a vector is one unit, however it is cut. Shards of fewer rows leave places
-    free at their end. Ranks that hold parts of the same rows have the same places, in any order of rows.
+    A unit is a row of a weight; a vector is one unit, however it is cut. Ranks that hold parts of the same
+    rows have the same places; shards stand in the order of ranks, which need not be that of rows.
 
     Args:
         tensor: A weight, or the gradient of one.
@@ -64,16 +66,32 @@ def unit_places(tensor: Tensor) -> tuple[int, int]:
     """
     if tensor.ndim < 2:
         return 1, 0
-    rows, block, blocks = tensor.shape[0], 0, 1
+    splits: list[tuple[int, int, bool]] = []
     if isinstance(tensor, DTensor):
         mesh = tensor.device_mesh
-        coordinate = mesh.get_coordinate() or ()
-        for size, position, placement in zip(mesh.shape, coordinate, tensor.placements, strict=True):
+        for size, position, placement in zip(
+            mesh.shape, mesh.get_coordinate() or (), tensor.placements, strict=True
+        ):
             if _splits(placement) and placement.dim == 0:  # type: ignore[attr-defined]
-                rows = -(-rows // size)
-                block = block * size + position
-                blocks *= size
-    return blocks * rows, block * rows
+                splits.append((size, position, not placement.is_shard()))
+    return tensor.shape[0], _rows_before(tensor.shape[0], tuple(splits))
+
+
+@cache
+def _rows_before(rows: int, splits: tuple[tuple[int, int, bool], ...]) -> int:
+    """Rows in the shards of ranks before this one; each split has a size, a position, and may be strided."""
+    here = tuple(position for _, position, _ in splits)
+    before = 0
+    for positions in product(*(range(size) for size, _, _ in splits)):
+        if positions >= here:
+            break
+        length = rows
+        # what is strided cuts what the others have cut already
+        for index in sorted(range(len(splits)), key=lambda i: splits[i][2]):
+            piece = -(-length // splits[index][0])
+            length = max(0, min(piece, length - positions[index] * piece))
+        before += length
+    return before
 
 
 def _splits(placement: Placement) -> bool:

@@ -87,15 +87,16 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def complete_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Add up gradients that tensor parallelism left as parts of a sum.
+    """Have gradients spread as their weights are, where tensor parallelism left them otherwise.
 
-    The optimizer would do so each time it looks at one, and a norm of the parts says nothing.
+    It leaves parts of a sum, of which a norm says nothing, or cuts what the weight has whole. The optimizer
+    would put that right each time it looks at one.
     """
     for parameter in parameters:
         weight, gradient = parameter.data, parameter.grad
         if (
             isinstance(weight, DTensor)
             and isinstance(gradient, DTensor)
-            and any(placement.is_partial() for placement in gradient.placements)
+            and gradient.placements != weight.placements
         ):
             parameter.grad = gradient.redistribute(placements=weight.placements)

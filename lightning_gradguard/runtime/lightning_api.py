@@ -154,7 +154,7 @@ def scale_of_gradients(trainer: pl.Trainer, optimizer: Optimizer) -> float:
 
 def flattens_parameters(trainer: pl.Trainer) -> bool:
     """Whether the strategy is FSDP1."""
-    return any(kind.__name__ == "FSDPStrategy" for kind in type(trainer.strategy).__mro__)
+    return _is_strategy(trainer, "FSDPStrategy")
 
 
 def flat_shards(trainer: pl.Trainer) -> dict[Tensor, FlatShard]:
@@ -182,10 +182,15 @@ def let_go_of_whole_weights(trainer: pl.Trainer) -> None:
         # without a pass so far there is nothing to let go of, and no room for it either
         if unit._is_root is not None and unit._handle.uses_sharded_strategy:
             unit._handle.reshard(True)
-    if type(trainer.strategy).__name__ == "ModelParallelStrategy":
+    if _is_strategy(trainer, "ModelParallelStrategy"):
         for module in trainer.lightning_module.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
+
+
+def _is_strategy(trainer: pl.Trainer, name: str) -> bool:
+    """Whether the strategy is of this class, of either package, or inherits from it."""
+    return any(kind.__name__ == name for kind in type(trainer.strategy).__mro__)
 
 
 def _fsdp1_units(trainer: pl.Trainer) -> list[Any]:

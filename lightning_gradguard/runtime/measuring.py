@@ -128,7 +128,7 @@ class Layout:
 
     def __init__(self, flat: Mapping[Tensor, FlatShard]) -> None:
         self.flat = flat
-        self._shares: dict[tuple[int, ...], Tensor] = {}
+        self._shares: dict[tuple[Tensor, ...], Tensor] = {}
         self._matrices: dict[tuple[bool, ...], Tensor] = {}
 
     def measured(self, named: Iterable[tuple[str, nn.Parameter]]) -> list[tuple[str, nn.Parameter]]:
@@ -150,16 +150,16 @@ class Layout:
         """Whether each of them has, shape `(n,)`."""
         key = tuple(map(self.is_matrix, parameters))
         if key not in self._matrices:
-            self._matrices = {key: torch.tensor(key, dtype=torch.bool, device=device)}
+            self._matrices[key] = torch.tensor(key, dtype=torch.bool, device=device)
         return self._matrices[key]
 
     def shares(self, parameters: Sequence[Tensor], device: torch.device) -> Tensor:
         """What the sum over each local shard is multiplied by before ranks add up, shape `(n,)`."""
-        key = tuple(map(id, parameters))
+        key = tuple(parameters)
         if key not in self._shares:
             ranks = distributed.world_size()
             shares = [self.flat[p].pieces / ranks if p in self.flat else share(p, ranks) for p in parameters]
-            self._shares = {key: torch.tensor(shares, dtype=torch.float64, device=device)}
+            self._shares[key] = torch.tensor(shares, dtype=torch.float64, device=device)
         return self._shares[key]
 
 

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_hook
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy, fully_shard
-from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     RowwiseParallel,
@@ -129,6 +129,7 @@ class Network(pl.LightningModule):
         self.enter = nn.Linear(12, 16)
         self.norm = nn.LayerNorm(16)
         self.up = nn.Linear(16, 24)
+        self.gain = nn.Parameter(torch.ones(24))
         self.down = nn.Linear(24, 16)
         self.sequence = nn.LayerNorm(16)
         self.tied = nn.Linear(16, 16)
@@ -154,12 +155,16 @@ class Network(pl.LightningModule):
         assert mesh is not None
         if "tensor" in self.cell.strategy:
             plan = {
-                "up": ColwiseParallel(),
+                "up": ColwiseParallel(use_local_output=False),
                 "down": RowwiseParallel(output_layouts=Shard(1)),
                 "sequence": SequenceParallel(),
                 "head": ColwiseParallel(output_layouts=Replicate()),
             }
             parallelize_module(self, mesh["tensor_parallel"], plan)
+            # the whole weight is on each rank, and its gradient is cut as what it is multiplied with
+            self.gain = nn.Parameter(
+                distribute_tensor(self.gain.detach(), mesh["tensor_parallel"], [Replicate()])
+            )
         if "FSDP2" in self.cell.strategy:
             for layer in (self.up, self.down, self.head):
                 fully_shard(layer, mesh=mesh["data_parallel"])
@@ -169,7 +174,7 @@ class Network(pl.LightningModule):
         x = self.norm(torch.tanh(self.enter(inputs)))
         if bool(is_rare.any()) or self.cell.strategy != "DDP, unused parameters":
             x = x + is_rare * self.rare(inputs)
-        x = self.down(torch.tanh(self.up(x)))
+        x = self.down(torch.tanh(self.up(x)) * self.gain)
         x = self.sequence(x)
         x = x.full_tensor() if hasattr(x, "full_tensor") else x
         x = self.again(torch.tanh(self.tied(x)))
@@ -242,7 +247,7 @@ def strategy(cell: Cell) -> Any:
         "DDP, static graph": lambda: DDPStrategy(static_graph=True),
         "DDP, buckets as views": lambda: DDPStrategy(gradient_as_bucket_view=True),
         "DDP, fp16 hook": lambda: DDPStrategy(ddp_comm_hook=fp16_compress_hook),
-        "FSDP2": lambda: ModelParallelStrategy(world_size, 1),
+        "FSDP2": lambda: (OwnStrategy if cell.validates else ModelParallelStrategy)(world_size, 1),
         "FSDP1": lambda: FSDP1(),
         "FSDP1, flat": lambda: FSDP1(use_orig_params=False),
         "FSDP1, SHARD_GRAD_OP": lambda: FSDP1(sharding_strategy="SHARD_GRAD_OP"),
@@ -251,6 +256,10 @@ def strategy(cell: Cell) -> Any:
         "tensor parallel": lambda: ModelParallelStrategy(1, tensor),
         "FSDP2 + tensor parallel": lambda: ModelParallelStrategy(world_size // tensor, tensor),
     }[cell.strategy]()
+
+
+class OwnStrategy(ModelParallelStrategy):
+    """A user's, of another name."""
 
 
 def precision(cell: Cell) -> dict[str, Any]:

@@ -33,10 +33,12 @@ def launch(arguments: Sequence[str], patience: float = 60) -> str:
     )
     try:
         said, _ = process.communicate(timeout=patience)
-    except subprocess.TimeoutExpired:
+    except BaseException as error:  # the test may be ended as well
         os.killpg(process.pid, signal.SIGKILL)
         said, _ = process.communicate()
-        raise AssertionError(f"still running after {patience} seconds:\n{said[-6000:]}") from None
+        if isinstance(error, subprocess.TimeoutExpired):
+            raise AssertionError(f"still running after {patience} seconds:\n{said[-6000:]}") from None
+        raise
     assert process.returncode == 0, said[-6000:]
     return said
 

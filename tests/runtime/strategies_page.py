@@ -31,10 +31,12 @@ class StrategiesPage:
         start = f"| {strategy} | {precision} |"
         line = " ".join([start, *(f"{cell} |" for cell in cells)])
         lines = PAGE.read_text().splitlines()
+        first = next(i for i, text in enumerate(lines) if text.startswith("| strategy | precision |")) + 2
+        end = next(i for i in range(first, len(lines)) if not lines[i].startswith("|"))
         if not self.is_written:
-            assert line in lines, f"docs/strategies.md does not say (`make strategies` writes it):\n{line}"
+            assert line in lines[first:end], (
+                f"docs/strategies.md does not say (`make strategies` writes it):\n{line}"
+            )
             return
-        rule = next(i for i, text in enumerate(lines) if text.startswith("|---")) + 1
-        end = next(i for i in range(rule, len(lines)) if not lines[i].startswith("|"))
-        rows = sorted({*(text for text in lines[rule:end] if not text.startswith(start)), line})
-        PAGE.write_text("\n".join([*lines[:rule], *rows, *lines[end:], ""]))
+        rows = sorted({*(text for text in lines[first:end] if not text.startswith(start)), line})
+        PAGE.write_text("\n".join([*lines[:first], *rows, *lines[end:], ""]))

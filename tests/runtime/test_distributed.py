@@ -268,6 +268,53 @@ def test_spawned_processes(tmp_path: Path) -> None:
         assert torch.equal(one, other)
 
 
+RAISES = """
+import sys
+from pathlib import Path
+
+import pytorch_lightning as pl
+import torch
+import torch.distributed as dist
+from pytorch_lightning.strategies import ModelParallelStrategy
+from torch.distributed.fsdp import fully_shard
+
+from lightning_gradguard import GradientNormMonitor
+from tests.runtime.cells import Recorder, Seen
+from tests.tasks import Classifier, batches, plain_loader
+
+
+class Sharded(Classifier):
+    def configure_model(self):
+        fully_shard(self.net, mesh=self.device_mesh["data_parallel"])
+
+    def training_step(self, batch, batch_idx):
+        if batch_idx == 3:
+            raise KeyError("a bug of the user's")
+        return super().training_step(batch, batch_idx)
+
+
+seen = Seen()
+trainer = pl.Trainer(
+    accelerator="cpu", devices=2, strategy=ModelParallelStrategy(2, 1), max_epochs=1, logger=Recorder(seen),
+    enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, log_every_n_steps=1,
+    callbacks=[GradientNormMonitor()], use_distributed_sampler=False,
+)
+try:
+    trainer.fit(Sharded(), plain_loader(batches(10)))
+except KeyError:
+    torch.save(seen.scalars, Path(sys.argv[1]) / f"rank{trainer.global_rank}.pt")
+dist.barrier()
+dist.destroy_process_group()
+"""
+
+
+def test_the_last_logged_step_is_there_after_an_exception(tmp_path: Path) -> None:
+    for scalars in run(tmp_path, source=RAISES):
+        assert list(scalars["grad_norm/total"]) == [0, 1, 2]
+        assert list(scalars["weight_norm/net.0.weight"]) == [0, 1, 2]
+        assert list(scalars["update_ratio/net.0.weight"]) == [0, 1]
+
+
 def test_what_hangs_is_ended_and_shows_what_it_said() -> None:
     with pytest.raises(AssertionError, match=r"(?s)still running after 3 seconds.*here I am"):
         launch(["-c", "import time; print('here I am', flush=True); time.sleep(60)"], patience=3)
