@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from lightning_gradguard import Incident, LearningRateBackoff
 from lightning_gradguard.core.snapshots import Snapshot
 
 Batch = tuple[Tensor, Tensor]
@@ -198,3 +199,44 @@ def optimizer_state(trainer: pl.Trainer) -> list[Tensor]:
 def accuracy(module: Classifier) -> float:
     inputs, target = clusters(1, size=2000, seed=7)[0]
     return float((module.eval().net(inputs).argmax(1) == target).float().mean())
+
+
+class RateSpy(pl.Callback):
+    """Comes after the backoff, so that its hook sees the rate, a tensor, that the optimizer uses."""
+
+    def __init__(self, backoff: LearningRateBackoff) -> None:
+        self.backoff = backoff
+        self.asked: list[Tensor] = []
+        self.used: list[Tensor] = []
+        self.scales: list[float] = []
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        (self.group,) = trainer.optimizers[0].param_groups
+        trainer.optimizers[0].register_step_pre_hook(self.look)
+
+    def look(self, *_: Any) -> None:
+        self.used.append(self.group["lr"].clone())
+        self.scales.append(self.backoff.scale)
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self.asked.append(self.group["lr"].clone())
+
+
+class Remember(pl.Callback):
+    """The state ahead of each step, by `global_step`, and the one that training went back to."""
+
+    def __init__(self) -> None:
+        self.at: dict[int, list[Tensor]] = {}
+        self.landed: tuple[int, list[Tensor]] | None = None
+
+    def state(self, trainer: pl.Trainer) -> list[Tensor]:
+        state = (*weights(trainer.lightning_module), *optimizer_state(trainer))
+        return [tensor.clone() for tensor in state]
+
+    def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
+        if trainer.global_step not in self.at:
+            self.at[trainer.global_step] = self.state(trainer)
+
+    def on_training_incident(self, trainer: pl.Trainer, module: Any, incident: Incident) -> None:
+        if incident.kind == "rollback":
+            self.landed = int(incident.value or 0), self.state(trainer)

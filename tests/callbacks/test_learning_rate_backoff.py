@@ -14,7 +14,7 @@ from torch.optim import lr_scheduler as schedulers
 
 from lightning_gradguard import LearningRateBackoff, NaNRollback
 from lightning_gradguard.runtime.optimizer import ScaledLearningRate
-from tests.tasks import OPTIMIZERS, Batch, Classifier, batches, fit, poisoned
+from tests.tasks import OPTIMIZERS, Batch, Classifier, RateSpy, batches, fit, poisoned
 
 Make = Callable[[torch.optim.Optimizer], Any]
 SCHEDULERS: dict[str, Make] = {
@@ -153,27 +153,7 @@ def test_it_hears_rollbacks_and_not_skips() -> None:
 @pytest.mark.parametrize("optimizer", [name for name in OPTIMIZERS if "tensor rate" in name])
 def test_a_tensor_rate_is_put_back_bit_for_bit_in_a_fit(optimizer: str) -> None:
     backoff = LearningRateBackoff(factor=0.3, rewarm_steps=5)
-
-    class Spy(pl.Callback):
-        """Comes after the backoff, so that its hook sees the rate that the optimizer uses."""
-
-        def __init__(self) -> None:
-            self.asked: list[Tensor] = []
-            self.used: list[Tensor] = []
-            self.scales: list[float] = []
-
-        def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
-            (self.group,) = trainer.optimizers[0].param_groups
-            trainer.optimizers[0].register_step_pre_hook(self.look)
-
-        def look(self, *_: Any) -> None:
-            self.used.append(self.group["lr"].clone())
-            self.scales.append(backoff.scale)
-
-        def on_train_batch_end(self, *_: Any) -> None:
-            self.asked.append(self.group["lr"].clone())
-
-    spy, asked = Spy(), OPTIMIZERS[optimizer]([nn.Parameter(torch.zeros(1))]).param_groups[0]["lr"]
+    spy, asked = RateSpy(backoff), OPTIMIZERS[optimizer]([nn.Parameter(torch.zeros(1))]).param_groups[0]["lr"]
     fit(Classifier(optimizer), poisoned(batches(31), nan=[15]), [NaNRollback(patience=1), backoff, spy])
     assert len(spy.used) == len(spy.asked) == 31
     assert spy.scales[:16] == [1.0] * 16

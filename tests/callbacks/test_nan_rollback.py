@@ -29,6 +29,7 @@ from tests.tasks import (
     OPTIMIZERS,
     Batch,
     Classifier,
+    Remember,
     batches,
     copy_late,
     exponential_averages,
@@ -143,22 +144,6 @@ def test_a_snapshot_holds_what_was_there_however_late_it_is_copied(
     accumulate: int, without_loss: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also where the first batch after it was due makes no step."""
-
-    class Remember(pl.Callback):
-        def __init__(self) -> None:
-            self.at: dict[int, list[Tensor]] = {}
-            self.landed: tuple[int, list[Tensor]] | None = None
-
-        def state(self, trainer: pl.Trainer) -> list[Tensor]:
-            state = (*weights(trainer.lightning_module), *optimizer_state(trainer))
-            return [tensor.clone() for tensor in state]
-
-        def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
-            self.at.setdefault(trainer.global_step, self.state(trainer))
-
-        def on_training_incident(self, trainer: pl.Trainer, module: Any, incident: Incident) -> None:
-            if incident.kind == "rollback":
-                self.landed = int(incident.value or 0), self.state(trainer)
 
     copy_late(monkeypatch)
     remember, clean = Remember(), batches(60 * accumulate)

@@ -12,7 +12,7 @@ from torch import Tensor
 from lightning_gradguard import AdaptiveGradientClipping, Incident, NaNRollback
 from lightning_gradguard.core.snapshots import Snapshot
 from tests.gpu.tasks import NOT_A_NUMBER, Network, Observer, everything, finite, fit_there, insert
-from tests.tasks import Batch, batches, optimizer_state, same, weights
+from tests.tasks import Batch, Remember, batches, same
 
 #: Clock ticks for which a copy is held up, some 20 ms: many steps of these networks.
 LATE = 40_000_000
@@ -66,23 +66,6 @@ def test_going_back_is_exact_however_late_the_copies_are_made() -> None:
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_a_snapshot_holds_what_was_there_when_it_was_taken(accumulate: int) -> None:
     """The first batch of the step writes buffers right afterwards, and its last one writes weights."""
-
-    class Remember(pl.Callback):
-        def __init__(self) -> None:
-            self.at: dict[int, list[Tensor]] = {}
-            self.landed: tuple[int, list[Tensor]] | None = None
-
-        def state(self, trainer: pl.Trainer) -> list[Tensor]:
-            state = (*weights(trainer.lightning_module), *optimizer_state(trainer))
-            return [tensor.clone() for tensor in state]
-
-        def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
-            if trainer.global_step not in self.at:
-                self.at[trainer.global_step] = self.state(trainer)
-
-        def on_training_incident(self, trainer: pl.Trainer, module: Any, incident: Incident) -> None:
-            if incident.kind == "rollback":
-                self.landed = int(incident.value or 0), self.state(trainer)
 
     remember = Remember()
     data = insert(batches(60 * accumulate), 31 * accumulate, *[NOT_A_NUMBER] * 3 * accumulate)

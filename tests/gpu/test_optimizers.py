@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
-import pytorch_lightning as pl
 import torch
-from torch import Tensor
 
 from lightning_gradguard import (
     AdaptiveGradientClipping,
@@ -25,7 +21,7 @@ from tests.gpu.tasks import (
     fit_there,
     insert,
 )
-from tests.tasks import batches, same
+from tests.tasks import RateSpy, batches, same
 
 RATES_ON_THE_DEVICE = [name for name in OPTIMIZERS if "rate" in name]
 
@@ -53,27 +49,7 @@ def test_the_suite_leaves_a_healthy_run_as_it_is(optimizer: str) -> None:
 @pytest.mark.parametrize("optimizer", RATES_ON_THE_DEVICE)
 def test_a_rate_on_the_device_is_scaled_and_put_back_bit_for_bit(optimizer: str) -> None:
     backoff = LearningRateBackoff(factor=0.3, rewarm_steps=5)
-
-    class Spy(pl.Callback):
-        """Comes after the backoff, so that its hook sees the rate that the optimizer uses."""
-
-        def __init__(self) -> None:
-            self.asked: list[Tensor] = []
-            self.used: list[Tensor] = []
-            self.scales: list[float] = []
-
-        def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
-            (self.group,) = trainer.optimizers[0].param_groups
-            trainer.optimizers[0].register_step_pre_hook(self.look)
-
-        def look(self, *_: Any) -> None:
-            self.used.append(self.group["lr"].clone())
-            self.scales.append(backoff.scale)
-
-        def on_train_batch_end(self, *_: Any) -> None:
-            self.asked.append(self.group["lr"].clone())
-
-    spy = Spy()
+    spy = RateSpy(backoff)
     suite = [NaNRollback(patience=1), backoff, spy]
     fit_there(Network(optimizer), insert(batches(30), 15, NOT_A_NUMBER), suite)
     assert len(spy.used) == len(spy.asked) == 31
