@@ -82,6 +82,13 @@ def poisoned(data: Sequence[Batch], nan: Collection[int] = (), spikes: Collectio
     ]
 
 
+def insert(data: Sequence[Batch], at: int, *more: Batch) -> list[Batch]:
+    return [*data[:at], *more, *data[at:]]
+
+
+NOT_A_NUMBER = poisoned(batches(1, seed=3), nan=[0])[0]
+
+
 def plain_loader(data: Sequence[Batch]) -> DataLoader[Batch]:
     return DataLoader(data, batch_size=None)  # type: ignore[arg-type]
 

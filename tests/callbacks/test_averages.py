@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +15,13 @@ from torch import Tensor
 
 from lightning_gradguard import NaNRollback
 from tests.tasks import (
+    NOT_A_NUMBER,
     Batch,
     Classifier,
     batches,
     exponential_averages,
     fit,
+    insert,
     optimizer_state,
     poisoned,
     same,
@@ -28,13 +29,8 @@ from tests.tasks import (
 )
 
 WEIGHT_AVERAGING = pytest.mark.lightning("2.6", "before it, there is no WeightAveraging")
-NOT_A_NUMBER = poisoned(batches(1, seed=3), nan=[0])[0]
 CHECKS = pytest.mark.parametrize("check", ["exact", "deferred"])
 ORDERS = pytest.mark.parametrize("guard_first", [True, False])
-
-
-def insert(data: Sequence[Batch], at: int, *more: Batch) -> list[Batch]:
-    return [*data[:at], *more, *data[at:]]
 
 
 def ordered(average: pl.Callback, rollback: NaNRollback, guard_first: bool) -> list[pl.Callback]:

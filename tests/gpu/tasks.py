@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_gradguard import Incident
-from tests.tasks import Batch, Classifier, batches, fit, optimizer_state, poisoned, weights
+from tests.tasks import Batch, Classifier, fit, optimizer_state, weights
 
 ACCELERATOR = "gpu"
 DEVICE = "cuda"
@@ -29,7 +29,6 @@ OPTIMIZERS: dict[str, Make] = {
     "adam fused, rate on the device": lambda p: torch.optim.Adam(p, lr=on_device(3e-3), fused=True),
     "adam capturable, rate on the device": lambda p: torch.optim.Adam(p, lr=on_device(3e-3), capturable=True),
 }
-NOT_A_NUMBER = poisoned(batches(1, seed=3), nan=[0])[0]
 
 
 def on_device(number: float) -> Tensor:
@@ -89,10 +88,6 @@ def fit_there(
     torch.manual_seed(1)
     settings = {"accelerator": ACCELERATOR, "deterministic": True, **arguments}
     return fit(module, data, callbacks, **settings)
-
-
-def insert(data: Sequence[Batch], at: int, *more: Batch) -> list[Batch]:
-    return [*data[:at], *more, *data[at:]]
 
 
 def everything(trainer: pl.Trainer) -> list[Tensor]:

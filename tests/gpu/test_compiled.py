@@ -10,8 +10,8 @@ import torch
 from torch._dynamo.utils import counters
 
 from lightning_gradguard import NaNRollback, default_callbacks
-from tests.gpu.tasks import NOT_A_NUMBER, Network, everything, finite, fit_there, insert
-from tests.tasks import batches, same
+from tests.gpu.tasks import Network, everything, finite, fit_there
+from tests.tasks import NOT_A_NUMBER, batches, insert, same
 
 # the compiler advises on speed, and warns of its own parts
 pytestmark = pytest.mark.filterwarnings("ignore")

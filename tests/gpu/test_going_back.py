@@ -11,8 +11,8 @@ from torch import Tensor
 
 from lightning_gradguard import AdaptiveGradientClipping, Incident, NaNRollback
 from lightning_gradguard.core.snapshots import Snapshot
-from tests.gpu.tasks import NOT_A_NUMBER, Network, Observer, everything, finite, fit_there, insert
-from tests.tasks import Batch, Remember, batches, same
+from tests.gpu.tasks import Network, Observer, everything, finite, fit_there
+from tests.tasks import NOT_A_NUMBER, Batch, Remember, batches, insert, same
 
 #: Clock ticks for which a copy is held up, some 20 ms: many steps of these networks.
 LATE = 40_000_000

@@ -12,16 +12,8 @@ from lightning_gradguard import (
     NaNRollback,
     default_callbacks,
 )
-from tests.gpu.tasks import (
-    NOT_A_NUMBER,
-    OPTIMIZERS,
-    Network,
-    everything,
-    finite,
-    fit_there,
-    insert,
-)
-from tests.tasks import RateSpy, batches, same
+from tests.gpu.tasks import OPTIMIZERS, Network, everything, finite, fit_there
+from tests.tasks import NOT_A_NUMBER, RateSpy, batches, insert, same
 
 RATES_ON_THE_DEVICE = [name for name in OPTIMIZERS if "rate" in name]
 

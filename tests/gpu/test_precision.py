@@ -17,16 +17,8 @@ from lightning_gradguard import (
     default_callbacks,
 )
 from lightning_gradguard.runtime.step import Step, StepCallback
-from tests.gpu.tasks import (
-    NOT_A_NUMBER,
-    OPTIMIZERS,
-    Network,
-    everything,
-    finite,
-    fit_there,
-    insert,
-)
-from tests.tasks import Batch, batches, same
+from tests.gpu.tasks import OPTIMIZERS, Network, everything, finite, fit_there
+from tests.tasks import NOT_A_NUMBER, Batch, batches, insert, same
 
 MIXED: dict[str, Any] = {"precision": "16-mixed"}
 

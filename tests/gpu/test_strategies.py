@@ -12,8 +12,8 @@ import torch
 import torch.distributed as dist
 
 from lightning_gradguard import GradientNormMonitor, NaNRollback, default_callbacks
-from tests.gpu.tasks import NOT_A_NUMBER, Network, Observer, fit_there, insert
-from tests.tasks import Batch, batches, same
+from tests.gpu.tasks import Network, Observer, fit_there
+from tests.tasks import NOT_A_NUMBER, Batch, batches, insert, same
 
 # NCCL and FSDP1 warn of what a world of one process is not for
 pytestmark = pytest.mark.filterwarnings("ignore")
