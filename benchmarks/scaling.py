@@ -19,7 +19,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from lightning_gradguard.runtime.measuring import Layout, Wanted, measure
+from lightning_gradguard.runtime.measuring import Wanted, measure
+from lightning_gradguard.runtime.selection import Layout
 
 PAGE = Path(__file__).parents[1] / "docs" / "scaling.md"
 WORLD_SIZES = (8, 64, 1024)
@@ -92,17 +93,10 @@ def lengths(shapes: Sequence[tuple[int, ...]], wanted: Wanted, *, sharded: bool)
     def all_gather(rows: list[Tensor], vector: Tensor) -> None:
         seen.append(len(rows) * vector.numel() * vector.element_size())
 
-    named = [(str(i), parameter(shape, sharded=sharded)) for i, shape in enumerate(shapes)]
-    carried = torch.zeros(len(named) if wanted.weights and sharded else 0, dtype=torch.float64)
+    selection = Layout({}).select((str(i), parameter(s, sharded=sharded)) for i, s in enumerate(shapes))
+    carried = torch.zeros(len(shapes), dtype=torch.float64) if wanted.weights and sharded else None
     with mock.patch.multiple(dist, all_reduce=all_reduce, all_gather=all_gather):
-        measure(
-            named,
-            [torch.zeros(())],
-            (None, None, False),
-            wanted=wanted,
-            layout=Layout({}),
-            carried=carried,
-        )
+        measure(selection, [torch.zeros(())], (None, None, False), wanted=wanted, carried=carried)
     return seen
 
 

@@ -10,9 +10,8 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from torch import Tensor
-from torchmetrics import MeanMetric
 
-from lightning_gradguard.core.clipping import ClippingPolicy, ZScoreClipping
+from lightning_gradguard.core.clipping import ClippingPolicy, Scalar, ZScoreClipping
 from lightning_gradguard.core.norms import (
     Gradients,
     scale_gradients_,
@@ -73,7 +72,8 @@ class AdaptiveGradientClipping(StepCallback):
         self.wants_units = self.policy.by_unit
         self.state_arguments = {"policy": type(self.policy).__name__, "exclude": self.exclude}
         self._policies: dict[int, ClippingPolicy] = {}
-        self._fractions: dict[int, MeanMetric] = {}
+        self._clipped: dict[int, tuple[Scalar, int]] = {}
+        self._may_ride = False
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Join the suite; say so where a second clipper acts."""
@@ -97,6 +97,7 @@ class AdaptiveGradientClipping(StepCallback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Say so where an optimizer cannot be clipped."""
         super().on_train_start(trainer, pl_module)
+        self._may_ride = not lightning_api.gradients_are_seen_later(trainer)
         for optimizer in trainer.optimizers:
             if lightning_api.calls_closure_repeatedly(optimizer):
                 warnings.warn(
@@ -109,17 +110,21 @@ class AdaptiveGradientClipping(StepCallback):
         """Scale the gradients of an accepted step and take it into the history."""
         if not step.accepted or step.inside_closure:
             return
-        gradients = step.gradients.without(matching(step.gradients.names, self.exclude))
+        gradients = step.gradients
+        if self.exclude:
+            gradients = gradients.without(matching(gradients.names, self.exclude))
         if not gradients.names:
             return
         policy = self._policy(step.optimizer_index)
         coefficients = policy.coefficients(gradients)
-        scale_gradients_(gradients, coefficients)
+        divisor = self._divisor(step, gradients, coefficients)
+        if divisor is None:
+            scale_gradients_(gradients, coefficients)
+        else:
+            suite_of(trainer).ride(step, grad_scale=divisor)
         policy.commit()
-        smallest = _smallest(coefficients)
-        if step.optimizer_index not in self._fractions:
-            self._fractions[step.optimizer_index] = _mean(smallest.device)
-        self._fractions[step.optimizer_index].update((smallest < 1).float())
+        clipped, steps = self._clipped.get(step.optimizer_index, (0, 0))
+        self._clipped[step.optimizer_index] = (clipped + (_smallest(coefficients) < 1), steps + 1)
         if is_logging_step(trainer):
             self._report(trainer, step, gradients, policy.threshold, coefficients)
 
@@ -147,44 +152,59 @@ class AdaptiveGradientClipping(StepCallback):
             self._policies[index] = copy.deepcopy(self.policy)
         return self._policies[index]
 
+    def _divisor(
+        self, step: Step, gradients: Gradients, coefficients: Scalar | list[Tensor]
+    ) -> Tensor | None:
+        """What the optimizer's own kernel divides gradients by; `None` if they are to be scaled here."""
+        if isinstance(coefficients, list) or isinstance(coefficients, float) and coefficients == 1:
+            return None
+        if not self._may_ride or gradients is not step.gradients or not step.takes_riders:
+            return None
+        if isinstance(coefficients, Tensor):
+            return coefficients.to(step.selection.device).reciprocal().float()
+        # made on the device: a copy would be waited for
+        return torch.full((), 1 / coefficients, device=step.selection.device)
+
     def _report(
         self,
         trainer: pl.Trainer,
         step: Step,
         gradients: Gradients,
-        threshold: Tensor | None,
-        coefficients: Tensor | list[Tensor],
+        threshold: Scalar | None,
+        coefficients: Scalar | list[Tensor],
     ) -> None:
         index = step.optimizer_index
+        clipped, steps = self._clipped.pop(index)
         values = {
             ("clip", "coefficient"): _smallest(coefficients),
-            ("clip", "fraction"): self._fractions[index].compute(),
+            ("clip", "fraction"): clipped / steps,
             ("grad_norm_clipped", "total"): _clipped_norm(step.gradients, gradients, coefficients),
         }
         if threshold is not None:
             values["clip", "threshold"] = threshold
-        self._fractions[index].reset()
         n = len(trainer.optimizers)
-        tags = [f"{family(name, index, n)}/{what}" for name, what in values]
-        suite_of(trainer).report.add(
-            torch.stack([value.double() for value in values.values()]),
-            lambda host: dict(zip(tags, host, strict=True)),
-        )
+        tagged = {f"{family(name, index, n)}/{what}": value for (name, what), value in values.items()}
+        report = suite_of(trainer).report
+        report.add_scalars({tag: value for tag, value in tagged.items() if not isinstance(value, Tensor)})
+        waiting = {tag: value for tag, value in tagged.items() if isinstance(value, Tensor)}
+        if waiting:
+            report.add(
+                torch.stack([value.double() for value in waiting.values()]),
+                lambda host: dict(zip(waiting, host, strict=True)),
+            )
 
 
-def _smallest(coefficients: Tensor | list[Tensor]) -> Tensor:
-    if isinstance(coefficients, Tensor):
+def _smallest(coefficients: Scalar | list[Tensor]) -> Scalar:
+    if not isinstance(coefficients, list):
         return coefficients
     return torch.cat([coefficient.reshape(-1) for coefficient in coefficients]).min()
 
 
-def _mean(device: torch.device) -> MeanMetric:
-    return MeanMetric(nan_strategy="disable", sync_on_compute=False).to(device)
-
-
-def _clipped_norm(everything: Gradients, clipped: Gradients, coefficients: Tensor | list[Tensor]) -> Tensor:
+def _clipped_norm(everything: Gradients, clipped: Gradients, coefficients: Scalar | list[Tensor]) -> Scalar:
     """Total norm after clipping, from the norms before it wherever one coefficient scales a tensor."""
-    if isinstance(coefficients, Tensor):
+    if not isinstance(coefficients, list) and everything.known_norm is not None and clipped is everything:
+        return everything.known_norm * coefficients
+    if not isinstance(coefficients, list):
         norms = clipped.norms * coefficients
     elif all(coefficient.numel() == 1 for coefficient in coefficients):
         norms = clipped.norms * torch.stack([c.reshape(()) for c in coefficients])

@@ -12,9 +12,9 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
-from torchmetrics import MeanMetric
 
 from lightning_gradguard.core.anomalies import SymptomDetector
+from lightning_gradguard.core.clipping import Scalar
 from lightning_gradguard.core.diagnosis import advice
 from lightning_gradguard.core.norms import (
     Gradients,
@@ -29,6 +29,7 @@ from lightning_gradguard.runtime.incidents import incident_now, open_journal, pu
 from lightning_gradguard.runtime.lightning_api import batches_that_stepped
 from lightning_gradguard.runtime.optimizer import after_step
 from lightning_gradguard.runtime.reporting import family
+from lightning_gradguard.runtime.selection import Selection
 from lightning_gradguard.runtime.step import (
     Step,
     StepCallback,
@@ -114,7 +115,7 @@ class GradientNormMonitor(StepCallback):
         self.figure_every_n_steps = figure_every_n_steps
         self.state_arguments = {"norm_type": self.norm_type, "level": level}
         self._detectors: dict[int, SymptomDetector] = defaultdict(SymptomDetector)
-        self._nonfinite: dict[int, MeanMetric] = {}
+        self._nonfinite: dict[int, tuple[Scalar, int]] = {}
         self._looks: dict[int, _Look] = {}
         self._waiting: list[_Look] = []
         self._history = GradientHistory()
@@ -142,10 +143,11 @@ class GradientNormMonitor(StepCallback):
         if index in self._looks or not step.gradients.names:
             return
         norms = step.tensor_norms[self.norm_type]
-        if index not in self._nonfinite:
-            mean = MeanMetric(nan_strategy="disable", sync_on_compute=False)
-            self._nonfinite[index] = mean.to(norms.device)
-        self._nonfinite[index].update((~torch.isfinite(norms)).float().mean())
+        fraction, steps = self._nonfinite.get(index, (0.0, 0))
+        known = step.gradients.known_norm
+        if known is None or not math.isfinite(known):
+            fraction = fraction + (~torch.isfinite(norms)).double().mean()
+        self._nonfinite[index] = (fraction, steps + 1)
         if is_logging_step(trainer, self.every_n_steps):
             self._looks[index] = _Look(trainer, step, norms, self.update_ratio)
             if self.histograms and step.accepted:
@@ -157,8 +159,8 @@ class GradientNormMonitor(StepCallback):
         """Hand what was measured to the report."""
         looks, self._looks = self._looks, {}
         for index, look in looks.items():
-            look.close(trainer, self._nonfinite[index].compute())
-            self._nonfinite[index].reset()
+            fraction, steps = self._nonfinite.pop(index)
+            look.close(trainer, fraction / steps)
             if look.is_waiting:
                 self._waiting.append(look)
                 if look.accepted:
@@ -341,7 +343,7 @@ class _Look:
         self.step = batches_that_stepped(trainer)
         self.optimizer_index = step.optimizer_index
         self.names = step.gradients.names
-        self.is_matrix = step.is_matrix
+        self.is_matrix = step.selection.is_matrix
         self.accepted = step.accepted
         self.was_judged = step.is_judged
         self.grad_norms = grad_norms
@@ -350,15 +352,15 @@ class _Look:
         self._suite = suite_of(trainer)
         self._loss = step.loss
         self._weights = step.weight_norms if step.accepted else None
-        self._fraction = step.loss.new_zeros(())
+        self._fraction: Scalar = 0.0
         self._updates: Tensor | None = None
         self._handle: RemovableHandle | None = None
         if step.accepted and update_ratio:
             parameters = step.gradients.parameters
             before = [local_shard(parameter.detach()).clone() for parameter in parameters]
-            self._handle = after_step(step.optimizer, partial(self._measure_updates, parameters, before))
+            self._handle = after_step(step.optimizer, partial(self._measure_updates, step.selection, before))
 
-    def close(self, trainer: pl.Trainer, nonfinite_fraction: Tensor) -> None:
+    def close(self, trainer: pl.Trainer, nonfinite_fraction: Scalar) -> None:
         """Stop waiting for the optimizer, which the GradScaler may have kept from stepping."""
         self.now = {"step": trainer.global_step, "epoch": trainer.current_epoch}
         self._fraction = nonfinite_fraction
@@ -372,17 +374,18 @@ class _Look:
     def values(self, norm_type: float) -> Tensor:
         """Nonfinite fraction, total norm, loss; norms of gradients; of weights and updates if known."""
         total = self.total(norm_type)
-        parts = [torch.stack([self._fraction.to(total), total, self._loss.to(total)]), self.grad_norms]
+        fraction = torch.full_like(total, 0.0) + self._fraction
+        parts = [torch.stack([fraction, total, self._loss.to(total)]), self.grad_norms]
         if self._weights is not None:
             parts.append(self._weights)
             if self._updates is not None:
                 parts.append(self._updates / self._weights.clamp(min=1e-300))
         return torch.cat(parts)
 
-    def _measure_updates(self, parameters: Sequence[Tensor], before: list[Tensor]) -> None:
-        after = [local_shard(parameter.detach()) for parameter in parameters]
+    def _measure_updates(self, selection: Selection, before: list[Tensor]) -> None:
+        after = [local_shard(parameter.detach()) for parameter in selection.parameters]
         self.is_waiting = True
-        self._suite.add_over_shards(power_sums(torch._foreach_sub(after, before)), parameters, self._take)
+        self._suite.add_over_shards(power_sums(torch._foreach_sub(after, before)), selection, self._take)
 
     def _take(self, sums: Tensor) -> None:
         self.is_waiting = False

@@ -36,8 +36,9 @@ from lightning_gradguard.runtime.lightning_api import (
     flattens_parameters,
     refuse_unsupported,
 )
-from lightning_gradguard.runtime.measuring import Layout, gradient_of, norms_over_shards
+from lightning_gradguard.runtime.measuring import norms_over_shards
 from lightning_gradguard.runtime.replaying import silent, training_loss
+from lightning_gradguard.runtime.selection import Layout
 from lightning_gradguard.runtime.step import plain_name
 
 #: Optimizers that divide gradients by their size.
@@ -165,16 +166,16 @@ class InitializationCheck(Callback):
             return
         self._looks_at_first_step = False
         layout = Layout(flat_shards(trainer))
-        measured = layout.measured(pl_module.named_parameters())
-        named = [(plain_name(n), p) for n, p in measured if layout.is_matrix(p)][:-1]
-        parameters = [p for _, p in named]
-        complete_gradients(parameters)
-        tensors = [*map(gradient_of, parameters), *(p.detach() for p in parameters)]
-        sizes = norms_over_shards(tensors, [*parameters, *parameters], layout).tolist()
-        profile = depth_profile(sizes[: len(named)], sizes[len(named) :])
+        everything = layout.select(pl_module.named_parameters())
+        named = zip(everything.names, everything.parameters, everything.is_matrix, strict=True)
+        layers = layout.select([(plain_name(name), p) for name, p, is_matrix in named if is_matrix][:-1])
+        complete_gradients(layers.parameters)
+        gradients, weights = norms_over_shards(layers, layers.gradients(), layers.parameters).tolist()
+        profile = depth_profile(gradients, weights)
         if abs(profile) > DEPTH_DECADES:
-            cure = advice("vanishing_gradient" if profile > 0 else "exploding_gradient", [named[0][0]])
-            finding = Finding("gradient_profile", named[0][0], profile, "-3 .. 3", "warn", cure)
+            first = layers.names[0]
+            cure = advice("vanishing_gradient" if profile > 0 else "exploding_gradient", [first])
+            finding = Finding("gradient_profile", first, profile, "-3 .. 3", "warn", cure)
             self._settle(trainer, pl_module, [finding])
 
     def _repair(

@@ -7,13 +7,12 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import pytorch_lightning as pl
-import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_gradguard.core.diagnosis import advice
 from lightning_gradguard.core.recovery import OUTCOMES, Decision, Recovery
-from lightning_gradguard.core.snapshots import Snapshot
+from lightning_gradguard.core.snapshots import RngWatch, Snapshot
 from lightning_gradguard.runtime import lightning_api, reporting, training_state
 from lightning_gradguard.runtime.distributed import any_rank, gather_objects
 from lightning_gradguard.runtime.incidents import (
@@ -26,7 +25,7 @@ from lightning_gradguard.runtime.investigation import Investigation
 from lightning_gradguard.runtime.lost_batches import LostBatches, Reason
 from lightning_gradguard.runtime.lost_steps import LostStep, Window, facts_of
 from lightning_gradguard.runtime.measuring import Measurement
-from lightning_gradguard.runtime.optimizer import drop_gradients
+from lightning_gradguard.runtime.optimizer import drop_gradients, has_all_state
 from lightning_gradguard.runtime.replaying import ServedBatch
 from lightning_gradguard.runtime.step import (
     Step,
@@ -39,9 +38,6 @@ from lightning_gradguard.runtime.stopping import diverged, save_last_good
 from lightning_gradguard.runtime.traces import Traces
 from lightning_gradguard.runtime.training_state import Companions
 from lightning_gradguard.runtime.way_back import WayBack
-
-#: Largest total norm that float32 can hold.
-OVERFLOW = torch.finfo(torch.float32).max
 
 
 @dataclass
@@ -99,7 +95,8 @@ class NaNRollback(StepCallback):
             `"same"` beside the weights.
         check: `"exact"` waits for the device once a step and never lets a sick step happen. `"deferred"`
             never waits: a step is judged when the next one is about to be made, and both are lost if it was
-            sick. That takes a copy of the training state, beside the weights, at every step. It is judged
+            sick. A fused optimizer leaves out the sick one by itself; for any other, it takes a copy of the
+            training state, beside the weights, at every step. It is judged
             earlier ahead of a checkpoint, validation, the end of an epoch, and on an exception. A GradScaler
             and LBFGS wait for the device anyway, so that under them both are the same.
         restore_rng: Whether a rollback, or a skip, also puts random number generators back.
@@ -200,6 +197,7 @@ class NaNRollback(StepCallback):
         self._has_given_up = False
         self._recovery.has_rivals = len(trainer.optimizers) > 1
         self._traces = Traces(trainer, pl_module)
+        self._rng = RngWatch()
         self._way_back.begin(trainer, self._traces)
         self._ledger = LostBatches(run_folder(trainer), trainer.global_rank, self._earlier_ledgers)
         self._lost_earlier: dict[tuple[int, int], Reason] = {}
@@ -225,7 +223,7 @@ class NaNRollback(StepCallback):
         if not self._window_is_open or lightning_api.updates_buffers_only(trainer):
             self._open_window(trainer, pl_module)
         if self._keeps_batches:
-            self._window.batches.append(ServedBatch.of(batch, batch_idx))
+            self._window.batches.append(ServedBatch.of(batch, batch_idx, self._rng.state()))
         self._window.n_served += 1
         self._ledger.serve(trainer.global_step, trainer.current_epoch, self._batch_idx, batch)
         if (reason := self._lost_earlier.get((trainer.current_epoch, self._batch_idx))) is not None:
@@ -243,14 +241,12 @@ class NaNRollback(StepCallback):
 
     def judge(self, trainer: pl.Trainer, measurement: Measurement) -> Verdict:
         """A nonfinite step is never accepted."""
-        m = measurement
-        is_sick = m.nonfinite_losses or m.nonfinite_weights or m.nonfinite_buffers
-        if is_sick or m.ranks_disagree or m.lost_before:
-            return "drop"
-        if m.total_norm <= OVERFLOW:
+        if not measurement.is_sick:
             return "accept"
         scaler = lightning_api.gradient_scaler(trainer)
-        return "drop" if scaler is None or self._overflows_at_floor >= self._patience else "ignore"
+        if measurement.is_corrupt or scaler is None or self._overflows_at_floor >= self._patience:
+            return "drop"
+        return "ignore"
 
     def on_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, step: Step) -> None:
         """Drop a sick step, and decide whether that is enough."""
@@ -275,11 +271,7 @@ class NaNRollback(StepCallback):
         elif step.verdict == "ignore":
             self._leave_to_scaler(trainer, step.optimizer)
         elif step.measurement is None:
-            assert self._before is not None
-            assert self._window.companions is not None
-            training_state.capture(trainer, self._before, self._window.companions, self._traces)
-            self._unjudged = self._lost_step(step)
-            self._let_happen(trainer)
+            self._let_happen_unjudged(trainer, step)
         else:
             self._let_happen(trainer)
             self._accept(trainer, pl_module, step.measurement, self._window.step)
@@ -320,9 +312,10 @@ class NaNRollback(StepCallback):
             self._guard_buffers(trainer, pl_module)
         if self._batch.first_closure is not None:
             self._settle_closures(trainer, pl_module, self._batch.first_closure)
-        is_last = trainer.is_last_batch or trainer.should_stop or trainer.global_step == trainer.max_steps
-        if is_last or lightning_api.validates_next(trainer, batch_idx):
-            suite_of(trainer).settle(trainer, pl_module)
+        if self._unjudged is not None:
+            is_last = trainer.is_last_batch or trainer.should_stop or trainer.global_step == trainer.max_steps
+            if is_last or lightning_api.validates_next(trainer, batch_idx):
+                suite_of(trainer).settle(trainer, pl_module)
         self._conclude(trainer, pl_module)
         stepped = suite_of(trainer).has_stepped
         if not stepped and pl_module.automatic_optimization and trainer.accumulate_grad_batches == 1:
@@ -404,6 +397,7 @@ class NaNRollback(StepCallback):
         self._way_back.wait()  # the batch before may have made no step
         self._traces.keep()
         if self._way_back.capture_if_due(trainer):
+            self._traces.look_again()
             self._look_at_weights(trainer)
             self._ledger.forget_before(self._way_back.reaches_back_to())
         elif self._way_back.lacks_weights(trainer) and suite_of(trainer).nonfinite_weights is None:
@@ -427,6 +421,24 @@ class NaNRollback(StepCallback):
         if len(trainer.optimizers) > 1:
             # a later step of the same batch may be dropped, this one stays
             self._traces.keep(within_step=True)
+
+    def _let_happen_unjudged(self, trainer: pl.Trainer, step: Step) -> None:
+        """Keep what it takes to undo the step; less if the optimizer leaves out a sick one by itself."""
+        assert self._before is not None
+        assert self._window.companions is not None
+        suite = suite_of(trainer)
+        skips_itself = (
+            step.takes_riders
+            and suite.has_one_judge
+            and has_all_state(step.optimizer, len(step.gradients.names))
+        )
+        training_state.capture(
+            trainer, self._before, self._window.companions, self._traces, stepped=not skips_itself
+        )
+        if skips_itself:
+            suite.ride(step, found_inf=step.numbers.sick())
+        self._unjudged = self._lost_step(step)
+        self._let_happen(trainer)
 
     def _accept(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, measurement: Measurement, step: int

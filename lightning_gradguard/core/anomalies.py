@@ -68,7 +68,7 @@ class SpikeDetector:
         if not (math.isfinite(value) and value > 0):
             return False
         logarithm = math.log(value)
-        bound = self._log_bound()
+        bound = self._log_bound(logarithm)
         is_spike = logarithm > bound
         if not is_spike:
             self._highest = max(self._highest, logarithm)
@@ -89,10 +89,14 @@ class SpikeDetector:
         self._waiting = deque(state_dict["waiting"])
         self._highest = state_dict["highest"]
 
-    def _log_bound(self) -> float:
+    def _log_bound(self, logarithm: float) -> float:
+        """What this value must not exceed; one that is surely below costs no look at the deviation."""
         if len(self._sorted) < self._min_history:
             return math.inf if self._highest == -math.inf else self._highest + math.log(EARLY_SPIKE)
         centre = _median(self._sorted)
+        least = centre + self._threshold * self._min_std
+        if logarithm <= least:
+            return least
         deviation = median(abs(value - centre) for value in self._sorted)
         return centre + self._threshold * max(MAD_TO_STD * deviation, self._min_std)
 

@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_gradguard.core.norms import Gradients, positions
+from lightning_gradguard.core.norms import Gradients
 
+#: A number that the host knows, or one on the device that it has not waited for.
+Scalar = float | Tensor
 #: Kept out of divisions by a norm; the value that `torch.nn.utils.clip_grad_norm_` uses.
 EPS = 1e-6
 #: `ZScoreClipping` takes the spread to be at least this share of the mean, so that constant norms in the
@@ -24,7 +26,8 @@ class ClippingPolicy(ABC):
     """Decides by how much each gradient is scaled. Subclass it to bring a policy of your own.
 
     `coefficients` looks, `commit` remembers: only a step that takes place enters the history. Nothing is
-    read to the host, so that a policy costs no synchronization.
+    read to the host, so that a policy costs no synchronization; from a norm that the host knows anyway
+    (`gradients.known_norm`) it is best to reckon on the host.
 
     Example:
         >>> class Half(ClippingPolicy):
@@ -35,20 +38,20 @@ class ClippingPolicy(ABC):
     """
 
     #: The total norm that was allowed for the gradients seen last; `None` without such a number.
-    threshold: Tensor | None = None
+    threshold: Scalar | None = None
     #: Whether `coefficients` asks for `gradients.unit_norms()`, which have to be added up over shards.
     by_unit: bool = False
 
     @abstractmethod
-    def coefficients(self, gradients: Gradients) -> Tensor | list[Tensor]:
+    def coefficients(self, gradients: Gradients) -> Scalar | list[Tensor]:
         """By what to multiply the gradients. Changes no history; a nonfinite norm gives 1.
 
         Args:
             gradients: Measured before anybody wrote.
 
         Returns:
-            One scalar for all, or one tensor for each gradient that broadcasts to it; for a sharded gradient
-            one of shape `()` or like its unit norms.
+            One scalar for all, as a number or a tensor, or one tensor for each gradient that broadcasts to
+            it; for a sharded gradient one of shape `()` or like its unit norms.
         """
 
     def commit(self) -> None:  # noqa: B027 - a policy without a history has nothing to do
@@ -88,18 +91,18 @@ class GlobalNormClipping(ClippingPolicy):
     def __init__(self, max_norm: float = 1.0) -> None:
         self.max_norm = _positive("max_norm", max_norm)
 
-    def coefficients(self, gradients: Gradients) -> Tensor:
+    def coefficients(self, gradients: Gradients) -> Scalar:
         """One coefficient: `min(1, max_norm / total_norm)`."""
-        self.threshold = torch.full_like(gradients.total_norm, self.max_norm)
-        return _coefficient(self.threshold, gradients.total_norm)
+        self.threshold = self.max_norm
+        return _coefficient(self.max_norm, _total_norm(gradients))
 
 
 class ZScoreClipping(ClippingPolicy):
     """Clips norms that stand out from a running mean, and caps all of them.
 
-    The rule is ZClip with four defects mended: nonfinite norms never enter the history, an outlier within
-    the warm-up is clipped to the median and so cannot inflate it, the spread has a floor, and the history
-    is saved.
+    The rule is ZClip with four defects mended: nonfinite norms never enter the history (one of them only
+    leaves its place in the warm-up empty), an outlier within the warm-up is clipped to the median and so
+    cannot inflate it, the spread has a floor, and the history is saved.
 
     Args:
         z_threshold: A norm this many standard deviations above the mean is clipped; positive.
@@ -128,51 +131,60 @@ class ZScoreClipping(ClippingPolicy):
         self.decay = decay
         self.warmup_steps = _at_least_one("warmup_steps", warmup_steps)
         self.max_norm = math.inf if max_norm is None else _positive("max_norm", max_norm)
-        self._state: dict[str, Tensor] = {}
-        self._pending: dict[str, Tensor] = {}
-
-    def coefficients(self, gradients: Gradients) -> Tensor:
-        """One coefficient, by the z-score of the total norm."""
-        norm = gradients.total_norm
-        if not self._state:
-            self._state = {
-                "warmup": torch.full((self.warmup_steps,), torch.nan).to(norm),
-                "seen": torch.zeros_like(norm),
-                "mean": torch.zeros_like(norm),
-                "variance": torch.zeros_like(norm),
-            }
-        state = self._state = {key: value.to(norm.device) for key, value in self._state.items()}
-        warming = state["seen"] < self.warmup_steps
-        median = state["warmup"].nanquantile(0.5)
-        outlier = (state["seen"] >= 3) & (norm > OUTLIER * median)
-        early = torch.where(outlier, median, norm)
-
-        mean, variance = state["mean"], state["variance"]
-        spread = torch.maximum(variance.sqrt(), LEAST_SPREAD * mean)
-        z = (norm - mean) / (spread + EPS)
-        late = torch.where(z > self.z_threshold, mean + self.z_threshold**2 * spread / z, norm)
-        effective = torch.where(warming, early, late)
-        bound = mean + self.z_threshold * spread
-        guarded = torch.where(state["seen"] >= 3, OUTLIER * median, torch.inf)
-        self.threshold = torch.where(warming, guarded, bound).clamp(max=self.max_norm)
-
-        slot = torch.arange(self.warmup_steps, device=norm.device) == state["seen"]
-        warmup = torch.where(slot & warming, early, state["warmup"])
-        full = warming & (state["seen"] + 1 == self.warmup_steps)
-        moved = self.decay * mean + (1 - self.decay) * effective
-        spread_out = self.decay * variance + (1 - self.decay) * (effective - moved) ** 2
-        observed = {
-            "warmup": warmup,
-            "seen": (state["seen"] + 1).clamp(max=self.warmup_steps),
-            "mean": torch.where(full, warmup.mean(), torch.where(warming, mean, moved)),
-            "variance": torch.where(
-                full, warmup.var(correction=0), torch.where(warming, variance, spread_out)
-            ),
+        self._state: dict[str, Any] = {
+            "warmup": torch.full((self.warmup_steps,), torch.nan, dtype=torch.float64),
+            "seen": 0,
+            "mean": math.nan,
+            "variance": math.nan,
         }
-        finite = torch.isfinite(norm)
-        self._pending = {k: torch.where(finite, v, state[k]) for k, v in observed.items()}
-        allowed = torch.where(effective < norm, effective, torch.inf).clamp(max=self.max_norm)
-        return _coefficient(allowed, norm)
+        self._pending = self._state
+
+    def coefficients(self, gradients: Gradients) -> Scalar:
+        """One coefficient, by the z-score of the total norm."""
+        norm = _total_norm(gradients)
+        is_warming = self._state["seen"] < self.warmup_steps
+        effective = self._warm_up(norm) if is_warming else self._stand_out(norm)
+        allowed = _where(effective < norm, effective, self.max_norm)
+        return _coefficient(_where(allowed < self.max_norm, allowed, self.max_norm), norm)
+
+    def _warm_up(self, norm: Scalar) -> Scalar:
+        """Gather norms; an outlier counts as the median of those before it."""
+        present = torch.as_tensor(norm, dtype=torch.float64)
+        warmup, seen = self._state["warmup"].to(present.device, copy=True), self._state["seen"]
+        median = warmup.nanquantile(0.5)
+        bound = OUTLIER * median if seen >= 3 else torch.full_like(present, torch.inf)
+        effective = torch.where(present > bound, median, present)
+        warmup[seen] = torch.where(present < torch.inf, effective, torch.nan)
+        self.threshold = _as(norm, bound.clamp(max=self.max_norm))
+        self._pending = {**self._state, "warmup": warmup, "seen": seen + 1}
+        if seen + 1 == self.warmup_steps:
+            mean = warmup.nanmean()
+            self._pending["mean"] = _as(norm, mean)
+            self._pending["variance"] = _as(norm, (warmup - mean).square().nanmean().nan_to_num(0.0))
+        return _as(norm, effective)
+
+    def _stand_out(self, norm: Scalar) -> Scalar:
+        """Compare with the running mean; a norm that stands out counts the less, the more it does."""
+        mean, variance = self._state["mean"], self._state["variance"]
+        mean = _where(mean == mean, mean, norm)  # no norm of the warm-up was finite
+        least, spread = LEAST_SPREAD * mean, variance**0.5
+        spread = _where(spread > least, spread, least)
+        z = (norm - mean) / (spread + EPS)
+        bound = mean + self.z_threshold * spread
+        stands_out = z > self.z_threshold
+        softened = mean + self.z_threshold**2 * spread / _where(stands_out, z, 1.0)
+        effective = _where(stands_out, softened, norm)
+        moved = self.decay * mean + (1 - self.decay) * effective
+        away = effective - moved
+        varied = self.decay * variance + (1 - self.decay) * (away * away)
+        finite = norm < math.inf
+        self.threshold = _where(bound < self.max_norm, bound, self.max_norm)
+        self._pending = {
+            **self._state,
+            "mean": _where(finite, moved, mean),
+            "variance": _where(finite, varied, variance),
+        }
+        return effective
 
     def commit(self) -> None:
         """Take the norm, clipped to what stands out, into mean and variance."""
@@ -192,7 +204,7 @@ class ZScoreClipping(ClippingPolicy):
             raise ValueError(
                 f"warmup_steps={self.warmup_steps} does not fit the saved {len(state_dict['warmup'])}."
             )
-        self._state = dict(state_dict)
+        self._state = dict(state_dict, seen=int(state_dict["seen"]))
 
 
 class PercentileClipping(ClippingPolicy):
@@ -221,9 +233,10 @@ class PercentileClipping(ClippingPolicy):
         self._state: dict[str, Tensor] = {}
         self._pending: dict[str, Tensor] = {}
 
-    def coefficients(self, gradients: Gradients) -> Tensor:
+    def coefficients(self, gradients: Gradients) -> Scalar:
         """One coefficient, by the percentile of the history with the present norm in it."""
-        norm = gradients.total_norm
+        known = _total_norm(gradients)
+        norm = torch.as_tensor(known, dtype=torch.float64)
         if not self._state:
             self._state = {
                 "norms": torch.full((self.window,), torch.nan).to(norm),
@@ -234,8 +247,8 @@ class PercentileClipping(ClippingPolicy):
         finite = torch.isfinite(norm)
         norms = torch.where(slot & finite, norm, state["norms"])
         self._pending = {"norms": norms, "seen": state["seen"] + finite}
-        self.threshold = norms.nanquantile(self.percentile / 100)
-        return _coefficient(self.threshold, norm)
+        self.threshold = _as(known, norms.nanquantile(self.percentile / 100))
+        return _coefficient(self.threshold, known)
 
     def commit(self) -> None:
         """Take the norm, as it was before clipping, into the window."""
@@ -325,16 +338,16 @@ class PerTensorClipping(ClippingPolicy):
         self.decay = decay
         self.warmup_steps = _at_least_one("warmup_steps", warmup_steps)
         self.max_norm = _positive("max_norm", max_norm)
-        self._names: tuple[str, ...] = ()
+        self._names: list[str] = []
+        self._seen_last: tuple[str, ...] = ()
+        self._rows: Tensor | None = None
         self._state: dict[str, Tensor] = {}
         self._pending: dict[str, Tensor] = {}
 
     def coefficients(self, gradients: Gradients) -> list[Tensor]:
         """One coefficient for each tensor."""
         norms = gradients.norms
-        self._make_room(gradients.names, norms)
-        order = {name: i for i, name in enumerate(self._names)}
-        rows = positions(tuple(order[name] for name in gradients.names), norms.device)
+        rows = self._rows_of(gradients.names, norms)
         seen, running = self._state["seen"][rows], self._state["norms"][rows]
         total = gradients.total_norm
         absolute = (self.max_norm / total.clamp(min=EPS)).clamp(max=1.0)
@@ -366,23 +379,48 @@ class PerTensorClipping(ClippingPolicy):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue with saved running norms."""
         self._state = {k: v for k, v in state_dict.items() if k != "names"}
-        self._names = tuple(state_dict["names"])
+        self._names = list(state_dict["names"])
+        self._rows = None
 
-    def _make_room(self, names: tuple[str, ...], norms: Tensor) -> None:
-        new = [name for name in names if name not in self._names]
+    def _rows_of(self, names: tuple[str, ...], norms: Tensor) -> Tensor:
+        """Where the parameters stand in the state; there is room for newcomers."""
+        if self._rows is not None and names == self._seen_last:
+            return self._rows
+        known = set(self._names)
+        new = [name for name in names if name not in known]
         empty = torch.zeros(0, device=norms.device)
         old = self._state or {"norms": empty.double(), "seen": empty.long()}
         self._state = {
             key: torch.cat([value.to(norms.device), value.new_zeros(len(new)).to(norms.device)])
             for key, value in old.items()
         }
-        self._names = (*self._names, *new)
+        self._names += new
+        places = {name: i for i, name in enumerate(self._names)}
+        self._seen_last = names
+        self._rows = torch.tensor([places[name] for name in names], device=norms.device)
+        return self._rows
 
 
-def _coefficient(allowed: Tensor, norm: Tensor) -> Tensor:
+def _total_norm(gradients: Gradients) -> Scalar:
+    """The total norm, on the host if it is known there."""
+    return gradients.total_norm if gradients.known_norm is None else gradients.known_norm
+
+
+def _coefficient(allowed: Scalar, norm: Scalar) -> Scalar:
     """By what to multiply gradients of this norm; 1 where it is allowed, or nonfinite."""
-    clipped = (allowed / (norm + EPS)).clamp(max=1.0)
-    return torch.where(torch.isfinite(norm) & (norm > allowed), clipped, 1.0)
+    return _where((norm > allowed) & (norm < math.inf), allowed / (norm + EPS), 1.0)
+
+
+def _where(condition: Tensor | bool, one: Scalar, other: Scalar) -> Scalar:
+    """One if the condition holds, else the other; on the device where the condition is."""
+    if isinstance(condition, Tensor):
+        return torch.where(condition, one, other)
+    return one if condition else other
+
+
+def _as(norm: Scalar, value: Tensor) -> Scalar:
+    """A value that was reckoned from a norm, where the norm is: a number if it is one."""
+    return value if isinstance(norm, Tensor) else value.item()
 
 
 def _positive(name: str, value: float) -> float:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -31,6 +30,8 @@ class Gradients:
         norms: L2 norm of each gradient, shape `(n,)`, float64.
         total_norm: L2 norm of all of them together, a scalar, float64.
         units: What `unit_norms` returns, where it was added up over shards.
+        known_norm: The total norm as a number, where the host has read it: what is decided from it then costs
+            the device nothing.
     """
 
     names: tuple[str, ...]
@@ -39,6 +40,7 @@ class Gradients:
     norms: Tensor
     total_norm: Tensor
     units: tuple[UnitNorms, ...] | None = None
+    known_norm: float | None = None
 
     def unit_norms(self) -> tuple[UnitNorms, ...]:
         """L2 norms of each unit of each gradient, and of the weights of the same units; see `unitwise_norm`.
@@ -76,6 +78,7 @@ class Gradients:
             norms=norms,
             total_norm=total_norm_from_norms(norms),
             units=None if self.units is None else tuple(self.units[i] for i in kept),
+            known_norm=None,
         )
 
 
@@ -120,6 +123,99 @@ def positions(indices: tuple[int, ...], device: torch.device) -> Tensor:
     return torch.tensor(indices, dtype=torch.long, device=device)
 
 
+@dataclass(frozen=True)
+class _Bucket:
+    """Tensors that are measured together: of one device and dtype."""
+
+    dtype: torch.dtype
+    whole: tuple[int, ...]
+    by_rows: tuple[int, ...]
+
+    def norms(self, tensors: Sequence[Tensor], norm_type: float) -> Tensor:
+        """Norms of those that are measured as a whole, then of the rows of the others."""
+        wide = _accumulator(self.dtype, norm_type)
+        parts = [tensors[index] for index in self.whole]
+        if norm_type == math.inf:
+            return largest_magnitudes([*parts, *(tensors[index] for index in self.by_rows)])
+        rows = []
+        for index in self.by_rows:
+            flat = _flat(tensors[index])
+            end = len(flat) // CHUNK * CHUNK
+            rows.append(torch.linalg.vector_norm(flat[:end].view(-1, CHUNK), norm_type, dim=1, dtype=wide))
+            if end < len(flat):
+                parts.append(flat[end:])
+        norms = [torch.stack(torch._foreach_norm(parts, norm_type, dtype=wide))] if parts else []
+        return torch.cat([*norms, *rows]) if rows else norms[0]
+
+    def owners(self, numels: Sequence[int], norm_type: float) -> list[int]:
+        """The position of the tensor that each of these norms belongs to."""
+        if norm_type == math.inf:
+            return [*self.whole, *self.by_rows]
+        rests = [index for index in self.by_rows if numels[index] % CHUNK]
+        rows = [index for index in self.by_rows for _ in range(numels[index] // CHUNK)]
+        return [*self.whole, *rests, *rows]
+
+
+class Buckets:
+    """Which tensors are measured by one kernel: found out once, for all lists of tensors like these.
+
+    A CPU measures a large tensor by rows of `CHUNK` elements, one operation for each such tensor: it takes
+    three quarters of the time of `torch._foreach_norm`, and float32 is exact enough.
+
+    Args:
+        tensors: Dense and real; those to be measured have the same sizes, devices and dtypes.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        groups: dict[tuple[torch.device, torch.dtype], tuple[list[int], list[int]]] = {}
+        self._numels = [tensor.numel() for tensor in tensors]
+        for index, (tensor, numel) in enumerate(zip(tensors, self._numels, strict=True)):
+            whole, by_rows = groups.setdefault((tensor.device, tensor.dtype), ([], []))
+            if numel:
+                (by_rows if tensor.device.type == "cpu" and numel > CHUNK else whole).append(index)
+        self._buckets = [
+            _Bucket(dtype, tuple(whole), tuple(by_rows))
+            for (_, dtype), (whole, by_rows) in groups.items()
+            if whole or by_rows
+        ]
+        self._owners: dict[bool, Tensor | None] = {}
+
+    def norms(self, tensors: Sequence[Tensor], norm_type: float) -> Tensor:
+        """See `tensor_norms`."""
+        norms = self._norms(tensors, norm_type)
+        owners = self._owners_on(tensors[0].device, norm_type)
+        if owners is None:
+            return norms
+        return norms_from_power_sums(self._added_up(norms, owners, norm_type), norm_type)
+
+    def power_sums(self, tensors: Sequence[Tensor], norm_type: float) -> Tensor:
+        """See the function of this name."""
+        norms = self._norms(tensors, norm_type)
+        owners = self._owners_on(tensors[0].device, norm_type)
+        return _powers(norms, norm_type) if owners is None else self._added_up(norms, owners, norm_type)
+
+    def _norms(self, tensors: Sequence[Tensor], norm_type: float) -> Tensor:
+        device = tensors[0].device
+        parts = [bucket.norms(tensors, norm_type).to(device, torch.float64) for bucket in self._buckets]
+        if len(parts) == 1:
+            return parts[0]
+        return torch.cat([torch.zeros(0, dtype=torch.float64, device=device), *parts])
+
+    def _added_up(self, norms: Tensor, owners: Tensor, norm_type: float) -> Tensor:
+        sums = torch.zeros(len(self._numels), dtype=torch.float64, device=norms.device)
+        return sums.index_add_(0, owners, _powers(norms, norm_type))
+
+    def _owners_on(self, device: torch.device, norm_type: float) -> Tensor | None:
+        """The owners of all norms; `None` if each tensor has one, in its place."""
+        key = norm_type == math.inf
+        if key not in self._owners:
+            owners = [i for bucket in self._buckets for i in bucket.owners(self._numels, norm_type)]
+            in_place = owners == list(range(len(self._numels)))
+            self._owners[key] = None if in_place else torch.tensor(owners, device=device)
+        return self._owners[key]
+
+
+@torch.no_grad()
 def power_sums(tensors: Sequence[Tensor], norm_type: float = 2.0) -> Tensor:
     """Sum of `|x| ** norm_type` over each tensor, or the largest `|x|` for an infinite `norm_type`.
 
@@ -139,27 +235,33 @@ def power_sums(tensors: Sequence[Tensor], norm_type: float = 2.0) -> Tensor:
     """
     if not tensors:
         return torch.zeros(0, dtype=torch.float64)
-    groups: dict[tuple[torch.device, torch.dtype], list[tuple[int, Tensor]]] = defaultdict(list)
-    for index, tensor in enumerate(tensors):
-        values = _plain_values(tensor, norm_type)
-        for chunk in _chunks(values) if values.device.type == "cpu" else (values,):
-            if chunk.numel():
-                groups[values.device, values.dtype].append((index, chunk))
-    result = torch.zeros(len(tensors), dtype=torch.float64, device=tensors[0].device)
-    for (_, dtype), members in groups.items():
-        chunks = [chunk for _, chunk in members]
-        norms = torch.stack(torch._foreach_norm(chunks, norm_type, dtype=_accumulator(dtype, norm_type)))
-        norms = norms.to(result.device, torch.float64)
-        owners = positions(tuple(index for index, _ in members), result.device)
-        if norm_type == math.inf:
-            result.scatter_reduce_(0, owners, norms, "amax")
-        else:
-            result.index_add_(0, owners, norms**norm_type)
-    return result
+    values = [_plain_values(tensor, norm_type) for tensor in tensors]
+    return Buckets(values).power_sums(values, norm_type)
+
+
+def largest_magnitudes(tensors: list[Tensor]) -> Tensor:
+    """The largest `|x|` of each tensor, shape `(n,)`; NaN if there is one.
+
+    Args:
+        tensors: Dense, real and not empty; of one device and dtype.
+    """
+    if tensors[0].device.type != "cpu":
+        return torch.stack(torch._foreach_norm(tensors, math.inf))
+    # ten times as fast on a CPU, an operation for each
+    ends = [torch.aminmax(tensor) for tensor in tensors]
+    return torch.maximum(torch.stack([high for _, high in ends]), -torch.stack([low for low, _ in ends]))
+
+
+def _powers(norms: Tensor, norm_type: float) -> Tensor:
+    if norm_type == 2:
+        return norms.square()
+    return norms if norm_type == math.inf else norms**norm_type
 
 
 def norms_from_power_sums(sums: Tensor, norm_type: float = 2.0) -> Tensor:
     """Norms from what `power_sums` returned, added up over shards."""
+    if norm_type == 2:
+        return sums.sqrt()
     return sums if norm_type == math.inf else sums.pow(1 / norm_type)
 
 
@@ -171,13 +273,16 @@ def total_norm_from_norms(norms: Tensor, norm_type: float = 2.0) -> Tensor:
     return total
 
 
-def tensor_norms(tensors: Sequence[Tensor], norm_type: float = 2.0) -> Tensor:
+def tensor_norms(tensors: Sequence[Tensor], norm_type: float = 2.0, buckets: Buckets | None = None) -> Tensor:
     """Norm of each tensor, shape `(n,)`, float64, accurate to 1e-6 at any size.
 
     Args:
         tensors: See `power_sums`.
         norm_type: See `power_sums`.
+        buckets: Of tensors like these, where they are all dense, real and whole.
     """
+    if buckets is not None and tensors:
+        return buckets.norms(tensors, norm_type)
     return norms_from_power_sums(power_sums(tensors, norm_type), norm_type)
 
 
@@ -226,51 +331,76 @@ def unit_power_sums(tensor: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def scale_gradients_(gradients: Gradients, coefficients: Tensor | Sequence[Tensor]) -> None:
+def scale_gradients_(gradients: Gradients, coefficients: float | Tensor | Sequence[Tensor]) -> None:
     """Multiply gradients in place.
 
     Args:
         gradients: The gradients.
-        coefficients: One scalar for all, or one tensor for each gradient that broadcasts to it; for a
-            sharded one a scalar, or one number for each of its units.
+        coefficients: One scalar for all, as a number or a tensor, or one tensor for each gradient that
+            broadcasts to it; for a sharded one a scalar, or one number for each of its units. A number of 1
+            costs nothing.
 
     Raises:
         ValueError: If a coefficient does not fit to a sharded gradient.
     """
+    if isinstance(coefficients, (float, int)):
+        if coefficients != 1:
+            for alike in _by_kind([_values(gradient) for gradient in gradients.tensors]):
+                torch._foreach_mul_(alike, coefficients)
+        return
+    if isinstance(coefficients, Tensor):
+        for alike in _by_kind([_values(gradient) for gradient in gradients.tensors]):
+            torch._foreach_mul_(alike, coefficients.to(alike[0].device, _real(alike[0].dtype)))
+        return
     groups: dict[tuple[torch.device, torch.dtype], tuple[list[Tensor], list[Tensor]]] = {}
-    for index, gradient in enumerate(gradients.tensors):
-        shared = isinstance(coefficients, Tensor)
-        coefficient = coefficients if isinstance(coefficients, Tensor) else coefficients[index]
-        if gradient.is_sparse:
-            rows = gradient._indices()[0]
-            values = gradient._values()
-            by_row = coefficient if coefficient.ndim == 0 else coefficient[rows]
-            values.mul_(by_row.to(values.device, _real(values.dtype)))
-            continue
-        local = local_shard(gradient)
-        if is_sharded([gradient]) and coefficient.ndim:
-            places, start = unit_places(gradient)
-            if coefficient.shape != (places, *(1,) * (gradient.ndim - 1)):
-                raise ValueError(
-                    f"A coefficient of shape {tuple(coefficient.shape)} does not fit to the sharded gradient "
-                    f"of {gradients.names[index]}, of shape {tuple(gradient.shape)}: return one of shape (), "
-                    "or like its `unit_norms()`."
-                )
-            coefficient = coefficient[start : start + len(local)]
-        scaled, factors = groups.setdefault((local.device, local.dtype), ([], []))
-        scaled.append(local)
-        if not shared or not factors:
-            factors.append(coefficient.to(local.device, _real(local.dtype)))
-    for scaled, factors in groups.values():
-        if isinstance(coefficients, Tensor):
-            torch._foreach_mul_(scaled, factors[0])
+    for name, gradient, coefficient in zip(gradients.names, gradients.tensors, coefficients, strict=True):
+        values = _values(gradient)
+        scaled, factors = groups.setdefault((values.device, values.dtype), ([], []))
+        scaled.append(values)
+        factors.append(_fitting(name, gradient, coefficient))
+    for (device, dtype), (scaled, factors) in groups.items():
+        if all(factor.ndim == 0 for factor in factors):
+            factors = list(torch.stack(factors).to(device, _real(dtype)).unbind())
         else:
-            torch._foreach_mul_(scaled, factors)
+            factors = [factor.to(device, _real(dtype)) for factor in factors]
+        torch._foreach_mul_(scaled, factors)
+
+
+def _values(gradient: Tensor) -> Tensor:
+    """What is multiplied: a local shard, the values of a sparse gradient."""
+    local = local_shard(gradient)
+    return local._values() if local.is_sparse else local
+
+
+def _by_kind(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
+    """The tensors, by device and dtype."""
+    groups: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    for tensor in tensors:
+        groups.setdefault((tensor.device, tensor.dtype), []).append(tensor)
+    return list(groups.values())
+
+
+def _fitting(name: str, gradient: Tensor, coefficient: Tensor) -> Tensor:
+    """A coefficient as it broadcasts to the values of its gradient that this rank has."""
+    if coefficient.ndim == 0:
+        return coefficient
+    if gradient.is_sparse:
+        return coefficient[gradient._indices()[0]]
+    if not is_sharded([gradient]):
+        return coefficient
+    places, start = unit_places(gradient)
+    if coefficient.shape != (places, *(1,) * (gradient.ndim - 1)):
+        raise ValueError(
+            f"A coefficient of shape {tuple(coefficient.shape)} does not fit to the sharded gradient "
+            f"of {name}, of shape {tuple(gradient.shape)}: return one of shape (), "
+            "or like its `unit_norms()`."
+        )
+    return coefficient[start : start + len(local_shard(gradient))]
 
 
 def _plain_values(tensor: Tensor, norm_type: float) -> Tensor:
     """Dense real numbers with the same norm."""
-    tensor = local_shard(tensor.detach())
+    tensor = local_shard(tensor)
     if tensor.is_sparse:
         tensor = tensor.coalesce().values()
     if tensor.is_complex():
@@ -278,15 +408,12 @@ def _plain_values(tensor: Tensor, norm_type: float) -> Tensor:
     return tensor
 
 
-def _chunks(tensor: Tensor) -> Sequence[Tensor]:
-    """Views of at most `CHUNK` elements; the order of elements does not matter to a norm."""
-    if tensor.numel() <= CHUNK:
-        return (tensor,)
+def _flat(tensor: Tensor) -> Tensor:
+    """All elements in one row; their order does not matter to a norm."""
     if not tensor.is_contiguous():
         strides = tensor.stride()
-        order = sorted(range(tensor.ndim), key=lambda dim: -strides[dim])
-        tensor = tensor.permute(order).contiguous()
-    return torch.split(tensor.view(-1), CHUNK)
+        tensor = tensor.permute(sorted(range(tensor.ndim), key=lambda dim: -strides[dim])).contiguous()
+    return tensor.view(-1)
 
 
 def _accumulator(dtype: torch.dtype, norm_type: float) -> torch.dtype | None:

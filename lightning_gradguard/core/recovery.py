@@ -169,7 +169,9 @@ class Recovery:
         if self._good_steps % FORGIVEN_AFTER == 0:
             self._spent = max(self._spent - 1, 0)
         self._spike_cooldown = max(self._spike_cooldown - 1, 0)
-        health = self._health.setdefault(index, Health(self.has_rivals))
+        if index not in self._health:
+            self._health[index] = Health(self.has_rivals)
+        health = self._health[index]
         strictness = STRICTER ** self._divergences.get(index, 0)
         sickness = health.update(loss, total_norm, is_dead, strictness)
         if sickness in ("loss_spike", "divergence") and self._good_steps < AT_ONCE:

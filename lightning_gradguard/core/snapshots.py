@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
+from lightning_gradguard.core.norms import largest_magnitudes
 from lightning_gradguard.core.sharding import local_shard
 
 
@@ -24,12 +25,18 @@ def rng_state() -> dict[str, Any]:
     A GPU's generators are left out while nobody uses it: to ask for them would set up CUDA, and processes
     that are forked later could not use it.
     """
-    return {
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],  # type: ignore[no-untyped-call]
-        "numpy": np.random.get_state(),
-        "python": random.getstate(),
-    }
+    return {**_torch_rng_state(), "numpy": np.random.get_state(), "python": random.getstate()}
+
+
+def _torch_rng_state() -> dict[str, Any]:
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
+    return {"torch": torch.get_rng_state(), "cuda": cuda}
+
+
+def _others(state: dict[str, Any]) -> tuple[Any, ...]:
+    """Of numpy and Python, so that they can be compared."""
+    _, keys, *rest = state["numpy"]
+    return keys.tobytes(), rest, state["python"]
 
 
 def set_rng_state(state: dict[str, Any]) -> None:
@@ -46,6 +53,35 @@ def set_rng_state(state: dict[str, Any]) -> None:
     torch.cuda.set_rng_state_all(state["cuda"])
     np.random.set_state(state["numpy"])
     random.setstate(state["python"])
+
+
+class RngWatch:
+    """The state of random number generators at every step, for less than `rng_state` takes.
+
+    To ask numpy takes longer than many an operation. Generators of numpy and Python that stand still, as they
+    do where nobody draws from them, are looked at every `every` steps only, until they move again.
+
+    Example:
+        >>> watch = RngWatch()
+        >>> torch.equal(watch.state()["torch"], rng_state()["torch"])
+        True
+    """
+
+    def __init__(self, every: int = 16) -> None:
+        self._every = every
+        self._asked = 0
+        self._stands_still = False
+        self._seen = rng_state()
+
+    def state(self) -> dict[str, Any]:
+        """What `rng_state` returns now, or has returned as long as nobody drew."""
+        self._asked += 1
+        if self._stands_still and self._asked % self._every:
+            return {**self._seen, **_torch_rng_state()}
+        seen = rng_state()
+        self._stands_still = _others(seen) == _others(self._seen)
+        self._seen = seen
+        return seen
 
 
 #: Elements up to which a buffer is copied at every step. The version counter tells whether a larger one was
@@ -92,7 +128,13 @@ class BufferCopies:
         self._copies: dict[tuple[nn.Module, str], _Copy] = {}
         self._frozen: dict[nn.Parameter, int] = {}
         self._written: dict[nn.Parameter, _Copy] = {}
+        self.look_again()
         self.refresh()
+
+    def look_again(self) -> None:
+        """Find the submodules and weights: there may be others by now."""
+        self._owners = list(self._module.modules())
+        self._weights = list(self._module.parameters())
 
     @torch.no_grad()
     def refresh(self, *, within_step: bool = False) -> None:
@@ -103,24 +145,24 @@ class BufferCopies:
         """
         old, self._copies = self._copies, {}
         targets, sources = [], []
-        for weight in self._module.parameters():
-            if weight in self._written:
-                targets.append(self._written[weight].saved)
-                sources.append(local_shard(weight))
-            elif not weight.requires_grad and not within_step:
+        for weight, copy_ in self._written.items():
+            targets.append(copy_.saved)
+            sources.append(local_shard(weight))
+        for weight in self._weights:
+            if not (weight.requires_grad or within_step or weight in self._written):
                 before = self._frozen.get(weight, weight._version)
                 self._frozen[weight] = weight._version
                 if weight._version != before:
                     self._written[weight] = _Copy(weight, 0, local_shard(weight).clone())
-        for owner, name, buffer in _buffers(self._module):
-            copy_ = old.get((owner, name))
-            if copy_ is None or copy_.buffer is not buffer or copy_.saved.shape != buffer.shape:
-                copy_ = _Copy(buffer, buffer._version, local_shard(buffer).clone())
-            elif copy_.may_have_changed:
-                targets.append(copy_.saved)
+        for owner, name, buffer in _buffers(self._owners):
+            known = old.get((owner, name))
+            if known is None or known.buffer is not buffer or known.saved.shape != buffer.shape:
+                known = _Copy(buffer, buffer._version, local_shard(buffer).clone())
+            elif known.may_have_changed:
+                targets.append(known.saved)
                 sources.append(local_shard(buffer))
-                copy_.version = buffer._version
-            self._copies[owner, name] = copy_
+                known.version = buffer._version
+            self._copies[owner, name] = known
         _copy(targets, sources)
 
     @torch.no_grad()
@@ -167,6 +209,7 @@ class Snapshot:
         self._stream: torch.cuda.Stream | None = None
         self._memory: dict[Any, Tensor] = {}
         self._structure: list[dict[Tensor, dict[Any, Any]]] = []
+        self._has_stepped_state = True
         self.companions: Any = None
         self.good_steps = 0
 
@@ -177,6 +220,8 @@ class Snapshot:
         optimizers: Sequence[Optimizer],
         written: Collection[nn.Parameter] = (),
         copied: Mapping[Any, Tensor] | None = None,
+        *,
+        stepped: bool = True,
     ) -> None:
         """Copy the state of modules and optimizers as it is now.
 
@@ -186,18 +231,22 @@ class Snapshot:
             written: Frozen weights that are copied as well.
             copied: Take buffers and frozen weights from here, as `BufferCopies.saved` returns them, where a
                 forward pass has written them, or does before the copy is made.
+            stepped: Whether what the optimizers write is copied; else `restore` leaves it as it is.
         """
         live: dict[Any, Tensor] = {}
-        kept = {*_optimized(optimizers), *written}
+        optimized = _optimized(optimizers)
+        kept = {*optimized, *written}
         copied = copied or {}
+        optimizers = optimizers if stepped else ()
         for module in modules:
             for weight in module.parameters():
                 # while one optimizer is toggled on, what the others train wants no gradient
-                if weight.requires_grad or weight in kept:
+                if (weight.requires_grad or weight in kept) and (stepped or weight not in optimized):
                     live[weight] = copied.get(weight, weight)
-            for owner, name, buffer in _buffers(module):
+            for owner, name, buffer in _buffers(module.modules()):
                 live[(owner, name)] = copied.get((owner, name), buffer)
         self._structure = []
+        self._has_stepped_state = stepped
         for index, optimizer in enumerate(optimizers):
             structure: dict[Tensor, dict[Any, Any]] = {}
             for parameter, state in optimizer.state.items():
@@ -226,12 +275,12 @@ class Snapshot:
         for module in modules:
             for weight in module.parameters():
                 put_back(weight, weight)
-            for owner, name, buffer in _buffers(module):
+            for owner, name, buffer in _buffers(module.modules()):
                 saved = self._memory.get((owner, name))
                 if saved is not None and saved.shape != local_shard(buffer).shape:
                     owner._buffers[name] = saved.to(buffer.device, copy=True)  # it has grown since
                 put_back((owner, name), buffer)
-        for index, optimizer in enumerate(optimizers):
+        for index, optimizer in enumerate(optimizers if self._has_stepped_state else ()):
             structure = self._structure[index] if index < len(self._structure) else {}
             for parameter in list(optimizer.state):
                 if parameter not in structure:
@@ -436,8 +485,8 @@ def any_nonfinite(tensors: Iterable[Tensor], squares: Iterable[Tensor] = ()) -> 
     device = next((device for device, *_ in groups if device.type != "cpu"), torch.device("cpu"))
     found = torch.zeros((), dtype=torch.bool, device=device)
     for (_, _, bound), group in groups.items():
-        # the largest magnitude of each is nonfinite if any element is; few operations, however many tensors
-        flag = (~(torch.stack(torch._foreach_norm(group, torch.inf)) <= bound)).any()
+        # the largest magnitude of each is nonfinite if any element is
+        flag = (~(largest_magnitudes(group) <= bound)).any()
         # one that is on the host goes along as a number, where a copy to the device would be waited for
         found = found | (flag if flag.device.type == "cpu" else flag.to(device))
     return found
@@ -447,8 +496,8 @@ def _optimized(optimizers: Sequence[Optimizer]) -> set[Tensor]:
     return {p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
 
 
-def _buffers(module: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:
-    for owner in module.modules():
+def _buffers(owners: Iterable[nn.Module]) -> Iterator[tuple[nn.Module, str, Tensor]]:
+    for owner in owners:
         for name, buffer in owner._buffers.items():
             if buffer is not None and not is_lazy(buffer):
                 yield owner, name, buffer

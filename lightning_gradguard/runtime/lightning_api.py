@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
-from functools import partial, wraps
+from functools import cache, partial, wraps
 from typing import TYPE_CHECKING, Any
 
 import pytorch_lightning as pl
@@ -26,6 +26,7 @@ else:
     Callback = callback_of_both()
 
 _AVERAGES = re.compile("EMA|SWA|Averag|Polyak")
+_PACKAGES = {"pytorch_lightning", "lightning"}
 _NO_HOOKS = {pl.Callback.__module__, "lightning.pytorch.callbacks.callback"}
 REFUSED = {
     "DeepSpeedStrategy": (
@@ -190,7 +191,12 @@ def let_go_of_whole_weights(trainer: pl.Trainer) -> None:
 
 def _is_strategy(trainer: pl.Trainer, name: str) -> bool:
     """Whether the strategy is of this class, of either package, or inherits from it."""
-    return any(kind.__name__ == name for kind in type(trainer.strategy).__mro__)
+    return name in _names_of(type(trainer.strategy))
+
+
+@cache
+def _names_of(kind: type) -> frozenset[str]:
+    return frozenset(base.__name__ for base in kind.__mro__)
 
 
 def _fsdp1_units(trainer: pl.Trainer) -> list[Any]:
@@ -203,11 +209,13 @@ def _fsdp1_units(trainer: pl.Trainer) -> list[Any]:
 
 def plain_loss(trainer: pl.Trainer, loss: Tensor) -> Tensor:
     """The loss that a module returned, from the one that is about to be differentiated."""
-    plain = loss.detach().float().mean()
+    plain = loss.detach().float()
+    if plain.ndim:
+        plain = plain.mean()
     if (scaler := gradient_scaler(trainer)) is not None:
         plain = plain / scaler.get_scale()
-    module = trainer.lightning_module
-    return plain * (trainer.accumulate_grad_batches if module.automatic_optimization else 1)
+    accumulates = trainer.lightning_module.automatic_optimization and trainer.accumulate_grad_batches > 1
+    return plain * trainer.accumulate_grad_batches if accumulates else plain
 
 
 def calls_closure_repeatedly(optimizer: Optimizer) -> bool:
@@ -299,7 +307,20 @@ def _averaging_callbacks(trainer: pl.Trainer) -> Iterator[Any]:
             yield callback
 
 
+def gradients_are_seen_later(trainer: pl.Trainer) -> bool:
+    """Whether others than the suite look at gradients, or write to them, ahead of the update."""
+    module = trainer.lightning_module
+    lookers = [module, *trainer.callbacks]  # type: ignore[attr-defined]
+    packages = {type(looker).on_before_optimizer_step.__module__.split(".")[0] for looker in lookers}
+    return bool(
+        trainer.gradient_clip_val
+        or gradient_scaler(trainer) is not None
+        or overrides_gradient_clipping(module)
+        or packages - _PACKAGES - {__name__.split(".")[0]}
+    )
+
+
 def overrides_gradient_clipping(pl_module: pl.LightningModule) -> bool:
     """Whether the module brings its own `configure_gradient_clipping`."""
     own = type(pl_module).configure_gradient_clipping
-    return own.__module__.split(".")[0] not in {"pytorch_lightning", "lightning"}
+    return own.__module__.split(".")[0] not in _PACKAGES

@@ -8,6 +8,7 @@ import warnings
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -155,16 +156,29 @@ def _read(path: Path) -> dict[tuple[int, int], LostBatch]:
 
 def _fingerprint(batch: Any) -> Tensor | None:
     """A number that changes with any of the first tensors of the batch; nobody has waited for it."""
-    parts = tree_leaves(dict(batch) if isinstance(batch, Mapping) else batch)
-    leaves = [leaf for leaf in parts if isinstance(leaf, Tensor) and _is_dense(leaf)]
-    sums = []
-    for place, leaf in enumerate(leaves[:TENSORS], 1):
-        # spread over all samples, and weighted by their places: others in another order are another batch
-        values = leaf.detach().reshape(-1)[:: max(leaf.numel() // RECOGNIZED_BY, 1)]
-        values = values.to(leaves[0].device, torch.float64).nan_to_num(1.0, 2.0, -2.0)
-        weights = torch.linspace(place, place + 1, len(values), dtype=torch.float64, device=values.device)
-        sums.append(values @ weights)
-    return torch.stack(sums).sum() if sums else None
+    if isinstance(batch, Tensor):
+        parts = [batch]
+    else:
+        parts = tree_leaves(dict(batch) if isinstance(batch, Mapping) else batch)
+    leaves = [leaf for leaf in parts if isinstance(leaf, Tensor) and _is_dense(leaf)][:TENSORS]
+    if not leaves:
+        return None
+    # spread over all samples, and weighted by their places: others in another order are another batch
+    device = leaves[0].device
+    seen = [leaf.detach().reshape(-1)[:: max(leaf.numel() // RECOGNIZED_BY, 1)] for leaf in leaves]
+    wide = [values.to(device, torch.float64) for values in seen]
+    values = torch.cat(wide) if len(wide) > 1 else wide[0]
+    return torch.dot(values.nan_to_num(1.0, 2.0, -2.0), _places(tuple(map(len, seen)), device))
+
+
+@lru_cache(maxsize=16)
+def _places(lengths: tuple[int, ...], device: torch.device) -> Tensor:
+    """From 1 to 2 over the first tensor, from 2 to 3 over the next."""
+    ramps = [
+        torch.linspace(place, place + 1, length, dtype=torch.float64, device=device)
+        for place, length in enumerate(lengths, 1)
+    ]
+    return torch.cat(ramps)
 
 
 def _is_dense(tensor: Tensor) -> bool:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from lightning_gradguard.core import norms
-from lightning_gradguard.core.norms import Gradients, UnitNorms
-from lightning_gradguard.core.sharding import FlatShard, is_sharded, share, unit_places
+from lightning_gradguard.core.norms import UnitNorms
+from lightning_gradguard.core.sharding import unit_places
 from lightning_gradguard.runtime import distributed
+from lightning_gradguard.runtime.selection import Selection
 
+#: Largest total norm that float32 can hold.
+OVERFLOW = torch.finfo(torch.float32).max
 #: Times by which the largest total norm on any rank exceeds the smallest, where ranks disagree.
 DISAGREEMENT = 1000.0
 
@@ -46,6 +49,17 @@ class Measurement:
     nonfinite_buffers: bool
     lost_before: bool
 
+    @property
+    def is_corrupt(self) -> bool:
+        """Whether the step is sick in a way that no loss scale explains, or of a batch that had been lost."""
+        seen = self.nonfinite_losses or self.nonfinite_weights or self.nonfinite_buffers
+        return bool(seen or self.ranks_disagree or self.lost_before)
+
+    @property
+    def is_sick(self) -> bool:
+        """Whether the step must not happen."""
+        return self.is_corrupt or not self.total_norm <= OVERFLOW
+
 
 @dataclass(frozen=True)
 class Wanted:
@@ -69,46 +83,62 @@ class Measured:
     """One step's numbers on the device, the same on every rank.
 
     Args:
-        gradients: The gradients, before anybody wrote.
+        tensors: The gradients, before anybody wrote.
         tensor_norms: Norm of each gradient by norm type.
+        total_norm: L2 norm of all of them together.
+        units: What `Gradients.unit_norms` returns, if it was wanted and had to be added up.
         weight_norms: L2 norm of each weight, if it was wanted.
-        mean_loss: Mean of the finite losses; NaN without one.
-        numbers: On their way to the host.
-        carried: What rode along, added up.
+        numbers: What judges go by, on its way to the host.
+        carried: What rode along, added up; `None` if nothing did.
     """
 
-    gradients: Gradients
+    tensors: tuple[Tensor, ...]
     tensor_norms: Mapping[float, Tensor]
+    total_norm: Tensor
+    units: tuple[UnitNorms, ...] | None
     weight_norms: Tensor | None
-    mean_loss: Tensor
     numbers: Numbers
-    carried: Tensor
+    carried: Tensor | None
 
 
 class Numbers:
-    """What the judges of a step go by, between the device and the host."""
+    """What the judges of a step go by, between the device and the host.
 
-    def __init__(self, head: Tensor, mean_loss: Tensor, total_norms: Tensor) -> None:
-        packed = torch.cat([head, mean_loss.view(1), total_norms])
+    Args:
+        packed: Sum of the finite losses, their number, that of others; flags of nonfinite weights, buffers,
+            and of a batch that was lost before; how much gradient weight matrices get; total norms.
+    """
+
+    def __init__(self, packed: Tensor) -> None:
+        self._packed = self._numbers = packed
         self._there: torch.cuda.Event | None = None
         if packed.is_cuda:
             self._numbers = torch.empty_like(packed, device="cpu", pin_memory=True)
             self._numbers.copy_(packed, non_blocking=True)
             self._there = torch.cuda.current_stream(packed.device).record_event()
-        else:
-            self._numbers = packed
+
+    def mean_loss(self) -> Tensor:
+        """Mean of the finite losses, on the device; NaN without one."""
+        return self._packed[0] / self._packed[1]
+
+    def sick(self) -> Tensor:
+        """1 where `Measurement.is_sick` will be true, else 0; shape `()`, float32, on the device."""
+        told, totals = self._packed[2:6], self._packed[7:]
+        lowest, highest = torch.aminmax(totals)
+        is_sick = (told.sum() > 0) | ~(highest <= OVERFLOW) | (highest > DISAGREEMENT * lowest)
+        return is_sick.float()
 
     def read(self, optimizer_index: int) -> Measurement:
         """Wait for the numbers: the step's one host synchronization."""
         if self._there is not None:
             self._there.synchronize()
-        _, _, losses, weights, buffers, lost, alive, loss, *total_norms = self._numbers.tolist()
+        loss, finite_losses, losses, weights, buffers, lost, alive, *total_norms = self._numbers.tolist()
         finite = [norm for norm in total_norms if math.isfinite(norm)]
         sick = next((norm for norm in total_norms if not math.isfinite(norm)), None)
         differ = bool(finite) and (sick is not None or max(finite) > DISAGREEMENT * min(finite))
         return Measurement(
             optimizer_index=optimizer_index,
-            loss=loss,
+            loss=loss / finite_losses if finite_losses else math.nan,
             nonfinite_losses=int(losses),
             total_norm=max(total_norms) if sick is None else sick,
             is_dead=not alive and bool(finite) and max(finite) > 0,
@@ -119,138 +149,124 @@ class Numbers:
         )
 
 
-class Layout:
-    """What is known of parameters without a look at their values; kept from step to step.
-
-    Args:
-        flat: The parameters that FSDP1 flattened and cut.
-    """
-
-    def __init__(self, flat: Mapping[Tensor, FlatShard]) -> None:
-        self.flat = flat
-        self._shares: dict[tuple[Tensor, ...], Tensor] = {}
-        self._matrices: dict[tuple[bool, ...], Tensor] = {}
-
-    def measured(self, named: Iterable[tuple[str, nn.Parameter]]) -> list[tuple[str, nn.Parameter]]:
-        """Those that have a gradient on any rank; the piece that this one has may be empty."""
-        named = list(named)
-        here = {name for name, _ in norms.with_gradient(named)}
-        return [(n, p) for n, p in named if n in here or (p in self.flat and p.requires_grad)]
-
-    def is_cut(self, parameters: Iterable[Tensor]) -> bool:
-        """Whether ranks hold different parts of any of the parameters."""
-        return any(parameter in self.flat or is_sharded([parameter]) for parameter in parameters)
-
-    def is_matrix(self, parameter: Tensor) -> bool:
-        """Whether a parameter has two dimensions or more."""
-        shape: FlatShard | Tensor = self.flat.get(parameter, parameter)
-        return shape.ndim > 1
-
-    def matrices(self, parameters: Sequence[Tensor], device: torch.device) -> Tensor:
-        """Whether each of them has, shape `(n,)`."""
-        key = tuple(map(self.is_matrix, parameters))
-        if key not in self._matrices:
-            self._matrices[key] = torch.tensor(key, dtype=torch.bool, device=device)
-        return self._matrices[key]
-
-    def shares(self, parameters: Sequence[Tensor], device: torch.device) -> Tensor:
-        """What the sum over each local shard is multiplied by before ranks add up, shape `(n,)`."""
-        key = tuple(parameters)
-        if key not in self._shares:
-            ranks = distributed.world_size()
-            shares = [self.flat[p].pieces / ranks if p in self.flat else share(p, ranks) for p in parameters]
-            self._shares[key] = torch.tensor(shares, dtype=torch.float64, device=device)
-        return self._shares[key]
-
-
+@torch.no_grad()
 def measure(
-    named: Sequence[tuple[str, nn.Parameter]],
+    selection: Selection,
     losses: Sequence[Tensor],
     flags: Sequence[Tensor | bool | None],
     *,
     wanted: Wanted,
-    layout: Layout,
-    carried: Tensor,
+    carried: Tensor | None = None,
 ) -> Measured:
     """Measure the gradients of one step, and share what was seen in at most one collective.
 
     Args:
-        named: The parameters to look at, the same on every rank.
+        selection: The parameters to look at, the same on every rank.
         losses: Those that this rank has seen since the step before, each of shape `()`.
         flags: What else ranks tell each other; each is true on every rank if it is on one.
         wanted: What to measure.
-        layout: How the parameters are spread.
         carried: Local sums of shape `(n,)` that ride along, on the device of the gradients.
     """
-    parameters = [parameter for _, parameter in named]
-    tensors = [gradient_of(parameter) for parameter in parameters]
-    device, scale = carried.device, wanted.loss_scale
-    sums: dict[float | str, Tensor] = {
-        p: norms.power_sums(tensors, p).to(device) / (scale if p == math.inf else scale**p)
-        for p in wanted.norm_types
+    look = _measure_shards if selection.is_cut else _measure_whole
+    return look(selection, _told(losses, flags, selection), wanted, carried)
+
+
+def _measure_whole(
+    selection: Selection, told: list[Tensor], wanted: Wanted, carried: Tensor | None
+) -> Measured:
+    """Every rank has all gradients, and all of the same: they tell each other the total norm to see that."""
+    tensors = selection.gradients()
+    buckets = selection.buckets(tensors)
+    tensor_norms = {
+        p: norms.tensor_norms(tensors, p, buckets).to(selection.device) for p in wanted.norm_types
     }
-    is_alive = ((sums[2.0] != 0) & layout.matrices(parameters, device)).any()
-    head = _head(losses, (*flags, is_alive), device)
-    if wanted.weights:
-        sums["weights"] = norms.power_sums([p.detach() for p in parameters]).to(device)
-    parts: dict[float | str, Tensor] = {"head": head, "carried": carried}
-    if layout.is_cut(parameters):
-        largest: dict[float | str, Tensor] = {p: sums.pop(p) for p in wanted.norm_types if p == math.inf}
-        shares = layout.shares(parameters, device)
-        parts |= {key: values * shares for key, values in sums.items()}
-        if wanted.units:
-            parts["units"] = _unit_sums(tensors, parameters, shares, scale)
-        seen = distributed.reduce_together(parts, largest)
+    if wanted.loss_scale != 1:
+        tensor_norms = {p: values / wanted.loss_scale for p, values in tensor_norms.items()}
+    total_norm = norms.total_norm_from_norms(tensor_norms[2.0])
+    told.append(torch.dot(tensor_norms[2.0], selection.matrices))
+    if (world_size := distributed.world_size()) == 1:
+        packed = torch.stack([*told, total_norm])
     else:
-        own_total = norms.total_norm_from_norms(norms.norms_from_power_sums(sums[2.0]))
-        parts["total_norms"] = head.new_zeros(distributed.world_size())
-        parts["total_norms"][distributed.rank()] = own_total
-        seen = {**sums, **distributed.reduce_together(parts, {})}
+        total_norms = total_norm.new_zeros(world_size)
+        total_norms[distributed.rank()] = total_norm
+        parts = {"head": torch.stack(told), "total_norms": total_norms}
+        seen = distributed.reduce_together(parts if carried is None else {**parts, "carried": carried}, {})
+        packed, carried = torch.cat([seen["head"], seen["total_norms"]]), seen.get("carried")
+    weights = selection.parameters
+    return Measured(
+        tensors=tensors,
+        tensor_norms=tensor_norms,
+        total_norm=total_norm,
+        units=None,
+        weight_norms=norms.tensor_norms(weights, 2.0, selection.buckets(weights)) if wanted.weights else None,
+        numbers=Numbers(packed),
+        carried=carried,
+    )
+
+
+def _measure_shards(
+    selection: Selection, told: list[Tensor], wanted: Wanted, carried: Tensor | None
+) -> Measured:
+    """Ranks have different parts of the gradients: sums over local shards add up to those over all."""
+    parameters, device, scale, shares = (
+        selection.parameters,
+        selection.device,
+        wanted.loss_scale,
+        selection.shares,
+    )
+    tensors = selection.gradients()
+    sums: dict[float | str, Tensor] = {}
+    for p in wanted.norm_types:
+        sums[p] = norms.power_sums(tensors, p).to(device) / (scale if p == math.inf else scale**p)
+    told.append(torch.dot(sums[2.0], selection.matrices))
+    if wanted.weights:
+        sums["weights"] = norms.power_sums(parameters).to(device)
+    largest: dict[float | str, Tensor] = {p: sums.pop(p) for p in wanted.norm_types if p == math.inf}
+    parts: dict[float | str, Tensor] = {key: values * shares for key, values in sums.items()}
+    parts["head"] = torch.stack(told)
+    if carried is not None:
+        parts["carried"] = carried
+    if wanted.units:
+        parts["units"] = _unit_sums(tensors, parameters, shares, scale)
+    seen = distributed.reduce_together(parts, largest)
     tensor_norms = {p: norms.norms_from_power_sums(seen[p], p) for p in wanted.norm_types}
     total_norm = norms.total_norm_from_norms(tensor_norms[2.0])
-    gradients = Gradients(
-        names=tuple(name for name, _ in named),
-        parameters=tuple(parameters),
-        tensors=tuple(tensors),
-        norms=tensor_norms[2.0],
-        total_norm=total_norm,
-        units=_unit_norms(seen["units"], parameters) if "units" in seen else None,
-    )
-    mean_loss = seen["head"][0] / seen["head"][1]
     return Measured(
-        gradients=gradients,
+        tensors=tensors,
         tensor_norms=tensor_norms,
+        total_norm=total_norm,
+        units=_unit_norms(seen["units"], parameters) if wanted.units else None,
         weight_norms=norms.norms_from_power_sums(seen["weights"]) if wanted.weights else None,
-        mean_loss=mean_loss,
-        numbers=Numbers(seen["head"], mean_loss, seen.get("total_norms", total_norm.view(1))),
-        carried=seen["carried"],
+        numbers=Numbers(torch.cat([seen["head"], total_norm.view(1)])),
+        carried=seen.get("carried"),
     )
 
 
-def norms_over_shards(tensors: Sequence[Tensor], parameters: Sequence[Tensor], layout: Layout) -> Tensor:
-    """L2 norm of tensors that are spread as these parameters are; a collective, if they are cut."""
-    sums = norms.power_sums(tensors)
-    if layout.is_cut(parameters):
-        sums = distributed.sum_over_ranks(sums * layout.shares(parameters, sums.device))
+def norms_over_shards(selection: Selection, *lists: Sequence[Tensor]) -> Tensor:
+    """L2 norms of lists of tensors that are spread as the parameters are; one collective, if they are cut.
+
+    Returns:
+        Shape `(len(lists), n)`, float64.
+    """
+    sums = torch.stack([norms.power_sums(tensors) for tensors in lists])
+    if selection.is_cut:
+        sums = distributed.sum_over_ranks(sums * selection.shares)
     return norms.norms_from_power_sums(sums)
 
 
-def gradient_of(parameter: nn.Parameter) -> Tensor:
-    """What to measure; nothing where the piece that this rank holds of a parameter is empty."""
-    return parameter.grad if parameter.grad is not None else parameter.detach().new_zeros(0)
-
-
-def _head(losses: Sequence[Tensor], flags: Sequence[Tensor | bool | None], device: torch.device) -> Tensor:
-    """Finite losses, their number, and that of others; flags."""
-    head = torch.zeros(3 + len(flags), dtype=torch.float64, device=device)
+def _told(
+    losses: Sequence[Tensor], flags: Sequence[Tensor | bool | None], selection: Selection
+) -> list[Tensor]:
+    """Sum of the finite losses, their number, and that of others; flags. Scalars on the device."""
+    zero, one = selection.zero, selection.one
+    seen = [zero, zero, zero]
     if losses:
-        loss = torch.stack([loss.double() for loss in losses]).to(device)
-        finite = torch.isfinite(loss)
-        head[:3] = torch.stack([torch.where(finite, loss, 0.0).sum(), finite.sum(), (~finite).sum()])
-    for place, flag in enumerate(flags, 3):
-        if isinstance(flag, Tensor) or flag:
-            head[place] = flag
-    return head
+        loss = losses[0].to(zero) if len(losses) == 1 else torch.stack(tuple(losses)).to(zero)
+        plain = loss.nan_to_num(0.0, 0.0, 0.0)
+        seen = [plain, plain == loss, plain != loss]
+        if loss.ndim:
+            seen = [values.sum() for values in seen]
+    return [*seen, *(flag.to(zero) if isinstance(flag, Tensor) else one if flag else zero for flag in flags)]
 
 
 def _unit_sums(

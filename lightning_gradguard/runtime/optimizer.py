@@ -89,6 +89,51 @@ def after_step(optimizer: Optimizer, act: Callable[[], None]) -> RemovableHandle
     return optimizer.register_step_post_hook(hook)
 
 
+class Ride:
+    """Has the optimizer's own kernel scale gradients, or skip its update, in its next step alone.
+
+    It is what a GradScaler does to fused optimizers: no pass over the gradients, and nobody waits.
+
+    Args:
+        optimizer: One that `takes_riders`, about to step.
+        grad_scale: What gradients are divided by; shape `()`, float32.
+        found_inf: 1 if the update is to be skipped, bit for bit, else 0; shape `()`, float32.
+    """
+
+    def __init__(
+        self, optimizer: Optimizer, *, grad_scale: Tensor | None = None, found_inf: Tensor | None = None
+    ) -> None:
+        self._attributes = {
+            name: value
+            for name, value in (("grad_scale", grad_scale), ("found_inf", found_inf))
+            if value is not None
+        }
+        self._of = vars(optimizer)
+        self._of.update(self._attributes)
+        self._handle = after_step(optimizer, self._get_off)
+
+    def end(self) -> None:
+        """Leave the optimizer as it was, also if it did not step."""
+        self._get_off()
+        self._handle.remove()
+
+    def _get_off(self) -> None:
+        for name in self._attributes:
+            self._of.pop(name, None)
+
+
+def takes_riders(optimizer: Optimizer) -> bool:
+    """Whether the optimizer's kernel scales and skips by itself: fused Adam, AdamW, SGD and Adagrad do."""
+    supports = getattr(optimizer, "_step_supports_amp_scaling", False)
+    return bool(supports) and all(group.get("fused") for group in optimizer.param_groups)
+
+
+def has_all_state(optimizer: Optimizer, n_parameters: int) -> bool:
+    """Whether no state will be born in the next step; what is born in one that is skipped is unwritten."""
+    has_none = all(group.get("momentum", 1) == 0 for group in optimizer.param_groups)
+    return has_none or len(optimizer.state) >= n_parameters
+
+
 def drop_gradients(optimizer: Optimizer, *, unscales_itself: bool) -> None:
     """Keep the optimizer's next update from taking place.
 

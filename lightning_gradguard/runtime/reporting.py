@@ -8,6 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pytorch_lightning as pl
+import torch
 from pytorch_lightning.utilities import rank_zero_info
 
 if TYPE_CHECKING:
@@ -56,7 +57,8 @@ def publish_metrics(pl_module: pl.LightningModule, metrics: Mapping[str, float])
     if pl_module.trainer.barebones:
         return
     for tag, value in metrics.items():
-        pl_module.log(tag, value, on_step=True, on_epoch=False, logger=False, batch_size=1)
+        # of a number, Lightning would make a tensor on the device, and wait for it
+        pl_module.log(tag, torch.tensor(value), on_step=True, on_epoch=False, logger=False, batch_size=1)
 
 
 def say(trainer: pl.Trainer, message: str) -> None:

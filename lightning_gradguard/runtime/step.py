@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import cached_property, partial
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
@@ -16,7 +17,9 @@ from torch.optim import Optimizer
 
 from lightning_gradguard.core.norms import Gradients
 from lightning_gradguard.runtime import distributed, lightning_api, reporting
-from lightning_gradguard.runtime.measuring import Layout, Measurement, Numbers, Wanted, measure
+from lightning_gradguard.runtime.measuring import Measurement, Numbers, Wanted, measure
+from lightning_gradguard.runtime.optimizer import Ride, takes_riders
+from lightning_gradguard.runtime.selection import Layout, Selection
 
 #: `"accept"`: the step may enter histories. `"drop"`: it must not happen. `"ignore"`: it enters no history,
 #: and somebody else (the GradScaler) sees to it.
@@ -31,11 +34,11 @@ class Step:
         optimizer: The optimizer about to step.
         optimizer_index: Its position in `trainer.optimizers`.
         gradients: Measured before anybody wrote.
-        loss: Mean loss of the step, a scalar on the device.
+        selection: The parameters that were measured.
         tensor_norms: Norm of each gradient by `norm_type`.
         weight_norms: L2 norm of each weight before the step, if a callback asked for it.
-        is_matrix: Whether each parameter has two dimensions or more.
         is_judged: Whether somebody judges it, now or before the next step.
+        numbers: What judges go by, on the device.
         measurement: The numbers on the host; `None` if nobody judges, or not before the next step.
         verdict: What every callback and rank goes by; `"accept"` while the judges wait.
         inside_closure: Whether the optimizer evaluates several times in one step (LBFGS): callbacks
@@ -45,11 +48,11 @@ class Step:
     optimizer: Optimizer
     optimizer_index: int
     gradients: Gradients
-    loss: Tensor
+    selection: Selection
     tensor_norms: Mapping[float, Tensor]
     weight_norms: Tensor | None
-    is_matrix: Sequence[bool]
     is_judged: bool
+    numbers: Numbers
     measurement: Measurement | None
     verdict: Verdict
     inside_closure: bool
@@ -58,6 +61,18 @@ class Step:
     def accepted(self) -> bool:
         """Whether the step may enter histories."""
         return self.verdict == "accept"
+
+    @property
+    def loss(self) -> Tensor:
+        """Mean loss of the step, a scalar on the device."""
+        return self.numbers.mean_loss()
+
+    @property
+    def takes_riders(self) -> bool:
+        """Whether the optimizer's own kernel can scale the gradients (in float32), or skip the update."""
+        selection = self.selection
+        alone = self.inside_closure or selection.is_cut or selection.has_doubles
+        return not alone and takes_riders(self.optimizer)
 
 
 class StepCallback(lightning_api.Callback):
@@ -75,7 +90,7 @@ class StepCallback(lightning_api.Callback):
     #: What tells two instances apart in a checkpoint.
     state_arguments: Mapping[str, Any] = {}
 
-    @property
+    @cached_property
     def state_key(self) -> str:
         """Key of the callback's state in a checkpoint."""
         return f"{type(self).__qualname__}{dict(self.state_arguments)!r}"
@@ -86,25 +101,25 @@ class StepCallback(lightning_api.Callback):
             lightning_api.refuse_unsupported(trainer, self)
             if suite_of(trainer).has(self):  # an exception ended the fit before, without a teardown
                 del _suites[trainer]
-            suite_of(trainer).join(self)
+            self._suite = suite_of(trainer)
+            self._suite.join(self)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Learn how the strategy has spread the parameters, which it has by now."""
-        suite_of(trainer).layout = Layout(lightning_api.flat_shards(trainer))
+        self._suite.begin(self, trainer)
 
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
         """Remember the loss for the step that it leads to."""
-        suite_of(trainer).observe_loss(self, trainer, loss)
+        self._suite.observe_loss(self, trainer, loss)
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
         """Take the callback's turn in the shared step."""
-        suite = suite_of(trainer)
-        step = suite.enter(self, trainer, pl_module, optimizer)
+        step = self._suite.enter(self, trainer, pl_module, optimizer)
         if step is not None:
             self.on_step(trainer, pl_module, step)
-            suite.leave(step)
+            self._suite.leave(step)
 
     def on_train_batch_end(
         self,
@@ -116,12 +131,13 @@ class StepCallback(lightning_api.Callback):
     ) -> None:
         """Act after the step is closed; the last callback of the suite sends the report."""
         self.on_batch_end(trainer, pl_module, batch_idx)
-        suite_of(trainer).depart(self, trainer, pl_module)
+        self._suite.depart(self, trainer, pl_module)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Leave the suite."""
         if stage == "fit":
-            _suites.pop(trainer, None)
+            suite_of(trainer).end_rides()
+            del _suites[trainer]
 
     def judge(self, trainer: pl.Trainer, measurement: Measurement) -> Verdict:
         """What the callback says of a step. Pure, and asked only of callbacks that override it."""
@@ -170,7 +186,6 @@ class Suite:
         serves_lost_batch: Set by whoever knows the batch, until a step was made with it; rides along as well.
         judges_at_once: Set, on all ranks alike, where the next step is not to be judged late.
         has_stepped: Whether an optimizer stepped in the running batch; not so while gradients accumulate.
-        layout: How the parameters are spread over ranks.
     """
 
     def __init__(self) -> None:
@@ -180,7 +195,8 @@ class Suite:
         self.serves_lost_batch = False
         self.judges_at_once = False
         self.has_stepped = False
-        self.layout = Layout({})
+        self._layout = Layout({})
+        self._rides: list[Ride] = []
         self._unread: tuple[Numbers, int] | None = None
         self._carried: list[tuple[Tensor, Callable[[Tensor], None]]] = []
         self._members: list[StepCallback] = []
@@ -189,7 +205,6 @@ class Suite:
         self._open: dict[int, tuple[Step, set[int]]] = {}
         self._departed: set[int] = set()
         self._losses: list[Tensor] = []
-        self._names: tuple[int, dict[nn.Parameter, str]] = (0, {})
 
     def has(self, member: StepCallback) -> bool:
         """Whether a callback has joined."""
@@ -201,6 +216,26 @@ class Suite:
         if type(member).judge is not StepCallback.judge:
             self._judges.append(member)
         self._norm_types = tuple(dict.fromkeys((*self._norm_types, *member.norm_types)))
+
+    def begin(self, member: StepCallback, trainer: pl.Trainer) -> None:
+        """Learn, once for all, how the strategy has spread the parameters."""
+        if member is self._members[0]:
+            self._layout = Layout(lightning_api.flat_shards(trainer))
+
+    @property
+    def has_one_judge(self) -> bool:
+        """Whether what one callback says is the verdict."""
+        return len(self._judges) == 1
+
+    def ride(self, step: Step, *, grad_scale: Tensor | None = None, found_inf: Tensor | None = None) -> None:
+        """Have the optimizer scale its gradients, or skip, in the running step; see `optimizer.Ride`."""
+        self._rides.append(Ride(step.optimizer, grad_scale=grad_scale, found_inf=found_inf))
+
+    def end_rides(self) -> None:
+        """Leave the optimizers as they were."""
+        for ride in self._rides:
+            ride.end()
+        self._rides.clear()
 
     def observe_loss(self, member: StepCallback, trainer: pl.Trainer, loss: Tensor) -> None:
         """Remember a loss, once, whichever callbacks there are."""
@@ -240,6 +275,7 @@ class Suite:
         self._departed.add(id(member))
         if len(self._departed) == len(self._members):
             self._departed.clear()
+            self.end_rides()
             if self.has_stepped:
                 self.has_stepped = self.serves_lost_batch = self.judges_at_once = False
             self.report.send(trainer, pl_module)
@@ -272,17 +308,18 @@ class Suite:
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> Step | None:
         losses, self._losses = self._losses, []
+        self.end_rides()
         if self.settle(trainer, pl_module) == "drop":
             return None
-        named = self.layout.measured(self._named_parameters(pl_module, optimizer))
-        if not named and not losses:
+        naming = partial(parameter_names, pl_module)
+        selection = self._layout.with_gradient(optimizer, naming, pl_module.device)
+        if not selection.names and not losses:
             return None
-        parameters = [parameter for _, parameter in named]
-        distributed.complete_gradients(parameters)
+        if selection.is_sharded:
+            distributed.complete_gradients(selection.parameters)
         carried, self._carried = self._carried, []
-        device = parameters[0].device if parameters else pl_module.device
         seen = measure(
-            named,
+            selection,
             losses,
             (self.nonfinite_weights, self.nonfinite_buffers, self.serves_lost_batch),
             wanted=Wanted(
@@ -291,11 +328,11 @@ class Suite:
                 units=any(member.wants_units for member in self._members),
                 loss_scale=lightning_api.scale_of_gradients(trainer, optimizer),
             ),
-            layout=self.layout,
-            carried=torch.cat([torch.zeros(0, dtype=torch.float64, device=device), *(c for c, _ in carried)]),
+            carried=torch.cat([sums for sums, _ in carried]) if carried else None,
         )
         self.nonfinite_weights = self.nonfinite_buffers = None
-        self._hand_out(carried, seen.carried)
+        if seen.carried is not None:
+            self._hand_out(carried, seen.carried)
         index = next((i for i, o in enumerate(trainer.optimizers) if o is optimizer), 0)
         repeats = lightning_api.calls_closure_repeatedly(optimizer)
         measurement: Measurement | None = None
@@ -311,29 +348,35 @@ class Suite:
         return Step(
             optimizer=optimizer,
             optimizer_index=index,
-            gradients=seen.gradients,
-            loss=seen.mean_loss,
+            gradients=Gradients(
+                names=selection.names,
+                parameters=selection.parameters,
+                tensors=seen.tensors,
+                norms=seen.tensor_norms[2.0],
+                total_norm=seen.total_norm,
+                units=seen.units,
+                known_norm=None if measurement is None else measurement.total_norm,
+            ),
+            selection=selection,
             tensor_norms=seen.tensor_norms,
             weight_norms=seen.weight_norms,
-            is_matrix=[self.layout.is_matrix(parameter) for parameter in parameters],
             is_judged=bool(self._judges),
+            numbers=seen.numbers,
             measurement=measurement,
             verdict=verdict,
             inside_closure=repeats,
         )
 
-    def add_over_shards(
-        self, sums: Tensor, parameters: Sequence[Tensor], then: Callable[[Tensor], None]
-    ) -> None:
+    def add_over_shards(self, sums: Tensor, selection: Selection, then: Callable[[Tensor], None]) -> None:
         """Have sums over local shards added up: with the next step's collective, or at once if none are cut.
 
         Args:
             sums: By parameter, shape `(n,)`, float64.
-            parameters: The parameters.
+            selection: The parameters.
             then: Called with the sums over all shards.
         """
-        if self.layout.is_cut(parameters):
-            self._carried.append((sums * self.layout.shares(parameters, sums.device), then))
+        if selection.is_cut:
+            self._carried.append((sums * selection.shares, then))
         else:
             then(sums)
 
@@ -348,14 +391,6 @@ class Suite:
             carried, torch.split(total, [len(sums) for sums, _ in carried]), strict=True
         ):
             then(part)
-
-    def _named_parameters(
-        self, pl_module: pl.LightningModule, optimizer: Optimizer
-    ) -> Iterable[tuple[str, nn.Parameter]]:
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        if any(p not in self._names[1] for p in parameters):
-            self._names = (len(parameters), parameter_names(pl_module, parameters))
-        return ((self._names[1][p], p) for p in parameters)
 
 
 class Report:
@@ -392,6 +427,8 @@ class Report:
 
     def send(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Move everything to the host in one transfer and hand it to the loggers."""
+        if not (self._parts or self._scalars or self._totals):
+            return
         parts, self._parts = self._parts, []
         now = lightning_api.batches_that_stepped(trainer)
         by_step: dict[int, dict[str, float]] = defaultdict(dict)
@@ -417,7 +454,10 @@ _suites: WeakKeyDictionary[pl.Trainer, Suite] = WeakKeyDictionary()
 
 def suite_of(trainer: pl.Trainer) -> Suite:
     """What the callbacks of this Trainer share."""
-    return _suites.setdefault(trainer, Suite())
+    suite = _suites.get(trainer)
+    if suite is None:
+        suite = _suites[trainer] = Suite()
+    return suite
 
 
 def is_logging_step(trainer: pl.Trainer, every_n_steps: int | None = None) -> bool:

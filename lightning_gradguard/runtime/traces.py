@@ -44,14 +44,17 @@ class Traces:
 
     def __init__(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.buffers = BufferCopies(pl_module)
+        self._metrics: list[Metric] = []
         self._sound = [
             (module, name, buffer)
             for module in pl_module.modules()
             for name, buffer in module.named_buffers(recurse=False)
             if not is_lazy(buffer) and not bool(any_nonfinite([buffer]))
         ]
+        self._normalizing = [(module, name) for module, name, _ in self._sound if _is_norm(module)]
         self._trainer = trainer
         self._module = pl_module
+        self._epoch = -1
         self._carriers = [
             (module, name)
             for module in pl_module.modules()
@@ -59,7 +62,12 @@ class Traces:
             for name, value in vars(module).items()
             if name not in _INTERNAL and _is_hidden(value)
         ]
-        self.marks = self._mark()
+        self.keep()
+
+    def look_again(self) -> None:
+        """Find what there is to keep: there may be other submodules by now."""
+        self.buffers.look_again()
+        self._metrics = [module for module in self._module.modules() if isinstance(module, Metric)]
 
     def keep(self, *, within_step: bool = False) -> None:
         """Remember the state from before the forward passes of a step.
@@ -67,6 +75,9 @@ class Traces:
         Args:
             within_step: Whether it is remembered anew between the turns of two optimizers.
         """
+        if self._trainer.current_epoch != self._epoch:
+            self._epoch = self._trainer.current_epoch
+            self.look_again()
         self.buffers.refresh(within_step=within_step)
         self.marks = self._mark()
 
@@ -75,8 +86,7 @@ class Traces:
 
         Returns a flag of shape `()` that nobody has waited for; `None` if there are none to look at.
         """
-        places = [(module, name) for module, name, _ in self._sound if _is_norm(module)]
-        statistics = [b for module, name in places if (b := module._buffers.get(name)) is not None]
+        statistics = [b for module, name in self._normalizing if (b := module._buffers.get(name)) is not None]
         return any_nonfinite(statistics) if statistics else None
 
     def sound_buffers(self) -> Iterator[Tensor]:
@@ -123,8 +133,7 @@ class Traces:
         )
 
     def _all_metrics(self) -> list[Metric]:
-        own = [module for module in self._module.modules() if isinstance(module, Metric)]
-        return own + lightning_api.epoch_mean_metrics(self._trainer)
+        return self._metrics + lightning_api.epoch_mean_metrics(self._trainer)
 
 
 def _is_norm(module: nn.Module) -> bool:
@@ -132,8 +141,9 @@ def _is_norm(module: nn.Module) -> bool:
 
 
 def _is_hidden(value: Any) -> bool:
-    parts = value if isinstance(value, tuple) else (value,)
-    return bool(parts) and all(part is None or isinstance(part, Tensor) for part in parts)
+    if not isinstance(value, tuple):
+        return value is None or isinstance(value, Tensor)
+    return bool(value) and all(part is None or isinstance(part, Tensor) for part in value)
 
 
 def _state(metric: Metric) -> dict[str, Any]:

@@ -77,7 +77,9 @@ class Companions:
             _restore_schedules(trainer, self.schedules)
 
 
-def capture(trainer: pl.Trainer, snapshot: Snapshot, companions: Companions, traces: Traces) -> None:
+def capture(
+    trainer: pl.Trainer, snapshot: Snapshot, companions: Companions, traces: Traces, *, stepped: bool = True
+) -> None:
     """Write the Trainer's state into a snapshot.
 
     Args:
@@ -86,9 +88,11 @@ def capture(trainer: pl.Trainer, snapshot: Snapshot, companions: Companions, tra
         companions: From the same moment.
         traces: Hold buffers and frozen weights as they were at the start of the step: the forward pass writes
             them, and does not wait for a snapshot that is still being copied.
+        stepped: Whether what the optimizers write is part of it.
     """
     buffers = traces.buffers
-    snapshot.capture(_modules(trainer), trainer.optimizers, buffers.written(), buffers.saved())
+    written, saved = buffers.written(), buffers.saved()
+    snapshot.capture(_modules(trainer), trainer.optimizers, written, saved, stepped=stepped)
     snapshot.companions = companions
 
 

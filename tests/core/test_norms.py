@@ -12,7 +12,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.meter import Meter
 from lightning_gradguard.core.norms import (
+    CHUNK,
+    Buckets,
     measure_gradients,
     power_sums,
     scale_gradients_,
@@ -99,13 +102,30 @@ def test_operations_do_not_grow_with_the_number_of_tensors() -> None:
     assert counts[0] == counts[1] == counts[2] < 12
 
 
-def test_chunks_copy_nothing() -> None:
-    tensor = torch.randn(64, 8192).t()
-    with _Counter() as small:
-        tensor_norms([torch.randn(3)])
-    with _Counter() as large:
-        tensor_norms([tensor])
-    assert large.operations == small.operations - 1  # the randn
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        torch.randn(64, 8192).t(),
+        torch.randn(CHUNK + 1),
+        torch.randn(2, 8, 64, 64).to(memory_format=torch.channels_last),
+    ],
+    ids=["transposed", "with a rest", "channels last"],
+)
+def test_rows_copy_nothing(tensor: Tensor) -> None:
+    with Meter() as meter:
+        norm = tensor_norms([tensor])
+    assert norm.item() == pytest.approx(reference(tensor, 2.0), rel=1e-6)
+    assert meter.read == pytest.approx(tensor.nbytes, rel=0.01)
+    assert meter.write < 0.01 * tensor.nbytes
+
+
+@pytest.mark.parametrize("norm_type", [1.0, 2.0, 3.0, math.inf])
+def test_buckets_measure_like_tensors(norm_type: float) -> None:
+    tensors = [torch.randn(n) for n in (3, CHUNK, 0, CHUNK + 1, 3 * CHUNK)] + [torch.randn(5).double()]
+    buckets = Buckets(tensors)
+    others = [torch.randn_like(tensor) for tensor in tensors]
+    expected = torch.tensor([reference(tensor, norm_type) for tensor in others], dtype=torch.float64)
+    torch.testing.assert_close(tensor_norms(others, norm_type, buckets), expected, rtol=2e-6, atol=0)
 
 
 def test_unitwise_norm_of_rows_and_vectors() -> None:
