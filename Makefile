@@ -1,10 +1,11 @@
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+BENCH_STAMP := $(VENV)/.installed-bench
 OLDEST := .venv-oldest
 OLDEST_STAMP := $(OLDEST)/.installed
 
-.PHONY: install demo test test-oldest check strategies faults
+.PHONY: install demo test test-oldest check strategies faults bench bench-gpu
 
 install: $(STAMP)
 
@@ -38,3 +39,14 @@ strategies: install
 
 faults: install
 	$(BIN)/python -m benchmarks.faults
+
+# What the suite is compared with, for nothing else
+$(BENCH_STAMP): $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev,bench]"
+	touch $(BENCH_STAMP)
+
+bench: $(BENCH_STAMP)
+	$(BIN)/python -m benchmarks.cost
+
+bench-gpu: $(BENCH_STAMP)
+	$(BIN)/python -m benchmarks.gpu

@@ -72,7 +72,11 @@ class Selection:
 
     def gradients(self) -> tuple[Tensor, ...]:
         """What to measure of each; nothing where the piece that this rank holds is empty."""
-        return tuple(p.detach().new_zeros(0) if p.grad is None else p.grad for p in self.parameters)
+        gradients = [parameter.grad for parameter in self.parameters]
+        return tuple(
+            p.detach().new_zeros(0) if gradient is None else gradient
+            for p, gradient in zip(self.parameters, gradients, strict=True)
+        )
 
     def buckets(self, tensors: Sequence[Tensor]) -> Buckets | None:
         """Those of the gradients, or of the weights; `None` if they have to be looked at one by one."""

@@ -173,7 +173,7 @@ def test_an_optimizer_that_is_stepped_by_hand_gets_no_rider_twice() -> None:
     class Manual(Fused):
         automatic_optimization = False
 
-        def training_step(self, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
+        def training_step(self, batch: Any, batch_idx: int) -> None:
             optimizer: Any = self.optimizers()
             optimizer.zero_grad()
             self.manual_backward(nn.functional.cross_entropy(self.net(batch[0]), batch[1]))
