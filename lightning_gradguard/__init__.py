@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from lightning_gradguard.core.initialization import InitializationError
     from lightning_gradguard.runtime.incidents import Incident, TrainingDivergedError
 
-__version__ = "0.3.0"
+__version__ = "0.4.0"
 
 __all__ = [
     "AdaptiveGradientClipping",

@@ -23,9 +23,7 @@ from lightning_gradguard.runtime.reporting import family
 from lightning_gradguard.runtime.step import (
     Step,
     StepCallback,
-    is_logging_step,
     matching,
-    suite_of,
 )
 
 
@@ -121,11 +119,11 @@ class AdaptiveGradientClipping(StepCallback):
         if divisor is None:
             scale_gradients_(gradients, coefficients)
         else:
-            suite_of(trainer).ride(step, grad_scale=divisor)
+            self.suite.ride(step, grad_scale=divisor)
         policy.commit()
         clipped, steps = self._clipped.get(step.optimizer_index, (0, 0))
         self._clipped[step.optimizer_index] = (clipped + (_smallest(coefficients) < 1), steps + 1)
-        if is_logging_step(trainer):
+        if self.suite.is_logged:
             self._report(trainer, step, gradients, policy.threshold, coefficients)
 
     def state_dict(self) -> dict[str, Any]:
@@ -184,7 +182,7 @@ class AdaptiveGradientClipping(StepCallback):
             values["clip", "threshold"] = threshold
         n = len(trainer.optimizers)
         tagged = {f"{family(name, index, n)}/{what}": value for (name, what), value in values.items()}
-        report = suite_of(trainer).report
+        report = self.suite.report
         report.add_scalars({tag: value for tag, value in tagged.items() if not isinstance(value, Tensor)})
         waiting = {tag: value for tag, value in tagged.items() if isinstance(value, Tensor)}
         if waiting:

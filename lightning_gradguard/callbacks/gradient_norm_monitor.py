@@ -33,9 +33,9 @@ from lightning_gradguard.runtime.selection import Selection
 from lightning_gradguard.runtime.step import (
     Step,
     StepCallback,
+    Suite,
     is_logging_step,
     matching,
-    suite_of,
 )
 
 #: Parameters up to which each gets a chart of its own under `level="auto"`.
@@ -149,7 +149,7 @@ class GradientNormMonitor(StepCallback):
             fraction = fraction + (~torch.isfinite(norms)).double().mean()
         self._nonfinite[index] = (fraction, steps + 1)
         if is_logging_step(trainer, self.every_n_steps):
-            self._looks[index] = _Look(trainer, step, norms, self.update_ratio)
+            self._looks[index] = _Look(self.suite, trainer, step, norms, self.update_ratio)
             if self.histograms and step.accepted:
                 self._log_histograms(trainer, step.gradients)
         elif trainer.is_last_batch and step.accepted:
@@ -173,7 +173,7 @@ class GradientNormMonitor(StepCallback):
         super().on_train_end(trainer, pl_module)
         if self._waiting:
             self._hand_in_waiting(trainer, pl_module)
-            suite_of(trainer).report.send(trainer, pl_module)
+            self.suite.report.send(trainer, pl_module)
 
     def on_exception(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
@@ -212,11 +212,11 @@ class GradientNormMonitor(StepCallback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, look: _Look, *, is_late: bool = False
     ) -> None:
         read = partial(self._read, trainer, pl_module, look, is_late)
-        suite_of(trainer).report.add(look.values(self.norm_type), read, look.step)
+        self.suite.report.add(look.values(self.norm_type), read, look.step)
 
     def _publish_total(self, trainer: pl.Trainer, index: int, total: Tensor) -> None:
         """Once an epoch at least, the total is there for `EarlyStopping`."""
-        report = suite_of(trainer).report
+        report = self.suite.report
         name = family("grad_norm", index, len(trainer.optimizers))
 
         def read(host: list[float]) -> dict[str, float]:
@@ -263,7 +263,7 @@ class GradientNormMonitor(StepCallback):
         scalars = {f"{name}/nonfinite_fraction": fraction}
         if look.accepted:
             if not is_late:
-                suite_of(trainer).report.publish_total(f"{name}/total", total)
+                self.suite.report.publish_total(f"{name}/total", total)
             scalars[f"{name}/total"] = total
             scalars |= self._by_name(name, look.names, grads)
             if weights:
@@ -339,7 +339,9 @@ class _Look:
         now: Step and epoch as an incident has them, once the batch has ended.
     """
 
-    def __init__(self, trainer: pl.Trainer, step: Step, grad_norms: Tensor, update_ratio: bool) -> None:
+    def __init__(
+        self, suite: Suite, trainer: pl.Trainer, step: Step, grad_norms: Tensor, update_ratio: bool
+    ) -> None:
         self.step = batches_that_stepped(trainer)
         self.optimizer_index = step.optimizer_index
         self.names = step.gradients.names
@@ -349,7 +351,7 @@ class _Look:
         self.grad_norms = grad_norms
         self.is_waiting = False
         self.now: dict[str, int] = {}
-        self._suite = suite_of(trainer)
+        self._suite = suite
         self._loss = step.loss
         self._weights = step.weight_norms if step.accepted else None
         self._fraction: Scalar = 0.0

@@ -11,7 +11,7 @@ from lightning_gradguard.core.diagnosis import advice
 from lightning_gradguard.runtime.incidents import Incident, incident_now, publish
 from lightning_gradguard.runtime.optimizer import ScaledLearningRate
 from lightning_gradguard.runtime.reporting import family
-from lightning_gradguard.runtime.step import Step, StepCallback, is_logging_step, suite_of
+from lightning_gradguard.runtime.step import Step, StepCallback
 
 
 class LearningRateBackoff(StepCallback):
@@ -99,14 +99,14 @@ class LearningRateBackoff(StepCallback):
 
     def on_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch_idx: int) -> None:
         """Report the scale, and the rates that were used."""
-        if not (suite_of(trainer).has_stepped and is_logging_step(trainer)):
+        if not (self.suite.has_stepped and self.suite.is_logged):
             return
         values = {"lr_backoff/scale": self._scale}
         for index, rate in enumerate(self._rates):
             name = family("lr_backoff", index, len(self._rates))
             for group, used in enumerate(rate.used()):
                 values[f"{name}/lr/{group}"] = used
-        suite_of(trainer).report.add_scalars(values)
+        self.suite.report.add_scalars(values)
 
     def on_exception(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException

@@ -31,8 +31,6 @@ from lightning_gradguard.runtime.step import (
     Step,
     StepCallback,
     Verdict,
-    is_logging_step,
-    suite_of,
 )
 from lightning_gradguard.runtime.stopping import diverged, save_last_good
 from lightning_gradguard.runtime.traces import Traces
@@ -228,16 +226,16 @@ class NaNRollback(StepCallback):
         self._ledger.serve(trainer.global_step, trainer.current_epoch, self._batch_idx, batch)
         if (reason := self._lost_earlier.get((trainer.current_epoch, self._batch_idx))) is not None:
             self._window.was_skipped |= reason == "skipped"
-            suite_of(trainer).judges_at_once = True
-            suite_of(trainer).serves_lost_batch |= self._ledger.was_lost_before()
+            self.suite.judges_at_once = True
+            self.suite.serves_lost_batch |= self._ledger.was_lost_before()
 
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
         """Look at what the forward pass has left in buffers: the loss may be finite all the same."""
         super().on_before_backward(trainer, pl_module, loss)
-        spoiled, suite = self._traces.spoiled(), suite_of(trainer)
+        spoiled = self._traces.spoiled()
         if spoiled is not None:
-            earlier = suite.nonfinite_buffers
-            suite.nonfinite_buffers = spoiled if earlier is None else earlier | spoiled
+            earlier = self.suite.nonfinite_buffers
+            self.suite.nonfinite_buffers = spoiled if earlier is None else earlier | spoiled
 
     def judge(self, trainer: pl.Trainer, measurement: Measurement) -> Verdict:
         """A nonfinite step is never accepted."""
@@ -315,12 +313,12 @@ class NaNRollback(StepCallback):
         if self._unjudged is not None:
             is_last = trainer.is_last_batch or trainer.should_stop or trainer.global_step == trainer.max_steps
             if is_last or lightning_api.validates_next(trainer, batch_idx):
-                suite_of(trainer).settle(trainer, pl_module)
+                self.suite.settle(trainer, pl_module)
         self._conclude(trainer, pl_module)
-        stepped = suite_of(trainer).has_stepped
+        stepped = self.suite.has_stepped
         if not stepped and pl_module.automatic_optimization and trainer.accumulate_grad_batches == 1:
             self._window_is_open = False  # `training_step` returned nothing
-        if (stepped and is_logging_step(trainer)) or trainer.is_last_batch:
+        if (stepped and self.suite.is_logged) or trainer.is_last_batch:
             self._report(trainer)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -336,7 +334,7 @@ class NaNRollback(StepCallback):
     ) -> None:
         """Leave sane weights, and other callbacks as they were."""
         if self._is_fitting:
-            suite_of(trainer).settle(trainer, pl_module)
+            self.suite.settle(trainer, pl_module)
         lightning_api.resume_weight_averages(trainer)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -400,7 +398,7 @@ class NaNRollback(StepCallback):
             self._traces.look_again()
             self._look_at_weights(trainer)
             self._ledger.forget_before(self._way_back.reaches_back_to())
-        elif self._way_back.lacks_weights(trainer) and suite_of(trainer).nonfinite_weights is None:
+        elif self._way_back.lacks_weights(trainer) and self.suite.nonfinite_weights is None:
             self._bring_forward(trainer, pl_module)  # while there is a snapshot to judge by
             self._way_back.start_anew(trainer)
         needed = self._rewinds or self._before is not None or not self._way_back.exists
@@ -426,17 +424,16 @@ class NaNRollback(StepCallback):
         """Keep what it takes to undo the step; less if the optimizer leaves out a sick one by itself."""
         assert self._before is not None
         assert self._window.companions is not None
-        suite = suite_of(trainer)
         skips_itself = (
             step.takes_riders
-            and suite.has_one_judge
+            and self.suite.has_one_judge
             and has_all_state(step.optimizer, len(step.gradients.names))
         )
         training_state.capture(
             trainer, self._before, self._window.companions, self._traces, stepped=not skips_itself
         )
         if skips_itself:
-            suite.ride(step, found_inf=step.numbers.sick())
+            self.suite.ride(step, found_inf=step.numbers.sick())
         self._unjudged = self._lost_step(step)
         self._let_happen(trainer)
 
@@ -508,7 +505,7 @@ class NaNRollback(StepCallback):
 
     def _bring_forward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._is_fitting:
-            suite_of(trainer).settle(trainer, pl_module)
+            self.suite.settle(trainer, pl_module)
             self._conclude(trainer, pl_module)
 
     def _before_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -517,7 +514,7 @@ class NaNRollback(StepCallback):
             return
         if trainer.interrupted:
             # no collective here, for the other ranks may be elsewhere; and nothing is raised on top
-            suite_of(trainer).settle(trainer, pl_module)
+            self.suite.settle(trainer, pl_module)
             if bool(training_state.state_is_nonfinite(trainer, self._traces)):
                 self._way_back.return_to_newest(trainer)
             return
@@ -572,18 +569,18 @@ class NaNRollback(StepCallback):
         self._publish(trainer, pl_module, kind, **facts)
 
     def _go_back(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        suite_of(trainer).forget()
+        self.suite.forget()
         self._unjudged = None
         # that the data is bad is no reason to doubt a snapshot
         is_innocent = self._investigation.cause == "bad input"
         step = (self._way_back.return_to_newest if is_innocent else self._way_back.go_back)(trainer)
         self._recovery.went_back()
-        suite_of(trainer).nonfinite_weights = None
+        self.suite.nonfinite_weights = None
         self._ledger.lose_since(step)
         self._publish(trainer, pl_module, "rollback", value=step, action="rolled back")
 
     def _give_up(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        suite_of(trainer).forget()
+        self.suite.forget()
         self._unjudged = None
         step = self._way_back.return_to_newest(trainer)
         self._ledger.lose_since(step)
@@ -591,7 +588,7 @@ class NaNRollback(StepCallback):
         last_good = save_last_good(trainer)
         self._publish(trainer, pl_module, "training_diverged", action="stopped")
         self._report(trainer)
-        suite_of(trainer).report.send(trainer, pl_module)
+        self.suite.report.send(trainer, pl_module)
         reason = (
             f"more than {self.max_skip_fraction:.0%} of the last {OUTCOMES} steps were skipped "
             f"(max_skip_fraction={self.max_skip_fraction:g})"
@@ -604,7 +601,7 @@ class NaNRollback(StepCallback):
     def _look_at_weights(self, trainer: pl.Trainer) -> None:
         """Read the weights, without waiting; what is found rides in the reduction of the next step."""
         flag = training_state.state_is_nonfinite(trainer, self._traces)
-        suite_of(trainer).nonfinite_weights = flag
+        self.suite.nonfinite_weights = flag
 
     def _publish(self, trainer: pl.Trainer, pl_module: pl.LightningModule, kind: str, **facts: Any) -> None:
         facts = {
@@ -620,7 +617,7 @@ class NaNRollback(StepCallback):
             "rollback/rollbacks": float(self.rollbacks),
             "rollback/amp_overflows": float(self.amp_overflows),
         }
-        report = suite_of(trainer).report
+        report = self.suite.report
         report.add_scalars(counts)
         report.publish_total("rollback/skips", counts["rollback/skips"])
         report.publish_total("rollback/rollbacks", counts["rollback/rollbacks"])

@@ -508,6 +508,8 @@ def _is_plain(value: Any) -> bool:
 
 
 def _copy(targets: list[Tensor], sources: list[Tensor]) -> None:
+    if not targets:
+        return
     groups: dict[Any, tuple[list[Tensor], list[Tensor]]] = defaultdict(lambda: ([], []))
     for target, source in zip(targets, sources, strict=True):
         group = groups[target.device, target.dtype, source.device, source.dtype]

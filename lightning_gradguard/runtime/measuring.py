@@ -78,7 +78,7 @@ class Wanted:
     loss_scale: float
 
 
-@dataclass(frozen=True)
+@dataclass
 class Measured:
     """One step's numbers on the device, the same on every rank.
 
@@ -105,8 +105,9 @@ class Numbers:
     """What the judges of a step go by, between the device and the host.
 
     Args:
-        packed: Sum of the finite losses, their number, that of others; flags of nonfinite weights, buffers,
-            and of a batch that was lost before; how much gradient weight matrices get; total norms.
+        packed: Sum of the finite losses, their number, that of others (of an only loss: itself, 1 and 0, also if
+            it is nonfinite); flags of nonfinite weights, buffers, and of a batch that was lost before; how
+            much gradient weight matrices get; total norms.
     """
 
     def __init__(self, packed: Tensor) -> None:
@@ -118,7 +119,7 @@ class Numbers:
             self._there = torch.cuda.current_stream(packed.device).record_event()
 
     def mean_loss(self) -> Tensor:
-        """Mean of the finite losses, on the device; NaN without one."""
+        """Mean of the finite losses, on the device; nonfinite without one."""
         return self._packed[0] / self._packed[1]
 
     def sick(self) -> Tensor:
@@ -126,6 +127,7 @@ class Numbers:
         told, totals = self._packed[2:6], self._packed[7:]
         lowest, highest = torch.aminmax(totals)
         is_sick = (told.sum() > 0) | ~(highest <= OVERFLOW) | (highest > DISAGREEMENT * lowest)
+        is_sick |= ~(self._packed[0].abs() < math.inf)
         return is_sick.float()
 
     def read(self, optimizer_index: int) -> Measurement:
@@ -133,6 +135,8 @@ class Numbers:
         if self._there is not None:
             self._there.synchronize()
         loss, finite_losses, losses, weights, buffers, lost, alive, *total_norms = self._numbers.tolist()
+        if not math.isfinite(loss):
+            losses, finite_losses = 1, 0
         finite = [norm for norm in total_norms if math.isfinite(norm)]
         sick = next((norm for norm in total_norms if not math.isfinite(norm)), None)
         differ = bool(finite) and (sick is not None or max(finite) > DISAGREEMENT * min(finite))
@@ -257,15 +261,15 @@ def norms_over_shards(selection: Selection, *lists: Sequence[Tensor]) -> Tensor:
 def _told(
     losses: Sequence[Tensor], flags: Sequence[Tensor | bool | None], selection: Selection
 ) -> list[Tensor]:
-    """Sum of the finite losses, their number, and that of others; flags. Scalars on the device."""
+    """Sum of the finite losses, their number, and that of others; flags. Scalars on the device, float64."""
     zero, one = selection.zero, selection.one
     seen = [zero, zero, zero]
-    if losses:
-        loss = losses[0].to(zero) if len(losses) == 1 else torch.stack(tuple(losses)).to(zero)
+    if len(losses) == 1 and distributed.world_size() == 1:
+        seen = [losses[0].to(zero), one, zero]  # whether it is finite is seen by whoever reads it
+    elif losses:
+        loss = torch.stack(tuple(losses)).to(zero)
         plain = loss.nan_to_num(0.0, 0.0, 0.0)
-        seen = [plain, plain == loss, plain != loss]
-        if loss.ndim:
-            seen = [values.sum() for values in seen]
+        seen = [values.to(zero).sum() for values in (plain, plain == loss, plain != loss)]
     return [*seen, *(flag.to(zero) if isinstance(flag, Tensor) else one if flag else zero for flag in flags)]
 
 

@@ -101,25 +101,26 @@ class StepCallback(lightning_api.Callback):
             lightning_api.refuse_unsupported(trainer, self)
             if suite_of(trainer).has(self):  # an exception ended the fit before, without a teardown
                 del _suites[trainer]
-            self._suite = suite_of(trainer)
-            self._suite.join(self)
+            #: What the callback shares with the others of this Trainer.
+            self.suite = suite_of(trainer)
+            self.suite.join(self)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Learn how the strategy has spread the parameters, which it has by now."""
-        self._suite.begin(self, trainer)
+        self.suite.begin(self, trainer)
 
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
         """Remember the loss for the step that it leads to."""
-        self._suite.observe_loss(self, trainer, loss)
+        self.suite.observe_loss(self, trainer, loss)
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
         """Take the callback's turn in the shared step."""
-        step = self._suite.enter(self, trainer, pl_module, optimizer)
+        step = self.suite.enter(self, trainer, pl_module, optimizer)
         if step is not None:
             self.on_step(trainer, pl_module, step)
-            self._suite.leave(step)
+            self.suite.leave(step)
 
     def on_train_batch_end(
         self,
@@ -131,7 +132,7 @@ class StepCallback(lightning_api.Callback):
     ) -> None:
         """Act after the step is closed; the last callback of the suite sends the report."""
         self.on_batch_end(trainer, pl_module, batch_idx)
-        self._suite.depart(self, trainer, pl_module)
+        self.suite.depart(self, trainer, pl_module)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Leave the suite."""
@@ -186,6 +187,7 @@ class Suite:
         serves_lost_batch: Set by whoever knows the batch, until a step was made with it; rides along as well.
         judges_at_once: Set, on all ranks alike, where the next step is not to be judged late.
         has_stepped: Whether an optimizer stepped in the running batch; not so while gradients accumulate.
+        is_logged: Whether the running step is one that the Trainer logs.
     """
 
     def __init__(self) -> None:
@@ -195,6 +197,8 @@ class Suite:
         self.serves_lost_batch = False
         self.judges_at_once = False
         self.has_stepped = False
+        self.is_logged = False
+        self._wants_units = False
         self._layout = Layout({})
         self._rides: list[Ride] = []
         self._unread: tuple[Numbers, int] | None = None
@@ -215,6 +219,7 @@ class Suite:
         self._members.append(member)
         if type(member).judge is not StepCallback.judge:
             self._judges.append(member)
+        self._wants_units |= member.wants_units
         self._norm_types = tuple(dict.fromkeys((*self._norm_types, *member.norm_types)))
 
     def begin(self, member: StepCallback, trainer: pl.Trainer) -> None:
@@ -257,6 +262,7 @@ class Suite:
         step, arrived = self._open.get(id(optimizer), (None, set()))
         if step is None or id(member) in arrived:
             step, arrived = self._measure(trainer, pl_module, optimizer), set()
+            self.is_logged = is_logging_step(trainer)
             if step is not None:
                 self.has_stepped = True
                 self._open[id(optimizer)] = (step, arrived)
@@ -325,7 +331,7 @@ class Suite:
             wanted=Wanted(
                 norm_types=self._norm_types,
                 weights=any(member.wants_weight_norms(trainer) for member in self._members),
-                units=any(member.wants_units for member in self._members),
+                units=self._wants_units,
                 loss_scale=lightning_api.scale_of_gradients(trainer, optimizer),
             ),
             carried=torch.cat([sums for sums, _ in carried]) if carried else None,

@@ -189,11 +189,12 @@ numbers = st.sampled_from([0.0, 1e-3, 1.0, 2.0, 1e4, 1e38, 3.5e38, 1e300, math.i
 
 
 @given(
+    loss=st.sampled_from([1.0, -2.0, 1e300, math.inf, -math.inf, math.nan]),
     told=st.lists(st.sampled_from([0.0, 0.0, 0.0, 1.0, 3.0]), min_size=4, max_size=4),
     totals=st.lists(numbers, min_size=1, max_size=4),
 )
-def test_the_kernel_skips_what_the_judge_drops(told: list[float], totals: list[float]) -> None:
-    asked = Numbers(torch.tensor([1.0, 1.0, *told, 1.0, *totals], dtype=torch.float64))
+def test_the_kernel_skips_what_the_judge_drops(loss: float, told: list[float], totals: list[float]) -> None:
+    asked = Numbers(torch.tensor([loss, 1.0, *told, 1.0, *totals], dtype=torch.float64))
     assert bool(asked.sick()) == asked.read(0).is_sick
 
 
