@@ -115,7 +115,7 @@ class GradientNormMonitor(StepCallback):
         self.figure_every_n_steps = figure_every_n_steps
         self.state_arguments = {"norm_type": self.norm_type, "level": level}
         self._detectors: dict[int, SymptomDetector] = defaultdict(SymptomDetector)
-        self._nonfinite: dict[int, tuple[Scalar, int]] = {}
+        self._finite: dict[int, tuple[Scalar, int]] = {}
         self._looks: dict[int, _Look] = {}
         self._waiting: list[_Look] = []
         self._history = GradientHistory()
@@ -134,7 +134,7 @@ class GradientNormMonitor(StepCallback):
 
     def wants_weight_norms(self, trainer: pl.Trainer) -> bool:
         """At logged steps."""
-        return is_logging_step(trainer, self.every_n_steps)
+        return self._is_logged(trainer)
 
     def on_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, step: Step) -> None:
         """Measure; at a logged step look at weights as well, and at where the step moves them."""
@@ -143,12 +143,12 @@ class GradientNormMonitor(StepCallback):
         if index in self._looks or not step.gradients.names:
             return
         norms = step.tensor_norms[self.norm_type]
-        fraction, steps = self._nonfinite.get(index, (0.0, 0))
+        finite, seen = self._finite.get(index, (0, 0))
         known = step.gradients.known_norm
-        if known is None or not math.isfinite(known):
-            fraction = fraction + (~torch.isfinite(norms)).double().mean()
-        self._nonfinite[index] = (fraction, steps + 1)
-        if is_logging_step(trainer, self.every_n_steps):
+        is_healthy = known is not None and math.isfinite(known)
+        n = norms.numel()
+        self._finite[index] = (finite + (n if is_healthy else (norms < math.inf).sum()), seen + n)
+        if self._is_logged(trainer):
             self._looks[index] = _Look(self.suite, trainer, step, norms, self.update_ratio)
             if self.histograms and step.accepted:
                 self._log_histograms(trainer, step.gradients)
@@ -159,8 +159,8 @@ class GradientNormMonitor(StepCallback):
         """Hand what was measured to the report."""
         looks, self._looks = self._looks, {}
         for index, look in looks.items():
-            fraction, steps = self._nonfinite.pop(index)
-            look.close(trainer, fraction / steps)
+            finite, seen = self._finite.pop(index)
+            look.close(trainer, 1 - finite / seen)
             if look.is_waiting:
                 self._waiting.append(look)
                 if look.accepted:
@@ -201,6 +201,13 @@ class GradientNormMonitor(StepCallback):
         self._detectors.clear()
         for index, state in state_dict["detectors"].items():
             self._detectors[index].load_state_dict(state)
+
+    def _is_logged(self, trainer: pl.Trainer) -> bool:
+        return (
+            self.suite.is_logged
+            if self.every_n_steps is None
+            else is_logging_step(trainer, self.every_n_steps)
+        )
 
     def _hand_in_waiting(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """The reduction of this step has brought the updates of the last logged one."""

@@ -165,7 +165,7 @@ class InitializationCheck(Callback):
         if not self._looks_at_first_step:
             return
         self._looks_at_first_step = False
-        layout = Layout(flat_shards(trainer))
+        layout = Layout(flat_shards(trainer), pl_module.device)
         everything = layout.select(pl_module.named_parameters())
         named = zip(everything.names, everything.parameters, everything.is_matrix, strict=True)
         layers = layout.select([(plain_name(name), p) for name, p, is_matrix in named if is_matrix][:-1])

@@ -145,7 +145,7 @@ class ZScoreClipping(ClippingPolicy):
         is_warming = self._state["seen"] < self.warmup_steps
         effective = self._warm_up(norm) if is_warming else self._stand_out(norm)
         allowed = _where(effective < norm, effective, self.max_norm)
-        return _coefficient(_where(allowed < self.max_norm, allowed, self.max_norm), norm)
+        return _coefficient(_at_most(allowed, self.max_norm), norm)
 
     def _warm_up(self, norm: Scalar) -> Scalar:
         """Gather norms; an outlier counts as the median of those before it."""
@@ -155,30 +155,29 @@ class ZScoreClipping(ClippingPolicy):
         bound = OUTLIER * median if seen >= 3 else torch.full_like(present, torch.inf)
         effective = torch.where(present > bound, median, present)
         warmup[seen] = torch.where(present < torch.inf, effective, torch.nan)
-        self.threshold = _as(norm, bound.clamp(max=self.max_norm))
+        self.threshold = _like(norm, bound.clamp(max=self.max_norm))
         self._pending = {**self._state, "warmup": warmup, "seen": seen + 1}
         if seen + 1 == self.warmup_steps:
             mean = warmup.nanmean()
-            self._pending["mean"] = _as(norm, mean)
-            self._pending["variance"] = _as(norm, (warmup - mean).square().nanmean().nan_to_num(0.0))
-        return _as(norm, effective)
+            self._pending["mean"] = _like(norm, mean)
+            self._pending["variance"] = _like(norm, (warmup - mean).square().nanmean().nan_to_num(0.0))
+        return _like(norm, effective)
 
     def _stand_out(self, norm: Scalar) -> Scalar:
         """Compare with the running mean; a norm that stands out counts the less, the more it does."""
-        mean, variance = self._state["mean"], self._state["variance"]
+        mean, variance = (_like(norm, self._state[key]) for key in ("mean", "variance"))
         mean = _where(mean == mean, mean, norm)  # no norm of the warm-up was finite
-        least, spread = LEAST_SPREAD * mean, variance**0.5
-        spread = _where(spread > least, spread, least)
+        spread = _larger(variance**0.5, LEAST_SPREAD * mean)
         z = (norm - mean) / (spread + EPS)
         bound = mean + self.z_threshold * spread
         stands_out = z > self.z_threshold
         softened = mean + self.z_threshold**2 * spread / _where(stands_out, z, 1.0)
         effective = _where(stands_out, softened, norm)
-        moved = self.decay * mean + (1 - self.decay) * effective
+        moved = _lerp(effective, mean, self.decay)
         away = effective - moved
-        varied = self.decay * variance + (1 - self.decay) * (away * away)
+        varied = _lerp(away * away, variance, self.decay)
         finite = norm < math.inf
-        self.threshold = _where(bound < self.max_norm, bound, self.max_norm)
+        self.threshold = _at_most(bound, self.max_norm)
         self._pending = {
             **self._state,
             "mean": _where(finite, moved, mean),
@@ -247,7 +246,7 @@ class PercentileClipping(ClippingPolicy):
         finite = torch.isfinite(norm)
         norms = torch.where(slot & finite, norm, state["norms"])
         self._pending = {"norms": norms, "seen": state["seen"] + finite}
-        self.threshold = _as(known, norms.nanquantile(self.percentile / 100))
+        self.threshold = _like(known, norms.nanquantile(self.percentile / 100))
         return _coefficient(self.threshold, known)
 
     def commit(self) -> None:
@@ -418,9 +417,32 @@ def _where(condition: Tensor | bool, one: Scalar, other: Scalar) -> Scalar:
     return one if condition else other
 
 
-def _as(norm: Scalar, value: Tensor) -> Scalar:
-    """A value that was reckoned from a norm, where the norm is: a number if it is one."""
-    return value if isinstance(norm, Tensor) else value.item()
+def _larger(one: Scalar, other: Scalar) -> Scalar:
+    """The larger of two numbers of one kind; the other where one is NaN."""
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return torch.fmax(one, other)
+    return one if one > other else other
+
+
+def _at_most(value: Scalar, bound: float) -> Scalar:
+    """The value, or a bound that it exceeds; NaN stays."""
+    if isinstance(value, Tensor):
+        return value.clamp(max=bound)
+    return bound if value > bound else value
+
+
+def _lerp(start: Scalar, end: Scalar, weight: float) -> Scalar:
+    """What lies this share of the way from one number to another of its kind."""
+    if isinstance(start, Tensor) and isinstance(end, Tensor):
+        return torch.lerp(start, end, weight)
+    return start + weight * (end - start)
+
+
+def _like(norm: Scalar, value: Scalar) -> Scalar:
+    """A value as a norm is given: a number, or a scalar on its device."""
+    if isinstance(norm, Tensor):
+        return torch.as_tensor(value, dtype=torch.float64, device=norm.device)
+    return float(value)
 
 
 def _positive(name: str, value: float) -> float:

@@ -17,6 +17,9 @@ UnitNorms = tuple[Tensor, Tensor]
 #: Elements whose squares are summed in float32 on a CPU before float64 takes over: one float32 sum over
 #: 1e7 elements is off by 4e-4, sums of this length combined in float64 by less than 1e-6.
 CHUNK = 65_536
+#: Elements up to which a CPU copies tensors of one shape, to measure them together; and of how many at least.
+SMALL = 4_096
+ALIKE = 8
 
 
 @dataclass(frozen=True)
@@ -130,53 +133,59 @@ class _Bucket:
     dtype: torch.dtype
     whole: tuple[int, ...]
     by_rows: tuple[int, ...]
+    stacked: tuple[tuple[int, ...], ...]
 
     def norms(self, tensors: Sequence[Tensor], norm_type: float) -> Tensor:
         """Norms of those that are measured as a whole, then of the rows of the others."""
         wide = _accumulator(self.dtype, norm_type)
         parts = [tensors[index] for index in self.whole]
         if norm_type == math.inf:
-            return largest_magnitudes([*parts, *(tensors[index] for index in self.by_rows)])
+            others = (index for group in (self.by_rows, *self.stacked) for index in group)
+            return largest_magnitudes([*parts, *(tensors[index] for index in others)])
         rows = []
+        for group in self.stacked:
+            stack = torch.stack([tensors[index] for index in group])
+            rows.append(torch.linalg.vector_norm(stack.view(len(group), -1), norm_type, dim=1, dtype=wide))
         for index in self.by_rows:
             flat = _flat(tensors[index])
             end = len(flat) // CHUNK * CHUNK
             rows.append(torch.linalg.vector_norm(flat[:end].view(-1, CHUNK), norm_type, dim=1, dtype=wide))
             if end < len(flat):
                 parts.append(flat[end:])
-        norms = [torch.stack(torch._foreach_norm(parts, norm_type, dtype=wide))] if parts else []
-        return torch.cat([*norms, *rows]) if rows else norms[0]
+        if parts:
+            rows.insert(0, torch.stack(torch._foreach_norm(parts, norm_type, dtype=wide)))
+        return torch.cat(rows) if len(rows) > 1 else rows[0]
 
     def owners(self, numels: Sequence[int], norm_type: float) -> list[int]:
         """The position of the tensor that each of these norms belongs to."""
+        stacked = [index for group in self.stacked for index in group]
         if norm_type == math.inf:
-            return [*self.whole, *self.by_rows]
+            return [*self.whole, *self.by_rows, *stacked]
         rests = [index for index in self.by_rows if numels[index] % CHUNK]
         rows = [index for index in self.by_rows for _ in range(numels[index] // CHUNK)]
-        return [*self.whole, *rests, *rows]
+        return [*self.whole, *rests, *stacked, *rows]
 
 
 class Buckets:
     """Which tensors are measured by one kernel: found out once, for all lists of tensors like these.
 
     A CPU measures a large tensor by rows of `CHUNK` elements, one operation for each such tensor: it takes
-    three quarters of the time of `torch._foreach_norm`, and float32 is exact enough.
+    three quarters of the time of `torch._foreach_norm`, and float32 is exact enough. Small ones of one shape
+    are put into one tensor first, which takes a tenth of the time.
 
     Args:
         tensors: Dense and real; those to be measured have the same sizes, devices and dtypes.
     """
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
-        groups: dict[tuple[torch.device, torch.dtype], tuple[list[int], list[int]]] = {}
         self._numels = [tensor.numel() for tensor in tensors]
-        for index, (tensor, numel) in enumerate(zip(tensors, self._numels, strict=True)):
-            whole, by_rows = groups.setdefault((tensor.device, tensor.dtype), ([], []))
-            if numel:
-                (by_rows if tensor.device.type == "cpu" and numel > CHUNK else whole).append(index)
+        groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+        for index, tensor in enumerate(tensors):
+            if tensor.numel():
+                groups.setdefault((tensor.device, tensor.dtype), []).append(index)
         self._buckets = [
-            _Bucket(dtype, tuple(whole), tuple(by_rows))
-            for (_, dtype), (whole, by_rows) in groups.items()
-            if whole or by_rows
+            _bucket(tensors, indices, dtype, on_host=device.type == "cpu")
+            for (device, dtype), indices in groups.items()
         ]
         self._owners: dict[bool, Tensor | None] = {}
 
@@ -213,6 +222,29 @@ class Buckets:
             in_place = owners == list(range(len(self._numels)))
             self._owners[key] = None if in_place else torch.tensor(owners, device=device)
         return self._owners[key]
+
+
+def _bucket(
+    tensors: Sequence[Tensor], indices: Sequence[int], dtype: torch.dtype, *, on_host: bool
+) -> _Bucket:
+    """Which of these tensors, of one device and dtype, are measured in which way."""
+    if not on_host:
+        return _Bucket(dtype, tuple(indices), (), ())
+    whole, by_rows, stacked = [], [], []
+    alike: dict[torch.Size, list[int]] = {}
+    for index in indices:
+        if tensors[index].numel() > CHUNK:
+            by_rows.append(index)
+        elif tensors[index].numel() > SMALL:
+            whole.append(index)
+        else:
+            alike.setdefault(tensors[index].shape, []).append(index)
+    for group in alike.values():
+        if len(group) >= ALIKE:
+            stacked.append(tuple(group))
+        else:
+            whole += group
+    return _Bucket(dtype, tuple(whole), tuple(by_rows), tuple(stacked))
 
 
 @torch.no_grad()

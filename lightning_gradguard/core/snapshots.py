@@ -231,17 +231,18 @@ class Snapshot:
             written: Frozen weights that are copied as well.
             copied: Take buffers and frozen weights from here, as `BufferCopies.saved` returns them, where a
                 forward pass has written them, or does before the copy is made.
-            stepped: Whether what the optimizers write is copied; else `restore` leaves it as it is.
+            stepped: Whether what the optimizers write is copied; otherwise, of the trained module, only what
+                is in `copied` is, and `restore` leaves the rest as it is.
         """
-        live: dict[Any, Tensor] = {}
-        optimized = _optimized(optimizers)
-        kept = {*optimized, *written}
         copied = copied or {}
-        optimizers = optimizers if stepped else ()
+        live: dict[Any, Tensor] = {}
+        kept = {*_optimized(optimizers), *written}
+        if not stepped:
+            live, modules, optimizers = dict(copied), modules[1:], ()
         for module in modules:
             for weight in module.parameters():
                 # while one optimizer is toggled on, what the others train wants no gradient
-                if (weight.requires_grad or weight in kept) and (stepped or weight not in optimized):
+                if weight.requires_grad or weight in kept:
                     live[weight] = copied.get(weight, weight)
             for owner, name, buffer in _buffers(module.modules()):
                 live[(owner, name)] = copied.get((owner, name), buffer)

@@ -166,10 +166,10 @@ def _fingerprint(batch: Any) -> Tensor | None:
     # spread over all samples, and weighted by their places: others in another order are another batch
     device = leaves[0].device
     seen = [leaf.detach().reshape(-1) for leaf in leaves]
-    seen = [values[:: max(len(values) // RECOGNIZED_BY, 1)] for values in seen]
+    seen = [values[:: max(values.numel() // RECOGNIZED_BY, 1)] for values in seen]
     wide = [values.to(device, torch.float64) for values in seen]
     values = torch.cat(wide) if len(wide) > 1 else wide[0]
-    return torch.dot(values.nan_to_num(1.0, 2.0, -2.0), _places(tuple(map(len, seen)), device))
+    return torch.dot(values.nan_to_num(1.0, 2.0, -2.0), _places(tuple(map(Tensor.numel, seen)), device))
 
 
 @lru_cache(maxsize=16)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -105,8 +106,8 @@ class Numbers:
     """What the judges of a step go by, between the device and the host.
 
     Args:
-        packed: Sum of the finite losses, their number, that of others (of an only loss: itself, 1 and 0, also if
-            it is nonfinite); flags of nonfinite weights, buffers, and of a batch that was lost before; how
+        packed: Sum of the finite losses, their number, that of others (of an only loss: itself, 1 and 0, even
+            if it is nonfinite); flags of nonfinite weights, buffers, and of a batch that was lost before; how
             much gradient weight matrices get; total norms.
     """
 
@@ -124,11 +125,12 @@ class Numbers:
 
     def sick(self) -> Tensor:
         """1 where `Measurement.is_sick` will be true, else 0; shape `()`, float32, on the device."""
-        told, totals = self._packed[2:6], self._packed[7:]
-        lowest, highest = torch.aminmax(totals)
-        is_sick = (told.sum() > 0) | ~(highest <= OVERFLOW) | (highest > DISAGREEMENT * lowest)
-        is_sick |= ~(self._packed[0].abs() < math.inf)
-        return is_sick.float()
+        totals = self._packed[7:]
+        is_well = (self._packed.abs() <= _bounds(len(totals), self._packed.device)).all()
+        if len(totals) > 1:
+            lowest, highest = torch.aminmax(totals)
+            is_well &= highest <= DISAGREEMENT * lowest
+        return (~is_well).float()
 
     def read(self, optimizer_index: int) -> Measurement:
         """Wait for the numbers: the step's one host synchronization."""
@@ -151,6 +153,14 @@ class Numbers:
             nonfinite_buffers=bool(buffers),
             lost_before=bool(lost),
         )
+
+
+@cache
+def _bounds(n_totals: int, device: torch.device) -> Tensor:
+    """What the numbers of a step that may happen do not exceed."""
+    largest = torch.finfo(torch.float64).max
+    bounds = [largest, math.inf, 0, 0, 0, 0, math.inf, *[OVERFLOW] * n_totals]
+    return torch.tensor(bounds, dtype=torch.float64, device=device)
 
 
 @torch.no_grad()

@@ -80,8 +80,8 @@ class Selection:
 
     def buckets(self, tensors: Sequence[Tensor]) -> Buckets | None:
         """Those of the gradients, or of the weights; `None` if they have to be looked at one by one."""
-        strided = self._is_plain and all(tensor.layout is torch.strided for tensor in tensors)
-        return self._buckets if strided else None
+        is_plain = self._is_plain and {tensor.layout for tensor in tensors} <= {torch.strided}
+        return self._buckets if is_plain else None
 
     @cached_property
     def _buckets(self) -> Buckets:
@@ -93,30 +93,32 @@ class Layout:
 
     Args:
         flat: The parameters that FSDP1 flattened and cut.
+        device: Where numbers go if there is no parameter.
     """
 
-    def __init__(self, flat: Mapping[Tensor, FlatShard]) -> None:
+    def __init__(self, flat: Mapping[Tensor, FlatShard], device: torch.device = CPU) -> None:
         self._flat = flat
+        self._device = device
         self._rosters: WeakKeyDictionary[Optimizer, _Roster] = WeakKeyDictionary()
 
     def select(self, named: Iterable[tuple[str, nn.Parameter]]) -> Selection:
         """Those of the parameters that have a gradient on any rank."""
         parameters = dict(named)
-        roster = _Roster(list(parameters.values()), {p: n for n, p in parameters.items()}, self._flat, CPU)
-        return roster.with_gradient()
+        names = {parameter: name for name, parameter in parameters.items()}
+        return _Roster(list(names), names, self._flat, self._device).with_gradient()
 
-    def with_gradient(self, optimizer: Optimizer, naming: Naming, device: torch.device) -> Selection:
+    def with_gradient(self, optimizer: Optimizer, naming: Naming) -> Selection:
         """Those parameters of an optimizer that have a gradient on any rank.
 
         Args:
             optimizer: About to step.
             naming: Is asked when the optimizer has come by other parameters.
-            device: Where numbers go if there is no parameter.
         """
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         roster = self._rosters.get(optimizer)
         if roster is None or not roster.is_of(parameters):
-            roster = self._rosters[optimizer] = _Roster(parameters, naming(parameters), self._flat, device)
+            roster = _Roster(parameters, naming(parameters), self._flat, self._device)
+            self._rosters[optimizer] = roster
         return roster.with_gradient()
 
 
@@ -132,23 +134,21 @@ class _Roster:
     ) -> None:
         self._ids = list(map(id, parameters))
         # an empty piece of a flattened parameter may be a part of one that is measured
-        self._named = [(names[p], p) for p in parameters if p.numel() > 0 or p in flat]
-        self._is_flat = [p in flat for _, p in self._named]
+        self._parameters = [p for p in parameters if p.numel() > 0 or p in flat]
+        self._names = names
         self._flat = flat
         self._device = device
-        self._here: list[int] = []
+        self._has_gradient: list[bool] = []
         self._selection = Selection((), flat, device)
 
     def is_of(self, parameters: Sequence[nn.Parameter]) -> bool:
         return list(map(id, parameters)) == self._ids
 
     def with_gradient(self) -> Selection:
-        here = [
-            index
-            for index, (_, parameter) in enumerate(self._named)
-            if (parameter.grad is not None or self._is_flat[index]) and parameter.requires_grad
-        ]
-        if here != self._here:
-            self._here = here
-            self._selection = Selection((self._named[i] for i in here), self._flat, self._device)
+        flat, parameters = self._flat, self._parameters
+        has_gradient = [p.requires_grad and (p.grad is not None or p in flat) for p in parameters]
+        if has_gradient != self._has_gradient:
+            self._has_gradient = has_gradient
+            here = (p for p, has in zip(parameters, has_gradient, strict=True) if has)
+            self._selection = Selection(((self._names[p], p) for p in here), flat, self._device)
         return self._selection

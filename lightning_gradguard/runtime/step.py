@@ -166,7 +166,7 @@ class StepCallback(lightning_api.Callback):
         """
 
     def wants_weight_norms(self, trainer: pl.Trainer) -> bool:
-        """Whether the step about to be measured is to be measured for its weights as well."""
+        """Whether the step about to be measured is measured for its weights as well; asked if overridden."""
         return False
 
     def on_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, step: Step) -> None:
@@ -199,6 +199,7 @@ class Suite:
         self.has_stepped = False
         self.is_logged = False
         self._wants_units = False
+        self._weighing: list[StepCallback] = []
         self._layout = Layout({})
         self._rides: list[Ride] = []
         self._unread: tuple[Numbers, int] | None = None
@@ -219,13 +220,15 @@ class Suite:
         self._members.append(member)
         if type(member).judge is not StepCallback.judge:
             self._judges.append(member)
+        if type(member).wants_weight_norms is not StepCallback.wants_weight_norms:
+            self._weighing.append(member)
         self._wants_units |= member.wants_units
         self._norm_types = tuple(dict.fromkeys((*self._norm_types, *member.norm_types)))
 
     def begin(self, member: StepCallback, trainer: pl.Trainer) -> None:
         """Learn, once for all, how the strategy has spread the parameters."""
         if member is self._members[0]:
-            self._layout = Layout(lightning_api.flat_shards(trainer))
+            self._layout = Layout(lightning_api.flat_shards(trainer), trainer.lightning_module.device)
 
     @property
     def has_one_judge(self) -> bool:
@@ -261,8 +264,8 @@ class Suite:
         """
         step, arrived = self._open.get(id(optimizer), (None, set()))
         if step is None or id(member) in arrived:
-            step, arrived = self._measure(trainer, pl_module, optimizer), set()
             self.is_logged = is_logging_step(trainer)
+            step, arrived = self._measure(trainer, pl_module, optimizer), set()
             if step is not None:
                 self.has_stepped = True
                 self._open[id(optimizer)] = (step, arrived)
@@ -318,7 +321,7 @@ class Suite:
         if self.settle(trainer, pl_module) == "drop":
             return None
         naming = partial(parameter_names, pl_module)
-        selection = self._layout.with_gradient(optimizer, naming, pl_module.device)
+        selection = self._layout.with_gradient(optimizer, naming)
         if not selection.names and not losses:
             return None
         if selection.is_sharded:
@@ -330,7 +333,7 @@ class Suite:
             (self.nonfinite_weights, self.nonfinite_buffers, self.serves_lost_batch),
             wanted=Wanted(
                 norm_types=self._norm_types,
-                weights=any(member.wants_weight_norms(trainer) for member in self._members),
+                weights=any(member.wants_weight_norms(trainer) for member in self._weighing),
                 units=self._wants_units,
                 loss_scale=lightning_api.scale_of_gradients(trainer, optimizer),
             ),

@@ -123,6 +123,17 @@ def test_the_host_decides_as_the_device(policy: Callable[[], ClippingPolicy], no
         on_host.commit()
 
 
+def test_zscore_goes_on_where_the_norm_is() -> None:
+    mixed, plain = (ZScoreClipping(max_norm=None, warmup_steps=5) for _ in range(2))
+    for i, norm in enumerate([0.8, 1.2] * 20 + [10.0]):
+        gradients = gradients_of([norm])
+        known = dataclasses.replace(gradients, known_norm=gradients.total_norm.item())
+        found = mixed.coefficients(known if i % 3 else gradients)
+        assert float(found) == pytest.approx(float(plain.coefficients(gradients)), rel=1e-12)
+        mixed.commit()
+        plain.commit()
+
+
 @pytest.mark.parametrize("policy", [GlobalNormClipping, ZScoreClipping, PercentileClipping])
 def test_what_the_host_knows_is_decided_by_numbers(policy: Callable[[], ClippingPolicy]) -> None:
     clipper = policy()

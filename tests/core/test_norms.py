@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.meter import Meter
 from lightning_gradguard.core.norms import (
+    ALIKE,
     CHUNK,
     Buckets,
     measure_gradients,
@@ -122,6 +123,7 @@ def test_rows_copy_nothing(tensor: Tensor) -> None:
 @pytest.mark.parametrize("norm_type", [1.0, 2.0, 3.0, math.inf])
 def test_buckets_measure_like_tensors(norm_type: float) -> None:
     tensors = [torch.randn(n) for n in (3, CHUNK, 0, CHUNK + 1, 3 * CHUNK)] + [torch.randn(5).double()]
+    tensors += [torch.randn(2, 3) for _ in range(ALIKE)] + [torch.randn(7)]
     buckets = Buckets(tensors)
     others = [torch.randn_like(tensor) for tensor in tensors]
     expected = torch.tensor([reference(tensor, norm_type) for tensor in others], dtype=torch.float64)

@@ -1,0 +1,85 @@
+"""What the suite costs, beside what others cost: everything that can be counted or timed on a CPU.
+
+`python -m benchmarks.cost` takes a quarter of an hour on two idle cores and writes docs/performance.md. Less
+than all of it (`--parts`, `--networks`, `--rounds`) is printed instead.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import ParamSpec, TypeVar
+
+from benchmarks import cost_page, counts, memory, timings
+from benchmarks.networks import LARGE, NETWORKS
+from benchmarks.peers import BARE, DEFERRED, EXACT, PEERS
+
+PAGE = Path(__file__).parents[1] / "docs" / "performance.md"
+PARTS = ("counts", "steps", "hooks", "snapshots", "memory", "long run")
+#: Rounds that count. Of five steps four are hot.
+ROUNDS = {"GPT": 25, "ResNet-34": 30, "2,000 small tensors": 25, "BoringModel": 300}
+#: Of steps that consist of hooks and optimizer; and snapshots.
+ROUNDS_OF_HOOKS, SNAPSHOTS = 50, 20
+STEPS = 10_000
+
+P = ParamSpec("P")
+Found = TypeVar("Found")
+
+
+def apart(function: Callable[P, Found], *args: P.args, **kwargs: P.kwargs) -> Found:
+    """Call a function in a fresh process, whose memory and global switches are its own."""
+    start = time.perf_counter()
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        found = pool.apply(function, args, kwargs)
+    print(f"{function.__name__} {args}: {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
+    return found
+
+
+def main(parts: Sequence[str], networks: Sequence[str], rounds: int | None) -> str:
+    """Measure what was asked for; returns the page.
+
+    Args:
+        parts: Some of `PARTS`.
+        networks: Some of `NETWORKS`.
+        rounds: Of each part that is timed; those above if `None`.
+    """
+    found = cost_page.Found(load=os.getloadavg()[0])
+    large = [name for name in LARGE if name in networks]
+    if "counts" in parts:
+        ours = (EXACT, DEFERRED)
+        found.counts += apart(counts.count, (*ours, *PEERS), counts.TENSORS, fused=True)
+        found.counts += apart(counts.count, ours, counts.TENSORS, fused=False)
+    if "steps" in parts:
+        for name in networks:
+            found.whole[name] = apart(timings.whole, name, rounds or ROUNDS[name])
+    if "hooks" in parts:
+        for name in large:
+            found.prepared[name] = apart(timings.hooks_and_optimizer, name, rounds or ROUNDS_OF_HOOKS)
+    if "snapshots" in parts:
+        for name in large:
+            found.kept[name] = apart(timings.keeping, name, rounds or SNAPSHOTS)
+    if "memory" in parts:
+        for variant in (BARE, EXACT, DEFERRED):
+            found.peaks[variant] = apart(memory.peak_of_five_steps, variant)
+    if "long run" in parts:
+        for variant in (BARE, EXACT):
+            found.long_runs[variant] = apart(memory.long_run, variant, STEPS)
+    return cost_page.page(found)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
+    parser.add_argument("--rounds", type=int)
+    options = parser.parse_args()
+    text = main(**vars(options))
+    if options == parser.parse_args([]):
+        PAGE.write_text(text, encoding="utf-8")
+    else:
+        print(text)
