@@ -22,7 +22,7 @@ from benchmarks.peers import BARE, DEFERRED, EXACT, PEERS
 PAGE = Path(__file__).parents[1] / "docs" / "performance.md"
 PARTS = ("counts", "steps", "hooks", "snapshots", "memory", "long run")
 #: Rounds that count. Of five steps four are hot.
-ROUNDS = {"GPT": 25, "ResNet-34": 30, "2,000 small tensors": 25, "BoringModel": 300}
+ROUNDS = {"GPT": 25, "ResNet-34": 30, "2,000 small tensors": 25, "BoringModel": 30}
 #: Of steps that consist of hooks and optimizer; and snapshots.
 ROUNDS_OF_HOOKS, SNAPSHOTS = 50, 20
 STEPS = 10_000

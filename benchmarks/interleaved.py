@@ -112,14 +112,24 @@ def fits(
                 fit.end()
 
 
-def time_in_turn(running: Mapping[str, Fit], rounds: int, warm_up: int, seed: int = 0) -> dict[str, Seconds]:
-    """Let all fits make a step in each round, in an order drawn anew.
+def time_in_turn(
+    running: Mapping[str, Fit],
+    rounds: int,
+    warm_up: int,
+    seed: int = 0,
+    *,
+    settle: int = 0,
+    in_a_row: int = 1,
+) -> dict[str, Seconds]:
+    """Let all fits make steps in each round, in an order drawn anew.
 
     Args:
         running: The fits.
         rounds: How many count.
         warm_up: How many come before.
         seed: Of the order.
+        settle: Steps at the start of each turn that do not count.
+        in_a_row: Steps of a turn that count.
 
     Returns:
         What each fit took, by number of the step.
@@ -133,11 +143,12 @@ def time_in_turn(running: Mapping[str, Fit], rounds: int, warm_up: int, seed: in
             gc.freeze()
         chance.shuffle(order)
         for name in order:
-            start = time.perf_counter()
-            running[name].step()
-            took = time.perf_counter() - start
-            if i >= warm_up:
-                seconds[name][running[name].steps] = took
+            for j in range(settle + in_a_row):
+                start = time.perf_counter()
+                running[name].step()
+                took = time.perf_counter() - start
+                if i >= warm_up and j >= settle:
+                    seconds[name][running[name].steps] = took
     gc.unfreeze()
     return seconds
 

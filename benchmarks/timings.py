@@ -14,6 +14,9 @@ from benchmarks.peers import BARE, VARIANTS, DeepCopy, Variant, suite
 
 #: Rounds ahead of those that count: memory is first touched, optimizers get their state, ZClip warms up.
 WARM_UP = 5
+#: Where a step is all overhead, what others have left in the processor's caches weighs. There a turn is
+#: several steps, of which the first do not count: most processes train one network.
+SETTLE, IN_A_ROW = 5, 20
 
 #: Of each fit, by name.
 Timed = Mapping[str, Seconds]
@@ -56,8 +59,9 @@ def whole(network: str, rounds: int) -> Timed:
     if network not in LARGE:
         # there is nothing to share, and waiting for a second core takes longer than the step
         torch.set_num_threads(1)
+    turn = {} if network in LARGE else {"settle": SETTLE, "in_a_row": IN_A_ROW}
     with fits({name: NETWORKS[network]() for name in VARIANTS}, VARIANTS) as running:
-        return time_in_turn(running, rounds, WARM_UP)
+        return time_in_turn(running, rounds, WARM_UP, **turn)
 
 
 def hooks_and_optimizer(network: str, rounds: int) -> Timed:
