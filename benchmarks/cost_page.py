@@ -112,9 +112,9 @@ def _whole(found: Found) -> list[str]:
         "bare step of the same round, medians with quartiles. *bare, again* is the same as bare: differences "
         f"as small as its own are noise. Every {LOG_EVERY}th step is logged; those around "
         f"the suite's snapshots, every {SNAPSHOT_EVERY}, are left out here. A turn of the BoringModel is "
-        f"{timings.IN_A_ROW} steps, after {timings.SETTLE} that do not count: its steps are all overhead, and "
-        "caches should be those of one fit. Tensors above 65,536 elements add one operation each on a CPU; "
-        "small ones of one shape are copied there before they are measured, and so read twice.\n",
+        f"{timings.IN_A_ROW} steps, after {timings.SETTLE} that do not count: its steps are all overhead, "
+        "and caches should be those of one fit. Tensors above 65,536 elements add one operation each on a "
+        "CPU; small ones of one shape are copied there before they are measured, and so read twice.\n",
         _table(
             ("variant", "offers", "from"), [(n, v.offers, v.source) for n, v in VARIANTS.items() if n != BARE]
         ),
