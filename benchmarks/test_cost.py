@@ -168,7 +168,7 @@ def test_snapshots_can_miss(snapshot: float, verdicts: list[str]) -> None:
 
 def test_a_long_run_can_miss() -> None:
     bare, slow, fat = (
-        [Look(1.0, 1.0, 400), Look(1.0 * slower, 1.0, 400 + more)]
+        [Look(1.0, 1.0, 400), Look(1.0, 1.0, 420), Look(1.0 * slower, 1.0, 420 + more)]
         for slower, more in ((1, 0), (1.2, 0), (1, 20))
     )
     verdicts = [[bar.verdict for bar in bars.of_long_run(bare, run)] for run in (bare, slow, fat)]

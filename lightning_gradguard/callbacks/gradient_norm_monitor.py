@@ -365,8 +365,8 @@ class _Look:
         self._updates: Tensor | None = None
         self._handle: RemovableHandle | None = None
         if step.accepted and update_ratio:
-            parameters = step.gradients.parameters
-            before = [local_shard(parameter.detach()).clone() for parameter in parameters]
+            # a copy of each in one operation
+            before = list(torch._foreach_mul(_local(step.selection), 1.0))
             self._handle = after_step(step.optimizer, partial(self._measure_updates, step.selection, before))
 
     def close(self, trainer: pl.Trainer, nonfinite_fraction: Scalar) -> None:
@@ -392,13 +392,17 @@ class _Look:
         return torch.cat(parts)
 
     def _measure_updates(self, selection: Selection, before: list[Tensor]) -> None:
-        after = [local_shard(parameter.detach()) for parameter in selection.parameters]
+        torch._foreach_sub_(before, _local(selection))
         self.is_waiting = True
-        self._suite.add_over_shards(power_sums(torch._foreach_sub(after, before)), selection, self._take)
+        self._suite.add_over_shards(power_sums(before), selection, self._take)
 
     def _take(self, sums: Tensor) -> None:
         self.is_waiting = False
         self._updates = norms_from_power_sums(sums)
+
+
+def _local(selection: Selection) -> list[Tensor]:
+    return [local_shard(parameter.detach()) for parameter in selection.parameters]
 
 
 def _together(norms: Sequence[float], norm_type: float) -> float:

@@ -94,7 +94,8 @@ class GlobalNormClipping(ClippingPolicy):
     def coefficients(self, gradients: Gradients) -> Scalar:
         """One coefficient: `min(1, max_norm / total_norm)`."""
         self.threshold = self.max_norm
-        return _coefficient(self.max_norm, _total_norm(gradients))
+        norm = _total_norm(gradients)
+        return _coefficient(self.max_norm, norm, norm < math.inf)
 
 
 class ZScoreClipping(ClippingPolicy):
@@ -142,10 +143,10 @@ class ZScoreClipping(ClippingPolicy):
     def coefficients(self, gradients: Gradients) -> Scalar:
         """One coefficient, by the z-score of the total norm."""
         norm = _total_norm(gradients)
+        is_finite = norm < math.inf
         is_warming = self._state["seen"] < self.warmup_steps
-        effective = self._warm_up(norm) if is_warming else self._stand_out(norm)
-        allowed = _where(effective < norm, effective, self.max_norm)
-        return _coefficient(_at_most(allowed, self.max_norm), norm)
+        effective = self._warm_up(norm) if is_warming else self._stand_out(norm, is_finite)
+        return _coefficient(_at_most(effective, self.max_norm), norm, is_finite)
 
     def _warm_up(self, norm: Scalar) -> Scalar:
         """Gather norms; an outlier counts as the median of those before it."""
@@ -163,7 +164,7 @@ class ZScoreClipping(ClippingPolicy):
             self._pending["variance"] = _like(norm, (warmup - mean).square().nanmean().nan_to_num(0.0))
         return _like(norm, effective)
 
-    def _stand_out(self, norm: Scalar) -> Scalar:
+    def _stand_out(self, norm: Scalar, is_finite: Tensor | bool) -> Scalar:
         """Compare with the running mean; a norm that stands out counts the less, the more it does."""
         mean, variance = (_like(norm, self._state[key]) for key in ("mean", "variance"))
         mean = _where(mean == mean, mean, norm)  # no norm of the warm-up was finite
@@ -171,17 +172,16 @@ class ZScoreClipping(ClippingPolicy):
         z = (norm - mean) / (spread + EPS)
         bound = mean + self.z_threshold * spread
         stands_out = z > self.z_threshold
-        softened = mean + self.z_threshold**2 * spread / _where(stands_out, z, 1.0)
+        softened = mean + self.z_threshold**2 * spread / _at_least(z, self.z_threshold)
         effective = _where(stands_out, softened, norm)
         moved = _lerp(effective, mean, self.decay)
         away = effective - moved
         varied = _lerp(away * away, variance, self.decay)
-        finite = norm < math.inf
         self.threshold = _at_most(bound, self.max_norm)
         self._pending = {
             **self._state,
-            "mean": _where(finite, moved, mean),
-            "variance": _where(finite, varied, variance),
+            "mean": _where(is_finite, moved, mean),
+            "variance": _where(is_finite, varied, variance),
         }
         return effective
 
@@ -247,7 +247,7 @@ class PercentileClipping(ClippingPolicy):
         norms = torch.where(slot & finite, norm, state["norms"])
         self._pending = {"norms": norms, "seen": state["seen"] + finite}
         self.threshold = _like(known, norms.nanquantile(self.percentile / 100))
-        return _coefficient(self.threshold, known)
+        return _coefficient(self.threshold, known, known < math.inf)
 
     def commit(self) -> None:
         """Take the norm, as it was before clipping, into the window."""
@@ -405,9 +405,9 @@ def _total_norm(gradients: Gradients) -> Scalar:
     return gradients.total_norm if gradients.known_norm is None else gradients.known_norm
 
 
-def _coefficient(allowed: Scalar, norm: Scalar) -> Scalar:
+def _coefficient(allowed: Scalar, norm: Scalar, is_finite: Tensor | bool) -> Scalar:
     """By what to multiply gradients of this norm; 1 where it is allowed, or nonfinite."""
-    return _where((norm > allowed) & (norm < math.inf), allowed / (norm + EPS), 1.0)
+    return _where((norm > allowed) & is_finite, allowed / (norm + EPS), 1.0)
 
 
 def _where(condition: Tensor | bool, one: Scalar, other: Scalar) -> Scalar:
@@ -422,6 +422,13 @@ def _larger(one: Scalar, other: Scalar) -> Scalar:
     if isinstance(one, Tensor) and isinstance(other, Tensor):
         return torch.fmax(one, other)
     return one if one > other else other
+
+
+def _at_least(value: Scalar, bound: float) -> Scalar:
+    """The value, or a bound that it falls short of."""
+    if isinstance(value, Tensor):
+        return value.clamp(min=bound)
+    return bound if value < bound else value
 
 
 def _at_most(value: Scalar, bound: float) -> Scalar:

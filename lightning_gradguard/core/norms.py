@@ -230,21 +230,21 @@ def _bucket(
     """Which of these tensors, of one device and dtype, are measured in which way."""
     if not on_host:
         return _Bucket(dtype, tuple(indices), (), ())
-    whole, by_rows, stacked = [], [], []
-    alike: dict[torch.Size, list[int]] = {}
-    for index in indices:
-        if tensors[index].numel() > CHUNK:
-            by_rows.append(index)
-        elif tensors[index].numel() > SMALL:
-            whole.append(index)
-        else:
-            alike.setdefault(tensors[index].shape, []).append(index)
-    for group in alike.values():
-        if len(group) >= ALIKE:
-            stacked.append(tuple(group))
-        else:
-            whole += group
+    stacked, others = _alike(tensors, indices)
+    whole = [index for index in others if tensors[index].numel() <= CHUNK]
+    by_rows = [index for index in others if tensors[index].numel() > CHUNK]
     return _Bucket(dtype, tuple(whole), tuple(by_rows), tuple(stacked))
+
+
+def _alike(tensors: Sequence[Tensor], indices: Iterable[int]) -> tuple[list[tuple[int, ...]], list[int]]:
+    """Positions of small tensors, by their shape where there are many of it, and those of all others."""
+    shapes: dict[torch.Size, list[int]] = {}
+    others: list[int] = []
+    for index in indices:
+        is_small = tensors[index].numel() <= SMALL
+        (shapes.setdefault(tensors[index].shape, []) if is_small else others).append(index)
+    few = [index for group in shapes.values() if len(group) < ALIKE for index in group]
+    return [tuple(group) for group in shapes.values() if len(group) >= ALIKE], others + few
 
 
 @torch.no_grad()
@@ -269,6 +269,23 @@ def power_sums(tensors: Sequence[Tensor], norm_type: float = 2.0) -> Tensor:
         return torch.zeros(0, dtype=torch.float64)
     values = [_plain_values(tensor, norm_type) for tensor in tensors]
     return Buckets(values).power_sums(values, norm_type)
+
+
+def together(tensors: list[Tensor]) -> list[Tensor]:
+    """The same elements in fewer tensors, where that makes it faster to look at all of them: on a CPU.
+
+    Args:
+        tensors: Dense; of one device and dtype.
+
+    Example:
+        >>> [tensor.shape for tensor in together([torch.ones(2)] * 9 + [torch.ones(3)])]
+        [torch.Size([9, 2]), torch.Size([3])]
+    """
+    if tensors[0].device.type != "cpu":
+        return tensors
+    groups, others = _alike(tensors, range(len(tensors)))
+    stacks = [torch.stack([tensors[index] for index in group]) for group in groups]
+    return [*stacks, *(tensors[index] for index in others)]
 
 
 def largest_magnitudes(tensors: list[Tensor]) -> Tensor:

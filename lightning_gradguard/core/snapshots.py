@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
-from lightning_gradguard.core.norms import largest_magnitudes
+from lightning_gradguard.core.norms import largest_magnitudes, together
 from lightning_gradguard.core.sharding import local_shard
 
 
@@ -344,7 +344,7 @@ class Snapshot:
                 pinned = source.is_cuda and device.type == "cpu"
                 target = self._memory[key] = torch.empty_like(source, device=device, pin_memory=pinned)
             targets.append(target)
-            sources.append(source.detach())
+            sources.append(source)
         self._copy_out(targets, sources)
 
     def _copy_out(self, targets: list[Tensor], sources: list[Tensor]) -> None:
@@ -355,7 +355,7 @@ class Snapshot:
         self._stream = self._stream or torch.cuda.Stream(on_gpu)  # type: ignore[no-untyped-call]
         self._stream.wait_stream(torch.cuda.current_stream(on_gpu))
         with torch.cuda.stream(self._stream):
-            torch._foreach_copy_(targets, sources, non_blocking=True)
+            torch._foreach_copy_(targets, [source.detach() for source in sources], non_blocking=True)
         for source in sources:
             if source.is_cuda:
                 source.record_stream(self._stream)
@@ -461,6 +461,7 @@ class SnapshotRing:
             self._free.append(self._qualified.popleft())
 
 
+@torch.no_grad()
 def any_nonfinite(tensors: Iterable[Tensor], squares: Iterable[Tensor] = ()) -> Tensor:
     """Whether any element is nonfinite, or as good as; a flag of shape `()` that nobody has waited for.
 
@@ -477,17 +478,17 @@ def any_nonfinite(tensors: Iterable[Tensor], squares: Iterable[Tensor] = ()) -> 
     groups: dict[tuple[torch.device, torch.dtype, float], list[Tensor]] = defaultdict(list)
     for some, largest in ((tensors, LARGEST), (squares, LARGEST**2)):
         for tensor in some:
-            local = local_shard(tensor.detach())
+            local = local_shard(tensor)
             local = torch.view_as_real(local) if local.is_complex() else local
             if local.is_floating_point() and local.numel():
-                # a bound that the type cannot hold would become infinity, and let infinity pass
-                bound = min(largest, torch.finfo(local.dtype).max)
-                groups[local.device, local.dtype, bound].append(local)
+                groups[local.device, local.dtype, largest].append(local)
     device = next((device for device, *_ in groups if device.type != "cpu"), torch.device("cpu"))
     found = torch.zeros((), dtype=torch.bool, device=device)
-    for (_, _, bound), group in groups.items():
+    for (_, dtype, largest), group in groups.items():
+        # a bound that the type cannot hold would become infinity, and let infinity pass
+        bound = min(largest, torch.finfo(dtype).max)
         # the largest magnitude of each is nonfinite if any element is
-        flag = (~(largest_magnitudes(group) <= bound)).any()
+        flag = (~(largest_magnitudes(together(group)) <= bound)).any()
         # one that is on the host goes along as a number, where a copy to the device would be waited for
         found = found | (flag if flag.device.type == "cpu" else flag.to(device))
     return found
