@@ -344,7 +344,7 @@ class Snapshot:
                 pinned = source.is_cuda and device.type == "cpu"
                 target = self._memory[key] = torch.empty_like(source, device=device, pin_memory=pinned)
             targets.append(target)
-            sources.append(source)
+            sources.append(source.detach())
         self._copy_out(targets, sources)
 
     def _copy_out(self, targets: list[Tensor], sources: list[Tensor]) -> None:
@@ -355,7 +355,7 @@ class Snapshot:
         self._stream = self._stream or torch.cuda.Stream(on_gpu)  # type: ignore[no-untyped-call]
         self._stream.wait_stream(torch.cuda.current_stream(on_gpu))
         with torch.cuda.stream(self._stream):
-            torch._foreach_copy_(targets, [source.detach() for source in sources], non_blocking=True)
+            torch._foreach_copy_(targets, sources, non_blocking=True)
         for source in sources:
             if source.is_cuda:
                 source.record_stream(self._stream)
