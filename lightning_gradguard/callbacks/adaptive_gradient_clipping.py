@@ -154,7 +154,7 @@ class AdaptiveGradientClipping(StepCallback):
         self, step: Step, gradients: Gradients, coefficients: Scalar | list[Tensor]
     ) -> Tensor | None:
         """What the optimizer's own kernel divides gradients by; `None` if they are to be scaled here."""
-        if isinstance(coefficients, list) or isinstance(coefficients, float) and coefficients == 1:
+        if isinstance(coefficients, list) or not isinstance(coefficients, Tensor) and coefficients in (0, 1):
             return None
         if not self._may_ride or gradients is not step.gradients or not step.takes_riders:
             return None

@@ -179,6 +179,7 @@ class GradientNormMonitor(StepCallback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
     ) -> None:
         """Log the last logged step without its update, for which no other rank can be asked any more."""
+        super().on_exception(trainer, pl_module, exception)
         waiting, self._waiting = self._waiting, []
         for look in waiting:
             scalars = self._read(trainer, pl_module, look, True, look.values(self.norm_type).tolist())

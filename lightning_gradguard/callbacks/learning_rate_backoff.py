@@ -112,6 +112,7 @@ class LearningRateBackoff(StepCallback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
     ) -> None:
         """Put the learning rates back."""
+        super().on_exception(trainer, pl_module, exception)
         self._let_go()
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from lightning_gradguard.core.diagnosis import advice
 from lightning_gradguard.core.recovery import OUTCOMES, Decision, Recovery
-from lightning_gradguard.core.snapshots import RngWatch, Snapshot
+from lightning_gradguard.core.snapshots import Snapshot
 from lightning_gradguard.runtime import lightning_api, reporting, training_state
 from lightning_gradguard.runtime.distributed import any_rank, gather_objects
 from lightning_gradguard.runtime.incidents import (
@@ -25,7 +25,7 @@ from lightning_gradguard.runtime.investigation import Investigation
 from lightning_gradguard.runtime.lost_batches import LostBatches, Reason
 from lightning_gradguard.runtime.lost_steps import LostStep, Window, facts_of
 from lightning_gradguard.runtime.measuring import Measurement
-from lightning_gradguard.runtime.optimizer import drop_gradients, has_all_state
+from lightning_gradguard.runtime.optimizer import drop_gradients, leaves_no_trace
 from lightning_gradguard.runtime.replaying import ServedBatch
 from lightning_gradguard.runtime.step import (
     Step,
@@ -195,7 +195,6 @@ class NaNRollback(StepCallback):
         self._has_given_up = False
         self._recovery.has_rivals = len(trainer.optimizers) > 1
         self._traces = Traces(trainer, pl_module)
-        self._rng = RngWatch()
         self._way_back.begin(trainer, self._traces)
         self._ledger = LostBatches(run_folder(trainer), trainer.global_rank, self._earlier_ledgers)
         self._lost_earlier: dict[tuple[int, int], Reason] = {}
@@ -221,7 +220,7 @@ class NaNRollback(StepCallback):
         if not self._window_is_open or lightning_api.updates_buffers_only(trainer):
             self._open_window(trainer, pl_module)
         if self._keeps_batches:
-            self._window.batches.append(ServedBatch.of(batch, batch_idx, self._rng.state()))
+            self._window.batches.append(ServedBatch.of(batch, batch_idx))
         self._window.n_served += 1
         self._ledger.serve(trainer.global_step, trainer.current_epoch, self._batch_idx, batch)
         if (reason := self._lost_earlier.get((trainer.current_epoch, self._batch_idx))) is not None:
@@ -269,7 +268,7 @@ class NaNRollback(StepCallback):
         elif step.verdict == "ignore":
             self._leave_to_scaler(trainer, step.optimizer)
         elif step.measurement is None:
-            self._let_happen_unjudged(trainer, step)
+            self._let_happen_unjudged(trainer, pl_module, step)
         else:
             self._let_happen(trainer)
             self._accept(trainer, pl_module, step.measurement, self._window.step)
@@ -333,6 +332,7 @@ class NaNRollback(StepCallback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
     ) -> None:
         """Leave sane weights, and other callbacks as they were."""
+        super().on_exception(trainer, pl_module, exception)
         if self._is_fitting:
             self.suite.settle(trainer, pl_module)
         lightning_api.resume_weight_averages(trainer)
@@ -395,7 +395,6 @@ class NaNRollback(StepCallback):
         self._way_back.wait()  # the batch before may have made no step
         self._traces.keep()
         if self._way_back.capture_if_due(trainer):
-            self._traces.look_again()
             self._look_at_weights(trainer)
             self._ledger.forget_before(self._way_back.reaches_back_to())
         elif self._way_back.lacks_weights(trainer) and self.suite.nonfinite_weights is None:
@@ -420,14 +419,16 @@ class NaNRollback(StepCallback):
             # a later step of the same batch may be dropped, this one stays
             self._traces.keep(within_step=True)
 
-    def _let_happen_unjudged(self, trainer: pl.Trainer, step: Step) -> None:
+    def _let_happen_unjudged(self, trainer: pl.Trainer, pl_module: pl.LightningModule, step: Step) -> None:
         """Keep what it takes to undo the step; less if the optimizer leaves out a sick one by itself."""
         assert self._before is not None
         assert self._window.companions is not None
         skips_itself = (
             step.takes_riders
             and self.suite.has_one_judge
-            and has_all_state(step.optimizer, len(step.gradients.names))
+            and type(self).judge is NaNRollback.judge  # by whose rule the kernel is told to skip
+            and not lightning_api.writes_after_step(pl_module)
+            and leaves_no_trace(step.optimizer, step.gradients.parameters)
         )
         training_state.capture(
             trainer, self._before, self._window.companions, self._traces, stepped=not skips_itself

@@ -167,7 +167,7 @@ class ZScoreClipping(ClippingPolicy):
     def _stand_out(self, norm: Scalar, is_finite: Tensor | bool) -> Scalar:
         """Compare with the running mean; a norm that stands out counts the less, the more it does."""
         mean, variance = (_like(norm, self._state[key]) for key in ("mean", "variance"))
-        mean = _where(mean == mean, mean, norm)  # no norm of the warm-up was finite
+        before, mean = mean, _where(mean == mean, mean, norm)  # no norm of the warm-up was finite
         spread = _larger(variance**0.5, LEAST_SPREAD * mean)
         z = (norm - mean) / (spread + EPS)
         bound = mean + self.z_threshold * spread
@@ -180,7 +180,7 @@ class ZScoreClipping(ClippingPolicy):
         self.threshold = _at_most(bound, self.max_norm)
         self._pending = {
             **self._state,
-            "mean": _where(is_finite, moved, mean),
+            "mean": _where(is_finite, moved, before),
             "variance": _where(is_finite, varied, variance),
         }
         return effective
@@ -203,7 +203,8 @@ class ZScoreClipping(ClippingPolicy):
             raise ValueError(
                 f"warmup_steps={self.warmup_steps} does not fit the saved {len(state_dict['warmup'])}."
             )
-        self._state = dict(state_dict, seen=int(state_dict["seen"]))
+        if state_dict:
+            self._state = dict(state_dict, seen=int(state_dict["seen"]))
 
 
 class PercentileClipping(ClippingPolicy):

@@ -25,18 +25,12 @@ def rng_state() -> dict[str, Any]:
     A GPU's generators are left out while nobody uses it: to ask for them would set up CUDA, and processes
     that are forked later could not use it.
     """
-    return {**_torch_rng_state(), "numpy": np.random.get_state(), "python": random.getstate()}
-
-
-def _torch_rng_state() -> dict[str, Any]:
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
-    return {"torch": torch.get_rng_state(), "cuda": cuda}
-
-
-def _others(state: dict[str, Any]) -> tuple[Any, ...]:
-    """Of numpy and Python, so that they can be compared."""
-    _, keys, *rest = state["numpy"]
-    return keys.tobytes(), rest, state["python"]
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],  # type: ignore[no-untyped-call]
+        "numpy": np.random.get_state(),
+        "python": random.getstate(),
+    }
 
 
 def set_rng_state(state: dict[str, Any]) -> None:
@@ -53,35 +47,6 @@ def set_rng_state(state: dict[str, Any]) -> None:
     torch.cuda.set_rng_state_all(state["cuda"])
     np.random.set_state(state["numpy"])
     random.setstate(state["python"])
-
-
-class RngWatch:
-    """The state of random number generators at every step, for less than `rng_state` takes.
-
-    To ask numpy takes longer than many an operation. Generators of numpy and Python that stand still, as they
-    do where nobody draws from them, are looked at every `every` steps only, until they move again.
-
-    Example:
-        >>> watch = RngWatch()
-        >>> torch.equal(watch.state()["torch"], rng_state()["torch"])
-        True
-    """
-
-    def __init__(self, every: int = 16) -> None:
-        self._every = every
-        self._asked = 0
-        self._stands_still = False
-        self._seen = rng_state()
-
-    def state(self) -> dict[str, Any]:
-        """What `rng_state` returns now, or has returned as long as nobody drew."""
-        self._asked += 1
-        if self._stands_still and self._asked % self._every:
-            return {**self._seen, **_torch_rng_state()}
-        seen = rng_state()
-        self._stands_still = _others(seen) == _others(self._seen)
-        self._seen = seen
-        return seen
 
 
 #: Elements up to which a buffer is copied at every step. The version counter tells whether a larger one was
@@ -132,9 +97,8 @@ class BufferCopies:
         self.refresh()
 
     def look_again(self) -> None:
-        """Find the submodules and weights: there may be others by now."""
+        """Find the submodules: there may be others by now."""
         self._owners = list(self._module.modules())
-        self._weights = list(self._module.parameters())
 
     @torch.no_grad()
     def refresh(self, *, within_step: bool = False) -> None:
@@ -148,7 +112,7 @@ class BufferCopies:
         for weight, copy_ in self._written.items():
             targets.append(copy_.saved)
             sources.append(local_shard(weight))
-        for weight in self._weights:
+        for weight in (w for owner in self._owners for w in owner._parameters.values() if w is not None):
             if not (weight.requires_grad or within_step or weight in self._written):
                 before = self._frozen.get(weight, weight._version)
                 self._frozen[weight] = weight._version

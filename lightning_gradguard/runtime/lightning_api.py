@@ -307,6 +307,11 @@ def _averaging_callbacks(trainer: pl.Trainer) -> Iterator[Any]:
             yield callback
 
 
+def writes_after_step(pl_module: pl.LightningModule) -> bool:
+    """Whether the module may write to its weights when a batch has ended."""
+    return type(pl_module).on_train_batch_end.__module__.split(".")[0] not in _PACKAGES
+
+
 def gradients_are_seen_later(trainer: pl.Trainer) -> bool:
     """Whether others than the suite look at gradients, or write to them, ahead of the update."""
     module = trainer.lightning_module

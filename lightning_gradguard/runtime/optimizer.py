@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -128,10 +128,22 @@ def takes_riders(optimizer: Optimizer) -> bool:
     return bool(supports) and all(group.get("fused") for group in optimizer.param_groups)
 
 
-def has_all_state(optimizer: Optimizer, n_parameters: int) -> bool:
-    """Whether no state will be born in the next step; what is born in one that is skipped is unwritten."""
-    has_none = all(group.get("momentum", 1) == 0 for group in optimizer.param_groups)
-    return has_none or len(optimizer.state) >= n_parameters
+def leaves_no_trace(optimizer: Optimizer, parameters: Iterable[Tensor]) -> bool:
+    """Whether a step that the optimizer's kernel skips changes nothing.
+
+    Not so where state is born, for it is left unwritten, and where others write to the weights as well: the
+    optimizer's own class, or hooks of it.
+
+    Args:
+        optimizer: One that `takes_riders`.
+        parameters: Those that it is about to step.
+    """
+    hooks = (getattr(hook, "__module__", "") for hook in optimizer._optimizer_step_post_hooks.values())
+    if not type(optimizer).__module__.startswith("torch.optim") or any(h != __name__ for h in hooks):
+        return False
+    stateless = all(group.get("momentum", 1) == 0 for group in optimizer.param_groups)
+    states = (optimizer.state.get(parameter) or {"": None} for parameter in parameters)
+    return stateless or all(value is not None for state in states for value in state.values())
 
 
 def drop_gradients(optimizer: Optimizer, *, unscales_itself: bool) -> None:

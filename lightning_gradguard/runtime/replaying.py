@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from lightning_gradguard.core.forensics import Origin, investigate
-from lightning_gradguard.core.snapshots import set_rng_state
+from lightning_gradguard.core.snapshots import rng_state, set_rng_state
 from lightning_gradguard.runtime import lightning_api
 
 
@@ -35,15 +35,9 @@ class ServedBatch:
     versions: tuple[int, ...] = ()
 
     @classmethod
-    def of(cls, batch: Any, batch_idx: int, rng: dict[str, Any]) -> ServedBatch:
-        """A batch that `training_step` is about to get.
-
-        Args:
-            batch: What the data loader gave.
-            batch_idx: Its place in the epoch.
-            rng: Random number generators, as they are now.
-        """
-        return cls(batch, batch_idx, rng, _versions(batch))
+    def of(cls, batch: Any, batch_idx: int) -> ServedBatch:
+        """A batch that `training_step` is about to get."""
+        return cls(batch, batch_idx, rng_state(), _versions(batch))
 
     @property
     def is_as_served(self) -> bool:

@@ -100,6 +100,7 @@ class StepCallback(lightning_api.Callback):
         if stage == "fit":
             lightning_api.refuse_unsupported(trainer, self)
             if suite_of(trainer).has(self):  # an exception ended the fit before, without a teardown
+                suite_of(trainer).end_rides()
                 del _suites[trainer]
             #: What the callback shares with the others of this Trainer.
             self.suite = suite_of(trainer)
@@ -133,6 +134,12 @@ class StepCallback(lightning_api.Callback):
         """Act after the step is closed; the last callback of the suite sends the report."""
         self.on_batch_end(trainer, pl_module, batch_idx)
         self.suite.depart(self, trainer, pl_module)
+
+    def on_exception(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
+    ) -> None:
+        """Leave optimizers as they were."""
+        self.suite.end_rides()
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Leave the suite."""

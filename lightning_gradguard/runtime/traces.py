@@ -44,7 +44,6 @@ class Traces:
 
     def __init__(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.buffers = BufferCopies(pl_module)
-        self._metrics: list[Metric] = []
         self._sound = [
             (module, name, buffer)
             for module in pl_module.modules()
@@ -54,7 +53,7 @@ class Traces:
         self._normalizing = [(module, name) for module, name, _ in self._sound if _is_norm(module)]
         self._trainer = trainer
         self._module = pl_module
-        self._epoch = -1
+        self.look_again()
         self._carriers = [
             (module, name)
             for module in pl_module.modules()
@@ -67,7 +66,9 @@ class Traces:
     def look_again(self) -> None:
         """Find what there is to keep: there may be other submodules by now."""
         self.buffers.look_again()
-        self._metrics = [module for module in self._module.modules() if isinstance(module, Metric)]
+        self._modules = list(self._module.modules())
+        self._metrics = [module for module in self._modules if isinstance(module, Metric)]
+        self._children = self._find_children()
 
     def keep(self, *, within_step: bool = False) -> None:
         """Remember the state from before the forward passes of a step.
@@ -75,8 +76,7 @@ class Traces:
         Args:
             within_step: Whether it is remembered anew between the turns of two optimizers.
         """
-        if self._trainer.current_epoch != self._epoch:
-            self._epoch = self._trainer.current_epoch
+        if self._find_children() != self._children:
             self.look_again()
         self.buffers.refresh(within_step=within_step)
         self.marks = self._mark()
@@ -131,6 +131,10 @@ class Traces:
                 if _is_hidden(value := getattr(module, name, None))
             ],
         )
+
+    def _find_children(self) -> list[int]:
+        # by identity: to compare metrics makes another metric
+        return [id(child) for module in self._modules for child in module._modules.values()]
 
     def _all_metrics(self) -> list[Metric]:
         return self._metrics + lightning_api.epoch_mean_metrics(self._trainer)

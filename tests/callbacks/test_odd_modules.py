@@ -13,9 +13,11 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint, StochasticWeightAveraging
 from torch import Tensor, nn
+from torchmetrics import MeanMetric
 
 from lightning_gradguard import NaNRollback
-from tests.tasks import Batch, Classifier, batches, fit, poisoned, same, weights
+from lightning_gradguard.runtime.step import Step, StepCallback
+from tests.tasks import NOT_A_NUMBER, Batch, Classifier, batches, fit, insert, poisoned, same, weights
 
 
 class Target(Classifier):
@@ -228,3 +230,42 @@ def test_what_is_logged_of_a_skipped_step_steers_nobody() -> None:
     trainer = fit(Classifier(), data, [stop, NaNRollback()], max_epochs=3)
     assert trainer.current_epoch == 3
     assert math.isfinite(float(trainer.callback_metrics["train_loss_step"]))
+
+
+class _Grows(Classifier):
+    """Gets a normalization and a metric while it is trained."""
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor | None:
+        if batch_idx == 3:
+            self.net[1] = nn.BatchNorm1d(64, affine=False)
+            self.mean_input = MeanMetric(nan_strategy="disable")
+        if batch_idx >= 3:
+            self.mean_input.update(batch[0].mean())
+        return super().training_step(batch, batch_idx)
+
+
+@pytest.mark.parametrize("check", ["exact", "deferred"])
+def test_what_is_made_in_mid_epoch_is_undone_too(check: Any) -> None:
+    module = _Grows()
+    fit(module, insert(batches(10), 6, NOT_A_NUMBER), [NaNRollback(check=check)])
+    assert bool(module.net[1].running_mean.isfinite().all())  # type: ignore[operator]
+    assert module.mean_input._update_count == (7 if check == "exact" else 6)
+    assert bool(module.mean_input.compute().isfinite())
+
+
+def test_parameters_that_are_unfrozen_are_measured_from_then_on() -> None:
+    class Unfreezes(Classifier):
+        def training_step(self, batch: Batch, batch_idx: int) -> Tensor | None:
+            self.net[0].requires_grad_(batch_idx >= 2)
+            return super().training_step(batch, batch_idx)
+
+    class Names(StepCallback):
+        def __init__(self) -> None:
+            self.seen: list[bool] = []
+
+        def on_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, step: Step) -> None:
+            self.seen.append("net.0.weight" in step.gradients.names)
+
+    names = Names()
+    fit(Unfreezes(), batches(4), [names])
+    assert names.seen == [False, False, True, True]

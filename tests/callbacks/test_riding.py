@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import pytorch_lightning as pl
@@ -17,11 +17,14 @@ from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer
 
 from lightning_gradguard import (
     AdaptiveGradientClipping,
+    ClippingPolicy,
     GlobalNormClipping,
     NaNRollback,
     UnitwiseClipping,
 )
-from lightning_gradguard.runtime.measuring import DISAGREEMENT, OVERFLOW, Numbers
+from lightning_gradguard.core.norms import Gradients
+from lightning_gradguard.runtime.measuring import DISAGREEMENT, OVERFLOW, Measurement, Numbers
+from lightning_gradguard.runtime.optimizer import Ride
 from tests.tasks import NOT_A_NUMBER, Classifier, batches, fit, insert, optimizer_state, same, weights
 
 FUSED: dict[str, Callable[[Any], Optimizer]] = {
@@ -44,8 +47,13 @@ class Fused(Classifier):
 
     def configure_optimizers(self) -> Any:
         optimizer = self.make(self.parameters())
+
+        def note(optimizer: Optimizer, *_: Any) -> None:
+            self.riders.append(vars(optimizer).keys() & set(ATTRIBUTES))
+
+        note.__module__ = Ride.__module__  # hooks of others might write to weights, so that nothing rides
         # Lightning runs everything from the forward pass on in between the hooks before a step and the step
-        optimizer.register_step_post_hook(lambda o, *_: self.riders.append(vars(o).keys() & set(ATTRIBUTES)))
+        optimizer.register_step_post_hook(note)
         return optimizer
 
 
@@ -183,6 +191,113 @@ def test_an_optimizer_that_is_stepped_by_hand_gets_no_rider_twice() -> None:
     module = Manual(FUSED["adamw"])
     fit(module, batches(2), [clipping()])
     assert [bool(riders) for riders in module.riders] == [True, False] * 2
+
+
+def test_an_exception_leaves_no_rider_behind() -> None:
+    class Breaks(Fused):
+        def configure_optimizers(self) -> Any:
+            self.kept = self.make(self.parameters())
+            self.kept.register_step_post_hook(self.fail)
+            return self.kept
+
+        def fail(self, *_: Any) -> None:
+            raise RuntimeError("on purpose")
+
+    module = Breaks(FUSED["sgd"])
+    with pytest.raises(RuntimeError, match="on purpose"):
+        fit(module, batches(2), [clipping(), NaNRollback(check="deferred")])
+    assert not vars(module.kept).keys() & set(ATTRIBUTES)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_state_that_is_born_in_a_sick_step_is_not_left_unwritten(fused: bool) -> None:
+    class TwoBranches(pl.LightningModule):
+        """First the one is trained, then the other, which has no momentum by then."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.first, self.second = nn.Linear(20, 4), nn.Linear(20, 4)
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            branch = self.first if batch_idx < 4 else self.second
+            return nn.functional.cross_entropy(branch(batch[0]), batch[1])
+
+        def configure_optimizers(self) -> Optimizer:
+            return SGD(self.parameters(), lr=0.1, momentum=0.9, fused=fused)
+
+    def no_trace() -> list[Tensor]:
+        module = TwoBranches()
+        trainer = fit(module, insert(batches(10), 4, NOT_A_NUMBER), [NaNRollback(check="deferred")])
+        return [*weights(module), *optimizer_state(trainer)]
+
+    assert max(float(tensor.abs().max()) for tensor in no_trace()) < 10
+
+
+class _Decays(SGD):
+    """Writes to weights after the kernel has."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        loss = super().step(closure)
+        for group in self.param_groups:
+            torch._foreach_mul_(group["params"], 0.99)
+        return loss
+
+
+class _Writes(Fused):
+    def on_train_batch_end(self, *_: Any) -> None:
+        with torch.no_grad():
+            torch._foreach_mul_(list(self.parameters()), 0.99)
+
+
+class _Strict(NaNRollback):
+    def judge(self, trainer: pl.Trainer, measurement: Measurement) -> Any:
+        return "drop" if measurement.loss > 5 else super().judge(trainer, measurement)
+
+
+@pytest.mark.parametrize(
+    ("module", "optimizer", "rollback"),
+    [
+        (Fused, lambda p: _Decays(p, lr=0.1, fused=True), NaNRollback),
+        (_Writes, FUSED["sgd"], NaNRollback),
+        (Fused, FUSED["sgd"], _Strict),
+    ],
+    ids=["the optimizer writes", "the module writes", "another judge"],
+)
+def test_the_kernel_is_not_trusted_where_others_write_or_judge(
+    module: Any, optimizer: Any, rollback: Any
+) -> None:
+    network = module(optimizer)
+    fit(network, insert(batches(8), 4, NOT_A_NUMBER), [rollback(check="deferred")])
+    assert not set().union(*network.riders)
+
+
+@pytest.mark.parametrize("coefficient", [0.0, 0, 1, 1.0])
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_policy_may_return_any_number(coefficient: float, fused: bool) -> None:
+    class Constant(ClippingPolicy):
+        def coefficients(self, gradients: Gradients) -> float:
+            return coefficient
+
+    module = Fused(lambda p: SGD(p, lr=0.1, fused=fused))
+    before = weights(module)
+    fit(module, batches(1), [AdaptiveGradientClipping(Constant())])
+    assert same(weights(module), before) == (coefficient == 0)
+
+
+def test_what_is_excluded_is_no_part_of_the_known_norm() -> None:
+    class Spy(ClippingPolicy):
+        norms: ClassVar[list[tuple[float | None, float]]] = []
+
+        def coefficients(self, gradients: Gradients) -> float:
+            self.norms.append((gradients.known_norm, gradients.total_norm.item()))
+            return 1.0
+
+    for exclude in ([], ["net.6"]):
+        fit(Classifier(), batches(2), [AdaptiveGradientClipping(Spy(), exclude), NaNRollback()])
+    assert [known for known, _ in Spy.norms[2:]] == [None] * 2
+    assert [known for known, _ in Spy.norms[:2]] == pytest.approx([total for _, total in Spy.norms[:2]])
 
 
 numbers = st.sampled_from([0.0, 1e-3, 1.0, 2.0, 1e4, 1e38, 3.5e38, 1e300, math.inf, math.nan])

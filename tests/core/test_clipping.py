@@ -106,6 +106,24 @@ def test_zscore_outlives_a_warmup_without_a_finite_norm() -> None:
     assert norms[-1] < 2
 
 
+@pytest.mark.parametrize("on_host", [False, True])
+def test_zscore_takes_no_nonfinite_mean(on_host: bool) -> None:
+    policy = ZScoreClipping(max_norm=None, warmup_steps=2)
+    for norm in [math.inf] * 3 + [1.0] * 30:
+        gradients = gradients_of([norm])
+        known = gradients.total_norm.item() if on_host else None
+        policy.coefficients(dataclasses.replace(gradients, known_norm=known))
+        policy.commit()
+    assert applied(policy, [1000.0])[0] < 10
+    assert math.isfinite(float(policy.state_dict()["variance"]))
+
+
+def test_zscore_loads_a_history_of_nothing() -> None:
+    policy = ZScoreClipping()
+    policy.load_state_dict({})
+    assert applied(policy, [0.5]) == pytest.approx([0.5])
+
+
 @pytest.mark.parametrize("policy", POLICIES)
 @given(norms=st.lists(st.floats(1e-3, 1e6), min_size=1, max_size=40))
 @settings(deadline=None, max_examples=25)
