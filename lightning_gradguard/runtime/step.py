@@ -138,8 +138,8 @@ class StepCallback(lightning_api.Callback):
     def on_exception(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
     ) -> None:
-        """Leave optimizers as they were."""
-        self.suite.end_rides()
+        """Leave optimizers as they were, also if the callback was refused before it joined."""
+        suite_of(trainer).end_rides()
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Leave the suite."""
