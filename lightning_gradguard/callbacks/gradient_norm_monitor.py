@@ -6,7 +6,7 @@ import math
 from collections import defaultdict
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import pytorch_lightning as pl
 import torch
@@ -16,6 +16,7 @@ from torch.utils.hooks import RemovableHandle
 from lightning_gradguard.core.anomalies import SymptomDetector
 from lightning_gradguard.core.clipping import Scalar
 from lightning_gradguard.core.diagnosis import advice
+from lightning_gradguard.core.levels import Level, chart_names
 from lightning_gradguard.core.norms import (
     Gradients,
     norms_from_power_sums,
@@ -38,8 +39,8 @@ from lightning_gradguard.runtime.step import (
     matching,
 )
 
-#: Parameters up to which each gets a chart of its own under `level="auto"`.
-FEW = 50
+#: Logged steps that make a heat map worth a look when training ends.
+LEAST_COLUMNS = 10
 
 
 class GradientNormMonitor(StepCallback):
@@ -58,6 +59,8 @@ class GradientNormMonitor(StepCallback):
     | `grad_norm/total` | norm of all gradients together |
     | `grad_norm/<name>` | norm of the gradient of a parameter or module |
     | `grad_norm/nonfinite_fraction` | share of tensors with a nonfinite gradient since the last log |
+    | `grad_norm_band/low` · `grad_norm_band/high` | the middle 90 % of the 100 logged total norms before |
+    | `grad_norm_band/total` | the total norm once more, where it has a band |
     | `weight_norm/<name>` | norm of the weights |
     | `update_ratio/<name>` | how far this step moved the weights, by their norm |
 
@@ -65,13 +68,15 @@ class GradientNormMonitor(StepCallback):
         norm_type: Any number of at least 1, or `inf`.
         every_n_steps: Steps between logs; `trainer.log_every_n_steps` if `None`.
         level: What gets a chart: each `"parameter"`, each `"module"`, or the `"total"` alone; `"auto"` is
-            by parameter up to 50 of them, and by module above.
+            by parameter up to 50 of them and by module above; where modules are more than 50, by the
+            deepest modules around them that are no more than that.
         include: Names of parameters or modules, or wildcards, that get charts; all if `None`.
         exclude: Those that get none.
         update_ratio: Whether updates are measured, by a copy of the weights at logged steps.
         histograms: Whether histograms of gradients are logged as well; slow. Of a sharded gradient it is that
             of the first rank's shard.
-        figure_every_n_steps: Steps between heat maps of layers over time; 0 for none.
+        figure_every_n_steps: Steps between heat maps of layers over time, of which the last is drawn when
+            training ends; 0 for none.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -85,7 +90,7 @@ class GradientNormMonitor(StepCallback):
         self,
         norm_type: float | Literal["inf"] = 2.0,
         every_n_steps: int | None = None,
-        level: Literal["auto", "parameter", "module", "total"] = "auto",
+        level: Level = "auto",
         include: Sequence[str] | None = None,
         exclude: Sequence[str] | None = None,
         update_ratio: bool = True,
@@ -97,7 +102,7 @@ class GradientNormMonitor(StepCallback):
             raise ValueError(f"norm_type={norm_type!r} must be a number of at least 1, or inf.")
         if every_n_steps is not None and every_n_steps < 1:
             raise ValueError(f"every_n_steps={every_n_steps!r} must be at least 1, or None.")
-        if level not in ("auto", "parameter", "module", "total"):
+        if level not in get_args(Level):
             raise ValueError(f"level={level!r} must be 'auto', 'parameter', 'module' or 'total'.")
         for name, names in (("include", include), ("exclude", exclude)):
             if isinstance(names, str):
@@ -107,7 +112,7 @@ class GradientNormMonitor(StepCallback):
         self.norm_type = float(norm_type)
         self.norm_types = (self.norm_type,)
         self.every_n_steps = every_n_steps
-        self.level = level
+        self.level: Level = level
         self.include = None if include is None else tuple(include)
         self.exclude = tuple(exclude or ())
         self.update_ratio = update_ratio
@@ -169,11 +174,12 @@ class GradientNormMonitor(StepCallback):
                 self._hand_in(trainer, pl_module, look)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Report the last logged step, where its update had to wait for the other shards."""
+        """Draw what is left to draw; report the last logged step if its update had to wait for shards."""
         super().on_train_end(trainer, pl_module)
         if self._waiting:
             self._hand_in_waiting(trainer, pl_module)
             self.suite.report.send(trainer, pl_module)
+        self._draw_last(trainer)
 
     def on_exception(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
@@ -184,6 +190,7 @@ class GradientNormMonitor(StepCallback):
         for look in waiting:
             scalars = self._read(trainer, pl_module, look, True, look.values(self.norm_type).tolist())
             reporting.log_scalars(trainer, scalars, look.step)
+        self._draw_last(trainer)
 
     def state_dict(self) -> dict[str, Any]:
         """What the detectors remember."""
@@ -247,6 +254,7 @@ class GradientNormMonitor(StepCallback):
         name = family("grad_norm", index, n_optimizers)
         grads, weights = rest[:n], rest[n : 2 * n]
         ratios = rest[2 * n :] or None
+        band = self._detectors[index].band()
         for symptom in self._detectors[index].update(
             look.step,
             names=look.names,
@@ -273,6 +281,9 @@ class GradientNormMonitor(StepCallback):
             if not is_late:
                 self.suite.report.publish_total(f"{name}/total", total)
             scalars[f"{name}/total"] = total
+            if band is not None:
+                around = family("grad_norm_band", index, n_optimizers)
+                scalars |= {f"{around}/low": band[0], f"{around}/total": total, f"{around}/high": band[1]}
             scalars |= self._by_name(name, look.names, grads)
             if weights:
                 weight_norm = family("weight_norm", index, n_optimizers)
@@ -281,7 +292,7 @@ class GradientNormMonitor(StepCallback):
                 moved = [ratio * weight for ratio, weight in zip(ratios, weights, strict=True)]
                 update_ratio = family("update_ratio", index, n_optimizers)
                 scalars |= self._by_name(update_ratio, look.names, moved, relative_to=weights)
-            self._draw(trainer, look, grads)
+        self._draw(trainer, look, grads)
         return scalars
 
     def _by_name(
@@ -304,18 +315,9 @@ class GradientNormMonitor(StepCallback):
 
     def _charted(self, names: Sequence[str]) -> dict[int, str]:
         """Which parameters get a chart, and its name."""
-        level = self.level
-        if level == "auto":
-            level = "parameter" if len(names) <= FEW else "module"
-        if level == "total":
-            return {}
         shown = set(names if self.include is None else matching(names, self.include))
         shown -= set(matching(names, self.exclude))
-        return {
-            i: name if level == "parameter" else name.rpartition(".")[0] or name
-            for i, name in enumerate(names)
-            if name in shown
-        }
+        return {i: chart for i, chart in enumerate(chart_names(names, self.level)) if names[i] in shown}
 
     def _draw(self, trainer: pl.Trainer, look: _Look, grads: Sequence[float]) -> None:
         if not self.figure_every_n_steps or look.optimizer_index:
@@ -323,9 +325,14 @@ class GradientNormMonitor(StepCallback):
         norms = self._by_name("", look.names, grads)
         if not norms:
             return
-        self._history.append(look.step, norms)
-        if (look.step + 1) % self.figure_every_n_steps == 0 and trainer.is_global_zero:
+        self._history.append(look.step, {name.strip("/"): norm for name, norm in norms.items()})
+        if (look.step + 1) % self.figure_every_n_steps == 0:
             reporting.log_figure(trainer, "grad_norm/layers", self._history.draw(), look.step)
+
+    def _draw_last(self, trainer: pl.Trainer) -> None:
+        last = self._history.last_step
+        if len(self._history) >= LEAST_COLUMNS and (last + 1) % self.figure_every_n_steps != 0:
+            reporting.log_figure(trainer, "grad_norm/layers", self._history.draw(), last)
 
     def _log_histograms(self, trainer: pl.Trainer, gradients: Gradients) -> None:
         for i in self._charted(gradients.names):

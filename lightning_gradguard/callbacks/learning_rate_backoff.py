@@ -24,6 +24,7 @@ class LearningRateBackoff(StepCallback):
     | tag | value |
     |---|---|
     | `lr_backoff/scale` | what learning rates are multiplied by |
+    | `lr_backoff/scheduled_lr/<group>` | the learning rate that was asked for |
     | `lr_backoff/lr/<group>` | the learning rate that the optimizer used |
 
     Args:
@@ -104,8 +105,9 @@ class LearningRateBackoff(StepCallback):
         values = {"lr_backoff/scale": self._scale}
         for index, rate in enumerate(self._rates):
             name = family("lr_backoff", index, len(self._rates))
-            for group, used in enumerate(rate.used()):
-                values[f"{name}/lr/{group}"] = used
+            for group, scheduled in enumerate(rate.scheduled()):
+                values[f"{name}/scheduled_lr/{group}"] = scheduled
+                values[f"{name}/lr/{group}"] = scheduled * rate.scale
         self.suite.report.add_scalars(values)
 
     def on_exception(

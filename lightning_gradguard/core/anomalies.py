@@ -7,7 +7,7 @@ from bisect import bisect_left, insort
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import median
+from statistics import median, quantiles
 from typing import Any
 
 #: Decades that gradients may lose or gain from the last layer to the first.
@@ -277,6 +277,13 @@ class SymptomDetector:
             if self._episodes[episode].update(step, holds and not early):
                 symptoms.append(Symptom(kind, tuple(names[i] for i in where[:5]), value))
         return symptoms
+
+    def band(self) -> tuple[float, float] | None:
+        """The middle 90 % of the total norms remembered; `None` of fewer than two."""
+        if len(self._norms) < 2:
+            return None
+        low, *_, high = quantiles(self._norms, n=20, method="inclusive")
+        return low, high
 
     def state_dict(self) -> dict[str, Any]:
         """Windows and episodes."""

@@ -12,6 +12,10 @@ if TYPE_CHECKING:
 
 #: Columns of a heat map; beyond them they are narrower than a pixel where TensorBoard shows it.
 COLUMNS = 200
+#: Rows that have room for a name each.
+ROWS = 16
+#: Characters of a name that leave room for the map.
+LETTERS = 18
 
 
 class GradientHistory:
@@ -20,6 +24,15 @@ class GradientHistory:
     def __init__(self) -> None:
         self._steps: deque[int] = deque(maxlen=COLUMNS)
         self._columns: deque[Mapping[str, float]] = deque(maxlen=COLUMNS)
+
+    def __len__(self) -> int:
+        """Logged steps remembered."""
+        return len(self._steps)
+
+    @property
+    def last_step(self) -> int:
+        """The last of them; -1 for none."""
+        return self._steps[-1] if self._steps else -1
 
     def append(self, step: int, norms: Mapping[str, float]) -> None:
         """Remember a logged step.
@@ -32,28 +45,53 @@ class GradientHistory:
         self._columns.append(norms)
 
     def draw(self) -> Figure:
-        """The heat map: a row for each layer, a column for each logged step, nonfinite cells in red."""
+        """The heat map: a row for each layer, a column for each logged step.
+
+        Nonfinite norms have a red mark; a layer that had no gradient leaves its cell grey. It is drawn for
+        the width of some 300 pixels in which TensorBoard shows it: few words, large letters.
+        """
+        from matplotlib.colors import ListedColormap
         from matplotlib.figure import Figure
 
-        names = list(self._columns[-1])
-        rows = [[_decades(column.get(name, math.nan)) for column in self._columns] for name in names]
-        figure = Figure(figsize=(8, min(2 + 0.35 * len(names), 20)), layout="constrained")
+        names = list(dict.fromkeys(name for column in reversed(self._columns) for name in column))
+        cells = [[column.get(name) for column in self._columns] for name in names]
+        is_sick = [[not math.isfinite(0.0 if cell is None else cell) for cell in row] for row in cells]
+        height = 1.1 + 0.16 * min(max(len(names), 8), 24)
+        figure = Figure(figsize=(4.2, height), dpi=200, layout="constrained")
         axes = figure.add_subplot()
-        axes.set_facecolor("red")
-        image = axes.imshow(
-            rows,
-            aspect="auto",
-            interpolation="nearest",
-            extent=(self._steps[0], self._steps[-1] + 1, len(names) - 0.5, -0.5),
-        )
-        axes.set_yticks(range(len(names)), [name.strip("/") for name in names])
+        axes.set_facecolor("lightgrey")
+        as_map = {
+            "aspect": "auto",
+            "interpolation": "nearest",
+            "extent": (self._steps[0], self._steps[-1] + 1, len(names) - 0.5, -0.5),
+        }
+        image = axes.imshow([[_decades(cell) for cell in row] for row in cells], **as_map)
+        sick = [
+            (self._steps[j] + 0.5, i) for i, row in enumerate(is_sick) for j, is_it in enumerate(row) if is_it
+        ]
+        if sick:
+            red = ListedColormap(["red"])
+            axes.imshow([[1.0 if it else math.nan for it in row] for row in is_sick], cmap=red, **as_map)
+            # marks as well, for a cell may be narrower than a pixel
+            axes.scatter(*zip(*sick, strict=True), marker="s", s=8, color="red")
+            axes.set_title("red: NaN or infinite", fontsize=9, color="red")
+        every = math.ceil(len(names) / ROWS)
+        labelled = range(0, len(names), every)
+        axes.set_yticks(labelled, [_short(names[i]) for i in labelled])
+        axes.locator_params(axis="x", nbins=4, integer=True)
         axes.set_xlabel("step")
-        axes.set_title("log10 of gradient norms")
-        figure.colorbar(image)
+        axes.tick_params(labelsize=9)
+        bar = figure.colorbar(image)
+        bar.set_label("log10 of gradient norm")
+        bar.ax.tick_params(labelsize=9)
         return figure
 
 
-def _decades(norm: float) -> float:
-    if not math.isfinite(norm):
+def _decades(norm: float | None) -> float:
+    if norm is None or not math.isfinite(norm):
         return math.nan
     return math.log10(max(norm, 1e-30))
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= LETTERS else f"{name[: LETTERS // 2]}…{name[1 - LETTERS // 2 :]}"

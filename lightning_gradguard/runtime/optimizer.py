@@ -41,9 +41,9 @@ class ScaledLearningRate:
             optimizer.register_step_post_hook(self._undo),
         ]
 
-    def used(self) -> list[float]:
-        """The learning rate of each parameter group, as the optimizer uses it."""
-        return [float(group["lr"]) * self.scale for group in self._optimizer.param_groups]
+    def scheduled(self) -> list[float]:
+        """The learning rate of each parameter group, as a schedule or the user has set it."""
+        return [float(group["lr"]) for group in self._optimizer.param_groups]
 
     def remove(self) -> None:
         """Put the rates back and take the hooks off."""

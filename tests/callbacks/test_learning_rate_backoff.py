@@ -90,7 +90,7 @@ def test_several_groups() -> None:
     a.grad, b.grad = torch.ones(1), torch.ones(1)
     optimizer.step()
     assert (a.item(), b.item()) == (-0.5, -0.25)
-    assert guard.used() == [0.5, 0.25]
+    assert guard.scheduled() == [1.0, 0.5]
 
 
 def test_a_closure_that_raises_costs_no_rate() -> None:

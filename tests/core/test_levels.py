@@ -1,0 +1,51 @@
+"""No network makes more charts than a person looks through."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lightning_gradguard.core.levels import FEW, chart_names
+
+PATHS = st.lists(st.sampled_from(["body", "head", "0", "1", "2", "mlp"]), min_size=1, max_size=4)
+
+
+def transformer(blocks: int) -> list[str]:
+    parts = ("attention.query", "attention.key", "attention.value", "mlp.0", "mlp.2", "norm")
+    return [
+        f"blocks.{i}.{part}.{kind}" for i in range(blocks) for part in parts for kind in ("weight", "bias")
+    ]
+
+
+def test_few_parameters_have_a_chart_each() -> None:
+    names = transformer(4)
+    assert len(names) <= FEW
+    assert chart_names(names, "auto") == names
+
+
+def test_more_are_shown_by_module() -> None:
+    names = transformer(8)
+    assert chart_names(names, "auto")[:3] == ["blocks.0.attention.query"] * 2 + ["blocks.0.attention.key"]
+    assert chart_names(names, "auto") == chart_names(names, "module")
+
+
+def test_three_hundred_parameters_do_not_make_three_hundred_charts() -> None:
+    charts = chart_names(transformer(25), "auto")
+    assert len(charts) == 300
+    assert set(charts) == {f"blocks.{i}" for i in range(25)} | set()
+    assert len(set(chart_names(transformer(25), "module"))) == 150, "who asks for modules gets them"
+    assert len(set(chart_names(transformer(25), "parameter"))) == 300
+
+
+def test_the_total_alone_has_no_charts_beside_it() -> None:
+    assert chart_names(["weight"], "total") == []
+
+
+@given(st.lists(PATHS.map(".".join), unique=True, max_size=200))
+def test_a_parameter_counts_in_what_holds_it(names: list[str]) -> None:
+    charts = chart_names(names, "auto")
+    assert len(charts) == len(names)
+    for name, chart in zip(names, charts, strict=True):
+        assert name == chart or name.startswith(f"{chart}.")
+    first_parts = {name.split(".")[0] for name in names}
+    assert len(set(charts)) <= max(FEW, len(first_parts))
