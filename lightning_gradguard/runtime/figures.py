@@ -53,7 +53,8 @@ class GradientHistory:
         from matplotlib.colors import ListedColormap
         from matplotlib.figure import Figure
 
-        names = list(dict.fromkeys(name for column in reversed(self._columns) for name in column))
+        fullest_first = sorted(self._columns, key=len, reverse=True)
+        names = list(dict.fromkeys(name for column in fullest_first for name in column))
         cells = [[column.get(name) for column in self._columns] for name in names]
         is_sick = [[not math.isfinite(0.0 if cell is None else cell) for cell in row] for row in cells]
         height = 1.1 + 0.16 * min(max(len(names), 8), 24)
