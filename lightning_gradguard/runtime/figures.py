@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -61,20 +61,24 @@ class GradientHistory:
         figure = Figure(figsize=(4.2, height), dpi=200, layout="constrained")
         axes = figure.add_subplot()
         axes.set_facecolor("lightgrey")
-        as_map = {
+        as_map: dict[str, Any] = {
             "aspect": "auto",
             "interpolation": "nearest",
             "extent": (self._steps[0], self._steps[-1] + 1, len(names) - 0.5, -0.5),
         }
         image = axes.imshow([[_decades(cell) for cell in row] for row in cells], **as_map)
+        width = (self._steps[-1] + 1 - self._steps[0]) / len(self)
         sick = [
-            (self._steps[j] + 0.5, i) for i, row in enumerate(is_sick) for j, is_it in enumerate(row) if is_it
+            (self._steps[0] + (column + 0.5) * width, row)
+            for row, cells_of_row in enumerate(is_sick)
+            for column, is_it in enumerate(cells_of_row)
+            if is_it
         ]
         if sick:
             red = ListedColormap(["red"])
             axes.imshow([[1.0 if it else math.nan for it in row] for row in is_sick], cmap=red, **as_map)
             # marks as well, for a cell may be narrower than a pixel
-            axes.scatter(*zip(*sick, strict=True), marker="s", s=8, color="red")
+            axes.scatter([x for x, _ in sick], [y for _, y in sick], marker="s", s=8, color="red")
             axes.set_title("red: NaN or infinite", fontsize=9, color="red")
         every = math.ceil(len(names) / ROWS)
         labelled = range(0, len(names), every)
