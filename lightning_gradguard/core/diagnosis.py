@@ -119,6 +119,66 @@ _BY_CAUSE = {
     ),
 }
 
+#: Symptoms that only hindsight knows, and those whose name is not what people say.
+_TITLES = {
+    "exploding_gradient": "exploding gradients",
+    "vanishing_gradient": "vanishing gradients",
+    "gradient_collapse": "a network that has died",
+    "nonfinite_gradient": "nonfinite gradients",
+    "loss_spike": "loss spikes",
+    "constant_clipping": "hard clipping all the time",
+    "falling_learning_rate": "a learning rate that keeps falling",
+    "amp_overflow": "float16 overflows",
+}
+
+_STEPS_TO_TAKE = {
+    "exploding_gradient": (
+        "Clip gradients: AdaptiveGradientClipping(), or gradient_clip_val=1.0 of the Trainer.",
+        "Check the initialization: orthogonal for recurrent weights, Xavier before tanh, He before ReLU; "
+        "InitializationCheck() measures it before step 1.",
+        "In a recurrent network use gated cells (LSTM or GRU), and truncated BPTT.",
+        "Lower the learning rate, or warm it up for longer.",
+        "Bound the weights: weight_decay, or a max-norm constraint.",
+    ),
+    "vanishing_gradient": (
+        "Use activations that do not saturate (ReLU, GELU) with He initialization "
+        "(torch.nn.init.kaiming_normal_); InitializationCheck(on_failure='repair') does it.",
+        "Add residual connections, and batch or layer normalization.",
+        "In a recurrent network use gated cells (LSTM or GRU), or an orthogonal recurrent weight.",
+        "As a last resort train layer by layer.",
+    ),
+    "nonfinite_loss": (
+        "Look at the batch of that step for nonfinite or huge inputs and bad labels.",
+        "Compute the loss in float32 and on logits: cross_entropy rather than log of softmax.",
+        "Skip such batches: NaNRollback() leaves no trace of them and says what was at fault.",
+    ),
+    "nonfinite_gradient": (
+        "Look for log(0), division by zero, or sqrt and norm at 0 on the way to {where}.",
+        "Skip such steps: NaNRollback() leaves no trace of them and names the operation.",
+        "Clip gradients (AdaptiveGradientClipping) and lower the learning rate if it repeats.",
+    ),
+    "divergence": (
+        "Lower the learning rate, or warm it up for longer.",
+        "Clip gradients: AdaptiveGradientClipping(), or gradient_clip_val=1.0 of the Trainer.",
+        "Go back by itself: NaNRollback() with LearningRateBackoff().",
+        "Check the initialization: InitializationCheck().",
+    ),
+    "stuck_loss": (
+        "Raise the learning rate.",
+        "Check that labels match their inputs: can the network learn one batch by heart?",
+        "Change saturating activations for ReLU or GELU, and check the initialization (InitializationCheck).",
+    ),
+    "constant_clipping": (
+        "The clipped norm has become the learning rate: raise the threshold (max_norm, z_threshold), or "
+        "lower the learning rate by what clipping takes away.",
+        "Look at why norms are large: initialization, a sum where the loss needs a mean.",
+    ),
+    "falling_learning_rate": (
+        "Give the optimizer a lower learning rate or a longer warm-up; the scale says by how much.",
+        "Look at what the rollbacks were for: each of them has lowered it.",
+    ),
+}
+
 #: What the suite's incidents are called.
 KINDS = tuple(_REMEDIES)
 
@@ -155,3 +215,33 @@ def advice_for_cause(cause: str, where: Sequence[str] = ()) -> str:
         'The loss itself is undefined for this batch'
     """
     return _BY_CAUSE.get(cause, "").format(where=where[0] if where else "the network")
+
+
+def title(kind: str) -> str:
+    """What people call a symptom.
+
+    Example:
+        >>> title("exploding_gradient"), title("stuck_loss")
+        ('exploding gradients', 'stuck loss')
+    """
+    return _TITLES.get(kind, kind.replace("_", " "))
+
+
+def remedies(kind: str, where: Sequence[str] = ()) -> tuple[str, ...]:
+    """What a person can do about a symptom, one thing each, the likeliest first.
+
+    Args:
+        kind: One of `KINDS`, or what `core.verdict` calls a symptom that only hindsight knows.
+        where: Names of the parameters or modules at fault, the worst first.
+
+    Returns:
+        Sentences; where a kind has no list, its advice alone.
+
+    Example:
+        >>> remedies("stuck_loss")[0]
+        'Raise the learning rate.'
+    """
+    steps = _STEPS_TO_TAKE.get(kind)
+    if steps is None:
+        return (advice(kind, where),)
+    return tuple(step.format(where=where[0] if where else "the network") for step in steps)

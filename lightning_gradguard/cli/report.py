@@ -1,0 +1,97 @@
+"""`lightning-gradguard report`: what a run left, and what it says: what went wrong, where, and what to do."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from lightning_gradguard.cli.refusals import RefusalError, told
+from lightning_gradguard.cli.report_json import as_json
+from lightning_gradguard.cli.report_page import as_html
+from lightning_gradguard.cli.report_text import as_text
+from lightning_gradguard.cli.run_folders import find_runs, read_run
+from lightning_gradguard.cli.run_report import report_on
+
+_DESCRIPTION = """\
+Reads what training runs left (TensorBoard event files, incidents.jsonl) and says what went wrong, where,
+and what to do. Any event folder with gradient norms will do: those of this package, Lightning's
+grad_norm, Hugging Face's Trainer, NeMo, Composer and others."""
+_EPILOG = """\
+examples:
+  lightning-gradguard report lightning_logs/version_0
+  lightning-gradguard report lightning_logs --html report.html
+  lightning-gradguard report runs/bare runs/guarded --json | jq '.runs[].headline'
+
+Exit code 0: a report was given, whatever it says; 2: wrong input."""
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Report on runs, to the terminal or as asked.
+
+    Args:
+        arguments: Folders; `--html FILE`, `--json [FILE]`.
+
+    Raises:
+        SystemExit: With code 2 and one short message if there is no such run or a file cannot be written.
+    """
+    options = _parser().parse_args(arguments)
+    folders: list[Path] = options.run_dirs
+    json_file: Path | None = options.json
+    if json_file is not None and json_file.is_dir():
+        # `--json RUN_DIR`: no report can be written to a folder
+        folders, json_file = [*folders, json_file], Path("-")
+    with told("report"):
+        if not folders:
+            raise RefusalError(
+                "name the folder of a run, as in: lightning-gradguard report lightning_logs/version_0"
+            )
+        reports = [report_on(read_run(name, path)) for name, path in find_runs(folders).items()]
+        if options.html is not None:
+            _write(options.html, as_html(reports))
+        if json_file == Path("-"):
+            _say(as_json(reports))
+            return
+        if json_file is not None:
+            _write(json_file, as_json(reports))
+    _say(as_text(reports, shutil.get_terminal_size((100, 24)).columns))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="lightning-gradguard report",
+        description=_DESCRIPTION,
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "run_dirs", metavar="RUN_DIR", nargs="*", type=Path, help="folder of a run, or one that holds runs"
+    )
+    parser.add_argument("--html", metavar="FILE", type=Path, help="write a page with charts as well")
+    parser.add_argument(
+        "--json",
+        metavar="FILE",
+        nargs="?",
+        const=Path("-"),
+        type=Path,
+        help="print the report as JSON, or write it to FILE; report.schema.json in this package describes it",
+    )
+    return parser
+
+
+def _say(text: str) -> None:
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:  # `| head` has seen enough; Python would try to write the rest when it ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.write_text(text + "\n", encoding="utf-8")
+    except OSError as error:
+        raise RefusalError(f"{path} cannot be written: {error.strerror or error}") from None
+    print(f"wrote {path}", file=sys.stderr)

@@ -1,0 +1,258 @@
+"""What a training run left in its folder: finding the runs, and reading them."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lightning_gradguard.cli.event_files import read_scalars
+from lightning_gradguard.cli.refusals import RefusalError, nearest
+from lightning_gradguard.cli.tags import Meaning, Role, meaning_of
+from lightning_gradguard.core.run_log import GradientLog, RecordedIncident, RunLog, Series
+
+
+@dataclass(frozen=True)
+class Dossier:
+    """What a dossier says; see `runtime.dossiers` for all that is in it."""
+
+    step: int
+    cause: str
+    detail: str
+    path: str
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run, as it was found.
+
+    Args:
+        name: What it is called among those of the report.
+        path: Its folder.
+        log: What it logged.
+        rates: Learning rates that optimizers used, by parameter group.
+        loss_tag: The tag that was taken for the training loss; empty if there is none.
+        lost_batches: How many were lost, by reason.
+        dossiers: Of its incidents, by step.
+        hparams: Hyperparameters, as text.
+        notes: What a person should know of the reading.
+    """
+
+    name: str
+    path: Path
+    log: RunLog
+    rates: Mapping[str, Series]
+    loss_tag: str
+    lost_batches: Mapping[str, int]
+    dossiers: Sequence[Dossier]
+    hparams: Mapping[str, str]
+    notes: tuple[str, ...]
+
+
+def find_runs(paths: Iterable[Path]) -> dict[str, Path]:
+    """Folders of runs, by the names that tell them apart.
+
+    Args:
+        paths: Folders of runs, and folders that hold such folders, however deep.
+
+    Raises:
+        RefusalError: If one is no folder, or there is no run in it.
+    """
+    found: list[tuple[str, Path]] = []
+    for path in paths:
+        if not path.is_dir():
+            raise RefusalError(_no_folder(path))
+        if _is_run(path):
+            found.append((path.resolve().name, path))
+            continue
+        runs = sorted(_runs_below(path), key=_natural)
+        if not runs:
+            raise RefusalError(_no_run(path))
+        found += [(str(run.relative_to(path)), run) for run in runs]
+    times = Counter(name for name, _ in found)
+    return {name if times[name] == 1 else str(path): path for name, path in found}
+
+
+def read_run(name: str, path: Path) -> Run:
+    """Read what a run left.
+
+    Args:
+        name: What it is called.
+        path: Its folder.
+    """
+    files = sorted(_event_files(path))
+    series, notes = read_scalars(files, lambda tag: meaning_of(tag) is not None)
+    if not files:
+        notes.append("there is no event file, only incidents.jsonl")
+    by_role: dict[Role, list[tuple[str, Meaning]]] = defaultdict(list)
+    for tag in series:
+        meaning = meaning_of(tag)
+        assert meaning is not None
+        by_role[meaning.role].append((tag, meaning))
+    loss_tag = min(
+        by_role["loss"], key=lambda found: (found[1].rank, -len(series[found[0]])), default=("", None)
+    )[0]
+    indices = sorted({m.optimizer for role in ("total", "layer") for _, m in by_role[role]})
+
+    def only(role: Role, index: int = 0) -> Series:
+        found = [(m.rank, -len(series[tag]), tag) for tag, m in by_role[role] if m.optimizer == index]
+        return series[min(found)[2]] if found else Series()
+
+    def named(role: Role, index: int) -> dict[str, Series]:
+        members = [(m, series[tag]) for tag, m in by_role[role] if m.optimizer == index]
+        least = min((m.rank for m, _ in members), default=0)
+        return {m.name: s for m, s in members if m.rank == least}
+
+    def gradients(index: int) -> GradientLog:
+        layers = named("layer", index)
+        total = only("total", index)
+        if not len(total):
+            total = _together(layers.values())
+        return GradientLog(
+            total=total,
+            layers=layers,
+            weights=named("weight", index),
+            ratios=named("ratio", index),
+            clipped=only("clipped", index),
+            clip_fraction=only("fraction", index),
+            clip_coefficient=only("coefficient", index),
+            clip_threshold=only("threshold", index),
+            nonfinite_fraction=only("nonfinite_fraction", index),
+        )
+
+    log = RunLog(
+        loss=series.get(loss_tag, Series()),
+        gradients=tuple(gradients(index) for index in indices),
+        skips=only("skips"),
+        rollbacks=only("rollbacks"),
+        backoff_scale=only("scale"),
+        incidents=tuple(_incidents(path / "incidents.jsonl", notes)),
+    )
+    return Run(
+        name=name,
+        path=path,
+        log=log,
+        rates={m.name: series[tag] for tag, m in by_role["rate"]},
+        loss_tag=loss_tag,
+        lost_batches=_lost_batches(path, notes),
+        dossiers=tuple(_dossiers(path / "incidents")),
+        hparams=_hparams(path / "hparams.yaml", notes),
+        notes=tuple(notes),
+    )
+
+
+def _event_files(path: Path) -> list[Path]:
+    return [file for file in path.iterdir() if "tfevents" in file.name and file.is_file()]
+
+
+def _is_run(path: Path) -> bool:
+    return bool(_event_files(path)) or (path / "incidents.jsonl").is_file()
+
+
+def _runs_below(path: Path) -> Iterator[Path]:
+    for folder, folders, files in os.walk(path):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        if "incidents.jsonl" in files or any("tfevents" in name for name in files):
+            yield Path(folder)
+
+
+def _natural(path: Path) -> list[tuple[str, int]]:
+    """Puts `version_10` behind `version_9`."""
+    return [(text, int(number or 0)) for text, number in re.findall(r"(\D*)(\d*)", str(path))]
+
+
+def _no_folder(path: Path) -> str:
+    if path.exists():
+        return f"{path} is a file; name the folder that it is in: {path.parent}"
+    parent = path.parent
+    known = [child.name for child in parent.iterdir() if child.is_dir()] if parent.is_dir() else []
+    before = "" if parent == Path() else f"{parent}{os.sep}"
+    return f"there is no folder {path}.{nearest(path.name, known, before)}"
+
+
+def _no_run(path: Path) -> str:
+    nearby = sorted(run for run in path.resolve().parent.iterdir() if run.is_dir() and _is_run(run))[:5]
+    hint = f" There are runs nearby: {', '.join(os.path.relpath(run) for run in nearby)}." if nearby else ""
+    return f"there is no event file in {path}, nor in a folder below it.{hint}"
+
+
+def _together(layers: Iterable[Series]) -> Series:
+    """The norm of all gradients, where only those of layers were logged."""
+    squares: dict[int, float] = defaultdict(float)
+    for series in layers:
+        for step, value in zip(series.steps, series.values, strict=True):
+            squares[step] += value * value
+    steps = sorted(squares)
+    return Series(steps, [math.sqrt(squares[step]) for step in steps])
+
+
+def _records(path: Path, notes: list[str]) -> Iterator[dict[str, Any]]:
+    """The lines of a file that are JSON objects."""
+    broken = 0
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            record = None
+        if isinstance(record, dict):
+            yield record
+        else:
+            broken += bool(line.strip())
+    if broken:
+        notes.append(f"{broken} {'lines' if broken > 1 else 'line'} of {path.name} could not be read")
+
+
+def _incidents(path: Path, notes: list[str]) -> Iterator[RecordedIncident]:
+    if not path.is_file():
+        return
+    left_out = 0
+    for record in _records(path, notes):
+        value = record.get("value")
+        try:
+            yield RecordedIncident(
+                kind=str(record["kind"]),
+                step=int(record["step"]),
+                where=tuple(map(str, record.get("where") or ())),
+                value=None if value is None else float(value),
+                **{key: str(record.get(key) or "") for key in ("advice", "cause", "detail", "dossier")},
+                action=str(record.get("action") or "none"),
+            )
+        except (KeyError, TypeError, ValueError):
+            left_out += 1
+    if left_out:
+        notes.append(f"{left_out} records of {path.name} are no incidents")
+
+
+def _lost_batches(path: Path, notes: list[str]) -> Counter[str]:
+    files = sorted(path.glob("lost_batches.rank*.jsonl"))
+    return Counter(str(record.get("reason", "lost")) for file in files for record in _records(file, notes))
+
+
+def _dossiers(folder: Path) -> Iterator[Dossier]:
+    findings = sorted(folder.glob("*/finding.json"), key=_natural)
+    for file in findings:
+        try:
+            found = json.loads(file.read_text(encoding="utf-8"))
+            page = os.path.join(folder.name, file.parent.name, "index.html")
+            yield Dossier(int(found["step"]), str(found["cause"]), str(found["detail"]), page)
+        except (OSError, KeyError, TypeError, ValueError):
+            continue  # a dossier that is torn or of another version is not told of
+
+
+def _hparams(path: Path, notes: list[str]) -> dict[str, str]:
+    if not path.is_file():
+        return {}
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8", errors="replace"))
+    except (yaml.YAMLError, OSError):
+        notes.append(f"{path.name} holds more than plain values, and is not shown")
+        return {}
+    return {str(key): str(value) for key, value in content.items()} if isinstance(content, dict) else {}
