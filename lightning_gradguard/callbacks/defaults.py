@@ -9,7 +9,8 @@ from lightning_gradguard.callbacks.learning_rate_backoff import LearningRateBack
 from lightning_gradguard.callbacks.nan_rollback import NaNRollback
 from lightning_gradguard.runtime.lightning_api import Callback
 
-_DEFAULTS: dict[str, type[Callback]] = {
+#: The five, by the names that `default_callbacks` and the command line have for them.
+DEFAULTS: dict[str, type[Callback]] = {
     "initialization_check": InitializationCheck,
     "gradient_norm_monitor": GradientNormMonitor,
     "nan_rollback": NaNRollback,
@@ -41,13 +42,13 @@ def default_callbacks(**replacements: Callback | None) -> list[Callback]:
         4
     """
     for name, callback in replacements.items():
-        if name not in _DEFAULTS:
-            raise ValueError(f"{name!r} is none of the callbacks: {', '.join(_DEFAULTS)}.")
-        if callback is not None and not isinstance(callback, _DEFAULTS[name]):
+        if name not in DEFAULTS:
+            raise ValueError(f"{name!r} is none of the callbacks: {', '.join(DEFAULTS)}.")
+        if callback is not None and not isinstance(callback, DEFAULTS[name]):
             raise ValueError(
-                f"{name}={callback!r} must be a {_DEFAULTS[name].__name__}, or None to leave it out."
+                f"{name}={callback!r} must be a {DEFAULTS[name].__name__}, or None to leave it out."
             )
     callbacks = [
-        replacements[name] if name in replacements else default() for name, default in _DEFAULTS.items()
+        replacements[name] if name in replacements else default() for name, default in DEFAULTS.items()
     ]
     return [callback for callback in callbacks if callback is not None]

@@ -39,6 +39,7 @@ from lightning_gradguard.runtime.lightning_api import (
 from lightning_gradguard.runtime.measuring import norms_over_shards
 from lightning_gradguard.runtime.replaying import silent, training_loss
 from lightning_gradguard.runtime.selection import Layout
+from lightning_gradguard.runtime.settings import Configured
 from lightning_gradguard.runtime.step import plain_name
 
 #: Optimizers that divide gradients by their size.
@@ -47,7 +48,7 @@ SCALE_FREE = ("Ada", "Adam", "NAdam", "RAdam", "RMSprop", "Rprop", "Lion", "Muon
 FEW = 50
 
 
-class InitializationCheck(Callback):
+class InitializationCheck(Callback, Configured):
     """Tells before the first step whether the network can train, which layer is at fault, and the cure.
 
     On one device and under DistributedDataParallel with automatic optimization, the first training batch is
@@ -102,6 +103,8 @@ class InitializationCheck(Callback):
         self.repair_modules = tuple(repair_modules or ())
         self.seed = seed
         self.findings: list[Finding] = []
+        self.values: dict[str, float] = {}
+        self.problem: Exception | None = None
         self._is_due = False
         self._looks_at_first_step = False
 
@@ -146,6 +149,7 @@ class InitializationCheck(Callback):
             try:
                 found, values = check(pl_module, run_loss, scale_free=_is_scale_free(trainer.optimizers))
             except Exception as error:
+                self.problem = error
                 reporting.say(trainer, f"gradguard: the initialization was not checked: {error}")
                 found, values = [], {}
             return _agreed(found, values)
@@ -153,6 +157,7 @@ class InitializationCheck(Callback):
         findings, values = measure()
         if _fails(findings) and self.on_failure == "repair":
             findings, values = self._repair(trainer, pl_module, run_loss, measure, findings)
+        self.values = values
         shown = values if len(values) <= FEW else {k: v for k, v in values.items() if "/" not in k}
         scalars = {f"init/{key}": value for key, value in shown.items()}
         reporting.log_scalars(trainer, scalars, batches_that_stepped(trainer))

@@ -12,9 +12,14 @@ from lightning_gradguard import __version__
 
 VERBS = {
     "fit": "train a module of yours with the suite in place (LightningCLI)",
+    "check": "tell whether a module of yours can train, as it is initialized; trains nothing",
+    "report": "read what a run left: what went wrong, where, and what to do",
     "replay": "see an incident happen again, from its dossier",
     "demo": "watch a network die, and live with the suite",
+    "completion": "print a script that completes all this in bash or zsh",
 }
+#: Those that run code of the user's.
+_ON_A_MODULE = ("fit", "check", "replay")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -31,13 +36,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(usage())
     elif verb == "--version":
         print(__version__)
-    elif verb == "demo":
-        from lightning_gradguard.cli.demo import main as demo
-
-        demo(rest)
-    elif verb in ("fit", "replay"):
-        # a console script does not look into the folder it is called from, where the user's module is
-        sys.path.insert(0, os.getcwd())
+    elif verb in VERBS:
+        if verb in _ON_A_MODULE:
+            # a console script does not look into the folder it is called from, where the user's module is
+            sys.path.insert(0, os.getcwd())
+            # ahead of the callbacks, which inherit from the package of Lightning that is loaded by then
+            import_module("lightning_gradguard.cli.user_module").named_class(rest)
         import_module(f"lightning_gradguard.cli.{verb}").main(rest)
     else:
         near = difflib.get_close_matches(verb, VERBS, n=1)
@@ -53,7 +57,7 @@ def usage() -> str:
         >>> "demo" in usage()
         True
     """
-    verbs = "\n".join(f"  {verb:<6} {what}" for verb, what in VERBS.items())
+    verbs = "\n".join(f"  {verb:<11} {what}" for verb, what in VERBS.items())
     return (
         "lightning-gradguard COMMAND ...\n\n"
         f"{verbs}\n\n"

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import logging
-import sys
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
-from lightning_gradguard.cli.user_module import RefusalError, build_module, named_class, one_line
+from lightning_gradguard.cli.explaining import Failures, build, explained, explained_failure, recorded
+from lightning_gradguard.cli.help_pages import replay_page
+from lightning_gradguard.cli.quiet import quiet
+from lightning_gradguard.cli.refusals import RefusalError, one_line, told
+from lightning_gradguard.cli.user_module import config_files, model_in, named_class
+from lightning_gradguard.cli.weights import load_weights, read_checkpoint
 from lightning_gradguard.core.diagnosis import advice_for_cause
 from lightning_gradguard.core.forensics import Origin, grown_elements
 from lightning_gradguard.runtime import lightning_api
@@ -36,14 +38,11 @@ def main(arguments: Sequence[str]) -> None:
             the dossier or an argument is wrong.
     """
     if {"-h", "--help"} & set(arguments):
-        _parser(pl.LightningModule).print_help()
+        print(replay_page())
         return
-    try:
+    with told("replay"):
         dossier, module, weights, notes = _prepared(arguments)
         trainer = _trainer(dossier, module, weights)
-    except (RefusalError, DossierError) as error:
-        print(f"lightning-gradguard replay: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
     rng = {**dossier.rng, "cuda": []}  # this machine may have other GPUs, and none is used
     served = ServedBatch(dossier.batch, dossier.batch_idx, rng)
     found = replay(trainer, module, served, _grown(dossier, module))
@@ -111,7 +110,10 @@ def _prepared(arguments: Sequence[str]) -> tuple[Dossier, pl.LightningModule, Ma
         raise RefusalError(
             "the dossier comes first: lightning-gradguard replay runs/incidents/42 --model my.Module"
         )
-    dossier = read_dossier(arguments[0])
+    try:
+        dossier = read_dossier(arguments[0])
+    except DossierError as error:
+        raise RefusalError(str(error)) from None
     if dossier.batch is None:
         raise RefusalError(f"there is no batch to run again; {_left_out(dossier, 'the batch')}.")
     if dossier.precision not in _PRECISIONS:
@@ -119,11 +121,11 @@ def _prepared(arguments: Sequence[str]) -> tuple[Dossier, pl.LightningModule, Ma
             f"precision {dossier.precision!r} does not run on the CPU; these do: {', '.join(_PRECISIONS)}."
         )
     parser = _parser(tree_of(named_class(arguments)).LightningModule)
-    options, module = build_module(parser, arguments, recorded=dossier.configuration.get("module", ""))
+    options, module = _build_module(parser, arguments, dossier.configuration.get("module", ""))
     notes = [f"left out of the dossier: {part}" for part in dossier.left_out]
     weights: Mapping[str, Any] | None = dossier.weights
     if options.checkpoint is not None:
-        weights = _weights_in(options.checkpoint)
+        weights = read_checkpoint(options.checkpoint, "--checkpoint")["state_dict"]
         notes.append(f"the weights are those of {options.checkpoint}, not those of step {dossier.step}")
     if weights is None:
         raise RefusalError(
@@ -137,6 +139,39 @@ def _prepared(arguments: Sequence[str]) -> tuple[Dossier, pl.LightningModule, Ma
     return dossier, module, weights, notes
 
 
+def _build_module(
+    parser: ArgumentParser, arguments: Sequence[str], recorded_class: str
+) -> tuple[Namespace, pl.LightningModule]:
+    """All options, and the module that they name; `recorded_class` is for hints, and not imported."""
+    failures: Failures = []
+    files = config_files(arguments)
+    try:
+        with warnings.catch_warnings():
+            # what builds classes has got another name in newer versions of jsonargparse
+            warnings.simplefilter("ignore", DeprecationWarning)
+            parser.add_instantiator(recorded(build, failures), object)
+            if files:
+                parser.set_defaults(model=_model_in(files[-1]))
+            options = parser.parse_args(list(arguments))
+            return options, parser.instantiate_classes(options).model
+    except ArgumentError as error:
+        said = explained(str(error), arguments, files, list(parser.get_defaults().keys()))
+        hint = f" The run's module was {recorded_class}." if recorded_class and "--model" in said else ""
+        raise RefusalError(said + hint) from None
+    except RefusalError:
+        raise
+    except Exception as error:  # the user's own code
+        raise RefusalError(explained_failure(failures, error)) from None
+
+
+def _model_in(config: str) -> Any:
+    """That part, with a class in it."""
+    model = model_in(config)
+    if not isinstance(model, dict) or "class_path" not in model:
+        raise RefusalError(f"--config {config} has no `model` with a `class_path`, as `fit` reads it.")
+    return model
+
+
 def _left_out(dossier: Dossier, part: str) -> str:
     return next((text for text in dossier.left_out if text.startswith(part)), f"{part} was left out")
 
@@ -144,27 +179,13 @@ def _left_out(dossier: Dossier, part: str) -> str:
 def _parser(base: type) -> ArgumentParser:
     parser = ArgumentParser(
         prog="lightning-gradguard replay",
-        description="Run the batch of a dossier again, on the CPU, and compare what is found.",
         exit_on_error=False,
     )
-    parser.add_argument("dossier", help="folder incidents/<step> of a run, or dossier.pt within")
-    parser.add_argument("--config", help="YAML file for `fit`; the `model` in it is read")
-    parser.add_argument("--checkpoint", help="file with weights, instead of the dossier's")
+    parser.add_argument("dossier")
+    parser.add_argument("-c", "--config")
+    parser.add_argument("--checkpoint")
     parser.add_subclass_arguments(base, "model", fail_untyped=False, required=True)
     return parser
-
-
-def _weights_in(checkpoint: str) -> Mapping[str, Any]:
-    try:
-        content = torch.load(checkpoint, map_location="cpu", weights_only=True)
-        weights: Mapping[str, Any] = content.get("state_dict", content)
-    except OSError as error:
-        raise RefusalError(f"--checkpoint {checkpoint} cannot be opened: {error.strerror}.") from None
-    except Exception:  # torch raises many kinds
-        raise RefusalError(
-            f"--checkpoint {checkpoint} is damaged, or holds more than plain data; save a state_dict alone."
-        ) from None
-    return weights
 
 
 def _trainer(dossier: Dossier, module: pl.LightningModule, weights: Mapping[str, Any]) -> pl.Trainer:
@@ -177,8 +198,7 @@ def _trainer(dossier: Dossier, module: pl.LightningModule, weights: Mapping[str,
         precision = import_module(f"{tree.__name__}.plugins.precision")
         arguments = {"plugins": [precision.MixedPrecision("16-mixed", "cpu", scaler=scaler)]}
     logger = import_module(f"{tree.__name__}.loggers.logger")
-    with warnings.catch_warnings(), _quiet("pytorch_lightning"), _quiet("lightning.pytorch"):
-        warnings.simplefilter("ignore")  # of an idle GPU, and the like
+    with quiet():  # about an idle GPU, and the like
         trainer: pl.Trainer = tree.Trainer(
             accelerator="cpu",
             devices=1,
@@ -198,43 +218,12 @@ def _trainer(dossier: Dossier, module: pl.LightningModule, weights: Mapping[str,
         raise RefusalError(
             f"the module could not be set up: {type(error).__name__}: {one_line(str(error))}"
         ) from None
-    _load(module, weights)
+    load_weights(module, weights)
     for name, submodule in module.named_modules():
         submodule.training = name not in dossier.evaluating
     for name, parameter in module.named_parameters():
         parameter.requires_grad_(name not in dossier.frozen)
     return trainer
-
-
-@contextmanager
-def _quiet(name: str) -> Iterator[None]:
-    logger = logging.getLogger(name)
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
-
-
-def _load(module: pl.LightningModule, weights: Mapping[str, Any]) -> None:
-    own = module.state_dict()
-    try:
-        keys = module.load_state_dict(weights, strict=False)
-        # extra state is of any kind, and not kept
-        missing = [name for name in keys.missing_keys if not name.endswith("_extra_state")]
-        problems = [f"{name} is missing in them" for name in missing]
-        problems += [f"the module has no {name}" for name in keys.unexpected_keys]
-    except RuntimeError as error:
-        shapes = ((n, w.shape, own[n].shape) for n, w in weights.items() if n in own)
-        problems = [f"{n} is {tuple(w)}, the module's {tuple(o)}" for n, w, o in shapes if w != o]
-        problems = problems or [one_line(str(error))]
-    if problems:
-        more = f" and {len(problems) - 1} more" if len(problems) > 1 else ""
-        raise RefusalError(
-            f"the weights do not fit {type(module).__name__}: {problems[0]}{more}. Give the arguments that "
-            "the run's module was built with, as --model.NAME VALUE or --config."
-        )
 
 
 def _grown(dossier: Dossier, module: pl.LightningModule) -> dict[str, int]:

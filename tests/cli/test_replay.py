@@ -29,12 +29,6 @@ from tests.tasks import Batch, Classifier, batches, fit, poisoned
 HERE = "tests.cli.test_replay"
 
 
-@pytest.fixture(autouse=True)
-def _own_path(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The command adds the current folder to what is searched for modules."""
-    monkeypatch.setattr(sys, "path", list(sys.path))
-
-
 class Logarithm(pl.LightningModule):
     """Fails in its forward pass, in the step itself, backward, or not at all; and by chance."""
 
@@ -349,6 +343,8 @@ def own_dossier(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """That of a module of the user's, in the folder where they are."""
     (tmp_path / "own_modules.py").write_text(OWN)
     (tmp_path / "broken.py").write_text("import no_such_dependency")
+    (tmp_path / "data.yaml").write_text("data: own_modules.Data")
+    (tmp_path / "bad.yaml").write_text("model: {\nclass_path: [")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "own_modules", raising=False)
     import own_modules  # type: ignore[import-not-found]
@@ -378,22 +374,30 @@ def test_as_a_command_in_the_users_folder(own_dossier: Path, tmp_path: Path) -> 
         (["--model", "own_modules.Mime"], "own_modules.Mime does not exist. Did you mean own_modules.Mine?"),
         (["--model", "own_module.Mine"], "no module own_module. Did you mean own_modules?"),
         (["--model", "own_modules.NoModule"], "own_modules.NoModule is no LightningModule."),
-        (["--model", "Elsewhere"], "name the class together with its module, as my.Module."),
+        (["--model", "Elsewhere"], "there is no such class. Name it together with its module, as my.Module."),
         (
             ["--model", "broken.Net"],
             "importing broken failed with ModuleNotFoundError: No module named 'no_such",
         ),
-        (["--model", "own_modules.Fails"], "the module could not be built: of my own in two lines"),
+        (
+            ["--model", "own_modules.Fails"],
+            "own_modules.Fails could not be built: ValueError: of my own in two lines (own_modules.py",
+        ),
         (
             ["--model", "own_modules.Mine", "--model.widht", "5"],
             "no such argument. Did you mean --model.width?",
         ),
         (["--model", "own_modules.Mine", "--model.layers", "5"], "no such argument. There are: width."),
-        (["--model", "own_modules.Mine", "--model.width", "x"], "Expected a <class 'int'>. Got value: x"),
+        (["--model", "own_modules.Mine", "--model.width", "x"], "--model.width x: expected int."),
         (["--model", "own_modules.Mine", "--cofnig", "x"], "there is no --cofnig. Did you mean --config?"),
-        ([], "name the module with --model. The run's module was own_modules.Mine."),
+        (
+            [],
+            "name the module with --model my.Module, or in a file that --config names. The run's module was",
+        ),
         (["--config", "none.yaml"], "--config none.yaml cannot be read: "),
-        (["--config", "broken.py"], "--config broken.py has no `model` with a `class_path`"),
+        (["--config", "broken.py"], "--config broken.py holds no options"),
+        (["--config", "data.yaml"], "--config data.yaml has no `model` with a `class_path`"),
+        (["--config", "bad.yaml"], "--config bad.yaml, line 2 is no YAML: "),
         (
             ["--model", "own_modules.Mine"],
             "do not fit Mine: net.0.weight is (5, 20), the module's (3, 20) and",

@@ -1,0 +1,135 @@
+"""A folder of the user's with a module in it, and the command as it is typed there."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from lightning_gradguard.cli.main import main
+
+Command = Callable[..., tuple[int, str, str]]
+
+MINE = """\
+import pytorch_lightning as pl
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_gradguard import NaNRollback
+
+
+class Net(pl.LightningModule):
+    def __init__(self, width: int = 8, depth: int = 1, activation: str = "ReLU"):
+        super().__init__()
+        layers = [torch.nn.Linear(20, width)]
+        for _ in range(depth):
+            layers += [getattr(torch.nn, activation)(), torch.nn.Linear(width, width)]
+        self.net = torch.nn.Sequential(*layers, torch.nn.ReLU(), torch.nn.Linear(width, 4))
+
+    def training_step(self, batch, batch_idx):
+        return torch.nn.functional.cross_entropy(self.net(batch[0]), batch[1])
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.01)
+
+
+class Own(Net):
+    def train_dataloader(self):
+        return Data().train_dataloader()
+
+
+class Saves(Own):
+    def __init__(self, width: int = 8):
+        super().__init__(width)
+        self.save_hyperparameters()
+
+
+class Manual(Own):
+    def __init__(self):
+        super().__init__(depth=30, activation="Sigmoid")
+        self.automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        self.manual_backward(super().training_step(batch, batch_idx))
+        self.optimizers().step()
+
+
+class Poisoned(Own):
+    def __init__(self):
+        super().__init__()
+        self.net[0].weight.data[0, 0] = float("nan")
+
+
+class Noisy(Own):
+    def training_step(self, batch, batch_idx):
+        print("a step")
+        return super().training_step(batch, batch_idx)
+
+
+class Fails(Net):
+    def __init__(self):
+        super().__init__()
+        raise RuntimeError("no such table")
+
+
+class FailsInStep(Own):
+    def training_step(self, batch, batch_idx):
+        raise KeyError("label")
+
+
+class Untrainable(pl.LightningModule):
+    def train_dataloader(self):
+        return Data().train_dataloader()
+
+
+class Data(pl.LightningDataModule):
+    def __init__(self, size: int = 64):
+        super().__init__()
+        self.size = size
+
+    def train_dataloader(self):
+        generator = torch.Generator().manual_seed(0)
+        inputs = torch.randn(self.size, 20, generator=generator)
+        return DataLoader(TensorDataset(inputs, torch.arange(self.size) % 4), 8)
+
+
+class NoBatches(Data):
+    def train_dataloader(self):
+        return []
+
+
+class Rollback(NaNRollback):
+    pass
+"""
+
+
+@pytest.fixture(autouse=True)
+def _own_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command adds the current folder to what is searched for modules."""
+    monkeypatch.setattr(sys, "path", list(sys.path))
+
+
+@pytest.fixture
+def mine(monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current folder, with a module `mine` in it."""
+    Path("mine.py").write_text(MINE)
+    monkeypatch.delitem(sys.modules, "mine", raising=False)
+    return Path.cwd()
+
+
+@pytest.fixture
+def command(capsys: pytest.CaptureFixture[str]) -> Command:
+    """Types a command; returns the exit code, and what went to standard output and to standard error."""
+
+    def typed(*arguments: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        try:
+            main([str(argument) for argument in arguments])
+            code = 0
+        except SystemExit as error:
+            code = int(error.code or 0)
+        return code, *capsys.readouterr()
+
+    return typed

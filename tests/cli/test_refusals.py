@@ -1,0 +1,188 @@
+"""Wrong input of every kind is one line that names what was typed and what is near it, and code 2."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from lightning_gradguard.cli.explaining import explained
+from tests.cli.conftest import Command
+
+MODULE = ("--model", "mine.Net", "--data", "mine.Data", "--seed_everything=0")
+
+
+def refused(command: Command, *arguments: str) -> str:
+    """What is said of wrong input."""
+    code, out, err = command("fit", *arguments)
+    assert (code, out) == (2, "")
+    assert err.startswith("lightning-gradguard fit: ")
+    assert err.count("\n") == 1
+    assert len(err) < 500
+    assert not Path("lightning_logs").exists()
+    return err.removeprefix("lightning-gradguard fit: ").rstrip("\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ("--model mine.Nett", "--model mine.Nett: mine.Nett does not exist. Did you mean mine.Net?"),
+        ("--model mime.Net", "--model mime.Net: there is no module mime. Did you mean mine?"),
+        ("--model=mine.Data", "--model mine.Data: mine.Data is no LightningModule."),
+        ("--data mine.Dat", "--data mine.Dat: mine.Dat does not exist. Did you mean mine.Data?"),
+        ("--data mine.Net", "--data mine.Net: mine.Net is no LightningDataModule."),
+        (
+            "--model broken.Net",
+            "--model broken.Net: importing broken failed with ModuleNotFoundError: No module named 'absent'",
+        ),
+        (
+            "--model unclosed.Net",
+            "--model unclosed.Net: importing unclosed failed with SyntaxError: '(' was never closed (",
+        ),
+        ("--model mine.Fails", "mine.Fails could not be built: RuntimeError: no such table (mine.py, line "),
+        (
+            "--model.widht 3",
+            "--model.widht: mine.Net takes no such argument. Did you mean --model.width?",
+        ),
+        ("--data.length 3", "--data.length: mine.Data takes no such argument. There are: size."),
+        ("--model.width x", "--model.width x: expected int."),
+        ("--trainer.max_step 5", "there is no --trainer.max_step. Did you mean --trainer.max_steps?"),
+        ("--trainer.max_steps abc", "--trainer.max_steps abc: expected int."),
+        ("--trainer.max_steps=abc", "--trainer.max_steps abc: expected int."),
+        ("--trainer.accelerator cpuu", "the Trainer could not be built: You selected an invalid accelerator"),
+        ("--nan_rollbak null", "there is no --nan_rollbak. Did you mean --nan_rollback?"),
+        ("--nan_rollback.patience -1", "NaNRollback: patience=-1 must be a whole number of at least 1."),
+        ("--nan_rollback.patience x", "--nan_rollback.patience x: expected int."),
+        (
+            "--nan_rollback.patienc 5",
+            "--nan_rollback.patienc: lightning_gradguard.NaNRollback takes no such argument. "
+            "Did you mean --nan_rollback.patience?",
+        ),
+        (
+            "--nan_rollback false",
+            "--nan_rollback false: this takes null, to leave it out, or a subclass of NaNRol",
+        ),
+        ("--optimizer Adamm", "--optimizer Adamm: there is no such class. Did you mean Adam?"),
+        (
+            "--trainer.callbacks+=NaNRolback",
+            "--trainer.callbacks NaNRolback: there is no such class. Did you mean NaNRollback?",
+        ),
+        ("--trainer.callbacks+=mine.Net", "--trainer.callbacks mine.Net: it must be a subclass of Callback."),
+        (
+            "--adaptive_gradient_clipping.policy=UnitwiseCliping",
+            "--adaptive_gradient_clipping.policy UnitwiseCliping: there is no such class. "
+            "Did you mean UnitwiseClipping?",
+        ),
+        ("stray", "stray belongs to no option."),
+        ("-c nope.yaml", "--config nope.yaml cannot be read: there is no such file."),
+        (
+            "-c confg.yaml",
+            "--config confg.yaml cannot be read: there is no such file. Did you mean config.yaml?",
+        ),
+        ("-c broken.py", "--config broken.py holds no options; it needs lines such as `trainer:`."),
+        ("-c", "argument -c/--config: expected one argument"),
+    ],
+)
+def test_what_is_typed(mine: Path, command: Command, arguments: str, said: str) -> None:
+    Path("broken.py").write_text("import absent\n")
+    Path("unclosed.py").write_text("f(\n")
+    Path("config.yaml").write_text("")
+    assert refused(command, *MODULE, *arguments.split()).startswith(said)
+
+
+def test_a_literal_names_its_choices(mine: Path, command: Command) -> None:
+    told = refused(command, *MODULE, "--nan_rollback.check", "exat")
+    assert told.startswith("--nan_rollback.check exat: expected ")
+    assert "'exact', 'deferred'" in told
+    assert told.endswith(" Did you mean exact?")
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (
+            {"trainer": {"max_step": 7}},
+            "wrong.yaml: there is no trainer.max_step. Did you mean trainer.max_steps?",
+        ),
+        ({"trainers": {"max_steps": 7}}, "wrong.yaml: there is no trainers. Did you mean trainer?"),
+        ({"trainer": {"max_steps": "x"}}, "wrong.yaml: trainer.max_steps x: expected int."),
+        (
+            {"model": {"class_path": "mine.Nett"}},
+            "wrong.yaml: model mine.Nett: mine.Nett does not exist. Did you",
+        ),
+        (
+            {"model": {"class_path": "mine.Net", "init_args": {"width": "x"}}},
+            "wrong.yaml: model.width x: expected int.",
+        ),
+        (
+            {"model": {"class_path": "mine.Net", "width": 3}},
+            "wrong.yaml: model: beside `class_path`, arguments belong under `init_args`.",
+        ),
+        (
+            {"nan_rollback": {"patienc": 3}},
+            "wrong.yaml: nan_rollback.patienc: lightning_gradguard.NaNRollback takes no such argument. "
+            "Did you mean nan_rollback.patience?",
+        ),
+        ("trainer: {max_steps: 7\nmodel: [", "--config wrong.yaml, line 2 is no YAML: "),
+    ],
+)
+def test_what_is_in_a_file(mine: Path, command: Command, content: object, said: str) -> None:
+    Path("wrong.yaml").write_text(content if isinstance(content, str) else yaml.safe_dump(content))
+    model = () if "model" in str(content) else MODULE
+    assert refused(command, *model, "-c", "wrong.yaml").startswith(said)
+
+
+@pytest.mark.parametrize(
+    ("percentile", "said"),
+    [
+        ("x", "wrong.yaml: trainer.callbacks.policy.percentile x: expected float."),
+        (1000, "PercentileClipping: percentile=1000.0 must be in [0, 100]."),
+    ],
+)
+def test_a_policy_in_a_list_in_a_file(mine: Path, command: Command, percentile: object, said: str) -> None:
+    policy = {"class_path": "PercentileClipping", "init_args": {"percentile": percentile}}
+    entry = {"class_path": "AdaptiveGradientClipping", "init_args": {"policy": policy}}
+    Path("wrong.yaml").write_text(yaml.safe_dump({"trainer": {"callbacks": [entry]}}))
+    assert refused(command, *MODULE, "-c", "wrong.yaml") == said
+
+
+def test_what_is_missing(mine: Path, command: Command) -> None:
+    assert refused(command, "--data=mine.Data") == (
+        "name the module with --model my.Module, or in a file that --config names."
+    )
+    assert refused(command, *MODULE[:2], "--seed_everything=0") == (
+        "name the data with --data my.Data: Net has no train_dataloader of its own."
+    )
+    assert "No `training_step()` method defined" in refused(
+        command, "--model=mine.Untrainable", "--seed_everything=0", "--trainer.max_epochs=1"
+    )
+
+
+def test_both_ways_in_which_jsonargparse_refuses() -> None:
+    """The wording and the order of alternatives have changed between the versions that are supported."""
+    value = """Parser key "nan_rollback":
+  Does not validate against any of the Union subtypes
+  Errors:
+    - Expected a <class 'NoneType'>
+    - Problem with given class_path 'lightning_gradguard.NaNRollback':
+        Parser key "check":
+          {}
+  Given value: NestedArg(key='check', val='exat')"""
+    typed = ["--nan_rollback.check", "exat"]
+    for line in (
+        "Cannot take a Union of no types.",
+        "Expected a typing.Literal['exact', 'deferred']. Got value: exat",
+    ):
+        assert explained(value.format(line), typed, [], []) == (
+            "--nan_rollback.check exat: expected one of 'exact', 'deferred'. Did you mean exact?"
+        )
+    for line in ("Option 'patienc' is not accepted", "Validation failed: Key 'patienc' is not expected"):
+        told = explained(value.replace('Parser key "check":', "").format(line), typed, [], [])
+        assert told.endswith("takes no such argument. Did you mean --nan_rollback.patience?")
+    for line in (
+        "Unrecognized arguments: --trainer.max_step 5",
+        "unrecognized arguments: --trainer.max_step 5",
+    ):
+        assert "Did you mean --trainer.max_steps?" in explained(line, [], [], ["trainer.max_steps"])
+    assert explained("something else\n  altogether", [], [], []) == "something else altogether"
