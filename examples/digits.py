@@ -4,10 +4,9 @@ Run it as `python examples/digits.py`. The same by LightningCLI: `lightning-grad
 examples/digits.yaml`.
 """
 
-import argparse
-
 import pytorch_lightning as pl
 import torch
+from jsonargparse import auto_cli
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -93,6 +92,4 @@ def main(max_steps: int = 600) -> tuple[float, float]:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--max_steps", type=int, default=600)
-    main(**vars(parser.parse_args()))
+    auto_cli(main, description=__doc__)

@@ -4,10 +4,9 @@ Run it as `python examples/sharded_clipping.py`: two processes on a CPU. With GP
 `accelerator="gpu"` and as many devices as there are.
 """
 
-import argparse
-
 import pytorch_lightning as pl
 import torch
+from jsonargparse import auto_cli
 from pytorch_lightning.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
@@ -44,7 +43,7 @@ class Sharded(pl.LightningModule):
         return torch.optim.AdamW(self.parameters(), lr=3e-3)
 
 
-def main(max_steps: int) -> pl.Trainer:
+def main(max_steps: int = 200) -> pl.Trainer:
     pl.seed_everything(0, verbose=False)  # before sharding, every process makes the same weights
     # rows that are spread over processes count as one unit; a total norm is that of all shards
     clipping = AdaptiveGradientClipping(UnitwiseClipping(clipping=0.05), exclude=["net.4"])
@@ -61,13 +60,13 @@ def main(max_steps: int) -> pl.Trainer:
     trainer.fit(Sharded())
     if trainer.is_global_zero:
         metrics = trainer.callback_metrics
-        print(f"{int(metrics['rollback/skips'])} batch skipped, total norm {metrics['grad_norm/total']:.3f}")
+        print(
+            f"batches skipped: {int(metrics['rollback/skips'])}, total norm {metrics['grad_norm/total']:.3f}"
+        )
     torch.distributed.barrier()  # who leaves early takes the connection away from the others
     torch.distributed.destroy_process_group()
     return trainer
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--max_steps", type=int, default=200)
-    main(parser.parse_args().max_steps)
+    auto_cli(main, description=__doc__)

@@ -1,8 +1,13 @@
-"""The suite in a Trainer, in twenty lines: three batches in a hundred are NaN, and training goes on."""
+"""The suite in a Trainer, in twenty lines: three batches in a hundred are NaN, and training goes on.
+
+Run it as `python examples/trainer.py`.
+"""
 
 import pytorch_lightning as pl
 import torch
+from jsonargparse import auto_cli
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from lightning_gradguard import default_callbacks
 
@@ -20,16 +25,17 @@ class Regression(pl.LightningModule):
 
 
 def main(max_steps: int = 300) -> float:
+    pl.seed_everything(0, verbose=False)
     batches = [torch.randn(64, 8) * (float("nan") if i % 33 == 32 else 1.0) for i in range(max_steps)]
     module = Regression()
     trainer = pl.Trainer(max_epochs=1, accelerator="cpu", callbacks=default_callbacks())
-    trainer.fit(module, torch.utils.data.DataLoader(batches, batch_size=None))  # type: ignore[arg-type]
+    trainer.fit(module, DataLoader(batches, batch_size=None))  # type: ignore[arg-type]
     held_out = torch.randn(1000, 8)
-    error = nn.functional.mse_loss(module.eval().net(held_out), held_out.sum(1, keepdim=True))
+    error = float(nn.functional.mse_loss(module.eval().net(held_out).detach(), held_out.sum(1, keepdim=True)))
     skips = int(trainer.callback_metrics["rollback/skips"])
-    print(f"{skips} batches skipped; error on new data {float(error):.3f}")
-    return float(error)
+    print(f"{skips} batches skipped; error on new data {error:.3f}")
+    return error
 
 
 if __name__ == "__main__":
-    main()
+    auto_cli(main, description=__doc__)
