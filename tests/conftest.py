@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -19,12 +20,23 @@ settings.load_profile("reproducible")
 def pytest_addoption(parser: pytest.Parser) -> None:
     """How `make strategies` writes the page that the tests are held to."""
     parser.addoption("--write-strategies", action="store_true", help="write the table of docs/strategies.md")
+    parser.addoption("--pictures", help="the folder in which `make browser-test` keeps what it saw")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """How a test says which package of an extra it is about."""
+    config.addinivalue_line("markers", "needs(package): left out at collection where it is not installed")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out tests of what the installed Lightning does not have yet."""
+    """Leave out tests of what the installed Lightning does not have yet, or of a package that is not here."""
     here = Version(version("pytorch-lightning"))
-    left_out = [i for i in items if any(Version(m.args[0]) > here for m in i.iter_markers("lightning"))]
+    left_out = [
+        item
+        for item in items
+        if any(Version(mark.args[0]) > here for mark in item.iter_markers("lightning"))
+        or any(find_spec(mark.args[0]) is None for mark in item.iter_markers("needs"))
+    ]
     config.hook.pytest_deselected(items=left_out)
     items[:] = [item for item in items if item not in left_out]
 

@@ -71,6 +71,7 @@ class AdaptiveGradientClipping(StepCallback):
         self.state_arguments = {"policy": type(self.policy).__name__, "exclude": self.exclude}
         self._policies: dict[int, ClippingPolicy] = {}
         self._clipped: dict[int, tuple[Scalar, int]] = {}
+        self._logged: dict[int, tuple[Scalar, int]] = {}
         self._may_ride = False
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -95,6 +96,7 @@ class AdaptiveGradientClipping(StepCallback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Say so where an optimizer cannot be clipped."""
         super().on_train_start(trainer, pl_module)
+        self._clipped, self._logged = {}, {}
         self._may_ride = not lightning_api.gradients_are_seen_later(trainer)
         for optimizer in trainer.optimizers:
             if lightning_api.calls_closure_repeatedly(optimizer):
@@ -125,6 +127,13 @@ class AdaptiveGradientClipping(StepCallback):
         self._clipped[step.optimizer_index] = (clipped + (_smallest(coefficients) < 1), steps + 1)
         if self.suite.is_logged:
             self._report(trainer, step, gradients, policy.threshold, coefficients)
+
+    def final_counts(self) -> dict[str, float]:
+        """The share of steps that were clipped."""
+        counts = [*self._logged.values(), *self._clipped.values()]
+        steps = sum(n for _, n in counts)
+        clipped = sum(float(n) for n, _ in counts)
+        return {"summary/clipped_fraction": clipped / steps} if steps else {}
 
     def state_dict(self) -> dict[str, Any]:
         """Histories of the policies, by optimizer."""
@@ -173,6 +182,8 @@ class AdaptiveGradientClipping(StepCallback):
     ) -> None:
         index = step.optimizer_index
         clipped, steps = self._clipped.pop(index)
+        before, steps_before = self._logged.get(index, (0, 0))
+        self._logged[index] = (before + clipped, steps_before + steps)
         values = {
             ("clip", "coefficient"): _smallest(coefficients),
             ("clip", "fraction"): clipped / steps,

@@ -77,6 +77,7 @@ class GradientNormMonitor(StepCallback):
             of the first rank's shard.
         figure_every_n_steps: Steps between heat maps of layers over time, of which the last is drawn when
             training ends; 0 for none.
+        progress_bar: Whether the progress bar shows the total norm, as it was at the last logged step.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -96,6 +97,7 @@ class GradientNormMonitor(StepCallback):
         update_ratio: bool = True,
         histograms: bool = False,
         figure_every_n_steps: int = 1000,
+        progress_bar: bool = False,
     ) -> None:
         super().__init__()
         if isinstance(norm_type, bool) or not float(norm_type) >= 1:
@@ -118,6 +120,7 @@ class GradientNormMonitor(StepCallback):
         self.update_ratio = update_ratio
         self.histograms = histograms
         self.figure_every_n_steps = figure_every_n_steps
+        self.progress_bar = progress_bar
         self.state_arguments = {"norm_type": self.norm_type, "level": level}
         self._detectors: dict[int, SymptomDetector] = defaultdict(SymptomDetector)
         self._finite: dict[int, tuple[Scalar, int]] = {}
@@ -134,6 +137,9 @@ class GradientNormMonitor(StepCallback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Forget a batch that an exception ended."""
         super().on_train_start(trainer, pl_module)
+        if self.progress_bar:
+            n = len(trainer.optimizers)
+            self.suite.report.on_bar |= {f"{family('grad_norm', i, n)}/total" for i in range(n)}
         self._looks = {}
         self._waiting = []
 
@@ -185,12 +191,12 @@ class GradientNormMonitor(StepCallback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
     ) -> None:
         """Log the last logged step without its update, for which no other rank can be asked any more."""
-        super().on_exception(trainer, pl_module, exception)
         waiting, self._waiting = self._waiting, []
         for look in waiting:
             scalars = self._read(trainer, pl_module, look, True, look.values(self.norm_type).tolist())
             reporting.log_scalars(trainer, scalars, look.step)
         self._draw_last(trainer)
+        super().on_exception(trainer, pl_module, exception)
 
     def state_dict(self) -> dict[str, Any]:
         """What the detectors remember."""
@@ -281,6 +287,8 @@ class GradientNormMonitor(StepCallback):
             if not is_late:
                 self.suite.report.publish_total(f"{name}/total", total)
             scalars[f"{name}/total"] = total
+            if self.norm_type == 2:
+                self.suite.largest_norm = max(self.suite.largest_norm, total)
             if band is not None:
                 around = family("grad_norm_band", index, n_optimizers)
                 scalars |= {f"{around}/low": band[0], f"{around}/total": total, f"{around}/high": band[1]}
@@ -327,12 +335,12 @@ class GradientNormMonitor(StepCallback):
             return
         self._history.append(look.step, {name.strip("/"): norm for name, norm in norms.items()})
         if (look.step + 1) % self.figure_every_n_steps == 0:
-            reporting.log_figure(trainer, "grad_norm/layers", self._history.draw(), look.step)
+            reporting.log_figure(trainer, "grad_norm/layers", self._history.draw, look.step)
 
     def _draw_last(self, trainer: pl.Trainer) -> None:
         last = self._history.last_step
         if len(self._history) >= LEAST_COLUMNS and (last + 1) % self.figure_every_n_steps != 0:
-            reporting.log_figure(trainer, "grad_norm/layers", self._history.draw(), last)
+            reporting.log_figure(trainer, "grad_norm/layers", self._history.draw, last)
 
     def _log_histograms(self, trainer: pl.Trainer, gradients: Gradients) -> None:
         for i in self._charted(gradients.names):

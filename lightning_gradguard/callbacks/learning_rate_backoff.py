@@ -34,6 +34,7 @@ class LearningRateBackoff(StepCallback):
         rewarm_steps: Good steps over which the rate climbs from a tenth of its new value to all of it.
         recover_after_steps: Good steps without a rollback after which the scale grows by `1 / factor`,
             up to 1.
+        progress_bar: Whether the progress bar shows the scale, as it was at the last logged step.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -50,8 +51,10 @@ class LearningRateBackoff(StepCallback):
         cooldown_steps: int = 20,
         rewarm_steps: int = 50,
         recover_after_steps: int = 2000,
+        progress_bar: bool = False,
     ) -> None:
         super().__init__()
+        self.progress_bar = progress_bar
         self.state_arguments = {"factor": factor, "min_scale": min_scale}
         self._backoff = Backoff(factor, min_scale, cooldown_steps, rewarm_steps, recover_after_steps)
         self._scale = 1.0
@@ -109,18 +112,25 @@ class LearningRateBackoff(StepCallback):
                 values[f"{name}/scheduled_lr/{group}"] = scheduled
                 values[f"{name}/lr/{group}"] = scheduled * rate.scale
         self.suite.report.add_scalars(values)
+        if self.progress_bar:
+            self.suite.report.on_bar.add("lr_backoff/scale")
+            self.suite.report.publish_total("lr_backoff/scale", self._scale)
 
     def on_exception(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
     ) -> None:
         """Put the learning rates back."""
-        super().on_exception(trainer, pl_module, exception)
         self._let_go()
+        super().on_exception(trainer, pl_module, exception)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Let go of the optimizers."""
         super().on_train_end(trainer, pl_module)
         self._let_go()
+
+    def final_counts(self) -> dict[str, float]:
+        """The scale of the last batch."""
+        return {"lr_backoff/scale": self._scale}
 
     def state_dict(self) -> dict[str, Any]:
         """The scale and its counters."""

@@ -332,10 +332,10 @@ class NaNRollback(StepCallback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
     ) -> None:
         """Leave sane weights, and other callbacks as they were."""
-        super().on_exception(trainer, pl_module, exception)
         if self._is_fitting:
             self.suite.settle(trainer, pl_module)
         lightning_api.resume_weight_averages(trainer)
+        super().on_exception(trainer, pl_module, exception)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Leave other callbacks as they were."""
@@ -348,6 +348,14 @@ class NaNRollback(StepCallback):
         if stage == "fit":
             self._is_fitting = False
             lightning_api.no_longer_before_checkpoints(trainer)
+
+    def final_counts(self) -> dict[str, float]:
+        """Skips, rollbacks and overflows so far."""
+        return {
+            "rollback/skips": float(self.skips),
+            "rollback/rollbacks": float(self.rollbacks),
+            "rollback/amp_overflows": float(self.amp_overflows),
+        }
 
     def state_dict(self) -> dict[str, Any]:
         """Counters, detectors and the places of ledgers; snapshots are not part of it."""
@@ -613,11 +621,7 @@ class NaNRollback(StepCallback):
         publish(trainer, pl_module, incident_now(trainer, kind, **facts))
 
     def _report(self, trainer: pl.Trainer) -> None:
-        counts = {
-            "rollback/skips": float(self.skips),
-            "rollback/rollbacks": float(self.rollbacks),
-            "rollback/amp_overflows": float(self.amp_overflows),
-        }
+        counts = self.final_counts()
         report = self.suite.report
         report.add_scalars(counts)
         report.publish_total("rollback/skips", counts["rollback/skips"])

@@ -15,7 +15,9 @@ from weakref import WeakKeyDictionary
 import pytorch_lightning as pl
 
 from lightning_gradguard.runtime import reporting
+from lightning_gradguard.runtime.distributed import gather_objects
 from lightning_gradguard.runtime.lightning_api import batches_that_stepped
+from lightning_gradguard.runtime.trees import is_a
 
 Action = Literal["none", "skipped", "rolled back", "backed off", "repaired", "stopped"]
 
@@ -133,10 +135,20 @@ def open_journal(trainer: pl.Trainer, folder: str | None = None) -> None:
         folder: The folder of `incidents.jsonl`; the run's own folder if `None`. The first callback that
             names a folder decides.
     """
-    own = trainer.log_dir or trainer.default_root_dir
+    own = _folder_of_run(trainer)
     if folder is not None or trainer not in _journals:
         is_real = not trainer.fast_dev_run  # type: ignore[attr-defined]
         _journals[trainer] = _Journal(Path(folder or own) if is_real else None, trainer.is_global_zero)
+
+
+def _folder_of_run(trainer: pl.Trainer) -> Path:
+    """Lightning's own folder of the run; with loggers that have one for all runs, that of checkpoints."""
+    folder = Path(trainer.log_dir or trainer.default_root_dir)
+    if trainer.logger is None or any(is_a(trainer.logger, own) for own in ("TensorBoardLogger", "CSVLogger")):
+        return folder
+    version = trainer.logger.version
+    parts = str(trainer.logger.name), version if isinstance(version, str) else f"version_{version}"
+    return folder.joinpath(*gather_objects(parts)[0])  # a service names a run on rank 0 only
 
 
 def run_folder(trainer: pl.Trainer) -> Path | None:

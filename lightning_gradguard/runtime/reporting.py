@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.callbacks.progress.tqdm_progress import Tqdm
 from pytorch_lightning.utilities import rank_zero_info
+
+from lightning_gradguard.runtime.loggers import Medium, write_medium, write_scalars, write_settings
+from lightning_gradguard.runtime.trees import is_a
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -34,49 +38,70 @@ def log_scalars(trainer: pl.Trainer, scalars: Mapping[str, float], step: int) ->
         step: The horizontal axis.
     """
     for logger in trainer.loggers:
-        _guarded(logger, partial(logger.log_metrics, dict(scalars), step=step))
+        _guarded(logger, partial(write_scalars, logger, scalars, step))
 
 
 def log_text(trainer: pl.Trainer, tag: str, markdown: str, step: int) -> None:
     """Write Markdown to the loggers that have a place for it."""
-    _log_media(trainer, "add_text", tag, markdown, step)
+    _log_medium(trainer, "text", tag, markdown, step)
 
 
-def log_figure(trainer: pl.Trainer, tag: str, figure: Figure, step: int) -> None:
-    """Write a figure to the loggers that have a place for it."""
-    _log_media(trainer, "add_figure", tag, figure, step)
+def log_figure(trainer: pl.Trainer, tag: str, draw: Callable[[], Figure], step: int) -> None:
+    """Write a figure to the loggers that have a place for it; without one it is not drawn."""
+    _log_medium(trainer, "figure", tag, draw, step)
 
 
 def log_histogram(trainer: pl.Trainer, tag: str, values: Any, step: int) -> None:
     """Write a histogram of finite values to the loggers that have a place for it."""
-    _log_media(trainer, "add_histogram", tag, values, step)
+    _log_medium(trainer, "histogram", tag, values, step)
 
 
-def publish_metrics(pl_module: pl.LightningModule, metrics: Mapping[str, float]) -> None:
-    """Put totals where `EarlyStopping(monitor=...)` and the progress bar look for them."""
+def log_settings(trainer: pl.Trainer, settings: Mapping[str, Any]) -> None:
+    """Write what the suite was told to do beside the hyperparameters, to the loggers that keep them apart."""
+    if trainer.is_global_zero:
+        for logger in trainer.loggers:
+            _guarded(logger, partial(write_settings, logger, settings))
+
+
+def publish_metrics(
+    pl_module: pl.LightningModule, metrics: Mapping[str, float], on_bar: Collection[str] = ()
+) -> None:
+    """Put totals where `EarlyStopping(monitor=...)` looks for them, and some onto the progress bar."""
     if pl_module.trainer.barebones:
         return
     for tag, value in metrics.items():
-        # of a number, Lightning would make a tensor on the device, and wait for it
-        pl_module.log(tag, torch.tensor(value), on_step=True, on_epoch=False, logger=False, batch_size=1)
+        pl_module.log(
+            tag,
+            torch.tensor(value),  # of a number, Lightning would make one on the device, and wait for it
+            prog_bar=tag in on_bar,
+            on_step=True,
+            on_epoch=False,
+            logger=False,
+            batch_size=1,
+        )
 
 
 def say(trainer: pl.Trainer, message: str) -> None:
     """Tell the person at the console, once, above the progress bar where there is one."""
     bar = trainer.progress_bar_callback
-    if bar is not None and getattr(bar, "is_enabled", True) and trainer.is_global_zero:
-        bar.print(message)
-    else:
+    if bar is None or not getattr(bar, "is_enabled", True):
         rank_zero_info(message)
+    elif trainer.is_global_zero:
+        # the `print` of this bar swallows what is said while it is not on the screen
+        (Tqdm.write if is_a(bar, "TQDMProgressBar") else bar.print)(message)
 
 
-def _log_media(trainer: pl.Trainer, method: str, tag: str, content: Any, step: int) -> None:
-    if not trainer.is_global_zero:
-        return
-    for logger in trainer.loggers:
-        add = getattr(getattr(logger, "experiment", None), method, None)
-        if add is not None:
-            _guarded(logger, partial(add, tag, content, step))
+def say_last(trainer: pl.Trainer, message: str) -> None:
+    """Tell the person at the console when training has ended, below the progress bar."""
+    if (progress := getattr(trainer.progress_bar_callback, "progress", None)) is not None:
+        progress.stop()  # Rich's bar stays until its own turn to end, which may come later
+    say(trainer, message)
+
+
+def _log_medium(trainer: pl.Trainer, medium: Medium, tag: str, content: Any, step: int) -> None:
+    if trainer.is_global_zero:
+        for logger in trainer.loggers:
+            _guarded(logger, partial(write_medium, logger, medium, tag, content, step))
 
 
 def _guarded(logger: Any, write: Callable[[], Any]) -> None:

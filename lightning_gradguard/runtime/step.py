@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,10 +17,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_gradguard.core.norms import Gradients
-from lightning_gradguard.runtime import distributed, lightning_api, reporting
+from lightning_gradguard.runtime import distributed, lightning_api, reporting, summary
 from lightning_gradguard.runtime.measuring import Measurement, Numbers, Wanted, measure
 from lightning_gradguard.runtime.optimizer import Ride, takes_riders
 from lightning_gradguard.runtime.selection import Layout, Selection
+from lightning_gradguard.runtime.settings import Configured
 
 #: `"accept"`: the step may enter histories. `"drop"`: it must not happen. `"ignore"`: it enters no history,
 #: and somebody else (the GradScaler) sees to it.
@@ -75,7 +77,7 @@ class Step:
         return not alone and takes_riders(self.optimizer)
 
 
-class StepCallback(lightning_api.Callback):
+class StepCallback(lightning_api.Callback, Configured):
     """A callback of the suite: takes part in the shared step and leaves the Trainer as it found it.
 
     Subclasses override `on_step`, `on_batch_end` and what else they need; `super()` keeps the books.
@@ -138,14 +140,22 @@ class StepCallback(lightning_api.Callback):
     def on_exception(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
     ) -> None:
-        """Leave optimizers as they were, also if the callback was refused before it joined."""
-        suite_of(trainer).end_rides()
+        """Leave optimizers as they were, also if the callback was refused before it joined; come last."""
+        suite = suite_of(trainer)
+        suite.end_rides()
+        if suite.has(self):
+            suite.end(self, trainer)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Leave the suite."""
         if stage == "fit":
             suite_of(trainer).end_rides()
             del _suites[trainer]
+            self.suite.end(self, trainer)
+
+    def final_counts(self) -> Mapping[str, float]:
+        """What the callback has counted in the run, by tag. Asked on rank 0 when training has ended."""
+        return {}
 
     def judge(self, trainer: pl.Trainer, measurement: Measurement) -> Verdict:
         """What the callback says of a step. Pure, and asked only of callbacks that override it."""
@@ -195,6 +205,7 @@ class Suite:
         judges_at_once: Set, on all ranks alike, where the next step is not to be judged late.
         has_stepped: Whether an optimizer stepped in the running batch; not so while gradients accumulate.
         is_logged: Whether the running step is one that the Trainer logs.
+        largest_norm: The largest total norm of accepted gradients that came to the host.
     """
 
     def __init__(self) -> None:
@@ -205,6 +216,9 @@ class Suite:
         self.judges_at_once = False
         self.has_stepped = False
         self.is_logged = False
+        self.largest_norm = 0.0
+        self._last_step: int | None = None
+        self._ended: set[int] = set()
         self._wants_units = False
         self._weighing: list[StepCallback] = []
         self._layout = Layout({})
@@ -296,6 +310,22 @@ class Suite:
                 self.has_stepped = self.serves_lost_batch = self.judges_at_once = False
             self.report.send(trainer, pl_module)
 
+    def end(self, member: StepCallback, trainer: pl.Trainer) -> None:
+        """End a callback's part in the run; with the last one, what the run came to is told."""
+        self._ended.add(id(member))
+        if len(self._ended) < len(self._members) or self._last_step is None:
+            return
+        step, self._last_step = self._last_step, None
+        if not trainer.is_global_zero or trainer.barebones or trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        try:
+            counts = {tag: count for other in self._members for tag, count in other.final_counts().items()}
+            if self.largest_norm:
+                counts["summary/largest_norm"] = self.largest_norm
+            summary.summarize(trainer, counts, step, self.report.last_logged)
+        except Exception as error:  # of a device that an exception has left unusable, for one
+            warnings.warn(f"what the run came to could not be told: {error!r}", stacklevel=2)
+
     def settle(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Verdict:
         """Judge the step that has not been judged yet, if there is one, and tell the judges."""
         unread, self._unread = self._unread, None
@@ -318,12 +348,16 @@ class Suite:
     def _ask(self, trainer: pl.Trainer, measurement: Measurement) -> Verdict:
         verdicts = [judge.judge(trainer, measurement) for judge in self._judges]
         order: tuple[Verdict, ...] = ("drop", "ignore")
-        return next((v for v in order if v in verdicts), "accept")
+        verdict: Verdict = next((v for v in order if v in verdicts), "accept")
+        if verdict == "accept":
+            self.largest_norm = max(self.largest_norm, measurement.total_norm)
+        return verdict
 
     def _measure(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> Step | None:
         losses, self._losses = self._losses, []
+        self._last_step = lightning_api.batches_that_stepped(trainer)
         self.end_rides()
         if self.settle(trainer, pl_module) == "drop":
             return None
@@ -410,9 +444,16 @@ class Suite:
 
 
 class Report:
-    """Numbers of one batch on their way to people: gathered on the device, moved to the host once."""
+    """Numbers of one batch on their way to people: gathered on the device, moved to the host once.
+
+    Attributes:
+        on_bar: Tags of totals that the progress bar shows.
+        last_logged: By tag, the step at which it was logged last.
+    """
 
     def __init__(self) -> None:
+        self.on_bar: set[str] = set()
+        self.last_logged: dict[str, int] = {}
         self._parts: list[tuple[Tensor, Callable[[list[float]], Mapping[str, float]], int | None]] = []
         self._scalars: dict[str, float] = {}
         self._totals: dict[str, float] = {}
@@ -461,8 +502,9 @@ class Report:
         for step, scalars in sorted(by_step.items()):
             if scalars:
                 reporting.log_scalars(trainer, scalars, step)
+                self.last_logged |= dict.fromkeys(scalars, step)
         totals, self._totals = self._totals, {}
-        reporting.publish_metrics(pl_module, totals)
+        reporting.publish_metrics(pl_module, totals, self.on_bar)
 
 
 _suites: WeakKeyDictionary[pl.Trainer, Suite] = WeakKeyDictionary()

@@ -23,6 +23,16 @@ def tree_of(module_class: Any) -> ModuleType:
     return other if issubclass(module_class, other.LightningModule) else pl
 
 
+def is_a(thing: object, name: str) -> bool:
+    """Whether something is of a class of Lightning, of either package, or of one that inherits from it.
+
+    Args:
+        thing: A logger, a callback.
+        name: The name of the class, which both packages share.
+    """
+    return any(kind.__name__ == name for kind in type(thing).__mro__)
+
+
 def callback_of_both() -> type[pl.Callback]:
     """The class for callbacks to inherit: that of both packages where both are loaded by now.
 

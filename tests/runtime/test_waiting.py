@@ -212,7 +212,7 @@ class Curious(ClippingPolicy):
 
 @pytest.mark.parametrize("look", HIDDEN.values(), ids=HIDDEN.keys())
 def test_a_hidden_wait_is_seen(look: Callable[[Tensor], Any]) -> None:
-    seen = seen_of([AdaptiveGradientClipping(Curious(look))], Classifier("sgd"), batches(2))
+    seen = seen_of([AdaptiveGradientClipping(Curious(look))], Classifier("sgd"), batches(3))
     expect(1, "wait", seen, [1])
     (where,) = [sight.where for sight in seen if sight.kind == "wait" and sight.is_own and sight.batch == 1]
     assert where.startswith("lightning_gradguard/callbacks/adaptive_gradient_clipping.py:")
@@ -220,7 +220,7 @@ def test_a_hidden_wait_is_seen(look: Callable[[Tensor], Any]) -> None:
 
 @pytest.mark.parametrize("look", HARMLESS.values(), ids=HARMLESS.keys())
 def test_what_is_no_wait_is_not_taken_for_one(look: Callable[[Tensor], Any]) -> None:
-    seen = seen_of([AdaptiveGradientClipping(Curious(look))], Classifier("sgd"), batches(2))
+    seen = seen_of([AdaptiveGradientClipping(Curious(look))], Classifier("sgd"), batches(3))
     expect(0, "wait", seen, [1])
 
 

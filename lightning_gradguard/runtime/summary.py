@@ -1,0 +1,86 @@
+"""What a run came to, told once at its end: a table, and the final counts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytorch_lightning as pl
+
+from lightning_gradguard.runtime import reporting
+from lightning_gradguard.runtime.incidents import count_incidents, incidents_file
+from lightning_gradguard.runtime.settings import settings_of
+from lightning_gradguard.runtime.trees import is_a
+
+#: Final counts in the order of the table: what a person calls them, and how they are written.
+_ROWS = {
+    "rollback/skips": ("steps skipped", "{:.0f}"),
+    "rollback/rollbacks": ("rollbacks", "{:.0f}"),
+    "rollback/amp_overflows": ("AMP overflows", "{:.0f}"),
+    "lr_backoff/scale": ("learning rate scale", "{:.3g}"),
+    "summary/clipped_fraction": ("steps clipped", "{:.1%}"),
+    "summary/largest_norm": ("largest norm", "{:.3g}"),
+}
+
+
+def summarize(
+    trainer: pl.Trainer, counts: Mapping[str, float], step: int, last_logged: Mapping[str, int]
+) -> None:
+    """Tell the console and the loggers what a run came to. Local: nothing is asked of other ranks.
+
+    Args:
+        trainer: The Trainer that has ended to fit, or was interrupted.
+        counts: Final counts of the callbacks, by tag.
+        step: The last step, on the loggers' axis.
+        last_logged: At which step each tag was logged last; what was logged at the last one is not again.
+    """
+    incidents = count_incidents(trainer)
+    settings = settings_of(trainer.callbacks)  # type: ignore[attr-defined]
+    final = {**counts, "summary/incidents": sum(incidents.values())}
+    news = {tag: count for tag, count in final.items() if last_logged.get(tag) != step}
+    reporting.log_scalars(trainer, news, step)
+    reporting.log_settings(trainer, settings)
+    rows = {"steps": str(trainer.global_step), **_told(counts), "incidents": _listed(incidents)}
+    reporting.log_text(trainer, "summary", _markdown({**rows, **settings}), step)
+    if incidents:
+        reporting.say_last(trainer, _table({**rows, **_ways_on(trainer)}))
+    else:
+        facts = _told({tag: value for tag, value in counts.items() if tag.startswith("summary/")})
+        told = ", ".join([f"{rows['steps']} steps", *(f"{name} {value}" for name, value in facts.items())])
+        reporting.say_last(trainer, f"gradguard: no incident; {told}.")
+
+
+def _told(counts: Mapping[str, float]) -> dict[str, str]:
+    return {name: form.format(counts[tag]) for tag, (name, form) in _ROWS.items() if counts.get(tag)}
+
+
+def _listed(incidents: Mapping[str, int]) -> str:
+    often = sorted(incidents.items(), key=lambda item: -item[1])
+    return ", ".join(f"{kind} {n}" for kind, n in often) or "none"
+
+
+def _ways_on(trainer: pl.Trainer) -> dict[str, str]:
+    """Where everything is written down, and what to type to read it."""
+    ways = {}
+    if (file := incidents_file(trainer)) is not None:
+        ways["written in"] = _short(file)
+        if (dossiers := file.parent / "incidents").is_dir():
+            ways["lost batches"] = f"{_short(dossiers)}, a page each"
+        ways["to read on"] = f"lightning-gradguard report {_short(file.parent)}"
+    for logger in trainer.loggers:
+        if is_a(logger, "TensorBoardLogger"):
+            ways["to see charts"] = f"tensorboard --logdir {_short(Path(str(logger.root_dir)))}"
+    return ways
+
+
+def _short(path: Path) -> str:
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
+
+
+def _table(rows: Mapping[str, str]) -> str:
+    width = max(map(len, rows))
+    return "\n".join(["gradguard: what this run came to", *(f"  {k:{width}}  {v}" for k, v in rows.items())])
+
+
+def _markdown(rows: Mapping[str, object]) -> str:
+    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())])
