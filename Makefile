@@ -5,7 +5,7 @@ BENCH_STAMP := $(VENV)/.installed-bench
 OLDEST := .venv-oldest
 OLDEST_STAMP := $(OLDEST)/.installed
 
-.PHONY: install demo test test-oldest check strategies faults bench bench-gpu
+.PHONY: install demo test test-oldest browser-test check docs guide strategies faults bench bench-gpu
 
 install: $(STAMP)
 
@@ -29,10 +29,22 @@ $(OLDEST_STAMP): pyproject.toml constraints-oldest.txt
 test-oldest: $(OLDEST_STAMP)
 	$(OLDEST)/bin/python -m pytest -n 2 --dist worksteal -q
 
+# TensorBoard in a real browser; its pictures are those of the documentation
+browser-test: install
+	command -v chromium >/dev/null || { apt-get update && apt-get install -y --no-install-recommends chromium; }
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev,browser]"
+	$(BIN)/python -m pytest -q tests/browser --pictures docs/images
+
 check: install
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+
+docs: install
+	$(BIN)/python -m mkdocs build --strict
+
+guide: install
+	$(BIN)/python -m docs.guide_page
 
 strategies: install
 	$(BIN)/python -m pytest -q tests/runtime/test_strategies.py --write-strategies

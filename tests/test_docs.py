@@ -1,0 +1,217 @@
+"""The site builds, loads nothing from elsewhere, and every snippet of it runs."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import re
+import shlex
+import subprocess
+import sys
+from io import StringIO
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+import lightning_gradguard
+from docs import experiments, guide_page
+from docs.experiments import Run
+from lightning_gradguard.cli.main import main as command
+from lightning_gradguard.cli.suite import command_line, typed
+
+ROOT = Path(__file__).parents[1]
+PAGES = {
+    str(path.relative_to(ROOT)): path.read_text()
+    for path in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
+}
+#: What snippets stand for: a package of the reader's.
+MY_PACKAGE = """
+from lightning_gradguard import ZScoreClipping as MyPolicy
+from examples.digits import DeepNetwork as MyModule, Digits as MyData
+"""
+
+
+def snippets(language: str, page: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", PAGES[page], re.DOTALL | re.MULTILINE)
+
+
+def pages_with(language: str) -> list[str]:
+    return [page for page in PAGES if snippets(language, page)]
+
+
+@pytest.fixture
+def my_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clone with a package of the reader's in it, a configuration, and what an earlier run has left."""
+    Path("examples").symlink_to(ROOT / "examples")
+    Path("my_package.py").write_text(MY_PACKAGE)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "my_package", raising=False)
+    model, data = {"class_path": "my_package.MyModule"}, {"class_path": "my_package.MyData"}
+    Path("config.yaml").write_text(yaml.safe_dump({"model": model, "data": data}))
+    last_good = Path("lightning_logs/version_0/last_good.ckpt")
+    last_good.parent.mkdir(parents=True)
+    torch.save({"state_dict": {}}, last_good)
+
+
+#: LightningCLI still calls what jsonargparse has renamed.
+renamed = pytest.mark.filterwarnings("ignore:[\\s\\w`.]* was deprecated in v4")
+
+
+@renamed
+@pytest.mark.filterwarnings("ignore:Precision .* is not supported by the model summary")
+@pytest.mark.parametrize("page", pages_with("python"))
+def test_python_snippets_run(page: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of a page one after another, as a reader does; what a page says is printed is printed."""
+    monkeypatch.setattr(sys, "argv", ["snippet.py"])
+    names: dict[str, object] = {}
+    printed = StringIO()
+    with contextlib.redirect_stdout(printed):
+        for match in re.finditer(r"^```(python|text)\n(.*?)^```", PAGES[page], re.DOTALL | re.MULTILINE):
+            language, snippet = match.groups()
+            if language == "text":
+                assert snippet.rstrip() in printed.getvalue()
+            else:
+                line = PAGES[page][: match.start(2)].count("\n")
+                exec(compile("\n" * line + snippet, str(ROOT / page), "exec"), names)
+
+
+@renamed
+@pytest.mark.usefixtures("my_package")
+@pytest.mark.parametrize(
+    ("page", "snippet"), [(page, text) for page in pages_with("yaml") for text in snippets("yaml", page)]
+)
+def test_yaml_snippets_are_built(page: str, snippet: str) -> None:
+    Path("snippet.yaml").write_text(snippet)
+    arguments = ["--config", "config.yaml", "--config", "snippet.yaml"]
+    with typed(arguments):
+        trainer = command_line(arguments).trainer
+    built = {type(callback).__name__ for callback in trainer.callbacks}  # type: ignore[attr-defined]
+    listed = yaml.safe_load(snippet).get("trainer", {}).get("callbacks", [])
+    wanted = [entry["class_path"] for entry in listed]
+    assert {class_path.rpartition(".")[2] for class_path in wanted} <= built
+
+
+COMMANDS = sorted(
+    {
+        line.partition("#")[0].strip()
+        for page in pages_with("bash")
+        for snippet in snippets("bash", page)
+        for line in snippet.replace("\\\n", " ").splitlines()
+        if line.startswith("lightning-gradguard ")
+    }
+)
+
+
+@renamed
+@pytest.mark.usefixtures("my_package")
+@pytest.mark.parametrize("line", COMMANDS)
+def test_commands_are_understood(line: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """What `fit` is given builds a module and a Trainer; of another command, the options exist."""
+    _, verb, *arguments = shlex.split(line)
+    if verb == "fit" and "--help" not in arguments:
+        with typed(arguments):
+            assert type(command_line(arguments).model).__name__ == "DeepNetwork"
+        return
+    with contextlib.suppress(SystemExit):
+        command([verb] if verb.startswith("--") else [verb, "--help"])
+    help_page = capsys.readouterr().out
+    assert help_page
+    for option in (argument for argument in arguments if argument.startswith("--")):
+        assert option.partition("=")[0] in help_page
+
+
+def test_the_site_builds_strictly_and_stands_alone(tmp_path: Path) -> None:
+    """No page links to nowhere, none is left out, and none loads anything from another host."""
+    nowhere = {"http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"}
+    site = tmp_path / "site"
+    result = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(site)],
+        cwd=ROOT,
+        env={**os.environ, **nowhere, "NO_MKDOCS_2_WARNING": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    assert 'not included in the "nav"' not in result.stderr
+    for page in PAGES:
+        if page.startswith("docs/") and not page.endswith("index.md"):
+            assert (site / page.removeprefix("docs/").removesuffix(".md") / "index.html").exists(), page
+    loads = re.compile(
+        r"<(?:script|link|img|iframe)[^>]*(?:src|href)=\"?(?:https?:)?//|url\([\"']?(?:https?:)?//"
+    )
+    for file in (*site.rglob("*.html"), *site.rglob("*.css")):
+        assert not loads.search(file.read_text()), file
+    monitor = (site / "callbacks/gradient_norm_monitor/index.html").read_text()
+    assert all(f"<code>{name}</code>" in monitor for name in ("norm_type", "every_n_steps", "exclude"))
+
+
+def test_the_reference_is_whole() -> None:
+    """Public names, and the rooms of the core."""
+    pages = "\n".join(PAGES.values())
+    rooms = [f"core.{path.stem}" for path in (ROOT / "lightning_gradguard/core").glob("[a-z]*.py")]
+    for name in (*lightning_gradguard.__all__, *rooms):
+        assert f"::: lightning_gradguard.{name}\n" in pages, name
+
+
+CURES = ("ReLU, He", "ReLU, batch norm", "ReLU, residual")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_what_vanishes_is_cured_by_what_the_guide_says() -> None:
+    sick = experiments.VANISHING["ReLU"](120, 0)
+    assert sick.first_norms()[0] < sick.first_norms()[-1] / 100
+    for name in CURES:
+        cured = experiments.VANISHING[name](120, 0)
+        assert cured.first_norms()[0] > cured.first_norms()[-1] / 10, name
+        assert cured.final_loss < sick.final_loss - 0.5, name
+        assert cured.accuracy > sick.accuracy + 0.3, name
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_what_explodes_is_cured_by_what_the_guide_says() -> None:
+    sick = experiments.THROUGH_TIME["ReLU, gain 1.1"](25, 0)
+    assert sick.survived < 25
+    for name in ("clipping to norm 1", "max-norm", "LSTM", "the suite"):
+        cured = experiments.THROUGH_TIME[name](25, 0)
+        assert cured.survived == 25, name
+        assert cured.losses[-1] < cured.losses[0], name
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_weights_that_are_too_large_need_clipping_and_a_bound() -> None:
+    runs = {name: run(120, 0) for name, run in experiments.HUGE_WEIGHTS.items()}
+    assert not math.isfinite(runs["weights from N(0, 0.4)"].final_loss)
+    assert runs["clipping, max-norm"].final_loss < runs["clipping"].final_loss < math.inf
+    assert runs["clipping, L2"].accuracy > runs["max-norm"].accuracy + 0.2
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_guide_has_what_its_program_writes(tmp_path: Path) -> None:
+    """All experiments of the page, and no other, in its columns; the numbers take minutes."""
+    page = PAGES["docs/guide.md"]
+    tables = {}
+    for name, (runs, _, head, row) in guide_page.TABLES.items():
+        tables[name] = guide_page.table(head, (row(what, [run(2, 0)]) for what, run in runs.items()))
+
+    def form(text: str) -> list[tuple[str, int]]:
+        rows = [line.split(" | ") for line in text.splitlines() if line.startswith("| ")]
+        return [(cells[0], len(cells)) for cells in rows]
+
+    assert form(guide_page.written(page, tables)) == form(page)
+    assert "NaN" in page
+
+
+def test_the_guide_draws(tmp_path: Path) -> None:
+    """A run that died, one that lives, and a picture of both that is not empty."""
+    dead = Run(losses=[4.6, 9.0, math.nan], series={"grad_norm/total": [1.0, 1e3, math.inf]})
+    alive = Run(losses=[4.6, 4.0, 3.0], series={"grad_norm/total": [1.0, 1.0, 1.0]})
+    figure = guide_page.draw_characters({"a": dead, "b": alive}, {"a": "tab:red", "b": "tab:blue"})
+    figure.savefig(tmp_path / "picture.png")
+    loss, norm = figure.axes
+    assert [line.get_label() for line in loss.get_lines()] == ["a", "b"]
+    assert [line.get_marker() for line in norm.get_lines()] == ["x", ""]
+    for name in re.findall(r"\(images/(\w+\.png)\)", PAGES["docs/guide.md"]):
+        assert (ROOT / "docs/images" / name).stat().st_size > 10_000
