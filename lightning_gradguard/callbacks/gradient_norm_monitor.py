@@ -171,7 +171,7 @@ class GradientNormMonitor(StepCallback):
         looks, self._looks = self._looks, {}
         for index, look in looks.items():
             finite, seen = self._finite.pop(index)
-            look.close(trainer, 1 - finite / seen)
+            look.close(1 - finite / seen)
             if look.is_waiting:
                 self._waiting.append(look)
                 if look.accepted:
@@ -359,7 +359,7 @@ class _Look:
 
     Attributes:
         is_waiting: Whether the update is known by parts, and its sum over shards is on its way.
-        now: Step and epoch as an incident has them, once the batch has ended.
+        now: Step and epoch as an incident has them.
     """
 
     def __init__(
@@ -373,7 +373,7 @@ class _Look:
         self.was_judged = step.is_judged
         self.grad_norms = grad_norms
         self.is_waiting = False
-        self.now: dict[str, int] = {}
+        self.now = {"step": trainer.global_step, "epoch": trainer.current_epoch}
         self._suite = suite
         self._loss = step.loss
         self._weights = step.weight_norms if step.accepted else None
@@ -385,9 +385,8 @@ class _Look:
             before = list(torch._foreach_mul(_local(step.selection), 1.0))
             self._handle = after_step(step.optimizer, partial(self._measure_updates, step.selection, before))
 
-    def close(self, trainer: pl.Trainer, nonfinite_fraction: Scalar) -> None:
+    def close(self, nonfinite_fraction: Scalar) -> None:
         """Stop waiting for the optimizer, which the GradScaler may have kept from stepping."""
-        self.now = {"step": trainer.global_step, "epoch": trainer.current_epoch}
         self._fraction = nonfinite_fraction
         if self._handle is not None:
             self._handle.remove()

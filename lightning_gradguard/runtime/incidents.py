@@ -6,7 +6,8 @@ import dataclasses
 import json
 import math
 import warnings
-from collections import Counter
+from collections import Counter, deque
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -23,6 +24,11 @@ Action = Literal["none", "skipped", "rolled back", "backed off", "repaired", "st
 
 #: How often one kind of incident is said on the console before only the file goes on.
 SAID_AT_MOST = 5
+#: From then on, loggers get the table of incidents anew after so many of a kind, and at the end.
+TOLD_EVERY = 50
+#: Rows of that table, and how many of them are told in a sentence below.
+ROWS = 30
+DETAILED = 5
 
 
 _VALUE = {
@@ -79,6 +85,11 @@ class Incident:
     detail: str = ""
     dossier: str = ""
 
+    @property
+    def measured(self) -> str:
+        """The value, as people read it; empty for none."""
+        return "" if self.value is None else _VALUE.get(self.kind, "{:.4g}").format(self.value)
+
     def describe(self) -> str:
         """The incident in one line."""
         place = f" (epoch {self.epoch}" + (")" if self.batch_idx is None else f", batch {self.batch_idx})")
@@ -87,8 +98,8 @@ class Incident:
         if self.where:
             more = len(self.where) - 3
             facts.append(", ".join(self.where[:3]) + (f" and {more} more" if more > 0 else ""))
-        if self.value is not None:
-            facts.append(_VALUE.get(self.kind, "{:.4g}").format(self.value))
+        if self.measured:
+            facts.append(self.measured)
         if self.cause:
             facts.append(f"cause: {self.cause}")
         if self.action != "none":
@@ -103,6 +114,7 @@ class _Journal:
         self.folder = folder
         self.counts: Counter[str] = Counter()
         self.said: Counter[tuple[str, str]] = Counter()
+        self.recent: deque[Incident] = deque(maxlen=ROWS)
         self._writes = writes
 
     @property
@@ -110,6 +122,7 @@ class _Journal:
         return self.folder / "incidents.jsonl" if self.folder and self._writes else None
 
     def write(self, incident: Incident) -> None:
+        self.recent.appendleft(incident)
         if self.path is None:
             return
         record = dataclasses.asdict(incident)
@@ -181,8 +194,9 @@ def publish(trainer: pl.Trainer, pl_module: pl.LightningModule, incident: Incide
     journal.counts[incident.kind] += 1
     journal.said[incident.kind, incident.cause] += 1
     journal.write(incident)
-    reporting.log_text(trainer, "incidents", _markdown(incident), batches_that_stepped(trainer))
     times = journal.said[incident.kind, incident.cause]
+    if times <= SAID_AT_MOST or times % TOLD_EVERY == 0:
+        log_incidents(trainer, batches_that_stepped(trainer))
     if times <= SAID_AT_MOST:
         advice = f" {incident.advice}" if times == 1 and incident.advice else ""
         page = ""
@@ -196,23 +210,67 @@ def publish(trainer: pl.Trainer, pl_module: pl.LightningModule, incident: Incide
             hear(trainer, pl_module, incident)
 
 
+def log_incidents(trainer: pl.Trainer, step: int) -> None:
+    """Write the table of the last incidents to the loggers that take text.
+
+    Args:
+        trainer: The Trainer.
+        step: Where on the loggers' axis.
+    """
+    journal = _journals[trainer]
+    reporting.log_text(trainer, "incidents", incident_table(journal.recent, journal.counts), step)
+
+
+def incident_table(incidents: Collection[Incident], counts: Mapping[str, int]) -> str:
+    """Incidents as a table in Markdown, and what to do about them.
+
+    Args:
+        incidents: In the order of the rows, the newest first.
+        counts: How many of each kind there were in all.
+
+    Example:
+        >>> spike = Incident("loss_spike", step=7, epoch=0, batch_idx=7, value=12.0)
+        >>> incident_table([spike], {"loss_spike": 1}).splitlines()[4]
+        '| 7 | **loss_spike** |  | loss 12 | none |  |'
+    """
+    detailed = [incident for incident in incidents if incident.detail or incident.dossier]
+    advised = {incident.kind: incident.advice for incident in incidents if incident.advice}
+    return "\n".join(
+        [
+            ", ".join(f"{n} {kind}" for kind, n in counts.items()),
+            "",
+            "| step | what | where | value | done | cause |",
+            "|---|---|---|---|---|---|",
+            *map(_row, incidents),
+            "",
+            *map(_detail, detailed[:DETAILED]),
+            *(f"\n**{kind}**: {what_to_do}" for kind, what_to_do in advised.items()),
+        ]
+    )
+
+
+def _row(incident: Incident) -> str:
+    """Narrow, for TensorBoard breaks words in a table that is wider than its page."""
+    where = ", ".join(f"`{name}`" for name in incident.where[:2])
+    more = len(incident.where) - 2
+    cells = (
+        str(incident.step),
+        f"**{incident.kind}**",
+        where + (f" and {more} more" if more > 0 else ""),
+        incident.measured,
+        incident.action,
+        incident.cause,
+    )
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def _detail(incident: Incident) -> str:
+    batch = "" if incident.batch_idx is None else f", batch {incident.batch_idx}"
+    page = f" Read `{incident.dossier}/index.html`." if incident.dossier else ""
+    return f"* step {incident.step} (epoch {incident.epoch}{batch}): {incident.detail}{page}"
+
+
 def incident_now(trainer: pl.Trainer, kind: str, **facts: Any) -> Incident:
     """An incident at the Trainer's present step and epoch, unless the facts say otherwise."""
     now = {"step": trainer.global_step, "epoch": trainer.current_epoch, "batch_idx": None}
     return Incident(kind, **{**now, **facts})
-
-
-def _markdown(incident: Incident) -> str:
-    rows = {
-        "kind": f"**{incident.kind}**",
-        "step": f"{incident.step} (epoch {incident.epoch}, batch {incident.batch_idx})",
-        "where": ", ".join(f"`{name}`" for name in incident.where)
-        or ("" if incident.cause else "the network"),
-        "value": "" if incident.value is None else f"{incident.value:.6g}",
-        "cause": incident.cause,
-        "detail": incident.detail,
-        "action": incident.action,
-        "advice": incident.advice,
-        "dossier": f"`{incident.dossier}`" if incident.dossier else "",
-    }
-    return "\n".join(["| | |", "|---|---|", *(f"| {k} | {v} |" for k, v in rows.items() if v)])

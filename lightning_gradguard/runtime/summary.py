@@ -8,7 +8,7 @@ from pathlib import Path
 import pytorch_lightning as pl
 
 from lightning_gradguard.runtime import reporting
-from lightning_gradguard.runtime.incidents import count_incidents, incidents_file
+from lightning_gradguard.runtime.incidents import count_incidents, incidents_file, log_incidents
 from lightning_gradguard.runtime.settings import settings_of
 from lightning_gradguard.runtime.trees import is_a
 
@@ -43,6 +43,7 @@ def summarize(
     rows = {"steps": str(trainer.global_step), **_told(counts), "incidents": _listed(incidents)}
     reporting.log_text(trainer, "summary", _markdown({**rows, **settings}), step)
     if incidents:
+        log_incidents(trainer, step)
         reporting.say_last(trainer, _table({**rows, **_ways_on(trainer)}))
     else:
         facts = _told({tag: value for tag, value in counts.items() if tag.startswith("summary/")})
