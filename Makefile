@@ -4,8 +4,11 @@ STAMP := $(VENV)/.installed
 BENCH_STAMP := $(VENV)/.installed-bench
 OLDEST := .venv-oldest
 OLDEST_STAMP := $(OLDEST)/.installed
+LOGGERS := .venv-loggers
+LOGGERS_STAMP := $(LOGGERS)/.installed
 
-.PHONY: install demo test test-oldest browser-test check docs guide strategies faults bench bench-gpu
+.PHONY: install demo test test-oldest test-loggers browser-test
+.PHONY: check docs guide strategies faults bench bench-gpu
 
 install: $(STAMP)
 
@@ -28,6 +31,14 @@ $(OLDEST_STAMP): pyproject.toml constraints-oldest.txt
 
 test-oldest: $(OLDEST_STAMP)
 	$(OLDEST)/bin/python -m pytest -n 2 --dist worksteal -q
+
+$(LOGGERS_STAMP): pyproject.toml constraints.txt
+	test -x $(LOGGERS)/bin/python || python3 -m venv $(LOGGERS)
+	$(LOGGERS)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev,loggers]"
+	touch $(LOGGERS_STAMP)
+
+test-loggers: $(LOGGERS_STAMP)
+	$(LOGGERS)/bin/python -m pytest -q tests/runtime/test_loggers.py tests/callbacks/test_messages.py
 
 # TensorBoard in a real browser; its pictures are those of the documentation
 browser-test: install

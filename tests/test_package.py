@@ -50,6 +50,8 @@ def test_the_linter_holds_the_floors(tmp_path: Path) -> None:
         ("runtime", "lightning_gradguard.callbacks.nan_rollback"),
         ("callbacks", "lightning_gradguard.callbacks.nan_rollback"),
         ("callbacks", "lightning_gradguard.cli.main"),
+        ("report", "torch"),
+        ("report", "lightning_gradguard.cli.refusals"),
     ):
         room = ROOT / "lightning_gradguard" / floor / "scratch.py"
         result = subprocess.run(

@@ -91,7 +91,7 @@ def test_the_incidents_as_a_table(server: Server) -> None:
     newest = server.get("data/plugin/text/text", run="bare", tag="incidents/text_summary")[-1]
     assert "<table>" in newest["text"]
     assert "nonfinite_gradient" in newest["text"]
-    assert "rnn.weight_ih_l0" in newest["text"]
+    assert "rnn.weight_hh_l0" in newest["text"]
 
 
 class Deep(pl.LightningModule):

@@ -10,11 +10,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lightning_gradguard.cli.refusals import RefusalError, told
-from lightning_gradguard.cli.report_json import as_json
-from lightning_gradguard.cli.report_page import as_html
-from lightning_gradguard.cli.report_text import as_text
-from lightning_gradguard.cli.run_folders import find_runs, read_run
-from lightning_gradguard.cli.run_report import report_on
+from lightning_gradguard.report.as_json import as_json
+from lightning_gradguard.report.as_page import as_html
+from lightning_gradguard.report.as_text import as_text
+from lightning_gradguard.report.run_folders import find_runs, read_run
+from lightning_gradguard.report.run_report import report_on
 
 _DESCRIPTION = """\
 Reads what training runs left (TensorBoard event files, incidents.jsonl) and says what went wrong, where,
@@ -49,7 +49,11 @@ def main(arguments: Sequence[str]) -> None:
             raise RefusalError(
                 "name the folder of a run, as in: lightning-gradguard report lightning_logs/version_0"
             )
-        reports = [report_on(read_run(name, path)) for name, path in find_runs(folders).items()]
+        try:
+            runs = find_runs(folders)
+        except FileNotFoundError as error:
+            raise RefusalError(str(error)) from None
+        reports = [report_on(read_run(name, path)) for name, path in runs.items()]
         if options.html is not None:
             _write(options.html, as_html(reports))
         if json_file == Path("-"):
@@ -77,7 +81,7 @@ def _parser() -> argparse.ArgumentParser:
         nargs="?",
         const=Path("-"),
         type=Path,
-        help="print the report as JSON, or write it to FILE; report.schema.json in this package describes it",
+        help="print the report as JSON, or write it to FILE; report/schema.json of the package describes it",
     )
     return parser
 

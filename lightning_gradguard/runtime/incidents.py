@@ -7,7 +7,7 @@ import json
 import math
 import warnings
 from collections import Counter, deque
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -233,7 +233,7 @@ def incident_table(incidents: Collection[Incident], counts: Mapping[str, int]) -
         >>> incident_table([spike], {"loss_spike": 1}).splitlines()[4]
         '| 7 | **loss_spike** |  | loss 12 | none |  |'
     """
-    detailed = [incident for incident in incidents if incident.detail or incident.dossier]
+    detailed = [i for i in incidents if i.detail or i.dossier or len(i.where) > 1]
     advised = {incident.kind: incident.advice for incident in incidents if incident.advice}
     return "\n".join(
         [
@@ -251,12 +251,10 @@ def incident_table(incidents: Collection[Incident], counts: Mapping[str, int]) -
 
 def _row(incident: Incident) -> str:
     """Narrow, for TensorBoard breaks words in a table that is wider than its page."""
-    where = ", ".join(f"`{name}`" for name in incident.where[:2])
-    more = len(incident.where) - 2
     cells = (
         str(incident.step),
         f"**{incident.kind}**",
-        where + (f" and {more} more" if more > 0 else ""),
+        _named(incident.where, 1),
         incident.measured,
         incident.action,
         incident.cause,
@@ -266,8 +264,14 @@ def _row(incident: Incident) -> str:
 
 def _detail(incident: Incident) -> str:
     batch = "" if incident.batch_idx is None else f", batch {incident.batch_idx}"
-    page = f" Read `{incident.dossier}/index.html`." if incident.dossier else ""
-    return f"* step {incident.step} (epoch {incident.epoch}{batch}): {incident.detail}{page}"
+    page = f"Read `{incident.dossier}/index.html`." if incident.dossier else ""
+    told = " ".join(filter(None, (incident.detail, page))) or _named(incident.where, 5)
+    return f"* step {incident.step} (epoch {incident.epoch}{batch}): {told}"
+
+
+def _named(where: Sequence[str], n: int) -> str:
+    more = f" and {len(where) - n} more" if len(where) > n else ""
+    return ", ".join(f"`{name}`" for name in where[:n]) + more
 
 
 def incident_now(trainer: pl.Trainer, kind: str, **facts: Any) -> Incident:

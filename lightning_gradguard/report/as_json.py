@@ -1,4 +1,4 @@
-"""A report for programs; `report.schema.json` says what its fields mean."""
+"""A report for programs; `schema.json` says what its fields mean."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from lightning_gradguard import __version__
-from lightning_gradguard.cli.run_report import RunReport
 from lightning_gradguard.core.diagnosis import title
+from lightning_gradguard.report.run_report import RunReport
 
 #: Raised whenever a field changes its meaning or goes; new ones may come without.
 SCHEMA_VERSION = 1

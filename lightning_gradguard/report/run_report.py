@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from itertools import groupby
 from statistics import median
 
-from lightning_gradguard.cli.run_folders import Run
 from lightning_gradguard.core.diagnosis import title
 from lightning_gradguard.core.run_log import GradientLog, RecordedIncident
 from lightning_gradguard.core.verdict import Verdict, judge, worst_layers
+from lightning_gradguard.report.run_folders import Run
 
 #: Lines of a timeline that incidents may take; more are folded until they fit.
 LINES = 12

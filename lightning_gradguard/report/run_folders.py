@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import math
 import os
@@ -14,10 +15,9 @@ from typing import Any
 
 import yaml
 
-from lightning_gradguard.cli.event_files import read_scalars
-from lightning_gradguard.cli.refusals import RefusalError, nearest
-from lightning_gradguard.cli.tags import Meaning, Role, meaning_of
 from lightning_gradguard.core.run_log import GradientLog, RecordedIncident, RunLog, Series
+from lightning_gradguard.report.event_files import read_scalars
+from lightning_gradguard.report.tags import Meaning, Role, meaning_of
 
 
 @dataclass(frozen=True)
@@ -64,18 +64,18 @@ def find_runs(paths: Iterable[Path]) -> dict[str, Path]:
         paths: Folders of runs, and folders that hold such folders, however deep.
 
     Raises:
-        RefusalError: If one is no folder, or there is no run in it.
+        FileNotFoundError: If one is no folder, or there is no run in it.
     """
     found: list[tuple[str, Path]] = []
     for path in paths:
         if not path.is_dir():
-            raise RefusalError(_no_folder(path))
+            raise FileNotFoundError(_no_folder(path))
         if _is_run(path):
             found.append((path.resolve().name, path))
             continue
         runs = sorted(_runs_below(path), key=_natural)
         if not runs:
-            raise RefusalError(_no_run(path))
+            raise FileNotFoundError(_no_run(path))
         found += [(str(run.relative_to(path)), run) for run in runs]
     times = Counter(name for name, _ in found)
     return {name if times[name] == 1 else str(path): path for name, path in found}
@@ -175,7 +175,8 @@ def _no_folder(path: Path) -> str:
     parent = path.parent
     known = [child.name for child in parent.iterdir() if child.is_dir()] if parent.is_dir() else []
     before = "" if parent == Path() else f"{parent}{os.sep}"
-    return f"there is no folder {path}.{nearest(path.name, known, before)}"
+    near = difflib.get_close_matches(path.name, known, n=1)
+    return f"there is no folder {path}." + (f" Did you mean {before}{near[0]}?" if near else "")
 
 
 def _no_run(path: Path) -> str:

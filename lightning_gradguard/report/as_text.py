@@ -5,7 +5,8 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Iterable, Sequence
 
-from lightning_gradguard.cli.run_report import (
+from lightning_gradguard.core.diagnosis import title
+from lightning_gradguard.report.run_report import (
     RunReport,
     compared,
     layer_table,
@@ -13,7 +14,6 @@ from lightning_gradguard.cli.run_report import (
     span,
     things_to_do,
 )
-from lightning_gradguard.core.diagnosis import title
 
 #: Rows of the table of layers.
 LAYERS = 5

@@ -29,16 +29,16 @@ from torch.utils.tensorboard import SummaryWriter
 from lightning_gradguard import AdaptiveGradientClipping, GradientNormMonitor, default_callbacks
 from lightning_gradguard.cli import report
 from lightning_gradguard.cli.characters import CharacterRNN, Characters
-from lightning_gradguard.cli.report_json import as_json
-from lightning_gradguard.cli.report_page import as_html
-from lightning_gradguard.cli.report_text import table
-from lightning_gradguard.cli.run_folders import find_runs, read_run
-from lightning_gradguard.cli.run_report import RunReport, report_on
-from lightning_gradguard.cli.tags import meaning_of
+from lightning_gradguard.report.as_json import as_json
+from lightning_gradguard.report.as_page import as_html
+from lightning_gradguard.report.as_text import table
+from lightning_gradguard.report.run_folders import find_runs, read_run
+from lightning_gradguard.report.run_report import RunReport, report_on
+from lightning_gradguard.report.tags import meaning_of
 from tests.tasks import Batch, Classifier, clusters, fit, poisoned
 
 ROOT = Path(__file__).parents[2]
-SCHEMA = json.loads((ROOT / "lightning_gradguard/cli/report.schema.json").read_text())
+SCHEMA = json.loads((ROOT / "lightning_gradguard/report/schema.json").read_text())
 NAN = math.nan
 HEAD = ["run", "verdict", "survived", "final", "loss", "max", "norm", "skips", "rollbacks", "worst", "layer"]
 

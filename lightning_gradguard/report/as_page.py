@@ -6,7 +6,9 @@ from collections import defaultdict
 from collections.abc import Sequence
 from statistics import median
 
-from lightning_gradguard.cli.run_report import (
+from lightning_gradguard.core.diagnosis import title
+from lightning_gradguard.core.run_log import GradientLog, Series
+from lightning_gradguard.report.run_report import (
     RunReport,
     compared,
     layer_table,
@@ -14,9 +16,7 @@ from lightning_gradguard.cli.run_report import (
     span,
     things_to_do,
 )
-from lightning_gradguard.cli.svg_charts import ROWS, STYLE, Line, heat_map, line_chart
-from lightning_gradguard.core.diagnosis import title
-from lightning_gradguard.core.run_log import GradientLog, Series
+from lightning_gradguard.report.svg_charts import ROWS, STYLE, Line, heat_map, line_chart
 from lightning_gradguard.runtime.pages import Section, page
 
 #: Room for the table that has the runs side by side.
