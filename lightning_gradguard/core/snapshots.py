@@ -131,12 +131,16 @@ class BufferCopies:
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Put the buffers back, in place, as the last `refresh` found them."""
+        """Put the buffers back, in place, as the last `refresh` found them.
+
+        A graph from before can still go backward, as that of a generator whose critic's step was skipped.
+        """
         targets, sources = [], []
         for (owner, name), copy_ in self._copies.items():
             owner._buffers[name] = copy_.buffer  # a forward pass may have put another tensor there, or none
             if copy_.may_have_changed:
-                targets.append(local_shard(copy_.buffer))
+                # by `data`, so that a graph which holds a running mean can still go backward: it does not use it
+                targets.append(local_shard(copy_.buffer).data)
                 sources.append(copy_.saved)
         for weight, copy_ in self._written.items():
             targets.append(local_shard(weight))
