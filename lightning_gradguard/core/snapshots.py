@@ -139,7 +139,7 @@ class BufferCopies:
         for (owner, name), copy_ in self._copies.items():
             owner._buffers[name] = copy_.buffer  # a forward pass may have put another tensor there, or none
             if copy_.may_have_changed:
-                # by `data`, so that a graph which holds a running mean can still go backward: it does not use it
+                # by `data`, for a graph that holds a running mean but does not use it can still go backward
                 targets.append(local_shard(copy_.buffer).data)
                 sources.append(copy_.saved)
         for weight, copy_ in self._written.items():

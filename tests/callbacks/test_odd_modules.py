@@ -294,7 +294,7 @@ class _SharedFakes(pl.LightningModule):
         fake = self.generator(torch.arange(8.0).reshape(4, 2))
         if batch_idx != self.left_out:
             critic.zero_grad()
-            self.manual_backward((self.critic(batch[0]).mean() - self.critic(fake.detach()).mean()))
+            self.manual_backward(self.critic(batch[0]).mean() - self.critic(fake.detach()).mean())
             critic.step()
         generator.zero_grad()
         self.manual_backward(self.critic(fake).mean())
@@ -307,7 +307,5 @@ def test_a_skipped_step_leaves_the_other_optimizer_its_graph(check: Any) -> None
     fit(guarded, insert(batches(8), 3, NOT_A_NUMBER), [NaNRollback(check=check)])
     fit(omitting, insert(batches(8), 3, NOT_A_NUMBER), [])
     assert all(bool(weight.isfinite().all()) for weight in guarded.parameters())
-    if (
-        check == "exact"
-    ):  # else the generator's step is taken back as well, for the critic's verdict comes late
+    if check == "exact":  # else the generator's step is undone with the critic's
         assert same(list(guarded.parameters()), list(omitting.parameters()))
