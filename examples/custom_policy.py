@@ -19,8 +19,7 @@ from jsonargparse import auto_cli
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lightning_gradguard import AdaptiveGradientClipping, ClippingPolicy
-from lightning_gradguard.core.norms import Gradients
+from lightning_gradguard import AdaptiveGradientClipping, ClippingPolicy, Gradients
 
 
 class LogNormClipping(ClippingPolicy):

@@ -21,15 +21,17 @@ if TYPE_CHECKING:
         ZScoreClipping,
     )
     from lightning_gradguard.core.initialization import InitializationError
+    from lightning_gradguard.core.norms import Gradients
     from lightning_gradguard.runtime.incidents import Incident, TrainingDivergedError
 
-__version__ = "0.4.0"
+__version__ = "0.5.0"
 
 __all__ = [
     "AdaptiveGradientClipping",
     "ClippingPolicy",
     "GlobalNormClipping",
     "GradientNormMonitor",
+    "Gradients",
     "Incident",
     "InitializationCheck",
     "InitializationError",
@@ -48,6 +50,7 @@ _HOME = {
     "ClippingPolicy": "core.clipping",
     "GlobalNormClipping": "core.clipping",
     "GradientNormMonitor": "callbacks.gradient_norm_monitor",
+    "Gradients": "core.norms",
     "Incident": "runtime.incidents",
     "InitializationCheck": "callbacks.initialization_check",
     "InitializationError": "core.initialization",

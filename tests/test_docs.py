@@ -48,6 +48,7 @@ def my_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Path("examples").symlink_to(ROOT / "examples")
     Path("my_package.py").write_text(MY_PACKAGE)
     monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv("PL_GLOBAL_SEED", "0")  # without one, LightningCLI chooses, and warns of it
     monkeypatch.delitem(sys.modules, "my_package", raising=False)
     model, data = {"class_path": "my_package.MyModule"}, {"class_path": "my_package.MyData"}
     Path("config.yaml").write_text(yaml.safe_dump({"model": model, "data": data}))

@@ -165,8 +165,9 @@ def summary(runs: Sequence[Run], logdir: Path) -> str:
             *lines,
             "",
             f"{died}; the guarded one ended at a loss of {guarded.final_loss:.2f} nats a character.",
-            f"Everything is in {logdir}. Look at it with",
+            f"Everything is in {logdir}. Look at it, or have it explained, with",
             f"    tensorboard --logdir {logdir}",
+            f"    lightning-gradguard report {logdir}",
         ]
     )
 
