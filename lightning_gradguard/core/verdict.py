@@ -61,7 +61,7 @@ def judge(log: RunLog) -> Verdict:
 
     Example:
         >>> from lightning_gradguard.core.run_log import Series
-    >>> norms = Series(range(4), [1.0, 1.7, 8e15, float("nan")])
+        >>> norms = Series(range(4), [1.0, 1.7, 8e15, float("nan")])
         >>> losses = Series(range(4), [4.6, 3.9, 1e14, float("nan")])
         >>> verdict = judge(RunLog(losses, [GradientLog(norms, {"rnn.weight_hh_l0": norms})]))
         >>> verdict.status, verdict.headline, verdict.symptoms[0].where
