@@ -154,7 +154,7 @@ class StepCallback(lightning_api.Callback, Configured):
             self.suite.end(self, trainer)
 
     def final_counts(self) -> Mapping[str, float]:
-        """What the callback has counted in the run, by tag. Asked on rank 0 when training has ended."""
+        """What the callback has counted in the run, by tag; asked at its end, each rank by itself."""
         return {}
 
     def judge(self, trainer: pl.Trainer, measurement: Measurement) -> Verdict:
@@ -316,7 +316,7 @@ class Suite:
         if len(self._ended) < len(self._members) or self._last_step is None:
             return
         step, self._last_step = self._last_step, None
-        if not trainer.is_global_zero or trainer.barebones or trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if trainer.barebones or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         try:
             counts = {tag: count for other in self._members for tag, count in other.final_counts().items()}

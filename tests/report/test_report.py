@@ -43,6 +43,12 @@ NAN = math.nan
 HEAD = ["run", "verdict", "survived", "final", "loss", "max", "norm", "skips", "rollbacks", "worst", "layer"]
 
 
+@pytest.fixture(autouse=True)
+def _wide(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The window that a report is fitted to, wherever the tests run."""
+    monkeypatch.setenv("COLUMNS", "100")
+
+
 class Deep(pl.LightningModule):
     """Twelve layers on digits: what becomes of them depends on activation and initialization."""
 
