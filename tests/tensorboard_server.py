@@ -56,9 +56,10 @@ def tensorboard(logdir: Path) -> Iterator[Server]:
     """Serve a folder on a free port of this machine, until the block ends."""
     process = subprocess.Popen(
         [
-            sys.executable, "-m", "tensorboard.main", "--logdir", str(logdir), "--host", "127.0.0.1",
+            sys.executable, "-m", "tensorboard.main", "--logdir", logdir.name, "--host", "127.0.0.1",
             "--port", "0", "--samples_per_plugin", "images=100", "--reload_interval", "0",
         ],
+        cwd=logdir.parent,  # a page shows the path as it was given
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,

@@ -148,7 +148,11 @@ def heat_map(title: str, layers: Mapping[str, Series], names: Sequence[str]) -> 
         for colour, shapes in cells.items()
     ]
     shades = [(colour, low + (high - low) * i / (len(_COLOURS) - 1)) for i, colour in enumerate(_COLOURS)]
-    key = [f'<span><i style="color:{colour}">■</i> {10**decade:.1e}</span>' for colour, decade in shades[::2]]
+    bounds = ["at most ", *[""] * (len(shades[::2]) - 2), "at least "]
+    key = [
+        f'<span><i style="color:{colour}">■</i> {bound}{10**decade:.1e}</span>'
+        for bound, (colour, decade) in zip(bounds, shades[::2], strict=True)
+    ]
     key += ['<span class="sick">■ NaN or infinite</span>'] if "sick" in cells else []
     axis = _step_axis(first, steps[-1], x, NAMES, height - 8)
     return _figure(title, key, height, [grey, *painted, *labels, *axis])
