@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -11,6 +12,7 @@ from torch.optim import Optimizer
 
 from lightning_gradguard.core.anomalies import DEPTH_DECADES, depth_profile
 from lightning_gradguard.core.diagnosis import advice
+from lightning_gradguard.core.forensics import investigate
 from lightning_gradguard.core.initialization import (
     Finding,
     InitializationError,
@@ -54,7 +56,7 @@ class InitializationCheck(Callback, Configured):
     On one device and under DistributedDataParallel with automatic optimization, the first training batch is
     sent through the network once more, forward and backward, and leaves nothing behind: no gradient, no
     buffer, no random number, no metric, no log. Elsewhere it looks at the weights, and at the gradients of
-    the first real step. A resumed run is not checked.
+    the first real step. A resumed run is not checked, nor is a network whose first batch is nonfinite.
 
     It looks for nonfinite, zero and copied weights, dead and saturated units, a loss above that of guessing,
     and the gradient's gain from the last hidden layer back to the first, which tells best whether a network
@@ -146,11 +148,21 @@ class InitializationCheck(Callback, Configured):
                 return training_loss(pl_module, batch, batch_idx)
 
         def measure() -> tuple[list[Finding], dict[str, float]]:
+            found: list[Finding] = []
+            values: dict[str, float] = {}
+            self.problem = None
             try:
                 found, values = check(pl_module, run_loss, scale_free=_is_scale_free(trainer.optimizers))
             except Exception as error:
                 self.problem = error
-                reporting.say(trainer, f"gradguard: the initialization was not checked: {error}")
+            # on every rank, for the step may talk to the others
+            if any(gather_objects(not math.isfinite(values.get("loss", 0.0)))):
+                try:
+                    _refuse_bad_input(pl_module, run_loss, batch)
+                except Exception as error:
+                    self.problem = self.problem or error
+            if self.problem is not None:
+                reporting.say(trainer, f"gradguard: the initialization was not checked: {self.problem}")
                 found, values = [], {}
             return _agreed(found, values)
 
@@ -220,7 +232,7 @@ class InitializationCheck(Callback, Configured):
         failed = _fails(findings) and self.on_failure == "raise"
         self.findings = self.findings + findings
         serious = [finding for finding in findings if finding.severity != "info"]
-        for kind in ("poor_initialization", "dead_units", "saturated_units"):
+        for kind in ("poor_initialization", "nonfinite_loss", "dead_units", "saturated_units"):
             members = [f for f in serious if _kind(f) == kind]
             if members:
                 where = tuple(dict.fromkeys(f.module for f in members if f.module))
@@ -240,12 +252,19 @@ class InitializationCheck(Callback, Configured):
             reporting.say(trainer, "gradguard: initialization\n" + table(serious))
 
 
+def _refuse_bad_input(pl_module: pl.LightningModule, run_loss: Callable[[], Tensor], batch: Any) -> None:
+    """A network is not to blame for what its batch holds."""
+    origin = investigate(pl_module, lambda: ([run_loss()], []), batch)
+    if origin.cause == "bad input":
+        raise ValueError(origin.detail)
+
+
 def _agreed(
     findings: list[Finding], values: dict[str, float] | None = None
 ) -> tuple[list[Finding], dict[str, float]]:
     """What the rank saw that found most: each has a batch of its own, or other parts of the weights."""
     seen: list[tuple[list[Finding], dict[str, float]]] = gather_objects((findings, values or {}))
-    return max(seen, key=lambda found: (_fails(found[0]), len(found[0])))
+    return max(seen, key=lambda found: (_fails(found[0]), len(found[0]), len(found[1])))
 
 
 def _fails(findings: Sequence[Finding]) -> bool:
@@ -253,8 +272,8 @@ def _fails(findings: Sequence[Finding]) -> bool:
 
 
 def _kind(finding: Finding) -> str:
-    single = finding.criterion in ("dead_units", "saturated_units")
-    return finding.criterion if single else "poor_initialization"
+    own = {"loss": "nonfinite_loss", "dead_units": "dead_units", "saturated_units": "saturated_units"}
+    return own.get(finding.criterion, "poor_initialization")
 
 
 def _is_scale_free(optimizers: Sequence[Optimizer]) -> bool:

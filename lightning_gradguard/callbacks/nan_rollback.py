@@ -32,7 +32,7 @@ from lightning_gradguard.runtime.step import (
     StepCallback,
     Verdict,
 )
-from lightning_gradguard.runtime.stopping import diverged, save_last_good
+from lightning_gradguard.runtime.stopping import cures, diverged, save_last_good
 from lightning_gradguard.runtime.traces import Traces
 from lightning_gradguard.runtime.training_state import Companions
 from lightning_gradguard.runtime.way_back import WayBack
@@ -573,6 +573,7 @@ class NaNRollback(StepCallback):
             self._traces.buffers.restore()  # the step may write to frozen weights each time that it is run
             if result is None:
                 facts["detail"] = "Not examined: it follows a lost step, or max_dossiers is used up."
+                facts.update(self._investigation.advice())
             else:
                 facts.update(facts_of(result.origin, kind, facts.get("where", ())), dossier=result.dossier)
         self._publish(trainer, pl_module, kind, **facts)
@@ -595,7 +596,8 @@ class NaNRollback(StepCallback):
         self._ledger.lose_since(step)
         self._has_given_up = True
         last_good = save_last_good(trainer)
-        self._publish(trainer, pl_module, "training_diverged", action="stopped")
+        found = self._investigation.found
+        self._publish(trainer, pl_module, "training_diverged", action="stopped", advice=cures(found))
         self._report(trainer)
         self.suite.report.send(trainer, pl_module)
         reason = (
@@ -605,7 +607,7 @@ class NaNRollback(StepCallback):
             else f"after {self.rollbacks} rollbacks there was reason for another "
             f"(max_rollbacks={self.max_rollbacks})"
         )
-        raise diverged(trainer, reason, step, self._investigation.found, last_good)
+        raise diverged(trainer, reason, step, found, last_good)
 
     def _look_at_weights(self, trainer: pl.Trainer) -> None:
         """Read the weights, without waiting; what is found rides in the reduction of the next step."""

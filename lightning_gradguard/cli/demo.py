@@ -18,6 +18,7 @@ from pytorch_lightning.loggers import TensorBoardLogger
 from lightning_gradguard import GradientNormMonitor, LearningRateBackoff, default_callbacks
 from lightning_gradguard.cli.characters import CharacterRNN, Characters
 from lightning_gradguard.runtime.incidents import count_incidents
+from lightning_gradguard.runtime.reporting import as_typed
 
 #: Steps whose mean loss is called the final one.
 FINAL = 30
@@ -166,8 +167,8 @@ def summary(runs: Sequence[Run], logdir: Path) -> str:
             "",
             f"{died}; the guarded one ended at a loss of {guarded.final_loss:.2f} nats a character.",
             f"Everything is in {logdir}. Look at it, or have it explained, with",
-            f"    tensorboard --logdir {logdir}",
-            f"    lightning-gradguard report {logdir}",
+            f"    {as_typed('tensorboard')} --logdir {logdir}",
+            f"    {as_typed('lightning-gradguard')} report {logdir}",
         ]
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from bisect import bisect_left, insort
 from collections import deque
@@ -200,8 +201,8 @@ class Symptom:
 class SymptomDetector:
     """Looks at one logged step after another and names each symptom once an episode.
 
-    Nothing but a nonfinite gradient is a symptom within the first steps, and nothing else is at first sight:
-    a condition has to last.
+    Nothing but a nonfinite gradient, and an explosion right before it, is a symptom within the first steps,
+    and nothing else is at first sight: a condition has to last.
 
     Args:
         warmup_steps: Steps without alarms (of another kind than `nonfinite_gradient`).
@@ -220,6 +221,7 @@ class SymptomDetector:
             "stuck": Persistence(steps=10 * persistence_steps),
         }
         self._norms: deque[float] = deque(maxlen=window)
+        self._exploded: Symptom | None = None
         self._losses: deque[tuple[int, float]] = deque(maxlen=window)
 
     def update(
@@ -272,6 +274,11 @@ class SymptomDetector:
             ("stuck", "stuck_loss", stuck, still, loss),
         )
         symptoms = []
+        if nonfinite_fraction > 0 and self._exploded is not None:
+            symptoms.append(self._exploded)  # what comes before the NaN is its cause, however early
+        self._exploded = None
+        if math.isfinite(total_norm) and growth > EXPLOSION:
+            self._exploded = Symptom("exploding_gradient", tuple(names[i] for i in by_norm[:5]), total_norm)
         for episode, kind, holds, where, value in looks:
             early = step < self._warmup_steps and kind != "nonfinite_gradient"
             if self._episodes[episode].update(step, holds and not early):
@@ -290,6 +297,7 @@ class SymptomDetector:
         return {
             "norms": list(self._norms),
             "losses": list(self._losses),
+            "exploded": None if self._exploded is None else dataclasses.asdict(self._exploded),
             "episodes": {kind: p.state_dict() for kind, p in self._episodes.items()},
         }
 
@@ -297,6 +305,8 @@ class SymptomDetector:
         """Continue with saved windows and episodes."""
         self._norms = deque(state_dict["norms"], maxlen=self._norms.maxlen)
         self._losses = deque(map(tuple, state_dict["losses"]), maxlen=self._losses.maxlen)
+        exploded = state_dict.get("exploded")  # checkpoints from before 0.5 do not have it
+        self._exploded = None if exploded is None else Symptom(**exploded)
         for kind, state in state_dict["episodes"].items():
             self._episodes[kind].load_state_dict(state)
 

@@ -275,7 +275,8 @@ def _judge_activations(seen: Probe) -> list[Finding]:
     for layer in seen.layers:
         if not bool(torch.isfinite(layer.output).all()):
             cure = _cure(layer.name, layer.activation)
-            findings.append(Finding("nonfinite_output", layer.name, math.inf, "finite", "fail", cure))
+            worst = math.nan if bool(layer.output.isnan().any()) else math.inf
+            findings.append(Finding("nonfinite_output", layer.name, worst, "finite", "fail", cure))
             break
         for criterion, value, (warn, fail) in (
             ("dead_units", layer.dead, DEAD),

@@ -95,7 +95,9 @@ class Incident:
         place = f" (epoch {self.epoch}" + (")" if self.batch_idx is None else f", batch {self.batch_idx})")
         parts = [f"{self.kind} at step {self.step}{place}"]
         facts = []
-        if self.where:
+        if self.cause == "bad input" and self.detail:
+            facts.append(self.detail.rstrip("."))  # which samples to look at
+        elif self.where:
             more = len(self.where) - 3
             facts.append(", ".join(self.where[:3]) + (f" and {more} more" if more > 0 else ""))
         if self.measured:

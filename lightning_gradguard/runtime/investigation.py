@@ -12,6 +12,7 @@ from typing import Any
 import pytorch_lightning as pl
 from torch import nn
 
+from lightning_gradguard.core.diagnosis import advice_for_cause
 from lightning_gradguard.core.forensics import Cause, Origin, origin_in_weights
 from lightning_gradguard.core.snapshots import Snapshot
 from lightning_gradguard.runtime import lightning_api, reporting, training_state
@@ -59,6 +60,11 @@ class Investigation:
         """A step was good: the next lost one begins an episode."""
         self.cause = None
         self._in_episode = False
+
+    def advice(self) -> dict[str, str]:
+        """What to do about a lost step that was not examined, as far as the episode's first one tells."""
+        told = advice_for_cause(self.cause, self.found[self.cause]) if self.cause else ""
+        return {"advice": told} if told else {}
 
     def look_at_weights(self, trainer: pl.Trainer, snapshot: Snapshot) -> Origin | None:
         """What has become of the weights since a snapshot, without a replay. Collective.

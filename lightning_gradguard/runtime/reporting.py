@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
+import sys
 import warnings
 from collections.abc import Callable, Collection, Mapping
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytorch_lightning as pl
@@ -79,6 +82,19 @@ def publish_metrics(
             logger=False,
             batch_size=1,
         )
+
+
+def as_typed(command: str) -> str:
+    """How a command of this environment is typed: by its path, where the shell does not find it by its name.
+
+    Example:
+        >>> as_typed("no-such-command")
+        'no-such-command'
+    """
+    own = Path(sys.executable).with_name(command)
+    if shutil.which(command) is not None or not own.exists():
+        return command
+    return str(own.relative_to(Path.cwd()) if own.is_relative_to(Path.cwd()) else own)
 
 
 def say(trainer: pl.Trainer, message: str) -> None:

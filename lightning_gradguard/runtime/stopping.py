@@ -33,6 +33,16 @@ def save_last_good(trainer: pl.Trainer) -> Path | None:
     return folder / LAST_GOOD
 
 
+def cures(causes: Mapping[Cause, Sequence[str]]) -> str:
+    """What to do about a run that was stopped.
+
+    Args:
+        causes: What was found out about lost steps, and where.
+    """
+    advices = [advice_for_cause(cause, tuple(where)) for cause, where in causes.items()]
+    return " ".join(filter(None, advices)) or advice("training_diverged")
+
+
 def diverged(
     trainer: pl.Trainer,
     reason: str,
@@ -52,12 +62,10 @@ def diverged(
     told = "; ".join(
         f"{cause} ({', '.join(where[:3])})" if where else cause for cause, where in causes.items()
     )
-    advices = [advice_for_cause(cause, tuple(where)) for cause, where in causes.items()]
-    cures = " ".join(filter(None, advices)) or advice("training_diverged")
     left = [str(path) for path in (incidents_file(trainer), last_good) if path]
     return TrainingDivergedError(
         f"Training was stopped at step {trainer.global_step}: {reason}."
         + (f" Causes: {told}." if told else "")
-        + f" {cures} Weights are those of step {step}, the last that were proven good."
+        + f" {cures(causes)} Weights are those of step {step}, the last that were proven good."
         + (f" What happened, and where to resume from: {', '.join(left)}" if left else "")
     )

@@ -67,10 +67,12 @@ def _ways_on(trainer: pl.Trainer) -> dict[str, str]:
         ways["written in"] = _short(file)
         if (dossiers := file.parent / "incidents").is_dir():
             ways["lost batches"] = f"{_short(dossiers)}, a page each"
-        ways["to read on"] = f"lightning-gradguard report {_short(file.parent)}"
+        ways["to read on"] = f"{reporting.as_typed('lightning-gradguard')} report {_short(file.parent)}"
     for logger in trainer.loggers:
         if is_a(logger, "TensorBoardLogger"):
-            ways["to see charts"] = f"tensorboard --logdir {_short(Path(str(logger.root_dir)))}"
+            ways["to see charts"] = (
+                f"{reporting.as_typed('tensorboard')} --logdir {_short(Path(str(logger.root_dir)))}"
+            )
     return ways
 
 

@@ -112,3 +112,32 @@ def test_a_step_without_a_loss_is_no_harm(returned: Any) -> None:
     assert calls == [0, 0, 1, 2]
     assert check.findings == []
     assert all(bool(torch.isfinite(w).all()) for w in weights(module))
+
+
+@pytest.mark.parametrize("on_failure", ["warn", "raise", "repair"])
+def test_a_network_is_not_blamed_for_a_bad_batch(on_failure: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    inputs, target = batches(1)[0]
+    inputs[3, 0] = torch.nan
+    module = Deep()
+    before = weights(module)
+    check = InitializationCheck(on_failure=on_failure)
+    fit(module, [(inputs, target)], [check, NaNRollback()], enable_progress_bar=True)
+    assert same(before, weights(module)), "nothing to repair, and the step is skipped"
+    assert check.findings == []
+    printed = capsys.readouterr()
+    assert "was not checked: batch[0] holds nonfinite values in row 3" in printed.out + printed.err
+
+
+def test_an_undefined_loss_is_called_that(tmp_path: Path) -> None:
+    class Undefined(Classifier):
+        def training_step(self, batch: Batch, batch_idx: int) -> Tensor | None:
+            loss = super().training_step(batch, batch_idx)
+            assert loss is not None
+            return loss + (loss * 0).log()
+
+    logger = CSVLogger(tmp_path)
+    check = InitializationCheck()
+    fit(Undefined(), batches(1), [check], logger=logger)
+    assert [finding.criterion for finding in check.findings if finding.severity == "fail"] == ["loss"]
+    (record,) = map(json.loads, (Path(logger.log_dir) / "incidents.jsonl").read_text().splitlines())
+    assert record["kind"] == "nonfinite_loss"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 
@@ -47,7 +48,9 @@ def test_the_demo(capsys: pytest.CaptureFixture[str]) -> None:
     bare = EventAccumulator("runs/bare")
     bare.Reload()
     assert "incidents/text_summary" in bare.Tags()["tensors"]
-    assert len(Path("runs/bare/incidents.jsonl").read_text().splitlines()) == 1
+    told = [json.loads(line) for line in Path("runs/bare/incidents.jsonl").read_text().splitlines()]
+    assert [incident["kind"] for incident in told] == ["exploding_gradient", "nonfinite_gradient"]
+    assert told[0]["where"][0] == "rnn.weight_hh_l0"
 
 
 def test_a_bare_run_that_survived_is_not_called_dead() -> None:

@@ -205,6 +205,31 @@ def test_a_nonfinite_gradient_is_told_at_once() -> None:
     assert symptom == Symptom("nonfinite_gradient", ("b",), 0.5)
 
 
+@pytest.mark.parametrize("resumed", [False, True])
+def test_an_explosion_right_before_nan_is_told_however_early(resumed: bool) -> None:
+    detector = SymptomDetector()
+    for step in range(3):
+        assert look(detector, step) == []
+    assert look(detector, 3, total_norm=1e6, grad_norms=[1.0, 1e6]) == []
+    if resumed:
+        state = detector.state_dict()
+        detector = SymptomDetector()
+        detector.load_state_dict(state)
+    first, second = look(detector, 4, total_norm=math.nan, nonfinite_fraction=1.0)
+    assert (first.kind, first.where[0], first.value) == ("exploding_gradient", "b", 1e6)
+    assert second.kind == "nonfinite_gradient"
+
+
+def test_an_early_explosion_that_passes_is_not_told() -> None:
+    detector = SymptomDetector()
+    for step in range(3):
+        look(detector, step)
+    look(detector, 3, total_norm=1e6)
+    look(detector, 4)
+    (only,) = look(detector, 5, total_norm=math.nan, nonfinite_fraction=1.0)
+    assert only.kind == "nonfinite_gradient"
+
+
 def test_stuck_needs_still_weights_and_flat_loss() -> None:
     still, flat = {"update_ratios": [0.0, 0.0]}, {"loss": 2.0}
     for facts, expected in ((flat, set()), ({**still, **flat}, {"weight_stagnation", "stuck_loss"})):
