@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import sys
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -43,8 +45,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture(autouse=True)
 def _alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One thread, a seed, an empty folder to write to, and no chatter."""
+    """One thread, a seed, an empty folder to write to, the environment's commands by name, no chatter."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", str(Path(sys.executable).parent), prepend=os.pathsep)
     torch.set_num_threads(1)
     torch.manual_seed(0)
     for name in ("pytorch_lightning", "lightning.pytorch", "lightning.fabric"):

@@ -193,14 +193,7 @@ class AdaptiveGradientClipping(StepCallback):
             values["clip", "threshold"] = threshold
         n = len(trainer.optimizers)
         tagged = {f"{family(name, index, n)}/{what}": value for (name, what), value in values.items()}
-        report = self.suite.report
-        report.add_scalars({tag: value for tag, value in tagged.items() if not isinstance(value, Tensor)})
-        waiting = {tag: value for tag, value in tagged.items() if isinstance(value, Tensor)}
-        if waiting:
-            report.add(
-                torch.stack([value.double() for value in waiting.values()]),
-                lambda host: dict(zip(waiting, host, strict=True)),
-            )
+        self.suite.report.add_scalars(tagged)
 
 
 def _smallest(coefficients: Scalar | list[Tensor]) -> Scalar:

@@ -69,7 +69,7 @@ class GradientNormMonitor(StepCallback):
         every_n_steps: Steps between logs; `trainer.log_every_n_steps` if `None`.
         level: What gets a chart: each `"parameter"`, each `"module"`, or the `"total"` alone; `"auto"` is
             by parameter up to 50 of them and by module above; where modules are more than 50, by the
-            deepest modules around them that are no more than that.
+            deepest modules around them that are no more than that, or by neighbours together.
         include: Names of parameters or modules, or wildcards, that get charts; all if `None`.
         exclude: Those that get none.
         update_ratio: Whether updates are measured, by a copy of the weights at logged steps.
@@ -127,6 +127,7 @@ class GradientNormMonitor(StepCallback):
         self._looks: dict[int, _Look] = {}
         self._waiting: list[_Look] = []
         self._history = GradientHistory()
+        self._charts: dict[int, dict[str, str]] = defaultdict(dict)
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Join the suite and see to it that incidents are written."""
@@ -142,6 +143,8 @@ class GradientNormMonitor(StepCallback):
             self.suite.report.on_bar |= {f"{family('grad_norm', i, n)}/total" for i in range(n)}
         self._looks = {}
         self._waiting = []
+        self._history = GradientHistory()
+        self._charts.clear()
 
     def wants_weight_norms(self, trainer: pl.Trainer) -> bool:
         """At logged steps."""
@@ -162,7 +165,7 @@ class GradientNormMonitor(StepCallback):
         if self._is_logged(trainer):
             self._looks[index] = _Look(self.suite, trainer, step, norms, self.update_ratio)
             if self.histograms and step.accepted:
-                self._log_histograms(trainer, step.gradients)
+                self._log_histograms(trainer, index, step.gradients)
         elif trainer.is_last_batch and step.accepted:
             self._publish_total(trainer, index, total_norm_from_norms(norms, self.norm_type))
 
@@ -286,32 +289,33 @@ class GradientNormMonitor(StepCallback):
         if look.accepted:
             if not is_late:
                 self.suite.report.publish_total(f"{name}/total", total)
-            scalars[f"{name}/total"] = total
-            if self.norm_type == 2:
+            if self.norm_type == 2 and math.isfinite(total):
                 self.suite.largest_norm = max(self.suite.largest_norm, total)
             if band is not None:
                 around = family("grad_norm_band", index, n_optimizers)
                 scalars |= {f"{around}/low": band[0], f"{around}/total": total, f"{around}/high": band[1]}
-            scalars |= self._by_name(name, look.names, grads)
+            scalars |= self._by_name(index, name, look.names, grads)
+            scalars[f"{name}/total"] = total  # whatever a module of this name has
             if weights:
                 weight_norm = family("weight_norm", index, n_optimizers)
-                scalars |= self._by_name(weight_norm, look.names, weights)
+                scalars |= self._by_name(index, weight_norm, look.names, weights)
             if ratios:
                 moved = [ratio * weight for ratio, weight in zip(ratios, weights, strict=True)]
                 update_ratio = family("update_ratio", index, n_optimizers)
-                scalars |= self._by_name(update_ratio, look.names, moved, relative_to=weights)
+                scalars |= self._by_name(index, update_ratio, look.names, moved, relative_to=weights)
         self._draw(trainer, look, grads)
         return scalars
 
     def _by_name(
         self,
+        index: int,
         name: str,
         names: Sequence[str],
         norms: Sequence[float],
         relative_to: Sequence[float] | None = None,
     ) -> dict[str, float]:
         groups: dict[str, list[int]] = defaultdict(list)
-        for i, key in self._charted(names).items():
+        for i, key in self._charted(index, names).items():
             groups[key].append(i)
         scalars = {}
         for key, members in groups.items():
@@ -321,16 +325,21 @@ class GradientNormMonitor(StepCallback):
             scalars[f"{name}/{key}"] = value
         return scalars
 
-    def _charted(self, names: Sequence[str]) -> dict[int, str]:
-        """Which parameters get a chart, and its name."""
-        shown = set(names if self.include is None else matching(names, self.include))
-        shown -= set(matching(names, self.exclude))
-        return {i: chart for i, chart in enumerate(chart_names(names, self.level)) if names[i] in shown}
+    def _charted(self, index: int, names: Sequence[str]) -> dict[int, str]:
+        """Which parameters get a chart, and its name; a step may give gradients to some of them alone."""
+        charts = self._charts[index]
+        if not charts.keys() >= set(names):
+            known = list(dict.fromkeys([*charts, *names]))
+            shown = set(known if self.include is None else matching(known, self.include))
+            shown -= set(matching(known, self.exclude))
+            named = zip(known, chart_names(known, self.level) or [""] * len(known), strict=True)
+            charts = self._charts[index] = {name: chart if name in shown else "" for name, chart in named}
+        return {i: charts[name] for i, name in enumerate(names) if charts[name]}
 
     def _draw(self, trainer: pl.Trainer, look: _Look, grads: Sequence[float]) -> None:
         if not self.figure_every_n_steps or look.optimizer_index:
             return
-        norms = self._by_name("", look.names, grads)
+        norms = self._by_name(look.optimizer_index, "", look.names, grads)
         if not norms:
             return
         self._history.append(look.step, {name.strip("/"): norm for name, norm in norms.items()})
@@ -341,9 +350,10 @@ class GradientNormMonitor(StepCallback):
         last = self._history.last_step
         if len(self._history) >= LEAST_COLUMNS and (last + 1) % self.figure_every_n_steps != 0:
             reporting.log_figure(trainer, "grad_norm/layers", self._history.draw, last)
+        self._history = GradientHistory()
 
-    def _log_histograms(self, trainer: pl.Trainer, gradients: Gradients) -> None:
-        for i in self._charted(gradients.names):
+    def _log_histograms(self, trainer: pl.Trainer, index: int, gradients: Gradients) -> None:
+        for i in self._charted(index, gradients.names):
             values = local_shard(gradients.tensors[i].detach())
             values = values.coalesce().values() if values.is_sparse else values
             finite = values[torch.isfinite(values)].float()
@@ -421,6 +431,10 @@ def _local(selection: Selection) -> list[Tensor]:
 
 
 def _together(norms: Sequence[float], norm_type: float) -> float:
-    if norm_type == math.inf:
-        return max(norms)
-    return float(sum(norm**norm_type for norm in norms) ** (1 / norm_type))
+    largest = max(norms)
+    if any(map(math.isnan, norms)):
+        return math.nan
+    if norm_type == math.inf or largest in (0.0, math.inf):
+        return largest
+    # by the largest, for powers of it may be more than a float holds
+    return float(largest * sum((norm / largest) ** norm_type for norm in norms) ** (1 / norm_type))

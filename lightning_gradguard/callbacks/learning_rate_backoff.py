@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytorch_lightning as pl
+from torch import Tensor
 
 from lightning_gradguard.core.backoff import Backoff
 from lightning_gradguard.core.diagnosis import advice
@@ -60,6 +61,7 @@ class LearningRateBackoff(StepCallback):
         self._scale = 1.0
         self._counted = False
         self._rates: list[ScaledLearningRate] = []
+        self._scheduled: dict[int, list[float | Tensor]] = {}
 
     @property
     def scale(self) -> float:
@@ -81,7 +83,9 @@ class LearningRateBackoff(StepCallback):
             rate.scale = self._scale
 
     def on_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, step: Step) -> None:
-        """Count a good step, once a batch."""
+        """Count a good step, once a batch; remember the rates, which a schedule changes before its end."""
+        if self.suite.is_logged:
+            self._scheduled[step.optimizer_index] = self._rates[step.optimizer_index].scheduled()
         if step.accepted and not self._counted:
             self._counted = True
             self._backoff.step()
@@ -105,12 +109,13 @@ class LearningRateBackoff(StepCallback):
         """Report the scale, and the rates that were used."""
         if not (self.suite.has_stepped and self.suite.is_logged):
             return
-        values = {"lr_backoff/scale": self._scale}
-        for index, rate in enumerate(self._rates):
+        values: dict[str, float | Tensor] = {"lr_backoff/scale": self._scale}
+        rates, self._scheduled = self._scheduled, {}
+        for index, scheduled in rates.items():
             name = family("lr_backoff", index, len(self._rates))
-            for group, scheduled in enumerate(rate.scheduled()):
-                values[f"{name}/scheduled_lr/{group}"] = scheduled
-                values[f"{name}/lr/{group}"] = scheduled * rate.scale
+            for group, rate in enumerate(scheduled):
+                values[f"{name}/scheduled_lr/{group}"] = rate
+                values[f"{name}/lr/{group}"] = rate * self._scale
         self.suite.report.add_scalars(values)
         if self.progress_bar:
             self.suite.report.on_bar.add("lr_backoff/scale")
@@ -130,7 +135,7 @@ class LearningRateBackoff(StepCallback):
 
     def final_counts(self) -> dict[str, float]:
         """The scale of the last batch."""
-        return {"lr_backoff/scale": self._scale}
+        return {"lr_backoff/scale": self._backoff.scale}
 
     def state_dict(self) -> dict[str, Any]:
         """The scale and its counters."""

@@ -331,9 +331,13 @@ class NaNRollback(StepCallback):
     def on_exception(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
     ) -> None:
-        """Leave sane weights, and other callbacks as they were."""
+        """Leave sane weights, and other callbacks as they were; tell what was lost, without other ranks."""
         if self._is_fitting:
             self.suite.settle(trainer, pl_module)
+            lost, self._lost = self._lost, []
+            has_scaler = lightning_api.gradient_scaler(trainer) is not None
+            for kind, facts in (step.describe(has_scaler=has_scaler) for step in lost):
+                self._publish(trainer, pl_module, kind, **facts)
         lightning_api.resume_weight_averages(trainer)
         super().on_exception(trainer, pl_module, exception)
 

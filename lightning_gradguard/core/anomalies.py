@@ -221,6 +221,7 @@ class SymptomDetector:
             "stuck": Persistence(steps=10 * persistence_steps),
         }
         self._norms: deque[float] = deque(maxlen=window)
+        self._totals: deque[float] = deque(maxlen=window)
         self._exploded: Symptom | None = None
         self._losses: deque[tuple[int, float]] = deque(maxlen=window)
 
@@ -263,8 +264,10 @@ class SymptomDetector:
         # the bias of a layer ahead of a normalization stands still by nature
         still_layers = [i for i in still if is_matrix[i]]
         sick = [i for i in by_norm if not math.isfinite(grad_norms[i])]
-        if math.isfinite(total_norm) and growth <= EXPLOSION:
-            self._norms.append(total_norm)
+        if math.isfinite(total_norm):
+            self._totals.append(total_norm)
+            if growth <= EXPLOSION:
+                self._norms.append(total_norm)
         looks = (
             ("nonfinite", "nonfinite_gradient", nonfinite_fraction > 0, sick, nonfinite_fraction),
             ("growing", "exploding_gradient", growth > EXPLOSION, by_norm, total_norm),
@@ -286,16 +289,17 @@ class SymptomDetector:
         return symptoms
 
     def band(self) -> tuple[float, float] | None:
-        """The middle 90 % of the total norms remembered; `None` of fewer than two."""
-        if len(self._norms) < 2:
+        """The middle 90 % of the finite total norms in the window; `None` of fewer than two."""
+        if len(self._totals) < 2:
             return None
-        low, *_, high = quantiles(self._norms, n=20, method="inclusive")
+        low, *_, high = quantiles(self._totals, n=20, method="inclusive")
         return low, high
 
     def state_dict(self) -> dict[str, Any]:
         """Windows and episodes."""
         return {
             "norms": list(self._norms),
+            "totals": list(self._totals),
             "losses": list(self._losses),
             "exploded": None if self._exploded is None else dataclasses.asdict(self._exploded),
             "episodes": {kind: p.state_dict() for kind, p in self._episodes.items()},
@@ -305,7 +309,9 @@ class SymptomDetector:
         """Continue with saved windows and episodes."""
         self._norms = deque(state_dict["norms"], maxlen=self._norms.maxlen)
         self._losses = deque(map(tuple, state_dict["losses"]), maxlen=self._losses.maxlen)
-        exploded = state_dict.get("exploded")  # checkpoints from before 0.5 do not have it
+        # checkpoints from before 0.5 have neither
+        self._totals = deque(state_dict.get("totals", ()), maxlen=self._totals.maxlen)
+        exploded = state_dict.get("exploded")
         self._exploded = None if exploded is None else Symptom(**exploded)
         for kind, state in state_dict["episodes"].items():
             self._episodes[kind].load_state_dict(state)

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
@@ -133,14 +134,16 @@ class BufferCopies:
     def restore(self) -> None:
         """Put the buffers back, in place, as the last `refresh` found them.
 
-        A graph from before can still go backward, as that of a generator whose critic's step was skipped.
+        A graph through normalization can still go backward, as that of a generator whose critic's step was
+        skipped.
         """
         targets, sources = [], []
         for (owner, name), copy_ in self._copies.items():
             owner._buffers[name] = copy_.buffer  # a forward pass may have put another tensor there, or none
             if copy_.may_have_changed:
-                # by `data`, for a graph that holds a running mean but does not use it can still go backward
-                targets.append(local_shard(copy_.buffer).data)
+                target = local_shard(copy_.buffer)
+                # unseen by autograd: a graph holds running statistics, but does not use them to go backward
+                targets.append(target.data if isinstance(owner, _NormBase) else target)
                 sources.append(copy_.saved)
         for weight, copy_ in self._written.items():
             targets.append(local_shard(weight))

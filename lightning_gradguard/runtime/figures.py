@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -82,7 +82,8 @@ class GradientHistory:
             axes.set_title("red: NaN or infinite", fontsize=9, color="red")
         every = math.ceil(len(names) / ROWS)
         labelled = range(0, len(names), every)
-        axes.set_yticks(labelled, [_short(names[i]) for i in labelled])
+        labels = _told_apart(names)
+        axes.set_yticks(labelled, [_short(labels[i]) for i in labelled])
         axes.locator_params(axis="x", nbins=4, integer=True)
         axes.set_xlabel("step")
         axes.tick_params(labelsize=9)
@@ -96,6 +97,19 @@ def _decades(norm: float | None) -> float:
     if norm is None or not math.isfinite(norm):
         return math.nan
     return math.log10(max(norm, 1e-30))
+
+
+def _told_apart(names: Sequence[str]) -> list[str]:
+    """Names without what all of them begin with, but for the last part of it, and without a common end."""
+    paths = [name.split(".") for name in names]
+    if len(paths) < 2:
+        return list(names)
+    shortest = min(map(len, paths))
+    start = next((i for i in range(shortest) if len({path[i] for path in paths}) > 1), shortest - 1)
+    start = max(start - 1, 0)
+    most = shortest - start - 2
+    end = next((i for i in range(most) if len({path[-1 - i] for path in paths}) > 1), most)
+    return [".".join(path[start : len(path) - end]) for path in paths]
 
 
 def _short(name: str) -> str:

@@ -159,11 +159,18 @@ def open_journal(trainer: pl.Trainer, folder: str | None = None) -> None:
 def _folder_of_run(trainer: pl.Trainer) -> Path:
     """Lightning's own folder of the run; with loggers that have one for all runs, that of checkpoints."""
     folder = Path(trainer.log_dir or trainer.default_root_dir)
-    if trainer.logger is None or any(is_a(trainer.logger, own) for own in ("TensorBoardLogger", "CSVLogger")):
-        return folder
-    version = trainer.logger.version
-    parts = str(trainer.logger.name), version if isinstance(version, str) else f"version_{version}"
-    return folder.joinpath(*gather_objects(parts)[0])  # a service names a run on rank 0 only
+    # asked on every rank, whatever loggers it has: a service names a run on rank 0 only
+    return folder.joinpath(*gather_objects(_name_of_run(trainer.logger))[0])
+
+
+def _name_of_run(logger: Any) -> tuple[str, ...]:
+    if logger is None or any(is_a(logger, own) for own in ("TensorBoardLogger", "CSVLogger")):
+        return ()
+    try:
+        name, version = str(logger.name), logger.version
+    except Exception:  # a service that cannot be reached; it costs its records, never the run
+        return ()
+    return name, version if isinstance(version, str) else f"version_{version}"
 
 
 def run_folder(trainer: pl.Trainer) -> Path | None:
@@ -261,14 +268,14 @@ def _row(incident: Incident) -> str:
         incident.action,
         incident.cause,
     )
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+    return "| " + " | ".join(map(reporting.cell, cells)) + " |"
 
 
 def _detail(incident: Incident) -> str:
     batch = "" if incident.batch_idx is None else f", batch {incident.batch_idx}"
     page = f"Read `{incident.dossier}/index.html`." if incident.dossier else ""
     told = " ".join(filter(None, (incident.detail, page))) or _named(incident.where, 5)
-    return f"* step {incident.step} (epoch {incident.epoch}{batch}): {told}"
+    return f"* step {incident.step} (epoch {incident.epoch}{batch}): {reporting.cell(told)}"
 
 
 def _named(where: Sequence[str], n: int) -> str:

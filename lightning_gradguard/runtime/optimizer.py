@@ -41,9 +41,14 @@ class ScaledLearningRate:
             optimizer.register_step_post_hook(self._undo),
         ]
 
-    def scheduled(self) -> list[float]:
-        """The learning rate of each parameter group, as a schedule or the user has set it."""
-        return [float(group["lr"]) for group in self._optimizer.param_groups]
+    def scheduled(self) -> list[float | Tensor]:
+        """The learning rate of each parameter group, as a schedule or the user has set it.
+
+        One that is a tensor is a copy, for which nobody has waited.
+        """
+        # Lightning's closure runs within the step, while rates are scaled
+        rates = [asked for asked, _ in self._asked] or [group["lr"] for group in self._optimizer.param_groups]
+        return [rate.detach().clone() if isinstance(rate, Tensor) else float(rate) for rate in rates]
 
     def remove(self) -> None:
         """Put the rates back and take the hooks off."""

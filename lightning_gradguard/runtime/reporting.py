@@ -97,6 +97,16 @@ def as_typed(command: str) -> str:
     return str(own.relative_to(Path.cwd()) if own.is_relative_to(Path.cwd()) else own)
 
 
+def cell(text: str) -> str:
+    r"""Text that stays within its cell of a table in Markdown.
+
+    Example:
+        >>> print(cell("a|b"))
+        a\|b
+    """
+    return " ".join(text.split()).replace("|", "\\|")
+
+
 def say(trainer: pl.Trainer, message: str) -> None:
     """Tell the person at the console, once, above the progress bar where there is one."""
     bar = trainer.progress_bar_callback
@@ -109,8 +119,9 @@ def say(trainer: pl.Trainer, message: str) -> None:
 
 def say_last(trainer: pl.Trainer, message: str) -> None:
     """Tell the person at the console when training has ended, below the progress bar."""
-    if (progress := getattr(trainer.progress_bar_callback, "progress", None)) is not None:
-        progress.stop()  # Rich's bar stays until its own turn to end, which may come later
+    bar = trainer.progress_bar_callback
+    if is_a(bar, "RichProgressBar") and (progress := getattr(bar, "progress", None)) is not None:
+        progress.stop()  # it stays until its own turn to end, which may come later
     say(trainer, message)
 
 

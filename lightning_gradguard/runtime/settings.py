@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import inspect
+import textwrap
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+from lightning_gradguard.core.clipping import ClippingPolicy
 
 Plain = str | int | float | bool
 
@@ -32,19 +36,21 @@ class Configured:
             given = signature.bind_partial(made, *args, **kwargs).arguments
         except TypeError:  # `__init__` is about to say it in its own words
             given = {}
-        made.settings = {
-            name: plain(value)
-            for name, value in given.items()
-            if value is not made and value != signature.parameters[name].default
-        }
+        told = {}
+        for name, value in list(given.items())[1:]:
+            if signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD:
+                told.update({inner: plain(v) for inner, v in value.items()})
+            elif plain(value) != plain(signature.parameters[name].default):
+                told[name] = plain(value)
+        made.settings = told
         return made
 
 
 def plain(value: object) -> Plain:
-    """A value as a table and a logger take it.
+    """A value as a table and a logger take it; whatever it is, it is told in a line.
 
     Args:
-        value: A number stays one, a list becomes its elements, an object its class and arguments.
+        value: A number stays one, a list becomes its elements, a policy its class and arguments.
 
     Example:
         >>> from lightning_gradguard import PercentileClipping
@@ -53,11 +59,13 @@ def plain(value: object) -> Plain:
     """
     if isinstance(value, Plain):
         return value
-    if isinstance(value, Sequence):
-        return ", ".join(map(str, value))
-    names = inspect.signature(type(value)).parameters
-    shown = [f"{name}={getattr(value, name)!r}" for name in names if hasattr(value, name)]
-    return f"{type(value).__name__}({', '.join(shown)})"
+    if isinstance(value, ClippingPolicy):
+        names = inspect.signature(type(value)).parameters
+        shown = [f"{name}={getattr(value, name)!r}" for name in names if hasattr(value, name)]
+        text = f"{type(value).__name__}({', '.join(shown)})"
+    else:
+        text = ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+    return textwrap.shorten(text, 200, placeholder="...")
 
 
 def settings_of(callbacks: Sequence[object]) -> dict[str, Plain]:
@@ -76,7 +84,11 @@ def settings_of(callbacks: Sequence[object]) -> dict[str, Plain]:
     """
     ours = [callback for callback in callbacks if isinstance(callback, Configured)]
     found: dict[str, Plain] = {"callbacks": ", ".join(type(callback).__name__ for callback in ours)}
+    seen: Counter[str] = Counter()
     for callback in ours:
+        kind = type(callback).__name__
+        seen[kind] += 1
+        owner = kind if seen[kind] == 1 else f"{kind} {seen[kind]}"
         for name, value in callback.settings.items():
-            found[f"{type(callback).__name__}.{name}"] = value
+            found[f"{owner}.{name}"] = value
     return found

@@ -217,6 +217,7 @@ class Suite:
         self.has_stepped = False
         self.is_logged = False
         self.largest_norm = 0.0
+        self._first_step = 0
         self._last_step: int | None = None
         self._ended: set[int] = set()
         self._wants_units = False
@@ -321,8 +322,9 @@ class Suite:
         try:
             counts = {tag: count for other in self._members for tag, count in other.final_counts().items()}
             if self.largest_norm:
-                counts["summary/largest_norm"] = self.largest_norm
-            summary.summarize(trainer, counts, step, self.report.last_logged)
+                # without a judge, it is logged steps that came to the host
+                counts[f"summary/largest_{'' if self._judges else 'logged_'}norm"] = self.largest_norm
+            summary.summarize(trainer, counts, self._first_step, step, self.report.last_logged)
         except Exception as error:  # of a device that an exception has left unusable, for one
             warnings.warn(f"what the run came to could not be told: {error!r}", stacklevel=2)
 
@@ -357,7 +359,9 @@ class Suite:
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> Step | None:
         losses, self._losses = self._losses, []
-        self._last_step = lightning_api.batches_that_stepped(trainer)
+        step = lightning_api.batches_that_stepped(trainer)
+        self._first_step = step if self._last_step is None else self._first_step
+        self._last_step = step
         self.end_rides()
         if self.settle(trainer, pl_module) == "drop":
             return None
@@ -448,12 +452,12 @@ class Report:
 
     Attributes:
         on_bar: Tags of totals that the progress bar shows.
-        last_logged: By tag, the step at which it was logged last.
+        last_logged: By tag, where it was logged last, and what.
     """
 
     def __init__(self) -> None:
         self.on_bar: set[str] = set()
-        self.last_logged: dict[str, int] = {}
+        self.last_logged: dict[str, tuple[int, float]] = {}
         self._parts: list[tuple[Tensor, Callable[[list[float]], Mapping[str, float]], int | None]] = []
         self._scalars: dict[str, float] = {}
         self._totals: dict[str, float] = {}
@@ -474,9 +478,13 @@ class Report:
         """
         self._parts.append((values.detach().double(), to_scalars, step))
 
-    def add_scalars(self, scalars: Mapping[str, float]) -> None:
-        """Take in scalars that are on the host already."""
-        self._scalars.update(scalars)
+    def add_scalars(self, scalars: Mapping[str, float | Tensor]) -> None:
+        """Take in scalars, on the host or still on the device."""
+        self._scalars |= {tag: value for tag, value in scalars.items() if not isinstance(value, Tensor)}
+        waiting = {tag: value for tag, value in scalars.items() if isinstance(value, Tensor)}
+        if waiting:
+            stacked = torch.stack([value.double() for value in waiting.values()])
+            self.add(stacked, lambda host: dict(zip(waiting, host, strict=True)))
 
     def publish_total(self, tag: str, value: float) -> None:
         """Show a total to `EarlyStopping` and the progress bar when the report goes out."""
@@ -502,7 +510,7 @@ class Report:
         for step, scalars in sorted(by_step.items()):
             if scalars:
                 reporting.log_scalars(trainer, scalars, step)
-                self.last_logged |= dict.fromkeys(scalars, step)
+                self.last_logged |= {tag: (step, value) for tag, value in scalars.items()}
         totals, self._totals = self._totals, {}
         reporting.publish_metrics(pl_module, totals, self.on_bar)
 

@@ -20,27 +20,37 @@ _ROWS = {
     "lr_backoff/scale": ("learning rate scale", "{:.3g}"),
     "summary/clipped_fraction": ("steps clipped", "{:.1%}"),
     "summary/largest_norm": ("largest norm", "{:.3g}"),
+    "summary/largest_logged_norm": ("largest logged norm", "{:.3g}"),
 }
 
 
 def summarize(
-    trainer: pl.Trainer, counts: Mapping[str, float], step: int, last_logged: Mapping[str, int]
+    trainer: pl.Trainer,
+    counts: Mapping[str, float],
+    first_step: int,
+    step: int,
+    last_logged: Mapping[str, tuple[int, float]],
 ) -> None:
     """Tell the console and the loggers what a run came to. Local: nothing is asked of other ranks.
 
     Args:
         trainer: The Trainer that has ended to fit, or was interrupted.
         counts: Final counts of the callbacks, by tag.
-        step: The last step, on the loggers' axis.
-        last_logged: At which step each tag was logged last; what was logged at the last one is not again.
+        first_step: The first step, on the loggers' axis; above 0 in a run that was resumed.
+        step: The last one.
+        last_logged: By tag, the step at which it was logged last, and its value then; what the last step has
+            is not logged again.
     """
     incidents = count_incidents(trainer)
     settings = settings_of(trainer.callbacks)  # type: ignore[attr-defined]
     final = {**counts, "summary/incidents": sum(incidents.values())}
-    news = {tag: count for tag, count in final.items() if last_logged.get(tag) != step}
+    news = {tag: count for tag, count in final.items() if last_logged.get(tag) != (step, count)}
     reporting.log_scalars(trainer, news, step)
     reporting.log_settings(trainer, settings)
     rows = {"steps": str(trainer.global_step), **_told(counts), "incidents": _listed(incidents)}
+    if first_step > 0:
+        # what callbacks keep in checkpoints is of the whole run, the rest of this part of it
+        rows["resumed"] = f"at step {first_step}; skips, rollbacks and scale are of the whole run"
     reporting.log_text(trainer, "summary", _markdown({**rows, **settings}), step)
     if incidents:
         log_incidents(trainer, step)
@@ -48,7 +58,8 @@ def summarize(
     else:
         facts = _told({tag: value for tag, value in counts.items() if tag.startswith("summary/")})
         told = ", ".join([f"{rows['steps']} steps", *(f"{name} {value}" for name, value in facts.items())])
-        reporting.say_last(trainer, f"gradguard: no incident; {told}.")
+        since = f" since step {first_step}, where it was resumed" if first_step > 0 else ""
+        reporting.say_last(trainer, f"gradguard: no incident{since}; {told}.")
 
 
 def _told(counts: Mapping[str, float]) -> dict[str, str]:
@@ -86,4 +97,5 @@ def _table(rows: Mapping[str, str]) -> str:
 
 
 def _markdown(rows: Mapping[str, object]) -> str:
-    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())])
+    cells = (f"| {name} | {reporting.cell(str(value))} |" for name, value in rows.items())
+    return "\n".join(["| | |", "|---|---|", *cells])

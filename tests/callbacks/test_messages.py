@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ import pytorch_lightning as pl
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.callbacks import RichProgressBar, TQDMProgressBar
 from pytorch_lightning.loggers import TensorBoardLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
 from lightning_gradguard import (
@@ -23,7 +26,7 @@ from lightning_gradguard import (
     TrainingDivergedError,
     default_callbacks,
 )
-from lightning_gradguard.runtime.reporting import say
+from lightning_gradguard.runtime.reporting import as_typed, say
 from tests.fake_cuda import Sight, Watch, fake_cuda, strategy
 from tests.runtime.launching import launch
 from tests.tasks import Batch, Classifier, batches, fit, plain_loader, poisoned
@@ -170,6 +173,14 @@ def table(said: Sequence[str]) -> dict[str, str]:
     return {name: value.strip() for name, _, value in (row.strip().partition("  ") for row in rows)}
 
 
+def test_commands_are_told_as_they_can_be_typed(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert as_typed("tensorboard") == "tensorboard"
+    monkeypatch.setenv("PATH", "")
+    assert as_typed("tensorboard") == str(Path(sys.executable).with_name("tensorboard"))
+    monkeypatch.chdir(Path(sys.executable).parents[1])
+    assert as_typed("tensorboard") == "bin/tensorboard"
+
+
 @pytest.mark.parametrize("bar_first", [True, False])
 @pytest.mark.parametrize("bar", BARS)
 def test_a_table_at_the_end(bar: Any, bar_first: bool, capsys: pytest.CaptureFixture[str]) -> None:
@@ -309,3 +320,77 @@ def test_one_rank_speaks(tmp_path: Path) -> None:
     assert said.count(TITLE) == 1
     assert said.count("gradguard: rollback at step") == 1
     assert "lightning-gradguard report lightning_logs/version_0" in said
+
+
+ONE_RANK_LOGS = """
+import os
+
+import pytorch_lightning as pl
+import torch.distributed as dist
+
+from lightning_gradguard import default_callbacks
+from tests.runtime.test_loggers import Service
+from tests.tasks import Classifier, batches, plain_loader, poisoned
+
+pl.Trainer(
+    accelerator="cpu", devices=2, strategy="ddp", max_epochs=1, enable_checkpointing=False,
+    enable_model_summary=False, callbacks=default_callbacks(), use_distributed_sampler=False,
+    logger=Service() if os.environ.get("LOCAL_RANK", "0") == "0" else False,
+).fit(Classifier(), plain_loader(poisoned(batches(10), nan=[4])))
+dist.barrier()
+dist.destroy_process_group()
+"""
+
+
+def test_ranks_with_other_loggers_do_not_wait_for_each_other(tmp_path: Path) -> None:
+    script = tmp_path / "train.py"
+    script.write_text(ONE_RANK_LOGS)
+    assert "service/project/run-7/incidents.jsonl" in launch([str(script)])
+
+
+def test_a_last_step_that_was_lost_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    """Its verdict comes with the exception; what it means is written down all the same."""
+    logger = TensorBoardLogger("logs", name="", version="run")
+    with pytest.raises(ValueError, match="by the user"):
+        fit_with_bar(
+            [NaNRollback(check="deferred")],
+            poisoned(batches(30), nan=[9]),
+            module=Stopped(ValueError("by the user")),
+            logger=logger,
+            log_every_n_steps=1,
+        )
+    assert table(lines(capsys))["incidents"] == "nonfinite_loss 1"
+    (record,) = map(json.loads, Path("logs/run/incidents.jsonl").read_text().splitlines())
+    assert (record["kind"], record["step"], record["action"]) == ("nonfinite_loss", 9, "skipped")
+    events = EventAccumulator("logs/run")
+    events.Reload()
+    assert events.Scalars("rollback/skips")[-1].value == 1
+
+
+def test_a_resumed_run_says_what_it_counts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trainer = fit(Classifier(), poisoned(batches(10), nan=[4]), [NaNRollback()], tmp_path)
+    trainer.save_checkpoint(tmp_path / "half.ckpt")
+    capsys.readouterr()
+    rollback = NaNRollback()
+    path = str(tmp_path / "half.ckpt")
+    data = poisoned(batches(10), nan=[7])
+    fit_with_bar([rollback], data, ckpt_path=path, max_epochs=2)
+    rows = table(lines(capsys))
+    assert rows["steps skipped"] == "2"
+    assert rows["incidents"] == "nonfinite_loss 1"
+    assert rows["resumed"] == "at step 10; skips, rollbacks and scale are of the whole run"
+
+
+def test_the_table_of_incidents_is_written_again_and_again_but_not_each_time() -> None:
+    """The first ones, one in fifty, and at the end; the last of them are in it."""
+    logger = TensorBoardLogger("logs", name="", version="run")
+    data = poisoned(batches(400), nan=range(0, 240, 2))
+    callback = NaNRollback(max_skip_fraction=1.0, max_dossiers=0)
+    fit(Classifier(), data, [callback], logger=logger)
+    events = EventAccumulator("logs/run", size_guidance={"tensors": 0})
+    events.Reload()
+    tables = [e.tensor_proto.string_val[0].decode() for e in events.Tensors("incidents/text_summary")]
+    assert len(tables) == 5 + 2 + 1, "of 120"
+    assert tables[-1].startswith("120 nonfinite_loss")
+    rows = [line for line in tables[-1].splitlines() if line.startswith("| ") and "nonfinite" in line]
+    assert [int(row.split("|")[1]) for row in rows] == list(range(238, 178, -2))

@@ -309,3 +309,28 @@ def test_a_skipped_step_leaves_the_other_optimizer_its_graph(check: Any) -> None
     assert all(bool(weight.isfinite().all()) for weight in guarded.parameters())
     if check == "exact":  # else the generator's step is undone with the critic's
         assert same(list(guarded.parameters()), list(omitting.parameters()))
+
+
+class _UsesItsBuffer(_SharedFakes):
+    """Whose generator goes backward by the value of a buffer that its forward pass has changed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("scale", torch.ones(1))
+        self.generator = nn.Sequential(nn.Linear(2, 20), _Scaled(self))
+
+
+class _Scaled(nn.Module):
+    def __init__(self, owner: nn.Module) -> None:
+        super().__init__()
+        self.owner = [owner]
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        scale = self.owner[0].scale
+        scale.mul_(0.5)  # type: ignore[operator]
+        return inputs * scale  # type: ignore[operator]
+
+
+def test_a_graph_that_needs_a_buffer_that_was_put_back_is_refused_rather_than_wrong() -> None:
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        fit(_UsesItsBuffer(), insert(batches(4), 2, NOT_A_NUMBER), [NaNRollback()])

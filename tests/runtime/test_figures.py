@@ -55,7 +55,16 @@ def test_names_are_few_and_short() -> None:
     labels = [label.get_text() for label in history(100, 5).draw().axes[0].get_yticklabels()]
     assert len(labels) <= ROWS
     assert all(len(label) <= LETTERS for label in labels)
-    assert len(set(labels)) == len(labels), "shortened in the middle, names are still told apart"
+    assert labels[0] == "blocks.0", "without what all names have in common"
+    assert len(set(labels)) == len(labels)
+
+
+def test_names_that_differ_deep_inside_are_told_apart() -> None:
+    seen = GradientHistory()
+    for step in range(3):
+        seen.append(step, {f"model.transformer.blocks.{i}.mlp.fc.weight": 1.0 for i in range(12)})
+    labels = [label.get_text() for label in seen.draw().axes[0].get_yticklabels()]
+    assert labels == [f"blocks.{i}" for i in range(12)]
 
 
 def test_old_columns_are_let_go() -> None:

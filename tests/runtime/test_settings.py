@@ -1,0 +1,63 @@
+"""Whatever a callback was told is told on, in a line, and never in the way."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from lightning_gradguard import AdaptiveGradientClipping, GradientNormMonitor, NaNRollback, PercentileClipping
+from lightning_gradguard.runtime.settings import settings_of
+
+
+class Passing(GradientNormMonitor):
+    """Hands everything on."""
+
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(**arguments)
+
+
+class Odd(GradientNormMonitor):
+    """Takes anything."""
+
+    def __init__(self, thing: Any = None) -> None:
+        super().__init__()
+
+
+def test_what_a_subclass_hands_on_is_told() -> None:
+    assert settings_of([Passing(level="total")]) == {"callbacks": "Passing", "Passing.level": "total"}
+
+
+@pytest.mark.parametrize(
+    "thing",
+    [
+        {"a": 1},
+        {1, 2},
+        torch.device("cpu"),
+        torch.ones(3),
+        np.ones(3),
+        Path("x"),
+        np.int64(3),
+        nn.Linear(2, 2),
+        len,
+    ],
+)
+def test_anything_is_told_in_a_line(thing: Any) -> None:
+    told = settings_of([Odd(thing)])["Odd.thing"]
+    assert isinstance(told, str)
+    assert 0 < len(told) <= 200
+    assert "\n" not in told
+
+
+def test_defaults_are_not_told_and_two_of_a_kind_are_told_apart() -> None:
+    first, second = NaNRollback(patience=3), NaNRollback(patience=5)
+    clipping = AdaptiveGradientClipping(PercentileClipping(20.0))
+    assert settings_of([first, second, clipping]) == {
+        "callbacks": "NaNRollback, NaNRollback, AdaptiveGradientClipping",
+        "NaNRollback 2.patience": 5,
+        "AdaptiveGradientClipping.policy": "PercentileClipping(percentile=20.0, window=1000)",
+    }
