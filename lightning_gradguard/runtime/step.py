@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -17,9 +16,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_gradguard.core.norms import Gradients
-from lightning_gradguard.runtime import distributed, lightning_api, reporting, summary
+from lightning_gradguard.runtime import distributed, lightning_api, summary
 from lightning_gradguard.runtime.measuring import Measurement, Numbers, Wanted, measure
 from lightning_gradguard.runtime.optimizer import Ride, takes_riders
+from lightning_gradguard.runtime.reporting import Report
 from lightning_gradguard.runtime.selection import Layout, Selection
 from lightning_gradguard.runtime.settings import Configured
 
@@ -445,74 +445,6 @@ class Suite:
             carried, torch.split(total, [len(sums) for sums, _ in carried]), strict=True
         ):
             then(part)
-
-
-class Report:
-    """Numbers of one batch on their way to people: gathered on the device, moved to the host once.
-
-    Attributes:
-        on_bar: Tags of totals that the progress bar shows.
-        last_logged: By tag, where it was logged last, and what.
-    """
-
-    def __init__(self) -> None:
-        self.on_bar: set[str] = set()
-        self.last_logged: dict[str, tuple[int, float]] = {}
-        self._parts: list[tuple[Tensor, Callable[[list[float]], Mapping[str, float]], int | None]] = []
-        self._scalars: dict[str, float] = {}
-        self._totals: dict[str, float] = {}
-
-    def add(
-        self,
-        values: Tensor,
-        to_scalars: Callable[[list[float]], Mapping[str, float]],
-        step: int | None = None,
-    ) -> None:
-        """Take in values to be logged.
-
-        Args:
-            values: Shape `(n,)`, on any device.
-            to_scalars: Gets the values on the host and returns the scalars to log; it may look at them
-                for symptoms on the way.
-            step: Where on the loggers' axis; the running step if `None`.
-        """
-        self._parts.append((values.detach().double(), to_scalars, step))
-
-    def add_scalars(self, scalars: Mapping[str, float | Tensor]) -> None:
-        """Take in scalars, on the host or still on the device."""
-        self._scalars |= {tag: value for tag, value in scalars.items() if not isinstance(value, Tensor)}
-        waiting = {tag: value for tag, value in scalars.items() if isinstance(value, Tensor)}
-        if waiting:
-            stacked = torch.stack([value.double() for value in waiting.values()])
-            self.add(stacked, lambda host: dict(zip(waiting, host, strict=True)))
-
-    def publish_total(self, tag: str, value: float) -> None:
-        """Show a total to `EarlyStopping` and the progress bar when the report goes out."""
-        self._totals[tag] = value
-
-    def send(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Move everything to the host in one transfer and hand it to the loggers."""
-        if not (self._parts or self._scalars or self._totals):
-            return
-        parts, self._parts = self._parts, []
-        now = lightning_api.batches_that_stepped(trainer)
-        by_step: dict[int, dict[str, float]] = defaultdict(dict)
-        if parts:
-            device = pl_module.device
-            host = torch.cat([values.to(device) for values, _, _ in parts]).tolist()
-            start = 0
-            for values, to_scalars, step in parts:
-                scalars = to_scalars(host[start : start + len(values)])
-                by_step[now if step is None else step].update(scalars)
-                start += len(values)
-        by_step[now].update(self._scalars)
-        self._scalars = {}
-        for step, scalars in sorted(by_step.items()):
-            if scalars:
-                reporting.log_scalars(trainer, scalars, step)
-                self.last_logged |= {tag: (step, value) for tag, value in scalars.items()}
-        totals, self._totals = self._totals, {}
-        reporting.publish_metrics(pl_module, totals, self.on_bar)
 
 
 _suites: WeakKeyDictionary[pl.Trainer, Suite] = WeakKeyDictionary()
