@@ -17,9 +17,9 @@ from lightning_gradguard.report.run_folders import find_runs, read_run
 from lightning_gradguard.report.run_report import report_on
 
 _DESCRIPTION = """\
-Reads what training runs left (TensorBoard event files, incidents.jsonl) and says what went wrong, where,
-and what to do. Any event folder with gradient norms will do: those of this package, Lightning's
-grad_norm, Hugging Face's Trainer, NeMo, Composer and others."""
+Reads what training runs left (TensorBoard event files or the metrics.csv of CSVLogger, incidents.jsonl) and
+says what went wrong, where, and what to do. Any folder with gradient norms will do: those of this package,
+Lightning's grad_norm, Hugging Face's Trainer, NeMo, Composer and others."""
 _EPILOG = """\
 examples:
   lightning-gradguard report lightning_logs/version_0
@@ -55,7 +55,7 @@ def main(arguments: Sequence[str]) -> None:
             raise RefusalError(str(error)) from None
         reports = [report_on(read_run(name, path)) for name, path in runs.items()]
         if options.html is not None:
-            _write(options.html, as_html(reports))
+            _write(options.html, as_html(reports, options.html.parent))
         if json_file == Path("-"):
             _say(as_json(reports))
             return

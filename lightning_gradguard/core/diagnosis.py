@@ -129,6 +129,7 @@ _TITLES = {
     "constant_clipping": "hard clipping all the time",
     "falling_learning_rate": "a learning rate that keeps falling",
     "amp_overflow": "float16 overflows",
+    "training_diverged": "given up",
 }
 
 _STEPS_TO_TAKE = {
@@ -160,8 +161,8 @@ _STEPS_TO_TAKE = {
     "divergence": (
         "Lower the learning rate, or warm it up for longer.",
         "Clip gradients: AdaptiveGradientClipping(), or gradient_clip_val=1.0 of the Trainer.",
+        "Check the initialization: InitializationCheck() measures it before step 1.",
         "Go back by itself: NaNRollback() with LearningRateBackoff().",
-        "Check the initialization: InitializationCheck().",
     ),
     "stuck_loss": (
         "Raise the learning rate.",
@@ -235,7 +236,7 @@ def remedies(kind: str, where: Sequence[str] = ()) -> tuple[str, ...]:
         where: Names of the parameters or modules at fault, the worst first.
 
     Returns:
-        Sentences; where a kind has no list, its advice alone.
+        Sentences; where a kind has no list, its advice alone; none for a kind that is not known.
 
     Example:
         >>> remedies("stuck_loss")[0]
@@ -243,5 +244,5 @@ def remedies(kind: str, where: Sequence[str] = ()) -> tuple[str, ...]:
     """
     steps = _STEPS_TO_TAKE.get(kind)
     if steps is None:
-        return (advice(kind, where),)
+        return tuple(filter(None, [advice(kind, where)]))
     return tuple(step.format(where=where[0] if where else "the network") for step in steps)

@@ -1,4 +1,4 @@
-"""What hindsight knows of a run: how it ended, and what was wrong from when to when."""
+"""What was wrong with a run, from when to when, as hindsight knows it."""
 
 from __future__ import annotations
 
@@ -6,26 +6,29 @@ import math
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from statistics import median
-from typing import Literal
 
 from lightning_gradguard.core.anomalies import EXPLOSION, STAGNANT, SpikeDetector, Symptom, SymptomDetector
+from lightning_gradguard.core.death import cause_of_death, largest_at
 from lightning_gradguard.core.diagnosis import advice_for_cause, remedies
 from lightning_gradguard.core.divergence import LEAST_RISE, CollapseDetector, DivergenceDetector
+from lightning_gradguard.core.outcome import CLEAR, Outcome, ends, noise_of
 from lightning_gradguard.core.recovery import WORSE_AMONG_RIVALS
 from lightning_gradguard.core.run_log import GradientLog, RecordedIncident, RunLog, Series
+from lightning_gradguard.core.symptoms import LastingSymptom, Severity, lasting
 
 #: Logged steps that detectors look at; of more, evenly spread ones.
 LOOKS = 500
 #: Logged steps below which a run without symptoms is too short to be called healthy.
 LEAST_POINTS = 10
-#: A loss that lost this share of what it began with has been learned from.
-LEARNED = 0.2
 #: A loss that stays within this share of what it began with, over so many logged values and steps, is stuck.
 STUCK, STUCK_POINTS, STUCK_STEPS = 0.02, 30, 100
-#: A norm as large as this ahead of NaN has exploded, even if too little was logged to compare it with.
-HUGE = 1e3
+#: A loss that has lost again this share of what it had learned has diverged.
+UNLEARNED = 0.5
+#: Levels differ if they do by this many times the noise that they have as medians.
+SURE = 4.5
+#: Values that a level is told from, at least.
+LEAST_WINDOW = 5
 #: A spike of the norm counts only this many times above where the run began: late in a run all is small.
 ABOVE_START = 10.0
 #: A loss spike counts from this share of where the loss began.
@@ -36,86 +39,14 @@ ALWAYS, HARD = 0.9, 0.5
 BACKED_OFF = 1 / 8
 #: Share of nonfinite steps that is no accident any more.
 OFTEN = 0.05
+#: What was found out about so many batches is told in full.
+DETAILS = 5
 #: Spikes that are no accident any more.
 SPIKES = 3
-
-Severity = Literal["fatal", "serious", "handled", "minor"]
 
 #: What was done, not what was wrong.
 _ANSWERS = ("rollback", "learning_rate_backoff", "training_diverged", "lost_batch")
 _INITIAL = ("poor_initialization", "dead_units", "saturated_units")
-
-
-@dataclass(frozen=True)
-class LastingSymptom(Symptom):
-    """A symptom as hindsight sees it.
-
-    Args:
-        kind: Its name, as `core.diagnosis.title` takes it.
-        where: Names of the parameters or modules that show it most, the worst first.
-        value: The number that gave it away.
-        severity: `"fatal"`: the run ended of it. `"serious"`: it was there to the end. `"handled"`: something
-            was done about it, and the run went on. `"minor"`: it is worth knowing.
-        since: The step at which it showed first.
-        evidence: What was seen, in one sentence.
-        remedies: What to do, the likeliest first.
-    """
-
-    severity: Severity
-    since: int
-    evidence: str
-    remedies: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How a run ended.
-
-    Args:
-        steps: How many it made, as far as they were logged.
-        survived: How many of them ahead of the first from which on all was nonfinite.
-        died_at: That step; `None` if there is none.
-        was_stopped: Whether the suite gave it up.
-        first_loss: Median of the first tenth; NaN if unknown.
-        final_loss: Median of the last tenth; NaN if the run died or it is unknown.
-    """
-
-    steps: int
-    survived: int
-    died_at: int | None
-    was_stopped: bool
-    first_loss: float
-    final_loss: float
-
-    @property
-    def has_learned(self) -> bool:
-        """Whether the loss has fallen by a fifth at least."""
-        return self.first_loss - self.final_loss > LEARNED * abs(self.first_loss)
-
-
-def outcome_of(log: RunLog) -> Outcome:
-    """How the run ended.
-
-    Args:
-        log: What it logged.
-    """
-    pulses = [log.loss] if len(log.loss) else [g.total for g in log.gradients if len(g.total)]
-    everything = [s for s in (log.loss, *(g.total for g in log.gradients), log.skips) if len(s)]
-    steps = max((_steps_made(series) for series in everything), default=0)
-    was_stopped = any(i.kind == "training_diverged" or i.action == "stopped" for i in log.incidents)
-    # while there is somebody who skips nonfinite steps, one at the end is no death
-    ends = [] if len(log.skips) else [_end_of_life(series) for series in pulses]
-    died_at = None if not ends or None in ends else min(end for end in ends if end is not None)
-    if died_at is not None:
-        totals = (_end_of_life(g.total) for g in log.gradients)
-        died_at = min([died_at, *(end for end in totals if end is not None)])
-    survived = steps
-    if died_at is not None:
-        alive = [s for series in everything for s, _ in series.finite() if s < died_at]
-        survived = steps - (max(s.steps[-1] for s in everything) - max(alive)) if alive else 0
-    losses = [value for _, value in log.loss.finite()]
-    first, final = _ends(losses) if losses else (math.nan, math.nan)
-    return Outcome(steps, survived, died_at, was_stopped, first, math.nan if died_at is not None else final)
 
 
 def symptoms_of(log: RunLog, outcome: Outcome) -> Iterator[LastingSymptom]:
@@ -125,7 +56,7 @@ def symptoms_of(log: RunLog, outcome: Outcome) -> Iterator[LastingSymptom]:
         log: What the run logged.
         outcome: How it ended.
     """
-    found = list(_death(log, outcome))
+    found = [] if outcome.died_at is None else [cause_of_death(outcome.died_at, log)]
     for gradients in log.gradients:
         found += _explosion(log, gradients, outcome)
         found += _lasting(gradients, outcome)
@@ -140,88 +71,13 @@ def symptoms_of(log: RunLog, outcome: Outcome) -> Iterator[LastingSymptom]:
     yield from _incidents(log, outcome, {symptom.kind for symptom in found})
 
 
-def _steps_made(series: Series) -> int:
-    steps = series.steps
-    # whose first step is as large as the distance to the next counts from one
-    counts_from_one = len(steps) > 1 and steps[0] == steps[1] - steps[0]
-    return steps[-1] + (0 if counts_from_one else 1)
-
-
-def _end_of_life(series: Series) -> int | None:
-    """The step from which on every value is nonfinite."""
-    if not len(series) or math.isfinite(series.values[-1]):
-        return None
-    last = max((i for i, value in enumerate(series.values) if math.isfinite(value)), default=-1)
-    return series.steps[last + 1]
-
-
-def _ends(values: Sequence[float]) -> tuple[float, float]:
-    """Medians of the first and of the last tenth."""
-    n = max(len(values) // 10, 1)
-    return median(values[:n]), median(values[-n:])
-
-
-def _death(log: RunLog, outcome: Outcome) -> Iterator[LastingSymptom]:
-    died_at = outcome.died_at
-    if died_at is None:
-        return
-    explosions = [found for g in log.gradients for found in _explosion_ahead_of(died_at, g)]
-    if explosions:
-        yield max(explosions, key=lambda symptom: symptom.value)
-        return
-    losses = [(step, value) for step, value in log.loss.finite() if step < died_at]
-    last = losses[-1][0] if losses else None
-    if losses and losses[-1][1] > EXPLOSION * abs(median(value for _, value in losses[:-1] or losses)):
-        growth = f"from {losses[0][1]:.3g} (step {losses[0][0]}) to {losses[-1][1]:.3g} (step {last})"
-        evidence = f"the loss grew {growth} and was nonfinite from step {died_at} on"
-        yield _symptom("divergence", "fatal", last or 0, evidence, losses[-1][1])
-        return
-    sick = [name for g in log.gradients for name, s in g.layers.items() if _is_sick(s.at(died_at))]
-    weights = [name for g in log.gradients for name, s in g.weights.items() if _is_sick(s.at(died_at))]
-    loss = log.loss.at(died_at)
-    everywhere = "all" if len(sick) == sum(len(g.layers) for g in log.gradients) else f"{len(sick)}"
-    where: tuple[str, ...] = ()
-    if loss is None or not math.isfinite(loss):
-        kind, what = "nonfinite_loss", "the loss was nonfinite"
-    elif weights and not sick:
-        kind, what, where = "nonfinite_weights", f"weights of {weights[0]} were nonfinite", tuple(weights[:5])
-    else:
-        kind, what = "nonfinite_gradient", f"the loss was finite, {everywhere} gradients were not"
-        # from the output back: the first that is sick is next to the fault
-        where = () if everywhere == "all" else tuple(reversed(sick[-5:]))
-    before = "from the first logged step on"
-    if last is not None:
-        gap = died_at - last
-        before = f"from step {died_at} on; step {last} showed nothing unusual"
-        before += f" (the {gap - 1} steps between were not logged)" if gap > 1 else ""
-    yield _symptom(kind, "fatal", died_at, f"{what} {before}", math.nan, where)
-
-
-def _explosion_ahead_of(died_at: int, gradients: GradientLog) -> Iterator[LastingSymptom]:
-    before = [(step, value) for step, value in gradients.total.finite() if step < died_at]
-    if not before:
-        return
-    norms = [value for _, value in before]
-    peak_step, peak = max(before[-20:], key=lambda point: point[1])
-    usual = min(median(norms), _ends(norms)[0])
-    if peak <= EXPLOSION * usual and not (peak > HUGE and len(before) <= 3):
-        return
-    since, _ = next(p for p in before if p[1] > EXPLOSION * usual or p == (peak_step, peak))
-    where, share = _largest_at(peak_step, gradients)
-    start = f"grew from {norms[0]:.3g} (step {before[0][0]}) to" if len(before) > 1 else "was"
-    evidence = (
-        f"the total norm {start} {peak:.3g} (step {peak_step}){share}; nonfinite from step {died_at} on"
-    )
-    yield _symptom("exploding_gradient", "fatal", since, evidence, peak, where)
-
-
 def _explosion(log: RunLog, gradients: GradientLog, outcome: Outcome) -> Iterator[LastingSymptom]:
     """Norms far above those before them, in a run that went on."""
     points = gradients.total.finite()
     if outcome.died_at is not None or not points:
         return
     norms = [value for _, value in points]
-    start, end = _ends(norms)
+    start, end = ends(norms)
     # what learns at once has small norms within the first tenth; the next hard batch is no explosion
     start = max(start, median(norms[:3]))
     least = max(ABOVE_START * start, EXPLOSION * min(norms))
@@ -233,7 +89,7 @@ def _explosion(log: RunLog, gradients: GradientLog, outcome: Outcome) -> Iterato
     if not peaks:
         return
     value, step, usual = max(peaks)
-    where, share = _largest_at(step, gradients)
+    where, share = largest_at(step, gradients)
     evidence = (
         f"the total norm reached {value:.3g} at step {step}, those before were about {usual:.3g}{share}"
     )
@@ -245,23 +101,10 @@ def _explosion(log: RunLog, gradients: GradientLog, outcome: Outcome) -> Iterato
         evidence += f"; clipping brought it down to {clipped:.3g}"
     is_handled = was_clipped or any(times > 0 for times in log.rollbacks.values[-1:])
     severity: Severity = "handled" if is_handled else "minor"
-    if end > EXPLOSION * start or not (outcome.has_learned or is_handled):
+    if not outcome.has_learned and (end > EXPLOSION * start or not is_handled):
         severity = "serious"
     since = min(step for _, step, _ in peaks)
-    yield _symptom("exploding_gradient", severity, since, evidence, value, where)
-
-
-def _largest_at(step: int, gradients: GradientLog) -> tuple[tuple[str, ...], str]:
-    """Layers by their norm at a step, and the share of the first in words."""
-    norms = {name: series.at(step) for name, series in gradients.layers.items()}
-    known = {name: norm for name, norm in norms.items() if norm is not None and math.isfinite(norm)}
-    where = tuple(sorted(known, key=lambda name: -known[name])[:5])
-    total = gradients.total.at(step)
-    if not where or not total:
-        return where, ""
-    share = (known[where[0]] / total) ** 2
-    how_much = "nearly all" if share > 0.9 else "most" if share > 0.5 else "the largest part"
-    return where, f", {how_much} of it in {where[0]}"
+    yield lasting("exploding_gradient", severity, since, evidence, value, where)
 
 
 def _lasting(gradients: GradientLog, outcome: Outcome) -> Iterator[LastingSymptom]:
@@ -279,7 +122,7 @@ def _lasting(gradients: GradientLog, outcome: Outcome) -> Iterator[LastingSympto
         else:
             evidence = _profile_in_words(gradients, now.value)
         severity: Severity = "minor" if outcome.has_learned else "serious"
-        yield _symptom(now.kind, severity, since, evidence, now.value, now.where)
+        yield lasting(now.kind, severity, since, evidence, now.value, now.where)
 
 
 def _alarms(steps: Sequence[int], gradients: GradientLog) -> Iterator[tuple[int, Symptom]]:
@@ -336,47 +179,109 @@ def _collapse(gradients: GradientLog, outcome: Outcome) -> Iterator[LastingSympt
         has_died = detector.update(is_dead)
     if has_died and since is not None and not outcome.has_learned:
         evidence = f"no weight matrix has had a gradient since step {since}, while biases still do"
-        yield _symptom("gradient_collapse", "serious", since, evidence, 0.0)
+        yield lasting("gradient_collapse", "serious", since, evidence, 0.0)
 
 
 def _constant_clipping(gradients: GradientLog, outcome: Outcome) -> Iterator[LastingSymptom]:
     fractions = gradients.clip_fraction.last_half()
     coefficients = gradients.clip_coefficient.last_half()
-    if len(fractions) < LEAST_POINTS:
+    if not fractions:
         return
     share = sum(fractions) / len(fractions)
     usual = median(coefficients) if coefficients else 0.0
     if share < ALWAYS or usual > HARD:
         return
     evidence = f"{share:.0%} of the steps in the second half were clipped, to {usual:.2g} times their norm"
-    severity: Severity = "minor" if outcome.has_learned else "serious"
+    is_sure = len(fractions) >= LEAST_POINTS and not outcome.has_learned
+    severity: Severity = "serious" if is_sure else "minor"
     since = gradients.clip_fraction.steps[len(gradients.clip_fraction) // 2]
-    yield _symptom("constant_clipping", severity, since, evidence, share)
+    yield lasting("constant_clipping", severity, since, evidence, share)
 
 
 def _divergence(log: RunLog, outcome: Outcome) -> Iterator[LastingSymptom]:
-    """A loss that ends far above where it began."""
-    first, final = outcome.first_loss, outcome.final_loss
-    if not 0 < first * LEAST_RISE < final:
+    """A loss that ends far above where it began, or far above where it has been."""
+    points = log.loss.finite()
+    losses = [value for _, value in points]
+    if outcome.died_at is not None or len(losses) < LEAST_POINTS:
         return
-    detector, ratio, since = DivergenceDetector(), 0.0, 0
+    first, final = ends(losses)
+    window = max(len(losses) // 10, LEAST_WINDOW)
+    starts = range(0, len(losses) - window + 1, max(window // LEAST_WINDOW, 1))
+    best, at = min((median(losses[i : i + window]), points[i][0]) for i in starts)
+    had_learned = _is_far_above(first, best, losses, 10)
+    if had_learned:
+        has_risen = final - best > UNLEARNED * (first - best) and _is_far_above(final, best, losses, 10)
+    else:
+        # a jump at the end shows in tenths, a slow rise among noise in thirds
+        has_risen = any(_is_far_above(*ends(losses, share)[::-1], losses, share) for share in (10, 3))
+    # rivals take from each other what they have learned
+    if not has_risen or (len(log.gradients) > 1 and not _rivals_lose(log)):
+        return
+    low = best if had_learned else first
+    since = _last_rise(points, (low + final) / 2)
+    evidence = f"the loss began at {first:.3g} and ended at {final:.3g}"
+    if had_learned:
+        evidence = f"the loss had fallen from {first:.3g} to {best:.3g} (step {at}) and ended at {final:.3g}"
+    yield lasting("divergence", "serious", since, evidence, final)
+
+
+def _is_far_above(high: float, low: float, losses: Sequence[float], share: int) -> bool:
+    """Whether a level is above another by more than half of it, and by more than the noise of the series.
+
+    Args:
+        high: Median of a part of the losses.
+        low: That of another.
+        losses: All of them.
+        share: How many such parts there are.
+    """
+    n = max(len(losses) // share, 1)
+    # the noise of a difference of two medians
+    scale = SURE * math.sqrt(math.pi / n)
+    if min(losses) > 0:
+        return math.log(high) - math.log(low) > max(
+            math.log(LEAST_RISE), scale * noise_of([*map(math.log, losses)])
+        )
+    return high - low > max((LEAST_RISE - 1) * abs(low), scale * noise_of(losses))
+
+
+def _rivals_lose(log: RunLog) -> bool:
+    """Whether networks trained against each other have lost more than they take from each other."""
+    detector, ratio = DivergenceDetector(), 0.0
     totals = [g.total for g in log.gradients]
     for step, loss in log.loss.finite():
         norms = [norm for total in totals if (norm := total.at(step)) is not None and math.isfinite(norm)]
-        was, ratio = ratio, detector.update(loss, max(norms, default=1.0))
-        since = since if was and ratio else step
-    if ratio <= (WORSE_AMONG_RIVALS if len(log.gradients) > 1 else 0.0):
-        return
-    evidence = f"the loss began at {first:.3g} and ended at {final:.3g}"
-    yield _symptom("divergence", "serious", since, evidence, final)
+        ratio = detector.update(loss, max(norms, default=1.0))
+    return ratio > WORSE_AMONG_RIVALS
+
+
+def _last_rise(points: Sequence[tuple[int, float]], level: float) -> int:
+    """The step after which the loss was above a level, but for single values."""
+    below = [i for i, (_, value) in enumerate(points) if value < level]
+    # noise falls below now and then: what counts is when most of what follows is above
+    for i in below[::-1]:
+        if median(value for _, value in points[max(i - LEAST_WINDOW, 0) : i + 1]) < level:
+            return points[min(i + 1, len(points) - 1)][0]
+    return points[0][0]
 
 
 def _stuck_loss(log: RunLog, outcome: Outcome) -> Iterator[LastingSymptom]:
-    first, final = outcome.first_loss, outcome.final_loss
-    is_long = len(log.loss) >= STUCK_POINTS and log.loss.steps[-1] - log.loss.steps[0] >= STUCK_STEPS
-    if is_long and len(log.gradients) < 2 and first and abs(first - final) <= STUCK * abs(first):
-        evidence = f"the loss began at {first:.4g} and ended at {final:.4g}, {outcome.steps} steps later"
-        yield _symptom("stuck_loss", "serious", log.loss.steps[0], evidence, final)
+    points = log.loss.finite()
+    is_long = len(points) >= STUCK_POINTS and points[-1][0] - points[0][0] >= STUCK_STEPS
+    if outcome.died_at is not None or not is_long or len(log.gradients) > 1:
+        return
+    losses = [value for _, value in points]
+    first, final = ends(losses)
+    if abs(first - final) > STUCK * abs(first) or abs(first - final) > CLEAR * noise_of(losses):
+        return
+    evidence = f"the loss began at {first:.4g} and ended at {final:.4g}, {outcome.steps} steps later"
+    ratios = [median(known) for g in log.gradients for s in g.ratios.values() if (known := s.last_half())]
+    still = sum(ratio < STAGNANT for ratio in ratios)
+    if 2 * still > len(ratios):
+        evidence += f"; {still} of {len(ratios)} weights stood still"
+        yield lasting("stuck_loss", "serious", points[0][0], evidence, final)
+    else:
+        evidence += ": it is stuck, or had converged before"
+        yield lasting("stuck_loss", "minor", points[0][0], evidence, final)
 
 
 def _nonfinite_now_and_then(log: RunLog, outcome: Outcome) -> Iterator[LastingSymptom]:
@@ -396,7 +301,7 @@ def _nonfinite_now_and_then(log: RunLog, outcome: Outcome) -> Iterator[LastingSy
             f"{len(sick)} of {len(series)} logged values, from step {series.steps[sick[0]]} "
             f"to step {series.steps[sick[-1]]}; the run went on"
         )
-        yield _symptom(kind, severity, series.steps[sick[0]], evidence, math.nan)
+        yield lasting(kind, severity, series.steps[sick[0]], evidence, math.nan)
         return
 
 
@@ -411,26 +316,34 @@ def _spikes(log: RunLog, outcome: Outcome) -> Iterator[LastingSymptom]:
         known = [norm for total in totals if (norm := total.at(step)) is not None]
         seen = [losses.update(loss), *(norms.update(max(known)) for _ in known[:1])]
         is_new = not spikes or step - spikes[-1][0] > 10
-        if all(seen) and is_new and loss > SPIKE_FLOOR * abs(outcome.first_loss):
+        if all(seen) and is_new and loss > SPIKE_FLOOR * abs(outcome.first_loss or 0.0):
             spikes.append((step, loss))
     if spikes:
         step, value = max(spikes, key=lambda spike: spike[1])
         severity: Severity = "serious" if len(spikes) >= SPIKES and not outcome.has_learned else "minor"
         times = "once" if len(spikes) == 1 else f"{len(spikes)} times"
         evidence = f"{times}, the highest at step {step} with a loss of {value:.3g}"
-        yield _symptom("loss_spike", severity, spikes[0][0], evidence, value)
+        yield lasting("loss_spike", severity, spikes[0][0], evidence, value)
 
 
 def _falling_learning_rate(log: RunLog, outcome: Outcome) -> Iterator[LastingSymptom]:
+    """Cuts from which the rate has not come back."""
     points = log.backoff_scale.finite()
-    scales = [scale for _, scale in points]
-    if not scales or scales[-1] > min(BACKED_OFF, *scales):
+    if not points:
         return
-    since = next(step for step, scale in points if scale < 1)
-    times = sum(later < earlier for earlier, later in zip(scales, scales[1:], strict=False))
-    evidence = f"lowered {times} times since step {since}, to {scales[-1]:.2g} of what was asked for"
+    scales = [scale for _, scale in points]
+    told = [i for i in log.incidents if i.kind == "learning_rate_backoff"]
+    if told:
+        # right after a cut the rate is re-warmed from a tenth of what the incident tells
+        cuts, level = [i.step for i in told], told[-1].value or scales[-1]
+    else:
+        lows = [step for i, (step, scale) in enumerate(points) if scale < min(scales[:i], default=0.0)]
+        cuts, level = lows, scales[-1]
+    if len(cuts) < 2 or max(level, scales[-1]) > BACKED_OFF:
+        return
+    evidence = f"lowered {len(cuts)} times since step {cuts[0]}, to {level:.2g} of what was asked for"
     severity: Severity = "minor" if outcome.has_learned else "serious"
-    yield _symptom("falling_learning_rate", severity, since, evidence, scales[-1])
+    yield lasting("falling_learning_rate", severity, cuts[0], evidence, level)
 
 
 def _incidents(log: RunLog, outcome: Outcome, known: set[str]) -> Iterator[LastingSymptom]:
@@ -441,6 +354,9 @@ def _incidents(log: RunLog, outcome: Outcome, known: set[str]) -> Iterator[Lasti
     wrong = [kind for kind in by_kind if kind not in _ANSWERS and kind not in known]
     last = next((i.kind for i in reversed(log.incidents) if i.kind in wrong), None)
     went_back = {step for i in by_kind["rollback"] for step in (i.step - 1, i.step)}
+    stops = by_kind["training_diverged"]
+    if outcome.was_stopped and stops and not wrong and not known:
+        yield _incident_symptom("training_diverged", "fatal", stops)
     for kind in wrong:
         if outcome.died_at is not None and kind.startswith("nonfinite"):
             continue  # what follows from the death that is told
@@ -468,17 +384,18 @@ def _incident_symptom(kind: str, severity: Severity, members: Sequence[RecordedI
     evidence += "".join(f"; {n} {action}" for action, n in answers.items())
     if cause:
         evidence += f"; cause: {cause}" if times == len(members) else f"; cause of {times}: {cause}"
-        evidence += f": {example.detail.rstrip('.')}" if example.detail else ""
+        details = dict.fromkeys(i.detail.rstrip(".") for i in members if i.cause == cause and i.detail)
+        evidence += f": {_several([*details])}" if details else ""
     value = math.nan if example.value is None else example.value
     told = advice_for_cause(cause, example.where)
-    todo = (told,) if told else remedies(kind, example.where)
+    # a kind of somebody's own brings its advice along
+    todo = (told,) if told else remedies(kind, example.where) or tuple(filter(None, [example.advice]))
     return LastingSymptom(kind, example.where, value, severity, first, evidence, todo)
 
 
-def _symptom(
-    kind: str, severity: Severity, since: int, evidence: str, value: float, where: tuple[str, ...] = ()
-) -> LastingSymptom:
-    return LastingSymptom(kind, where, value, severity, since, evidence, remedies(kind, where))
+def _several(texts: Sequence[str]) -> str:
+    more = len(texts) - DETAILS
+    return "; ".join(texts[:DETAILS]) + (f"; and {more} more" if more > 0 else "")
 
 
 def _layers_at(step: int, gradients: GradientLog) -> tuple[list[str], list[float]]:
@@ -504,10 +421,5 @@ def _are_matrices(names: Iterable[str]) -> list[bool]:
 
 
 def _thinned(steps: Sequence[int]) -> Sequence[int]:
-    """At most `LOOKS` of them, with the last."""
-    every = math.ceil(len(steps) / LOOKS) or 1
-    return steps[(len(steps) - 1) % every :: every]
-
-
-def _is_sick(value: float | None) -> bool:
-    return value is not None and not math.isfinite(value)
+    """At most `LOOKS` of them."""
+    return steps[:: math.ceil(len(steps) / LOOKS) or 1]

@@ -55,6 +55,7 @@ class GradientLog:
         clip_coefficient: What gradients were multiplied by.
         clip_threshold: What the policy allowed.
         nonfinite_fraction: Share of tensors with a nonfinite gradient.
+        optimizer: Its index.
     """
 
     total: Series = Series()
@@ -66,6 +67,7 @@ class GradientLog:
     clip_coefficient: Series = Series()
     clip_threshold: Series = Series()
     nonfinite_fraction: Series = Series()
+    optimizer: int = 0
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,7 @@ class RunLog:
         rollbacks: Times gone back so far.
         backoff_scale: What learning rates were multiplied by.
         incidents: In the order of the file.
+        largest_norm: Of all steps that were looked at, logged or not; `None` if the run does not tell.
     """
 
     loss: Series = Series()
@@ -102,3 +105,4 @@ class RunLog:
     rollbacks: Series = Series()
     backoff_scale: Series = Series()
     incidents: Sequence[RecordedIncident] = ()
+    largest_norm: float | None = None

@@ -8,15 +8,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 from lightning_gradguard.core.diagnosis import title
-from lightning_gradguard.core.hindsight import (
-    LEAST_POINTS,
-    LastingSymptom,
-    Outcome,
-    Severity,
-    outcome_of,
-    symptoms_of,
-)
+from lightning_gradguard.core.hindsight import LEAST_POINTS, symptoms_of
+from lightning_gradguard.core.outcome import Outcome, outcome_of
 from lightning_gradguard.core.run_log import GradientLog, RunLog
+from lightning_gradguard.core.symptoms import LastingSymptom, Severity
 
 Status = Literal["healthy", "rescued", "sick", "dead", "unknown"]
 
@@ -104,7 +99,8 @@ def _status(log: RunLog, outcome: Outcome, symptoms: Sequence[LastingSymptom]) -
 def _headline(status: Status, symptoms: Sequence[LastingSymptom]) -> str:
     worst = title(symptoms[0].kind) if symptoms else ""
     if status == "healthy":
-        return "healthy"
+        is_flat = any(symptom.kind == "stuck_loss" for symptom in symptoms)
+        return "healthy, with a flat loss" if is_flat else "healthy"
     if status == "unknown":
         return "too little was logged to judge"
     if status == "rescued":

@@ -42,6 +42,7 @@ def _run(report: RunReport) -> dict[str, Any]:
         "loss_tag": run.loss_tag,
         "largest_norm": report.largest_norm,
         "largest_norm_at": report.largest_norm_at,
+        "largest_norm_of_all": run.log.largest_norm,
         "worst_layer": report.worst_layer,
         "symptoms": symptoms,
         "timeline": [dataclasses.asdict(entry) for entry in report.timeline],

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections import defaultdict
 from collections.abc import Sequence
+from pathlib import Path
 from statistics import median
+from urllib.parse import quote
 
 from lightning_gradguard.core.diagnosis import title
 from lightning_gradguard.core.run_log import GradientLog, Series
@@ -27,23 +30,26 @@ LAYERS = 20
 SPREAD = 50.0
 
 
-def as_html(reports: Sequence[RunReport]) -> str:
+def as_html(reports: Sequence[RunReport], folder: Path = Path()) -> str:
     """The whole report.
 
     Args:
         reports: On the runs.
+        folder: Where the page will lie: links to dossiers begin there.
     """
     if len(reports) == 1:
         report = reports[0]
-        return page(f"{report.run.name}: {report.verdict.headline}", _sections(report, level=2), _STYLE)
+        return page(
+            f"{report.run.name}: {report.verdict.headline}", _sections(report, folder, level=2), _STYLE
+        )
     sections = [Section("Side by side", table=compared(reports))]
     for report in reports:
         heading = f"{report.run.name}: {report.verdict.headline}"
-        sections += [Section(heading), *_sections(report, level=3)]
+        sections += [Section(heading), *_sections(report, folder, level=3)]
     return page(f"{len(reports)} runs", sections, _STYLE)
 
 
-def _sections(report: RunReport, level: int) -> list[Section]:
+def _sections(report: RunReport, folder: Path, level: int) -> list[Section]:
     run, verdict = report.run, report.verdict
     wrong = {}
     for symptom in verdict.symptoms:
@@ -64,12 +70,21 @@ def _sections(report: RunReport, level: int) -> list[Section]:
         Section(
             "Dossiers",
             rows={f"step {d.step}: {d.cause}": f"{d.detail} {d.path}" for d in run.dossiers},
+            links={f"step {d.step}: {d.cause}": _address(run.path / d.path, folder) for d in run.dossiers},
             level=level,
         ),
         Section("Hyperparameters", rows=run.hparams, level=level),
         Section("Notes", items=report.notes, level=level),
     ]
     return [s for s in sections if s.text or s.rows or s.items or s.table or s.figures]
+
+
+def _address(file: Path, folder: Path) -> str:
+    """From one folder to a file; with its drive where the two are on different ones."""
+    try:
+        return quote(Path(os.path.relpath(file, folder)).as_posix())
+    except ValueError:
+        return file.resolve().as_uri()
 
 
 def _timeline(report: RunReport) -> dict[str, str]:
@@ -90,15 +105,15 @@ def _figures(report: RunReport) -> list[str]:
         name = f"Loss ({report.run.loss_tag})"
         line = Line("loss", log.loss, "a")
         figures.append(line_chart(name, [line], log_scale=_spans_decades(log.loss), marks=marks))
-    for index, gradients in enumerate(log.gradients):
-        of = f" of optimizer {index}" if len(log.gradients) > 1 else ""
+    for gradients in log.gradients:
+        of = f" of optimizer {gradients.optimizer}" if len(log.gradients) > 1 else ""
         lines = [
             Line("before clipping", gradients.total, "a"),
             Line("after clipping", gradients.clipped, "b"),
             Line("threshold", gradients.clip_threshold, "c"),
         ]
         figures.append(line_chart(f"Total gradient norm{of}", lines, log_scale=True, marks=marks))
-        rows = _rows(report, index, gradients)
+        rows = _rows(report, gradients)
         if rows:
             figures.append(
                 heat_map(f"Gradient norm by layer{of}, first layer on top", gradients.layers, rows)
@@ -109,9 +124,9 @@ def _figures(report: RunReport) -> list[str]:
     return figures
 
 
-def _rows(report: RunReport, index: int, gradients: GradientLog) -> list[str]:
+def _rows(report: RunReport, gradients: GradientLog) -> list[str]:
     """The worst layers that fit, in the order of the network."""
-    worst = [layer.name for layer in report.layers if layer.optimizer == index][:ROWS]
+    worst = [layer.name for layer in report.layers if layer.optimizer == gradients.optimizer][:ROWS]
     return [name for name in gradients.layers if name in set(worst)]
 
 

@@ -4,62 +4,31 @@ from __future__ import annotations
 
 import os
 import struct
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from tensorboard.compat.proto.event_pb2 import Event
 
-from lightning_gradguard.core.run_log import Series
+from lightning_gradguard.report.scalars import Scalar
 
 #: `DataType` of TensorFlow: float and double, and how they lie in `tensor_content`.
 _FLOATS = {1: ("float_val", "<f"), 2: ("double_val", "<d")}
 
 
-def read_scalars(
-    files: Sequence[Path], is_wanted: Callable[[str], bool]
-) -> tuple[dict[str, Series], list[str]]:
-    """Read the scalars of a run.
-
-    A step that is written again after later ones, as a resumed run does, replaces them: what was written
-    last is what the run that went on has seen.
+def scalars_in(path: Path, notes: list[str]) -> Iterator[Scalar]:
+    """The scalars of a file, up to where it ends or is damaged.
 
     Args:
-        files: In the order in which they were begun.
-        is_wanted: Whether the scalars of a tag are kept.
-
-    Returns:
-        Series by tag, in the order in which tags appear; and what a person should know of the reading.
+        path: Of the file.
+        notes: Takes what a person should know of the reading.
     """
-    steps: dict[str, list[int]] = {}
-    values: dict[str, list[float]] = {}
-    wanted: dict[str, bool] = {}
-    notes: list[str] = []
-    rewound: set[int] = set()
-    for path in files:
-        for event in _events(path, notes):
-            for value in event.summary.value:
-                tag = value.tag
-                if tag not in wanted:
-                    wanted[tag] = is_wanted(tag)
-                if not wanted[tag] or (number := _number(value)) is None:
-                    continue
-                past = steps.setdefault(tag, [])
-                numbers = values.setdefault(tag, [])
-                if past and event.step <= past[-1]:
-                    if event.step < past[-1]:
-                        rewound.add(event.step)
-                    while past and past[-1] >= event.step:
-                        past.pop()
-                        numbers.pop()
-                past.append(event.step)
-                numbers.append(number)
-    if rewound:
-        notes.append(
-            f"steps from {min(rewound)} on were logged again, as after a resume; the last ones count"
-        )
-    return {tag: Series(steps[tag], values[tag]) for tag in steps}, notes
+    for event in _events(path, notes):
+        for value in event.summary.value:
+            number = _number(value)
+            if number is not None:
+                yield event.step, value.tag, number
 
 
 def _events(path: Path, notes: list[str]) -> Iterator[Any]:

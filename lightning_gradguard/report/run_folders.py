@@ -15,8 +15,10 @@ from typing import Any
 
 import yaml
 
+from lightning_gradguard.core.outcome import LATE
 from lightning_gradguard.core.run_log import GradientLog, RecordedIncident, RunLog, Series
-from lightning_gradguard.report.event_files import read_scalars
+from lightning_gradguard.report import csv_files, event_files
+from lightning_gradguard.report.scalars import Abandoned, Scalar, series_of
 from lightning_gradguard.report.tags import Meaning, Role, meaning_of
 
 
@@ -41,6 +43,7 @@ class Run:
         rates: Learning rates that optimizers used, by parameter group.
         loss_tag: The tag that was taken for the training loss; empty if there is none.
         lost_batches: How many were lost, by reason.
+        ranks: How many ranks have lost some.
         dossiers: Of its incidents, by step.
         hparams: Hyperparameters, as text.
         notes: What a person should know of the reading.
@@ -52,6 +55,7 @@ class Run:
     rates: Mapping[str, Series]
     loss_tag: str
     lost_batches: Mapping[str, int]
+    ranks: int
     dossiers: Sequence[Dossier]
     hparams: Mapping[str, str]
     notes: tuple[str, ...]
@@ -70,13 +74,10 @@ def find_runs(paths: Iterable[Path]) -> dict[str, Path]:
     for path in paths:
         if not path.is_dir():
             raise FileNotFoundError(_no_folder(path))
-        if _is_run(path):
-            found.append((path.resolve().name, path))
-            continue
-        runs = sorted(_runs_below(path), key=_natural)
+        runs = sorted(_runs_in(path), key=_natural)
         if not runs:
             raise FileNotFoundError(_no_run(path))
-        found += [(str(run.relative_to(path)), run) for run in runs]
+        found += [(path.resolve().name if run == path else str(run.relative_to(path)), run) for run in runs]
     times = Counter(name for name, _ in found)
     return {name if times[name] == 1 else str(path): path for name, path in found}
 
@@ -88,10 +89,15 @@ def read_run(name: str, path: Path) -> Run:
         name: What it is called.
         path: Its folder.
     """
-    files = sorted(_event_files(path))
-    series, notes = read_scalars(files, lambda tag: meaning_of(tag) is not None)
-    if not files:
-        notes.append("there is no event file, only incidents.jsonl")
+    notes: list[str] = []
+    series, abandoned = series_of(_scalars(path, notes), lambda tag: meaning_of(tag) is not None)
+    if abandoned:
+        notes.append(
+            f"steps from {abandoned.first} on were logged again, as after a resume; the last ones count"
+        )
+    if not _logs(path):
+        notes.append("there is neither an event file nor a metrics.csv, only incidents.jsonl")
+    incidents = list(_incidents(path / "incidents.jsonl", notes))
     by_role: dict[Role, list[tuple[str, Meaning]]] = defaultdict(list)
     for tag in series:
         meaning = meaning_of(tag)
@@ -117,6 +123,7 @@ def read_run(name: str, path: Path) -> Run:
         if not len(total):
             total = _together(layers.values())
         return GradientLog(
+            optimizer=index,
             total=total,
             layers=layers,
             weights=named("weight", index),
@@ -134,7 +141,8 @@ def read_run(name: str, path: Path) -> Run:
         skips=only("skips"),
         rollbacks=only("rollbacks"),
         backoff_scale=only("scale"),
-        incidents=tuple(_incidents(path / "incidents.jsonl", notes)),
+        incidents=tuple(_that_went_on(incidents, abandoned) if abandoned else incidents),
+        largest_norm=max((v for tag, _ in by_role["largest"] for _, v in series[tag].finite()), default=None),
     )
     return Run(
         name=name,
@@ -143,25 +151,49 @@ def read_run(name: str, path: Path) -> Run:
         rates={m.name: series[tag] for tag, m in by_role["rate"]},
         loss_tag=loss_tag,
         lost_batches=_lost_batches(path, notes),
+        ranks=len(_ledgers(path)),
         dossiers=tuple(_dossiers(path / "incidents")),
         hparams=_hparams(path / "hparams.yaml", notes),
         notes=tuple(notes),
     )
 
 
-def _event_files(path: Path) -> list[Path]:
-    return [file for file in path.iterdir() if "tfevents" in file.name and file.is_file()]
+def _logs(path: Path) -> list[Path]:
+    """The files with scalars, in the order in which they were begun; of a run that has both, event files."""
+    events = sorted(file for file in path.iterdir() if "tfevents" in file.name and file.is_file())
+    table = path / csv_files.NAME
+    return events or ([table] if table.is_file() else [])
+
+
+def _scalars(path: Path, notes: list[str]) -> Iterator[Scalar]:
+    for file in _logs(path):
+        read = csv_files.scalars_in if file.name == csv_files.NAME else event_files.scalars_in
+        yield from read(file, notes)
 
 
 def _is_run(path: Path) -> bool:
-    return bool(_event_files(path)) or (path / "incidents.jsonl").is_file()
+    return bool(_logs(path)) or (path / "incidents.jsonl").is_file()
 
 
-def _runs_below(path: Path) -> Iterator[Path]:
-    for folder, folders, files in os.walk(path):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        if "incidents.jsonl" in files or any("tfevents" in name for name in files):
-            yield Path(folder)
+def _says_something(path: Path) -> bool:
+    """Whether there is more than a stray file with hyperparameters, as beside the runs of a search."""
+    if (path / "incidents.jsonl").is_file():
+        return True
+    return any(meaning_of(tag) is not None for _, tag, _ in _scalars(path, []))
+
+
+def _runs_in(path: Path) -> list[Path]:
+    """The folder itself, if it is a run; else those below it, however deep."""
+    is_run = _is_run(path)
+    if is_run and _says_something(path):
+        return [path]
+    below = [
+        run
+        for folder in path.iterdir()
+        if folder.is_dir() and not folder.is_symlink() and not folder.name.startswith(".")
+        for run in _runs_in(folder)
+    ]
+    return below or ([path] if is_run else [])
 
 
 def _natural(path: Path) -> list[tuple[str, int]]:
@@ -182,7 +214,7 @@ def _no_folder(path: Path) -> str:
 def _no_run(path: Path) -> str:
     nearby = sorted(run for run in path.resolve().parent.iterdir() if run.is_dir() and _is_run(run))[:5]
     hint = f" There are runs nearby: {', '.join(os.path.relpath(run) for run in nearby)}." if nearby else ""
-    return f"there is no event file in {path}, nor in a folder below it.{hint}"
+    return f"there is neither an event file nor a metrics.csv in {path}, nor in a folder below it.{hint}"
 
 
 def _together(layers: Iterable[Series]) -> Series:
@@ -226,15 +258,40 @@ def _incidents(path: Path, notes: list[str]) -> Iterator[RecordedIncident]:
                 **{key: str(record.get(key) or "") for key in ("advice", "cause", "detail", "dossier")},
                 action=str(record.get("action") or "none"),
             )
-        except (KeyError, TypeError, ValueError):
+        except (KeyError, TypeError, ValueError, OverflowError):
             left_out += 1
     if left_out:
         notes.append(f"{left_out} records of {path.name} are no incidents")
 
 
+def _that_went_on(incidents: Sequence[RecordedIncident], abandoned: Abandoned) -> Iterator[RecordedIncident]:
+    """Without those of steps that a resumed run has made again, unless it is that run which tells of them.
+
+    Incidents bear no time, but they stand in the order in which they happened: the resumed run begins where
+    steps go back, or where an incident is told a second time.
+    """
+    seen: set[tuple[str, int]] = set()
+    resumed = len(incidents)
+    for i, incident in enumerate(incidents):
+        # one that is judged late may stand behind one of the next step
+        goes_back = i > 0 and incident.step < incidents[i - 1].step - LATE
+        if goes_back or (incident.kind, incident.step) in seen:
+            resumed = i
+            break
+        seen.add((incident.kind, incident.step))
+    for i, incident in enumerate(incidents):
+        if i >= resumed or not abandoned.first <= incident.step <= abandoned.last + LATE:
+            yield incident
+
+
 def _lost_batches(path: Path, notes: list[str]) -> Counter[str]:
-    files = sorted(path.glob("lost_batches.rank*.jsonl"))
-    return Counter(str(record.get("reason", "lost")) for file in files for record in _records(file, notes))
+    return Counter(
+        str(record.get("reason", "lost")) for file in _ledgers(path) for record in _records(file, notes)
+    )
+
+
+def _ledgers(path: Path) -> list[Path]:
+    return sorted(path.glob("lost_batches.rank*.jsonl"))
 
 
 def _dossiers(folder: Path) -> Iterator[Dossier]:
@@ -253,7 +310,7 @@ def _hparams(path: Path, notes: list[str]) -> dict[str, str]:
         return {}
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8", errors="replace"))
-    except (yaml.YAMLError, OSError):
+    except (yaml.YAMLError, OSError, ValueError):
         notes.append(f"{path.name} holds more than plain values, and is not shown")
         return {}
     return {str(key): str(value) for key, value in content.items()} if isinstance(content, dict) else {}

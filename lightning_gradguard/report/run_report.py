@@ -10,7 +10,7 @@ from itertools import groupby
 from statistics import median
 
 from lightning_gradguard.core.diagnosis import title
-from lightning_gradguard.core.run_log import GradientLog, RecordedIncident
+from lightning_gradguard.core.run_log import GradientLog, RecordedIncident, Series
 from lightning_gradguard.core.verdict import Verdict, judge, worst_layers
 from lightning_gradguard.report.run_folders import Run
 
@@ -68,6 +68,7 @@ class Done:
         skips: Steps skipped.
         rollbacks: Times gone back.
         lost_batches: Batches that left nothing in the weights, by reason.
+        ranks: How many ranks have lost some.
         learning_rate_scale: What learning rates were multiplied by in the end.
         learning_rates: The last that optimizers used, by parameter group.
         clipped_share: Share of steps clipped.
@@ -76,6 +77,7 @@ class Done:
     skips: int | None
     rollbacks: int | None
     lost_batches: Mapping[str, int]
+    ranks: int
     learning_rate_scale: float | None
     learning_rates: Mapping[str, float]
     clipped_share: float | None
@@ -88,7 +90,9 @@ class Done:
         if self.lost_batches:
             reasons = ", ".join(f"{n} {reason}" for reason, n in self.lost_batches.items())
             total = sum(self.lost_batches.values())
-            said.append(f"{total} batches left nothing in the weights ({reasons}): lost_batches.rank*.jsonl")
+            of = f" of {self.ranks} ranks together" if self.ranks > 1 else ""
+            lost = f"{_times(total, 'batch', 'batches')}{of} left nothing in the weights ({reasons})"
+            said.append(f"{lost}: lost_batches.rank*.jsonl")
         if self.learning_rate_scale is not None:
             rates = ", ".join(f"{rate:.3g}" for rate in self.learning_rates.values())
             used = f", the last learning rate was {rates}" if rates else ""
@@ -145,12 +149,12 @@ def report_on(run: Run) -> RunReport:
         timeline=_timeline(run, verdict),
         incidents=Counter(incident.kind for incident in log.incidents),
         layers=[
-            _layer_facts(index, name, gradients)
-            for index, gradients in enumerate(log.gradients)
+            _layer_facts(name, gradients)
+            for gradients in log.gradients
             for name in worst_layers(gradients, verdict)
         ],
         done=_done(run),
-        notes=[*run.notes, *_missing(run)],
+        notes=[*run.notes, *_missing(run, verdict)],
     )
 
 
@@ -160,14 +164,27 @@ def outcome_in_words(report: RunReport) -> str:
     facts = [f"{outcome.steps} steps"]
     if outcome.died_at is not None:
         facts = [f"died after {outcome.survived} of {outcome.steps} steps"]
+        if outcome.survived is None:
+            facts = [
+                f"died within the first {outcome.died_at} of {outcome.steps} steps, which were not logged"
+            ]
     elif outcome.was_stopped:
         facts = [f"given up after {outcome.steps} steps"]
-    if not math.isnan(outcome.first_loss):
-        final = "nonfinite" if outcome.died_at is not None else f"{outcome.final_loss:.4g}"
+    if outcome.first_loss is not None and outcome.final_loss is not None:
+        final = f"{outcome.final_loss:.4g}" if math.isfinite(outcome.final_loss) else "nonfinite"
         facts.append(f"loss {outcome.first_loss:.4g} to {final}")
     if report.largest_norm is not None:
-        facts.append(f"largest gradient norm {report.largest_norm:.3g} at step {report.largest_norm_at}")
+        facts.append(f"largest gradient norm {_largest_in_words(report)}")
     return ", ".join(facts)
+
+
+def _largest_in_words(report: RunReport) -> str:
+    logged = f"{short(report.largest_norm)}{{}} at step {report.largest_norm_at}"
+    told = report.run.log.largest_norm
+    largest = report.largest_norm or 0.0
+    if told is None or told <= largest or short(told) == short(largest):
+        return logged.format("")
+    return f"{short(told)} ({logged.format(' among logged steps,')})"
 
 
 def compared(reports: Sequence[RunReport]) -> list[tuple[str, ...]]:
@@ -185,7 +202,7 @@ def _row(report: RunReport) -> tuple[str, ...]:
     return (
         report.run.name,
         report.verdict.headline,
-        f"{outcome.survived} of {outcome.steps}",
+        "-" if outcome.survived is None else f"{outcome.survived} of {outcome.steps}",
         short(outcome.final_loss),
         short(report.largest_norm),
         "-" if done.skips is None else str(done.skips),
@@ -332,7 +349,7 @@ def _counted(run: Run) -> list[Entry]:
     return entries
 
 
-def _layer_facts(optimizer: int, name: str, gradients: GradientLog) -> LayerFacts:
+def _layer_facts(name: str, gradients: GradientLog) -> LayerFacts:
     series = gradients.layers[name]
     finite = series.finite()
     norms = [value for _, value in finite]
@@ -340,7 +357,7 @@ def _layer_facts(optimizer: int, name: str, gradients: GradientLog) -> LayerFact
     weights = gradients.weights[name].finite() if name in gradients.weights else []
     ratios = [v for _, v in gradients.ratios[name].finite()] if name in gradients.ratios else []
     return LayerFacts(
-        optimizer=optimizer,
+        optimizer=gradients.optimizer,
         name=name,
         usual_norm=median(norms) if norms else None,
         largest_norm=largest,
@@ -356,16 +373,17 @@ def _done(run: Run) -> Done:
     log = run.log
     fractions = [value for g in log.gradients for _, value in g.clip_fraction.finite()]
     return Done(
-        skips=int(log.skips.values[-1]) if len(log.skips) else None,
-        rollbacks=int(log.rollbacks.values[-1]) if len(log.rollbacks) else None,
+        skips=_last_count(log.skips),
+        rollbacks=_last_count(log.rollbacks),
         lost_batches=dict(run.lost_batches),
+        ranks=run.ranks,
         learning_rate_scale=log.backoff_scale.values[-1] if len(log.backoff_scale) else None,
         learning_rates={group: series.values[-1] for group, series in run.rates.items()},
         clipped_share=sum(fractions) / len(fractions) if fractions else None,
     )
 
 
-def _missing(run: Run) -> list[str]:
+def _missing(run: Run, verdict: Verdict) -> list[str]:
     notes = []
     if not run.log.gradients and not len(run.log.loss):
         notes.append("there is neither a loss nor a gradient norm in it; add GradientNormMonitor()")
@@ -376,8 +394,15 @@ def _missing(run: Run) -> list[str]:
         notes.append("there is a total norm alone; GradientNormMonitor() tells which layer is at fault")
     elif not len(run.log.loss):
         notes.append("there is no training loss in it; log one, as self.log('train_loss', loss)")
+    if verdict.status == "unknown" and verdict.outcome.steps:
+        notes.append("log more often, or train for longer, to have it judged: Trainer(log_every_n_steps=10)")
     return notes
 
 
-def _times(n: int, what: str) -> str:
-    return f"{n} {what}" if n == 1 else f"{n} {what}s"
+def _last_count(series: Series) -> int | None:
+    counts = series.finite()
+    return int(counts[-1][1]) if counts else None
+
+
+def _times(n: int, what: str, several: str = "") -> str:
+    return f"{n} {what}" if n == 1 else f"{n} {several or f'{what}s'}"

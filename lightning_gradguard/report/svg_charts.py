@@ -68,6 +68,8 @@ def line_chart(
     shown = [line for line in lines if len(line.series)]
     finite = [(step, value) for line in shown for step, value in line.series.finite()]
     steps = [step for line in shown for step in (line.series.steps[0], line.series.steps[-1])]
+    # what happened between two logged steps, or ahead of the first, is to be seen as well
+    steps += marks or {}
     first, last = min(steps), max(steps)
     scale = _Scale([value for _, value in finite], log_scale)
 
@@ -91,8 +93,7 @@ def line_chart(
     ]
     near: dict[int, list[str]] = defaultdict(list)
     for step, text in (marks or {}).items():
-        if first <= step <= last:
-            near[round(x(step) / MARK) * MARK].append(f"step {step}: {text}")
+        near[round(x(step) / MARK) * MARK].append(f"step {step}: {text}")
     base = HEIGHT - BOTTOM
     for at, texts in near.items():
         what = html.escape(_several(texts))

@@ -20,6 +20,7 @@ Role = Literal[
     "rollbacks",
     "scale",
     "rate",
+    "largest",
     "loss",
 ]
 
@@ -40,6 +41,8 @@ _TABLE: tuple[tuple[str, Role], ...] = (
     (r"rollback/rollbacks", "rollbacks"),
     (rf"lr_backoff{_OPTIMIZER}/scale", "scale"),
     (rf"lr_backoff{_OPTIMIZER}/lr/{_NAME}", "rate"),
+    # of all steps that came to the host, logged at the end
+    (r"summary/largest_(?:logged_)?norm", "largest"),
     # Lightning: `track_grad_norm` of 1.x, and `pytorch_lightning.utilities.grad_norm`
     (r"grad_(?:[\d.]+|inf)_norm_total(?:_step)?", "total"),
     (rf"grad_(?:[\d.]+|inf)_norm[/_]{_NAME}(?:_step)?", "layer"),
@@ -58,10 +61,10 @@ _LOSSES = (
     r"(?:train|training)[/_.-](?:total_)?loss(?:_step)?",
     r"(?:total_)?loss(?:_step)?|loss[/_](?:train|training|total)(?:_step)?|lm loss",
     r"(?:train|training)[/_.-]loss_epoch",
-    r"(?!.*(?:val|eval|test|dev))(?!init/).*loss(?:_step)?",
+    r"(?!.*(?:val|eval|test|dev))(?!(?:init|summary)/).*loss(?:_step)?",
 )
-#: Copies on a logarithmic scale are no norms.
-_LOGARITHM = re.compile(r"(?:^|/)log_?(?:10|2)?/|log_?(?:10|2)(?:$|/)")
+#: Copies on a logarithmic scale are no norms; a parameter may be called `log2`.
+_LOGARITHM = re.compile(r"log_?(?:10|2)?/|[^/]*_log_?(?:10|2)/")
 
 
 @dataclass(frozen=True)
@@ -92,7 +95,7 @@ def meaning_of(tag: str) -> Meaning | None:
         >>> meaning_of("log10/grad_norm/total") is None
         True
     """
-    if _LOGARITHM.search(tag):
+    if _LOGARITHM.match(tag):
         return None
     for rank, (pattern, role) in enumerate(_TABLE):
         found = re.fullmatch(pattern, tag)

@@ -27,6 +27,7 @@ class Section:
         heading: Above it.
         text: A paragraph; empty for none.
         rows: A table of two columns, without the rows whose second is empty.
+        links: Addresses by names of `rows`, which then lead there.
         command: What can be typed; empty for nothing.
         items: A list; numbered if `is_ordered`.
         is_ordered: Whether the order of the list matters.
@@ -38,6 +39,7 @@ class Section:
     heading: str
     text: str = ""
     rows: Mapping[str, str] = field(default_factory=dict)
+    links: Mapping[str, str] = field(default_factory=dict)
     command: str = ""
     items: Sequence[str] = ()
     is_ordered: bool = False
@@ -52,7 +54,7 @@ class Section:
             parts.append(f"<p>{html.escape(self.text)}</p>")
         told = {name: value for name, value in self.rows.items() if value}
         if told:
-            rows = (f"<tr><th>{html.escape(k)}</th><td>{html.escape(v)}</td></tr>" for k, v in told.items())
+            rows = (f"<tr><th>{self._linked(k)}</th><td>{html.escape(v)}</td></tr>" for k, v in told.items())
             parts.append(f"<table>{''.join(rows)}</table>")
         if self.command:
             parts.append(f"<pre>{html.escape(self.command)}</pre>")
@@ -66,6 +68,10 @@ class Section:
             parts.append(f'<div class="wide"><table class="many">{"".join(lines)}</table></div>')
         parts += self.figures
         return "\n".join(parts)
+
+    def _linked(self, name: str) -> str:
+        text = html.escape(name)
+        return f'<a href="{html.escape(self.links[name])}">{text}</a>' if name in self.links else text
 
 
 def _row(cells: Sequence[str], kind: str) -> str:

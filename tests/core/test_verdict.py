@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -110,6 +111,7 @@ def test_vanishing_needs_to_last_and_to_hurt() -> None:
     assert verdict.headline == "vanishing gradients"
     assert verdict.symptoms[0].where[0] == LAYERS[0]
     assert "lose 5.0 decades" in verdict.symptoms[0].evidence
+    assert verdict.symptoms[0].since == 0
     learned = judge(RunLog(series(falling()), [profile(1.0)]))
     assert (learned.status, kinds(learned)) == ("healthy", {"vanishing_gradient": "minor"})
     mild = judge(RunLog(series(falling()), [profile(0.3)]))
@@ -132,12 +134,189 @@ def test_stagnation() -> None:
     assert (symptom.kind, symptom.where) == ("weight_stagnation", ("body.weight",))
 
 
+def still(ratio: float, n: int = 150) -> GradientLog:
+    ratios = {"body.weight": series([ratio] * n), "head.weight": series([1e-9] * n)}
+    weights = dict.fromkeys(ratios, series([1.0] * n))
+    return replace(gradients([1.0] * n), weights=weights, ratios=ratios)
+
+
 def test_stuck_is_from_the_start_not_a_plateau() -> None:
-    assert kinds(judge(RunLog(series([2.3] * 150)))) == {"stuck_loss": "serious"}
+    assert kinds(judge(RunLog(series([2.3] * 150), [still(1e-9)])))["stuck_loss"] == "serious"
     plateau = [*falling(50), *[0.5] * 100]
     assert kinds(judge(RunLog(series(plateau)))) == {}
-    short = judge(RunLog(series([2.3] * 60)))
-    assert kinds(short) == {}
+    assert kinds(judge(RunLog(series([2.3] * 60)))) == {}
+    assert kinds(judge(RunLog(series([2.3] * 29, every=10)))) == {}
+
+
+def test_a_flat_loss_may_have_converged() -> None:
+    """Half of the weights still move, or nobody knows whether they do."""
+    for log in (RunLog(series([2.3] * 150), [still(1e-4)]), RunLog(series([2.3] * 150))):
+        verdict = judge(log)
+        assert kinds(verdict)["stuck_loss"] == "minor"
+        assert "or had converged before" in next(
+            s.evidence for s in verdict.symptoms if s.kind == "stuck_loss"
+        )
+    assert (verdict.status, verdict.headline) == ("healthy", "healthy, with a flat loss")
+
+
+def test_rivals_are_not_stuck() -> None:
+    assert "stuck_loss" not in kinds(judge(RunLog(series([2.3] * 150), [still(1e-9), still(1e-9)])))
+
+
+@pytest.mark.parametrize("sigma", [0.05, 0.5, 1.0])
+@pytest.mark.parametrize("n", [10, 20, 100])
+def test_noise_around_a_level_is_no_symptom(sigma: float, n: int) -> None:
+    for seed in range(40):
+        noise = random.Random(seed)
+        losses = [math.exp(noise.gauss(0, sigma)) for _ in range(n)]
+        assert judge(RunLog(series(losses))).status == "healthy"
+
+
+@pytest.mark.parametrize("offset", [-50.0, 50.0])
+def test_a_loss_with_an_offset_is_not_stuck(offset: float) -> None:
+    losses = [offset + 0.6 * value for value in falling(200)]
+    verdict = judge(RunLog(series(losses), [still(1e-9, 200)]))
+    assert "stuck_loss" not in kinds(verdict)
+    assert verdict.outcome.has_learned == (offset < 0)
+
+
+def test_a_loss_that_was_low_and_came_back_has_diverged() -> None:
+    losses = [*(max(2.3 * 0.97**i, 0.1) for i in range(120)), *[2.3] * 120]
+    (symptom,) = judge(RunLog(series(losses), [gradients([1.0] * 120 + [0.5] * 120)])).symptoms
+    assert (symptom.kind, symptom.severity) == ("divergence", "serious")
+    assert symptom.since == 120
+    assert "had fallen from" in symptom.evidence
+    assert "to 0.1 " in symptom.evidence
+    half_way = [*[2.3] * 40, *[0.1] * 80, *[1.5] * 120]
+    assert kinds(judge(RunLog(series(half_way))))["divergence"] == "serious"
+    # a little of it lost again is a warm restart, or a harder batch
+    little = [*losses[:120], *[0.5] * 120]
+    assert kinds(judge(RunLog(series(little)))) == {}
+    rivals = [gradients([1.0] * 240), gradients([1.0] * 240)]
+    assert kinds(judge(RunLog(series(losses), rivals))) == {}
+
+
+def test_a_negative_loss_can_diverge() -> None:
+    assert kinds(judge(RunLog(series([-1 + 3e7 * (i / 100) ** 8 for i in range(100)])))) == {
+        "divergence": "serious"
+    }
+    assert kinds(judge(RunLog(series([-1 + 0.001 * i for i in range(100)])))) == {}
+
+
+def test_a_slow_rise_among_noise_is_seen() -> None:
+    noise = random.Random(0)
+    losses = [math.exp(noise.gauss(0, 0.3) + i / 20) for i in range(40)]
+    assert kinds(judge(RunLog(series(losses)))) == {"divergence": "serious"}
+
+
+def test_a_jump_right_at_the_end_is_seen_and_one_lucky_value_is_not() -> None:
+    assert kinds(judge(RunLog(series([*[1.0] * 90, *[3.0] * 10]))))["divergence"] == "serious"
+    assert kinds(judge(RunLog(series([1.0, 1.0, 1.0, 1.0, 0.01, *[1.0] * 7])))) == {}
+
+
+def test_noise_of_a_negative_loss_is_no_learning() -> None:
+    for seed in range(20):
+        noise = random.Random(seed)
+        losses = [-1 + noise.gauss(0, 0.1) for _ in range(50)]
+        assert not judge(RunLog(series(losses))).outcome.has_learned
+
+
+def test_a_norm_that_is_huge_from_the_first_step_on_has_exploded() -> None:
+    assert judge(RunLog(series([2.0, NAN]), [gradients([5e3, NAN])])).headline == "exploding gradients"
+    assert judge(RunLog(series([2.0, NAN]), [gradients([5.0, NAN])])).headline == "nonfinite loss"
+
+
+def test_norms_that_warm_up_in_a_run_that_learns_are_no_fault() -> None:
+    norms = [1e-3] * 10 + [1.0] * 90
+    verdict = judge(RunLog(series(falling()), [gradients(norms)]))
+    assert verdict.status == "healthy"
+    assert kinds(judge(RunLog(series([2.0] * 100), [gradients(norms)])))["exploding_gradient"] == "serious"
+
+
+def test_death_before_the_first_logged_step_is_not_blamed_on_the_batch() -> None:
+    nothing = Series([49, 99, 149], [NAN] * 3)
+    verdict = judge(RunLog(nothing, [GradientLog(nothing, {"head.weight": nothing})]))
+    assert (verdict.status, verdict.outcome.survived, verdict.outcome.died_at) == ("dead", None, 49)
+    (symptom,) = verdict.symptoms
+    assert "at the first logged step, 49; the 49 steps before were not logged" in symptom.evidence
+    first = symptom.remedies[:3]
+    assert [
+        word in text
+        for word, text in zip(("learning rate", "Clip", "InitializationCheck"), first, strict=True)
+    ] == [True] * 3
+    # the first step was logged: nothing is hidden
+    seen = judge(RunLog(Series([0, 50], [NAN] * 2)))
+    assert seen.outcome.survived == 0
+    assert "batch" in seen.symptoms[0].remedies[0]
+
+
+def test_what_nobody_logged_is_not_claimed() -> None:
+    norms = [*falling(30), NAN, NAN]
+    layers = {"body.weight": series(norms), "head.weight": series(falling(32))}
+    verdict = judge(RunLog(gradients=[GradientLog(series(norms), layers)]))
+    assert (verdict.status, verdict.headline) == ("dead", "nonfinite gradients")
+    (symptom,) = verdict.symptoms
+    assert symptom.where == ("body.weight",)
+    assert "1 gradients were nonfinite from step 30 on; step 29 showed nothing unusual" in symptom.evidence
+    assert (verdict.outcome.first_loss, verdict.outcome.final_loss) == (None, None)
+
+
+def test_one_overflow_at_the_end_is_no_death() -> None:
+    totals = [1.0] * 99
+    verdict = judge(RunLog(gradients=[GradientLog(series([*totals, math.inf]))]))
+    assert (verdict.status, kinds(verdict)) == ("healthy", {"nonfinite_gradient": "minor"})
+    assert judge(RunLog(gradients=[GradientLog(series([*totals, math.inf, math.inf]))])).status == "dead"
+    assert judge(RunLog(gradients=[GradientLog(series([*totals, NAN]))])).status == "dead"
+
+
+def test_a_stop_counts_only_if_nothing_followed() -> None:
+    stopped = [incident("nonfinite_loss", 98, "skipped"), incident("training_diverged", 99, "stopped")]
+    assert judge(RunLog(series(falling()), skips=series([0.0] * 100), incidents=stopped)).status == "dead"
+    one_more = RunLog(series(falling(101)), skips=series([0.0] * 101), incidents=stopped)
+    assert judge(one_more).status == "dead"
+    went_on = RunLog(series(falling(150)), skips=series([0.0] * 150), incidents=stopped)
+    assert judge(went_on).status == "rescued"
+
+
+def test_clipping_that_did_nothing_has_handled_nothing() -> None:
+    norms = [1.0] * 40 + [1e5] + [1.0] * 60
+    log = replace(gradients(norms), clipped=series(norms))
+    assert kinds(judge(RunLog(series(falling(101)), [log]))) == {"exploding_gradient": "minor"}
+
+
+def test_all_details_are_told() -> None:
+    def bad(step: int, n: int) -> RecordedIncident:
+        detail = f"Row 3 is NaN (sample {n})."
+        return RecordedIncident("nonfinite_loss", step, cause="bad input", detail=detail, action="skipped")
+
+    found = [bad(40 + i, n) for i, n in enumerate((300, 301, 900, 300))]
+    (symptom,) = judge(RunLog(series(falling()), incidents=found)).symptoms
+    assert symptom.evidence.endswith(
+        "bad input: Row 3 is NaN (sample 300); Row 3 is NaN (sample 301); Row 3 is NaN (sample 900)"
+    )
+    (symptom,) = judge(RunLog(series(falling()), incidents=[bad(40 + i, i) for i in range(8)])).symptoms
+    assert symptom.evidence.endswith("(sample 4); and 3 more")
+
+
+def test_an_incident_of_a_kind_of_ones_own_brings_its_advice() -> None:
+    own = RecordedIncident("odd_weather", 5, advice="Wait for sunshine.")
+    (symptom,) = judge(RunLog(series(falling()), incidents=[own])).symptoms
+    assert symptom.remedies == ("Wait for sunshine.",)
+    (symptom,) = judge(RunLog(series(falling()), incidents=[replace(own, advice="")])).symptoms
+    assert symptom.remedies == ()
+
+
+def test_one_cut_of_the_learning_rate_does_not_keep_falling() -> None:
+    """Right after a cut the rate is a tenth of the new one, and is warmed again."""
+    rewarmed = series([1.0] * 24 + [0.05] * 36)
+    assert kinds(judge(RunLog(series([2.0] * 60), backoff_scale=rewarmed))) == {}
+    cuts = [RecordedIncident("learning_rate_backoff", 24 + i, value=0.5 ** (i + 1)) for i in range(4)]
+    scales = series([1.0] * 24 + [0.5 ** (i + 1) / 10 for i in range(4)] + [0.05] * 32)
+    verdict = judge(RunLog(series([2.0] * 60), backoff_scale=scales, incidents=cuts))
+    assert kinds(verdict) == {"falling_learning_rate": "serious"}
+    assert "lowered 4 times since step 24, to 0.062 of" in verdict.symptoms[0].evidence
+    one = judge(RunLog(series([2.0] * 60), backoff_scale=rewarmed, incidents=cuts[:1]))
+    assert kinds(one) == {}
 
 
 def test_a_peak_that_was_clipped_is_handled_and_one_that_was_not_is_minor() -> None:
@@ -152,9 +331,29 @@ def test_a_peak_that_was_clipped_is_handled_and_one_that_was_not_is_minor() -> N
     assert kinds(not_learned)["exploding_gradient"] == "serious"
 
 
+def test_a_layer_above_the_total_as_of_two_kinds_of_norm_is_all_of_it() -> None:
+    norms = [*[1.0] * 20, 1e4, *[1.0] * 20]
+    log = GradientLog(series(norms), {"head.weight": series([1e300] * 41)})
+    (symptom,) = judge(RunLog(series(falling(41)), [log])).symptoms
+    assert "nearly all of it in head.weight" in symptom.evidence
+
+
 def test_a_hard_batch_late_in_a_run_is_no_explosion() -> None:
     norms = [*falling(300), 0.5, *falling(300)[-20:]]
     assert kinds(judge(RunLog(series(falling(321)), [gradients(norms)]))) == {}
+
+
+def test_a_norm_that_has_become_small_may_rise_to_where_it_began() -> None:
+    norms = [*[1.0] * 20, *[0.01] * 60, 5.0, *[0.01] * 20]
+    assert kinds(judge(RunLog(series(falling(101)), [gradients(norms)]))) == {}
+
+
+def test_gradients_that_are_all_zero_are_no_network_that_died() -> None:
+    """Then there is no bias either that is still trained."""
+    layers = {"body.weight": series([0.0] * 60), "head.bias": series([0.0] * 60)}
+    assert "gradient_collapse" not in kinds(
+        judge(RunLog(gradients=[GradientLog(series([0.0] * 60), layers)]))
+    )
 
 
 def test_a_network_that_died() -> None:
@@ -178,6 +377,10 @@ def test_hard_clipping_all_the_time() -> None:
     )
     assert kinds(judge(RunLog(series([2.0] * 60), [hard]))) == {"constant_clipping": "serious"}
     assert kinds(judge(RunLog(series(falling(60)), [hard]))) == {"constant_clipping": "minor"}
+    few = replace(hard, clip_fraction=series([1.0] * 4), clip_coefficient=series([0.01] * 4))
+    assert kinds(judge(RunLog(series([2.0] * 4), [few]))) == {"constant_clipping": "minor"}
+    seldom = replace(hard, clip_fraction=series([0.8] * 60))
+    assert kinds(judge(RunLog(series([2.0] * 60), [seldom]))) == {}
     soft = replace(hard, clip_coefficient=series([0.9] * 60))
     assert kinds(judge(RunLog(series([2.0] * 60), [soft]))) == {}
 
@@ -189,6 +392,45 @@ def test_a_learning_rate_that_keeps_falling() -> None:
     assert "5 times since step 10" in verdict.symptoms[0].evidence
     recovered = series([0.5 ** (i // 10) for i in range(60)] + [1.0])
     assert kinds(judge(RunLog(series([2.0] * 61), backoff_scale=recovered))) == {}
+
+
+def test_a_learning_rate_that_was_cut_twice_is_still_a_learning_rate() -> None:
+    cut = series([1.0] * 20 + [0.5] * 20 + [0.25] * 20)
+    assert kinds(judge(RunLog(series([2.0] * 60), backoff_scale=cut))) == {}
+
+
+def test_learned_is_a_fifth() -> None:
+    little, enough = [*[2.0] * 50, *[1.8] * 50], [*[2.0] * 50, *[1.4] * 50]
+    assert [judge(RunLog(series(losses))).outcome.has_learned for losses in (little, enough)] == [False, True]
+
+
+def test_a_slow_fall_among_noise_is_not_stuck() -> None:
+    losses = [2.3 - 0.001 * i + (0.2 if i % 2 else -0.2) for i in range(160)]
+    assert "stuck_loss" not in kinds(judge(RunLog(series(losses), [still(1e-9, 160)])))
+
+
+def test_ten_logged_steps_are_enough_to_judge() -> None:
+    assert [judge(RunLog(series(falling(n)))).status for n in (9, 10)] == ["unknown", "healthy"]
+
+
+def spiky(*steps: int, level: float = 1.0, height: float = 20.0) -> RunLog:
+    """Two hundred steps with spikes of loss and norm."""
+    losses, norms = [level] * 200, [1.0] * 200
+    for step in steps:
+        losses[step], norms[step] = height, 50.0
+    return RunLog(series(losses), [gradients(norms)])
+
+
+def test_few_spikes_are_minor_and_those_next_to_each_other_are_one() -> None:
+    assert kinds(judge(spiky(60, 100)))["loss_spike"] == "minor"
+    (once,) = [s for s in judge(spiky(60, 61, 62, 63)).symptoms if s.kind == "loss_spike"]
+    assert once.evidence.startswith("once, ")
+
+
+def test_a_spike_of_a_loss_that_has_become_small_is_none() -> None:
+    log = spiky(150, level=0.001, height=0.3)
+    began_high = [*[2.0] * 25, *log.loss.values[25:]]
+    assert kinds(judge(replace(log, loss=series(began_high)))) == {}
 
 
 def test_spikes_of_loss_and_norm() -> None:
@@ -252,13 +494,51 @@ def test_a_run_that_was_given_up_died_of_what_came_last() -> None:
     assert kinds(verdict) == {"nonfinite_gradient": "fatal", "vanishing_gradient": "minor"}
 
 
+def test_a_run_that_was_given_up_without_a_word_still_has_things_to_try() -> None:
+    stop = [incident("training_diverged", 59, action="stopped")]
+    verdict = judge(RunLog(series(falling(60)), skips=series([0.0] * 60), incidents=stop))
+    assert (verdict.status, verdict.headline, kinds(verdict)) == (
+        "dead",
+        "given up",
+        {"training_diverged": "fatal"},
+    )
+    assert "Lower the learning rate" in verdict.symptoms[0].remedies[0]
+
+
+def test_a_rollback_answers_what_came_right_before_it() -> None:
+    spike = RecordedIncident("loss_spike", 40)
+    back = [RecordedIncident("rollback", 41, value=30.0, action="rolled back")]
+    assert kinds(judge(RunLog(series(falling()), incidents=[spike, *back]))) == {"loss_spike": "handled"}
+    assert kinds(judge(RunLog(series(falling()), incidents=[spike]))) == {"loss_spike": "minor"}
+
+
+def test_what_follows_from_a_death_is_not_told_again() -> None:
+    log = RunLog(series([*falling(30), NAN, NAN]), incidents=[incident("nonfinite_gradient", 30)])
+    assert kinds(judge(log)) == {"nonfinite_loss": "fatal"}
+
+
+def test_causes_come_ahead_of_what_follows_from_them() -> None:
+    norms = [1.0] * 40 + [1e5] + [1.0] * 60
+    clipped = series([min(norm, 1.0) for norm in norms])
+    spoiled = [incident("nonfinite_weights", 41, "skipped")]
+    verdict = judge(
+        RunLog(series(falling(101)), [replace(gradients(norms), clipped=clipped)], incidents=spoiled)
+    )
+    assert kinds(verdict) == {"exploding_gradient": "handled", "nonfinite_weights": "handled"}
+    assert verdict.headline == "rescued from exploding gradients"
+
+
 def test_a_poor_initialization_matters_where_nothing_was_learned() -> None:
     told = [incident("poor_initialization", 0)]
     assert kinds(judge(RunLog(series([2.3] * 60), incidents=told))) == {"poor_initialization": "serious"}
     assert kinds(judge(RunLog(series(falling()), incidents=told))) == {"poor_initialization": "minor"}
 
 
-@pytest.mark.parametrize("values", [[], [1.0], [NAN], [NAN] * 50, [0.0] * 50, [math.inf, 1.0], [-1.0] * 20])
+ODD = [[], [1.0], [NAN], [NAN] * 50, [0.0] * 50, [math.inf, 1.0], [-1.0] * 20, [1e308, 1e-320] * 20]
+ODD += [[1e308] * 20 + [1e-320] * 20, [-1e308] * 20 + [1e308] * 20]
+
+
+@pytest.mark.parametrize("values", ODD)
 def test_any_log_has_a_verdict(values: list[float]) -> None:
     verdict = judge(RunLog(series(values), [gradients(values)], backoff_scale=series(values)))
     assert verdict.headline

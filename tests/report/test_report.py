@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import math
 import re
@@ -18,7 +19,7 @@ import jsonschema  # type: ignore[import-untyped]
 import pytest
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.loggers import TensorBoardLogger
+from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 from sklearn.datasets import load_digits
 from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.compat.proto.summary_pb2 import Summary
@@ -33,7 +34,7 @@ from lightning_gradguard.report.as_json import as_json
 from lightning_gradguard.report.as_page import as_html
 from lightning_gradguard.report.as_text import table
 from lightning_gradguard.report.run_folders import find_runs, read_run
-from lightning_gradguard.report.run_report import RunReport, report_on
+from lightning_gradguard.report.run_report import RunReport, outcome_in_words, report_on
 from lightning_gradguard.report.tags import meaning_of
 from tests.tasks import Batch, Classifier, clusters, fit, poisoned
 
@@ -214,6 +215,10 @@ class TestRealRuns:
     [
         ("grad_norm/total", "total", ""),
         ("grad_norm/body.0.weight", "layer", "body.0.weight"),
+        ("grad_norm/log2", "layer", "log2"),
+        ("grad_norm/x.log10", "layer", "x.log10"),
+        ("summary/largest_norm", "largest", ""),
+        ("summary/largest_logged_norm", "largest", ""),
         ("grad_norm.1/total", "total", ""),
         ("grad_norm/nonfinite_fraction", "nonfinite_fraction", ""),
         ("update_ratio/head", "ratio", "head"),
@@ -247,8 +252,13 @@ def test_tags_of_this_package_and_of_others(tag: str, role: str, name: str) -> N
     [
         "log10/grad_norm/total",
         "grad_norm_log10/total",
+        "log2/grad_norm/total",
         "grad_norm_band/low",
         "grad_norm_band/total",
+        "grad_norm_band.1/high",
+        "log10/grad_norm_band/total",
+        "summary/incidents",
+        "summary/final_loss",
         "log10/train_loss",
         "val_loss",
         "eval/loss",
@@ -268,6 +278,16 @@ def test_the_likeliest_loss_is_taken() -> None:
         "run", {"g_loss": [9.0] * 40, "train/loss": falling, "train_loss_epoch": [1.0], "val_loss": [5.0]}
     )
     assert read_run("run", path).loss_tag == "train/loss"
+
+
+def test_of_two_names_of_the_loss_the_longer_series_is_taken() -> None:
+    path = write("run", {"training/loss": [9.0], "train/loss": [2.0] * 30, "train_loss": [9.0] * 2})
+    assert read_run("run", path).loss_tag == "train/loss"
+
+
+def test_layers_are_of_one_family() -> None:
+    tags = {"grad_norm/a.weight": [1.0], "grad_norm/b.weight": [1.0], "grad_2.0_norm/body": [1.0]}
+    assert list(read_run("run", write("run", tags)).log.gradients[0].layers) == ["a.weight", "b.weight"]
 
 
 @pytest.mark.parametrize("family", ["grad_2.0_norm", "l2_norm/grad"])
@@ -312,6 +332,143 @@ def test_several_optimizers() -> None:
     assert len(found.run.log.gradients) == 2
     assert [layer.optimizer for layer in found.layers] == [0, 1]
     assert "body.weight (optimizer 1)" in as_html([found])
+
+
+def test_optimizers_keep_their_numbers() -> None:
+    tags = {f"grad_norm.{i}/{name}": [1.0] * 20 for i in (1, 3) for name in ("total", "body.weight")}
+    found = reported(write("run", tags))
+    assert [layer.optimizer for layer in found.layers] == [1, 3]
+    page = as_html([found])
+    assert "Total gradient norm of optimizer 3" in page
+    assert "optimizer 0" not in page
+
+
+def test_the_largest_norm_of_all_steps_is_told_beside_that_of_logged_ones() -> None:
+    norms = [0.5, 0.564, 0.4]
+    found = reported(write("run", {"grad_norm/total": norms, "summary/largest_norm": [1.16]}))
+    assert "largest gradient norm 1.16 (0.564 among logged steps, at step 1)" in outcome_in_words(found)
+    assert [layer.name for layer in found.layers] == []
+    same = reported(write("same", {"grad_norm/total": norms, "summary/largest_logged_norm": [0.5640001]}))
+    assert outcome_in_words(same) == "3 steps, largest gradient norm 0.564 at step 1"
+
+
+def test_what_is_unknown_is_not_called_nonfinite(capsys: pytest.CaptureFixture[str]) -> None:
+    write("runs/norms", {"grad_norm/total": [1.0] * 20})
+    Path("runs/told").mkdir()
+    Path("runs/told/incidents.jsonl").write_text('{"kind": "loss_spike", "step": 3}\n')
+    _, norms, told = said(capsys, "runs").splitlines()[:3]
+    assert re.split(r" {2,}", norms)[2:] == ["20 of 20", "-", "1", "-", "-", "-"]
+    assert re.split(r" {2,}", told)[2:] == ["-"] * 6
+    first, second = json.loads(said(capsys, "runs", "--json"))["runs"]
+    assert (first["final_loss"], first["first_loss"], second["survived"]) == (None, None, None)
+
+
+def test_a_death_that_nobody_saw() -> None:
+    Path("run").mkdir()
+    with SummaryWriter("run") as writer:
+        for step in (49, 99, 149):
+            writer.add_scalar("train_loss", NAN, step)
+    found = reported("run")
+    words = "died within the first 49 of 150 steps, which were not logged"
+    assert outcome_in_words(found) == words
+    jsonschema.validate(json.loads(as_json([found])), SCHEMA)
+
+
+def test_too_little_is_said_with_what_to_do_and_what_is_certain(capsys: pytest.CaptureFixture[str]) -> None:
+    tags = {"grad_norm/total": [3e6] * 3, "train_loss": [2.0] * 3, "clip/coefficient": [1e-6] * 3}
+    write("run", {**tags, "clip/fraction": [1.0] * 3})
+    text = " ".join(said(capsys, "run").split())
+    assert "too little was logged to judge" in text
+    assert "log more often, or train for longer, to have it judged: Trainer(log_every_n_steps=10)" in text
+    assert "hard clipping all the time (minor, from step 1)" in text
+    assert "largest gradient norm 3e+06" in text
+
+
+def table_of(folder: str, columns: Mapping[str, Sequence[float]]) -> Path:
+    """The same scalars as CSVLogger writes them: a blank where a step has none."""
+    Path(folder).mkdir(parents=True)
+    longest = max(map(len, columns.values()))
+    with Path(folder, "metrics.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["epoch", "step", *columns])
+        for step in range(longest):
+            values = [v[step] if step < len(v) else "" for v in columns.values()]
+            writer.writerow([0, step, *values])
+            writer.writerow([0, step, *[""] * len(columns)])
+    return Path(folder)
+
+
+def test_the_metrics_of_a_csv_logger_are_read_like_event_files() -> None:
+    norms = [1.0, 1.25, 512.0, 2.0**24, NAN]
+    tags = {"grad_norm/total": norms, "grad_norm/a.weight": norms, "train_loss": [4.0, 3.5, 4.5, 90.0, NAN]}
+    from_table, from_events = (
+        json.loads(as_json([reported(make(name, tags), "run")]))["runs"][0]
+        for make, name in ((table_of, "table"), (write, "events"))
+    )
+    assert from_table.pop("path") != from_events.pop("path")
+    assert from_table == from_events
+    assert from_table["headline"] == "exploding gradients"
+
+
+def test_a_real_run_with_a_csv_logger() -> None:
+    logger = CSVLogger(".", name="", version="run")
+    fit(
+        Classifier(),
+        poisoned(clusters(40), nan=[30]),
+        default_callbacks(),
+        logger=logger,
+        log_every_n_steps=1,
+    )
+    found = reported("run")
+    assert (found.verdict.headline, found.verdict.outcome.steps) == ("rescued from nonfinite loss", 40)
+    assert found.done.skips == 1
+    assert list(find_runs([Path()])) == ["run"]
+
+
+@pytest.mark.parametrize(
+    ("text", "note"),
+    [
+        ("a,b\n1,2\n", "has no column named step"),
+        ("", "has no column named step"),
+        ("step,train_loss\nx,1\n1.5,1\n,1\n3\n4,odd\n5,1,7\n", ""),
+    ],
+)
+def test_odd_tables(text: str, note: str) -> None:
+    Path("run").mkdir()
+    Path("run/metrics.csv").write_text(text)
+    found = reported("run")
+    assert any(note in line for line in found.notes)
+    assert list(found.run.log.loss.steps) == ([] if note else [5])
+
+
+def test_a_stray_file_does_not_hide_the_runs_below_it() -> None:
+    write("top", {"hp_metric": [-1.0]})
+    for name in ("version_0", "version_1"):
+        write(f"top/{name}", {"train_loss": [1.0] * 5})
+    assert list(find_runs([Path("top")])) == ["version_0", "version_1"]
+    # a run of its own is one
+    write("top", {"train_loss": [1.0]}, first_step=1)
+    assert list(find_runs([Path("top")])) == ["top"]
+
+
+def test_all_ranks_that_lost_batches_are_counted() -> None:
+    path = write("run", {"train_loss": [1.0] * 20, "rollback/skips": [0.0] * 19 + [6.0]})
+    for rank in range(2):
+        lines = [json.dumps({"reason": "skipped"})] * 6
+        (path / f"lost_batches.rank{rank}.jsonl").write_text("\n".join(lines))
+    assert reported(path).done.sentences()[:2] == [
+        "6 steps skipped, 0 rollbacks",
+        "12 batches of 2 ranks together left nothing in the weights (12 skipped): lost_batches.rank*.jsonl",
+    ]
+
+
+def test_incidents_between_logged_steps_are_on_the_chart() -> None:
+    path = write("run", {"train_loss": [1.0] * 20}, first_step=49)
+    lines = [{"kind": "poor_initialization", "step": 0}, {"kind": "loss_spike", "step": 99}]
+    (path / "incidents.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    (chart,) = charts(as_html([reported(path)]))
+    marks = chart.findall("path[@class='mark']")
+    assert [re.findall(r"M(\d+)", mark.get("d", "")) for mark in marks] == [["63"], ["789"]]
 
 
 def test_a_loss_alone_is_judged_and_what_to_add_is_said(capsys: pytest.CaptureFixture[str]) -> None:
@@ -363,17 +520,19 @@ def test_json_to_a_file_and_ahead_of_the_folder(capsys: pytest.CaptureFixture[st
 
 
 class Page(HTMLParser):
-    """Tags that are open, and what a page would fetch."""
+    """Tags that are open, what a page would fetch, and where it leads."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
         self.fetched: list[str] = []
+        self.links: list[str] = []
         self.tags: list[str] = []
         self.feed(text)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append(tag)
-        self.fetched += [str(value) for name, value in attrs if name in ("src", "href", "data")]
+        seen = [str(value) for name, value in attrs if name in ("src", "href", "data")]
+        (self.links if tag == "a" else self.fetched).extend(seen)
 
 
 def charts(page: str) -> list[ElementTree.Element]:
@@ -382,9 +541,12 @@ def charts(page: str) -> list[ElementTree.Element]:
 
 def test_the_page_shows_everything_and_needs_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     path = log(Classifier(), poisoned(clusters(60), nan=[30, 31]), default_callbacks())
-    said(capsys, "run", "--html", "page.html")
-    text = Path("page.html").read_text()
+    Path("pages").mkdir()
+    said(capsys, "run", "--html", "pages/page.html")
+    text = Path("pages/page.html").read_text()
     page = Page(text)
+    assert page.links == ["../run/incidents/30/index.html"]
+    assert Path("pages", page.links[0]).is_file()
     assert not page.fetched
     assert not {"script", "link", "img", "iframe"} & set(page.tags)
     loss, norms, layers = charts(text)
@@ -503,8 +665,47 @@ class TestRobustness:
         Path("run").mkdir()
         Path("run/incidents.jsonl").write_text('{"kind": "loss_spike", "step": 3}\n')
         text = said(capsys, "run")
-        assert "there is no event file, only incidents.jsonl" in text
+        assert "there is neither an event file nor a metrics.csv, only incidents.jsonl" in " ".join(
+            text.split()
+        )
         assert "loss_spike 1" in text
+
+    def test_incidents_of_a_part_that_was_abandoned(self) -> None:
+        """A run that was given up, resumed from step 50 in the same folder, and went well."""
+        losses = [2.0 * 0.98**i for i in range(150)]
+        path = write("run", {"train_loss": losses[:100], "rollback/skips": [0.0] * 100})
+        write("run", {"train_loss": losses[50:], "rollback/skips": [0.0] * 100}, first_step=50)
+        old = [("loss_spike", 20, "none"), ("nonfinite_loss", 70, "skipped")]
+        old += [("nonfinite_loss", 98, "skipped"), ("training_diverged", 99, "stopped")]
+        again = [("nonfinite_loss", 70, "skipped"), ("loss_spike", 120, "none")]
+
+        def tell(incidents: list[tuple[str, int, str]]) -> RunReport:
+            lines = [json.dumps({"kind": k, "step": s, "action": a}) for k, s, a in incidents]
+            (path / "incidents.jsonl").write_text("\n".join(lines))
+            return reported(path)
+
+        alone = tell(old)
+        assert (alone.verdict.status, dict(alone.incidents)) == ("healthy", {"loss_spike": 1})
+        late = tell([*old[:3], ("training_diverged", 100, "stopped")])
+        assert (late.verdict.status, dict(late.incidents)) == ("healthy", {"loss_spike": 1})
+        elsewhere = tell([*old, ("nonfinite_gradient", 60, "skipped")])
+        assert dict(elsewhere.incidents) == {"loss_spike": 1, "nonfinite_gradient": 1}
+        same = tell([old[1], again[0]])
+        assert dict(same.incidents) == {"nonfinite_loss": 1}
+        repeated = tell([*old, *again])
+        assert repeated.verdict.headline == "rescued from nonfinite loss"
+        assert dict(repeated.incidents) == {"loss_spike": 2, "nonfinite_loss": 1}
+
+    def test_numbers_that_are_none(self) -> None:
+        tags = {"train_loss": [1.0] * 20, "rollback/skips": [1.0, NAN], "rollback/rollbacks": [NAN, NAN]}
+        path = write("run", tags)
+        lines = ['{"kind": "rollback", "step": Infinity}', '{"kind": "rollback", "step": NaN}']
+        (path / "incidents.jsonl").write_text("\n".join(lines))
+        (path / "hparams.yaml").write_text("d: 2024-02-30\n")
+        found = reported(path)
+        assert (found.done.skips, found.done.rollbacks) == (1, None)
+        assert "2 records of incidents.jsonl are no incidents" in found.notes
+        assert any("hparams.yaml" in note for note in found.notes)
 
     def test_hparams_that_are_no_plain_values(self) -> None:
         path = write("run", {"train_loss": [1.0] * 20})
@@ -586,7 +787,7 @@ TURNED = ["         gradients", "loss     1.0"]
 WRONG_INPUTS: list[tuple[tuple[str, ...], str]] = [
     (("runs/version_1",), "there is no folder runs/version_1. Did you mean runs/version_0?"),
     (("rnus",), "there is no folder rnus. Did you mean runs?"),
-    (("empty",), "there is no event file in empty, nor in a folder below it."),
+    (("empty",), "there is neither an event file nor a metrics.csv in empty, nor in a folder below it."),
     (("runs/empty",), "There are runs nearby: runs/version_0."),
     (("runs/version_0/notes.txt",), "is a file; name the folder that it is in: runs/version_0"),
     ((), "name the folder of a run"),
