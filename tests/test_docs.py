@@ -42,19 +42,25 @@ def pages_with(language: str) -> list[str]:
     return [page for page in PAGES if snippets(language, page)]
 
 
+@pytest.fixture(autouse=True)
+def _seed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without one, LightningCLI chooses, and warns of it."""
+    monkeypatch.setenv("PL_GLOBAL_SEED", "0")
+
+
 @pytest.fixture
 def my_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A clone with a package of the reader's in it, a configuration, and what an earlier run has left."""
     Path("examples").symlink_to(ROOT / "examples")
     Path("my_package.py").write_text(MY_PACKAGE)
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setenv("PL_GLOBAL_SEED", "0")  # without one, LightningCLI chooses, and warns of it
     monkeypatch.delitem(sys.modules, "my_package", raising=False)
     model, data = {"class_path": "my_package.MyModule"}, {"class_path": "my_package.MyData"}
     Path("config.yaml").write_text(yaml.safe_dump({"model": model, "data": data}))
     last_good = Path("lightning_logs/version_0/last_good.ckpt")
     last_good.parent.mkdir(parents=True)
-    torch.save({"state_dict": {}}, last_good)
+    weights = {"net.weight": torch.zeros(1)}
+    torch.save({"state_dict": weights, "pytorch-lightning_version": "2.4.0"}, last_good)
 
 
 #: LightningCLI still calls what jsonargparse has renamed.

@@ -46,7 +46,7 @@ def default_callbacks(**replacements: Callback | None) -> list[Callback]:
             raise ValueError(f"{name!r} is none of the callbacks: {', '.join(DEFAULTS)}.")
         if callback is not None and not isinstance(callback, DEFAULTS[name]):
             raise ValueError(
-                f"{name}={callback!r} must be a {DEFAULTS[name].__name__}, or None to leave it out."
+                f"{name}={callback!r} must be of class {DEFAULTS[name].__name__}, or None to leave it out."
             )
     callbacks = [
         replacements[name] if name in replacements else default() for name, default in DEFAULTS.items()

@@ -19,7 +19,7 @@ import pytorch_lightning as pl
 from lightning_gradguard.callbacks.initialization_check import InitializationCheck
 from lightning_gradguard.cli.help_pages import check_page
 from lightning_gradguard.cli.quiet import quiet
-from lightning_gradguard.cli.refusals import RefusalError, one_line, place_of, told
+from lightning_gradguard.cli.refusals import RefusalError, is_own, one_line, place_of, told
 from lightning_gradguard.cli.suite import command_line, typed
 from lightning_gradguard.cli.user_module import named_class
 from lightning_gradguard.cli.weights import load_weights, read_checkpoint
@@ -130,6 +130,7 @@ def _checked(arguments: Sequence[str]) -> Facts:
         command = command_line(
             arguments,
             also=["json"],
+            instead_of_zero={"max_epochs": None, "max_steps": -1, "limit_train_batches": None},
             callbacks=[check, end],
             default_root_dir=folder,
             logger=logger.DummyLogger(),  # takes whatever the user's step hands it
@@ -139,16 +140,20 @@ def _checked(arguments: Sequence[str]) -> Facts:
             fast_dev_run=False,
             barebones=False,
             profiler=None,
+            max_time=None,
+            enable_checkpointing=False,
             limit_val_batches=0,
             num_sanity_val_steps=0,
             enable_progress_bar=False,
             enable_model_summary=False,
         )
         model, data = command.fit_arguments["model"], command.fit_arguments.get("datamodule")
+        # Lightning would put a check of the module's own in the place of this one
+        model.configure_callbacks = list
         path = command.fit_arguments.get("ckpt_path")
         if path is not None:
-            weights_only = command.fit_arguments.get("weights_only")
-            end.checkpoint = read_checkpoint(path, "--ckpt_path", weights_only=weights_only is not False)
+            trusted = command.fit_arguments.get("weights_only") is False
+            end.checkpoint = read_checkpoint(path, "--ckpt_path", weights_only=not trusted)
         try:
             command.trainer.fit(model, datamodule=data)
         except _EndError:
@@ -166,6 +171,8 @@ def _checked(arguments: Sequence[str]) -> Facts:
 
 
 def _refusal(error: Exception) -> RefusalError:
+    if is_own(error):
+        return RefusalError(f"the first batch could not be checked: {error}")
     text = f"{type(error).__name__}: {one_line(str(error))}{place_of(error)}"
     return RefusalError(f"the first batch could not be run: {text}")
 

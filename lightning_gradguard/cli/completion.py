@@ -17,16 +17,16 @@ _BASH = """\
 _lightning_gradguard() {
     local word=${COMP_WORDS[COMP_CWORD]} options=
     if [[ $COMP_CWORD -eq 1 ]]; then
-        COMPREPLY=($(compgen -W "@VERBS@" -- "$word"))
+        mapfile -t COMPREPLY < <(compgen -W "@VERBS@" -- "$word")
         return
     fi
     case ${COMP_WORDS[1]} in
 @CASES@
     esac
     if [[ $word == -* ]]; then
-        COMPREPLY=($(compgen -W "$options" -- "$word"))
+        mapfile -t COMPREPLY < <(compgen -W "$options" -- "$word")
     else
-        COMPREPLY=($(compgen -f -- "$word"))
+        mapfile -t COMPREPLY < <(compgen -f -- "$word")
     fi
 }
 complete -o filenames -F _lightning_gradguard lightning-gradguard

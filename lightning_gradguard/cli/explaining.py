@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
+import json
 import os
 import pkgutil
 import re
@@ -30,9 +31,16 @@ Failures = list[tuple[type, Exception]]
 _KINDS = {"model": "LightningModule", "data": "LightningDataModule"}
 _TREES = ("pytorch_lightning", "lightning.pytorch")
 
-_REQUIRED = re.compile(r"""required: (?:fit\.)?model|["'](?:fit\.)?model["'] is required""")
+_REQUIRED = re.compile(r"""required: (?:fit\.)?model\b|["'](?:fit\.)?model["'] is required""")
+_MISSING = re.compile(r"""arguments are required: (.+)|[Kk]ey ["']([\w.]+)["'] is required""")
 _NO_OPTION = re.compile(r"[Uu]nrecognized arguments: (\S+)|does not accept (?:option|nested key) '([\w.]+)'")
-_NO_ARGUMENT = re.compile(r"(?:Option|Key) '(\w+)' is not (?:accepted|expected)")
+_NO_ARGUMENT = re.compile(
+    r"(?:Option|Key) '(\w+)' is not (?:accepted|expected)|[Uu]nrecognized arguments: --([\w.]+)"
+)
+# the second is how jsonargparse 4.39 says so, and others say of what is no class at all
+_ABSTRACT = re.compile(r"instantiatable class, but (?:\S+\.)?(\w+) is abstract|Not a valid subclass of (\w+)")
+_NESTED = re.compile(r"NestedArg\(key='([\w.]+)'")
+_NO_CLASS = re.compile(r"Not a valid subclass of (\w+)")
 _OTHER_CLASS = re.compile(r"does not correspond to a subclass of (\w+)")
 # the second is how jsonargparse 4.39 refuses a Literal
 _NO_VALUE = re.compile(
@@ -97,17 +105,16 @@ def explained(error: str, arguments: Sequence[str], files: Sequence[str], option
         RefusalError: If one of the files cannot be read.
     """
     contents = {path: read_config(path) for path in files}
-    if _REQUIRED.search(error):
-        return "name the module with --model my.Module, or in a file that --config names."
-    if (unknown := _NO_OPTION.search(error)) is not None:
-        return _about_option(unknown[1] or "", unknown[2] or "", contents, options)
     source = functools.partial(_source, arguments, contents)
     lines = [line for line in error.splitlines() if line.strip()]
     for pattern, about in (
+        (_MISSING, _about_missing),
+        (_ABSTRACT, _about_abstract),
         (_CLASS, _about_class),
         (_NO_ARGUMENT, _about_argument),
         (_OTHER_CLASS, _about_other_class),
         (_NO_VALUE, _about_value),
+        (_NO_CLASS, _about_no_class),
     ):
         for i, line in enumerate(lines):
             found, above = pattern.search(line), _above(lines, i)
@@ -118,11 +125,28 @@ def explained(error: str, arguments: Sequence[str], files: Sequence[str], option
             key = ".".join(keys).removeprefix("fit.")
             if (said := about(_Complaint(found, key, owner, error, source))) is not None:
                 return said
+    if _REQUIRED.search(error):
+        return "name the module with --model my.Module, or in a file that --config names."
+    if (unknown := _NO_OPTION.search(error)) is not None:
+        return _about_option(unknown[1] or "", unknown[2] or "", contents, options)
     for key, kind in _KINDS.items():  # what importing it raises can be any text
         for name, path in (source(key), source(f"{key}.class_path")):
-            if path and key in error and (problem := problem_with(path, kind)) is not None:
+            is_path = path and not path.startswith(("{", "["))  # of what a file says, any kind is shown
+            if is_path and key in error and (problem := problem_with(path, kind)) is not None:
                 return f"{name} {path}: {problem}"
     return one_line(error)
+
+
+def no_arguments(key: str, arguments: Sequence[str], files: Sequence[str]) -> str:
+    """What to say of an option that stands for many, and was given one value.
+
+    Args:
+        key: Its name.
+        arguments: What was typed.
+        files: Configuration files among that.
+    """
+    name, value = _source(arguments, {path: read_config(path) for path in files}, key)
+    return f"{name} {value}: this takes arguments, such as `max_epochs: 10`."
 
 
 def problem_with(path: str, kind: str = "") -> str | None:
@@ -192,7 +216,7 @@ def _source(arguments: Sequence[str], contents: dict[str, Any], key: str) -> tup
             return f"--{key}", value if sign else "".join(arguments[i + 1 : i + 2])
     for path, content in reversed(contents.items()):
         for value in _values_at(content, key.split(".")):
-            return f"{path}: {key}", str(value)
+            return f"{path}: {key}", value if isinstance(value, str) else json.dumps(value, default=str)
     return f"--{key}", ""
 
 
@@ -242,12 +266,55 @@ def _has(known: Collection[str], names: Sequence[str]) -> bool:
     return any(option.split(".")[: len(names)] == list(names) for option in known)
 
 
+def _about_missing(complaint: _Complaint) -> str:
+    """A class that has to be given more."""
+    names = (complaint.found[1] or complaint.found[2]).split(", ")
+    return f"{complaint.owner} needs {', '.join(f'--{complaint.key}.{name}' for name in names)}."
+
+
+def _about_abstract(complaint: _Complaint) -> str | None:
+    """An argument of a class that is not named yet."""
+    base, error, key = complaint.found[1] or complaint.found[2], complaint.error, complaint.key
+    paths = re.findall(rf"<class '([\w.]+\.{base})'>", error)
+    typed = _NESTED.search(error)
+    if not paths or not inspect.isabstract(_class_at(paths[0])) or not (typed or complaint.found[1]):
+        return None
+    fitting = (
+        heir.__name__
+        for heir in _concrete(_class_at(paths[0]))
+        if any(f"'{argument}'" in error for argument in inspect.signature(heir).parameters)
+    )
+    example = next(fitting, "my.Class")
+    if typed:
+        return f"--{key}.{typed[1]}: name the class first, as --{key} {example}."
+    return f"{complaint.source(key)[0]}: name the class, as `class_path: {example}`."
+
+
+def _concrete(kind: Any) -> Iterator[type]:
+    """Those that inherit from a class, as far as they are loaded, and can be built."""
+    for heir in kind.__subclasses__():
+        if not inspect.isabstract(heir):
+            yield heir
+        yield from _concrete(heir)
+
+
+def _about_no_class(complaint: _Complaint) -> str:
+    """Something in a file where a class is to be named."""
+    name, value = complaint.source(complaint.key)
+    if complaint.key in DEFAULTS:
+        return _takes(name, value, DEFAULTS[complaint.key])
+    return f"{name} {value}: this takes the path of a class, as my.Module."
+
+
+def _takes(name: str, value: str, kind: type) -> str:
+    return f"{name} {value}: this takes null, to leave it out, or a subclass of {kind.__name__}."
+
+
 def _about_class(complaint: _Complaint) -> str | None:
     """A class that cannot be had."""
     name, value = complaint.source(complaint.key)
     if complaint.key in DEFAULTS and complaint.found[2]:
-        wanted = DEFAULTS[complaint.key].__name__
-        return f"{name} {value}: this takes null, to leave it out, or a subclass of {wanted}."
+        return _takes(name, value, DEFAULTS[complaint.key])
     path = complaint.found[1] or complaint.found[2]
     problem = problem_with(path, _KINDS.get(complaint.key, ""))
     return problem and f"{name} {path}: {problem}"
@@ -255,12 +322,17 @@ def _about_class(complaint: _Complaint) -> str | None:
 
 def _about_argument(complaint: _Complaint) -> str:
     """An argument that a class does not take."""
-    argument, owner = complaint.found[1], complaint.owner
+    *within, argument = (complaint.found[1] or complaint.found[2]).split(".")
+    owner, key = complaint.owner, ".".join([complaint.key, *within])
     if argument == "class_path":
         name, _ = complaint.source(complaint.key)
         return f"{name}: beside `class_path`, arguments belong under `init_args`."
-    name, _ = complaint.source(f"{complaint.key}.{argument}")
-    valid = tuple(inspect.signature(_class_at(owner)).parameters)
+    name, _ = complaint.source(f"{key}.{argument}")
+    kind = _class_at(owner)
+    for part in within:
+        kind = typing.get_type_hints(kind.__init__)[part]
+        owner = f"{kind.__module__}.{kind.__qualname__}"
+    valid = tuple(inspect.signature(kind).parameters)
     near = nearest(argument, valid, name.removesuffix(argument).rpartition(": ")[2])
     known = near or f" There are: {', '.join(valid) or 'none'}."
     return f"{name}: {owner} takes no such argument.{known}"

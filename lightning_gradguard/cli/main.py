@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
 
 from lightning_gradguard import __version__
+from lightning_gradguard.cli.refusals import nearest
 
 VERBS = {
     "fit": "train a module of yours with the suite in place (LightningCLI)",
@@ -44,8 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             import_module("lightning_gradguard.cli.user_module").named_class(rest)
         import_module(f"lightning_gradguard.cli.{verb}").main(rest)
     else:
-        near = difflib.get_close_matches(verb, VERBS, n=1)
-        hint = f" Did you mean '{near[0]}'?" if near else f" There are: {', '.join(VERBS)}."
+        hint = nearest(verb, VERBS) or f" There are: {', '.join(VERBS)}."
         print(f"lightning-gradguard: no command '{verb}'.{hint}", file=sys.stderr)
         raise SystemExit(2)
 

@@ -12,12 +12,9 @@ from pathlib import Path
 
 import lightning_gradguard
 
+_OWN = str(Path(lightning_gradguard.__file__).parent)
 #: Where code lies that the user has not written.
-_FOREIGN = (
-    *(sysconfig.get_paths()[key] for key in ("stdlib", "purelib", "platlib")),
-    str(Path(lightning_gradguard.__file__).parent),
-    "<",
-)
+_FOREIGN = (*(sysconfig.get_paths()[key] for key in ("stdlib", "purelib", "platlib")), _OWN, "<")
 
 
 class RefusalError(Exception):
@@ -68,6 +65,12 @@ def place_of(error: BaseException) -> str:
     frames = reversed(traceback.extract_tb(error.__traceback__))
     own = next((frame for frame in frames if not frame.filename.startswith(_FOREIGN)), None)
     return f" ({_relative(own.filename)}, line {own.lineno})" if own else ""
+
+
+def is_own(error: BaseException) -> bool:
+    """Whether the suite itself has refused a value, in words that need no name of an exception."""
+    raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
+    return isinstance(error, ValueError) and raised_in.startswith(_OWN)
 
 
 def _relative(path: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
@@ -113,7 +114,7 @@ def _prepared(arguments: Sequence[str]) -> tuple[Dossier, pl.LightningModule, Ma
     try:
         dossier = read_dossier(arguments[0])
     except DossierError as error:
-        raise RefusalError(str(error)) from None
+        raise RefusalError(f"{error}{_dossiers_near(Path(arguments[0]))}") from None
     if dossier.batch is None:
         raise RefusalError(f"there is no batch to run again; {_left_out(dossier, 'the batch')}.")
     if dossier.precision not in _PRECISIONS:
@@ -137,6 +138,17 @@ def _prepared(arguments: Sequence[str]) -> tuple[Dossier, pl.LightningModule, Ma
     if any(" of " in name for name in dossier.largest):
         notes.append("absurd values were in the state of an optimizer, which a dossier does not hold")
     return dossier, module, weights, notes
+
+
+def _dossiers_near(path: Path) -> str:
+    """Which dossiers there are, where one was named that does not exist."""
+    if path.is_file() or (path / "dossier.pt").is_file():
+        return ""
+    folder = next(place for place in (path, *path.parents) if place.is_dir())
+    places = ("*", "incidents/*", "*/incidents/*", "*/*/incidents/*")
+    found = [str(file.parent) for place in places for file in sorted(folder.glob(f"{place}/dossier.pt"))]
+    more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+    return f" There {'is' if len(found) == 1 else 'are'} {', '.join(found[:3])}{more}." if found else ""
 
 
 def _build_module(

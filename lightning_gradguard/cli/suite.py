@@ -2,32 +2,45 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Optional
 
-from jsonargparse import ArgumentError
+import pytorch_lightning as pl
+from jsonargparse import ArgumentError, Namespace
 from pytorch_lightning.utilities.model_helpers import is_overridden
 
 import lightning_gradguard
 from lightning_gradguard.callbacks.defaults import DEFAULTS
-from lightning_gradguard.cli.explaining import Failures, build, explained, explained_failure, recorded
+from lightning_gradguard.cli.explaining import (
+    Failures,
+    build,
+    explained,
+    explained_failure,
+    no_arguments,
+    recorded,
+)
 from lightning_gradguard.cli.refusals import RefusalError, one_line, place_of
 from lightning_gradguard.cli.user_module import config_files, named_class
 from lightning_gradguard.cli.weights import read_checkpoint
+from lightning_gradguard.runtime.lightning_api import Callback
 from lightning_gradguard.runtime.trees import tree_of
 
 if TYPE_CHECKING:
     from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 else:
-    LightningArgumentParser = LightningCLI = object  # those of the user's package join in when it is known
+    LightningCLI = object  # that of the user's package joins in when it is known
 
 #: What Lightning itself knows where to look for.
 _KNOWN_CHECKPOINTS = ("last", "best", "hpc")
+#: A flag for an argument of the module.
+_OF_THE_MODULE = re.compile(r"--model\.(?:init_args\.)?(\w+)")
 
 
 @contextmanager
@@ -47,15 +60,22 @@ def typed(arguments: Sequence[str]) -> Iterator[None]:
         sys.argv = before
 
 
-def command_line(arguments: Sequence[str], also: Sequence[str] = (), **fixed: Any) -> SuiteCLI:
+def command_line(
+    arguments: Sequence[str],
+    also: Sequence[str] = (),
+    instead_of_zero: Mapping[str, Any] = MappingProxyType({}),
+    **fixed: Any,
+) -> SuiteCLI:
     """Read what was typed, and build the module, the data and the Trainer; nothing is trained yet.
 
     Args:
         arguments: `--model`, `--data`, `--trainer.*`, `--config`, and `--<callback>.*` of the suite; also to
             be `typed`.
         also: Options that the command has taken out of them; for hints.
-        **fixed: Arguments of the Trainer that are not the user's to choose. With `callbacks` among them,
-            neither the callbacks of the user nor the suite are in place, and no configuration is saved.
+        instead_of_zero: Arguments that the Trainer is given where the user's is 0.
+        **fixed: Arguments of the Trainer that are not the user's to choose; what the user has given for them
+            is not built. With `callbacks` among them, neither the callbacks of the user nor the suite are in
+            place, and no configuration is saved.
 
     Returns:
         With `trainer`, and in `fit_arguments` what its `fit` has to be given.
@@ -69,8 +89,13 @@ def command_line(arguments: Sequence[str], also: Sequence[str] = (), **fixed: An
         getattr(lightning_gradguard, name)
     lightning = import_module(f"{tree.__name__}.cli")
     failures: Failures = []
-    parser = type("Parser", (_RecordingParser, lightning.LightningArgumentParser), {"failures": failures})
-    facts = {"arguments": tuple(arguments), "also": tuple(also), "fixed": fixed, "failures": failures}
+    facts = {
+        "arguments": tuple(arguments),
+        "also": tuple(also),
+        "instead_of_zero": instead_of_zero,
+        "fixed": fixed,
+        "failures": failures,
+    }
     strict = {"exit_on_error": False, "allow_abbrev": False}
     with warnings.catch_warnings():
         # newer versions of jsonargparse have other names for what Lightning calls
@@ -80,7 +105,6 @@ def command_line(arguments: Sequence[str], also: Sequence[str] = (), **fixed: An
             save_config_callback=None if "callbacks" in fixed else lightning.SaveConfigCallback,
             save_config_kwargs={"overwrite": True},
             trainer_class=tree.Trainer,
-            parser_class=parser,
             parser_kwargs={**strict, "prog": "lightning-gradguard", "fit": dict(strict)},
             subclass_mode_model=True,
         )
@@ -92,6 +116,7 @@ class SuiteCLI(LightningCLI):
 
     arguments: tuple[str, ...]
     also: tuple[str, ...]
+    instead_of_zero: Mapping[str, Any]
     fixed: dict[str, Any]
     failures: Failures
     checkpoint: str | None
@@ -101,6 +126,17 @@ class SuiteCLI(LightningCLI):
     def subcommands() -> dict[str, set[str]]:
         """There is but one."""
         return {"fit": {"model", "train_dataloaders", "val_dataloaders", "datamodule"}}
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        """Remember why an object could not be built."""
+        parser = super().init_parser(**kwargs)
+        add = parser.add_instantiator
+
+        def add_recorded(instantiator: Any, *args: Any, **kwargs: Any) -> None:
+            add(recorded(instantiator, self.failures), *args, **kwargs)
+
+        parser.add_instantiator = add_recorded
+        return parser
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """An option for each callback: `null`, or arguments of it, or another class."""
@@ -114,16 +150,26 @@ class SuiteCLI(LightningCLI):
         """Refuse in one line."""
         try:
             super().parse_arguments(parser, args)
+            if not isinstance(self.config["fit"]["trainer"], Namespace):
+                raise RefusalError(no_arguments("trainer", self.arguments, config_files(self.arguments)))
             self._parse_checkpoint()
-        except ArgumentError as error:
+        except (ArgumentError, UnicodeDecodeError) as error:
             options = [*self.options.get_defaults().keys(), *self.also]
             said = explained(str(error), self.arguments, config_files(self.arguments), options)
             raise RefusalError(said) from None
 
     def before_instantiate_classes(self) -> None:
-        """Remember the exceptions of all classes, not only of those that Lightning builds its own way."""
+        """Build what will be used, and remember the exceptions of all classes."""
         self.parser.add_instantiator(build, object)
-        self.config["fit"]["ckpt_path"] = self.checkpoint
+        config = self.config["fit"]
+        config["ckpt_path"] = self.checkpoint
+        for name in self.fixed:
+            config["trainer"][name] = None
+        for name, value in self.instead_of_zero.items():
+            if config["trainer"][name] == 0:
+                config["trainer"][name] = value
+        for name in DEFAULTS if "callbacks" in self.fixed else ():
+            config[name] = None
 
     def instantiate_classes(self) -> None:
         """Refuse in one line if an object cannot be built."""
@@ -164,35 +210,78 @@ class SuiteCLI(LightningCLI):
             return
         if not Path(path).exists():
             raise RefusalError(f"--ckpt_path {path} cannot be opened: there is no such file.")
-        if Path(path).is_file():
-            content = read_checkpoint(
-                path, "--ckpt_path", weights_only=config.get("weights_only") is not False
+        if Path(path).is_dir():
+            return
+        content = self._read_checkpoint(path)
+        arguments = dict(content.get("hyper_parameters") or {})
+        if arguments.pop("_class_path", None) == config["model"]["class_path"]:
+            arguments.pop("_instantiator", None)
+            flags = (_OF_THE_MODULE.match(argument) for argument in self.arguments)
+            for name in {flag[1] for flag in flags if flag} & arguments.keys():
+                del arguments[name]  # what is typed wins
+            model = {"class_path": config["model"]["class_path"], "init_args": arguments}
+            self.config = self.parser.parse_object({"fit": {"model": model}}, self.config)
+
+    def _read_checkpoint(self, path: str) -> dict[str, Any]:
+        config = self.config["fit"]
+        is_fit, has_option = "callbacks" not in self.fixed, "weights_only" in config
+        # where Lightning has no such option, it reads anything
+        weights_only = config["weights_only"] is not False if has_option else not is_fit
+        trust = "--weights_only false" if has_option else None
+        content = read_checkpoint(path, "--ckpt_path", weights_only=weights_only, trust=trust)
+        if is_fit and "pytorch-lightning_version" not in content:
+            raise RefusalError(
+                f"--ckpt_path {path} holds weights alone; a run is resumed from a checkpoint that Lightning "
+                "has saved."
             )
-            arguments = dict(content.get("hyper_parameters", {}))
-            if arguments.pop("_class_path", None) == config["model"]["class_path"]:
-                arguments.pop("_instantiator", None)
-                model = {"class_path": config["model"]["class_path"], "init_args": arguments}
-                self.config = self.parser.parse_object({"fit": {"model": model}}, self.config)
+        return content
 
     def _callbacks(self) -> list[Any]:
+        config, defaults = self.config["fit"], self.options.get_defaults()
         given = self.config_init["fit"]["trainer"]["callbacks"] or []
         callbacks = list(given) if isinstance(given, (list, tuple)) else [given]
-        defaults = self.options.get_defaults()
         for name, kind in DEFAULTS.items():
-            config = self.config["fit"]
-            if not any(isinstance(callback, kind) for callback in callbacks):
-                callbacks += [self.config_init["fit"][name]] if config[name] is not None else []
-                continue
-            if config[name] not in (None, defaults[name]):
-                raise RefusalError(
-                    f"--{name} and trainer.callbacks both give a {kind.__name__}; leave one of them out."
-                )
-            config[name] = None  # as it is saved, so that it says what ran
-        return callbacks
+            if any(isinstance(callback, kind) for callback in callbacks):
+                _give_way(name, "trainer.callbacks", config, defaults)
+        suite = {name: self.config_init["fit"][name] for name in DEFAULTS if config[name] is not None}
+        return [*callbacks, *suite.values(), _Replaced(suite, config, defaults)]
 
 
-class _RecordingParser(LightningArgumentParser):
-    failures: Failures
+class _Replaced(Callback):
+    """Sees which callbacks of the suite Lightning has replaced by those of the module.
 
-    def add_instantiator(self, instantiator: Any, *args: Any, **kwargs: Any) -> None:
-        super().add_instantiator(recorded(instantiator, self.failures), *args, **kwargs)
+    Args:
+        suite: By their options.
+        config: What will be saved.
+        defaults: See `_give_way`.
+    """
+
+    def __init__(self, suite: dict[str, Any], config: Namespace, defaults: Namespace) -> None:
+        super().__init__()
+        self._suite = suite
+        self._config = config
+        self._defaults = defaults
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        place = f"{type(pl_module).__name__}.configure_callbacks"
+        for name, callback in self._suite.items():
+            if callback not in trainer.callbacks:  # type: ignore[attr-defined]
+                _give_way(name, place, self._config, self._defaults)
+
+
+def _give_way(name: str, place: str, config: Namespace, defaults: Namespace) -> None:
+    """Leave out an option of the suite, also of what is saved, where the user gives such a callback.
+
+    Args:
+        name: Of the option.
+        place: Where it is given.
+        config: Is changed.
+        defaults: What the option is if nobody types it.
+
+    Raises:
+        RefusalError: If it was typed as well.
+    """
+    if config[name] not in (None, defaults[name]):
+        kind = DEFAULTS[name].__name__
+        raise RefusalError(f"--{name} and {place} both give a {kind}; leave one of them out.")
+    config[name] = None

@@ -65,8 +65,7 @@ def model_in(config: str) -> Any:
     Raises:
         RefusalError: If the file cannot be read.
     """
-    content = read_config(config)
-    return content.get("model", (content.get("fit") or {}).get("model"))
+    return read_config(config).get("model")
 
 
 def _first_look(arguments: Sequence[str]) -> argparse.Namespace:

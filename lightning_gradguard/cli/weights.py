@@ -7,17 +7,21 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from torch import Tensor
 
 from lightning_gradguard.cli.refusals import RefusalError, one_line
 
 
-def read_checkpoint(path: str, option: str, *, weights_only: bool = True) -> dict[str, Any]:
+def read_checkpoint(
+    path: str, option: str, *, weights_only: bool = True, trust: str | None = None
+) -> dict[str, Any]:
     """What is in a checkpoint of Lightning's, or in a file with a `state_dict` alone.
 
     Args:
         path: Of the file.
         option: Where it was named; for messages.
         weights_only: See `torch.load`; anything else runs code that is in the file.
+        trust: What to type to have `weights_only` off, if that can be typed; for messages.
 
     Returns:
         With `state_dict` in it.
@@ -27,13 +31,25 @@ def read_checkpoint(path: str, option: str, *, weights_only: bool = True) -> dic
     """
     try:
         content = torch.load(path, map_location="cpu", weights_only=weights_only)
-        return content if "state_dict" in content else {"state_dict": {**content}}
     except OSError as error:
         raise RefusalError(f"{option} {path} cannot be opened: {error.strerror}.") from None
     except Exception:  # torch raises many kinds
-        raise RefusalError(
-            f"{option} {path} is damaged, or holds more than plain data; save a state_dict alone."
-        ) from None
+        if not weights_only or not (classes := _classes_in(path)):
+            raise RefusalError(f"{option} {path} is damaged, or was not written by torch.save.") from None
+        remedy = f"If you trust the file, add {trust}." if trust else "Save its state_dict alone."
+        raise RefusalError(f"{option} {path} holds {classes[0]}, which is no plain data. {remedy}") from None
+    weights = content.get("state_dict", content) if isinstance(content, dict) else None
+    if not isinstance(weights, dict) or not any(isinstance(weight, Tensor) for weight in weights.values()):
+        raise RefusalError(f"{option} {path} holds no weights by their names.")
+    return content if "state_dict" in content else {"state_dict": {**content}}
+
+
+def _classes_in(path: str) -> list[str]:
+    """Names of the classes that reading a file would import; nothing is run."""
+    try:
+        return torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    except Exception:  # torch raises many kinds here, too, and says nothing of files of its older format
+        return []
 
 
 def load_weights(module: pl.LightningModule, weights: Mapping[str, Any]) -> None:

@@ -112,8 +112,8 @@ def write_dossier(folder: Path, dossier: Dossier, *, megabytes: float) -> Path:
             },
         }
         (partial / "finding.json").write_text(json.dumps(finding, indent=2), encoding="utf-8")
-        (partial / "index.html").write_text(_page(dossier), encoding="utf-8")
         target = _free_name(folder, str(dossier.step))
+        (partial / "index.html").write_text(_page(dossier, target), encoding="utf-8")
         os.rename(partial, target)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
@@ -271,7 +271,7 @@ def _free_name(folder: Path, name: str) -> Path:
     return next(path for path in candidates if not path.exists())
 
 
-def _page(dossier: Dossier) -> str:
+def _page(dossier: Dossier, folder: Path) -> str:
     origin = dossier.origin
     facts = {
         "cause": origin.cause,
@@ -288,14 +288,14 @@ def _page(dossier: Dossier) -> str:
         Section("What happened", origin.detail, facts),
         Section("What to do", advice_for_cause(origin.cause, origin.where)),
         Section("The batch", rows={} if dossier.batch is None else dict(_described(dossier.batch))),
-        Section("See it happen again", again, command=_command(dossier)),
+        Section("See it happen again", again, command=_command(dossier, folder)),
         Section("Configuration", rows=dossier.configuration),
         Section("Versions", rows=dossier.versions),
     ]
     return page(f"Step {dossier.step}: {origin.cause}", sections)
 
 
-def _command(dossier: Dossier) -> str:
+def _command(dossier: Dossier, folder: Path) -> str:
     known = dossier.configuration
     prefix = "hparams."
     arguments = [
@@ -304,7 +304,9 @@ def _command(dossier: Dossier) -> str:
         if name.startswith(prefix)
     ]
     model = known.get("module", "your.package.Module")
-    return f"lightning-gradguard replay PATH/OF/THIS/FOLDER --model {model}" + "".join(arguments)
+    here = Path.cwd()
+    place = shlex.quote(str(folder.relative_to(here) if folder.is_relative_to(here) else folder))
+    return f"lightning-gradguard replay {place} --model {model}" + "".join(arguments)
 
 
 def _described(batch: Any) -> list[tuple[str, str]]:

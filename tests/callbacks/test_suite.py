@@ -212,5 +212,5 @@ def test_replacements() -> None:
     ]
     with pytest.raises(ValueError, match="'rollback' is none of"):
         default_callbacks(rollback=None)
-    with pytest.raises(ValueError, match="must be a NaNRollback"):
+    with pytest.raises(ValueError, match="must be of class NaNRollback"):
         default_callbacks(nan_rollback=LearningRateBackoff())

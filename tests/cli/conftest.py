@@ -13,11 +13,19 @@ from lightning_gradguard.cli.main import main
 Command = Callable[..., tuple[int, str, str]]
 
 MINE = """\
+import dataclasses
+from pathlib import Path
+
 import pytorch_lightning as pl
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_gradguard import NaNRollback
+from lightning_gradguard import InitializationCheck, NaNRollback
+
+
+@dataclasses.dataclass
+class Size:
+    width: int = 8
 
 
 class Net(pl.LightningModule):
@@ -102,6 +110,74 @@ class NoBatches(Data):
 
 class Rollback(NaNRollback):
     pass
+
+
+class Validated(Net):
+    def validation_step(self, batch, batch_idx):
+        pass
+
+
+class NeedsWidth(Own):
+    def __init__(self, width: int):
+        super().__init__(width)
+
+
+class Sized(Own):
+    def __init__(self, size: Size = Size()):
+        super().__init__(size.width)
+
+
+class Stores(Own):
+    def on_save_checkpoint(self, checkpoint):
+        checkpoint["size"] = Size()
+
+
+class Copies(Own):
+    def on_load_checkpoint(self, checkpoint):
+        checkpoint["state_dict"]["net.2.weight"].fill_(0.1)
+
+
+class WithCallbacks(Own):
+    def configure_callbacks(self):
+        assert self.trainer.fit_loop is not None  # Lightning asks when there is a Trainer
+        return [NaNRollback(patience=9), InitializationCheck(), Leaves("configured")]
+
+
+class WithSubclass(Own):
+    def configure_callbacks(self):
+        return Rollback()
+
+
+class Leaves(pl.Callback):
+    def __init__(self, file: str = "constructed"):
+        Path(file).touch()
+
+    def on_exception(self, trainer, pl_module, exception):
+        Path("excepted").touch()
+
+
+class Logs(pl.loggers.CSVLogger):
+    def __init__(self):
+        super().__init__("logged")
+        Path("logged").touch()
+
+
+class LeavesRollback(NaNRollback):
+    def __init__(self):
+        super().__init__()
+        Path("rollback").touch()
+
+
+class NoValidation(Data):
+    def val_dataloader(self):
+        raise FileNotFoundError("val")
+
+
+class NonfiniteData(Data):
+    def train_dataloader(self):
+        loader = super().train_dataloader()
+        loader.dataset.tensors[0][3, 2] = float("nan")
+        return loader
 """
 
 

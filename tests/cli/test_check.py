@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from lightning_gradguard.cli.check import Facts, as_json
+from lightning_gradguard.core.initialization import Finding
 from tests.cli.conftest import Command
 from tests.cli.test_fit import QUIET
 
@@ -38,6 +42,54 @@ def test_a_network_that_will_not_train(mine: Path, command: Command) -> None:
     assert "FAIL  (network)  gradient_gain" in out
     assert "nn.init" in out
     assert sorted(path.name for path in mine.iterdir() if path.name != "__pycache__") == ["mine.py"]
+
+
+def test_callbacks_of_the_module_are_left_out(mine: Path, command: Command) -> None:
+    """Lightning would put its InitializationCheck in the place of the one that is asked."""
+    code, out, _ = command("check", "--model", "mine.WithCallbacks", *DEEP)
+    assert (code, "FAIL  (network)  gradient_gain" in out) == (1, True)
+    assert sorted(path.name for path in mine.iterdir() if path.name != "__pycache__") == ["mine.py"]
+
+
+def test_what_is_left_out_is_not_even_built(mine: Path, command: Command) -> None:
+    content = {
+        "model": "mine.Own",
+        "nan_rollback": {"class_path": "mine.LeavesRollback"},
+        "trainer": {"callbacks": {"class_path": "mine.Leaves"}, "logger": {"class_path": "mine.Logs"}},
+    }
+    Path("config.yaml").write_text(yaml.safe_dump(content))
+    code, _, _ = command("check", "-c", "config.yaml", "--seed_everything=0")
+    assert code == 0
+    left = {path.name for path in mine.iterdir()} - {"__pycache__", "mine.py", "config.yaml"}
+    assert left == set()
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        "max_steps=0", "max_epochs=0", "max_time=00:00:00:00", "limit_train_batches=0", "fast_dev_run=true",
+        "barebones=true", "num_nodes=2", "devices=2", "strategy=ddp", "overfit_batches=0.5",
+    ],
+)  # fmt: skip
+def test_how_a_run_is_cut_or_spread_is_no_matter(mine: Path, command: Command, option: str) -> None:
+    how = ("--model=mine.Own", "--seed_everything=0", "--trainer.accelerator=cpu", f"--trainer.{option}")
+    code, out, _ = command("check", *how)
+    assert (code, "mine.Own: nothing found" in out) == (0, True)
+
+
+def test_data_for_validation_is_not_asked_for(mine: Path, command: Command) -> None:
+    how = ("--model=mine.Validated", "--data=mine.NoValidation", "--seed_everything=0")
+    code, out, _ = command("check", *how)
+    assert (code, "nothing found" in out) == (0, True)
+
+
+def test_a_batch_that_is_nonfinite_is_not_the_network_s_fault(mine: Path, command: Command) -> None:
+    code, out, err = command("check", "--model=mine.Net", "--data=mine.NonfiniteData", "--seed_everything=0")
+    assert (code, out) == (2, "")
+    assert err == (
+        "lightning-gradguard check: the first batch could not be checked: "
+        "batch[0] holds nonfinite values in row 3.\n"
+    )
 
 
 @pytest.mark.parametrize("model", ["mine.Own", "mine.Manual"])
@@ -81,6 +133,9 @@ def test_nonfinite_weights_are_strict_json_too(mine: Path, command: Command) -> 
     found = json.loads(out, parse_constant=refuse)
     assert (code, found["findings"][0]["criterion"], found["values"]) == (1, "nonfinite_weights", {})
     assert found["findings"][0]["module"] == "net.0"
+    infinite = Facts("my.Net", "", [Finding("loss", "", math.inf, "< 1", "fail", "")], {"loss": math.inf})
+    found = json.loads(as_json(infinite), parse_constant=refuse)
+    assert (found["findings"][0]["value"], found["values"]) == ("inf", {"loss": "inf"})
 
 
 def test_a_saved_configuration_and_a_checkpoint(mine: Path, command: Command) -> None:
@@ -101,6 +156,44 @@ def test_a_saved_configuration_and_a_checkpoint(mine: Path, command: Command) ->
         code, out, _ = command("check", "-c", config, "--ckpt_path", spoiled)
         assert (code, "FAIL  net.2" in out, "symmetric_units" in out) == (1, True, True)
     assert sorted(Path("lightning_logs").rglob("*")) == before
+
+
+@pytest.mark.lightning("2.6", "before it, there is no --weights_only")
+def test_a_checkpoint_with_objects_is_read_when_asked(mine: Path, command: Command) -> None:
+    assert command("fit", "--model", "mine.Stores", *QUIET)[0] == 0
+    (path,) = Path("lightning_logs/version_0/checkpoints").iterdir()
+    how = ("check", "--model", "mine.Stores", "--seed_everything=0", "--ckpt_path", path)
+    code, out, err = command(*how)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    told = "holds mine.Size, which is no plain data. If you trust the file, add --weights_only false."
+    assert f"--ckpt_path {path} {told}" in err
+    code, out, _ = command(*how, "--weights_only=false")
+    assert (code, f"with the weights of {path}: nothing found" in out) == (0, True)
+
+
+def test_the_module_s_hook_changes_what_is_loaded(mine: Path, command: Command) -> None:
+    assert command("fit", "--model", "mine.Copies", *QUIET)[0] == 0
+    (path,) = Path("lightning_logs/version_0/checkpoints").iterdir()
+    code, out, _ = command("check", "--model=mine.Copies", "--seed_everything=0", "--ckpt_path", path)
+    assert (code, "FAIL  net.2" in out) == (1, True)
+
+
+def test_a_checkpoint_without_hyper_parameters(mine: Path, command: Command) -> None:
+    assert command("fit", "--model", "mine.Own", *QUIET)[0] == 0
+    (path,) = Path("lightning_logs/version_0/checkpoints").iterdir()
+    content = torch.load(path, weights_only=True)
+    torch.save({**content, "hyper_parameters": None}, "none.ckpt")
+    code, out, _ = command("check", "--model=mine.Own", "--seed_everything=0", "--ckpt_path=none.ckpt")
+    assert (code, "nothing found" in out) == (0, True)
+
+
+@pytest.mark.parametrize("flag", ["--model.width=4", "--model.init_args.width=4"])
+def test_a_typed_argument_wins_over_the_checkpoint_s(mine: Path, command: Command, flag: str) -> None:
+    assert command("fit", "--model", "mine.Saves", "--model.width=5", *QUIET)[0] == 0
+    (path,) = Path("lightning_logs/version_0/checkpoints").iterdir()
+    code, _, err = command("check", "--model=mine.Saves", flag, "--seed_everything=0", "--ckpt_path", path)
+    assert (code, err.count("\n")) == (2, 1)
+    assert "the weights do not fit Saves: net.0.weight is (5, 20), the module's (4, 20) and" in err
 
 
 def test_arguments_come_from_the_checkpoint_of_a_fit(mine: Path, command: Command) -> None:
@@ -131,7 +224,7 @@ def test_arguments_come_from_the_checkpoint_of_a_fit(mine: Path, command: Comman
         ),
         (
             ["--model=mine.Own", "--ckpt_path", "mine.py"],
-            "--ckpt_path mine.py is damaged, or holds more",
+            "--ckpt_path mine.py is damaged, or was not written by torch.save.",
         ),
         (["--model=mine.Own", "--trainer.max_steps=x"], "--trainer.max_steps x: expected int."),
     ],

@@ -42,6 +42,10 @@ def test_bash_completes() -> None:
     assert completed(text, name, "demo", "--") == ["--seed"]
     assert completed(text, name, "fit", "-c", "con") == ["config.yaml"]
     assert completed(text, name, "fit", "ru") == ["runs"]
+    assert completed(text, name, "fit", "nothing") == [""]
+    for odd in ("a b.yaml", "a *.yaml"):
+        Path(odd).touch()
+    assert sorted(completed(text, name, "fit", "-c", "a")) == ["a *.yaml", "a b.yaml"]
 
 
 def test_the_script_knows_all_verbs_and_options(command: Command) -> None:

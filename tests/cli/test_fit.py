@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 import yaml
 
+from lightning_gradguard.cli.user_module import named_class
 from tests.cli.conftest import Command
 
 # Lightning saves a configuration by a name that newer versions of jsonargparse have given up
@@ -106,6 +108,29 @@ def test_a_callback_of_the_trainer_takes_the_place_of_the_suite_s(mine: Path, co
     assert "--nan_rollback and trainer.callbacks both give a NaNRollback; leave one of them out." in err
 
 
+def test_one_callback_alone_needs_no_list(mine: Path, command: Command) -> None:
+    entry = {"class_path": "NaNRollback", "init_args": {"patience": 7}}
+    Path("one.yaml").write_text(yaml.safe_dump({"trainer": {"callbacks": entry}}))
+    assert command("fit", "--model", "mine.Own", *QUIET, "-c", "one.yaml")[0] == 0
+    assert (saved()["nan_rollback"], "NaNRollback" in callbacks_of()) == (None, True)
+
+
+def test_a_callback_of_the_module_takes_the_place_of_the_suite_s(mine: Path, command: Command) -> None:
+    assert command("fit", "--model", "mine.WithCallbacks", *QUIET)[0] == 0
+    config = saved()
+    assert (config["nan_rollback"], config["initialization_check"]) == (None, None)
+    assert config["gradient_norm_monitor"] is not None
+    code, _, err = command("fit", "--model", "mine.WithCallbacks", *QUIET, "--nan_rollback.patience=5")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "--nan_rollback and WithCallbacks.configure_callbacks both give a NaNRollback; leave one" in err
+
+
+def test_a_subclass_of_the_module_s_runs_alone(mine: Path, command: Command) -> None:
+    assert command("fit", "--model", "mine.WithSubclass", *QUIET)[0] == 0
+    assert callbacks_of() & {"NaNRollback", "Rollback"} == {"Rollback"}
+    assert saved()["nan_rollback"] is None
+
+
 def test_a_subclass_of_the_user_s(mine: Path, command: Command) -> None:
     how = ("--nan_rollback=mine.Rollback", "--nan_rollback.patience=4")
     assert command("fit", "--model", "mine.Own", *QUIET, *how)[0] == 0
@@ -138,6 +163,46 @@ def test_a_checkpoint_is_resumed(mine: Path, command: Command) -> None:
     assert saved(1)["ckpt_path"] == str(path)
     code, _, err = command("fit", "--model", "mine.Own", *QUIET, "--ckpt_path", "none.ckpt")
     assert (code, "--ckpt_path none.ckpt cannot be opened: there is no such file." in err) == (2, True)
+
+
+@pytest.mark.lightning("2.6", "before it, there is no --weights_only")
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")
+def test_a_checkpoint_with_objects_is_resumed_when_asked(mine: Path, command: Command) -> None:
+    assert command("fit", "--model", "mine.Stores", *QUIET)[0] == 0
+    (path,) = Path("lightning_logs/version_0/checkpoints").iterdir()
+    how = ("fit", "--model", "mine.Stores", *QUIET, "--trainer.max_epochs=2", "--ckpt_path", path)
+    code, _, err = command(*how)
+    assert (code, err.count("\n")) == (2, 1)
+    assert "holds mine.Size, which is no plain data. If you trust the file, add --weights_only false." in err
+    assert command(*how, "--weights_only=false")[0] == 0
+
+
+def test_weights_alone_cannot_be_resumed(mine: Path, command: Command) -> None:
+    torch.save({"net.0.weight": torch.zeros(8, 20)}, "weights.pt")
+    code, _, err = command("fit", "--model", "mine.Own", *QUIET, "--ckpt_path=weights.pt")
+    assert (code, err) == (
+        2,
+        "lightning-gradguard fit: --ckpt_path weights.pt holds weights alone; a run is resumed from a "
+        "checkpoint that Lightning has saved.\n",
+    )
+
+
+def test_what_was_typed_is_forgotten_afterwards(mine: Path, command: Command) -> None:
+    before = list(sys.argv)
+    assert command("fit", "--model", "mine.Own", *QUIET)[0] == 0
+    assert command("fit", "--model", "mine.Own", "--trainer.max_steps=x")[0] == 2
+    assert sys.argv == before
+
+
+def test_the_last_file_names_the_module(mine: Path, command: Command) -> None:
+    Path("first.yaml").write_text("model: mine.Net\n")
+    Path("last.yaml").write_text("model: mine.Own\n")
+    sys.path.insert(0, str(mine))
+    files = ("-c", "first.yaml", "--config", "last.yaml")
+    assert named_class(files).__name__ == "Own"
+    assert named_class([*files, "--model=mine.Saves"]).__name__ == "Saves"
+    assert command("fit", *files, *QUIET)[0] == 0
+    assert saved()["model"]["class_path"] == "mine.Own"
 
 
 def test_a_network_that_cannot_train_is_refused_when_asked(mine: Path, command: Command) -> None:

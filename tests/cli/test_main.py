@@ -16,7 +16,7 @@ from tests.cli.conftest import Command
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["fitt"], "lightning-gradguard: no command 'fitt'. Did you mean 'fit'?\n"),
+        (["fitt"], "lightning-gradguard: no command 'fitt'. Did you mean fit?\n"),
         (["bake"], "no command 'bake'. There are: fit, check, report, replay, demo, completion."),
         (["demo", "--max_steps", "0"], "--max_steps 0 must be at least 1"),
         (["report", "none"], "lightning-gradguard report: "),

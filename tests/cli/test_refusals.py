@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from lightning_gradguard.cli.explaining import explained
+from lightning_gradguard.cli.refusals import one_line
 from tests.cli.conftest import Command
 
 MODULE = ("--model", "mine.Net", "--data", "mine.Data", "--seed_everything=0")
@@ -45,6 +46,18 @@ def refused(command: Command, *arguments: str) -> str:
             "--model.widht 3",
             "--model.widht: mine.Net takes no such argument. Did you mean --model.width?",
         ),
+        (
+            "--model mine.NeedsWidth",
+            "mine.NeedsWidth needs --model.width.",
+        ),
+        (
+            "--model mine.Sized --model.size.widht 3",
+            "--model.size.widht: mine.Size takes no such argument. Did you mean --model.size.width?",
+        ),
+        (
+            "--model mine.Sized --model.size.q 3",
+            "--model.size.q: mine.Size takes no such argument. There are: width.",
+        ),
         ("--data.length 3", "--data.length: mine.Data takes no such argument. There are: size."),
         ("--model.width x", "--model.width x: expected int."),
         ("--trainer.max_step 5", "there is no --trainer.max_step. Did you mean --trainer.max_steps?"),
@@ -61,9 +74,23 @@ def refused(command: Command, *arguments: str) -> str:
         ),
         (
             "--nan_rollback false",
-            "--nan_rollback false: this takes null, to leave it out, or a subclass of NaNRol",
+            "--nan_rollback false: this takes null, to leave it out, or a subclass of NaNRollback.",
         ),
         ("--optimizer Adamm", "--optimizer Adamm: there is no such class. Did you mean Adam?"),
+        (
+            "--adaptive_gradient_clipping 5",
+            "--adaptive_gradient_clipping 5: this takes null, to leave it out, or a subclass of "
+            "AdaptiveGradientClipping.",
+        ),
+        (
+            "--adaptive_gradient_clipping.policy.percentile 20",
+            "--adaptive_gradient_clipping.policy.percentile: name the class first, as "
+            "--adaptive_gradient_clipping.policy PercentileClipping.",
+        ),
+        (
+            "--trainer.logger.save_dir x",
+            "--trainer.logger.save_dir: name the class first, as --trainer.logger C",  # of some logger
+        ),
         (
             "--trainer.callbacks+=NaNRolback",
             "--trainer.callbacks NaNRolback: there is no such class. Did you mean NaNRollback?",
@@ -124,6 +151,18 @@ def test_a_literal_names_its_choices(mine: Path, command: Command) -> None:
             "wrong.yaml: nan_rollback.patienc: lightning_gradguard.NaNRollback takes no such argument. "
             "Did you mean nan_rollback.patience?",
         ),
+        ({"model": {"class_path": "mine.NeedsWidth"}}, "mine.NeedsWidth needs --model.width."),
+        ({"nan_rollback": False}, "wrong.yaml: nan_rollback false: this takes null, to leave it out, or a"),
+        ({"nan_rollback": 5}, "wrong.yaml: nan_rollback 5: this takes null, to leave it out, or a"),
+        (
+            {"adaptive_gradient_clipping": {"policy": {"percentile": 20}}},
+            "wrong.yaml: adaptive_gradient_clipping.policy",
+        ),
+        ({"trainer": None}, "wrong.yaml: trainer null: this takes arguments, such as `max_epochs: 10`."),
+        ({"trainer": 5}, "wrong.yaml: trainer 5: this takes arguments, such as `max_epochs: 10`."),
+        ({"model": [1]}, "wrong.yaml: model [1]: this takes the path of a class, as my.Module."),
+        ({"fit": "model"}, "wrong.yaml: there is no fit."),
+        ({"fit": {"model": "mine.Own"}}, "wrong.yaml: there is no fit."),
         ("trainer: {max_steps: 7\nmodel: [", "--config wrong.yaml, line 2 is no YAML: "),
     ],
 )
@@ -159,6 +198,19 @@ def test_what_is_missing(mine: Path, command: Command) -> None:
     )
 
 
+def test_a_file_that_is_no_text(mine: Path, command: Command) -> None:
+    Path("wrong.yaml").write_bytes(b"\xff\xfe\x00")
+    assert refused(command, "-c", "wrong.yaml").startswith("--config wrong.yaml cannot be read: ")
+    Path("wrong.yaml").write_bytes(b"a: \x00")
+    assert refused(command, "-c", "wrong.yaml").startswith("--config wrong.yaml cannot be read: ")
+
+
+def test_a_long_message_is_cut() -> None:
+    assert one_line("a " * 150) == "a " * 149 + "a"
+    assert one_line("a" * 300) == "a" * 300
+    assert one_line("a" * 301) == "a" * 297 + "..."
+
+
 def test_both_ways_in_which_jsonargparse_refuses() -> None:
     """The wording and the order of alternatives have changed between the versions that are supported."""
     value = """Parser key "nan_rollback":
@@ -180,6 +232,33 @@ def test_both_ways_in_which_jsonargparse_refuses() -> None:
     for line in ("Option 'patienc' is not accepted", "Validation failed: Key 'patienc' is not expected"):
         told = explained(value.replace('Parser key "check":', "").format(line), typed, [], [])
         assert told.endswith("takes no such argument. Did you mean --nan_rollback.patience?")
+    policy = """Parser key "adaptive_gradient_clipping":
+    - Problem with given class_path 'lightning_gradguard.AdaptiveGradientClipping':
+        Parser key "policy":
+          Subtypes: [<class 'lightning_gradguard.core.clipping.ClippingPolicy'>, <class 'NoneType'>]
+          Errors:
+            - {}
+          Given value: {}"""
+    key = "adaptive_gradient_clipping.policy"
+    abstract = "Expected an instantiatable class, but lightning_gradguard.ClippingPolicy is abstract"
+    no_class = "Not a valid subclass of ClippingPolicy"
+    for line in (abstract, no_class):
+        assert explained(policy.format(line, "NestedArg(key='percentile', val='20')"), [], [], []) == (
+            f"--{key}.percentile: name the class first, as --{key} PercentileClipping."
+        )
+    assert explained(policy.format(abstract, "{'max_norm': 2}"), [], [], []) == (
+        f"--{key}: name the class, as `class_path: GlobalNormClipping`."
+    )
+    assert "this takes the path of a class" in explained(policy.format(no_class, "20"), [], [], [])
+    missing = """Parser key "model":
+    - Problem with given class_path 'mine.NeedsWidth':
+        {}"""
+    for line in (
+        "the following arguments are required: width, depth",
+        'Key "width" is required but not incl',
+    ):
+        told = explained(missing.format(line), [], [], [])
+        assert told.startswith("mine.NeedsWidth needs --model.width")
     for line in (
         "Unrecognized arguments: --trainer.max_step 5",
         "unrecognized arguments: --trainer.max_step 5",

@@ -404,7 +404,10 @@ def test_as_a_command_in_the_users_folder(own_dossier: Path, tmp_path: Path) -> 
         ),
         (["--model", "tests.tasks.Classifier"], "the weights do not fit Classifier: net."),
         (["--model", "own_modules.Mine", "--checkpoint", "none.ckpt"], "none.ckpt cannot be opened: No such"),
-        (["--model", "own_modules.Mine", "--checkpoint", "broken.py"], "broken.py is damaged, or holds more"),
+        (
+            ["--model", "own_modules.Mine", "--checkpoint", "broken.py"],
+            "broken.py is damaged, or was not written",
+        ),
     ],
 )
 def test_wrong_arguments_are_said_in_a_line(
@@ -422,6 +425,28 @@ def test_without_a_dossier(capsys: pytest.CaptureFixture[str], tmp_path: Path) -
         assert (code, "the dossier comes first" in printed) == (2, True)
     code, printed = replayed(capsys, tmp_path / "none", *model)
     assert (code, "cannot be opened: No such file" in printed) == (2, True)
+
+
+def test_a_wrong_folder_is_told_which_dossiers_there_are(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recorded = read_dossier(record(Classifier(), poisoned(batches(12), nan=[6]), tmp_path / "whole"))
+    monkeypatch.chdir(tmp_path)
+    model = ("--model", "tests.tasks.Classifier")
+    run = Path("logs/version_0")
+    write_dossier(run / "incidents", recorded, megabytes=1)
+    missing = run / "incidents" / "7"
+    for wrong in (missing, missing / "dossier.pt", missing.parent, run, "logs"):
+        code, printed = replayed(capsys, wrong, *model)
+        assert (code, printed.endswith(" There is logs/version_0/incidents/6.\n")) == (2, True), printed
+    for step in range(10, 13):
+        write_dossier(run / "incidents", dataclasses.replace(recorded, step=step), megabytes=1)
+    _, printed = replayed(capsys, run, *model)
+    named = (f"{run}/incidents/{step}" for step in (10, 11, 12))
+    assert printed.endswith(f" There are {', '.join(named)} and 1 more.\n")
+    # nothing is said of others where the file itself is wrong
+    (run / "incidents" / "6" / "dossier.pt").write_bytes(b"torn")
+    assert "There" not in replayed(capsys, run / "incidents" / "6", *model)[1]
 
 
 class _Touches:

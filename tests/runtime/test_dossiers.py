@@ -286,6 +286,23 @@ def test_two_dossiers_of_one_step_stand_side_by_side(tmp_path: Path) -> None:
     assert write_dossier(tmp_path, dossier(), megabytes=1).name == "6-2"
 
 
+def test_the_page_says_what_to_type_in_the_folder_of_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def command(folder: Path) -> str:
+        written = write_dossier(folder, dossier(configuration={"module": "my.Net"}), megabytes=1)
+        words = Page((written / "index.html").read_text()).words
+        (found,) = [text for text in words if text.startswith("lightning-gradguard replay")]
+        return found
+
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    ending = "--model my.Net"
+    assert command(tmp_path / "here" / "run") == f"lightning-gradguard replay run/6 {ending}"
+    assert command(Path("run")) == f"lightning-gradguard replay run/6-2 {ending}"
+    assert command(tmp_path / "a b") == f"lightning-gradguard replay '{tmp_path}/a b/6' {ending}"
+
+
 def test_names_cannot_break_out_of_the_page(tmp_path: Path) -> None:
     evil = "<script>alert(1)</script>"
     origin = Origin("forward pass", "forward", evil, evil, (evil,), "float32", 0.0, 1.0, evil)
