@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, Literal, get_args
 
@@ -285,6 +285,8 @@ class GradientNormMonitor(StepCallback):
                 **look.now,
             )
             publish(trainer, pl_module, incident)
+        charted = self._charted(index, look.names)
+        layers = self._by_chart(charted, grads)
         scalars = {f"{name}/nonfinite_fraction": fraction}
         if look.accepted:
             if not is_late:
@@ -294,36 +296,32 @@ class GradientNormMonitor(StepCallback):
             if band is not None:
                 around = family("grad_norm_band", index, n_optimizers)
                 scalars |= {f"{around}/low": band[0], f"{around}/total": total, f"{around}/high": band[1]}
-            scalars |= self._by_name(index, name, look.names, grads)
+            scalars |= _under(name, layers)
             scalars[f"{name}/total"] = total  # whatever a module of this name has
             if weights:
                 weight_norm = family("weight_norm", index, n_optimizers)
-                scalars |= self._by_name(index, weight_norm, look.names, weights)
+                scalars |= _under(weight_norm, self._by_chart(charted, weights))
             if ratios:
                 moved = [ratio * weight for ratio, weight in zip(ratios, weights, strict=True)]
                 update_ratio = family("update_ratio", index, n_optimizers)
-                scalars |= self._by_name(index, update_ratio, look.names, moved, relative_to=weights)
-        self._draw(trainer, look, grads)
+                scalars |= _under(update_ratio, self._by_chart(charted, moved, relative_to=weights))
+        self._draw(trainer, look, layers)
         return scalars
 
-    def _by_name(
-        self,
-        index: int,
-        name: str,
-        names: Sequence[str],
-        norms: Sequence[float],
-        relative_to: Sequence[float] | None = None,
+    def _by_chart(
+        self, charted: Mapping[int, str], norms: Sequence[float], relative_to: Sequence[float] | None = None
     ) -> dict[str, float]:
+        """The norm of what counts in each chart, by the chart's name."""
         groups: dict[str, list[int]] = defaultdict(list)
-        for i, key in self._charted(index, names).items():
-            groups[key].append(i)
-        scalars = {}
-        for key, members in groups.items():
+        for i, chart in charted.items():
+            groups[chart].append(i)
+        values = {}
+        for chart, members in groups.items():
             value = _together([norms[i] for i in members], self.norm_type)
             if relative_to is not None:
                 value /= _together([relative_to[i] for i in members], self.norm_type) or math.inf
-            scalars[f"{name}/{key}"] = value
-        return scalars
+            values[chart] = value
+        return values
 
     def _charted(self, index: int, names: Sequence[str]) -> dict[int, str]:
         """Which parameters get a chart, and its name; a step may give gradients to some of them alone."""
@@ -336,13 +334,10 @@ class GradientNormMonitor(StepCallback):
             charts = self._charts[index] = {name: chart if name in shown else "" for name, chart in named}
         return {i: charts[name] for i, name in enumerate(names) if charts[name]}
 
-    def _draw(self, trainer: pl.Trainer, look: _Look, grads: Sequence[float]) -> None:
-        if not self.figure_every_n_steps or look.optimizer_index:
+    def _draw(self, trainer: pl.Trainer, look: _Look, layers: Mapping[str, float]) -> None:
+        if not self.figure_every_n_steps or look.optimizer_index or not layers:
             return
-        norms = self._by_name(look.optimizer_index, "", look.names, grads)
-        if not norms:
-            return
-        self._history.append(look.step, {name.strip("/"): norm for name, norm in norms.items()})
+        self._history.append(look.step, layers)
         if (look.step + 1) % self.figure_every_n_steps == 0:
             reporting.log_figure(trainer, "grad_norm/layers", self._history.draw, look.step)
 
@@ -428,6 +423,10 @@ class _Look:
 
 def _local(selection: Selection) -> list[Tensor]:
     return [local_shard(parameter.detach()) for parameter in selection.parameters]
+
+
+def _under(name: str, by_chart: Mapping[str, float]) -> dict[str, float]:
+    return {f"{name}/{chart}": value for chart, value in by_chart.items()}
 
 
 def _together(norms: Sequence[float], norm_type: float) -> float:

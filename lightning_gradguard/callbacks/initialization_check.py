@@ -22,6 +22,7 @@ from lightning_gradguard.core.initialization import (
     repair,
     table,
 )
+from lightning_gradguard.core.levels import FEW
 from lightning_gradguard.runtime import reporting
 from lightning_gradguard.runtime.distributed import (
     broadcast_tensors,
@@ -46,8 +47,6 @@ from lightning_gradguard.runtime.step import plain_name
 
 #: Optimizers that divide gradients by their size.
 SCALE_FREE = ("Ada", "Adam", "NAdam", "RAdam", "RMSprop", "Rprop", "Lion", "Muon")
-#: Measured values that get charts of their own; above, only those of the whole network.
-FEW = 50
 
 
 class InitializationCheck(Callback, Configured):
@@ -170,6 +169,7 @@ class InitializationCheck(Callback, Configured):
         if _fails(findings) and self.on_failure == "repair":
             findings, values = self._repair(trainer, pl_module, run_loss, measure, findings)
         self.values = values
+        # of more values, only those of the whole network get charts
         shown = values if len(values) <= FEW else {k: v for k, v in values.items() if "/" not in k}
         scalars = {f"init/{key}": value for key, value in shown.items()}
         reporting.log_scalars(trainer, scalars, batches_that_stepped(trainer))

@@ -72,6 +72,8 @@ class LearningRateBackoff(StepCallback):
         """Take hold of the optimizers of this fit."""
         super().on_train_start(trainer, pl_module)
         self._rates = [ScaledLearningRate(optimizer) for optimizer in trainer.optimizers]
+        if self.progress_bar:
+            self.suite.report.on_bar.add("lr_backoff/scale")
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -118,7 +120,6 @@ class LearningRateBackoff(StepCallback):
                 values[f"{name}/lr/{group}"] = rate * self._scale
         self.suite.report.add_scalars(values)
         if self.progress_bar:
-            self.suite.report.on_bar.add("lr_backoff/scale")
             self.suite.report.publish_total("lr_backoff/scale", self._scale)
 
     def on_exception(
@@ -134,7 +135,7 @@ class LearningRateBackoff(StepCallback):
         self._let_go()
 
     def final_counts(self) -> dict[str, float]:
-        """The scale of the last batch."""
+        """The scale in the end, with what the last batch has changed."""
         return {"lr_backoff/scale": self._backoff.scale}
 
     def state_dict(self) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from torch.utils._pytree import tree_leaves, tree_leaves_with_path
 from lightning_gradguard.core.diagnosis import advice_for_cause
 from lightning_gradguard.core.forensics import Origin
 from lightning_gradguard.runtime.pages import Section, page
+from lightning_gradguard.runtime.reporting import from_here
 
 #: Raised whenever a file of an earlier version could no longer be read.
 FORMAT = 1
@@ -304,8 +305,7 @@ def _command(dossier: Dossier, folder: Path) -> str:
         if name.startswith(prefix)
     ]
     model = known.get("module", "your.package.Module")
-    here = Path.cwd()
-    place = shlex.quote(str(folder.relative_to(here) if folder.is_relative_to(here) else folder))
+    place = shlex.quote(from_here(folder))
     return f"lightning-gradguard replay {place} --model {model}" + "".join(arguments)
 
 

@@ -98,8 +98,7 @@ class Incident:
         if self.cause == "bad input" and self.detail:
             facts.append(self.detail.rstrip("."))  # which samples to look at
         elif self.where:
-            more = len(self.where) - 3
-            facts.append(", ".join(self.where[:3]) + (f" and {more} more" if more > 0 else ""))
+            facts.append(_first(3, self.where))
         if self.measured:
             facts.append(self.measured)
         if self.cause:
@@ -263,7 +262,7 @@ def _row(incident: Incident) -> str:
     cells = (
         str(incident.step),
         f"**{incident.kind}**",
-        _named(incident.where, 1),
+        _first(1, _as_code(incident.where)),
         incident.measured,
         incident.action,
         incident.cause,
@@ -274,13 +273,17 @@ def _row(incident: Incident) -> str:
 def _detail(incident: Incident) -> str:
     batch = "" if incident.batch_idx is None else f", batch {incident.batch_idx}"
     page = f"Read `{incident.dossier}/index.html`." if incident.dossier else ""
-    told = " ".join(filter(None, (incident.detail, page))) or _named(incident.where, 5)
+    told = " ".join(filter(None, (incident.detail, page))) or _first(5, _as_code(incident.where))
     return f"* step {incident.step} (epoch {incident.epoch}{batch}): {reporting.cell(told)}"
 
 
-def _named(where: Sequence[str], n: int) -> str:
-    more = f" and {len(where) - n} more" if len(where) > n else ""
-    return ", ".join(f"`{name}`" for name in where[:n]) + more
+def _as_code(names: Sequence[str]) -> list[str]:
+    return [f"`{name}`" for name in names]
+
+
+def _first(n: int, names: Sequence[str]) -> str:
+    more = f" and {len(names) - n} more" if len(names) > n else ""
+    return ", ".join(names[:n]) + more
 
 
 def incident_now(trainer: pl.Trainer, kind: str, **facts: Any) -> Incident:

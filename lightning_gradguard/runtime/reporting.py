@@ -18,7 +18,7 @@ from pytorch_lightning.utilities import rank_zero_info
 from torch import Tensor
 
 from lightning_gradguard.runtime.lightning_api import batches_that_stepped
-from lightning_gradguard.runtime.loggers import Medium, write_medium, write_scalars, write_settings
+from lightning_gradguard.runtime.loggers import write_medium, write_scalars, write_settings
 from lightning_gradguard.runtime.trees import is_a
 
 if TYPE_CHECKING:
@@ -49,24 +49,22 @@ def log_scalars(trainer: pl.Trainer, scalars: Mapping[str, float], step: int) ->
 
 def log_text(trainer: pl.Trainer, tag: str, markdown: str, step: int) -> None:
     """Write Markdown to the loggers that have a place for it."""
-    _log_medium(trainer, "text", tag, markdown, step)
+    _hand_out(trainer, write_medium, "text", tag, markdown, step)
 
 
 def log_figure(trainer: pl.Trainer, tag: str, draw: Callable[[], Figure], step: int) -> None:
     """Write a figure to the loggers that have a place for it; without one it is not drawn."""
-    _log_medium(trainer, "figure", tag, draw, step)
+    _hand_out(trainer, write_medium, "figure", tag, draw, step)
 
 
 def log_histogram(trainer: pl.Trainer, tag: str, values: Any, step: int) -> None:
     """Write a histogram of finite values to the loggers that have a place for it."""
-    _log_medium(trainer, "histogram", tag, values, step)
+    _hand_out(trainer, write_medium, "histogram", tag, values, step)
 
 
 def log_settings(trainer: pl.Trainer, settings: Mapping[str, Any]) -> None:
     """Write what the suite was told to do beside the hyperparameters, to the loggers that keep them apart."""
-    if trainer.is_global_zero:
-        for logger in trainer.loggers:
-            _guarded(logger, partial(write_settings, logger, settings))
+    _hand_out(trainer, write_settings, settings)
 
 
 class Report:
@@ -165,7 +163,17 @@ def as_typed(command: str) -> str:
     own = Path(sys.executable).with_name(command)
     if shutil.which(command) is not None or not own.exists():
         return command
-    return str(own.relative_to(Path.cwd()) if own.is_relative_to(Path.cwd()) else own)
+    return from_here(own)
+
+
+def from_here(path: Path) -> str:
+    """A path as it is shortest to type: from the current folder, where it lies below that.
+
+    Example:
+        >>> from_here(Path.cwd() / "lightning_logs"), from_here(Path("runs"))
+        ('lightning_logs', 'runs')
+    """
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
 
 
 def cell(text: str) -> str:
@@ -196,10 +204,10 @@ def say_last(trainer: pl.Trainer, message: str) -> None:
     say(trainer, message)
 
 
-def _log_medium(trainer: pl.Trainer, medium: Medium, tag: str, content: Any, step: int) -> None:
+def _hand_out(trainer: pl.Trainer, write: Callable[..., None], *content: Any) -> None:
     if trainer.is_global_zero:
         for logger in trainer.loggers:
-            _guarded(logger, partial(write_medium, logger, medium, tag, content, step))
+            _guarded(logger, partial(write, logger, *content))
 
 
 def _guarded(logger: Any, write: Callable[[], Any]) -> None:

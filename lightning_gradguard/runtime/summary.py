@@ -9,6 +9,7 @@ import pytorch_lightning as pl
 
 from lightning_gradguard.runtime import reporting
 from lightning_gradguard.runtime.incidents import count_incidents, incidents_file, log_incidents
+from lightning_gradguard.runtime.reporting import as_typed, from_here
 from lightning_gradguard.runtime.settings import settings_of
 from lightning_gradguard.runtime.trees import is_a
 
@@ -75,20 +76,16 @@ def _ways_on(trainer: pl.Trainer) -> dict[str, str]:
     """Where everything is written down, and what to type to read it."""
     ways = {}
     if (file := incidents_file(trainer)) is not None:
-        ways["written in"] = _short(file)
+        ways["written in"] = from_here(file)
         if (dossiers := file.parent / "incidents").is_dir():
-            ways["lost batches"] = f"{_short(dossiers)}, a page each"
-        ways["to read on"] = f"{reporting.as_typed('lightning-gradguard')} report {_short(file.parent)}"
+            ways["lost batches"] = f"{from_here(dossiers)}, a page each"
+        ways["to read on"] = f"{as_typed('lightning-gradguard')} report {from_here(file.parent)}"
     for logger in trainer.loggers:
         if is_a(logger, "TensorBoardLogger"):
             ways["to see charts"] = (
-                f"{reporting.as_typed('tensorboard')} --logdir {_short(Path(str(logger.root_dir)))}"
+                f"{as_typed('tensorboard')} --logdir {from_here(Path(str(logger.root_dir)))}"
             )
     return ways
-
-
-def _short(path: Path) -> str:
-    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
 
 
 def _table(rows: Mapping[str, str]) -> str:
