@@ -15,7 +15,7 @@ class FaultClass:
 
     Args:
         what: What is done to the run, once.
-        cause: What the suite has to name, of `core.forensics.CAUSES`, whenever the fault makes a number
+        cause: What the suite has to name, of `core.incidents.CAUSES`, whenever the fault makes a number
             nonfinite or the weights sick; empty where nothing has to be named.
         survivable: Whether a run can end as well as without the fault.
         why_not: The reason, where it cannot.
@@ -33,20 +33,22 @@ class FaultClass:
 
 #: Whatever is survivable must be survived, in every model, optimizer, precision and at every time below.
 FAULTS = {
-    "NaN input": FaultClass("one element of the batch is NaN", "bad input"),
-    "Inf input": FaultClass("one element of the batch is infinite", "bad input"),
-    "huge input": FaultClass("the batch is 1e20 times too large", "bad input"),
+    "NaN input": FaultClass("one element of the batch is NaN", "bad_input"),
+    "Inf input": FaultClass("one element of the batch is infinite", "bad_input"),
+    "huge input": FaultClass("the batch is 1e20 times too large", "bad_input"),
     "log(0)": FaultClass("the loss takes the logarithm of zero", "loss"),
     "division by zero": FaultClass("the loss divides zero by zero", "loss"),
-    "sqrt at 0": FaultClass("the loss is finite, and has a square root of zero in it", "backward pass"),
+    "sqrt at 0": FaultClass("the loss is finite, and has a square root of zero in it", "backward_pass"),
     "ignored labels": FaultClass("all labels of the batch are to be ignored: a mean of nothing", "loss"),
     "masked row": FaultClass(
-        "attention is told to look at nothing, in one sample", "forward pass", model="transformer"
+        "attention is told to look at nothing, in one sample", "forward_pass", model="transformer"
     ),
     "fp16 overflow": FaultClass(
-        "the batch is 1e5 times too large for float16", "forward pass", precision="16-mixed"
+        "the batch is 1e5 times too large for float16", "forward_pass", precision="16-mixed"
     ),
-    "flip in a weight": FaultClass("the top exponent bit of one element of a weight flips", "weights"),
+    "flip in a weight": FaultClass(
+        "the top exponent bit of one element of a weight flips", "corrupted_weights"
+    ),
     "flip in a gradient": FaultClass(
         "the top exponent bit of one element of a gradient flips, after ranks have averaged it", ""
     ),
@@ -54,9 +56,9 @@ FAULTS = {
         "one element of a gradient becomes NaN, after ranks have averaged it", "transient"
     ),
     "flip in the optimizer": FaultClass(
-        "the top exponent bit of one element of the optimizer's first state tensor flips", "weights"
+        "the top exponent bit of one element of the optimizer's first state tensor flips", "corrupted_weights"
     ),
-    "learning rate": FaultClass("the learning rate is 10,000 times larger in one step", "too large a step"),
+    "learning rate": FaultClass("the learning rate is 10,000 times larger in one step", "update_too_large"),
     "label out of range": FaultClass(
         "one label is a class that does not exist",
         "",

@@ -31,7 +31,7 @@ from benchmarks.fault_classes import FAULTS
 from benchmarks.fault_injection import OF_DATA, OF_STATE, Fault, spoiled
 from benchmarks.fault_tasks import MODELS, Batch, Task, batches
 from lightning_gradguard import NaNRollback, default_callbacks
-from lightning_gradguard.runtime.lightning_api import plain_loss
+from lightning_gradguard.runtime.lightning_api import unscaled_loss
 
 EPOCHS = 2
 BATCHES = 60
@@ -169,7 +169,7 @@ class Losses(pl.Callback):
         self._running: list[float] = []
 
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
-        self._running.append(float(plain_loss(trainer, loss)))
+        self._running.append(float(unscaled_loss(trainer, loss)))
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int

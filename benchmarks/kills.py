@@ -25,7 +25,7 @@ from benchmarks.fault_injection import spoiled
 from benchmarks.fault_runs import quietly
 from benchmarks.fault_tasks import MLP, batches
 from lightning_gradguard import default_callbacks
-from lightning_gradguard.runtime.dossiers import read_dossier
+from lightning_gradguard.runtime.incidents.dossier import read_dossier
 
 BATCHES = 400
 

@@ -19,8 +19,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from lightning_gradguard.runtime.measuring import Wanted, measure
-from lightning_gradguard.runtime.selection import Layout
+from lightning_gradguard.runtime.steps.measuring import Wanted, measure
+from lightning_gradguard.runtime.steps.parameters import ParameterLayout
 
 PAGE = Path(__file__).parents[1] / "docs" / "scaling.md"
 WORLD_SIZES = (8, 64, 1024)
@@ -93,7 +93,9 @@ def lengths(shapes: Sequence[tuple[int, ...]], wanted: Wanted, *, sharded: bool)
     def all_gather(rows: list[Tensor], vector: Tensor) -> None:
         seen.append(len(rows) * vector.numel() * vector.element_size())
 
-    selection = Layout({}).select((str(i), parameter(s, sharded=sharded)) for i, s in enumerate(shapes))
+    selection = ParameterLayout({}).select(
+        (str(i), parameter(s, sharded=sharded)) for i, s in enumerate(shapes)
+    )
     carried = torch.zeros(len(shapes), dtype=torch.float64) if wanted.weights and sharded else None
     with mock.patch.multiple(dist, all_reduce=all_reduce, all_gather=all_gather):
         measure(selection, [torch.zeros(())], (None, None, False), wanted=wanted, carried=carried)

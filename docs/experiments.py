@@ -25,7 +25,7 @@ from lightning_gradguard import (
     InitializationCheck,
     default_callbacks,
 )
-from lightning_gradguard.cli.characters import Characters
+from lightning_gradguard.cli.demo_task import Characters
 
 #: Steps whose mean loss is called that at the end.
 LAST = 20

@@ -10,7 +10,7 @@ import torch
 from pytorch_lightning.core.optimizer import LightningOptimizer
 from torch import Tensor, nn
 
-from lightning_gradguard.cli.characters import CharacterRNN
+from lightning_gradguard.cli.demo_task import CharacterRNN
 
 Initializer = Callable[[Tensor], object]
 #: Pixels of a digit, units of each hidden layer, and classes.

@@ -51,9 +51,9 @@ class GAN(pl.LightningModule):
         features = self.features(self.generator(noise))
         on_fake = self.verdict(features)
         loss = binary_cross_entropy_with_logits(on_fake, torch.ones_like(on_fake))
-        matching = mse_loss(features.mean(0), self.features(real).detach().mean(0), reduction="sum")
+        match_names = mse_loss(features.mean(0), self.features(real).detach().mean(0), reduction="sum")
         for_generator.zero_grad()
-        self.manual_backward(loss + matching)
+        self.manual_backward(loss + match_names)
         for_generator.step()
 
     def configure_optimizers(self) -> tuple[torch.optim.Optimizer, torch.optim.Optimizer]:

@@ -16,11 +16,11 @@ from jsonargparse import auto_cli
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_gradguard.core.anomalies import SpikeDetector
 from lightning_gradguard.core.backoff import Backoff
 from lightning_gradguard.core.clipping import ZScoreClipping
+from lightning_gradguard.core.detectors import SpikeDetector
 from lightning_gradguard.core.norms import measure_gradients, scale_gradients_
-from lightning_gradguard.core.recovery import Recovery
+from lightning_gradguard.core.recovery import RecoveryPolicy
 from lightning_gradguard.core.snapshots import BufferCopies, Snapshot, SnapshotRing
 
 #: The parts of a `Guard` whose memory goes into a checkpoint.
@@ -42,7 +42,7 @@ class Guard:
         self.snapshot_every_n_steps = snapshot_every_n_steps
         self.policy = ZScoreClipping()
         self.spikes = SpikeDetector()
-        self.recovery = Recovery(patience=3, max_rollbacks=5, max_skip_fraction=0.5)
+        self.recovery = RecoveryPolicy(patience=3, max_rollbacks=5, max_skip_fraction=0.5)
         self.backoff = Backoff(factor=0.5, rewarm_steps=20, recover_after_steps=100)
         self.buffers = BufferCopies(network)
         self.snapshots = SnapshotRing(keep=2)
@@ -61,9 +61,9 @@ class Guard:
         if not math.isfinite(value + total_norm) or self.spikes.update(total_norm):
             self.skips += 1
             self.buffers.restore()  # the forward pass of a bad batch has moved statistics
-            decision = self.recovery.skipped(0)
+            decision = self.recovery.on_skip(0)
         else:
-            decision, _ = self.recovery.stepped(0, value, total_norm)
+            decision, _ = self.recovery.on_good_step(0, value, total_norm)
             scale_gradients_(gradients, self.policy.coefficients(gradients))
             self.policy.commit()
             with scaled_rates(self.optimizer, self.backoff.scale):
@@ -74,14 +74,14 @@ class Guard:
             self.good_steps += 1
             if self.good_steps % self.snapshot_every_n_steps == 0:
                 self.snapshots.capture(self._copy_state)
-        if decision == "go back":
-            snapshot = self.snapshots.go_back()
+        if decision == "roll_back":
+            snapshot = self.snapshots.roll_back()
             snapshot.restore([self.network], [self.optimizer])
             self.buffers.refresh()
             self.policy.load_state_dict(copy.deepcopy(snapshot.companions))
-            self.recovery.went_back()
+            self.recovery.on_rollback()
             self.backoff.reduce()
-        elif decision == "give up":
+        elif decision == "stop":
             raise RuntimeError(f"training cannot be kept alive: gone back {self.recovery.rollbacks} times")
 
     def state_dict(self) -> dict[str, Any]:

@@ -20,9 +20,9 @@ if TYPE_CHECKING:
         UnitwiseClipping,
         ZScoreClipping,
     )
+    from lightning_gradguard.core.incidents import Incident, TrainingDivergedError
     from lightning_gradguard.core.initialization import InitializationError
     from lightning_gradguard.core.norms import Gradients
-    from lightning_gradguard.runtime.incidents import Incident, TrainingDivergedError
 
 __version__ = "0.5.0"
 
@@ -51,14 +51,14 @@ _HOME = {
     "GlobalNormClipping": "core.clipping",
     "GradientNormMonitor": "callbacks.gradient_norm_monitor",
     "Gradients": "core.norms",
-    "Incident": "runtime.incidents",
+    "Incident": "core.incidents",
     "InitializationCheck": "callbacks.initialization_check",
     "InitializationError": "core.initialization",
     "LearningRateBackoff": "callbacks.learning_rate_backoff",
     "NaNRollback": "callbacks.nan_rollback",
     "PerTensorClipping": "core.clipping",
     "PercentileClipping": "core.clipping",
-    "TrainingDivergedError": "runtime.incidents",
+    "TrainingDivergedError": "core.incidents",
     "UnitwiseClipping": "core.clipping",
     "ZScoreClipping": "core.clipping",
     "default_callbacks": "callbacks.defaults",

@@ -19,8 +19,8 @@ import yaml
 import lightning_gradguard
 from docs import experiments, guide_page
 from docs.experiments import Run
+from lightning_gradguard.cli.lightning_cli import command_line, typed
 from lightning_gradguard.cli.main import main as command
-from lightning_gradguard.cli.suite import command_line, typed
 
 ROOT = Path(__file__).parents[1]
 PAGES = {

@@ -46,12 +46,12 @@ def test_the_core_loads_without_lightning() -> None:
 def test_the_linter_holds_the_floors(tmp_path: Path) -> None:
     for floor, imported in (
         ("core", "pytorch_lightning"),
-        ("core", "lightning_gradguard.runtime.step"),
+        ("core", "lightning_gradguard.runtime.steps.suite"),
         ("runtime", "lightning_gradguard.callbacks.nan_rollback"),
         ("callbacks", "lightning_gradguard.callbacks.nan_rollback"),
         ("callbacks", "lightning_gradguard.cli.main"),
         ("report", "torch"),
-        ("report", "lightning_gradguard.cli.refusals"),
+        ("report", "lightning_gradguard.cli.errors"),
     ):
         room = ROOT / "lightning_gradguard" / floor / "scratch.py"
         result = subprocess.run(

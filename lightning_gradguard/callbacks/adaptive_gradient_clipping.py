@@ -12,19 +12,12 @@ import torch
 from torch import Tensor
 
 from lightning_gradguard.core.clipping import ClippingPolicy, Scalar, ZScoreClipping
-from lightning_gradguard.core.norms import (
-    Gradients,
-    scale_gradients_,
-    tensor_norms,
-    total_norm_from_norms,
-)
+from lightning_gradguard.core.norms import Gradients, scale_gradients_, tensor_norms, total_norm_from_norms
+from lightning_gradguard.core.parameter_names import match_names
+from lightning_gradguard.core.tags import family
 from lightning_gradguard.runtime import lightning_api
-from lightning_gradguard.runtime.reporting import family
-from lightning_gradguard.runtime.step import (
-    Step,
-    StepCallback,
-    matching,
-)
+from lightning_gradguard.runtime.steps.step import Step
+from lightning_gradguard.runtime.steps.suite import StepCallback
 
 
 class AdaptiveGradientClipping(StepCallback):
@@ -72,7 +65,7 @@ class AdaptiveGradientClipping(StepCallback):
         self._policies: dict[int, ClippingPolicy] = {}
         self._clipped: dict[int, tuple[Scalar, int]] = {}
         self._logged: dict[int, tuple[Scalar, int]] = {}
-        self._may_ride = False
+        self._may_override = False
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Join the suite; say so where a second clipper acts."""
@@ -80,7 +73,7 @@ class AdaptiveGradientClipping(StepCallback):
         if stage != "fit":
             return
         if self.policy.by_unit:
-            lightning_api.refuse_flattened_parameters(trainer, type(self.policy).__name__)
+            lightning_api.reject_flattened_parameters(trainer, type(self.policy).__name__)
         others = []
         if trainer.gradient_clip_val:
             others.append(f"Trainer(gradient_clip_val={trainer.gradient_clip_val})")
@@ -97,7 +90,7 @@ class AdaptiveGradientClipping(StepCallback):
         """Say so where an optimizer cannot be clipped."""
         super().on_train_start(trainer, pl_module)
         self._clipped, self._logged = {}, {}
-        self._may_ride = not lightning_api.gradients_are_seen_later(trainer)
+        self._may_override = not lightning_api.gradients_used_after_hook(trainer)
         for optimizer in trainer.optimizers:
             if lightning_api.calls_closure_repeatedly(optimizer):
                 warnings.warn(
@@ -112,7 +105,7 @@ class AdaptiveGradientClipping(StepCallback):
             return
         gradients = step.gradients
         if self.exclude:
-            gradients = gradients.without(matching(gradients.names, self.exclude))
+            gradients = gradients.without(match_names(gradients.names, self.exclude))
         if not gradients.names:
             return
         policy = self._policy(step.optimizer_index)
@@ -165,7 +158,7 @@ class AdaptiveGradientClipping(StepCallback):
         """What the optimizer's own kernel divides gradients by; `None` if they are to be scaled here."""
         if isinstance(coefficients, list) or not isinstance(coefficients, Tensor) and coefficients in (0, 1):
             return None
-        if not self._may_ride or gradients is not step.gradients or not step.takes_riders:
+        if not self._may_override or gradients is not step.gradients or not step.supports_fused_override:
             return None
         if isinstance(coefficients, Tensor):
             return coefficients.to(step.selection.device).reciprocal().float()

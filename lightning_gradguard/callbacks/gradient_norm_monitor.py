@@ -13,31 +13,27 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from lightning_gradguard.core.anomalies import SymptomDetector
 from lightning_gradguard.core.clipping import Scalar
-from lightning_gradguard.core.diagnosis import advice
-from lightning_gradguard.core.levels import Level, chart_names
+from lightning_gradguard.core.detectors import SymptomDetector
 from lightning_gradguard.core.norms import (
     Gradients,
+    local_shard,
     norms_from_power_sums,
     power_sums,
     total_norm_from_norms,
 )
-from lightning_gradguard.core.sharding import local_shard
-from lightning_gradguard.runtime import reporting
-from lightning_gradguard.runtime.figures import GradientHistory
-from lightning_gradguard.runtime.incidents import incident_now, open_journal, publish
+from lightning_gradguard.core.parameter_names import match_names
+from lightning_gradguard.core.remedies import advice
+from lightning_gradguard.core.tags import family
+from lightning_gradguard.runtime.incidents.journal import incident_now, open_journal, publish
 from lightning_gradguard.runtime.lightning_api import batches_that_stepped
-from lightning_gradguard.runtime.optimizer import after_step
-from lightning_gradguard.runtime.reporting import family
-from lightning_gradguard.runtime.selection import Selection
-from lightning_gradguard.runtime.step import (
-    Step,
-    StepCallback,
-    Suite,
-    is_logging_step,
-    matching,
-)
+from lightning_gradguard.runtime.logging import metrics
+from lightning_gradguard.runtime.logging.chart_groups import Level, chart_names
+from lightning_gradguard.runtime.logging.heat_map import GradientHistory
+from lightning_gradguard.runtime.optimizer_hooks import after_step
+from lightning_gradguard.runtime.steps.parameters import Selection
+from lightning_gradguard.runtime.steps.step import Step
+from lightning_gradguard.runtime.steps.suite import StepCallback, Suite, is_logging_step
 
 #: Logged steps that make a heat map worth a look when training ends.
 LEAST_COLUMNS = 10
@@ -197,7 +193,7 @@ class GradientNormMonitor(StepCallback):
         waiting, self._waiting = self._waiting, []
         for look in waiting:
             scalars = self._read(trainer, pl_module, look, True, look.values(self.norm_type).tolist())
-            reporting.log_scalars(trainer, scalars, look.step)
+            metrics.log_scalars(trainer, scalars, look.step)
         self._draw_last(trainer)
         super().on_exception(trainer, pl_module, exception)
 
@@ -328,8 +324,8 @@ class GradientNormMonitor(StepCallback):
         charts = self._charts[index]
         if not charts.keys() >= set(names):
             known = list(dict.fromkeys([*charts, *names]))
-            shown = set(known if self.include is None else matching(known, self.include))
-            shown -= set(matching(known, self.exclude))
+            shown = set(known if self.include is None else match_names(known, self.include))
+            shown -= set(match_names(known, self.exclude))
             named = zip(known, chart_names(known, self.level) or [""] * len(known), strict=True)
             charts = self._charts[index] = {name: chart if name in shown else "" for name, chart in named}
         return {i: charts[name] for i, name in enumerate(names) if charts[name]}
@@ -339,12 +335,12 @@ class GradientNormMonitor(StepCallback):
             return
         self._history.append(look.step, layers)
         if (look.step + 1) % self.figure_every_n_steps == 0:
-            reporting.log_figure(trainer, "grad_norm/layers", self._history.draw, look.step)
+            metrics.log_figure(trainer, "grad_norm/layers", self._history.draw, look.step)
 
     def _draw_last(self, trainer: pl.Trainer) -> None:
         last = self._history.last_step
         if len(self._history) >= LEAST_COLUMNS and (last + 1) % self.figure_every_n_steps != 0:
-            reporting.log_figure(trainer, "grad_norm/layers", self._history.draw, last)
+            metrics.log_figure(trainer, "grad_norm/layers", self._history.draw, last)
         self._history = GradientHistory()
 
     def _log_histograms(self, trainer: pl.Trainer, index: int, gradients: Gradients) -> None:
@@ -356,7 +352,7 @@ class GradientNormMonitor(StepCallback):
                 # TensorBoard finds the histogram of larger values empty, and raises
                 bounded = finite.clamp(-1e18, 1e18).cpu()
                 tag = f"grad_histogram/{gradients.names[i]}"
-                reporting.log_histogram(trainer, tag, bounded, batches_that_stepped(trainer))
+                metrics.log_histogram(trainer, tag, bounded, batches_that_stepped(trainer))
 
 
 class _Look:

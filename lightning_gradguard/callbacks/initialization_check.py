@@ -10,8 +10,7 @@ import pytorch_lightning as pl
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_gradguard.core.anomalies import DEPTH_DECADES, depth_profile
-from lightning_gradguard.core.diagnosis import advice
+from lightning_gradguard.core.detectors import DEPTH_DECADES, depth_profile
 from lightning_gradguard.core.forensics import investigate
 from lightning_gradguard.core.initialization import (
     Finding,
@@ -22,28 +21,29 @@ from lightning_gradguard.core.initialization import (
     repair,
     table,
 )
-from lightning_gradguard.core.levels import FEW
-from lightning_gradguard.runtime import reporting
+from lightning_gradguard.core.parameter_names import plain_name
+from lightning_gradguard.core.remedies import advice
 from lightning_gradguard.runtime.distributed import (
     broadcast_tensors,
     complete_gradients,
     gather_objects,
     whole,
 )
-from lightning_gradguard.runtime.incidents import incident_now, open_journal, publish
+from lightning_gradguard.runtime.incidents.journal import incident_now, open_journal, publish
+from lightning_gradguard.runtime.incidents.replay import training_loss, without_logging
 from lightning_gradguard.runtime.lightning_api import (
     Callback,
     allows_extra_pass,
     batches_that_stepped,
     flat_shards,
     flattens_parameters,
-    refuse_unsupported,
+    reject_unsupported,
 )
-from lightning_gradguard.runtime.measuring import norms_over_shards
-from lightning_gradguard.runtime.replaying import silent, training_loss
-from lightning_gradguard.runtime.selection import Layout
-from lightning_gradguard.runtime.settings import Configured
-from lightning_gradguard.runtime.step import plain_name
+from lightning_gradguard.runtime.logging import console, metrics
+from lightning_gradguard.runtime.logging.chart_groups import FEW
+from lightning_gradguard.runtime.logging.hyperparameters import Configured
+from lightning_gradguard.runtime.steps.measuring import norms_over_shards
+from lightning_gradguard.runtime.steps.parameters import ParameterLayout
 
 #: Optimizers that divide gradients by their size.
 SCALE_FREE = ("Ada", "Adam", "NAdam", "RAdam", "RMSprop", "Rprop", "Lion", "Muon")
@@ -112,7 +112,7 @@ class InitializationCheck(Callback, Configured):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """See to it that incidents are written."""
         if stage == "fit":
-            refuse_unsupported(trainer, self)
+            reject_unsupported(trainer, self)
             open_journal(trainer)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -130,7 +130,7 @@ class InitializationCheck(Callback, Configured):
         if not (allows_extra_pass(trainer) and pl_module.automatic_optimization):
             self._looks_at_first_step = True
             if self.on_failure == "repair":
-                reporting.say(
+                console.print_message(
                     trainer,
                     f"gradguard: nothing is repaired under {type(trainer.strategy).__name__} or manual "
                     "optimization; run InitializationCheck(on_failure='repair') on one device first.",
@@ -143,7 +143,7 @@ class InitializationCheck(Callback, Configured):
             return
 
         def run_loss() -> Tensor:
-            with silent(pl_module):
+            with without_logging(pl_module):
                 return training_loss(pl_module, batch, batch_idx)
 
         def measure() -> tuple[list[Finding], dict[str, float]]:
@@ -161,7 +161,9 @@ class InitializationCheck(Callback, Configured):
                 except Exception as error:
                     self.problem = self.problem or error
             if self.problem is not None:
-                reporting.say(trainer, f"gradguard: the initialization was not checked: {self.problem}")
+                console.print_message(
+                    trainer, f"gradguard: the initialization was not checked: {self.problem}"
+                )
                 found, values = [], {}
             return _agreed(found, values)
 
@@ -172,7 +174,7 @@ class InitializationCheck(Callback, Configured):
         # of more values, only those of the whole network get charts
         shown = values if len(values) <= FEW else {k: v for k, v in values.items() if "/" not in k}
         scalars = {f"init/{key}": value for key, value in shown.items()}
-        reporting.log_scalars(trainer, scalars, batches_that_stepped(trainer))
+        metrics.log_scalars(trainer, scalars, batches_that_stepped(trainer))
         self._settle(trainer, pl_module, findings)
 
     def on_before_optimizer_step(
@@ -182,7 +184,7 @@ class InitializationCheck(Callback, Configured):
         if not self._looks_at_first_step:
             return
         self._looks_at_first_step = False
-        layout = Layout(flat_shards(trainer), pl_module.device)
+        layout = ParameterLayout(flat_shards(trainer), pl_module.device)
         everything = layout.select(pl_module.named_parameters())
         named = zip(everything.names, everything.parameters, everything.is_matrix, strict=True)
         layers = layout.select([(plain_name(name), p) for name, p, is_matrix in named if is_matrix][:-1])
@@ -207,14 +209,14 @@ class InitializationCheck(Callback, Configured):
             done = repair(pl_module, run_loss, names=self.repair_modules, seed=self.seed)
         except Exception as error:
             done = []
-            reporting.say(trainer, f"gradguard: the repair did not finish: {error}")
+            console.print_message(trainer, f"gradguard: the repair did not finish: {error}")
         broadcast_tensors(list(pl_module.parameters()))
         findings, values = measure()
         gain = next((f.value for f in before if f.criterion == "gradient_gain"), None)
         report = [f"gradguard: repaired {len(done)} layers:", *(f"  {line}" for line in done)]
         if gain is not None and "gradient_gain" in values:
             report.append(f"  gradient gain was {gain:.2f}, is {values['gradient_gain']:.2f} decades")
-        reporting.say(trainer, "\n".join(report))
+        console.print_message(trainer, "\n".join(report))
         where = tuple(line.partition(":")[0] for line in done)
         facts = incident_now(
             trainer, "poor_initialization", batch_idx=0, where=where, value=gain, action="repaired"
@@ -249,13 +251,13 @@ class InitializationCheck(Callback, Configured):
         if failed:
             raise InitializationError("The network, as it is initialized, will not train:\n" + table(serious))
         if serious:
-            reporting.say(trainer, "gradguard: initialization\n" + table(serious))
+            console.print_message(trainer, "gradguard: initialization\n" + table(serious))
 
 
 def _refuse_bad_input(pl_module: pl.LightningModule, run_loss: Callable[[], Tensor], batch: Any) -> None:
     """A network is not to blame for what its batch holds."""
     origin = investigate(pl_module, lambda: ([run_loss()], []), batch)
-    if origin.cause == "bad input":
+    if origin.cause == "bad_input":
         raise ValueError(origin.detail)
 
 

@@ -8,11 +8,13 @@ import pytorch_lightning as pl
 from torch import Tensor
 
 from lightning_gradguard.core.backoff import Backoff
-from lightning_gradguard.core.diagnosis import advice
-from lightning_gradguard.runtime.incidents import Incident, incident_now, publish
-from lightning_gradguard.runtime.optimizer import ScaledLearningRate
-from lightning_gradguard.runtime.reporting import family
-from lightning_gradguard.runtime.step import Step, StepCallback
+from lightning_gradguard.core.incidents import Incident
+from lightning_gradguard.core.remedies import advice
+from lightning_gradguard.core.tags import family
+from lightning_gradguard.runtime.incidents.journal import incident_now, publish
+from lightning_gradguard.runtime.optimizer_hooks import ScaledLearningRate
+from lightning_gradguard.runtime.steps.step import Step
+from lightning_gradguard.runtime.steps.suite import StepCallback
 
 
 class LearningRateBackoff(StepCallback):
@@ -102,7 +104,7 @@ class LearningRateBackoff(StepCallback):
                 "learning_rate_backoff",
                 batch_idx=incident.batch_idx,
                 value=self._backoff.scale,
-                action="backed off",
+                action="backed_off",
                 advice=advice("learning_rate_backoff"),
             )
             publish(trainer, pl_module, facts)

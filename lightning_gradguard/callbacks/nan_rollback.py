@@ -10,32 +10,36 @@ import pytorch_lightning as pl
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_gradguard.core.diagnosis import advice
-from lightning_gradguard.core.recovery import OUTCOMES, Decision, Recovery
+from lightning_gradguard.core.norms import Measurement
+from lightning_gradguard.core.recovery import OUTCOMES, Decision, RecoveryPolicy
+from lightning_gradguard.core.remedies import advice
 from lightning_gradguard.core.snapshots import Snapshot
-from lightning_gradguard.runtime import lightning_api, reporting, training_state
+from lightning_gradguard.runtime import lightning_api
 from lightning_gradguard.runtime.distributed import any_rank, gather_objects
-from lightning_gradguard.runtime.incidents import (
+from lightning_gradguard.runtime.fused_optimizer import skip_is_exact
+from lightning_gradguard.runtime.incidents.investigation import Investigation
+from lightning_gradguard.runtime.incidents.journal import (
     incident_now,
     open_journal,
     publish,
     run_folder,
 )
-from lightning_gradguard.runtime.investigation import Investigation
-from lightning_gradguard.runtime.lost_batches import LostBatches, Reason
-from lightning_gradguard.runtime.lost_steps import LostStep, Window, facts_of
-from lightning_gradguard.runtime.measuring import Measurement
-from lightning_gradguard.runtime.optimizer import drop_gradients, leaves_no_trace
-from lightning_gradguard.runtime.replaying import ServedBatch
-from lightning_gradguard.runtime.step import (
-    Step,
-    StepCallback,
-    Verdict,
+from lightning_gradguard.runtime.incidents.lost_batches import LostBatches, Reason
+from lightning_gradguard.runtime.incidents.replay import SeenBatch
+from lightning_gradguard.runtime.incidents.skipped_step import SkippedStep, Window, origin_facts
+from lightning_gradguard.runtime.incidents.termination import (
+    combined_advice,
+    diverged,
+    save_last_good,
 )
-from lightning_gradguard.runtime.stopping import cures, diverged, save_last_good
-from lightning_gradguard.runtime.traces import Traces
-from lightning_gradguard.runtime.training_state import Companions
-from lightning_gradguard.runtime.way_back import WayBack
+from lightning_gradguard.runtime.logging import console
+from lightning_gradguard.runtime.optimizer_hooks import drop_gradients
+from lightning_gradguard.runtime.rollback import trainer_state
+from lightning_gradguard.runtime.rollback.side_effects import SideEffects
+from lightning_gradguard.runtime.rollback.snapshot_schedule import SnapshotSchedule
+from lightning_gradguard.runtime.rollback.trainer_state import TrainerState
+from lightning_gradguard.runtime.steps.step import Step, Verdict
+from lightning_gradguard.runtime.steps.suite import StepCallback
 
 
 @dataclass
@@ -45,8 +49,8 @@ class _Batch:
     accepted: bool = False
     accepted_step: int = 0
     skipped: bool = False
-    decision: Decision = "go on"
-    rewind: Companions | None = None
+    decision: Decision = "continue"
+    rewind: TrainerState | None = None
     scaler: dict[str, Any] | None = None
     first_closure: Step | None = None
 
@@ -163,8 +167,8 @@ class NaNRollback(StepCallback):
         self._overflows_at_floor = 0
         self._ledger = LostBatches(None, rank=0)
         self._earlier_ledgers: list[str] = []
-        self._recovery = Recovery(patience, max_rollbacks, max_skip_fraction)
-        self._way_back = WayBack(
+        self._recovery = RecoveryPolicy(patience, max_rollbacks, max_skip_fraction)
+        self._snapshots = SnapshotSchedule(
             keep_snapshots,
             snapshot_every_n_steps,
             snapshot_device,
@@ -186,25 +190,27 @@ class NaNRollback(StepCallback):
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
             open_journal(trainer, self.incident_dir)
-            lightning_api.before_checkpoints(trainer, lambda: self._before_checkpoint(trainer, pl_module))
+            lightning_api.call_before_checkpoints(
+                trainer, lambda: self._before_checkpoint(trainer, pl_module)
+            )
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Begin with what this fit begins with."""
         super().on_train_start(trainer, pl_module)
         self._is_fitting = True
         self._has_given_up = False
-        self._recovery.has_rivals = len(trainer.optimizers) > 1
-        self._traces = Traces(trainer, pl_module)
-        self._way_back.begin(trainer, self._traces)
+        self._recovery.is_adversarial = len(trainer.optimizers) > 1
+        self._traces = SideEffects(trainer, pl_module)
+        self._snapshots.begin(trainer, self._traces)
         self._ledger = LostBatches(run_folder(trainer), trainer.global_rank, self._earlier_ledgers)
         self._lost_earlier: dict[tuple[int, int], Reason] = {}
         for earlier in gather_objects(self._ledger.earlier()):
             self._lost_earlier.update(earlier)
-        self._told_short = {trainer.current_epoch: lightning_api.places_told_short(trainer)}
-        self._lost: list[LostStep] = []
+        self._told_short = {trainer.current_epoch: lightning_api.resumed_batch_idx_offset(trainer)}
+        self._lost: list[SkippedStep] = []
         self._window = Window(trainer.global_step, [], None)
         self._window_is_open = False
-        self._unjudged: LostStep | None = None
+        self._unjudged: SkippedStep | None = None
         self._repeats = any(map(lightning_api.calls_closure_repeatedly, trainer.optimizers))
         self._before = Snapshot("same") if self._repeats or self.judges_late else None
         self._unknown_averages = lightning_api.unknown_averages(trainer, None if self.judges_late else self)
@@ -213,14 +219,14 @@ class NaNRollback(StepCallback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Remember what the forward passes of a step are about to change."""
-        lightning_api.let_go_of_whole_weights(trainer)
+        lightning_api.reshard_parameters(trainer)
         self._batch = _Batch()
         self._batch_idx = batch_idx + self._told_short.get(trainer.current_epoch, 0)
         self._warn_of_unknown_averages(trainer)  # ahead of the first batch: a progress bar is there to say it
-        if not self._window_is_open or lightning_api.updates_buffers_only(trainer):
+        if not self._window_is_open or lightning_api.is_swa_bn_update(trainer):
             self._open_window(trainer, pl_module)
         if self._keeps_batches:
-            self._window.batches.append(ServedBatch.of(batch, batch_idx))
+            self._window.batches.append(SeenBatch.of(batch, batch_idx))
         self._window.n_served += 1
         self._ledger.serve(trainer.global_step, trainer.current_epoch, self._batch_idx, batch)
         if (reason := self._lost_earlier.get((trainer.current_epoch, self._batch_idx))) is not None:
@@ -247,11 +253,11 @@ class NaNRollback(StepCallback):
 
     def on_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, step: Step) -> None:
         """Drop a sick step, and decide whether that is enough."""
-        if not self._way_back.exists:
+        if not self._snapshots.exists:
             # by now every callback has had its chance to repair the weights that training starts from
             assert self._window.companions is not None
-            self._way_back.capture_first(trainer, self._window.companions)
-        self._way_back.wait()
+            self._snapshots.capture_first(trainer, self._window.companions)
+        self._snapshots.wait()
         if step.inside_closure:
             self._batch.first_closure = self._batch.first_closure or step
             return
@@ -289,10 +295,10 @@ class NaNRollback(StepCallback):
             return
         assert self._before is not None
         windows = self.snapshot_state_dict()  # these have taken in every step before the sick one
-        companions = training_state.restore(trainer, self._before, self._traces)
+        companions = trainer_state.restore(trainer, self._before, self._traces)
         self.load_snapshot_state_dict(windows)
         self._traces.keep(within_step=True)
-        self._way_back.distrust(companions.step)
+        self._snapshots.distrust(companions.step)
         followed = 0
         if self._window is not unjudged.window:
             followed = self._window.n_served
@@ -305,7 +311,7 @@ class NaNRollback(StepCallback):
         if self._batch.scaler is not None:
             # it takes a dropped step for an overflow, which a smaller scale would help against
             lightning_api.set_scaler_state(trainer, self._batch.scaler)
-        if lightning_api.updates_buffers_only(trainer):
+        if lightning_api.is_swa_bn_update(trainer):
             self._guard_buffers(trainer, pl_module)
         if self._batch.first_closure is not None:
             self._settle_closures(trainer, pl_module, self._batch.first_closure)
@@ -351,7 +357,7 @@ class NaNRollback(StepCallback):
         super().teardown(trainer, pl_module, stage)
         if stage == "fit":
             self._is_fitting = False
-            lightning_api.no_longer_before_checkpoints(trainer)
+            lightning_api.stop_calling_before_checkpoints(trainer)
 
     def final_counts(self) -> dict[str, float]:
         """Skips, rollbacks and overflows so far."""
@@ -380,23 +386,23 @@ class NaNRollback(StepCallback):
         self._overflows_at_floor = state_dict["overflows_at_floor"]
         self._recovery.load_state_dict(state_dict["recovery"])
         if state_dict["has_given_up"]:
-            self._recovery.renew_budgets()  # whoever resumes has changed something, and wants it tried
+            self._recovery.reset_budgets()  # whoever resumes has changed something, and wants it tried
         self._investigation.examined = state_dict["examined"]
         self._earlier_ledgers = state_dict["ledgers"]
 
     def snapshot_state_dict(self) -> dict[int, Any]:
         """The detectors' windows, which go back with the weights."""
-        return self._recovery.windows()
+        return self._recovery.detector_state()
 
     def load_snapshot_state_dict(self, state_dict: dict[int, Any]) -> None:
         """Put the detectors' windows back."""
-        self._recovery.load_windows(state_dict)
+        self._recovery.load_detector_state(state_dict)
 
     def _warn_of_unknown_averages(self, trainer: pl.Trainer) -> None:
         names, self._unknown_averages = self._unknown_averages, []
         exact = " use check='exact' and" if self.judges_late else ""
         for name in names:
-            reporting.say(
+            console.print_message(
                 trainer,
                 f"gradguard: {name} seems to average weights in a way that NaNRollback cannot undo;{exact}"
                 " put NaNRollback before it in the list of callbacks: it then sees only what was kept.",
@@ -404,24 +410,24 @@ class NaNRollback(StepCallback):
 
     def _open_window(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._window_is_open = True
-        self._way_back.wait()  # the batch before may have made no step
+        self._snapshots.wait()  # the batch before may have made no step
         self._traces.keep()
-        if self._way_back.capture_if_due(trainer):
+        if self._snapshots.capture_if_due(trainer):
             self._look_at_weights(trainer)
-            self._ledger.forget_before(self._way_back.reaches_back_to())
-        elif self._way_back.lacks_weights(trainer) and self.suite.nonfinite_weights is None:
+            self._ledger.forget_before(self._snapshots.reaches_back_to())
+        elif self._snapshots.lacks_weights(trainer) and self.suite.nonfinite_weights is None:
             self._bring_forward(trainer, pl_module)  # while there is a snapshot to judge by
-            self._way_back.start_anew(trainer)
-        needed = self._rewinds or self._before is not None or not self._way_back.exists
-        companions = self._way_back.companions(trainer) if needed else None
+            self._snapshots.start_anew(trainer)
+        needed = self._rewinds or self._before is not None or not self._snapshots.exists
+        companions = self._snapshots.companions(trainer) if needed else None
         self._window = Window(trainer.global_step, [], companions)
         if self._repeats:
             assert self._before is not None
             assert companions is not None
-            training_state.capture(trainer, self._before, companions, self._traces)
+            trainer_state.capture(trainer, self._before, companions, self._traces)
 
-    def _lost_step(self, step: Step) -> LostStep:
-        return LostStep(
+    def _lost_step(self, step: Step) -> SkippedStep:
+        return SkippedStep(
             step.measurement, self._window, self._batch_idx, step.gradients.names, step.gradients.norms
         )
 
@@ -436,13 +442,13 @@ class NaNRollback(StepCallback):
         assert self._before is not None
         assert self._window.companions is not None
         skips_itself = (
-            step.takes_riders
+            step.supports_fused_override
             and self.suite.has_one_judge
             and type(self).judge is NaNRollback.judge  # by whose rule the kernel is told to skip
             and not lightning_api.writes_after_step(pl_module)
-            and leaves_no_trace(step.optimizer, step.gradients.parameters)
+            and skip_is_exact(step.optimizer, step.gradients.parameters)
         )
-        training_state.capture(
+        trainer_state.capture(
             trainer, self._before, self._window.companions, self._traces, stepped=not skips_itself
         )
         if skips_itself:
@@ -458,28 +464,28 @@ class NaNRollback(StepCallback):
         self._overflows_at_floor = 0
         self._investigation.well()
         index = measurement.optimizer_index
-        decision, sickness = self._recovery.stepped(
-            index, measurement.loss, measurement.total_norm, measurement.is_dead
+        decision, anomaly = self._recovery.on_good_step(
+            index, measurement.loss, measurement.total_norm, measurement.is_collapsed
         )
         self._decide(decision)
-        if sickness and not trainer.interrupted:  # other ranks may be elsewhere then
-            origin = self._investigation.look_at_weights(trainer, self._way_back.newest())
-            facts = facts_of(origin, sickness) if origin is not None else {}
-            self._publish(trainer, pl_module, sickness, value=measurement.loss, **facts)
+        if anomaly and not trainer.interrupted:  # other ranks may be elsewhere then
+            origin = self._investigation.look_at_weights(trainer, self._snapshots.newest())
+            facts = origin_facts(origin, anomaly) if origin is not None else {}
+            self._publish(trainer, pl_module, anomaly, value=measurement.loss, **facts)
 
-    def _reject(self, lost: LostStep, followed: int = 0) -> None:
+    def _reject(self, lost: SkippedStep, followed: int = 0) -> None:
         assert lost.measurement is not None
         self._batch.skipped = True
         self._batch.rewind = lost.window.companions
         self._lost.append(lost)
         self._ledger.lose_last(lost.window.n_served, followed)
-        if lost.measurement.lost_before:
+        if lost.measurement.was_lost:
             self.skips += lost.window.was_skipped
             return
         self.skips += 1
-        self._decide(self._recovery.skipped(lost.measurement.optimizer_index))
+        self._decide(self._recovery.on_skip(lost.measurement.optimizer_index))
         if lost.measurement.nonfinite_weights:
-            self._decide(self._recovery.fall())
+            self._decide(self._recovery.escalate())
 
     def _leave_to_scaler(self, trainer: pl.Trainer, optimizer: Optimizer) -> None:
         """An overflow: the scaler skips the step and lowers its scale, as long as it can."""
@@ -497,10 +503,10 @@ class NaNRollback(StepCallback):
         """Accept or take back a batch in which an optimizer stepped between evaluations."""
         self._window_is_open = False
         assert first.measurement is not None
-        sick = bool(training_state.state_is_nonfinite(trainer, self._traces))
+        sick = bool(trainer_state.state_is_nonfinite(trainer, self._traces))
         if any_rank(sick, pl_module.device) or first.verdict == "drop":
             assert self._before is not None
-            training_state.restore(trainer, self._before, self._traces)
+            trainer_state.restore(trainer, self._before, self._traces)
             self._reject(self._lost_step(first))
         else:
             self._let_happen(trainer)
@@ -509,7 +515,7 @@ class NaNRollback(StepCallback):
     def _guard_buffers(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """In a pass that makes no step but updates statistics, a batch that spoils them is taken back."""
         self._window_is_open = False
-        sick = bool(training_state.state_is_nonfinite(trainer, self._traces))
+        sick = bool(trainer_state.state_is_nonfinite(trainer, self._traces))
         if any_rank(sick, pl_module.device):
             self._traces.undo()
             self._ledger.lose_last(1)
@@ -523,23 +529,23 @@ class NaNRollback(StepCallback):
 
     def _before_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """No nonfinite weights on disk: judge what is not judged yet, look, and go back if need be."""
-        if not self._is_fitting or not self._way_back.exists:
+        if not self._is_fitting or not self._snapshots.exists:
             return
         if trainer.interrupted:
             # no collective here, for the other ranks may be elsewhere; and nothing is raised on top
             self.suite.settle(trainer, pl_module)
-            if bool(training_state.state_is_nonfinite(trainer, self._traces)):
-                self._way_back.return_to_newest(trainer)
+            if bool(trainer_state.state_is_nonfinite(trainer, self._traces)):
+                self._snapshots.return_to_newest(trainer)
             return
         self._bring_forward(trainer, pl_module)
-        sick = bool(training_state.state_is_nonfinite(trainer, self._traces))
+        sick = bool(trainer_state.state_is_nonfinite(trainer, self._traces))
         if any_rank(sick, pl_module.device):
             self._publish(trainer, pl_module, "nonfinite_weights")
-            self._decide(self._recovery.fall())
+            self._decide(self._recovery.escalate())
             self._conclude(trainer, pl_module)
 
     def _decide(self, decision: Decision) -> None:
-        if self._batch.decision != "give up" and decision != "go on":
+        if self._batch.decision != "stop" and decision != "continue":
             self._batch.decision = decision
 
     def _conclude(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -547,10 +553,10 @@ class NaNRollback(StepCallback):
         lost, self._lost = self._lost, []
         for step in lost:
             self._tell(trainer, pl_module, step)
-        decision, self._batch.decision = self._batch.decision, "go on"
-        if decision == "give up":
+        decision, self._batch.decision = self._batch.decision, "continue"
+        if decision == "stop":
             self._give_up(trainer, pl_module)
-        if decision == "go back":
+        if decision == "roll_back":
             self._batch.accepted = False
             self._go_back(trainer, pl_module)
         elif lost:
@@ -558,10 +564,10 @@ class NaNRollback(StepCallback):
                 self._batch.rewind.rewind(trainer)
             self._look_at_weights(trainer)
         if self._batch.accepted and not self._batch.skipped and not self._recovery.is_spiking:
-            self._way_back.good_step(self._batch.accepted_step)
+            self._snapshots.good_step(self._batch.accepted_step)
         self._batch.accepted = False  # it is counted once, also if a checkpoint makes it known late
 
-    def _tell(self, trainer: pl.Trainer, pl_module: pl.LightningModule, lost: LostStep) -> None:
+    def _tell(self, trainer: pl.Trainer, pl_module: pl.LightningModule, lost: SkippedStep) -> None:
         """Publish a lost step, with its cause if it is the first of an episode."""
         kind, facts = lost.describe(has_scaler=lightning_api.gradient_scaler(trainer) is not None)
         if lost.window.batches and kind != "lost_batch":
@@ -570,7 +576,7 @@ class NaNRollback(StepCallback):
                 pl_module,
                 lost.window.step,
                 lost.window.batches,
-                self._way_back.newest(),
+                self._snapshots.newest(),
                 run_folder(trainer),
                 weights_are_sick=kind == "nonfinite_weights",
             )
@@ -579,35 +585,39 @@ class NaNRollback(StepCallback):
                 facts["detail"] = "Not examined: it follows a lost step, or max_dossiers is used up."
                 facts.update(self._investigation.advice())
             else:
-                facts.update(facts_of(result.origin, kind, facts.get("where", ())), dossier=result.dossier)
+                facts.update(
+                    origin_facts(result.origin, kind, facts.get("where", ())), dossier=result.dossier
+                )
         self._publish(trainer, pl_module, kind, **facts)
 
     def _go_back(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.suite.forget()
         self._unjudged = None
         # that the data is bad is no reason to doubt a snapshot
-        is_innocent = self._investigation.cause == "bad input"
-        step = (self._way_back.return_to_newest if is_innocent else self._way_back.go_back)(trainer)
-        self._recovery.went_back()
+        is_innocent = self._investigation.cause == "bad_input"
+        step = (self._snapshots.return_to_newest if is_innocent else self._snapshots.roll_back)(trainer)
+        self._recovery.on_rollback()
         self.suite.nonfinite_weights = None
         self._ledger.lose_since(step)
-        self._publish(trainer, pl_module, "rollback", value=step, action="rolled back")
+        self._publish(trainer, pl_module, "rollback", value=step, action="rolled_back")
 
     def _give_up(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.suite.forget()
         self._unjudged = None
-        step = self._way_back.return_to_newest(trainer)
+        step = self._snapshots.return_to_newest(trainer)
         self._ledger.lose_since(step)
         self._has_given_up = True
         last_good = save_last_good(trainer)
         found = self._investigation.found
-        self._publish(trainer, pl_module, "training_diverged", action="stopped", advice=cures(found))
+        self._publish(
+            trainer, pl_module, "training_diverged", action="stopped", advice=combined_advice(found)
+        )
         self._report(trainer)
         self.suite.report.send(trainer, pl_module)
         reason = (
             f"more than {self.max_skip_fraction:.0%} of the last {OUTCOMES} steps were skipped "
             f"(max_skip_fraction={self.max_skip_fraction:g})"
-            if self._recovery.skips_too_much
+            if self._recovery.skips_too_often
             else f"after {self.rollbacks} rollbacks there was reason for another "
             f"(max_rollbacks={self.max_rollbacks})"
         )
@@ -615,7 +625,7 @@ class NaNRollback(StepCallback):
 
     def _look_at_weights(self, trainer: pl.Trainer) -> None:
         """Read the weights, without waiting; what is found rides in the reduction of the next step."""
-        flag = training_state.state_is_nonfinite(trainer, self._traces)
+        flag = trainer_state.state_is_nonfinite(trainer, self._traces)
         self.suite.nonfinite_weights = flag
 
     def _publish(self, trainer: pl.Trainer, pl_module: pl.LightningModule, kind: str, **facts: Any) -> None:

@@ -17,15 +17,15 @@ from typing import Any
 import pytorch_lightning as pl
 
 from lightning_gradguard.callbacks.initialization_check import InitializationCheck
+from lightning_gradguard.cli.checkpoints import load_weights, read_checkpoint
+from lightning_gradguard.cli.errors import UsageError, is_own, one_line, place_of, told
 from lightning_gradguard.cli.help_pages import check_page
-from lightning_gradguard.cli.quiet import quiet
-from lightning_gradguard.cli.refusals import RefusalError, is_own, one_line, place_of, told
-from lightning_gradguard.cli.suite import command_line, typed
-from lightning_gradguard.cli.user_module import named_class
-from lightning_gradguard.cli.weights import load_weights, read_checkpoint
+from lightning_gradguard.cli.lightning_cli import command_line, typed
+from lightning_gradguard.cli.preparse import named_class
+from lightning_gradguard.cli.silence_lightning import quiet
 from lightning_gradguard.core.initialization import Finding, table
 from lightning_gradguard.runtime.lightning_api import Callback
-from lightning_gradguard.runtime.trees import tree_of
+from lightning_gradguard.runtime.lightning_packages import lightning_package_of
 
 SCHEMA_VERSION = 1
 
@@ -119,12 +119,12 @@ def _write(path: str, text: str) -> None:
     try:
         Path(path).write_text(text + "\n", encoding="utf-8")
     except OSError as error:
-        raise RefusalError(f"--json {path} cannot be written: {error.strerror}.") from None
+        raise UsageError(f"--json {path} cannot be written: {error.strerror}.") from None
 
 
 def _checked(arguments: Sequence[str]) -> Facts:
     """The first training batch, through a Trainer that has nothing else to do."""
-    logger = import_module(f"{tree_of(named_class(arguments)).__name__}.loggers.logger")
+    logger = import_module(f"{lightning_package_of(named_class(arguments)).__name__}.loggers.logger")
     check, end = InitializationCheck(), _End()
     with tempfile.TemporaryDirectory() as folder:
         command = command_line(
@@ -158,23 +158,23 @@ def _checked(arguments: Sequence[str]) -> Facts:
             command.trainer.fit(model, datamodule=data)
         except _EndError:
             pass
-        except RefusalError:
+        except UsageError:
             raise
         except Exception as error:  # the user's own code
             raise _refusal(error) from None
         else:
-            raise RefusalError("there is no training batch to check it with.")
+            raise UsageError("there is no training batch to check it with.")
     if check.problem is not None:
         raise _refusal(check.problem)
     name = f"{type(model).__module__}.{type(model).__qualname__}"
     return Facts(name, str(path or ""), check.findings, check.values)
 
 
-def _refusal(error: Exception) -> RefusalError:
+def _refusal(error: Exception) -> UsageError:
     if is_own(error):
-        return RefusalError(f"the first batch could not be checked: {error}")
+        return UsageError(f"the first batch could not be checked: {error}")
     text = f"{type(error).__name__}: {one_line(str(error))}{place_of(error)}"
-    return RefusalError(f"the first batch could not be run: {text}")
+    return UsageError(f"the first batch could not be run: {text}")
 
 
 class _EndError(Exception):

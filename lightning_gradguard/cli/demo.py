@@ -16,9 +16,9 @@ import pytorch_lightning as pl
 from pytorch_lightning.loggers import TensorBoardLogger
 
 from lightning_gradguard import GradientNormMonitor, LearningRateBackoff, default_callbacks
-from lightning_gradguard.cli.characters import CharacterRNN, Characters
-from lightning_gradguard.runtime.incidents import count_incidents
-from lightning_gradguard.runtime.reporting import as_typed
+from lightning_gradguard.cli.demo_task import CharacterRNN, Characters
+from lightning_gradguard.runtime.incidents.journal import count_incidents
+from lightning_gradguard.runtime.logging.console import shell_command
 
 #: Steps whose mean loss is called the final one.
 FINAL = 30
@@ -167,8 +167,8 @@ def summary(runs: Sequence[Run], logdir: Path) -> str:
             "",
             f"{died}; the guarded one ended at a loss of {guarded.final_loss:.2f} nats a character.",
             f"Everything is in {logdir}. Look at it, or have it explained, with",
-            f"    {as_typed('tensorboard')} --logdir {logdir}",
-            f"    {as_typed('lightning-gradguard')} report {logdir}",
+            f"    {shell_command('tensorboard')} --logdir {logdir}",
+            f"    {shell_command('lightning-gradguard')} report {logdir}",
         ]
     )
 

@@ -6,9 +6,9 @@ import sys
 from collections.abc import Sequence
 
 import lightning_gradguard
+from lightning_gradguard.cli.errors import UsageError, one_line, place_of, told
 from lightning_gradguard.cli.help_pages import fit_page
-from lightning_gradguard.cli.refusals import RefusalError, one_line, place_of, told
-from lightning_gradguard.cli.suite import command_line, typed
+from lightning_gradguard.cli.lightning_cli import command_line, typed
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -35,5 +35,5 @@ def main(arguments: Sequence[str]) -> None:
         except Exception as error:
             # each package of Lightning has this class; where the user's code has a part in it, it is shown
             if type(error).__name__ == "MisconfigurationException" and not place_of(error):
-                raise RefusalError(one_line(str(error))) from None
+                raise UsageError(one_line(str(error))) from None
             raise

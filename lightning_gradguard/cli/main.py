@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from lightning_gradguard import __version__
-from lightning_gradguard.cli.refusals import nearest
+from lightning_gradguard.cli.errors import nearest
 
 VERBS = {
     "fit": "train a module of yours with the suite in place (LightningCLI)",
@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             # a console script does not look into the folder it is called from, where the user's module is
             sys.path.insert(0, os.getcwd())
             # ahead of the callbacks, which inherit from the package of Lightning that is loaded by then
-            import_module("lightning_gradguard.cli.user_module").named_class(rest)
+            import_module("lightning_gradguard.cli.preparse").named_class(rest)
         import_module(f"lightning_gradguard.cli.{verb}").main(rest)
     else:
         hint = nearest(verb, VERBS) or f" There are: {', '.join(VERBS)}."

@@ -12,18 +12,19 @@ import pytorch_lightning as pl
 import torch
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
-from lightning_gradguard.cli.explaining import Failures, build, explained, explained_failure, recorded
+from lightning_gradguard.cli.checkpoints import load_weights, read_checkpoint
+from lightning_gradguard.cli.errors import UsageError, one_line, told
 from lightning_gradguard.cli.help_pages import replay_page
-from lightning_gradguard.cli.quiet import quiet
-from lightning_gradguard.cli.refusals import RefusalError, one_line, told
-from lightning_gradguard.cli.user_module import config_files, model_in, named_class
-from lightning_gradguard.cli.weights import load_weights, read_checkpoint
-from lightning_gradguard.core.diagnosis import advice_for_cause
-from lightning_gradguard.core.forensics import Origin, grown_elements
+from lightning_gradguard.cli.parse_errors import Failures, build, explained, explained_failure, recorded
+from lightning_gradguard.cli.preparse import config_files, model_in, named_class
+from lightning_gradguard.cli.silence_lightning import quiet
+from lightning_gradguard.core.forensics import Origin, out_of_range_elements
+from lightning_gradguard.core.incidents import label
+from lightning_gradguard.core.remedies import advice_for_cause
 from lightning_gradguard.runtime import lightning_api
-from lightning_gradguard.runtime.dossiers import Dossier, DossierError, read_dossier
-from lightning_gradguard.runtime.replaying import ServedBatch, replay
-from lightning_gradguard.runtime.trees import tree_of
+from lightning_gradguard.runtime.incidents.dossier import Dossier, DossierError, read_dossier
+from lightning_gradguard.runtime.incidents.replay import SeenBatch, replay
+from lightning_gradguard.runtime.lightning_packages import lightning_package_of
 
 _PRECISIONS = ("32-true", "64-true", "bf16-true", "16-true", "bf16-mixed", "16-mixed")
 
@@ -45,7 +46,7 @@ def main(arguments: Sequence[str]) -> None:
         dossier, module, weights, notes = _prepared(arguments)
         trainer = _trainer(dossier, module, weights)
     rng = {**dossier.rng, "cuda": []}  # this machine may have other GPUs, and none is used
-    served = ServedBatch(dossier.batch, dossier.batch_idx, rng)
+    served = SeenBatch(dossier.batch, dossier.batch_idx, rng)
     found = replay(trainer, module, served, _grown(dossier, module))
     print(comparison(dossier, found, notes))
     if not is_reproduced(dossier.origin, found):
@@ -78,7 +79,7 @@ def comparison(dossier: Dossier, found: Origin, notes: Sequence[str] = ()) -> st
     rows = [("", "recorded", "found again")] + [
         (name, one, other)
         for name, one, other in (
-            ("cause", recorded.cause, found.cause),
+            ("cause", label(recorded.cause), label(found.cause)),
             ("module", recorded.module, found.module),
             ("operation", recorded.operation, found.operation),
             ("at fault", ", ".join(recorded.where[:3]), ", ".join(found.where[:3])),
@@ -108,20 +109,20 @@ def comparison(dossier: Dossier, found: Origin, notes: Sequence[str] = ()) -> st
 def _prepared(arguments: Sequence[str]) -> tuple[Dossier, pl.LightningModule, Mapping[str, Any], list[str]]:
     """What is run: dossier, module, the weights it shall have; and what people should know."""
     if not arguments or arguments[0].startswith("-"):
-        raise RefusalError(
+        raise UsageError(
             "the dossier comes first: lightning-gradguard replay runs/incidents/42 --model my.Module"
         )
     try:
         dossier = read_dossier(arguments[0])
     except DossierError as error:
-        raise RefusalError(f"{error}{_dossiers_near(Path(arguments[0]))}") from None
+        raise UsageError(f"{error}{_dossiers_near(Path(arguments[0]))}") from None
     if dossier.batch is None:
-        raise RefusalError(f"there is no batch to run again; {_left_out(dossier, 'the batch')}.")
+        raise UsageError(f"there is no batch to run again; {_left_out(dossier, 'the batch')}.")
     if dossier.precision not in _PRECISIONS:
-        raise RefusalError(
+        raise UsageError(
             f"precision {dossier.precision!r} does not run on the CPU; these do: {', '.join(_PRECISIONS)}."
         )
-    parser = _parser(tree_of(named_class(arguments)).LightningModule)
+    parser = _parser(lightning_package_of(named_class(arguments)).LightningModule)
     options, module = _build_module(parser, arguments, dossier.configuration.get("module", ""))
     notes = [f"left out of the dossier: {part}" for part in dossier.left_out]
     weights: Mapping[str, Any] | None = dossier.weights
@@ -129,7 +130,7 @@ def _prepared(arguments: Sequence[str]) -> tuple[Dossier, pl.LightningModule, Ma
         weights = read_checkpoint(options.checkpoint, "--checkpoint")["state_dict"]
         notes.append(f"the weights are those of {options.checkpoint}, not those of step {dossier.step}")
     if weights is None:
-        raise RefusalError(
+        raise UsageError(
             f"there are no weights to run it with; {_left_out(dossier, 'the weights')}. Give --checkpoint "
             f"with one from about step {dossier.step}."
         )
@@ -169,18 +170,18 @@ def _build_module(
     except ArgumentError as error:
         said = explained(str(error), arguments, files, list(parser.get_defaults().keys()))
         hint = f" The run's module was {recorded_class}." if recorded_class and "--model" in said else ""
-        raise RefusalError(said + hint) from None
-    except RefusalError:
+        raise UsageError(said + hint) from None
+    except UsageError:
         raise
     except Exception as error:  # the user's own code
-        raise RefusalError(explained_failure(failures, error)) from None
+        raise UsageError(explained_failure(failures, error)) from None
 
 
 def _model_in(config: str) -> Any:
     """That part, with a class in it."""
     model = model_in(config)
     if not isinstance(model, dict) or "class_path" not in model:
-        raise RefusalError(f"--config {config} has no `model` with a `class_path`, as `fit` reads it.")
+        raise UsageError(f"--config {config} has no `model` with a `class_path`, as `fit` reads it.")
     return model
 
 
@@ -202,7 +203,7 @@ def _parser(base: type) -> ArgumentParser:
 
 def _trainer(dossier: Dossier, module: pl.LightningModule, weights: Mapping[str, Any]) -> pl.Trainer:
     """A Trainer that stands where the run's did, with the module in its hands."""
-    tree = tree_of(type(module))
+    tree = lightning_package_of(type(module))
     arguments: dict[str, Any] = {"precision": dossier.precision}
     if dossier.precision == "16-mixed":
         # Lightning has no float16 with a loss scale for the CPU, unless it is handed over like this
@@ -220,14 +221,14 @@ def _trainer(dossier: Dossier, module: pl.LightningModule, weights: Mapping[str,
             enable_model_summary=False,
             **arguments,
         )
-    lightning_api.stand_in(trainer, module, step=dossier.step, epoch=dossier.epoch)
+    lightning_api.attach_for_replay(trainer, module, step=dossier.step, epoch=dossier.epoch)
     try:
         module.configure_model()
         trainer.precision_plugin.convert_module(module)
         if not module.automatic_optimization:
             trainer.strategy.setup_optimizers(trainer)  # the step asks for them
     except Exception as error:  # the user's own code
-        raise RefusalError(
+        raise UsageError(
             f"the module could not be set up: {type(error).__name__}: {one_line(str(error))}"
         ) from None
     load_weights(module, weights)
@@ -242,4 +243,4 @@ def _grown(dossier: Dossier, module: pl.LightningModule) -> dict[str, int]:
     """Weights that are absurd beside what they were when the run was well, counted anew."""
     named = dict(module.named_parameters())
     then = {n: torch.tensor(largest) for n, largest in dossier.largest.items() if n in named}
-    return grown_elements((n, named[n], largest) for n, largest in then.items())
+    return out_of_range_elements((n, named[n], largest) for n, largest in then.items())

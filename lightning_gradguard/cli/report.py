@@ -9,11 +9,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from lightning_gradguard.cli.refusals import RefusalError, told
-from lightning_gradguard.report.as_json import as_json
-from lightning_gradguard.report.as_page import as_html
-from lightning_gradguard.report.as_text import as_text
-from lightning_gradguard.report.run_folders import find_runs, read_run
+from lightning_gradguard.cli.errors import UsageError, told
+from lightning_gradguard.report.readers.runs import find_runs, read_run
+from lightning_gradguard.report.render.html import as_html
+from lightning_gradguard.report.render.json import as_json
+from lightning_gradguard.report.render.text import as_text
 from lightning_gradguard.report.run_report import report_on
 
 _DESCRIPTION = """\
@@ -46,13 +46,13 @@ def main(arguments: Sequence[str]) -> None:
         folders, json_file = [*folders, json_file], Path("-")
     with told("report"):
         if not folders:
-            raise RefusalError(
+            raise UsageError(
                 "name the folder of a run, as in: lightning-gradguard report lightning_logs/version_0"
             )
         try:
             runs = find_runs(folders)
         except FileNotFoundError as error:
-            raise RefusalError(str(error)) from None
+            raise UsageError(str(error)) from None
         reports = [report_on(read_run(name, path)) for name, path in runs.items()]
         if options.html is not None:
             _write(options.html, as_html(reports, options.html.parent))
@@ -97,5 +97,5 @@ def _write(path: Path, text: str) -> None:
     try:
         path.write_text(text + "\n", encoding="utf-8")
     except OSError as error:
-        raise RefusalError(f"{path} cannot be written: {error.strerror or error}") from None
+        raise UsageError(f"{path} cannot be written: {error.strerror or error}") from None
     print(f"wrote {path}", file=sys.stderr)

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections import deque
 from typing import Any, Literal
 
-from lightning_gradguard.core.anomalies import SpikeDetector
-from lightning_gradguard.core.divergence import CollapseDetector, DivergenceDetector
+from lightning_gradguard.core.detectors import CollapseDetector, DivergenceDetector, SpikeDetector
 
 #: Steps that a spike of loss and gradient norm may last before the run goes back.
 SPIKE_PATIENCE = 10
@@ -28,39 +27,39 @@ STRICTER = 3.0
 WORSE_AMONG_RIVALS = 1e6
 STD_AMONG_RIVALS = 1.0
 
-Decision = Literal["go on", "go back", "give up"]
+Decision = Literal["continue", "roll_back", "stop"]
 #: What can be wrong with steps whose numbers are finite.
-Sickness = Literal["", "loss_spike", "divergence", "gradient_collapse"]
+Anomaly = Literal["", "loss_spike", "divergence", "gradient_collapse"]
 
 
-class Health:
+class OptimizerHealth:
     """What the steps of one optimizer, all of them finite, say about the weights.
 
     Args:
-        has_rivals: See `Recovery`.
+        has_rivals: See `RecoveryPolicy`.
 
     Attributes:
         spiking: Steps in a row of which loss and norm both were spikes.
         is_worse: Whether the last steps would be a divergence, were it the first.
     """
 
-    def __init__(self, has_rivals: bool) -> None:
-        self._worse = WORSE_AMONG_RIVALS if has_rivals else WORSE
+    def __init__(self, is_adversarial: bool) -> None:
+        self._worse = WORSE_AMONG_RIVALS if is_adversarial else WORSE
         self._loss, self._norm = (
-            SpikeDetector(min_std=STD_AMONG_RIVALS) if has_rivals else SpikeDetector() for _ in range(2)
+            SpikeDetector(min_std=STD_AMONG_RIVALS) if is_adversarial else SpikeDetector() for _ in range(2)
         )
         self._divergence = DivergenceDetector()
         self._collapse = CollapseDetector()
         self.spiking = 0
         self.is_worse = False
 
-    def update(self, loss: float, total_norm: float, is_dead: bool, strictness: float) -> Sickness:
+    def update(self, loss: float, total_norm: float, is_collapsed: bool, strictness: float) -> Anomaly:
         """Take in a step; says what has lasted for too long, the clearest first.
 
         Args:
             loss: Of the step.
             total_norm: Of its gradients.
-            is_dead: Whether no weight matrix gets a gradient.
+            is_collapsed: Whether no weight matrix gets a gradient.
             strictness: How many times clearer than usual a divergence has to be.
         """
         spikes = (self._loss.update(loss), self._norm.update(total_norm))
@@ -68,13 +67,13 @@ class Health:
         ratio = self._divergence.update(loss, total_norm)
         self.is_worse = ratio >= self._worse
         diverged = ratio >= self._worse * strictness
-        if self._collapse.update(is_dead):
+        if self._collapse.update(is_collapsed):
             return "gradient_collapse"
         if diverged:
             return "divergence"
         return "loss_spike" if self.spiking >= SPIKE_PATIENCE else ""
 
-    def went_back(self) -> None:
+    def on_rollback(self) -> None:
         """The weights were put back."""
         self.spiking = 0
         self._divergence.forget()
@@ -99,7 +98,7 @@ class Health:
         self.spiking = state_dict["spiking"]
 
 
-class Recovery:
+class RecoveryPolicy:
     """Counts what happened to steps and says what is to be done.
 
     A step that is skipped costs one batch; `patience` of them in a row, a spike that does not clear, a
@@ -120,10 +119,10 @@ class Recovery:
     Example:
         >>> recovery = Recovery(patience=2, max_rollbacks=1, max_skip_fraction=0.5)
         >>> recovery.skipped(0), recovery.skipped(0)
-        ('go on', 'go back')
+        ('continue', 'roll_back')
         >>> recovery.went_back()
         >>> recovery.skipped(0), recovery.skipped(0)
-        ('go on', 'give up')
+        ('continue', 'stop')
     """
 
     def __init__(self, patience: int, max_rollbacks: int, max_skip_fraction: float) -> None:
@@ -131,34 +130,34 @@ class Recovery:
         self._max_rollbacks = max_rollbacks
         self._max_skip_fraction = max_skip_fraction
         self.rollbacks = 0
-        self.has_rivals = False
+        self.is_adversarial = False
         self._spent = 0
         self._is_last_counted = False
         self._good_steps = 0
         self._skipped_in_a_row: dict[int, int] = {}
         self._outcomes: deque[bool] = deque(maxlen=OUTCOMES)
         self._spike_cooldown = 0
-        self._health: dict[int, Health] = {}
+        self._health: dict[int, OptimizerHealth] = {}
         self._divergences: dict[int, int] = {}
 
-    def skipped(self, index: int) -> Decision:
+    def on_skip(self, index: int) -> Decision:
         """A step of optimizer `index` did not take place."""
         self._skipped_in_a_row[index] = self._skipped_in_a_row.get(index, 0) + 1
         self._outcomes.append(True)
-        if self.skips_too_much:
-            return "give up"
-        return self.fall() if self._skipped_in_a_row[index] >= self._patience else "go on"
+        if self.skips_too_often:
+            return "stop"
+        return self.escalate() if self._skipped_in_a_row[index] >= self._patience else "continue"
 
-    def stepped(
-        self, index: int, loss: float, total_norm: float, is_dead: bool = False
-    ) -> tuple[Decision, Sickness]:
+    def on_good_step(
+        self, index: int, loss: float, total_norm: float, is_collapsed: bool = False
+    ) -> tuple[Decision, Anomaly]:
         """A step of optimizer `index` takes place; its loss and gradient norm are finite.
 
         Args:
             index: Of the optimizer.
             loss: Of the step.
             total_norm: Of its gradients.
-            is_dead: Whether no weight matrix gets a gradient, while something else does.
+            is_collapsed: Whether no weight matrix gets a gradient, while something else does.
 
         Returns:
             What is to be done, and what is newly wrong.
@@ -170,38 +169,38 @@ class Recovery:
             self._spent = max(self._spent - 1, 0)
         self._spike_cooldown = max(self._spike_cooldown - 1, 0)
         if index not in self._health:
-            self._health[index] = Health(self.has_rivals)
+            self._health[index] = OptimizerHealth(self.is_adversarial)
         health = self._health[index]
         strictness = STRICTER ** self._divergences.get(index, 0)
-        sickness = health.update(loss, total_norm, is_dead, strictness)
-        if sickness in ("loss_spike", "divergence") and self._good_steps < AT_ONCE:
-            self._forgive_the_last()
-        if sickness == "loss_spike":
+        anomaly = health.update(loss, total_norm, is_collapsed, strictness)
+        if anomaly in ("loss_spike", "divergence") and self._good_steps < AT_ONCE:
+            self._refund_last_rollback()
+        if anomaly == "loss_spike":
             if self._spike_cooldown:
-                self._forgive_the_last()
-                return "go on", ""
+                self._refund_last_rollback()
+                return "continue", ""
             self._spike_cooldown = SPIKE_COOLDOWN
-            return self.fall(), ""  # it was told when it began
-        if sickness == "divergence":
+            return self.escalate(), ""  # it was told when it began
+        if anomaly == "divergence":
             self._divergences[index] = self._divergences.get(index, 0) + 1
-        if sickness:
-            return self.fall(), sickness
+        if anomaly:
+            return self.escalate(), anomaly
         if health.is_worse:
-            self._forgive_the_last()
-        return "go on", "loss_spike" if health.spiking == 1 and not self._spike_cooldown else ""
+            self._refund_last_rollback()
+        return "continue", "loss_spike" if health.spiking == 1 and not self._spike_cooldown else ""
 
-    def _forgive_the_last(self) -> None:
+    def _refund_last_rollback(self) -> None:
         """What the run went back for has come again: the data's level, or nothing that going back cures."""
         if self._is_last_counted:
             self._is_last_counted = False
             self._spent = max(self._spent - 1, 0)
 
-    def fall(self) -> Decision:
+    def escalate(self) -> Decision:
         """The weights are sick: go back, or give up when the budget is used up."""
-        return "go back" if self._spent < self._max_rollbacks else "give up"
+        return "roll_back" if self._spent < self._max_rollbacks else "stop"
 
     @property
-    def skips_too_much(self) -> bool:
+    def skips_too_often(self) -> bool:
         """Whether more of the last steps were skipped than are allowed."""
         return len(self._outcomes) == OUTCOMES and (sum(self._outcomes) > self._max_skip_fraction * OUTCOMES)
 
@@ -210,7 +209,7 @@ class Recovery:
         """Whether the last step of any optimizer was part of a spike: no good step, then."""
         return any(health.spiking for health in self._health.values())
 
-    def went_back(self) -> None:
+    def on_rollback(self) -> None:
         """The weights were put back."""
         self.rollbacks += 1
         self._spent += 1
@@ -218,23 +217,23 @@ class Recovery:
         self._good_steps = 0
         self._skipped_in_a_row.clear()
         for health in self._health.values():
-            health.went_back()
+            health.on_rollback()
 
-    def renew_budgets(self) -> None:
+    def reset_budgets(self) -> None:
         """Begin to count anew, as nobody has been helped yet."""
         self._spent = 0
         self._skipped_in_a_row.clear()
         self._outcomes.clear()
         self._divergences.clear()
 
-    def windows(self) -> dict[int, Any]:
+    def detector_state(self) -> dict[int, Any]:
         """What is remembered about the weights' path, and goes back with them."""
         return {index: health.state_dict() for index, health in self._health.items()}
 
-    def load_windows(self, windows: dict[int, Any]) -> None:
-        """Put back what `windows` returned."""
-        self._health = {index: Health(self.has_rivals) for index in windows}
-        for index, state in windows.items():
+    def load_detector_state(self, detector_state: dict[int, Any]) -> None:
+        """Put back what `detector_state` returned."""
+        self._health = {index: OptimizerHealth(self.is_adversarial) for index in detector_state}
+        for index, state in detector_state.items():
             self._health[index].load_state_dict(state)
 
     def state_dict(self) -> dict[str, Any]:
@@ -248,7 +247,7 @@ class Recovery:
             "outcomes": list(self._outcomes),
             "spike_cooldown": self._spike_cooldown,
             "divergences": dict(self._divergences),
-            "windows": self.windows(),
+            "windows": self.detector_state(),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -261,4 +260,4 @@ class Recovery:
         self._outcomes = deque(state_dict["outcomes"], maxlen=OUTCOMES)
         self._spike_cooldown = state_dict["spike_cooldown"]
         self._divergences = dict(state_dict["divergences"])
-        self.load_windows(state_dict["windows"])
+        self.load_detector_state(state_dict["windows"])

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from itertools import groupby
 from statistics import median
 
-from lightning_gradguard.core.diagnosis import title
-from lightning_gradguard.core.run_log import GradientLog, RecordedIncident, Series
-from lightning_gradguard.core.verdict import Verdict, judge, worst_layers
-from lightning_gradguard.report.run_folders import Run
+from lightning_gradguard.core.incidents import label
+from lightning_gradguard.core.remedies import title
+from lightning_gradguard.report.analysis.run_log import GradientLog, RecordedIncident, Series
+from lightning_gradguard.report.analysis.verdict import Verdict, judge, worst_layers
+from lightning_gradguard.report.readers.runs import Run
 
 #: Lines of a timeline that incidents may take; more are folded until they fit.
 LINES = 12
@@ -324,18 +325,18 @@ def _entry(members: Sequence[RecordedIncident]) -> Entry:
         return Entry(first, last, f"rollback to the weights of step {incident.value:.0f}")
     if incident.kind == "learning_rate_backoff" and incident.value is not None:
         return Entry(first, last, f"learning rate lowered, from here on times {incident.value:.3g}")
-    cause = f"; cause: {incident.cause}" if incident.cause else ""
+    cause = f"; cause: {label(incident.cause)}" if incident.cause else ""
     return Entry(
         first, last, f"{_single(incident.kind)}{where}{_answer(incident.kind, incident.action)}{cause}"
     )
 
 
 def _single(kind: str) -> str:
-    return kind.replace("_", " ")
+    return label(kind)
 
 
 def _answer(kind: str, action: str) -> str:
-    return "" if action == "none" or kind in ("rollback", "learning_rate_backoff") else f", {action}"
+    return "" if action == "none" or kind in ("rollback", "learning_rate_backoff") else f", {label(action)}"
 
 
 def _counted(run: Run) -> list[Entry]:

@@ -17,18 +17,18 @@ from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, Shardin
 from torch.optim import LBFGS, Optimizer
 from torchmetrics import Metric
 
-from lightning_gradguard.core.sharding import FlatShard
-from lightning_gradguard.runtime.trees import callback_of_both
+from lightning_gradguard.core.norms import FlatShard
+from lightning_gradguard.runtime.lightning_packages import callback_base_class
 
 if TYPE_CHECKING:
     from pytorch_lightning import Callback as Callback
 else:
-    Callback = callback_of_both()
+    Callback = callback_base_class()
 
 _AVERAGES = re.compile("EMA|SWA|Averag|Polyak")
 _PACKAGES = {"pytorch_lightning", "lightning"}
 _NO_HOOKS = {pl.Callback.__module__, "lightning.pytorch.callbacks.callback"}
-REFUSED = {
+UNSUPPORTED = {
     "DeepSpeedStrategy": (
         "its gradients and master weights live inside the engine; use strategy='ddp' or "
         "ModelParallelStrategy, or DeepSpeed's own `gradient_clipping`"
@@ -37,7 +37,7 @@ REFUSED = {
 }
 
 
-def refuse_unsupported(trainer: pl.Trainer, callback: Callback) -> None:
+def reject_unsupported(trainer: pl.Trainer, callback: Callback) -> None:
     """Raise where the suite would measure or write the wrong tensors, or could not measure at all.
 
     Args:
@@ -59,13 +59,13 @@ def refuse_unsupported(trainer: pl.Trainer, callback: Callback) -> None:
             category=UserWarning,
         )
     name = type(trainer.strategy).__name__
-    if name in REFUSED:
+    if name in UNSUPPORTED:
         raise MisconfigurationException(
-            f"{type(callback).__name__} does not support {name}: {REFUSED[name]}."
+            f"{type(callback).__name__} does not support {name}: {UNSUPPORTED[name]}."
         )
 
 
-def refuse_flattened_parameters(trainer: pl.Trainer, who: str) -> None:
+def reject_flattened_parameters(trainer: pl.Trainer, who: str) -> None:
     """Raise under FSDP1, on behalf of who needs the shapes of weights.
 
     Raises:
@@ -89,7 +89,7 @@ def batches_that_stepped(trainer: pl.Trainer) -> int:
     return int(getattr(epoch_loop, "_batches_that_stepped", trainer.global_step))
 
 
-def places_told_short(trainer: pl.Trainer) -> int:
+def resumed_batch_idx_offset(trainer: pl.Trainer) -> int:
     """By how much `batch_idx` is too low for the rest of the epoch, at the start of a resumed fit.
 
     Lightning before 2.5 tells the place of the batch at whose end the checkpoint was written once more.
@@ -107,7 +107,7 @@ def epoch_mean_metrics(trainer: pl.Trainer) -> list[Metric]:
     return [] if results is None else list(results.values())
 
 
-def stand_in(trainer: pl.Trainer, pl_module: pl.LightningModule, *, step: int, epoch: int) -> None:
+def attach_for_replay(trainer: pl.Trainer, pl_module: pl.LightningModule, *, step: int, epoch: int) -> None:
     """Let a Trainer that has run nothing answer its module as if it were fitting it.
 
     Args:
@@ -173,7 +173,7 @@ def flat_shards(trainer: pl.Trainer) -> dict[Tensor, FlatShard]:
     return found
 
 
-def let_go_of_whole_weights(trainer: pl.Trainer) -> None:
+def reshard_parameters(trainer: pl.Trainer) -> None:
     """Have sharded weights where the optimizer finds them, and nothing else.
 
     A pass without a backward one, such as validation, leaves the whole weights in the module: what is copied
@@ -207,7 +207,7 @@ def _fsdp1_units(trainer: pl.Trainer) -> list[Any]:
     return [unit for unit in units if unit._handle is not None]
 
 
-def plain_loss(trainer: pl.Trainer, loss: Tensor) -> Tensor:
+def unscaled_loss(trainer: pl.Trainer, loss: Tensor) -> Tensor:
     """The loss that a module returned, from the one that is about to be differentiated."""
     plain = loss.detach().float()
     if plain.ndim:
@@ -232,12 +232,12 @@ def validates_next(trainer: pl.Trainer, batch_idx: int) -> bool:
     return bool(((batch_idx if by_epoch else trainer.fit_loop.total_batch_idx) + 1) % every == 0)
 
 
-def updates_buffers_only(trainer: pl.Trainer) -> bool:
+def is_swa_bn_update(trainer: pl.Trainer) -> bool:
     """Whether the running epoch is the last pass of `StochasticWeightAveraging`, for BatchNorm's sake."""
     return bool(getattr(trainer.fit_loop, "_skip_backward", False))
 
 
-def before_checkpoints(trainer: pl.Trainer, act: Callable[[], None]) -> None:
+def call_before_checkpoints(trainer: pl.Trainer, act: Callable[[], None]) -> None:
     """Have `act` called on every rank ahead of each checkpoint that is written while the Trainer fits."""
 
     @wraps(type(trainer).save_checkpoint)
@@ -248,7 +248,7 @@ def before_checkpoints(trainer: pl.Trainer, act: Callable[[], None]) -> None:
     trainer.save_checkpoint = save_checkpoint  # type: ignore[method-assign]
 
 
-def no_longer_before_checkpoints(trainer: pl.Trainer) -> None:
+def stop_calling_before_checkpoints(trainer: pl.Trainer) -> None:
     """Write checkpoints as before."""
     vars(trainer).pop("save_checkpoint", None)
 
@@ -312,7 +312,7 @@ def writes_after_step(pl_module: pl.LightningModule) -> bool:
     return type(pl_module).on_train_batch_end.__module__.split(".")[0] not in _PACKAGES
 
 
-def gradients_are_seen_later(trainer: pl.Trainer) -> bool:
+def gradients_used_after_hook(trainer: pl.Trainer) -> bool:
     """Whether others than the suite look at gradients, or write to them, ahead of the update."""
     module = trainer.lightning_module
     lookers = [module, *trainer.callbacks]  # type: ignore[attr-defined]

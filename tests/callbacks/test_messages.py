@@ -26,7 +26,7 @@ from lightning_gradguard import (
     TrainingDivergedError,
     default_callbacks,
 )
-from lightning_gradguard.runtime.reporting import as_typed, say
+from lightning_gradguard.runtime.logging.console import print_message, shell_command
 from tests.fake_cuda import Sight, Watch, fake_cuda, strategy
 from tests.runtime.launching import launch
 from tests.tasks import Batch, Classifier, batches, fit, plain_loader, poisoned
@@ -133,14 +133,14 @@ class Talk(pl.Callback):
     """Says something wherever a callback may have to."""
 
     def on_train_start(self, trainer: pl.Trainer, *_: Any) -> None:
-        say(trainer, "at the start: layers[0].weight")
+        print_message(trainer, "at the start: layers[0].weight")
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: Any, outputs: Any, batch: Any, i: int) -> None:
         if i == 1:
-            say(trainer, "in between: [bold]layers[0].weight[/bold] :warning:")
+            print_message(trainer, "in between: [bold]layers[0].weight[/bold] :warning:")
 
     def on_train_end(self, trainer: pl.Trainer, *_: Any) -> None:
-        say(trainer, "at the end: layers[0].weight")
+        print_message(trainer, "at the end: layers[0].weight")
 
 
 @pytest.mark.parametrize("bar_first", [True, False])
@@ -174,11 +174,11 @@ def table(said: Sequence[str]) -> dict[str, str]:
 
 
 def test_commands_are_told_as_they_can_be_typed(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert as_typed("tensorboard") == "tensorboard"
+    assert shell_command("tensorboard") == "tensorboard"
     monkeypatch.setenv("PATH", "")
-    assert as_typed("tensorboard") == str(Path(sys.executable).with_name("tensorboard"))
+    assert shell_command("tensorboard") == str(Path(sys.executable).with_name("tensorboard"))
     monkeypatch.chdir(Path(sys.executable).parents[1])
-    assert as_typed("tensorboard") == "bin/tensorboard"
+    assert shell_command("tensorboard") == "bin/tensorboard"
 
 
 @pytest.mark.parametrize("bar_first", [True, False])

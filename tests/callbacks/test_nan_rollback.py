@@ -24,7 +24,7 @@ from lightning_gradguard import (
     NaNRollback,
     TrainingDivergedError,
 )
-from lightning_gradguard.runtime.step import suite_of
+from lightning_gradguard.runtime.steps.suite import suite_of
 from tests.tasks import (
     OPTIMIZERS,
     Batch,

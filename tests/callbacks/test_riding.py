@@ -22,9 +22,9 @@ from lightning_gradguard import (
     NaNRollback,
     UnitwiseClipping,
 )
-from lightning_gradguard.core.norms import Gradients
-from lightning_gradguard.runtime.measuring import DISAGREEMENT, OVERFLOW, Measurement, Numbers
-from lightning_gradguard.runtime.optimizer import Ride
+from lightning_gradguard.core.norms import DISAGREEMENT, OVERFLOW, Gradients, Measurement
+from lightning_gradguard.runtime.fused_optimizer import FusedStepOverride
+from lightning_gradguard.runtime.steps.measuring import Numbers
 from tests.tasks import NOT_A_NUMBER, Classifier, batches, fit, insert, optimizer_state, same, weights
 
 FUSED: dict[str, Callable[[Any], Optimizer]] = {
@@ -51,7 +51,9 @@ class Fused(Classifier):
         def note(optimizer: Optimizer, *_: Any) -> None:
             self.riders.append(vars(optimizer).keys() & set(ATTRIBUTES))
 
-        note.__module__ = Ride.__module__  # hooks of others might write to weights, so that nothing rides
+        note.__module__ = (
+            FusedStepOverride.__module__
+        )  # hooks of others might write to weights, so that nothing rides
         # Lightning runs everything from the forward pass on in between the hooks before a step and the step
         optimizer.register_step_post_hook(note)
         return optimizer

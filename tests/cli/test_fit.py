@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 
-from lightning_gradguard.cli.user_module import named_class
+from lightning_gradguard.cli.preparse import named_class
 from tests.cli.conftest import Command
 
 # Lightning saves a configuration by a name that newer versions of jsonargparse have given up

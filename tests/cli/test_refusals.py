@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lightning_gradguard.cli.explaining import explained
-from lightning_gradguard.cli.refusals import one_line
+from lightning_gradguard.cli.errors import one_line
+from lightning_gradguard.cli.parse_errors import explained
 from tests.cli.conftest import Command
 
 MODULE = ("--model", "mine.Net", "--data", "mine.Data", "--seed_everything=0")

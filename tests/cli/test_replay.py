@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from lightning_gradguard import NaNRollback
 from lightning_gradguard.cli.main import main
 from lightning_gradguard.core.forensics import Origin
-from lightning_gradguard.runtime.dossiers import read_dossier, write_dossier
+from lightning_gradguard.runtime.incidents.dossier import read_dossier, write_dossier
 from tests.tasks import Batch, Classifier, batches, fit, poisoned
 
 HERE = "tests.cli.test_replay"
@@ -133,9 +133,9 @@ def test_a_nan_batch_happens_again(tmp_path: Path, capsys: pytest.CaptureFixture
 @pytest.mark.parametrize(
     ("fails_in", "cause", "operation"),
     [
-        ("forward", "forward pass", "aten::log"),
+        ("forward", "forward_pass", "aten::log"),
         ("loss", "loss", "aten::log"),
-        ("backward", "backward pass", "aten::"),
+        ("backward", "backward_pass", "aten::"),
     ],
 )
 @pytest.mark.parametrize(
@@ -182,10 +182,10 @@ def test_overflow_depends_on_the_loss_scale(tmp_path: Path, capsys: pytest.Captu
     assert dossier.loss_scale == 2.0**30
     arguments = ("--model", f"{HERE}.Logarithm", "--model.fails_in", "nowhere")
     code, printed = replayed(capsys, path, *arguments)
-    assert (code, "backward pass" in printed) == (1, True)
+    assert (code, "backward_pass" in printed) == (1, True)
     tame = write_dossier(tmp_path / "tame", dataclasses.replace(dossier, loss_scale=1.0), megabytes=1)
     code, printed = replayed(capsys, tame, *arguments)
-    assert (code, "backward pass" in printed) == (1, False)
+    assert (code, "backward_pass" in printed) == (1, False)
 
 
 def test_what_depends_on_random_numbers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -195,7 +195,7 @@ def test_what_depends_on_random_numbers(tmp_path: Path, capsys: pytest.CaptureFi
     assert dossiers
     arguments = ("--model", f"{HERE}.Logarithm", "--model.fails_in", "nowhere", "--model.chance", "0.1")
     for dossier in dossiers:
-        assert read_dossier(dossier).origin.cause == "forward pass"
+        assert read_dossier(dossier).origin.cause == "forward_pass"
         assert replayed(capsys, dossier, *arguments)[0] == 0
     recorded = read_dossier(dossiers[0])
     torch.manual_seed(7)
@@ -232,7 +232,8 @@ class Huge(Spoiled):
 
 
 @pytest.mark.parametrize(
-    ("kind", "cause"), [(Spoiled, "weights"), (Trampled, "too large a step"), (Huge, "weights")]
+    ("kind", "cause"),
+    [(Spoiled, "corrupted_weights"), (Trampled, "update_too_large"), (Huge, "corrupted_weights")],
 )
 def test_causes_in_the_weights_are_derived_anew(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: type[Spoiled], cause: str
@@ -256,7 +257,7 @@ def test_the_state_of_an_optimizer_is_not_in_a_dossier(
 ) -> None:
     recorded = read_dossier(record(Classifier(), poisoned(batches(12), nan=[6]), tmp_path))
     name = "momentum_buffer of net.0.weight"
-    origin = Origin("weights", where=(name,))
+    origin = Origin("corrupted_weights", where=(name,))
     odd = dataclasses.replace(recorded, origin=origin, largest={name: 1e17}, batch=batches(1)[0])
     path = write_dossier(tmp_path / "odd", odd, megabytes=1)
     code, printed = replayed(capsys, path, "--model", "tests.tasks.Classifier")
@@ -264,7 +265,7 @@ def test_the_state_of_an_optimizer_is_not_in_a_dossier(
     assert "note: absurd values were in the state of an optimizer, which a dossier does not hold" in printed
 
 
-@pytest.mark.parametrize(("cause", "code"), [("transient", 0), ("unknown", 1), ("forward pass", 1)])
+@pytest.mark.parametrize(("cause", "code"), [("transient", 0), ("unknown", 1), ("forward_pass", 1)])
 def test_a_batch_that_is_finite_again(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], cause: Any, code: int
 ) -> None:

@@ -11,8 +11,8 @@ import pytorch_lightning as pl
 import torch
 from torch import nn
 
-from lightning_gradguard.cli.refusals import RefusalError
-from lightning_gradguard.cli.weights import load_weights, read_checkpoint
+from lightning_gradguard.cli.checkpoints import load_weights, read_checkpoint
+from lightning_gradguard.cli.errors import UsageError
 
 
 class Net(pl.LightningModule):
@@ -48,7 +48,7 @@ def test_weights_are_loaded() -> None:
 )
 def test_weights_that_do_not_fit(changed: dict[str, Any], said: str) -> None:
     weights = {name: w for name, w in {**Net().state_dict(), **changed}.items() if w is not None}
-    with pytest.raises(RefusalError, match=said):
+    with pytest.raises(UsageError, match=said):
         load_weights(Net(), weights)
 
 
@@ -73,5 +73,5 @@ def test_what_a_gpu_has_saved_is_read_without_one() -> None:
 @pytest.mark.parametrize("content", [torch.zeros(3), [1, 2], {"state_dict": None}, {"step": 3}])
 def test_a_file_of_something_else(content: Any) -> None:
     torch.save(content, "other.pt")
-    with pytest.raises(RefusalError, match=r"--checkpoint other.pt holds no weights by their names."):
+    with pytest.raises(UsageError, match=r"--checkpoint other.pt holds no weights by their names."):
         read_checkpoint("other.pt", "--checkpoint")

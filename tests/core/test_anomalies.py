@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from lightning_gradguard.core.anomalies import (
+from lightning_gradguard.core.detectors import (
     Persistence,
     SpikeDetector,
     Symptom,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from lightning_gradguard.core.diagnosis import KINDS, advice
+from lightning_gradguard.core.incidents import KINDS
+from lightning_gradguard.core.remedies import advice
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_gradguard.core.divergence import STEPS, CollapseDetector, DivergenceDetector
-from lightning_gradguard.core.recovery import FORGIVEN_AFTER, WORSE, Recovery
+from lightning_gradguard.core.detectors import STEPS, CollapseDetector, DivergenceDetector
+from lightning_gradguard.core.recovery import FORGIVEN_AFTER, WORSE, RecoveryPolicy
 
 POSITIVE = st.floats(1e-6, 1e6)
 
@@ -84,7 +84,7 @@ def test_a_network_that_has_died_collapses_after_ten_steps() -> None:
 
 def test_gradients_that_come_and_go_are_no_collapse() -> None:
     detector = CollapseDetector()
-    assert not any(detector.update(is_dead) for _ in range(50) for is_dead in (False, True, True))
+    assert not any(detector.update(is_collapsed) for _ in range(50) for is_collapsed in (False, True, True))
 
 
 def test_what_was_never_alive_has_not_died() -> None:
@@ -93,56 +93,56 @@ def test_what_was_never_alive_has_not_died() -> None:
 
 
 def test_recovery_goes_back_for_either_and_again_only_for_clearer_divergence() -> None:
-    machine = Recovery(3, 10, 0.5)
-    steps = [machine.stepped(0, 1.0, 1.0) for _ in range(STEPS)]
-    assert {decision for decision, _ in steps} == {"go on"}
-    said = [machine.stepped(0, 20.0, 20.0) for _ in range(STEPS)]
-    assert ("go back", "divergence") in said
-    machine.went_back()
-    again = {machine.stepped(0, 20.0, 20.0)[0] for _ in range(STEPS)}
-    assert again == {"go on"}  # 400 times worse is no longer enough
-    assert ("go back", "divergence") in [machine.stepped(0, 40.0, 40.0) for _ in range(STEPS)]
-    machine.went_back()
-    dead = [machine.stepped(0, 1.0, 1.0, is_dead=True) for _ in range(STEPS)]
-    assert dead[-1] == ("go back", "gradient_collapse")
+    machine = RecoveryPolicy(3, 10, 0.5)
+    steps = [machine.on_good_step(0, 1.0, 1.0) for _ in range(STEPS)]
+    assert {decision for decision, _ in steps} == {"continue"}
+    said = [machine.on_good_step(0, 20.0, 20.0) for _ in range(STEPS)]
+    assert ("roll_back", "divergence") in said
+    machine.on_rollback()
+    again = {machine.on_good_step(0, 20.0, 20.0)[0] for _ in range(STEPS)}
+    assert again == {"continue"}  # 400 times worse is no longer enough
+    assert ("roll_back", "divergence") in [machine.on_good_step(0, 40.0, 40.0) for _ in range(STEPS)]
+    machine.on_rollback()
+    dead = [machine.on_good_step(0, 1.0, 1.0, is_collapsed=True) for _ in range(STEPS)]
+    assert dead[-1] == ("roll_back", "gradient_collapse")
 
 
 def test_among_rivals_a_loss_may_rise_and_fall() -> None:
-    machine = Recovery(3, 10, 0.5)
-    machine.has_rivals = True
+    machine = RecoveryPolicy(3, 10, 0.5)
+    machine.is_adversarial = True
     for loss, norm in [(0.7, 1.0), (5.0, 20.0), (0.3, 1.0), (12.0, 50.0)] * 5:
         for _ in range(STEPS):
-            assert machine.stepped(0, loss, norm) == ("go on", "")
-    assert any(machine.stepped(0, 1e5, 1e5)[0] == "go back" for _ in range(STEPS))
+            assert machine.on_good_step(0, loss, norm) == ("continue", "")
+    assert any(machine.on_good_step(0, 1e5, 1e5)[0] == "roll_back" for _ in range(STEPS))
 
 
 def test_budgets_are_renewed_for_whoever_resumes_a_run_that_was_stopped() -> None:
-    machine = Recovery(patience=1, max_rollbacks=1, max_skip_fraction=0.5)
-    assert machine.skipped(0) == "go back"
-    machine.went_back()
-    assert machine.skipped(0) == "give up"
-    machine.renew_budgets()
-    assert machine.skipped(0) == "go back"
+    machine = RecoveryPolicy(patience=1, max_rollbacks=1, max_skip_fraction=0.5)
+    assert machine.on_skip(0) == "roll_back"
+    machine.on_rollback()
+    assert machine.on_skip(0) == "stop"
+    machine.reset_budgets()
+    assert machine.on_skip(0) == "roll_back"
 
 
 def test_after_many_steps_a_rollback_no_longer_weighs_on_the_budget() -> None:
-    machine = Recovery(patience=1, max_rollbacks=1, max_skip_fraction=0.5)
-    assert machine.skipped(0) == "go back"
-    machine.went_back()
+    machine = RecoveryPolicy(patience=1, max_rollbacks=1, max_skip_fraction=0.5)
+    assert machine.on_skip(0) == "roll_back"
+    machine.on_rollback()
     for _ in range(FORGIVEN_AFTER):
-        machine.stepped(0, 1.0, 1.0)
-    assert machine.skipped(0) == "go back"
+        machine.on_good_step(0, 1.0, 1.0)
+    assert machine.on_skip(0) == "roll_back"
     assert machine.rollbacks == 1
 
 
 def test_levels_that_change_for_good_again_and_again_do_not_use_the_budget_up() -> None:
     """A curriculum: each stage is harder than the one before, and is learnt before the next."""
-    generator, machine = random.Random(0), Recovery(patience=3, max_rollbacks=10, max_skip_fraction=0.5)
+    generator, machine = random.Random(0), RecoveryPolicy(patience=3, max_rollbacks=10, max_skip_fraction=0.5)
     for stage in range(15):
         for step in range(300):
             level = 2.0**stage * max(math.exp(-step / 40), 1e-3) * generator.lognormvariate(0, 0.1)
-            decision, _ = machine.stepped(0, level, level)
-            assert decision != "give up", stage
-            if decision == "go back":
-                machine.went_back()
+            decision, _ = machine.on_good_step(0, level, level)
+            assert decision != "stop", stage
+            if decision == "roll_back":
+                machine.on_rollback()
     assert machine.rollbacks > 10

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from lightning_gradguard.core.forensics import CAUSES, Origin, grown_elements, investigate
+from lightning_gradguard.core.forensics import Origin, investigate, out_of_range_elements
+from lightning_gradguard.core.incidents import CAUSES
 from lightning_gradguard.core.snapshots import rng_state, set_rng_state
 
 NAN, INF = math.nan, math.inf
@@ -34,7 +35,7 @@ def examine(
     module: nn.Module,
     loss_of: Callable[[], Tensor],
     batch: Any = None,
-    grown: Mapping[str, int] | None = None,
+    out_of_range: Mapping[str, int] | None = None,
     scale: float = 1.0,
 ) -> Origin:
     def run() -> tuple[Sequence[Tensor], Sequence[Tensor]]:
@@ -43,7 +44,7 @@ def examine(
         found = torch.autograd.grad(loss * scale, parameters, allow_unused=True)
         return [loss], [g for g in found if g is not None]
 
-    origin = investigate(module, run, batch, grown=grown)
+    origin = investigate(module, run, batch, out_of_range=out_of_range)
     assert origin.cause in CAUSES
     assert origin.detail
     return origin
@@ -68,13 +69,13 @@ def test_nonfinite_inputs_are_named_by_their_place_in_the_batch(
 ) -> None:
     x, net = inputs(value), network()
     origin = examine(net, lambda: net(x).square().mean(), wrap(x))
-    assert (origin.cause, origin.where) == ("bad input", (name,))
+    assert (origin.cause, origin.where) == ("bad_input", (name,))
 
 
 def test_nonfinite_inputs_are_found_through_views_of_them() -> None:
     x, net = inputs(NAN), network()
     origin = examine(net, lambda: net(x.view(2, 3, 4)[:, 1:].flatten(0, 1)).mean(), (x,))
-    assert (origin.cause, origin.where) == ("bad input", ("batch[0]",))
+    assert (origin.cause, origin.where) == ("bad_input", ("batch[0]",))
 
 
 def test_a_nonfinite_part_of_the_batch_that_is_not_read_is_not_blamed() -> None:
@@ -87,7 +88,7 @@ def test_a_nonfinite_part_of_the_batch_that_is_not_read_is_not_blamed() -> None:
 def test_huge_inputs_are_told_as_such() -> None:
     x, net = inputs(3e30), network()
     origin = examine(net, lambda: net(x).square().mean(), (x,))
-    assert (origin.cause, origin.where) == ("bad input", ("batch[0]",))
+    assert (origin.cause, origin.where) == ("bad_input", ("batch[0]",))
     assert "3e+30" in origin.detail
 
 
@@ -114,7 +115,7 @@ def test_a_division_by_zero_within_a_module_is_that_module_s() -> None:
     net = nn.Sequential(nn.Linear(4, 8), nn.Sequential(Normalize()), nn.Linear(8, 1))
     x = inputs()
     origin = examine(net, lambda: net(x).mean(), (x,))
-    assert told(origin) == ("forward pass", "forward", "1.0", "aten::div")
+    assert told(origin) == ("forward_pass", "forward", "1.0", "aten::div")
     assert origin.where == ("1.0",)
 
 
@@ -140,7 +141,7 @@ def test_the_square_root_at_zero_is_found_in_the_backward_pass() -> None:
     x = inputs()
     assert bool(net(x).isfinite().all())
     origin = examine(net, lambda: net(x).mean(), (x,))
-    assert (origin.cause, origin.phase, origin.module) == ("backward pass", "backward", "1")
+    assert (origin.cause, origin.phase, origin.module) == ("backward_pass", "backward", "1")
     assert "SqrtBackward" in origin.operation
     assert origin.where == ("1",)
 
@@ -157,7 +158,7 @@ def test_the_norm_at_zero_under_where() -> None:
     x[2] = 0
     assert bool(net(x).isfinite().all())
     origin = examine(net, lambda: net(x).mean(), (x,))
-    assert (origin.cause, origin.phase, origin.module) == ("backward pass", "backward", "1")
+    assert (origin.cause, origin.phase, origin.module) == ("backward_pass", "backward", "1")
 
 
 def test_a_mean_over_no_labels_at_all() -> None:
@@ -188,7 +189,7 @@ def test_a_row_of_attention_that_is_masked_altogether() -> None:
     x, mask = torch.randn(2, 5, 4), torch.ones(2, 5, 5).tril().bool()
     mask[1, 3] = False
     origin = examine(net, lambda: net["head"](net["attention"](x, mask)).mean(), (x, mask))
-    assert told(origin) == ("forward pass", "forward", "attention", "aten::_softmax")
+    assert told(origin) == ("forward_pass", "forward", "attention", "aten::_softmax")
 
 
 @pytest.mark.parametrize("kind", ["fill", "buffer", "batch"])
@@ -227,7 +228,7 @@ def test_an_infinity_that_a_module_made_is_followed_to_where_it_began() -> None:
     net = nn.Sequential(nn.Linear(4, 8), Exp(), nn.LayerNorm(8), nn.Linear(8, 1))
     x = inputs()
     origin = examine(net, lambda: net(x).mean(), (x,))
-    assert told(origin) == ("forward pass", "forward", "1", "aten::exp")
+    assert told(origin) == ("forward_pass", "forward", "1", "aten::exp")
     assert origin.low is not None
     assert origin.low >= 200
 
@@ -244,7 +245,7 @@ def test_an_overflow_of_half_precision_names_layer_and_type() -> None:
 
     assert examine(net, lambda: net(x).mean(), (x,)).cause == "transient"
     origin = examine(net, loss, (x,))
-    assert (origin.cause, origin.phase, origin.module) == ("forward pass", "forward", "2")
+    assert (origin.cause, origin.phase, origin.module) == ("forward_pass", "forward", "2")
     assert origin.dtype == "float16"
     assert origin.high is not None
     assert origin.high >= 2.9e4
@@ -259,7 +260,7 @@ def test_an_overflow_by_the_loss_scale_is_the_backward_pass() -> None:
 
     assert examine(net, loss, (x,)).cause == "transient"
     origin = examine(net, loss, (x,), scale=2.0**30)
-    assert (origin.cause, origin.phase, origin.dtype) == ("backward pass", "backward", "float16")
+    assert (origin.cause, origin.phase, origin.dtype) == ("backward_pass", "backward", "float16")
 
 
 def test_one_nan_in_a_weight_is_named() -> None:
@@ -267,7 +268,7 @@ def test_one_nan_in_a_weight_is_named() -> None:
     with torch.no_grad():
         net[2].weight[1, 5] = NAN  # type: ignore[operator]
     origin = examine(net, lambda: net(x).square().mean(), (x,))
-    assert (origin.cause, origin.where) == ("weights", ("2.weight",))
+    assert (origin.cause, origin.where) == ("corrupted_weights", ("2.weight",))
 
 
 def test_a_nan_in_a_bias_is_named() -> None:
@@ -275,7 +276,7 @@ def test_a_nan_in_a_bias_is_named() -> None:
     with torch.no_grad():
         net[0].bias[3] = NAN  # type: ignore[operator]
     origin = examine(net, lambda: net(x).square().mean(), (x,))
-    assert (origin.cause, origin.where) == ("weights", ("0.bias",))
+    assert (origin.cause, origin.where) == ("corrupted_weights", ("0.bias",))
 
 
 def test_a_sick_running_statistic_that_is_used_is_named() -> None:
@@ -287,7 +288,7 @@ def test_a_sick_running_statistic_that_is_used_is_named() -> None:
     assert examine(net, lambda: net(x).mean(), (x,)).cause == "transient"  # training mode does not read it
     net[1].eval()
     origin = examine(net, lambda: net(x).mean(), (x,))
-    assert (origin.cause, origin.where) == ("weights", ("1.running_var",))
+    assert (origin.cause, origin.where) == ("corrupted_weights", ("1.running_var",))
     assert not net[1].training
 
 
@@ -296,10 +297,10 @@ def test_one_absurd_element_of_a_weight_is_corruption() -> None:
     before = {name: p.detach().clone() for name, p in net.named_parameters()}
     with torch.no_grad():
         net[0].weight[1, 2] = 1e30  # type: ignore[operator]
-    grown = grown_elements((name, p, before[name]) for name, p in net.named_parameters())
-    assert grown == {"0.weight": 1}
-    origin = examine(net, lambda: net(x).square().mean(), (x,), grown)
-    assert (origin.cause, origin.where) == ("weights", ("0.weight",))
+    out_of_range = out_of_range_elements((name, p, before[name]) for name, p in net.named_parameters())
+    assert out_of_range == {"0.weight": 1}
+    origin = examine(net, lambda: net(x).square().mean(), (x,), out_of_range)
+    assert (origin.cause, origin.where) == ("corrupted_weights", ("0.weight",))
 
 
 def test_many_absurd_elements_are_a_step_that_was_too_large() -> None:
@@ -308,24 +309,24 @@ def test_many_absurd_elements_are_a_step_that_was_too_large() -> None:
     with torch.no_grad():
         for parameter in net.parameters():
             parameter.mul_(1e20)
-    grown = grown_elements((name, p, before[name]) for name, p in net.named_parameters())
-    assert set(grown) == {"0.weight", "0.bias", "2.weight", "2.bias"}
-    origin = examine(net, lambda: net(x).square().mean(), (x,), grown)
-    assert origin.cause == "too large a step"
+    out_of_range = out_of_range_elements((name, p, before[name]) for name, p in net.named_parameters())
+    assert set(out_of_range) == {"0.weight", "0.bias", "2.weight", "2.bias"}
+    origin = examine(net, lambda: net(x).square().mean(), (x,), out_of_range)
+    assert origin.cause == "update_too_large"
     assert origin.where[0] == "0.weight"  # the most elements
-    assert set(origin.where) == set(grown)
+    assert set(origin.where) == set(out_of_range)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_infinity_is_absurd_in_any_precision(dtype: torch.dtype) -> None:
     sick = torch.tensor([1.0, INF], dtype=dtype)
-    assert grown_elements([("momentum", sick, torch.tensor(1e33))]) == {"momentum": 1}
+    assert out_of_range_elements([("momentum", sick, torch.tensor(1e33))]) == {"momentum": 1}
 
 
 def test_a_bad_input_is_not_laid_on_the_weights() -> None:
     net, x = network(), inputs(NAN)
     origin = examine(net, lambda: net(x).square().mean(), (x,), {"0.weight": 3})
-    assert (origin.cause, origin.where) == ("bad input", ("batch[0]",))
+    assert (origin.cause, origin.where) == ("bad_input", ("batch[0]",))
 
 
 def test_what_is_finite_the_second_time_is_transient() -> None:
@@ -339,7 +340,7 @@ def test_what_is_finite_the_second_time_is_transient() -> None:
 def test_a_norm_beyond_float32_is_the_backward_pass() -> None:
     net, x = network(), inputs()
     origin = examine(net, lambda: net(x).sum(), (x,), scale=3e38)
-    assert (origin.cause, origin.phase) == ("backward pass", "backward")
+    assert (origin.cause, origin.phase) == ("backward_pass", "backward")
 
 
 def test_operations_in_place_are_followed() -> None:
@@ -355,7 +356,7 @@ def test_operations_in_place_are_followed() -> None:
     net = nn.Sequential(nn.Linear(4, 8), InPlace(), nn.LeakyReLU(inplace=True), nn.Linear(8, 1))
     x = inputs()
     origin = examine(net, lambda: net(x).mean(), (x,))
-    assert told(origin) == ("forward pass", "forward", "1", "aten::log_")
+    assert told(origin) == ("forward_pass", "forward", "1", "aten::log_")
     assert (origin.low, origin.high) == (0.0, 0.0)
 
 
@@ -369,7 +370,7 @@ def test_an_input_changed_in_place_is_still_the_input() -> None:
         return net(x_used).mean()
 
     origin = examine(net, loss, (x_used,))
-    assert (origin.cause, origin.where) == ("bad input", ("batch[0]",))
+    assert (origin.cause, origin.where) == ("bad_input", ("batch[0]",))
 
 
 def test_values_written_into_a_slice_are_followed() -> None:
@@ -383,7 +384,7 @@ def test_values_written_into_a_slice_are_followed() -> None:
     net = nn.Sequential(nn.Linear(4, 8), Padded(), nn.Linear(10, 1))
     x = inputs()
     origin = examine(net, lambda: net(x).mean(), (x,))
-    assert told(origin) == ("forward pass", "forward", "1", "aten::log")
+    assert told(origin) == ("forward_pass", "forward", "1", "aten::log")
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -418,9 +419,9 @@ def test_a_checkpointed_module(reentrant: bool) -> None:
         return investigate(net, run, (x,))
 
     x = inputs()
-    assert told(examined(Net(Log()))) == ("forward pass", "forward", "middle", "aten::log")
+    assert told(examined(Net(Log()))) == ("forward_pass", "forward", "middle", "aten::log")
     origin = examined(Net(Root()))
-    assert (origin.cause, origin.phase) == ("backward pass", "backward")
+    assert (origin.cause, origin.phase) == ("backward_pass", "backward")
     assert "SqrtBackward" in origin.operation
     assert origin.module == "middle"
 
@@ -443,11 +444,11 @@ def test_a_recurrent_network(kind: Any) -> None:
     with torch.no_grad():
         net.encoder.weight_hh_l1[2, 3] = NAN
     origin = examine(net, lambda: net(x).mean(), (x,))
-    assert (origin.cause, origin.where) == ("weights", ("encoder.weight_hh_l1",))
+    assert (origin.cause, origin.where) == ("corrupted_weights", ("encoder.weight_hh_l1",))
     x[1, 4, 0] = NAN
     net = Net()
     origin = examine(net, lambda: net(x).mean(), {"x": x})
-    assert (origin.cause, origin.where) == ("bad input", ("batch['x']",))
+    assert (origin.cause, origin.where) == ("bad_input", ("batch['x']",))
 
 
 def test_a_module_that_is_used_twice_is_named_once() -> None:
@@ -474,10 +475,10 @@ def test_a_module_that_is_used_twice_is_named_once() -> None:
         assert examine(healthy, lambda net=healthy: net(x).mean(), (x,)).cause == "transient"  # type: ignore[misc]
         root = Twice(*((0.0, 1.0) if first else (1.0, 0.0)))
         origin = examine(root, lambda net=root: net(x).mean(), (x,))  # type: ignore[misc]
-        assert (origin.cause, origin.phase, origin.module) == ("backward pass", "backward", "root")
+        assert (origin.cause, origin.phase, origin.module) == ("backward_pass", "backward", "root")
         negative = Twice(*((-1e4, 1.0) if first else (1.0, -1e4)))
         origin = examine(negative, lambda net=negative: net(x).mean(), (x,))  # type: ignore[misc]
-        assert told(origin) == ("forward pass", "forward", "root", "aten::sqrt")
+        assert told(origin) == ("forward_pass", "forward", "root", "aten::sqrt")
 
 
 def test_a_compiled_module() -> None:
@@ -491,15 +492,15 @@ def test_a_compiled_module() -> None:
     x = inputs()
     compiled(x)  # so that there is compiled code
     origin = examine(compiled, lambda: compiled(x).mean(), (x,))  # type: ignore[arg-type]
-    assert told(origin) == ("forward pass", "forward", "1", "aten::log")
+    assert told(origin) == ("forward_pass", "forward", "1", "aten::log")
     outer = nn.ModuleDict({"net": compiled})  # type: ignore[dict-item]
     origin = examine(outer, lambda: compiled(x).mean(), (x,))
-    assert told(origin) == ("forward pass", "forward", "net.1", "aten::log")
+    assert told(origin) == ("forward_pass", "forward", "net.1", "aten::log")
     with torch.no_grad():
         net[2].weight[0, 0] = NAN  # type: ignore[operator]
     net[1] = nn.Identity()
     origin = examine(compiled, lambda: compiled(x).mean(), (x,))  # type: ignore[arg-type]
-    assert (origin.cause, origin.where) == ("weights", ("2.weight",))
+    assert (origin.cause, origin.where) == ("corrupted_weights", ("2.weight",))
 
 
 @pytest.mark.parametrize("value", [None, NAN])
@@ -512,7 +513,7 @@ def test_nothing_is_left_behind(value: float | None) -> None:
     before = {name: tensor.clone() for name, tensor in net.state_dict(keep_vars=False).items()}
     rng = torch.get_rng_state()
     origin = examine(net, lambda: net(x).mean(), (x,))
-    assert origin.cause == ("transient" if value is None else "bad input")
+    assert origin.cause == ("transient" if value is None else "bad_input")
     assert torch.equal(rng, torch.get_rng_state())
     for name, tensor in net.state_dict().items():
         assert torch.equal(before[name], tensor), name
@@ -568,11 +569,11 @@ def test_random_numbers_can_be_those_of_the_first_time() -> None:
     ],
 )
 def test_grown_elements(now: list[float], before: list[float], expected: dict[str, int]) -> None:
-    assert grown_elements([("w", torch.tensor(now), torch.tensor(before))]) == expected
+    assert out_of_range_elements([("w", torch.tensor(now), torch.tensor(before))]) == expected
 
 
 def test_whole_numbers_do_not_grow() -> None:
-    assert grown_elements([("step", torch.tensor([10_000]), torch.tensor([1]))]) == {}
+    assert out_of_range_elements([("step", torch.tensor([10_000]), torch.tensor([1]))]) == {}
 
 
 def test_sparse_gradients_are_followed_too() -> None:
@@ -583,7 +584,7 @@ def test_sparse_gradients_are_followed_too() -> None:
         return [loss], torch.autograd.grad(loss, list(embedding.parameters()))
 
     origin = investigate(embedding, run, None)
-    assert (origin.cause, origin.phase) == ("backward pass", "backward")
+    assert (origin.cause, origin.phase) == ("backward_pass", "backward")
     assert "Sqrt" in origin.operation
 
 
@@ -600,4 +601,4 @@ def test_a_sick_weight_is_no_part_of_the_batch_whatever_its_name() -> None:
 
     x, net = inputs(), Named()
     origin = examine(net, lambda: net(x).mean(), (x,))
-    assert (origin.cause, origin.where) == ("weights", ("batch_norm.weight",))
+    assert (origin.cause, origin.where) == ("corrupted_weights", ("batch_norm.weight",))

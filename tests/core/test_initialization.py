@@ -16,10 +16,11 @@ from lightning_gradguard.core.initialization import (
     check,
     check_weights,
     holds_default_initialization,
+    preserve_state,
+    probe,
     repair,
     table,
 )
-from lightning_gradguard.core.probing import nothing_left_behind, probe
 from tests.tasks import same, weights
 
 
@@ -272,7 +273,7 @@ def test_an_exception_leaves_nothing_behind_either() -> None:
         probe(network, run_loss)
     assert same(before, weights(network))
     assert not any(m._forward_hooks for m in network.modules())
-    with nothing_left_behind(network):
+    with preserve_state(network):
         pass
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_gradguard.core.levels import FEW, chart_names
+from lightning_gradguard.runtime.logging.chart_groups import FEW, chart_names
 
 PATHS = st.lists(st.sampled_from(["body", "head", "0", "1", "2", "mlp"]), min_size=1, max_size=4)
 

@@ -15,8 +15,15 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.distributed.tensor.placement_types import _StridedShard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from lightning_gradguard.core.norms import Gradients, scale_gradients_, unit_power_sums, unitwise_norm
-from lightning_gradguard.core.sharding import local_shard, share, unit_places
+from lightning_gradguard.core.norms import (
+    Gradients,
+    local_shard,
+    scale_gradients_,
+    share,
+    unit_places,
+    unit_power_sums,
+    unitwise_norm,
+)
 
 MESH = (2, 3)
 WORLD_SIZE = 6

@@ -98,28 +98,28 @@ def test_the_ring_qualifies_goes_further_back_and_recycles() -> None:
         nn.init.constant_(layer.weight, value)
         ring.capture(lambda snapshot: snapshot.capture([layer], []), qualified=qualified)
 
-    def go_back() -> float:
-        ring.go_back().restore([layer], [])
+    def roll_back() -> float:
+        ring.roll_back().restore([layer], [])
         return layer.weight.item()
 
     take(0.0, qualified=True)
     take(1.0)
     ring.good_step()
     assert ring.is_pending
-    assert go_back() == 0.0  # 1.0 had not proven itself
+    assert roll_back() == 0.0  # 1.0 had not proven itself
     take(2.0)
     for _ in range(3):
         ring.good_step()
     assert not ring.is_pending
-    assert go_back() == 2.0
-    assert go_back() == 0.0  # again, before another was qualified: one further back
-    assert go_back() == 0.0
+    assert roll_back() == 2.0
+    assert roll_back() == 0.0  # again, before another was qualified: one further back
+    assert roll_back() == 0.0
     for value in (3.0, 4.0, 5.0):
         take(value)
         for _ in range(3):
             ring.good_step()
     assert len(ring) == 2
-    assert [go_back(), go_back()] == [5.0, 4.0]
+    assert [roll_back(), roll_back()] == [5.0, 4.0]
 
 
 def test_any_nonfinite() -> None:

@@ -9,8 +9,8 @@ from dataclasses import replace
 
 import pytest
 
-from lightning_gradguard.core.run_log import GradientLog, RecordedIncident, RunLog, Series
-from lightning_gradguard.core.verdict import Verdict, judge, worst_layers
+from lightning_gradguard.report.analysis.run_log import GradientLog, RecordedIncident, RunLog, Series
+from lightning_gradguard.report.analysis.verdict import Verdict, judge, worst_layers
 
 NAN = math.nan
 LAYERS = [f"net.{i}.weight" for i in range(0, 12, 2)]
@@ -287,7 +287,7 @@ def test_clipping_that_did_nothing_has_handled_nothing() -> None:
 def test_all_details_are_told() -> None:
     def bad(step: int, n: int) -> RecordedIncident:
         detail = f"Row 3 is NaN (sample {n})."
-        return RecordedIncident("nonfinite_loss", step, cause="bad input", detail=detail, action="skipped")
+        return RecordedIncident("nonfinite_loss", step, cause="bad_input", detail=detail, action="skipped")
 
     found = [bad(40 + i, n) for i, n in enumerate((300, 301, 900, 300))]
     (symptom,) = judge(RunLog(series(falling()), incidents=found)).symptoms
@@ -463,7 +463,7 @@ def incident(kind: str, step: int, action: str = "none") -> RecordedIncident:
 def test_skipped_batches_are_a_rescue_and_their_cause_is_told() -> None:
     skipped = [
         RecordedIncident(
-            "nonfinite_loss", step, ("batch[0]",), NAN, "skipped", cause="bad input", detail="Row 3 is NaN."
+            "nonfinite_loss", step, ("batch[0]",), NAN, "skipped", cause="bad_input", detail="Row 3 is NaN."
         )
         for step in range(40, 52)
     ]
@@ -486,7 +486,7 @@ def test_a_run_that_was_given_up_died_of_what_came_last() -> None:
     incidents = [
         incident("vanishing_gradient", 10),
         *(incident("nonfinite_gradient", step, action="skipped") for step in range(50, 60)),
-        incident("rollback", 60, action="rolled back"),
+        incident("rollback", 60, action="rolled_back"),
         incident("training_diverged", 61, action="stopped"),
     ]
     verdict = judge(RunLog(series([2.0] * 62), skips=series([0.0] * 62), incidents=incidents))
@@ -507,7 +507,7 @@ def test_a_run_that_was_given_up_without_a_word_still_has_things_to_try() -> Non
 
 def test_a_rollback_answers_what_came_right_before_it() -> None:
     spike = RecordedIncident("loss_spike", 40)
-    back = [RecordedIncident("rollback", 41, value=30.0, action="rolled back")]
+    back = [RecordedIncident("rollback", 41, value=30.0, action="rolled_back")]
     assert kinds(judge(RunLog(series(falling()), incidents=[spike, *back]))) == {"loss_spike": "handled"}
     assert kinds(judge(RunLog(series(falling()), incidents=[spike]))) == {"loss_spike": "minor"}
 

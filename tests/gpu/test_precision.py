@@ -16,7 +16,8 @@ from lightning_gradguard import (
     NaNRollback,
     default_callbacks,
 )
-from lightning_gradguard.runtime.step import Step, StepCallback
+from lightning_gradguard.runtime.steps.step import Step
+from lightning_gradguard.runtime.steps.suite import StepCallback
 from tests.gpu.tasks import OPTIMIZERS, Network, everything, finite, fit_there
 from tests.tasks import NOT_A_NUMBER, Batch, batches, insert, same
 

@@ -29,13 +29,13 @@ from torch.utils.tensorboard import SummaryWriter
 
 from lightning_gradguard import AdaptiveGradientClipping, GradientNormMonitor, default_callbacks
 from lightning_gradguard.cli import report
-from lightning_gradguard.cli.characters import CharacterRNN, Characters
-from lightning_gradguard.report.as_json import as_json
-from lightning_gradguard.report.as_page import as_html
-from lightning_gradguard.report.as_text import table
-from lightning_gradguard.report.run_folders import find_runs, read_run
+from lightning_gradguard.cli.demo_task import CharacterRNN, Characters
+from lightning_gradguard.core.tags import meaning_of
+from lightning_gradguard.report.readers.runs import find_runs, read_run
+from lightning_gradguard.report.render.html import as_html
+from lightning_gradguard.report.render.json import as_json
+from lightning_gradguard.report.render.text import table
 from lightning_gradguard.report.run_report import RunReport, outcome_in_words, report_on
-from lightning_gradguard.report.tags import meaning_of
 from tests.tasks import Batch, Classifier, clusters, fit, poisoned
 
 ROOT = Path(__file__).parents[2]
@@ -181,7 +181,7 @@ class TestRealRuns:
         assert (found.verdict.status, found.verdict.headline) == ("rescued", "rescued from nonfinite loss")
         assert (found.done.skips, found.done.rollbacks) == (2, 0)
         assert dict(found.done.lost_batches) == {"skipped": 2}
-        assert found.run.dossiers[0].cause == "bad input"
+        assert found.run.dossiers[0].cause == "bad_input"
         assert (path / found.run.dossiers[0].path).is_file()
         text = said(capsys, "run")
         assert "2 steps skipped, 0 rollbacks" in text
@@ -728,7 +728,7 @@ def test_incidents_are_folded() -> None:
     lines = []
     for start in range(0, 2000, 50):
         lines += [{"kind": "nonfinite_loss", "step": start + i, "action": "skipped"} for i in range(3)]
-        lines += [{"kind": "rollback", "step": start + 3, "value": float(start), "action": "rolled back"}]
+        lines += [{"kind": "rollback", "step": start + 3, "value": float(start), "action": "rolled_back"}]
     (path / "incidents.jsonl").write_text("\n".join(map(json.dumps, lines)))
     timeline = reported(path).timeline
     assert len(timeline) <= 13

@@ -48,8 +48,8 @@ from lightning_gradguard import (
     ZScoreClipping,
     default_callbacks,
 )
+from lightning_gradguard.core.parameter_names import plain_name
 from lightning_gradguard.runtime import distributed
-from lightning_gradguard.runtime.step import plain_name
 from tests.tasks import plain_loader
 
 STEPS = 24

@@ -7,7 +7,7 @@ import math
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_gradguard.runtime.charts import decades, layout
+from lightning_gradguard.runtime.logging.tensorboard_layout import decades, layout
 
 
 @given(st.floats(min_value=0))

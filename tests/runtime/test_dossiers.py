@@ -21,23 +21,23 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves_with_path
 
 from lightning_gradguard import NaNRollback
-from lightning_gradguard.core.diagnosis import advice_for_cause
 from lightning_gradguard.core.forensics import Origin
+from lightning_gradguard.core.remedies import advice_for_cause
 from lightning_gradguard.core.snapshots import rng_state, set_rng_state
-from lightning_gradguard.runtime import reporting
-from lightning_gradguard.runtime.dossiers import (
+from lightning_gradguard.runtime.incidents.dossier import (
     Dossier,
     DossierError,
     read_dossier,
     write_dossier,
 )
+from lightning_gradguard.runtime.logging import console
 from tests.tasks import Batch, Classifier, batches, fit, poisoned, weights
 
 
 def dossier(**facts: Any) -> Dossier:
     weights = dict(Classifier().state_dict())
     given: dict[str, Any] = {
-        "origin": Origin("bad input", where=("batch[0]",), detail="batch[0] holds nonfinite values."),
+        "origin": Origin("bad_input", where=("batch[0]",), detail="batch[0] holds nonfinite values."),
         "step": 6,
         "epoch": 1,
         "batch_idx": 2,
@@ -93,11 +93,11 @@ def test_a_lost_batch_leaves_a_dossier(tmp_path: Path) -> None:
     assert sorted(path.name for path in folder.iterdir()) == ["dossier.pt", "finding.json", "index.html"]
     assert [path.name for path in folder.parent.iterdir()] == ["6"]
     finding = strict_json((folder / "finding.json").read_text())
-    assert (finding["cause"], finding["where"], finding["step"]) == ("bad input", ["batch[0]"], 6)
+    assert (finding["cause"], finding["where"], finding["step"]) == ("bad_input", ["batch[0]"], 6)
     assert finding["versions"]["torch"] == torch.__version__
     page = Page((folder / "index.html").read_text())
-    assert "bad input" in page.words
-    assert advice_for_cause("bad input", ["batch[0]"]) in page.words
+    assert "bad_input" in page.words
+    assert advice_for_cause("bad_input", ["batch[0]"]) in page.words
     assert any("--model tests.tasks.Classifier" in words for words in page.words)
     assert any("640 nonfinite" in words for words in page.words)
 
@@ -305,7 +305,7 @@ def test_the_page_says_what_to_type_in_the_folder_of_the_run(
 
 def test_names_cannot_break_out_of_the_page(tmp_path: Path) -> None:
     evil = "<script>alert(1)</script>"
-    origin = Origin("forward pass", "forward", evil, evil, (evil,), "float32", 0.0, 1.0, evil)
+    origin = Origin("forward_pass", "forward", evil, evil, (evil,), "float32", 0.0, 1.0, evil)
     odd = dossier(
         origin=origin, batch={evil: torch.ones(1), "t": evil}, configuration={evil: evil, "module": evil}
     )
@@ -334,7 +334,7 @@ def test_a_full_or_read_only_disk_costs_no_training(
     failure: Callable[..., None],
 ) -> None:
     said: list[str] = []
-    monkeypatch.setattr(reporting, "say", lambda trainer, message: said.append(message))
+    monkeypatch.setattr(console, "print_message", lambda trainer, message: said.append(message))
     (tmp_path / "incidents").mkdir()
     (tmp_path / "incidents.jsonl").touch()
     if where is Path:
@@ -351,7 +351,7 @@ def test_a_full_or_read_only_disk_costs_no_training(
     assert [text for text in said if "no dossier was written: [Errno" in text]
     assert list((tmp_path / "incidents").iterdir()) == []
     assert incident(tmp_path)["dossier"] == ""
-    assert incident(tmp_path)["cause"] == "bad input"
+    assert incident(tmp_path)["cause"] == "bad_input"
 
 
 def test_a_disk_that_is_really_full_is_an_os_error(tmp_path: Path) -> None:
@@ -368,7 +368,7 @@ def test_a_disk_that_is_really_full_is_an_os_error(tmp_path: Path) -> None:
 
 def test_a_file_in_the_way_costs_no_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
-    monkeypatch.setattr(reporting, "say", lambda trainer, message: said.append(message))
+    monkeypatch.setattr(console, "print_message", lambda trainer, message: said.append(message))
     (tmp_path / "incidents").write_text("in the way")
     train(tmp_path)
     assert any("no dossier was written" in text and "exists" in text for text in said)
@@ -377,7 +377,10 @@ def test_a_file_in_the_way_costs_no_training(tmp_path: Path, monkeypatch: pytest
 
 @pytest.mark.parametrize(
     ("cause", "spoil", "largest"),
-    [("weights", slice(0, 1), ["net.0.weight"]), ("too large a step", slice(None), ["net.0.weight"])],
+    [
+        ("corrupted_weights", slice(0, 1), ["net.0.weight"]),
+        ("update_too_large", slice(None), ["net.0.weight"]),
+    ],
 )
 def test_what_weights_were_when_the_run_was_well(
     tmp_path: Path, cause: str, spoil: slice, largest: list[str]

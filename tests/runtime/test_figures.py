@@ -10,7 +10,7 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
-from lightning_gradguard.runtime.figures import COLUMNS, LETTERS, ROWS, GradientHistory
+from lightning_gradguard.runtime.logging.heat_map import COLUMNS, LETTERS, ROWS, GradientHistory
 
 
 def history(n_layers: int, n_steps: int, **odd: float | None) -> GradientHistory:

@@ -25,8 +25,8 @@ from lightning_gradguard import (
     PercentileClipping,
     default_callbacks,
 )
-from lightning_gradguard.runtime.reporting import log_scalars
-from lightning_gradguard.runtime.settings import settings_of
+from lightning_gradguard.runtime.logging.hyperparameters import hyperparameters_of
+from lightning_gradguard.runtime.logging.metrics import log_scalars
 from tests.tasks import Classifier, batches, fit, poisoned
 
 #: Two lone sick batches, a storm that needs a rollback; the last step is not one that is logged.
@@ -227,9 +227,9 @@ def test_what_callbacks_were_told() -> None:
         "GradientNormMonitor.exclude": "head",
         "GradientNormMonitor.level": "module",
     }
-    assert settings_of(callbacks) == told
-    assert settings_of([copy.deepcopy(callbacks[1])])["NaNRollback.patience"] == 5
-    assert settings_of(pickle.loads(pickle.dumps(callbacks[1:]))) == told
+    assert hyperparameters_of(callbacks) == told
+    assert hyperparameters_of([copy.deepcopy(callbacks[1])])["NaNRollback.patience"] == 5
+    assert hyperparameters_of(pickle.loads(pickle.dumps(callbacks[1:]))) == told
     with pytest.raises(TypeError, match=r"__init__\(\) got an unexpected keyword argument 'patienc'"):
         NaNRollback(patienc=3)  # type: ignore[call-arg]
 

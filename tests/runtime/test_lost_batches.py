@@ -15,7 +15,7 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 
 from lightning_gradguard import Incident, NaNRollback
-from lightning_gradguard.runtime.lost_batches import RECOGNIZED_BY, LostBatches
+from lightning_gradguard.runtime.incidents.lost_batches import RECOGNIZED_BY, LostBatches
 from tests.tasks import (
     Batch,
     Classifier,

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from lightning_gradguard import AdaptiveGradientClipping, GradientNormMonitor, NaNRollback, PercentileClipping
-from lightning_gradguard.runtime.settings import settings_of
+from lightning_gradguard.runtime.logging.hyperparameters import hyperparameters_of
 
 
 class Passing(GradientNormMonitor):
@@ -29,7 +29,7 @@ class Odd(GradientNormMonitor):
 
 
 def test_what_a_subclass_hands_on_is_told() -> None:
-    assert settings_of([Passing(level="total")]) == {"callbacks": "Passing", "Passing.level": "total"}
+    assert hyperparameters_of([Passing(level="total")]) == {"callbacks": "Passing", "Passing.level": "total"}
 
 
 @pytest.mark.parametrize(
@@ -47,7 +47,7 @@ def test_what_a_subclass_hands_on_is_told() -> None:
     ],
 )
 def test_anything_is_told_in_a_line(thing: Any) -> None:
-    told = settings_of([Odd(thing)])["Odd.thing"]
+    told = hyperparameters_of([Odd(thing)])["Odd.thing"]
     assert isinstance(told, str)
     assert 0 < len(told) <= 200
     assert "\n" not in told
@@ -56,7 +56,7 @@ def test_anything_is_told_in_a_line(thing: Any) -> None:
 def test_defaults_are_not_told_and_two_of_a_kind_are_told_apart() -> None:
     first, second = NaNRollback(patience=3), NaNRollback(patience=5)
     clipping = AdaptiveGradientClipping(PercentileClipping(20.0))
-    assert settings_of([first, second, clipping]) == {
+    assert hyperparameters_of([first, second, clipping]) == {
         "callbacks": "NaNRollback, NaNRollback, AdaptiveGradientClipping",
         "NaNRollback 2.patience": 5,
         "AdaptiveGradientClipping.policy": "PercentileClipping(percentile=20.0, window=1000)",

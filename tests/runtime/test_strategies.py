@@ -16,7 +16,7 @@ from pytorch_lightning.plugins.precision import FSDPPrecision
 from pytorch_lightning.strategies import ModelParallelStrategy, SingleDeviceStrategy
 
 from lightning_gradguard import AdaptiveGradientClipping, UnitwiseClipping, default_callbacks
-from lightning_gradguard.runtime.lightning_api import REFUSED
+from lightning_gradguard.runtime.lightning_api import UNSUPPORTED
 from tests.runtime.cells import POLICIES, Cell, Seen, run
 from tests.runtime.launching import launch_on
 from tests.runtime.strategies_page import FEATURES, StrategiesPage
@@ -202,7 +202,7 @@ def test_lightning_refuses_a_grad_scaler_where_weights_are_sharded(
         strategies_page.has(group, precision, "refused by Lightning")
 
 
-@pytest.mark.parametrize("name", REFUSED)
+@pytest.mark.parametrize("name", UNSUPPORTED)
 def test_what_is_not_supported_is_refused_by_name(name: str, strategies_page: StrategiesPage) -> None:
     strategy = type(name, (SingleDeviceStrategy,), {})()
     for callback in default_callbacks():

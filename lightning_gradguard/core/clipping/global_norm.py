@@ -1,0 +1,42 @@
+"""Clipping by a fixed total norm."""
+
+from __future__ import annotations
+
+import math
+
+from lightning_gradguard.core.clipping.policy import ClippingPolicy, Scalar
+from lightning_gradguard.core.clipping.scalar import _coefficient, _positive, _total_norm
+from lightning_gradguard.core.norms import Gradients
+
+
+class GlobalNormClipping(ClippingPolicy):
+    """Keeps the total norm of all gradients at `max_norm` or below.
+
+    Args:
+        max_norm: The bound; positive.
+
+    Raises:
+        ValueError: If `max_norm` is not positive.
+
+    Example:
+        >>> import lightning_gradguard.core.norms as norms
+        >>> weight = torch.nn.Parameter(torch.zeros(2))
+        >>> weight.grad = torch.tensor([3.0, 4.0])
+        >>> gradients = norms.measure_gradients([("weight", weight)])
+        >>> norms.scale_gradients_(gradients, GlobalNormClipping(1.0).coefficients(gradients))
+        >>> weight.grad
+        tensor([0.6000, 0.8000])
+
+    References:
+        Pascanu, Mikolov, Bengio, On the difficulty of training recurrent neural networks, 2013,
+        arXiv:1211.5063.
+    """
+
+    def __init__(self, max_norm: float = 1.0) -> None:
+        self.max_norm = _positive("max_norm", max_norm)
+
+    def coefficients(self, gradients: Gradients) -> Scalar:
+        """One coefficient: `min(1, max_norm / total_norm)`."""
+        self.threshold = self.max_norm
+        norm = _total_norm(gradients)
+        return _coefficient(self.max_norm, norm, norm < math.inf)

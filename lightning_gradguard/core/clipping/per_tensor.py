@@ -1,0 +1,108 @@
+"""Clipping of each tensor by its own history."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_gradguard.core.clipping.policy import EPS, ClippingPolicy
+from lightning_gradguard.core.clipping.scalar import _at_least_one, _positive
+from lightning_gradguard.core.norms import Gradients
+
+
+class PerTensorClipping(ClippingPolicy):
+    """Clips the gradient of each parameter to a multiple of its own running norm (AdaGC).
+
+    Args:
+        max_ratio: Largest ratio of a norm to its running mean; at least 1.
+        decay: Of the running norms; in [0, 1).
+        warmup_steps: Steps in which the total norm is clipped to `max_norm` and the smallest norm of each
+            tensor is found; a parameter that joins later has a warm-up of its own. At least 1.
+        max_norm: The bound within the warm-up; positive.
+
+    Raises:
+        ValueError: If an argument is out of range.
+
+    References:
+        Wang and others, AdaGC: Improving Training Stability for Large Language Model Pretraining, 2025,
+        arXiv:2502.11034.
+    """
+
+    def __init__(
+        self,
+        max_ratio: float = 1.05,
+        decay: float = 0.98,
+        warmup_steps: int = 100,
+        max_norm: float = 1.0,
+    ) -> None:
+        if not max_ratio >= 1:
+            raise ValueError(f"max_ratio={max_ratio!r} must be at least 1.")
+        if not 0 <= decay < 1:
+            raise ValueError(f"decay={decay!r} must be in [0, 1).")
+        self.max_ratio = max_ratio
+        self.decay = decay
+        self.warmup_steps = _at_least_one("warmup_steps", warmup_steps)
+        self.max_norm = _positive("max_norm", max_norm)
+        self._names: list[str] = []
+        self._seen_last: tuple[str, ...] = ()
+        self._rows: Tensor | None = None
+        self._state: dict[str, Tensor] = {}
+        self._pending: dict[str, Tensor] = {}
+
+    def coefficients(self, gradients: Gradients) -> list[Tensor]:
+        """One coefficient for each tensor."""
+        norms = gradients.norms
+        rows = self._rows_of(gradients.names, norms)
+        seen, running = self._state["seen"][rows], self._state["norms"][rows]
+        total = gradients.total_norm
+        absolute = (self.max_norm / total.clamp(min=EPS)).clamp(max=1.0)
+        relative = (self.max_ratio * running / norms.clamp(min=torch.finfo(norms.dtype).tiny)).clamp(max=1.0)
+        # the authors count steps from 1 and leave the warm-up at step `warmup_steps`
+        warming = (seen == 0) | (seen + 1 < self.warmup_steps)
+        coefficients = torch.where(warming, absolute, relative)
+        # a norm of zero says nothing about the norms to come, and as a minimum would forbid all of them
+        finite = torch.isfinite(norms) & (torch.isfinite(total) | ~warming) & (norms > 0)
+        coefficients = torch.where(finite, coefficients, 1.0)
+        clipped = coefficients * norms
+        found = torch.where(seen == 0, clipped, torch.minimum(running, clipped))
+        moved = self.decay * running + (1 - self.decay) * clipped
+        observed = torch.where(finite, torch.where(warming, found, moved), running)
+        self._pending = {
+            "norms": self._state["norms"].index_put((rows,), observed),
+            "seen": self._state["seen"].index_put((rows,), seen + finite),
+        }
+        return list(coefficients.unbind())
+
+    def commit(self) -> None:
+        """Take the norms, as they are after clipping, into the running ones."""
+        self._state = self._pending
+
+    def state_dict(self) -> dict[str, Any]:
+        """Running norms by parameter."""
+        return {"names": list(self._names), **self._state}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue with saved running norms."""
+        self._state = {k: v for k, v in state_dict.items() if k != "names"}
+        self._names = list(state_dict["names"])
+        self._rows = None
+
+    def _rows_of(self, names: tuple[str, ...], norms: Tensor) -> Tensor:
+        """Where the parameters stand in the state; there is room for newcomers."""
+        if self._rows is not None and names == self._seen_last:
+            return self._rows
+        known = set(self._names)
+        new = [name for name in names if name not in known]
+        empty = torch.zeros(0, device=norms.device)
+        old = self._state or {"norms": empty.double(), "seen": empty.long()}
+        self._state = {
+            key: torch.cat([value.to(norms.device), value.new_zeros(len(new)).to(norms.device)])
+            for key, value in old.items()
+        }
+        self._names += new
+        places = {name: i for i, name in enumerate(self._names)}
+        self._seen_last = names
+        self._rows = torch.tensor([places[name] for name in names], device=norms.device)
+        return self._rows

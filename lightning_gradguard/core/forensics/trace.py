@@ -1,0 +1,206 @@
+"""Records every operation of a forward and backward pass that touches nonfinite values."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.loss import _Loss
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+_UNINITIALIZED = ("aten::empty", "aten::new_empty", "aten::resize", "aten::set_")
+
+
+@dataclass
+class _Input:
+    """A nonfinite argument of an operation."""
+
+    has_nan: bool
+    record: OperationRecord | None
+    leaf: str | None
+
+
+@dataclass
+class OperationRecord:
+    """An operation that returned nonfinite values."""
+
+    operation: str
+    phase: Literal["forward", "backward"]
+    module: str
+    dtype: str
+    #: `"nan"`, `"inf"` or `"-inf"`.
+    made: str
+    #: Calls of modules that had ended by then.
+    modules_left: int
+    #: Whether the values were asked for, as the `-inf` of a mask is.
+    on_purpose: bool
+    low: float | None
+    high: float | None
+    sick_inputs: list[_Input] = field(default_factory=list)
+
+    @property
+    def has_nan(self) -> bool:
+        """Whether the value that it made is NaN."""
+        return self.made == "nan"
+
+
+class OperationTrace(TorchDispatchMode):
+    """Follows nonfinite values from operation to operation, through the forward and the backward pass."""
+
+    def __init__(self, module: nn.Module, leaves: Mapping[str, Tensor]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.loss_modules: set[str] = set()
+        self.modules_left = 0
+        self._module = module
+        self._leaves = leaves
+        self._records: dict[int, OperationRecord] = {}
+        self._kept: list[Tensor] = []  # memory that is let go could come back under the same address
+        self._inside: list[str] = [""]
+        self._begun: list[tuple[int, str]] = [(-1, "")]
+        self._hooks = ExitStack()
+
+    def __enter__(self) -> OperationTrace:
+        for name, child in self._module.named_modules():
+            name = name.replace("_orig_mod.", "")
+            if isinstance(child, _Loss):
+                self.loss_modules.add(name)
+            for handle in (
+                child.register_forward_pre_hook(lambda m, i, name=name: self._enter_module(name)),
+                child.register_forward_hook(lambda m, i, o: self._leave_module(), always_call=True),
+            ):
+                self._hooks.callback(handle.remove)
+        self._hooks.enter_context(torch.compiler.set_stance("force_eager"))
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+        self._hooks.close()
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        name = function._schema.name
+        inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        # an operation in place overwrites what it was given; batch normalization too, without saying so
+        overwrites = function._schema.is_mutable or "batch_norm" in name
+        # the target of a copy is not read: it may be memory that holds whatever was there
+        read = inputs[1:] if name == "aten::copy_" else inputs
+        before = self._look_at(read) if overwrites else None
+        result = function(*args, **(kwargs or {}))
+        outputs = [t for t in tree_leaves(result) if isinstance(t, Tensor)]
+        known = set() if overwrites else {_storage(t) for t in inputs}
+        made = [t for t in outputs if _storage(t) not in known]
+        if not name.startswith(_UNINITIALIZED) and any(map(is_nonfinite, made)):
+            sick, low, high = before or self._look_at(inputs)
+            node = torch._C._current_autograd_node()
+            record = OperationRecord(
+                operation=name if node is None else f"{name} in {node.name()}",
+                phase="forward" if node is None else "backward",
+                module=self._inside[-1] if node is None else self._module_of(node._sequence_nr()),
+                dtype=str(made[0].dtype).removeprefix("torch."),
+                made=describe_nonfinite(made),
+                modules_left=self.modules_left,
+                on_purpose=not inputs or _names_nonfinite(args, kwargs),
+                low=low,
+                high=high,
+                sick_inputs=sick,
+            )
+            for tensor in made:
+                self._records[_storage(tensor)] = record
+                self._kept.append(tensor)
+        return result
+
+    def record_of(self, tensor: Tensor) -> OperationRecord | None:
+        """The operation that returned a tensor; `None` if none was recorded."""
+        """The operation that wrote a tensor."""
+        return self._records.get(_storage(tensor))
+
+    def _look_at(self, inputs: Sequence[Tensor]) -> tuple[list[_Input], float | None, float | None]:
+        floating = [t.detach() for t in inputs if t.is_floating_point() and t.numel()]
+        sick = [
+            _Input(
+                bool(_values(t).isnan().any()),
+                record := self.record_of(t),
+                None if record else self._leaf_of(t),
+            )
+            for t in floating
+            if is_nonfinite(t)
+        ]
+        finite = [numbers for v in map(_values, floating) if (numbers := v[v.isfinite()]).numel()]
+        if not finite:
+            return sick, None, None
+        return sick, min(float(t.min()) for t in finite), max(float(t.max()) for t in finite)
+
+    def _leaf_of(self, tensor: Tensor) -> str | None:
+        """The parameter, buffer or part of the batch that a nonfinite tensor is a view of."""
+        same = (n for n, leaf in self._leaves.items() if _storage(leaf) == _storage(tensor))
+        return next((name for name in same if is_nonfinite(self._leaves[name])), None)
+
+    def _enter_module(self, name: str) -> None:
+        self._inside.append(name)
+        self._begun.append((_next_sequence(), name))
+
+    def _leave_module(self) -> None:
+        self._inside.pop()
+        self.modules_left += 1
+        self._begun.append((_next_sequence(), self._inside[-1]))
+
+    def _module_of(self, sequence: int) -> str:
+        """The module whose forward pass made the autograd node of this number."""
+        return next(name for begin, name in reversed(self._begun) if begin <= sequence)
+
+
+def first_nonfinite(record: OperationRecord) -> OperationRecord | str:
+    """Back along nonfinite values to the operation, or the tensor, that they began with."""
+    while True:
+        sick = record.sick_inputs
+        nan = [s for s in sick if s.has_nan]
+        if record.has_nan and not nan:
+            # NaN was born here, perhaps of an infinity that nobody asked for
+            sick = [s for s in sick if s.leaf or (s.record and not s.record.on_purpose)]
+        first = next(iter(nan or sick), None)
+        if first is None:
+            return record
+        if first.leaf is not None:
+            return first.leaf
+        if first.record is None:
+            return record
+        record = first.record
+
+
+def _next_sequence() -> int:
+    """The number of the next autograd node."""
+    return torch.autograd._get_sequence_nr()  # type: ignore[attr-defined]
+
+
+def _storage(tensor: Tensor) -> int:
+    return _values(tensor).untyped_storage().data_ptr()
+
+
+def is_nonfinite(tensor: Tensor) -> bool:
+    """Whether any element of a tensor is nonfinite."""
+    return tensor.is_floating_point() and not bool(_values(tensor.detach()).isfinite().all())
+
+
+def _values(tensor: Tensor) -> Tensor:
+    """The numbers of a sparse gradient."""
+    return tensor._values() if tensor.layout == torch.sparse_coo else tensor
+
+
+def _names_nonfinite(*arguments: Any) -> bool:
+    numbers = [n for n in tree_leaves(arguments) if isinstance(n, float)]
+    return any(not torch.isfinite(torch.tensor(n)) for n in numbers)
+
+
+def describe_nonfinite(tensors: Sequence[Tensor]) -> str:
+    """The kind of the first nonfinite value: `"nan"`, `"inf"` or `"-inf"`."""
+    floating = [_values(t.detach()) for t in tensors if t.is_floating_point()]
+    if any(bool(t.isnan().any()) for t in floating):
+        return "nan"
+    return "inf" if any(bool(t.isposinf().any()) for t in floating) else "-inf"

@@ -1,0 +1,114 @@
+"""Initializes layers anew, as the activation that follows asks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection
+
+import torch
+from torch import Tensor, nn
+
+from lightning_gradguard.core.initialization.probe import (
+    LAYERS,
+    RECTIFIERS,
+    Layer,
+    WeightedLayer,
+    preserve_state,
+    probe,
+)
+
+
+def repair(
+    module: nn.Module,
+    run_loss: Callable[[], Tensor],
+    *,
+    names: Collection[str] = (),
+    seed: int = 0,
+) -> list[str]:
+    """Initialize layers as the activation that follows asks, then scale them to unit variance.
+
+    He initialization before a rectifier, orthogonal before tanh, Xavier before a sigmoid or nothing. The
+    scaling is that of LSUV, in one forward pass. The output layer is left as it is. Only layers that still
+    hold their class's default initialization, or that are named, are touched.
+
+    Args:
+        module: The network.
+        run_loss: Computes the training loss of one batch with it.
+        names: Modules that are repaired whatever they hold.
+        seed: The same seed gives the same weights; global random number generators are not used.
+
+    Returns:
+        A line for each layer that was changed: its name and what was done.
+
+    References:
+        Mishkin, Matas, All you need is a good init, 2015, arXiv:1511.06422.
+    """
+    layers = probe(module, run_loss).layers
+    chosen = {
+        id(layer.module): layer
+        for layer in layers[:-1]
+        if layer.name in names or holds_default_initialization(layer.module)
+    }
+    generator = torch.Generator().manual_seed(seed)
+    done = []
+    for layer in chosen.values():
+        done.append(f"{layer.name}: {_initialize(layer, generator)}, scaled to unit variance")
+
+    def scale(child: WeightedLayer, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+        if id(child) not in chosen:
+            return None
+        deviation = output.detach().float().std()
+        if not (bool(torch.isfinite(deviation)) and deviation > 0):
+            return None
+        child.weight.data.div_(deviation.to(child.weight))
+        return output / deviation.to(output)
+
+    handles = [layer.module.register_forward_hook(scale) for layer in chosen.values()]
+    try:
+        with preserve_state(module), torch.no_grad(), torch.compiler.set_stance("force_eager"):
+            run_loss()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return done
+
+
+def holds_default_initialization(layer: nn.Module) -> bool:
+    """Whether a layer's weights look like those that its class starts with.
+
+    For linear and convolutional layers that is uniform within `1 / sqrt(fan_in)`.
+
+    Example:
+        >>> layer = nn.Linear(64, 64)
+        >>> holds_default_initialization(layer)
+        True
+        >>> _ = nn.init.kaiming_normal_(layer.weight)
+        >>> holds_default_initialization(layer)
+        False
+    """
+    if not isinstance(layer, LAYERS):
+        return False
+    weight = layer.weight.detach().float()
+    bound = 1 / math.sqrt(nn.init._calculate_fan_in_and_fan_out(weight)[0])
+    largest, spread = float(weight.abs().max()), float(weight.std())
+    tolerance = 0.05 + 3 / math.sqrt(weight.numel())
+    uniform = abs(spread / (bound / math.sqrt(3)) - 1) < tolerance
+    return largest <= bound * (1 + 1e-5) and largest > bound * (1 - tolerance) and uniform
+
+
+def _initialize(layer: Layer, generator: torch.Generator) -> str:
+    weight = layer.module.weight.data
+    drawn = torch.empty(weight.shape)
+    if layer.activation in RECTIFIERS:
+        nn.init.kaiming_normal_(drawn, nonlinearity="relu", generator=generator)
+        scheme = "He normal"
+    elif layer.activation == "tanh":
+        nn.init.orthogonal_(drawn, gain=nn.init.calculate_gain("tanh"), generator=generator)
+        scheme = "orthogonal"
+    else:
+        nn.init.xavier_normal_(drawn, generator=generator)
+        scheme = "Xavier normal"
+    weight.copy_(drawn)
+    if layer.module.bias is not None:
+        layer.module.bias.data.zero_()
+    return scheme

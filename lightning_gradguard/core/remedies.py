@@ -1,0 +1,245 @@
+"""From symptom to remedy, in the field's words."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+_REMEDIES = {
+    "nonfinite_gradient": (
+        "Look for log(0), division by zero or sqrt at 0 on the way to {where}; clip gradients "
+        "(AdaptiveGradientClipping) and lower the learning rate if it repeats."
+    ),
+    "nonfinite_loss": (
+        "Look at this batch for nonfinite or huge inputs and bad labels, and compute the loss in float32 "
+        "(torch.nn.functional.cross_entropy on logits rather than log of softmax)."
+    ),
+    "nonfinite_weights": (
+        "An update was too large: lower the learning rate, clip gradients (AdaptiveGradientClipping), or "
+        "bound the weights (weight_decay, a max-norm constraint)."
+    ),
+    "nonfinite_buffers": (
+        "The batch has spoiled running statistics of normalization; look at it for nonfinite or huge inputs."
+    ),
+    "loss_spike": (
+        "One spike is for clipping to absorb; if they recur, lower z_threshold or max_norm of the clipping "
+        "policy, warm the learning rate up for longer, and look at the batch."
+    ),
+    "divergence": (
+        "Loss and gradient norm are far above those of the first steps: lower the learning rate or warm it "
+        "up for longer, clip gradients (AdaptiveGradientClipping), check the initialization."
+    ),
+    "gradient_collapse": (
+        "Most of the network has stopped to get gradients, as when all units of a layer have died: lower the "
+        "learning rate or warm it up, use LeakyReLU or GELU, normalization or residual connections."
+    ),
+    "corrupted_gradient": (
+        "After ranks had averaged it, the gradient of one of them was different by far: suspect its memory "
+        "or code of your own that writes gradients. If it repeats on one machine, leave that machine out."
+    ),
+    "amp_overflow": (
+        "The loss scale has fallen to 1 and gradients still overflow in float16: train in bf16-mixed, or "
+        "compute the overflowing layer in float32."
+    ),
+    "rollback": (
+        "The weights are those of an earlier step; add LearningRateBackoff or lower the learning rate if "
+        "it happens again."
+    ),
+    "learning_rate_backoff": (
+        "If the scale keeps falling, give the optimizer a lower learning rate or a longer warm-up."
+    ),
+    "training_diverged": (
+        "Lower the learning rate, clip gradients (AdaptiveGradientClipping), check the initialization "
+        "(InitializationCheck) and the batches that were skipped."
+    ),
+    "lost_batch": (
+        "The run that is resumed had lost this batch (lost_batches.rank0.jsonl); it is left out again."
+    ),
+    "vanishing_gradient": (
+        "Gradients vanish on the way to {where}: use non-saturating activations (ReLU, GELU) with He "
+        "initialization (torch.nn.init.kaiming_normal_), residual connections and batch or layer "
+        "normalization; in a recurrent network LSTM or GRU gating or an orthogonal recurrent weight; "
+        "layer-wise pre-training as a last resort."
+    ),
+    "exploding_gradient": (
+        "Gradients explode at {where}: clip them (AdaptiveGradientClipping), lower the learning rate, use "
+        "orthogonal or Xavier initialization, weight_decay or a max-norm constraint; in a recurrent network "
+        "LSTM or GRU gating and truncated BPTT."
+    ),
+    "weight_stagnation": (
+        "{where} no longer moves: check that its gradient is not zero (dead ReLU, saturated tanh), that its "
+        "learning rate is above zero, and that weights are not kept in half precision."
+    ),
+    "stuck_loss": (
+        "Neither loss nor weights move: raise the learning rate, change saturating activations for ReLU or "
+        "GELU, check the initialization (InitializationCheck) and that labels match their inputs."
+    ),
+    "dead_units": (
+        "Most units of {where} are zero for every sample: lower the learning rate, use LeakyReLU or GELU, "
+        "He initialization, and normalization before the activation."
+    ),
+    "saturated_units": (
+        "Units of {where} saturate: use Xavier initialization (torch.nn.init.xavier_uniform_), smaller "
+        "inputs, normalization, or a non-saturating activation."
+    ),
+    "poor_initialization": (
+        "Initialize {where} as its activation asks: He (torch.nn.init.kaiming_normal_) before ReLU, Xavier "
+        "before tanh or sigmoid, orthogonal for recurrent weights; or "
+        "InitializationCheck(on_failure='repair')."
+    ),
+}
+
+_BY_CAUSE = {
+    "bad_input": (
+        "Look at {where}: nonfinite or huge values came in with the data. Clean or leave out the samples, "
+        "and normalize inputs."
+    ),
+    "corrupted_weights": (
+        "Single elements of {where} were corrupted: suspect memory or storage, or code of your own that "
+        "writes weights. If it repeats on one machine, leave that machine out."
+    ),
+    "update_too_large": (
+        "An update was too large: lower the learning rate or warm it up for longer, clip gradients "
+        "(AdaptiveGradientClipping), or bound the weights (weight_decay, a max-norm constraint)."
+    ),
+    "forward_pass": (
+        "{where} made the value from finite inputs: look for exp, log, division, a fully masked softmax row, "
+        "or float16 overflow there; normalize its inputs, add an epsilon, or compute it in float32."
+    ),
+    "loss": (
+        "The loss itself is undefined for this batch: look for log(0), a division by zero or a mean of "
+        "nothing (all labels ignored) in the step; use losses on logits and an epsilon."
+    ),
+    "backward_pass": (
+        "The loss is finite, its gradient is not: look for sqrt or norm at 0, a power below 1, or 0/0 under "
+        "torch.where at {where}; move an epsilon inside."
+    ),
+    "transient": (
+        "The same batch on the same weights is finite the second time: suspect the hardware, a race, or an "
+        "operation that reads memory it does not own. If it repeats on one machine, leave that machine out."
+    ),
+}
+
+#: Symptoms that only hindsight knows, and those whose name is not what people say.
+_TITLES = {
+    "exploding_gradient": "exploding gradients",
+    "vanishing_gradient": "vanishing gradients",
+    "gradient_collapse": "a network that has died",
+    "nonfinite_gradient": "nonfinite gradients",
+    "loss_spike": "loss spikes",
+    "constant_clipping": "hard clipping all the time",
+    "falling_learning_rate": "a learning rate that keeps falling",
+    "amp_overflow": "float16 overflows",
+    "training_diverged": "given up",
+}
+
+_STEPS_TO_TAKE = {
+    "exploding_gradient": (
+        "Clip gradients: AdaptiveGradientClipping(), or gradient_clip_val=1.0 of the Trainer.",
+        "Check the initialization: orthogonal for recurrent weights, Xavier before tanh, He before ReLU; "
+        "InitializationCheck() measures it before step 1.",
+        "In a recurrent network use gated cells (LSTM or GRU), and truncated BPTT.",
+        "Lower the learning rate, or warm it up for longer.",
+        "Bound the weights: weight_decay, or a max-norm constraint.",
+    ),
+    "vanishing_gradient": (
+        "Use activations that do not saturate (ReLU, GELU) with He initialization "
+        "(torch.nn.init.kaiming_normal_); InitializationCheck(on_failure='repair') does it.",
+        "Add residual connections, and batch or layer normalization.",
+        "In a recurrent network use gated cells (LSTM or GRU), or an orthogonal recurrent weight.",
+        "As a last resort train layer by layer.",
+    ),
+    "nonfinite_loss": (
+        "Look at the batch of that step for nonfinite or huge inputs and bad labels.",
+        "Compute the loss in float32 and on logits: cross_entropy rather than log of softmax.",
+        "Skip such batches: NaNRollback() leaves no trace of them and says what was at fault.",
+    ),
+    "nonfinite_gradient": (
+        "Look for log(0), division by zero, or sqrt and norm at 0 on the way to {where}.",
+        "Skip such steps: NaNRollback() leaves no trace of them and names the operation.",
+        "Clip gradients (AdaptiveGradientClipping) and lower the learning rate if it repeats.",
+    ),
+    "divergence": (
+        "Lower the learning rate, or warm it up for longer.",
+        "Clip gradients: AdaptiveGradientClipping(), or gradient_clip_val=1.0 of the Trainer.",
+        "Check the initialization: InitializationCheck() measures it before step 1.",
+        "Go back by itself: NaNRollback() with LearningRateBackoff().",
+    ),
+    "stuck_loss": (
+        "Raise the learning rate.",
+        "Check that labels match their inputs: can the network learn one batch by heart?",
+        "Change saturating activations for ReLU or GELU, and check the initialization (InitializationCheck).",
+    ),
+    "constant_clipping": (
+        "The clipped norm has become the learning rate: raise the threshold (max_norm, z_threshold), or "
+        "lower the learning rate by what clipping takes away.",
+        "Look at why norms are large: initialization, a sum where the loss needs a mean.",
+    ),
+    "falling_learning_rate": (
+        "Give the optimizer a lower learning rate or a longer warm-up; the scale says by how much.",
+        "Look at what the rollbacks were for: each of them has lowered it.",
+    ),
+}
+
+
+def advice(kind: str, where: Sequence[str] = ()) -> str:
+    """What a person can do about an incident.
+
+    Args:
+        kind: One of `core.incidents.KINDS`; a kind of your own has no advice.
+        where: Names of the parameters or modules at fault, the worst first.
+
+    Returns:
+        One or two sentences that name the first of them; empty for an unknown kind.
+
+    Example:
+        >>> advice("dead_units", ["body.0"]).split(":")[0]
+        'Most units of body.0 are zero for every sample'
+    """
+    return _REMEDIES.get(kind, "").format(where=where[0] if where else "the network")
+
+
+def advice_for_cause(cause: str, where: Sequence[str] = ()) -> str:
+    """What a person can do about what a replay has found.
+
+    Args:
+        cause: One of `core.incidents.CAUSES`.
+        where: Names of the modules or tensors at fault, the worst first.
+
+    Returns:
+        One or two sentences; empty for `"unknown"`.
+
+    Example:
+        >>> advice_for_cause("loss").split(":")[0]
+        'The loss itself is undefined for this batch'
+    """
+    return _BY_CAUSE.get(cause, "").format(where=where[0] if where else "the network")
+
+
+def title(kind: str) -> str:
+    """What people call a symptom.
+
+    Example:
+        >>> title("exploding_gradient"), title("stuck_loss")
+        ('exploding gradients', 'stuck loss')
+    """
+    return _TITLES.get(kind, kind.replace("_", " "))
+
+
+def remedies(kind: str, where: Sequence[str] = ()) -> tuple[str, ...]:
+    """What a person can do about a symptom, one thing each, the likeliest first.
+
+    Args:
+        kind: One of `core.incidents.KINDS`, or a symptom that only `report.analysis` finds.
+        where: Names of the parameters or modules at fault, the worst first.
+
+    Returns:
+        Sentences; where a kind has no list, its advice alone; none for a kind that is not known.
+
+    Example:
+        >>> remedies("stuck_loss")[0]
+        'Raise the learning rate.'
+    """
+    steps = _STEPS_TO_TAKE.get(kind)
+    if steps is None:
+        return tuple(filter(None, [advice(kind, where)]))
+    return tuple(step.format(where=where[0] if where else "the network") for step in steps)

@@ -1,0 +1,1 @@
+"""What a finished run's log says: outcome, symptoms, verdict."""

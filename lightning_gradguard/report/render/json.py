@@ -1,0 +1,66 @@
+"""A report for programs; `schema.json` says what its fields mean."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from lightning_gradguard import __version__
+from lightning_gradguard.core.remedies import title
+from lightning_gradguard.report.run_report import RunReport
+
+#: Raised whenever a field changes its meaning or goes; new ones may come without.
+SCHEMA_VERSION = 1
+
+
+def as_json(reports: Sequence[RunReport]) -> str:
+    """The report as strict JSON: numbers that are nonfinite are strings.
+
+    Args:
+        reports: On the runs.
+    """
+    content = {
+        "schema_version": SCHEMA_VERSION,
+        "lightning_gradguard": __version__,
+        "runs": [_run(report) for report in reports],
+    }
+    return json.dumps(_strict(content), indent=2, allow_nan=False)
+
+
+def _run(report: RunReport) -> dict[str, Any]:
+    run, verdict = report.run, report.verdict
+    symptoms = [{**dataclasses.asdict(s), "title": title(s.kind)} for s in verdict.symptoms]
+    return {
+        "name": run.name,
+        "path": str(run.path),
+        "status": verdict.status,
+        "headline": verdict.headline,
+        **dataclasses.asdict(verdict.outcome),
+        "loss_tag": run.loss_tag,
+        "largest_norm": report.largest_norm,
+        "largest_norm_at": report.largest_norm_at,
+        "largest_norm_of_all": run.log.largest_norm,
+        "worst_layer": report.worst_layer,
+        "symptoms": symptoms,
+        "timeline": [dataclasses.asdict(entry) for entry in report.timeline],
+        "incidents": dict(report.incidents),
+        "layers": [dataclasses.asdict(layer) for layer in report.layers],
+        "done": dataclasses.asdict(report.done),
+        "dossiers": [dataclasses.asdict(dossier) for dossier in run.dossiers],
+        "hparams": dict(run.hparams),
+        "notes": list(report.notes),
+    }
+
+
+def _strict(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _strict(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_strict(inner) for inner in value]
+    if isinstance(value, float):
+        # event files hold float32: seven digits are all there is
+        return float(f"{value:.7g}") if math.isfinite(value) else str(value)
+    return value

@@ -1,0 +1,67 @@
+"""Has a fused optimizer's kernel scale gradients, or skip its update."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_gradguard.runtime.optimizer_hooks import after_step
+
+
+class FusedStepOverride:
+    """Has the optimizer's own kernel scale gradients, or skip its update, in its next step alone.
+
+    It is what a GradScaler does to fused optimizers: no pass over the gradients, and nobody waits.
+
+    Args:
+        optimizer: One that `supports_fused_override`, about to step.
+        grad_scale: What gradients are divided by; shape `()`, float32.
+        found_inf: 1 if the update is to be skipped, bit for bit, else 0; shape `()`, float32.
+    """
+
+    def __init__(
+        self, optimizer: Optimizer, *, grad_scale: Tensor | None = None, found_inf: Tensor | None = None
+    ) -> None:
+        self._attributes = {
+            name: value
+            for name, value in (("grad_scale", grad_scale), ("found_inf", found_inf))
+            if value is not None
+        }
+        self._of = vars(optimizer)
+        self._of.update(self._attributes)
+        self._handle = after_step(optimizer, self._get_off)
+
+    def end(self) -> None:
+        """Leave the optimizer as it was, also if it did not step."""
+        self._get_off()
+        self._handle.remove()
+
+    def _get_off(self) -> None:
+        for name in self._attributes:
+            self._of.pop(name, None)
+
+
+def supports_fused_override(optimizer: Optimizer) -> bool:
+    """Whether the optimizer's kernel scales and skips by itself: fused Adam, AdamW, SGD and Adagrad do."""
+    supports = getattr(optimizer, "_step_supports_amp_scaling", False)
+    return bool(supports) and all(group.get("fused") for group in optimizer.param_groups)
+
+
+def skip_is_exact(optimizer: Optimizer, parameters: Iterable[Tensor]) -> bool:
+    """Whether a step that the optimizer's kernel skips changes nothing.
+
+    Not so where state is born, for it is left unwritten, and where others write to the weights as well: the
+    optimizer's own class, or hooks of it.
+
+    Args:
+        optimizer: One that `supports_fused_override`.
+        parameters: Those that it is about to step.
+    """
+    hooks = (getattr(hook, "__module__", "") for hook in optimizer._optimizer_step_post_hooks.values())
+    if not type(optimizer).__module__.startswith("torch.optim") or any(h != __name__ for h in hooks):
+        return False
+    stateless = all(group.get("momentum", 1) == 0 for group in optimizer.param_groups)
+    states = (optimizer.state.get(parameter) or {"": None} for parameter in parameters)
+    return stateless or all(value is not None for state in states for value in state.values())

@@ -1,0 +1,1 @@
+"""What happened: published, examined, replayed, written down."""

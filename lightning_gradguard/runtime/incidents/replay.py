@@ -1,0 +1,190 @@
+"""One batch through `training_step` again, while the Trainer stands by."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from lightning_gradguard.core.forensics import Origin, investigate
+from lightning_gradguard.core.snapshots import rng_state, set_rng_state
+from lightning_gradguard.runtime import lightning_api
+
+
+@dataclass(frozen=True)
+class SeenBatch:
+    """A batch as `training_step` got it.
+
+    Args:
+        batch: What the data loader gave, on the device.
+        batch_idx: Its place in the epoch.
+        rng: Random number generators just before, from `core.snapshots.rng_state`.
+        versions: How often each tensor of the batch had been written; empty if that is not known.
+    """
+
+    batch: Any
+    batch_idx: int
+    rng: dict[str, Any]
+    versions: tuple[int, ...] = ()
+
+    @classmethod
+    def of(cls, batch: Any, batch_idx: int) -> SeenBatch:
+        """A batch that `training_step` is about to get."""
+        return cls(batch, batch_idx, rng_state(), _versions(batch))
+
+    @property
+    def is_as_served(self) -> bool:
+        """Whether nobody has written to the batch since."""
+        return not self.versions or self.versions == _versions(self.batch)
+
+
+def _versions(batch: Any) -> tuple[int, ...]:
+    tensors = (leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor))
+    return tuple(tensor._version for tensor in tensors if not tensor.is_inference())
+
+
+def replay(
+    trainer: pl.Trainer, pl_module: pl.LightningModule, served: SeenBatch, out_of_range: dict[str, int]
+) -> Origin:
+    """Run a batch again, forward and backward, and say where its first nonfinite value came from.
+
+    Nothing is logged, no optimizer steps, and weights, gradients, buffers and random numbers are as before.
+
+    Args:
+        trainer: Its precision is used.
+        pl_module: The module in training.
+        served: The batch.
+        out_of_range: See `core.forensics.investigate`.
+
+    Returns:
+        The origin; `"unknown"`, with the reason, if the step could not be run.
+    """
+    if not served.is_as_served:
+        return Origin("unknown", detail="The step changes its batch in place: it could not be run again.")
+    scaler = lightning_api.gradient_scaler(trainer)
+    scale = scaler.get_scale() if scaler is not None else 1.0
+    parameters = [p for p in pl_module.parameters() if p.requires_grad]
+
+    def run() -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+        set_rng_state(served.rng)
+        with trainer.precision_plugin.train_step_context():
+            if pl_module.automatic_optimization:
+                loss = training_loss(pl_module, served.batch, served.batch_idx)
+                return [loss], _gradients(loss * scale, parameters)
+            with _by_hand(pl_module, scale) as seen:
+                _training_step(pl_module, served.batch, served.batch_idx)
+            losses, gradients = seen
+            return losses, [*gradients, *(p.grad for p in parameters if p.grad is not None)]
+
+    try:
+        with without_logging(pl_module), _gradients_aside(pl_module):
+            return investigate(pl_module, run, served.batch, out_of_range=out_of_range)
+    except Exception as error:
+        return Origin("unknown", detail=f"The batch could not be run again: {error!r}")
+
+
+@contextmanager
+def without_logging(pl_module: pl.LightningModule) -> Iterator[None]:
+    """Let `self.log` within `training_step` go nowhere."""
+    nowhere: Callable[..., None] = lambda *_, **__: None  # noqa: E731
+    with _instead(pl_module, log=nowhere, log_dict=nowhere):
+        yield
+
+
+def training_loss(pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> Tensor:
+    """The one loss that `training_step` returns for a batch, shape `()`.
+
+    Raises:
+        TypeError: If it returns something else.
+    """
+    output = _training_step(pl_module, batch, batch_idx)
+    loss = output.get("loss") if isinstance(output, dict) else output
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        raise TypeError(f"training_step returned {type(output).__name__}, and not one loss")
+    return loss.reshape(())
+
+
+def _training_step(pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> Any:
+    wants = inspect.signature(pl_module.training_step).parameters
+    return pl_module.training_step(batch, batch_idx) if len(wants) > 1 else pl_module.training_step(batch)
+
+
+def _gradients(loss: Tensor, parameters: Sequence[nn.Parameter], **options: Any) -> list[Tensor]:
+    # not `backward`, which would wake up the hooks of DistributedDataParallel
+    found = torch.autograd.grad(loss, parameters, allow_unused=True, **options)
+    return [gradient for gradient in found if gradient is not None]
+
+
+@contextmanager
+def _by_hand(pl_module: pl.LightningModule, scale: float) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
+    """Manual optimization in which losses are differentiated and nothing steps."""
+    losses: list[Tensor] = []
+    gradients: list[Tensor] = []
+
+    def manual_backward(loss: Tensor, *_: Any, **options: Any) -> None:
+        options = {k: v for k, v in options.items() if k in ("retain_graph", "create_graph")}
+        losses.append(loss)
+        trained = [p for p in pl_module.parameters() if p.requires_grad]
+        gradients.extend(_gradients(loss * scale, trained, **options))
+
+    def idle(found: Any) -> Any:
+        return [_Idle(one) for one in found] if isinstance(found, list) else _Idle(found)
+
+    optimizers, schedulers = pl_module.optimizers, pl_module.lr_schedulers
+    with _instead(
+        pl_module,
+        manual_backward=manual_backward,
+        optimizers=lambda *a, **k: idle(optimizers(*a, **k)),
+        lr_schedulers=lambda *a, **k: idle(schedulers(*a, **k)),
+        clip_gradients=lambda *_, **__: None,
+    ):
+        yield losses, gradients
+
+
+class _Idle:
+    """An optimizer or a scheduler that does not step."""
+
+    def __init__(self, wrapped: Any) -> None:
+        self._wrapped = wrapped
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._wrapped, name)
+
+    def step(self, closure: Callable[[], Any] | None = None, **_: Any) -> Any:
+        return closure() if closure is not None else None
+
+    def zero_grad(self, *_: Any, **__: Any) -> None:
+        """Nothing was accumulated."""
+
+
+@contextmanager
+def _gradients_aside(pl_module: nn.Module) -> Iterator[None]:
+    before = [(p, p.grad, p.requires_grad) for p in pl_module.parameters()]
+    for parameter, _, _ in before:
+        parameter.grad = None
+    try:
+        yield
+    finally:
+        for parameter, gradient, requires_grad in before:
+            parameter.grad = gradient
+            parameter.requires_grad_(requires_grad)
+
+
+@contextmanager
+def _instead(pl_module: nn.Module, **methods: Any) -> Iterator[None]:
+    own = pl_module.__dict__
+    before = {name: own[name] for name in methods if name in own}
+    own.update(methods)
+    try:
+        yield
+    finally:
+        for name in methods:
+            del own[name]
+        own.update(before)

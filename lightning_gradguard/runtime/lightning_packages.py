@@ -1,0 +1,47 @@
+"""Lightning comes in two packages of the same classes; which of them is the user's."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from types import ModuleType
+from typing import Any
+
+import pytorch_lightning as pl
+from pytorch_lightning.utilities.rank_zero import rank_zero_module  # type: ignore[attr-defined]
+
+
+def lightning_package_of(module_class: Any) -> ModuleType:
+    """The package whose Trainer a LightningModule needs: `lightning.pytorch`, or `pytorch_lightning`.
+
+    Args:
+        module_class: A class of the user's, or anything.
+    """
+    other = sys.modules.get("lightning.pytorch")
+    if other is None or not isinstance(module_class, type):
+        return pl
+    return other if issubclass(module_class, other.LightningModule) else pl
+
+
+def is_instance_by_name(thing: object, name: str) -> bool:
+    """Whether something is of a class of Lightning, of either package, or of one that inherits from it.
+
+    Args:
+        thing: A logger, a callback.
+        name: The name of the class, which both packages share.
+    """
+    return any(kind.__name__ == name for kind in type(thing).__mro__)
+
+
+def callback_base_class() -> type[pl.Callback]:
+    """The class for callbacks to inherit: that of both packages where both are loaded by now.
+
+    The command line of each package accepts only its own callbacks.
+    """
+    other = sys.modules.get("lightning.pytorch")
+    if other is None:
+        return pl.Callback
+    # the package that was loaded first is the user's, and so is what was said of the levels of its loggers
+    first = next(name for name in sys.modules if name in {"lightning.pytorch", "pytorch_lightning"})
+    rank_zero_module.log = logging.getLogger(f"{first}.utilities.rank_zero")
+    return type("Callback", (pl.Callback, other.Callback), {})

@@ -1,0 +1,1 @@
+"""One optimizer step as a transaction: measured, checked, committed or skipped."""

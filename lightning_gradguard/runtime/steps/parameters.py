@@ -1,0 +1,155 @@
+"""Which parameters a step measures, and what is known of them without a look at their values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cached_property
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_gradguard.core.norms import Buckets, FlatShard, is_sharded, share
+from lightning_gradguard.runtime import distributed
+
+CPU = torch.device("cpu")
+#: Gives parameters their names.
+Naming = Callable[[Sequence[nn.Parameter]], Mapping[nn.Parameter, str]]
+
+
+class Selection:
+    """Parameters that are measured together; what is found out about them is kept from step to step.
+
+    Args:
+        named: The parameters.
+        flat: Those that FSDP1 flattened and cut.
+        device: Where numbers about them go.
+    """
+
+    def __init__(
+        self,
+        named: Iterable[tuple[str, nn.Parameter]],
+        flat: Mapping[Tensor, FlatShard],
+        device: torch.device,
+    ) -> None:
+        named = tuple(named)
+        self.names = tuple(name for name, _ in named)
+        self.parameters = tuple(parameter for _, parameter in named)
+        self.device = self.parameters[0].device if self.parameters else device
+        shapes = [flat.get(parameter, parameter) for parameter in self.parameters]
+        self.is_matrix = [shape.ndim > 1 for shape in shapes]
+        self.is_sharded = is_sharded(self.parameters)
+        #: Whether ranks hold different parts of any of them.
+        self.is_cut = self.is_sharded or any(parameter in flat for parameter in self.parameters)
+        #: Whether any of them is of float64.
+        self.has_doubles = any(parameter.dtype == torch.float64 for parameter in self.parameters)
+        self._flat = flat
+        self._is_plain = not self.is_sharded and not any(p.is_complex() for p in self.parameters)
+
+    @cached_property
+    def matrices(self) -> Tensor:
+        """1 for those of two dimensions or more, 0 for others; shape `(n,)`, float64."""
+        return torch.tensor(self.is_matrix, dtype=torch.float64, device=self.device)
+
+    @cached_property
+    def shares(self) -> Tensor:
+        """What the sum over each local shard is multiplied by before ranks add up, shape `(n,)`, float64."""
+        ranks, flat = distributed.world_size(), self._flat
+        shares = [flat[p].pieces / ranks if p in flat else share(p, ranks) for p in self.parameters]
+        return torch.tensor(shares, dtype=torch.float64, device=self.device)
+
+    @cached_property
+    def zero(self) -> Tensor:
+        """A scalar on the device, float64."""
+        return torch.zeros((), dtype=torch.float64, device=self.device)
+
+    @cached_property
+    def one(self) -> Tensor:
+        """A scalar on the device, float64."""
+        return torch.ones((), dtype=torch.float64, device=self.device)
+
+    def gradients(self) -> tuple[Tensor, ...]:
+        """What to measure of each; nothing where the piece that this rank holds is empty."""
+        gradients = [parameter.grad for parameter in self.parameters]
+        return tuple(
+            p.detach().new_zeros(0) if gradient is None else gradient
+            for p, gradient in zip(self.parameters, gradients, strict=True)
+        )
+
+    def buckets(self, tensors: Sequence[Tensor]) -> Buckets | None:
+        """Those of the gradients, or of the weights; `None` if they have to be looked at one by one."""
+        is_plain = self._is_plain and {tensor.layout for tensor in tensors} <= {torch.strided}
+        return self._buckets if is_plain else None
+
+    @cached_property
+    def _buckets(self) -> Buckets:
+        return Buckets(self.gradients())
+
+
+class ParameterLayout:
+    """How parameters are spread over ranks, and which of them each optimizer trains.
+
+    Args:
+        flat: The parameters that FSDP1 flattened and cut.
+        device: Where numbers go if there is no parameter.
+    """
+
+    def __init__(self, flat: Mapping[Tensor, FlatShard], device: torch.device = CPU) -> None:
+        self._flat = flat
+        self._device = device
+        self._by_optimizer: WeakKeyDictionary[Optimizer, _OptimizerParameters] = WeakKeyDictionary()
+
+    def select(self, named: Iterable[tuple[str, nn.Parameter]]) -> Selection:
+        """Those of the parameters that have a gradient on any rank."""
+        parameters = dict(named)
+        names = {parameter: name for name, parameter in parameters.items()}
+        return _OptimizerParameters(list(names), names, self._flat, self._device).with_gradient()
+
+    def with_gradient(self, optimizer: Optimizer, naming: Naming) -> Selection:
+        """Those parameters of an optimizer that have a gradient on any rank.
+
+        Args:
+            optimizer: About to step.
+            naming: Is asked when the optimizer has come by other parameters.
+        """
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        parameters_of_optimizer = self._by_optimizer.get(optimizer)
+        if parameters_of_optimizer is None or not parameters_of_optimizer.is_of(parameters):
+            parameters_of_optimizer = _OptimizerParameters(
+                parameters, naming(parameters), self._flat, self._device
+            )
+            self._by_optimizer[optimizer] = parameters_of_optimizer
+        return parameters_of_optimizer.with_gradient()
+
+
+class _OptimizerParameters:
+    """The parameters of one optimizer, and the last selection among them."""
+
+    def __init__(
+        self,
+        parameters: Sequence[nn.Parameter],
+        names: Mapping[nn.Parameter, str],
+        flat: Mapping[Tensor, FlatShard],
+        device: torch.device,
+    ) -> None:
+        self._ids = list(map(id, parameters))
+        # an empty piece of a flattened parameter may be a part of one that is measured
+        self._parameters = [p for p in parameters if p.numel() > 0 or p in flat]
+        self._names = names
+        self._flat = flat
+        self._device = device
+        self._has_gradient: list[bool] = []
+        self._selection = Selection((), flat, device)
+
+    def is_of(self, parameters: Sequence[nn.Parameter]) -> bool:
+        return list(map(id, parameters)) == self._ids
+
+    def with_gradient(self) -> Selection:
+        flat, parameters = self._flat, self._parameters
+        has_gradient = [p.requires_grad and (p.grad is not None or p in flat) for p in parameters]
+        if has_gradient != self._has_gradient:
+            self._has_gradient = has_gradient
+            here = (p for p, has in zip(parameters, has_gradient, strict=True) if has)
+            self._selection = Selection(((self._names[p], p) for p in here), flat, self._device)
+        return self._selection
