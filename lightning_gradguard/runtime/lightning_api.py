@@ -173,6 +173,11 @@ def flat_shards(trainer: pl.Trainer) -> dict[Tensor, FlatShard]:
     return found
 
 
+def shards_parameters(trainer: pl.Trainer) -> bool:
+    """True if the strategy is FSDP1 or FSDP2."""
+    return flattens_parameters(trainer) or _is_strategy(trainer, "ModelParallelStrategy")
+
+
 def reshard_parameters(trainer: pl.Trainer) -> None:
     """Have sharded weights where the optimizer finds them, and nothing else.
 

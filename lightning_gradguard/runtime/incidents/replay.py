@@ -37,7 +37,7 @@ class SeenBatch:
     @classmethod
     def of(cls, batch: Any, batch_idx: int) -> SeenBatch:
         """A batch that `training_step` is about to get."""
-        return cls(batch, batch_idx, rng_state(), _versions(batch))
+        return cls(batch, batch_idx, versions=_versions(batch), rng=rng_state())
 
     @property
     def is_as_served(self) -> bool:

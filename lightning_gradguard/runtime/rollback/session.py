@@ -81,6 +81,7 @@ class RollbackSession:
         self._snapshots = snapshots
         self._investigation = investigation
         self._keeps_batches = keeps_batches
+        self._is_sharded = lightning_api.shards_parameters(trainer)
         self._side_effects = SideEffects(trainer, pl_module)
         snapshots.begin(trainer, self._side_effects)
         policy.is_adversarial = len(trainer.optimizers) > 1
@@ -115,7 +116,8 @@ class RollbackSession:
         """Saves what the forward passes of a step are about to change."""
         trainer = self._trainer
         epoch = trainer.current_epoch
-        lightning_api.reshard_parameters(trainer)
+        if self._is_sharded:
+            lightning_api.reshard_parameters(trainer)
         self._outcome = BatchOutcome()
         batch_in_epoch = batch_idx + self._batch_idx_offset.get(epoch, 0)
         self._reporter.batch_idx = batch_in_epoch
@@ -272,7 +274,8 @@ class RollbackSession:
         decision, anomaly = self._policy.on_good_step(
             measurement.optimizer_index, measurement.loss, measurement.total_norm, measurement.is_collapsed
         )
-        self._outcome.decide(decision)
+        if decision != "continue":
+            self._outcome.decide(decision)
         if anomaly and not self._trainer.interrupted:  # other ranks may be elsewhere then
             self._reporter.report_anomaly(anomaly, measurement.loss)
 

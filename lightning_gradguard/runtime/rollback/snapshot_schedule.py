@@ -20,6 +20,9 @@ class SnapshotSchedule:
         device: See `core.snapshots.Snapshot`.
         rng: True if random number generators are restored too.
         schedules: True if learning rate schedules are restored too.
+
+    Attributes:
+        is_empty: True if there is no qualified snapshot.
     """
 
     def __init__(self, keep: int, every_n_steps: int, device: str, *, rng: bool, schedules: bool) -> None:
@@ -27,6 +30,7 @@ class SnapshotSchedule:
         self._every_n_steps = every_n_steps
         self._rng = rng
         self._schedules = schedules
+        self.is_empty = True
 
     def begin(self, trainer: pl.Trainer, side_effects: SideEffects) -> None:
         """Discards snapshots of another fit."""
@@ -38,12 +42,8 @@ class SnapshotSchedule:
     def reset(self, trainer: pl.Trainer) -> None:
         """Discards all snapshots."""
         self._ring.clear()
+        self.is_empty = True
         self._n_trained = trainer_state.count_trained(trainer)
-
-    @property
-    def is_empty(self) -> bool:
-        """True if there is no qualified snapshot."""
-        return len(self._ring) == 0
 
     @property
     def restores_more_than_tensors(self) -> bool:
@@ -64,6 +64,7 @@ class SnapshotSchedule:
 
     def capture_first(self, trainer: pl.Trainer, state: TrainerState) -> None:
         """Takes the state that training starts from, ahead of the first step: qualified by definition."""
+        self.is_empty = False
         self._ring.capture(
             lambda s: trainer_state.capture(trainer, s, state, self._side_effects), qualified=True
         )

@@ -76,7 +76,7 @@ class ExactCheck:
         if not lightning_api.gradients_are_scaled(self._trainer, optimizer):
             # the scaler does not know of what was written to gradients after it had unscaled them
             drop_gradients(optimizer, unscales_itself=False)
-        lightning_api.pause_weight_averages(self._trainer)
+        self._side_effects.pause_averages()
 
 
 class DeferredCheck(ExactCheck):

@@ -138,7 +138,8 @@ def measure(selection: Selection, request: StepRequest) -> Measured:
 
 def _measure_whole(selection: Selection, request: StepRequest) -> Measured:
     """Every rank has all gradients, averaged: total norms are exchanged to detect ranks that disagree."""
-    head, pending = _head(request, selection), request.pending
+    world_size = distributed.world_size()
+    head, pending = _head(request, selection, world_size), request.pending
     tensors = selection.gradients()
     buckets = selection.buckets(tensors)
     tensor_norms = {
@@ -148,7 +149,7 @@ def _measure_whole(selection: Selection, request: StepRequest) -> Measured:
         tensor_norms = {p: values / request.loss_scale for p, values in tensor_norms.items()}
     total_norm = norms.total_norm_from_norms(tensor_norms[2.0])
     head.append(torch.dot(tensor_norms[2.0], selection.matrices))
-    if (world_size := distributed.world_size()) == 1:
+    if world_size == 1:
         packed = torch.stack([*head, total_norm])
     else:
         total_norms = total_norm.new_zeros(world_size)
@@ -172,7 +173,7 @@ def _measure_whole(selection: Selection, request: StepRequest) -> Measured:
 
 def _measure_shards(selection: Selection, request: StepRequest) -> Measured:
     """Ranks have different parts of the gradients: sums over local shards add up to those over all."""
-    head = _head(request, selection)
+    head = _head(request, selection, distributed.world_size())
     parameters, device, scale, shares = (
         selection.parameters,
         selection.device,
@@ -219,11 +220,11 @@ def norms_over_shards(selection: Selection, *lists: Sequence[Tensor]) -> Tensor:
     return norms.norms_from_power_sums(sums)
 
 
-def _head(request: StepRequest, selection: Selection) -> list[Tensor]:
+def _head(request: StepRequest, selection: Selection, world_size: int) -> list[Tensor]:
     """Sum of the finite losses, their number, that of others; flags. Scalars on the device, float64."""
     zero, one, losses = selection.zero, selection.one, request.losses
     head = [zero, zero, zero]
-    if len(losses) == 1 and distributed.world_size() == 1:
+    if len(losses) == 1 and world_size == 1:
         head = [losses[0].to(zero), one, zero]  # `PackedMeasurement.read` finds out if it is finite
     elif losses:
         loss = torch.stack(tuple(losses)).to(zero)

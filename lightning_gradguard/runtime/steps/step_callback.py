@@ -122,22 +122,27 @@ class StepCallback(lightning_api.Callback, Configured):
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Begins the fit: the strategy has sharded the parameters by now."""
-        self.suite.begin(self, trainer)
+        if self is self.suite.first:
+            self.suite.begin(trainer)
 
     @override
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
         """Keeps the loss for the step that it leads to."""
-        self.suite.observe_loss(self, trainer, loss)
+        if self is self.suite.first:
+            self.suite.observe_loss(trainer, loss)
 
     @override
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
         """Takes the callback's turn in the shared step."""
-        step = self.suite.enter(self, trainer, pl_module, optimizer)
-        if step is not None:
-            self.on_step(trainer, pl_module, step)
-            self.suite.leave(step)
+        suite = self.suite
+        if self is suite.first:
+            suite.open_step(trainer, pl_module, optimizer)
+        if suite.step is not None:
+            self.on_step(trainer, pl_module, suite.step)
+        if self is suite.last:
+            suite.close_step()
 
     @override
     def on_train_batch_end(
@@ -145,7 +150,8 @@ class StepCallback(lightning_api.Callback, Configured):
     ) -> None:
         """Acts after the step is closed; the last callback of the suite sends the metrics."""
         self.on_batch_end(trainer, pl_module, batch_idx)
-        self.suite.end_batch(self, trainer, pl_module)
+        if self is self.suite.last:
+            self.suite.end_batch(trainer, pl_module)
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -159,7 +165,7 @@ class StepCallback(lightning_api.Callback, Configured):
         """Restores the optimizers, also if the callback was rejected before it joined; call it last."""
         suite = suite_of(trainer)
         suite.end_overrides()
-        if suite.has(self):
+        if self is suite.last:
             self._end_run(trainer, suite)
 
     @override
@@ -167,10 +173,11 @@ class StepCallback(lightning_api.Callback, Configured):
         """Leaves the suite."""
         if stage == "fit":
             forget_suite(trainer)
-            self._end_run(trainer, self.suite)
+            if self is self.suite.last:
+                self._end_run(trainer, self.suite)
 
     def _end_run(self, trainer: pl.Trainer, suite: Suite) -> None:
-        totals = suite.end_run(self)
+        totals = suite.end_run()
         if totals is None or trainer.barebones or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         try:

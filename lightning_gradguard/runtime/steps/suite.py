@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from weakref import WeakKeyDictionary
 
@@ -17,7 +17,6 @@ from lightning_gradguard.core.parameter_names import parameter_names
 from lightning_gradguard.runtime import distributed, lightning_api
 from lightning_gradguard.runtime.fused_optimizer import FusedStepOverride
 from lightning_gradguard.runtime.logging.metrics import MetricBuffer
-from lightning_gradguard.runtime.steps.arrivals import Arrivals
 from lightning_gradguard.runtime.steps.measuring import PackedMeasurement, StepRequest, measure
 from lightning_gradguard.runtime.steps.parameters import ParameterLayout, Selection
 from lightning_gradguard.runtime.steps.step import Step, StepVerdict
@@ -44,17 +43,17 @@ class RunTotals:
     checks_steps: bool = False
 
 
-@dataclass
-class _OpenStep:
-    step: Step | None = None
-    arrivals: Arrivals = field(default_factory=Arrivals)
-
-
 class Suite:
     """What the callbacks of one Trainer share.
 
+    Lightning calls each hook in the order of `trainer.callbacks`, in which members joined: what is done once
+    for all of them, the first does on the way in and the last on the way out.
+
     Attributes:
         members: In the order in which they joined.
+        first: The member on which each hook is called first.
+        last: The member on which each hook is called last.
+        step: The open step; `None` outside of one, or without a gradient: then there is no number either.
         metrics: Metrics of the running batch, on their way to the loggers.
         totals: Of the run so far; `None` before its first step.
         has_stepped: True if an optimizer stepped in the running batch, and gradients did not only accumulate.
@@ -63,6 +62,9 @@ class Suite:
 
     def __init__(self) -> None:
         self.members: list[StepMember] = []
+        self.first: StepMember | None = None
+        self.last: StepMember | None = None
+        self.step: Step | None = None
         self.metrics = MetricBuffer()
         self.totals: RunTotals | None = None
         self.has_stepped = False
@@ -73,9 +75,8 @@ class Suite:
         self._wants_units = False
         self._norm_types: tuple[float, ...] = (2.0,)
         self._layout = ParameterLayout({})
+        self._index: dict[int, int] = {}
         self._losses: list[Tensor] = []
-        self._open: dict[int, _OpenStep] = {}
-        self._backward, self._batch_ends, self._run_ends = Arrivals(), Arrivals(), Arrivals()
         self._overrides: list[FusedStepOverride] = []
         self._deferred: tuple[PackedMeasurement, int] | None = None
         self._pending: list[PendingSums] = []
@@ -87,6 +88,7 @@ class Suite:
     def join(self, member: StepMember) -> None:
         """Adds a member; what it declares is measured from now on."""
         self.members.append(member)
+        self.first, self.last = self.members[0], member
         for hook, group in (
             ("check_step", self._checkers),
             ("step_flags", self._flagging),
@@ -96,60 +98,43 @@ class Suite:
                 group.append(member)
         self._wants_units |= member.wants_units
         self._norm_types = tuple(dict.fromkeys((*self._norm_types, *member.norm_types)))
-        for arrivals in (self._backward, self._batch_ends, self._run_ends):
-            arrivals.n_members = len(self.members)
 
-    def begin(self, member: StepMember, trainer: pl.Trainer) -> None:
-        """Reads, once a fit, how the strategy has sharded the parameters."""
-        if member is self.members[0]:
-            self._layout = ParameterLayout(
-                lightning_api.flat_shards(trainer), trainer.lightning_module.device
-            )
+    def begin(self, trainer: pl.Trainer) -> None:
+        """Reads what stays the same for a fit: how parameters are sharded, which optimizers there are."""
+        self._layout = ParameterLayout(lightning_api.flat_shards(trainer), trainer.lightning_module.device)
+        self._index = {id(optimizer): index for index, optimizer in enumerate(trainer.optimizers)}
 
     @property
     def has_one_checker(self) -> bool:
         """True if the verdict of one member is the verdict on a step."""
         return len(self._checkers) == 1
 
-    def observe_loss(self, member: StepMember, trainer: pl.Trainer, loss: Tensor) -> None:
-        """Keeps a loss for the step that it leads to, once for all members."""
-        if self._backward.begin(member):
-            self._losses.append(lightning_api.unscaled_loss(trainer, loss))
+    def observe_loss(self, trainer: pl.Trainer, loss: Tensor) -> None:
+        """Keeps a loss for the step that it leads to."""
+        self._losses.append(lightning_api.unscaled_loss(trainer, loss))
 
-    def enter(
-        self, member: StepMember, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
-    ) -> Step | None:
-        """Returns the open step of an optimizer, which the first member to arrive opens.
+    def open_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer) -> None:
+        """Measures and checks a step."""
+        step = lightning_api.batches_that_stepped(trainer)
+        self.is_logged = _is_due(step, trainer.log_every_n_steps)  # type: ignore[attr-defined]
+        if self.totals is None:
+            self.totals = RunTotals(step, step, checks_steps=bool(self._checkers))
+        self.totals.last_step = step
+        self.step = self._measure(trainer, pl_module, optimizer)
+        self.has_stepped |= self.step is not None
 
-        Returns:
-            The step, or `None` if there is no gradient: then there is no number either.
-        """
-        opened = self._open.get(id(optimizer))
-        if opened is None:
-            opened = self._open[id(optimizer)] = _OpenStep(arrivals=Arrivals(len(self.members)))
-        if opened.arrivals.begin(member):
-            self.is_logged = is_logging_step(trainer)
-            opened.step = self._measure(trainer, pl_module, optimizer)
-            self.has_stepped |= opened.step is not None
-        return opened.step
+    def close_step(self) -> None:
+        """Releases references to gradients."""
+        self.step = None
 
-    def leave(self, step: Step) -> None:
-        """Closes the step after the last member's turn, which releases references to gradients."""
-        if self._open[id(step.optimizer)].arrivals.is_complete:
-            del self._open[id(step.optimizer)]
+    def end_batch(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Sends the metrics of the batch."""
+        self.end_overrides()
+        self.has_stepped = False
+        self.metrics.send(trainer, pl_module)
 
-    def end_batch(self, member: StepMember, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Ends a member's part in the batch; after the last one, metrics are sent to the loggers."""
-        self._open.clear()
-        if self._batch_ends.end(member):
-            self.end_overrides()
-            self.has_stepped = False
-            self.metrics.send(trainer, pl_module)
-
-    def end_run(self, member: StepMember) -> RunTotals | None:
-        """Ends a member's part in the run; returns its totals after the last member of a run with steps."""
-        if not self._run_ends.end(member):
-            return None
+    def end_run(self) -> RunTotals | None:
+        """Returns the totals of the run, once; `None` if it had no step."""
         totals, self.totals = self.totals, None
         return totals
 
@@ -220,10 +205,6 @@ class Suite:
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> Step | None:
         losses, self._losses = self._losses, []
-        step = lightning_api.batches_that_stepped(trainer)
-        if self.totals is None:
-            self.totals = RunTotals(step, step, checks_steps=bool(self._checkers))
-        self.totals.last_step = step
         self.end_overrides()
         if self.resolve(trainer, pl_module) == "skip":
             return None
@@ -246,7 +227,7 @@ class Suite:
         measured = measure(selection, request)
         if measured.pending is not None:
             _deliver(pending, measured.pending)
-        index = next((i for i, o in enumerate(trainer.optimizers) if o is optimizer), 0)
+        index = self._index.get(id(optimizer), 0)
         repeats = lightning_api.calls_closure_repeatedly(optimizer)
         measurement: Measurement | None = None
         verdict: StepVerdict = "accept"
@@ -322,4 +303,8 @@ def forget_suite(trainer: pl.Trainer) -> None:
 def is_logging_step(trainer: pl.Trainer, every_n_steps: int | None = None) -> bool:
     """True if the running step is logged; `None` follows `trainer.log_every_n_steps`."""
     every = trainer.log_every_n_steps if every_n_steps is None else every_n_steps  # type: ignore[attr-defined]
-    return every > 0 and (lightning_api.batches_that_stepped(trainer) + 1) % every == 0
+    return _is_due(lightning_api.batches_that_stepped(trainer), every)
+
+
+def _is_due(step: int, every_n_steps: int) -> bool:
+    return every_n_steps > 0 and (step + 1) % every_n_steps == 0

@@ -12,9 +12,9 @@ from lightning_gradguard.runtime.incidents.replay import SeenBatch
 from lightning_gradguard.runtime.steps.step import Step
 from lightning_gradguard.runtime.steps.trainer_state import TrainerState
 
-#: `"open"`: batches accumulate. `"deferred"`: the step took place and is checked later. `"committed"`: it took
-#: place. `"skipped"`: it did not, or was undone. `"overflowed"`: the GradScaler skips it. `"discarded"`: its
-#: batches lead to no step.
+#: `"open"`: batches accumulate. `"deferred"`: the step took place and is checked later. `"committed"`: it
+#: took place. `"skipped"`: it did not, or was undone. `"overflowed"`: the GradScaler skips it. `"discarded"`:
+#: its batches lead to no step.
 TransactionState = Literal["open", "deferred", "committed", "skipped", "overflowed", "discarded"]
 
 
