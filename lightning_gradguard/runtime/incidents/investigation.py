@@ -122,7 +122,7 @@ class Investigation:
             try:
                 dossier = _dossier(trainer, pl_module, step, origin, seen, out_of_range, snapshot)
                 written = write_dossier(folder / "incidents", dossier, megabytes=self._megabytes)
-            except Exception as error:  # a full disk, or data of a kind never seen: training goes on
+            except Exception as error:  # a full disk, or data of an unknown kind: training continues
                 console.print_message(trainer, f"gradguard: no dossier was written: {error}")
             else:
                 path = str(written.relative_to(folder))
@@ -147,7 +147,7 @@ def _obstacle(trainer: pl.Trainer, pl_module: pl.LightningModule) -> str | None:
     if not lightning_api.allows_extra_pass(trainer):
         return f"The batch was not run again: {type(trainer.strategy).__name__} shards the network."
     if world_size() > 1 and any(isinstance(m, nn.SyncBatchNorm) for m in pl_module.modules()):
-        return "The batch was not run again: SyncBatchNorm would wait for the other ranks."
+        return "The batch was not run again: SyncBatchNorm synchronizes with the other ranks."
     return None
 
 

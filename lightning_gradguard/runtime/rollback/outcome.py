@@ -1,4 +1,4 @@
-"""What the steps of a batch, and of a whole run, resulted in."""
+"""Outcomes of the steps of a batch, and counts of a whole run."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def counts_by_tag(counts: Counts, policy: RecoveryPolicy) -> dict[str, float]:
 
 @dataclass
 class BatchOutcome:
-    """What the running batch resulted in so far."""
+    """The outcome of the running batch so far."""
 
     committed_step: int | None = None
     has_skipped: bool = False

@@ -19,7 +19,7 @@ from lightning_gradguard.runtime.steps.parameters import Selection
 
 @dataclass(frozen=True)
 class StepRequest:
-    """What the members of a suite want measured of one step.
+    """The measurements that the members of a suite request of one step.
 
     Args:
         losses: Losses of this rank since the step before, each of shape `()`.

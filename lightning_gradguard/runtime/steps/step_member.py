@@ -1,4 +1,4 @@
-"""What a suite knows of its members."""
+"""The interface between a suite and its members."""
 
 from __future__ import annotations
 

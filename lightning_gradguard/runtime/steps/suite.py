@@ -1,4 +1,4 @@
-"""What the callbacks of one Trainer share: one measurement and one verdict for each optimizer step."""
+"""One measurement and one verdict for each optimizer step, shared by the callbacks of one Trainer."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ PendingSums = tuple[Tensor, Callable[[Tensor], None]]
 
 @dataclass
 class RunTotals:
-    """What a suite knows of a run when it ends.
+    """Totals of a run, reported when it ends.
 
     Args:
         first_step: The first step, on the loggers' axis.
@@ -44,7 +44,7 @@ class RunTotals:
 
 
 class Suite:
-    """What the callbacks of one Trainer share.
+    """The state that the callbacks of one Trainer share.
 
     Lightning calls each hook in the order of `trainer.callbacks`, in which members joined: what is done once
     for all of them, the first does on the way in and the last on the way out.
@@ -100,7 +100,7 @@ class Suite:
         self._norm_types = tuple(dict.fromkeys((*self._norm_types, *member.norm_types)))
 
     def begin(self, trainer: pl.Trainer) -> None:
-        """Reads what stays the same for a fit: how parameters are sharded, which optimizers there are."""
+        """Reads the constants of a fit: the sharding of parameters, and the optimizers."""
         self._layout = ParameterLayout(lightning_api.flat_shards(trainer), trainer.lightning_module.device)
         self._index = {id(optimizer): index for index, optimizer in enumerate(trainer.optimizers)}
 
