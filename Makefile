@@ -55,7 +55,7 @@ docs: install
 	$(BIN)/python -m mkdocs build --strict
 
 guide: install
-	$(BIN)/python -m docs.guide_page
+	$(BIN)/python -m docs.generators.guide
 
 strategies: install
 	$(BIN)/python -m pytest -q tests/runtime/test_strategies.py --write-strategies
@@ -72,4 +72,4 @@ bench: $(BENCH_STAMP)
 	$(BIN)/python -m benchmarks.cost
 
 bench-gpu: $(BENCH_STAMP)
-	$(BIN)/python -m benchmarks.gpu
+	$(BIN)/python -m benchmarks.cost.gpu

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from benchmarks.demo_seeds import main
+from benchmarks.faults.demo_seeds import main
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -17,8 +17,8 @@ import torch
 import yaml
 
 import lightning_gradguard
-from docs import experiments, guide_page
-from docs.experiments import Run
+from docs.generators import experiments, guide
+from docs.generators.experiments import Run
 from lightning_gradguard.cli.lightning_cli import command_line, typed
 from lightning_gradguard.cli.main import main as command
 
@@ -200,14 +200,14 @@ def test_the_guide_has_what_its_program_writes(tmp_path: Path) -> None:
     """All experiments of the page, and no other, in its columns; the numbers take minutes."""
     page = PAGES["docs/guide.md"]
     tables = {}
-    for name, (runs, _, head, row) in guide_page.TABLES.items():
-        tables[name] = guide_page.table(head, (row(what, [run(2, 0)]) for what, run in runs.items()))
+    for name, (runs, _, head, row) in guide.TABLES.items():
+        tables[name] = guide.table(head, (row(what, [run(2, 0)]) for what, run in runs.items()))
 
     def form(text: str) -> list[tuple[str, int]]:
         rows = [line.split(" | ") for line in text.splitlines() if line.startswith("| ")]
         return [(cells[0], len(cells)) for cells in rows]
 
-    assert form(guide_page.written(page, tables)) == form(page)
+    assert form(guide.written(page, tables)) == form(page)
     assert "NaN" in page
 
 
@@ -215,7 +215,7 @@ def test_the_guide_draws(tmp_path: Path) -> None:
     """A run that died, one that lives, and a picture of both that is not empty."""
     dead = Run(losses=[4.6, 9.0, math.nan], series={"grad_norm/total": [1.0, 1e3, math.inf]})
     alive = Run(losses=[4.6, 4.0, 3.0], series={"grad_norm/total": [1.0, 1.0, 1.0]})
-    figure = guide_page.draw_characters({"a": dead, "b": alive}, {"a": "tab:red", "b": "tab:blue"})
+    figure = guide.draw_characters({"a": dead, "b": alive}, {"a": "tab:red", "b": "tab:blue"})
     figure.savefig(tmp_path / "picture.png")
     loss, norm = figure.axes
     assert [line.get_label() for line in loss.get_lines()] == ["a", "b"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.runtime.strategies_page import StrategiesPage
+from docs.generators.strategies import StrategiesPage
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from lightning_gradguard import AdaptiveGradientClipping, UnitwiseClipping, defa
 from lightning_gradguard.runtime.lightning_api import UNSUPPORTED
 from tests.runtime.cells import POLICIES, Cell, Seen, run
 from tests.runtime.launching import launch_on
-from tests.runtime.strategies_page import FEATURES, StrategiesPage
+from docs.generators.strategies import FEATURES, StrategiesPage
 from tests.tasks import Classifier, batches, fit
 
 #: By precision: what numbers may differ by, relative to the largest of their family, and weights, relative to

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from benchmarks.meter import Meter, fake_cuda
+from benchmarks.cost.meter import Meter, fake_cuda
 
 TENSORS = [torch.randn(1000) for _ in range(10)]
 BYTES = 40_000

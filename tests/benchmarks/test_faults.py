@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from benchmarks import faults, kills, rivals, scaling
-from benchmarks.fault_classes import FAULTS, TIMES
-from benchmarks.fault_injection import OF_DATA, flip, spoiled
-from benchmarks.fault_runs import Case, Outcome, play, quietly
-from benchmarks.fault_tasks import batches
-from benchmarks.report import write
+from benchmarks.faults.classes import FAULTS, TIMES
+from benchmarks.faults.injection import OF_DATA, flip, spoiled
+from benchmarks.faults.runs import Case, Outcome, play, quietly
+from benchmarks.faults.tasks import batches
+from docs.generators.reliability import write
 
 NAN = Case("NaN input", "steady", "MLP", "SGD", "32-true", "exact", seed=0)
 

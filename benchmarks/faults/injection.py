@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from benchmarks.fault_tasks import BUGS, CLASSES, Batch
+from benchmarks.faults.tasks import BUGS, CLASSES, Batch
 from lightning_gradguard.runtime.optimizer_hooks import ScaledLearningRate
 
 #: Faults of the data; all others are done to the state of a run.

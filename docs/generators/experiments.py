@@ -15,7 +15,7 @@ import torch
 from pytorch_lightning.loggers.logger import Logger
 from torch import nn
 
-from docs.networks import CharacterModel, DigitClassifier, pretrained
+from docs.generators.networks import CharacterModel, DigitClassifier, pretrained
 from examples.digits import Digits
 from lightning_gradguard import (
     AdaptiveGradientClipping,

@@ -1,6 +1,6 @@
 """The part of the fault campaign that needs two processes: faults on one rank, and what both ranks did.
 
-`python -m benchmarks.pairs OUTCOMES` starts the two processes; a hang ends them within a minute.
+`python -m benchmarks.faults.pairs OUTCOMES` starts the two processes; a hang ends them within a minute.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from benchmarks.fault_classes import FAULTS
-from benchmarks.fault_runs import CHECKS, HANG, Case, Outcome, play, quietly
-from benchmarks.fault_tasks import OPTIMIZERS
+from benchmarks.faults.classes import FAULTS
+from benchmarks.faults.runs import CHECKS, HANG, Case, Outcome, play, quietly
+from benchmarks.faults.tasks import OPTIMIZERS
 
 TIMES = ("first step", "warm-up", "steady", "accumulation", "last batch")
 MODELS = ("MLP", "RNN", "transformer")
@@ -66,7 +66,7 @@ def main(kept: Path) -> list[Outcome]:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "NODE_RANK": "0", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "benchmarks.pairs", str(kept), "--worker"]
+    command = [sys.executable, "-m", "benchmarks.faults.pairs", str(kept), "--worker"]
     processes = []
     with tempfile.TemporaryFile("w+") as errors:
         for rank in range(2):

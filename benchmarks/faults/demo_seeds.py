@@ -1,6 +1,6 @@
 """The demo over five seeds: bare, with a hand-tuned `gradient_clip_val=1.0`, and with the suite.
 
-Run it as `python -m benchmarks.demo_seeds`; it takes about two minutes on two cores.
+Run it as `python -m benchmarks.faults.demo_seeds`; it takes about two minutes on two cores.
 """
 
 import argparse

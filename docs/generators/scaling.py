@@ -1,118 +1,3 @@
-"""What the suite costs on many GPUs: lengths of its one vector, measured; times and memory, computed.
-
-`python -m benchmarks.scaling` writes docs/scaling.md.
-"""
-
-from __future__ import annotations
-
-import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
-from unittest import mock
-
-import torch
-import torch.distributed as dist
-from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import Shard, distribute_tensor
-from torch.testing._internal.distributed.fake_pg import FakeStore
-
-from lightning_gradguard.runtime.steps.measuring import Wanted, measure
-from lightning_gradguard.runtime.steps.parameters import ParameterLayout
-
-PAGE = Path(__file__).parents[1] / "docs" / "scaling.md"
-WORLD_SIZES = (8, 64, 1024)
-#: Assumed, not measured: GPUs of a node, and what NCCL is given to work with on H100 nodes.
-NODE = 8
-NVLINK = 450e9
-INFINIBAND = 50e9
-#: Seconds that a small all-reduce takes within a node, and that each doubling of nodes adds.
-WITHIN_NODE = 20e-6
-PER_DOUBLING = 10e-6
-#: Bytes of a parameter with its state in a snapshot: float32 weights, and two moments of Adam.
-SNAPSHOT_BYTES = 12
-#: `NaNRollback(keep_snapshots=2)`, and one that waits to prove itself.
-SNAPSHOTS = 3
-#: Of `NaNRollback(max_dossiers=10, max_dossier_megabytes=100)`.
-DOSSIERS, MEGABYTES = 10, 100
-
-
-def gpt(layers: int, width: int, vocabulary: int) -> list[tuple[int, ...]]:
-    """Shapes of GPT-2's parameters."""
-    block = [
-        (width,),
-        (width,),
-        (3 * width, width),
-        (3 * width,),
-        (width, width),
-        (width,),
-        (width,),
-        (width,),
-        (4 * width, width),
-        (4 * width,),
-        (width, 4 * width),
-        (width,),
-    ]
-    return [(vocabulary, width), (1024, width), *(block * layers), (width,), (width,)]
-
-
-def llama(layers: int, width: int, hidden: int, vocabulary: int) -> list[tuple[int, ...]]:
-    """Shapes of Llama's parameters."""
-    block = [(width, width)] * 4 + [(hidden, width)] * 2 + [(width, hidden), (width,), (width,)]
-    return [(vocabulary, width), *(block * layers), (width,), (vocabulary, width)]
-
-
-MODELS = {"GPT-2, 124M": gpt(12, 768, 50257), "Llama, 6.7B": llama(32, 4096, 11008, 32000)}
-VARIANTS = {
-    "default": Wanted((2.0,), weights=False, units=False, loss_scale=1.0),
-    "a logged step": Wanted((2.0,), weights=True, units=False, loss_scale=1.0),
-    "`UnitwiseClipping`": Wanted((2.0,), weights=False, units=True, loss_scale=1.0),
-    "`norm_type=inf`": Wanted((2.0, math.inf), weights=False, units=False, loss_scale=1.0),
-}
-
-
-@contextmanager
-def group(world_size: int) -> Iterator[None]:
-    """A process group that exists in name only."""
-    dist.init_process_group("fake", rank=0, world_size=world_size, store=FakeStore())
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
-
-
-def lengths(shapes: Sequence[tuple[int, ...]], wanted: Wanted, *, sharded: bool) -> list[int]:
-    """Bytes that each collective of one step receives on a rank, as the suite calls them."""
-    seen: list[int] = []
-
-    def all_reduce(vector: Tensor, **_: Any) -> None:
-        seen.append(vector.numel() * vector.element_size())
-
-    def all_gather(rows: list[Tensor], vector: Tensor) -> None:
-        seen.append(len(rows) * vector.numel() * vector.element_size())
-
-    selection = ParameterLayout({}).select(
-        (str(i), parameter(s, sharded=sharded)) for i, s in enumerate(shapes)
-    )
-    carried = torch.zeros(len(shapes), dtype=torch.float64) if wanted.weights and sharded else None
-    with mock.patch.multiple(dist, all_reduce=all_reduce, all_gather=all_gather):
-        measure(selection, [torch.zeros(())], (None, None, False), wanted=wanted, carried=carried)
-    return seen
-
-
-def parameter(shape: tuple[int, ...], *, sharded: bool) -> nn.Parameter:
-    """One of the same number of rows; how many columns there are plays no part in the vector."""
-    tensor = torch.ones(shape[:1] + (1,) * (len(shape) - 1))
-    if sharded:
-        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-        tensor = distribute_tensor(tensor, mesh, [Shard(0)], src_data_rank=None)
-    result = nn.Parameter(tensor)
-    result.grad = torch.ones_like(tensor)
-    return result
-
-
 def seconds(size: int, world_size: int) -> float:
     """An all-reduce of so many bytes, by the assumptions above."""
     nodes = world_size // NODE
@@ -170,7 +55,7 @@ def page() -> str:
     gradients = 2 * sum(math.prod(shape) for shape in MODELS["Llama, 6.7B"])
     return f"""# What the suite costs on many GPUs
 
-Written by `python -m benchmarks.scaling`. The lengths of the vector are measured: the suite's own code packs
+Written by `python -m benchmarks.cost.scaling`. The lengths of the vector are measured: the suite's own code packs
 it, in a process group that exists in name only, from parameters with the rows of the two models. That there
 is one collective a step is counted by `tests/runtime/test_strategies.py`. Times are computed, from bandwidths
 and latencies that are **assumed**: {NVLINK / 1e9:.0f} GB/s within a node of {NODE} GPUs,
@@ -226,5 +111,3 @@ has not proven itself yet. Under FSDP2 each rank keeps its own shards, under DDP
 """
 
 
-if __name__ == "__main__":
-    PAGE.write_text(page(), encoding="utf-8")

@@ -15,10 +15,10 @@ import torch
 from pytorch_lightning.callbacks import EarlyStopping
 from pytorch_lightning.callbacks.spike import SpikeDetection
 
-from benchmarks.fault_classes import FAULTS, FaultClass
-from benchmarks.fault_injection import Fault
-from benchmarks.fault_runs import Case, epochs_of, fit, held_out, reference, state
-from benchmarks.fault_tasks import MODELS
+from benchmarks.faults.classes import FAULTS, FaultClass
+from benchmarks.faults.injection import Fault
+from benchmarks.faults.runs import Case, epochs_of, fit, held_out, reference, state
+from benchmarks.faults.tasks import MODELS
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Writes the numbers of the guide's experiments into its page, and draws its pictures.
 
-`python -m docs.guide_page`, about five minutes on two cores.
+`python -m docs.generators.guide`, about five minutes on two cores.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from docs.experiments import ERRATIC, HUGE_WEIGHTS, THROUGH_TIME, VANISHING, Experiments, Run
+from docs.generators.experiments import ERRATIC, HUGE_WEIGHTS, THROUGH_TIME, VANISHING, Experiments, Run
 
 PAGE = Path(__file__).parent / "guide.md"
 IMAGES = Path(__file__).parent / "images"

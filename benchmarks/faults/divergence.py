@@ -2,7 +2,7 @@
 
 Twelve layers of ReLU with He initialization, SGD with momentum 0.9, 300 steps, five rates, three seeds.
 A run is rescued if it tells held-out samples of four classes apart with an accuracy of 0.9.
-`python -m benchmarks.rescue` takes about a minute.
+`python -m benchmarks.faults.divergence` takes about a minute.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from benchmarks.fault_runs import QUIET, quietly
+from benchmarks.faults.runs import quietly
+from benchmarks.quiet_trainer import QUIET
 from lightning_gradguard import TrainingDivergedError, default_callbacks
 
 RATES = (0.03, 0.1, 0.3, 1.0, 3.0)

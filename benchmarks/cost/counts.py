@@ -8,10 +8,10 @@ from typing import Literal
 
 import torch
 
-from benchmarks.interleaved import fits
-from benchmarks.meter import Meter
-from benchmarks.networks import ELEMENTS, Counted
-from benchmarks.peers import BARE, LOG_EVERY, VARIANTS
+from benchmarks.cost.interleaved import fits
+from benchmarks.cost.meter import Meter
+from benchmarks.cost.networks import ELEMENTS, Counted
+from benchmarks.cost.peers import BARE, LOG_EVERY, VARIANTS
 
 TENSORS = (2, 20, 200, 2000)
 #: Steps by the time of which everything has warmed up, and nothing is due but logging.

@@ -11,9 +11,9 @@ from statistics import median
 
 import torch
 
-from benchmarks.fault_classes import FAULTS, TIMES
-from benchmarks.fault_runs import Outcome
-from benchmarks.rivals import Answer
+from benchmarks.faults.classes import FAULTS, TIMES
+from benchmarks.faults.runs import Outcome
+from benchmarks.faults.baselines import Answer
 
 HEAD = """# Reliability
 
@@ -30,7 +30,7 @@ that of the table. *Lost* are batches that left nothing in the weights; *recover
 batches the loss was within half of what it had been before.
 
 The suite runs without `LearningRateBackoff` here, whose point is to change what follows, and with
-`restore_rng=True, rewind_schedulers=True`; see `benchmarks/fault_runs.py`.
+`restore_rng=True, rewind_schedulers=True`; see `benchmarks/faults/runs.py`.
 """
 
 

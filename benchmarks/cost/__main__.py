@@ -1,7 +1,7 @@
-"""What the suite costs, beside what others cost: everything that can be counted or timed on a CPU.
+"""Measures the cost of the suite beside that of its peers: all that can be counted or timed on a CPU.
 
-`python -m benchmarks.cost` takes a quarter of an hour on two idle cores and writes docs/performance.md. Less
-than all of it (`--parts`, `--networks`, `--rounds`) is printed instead.
+`python -m benchmarks.cost` takes a quarter of an hour on two idle cores and writes docs/performance.md. A part
+of it (`--parts`, `--networks`, `--rounds`) is printed instead. `--gpu` times steps on a CUDA device.
 """
 
 from __future__ import annotations
@@ -12,14 +12,13 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import ParamSpec, TypeVar
 
-from benchmarks import cost_page, counts, memory, timings
-from benchmarks.networks import LARGE, NETWORKS
-from benchmarks.peers import BARE, DEFERRED, EXACT, PEERS
+from benchmarks.cost import counts, gpu, memory, timings
+from benchmarks.cost.networks import LARGE, NETWORKS
+from benchmarks.cost.peers import BARE, DEFERRED, EXACT, PEERS
+from docs.generators import performance
 
-PAGE = Path(__file__).parents[1] / "docs" / "performance.md"
 PARTS = ("counts", "steps", "hooks", "snapshots", "memory", "long run")
 #: Rounds that count. Of five steps four are hot.
 ROUNDS = {"GPT": 25, "ResNet-34": 30, "2,000 small tensors": 25, "BoringModel": 30}
@@ -32,7 +31,7 @@ Found = TypeVar("Found")
 
 
 def apart(function: Callable[P, Found], *args: P.args, **kwargs: P.kwargs) -> Found:
-    """Call a function in a fresh process, whose memory and global switches are its own."""
+    """Calls a function in a fresh process, with memory and global switches of its own."""
     start = time.perf_counter()
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         found = pool.apply(function, args, kwargs)
@@ -41,14 +40,14 @@ def apart(function: Callable[P, Found], *args: P.args, **kwargs: P.kwargs) -> Fo
 
 
 def main(parts: Sequence[str], networks: Sequence[str], rounds: int | None) -> str:
-    """Measure what was asked for; returns the page.
+    """Measures the requested parts; returns the page.
 
     Args:
         parts: Some of `PARTS`.
         networks: Some of `NETWORKS`.
         rounds: Of each part that is timed; those above if `None`.
     """
-    found = cost_page.Found(load=os.getloadavg()[0])
+    found = performance.Found(load=os.getloadavg()[0])
     large = [name for name in LARGE if name in networks]
     if "counts" in parts:
         ours = (EXACT, DEFERRED)
@@ -69,17 +68,21 @@ def main(parts: Sequence[str], networks: Sequence[str], rounds: int | None) -> s
     if "long run" in parts:
         for variant in (BARE, EXACT):
             found.long_runs[variant] = apart(memory.long_run, variant, STEPS)
-    return cost_page.page(found)
+    return performance.page(found)
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.cost", description=__doc__)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
     parser.add_argument("--rounds", type=int)
+    parser.add_argument("--gpu", nargs="*", choices=gpu.NETWORKS, help="networks to time on a GPU, by default all")
     options = parser.parse_args()
-    text = main(**vars(options))
+    if options.gpu is not None:
+        gpu.main(options.gpu or list(gpu.NETWORKS), options.rounds or gpu.ROUNDS)
+        sys.exit()
+    text = main(options.parts, options.networks, options.rounds)
     if options == parser.parse_args([]):
-        PAGE.write_text(text, encoding="utf-8")
+        performance.PAGE.write_text(text, encoding="utf-8")
     else:
         print(text)

@@ -14,10 +14,10 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from benchmarks import kills, pairs, quiet, report, rescue, rivals
-from benchmarks.fault_classes import FAULTS, TIMES
-from benchmarks.fault_runs import CHECKS, Case, Outcome, play, quietly
-from benchmarks.fault_tasks import MODELS, OPTIMIZERS
-from benchmarks.rivals import Answer
+from benchmarks.faults.classes import FAULTS, TIMES
+from benchmarks.faults.runs import CHECKS, Case, Outcome, play, quietly
+from benchmarks.faults.tasks import MODELS, OPTIMIZERS
+from benchmarks.faults.baselines import Answer
 
 #: In what numbers precisions occur: float32 as often as the others together.
 PRECISIONS = ("32-true", "bf16-mixed", "32-true", "16-mixed")

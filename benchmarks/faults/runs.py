@@ -27,9 +27,9 @@ from pytorch_lightning.plugins.precision import MixedPrecision
 from pytorch_lightning.strategies import DDPStrategy
 from torch import Tensor
 
-from benchmarks.fault_classes import FAULTS
-from benchmarks.fault_injection import OF_DATA, OF_STATE, Fault, spoiled
-from benchmarks.fault_tasks import MODELS, Batch, Task, batches
+from benchmarks.faults.classes import FAULTS
+from benchmarks.faults.injection import OF_DATA, OF_STATE, Fault, spoiled
+from benchmarks.faults.tasks import MODELS, Batch, Task, batches
 from lightning_gradguard import NaNRollback, default_callbacks
 from lightning_gradguard.runtime.lightning_api import unscaled_loss
 
@@ -37,14 +37,6 @@ EPOCHS = 2
 BATCHES = 60
 #: After so long without an answer from another rank, a run counts as hanging.
 HANG = timedelta(seconds=60)
-#: Arguments of a Trainer on the CPU that prints nothing and keeps nothing.
-QUIET: dict[str, Any] = {
-    "accelerator": "cpu",
-    "logger": False,
-    "enable_checkpointing": False,
-    "enable_progress_bar": False,
-    "enable_model_summary": False,
-}
 #: What `NaNRollback(check=...)` can be.
 CHECKS = ("exact", "deferred")
 

@@ -1,6 +1,6 @@
 """Clean runs, with noisy data and a warm-up of the learning rate: every word of the suite is a false alarm.
 
-Five models, four seeds each, 2,000 steps, all five callbacks. `python -m benchmarks.quiet` takes ten minutes.
+Five models, four seeds each, 2,000 steps, all five callbacks. `python -m benchmarks.faults.false_alarms` takes ten minutes.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ import pytorch_lightning as pl
 import torch
 from torch.utils.data import DataLoader
 
-from benchmarks.fault_runs import QUIET, quietly, records
-from benchmarks.fault_tasks import CLASSES, MODELS, OPTIMIZERS, SIZE, Batch, batches
+from benchmarks.faults.runs import quietly, records
+from benchmarks.quiet_trainer import QUIET
+from benchmarks.faults.tasks import CLASSES, MODELS, OPTIMIZERS, SIZE, Batch, batches
 from lightning_gradguard import default_callbacks
 
 STEPS = 2000

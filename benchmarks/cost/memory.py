@@ -10,9 +10,9 @@ from statistics import median
 
 import torch
 
-from benchmarks.interleaved import fits
-from benchmarks.networks import GPT, Boring
-from benchmarks.peers import VARIANTS
+from benchmarks.cost.interleaved import fits
+from benchmarks.cost.networks import GPT, Boring
+from benchmarks.cost.peers import VARIANTS
 
 #: Steps of the long run between two looks at it.
 LOOK_EVERY = 1000

@@ -8,9 +8,9 @@ from statistics import median, quantiles
 
 import torch
 
-from benchmarks.interleaved import Seconds, fits, is_hot, time_in_turn
-from benchmarks.networks import LARGE, NETWORKS, Prepared, Tensors
-from benchmarks.peers import BARE, VARIANTS, DeepCopy, Variant, suite
+from benchmarks.cost.interleaved import Seconds, fits, is_hot, time_in_turn
+from benchmarks.cost.networks import LARGE, NETWORKS, Prepared, Tensors
+from benchmarks.cost.peers import BARE, VARIANTS, DeepCopy, Variant, suite
 
 #: Rounds ahead of those that count: memory is first touched, optimizers get their state, ZClip warms up.
 WARM_UP = 5

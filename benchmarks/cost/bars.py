@@ -6,12 +6,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from benchmarks import timings
-from benchmarks.counts import Count
-from benchmarks.memory import Look
-from benchmarks.networks import ELEMENTS, LARGE
-from benchmarks.peers import BARE, CLIP, DEFERRED, EXACT, PEERS, VARIANTS
-from benchmarks.timings import DEEPCOPY, KEPT, NEVER, Spread, Timed
+from benchmarks.cost import timings
+from benchmarks.cost.counts import Count
+from benchmarks.cost.memory import Look
+from benchmarks.cost.networks import ELEMENTS, LARGE
+from benchmarks.cost.peers import BARE, CLIP, DEFERRED, EXACT, PEERS, VARIANTS
+from benchmarks.cost.timings import DEEPCOPY, KEPT, NEVER, Spread, Timed
 
 #: Operations that five callbacks may add to a hot step.
 OPS = 64

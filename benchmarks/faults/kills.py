@@ -1,6 +1,6 @@
 """Kill -9 at random moments of a guarded run, then a resume: no file is torn, every resume works.
 
-`python -m benchmarks.kills` takes about five minutes; `--kills` says how many.
+`python -m benchmarks.faults.kills` takes about five minutes; `--kills` says how many.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ import torch
 from pytorch_lightning.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader
 
-from benchmarks.fault_injection import spoiled
-from benchmarks.fault_runs import quietly
-from benchmarks.fault_tasks import MLP, batches
+from benchmarks.faults.injection import spoiled
+from benchmarks.faults.runs import quietly
+from benchmarks.faults.tasks import MLP, batches
 from lightning_gradguard import default_callbacks
 from lightning_gradguard.runtime.incidents.dossier import read_dossier
 

@@ -1,28 +1,27 @@
-"""What the suite adds to a hot step on a GPU: blocks of steps between CUDA events, beside the least possible.
+"""Times what the suite adds to a hot step on a GPU: blocks of steps between CUDA events, beside a lower bound.
 
-`python -m benchmarks.gpu` prints a table. The larger network takes some 50 GB of GPU memory, as every variant
-has weights and optimizer state of its own.
+The larger network takes some 50 GB of GPU memory, as every variant has weights and optimizer state of its own.
 """
 
 from __future__ import annotations
 
-import argparse
 import random
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
 import pytorch_lightning as pl
 import torch
 
-from benchmarks.interleaved import Fit, fits
-from benchmarks.networks import GPT, Many
-from benchmarks.peers import AGAIN, BARE, CLIP, DEFERRED, EXACT, VARIANTS, Variant, suite
-from benchmarks.timings import Spread
+from benchmarks.cost.interleaved import Fit, fits
+from benchmarks.cost.networks import GPT, Many
+from benchmarks.cost.peers import AGAIN, BARE, CLIP, DEFERRED, EXACT, VARIANTS, Variant, suite
+from benchmarks.cost.timings import Spread
 
 #: Steps between two events: the host may run ahead within them, as it does in training.
 BLOCK = 10
+ROUNDS = 20
 NEVER = 10**6
 SNAPSHOTS = f"suite, a snapshot every {BLOCK} steps"
 #: No step is logged, and none but those of the last variant takes a snapshot.
@@ -119,13 +118,10 @@ def table(network: str, rounds: int) -> str:
     return "\n".join(lines) + "\n"
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
-    parser.add_argument("--rounds", type=int, default=20)
-    options = parser.parse_args()
+def main(networks: Sequence[str], rounds: int) -> None:
+    """Prints a table for each network."""
     if not torch.cuda.is_available():
         sys.exit("This benchmark needs a CUDA device, and torch sees none.")
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, bf16-mixed, fused AdamW\n")
-    for one in options.networks:
-        print(table(one, options.rounds), flush=True)
+    for network in networks:
+        print(table(network, rounds), flush=True)

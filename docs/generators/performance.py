@@ -9,14 +9,14 @@ from importlib.metadata import version
 
 import torch
 
-from benchmarks import bars, timings
-from benchmarks.bars import Bar
-from benchmarks.counts import TENSORS, Count, Kind
-from benchmarks.interleaved import SNAPSHOT_EVERY, is_hot, is_logged
-from benchmarks.memory import LOOK_EVERY, Look
-from benchmarks.networks import ELEMENTS, LARGE
-from benchmarks.peers import BARE, EXACT, LOG_EVERY, VARIANTS
-from benchmarks.timings import DEEPCOPY, KEPT, NEVER, WARM_UP, Spread, Timed
+from benchmarks.cost import bars, timings
+from benchmarks.cost.bars import Bar
+from benchmarks.cost.counts import TENSORS, Count, Kind
+from benchmarks.cost.interleaved import SNAPSHOT_EVERY, is_hot, is_logged
+from benchmarks.cost.memory import LOOK_EVERY, Look
+from benchmarks.cost.networks import ELEMENTS, LARGE
+from benchmarks.cost.peers import BARE, EXACT, LOG_EVERY, VARIANTS
+from benchmarks.cost.timings import DEEPCOPY, KEPT, NEVER, WARM_UP, Spread, Timed
 from lightning_gradguard.core.norms import CHUNK
 
 HEAD = """# What the suite costs

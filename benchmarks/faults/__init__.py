@@ -1,0 +1,1 @@
+"""Measures what the suite protects from: faults are injected into training runs, and their outcomes compared."""
