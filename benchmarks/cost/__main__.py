@@ -1,7 +1,7 @@
 """Measures the cost of the suite beside that of its peers: all that can be counted or timed on a CPU.
 
-`python -m benchmarks.cost` takes a quarter of an hour on two idle cores and writes docs/performance.md. A part
-of it (`--parts`, `--networks`, `--rounds`) is printed instead. `--gpu` times steps on a CUDA device.
+`python -m benchmarks.cost` takes a quarter of an hour on two idle cores and writes docs/performance.md. Less
+than all of it (`--parts`, `--networks`, `--rounds`) is printed. `--gpu` times steps on a CUDA device instead.
 """
 
 from __future__ import annotations
@@ -76,7 +76,9 @@ if __name__ == "__main__":
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
     parser.add_argument("--rounds", type=int)
-    parser.add_argument("--gpu", nargs="*", choices=gpu.NETWORKS, help="networks to time on a GPU, by default all")
+    parser.add_argument(
+        "--gpu", nargs="*", choices=gpu.NETWORKS, help="time these networks, or all, on a GPU"
+    )
     options = parser.parse_args()
     if options.gpu is not None:
         gpu.main(options.gpu or list(gpu.NETWORKS), options.rounds or gpu.ROUNDS)

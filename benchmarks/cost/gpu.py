@@ -1,6 +1,6 @@
-"""Times what the suite adds to a hot step on a GPU: blocks of steps between CUDA events, beside a lower bound.
+"""Times what the suite adds to a hot step on a GPU, by CUDA events around blocks of steps.
 
-The larger network takes some 50 GB of GPU memory, as every variant has weights and optimizer state of its own.
+The larger network takes some 50 GB of GPU memory: every variant has weights and optimizer state of its own.
 """
 
 from __future__ import annotations

@@ -16,8 +16,8 @@ from typing import Any
 import pytorch_lightning as pl
 from greenlet import getcurrent, greenlet
 
-from benchmarks.quiet_trainer import QUIET
 from benchmarks.cost.peers import LOG_EVERY, Variant
+from benchmarks.quiet_trainer import QUIET
 
 #: Batches that an epoch says it has: no step is the last.
 ENDLESS = 10**6

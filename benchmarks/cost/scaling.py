@@ -1,14 +1,10 @@
-"""What the suite costs on many GPUs: lengths of its one vector, measured; times and memory, computed.
-
-`python -m benchmarks.cost.scaling` writes docs/scaling.md.
-"""
+"""Measures the bytes that the suite's one collective receives, in process groups of any size."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -21,22 +17,6 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from lightning_gradguard.runtime.steps.measuring import Wanted, measure
 from lightning_gradguard.runtime.steps.parameters import ParameterLayout
-
-PAGE = Path(__file__).parents[1] / "docs" / "scaling.md"
-WORLD_SIZES = (8, 64, 1024)
-#: Assumed, not measured: GPUs of a node, and what NCCL is given to work with on H100 nodes.
-NODE = 8
-NVLINK = 450e9
-INFINIBAND = 50e9
-#: Seconds that a small all-reduce takes within a node, and that each doubling of nodes adds.
-WITHIN_NODE = 20e-6
-PER_DOUBLING = 10e-6
-#: Bytes of a parameter with its state in a snapshot: float32 weights, and two moments of Adam.
-SNAPSHOT_BYTES = 12
-#: `NaNRollback(keep_snapshots=2)`, and one that waits to prove itself.
-SNAPSHOTS = 3
-#: Of `NaNRollback(max_dossiers=10, max_dossier_megabytes=100)`.
-DOSSIERS, MEGABYTES = 10, 100
 
 
 def gpt(layers: int, width: int, vocabulary: int) -> list[tuple[int, ...]]:
@@ -111,5 +91,3 @@ def parameter(shape: tuple[int, ...], *, sharded: bool) -> nn.Parameter:
     result = nn.Parameter(tensor)
     result.grad = torch.ones_like(tensor)
     return result
-
-

@@ -1,1 +1,1 @@
-"""Measures what the suite protects from: faults are injected into training runs, and their outcomes compared."""
+"""Measures what becomes of training runs into which faults are injected."""

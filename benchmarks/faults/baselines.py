@@ -22,7 +22,7 @@ from benchmarks.faults.tasks import MODELS
 
 
 @dataclass(frozen=True)
-class Rival:
+class Baseline:
     """A way to meet faults.
 
     Args:
@@ -43,18 +43,18 @@ def _early_stopping() -> list[pl.Callback]:
 
 
 #: By name; each as its users use it.
-RIVALS = {
-    "Lightning alone": Rival(),
-    "`gradient_clip_val=1`": Rival(arguments=(("gradient_clip_val", 1.0),), on_gan=False),
-    "`EarlyStopping(check_finite=True)`": Rival(_early_stopping, on_gan=False),
-    "`SpikeDetection`": Rival(lambda: [SpikeDetection()], on_gan=False),
-    "`detect_anomaly`": Rival(arguments=(("detect_anomaly", True),)),
+BASELINES = {
+    "Lightning alone": Baseline(),
+    "`gradient_clip_val=1`": Baseline(arguments=(("gradient_clip_val", 1.0),), on_gan=False),
+    "`EarlyStopping(check_finite=True)`": Baseline(_early_stopping, on_gan=False),
+    "`SpikeDetection`": Baseline(lambda: [SpikeDetection()], on_gan=False),
+    "`detect_anomaly`": Baseline(arguments=(("detect_anomaly", True),)),
 }
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What a rival made of a fault.
+    """What a baseline made of a fault.
 
     Args:
         survived: As `Outcome.survived`.
@@ -68,8 +68,8 @@ class Answer:
 
 
 def answer(name: str, case: Case) -> Answer:
-    """Run a case with a rival in the suite's place."""
-    rival = RIVALS[name]
+    """Run a case with a baseline in the suite's place."""
+    baseline = BASELINES[name]
     start = time.perf_counter()
     untrained, best = reference(replace(case, kind="", check="exact"), 0)
     score, sane, stopped = math.nan, False, False
@@ -80,8 +80,8 @@ def answer(name: str, case: Case) -> Answer:
                 case,
                 epochs_of(case, 0),
                 Path(folder),
-                lambda: [fault, *rival.callbacks()],
-                **dict(rival.arguments),
+                lambda: [fault, *baseline.callbacks()],
+                **dict(baseline.arguments),
             )
         except Exception:
             stopped = True
@@ -99,5 +99,5 @@ def cases(name: str) -> list[Case]:
         Case(kind, "steady", model, "SGD", fault.precision or "32-true", "exact", seed=0)
         for kind, fault in {"": FaultClass("nothing", ""), **FAULTS}.items()
         for model in MODELS
-        if fault.survivable and fault.model in ("", model) and (RIVALS[name].on_gan or model != "GAN")
+        if fault.survivable and fault.model in ("", model) and (BASELINES[name].on_gan or model != "GAN")
     ]

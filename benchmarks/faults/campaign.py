@@ -1,23 +1,21 @@
-"""The fault campaign: faults of every kind, at every time, in every model, and what became of the runs.
+"""Runs faults of every kind, at every time, in every model, and keeps the outcomes.
 
-`python -m benchmarks.faults` runs all of it and writes `docs/reliability.md`, as `make faults` does. Outcomes
-are kept in a file of JSON lines, so that a campaign which was interrupted goes on where it stopped.
+Outcomes are kept in a file of JSON lines, so that an interrupted campaign continues where it stopped.
 """
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import multiprocessing
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from benchmarks import kills, pairs, quiet, report, rescue, rivals
+from benchmarks.faults import baselines
+from benchmarks.faults.baselines import Answer
 from benchmarks.faults.classes import FAULTS, TIMES
 from benchmarks.faults.runs import CHECKS, Case, Outcome, play, quietly
 from benchmarks.faults.tasks import MODELS, OPTIMIZERS
-from benchmarks.faults.baselines import Answer
 
 #: In what numbers precisions occur: float32 as often as the others together.
 PRECISIONS = ("32-true", "bf16-mixed", "32-true", "16-mixed")
@@ -51,7 +49,7 @@ def _play(case: Case) -> Outcome:
 
 
 def campaign(wanted: Iterable[Case], kept: Path, processes: int) -> list[Outcome]:
-    """Run the cases whose outcomes are not kept yet, several at a time.
+    """Runs the cases whose outcomes are not kept yet, several at a time.
 
     Args:
         wanted: What to run.
@@ -76,48 +74,22 @@ def campaign(wanted: Iterable[Case], kept: Path, processes: int) -> list[Outcome
 
 
 def compare(processes: int) -> dict[str, list[tuple[str, Answer]]]:
-    """What every rival makes of the faults: by its name, the kind of fault and the answer."""
-    asked = [(name, case) for name in rivals.RIVALS for case in rivals.cases(name)]
+    """Runs the faults with every baseline; returns, by its name, kinds of faults and answers."""
+    asked = [(name, case) for name in baselines.BASELINES for case in baselines.cases(name)]
     with multiprocessing.get_context("fork").Pool(processes) as pool:
         answers = pool.starmap(_answer, asked, chunksize=1)
-    found: dict[str, list[tuple[str, Answer]]] = {name: [] for name in rivals.RIVALS}
+    found: dict[str, list[tuple[str, Answer]]] = {name: [] for name in baselines.BASELINES}
     for (name, case), answer in zip(asked, answers, strict=True):
         found[name].append((case.kind, answer))
     return found
 
 
 def _answer(name: str, case: Case) -> Answer:
-    answer: Answer = quietly(rivals.answer, name, case)
+    answer: Answer = quietly(baselines.answer, name, case)
     return answer
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=ROUNDS, help="how often every combination comes")
-    parser.add_argument("--kept", type=Path, default=Path("runs/faults"), help="folder of the outcomes")
-    parser.add_argument("--page", type=Path, default=Path("docs/reliability.md"))
-    parser.add_argument("--processes", type=int, default=2)
-    options = parser.parse_args()
-    single = campaign(cases(options.rounds), options.kept / "single.jsonl", options.processes)
-    for outcome in single:
-        if is_wrong(outcome):
-            print(outcome)
-    report.write(
-        options.page,
-        single,
-        pairs.main(options.kept / "pairs.jsonl"),
-        compare(options.processes),
-        quiet.main(options.processes),
-        rescue.table(rescue.main(range(3))),
-        kills.summary(kills.main()),
-    )
-
-
 def is_wrong(outcome: Outcome) -> bool:
-    """Whether an outcome is not as the table of faults promises."""
+    """True if an outcome is not as the table of faults promises."""
     lost = FAULTS[outcome.case.kind].survivable and not outcome.survived
     return lost or outcome.equal is False or outcome.named is False or not outcome.ranks_equal
-
-
-if __name__ == "__main__":
-    main()

@@ -1,10 +1,12 @@
-"""The demo over five seeds: bare, with a hand-tuned `gradient_clip_val=1.0`, and with the suite.
+"""Trains the demo over five seeds: bare, with a hand-tuned `gradient_clip_val=1.0`, and with the suite.
 
-Run it as `python -m benchmarks.faults.demo_seeds`; it takes about two minutes on two cores.
+Takes about two minutes on two cores.
 """
 
-import argparse
+from __future__ import annotations
+
 import logging
+import math
 import tempfile
 import warnings
 from pathlib import Path
@@ -33,8 +35,11 @@ def main(seeds: int = 5, max_steps: int = 300) -> dict[str, list[Run]]:
     return runs
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--max_steps", type=int, default=300)
-    main(**vars(parser.parse_args()))
+def is_promised(runs: dict[str, list[Run]]) -> bool:
+    """True if the suite ends no worse than the hand-tuned clip, while every bare run fails."""
+    mean = {name: sum(run.final_loss for run in members) / len(members) for name, members in runs.items()}
+    return (
+        all(math.isnan(run.final_loss) and run.survived < 10 for run in runs["bare"])
+        and all(run.final_loss <= 2.1 for run in runs["guarded"])
+        and mean["guarded"] <= mean["clip 1.0"] + 0.01  # the spread between seeds is 0.03
+    )

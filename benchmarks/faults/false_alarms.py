@@ -1,11 +1,10 @@
-"""Clean runs, with noisy data and a warm-up of the learning rate: every word of the suite is a false alarm.
+"""Counts false alarms: incidents of healthy runs with noisy data and a warm-up of the learning rate.
 
-Five models, four seeds each, 2,000 steps, all five callbacks. `python -m benchmarks.faults.false_alarms` takes ten minutes.
+Five models, four seeds each, 2,000 steps, all five callbacks; about ten minutes.
 """
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import multiprocessing
 import tempfile
@@ -18,8 +17,8 @@ import torch
 from torch.utils.data import DataLoader
 
 from benchmarks.faults.runs import quietly, records
-from benchmarks.quiet_trainer import QUIET
 from benchmarks.faults.tasks import CLASSES, MODELS, OPTIMIZERS, SIZE, Batch, batches
+from benchmarks.quiet_trainer import QUIET
 from lightning_gradguard import default_callbacks
 
 STEPS = 2000
@@ -55,7 +54,7 @@ class WarmUp(pl.Callback):
 
 
 def run(case: tuple[str, int, str]) -> dict[str, int]:
-    """Train once; returns how often each kind of incident was published."""
+    """Trains once; returns how often each kind of incident was published."""
     model, seed, optimizer = case
     module = MODELS[model](optimizer, seed)
     with tempfile.TemporaryDirectory() as folder:
@@ -79,10 +78,3 @@ def main(processes: int = 2) -> list[tuple[tuple[str, int, str], dict[str, int]]
     cases = [(model, seed, list(OPTIMIZERS)[n % len(OPTIMIZERS)]) for n, (model, seed) in numbered]
     with multiprocessing.get_context("fork").Pool(processes) as pool:
         return pool.map(_run, cases, chunksize=1)
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--processes", type=int, default=2)
-    for case, incidents in main(**vars(parser.parse_args())):
-        print(*case, dict(incidents) or "quiet")

@@ -1,11 +1,7 @@
-"""Kill -9 at random moments of a guarded run, then a resume: no file is torn, every resume works.
-
-`python -m benchmarks.faults.kills` takes about five minutes; `--kills` says how many.
-"""
+"""Kills guarded runs with SIGKILL at random moments, checks their files, and resumes them."""
 
 from __future__ import annotations
 
-import argparse
 import json
 import multiprocessing
 import os
@@ -32,7 +28,7 @@ BATCHES = 400
 
 @dataclass(frozen=True)
 class Kill:
-    """What one kill has left.
+    """The files that one kill leaves, and the resumed run.
 
     Args:
         after: Seconds from the start of training to the kill.
@@ -110,7 +106,7 @@ def kill(seed: int) -> Kill:
 
 
 def main(kills: int = 50) -> list[Kill]:
-    """Kill that many runs, one after the other."""
+    """Kills that many runs, one after the other."""
     return [kill(seed) for seed in range(kills)]
 
 
@@ -122,13 +118,3 @@ def summary(found: list[Kill]) -> str:
         f"{len(found)} kills at steps {steps[0]} to {steps[-1]} of a run that writes a checkpoint every five "
         f"steps: {resumed} resumed and went on, {broken} left a torn file."
     )
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--kills", type=int, default=50)
-    result = main(parser.parse_args().kills)
-    for one in result:
-        if one.torn or not one.resumed:
-            print(one)
-    print(summary(result))

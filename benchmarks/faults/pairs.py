@@ -1,11 +1,7 @@
-"""The part of the fault campaign that needs two processes: faults on one rank, and what both ranks did.
-
-`python -m benchmarks.faults.pairs OUTCOMES` starts the two processes; a hang ends them within a minute.
-"""
+"""Injects faults on one rank of two processes, and compares the ranks; a hang ends them within a minute."""
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import os
 import socket
@@ -42,7 +38,7 @@ def cases() -> Iterator[Case]:
 
 
 def work(kept: Path) -> None:
-    """One of the two processes: play all cases, in the same order as the other."""
+    """Plays all cases in one of the two processes, in the same order as the other."""
     rank = int(os.environ["LOCAL_RANK"])
     dist.init_process_group("gloo", rank=rank, world_size=2, timeout=HANG)
     for case in cases():
@@ -55,10 +51,10 @@ def work(kept: Path) -> None:
 
 
 def main(kept: Path) -> list[Outcome]:
-    """Play all cases in two processes; returns their outcomes, as rank 0 saw them.
+    """Plays all cases in two processes; returns their outcomes, as rank 0 saw them.
 
     Raises:
-        RuntimeError: If the processes hung or fell apart.
+        RuntimeError: If the processes hung or failed.
     """
     kept.parent.mkdir(parents=True, exist_ok=True)
     kept.unlink(missing_ok=True)
@@ -66,7 +62,7 @@ def main(kept: Path) -> list[Outcome]:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "NODE_RANK": "0", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "benchmarks.faults.pairs", str(kept), "--worker"]
+    command = [sys.executable, "-m", "benchmarks.faults.pairs", str(kept)]
     processes = []
     with tempfile.TemporaryFile("w+") as errors:
         for rank in range(2):
@@ -74,21 +70,12 @@ def main(kept: Path) -> list[Outcome]:
             processes.append(subprocess.Popen(command, env=environment, stderr=errors))
         codes = [process.wait() for process in processes]
         errors.seek(0)
-        told = errors.read()[-2000:]
+        printed = errors.read()[-2000:]
     print()
     if any(codes):
-        raise RuntimeError(f"two processes ended with {codes}: {told}")
+        raise RuntimeError(f"two processes ended with {codes}: {printed}")
     return [Outcome.from_json(line) for line in kept.read_text().splitlines()]
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("kept", type=Path)
-    parser.add_argument("--worker", action="store_true")
-    options = parser.parse_args()
-    if options.worker:
-        work(options.kept)
-    else:
-        for one in main(options.kept):
-            if not (one.survived and one.ranks_equal) or one.equal is False or one.named is False:
-                print(one)
+if __name__ == "__main__":  # one of the two processes that `main` starts
+    work(Path(sys.argv[1]))

@@ -1,4 +1,4 @@
-"""One guarded run with one fault, and the run beside it that was never served what the first one lost."""
+"""Runs a guarded training with one fault, and its twin that never sees the batches the first one lost."""
 
 from __future__ import annotations
 
@@ -30,6 +30,7 @@ from torch import Tensor
 from benchmarks.faults.classes import FAULTS
 from benchmarks.faults.injection import OF_DATA, OF_STATE, Fault, spoiled
 from benchmarks.faults.tasks import MODELS, Batch, Task, batches
+from benchmarks.quiet_trainer import QUIET
 from lightning_gradguard import NaNRollback, default_callbacks
 from lightning_gradguard.runtime.lightning_api import unscaled_loss
 
@@ -49,7 +50,7 @@ class Case:
         kind: Of fault, a key of `FAULTS`; empty for none.
         time: When it happens, a key of `TIMES`.
         model: A key of `MODELS`.
-        optimizer: A key of `fault_tasks.OPTIMIZERS`.
+        optimizer: A key of `tasks.OPTIMIZERS`.
         precision: As the Trainer names it.
         check: Of `NaNRollback`.
         seed: Of what chance decides.

@@ -1,4 +1,4 @@
-"""Draws the README's picture from a run of the demo: `python docs/generators/demo_picture.py RUNS docs/images/demo.png`."""
+"""Draws the README's picture: `python -m docs.generators.demo_picture RUNS docs/images/demo.png`."""
 
 import sys
 from pathlib import Path

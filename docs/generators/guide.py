@@ -1,6 +1,6 @@
 """Writes the numbers of the guide's experiments into its page, and draws its pictures.
 
-`python -m docs.generators.guide`, about five minutes on two cores.
+`make guide` takes about five minutes on two cores.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from matplotlib.figure import Figure
 
 from docs.generators.experiments import ERRATIC, HUGE_WEIGHTS, THROUGH_TIME, VANISHING, Experiments, Run
 
-PAGE = Path(__file__).parent / "guide.md"
-IMAGES = Path(__file__).parent / "images"
+PAGE = Path(__file__).parents[1] / "guide.md"
+IMAGES = Path(__file__).parents[1] / "images"
 #: Of weights, data and batches.
 SEEDS = (0, 1, 2)
 Row = tuple[str, ...]

@@ -1,4 +1,4 @@
-"""What was found of the suite's cost, as a page of the documentation."""
+"""Renders docs/performance.md from measurements of the cost."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import platform
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
+from pathlib import Path
 
 import torch
 
@@ -19,6 +20,7 @@ from benchmarks.cost.peers import BARE, EXACT, LOG_EVERY, VARIANTS
 from benchmarks.cost.timings import DEEPCOPY, KEPT, NEVER, WARM_UP, Spread, Timed
 from lightning_gradguard.core.norms import CHUNK
 
+PAGE = Path(__file__).parents[1] / "performance.md"
 HEAD = """# What the suite costs
 
 Counted and timed; this page is written by `make bench`, which does all of it again on your machine. Nothing

@@ -1,4 +1,4 @@
-"""What the fault campaign found, as a page of the documentation."""
+"""Renders docs/reliability.md from the outcomes of the fault campaign."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from statistics import median
 
 import torch
 
+from benchmarks.faults.baselines import Answer
 from benchmarks.faults.classes import FAULTS, TIMES
 from benchmarks.faults.runs import Outcome
-from benchmarks.faults.baselines import Answer
 
+PAGE = Path(__file__).parents[1] / "reliability.md"
 HEAD = """# Reliability
 
 What happens to a run when something goes wrong, measured: this page is written by `make faults`, which does
@@ -38,7 +39,7 @@ def write(
     path: Path,
     single: Sequence[Outcome],
     pairs: Sequence[Outcome],
-    rivals: Mapping[str, Sequence[tuple[str, Answer]]],
+    baselines: Mapping[str, Sequence[tuple[str, Answer]]],
     quiet: Sequence[tuple[tuple[str, int, str], Mapping[str, int]]],
     rescued: str,
     killed: str,
@@ -49,7 +50,7 @@ def write(
         path: Of the file.
         single: Outcomes with one process.
         pairs: Outcomes with two.
-        rivals: By name: the kind of fault and what came of it.
+        baselines: By name: the kind of fault and what came of it.
         quiet: Clean runs and their incidents.
         rescued: Table of the divergence rescue.
         killed: What kill -9 has left, in a sentence.
@@ -96,7 +97,7 @@ def write(
         "not work under the manual optimization of a GAN, so that these runs are not counted. All are used "
         "with their defaults. `log(0)` and `division by zero` spoil the value of the loss here, and not its "
         "gradient; a run that does not look at its loss survives them.\n",
-        _rivals(rivals, counted),
+        _baselines(baselines, counted),
         "## False alarms\n",
         f"{len(quiet)} clean runs of 2,000 steps, with noisy data and a warm-up of the learning rate; "
         f"incidents: {words}.\n",
@@ -136,18 +137,18 @@ def _share(flags: Sequence[bool]) -> str:
     return f"{sum(flags)} of {len(flags)} ({100 * sum(flags) / len(flags):.1f} %)" if flags else ""
 
 
-def _rivals(rivals: Mapping[str, Sequence[tuple[str, Answer]]], ours: Sequence[Outcome]) -> str:
-    kinds = list(dict.fromkeys(kind for answers in rivals.values() for kind, _ in answers))
+def _baselines(baselines: Mapping[str, Sequence[tuple[str, Answer]]], ours: Sequence[Outcome]) -> str:
+    kinds = list(dict.fromkeys(kind for answers in baselines.values() for kind, _ in answers))
     rows = []
     for kind in [*kinds, "all"]:
         cells = []
-        for answers in rivals.values():
+        for answers in baselines.values():
             of_kind = [a for k, a in answers if kind == k or (kind == "all" and k)]
             cells.append(f"{sum(a.survived for a in of_kind)} of {len(of_kind)}" if of_kind else "")
         mine = [o for o in ours if kind in (o.case.kind, "all")]
         cells.append(f"{sum(o.survived for o in mine)} of {len(mine)}" if mine else "see below")
         rows.append((kind or "none, for comparison", *cells))
-    return _table(("fault", *rivals, "the suite (all runs)"), rows)
+    return _table(("fault", *baselines, "the suite (all runs)"), rows)
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

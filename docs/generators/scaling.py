@@ -1,3 +1,29 @@
+"""Writes docs/scaling.md, from measured lengths of the one vector and assumed bandwidths."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+from benchmarks.cost.scaling import MODELS, VARIANTS, group, lengths
+
+PAGE = Path(__file__).parents[1] / "scaling.md"
+WORLD_SIZES = (8, 64, 1024)
+#: Assumed, not measured: GPUs of a node, and what NCCL is given to work with on H100 nodes.
+NODE = 8
+NVLINK = 450e9
+INFINIBAND = 50e9
+#: Seconds that a small all-reduce takes within a node, and that each doubling of nodes adds.
+WITHIN_NODE = 20e-6
+PER_DOUBLING = 10e-6
+#: Bytes of a parameter with its state in a snapshot: float32 weights, and two moments of Adam.
+SNAPSHOT_BYTES = 12
+#: `NaNRollback(keep_snapshots=2)`, and one that is not qualified yet.
+SNAPSHOTS = 3
+#: Of `NaNRollback(max_dossiers=10, max_dossier_megabytes=100)`.
+DOSSIERS, MEGABYTES = 10, 100
+
+
 def seconds(size: int, world_size: int) -> float:
     """An all-reduce of so many bytes, by the assumptions above."""
     nodes = world_size // NODE
@@ -22,14 +48,14 @@ def vector_table() -> str:
             for variant, wanted in VARIANTS.items():
                 if not sharded and variant != "default":
                     continue  # nothing of these crosses ranks there
-                told = []
+                cells = []
                 for world_size in WORLD_SIZES:
                     with group(world_size):
                         (received,) = lengths(shapes, wanted, sharded=sharded)
                     took = 1e6 * seconds(received, world_size)
-                    told.append(f"{size(received)}, {took:.0f} us")
+                    cells.append(f"{size(received)}, {took:.0f} us")
                 strategy = "FSDP2" if sharded else "DDP"
-                lines.append(f"| {model} | {strategy} | {variant} | " + " | ".join(told) + " |")
+                lines.append(f"| {model} | {strategy} | {variant} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -42,11 +68,11 @@ def memory_table() -> str:
     for model, shapes in MODELS.items():
         total = sum(math.prod(shape) for shape in shapes) * SNAPSHOT_BYTES * SNAPSHOTS
         for strategy in ("DDP", "FSDP2"):
-            told = []
+            cells = []
             for world_size in WORLD_SIZES:
                 each = total / (world_size if strategy == "FSDP2" else 1)
-                told.append(f"{size(each)} a rank, {size(NODE * each)} a host")
-            lines.append(f"| {model} | {strategy} | " + " | ".join(told) + " |")
+                cells.append(f"{size(each)} a rank, {size(NODE * each)} a host")
+            lines.append(f"| {model} | {strategy} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -55,10 +81,10 @@ def page() -> str:
     gradients = 2 * sum(math.prod(shape) for shape in MODELS["Llama, 6.7B"])
     return f"""# What the suite costs on many GPUs
 
-Written by `python -m benchmarks.cost.scaling`. The lengths of the vector are measured: the suite's own code packs
-it, in a process group that exists in name only, from parameters with the rows of the two models. That there
-is one collective a step is counted by `tests/runtime/test_strategies.py`. Times are computed, from bandwidths
-and latencies that are **assumed**: {NVLINK / 1e9:.0f} GB/s within a node of {NODE} GPUs,
+Written by `make scaling`. The lengths of the vector are measured: the suite's own code packs it, in a
+process group that exists in name only, from parameters with the rows of the two models. That there is one
+collective a step is counted by `tests/contracts/strategies`. Times are computed, from bandwidths and
+latencies that are **assumed**: {NVLINK / 1e9:.0f} GB/s within a node of {NODE} GPUs,
 {INFINIBAND / 1e9:.0f} GB/s between nodes,
 {WITHIN_NODE * 1e6:.0f} us for a small all-reduce within a node and {PER_DOUBLING * 1e6:.0f} us
 more for each doubling of nodes. No such machine was at hand.
@@ -72,17 +98,17 @@ head of 7 numbers and one for each rank; under FSDP2 the head and one for each t
 
 For comparison: the gradients of Llama, 6.7B in bfloat16 are {size(gradients)}, which ranks exchange in every
 step anyway. The suite's collective is bound by latency, and stands between the backward pass and the
-optimizer, where nothing hides it. With `check="exact"` the host waits for its result as well.
+optimizer, where nothing hides it. With `check="exact"` the host synchronizes with its result as well.
 
 * `UnitwiseClipping` adds up the squares of all units, of gradients and of weights. Where that is too much,
   `PerTensorClipping` needs no more than the default.
-* `GradientNormMonitor(norm_type="inf")` has every rank hear of every other, since one collective cannot add
-  up and find the largest at once: its bytes grow with the number of ranks. On a thousand GPUs, leave it at 2.
+* `GradientNormMonitor(norm_type="inf")` gathers the norms of all ranks on each, since one collective cannot add up
+  and find the largest at once: its bytes grow with the number of ranks. On a thousand GPUs, leave it at 2.
 
 ## Memory of snapshots
 
 float32 weights and two moments of Adam, {SNAPSHOT_BYTES} bytes a parameter; `keep_snapshots=2`, and one that
-has not proven itself yet. Under FSDP2 each rank keeps its own shards, under DDP each keeps everything.
+is not qualified yet. Under FSDP2 each rank keeps its own shards, under DDP each keeps everything.
 
 {memory_table()}
 
@@ -105,9 +131,11 @@ has not proven itself yet. Under FSDP2 each rank keeps its own shards, under DDP
 |---|---|---|---|
 | `NaNRollback(check=...)` | `"exact"` | `"deferred"`, if a step takes less than some 20 ms | `"deferred"` |
 | `NaNRollback(keep_snapshots=...)` | 2 | 1 under DDP, 2 under FSDP2 | the same |
-| `NaNRollback(snapshot_every_n_steps=...)` | 50 | 50 | 20: going back loses steps of all GPUs |
+| `NaNRollback(snapshot_every_n_steps=...)` | 50 | 50 | 20: a rollback loses steps of all GPUs |
 | `GradientNormMonitor(level=...)` | `"auto"` | `"module"` | `"module"` |
 | `GradientNormMonitor(norm_type=...)` | any | any | 2 |
 """
 
 
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-PAGE = Path(__file__).parents[2] / "docs" / "strategies.md"
+PAGE = Path(__file__).parents[1] / "strategies.md"
 FEATURES = ("monitor", "clip", "skip", "rollback", "backoff", "check")
 
 

@@ -8,14 +8,22 @@ import pytest
 import torch
 
 from benchmarks.cost import bars, timings
-from docs.generators.performance import Found, page
 from benchmarks.cost.counts import Count, count
-from benchmarks.cost.interleaved import ENDLESS, SNAPSHOT_EVERY, Seconds, fits, is_hot, is_logged, time_in_turn
+from benchmarks.cost.interleaved import (
+    ENDLESS,
+    SNAPSHOT_EVERY,
+    Seconds,
+    fits,
+    is_hot,
+    is_logged,
+    time_in_turn,
+)
 from benchmarks.cost.memory import Look
 from benchmarks.cost.meter import Meter
 from benchmarks.cost.networks import ELEMENTS, LARGE, Boring, Counted, Prepared, Tensors
 from benchmarks.cost.peers import AGAIN, BARE, CLIP, DEFERRED, EXACT, LOG_EVERY, PEERS, VARIANTS
 from benchmarks.cost.timings import DEEPCOPY, KEEP_EVERY, KEEPING, KEPT, NEVER, is_kept
+from docs.generators.performance import Found, page
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

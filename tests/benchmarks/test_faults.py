@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import faults, kills, rivals, scaling
+from benchmarks.faults import baselines, campaign, kills
 from benchmarks.faults.classes import FAULTS, TIMES
 from benchmarks.faults.injection import OF_DATA, flip, spoiled
 from benchmarks.faults.runs import Case, Outcome, play, quietly
@@ -28,7 +28,7 @@ def test_a_case_survives_with_the_suite_and_dies_without() -> None:
     outcome = outcome_of(NAN)
     assert (outcome.survived, outcome.equal, outcome.named, outcome.lost) == (True, True, True, 1)
     assert Outcome.from_json(outcome.to_json()) == outcome
-    bare = quietly(rivals.answer, "Lightning alone", NAN)
+    bare = quietly(baselines.answer, "Lightning alone", NAN)
     assert not bare.survived
     assert not bare.stopped
 
@@ -36,16 +36,16 @@ def test_a_case_survives_with_the_suite_and_dies_without() -> None:
 @pytest.mark.filterwarnings("ignore")
 def test_outcomes_that_are_not_as_promised_are_seen() -> None:
     outcome = outcome_of(replace(NAN, kind="flip in a weight", check="deferred"))
-    assert not faults.is_wrong(outcome)
+    assert not campaign.is_wrong(outcome)
     for broken in ({"survived": False}, {"equal": False}, {"causes": ["loss"]}, {"ranks_equal": False}):
-        assert faults.is_wrong(replace(outcome, **broken))
+        assert campaign.is_wrong(replace(outcome, **broken))
 
 
 @pytest.mark.filterwarnings("ignore")
 def test_the_page_is_written_from_what_was_found(tmp_path: Path) -> None:
     outcome = outcome_of(NAN)
     lost = replace(outcome, survived=False)
-    answers = {"Lightning alone": [(NAN.kind, rivals.Answer(False, False, 0.1))]}
+    answers = {"Lightning alone": [(NAN.kind, baselines.Answer(False, False, 0.1))]}
     quiet = [(("MLP", 0, "SGD"), {"loss_spike": 2})]
     write(
         tmp_path / "page.md", [outcome, lost], [outcome], answers, quiet, "| a table |", "Nothing was torn."
@@ -64,7 +64,7 @@ def test_every_kind_of_fault_is_done_and_timed() -> None:
     weight = torch.tensor([0.5, 1.0])
     flip(weight, 0)
     assert float(weight[0]) > 1e37
-    wanted = list(faults.cases())
+    wanted = list(campaign.cases())
     assert len(wanted) >= 1000
     assert {case.time for case in wanted} == set(TIMES)
     survivable = {kind for kind, fault in FAULTS.items() if fault.survivable}
@@ -75,7 +75,3 @@ def test_torn_files_are_seen(tmp_path: Path) -> None:
     (tmp_path / "a.ckpt").write_bytes(b"half of it")
     (tmp_path / "b.jsonl").write_text('{"kind": 1}\n{"ki')
     assert len(kills.torn(tmp_path)) == 2
-
-
-def test_the_page_on_many_gpus_says_what_the_suite_sends() -> None:
-    assert scaling.PAGE.read_text(encoding="utf-8") == scaling.page()

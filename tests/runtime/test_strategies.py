@@ -15,11 +15,11 @@ from pytorch_lightning import Trainer
 from pytorch_lightning.plugins.precision import FSDPPrecision
 from pytorch_lightning.strategies import ModelParallelStrategy, SingleDeviceStrategy
 
+from docs.generators.strategies import FEATURES, StrategiesPage
 from lightning_gradguard import AdaptiveGradientClipping, UnitwiseClipping, default_callbacks
 from lightning_gradguard.runtime.lightning_api import UNSUPPORTED
 from tests.runtime.cells import POLICIES, Cell, Seen, run
 from tests.runtime.launching import launch_on
-from docs.generators.strategies import FEATURES, StrategiesPage
 from tests.tasks import Classifier, batches, fit
 
 #: By precision: what numbers may differ by, relative to the largest of their family, and weights, relative to
