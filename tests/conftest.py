@@ -26,7 +26,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Deselects tests of features newer than the installed Lightning, or of a package that is not installed."""
+    """Deselects tests that need a newer Lightning, or a package that is not installed."""
     installed = Version(version("pytorch-lightning"))
     deselected = [
         item
@@ -40,7 +40,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture(autouse=True)
 def _isolated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Runs a test with one thread, a seed, an empty folder, the environment's commands, and no info messages."""
+    """Gives a test one thread, a seed, an empty folder, the environment's commands, and no info messages."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PATH", str(Path(sys.executable).parent), prepend=os.pathsep)
     torch.set_num_threads(1)

@@ -32,7 +32,7 @@ from examples import (
 from lightning_gradguard import AdaptiveGradientClipping, NaNRollback, PercentileClipping
 from lightning_gradguard.cli.main import main as command_line
 from lightning_gradguard.core.norms import measure_gradients
-from tests.runtime.launching import ROOT, launch
+from tests.launching import ROOT, launch
 
 EXAMPLES = sorted(path for path in (ROOT / "examples").glob("*.py") if path.stem != "__init__")
 FILES = sorted((ROOT / "examples").glob("*.yaml"))

@@ -96,7 +96,8 @@ def _counts(found: Found) -> list[str]:
         "optimizer's own taken off; where gradients are few bytes, a handful of numbers shows beside them. "
         "A deferred step reads on the host what was sent there a step before "
         "(*late*): it waits for nothing that was asked of the device since, as "
-        "`tests/runtime/test_waiting.py` holds for a GPU. Rows that do not say so are with fused AdamW.\n",
+        "`tests/contracts/test_host_synchronizations.py` holds for a GPU. Rows that do not say so are with "
+        "fused AdamW.\n",
         "A hot step:\n",
         _count_table(found.counts, "hot"),
         "A logged step:\n",

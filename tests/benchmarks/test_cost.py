@@ -1,4 +1,4 @@
-"""Fits that take turns are as good as alone, and bars can be missed: `pytest benchmarks`."""
+"""Interleaved fits equal separate ones, and bars can be missed."""
 
 from __future__ import annotations
 

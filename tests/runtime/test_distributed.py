@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.runtime.launching import launch
+from tests.launching import launch
 
 SCRIPT = '''
 import sys
@@ -279,7 +279,7 @@ from pytorch_lightning.strategies import ModelParallelStrategy
 from torch.distributed.fsdp import fully_shard
 
 from lightning_gradguard import GradientNormMonitor
-from tests.runtime.cells import Recorder, Seen
+from tests.contracts.strategies.cells import Recorder, Seen
 from tests.tasks import Classifier, batches, plain_loader
 
 

@@ -18,8 +18,8 @@ from pytorch_lightning.strategies import ModelParallelStrategy, SingleDeviceStra
 from docs.generators.strategies import FEATURES, StrategiesPage
 from lightning_gradguard import AdaptiveGradientClipping, UnitwiseClipping, default_callbacks
 from lightning_gradguard.runtime.lightning_api import UNSUPPORTED
-from tests.runtime.cells import POLICIES, Cell, Seen, run
-from tests.runtime.launching import launch_on
+from tests.contracts.strategies.cells import POLICIES, Cell, Seen, run
+from tests.launching import launch_on
 from tests.tasks import Classifier, batches, fit
 
 #: By precision: what numbers may differ by, relative to the largest of their family, and weights, relative to
@@ -102,7 +102,7 @@ def test_numbers_and_decisions_are_those_of_one_process(
     (processes,) = {GROUPS[group][0] for group in groups}
     members = [(group, cell) for group in groups for cell in GROUPS[group][1]]
     torch.save([cell for _, cell in members], tmp_path / "cells.pt")
-    launch_on(processes, "tests.runtime.cells", str(tmp_path), patience=240)
+    launch_on(processes, "tests.contracts.strategies.cells", str(tmp_path), patience=240)
     proven: dict[tuple[str, str], set[str]] = defaultdict(lambda: set(FEATURES))
     references: dict[Cell, Seen] = {}
     for index, (group, cell) in enumerate(members):
@@ -125,7 +125,7 @@ def test_watching_changes_nothing(tmp_path: Path) -> None:
         Cell(s, p, callbacks=c) for s in strategies for p in ("64", "32") for c in ("watching", "none")
     ]
     torch.save(members, tmp_path / "cells.pt")
-    launch_on(2, "tests.runtime.cells", str(tmp_path), patience=240)
+    launch_on(2, "tests.contracts.strategies.cells", str(tmp_path), patience=240)
     runs = [[load(tmp_path / f"{i}.{rank}.pt") for rank in range(2)] for i in range(len(members))]
     for watched, bare in zip(runs[::2], runs[1::2], strict=True):
         for one, other in zip(watched, bare, strict=True):

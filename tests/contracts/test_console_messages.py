@@ -28,7 +28,7 @@ from lightning_gradguard import (
 )
 from lightning_gradguard.runtime.logging.console import print_message, shell_command
 from tests.fake_cuda import Sight, Watch, fake_cuda, strategy
-from tests.runtime.launching import launch
+from tests.launching import launch
 from tests.tasks import Batch, Classifier, batches, fit, plain_loader, poisoned
 
 #: A lone sick batch, and a storm that needs a rollback.
@@ -329,7 +329,7 @@ import pytorch_lightning as pl
 import torch.distributed as dist
 
 from lightning_gradguard import default_callbacks
-from tests.runtime.test_loggers import Service
+from tests.runtime.logging.test_loggers import Service
 from tests.tasks import Classifier, batches, plain_loader, poisoned
 
 pl.Trainer(

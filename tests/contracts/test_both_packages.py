@@ -15,7 +15,7 @@ import torch
 import yaml
 
 pytestmark = pytest.mark.timeout(180)  # each process has a minute of its own
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 TREES = ("pytorch_lightning", "lightning.pytorch")
 OTHER = dict(zip(TREES, reversed(TREES), strict=True))
 CALLBACKS = (
@@ -43,7 +43,7 @@ def run(tree: str, *arguments: str, cwd: Path) -> str:
 
 @dataclass
 class Runs:
-    """What the runs of `under_a_tree` left, by tree, and what they said."""
+    """What the runs of `under_package` left, by tree, and what they said."""
 
     left: dict[str, dict[str, Any]]
     said: dict[str, str]
@@ -55,7 +55,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     found = Runs({}, {}, {})
     for tree in TREES:
         folder = tmp_path_factory.mktemp(tree)
-        found.said[tree] = run(tree, "-m", "tests.under_a_tree", "storm", str(folder), cwd=folder)
+        found.said[tree] = run(tree, "-m", "tests.contracts.under_package", "storm", str(folder), cwd=folder)
         found.left[tree] = torch.load(folder / "storm.pt", weights_only=False)
         (found.checkpoints[tree],) = map(str, folder.glob("*.ckpt"))
     return found
@@ -89,7 +89,7 @@ def test_lightning_s_own_averages_are_known(runs: Runs, tree: str) -> None:
 def test_checkpoints_of_both_are_resumed(runs: Runs, tmp_path: Path, tree: str) -> None:
     """As if there had been no interruption; and without a word that the user did not want to hear."""
     files = [runs.checkpoints[tree], runs.checkpoints[OTHER[tree]]]
-    said = run(tree, "-m", "tests.under_a_tree", "resume", str(tmp_path), *files, cwd=tmp_path)
+    said = run(tree, "-m", "tests.contracts.under_package", "resume", str(tmp_path), *files, cwd=tmp_path)
     assert "gradguard" not in said
     assert "available" not in said
     for left in torch.load(tmp_path / "resume.pt", weights_only=False).values():
@@ -112,7 +112,10 @@ def test_the_command_line_takes_the_callbacks(tmp_path: Path, tree: str, loaded:
     trainer = {"accelerator": "cpu", "max_steps": 2, "enable_progress_bar": False, "callbacks": entries}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump({"trainer": trainer}))
     lines = [f"import {name}" for name in loaded]
-    lines += [f"from {tree}.cli import LightningCLI", "from tests.under_a_tree import Data, Network"]
+    lines += [
+        f"from {tree}.cli import LightningCLI",
+        "from tests.contracts.under_package import Data, Network",
+    ]
     (tmp_path / "main.py").write_text("\n".join([*lines, "LightningCLI(Network, Data)"]))
     flags = ("--trainer.max_steps", "30", "--trainer.callbacks.patience", "9")
     run(tree, "main.py", "fit", "--config", "config.yaml", *flags, cwd=tmp_path)
@@ -126,7 +129,7 @@ def test_the_command_line_takes_the_callbacks(tmp_path: Path, tree: str, loaded:
 
 
 def test_the_commands_take_a_module_of_lightning(tmp_path: Path) -> None:
-    network, data = "tests.under_a_tree.Network", "tests.under_a_tree.Data"
+    network, data = "tests.contracts.under_package.Network", "tests.contracts.under_package.Data"
     (tmp_path / "module.yaml").write_text(yaml.safe_dump({"model": network, "data": data}))
     trainer = {"accelerator": "cpu", "max_steps": 10, "enable_progress_bar": False}
     (tmp_path / "trainer.yaml").write_text(yaml.safe_dump({"trainer": trainer}))
