@@ -102,8 +102,8 @@ optimizer, where nothing hides it. With `check="exact"` the host synchronizes wi
 
 * `UnitwiseClipping` adds up the squares of all units, of gradients and of weights. Where that is too much,
   `PerTensorClipping` needs no more than the default.
-* `GradientNormMonitor(norm_type="inf")` gathers the norms of all ranks, since one collective cannot add up and
-  find the largest at once: its bytes grow with the number of ranks. On a thousand GPUs, leave it at 2.
+* `GradientNormMonitor(norm_type="inf")` gathers the norms of all ranks, since one collective cannot add up
+  and find the largest at once: its bytes grow with the number of ranks. On a thousand GPUs, leave it at 2.
 
 ## Memory of snapshots
 

@@ -27,7 +27,7 @@ from lightning_gradguard import (
     default_callbacks,
 )
 from lightning_gradguard.runtime.logging.console import print_message, shell_command
-from tests.fake_cuda import Sight, Watch, fake_cuda, strategy
+from tests.fake_cuda import BatchTracker, Interaction, fake_cuda, strategy
 from tests.launching import launch
 from tests.tasks import Batch, Classifier, batches, fit, plain_loader, poisoned
 
@@ -115,13 +115,13 @@ def waits(shown: bool) -> list[str]:
     callbacks = suite(progress_bar=shown)
     with fake_cuda() as cuda:
         arguments = {"strategy": strategy(), "accelerator": "auto", "log_every_n_steps": 6}
-        fit_with_bar([Watch(cuda), *callbacks, TQDMProgressBar()], batches(20), **arguments)
+        fit_with_bar([BatchTracker(cuda), *callbacks, TQDMProgressBar()], batches(20), **arguments)
     hot = [sight for sight in cuda.seen if 8 <= sight.batch < 19 and (sight.batch + 1) % 6]
     assert any(sight.is_own for sight in hot)
     return [_told(sight) for sight in hot]
 
 
-def _told(sight: Sight) -> str:
+def _told(sight: Interaction) -> str:
     return f"{sight.batch} {sight.kind} {sight}"
 
 

@@ -26,7 +26,7 @@ from lightning_gradguard import (
     default_callbacks,
 )
 from lightning_gradguard.core.norms import Gradients
-from tests.fake_cuda import DEVICE, FakeCuda, Kind, Sight, Watch, fake_cuda, strategy
+from tests.fake_cuda import DEVICE, BatchTracker, FakeCuda, Interaction, Kind, fake_cuda, strategy
 from tests.tasks import NOT_A_NUMBER, Batch, Classifier, batches, fit, insert, same, weights
 
 N = 24
@@ -64,7 +64,7 @@ def seen_of(
     module: pl.LightningModule | None = None,
     data: Sequence[Batch] | None = None,
     **arguments: Any,
-) -> list[Sight]:
+) -> list[Interaction]:
     """What is seen of a fit on the device."""
     with fake_cuda() as cuda:
         fit_there(cuda, module or Network(), data or batches(N), callbacks, **arguments)
@@ -79,10 +79,10 @@ def fit_there(
     **arguments: Any,
 ) -> None:
     settings = {"strategy": strategy(), "accelerator": "auto", "log_every_n_steps": LOGGED, **arguments}
-    fit(module, data, [Watch(cuda), *callbacks], **settings)
+    fit(module, data, [BatchTracker(cuda), *callbacks], **settings)
 
 
-def expect(n: int, kind: Kind, seen: Iterable[Sight], at: Iterable[int] = HOT) -> None:
+def expect(n: int, kind: Kind, seen: Iterable[Interaction], at: Iterable[int] = HOT) -> None:
     """So many by the package in each of these batches; if there are others, their lines are told."""
     seen = [sight for sight in seen if sight.kind == kind and sight.is_own]
     for batch in at:
@@ -90,7 +90,7 @@ def expect(n: int, kind: Kind, seen: Iterable[Sight], at: Iterable[int] = HOT) -
         assert len(found) == n, "\n".join(["", *dict.fromkeys(found)])
 
 
-def expect_of(check: str, seen: Sequence[Sight], at: Iterable[int] = HOT, told: int = 0) -> None:
+def expect_of(check: str, seen: Sequence[Interaction], at: Iterable[int] = HOT, told: int = 0) -> None:
     """No wait for a deferred step, one for an exact one, and those that tell people.
 
     What is deferred is sent once, and waited for when the device has had a whole batch to be done with it.
@@ -98,11 +98,11 @@ def expect_of(check: str, seen: Sequence[Sight], at: Iterable[int] = HOT, told: 
     """
     at = list(at)
     if check == "exact":
-        expect(told + 1, "wait", seen, at)
-        expect(0, "late wait", seen, at)
+        expect(told + 1, "sync", seen, at)
+        expect(0, "late sync", seen, at)
     else:
-        expect(told, "wait", seen, at)
-        expect(1, "late wait", seen, at)
+        expect(told, "sync", seen, at)
+        expect(1, "late sync", seen, at)
         expect(1, "send", [sight for sight in seen if not sight.aside], at)
 
 
@@ -119,7 +119,7 @@ def test_between_logged_steps(optimizer: str, check: str) -> None:
     assert others(seen) == others(seen_of([], Network(optimizer)))
 
 
-def others(seen: Iterable[Sight]) -> list[str]:
+def others(seen: Iterable[Interaction]) -> list[str]:
     return [str(sight) for sight in seen if not sight.is_own and sight.batch in HOT]
 
 
@@ -156,8 +156,8 @@ def test_nan_rollback_alone(device: Any, check: Any) -> None:
 )
 def test_others_alone(callback: Callable[[], pl.Callback]) -> None:
     seen = seen_of([callback()])
-    expect(0, "wait", seen)
-    expect(0, "late wait", seen)
+    expect(0, "sync", seen)
+    expect(0, "late sync", seen)
 
 
 # The rest is proof that the device above is one, and that nobody waits for it unseen.
@@ -213,15 +213,15 @@ class Curious(ClippingPolicy):
 @pytest.mark.parametrize("look", HIDDEN.values(), ids=HIDDEN.keys())
 def test_a_hidden_wait_is_seen(look: Callable[[Tensor], Any]) -> None:
     seen = seen_of([AdaptiveGradientClipping(Curious(look))], Classifier("sgd"), batches(3))
-    expect(1, "wait", seen, [1])
-    (where,) = [sight.where for sight in seen if sight.kind == "wait" and sight.is_own and sight.batch == 1]
+    expect(1, "sync", seen, [1])
+    (where,) = [sight.where for sight in seen if sight.kind == "sync" and sight.is_own and sight.batch == 1]
     assert where.startswith("lightning_gradguard/callbacks/adaptive_gradient_clipping.py:")
 
 
 @pytest.mark.parametrize("look", HARMLESS.values(), ids=HARMLESS.keys())
 def test_what_is_no_wait_is_not_taken_for_one(look: Callable[[Tensor], Any]) -> None:
     seen = seen_of([AdaptiveGradientClipping(Curious(look))], Classifier("sgd"), batches(3))
-    expect(0, "wait", seen, [1])
+    expect(0, "sync", seen, [1])
 
 
 def test_numbers_arrive_when_somebody_waits() -> None:
