@@ -1,4 +1,4 @@
-"""Starting programs of several processes, and ending those that hang."""
+"""Launches programs of several processes, and ends those that hang."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ ROOT = Path(__file__).parents[1]
 
 
 def launch(arguments: Sequence[str], patience: float = 60) -> str:
-    """Run Python with these arguments, to its end; returns what it said.
+    """Runs Python with these arguments to its end; returns its output.
 
     Args:
         arguments: Those of the interpreter.
         patience: Seconds after which a program that has not ended hangs.
 
     Raises:
-        AssertionError: If it fails or hangs; with the last that its processes said.
+        AssertionError: If it fails or hangs; with the end of its output.
     """
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     process = subprocess.Popen(
@@ -32,19 +32,19 @@ def launch(arguments: Sequence[str], patience: float = 60) -> str:
         start_new_session=True,
     )
     try:
-        said, _ = process.communicate(timeout=patience)
-    except BaseException as error:  # the test may be ended as well
+        output, _ = process.communicate(timeout=patience)
+    except BaseException as error:  # the test may be interrupted as well
         os.killpg(process.pid, signal.SIGKILL)
-        said, _ = process.communicate()
+        output, _ = process.communicate()
         if isinstance(error, subprocess.TimeoutExpired):
-            raise AssertionError(f"still running after {patience} seconds:\n{said[-6000:]}") from None
+            raise AssertionError(f"still running after {patience} seconds:\n{output[-6000:]}") from None
         raise
-    assert process.returncode == 0, said[-6000:]
-    return said
+    assert process.returncode == 0, output[-6000:]
+    return output
 
 
 def launch_on(processes: int, module: str, *arguments: str, patience: float = 60) -> None:
-    """Run a module in a group of processes."""
+    """Runs a module in a group of processes."""
     launch(
         [
             *("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"),

@@ -130,6 +130,7 @@ def test_commands_are_understood(line: str, capsys: pytest.CaptureFixture[str]) 
         assert option.partition("=")[0] in help_page
 
 
+@pytest.mark.slow
 def test_the_site_builds_strictly_and_stands_alone(tmp_path: Path) -> None:
     """No page links to nowhere, none is left out, and none loads anything from another host."""
     nowhere = {"http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"}
@@ -166,6 +167,7 @@ def test_the_reference_is_whole() -> None:
 CURES = ("ReLU, He", "ReLU, batch norm", "ReLU, residual")
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_what_vanishes_is_cured_by_what_the_guide_says() -> None:
     sick = experiments.VANISHING["ReLU"](120, 0)
@@ -177,6 +179,7 @@ def test_what_vanishes_is_cured_by_what_the_guide_says() -> None:
         assert cured.accuracy > sick.accuracy + 0.3, name
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_what_explodes_is_cured_by_what_the_guide_says() -> None:
     sick = experiments.THROUGH_TIME["ReLU, gain 1.1"](25, 0)
@@ -187,6 +190,7 @@ def test_what_explodes_is_cured_by_what_the_guide_says() -> None:
         assert cured.losses[-1] < cured.losses[0], name
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_weights_that_are_too_large_need_clipping_and_a_bound() -> None:
     runs = {name: run(120, 0) for name, run in experiments.HUGE_WEIGHTS.items()}
@@ -195,6 +199,7 @@ def test_weights_that_are_too_large_need_clipping_and_a_bound() -> None:
     assert runs["clipping, L2"].accuracy > runs["max-norm"].accuracy + 0.2
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_the_guide_has_what_its_program_writes(tmp_path: Path) -> None:
     """All experiments of the page, and no other, in its columns; the numbers take minutes."""

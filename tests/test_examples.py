@@ -225,6 +225,7 @@ def test_own_loop_needs_torch_alone() -> None:
     launch(["-c", "import sys, examples.own_loop; sys.exit('pytorch_lightning' in sys.modules)"])
 
 
+@pytest.mark.slow
 def test_sharded_clipping(tmp_path: Path) -> None:
     source = f"import os; os.chdir({str(tmp_path)!r}); from examples.sharded_clipping import main; main(60)"
     script = tmp_path / "train.py"

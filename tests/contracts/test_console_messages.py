@@ -313,6 +313,7 @@ dist.destroy_process_group()
 """
 
 
+@pytest.mark.slow
 def test_one_rank_speaks(tmp_path: Path) -> None:
     script = tmp_path / "train.py"
     script.write_text(ON_TWO_RANKS)
@@ -342,6 +343,7 @@ dist.destroy_process_group()
 """
 
 
+@pytest.mark.slow
 def test_ranks_with_other_loggers_do_not_wait_for_each_other(tmp_path: Path) -> None:
     script = tmp_path / "train.py"
     script.write_text(ONE_RANK_LOGS)

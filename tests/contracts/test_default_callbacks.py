@@ -67,6 +67,7 @@ def deep(seed: int = 0) -> Classifier:
     return cast(Classifier, module)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(240)  # forty-eight runs
 @pytest.mark.parametrize("on_failure", ["warn", "repair"])
 def test_every_order_gives_the_same_weights(on_failure: str) -> None:

@@ -20,6 +20,8 @@ from lightning_gradguard import GradientNormMonitor, default_callbacks
 from lightning_gradguard.cli.demo import train
 from tests.tensorboard_server import Server, tensorboard
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:

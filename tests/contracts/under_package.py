@@ -1,4 +1,4 @@
-"""What test_both_packages runs in processes of its own, under the name of Lightning that `TREE` holds."""
+"""Runs under the Lightning package that the environment variable `LIGHTNING_PACKAGE` names."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import pytorch_lightning as pl
 else:
-    pl = import_module(os.environ.get("TREE", "pytorch_lightning"))  # before all that knows another name
+    # before any import of the other package
+    pl = import_module(os.environ.get("LIGHTNING_PACKAGE", "pytorch_lightning"))
 
 import torch
 from torch import nn
@@ -21,13 +22,13 @@ from torch import nn
 from lightning_gradguard import NaNRollback, default_callbacks
 from tests.tasks import Batch, ResumableLoader, batches, optimizer_state, plain_loader, poisoned, weights
 
-#: A lone sick batch, a spike, a storm that needs a rollback; and after the checkpoint, a sick batch more.
+#: A single NaN batch, a spike, three NaN batches that need a rollback; and one after the checkpoint.
 STORM = poisoned(batches(70), nan=[4, 20, 21, 22, 60], spikes=[12])
 SAVED_AT = 50
 
 
 class Network(pl.LightningModule):
-    """Of the tree that the process is about."""
+    """A module of the package under test."""
 
     def __init__(self, width: int = 32, seed: int = 0) -> None:
         super().__init__()
@@ -44,7 +45,7 @@ class Network(pl.LightningModule):
 
 
 class Data(pl.LightningDataModule):
-    """The storm."""
+    """The batches of the NaN storm."""
 
     def train_dataloader(self) -> Any:
         return plain_loader(STORM)
@@ -53,7 +54,7 @@ class Data(pl.LightningDataModule):
 def trained(
     folder: Path, more: Sequence[Any] = (), seed: int = 0, epochs: int = 1, checkpoint: str | None = None
 ) -> dict[str, Any]:
-    """Fit with all five, and what is left to compare runs by."""
+    """Fits with all five callbacks; returns the state to compare runs by."""
     module, suite = Network(seed=seed), default_callbacks(nan_rollback=NaNRollback(snapshot_every_n_steps=5))
     trainer = pl.Trainer(
         accelerator="cpu",
@@ -76,25 +77,25 @@ def trained(
 
 
 def main(task: str, folder: Path, *checkpoints: str) -> None:
-    """Save what is left of each run.
+    """Saves the state of each run.
 
     Args:
-        task: `storm` fits, writes a checkpoint on the way, and keeps averages in further fits; `resume` goes
-            on from checkpoints, after the console was told to be silent under the name of the tree.
+        task: `storm` fits, writes a checkpoint on the way, and keeps averages in further fits; `resume`
+            resumes from checkpoints, with the package's logger at level ERROR.
         folder: To write to.
-        checkpoints: What to resume from.
+        checkpoints: Files to resume from.
     """
     kinds: Any = pl.callbacks
     if task == "storm":
         keep = kinds.ModelCheckpoint(folder, every_n_train_steps=SAVED_AT, save_top_k=-1)
-        left = {"storm": trained(folder, [keep])}
-        left["stochastic"] = trained(folder / "swa", [kinds.StochasticWeightAveraging(1e-2, 1)], epochs=3)
+        states = {"storm": trained(folder, [keep])}
+        states["stochastic"] = trained(folder / "swa", [kinds.StochasticWeightAveraging(1e-2, 1)], epochs=3)
         if hasattr(kinds, "EMAWeightAveraging"):
-            left["exponential"] = trained(folder / "ema", [kinds.EMAWeightAveraging(decay=0.9)])
+            states["exponential"] = trained(folder / "ema", [kinds.EMAWeightAveraging(decay=0.9)])
     else:
         logging.getLogger(pl.__name__).setLevel(logging.ERROR)
-        left = {str(i): trained(folder / str(i), seed=5, checkpoint=c) for i, c in enumerate(checkpoints)}
-    torch.save(left, folder / f"{task}.pt")
+        states = {str(i): trained(folder / str(i), seed=5, checkpoint=c) for i, c in enumerate(checkpoints)}
+    torch.save(states, folder / f"{task}.pt")
 
 
 if __name__ == "__main__":

@@ -96,6 +96,7 @@ def run(tmp_path: Path, *arguments: str, source: str = SCRIPT) -> list[dict[str,
     return [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("optimizer", "on_failure"), [("sgd", "warn"), ("adam", "repair")])
 def test_one_decision_on_every_rank(tmp_path: Path, optimizer: str, on_failure: str) -> None:
     first, second = run(tmp_path, optimizer, on_failure)
@@ -155,6 +156,7 @@ torch.distributed.destroy_process_group()
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("check", ["exact", "deferred"])
 def test_a_gradient_corrupted_on_one_rank_is_dropped_on_all(tmp_path: Path, check: str) -> None:
     first, second = run(tmp_path, check, source=CORRUPTED)
@@ -216,6 +218,7 @@ dist.destroy_process_group()
 """
 
 
+@pytest.mark.slow
 def test_ranks_that_see_different_things_do_the_same(tmp_path: Path) -> None:
     first, second = run(tmp_path, source=GATHERS)
     assert first["counts"] == second["counts"] == [1, 0, 15]
@@ -261,6 +264,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_spawned_processes(tmp_path: Path) -> None:
     first, second = run(tmp_path, source=SPAWNED)
     assert first["counts"] == second["counts"] == [4, 1]
@@ -308,6 +312,7 @@ dist.destroy_process_group()
 """
 
 
+@pytest.mark.slow
 def test_the_last_logged_step_is_there_after_an_exception(tmp_path: Path) -> None:
     for scalars in run(tmp_path, source=RAISES):
         assert list(scalars["grad_norm/total"]) == [0, 1, 2]

@@ -94,6 +94,7 @@ LAUNCHES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("groups", LAUNCHES, ids=" and ".join)
 def test_numbers_and_decisions_are_those_of_one_process(
@@ -119,6 +120,7 @@ def test_numbers_and_decisions_are_those_of_one_process(
         strategies_page.has(group, precision, [feature in features for feature in FEATURES])
 
 
+@pytest.mark.slow
 def test_watching_changes_nothing(tmp_path: Path) -> None:
     strategies = ("FSDP2", "tensor parallel")
     members = [
@@ -199,7 +201,7 @@ def test_lightning_refuses_a_grad_scaler_where_weights_are_sharded(
     with pytest.raises(ValueError, match="16-mixed"):
         Trainer(accelerator="cpu", devices=1, strategy=ModelParallelStrategy(), precision=precision)
     for group in ("FSDP2 x2", "tensor parallel x2", "FSDP2 x2, tensor parallel x2"):
-        strategies_page.has(group, precision, "refused by Lightning")
+        strategies_page.has(group, precision, "unsupported by Lightning")
 
 
 @pytest.mark.parametrize("name", UNSUPPORTED)
@@ -208,7 +210,7 @@ def test_what_is_not_supported_is_refused_by_name(name: str, strategies_page: St
     for callback in default_callbacks():
         with pytest.raises(MisconfigurationException, match=f"{type(callback).__name__}.*{name}.*use"):
             fit(Classifier(), batches(1), [callback], strategy=strategy, accelerator="auto")
-    strategies_page.has(name, "any", "refused")
+    strategies_page.has(name, "any", "unsupported")
 
 
 def test_rows_that_fsdp1_has_cut_are_refused_and_the_rest_is_warned_of() -> None:
