@@ -48,7 +48,7 @@ def of_counts(counts: Sequence[Count]) -> Iterator[Bar]:
         ours = [count for count in counts if count.variant == variant]
         hot = [count for count in ours if count.kind == "hot"]
         most = max(count.syncs for count in hot)
-        yield Bar(f"{variant}: waits of a hot step, at most {waits}", str(most), _at_most(most, waits))
+        yield Bar(f"{variant}: syncs of a hot step, at most {waits}", str(most), _at_most(most, waits))
         for fused in (True, False):
             of_kind = {count.tensors: count for count in hot if count.fused == fused}
             heavy = [count for count in of_kind.values() if 4 * ELEMENTS * count.tensors >= MANY_BYTES]

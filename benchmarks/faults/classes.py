@@ -1,4 +1,4 @@
-"""The classes of faults: what each does to a run, and whether a run can survive it.
+"""The classes of faults, with their effect on a run, and if a run can survive it.
 
 This table was committed before the campaign first ran. A kind that turns out to be wrong here is corrected in
 a commit of its own that says so.
@@ -14,10 +14,10 @@ class FaultClass:
     """One kind of fault.
 
     Args:
-        what: What is done to the run, once.
-        cause: What the suite has to name, of `core.incidents.CAUSES`, whenever the fault makes a number
-            nonfinite or the weights sick; empty where nothing has to be named.
-        survivable: Whether a run can end as well as without the fault.
+        what: The effect on the run, once.
+        cause: The cause that the suite has to name, whenever the fault makes a number nonfinite or corrupts
+            the weights; empty if there is none.
+        survivable: True if a run can end as well as without the fault.
         why_not: The reason, where it cannot.
         precision: The only precision it exists in; empty for all.
         model: The only model it exists in; empty for all.
@@ -41,7 +41,7 @@ FAULTS = {
     "sqrt at 0": FaultClass("the loss is finite, and has a square root of zero in it", "backward_pass"),
     "ignored labels": FaultClass("all labels of the batch are to be ignored: a mean of nothing", "loss"),
     "masked row": FaultClass(
-        "attention is told to look at nothing, in one sample", "forward_pass", model="transformer"
+        "the attention mask hides all positions of one sample", "forward_pass", model="transformer"
     ),
     "fp16 overflow": FaultClass(
         "the batch is 1e5 times too large for float16", "forward_pass", precision="16-mixed"
@@ -63,21 +63,21 @@ FAULTS = {
         "one label is a class that does not exist",
         "",
         survivable=False,
-        why_not="torch raises IndexError before there is a number to judge (on a GPU it loses the context); "
-        "the run ends with that error, and checkpoints stay good",
+        why_not="torch raises IndexError before there is a number to check (on a GPU it invalidates the "
+        "context); the run ends with that error, and checkpoints stay finite",
     ),
     "flip before the first step": FaultClass(
         "as `flip in a weight`, in the weights that training starts from",
         "",
         survivable=False,
-        why_not="nothing better was ever seen to go back to",
+        why_not="there is no earlier state to roll back to",
     ),
     "small flip on one rank": FaultClass(
         "a bit of the mantissa of a weight flips on one rank of two",
         "",
         survivable=False,
-        why_not="it changes no number by enough to be told from noise; ranks then train slightly different "
-        "weights, which only a checksum of all weights would see",
+        why_not="no number changes by more than noise; the ranks then train slightly different weights, "
+        "which only a checksum of all weights would detect",
     ),
 }
 

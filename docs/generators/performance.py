@@ -23,32 +23,32 @@ from lightning_gradguard.core.norms import CHUNK
 PAGE = Path(__file__).parents[1] / "performance.md"
 HEAD = """# What the suite costs
 
-Counted and timed; this page is written by `make bench`, which does all of it again on your machine. Nothing
-below was typed by hand but the sentences around the tables.
+Counts and times. `make bench` measures all of it on your machine and writes this page, tables and sentences
+included.
 
-All five callbacks with their defaults are *the suite*, which waits for the device once a step;
-*deferred* is the same with `NaNRollback(check="deferred")`, which never waits. Clipping has its threshold
-after three steps here, as ZClip has, so that what it costs after its warm-up is what is measured. A *hot*
-step is one that is not logged, nearly all of them. Every fit is a real `Trainer.fit` with fused AdamW, than
-which no optimizer steps faster, so that what is added to it weighs as much as it can.
+*The suite* is all five callbacks with their defaults, with one host synchronization a step; *deferred* is the
+same with `NaNRollback(check="deferred")`, without synchronization. The warm-up of clipping is three steps
+here, as is that of ZClip, so that the cost after the warm-up is measured. A *hot* step is one that is not logged,
+which nearly all steps are. Every fit is a real `Trainer.fit` with fused AdamW, the fastest optimizer, so that
+the relative overhead is as large as it can be.
 
-A bar is *open* where quartiles lie on both sides of it: then the noise is larger than the difference, and
-nothing is claimed. Times are worth something on an idle machine only: on a busy one every step waits, and
-what is added to it seems small.
+A bar is *open* if quartiles lie on both sides of it: the noise is then larger than the difference, and
+nothing is claimed. Times are valid on an idle machine only: on a busy one every step is delayed, and the overhead
+seems small.
 """
 
 
 @dataclass
 class Found:
-    """Everything that was counted and timed; empty where it was not.
+    """Measurements of the cost; empty where nothing was measured.
 
     Args:
-        load: How busy the machine was before: processes that wanted to run.
-        counts: What is added to a step.
+        load: Runnable processes before the start.
+        counts: Operations, synchronizations and bytes that are added to a step.
         whole: Steps by network.
         prepared: Steps of hooks and optimizer, by network.
-        kept: Steps at which something is kept, by network.
-        peaks: Most memory in MB, by variant.
+        kept: Steps with a snapshot, by network.
+        peaks: Peak memory in MB, by variant.
         long_runs: By variant.
     """
 
@@ -62,13 +62,13 @@ class Found:
 
 
 def page(found: Found) -> str:
-    """The whole page, or the parts of it of which something was found."""
+    """Renders the page, or its measured parts."""
     parts = [
         HEAD,
         f"{torch.get_num_threads()} cores of an {platform.machine()} CPU, torch {torch.__version__}, "
         f"Lightning {version('pytorch_lightning')}, Python {platform.python_version()}; "
-        f"{found.load:.1f} processes wanted to run before it began. No GPU was used: waits and launches are "
-        "counts, not times.\n",
+        f"{found.load:.1f} processes were runnable before the start. No GPU was used: synchronizations and "
+        "launches are counts, not times.\n",
     ]
     sections = (
         (found.counts, _counts),
@@ -87,17 +87,15 @@ def page(found: Found) -> str:
 def _counts(found: Found) -> list[str]:
     return [
         "## Counted\n",
-        f"What is added to a bare step, with {_listed(TENSORS)} tensors of {ELEMENTS:,} elements each. On a "
-        f"CPU the suite measures a tensor of more than {CHUNK:,} by rows, for accuracy, which takes an "
-        "operation for each such tensor; that is not in these numbers. "
-        "Operations are calls of torch's dispatcher without views; waits are those of the host for the "
-        "device, which on a CPU cost nothing and are counted all the same; launches are a model of what CUDA "
-        "would start; bytes are in those of all gradients, and are those that operations take and leave, the "
-        "optimizer's own taken off; where gradients are few bytes, a handful of numbers shows beside them. "
-        "A deferred step reads on the host what was sent there a step before "
-        "(*late*): it waits for nothing that was asked of the device since, as "
-        "`tests/contracts/test_host_synchronizations.py` holds for a GPU. Rows that do not say so are with "
-        "fused AdamW.\n",
+        f"Overhead of a bare step, with {_listed(TENSORS)} tensors of {ELEMENTS:,} elements each. On a "
+        f"CPU the suite measures a tensor of more than {CHUNK:,} by rows, for accuracy, with an operation "
+        "for each such tensor; these numbers exclude that. Operations are calls of torch's dispatcher "
+        "without views. Syncs are synchronizations of the host with the device, which are free on a CPU and "
+        "are counted all the same. Launches are a model of the kernels that CUDA would launch. Bytes read "
+        "and written are multiples of the bytes of all gradients, over all operations except the "
+        "optimizer's own; if gradients have few bytes, a handful of other numbers is visible beside them. "
+        "A deferred step reads on the host the values that were sent a step before (*late*), without a "
+        "synchronization with later work of the device. Rows use fused AdamW unless they state otherwise.\n",
         "A hot step:\n",
         _count_table(found.counts, "hot"),
         "A logged step:\n",
@@ -110,14 +108,14 @@ def _whole(found: Found) -> list[str]:
     parts = [
         "## Whole steps\n",
         "Each variant is a fit of its own, with its own network; all take their steps in turn in one "
-        f"process, in an order drawn anew in each round, after {WARM_UP} rounds that do not count. A step "
-        "lasts from being handed a batch to asking for the next. Ratios and differences are those to the "
-        "bare step of the same round, medians with quartiles. *bare, again* is the same as bare: differences "
-        f"as small as its own are noise. Every {LOG_EVERY}th step is logged; those around "
-        f"the suite's snapshots, every {SNAPSHOT_EVERY}, are left out here. A turn of the BoringModel is "
-        f"{timings.IN_A_ROW} steps, after {timings.SETTLE} that do not count: its steps are all overhead, "
-        "and caches should be those of one fit. Tensors above 65,536 elements add one operation each on a "
-        "CPU; small ones of one shape are copied there before they are measured, and so read twice.\n",
+        f"process, in a random order in each round, after {WARM_UP} warm-up rounds. A step lasts from one "
+        "request for a batch to the next. Ratios and differences are relative to the bare step of the same "
+        "round, medians with quartiles. *bare, again* is the same as bare: differences as small as its own "
+        f"are noise. Every {LOG_EVERY}th step is logged; those around the suite's snapshots, every "
+        f"{SNAPSHOT_EVERY}, are excluded here. A turn of the BoringModel is {timings.IN_A_ROW} steps, after "
+        f"{timings.SETTLE} warm-up steps: its steps are all overhead, and the caches should be those of one "
+        "fit. Tensors above 65,536 elements add one operation each on a CPU; small tensors of one shape are "
+        "copied before they are measured, and so read twice.\n",
         _table(
             ("variant", "offers", "from"), [(n, v.offers, v.source) for n, v in VARIANTS.items() if n != BARE]
         ),
@@ -138,9 +136,9 @@ def _whole(found: Found) -> list[str]:
 def _prepared(found: Found) -> list[str]:
     parts = [
         "## Hooks and optimizer alone\n",
-        "In a step of 300 ms a few are lost in the noise. Here the same parameters get gradients that were "
-        "prepared, written anew in each step, so that Lightning, its hooks and the optimizer are all there "
-        "is to a step. Ratios are to that; they are not those of training.\n",
+        "In a step of 300 ms, a few milliseconds are lost in the noise. Here the same parameters get "
+        "prepared gradients, written anew in each step, so that a step consists of Lightning, its hooks and "
+        "the optimizer. Ratios are relative to that, and are not those of training.\n",
     ]
     for network, timed in found.prepared.items():
         parts += [
@@ -161,10 +159,10 @@ def _kept(found: Found) -> list[str]:
             rows.append((network, shown, _spread(cost), f"{cost.middle / SNAPSHOT_EVERY / step:.2%}"))
     return [
         "## Snapshots\n",
-        "What it takes to keep weights and optimizer state in memory, so that training can go back. Steps of "
-        "the suite with a snapshot against the same ones of a suite that takes none; steps with a "
-        "`copy.deepcopy` of the state dicts against bare ones; without a backward pass, as above. Shares are "
-        f"of a whole bare step, for one every {SNAPSHOT_EVERY}.\n",
+        "Cost of keeping weights and optimizer state in memory for a rollback. Steps of the suite with a "
+        "snapshot are compared with those of a suite without snapshots, and steps with a `copy.deepcopy` of "
+        "the state dicts with bare steps; without a backward pass, as above. Shares are of a whole bare "
+        f"step, for one snapshot every {SNAPSHOT_EVERY} steps.\n",
         _table(("network", "by", "ms", "of a step"), rows),
         _bar_table(bars.of_snapshots(found.whole, found.kept)),
     ]
@@ -175,8 +173,8 @@ def _peaks(found: Found) -> list[str]:
     rows = [(name, f"{most:,.0f}", f"{most - bare:+,.0f}") for name, most in found.peaks.items()]
     return [
         "## Memory\n",
-        "The most memory of a process that trains the GPT for five steps, in MB, with the first snapshot. "
-        "Each further one, up to `keep_snapshots + 1`, takes as much again as weights and optimizer state.\n",
+        "Peak memory of a process that trains the GPT for five steps, in MB, with the first snapshot. Each "
+        "further snapshot, up to `keep_snapshots + 1`, takes as much again as weights and optimizer state.\n",
         _table(("variant", "MB", "beside bare"), rows),
     ]
 
@@ -199,8 +197,8 @@ def _long_run(found: Found) -> list[str]:
     steps = len(found.long_runs[BARE]) * LOOK_EVERY
     return [
         f"## {steps:,} steps\n",
-        "The BoringModel, on one thread, logged every 50 steps: its first thousand and its last. The "
-        "mean is with logging and snapshots; memory is the most so far, by the end of the second thousand "
+        "The BoringModel, on one thread, logged every 50 steps: the first and the last thousand steps. The "
+        "mean includes logging and snapshots; memory is the peak so far, at the end of the second thousand "
         "(the first ends with the first heat map, for which matplotlib is loaded) and of the last.\n",
         _table(("variant", "median step", "mean step", "memory"), rows),
         _bar_table(bars.of_long_run(found.long_runs[BARE], found.long_runs[EXACT])),
@@ -232,7 +230,7 @@ def _count_table(counts: Sequence[Count], kind: Kind) -> str:
         for (variant, fused), members in groups.items()
         if any(count.ops or count.syncs for count in members)
     ]
-    return _table(("variant", "operations", "launches", "waits", "read", "written"), rows)
+    return _table(("variant", "operations", "launches", "syncs", "read", "written"), rows)
 
 
 def _time_table(timed: Timed) -> str:

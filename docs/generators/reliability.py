@@ -18,19 +18,19 @@ from benchmarks.faults.runs import Outcome
 PAGE = Path(__file__).parents[1] / "reliability.md"
 HEAD = """# Reliability
 
-What happens to a run when something goes wrong, measured: this page is written by `make faults`, which does
-all of it again on your machine. Nothing below was typed by hand but these paragraphs.
+Outcomes of runs with injected faults. `make faults` measures all of it on your machine and writes this page,
+these paragraphs included.
 
 A run *survives* if it ends by itself, with finite weights, buffers and optimizer state, and has learned:
 its score on held-out data is in the better half between the untrained network's and that of the same run
-without the fault. It is *equal* if weights, buffers and optimizer state are bit for bit those of a run that
-was never served the batches which were lost; that is not defined under manual optimization with two
-optimizers (one step of a batch may stay), where nothing was lost, and where a fault of the state was
-absorbed by training and never taken back. A *cause* is named if the first incident that names one names
-that of the table. *Lost* are batches that left nothing in the weights; *recovered* says after how many
-batches the loss was within half of what it had been before.
+without the fault. It is *equal* if weights, buffers and optimizer state are bit for bit those of a run
+without the lost batches; that is not defined under manual optimization with two optimizers (one step of a
+batch may be committed), if no batch is lost, and if training absorbs a fault of the state without a
+rollback. A *cause* is named if the first incident with a cause has that of the table. *Lost* batches are
+those whose update is not in the weights; *recovered after* is the number of batches until the loss is within
+half of its value before the fault.
 
-The suite runs without `LearningRateBackoff` here, whose point is to change what follows, and with
+The suite runs without `LearningRateBackoff` here, which changes the following steps by design, and with
 `restore_rng=True, rewind_schedulers=True`; see `benchmarks/faults/runs.py`.
 """
 
@@ -86,17 +86,17 @@ def write(
         ),
         f"Of the faults that are not survivable, {len(hopeless)} were tried: "
         f"{sum(o.survived for o in hopeless)} runs survived, {sum(bool(o.error) for o in hopeless)} ended "
-        "with an error that says why.\n",
+        "with an error that states the reason.\n",
         f"## {len(pairs)} faults on one rank of two\n",
         f"Ranks ended bit for bit alike in {sum(o.ranks_equal for o in pairs)} of {len(pairs)} runs; "
         "no run hung.\n",
         _by(pairs, "fault", lambda o: o.case.kind),
-        "## What others make of the same faults\n",
-        "Runs that survived, of those that could be tried: SGD, one process, a steady run, float32 (float16 "
-        "for its overflow). `gradient_clip_val`, `EarlyStopping` on a logged loss and `SpikeDetection` do "
-        "not work under the manual optimization of a GAN, so that these runs are not counted. All are used "
-        "with their defaults. `log(0)` and `division by zero` spoil the value of the loss here, and not its "
-        "gradient; a run that does not look at its loss survives them.\n",
+        "## Other tools under the same faults\n",
+        "Surviving runs, of those that are possible: SGD, one process, a steady run, float32 (float16 for "
+        "its overflow). `gradient_clip_val`, `EarlyStopping` on a logged loss and `SpikeDetection` do not work "
+        "under the manual optimization of a GAN, so that these runs are not counted. All are used with their "
+        "defaults. `log(0)` and `division by zero` corrupt the value of the loss here, not its gradient; a "
+        "run that does not check its loss survives them.\n",
         _baselines(baselines, counted),
         "## False alarms\n",
         f"{len(quiet)} clean runs of 2,000 steps, with noisy data and a warm-up of the learning rate; "

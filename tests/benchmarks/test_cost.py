@@ -119,7 +119,7 @@ GOOD = [
     ("worse", "missed"),
     [
         ({}, []),
-        ({"syncs": 2}, ["waits"]),
+        ({"syncs": 2}, ["syncs"]),
         ({"ops": 65}, ["operations", "the same number"]),
         ({"ops": 59}, ["the same number"]),
         ({"read": 2.02}, ["gradients read"]),
