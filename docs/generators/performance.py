@@ -28,13 +28,13 @@ included.
 
 *The suite* is all five callbacks with their defaults, with one host synchronization a step; *deferred* is the
 same with `NaNRollback(check="deferred")`, without synchronization. The warm-up of clipping is three steps
-here, as is that of ZClip, so that the cost after the warm-up is measured. A *hot* step is one that is not logged,
-which nearly all steps are. Every fit is a real `Trainer.fit` with fused AdamW, the fastest optimizer, so that
-the relative overhead is as large as it can be.
+here, as is that of ZClip, so that the cost after the warm-up is measured. A *hot* step is one that is not
+logged, which nearly all steps are. Every fit is a real `Trainer.fit` with fused AdamW, the fastest optimizer,
+so that the relative overhead is as large as it can be.
 
 A bar is *open* if quartiles lie on both sides of it: the noise is then larger than the difference, and
-nothing is claimed. Times are valid on an idle machine only: on a busy one every step is delayed, and the overhead
-seems small.
+nothing is claimed. Times are valid on an idle machine only: on a busy one every step is delayed, and the
+overhead seems small.
 """
 
 

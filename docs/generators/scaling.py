@@ -98,7 +98,8 @@ number has 8 bytes.
 
 For comparison: the gradients of Llama, 6.7B in bfloat16 are {size(gradients)}, which ranks exchange in every
 step in any case. The suite's collective is bound by latency, and takes place between the backward pass and
-the optimizer, where nothing overlaps with it. With `check="exact"` the host also synchronizes with its result.
+the optimizer, where nothing overlaps with it. With `check="exact"` the host also synchronizes with its
+result.
 
 * `UnitwiseClipping` reduces the squared norms of all units, of gradients and of weights. If that is too much,
   use `PerTensorClipping`, which needs no more than the default.
@@ -122,8 +123,8 @@ pending snapshot. Under FSDP2 each rank keeps its own shards, under DDP each kee
 * `incidents.jsonl` is written by rank 0 only, `lost_batches.rank<r>.jsonl` by each rank that loses a batch:
   at most as many files as ranks. Set `incident_dir` to a file system that supports that.
 * A dossier is written by one rank, the same one for all: at most {DOSSIERS} (`max_dossiers`) of
-  {MEGABYTES} MB (`max_dossier_megabytes`), together {size(DOSSIERS * MEGABYTES * 1e6)}, whatever the number of GPUs.
-  With sharded weights, no batch is replayed, and there is no dossier.
+  {MEGABYTES} MB (`max_dossier_megabytes`), together {size(DOSSIERS * MEGABYTES * 1e6)}, whatever the
+  number of GPUs. With sharded weights, no batch is replayed, and there is no dossier.
 
 ## Settings for large runs
 
