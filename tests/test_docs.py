@@ -115,7 +115,7 @@ COMMANDS = sorted(
 @renamed
 @pytest.mark.usefixtures("my_package")
 @pytest.mark.parametrize("line", COMMANDS)
-def test_commands_are_understood(line: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_commands_are_valid(line: str, capsys: pytest.CaptureFixture[str]) -> None:
     """What `fit` is given builds a module and a Trainer; of another command, the options exist."""
     _, verb, *arguments = shlex.split(line)
     if verb == "fit" and "--help" not in arguments:
@@ -156,7 +156,7 @@ def test_the_site_builds_strictly_and_stands_alone(tmp_path: Path) -> None:
     assert all(f"<code>{name}</code>" in monitor for name in ("norm_type", "every_n_steps", "exclude"))
 
 
-def test_the_reference_is_whole() -> None:
+def test_reference_is_complete() -> None:
     """The reference has all public names, modules and sub-packages of the core."""
     pages = "\n".join(PAGES.values())
     paths = [*(ROOT / "lightning_gradguard/core").glob("[a-z]*")]
@@ -170,7 +170,7 @@ CURES = ("ReLU, He", "ReLU, batch norm", "ReLU, residual")
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-def test_what_vanishes_is_cured_by_what_the_guide_says() -> None:
+def test_cures_of_the_guide_for_vanishing_gradients() -> None:
     sick = experiments.VANISHING["ReLU"](120, 0)
     assert sick.first_norms()[0] < sick.first_norms()[-1] / 100
     for name in CURES:
@@ -182,7 +182,7 @@ def test_what_vanishes_is_cured_by_what_the_guide_says() -> None:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-def test_what_explodes_is_cured_by_what_the_guide_says() -> None:
+def test_cures_of_the_guide_for_exploding_gradients() -> None:
     sick = experiments.THROUGH_TIME["ReLU, gain 1.1"](25, 0)
     assert sick.survived < 25
     for name in ("clipping to norm 1", "max-norm", "LSTM", "the suite"):
@@ -193,7 +193,7 @@ def test_what_explodes_is_cured_by_what_the_guide_says() -> None:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-def test_weights_that_are_too_large_need_clipping_and_a_bound() -> None:
+def test_weights_out_of_range_need_clipping_and_a_bound() -> None:
     runs = {name: run(120, 0) for name, run in experiments.HUGE_WEIGHTS.items()}
     assert not math.isfinite(runs["weights from N(0, 0.4)"].final_loss)
     assert runs["clipping, max-norm"].final_loss < runs["clipping"].final_loss < math.inf
@@ -202,7 +202,7 @@ def test_weights_that_are_too_large_need_clipping_and_a_bound() -> None:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-def test_the_guide_has_what_its_program_writes(tmp_path: Path) -> None:
+def test_guide_has_the_tables_of_its_generator(tmp_path: Path) -> None:
     """All experiments of the page, and no other, in its columns; the numbers take minutes."""
     page = PAGES["docs/guide.md"]
     tables = {}
@@ -217,7 +217,7 @@ def test_the_guide_has_what_its_program_writes(tmp_path: Path) -> None:
     assert "NaN" in page
 
 
-def test_the_guide_draws(tmp_path: Path) -> None:
+def test_guide_pictures_are_drawn(tmp_path: Path) -> None:
     """A run that died, one that lives, and a picture of both that is not empty."""
     dead = Run(losses=[4.6, 9.0, math.nan], series={"grad_norm/total": [1.0, 1e3, math.inf]})
     alive = Run(losses=[4.6, 4.0, 3.0], series={"grad_norm/total": [1.0, 1.0, 1.0]})

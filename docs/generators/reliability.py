@@ -95,8 +95,8 @@ def write(
         "Surviving runs, of those that are possible: SGD, one process, a steady run, float32 (float16 for "
         "its overflow). `gradient_clip_val`, `EarlyStopping` on a logged loss and `SpikeDetection` do not "
         "work under the manual optimization of a GAN, so that these runs are not counted. All are used with "
-        "their defaults. `log(0)` and `division by zero` corrupt the value of the loss here, not its gradient; "
-        "a run that does not check its loss survives them.\n",
+        "their defaults. `log(0)` and `division by zero` corrupt the value of the loss here, not its "
+        "gradient; a run that does not check its loss survives them.\n",
         _baselines(baselines, counted),
         "## False alarms\n",
         f"{len(quiet)} clean runs of 2,000 steps, with noisy data and a warm-up of the learning rate; "

@@ -35,7 +35,7 @@ def weights(names: list[str], steps: int) -> dict[str, list[torch.Tensor]]:
     return {name: [p.detach() for p in module.parameters()] for name, module in modules.items()}
 
 
-def test_a_fit_knows_nothing_of_those_beside_it() -> None:
+def test_interleaved_fit_equals_separate_fit() -> None:
     beside = weights([BARE, AGAIN, EXACT, CLIP, "`detect_anomaly`", "`grad_norm`, `log_dict`"], steps=12)
     alone = weights([BARE], steps=12)[BARE]
     for name in (BARE, AGAIN, "`detect_anomaly`", "`grad_norm`, `log_dict`"):
@@ -134,7 +134,7 @@ def test_counts_can_miss(worse: dict[str, int], missed: list[str]) -> None:
     assert all(what in promise for what, promise in zip(missed, promises, strict=True))
 
 
-def test_a_logged_step_that_waits_too_often_is_a_miss() -> None:
+def test_logged_step_with_too_many_syncs_is_a_miss() -> None:
     counts = [replace(c, syncs=3) if c.kind == "logged" and c.variant == EXACT else c for c in GOOD]
     (bar,) = (bar for bar in bars.of_counts(counts) if bar.verdict == "miss")
     assert (bar.promise, bar.found) == ("suite: transfers that a logged step adds, at most 1", "2")
@@ -183,7 +183,7 @@ def test_a_long_run_can_miss() -> None:
     assert verdicts == [["pass", "pass"], ["miss", "pass"], ["pass", "miss"]]
 
 
-def test_the_page_says_what_was_found() -> None:
+def test_page_has_the_measurements() -> None:
     timed = steady(**{name: 100.0 + 10 * i for i, name in enumerate(VARIANTS)})
     kept = steady(**{BARE: 20, DEEPCOPY: 120, NEVER: 30, KEPT: 40})
     looks = [Look(1.0, 1.0, 400), Look(1.3, 1.0, 400)]

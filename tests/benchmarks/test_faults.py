@@ -24,7 +24,7 @@ def outcome_of(case: Case) -> Outcome:
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_a_case_survives_with_the_suite_and_dies_without() -> None:
+def test_case_survives_with_the_suite_and_fails_without() -> None:
     outcome = outcome_of(NAN)
     assert (outcome.survived, outcome.equal, outcome.named, outcome.lost) == (True, True, True, 1)
     assert Outcome.from_json(outcome.to_json()) == outcome
@@ -34,7 +34,7 @@ def test_a_case_survives_with_the_suite_and_dies_without() -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_outcomes_that_are_not_as_promised_are_seen() -> None:
+def test_outcomes_not_as_promised_are_reported() -> None:
     outcome = outcome_of(replace(NAN, kind="flip in a weight", check="deferred"))
     assert not campaign.is_wrong(outcome)
     for broken in ({"survived": False}, {"equal": False}, {"causes": ["loss"]}, {"ranks_equal": False}):
@@ -42,7 +42,7 @@ def test_outcomes_that_are_not_as_promised_are_seen() -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_the_page_is_written_from_what_was_found(tmp_path: Path) -> None:
+def test_page_is_written_from_the_outcomes(tmp_path: Path) -> None:
     outcome = outcome_of(NAN)
     lost = replace(outcome, survived=False)
     answers = {"Lightning alone": [(NAN.kind, baselines.Answer(False, False, 0.1))]}
@@ -56,7 +56,7 @@ def test_the_page_is_written_from_what_was_found(tmp_path: Path) -> None:
     assert "Nothing was torn." in page
 
 
-def test_every_kind_of_fault_is_done_and_timed() -> None:
+def test_every_kind_of_fault_is_injected_at_every_time() -> None:
     batch = batches(1)[0]
     for kind in OF_DATA:
         worse = spoiled(batch, kind)
@@ -71,7 +71,7 @@ def test_every_kind_of_fault_is_done_and_timed() -> None:
     assert survivable <= {case.kind for case in wanted}
 
 
-def test_torn_files_are_seen(tmp_path: Path) -> None:
+def test_torn_files_are_detected(tmp_path: Path) -> None:
     (tmp_path / "a.ckpt").write_bytes(b"half of it")
     (tmp_path / "b.jsonl").write_text('{"kind": 1}\n{"ki')
     assert len(kills.torn(tmp_path)) == 2

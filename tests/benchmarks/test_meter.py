@@ -85,7 +85,7 @@ def test_backward_is_counted() -> None:
     assert backward.read >= 2 * weight.nbytes
 
 
-def test_what_came_from_the_host_may_be_read_and_the_original_may_not() -> None:
+def test_reading_a_host_copy_is_free_and_the_original_is_counted() -> None:
     with Meter() as meter:
         original = torch.ones(3) * 2
         copy = original.cpu()
@@ -128,12 +128,12 @@ def clip(tensors: list[Tensor]) -> None:
         (clip, {"syncs": 0}),
     ],
 )
-def test_on_a_gpu_that_is_not_there(code: Callable[[list[Tensor]], object], expected: dict[str, int]) -> None:
+def test_on_a_simulated_gpu(code: Callable[[list[Tensor]], object], expected: dict[str, int]) -> None:
     row = fake_cuda(build, code).row()
     assert {name: row[name] for name in expected} == expected
 
 
-def test_the_host_waits_for_events_of_the_same_step_only() -> None:
+def test_events_of_the_same_step_are_synchronizations() -> None:
     def mark(device: str) -> Any:
         return torch.cuda.current_stream().record_event()
 
@@ -145,7 +145,7 @@ def test_the_host_waits_for_events_of_the_same_step_only() -> None:
     assert (meter.waits, meter.late) == ({"event": 1}, 1)
 
 
-def test_values_that_are_not_there_are_ones() -> None:
+def test_missing_values_are_ones() -> None:
     def read(tensor: Tensor) -> None:
         assert tensor.tolist() == [[1.0, 1.0]]
         assert tensor.sum().item() == 1.0

@@ -64,7 +64,7 @@ class Gan(pl.LightningModule):
         ], []
 
 
-def test_a_gan_loses_only_the_sick_step(tmp_path: Path) -> None:
+def test_gan_skips_only_the_bad_step(tmp_path: Path) -> None:
     bare, clean, sick = Gan(), Gan(), Gan(sick=(7,))
     fit(bare, batches(8))
     rollback = NaNRollback()
@@ -111,7 +111,7 @@ def test_lbfgs(line_search: str | None) -> None:
     assert same(weights(bare), weights(watched))
 
 
-def test_lbfgs_that_leaves_nonfinite_weights_is_taken_back() -> None:
+def test_lbfgs_that_leaves_nonfinite_weights_is_rolled_back() -> None:
     class Wild(Classifier):
         def configure_optimizers(self) -> Any:
             return torch.optim.LBFGS(self.parameters(), lr=1e18, max_iter=3)
@@ -134,7 +134,7 @@ def test_precisions(precision: Any) -> None:
     assert finite(module)
 
 
-def test_a_second_clipper_is_told_of_and_acts_after() -> None:
+def test_second_clipper_is_reported_and_acts_after() -> None:
     class Own(Classifier):
         def configure_gradient_clipping(self, optimizer: Any, *_: Any, **__: Any) -> None:
             self.norm = nn.utils.get_total_norm([p.grad for p in self.parameters() if p.grad is not None])

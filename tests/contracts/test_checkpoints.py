@@ -74,7 +74,7 @@ SPOILS: dict[str, Callable[[pl.Trainer, Any], Any]] = {
 
 @CHECKS
 @pytest.mark.parametrize("spoil", SPOILS)
-def test_what_somebody_else_spoils_is_not_saved(tmp_path: Path, check: Any, spoil: str) -> None:
+def test_state_corrupted_by_another_callback_is_not_saved(tmp_path: Path, check: Any, spoil: str) -> None:
     module, rollback = Classifier("adam", norm=True), NaNRollback(check=check, snapshot_every_n_steps=5)
     keep = ModelCheckpoint(tmp_path, every_n_train_steps=1, save_top_k=-1, save_last=True)
     outside = Outside(SPOILS[spoil], 7, 30)
@@ -85,7 +85,7 @@ def test_what_somebody_else_spoils_is_not_saved(tmp_path: Path, check: Any, spoi
 
 
 @CHECKS
-def test_a_checkpoint_at_the_end_of_the_epoch_is_looked_at_too(tmp_path: Path, check: Any) -> None:
+def test_checkpoint_at_the_end_of_the_epoch_is_checked(tmp_path: Path, check: Any) -> None:
     keep = ModelCheckpoint(tmp_path, save_last=True)
     outside = Outside(SPOILS["one weight"], 10)
     fit(
@@ -120,7 +120,7 @@ def test_what_is_saved_on_an_exception_is_finite(tmp_path: Path, check: Any, spo
 
 
 @CHECKS
-def test_a_checkpoint_by_hand_is_looked_at_too(tmp_path: Path, check: Any) -> None:
+def test_manual_checkpoint_is_checked(tmp_path: Path, check: Any) -> None:
     class ByHand(pl.Callback):
         def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
             if trainer.global_step in (5, 6):
@@ -180,7 +180,7 @@ def test_a_stopped_run_leaves_a_checkpoint_that_can_be_resumed(tmp_path: Path, c
 
 
 @CHECKS
-def test_a_run_that_gives_up_while_it_saves_is_stopped_all_the_same(tmp_path: Path, check: Any) -> None:
+def test_run_that_stops_while_it_saves_is_stopped(tmp_path: Path, check: Any) -> None:
     module, rollback = Classifier("adam", norm=True), NaNRollback(check=check, max_rollbacks=0)
     keep = ModelCheckpoint(tmp_path / "kept", every_n_train_steps=1, save_top_k=-1)
     outside = Outside(SPOILS["all weights"], 7)

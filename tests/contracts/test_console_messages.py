@@ -125,7 +125,7 @@ def _told(sight: Interaction) -> str:
     return f"{sight.batch} {sight.kind} {sight}"
 
 
-def test_numbers_on_the_bar_make_nobody_wait() -> None:
+def test_numbers_on_the_bar_need_no_synchronization() -> None:
     assert waits(shown=True) == waits(shown=False)
 
 
@@ -145,7 +145,9 @@ class Talk(pl.Callback):
 
 @pytest.mark.parametrize("bar_first", [True, False])
 @pytest.mark.parametrize("bar", BARS)
-def test_what_is_said_is_read(bar: Any, bar_first: bool, capsys: pytest.CaptureFixture[str]) -> None:
+def test_messages_are_printed_above_the_bar(
+    bar: Any, bar_first: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
     """As it was said, whether or not the bar is on the screen."""
     callbacks: list[pl.Callback] = [bar(), Talk()] if bar_first else [Talk(), bar()]
     fit_with_bar(callbacks, batches(3))
@@ -173,7 +175,7 @@ def table(said: Sequence[str]) -> dict[str, str]:
     return {name: value.strip() for name, _, value in (row.strip().partition("  ") for row in rows)}
 
 
-def test_commands_are_told_as_they_can_be_typed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_commands_are_printed_as_they_can_be_typed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert shell_command("tensorboard") == "tensorboard"
     monkeypatch.setenv("PATH", "")
     assert shell_command("tensorboard") == str(Path(sys.executable).with_name("tensorboard"))
@@ -260,7 +262,7 @@ def test_a_table_after_control_c(capsys: pytest.CaptureFixture[str]) -> None:
     assert table(lines(capsys))["steps"] == "10"
 
 
-def test_a_table_when_the_suite_gives_up(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_table_when_the_suite_stops_training(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(TrainingDivergedError):
         fit_with_bar([NaNRollback(max_rollbacks=0)])
     assert "training_diverged 1" in table(lines(capsys))["incidents"]
@@ -286,7 +288,7 @@ def test_once_a_fit(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize("arguments", [{"fast_dev_run": 3}, {"barebones": True}], ids=str)
-def test_no_word_of_a_run_that_is_none(arguments: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_table_without_training(arguments: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
     module = Classifier()
     module.log = lambda *_, **__: None  # type: ignore[method-assign]
     pl.Trainer(accelerator="cpu", callbacks=[NaNRollback()], max_epochs=1, **arguments).fit(
@@ -314,7 +316,7 @@ dist.destroy_process_group()
 
 
 @pytest.mark.slow
-def test_one_rank_speaks(tmp_path: Path) -> None:
+def test_one_rank_prints(tmp_path: Path) -> None:
     script = tmp_path / "train.py"
     script.write_text(ON_TWO_RANKS)
     said = launch([str(script)])
@@ -344,13 +346,13 @@ dist.destroy_process_group()
 
 
 @pytest.mark.slow
-def test_ranks_with_other_loggers_do_not_wait_for_each_other(tmp_path: Path) -> None:
+def test_ranks_with_different_loggers_do_not_hang(tmp_path: Path) -> None:
     script = tmp_path / "train.py"
     script.write_text(ONE_RANK_LOGS)
     assert "service/project/run-7/incidents.jsonl" in launch([str(script)])
 
 
-def test_a_last_step_that_was_lost_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+def test_skipped_last_step_is_reported(capsys: pytest.CaptureFixture[str]) -> None:
     """Its verdict comes with the exception; what it means is written down all the same."""
     logger = TensorBoardLogger("logs", name="", version="run")
     with pytest.raises(ValueError, match="by the user"):
@@ -369,7 +371,7 @@ def test_a_last_step_that_was_lost_is_told(capsys: pytest.CaptureFixture[str]) -
     assert events.Scalars("rollback/skips")[-1].value == 1
 
 
-def test_a_resumed_run_says_what_it_counts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_resumed_run_prints_its_counts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     trainer = fit(Classifier(), poisoned(batches(10), nan=[4]), [NaNRollback()], tmp_path)
     trainer.save_checkpoint(tmp_path / "half.ckpt")
     capsys.readouterr()
@@ -383,7 +385,7 @@ def test_a_resumed_run_says_what_it_counts(tmp_path: Path, capsys: pytest.Captur
     assert rows["resumed"] == "at step 10; skips, rollbacks and scale are of the whole run"
 
 
-def test_the_table_of_incidents_is_written_again_and_again_but_not_each_time() -> None:
+def test_table_of_incidents_is_rewritten_at_intervals() -> None:
     """The first ones, one in fifty, and at the end; the last of them are in it."""
     logger = TensorBoardLogger("logs", name="", version="run")
     data = poisoned(batches(400), nan=range(0, 240, 2))

@@ -116,7 +116,7 @@ def test_each_callback_works_alone(index: int) -> None:
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
 @pytest.mark.parametrize("seed", range(4))
-def test_a_nan_storm_is_survived(optimizer: str, seed: int) -> None:
+def test_nan_storm_is_survived(optimizer: str, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     sick = torch.nonzero(torch.rand(600, generator=generator) < 0.02).flatten().tolist()
     assert sick
@@ -155,7 +155,7 @@ def test_resume_in_mid_epoch_decides_as_the_uninterrupted_run(tmp_path: Path, wh
     assert callbacks[2].skips == sum(i < 2 * where - 1 for i in (7, 35, 50))
 
 
-def test_stochastic_weight_averaging_goes_along() -> None:
+def test_stochastic_weight_averaging() -> None:
     module, rollback = Classifier(norm=True), NaNRollback()
     average = StochasticWeightAveraging(swa_lrs=0.01, swa_epoch_start=1)
     data = poisoned(batches(10), nan=[3, 9])

@@ -138,7 +138,7 @@ def insert(data: Sequence[Batch], at: int, *more: Batch) -> list[Batch]:
 
 
 @pytest.mark.parametrize("optimizer", ALL_OPTIMIZERS)
-def test_the_sick_batch_and_the_next_one_leave_no_trace(optimizer: str) -> None:
+def test_nan_batch_and_the_next_one_leave_no_trace(optimizer: str) -> None:
     clean = batches(20)
     after = batches(1, seed=4)[0]
     twin = Run(clean, module=Rich(optimizer))
@@ -198,7 +198,7 @@ def test_under_accumulation_two_windows_are_lost(position: int) -> None:
     assert_same(run, twin)
 
 
-def test_the_last_batch_of_an_epoch_is_judged_at_once() -> None:
+def test_last_batch_of_an_epoch_is_checked_at_once() -> None:
     clean = batches(12)
     run, twin = Run([*clean, NOT_A_NUMBER]), Run(clean)
     assert run.rollback.skips == 1
@@ -230,7 +230,7 @@ def test_the_last_batch_of_an_epoch_costs_no_batch_of_the_next() -> None:
     assert_same(run, twin)
 
 
-def test_max_steps_on_the_sick_step() -> None:
+def test_max_steps_on_the_bad_step() -> None:
     clean = batches(12)
     run = Run(insert(clean, 7, NOT_A_NUMBER), max_steps=8)
     twin = Run(clean, max_steps=7)
@@ -282,7 +282,7 @@ def finite_files(folder: Path) -> list[Path]:
     return files
 
 
-def test_a_checkpoint_after_the_sick_step_holds_what_was_before(tmp_path: Path) -> None:
+def test_checkpoint_after_the_bad_step_holds_the_state_before(tmp_path: Path) -> None:
     clean = batches(15)
     states = []
     for name, data in (("clean", clean), ("sick", insert(clean, 6, NOT_A_NUMBER))):
@@ -300,7 +300,7 @@ def test_a_checkpoint_after_the_sick_step_holds_what_was_before(tmp_path: Path) 
 
 @pytest.mark.filterwarnings("ignore:.*was called without a model", "ignore:.*no last checkpoint available")
 @pytest.mark.parametrize("interrupts", ["next training step", "batch end", "ctrl-c"])
-def test_an_exception_after_the_sick_step_saves_what_was_before(tmp_path: Path, interrupts: str) -> None:
+def test_exception_after_the_bad_step_saves_the_state_before(tmp_path: Path, interrupts: str) -> None:
     class Breaks(Rich):
         def training_step(self, batch: Batch, batch_idx: int) -> Tensor | None:
             if batch_idx == 7 and interrupts != "batch end":
@@ -337,7 +337,7 @@ def test_an_exception_after_the_sick_step_saves_what_was_before(tmp_path: Path, 
     assert same(weights(module), weights(expected))
 
 
-def test_an_exception_without_a_checkpoint_leaves_what_was_before() -> None:
+def test_exception_without_a_checkpoint_leaves_the_state_before() -> None:
     class Breaks(Rich):
         def training_step(self, batch: Batch, batch_idx: int) -> Tensor | None:
             if batch_idx == 7:
@@ -352,7 +352,7 @@ def test_an_exception_without_a_checkpoint_leaves_what_was_before() -> None:
 
 
 @pytest.mark.parametrize("at", [18, 19, 20, 21])
-def test_a_snapshot_of_a_sick_step_is_never_gone_back_to(at: int) -> None:
+def test_snapshot_of_a_bad_step_is_never_restored(at: int) -> None:
     """The snapshot that is due after twenty good steps is taken before the sick one is judged."""
     clean = batches(60)
     data = insert(insert(clean, 45, *[NOT_A_NUMBER] * 6), at, NOT_A_NUMBER)
@@ -432,7 +432,7 @@ def gan_batches(n: int, sick: dict[int, str] | None = None) -> Any:
     ]
 
 
-def test_a_sick_critic_costs_the_generator_s_step_of_the_same_batch(tmp_path: Path) -> None:
+def test_bad_critic_step_skips_the_generator_step_of_the_same_batch(tmp_path: Path) -> None:
     expected, module, rollback = Gan(), Gan(), deferred(max_dossiers=10)
     data = gan_batches(12, {6: "critic"})
     twin = fit(expected, [b for i, b in enumerate(data) if i != 6], [deferred()])
@@ -444,7 +444,7 @@ def test_a_sick_critic_costs_the_generator_s_step_of_the_same_batch(tmp_path: Pa
 
 
 @pytest.mark.parametrize("snapshot_every_n_steps", [1, 3, 5, 6, 7, 1000])
-def test_a_sick_generator_costs_the_critic_s_next_step(snapshot_every_n_steps: int) -> None:
+def test_bad_generator_step_skips_the_next_critic_step(snapshot_every_n_steps: int) -> None:
     class ByHand(Gan):
         """Without the suite: the generator's step of batch 6 and the critic's of batch 7 are left out."""
 
@@ -472,7 +472,7 @@ def test_a_sick_generator_costs_the_critic_s_next_step(snapshot_every_n_steps: i
     assert same(optimizer_state(twin), optimizer_state(trainer))
 
 
-def test_a_generator_that_is_sick_again_and_again_leaves_no_trace() -> None:
+def test_repeated_bad_generator_steps_leave_no_trace() -> None:
     module, rollback = Gan(), deferred(patience=20)
     fit(module, gan_batches(16, {i: "generator" for i in range(6, 11)}), [rollback])
     assert rollback.rollbacks == 0
@@ -480,7 +480,7 @@ def test_a_generator_that_is_sick_again_and_again_leaves_no_trace() -> None:
 
 
 @pytest.mark.parametrize("check", ["exact", "deferred"])
-def test_going_back_takes_all_networks_along(check: str) -> None:
+def test_rollback_restores_all_networks(check: str) -> None:
     """Also those that were toggled off when the snapshot was taken, or is put back."""
     module, rollback = Gan(), deferred(check=check, patience=2)
     before = weights(module)
@@ -491,7 +491,7 @@ def test_going_back_takes_all_networks_along(check: str) -> None:
 
 
 @pytest.mark.parametrize("check", ["exact", "deferred"])
-def test_a_sick_last_batch_does_not_cost_an_epoch_s_schedule_its_step(check: str) -> None:
+def test_nan_last_batch_keeps_the_scheduler_step_of_the_epoch(check: str) -> None:
     class ByEpoch(Rich):
         def configure_optimizers(self) -> Any:
             (optimizer,), _ = super().configure_optimizers()
@@ -505,7 +505,7 @@ def test_a_sick_last_batch_does_not_cost_an_epoch_s_schedule_its_step(check: str
 
 
 @pytest.mark.parametrize("n", [2, 3, 4])
-def test_sick_steps_in_a_row_cost_pairs_of_batches(n: int) -> None:
+def test_consecutive_bad_steps_lose_pairs_of_batches(n: int) -> None:
     clean, healthy = batches(20), batches(1, seed=8)[0]
     sick = [NOT_A_NUMBER] * n if n % 2 == 0 else [*[NOT_A_NUMBER] * n, healthy]
     run, twin = Run(insert(clean, 8, *sick)), Run(clean)
@@ -513,7 +513,7 @@ def test_sick_steps_in_a_row_cost_pairs_of_batches(n: int) -> None:
     assert_same(run, twin)
 
 
-def test_a_rollback_goes_to_where_a_twin_has_been() -> None:
+def test_rollback_restores_the_state_of_a_twin() -> None:
     clean = batches(60)
     sick = insert(clean, 37, *[NOT_A_NUMBER] * 6)
     run = Run(sick, deferred(snapshot_every_n_steps=10), callbacks=[AdaptiveGradientClipping()])
@@ -530,7 +530,7 @@ def test_a_rollback_goes_to_where_a_twin_has_been() -> None:
 
 
 @pytest.mark.parametrize("check", ["exact", "deferred"])
-def test_a_snapshot_is_proven_by_ten_good_steps_after_it(check: str) -> None:
+def test_snapshot_is_qualified_by_ten_good_steps(check: str) -> None:
     taken, clean = (20 if check == "exact" else 21), batches(50)
     for n_good in (9, 10):
         n_sick = 3 if check == "exact" else 6
@@ -563,7 +563,7 @@ def ledger(folder: Path) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("max_dossiers", [0, 10])
 @pytest.mark.parametrize(("accumulate", "lost"), [(1, [5, 6]), (4, list(range(4, 12)))])
-def test_all_batches_that_were_lost_are_in_the_ledger(
+def test_all_lost_batches_are_logged(
     tmp_path: Path, max_dossiers: int, accumulate: int, lost: list[int]
 ) -> None:
     Run(
@@ -606,7 +606,7 @@ def test_validation_within_a_window_undoes_the_window_before(tmp_path: Path) -> 
     torch.testing.assert_close(first.weight, expected_first.weight)
 
 
-def test_a_stop_that_comes_after_a_sick_step_leaves_sane_weights() -> None:
+def test_stop_after_a_bad_step_leaves_finite_weights() -> None:
     class Stops(pl.Callback):
         """Behind the guard in the list: at the end of the batch, nobody knows yet that it is the last."""
 
@@ -620,7 +620,7 @@ def test_a_stop_that_comes_after_a_sick_step_leaves_sane_weights() -> None:
 
 
 @pytest.mark.lightning("2.6", "before it, validation does not follow the clock")
-def test_validation_by_the_clock_sees_sane_weights() -> None:
+def test_validation_by_time_sees_finite_weights() -> None:
     seen: list[bool] = []
 
     class Validates(Classifier):

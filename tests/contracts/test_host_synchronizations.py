@@ -140,7 +140,7 @@ def test_while_gradients_accumulate(check: str) -> None:
 
 
 @pytest.mark.parametrize("check", CHECKS)
-def test_a_logged_step_is_told_with_one_transfer(check: str) -> None:
+def test_logged_step_takes_one_transfer(check: str) -> None:
     expect_of(check, seen_of(suite(check)), LOGGING, told=1)
 
 
@@ -211,7 +211,7 @@ class Curious(ClippingPolicy):
 
 
 @pytest.mark.parametrize("look", HIDDEN.values(), ids=HIDDEN.keys())
-def test_a_hidden_wait_is_seen(look: Callable[[Tensor], Any]) -> None:
+def test_hidden_synchronization_is_recorded(look: Callable[[Tensor], Any]) -> None:
     seen = seen_of([AdaptiveGradientClipping(Curious(look))], Classifier("sgd"), batches(3))
     expect(1, "sync", seen, [1])
     (where,) = [sight.where for sight in seen if sight.kind == "sync" and sight.is_own and sight.batch == 1]
@@ -219,12 +219,12 @@ def test_a_hidden_wait_is_seen(look: Callable[[Tensor], Any]) -> None:
 
 
 @pytest.mark.parametrize("look", HARMLESS.values(), ids=HARMLESS.keys())
-def test_what_is_no_wait_is_not_taken_for_one(look: Callable[[Tensor], Any]) -> None:
+def test_harmless_operation_is_not_recorded(look: Callable[[Tensor], Any]) -> None:
     seen = seen_of([AdaptiveGradientClipping(Curious(look))], Classifier("sgd"), batches(3))
     expect(0, "sync", seen, [1])
 
 
-def test_numbers_arrive_when_somebody_waits() -> None:
+def test_copies_complete_on_synchronization() -> None:
     with fake_cuda():
         there = torch.tensor([1.0, 2.0], device=DEVICE)
         here = there.to("cpu", non_blocking=True)
@@ -247,7 +247,7 @@ def test_the_device_computes_what_a_cpu_computes(optimizer: str) -> None:
 
 
 @pytest.mark.parametrize("check", CHECKS)
-def test_a_sick_batch_is_skipped_there_too(check: str) -> None:
+def test_nan_batch_is_skipped_on_the_device(check: str) -> None:
     callbacks = suite(check)
     network = Network()
     seen_of(callbacks, network, insert(batches(12), 6, NOT_A_NUMBER))

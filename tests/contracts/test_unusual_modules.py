@@ -39,7 +39,7 @@ class Target(Classifier):
 
 
 @pytest.mark.parametrize("check", ["exact", "deferred"])
-def test_a_target_network_is_as_if_the_batch_had_never_been_served(check: Any) -> None:
+def test_target_network_is_as_without_the_batch(check: Any) -> None:
     clean = batches(40)
     sick = [*clean[:20], poisoned(clean, nan=[0])[0], *clean[20:]]
     lost = 20 if check == "exact" else 21
@@ -51,7 +51,7 @@ def test_a_target_network_is_as_if_the_batch_had_never_been_served(check: Any) -
     assert same(weights(expected), weights(module))
 
 
-def test_a_target_network_goes_back_with_the_network() -> None:
+def test_target_network_is_rolled_back_with_the_network() -> None:
     clean = batches(60)
     sick = [*clean[:31], *[poisoned(clean, nan=[0])[0]] * 3, *clean[31:]]
     rollback = NaNRollback(snapshot_every_n_steps=10, restore_rng=True, rewind_schedulers=True)
@@ -62,7 +62,7 @@ def test_a_target_network_goes_back_with_the_network() -> None:
     assert same(weights(expected), weights(module))
 
 
-def test_no_file_holds_a_sick_target_network(tmp_path: Path) -> None:
+def test_no_file_holds_a_nonfinite_target_network(tmp_path: Path) -> None:
     keep = ModelCheckpoint(tmp_path, every_n_train_steps=7, save_top_k=-1)
     data = poisoned(batches(60), nan=[30])
     fit(Target(), data, [keep, NaNRollback(check="deferred")], tmp_path, enable_checkpointing=True)
@@ -94,7 +94,7 @@ class LazyMask(Classifier):
 
 
 @pytest.mark.parametrize("check", ["exact", "deferred"])
-def test_buffers_that_are_made_dropped_and_grown_break_nothing(check: Any) -> None:
+def test_buffers_may_be_created_deleted_and_resized(check: Any) -> None:
     clean = batches(40)
     sick = [*clean[:20], poisoned(clean, nan=[0])[0], *clean[20:]]
     module, rollback = LazyMask(), NaNRollback(check=check)
@@ -104,7 +104,7 @@ def test_buffers_that_are_made_dropped_and_grown_break_nothing(check: Any) -> No
     assert len(module.bank) == 1 + (40 if check == "exact" else 39)
 
 
-def test_a_bank_that_has_grown_since_goes_back_too() -> None:
+def test_resized_buffer_is_rolled_back() -> None:
     clean = batches(60)
     sick = [*clean[:31], *[poisoned(clean, nan=[0])[0]] * 3, *clean[31:]]
     module, rollback = LazyMask(), NaNRollback(snapshot_every_n_steps=10)
@@ -133,7 +133,7 @@ def test_batches_of_any_kind_are_guarded(kind: str) -> None:
     assert all(bool(torch.isfinite(tensor).all()) for tensor in weights(module))
 
 
-def test_large_second_moments_are_no_sickness() -> None:
+def test_large_second_moments_are_healthy() -> None:
     class Unscaled(Classifier):
         def training_step(self, batch: Batch, batch_idx: int) -> Tensor | None:
             loss: Tensor = (1e12 * self.net(batch[0])).square().mean() / 1e8
@@ -149,7 +149,7 @@ def test_large_second_moments_are_no_sickness() -> None:
     assert (rollback.skips, rollback.rollbacks) == (0, 0)
 
 
-def test_weights_unfrozen_right_after_a_step_that_is_judged_late() -> None:
+def test_weights_unfrozen_right_after_a_deferred_step() -> None:
     class Unfreeze(pl.Callback):
         def on_train_batch_start(self, trainer: pl.Trainer, module: Any, batch: Any, batch_idx: int) -> None:
             if batch_idx == 21:
@@ -175,7 +175,7 @@ def test_good_steps_that_a_checkpoint_makes_known_count(tmp_path: Path) -> None:
     assert '"value": 0' not in back
 
 
-def test_averaging_that_begins_between_a_snapshot_and_going_back() -> None:
+def test_averaging_that_begins_between_a_snapshot_and_a_rollback() -> None:
     average = StochasticWeightAveraging(1e-2, swa_epoch_start=3)
     rollback = NaNRollback(rewind_schedulers=True)
     data = batches(30)
@@ -225,7 +225,7 @@ def test_normalization_that_is_built_by_the_first_batch() -> None:
     assert all(bool(torch.isfinite(tensor).all()) for tensor in weights(module))
 
 
-def test_what_is_logged_of_a_skipped_step_steers_nobody() -> None:
+def test_values_of_a_skipped_step_reach_no_other_callback() -> None:
     data = poisoned(batches(20), nan=[19])
     stop = EarlyStopping("train_loss_step", patience=100, check_on_train_epoch_end=True)
     trainer = fit(Classifier(), data, [stop, NaNRollback()], max_epochs=3)
@@ -246,7 +246,7 @@ class _Grows(Classifier):
 
 
 @pytest.mark.parametrize("check", ["exact", "deferred"])
-def test_what_is_made_in_mid_epoch_is_undone_too(check: Any) -> None:
+def test_tensors_created_in_mid_epoch_are_restored(check: Any) -> None:
     module = _Grows()
     fit(module, insert(batches(10), 6, NOT_A_NUMBER), [NaNRollback(check=check)])
     assert bool(module.net[1].running_mean.isfinite().all())  # type: ignore[operator]
@@ -332,6 +332,6 @@ class _Scaled(nn.Module):
         return inputs * scale  # type: ignore[operator]
 
 
-def test_a_graph_that_needs_a_buffer_that_was_put_back_is_refused_rather_than_wrong() -> None:
+def test_graph_with_a_restored_buffer_raises() -> None:
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         fit(_UsesItsBuffer(), insert(batches(4), 2, NOT_A_NUMBER), [NaNRollback()])

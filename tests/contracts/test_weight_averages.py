@@ -73,7 +73,7 @@ def test_a_healthy_stochastic_average_is_that_of_a_bare_run(check: Any, guard_fi
 
 
 @ORDERS
-def test_going_back_across_epochs_takes_a_stochastic_average_along(guard_first: bool) -> None:
+def test_rollback_across_epochs_restores_a_stochastic_average(guard_first: bool) -> None:
     """Three sick batches right after an epoch's average was taken: back to before it, its count included."""
     average = swa()
     spoiled = [8 * 2 + i for i in range(3)]
@@ -96,7 +96,7 @@ def test_going_back_across_epochs_takes_a_stochastic_average_along(guard_first: 
 @CHECKS
 @ORDERS
 @WEIGHT_AVERAGING
-def test_an_average_of_one_s_own_is_left_in_peace_too(check: Any, guard_first: bool) -> None:
+def test_average_of_the_user_is_unaffected(check: Any, guard_first: bool) -> None:
     class EverySecond(pl.callbacks.WeightAveraging):
         def should_update(self, step_idx: int | None = None, epoch_idx: int | None = None) -> bool:
             return step_idx is not None or epoch_idx is not None
@@ -147,7 +147,7 @@ class MyEMA(pl.Callback):
 
 @CHECKS
 @ORDERS
-def test_an_average_of_unknown_kind_is_warned_of_where_it_sees_too_much(
+def test_unknown_average_is_warned_of_where_it_sees_bad_weights(
     capsys: pytest.CaptureFixture[str], check: Any, guard_first: bool
 ) -> None:
     callbacks = ordered(MyEMA(), NaNRollback(check=check), guard_first)
@@ -176,7 +176,7 @@ def test_known_averages_and_other_callbacks_are_not_warned_of(
     assert "seems to average" not in printed.out + printed.err
 
 
-def test_after_the_guard_an_average_of_unknown_kind_never_sees_sick_weights() -> None:
+def test_unknown_average_after_the_guard_never_sees_nonfinite_weights() -> None:
     average, rollback = MyEMA(), NaNRollback(snapshot_every_n_steps=5)
 
     class Overshoots(pl.Callback):
@@ -190,7 +190,7 @@ def test_after_the_guard_an_average_of_unknown_kind_never_sees_sick_weights() ->
     assert all(bool(t.isfinite().all()) for t in average.average)
 
 
-def test_a_pass_that_only_updates_statistics_tells_of_what_it_lost(tmp_path: Path) -> None:
+def test_pass_that_only_updates_statistics_reports_lost_batches(tmp_path: Path) -> None:
     data = insert(batches(6), 2, NOT_A_NUMBER)
     fit(Classifier(norm=True), data, [swa(), NaNRollback()], tmp_path, max_epochs=3)
     lines = (tmp_path / "incidents.jsonl").read_text().splitlines()

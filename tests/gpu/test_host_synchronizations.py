@@ -86,21 +86,21 @@ def run(
 
 @pytest.mark.parametrize("norm", [True, False])
 @pytest.mark.parametrize("optimizer", ["sgd", "sgd fused", "adam", "adamw fused", "adam capturable"])
-def test_deferred_never_waits(optimizer: str, norm: bool) -> None:
+def test_deferred_never_synchronizes(optimizer: str, norm: bool) -> None:
     run(Watched(optimizer, norm=norm, dropout=0.1, decay=0.99), Watch("error"), "deferred")
 
 
 @pytest.mark.parametrize(
     "policy", [GlobalNormClipping, PercentileClipping, UnitwiseClipping, PerTensorClipping]
 )
-def test_deferred_never_waits_whatever_the_policy(policy: Callable[[], ClippingPolicy]) -> None:
+def test_deferred_never_synchronizes_with_any_policy(policy: Callable[[], ClippingPolicy]) -> None:
     clipping = AdaptiveGradientClipping(policy(), exclude=["net.6"])
     run(Watched("sgd fused"), Watch("error"), "deferred", clipping)
 
 
 @pytest.mark.parametrize("norm", [True, False])
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw fused"])
-def test_exact_waits_once_a_step(optimizer: str, norm: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_exact_synchronizes_once_a_step(optimizer: str, norm: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     waits: list[str] = []
     by_step: list[int] = []
     synchronize = torch.cuda.Event.synchronize

@@ -111,7 +111,7 @@ def test_a_nan_batch_is_skipped_in_any_precision(precision: Any, optimizer: str)
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-true", "16-true"])
 @pytest.mark.parametrize("value", [math.nan, -math.inf])
-def test_nonfinite_weights_go_back(precision: Any, value: float) -> None:
+def test_nonfinite_weights_are_rolled_back(precision: Any, value: float) -> None:
     """Minus infinity makes a dead unit, which no loss or gradient tells of."""
 
     class Flips(pl.Callback):

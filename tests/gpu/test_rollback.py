@@ -50,14 +50,14 @@ def storm_and_twin(optimizer: str, rollback: NaNRollback) -> tuple[pl.Trainer, p
 
 @pytest.mark.parametrize("snapshot_device", ["cpu", "same"])
 @pytest.mark.parametrize("optimizer", ["sgd fused", "adam", "adamw fused", "adam capturable"])
-def test_going_back_is_exact(optimizer: str, snapshot_device: Any) -> None:
+def test_rollback_is_exact(optimizer: str, snapshot_device: Any) -> None:
     rollback = exact(snapshot_every_n_steps=10, snapshot_device=snapshot_device)
     trainer, twin = storm_and_twin(optimizer, rollback)
     assert same(everything(trainer), everything(twin))
 
 
 @pytest.mark.usefixtures("slow_copies")
-def test_going_back_is_exact_however_late_the_copies_are_made() -> None:
+def test_rollback_is_exact_with_late_copies() -> None:
     trainer, twin = storm_and_twin("adamw fused", exact(snapshot_every_n_steps=10))
     assert same(everything(trainer), everything(twin))
 
@@ -79,7 +79,7 @@ def test_a_snapshot_holds_what_was_there_when_it_was_taken(accumulate: int) -> N
 
 
 @pytest.mark.usefixtures("slow_copies")
-def test_a_first_step_that_is_sick_is_not_blamed_on_weights_that_are_still_copied() -> None:
+def test_bad_first_step_is_not_attributed_to_weights_in_copy() -> None:
     """The investigation compares weights with a snapshot, on the host, a moment after that was taken."""
     causes = []
 
@@ -100,7 +100,7 @@ def test_a_first_step_that_is_sick_is_not_blamed_on_weights_that_are_still_copie
 
 
 @pytest.mark.parametrize("optimizer", ["sgd fused", "adam", "adamw fused", "adam capturable"])
-def test_deferred_beside_exact_beside_a_run_that_was_never_served_the_lost_batches(optimizer: str) -> None:
+def test_deferred_equals_exact_and_a_run_without_the_lost_batches(optimizer: str) -> None:
     clean, after = batches(20), batches(1, seed=4)[0]
     trainers = []
     for check, more in (("exact", [NOT_A_NUMBER]), ("deferred", [NOT_A_NUMBER, after]), ("exact", [])):
@@ -115,7 +115,7 @@ def test_deferred_beside_exact_beside_a_run_that_was_never_served_the_lost_batch
 
 
 @pytest.mark.usefixtures("slow_copies")
-def test_deferred_goes_back_exactly_too() -> None:
+def test_deferred_rollback_is_exact() -> None:
     """Three sick steps, each seen one batch late, cost six batches, and those since the snapshot."""
     clean, after = batches(60), batches(3, seed=4)
     lost = [batch for pair in zip([NOT_A_NUMBER] * 3, after, strict=True) for batch in pair]

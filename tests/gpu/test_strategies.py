@@ -70,7 +70,7 @@ def test_a_skip_leaves_no_trace(strategy: str) -> None:
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_going_back_is_exact(strategy: str) -> None:
+def test_rollback_is_exact(strategy: str) -> None:
     clean = batches(60)
     sick, rollback = run(insert(clean, 31, *[NOT_A_NUMBER] * 3), strategy, "adamw fused")
     twin, _ = run([*clean[:20], *clean[31:]], strategy, "adamw fused")

@@ -320,6 +320,6 @@ def test_the_last_logged_step_is_there_after_an_exception(tmp_path: Path) -> Non
         assert list(scalars["update_ratio/net.0.weight"]) == [0, 1]
 
 
-def test_what_hangs_is_ended_and_shows_what_it_said() -> None:
+def test_hanging_program_is_killed_and_its_output_shown() -> None:
     with pytest.raises(AssertionError, match=r"(?s)still running after 3 seconds.*here I am"):
         launch(["-c", "import time; print('here I am', flush=True); time.sleep(60)"], patience=3)

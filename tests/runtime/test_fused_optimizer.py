@@ -163,7 +163,7 @@ class _Clips(Fused):
     ],
 )
 @pytest.mark.filterwarnings("ignore:Gradients are clipped twice")
-def test_nothing_rides_where_others_are_concerned(module: Any, callbacks: Any, arguments: Any) -> None:
+def test_no_override_where_other_code_is_affected(module: Any, callbacks: Any, arguments: Any) -> None:
     network = module(FUSED["adamw"])
     double = "precision" in arguments
     data = [(x.double() if double else x, y) for x, y in batches(3)]
@@ -171,7 +171,7 @@ def test_nothing_rides_where_others_are_concerned(module: Any, callbacks: Any, a
     assert not set().union(*network.riders)
 
 
-def test_beside_a_scaler_its_own_riders_stay() -> None:
+def test_overrides_of_a_scaler_stay() -> None:
     plugin = MixedPrecision("16-mixed", "cpu", scaler=torch.amp.GradScaler("cpu", init_scale=8.0))
     rollback = NaNRollback(check="deferred")
     module, watch = run(FUSED["adamw"], [clipping(), rollback], plugins=plugin)
@@ -179,7 +179,7 @@ def test_beside_a_scaler_its_own_riders_stay() -> None:
     assert not watch.left
 
 
-def test_an_optimizer_that_is_stepped_by_hand_gets_no_rider_twice() -> None:
+def test_manually_stepped_optimizer_gets_one_override() -> None:
     class Manual(Fused):
         automatic_optimization = False
 
@@ -195,7 +195,7 @@ def test_an_optimizer_that_is_stepped_by_hand_gets_no_rider_twice() -> None:
     assert [bool(riders) for riders in module.riders] == [True, False] * 2
 
 
-def test_an_exception_leaves_no_rider_behind() -> None:
+def test_exception_leaves_no_override() -> None:
     class Breaks(Fused):
         def configure_optimizers(self) -> Any:
             self.kept = self.make(self.parameters())
@@ -212,7 +212,7 @@ def test_an_exception_leaves_no_rider_behind() -> None:
 
 
 @pytest.mark.parametrize("fused", [False, True])
-def test_state_that_is_born_in_a_sick_step_is_not_left_unwritten(fused: bool) -> None:
+def test_state_created_in_a_bad_step_is_initialized(fused: bool) -> None:
     class TwoBranches(pl.LightningModule):
         """First the one is trained, then the other, which has no momentum by then."""
 
@@ -267,9 +267,7 @@ class _Strict(NaNRollback):
     ],
     ids=["the optimizer writes", "the module writes", "another judge"],
 )
-def test_the_kernel_is_not_trusted_where_others_write_or_judge(
-    module: Any, optimizer: Any, rollback: Any
-) -> None:
+def test_no_override_where_other_code_writes_or_checks(module: Any, optimizer: Any, rollback: Any) -> None:
     network = module(optimizer)
     fit(network, insert(batches(8), 4, NOT_A_NUMBER), [rollback(check="deferred")])
     assert not set().union(*network.riders)
@@ -310,7 +308,9 @@ numbers = st.sampled_from([0.0, 1e-3, 1.0, 2.0, 1e4, 1e38, 3.5e38, 1e300, math.i
     told=st.lists(st.sampled_from([0.0, 0.0, 0.0, 1.0, 3.0]), min_size=4, max_size=4),
     totals=st.lists(numbers, min_size=1, max_size=4),
 )
-def test_the_kernel_skips_what_the_judge_drops(loss: float, told: list[float], totals: list[float]) -> None:
+def test_kernel_skips_the_steps_that_the_check_skips(
+    loss: float, told: list[float], totals: list[float]
+) -> None:
     asked = Numbers(torch.tensor([loss, 1.0, *told, 1.0, *totals], dtype=torch.float64))
     assert bool(asked.sick()) == asked.read(0).is_sick
 

@@ -195,7 +195,7 @@ def assert_close(cell: Cell, seen: Seen, alone: Seen, family: str, tolerance: fl
 
 
 @pytest.mark.parametrize("precision", ["16-mixed"])
-def test_lightning_refuses_a_grad_scaler_where_weights_are_sharded(
+def test_lightning_rejects_a_grad_scaler_with_sharded_weights(
     precision: Any, strategies_page: StrategiesPage
 ) -> None:
     with pytest.raises(ValueError, match="16-mixed"):
@@ -205,7 +205,7 @@ def test_lightning_refuses_a_grad_scaler_where_weights_are_sharded(
 
 
 @pytest.mark.parametrize("name", UNSUPPORTED)
-def test_what_is_not_supported_is_refused_by_name(name: str, strategies_page: StrategiesPage) -> None:
+def test_unsupported_strategy_is_rejected_by_name(name: str, strategies_page: StrategiesPage) -> None:
     strategy = type(name, (SingleDeviceStrategy,), {})()
     for callback in default_callbacks():
         with pytest.raises(MisconfigurationException, match=f"{type(callback).__name__}.*{name}.*use"):
@@ -213,7 +213,7 @@ def test_what_is_not_supported_is_refused_by_name(name: str, strategies_page: St
     strategies_page.has(name, "any", "unsupported")
 
 
-def test_rows_that_fsdp1_has_cut_are_refused_and_the_rest_is_warned_of() -> None:
+def test_fsdp1_rejects_unitwise_clipping_and_warns() -> None:
     strategy = type("FSDPStrategy", (SingleDeviceStrategy,), {})()
     clipping = AdaptiveGradientClipping(UnitwiseClipping())
     with (

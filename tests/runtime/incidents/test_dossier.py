@@ -246,7 +246,7 @@ def test_extra_state_costs_no_training(tmp_path: Path) -> None:
     assert "net.0.weight" in found.weights
 
 
-def test_the_limit_leaves_out_weights_first(tmp_path: Path) -> None:
+def test_limit_omits_weights_first(tmp_path: Path) -> None:
     def sizes(name: str, megabytes: float) -> Dossier:
         return read_dossier(write_dossier(tmp_path / name, dossier(), megabytes=megabytes))
 
@@ -286,7 +286,7 @@ def test_two_dossiers_of_one_step_stand_side_by_side(tmp_path: Path) -> None:
     assert write_dossier(tmp_path, dossier(), megabytes=1).name == "6-2"
 
 
-def test_the_page_says_what_to_type_in_the_folder_of_the_run(
+def test_page_prints_the_command_for_the_folder_of_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def command(folder: Path) -> str:
@@ -382,9 +382,7 @@ def test_a_file_in_the_way_costs_no_training(tmp_path: Path, monkeypatch: pytest
         ("update_too_large", slice(None), ["net.0.weight"]),
     ],
 )
-def test_what_weights_were_when_the_run_was_well(
-    tmp_path: Path, cause: str, spoil: slice, largest: list[str]
-) -> None:
+def test_weights_of_the_healthy_run(tmp_path: Path, cause: str, spoil: slice, largest: list[str]) -> None:
     class Breaks(Classifier):
         def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
             first: Any = self.net[0]
@@ -418,7 +416,7 @@ def test_a_malicious_file_runs_no_code(tmp_path: Path) -> None:
         assert not touched.exists()
 
 
-def test_files_that_are_no_dossiers_are_refused_with_a_reason(tmp_path: Path) -> None:
+def test_files_that_are_no_dossiers_are_rejected_with_a_reason(tmp_path: Path) -> None:
     good = write_dossier(tmp_path, dossier(), megabytes=1) / "dossier.pt"
     whole, content = good.read_bytes(), torch.load(good, weights_only=True)
     path = tmp_path / "dossier.pt"

@@ -47,7 +47,7 @@ def records(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / LEDGER).read_text().splitlines()]
 
 
-def test_a_skipped_batch_is_told_with_its_samples(tmp_path: Path) -> None:
+def test_skipped_batch_is_logged_with_its_samples(tmp_path: Path) -> None:
     data = named(poisoned(batches(10), nan=[6]))
     fit(ByName(), data, [NaNRollback()], tmp_path)
     (record,) = records(tmp_path)
@@ -62,7 +62,7 @@ def test_a_skipped_batch_is_told_with_its_samples(tmp_path: Path) -> None:
     assert math.isfinite(fingerprint)
 
 
-def test_going_back_undoes_what_was_served_since(tmp_path: Path) -> None:
+def test_rollback_loses_the_batches_since_the_snapshot(tmp_path: Path) -> None:
     data = named(poisoned(batches(40), nan=[25, 26, 27]))
     rollback = NaNRollback(snapshot_every_n_steps=10)
     fit(ByName(), data, [rollback], tmp_path)
@@ -75,21 +75,21 @@ def test_going_back_undoes_what_was_served_since(tmp_path: Path) -> None:
     assert all(samples == list(range(100 * i, 100 * i + 32)) for (i, _), samples in told.items())
 
 
-def test_batches_of_later_epochs_are_told_apart(tmp_path: Path) -> None:
+def test_batches_of_later_epochs_are_distinguished(tmp_path: Path) -> None:
     fit(Classifier(), poisoned(batches(6), nan=[4]), [NaNRollback(**FAST)], tmp_path, max_epochs=3)
     assert [(r["epoch"], r["batch_idx"]) for r in records(tmp_path)] == [(0, 4), (1, 4), (2, 4)]
     assert len({r["fingerprint"] for r in records(tmp_path)}) == 1
 
 
 @pytest.mark.parametrize("max_dossiers", [0, 10])
-def test_under_accumulation_the_window_is_told(tmp_path: Path, max_dossiers: int) -> None:
+def test_under_accumulation_the_window_is_logged(tmp_path: Path, max_dossiers: int) -> None:
     data = poisoned(batches(12), nan=[5])
     fit(Classifier(), data, [NaNRollback(max_dossiers=max_dossiers)], tmp_path, accumulate_grad_batches=4)
     assert [r["batch_idx"] for r in records(tmp_path)] == [4, 5, 6, 7]
 
 
 @pytest.mark.parametrize("line_search", [None, "strong_wolfe"])
-def test_under_lbfgs_the_batch_is_told(tmp_path: Path, line_search: str | None) -> None:
+def test_under_lbfgs_the_batch_is_logged(tmp_path: Path, line_search: str | None) -> None:
     class Lbfgs(Classifier):
         def configure_optimizers(self) -> Any:
             return torch.optim.LBFGS(self.parameters(), lr=0.1, max_iter=4, line_search_fn=line_search)
@@ -136,7 +136,7 @@ class Hears(pl.Callback):
 
 
 @pytest.mark.parametrize("check", ["exact", "deferred"])
-def test_a_resumed_run_leaves_out_what_was_lost(tmp_path: Path, check: Any) -> None:
+def test_resumed_run_omits_lost_batches(tmp_path: Path, check: Any) -> None:
     """Batches that were undone are finite, and are left out for what they led to."""
     clean = batches(40)
     first_run(tmp_path, poisoned(clean, nan=[30, 31, 32]))
@@ -205,7 +205,7 @@ def test_a_lost_batch_in_another_epoch_is_trained_on(tmp_path: Path) -> None:
         '{"epoch": 0, "batch_idx": 31, "reason": "skipped", "step": 31, "fingerprint": "blue"}',
     ],
 )
-def test_a_line_that_makes_no_sense_is_passed_over(tmp_path: Path, torn: str) -> None:
+def test_invalid_line_is_ignored(tmp_path: Path, torn: str) -> None:
     ledger = LostBatches(tmp_path, rank=0)
     data = batches(40)
     ledger.serve(30, 0, 30, data[30])
@@ -229,7 +229,7 @@ def test_what_follows_a_torn_line_is_not_lost(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [None, b"\xff\xfe\x00rubbish\xff\n", "a folder"])
-def test_a_ledger_that_cannot_be_read_is_no_error(tmp_path: Path, content: Any) -> None:
+def test_unreadable_log_is_no_error(tmp_path: Path, content: Any) -> None:
     first_run(tmp_path, poisoned(batches(25), nan=[22]))
     (tmp_path / LEDGER).unlink()
     if content == "a folder":
@@ -240,13 +240,13 @@ def test_a_ledger_that_cannot_be_read_is_no_error(tmp_path: Path, content: Any) 
     assert rollback.skips == 0
 
 
-def test_the_ledger_of_a_folder_that_is_used_again_is_continued(tmp_path: Path) -> None:
+def test_log_of_a_reused_folder_is_continued(tmp_path: Path) -> None:
     for n_runs in (1, 2):
         fit(Classifier(), poisoned(batches(5), nan=[2]), [NaNRollback(**FAST)], tmp_path)
         assert len(records(tmp_path)) == n_runs
 
 
-def test_a_healthy_run_leaves_no_ledger(tmp_path: Path) -> None:
+def test_healthy_run_writes_no_log(tmp_path: Path) -> None:
     fit(Classifier(), batches(5), [NaNRollback()], tmp_path)
     assert not (tmp_path / LEDGER).exists()
 
@@ -312,7 +312,7 @@ def test_other_batches_are_not(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("batch", ["text", None, [], {"label": "cat"}, torch.empty(0), torch.tensor([1j])])
-def test_what_cannot_be_told_from_others_is_never_left_out(tmp_path: Path, batch: Any) -> None:
+def test_batch_without_a_fingerprint_is_never_omitted(tmp_path: Path, batch: Any) -> None:
     assert not is_recognized(batch, batch, tmp_path)
 
 
@@ -329,14 +329,14 @@ def test_what_cannot_be_told_from_others_is_never_left_out(tmp_path: Path, batch
         ((torch.ones(2), torch.tensor([1, 2])), []),
     ],
 )
-def test_samples_are_told_where_the_batch_has_them(tmp_path: Path, batch: Any, samples: list[Any]) -> None:
+def test_samples_are_logged_where_the_batch_has_them(tmp_path: Path, batch: Any, samples: list[Any]) -> None:
     ledger = LostBatches(tmp_path, rank=0)
     ledger.serve(0, 0, 0, batch)
     ledger.lose_last(1)
     assert records(tmp_path)[0]["samples"] == samples
 
 
-def test_each_rank_has_a_ledger_of_its_own(tmp_path: Path) -> None:
+def test_each_rank_has_its_own_log(tmp_path: Path) -> None:
     for rank in (0, 3):
         ledger = LostBatches(tmp_path, rank=rank)
         ledger.serve(0, 0, rank, torch.ones(2))
@@ -346,7 +346,7 @@ def test_each_rank_has_a_ledger_of_its_own(tmp_path: Path) -> None:
     assert LostBatches(None, rank=1, earlier=[str(tmp_path)]).earlier() == {}
 
 
-def test_no_batch_is_told_twice(tmp_path: Path) -> None:
+def test_no_batch_is_logged_twice(tmp_path: Path) -> None:
     ledger = LostBatches(tmp_path, rank=0)
     for i in range(4):
         ledger.serve(i, 0, i, torch.ones(2))
@@ -365,7 +365,7 @@ def test_losing_none_is_not_losing_all(tmp_path: Path) -> None:
     assert not (tmp_path / LEDGER).exists()
 
 
-def test_training_goes_on_without_a_folder_for_the_ledger(tmp_path: Path) -> None:
+def test_training_continues_without_a_folder_for_the_log(tmp_path: Path) -> None:
     module = Classifier()
     trainer = pl.Trainer(
         accelerator="cpu", fast_dev_run=5, enable_progress_bar=False, enable_model_summary=False

@@ -59,7 +59,7 @@ def test_names_are_few_and_short() -> None:
     assert len(set(labels)) == len(labels)
 
 
-def test_names_that_differ_deep_inside_are_told_apart() -> None:
+def test_names_that_differ_deep_inside_stay_distinct() -> None:
     seen = GradientHistory()
     for step in range(3):
         seen.append(step, {f"model.transformer.blocks.{i}.mlp.fc.weight": 1.0 for i in range(12)})
@@ -67,7 +67,7 @@ def test_names_that_differ_deep_inside_are_told_apart() -> None:
     assert labels == [f"blocks.{i}" for i in range(12)]
 
 
-def test_old_columns_are_let_go() -> None:
+def test_old_columns_are_dropped() -> None:
     seen = history(2, COLUMNS + 50)
     assert len(seen) == COLUMNS
     assert seen.last_step == (COLUMNS + 49) * 10

@@ -28,7 +28,7 @@ class Odd(GradientNormMonitor):
         super().__init__()
 
 
-def test_what_a_subclass_hands_on_is_told() -> None:
+def test_arguments_of_a_subclass_are_logged() -> None:
     assert hyperparameters_of([Passing(level="total")]) == {"callbacks": "Passing", "Passing.level": "total"}
 
 
@@ -46,14 +46,14 @@ def test_what_a_subclass_hands_on_is_told() -> None:
         len,
     ],
 )
-def test_anything_is_told_in_a_line(thing: Any) -> None:
+def test_any_value_is_one_line(thing: Any) -> None:
     told = hyperparameters_of([Odd(thing)])["Odd.thing"]
     assert isinstance(told, str)
     assert 0 < len(told) <= 200
     assert "\n" not in told
 
 
-def test_defaults_are_not_told_and_two_of_a_kind_are_told_apart() -> None:
+def test_defaults_are_omitted_and_two_of_a_kind_are_distinguished() -> None:
     first, second = NaNRollback(patience=3), NaNRollback(patience=5)
     clipping = AdaptiveGradientClipping(PercentileClipping(20.0))
     assert hyperparameters_of([first, second, clipping]) == {

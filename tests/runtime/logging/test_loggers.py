@@ -215,7 +215,7 @@ def test_the_layout_of_custom_scalars(tmp_path: Path) -> None:
     )
 
 
-def test_what_callbacks_were_told() -> None:
+def test_arguments_of_callbacks_are_logged() -> None:
     callbacks: Sequence[object] = [
         pl.Callback(),
         NaNRollback(5, check="exact"),

@@ -49,7 +49,7 @@ def scaler() -> list[Any]:
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw fused"])
 @pytest.mark.parametrize("accumulate", [1, 4])
-def test_loss_and_norm_do_not_know_of_scaler_and_accumulation(optimizer: str, accumulate: int) -> None:
+def test_loss_and_norm_exclude_scaler_and_accumulation(optimizer: str, accumulate: int) -> None:
     module, spy = Returned(optimizer), Spy()
     fit(module, batches(8), [spy], plugins=scaler(), accumulate_grad_batches=accumulate)
     expected = torch.tensor(module.returned).view(-1, accumulate).mean(1)
@@ -59,7 +59,7 @@ def test_loss_and_norm_do_not_know_of_scaler_and_accumulation(optimizer: str, ac
     assert spy.totals[0] == pytest.approx(plain.totals[0], rel=2e-2)
 
 
-def test_gradients_are_measured_once_whoever_asks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gradients_are_measured_once_for_all_callbacks(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
     measure = torch._foreach_norm
 
@@ -83,7 +83,7 @@ class _Waits(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_without_a_judge_nobody_waits_for_the_device() -> None:
+def test_without_a_check_the_host_never_synchronizes() -> None:
     class Meter(pl.Callback):
         """Around the callbacks' turn: it stands first and last in the list."""
 
