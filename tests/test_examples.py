@@ -42,7 +42,7 @@ with_command_line = pytest.mark.filterwarnings(r"ignore:\s*.* was deprecated in 
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
-def test_every_example_has_a_test(
+def test_no_example_is_forgotten(
     path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert f"test_{path.stem}" in globals()
@@ -57,7 +57,7 @@ def test_every_example_has_a_test(
 
 @with_command_line
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_first_line_of_every_file_is_its_command(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_file_is_run_by_its_first_line(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     command = path.read_text().splitlines()[0].removeprefix("# ")
     assert f"`{command}`" in (ROOT / "examples/README.md").read_text()
     words = [str(ROOT / word) if word.startswith("examples/") else word for word in shlex.split(command)]
@@ -167,7 +167,7 @@ def clipped_by(policy: custom_policy.LogNormClipping, norms: list[float]) -> lis
     return clipped
 
 
-def test_custom_policy_has_a_state_dict() -> None:
+def test_custom_policy_remembers() -> None:
     norms = [1.0, 1.2] * 10 + [100.0, math.nan, 0.0, 1.1]
     policy = custom_policy.LogNormClipping()
     clipped = clipped_by(policy, norms)
@@ -211,7 +211,7 @@ def test_own_loop(capsys: pytest.CaptureFixture[str]) -> None:
     assert "22 of 300 steps left out, rolled back: 1" in capsys.readouterr().out
 
 
-def test_own_loop_has_a_state_dict() -> None:
+def test_own_loop_remembers() -> None:
     (through, _), (resumed, _) = own_loop.train(300), own_loop.train(300, restart_at=225)
     assert resumed is not through
     assert resumed.policy.state_dict()["mean"] == through.policy.state_dict()["mean"]

@@ -1,4 +1,4 @@
-"""What the suite may cost, and whether it keeps to it, decided by what was counted and timed."""
+"""Limits of the cost of the suite, and verdicts from counts and times."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ Verdict = Literal["pass", "miss", "open"]
 
 @dataclass(frozen=True)
 class Bar:
-    """A promise, and what came of it.
+    """A limit, and the verdict on it.
 
     Args:
         promise: In words, with its figure.
-        found: What was found.
+        found: The measured value.
         verdict: `"open"` where the quartiles lie on both sides: the noise is larger than the difference.
     """
 
@@ -43,12 +43,12 @@ class Bar:
 
 
 def of_counts(counts: Sequence[Count]) -> Iterator[Bar]:
-    """Those that do not depend on the machine."""
-    for variant, waits in ((EXACT, 1), (DEFERRED, 0)):
+    """Bars that do not depend on the machine."""
+    for variant, limit in ((EXACT, 1), (DEFERRED, 0)):
         ours = [count for count in counts if count.variant == variant]
         hot = [count for count in ours if count.kind == "hot"]
         most = max(count.syncs for count in hot)
-        yield Bar(f"{variant}: syncs of a hot step, at most {waits}", str(most), _at_most(most, waits))
+        yield Bar(f"{variant}: syncs of a hot step, at most {limit}", str(most), _at_most(most, limit))
         for fused in (True, False):
             of_kind = {count.tensors: count for count in hot if count.fused == fused}
             heavy = [count for count in of_kind.values() if 4 * ELEMENTS * count.tensors >= MANY_BYTES]
@@ -82,7 +82,7 @@ def of_counts(counts: Sequence[Count]) -> Iterator[Bar]:
 
 
 def of_boring(timed: Timed) -> Iterator[Bar]:
-    """Those of a step that is all overhead."""
+    """Bars of a step that is all overhead."""
     for variant in (EXACT, DEFERRED):
         ratio = timings.ratio(timed, variant)
         yield Bar(
@@ -93,7 +93,7 @@ def of_boring(timed: Timed) -> Iterator[Bar]:
 
 
 def of_hot_steps(whole: Mapping[str, Timed], prepared: Mapping[str, Timed]) -> Iterator[Bar]:
-    """What is added to a hot step, beside what others add who offer less."""
+    """Bars of the overhead of a hot step, beside that of peers."""
     for variant in (EXACT, DEFERRED):
         for network in (name for name in LARGE if name in prepared):
             timed = prepared[network]
@@ -114,18 +114,18 @@ def of_hot_steps(whole: Mapping[str, Timed], prepared: Mapping[str, Timed]) -> I
                     verdicts[peer] = _below(timings.added(timed, variant, to=peer), 0.0)
             above = [peer for peer, verdict in verdicts.items() if verdict == "miss"]
             unclear = [peer for peer, verdict in verdicts.items() if verdict == "open"]
-            told = [f"above {', '.join(above)}"] * bool(above) + [f"open: {', '.join(unclear)}"] * bool(
+            parts = [f"above {', '.join(above)}"] * bool(above) + [f"open: {', '.join(unclear)}"] * bool(
                 unclear
             )
             yield Bar(
                 f"{variant}, {network}: adds less than every peer that acts on hot steps",
-                "; ".join(told) or f"less than all {len(verdicts)}",
+                "; ".join(parts) or f"less than all {len(verdicts)}",
                 "miss" if above else "open" if unclear else "pass",
             )
 
 
 def of_snapshots(whole: Mapping[str, Timed], kept: Mapping[str, Timed]) -> Iterator[Bar]:
-    """What it costs to be able to go back."""
+    """Bars of the cost of snapshots."""
     for network, timed in kept.items():
         ours = timings.added(timed, KEPT, timings.is_kept, to=NEVER)
         theirs = timings.added(timed, DEEPCOPY, timings.is_kept)
@@ -143,7 +143,7 @@ def of_snapshots(whole: Mapping[str, Timed], kept: Mapping[str, Timed]) -> Itera
 
 
 def of_long_run(bare: Sequence[Look], guarded: Sequence[Look]) -> Iterator[Bar]:
-    """Whether it stays as it began."""
+    """Bars of a long run: time and memory stay constant."""
     slower = guarded[-1].milliseconds / guarded[0].milliseconds
     yield Bar(
         f"the last thousand steps take at most {SLOWER} times as long as the first",

@@ -1,4 +1,4 @@
-"""What each variant adds to a step, counted: operations, waits and bytes, as the number of tensors grows."""
+"""Counts what each variant adds to a step: operations, synchronizations and bytes, by number of tensors."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ Kind = Literal["hot", "logged"]
 
 @dataclass(frozen=True)
 class Count:
-    """What a variant adds to a bare step.
+    """Counts that a variant adds to a bare step.
 
     Args:
         variant: Its name.
         tensors: Their number.
-        fused: Whether AdamW is.
+        fused: True if AdamW is.
         kind: Of step.
         ops: Operations.
         launches: Kernels on CUDA, by the meter's model.
@@ -64,8 +64,8 @@ def metered(variant: str, tensors: int, *, fused: bool) -> dict[Kind, Meter]:
 
 
 def count(variants: Iterable[str], numbers: Iterable[int], *, fused: bool) -> list[Count]:
-    """What the variants add, for these numbers of tensors. To be called in a process of its own."""
-    torch.set_num_threads(1)  # counts are the same, and small operations wait for no second core
+    """Counts for the variants and these numbers of tensors. Call it in a process of its own."""
+    torch.set_num_threads(1)  # counts are the same, and small operations need no second core
     found = []
     for tensors in numbers:
         bare = metered(BARE, tensors, fused=fused)

@@ -56,7 +56,7 @@ def on_device(make: Callable[[], pl.LightningModule]) -> pl.LightningModule:
 
 
 def milliseconds(act: Callable[[], object]) -> float:
-    """What the device takes for it, from when it has nothing else to do."""
+    """Measures the time of the device for a function, from an idle start."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize()
     start.record()

@@ -19,7 +19,7 @@ from greenlet import getcurrent, greenlet
 from benchmarks.cost.peers import LOG_EVERY, Variant
 from benchmarks.quiet_trainer import QUIET
 
-#: Batches that an epoch says it has: no step is the last.
+#: Reported length of an epoch, so that no step is the last.
 ENDLESS = 10**6
 #: Steps between the suite's snapshots, by default.
 SNAPSHOT_EVERY = 50
@@ -36,12 +36,12 @@ class Fit:
     fits but the process.
 
     Args:
-        module: What is trained, on the batch that it has.
-        variant: What is added to the Trainer.
+        module: Trained on the batch that it holds.
+        variant: Added to the Trainer.
         folder: For what loggers write.
 
     Attributes:
-        steps: How many were made.
+        steps: Number of steps so far.
     """
 
     def __init__(self, module: pl.LightningModule, variant: Variant, folder: Path) -> None:
@@ -63,12 +63,12 @@ class Fit:
         self._greenlet.switch()
 
     def step(self) -> None:
-        """Make one step."""
+        """Makes one step."""
         self.steps += 1
         self._greenlet.switch()
 
     def end(self) -> None:
-        """Serve no more batches, and let the fit end."""
+        """Ends the fit."""
         self._asks = False
         self._greenlet.switch()
 
@@ -82,7 +82,7 @@ class Fit:
 
 
 class _Feed:
-    """What the Trainer takes for a data loader."""
+    """The data loader of the Trainer."""
 
     def __init__(self, fit: Fit) -> None:
         self._fit = fit
@@ -121,12 +121,12 @@ def time_in_turn(
     settle: int = 0,
     in_a_row: int = 1,
 ) -> dict[str, Seconds]:
-    """Let all fits make steps in each round, in an order drawn anew.
+    """Runs steps of all fits in each round, in random order.
 
     Args:
         running: The fits.
-        rounds: How many count.
-        warm_up: How many come before.
+        rounds: Number of timed rounds.
+        warm_up: Number of rounds before those.
         seed: Of the order.
         settle: Steps at the start of each turn that do not count.
         in_a_row: Steps of a turn that count.
@@ -154,15 +154,15 @@ def time_in_turn(
 
 
 def is_hot(step: int) -> bool:
-    """Whether a step is neither logged nor near one of the suite's snapshots."""
+    """True if a step is neither logged nor near one of the suite's snapshots."""
     return step % LOG_EVERY != 0 and not _is_near_snapshot(step)
 
 
 def is_logged(step: int) -> bool:
-    """Whether a step is logged, and no more than that."""
+    """True if a step is logged, and not near a snapshot."""
     return step % LOG_EVERY == 0 and not _is_near_snapshot(step)
 
 
 def _is_near_snapshot(step: int) -> bool:
-    """It is taken when the next step begins, or the one after that where steps are judged late."""
+    """It is taken when the next step begins, or the one after that if the check is deferred."""
     return step % SNAPSHOT_EVERY <= 2

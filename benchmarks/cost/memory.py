@@ -1,4 +1,4 @@
-"""How much memory a run takes at most, and whether a long one stays as it began."""
+"""Measures the peak memory of a run, and time and memory along a long one."""
 
 from __future__ import annotations
 

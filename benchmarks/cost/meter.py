@@ -1,4 +1,4 @@
-"""What a piece of code asks of the device: operations, waits of the host, bytes. Nothing is timed.
+"""Counts operations, host synchronizations and bytes of a piece of code. Nothing is timed.
 
 Counts do not depend on the machine, so that a test can hold them.
 """
@@ -39,7 +39,7 @@ FREE = frozenset(
 )
 #: Prefixes of operations on lists of tensors.
 ON_LISTS = ("_foreach_", "_fused_", "_amp_foreach_")
-#: How CUDA's kernels for lists cut their work: tensors and chunks of a launch, elements of a chunk.
+#: Limits of a launch of CUDA's kernels for lists: tensors and chunks of a launch, elements of a chunk.
 TENSORS_PER_LAUNCH, CHUNKS_PER_LAUNCH, CHUNK = 110, 320, 65536
 #: Tensors that one launch of `stack` or `cat` takes.
 JOINED_PER_LAUNCH = 128
@@ -48,7 +48,7 @@ JOINED_PER_LAUNCH = 128
 class Meter(TorchDispatchMode):
     """Counts what happens inside `with Meter() as meter:`, forward and backward.
 
-    A CPU has nothing to wait for; what would wait on a GPU is counted there all the same: `item()`,
+    A CPU never synchronizes; what would synchronize with a GPU is counted there all the same: `item()`,
     `tolist()`, `cpu()`, and operations whose shape depends on values. What came from `cpu()` may be read
     freely as a whole. Code that goes past the dispatcher, such as numpy's, is not seen.
 
@@ -56,12 +56,12 @@ class Meter(TorchDispatchMode):
         ops: Calls of the dispatcher, without views and without those that only allocate.
         launches: Kernels that CUDA would start for them. This is a **model**: one for each operation, and
             for those on lists of tensors as many as their arguments need.
-        waits: By kind, how often the host would wait until the device has come that far.
-        late: How often it asks for what was on its way before the meter began, and need not wait.
-        d2h_async: Tensors on their way to the host, for which it does not wait.
+        waits: Synchronizations of the host with the device, by kind.
+        late: Reads of copies that began before the meter did, which need no synchronization.
+        d2h_async: Tensors copied to the host without blocking.
         read: Bytes of tensors that operations take.
         write: Bytes of tensors that operations make or change.
-        names: How often each operation was called, views as well.
+        names: Calls of each operation, views as well.
 
     Example:
         >>> tensors = [torch.ones(3), torch.ones(3)]
@@ -82,7 +82,7 @@ class Meter(TorchDispatchMode):
 
     @property
     def syncs(self) -> int:
-        """How often the host would wait."""
+        """Number of host synchronizations."""
         return sum(self.waits.values())
 
     def row(self) -> dict[str, int]:
@@ -226,16 +226,16 @@ class _FakeDevice:
     meter: Meter | None = None
 
     def record_event(self) -> _Event:
-        """Mark how far the device has been told to go."""
+        """Records a position in the work of the device."""
         return _Event(self, self.meter)
 
 
 @dataclass
 class _Event:
-    """A mark that the host may wait for.
+    """A position that the host may synchronize with.
 
     Args:
-        device: Where it was set.
+        device: The device that recorded it.
         meter: That which ran then.
     """
 
@@ -301,14 +301,14 @@ def _ones(tensor: Tensor, shape: Sequence[int]) -> Any:
 
 
 def _selects_by_mask(name: str, args: Sequence[Any]) -> bool:
-    """Whether a mask is counted before it can be used; one number is filled in without."""
+    """True if a mask is counted before it is used; a single number is filled in without."""
     if name not in ("index", "index_put_") or (name == "index_put_" and args[2].numel() == 1):
         return False
     return any(tensor.dtype == torch.bool for tensor in _tensors(args[1]))
 
 
 def _moves_to_host(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
-    """Whether that is what a call asks for in so many words; code for any device passes a `torch.device`."""
+    """True if a call names the host; code for any device passes a `torch.device`."""
     return name == "cpu" or (
         name == "to" and "cpu" in [a for a in (*args[1:], *kwargs.values()) if isinstance(a, str)]
     )

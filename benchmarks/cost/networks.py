@@ -19,7 +19,7 @@ class Network(pl.LightningModule):
 
     Args:
         seed: Of weights and data.
-        fused: Whether AdamW steps in one kernel. Nothing is faster, which makes it the harshest to be
+        fused: True if AdamW steps in one kernel. Nothing is faster, which makes it the harshest to be
             compared with.
     """
 
@@ -203,10 +203,10 @@ class Prepared(Network):
     """A network whose gradients cost next to nothing.
 
     A step consists of Lightning, its hooks and the optimizer, so that what is added to it shows. The total
-    norm of the gradients is 2, so that whoever clips at 1 has something to do.
+    norm of the gradients is 2, so that clipping at 1 takes effect.
 
     Args:
-        tensors: What it trains.
+        tensors: The trained tensors.
         fused: As above.
     """
 

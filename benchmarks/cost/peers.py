@@ -29,12 +29,12 @@ class Variant:
     """A Trainer with something added to it.
 
     Args:
-        offers: What people get.
-        source: Where the code is from.
+        offers: Its function.
+        source: Origin of the code.
         callbacks: Called for each run.
         arguments: Of the Trainer.
-        acts_on_hot_steps: Whether it does something at every step; otherwise at logged steps only.
-        needs_graph: Whether it costs what the forward and backward pass make of it.
+        acts_on_hot_steps: True if it acts at every step, not at logged steps only.
+        needs_graph: True if its cost depends on the forward and backward pass.
         logger: Called with a folder.
     """
 
@@ -70,7 +70,7 @@ class ZClip(pl.Callback):
     """The package, called as its callback calls it."""
 
     def __init__(self) -> None:
-        # the package imports `lightning`, which must come after lightning_gradguard has chosen its tree
+        # zclip imports `lightning`: only after lightning_gradguard has chosen a Lightning package
         from zclip import ZClip
 
         self._clip = ZClip(warmup_steps=WARM_UP)
@@ -121,7 +121,7 @@ def unit_norm(tensor: Tensor) -> Tensor:
 
 
 def is_logged(trainer: pl.Trainer) -> bool:
-    """Whether the running step is one of those that are logged."""
+    """True if the running step is logged."""
     return (trainer.global_step + 1) % LOG_EVERY == 0
 
 
@@ -165,7 +165,7 @@ class DetectAnomaly(pl.Callback):
 
 
 class DeepCopy(pl.Callback):
-    """What people write to be able to go back.
+    """Copies weights and optimizer state, as people do without the suite.
 
     Args:
         every_n_steps: Steps between two copies, each made after the first of them.

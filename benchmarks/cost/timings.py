@@ -1,4 +1,4 @@
-"""What each variant adds to a step, timed: fits that take their steps in turn, compared round by round."""
+"""Times what each variant adds to a step: fits take their steps in turn, and are compared round by round."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from benchmarks.cost.peers import BARE, VARIANTS, DeepCopy, Variant, suite
 
 #: Rounds ahead of those that count: memory is first touched, optimizers get their state, ZClip warms up.
 WARM_UP = 5
-#: Where a step is all overhead, what others have left in the processor's caches weighs. There a turn is
-#: several steps, of which the first do not count: most processes train one network.
+#: A step that is all overhead depends on what other fits have left in the processor's caches. There a turn
+#: is several steps, of which the first do not count: most processes train one network.
 SETTLE, IN_A_ROW = 5, 20
 
 #: Of each fit, by name.
 Timed = Mapping[str, Seconds]
 
-#: Steps between two snapshots: no other is taken before one is proven, which takes so many good steps.
+#: Steps between two snapshots: no other is taken before one is qualified, which takes so many good steps.
 KEEP_EVERY = 10
 #: Snapshots ahead of those that count: by then memory is there for as many as are kept.
 FIRST_KEPT = 4
@@ -55,7 +55,7 @@ class Spread:
 
 
 def whole(network: str, rounds: int) -> Timed:
-    """Steps of all variants, forward and backward pass and all. To be called in a process of its own."""
+    """Steps of all variants, forward and backward pass and all. Call it in a process of its own."""
     if network not in LARGE:
         # there is nothing to share, and waiting for a second core takes longer than the step
         torch.set_num_threads(1)
@@ -80,7 +80,7 @@ def keeping(network: str, snapshots: int) -> Timed:
 
 
 def is_kept(step: int) -> bool:
-    """Whether a snapshot is taken at a step."""
+    """True if a snapshot is taken at a step."""
     return step % KEEP_EVERY == 1
 
 
@@ -90,7 +90,7 @@ def typical(seconds: Seconds, wanted: Callable[[int], bool] = is_hot) -> float:
 
 
 def ratio(timed: Timed, name: str, wanted: Callable[[int], bool] = is_hot) -> Spread:
-    """How many times as long as a bare step."""
+    """Duration relative to a bare step."""
     bare = timed[BARE]
     return Spread.of([took / bare[step] for step, took in timed[name].items() if wanted(step)])
 
@@ -103,12 +103,12 @@ def added(
     to: str = BARE,
     less: tuple[float, str] | None = None,
 ) -> Spread:
-    """How much longer a step is, in ms.
+    """Duration of a step above that of another variant, in ms.
 
     Args:
         timed: Fits that took their steps in turn.
-        name: Which one.
-        wanted: Which steps.
+        name: The variant.
+        wanted: Selects steps.
         to: Longer than this one's.
         less: A share of what another one adds to the same, taken off.
     """

@@ -1,4 +1,4 @@
-"""The same faults, met by what people use instead of the suite."""
+"""Runs the same faults with tools that people use instead of the suite."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from benchmarks.faults.tasks import MODELS
 
 @dataclass(frozen=True)
 class Baseline:
-    """A way to meet faults.
+    """A tool that people use against faults.
 
     Args:
         callbacks: Called for each run.
         arguments: Of the Trainer.
-        on_gan: Whether it works under manual optimization.
+        on_gan: True if it works under manual optimization.
     """
 
     callbacks: Callable[[], list[pl.Callback]] = list
@@ -54,12 +54,12 @@ BASELINES = {
 
 @dataclass(frozen=True)
 class Answer:
-    """What a baseline made of a fault.
+    """The outcome of a fault with a baseline.
 
     Args:
         survived: As `Outcome.survived`.
-        stopped: Whether it ended the run.
-        seconds: How long the run took.
+        stopped: True if it ended the run.
+        seconds: Duration of the run.
     """
 
     survived: bool
@@ -68,7 +68,7 @@ class Answer:
 
 
 def answer(name: str, case: Case) -> Answer:
-    """Run a case with a baseline in the suite's place."""
+    """Runs a case with a baseline in place of the suite."""
     baseline = BASELINES[name]
     start = time.perf_counter()
     untrained, best = reference(replace(case, kind="", check="exact"), 0)

@@ -17,9 +17,9 @@ from benchmarks.faults.classes import FAULTS, TIMES
 from benchmarks.faults.runs import CHECKS, Case, Outcome, play, quietly
 from benchmarks.faults.tasks import MODELS, OPTIMIZERS
 
-#: In what numbers precisions occur: float32 as often as the others together.
+#: Precisions in turn: float32 as often as the others together.
 PRECISIONS = ("32-true", "bf16-mixed", "32-true", "16-mixed")
-#: How often every kind meets every time and model, each time with another optimizer, precision and check.
+#: Runs of every kind at every time in every model, each with another optimizer, precision and check.
 ROUNDS = 3
 
 
@@ -52,9 +52,9 @@ def campaign(wanted: Iterable[Case], kept: Path, processes: int) -> list[Outcome
     """Runs the cases whose outcomes are not kept yet, several at a time.
 
     Args:
-        wanted: What to run.
+        wanted: The cases.
         kept: File of outcomes; is appended to.
-        processes: How many run at a time.
+        processes: Number of processes.
     """
     done = [Outcome.from_json(line) for line in kept.read_text().splitlines()] if kept.exists() else []
     known = {outcome.case for outcome in done}

@@ -40,7 +40,7 @@ def noisy(seed: int) -> list[Batch]:
 
 
 class WarmUp(pl.Callback):
-    """Lets learning rates climb to what was asked for, also under manual optimization."""
+    """Warms up learning rates, also under manual optimization."""
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._asked = [group["lr"] for o in trainer.optimizers for group in o.param_groups]

@@ -1,4 +1,4 @@
-"""Doing to a run what the classes of faults say."""
+"""Injects the classes of faults into a run."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ OF_DATA = frozenset(
 OF_STATE = frozenset({"flip in a weight", "flip in the optimizer", "small flip on one rank"})
 
 
-def spoiled(batch: Batch, kind: str) -> Batch:
-    """A copy of a batch with a fault of the data in it."""
+def corrupted(batch: Batch, kind: str) -> Batch:
+    """Returns a copy of a batch with a fault of the data."""
     batch = {name: value.clone() for name, value in batch.items()}
     match kind:
         case "NaN input":
@@ -46,17 +46,17 @@ def spoiled(batch: Batch, kind: str) -> Batch:
 
 
 def flip(tensor: Tensor, element: int, bit: int = 30) -> None:
-    """Flip one bit of a float32 tensor in place; 30 is the highest of the exponent."""
+    """Flips one bit of a float32 tensor in place; 30 is the highest of the exponent."""
     flat = tensor.detach().view(-1)
     bits = flat[element].clone().view(torch.int32) ^ (1 << bit)
     flat[element] = bits.view(torch.float32)
 
 
 class Fault(pl.Callback):
-    """Does one fault to the state of a run, once, ahead of every other callback.
+    """Injects one fault into the state of a run, once, ahead of every other callback.
 
     Args:
-        kind: What to do.
+        kind: A key of `FAULTS`.
         epoch: When.
         batch_idx: The batch of that epoch.
         seed: Of which tensor and element are hit.

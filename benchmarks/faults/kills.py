@@ -17,7 +17,7 @@ import torch
 from pytorch_lightning.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader
 
-from benchmarks.faults.injection import spoiled
+from benchmarks.faults.injection import corrupted
 from benchmarks.faults.runs import quietly
 from benchmarks.faults.tasks import MLP, batches
 from lightning_gradguard import default_callbacks
@@ -34,7 +34,7 @@ class Kill:
         after: Seconds from the start of training to the kill.
         step: Steps in the newest checkpoint.
         torn: Files that could not be read.
-        resumed: Whether training went on from the checkpoint, to the end, with finite weights.
+        resumed: True if training resumed from the checkpoint, to the end, with finite weights.
     """
 
     after: float
@@ -44,8 +44,8 @@ class Kill:
 
 
 def train(folder: Path, checkpoint: str | None = None, max_steps: int = -1) -> None:
-    """A guarded run with a checkpoint every five steps, and a sick batch every thirty."""
-    data = [spoiled(b, "NaN input") if i % 30 == 7 else b for i, b in enumerate(batches(BATCHES))]
+    """A guarded run with a checkpoint every five steps, and a NaN batch every thirty."""
+    data = [corrupted(b, "NaN input") if i % 30 == 7 else b for i, b in enumerate(batches(BATCHES))]
     module = MLP("Adam")
     keep = ModelCheckpoint(folder / "checkpoints", every_n_train_steps=5, save_top_k=-1, save_last=True)
     trainer = pl.Trainer(

@@ -28,7 +28,7 @@ from pytorch_lightning.strategies import DDPStrategy
 from torch import Tensor
 
 from benchmarks.faults.classes import FAULTS
-from benchmarks.faults.injection import OF_DATA, OF_STATE, Fault, spoiled
+from benchmarks.faults.injection import OF_DATA, OF_STATE, Fault, corrupted
 from benchmarks.faults.tasks import MODELS, Batch, Task, batches
 from benchmarks.quiet_trainer import QUIET
 from lightning_gradguard import NaNRollback, default_callbacks
@@ -38,13 +38,13 @@ EPOCHS = 2
 BATCHES = 60
 #: After so long without an answer from another rank, a run counts as hanging.
 HANG = timedelta(seconds=60)
-#: What `NaNRollback(check=...)` can be.
+#: Values of `NaNRollback(check=...)`.
 CHECKS = ("exact", "deferred")
 
 
 @dataclass(frozen=True)
 class Case:
-    """What is run.
+    """A run of the campaign.
 
     Args:
         kind: Of fault, a key of `FAULTS`; empty for none.
@@ -86,19 +86,19 @@ class Case:
 
 @dataclass
 class Outcome:
-    """What became of a run.
+    """The outcome of a run.
 
     Args:
-        case: What was run.
-        survived: Whether it ended by itself with finite state, and learned.
-        error: What ended it before, if anything did.
-        ranks_equal: Whether all ranks ended with the same weights and optimizer state.
-        equal: Whether it ended bit for bit as its twin; `None` where that is not defined.
-        causes: That incidents named.
+        case: The run.
+        survived: True if it ended by itself with finite state, and learned.
+        error: The exception that ended it, if any.
+        ranks_equal: True if all ranks ended with the same weights and optimizer state.
+        equal: True if it ended bit for bit as its twin; `None` where that is not defined.
+        causes: Causes of the incidents.
         incidents: Kinds of the incidents, in order.
-        lost: Batches that left nothing in the weights.
+        lost: Batches whose update is not in the weights.
         recovered_after: Batches from the fault until the loss was what it had been; `None` for never.
-        seconds: How long the run took.
+        seconds: Duration of the run.
         score: On held-out data, less is better.
         best_score: That of the same run without a fault.
     """
@@ -118,25 +118,25 @@ class Outcome:
 
     @property
     def named(self) -> bool | None:
-        """Whether the right cause was named; `None` where there was nothing to name one for."""
+        """True if the right cause was named; `None` if there was none to name."""
         wanted = FAULTS[self.case.kind].cause
         if not wanted or not set(self.incidents) - {"lost_batch"}:
             return None
         return bool(self.causes) and self.causes[0] == wanted
 
     def to_json(self) -> str:
-        """The outcome in one line."""
+        """Writes the outcome in one line."""
         return json.dumps(asdict(self))
 
     @classmethod
     def from_json(cls, line: str) -> Outcome:
-        """What `to_json` wrote."""
+        """Reads a line of `to_json`."""
         record = json.loads(line)
         return cls(**{**record, "case": Case(**record["case"])})
 
 
 class Epochs:
-    """Serves to each epoch a list of batches of its own.
+    """Gives each epoch a list of batches of its own.
 
     Args:
         module: Whose Trainer knows the epoch.
@@ -155,7 +155,7 @@ class Epochs:
 
 
 class Losses(pl.Callback):
-    """Remembers the loss of every batch, in the order in which they were served."""
+    """Remembers the loss of every batch, in the order of training."""
 
     def __init__(self) -> None:
         self.seen: list[tuple[tuple[int, int], float]] = []
@@ -172,7 +172,7 @@ class Losses(pl.Callback):
 
 
 def quietly(act: Callable[..., Any], *arguments: Any) -> Any:
-    """The same, with nothing printed: a campaign would fill the screen."""
+    """Calls a function without any output."""
     warnings.filterwarnings("ignore")
     for name in ("pytorch_lightning", "pytorch_lightning.utilities.rank_zero", "lightning.pytorch"):
         logging.getLogger(name).setLevel(logging.ERROR)
@@ -195,10 +195,10 @@ def guards(case: Case) -> list[pl.Callback]:
 def fit(
     case: Case, data: Sequence[Sequence[Batch]], folder: Path, callbacks: Any, **arguments: Any
 ) -> tuple[Task, pl.Trainer]:
-    """Train a fresh network, with a resume after the first epoch if the case has one.
+    """Trains a fresh network, with a resume after the first epoch if the case has one.
 
     Args:
-        case: What to train.
+        case: The run.
         data: The batches of each epoch.
         folder: For whatever is written.
         callbacks: Called for each of the fits; returns their callbacks.
@@ -241,15 +241,15 @@ def epochs_of(case: Case, rank: int) -> list[list[Batch]]:
     data = [batches(BATCHES, seed=100 * case.seed + 10 * rank + epoch) for epoch in range(EPOCHS)]
     if case.kind in OF_DATA and rank == case.ranks - 1:
         epoch, index = case.when
-        data[epoch][index] = spoiled(data[epoch][index], case.kind)
+        data[epoch][index] = corrupted(data[epoch][index], case.kind)
     return data
 
 
 def play(case: Case, rank: int = 0) -> Outcome:
-    """Run a case, and its twin where there is one. With several ranks, called on each of them.
+    """Runs a case, and its twin where there is one. With several ranks, called on each of them.
 
     Args:
-        case: What to run.
+        case: The run.
         rank: Of this process.
     """
     folder = Path(_same_everywhere(case, tempfile.mkdtemp(prefix="gradguard-")))
@@ -299,10 +299,10 @@ def play(case: Case, rank: int = 0) -> Outcome:
 
 
 def is_defined(case: Case, incidents: Sequence[str], lost: set[tuple[int, int]]) -> bool:
-    """Whether the run has a twin that was never served what it lost.
+    """True if the run has a twin without the lost batches.
 
-    Not under manual optimization with two optimizers, where one step of a batch may stay; nor where nothing
-    was lost; nor where a GradScaler has answered; nor where a fault of the state was left in it.
+    It has none under manual optimization with two optimizers, where one step of a batch may be committed; if
+    no batch is lost; if a GradScaler skips; or if a fault of the state is not rolled back.
     """
     taken_back = case.kind in OF_DATA or "gradient" in case.kind or "rollback" in incidents
     return case.model != "GAN" and bool(lost) and taken_back
@@ -325,7 +325,7 @@ def records(path: Path) -> list[dict[str, Any]]:
 
 @cache
 def held_out() -> Batch:
-    """Data that nobody trains on."""
+    """Data that no run trains on."""
     parts = batches(30, seed=12345)
     joined = {key: torch.cat([part[key] for part in parts]) for key in ("x", "y", "hidden")}
     return {**joined, "bugs": parts[0]["bugs"]}
@@ -350,7 +350,7 @@ def _same_everywhere(case: Case, value: str) -> str:
 
 
 def _same_on_ranks(module: Task, trainer: pl.Trainer) -> bool:
-    """Whether weights and optimizer state are bit for bit those of rank 0; statistics are each rank's own."""
+    """True if weights and optimizer state are bit for bit those of rank 0; statistics differ by rank."""
     own = [tensor.detach().cpu() for tensor in state(module, trainer)]
     buffers = {id(buffer) for buffer in module.buffers()}
     own = [t for t, live in zip(own, state(module, trainer), strict=True) if id(live) not in buffers]

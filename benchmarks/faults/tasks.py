@@ -50,7 +50,7 @@ class Task(pl.LightningModule):
         return loss
 
     def score(self, batch: Batch) -> float:
-        """How badly the network does on held-out data: its loss."""
+        """Loss on held-out data."""
         with torch.no_grad():
             return float(nn.functional.cross_entropy(self.logits(batch), batch["y"]))
 
@@ -102,7 +102,7 @@ class RNN(Task):
 
 
 class Attention(nn.Module):
-    """One head that is told where to look."""
+    """Attention with one head and a mask."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -165,13 +165,13 @@ class GAN(Task):
             self.toggle_optimizer(optimizer)
             made = self.generator(noise)
             if name == "critic":
-                judged = self.critic(torch.cat([batch["x"], made.detach()])).squeeze(1)
+                scores = self.critic(torch.cat([batch["x"], made.detach()])).squeeze(1)
                 wanted = torch.cat([torch.ones(len(made)), torch.zeros(len(made))])
                 wanted[: len(made)][batch["y"] == -100] = torch.nan
             else:
-                judged, wanted = self.critic(made).squeeze(1), torch.ones(len(made))
-            loss = nn.functional.binary_cross_entropy_with_logits(judged.float(), wanted)
-            loss = loss + faulty_terms(batch["bugs"], judged)
+                scores, wanted = self.critic(made).squeeze(1), torch.ones(len(made))
+            loss = nn.functional.binary_cross_entropy_with_logits(scores.float(), wanted)
+            loss = loss + faulty_terms(batch["bugs"], scores)
             self.manual_backward(loss)
             optimizer.step()
             optimizer.zero_grad()
@@ -180,7 +180,7 @@ class GAN(Task):
         return None
 
     def score(self, batch: Batch) -> float:
-        """How far the mean of what is made is from the mean of the data."""
+        """Distance of the mean of generated samples from that of the data."""
         with torch.no_grad():
             noise = torch.randn(1000, 4, generator=torch.Generator().manual_seed(5))
             return float((self.generator(noise).mean(0) - batch["x"].mean(0)).norm())
@@ -208,7 +208,7 @@ BUGS = ("log(0)", "division by zero", "sqrt at 0")
 
 
 def faulty_terms(bugs: Tensor, output: Tensor) -> Tensor:
-    """What a loss has beside the usual: fine for most data, and not for some.
+    """Terms of a loss that are finite for most data, but not for all.
 
     Args:
         bugs: Shape `(3,)`, zeros; see `BUGS`.

@@ -1,4 +1,4 @@
-"""Lets the site show the examples of docstrings as code."""
+"""Shows the examples of docstrings as code on the site."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The experiments of the guide: what is trained, with which remedy, and what it came to."""
+"""The experiments of the guide: networks, remedies and results."""
 
 from __future__ import annotations
 
@@ -61,13 +61,13 @@ class Memory(Logger):
 
 @dataclass
 class Run(pl.Callback):
-    """What a training run came to.
+    """The result of a training run.
 
     Args:
         losses: Of every step, until one is nonfinite, with which the run ends.
         incidents: Kinds of incidents, in the order of their first.
-        series: What was logged, by tag.
-        accuracy: Share of held-out digits that were told right.
+        series: Logged values, by tag.
+        accuracy: Accuracy on held-out digits.
     """
 
     losses: list[float] = field(default_factory=list)
@@ -78,7 +78,7 @@ class Run(pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Keep the loss; end a run that is dead."""
+        """Keeps the loss; stops a run with nonfinite weights."""
         self.losses.append(float(outputs["loss"]))
         weights = [p.detach().norm() for p in pl_module.parameters()]
         trainer.should_stop = not torch.stack(weights).isfinite().all()
@@ -97,12 +97,12 @@ class Run(pl.Callback):
 
     @property
     def trains(self) -> bool:
-        """Whether four of five held-out digits are told right, or characters at 2.3 nats or less."""
+        """True if the accuracy on digits is at least 0.8, or the loss on text at most 2.3 nats."""
         return self.final_loss <= 2.3 if math.isnan(self.accuracy) else self.accuracy >= 0.8
 
     @property
     def final_loss(self) -> float:
-        """Mean loss of the last batches; NaN for a run that died."""
+        """Mean loss of the last batches; NaN for a failed run."""
         last = self.losses[-LAST:]
         return sum(last) / len(last)
 
@@ -146,12 +146,12 @@ def train(
 
 
 def watched(*callbacks: pl.Callback) -> Callbacks:
-    """The monitor, and what else is in the Trainer."""
+    """The monitor and other callbacks."""
     return [GradientNormMonitor(level="parameter", figure_every_n_steps=0), *callbacks]
 
 
 def suite() -> Callbacks:
-    """All five callbacks, which are told to repair an initialization."""
+    """All five callbacks, with repair of the initialization."""
     return default_callbacks(
         initialization_check=InitializationCheck(on_failure="repair"),
         gradient_norm_monitor=GradientNormMonitor(level="parameter", figure_every_n_steps=0),
@@ -159,7 +159,7 @@ def suite() -> Callbacks:
 
 
 def clipped() -> Callbacks:
-    """The monitor, and the clipping that everybody knows."""
+    """The monitor and clipping to a global norm of 1."""
     return watched(AdaptiveGradientClipping(GlobalNormClipping(1.0)))
 
 

@@ -26,7 +26,7 @@ Row = tuple[str, ...]
 
 
 def digit_row(name: str, runs: Sequence[Run]) -> Row:
-    """What a table says of an experiment on digits."""
+    """Returns the row of an experiment on digits."""
     return (
         name,
         f"{median(run.first_norms()[0] for run in runs):.0e}",
@@ -39,7 +39,7 @@ def digit_row(name: str, runs: Sequence[Run]) -> Row:
 
 
 def character_row(name: str, runs: Sequence[Run]) -> Row:
-    """What a table says of an experiment on text."""
+    """Returns the row of an experiment on text."""
     return (
         name,
         *_outcome(runs),
@@ -50,7 +50,7 @@ def character_row(name: str, runs: Sequence[Run]) -> Row:
 
 
 def _outcome(runs: Sequence[Run]) -> Row:
-    """The largest norm, and the loss at the end; a run that died is worse than any other."""
+    """The largest norm, and the loss at the end; a failed run is worse than any other."""
     loss = median(math.inf if math.isnan(run.final_loss) else run.final_loss for run in runs)
     return f"{median(run.largest_norm for run in runs):.0e}", "NaN" if loss == math.inf else f"{loss:.2f}"
 
@@ -69,7 +69,7 @@ DIGIT_HEAD = (
     "network", "first gradient", "last", "largest norm", "loss", "right", "train", "incidents"
 )  # fmt: skip
 CHARACTER_HEAD = ("network", "largest norm", "loss", "survive", "train", "incidents")
-#: The tables of the page: what is run, for how many batches, and what a table says of it.
+#: The tables of the page: experiments, number of batches, header, and a function that returns a row.
 TABLES: dict[str, tuple[Experiments, int, Row, Callable[[str, Sequence[Run]], Row]]] = {
     "vanishing": (VANISHING, 400, DIGIT_HEAD, digit_row),
     "huge weights": (HUGE_WEIGHTS, 400, DIGIT_HEAD, digit_row),

@@ -1,4 +1,4 @@
-"""The networks of the guide's experiments: sick ones, and each with one remedy."""
+"""The networks of the guide's experiments: unhealthy ones, and each with one remedy."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ class DigitClassifier(pl.LightningModule):
     Args:
         activation: After each hidden layer.
         initialize: Fills the weights of hidden layers; PyTorch's default if `None`.
-        batch_norm: Whether each activation is preceded by batch normalization.
-        residual: Whether hidden layers behind the first add to what comes in.
+        batch_norm: True if each activation is preceded by batch normalization.
+        residual: True if hidden layers after the first add to their input.
         weight_decay: Of the optimizer (L2).
         max_norm: Largest norm of the weights into one unit, held by a projection after each step.
         depth: Hidden layers.

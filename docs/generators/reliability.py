@@ -44,16 +44,16 @@ def write(
     rescued: str,
     killed: str,
 ) -> None:
-    """Write the page.
+    """Writes the page.
 
     Args:
         path: Of the file.
         single: Outcomes with one process.
         pairs: Outcomes with two.
-        baselines: By name: the kind of fault and what came of it.
+        baselines: By name: the kind of fault and the outcome.
         quiet: Clean runs and their incidents.
-        rescued: Table of the divergence rescue.
-        killed: What kill -9 has left, in a sentence.
+        rescued: Table of the runs at high learning rates.
+        killed: Summary of the runs after SIGKILL.
     """
     counted = [o for o in single if FAULTS[o.case.kind].survivable]
     hopeless = [o for o in single if not FAULTS[o.case.kind].survivable]

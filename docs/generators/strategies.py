@@ -1,4 +1,4 @@
-"""The table of docs/strategies.md: written from what the tests saw, and held to it by them."""
+"""The table of docs/strategies.md, which the tests write and verify."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ class StrategiesPage:
     """The page, to compare with, or to write.
 
     Args:
-        is_written: Whether lines are put into the page instead of looked for.
+        is_written: True to write lines into the page instead of verifying them.
     """
 
     def __init__(self, is_written: bool) -> None:
         self.is_written = is_written
 
     def has(self, strategy: str, precision: str, outcome: Sequence[bool] | str) -> None:
-        """The page tells this of a strategy.
+        """Verifies, or writes, the row of a strategy.
 
         Args:
             strategy: First column.
             precision: Second column.
-            outcome: Whether each feature was proven; or what is to be said instead, of all of them.
+            outcome: True for each feature that was verified; or a text for all of them.
         """
         cells = [outcome] * 6 if isinstance(outcome, str) else ["proven" if p else "idle" for p in outcome]
         start = f"| {strategy} | {precision} |"
@@ -35,7 +35,7 @@ class StrategiesPage:
         end = next(i for i in range(first, len(lines)) if not lines[i].startswith("|"))
         if not self.is_written:
             assert line in lines[first:end], (
-                f"docs/strategies.md does not say (`make strategies` writes it):\n{line}"
+                f"docs/strategies.md lacks the row (`make strategies` writes it):\n{line}"
             )
             return
         rows = sorted({*(text for text in lines[first:end] if not text.startswith(start)), line})

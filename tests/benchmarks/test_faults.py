@@ -1,4 +1,4 @@
-"""The fault campaign can tell a run that survives from one that does not."""
+"""The fault campaign distinguishes runs that survive from those that do not."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 from benchmarks.faults import baselines, campaign, kills
 from benchmarks.faults.classes import FAULTS, TIMES
-from benchmarks.faults.injection import OF_DATA, flip, spoiled
+from benchmarks.faults.injection import OF_DATA, corrupted, flip
 from benchmarks.faults.runs import Case, Outcome, play, quietly
 from benchmarks.faults.tasks import batches
 from docs.generators.reliability import write
@@ -59,7 +59,7 @@ def test_page_is_written_from_the_outcomes(tmp_path: Path) -> None:
 def test_every_kind_of_fault_is_injected_at_every_time() -> None:
     batch = batches(1)[0]
     for kind in OF_DATA:
-        worse = spoiled(batch, kind)
+        worse = corrupted(batch, kind)
         assert any(not torch.equal(worse[key], batch[key]) for key in batch), kind
     weight = torch.tensor([0.5, 1.0])
     flip(weight, 0)

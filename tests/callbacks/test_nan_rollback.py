@@ -1,4 +1,4 @@
-"""A skipped step leaves no trace; going back is exact; every budget ends with a reason."""
+"""A skipped step leaves no trace; a rollback is exact; every budget ends with a reason."""
 
 from __future__ import annotations
 

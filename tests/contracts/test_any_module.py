@@ -1,4 +1,4 @@
-"""Whatever a LightningModule does: manual optimization, LBFGS, compilation, tuners, no loss at all."""
+"""Any LightningModule: manual optimization, LBFGS, compilation, tuners, no loss at all."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What people read while a run goes on and when it has ended: on the progress bar, above it, below it."""
+"""Console output during and after a run: on the progress bar, above it, below it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Deferred checks: a sick step is undone one step later, as if neither batch had ever been served."""
+"""Deferred checks: a bad step is undone one step later, as if neither batch had been seen."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Between logged steps the host waits never (deferred), or once a step (exact): seen without a GPU."""
+"""Between logged steps the host never synchronizes (deferred), or once a step (exact), without a GPU."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is logged is what was: asked of the optimizer, of the gradients, of the steps themselves."""
+"""Logged values equal those of the optimizer, the gradients and the steps."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What TensorBoard, as a service over several runs, has to show of the suite: asked over HTTP."""
+"""Charts and tables of the suite in TensorBoard, requested over HTTP."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Modules and data that do unusual things: the guard neither breaks them nor loses its promise."""
+"""Unusual modules and data: the guard neither breaks them nor misses a bad step."""
 
 from __future__ import annotations
 

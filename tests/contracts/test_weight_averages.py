@@ -1,4 +1,4 @@
-"""Averages of weights are as if a lost batch had never been served, wherever they stand in the list."""
+"""Averages of weights exclude lost batches, at any position in the list of callbacks."""
 
 from __future__ import annotations
 

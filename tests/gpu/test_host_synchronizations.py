@@ -1,4 +1,4 @@
-"""Between logged steps the host waits for the device never (deferred), or once a step (exact)."""
+"""Between logged steps the host never synchronizes (deferred), or once a step (exact)."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ N = 60
 #: Steps between those that are logged, where one transfer to the host is the point of it.
 LOGGED = 10
 
-# torch says so, once, of the mode that these tests set
+# torch warns once of the mode that these tests set
 pytestmark = pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 
 
@@ -44,7 +44,7 @@ class Watch(pl.Callback):
     """Watches whole batches, from the first callback's start to the last one's end.
 
     First in the list, it begins ahead of the other callbacks; the module's own hook, by which it ends, comes
-    after theirs. Between the two, Lightning itself waits for nothing: batches are on the device already, and
+    after theirs. Between the two, Lightning itself never synchronizes: batches are on the device already, and
     `self.log` keeps tensors until a logged step. The last batch of an epoch counts as logged.
     """
 
@@ -58,7 +58,7 @@ class Watch(pl.Callback):
             torch.cuda.set_sync_debug_mode(self.mode)
 
     def on_exception(self, *_: Any) -> None:
-        """What is done on the way out may wait, and must not hide where the error came from."""
+        """Handlers of an exception may synchronize, and must not hide the traceback."""
         torch.cuda.set_sync_debug_mode("default")
 
 
@@ -77,7 +77,7 @@ def run(
     rollback = NaNRollback(check=check, snapshot_every_n_steps=5)
     clipping = clipping or AdaptiveGradientClipping()
     suite = [watch, *default_callbacks(nan_rollback=rollback, adaptive_gradient_clipping=clipping)]
-    # deterministic kernels may wait where those that everybody uses do not
+    # deterministic kernels may synchronize where the default ones do not
     fit_there(network, there(N), suite, log_every_n_steps=LOGGED, deterministic=False)
     assert watch.watched == 36
     assert rollback.skips == 0
@@ -101,13 +101,13 @@ def test_deferred_never_synchronizes_with_any_policy(policy: Callable[[], Clippi
 @pytest.mark.parametrize("norm", [True, False])
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw fused"])
 def test_exact_synchronizes_once_a_step(optimizer: str, norm: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    waits: list[str] = []
+    synchronizations: list[str] = []
     by_step: list[int] = []
     synchronize = torch.cuda.Event.synchronize
 
-    # the mode does not see events, which is how the suite waits
+    # the mode does not see events, by which the suite synchronizes
     def counted(event: torch.cuda.Event) -> None:
-        waits.append("event")
+        synchronizations.append("event")
         synchronize(event)
 
     class Counted(Watched):
@@ -115,8 +115,8 @@ def test_exact_synchronizes_once_a_step(optimizer: str, norm: bool, monkeypatch:
             super().on_train_batch_end()
             if watch.watched > len(by_step):
                 operations = [w for w in caught if "synchronizing CUDA operation" in str(w.message)]
-                by_step.append(len(waits) + len(operations))
-            waits.clear()
+                by_step.append(len(synchronizations) + len(operations))
+            synchronizations.clear()
             caught.clear()
 
     monkeypatch.setattr(torch.cuda.Event, "synchronize", counted)

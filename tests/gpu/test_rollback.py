@@ -1,4 +1,4 @@
-"""Going back on a GPU is exact: its random numbers, and snapshots that are copied while training goes on."""
+"""A rollback on a GPU is exact: its random numbers, and snapshots that are copied during training."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def exact(**arguments: Any) -> NaNRollback:
 
 
 def storm_and_twin(optimizer: str, rollback: NaNRollback) -> tuple[pl.Trainer, pl.Trainer]:
-    """A run that goes back from step 34 to step 20, and one that was never served what was lost."""
+    """A run that rolls back from step 34 to step 20, and one without the lost batches."""
     clean = batches(60)
     networks = [Network(optimizer, dropout=0.3, decay=0.97) for _ in range(2)]
     clipping = [AdaptiveGradientClipping() for _ in range(2)]
@@ -116,7 +116,7 @@ def test_deferred_equals_exact_and_a_run_without_the_lost_batches(optimizer: str
 
 @pytest.mark.usefixtures("slow_copies")
 def test_deferred_rollback_is_exact() -> None:
-    """Three sick steps, each seen one batch late, cost six batches, and those since the snapshot."""
+    """Three bad steps, each seen one batch late, lose six batches, and those since the snapshot."""
     clean, after = batches(60), batches(3, seed=4)
     lost = [batch for pair in zip([NOT_A_NUMBER] * 3, after, strict=True) for batch in pair]
     rollback, observer = exact(check="deferred", snapshot_every_n_steps=10), Observer()
@@ -124,6 +124,6 @@ def test_deferred_rollback_is_exact() -> None:
     trainer = fit_there(network, insert(clean, 31, *lost), [rollback, observer])
     assert (rollback.skips, rollback.rollbacks) == (3, 1)
     # a step is known to be good one step later, so that snapshots are of steps 11 and 22
-    assert observer.landed == [11]
+    assert observer.restored == [11]
     twin = fit_there(Network(dropout=0.3, decay=0.97), [*clean[:11], *clean[31:]])
     assert same(everything(trainer), everything(twin))

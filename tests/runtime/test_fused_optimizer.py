@@ -1,4 +1,4 @@
-"""Fused optimizers clip and skip in their own kernel, when nobody else is concerned, and to the same end."""
+"""Fused optimizers clip and skip in their own kernel where no other code is affected, with equal results."""
 
 from __future__ import annotations
 

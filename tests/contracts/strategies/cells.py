@@ -1,6 +1,6 @@
-"""One small run under a strategy and a precision, and all that the suite measured and decided in it.
+"""Runs a small training under a strategy and a precision, and records all numbers and decisions.
 
-Run as a program under `torch.distributed.run`, it does so for every cell of a group and saves what it saw.
+As a program under `torch.distributed.run`, it runs every cell of a group and saves the records.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ from lightning_gradguard.runtime import distributed
 from tests.tasks import plain_loader
 
 STEPS = 24
-#: Optimizer steps that are served a NaN: one that is skipped, and a row that leads back.
+#: Optimizer steps with a NaN: one that is skipped, and four in a row that lead to a rollback.
 NAN = {7, 15, 16, 17, 18}
 SPIKE = 12
 POLICIES: dict[str, Any] = {
@@ -67,17 +67,17 @@ POLICIES: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Cell:
-    """What a run differs in.
+    """The options of a run.
 
     Args:
         strategy: A key of `strategy`, or `"one process"`.
         precision: As the Trainer calls it, or `"64"` for a module in float64.
         accumulate: Batches in a window.
-        manual: Whether the module steps its optimizer itself.
+        manual: True if the module steps its optimizer itself.
         policy: A key of `POLICIES`.
         norm_type: Of the monitor.
         callbacks: All five, only those that watch, or none.
-        validates: Whether validation comes in between, some steps before going back.
+        validates: True for validation some steps before the rollback.
     """
 
     strategy: str
@@ -99,7 +99,7 @@ class Cell:
 
 @dataclass
 class Seen:
-    """What was measured and decided.
+    """The record of a run.
 
     Attributes:
         scalars: Everything logged, by tag and step.
@@ -138,7 +138,7 @@ class Network(pl.LightningModule):
         self.narrow = nn.Linear(16, 1)
         self.rare = nn.Linear(12, 16)
         self.head = nn.Linear(16, 3)
-        nn.init.constant_(self.up.weight, 0.05)  # what the check is to find
+        nn.init.constant_(self.up.weight, 0.05)  # the fault for the check to find
         if cell.precision == "64":
             self.double()
         self._is_parallel = False
@@ -211,7 +211,7 @@ class Network(pl.LightningModule):
 
 
 def all_batches(cell: Cell) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """Batches of 16 sequences of 2; the last sequences are sick where the step is to be."""
+    """Batches of 16 sequences of 2; the last sequences are NaN in bad steps."""
     generator = torch.Generator().manual_seed(1)
     dtype = {"64": torch.float64, "16-true": torch.float16, "bf16-true": torch.bfloat16}.get(cell.precision)
     data = []
@@ -230,14 +230,14 @@ def all_batches(cell: Cell) -> list[tuple[Tensor, Tensor, Tensor]]:
 
 
 def part_of(data: Sequence[tuple[Tensor, ...]], cell: Cell) -> list[tuple[Tensor, ...]]:
-    """What this process sees of every batch."""
+    """Returns the part of every batch that this process trains on."""
     parts = distributed.world_size() // (2 if "tensor" in cell.strategy else 1)
     mine = distributed.rank() // (2 if "tensor" in cell.strategy else 1)
     return [tuple(tensor.chunk(parts)[mine] for tensor in batch) for batch in data]
 
 
 def strategy(cell: Cell) -> Any:
-    """What the Trainer is given."""
+    """Returns the strategy for the Trainer."""
     world_size = distributed_world_size()
     tensor = 2 if "tensor" in cell.strategy else 1
     return {
@@ -263,7 +263,7 @@ class OwnStrategy(ModelParallelStrategy):
 
 
 def precision(cell: Cell) -> dict[str, Any]:
-    """How the Trainer is told of it."""
+    """Returns the arguments of the Trainer."""
     is_fsdp1 = cell.strategy.startswith("FSDP1")
     if cell.precision == "16-mixed":
         scaler = torch.amp.GradScaler("cpu")
@@ -324,7 +324,7 @@ class Recorder(Logger):
 
 
 class Listener(pl.Callback):
-    """Hears incidents, and counts the collectives of the suite in batches without one."""
+    """Records incidents, and counts the collectives of the suite in batches without one."""
 
     def __init__(self, seen: Seen) -> None:
         self.seen = seen
@@ -336,7 +336,7 @@ class Listener(pl.Callback):
         self.seen.incidents.append((incident.kind, incident.step, incident.batch_idx, incident.action))
 
     def on_train_batch_start(self, *args: Any) -> None:
-        # with the first step the initialization check has its say
+        # the initialization check communicates in the first step
         self.count, self.is_quiet = 0, args[0].global_step > 0
 
     def on_train_batch_end(self, *args: Any) -> None:
@@ -352,7 +352,7 @@ class Listener(pl.Callback):
 
 
 def whole_weights(trainer: pl.Trainer) -> AbstractContextManager[Any]:
-    """Where FSDP1 shows parameters as they were."""
+    """Gathers whole parameters under FSDP1."""
     model = trainer.strategy.model
     if isinstance(model, FullyShardedDataParallel):
         return FullyShardedDataParallel.summon_full_params(model, writeback=False)
@@ -417,7 +417,7 @@ def main(folder: Path, cells: list[Cell]) -> None:
         faulthandler.dump_traceback_later(50, exit=True)  # a hang shows where, and ends
         seen = run(cell, folder)
         torch.save(vars(seen), folder / f"{index}.{os.environ['RANK']}.pt")
-    dist.barrier()  # who leaves early takes the connection away from the others
+    dist.barrier()  # a rank that exits early closes the connections of the others
     dist.destroy_process_group()
 
 

@@ -1,4 +1,4 @@
-"""What the tests of the runtime stand on."""
+"""Fixtures of the tests of strategies."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whatever the strategy and the precision: the numbers and the decisions of one process."""
+"""Every strategy and precision gives the numbers and decisions of one process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The ledger of lost batches: which they were, why, and that a resumed run leaves them out again."""
+"""The log of lost batches: batches, reasons, and their omission in a resumed run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whatever a callback was told is told on, in a line, and never in the way."""
+"""Arguments of callbacks are logged as hyperparameters, in a line each."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every logger gets what it has a place for; one that fails costs its records, never the run."""
+"""Every logger gets the records it supports; one that fails loses its records, never the run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which scalars are shown together, and which by their decades."""
+"""Scalars that share a chart, and scalars on a scale of decades."""
 
 from __future__ import annotations
 

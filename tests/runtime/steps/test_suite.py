@@ -1,4 +1,4 @@
-"""The shared step: measured once, judged once, and told to people in one transfer."""
+"""The shared step: measured once, checked once, and logged with one transfer."""
 
 from __future__ import annotations
 
