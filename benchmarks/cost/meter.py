@@ -217,7 +217,7 @@ class _PythonCalls(TorchFunctionMode):
 
 @dataclass
 class _FakeDevice:
-    """Stands for a GPU where waiting for events is concerned; a stream, too, since it has one only.
+    """Stands for a GPU with a single stream, as far as events are concerned.
 
     Args:
         meter: That which runs.
@@ -243,7 +243,7 @@ class _Event:
     meter: Meter | None
 
     def synchronize(self) -> None:
-        """Wait, unless the mark was set before the meter began."""
+        """Counts a synchronization, late if the event was recorded before the meter began."""
         meter = self.device.meter
         if meter is None:
             return
@@ -253,15 +253,15 @@ class _Event:
             meter.late += 1
 
 
-def fake_cuda(build: Callable[[str], State], fn: Callable[[State], object]) -> Meter:
-    """Meter `fn(build("cuda"))` on a GPU that is not there.
+def meter_on_cuda(build: Callable[[str], State], fn: Callable[[State], object]) -> Meter:
+    """Meters `fn(build("cuda"))` on a simulated GPU.
 
-    Tensors have a device and a shape and no values, so that copies to the host and waits for events are seen
-    as they would be on a GPU; `item()` and `tolist()` give ones. What `build` sent on its way, with an event
-    to wait for, counts as late.
+    Tensors have a device and a shape and no values, so that copies to the host and synchronizations with
+    events are counted as on a GPU; `item()` and `tolist()` give ones. A copy that `build` began,
+    with an event, counts as late.
 
     Example:
-        >>> fake_cuda(lambda device: torch.ones(3, device=device), torch.Tensor.cpu).waits
+        >>> meter_on_cuda(lambda device: torch.ones(3, device=device), torch.Tensor.cpu).waits
         Counter({'copy to the host': 1})
     """
     device = _FakeDevice()

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from benchmarks.cost.meter import Meter, fake_cuda
+from benchmarks.cost.meter import Meter, meter_on_cuda
 
 TENSORS = [torch.randn(1000) for _ in range(10)]
 BYTES = 40_000
@@ -129,7 +129,7 @@ def clip(tensors: list[Tensor]) -> None:
     ],
 )
 def test_on_a_simulated_gpu(code: Callable[[list[Tensor]], object], expected: dict[str, int]) -> None:
-    row = fake_cuda(build, code).row()
+    row = meter_on_cuda(build, code).row()
     assert {name: row[name] for name in expected} == expected
 
 
@@ -141,7 +141,7 @@ def test_events_of_the_same_step_are_synchronizations() -> None:
         earlier.synchronize()
         mark("cuda").synchronize()
 
-    meter = fake_cuda(mark, wait_for_both)
+    meter = meter_on_cuda(mark, wait_for_both)
     assert (meter.waits, meter.late) == ({"event": 1}, 1)
 
 
@@ -151,7 +151,7 @@ def test_missing_values_are_ones() -> None:
         assert tensor.sum().item() == 1.0
         assert (tensor.argmax().item(), bool((tensor > 0).all())) == (1, True)
 
-    assert fake_cuda(lambda device: torch.zeros(1, 2, device=device), read).syncs == 4
+    assert meter_on_cuda(lambda device: torch.zeros(1, 2, device=device), read).syncs == 4
 
 
 def test_lists_are_launched_in_pieces() -> None:

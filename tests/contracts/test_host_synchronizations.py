@@ -31,7 +31,7 @@ from tests.tasks import NOT_A_NUMBER, Batch, Classifier, batches, fit, insert, s
 
 N = 24
 LOGGED = 6
-#: Batches within which everything is made that is made once: state, memory, Lightning's own books.
+#: Batches in which one-time allocations happen: state, memory, Lightning's own records.
 WARM_UP = 8
 HOT = [batch for batch in range(WARM_UP, N - 1) if (batch + 1) % LOGGED]
 LOGGING = [batch for batch in range(WARM_UP, N - 1) if (batch + 1) % LOGGED == 0]
@@ -39,7 +39,7 @@ CHECKS = ["deferred", "exact"]
 
 
 class Network(Classifier):
-    """Has what a forward pass leaves traces in: BatchNorm, a metric, epoch means."""
+    """Has the state that a forward pass changes: BatchNorm, a metric, epoch means."""
 
     def __init__(self, optimizer: str = "adamw fused") -> None:
         super().__init__(optimizer, norm=True, dropout=0.1)
@@ -65,7 +65,7 @@ def seen_of(
     data: Sequence[Batch] | None = None,
     **arguments: Any,
 ) -> list[Interaction]:
-    """What is seen of a fit on the device."""
+    """Fits on the device; returns the recorded interactions."""
     with fake_cuda() as cuda:
         fit_there(cuda, module or Network(), data or batches(N), callbacks, **arguments)
     return cuda.seen
@@ -83,25 +83,25 @@ def fit_there(
 
 
 def expect(n: int, kind: Kind, seen: Iterable[Interaction], at: Iterable[int] = HOT) -> None:
-    """So many by the package in each of these batches; if there are others, their lines are told."""
+    """Asserts the number of interactions of the package in each batch; prints their lines otherwise."""
     seen = [sight for sight in seen if sight.kind == kind and sight.is_own]
     for batch in at:
         found = [str(sight) for sight in seen if sight.batch == batch]
         assert len(found) == n, "\n".join(["", *dict.fromkeys(found)])
 
 
-def expect_of(check: str, seen: Sequence[Interaction], at: Iterable[int] = HOT, told: int = 0) -> None:
-    """No wait for a deferred step, one for an exact one, and those that tell people.
+def expect_of(check: str, seen: Sequence[Interaction], at: Iterable[int] = HOT, logged: int = 0) -> None:
+    """Asserts no synchronization for a deferred step, one for an exact one, and those of logging.
 
-    What is deferred is sent once, and waited for when the device has had a whole batch to be done with it.
-    Snapshots travel on a stream of their own, as much as it takes, and nobody waits for them either.
+    A deferred step sends its values once, and reads them a whole batch later. Snapshots are copied on a stream
+    of their own, without a synchronization.
     """
     at = list(at)
     if check == "exact":
-        expect(told + 1, "sync", seen, at)
+        expect(logged + 1, "sync", seen, at)
         expect(0, "late sync", seen, at)
     else:
-        expect(told, "sync", seen, at)
+        expect(logged, "sync", seen, at)
         expect(1, "late sync", seen, at)
         expect(1, "send", [sight for sight in seen if not sight.aside], at)
 
@@ -113,9 +113,9 @@ def test_between_logged_steps(optimizer: str, check: str) -> None:
     seen = seen_of(callbacks, Network(optimizer))
     expect_of(check, seen)
     assert any(sight.aside and sight.batch in HOT for sight in seen), "no snapshot was taken"
-    # numbers that are read before they have arrived are NaN
+    # numbers that are read before their copy completes are NaN
     assert [c.skips for c in callbacks if isinstance(c, NaNRollback)] == [0]
-    # nor do torch and Lightning wait for what they were handed, such as a scale for a fused optimizer
+    # nor do torch and Lightning synchronize with values of the suite, such as a scale for a fused optimizer
     assert others(seen) == others(seen_of([], Network(optimizer)))
 
 
@@ -141,7 +141,7 @@ def test_while_gradients_accumulate(check: str) -> None:
 
 @pytest.mark.parametrize("check", CHECKS)
 def test_logged_step_takes_one_transfer(check: str) -> None:
-    expect_of(check, seen_of(suite(check)), LOGGING, told=1)
+    expect_of(check, seen_of(suite(check)), LOGGING, logged=1)
 
 
 @pytest.mark.parametrize("check", CHECKS)
@@ -160,7 +160,7 @@ def test_others_alone(callback: Callable[[], pl.Callback]) -> None:
     expect(0, "late sync", seen)
 
 
-# The rest is proof that the device above is one, and that nobody waits for it unseen.
+# The rest tests the simulated device itself: no synchronization is missed.
 
 HIDDEN: dict[str, Callable[[Tensor], Any]] = {
     "item": lambda g: g.sum().item(),
@@ -200,7 +200,7 @@ HARMLESS: dict[str, Callable[[Tensor], Any]] = {
 
 
 class Curious(ClippingPolicy):
-    """Looks at a gradient in a way of its own."""
+    """Reads a gradient in a given way."""
 
     def __init__(self, look: Callable[[Tensor], Any]) -> None:
         self.look = look

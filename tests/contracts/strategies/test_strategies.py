@@ -23,7 +23,7 @@ from tests.launching import launch_on
 from tests.tasks import Classifier, batches, fit
 
 #: By precision: what numbers may differ by, relative to the largest of their family, and weights, relative to
-#: their norm. In half precision the gradients themselves are rounded otherwise when a batch is divided.
+#: their norm. In half precision the gradients themselves are rounded differently when a batch is divided.
 TOLERANCES = {"64": 1e-9, "32": 1e-6, "16-mixed": 0.01, "16-true": 0.01, "bf16-mixed": 0.1, "bf16-true": 0.1}
 PRECISIONS = tuple(TOLERANCES)
 SHARDED = ("64", "32", "bf16-mixed", "16-true", "bf16-true")
@@ -77,7 +77,7 @@ GROUPS: dict[str, tuple[int, list[Cell]]] = {
         ],
     ),
 }
-#: Those that are quick share a launch, since starting processes takes longer than running them.
+#: Quick groups share a launch, since starting processes takes longer than running them.
 LAUNCHES = [
     ["DDP x2"],
     [
@@ -142,7 +142,7 @@ def load(path: Path) -> Seen:
 
 
 def agreeing(cell: Cell, seen: Seen, alone: Seen) -> set[str]:
-    """The features that had something to do, and did the same; it fails where they differ."""
+    """Returns the features that acted, and asserts that they acted as in one process."""
     tolerance = TOLERANCES[cell.precision]
     decisions = [i for i in seen.incidents if i[0] != "poor_initialization"]
     assert decisions == [i for i in alone.incidents if i[0] != "poor_initialization"], cell
@@ -170,7 +170,7 @@ def agreeing(cell: Cell, seen: Seen, alone: Seen) -> set[str]:
 
 
 def assert_close(cell: Cell, seen: Seen, alone: Seen, family: str, tolerance: float) -> None:
-    """The numbers of a family, each relative to the largest of them in its step."""
+    """Compares the numbers of a family, relative to the largest of them in each step."""
     # under `use_orig_params=False` there are no parameters by name
     is_flat = cell.strategy == "FSDP1, flat" and family.startswith("grad_norm")
     end = "/total" if is_flat else ""
@@ -190,8 +190,8 @@ def assert_close(cell: Cell, seen: Seen, alone: Seen, family: str, tolerance: fl
         for step, expected in alone.scalars[tag].items():
             value = seen.scalars[tag][step]
             both_nan = math.isnan(expected) and math.isnan(value)
-            told = f"{cell}: {tag} at step {step} is {value!r}, alone {expected!r}"
-            assert both_nan or abs(value - expected) <= tolerance * (largest[step] or 1.0), told
+            message = f"{cell}: {tag} at step {step} is {value!r}, alone {expected!r}"
+            assert both_nan or abs(value - expected) <= tolerance * (largest[step] or 1.0), message
 
 
 @pytest.mark.parametrize("precision", ["16-mixed"])
