@@ -93,8 +93,8 @@ def expect(n: int, kind: Kind, seen: Iterable[Interaction], at: Iterable[int] = 
 def expect_of(check: str, seen: Sequence[Interaction], at: Iterable[int] = HOT, logged: int = 0) -> None:
     """Asserts no synchronization for a deferred step, one for an exact one, and those of logging.
 
-    A deferred step sends its values once, and reads them a whole batch later. Snapshots are copied on a stream
-    of their own, without a synchronization.
+    A deferred step sends its values once, and reads them a whole batch later. Snapshots are copied on a
+    stream of their own, without a synchronization.
     """
     at = list(at)
     if check == "exact":
