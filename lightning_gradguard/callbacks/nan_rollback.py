@@ -244,7 +244,7 @@ class NaNRollback(StepCallback):
 
     def judge(self, trainer: pl.Trainer, measurement: Measurement) -> Verdict:
         """A nonfinite step is never accepted."""
-        if not measurement.is_sick:
+        if not measurement.must_skip:
             return "accept"
         scaler = lightning_api.gradient_scaler(trainer)
         if measurement.is_corrupt or scaler is None or self._overflows_at_floor >= self._patience:

@@ -75,7 +75,7 @@ class SnapshotSchedule:
     def good_step(self, step: int) -> None:
         """Count the good step that was made at `trainer.global_step == step`."""
         pending = self._ring.pending()
-        if pending is not None and pending.companions.step <= step:
+        if pending is not None and pending.extra_state.step <= step:
             self._ring.good_step()
         self._good_since += 1
         if self._good_since >= self._every_n_steps and not self._ring.is_pending:
@@ -86,7 +86,7 @@ class SnapshotSchedule:
         """The step after `trainer.global_step == step` was sick: no snapshot that holds it can be proven."""
         self._is_due = False
         pending = self._ring.pending()
-        if pending is not None and pending.companions.step > step:
+        if pending is not None and pending.extra_state.step > step:
             self._ring.discard_pending()
 
     def roll_back(self, trainer: pl.Trainer) -> int:
@@ -103,7 +103,7 @@ class SnapshotSchedule:
 
     def reaches_back_to(self) -> int:
         """`trainer.global_step` of the oldest snapshot."""
-        return int(self._ring.oldest().companions.step)
+        return int(self._ring.oldest().extra_state.step)
 
     def _restore(self, trainer: pl.Trainer, snapshot: Snapshot) -> int:
         self._good_since = 0

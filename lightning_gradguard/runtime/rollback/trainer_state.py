@@ -93,12 +93,12 @@ def capture(
     buffers = traces.buffers
     written, saved = buffers.written(), buffers.saved()
     snapshot.capture(_modules(trainer), trainer.optimizers, written, saved, stepped=stepped)
-    snapshot.companions = companions
+    snapshot.extra_state = companions
 
 
 def restore(trainer: pl.Trainer, snapshot: Snapshot, traces: SideEffects) -> TrainerState:
     """Put a snapshot back and let go of all gradients; returns what went back with it."""
-    companions: TrainerState = snapshot.companions
+    companions: TrainerState = snapshot.extra_state
     snapshot.restore(_modules(trainer), trainer.optimizers)
     companions.restore(trainer, traces)
     for parameter in trainer.lightning_module.parameters():

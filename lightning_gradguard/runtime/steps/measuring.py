@@ -79,7 +79,7 @@ class Numbers:
         return self._packed[0] / self._packed[1]
 
     def sick(self) -> Tensor:
-        """1 where `Measurement.is_sick` will be true, else 0; shape `()`, float32, on the device."""
+        """1 where `Measurement.must_skip` will be true, else 0; shape `()`, float32, on the device."""
         totals = self._packed[7:]
         is_well = (self._packed.abs() <= _bounds(len(totals), self._packed.device)).all()
         if len(totals) > 1:
