@@ -96,6 +96,7 @@ def measure_gradients(named_parameters: Iterable[tuple[str, nn.Parameter]]) -> G
         named_parameters: As from `module.named_parameters()`, after `backward`.
 
     Example:
+        >>> import torch
         >>> layer = nn.Linear(2, 1, bias=False)
         >>> layer(torch.tensor([[3.0, 4.0]])).sum().backward()
         >>> measure_gradients(layer.named_parameters()).total_norm
