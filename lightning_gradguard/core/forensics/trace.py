@@ -184,7 +184,7 @@ def _storage(tensor: Tensor) -> int:
 
 
 def is_nonfinite(tensor: Tensor) -> bool:
-    """Checks that any element of a tensor is nonfinite."""
+    """Returns True if any element of a tensor is nonfinite."""
     return tensor.is_floating_point() and not bool(_values(tensor.detach()).isfinite().all())
 
 

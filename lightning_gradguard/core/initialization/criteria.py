@@ -32,7 +32,7 @@ MAX_LOSS_RATIO = 1.2
 def check(
     module: nn.Module, run_loss: Callable[[], Tensor], *, scale_free: bool = False
 ) -> tuple[list[Finding], dict[str, float]]:
-    """Checks that a network, as it is initialized, can train.
+    """Checks that a freshly initialized network can train.
 
     Args:
         module: The network.
@@ -70,7 +70,7 @@ def check(
 
 
 def _check_constant(measured: Probe) -> list[Finding]:
-    """Finds weights that are all zero, which is common at the end of a residual branch or a network."""
+    """Finds weights that are all zero, a failure except at the end of a residual branch or a network."""
     findings = []
     first = next((g for g in measured.gradients.values() if g is not None), None)
     is_head_zero = bool(measured.layers) and not bool(measured.layers[-1].module.weight.detach().any())

@@ -12,7 +12,7 @@ Severity = Literal["info", "warn", "fail"]
 
 
 class InitializationError(RuntimeError):
-    """Raised if the network, as it is initialized, will not train."""
+    """Raised if a freshly initialized network will not train."""
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ LAYERS = (nn.Linear, _ConvNd)
 
 @dataclass
 class Layer:
-    """One weighted layer, as a batch passed through it.
+    """A weighted layer, and the measurements of one batch in it.
 
     Args:
         name: Name in the network.

@@ -69,7 +69,7 @@ def repair(
 
 
 def holds_default_initialization(layer: nn.Module) -> bool:
-    """Checks that a layer's weights look like the default initialization of its class.
+    """Returns True if a layer's weights look like the default initialization of its class.
 
     For linear and convolutional layers it is uniform within `1 / sqrt(fan_in)`.
 

@@ -26,7 +26,7 @@ class FlatShard:
 
 
 def is_sharded(tensors: Sequence[Tensor]) -> bool:
-    """Checks that any of the tensors is sharded."""
+    """Returns True if any of the tensors is sharded."""
     return any(isinstance(tensor, DTensor) for tensor in tensors)
 
 

@@ -17,7 +17,7 @@ MAX_MAGNITUDE = 1e17
 
 @torch.no_grad()
 def any_nonfinite(tensors: Iterable[Tensor], squares: Iterable[Tensor] = ()) -> Tensor:
-    """Checks without a host synchronization that any element is nonfinite, or too large to be squared.
+    """Returns without a host synchronization if any element is nonfinite, or too large to be squared.
 
     Args:
         tensors: Any tensors; those of integers are ignored.
