@@ -9,7 +9,7 @@ from torch import nn
 
 
 def parameter_names(pl_module: nn.Module, parameters: Sequence[nn.Parameter]) -> dict[nn.Parameter, str]:
-    """Returns the names that the module gives its parameters, without the parts that wrappers insert.
+    """Returns names as the module gives them, without what wrappers insert.
 
     Args:
         pl_module: The module in training.
@@ -22,7 +22,7 @@ def parameter_names(pl_module: nn.Module, parameters: Sequence[nn.Parameter]) ->
 
 
 def plain_name(name: str) -> str:
-    """Returns a name without the parts that `torch.compile` and FSDP1 insert.
+    """Returns a parameter's name without what `torch.compile` and FSDP1 insert.
 
     Example:
         >>> plain_name("net._fsdp_wrapped_module.weight")

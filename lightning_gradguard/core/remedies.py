@@ -119,15 +119,17 @@ _BY_CAUSE = {
     ),
 }
 
-#: Symptoms whose title is more than their kind with spaces.
+#: Symptoms that only hindsight knows, and those whose name is not what people say.
 _TITLES = {
     "exploding_gradient": "exploding gradients",
     "vanishing_gradient": "vanishing gradients",
+    "gradient_collapse": "a network that has died",
     "nonfinite_gradient": "nonfinite gradients",
     "loss_spike": "loss spikes",
     "constant_clipping": "hard clipping all the time",
     "falling_learning_rate": "a learning rate that keeps falling",
     "amp_overflow": "float16 overflows",
+    "training_diverged": "given up",
 }
 
 _STEPS_TO_TAKE = {
@@ -214,7 +216,7 @@ def advice_for_cause(cause: str, where: Sequence[str] = ()) -> str:
 
 
 def title(kind: str) -> str:
-    """Returns the title of a symptom.
+    """What people call a symptom.
 
     Example:
         >>> title("exploding_gradient"), title("stuck_loss")
