@@ -11,6 +11,7 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
+from lightning_gradguard.core import arguments
 from lightning_gradguard.core.clipping import ClippingPolicy, Scalar, ZScoreClipping
 from lightning_gradguard.core.norms import Gradients, scale_gradients_, tensor_norms, total_norm_from_norms
 from lightning_gradguard.core.parameter_names import match_names
@@ -56,10 +57,8 @@ class AdaptiveGradientClipping(StepCallback):
                 f"policy={policy!r} is not a ClippingPolicy: subclass lightning_gradguard.ClippingPolicy "
                 "and write its method `coefficients(gradients)`."
             )
-        if isinstance(exclude, str):
-            raise ValueError(f"exclude={exclude!r} must be a list of names, such as [{exclude!r}].")
         self.policy = ZScoreClipping() if policy is None else policy
-        self.exclude = tuple(exclude or ())
+        self.exclude = arguments.names("exclude", exclude)
         self.wants_units = self.policy.by_unit
         self.state_arguments = {"policy": type(self.policy).__name__, "exclude": self.exclude}
         self._policies: dict[int, ClippingPolicy] = {}

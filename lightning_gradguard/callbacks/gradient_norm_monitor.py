@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
+from lightning_gradguard.core import arguments
 from lightning_gradguard.core.clipping import Scalar
 from lightning_gradguard.core.detectors import SymptomDetector
 from lightning_gradguard.core.norms import (
@@ -103,17 +104,14 @@ class GradientNormMonitor(StepCallback):
             raise ValueError(f"every_n_steps={every_n_steps!r} must be at least 1, or None.")
         if level not in get_args(Level):
             raise ValueError(f"level={level!r} must be 'auto', 'parameter', 'module' or 'total'.")
-        for name, names in (("include", include), ("exclude", exclude)):
-            if isinstance(names, str):
-                raise ValueError(f"{name}={names!r} must be a list of names, such as [{names!r}].")
         if figure_every_n_steps < 0:
             raise ValueError(f"figure_every_n_steps={figure_every_n_steps!r} must be 0 or more.")
         self.norm_type = float(norm_type)
         self.norm_types = (self.norm_type,)
         self.every_n_steps = every_n_steps
         self.level: Level = level
-        self.include = None if include is None else tuple(include)
-        self.exclude = tuple(exclude or ())
+        self.include = None if include is None else arguments.names("include", include)
+        self.exclude = arguments.names("exclude", exclude)
         self.update_ratio = update_ratio
         self.histograms = histograms
         self.figure_every_n_steps = figure_every_n_steps
