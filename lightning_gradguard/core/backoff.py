@@ -1,8 +1,12 @@
-"""The learning-rate scale as a function of incidents and quiet steps."""
+"""A scale for learning rates, by incidents and good steps, and its use while an optimizer steps."""
 
 from __future__ import annotations
 
 from typing import Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 #: Share of the learning rate with which re-warming begins.
 REWARM_FROM = 0.1
@@ -106,3 +110,71 @@ class Backoff:
         self._good_steps = state_dict["good_steps"]
         self._rewarm_left = min(state_dict["rewarm_left"], self._rewarm_steps)
         self._cooldown_left = min(state_dict["cooldown_left"], self._cooldown_steps)
+
+
+class ScaledLearningRate:
+    """Multiplies the learning rates of an optimizer by `scale`, only while it steps.
+
+    Schedulers, `LearningRateMonitor` and checkpoints see the rates that were asked for. Learning rates that
+    are tensors are scaled in place and restored bit for bit.
+
+    Args:
+        optimizer: Any torch optimizer.
+
+    Example:
+        >>> import torch
+        >>> weight = torch.nn.Parameter(torch.zeros(1))
+        >>> optimizer = torch.optim.SGD([weight], lr=1.0)
+        >>> rate = ScaledLearningRate(optimizer)
+        >>> rate.scale = 0.25
+        >>> weight.grad = torch.ones(1)
+        >>> optimizer.step()
+        >>> weight.item(), optimizer.param_groups[0]["lr"]
+        (-0.25, 1.0)
+    """
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self.scale = 1.0
+        self._optimizer = optimizer
+        self._asked: list[tuple[float | Tensor, float | None]] = []
+        self._handles: list[RemovableHandle] = [
+            optimizer.register_step_pre_hook(self._apply),
+            optimizer.register_step_post_hook(self._undo),
+        ]
+
+    def scheduled(self) -> list[float | Tensor]:
+        """Returns the learning rate of each parameter group, as a schedule or the user has set it.
+
+        One that is a tensor is a copy, without a host synchronization.
+        """
+        # Lightning's closure runs within the step, while rates are scaled
+        rates = [asked for asked, _ in self._asked] or [group["lr"] for group in self._optimizer.param_groups]
+        return [rate.detach().clone() if isinstance(rate, Tensor) else float(rate) for rate in rates]
+
+    def remove(self) -> None:
+        """Restores the rates and removes the hooks."""
+        self._undo()
+        for handle in self._handles:
+            handle.remove()
+
+    def _apply(self, *_: Any) -> None:
+        # a closure that raised in the step before has skipped the post-hook
+        self._undo()
+        if self.scale == 1.0:
+            return
+        for group in self._optimizer.param_groups:
+            asked = group["lr"]
+            if isinstance(asked, Tensor):
+                self._asked.append((asked.clone(), None))
+                asked.mul_(self.scale)
+            else:
+                group["lr"] = asked * self.scale
+                self._asked.append((asked, group["lr"]))
+
+    def _undo(self, *_: Any) -> None:
+        for group, (asked, scaled) in zip(self._optimizer.param_groups, self._asked, strict=False):
+            if isinstance(asked, Tensor):
+                group["lr"].copy_(asked)
+            elif group["lr"] == scaled:  # else the closure has set a rate of its own
+                group["lr"] = asked
+        self._asked = []

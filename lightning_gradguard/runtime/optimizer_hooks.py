@@ -1,4 +1,4 @@
-"""Learning rates scaled, gradients dropped and code run around one optimizer step."""
+"""Gradients dropped and code run around one optimizer step."""
 
 from __future__ import annotations
 
@@ -7,76 +7,8 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
-
-
-class ScaledLearningRate:
-    """Multiplies the learning rates of an optimizer by `scale`, only while it steps.
-
-    Schedulers, `LearningRateMonitor` and checkpoints see the rates that were asked for. Learning rates that
-    are tensors are scaled in place and put back bit for bit.
-
-    Args:
-        optimizer: Any torch optimizer.
-
-    Example:
-        >>> weight = torch.nn.Parameter(torch.zeros(1))
-        >>> optimizer = torch.optim.SGD([weight], lr=1.0)
-        >>> rate = ScaledLearningRate(optimizer)
-        >>> rate.scale = 0.25
-        >>> weight.grad = torch.ones(1)
-        >>> optimizer.step()
-        >>> weight.item(), optimizer.param_groups[0]["lr"]
-        (-0.25, 1.0)
-    """
-
-    def __init__(self, optimizer: Optimizer) -> None:
-        self.scale = 1.0
-        self._optimizer = optimizer
-        self._asked: list[tuple[float | Tensor, float | None]] = []
-        self._handles: list[RemovableHandle] = [
-            optimizer.register_step_pre_hook(self._apply),
-            optimizer.register_step_post_hook(self._undo),
-        ]
-
-    def scheduled(self) -> list[float | Tensor]:
-        """The learning rate of each parameter group, as a schedule or the user has set it.
-
-        One that is a tensor is a copy, for which nobody has waited.
-        """
-        # Lightning's closure runs within the step, while rates are scaled
-        rates = [asked for asked, _ in self._asked] or [group["lr"] for group in self._optimizer.param_groups]
-        return [rate.detach().clone() if isinstance(rate, Tensor) else float(rate) for rate in rates]
-
-    def remove(self) -> None:
-        """Put the rates back and take the hooks off."""
-        self._undo()
-        for handle in self._handles:
-            handle.remove()
-
-    def _apply(self, *_: Any) -> None:
-        # a closure that raised in the step before has skipped the post-hook
-        self._undo()
-        if self.scale == 1.0:
-            return
-        for group in self._optimizer.param_groups:
-            asked = group["lr"]
-            if isinstance(asked, Tensor):
-                self._asked.append((asked.clone(), None))
-                asked.mul_(self.scale)
-            else:
-                group["lr"] = asked * self.scale
-                self._asked.append((asked, group["lr"]))
-
-    def _undo(self, *_: Any) -> None:
-        for group, (asked, scaled) in zip(self._optimizer.param_groups, self._asked, strict=False):
-            if isinstance(asked, Tensor):
-                group["lr"].copy_(asked)
-            elif group["lr"] == scaled:  # else the closure has set a rate of its own
-                group["lr"] = asked
-        self._asked = []
 
 
 def after_step(optimizer: Optimizer, act: Callable[[], None]) -> RemovableHandle:
