@@ -29,9 +29,9 @@ class Training:
             backoff=Backoff(factor=0.5, rewarm_steps=20, recover_after_steps=100),
         )
 
-    def restart(self) -> "Training":
-        """Stop here, and continue from a checkpoint."""
-        parts = ("network", "optimizer", "guard")  # the guard last: it takes what is loaded as healthy
+    def resume(self) -> "Training":
+        """Write a checkpoint, and return a fresh run that has loaded it."""
+        parts = ("network", "optimizer", "guard")  # the guard last: its first snapshot is of what is loaded
         file = io.BytesIO()
         torch.save({name: getattr(self, name).state_dict() for name in parts}, file)
         file.seek(0)
@@ -45,10 +45,10 @@ def batches(n: int) -> list[Tensor]:
     """One in thirty is NaN, one in thirty holds readings that are a thousand times too large."""
     generator = torch.Generator().manual_seed(0)
     data = [torch.randn(64, 8, generator=generator) for _ in range(n)]
-    for corrupt in data[29::30]:
-        corrupt.fill_(torch.nan)
-    for corrupt in data[14::30]:
-        corrupt[:4] *= 1000
+    for bad in data[29::30]:
+        bad.fill_(torch.nan)
+    for bad in data[14::30]:
+        bad[:4] *= 1000
     return data
 
 
@@ -71,7 +71,7 @@ def train(max_steps: int, *, guarded: bool = True, restart_at: int = 0) -> tuple
             weight = run.network.get_parameter("3.weight")
             weight.data.view(torch.int32)[0, 0] ^= 1 << 30  # the highest bit of the exponent
         if i == restart_at:
-            run = run.restart()
+            run = run.resume()
     with torch.no_grad():
         new = torch.randn(1000, 8, generator=torch.Generator().manual_seed(1))
         error = loss_of(run.network.eval(), new)
