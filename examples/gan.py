@@ -33,7 +33,7 @@ class GAN(pl.LightningModule):
         self.features = nn.Sequential(
             nn.Linear(64, 128), nn.LeakyReLU(0.2), nn.Linear(128, 128), nn.LeakyReLU(0.2)
         )
-        self.discriminator_head = nn.Linear(128, 1)
+        self.head = nn.Linear(128, 1)
 
     def training_step(self, real: Tensor, batch_idx: int) -> None:
         discriminator_optimizer, generator_optimizer = self.optimizers()  # type: ignore[attr-defined]
@@ -41,10 +41,7 @@ class GAN(pl.LightningModule):
 
         with torch.no_grad():
             fake = self.generator(noise)
-        on_real, on_fake = (
-            self.discriminator_head(self.features(real)),
-            self.discriminator_head(self.features(fake)),
-        )
+        on_real, on_fake = self.head(self.features(real)), self.head(self.features(fake))
         loss = binary_cross_entropy_with_logits(on_real, torch.full_like(on_real, 0.9))
         loss = loss + binary_cross_entropy_with_logits(on_fake, torch.zeros_like(on_fake))
         discriminator_optimizer.zero_grad()
@@ -52,7 +49,7 @@ class GAN(pl.LightningModule):
         discriminator_optimizer.step()
 
         features = self.features(self.generator(noise))
-        on_fake = self.discriminator_head(features)
+        on_fake = self.head(features)
         loss = binary_cross_entropy_with_logits(on_fake, torch.ones_like(on_fake))
         feature_matching = mse_loss(features.mean(0), self.features(real).detach().mean(0), reduction="sum")
         generator_optimizer.zero_grad()
@@ -60,7 +57,7 @@ class GAN(pl.LightningModule):
         generator_optimizer.step()
 
     def configure_optimizers(self) -> tuple[torch.optim.Optimizer, torch.optim.Optimizer]:
-        discriminator = [*self.features.parameters(), *self.discriminator_head.parameters()]
+        discriminator = [*self.features.parameters(), *self.head.parameters()]
         return (
             torch.optim.Adam(discriminator, lr=2e-3, betas=(0.5, 0.99)),
             torch.optim.Adam(self.generator.parameters(), lr=2e-3, betas=(0.5, 0.99)),

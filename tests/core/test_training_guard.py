@@ -9,14 +9,19 @@ from typing import Any
 from unittest.mock import patch
 
 import pytest
+import pytorch_lightning as pl
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from lightning_gradguard import (
+    AdaptiveGradientClipping,
     ClippingPolicy,
     GlobalNormClipping,
+    LearningRateBackoff,
+    NaNRollback,
     TrainingDivergedError,
     TrainingGuard,
     UnitwiseClipping,
@@ -50,6 +55,14 @@ class Net(nn.Module):
         return self.body(x)  # type: ignore[no-any-return]
 
 
+def batch(index: int, factor: float = 1.0) -> Tensor:
+    return torch.randn(16, 4, generator=torch.Generator().manual_seed(index)) * factor
+
+
+def loss_of(net: nn.Module, x: Tensor) -> Tensor:
+    return (net(x) - x.sum(1, keepdim=True)).square().mean()  # type: ignore[no-any-return]
+
+
 class Loop:
     """A training loop on seeded batches; `play` gives it some of them, each multiplied by a factor."""
 
@@ -62,9 +75,8 @@ class Loop:
         self.guard = TrainingGuard(self.net, self.optimizer, **arguments)
 
     def step(self, index: int, factor: float = 1.0) -> StepOutcome:
-        x = torch.randn(16, 4, generator=torch.Generator().manual_seed(index)).to(self.net.seen.device)
         self.optimizer.zero_grad()
-        loss = (self.net(x * factor) - x.sum(1, keepdim=True)).square().mean()
+        loss = loss_of(self.net, batch(index, factor).to(self.net.seen.device))
         loss.backward()
         return self.guard.step(loss)
 
@@ -154,7 +166,9 @@ def test_nonfinite_statistics_of_a_finite_loss_are_not_committed() -> None:
     loop = Loop()
     before = loop.state()
     # the variance overflows, the normalized output is zero
-    outcome = loop.step(0, 1e25)
+    loss = loop.net(batch(0, 1e25)).square().mean()
+    loss.backward()
+    outcome = loop.guard.step(loss)
     assert (outcome.action, outcome.kind) == ("skipped", "nonfinite_buffers")
     assert torch.isfinite(torch.tensor(outcome.loss))
     assert is_same(loop.state(), before)
@@ -275,6 +289,47 @@ def test_learning_rate_is_reduced_only_within_the_step(optimizer: str) -> None:
     assert [outcome.learning_rate_scale for outcome in outcomes] == [1, 1, 0.5, 0.5]
     assert used == pytest.approx([asked, asked / 4 / 2, asked / 8 / 2])
     assert float(loop.optimizer.param_groups[0]["lr"]) == pytest.approx(asked / 16)
+
+
+class Module(pl.LightningModule):
+    """The same loop under a Trainer."""
+
+    def __init__(self, optimizer: str) -> None:
+        super().__init__()
+        self.net = Net()
+        self.optimizer = optimizer
+
+    def training_step(self, x: Tensor, batch_idx: int) -> Tensor:
+        return loss_of(self.net, x)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return OPTIMIZERS[self.optimizer](self.parameters())
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@settings(max_examples=3)
+@given(bursts=st.lists(st.integers(1, 4), min_size=3, max_size=4))
+def test_guard_decides_as_the_callbacks_do(optimizer: str, bursts: list[int]) -> None:
+    factors = [factor for burst in bursts for factor in [1.0] * 13 + [NAN] * burst] + [1.0] * 3
+    loop = Loop(optimizer, snapshot_every_n_steps=5, backoff=Backoff(rewarm_steps=5))
+    loop.play(factors)
+    torch.manual_seed(0)
+    module = Module(optimizer)
+    rollback = NaNRollback(snapshot_every_n_steps=5, max_dossiers=0)
+    trainer = pl.Trainer(
+        max_epochs=1,
+        accelerator="cpu",
+        callbacks=[AdaptiveGradientClipping(), rollback, LearningRateBackoff(rewarm_steps=5)],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(module, DataLoader([batch(*b) for b in enumerate(factors)], batch_size=None))  # type: ignore[arg-type]
+    assert (rollback.skips, rollback.rollbacks) == (loop.guard.skips, loop.guard.rollbacks)
+    assert is_same(
+        [*module.net.parameters(), *module.net.buffers()], [*loop.net.parameters(), *loop.net.buffers()]
+    )
 
 
 def test_accumulated_gradients_of_a_bad_batch_are_dropped() -> None:
