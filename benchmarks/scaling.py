@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -19,7 +20,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from lightning_gradguard.runtime.steps.measuring import Wanted, measure
+from lightning_gradguard.runtime.steps.measuring import StepRequest, measure
 from lightning_gradguard.runtime.steps.parameters import ParameterLayout
 
 PAGE = Path(__file__).parents[1] / "docs" / "scaling.md"
@@ -64,12 +65,16 @@ def llama(layers: int, width: int, hidden: int, vocabulary: int) -> list[tuple[i
     return [(vocabulary, width), *(block * layers), (width,), (vocabulary, width)]
 
 
+def _request(**wanted: Any) -> StepRequest:
+    return StepRequest([torch.zeros(())], (None, None, False), **wanted)
+
+
 MODELS = {"GPT-2, 124M": gpt(12, 768, 50257), "Llama, 6.7B": llama(32, 4096, 11008, 32000)}
 VARIANTS = {
-    "default": Wanted((2.0,), weights=False, units=False, loss_scale=1.0),
-    "a logged step": Wanted((2.0,), weights=True, units=False, loss_scale=1.0),
-    "`UnitwiseClipping`": Wanted((2.0,), weights=False, units=True, loss_scale=1.0),
-    "`norm_type=inf`": Wanted((2.0, math.inf), weights=False, units=False, loss_scale=1.0),
+    "default": _request(),
+    "a logged step": _request(weights=True),
+    "`UnitwiseClipping`": _request(units=True),
+    "`norm_type=inf`": _request(norm_types=(2.0, math.inf)),
 }
 
 
@@ -83,7 +88,7 @@ def group(world_size: int) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def lengths(shapes: Sequence[tuple[int, ...]], wanted: Wanted, *, sharded: bool) -> list[int]:
+def lengths(shapes: Sequence[tuple[int, ...]], request: StepRequest, *, sharded: bool) -> list[int]:
     """Bytes that each collective of one step receives on a rank, as the suite calls them."""
     seen: list[int] = []
 
@@ -96,9 +101,9 @@ def lengths(shapes: Sequence[tuple[int, ...]], wanted: Wanted, *, sharded: bool)
     selection = ParameterLayout({}).select(
         (str(i), parameter(s, sharded=sharded)) for i, s in enumerate(shapes)
     )
-    carried = torch.zeros(len(shapes), dtype=torch.float64) if wanted.weights and sharded else None
+    pending = torch.zeros(len(shapes), dtype=torch.float64) if request.weights and sharded else None
     with mock.patch.multiple(dist, all_reduce=all_reduce, all_gather=all_gather):
-        measure(selection, [torch.zeros(())], (None, None, False), wanted=wanted, carried=carried)
+        measure(selection, replace(request, pending=pending))
     return seen
 
 

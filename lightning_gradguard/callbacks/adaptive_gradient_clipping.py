@@ -11,13 +11,14 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
+from lightning_gradguard.core import arguments
 from lightning_gradguard.core.clipping import ClippingPolicy, Scalar, ZScoreClipping
 from lightning_gradguard.core.norms import Gradients, scale_gradients_, tensor_norms, total_norm_from_norms
 from lightning_gradguard.core.parameter_names import match_names
 from lightning_gradguard.core.tags import family
 from lightning_gradguard.runtime import lightning_api
 from lightning_gradguard.runtime.steps.step import Step
-from lightning_gradguard.runtime.steps.suite import StepCallback
+from lightning_gradguard.runtime.steps.step_callback import StepCallback
 
 
 class AdaptiveGradientClipping(StepCallback):
@@ -56,10 +57,8 @@ class AdaptiveGradientClipping(StepCallback):
                 f"policy={policy!r} is not a ClippingPolicy: subclass lightning_gradguard.ClippingPolicy "
                 "and write its method `coefficients(gradients)`."
             )
-        if isinstance(exclude, str):
-            raise ValueError(f"exclude={exclude!r} must be a list of names, such as [{exclude!r}].")
         self.policy = ZScoreClipping() if policy is None else policy
-        self.exclude = tuple(exclude or ())
+        self.exclude = arguments.names("exclude", exclude)
         self.wants_units = self.policy.by_unit
         self.state_arguments = {"policy": type(self.policy).__name__, "exclude": self.exclude}
         self._policies: dict[int, ClippingPolicy] = {}
@@ -114,7 +113,7 @@ class AdaptiveGradientClipping(StepCallback):
         if divisor is None:
             scale_gradients_(gradients, coefficients)
         else:
-            self.suite.ride(step, grad_scale=divisor)
+            self.suite.override_fused_step(step, grad_scale=divisor)
         policy.commit()
         clipped, steps = self._clipped.get(step.optimizer_index, (0, 0))
         self._clipped[step.optimizer_index] = (clipped + (_smallest(coefficients) < 1), steps + 1)
@@ -186,7 +185,7 @@ class AdaptiveGradientClipping(StepCallback):
             values["clip", "threshold"] = threshold
         n = len(trainer.optimizers)
         tagged = {f"{family(name, index, n)}/{what}": value for (name, what), value in values.items()}
-        self.suite.report.add_scalars(tagged)
+        self.suite.metrics.add_scalars(tagged)
 
 
 def _smallest(coefficients: Scalar | list[Tensor]) -> Scalar:

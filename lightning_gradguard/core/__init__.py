@@ -1,1 +1,1 @@
-"""Arithmetic on tensors that needs torch alone and serves any training loop."""
+"""Arithmetic on tensors and pure state machines for any training loop; needs torch alone."""

@@ -8,18 +8,20 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-#: Share of the learning rate with which re-warming begins.
-REWARM_FROM = 0.1
+from lightning_gradguard.core.arguments import fraction, whole_number
+
+#: Share of the level at which re-warming begins.
+REWARM_START = 0.1
 
 
 class Backoff:
-    """A scale for learning rates: cut at once, re-warmed slowly, regrown after a quiet time.
+    """A scale for learning rates: cut at once, re-warmed slowly, raised again after enough good steps.
 
-    The scale stays outside of the schedule and multiplies whatever the schedule asks for.
+    The scale is independent of the schedule and multiplies the learning rate that the schedule sets.
 
     Args:
         factor: A cut multiplies the scale by it; in (0, 1).
-        min_scale: No cut goes below; in (0, 1].
+        min_scale: Lower bound of every cut; in (0, 1].
         cooldown_steps: Good steps after a cut in which there is no other; 0 or more.
         rewarm_steps: Good steps over which the scale climbs from a tenth of its level to all of it.
         recover_after_steps: Good steps after which the level grows by `1 / factor`, up to 1; at least 1.
@@ -43,20 +45,11 @@ class Backoff:
     ) -> None:
         if not 0 < factor < 1:
             raise ValueError(f"factor={factor!r} must be in (0, 1).")
-        if not 0 < min_scale <= 1:
-            raise ValueError(f"min_scale={min_scale!r} must be in (0, 1].")
-        for name, value, least in (
-            ("cooldown_steps", cooldown_steps, 0),
-            ("rewarm_steps", rewarm_steps, 0),
-            ("recover_after_steps", recover_after_steps, 1),
-        ):
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ValueError(f"{name}={value!r} must be a whole number of at least {least}.")
         self._factor = factor
-        self._min_scale = min_scale
-        self._cooldown_steps = cooldown_steps
-        self._rewarm_steps = rewarm_steps
-        self._recover_after_steps = recover_after_steps
+        self._min_scale = fraction("min_scale", min_scale)
+        self._cooldown_steps = whole_number("cooldown_steps", cooldown_steps, at_least=0)
+        self._rewarm_steps = whole_number("rewarm_steps", rewarm_steps, at_least=0)
+        self._recover_after_steps = whole_number("recover_after_steps", recover_after_steps)
         self._level = 1.0
         self._good_steps = 0
         self._rewarm_left = 0
@@ -64,17 +57,17 @@ class Backoff:
 
     @property
     def scale(self) -> float:
-        """What learning rates are to be multiplied by now; 1 on a quiet run."""
+        """Factor by which learning rates are multiplied now; 1 without an incident."""
         if not self._rewarm_left:
             return self._level
         warmed = 1 - self._rewarm_left / self._rewarm_steps
-        return self._level * (REWARM_FROM + (1 - REWARM_FROM) * warmed)
+        return self._level * (REWARM_START + (1 - REWARM_START) * warmed)
 
     def reduce(self) -> bool:
-        """Cut the scale.
+        """Cuts the scale, and re-warms it from there; at `min_scale` it is only re-warmed.
 
         Returns:
-            Whether it was cut; not within the cooldown. At the floor the rate is only re-warmed.
+            True unless the last cut is within the cooldown.
         """
         if self._cooldown_left:
             return False
@@ -85,7 +78,7 @@ class Backoff:
         return True
 
     def step(self) -> None:
-        """Count a good step."""
+        """Counts a good step."""
         self._cooldown_left = max(self._cooldown_left - 1, 0)
         self._rewarm_left = max(self._rewarm_left - 1, 0)
         if self._level == 1:
@@ -96,7 +89,7 @@ class Backoff:
             self._good_steps = 0
 
     def state_dict(self) -> dict[str, Any]:
-        """The level and the counters."""
+        """Returns the level and the counters."""
         return {
             "level": self._level,
             "good_steps": self._good_steps,
@@ -105,7 +98,7 @@ class Backoff:
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue from a saved state."""
+        """Continues from a saved state."""
         self._level = state_dict["level"]
         self._good_steps = state_dict["good_steps"]
         self._rewarm_left = min(state_dict["rewarm_left"], self._rewarm_steps)

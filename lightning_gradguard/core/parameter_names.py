@@ -9,7 +9,7 @@ from torch import nn
 
 
 def parameter_names(pl_module: nn.Module, parameters: Sequence[nn.Parameter]) -> dict[nn.Parameter, str]:
-    """Names as the module gives them, without what wrappers put in between.
+    """Returns names as the module gives them, without what wrappers insert.
 
     Args:
         pl_module: The module in training.
@@ -22,7 +22,7 @@ def parameter_names(pl_module: nn.Module, parameters: Sequence[nn.Parameter]) ->
 
 
 def plain_name(name: str) -> str:
-    """A parameter's name without what `torch.compile` and FSDP1 put in between.
+    """Returns a parameter's name without what `torch.compile` and FSDP1 insert.
 
     Example:
         >>> plain_name("net._fsdp_wrapped_module.weight")
@@ -32,10 +32,10 @@ def plain_name(name: str) -> str:
 
 
 def match_names(names: Iterable[str], patterns: Iterable[str]) -> list[str]:
-    """The names that a pattern selects: a parameter's name, a module's, or a shell-style wildcard.
+    """Returns the names that a pattern selects: a parameter's name, a module's, or a shell-style wildcard.
 
     Example:
-        >>> matching(["head.weight", "body.0.weight", "body.0.bias"], ["head", "*.bias"])
+        >>> match_names(["head.weight", "body.0.weight", "body.0.bias"], ["head", "*.bias"])
         ['head.weight', 'body.0.bias']
     """
     patterns = list(patterns)

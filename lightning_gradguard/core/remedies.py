@@ -1,4 +1,4 @@
-"""From symptom to remedy, in the field's words."""
+"""Advice and remedies for incidents, causes and symptoms."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 _REMEDIES = {
     "nonfinite_gradient": (
-        "Look for log(0), division by zero or sqrt at 0 on the way to {where}; clip gradients "
+        "Look for log(0), division by zero or sqrt at 0 before {where}; clip gradients "
         "(AdaptiveGradientClipping) and lower the learning rate if it repeats."
     ),
     "nonfinite_loss": (
-        "Look at this batch for nonfinite or huge inputs and bad labels, and compute the loss in float32 "
+        "Check this batch for nonfinite or huge inputs and bad labels, and compute the loss in float32 "
         "(torch.nn.functional.cross_entropy on logits rather than log of softmax)."
     ),
     "nonfinite_weights": (
@@ -18,23 +18,23 @@ _REMEDIES = {
         "bound the weights (weight_decay, a max-norm constraint)."
     ),
     "nonfinite_buffers": (
-        "The batch has spoiled running statistics of normalization; look at it for nonfinite or huge inputs."
+        "The batch corrupted running statistics of normalization: check it for nonfinite or huge inputs."
     ),
     "loss_spike": (
-        "One spike is for clipping to absorb; if they recur, lower z_threshold or max_norm of the clipping "
-        "policy, warm the learning rate up for longer, and look at the batch."
+        "Clipping absorbs a single spike; if spikes recur, lower z_threshold or max_norm of the clipping "
+        "policy, warm the learning rate up for longer, and check the batch."
     ),
     "divergence": (
         "Loss and gradient norm are far above those of the first steps: lower the learning rate or warm it "
         "up for longer, clip gradients (AdaptiveGradientClipping), check the initialization."
     ),
     "gradient_collapse": (
-        "Most of the network has stopped to get gradients, as when all units of a layer have died: lower the "
+        "Most of the network no longer gets gradients, as when all units of a layer are dead: lower the "
         "learning rate or warm it up, use LeakyReLU or GELU, normalization or residual connections."
     ),
     "corrupted_gradient": (
-        "After ranks had averaged it, the gradient of one of them was different by far: suspect its memory "
-        "or code of your own that writes gradients. If it repeats on one machine, leave that machine out."
+        "The gradient of one rank differed by far after the all-reduce: suspect its memory, or code of your "
+        "own that writes gradients. If it repeats on one machine, exclude that machine."
     ),
     "amp_overflow": (
         "The loss scale has fallen to 1 and gradients still overflow in float16: train in bf16-mixed, or "
@@ -52,10 +52,10 @@ _REMEDIES = {
         "(InitializationCheck) and the batches that were skipped."
     ),
     "lost_batch": (
-        "The run that is resumed had lost this batch (lost_batches.rank0.jsonl); it is left out again."
+        "The run lost this batch before it was resumed (lost_batches.rank0.jsonl); it is skipped again."
     ),
     "vanishing_gradient": (
-        "Gradients vanish on the way to {where}: use non-saturating activations (ReLU, GELU) with He "
+        "Gradients vanish before they reach {where}: use non-saturating activations (ReLU, GELU) with He "
         "initialization (torch.nn.init.kaiming_normal_), residual connections and batch or layer "
         "normalization; in a recurrent network LSTM or GRU gating or an orthogonal recurrent weight; "
         "layer-wise pre-training as a last resort."
@@ -82,7 +82,7 @@ _REMEDIES = {
         "inputs, normalization, or a non-saturating activation."
     ),
     "poor_initialization": (
-        "Initialize {where} as its activation asks: He (torch.nn.init.kaiming_normal_) before ReLU, Xavier "
+        "Initialize {where} for its activation: He (torch.nn.init.kaiming_normal_) before ReLU, Xavier "
         "before tanh or sigmoid, orthogonal for recurrent weights; or "
         "InitializationCheck(on_failure='repair')."
     ),
@@ -90,12 +90,12 @@ _REMEDIES = {
 
 _BY_CAUSE = {
     "bad_input": (
-        "Look at {where}: nonfinite or huge values came in with the data. Clean or leave out the samples, "
-        "and normalize inputs."
+        "Look at {where}: the data holds nonfinite or huge values. Clean or exclude the samples, and "
+        "normalize inputs."
     ),
     "corrupted_weights": (
         "Single elements of {where} were corrupted: suspect memory or storage, or code of your own that "
-        "writes weights. If it repeats on one machine, leave that machine out."
+        "writes weights. If it repeats on one machine, exclude that machine."
     ),
     "update_too_large": (
         "An update was too large: lower the learning rate or warm it up for longer, clip gradients "
@@ -115,7 +115,7 @@ _BY_CAUSE = {
     ),
     "transient": (
         "The same batch on the same weights is finite the second time: suspect the hardware, a race, or an "
-        "operation that reads memory it does not own. If it repeats on one machine, leave that machine out."
+        "operation that reads memory it does not own. If it repeats on one machine, exclude that machine."
     ),
 }
 
@@ -149,12 +149,12 @@ _STEPS_TO_TAKE = {
         "As a last resort train layer by layer.",
     ),
     "nonfinite_loss": (
-        "Look at the batch of that step for nonfinite or huge inputs and bad labels.",
+        "Check the batch of that step for nonfinite or huge inputs and bad labels.",
         "Compute the loss in float32 and on logits: cross_entropy rather than log of softmax.",
-        "Skip such batches: NaNRollback() leaves no trace of them and says what was at fault.",
+        "Skip such batches: NaNRollback() leaves no trace of them and reports the cause.",
     ),
     "nonfinite_gradient": (
-        "Look for log(0), division by zero, or sqrt and norm at 0 on the way to {where}.",
+        "Look for log(0), division by zero, or sqrt and norm at 0 before {where}.",
         "Skip such steps: NaNRollback() leaves no trace of them and names the operation.",
         "Clip gradients (AdaptiveGradientClipping) and lower the learning rate if it repeats.",
     ),
@@ -162,7 +162,7 @@ _STEPS_TO_TAKE = {
         "Lower the learning rate, or warm it up for longer.",
         "Clip gradients: AdaptiveGradientClipping(), or gradient_clip_val=1.0 of the Trainer.",
         "Check the initialization: InitializationCheck() measures it before step 1.",
-        "Go back by itself: NaNRollback() with LearningRateBackoff().",
+        "Roll back automatically: NaNRollback() with LearningRateBackoff().",
     ),
     "stuck_loss": (
         "Raise the learning rate.",
@@ -172,20 +172,20 @@ _STEPS_TO_TAKE = {
     "constant_clipping": (
         "The clipped norm has become the learning rate: raise the threshold (max_norm, z_threshold), or "
         "lower the learning rate by what clipping takes away.",
-        "Look at why norms are large: initialization, a sum where the loss needs a mean.",
+        "Find out why norms are large: initialization, a sum where the loss needs a mean.",
     ),
     "falling_learning_rate": (
-        "Give the optimizer a lower learning rate or a longer warm-up; the scale says by how much.",
-        "Look at what the rollbacks were for: each of them has lowered it.",
+        "Give the optimizer a lower learning rate or a longer warm-up; the scale shows by how much.",
+        "Check the reasons of the rollbacks: each of them lowered it.",
     ),
 }
 
 
 def advice(kind: str, where: Sequence[str] = ()) -> str:
-    """What a person can do about an incident.
+    """Returns advice for an incident.
 
     Args:
-        kind: One of `core.incidents.KINDS`; a kind of your own has no advice.
+        kind: One of `core.incidents.KINDS`; another kind has no advice.
         where: Names of the parameters or modules at fault, the worst first.
 
     Returns:
@@ -199,7 +199,7 @@ def advice(kind: str, where: Sequence[str] = ()) -> str:
 
 
 def advice_for_cause(cause: str, where: Sequence[str] = ()) -> str:
-    """What a person can do about what a replay has found.
+    """Returns advice for the cause that a replay found.
 
     Args:
         cause: One of `core.incidents.CAUSES`.
@@ -226,14 +226,14 @@ def title(kind: str) -> str:
 
 
 def remedies(kind: str, where: Sequence[str] = ()) -> tuple[str, ...]:
-    """What a person can do about a symptom, one thing each, the likeliest first.
+    """Returns the remedies of a symptom, the likeliest first.
 
     Args:
         kind: One of `core.incidents.KINDS`, or a symptom that only `report.analysis` finds.
         where: Names of the parameters or modules at fault, the worst first.
 
     Returns:
-        Sentences; where a kind has no list, its advice alone; none for a kind that is not known.
+        Sentences; the advice alone for a kind without a list, and none for an unknown kind.
 
     Example:
         >>> remedies("stuck_loss")[0]

@@ -24,7 +24,6 @@ from lightning_gradguard import (
     NaNRollback,
     TrainingDivergedError,
 )
-from lightning_gradguard.runtime.steps.suite import suite_of
 from tests.tasks import (
     OPTIMIZERS,
     Batch,
@@ -203,9 +202,10 @@ def test_without_statistics_there_is_no_flag_of_them(norm: bool) -> None:
 
     class Look(pl.Callback):
         def on_before_optimizer_step(self, trainer: pl.Trainer, *_: Any) -> None:
-            flags.append(suite_of(trainer).nonfinite_buffers)
+            flags.append(rollback._session._flags.nonfinite_buffers)
 
-    fit(Classifier(norm=norm), batches(5), [Look(), NaNRollback()])
+    rollback = NaNRollback()
+    fit(Classifier(norm=norm), batches(5), [Look(), rollback])
     assert [flag is not None for flag in flags] == [norm] * 5
 
 

@@ -17,7 +17,7 @@ from torchmetrics import MeanMetric
 
 from lightning_gradguard import NaNRollback
 from lightning_gradguard.runtime.steps.step import Step
-from lightning_gradguard.runtime.steps.suite import StepCallback
+from lightning_gradguard.runtime.steps.step_callback import StepCallback
 from tests.tasks import NOT_A_NUMBER, Batch, Classifier, batches, fit, insert, poisoned, same, weights
 
 

@@ -24,7 +24,7 @@ from lightning_gradguard import (
 )
 from lightning_gradguard.core.norms import DISAGREEMENT, OVERFLOW, Gradients, Measurement
 from lightning_gradguard.runtime.fused_optimizer import FusedStepOverride
-from lightning_gradguard.runtime.steps.measuring import Numbers
+from lightning_gradguard.runtime.steps.measuring import PackedMeasurement
 from tests.tasks import NOT_A_NUMBER, Classifier, batches, fit, insert, optimizer_state, same, weights
 
 FUSED: dict[str, Callable[[Any], Optimizer]] = {
@@ -125,9 +125,14 @@ def test_a_deferred_check_copies_no_weights_where_the_kernel_skips() -> None:
     sizes = {}
     for name, optimizer in {"fused": FUSED["adamw"], "not": lambda p: AdamW(p, lr=3e-3)}.items():
         rollback = NaNRollback(check="deferred")
-        run(optimizer, [rollback])
-        assert rollback._before is not None
-        sizes[name] = rollback._before.n_bytes()
+
+        class Look(pl.Callback):
+            def on_train_end(self, *_: Any) -> None:
+                deferred = rollback._session._deferred  # noqa: B023
+                assert deferred is not None
+                sizes[name] = deferred._before.n_bytes()  # noqa: B023
+
+        run(optimizer, [rollback, Look()])
     n_parameters = sum(p.numel() for p in Classifier().parameters())
     assert sizes["fused"] == 0
     assert sizes["not"] >= 12 * n_parameters
@@ -254,8 +259,8 @@ class _Writes(Fused):
 
 
 class _Strict(NaNRollback):
-    def judge(self, trainer: pl.Trainer, measurement: Measurement) -> Any:
-        return "drop" if measurement.loss > 5 else super().judge(trainer, measurement)
+    def check_step(self, trainer: pl.Trainer, measurement: Measurement) -> Any:
+        return "skip" if measurement.loss > 5 else super().check_step(trainer, measurement)
 
 
 @pytest.mark.parametrize(
@@ -311,13 +316,13 @@ numbers = st.sampled_from([0.0, 1e-3, 1.0, 2.0, 1e4, 1e38, 3.5e38, 1e300, math.i
     totals=st.lists(numbers, min_size=1, max_size=4),
 )
 def test_the_kernel_skips_what_the_judge_drops(loss: float, told: list[float], totals: list[float]) -> None:
-    asked = Numbers(torch.tensor([loss, 1.0, *told, 1.0, *totals], dtype=torch.float64))
-    assert bool(asked.sick()) == asked.read(0).is_sick
+    asked = PackedMeasurement(torch.tensor([loss, 1.0, *told, 1.0, *totals], dtype=torch.float64))
+    assert bool(asked.must_skip()) == asked.read(0).must_skip
 
 
 def test_ranks_disagree_from_a_thousandfold_on() -> None:
     for factor, expected in ((0.99, False), (1.01, True)):
         totals = [1.0, factor * DISAGREEMENT]
-        asked = Numbers(torch.tensor([1.0, 1.0, 0, 0, 0, 0, 1.0, *totals], dtype=torch.float64))
-        assert bool(asked.sick()) == asked.read(0).is_sick == expected
+        asked = PackedMeasurement(torch.tensor([1.0, 1.0, 0, 0, 0, 0, 1.0, *totals], dtype=torch.float64))
+        assert bool(asked.must_skip()) == asked.read(0).must_skip == expected
     assert OVERFLOW > 3e38

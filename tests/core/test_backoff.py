@@ -1,4 +1,4 @@
-"""The scale falls at once, returns slowly, and stays within its bounds."""
+"""The scale is cut at once, recovers slowly, and stays within its bounds."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ def small() -> Backoff:
 
 
 @given(EVENTS)
-def test_the_scale_keeps_its_bounds(events: list[str]) -> None:
+def test_scale_stays_within_its_bounds(events: list[str]) -> None:
     assert all(0.01 <= scale <= 1 for scale in play(small(), events))
 
 
 @given(EVENTS, EVENTS)
-def test_a_resumed_scale_goes_on_alike(before: list[str], after: list[str]) -> None:
+def test_resumed_scale_continues_alike(before: list[str], after: list[str]) -> None:
     whole, first, resumed = small(), small(), small()
     play(whole, before)
     play(first, before)
@@ -46,7 +46,7 @@ def test_rewarming_is_linear_from_a_tenth() -> None:
     assert scales == pytest.approx([0.5 * (0.1 + 0.09 * i) for i in range(11)])
 
 
-def test_no_second_cut_within_the_cooldown() -> None:
+def test_cooldown_prevents_a_second_cut() -> None:
     backoff = Backoff(cooldown_steps=3, rewarm_steps=0)
     assert [backoff.reduce() for _ in range(2)] == [True, False]
     play(backoff, ["step"] * 3)
@@ -54,7 +54,7 @@ def test_no_second_cut_within_the_cooldown() -> None:
     assert backoff.scale == 0.25
 
 
-def test_it_recovers_after_a_quiet_time_and_not_beyond_one() -> None:
+def test_scale_recovers_after_good_steps_up_to_one() -> None:
     backoff = Backoff(rewarm_steps=0, cooldown_steps=0, recover_after_steps=10)
     play(backoff, ["reduce", "reduce"])
     assert play(backoff, ["step"] * 35)[9::10] == [0.5, 1.0, 1.0]

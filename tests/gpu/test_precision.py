@@ -17,7 +17,7 @@ from lightning_gradguard import (
     default_callbacks,
 )
 from lightning_gradguard.runtime.steps.step import Step
-from lightning_gradguard.runtime.steps.suite import StepCallback
+from lightning_gradguard.runtime.steps.step_callback import StepCallback
 from tests.gpu.tasks import OPTIMIZERS, Network, everything, finite, fit_there
 from tests.tasks import NOT_A_NUMBER, Batch, batches, insert, same
 

@@ -180,15 +180,15 @@ def test_a_lost_batch_in_another_epoch_is_trained_on(tmp_path: Path) -> None:
     """What is lost is one serving of it, not the samples."""
     data = batches(12)
     ledger = LostBatches(tmp_path, rank=0)
-    ledger.serve(3, 0, 3, data[3])
-    ledger.lose_last(1)
+    ledger.record(3, 0, 3, data[3])
+    ledger.mark_skipped(1)
     again = LostBatches(None, rank=0, earlier=[str(tmp_path)])
-    again.serve(15, 1, 3, data[3])
-    assert not again.was_lost_before()
-    again.serve(3, 0, 3, data[3])
-    assert again.was_lost_before()
-    again.serve(3, 0, 4, data[3])
-    assert not again.was_lost_before()
+    again.record(15, 1, 3, data[3])
+    assert not again.repeats_lost_batch()
+    again.record(3, 0, 3, data[3])
+    assert again.repeats_lost_batch()
+    again.record(3, 0, 4, data[3])
+    assert not again.repeats_lost_batch()
 
 
 @pytest.mark.parametrize(
@@ -208,23 +208,23 @@ def test_a_lost_batch_in_another_epoch_is_trained_on(tmp_path: Path) -> None:
 def test_a_line_that_makes_no_sense_is_passed_over(tmp_path: Path, torn: str) -> None:
     ledger = LostBatches(tmp_path, rank=0)
     data = batches(40)
-    ledger.serve(30, 0, 30, data[30])
-    ledger.lose_last(1)
+    ledger.record(30, 0, 30, data[30])
+    ledger.mark_skipped(1)
     with (tmp_path / LEDGER).open("a") as file:
         file.write(torn)
     again = LostBatches(None, rank=0, earlier=[str(tmp_path)])
-    again.serve(30, 0, 30, data[30])
-    assert again.was_lost_before()
-    again.serve(31, 0, 31, data[31])
-    assert not again.was_lost_before()
+    again.record(30, 0, 30, data[30])
+    assert again.repeats_lost_batch()
+    again.record(31, 0, 31, data[31])
+    assert not again.repeats_lost_batch()
 
 
 def test_what_follows_a_torn_line_is_not_lost(tmp_path: Path) -> None:
     """A killed process leaves half a line; the resumed one writes on in the same file."""
     (tmp_path / LEDGER).write_text('{"epoch": 0, "batch_idx": 1, "rea')
     ledger, data = LostBatches(tmp_path, rank=0), batches(1)
-    ledger.serve(5, 0, 5, data[0])
-    ledger.lose_last(1)
+    ledger.record(5, 0, 5, data[0])
+    ledger.mark_skipped(1)
     assert LostBatches(None, rank=0, earlier=[str(tmp_path)]).earlier() == {(0, 5): "skipped"}
 
 
@@ -257,7 +257,7 @@ def test_memory_stays_bounded_in_a_long_run(check: Any) -> None:
         most = 0
 
         def on_train_batch_end(self, *_: Any) -> None:
-            self.most = max(self.most, len(rollback._ledger._served))
+            self.most = max(self.most, len(rollback._session.lost_batches._seen))
 
     rollback = NaNRollback(check=check, snapshot_every_n_steps=10, keep_snapshots=2, max_dossiers=0)
     look = Look()
@@ -269,19 +269,19 @@ def test_no_references_to_batches_are_kept() -> None:
     data = batches(5)
     ledger = LostBatches(None, rank=0)
     for i, batch in enumerate(data):
-        ledger.serve(i, 0, i, batch)
-    for served in ledger._served:
+        ledger.record(i, 0, i, batch)
+    for served in ledger._seen:
         tensors = [v for v in vars(served).values() if isinstance(v, Tensor)]
         assert sum(t.untyped_storage().nbytes() for t in tensors) <= 16
 
 
 def is_recognized(lost: Any, served: Any, folder: Path) -> bool:
     ledger = LostBatches(folder, rank=0)
-    ledger.serve(0, 0, 0, lost)
-    ledger.lose_last(1)
+    ledger.record(0, 0, 0, lost)
+    ledger.mark_skipped(1)
     again = LostBatches(None, rank=0, earlier=[str(folder)])
-    again.serve(0, 0, 0, served)
-    return again.was_lost_before()
+    again.record(0, 0, 0, served)
+    return again.repeats_lost_batch()
 
 
 @pytest.mark.parametrize(
@@ -331,16 +331,16 @@ def test_what_cannot_be_told_from_others_is_never_left_out(tmp_path: Path, batch
 )
 def test_samples_are_told_where_the_batch_has_them(tmp_path: Path, batch: Any, samples: list[Any]) -> None:
     ledger = LostBatches(tmp_path, rank=0)
-    ledger.serve(0, 0, 0, batch)
-    ledger.lose_last(1)
+    ledger.record(0, 0, 0, batch)
+    ledger.mark_skipped(1)
     assert records(tmp_path)[0]["samples"] == samples
 
 
 def test_each_rank_has_a_ledger_of_its_own(tmp_path: Path) -> None:
     for rank in (0, 3):
         ledger = LostBatches(tmp_path, rank=rank)
-        ledger.serve(0, 0, rank, torch.ones(2))
-        ledger.lose_last(1)
+        ledger.record(0, 0, rank, torch.ones(2))
+        ledger.mark_skipped(1)
     assert {f.name for f in tmp_path.iterdir()} == {LEDGER, "lost_batches.rank3.jsonl"}
     assert LostBatches(None, rank=3, earlier=[str(tmp_path)]).earlier().keys() == {(0, 3)}
     assert LostBatches(None, rank=1, earlier=[str(tmp_path)]).earlier() == {}
@@ -349,19 +349,19 @@ def test_each_rank_has_a_ledger_of_its_own(tmp_path: Path) -> None:
 def test_no_batch_is_told_twice(tmp_path: Path) -> None:
     ledger = LostBatches(tmp_path, rank=0)
     for i in range(4):
-        ledger.serve(i, 0, i, torch.ones(2))
-    ledger.lose_last(1)
-    ledger.lose_last(2)
-    ledger.lose_since(1)
-    ledger.lose_since(0)
+        ledger.record(i, 0, i, torch.ones(2))
+    ledger.mark_skipped(1)
+    ledger.mark_skipped(2)
+    ledger.mark_undone(1)
+    ledger.mark_undone(0)
     told = [(r["batch_idx"], r["reason"]) for r in records(tmp_path)]
     assert told == [(3, "skipped"), (2, "skipped"), (1, "undone"), (0, "undone")]
 
 
 def test_losing_none_is_not_losing_all(tmp_path: Path) -> None:
     ledger = LostBatches(tmp_path, rank=0)
-    ledger.serve(0, 0, 0, torch.ones(2))
-    ledger.lose_last(0)
+    ledger.record(0, 0, 0, torch.ones(2))
+    ledger.mark_skipped(0)
     assert not (tmp_path / LEDGER).exists()
 
 

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_gradguard import AdaptiveGradientClipping, GradientNormMonitor, NaNRollback, ZScoreClipping
 from lightning_gradguard.runtime.steps.step import Step
-from lightning_gradguard.runtime.steps.suite import StepCallback
+from lightning_gradguard.runtime.steps.step_callback import StepCallback
 from tests.tasks import Batch, Classifier, batches, fit
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 
-from lightning_gradguard.core.clipping.policy import ClippingPolicy, Scalar
-from lightning_gradguard.core.clipping.scalar import _coefficient, _positive, _total_norm
+from lightning_gradguard.core.arguments import positive
+from lightning_gradguard.core.clipping.policy import ClippingPolicy
+from lightning_gradguard.core.clipping.scalar import Scalar, clip_coefficient, total_norm
 from lightning_gradguard.core.norms import Gradients
 
 
 class GlobalNormClipping(ClippingPolicy):
-    """Keeps the total norm of all gradients at `max_norm` or below.
+    """Scales all gradients so that their total norm is at most `max_norm`.
 
     Args:
         max_norm: The bound; positive.
@@ -19,11 +20,12 @@ class GlobalNormClipping(ClippingPolicy):
         ValueError: If `max_norm` is not positive.
 
     Example:
-        >>> import lightning_gradguard.core.norms as norms
+        >>> import torch
+        >>> from lightning_gradguard.core.norms import measure_gradients, scale_gradients_
         >>> weight = torch.nn.Parameter(torch.zeros(2))
         >>> weight.grad = torch.tensor([3.0, 4.0])
-        >>> gradients = norms.measure_gradients([("weight", weight)])
-        >>> norms.scale_gradients_(gradients, GlobalNormClipping(1.0).coefficients(gradients))
+        >>> gradients = measure_gradients([("weight", weight)])
+        >>> scale_gradients_(gradients, GlobalNormClipping(1.0).coefficients(gradients))
         >>> weight.grad
         tensor([0.6000, 0.8000])
 
@@ -33,10 +35,10 @@ class GlobalNormClipping(ClippingPolicy):
     """
 
     def __init__(self, max_norm: float = 1.0) -> None:
-        self.max_norm = _positive("max_norm", max_norm)
+        self.max_norm = positive("max_norm", max_norm)
 
     def coefficients(self, gradients: Gradients) -> Scalar:
-        """One coefficient: `min(1, max_norm / total_norm)`."""
+        """Returns one coefficient: `min(1, max_norm / total_norm)`."""
         self.threshold = self.max_norm
-        norm = _total_norm(gradients)
-        return _coefficient(self.max_norm, norm, norm < math.inf)
+        norm = total_norm(gradients)
+        return clip_coefficient(self.max_norm, norm, norm < math.inf)

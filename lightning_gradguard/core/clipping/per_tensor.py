@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_gradguard.core.clipping.policy import EPS, ClippingPolicy
-from lightning_gradguard.core.clipping.scalar import _at_least_one, _positive
+from lightning_gradguard.core.arguments import decay_rate, positive, whole_number
+from lightning_gradguard.core.clipping.policy import ClippingPolicy
+from lightning_gradguard.core.clipping.scalar import EPS
 from lightning_gradguard.core.norms import Gradients
 
 
@@ -19,7 +20,7 @@ class PerTensorClipping(ClippingPolicy):
         max_ratio: Largest ratio of a norm to its running mean; at least 1.
         decay: Of the running norms; in [0, 1).
         warmup_steps: Steps in which the total norm is clipped to `max_norm` and the smallest norm of each
-            tensor is found; a parameter that joins later has a warm-up of its own. At least 1.
+            tensor is recorded; a parameter that is added later has its own warm-up. At least 1.
         max_norm: The bound within the warm-up; positive.
 
     Raises:
@@ -39,12 +40,10 @@ class PerTensorClipping(ClippingPolicy):
     ) -> None:
         if not max_ratio >= 1:
             raise ValueError(f"max_ratio={max_ratio!r} must be at least 1.")
-        if not 0 <= decay < 1:
-            raise ValueError(f"decay={decay!r} must be in [0, 1).")
         self.max_ratio = max_ratio
-        self.decay = decay
-        self.warmup_steps = _at_least_one("warmup_steps", warmup_steps)
-        self.max_norm = _positive("max_norm", max_norm)
+        self.decay = decay_rate("decay", decay)
+        self.warmup_steps = whole_number("warmup_steps", warmup_steps)
+        self.max_norm = positive("max_norm", max_norm)
         self._names: list[str] = []
         self._seen_last: tuple[str, ...] = ()
         self._rows: Tensor | None = None
@@ -52,17 +51,17 @@ class PerTensorClipping(ClippingPolicy):
         self._pending: dict[str, Tensor] = {}
 
     def coefficients(self, gradients: Gradients) -> list[Tensor]:
-        """One coefficient for each tensor."""
+        """Returns one coefficient for each tensor."""
         norms = gradients.norms
         rows = self._rows_of(gradients.names, norms)
         seen, running = self._state["seen"][rows], self._state["norms"][rows]
         total = gradients.total_norm
         absolute = (self.max_norm / total.clamp(min=EPS)).clamp(max=1.0)
         relative = (self.max_ratio * running / norms.clamp(min=torch.finfo(norms.dtype).tiny)).clamp(max=1.0)
-        # the authors count steps from 1 and leave the warm-up at step `warmup_steps`
+        # the authors count steps from 1 and end the warm-up at step `warmup_steps`
         warming = (seen == 0) | (seen + 1 < self.warmup_steps)
         coefficients = torch.where(warming, absolute, relative)
-        # a norm of zero says nothing about the norms to come, and as a minimum would forbid all of them
+        # a norm of zero does not predict later norms, and as a minimum would clip all of them to zero
         finite = torch.isfinite(norms) & (torch.isfinite(total) | ~warming) & (norms > 0)
         coefficients = torch.where(finite, coefficients, 1.0)
         clipped = coefficients * norms
@@ -76,21 +75,21 @@ class PerTensorClipping(ClippingPolicy):
         return list(coefficients.unbind())
 
     def commit(self) -> None:
-        """Take the norms, as they are after clipping, into the running ones."""
+        """Adds the norms after clipping to the running ones."""
         self._state = self._pending
 
     def state_dict(self) -> dict[str, Any]:
-        """Running norms by parameter."""
+        """Returns the running norms by parameter."""
         return {"names": list(self._names), **self._state}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue with saved running norms."""
+        """Continues with saved running norms."""
         self._state = {k: v for k, v in state_dict.items() if k != "names"}
         self._names = list(state_dict["names"])
         self._rows = None
 
     def _rows_of(self, names: tuple[str, ...], norms: Tensor) -> Tensor:
-        """Where the parameters stand in the state; there is room for newcomers."""
+        """Returns the rows of the parameters in the state, to which new parameters are added."""
         if self._rows is not None and names == self._seen_last:
             return self._rows
         known = set(self._names)

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_gradguard.core.clipping.policy import ClippingPolicy, Scalar
-from lightning_gradguard.core.clipping.scalar import _at_least_one, _coefficient, _like, _total_norm
+from lightning_gradguard.core.arguments import whole_number
+from lightning_gradguard.core.clipping.policy import ClippingPolicy
+from lightning_gradguard.core.clipping.scalar import Scalar, as_like, clip_coefficient, total_norm
 from lightning_gradguard.core.norms import Gradients
 
 
@@ -21,7 +22,7 @@ class PercentileClipping(ClippingPolicy):
 
     Args:
         percentile: In [0, 100].
-        window: Norms remembered; at least 1.
+        window: Number of past norms; at least 1.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -35,13 +36,13 @@ class PercentileClipping(ClippingPolicy):
         if not 0 <= percentile <= 100:
             raise ValueError(f"percentile={percentile!r} must be in [0, 100].")
         self.percentile = percentile
-        self.window = _at_least_one("window", window)
+        self.window = whole_number("window", window)
         self._state: dict[str, Tensor] = {}
         self._pending: dict[str, Tensor] = {}
 
     def coefficients(self, gradients: Gradients) -> Scalar:
-        """One coefficient, by the percentile of the history with the present norm in it."""
-        known = _total_norm(gradients)
+        """Returns one coefficient, by the percentile of the history and the current norm."""
+        known = total_norm(gradients)
         norm = torch.as_tensor(known, dtype=torch.float64)
         if not self._state:
             self._state = {
@@ -53,19 +54,19 @@ class PercentileClipping(ClippingPolicy):
         finite = torch.isfinite(norm)
         norms = torch.where(slot & finite, norm, state["norms"])
         self._pending = {"norms": norms, "seen": state["seen"] + finite}
-        self.threshold = _like(known, norms.nanquantile(self.percentile / 100))
-        return _coefficient(self.threshold, known, known < math.inf)
+        self.threshold = as_like(known, norms.nanquantile(self.percentile / 100))
+        return clip_coefficient(self.threshold, known, known < math.inf)
 
     def commit(self) -> None:
-        """Take the norm, as it was before clipping, into the window."""
+        """Adds the norm before clipping to the window."""
         self._state = self._pending
 
     def state_dict(self) -> dict[str, Any]:
-        """The window of norms."""
+        """Returns the window of norms."""
         return dict(self._state)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue with a saved window.
+        """Continues with a saved window.
 
         Raises:
             ValueError: If it was saved with another `window`.

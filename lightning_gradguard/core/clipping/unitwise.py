@@ -1,24 +1,25 @@
-"""Clipping of each unit by the norm of its weights."""
+"""Clipping of each unit relative to the norm of its weights."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from lightning_gradguard.core.clipping.policy import EPS, ClippingPolicy
-from lightning_gradguard.core.clipping.scalar import _positive
+from lightning_gradguard.core.arguments import positive
+from lightning_gradguard.core.clipping.policy import ClippingPolicy
+from lightning_gradguard.core.clipping.scalar import EPS
 from lightning_gradguard.core.norms import Gradients
 
 
 class UnitwiseClipping(ClippingPolicy):
-    """Keeps the gradient of each unit small beside the unit's weights (AGC).
+    """Clips the gradient of each unit to a fraction of the norm of the unit's weights (AGC).
 
-    A unit is a row of a weight, the incoming weights of one output; a vector is one unit. The authors leave
-    the classifier's head alone: give its name to `AdaptiveGradientClipping(exclude=...)`.
+    A unit is a row of a weight, the incoming weights of one output; a vector is one unit. The authors exclude
+    the classifier's head: pass its name to `AdaptiveGradientClipping(exclude=...)`.
 
     Args:
         clipping: Largest ratio of a unit's gradient norm to its weight norm; positive.
-        eps: Weight norms count at least this much, so that zero weights can grow; positive.
+        eps: Lower bound of weight norms, so that zero weights can grow; positive.
 
     Raises:
         ValueError: If an argument is not positive.
@@ -31,11 +32,11 @@ class UnitwiseClipping(ClippingPolicy):
     by_unit = True
 
     def __init__(self, clipping: float = 0.01, eps: float = 1e-3) -> None:
-        self.clipping = _positive("clipping", clipping)
-        self.eps = _positive("eps", eps)
+        self.clipping = positive("clipping", clipping)
+        self.eps = positive("eps", eps)
 
     def coefficients(self, gradients: Gradients) -> list[Tensor]:
-        """One coefficient for each unit."""
+        """Returns one coefficient for each unit."""
         return [self._by_unit(norm, weight) for norm, weight in gradients.unit_norms()]
 
     def _by_unit(self, norm: Tensor, weight: Tensor) -> Tensor:

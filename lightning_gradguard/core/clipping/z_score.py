@@ -8,40 +8,41 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_gradguard.core.clipping.policy import EPS, ClippingPolicy, Scalar
+from lightning_gradguard.core.arguments import decay_rate, positive, whole_number
+from lightning_gradguard.core.clipping.policy import ClippingPolicy
 from lightning_gradguard.core.clipping.scalar import (
-    _at_least,
-    _at_least_one,
-    _at_most,
-    _coefficient,
-    _larger,
-    _lerp,
-    _like,
-    _positive,
-    _total_norm,
-    _where,
+    EPS,
+    Scalar,
+    as_like,
+    clamp_max,
+    clamp_min,
+    clip_coefficient,
+    fmax,
+    lerp,
+    total_norm,
+    where,
 )
 from lightning_gradguard.core.norms import Gradients
 
-#: `ZScoreClipping` takes the spread to be at least this share of the mean, so that constant norms in the
-#: warm-up do not lock the threshold.
-LEAST_SPREAD = 0.1
-#: Within the warm-up of `ZScoreClipping`, a norm above this multiple of the median is an outlier.
-OUTLIER = 10.0
+#: Lower bound of the standard deviation as a share of the mean: constant norms in the warm-up do not lock the
+#: threshold.
+MIN_RELATIVE_STD = 0.1
+#: Within the warm-up, a norm above this multiple of the median is an outlier.
+OUTLIER_RATIO = 10.0
 
 
 class ZScoreClipping(ClippingPolicy):
     """Clips norms that stand out from a running mean, and caps all of them.
 
-    The rule is ZClip with four defects mended: nonfinite norms never enter the history (one of them only
-    leaves its place in the warm-up empty), an outlier within the warm-up is clipped to the median and so
-    cannot inflate it, the spread has a floor, and the history is saved.
+    The rule is ZClip with four defects fixed: nonfinite norms never enter the history (in the warm-up, one
+    leaves its slot empty), an outlier within the warm-up is clipped to the median and so cannot inflate it,
+    the standard deviation has a lower bound, and the history is saved.
 
     Args:
         z_threshold: A norm this many standard deviations above the mean is clipped; positive.
-        decay: Of the running mean and variance; in [0, 1).
-        warmup_steps: Norms from which the first mean and variance are taken; at least 1.
-        max_norm: No norm is larger after clipping; `None` for no cap.
+        decay: Decay of the running mean and variance; in [0, 1).
+        warmup_steps: Number of norms for the first mean and variance; at least 1.
+        max_norm: Upper bound of all norms after clipping; `None` for no bound.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -58,12 +59,10 @@ class ZScoreClipping(ClippingPolicy):
         warmup_steps: int = 25,
         max_norm: float | None = 1.0,
     ) -> None:
-        self.z_threshold = _positive("z_threshold", z_threshold)
-        if not 0 <= decay < 1:
-            raise ValueError(f"decay={decay!r} must be in [0, 1).")
-        self.decay = decay
-        self.warmup_steps = _at_least_one("warmup_steps", warmup_steps)
-        self.max_norm = math.inf if max_norm is None else _positive("max_norm", max_norm)
+        self.z_threshold = positive("z_threshold", z_threshold)
+        self.decay = decay_rate("decay", decay)
+        self.warmup_steps = whole_number("warmup_steps", warmup_steps)
+        self.max_norm = math.inf if max_norm is None else positive("max_norm", max_norm)
         self._state: dict[str, Any] = {
             "warmup": torch.full((self.warmup_steps,), torch.nan, dtype=torch.float64),
             "seen": 0,
@@ -73,60 +72,60 @@ class ZScoreClipping(ClippingPolicy):
         self._pending = self._state
 
     def coefficients(self, gradients: Gradients) -> Scalar:
-        """One coefficient, by the z-score of the total norm."""
-        norm = _total_norm(gradients)
+        """Returns one coefficient, by the z-score of the total norm."""
+        norm = total_norm(gradients)
         is_finite = norm < math.inf
         is_warming = self._state["seen"] < self.warmup_steps
-        effective = self._warm_up(norm) if is_warming else self._stand_out(norm, is_finite)
-        return _coefficient(_at_most(effective, self.max_norm), norm, is_finite)
+        effective = self._warm_up(norm) if is_warming else self._compare(norm, is_finite)
+        return clip_coefficient(clamp_max(effective, self.max_norm), norm, is_finite)
 
     def _warm_up(self, norm: Scalar) -> Scalar:
-        """Gather norms; an outlier counts as the median of those before it."""
+        """Collects norms; an outlier counts as the median of those before it."""
         present = torch.as_tensor(norm, dtype=torch.float64)
         warmup, seen = self._state["warmup"].to(present.device, copy=True), self._state["seen"]
         median = warmup.nanquantile(0.5)
-        bound = OUTLIER * median if seen >= 3 else torch.full_like(present, torch.inf)
+        bound = OUTLIER_RATIO * median if seen >= 3 else torch.full_like(present, torch.inf)
         effective = torch.where(present > bound, median, present)
         warmup[seen] = torch.where(present < torch.inf, effective, torch.nan)
-        self.threshold = _like(norm, bound.clamp(max=self.max_norm))
+        self.threshold = as_like(norm, bound.clamp(max=self.max_norm))
         self._pending = {**self._state, "warmup": warmup, "seen": seen + 1}
         if seen + 1 == self.warmup_steps:
             mean = warmup.nanmean()
-            self._pending["mean"] = _like(norm, mean)
-            self._pending["variance"] = _like(norm, (warmup - mean).square().nanmean().nan_to_num(0.0))
-        return _like(norm, effective)
+            self._pending["mean"] = as_like(norm, mean)
+            self._pending["variance"] = as_like(norm, (warmup - mean).square().nanmean().nan_to_num(0.0))
+        return as_like(norm, effective)
 
-    def _stand_out(self, norm: Scalar, is_finite: Tensor | bool) -> Scalar:
-        """Compare with the running mean; a norm that stands out counts the less, the more it does."""
-        mean, variance = (_like(norm, self._state[key]) for key in ("mean", "variance"))
-        before, mean = mean, _where(mean == mean, mean, norm)  # no norm of the warm-up was finite
-        spread = _larger(variance**0.5, LEAST_SPREAD * mean)
-        z = (norm - mean) / (spread + EPS)
-        bound = mean + self.z_threshold * spread
+    def _compare(self, norm: Scalar, is_finite: Tensor | bool) -> Scalar:
+        """Compares with the running mean; the larger an outlier is, the less it counts."""
+        mean, variance = (as_like(norm, self._state[key]) for key in ("mean", "variance"))
+        before, mean = mean, where(mean == mean, mean, norm)  # no norm of the warm-up was finite
+        std = fmax(variance**0.5, MIN_RELATIVE_STD * mean)
+        z = (norm - mean) / (std + EPS)
+        bound = mean + self.z_threshold * std
         stands_out = z > self.z_threshold
-        softened = mean + self.z_threshold**2 * spread / _at_least(z, self.z_threshold)
-        effective = _where(stands_out, softened, norm)
-        moved = _lerp(effective, mean, self.decay)
-        away = effective - moved
-        varied = _lerp(away * away, variance, self.decay)
-        self.threshold = _at_most(bound, self.max_norm)
+        softened = mean + self.z_threshold**2 * std / clamp_min(z, self.z_threshold)
+        effective = where(stands_out, softened, norm)
+        new_mean = lerp(effective, mean, self.decay)
+        deviation = effective - new_mean
+        new_variance = lerp(deviation * deviation, variance, self.decay)
+        self.threshold = clamp_max(bound, self.max_norm)
         self._pending = {
             **self._state,
-            "mean": _where(is_finite, moved, before),
-            "variance": _where(is_finite, varied, variance),
+            "mean": where(is_finite, new_mean, before),
+            "variance": where(is_finite, new_variance, variance),
         }
         return effective
 
     def commit(self) -> None:
-        """Take the norm, clipped to what stands out, into mean and variance."""
+        """Adds the norm, softened if it is an outlier, to mean and variance."""
         self._state = self._pending
 
     def state_dict(self) -> dict[str, Any]:
-        """Warm-up buffer, mean and variance."""
+        """Returns the warm-up buffer, mean and variance."""
         return dict(self._state)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue with a saved history.
+        """Continues with a saved history.
 
         Raises:
             ValueError: If it was saved with another `warmup_steps`.

@@ -1,4 +1,4 @@
-"""Detectors of finite training that will not come back by itself: it has diverged, or its units have died."""
+"""Detection of finite training that does not recover by itself: divergence and gradient collapse."""
 
 from __future__ import annotations
 
@@ -6,20 +6,19 @@ from collections import deque
 from statistics import median
 from typing import Any
 
-#: Steps over which loss and norm are taken together, and for which a collapse has to last.
-STEPS = 10
-#: How much the loss has to rise before anything is said.
-LEAST_RISE = 1.5
+#: Steps whose medians are compared for a divergence, and that a collapse must last.
+EVIDENCE_STEPS = 10
+#: Ratio of losses below which nothing is a divergence.
+MIN_LOSS_RATIO = 1.5
 
 
 class DivergenceDetector:
-    """Says by how much loss and gradient norm are worse than in the first steps of training.
+    """Measures by how much loss and gradient norm exceed those of the first steps of training.
 
-    The medians of ten steps are compared with those of the first ten, or with the very first step if that was
-    better: no update had been made before it. The loss has to be at least one and a half times as large to
-    say anything; what is said is its ratio times that of the norm: a loss that rises a little while norms
-    explode counts. A loss that rises alone, as in a saturated network, counts as if the norm had risen as
-    much. Nonpositive losses are no measure.
+    The medians of ten steps are compared with those of the first ten, or with the very first step if that is
+    smaller: it precedes all updates. The result is the ratio of losses, if it is at least one and a half,
+    times the ratio of norms: a small rise of the loss counts if norms explode. A loss that rises alone, as in
+    a saturated network, counts as if the norm had risen as much. Nonpositive losses give 0.
 
     Example:
         >>> detector = DivergenceDetector()
@@ -30,15 +29,15 @@ class DivergenceDetector:
     """
 
     def __init__(self) -> None:
-        self._losses: deque[float] = deque(maxlen=STEPS)
-        self._norms: deque[float] = deque(maxlen=STEPS)
+        self._losses: deque[float] = deque(maxlen=EVIDENCE_STEPS)
+        self._norms: deque[float] = deque(maxlen=EVIDENCE_STEPS)
         self._start: tuple[float, float] | None = None
 
     def update(self, loss: float, total_norm: float) -> float:
-        """Take in a step whose numbers are finite; returns how many times worse it is, 0 if it is not."""
+        """Adds a step with finite numbers; returns the ratio to the first steps, 0 without a rise."""
         self._losses.append(loss)
         self._norms.append(total_norm)
-        if len(self._losses) < STEPS:
+        if len(self._losses) < EVIDENCE_STEPS:
             return 0.0
         now = (median(self._losses), median(self._norms))
         if self._start is None:
@@ -46,61 +45,61 @@ class DivergenceDetector:
         if min(self._start) <= 0:
             return 0.0
         loss_ratio, norm_ratio = (value / start for value, start in zip(now, self._start, strict=True))
-        return loss_ratio * max(norm_ratio, loss_ratio) if loss_ratio >= LEAST_RISE else 0.0
+        return loss_ratio * max(norm_ratio, loss_ratio) if loss_ratio >= MIN_LOSS_RATIO else 0.0
 
     def forget(self) -> None:
-        """The weights were put back: what was seen of others says nothing about them."""
+        """Discards the last steps after a rollback: they were made with other weights."""
         self._losses.clear()
         self._norms.clear()
 
     def state_dict(self) -> dict[str, Any]:
-        """The last steps, and the first."""
+        """Returns the last steps and the first ones."""
         return {"losses": list(self._losses), "norms": list(self._norms), "start": self._start}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue with saved steps."""
-        self._losses = deque(state_dict["losses"], maxlen=STEPS)
-        self._norms = deque(state_dict["norms"], maxlen=STEPS)
+        """Continues with saved steps."""
+        self._losses = deque(state_dict["losses"], maxlen=EVIDENCE_STEPS)
+        self._norms = deque(state_dict["norms"], maxlen=EVIDENCE_STEPS)
         self._start = state_dict["start"]
 
 
 class CollapseDetector:
-    """Says whether a network that was alive has died.
+    """Detects that no weight matrix has a gradient any more.
 
-    When all units of a layer have died, no weight matrix gets a gradient any more, while the last bias still
-    does. Ten such steps in a row are a collapse; it does not heal.
+    When all units of a layer are dead, no weight matrix gets a gradient, while the last bias still does. Ten
+    such steps in a row, after a step with gradients, are a collapse; training does not recover from it.
 
     Example:
         >>> detector = CollapseDetector()
-        >>> any(detector.update(is_dead) for is_dead in [False] + [True] * 9)
+        >>> any(detector.update(is_collapsed) for is_collapsed in [False] + [True] * 9)
         False
         >>> detector.update(True)
         True
     """
 
     def __init__(self) -> None:
-        self._was_alive = False
+        self._had_gradients = False
         self._in_a_row = 0
 
     def update(self, is_collapsed: bool) -> bool:
-        """Take in a step.
+        """Adds a step; returns True if the gradients have collapsed.
 
         Args:
-            is_collapsed: Whether no weight matrix gets a gradient, while something else does.
+            is_collapsed: True if no weight matrix has a gradient while another parameter has.
         """
-        self._was_alive = self._was_alive or not is_collapsed
-        self._in_a_row = self._in_a_row + 1 if is_collapsed and self._was_alive else 0
-        return self._in_a_row >= STEPS
+        self._had_gradients = self._had_gradients or not is_collapsed
+        self._in_a_row = self._in_a_row + 1 if is_collapsed and self._had_gradients else 0
+        return self._in_a_row >= EVIDENCE_STEPS
 
     def forget(self) -> None:
-        """The weights were put back."""
+        """Starts counting again after a rollback."""
         self._in_a_row = 0
 
     def state_dict(self) -> dict[str, Any]:
-        """Whether it was alive, and how long it has not been."""
-        return {"was_alive": self._was_alive, "in_a_row": self._in_a_row}
+        """Returns whether there were gradients, and the number of steps without."""
+        return {"was_alive": self._had_gradients, "in_a_row": self._in_a_row}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue with what was remembered."""
-        self._was_alive = state_dict["was_alive"]
+        """Continues from a saved state."""
+        self._had_gradients = state_dict["was_alive"]
         self._in_a_row = state_dict["in_a_row"]

@@ -1,4 +1,4 @@
-"""Detects values that stand out upwards from their recent past."""
+"""Detection of values far above their recent past."""
 
 from __future__ import annotations
 
@@ -9,27 +9,27 @@ from collections.abc import Sequence
 from statistics import median
 from typing import Any
 
-#: While there is too little history for a deviation, a spike is this many times the largest value so far.
-EARLY_SPIKE = 100.0
+#: While the history is too short for a deviation, a spike is this many times the largest value so far.
+EARLY_SPIKE_RATIO = 100.0
 #: The median absolute deviation of a normal distribution times this is its standard deviation.
 MAD_TO_STD = 1.4826
 
 
 class SpikeDetector:
-    """Says whether a positive number stands out upwards from its recent past, on a log scale.
+    """Detects positive numbers that are far above their recent past, on a log scale.
 
-    The window holds past values with a delay, so that a spike cannot raise the level that it is compared
-    with; values enter it no higher than the bound, so that the detector follows a level that has changed
-    for good. Nonfinite and nonpositive values are no spikes and never enter.
+    Values enter the window after a delay, so that a spike cannot raise the level that it is compared with,
+    and clipped to the bound, so that the detector follows a level that has changed permanently. Nonfinite and
+    nonpositive values are no spikes and never enter.
 
-    Before there is history enough, only a value a hundred times larger than all others so far is a spike.
+    Before `min_history` values, only a value a hundred times larger than all others so far is a spike.
 
     Args:
-        window: Values remembered.
-        threshold: Deviations above the median that make a spike.
-        min_std: The deviation, of the logarithm, counts at least this much.
-        min_history: Values in the window before deviations are trusted.
-        delay: Values that wait before they enter the window.
+        window: Number of past values.
+        threshold: Deviations above the median from which on a value is a spike.
+        min_std: Lower bound of the deviation of the logarithm.
+        min_history: Values in the window from which on deviations are used.
+        delay: Number of values before a value enters the window.
 
     Example:
         >>> detector = SpikeDetector()
@@ -51,11 +51,11 @@ class SpikeDetector:
         self._delay = delay
         self._window: deque[float] = deque(maxlen=window)
         self._sorted: list[float] = []
-        self._waiting: deque[float] = deque()
+        self._delayed: deque[float] = deque()
         self._highest = -math.inf
 
     def update(self, value: float) -> bool:
-        """Judge a value, then remember it."""
+        """Returns True if a value is a spike, and adds it to the history."""
         if not (math.isfinite(value) and value > 0):
             return False
         logarithm = math.log(value)
@@ -63,31 +63,31 @@ class SpikeDetector:
         is_spike = logarithm > bound
         if not is_spike:
             self._highest = max(self._highest, logarithm)
-        self._waiting.append(min(logarithm, bound))
-        if len(self._waiting) > self._delay:
-            self._enter(self._waiting.popleft())
+        self._delayed.append(min(logarithm, bound))
+        if len(self._delayed) > self._delay:
+            self._enter(self._delayed.popleft())
         return is_spike
 
     def state_dict(self) -> dict[str, Any]:
-        """The window, the values that wait, and the largest that was no spike."""
-        waiting = list(self._waiting)
-        return {"window": list(self._window), "waiting": waiting, "highest": self._highest}
+        """Returns the window, the delayed values, and the largest that was no spike."""
+        delayed = list(self._delayed)
+        return {"window": list(self._window), "waiting": delayed, "highest": self._highest}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue with a saved window."""
+        """Continues with a saved window."""
         self._window = deque(state_dict["window"], maxlen=self._window.maxlen)
         self._sorted = sorted(self._window)
-        self._waiting = deque(state_dict["waiting"])
+        self._delayed = deque(state_dict["waiting"])
         self._highest = state_dict["highest"]
 
     def _log_bound(self, logarithm: float) -> float:
-        """What this value must not exceed; one that is surely below costs no look at the deviation."""
+        """Returns the bound of this value; the deviation is computed only if it can matter."""
         if len(self._sorted) < self._min_history:
-            return math.inf if self._highest == -math.inf else self._highest + math.log(EARLY_SPIKE)
+            return math.inf if self._highest == -math.inf else self._highest + math.log(EARLY_SPIKE_RATIO)
         centre = median_of_sorted(self._sorted)
-        least = centre + self._threshold * self._min_std
-        if logarithm <= least:
-            return least
+        lowest = centre + self._threshold * self._min_std
+        if logarithm <= lowest:
+            return lowest
         deviation = median(abs(value - centre) for value in self._sorted)
         return centre + self._threshold * max(MAD_TO_STD * deviation, self._min_std)
 
@@ -99,6 +99,6 @@ class SpikeDetector:
 
 
 def median_of_sorted(ordered: Sequence[float]) -> float:
-    """Median of an ascending, nonempty sequence."""
+    """Returns the median of an ascending, nonempty sequence."""
     middle = len(ordered) // 2
     return ordered[middle] if len(ordered) % 2 else (ordered[middle - 1] + ordered[middle]) / 2

@@ -1,4 +1,4 @@
-"""Detects symptoms that last: vanishing, exploding, stagnating, stuck."""
+"""Detection of symptoms that last: vanishing, exploding, stagnating, stuck."""
 
 from __future__ import annotations
 
@@ -10,99 +10,23 @@ from dataclasses import dataclass
 from statistics import median, quantiles
 from typing import Any
 
-#: Decades that gradients may lose or gain from the last layer to the first.
-DEPTH_DECADES = 3.0
-#: A total norm this many times the median of its past explodes.
+from lightning_gradguard.core.detectors.depth import DEPTH_DECADES, depth_profile, slope
+from lightning_gradguard.core.detectors.persistence import Persistence
+
+#: A total norm explodes if it is this many times the median of the window.
 EXPLOSION = 100.0
-#: Relative updates below it leave a weight where it is: float32 resolves about 1.2e-7.
+#: Relative updates below it do not change a weight: float32 resolves about 1.2e-7.
 STAGNANT = 1e-7
-#: Layers that a depth profile needs.
-LEAST_LAYERS = 4
-
-
-class Persistence:
-    """Turns a condition that is looked at now and then into one alarm for each episode.
-
-    Args:
-        steps: Steps over which the condition must hold.
-        checks: Looks in a row at which it must hold.
-
-    Example:
-        >>> persistence = Persistence(steps=2, checks=3)
-        >>> [persistence.update(step, holds=True) for step in range(5)]
-        [False, False, True, False, False]
-    """
-
-    def __init__(self, steps: int = 20, checks: int = 3) -> None:
-        self._steps = steps
-        self._checks = checks
-        self._value: bool | None = None
-        self._since = 0
-        self._looks = 0
-        self._alarmed = False
-
-    def update(self, step: int, holds: bool) -> bool:
-        """Whether an episode is recognised at this look."""
-        if holds is not self._value:
-            self._value, self._since, self._looks = holds, step, 0
-        self._looks += 1
-        lasted = self._looks >= self._checks and step - self._since >= self._steps
-        if not lasted:
-            return False
-        fresh = holds and not self._alarmed
-        self._alarmed = holds
-        return fresh
-
-    def state_dict(self) -> dict[str, Any]:
-        """How long the condition has held, and whether it was told."""
-        return {"value": self._value, "since": self._since, "looks": self._looks} | {"alarmed": self._alarmed}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue with a saved episode."""
-        self._value = state_dict["value"]
-        self._since = state_dict["since"]
-        self._looks = state_dict["looks"]
-        self._alarmed = state_dict["alarmed"]
-
-
-def depth_profile(grad_norms: Sequence[float], weight_norms: Sequence[float]) -> float:
-    """Decades by which gradients, measured by their weights, shrink from the last layer to the first.
-
-    The slope of a line through `log10(grad_norm / weight_norm)` over depth, times the depth. Above 3 they
-    vanish, below -3 they explode.
-
-    Args:
-        grad_norms: One for each weight matrix, first layer first, without the output layer.
-        weight_norms: The norms of these weights.
-
-    Returns:
-        The decades; `inf` if gradients of the first layers are zero while later ones are not; 0 with fewer
-        than 4 layers or if a gradient is nonfinite.
-
-    Example:
-        >>> round(depth_profile([1e-6, 1e-4, 1e-2, 1.0], [1.0] * 4), 6)
-        6.0
-    """
-    pairs = [(g, w) for g, w in zip(grad_norms, weight_norms, strict=True) if w > 0]
-    if len(pairs) < LEAST_LAYERS or not all(math.isfinite(g) for g, _ in pairs):
-        return 0.0
-    if pairs[0][0] == 0 and any(g > 0 for g, _ in pairs):
-        return math.inf
-    heights = [math.log10(g / w) if g > 0 else None for g, w in pairs]
-    points = [(float(depth), height) for depth, height in enumerate(heights) if height is not None]
-    if len(points) < LEAST_LAYERS:
-        return 0.0
-    return _slope(points) * (len(pairs) - 1)
 
 
 @dataclass(frozen=True)
 class Symptom:
-    """Something that is wrong with training, and where it shows.
+    """A fault of training, and the parameters that show it.
 
     Args:
-        kind: Its name, as `core.remedies.KINDS` has it.
+        kind: One of `core.incidents.KINDS`.
         where: Names of the parameters that show it most, the worst first.
-        value: The number that gave it away.
+        value: The measured number that indicates it.
     """
 
     kind: str
@@ -111,15 +35,15 @@ class Symptom:
 
 
 class SymptomDetector:
-    """Looks at one logged step after another and names each symptom once an episode.
+    """Detects symptoms in a sequence of logged steps, each once an episode.
 
-    Nothing but a nonfinite gradient, and an explosion right before it, is a symptom within the first steps,
-    and nothing else is at first sight: a condition has to last.
+    Nonfinite gradients, and an explosion right before them, are detected at once and from the first step on;
+    every other condition has to last.
 
     Args:
-        warmup_steps: Steps without alarms (of another kind than `nonfinite_gradient`).
+        warmup_steps: First steps, without alarms except `nonfinite_gradient`.
         persistence_steps: Steps that a condition must last.
-        window: Logged steps over which loss and total norm are remembered.
+        window: Logged steps over which loss and total norm are kept.
     """
 
     def __init__(self, warmup_steps: int = 100, persistence_steps: int = 20, window: int = 100) -> None:
@@ -150,65 +74,65 @@ class SymptomDetector:
         loss: float,
         nonfinite_fraction: float,
     ) -> list[Symptom]:
-        """Look at a step.
+        """Checks a logged step.
 
         Args:
-            step: Its number.
+            step: Number of the step.
             names: Parameters with a gradient, first layer first.
-            is_matrix: Which of them are weights with two dimensions or more.
-            grad_norms: Their gradients' norms.
-            weight_norms: Their norms.
-            update_ratios: How far the step moved each, relative to its norm; `None` if not measured.
+            is_matrix: True for those with two dimensions or more.
+            grad_norms: Norms of their gradients.
+            weight_norms: Their own norms.
+            update_ratios: Norm of each update relative to the weight; `None` if not measured.
             total_norm: Norm of all gradients together.
             loss: The loss; NaN if unknown.
-            nonfinite_fraction: Share of tensors with a nonfinite gradient since the look before.
+            nonfinite_fraction: Share of tensors with a nonfinite gradient since the last check.
 
         Returns:
-            The symptoms recognised at this step; empty almost always.
+            The symptoms recognized at this step; usually none.
         """
         layers = [i for i, matrix in enumerate(is_matrix) if matrix][:-1]
         profile = depth_profile([grad_norms[i] for i in layers], [weight_norms[i] for i in layers])
         by_norm = sorted(range(len(names)), key=lambda i: -_or_inf(grad_norms[i]))
-        usual = median(self._norms) if self._norms else math.inf
-        growth = total_norm / usual if usual > 0 else 0.0
+        level = median(self._norms) if self._norms else math.inf
+        growth = total_norm / level if level > 0 else 0.0
         still = [i for i, ratio in enumerate(update_ratios or ()) if ratio < STAGNANT and weight_norms[i] > 0]
         stuck = self._loss_is_flat(step, loss) and len(still) > len(names) / 2
-        # the bias of a layer ahead of a normalization stands still by nature
+        # the bias of a layer before a normalization has no gradient
         still_layers = [i for i in still if is_matrix[i]]
-        sick = [i for i in by_norm if not math.isfinite(grad_norms[i])]
+        nonfinite = [i for i in by_norm if not math.isfinite(grad_norms[i])]
         if math.isfinite(total_norm):
             self._totals.append(total_norm)
             if growth <= EXPLOSION:
                 self._norms.append(total_norm)
-        looks = (
-            ("nonfinite", "nonfinite_gradient", nonfinite_fraction > 0, sick, nonfinite_fraction),
+        conditions = (
+            ("nonfinite", "nonfinite_gradient", nonfinite_fraction > 0, nonfinite, nonfinite_fraction),
             ("growing", "exploding_gradient", growth > EXPLOSION, by_norm, total_norm),
             ("exploding", "exploding_gradient", profile < -DEPTH_DECADES, layers, profile),
             ("vanishing", "vanishing_gradient", profile > DEPTH_DECADES, layers, profile),
-            ("stagnant", "weight_stagnation", bool(still_layers), still_layers, _least(update_ratios)),
+            ("stagnant", "weight_stagnation", bool(still_layers), still_layers, _min(update_ratios)),
             ("stuck", "stuck_loss", stuck, still, loss),
         )
         symptoms = []
         if nonfinite_fraction > 0 and self._exploded is not None:
-            symptoms.append(self._exploded)  # what comes before the NaN is its cause, however early
+            symptoms.append(self._exploded)  # the explosion before a NaN is its cause, also in the warm-up
         self._exploded = None
         if math.isfinite(total_norm) and growth > EXPLOSION:
             self._exploded = Symptom("exploding_gradient", tuple(names[i] for i in by_norm[:5]), total_norm)
-        for episode, kind, holds, where, value in looks:
+        for episode, kind, holds, where, value in conditions:
             early = step < self._warmup_steps and kind != "nonfinite_gradient"
             if self._episodes[episode].update(step, holds and not early):
                 symptoms.append(Symptom(kind, tuple(names[i] for i in where[:5]), value))
         return symptoms
 
     def band(self) -> tuple[float, float] | None:
-        """The middle 90 % of the finite total norms in the window; `None` of fewer than two."""
+        """Returns the central 90 % of the finite total norms in the window; `None` for fewer than two."""
         if len(self._totals) < 2:
             return None
         low, *_, high = quantiles(self._totals, n=20, method="inclusive")
         return low, high
 
     def state_dict(self) -> dict[str, Any]:
-        """Windows and episodes."""
+        """Returns windows and episodes."""
         return {
             "norms": list(self._norms),
             "totals": list(self._totals),
@@ -218,7 +142,7 @@ class SymptomDetector:
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue with saved windows and episodes."""
+        """Continues with saved windows and episodes."""
         self._norms = deque(state_dict["norms"], maxlen=self._norms.maxlen)
         self._losses = deque(map(tuple, state_dict["losses"]), maxlen=self._losses.maxlen)
         # checkpoints from before 0.5 have neither
@@ -235,20 +159,12 @@ class SymptomDetector:
             return False
         steps = self._losses[-1][0] - self._losses[0][0]
         level = abs(median(value for _, value in self._losses))
-        return abs(_slope(list(self._losses)) * steps) < 0.01 * level
-
-
-def _slope(points: Sequence[tuple[float, float]]) -> float:
-    """Of the least-squares line through the points."""
-    mean_x = sum(x for x, _ in points) / len(points)
-    mean_y = sum(y for _, y in points) / len(points)
-    spread = sum((x - mean_x) ** 2 for x, _ in points)
-    return sum((x - mean_x) * (y - mean_y) for x, y in points) / spread if spread else 0.0
+        return abs(slope(list(self._losses)) * steps) < 0.01 * level
 
 
 def _or_inf(value: float) -> float:
     return value if math.isfinite(value) else math.inf
 
 
-def _least(values: Sequence[float] | None) -> float:
+def _min(values: Sequence[float] | None) -> float:
     return min(values) if values else math.nan

@@ -1,4 +1,4 @@
-"""Which operation of a batch made the first nonfinite value, and why."""
+"""The operation of a batch that made the first nonfinite value, and its cause."""
 
 from lightning_gradguard.core.forensics.classify import investigate as investigate
 from lightning_gradguard.core.forensics.origin import Origin as Origin

@@ -1,4 +1,4 @@
-"""Records every operation of a forward and backward pass that touches nonfinite values."""
+"""A record of every operation of a forward and backward pass that returns nonfinite values."""
 
 from __future__ import annotations
 
@@ -35,22 +35,22 @@ class OperationRecord:
     dtype: str
     #: `"nan"`, `"inf"` or `"-inf"`.
     made: str
-    #: Calls of modules that had ended by then.
+    #: Number of module calls that had returned before.
     modules_left: int
-    #: Whether the values were asked for, as the `-inf` of a mask is.
-    on_purpose: bool
+    #: True if the values are intended, as the `-inf` of a mask.
+    is_intended: bool
     low: float | None
     high: float | None
-    sick_inputs: list[_Input] = field(default_factory=list)
+    nonfinite_inputs: list[_Input] = field(default_factory=list)
 
     @property
     def has_nan(self) -> bool:
-        """Whether the value that it made is NaN."""
+        """True if the operation made NaN."""
         return self.made == "nan"
 
 
 class OperationTrace(TorchDispatchMode):
-    """Follows nonfinite values from operation to operation, through the forward and the backward pass."""
+    """Traces nonfinite values from operation to operation, in the forward and the backward pass."""
 
     def __init__(self, module: nn.Module, leaves: Mapping[str, Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -59,7 +59,7 @@ class OperationTrace(TorchDispatchMode):
         self._module = module
         self._leaves = leaves
         self._records: dict[int, OperationRecord] = {}
-        self._kept: list[Tensor] = []  # memory that is let go could come back under the same address
+        self._kept: list[Tensor] = []  # freed memory could be reused under the same address
         self._inside: list[str] = [""]
         self._begun: list[tuple[int, str]] = [(-1, "")]
         self._hooks = ExitStack()
@@ -87,17 +87,17 @@ class OperationTrace(TorchDispatchMode):
     ) -> Any:
         name = function._schema.name
         inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-        # an operation in place overwrites what it was given; batch normalization too, without saying so
+        # an in-place operation overwrites its inputs; batch normalization too, against its schema
         overwrites = function._schema.is_mutable or "batch_norm" in name
-        # the target of a copy is not read: it may be memory that holds whatever was there
+        # the target of a copy is not read: it may be uninitialized memory
         read = inputs[1:] if name == "aten::copy_" else inputs
-        before = self._look_at(read) if overwrites else None
+        before = self._inspect(read) if overwrites else None
         result = function(*args, **(kwargs or {}))
         outputs = [t for t in tree_leaves(result) if isinstance(t, Tensor)]
         known = set() if overwrites else {_storage(t) for t in inputs}
         made = [t for t in outputs if _storage(t) not in known]
         if not name.startswith(_UNINITIALIZED) and any(map(is_nonfinite, made)):
-            sick, low, high = before or self._look_at(inputs)
+            nonfinite, low, high = before or self._inspect(inputs)
             node = torch._C._current_autograd_node()
             record = OperationRecord(
                 operation=name if node is None else f"{name} in {node.name()}",
@@ -106,10 +106,10 @@ class OperationTrace(TorchDispatchMode):
                 dtype=str(made[0].dtype).removeprefix("torch."),
                 made=describe_nonfinite(made),
                 modules_left=self.modules_left,
-                on_purpose=not inputs or _names_nonfinite(args, kwargs),
+                is_intended=not inputs or _has_nonfinite_number(args, kwargs),
                 low=low,
                 high=high,
-                sick_inputs=sick,
+                nonfinite_inputs=nonfinite,
             )
             for tensor in made:
                 self._records[_storage(tensor)] = record
@@ -117,13 +117,13 @@ class OperationTrace(TorchDispatchMode):
         return result
 
     def record_of(self, tensor: Tensor) -> OperationRecord | None:
-        """The operation that returned a tensor; `None` if none was recorded."""
-        """The operation that wrote a tensor."""
+        """Returns the operation that wrote a tensor; `None` if none was recorded."""
         return self._records.get(_storage(tensor))
 
-    def _look_at(self, inputs: Sequence[Tensor]) -> tuple[list[_Input], float | None, float | None]:
+    def _inspect(self, inputs: Sequence[Tensor]) -> tuple[list[_Input], float | None, float | None]:
+        """Returns the nonfinite inputs, and the smallest and largest of the finite values."""
         floating = [t.detach() for t in inputs if t.is_floating_point() and t.numel()]
-        sick = [
+        nonfinite = [
             _Input(
                 bool(_values(t).isnan().any()),
                 record := self.record_of(t),
@@ -134,11 +134,11 @@ class OperationTrace(TorchDispatchMode):
         ]
         finite = [numbers for v in map(_values, floating) if (numbers := v[v.isfinite()]).numel()]
         if not finite:
-            return sick, None, None
-        return sick, min(float(t.min()) for t in finite), max(float(t.max()) for t in finite)
+            return nonfinite, None, None
+        return nonfinite, min(float(t.min()) for t in finite), max(float(t.max()) for t in finite)
 
     def _leaf_of(self, tensor: Tensor) -> str | None:
-        """The parameter, buffer or part of the batch that a nonfinite tensor is a view of."""
+        """Returns the parameter, buffer or part of the batch that a nonfinite tensor is a view of."""
         same = (n for n, leaf in self._leaves.items() if _storage(leaf) == _storage(tensor))
         return next((name for name in same if is_nonfinite(self._leaves[name])), None)
 
@@ -152,19 +152,19 @@ class OperationTrace(TorchDispatchMode):
         self._begun.append((_next_sequence(), self._inside[-1]))
 
     def _module_of(self, sequence: int) -> str:
-        """The module whose forward pass made the autograd node of this number."""
+        """Returns the module whose forward pass made the autograd node of this number."""
         return next(name for begin, name in reversed(self._begun) if begin <= sequence)
 
 
 def first_nonfinite(record: OperationRecord) -> OperationRecord | str:
-    """Back along nonfinite values to the operation, or the tensor, that they began with."""
+    """Follows nonfinite values back to the operation, or the name of the tensor, that they began with."""
     while True:
-        sick = record.sick_inputs
-        nan = [s for s in sick if s.has_nan]
+        nonfinite = record.nonfinite_inputs
+        nan = [i for i in nonfinite if i.has_nan]
         if record.has_nan and not nan:
-            # NaN was born here, perhaps of an infinity that nobody asked for
-            sick = [s for s in sick if s.leaf or (s.record and not s.record.on_purpose)]
-        first = next(iter(nan or sick), None)
+            # NaN was made here, perhaps of an infinity that was not intended
+            nonfinite = [i for i in nonfinite if i.leaf or (i.record and not i.record.is_intended)]
+        first = next(iter(nan or nonfinite), None)
         if first is None:
             return record
         if first.leaf is not None:
@@ -175,7 +175,7 @@ def first_nonfinite(record: OperationRecord) -> OperationRecord | str:
 
 
 def _next_sequence() -> int:
-    """The number of the next autograd node."""
+    """Returns the number of the next autograd node."""
     return torch.autograd._get_sequence_nr()  # type: ignore[attr-defined]
 
 
@@ -184,22 +184,22 @@ def _storage(tensor: Tensor) -> int:
 
 
 def is_nonfinite(tensor: Tensor) -> bool:
-    """Whether any element of a tensor is nonfinite."""
+    """Returns True if any element of a tensor is nonfinite."""
     return tensor.is_floating_point() and not bool(_values(tensor.detach()).isfinite().all())
 
 
 def _values(tensor: Tensor) -> Tensor:
-    """The numbers of a sparse gradient."""
+    """Returns the stored values of a sparse tensor; any other tensor unchanged."""
     return tensor._values() if tensor.layout == torch.sparse_coo else tensor
 
 
-def _names_nonfinite(*arguments: Any) -> bool:
+def _has_nonfinite_number(*arguments: Any) -> bool:
     numbers = [n for n in tree_leaves(arguments) if isinstance(n, float)]
     return any(not torch.isfinite(torch.tensor(n)) for n in numbers)
 
 
 def describe_nonfinite(tensors: Sequence[Tensor]) -> str:
-    """The kind of the first nonfinite value: `"nan"`, `"inf"` or `"-inf"`."""
+    """Returns the kind of the nonfinite values: `"nan"`, `"inf"` or `"-inf"`."""
     floating = [_values(t.detach()) for t in tensors if t.is_floating_point()]
     if any(bool(t.isnan().any()) for t in floating):
         return "nan"

@@ -4,68 +4,41 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from lightning_gradguard.core.initialization.probe import LAYERS, NOTHING, RECTIFIERS, Probe, probe
-from lightning_gradguard.core.norms import local_shard
+from lightning_gradguard.core.initialization.finding import Finding, Severity, initializer_line
+from lightning_gradguard.core.initialization.probe import ZERO_GAIN, Probe, probe
+from lightning_gradguard.core.initialization.weights import check_weights
 
-Severity = Literal["info", "warn", "fail"]
-#: Decades of gradient gain from the last hidden layer back to the first block or layer. Measured on 294
-#: networks: within WARN 3 % fail to train, beyond FAIL 90 %.
-WARN_BLOCK = (-2.0, 2.0)
-WARN_LAYER = (-5.0, 3.0)
-FAIL_BLOCK = 4.0
-FAIL_LAYER = -6.0
+#: Decades of gradient gain from the last hidden layer back to the first block or layer: of 294 networks, 3 %
+#: fail to train within the healthy ranges, and 90 % beyond the bounds.
+HEALTHY_BLOCK_GAIN = (-2.0, 2.0)
+HEALTHY_LAYER_GAIN = (-5.0, 3.0)
+MAX_BLOCK_GAIN = 4.0
+MIN_LAYER_GAIN = -6.0
 #: Decades through time beyond which no recurrent network in the experiment learned a long dependency.
-RECURRENT_DECADES = 3.0
-#: Share of units that are dead, of outputs that are saturated: warn above, fail at.
-DEAD = (0.9, 1.0)
-SATURATED = (0.3, 0.9)
-#: A layer of its own is at fault if it changes gradients by more than this many decades.
-LAYER_DECADES = 0.2
-#: Loss beside that of guessing: worth a word above.
-LOSS_RATIO = 1.2
-
-
-class InitializationError(RuntimeError):
-    """The network, as it is initialized, will not train."""
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One criterion that one module does not meet.
-
-    Args:
-        criterion: Its name.
-        module: The module at fault; empty for the whole network.
-        value: What was measured.
-        expected: What a healthy network shows.
-        severity: `"fail"` will not train, `"warn"` may not, `"info"` is worth knowing.
-        cure: The line of code that cures it.
-    """
-
-    criterion: str
-    module: str
-    value: float
-    expected: str
-    severity: Severity
-    cure: str
+MAX_RECURRENT_GAIN = 3.0
+#: Shares of dead units and of saturated outputs: warn above the first, fail from the second on.
+DEAD_SHARES = (0.9, 1.0)
+SATURATED_SHARES = (0.3, 0.9)
+#: A single layer is at fault if it changes gradients by more than this many decades.
+MAX_LAYER_CHANGE = 0.2
+#: Ratio to the loss of a uniform guess above which the loss is a finding.
+MAX_LOSS_RATIO = 1.2
 
 
 def check(
     module: nn.Module, run_loss: Callable[[], Tensor], *, scale_free: bool = False
 ) -> tuple[list[Finding], dict[str, float]]:
-    """Check whether a network, as it is initialized, can train.
+    """Checks that a freshly initialized network can train.
 
     Args:
         module: The network.
         run_loss: Computes the training loss of one batch with it.
-        scale_free: Whether the optimizer divides gradients by their size, as Adam does: exploding gradients
-            are then no failure.
+        scale_free: True if the optimizer normalizes gradients, as Adam does, so that exploding gradients are
+            no failure.
 
     Returns:
         Findings, the worst first, and every measured value by `<criterion>/<module>`.
@@ -86,155 +59,105 @@ def check(
     findings = check_weights(module)
     if any(finding.criterion == "nonfinite_weights" for finding in findings):
         return findings, {}
-    seen = probe(module, run_loss)
-    findings += _judge_constant(seen)
-    findings += _judge_loss(module, seen)
-    findings += _judge_activations(seen)
-    findings += _judge_gains(seen, scale_free=scale_free)
-    findings += _judge_recurrence(seen, scale_free=scale_free)
+    measured = probe(module, run_loss)
+    findings += _check_constant(measured)
+    findings += _check_loss(module, measured)
+    findings += _check_activations(measured)
+    findings += _check_gains(measured, scale_free=scale_free)
+    findings += _check_recurrence(measured, scale_free=scale_free)
     order: Sequence[Severity] = ("fail", "warn", "info")
-    return sorted(findings, key=lambda f: order.index(f.severity)), _values(seen)
+    return sorted(findings, key=lambda f: order.index(f.severity)), _values(measured)
 
 
-def check_weights(module: nn.Module) -> list[Finding]:
-    """What can be told without a batch: nonfinite weights, and units that are copies of each other.
-
-    Args:
-        module: The network.
-    """
-    return nonfinite_weights(module) or copied_units(module)
-
-
-def nonfinite_weights(module: nn.Module) -> list[Finding]:
-    """The layers with weights that are nonfinite; with the local shards, where weights are sharded."""
+def _check_constant(measured: Probe) -> list[Finding]:
+    """Finds weights that are all zero, a failure except at the end of a residual branch or a network."""
     findings = []
-    for name, parameter in module.named_parameters():
-        owner, _, _ = name.rpartition(".")
-        finite = torch.isfinite(local_shard(parameter.detach()))
-        if not bool(finite.all()):
-            share = 1 - float(finite.float().mean())
-            cure = f"model.{owner}.reset_parameters()" if owner else f"model.{name} = ..."
-            findings.append(Finding("nonfinite_weights", owner, share, "0", "fail", cure))
-    return findings
-
-
-def copied_units(
-    module: nn.Module, whole: Callable[[Tensor], Tensor] = lambda weight: weight
-) -> list[Finding]:
-    """The layers that have units with the same weights.
-
-    Args:
-        module: The network.
-        whole: Puts together the weight of a layer, of which ranks hold parts.
-    """
-    findings = []
-    for name, layer in module.named_modules():
-        if not isinstance(layer, LAYERS):
-            continue
-        weight = whole(layer.weight.detach())
-        if bool(weight.any()) and (copies := _equal_rows(weight)) > 0:
-            findings.append(Finding("symmetric_units", name, copies, "0", "fail", _cure(name, "relu")))
-    return findings
-
-
-def table(findings: Sequence[Finding]) -> str:
-    """Findings as a table for people: layer, criterion, measured, expected, cure."""
-    head = ("", "layer", "criterion", "measured", "expected", "cure")
-    rows = [
-        (f.severity.upper(), f.module or "(network)", f.criterion, f"{f.value:.3g}", f.expected, f.cure)
-        for f in findings
-    ]
-    widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head) - 1)]
-    return "\n".join(
-        "  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[-1]]).rstrip()
-        for row in (head, *rows)
-    )
-
-
-def _judge_constant(seen: Probe) -> list[Finding]:
-    """Weights that are all the same; zeros are a habit at the end of a residual branch or a network."""
-    findings = []
-    first = next((g for g in seen.gradients.values() if g is not None), None)
-    head_is_zero = bool(seen.layers) and not bool(seen.layers[-1].module.weight.detach().any())
-    blocked = first is not None and not bool(first.any()) and not head_is_zero
-    for layer in seen.layers:
+    first = next((g for g in measured.gradients.values() if g is not None), None)
+    is_head_zero = bool(measured.layers) and not bool(measured.layers[-1].module.weight.detach().any())
+    is_blocked = first is not None and not bool(first.any()) and not is_head_zero
+    for layer in measured.layers:
         weight = layer.module.weight.detach()
         if weight.numel() > 1 and bool((weight == 0).all()):
-            last = layer is seen.layers[-1]
-            severity: Severity = "fail" if blocked and not last else "info"
-            cure = _cure(layer.name, layer.activation)
+            last = layer is measured.layers[-1]
+            severity: Severity = "fail" if is_blocked and not last else "info"
+            cure = initializer_line(layer.name, layer.activation)
             findings.append(Finding("zero_weights", layer.name, 0.0, "std > 0", severity, cure))
     return findings
 
 
-def _judge_loss(module: nn.Module, seen: Probe) -> list[Finding]:
-    if not math.isfinite(seen.loss):
-        return [Finding("loss", "", seen.loss, "finite", "fail", "check the batch, the labels and the loss")]
-    if seen.n_classes is None or seen.n_classes < 2:
+def _check_loss(module: nn.Module, measured: Probe) -> list[Finding]:
+    if not math.isfinite(measured.loss):
+        return [
+            Finding("loss", "", measured.loss, "finite", "fail", "check the batch, the labels and the loss")
+        ]
+    if measured.n_classes is None or measured.n_classes < 2:
         return []
-    ratio = seen.loss / math.log(seen.n_classes)
-    if ratio <= LOSS_RATIO:
+    ratio = measured.loss / math.log(measured.n_classes)
+    if ratio <= MAX_LOSS_RATIO:
         return []
-    normalized = any(isinstance(m, nn.LayerNorm) for m in module.modules())
-    severity: Severity = "warn" if normalized and ratio > 2.2 else "info"
-    name = seen.layers[-1].name if seen.layers else ""
+    is_normalized = any(isinstance(m, nn.LayerNorm) for m in module.modules())
+    severity: Severity = "warn" if is_normalized and ratio > 2.2 else "info"
+    name = measured.layers[-1].name if measured.layers else ""
     cure = f"nn.init.normal_(model.{name}.weight, std=0.02)"
-    return [Finding("loss_over_guessing", name, ratio, f"<= {LOSS_RATIO}", severity, cure)]
+    return [Finding("loss_over_guessing", name, ratio, f"<= {MAX_LOSS_RATIO}", severity, cure)]
 
 
-def _judge_activations(seen: Probe) -> list[Finding]:
+def _check_activations(measured: Probe) -> list[Finding]:
     findings = []
-    for layer in seen.layers:
+    for layer in measured.layers:
         if not bool(torch.isfinite(layer.output).all()):
-            cure = _cure(layer.name, layer.activation)
+            cure = initializer_line(layer.name, layer.activation)
             worst = math.nan if bool(layer.output.isnan().any()) else math.inf
             findings.append(Finding("nonfinite_output", layer.name, worst, "finite", "fail", cure))
             break
         for criterion, value, (warn, fail) in (
-            ("dead_units", layer.dead, DEAD),
-            ("saturated_units", layer.saturated, SATURATED),
+            ("dead_units", layer.dead, DEAD_SHARES),
+            ("saturated_units", layer.saturated, SATURATED_SHARES),
         ):
             if value is not None and value > warn:
                 severity: Severity = "fail" if value >= fail else "warn"
-                cure = _cure(layer.name, layer.activation)
+                cure = initializer_line(layer.name, layer.activation)
                 findings.append(Finding(criterion, layer.name, value, f"< {warn}", severity, cure))
     return findings
 
 
-def _judge_gains(seen: Probe, *, scale_free: bool) -> list[Finding]:
-    layers = [layer for layer in seen.layers if layer.gain is not None]
-    if len(layers) < 2 or seen.block_gain is None:
+def _check_gains(measured: Probe, *, scale_free: bool) -> list[Finding]:
+    layers = [layer for layer in measured.layers if layer.gain is not None]
+    if len(layers) < 2 or measured.block_gain is None:
         return []
-    block = seen.block_gain
+    block = measured.block_gain
     gain = layers[0].gain or 0.0
-    if gain <= NOTHING:
-        gain = block  # a branch that starts at zero sends nothing back; what goes around it tells
+    if gain <= ZERO_GAIN:
+        gain = block  # a zero branch propagates nothing back; the path around it counts
     if not (math.isfinite(gain) and math.isfinite(block)):
         severity: Severity = "fail"
-    elif abs(block) >= FAIL_BLOCK or gain <= FAIL_LAYER:
+    elif abs(block) >= MAX_BLOCK_GAIN or gain <= MIN_LAYER_GAIN:
         severity = "warn" if scale_free and block > 0 else "fail"
-    elif not (WARN_BLOCK[0] < block < WARN_BLOCK[1] and WARN_LAYER[0] < gain < WARN_LAYER[1]):
+    elif not (
+        HEALTHY_BLOCK_GAIN[0] < block < HEALTHY_BLOCK_GAIN[1]
+        and HEALTHY_LAYER_GAIN[0] < gain < HEALTHY_LAYER_GAIN[1]
+    ):
         severity = "warn"
     else:
         return []
-    expected = f"{WARN_BLOCK[0]:g} .. {WARN_BLOCK[1]:g}"
+    expected = "{:g} .. {:g}".format(*HEALTHY_BLOCK_GAIN)
     if scale_free and block > 0:
         expected += " (SGD is unlikely to train, Adam may)"
-    word = "vanishes" if block < 0 else "explodes"
-    findings = [Finding("gradient_gain", "", block, expected, severity, f"the gradient {word}; see below")]
+    verb = "vanishes" if block < 0 else "explodes"
+    findings = [Finding("gradient_gain", "", block, expected, severity, f"the gradient {verb}; see below")]
     for layer, after in zip(layers, layers[1:], strict=False):
         change = (layer.gain or 0.0) - (after.gain or 0.0)
-        if abs(change) > LAYER_DECADES and change * block > 0:
-            # what lies between two outputs is the activation of the first and the weight of the second
-            cure = _cure(after.name, layer.activation)
+        if abs(change) > MAX_LAYER_CHANGE and change * block > 0:
+            # between two outputs are the activation of the first layer and the weight of the second
+            cure = initializer_line(after.name, layer.activation)
             findings.append(Finding("layer_gain", after.name, change, "-0.2 .. 0.2", severity, cure))
     return findings
 
 
-def _judge_recurrence(seen: Probe, *, scale_free: bool) -> list[Finding]:
+def _check_recurrence(measured: Probe, *, scale_free: bool) -> list[Finding]:
     findings = []
-    for name, gain in seen.recurrent_gains.items():
-        if math.isfinite(gain) and abs(gain) <= RECURRENT_DECADES:
+    for name, gain in measured.recurrent_gains.items():
+        if math.isfinite(gain) and abs(gain) <= MAX_RECURRENT_GAIN:
             continue
         explodes = not gain < 0
         severity: Severity = "fail" if explodes and not scale_free else "warn" if explodes else "info"
@@ -243,11 +166,11 @@ def _judge_recurrence(seen: Probe, *, scale_free: bool) -> list[Finding]:
     return findings
 
 
-def _values(seen: Probe) -> dict[str, float]:
-    values = {"loss": seen.loss}
-    if seen.block_gain is not None:
-        values["gradient_gain"] = seen.block_gain
-    for layer in seen.layers:
+def _values(measured: Probe) -> dict[str, float]:
+    values = {"loss": measured.loss}
+    if measured.block_gain is not None:
+        values["gradient_gain"] = measured.block_gain
+    for layer in measured.layers:
         for criterion, value in (
             ("layer_gain", layer.gain),
             ("dead_units", layer.dead),
@@ -255,26 +178,6 @@ def _values(seen: Probe) -> dict[str, float]:
         ):
             if value is not None:
                 values[f"{criterion}/{layer.name}"] = value
-    for name, gain in seen.recurrent_gains.items():
+    for name, gain in measured.recurrent_gains.items():
         values[f"gain_through_time/{name}"] = gain
     return values
-
-
-def _equal_rows(weight: Tensor) -> int:
-    """How many rows have an equal among the others, found by their projection on a random vector."""
-    rows = weight.flatten(1)
-    generator = torch.Generator().manual_seed(0)
-    direction = torch.randn(rows.shape[1], generator=generator, dtype=torch.float64).to(rows.device)
-    shadows = (rows.double() @ direction).sort().values
-    return int((shadows.diff() == 0).sum())
-
-
-def _cure(name: str, activation: str | None) -> str:
-    target = f"model.{name}.weight" if name else "model.weight"
-    if activation in RECTIFIERS:
-        return f"nn.init.kaiming_normal_({target}, nonlinearity='relu')"
-    if activation == "tanh":
-        return f"nn.init.orthogonal_({target}, gain=nn.init.calculate_gain('tanh'))"
-    if activation == "sigmoid":
-        return f"nn.init.xavier_normal_({target})  # better: ReLU, or normalization before the sigmoid"
-    return f"nn.init.xavier_normal_({target})"

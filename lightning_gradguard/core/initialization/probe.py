@@ -1,70 +1,32 @@
-"""One batch through a network, measured, and nothing left behind."""
+"""Measurements of activations and gradients from one batch, without a change to the network."""
 
 from __future__ import annotations
 
-import copy
 import math
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
-from torch.overrides import TorchFunctionMode
 
-from lightning_gradguard.core.snapshots import BufferCopies, rng_state, set_rng_state
+from lightning_gradguard.core.initialization.forward_trace import ForwardTrace, Layer
+from lightning_gradguard.core.snapshots import preserve_state
 
-#: Activations by the name of the function that computes them; the in-place forms end in `_`.
-RECTIFIERS = frozenset({"relu", "leaky_relu", "elu", "selu", "gelu", "silu", "mish", "relu6", "celu"})
-SATURATING = {"tanh": 0.97, "sigmoid": 0.985}
-LOSSES = frozenset({"cross_entropy", "nll_loss"})
 #: log10 of a gain of zero.
-NOTHING = -45.0
-#: Layers whose weights are looked at.
-WeightedLayer: TypeAlias = nn.Linear | _ConvNd
-LAYERS = (nn.Linear, _ConvNd)
-
-_INTERNAL = frozenset(nn.Module().__dict__)
-
-
-@dataclass
-class Layer:
-    """What one weighted layer did with the batch.
-
-    Args:
-        name: Its name in the network.
-        module: The layer.
-        output: What it returned, still in the graph.
-        activation: Name of the function applied before the next layer, if any.
-        dead: Share of its units that the activation leaves at zero for every sample.
-        saturated: Share of outputs in the flat part of a saturating activation.
-        gain: log10 of the rms of a random vector of unit rms, sent back from the last hidden layer to the
-            output of this one; `None` where no path leads.
-    """
-
-    name: str
-    module: WeightedLayer
-    output: Tensor
-    activation: str | None = None
-    dead: float | None = None
-    saturated: float | None = None
-    gain: float | None = None
+ZERO_GAIN = -45.0
 
 
 @dataclass
 class Probe:
-    """What one batch showed.
+    """Measurements of one batch in a network.
 
     Args:
         loss: The loss.
-        n_classes: Number of classes, if a classification loss was seen.
+        n_classes: Number of classes, if a classification loss was called.
         layers: Weighted layers, in the order of the forward pass.
-        block_gain: As `Layer.gain`, at the output of the first repeated block.
-        recurrent_gains: By name of a recurrent module: log10 of how much longer the gradient at its first
-            input is than at its last.
+        block_gain: Like `Layer.gain`, at the output of the first repeated block.
+        recurrent_gains: For each recurrent module, log10 of the ratio of gradient norms at its first and its
+            last input.
         gradients: Gradient of the loss for each parameter by name; `None` where it is unused.
     """
 
@@ -76,64 +38,29 @@ class Probe:
     gradients: dict[str, Tensor | None] = field(default_factory=dict)
 
 
-@contextmanager
-def preserve_state(module: nn.Module) -> Iterator[None]:
-    """Put back whatever a forward pass changes: buffers, random numbers, modes, plain attributes.
-
-    Weights and their `.grad` are not looked after: nobody writes them in a forward pass.
-
-    Args:
-        module: The network.
-
-    Example:
-        >>> network = nn.Sequential(nn.Dropout(), nn.BatchNorm1d(2))
-        >>> state = torch.get_rng_state()
-        >>> with nothing_left_behind(network):
-        ...     _ = network(torch.ones(4, 2))
-        >>> network[1].num_batches_tracked, torch.equal(state, torch.get_rng_state())
-        (tensor(0), True)
-    """
-    buffers = BufferCopies(module)
-    random_numbers = rng_state()
-    attributes = [(m, {k: _copied(v) for k, v in _own(m).items()}) for m in module.modules()]
-    modes = [(m, m.training) for m in module.modules()]
-    try:
-        yield
-    finally:
-        buffers.restore()
-        set_rng_state(random_numbers)
-        for owner, saved in attributes:
-            for key in _own(owner).keys() - saved.keys():
-                del owner.__dict__[key]
-            for key, (original, content) in saved.items():
-                owner.__dict__[key] = _put_back(original, content)
-        for owner, mode in modes:
-            owner.training = mode
-
-
 def probe(module: nn.Module, run_loss: Callable[[], Tensor], seed: int = 0) -> Probe:
-    """Send one batch through a network and look at activations and gradients on the way.
+    """Runs one batch through a network and measures its activations and gradients.
 
     Args:
         module: The network.
         run_loss: Computes the training loss of the batch with it.
-        seed: Of the random vectors that are sent back.
+        seed: Seed of the random vectors that are propagated back.
 
     Returns:
-        What was seen. Weights, gradients, buffers, modes and random numbers are as before.
+        The measurements. Weights, gradients, buffers, modes and random numbers are unchanged.
     """
-    with preserve_state(module), torch.enable_grad(), _Watch(module) as watch:
+    with preserve_state(module), torch.enable_grad(), ForwardTrace(module) as trace:
         loss = run_loss()
-        result = Probe(loss=float(loss.detach()), n_classes=watch.n_classes, layers=watch.layers)
+        result = Probe(loss=float(loss.detach()), n_classes=trace.n_classes, layers=trace.layers)
         generator = torch.Generator().manual_seed(seed)
-        if watch.last_input is not None and len(watch.layers) > 1:
-            hidden = watch.layers[:-1]
-            gains = _gains(watch.last_input, [layer.output for layer in hidden], generator)
+        if trace.last_input is not None and len(trace.layers) > 1:
+            hidden = trace.layers[:-1]
+            gains = _gains(trace.last_input, [layer.output for layer in hidden], generator)
             for layer, gain in zip(hidden, gains, strict=True):
                 layer.gain = gain
-            blocks = watch.blocks if len(watch.blocks) > 2 else [layer.output for layer in hidden]
-            result.block_gain = _gains(watch.last_input, blocks[:1], generator)[0]
-        for name, (inputs, outputs, time) in watch.recurrent.items():
+            blocks = trace.blocks if len(trace.blocks) > 2 else [layer.output for layer in hidden]
+            result.block_gain = _gains(trace.last_input, blocks[:1], generator)[0]
+        for name, (inputs, outputs, time) in trace.recurrent.items():
             result.recurrent_gains[name] = _gain_through_time(inputs, outputs, time, generator)
         named = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
         if named and loss.requires_grad:
@@ -144,95 +71,10 @@ def probe(module: nn.Module, run_loss: Callable[[], Tensor], seed: int = 0) -> P
         return result
 
 
-class _Watch(TorchFunctionMode):
-    """Follows a forward pass: layers by hooks, activations and losses by the functions that are called."""
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.layers: list[Layer] = []
-        self.blocks: list[Tensor] = []
-        self.recurrent: dict[str, tuple[Tensor, Tensor, int]] = {}
-        self.last_input: Tensor | None = None
-        self.n_classes: int | None = None
-        self._module = module
-        self._hooks = ExitStack()
-
-    def __enter__(self) -> _Watch:
-        containers = (nn.Sequential, nn.ModuleList)
-        for owner in self._module.modules():
-            if isinstance(owner, containers):
-                for child in owner:
-                    if len(list(child.children())) > 1:
-                        self._on_forward(child, self._see_block)
-        for name, child in self._module.named_modules():
-            if isinstance(child, LAYERS):
-                self._on_forward(child, self._see_layer, name.replace("_orig_mod.", ""))
-            elif isinstance(child, nn.RNNBase):
-                handle = child.register_forward_pre_hook(_with_gradient_of_input)
-                self._hooks.callback(handle.remove)
-                self._on_forward(child, self._see_recurrent, name)
-        self._hooks.enter_context(torch.compiler.set_stance("force_eager"))
-        super().__enter__()  # type: ignore[no-untyped-call]
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)  # type: ignore[no-untyped-call]
-        self._hooks.close()
-
-    def __torch_function__(
-        self, function: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        name = getattr(function, "__name__", "").rstrip("_")
-        result = function(*args, **(kwargs or {}))
-        if name in LOSSES and args:
-            self.n_classes = args[0].shape[1] if args[0].ndim > 1 else None
-        elif self.layers and (name in RECTIFIERS or name in SATURATING):
-            self._see_activation(self.layers[-1], name, result)
-        return result
-
-    def _on_forward(self, module: nn.Module, see: Callable[..., None], *facts: Any) -> None:
-        handle = module.register_forward_hook(lambda m, i, o: see(m, i, o, *facts))
-        self._hooks.callback(handle.remove)
-
-    def _see_layer(self, module: WeightedLayer, inputs: Any, output: Any, name: str) -> None:
-        if all(layer.module is not module for layer in self.layers):
-            self.layers.append(Layer(name, module, output))
-            self.last_input = inputs[0] if inputs and inputs[0].requires_grad else self.last_input
-
-    def _see_block(self, module: nn.Module, inputs: Any, output: Any) -> None:
-        if isinstance(output, Tensor) and output.requires_grad:
-            self.blocks.append(output)
-
-    def _see_recurrent(self, module: nn.RNNBase, inputs: Any, output: Any, name: str) -> None:
-        if isinstance(inputs[0], Tensor) and inputs[0].ndim == 3:
-            self.recurrent[name] = (inputs[0], output[0], 1 if module.batch_first else 0)
-
-    def _see_activation(self, layer: Layer, name: str, output: Tensor) -> None:
-        if layer.activation is not None:
-            return
-        layer.activation = name
-        output = output.detach()
-        if name in SATURATING:
-            centred = output if name == "tanh" else 2 * output - 1
-            flat = SATURATING[name] if name == "tanh" else 2 * SATURATING[name] - 1
-            layer.saturated = float((centred.abs() > flat).float().mean())
-        elif name == "relu" and output.ndim > 1:
-            units = -1 if isinstance(layer.module, nn.Linear) else 1
-            others = [d for d in range(output.ndim) if d != units % output.ndim]
-            layer.dead = float((output.amax(dim=others) <= 0).float().mean())
-
-
-def _with_gradient_of_input(module: nn.Module, inputs: Any) -> Any:
-    first, *rest = inputs
-    if isinstance(first, Tensor) and first.is_floating_point() and not first.requires_grad:
-        first = first.detach().requires_grad_()
-    return (first, *rest)
-
-
 def _gains(
     source: Tensor, targets: Sequence[Tensor], generator: torch.Generator, times: int = 2
 ) -> list[float | None]:
-    """log10 rms at each target of random vectors of unit rms at the source, sent backward."""
+    """Returns log10 of the rms at each target of random unit-rms vectors, propagated back from the source."""
     squares: list[float | None] = [None] * len(targets)
     for _ in range(times):
         vector = torch.randn(source.shape, generator=generator).to(source)
@@ -253,35 +95,4 @@ def _gain_through_time(inputs: Tensor, outputs: Tensor, time: int, generator: to
 
 
 def _decades(value: float) -> float:
-    return math.log10(max(value, 10**NOTHING)) if value == value else math.nan
-
-
-def _own(module: nn.Module) -> dict[str, Any]:
-    """Plain attributes of a module, such as the states of a metric or a list of outputs."""
-    kinds = (Tensor, list, dict, set, deque, int, float, bool, str, type(None))
-    return {
-        key: value
-        for key, value in module.__dict__.items()
-        if key not in _INTERNAL and isinstance(value, kinds)
-    }
-
-
-def _copied(value: Any) -> tuple[Any, Any]:
-    content = value.detach().clone() if isinstance(value, Tensor) else copy.copy(value)
-    return value, content
-
-
-def _put_back(original: Any, content: Any) -> Any:
-    """The object that was there, with the content that it had."""
-    if isinstance(original, Tensor):
-        with torch.no_grad():
-            original.copy_(content)
-    elif isinstance(original, list):
-        original[:] = content
-    elif isinstance(original, (dict, set)):
-        original.clear()
-        original.update(content)
-    elif isinstance(original, deque):
-        original.clear()
-        original.extend(content)
-    return original
+    return math.log10(max(value, 10**ZERO_GAIN)) if value == value else math.nan

@@ -1,4 +1,4 @@
-"""Initializes layers anew, as the activation that follows asks."""
+"""Repair of layers by the initialization that the activation after them requires."""
 
 from __future__ import annotations
 
@@ -8,14 +8,9 @@ from collections.abc import Callable, Collection
 import torch
 from torch import Tensor, nn
 
-from lightning_gradguard.core.initialization.probe import (
-    LAYERS,
-    RECTIFIERS,
-    Layer,
-    WeightedLayer,
-    preserve_state,
-    probe,
-)
+from lightning_gradguard.core.initialization.forward_trace import LAYERS, RECTIFIERS, Layer, WeightedLayer
+from lightning_gradguard.core.initialization.probe import probe
+from lightning_gradguard.core.snapshots import preserve_state
 
 
 def repair(
@@ -25,20 +20,20 @@ def repair(
     names: Collection[str] = (),
     seed: int = 0,
 ) -> list[str]:
-    """Initialize layers as the activation that follows asks, then scale them to unit variance.
+    """Initializes layers for the activation after them, then scales them to unit variance.
 
-    He initialization before a rectifier, orthogonal before tanh, Xavier before a sigmoid or nothing. The
-    scaling is that of LSUV, in one forward pass. The output layer is left as it is. Only layers that still
-    hold their class's default initialization, or that are named, are touched.
+    He initialization before a rectifier, orthogonal before tanh, Xavier before a sigmoid or no activation.
+    The scaling is that of LSUV, in one forward pass. The output layer is not changed, nor are layers that no
+    longer hold their class's default initialization, unless they are named.
 
     Args:
         module: The network.
         run_loss: Computes the training loss of one batch with it.
-        names: Modules that are repaired whatever they hold.
+        names: Modules that are repaired whatever weights they hold.
         seed: The same seed gives the same weights; global random number generators are not used.
 
     Returns:
-        A line for each layer that was changed: its name and what was done.
+        A line for each layer that was changed: its name and its initialization.
 
     References:
         Mishkin, Matas, All you need is a good init, 2015, arXiv:1511.06422.
@@ -74,9 +69,9 @@ def repair(
 
 
 def holds_default_initialization(layer: nn.Module) -> bool:
-    """Whether a layer's weights look like those that its class starts with.
+    """Returns True if a layer's weights look like the default initialization of its class.
 
-    For linear and convolutional layers that is uniform within `1 / sqrt(fan_in)`.
+    For linear and convolutional layers it is uniform within `1 / sqrt(fan_in)`.
 
     Example:
         >>> layer = nn.Linear(64, 64)

@@ -1,4 +1,4 @@
-"""Groups tensors so that their norms take a number of operations that does not grow with theirs."""
+"""Groups tensors so that the number of operations does not grow with the number of tensors."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from torch import Tensor
 #: Elements whose squares are summed in float32 on a CPU before float64 takes over: one float32 sum over
 #: 1e7 elements is off by 4e-4, sums of this length combined in float64 by less than 1e-6.
 CHUNK = 65_536
-#: Elements up to which a CPU copies tensors of one shape, to measure them together; and of how many at least.
-SMALL = 4_096
-ALIKE = 8
+#: A CPU stacks tensors of one shape to measure them together: up to this size, and if there are this many.
+MAX_STACKED_NUMEL = 4_096
+MIN_STACKED = 8
 
 
 @lru_cache(maxsize=256)
-def positions(indices: tuple[int, ...], device: torch.device) -> Tensor:
-    """Indices on a device. They are kept: each copy to a GPU would wait for it."""
+def index_tensor(indices: tuple[int, ...], device: torch.device) -> Tensor:
+    """Returns indices on a device, cached: each copy to a GPU would synchronize with it."""
     return torch.tensor(indices, dtype=torch.long, device=device)
 
 
 @dataclass(frozen=True)
 class _Bucket:
-    """Tensors that are measured together: of one device and dtype."""
+    """Tensors of one device and dtype, which are measured together."""
 
     dtype: torch.dtype
     whole: tuple[int, ...]
@@ -34,7 +34,7 @@ class _Bucket:
     stacked: tuple[tuple[int, ...], ...]
 
     def norms(self, tensors: Sequence[Tensor], norm_type: float) -> Tensor:
-        """Norms of those that are measured as a whole, then of the rows of the others."""
+        """Returns the norms of tensors measured as a whole, then of the rows of the others."""
         wide = _accumulator(self.dtype, norm_type)
         parts = [tensors[index] for index in self.whole]
         if norm_type == math.inf:
@@ -55,7 +55,7 @@ class _Bucket:
         return torch.cat(rows) if len(rows) > 1 else rows[0]
 
     def owners(self, numels: Sequence[int], norm_type: float) -> list[int]:
-        """The position of the tensor that each of these norms belongs to."""
+        """Returns for each norm the position of the tensor that it is a part of."""
         stacked = [index for group in self.stacked for index in group]
         if norm_type == math.inf:
             return [*self.whole, *self.by_rows, *stacked]
@@ -65,14 +65,14 @@ class _Bucket:
 
 
 class Buckets:
-    """Which tensors are measured by one kernel: found out once, for all lists of tensors like these.
+    """Groups of tensors that one kernel measures, determined once for all lists like these.
 
-    A CPU measures a large tensor by rows of `CHUNK` elements, one operation for each such tensor: it takes
-    three quarters of the time of `torch._foreach_norm`, and float32 is exact enough. Small ones of one shape
-    are put into one tensor first, which takes a tenth of the time.
+    A CPU measures a large tensor by rows of `CHUNK` elements, one operation for each such tensor: this takes
+    three quarters of the time of `torch._foreach_norm`, and float32 is exact enough. Small tensors of one
+    shape are stacked first, which takes a tenth of the time.
 
     Args:
-        tensors: Dense and real; those to be measured have the same sizes, devices and dtypes.
+        tensors: Dense and real; later lists have the same sizes, devices and dtypes.
     """
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
@@ -88,18 +88,18 @@ class Buckets:
         self._owners: dict[bool, Tensor | None] = {}
 
     def norms(self, tensors: Sequence[Tensor], norm_type: float) -> Tensor:
-        """See `tensor_norms`."""
+        """Returns the norm of each tensor; see `tensor_norms`."""
         norms = self._norms(tensors, norm_type)
         owners = self._owners_on(tensors[0].device, norm_type)
         if owners is None:
             return norms
-        return norms_from_power_sums(self._added_up(norms, owners, norm_type), norm_type)
+        return norms_from_power_sums(self._sum_by_owner(norms, owners, norm_type), norm_type)
 
     def power_sums(self, tensors: Sequence[Tensor], norm_type: float) -> Tensor:
-        """See the function of this name."""
+        """Returns the power sum of each tensor; see the function `power_sums`."""
         norms = self._norms(tensors, norm_type)
         owners = self._owners_on(tensors[0].device, norm_type)
-        return _powers(norms, norm_type) if owners is None else self._added_up(norms, owners, norm_type)
+        return _powers(norms, norm_type) if owners is None else self._sum_by_owner(norms, owners, norm_type)
 
     def _norms(self, tensors: Sequence[Tensor], norm_type: float) -> Tensor:
         device = tensors[0].device
@@ -108,41 +108,41 @@ class Buckets:
             return parts[0]
         return torch.cat([torch.zeros(0, dtype=torch.float64, device=device), *parts])
 
-    def _added_up(self, norms: Tensor, owners: Tensor, norm_type: float) -> Tensor:
+    def _sum_by_owner(self, norms: Tensor, owners: Tensor, norm_type: float) -> Tensor:
         sums = torch.zeros(len(self._numels), dtype=torch.float64, device=norms.device)
         return sums.index_add_(0, owners, _powers(norms, norm_type))
 
     def _owners_on(self, device: torch.device, norm_type: float) -> Tensor | None:
-        """The owners of all norms; `None` if each tensor has one, in its place."""
-        key = norm_type == math.inf
-        if key not in self._owners:
+        """Returns the owners of all norms; `None` if each tensor has one norm, in order."""
+        is_inf = norm_type == math.inf
+        if is_inf not in self._owners:
             owners = [i for bucket in self._buckets for i in bucket.owners(self._numels, norm_type)]
             in_place = owners == list(range(len(self._numels)))
-            self._owners[key] = None if in_place else torch.tensor(owners, device=device)
-        return self._owners[key]
+            self._owners[is_inf] = None if in_place else torch.tensor(owners, device=device)
+        return self._owners[is_inf]
 
 
 def _bucket(
     tensors: Sequence[Tensor], indices: Sequence[int], dtype: torch.dtype, *, on_host: bool
 ) -> _Bucket:
-    """Which of these tensors, of one device and dtype, are measured in which way."""
+    """Returns the bucket of tensors of one device and dtype: whole, by rows, or stacked."""
     if not on_host:
         return _Bucket(dtype, tuple(indices), (), ())
-    stacked, others = _alike(tensors, indices)
+    stacked, others = _stackable(tensors, indices)
     whole = [index for index in others if tensors[index].numel() <= CHUNK]
     by_rows = [index for index in others if tensors[index].numel() > CHUNK]
     return _Bucket(dtype, tuple(whole), tuple(by_rows), tuple(stacked))
 
 
-def _alike(tensors: Sequence[Tensor], indices: Iterable[int]) -> tuple[list[tuple[int, ...]], list[int]]:
-    """Positions of small tensors, by their shape where there are many of it, and those of all others."""
+def _stackable(tensors: Sequence[Tensor], indices: Iterable[int]) -> tuple[list[tuple[int, ...]], list[int]]:
+    """Returns positions of small tensors, grouped by a common shape, and positions of all others."""
     shapes: dict[torch.Size, list[int]] = {}
     others: list[int] = []
     for index in indices:
-        is_small = tensors[index].numel() <= SMALL
+        is_small = tensors[index].numel() <= MAX_STACKED_NUMEL
         (shapes.setdefault(tensors[index].shape, []) if is_small else others).append(index)
-    few = [index for group in shapes.values() if len(group) < ALIKE for index in group]
-    return [tuple(group) for group in shapes.values() if len(group) >= ALIKE], others + few
+    few = [index for group in shapes.values() if len(group) < MIN_STACKED for index in group]
+    return [tuple(group) for group in shapes.values() if len(group) >= MIN_STACKED], others + few
 
 
 def _powers(norms: Tensor, norm_type: float) -> Tensor:
@@ -151,8 +151,8 @@ def _powers(norms: Tensor, norm_type: float) -> Tensor:
     return norms if norm_type == math.inf else norms**norm_type
 
 
-def _by_kind(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
-    """The tensors, by device and dtype."""
+def by_device_and_dtype(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
+    """Groups tensors by device and dtype."""
     groups: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
     for tensor in tensors:
         groups.setdefault((tensor.device, tensor.dtype), []).append(tensor)
@@ -160,7 +160,7 @@ def _by_kind(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
 
 
 def _flat(tensor: Tensor) -> Tensor:
-    """All elements in one row; their order does not matter to a norm."""
+    """Returns all elements in one row, in any order, which does not change a norm."""
     if not tensor.is_contiguous():
         strides = tensor.stride()
         tensor = tensor.permute(sorted(range(tensor.ndim), key=lambda dim: -strides[dim])).contiguous()
@@ -168,49 +168,49 @@ def _flat(tensor: Tensor) -> Tensor:
 
 
 def _accumulator(dtype: torch.dtype, norm_type: float) -> torch.dtype | None:
-    """What to sum in; only the kernels of the two usual norms are accurate in float32."""
+    """Returns the dtype to sum in: only the kernels of the two usual norms are accurate in float32."""
     if norm_type not in (2.0, math.inf):
         return torch.float64
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else None
 
 
-def _real(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of coefficients: half precision would round them, and the norm could pass its bound."""
+def coefficient_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Returns the dtype of coefficients: rounded to half precision, norms could exceed a bound."""
     return torch.float64 if dtype in (torch.float64, torch.complex128) else torch.float32
 
 
-def together(tensors: list[Tensor]) -> list[Tensor]:
-    """The same elements in fewer tensors, where that makes it faster to look at all of them: on a CPU.
+def stack_small(tensors: list[Tensor]) -> list[Tensor]:
+    """Returns the same elements in fewer tensors on a CPU, where reading all of them becomes faster.
 
     Args:
         tensors: Dense; of one device and dtype.
 
     Example:
-        >>> [tensor.shape for tensor in together([torch.ones(2)] * 9 + [torch.ones(3)])]
+        >>> [tensor.shape for tensor in stack_small([torch.ones(2)] * 9 + [torch.ones(3)])]
         [torch.Size([9, 2]), torch.Size([3])]
     """
     if tensors[0].device.type != "cpu":
         return tensors
-    groups, others = _alike(tensors, range(len(tensors)))
+    groups, others = _stackable(tensors, range(len(tensors)))
     stacks = [torch.stack([tensors[index] for index in group]) for group in groups]
     return [*stacks, *(tensors[index] for index in others)]
 
 
 def largest_magnitudes(tensors: list[Tensor]) -> Tensor:
-    """The largest `|x|` of each tensor, shape `(n,)`; NaN if there is one.
+    """Returns the largest `|x|` of each tensor, shape `(n,)`; NaN if there is one.
 
     Args:
         tensors: Dense, real and not empty; of one device and dtype.
     """
     if tensors[0].device.type != "cpu":
         return torch.stack(torch._foreach_norm(tensors, math.inf))
-    # ten times as fast on a CPU, an operation for each
+    # ten times as fast on a CPU, at one operation for each tensor
     ends = [torch.aminmax(tensor) for tensor in tensors]
     return torch.maximum(torch.stack([high for _, high in ends]), -torch.stack([low for low, _ in ends]))
 
 
 def norms_from_power_sums(sums: Tensor, norm_type: float = 2.0) -> Tensor:
-    """Norms from what `power_sums` returned, added up over shards."""
+    """Returns norms from the results of `power_sums`, summed over shards."""
     if norm_type == 2:
         return sums.sqrt()
     return sums if norm_type == math.inf else sums.pow(1 / norm_type)

@@ -1,4 +1,4 @@
-"""One step's numbers on the host, and the bounds that make it one to skip."""
+"""Numbers of one step on the host, and the bounds beyond which it is skipped."""
 
 from __future__ import annotations
 
@@ -6,28 +6,29 @@ from dataclasses import dataclass
 
 import torch
 
-#: Largest total norm that float32 can hold.
+#: Largest total norm of a step that is not skipped: the largest number of float32.
 OVERFLOW = torch.finfo(torch.float32).max
-#: Times by which the largest total norm on any rank exceeds the smallest, where ranks disagree.
+#: Ranks disagree if the largest total norm on any of them is this many times the smallest.
 DISAGREEMENT = 1000.0
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """One step's numbers on the host, the same on every rank; what a judge may look at.
+    """Numbers of one step on the host, the same on every rank.
 
     Args:
-        optimizer_index: Which of the Trainer's optimizers is about to step.
+        optimizer_index: Index of the Trainer's optimizer that is about to step.
         loss: Mean over ranks and over the accumulation window; NaN if none was seen.
-        nonfinite_losses: How many of those losses were nonfinite.
-        total_norm: L2 norm of all gradients of the optimizer, before anything is clipped; nonfinite if any
-            of them is, on any rank.
-        is_dead: Whether no weight of two dimensions or more gets a gradient, while something else does.
-        ranks_disagree: Whether gradients that ranks have averaged are nonfinite, or a thousand times larger,
-            on some of them only: since then, something has written to them.
-        nonfinite_weights: Whether any rank reported nonfinite weights since the step before.
-        nonfinite_buffers: Whether the forward passes of any rank left nonfinite buffers.
-        lost_before: Whether any rank was served a batch that this run, before it was resumed, had lost.
+        nonfinite_losses: Number of nonfinite losses among them.
+        total_norm: L2 norm of all gradients of the optimizer before clipping; nonfinite if any gradient is,
+            on any rank.
+        is_collapsed: True if no weight of two dimensions or more has a nonzero gradient while another
+            parameter has.
+        ranks_disagree: True if gradients that ranks have averaged are nonfinite, or a thousand times larger,
+            on some ranks only: they were written to after the reduction.
+        nonfinite_weights: True if any rank has reported nonfinite weights since the step before.
+        nonfinite_buffers: True if the forward passes of any rank left nonfinite buffers.
+        was_lost: True if the batch of any rank was lost by this run before it was resumed.
     """
 
     optimizer_index: int
@@ -42,11 +43,11 @@ class Measurement:
 
     @property
     def is_corrupt(self) -> bool:
-        """Whether the step is sick in a way that no loss scale explains, or of a batch that had been lost."""
+        """True if the step must be skipped for a reason other than the overflow of a loss scale."""
         seen = self.nonfinite_losses or self.nonfinite_weights or self.nonfinite_buffers
         return bool(seen or self.ranks_disagree or self.was_lost)
 
     @property
-    def is_sick(self) -> bool:
-        """Whether the step must not happen."""
+    def must_skip(self) -> bool:
+        """True if the step must not be taken."""
         return self.is_corrupt or not self.total_norm <= OVERFLOW

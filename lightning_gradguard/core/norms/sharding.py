@@ -1,4 +1,4 @@
-"""Where the parts of a tensor that is spread over ranks lie: arithmetic on its layout, no communication."""
+"""Layout of tensors that are sharded over ranks: arithmetic only, no communication."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from torch.distributed.tensor.placement_types import Placement
 
 @dataclass(frozen=True)
 class FlatShard:
-    """What is known of a parameter that FSDP1 flattened and cut.
+    """Layout of a parameter that FSDP1 flattened and sharded.
 
     Args:
-        pieces: Into how many.
-        ndim: Dimensions that it had.
+        pieces: Number of shards.
+        ndim: Number of dimensions of the original parameter.
     """
 
     pieces: int
@@ -26,24 +26,24 @@ class FlatShard:
 
 
 def is_sharded(tensors: Sequence[Tensor]) -> bool:
-    """Whether any of the tensors is spread over ranks."""
+    """Returns True if any of the tensors is sharded."""
     return any(isinstance(tensor, DTensor) for tensor in tensors)
 
 
 def local_shard(tensor: Tensor) -> Tensor:
-    """This rank's part of a sharded tensor, sharing its memory; any other tensor as it is."""
+    """Returns this rank's part of a sharded tensor, in the same memory; any other tensor unchanged."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def share(tensor: Tensor, world_size: int) -> float:
-    """What to multiply a sum over the local shard by, so that all ranks together count each element once.
+    """Returns the factor for a sum over the local shard with which all ranks count each element once.
 
-    Ranks that hold the same shard share it: each adds its fraction, and if one of them holds something
-    nonfinite, all of them hear of it.
+    Each of the ranks that hold the same shard adds its fraction, so that a nonfinite value on one of them
+    reaches the sum.
 
     Args:
         tensor: Held by every rank, whole or in part.
-        world_size: Number of ranks that add up.
+        world_size: Number of ranks in the sum.
     """
     shards = 1
     if isinstance(tensor, DTensor):
@@ -53,10 +53,10 @@ def share(tensor: Tensor, world_size: int) -> float:
 
 
 def unit_places(tensor: Tensor) -> tuple[int, int]:
-    """Where the units of the local shard stand among those of all shards.
+    """Returns the places of the units of the local shard among the units of all shards.
 
-    A unit is a row of a weight; a vector is one unit, however it is cut. Ranks that hold parts of the same
-    rows have the same places; shards stand in the order of ranks, which need not be that of rows.
+    A unit is a row of a weight; a vector is one unit, however it is sharded. Ranks that hold parts of the
+    same rows have the same places. Shards are in the order of ranks, which may differ from that of rows.
 
     Args:
         tensor: A weight, or the gradient of one.
@@ -79,14 +79,14 @@ def unit_places(tensor: Tensor) -> tuple[int, int]:
 
 @cache
 def _rows_before(rows: int, splits: tuple[tuple[int, int, bool], ...]) -> int:
-    """Rows in the shards of ranks before this one; each split has a size, a position, and may be strided."""
+    """Counts the rows on the ranks before this one; a split has a size, a position, and may be strided."""
     here = tuple(position for _, position, _ in splits)
     before = 0
     for positions in product(*(range(size) for size, _, _ in splits)):
         if positions >= here:
             break
         length = rows
-        # what is strided cuts what the others have cut already
+        # a strided split divides the pieces of the other splits
         for index in sorted(range(len(splits)), key=lambda i: splits[i][2]):
             piece = -(-length // splits[index][0])
             length = max(0, min(piece, length - positions[index] * piece))
@@ -95,5 +95,5 @@ def _rows_before(rows: int, splits: tuple[tuple[int, int, bool], ...]) -> int:
 
 
 def _splits(placement: Placement) -> bool:
-    # `is_shard` says no to the strided shards that FSDP2 makes of what tensor parallelism has cut
+    # `is_shard` is false for the strided shards that FSDP2 makes of those of tensor parallelism
     return not placement.is_replicate() and not placement.is_partial()

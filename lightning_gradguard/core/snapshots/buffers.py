@@ -14,10 +14,10 @@ from torch.nn.parameter import is_lazy
 
 from lightning_gradguard.core.norms import local_shard
 
-#: Elements up to which a buffer is copied at every step. The version counter tells whether a larger one was
-#: written; for small ones it is not trusted: torch writes the running statistics of batch normalization
-#: without counting.
-SMALL = 65_536
+#: Size up to which a buffer is copied at every step. The version counter shows that a larger one was written;
+#: for small ones it is not reliable: torch writes the running statistics of batch normalization without
+#: counting.
+MAX_ALWAYS_COPIED_NUMEL = 65_536
 
 
 @dataclass
@@ -28,15 +28,14 @@ class _Copy:
 
     @property
     def may_have_changed(self) -> bool:
-        return self.buffer.numel() <= SMALL or self.buffer._version != self.version
+        return self.buffer.numel() <= MAX_ALWAYS_COPIED_NUMEL or self.buffer._version != self.version
 
 
 class BufferCopies:
-    """Copies of a module's buffers, and of frozen weights that somebody writes, as those of a target network.
+    """Copies of a module's buffers, and of frozen weights that are written, as those of a target network.
 
-    Buffers that are left out of `state_dict` are among them. Large ones, such as masks and tables of
-    positions, cost nothing while nobody writes them, and frozen weights cost nothing until somebody has; the
-    first time is seen too late to be undone.
+    Non-persistent buffers are included. Large ones, such as masks and tables of positions, cost nothing while
+    they are not written. Frozen weights cost nothing until their first write, which cannot be undone.
 
     Args:
         module: The module whose buffers, submodules included, are kept.
@@ -59,15 +58,15 @@ class BufferCopies:
         self.refresh()
 
     def rescan(self) -> None:
-        """Find the submodules: there may be others by now."""
+        """Lists the submodules again, after some were added or replaced."""
         self._owners = list(self._module.modules())
 
     @torch.no_grad()
     def refresh(self, *, within_step: bool = False) -> None:
-        """Copy the buffers as they are now.
+        """Copies the current buffers.
 
         Args:
-            within_step: Whether weights may want no gradient only because another optimizer has its turn.
+            within_step: True if weights may require no gradient only because another optimizer is toggled on.
         """
         old, self._copies = self._copies, {}
         targets, sources = [], []
@@ -93,17 +92,17 @@ class BufferCopies:
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Put the buffers back, in place, as the last `refresh` found them.
+        """Restores the buffers in place, as of the last `refresh`.
 
-        A graph through normalization can still go backward, as that of a generator whose critic's step was
+        A backward pass through normalization remains possible, as for a generator whose critic's step was
         skipped.
         """
         targets, sources = [], []
         for (owner, name), copy_ in self._copies.items():
-            owner._buffers[name] = copy_.buffer  # a forward pass may have put another tensor there, or none
+            owner._buffers[name] = copy_.buffer  # a forward pass may have replaced or removed it
             if copy_.may_have_changed:
                 target = local_shard(copy_.buffer)
-                # unseen by autograd: a graph holds running statistics, but does not use them to go backward
+                # hidden from autograd: a graph holds running statistics but does not use them backward
                 targets.append(target.data if isinstance(owner, _NormBase) else target)
                 sources.append(copy_.saved)
         for weight, copy_ in self._written.items():
@@ -114,17 +113,17 @@ class BufferCopies:
             copy_.version = copy_.buffer._version
 
     def saved(self) -> dict[Any, Tensor]:
-        """The copies: of buffers by owner and name, of frozen weights by themselves."""
+        """Returns the copies: of buffers by owner and name, of frozen weights by the parameter."""
         buffers = {place: copy_.saved for place, copy_ in self._copies.items()}
         return {**buffers, **{weight: copy_.saved for weight, copy_ in self._written.items()}}
 
     def written(self) -> Collection[nn.Parameter]:
-        """Frozen weights that somebody has written."""
+        """Returns the frozen weights that have been written."""
         return self._written.keys()
 
 
 def module_buffers(owners: Iterable[nn.Module]) -> Iterator[tuple[nn.Module, str, Tensor]]:
-    """Every materialized buffer of some modules, with its owner and name."""
+    """Yields every materialized buffer of some modules, with its owner and name."""
     for owner in owners:
         for name, buffer in owner._buffers.items():
             if buffer is not None and not is_lazy(buffer):
@@ -132,7 +131,7 @@ def module_buffers(owners: Iterable[nn.Module]) -> Iterator[tuple[nn.Module, str
 
 
 def copy_tensors(targets: list[Tensor], sources: list[Tensor]) -> None:
-    """Copy tensors in place, in one operation for each pair of devices and dtypes."""
+    """Copies tensors in place, in one operation for each pair of devices and dtypes."""
     if not targets:
         return
     groups: dict[Any, tuple[list[Tensor], list[Tensor]]] = defaultdict(lambda: ([], []))
@@ -140,6 +139,6 @@ def copy_tensors(targets: list[Tensor], sources: list[Tensor]) -> None:
         group = groups[target.device, target.dtype, source.device, source.dtype]
         group[0].append(target)
         group[1].append(source)
-    # of different kinds in one list, torch would copy each by itself
+    # torch copies one by one if a list has several devices or dtypes
     for alike in groups.values():
         torch._foreach_copy_(*alike)

@@ -9,13 +9,13 @@ from lightning_gradguard.core.snapshots.snapshot import Snapshot
 
 
 class SnapshotRing:
-    """The last proven snapshots, and one that still has to prove itself.
+    """The last qualified snapshots, and one that is pending.
 
-    A snapshot is *qualified* when enough good steps followed it. Memory is recycled: at most `keep + 1`
-    snapshots exist.
+    A snapshot is *qualified* when enough good steps have followed it, and *pending* until then. Memory is
+    recycled: at most `keep + 1` snapshots exist.
 
     Args:
-        keep: Qualified snapshots that are kept.
+        keep: Number of qualified snapshots that are kept.
         good_steps: Good steps after which a pending snapshot is qualified.
         device: See `Snapshot`.
     """
@@ -31,19 +31,19 @@ class SnapshotRing:
 
     @property
     def is_pending(self) -> bool:
-        """Whether a snapshot waits for its good steps."""
+        """True if there is a pending snapshot."""
         return self._pending is not None
 
     def pending(self) -> Snapshot | None:
-        """The snapshot that waits for its good steps."""
+        """Returns the pending snapshot, if there is one."""
         return self._pending
 
     def capture(self, fill: Callable[[Snapshot], None], *, qualified: bool = False) -> None:
-        """Take a new pending snapshot (or one that counts as proven at once).
+        """Takes a snapshot, which replaces the pending one.
 
         Args:
-            fill: Writes the state into the snapshot that it is given.
-            qualified: Proven by definition, as the state at the first training batch is.
+            fill: Writes the state into the given snapshot.
+            qualified: True if it is qualified by definition, as the state at the first training batch is.
         """
         self.discard_pending()
         snapshot = self._free.pop() if self._free else Snapshot(self._device)
@@ -54,7 +54,7 @@ class SnapshotRing:
             self._pending = snapshot
 
     def good_step(self) -> None:
-        """Count a good step; the pending snapshot is qualified by the last one that it needs."""
+        """Counts a good step; the last of those that a pending snapshot needs qualifies it."""
         if self._pending is None:
             return
         self._pending.good_steps += 1
@@ -63,30 +63,30 @@ class SnapshotRing:
             self._pending = None
 
     def wait(self) -> None:
-        """See `Snapshot.wait`; of the one captured last."""
+        """Orders later writes of weights after the copies; see `Snapshot.wait`."""
         for snapshot in (self._pending, *self._qualified):
             if snapshot is not None:
                 snapshot.wait()
 
     def discard_pending(self) -> None:
-        """Drop the snapshot that has not proven itself."""
+        """Discards the pending snapshot."""
         if self._pending is not None:
             self._free.append(self._pending)
             self._pending = None
 
     def clear(self) -> None:
-        """Forget every snapshot; their memory is kept for the next ones."""
+        """Discards every snapshot; their memory is kept for the next ones."""
         self.discard_pending()
         self._free.extend(self._qualified)
         self._qualified.clear()
         self._newest_was_tried = False
 
     def __len__(self) -> int:
-        """Number of qualified snapshots."""
+        """Returns the number of qualified snapshots."""
         return len(self._qualified)
 
     def roll_back(self) -> Snapshot:
-        """The snapshot to restore: the newest qualified, or the one before if that was tried already."""
+        """Returns the snapshot to restore: the newest qualified one, or the one before if that was tried."""
         self.discard_pending()
         if self._newest_was_tried and len(self._qualified) > 1:
             self._free.append(self._qualified.pop())
@@ -94,11 +94,11 @@ class SnapshotRing:
         return self._qualified[-1]
 
     def oldest(self) -> Snapshot:
-        """The oldest snapshot that training may go back to."""
+        """Returns the oldest qualified snapshot."""
         return self._qualified[0]
 
     def newest(self) -> Snapshot:
-        """The newest qualified snapshot, without counting as tried."""
+        """Returns the newest qualified snapshot; does not count as a try."""
         return self._qualified[-1]
 
     def _promote(self, snapshot: Snapshot) -> None:

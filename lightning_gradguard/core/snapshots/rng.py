@@ -1,4 +1,4 @@
-"""State of the random number generators that training draws from."""
+"""State of the random number generators that training uses."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import torch
 
 
 def rng_state() -> dict[str, Any]:
-    """The state of every random number generator that training draws from.
+    """Returns the state of every random number generator that training uses.
 
-    A GPU's generators are left out while nobody uses it: to ask for them would set up CUDA, and processes
-    that are forked later could not use it.
+    Generators of GPUs are omitted until CUDA is in use: reading them would initialize it, and processes that
+    are forked later could not use it.
     """
     return {
         "torch": torch.get_rng_state(),
@@ -24,7 +24,7 @@ def rng_state() -> dict[str, Any]:
 
 
 def set_rng_state(state: dict[str, Any]) -> None:
-    """Put back what `rng_state` returned.
+    """Restores a result of `rng_state`.
 
     Example:
         >>> state = rng_state()

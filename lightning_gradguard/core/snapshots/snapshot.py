@@ -12,20 +12,23 @@ from torch.optim import Optimizer
 
 from lightning_gradguard.core.norms import local_shard
 from lightning_gradguard.core.snapshots.buffers import copy_tensors, module_buffers
-from lightning_gradguard.core.snapshots.nonfinite import LARGEST
+from lightning_gradguard.core.snapshots.nonfinite import MAX_MAGNITUDE
 
 
 class Snapshot:
-    """One copy of weights, buffers and optimizer state; memory is taken once and written in place.
+    """One copy of weights, buffers and optimizer state, whose memory is allocated once.
 
-    Hyperparameters of the optimizers (learning rates among them) are not part of it: they belong to the
-    schedule.
+    Hyperparameters of the optimizers, such as learning rates, belong to the schedule and are not copied.
 
-    From a GPU, `"cpu"` is pinned memory that a stream of its own writes while training goes on; `wait` must
-    come before weights are written again.
+    From a GPU, `"cpu"` is pinned memory that a separate stream writes while training continues: call `wait`
+    before weights are written again.
 
     Args:
-        device: `"cpu"` keeps the copy in host memory, `"same"` beside each tensor.
+        device: `"cpu"` keeps the copy in host memory, `"same"` on the device of each tensor.
+
+    Attributes:
+        extra_state: Anything else of the same moment, for the caller.
+        good_steps: Number of good steps since the capture.
     """
 
     def __init__(self, device: str = "cpu") -> None:
@@ -34,7 +37,7 @@ class Snapshot:
         self._memory: dict[Any, Tensor] = {}
         self._structure: list[dict[Tensor, dict[Any, Any]]] = []
         self._has_stepped_state = True
-        self.companions: Any = None
+        self.extra_state: Any = None
         self.good_steps = 0
 
     @torch.no_grad()
@@ -47,65 +50,55 @@ class Snapshot:
         *,
         stepped: bool = True,
     ) -> None:
-        """Copy the state of modules and optimizers as it is now.
+        """Copies the current state of modules and optimizers.
 
         Args:
-            modules: The trained module first, then averages of it and the like.
-            optimizers: Their state is copied; it may still be empty.
+            modules: The trained module first, then others, such as its averages.
+            optimizers: Optimizers whose state is copied; it may still be empty.
             written: Frozen weights that are copied as well.
-            copied: Take buffers and frozen weights from here, as `BufferCopies.saved` returns them, where a
-                forward pass has written them, or does before the copy is made.
-            stepped: Whether what the optimizers write is copied; otherwise, of the trained module, only what
-                is in `copied` is, and `restore` leaves the rest as it is.
+            copied: Buffers and frozen weights by `BufferCopies.saved`, which are taken in place of the live
+                ones that a forward pass writes before the copy is made.
+            stepped: True to copy what the optimizers write; otherwise only `copied` is copied of the trained
+                module, and `restore` leaves the rest unchanged.
         """
         copied = copied or {}
         live: dict[Any, Tensor] = {}
         kept = {*_optimized(optimizers), *written}
         if not stepped:
             live, modules, optimizers = dict(copied), modules[1:], ()
-        for module in modules:
-            for weight in module.parameters():
-                # while one optimizer is toggled on, what the others train wants no gradient
-                if weight.requires_grad or weight in kept:
-                    live[weight] = copied.get(weight, weight)
-            for owner, name, buffer in module_buffers(module.modules()):
-                live[(owner, name)] = copied.get((owner, name), buffer)
-        self._structure = []
+        for key, tensor in _live_tensors(modules, optimizers):
+            # while one optimizer is toggled on, weights of the others require no gradient
+            if not isinstance(key, Tensor) or key.requires_grad or key in kept:
+                live[key] = copied.get(key, tensor)
+        self._structure = [
+            {parameter: _without_tensors(state) for parameter, state in optimizer.state.items()}
+            for optimizer in optimizers
+        ]
         self._has_stepped_state = stepped
-        for index, optimizer in enumerate(optimizers):
-            structure: dict[Tensor, dict[Any, Any]] = {}
-            for parameter, state in optimizer.state.items():
-                structure[parameter] = {
-                    key: None if _is_plain(value) else copy.deepcopy(value) for key, value in state.items()
-                }
-                for key, value in state.items():
-                    if _is_plain(value):
-                        live[(index, parameter, key)] = value
-            self._structure.append(structure)
         self._write(live)
         self.good_steps = 0
 
     @torch.no_grad()
     def restore(self, modules: Sequence[nn.Module], optimizers: Sequence[Optimizer]) -> None:
-        """Put everything back in place; optimizer state born after the capture is removed."""
+        """Restores everything in place; optimizer state that was added after the capture is removed."""
         self.wait()
-        targets: list[Tensor] = []
-        sources: list[Tensor] = []
-
-        def put_back(key: Any, live: Tensor) -> None:
-            if (saved := self._memory.get(key)) is not None and saved.shape == local_shard(live).shape:
-                targets.append(local_shard(live))
+        optimizers = optimizers if self._has_stepped_state else ()
+        self._restore_structure(modules, optimizers)
+        targets, sources = [], []
+        for key, tensor in _live_tensors(modules, optimizers):
+            target = local_shard(tensor)
+            if (saved := self._memory.get(key)) is not None and saved.shape == target.shape:
+                targets.append(target)
                 sources.append(saved)
+        copy_tensors(targets, sources)
 
-        for module in modules:
-            for weight in module.parameters():
-                put_back(weight, weight)
-            for owner, name, buffer in module_buffers(module.modules()):
-                saved = self._memory.get((owner, name))
-                if saved is not None and saved.shape != local_shard(buffer).shape:
-                    owner._buffers[name] = saved.to(buffer.device, copy=True)  # it has grown since
-                put_back((owner, name), buffer)
-        for index, optimizer in enumerate(optimizers if self._has_stepped_state else ()):
+    def _restore_structure(self, modules: Sequence[nn.Module], optimizers: Sequence[Optimizer]) -> None:
+        """Restores the shapes of buffers and the entries of optimizer states."""
+        for owner, name, buffer in module_buffers(owner for module in modules for owner in module.modules()):
+            saved = self._memory.get((owner, name))
+            if saved is not None and saved.shape != local_shard(buffer).shape:
+                owner._buffers[name] = saved.to(buffer.device, copy=True)
+        for index, optimizer in enumerate(optimizers):
             structure = self._structure[index] if index < len(self._structure) else {}
             for parameter in list(optimizer.state):
                 if parameter not in structure:
@@ -121,22 +114,19 @@ class Snapshot:
                         state[key] = copy.deepcopy(value)
                     elif not isinstance(state.get(key), Tensor):
                         state[key] = saved.to(parameter.device, copy=True)
-                    else:
-                        put_back((index, parameter, key), state[key])
-        copy_tensors(targets, sources)
 
     def wait(self) -> None:
-        """Let the device write weights only after they have been copied. The host does not wait."""
+        """Orders later writes of weights on the device after the copy, without a host synchronization."""
         if self._stream is not None:
             torch.cuda.current_stream(self._stream.device).wait_stream(self._stream)
 
     def compare(
         self, named: Iterable[tuple[str, Tensor]], optimizers: Sequence[Optimizer]
     ) -> Iterator[tuple[str, Tensor, Tensor]]:
-        """Weights and optimizer state, each with its name, as it is and as it was at the capture.
+        """Yields the name, the current value and the captured value of weights and optimizer state.
 
-        Optimizer state grows by nature: as it was, it is taken to have been a tenth of what only corruption
-        goes beyond.
+        Optimizer state grows in healthy training: a tenth of the magnitude that only corruption exceeds takes
+        the place of its captured value.
         """
         if self._stream is not None:
             self._stream.synchronize()  # what is yielded may be read on the host
@@ -145,7 +135,7 @@ class Snapshot:
             names[parameter] = name
             if (saved := self._memory.get(parameter)) is not None:
                 yield name, parameter, saved
-        bound = torch.tensor(LARGEST**2 / 10)
+        bound = torch.tensor(MAX_MAGNITUDE**2 / 10)
         for optimizer in optimizers:
             for parameter, state in optimizer.state.items():
                 for key, value in state.items():
@@ -153,7 +143,7 @@ class Snapshot:
                         yield f"{key} of {names.get(parameter, 'a parameter')}", value, bound
 
     def n_bytes(self) -> int:
-        """Memory that the copy takes."""
+        """Returns the memory of the copy in bytes."""
         return sum(tensor.numel() * tensor.element_size() for tensor in self._memory.values())
 
     def _write(self, live: dict[Any, Tensor]) -> None:
@@ -187,6 +177,27 @@ class Snapshot:
 
 def _optimized(optimizers: Sequence[Optimizer]) -> set[Tensor]:
     return {p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+
+
+def _live_tensors(
+    modules: Sequence[nn.Module], optimizers: Sequence[Optimizer]
+) -> Iterator[tuple[Any, Tensor]]:
+    """Yields weights, buffers and dense tensors of optimizer states, each with the key of its copy."""
+    for module in modules:
+        for weight in module.parameters():
+            yield weight, weight
+        for owner, name, buffer in module_buffers(module.modules()):
+            yield (owner, name), buffer
+    for index, optimizer in enumerate(optimizers):
+        for parameter, state in optimizer.state.items():
+            for key, value in state.items():
+                if _is_plain(value):
+                    yield (index, parameter, key), value
+
+
+def _without_tensors(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Copies one parameter's optimizer state, with `None` in place of each dense tensor."""
+    return {key: None if _is_plain(value) else copy.deepcopy(value) for key, value in state.items()}
 
 
 def _is_plain(value: Any) -> bool:

@@ -9,8 +9,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from statistics import median
 
 from lightning_gradguard.core.detectors import (
+    ADVERSARIAL_DIVERGENCE_RATIO,
     EXPLOSION,
-    LEAST_RISE,
+    MIN_LOSS_RATIO,
     STAGNANT,
     CollapseDetector,
     DivergenceDetector,
@@ -19,7 +20,6 @@ from lightning_gradguard.core.detectors import (
     SymptomDetector,
 )
 from lightning_gradguard.core.incidents import label
-from lightning_gradguard.core.recovery import WORSE_AMONG_RIVALS
 from lightning_gradguard.core.remedies import advice_for_cause, remedies
 from lightning_gradguard.report.analysis.failure import failure_cause, largest_at
 from lightning_gradguard.report.analysis.outcome import CLEAR, Outcome, ends, noise_of
@@ -248,9 +248,9 @@ def _is_far_above(high: float, low: float, losses: Sequence[float], share: int) 
     scale = SURE * math.sqrt(math.pi / n)
     if min(losses) > 0:
         return math.log(high) - math.log(low) > max(
-            math.log(LEAST_RISE), scale * noise_of([*map(math.log, losses)])
+            math.log(MIN_LOSS_RATIO), scale * noise_of([*map(math.log, losses)])
         )
-    return high - low > max((LEAST_RISE - 1) * abs(low), scale * noise_of(losses))
+    return high - low > max((MIN_LOSS_RATIO - 1) * abs(low), scale * noise_of(losses))
 
 
 def _rivals_lose(log: RunLog) -> bool:
@@ -260,7 +260,7 @@ def _rivals_lose(log: RunLog) -> bool:
     for step, loss in log.loss.finite():
         norms = [norm for total in totals if (norm := total.at(step)) is not None and math.isfinite(norm)]
         ratio = detector.update(loss, max(norms, default=1.0))
-    return ratio > WORSE_AMONG_RIVALS
+    return ratio > ADVERSARIAL_DIVERGENCE_RATIO
 
 
 def _last_rise(points: Sequence[tuple[int, float]], level: float) -> int:

@@ -1,4 +1,4 @@
-"""Every element of a sharded tensor is counted once, and every unit has a place of its own."""
+"""Every element of a sharded tensor is counted once, and every unit has its own place."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def _no_group_stays() -> Iterator[None]:
 
 
 def shards(tensor: Tensor, layout: Sequence[Shard | Replicate]) -> Iterator[DTensor]:
-    """What each rank holds, one after the other, in a group that exists in name only."""
+    """Yields the shard of each rank, one after the other, in a fake process group."""
     for rank in range(WORLD_SIZE):
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -57,7 +57,7 @@ def test_shares_count_every_element_once(shape: tuple[int, int], layout: Sequenc
 
 
 @given(shape=shapes, layout=layouts)
-def test_units_that_are_cut_add_up_in_one_place(
+def test_power_sums_of_sharded_units_add_up_at_their_places(
     shape: tuple[int, int], layout: Sequence[Shard | Replicate]
 ) -> None:
     tensor = torch.rand(shape, dtype=torch.float64) + 0.1
@@ -67,14 +67,14 @@ def test_units_that_are_cut_add_up_in_one_place(
 
 
 @given(shape=shapes, layout=layouts)
-def test_a_unit_is_scaled_by_the_coefficient_at_its_place(
+def test_unit_is_scaled_by_the_coefficient_at_its_place(
     shape: tuple[int, int], layout: Sequence[Shard | Replicate]
 ) -> None:
     rows = torch.arange(1.0, shape[0] + 1).view(-1, 1).expand(shape).contiguous()
     for shard in shards(rows, layout):
         places, start = unit_places(shard)
         here = local_shard(shard)
-        # what is at a place tells which row that is
+        # the values of the row at each place identify the row
         coefficient = torch.zeros(places, 1)
         coefficient[start : start + len(here)] = here[:, :1] if here.shape[1] else 0.0
         gradients = Gradients(("w",), (shard,), (shard,), torch.ones(1), torch.ones(()))
@@ -84,7 +84,7 @@ def test_a_unit_is_scaled_by_the_coefficient_at_its_place(
 
 
 def strided_shards(tensor: Tensor) -> Iterator[DTensor]:
-    """As FSDP2 cuts rows that tensor parallelism has cut: the right dimension of the mesh first."""
+    """Yields shards of FSDP2 over tensor parallelism: the right dimension of the mesh splits first."""
     layout = (_StridedShard(0, split_factor=MESH[1]), Shard(0))
     for rank in range(WORLD_SIZE):
         if dist.is_initialized():
@@ -102,7 +102,7 @@ def piece(tensor: Tensor, pieces: int, index: int) -> Tensor:
 
 
 @given(shape=shapes)
-def test_strided_shards_are_shards(shape: tuple[int, int]) -> None:
+def test_strided_shards_count_like_other_shards(shape: tuple[int, int]) -> None:
     tensor = torch.rand(shape, dtype=torch.float64) + 0.1
     total = sum(float(local_shard(s).sum()) * share(s, WORLD_SIZE) for s in strided_shards(tensor))
     assert total == pytest.approx(float(tensor.sum()))
@@ -110,7 +110,7 @@ def test_strided_shards_are_shards(shape: tuple[int, int]) -> None:
     torch.testing.assert_close(sums.sqrt().sort().values, unitwise_norm(tensor).view(-1).sort().values)
 
 
-def test_a_coefficient_that_does_not_fit_to_shards_is_refused_on_every_rank() -> None:
+def test_coefficient_of_a_wrong_shape_is_rejected_on_every_rank() -> None:
     for shard in shards(torch.ones(3, 4), (Shard(0), Replicate())):
         gradients = Gradients(("w",), (shard,), (shard,), torch.ones(1), torch.ones(()))
         with pytest.raises(ValueError, match=r"of shape \(3, 4\) does not fit .* of w"):
@@ -119,14 +119,14 @@ def test_a_coefficient_that_does_not_fit_to_shards_is_refused_on_every_rank() ->
             gradients.unit_norms()
 
 
-def test_units_are_left_out_with_their_gradient() -> None:
+def test_without_excludes_units_with_their_gradient() -> None:
     one, two = torch.ones(2, 3), torch.ones(4)
     units = ((torch.ones(2, 1), torch.ones(2, 1)), (torch.tensor(2.0), torch.tensor(3.0)))
     gradients = Gradients(("w", "b"), (one, two), (one, two), torch.ones(2), torch.ones(()), units)
     assert gradients.without({"w"}).unit_norms() == units[1:]
 
 
-def test_a_vector_is_one_unit_however_it_is_cut() -> None:
+def test_sharded_vector_is_one_unit() -> None:
     vector = torch.rand(5, dtype=torch.float64)
     sums = [unit_power_sums(s) * share(s, WORLD_SIZE) for s in shards(vector, (Shard(0), Replicate()))]
     torch.testing.assert_close(sum(sums), vector.square().sum().view(1))

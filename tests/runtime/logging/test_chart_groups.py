@@ -1,4 +1,4 @@
-"""No network makes more charts than a person looks through."""
+"""Parameters are grouped so that no network makes more charts than `FEW`."""
 
 from __future__ import annotations
 
@@ -17,27 +17,27 @@ def transformer(blocks: int) -> list[str]:
     ]
 
 
-def test_few_parameters_have_a_chart_each() -> None:
+def test_few_parameters_have_one_chart_each() -> None:
     names = transformer(4)
     assert len(names) <= FEW
     assert chart_names(names, "auto") == names
 
 
-def test_more_are_shown_by_module() -> None:
+def test_more_parameters_are_grouped_by_module() -> None:
     names = transformer(8)
     assert chart_names(names, "auto")[:3] == ["blocks.0.attention.query"] * 2 + ["blocks.0.attention.key"]
     assert chart_names(names, "auto") == chart_names(names, "module")
 
 
-def test_three_hundred_parameters_do_not_make_three_hundred_charts() -> None:
+def test_three_hundred_parameters_are_grouped_by_block() -> None:
     charts = chart_names(transformer(25), "auto")
     assert len(charts) == 300
     assert set(charts) == {f"blocks.{i}" for i in range(25)}
-    assert len(set(chart_names(transformer(25), "module"))) == 150, "who asks for modules gets them"
+    assert len(set(chart_names(transformer(25), "module"))) == 150
     assert len(set(chart_names(transformer(25), "parameter"))) == 300
 
 
-def test_blocks_of_a_deep_network_are_still_told_apart() -> None:
+def test_blocks_of_a_deep_network_keep_separate_charts() -> None:
     names = [f"model.layers.{i}.{part}.weight" for i in range(60) for part in ("attention", "mlp")]
     charts = chart_names(["model.embed.weight", *names, "head.weight"], "auto")
     assert len(set(charts)) <= FEW
@@ -45,18 +45,18 @@ def test_blocks_of_a_deep_network_are_still_told_apart() -> None:
     assert charts[-3:] == ["model.layers.58-59"] * 2 + ["head"]
 
 
-def test_a_flat_network_too_has_few_charts() -> None:
+def test_flat_network_has_few_charts() -> None:
     charts = chart_names([f"net.{i}.{kind}" for i in range(150) for kind in ("weight", "bias")], "auto")
     assert charts[:7] == ["net.0-2"] * 6 + ["net.3-5"]
     assert len(set(charts)) == 50
 
 
-def test_the_total_alone_has_no_charts_beside_it() -> None:
+def test_level_total_has_no_charts() -> None:
     assert chart_names(["weight"], "total") == []
 
 
 @given(st.lists(PATHS.map(".".join), unique=True, max_size=200))
-def test_a_parameter_counts_in_what_holds_it(names: list[str]) -> None:
+def test_parameter_is_in_the_chart_of_its_module(names: list[str]) -> None:
     charts = chart_names(names, "auto")
     assert len(charts) == len(names)
     for name, chart in zip(names, charts, strict=True):

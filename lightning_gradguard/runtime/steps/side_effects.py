@@ -1,4 +1,4 @@
-"""What a forward pass leaves behind besides gradients, and taking it back."""
+"""Side effects of forward passes (buffers, metrics, hidden states, weight averages), saved and restored."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ _INTERNAL = frozenset(vars(nn.Module()))
 
 @dataclass(frozen=True)
 class ForwardState:
-    """What a forward pass writes apart from buffers, as it was before.
+    """State that a forward pass writes, apart from buffers.
 
     Args:
-        epoch: The epoch of it: epoch means begin anew in each.
+        epoch: Its epoch: epoch means begin anew in each.
         metrics: States of torchmetrics and epoch means, by the metric's identity: its hash follows its state.
         hidden: Tensors that modules carry from batch to batch as plain attributes, such as the hidden state
             in truncated backpropagation through time.
@@ -44,13 +44,13 @@ class SideEffects:
 
     def __init__(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.buffers = BufferCopies(pl_module)
-        self._sound = [
+        self._finite = [
             (module, name, buffer)
             for module in pl_module.modules()
             for name, buffer in module.named_buffers(recurse=False)
             if not is_lazy(buffer) and not bool(any_nonfinite([buffer]))
         ]
-        self._normalizing = [(module, name) for module, name, _ in self._sound if _is_norm(module)]
+        self._normalizing = [(module, name) for module, name, _ in self._finite if _is_norm(module)]
         self._trainer = trainer
         self._module = pl_module
         self.rescan()
@@ -61,70 +61,71 @@ class SideEffects:
             for name, value in vars(module).items()
             if name not in _INTERNAL and _is_hidden(value)
         ]
-        self.keep()
+        self.save()
 
     def rescan(self) -> None:
-        """Find what there is to keep: there may be other submodules by now."""
+        """Lists the submodules anew, as there may be others by now."""
         self.buffers.rescan()
         self._modules = list(self._module.modules())
         self._metrics = [module for module in self._modules if isinstance(module, Metric)]
         self._children = self._find_children()
 
-    def keep(self, *, within_step: bool = False) -> None:
-        """Remember the state from before the forward passes of a step.
+    def save(self, *, within_step: bool = False) -> None:
+        """Saves the state ahead of the forward passes of a step.
 
         Args:
-            within_step: Whether it is remembered anew between the turns of two optimizers.
+            within_step: True between the steps of two optimizers on the same batch.
         """
         if self._find_children() != self._children:
             self.rescan()
         self.buffers.refresh(within_step=within_step)
-        self.marks = self._mark()
+        self.forward_state = self._forward_state()
 
-    def spoiled(self) -> Tensor | None:
-        """Whether a forward pass has left nonfinite running statistics of normalization.
+    def nonfinite_statistics(self) -> Tensor | None:
+        """Scans running statistics of normalization for nonfinite values, without a host synchronization.
 
-        Returns a flag of shape `()` that nobody has waited for; `None` if there are none to look at.
+        Returns:
+            A flag of shape `()`; `None` if there are no statistics.
         """
         statistics = [b for module, name in self._normalizing if (b := module._buffers.get(name)) is not None]
         return any_nonfinite(statistics) if statistics else None
 
-    def sound_buffers(self) -> Iterator[Tensor]:
+    def finite_at_start(self) -> Iterator[Tensor]:
         """Buffers that were finite when training began, as far as they are still the same tensors.
 
-        A mask of `-inf` is none of them, nor is one that is made when the first batch comes. Statistics of
-        normalization are, also where averaging has put others in their place.
+        A mask of `-inf` is not among them, nor is a buffer that the first batch creates. Statistics of
+        normalization are, also where weight averaging has replaced them.
         """
-        for module, name, buffer in self._sound:
+        for module, name, buffer in self._finite:
             now = module._buffers.get(name)
             if now is not None and (now is buffer or _is_norm(module)):
                 yield now
 
-    def accept(self) -> None:
-        """The step takes place: averages may take it in."""
+    def commit(self) -> None:
+        """The step takes place: weight averages may include it."""
         lightning_api.resume_weight_averages(self._trainer)
 
-    def undo(self) -> None:
-        """The step does not take place: put everything back as `keep` found it."""
+    def restore(self) -> None:
+        """The step does not take place: restores everything to the last `save`."""
         self.buffers.restore()
-        self.undo_marks(self.marks)
+        self.restore_forward_state(self.forward_state)
 
-    def undo_marks(self, marks: ForwardState) -> None:
-        """Put back what is no buffer, and keep the running batch out of weight averages."""
+    def restore_forward_state(self, saved: ForwardState) -> None:
+        """Restores what is not a buffer, and excludes the running batch from weight averages."""
         for metric in self._all_metrics():
-            state = marks.metrics.get(id(metric))
-            if state is None or marks.epoch != self._trainer.current_epoch:
+            state = saved.metrics.get(id(metric))
+            if state is None or saved.epoch != self._trainer.current_epoch:
                 metric.reset()
             else:
-                _put_back(metric, state)
-        for module, name, value in marks.hidden:
+                _restore_metric(metric, state)
+        for module, name, value in saved.hidden:
             setattr(module, name, value)
         lightning_api.pause_weight_averages(self._trainer)
 
-    def _mark(self) -> ForwardState:
+    def _forward_state(self) -> ForwardState:
         return ForwardState(
             epoch=self._trainer.current_epoch,
-            metrics={id(metric): _state(metric) for metric in self._all_metrics()},
+            metrics={id(metric): _metric_state(metric) for metric in self._all_metrics()},
             hidden=[
                 (module, name, value)
                 for module, name in self._carriers
@@ -150,7 +151,7 @@ def _is_hidden(value: Any) -> bool:
     return bool(value) and all(part is None or isinstance(part, Tensor) for part in value)
 
 
-def _state(metric: Metric) -> dict[str, Any]:
+def _metric_state(metric: Metric) -> dict[str, Any]:
     states = {
         name: value.clone() if isinstance(value, Tensor) else list(value)
         for name, value in metric.metric_state.items()
@@ -163,9 +164,9 @@ def _state(metric: Metric) -> dict[str, Any]:
     }
 
 
-def _put_back(metric: Metric, state: dict[str, Any]) -> None:
+def _restore_metric(metric: Metric, state: dict[str, Any]) -> None:
     if state["count"] == 0:
-        metric.reset()  # Lightning leaves out a mean that was reset, and warns of one without a value
+        metric.reset()  # Lightning omits a mean that was reset, and warns of one without a value
         return
     for name, value in state["states"].items():
         setattr(metric, name, value.clone() if isinstance(value, Tensor) else list(value))

@@ -1,4 +1,4 @@
-"""What of a Trainer goes into a snapshot, and back."""
+"""The part of a Trainer's state that goes into a snapshot, and its restoration."""
 
 from __future__ import annotations
 
@@ -9,36 +9,37 @@ from typing import Any
 import pytorch_lightning as pl
 from torch import Tensor, nn
 
-from lightning_gradguard.core.forensics import out_of_range_elements
 from lightning_gradguard.core.snapshots import Snapshot, any_nonfinite, rng_state, set_rng_state
 from lightning_gradguard.runtime import lightning_api
-from lightning_gradguard.runtime.rollback.side_effects import ForwardState, SideEffects
+from lightning_gradguard.runtime.steps.side_effects import ForwardState, SideEffects
 
 
 @dataclass(frozen=True)
 class TrainerState:
-    """What goes back with the weights, besides tensors.
+    """State of a Trainer that is restored along with the weights.
 
     Args:
         step: `trainer.global_step` at the time.
-        callbacks: State of every callback that offers `snapshot_state_dict`, by position.
-        rng: Random number generators, or `None` if they stay.
+        callbacks: State of every callback that has `snapshot_state_dict`, by position.
+        rng: Random number generators, or `None` if they are not restored.
         schedules: State of every learning rate scheduler with its optimizers' hyperparameters, or `None`
-            if they stay.
-        marks: Metrics, epoch means and hidden states.
-        average_counts: How many models each average has taken in.
+            if they are not restored.
+        forward: Metrics, epoch means and hidden states.
+        average_counts: Number of models in each weight average.
     """
 
     step: int
     callbacks: dict[int, Any]
     rng: dict[str, Any] | None
     schedules: list[Any] | None
-    marks: ForwardState
+    forward: ForwardState
     average_counts: list[Tensor]
 
     @classmethod
-    def of(cls, trainer: pl.Trainer, traces: SideEffects, *, rng: bool, schedules: bool) -> TrainerState:
-        """Those of the Trainer as it is now, and the marks as they were at the start of the step."""
+    def of(
+        cls, trainer: pl.Trainer, side_effects: SideEffects, *, rng: bool, schedules: bool
+    ) -> TrainerState:
+        """The present state of the Trainer; metrics are those from the start of the step."""
         return cls(
             step=trainer.global_step,
             callbacks={
@@ -48,12 +49,12 @@ class TrainerState:
             },
             rng=rng_state() if rng else None,
             schedules=_schedules(trainer) if schedules else None,
-            marks=traces.marks,
+            forward=side_effects.forward_state,
             average_counts=[count.clone() for count in lightning_api.average_counts(trainer)],
         )
 
-    def restore(self, trainer: pl.Trainer, traces: SideEffects) -> None:
-        """Put them back."""
+    def restore(self, trainer: pl.Trainer, side_effects: SideEffects) -> None:
+        """Restores the state."""
         for index, state in self.callbacks.items():
             trainer.callbacks[index].load_snapshot_state_dict(state)  # type: ignore[attr-defined]
         for index, count in enumerate(lightning_api.average_counts(trainer)):
@@ -61,11 +62,11 @@ class TrainerState:
                 count.copy_(self.average_counts[index])
             else:
                 count.zero_()  # the average has begun since
-        traces.undo_marks(self.marks)
+        side_effects.restore_forward_state(self.forward)
         self.rewind(trainer)
 
     def rewind(self, trainer: pl.Trainer) -> None:
-        """Put back, where that was asked for, what moves on without a step: random numbers and schedules."""
+        """Restores generators and schedules, which advance without a step, where that was asked for."""
         if self.rng is not None:
             set_rng_state(self.rng)
         if self.schedules is not None:
@@ -75,51 +76,45 @@ class TrainerState:
 def capture(
     trainer: pl.Trainer,
     snapshot: Snapshot,
-    companions: TrainerState,
-    traces: SideEffects,
+    state: TrainerState,
+    side_effects: SideEffects,
     *,
     stepped: bool = True,
 ) -> None:
-    """Write the Trainer's state into a snapshot.
+    """Copies the Trainer's state into a snapshot.
 
     Args:
         trainer: The Trainer that runs.
-        snapshot: Is overwritten.
-        companions: From the same moment.
-        traces: Hold buffers and frozen weights as they were at the start of the step: the forward pass writes
-            them, and does not wait for a snapshot that is still being copied.
-        stepped: Whether what the optimizers write is part of it.
+        snapshot: Overwritten.
+        state: From the same moment.
+        side_effects: Hold buffers and frozen weights from the start of the step: the forward pass may write
+            them while a snapshot is still being copied.
+        stepped: True if what the optimizers write is part of it.
     """
-    buffers = traces.buffers
+    buffers = side_effects.buffers
     written, saved = buffers.written(), buffers.saved()
     snapshot.capture(_modules(trainer), trainer.optimizers, written, saved, stepped=stepped)
-    snapshot.companions = companions
+    snapshot.extra_state = state
 
 
-def restore(trainer: pl.Trainer, snapshot: Snapshot, traces: SideEffects) -> TrainerState:
-    """Put a snapshot back and let go of all gradients; returns what went back with it."""
-    companions: TrainerState = snapshot.companions
+def restore(trainer: pl.Trainer, snapshot: Snapshot, side_effects: SideEffects) -> TrainerState:
+    """Restores a snapshot and drops all gradients; returns the state that was restored with it."""
+    state: TrainerState = snapshot.extra_state
     snapshot.restore(_modules(trainer), trainer.optimizers)
-    companions.restore(trainer, traces)
+    state.restore(trainer, side_effects)
     for parameter in trainer.lightning_module.parameters():
         parameter.grad = None
-    return companions
-
-
-def out_of_range(trainer: pl.Trainer, snapshot: Snapshot) -> dict[str, int]:
-    """Tensors that are absurd beside a snapshot; see `core.forensics.out_of_range_elements`."""
-    named = trainer.lightning_module.named_parameters()
-    return out_of_range_elements(snapshot.compare(named, trainer.optimizers))
+    return state
 
 
 def count_trained(trainer: pl.Trainer) -> int:
-    """Number of parameters that the optimizers write."""
+    """Number of parameters in the optimizers' groups."""
     groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
     return sum(len(group["params"]) for group in groups)
 
 
-def state_is_nonfinite(trainer: pl.Trainer, traces: SideEffects) -> Tensor:
-    """Whether weights, averages, buffers that began finite, or optimizer state are nonfinite.
+def state_is_nonfinite(trainer: pl.Trainer, side_effects: SideEffects) -> Tensor:
+    """Scans weights, averages, buffers that began finite, and optimizer state for nonfinite values.
 
     Returns:
         A flag on the device. Optimizer state may hold squares, and so has a bound of its own.
@@ -131,7 +126,7 @@ def state_is_nonfinite(trainer: pl.Trainer, traces: SideEffects) -> Tensor:
     ]
     states = [s for optimizer in trainer.optimizers for s in optimizer.state.values()]
     own = [value for state in states for value in state.values() if isinstance(value, Tensor)]
-    others = [*averages, *traces.buffers.written(), *traces.sound_buffers()]
+    others = [*averages, *side_effects.buffers.written(), *side_effects.finite_at_start()]
     return any_nonfinite([*weights, *others], squares=own)
 
 
@@ -140,7 +135,7 @@ def _modules(trainer: pl.Trainer) -> list[nn.Module]:
 
 
 def _by_epoch(trainer: pl.Trainer) -> list[bool]:
-    """Which schedules move with epochs: these are not gone back."""
+    """True for schedules that advance once an epoch, which are not restored."""
     automatic = trainer.lightning_module.automatic_optimization
     return [automatic and config.interval == "epoch" for config in trainer.lr_scheduler_configs]
 

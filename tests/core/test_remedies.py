@@ -1,4 +1,4 @@
-"""Every incident of the suite has a remedy."""
+"""Every kind of incident has advice."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ def test_every_kind_has_advice(kind: str) -> None:
         ("exploding_gradient", ["clip", "learning rate", "orthogonal", "max-norm", "truncated BPTT"]),
     ],
 )
-def test_the_remedies_of_the_field_are_named(kind: str, remedies: list[str]) -> None:
+def test_advice_names_the_standard_remedies(kind: str, remedies: list[str]) -> None:
     text = advice(kind, ["rnn.weight_hh_l0"])
     assert all(remedy in text for remedy in remedies)
     assert "rnn.weight_hh_l0" in text
 
 
-def test_a_kind_of_ones_own_has_none() -> None:
+def test_unknown_kind_has_no_advice() -> None:
     assert advice("coffee_machine_empty") == ""

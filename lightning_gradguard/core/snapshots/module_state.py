@@ -1,0 +1,83 @@
+"""Preservation of everything that a forward pass may change in a module."""
+
+from __future__ import annotations
+
+import copy
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_gradguard.core.snapshots.buffers import BufferCopies
+from lightning_gradguard.core.snapshots.rng import rng_state, set_rng_state
+
+_INTERNAL = frozenset(nn.Module().__dict__)
+
+
+@contextmanager
+def preserve_state(module: nn.Module) -> Iterator[None]:
+    """Restores on exit the buffers, random numbers, training modes and plain attributes of a module.
+
+    Weights and their `.grad` are not included: a forward pass does not write them.
+
+    Args:
+        module: The network.
+
+    Example:
+        >>> network = nn.Sequential(nn.Dropout(), nn.BatchNorm1d(2))
+        >>> state = torch.get_rng_state()
+        >>> with preserve_state(network):
+        ...     _ = network(torch.ones(4, 2))
+        >>> network[1].num_batches_tracked, torch.equal(state, torch.get_rng_state())
+        (tensor(0), True)
+    """
+    buffers = BufferCopies(module)
+    random_numbers = rng_state()
+    attributes = [(m, {k: _copied(v) for k, v in _attributes(m).items()}) for m in module.modules()]
+    modes = [(m, m.training) for m in module.modules()]
+    try:
+        yield
+    finally:
+        buffers.restore()
+        set_rng_state(random_numbers)
+        for owner, saved in attributes:
+            for key in _attributes(owner).keys() - saved.keys():
+                del owner.__dict__[key]
+            for key, (original, content) in saved.items():
+                owner.__dict__[key] = _restored(original, content)
+        for owner, mode in modes:
+            owner.training = mode
+
+
+def _attributes(module: nn.Module) -> dict[str, Any]:
+    """Returns plain attributes of a module, such as the states of a metric or a list of outputs."""
+    types = (Tensor, list, dict, set, deque, int, float, bool, str, type(None))
+    return {
+        key: value
+        for key, value in module.__dict__.items()
+        if key not in _INTERNAL and isinstance(value, types)
+    }
+
+
+def _copied(value: Any) -> tuple[Any, Any]:
+    content = value.detach().clone() if isinstance(value, Tensor) else copy.copy(value)
+    return value, content
+
+
+def _restored(original: Any, content: Any) -> Any:
+    """Returns the original object with the copied content."""
+    if isinstance(original, Tensor):
+        with torch.no_grad():
+            original.copy_(content)
+    elif isinstance(original, list):
+        original[:] = content
+    elif isinstance(original, (dict, set)):
+        original.clear()
+        original.update(content)
+    elif isinstance(original, deque):
+        original.clear()
+        original.extend(content)
+    return original

@@ -1,0 +1,356 @@
+"""The cause of the first nonfinite value of a batch is named."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lightning_gradguard.core.forensics import investigate, out_of_range_elements
+from lightning_gradguard.core.snapshots import rng_state, set_rng_state
+from tests.core.forensics.cases import examine, inputs, network, summary
+
+NAN, INF = math.nan, math.inf
+
+
+@pytest.mark.parametrize("value", [NAN, INF, -INF])
+@pytest.mark.parametrize(
+    ("wrap", "name"),
+    [
+        (lambda x: x, "batch"),
+        (lambda x: [x, torch.zeros(6, dtype=torch.long)], "batch[0]"),
+        (lambda x: {"image": x, "label": 3}, "batch['image']"),
+        (lambda x: ("text", {"more": [torch.ones(1), x]}), "batch[1]['more'][1]"),
+    ],
+)
+def test_nonfinite_inputs_are_named_by_their_path_in_the_batch(
+    value: float, wrap: Callable[[Tensor], Any], name: str
+) -> None:
+    x, net = inputs(value), network()
+    origin = examine(net, lambda: net(x).square().mean(), wrap(x))
+    assert (origin.cause, origin.where) == ("bad_input", (name,))
+
+
+def test_nonfinite_inputs_are_found_through_views() -> None:
+    x, net = inputs(NAN), network()
+    origin = examine(net, lambda: net(x.view(2, 3, 4)[:, 1:].flatten(0, 1)).mean(), (x,))
+    assert (origin.cause, origin.where) == ("bad_input", ("batch[0]",))
+
+
+def test_unread_nonfinite_part_of_the_batch_is_not_blamed() -> None:
+    x, unread, net = inputs(), inputs(NAN), network()
+    origin = examine(net, lambda: net(x).mean().sub(net(x).mean()).log().sum(), (unread, x))
+    assert summary(origin)[0] == "loss"
+    assert origin.operation == "aten::log"
+
+
+def test_huge_inputs_are_bad_input() -> None:
+    x, net = inputs(3e30), network()
+    origin = examine(net, lambda: net(x).square().mean(), (x,))
+    assert (origin.cause, origin.where) == ("bad_input", ("batch[0]",))
+    assert "3e+30" in origin.detail
+
+
+def test_harmless_huge_inputs_are_not_blamed() -> None:
+    x, time, net = inputs(), torch.full((6,), 1.7e9), network()
+    origin = examine(net, lambda: net(x).relu().mul(0.0).log().mean(), (x, time))
+    assert summary(origin) == ("loss", "forward", "", "aten::log")
+
+
+def test_logarithm_of_zero_in_the_loss() -> None:
+    x, net = inputs(), network()
+    origin = examine(net, lambda: net(x).relu().mul(0.0).log().mean(), (x,))
+    assert summary(origin) == ("loss", "forward", "", "aten::log")
+    assert (origin.low, origin.high, origin.dtype) == (0.0, 0.0, "float32")
+    assert "aten::log" in origin.detail
+
+
+def test_division_by_zero_within_a_module_names_the_module() -> None:
+    class Normalize(nn.Module):
+        def forward(self, x: Tensor) -> Any:
+            return x / (x - x).sum(1, keepdim=True)
+
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 8), nn.Sequential(Normalize()), nn.Linear(8, 1))
+    x = inputs()
+    origin = examine(net, lambda: net(x).mean(), (x,))
+    assert summary(origin) == ("forward_pass", "forward", "1.0", "aten::div")
+    assert origin.where == ("1.0",)
+
+
+def test_loss_module_is_the_loss() -> None:
+    class Loss(nn.MSELoss):
+        def forward(self, input: Tensor, target: Tensor) -> Any:
+            return super().forward(input, target) / target.sum()
+
+    torch.manual_seed(0)
+    net = nn.ModuleDict({"body": nn.Linear(4, 1), "loss": Loss()})
+    x, y = inputs(), torch.zeros(6, 1)
+    origin = examine(net, lambda: net["loss"](net["body"](x), y), (x, y))
+    assert summary(origin) == ("loss", "forward", "loss", "aten::div")
+
+
+def test_square_root_at_zero_is_in_the_backward_pass() -> None:
+    class Root(nn.Module):
+        def forward(self, x: Tensor) -> Any:
+            return (x * x.gt(0)).sqrt()
+
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 8), Root(), nn.Linear(8, 1))
+    x = inputs()
+    assert bool(net(x).isfinite().all())
+    origin = examine(net, lambda: net(x).mean(), (x,))
+    assert (origin.cause, origin.phase, origin.module) == ("backward_pass", "backward", "1")
+    assert "SqrtBackward" in origin.operation
+    assert origin.where == ("1",)
+
+
+def test_norm_at_zero_under_where_is_in_the_backward_pass() -> None:
+    class Unit(nn.Module):
+        def forward(self, x: Tensor) -> Any:
+            length = x.square().sum(1, keepdim=True).sqrt()
+            return torch.where(length > 0, x / length, torch.zeros_like(x))
+
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 8, bias=False), Unit(), nn.Linear(8, 1))
+    x = inputs()
+    x[2] = 0
+    assert bool(net(x).isfinite().all())
+    origin = examine(net, lambda: net(x).mean(), (x,))
+    assert (origin.cause, origin.phase, origin.module) == ("backward_pass", "backward", "1")
+
+
+def test_mean_over_no_labels_is_the_loss() -> None:
+    x, y, net = inputs(), torch.full((6,), -100), network()
+    origin = examine(net, lambda: F.cross_entropy(net(x), y), (x, y))
+    assert summary(origin) == ("loss", "forward", "", "aten::nll_loss_forward")
+    within = nn.ModuleDict({"net": net, "loss": nn.CrossEntropyLoss()})
+    origin = examine(within, lambda: within["loss"](within["net"](x), y), (x, y))
+    assert summary(origin) == ("loss", "forward", "loss", "aten::nll_loss_forward")
+
+
+class Attention(nn.Module):
+    """One head; the mask is filled with `-inf`, as usual."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.project = nn.Linear(4, 12)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Any:
+        q, k, v = self.project(x).chunk(3, dim=-1)
+        scores = (q @ k.transpose(-1, -2)).masked_fill(~mask, -INF)
+        return scores.softmax(-1) @ v
+
+
+def test_fully_masked_attention_row_names_softmax() -> None:
+    torch.manual_seed(0)
+    net = nn.ModuleDict({"attention": Attention(), "head": nn.Linear(4, 1)})
+    x, mask = torch.randn(2, 5, 4), torch.ones(2, 5, 5).tril().bool()
+    mask[1, 3] = False
+    origin = examine(net, lambda: net["head"](net["attention"](x, mask)).mean(), (x, mask))
+    assert summary(origin) == ("forward_pass", "forward", "attention", "aten::_softmax")
+
+
+@pytest.mark.parametrize("kind", ["fill", "buffer", "batch"])
+def test_harmless_mask_is_not_blamed(kind: str) -> None:
+    class Masked(Attention):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("mask", torch.full((5, 5), -INF).triu(1))
+
+        def forward(self, x: Tensor, mask: Tensor) -> Any:
+            if kind == "fill":
+                return super().forward(x, mask)
+            q, k, v = self.project(x).chunk(3, dim=-1)
+            added = self.get_buffer("mask") if kind == "buffer" else bias
+            return (q @ k.transpose(-1, -2) + added).softmax(-1) @ v
+
+    torch.manual_seed(0)
+    net = nn.ModuleDict({"attention": Masked(), "head": nn.Linear(4, 1)})
+    x, mask = torch.randn(2, 5, 4), torch.ones(5, 5).tril().bool()
+    bias = torch.full((5, 5), -INF).triu(1)
+
+    def loss() -> Any:
+        return net["head"](net["attention"](x, mask)).mean()
+
+    assert examine(net, loss, (x, mask, bias)).cause == "transient"
+    origin = examine(net, lambda: (loss() * 0).log(), (x, mask, bias))
+    assert summary(origin) == ("loss", "forward", "", "aten::log")
+
+
+def test_half_precision_overflow_names_layer_and_dtype() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8), nn.Linear(8, 1))
+    nn.init.constant_(net[2].weight, 3e4)  # type: ignore[arg-type]
+    x = inputs()
+
+    def loss() -> Any:
+        with torch.autocast("cpu", torch.float16):
+            return net(x).mean()
+
+    assert examine(net, lambda: net(x).mean(), (x,)).cause == "transient"
+    origin = examine(net, loss, (x,))
+    assert (origin.cause, origin.phase, origin.module) == ("forward_pass", "forward", "2")
+    assert origin.dtype == "float16"
+    assert origin.high is not None
+    assert origin.high >= 2.9e4
+
+
+def test_loss_scale_overflow_is_in_the_backward_pass() -> None:
+    net, x = network(), inputs()
+
+    def loss() -> Any:
+        with torch.autocast("cpu", torch.float16):
+            return net(x).float().square().mean()
+
+    assert examine(net, loss, (x,)).cause == "transient"
+    origin = examine(net, loss, (x,), scale=2.0**30)
+    assert (origin.cause, origin.phase, origin.dtype) == ("backward_pass", "backward", "float16")
+
+
+def test_nan_in_a_weight_names_the_weight() -> None:
+    net, x = network(), inputs()
+    with torch.no_grad():
+        net[2].weight[1, 5] = NAN  # type: ignore[operator]
+    origin = examine(net, lambda: net(x).square().mean(), (x,))
+    assert (origin.cause, origin.where) == ("corrupted_weights", ("2.weight",))
+
+
+def test_nan_in_a_bias_names_the_bias() -> None:
+    net, x = network(), inputs()
+    with torch.no_grad():
+        net[0].bias[3] = NAN  # type: ignore[operator]
+    origin = examine(net, lambda: net(x).square().mean(), (x,))
+    assert (origin.cause, origin.where) == ("corrupted_weights", ("0.bias",))
+
+
+def test_nonfinite_running_statistic_is_named_if_it_is_used() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 1))
+    buffers = dict(net.named_buffers())
+    buffers["1.running_var"][2] = NAN
+    x = inputs()
+    assert examine(net, lambda: net(x).mean(), (x,)).cause == "transient"  # training mode does not read it
+    net[1].eval()
+    origin = examine(net, lambda: net(x).mean(), (x,))
+    assert (origin.cause, origin.where) == ("corrupted_weights", ("1.running_var",))
+    assert not net[1].training
+
+
+def test_one_element_out_of_range_is_corruption() -> None:
+    net, x = network(), inputs()
+    before = {name: p.detach().clone() for name, p in net.named_parameters()}
+    with torch.no_grad():
+        net[0].weight[1, 2] = 1e30  # type: ignore[operator]
+    out_of_range = out_of_range_elements((name, p, before[name]) for name, p in net.named_parameters())
+    assert out_of_range == {"0.weight": 1}
+    origin = examine(net, lambda: net(x).square().mean(), (x,), out_of_range)
+    assert (origin.cause, origin.where) == ("corrupted_weights", ("0.weight",))
+
+
+def test_many_elements_out_of_range_are_an_update_too_large() -> None:
+    net, x = network(), inputs()
+    before = {name: p.detach().clone() for name, p in net.named_parameters()}
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.mul_(1e20)
+    out_of_range = out_of_range_elements((name, p, before[name]) for name, p in net.named_parameters())
+    assert set(out_of_range) == {"0.weight", "0.bias", "2.weight", "2.bias"}
+    origin = examine(net, lambda: net(x).square().mean(), (x,), out_of_range)
+    assert origin.cause == "update_too_large"
+    assert origin.where[0] == "0.weight"  # the most elements
+    assert set(origin.where) == set(out_of_range)
+
+
+def test_bad_input_is_not_blamed_on_the_weights() -> None:
+    net, x = network(), inputs(NAN)
+    origin = examine(net, lambda: net(x).square().mean(), (x,), {"0.weight": 3})
+    assert (origin.cause, origin.where) == ("bad_input", ("batch[0]",))
+
+
+def test_finite_second_run_is_transient() -> None:
+    net, x = network(), inputs()
+    origin = examine(net, lambda: net(x).square().mean(), (x,))
+    assert summary(origin) == ("transient", "", "", "")
+    # finite numbers blame no weight
+    assert examine(net, lambda: net(x).square().mean(), (x,), {"0.weight": 1}).cause == "transient"
+
+
+def test_norm_beyond_float32_is_in_the_backward_pass() -> None:
+    net, x = network(), inputs()
+    origin = examine(net, lambda: net(x).sum(), (x,), scale=3e38)
+    assert (origin.cause, origin.phase) == ("backward_pass", "backward")
+
+
+def test_nonfinite_weight_called_batch_is_no_part_of_the_batch() -> None:
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.batch_norm = nn.BatchNorm1d(4)
+            with torch.no_grad():
+                self.batch_norm.weight[0] = math.nan
+
+        def forward(self, x: Tensor) -> Any:
+            return self.batch_norm(x)
+
+    x, net = inputs(), Named()
+    origin = examine(net, lambda: net(x).mean(), (x,))
+    assert (origin.cause, origin.where) == ("corrupted_weights", ("batch_norm.weight",))
+
+
+@pytest.mark.parametrize("value", [None, NAN])
+def test_investigate_changes_nothing(value: float | None) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, 1))
+    x = inputs(value)
+    for parameter in net.parameters():
+        parameter.grad = torch.full_like(parameter, 7.0)
+    before = {name: tensor.clone() for name, tensor in net.state_dict(keep_vars=False).items()}
+    rng = torch.get_rng_state()
+    origin = examine(net, lambda: net(x).mean(), (x,))
+    assert origin.cause == ("transient" if value is None else "bad_input")
+    assert torch.equal(rng, torch.get_rng_state())
+    for name, tensor in net.state_dict().items():
+        assert torch.equal(before[name], tensor), name
+    assert all(bool((p.grad == 7).all()) for p in net.parameters() if p.grad is not None)
+    assert all(p.grad is not None for p in net.parameters())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in net.modules())
+
+
+def test_investigate_changes_nothing_on_an_error() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 1))
+    before = [b.clone() for b in net.buffers()]
+
+    def run() -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+        net(inputs())
+        raise RuntimeError("the step itself is broken")
+
+    with pytest.raises(RuntimeError, match="the step itself is broken"):
+        investigate(net, run, None)
+    assert all(map(torch.equal, before, net.buffers()))
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in net.modules())
+    assert examine(net, lambda: net(inputs()).mean()).cause == "transient"
+
+
+def test_second_run_with_the_same_random_numbers_has_the_same_origin() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Dropout(0.5), nn.Linear(4, 1))
+    x = torch.ones(1, 4)
+    for seed in range(20):
+        torch.manual_seed(seed)
+        first_state = rng_state()
+        is_nonfinite = not bool(net(x).sub(net[1](x * 2)).abs().log().isfinite())
+
+        def loss() -> Any:
+            set_rng_state(first_state)  # noqa: B023
+            return net(x).sub(net[1](x * 2)).abs().log().sum()
+
+        torch.manual_seed(1000)
+        # all four inputs were kept: the difference is zero
+        assert (examine(net, loss, (x,)).cause != "transient") == is_nonfinite

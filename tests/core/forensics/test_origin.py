@@ -1,0 +1,40 @@
+"""Elements out of range are counted by comparison with a healthy state."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from lightning_gradguard.core.forensics import out_of_range_elements
+
+NAN, INF = math.nan, math.inf
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_infinity_is_out_of_range_in_any_precision(dtype: torch.dtype) -> None:
+    nonfinite = torch.tensor([1.0, INF], dtype=dtype)
+    assert out_of_range_elements([("momentum", nonfinite, torch.tensor(1e33))]) == {"momentum": 1}
+
+
+@pytest.mark.parametrize(
+    ("now", "before", "expected"),
+    [
+        ([0.9, -0.9], [0.1, 0.01], {}),
+        ([1.1, 0.0], [0.1, 0.1], {"w": 1}),
+        ([0.9, 0.0], [0.0, 0.0], {}),  # a bias starts at zero
+        ([NAN, INF], [0.1, 0.1], {"w": 2}),
+        ([-INF, 29.0], [3.0, 1.0], {"w": 1}),
+        ([31.0, -31.0], [-3.0, 1.0], {"w": 2}),
+        ([], [], {}),
+    ],
+)
+def test_out_of_range_elements_of_known_tensors(
+    now: list[float], before: list[float], expected: dict[str, int]
+) -> None:
+    assert out_of_range_elements([("w", torch.tensor(now), torch.tensor(before))]) == expected
+
+
+def test_integers_are_never_out_of_range() -> None:
+    assert out_of_range_elements([("step", torch.tensor([10_000]), torch.tensor([1]))]) == {}

@@ -1,0 +1,92 @@
+"""Networks that cannot train are distinguished from those that can."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_gradguard.core.initialization import check
+from tests.core.initialization.networks import (
+    Recurrent,
+    Residual,
+    convolutions,
+    fails,
+    he,
+    loss_of,
+    mlp,
+    planted,
+)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: mlp(initialize=he),
+        lambda: mlp(3),
+        lambda: nn.Sequential(*[Residual() for _ in range(6)], nn.LayerNorm(64), nn.Linear(64, 10)),
+        convolutions,
+        lambda: Recurrent(nn.RNN),
+        lambda: Recurrent(nn.LSTM),
+    ],
+    ids=["he", "shallow", "residual", "convolutions", "orthogonal rnn", "lstm"],
+)
+def test_healthy_networks_pass(make: Callable[[], nn.Module]) -> None:
+    torch.manual_seed(0)
+    assert fails(make()) == []
+
+
+@pytest.mark.parametrize(
+    ("make", "criterion", "module"),
+    [
+        (lambda: mlp(20, nn.Sigmoid), "gradient_gain", ""),
+        (lambda: mlp(initialize=lambda w: nn.init.normal_(w, 0, 0.8)), "gradient_gain", ""),
+        (lambda: planted(mlp(4, initialize=he), lambda n: n[4].weight.fill_(0.1)), "symmetric_units", "4"),
+        (
+            lambda: planted(mlp(4, initialize=he), lambda n: n[4].weight[3].copy_(n[4].weight[7])),
+            "symmetric_units",
+            "4",
+        ),
+        (lambda: planted(mlp(4, initialize=he), lambda n: n[2].weight.zero_()), "zero_weights", "2"),
+        (lambda: planted(mlp(4, initialize=he), lambda n: n[2].bias.fill_(-100)), "dead_units", "2"),
+        (
+            lambda: planted(mlp(4, nn.Tanh), lambda n: n[2].weight.mul_(1000)),
+            "saturated_units",
+            "2",
+        ),
+        (
+            lambda: planted(mlp(4, initialize=he), lambda n: n[6].weight[0, 0].fill_(math.nan)),
+            "nonfinite_weights",
+            "6",
+        ),
+    ],
+)
+def test_planted_defects_are_found_in_their_modules(
+    make: Callable[[], nn.Sequential], criterion: str, module: str
+) -> None:
+    assert (criterion, module) in [(f.criterion, f.module) for f in fails(make())]
+
+
+def test_explosion_is_a_warning_for_a_scale_free_optimizer() -> None:
+    network = mlp(initialize=lambda w: nn.init.normal_(w, 0, 0.8))
+    findings, _ = check(network, loss_of(network), scale_free=True)
+    assert [f.severity for f in findings if f.criterion == "gradient_gain"] == ["warn"]
+    assert "Adam may" in findings[0].expected
+
+
+def test_zero_head_and_zero_residual_branches_pass() -> None:
+    network: Any = nn.Sequential(*[Residual() for _ in range(3)], nn.Linear(64, 10))
+    for block in network[:3]:
+        nn.init.zeros_(block.down.weight)
+    nn.init.zeros_(network[3].weight)
+    assert fails(network) == []
+
+
+def test_loss_above_guessing_is_a_finding() -> None:
+    network = mlp(3, initialize=lambda w: nn.init.normal_(w, 0, 0.5))
+    criteria = [f.criterion for f in check(network, loss_of(network))[0]]
+    assert "loss_over_guessing" in criteria

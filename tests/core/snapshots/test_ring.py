@@ -1,0 +1,59 @@
+"""Snapshots are qualified by good steps, and their memory is recycled."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_gradguard.core.snapshots import SnapshotRing
+from tests.core.snapshots.training import OPTIMIZERS
+
+
+def test_ring_qualifies_rolls_back_further_and_recycles() -> None:
+    layer = nn.Linear(1, 1, bias=False)
+    ring = SnapshotRing(keep=2, good_steps=3)
+
+    def take(value: float, *, qualified: bool = False) -> None:
+        nn.init.constant_(layer.weight, value)
+        ring.capture(lambda snapshot: snapshot.capture([layer], []), qualified=qualified)
+
+    def roll_back() -> float:
+        ring.roll_back().restore([layer], [])
+        return layer.weight.item()
+
+    take(0.0, qualified=True)
+    take(1.0)
+    ring.good_step()
+    assert ring.is_pending
+    assert roll_back() == 0.0  # 1.0 is not qualified
+    take(2.0)
+    for _ in range(3):
+        ring.good_step()
+    assert not ring.is_pending
+    assert roll_back() == 2.0
+    assert roll_back() == 0.0  # again before another is qualified: one further back
+    assert roll_back() == 0.0
+    for value in (3.0, 4.0, 5.0):
+        take(value)
+        for _ in range(3):
+            ring.good_step()
+    assert len(ring) == 2
+    assert [roll_back(), roll_back()] == [5.0, 4.0]
+
+
+@pytest.mark.parametrize(("optimizer", "bytes_a_weight"), [("adam", 12), ("sgd", 8)])
+def test_snapshots_take_the_documented_memory(optimizer: str, bytes_a_weight: int) -> None:
+    net = nn.Linear(500, 400)
+    trained = OPTIMIZERS[optimizer](net.parameters())
+    net(torch.ones(1, 500)).sum().backward()
+    trained.step()
+    ring = SnapshotRing(keep=2)
+    for _ in range(10):
+        ring.capture(lambda snapshot: snapshot.capture([net], [trained]))
+        for _ in range(10):
+            ring.good_step()
+    snapshots = {id(s): s for s in (ring.newest(), ring.oldest(), *ring._free)}
+    assert len(snapshots) == 3
+    for snapshot in snapshots.values():
+        assert snapshot.n_bytes() == pytest.approx(bytes_a_weight * (500 * 400 + 400), rel=1e-3)
