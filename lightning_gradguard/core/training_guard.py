@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.optim import Optimizer
 
+from lightning_gradguard.core.arguments import fraction, whole_number
 from lightning_gradguard.core.backoff import Backoff, ScaledLearningRate
 from lightning_gradguard.core.clipping import ClippingPolicy, Scalar, ZScoreClipping
 from lightning_gradguard.core.incidents import IncidentKind, TrainingDivergedError
 from lightning_gradguard.core.norms import Gradients, Measurement, measure_gradients, scale_gradients_
-from lightning_gradguard.core.recovery import OUTCOMES, Decision, RecoveryPolicy
+from lightning_gradguard.core.recovery import Decision, RecoveryPolicy
 from lightning_gradguard.core.snapshots import BufferCopies, Snapshot, SnapshotRing, any_nonfinite
 
 
@@ -113,16 +114,10 @@ class TrainingGuard:
         snapshot_device: Literal["cpu", "same"] = "cpu",
         backoff: Backoff | None = None,
     ) -> None:
-        for name, value, least in (
-            ("patience", patience, 1),
-            ("max_rollbacks", max_rollbacks, 0),
-            ("snapshot_every_n_steps", snapshot_every_n_steps, 1),
-            ("keep_snapshots", keep_snapshots, 1),
-        ):
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ValueError(f"{name}={value!r} must be a whole number of at least {least}.")
-        if not 0 < max_skip_fraction <= 1:
-            raise ValueError(f"max_skip_fraction={max_skip_fraction!r} must be in (0, 1].")
+        whole_number("patience", patience)
+        whole_number("max_rollbacks", max_rollbacks, at_least=0)
+        whole_number("keep_snapshots", keep_snapshots)
+        fraction("max_skip_fraction", max_skip_fraction)
         if snapshot_device not in ("cpu", "same"):
             raise ValueError(f"snapshot_device={snapshot_device!r} must be 'cpu' or 'same'.")
         if policy is not None and not isinstance(policy, ClippingPolicy):
@@ -139,9 +134,7 @@ class TrainingGuard:
         if outside:
             raise ValueError(f"{len(outside)} parameters of the optimizer are not in `modules`.")
         self._optimizer = optimizer
-        self._max_rollbacks = max_rollbacks
-        self._max_skip_fraction = max_skip_fraction
-        self._snapshot_every_n_steps = snapshot_every_n_steps
+        self._snapshot_every_n_steps = whole_number("snapshot_every_n_steps", snapshot_every_n_steps)
         self.policy = ZScoreClipping() if policy is None else policy
         self.backoff = Backoff() if backoff is None else backoff
         self.recovery = RecoveryPolicy(patience, max_rollbacks, max_skip_fraction)
@@ -183,7 +176,7 @@ class TrainingGuard:
         measurement, where = self._read(loss, gradients)
         outcome = StepOutcome("stepped", measurement.loss, measurement.total_norm, where=where)
         decision: Decision
-        if measurement.is_sick:
+        if measurement.must_skip:
             outcome = replace(outcome, action="skipped", kind=_kind(measurement))
             decision = self._skip(measurement)
         else:
@@ -301,29 +294,23 @@ class TrainingGuard:
         self._optimizer.zero_grad()
         self._nonfinite_state = None
         self._good_steps = 0
-        extra_state = copy.deepcopy(snapshot.companions)
+        extra_state = copy.deepcopy(snapshot.extra_state)
         self.policy.load_state_dict(extra_state["policy"])
         self.recovery.load_detector_state(extra_state["detectors"])
         if not stops:
             self.recovery.on_rollback()
             self.backoff.reduce()
             return
-        reason = (
-            f"more than {self._max_skip_fraction:.0%} of the last {OUTCOMES} steps were skipped "
-            f"(max_skip_fraction={self._max_skip_fraction:g})"
-            if self.recovery.skips_too_often
-            else f"another rollback is due after {self.rollbacks} (max_rollbacks={self._max_rollbacks})"
-        )
         raise TrainingDivergedError(
-            f"Training was stopped: {reason}. Lower the learning rate, check the initialization and the "
-            "skipped batches. Weights are those of the newest qualified snapshot."
+            f"Training was stopped: {self.recovery.stop_reason}. Lower the learning rate, check the "
+            "initialization and the skipped batches. Weights are those of the newest qualified snapshot."
         )
 
     def _copy_state(self, snapshot: Snapshot) -> None:
         # the next forward pass writes buffers while the copy is still being made
         buffers = self._buffers
         snapshot.capture([self._module], [self._optimizer], buffers.written(), buffers.saved())
-        snapshot.companions = copy.deepcopy(
+        snapshot.extra_state = copy.deepcopy(
             {"policy": self.policy.state_dict(), "detectors": self.recovery.detector_state()}
         )
 

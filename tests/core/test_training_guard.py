@@ -263,7 +263,7 @@ def test_rollbacks_have_a_budget() -> None:
     loop.step(0, NAN)
     snapshot = loop.state()
     loop.step(0)
-    with pytest.raises(TrainingDivergedError, match=r"due after 2 \(max_rollbacks=2\)"):
+    with pytest.raises(TrainingDivergedError, match=r"after 2 rollbacks another .*\(max_rollbacks=2\)"):
         loop.step(0, NAN)
     assert is_same(loop.state(), snapshot)
     assert loop.guard.rollbacks == 2
