@@ -1,4 +1,4 @@
-"""A clipping policy of your own: clip what stands out from the running mean of logarithms of norms.
+"""A clipping policy of your own: clip norms whose logarithm stands out from a running mean.
 
 Run it as `python examples/custom_policy.py`. From YAML, the policy is named like any other class:
 
@@ -25,14 +25,14 @@ from lightning_gradguard import AdaptiveGradientClipping, ClippingPolicy, Gradie
 class LogNormClipping(ClippingPolicy):
     """Clips the total norm where its logarithm is more than `n_std` deviations above its running mean.
 
-    Norms vary by factors, so that their logarithms are what a mean and a deviation fit; the rule does not
-    depend on the scale of the loss. What is clipped counts no more than the bound, so that a spike hardly
-    moves what the next one is measured by. `coefficients` only looks; the history moves in `commit`, which
-    comes for a step that takes place, and not for one that is skipped.
+    Norms vary by factors, so that a mean and a deviation fit their logarithms, and the rule does not depend
+    on the scale of the loss. A norm that is clipped enters the history as the bound, so that a spike hardly
+    raises the bound of the next one. `coefficients` changes no history; `commit` does, and is called only if
+    the step is taken.
 
     Args:
-        n_std: Deviations that are allowed; positive.
-        decay: Of the running mean and variance, once there were enough norms; in [0, 1).
+        n_std: Deviations above the mean at which a norm is clipped; positive.
+        decay: Decay of the running mean and variance, once there are enough norms; in [0, 1).
         warmup_steps: Norms before any is clipped.
 
     Raises:
@@ -40,7 +40,7 @@ class LogNormClipping(ClippingPolicy):
 
     References:
         Chen and others, The Best of Both Worlds: Combining Recent Advances in Neural Machine Translation,
-        2018, arXiv:1804.09849, leaves such steps out; here they are clipped.
+        2018, arXiv:1804.09849. There such steps are skipped; here they are clipped.
     """
 
     def __init__(self, n_std: float = 4.0, decay: float = 0.97, warmup_steps: int = 10) -> None:
@@ -55,16 +55,16 @@ class LogNormClipping(ClippingPolicy):
         self._pending = self._history
 
     def coefficients(self, gradients: Gradients) -> Tensor:
-        """One coefficient for all; tensors throughout, so that a GPU is not waited for."""
+        """One coefficient for all, computed on the device without a host synchronization."""
         log_norm = gradients.total_norm.log()
         self._history = {name: value.to(log_norm.device) for name, value in self._history.items()}
         mean, variance, seen = self._history["mean"], self._history["variance"], self._history["seen"]
-        is_known = log_norm.isfinite()
+        is_finite = log_norm.isfinite()
         # a deviation of less than a tenth is noise of the estimate
         bound = mean + self.n_std * variance.sqrt().clamp(min=0.1)
         bound = torch.where(seen < self.warmup_steps, math.inf, bound)
         clipped = torch.minimum(log_norm, bound)
-        # the plain mean of all norms, until there are so many that the last ones count more
+        # a plain mean at first, an exponential one when there are enough norms
         rate = (1 / (seen + 1)).clamp(min=1 - self.decay)
         away = clipped - mean
         moved = {
@@ -72,9 +72,9 @@ class LogNormClipping(ClippingPolicy):
             "variance": (1 - rate) * (variance + rate * away.square()),
             "seen": seen + 1,
         }
-        self._pending = {k: torch.where(is_known, moved[k], old) for k, old in self._history.items()}
+        self._pending = {k: torch.where(is_finite, moved[k], old) for k, old in self._history.items()}
         self.threshold = bound.exp()
-        return torch.where(is_known, (clipped - log_norm).exp(), 1.0)
+        return torch.where(is_finite, (clipped - log_norm).exp(), 1.0)
 
     def commit(self) -> None:
         self._history = self._pending
@@ -99,13 +99,13 @@ class Classifier(pl.LightningModule):
 
 
 def batches(n: int, size: int = 32) -> list[tuple[Tensor, Tensor]]:
-    """Inputs, and which of their first four numbers is the largest."""
+    """Random inputs, labelled with the index of the largest of their first four numbers."""
     inputs = [torch.randn(size, 20) for _ in range(n)]
     return [(x, x[:, :4].argmax(1)) for x in inputs]
 
 
 def accuracy(callbacks: list[pl.Callback], max_steps: int) -> float:
-    """Train with one batch in 25 a hundred times too large, and wrongly labelled; test without."""
+    """Train with one batch in 25 a hundred times too large and mislabelled; test on clean data."""
     pl.seed_everything(0, verbose=False)
     data = [(100 * x, y.flip(0)) if i % 25 == 24 else (x, y) for i, (x, y) in enumerate(batches(max_steps))]
     ((inputs, target),) = batches(1, size=2000)

@@ -37,7 +37,7 @@ class Digits(pl.LightningDataModule):
 
 
 class DeepNetwork(pl.LightningModule):
-    """A plain network, too deep for the initialization that its layers come with.
+    """A plain network, too deep for PyTorch's default initialization.
 
     Args:
         depth: Hidden layers.
@@ -85,10 +85,10 @@ def main(max_steps: int = 600) -> tuple[float, float]:
         train(InitializationCheck(on_failure="raise"), max_steps)
     except InitializationError as error:
         print(error)
-    as_it_is = train(InitializationCheck(on_failure="warn"), max_steps)
-    cured = train(InitializationCheck(on_failure="repair"), max_steps)
-    print(f"accuracy on held-out digits: {as_it_is:.2f} as it is, {cured:.2f} once cured")
-    return as_it_is, cured
+    default = train(InitializationCheck(on_failure="warn"), max_steps)
+    repaired = train(InitializationCheck(on_failure="repair"), max_steps)
+    print(f"accuracy on held-out digits: {default:.2f} by default, {repaired:.2f} repaired")
+    return default, repaired
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""Fine-tuning with `exclude`: unit-wise clipping for the trained body, and none for the new head.
+"""Fine-tuning with `exclude`: unit-wise clipping for the trained body, none for the new head.
 
-A network that knows the digits 0 to 4 gets a fresh head, of zeros, for the digits 5 to 9. Unit-wise clipping
-measures a gradient by the weights that it moves, so that a head of zeros would hardly move: it is excluded by
-name. Run it as `python examples/fine_tuning.py`.
+A network trained on the digits 0 to 4 gets a new head, initialized to zero, for the digits 5 to 9. Unit-wise
+clipping bounds a gradient by the norm of its weights, so that a head of zeros would hardly train: it is
+excluded by name. Run it as `python examples/fine_tuning.py`.
 """
 
 import copy

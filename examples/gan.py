@@ -33,31 +33,31 @@ class GAN(pl.LightningModule):
         self.features = nn.Sequential(
             nn.Linear(64, 128), nn.LeakyReLU(0.2), nn.Linear(128, 128), nn.LeakyReLU(0.2)
         )
-        self.verdict = nn.Linear(128, 1)
+        self.head = nn.Linear(128, 1)
 
     def training_step(self, real: Tensor, batch_idx: int) -> None:
-        for_discriminator, for_generator = self.optimizers()  # type: ignore[attr-defined]
+        discriminator_optimizer, generator_optimizer = self.optimizers()  # type: ignore[attr-defined]
         noise = torch.randn(len(real), 32)
 
         with torch.no_grad():
             fake = self.generator(noise)
-        on_real, on_fake = self.verdict(self.features(real)), self.verdict(self.features(fake))
+        on_real, on_fake = self.head(self.features(real)), self.head(self.features(fake))
         loss = binary_cross_entropy_with_logits(on_real, torch.full_like(on_real, 0.9))
         loss = loss + binary_cross_entropy_with_logits(on_fake, torch.zeros_like(on_fake))
-        for_discriminator.zero_grad()
+        discriminator_optimizer.zero_grad()
         self.manual_backward(loss)
-        for_discriminator.step()
+        discriminator_optimizer.step()
 
         features = self.features(self.generator(noise))
-        on_fake = self.verdict(features)
+        on_fake = self.head(features)
         loss = binary_cross_entropy_with_logits(on_fake, torch.ones_like(on_fake))
-        match_names = mse_loss(features.mean(0), self.features(real).detach().mean(0), reduction="sum")
-        for_generator.zero_grad()
-        self.manual_backward(loss + match_names)
-        for_generator.step()
+        feature_matching = mse_loss(features.mean(0), self.features(real).detach().mean(0), reduction="sum")
+        generator_optimizer.zero_grad()
+        self.manual_backward(loss + feature_matching)
+        generator_optimizer.step()
 
     def configure_optimizers(self) -> tuple[torch.optim.Optimizer, torch.optim.Optimizer]:
-        discriminator = [*self.features.parameters(), *self.verdict.parameters()]
+        discriminator = [*self.features.parameters(), *self.head.parameters()]
         return (
             torch.optim.Adam(discriminator, lr=2e-3, betas=(0.5, 0.99)),
             torch.optim.Adam(self.generator.parameters(), lr=2e-3, betas=(0.5, 0.99)),
@@ -80,8 +80,8 @@ def train(images: Tensor, callbacks: list[pl.Callback], max_steps: int) -> tuple
     """Draw batches, train, and draw as many images as there are real ones."""
     pl.seed_everything(0, verbose=False)
     batches = [images[torch.randint(len(images), (64,))] for _ in range(max_steps)]
-    for broken in batches[49::50]:
-        broken.fill_(torch.nan)
+    for bad in batches[49::50]:
+        bad.fill_(torch.nan)
     module = GAN()
     trainer = pl.Trainer(
         max_epochs=1,

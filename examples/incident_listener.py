@@ -1,7 +1,7 @@
-"""A callback that hears every incident, sends each on as one line of JSON, and stops after the third skip.
+"""A callback that receives every incident, posts it as one line of JSON, and stops after the third skip.
 
-Whatever has a method `on_training_incident` hears: any callback of the Trainer, and the module. Run it as
-`python examples/incident_listener.py`; put a webhook of yours in the place of `post`.
+Callbacks of the Trainer and the LightningModule receive incidents if they have `on_training_incident`. Run it
+as `python examples/incident_listener.py`; replace `post` by a webhook of yours.
 """
 
 import json
@@ -16,12 +16,12 @@ from torch.utils.data import DataLoader
 from lightning_gradguard import Incident, NaNRollback
 
 
-class Messenger(pl.Callback):
-    """Sends incidents on, and ends training when too many batches were lost.
+class IncidentPoster(pl.Callback):
+    """Posts incidents, and stops training after too many skips.
 
     Args:
-        post: Takes one line of JSON.
-        stop_after: Skips after which training ends.
+        post: Receives one line of JSON.
+        stop_after: Skips after which training stops.
     """
 
     def __init__(self, post: Callable[[str], object], stop_after: int = 3) -> None:
@@ -32,7 +32,7 @@ class Messenger(pl.Callback):
     def on_training_incident(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, incident: Incident
     ) -> None:
-        if trainer.is_global_zero:  # every rank hears the same
+        if trainer.is_global_zero:  # every rank receives the same incidents
             message = {"kind": incident.kind, "step": incident.step, "text": incident.describe()}
             self.post(json.dumps(message))
         self.skips += incident.action == "skipped"
@@ -55,19 +55,19 @@ class Regression(pl.LightningModule):
 def main(max_steps: int = 100) -> list[str]:
     pl.seed_everything(0, verbose=False)
     batches = [torch.randn(64, 8) for _ in range(max_steps)]
-    for broken in batches[9::10]:
-        broken[0] = torch.inf
+    for bad in batches[9::10]:
+        bad[0] = torch.inf
     posted: list[str] = []
     trainer = pl.Trainer(
         max_epochs=1,
         accelerator="cpu",
-        callbacks=[NaNRollback(), Messenger(posted.append)],
+        callbacks=[NaNRollback(), IncidentPoster(posted.append)],
         enable_progress_bar=False,
         enable_model_summary=False,
     )
     trainer.fit(Regression(), DataLoader(batches, batch_size=None))  # type: ignore[arg-type]
     print(*posted, sep="\n")
-    print(f"{len(posted)} incidents heard; stopped after {trainer.global_step} of {max_steps} steps")
+    print(f"{len(posted)} incidents posted; stopped after {trainer.global_step} of {max_steps} steps")
     return posted
 
 

@@ -1,7 +1,7 @@
 """A LightningCLI of your own, with the suite from YAML and by flags.
 
-`python examples/lightning_cli.py fit -c examples/lightning_cli.yaml` trains; a flag changes what the file
-says (`--trainer.max_steps 100`, `--rollback.patience 5`), and one more callback is added by
+`python examples/lightning_cli.py fit -c examples/lightning_cli.yaml` trains; a flag overrides the
+file (`--trainer.max_steps 100`, `--rollback.patience 5`), and one more callback is added by
 `--trainer.callbacks+=lightning_gradguard.LearningRateBackoff --trainer.callbacks.factor=0.25`.
 """
 
@@ -21,7 +21,7 @@ class Digits(pl.LightningDataModule):
     """scikit-learn's 1,797 images of 8 by 8 pixels; the last 397 are held out.
 
     Args:
-        broken: Training images that are lost, and NaN.
+        broken: Training images that are NaN.
         batch_size: Images in a batch.
     """
 
@@ -67,7 +67,7 @@ class Classifier(pl.LightningModule):
 
 
 class GuardedCLI(LightningCLI):
-    """Has a `NaNRollback` in every run, with flags and a section of the file to itself: `rollback`."""
+    """Adds a `NaNRollback` to every run, with flags and a section of the file of its own: `rollback`."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_lightning_class_args(NaNRollback, "rollback")

@@ -1,7 +1,7 @@
-"""Clipping by norm where weights are sharded: every policy, under FSDP2, with the numbers of one device.
+"""Clipping by norm of sharded weights: every policy works under FSDP2, with the norms of one device.
 
-Run it as `python examples/sharded_clipping.py`: two processes on a CPU. With GPUs, give the Trainer
-`accelerator="gpu"` and as many devices as there are.
+Run it as `python examples/sharded_clipping.py`: two processes on a CPU. On GPUs, pass the Trainer
+`accelerator="gpu"` and their number as `devices`.
 """
 
 import pytorch_lightning as pl
@@ -16,7 +16,7 @@ from lightning_gradguard import AdaptiveGradientClipping, GradientNormMonitor, N
 
 
 class Sharded(pl.LightningModule):
-    """A network whose layers are spread over all processes."""
+    """A network whose layers are sharded over all processes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -44,8 +44,8 @@ class Sharded(pl.LightningModule):
 
 
 def main(max_steps: int = 200) -> pl.Trainer:
-    pl.seed_everything(0, verbose=False)  # before sharding, every process makes the same weights
-    # rows that are spread over processes count as one unit; a total norm is that of all shards
+    pl.seed_everything(0, verbose=False)  # every process initializes the same weights, then shards them
+    # norms of units and total norms are those of the whole tensors, not of the shards
     clipping = AdaptiveGradientClipping(UnitwiseClipping(clipping=0.05), exclude=["net.4"])
     trainer = pl.Trainer(
         accelerator="cpu",
@@ -63,7 +63,7 @@ def main(max_steps: int = 200) -> pl.Trainer:
         print(
             f"batches skipped: {int(metrics['rollback/skips'])}, total norm {metrics['grad_norm/total']:.3f}"
         )
-    torch.distributed.barrier()  # who leaves early takes the connection away from the others
+    torch.distributed.barrier()  # a process that exits early closes the connections of the others
     torch.distributed.destroy_process_group()
     return trainer
 

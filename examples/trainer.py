@@ -1,4 +1,4 @@
-"""The suite in a Trainer, in twenty lines: three batches in a hundred are NaN, and training goes on.
+"""The suite in a Trainer, in twenty lines: three batches in a hundred are NaN, and training continues.
 
 Run it as `python examples/trainer.py`.
 """

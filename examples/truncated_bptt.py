@@ -1,8 +1,8 @@
-"""Truncated backpropagation through time: the recurrent state goes on from batch to batch, and NaN does not.
+"""Truncated backpropagation through time: the hidden state is carried from batch to batch, NaN is not.
 
-A GRU forecasts a chaotic series as it comes in, 25 readings a batch; now and then the sensor fails, and a
-reading is NaN. A skipped step puts back what its forward pass has left behind, the recurrent state among it,
-so that the next batch goes on from the last good one. Run it as `python examples/truncated_bptt.py`.
+A GRU forecasts a chaotic series, 25 readings a batch; now and then the sensor fails, and a reading is NaN. A
+skipped step restores what its forward pass has written, the hidden state included, so that the next batch
+continues from the last good one. Run it as `python examples/truncated_bptt.py`.
 """
 
 import pytorch_lightning as pl
@@ -29,7 +29,7 @@ class Forecaster(pl.LightningModule):
 
     def training_step(self, readings: Tensor, batch_idx: int) -> Tensor:
         states, last = self.gru(readings[:, :-1], self.state)
-        self.state = last.detach()  # gradients end here
+        self.state = last.detach()  # backpropagation is truncated here
         return nn.functional.mse_loss(readings[:, :-1] + self.head(states), readings[:, 1:])
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
@@ -66,8 +66,8 @@ def main(max_steps: int = 300) -> dict[str, float]:
     pl.seed_everything(0, verbose=False)
     readings = series((max_steps + 4) * LENGTH + 1)
     batches = list(readings.unfold(1, LENGTH + 1, LENGTH).transpose(0, 1).mT.clone())
-    for broken in batches[19:-4:20]:
-        broken[0, 3] = torch.nan
+    for bad in batches[19:-4:20]:
+        bad[0, 3] = torch.nan
     errors = {
         "guessing no change": float(readings.diff(dim=1).square().mean()),
         "bare": train(batches, []),

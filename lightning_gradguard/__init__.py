@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from lightning_gradguard.core.incidents import Incident, TrainingDivergedError
     from lightning_gradguard.core.initialization import InitializationError
     from lightning_gradguard.core.norms import Gradients
+    from lightning_gradguard.core.training_guard import TrainingGuard
 
 __version__ = "0.5.0"
 
@@ -40,6 +41,7 @@ __all__ = [
     "PerTensorClipping",
     "PercentileClipping",
     "TrainingDivergedError",
+    "TrainingGuard",
     "UnitwiseClipping",
     "ZScoreClipping",
     "default_callbacks",
@@ -59,6 +61,7 @@ _HOME = {
     "PerTensorClipping": "core.clipping",
     "PercentileClipping": "core.clipping",
     "TrainingDivergedError": "core.incidents",
+    "TrainingGuard": "core.training_guard",
     "UnitwiseClipping": "core.clipping",
     "ZScoreClipping": "core.clipping",
     "default_callbacks": "callbacks.defaults",

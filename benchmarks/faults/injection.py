@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from benchmarks.faults.tasks import BUGS, CLASSES, Batch
-from lightning_gradguard.runtime.optimizer_hooks import ScaledLearningRate
+from lightning_gradguard.core.backoff import ScaledLearningRate
 
 #: Faults of the data; all others are done to the state of a run.
 OF_DATA = frozenset(

@@ -7,12 +7,11 @@ from typing import Any
 import pytorch_lightning as pl
 from torch import Tensor
 
-from lightning_gradguard.core.backoff import Backoff
+from lightning_gradguard.core.backoff import Backoff, ScaledLearningRate
 from lightning_gradguard.core.incidents import Incident
 from lightning_gradguard.core.remedies import advice
 from lightning_gradguard.core.tags import family
 from lightning_gradguard.runtime.incidents.journal import incident_now, publish
-from lightning_gradguard.runtime.optimizer_hooks import ScaledLearningRate
 from lightning_gradguard.runtime.steps.step import Step
 from lightning_gradguard.runtime.steps.step_callback import StepCallback
 

@@ -1,8 +1,12 @@
-"""The learning-rate scale as a function of incidents and good steps."""
+"""A scale for learning rates, by incidents and good steps, and its use while an optimizer steps."""
 
 from __future__ import annotations
 
 from typing import Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from lightning_gradguard.core.arguments import fraction, whole_number
 
@@ -99,3 +103,72 @@ class Backoff:
         self._good_steps = state_dict["good_steps"]
         self._rewarm_left = min(state_dict["rewarm_left"], self._rewarm_steps)
         self._cooldown_left = min(state_dict["cooldown_left"], self._cooldown_steps)
+
+
+class ScaledLearningRate:
+    """Multiplies the learning rates of an optimizer by `scale`, only while it steps.
+
+    Schedulers, `LearningRateMonitor` and checkpoints see the scheduled rates. Learning rates that are tensors
+    are scaled in place and restored bit for bit.
+
+    Args:
+        optimizer: Any torch optimizer.
+
+    Example:
+        >>> weight = torch.nn.Parameter(torch.zeros(1))
+        >>> optimizer = torch.optim.SGD([weight], lr=1.0)
+        >>> rate = ScaledLearningRate(optimizer)
+        >>> rate.scale = 0.25
+        >>> weight.grad = torch.ones(1)
+        >>> optimizer.step()
+        >>> weight.item(), optimizer.param_groups[0]["lr"]
+        (-0.25, 1.0)
+    """
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self.scale = 1.0
+        self._optimizer = optimizer
+        self._scheduled: list[tuple[float | Tensor, float | None]] = []
+        self._handles: list[RemovableHandle] = [
+            optimizer.register_step_pre_hook(self._apply),
+            optimizer.register_step_post_hook(self._undo),
+        ]
+
+    def scheduled(self) -> list[float | Tensor]:
+        """The learning rate of each parameter group, as a schedule or the user has set it.
+
+        One that is a tensor is copied, without a host synchronization.
+        """
+        # Lightning's closure runs within the step, while rates are scaled
+        rates = [scheduled for scheduled, _ in self._scheduled] or [
+            group["lr"] for group in self._optimizer.param_groups
+        ]
+        return [rate.detach().clone() if isinstance(rate, Tensor) else float(rate) for rate in rates]
+
+    def remove(self) -> None:
+        """Restores the rates and removes the hooks."""
+        self._undo()
+        for handle in self._handles:
+            handle.remove()
+
+    def _apply(self, *_: Any) -> None:
+        # a closure that raised in the step before has skipped the post-hook
+        self._undo()
+        if self.scale == 1.0:
+            return
+        for group in self._optimizer.param_groups:
+            scheduled = group["lr"]
+            if isinstance(scheduled, Tensor):
+                self._scheduled.append((scheduled.clone(), None))
+                scheduled.mul_(self.scale)
+            else:
+                group["lr"] = scheduled * self.scale
+                self._scheduled.append((scheduled, group["lr"]))
+
+    def _undo(self, *_: Any) -> None:
+        for group, (scheduled, scaled) in zip(self._optimizer.param_groups, self._scheduled, strict=False):
+            if isinstance(scheduled, Tensor):
+                group["lr"].copy_(scheduled)
+            elif group["lr"] == scaled:  # else the closure has set a rate of its own
+                group["lr"] = scheduled
+        self._scheduled = []

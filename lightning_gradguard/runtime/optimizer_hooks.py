@@ -1,4 +1,4 @@
-"""Scales learning rates, drops gradients and runs code around one optimizer step."""
+"""Drops gradients, and runs code after one optimizer step."""
 
 from __future__ import annotations
 
@@ -7,78 +7,8 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
-
-
-class ScaledLearningRate:
-    """Multiplies the learning rates of an optimizer by `scale`, only while it steps.
-
-    Schedulers, `LearningRateMonitor` and checkpoints see the scheduled rates. Learning rates that are tensors
-    are scaled in place and restored bit for bit.
-
-    Args:
-        optimizer: Any torch optimizer.
-
-    Example:
-        >>> weight = torch.nn.Parameter(torch.zeros(1))
-        >>> optimizer = torch.optim.SGD([weight], lr=1.0)
-        >>> rate = ScaledLearningRate(optimizer)
-        >>> rate.scale = 0.25
-        >>> weight.grad = torch.ones(1)
-        >>> optimizer.step()
-        >>> weight.item(), optimizer.param_groups[0]["lr"]
-        (-0.25, 1.0)
-    """
-
-    def __init__(self, optimizer: Optimizer) -> None:
-        self.scale = 1.0
-        self._optimizer = optimizer
-        self._scheduled: list[tuple[float | Tensor, float | None]] = []
-        self._handles: list[RemovableHandle] = [
-            optimizer.register_step_pre_hook(self._apply),
-            optimizer.register_step_post_hook(self._undo),
-        ]
-
-    def scheduled(self) -> list[float | Tensor]:
-        """The learning rate of each parameter group, as a schedule or the user has set it.
-
-        One that is a tensor is copied, without a host synchronization.
-        """
-        # Lightning's closure runs within the step, while rates are scaled
-        rates = [scheduled for scheduled, _ in self._scheduled] or [
-            group["lr"] for group in self._optimizer.param_groups
-        ]
-        return [rate.detach().clone() if isinstance(rate, Tensor) else float(rate) for rate in rates]
-
-    def remove(self) -> None:
-        """Restores the rates and removes the hooks."""
-        self._undo()
-        for handle in self._handles:
-            handle.remove()
-
-    def _apply(self, *_: Any) -> None:
-        # a closure that raised in the step before has skipped the post-hook
-        self._undo()
-        if self.scale == 1.0:
-            return
-        for group in self._optimizer.param_groups:
-            scheduled = group["lr"]
-            if isinstance(scheduled, Tensor):
-                self._scheduled.append((scheduled.clone(), None))
-                scheduled.mul_(self.scale)
-            else:
-                group["lr"] = scheduled * self.scale
-                self._scheduled.append((scheduled, group["lr"]))
-
-    def _undo(self, *_: Any) -> None:
-        for group, (scheduled, scaled) in zip(self._optimizer.param_groups, self._scheduled, strict=False):
-            if isinstance(scheduled, Tensor):
-                group["lr"].copy_(scheduled)
-            elif group["lr"] == scaled:  # else the closure has set a rate of its own
-                group["lr"] = scheduled
-        self._scheduled = []
 
 
 def after_step(optimizer: Optimizer, act: Callable[[], None]) -> RemovableHandle:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import lr_scheduler as schedulers
 
 from lightning_gradguard import LearningRateBackoff, NaNRollback
-from lightning_gradguard.runtime.optimizer_hooks import ScaledLearningRate
+from lightning_gradguard.core.backoff import ScaledLearningRate
 from tests.tasks import OPTIMIZERS, Batch, Classifier, RateSpy, batches, fit, poisoned
 
 Make = Callable[[torch.optim.Optimizer], Any]
