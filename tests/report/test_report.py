@@ -31,7 +31,8 @@ from lightning_gradguard import AdaptiveGradientClipping, GradientNormMonitor, d
 from lightning_gradguard.cli import report
 from lightning_gradguard.cli.demo_task import CharacterRNN, Characters
 from lightning_gradguard.core.tags import meaning_of
-from lightning_gradguard.report.readers.runs import find_runs, read_run
+from lightning_gradguard.report.readers.run_folders import find_runs
+from lightning_gradguard.report.readers.runs import read_run
 from lightning_gradguard.report.render.html import as_html
 from lightning_gradguard.report.render.json import as_json
 from lightning_gradguard.report.render.text import table

@@ -28,7 +28,7 @@ from lightning_gradguard.core.forensics import Origin
 from lightning_gradguard.core.incidents import current_name, label
 from lightning_gradguard.core.remedies import advice_for_cause
 from lightning_gradguard.runtime.logging.console import relative_to_cwd
-from lightning_gradguard.runtime.logging.html_page import Section, page
+from lightning_gradguard.runtime.logging.html_page import Section, render_page
 
 #: Raised whenever a file of an earlier version could no longer be read.
 FORMAT = 1
@@ -295,7 +295,7 @@ def _page(dossier: Dossier, folder: Path) -> str:
         Section("Configuration", rows=dossier.configuration),
         Section("Versions", rows=dossier.versions),
     ]
-    return page(f"Step {dossier.step}: {label(origin.cause)}", sections)
+    return render_page(f"Step {dossier.step}: {label(origin.cause)}", sections)
 
 
 def _command(dossier: Dossier, folder: Path) -> str:

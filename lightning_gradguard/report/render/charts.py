@@ -1,0 +1,234 @@
+"""Charts of a report as SVG: loss, gradient norms, layers over steps, the scale of the learning rate."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Collection, Mapping, Sequence
+from itertools import groupby
+from statistics import median
+from typing import Any
+
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, NullFormatter, StrMethodFormatter
+
+from lightning_gradguard.report.analysis.run_log import GradientLog, Series
+from lightning_gradguard.report.run_report import RunReport
+from lightning_gradguard.runtime.logging.heat_map import MAX_COLUMNS, draw_heat_map
+
+#: Width of a chart in inches, and height of one with lines.
+WIDTH, HEIGHT = 9.0, 2.6
+#: Rows of a heat map, letters of their names, points of a line, marks on an axis: more look the same.
+MAX_ROWS, MAX_LETTERS, MAX_POINTS, MAX_MARKS = 60, 30, 700, 200
+#: A loss whose peak is this many times its median is drawn on a logarithmic scale.
+SPREAD = 50.0
+
+#: Colours and dashes of lines, markers and colours of marks, in the order in which they are named.
+_LINES = (("#1668c7", "-"), ("#b45309", "-"), ("#15803d", "--"))
+_MARKS = (("^", "#9333ea"), ("<", "#0f766e"))
+#: Text as text, so that a page can be searched; names of layers are no formulas; no random identifiers.
+_STYLE: dict[Any, Any] = {
+    "svg.fonttype": "none",
+    "text.parse_math": False,
+    "font.size": 9.0,
+    "svg.hashsalt": "gradguard",
+}
+_NO_METADATA = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+
+
+def charts(report: RunReport) -> dict[str, str]:
+    """Draws everything a run has logged; returns SVG by caption.
+
+    Args:
+        report: On the run.
+    """
+    log = report.run.log
+    marks = {
+        "incident": {i.step for i in log.incidents if i.kind != "rollback"},
+        "rollback": {i.step for i in log.incidents if i.kind == "rollback"},
+    }
+    figures: dict[str, str] = {}
+    with rc_context(_STYLE):
+        if len(log.loss):
+            figure = _line_chart({"loss": log.loss}, marks, log_scale=_spans_decades(log.loss))
+            figures[f"Loss ({report.run.loss_tag})"] = _svg(figure)
+        for gradients in log.gradients:
+            of = f" of optimizer {gradients.optimizer}" if len(log.gradients) > 1 else ""
+            lines = {
+                "before clipping": gradients.total,
+                "after clipping": gradients.clipped,
+                "threshold": gradients.clip_threshold,
+            }
+            figures[f"Total gradient norm{of}"] = _svg(_line_chart(lines, marks, log_scale=True))
+            if gradients.layers:
+                caption = f"Gradient norm by layer{of}, first layer on top"
+                figures[caption] = _svg(_heat_map(report, gradients))
+        if len(log.backoff_scale) and min(log.backoff_scale.values) < 1:
+            figure = _line_chart({"scale": log.backoff_scale}, marks, log_scale=True)
+            figures["Scale of the learning rate"] = _svg(figure)
+    return figures
+
+
+def _line_chart(
+    lines: Mapping[str, Series], marks: Mapping[str, Collection[int]], *, log_scale: bool
+) -> Figure:
+    """Draws lines over steps, red bars on top where values are nonfinite, and marks at the bottom."""
+    shown = [
+        (name, series, style)
+        for (name, series), style in zip(lines.items(), _LINES, strict=False)
+        if len(series)
+    ]
+    figure = Figure(figsize=(WIDTH, HEIGHT), layout="constrained")
+    axes = figure.add_subplot()
+    positive = [value for _, series, _ in shown for _, value in series.finite() if value > 0]
+    if log_scale and positive:
+        axes.set_yscale("log")
+        axes.yaxis.set_minor_formatter(NullFormatter())
+        if max(positive) < 30 * min(positive):  # too narrow for powers of ten
+            axes.yaxis.set_major_locator(MaxNLocator(5))
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:.4g}"))
+    for name, series, (colour, dashes) in shown:
+        points = _outline(series)
+        axes.plot([s for s, _ in points], [v for _, v in points], dashes, color=colour, lw=1.4, label=name)
+        alone = _isolated(points)
+        axes.plot([s for s, _ in alone], [v for _, v in alone], ".", color=colour)
+    ends = [s for _, series, _ in shown for s in (series.steps[0], series.steps[-1])]
+    steps = [*ends, *(step for at in marks.values() for step in at)]
+    nearest = (max(steps) - min(steps)) / MAX_MARKS
+    at_edge = axes.get_xaxis_transform()
+    for (label, at), (marker, colour) in zip(marks.items(), _MARKS, strict=True):
+        thinned = [members[0] for members in _neighbours([(step, step) for step in sorted(at)], nearest)]
+        x = [first for first, _ in thinned]
+        if x:
+            axes.plot(
+                x, [0.04] * len(x), marker, color=colour, ms=5, label=label, transform=at_edge, clip_on=False
+            )
+    stretches = sorted(stretch for _, series, _ in shown for stretch in _nonfinite(series))
+    bars = [(members[0][0], max(last for _, last in members)) for members in _neighbours(stretches, nearest)]
+    if bars:
+        begins, lasts = zip(*bars, strict=True)
+        axes.hlines(
+            [0.97] * len(bars),
+            begins,
+            lasts,
+            "#d00000",
+            lw=5,
+            capstyle="projecting",
+            transform=at_edge,
+            label="NaN or infinite",
+        )
+    axes.xaxis.set_major_locator(MaxNLocator(8, steps=[1, 2, 5, 10], integer=True))
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    axes.set_xlabel("step")
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    if len(axes.get_legend_handles_labels()[0]) > 1:
+        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=6, frameon=False, borderpad=0)
+    return figure
+
+
+def _heat_map(report: RunReport, gradients: GradientLog) -> Figure:
+    """Draws the worst layers that fit, in the order of the network."""
+    worst = [layer.name for layer in report.layers if layer.optimizer == gradients.optimizer][:MAX_ROWS]
+    layers = {name: series for name, series in gradients.layers.items() if name in set(worst)}
+    steps = sorted({step for series in layers.values() for step in series.steps})
+    columns = min(len(steps), MAX_COLUMNS)
+    # the last column is as wide as the others
+    width = (steps[-1] - steps[0]) / max(len(steps) - 1, 1) or 1.0
+    reach = steps[-1] - steps[0] + width
+    cells: dict[str, list[float | None]] = {name: [None] * columns for name in layers}
+    for name, series in layers.items():
+        row = cells[name]
+        for step, value in zip(series.steps, series.values, strict=True):
+            # without the addend, 29 of 100 columns times 0.01 falls into column 28
+            column = min(int((step - steps[0]) / reach * columns + 1e-6), columns - 1)
+            row[column] = _larger(row[column], value)
+    norms = [value for series in layers.values() for _, value in series.finite() if value > 0]
+    return draw_heat_map(
+        cells,
+        (steps[0], steps[0] + reach),
+        size=(WIDTH, 1.0 + 0.17 * max(len(layers), 5)),
+        max_names=MAX_ROWS,
+        max_letters=MAX_LETTERS,
+        limits=_usual_range(norms),
+    )
+
+
+def _larger(one: float | None, other: float) -> float:
+    """Returns the larger value; nonfinite values are larger than any other."""
+    return other if one is None else max(one, other, key=lambda value: (not math.isfinite(value), value))
+
+
+def _usual_range(norms: Sequence[float]) -> tuple[float | None, float | None]:
+    """Returns the exponents of nearly all norms, so that a single spike does not take most colours."""
+    exponents = sorted(map(math.log10, norms))
+    margin = len(exponents) // 50
+    return (exponents[margin], exponents[-1 - margin]) if margin else (None, None)
+
+
+def _outline(series: Series) -> list[tuple[int, float]]:
+    """Returns the points of a line; of many points the lowest and the highest of each interval."""
+    points = [(s, _drawable(v)) for s, v in zip(series.steps, series.values, strict=True)]
+    size = math.ceil(len(points) / (MAX_POINTS // 2))
+    if size < 3:
+        return points
+    kept = []
+    for i in range(0, len(points), size):
+        finite = [p for p in points[i : i + size] if math.isfinite(p[1])]
+        extremes = (
+            {min(finite, key=lambda p: p[1]), max(finite, key=lambda p: p[1])} if finite else {points[i]}
+        )
+        kept += sorted(extremes)
+    return kept
+
+
+def _drawable(value: float) -> float:
+    """Returns NaN for nonfinite values, and bounds values whose margins on an axis would overflow."""
+    if not math.isfinite(value):
+        return math.nan
+    return math.copysign(min(max(abs(value), 1e-150), 1e150), value) if value else 0.0
+
+
+def _isolated(points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
+    """Returns finite points between nonfinite ones, which a line does not show."""
+    is_finite = [False, *(math.isfinite(value) for _, value in points), False]
+    return [
+        p
+        for p, before, after in zip(points, is_finite, is_finite[2:], strict=False)
+        if not before and not after
+    ]
+
+
+def _nonfinite(series: Series) -> list[tuple[int, int]]:
+    """Returns first and last step of each stretch of nonfinite values."""
+    points = zip(series.steps, series.values, strict=True)
+    stretches = [
+        [step for step, _ in members]
+        for is_finite, members in groupby(points, key=lambda point: math.isfinite(point[1]))
+        if not is_finite
+    ]
+    return [(steps[0], steps[-1]) for steps in stretches]
+
+
+def _neighbours(stretches: Sequence[tuple[int, int]], nearest: float) -> list[list[tuple[int, int]]]:
+    """Groups stretches that are too close to each other to be seen apart."""
+    groups: list[list[tuple[int, int]]] = []
+    for stretch in stretches:
+        if groups and stretch[0] - groups[-1][-1][1] < nearest:
+            groups[-1].append(stretch)
+        else:
+            groups.append([stretch])
+    return groups
+
+
+def _spans_decades(series: Series) -> bool:
+    values = [value for _, value in series.finite()]
+    return bool(values) and min(values) > 0 and max(values) > SPREAD * median(values)
+
+
+def _svg(figure: Figure) -> str:
+    file = io.StringIO()
+    figure.savefig(file, format="svg", metadata=_NO_METADATA)
+    text = file.getvalue()
+    return text[text.index("<svg") :].rstrip()
