@@ -80,7 +80,7 @@ def _lasting(gradients: GradientLog, outcome: Outcome) -> Iterator[RunSymptom]:
         if now is None:
             continue
         if now.kind == "weight_stagnation":
-            evidence = f"updates are below {STAGNANT:g} of its norm from step {since} to the end"
+            evidence = f"updates are below {STAGNANT:g} of the weight norm from step {since} to the end"
             if len(now.where) > 1:
                 evidence = f"{len(now.where)} layers or more: {evidence}"
         else:
