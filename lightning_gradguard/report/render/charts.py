@@ -51,7 +51,7 @@ def charts(report: RunReport) -> dict[str, str]:
     figures: dict[str, str] = {}
     with rc_context(_STYLE):
         if len(log.loss):
-            figure = _line_chart({"loss": log.loss}, marks, log_scale=_spans_decades(log.loss))
+            figure = line_chart({"loss": log.loss}, marks, log_scale=_spans_decades(log.loss))
             figures[f"Loss ({report.run.loss_tag})"] = _svg(figure)
         for gradients in log.gradients:
             of = f" of optimizer {gradients.optimizer}" if len(log.gradients) > 1 else ""
@@ -60,20 +60,26 @@ def charts(report: RunReport) -> dict[str, str]:
                 "after clipping": gradients.clipped,
                 "threshold": gradients.clip_threshold,
             }
-            figures[f"Total gradient norm{of}"] = _svg(_line_chart(lines, marks, log_scale=True))
+            figures[f"Total gradient norm{of}"] = _svg(line_chart(lines, marks, log_scale=True))
             if gradients.layers:
                 caption = f"Gradient norm by layer{of}, first layer on top"
-                figures[caption] = _svg(_heat_map(report, gradients))
+                figures[caption] = _svg(layer_heat_map(report, gradients))
         if len(log.backoff_scale) and min(log.backoff_scale.values) < 1:
-            figure = _line_chart({"scale": log.backoff_scale}, marks, log_scale=True)
+            figure = line_chart({"scale": log.backoff_scale}, marks, log_scale=True)
             figures["Scale of the learning rate"] = _svg(figure)
     return figures
 
 
-def _line_chart(
+def line_chart(
     lines: Mapping[str, Series], marks: Mapping[str, Collection[int]], *, log_scale: bool
 ) -> Figure:
-    """Draws lines over steps, red bars on top where values are nonfinite, and marks at the bottom."""
+    """Draws lines over steps, red bars on top where values are nonfinite, and marks at the bottom.
+
+    Args:
+        lines: By name; those without points are omitted.
+        marks: Steps of incidents and of rollbacks.
+        log_scale: True for a logarithmic axis, which takes a positive value.
+    """
     shown = [
         (name, series, style)
         for (name, series), style in zip(lines.items(), _LINES, strict=False)
@@ -97,7 +103,7 @@ def _line_chart(
     steps = [*ends, *(step for at in marks.values() for step in at)]
     nearest = (max(steps) - min(steps)) / MAX_MARKS
     at_edge = axes.get_xaxis_transform()
-    for (label, at), (marker, colour) in zip(marks.items(), _MARKS, strict=True):
+    for (label, at), (marker, colour) in zip(marks.items(), _MARKS, strict=False):
         thinned = [members[0] for members in _neighbours([(step, step) for step in sorted(at)], nearest)]
         x = [first for first, _ in thinned]
         if x:
@@ -128,8 +134,13 @@ def _line_chart(
     return figure
 
 
-def _heat_map(report: RunReport, gradients: GradientLog) -> Figure:
-    """Draws the worst layers that fit, in the order of the network."""
+def layer_heat_map(report: RunReport, gradients: GradientLog) -> Figure:
+    """Draws the worst layers that fit, in the order of the network.
+
+    Args:
+        report: On the run.
+        gradients: Of one optimizer.
+    """
     worst = [layer.name for layer in report.layers if layer.optimizer == gradients.optimizer][:MAX_ROWS]
     layers = {name: series for name, series in gradients.layers.items() if name in set(worst)}
     steps = sorted({step for series in layers.values() for step in series.steps})
