@@ -5,13 +5,12 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Collection, Mapping, Sequence
-from itertools import groupby
 from statistics import median
 from typing import Any
 
 from matplotlib import rc_context
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, NullFormatter, StrMethodFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
 
 from lightning_gradguard.report.analysis.run_log import GradientLog, Series
 from lightning_gradguard.report.run_report import RunReport
@@ -19,14 +18,16 @@ from lightning_gradguard.runtime.logging.heat_map import MAX_COLUMNS, draw_heat_
 
 #: Width of a chart in inches, and height of one with lines.
 WIDTH, HEIGHT = 9.0, 2.6
-#: Rows of a heat map, letters of their names, points of a line, marks on an axis: more look the same.
-MAX_ROWS, MAX_LETTERS, MAX_POINTS, MAX_MARKS = 60, 30, 700, 200
+#: Rows of a heat map and letters of their names.
+MAX_ROWS, MAX_LETTERS = 60, 30
+#: Points of a line that are drawn as vectors; of more, pixels take less memory.
+MAX_POINTS = 1000
 #: A loss whose peak is this many times its median is drawn on a logarithmic scale.
 SPREAD = 50.0
 
-#: Colours and dashes of lines, markers and colours of marks, in the order in which they are named.
+#: Colours and dashes of lines; markers, colours and heights of incidents, rollbacks, nonfinite values.
 _LINES = (("#1668c7", "-"), ("#b45309", "-"), ("#15803d", "--"))
-_MARKS = (("^", "#9333ea"), ("<", "#0f766e"))
+_MARKS = (("^", "#9333ea", 0.04), ("<", "#0f766e", 0.04), ("s", "#d00000", 0.97))
 #: Text as text, so that a page can be searched; names of layers are no formulas; no random identifiers.
 _STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
@@ -73,64 +74,56 @@ def charts(report: RunReport) -> dict[str, str]:
 def line_chart(
     lines: Mapping[str, Series], marks: Mapping[str, Collection[int]], *, log_scale: bool
 ) -> Figure:
-    """Draws lines over steps, red bars on top where values are nonfinite, and marks at the bottom.
+    """Draws lines over steps, incidents and rollbacks below them, nonfinite values above.
 
     Args:
         lines: By name; those without points are omitted.
         marks: Steps of incidents and of rollbacks.
         log_scale: True for a logarithmic axis, which takes a positive value.
     """
-    shown = [
-        (name, series, style)
-        for (name, series), style in zip(lines.items(), _LINES, strict=False)
-        if len(series)
-    ]
-    figure = Figure(figsize=(WIDTH, HEIGHT), layout="constrained")
+    figure = Figure(figsize=(WIDTH, HEIGHT), dpi=200, layout="constrained")
     axes = figure.add_subplot()
-    positive = [value for _, series, _ in shown for _, value in series.finite() if value > 0]
+    positive = [value for series in lines.values() for _, value in series.finite() if value > 0]
     if log_scale and positive:
         axes.set_yscale("log")
         axes.yaxis.set_minor_formatter(NullFormatter())
-        if max(positive) < 30 * min(positive):  # too narrow for powers of ten
-            axes.yaxis.set_major_locator(MaxNLocator(5))
+        spread = max(positive) / min(positive)
+        if spread < 300:  # too narrow for powers of ten alone
+            axes.yaxis.set_major_locator(MaxNLocator(5) if spread < 10 else LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter(StrMethodFormatter("{x:.4g}"))
-    for name, series, (colour, dashes) in shown:
-        points = _outline(series)
-        axes.plot([s for s, _ in points], [v for _, v in points], dashes, color=colour, lw=1.4, label=name)
-        alone = _isolated(points)
-        axes.plot([s for s, _ in alone], [v for _, v in alone], ".", color=colour)
-    ends = [s for _, series, _ in shown for s in (series.steps[0], series.steps[-1])]
-    steps = [*ends, *(step for at in marks.values() for step in at)]
-    nearest = (max(steps) - min(steps)) / MAX_MARKS
-    at_edge = axes.get_xaxis_transform()
-    for (label, at), (marker, colour) in zip(marks.items(), _MARKS, strict=False):
-        thinned = [members[0] for members in _neighbours([(step, step) for step in sorted(at)], nearest)]
-        x = [first for first, _ in thinned]
-        if x:
+    nonfinite: set[int] = set()
+    for (name, series), (colour, dashes) in zip(lines.items(), _LINES, strict=False):
+        if not len(series):
+            continue
+        x, y = series.steps, [_drawable(value) for value in series.values]
+        as_pixels = len(series) > MAX_POINTS
+        axes.plot(x, y, dashes, color=colour, lw=1.4, label=name, rasterized=as_pixels)
+        alone = [
+            i for i, value in enumerate(y) if all(map(math.isnan, [*y[max(i - 1, 0) : i], *y[i + 1 : i + 2]]))
+        ]
+        axes.plot([x[i] for i in alone], [y[i] for i in alone], ".", color=colour, rasterized=as_pixels)
+        nonfinite |= {step for step, value in zip(x, y, strict=True) if math.isnan(value)}
+    edge = axes.get_xaxis_transform()
+    for (label, steps), (marker, colour, height) in zip(
+        {**marks, "NaN or infinite": nonfinite}.items(), _MARKS, strict=True
+    ):
+        if steps:
             axes.plot(
-                x, [0.04] * len(x), marker, color=colour, ms=5, label=label, transform=at_edge, clip_on=False
+                sorted(steps),
+                [height] * len(steps),
+                marker,
+                color=colour,
+                ms=5,
+                label=label,
+                transform=edge,
+                rasterized=len(steps) > MAX_POINTS,
             )
-    stretches = sorted(stretch for _, series, _ in shown for stretch in _nonfinite(series))
-    bars = [(members[0][0], max(last for _, last in members)) for members in _neighbours(stretches, nearest)]
-    if bars:
-        begins, lasts = zip(*bars, strict=True)
-        axes.hlines(
-            [0.97] * len(bars),
-            begins,
-            lasts,
-            "#d00000",
-            lw=5,
-            capstyle="projecting",
-            transform=at_edge,
-            label="NaN or infinite",
-        )
     axes.xaxis.set_major_locator(MaxNLocator(8, steps=[1, 2, 5, 10], integer=True))
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     axes.set_xlabel("step")
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
-    if len(axes.get_legend_handles_labels()[0]) > 1:
-        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=6, frameon=False, borderpad=0)
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=6, frameon=False, borderpad=0)
     return figure
 
 
@@ -178,59 +171,11 @@ def _usual_range(norms: Sequence[float]) -> tuple[float | None, float | None]:
     return (exponents[margin], exponents[-1 - margin]) if margin else (None, None)
 
 
-def _outline(series: Series) -> list[tuple[int, float]]:
-    """Returns the points of a line; of many points the lowest and the highest of each interval."""
-    points = [(s, _drawable(v)) for s, v in zip(series.steps, series.values, strict=True)]
-    size = math.ceil(len(points) / (MAX_POINTS // 2))
-    if size < 3:
-        return points
-    kept = []
-    for i in range(0, len(points), size):
-        finite = [p for p in points[i : i + size] if math.isfinite(p[1])]
-        extremes = (
-            {min(finite, key=lambda p: p[1]), max(finite, key=lambda p: p[1])} if finite else {points[i]}
-        )
-        kept += sorted(extremes)
-    return kept
-
-
 def _drawable(value: float) -> float:
     """Returns NaN for nonfinite values, and bounds values whose margins on an axis would overflow."""
     if not math.isfinite(value):
         return math.nan
     return math.copysign(min(max(abs(value), 1e-150), 1e150), value) if value else 0.0
-
-
-def _isolated(points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
-    """Returns finite points between nonfinite ones, which a line does not show."""
-    is_finite = [False, *(math.isfinite(value) for _, value in points), False]
-    return [
-        p
-        for p, before, after in zip(points, is_finite, is_finite[2:], strict=False)
-        if not before and not after
-    ]
-
-
-def _nonfinite(series: Series) -> list[tuple[int, int]]:
-    """Returns first and last step of each stretch of nonfinite values."""
-    points = zip(series.steps, series.values, strict=True)
-    stretches = [
-        [step for step, _ in members]
-        for is_finite, members in groupby(points, key=lambda point: math.isfinite(point[1]))
-        if not is_finite
-    ]
-    return [(steps[0], steps[-1]) for steps in stretches]
-
-
-def _neighbours(stretches: Sequence[tuple[int, int]], nearest: float) -> list[list[tuple[int, int]]]:
-    """Groups stretches that are too close to each other to be seen apart."""
-    groups: list[list[tuple[int, int]]] = []
-    for stretch in stretches:
-        if groups and stretch[0] - groups[-1][-1][1] < nearest:
-            groups[-1].append(stretch)
-        else:
-            groups.append([stretch])
-    return groups
 
 
 def _spans_decades(series: Series) -> bool:

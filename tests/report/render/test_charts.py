@@ -15,13 +15,14 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from lightning_gradguard.report.analysis.run_log import Series
-from lightning_gradguard.report.render.charts import MAX_MARKS, MAX_POINTS, layer_heat_map, line_chart
+from lightning_gradguard.report.render.charts import MAX_POINTS, layer_heat_map, line_chart
 from lightning_gradguard.report.render.html import to_html
 from lightning_gradguard.report.render.json import to_json
 from tests.report.pages import charts
 from tests.report.runs import SCHEMA, report_of, write_events
 
 NAN = math.nan
+NO_MARKS: dict[str, set[int]] = {"incident": set(), "rollback": set()}
 
 
 def series(values: Sequence[float], first_step: int = 0) -> Series:
@@ -66,35 +67,29 @@ def test_incidents_and_rollbacks_of_a_run_are_on_its_charts() -> None:
     assert {"incident", "rollback"} <= set(chart.itertext())
 
 
-def test_many_incidents_are_thinned() -> None:
-    figure = line_chart({"loss": series([1.0] * 5000)}, {"incident": set(range(5000))}, log_scale=False)
-    assert len(drawn(figure, "incident")) <= MAX_MARKS + 1
-
-
-def test_nonfinite_stretches_are_marked() -> None:
-    losses = [*[1.0] * 40, NAN, *[1.0] * 39, *[NAN] * 20]
-    figure = line_chart({"loss": series(losses)}, {}, log_scale=False)
-    (bars,) = axes_of(figure).collections
-    segments = [np.asarray(path.vertices)[:, 0].tolist() for path in bars.get_paths()]
-    assert segments == [[40, 40], [80, 99]]
+def test_nonfinite_values_are_marked() -> None:
+    losses = [*[1.0] * 40, NAN, *[1.0] * 39, *[math.inf] * 20]
+    figure = line_chart({"loss": series(losses)}, NO_MARKS, log_scale=False)
+    nonfinite = [40, *range(80, 100)]
+    assert [step for step, _ in drawn(figure, "NaN or infinite")] == nonfinite
     assert legend(figure) == ["loss", "NaN or infinite"]
-    # two pieces of line with a gap between them
-    assert [step for step, loss in drawn(figure, "loss") if math.isnan(loss)] == [40, *range(80, 100)]
+    # gaps in the line
+    assert [step for step, loss in drawn(figure, "loss") if math.isnan(loss)] == nonfinite
 
 
 def test_finite_values_between_nonfinite_ones_are_dots() -> None:
-    figure = line_chart({"loss": series([1.0, NAN, 2.0, NAN, 3.0, 3.0])}, {}, log_scale=False)
-    _, dots = axes_of(figure).lines
+    figure = line_chart({"loss": series([1.0, NAN, 2.0, NAN, 3.0, 3.0])}, NO_MARKS, log_scale=False)
+    _, dots, _ = axes_of(figure).lines
     assert (points(dots), dots.get_marker()) == ([(0, 1.0), (2, 2.0)], ".")
 
 
-def test_long_series_keep_their_extremes() -> None:
-    values = [1.0] * 50_000
-    values[12_345] = 1e6
-    values[23_456] = 1e-6
-    losses = drawn(line_chart({"loss": series(values)}, {}, log_scale=True), "loss")
-    assert len(losses) <= MAX_POINTS
-    assert {(12_345, 1e6), (23_456, 1e-6)} <= set(losses)
+def test_long_series_are_drawn_as_pixels() -> None:
+    noise = [1.0 + i % 7 for i in range(20_000)]
+    marks = {"incident": set(range(5000)), "rollback": {3}}
+    figure = line_chart({"loss": series(noise)}, marks, log_scale=False)
+    assert [line.get_rasterized() for line in axes_of(figure).lines] == [True, True, True, False]
+    figure = line_chart({"loss": series(noise[:MAX_POINTS])}, NO_MARKS, log_scale=False)
+    assert not any(line.get_rasterized() for line in axes_of(figure).lines)
 
 
 def test_norms_have_a_logarithmic_axis_and_a_loss_only_across_decades() -> None:
@@ -103,11 +98,12 @@ def test_norms_have_a_logarithmic_axis_and_a_loss_only_across_decades() -> None:
         "after clipping": series([1.0, 1.0]),
         "threshold": Series(),
     }
-    figure = line_chart(norms, {}, log_scale=True)
+    figure = line_chart(norms, NO_MARKS, log_scale=True)
     assert axes_of(figure).get_yscale() == "log"
     assert legend(figure) == ["before clipping", "after clipping"]
     assert (
-        axes_of(line_chart({"before clipping": series([0.0])}, {}, log_scale=True)).get_yscale() == "linear"
+        axes_of(line_chart({"before clipping": series([0.0])}, NO_MARKS, log_scale=True)).get_yscale()
+        == "linear"
     )
 
 
@@ -139,7 +135,7 @@ def test_nonfinite_cells_are_marked() -> None:
     ],
 )
 def test_unusual_values_are_drawn(values: list[float]) -> None:
-    figure = line_chart({"loss": series(values)}, {"incident": {10**9}}, log_scale=True)
+    figure = line_chart({"loss": series(values)}, {"incident": {10**9}, "rollback": set()}, log_scale=True)
     figure.draw_without_rendering()
     in_range = [value for value in values if not 0 < abs(value) < 1e-45 and not 3e38 < abs(value) < math.inf]
     if in_range:
