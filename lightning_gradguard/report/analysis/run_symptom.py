@@ -33,12 +33,7 @@ class RunSymptom(Symptom):
 
 
 def run_symptom(
-    kind: str,
-    severity: SymptomSeverity,
-    since: int,
-    evidence: str,
-    value: float,
-    where: tuple[str, ...] = (),
+    kind: str, severity: SymptomSeverity, since: int, evidence: str, value: float, where: tuple[str, ...] = ()
 ) -> RunSymptom:
     """Returns a symptom with the remedies of its kind; for the arguments see `RunSymptom`."""
     return RunSymptom(kind, where, value, severity, since, evidence, remedies(kind, where))

@@ -29,12 +29,8 @@ SPREAD = 50.0
 _LINES = (("#1668c7", "-"), ("#b45309", "-"), ("#15803d", "--"))
 _MARKS = (("^", "#9333ea", 0.04), ("<", "#0f766e", 0.04), ("s", "#d00000", 0.97))
 #: Text as text, so that a page can be searched; names of layers are no formulas; no random identifiers.
-_STYLE: dict[Any, Any] = {
-    "svg.fonttype": "none",
-    "text.parse_math": False,
-    "font.size": 9.0,
-    "svg.hashsalt": "gradguard",
-}
+_STYLE: dict[Any, Any] = {"svg.fonttype": "none", "text.parse_math": False, "font.size": 9.0}
+_STYLE["svg.hashsalt"] = "gradguard"
 _NO_METADATA = dict.fromkeys(("Creator", "Date", "Format", "Type"))
 
 
@@ -96,28 +92,21 @@ def line_chart(
         if not len(series):
             continue
         x, y = series.steps, [_drawable(value) for value in series.values]
-        as_pixels = len(series) > MAX_POINTS
-        axes.plot(x, y, dashes, color=colour, lw=1.4, label=name, rasterized=as_pixels)
-        alone = [
-            i for i, value in enumerate(y) if all(map(math.isnan, [*y[max(i - 1, 0) : i], *y[i + 1 : i + 2]]))
-        ]
-        axes.plot([x[i] for i in alone], [y[i] for i in alone], ".", color=colour, rasterized=as_pixels)
-        nonfinite |= {step for step, value in zip(x, y, strict=True) if math.isnan(value)}
-    edge = axes.get_xaxis_transform()
-    for (label, steps), (marker, colour, height) in zip(
-        {**marks, "NaN or infinite": nonfinite}.items(), _MARKS, strict=True
-    ):
+        style: dict[str, Any] = {"color": colour, "rasterized": len(series) > MAX_POINTS}
+        axes.plot(x, y, dashes, lw=1.4, label=name, **style)
+        is_gap = [True, *map(math.isnan, y), True]
+        alone = [i for i, around in enumerate(zip(is_gap, is_gap[2:], strict=False)) if all(around)]
+        axes.plot([x[i] for i in alone], [y[i] for i in alone], ".", **style)
+        nonfinite.update(step for step, value in zip(x, y, strict=True) if math.isnan(value))
+    marked = {**marks, "NaN or infinite": nonfinite}
+    for (label, steps), (marker, colour, height) in zip(marked.items(), _MARKS, strict=True):
+        style = {
+            "color": colour,
+            "rasterized": len(steps) > MAX_POINTS,
+            "transform": axes.get_xaxis_transform(),
+        }
         if steps:
-            axes.plot(
-                sorted(steps),
-                [height] * len(steps),
-                marker,
-                color=colour,
-                ms=5,
-                label=label,
-                transform=edge,
-                rasterized=len(steps) > MAX_POINTS,
-            )
+            axes.plot(sorted(steps), [height] * len(steps), marker, ms=5, label=label, **style)
     axes.xaxis.set_major_locator(MaxNLocator(8, steps=[1, 2, 5, 10], integer=True))
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     axes.set_xlabel("step")

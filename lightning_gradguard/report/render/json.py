@@ -49,7 +49,6 @@ def _run(report: RunReport) -> dict[str, Any]:
         "incidents": dict(report.incidents),
         "layers": [dataclasses.asdict(layer) for layer in report.layers],
         "interventions": dataclasses.asdict(report.interventions),
-        "next_steps": list(report.next_steps),
         "dossiers": [dataclasses.asdict(dossier) for dossier in run.dossiers],
         "hparams": dict(run.hparams),
         "notes": list(report.notes),
