@@ -141,7 +141,7 @@ def layer_heat_map(report: RunReport, gradients: GradientLog) -> Figure:
     return draw_heat_map(
         cells,
         (steps[0], steps[0] + reach),
-        size=(WIDTH, 1.0 + 0.17 * max(len(layers), 5)),
+        size=(WIDTH, 1.0 + 0.17 * max(len(layers), 7)),
         max_names=MAX_ROWS,
         max_letters=MAX_LETTERS,
         limits=_usual_range(norms),
