@@ -7,8 +7,8 @@ OLDEST_STAMP := $(OLDEST)/.installed
 LOGGERS := .venv-loggers
 LOGGERS_STAMP := $(LOGGERS)/.installed
 
-.PHONY: install demo test test-oldest test-loggers browser-test
-.PHONY: check docs guide strategies faults bench bench-gpu
+.PHONY: install demo test test-fast test-oldest test-loggers browser-test
+.PHONY: check docs guide strategies scaling faults bench bench-gpu
 
 install: $(STAMP)
 
@@ -23,7 +23,10 @@ demo: install
 test: install
 	$(BIN)/python -m pytest -n 2 --dist worksteal -q
 
-# Lightning, and what else is a dependency, as old as pyproject.toml allows
+test-fast: install
+	$(BIN)/python -m pytest -n 2 --dist worksteal -q -m "not slow"
+
+# Lightning and the other dependencies, as old as pyproject.toml allows
 $(OLDEST_STAMP): pyproject.toml constraints-oldest.txt
 	test -x $(OLDEST)/bin/python || python3 -m venv $(OLDEST)
 	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-oldest.txt -e ".[dev]"
@@ -38,7 +41,7 @@ $(LOGGERS_STAMP): pyproject.toml constraints.txt
 	touch $(LOGGERS_STAMP)
 
 test-loggers: $(LOGGERS_STAMP)
-	$(LOGGERS)/bin/python -m pytest -q tests/runtime/test_loggers.py tests/callbacks/test_messages.py
+	$(LOGGERS)/bin/python -m pytest -q tests/runtime/logging/test_loggers.py tests/contracts/test_console_messages.py
 
 # TensorBoard in a real browser; its pictures are those of the documentation
 browser-test: install
@@ -55,15 +58,18 @@ docs: install
 	$(BIN)/python -m mkdocs build --strict
 
 guide: install
-	$(BIN)/python -m docs.guide_page
+	$(BIN)/python -m docs.generators.guide
 
 strategies: install
-	$(BIN)/python -m pytest -q tests/runtime/test_strategies.py --write-strategies
+	$(BIN)/python -m pytest -q tests/contracts/strategies --write-strategies
+
+scaling: install
+	$(BIN)/python -m docs.generators.scaling
 
 faults: install
 	$(BIN)/python -m benchmarks.faults
 
-# What the suite is compared with, for nothing else
+# The packages that the suite is compared with
 $(BENCH_STAMP): $(STAMP)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev,bench]"
 	touch $(BENCH_STAMP)
@@ -72,4 +78,4 @@ bench: $(BENCH_STAMP)
 	$(BIN)/python -m benchmarks.cost
 
 bench-gpu: $(BENCH_STAMP)
-	$(BIN)/python -m benchmarks.gpu
+	$(BIN)/python -m benchmarks.cost --gpu

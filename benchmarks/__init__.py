@@ -1,1 +1,1 @@
-"""What the suite costs and what it saves, measured."""
+"""Measurements of the cost of the suite, and of what it protects from."""

@@ -1,1 +1,1 @@
-"""The pages of the site, and the programs that write what they show."""
+"""The pages of the site, and the programs that write the measured ones."""

@@ -78,7 +78,7 @@ class Guard:
             snapshot = self.snapshots.roll_back()
             snapshot.restore([self.network], [self.optimizer])
             self.buffers.refresh()
-            self.policy.load_state_dict(copy.deepcopy(snapshot.companions))
+            self.policy.load_state_dict(copy.deepcopy(snapshot.extra_state))
             self.recovery.on_rollback()
             self.backoff.reduce()
         elif decision == "stop":
@@ -100,7 +100,7 @@ class Guard:
 
     def _copy_state(self, snapshot: Snapshot) -> None:
         snapshot.capture([self.network], [self.optimizer])
-        snapshot.companions = copy.deepcopy(self.policy.state_dict())
+        snapshot.extra_state = copy.deepcopy(self.policy.state_dict())
 
 
 @contextmanager

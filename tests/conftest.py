@@ -1,4 +1,4 @@
-"""What every test stands on."""
+"""Fixtures and options of all tests."""
 
 from __future__ import annotations
 
@@ -20,32 +20,27 @@ settings.load_profile("reproducible")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """How `make strategies` writes the page that the tests are held to."""
+    """Adds the options of `make strategies` and `make browser-test`."""
     parser.addoption("--write-strategies", action="store_true", help="write the table of docs/strategies.md")
-    parser.addoption("--pictures", help="the folder in which `make browser-test` keeps what it saw")
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    """How a test says which package of an extra it is about."""
-    config.addinivalue_line("markers", "needs(package): left out at collection where it is not installed")
+    parser.addoption("--pictures", help="the folder that `make browser-test` writes pictures to")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out tests of what the installed Lightning does not have yet, or of a package that is not here."""
-    here = Version(version("pytorch-lightning"))
-    left_out = [
+    """Deselects tests that need a newer Lightning, or a package that is not installed."""
+    installed = Version(version("pytorch-lightning"))
+    deselected = [
         item
         for item in items
-        if any(Version(mark.args[0]) > here for mark in item.iter_markers("lightning"))
+        if any(Version(mark.args[0]) > installed for mark in item.iter_markers("lightning"))
         or any(find_spec(mark.args[0]) is None for mark in item.iter_markers("needs"))
     ]
-    config.hook.pytest_deselected(items=left_out)
-    items[:] = [item for item in items if item not in left_out]
+    config.hook.pytest_deselected(items=deselected)
+    items[:] = [item for item in items if item not in deselected]
 
 
 @pytest.fixture(autouse=True)
-def _alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One thread, a seed, an empty folder to write to, the environment's commands by name, no chatter."""
+def _isolated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gives a test one thread, a seed, an empty folder, the environment's commands, and no info messages."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PATH", str(Path(sys.executable).parent), prepend=os.pathsep)
     torch.set_num_threads(1)

@@ -67,7 +67,7 @@ def batches(n: int, size: int = 32, seed: int = 0) -> list[Batch]:
 
 
 def clusters(n: int, size: int = 32, seed: int = 0) -> list[Batch]:
-    """Four classes, each around a centre of its own, far enough apart to be told without an error."""
+    """Four classes, each around a centre of its own, far enough apart to be classified without an error."""
     centres = 2 * torch.randn(4, 20, generator=torch.Generator().manual_seed(99))
     generator = torch.Generator().manual_seed(seed)
     targets = [torch.randint(4, (size,), generator=generator) for _ in range(n)]
@@ -94,7 +94,7 @@ def plain_loader(data: Sequence[Batch]) -> DataLoader[Batch]:
 
 
 class ResumableLoader:
-    """Goes on in mid-epoch where a checkpoint was written, as torchdata's StatefulDataLoader does."""
+    """Resumes in mid-epoch at the batch of the checkpoint, as torchdata's StatefulDataLoader does."""
 
     def __init__(self, data: Sequence[Batch]) -> None:
         self.data = data
@@ -145,7 +145,7 @@ def fit(
 
 
 class LateStream:
-    """The side stream of a GPU at its slowest: copies are made when somebody waits for them."""
+    """The side stream of a GPU at its slowest: copies are made on synchronization."""
 
     device = "cpu"
 
@@ -159,7 +159,7 @@ class LateStream:
 
 
 def copy_late(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let snapshots be copied as late as a GPU may copy them."""
+    """Delays the copies of snapshots as a GPU may delay them."""
     copy_out = Snapshot._copy_out
 
     def late(snapshot: Any, targets: list[Tensor], sources: list[Tensor]) -> None:
@@ -184,7 +184,7 @@ def exponential_averages() -> list[pl.Callback]:
 
 
 def averaged(callbacks: Sequence[Any]) -> list[Tensor]:
-    """What those averages came to."""
+    """Returns the averaged weights."""
     models = [callback._average_model for callback in callbacks if hasattr(callback, "_average_model")]
     return [tensor for model in models for tensor in weights(model)]
 
@@ -230,7 +230,7 @@ class RateSpy(pl.Callback):
 
 
 class Remember(pl.Callback):
-    """The state ahead of each step, by `global_step`, and the one that training went back to."""
+    """The state ahead of each step, by `global_step`, and the one that a rollback restored."""
 
     def __init__(self) -> None:
         self.at: dict[int, list[Tensor]] = {}

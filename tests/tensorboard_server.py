@@ -20,14 +20,14 @@ class Server:
     """TensorBoard as a browser sees it.
 
     Args:
-        url: Where it listens, with a slash at the end.
+        url: Address with a slash at the end.
     """
 
     def __init__(self, url: str) -> None:
         self.url = url
 
     def get(self, path: str, **query: str) -> Any:
-        """What it answers, read as JSON if it is that."""
+        """Returns the response, parsed if it is JSON."""
         address = f"{self.url}{path}?{urllib.parse.urlencode(query)}"
         with urllib.request.urlopen(address, timeout=20) as answer:
             content = answer.read()
@@ -66,13 +66,13 @@ def tensorboard(logdir: Path) -> Iterator[Server]:
     )  # fmt: skip
     try:
         assert process.stderr is not None
-        told = ""
+        output = ""
         for line in process.stderr:
-            told += line
+            output += line
             if address := re.search(r"http://\S+", line):
                 break
         else:
-            raise AssertionError(f"TensorBoard did not start: {told}")
+            raise AssertionError(f"TensorBoard did not start: {output}")
         server = Server(address[0])
         _wait_for_runs(server)
         yield server

@@ -1,4 +1,4 @@
-"""The site builds, loads nothing from elsewhere, and every snippet of it runs."""
+"""The site builds without external resources, and every snippet of it runs."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ import torch
 import yaml
 
 import lightning_gradguard
-from docs import experiments, guide_page
-from docs.experiments import Run
+from docs.generators import experiments, guide
+from docs.generators.experiments import Run
 from lightning_gradguard.cli.lightning_cli import command_line, typed
 from lightning_gradguard.cli.main import main as command
 
@@ -27,7 +27,7 @@ PAGES = {
     str(path.relative_to(ROOT)): path.read_text()
     for path in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
 }
-#: What snippets stand for: a package of the reader's.
+#: A package of the reader, which the snippets import.
 MY_PACKAGE = """
 from lightning_gradguard import ZScoreClipping as MyPolicy
 from examples.digits import DeepNetwork as MyModule, Digits as MyData
@@ -44,13 +44,13 @@ def pages_with(language: str) -> list[str]:
 
 @pytest.fixture(autouse=True)
 def _seed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without one, LightningCLI chooses, and warns of it."""
+    """Sets a seed: without one, LightningCLI chooses one and warns."""
     monkeypatch.setenv("PL_GLOBAL_SEED", "0")
 
 
 @pytest.fixture
 def my_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A clone with a package of the reader's in it, a configuration, and what an earlier run has left."""
+    """Creates a clone with a package of the reader, a configuration and the files of an earlier run."""
     Path("examples").symlink_to(ROOT / "examples")
     Path("my_package.py").write_text(MY_PACKAGE)
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -63,7 +63,7 @@ def my_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.save({"state_dict": weights, "pytorch-lightning_version": "2.4.0"}, last_good)
 
 
-#: LightningCLI still calls what jsonargparse has renamed.
+#: LightningCLI calls deprecated names of jsonargparse.
 renamed = pytest.mark.filterwarnings("ignore:[\\s\\w`.]* was deprecated in v4")
 
 
@@ -115,8 +115,8 @@ COMMANDS = sorted(
 @renamed
 @pytest.mark.usefixtures("my_package")
 @pytest.mark.parametrize("line", COMMANDS)
-def test_commands_are_understood(line: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """What `fit` is given builds a module and a Trainer; of another command, the options exist."""
+def test_commands_are_valid(line: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Arguments of `fit` build a module and a Trainer; options of other commands exist."""
     _, verb, *arguments = shlex.split(line)
     if verb == "fit" and "--help" not in arguments:
         with typed(arguments):
@@ -130,8 +130,9 @@ def test_commands_are_understood(line: str, capsys: pytest.CaptureFixture[str]) 
         assert option.partition("=")[0] in help_page
 
 
+@pytest.mark.slow
 def test_the_site_builds_strictly_and_stands_alone(tmp_path: Path) -> None:
-    """No page links to nowhere, none is left out, and none loads anything from another host."""
+    """No link is broken, no page is omitted, and none loads anything from another host."""
     nowhere = {"http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"}
     site = tmp_path / "site"
     result = subprocess.run(
@@ -155,67 +156,72 @@ def test_the_site_builds_strictly_and_stands_alone(tmp_path: Path) -> None:
     assert all(f"<code>{name}</code>" in monitor for name in ("norm_type", "every_n_steps", "exclude"))
 
 
-def test_the_reference_is_whole() -> None:
-    """Public names, and the rooms of the core."""
+def test_reference_is_complete() -> None:
+    """The reference has all public names, modules and sub-packages of the core."""
     pages = "\n".join(PAGES.values())
-    rooms = [f"core.{path.stem}" for path in (ROOT / "lightning_gradguard/core").glob("[a-z]*.py")]
-    for name in (*lightning_gradguard.__all__, *rooms):
-        assert f"::: lightning_gradguard.{name}\n" in pages, name
+    paths = [*(ROOT / "lightning_gradguard/core").glob("[a-z]*")]
+    modules = [f"core.{path.stem}" for path in paths if path.suffix == ".py" or path.is_dir()]
+    for name in (*lightning_gradguard.__all__, *modules):
+        assert re.search(rf"^::: lightning_gradguard\.{name}\b", pages, re.MULTILINE), name
 
 
 CURES = ("ReLU, He", "ReLU, batch norm", "ReLU, residual")
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-def test_what_vanishes_is_cured_by_what_the_guide_says() -> None:
-    sick = experiments.VANISHING["ReLU"](120, 0)
-    assert sick.first_norms()[0] < sick.first_norms()[-1] / 100
+def test_cures_of_the_guide_for_vanishing_gradients() -> None:
+    bare = experiments.VANISHING["ReLU"](120, 0)
+    assert bare.first_norms()[0] < bare.first_norms()[-1] / 100
     for name in CURES:
         cured = experiments.VANISHING[name](120, 0)
         assert cured.first_norms()[0] > cured.first_norms()[-1] / 10, name
-        assert cured.final_loss < sick.final_loss - 0.5, name
-        assert cured.accuracy > sick.accuracy + 0.3, name
+        assert cured.final_loss < bare.final_loss - 0.5, name
+        assert cured.accuracy > bare.accuracy + 0.3, name
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-def test_what_explodes_is_cured_by_what_the_guide_says() -> None:
-    sick = experiments.THROUGH_TIME["ReLU, gain 1.1"](25, 0)
-    assert sick.survived < 25
+def test_cures_of_the_guide_for_exploding_gradients() -> None:
+    bare = experiments.THROUGH_TIME["ReLU, gain 1.1"](25, 0)
+    assert bare.survived < 25
     for name in ("clipping to norm 1", "max-norm", "LSTM", "the suite"):
         cured = experiments.THROUGH_TIME[name](25, 0)
         assert cured.survived == 25, name
         assert cured.losses[-1] < cured.losses[0], name
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-def test_weights_that_are_too_large_need_clipping_and_a_bound() -> None:
+def test_weights_out_of_range_need_clipping_and_a_bound() -> None:
     runs = {name: run(120, 0) for name, run in experiments.HUGE_WEIGHTS.items()}
     assert not math.isfinite(runs["weights from N(0, 0.4)"].final_loss)
     assert runs["clipping, max-norm"].final_loss < runs["clipping"].final_loss < math.inf
     assert runs["clipping, L2"].accuracy > runs["max-norm"].accuracy + 0.2
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-def test_the_guide_has_what_its_program_writes(tmp_path: Path) -> None:
-    """All experiments of the page, and no other, in its columns; the numbers take minutes."""
+def test_guide_has_the_tables_of_its_generator(tmp_path: Path) -> None:
+    """Same experiments and columns as in the page; the numbers would take minutes."""
     page = PAGES["docs/guide.md"]
     tables = {}
-    for name, (runs, _, head, row) in guide_page.TABLES.items():
-        tables[name] = guide_page.table(head, (row(what, [run(2, 0)]) for what, run in runs.items()))
+    for name, (runs, _, head, row) in guide.TABLES.items():
+        tables[name] = guide.table(head, (row(what, [run(2, 0)]) for what, run in runs.items()))
 
     def form(text: str) -> list[tuple[str, int]]:
         rows = [line.split(" | ") for line in text.splitlines() if line.startswith("| ")]
         return [(cells[0], len(cells)) for cells in rows]
 
-    assert form(guide_page.written(page, tables)) == form(page)
+    assert form(guide.written(page, tables)) == form(page)
     assert "NaN" in page
 
 
-def test_the_guide_draws(tmp_path: Path) -> None:
-    """A run that died, one that lives, and a picture of both that is not empty."""
-    dead = Run(losses=[4.6, 9.0, math.nan], series={"grad_norm/total": [1.0, 1e3, math.inf]})
-    alive = Run(losses=[4.6, 4.0, 3.0], series={"grad_norm/total": [1.0, 1.0, 1.0]})
-    figure = guide_page.draw_characters({"a": dead, "b": alive}, {"a": "tab:red", "b": "tab:blue"})
+def test_guide_pictures_are_drawn(tmp_path: Path) -> None:
+    """A picture of a failed and a healthy run is not empty."""
+    failed = Run(losses=[4.6, 9.0, math.nan], series={"grad_norm/total": [1.0, 1e3, math.inf]})
+    healthy = Run(losses=[4.6, 4.0, 3.0], series={"grad_norm/total": [1.0, 1.0, 1.0]})
+    figure = guide.draw_characters({"a": failed, "b": healthy}, {"a": "tab:red", "b": "tab:blue"})
     figure.savefig(tmp_path / "picture.png")
     loss, norm = figure.axes
     assert [line.get_label() for line in loss.get_lines()] == ["a", "b"]

@@ -32,7 +32,7 @@ from examples import (
 from lightning_gradguard import AdaptiveGradientClipping, NaNRollback, PercentileClipping
 from lightning_gradguard.cli.main import main as command_line
 from lightning_gradguard.core.norms import measure_gradients
-from tests.runtime.launching import ROOT, launch
+from tests.launching import ROOT, launch
 
 EXAMPLES = sorted(path for path in (ROOT / "examples").glob("*.py") if path.stem != "__init__")
 FILES = sorted((ROOT / "examples").glob("*.yaml"))
@@ -225,6 +225,7 @@ def test_own_loop_needs_torch_alone() -> None:
     launch(["-c", "import sys, examples.own_loop; sys.exit('pytorch_lightning' in sys.modules)"])
 
 
+@pytest.mark.slow
 def test_sharded_clipping(tmp_path: Path) -> None:
     source = f"import os; os.chdir({str(tmp_path)!r}); from examples.sharded_clipping import main; main(60)"
     script = tmp_path / "train.py"

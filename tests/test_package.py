@@ -1,4 +1,4 @@
-"""The package keeps its word: names, version, floors, command line."""
+"""Public names, version, layers and entry points of the package."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 
 
-def test_public_names_are_sorted_and_there() -> None:
+def test_public_names_are_sorted_and_importable() -> None:
     assert lightning_gradguard.__all__ == sorted(lightning_gradguard.__all__)
     assert set(lightning_gradguard.__all__) == set(lightning_gradguard._HOME)
     for name in lightning_gradguard.__all__:
@@ -28,13 +28,13 @@ def test_public_names_are_sorted_and_there() -> None:
         lightning_gradguard.Clipper  # noqa: B018
 
 
-def test_the_version_is_that_of_the_changelog() -> None:
+def test_version_is_that_of_the_changelog() -> None:
     newest = re.search(r"^## \[(.+?)\]", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
     assert newest is not None
     assert newest.group(1) == lightning_gradguard.__version__
 
 
-def test_the_core_loads_without_lightning() -> None:
+def test_core_imports_no_lightning() -> None:
     code = (
         "import sys, lightning_gradguard.core.clipping, lightning_gradguard.core.initialization;"
         "from lightning_gradguard import ZScoreClipping;"
@@ -43,8 +43,8 @@ def test_the_core_loads_without_lightning() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
-def test_the_linter_holds_the_floors(tmp_path: Path) -> None:
-    for floor, imported in (
+def test_linter_forbids_upward_imports(tmp_path: Path) -> None:
+    for layer, imported in (
         ("core", "pytorch_lightning"),
         ("core", "lightning_gradguard.runtime.steps.suite"),
         ("runtime", "lightning_gradguard.callbacks.nan_rollback"),
@@ -53,14 +53,14 @@ def test_the_linter_holds_the_floors(tmp_path: Path) -> None:
         ("report", "torch"),
         ("report", "lightning_gradguard.cli.errors"),
     ):
-        room = ROOT / "lightning_gradguard" / floor / "scratch.py"
+        file = ROOT / "lightning_gradguard" / layer / "scratch.py"
         result = subprocess.run(
-            [sys.executable, "-m", "ruff", "check", "--no-cache", "--stdin-filename", str(room), "-"],
-            input=f'"""Looks upstairs."""\n\nimport {imported}\n',
+            [sys.executable, "-m", "ruff", "check", "--no-cache", "--stdin-filename", str(file), "-"],
+            input=f'"""Imports an upper layer."""\n\nimport {imported}\n',
             capture_output=True,
             text=True,
         )
-        assert "TID251" in result.stdout, (floor, imported)
+        assert "TID251" in result.stdout, (layer, imported)
 
 
 def test_readme_targets_exist() -> None:
@@ -71,11 +71,12 @@ def test_readme_targets_exist() -> None:
     assert (ROOT / "docs/images/demo.png").stat().st_size > 10_000
 
 
+@pytest.mark.slow
 def test_fit_from_yaml(tmp_path: Path) -> None:
     yaml_file = str(ROOT / "examples" / "digits.yaml")
-    how = ("--trainer.max_steps", "12", "--trainer.enable_progress_bar", "false")
+    flags = ("--trainer.max_steps", "12", "--trainer.enable_progress_bar", "false")
     result = subprocess.run(
-        [sys.executable, "-m", "lightning_gradguard", "fit", "-c", yaml_file, *how],
+        [sys.executable, "-m", "lightning_gradguard", "fit", "-c", yaml_file, *flags],
         capture_output=True,
         text=True,
         env={**os.environ, "PYTHONPATH": str(ROOT)},

@@ -17,7 +17,7 @@ from lightning_gradguard.core.parameter_names import match_names
 from lightning_gradguard.core.tags import family
 from lightning_gradguard.runtime import lightning_api
 from lightning_gradguard.runtime.steps.step import Step
-from lightning_gradguard.runtime.steps.suite import StepCallback
+from lightning_gradguard.runtime.steps.step_callback import StepCallback
 
 
 class AdaptiveGradientClipping(StepCallback):
@@ -114,7 +114,7 @@ class AdaptiveGradientClipping(StepCallback):
         if divisor is None:
             scale_gradients_(gradients, coefficients)
         else:
-            self.suite.ride(step, grad_scale=divisor)
+            self.suite.override_fused_step(step, grad_scale=divisor)
         policy.commit()
         clipped, steps = self._clipped.get(step.optimizer_index, (0, 0))
         self._clipped[step.optimizer_index] = (clipped + (_smallest(coefficients) < 1), steps + 1)
@@ -186,7 +186,7 @@ class AdaptiveGradientClipping(StepCallback):
             values["clip", "threshold"] = threshold
         n = len(trainer.optimizers)
         tagged = {f"{family(name, index, n)}/{what}": value for (name, what), value in values.items()}
-        self.suite.report.add_scalars(tagged)
+        self.suite.metrics.add_scalars(tagged)
 
 
 def _smallest(coefficients: Scalar | list[Tensor]) -> Scalar:

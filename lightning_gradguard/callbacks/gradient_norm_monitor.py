@@ -33,7 +33,8 @@ from lightning_gradguard.runtime.logging.heat_map import GradientHistory
 from lightning_gradguard.runtime.optimizer_hooks import after_step
 from lightning_gradguard.runtime.steps.parameters import Selection
 from lightning_gradguard.runtime.steps.step import Step
-from lightning_gradguard.runtime.steps.suite import StepCallback, Suite, is_logging_step
+from lightning_gradguard.runtime.steps.step_callback import StepCallback
+from lightning_gradguard.runtime.steps.suite import Suite, is_logging_step
 
 #: Logged steps that make a heat map worth a look when training ends.
 LEAST_COLUMNS = 10
@@ -136,7 +137,7 @@ class GradientNormMonitor(StepCallback):
         super().on_train_start(trainer, pl_module)
         if self.progress_bar:
             n = len(trainer.optimizers)
-            self.suite.report.on_bar |= {f"{family('grad_norm', i, n)}/total" for i in range(n)}
+            self.suite.metrics.on_bar |= {f"{family('grad_norm', i, n)}/total" for i in range(n)}
         self._looks = {}
         self._waiting = []
         self._history = GradientHistory()
@@ -183,7 +184,7 @@ class GradientNormMonitor(StepCallback):
         super().on_train_end(trainer, pl_module)
         if self._waiting:
             self._hand_in_waiting(trainer, pl_module)
-            self.suite.report.send(trainer, pl_module)
+            self.suite.metrics.send(trainer, pl_module)
         self._draw_last(trainer)
 
     def on_exception(
@@ -232,11 +233,11 @@ class GradientNormMonitor(StepCallback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, look: _Look, *, is_late: bool = False
     ) -> None:
         read = partial(self._read, trainer, pl_module, look, is_late)
-        self.suite.report.add(look.values(self.norm_type), read, look.step)
+        self.suite.metrics.add(look.values(self.norm_type), read, look.step)
 
     def _publish_total(self, trainer: pl.Trainer, index: int, total: Tensor) -> None:
         """Once an epoch at least, the total is there for `EarlyStopping`."""
-        report = self.suite.report
+        report = self.suite.metrics
         name = family("grad_norm", index, len(trainer.optimizers))
 
         def read(host: list[float]) -> dict[str, float]:
@@ -286,9 +287,9 @@ class GradientNormMonitor(StepCallback):
         scalars = {f"{name}/nonfinite_fraction": fraction}
         if look.accepted:
             if not is_late:
-                self.suite.report.publish_total(f"{name}/total", total)
+                self.suite.metrics.publish_total(f"{name}/total", total)
             if self.norm_type == 2 and math.isfinite(total):
-                self.suite.largest_norm = max(self.suite.largest_norm, total)
+                self.suite.record_norm(total)
             if band is not None:
                 around = family("grad_norm_band", index, n_optimizers)
                 scalars |= {f"{around}/low": band[0], f"{around}/total": total, f"{around}/high": band[1]}
@@ -371,7 +372,7 @@ class _Look:
         self.names = step.gradients.names
         self.is_matrix = step.selection.is_matrix
         self.accepted = step.accepted
-        self.was_judged = step.is_judged
+        self.was_judged = step.is_checked
         self.grad_norms = grad_norms
         self.is_waiting = False
         self.now = {"step": trainer.global_step, "epoch": trainer.current_epoch}
@@ -410,7 +411,7 @@ class _Look:
     def _measure_updates(self, selection: Selection, before: list[Tensor]) -> None:
         torch._foreach_sub_(before, _local(selection))
         self.is_waiting = True
-        self._suite.add_over_shards(power_sums(before), selection, self._take)
+        self._suite.reduce_over_shards(power_sums(before), selection, self._take)
 
     def _take(self, sums: Tensor) -> None:
         self.is_waiting = False

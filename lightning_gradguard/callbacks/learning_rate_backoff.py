@@ -14,7 +14,7 @@ from lightning_gradguard.core.tags import family
 from lightning_gradguard.runtime.incidents.journal import incident_now, publish
 from lightning_gradguard.runtime.optimizer_hooks import ScaledLearningRate
 from lightning_gradguard.runtime.steps.step import Step
-from lightning_gradguard.runtime.steps.suite import StepCallback
+from lightning_gradguard.runtime.steps.step_callback import StepCallback
 
 
 class LearningRateBackoff(StepCallback):
@@ -75,7 +75,7 @@ class LearningRateBackoff(StepCallback):
         super().on_train_start(trainer, pl_module)
         self._rates = [ScaledLearningRate(optimizer) for optimizer in trainer.optimizers]
         if self.progress_bar:
-            self.suite.report.on_bar.add("lr_backoff/scale")
+            self.suite.metrics.on_bar.add("lr_backoff/scale")
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -120,9 +120,9 @@ class LearningRateBackoff(StepCallback):
             for group, rate in enumerate(scheduled):
                 values[f"{name}/scheduled_lr/{group}"] = rate
                 values[f"{name}/lr/{group}"] = rate * self._scale
-        self.suite.report.add_scalars(values)
+        self.suite.metrics.add_scalars(values)
         if self.progress_bar:
-            self.suite.report.publish_total("lr_backoff/scale", self._scale)
+            self.suite.metrics.publish_total("lr_backoff/scale", self._scale)
 
     def on_exception(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException

@@ -205,6 +205,17 @@ class RecoveryPolicy:
         return len(self._outcomes) == OUTCOMES and (sum(self._outcomes) > self._max_skip_fraction * OUTCOMES)
 
     @property
+    def stop_reason(self) -> str:
+        """The budget that is used up, in words."""
+        if self.skips_too_often:
+            return (
+                f"more than {self._max_skip_fraction:.0%} of the last {OUTCOMES} steps were skipped "
+                f"(max_skip_fraction={self._max_skip_fraction:g})"
+            )
+        limit = f"max_rollbacks={self._max_rollbacks}"
+        return f"after {self.rollbacks} rollbacks another one is necessary ({limit})"
+
+    @property
     def is_spiking(self) -> bool:
         """Whether the last step of any optimizer was part of a spike: no good step, then."""
         return any(health.spiking for health in self._health.values())

@@ -1,1 +1,1 @@
-"""What the callbacks share while a Trainer runs."""
+"""Shared by the callbacks while a Trainer runs: steps, rollback, incidents, logging."""

@@ -19,7 +19,7 @@ def world_size() -> int:
 
 
 def rank() -> int:
-    """Which of them this process is."""
+    """Index of this process among them."""
     return dist.get_rank() if world_size() > 1 else 0
 
 
@@ -40,8 +40,8 @@ def reduce_together(sums: Mapping[Key, Tensor], largest: Mapping[Key, Tensor]) -
 
     Args:
         sums: Vectors of shape `(n,)`, one dtype, of the same sizes in the same order on every rank.
-        largest: Others, not to be added up. Then every rank hears of every other: more bytes, still one
-            collective.
+        largest: Others, of which the maximum is taken. With any of them the collective is an all-gather,
+            which takes more bytes.
 
     Returns:
         All of them, by key.
@@ -61,12 +61,12 @@ def reduce_together(sums: Mapping[Key, Tensor], largest: Mapping[Key, Tensor]) -
 
 
 def any_rank(flag: bool, device: torch.device) -> bool:
-    """Whether the flag is set on at least one rank. Waits for the answer."""
+    """True if the flag is set on at least one rank. Synchronizes."""
     return bool(sum_over_ranks(torch.tensor([float(flag)], device=device)).item())
 
 
 def gather_objects(value: Any) -> list[Any]:
-    """What every rank has to say, by rank. Waits for all of them."""
+    """The value of every rank, by rank. Synchronizes."""
     if world_size() == 1:
         return [value]
     values: list[Any] = [None] * world_size()
@@ -87,10 +87,10 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def complete_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Have gradients spread as their weights are, where tensor parallelism left them otherwise.
+    """Redistributes gradients as their weights are, where tensor parallelism leaves them otherwise.
 
-    It leaves parts of a sum, of which a norm says nothing, or cuts what the weight has whole. The optimizer
-    would put that right each time it looks at one.
+    It leaves partial sums, whose norm is meaningless, or shards of what the weight has whole. The optimizer
+    would redistribute them itself at each access.
     """
     for parameter in parameters:
         weight, gradient = parameter.data, parameter.grad

@@ -13,11 +13,11 @@ from lightning_gradguard.runtime.optimizer_hooks import after_step
 class FusedStepOverride:
     """Has the optimizer's own kernel scale gradients, or skip its update, in its next step alone.
 
-    It is what a GradScaler does to fused optimizers: no pass over the gradients, and nobody waits.
+    A GradScaler does the same to fused optimizers: no pass over the gradients, no host synchronization.
 
     Args:
         optimizer: One that `supports_fused_override`, about to step.
-        grad_scale: What gradients are divided by; shape `()`, float32.
+        grad_scale: Gradients are divided by it; shape `()`, float32.
         found_inf: 1 if the update is to be skipped, bit for bit, else 0; shape `()`, float32.
     """
 
@@ -31,29 +31,29 @@ class FusedStepOverride:
         }
         self._of = vars(optimizer)
         self._of.update(self._attributes)
-        self._handle = after_step(optimizer, self._get_off)
+        self._handle = after_step(optimizer, self._restore)
 
     def end(self) -> None:
-        """Leave the optimizer as it was, also if it did not step."""
-        self._get_off()
+        """Restores the optimizer's attributes, also if it did not step."""
+        self._restore()
         self._handle.remove()
 
-    def _get_off(self) -> None:
+    def _restore(self) -> None:
         for name in self._attributes:
             self._of.pop(name, None)
 
 
 def supports_fused_override(optimizer: Optimizer) -> bool:
-    """Whether the optimizer's kernel scales and skips by itself: fused Adam, AdamW, SGD and Adagrad do."""
+    """True if the optimizer's kernel can scale and skip: fused Adam, AdamW, SGD and Adagrad."""
     supports = getattr(optimizer, "_step_supports_amp_scaling", False)
     return bool(supports) and all(group.get("fused") for group in optimizer.param_groups)
 
 
 def skip_is_exact(optimizer: Optimizer, parameters: Iterable[Tensor]) -> bool:
-    """Whether a step that the optimizer's kernel skips changes nothing.
+    """True if a step that the optimizer's kernel skips changes nothing.
 
-    Not so where state is born, for it is left unwritten, and where others write to the weights as well: the
-    optimizer's own class, or hooks of it.
+    It does where state is created, as the kernel leaves that uninitialized, and where other code writes to
+    the weights as well: a subclass of the optimizer, or hooks on it.
 
     Args:
         optimizer: One that `supports_fused_override`.

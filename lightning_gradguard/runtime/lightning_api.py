@@ -1,4 +1,4 @@
-"""The only door to Lightning's private attributes."""
+"""The only module that uses private attributes of Lightning."""
 
 from __future__ import annotations
 
@@ -33,19 +33,19 @@ UNSUPPORTED = {
         "its gradients and master weights live inside the engine; use strategy='ddp' or "
         "ModelParallelStrategy, or DeepSpeed's own `gradient_clipping`"
     ),
-    "XLAFSDPStrategy": "flattened shards have not been proven with this suite; use strategy='ddp'",
+    "XLAFSDPStrategy": "flattened shards are not tested with this suite; use strategy='ddp'",
 }
 
 
 def reject_unsupported(trainer: pl.Trainer, callback: Callback) -> None:
-    """Raise where the suite would measure or write the wrong tensors, or could not measure at all.
+    """Raises where the suite would measure or write the wrong tensors, or cannot measure.
 
     Args:
         trainer: The Trainer whose strategy and device are looked at.
-        callback: Who asks; named in the message.
+        callback: Named in the message.
 
     Raises:
-        MisconfigurationException: If the strategy or the device is one that is refused.
+        MisconfigurationException: If the strategy or the device is not supported.
     """
     if trainer.strategy.root_device.type == "mps":
         raise MisconfigurationException(
@@ -54,7 +54,7 @@ def reject_unsupported(trainer: pl.Trainer, callback: Callback) -> None:
         )
     if flattens_parameters(trainer):
         rank_zero_warn(
-            "lightning_gradguard was proven with FSDP1 on CPUs, and has not been run with it on a GPU yet; "
+            "lightning_gradguard is tested with FSDP1 on CPUs, and not on a GPU yet; "
             "ModelParallelStrategy (FSDP2) is its successor.",
             category=UserWarning,
         )
@@ -66,7 +66,7 @@ def reject_unsupported(trainer: pl.Trainer, callback: Callback) -> None:
 
 
 def reject_flattened_parameters(trainer: pl.Trainer, who: str) -> None:
-    """Raise under FSDP1, on behalf of who needs the shapes of weights.
+    """Raises under FSDP1, which flattens weights.
 
     Raises:
         MisconfigurationException: If the strategy is FSDP1.
@@ -79,7 +79,7 @@ def reject_flattened_parameters(trainer: pl.Trainer, who: str) -> None:
 
 
 def allows_extra_pass(trainer: pl.Trainer) -> bool:
-    """Whether a pass through the module, besides that of training, is nobody else's business."""
+    """True if the module can run an extra pass, without collectives of the strategy."""
     return type(trainer.strategy).__name__.startswith(("SingleDevice", "DDP", "SingleHPU", "SingleXLA"))
 
 
@@ -90,9 +90,9 @@ def batches_that_stepped(trainer: pl.Trainer) -> int:
 
 
 def resumed_batch_idx_offset(trainer: pl.Trainer) -> int:
-    """By how much `batch_idx` is too low for the rest of the epoch, at the start of a resumed fit.
+    """The number to add to `batch_idx` for the rest of the epoch, at the start of a resumed fit.
 
-    Lightning before 2.5 tells the place of the batch at whose end the checkpoint was written once more.
+    Lightning before 2.5 repeats the index of the batch at whose end the checkpoint was written.
     """
     loop = trainer.fit_loop.epoch_loop
     if not loop.restarting or hasattr(loop, "restarted_on_train_batch_end"):
@@ -102,19 +102,19 @@ def resumed_batch_idx_offset(trainer: pl.Trainer) -> int:
 
 
 def epoch_mean_metrics(trainer: pl.Trainer) -> list[Metric]:
-    """What `self.log(..., on_epoch=True)` accumulates during training, one metric for each key."""
+    """The metrics in which `self.log(..., on_epoch=True)` accumulates during training, one a key."""
     results = getattr(trainer.fit_loop.epoch_loop, "_results", None)
     return [] if results is None else list(results.values())
 
 
 def attach_for_replay(trainer: pl.Trainer, pl_module: pl.LightningModule, *, step: int, epoch: int) -> None:
-    """Let a Trainer that has run nothing answer its module as if it were fitting it.
+    """Attaches a fresh Trainer to a module as if it were fitting it.
 
     Args:
         trainer: A fresh Trainer.
         pl_module: Asks for `self.trainer`, `self.global_step` and the like.
-        step: What `trainer.global_step` shall be.
-        epoch: What `trainer.current_epoch` shall be.
+        step: Value of `trainer.global_step`.
+        epoch: Value of `trainer.current_epoch`.
     """
     pl_module.trainer = trainer
     trainer.strategy.connect(pl_module)
@@ -132,13 +132,13 @@ def gradient_scaler(trainer: pl.Trainer) -> torch.amp.GradScaler | None:
 
 
 def set_scaler_state(trainer: pl.Trainer, state: dict[str, Any]) -> None:
-    """Put the GradScaler's scale, and its count of good steps, back to what its `state_dict` said."""
+    """Restores the GradScaler's scale and its count of good steps."""
     if (scaler := gradient_scaler(trainer)) is not None:
         scaler.load_state_dict(state)
 
 
 def gradients_are_scaled(trainer: pl.Trainer, optimizer: Optimizer) -> bool:
-    """Whether gradients still carry the loss scale when the optimizer is about to step.
+    """True if gradients still carry the loss scale when the optimizer is about to step.
 
     A fused optimizer unscales inside its own kernel, so Lightning leaves its gradients scaled.
     """
@@ -148,13 +148,13 @@ def gradients_are_scaled(trainer: pl.Trainer, optimizer: Optimizer) -> bool:
 
 
 def scale_of_gradients(trainer: pl.Trainer, optimizer: Optimizer) -> float:
-    """By how much gradients are too large when the optimizer is about to step."""
+    """The factor that gradients still carry when the optimizer is about to step."""
     scaler = gradient_scaler(trainer)
     return scaler.get_scale() if scaler is not None and gradients_are_scaled(trainer, optimizer) else 1.0
 
 
 def flattens_parameters(trainer: pl.Trainer) -> bool:
-    """Whether the strategy is FSDP1."""
+    """True if the strategy is FSDP1."""
     return _is_strategy(trainer, "FSDPStrategy")
 
 
@@ -173,14 +173,19 @@ def flat_shards(trainer: pl.Trainer) -> dict[Tensor, FlatShard]:
     return found
 
 
-def reshard_parameters(trainer: pl.Trainer) -> None:
-    """Have sharded weights where the optimizer finds them, and nothing else.
+def shards_parameters(trainer: pl.Trainer) -> bool:
+    """True if the strategy is FSDP1 or FSDP2."""
+    return flattens_parameters(trainer) or _is_strategy(trainer, "ModelParallelStrategy")
 
-    A pass without a backward one, such as validation, leaves the whole weights in the module: what is copied
-    then are other tensors, and what is written is lost.
+
+def reshard_parameters(trainer: pl.Trainer) -> None:
+    """Reshards the parameters, so that the module holds the tensors that the optimizer steps.
+
+    A forward pass without a backward pass, such as validation, leaves the full parameters in the module:
+    copies would be of other tensors, and writes would be lost.
     """
     for unit in _fsdp1_units(trainer):
-        # without a pass so far there is nothing to let go of, and no room for it either
+        # before the first pass there is nothing to reshard, and no memory for it either
         if unit._is_root is not None and unit._handle.uses_sharded_strategy:
             unit._handle.reshard(True)
     if _is_strategy(trainer, "ModelParallelStrategy"):
@@ -190,7 +195,7 @@ def reshard_parameters(trainer: pl.Trainer) -> None:
 
 
 def _is_strategy(trainer: pl.Trainer, name: str) -> bool:
-    """Whether the strategy is of this class, of either package, or inherits from it."""
+    """True if the strategy is of this class, of either package, or of a subclass."""
     return name in _names_of(type(trainer.strategy))
 
 
@@ -219,12 +224,12 @@ def unscaled_loss(trainer: pl.Trainer, loss: Tensor) -> Tensor:
 
 
 def calls_closure_repeatedly(optimizer: Optimizer) -> bool:
-    """Whether one `optimizer.step` evaluates the loss several times and updates in between."""
+    """True if one `optimizer.step` evaluates the loss several times and updates in between."""
     return isinstance(optimizer, LBFGS)
 
 
 def validates_next(trainer: pl.Trainer, batch_idx: int) -> bool:
-    """Whether validation follows the running batch; not told where it follows the clock."""
+    """True if validation follows the running batch; unknown where it is scheduled by time."""
     every = getattr(trainer, "val_check_batch", None)
     if not every or every == float("inf") or not trainer.enable_validation:
         return False
@@ -233,12 +238,12 @@ def validates_next(trainer: pl.Trainer, batch_idx: int) -> bool:
 
 
 def is_swa_bn_update(trainer: pl.Trainer) -> bool:
-    """Whether the running epoch is the last pass of `StochasticWeightAveraging`, for BatchNorm's sake."""
+    """True in the last pass of `StochasticWeightAveraging`, which only updates BatchNorm statistics."""
     return bool(getattr(trainer.fit_loop, "_skip_backward", False))
 
 
 def call_before_checkpoints(trainer: pl.Trainer, act: Callable[[], None]) -> None:
-    """Have `act` called on every rank ahead of each checkpoint that is written while the Trainer fits."""
+    """Calls `act` on every rank ahead of each checkpoint that is written while the Trainer fits."""
 
     @wraps(type(trainer).save_checkpoint)
     def save_checkpoint(*args: Any, **kwargs: Any) -> None:
@@ -249,7 +254,7 @@ def call_before_checkpoints(trainer: pl.Trainer, act: Callable[[], None]) -> Non
 
 
 def stop_calling_before_checkpoints(trainer: pl.Trainer) -> None:
-    """Write checkpoints as before."""
+    """Restores `trainer.save_checkpoint`."""
     vars(trainer).pop("save_checkpoint", None)
 
 
@@ -263,7 +268,7 @@ def weight_averages(trainer: pl.Trainer) -> list[nn.Module]:
 
 
 def average_counts(trainer: pl.Trainer) -> list[Tensor]:
-    """How many models `StochasticWeightAveraging` has taken in, beside its average."""
+    """The numbers of models that `StochasticWeightAveraging` has averaged."""
     return [
         count
         for callback in trainer.callbacks  # type: ignore[attr-defined]
@@ -289,14 +294,14 @@ def _epochs_only(original: Any, step_idx: int | None = None, epoch_idx: int | No
 
 
 def pause_weight_averages(trainer: pl.Trainer) -> None:
-    """Keep the running step out of every `WeightAveraging` callback, wherever it stands in the list."""
+    """Excludes the running step from every `WeightAveraging` callback, in any order of callbacks."""
     for callback in _averaging_callbacks(trainer):
         if "should_update" not in vars(callback):
             callback.should_update = partial(_epochs_only, callback.should_update)
 
 
 def resume_weight_averages(trainer: pl.Trainer) -> None:
-    """Let `WeightAveraging` callbacks see steps again."""
+    """Includes steps in `WeightAveraging` callbacks again."""
     for callback in _averaging_callbacks(trainer):
         vars(callback).pop("should_update", None)
 
@@ -308,15 +313,15 @@ def _averaging_callbacks(trainer: pl.Trainer) -> Iterator[Any]:
 
 
 def writes_after_step(pl_module: pl.LightningModule) -> bool:
-    """Whether the module may write to its weights when a batch has ended."""
+    """True if the module may write to its weights when a batch has ended."""
     return type(pl_module).on_train_batch_end.__module__.split(".")[0] not in _PACKAGES
 
 
 def gradients_used_after_hook(trainer: pl.Trainer) -> bool:
-    """Whether others than the suite look at gradients, or write to them, ahead of the update."""
+    """True if other code than the suite reads or writes gradients ahead of the update."""
     module = trainer.lightning_module
-    lookers = [module, *trainer.callbacks]  # type: ignore[attr-defined]
-    packages = {type(looker).on_before_optimizer_step.__module__.split(".")[0] for looker in lookers}
+    owners = [module, *trainer.callbacks]  # type: ignore[attr-defined]
+    packages = {type(owner).on_before_optimizer_step.__module__.split(".")[0] for owner in owners}
     return bool(
         trainer.gradient_clip_val
         or gradient_scaler(trainer) is not None
@@ -326,6 +331,6 @@ def gradients_used_after_hook(trainer: pl.Trainer) -> bool:
 
 
 def overrides_gradient_clipping(pl_module: pl.LightningModule) -> bool:
-    """Whether the module brings its own `configure_gradient_clipping`."""
+    """True if the module overrides `configure_gradient_clipping`."""
     own = type(pl_module).configure_gradient_clipping
     return own.__module__.split(".")[0] not in _PACKAGES

@@ -1,4 +1,4 @@
-"""Lightning comes in two packages of the same classes; which of them is the user's."""
+"""Lightning's two packages, `pytorch_lightning` and `lightning.pytorch`, which have the same classes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def lightning_package_of(module_class: Any) -> ModuleType:
 
 
 def is_instance_by_name(thing: object, name: str) -> bool:
-    """Whether something is of a class of Lightning, of either package, or of one that inherits from it.
+    """True for an instance of a class of Lightning, of either package, or of a subclass.
 
     Args:
         thing: A logger, a callback.

@@ -1,4 +1,4 @@
-"""Learning rates scaled, gradients dropped and code run around one optimizer step."""
+"""Scales learning rates, drops gradients and runs code around one optimizer step."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from torch.utils.hooks import RemovableHandle
 class ScaledLearningRate:
     """Multiplies the learning rates of an optimizer by `scale`, only while it steps.
 
-    Schedulers, `LearningRateMonitor` and checkpoints see the rates that were asked for. Learning rates that
-    are tensors are scaled in place and put back bit for bit.
+    Schedulers, `LearningRateMonitor` and checkpoints see the scheduled rates. Learning rates that are tensors
+    are scaled in place and restored bit for bit.
 
     Args:
         optimizer: Any torch optimizer.
@@ -35,7 +35,7 @@ class ScaledLearningRate:
     def __init__(self, optimizer: Optimizer) -> None:
         self.scale = 1.0
         self._optimizer = optimizer
-        self._asked: list[tuple[float | Tensor, float | None]] = []
+        self._scheduled: list[tuple[float | Tensor, float | None]] = []
         self._handles: list[RemovableHandle] = [
             optimizer.register_step_pre_hook(self._apply),
             optimizer.register_step_post_hook(self._undo),
@@ -44,14 +44,16 @@ class ScaledLearningRate:
     def scheduled(self) -> list[float | Tensor]:
         """The learning rate of each parameter group, as a schedule or the user has set it.
 
-        One that is a tensor is a copy, for which nobody has waited.
+        One that is a tensor is copied, without a host synchronization.
         """
         # Lightning's closure runs within the step, while rates are scaled
-        rates = [asked for asked, _ in self._asked] or [group["lr"] for group in self._optimizer.param_groups]
+        rates = [scheduled for scheduled, _ in self._scheduled] or [
+            group["lr"] for group in self._optimizer.param_groups
+        ]
         return [rate.detach().clone() if isinstance(rate, Tensor) else float(rate) for rate in rates]
 
     def remove(self) -> None:
-        """Put the rates back and take the hooks off."""
+        """Restores the rates and removes the hooks."""
         self._undo()
         for handle in self._handles:
             handle.remove()
@@ -62,25 +64,25 @@ class ScaledLearningRate:
         if self.scale == 1.0:
             return
         for group in self._optimizer.param_groups:
-            asked = group["lr"]
-            if isinstance(asked, Tensor):
-                self._asked.append((asked.clone(), None))
-                asked.mul_(self.scale)
+            scheduled = group["lr"]
+            if isinstance(scheduled, Tensor):
+                self._scheduled.append((scheduled.clone(), None))
+                scheduled.mul_(self.scale)
             else:
-                group["lr"] = asked * self.scale
-                self._asked.append((asked, group["lr"]))
+                group["lr"] = scheduled * self.scale
+                self._scheduled.append((scheduled, group["lr"]))
 
     def _undo(self, *_: Any) -> None:
-        for group, (asked, scaled) in zip(self._optimizer.param_groups, self._asked, strict=False):
-            if isinstance(asked, Tensor):
-                group["lr"].copy_(asked)
+        for group, (scheduled, scaled) in zip(self._optimizer.param_groups, self._scheduled, strict=False):
+            if isinstance(scheduled, Tensor):
+                group["lr"].copy_(scheduled)
             elif group["lr"] == scaled:  # else the closure has set a rate of its own
-                group["lr"] = asked
-        self._asked = []
+                group["lr"] = scheduled
+        self._scheduled = []
 
 
 def after_step(optimizer: Optimizer, act: Callable[[], None]) -> RemovableHandle:
-    """Run `act` right after each update of the optimizer, until the handle is removed.
+    """Runs `act` right after each update of the optimizer, until the handle is removed.
 
     Args:
         optimizer: The optimizer about to step, possibly already inside of `step`.
@@ -95,7 +97,7 @@ def after_step(optimizer: Optimizer, act: Callable[[], None]) -> RemovableHandle
 
 
 def drop_gradients(optimizer: Optimizer, *, unscales_itself: bool) -> None:
-    """Keep the optimizer's next update from taking place.
+    """Prevents the optimizer's next update.
 
     Gradients become `None`, never zero: with zeros, momentum and weight decay would still move weights.
 
@@ -113,18 +115,18 @@ def drop_gradients(optimizer: Optimizer, *, unscales_itself: bool) -> None:
                 parameter.grad = None
     if gradients:
         torch._foreach_mul_(gradients, torch.nan)
-        # fused SGD makes its momentum of unwritten memory, and leaves it unwritten when it finds NaN
+        # fused SGD allocates its momentum uninitialized, and leaves it so when it finds NaN
         if optimizer not in _known_state:
-            # for good: the optimizer does not bear that a hook removes itself
-            optimizer.register_step_post_hook(_forget_newborn_state)
+            # permanently: a hook that removes itself makes the optimizer fail
+            optimizer.register_step_post_hook(_remove_new_state)
         _known_state[optimizer] = {parameter: dict(state) for parameter, state in optimizer.state.items()}
 
 
-#: What state there was before a step that is dropped, until that is over.
+#: Optimizer state from before a skipped step, until that step is over.
 _known_state: WeakKeyDictionary[Optimizer, dict[Any, dict[str, Any]] | None] = WeakKeyDictionary()
 
 
-def _forget_newborn_state(optimizer: Optimizer, *_: Any) -> None:
+def _remove_new_state(optimizer: Optimizer, *_: Any) -> None:
     known, _known_state[optimizer] = _known_state[optimizer], None
     if known is not None:
         optimizer.state.clear()

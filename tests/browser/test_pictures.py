@@ -1,4 +1,4 @@
-"""What a person sees of the demo in a real browser; its pictures are those of the documentation.
+"""The demo in TensorBoard in a real browser; the pictures are those of the documentation.
 
 `make browser-test` runs it; `--pictures docs/images` keeps what it saw.
 """
@@ -16,7 +16,7 @@ from playwright.sync_api import Page, sync_playwright
 from lightning_gradguard.cli.demo import main
 from tests.tensorboard_server import Server, tensorboard
 
-#: A headless browser that asks nobody outside.
+#: A headless browser without access to other hosts.
 FLAGS = [
     "--no-sandbox",
     "--disable-gpu",
@@ -51,7 +51,7 @@ def page() -> Iterator[Page]:
 
 
 class Pictures:
-    """Where pictures are kept.
+    """Writes pictures to a folder.
 
     Args:
         folder: Where.
@@ -69,7 +69,7 @@ class Pictures:
 
 @pytest.fixture
 def pictures(request: pytest.FixtureRequest) -> Pictures:
-    """Where `--pictures` says, or in the test's own folder."""
+    """Returns the folder of `--pictures`, or one of the test."""
     folder = request.config.getoption("--pictures")
     return Pictures(request.config.invocation_params.dir / folder if folder else Path.cwd())
 
@@ -137,8 +137,8 @@ def test_images(page: Page, server: Server, pictures: Pictures) -> None:
 def test_text(page: Page, server: Server, pictures: Pictures) -> None:
     visit(page, server, "text")
     page.wait_for_selector("tf-text-loader table")
-    told = " ".join(table.inner_text() for table in page.locator("tf-text-loader table").all())
-    assert "nonfinite_gradient" in told
-    assert "loss_spike" in told
-    assert "embedding.weight and 4 more" in told
+    text = " ".join(table.inner_text() for table in page.locator("tf-text-loader table").all())
+    assert "nonfinite_gradient" in text
+    assert "loss_spike" in text
+    assert "embedding.weight and 4 more" in text
     pictures.take(page, "text")

@@ -23,7 +23,9 @@ class Deep(Classifier):
         self.net.append(nn.Linear(64, 4))
 
 
-def test_warn_changes_nothing_and_says_it_all(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_warn_changes_nothing_and_reports_all_findings(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     bare, module = Deep(), Deep()
     logger = CSVLogger(tmp_path)
     torch.manual_seed(1)
@@ -74,7 +76,7 @@ def test_a_resumed_run_is_not_checked(tmp_path: Path) -> None:
     assert check.findings == []
 
 
-def test_manual_optimization_is_looked_at_in_passing() -> None:
+def test_manual_optimization_is_checked_in_the_first_step() -> None:
     class Manual(Deep):
         def __init__(self) -> None:
             super().__init__()

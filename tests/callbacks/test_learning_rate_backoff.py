@@ -76,7 +76,7 @@ def test_exact_under_every_scheduler(name: str) -> None:
     assert used == reference[:5] + [0.25 * lr for lr in reference[5:]]
 
 
-def test_a_tensor_rate_is_put_back_bit_for_bit() -> None:
+def test_tensor_rate_is_restored_bit_for_bit() -> None:
     asked, used = rates(SCHEDULERS["none"], 0.3, tensor=True)
     assert asked == [0.1] * 20
     assert used[5:] == [0.1 * 0.3] * 15
@@ -128,7 +128,7 @@ def test_a_rate_set_by_the_closure_stays() -> None:
     assert optimizer.param_groups[0]["lr"] == 0.125
 
 
-def test_it_hears_rollbacks_and_not_skips() -> None:
+def test_backoff_follows_rollbacks_but_not_skips() -> None:
     lone = poisoned(batches(30), nan=[5, 10, 15, 20])
     backoff = LearningRateBackoff()
     fit(Classifier(), lone, [backoff, NaNRollback()])
@@ -151,7 +151,7 @@ def test_it_hears_rollbacks_and_not_skips() -> None:
 
 
 @pytest.mark.parametrize("optimizer", [name for name in OPTIMIZERS if "tensor rate" in name])
-def test_a_tensor_rate_is_put_back_bit_for_bit_in_a_fit(optimizer: str) -> None:
+def test_tensor_rate_is_restored_bit_for_bit_in_a_fit(optimizer: str) -> None:
     backoff = LearningRateBackoff(factor=0.3, rewarm_steps=5)
     spy, asked = RateSpy(backoff), OPTIMIZERS[optimizer]([nn.Parameter(torch.zeros(1))]).param_groups[0]["lr"]
     fit(Classifier(optimizer), poisoned(batches(31), nan=[15]), [NaNRollback(patience=1), backoff, spy])
@@ -163,7 +163,7 @@ def test_a_tensor_rate_is_put_back_bit_for_bit_in_a_fit(optimizer: str) -> None:
         assert torch.equal(rate, asked * scale)
 
 
-def test_an_exception_in_training_puts_the_rate_back() -> None:
+def test_exception_in_training_restores_the_rate() -> None:
     class Fails(Classifier):
         def training_step(self, batch: Batch, batch_idx: int) -> Tensor | None:
             if batch_idx == 30:

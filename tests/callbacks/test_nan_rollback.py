@@ -1,4 +1,4 @@
-"""A skipped step leaves no trace; going back is exact; every budget ends with a reason."""
+"""A skipped step leaves no trace; a rollback is exact; every budget ends with a reason."""
 
 from __future__ import annotations
 
@@ -24,7 +24,6 @@ from lightning_gradguard import (
     NaNRollback,
     TrainingDivergedError,
 )
-from lightning_gradguard.runtime.steps.suite import suite_of
 from tests.tasks import (
     OPTIMIZERS,
     Batch,
@@ -73,7 +72,7 @@ def test_a_skipped_step_leaves_no_trace(optimizer: str) -> None:
     )
 
 
-def test_batch_norm_after_one_nan_batch_validates_as_if_never_served() -> None:
+def test_batch_norm_validates_as_without_the_nan_batch() -> None:
     clean = batches(20)
     held_out, target = batches(1, seed=5)[0]
     losses = []
@@ -97,7 +96,7 @@ def test_accumulation_loses_its_window_only() -> None:
     assert same(weights(expected), weights(module))
 
 
-def test_going_back_is_exact() -> None:
+def test_rollback_is_exact() -> None:
     """After three lost batches the run goes on as if it had never seen what followed the snapshot."""
     clean = batches(60)
     sick = [*clean[:31], *[poisoned(clean, nan=[0])[0]] * 3, *clean[31:]]
@@ -140,7 +139,7 @@ class Target(Classifier):
 
 @pytest.mark.filterwarnings("ignore:`training_step` returned `None`")
 @pytest.mark.parametrize(("accumulate", "without_loss"), [(1, False), (2, False), (1, True)])
-def test_a_snapshot_holds_what_was_there_however_late_it_is_copied(
+def test_snapshot_is_consistent_with_late_copies(
     accumulate: int, without_loss: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also where the first batch after it was due makes no step."""
@@ -164,7 +163,7 @@ def test_a_snapshot_holds_what_was_there_however_late_it_is_copied(
     assert not same(landed, remember.at[21])
 
 
-def test_an_optimizer_that_evaluates_repeatedly_waits_for_the_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_optimizer_with_closure_synchronizes_with_the_copy(monkeypatch: pytest.MonkeyPatch) -> None:
     class Lbfgs(Classifier):
         def configure_optimizers(self) -> Any:
             return torch.optim.LBFGS(self.parameters(), lr=0.1, max_iter=4)
@@ -182,7 +181,7 @@ def test_an_optimizer_that_evaluates_repeatedly_waits_for_the_copy(monkeypatch: 
 
 @pytest.mark.parametrize("precision", ["16-true", "bf16-true"])
 @pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
-def test_nonfinite_weights_in_half_precision_go_back(value: float, precision: Any) -> None:
+def test_nonfinite_weights_in_half_precision_are_rolled_back(value: float, precision: Any) -> None:
     """Minus infinity makes a dead unit, which no loss or gradient tells of."""
 
     class Flips(pl.Callback):
@@ -203,13 +202,14 @@ def test_without_statistics_there_is_no_flag_of_them(norm: bool) -> None:
 
     class Look(pl.Callback):
         def on_before_optimizer_step(self, trainer: pl.Trainer, *_: Any) -> None:
-            flags.append(suite_of(trainer).nonfinite_buffers)
+            flags.append(rollback._session._flags.nonfinite_buffers)
 
-    fit(Classifier(norm=norm), batches(5), [Look(), NaNRollback()])
+    rollback = NaNRollback()
+    fit(Classifier(norm=norm), batches(5), [Look(), rollback])
     assert [flag is not None for flag in flags] == [norm] * 5
 
 
-def test_weights_that_were_unfrozen_later_go_back_too() -> None:
+def test_weights_unfrozen_later_are_rolled_back() -> None:
     class Unfreeze(BaseFinetuning):
         def freeze_before_training(self, pl_module: Any) -> None:
             self.freeze(pl_module.net[0])
@@ -248,7 +248,7 @@ def test_without_rewinding_the_schedule_moves_on() -> None:
     assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.1 * 0.9**33)
 
 
-def test_nonfinite_weights_go_back_at_once() -> None:
+def test_nonfinite_weights_are_rolled_back_at_once() -> None:
     class Overshoots(pl.Callback):
         def on_train_batch_end(self, trainer: pl.Trainer, module: Any, *_: Any) -> None:
             if trainer.global_step == 15:
@@ -268,9 +268,7 @@ def test_nonfinite_weights_go_back_at_once() -> None:
         (15, [("loss_spike", 70), ("divergence", 74), ("rollback", 75)]),
     ],
 )
-def test_a_spike_that_does_not_clear_goes_back(
-    tmp_path: Path, factor: float, expected: list[tuple[str, int]]
-) -> None:
+def test_lasting_spike_is_rolled_back(tmp_path: Path, factor: float, expected: list[tuple[str, int]]) -> None:
     class Jolt(pl.Callback):
         """What a bit flip, or one step that was far too large, does to finite weights."""
 
@@ -306,7 +304,7 @@ def test_the_budget_of_rollbacks_stops_with_a_reason(tmp_path: Path) -> None:
     assert records[-1]["action"] == "stopped"
 
 
-def test_the_trainer_can_go_on_after_it_was_stopped() -> None:
+def test_trainer_can_continue_after_a_stop() -> None:
     rollback = NaNRollback(max_rollbacks=0)
     module, monitor = Classifier(), GradientNormMonitor(every_n_steps=1)
     trainer = fit(module, batches(3), [rollback, monitor])
@@ -318,7 +316,7 @@ def test_the_trainer_can_go_on_after_it_was_stopped() -> None:
     assert trainer.callback_metrics["rollback/skips"] == 3
 
 
-def test_skipping_every_other_batch_does_not_go_on_for_ever() -> None:
+def test_skipping_every_other_batch_stops_in_the_end() -> None:
     data = poisoned(batches(400), nan=[i for i in range(400) if i % 3 != 2])
     with pytest.raises(TrainingDivergedError, match="max_skip_fraction"):
         fit(Classifier(), data, [NaNRollback()])
@@ -431,7 +429,7 @@ def test_bad_arguments_are_quoted(name: str, value: Any) -> None:
         NaNRollback(**{name: value})
 
 
-def test_statistics_that_a_finite_step_spoils_are_put_back_with_it() -> None:
+def test_statistics_corrupted_by_a_finite_step_are_restored() -> None:
     """Inputs so large that their variance overflows: batch normalization makes zeros of them, all finite."""
     clean = batches(30)
     huge = [(1e20 * x, y) for x, y in clean[:1]]
@@ -460,7 +458,7 @@ def test_the_scale_of_a_scaler_outlives_a_skip(optimizer: str) -> None:
 
 
 @pytest.mark.parametrize("optimizer", ["sgd fused", "adam fused"])
-def test_a_first_step_that_is_dropped_leaves_no_optimizer_state(
+def test_skipped_first_step_leaves_no_optimizer_state(
     optimizer: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Fused SGD makes momentum of memory that nobody has written, and leaves it so if it finds infinity."""
@@ -475,7 +473,7 @@ def test_a_first_step_that_is_dropped_leaves_no_optimizer_state(
     assert same(optimizer_state(twin), optimizer_state(trainer))
 
 
-def test_nan_written_after_the_scaler_has_looked_is_not_stepped_with() -> None:
+def test_nan_written_after_the_check_of_the_scaler_is_skipped() -> None:
     class Corrupts(pl.Callback):
         def on_before_optimizer_step(self, trainer: pl.Trainer, module: Any, optimizer: Any) -> None:
             if trainer.global_step == 12:
@@ -487,7 +485,7 @@ def test_nan_written_after_the_scaler_has_looked_is_not_stepped_with() -> None:
     assert all(bool(torch.isfinite(tensor).all()) for tensor in weights(module))
 
 
-def test_weights_beyond_reason_go_back_although_they_are_finite() -> None:
+def test_finite_weights_out_of_range_are_rolled_back() -> None:
     class Flips(pl.Callback):
         """The top bit of the exponent, where a dead unit hides it from the loss."""
 
@@ -501,7 +499,7 @@ def test_weights_beyond_reason_go_back_although_they_are_finite() -> None:
     assert all(float(tensor.abs().max()) < 1e3 for tensor in weights(module) if tensor.numel())
 
 
-def test_a_network_whose_units_have_died_goes_back() -> None:
+def test_network_with_dead_units_is_rolled_back() -> None:
     class Dies(pl.Callback):
         def on_train_batch_start(self, trainer: pl.Trainer, module: Any, *_: Any) -> None:
             if trainer.global_step == 25:

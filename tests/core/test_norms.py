@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.meter import Meter
+from benchmarks.cost.meter import Meter
 from lightning_gradguard.core.norms import (
     ALIKE,
     CHUNK,

@@ -53,25 +53,25 @@ class Network(Classifier):
 
 
 class Observer(pl.Callback):
-    """Hears of incidents, and sees the totals that are shown and the weights that are left.
+    """Records incidents, logged totals and final weights.
 
     Attributes:
-        heard: Kind and step of every incident.
-        landed: Steps that training went back to.
+        received: Kind and step of every incident.
+        restored: Steps that a rollback restored.
         totals: `grad_norm/total` after each batch, where a monitor shows it at every step.
         final: Weights and buffers at the end, before the strategy takes them down.
     """
 
     def __init__(self) -> None:
-        self.heard: list[tuple[str, int]] = []
-        self.landed: list[int] = []
+        self.received: list[tuple[str, int]] = []
+        self.restored: list[int] = []
         self.totals: list[float] = []
         self.final: list[Tensor] = []
 
     def on_training_incident(self, trainer: Any, pl_module: Any, incident: Incident) -> None:
-        self.heard.append((incident.kind, incident.step))
+        self.received.append((incident.kind, incident.step))
         if incident.kind == "rollback":
-            self.landed.append(int(incident.value or 0))
+            self.restored.append(int(incident.value or 0))
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
         if "grad_norm/total" in trainer.callback_metrics:

@@ -23,7 +23,7 @@ def test_a_lost_batch_leaves_no_trace(mode: str) -> None:
     torch._dynamo.reset()
     counters.clear()
     clean = batches(60)
-    # with running statistics, which a graph would have to write, CUDA graphs might be left out
+    # with running statistics, which a graph would have to write, CUDA graphs might be skipped
     network = Network("adamw fused", norm=False)
     network.net = torch.compile(network.net, mode=mode)  # type: ignore[assignment]
     start = copy.deepcopy(network.state_dict())

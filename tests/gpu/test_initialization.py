@@ -16,7 +16,7 @@ from tests.tasks import batches, same
 
 
 class Deep(Network):
-    """Too deep for its initialization, so that there is something to tell and to repair."""
+    """Too deep for its initialization, so that there is something to report and to repair."""
 
     def __init__(self) -> None:
         super().__init__("adamw fused")

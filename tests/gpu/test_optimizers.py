@@ -39,7 +39,7 @@ def test_the_suite_leaves_a_healthy_run_as_it_is(optimizer: str) -> None:
 
 
 @pytest.mark.parametrize("optimizer", RATES_ON_THE_DEVICE)
-def test_a_rate_on_the_device_is_scaled_and_put_back_bit_for_bit(optimizer: str) -> None:
+def test_rate_on_the_device_is_scaled_and_restored_bit_for_bit(optimizer: str) -> None:
     backoff = LearningRateBackoff(factor=0.3, rewarm_steps=5)
     spy = RateSpy(backoff)
     suite = [NaNRollback(patience=1), backoff, spy]

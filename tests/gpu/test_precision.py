@@ -17,7 +17,7 @@ from lightning_gradguard import (
     default_callbacks,
 )
 from lightning_gradguard.runtime.steps.step import Step
-from lightning_gradguard.runtime.steps.suite import StepCallback
+from lightning_gradguard.runtime.steps.step_callback import StepCallback
 from tests.gpu.tasks import OPTIMIZERS, Network, everything, finite, fit_there
 from tests.tasks import NOT_A_NUMBER, Batch, batches, insert, same
 
@@ -43,7 +43,7 @@ class Loud(Network):
         return optimizer
 
 
-# no momentum in fused SGD: where its first step overflows, torch goes on from memory that nobody has written
+# no momentum in fused SGD: where its first step overflows, torch continues from uninitialized memory
 @pytest.mark.parametrize("optimizer", ["sgd", "plain sgd fused", "adam", "adamw fused"])
 def test_an_overflow_is_left_to_the_scaler(optimizer: str) -> None:
     rollback = NaNRollback()
@@ -70,7 +70,7 @@ def test_a_nan_batch_under_the_scaler_leaves_no_trace(optimizer: str, check: Any
 
 @pytest.mark.parametrize("optimizer", ["sgd fused", "adamw fused"])
 def test_gradients_that_still_carry_the_scale_are_clipped(optimizer: str) -> None:
-    """Lightning's own `gradient_clip_val` refuses these."""
+    """Lightning's own `gradient_clip_val` does not support these."""
     norms: list[float] = []
 
     class Spy(pl.Callback):
@@ -111,8 +111,8 @@ def test_a_nan_batch_is_skipped_in_any_precision(precision: Any, optimizer: str)
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-true", "16-true"])
 @pytest.mark.parametrize("value", [math.nan, -math.inf])
-def test_nonfinite_weights_go_back(precision: Any, value: float) -> None:
-    """Minus infinity makes a dead unit, which no loss or gradient tells of."""
+def test_nonfinite_weights_are_rolled_back(precision: Any, value: float) -> None:
+    """Minus infinity makes a dead unit, which no loss or gradient indicates."""
 
     class Flips(pl.Callback):
         def on_train_batch_end(self, trainer: pl.Trainer, module: Any, *_: Any) -> None:

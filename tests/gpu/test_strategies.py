@@ -22,7 +22,7 @@ STRATEGIES = ["ddp", "fsdp"]
 
 @pytest.fixture(autouse=True)
 def _a_world_of_its_own() -> Iterator[None]:
-    """What Lightning leaves for the rest of the process: a process group, and variables that name it."""
+    """Removes the process group that Lightning leaves, and the variables that name it."""
     with patch.dict(os.environ):
         yield
         if dist.is_initialized():
@@ -53,7 +53,7 @@ def test_numbers_are_those_of_a_single_device(strategy: str, optimizer: str) -> 
     there, rollback = run(data, strategy, optimizer, norm=False)
     assert dist.get_backend() == "nccl"
     assert (rollback.skips, rollback.rollbacks) == (1, 0)
-    assert [kind for kind, step in there.heard if step == 9] == ["nonfinite_loss"]
+    assert [kind for kind, step in there.received if step == 9] == ["nonfinite_loss"]
     assert len(there.totals) == 31
     assert there.totals == pytest.approx(single.totals, rel=1e-5)
     for one, two in zip(there.final, single.final, strict=True):
@@ -63,16 +63,16 @@ def test_numbers_are_those_of_a_single_device(strategy: str, optimizer: str) -> 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_a_skip_leaves_no_trace(strategy: str) -> None:
     clean = batches(20)
-    sick, rollback = run(insert(clean, 9, NOT_A_NUMBER), strategy, "adamw fused")
+    poisoned_run, rollback = run(insert(clean, 9, NOT_A_NUMBER), strategy, "adamw fused")
     twin, _ = run(clean, strategy, "adamw fused")
     assert (rollback.skips, rollback.rollbacks) == (1, 0)
-    assert same(sick.final, twin.final)
+    assert same(poisoned_run.final, twin.final)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_going_back_is_exact(strategy: str) -> None:
+def test_rollback_is_exact(strategy: str) -> None:
     clean = batches(60)
-    sick, rollback = run(insert(clean, 31, *[NOT_A_NUMBER] * 3), strategy, "adamw fused")
+    poisoned_run, rollback = run(insert(clean, 31, *[NOT_A_NUMBER] * 3), strategy, "adamw fused")
     twin, _ = run([*clean[:20], *clean[31:]], strategy, "adamw fused")
     assert (rollback.skips, rollback.rollbacks) == (3, 1)
-    assert same(sick.final, twin.final)
+    assert same(poisoned_run.final, twin.final)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.runtime.launching import launch
+from tests.launching import launch
 
 SCRIPT = '''
 import sys
@@ -96,6 +96,7 @@ def run(tmp_path: Path, *arguments: str, source: str = SCRIPT) -> list[dict[str,
     return [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("optimizer", "on_failure"), [("sgd", "warn"), ("adam", "repair")])
 def test_one_decision_on_every_rank(tmp_path: Path, optimizer: str, on_failure: str) -> None:
     first, second = run(tmp_path, optimizer, on_failure)
@@ -155,6 +156,7 @@ torch.distributed.destroy_process_group()
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("check", ["exact", "deferred"])
 def test_a_gradient_corrupted_on_one_rank_is_dropped_on_all(tmp_path: Path, check: str) -> None:
     first, second = run(tmp_path, check, source=CORRUPTED)
@@ -216,6 +218,7 @@ dist.destroy_process_group()
 """
 
 
+@pytest.mark.slow
 def test_ranks_that_see_different_things_do_the_same(tmp_path: Path) -> None:
     first, second = run(tmp_path, source=GATHERS)
     assert first["counts"] == second["counts"] == [1, 0, 15]
@@ -261,6 +264,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_spawned_processes(tmp_path: Path) -> None:
     first, second = run(tmp_path, source=SPAWNED)
     assert first["counts"] == second["counts"] == [4, 1]
@@ -279,7 +283,7 @@ from pytorch_lightning.strategies import ModelParallelStrategy
 from torch.distributed.fsdp import fully_shard
 
 from lightning_gradguard import GradientNormMonitor
-from tests.runtime.cells import Recorder, Seen
+from tests.contracts.strategies.cells import Recorder, Seen
 from tests.tasks import Classifier, batches, plain_loader
 
 
@@ -308,6 +312,7 @@ dist.destroy_process_group()
 """
 
 
+@pytest.mark.slow
 def test_the_last_logged_step_is_there_after_an_exception(tmp_path: Path) -> None:
     for scalars in run(tmp_path, source=RAISES):
         assert list(scalars["grad_norm/total"]) == [0, 1, 2]
@@ -315,6 +320,6 @@ def test_the_last_logged_step_is_there_after_an_exception(tmp_path: Path) -> Non
         assert list(scalars["update_ratio/net.0.weight"]) == [0, 1]
 
 
-def test_what_hangs_is_ended_and_shows_what_it_said() -> None:
+def test_hanging_program_is_killed_and_its_output_shown() -> None:
     with pytest.raises(AssertionError, match=r"(?s)still running after 3 seconds.*here I am"):
         launch(["-c", "import time; print('here I am', flush=True); time.sleep(60)"], patience=3)

@@ -47,6 +47,6 @@ class Measurement:
         return bool(seen or self.ranks_disagree or self.was_lost)
 
     @property
-    def is_sick(self) -> bool:
+    def must_skip(self) -> bool:
         """Whether the step must not happen."""
         return self.is_corrupt or not self.total_norm <= OVERFLOW

@@ -34,7 +34,7 @@ class Snapshot:
         self._memory: dict[Any, Tensor] = {}
         self._structure: list[dict[Tensor, dict[Any, Any]]] = []
         self._has_stepped_state = True
-        self.companions: Any = None
+        self.extra_state: Any = None
         self.good_steps = 0
 
     @torch.no_grad()

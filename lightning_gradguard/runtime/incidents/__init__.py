@@ -1,1 +1,1 @@
-"""What happened: published, examined, replayed, written down."""
+"""Incidents: published, examined, replayed, and written to the run's folder."""

@@ -1,4 +1,4 @@
-"""What is left of an incident on disk: enough to see it happen again elsewhere, and to read about it."""
+"""Dossiers: folders with everything that is needed to reproduce an incident, and a page about it."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from lightning_gradguard.runtime.logging.html_page import Section, render_page
 #: Raised whenever a file of an earlier version could no longer be read.
 FORMAT = 1
 _MEGABYTE = 1024 * 1024
-#: How an array of NumPy is told from a tensor in the file; the other key is its dtype.
+#: Key that marks an array of NumPy in the file; the other key is its dtype.
 _ARRAY = "lightning_gradguard.numpy"
 
 
@@ -50,16 +50,15 @@ class Dossier:
         step: `trainer.global_step` when it happened.
         epoch: `trainer.current_epoch` when it happened.
         batch_idx: The batch of that epoch.
-        rank: The process that was served the batch.
-        batch: Plain containers of tensors and arrays, on the CPU; `None` if it was left out. Tuples with
-            names have lost them, mappings are dictionaries.
+        rank: The process that saw the batch.
+        batch: Plain containers of tensors and arrays, on the CPU; `None` if it was omitted. Named
+            tuples are tuples, mappings are dictionaries.
         rng: Random number generators before the step; see `core.snapshots.rng_state`.
-        weights: `state_dict` of the module before the step; `None` if it was left out.
-        left_out: What was left out, and why.
+        weights: `state_dict` of the module before the step; `None` if it was omitted.
+        left_out: Omitted parts, with the reasons.
         precision: The Trainer's.
         loss_scale: The GradScaler's; 1 without one.
-        largest: For tensors that are absurd beside what they were when the run was well: their largest
-            magnitude at that time.
+        largest: For tensors that are out of range: their largest magnitude in a healthy state.
         evaluating: Names of the submodules that were in evaluation mode.
         frozen: Names of the parameters that were not trained.
         configuration: Of module, optimizers and Trainer, as text.
@@ -85,14 +84,14 @@ class Dossier:
 
 
 def write_dossier(folder: Path, dossier: Dossier, *, megabytes: float) -> Path:
-    """Write `dossier.pt`, `finding.json` and `index.html` into a folder of their own.
+    """Writes `dossier.pt`, `finding.json` and `index.html` into a folder of their own.
 
     The folder appears complete or not at all.
 
     Args:
         folder: Where dossiers are kept; it is made if it is missing.
-        dossier: What to write. What is no plain data, or too large, is left out, and that is said.
-        megabytes: Limit of its size; weights are left out first, then the batch.
+        dossier: What to write. Parts that are not plain data, or too large, are omitted and listed.
+        megabytes: Limit of its size; weights are omitted first, then the batch.
 
     Returns:
         The folder that was made, named after the step.
@@ -124,7 +123,7 @@ def write_dossier(folder: Path, dossier: Dossier, *, megabytes: float) -> Path:
 
 
 def read_dossier(path: str | Path) -> Dossier:
-    """Read a dossier; nothing in it is run as code.
+    """Reads a dossier; nothing in it is run as code.
 
     Args:
         path: Its folder, or the file `dossier.pt` within.
@@ -208,7 +207,7 @@ def _plain(dossier: Dossier) -> Dossier:
 
 
 def _plain_data(value: Any) -> Any:
-    """The same without classes that reading would have to import: subclasses become what they derive from."""
+    """The same data without classes that reading would have to import: subclasses become their base class."""
     if _is_plain_tensor(value):
         return value.detach().as_subclass(Tensor).cpu().clone()
     if isinstance(value, np.ndarray):

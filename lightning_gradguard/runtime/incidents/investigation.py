@@ -1,4 +1,4 @@
-"""From a lost batch to what was at fault and a dossier about it, within a budget."""
+"""Examines skipped steps, within a budget: the origin of the fault, and a dossier."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 import pytorch_lightning as pl
 from torch import nn
 
-from lightning_gradguard.core.forensics import Origin, origin_in_weights
+from lightning_gradguard.core.forensics import Origin, origin_in_weights, out_of_range_elements
 from lightning_gradguard.core.incidents import Cause
 from lightning_gradguard.core.remedies import advice_for_cause
 from lightning_gradguard.core.snapshots import Snapshot
@@ -22,16 +22,15 @@ from lightning_gradguard.runtime.incidents.dossier import Dossier, versions, wri
 from lightning_gradguard.runtime.incidents.lost_batches import sample_ids
 from lightning_gradguard.runtime.incidents.replay import SeenBatch, replay
 from lightning_gradguard.runtime.logging import console
-from lightning_gradguard.runtime.rollback import trainer_state
 
 
 @dataclass(frozen=True)
 class Result:
-    """What an investigation came to.
+    """The result of an examination.
 
     Args:
-        origin: What was at fault.
-        dossier: The folder that was written, within that of the run, or an empty text.
+        origin: Of the nonfinite value.
+        dossier: The folder that was written, relative to that of the run; empty for none.
     """
 
     origin: Origin
@@ -39,16 +38,16 @@ class Result:
 
 
 class Investigation:
-    """Examines the first lost step of an episode; later ones of it have the same cause.
+    """Examines the first skipped step of an episode; later ones have the same cause.
 
     Args:
-        max_dossiers: How many episodes are examined in a run.
+        max_dossiers: Episodes that are examined in a run.
         megabytes: Limit of each dossier.
 
     Attributes:
-        examined: How many episodes were.
+        examined: Episodes examined so far.
         found: The causes that were found, with the tensors or modules at fault.
-        cause: Of the running episode, if it is one and was examined.
+        cause: Of the running episode; `None` outside of one, or if it was not examined.
     """
 
     def __init__(self, max_dossiers: int, megabytes: float) -> None:
@@ -59,23 +58,23 @@ class Investigation:
         self.cause: Cause | None = None
         self._in_episode = False
 
-    def well(self) -> None:
-        """A step was good: the next lost one begins an episode."""
+    def end_episode(self) -> None:
+        """Called after a good step: the next skipped one begins an episode."""
         self.cause = None
         self._in_episode = False
 
     def advice(self) -> dict[str, str]:
-        """What to do about a lost step that was not examined, as far as the episode's first one tells."""
-        told = advice_for_cause(self.cause, self.found[self.cause]) if self.cause else ""
-        return {"advice": told} if told else {}
+        """Advice on a skipped step that was not examined, from the first one of its episode."""
+        advice = advice_for_cause(self.cause, self.found[self.cause]) if self.cause else ""
+        return {"advice": advice} if advice else {}
 
-    def look_at_weights(self, trainer: pl.Trainer, snapshot: Snapshot) -> Origin | None:
-        """What has become of the weights since a snapshot, without a replay. Collective.
+    def scan_weights(self, trainer: pl.Trainer, snapshot: Snapshot) -> Origin | None:
+        """Compares the weights with a snapshot, without a replay. Collective.
 
         Returns:
-            What was found, the same on every rank; `None` if no rank has absurd weights.
+            The origin, the same on every rank; `None` if no rank has weights out of range.
         """
-        out_of_range = trainer_state.out_of_range(trainer, snapshot)
+        out_of_range = _out_of_range(trainer, snapshot)
         origins = gather_objects(origin_in_weights(out_of_range) if out_of_range else None)
         return next((origin for origin in origins if origin is not None), None)
 
@@ -88,42 +87,42 @@ class Investigation:
         snapshot: Snapshot,
         folder: Path | None,
         *,
-        weights_are_sick: bool,
+        weights_are_nonfinite: bool,
     ) -> Result | None:
-        """Run the batches of a lost step again. Collective: called on every rank.
+        """Runs the batches of a skipped step again. Collective: called on every rank.
 
         Args:
             trainer: The Trainer that runs.
-            pl_module: The module, with weights as the step found them.
-            step: `trainer.global_step` when they were served first.
+            pl_module: The module, with the weights of the step.
+            step: `trainer.global_step` of the step.
             window: The batches of the step.
-            snapshot: From when the run was well.
+            snapshot: Of a healthy state.
             folder: Of the run; `None` writes no dossier.
-            weights_are_sick: Whether weights are known to be nonfinite, whatever the batch makes of them.
+            weights_are_nonfinite: True if the weights are known to be nonfinite.
 
         Returns:
-            What was found, the same on every rank; `None` within an episode, or when the budget is used up.
+            The result, the same on every rank; `None` within an episode, or when the budget is used up.
         """
         if self._in_episode or self.examined >= self._max_dossiers:
             self._in_episode = True
             return None
         self._in_episode = True
         self.examined += 1
-        if (refusal := _refusal(trainer, pl_module)) is not None:
-            return Result(Origin("unknown", detail=refusal))
-        out_of_range = trainer_state.out_of_range(trainer, snapshot)
-        origin, served = _first_sick(trainer, pl_module, window, out_of_range)
-        if weights_are_sick and out_of_range and origin.cause == "transient":
+        if (obstacle := _obstacle(trainer, pl_module)) is not None:
+            return Result(Origin("unknown", detail=obstacle))
+        out_of_range = _out_of_range(trainer, snapshot)
+        origin, seen = _first_origin(trainer, pl_module, window, out_of_range)
+        if weights_are_nonfinite and out_of_range and origin.cause == "transient":
             origin = origin_in_weights(out_of_range)
-        origin = dataclasses.replace(origin, detail=_with_whose(trainer, served, origin))
+        origin = dataclasses.replace(origin, detail=_with_samples(trainer, seen, origin))
         origins: list[Origin] = gather_objects(origin)
         rank = min(range(len(origins)), key=lambda r: (_VAGUE.get(origins[r].cause, 0), r))
         path = ""
         if rank == trainer.global_rank and folder is not None:
             try:
-                dossier = _dossier(trainer, pl_module, step, origin, served, out_of_range, snapshot)
+                dossier = _dossier(trainer, pl_module, step, origin, seen, out_of_range, snapshot)
                 written = write_dossier(folder / "incidents", dossier, megabytes=self._megabytes)
-            except Exception as error:  # a full disk, or data of a kind never seen: training goes on
+            except Exception as error:  # a full disk, or data of an unknown kind: training continues
                 console.print_message(trainer, f"gradguard: no dossier was written: {error}")
             else:
                 path = str(written.relative_to(folder))
@@ -132,34 +131,34 @@ class Investigation:
         return Result(origins[rank], gather_objects(path)[rank])
 
 
-def _with_whose(trainer: pl.Trainer, served: SeenBatch, origin: Origin) -> str:
-    """The detail, with the samples at fault and the rank, as far as batch and ranks say."""
-    known = sample_ids(served.batch)
+def _with_samples(trainer: pl.Trainer, seen: SeenBatch, origin: Origin) -> str:
+    """The detail with the samples at fault, if the batch names them, and the rank."""
+    known = sample_ids(seen.batch)
     ids = [known[row] for row in origin.rows if row < len(known)]
-    told = [f"sample {', '.join(map(str, ids))}"] if ids else []
-    told += [f"rank {trainer.global_rank}"] if world_size() > 1 else []
-    return f"{origin.detail.rstrip('.')} ({', '.join(told)})." if told else origin.detail
+    places = [f"sample {', '.join(map(str, ids))}"] if ids else []
+    places += [f"rank {trainer.global_rank}"] if world_size() > 1 else []
+    return f"{origin.detail.rstrip('.')} ({', '.join(places)})." if places else origin.detail
 
 
 _VAGUE = {"transient": 1, "unknown": 2}
 
 
-def _refusal(trainer: pl.Trainer, pl_module: pl.LightningModule) -> str | None:
+def _obstacle(trainer: pl.Trainer, pl_module: pl.LightningModule) -> str | None:
     if not lightning_api.allows_extra_pass(trainer):
         return f"The batch was not run again: {type(trainer.strategy).__name__} shards the network."
     if world_size() > 1 and any(isinstance(m, nn.SyncBatchNorm) for m in pl_module.modules()):
-        return "The batch was not run again: SyncBatchNorm would wait for the other ranks."
+        return "The batch was not run again: SyncBatchNorm synchronizes with the other ranks."
     return None
 
 
-def _first_sick(
+def _first_origin(
     trainer: pl.Trainer,
     pl_module: pl.LightningModule,
     window: Sequence[SeenBatch],
     out_of_range: dict[str, int],
 ) -> tuple[Origin, SeenBatch]:
-    # all of them, on every rank: the step may talk to other ranks
-    found = [(replay(trainer, pl_module, served, out_of_range), served) for served in window]
+    # all of them, on every rank: the step may contain collectives
+    found = [(replay(trainer, pl_module, seen, out_of_range), seen) for seen in window]
     return next((pair for pair in found if pair[0].cause != "transient"), found[-1])
 
 
@@ -168,7 +167,7 @@ def _dossier(
     pl_module: pl.LightningModule,
     step: int,
     origin: Origin,
-    served: SeenBatch,
+    seen: SeenBatch,
     out_of_range: dict[str, int],
     snapshot: Snapshot,
 ) -> Dossier:
@@ -178,10 +177,10 @@ def _dossier(
         origin=origin,
         step=step,
         epoch=trainer.current_epoch,
-        batch_idx=served.batch_idx,
+        batch_idx=seen.batch_idx,
         rank=trainer.global_rank,
-        batch=served.batch,
-        rng=served.rng,
+        batch=seen.batch,
+        rng=seen.rng,
         weights=dict(pl_module.state_dict()),
         precision=str(trainer.precision),
         loss_scale=scaler.get_scale() if scaler is not None else 1.0,
@@ -193,8 +192,13 @@ def _dossier(
     )
 
 
+def _out_of_range(trainer: pl.Trainer, snapshot: Snapshot) -> dict[str, int]:
+    named = trainer.lightning_module.named_parameters()
+    return out_of_range_elements(snapshot.compare(named, trainer.optimizers))
+
+
 def _importable(module: str) -> str:
-    """The name under which others import a module; a script's own is none of it."""
+    """The name under which a module can be imported; `__main__` is not one."""
     file = getattr(sys.modules.get("__main__"), "__file__", None)
     return Path(file).stem if module == "__main__" and file else module
 

@@ -1,4 +1,4 @@
-"""The ledger of lost batches: which they were, and whether one is served again."""
+"""The log of lost batches, and the recognition of one that a resumed run sees again."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-#: Keys under which a batch may say which samples it holds.
+#: Keys under which a batch may name its samples.
 IDS = ("id", "ids", "idx", "index", "indices", "sample_id", "sample_ids", "uid", "key", "__key__")
-#: Elements of a tensor that a batch is recognized by.
+#: Elements of a tensor in a fingerprint.
 RECOGNIZED_BY = 4096
-#: Batches that can still be written down as lost.
+#: Batches that can still be logged as lost.
 REMEMBERED = 20_000
-#: Tensors of a batch that it is recognized by: the first may be a mask that is always the same.
+#: Tensors of a batch in its fingerprint: the first may be a mask that is always the same.
 TENSORS = 4
 
 Reason = Literal["skipped", "followed", "undone"]
 
 
 @dataclass
-class _Served:
+class _Seen:
     step: int
     epoch: int
     batch_idx: int
@@ -40,16 +40,16 @@ class _Served:
 
 @dataclass(frozen=True)
 class LostBatch:
-    """A batch that has left nothing in the weights.
+    """A batch whose update is not in the weights.
 
     Args:
-        epoch: When it was served.
+        epoch: In which it was seen.
         batch_idx: Its place in the epoch.
-        reason: `"skipped"`: its step was sick, and did not take place; `"followed"`: the step before was,
-            which was seen when this one was about to be made; `"undone"`: training went back behind it.
-        step: `trainer.global_step` when it was served.
-        samples: Which samples it held, if the batch says so.
-        fingerprint: A number that tells it from other batches.
+        reason: `"skipped"`: its step was bad and did not take place; `"followed"`: the step before was bad,
+            which was found when this one was about to be made; `"undone"`: training rolled back behind it.
+        step: `trainer.global_step` when it was seen.
+        samples: Its samples, if the batch names them.
+        fingerprint: A number that distinguishes it from other batches.
     """
 
     epoch: int
@@ -61,69 +61,69 @@ class LostBatch:
 
 
 class LostBatches:
-    """Keeps the ledger of one process, in a file `lost_batches.rank<r>.jsonl` of the run's folder.
+    """The lost batches of one process, logged to `lost_batches.rank<r>.jsonl` in the run's folder.
 
     Args:
         folder: Of the file; `None` writes none.
         rank: Of this process.
-        earlier: Folders of the runs that are resumed, whose lost batches are recognized.
+        earlier: Folders of the runs that this one resumes, whose lost batches are recognized.
     """
 
     def __init__(self, folder: Path | None, rank: int, earlier: Sequence[str] = ()) -> None:
         self._name = f"lost_batches.rank{rank}.jsonl"
         self._folder = folder
-        self._served: deque[_Served] = deque(maxlen=REMEMBERED)
+        self._seen: deque[_Seen] = deque(maxlen=REMEMBERED)
         self._folders = list(earlier)
         self._earlier: dict[tuple[int, int], LostBatch] = {}
         for other in earlier:
             self._earlier.update(_read(Path(other) / self._name))
 
     def folders(self) -> list[str]:
-        """Where a run that is resumed from this one finds ledgers; empty if this one has none."""
+        """Folders in which a run that resumes this one finds logs; empty if there is none."""
         own = [] if self._folder is None else [str(self._folder.absolute())]
         return list(dict.fromkeys([*self._folders, *own]))
 
     def earlier(self) -> dict[tuple[int, int], Reason]:
-        """Epoch and index of the batches that the resumed runs had lost, and why."""
+        """Epoch and index of the batches that earlier runs had lost, and the reasons."""
         return {place: lost.reason for place, lost in self._earlier.items()}
 
-    def serve(self, step: int, epoch: int, batch_idx: int, batch: Any) -> None:
-        """Take note of a batch that is about to be trained on."""
-        self._served.append(_Served(step, epoch, batch_idx, _fingerprint(batch), _samples(batch)))
+    def record(self, step: int, epoch: int, batch_idx: int, batch: Any) -> None:
+        """Records a batch that is about to be trained on."""
+        self._seen.append(_Seen(step, epoch, batch_idx, _fingerprint(batch), _samples(batch)))
 
-    def was_lost_before(self) -> bool:
-        """Whether the batch served last is one that the resumed runs had lost."""
-        served = self._served[-1]
-        lost = self._earlier.get((served.epoch, served.batch_idx))
-        if lost is None or lost.fingerprint is None or served.fingerprint is None:
+    def repeats_lost_batch(self) -> bool:
+        """True if the last batch is one that earlier runs had lost."""
+        seen = self._seen[-1]
+        lost = self._earlier.get((seen.epoch, seen.batch_idx))
+        if lost is None or lost.fingerprint is None or seen.fingerprint is None:
             return False
-        return math.isclose(lost.fingerprint, float(served.fingerprint), rel_tol=1e-9)
+        return math.isclose(lost.fingerprint, float(seen.fingerprint), rel_tol=1e-9)
 
-    def lose_last(self, n: int, followed: int = 0) -> None:
-        """The last batches are lost: `n` that were skipped, and then those that followed them."""
-        last = list(self._served)[-n - followed :] if n + followed else []
-        self._lose(last[:n], "skipped")
-        self._lose(last[n:], "followed")
+    def mark_skipped(self, n: int, n_following: int = 0) -> None:
+        """Logs the last batches: `n` that were skipped, and then those that followed them."""
+        last = list(self._seen)[-n - n_following :] if n + n_following else []
+        self._log(last[:n], "skipped")
+        self._log(last[n:], "followed")
 
-    def lose_since(self, step: int) -> None:
-        """Training went back to `step`: what was served since is undone."""
-        self._lose([s for s in self._served if s.step >= step], "undone")
+    def mark_undone(self, step: int) -> None:
+        """Logs the batches seen since `step`, to which training rolled back."""
+        self._log([s for s in self._seen if s.step >= step], "undone")
 
     def forget_before(self, step: int) -> None:
-        """Training will not go back further than to `step`."""
-        while self._served and self._served[0].step < step:
-            self._served.popleft()
+        """Forgets batches from before `step`, to which no rollback leads any more."""
+        while self._seen and self._seen[0].step < step:
+            self._seen.popleft()
 
-    def _lose(self, batches: list[_Served], reason: Reason) -> None:
-        """Write down those that are not yet."""
+    def _log(self, batches: list[_Seen], reason: Reason) -> None:
+        """Writes those that are not written yet."""
         lines = []
-        for served in batches:
-            if served.is_lost:
+        for seen in batches:
+            if seen.is_lost:
                 continue
-            served.is_lost = True
-            fingerprint = None if served.fingerprint is None else float(served.fingerprint)
-            samples = _as_list(served.samples)
-            lost = LostBatch(served.epoch, served.batch_idx, reason, served.step, samples, fingerprint)
+            seen.is_lost = True
+            fingerprint = None if seen.fingerprint is None else float(seen.fingerprint)
+            samples = _as_list(seen.samples)
+            lost = LostBatch(seen.epoch, seen.batch_idx, reason, seen.step, samples, fingerprint)
             lines.append(json.dumps(asdict(lost)) + "\n")
         if self._folder is None or not lines:
             return
@@ -155,7 +155,7 @@ def _read(path: Path) -> dict[tuple[int, int], LostBatch]:
 
 
 def _fingerprint(batch: Any) -> Tensor | None:
-    """A number that changes with any of the first tensors of the batch; nobody has waited for it."""
+    """A number that depends on the first tensors of the batch; without a host synchronization."""
     if isinstance(batch, Tensor):
         parts = [batch]
     else:
@@ -163,7 +163,7 @@ def _fingerprint(batch: Any) -> Tensor | None:
     leaves = [leaf for leaf in parts if isinstance(leaf, Tensor) and _is_dense(leaf)][:TENSORS]
     if not leaves:
         return None
-    # spread over all samples, and weighted by their places: others in another order are another batch
+    # spread over all samples, and weighted by position: the same samples in another order are another batch
     device = leaves[0].device
     seen = [leaf.detach().reshape(-1) for leaf in leaves]
     seen = [values[:: max(values.numel() // RECOGNIZED_BY, 1)] for values in seen]
@@ -174,7 +174,7 @@ def _fingerprint(batch: Any) -> Tensor | None:
 
 @lru_cache(maxsize=16)
 def _places(lengths: tuple[int, ...], device: torch.device) -> Tensor:
-    """From 1 to 2 over the first tensor, from 2 to 3 over the next."""
+    """Weights by position: 1 to 2 over the first tensor, 2 to 3 over the next."""
     ramps = [
         torch.linspace(place, place + 1, length, dtype=torch.float64, device=device)
         for place, length in enumerate(lengths, 1)
@@ -192,7 +192,7 @@ def _is_dense(tensor: Tensor) -> bool:
 
 
 def _samples(batch: Any) -> Any:
-    """The samples' identities, where the batch is a mapping that has them."""
+    """Identities of the samples, if the batch is a mapping that has them."""
     found: Any = next((batch[k] for k in IDS if k in batch), []) if isinstance(batch, Mapping) else []
     if isinstance(found, Tensor):
         # a copy: memory that a worker process shares keeps a file open
@@ -201,10 +201,10 @@ def _samples(batch: Any) -> Any:
 
 
 def sample_ids(batch: Any) -> list[Any]:
-    """The samples of a batch, one for each of its rows, where it is a mapping that says so.
+    """Identities of a batch's samples, one a row, if it is a mapping that has them.
 
     Example:
-        >>> samples_of({"ids": torch.tensor([7, 9]), "x": torch.zeros(2, 3)})
+        >>> sample_ids({"ids": torch.tensor([7, 9]), "x": torch.zeros(2, 3)})
         [7, 9]
     """
     return _as_list(_samples(batch))

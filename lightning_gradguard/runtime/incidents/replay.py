@@ -1,4 +1,4 @@
-"""One batch through `training_step` again, while the Trainer stands by."""
+"""Runs one batch through `training_step` again, without a trace in the Trainer."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from lightning_gradguard.runtime import lightning_api
 
 @dataclass(frozen=True)
 class SeenBatch:
-    """A batch as `training_step` got it.
+    """A batch as `training_step` gets it.
 
     Args:
-        batch: What the data loader gave, on the device.
+        batch: From the data loader, on the device.
         batch_idx: Its place in the epoch.
-        rng: Random number generators just before, from `core.snapshots.rng_state`.
-        versions: How often each tensor of the batch had been written; empty if that is not known.
+        rng: State of the random number generators just before, from `core.snapshots.rng_state`.
+        versions: Version counters of the batch's tensors; empty if unknown.
     """
 
     batch: Any
@@ -36,12 +36,12 @@ class SeenBatch:
 
     @classmethod
     def of(cls, batch: Any, batch_idx: int) -> SeenBatch:
-        """A batch that `training_step` is about to get."""
-        return cls(batch, batch_idx, rng_state(), _versions(batch))
+        """Records a batch that `training_step` is about to get."""
+        return cls(batch, batch_idx, versions=_versions(batch), rng=rng_state())
 
     @property
-    def is_as_served(self) -> bool:
-        """Whether nobody has written to the batch since."""
+    def is_unchanged(self) -> bool:
+        """True if the batch has not been written to since."""
         return not self.versions or self.versions == _versions(self.batch)
 
 
@@ -51,50 +51,50 @@ def _versions(batch: Any) -> tuple[int, ...]:
 
 
 def replay(
-    trainer: pl.Trainer, pl_module: pl.LightningModule, served: SeenBatch, out_of_range: dict[str, int]
+    trainer: pl.Trainer, pl_module: pl.LightningModule, seen: SeenBatch, out_of_range: dict[str, int]
 ) -> Origin:
-    """Run a batch again, forward and backward, and say where its first nonfinite value came from.
+    """Runs a batch again, forward and backward, and finds the origin of its first nonfinite value.
 
-    Nothing is logged, no optimizer steps, and weights, gradients, buffers and random numbers are as before.
+    Nothing is logged, no optimizer steps, and weights, gradients, buffers and random numbers are restored.
 
     Args:
         trainer: Its precision is used.
         pl_module: The module in training.
-        served: The batch.
+        seen: The batch.
         out_of_range: See `core.forensics.investigate`.
 
     Returns:
         The origin; `"unknown"`, with the reason, if the step could not be run.
     """
-    if not served.is_as_served:
+    if not seen.is_unchanged:
         return Origin("unknown", detail="The step changes its batch in place: it could not be run again.")
     scaler = lightning_api.gradient_scaler(trainer)
     scale = scaler.get_scale() if scaler is not None else 1.0
     parameters = [p for p in pl_module.parameters() if p.requires_grad]
 
     def run() -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-        set_rng_state(served.rng)
+        set_rng_state(seen.rng)
         with trainer.precision_plugin.train_step_context():
             if pl_module.automatic_optimization:
-                loss = training_loss(pl_module, served.batch, served.batch_idx)
+                loss = training_loss(pl_module, seen.batch, seen.batch_idx)
                 return [loss], _gradients(loss * scale, parameters)
-            with _by_hand(pl_module, scale) as seen:
-                _training_step(pl_module, served.batch, served.batch_idx)
-            losses, gradients = seen
+            with _manual_optimization(pl_module, scale) as recorded:
+                _training_step(pl_module, seen.batch, seen.batch_idx)
+            losses, gradients = recorded
             return losses, [*gradients, *(p.grad for p in parameters if p.grad is not None)]
 
     try:
-        with without_logging(pl_module), _gradients_aside(pl_module):
-            return investigate(pl_module, run, served.batch, out_of_range=out_of_range)
+        with without_logging(pl_module), _gradients_restored(pl_module):
+            return investigate(pl_module, run, seen.batch, out_of_range=out_of_range)
     except Exception as error:
         return Origin("unknown", detail=f"The batch could not be run again: {error!r}")
 
 
 @contextmanager
 def without_logging(pl_module: pl.LightningModule) -> Iterator[None]:
-    """Let `self.log` within `training_step` go nowhere."""
+    """Discards what `training_step` logs."""
     nowhere: Callable[..., None] = lambda *_, **__: None  # noqa: E731
-    with _instead(pl_module, log=nowhere, log_dict=nowhere):
+    with _patched(pl_module, log=nowhere, log_dict=nowhere):
         yield
 
 
@@ -117,14 +117,16 @@ def _training_step(pl_module: pl.LightningModule, batch: Any, batch_idx: int) ->
 
 
 def _gradients(loss: Tensor, parameters: Sequence[nn.Parameter], **options: Any) -> list[Tensor]:
-    # not `backward`, which would wake up the hooks of DistributedDataParallel
+    # not `backward`, which would trigger the hooks of DistributedDataParallel
     found = torch.autograd.grad(loss, parameters, allow_unused=True, **options)
     return [gradient for gradient in found if gradient is not None]
 
 
 @contextmanager
-def _by_hand(pl_module: pl.LightningModule, scale: float) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
-    """Manual optimization in which losses are differentiated and nothing steps."""
+def _manual_optimization(
+    pl_module: pl.LightningModule, scale: float
+) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
+    """Runs manual optimization in which losses are differentiated and nothing steps."""
     losses: list[Tensor] = []
     gradients: list[Tensor] = []
 
@@ -138,7 +140,7 @@ def _by_hand(pl_module: pl.LightningModule, scale: float) -> Iterator[tuple[list
         return [_Idle(one) for one in found] if isinstance(found, list) else _Idle(found)
 
     optimizers, schedulers = pl_module.optimizers, pl_module.lr_schedulers
-    with _instead(
+    with _patched(
         pl_module,
         manual_backward=manual_backward,
         optimizers=lambda *a, **k: idle(optimizers(*a, **k)),
@@ -165,7 +167,7 @@ class _Idle:
 
 
 @contextmanager
-def _gradients_aside(pl_module: nn.Module) -> Iterator[None]:
+def _gradients_restored(pl_module: nn.Module) -> Iterator[None]:
     before = [(p, p.grad, p.requires_grad) for p in pl_module.parameters()]
     for parameter, _, _ in before:
         parameter.grad = None
@@ -178,7 +180,7 @@ def _gradients_aside(pl_module: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _instead(pl_module: nn.Module, **methods: Any) -> Iterator[None]:
+def _patched(pl_module: nn.Module, **methods: Any) -> Iterator[None]:
     own = pl_module.__dict__
     before = {name: own[name] for name in methods if name in own}
     own.update(methods)

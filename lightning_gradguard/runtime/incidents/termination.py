@@ -1,4 +1,4 @@
-"""What is left when training is stopped: a checkpoint of the last good state, and a reason."""
+"""Stops training: a checkpoint of the last good state, and an error with the reason."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ LAST_GOOD = "last_good.ckpt"
 
 
 def save_last_good(trainer: pl.Trainer) -> Path | None:
-    """Write the Trainer's state into the run's folder, from which training can be resumed. On all ranks.
+    """Writes a checkpoint of the present state into the run's folder. Collective: called on every rank.
 
     Returns:
         The file; `None` if there is no folder, or it cannot be written.
@@ -34,39 +34,39 @@ def save_last_good(trainer: pl.Trainer) -> Path | None:
 
 
 def combined_advice(causes: Mapping[Cause, Sequence[str]]) -> str:
-    """What to do about a run that was stopped.
+    """Advice on a run that was stopped.
 
     Args:
-        causes: What was found out about lost steps, and where.
+        causes: Causes that were found for skipped steps, and where.
     """
     advices = [advice_for_cause(cause, tuple(where)) for cause, where in causes.items()]
     return " ".join(filter(None, advices)) or advice("training_diverged")
 
 
-def diverged(
+def divergence_error(
     trainer: pl.Trainer,
     reason: str,
     step: int,
     causes: Mapping[Cause, Sequence[str]],
     last_good: Path | None,
 ) -> TrainingDivergedError:
-    """The error that ends the run.
+    """Makes the error that ends the run.
 
     Args:
         trainer: The Trainer that is stopped.
-        reason: Which budget was used up.
+        reason: The budget that was used up.
         step: `trainer.global_step` of the weights that it is left with.
-        causes: What was found out about lost steps, and where.
+        causes: Causes that were found for skipped steps, and where.
         last_good: From `save_last_good`.
     """
-    told = "; ".join(
+    causes_text = "; ".join(
         f"{label(cause)} ({', '.join(where[:3])})" if where else label(cause)
         for cause, where in causes.items()
     )
     left = [str(path) for path in (incidents_file(trainer), last_good) if path]
     return TrainingDivergedError(
         f"Training was stopped at step {trainer.global_step}: {reason}."
-        + (f" Causes: {told}." if told else "")
-        + f" {combined_advice(causes)} Weights are those of step {step}, the last that were proven good."
-        + (f" What happened, and where to resume from: {', '.join(left)}" if left else "")
+        + (f" Causes: {causes_text}." if causes_text else "")
+        + f" {combined_advice(causes)} Weights are those of step {step}, the last qualified ones."
+        + (f" Incidents and checkpoint to resume from: {', '.join(left)}" if left else "")
     )

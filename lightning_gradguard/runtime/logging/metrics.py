@@ -51,7 +51,7 @@ def log_hyperparameters(trainer: pl.Trainer, settings: Mapping[str, Any]) -> Non
     _hand_out(trainer, write_hyperparameters, settings)
 
 
-class Report:
+class MetricBuffer:
     """Numbers of one batch on their way to people: gathered on the device, moved to the host once.
 
     Attributes:

@@ -1,1 +1,1 @@
-"""Snapshots of a Trainer: when they are taken, what goes into one, returning to it."""
+"""Rollback of a Trainer: snapshots, decisions, and the incidents of skipped steps."""

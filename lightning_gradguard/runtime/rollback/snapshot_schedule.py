@@ -1,4 +1,4 @@
-"""When snapshots of a Trainer are taken, which of them are proven, and returning to one."""
+"""Decides when snapshots of a Trainer are taken, which of them are qualified, and restores one."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import pytorch_lightning as pl
 
 from lightning_gradguard.core.snapshots import Snapshot, SnapshotRing
 from lightning_gradguard.runtime import lightning_api
-from lightning_gradguard.runtime.rollback import trainer_state
-from lightning_gradguard.runtime.rollback.side_effects import SideEffects
-from lightning_gradguard.runtime.rollback.trainer_state import TrainerState
+from lightning_gradguard.runtime.steps import trainer_state
+from lightning_gradguard.runtime.steps.side_effects import SideEffects
+from lightning_gradguard.runtime.steps.trainer_state import TrainerState
 
 
 class SnapshotSchedule:
@@ -18,8 +18,11 @@ class SnapshotSchedule:
         keep: Qualified snapshots that are kept.
         every_n_steps: Good steps between snapshots.
         device: See `core.snapshots.Snapshot`.
-        rng: Whether random number generators go back too.
-        schedules: Whether learning rate schedules go back too.
+        rng: True if random number generators are restored too.
+        schedules: True if learning rate schedules are restored too.
+
+    Attributes:
+        is_empty: True if there is no qualified snapshot.
     """
 
     def __init__(self, keep: int, every_n_steps: int, device: str, *, rng: bool, schedules: bool) -> None:
@@ -27,86 +30,88 @@ class SnapshotSchedule:
         self._every_n_steps = every_n_steps
         self._rng = rng
         self._schedules = schedules
+        self.is_empty = True
 
-    def begin(self, trainer: pl.Trainer, traces: SideEffects) -> None:
-        """Forget snapshots of another fit."""
-        self._ring.clear()
-        self._traces = traces
-        self._good_since = 0
+    def begin(self, trainer: pl.Trainer, side_effects: SideEffects) -> None:
+        """Discards snapshots of another fit."""
+        self._side_effects = side_effects
+        self._good_steps = 0
         self._is_due = False
+        self.reset(trainer)
+
+    def reset(self, trainer: pl.Trainer) -> None:
+        """Discards all snapshots."""
+        self._ring.clear()
+        self.is_empty = True
         self._n_trained = trainer_state.count_trained(trainer)
 
     @property
-    def exists(self) -> bool:
-        """Whether there is a snapshot to go back to."""
-        return len(self._ring) > 0
+    def restores_more_than_tensors(self) -> bool:
+        """True if a skip restores generators or schedules as well."""
+        return self._rng or self._schedules
 
-    def companions(self, trainer: pl.Trainer) -> TrainerState:
-        """What goes back besides tensors, as it is at the start of a step."""
-        return TrainerState.of(trainer, self._traces, rng=self._rng, schedules=self._schedules)
+    def state(self, trainer: pl.Trainer) -> TrainerState:
+        """The state besides tensors that is restored along with them, at the start of a step."""
+        return TrainerState.of(trainer, self._side_effects, rng=self._rng, schedules=self._schedules)
 
     def capture_if_due(self, trainer: pl.Trainer) -> bool:
-        """Take a snapshot at the start of a step: by now all callbacks, averages too, have seen the last."""
+        """Takes a snapshot at the start of a step, when all callbacks have processed the step before."""
         due, self._is_due = self._is_due, False
         if due:
-            companions = self.companions(trainer)
-            self._ring.capture(lambda s: trainer_state.capture(trainer, s, companions, self._traces))
+            state = self.state(trainer)
+            self._ring.capture(lambda s: trainer_state.capture(trainer, s, state, self._side_effects))
         return due
 
-    def lacks_weights(self, trainer: pl.Trainer) -> bool:
-        """Whether fine-tuning trains other weights by now than those in the snapshots."""
-        return trainer_state.count_trained(trainer) != self._n_trained
-
-    def start_anew(self, trainer: pl.Trainer) -> None:
-        """Forget all snapshots."""
-        self._ring.clear()
-        self._n_trained = trainer_state.count_trained(trainer)
-
-    def capture_first(self, trainer: pl.Trainer, companions: TrainerState) -> None:
-        """Take the state that training starts from, ahead of the first step: proven by definition."""
+    def capture_first(self, trainer: pl.Trainer, state: TrainerState) -> None:
+        """Takes the state that training starts from, ahead of the first step: qualified by definition."""
+        self.is_empty = False
         self._ring.capture(
-            lambda s: trainer_state.capture(trainer, s, companions, self._traces), qualified=True
+            lambda s: trainer_state.capture(trainer, s, state, self._side_effects), qualified=True
         )
 
+    def misses_parameters(self, trainer: pl.Trainer) -> bool:
+        """True if fine-tuning trains other parameters by now than those in the snapshots."""
+        return trainer_state.count_trained(trainer) != self._n_trained
+
     def wait(self) -> None:
-        """Let the device write weights only after they have been copied."""
+        """Orders copies on the device ahead of the next write to the weights."""
         self._ring.wait()
 
-    def good_step(self, step: int) -> None:
-        """Count the good step that was made at `trainer.global_step == step`."""
+    def on_good_step(self, step: int) -> None:
+        """Counts the good step that was made at `trainer.global_step == step`."""
         pending = self._ring.pending()
-        if pending is not None and pending.companions.step <= step:
+        if pending is not None and pending.extra_state.step <= step:
             self._ring.good_step()
-        self._good_since += 1
-        if self._good_since >= self._every_n_steps and not self._ring.is_pending:
-            self._good_since = 0
+        self._good_steps += 1
+        if self._good_steps >= self._every_n_steps and not self._ring.is_pending:
+            self._good_steps = 0
             self._is_due = True
 
-    def distrust(self, step: int) -> None:
-        """The step after `trainer.global_step == step` was sick: no snapshot that holds it can be proven."""
+    def discard_after(self, step: int) -> None:
+        """Discards a pending snapshot from after the bad step at `trainer.global_step == step`."""
         self._is_due = False
         pending = self._ring.pending()
-        if pending is not None and pending.companions.step > step:
+        if pending is not None and pending.extra_state.step > step:
             self._ring.discard_pending()
 
     def roll_back(self, trainer: pl.Trainer) -> int:
-        """Return to the newest proven snapshot, or further if that was tried; returns its `global_step`."""
+        """Restores the newest qualified snapshot, or the one before if that was tried; returns its step."""
         return self._restore(trainer, self._ring.roll_back())
 
-    def return_to_newest(self, trainer: pl.Trainer) -> int:
-        """Return to the newest proven snapshot, without counting it as tried; returns its `global_step`."""
+    def restore_newest(self, trainer: pl.Trainer) -> int:
+        """Restores the newest qualified snapshot, without counting it as tried; returns its step."""
         return self._restore(trainer, self._ring.newest())
 
     def newest(self) -> Snapshot:
-        """The newest proven snapshot."""
+        """The newest qualified snapshot."""
         return self._ring.newest()
 
-    def reaches_back_to(self) -> int:
+    def oldest_step(self) -> int:
         """`trainer.global_step` of the oldest snapshot."""
-        return int(self._ring.oldest().companions.step)
+        return int(self._ring.oldest().extra_state.step)
 
     def _restore(self, trainer: pl.Trainer, snapshot: Snapshot) -> int:
-        self._good_since = 0
+        self._good_steps = 0
         self._is_due = False
         lightning_api.reshard_parameters(trainer)
-        return trainer_state.restore(trainer, snapshot, self._traces).step
+        return trainer_state.restore(trainer, snapshot, self._side_effects).step

@@ -1,4 +1,4 @@
-"""Which parameters a step measures, and what is known of them without a look at their values."""
+"""The parameters that a step measures, and their constants: names, shapes, shards, buckets."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class Selection:
 
     @cached_property
     def shares(self) -> Tensor:
-        """What the sum over each local shard is multiplied by before ranks add up, shape `(n,)`, float64."""
+        """Factors of the sums over local shards before ranks add them up, shape `(n,)`, float64."""
         ranks, flat = distributed.world_size(), self._flat
         shares = [flat[p].pieces / ranks if p in flat else share(p, ranks) for p in self.parameters]
         return torch.tensor(shares, dtype=torch.float64, device=self.device)
@@ -70,7 +70,7 @@ class Selection:
         return torch.ones((), dtype=torch.float64, device=self.device)
 
     def gradients(self) -> tuple[Tensor, ...]:
-        """What to measure of each; nothing where the piece that this rank holds is empty."""
+        """The gradients; an empty tensor where this rank holds no part of one."""
         gradients = [parameter.grad for parameter in self.parameters]
         return tuple(
             p.detach().new_zeros(0) if gradient is None else gradient
@@ -88,7 +88,7 @@ class Selection:
 
 
 class ParameterLayout:
-    """How parameters are spread over ranks, and which of them each optimizer trains.
+    """The sharding of parameters over ranks, and the parameters of each optimizer.
 
     Args:
         flat: The parameters that FSDP1 flattened and cut.
@@ -111,7 +111,7 @@ class ParameterLayout:
 
         Args:
             optimizer: About to step.
-            naming: Is asked when the optimizer has come by other parameters.
+            naming: Called when the optimizer has other parameters than before.
         """
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         parameters_of_optimizer = self._by_optimizer.get(optimizer)

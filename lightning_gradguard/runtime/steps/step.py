@@ -11,12 +11,12 @@ from torch.optim import Optimizer
 
 from lightning_gradguard.core.norms import Gradients, Measurement
 from lightning_gradguard.runtime.fused_optimizer import supports_fused_override
-from lightning_gradguard.runtime.steps.measuring import Numbers
+from lightning_gradguard.runtime.steps.measuring import PackedMeasurement
 from lightning_gradguard.runtime.steps.parameters import Selection
 
-#: `"accept"`: the step may enter histories. `"drop"`: it must not happen. `"ignore"`: it enters no history,
-#: and somebody else (the GradScaler) sees to it.
-Verdict = Literal["accept", "drop", "ignore"]
+#: `"accept"`: the step takes place and may enter histories. `"skip"`: it must not take place. `"ignore"`: it
+#: enters no history, and the GradScaler deals with it.
+StepVerdict = Literal["accept", "skip", "ignore"]
 
 
 @dataclass
@@ -26,16 +26,17 @@ class Step:
     Args:
         optimizer: The optimizer about to step.
         optimizer_index: Its position in `trainer.optimizers`.
-        gradients: Measured before anybody wrote.
+        gradients: As measured, before any callback writes to them.
         selection: The parameters that were measured.
         tensor_norms: Norm of each gradient by `norm_type`.
         weight_norms: L2 norm of each weight before the step, if a callback asked for it.
-        is_judged: Whether somebody judges it, now or before the next step.
-        numbers: What judges go by, on the device.
-        measurement: The numbers on the host; `None` if nobody judges, or not before the next step.
-        verdict: What every callback and rank goes by; `"accept"` while the judges wait.
-        inside_closure: Whether the optimizer evaluates several times in one step (LBFGS): callbacks
-            then only watch.
+        is_checked: True if a callback checks the step, now or before the next one.
+        packed: The numbers that checks are based on, on the device.
+        measurement: The same numbers on the host; `None` if no callback checks steps, or while the check is
+            deferred.
+        verdict: The same for every callback and rank; `"accept"` while the check is deferred.
+        inside_closure: True if the optimizer evaluates the loss several times in one step (LBFGS): callbacks
+            only watch then.
     """
 
     optimizer: Optimizer
@@ -44,25 +45,25 @@ class Step:
     selection: Selection
     tensor_norms: Mapping[float, Tensor]
     weight_norms: Tensor | None
-    is_judged: bool
-    numbers: Numbers
+    is_checked: bool
+    packed: PackedMeasurement
     measurement: Measurement | None
-    verdict: Verdict
+    verdict: StepVerdict
     inside_closure: bool
 
     @property
     def accepted(self) -> bool:
-        """Whether the step may enter histories."""
+        """True if the step may enter histories."""
         return self.verdict == "accept"
 
     @property
     def loss(self) -> Tensor:
         """Mean loss of the step, a scalar on the device."""
-        return self.numbers.mean_loss()
+        return self.packed.mean_loss()
 
     @property
     def supports_fused_override(self) -> bool:
-        """Whether the optimizer's own kernel can scale the gradients (in float32), or skip the update."""
+        """True if the optimizer's own kernel can scale the gradients (in float32), or skip the update."""
         selection = self.selection
-        alone = self.inside_closure or selection.is_cut or selection.has_doubles
-        return not alone and supports_fused_override(self.optimizer)
+        is_plain = not (self.inside_closure or selection.is_cut or selection.has_doubles)
+        return is_plain and supports_fused_override(self.optimizer)

@@ -1,0 +1,137 @@
+"""Publishes the incidents of skipped steps and anomalies, with the facts that a replay adds."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+
+from lightning_gradguard.core.forensics import Origin
+from lightning_gradguard.core.incidents import IncidentKind
+from lightning_gradguard.core.remedies import advice, advice_for_cause
+from lightning_gradguard.core.snapshots import BufferCopies
+from lightning_gradguard.runtime import lightning_api
+from lightning_gradguard.runtime.incidents.investigation import Investigation
+from lightning_gradguard.runtime.incidents.journal import incident_now, publish, run_folder
+from lightning_gradguard.runtime.rollback.snapshot_schedule import SnapshotSchedule
+from lightning_gradguard.runtime.steps.transaction import StepTransaction
+
+
+class IncidentReporter:
+    """Publishes the incidents of one fit.
+
+    Args:
+        trainer: The Trainer that runs.
+        pl_module: The module in training.
+        investigation: Examines skipped steps.
+        snapshots: Of the fit.
+        buffers: Copies from before the running step.
+
+    Attributes:
+        batch_idx: Of the running batch in its epoch, also in an epoch that was resumed.
+    """
+
+    def __init__(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        investigation: Investigation,
+        snapshots: SnapshotSchedule,
+        buffers: BufferCopies,
+    ) -> None:
+        self._trainer = trainer
+        self._pl_module = pl_module
+        self._investigation = investigation
+        self._snapshots = snapshots
+        self._buffers = buffers
+        self.batch_idx = 0
+
+    def publish(self, kind: str, **facts: Any) -> None:
+        """Publishes an incident of the running batch."""
+        facts = {"batch_idx": self.batch_idx, "advice": advice(kind, facts.get("where", ())), **facts}
+        publish(self._trainer, self._pl_module, incident_now(self._trainer, kind, **facts))
+
+    def report_anomaly(self, kind: str, loss: float) -> None:
+        """Publishes what is wrong with committed steps, with its cause if the weights reveal it."""
+        origin = self._investigation.scan_weights(self._trainer, self._snapshots.newest())
+        facts = origin_facts(origin, kind) if origin is not None else {}
+        self.publish(kind, value=loss, **facts)
+
+    def report_skip(self, transaction: StepTransaction, *, examine: bool = True) -> None:
+        """Publishes a skipped step, with its cause if it is the first of an episode.
+
+        Args:
+            transaction: Of the step.
+            examine: True where a replay, in which all ranks take part, is possible.
+        """
+        has_scaler = lightning_api.gradient_scaler(self._trainer) is not None
+        kind, facts = describe_skip(transaction, has_scaler=has_scaler)
+        window = transaction.window
+        if examine and window.batches and kind != "lost_batch":
+            result = self._investigation.examine(
+                self._trainer,
+                self._pl_module,
+                window.step,
+                window.batches,
+                self._snapshots.newest(),
+                run_folder(self._trainer),
+                weights_are_nonfinite=kind == "nonfinite_weights",
+            )
+            self._buffers.restore()  # the step may write frozen weights each time that it runs
+            if result is None:
+                facts["detail"] = "Not examined: it follows a skipped step, or max_dossiers is used up."
+                facts.update(self._investigation.advice())
+            else:
+                facts.update(
+                    origin_facts(result.origin, kind, facts.get("where", ())), dossier=result.dossier
+                )
+        self.publish(kind, **facts)
+
+
+def describe_skip(transaction: StepTransaction, *, has_scaler: bool) -> tuple[IncidentKind, dict[str, Any]]:
+    """Returns the kind of incident that a skipped step is, and its facts.
+
+    Args:
+        transaction: Of the step.
+        has_scaler: True under a GradScaler, which scales gradients to the edge of overflow.
+    """
+    measurement, norms = transaction.measurement, transaction.norms
+    assert measurement is not None
+    assert norms is not None
+    facts: dict[str, Any] = {
+        "step": transaction.window.step,
+        "batch_idx": transaction.batch_idx,
+        "action": "skipped",
+    }
+    if measurement.was_lost:
+        return "lost_batch", facts
+    if measurement.nonfinite_weights:
+        return "nonfinite_weights", facts
+    if measurement.nonfinite_losses:
+        return "nonfinite_loss", facts
+    if measurement.nonfinite_buffers:
+        return "nonfinite_buffers", facts
+    if measurement.ranks_disagree:
+        return "corrupted_gradient", {**facts, "value": measurement.total_norm}
+    if has_scaler:
+        return "amp_overflow", facts
+    nonfinite = (~torch.isfinite(norms)).tolist()
+    where = tuple(name for name, is_it in zip(transaction.names, nonfinite, strict=True) if is_it)
+    return "nonfinite_gradient", {**facts, "where": where, "value": len(where) / max(len(nonfinite), 1)}
+
+
+def origin_facts(origin: Origin, kind: str, where: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Facts of an incident from the origin that a replay found.
+
+    Args:
+        origin: The origin.
+        kind: Of the incident.
+        where: Names known to be at fault without a replay.
+    """
+    return {
+        "cause": origin.cause,
+        "detail": origin.detail,
+        "where": origin.where or where,
+        "advice": advice_for_cause(origin.cause, origin.where) or advice(kind, where),
+    }

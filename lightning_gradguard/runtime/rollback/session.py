@@ -1,0 +1,357 @@
+"""One fit of `NaNRollback`: from steps to commits, skips, rollbacks and their incidents."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytorch_lightning as pl
+
+from lightning_gradguard.core.norms import Measurement
+from lightning_gradguard.core.recovery import RecoveryPolicy
+from lightning_gradguard.runtime import lightning_api
+from lightning_gradguard.runtime.distributed import any_rank, gather_objects
+from lightning_gradguard.runtime.incidents.investigation import Investigation
+from lightning_gradguard.runtime.incidents.journal import run_folder
+from lightning_gradguard.runtime.incidents.lost_batches import LostBatches, Reason
+from lightning_gradguard.runtime.incidents.replay import SeenBatch
+from lightning_gradguard.runtime.incidents.termination import (
+    combined_advice,
+    divergence_error,
+    save_last_good,
+)
+from lightning_gradguard.runtime.rollback.outcome import BatchOutcome, Counts, counts_by_tag
+from lightning_gradguard.runtime.rollback.reporter import IncidentReporter
+from lightning_gradguard.runtime.rollback.snapshot_schedule import SnapshotSchedule
+from lightning_gradguard.runtime.steps import trainer_state
+from lightning_gradguard.runtime.steps.check_modes import (
+    BufferOnlyCheck,
+    CheckMode,
+    ClosureCheck,
+    DeferredCheck,
+    ExactCheck,
+)
+from lightning_gradguard.runtime.steps.side_effects import SideEffects
+from lightning_gradguard.runtime.steps.step import Step, StepVerdict
+from lightning_gradguard.runtime.steps.step_member import StepFlags
+from lightning_gradguard.runtime.steps.suite import Suite
+from lightning_gradguard.runtime.steps.transaction import StepTransaction, Window
+
+
+class RollbackSession:
+    """One fit of `NaNRollback`.
+
+    Args:
+        trainer: The Trainer that runs.
+        pl_module: The module in training.
+        suite: Of the Trainer.
+        policy: Decides about rollbacks.
+        counts: Of the run.
+        snapshots: Of this fit.
+        investigation: Examines skipped steps.
+        earlier_logs: Folders with the lost batches of the runs that this one resumes.
+        defers_check: True if steps are checked one step late where that is possible.
+        kernel_may_skip: See `DeferredCheck`.
+        keeps_batches: True if skipped steps may be examined, which needs their batches.
+
+    Attributes:
+        lost_batches: The log of them.
+    """
+
+    def __init__(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        suite: Suite,
+        *,
+        policy: RecoveryPolicy,
+        counts: Counts,
+        snapshots: SnapshotSchedule,
+        investigation: Investigation,
+        earlier_logs: Sequence[str],
+        defers_check: bool,
+        kernel_may_skip: bool,
+        keeps_batches: bool,
+    ) -> None:
+        self._trainer = trainer
+        self._pl_module = pl_module
+        self._suite = suite
+        self._policy = policy
+        self._counts = counts
+        self._snapshots = snapshots
+        self._investigation = investigation
+        self._keeps_batches = keeps_batches
+        self._is_sharded = lightning_api.shards_parameters(trainer)
+        self._side_effects = SideEffects(trainer, pl_module)
+        snapshots.begin(trainer, self._side_effects)
+        policy.is_adversarial = len(trainer.optimizers) > 1
+        self._exact: ExactCheck = ExactCheck(trainer, self._side_effects)
+        self._deferred: DeferredCheck | None = None
+        if defers_check:
+            self._exact = self._deferred = DeferredCheck(
+                trainer, self._side_effects, suite, kernel_may_skip=kernel_may_skip
+            )
+        closure = ClosureCheck(trainer, self._side_effects)
+        self._modes: list[CheckMode] = [
+            closure if lightning_api.calls_closure_repeatedly(optimizer) else self._exact
+            for optimizer in trainer.optimizers
+        ]
+        self._distinct_modes: list[CheckMode] = list(dict.fromkeys(self._modes))
+        self._reporter = IncidentReporter(
+            trainer, pl_module, investigation, snapshots, self._side_effects.buffers
+        )
+        self._buffer_only = BufferOnlyCheck(trainer, self._side_effects)
+        self._keeps_state = snapshots.restores_more_than_tensors or any(m.needs_state for m in self._modes)
+        self._transaction = StepTransaction(Window(trainer.global_step), state="discarded")
+        self._outcome = BatchOutcome()
+        self._skipped: list[StepTransaction] = []
+        self._flags = StepFlags()
+        self._batch_idx_offset = {trainer.current_epoch: lightning_api.resumed_batch_idx_offset(trainer)}
+        self.lost_batches = LostBatches(run_folder(trainer), trainer.global_rank, earlier_logs)
+        self._lost_earlier: dict[tuple[int, int], Reason] = {}
+        for earlier in gather_objects(self.lost_batches.earlier()):
+            self._lost_earlier.update(earlier)
+
+    def on_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Saves what the forward passes of a step are about to change."""
+        trainer = self._trainer
+        epoch = trainer.current_epoch
+        if self._is_sharded:
+            lightning_api.reshard_parameters(trainer)
+        self._outcome = BatchOutcome()
+        batch_in_epoch = batch_idx + self._batch_idx_offset.get(epoch, 0)
+        self._reporter.batch_idx = batch_in_epoch
+        if not self._transaction.is_open or lightning_api.is_swa_bn_update(trainer):
+            self._open_transaction()
+        self._transaction.batch_idx = batch_in_epoch
+        window = self._transaction.window
+        if self._keeps_batches:
+            window.batches.append(SeenBatch.of(batch, batch_idx))
+        window.n_batches += 1
+        self.lost_batches.record(trainer.global_step, epoch, batch_in_epoch, batch)
+        if (reason := self._lost_earlier.get((epoch, batch_in_epoch))) is not None:
+            window.repeats_skipped_batch |= reason == "skipped"
+            self._flags.check_now = True
+            self._flags.repeats_lost_batch |= self.lost_batches.repeats_lost_batch()
+
+    def scan_buffers(self) -> None:
+        """Scans what the forward pass has left in buffers: the loss may be finite all the same."""
+        nonfinite = self._side_effects.nonfinite_statistics()
+        if nonfinite is not None:
+            earlier = self._flags.nonfinite_buffers
+            self._flags.nonfinite_buffers = nonfinite if earlier is None else earlier | nonfinite
+
+    def take_flags(self) -> StepFlags:
+        """Returns the flags for the next step's reduction; scans count once, the rest holds until a step."""
+        flags = self._flags
+        self._flags = StepFlags(repeats_lost_batch=flags.repeats_lost_batch, check_now=flags.check_now)
+        return flags
+
+    def on_step(self, step: Step) -> None:
+        """Commits or skips a step, or defers that."""
+        if self._snapshots.is_empty:
+            # by now every callback had its chance to repair the weights that training starts from
+            assert self._transaction.window.before is not None
+            self._snapshots.capture_first(self._trainer, self._transaction.window.before)
+        self._snapshots.wait()
+        self._transaction = self._modes[step.optimizer_index].on_step(step, self._transaction)
+        self._record(self._transaction)
+
+    def on_deferred_verdict(self, measurement: Measurement, verdict: StepVerdict) -> None:
+        """Commits the deferred step, or undoes it along with the batches of the running one."""
+        if verdict == "skip":  # what was scanned since is about to be restored
+            self._flags.nonfinite_weights = self._flags.nonfinite_buffers = None
+        if self._deferred is None or self._deferred.deferred is None:
+            return
+        deferred, self._deferred.deferred = self._deferred.deferred, None
+        deferred.measurement = measurement
+        if verdict == "accept":
+            deferred.state = "committed"
+            self._record(deferred)
+            return
+        deferred.state = "skipped"
+        detectors = self._policy.detector_state()  # which include every step before the bad one
+        state = self._deferred.undo()
+        self._policy.load_detector_state(detectors)
+        self._snapshots.discard_after(state.step)
+        n_following = 0
+        if self._transaction.window is not deferred.window:
+            n_following = self._transaction.window.n_batches
+            self._transaction.state = "discarded"
+            self._transaction.window.before = state
+        self._record(deferred, n_following)
+
+    def on_batch_end(self, batch_idx: int) -> None:
+        """Concludes the batch; resolves a deferred check ahead of validation and the end of an epoch."""
+        trainer = self._trainer
+        if lightning_api.is_swa_bn_update(trainer):
+            self._check_buffers()
+        for mode in self._distinct_modes:
+            if (closed := mode.on_batch_end(self._transaction)) is not None:
+                self._transaction = closed
+                self._record(closed)
+        if self._deferred is not None and self._deferred.deferred is not None:
+            is_last = trainer.is_last_batch or trainer.should_stop or trainer.global_step == trainer.max_steps
+            if is_last or lightning_api.validates_next(trainer, batch_idx):
+                self._suite.resolve(trainer, self._pl_module)
+        self._conclude()
+        if self._suite.has_stepped:
+            self._flags.check_now = self._flags.repeats_lost_batch = False
+        elif self._pl_module.automatic_optimization and trainer.accumulate_grad_batches == 1:
+            self._transaction.state = "discarded"  # `training_step` returned nothing
+        if (self._suite.has_stepped and self._suite.is_logged) or trainer.is_last_batch:
+            self.log_counts()
+
+    def flush(self) -> None:
+        """Resolves a deferred check and acts on it."""
+        self._suite.resolve(self._trainer, self._pl_module)
+        self._conclude()
+
+    def before_checkpoint(self) -> None:
+        """Keeps nonfinite weights out of checkpoints: resolves, scans, and rolls back if necessary."""
+        if self._snapshots.is_empty:
+            return
+        if self._trainer.interrupted:
+            # no collective, as other ranks may be elsewhere, and no error on top of the first
+            self._suite.resolve(self._trainer, self._pl_module)
+            if self._state_is_nonfinite():
+                self._snapshots.restore_newest(self._trainer)
+            return
+        self.flush()
+        if any_rank(self._state_is_nonfinite(), self._pl_module.device):
+            self._reporter.publish("nonfinite_weights")
+            self._outcome.decide(self._policy.escalate())
+            self._conclude()
+
+    def log_counts(self) -> None:
+        """Adds the counts to the metrics of the batch, and publishes two of them to `callback_metrics`."""
+        counts = counts_by_tag(self._counts, self._policy)
+        self._suite.metrics.add_scalars(counts)
+        for tag in ("rollback/skips", "rollback/rollbacks"):
+            self._suite.metrics.publish_total(tag, counts[tag])
+
+    def report_without_ranks(self) -> None:
+        """Publishes skipped steps after an exception, when no other rank can be asked."""
+        self._suite.resolve(self._trainer, self._pl_module)
+        skipped, self._skipped = self._skipped, []
+        for transaction in skipped:
+            self._reporter.report_skip(transaction, examine=False)
+
+    def _open_transaction(self) -> None:
+        trainer, snapshots = self._trainer, self._snapshots
+        snapshots.wait()  # the batch before may have made no step
+        self._side_effects.save()
+        if snapshots.capture_if_due(trainer):
+            self._scan_weights()
+            self.lost_batches.forget_before(snapshots.oldest_step())
+        elif snapshots.misses_parameters(trainer) and self._flags.nonfinite_weights is None:
+            self.flush()  # while there is a snapshot to restore
+            snapshots.reset(trainer)
+        needs_state = self._keeps_state or snapshots.is_empty
+        window = Window(trainer.global_step, before=snapshots.state(trainer) if needs_state else None)
+        self._transaction = StepTransaction(window)
+        for mode in self._distinct_modes:
+            mode.on_window_start(window)
+
+    def _record(self, transaction: StepTransaction, n_following: int = 0) -> None:
+        """Counts a closed transaction, and takes the policy's decision on it."""
+        if transaction.state == "overflowed":
+            scaler = lightning_api.gradient_scaler(self._trainer)
+            at_floor = scaler is not None and scaler.get_scale() <= 1
+            self._counts.amp_overflows += 1
+            self._counts.overflows_at_floor = self._counts.overflows_at_floor + 1 if at_floor else 0
+        elif transaction.state == "committed":
+            self._on_commit(transaction)
+        elif transaction.state == "skipped":
+            self._on_skip(transaction, n_following)
+
+    def _on_commit(self, transaction: StepTransaction) -> None:
+        measurement = transaction.measurement
+        assert measurement is not None
+        self._outcome.committed_step = transaction.window.step
+        self._counts.overflows_at_floor = 0
+        self._investigation.end_episode()
+        decision, anomaly = self._policy.on_good_step(
+            measurement.optimizer_index, measurement.loss, measurement.total_norm, measurement.is_collapsed
+        )
+        if decision != "continue":
+            self._outcome.decide(decision)
+        if anomaly and not self._trainer.interrupted:  # other ranks may be elsewhere then
+            self._reporter.report_anomaly(anomaly, measurement.loss)
+
+    def _on_skip(self, transaction: StepTransaction, n_following: int) -> None:
+        measurement, window = transaction.measurement, transaction.window
+        assert measurement is not None
+        self._outcome.has_skipped = True
+        self._outcome.before = window.before
+        self._skipped.append(transaction)
+        self.lost_batches.mark_skipped(window.n_batches, n_following)
+        if measurement.was_lost:
+            self._counts.skips += window.repeats_skipped_batch
+            return
+        self._counts.skips += 1
+        self._outcome.decide(self._policy.on_skip(measurement.optimizer_index))
+        if measurement.nonfinite_weights:
+            self._outcome.decide(self._policy.escalate())
+
+    def _check_buffers(self) -> None:
+        self._transaction.state = "discarded"
+        if self._buffer_only.on_batch_end():
+            self.lost_batches.mark_skipped(1)
+            self._counts.skips += 1
+            self._reporter.publish("nonfinite_buffers", action="skipped")
+
+    def _conclude(self) -> None:
+        """Publishes skipped steps, and carries out the decision."""
+        skipped, self._skipped = self._skipped, []
+        for transaction in skipped:
+            self._reporter.report_skip(transaction)
+        outcome = self._outcome
+        decision, outcome.decision = outcome.decision, "continue"
+        if decision == "stop":
+            self._stop()
+        if decision == "roll_back":
+            outcome.committed_step = None
+            self._roll_back()
+        elif skipped:
+            if outcome.before is not None and outcome.committed_step is None:
+                outcome.before.rewind(self._trainer)
+            self._scan_weights()
+        if outcome.committed_step is not None and not outcome.has_skipped and not self._policy.is_spiking:
+            self._snapshots.on_good_step(outcome.committed_step)
+        outcome.committed_step = None  # it is counted once, also if a checkpoint resolves it early
+
+    def _roll_back(self) -> None:
+        self._discard_deferred()
+        # bad data is no reason to doubt a snapshot
+        newest_is_good = self._investigation.cause == "bad_input"
+        restore = self._snapshots.restore_newest if newest_is_good else self._snapshots.roll_back
+        step = restore(self._trainer)
+        self._policy.on_rollback()
+        self._flags.nonfinite_weights = None
+        self.lost_batches.mark_undone(step)
+        self._reporter.publish("rollback", value=step, action="rolled_back")
+
+    def _stop(self) -> None:
+        self._discard_deferred()
+        step = self._snapshots.restore_newest(self._trainer)
+        self.lost_batches.mark_undone(step)
+        self._counts.has_stopped = True
+        last_good = save_last_good(self._trainer)
+        found = self._investigation.found
+        self._reporter.publish("training_diverged", action="stopped", advice=combined_advice(found))
+        self.log_counts()
+        self._suite.metrics.send(self._trainer, self._pl_module)
+        raise divergence_error(self._trainer, self._policy.stop_reason, step, found, last_good)
+
+    def _discard_deferred(self) -> None:
+        self._suite.discard_deferred()
+        if self._deferred is not None:
+            self._deferred.deferred = None
+
+    def _scan_weights(self) -> None:
+        """Scans the weights without a synchronization; the next step's reduction includes the flag."""
+        self._flags.nonfinite_weights = trainer_state.state_is_nonfinite(self._trainer, self._side_effects)
+
+    def _state_is_nonfinite(self) -> bool:
+        return bool(trainer_state.state_is_nonfinite(self._trainer, self._side_effects))

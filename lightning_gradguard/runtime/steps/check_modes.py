@@ -1,0 +1,189 @@
+"""The ways in which a step is checked, and committed or skipped; chosen once at the start of a fit."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import pytorch_lightning as pl
+from torch.optim import Optimizer
+
+from lightning_gradguard.core.snapshots import Snapshot
+from lightning_gradguard.runtime import lightning_api
+from lightning_gradguard.runtime.distributed import any_rank
+from lightning_gradguard.runtime.fused_optimizer import skip_is_exact
+from lightning_gradguard.runtime.optimizer_hooks import drop_gradients
+from lightning_gradguard.runtime.steps import trainer_state
+from lightning_gradguard.runtime.steps.side_effects import SideEffects
+from lightning_gradguard.runtime.steps.step import Step
+from lightning_gradguard.runtime.steps.suite import Suite
+from lightning_gradguard.runtime.steps.trainer_state import TrainerState
+from lightning_gradguard.runtime.steps.transaction import StepTransaction, Window
+
+
+class CheckMode(Protocol):
+    """A way of checking steps. What it returns is closed: committed, skipped or overflowed."""
+
+    #: True if windows need the training state from before their first batch.
+    needs_state: bool
+
+    def on_window_start(self, window: Window) -> None:
+        """Called ahead of the first batch of a step."""
+
+    def on_step(self, step: Step, transaction: StepTransaction) -> StepTransaction:
+        """Called when a step was measured; returns its transaction, open or deferred if it is not decided."""
+
+    def on_batch_end(self, transaction: StepTransaction) -> StepTransaction | None:
+        """Called after the optimizers stepped; returns a transaction that is decided only now."""
+
+
+class ExactCheck:
+    """Checks each step before it takes place: one host synchronization a step."""
+
+    needs_state = False
+
+    def __init__(self, trainer: pl.Trainer, side_effects: SideEffects) -> None:
+        self._trainer = trainer
+        self._side_effects = side_effects
+        self._scaler_state: dict[str, Any] | None = None
+
+    def on_window_start(self, window: Window) -> None:
+        """Nothing to keep: a skipped step was never made."""
+
+    def on_step(self, step: Step, transaction: StepTransaction) -> StepTransaction:
+        """Commits the step, skips it, or leaves it to the GradScaler."""
+        if step.verdict == "skip":
+            if (scaler := lightning_api.gradient_scaler(self._trainer)) is not None:
+                self._scaler_state = scaler.state_dict()
+            unscales_itself = lightning_api.gradients_are_scaled(self._trainer, step.optimizer)
+            drop_gradients(step.optimizer, unscales_itself=unscales_itself)
+            self._side_effects.restore()
+            return transaction.close("skipped", step)
+        if step.verdict == "ignore":
+            self._leave_to_scaler(step.optimizer)
+            return transaction.close("overflowed", step)
+        _commit(self._trainer, self._side_effects)
+        return transaction.close("committed", step)
+
+    def on_batch_end(self, transaction: StepTransaction) -> StepTransaction | None:
+        """Restores the GradScaler, which takes a skipped step for an overflow that a smaller scale cures."""
+        state, self._scaler_state = self._scaler_state, None
+        if state is not None:
+            lightning_api.set_scaler_state(self._trainer, state)
+        return None
+
+    def _leave_to_scaler(self, optimizer: Optimizer) -> None:
+        self._scaler_state = None
+        if not lightning_api.gradients_are_scaled(self._trainer, optimizer):
+            # the scaler does not know of what was written to gradients after it had unscaled them
+            drop_gradients(optimizer, unscales_itself=False)
+        self._side_effects.pause_averages()
+
+
+class DeferredCheck(ExactCheck):
+    """Checks each step when the next one is about to be made: no host synchronization.
+
+    Args:
+        trainer: The Trainer that runs.
+        side_effects: Of the running step.
+        suite: Of the Trainer.
+        kernel_may_skip: True if the verdict follows the rule by which the optimizer's kernel skips.
+    """
+
+    needs_state = True
+
+    def __init__(
+        self, trainer: pl.Trainer, side_effects: SideEffects, suite: Suite, *, kernel_may_skip: bool
+    ) -> None:
+        super().__init__(trainer, side_effects)
+        self._suite = suite
+        self._kernel_may_skip = kernel_may_skip
+        self._before = Snapshot("same")
+        self.deferred: StepTransaction | None = None
+
+    def on_step(self, step: Step, transaction: StepTransaction) -> StepTransaction:
+        """Keeps what is needed to undo the step; less if the optimizer's kernel skips a bad one by itself."""
+        if step.measurement is not None:
+            return super().on_step(step, transaction)
+        assert transaction.window.before is not None
+        kernel_skips = (
+            self._kernel_may_skip
+            and step.supports_fused_override
+            and self._suite.has_one_checker
+            and not lightning_api.writes_after_step(self._trainer.lightning_module)
+            and skip_is_exact(step.optimizer, step.gradients.parameters)
+        )
+        trainer_state.capture(
+            self._trainer,
+            self._before,
+            transaction.window.before,
+            self._side_effects,
+            stepped=not kernel_skips,
+        )
+        if kernel_skips:
+            self._suite.override_fused_step(step, found_inf=step.packed.must_skip())
+        self.deferred = transaction.close("deferred", step)
+        _commit(self._trainer, self._side_effects)
+        return self.deferred
+
+    def undo(self) -> TrainerState:
+        """Restores the state from before the deferred step; returns the part of it that is not tensors."""
+        state = trainer_state.restore(self._trainer, self._before, self._side_effects)
+        self._side_effects.save(within_step=True)
+        return state
+
+
+class ClosureCheck:
+    """Checks a batch in which the optimizer evaluates its closure and updates repeatedly (LBFGS)."""
+
+    needs_state = True
+
+    def __init__(self, trainer: pl.Trainer, side_effects: SideEffects) -> None:
+        self._trainer = trainer
+        self._side_effects = side_effects
+        self._before = Snapshot("same")
+        self._first: Step | None = None
+
+    def on_window_start(self, window: Window) -> None:
+        """Copies the training state, as the updates in between cannot be prevented."""
+        self._first = None
+        assert window.before is not None
+        trainer_state.capture(self._trainer, self._before, window.before, self._side_effects)
+
+    def on_step(self, step: Step, transaction: StepTransaction) -> StepTransaction:
+        """Keeps the first evaluation."""
+        self._first = self._first or step
+        return transaction
+
+    def on_batch_end(self, transaction: StepTransaction) -> StepTransaction | None:
+        """Commits the batch, or restores the state from before it."""
+        first, self._first = self._first, None
+        if first is None:
+            return None
+        nonfinite = bool(trainer_state.state_is_nonfinite(self._trainer, self._side_effects))
+        if any_rank(nonfinite, self._trainer.lightning_module.device) or first.verdict == "skip":
+            trainer_state.restore(self._trainer, self._before, self._side_effects)
+            return transaction.close("skipped", first)
+        _commit(self._trainer, self._side_effects)
+        return transaction.close("committed", first)
+
+
+class BufferOnlyCheck:
+    """Checks a batch without a step that updates statistics, as in the last pass of weight averaging."""
+
+    def __init__(self, trainer: pl.Trainer, side_effects: SideEffects) -> None:
+        self._trainer = trainer
+        self._side_effects = side_effects
+
+    def on_batch_end(self) -> bool:
+        """Restores the statistics if they are nonfinite on any rank; returns true if so."""
+        nonfinite = bool(trainer_state.state_is_nonfinite(self._trainer, self._side_effects))
+        if nonfinite := any_rank(nonfinite, self._trainer.lightning_module.device):
+            self._side_effects.restore()
+        return nonfinite
+
+
+def _commit(trainer: pl.Trainer, side_effects: SideEffects) -> None:
+    side_effects.commit()
+    if len(trainer.optimizers) > 1:
+        # a later step of the same batch may be skipped, this one stays
+        side_effects.save(within_step=True)

@@ -1,0 +1,183 @@
+"""Side effects of forward passes (buffers, metrics, hidden states, weight averages), saved and restored."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pytorch_lightning as pl
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.parameter import is_lazy
+from torchmetrics import Metric
+
+from lightning_gradguard.core.snapshots import BufferCopies, any_nonfinite
+from lightning_gradguard.runtime import lightning_api
+
+_INTERNAL = frozenset(vars(nn.Module()))
+
+
+@dataclass(frozen=True)
+class ForwardState:
+    """State that a forward pass writes, apart from buffers.
+
+    Args:
+        epoch: Its epoch: epoch means begin anew in each.
+        metrics: States of torchmetrics and epoch means, by the metric's identity: its hash follows its state.
+        hidden: Tensors that modules carry from batch to batch as plain attributes, such as the hidden state
+            in truncated backpropagation through time.
+    """
+
+    epoch: int
+    metrics: dict[int, dict[str, Any]]
+    hidden: list[tuple[nn.Module, str, Any]]
+
+
+class SideEffects:
+    """Buffers, torchmetrics states, epoch means and weight averages around one optimizer step.
+
+    Args:
+        trainer: The Trainer that runs.
+        pl_module: The module in training.
+    """
+
+    def __init__(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.buffers = BufferCopies(pl_module)
+        self._finite = [
+            (module, name, buffer)
+            for module in pl_module.modules()
+            for name, buffer in module.named_buffers(recurse=False)
+            if not is_lazy(buffer) and not bool(any_nonfinite([buffer]))
+        ]
+        self._normalizing = [(module, name) for module, name, _ in self._finite if _is_norm(module)]
+        self._trainer = trainer
+        self._module = pl_module
+        self._averages_are_paused = False
+        self.rescan()
+        self._carriers = [
+            (module, name)
+            for module in pl_module.modules()
+            if not isinstance(module, Metric)
+            for name, value in vars(module).items()
+            if name not in _INTERNAL and _is_hidden(value)
+        ]
+        self.save()
+
+    def rescan(self) -> None:
+        """Lists the submodules anew, as there may be others by now."""
+        self.buffers.rescan()
+        self._modules = list(self._module.modules())
+        self._metrics = [module for module in self._modules if isinstance(module, Metric)]
+        self._children = self._find_children()
+
+    def save(self, *, within_step: bool = False) -> None:
+        """Saves the state ahead of the forward passes of a step.
+
+        Args:
+            within_step: True between the steps of two optimizers on the same batch.
+        """
+        if self._find_children() != self._children:
+            self.rescan()
+        self.buffers.refresh(within_step=within_step)
+        self.forward_state = self._forward_state()
+
+    def nonfinite_statistics(self) -> Tensor | None:
+        """Scans running statistics of normalization for nonfinite values, without a host synchronization.
+
+        Returns:
+            A flag of shape `()`; `None` if there are no statistics.
+        """
+        statistics = [b for module, name in self._normalizing if (b := module._buffers.get(name)) is not None]
+        return any_nonfinite(statistics) if statistics else None
+
+    def finite_at_start(self) -> Iterator[Tensor]:
+        """Buffers that were finite when training began, as far as they are still the same tensors.
+
+        A mask of `-inf` is not among them, nor is a buffer that the first batch creates. Statistics of
+        normalization are, also where weight averaging has replaced them.
+        """
+        for module, name, buffer in self._finite:
+            now = module._buffers.get(name)
+            if now is not None and (now is buffer or _is_norm(module)):
+                yield now
+
+    def commit(self) -> None:
+        """The step takes place: weight averages may include it."""
+        if self._averages_are_paused:
+            self._averages_are_paused = False
+            lightning_api.resume_weight_averages(self._trainer)
+
+    def restore(self) -> None:
+        """The step does not take place: restores everything to the last `save`."""
+        self.buffers.restore()
+        self.restore_forward_state(self.forward_state)
+
+    def restore_forward_state(self, saved: ForwardState) -> None:
+        """Restores what is not a buffer, and excludes the running batch from weight averages."""
+        for metric in self._all_metrics():
+            state = saved.metrics.get(id(metric))
+            if state is None or saved.epoch != self._trainer.current_epoch:
+                metric.reset()
+            else:
+                _restore_metric(metric, state)
+        for module, name, value in saved.hidden:
+            setattr(module, name, value)
+        self.pause_averages()
+
+    def pause_averages(self) -> None:
+        """Excludes the running batch from weight averages."""
+        self._averages_are_paused = True
+        lightning_api.pause_weight_averages(self._trainer)
+
+    def _forward_state(self) -> ForwardState:
+        return ForwardState(
+            epoch=self._trainer.current_epoch,
+            metrics={id(metric): _metric_state(metric) for metric in self._all_metrics()},
+            hidden=[
+                (module, name, value)
+                for module, name in self._carriers
+                if _is_hidden(value := getattr(module, name, None))
+            ],
+        )
+
+    def _find_children(self) -> list[int]:
+        # by identity: to compare metrics makes another metric
+        return [id(child) for module in self._modules for child in module._modules.values()]
+
+    def _all_metrics(self) -> list[Metric]:
+        return self._metrics + lightning_api.epoch_mean_metrics(self._trainer)
+
+
+def _is_norm(module: nn.Module) -> bool:
+    return isinstance(module, _NormBase)
+
+
+def _is_hidden(value: Any) -> bool:
+    if not isinstance(value, tuple):
+        return value is None or isinstance(value, Tensor)
+    return bool(value) and all(part is None or isinstance(part, Tensor) for part in value)
+
+
+def _metric_state(metric: Metric) -> dict[str, Any]:
+    states = {
+        name: value.clone() if isinstance(value, Tensor) else list(value)
+        for name, value in metric.metric_state.items()
+    }
+    return {
+        "states": states,
+        "count": metric._update_count,
+        "computed": metric._computed,
+        "last": getattr(metric, "_forward_cache", None),
+    }
+
+
+def _restore_metric(metric: Metric, state: dict[str, Any]) -> None:
+    if state["count"] == 0:
+        metric.reset()  # Lightning omits a mean that was reset, and warns of one without a value
+        return
+    for name, value in state["states"].items():
+        setattr(metric, name, value.clone() if isinstance(value, Tensor) else list(value))
+    metric._forward_cache = state["last"]  # what was logged of the step alone
+    metric._update_count = state["count"]
+    metric._computed = state["computed"]

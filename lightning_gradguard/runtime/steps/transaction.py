@@ -1,0 +1,79 @@
+"""One optimizer step, from its first batch to its outcome."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from torch import Tensor
+
+from lightning_gradguard.core.norms import Measurement
+from lightning_gradguard.runtime.incidents.replay import SeenBatch
+from lightning_gradguard.runtime.steps.step import Step
+from lightning_gradguard.runtime.steps.trainer_state import TrainerState
+
+#: `"open"`: batches accumulate. `"deferred"`: the step took place and is checked later. `"committed"`: it
+#: took place. `"skipped"`: it did not, or was undone. `"overflowed"`: the GradScaler skips it. `"discarded"`:
+#: its batches lead to no step.
+TransactionState = Literal["open", "deferred", "committed", "skipped", "overflowed", "discarded"]
+
+
+@dataclass
+class Window:
+    """The batches that lead to one step of each optimizer.
+
+    Args:
+        step: `trainer.global_step` when it began.
+        before: The training state besides tensors at that time; `None` where it is never restored.
+        batches: As `training_step` got them; empty where none is ever examined.
+        n_batches: Number of batches.
+        repeats_skipped_batch: True if one of them was skipped by the run that this one resumes.
+    """
+
+    step: int
+    before: TrainerState | None = None
+    batches: list[SeenBatch] = field(default_factory=list)
+    n_batches: int = 0
+    repeats_skipped_batch: bool = False
+
+
+@dataclass
+class StepTransaction:
+    """One optimizer step: it is committed, or leaves no trace.
+
+    Args:
+        window: Its batches; optimizers that step in the same batch share one.
+        batch_idx: The last of the batches.
+        state: Where the transaction stands.
+        measurement: Its numbers; `None` until they are on the host.
+        names: Of the parameters with a gradient.
+        norms: Of these gradients, shape `(n,)`.
+    """
+
+    window: Window
+    batch_idx: int = 0
+    state: TransactionState = "open"
+    measurement: Measurement | None = None
+    names: tuple[str, ...] = ()
+    norms: Tensor | None = None
+
+    @property
+    def is_open(self) -> bool:
+        """True while batches accumulate."""
+        return self.state == "open"
+
+    def close(self, state: TransactionState, step: Step) -> StepTransaction:
+        """Ends the transaction with a step; a further optimizer's step on the same batches begins another.
+
+        Args:
+            state: What became of the step.
+            step: The step.
+
+        Returns:
+            The closed transaction: this one, or that of a further optimizer.
+        """
+        closed = self if self.is_open else replace(self)
+        closed.state = state
+        closed.measurement = step.measurement
+        closed.names, closed.norms = step.gradients.names, step.gradients.norms
+        return closed

@@ -1,0 +1,400 @@
+"""Console output during and after a run: on the progress bar, above it, below it."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytorch_lightning as pl
+from lightning_fabric.utilities.exceptions import MisconfigurationException
+from pytorch_lightning.callbacks import RichProgressBar, TQDMProgressBar
+from pytorch_lightning.loggers import TensorBoardLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import Tensor
+
+from lightning_gradguard import (
+    AdaptiveGradientClipping,
+    GradientNormMonitor,
+    LearningRateBackoff,
+    NaNRollback,
+    PercentileClipping,
+    TrainingDivergedError,
+    default_callbacks,
+)
+from lightning_gradguard.runtime.logging.console import print_message, shell_command
+from tests.fake_cuda import BatchTracker, Interaction, fake_cuda, strategy
+from tests.launching import launch
+from tests.tasks import Batch, Classifier, batches, fit, plain_loader, poisoned
+
+#: A lone sick batch, and a storm that needs a rollback.
+STORM = poisoned(batches(30), nan=[4, 17, 18, 19])
+TITLE = "gradguard: what this run came to"
+BARS = [TQDMProgressBar, pytest.param(RichProgressBar, marks=pytest.mark.needs("rich"))]
+
+
+def suite(progress_bar: bool = False) -> list[Any]:
+    return default_callbacks(
+        gradient_norm_monitor=GradientNormMonitor(progress_bar=progress_bar),
+        adaptive_gradient_clipping=AdaptiveGradientClipping(PercentileClipping(50.0)),
+        learning_rate_backoff=LearningRateBackoff(progress_bar=progress_bar),
+    )
+
+
+def lines(capsys: pytest.CaptureFixture[str]) -> list[str]:
+    """What a person has read by now, without what the bar drew and wiped out again."""
+    said = capsys.readouterr().out
+    return [line.rpartition("\r")[2].rstrip() for line in said.splitlines() if line.strip()]
+
+
+def fit_with_bar(callbacks: Sequence[Any], data: Sequence[Batch] = STORM, **arguments: Any) -> pl.Trainer:
+    module = arguments.pop("module", None) or Classifier()
+    return fit(module, data, callbacks, **{"enable_progress_bar": True, **arguments})
+
+
+class Shown(pl.Callback):
+    """What the bar shows after each batch."""
+
+    def __init__(self) -> None:
+        self.norms: list[float | None] = []
+        self.scales: list[float | None] = []
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        self.norms.append(trainer.progress_bar_metrics.get("grad_norm/total"))
+        self.scales.append(trainer.progress_bar_metrics.get("lr_backoff/scale"))
+
+
+@pytest.mark.parametrize("bar", BARS)
+def test_numbers_on_the_bar(bar: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    shown = Shown()
+    fit_with_bar([*suite(progress_bar=True), shown, bar()], batches(30), log_every_n_steps=10)
+    assert "grad_norm/total" in capsys.readouterr().out
+    for found in (shown.norms, shown.scales):
+        assert found[:9] == [None] * 9
+        assert [len(set(found[start : start + 10])) for start in (9, 19)] == [1, 1]  # those of logged steps
+    assert shown.norms[9] != shown.norms[19]
+    assert shown.scales[9] == 1
+
+
+def test_two_optimizers_and_two_monitors(capsys: pytest.CaptureFixture[str]) -> None:
+    """Of one number, whoever asks for it on the bar gets it there, and Lightning takes it from both."""
+
+    class Two(Classifier):
+        def __init__(self) -> None:
+            super().__init__()
+            self.automatic_optimization = False
+
+        def training_step(self, batch: Batch, batch_idx: int) -> None:
+            loss = self.net(batch[0]).square().mean()
+            self.manual_backward(loss)
+            for optimizer in self.optimizers():  # type: ignore[union-attr]
+                optimizer.step()
+
+        def configure_optimizers(self) -> Any:
+            return super().configure_optimizers(), super().configure_optimizers()
+
+    monitors = [
+        GradientNormMonitor(every_n_steps=2),
+        GradientNormMonitor(every_n_steps=3, level="total", progress_bar=True),
+    ]
+    trainer = fit_with_bar(monitors, batches(6), module=Two())
+    assert trainer.progress_bar_metrics.keys() == {"grad_norm.0/total", "grad_norm.1/total"}
+
+
+def test_nothing_is_shown_unasked() -> None:
+    trainer = fit_with_bar(suite(), log_every_n_steps=1)
+    assert not {"grad_norm/total", "lr_backoff/scale"} & trainer.progress_bar_metrics.keys()
+
+
+def waits(shown: bool) -> list[str]:
+    """Where the host and the device wait for each other in a batch that is not logged."""
+    callbacks = suite(progress_bar=shown)
+    with fake_cuda() as cuda:
+        arguments = {"strategy": strategy(), "accelerator": "auto", "log_every_n_steps": 6}
+        fit_with_bar([BatchTracker(cuda), *callbacks, TQDMProgressBar()], batches(20), **arguments)
+    hot = [sight for sight in cuda.seen if 8 <= sight.batch < 19 and (sight.batch + 1) % 6]
+    assert any(sight.is_own for sight in hot)
+    return [_told(sight) for sight in hot]
+
+
+def _told(sight: Interaction) -> str:
+    return f"{sight.batch} {sight.kind} {sight}"
+
+
+def test_numbers_on_the_bar_need_no_synchronization() -> None:
+    assert waits(shown=True) == waits(shown=False)
+
+
+class Talk(pl.Callback):
+    """Says something wherever a callback may have to."""
+
+    def on_train_start(self, trainer: pl.Trainer, *_: Any) -> None:
+        print_message(trainer, "at the start: layers[0].weight")
+
+    def on_train_batch_end(self, trainer: pl.Trainer, module: Any, outputs: Any, batch: Any, i: int) -> None:
+        if i == 1:
+            print_message(trainer, "in between: [bold]layers[0].weight[/bold] :warning:")
+
+    def on_train_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        print_message(trainer, "at the end: layers[0].weight")
+
+
+@pytest.mark.parametrize("bar_first", [True, False])
+@pytest.mark.parametrize("bar", BARS)
+def test_messages_are_printed_above_the_bar(
+    bar: Any, bar_first: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As it was said, whether or not the bar is on the screen."""
+    callbacks: list[pl.Callback] = [bar(), Talk()] if bar_first else [Talk(), bar()]
+    fit_with_bar(callbacks, batches(3))
+    said = lines(capsys)
+    for text in (
+        "at the start: layers[0].weight",
+        "in between: [bold]layers[0].weight[/bold] :warning:",
+        "at the end: layers[0].weight",
+    ):
+        assert said.count(text) == 1, said
+
+
+@pytest.mark.parametrize("bar", BARS)
+def test_one_line_for_an_intervention(bar: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    fit_with_bar([*suite(), bar()])
+    said = " ".join(lines(capsys))  # Rich folds lines that are long
+    assert said.count("gradguard: nonfinite_loss at step") == 4
+    assert said.count("gradguard: rollback at step 20 (epoch 0, batch 19)") == 1
+
+
+def table(said: Sequence[str]) -> dict[str, str]:
+    """The rows of the one table that was printed, which nothing but the words of others follows."""
+    assert sum(TITLE in line for line in said) == 1, said
+    rows = list(itertools.takewhile(lambda line: line.startswith("  "), said[said.index(TITLE) + 1 :]))
+    return {name: value.strip() for name, _, value in (row.strip().partition("  ") for row in rows)}
+
+
+def test_commands_are_printed_as_they_can_be_typed(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert shell_command("tensorboard") == "tensorboard"
+    monkeypatch.setenv("PATH", "")
+    assert shell_command("tensorboard") == str(Path(sys.executable).with_name("tensorboard"))
+    monkeypatch.chdir(Path(sys.executable).parents[1])
+    assert shell_command("tensorboard") == "bin/tensorboard"
+
+
+@pytest.mark.parametrize("bar_first", [True, False])
+@pytest.mark.parametrize("bar", BARS)
+def test_a_table_at_the_end(bar: Any, bar_first: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    callbacks = [bar(), *suite()] if bar_first else [*suite(), bar()]
+    logger = TensorBoardLogger("logs", name="storm")
+    fit_with_bar(callbacks, logger=logger)
+    said = lines(capsys)
+    last_of_bar = max(i for i, line in enumerate(said) if "30/30" in line)
+    assert last_of_bar < said.index(TITLE)
+    rows = table(said)
+    norm, share, scale = (rows.pop(name) for name in ("largest norm", "steps clipped", "learning rate scale"))
+    assert rows == {
+        "steps": "30",
+        "steps skipped": "4",
+        "rollbacks": "1",
+        "incidents": "nonfinite_loss 4, rollback 1, learning_rate_backoff 1",
+        "written in": "logs/storm/version_0/incidents.jsonl",
+        "lost batches": "logs/storm/version_0/incidents, a page each",
+        "to read on": "lightning-gradguard report logs/storm/version_0",
+        "to see charts": "tensorboard --logdir logs/storm",
+    }
+    assert float(norm) > 0
+    assert float(scale) < 1
+    assert share.endswith("%")
+
+
+@pytest.mark.parametrize("order", range(4))
+def test_one_table_for_whatever_callbacks(order: int, capsys: pytest.CaptureFixture[str]) -> None:
+    callbacks = [AdaptiveGradientClipping(), GradientNormMonitor(), NaNRollback(), LearningRateBackoff()]
+    fit_with_bar([*callbacks[order:], *callbacks[:order]])
+    assert table(lines(capsys))["rollbacks"] == "1"
+
+
+def test_one_line_where_nothing_happened(capsys: pytest.CaptureFixture[str]) -> None:
+    fit_with_bar(suite(), batches(10), log_every_n_steps=5)
+    (line,) = [line for line in lines(capsys) if "gradguard" in line]
+    assert line.startswith("gradguard: no incident; 10 steps, ")
+    assert "largest norm 0." in line
+    fit_with_bar([LearningRateBackoff()], batches(10))
+    assert "gradguard: no incident; 10 steps." in lines(capsys)
+
+
+class Stopped(Classifier):
+    """Stops at the tenth batch, by whatever is raised."""
+
+    def __init__(self, error: BaseException) -> None:
+        super().__init__()
+        self.error = error
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor | None:
+        if batch_idx == 10:
+            raise self.error
+        return super().training_step(batch, batch_idx)
+
+
+@pytest.mark.parametrize("check", ["exact", "deferred"])
+@pytest.mark.parametrize("order", range(4))
+def test_a_table_after_an_exception(order: int, check: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    """The last step is judged by then, and counted, wherever in the list of callbacks its judge stands."""
+    callbacks = [
+        AdaptiveGradientClipping(),
+        GradientNormMonitor(),
+        LearningRateBackoff(),
+        NaNRollback(check=check),
+    ]
+    data = poisoned(batches(30), nan=[4, 9])
+    module = Stopped(ValueError("by the user"))
+    with pytest.raises(ValueError, match="by the user"):
+        fit_with_bar([*callbacks[order:], *callbacks[:order]], data, module=module)
+    rows = table(lines(capsys))
+    assert (rows["steps"], rows["steps skipped"]) == ("10", "2")
+
+
+def test_a_table_after_control_c(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        fit_with_bar(suite(), module=Stopped(KeyboardInterrupt()))
+    assert table(lines(capsys))["steps"] == "10"
+
+
+def test_a_table_when_the_suite_stops_training(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(TrainingDivergedError):
+        fit_with_bar([NaNRollback(max_rollbacks=0)])
+    assert "training_diverged 1" in table(lines(capsys))["incidents"]
+
+
+def test_once_a_fit(capsys: pytest.CaptureFixture[str]) -> None:
+    """Also where the one before ended by an exception, and something else fails in between."""
+    callbacks, module = suite(), Stopped(ValueError("by the user"))
+    trainer = pl.Trainer(
+        accelerator="cpu", max_epochs=1, logger=False, enable_checkpointing=False, callbacks=callbacks
+    )
+    data = plain_loader(STORM)
+    with pytest.raises(ValueError, match="by the user"):
+        trainer.fit(module, data)
+    assert TITLE in lines(capsys)
+    with pytest.raises(MisconfigurationException, match="validation_step"):
+        trainer.validate(module, data)
+    module.error = ValueError("again")
+    assert not any("gradguard" in line for line in lines(capsys))
+    with pytest.raises(ValueError, match="again"):
+        trainer.fit(module, data)
+    assert lines(capsys).count(TITLE) == 1
+
+
+@pytest.mark.parametrize("arguments", [{"fast_dev_run": 3}, {"barebones": True}], ids=str)
+def test_no_table_without_training(arguments: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    module = Classifier()
+    module.log = lambda *_, **__: None  # type: ignore[method-assign]
+    pl.Trainer(accelerator="cpu", callbacks=[NaNRollback()], max_epochs=1, **arguments).fit(
+        module, plain_loader(batches(3))
+    )
+    said = capsys.readouterr()
+    assert "gradguard" not in said.out + said.err
+    assert not Path("incidents.jsonl").exists()
+
+
+ON_TWO_RANKS = """
+import pytorch_lightning as pl
+import torch.distributed as dist
+
+from lightning_gradguard import default_callbacks
+from tests.tasks import Classifier, batches, plain_loader, poisoned
+
+pl.Trainer(
+    accelerator="cpu", devices=2, strategy="ddp", max_epochs=1, enable_checkpointing=False,
+    enable_model_summary=False, callbacks=default_callbacks(), use_distributed_sampler=False,
+).fit(Classifier(), plain_loader(poisoned(batches(30), nan=[4, 17, 18, 19])))
+dist.barrier()  # who leaves early takes the connection away from the other
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+def test_one_rank_prints(tmp_path: Path) -> None:
+    script = tmp_path / "train.py"
+    script.write_text(ON_TWO_RANKS)
+    said = launch([str(script)])
+    assert said.count(TITLE) == 1
+    assert said.count("gradguard: rollback at step") == 1
+    assert "lightning-gradguard report lightning_logs/version_0" in said
+
+
+ONE_RANK_LOGS = """
+import os
+
+import pytorch_lightning as pl
+import torch.distributed as dist
+
+from lightning_gradguard import default_callbacks
+from tests.runtime.logging.test_loggers import Service
+from tests.tasks import Classifier, batches, plain_loader, poisoned
+
+pl.Trainer(
+    accelerator="cpu", devices=2, strategy="ddp", max_epochs=1, enable_checkpointing=False,
+    enable_model_summary=False, callbacks=default_callbacks(), use_distributed_sampler=False,
+    logger=Service() if os.environ.get("LOCAL_RANK", "0") == "0" else False,
+).fit(Classifier(), plain_loader(poisoned(batches(10), nan=[4])))
+dist.barrier()
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+def test_ranks_with_different_loggers_do_not_hang(tmp_path: Path) -> None:
+    script = tmp_path / "train.py"
+    script.write_text(ONE_RANK_LOGS)
+    assert "service/project/run-7/incidents.jsonl" in launch([str(script)])
+
+
+def test_skipped_last_step_is_reported(capsys: pytest.CaptureFixture[str]) -> None:
+    """Its verdict comes with the exception; what it means is written down all the same."""
+    logger = TensorBoardLogger("logs", name="", version="run")
+    with pytest.raises(ValueError, match="by the user"):
+        fit_with_bar(
+            [NaNRollback(check="deferred")],
+            poisoned(batches(30), nan=[9]),
+            module=Stopped(ValueError("by the user")),
+            logger=logger,
+            log_every_n_steps=1,
+        )
+    assert table(lines(capsys))["incidents"] == "nonfinite_loss 1"
+    (record,) = map(json.loads, Path("logs/run/incidents.jsonl").read_text().splitlines())
+    assert (record["kind"], record["step"], record["action"]) == ("nonfinite_loss", 9, "skipped")
+    events = EventAccumulator("logs/run")
+    events.Reload()
+    assert events.Scalars("rollback/skips")[-1].value == 1
+
+
+def test_resumed_run_prints_its_counts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trainer = fit(Classifier(), poisoned(batches(10), nan=[4]), [NaNRollback()], tmp_path)
+    trainer.save_checkpoint(tmp_path / "half.ckpt")
+    capsys.readouterr()
+    rollback = NaNRollback()
+    path = str(tmp_path / "half.ckpt")
+    data = poisoned(batches(10), nan=[7])
+    fit_with_bar([rollback], data, ckpt_path=path, max_epochs=2)
+    rows = table(lines(capsys))
+    assert rows["steps skipped"] == "2"
+    assert rows["incidents"] == "nonfinite_loss 1"
+    assert rows["resumed"] == "at step 10; skips, rollbacks and scale are of the whole run"
+
+
+def test_table_of_incidents_is_rewritten_at_intervals() -> None:
+    """The first ones, one in fifty, and at the end; the last of them are in it."""
+    logger = TensorBoardLogger("logs", name="", version="run")
+    data = poisoned(batches(400), nan=range(0, 240, 2))
+    callback = NaNRollback(max_skip_fraction=1.0, max_dossiers=0)
+    fit(Classifier(), data, [callback], logger=logger)
+    events = EventAccumulator("logs/run", size_guidance={"tensors": 0})
+    events.Reload()
+    tables = [e.tensor_proto.string_val[0].decode() for e in events.Tensors("incidents/text_summary")]
+    assert len(tables) == 5 + 2 + 1, "of 120"
+    assert tables[-1].startswith("120 nonfinite_loss")
+    rows = [line for line in tables[-1].splitlines() if line.startswith("| ") and "nonfinite" in line]
+    assert [int(row.split("|")[1]) for row in rows] == list(range(238, 178, -2))
