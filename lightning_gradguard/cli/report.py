@@ -10,10 +10,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lightning_gradguard.cli.errors import UsageError, told
-from lightning_gradguard.report.readers.runs import find_runs, read_run
-from lightning_gradguard.report.render.html import as_html
-from lightning_gradguard.report.render.json import as_json
-from lightning_gradguard.report.render.text import as_text
+from lightning_gradguard.report.readers.run_folders import find_runs
+from lightning_gradguard.report.readers.runs import read_run
+from lightning_gradguard.report.render.html import to_html
+from lightning_gradguard.report.render.json import to_json
+from lightning_gradguard.report.render.text import to_text
 from lightning_gradguard.report.run_report import report_on
 
 _DESCRIPTION = """\
@@ -55,13 +56,13 @@ def main(arguments: Sequence[str]) -> None:
             raise UsageError(str(error)) from None
         reports = [report_on(read_run(name, path)) for name, path in runs.items()]
         if options.html is not None:
-            _write(options.html, as_html(reports, options.html.parent))
+            _write(options.html, to_html(reports, options.html.parent))
         if json_file == Path("-"):
-            _say(as_json(reports))
+            _say(to_json(reports))
             return
         if json_file is not None:
-            _write(json_file, as_json(reports))
-    _say(as_text(reports, shutil.get_terminal_size((100, 24)).columns))
+            _write(json_file, to_json(reports))
+    _say(to_text(reports, shutil.get_terminal_size((100, 24)).columns))
 
 
 def _parser() -> argparse.ArgumentParser:

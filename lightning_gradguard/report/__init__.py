@@ -1,1 +1,1 @@
-"""What is said of a run that is over, without torch and without Lightning."""
+"""Reports on finished runs, without torch and without Lightning."""

@@ -350,7 +350,7 @@ def test_step_synchronizes_once(policy: ClippingPolicy | None) -> None:
         for index, factor in enumerate([1.0] * 12 + [NAN, 1.0, NAN, NAN], start=20):
             cuda.seen.clear()
             loop.step(index, factor)
-            assert [sight.kind for sight in cuda.seen if sight.is_own].count("wait") == 1, cuda.seen
+            assert [sight.kind for sight in cuda.seen if sight.is_own].count("sync") == 1, cuda.seen
 
 
 @pytest.mark.parametrize(

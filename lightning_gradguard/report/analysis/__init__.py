@@ -1,1 +1,1 @@
-"""What a finished run's log says: outcome, symptoms, verdict."""
+"""Diagnoses a finished run from what it logged."""

@@ -1,4 +1,4 @@
-"""What a run died of."""
+"""The likeliest cause of a failed run."""
 
 from __future__ import annotations
 
@@ -13,82 +13,82 @@ from lightning_gradguard.report.analysis.outcome import ends
 from lightning_gradguard.report.analysis.run_log import GradientLog, RunLog
 from lightning_gradguard.report.analysis.run_symptom import RunSymptom, run_symptom
 
-#: A norm as large as this ahead of NaN has exploded, even if too little was logged to compare it with.
-HUGE = 1e3
+#: A norm above this right before NaN has exploded, even with too few logged steps to compare it with.
+EXPLODED_NORM = 1e3
 
 
-def failure_cause(died_at: int, log: RunLog) -> RunSymptom:
-    """The likeliest, as far as what was logged tells.
+def failure_cause(failed_at: int, log: RunLog) -> RunSymptom:
+    """Returns the likeliest cause as a fatal symptom.
 
     Args:
-        died_at: The step from which on all was nonfinite.
-        log: What the run logged.
+        failed_at: The step from which on all values were nonfinite.
+        log: Of the run.
     """
-    explosions = [found for g in log.gradients for found in _explosion_ahead_of(died_at, g)]
+    explosions = [found for g in log.gradients for found in _explosion_before(failed_at, g)]
     if explosions:
         return max(explosions, key=lambda symptom: symptom.value)
-    losses = [(step, value) for step, value in log.loss.finite() if step < died_at]
+    losses = [(step, value) for step, value in log.loss.finite() if step < failed_at]
     if losses and losses[-1][1] > EXPLOSION * abs(median(value for _, value in losses[:-1] or losses)):
         (start, first), (last, value) = losses[0], losses[-1]
         growth = f"from {first:.3g} (step {start}) to {value:.3g} (step {last})"
-        evidence = f"the loss grew {growth} and was nonfinite from step {died_at} on"
+        evidence = f"the loss grew {growth} and was nonfinite from step {failed_at} on"
         return run_symptom("divergence", "fatal", last, evidence, value)
-    return _out_of_the_blue(died_at, log)
+    return _sudden_failure(failed_at, log)
 
 
-def _out_of_the_blue(died_at: int, log: RunLog) -> RunSymptom:
-    sick = [name for g in log.gradients for name, s in g.layers.items() if _is_sick(s.at(died_at))]
-    weights = [name for g in log.gradients for name, s in g.weights.items() if _is_sick(s.at(died_at))]
+def _sudden_failure(failed_at: int, log: RunLog) -> RunSymptom:
+    layers = [name for g in log.gradients for name, s in g.layers.items() if _is_nonfinite(s.at(failed_at))]
+    weights = [name for g in log.gradients for name, s in g.weights.items() if _is_nonfinite(s.at(failed_at))]
     n_layers = sum(len(g.layers) for g in log.gradients)
     where: tuple[str, ...] = ()
-    if _is_sick(log.loss.at(died_at)):
+    if _is_nonfinite(log.loss.at(failed_at)):
         kind, what = "nonfinite_loss", "the loss was nonfinite"
-    elif weights and not sick:
+    elif weights and not layers:
         kind, what, where = "nonfinite_weights", f"weights of {weights[0]} were nonfinite", tuple(weights[:5])
     else:
         kind = "nonfinite_gradient"
-        which = "gradients" if not sick else f"{'all' if len(sick) == n_layers else len(sick)} gradients"
+        which = f"{'all' if len(layers) == n_layers else len(layers)} gradients" if layers else "gradients"
         what = f"the loss was finite, {which} were not" if len(log.loss) else f"{which} were nonfinite"
-        # from the output back: the first that is sick is next to the fault
-        where = () if len(sick) == n_layers else tuple(reversed(sick[-5:]))
-    pulses = (log.loss, *(g.total for g in log.gradients))
-    last = max((step for s in pulses for step, _ in s.finite() if step < died_at), default=None)
-    unseen = died_at if last is None else died_at - last - 1
+        # the nonfinite layer nearest to the output is next to the fault
+        where = () if len(layers) == n_layers else tuple(reversed(layers[-5:]))
+    logged = (log.loss, *(g.total for g in log.gradients))
+    last = max((step for s in logged for step, _ in s.finite() if step < failed_at), default=None)
+    unlogged = failed_at if last is None else failed_at - last - 1
     if last is not None:
-        before = f"from step {died_at} on; step {last} showed nothing unusual"
-        before += f" (the {unseen} steps between were not logged)" if unseen else ""
-    elif unseen:
-        before = f"at the first logged step, {died_at}; the {unseen} steps before were not logged"
+        before = f"from step {failed_at} on; step {last} showed nothing unusual"
+        before += f" (the {unlogged} steps between were not logged)" if unlogged else ""
+    elif unlogged:
+        before = f"at the first logged step, {failed_at}; the {unlogged} steps before were not logged"
     else:
         before = "from the first step on"
-    symptom = run_symptom(kind, "fatal", died_at, f"{what} {before}", math.nan, where)
-    if not unseen:
+    symptom = run_symptom(kind, "fatal", failed_at, f"{what} {before}", math.nan, where)
+    if not unlogged:
         return symptom
-    # NaN out of the blue is a matter of the batch; in steps that nobody has seen norms can have exploded
-    first = (*remedies("divergence")[:3], "See what came ahead of it: Trainer(log_every_n_steps=1).")
+    # a sudden NaN points to the batch; but in steps that were not logged norms can have exploded
+    first = (*remedies("divergence")[:3], "Log the steps before it: Trainer(log_every_n_steps=1).")
     return dataclasses.replace(symptom, remedies=tuple(dict.fromkeys((*first, *symptom.remedies))))
 
 
-def _explosion_ahead_of(died_at: int, gradients: GradientLog) -> Iterator[RunSymptom]:
-    before = [(step, value) for step, value in gradients.total.finite() if step < died_at]
+def _explosion_before(failed_at: int, gradients: GradientLog) -> Iterator[RunSymptom]:
+    before = [(step, value) for step, value in gradients.total.finite() if step < failed_at]
     if not before:
         return
     norms = [value for _, value in before]
     peak_step, peak = max(before[-20:], key=lambda point: point[1])
     usual = min(median(norms), ends(norms)[0])
-    if peak <= EXPLOSION * usual and not (peak > HUGE and len(before) <= 3):
+    if peak <= EXPLOSION * usual and not (peak > EXPLODED_NORM and len(before) <= 3):
         return
     since, _ = next(p for p in before if p[1] > EXPLOSION * usual or p == (peak_step, peak))
-    where, share = largest_at(peak_step, gradients)
+    where, share = largest_layers_at(peak_step, gradients)
     start = f"grew from {norms[0]:.3g} (step {before[0][0]}) to" if len(before) > 1 else "was"
     evidence = (
-        f"the total norm {start} {peak:.3g} (step {peak_step}){share}; nonfinite from step {died_at} on"
+        f"the total norm {start} {peak:.3g} (step {peak_step}){share}; nonfinite from step {failed_at} on"
     )
     yield run_symptom("exploding_gradient", "fatal", since, evidence, peak, where)
 
 
-def largest_at(step: int, gradients: GradientLog) -> tuple[tuple[str, ...], str]:
-    """Layers by their norm at a step, and the share of the first in words."""
+def largest_layers_at(step: int, gradients: GradientLog) -> tuple[tuple[str, ...], str]:
+    """Returns the layers with the largest norms at a step, and the share of the first in words."""
     norms = {name: series.at(step) for name, series in gradients.layers.items()}
     known = {name: norm for name, norm in norms.items() if norm is not None and math.isfinite(norm)}
     where = tuple(sorted(known, key=lambda name: -known[name])[:5])
@@ -101,5 +101,5 @@ def largest_at(step: int, gradients: GradientLog) -> tuple[tuple[str, ...], str]
     return where, f", {how_much} of it in {where[0]}"
 
 
-def _is_sick(value: float | None) -> bool:
+def _is_nonfinite(value: float | None) -> bool:
     return value is not None and not math.isfinite(value)

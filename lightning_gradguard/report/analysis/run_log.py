@@ -1,4 +1,4 @@
-"""What a run logged, by what it means."""
+"""Logged values of a run, by their meaning."""
 
 from __future__ import annotations
 
@@ -7,14 +7,17 @@ from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+#: Steps by which an incident, a stop among them, may be recorded after the step it belongs to.
+MAX_DELAY = 1
+
 
 @dataclass(frozen=True)
 class Series:
-    """One number over the steps at which it was logged.
+    """Values of one tag.
 
     Args:
         steps: In ascending order.
-        values: One each; nonfinite ones as they are.
+        values: One for each step; nonfinite ones are kept.
 
     Example:
         >>> Series([0, 10], [1.0, 2.0]).at(10)
@@ -28,34 +31,34 @@ class Series:
         return len(self.steps)
 
     def at(self, step: int) -> float | None:
-        """The value logged at this very step."""
+        """Returns the value logged at exactly this step."""
         place = bisect_left(self.steps, step)
         return self.values[place] if place < len(self.steps) and self.steps[place] == step else None
 
     def finite(self) -> list[tuple[int, float]]:
-        """Steps and values without the nonfinite ones."""
+        """Returns steps and values without the nonfinite ones."""
         return [(s, v) for s, v in zip(self.steps, self.values, strict=True) if math.isfinite(v)]
 
     def last_half(self) -> list[float]:
-        """The finite values of the second half."""
+        """Returns the finite values of the second half."""
         return [v for v in self.values[len(self.values) // 2 :] if math.isfinite(v)]
 
 
 @dataclass(frozen=True)
 class GradientLog:
-    """What was logged of the gradients of one optimizer.
+    """Logged values of the gradients of one optimizer.
 
     Args:
-        total: Norm of all of them together, before clipping.
+        total: Total norm before clipping.
         layers: Norm by parameter or module, first layer first.
         weights: Norm of the weights, by the same names.
-        ratios: How far a step moved them, relative to that norm.
+        ratios: Norm of the update relative to the norm of the weights, by the same names.
         clipped: Total norm after clipping.
         clip_fraction: Share of steps clipped.
-        clip_coefficient: What gradients were multiplied by.
-        clip_threshold: What the policy allowed.
+        clip_coefficient: Coefficient by which gradients were multiplied.
+        clip_threshold: Largest norm that the policy accepted.
         nonfinite_fraction: Share of tensors with a nonfinite gradient.
-        optimizer: Its index.
+        optimizer: Index of the optimizer.
     """
 
     total: Series = Series()
@@ -72,7 +75,7 @@ class GradientLog:
 
 @dataclass(frozen=True)
 class RecordedIncident:
-    """An incident, as the file of a run has it; see `Incident` for what its fields mean."""
+    """An incident as recorded in the file of a run; see `Incident` for the meaning of the fields."""
 
     kind: str
     step: int
@@ -87,16 +90,16 @@ class RecordedIncident:
 
 @dataclass(frozen=True)
 class RunLog:
-    """What a run logged.
+    """Logged values and incidents of a run.
 
     Args:
-        loss: Of training.
-        gradients: Of each optimizer.
-        skips: Steps skipped so far; empty if nobody skipped.
-        rollbacks: Times gone back so far.
-        backoff_scale: What learning rates were multiplied by.
+        loss: Training loss.
+        gradients: One for each optimizer.
+        skips: Number of skipped steps so far; empty if no callback skips.
+        rollbacks: Number of rollbacks so far.
+        backoff_scale: Factor on the learning rates.
         incidents: In the order of the file.
-        largest_norm: Of all steps that were looked at, logged or not; `None` if the run does not tell.
+        largest_norm: Largest norm of all measured steps, logged or not; `None` if it was not logged.
     """
 
     loss: Series = Series()

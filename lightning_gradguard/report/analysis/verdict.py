@@ -1,4 +1,4 @@
-"""The verdict on a run: what is to be said of it in a few words, and why."""
+"""The verdict on a run: its status, a headline, and its symptoms."""
 
 from __future__ import annotations
 
@@ -8,15 +8,18 @@ from dataclasses import dataclass
 from typing import Literal
 
 from lightning_gradguard.core.remedies import title
-from lightning_gradguard.report.analysis.findings import LEAST_POINTS, symptoms_of
-from lightning_gradguard.report.analysis.outcome import Outcome, outcome_of
+from lightning_gradguard.report.analysis.failure import failure_cause
+from lightning_gradguard.report.analysis.gradient_symptoms import gradient_symptoms
+from lightning_gradguard.report.analysis.incident_symptoms import incident_symptoms
+from lightning_gradguard.report.analysis.loss_symptoms import loss_symptoms
+from lightning_gradguard.report.analysis.outcome import MIN_POINTS, Outcome, outcome_of
 from lightning_gradguard.report.analysis.run_log import GradientLog, RunLog
-from lightning_gradguard.report.analysis.run_symptom import RunSymptom, Severity
+from lightning_gradguard.report.analysis.run_symptom import RunSymptom, SymptomSeverity
 
-Status = Literal["healthy", "rescued", "sick", "dead", "unknown"]
+Status = Literal["healthy", "recovered", "unhealthy", "failed", "unknown"]
 
-_SEVERITIES: Sequence[Severity] = ("fatal", "serious", "handled", "minor")
-#: What comes first where several symptoms are equally severe: causes ahead of what follows from them.
+_SEVERITIES: Sequence[SymptomSeverity] = ("fatal", "serious", "handled", "minor")
+#: Order among equally severe symptoms: causes before their consequences.
 _ORDER = (
     "exploding_gradient",
     "nonfinite_weights",
@@ -31,14 +34,15 @@ _ORDER = (
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """What is to be said of a run.
+class RunVerdict:
+    """The verdict on a run.
 
     Args:
-        status: `"healthy"`; `"rescued"`: something was wrong and was dealt with; `"sick"`: it is wrong at the
-            end; `"dead"`: nonfinite at the end, or given up; `"unknown"`: too little was logged.
+        status: `"healthy"`; `"recovered"`: the suite intervened, and training continued; `"unhealthy"`: a
+            serious symptom lasts to the end; `"failed"`: nonfinite at the end, or stopped; `"unknown"`: too
+            few steps were logged.
         headline: The same in a few words.
-        outcome: How the run ended.
+        outcome: The end of the run.
         symptoms: The worst first.
     """
 
@@ -48,34 +52,41 @@ class Verdict:
     symptoms: tuple[RunSymptom, ...]
 
 
-def judge(log: RunLog) -> Verdict:
-    """Say what was wrong with a run.
+def analyze_run(log: RunLog) -> RunVerdict:
+    """Finds the symptoms of a run and what they amount to.
 
     Args:
-        log: What it logged.
+        log: Of the run.
 
     Example:
         >>> from lightning_gradguard.report.analysis.run_log import Series
         >>> norms = Series(range(4), [1.0, 1.7, 8e15, float("nan")])
         >>> losses = Series(range(4), [4.6, 3.9, 1e14, float("nan")])
-        >>> verdict = judge(RunLog(losses, [GradientLog(norms, {"rnn.weight_hh_l0": norms})]))
+        >>> verdict = analyze_run(RunLog(losses, [GradientLog(norms, {"rnn.weight_hh_l0": norms})]))
         >>> verdict.status, verdict.headline, verdict.symptoms[0].where
-        ('dead', 'exploding gradients', ('rnn.weight_hh_l0',))
+        ('failed', 'exploding gradients', ('rnn.weight_hh_l0',))
     """
     outcome = outcome_of(log)
-    symptoms = tuple(sorted(symptoms_of(log, outcome), key=_rank))
+    symptoms = tuple(sorted(_symptoms_of(log, outcome), key=_rank))
     status = _status(log, outcome, symptoms)
-    return Verdict(status, _headline(status, symptoms), outcome, symptoms)
+    return RunVerdict(status, _headline(status, symptoms), outcome, symptoms)
 
 
-def worst_layers(gradients: GradientLog, verdict: Verdict) -> list[str]:
-    """Names of the layers, those first that a symptom names, then those with the largest norms."""
+def worst_layers(gradients: GradientLog, verdict: RunVerdict) -> list[str]:
+    """Returns names of layers: first those that a symptom names, then those with the largest norms."""
 
     def largest(name: str) -> float:
         return max((v for _, v in gradients.layers[name].finite()), default=math.inf)
 
     named = dict.fromkeys(n for s in verdict.symptoms for n in s.where if n in gradients.layers)
     return list(dict.fromkeys([*named, *sorted(gradients.layers, key=lambda n: -largest(n))]))
+
+
+def _symptoms_of(log: RunLog, outcome: Outcome) -> list[RunSymptom]:
+    found = [] if outcome.failed_at is None else [failure_cause(outcome.failed_at, log)]
+    found += gradient_symptoms(log, outcome)
+    found += loss_symptoms(log, outcome)
+    return [*found, *incident_symptoms(log, outcome, {symptom.kind for symptom in found})]
 
 
 def _rank(symptom: RunSymptom) -> tuple[int, int]:
@@ -85,15 +96,15 @@ def _rank(symptom: RunSymptom) -> tuple[int, int]:
 
 def _status(log: RunLog, outcome: Outcome, symptoms: Sequence[RunSymptom]) -> Status:
     severities = {symptom.severity for symptom in symptoms}
-    if outcome.died_at is not None or outcome.was_stopped:
-        return "dead"
+    if outcome.failed_at is not None or outcome.was_stopped:
+        return "failed"
     if "serious" in severities:
-        return "sick"
+        return "unhealthy"
     intervened = any(len(s) and s.values[-1] > 0 for s in (log.skips, log.rollbacks))
     if "handled" in severities or intervened:
-        return "rescued"
+        return "recovered"
     points = max([len(log.loss), *(len(g.total) for g in log.gradients)])
-    return "healthy" if points >= LEAST_POINTS else "unknown"
+    return "healthy" if points >= MIN_POINTS else "unknown"
 
 
 def _headline(status: Status, symptoms: Sequence[RunSymptom]) -> str:
@@ -102,7 +113,7 @@ def _headline(status: Status, symptoms: Sequence[RunSymptom]) -> str:
         is_flat = any(symptom.kind == "stuck_loss" for symptom in symptoms)
         return "healthy, with a flat loss" if is_flat else "healthy"
     if status == "unknown":
-        return "too little was logged to judge"
-    if status == "rescued":
-        return f"rescued from {worst}" if worst else "rescued"
-    return worst or "given up"
+        return "not enough logged steps for a verdict"
+    if status == "recovered":
+        return f"recovered from {worst}" if worst else "recovered"
+    return worst or "stopped"

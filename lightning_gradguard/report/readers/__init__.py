@@ -1,1 +1,1 @@
-"""Reads what a run left in its folder."""
+"""Reads the files in the folder of a run."""

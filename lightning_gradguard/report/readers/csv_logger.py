@@ -1,4 +1,4 @@
-"""Reading the scalars that Lightning's CSVLogger writes."""
+"""Reads the scalars of Lightning's CSVLogger."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ import csv
 from collections.abc import Iterator
 from pathlib import Path
 
-from lightning_gradguard.report.readers.series import Scalar
+from lightning_gradguard.report.readers.series import LoggedScalar
 
-#: The file's name in the folder of a run.
+#: Name of the file in the folder of a run.
 NAME = "metrics.csv"
 
 
-def scalars_in(path: Path, notes: list[str]) -> Iterator[Scalar]:
-    """The scalars of a file: a column for each tag, a blank where a step has no value.
+def scalars_in(path: Path, notes: list[str]) -> Iterator[LoggedScalar]:
+    """Yields the scalars of a file: one column for each tag, blank at steps without a value.
 
     Args:
         path: Of the file.
-        notes: Takes what a person should know of the reading.
+        notes: Receives what readers should know about a damaged file.
     """
     try:
         with path.open(newline="", encoding="utf-8", errors="replace") as file:

@@ -1,4 +1,4 @@
-"""Series from numbers in the order in which a run logged them."""
+"""Groups logged scalars into series by tag."""
 
 from __future__ import annotations
 
@@ -8,39 +8,38 @@ from dataclasses import dataclass
 from lightning_gradguard.report.analysis.run_log import Series
 
 #: Step, tag and value.
-Scalar = tuple[int, str, float]
+LoggedScalar = tuple[int, str, float]
 
 
 @dataclass(frozen=True)
 class Abandoned:
-    """Steps that were logged, and then logged again by a run that was resumed before them.
+    """Steps that were logged again by a resumed run.
 
     Args:
         first: The first of them.
-        last: The last that was logged ahead of the resume.
+        last: The last that was logged before the resume.
     """
 
     first: int
     last: int
 
 
-def series_of(
-    scalars: Iterable[Scalar], is_wanted: Callable[[str], bool]
+def to_series(
+    scalars: Iterable[LoggedScalar], is_wanted: Callable[[str], bool]
 ) -> tuple[dict[str, Series], Abandoned | None]:
-    """Put numbers together by their tag.
+    """Groups scalars by tag.
 
-    A step that is written again after later ones, as a resumed run does, replaces them: what was written
-    last is what the run that went on has seen.
+    A step that is logged again after later ones replaces them, as a resumed run continues from there.
 
     Args:
         scalars: In the order in which they were logged.
-        is_wanted: Whether the scalars of a tag are kept.
+        is_wanted: True for tags to keep.
 
     Returns:
-        Series by tag, in the order in which tags appear; and what a resume has replaced, if anything.
+        Series by tag, in the order in which tags appear; and the steps that a resume has replaced, if any.
 
     Example:
-        >>> series_of([(0, "loss", 2.0), (1, "loss", 9.0), (0, "loss", 3.0)], lambda tag: True)
+        >>> to_series([(0, "loss", 2.0), (1, "loss", 9.0), (0, "loss", 3.0)], lambda tag: True)
         ({'loss': Series(steps=[0], values=[3.0])}, Abandoned(first=0, last=1))
     """
     steps: dict[str, list[int]] = {}

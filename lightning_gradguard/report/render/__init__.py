@@ -1,1 +1,1 @@
-"""A report as text, HTML or JSON."""
+"""Renders reports as text, HTML and JSON."""

@@ -1,4 +1,4 @@
-"""A report for programs; `schema.json` says what its fields mean."""
+"""Renders reports as JSON; `schema.json` describes the fields."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from lightning_gradguard import __version__
 from lightning_gradguard.core.remedies import title
 from lightning_gradguard.report.run_report import RunReport
 
-#: Raised whenever a field changes its meaning or goes; new ones may come without.
-SCHEMA_VERSION = 1
+#: Raised when a field changes its meaning or is removed; new fields do not raise it.
+SCHEMA_VERSION = 2
 
 
-def as_json(reports: Sequence[RunReport]) -> str:
-    """The report as strict JSON: numbers that are nonfinite are strings.
+def to_json(reports: Sequence[RunReport]) -> str:
+    """Returns strict JSON; nonfinite numbers are strings.
 
     Args:
         reports: On the runs.
@@ -48,7 +48,7 @@ def _run(report: RunReport) -> dict[str, Any]:
         "timeline": [dataclasses.asdict(entry) for entry in report.timeline],
         "incidents": dict(report.incidents),
         "layers": [dataclasses.asdict(layer) for layer in report.layers],
-        "done": dataclasses.asdict(report.done),
+        "interventions": dataclasses.asdict(report.interventions),
         "dossiers": [dataclasses.asdict(dossier) for dossier in run.dossiers],
         "hparams": dict(run.hparams),
         "notes": list(report.notes),
@@ -61,6 +61,6 @@ def _strict(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_strict(inner) for inner in value]
     if isinstance(value, float):
-        # event files hold float32: seven digits are all there is
+        # event files store float32, which has seven digits
         return float(f"{value:.7g}") if math.isfinite(value) else str(value)
     return value

@@ -1,4 +1,4 @@
-"""A report as a terminal shows it: plain text, no wider than the window."""
+"""Renders reports as plain text within the width of the terminal."""
 
 from __future__ import annotations
 
@@ -7,57 +7,56 @@ from collections.abc import Iterable, Sequence
 
 from lightning_gradguard.core.incidents import label
 from lightning_gradguard.core.remedies import title
-from lightning_gradguard.report.run_report import (
-    RunReport,
-    compared,
+from lightning_gradguard.report.render.wording import (
+    comparison_table,
+    intervention_sentences,
     layer_table,
-    outcome_in_words,
-    span,
-    things_to_do,
+    outcome_sentence,
 )
+from lightning_gradguard.report.run_report import RunReport
 
 #: Rows of the table of layers.
-LAYERS = 5
-#: Remedies named for a run among several, and lines of all for one.
-FEW_REMEDIES, REMEDIES = 3, 8
-#: Letters that a shortened name keeps; a table that needs narrower columns is turned around.
-LEAST_LETTERS = 12
+MAX_LAYERS = 5
+#: Next steps for one run, and for each of several.
+MAX_STEPS, MAX_STEPS_EACH = 8, 3
+#: Smallest width of a shortened column; a table that needs less is printed one value a line.
+MIN_WIDTH = 12
 
 
-def as_text(reports: Sequence[RunReport], width: int) -> str:
-    """The whole report: everything on one run, or several side by side.
+def to_text(reports: Sequence[RunReport], width: int) -> str:
+    """Returns the full report on one run, or several runs side by side.
 
     Args:
         reports: On the runs.
-        width: Of the window.
+        width: Of the terminal.
     """
     if len(reports) == 1:
-        return "\n".join(_everything(reports[0], width))
-    lines = table(compared(reports), width, flexible=(0, 1, 7))
+        return "\n".join(_full(reports[0], width))
+    lines = text_table(comparison_table(reports), width, flexible=(0, 1, 7))
     for report in reports:
         if report.verdict.symptoms or report.verdict.status != "healthy":
-            lines += ["", *_briefly(report, width)]
-    return "\n".join([*lines, "", *_wrapped("Name one folder, or add --html FILE, for all of it.", width)])
+            lines += ["", *_brief(report, width)]
+    return "\n".join([*lines, "", *_wrapped("Name one folder, or add --html FILE, for all details.", width)])
 
 
-def table(rows: Sequence[Sequence[str]], width: int, flexible: Sequence[int] = (0,)) -> list[str]:
-    """Columns that fit the window, or one value a line where they cannot.
+def text_table(rows: Sequence[Sequence[str]], width: int, flexible: Sequence[int] = (0,)) -> list[str]:
+    """Returns aligned columns within a width, or one value a line if they do not fit.
 
     Args:
         rows: The head first.
-        width: Of the window.
+        width: Of the terminal.
         flexible: Columns whose texts may be shortened.
 
     Example:
-        >>> table([("run", "loss"), ("a_run_with_a_long_name", "1.2")], width=20)
+        >>> text_table([("run", "loss"), ("a_run_with_a_long_name", "1.2")], width=20)
         ['run             loss', 'a_run_…ng_name  1.2']
     """
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     excess = sum(widths) + 2 * (len(widths) - 1) - width
     while excess > 0:
         widest = max(flexible, key=lambda i: widths[i])
-        if widths[widest] <= LEAST_LETTERS:
-            return _turned(rows, width)
+        if widths[widest] <= MIN_WIDTH:
+            return _transposed(rows, width)
         widths[widest] -= 1
         excess -= 1
     lines = []
@@ -67,7 +66,7 @@ def table(rows: Sequence[Sequence[str]], width: int, flexible: Sequence[int] = (
     return lines
 
 
-def _turned(rows: Sequence[Sequence[str]], width: int) -> list[str]:
+def _transposed(rows: Sequence[Sequence[str]], width: int) -> list[str]:
     head, *others = rows
     longest = max(map(len, head))
     return [
@@ -78,46 +77,44 @@ def _turned(rows: Sequence[Sequence[str]], width: int) -> list[str]:
     ]
 
 
-def _everything(report: RunReport, width: int) -> list[str]:
+def _full(report: RunReport, width: int) -> list[str]:
     run, verdict = report.run, report.verdict
     lines = [*_wrapped(f"{run.name}: {verdict.headline}", width)]
-    lines += _wrapped(outcome_in_words(report), width, indent=2)
+    lines += _wrapped(outcome_sentence(report), width, indent=2)
     if verdict.symptoms:
-        worth = verdict.status in ("healthy", "unknown")
-        lines += ["", "Worth knowing" if worth else "What went wrong", *_symptoms(report, width)]
-        todo = things_to_do(report)[:REMEDIES]
-        lines += ["", "What to do", *_numbered(todo, width)]
+        lines += ["", "Symptoms", *_symptoms(report, width)]
+        lines += ["", "Next steps", *_numbered(report.next_steps[:MAX_STEPS], width)]
     if report.timeline:
         lines += ["", "Timeline"]
-        longest = max(len(span(entry)) for entry in report.timeline)
+        longest = max(len(entry.steps) for entry in report.timeline)
         for entry in report.timeline:
-            text = f"{span(entry):<{longest}}  {entry.text}"
+            text = f"{entry.steps:<{longest}}  {entry.text}"
             lines += _wrapped(text, width, indent=2, hanging=longest + 4)
-    layers = layer_table(report, LAYERS)
+    layers = layer_table(report, MAX_LAYERS)
     if layers:
-        more = len(report.layers) - LAYERS
-        lines += ["", "Layers, the worst first" + (f" ({more} more)" if more > 0 else "")]
-        lines += [f"  {line}" for line in table(layers, width - 2)]
+        more = len(report.layers) - MAX_LAYERS
+        lines += ["", "Worst layers" + (f" ({more} more)" if more > 0 else "")]
+        lines += [f"  {line}" for line in text_table(layers, width - 2)]
     if report.incidents:
         counts = ", ".join(f"{kind} {n}" for kind, n in report.incidents.items())
         lines += ["", "Incidents", *_wrapped(counts, width, indent=2)]
-    lines += ["", "What was done", *_listed(report.done.sentences(), width)]
+    lines += ["", "Interventions", *_listed(intervention_sentences(report.interventions), width)]
     if run.dossiers:
-        told = [f"step {d.step}, {label(d.cause)}: {run.path / d.path}" for d in run.dossiers]
-        lines += ["", "Dossiers", *_listed(told, width)]
+        pages = [f"step {d.step}, {label(d.cause)}: {run.path / d.path}" for d in run.dossiers]
+        lines += ["", "Dossiers", *_listed(pages, width)]
     if report.notes:
         lines += ["", "Notes", *_listed(report.notes, width)]
     return lines
 
 
-def _briefly(report: RunReport, width: int) -> list[str]:
+def _brief(report: RunReport, width: int) -> list[str]:
     lines = _wrapped(f"{report.run.name}: {report.verdict.headline}", width)
     lines += _symptoms(report, width)
-    if report.verdict.status in ("dead", "sick"):
-        lines += _numbered(things_to_do(report)[:FEW_REMEDIES], width)
-    done = report.done
-    if done.skips is not None or done.clipped_share is not None:
-        lines += _listed(done.sentences(), width)
+    if report.verdict.status in ("failed", "unhealthy"):
+        lines += _numbered(report.next_steps[:MAX_STEPS_EACH], width)
+    interventions = report.interventions
+    if interventions.skips is not None or interventions.clipped_share is not None:
+        lines += _listed(intervention_sentences(interventions), width)
     return lines + _listed(report.notes, width)
 
 
@@ -147,7 +144,7 @@ def _wrapped(text: str, width: int, indent: int = 0, hanging: int | None = None)
     after = " " * (indent if hanging is None else hanging)
     return textwrap.wrap(
         " ".join(text.splitlines()),
-        max(width, LEAST_LETTERS + len(after)),
+        max(width, MIN_WIDTH + len(after)),
         initial_indent=" " * indent,
         subsequent_indent=after,
         drop_whitespace=True,
@@ -158,6 +155,6 @@ def _wrapped(text: str, width: int, indent: int = 0, hanging: int | None = None)
 def _shortened(text: str, width: int) -> str:
     if len(text) <= width:
         return text
-    # of words the first matter, of a name both ends
+    # words matter at the start, names at both ends
     half = width - 1 if " " in text else width // 2 - 1
     return f"{text[:half]}…{text[len(text) - (width - 1 - half) :]}"

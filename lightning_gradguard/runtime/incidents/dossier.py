@@ -28,7 +28,7 @@ from lightning_gradguard.core.forensics import Origin
 from lightning_gradguard.core.incidents import current_name, label
 from lightning_gradguard.core.remedies import advice_for_cause
 from lightning_gradguard.runtime.logging.console import relative_to_cwd
-from lightning_gradguard.runtime.logging.html_page import Section, page
+from lightning_gradguard.runtime.logging.html_page import Section, render_page
 
 #: Raised whenever a file of an earlier version could no longer be read.
 FORMAT = 1
@@ -283,21 +283,24 @@ def _page(dossier: Dossier, folder: Path) -> str:
         "inputs": "" if origin.low is None else f"{origin.low:.6g} to {origin.high:.6g} ({origin.dtype})",
         "when": f"step {dossier.step}, epoch {dossier.epoch}, batch {dossier.batch_idx}, rank {dossier.rank}",
         "precision": dossier.precision,
-        "left out": "; ".join(dossier.left_out),
+        "omitted": "; ".join(dossier.left_out),
     }
-    again = "Type this where the module can be imported:"
     sections = [
-        Section("What happened", origin.detail, facts),
-        Section("What to do", advice_for_cause(origin.cause, origin.where)),
-        Section("The batch", rows={} if dossier.batch is None else dict(_described(dossier.batch))),
-        Section("See it happen again", again, command=_command(dossier, folder)),
+        Section("Incident", origin.detail, facts),
+        Section("Next steps", advice_for_cause(origin.cause, origin.where)),
+        Section("Batch", rows={} if dossier.batch is None else dict(_describe(dossier.batch))),
+        Section(
+            "Reproduce",
+            "Run this command where the module can be imported:",
+            command=_replay_command(dossier, folder),
+        ),
         Section("Configuration", rows=dossier.configuration),
         Section("Versions", rows=dossier.versions),
     ]
-    return page(f"Step {dossier.step}: {label(origin.cause)}", sections)
+    return render_page(f"Step {dossier.step}: {label(origin.cause)}", sections)
 
 
-def _command(dossier: Dossier, folder: Path) -> str:
+def _replay_command(dossier: Dossier, folder: Path) -> str:
     known = dossier.configuration
     prefix = "hparams."
     arguments = [
@@ -310,7 +313,7 @@ def _command(dossier: Dossier, folder: Path) -> str:
     return f"lightning-gradguard replay {place} --model {model}" + "".join(arguments)
 
 
-def _described(batch: Any) -> list[tuple[str, str]]:
+def _describe(batch: Any) -> list[tuple[str, str]]:
     rows = []
     for path, leaf in tree_leaves_with_path(_from_plain(batch)):
         name = "batch" + "".join(map(str, path))
@@ -319,7 +322,7 @@ def _described(batch: Any) -> list[tuple[str, str]]:
             rows.append((name, repr(leaf)[:100]))
             continue
         text = f"{tuple(leaf.shape)} {str(leaf.dtype).removeprefix('torch.')}"
-        with suppress(RuntimeError):  # torch cannot compare numbers of every type and layout
+        with suppress(RuntimeError):  # torch cannot compare values of every dtype and layout
             text += _range(leaf)
         rows.append((name, text))
     return rows

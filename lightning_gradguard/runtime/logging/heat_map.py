@@ -1,4 +1,4 @@
-"""Pictures of gradients."""
+"""Heat maps of gradient norms: layers over steps."""
 
 from __future__ import annotations
 
@@ -10,32 +10,32 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-#: Columns of a heat map; beyond them they are narrower than a pixel where TensorBoard shows it.
-COLUMNS = 200
-#: Rows that have room for a name each.
-ROWS = 16
-#: Characters of a name that leave room for the map.
-LETTERS = 18
+#: Columns of a heat map; more are narrower than a pixel where TensorBoard shows it.
+MAX_COLUMNS = 200
+#: Rows with a name each, and letters of a name, in TensorBoard.
+MAX_NAMES, MAX_LETTERS = 16, 18
+#: Width in inches of some 300 pixels, as TensorBoard shows it.
+_WIDTH = 4.2
 
 
 class GradientHistory:
-    """Norms by layer over the last logged steps, as a heat map."""
+    """Norms by layer over the last logged steps."""
 
     def __init__(self) -> None:
-        self._steps: deque[int] = deque(maxlen=COLUMNS)
-        self._columns: deque[Mapping[str, float]] = deque(maxlen=COLUMNS)
+        self._steps: deque[int] = deque(maxlen=MAX_COLUMNS)
+        self._columns: deque[Mapping[str, float]] = deque(maxlen=MAX_COLUMNS)
 
     def __len__(self) -> int:
-        """Logged steps remembered."""
+        """Number of steps in the history."""
         return len(self._steps)
 
     @property
     def last_step(self) -> int:
-        """The last of them; -1 for none."""
+        """The last step; -1 for an empty history."""
         return self._steps[-1] if self._steps else -1
 
     def append(self, step: int, norms: Mapping[str, float]) -> None:
-        """Remember a logged step.
+        """Adds a logged step.
 
         Args:
             step: Its number.
@@ -45,62 +45,88 @@ class GradientHistory:
         self._columns.append(norms)
 
     def draw(self) -> Figure:
-        """The heat map: a row for each layer, a column for each logged step.
-
-        Nonfinite norms have a red mark; a layer that had no gradient leaves its cell grey. It is drawn for
-        the width of some 300 pixels in which TensorBoard shows it: few words, large letters.
-        """
-        from matplotlib.colors import ListedColormap
-        from matplotlib.figure import Figure
-
+        """Draws the history for TensorBoard: few words, large letters."""
         fullest_first = sorted(self._columns, key=len, reverse=True)
-        names = list(dict.fromkeys(name for column in fullest_first for name in column))
-        cells = [[column.get(name) for column in self._columns] for name in names]
-        is_sick = [[not math.isfinite(0.0 if cell is None else cell) for cell in row] for row in cells]
+        names = dict.fromkeys(name for column in fullest_first for name in column)
+        cells = {name: [column.get(name) for column in self._columns] for name in names}
         height = 1.1 + 0.16 * min(max(len(names), 8), 24)
-        figure = Figure(figsize=(4.2, height), dpi=200, layout="constrained")
-        axes = figure.add_subplot()
-        axes.set_facecolor("lightgrey")
-        as_map: dict[str, Any] = {
-            "aspect": "auto",
-            "interpolation": "nearest",
-            "extent": (self._steps[0], self._steps[-1] + 1, len(names) - 0.5, -0.5),
-        }
-        image = axes.imshow([[_decades(cell) for cell in row] for row in cells], **as_map)
-        width = (self._steps[-1] + 1 - self._steps[0]) / len(self)
-        sick = [
-            (self._steps[0] + (column + 0.5) * width, row)
-            for row, cells_of_row in enumerate(is_sick)
-            for column, is_it in enumerate(cells_of_row)
-            if is_it
+        return draw_heat_map(cells, (self._steps[0], self._steps[-1] + 1), size=(_WIDTH, height))
+
+
+def draw_heat_map(
+    cells: Mapping[str, Sequence[float | None]],
+    steps: tuple[float, float],
+    *,
+    size: tuple[float, float],
+    max_names: int = MAX_NAMES,
+    max_letters: int = MAX_LETTERS,
+    limits: tuple[float | None, float | None] = (None, None),
+) -> Figure:
+    """Draws norms by colour: a row for each layer, columns of equally many steps.
+
+    Nonfinite norms have a red mark; a layer without a gradient leaves its cell grey.
+
+    Args:
+        cells: Norms by name, first layer first; `None` without a gradient.
+        steps: Begin of the first column and end of the last.
+        size: Width and height in inches.
+        max_names: Rows with a name.
+        max_letters: Letters of a name.
+        limits: Lowest and highest norm on the scale, as exponents of ten; `None` takes them from the norms.
+    """
+    from matplotlib.colors import ListedColormap
+    from matplotlib.figure import Figure
+
+    names = list(cells)
+    first, last = steps
+    figure = Figure(figsize=size, dpi=200, layout="constrained")
+    axes = figure.add_subplot()
+    axes.set_facecolor("lightgrey")
+    as_map: dict[str, Any] = {
+        "aspect": "auto",
+        "interpolation": "nearest",
+        "extent": (first, last, len(names) - 0.5, -0.5),
+    }
+    low, high = limits
+    exponents = [[_exponent(cell) for cell in row] for row in cells.values()]
+    image = axes.imshow(exponents, vmin=low, vmax=high, **as_map)
+    nonfinite = [[not math.isfinite(0.0 if cell is None else cell) for cell in row] for row in cells.values()]
+    if any(map(any, nonfinite)):
+        red = ListedColormap(["red"])
+        axes.imshow([[1.0 if it else math.nan for it in row] for row in nonfinite], cmap=red, **as_map)
+        # marks as well, because a cell may be narrower than a pixel
+        width = (last - first) / len(nonfinite[0])
+        marks = [
+            (first + (x + 0.5) * width, y)
+            for y, row in enumerate(nonfinite)
+            for x, it in enumerate(row)
+            if it
         ]
-        if sick:
-            red = ListedColormap(["red"])
-            axes.imshow([[1.0 if it else math.nan for it in row] for row in is_sick], cmap=red, **as_map)
-            # marks as well, for a cell may be narrower than a pixel
-            axes.scatter([x for x, _ in sick], [y for _, y in sick], marker="s", s=8, color="red")
-            axes.set_title("red: NaN or infinite", fontsize=9, color="red")
-        every = math.ceil(len(names) / ROWS)
-        labelled = range(0, len(names), every)
-        labels = _told_apart(names)
-        axes.set_yticks(labelled, [_short(labels[i]) for i in labelled])
-        axes.locator_params(axis="x", nbins=4, integer=True)
-        axes.set_xlabel("step")
-        axes.tick_params(labelsize=9)
-        bar = figure.colorbar(image)
-        bar.set_label("log10 of gradient norm")
-        bar.ax.tick_params(labelsize=9)
-        return figure
+        axes.scatter(
+            [x for x, _ in marks], [y for _, y in marks], marker="s", s=8, color="red", rasterized=True
+        )
+        axes.set_title("red: NaN or infinite", fontsize=9, color="red")
+    labels = _without_common_parts(names)
+    labelled = range(0, len(names), math.ceil(len(names) / max_names))
+    axes.set_yticks(labelled, [_shortened(labels[i], max_letters) for i in labelled])
+    axes.locator_params(axis="x", nbins=max(4, round(size[0])), integer=True)
+    axes.set_xlabel("step")
+    axes.tick_params(labelsize=9)
+    extend = "neither" if limits == (None, None) else "both"
+    bar = figure.colorbar(image, extend=extend)
+    bar.set_label("log10 of gradient norm")
+    bar.ax.tick_params(labelsize=9)
+    return figure
 
 
-def _decades(norm: float | None) -> float:
+def _exponent(norm: float | None) -> float:
     if norm is None or not math.isfinite(norm):
         return math.nan
     return math.log10(max(norm, 1e-30))
 
 
-def _told_apart(names: Sequence[str]) -> list[str]:
-    """Names without what all of them begin with, but for the last part of it, and without a common end."""
+def _without_common_parts(names: Sequence[str]) -> list[str]:
+    """Returns names without a common beginning, except for its last part, and without a common end."""
     paths = [name.split(".") for name in names]
     if len(paths) < 2:
         return list(names)
@@ -112,5 +138,5 @@ def _told_apart(names: Sequence[str]) -> list[str]:
     return [".".join(path[start : len(path) - end]) for path in paths]
 
 
-def _short(name: str) -> str:
-    return name if len(name) <= LETTERS else f"{name[: LETTERS // 2]}…{name[1 - LETTERS // 2 :]}"
+def _shortened(name: str, letters: int) -> str:
+    return name if len(name) <= letters else f"{name[: letters // 2]}…{name[1 - letters // 2 :]}"

@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 
 from lightning_gradguard.report.analysis.run_log import GradientLog, RecordedIncident, RunLog, Series
-from lightning_gradguard.report.analysis.verdict import Verdict, judge, worst_layers
+from lightning_gradguard.report.analysis.verdict import RunVerdict, analyze_run, worst_layers
 
 NAN = math.nan
 LAYERS = [f"net.{i}.weight" for i in range(0, 12, 2)]
@@ -39,97 +39,97 @@ def profile(decades_a_layer: float, n: int = 100) -> GradientLog:
     return GradientLog(series([1.0] * n), layers, weights)
 
 
-def kinds(verdict: Verdict) -> dict[str, str]:
+def kinds(verdict: RunVerdict) -> dict[str, str]:
     return {symptom.kind: symptom.severity for symptom in verdict.symptoms}
 
 
-def test_a_run_that_learns_is_healthy() -> None:
-    verdict = judge(RunLog(series(falling()), [gradients(falling(start=5.0))]))
+def test_learning_run_is_healthy() -> None:
+    verdict = analyze_run(RunLog(series(falling()), [gradients(falling(start=5.0))]))
     assert (verdict.status, verdict.headline, verdict.symptoms) == ("healthy", "healthy", ())
     assert verdict.outcome.has_learned
 
 
-def test_norms_that_grow_over_decades_into_nan_explode() -> None:
+def test_norms_that_grow_over_decades_into_nan_are_exploding_gradients() -> None:
     norms = [1.2, 1.7, 30.0, 8e6, NAN, NAN]
-    verdict = judge(RunLog(series([4.6, 3.9, 3.8, 1e4, NAN, NAN]), [gradients(norms)]))
-    assert (verdict.status, verdict.headline) == ("dead", "exploding gradients")
+    verdict = analyze_run(RunLog(series([4.6, 3.9, 3.8, 1e4, NAN, NAN]), [gradients(norms)]))
+    assert (verdict.status, verdict.headline) == ("failed", "exploding gradients")
     (symptom,) = verdict.symptoms
     assert (symptom.severity, symptom.since, symptom.where[0]) == ("fatal", 3, "head.weight")
     assert "8e+06 (step 3)" in symptom.evidence
     remedies = " ".join(symptom.remedies)
     assert all(word in remedies for word in ("Clip", "initialization", "LSTM", "GRU"))
-    assert (verdict.outcome.survived, verdict.outcome.steps, verdict.outcome.died_at) == (4, 6, 4)
+    assert (verdict.outcome.survived, verdict.outcome.steps, verdict.outcome.failed_at) == (4, 6, 4)
 
 
-def test_nan_out_of_the_blue_is_no_explosion() -> None:
+def test_nan_without_growth_is_no_explosion() -> None:
     losses, norms = [*falling(30), *[NAN] * 10], [*falling(30), *[NAN] * 10]
-    verdict = judge(RunLog(series(losses), [gradients(norms)]))
+    verdict = analyze_run(RunLog(series(losses), [gradients(norms)]))
     assert verdict.headline == "nonfinite loss"
     assert "step 29 showed nothing unusual" in verdict.symptoms[0].evidence
     finite_for_longer = [*falling(31), *[NAN] * 9]
-    verdict = judge(RunLog(series(finite_for_longer), [gradients(norms)]))
+    verdict = analyze_run(RunLog(series(finite_for_longer), [gradients(norms)]))
     assert verdict.headline == "nonfinite gradients"
-    assert verdict.outcome.died_at == 30
+    assert verdict.outcome.failed_at == 30
 
 
-def test_the_nonfinite_layer_next_to_the_output_is_named() -> None:
+def test_nonfinite_layer_next_to_the_output_is_named() -> None:
     n, sick = 30, [*falling(29), NAN]
     layers = {"a.weight": series(sick), "b.weight": series(sick), "head.weight": series(falling(n))}
     log = GradientLog(series([*falling(29), NAN]), layers)
     losses = [*falling(n), NAN]
-    (symptom,) = judge(RunLog(series(losses), [log])).symptoms
+    (symptom,) = analyze_run(RunLog(series(losses), [log])).symptoms
     assert symptom.kind == "nonfinite_gradient"
     assert symptom.where == ("b.weight", "a.weight")
 
 
-def test_weights_that_were_nonfinite_first() -> None:
+def test_first_nonfinite_value_that_was_logged_is_named() -> None:
     weights = {"head.weight": series([*[1.0] * 29, NAN])}
     log = GradientLog(series(falling(30)), {"head.weight": series(falling(30))}, weights)
-    verdict = judge(RunLog(series([*falling(30), NAN]), [log]))
-    assert verdict.status == "dead"
+    verdict = analyze_run(RunLog(series([*falling(30), NAN]), [log]))
+    assert verdict.status == "failed"
     # the loss is the first that was logged as nonfinite; the weights were a step before
     assert verdict.symptoms[0].kind == "nonfinite_loss"
 
 
-def test_a_gap_in_what_was_logged_is_said() -> None:
+def test_gap_between_logged_steps_is_reported() -> None:
     losses = Series([0, 50, 100, 150], [2.0, 1.9, 1.8, NAN])
-    (symptom,) = judge(RunLog(losses)).symptoms
+    (symptom,) = analyze_run(RunLog(losses)).symptoms
     assert "49 steps between were not logged" in symptom.evidence
 
 
-def test_a_loss_alone_can_say_that_it_diverged() -> None:
-    verdict = judge(RunLog(series([4.6, 3.9, 1.2e14, NAN])))
-    assert (verdict.status, verdict.headline) == ("dead", "divergence")
-    risen = judge(RunLog(series([1.0 + 0.05 * i for i in range(60)])))
-    assert (risen.status, kinds(risen)) == ("sick", {"divergence": "serious"})
+def test_divergence_is_found_from_the_loss_alone() -> None:
+    verdict = analyze_run(RunLog(series([4.6, 3.9, 1.2e14, NAN])))
+    assert (verdict.status, verdict.headline) == ("failed", "divergence")
+    risen = analyze_run(RunLog(series([1.0 + 0.05 * i for i in range(60)])))
+    assert (risen.status, kinds(risen)) == ("unhealthy", {"divergence": "serious"})
 
 
-def test_vanishing_needs_to_last_and_to_hurt() -> None:
+def test_vanishing_gradients_must_last_and_prevent_learning() -> None:
     flat = series([2.3] * 100)
-    verdict = judge(RunLog(flat, [profile(1.0)]))
+    verdict = analyze_run(RunLog(flat, [profile(1.0)]))
     assert kinds(verdict)["vanishing_gradient"] == "serious"
     assert verdict.headline == "vanishing gradients"
     assert verdict.symptoms[0].where[0] == LAYERS[0]
-    assert "lose 5.0 decades" in verdict.symptoms[0].evidence
+    assert "shrink by 5.0 decades" in verdict.symptoms[0].evidence
     assert verdict.symptoms[0].since == 0
-    learned = judge(RunLog(series(falling()), [profile(1.0)]))
+    learned = analyze_run(RunLog(series(falling()), [profile(1.0)]))
     assert (learned.status, kinds(learned)) == ("healthy", {"vanishing_gradient": "minor"})
-    mild = judge(RunLog(series(falling()), [profile(0.3)]))
+    mild = analyze_run(RunLog(series(falling()), [profile(0.3)]))
     assert kinds(mild) == {}
 
 
-def test_what_was_only_there_at_first_is_not_told() -> None:
+def test_vanishing_gradients_of_the_first_steps_are_not_reported() -> None:
     sick, well = profile(1.0, 40), profile(0.1, 120)
     layers = {name: series([*sick.layers[name].values, *well.layers[name].values]) for name in sick.layers}
     log = GradientLog(series([1.0] * 160), layers)
-    assert kinds(judge(RunLog(series(falling(160)), [log]))) == {}
+    assert kinds(analyze_run(RunLog(series(falling(160)), [log]))) == {}
 
 
-def test_stagnation() -> None:
+def test_constant_weights_are_stagnation() -> None:
     ratios = {"body.weight": series([1e-9] * 60), "head.weight": series([1e-3] * 60)}
     weights = dict.fromkeys(ratios, series([1.0] * 60))
     log = replace(gradients([1.0] * 60), weights=weights, ratios=ratios)
-    verdict = judge(RunLog(series([2.0] * 60), [log]))
+    verdict = analyze_run(RunLog(series([2.0] * 60), [log]))
     (symptom,) = verdict.symptoms
     assert (symptom.kind, symptom.where) == ("weight_stagnation", ("body.weight",))
 
@@ -140,18 +140,18 @@ def still(ratio: float, n: int = 150) -> GradientLog:
     return replace(gradients([1.0] * n), weights=weights, ratios=ratios)
 
 
-def test_stuck_is_from_the_start_not_a_plateau() -> None:
-    assert kinds(judge(RunLog(series([2.3] * 150), [still(1e-9)])))["stuck_loss"] == "serious"
+def test_stuck_loss_is_flat_from_the_start() -> None:
+    assert kinds(analyze_run(RunLog(series([2.3] * 150), [still(1e-9)])))["stuck_loss"] == "serious"
     plateau = [*falling(50), *[0.5] * 100]
-    assert kinds(judge(RunLog(series(plateau)))) == {}
-    assert kinds(judge(RunLog(series([2.3] * 60)))) == {}
-    assert kinds(judge(RunLog(series([2.3] * 29, every=10)))) == {}
+    assert kinds(analyze_run(RunLog(series(plateau)))) == {}
+    assert kinds(analyze_run(RunLog(series([2.3] * 60)))) == {}
+    assert kinds(analyze_run(RunLog(series([2.3] * 29, every=10)))) == {}
 
 
-def test_a_flat_loss_may_have_converged() -> None:
+def test_flat_loss_may_have_converged() -> None:
     """Half of the weights still move, or nobody knows whether they do."""
     for log in (RunLog(series([2.3] * 150), [still(1e-4)]), RunLog(series([2.3] * 150))):
-        verdict = judge(log)
+        verdict = analyze_run(log)
         assert kinds(verdict)["stuck_loss"] == "minor"
         assert "or had converged before" in next(
             s.evidence for s in verdict.symptoms if s.kind == "stuck_loss"
@@ -159,8 +159,8 @@ def test_a_flat_loss_may_have_converged() -> None:
     assert (verdict.status, verdict.headline) == ("healthy", "healthy, with a flat loss")
 
 
-def test_rivals_are_not_stuck() -> None:
-    assert "stuck_loss" not in kinds(judge(RunLog(series([2.3] * 150), [still(1e-9), still(1e-9)])))
+def test_adversarial_optimizers_are_not_stuck() -> None:
+    assert "stuck_loss" not in kinds(analyze_run(RunLog(series([2.3] * 150), [still(1e-9), still(1e-9)])))
 
 
 @pytest.mark.parametrize("sigma", [0.05, 0.5, 1.0])
@@ -169,74 +169,76 @@ def test_noise_around_a_level_is_no_symptom(sigma: float, n: int) -> None:
     for seed in range(40):
         noise = random.Random(seed)
         losses = [math.exp(noise.gauss(0, sigma)) for _ in range(n)]
-        assert judge(RunLog(series(losses))).status == "healthy"
+        assert analyze_run(RunLog(series(losses))).status == "healthy"
 
 
 @pytest.mark.parametrize("offset", [-50.0, 50.0])
-def test_a_loss_with_an_offset_is_not_stuck(offset: float) -> None:
+def test_loss_with_an_offset_is_not_stuck(offset: float) -> None:
     losses = [offset + 0.6 * value for value in falling(200)]
-    verdict = judge(RunLog(series(losses), [still(1e-9, 200)]))
+    verdict = analyze_run(RunLog(series(losses), [still(1e-9, 200)]))
     assert "stuck_loss" not in kinds(verdict)
     assert verdict.outcome.has_learned == (offset < 0)
 
 
-def test_a_loss_that_was_low_and_came_back_has_diverged() -> None:
+def test_loss_that_rises_to_its_start_again_has_diverged() -> None:
     losses = [*(max(2.3 * 0.97**i, 0.1) for i in range(120)), *[2.3] * 120]
-    (symptom,) = judge(RunLog(series(losses), [gradients([1.0] * 120 + [0.5] * 120)])).symptoms
+    (symptom,) = analyze_run(RunLog(series(losses), [gradients([1.0] * 120 + [0.5] * 120)])).symptoms
     assert (symptom.kind, symptom.severity) == ("divergence", "serious")
     assert symptom.since == 120
     assert "had fallen from" in symptom.evidence
     assert "to 0.1 " in symptom.evidence
     half_way = [*[2.3] * 40, *[0.1] * 80, *[1.5] * 120]
-    assert kinds(judge(RunLog(series(half_way))))["divergence"] == "serious"
+    assert kinds(analyze_run(RunLog(series(half_way))))["divergence"] == "serious"
     # a little of it lost again is a warm restart, or a harder batch
     little = [*losses[:120], *[0.5] * 120]
-    assert kinds(judge(RunLog(series(little)))) == {}
+    assert kinds(analyze_run(RunLog(series(little)))) == {}
     rivals = [gradients([1.0] * 240), gradients([1.0] * 240)]
-    assert kinds(judge(RunLog(series(losses), rivals))) == {}
+    assert kinds(analyze_run(RunLog(series(losses), rivals))) == {}
 
 
-def test_a_negative_loss_can_diverge() -> None:
-    assert kinds(judge(RunLog(series([-1 + 3e7 * (i / 100) ** 8 for i in range(100)])))) == {
+def test_negative_loss_can_diverge() -> None:
+    assert kinds(analyze_run(RunLog(series([-1 + 3e7 * (i / 100) ** 8 for i in range(100)])))) == {
         "divergence": "serious"
     }
-    assert kinds(judge(RunLog(series([-1 + 0.001 * i for i in range(100)])))) == {}
+    assert kinds(analyze_run(RunLog(series([-1 + 0.001 * i for i in range(100)])))) == {}
 
 
-def test_a_slow_rise_among_noise_is_seen() -> None:
+def test_slow_rise_among_noise_is_divergence() -> None:
     noise = random.Random(0)
     losses = [math.exp(noise.gauss(0, 0.3) + i / 20) for i in range(40)]
-    assert kinds(judge(RunLog(series(losses)))) == {"divergence": "serious"}
+    assert kinds(analyze_run(RunLog(series(losses)))) == {"divergence": "serious"}
 
 
-def test_a_jump_right_at_the_end_is_seen_and_one_lucky_value_is_not() -> None:
-    assert kinds(judge(RunLog(series([*[1.0] * 90, *[3.0] * 10]))))["divergence"] == "serious"
-    assert kinds(judge(RunLog(series([1.0, 1.0, 1.0, 1.0, 0.01, *[1.0] * 7])))) == {}
+def test_jump_at_the_end_is_divergence_and_one_low_value_is_not() -> None:
+    assert kinds(analyze_run(RunLog(series([*[1.0] * 90, *[3.0] * 10]))))["divergence"] == "serious"
+    assert kinds(analyze_run(RunLog(series([1.0, 1.0, 1.0, 1.0, 0.01, *[1.0] * 7])))) == {}
 
 
 def test_noise_of_a_negative_loss_is_no_learning() -> None:
     for seed in range(20):
         noise = random.Random(seed)
         losses = [-1 + noise.gauss(0, 0.1) for _ in range(50)]
-        assert not judge(RunLog(series(losses))).outcome.has_learned
+        assert not analyze_run(RunLog(series(losses))).outcome.has_learned
 
 
-def test_a_norm_that_is_huge_from_the_first_step_on_has_exploded() -> None:
-    assert judge(RunLog(series([2.0, NAN]), [gradients([5e3, NAN])])).headline == "exploding gradients"
-    assert judge(RunLog(series([2.0, NAN]), [gradients([5.0, NAN])])).headline == "nonfinite loss"
+def test_huge_norm_at_the_first_step_is_an_explosion() -> None:
+    assert analyze_run(RunLog(series([2.0, NAN]), [gradients([5e3, NAN])])).headline == "exploding gradients"
+    assert analyze_run(RunLog(series([2.0, NAN]), [gradients([5.0, NAN])])).headline == "nonfinite loss"
 
 
-def test_norms_that_warm_up_in_a_run_that_learns_are_no_fault() -> None:
+def test_growing_norms_of_a_learning_run_are_no_fault() -> None:
     norms = [1e-3] * 10 + [1.0] * 90
-    verdict = judge(RunLog(series(falling()), [gradients(norms)]))
+    verdict = analyze_run(RunLog(series(falling()), [gradients(norms)]))
     assert verdict.status == "healthy"
-    assert kinds(judge(RunLog(series([2.0] * 100), [gradients(norms)])))["exploding_gradient"] == "serious"
+    assert (
+        kinds(analyze_run(RunLog(series([2.0] * 100), [gradients(norms)])))["exploding_gradient"] == "serious"
+    )
 
 
-def test_death_before_the_first_logged_step_is_not_blamed_on_the_batch() -> None:
+def test_failure_before_the_first_logged_step_is_not_blamed_on_the_batch() -> None:
     nothing = Series([49, 99, 149], [NAN] * 3)
-    verdict = judge(RunLog(nothing, [GradientLog(nothing, {"head.weight": nothing})]))
-    assert (verdict.status, verdict.outcome.survived, verdict.outcome.died_at) == ("dead", None, 49)
+    verdict = analyze_run(RunLog(nothing, [GradientLog(nothing, {"head.weight": nothing})]))
+    assert (verdict.status, verdict.outcome.survived, verdict.outcome.failed_at) == ("failed", None, 49)
     (symptom,) = verdict.symptoms
     assert "at the first logged step, 49; the 49 steps before were not logged" in symptom.evidence
     first = symptom.remedies[:3]
@@ -245,118 +247,123 @@ def test_death_before_the_first_logged_step_is_not_blamed_on_the_batch() -> None
         for word, text in zip(("learning rate", "Clip", "InitializationCheck"), first, strict=True)
     ] == [True] * 3
     # the first step was logged: nothing is hidden
-    seen = judge(RunLog(Series([0, 50], [NAN] * 2)))
+    seen = analyze_run(RunLog(Series([0, 50], [NAN] * 2)))
     assert seen.outcome.survived == 0
     assert "batch" in seen.symptoms[0].remedies[0]
 
 
-def test_what_nobody_logged_is_not_claimed() -> None:
+def test_values_that_were_not_logged_are_not_reported() -> None:
     norms = [*falling(30), NAN, NAN]
     layers = {"body.weight": series(norms), "head.weight": series(falling(32))}
-    verdict = judge(RunLog(gradients=[GradientLog(series(norms), layers)]))
-    assert (verdict.status, verdict.headline) == ("dead", "nonfinite gradients")
+    verdict = analyze_run(RunLog(gradients=[GradientLog(series(norms), layers)]))
+    assert (verdict.status, verdict.headline) == ("failed", "nonfinite gradients")
     (symptom,) = verdict.symptoms
     assert symptom.where == ("body.weight",)
     assert "1 gradients were nonfinite from step 30 on; step 29 showed nothing unusual" in symptom.evidence
     assert (verdict.outcome.first_loss, verdict.outcome.final_loss) == (None, None)
 
 
-def test_one_overflow_at_the_end_is_no_death() -> None:
+def test_one_overflow_at_the_end_is_no_failure() -> None:
     totals = [1.0] * 99
-    verdict = judge(RunLog(gradients=[GradientLog(series([*totals, math.inf]))]))
+    verdict = analyze_run(RunLog(gradients=[GradientLog(series([*totals, math.inf]))]))
     assert (verdict.status, kinds(verdict)) == ("healthy", {"nonfinite_gradient": "minor"})
-    assert judge(RunLog(gradients=[GradientLog(series([*totals, math.inf, math.inf]))])).status == "dead"
-    assert judge(RunLog(gradients=[GradientLog(series([*totals, NAN]))])).status == "dead"
+    assert (
+        analyze_run(RunLog(gradients=[GradientLog(series([*totals, math.inf, math.inf]))])).status == "failed"
+    )
+    assert analyze_run(RunLog(gradients=[GradientLog(series([*totals, NAN]))])).status == "failed"
 
 
-def test_a_stop_counts_only_if_nothing_followed() -> None:
+def test_stop_counts_only_at_the_end_of_the_run() -> None:
     stopped = [incident("nonfinite_loss", 98, "skipped"), incident("training_diverged", 99, "stopped")]
-    assert judge(RunLog(series(falling()), skips=series([0.0] * 100), incidents=stopped)).status == "dead"
+    assert (
+        analyze_run(RunLog(series(falling()), skips=series([0.0] * 100), incidents=stopped)).status
+        == "failed"
+    )
     one_more = RunLog(series(falling(101)), skips=series([0.0] * 101), incidents=stopped)
-    assert judge(one_more).status == "dead"
+    assert analyze_run(one_more).status == "failed"
     went_on = RunLog(series(falling(150)), skips=series([0.0] * 150), incidents=stopped)
-    assert judge(went_on).status == "rescued"
+    assert analyze_run(went_on).status == "recovered"
 
 
-def test_clipping_that_did_nothing_has_handled_nothing() -> None:
+def test_clipping_without_effect_handles_no_symptom() -> None:
     norms = [1.0] * 40 + [1e5] + [1.0] * 60
     log = replace(gradients(norms), clipped=series(norms))
-    assert kinds(judge(RunLog(series(falling(101)), [log]))) == {"exploding_gradient": "minor"}
+    assert kinds(analyze_run(RunLog(series(falling(101)), [log]))) == {"exploding_gradient": "minor"}
 
 
-def test_all_details_are_told() -> None:
+def test_all_details_are_reported() -> None:
     def bad(step: int, n: int) -> RecordedIncident:
         detail = f"Row 3 is NaN (sample {n})."
         return RecordedIncident("nonfinite_loss", step, cause="bad_input", detail=detail, action="skipped")
 
     found = [bad(40 + i, n) for i, n in enumerate((300, 301, 900, 300))]
-    (symptom,) = judge(RunLog(series(falling()), incidents=found)).symptoms
+    (symptom,) = analyze_run(RunLog(series(falling()), incidents=found)).symptoms
     assert symptom.evidence.endswith(
         "bad input: Row 3 is NaN (sample 300); Row 3 is NaN (sample 301); Row 3 is NaN (sample 900)"
     )
-    (symptom,) = judge(RunLog(series(falling()), incidents=[bad(40 + i, i) for i in range(8)])).symptoms
+    (symptom,) = analyze_run(RunLog(series(falling()), incidents=[bad(40 + i, i) for i in range(8)])).symptoms
     assert symptom.evidence.endswith("(sample 4); and 3 more")
 
 
-def test_an_incident_of_a_kind_of_ones_own_brings_its_advice() -> None:
+def test_incident_of_an_unknown_kind_keeps_its_advice() -> None:
     own = RecordedIncident("odd_weather", 5, advice="Wait for sunshine.")
-    (symptom,) = judge(RunLog(series(falling()), incidents=[own])).symptoms
+    (symptom,) = analyze_run(RunLog(series(falling()), incidents=[own])).symptoms
     assert symptom.remedies == ("Wait for sunshine.",)
-    (symptom,) = judge(RunLog(series(falling()), incidents=[replace(own, advice="")])).symptoms
+    (symptom,) = analyze_run(RunLog(series(falling()), incidents=[replace(own, advice="")])).symptoms
     assert symptom.remedies == ()
 
 
-def test_one_cut_of_the_learning_rate_does_not_keep_falling() -> None:
+def test_one_cut_is_no_falling_learning_rate() -> None:
     """Right after a cut the rate is a tenth of the new one, and is warmed again."""
     rewarmed = series([1.0] * 24 + [0.05] * 36)
-    assert kinds(judge(RunLog(series([2.0] * 60), backoff_scale=rewarmed))) == {}
+    assert kinds(analyze_run(RunLog(series([2.0] * 60), backoff_scale=rewarmed))) == {}
     cuts = [RecordedIncident("learning_rate_backoff", 24 + i, value=0.5 ** (i + 1)) for i in range(4)]
     scales = series([1.0] * 24 + [0.5 ** (i + 1) / 10 for i in range(4)] + [0.05] * 32)
-    verdict = judge(RunLog(series([2.0] * 60), backoff_scale=scales, incidents=cuts))
+    verdict = analyze_run(RunLog(series([2.0] * 60), backoff_scale=scales, incidents=cuts))
     assert kinds(verdict) == {"falling_learning_rate": "serious"}
     assert "lowered 4 times since step 24, to 0.062 of" in verdict.symptoms[0].evidence
-    one = judge(RunLog(series([2.0] * 60), backoff_scale=rewarmed, incidents=cuts[:1]))
+    one = analyze_run(RunLog(series([2.0] * 60), backoff_scale=rewarmed, incidents=cuts[:1]))
     assert kinds(one) == {}
 
 
-def test_a_peak_that_was_clipped_is_handled_and_one_that_was_not_is_minor() -> None:
+def test_clipped_peak_is_handled_and_unclipped_peak_is_minor() -> None:
     norms = [1.0] * 40 + [1e5] + [1.0] * 60
     clipped = series([min(norm, 1.0) for norm in norms])
-    handled = judge(RunLog(series(falling(101)), [replace(gradients(norms), clipped=clipped)]))
-    assert (handled.status, handled.headline) == ("rescued", "rescued from exploding gradients")
-    assert "clipping brought it down to 1" in handled.symptoms[0].evidence
-    bare = judge(RunLog(series(falling(101)), [gradients(norms)]))
+    handled = analyze_run(RunLog(series(falling(101)), [replace(gradients(norms), clipped=clipped)]))
+    assert (handled.status, handled.headline) == ("recovered", "recovered from exploding gradients")
+    assert "clipping reduced it to 1" in handled.symptoms[0].evidence
+    bare = analyze_run(RunLog(series(falling(101)), [gradients(norms)]))
     assert (bare.status, kinds(bare)) == ("healthy", {"exploding_gradient": "minor"})
-    not_learned = judge(RunLog(series([2.0] * 101), [gradients(norms)]))
+    not_learned = analyze_run(RunLog(series([2.0] * 101), [gradients(norms)]))
     assert kinds(not_learned)["exploding_gradient"] == "serious"
 
 
-def test_a_layer_above_the_total_as_of_two_kinds_of_norm_is_all_of_it() -> None:
+def test_layer_norm_above_the_total_counts_as_all_of_it() -> None:
     norms = [*[1.0] * 20, 1e4, *[1.0] * 20]
     log = GradientLog(series(norms), {"head.weight": series([1e300] * 41)})
-    (symptom,) = judge(RunLog(series(falling(41)), [log])).symptoms
+    (symptom,) = analyze_run(RunLog(series(falling(41)), [log])).symptoms
     assert "nearly all of it in head.weight" in symptom.evidence
 
 
-def test_a_hard_batch_late_in_a_run_is_no_explosion() -> None:
+def test_hard_batch_late_in_a_run_is_no_explosion() -> None:
     norms = [*falling(300), 0.5, *falling(300)[-20:]]
-    assert kinds(judge(RunLog(series(falling(321)), [gradients(norms)]))) == {}
+    assert kinds(analyze_run(RunLog(series(falling(321)), [gradients(norms)]))) == {}
 
 
-def test_a_norm_that_has_become_small_may_rise_to_where_it_began() -> None:
+def test_small_norm_may_rise_to_its_first_level() -> None:
     norms = [*[1.0] * 20, *[0.01] * 60, 5.0, *[0.01] * 20]
-    assert kinds(judge(RunLog(series(falling(101)), [gradients(norms)]))) == {}
+    assert kinds(analyze_run(RunLog(series(falling(101)), [gradients(norms)]))) == {}
 
 
-def test_gradients_that_are_all_zero_are_no_network_that_died() -> None:
+def test_zero_gradients_of_all_parameters_are_no_collapse() -> None:
     """Then there is no bias either that is still trained."""
     layers = {"body.weight": series([0.0] * 60), "head.bias": series([0.0] * 60)}
     assert "gradient_collapse" not in kinds(
-        judge(RunLog(gradients=[GradientLog(series([0.0] * 60), layers)]))
+        analyze_run(RunLog(gradients=[GradientLog(series([0.0] * 60), layers)]))
     )
 
 
-def test_a_network_that_died() -> None:
+def test_collapsed_gradients_are_found() -> None:
     n = 60
     dead = [0.0] * 40
     layers = {
@@ -364,53 +371,56 @@ def test_a_network_that_died() -> None:
         "head.weight": series([1.0] * 20 + dead),
         "head.bias": series([0.1] * n),
     }
-    verdict = judge(RunLog(series([2.3] * n), [GradientLog(series([1.0] * 20 + [0.1] * 40), layers)]))
+    verdict = analyze_run(RunLog(series([2.3] * n), [GradientLog(series([1.0] * 20 + [0.1] * 40), layers)]))
     assert kinds(verdict)["gradient_collapse"] == "serious"
     assert verdict.symptoms[0].since == 20
 
 
-def test_hard_clipping_all_the_time() -> None:
+def test_constant_hard_clipping_is_found() -> None:
     hard = replace(
         gradients([100.0] * 60),
         clip_fraction=series([1.0] * 60),
         clip_coefficient=series([0.01] * 60),
     )
-    assert kinds(judge(RunLog(series([2.0] * 60), [hard]))) == {"constant_clipping": "serious"}
-    assert kinds(judge(RunLog(series(falling(60)), [hard]))) == {"constant_clipping": "minor"}
+    assert kinds(analyze_run(RunLog(series([2.0] * 60), [hard]))) == {"constant_clipping": "serious"}
+    assert kinds(analyze_run(RunLog(series(falling(60)), [hard]))) == {"constant_clipping": "minor"}
     few = replace(hard, clip_fraction=series([1.0] * 4), clip_coefficient=series([0.01] * 4))
-    assert kinds(judge(RunLog(series([2.0] * 4), [few]))) == {"constant_clipping": "minor"}
+    assert kinds(analyze_run(RunLog(series([2.0] * 4), [few]))) == {"constant_clipping": "minor"}
     seldom = replace(hard, clip_fraction=series([0.8] * 60))
-    assert kinds(judge(RunLog(series([2.0] * 60), [seldom]))) == {}
+    assert kinds(analyze_run(RunLog(series([2.0] * 60), [seldom]))) == {}
     soft = replace(hard, clip_coefficient=series([0.9] * 60))
-    assert kinds(judge(RunLog(series([2.0] * 60), [soft]))) == {}
+    assert kinds(analyze_run(RunLog(series([2.0] * 60), [soft]))) == {}
 
 
-def test_a_learning_rate_that_keeps_falling() -> None:
+def test_falling_learning_rate_is_found() -> None:
     fallen = series([0.5 ** (i // 10) for i in range(60)])
-    verdict = judge(RunLog(series([2.0] * 60), backoff_scale=fallen))
+    verdict = analyze_run(RunLog(series([2.0] * 60), backoff_scale=fallen))
     assert kinds(verdict) == {"falling_learning_rate": "serious"}
     assert "5 times since step 10" in verdict.symptoms[0].evidence
     recovered = series([0.5 ** (i // 10) for i in range(60)] + [1.0])
-    assert kinds(judge(RunLog(series([2.0] * 61), backoff_scale=recovered))) == {}
+    assert kinds(analyze_run(RunLog(series([2.0] * 61), backoff_scale=recovered))) == {}
 
 
-def test_a_learning_rate_that_was_cut_twice_is_still_a_learning_rate() -> None:
+def test_two_cuts_are_no_falling_learning_rate() -> None:
     cut = series([1.0] * 20 + [0.5] * 20 + [0.25] * 20)
-    assert kinds(judge(RunLog(series([2.0] * 60), backoff_scale=cut))) == {}
+    assert kinds(analyze_run(RunLog(series([2.0] * 60), backoff_scale=cut))) == {}
 
 
-def test_learned_is_a_fifth() -> None:
+def test_learning_is_a_loss_lower_by_a_fifth() -> None:
     little, enough = [*[2.0] * 50, *[1.8] * 50], [*[2.0] * 50, *[1.4] * 50]
-    assert [judge(RunLog(series(losses))).outcome.has_learned for losses in (little, enough)] == [False, True]
+    assert [analyze_run(RunLog(series(losses))).outcome.has_learned for losses in (little, enough)] == [
+        False,
+        True,
+    ]
 
 
-def test_a_slow_fall_among_noise_is_not_stuck() -> None:
+def test_slow_fall_among_noise_is_not_stuck() -> None:
     losses = [2.3 - 0.001 * i + (0.2 if i % 2 else -0.2) for i in range(160)]
-    assert "stuck_loss" not in kinds(judge(RunLog(series(losses), [still(1e-9, 160)])))
+    assert "stuck_loss" not in kinds(analyze_run(RunLog(series(losses), [still(1e-9, 160)])))
 
 
-def test_ten_logged_steps_are_enough_to_judge() -> None:
-    assert [judge(RunLog(series(falling(n)))).status for n in (9, 10)] == ["unknown", "healthy"]
+def test_ten_logged_steps_are_enough_for_a_verdict() -> None:
+    assert [analyze_run(RunLog(series(falling(n)))).status for n in (9, 10)] == ["unknown", "healthy"]
 
 
 def spiky(*steps: int, level: float = 1.0, height: float = 20.0) -> RunLog:
@@ -421,46 +431,46 @@ def spiky(*steps: int, level: float = 1.0, height: float = 20.0) -> RunLog:
     return RunLog(series(losses), [gradients(norms)])
 
 
-def test_few_spikes_are_minor_and_those_next_to_each_other_are_one() -> None:
-    assert kinds(judge(spiky(60, 100)))["loss_spike"] == "minor"
-    (once,) = [s for s in judge(spiky(60, 61, 62, 63)).symptoms if s.kind == "loss_spike"]
+def test_few_spikes_are_minor_and_adjacent_ones_count_once() -> None:
+    assert kinds(analyze_run(spiky(60, 100)))["loss_spike"] == "minor"
+    (once,) = [s for s in analyze_run(spiky(60, 61, 62, 63)).symptoms if s.kind == "loss_spike"]
     assert once.evidence.startswith("once, ")
 
 
-def test_a_spike_of_a_loss_that_has_become_small_is_none() -> None:
+def test_spike_of_a_small_loss_is_no_symptom() -> None:
     log = spiky(150, level=0.001, height=0.3)
     began_high = [*[2.0] * 25, *log.loss.values[25:]]
-    assert kinds(judge(replace(log, loss=series(began_high)))) == {}
+    assert kinds(analyze_run(replace(log, loss=series(began_high)))) == {}
 
 
-def test_spikes_of_loss_and_norm() -> None:
+def test_spikes_of_both_loss_and_norm_are_found() -> None:
     losses, norms = [1.0] * 200, [1.0] * 200
     for step in (60, 100, 140):
         losses[step], norms[step] = 20.0, 50.0
-    verdict = judge(RunLog(series(losses), [gradients(norms)]))
+    verdict = analyze_run(RunLog(series(losses), [gradients(norms)]))
     assert kinds(verdict)["loss_spike"] == "serious"
     assert "3 times, the highest at step 60" in next(
         s.evidence for s in verdict.symptoms if s.kind == "loss_spike"
     )
-    of_the_loss_alone = judge(RunLog(series(losses), [gradients([1.0] * 200)]))
+    of_the_loss_alone = analyze_run(RunLog(series(losses), [gradients([1.0] * 200)]))
     assert "loss_spike" not in kinds(of_the_loss_alone)
 
 
-def test_nonfinite_now_and_then() -> None:
+def test_occasional_nonfinite_losses_are_minor() -> None:
     losses = falling()
     losses[40] = NAN
-    verdict = judge(RunLog(series(losses), [gradients(falling())]))
+    verdict = analyze_run(RunLog(series(losses), [gradients(falling())]))
     assert (verdict.status, kinds(verdict)) == ("healthy", {"nonfinite_loss": "minor"})
     losses[50::4] = [NAN] * len(losses[50::4])
     losses[-1] = 0.1
-    assert kinds(judge(RunLog(series(losses)))) == {"nonfinite_loss": "serious"}
+    assert kinds(analyze_run(RunLog(series(losses)))) == {"nonfinite_loss": "serious"}
 
 
 def incident(kind: str, step: int, action: str = "none") -> RecordedIncident:
     return RecordedIncident(kind, step, action=action)
 
 
-def test_skipped_batches_are_a_rescue_and_their_cause_is_told() -> None:
+def test_skipped_batches_are_handled_and_their_cause_is_reported() -> None:
     skipped = [
         RecordedIncident(
             "nonfinite_loss", step, ("batch[0]",), NAN, "skipped", cause="bad_input", detail="Row 3 is NaN."
@@ -468,70 +478,74 @@ def test_skipped_batches_are_a_rescue_and_their_cause_is_told() -> None:
         for step in range(40, 52)
     ]
     counts = series([0.0] * 40 + [float(i) for i in range(60)])
-    verdict = judge(RunLog(series(falling()), [gradients(falling())], skips=counts, incidents=skipped))
-    assert (verdict.status, verdict.headline) == ("rescued", "rescued from nonfinite loss")
+    verdict = analyze_run(RunLog(series(falling()), [gradients(falling())], skips=counts, incidents=skipped))
+    assert (verdict.status, verdict.headline) == ("recovered", "recovered from nonfinite loss")
     (symptom,) = verdict.symptoms
     assert symptom.evidence == "12 times, from step 40 to 51; 12 skipped; cause: bad input: Row 3 is NaN"
     assert "batch[0]" in symptom.remedies[0]
 
 
-def test_a_guarded_run_does_not_die_of_a_last_nonfinite_batch() -> None:
+def test_guarded_run_does_not_fail_by_a_last_nonfinite_batch() -> None:
     losses = [*falling(99), NAN]
-    guarded = judge(RunLog(series(losses), skips=series([0.0] * 100)))
-    assert guarded.outcome.died_at is None
-    assert judge(RunLog(series(losses))).status == "dead"
+    guarded = analyze_run(RunLog(series(losses), skips=series([0.0] * 100)))
+    assert guarded.outcome.failed_at is None
+    assert analyze_run(RunLog(series(losses))).status == "failed"
 
 
-def test_a_run_that_was_given_up_died_of_what_came_last() -> None:
+def test_stopped_run_failed_by_its_last_incident() -> None:
     incidents = [
         incident("vanishing_gradient", 10),
         *(incident("nonfinite_gradient", step, action="skipped") for step in range(50, 60)),
         incident("rollback", 60, action="rolled_back"),
         incident("training_diverged", 61, action="stopped"),
     ]
-    verdict = judge(RunLog(series([2.0] * 62), skips=series([0.0] * 62), incidents=incidents))
-    assert (verdict.status, verdict.headline) == ("dead", "nonfinite gradients")
+    verdict = analyze_run(RunLog(series([2.0] * 62), skips=series([0.0] * 62), incidents=incidents))
+    assert (verdict.status, verdict.headline) == ("failed", "nonfinite gradients")
     assert kinds(verdict) == {"nonfinite_gradient": "fatal", "vanishing_gradient": "minor"}
 
 
-def test_a_run_that_was_given_up_without_a_word_still_has_things_to_try() -> None:
+def test_stopped_run_without_incidents_has_remedies() -> None:
     stop = [incident("training_diverged", 59, action="stopped")]
-    verdict = judge(RunLog(series(falling(60)), skips=series([0.0] * 60), incidents=stop))
+    verdict = analyze_run(RunLog(series(falling(60)), skips=series([0.0] * 60), incidents=stop))
     assert (verdict.status, verdict.headline, kinds(verdict)) == (
-        "dead",
+        "failed",
         "given up",
         {"training_diverged": "fatal"},
     )
     assert "Lower the learning rate" in verdict.symptoms[0].remedies[0]
 
 
-def test_a_rollback_answers_what_came_right_before_it() -> None:
+def test_rollback_handles_the_incident_before_it() -> None:
     spike = RecordedIncident("loss_spike", 40)
     back = [RecordedIncident("rollback", 41, value=30.0, action="rolled_back")]
-    assert kinds(judge(RunLog(series(falling()), incidents=[spike, *back]))) == {"loss_spike": "handled"}
-    assert kinds(judge(RunLog(series(falling()), incidents=[spike]))) == {"loss_spike": "minor"}
+    assert kinds(analyze_run(RunLog(series(falling()), incidents=[spike, *back]))) == {
+        "loss_spike": "handled"
+    }
+    assert kinds(analyze_run(RunLog(series(falling()), incidents=[spike]))) == {"loss_spike": "minor"}
 
 
-def test_what_follows_from_a_death_is_not_told_again() -> None:
+def test_consequences_of_a_failure_are_not_reported_again() -> None:
     log = RunLog(series([*falling(30), NAN, NAN]), incidents=[incident("nonfinite_gradient", 30)])
-    assert kinds(judge(log)) == {"nonfinite_loss": "fatal"}
+    assert kinds(analyze_run(log)) == {"nonfinite_loss": "fatal"}
 
 
-def test_causes_come_ahead_of_what_follows_from_them() -> None:
+def test_causes_precede_their_consequences() -> None:
     norms = [1.0] * 40 + [1e5] + [1.0] * 60
     clipped = series([min(norm, 1.0) for norm in norms])
     spoiled = [incident("nonfinite_weights", 41, "skipped")]
-    verdict = judge(
+    verdict = analyze_run(
         RunLog(series(falling(101)), [replace(gradients(norms), clipped=clipped)], incidents=spoiled)
     )
     assert kinds(verdict) == {"exploding_gradient": "handled", "nonfinite_weights": "handled"}
-    assert verdict.headline == "rescued from exploding gradients"
+    assert verdict.headline == "recovered from exploding gradients"
 
 
-def test_a_poor_initialization_matters_where_nothing_was_learned() -> None:
+def test_poor_initialization_is_serious_without_learning() -> None:
     told = [incident("poor_initialization", 0)]
-    assert kinds(judge(RunLog(series([2.3] * 60), incidents=told))) == {"poor_initialization": "serious"}
-    assert kinds(judge(RunLog(series(falling()), incidents=told))) == {"poor_initialization": "minor"}
+    assert kinds(analyze_run(RunLog(series([2.3] * 60), incidents=told))) == {
+        "poor_initialization": "serious"
+    }
+    assert kinds(analyze_run(RunLog(series(falling()), incidents=told))) == {"poor_initialization": "minor"}
 
 
 ODD = [[], [1.0], [NAN], [NAN] * 50, [0.0] * 50, [math.inf, 1.0], [-1.0] * 20, [1e308, 1e-320] * 20]
@@ -539,30 +553,30 @@ ODD += [[1e308] * 20 + [1e-320] * 20, [-1e308] * 20 + [1e308] * 20]
 
 
 @pytest.mark.parametrize("values", ODD)
-def test_any_log_has_a_verdict(values: list[float]) -> None:
-    verdict = judge(RunLog(series(values), [gradients(values)], backoff_scale=series(values)))
+def test_every_log_has_a_verdict(values: list[float]) -> None:
+    verdict = analyze_run(RunLog(series(values), [gradients(values)], backoff_scale=series(values)))
     assert verdict.headline
     if len(values) < 2 and not any(map(math.isnan, values)):
         assert verdict.status == "unknown"
     if values and all(map(math.isnan, values)):
-        assert (verdict.status, verdict.outcome.survived) == ("dead", 0)
+        assert (verdict.status, verdict.outcome.survived) == ("failed", 0)
 
 
-def test_networks_trained_against_each_other_may_raise_a_loss() -> None:
+def test_losses_of_adversarial_optimizers_may_rise() -> None:
     losses = series([1.0 + 0.05 * i for i in range(60)])
     rivals = [gradients([1.0] * 60), gradients([1.0] * 60)]
-    assert kinds(judge(RunLog(losses, rivals))) == {}
+    assert kinds(analyze_run(RunLog(losses, rivals))) == {}
 
 
-def test_steps_are_counted_as_they_were_logged() -> None:
-    assert judge(RunLog(Series([0, 1, 2], [1.0] * 3))).outcome.steps == 3
-    assert judge(RunLog(Series([9, 19, 29], [1.0] * 3))).outcome.steps == 30
+def test_steps_are_counted_as_logged() -> None:
+    assert analyze_run(RunLog(Series([0, 1, 2], [1.0] * 3))).outcome.steps == 3
+    assert analyze_run(RunLog(Series([9, 19, 29], [1.0] * 3))).outcome.steps == 30
     # Hugging Face's Trainer counts from one
-    assert judge(RunLog(Series([10, 20, 30], [1.0] * 3))).outcome.steps == 30
+    assert analyze_run(RunLog(Series([10, 20, 30], [1.0] * 3))).outcome.steps == 30
 
 
-def test_the_worst_layer_comes_first() -> None:
+def test_worst_layer_is_first() -> None:
     log = profile(1.0)
-    verdict = judge(RunLog(series([2.3] * 100), [log]))
+    verdict = analyze_run(RunLog(series([2.3] * 100), [log]))
     assert worst_layers(log, verdict)[0] == LAYERS[0]
-    assert worst_layers(log, judge(RunLog(series(falling()))))[0] == "head.weight"
+    assert worst_layers(log, analyze_run(RunLog(series(falling()))))[0] == "head.weight"

@@ -96,7 +96,7 @@ def test_a_lost_batch_leaves_a_dossier(tmp_path: Path) -> None:
     assert (finding["cause"], finding["where"], finding["step"]) == ("bad_input", ["batch[0]"], 6)
     assert finding["versions"]["torch"] == torch.__version__
     page = Page((folder / "index.html").read_text())
-    assert "bad_input" in page.words
+    assert "bad input" in page.words
     assert advice_for_cause("bad_input", ["batch[0]"]) in page.words
     assert any("--model tests.tasks.Classifier" in words for words in page.words)
     assert any("640 nonfinite" in words for words in page.words)

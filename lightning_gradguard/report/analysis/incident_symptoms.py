@@ -1,0 +1,112 @@
+"""Symptoms from recorded incidents and from learning-rate cuts."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+
+from lightning_gradguard.core.incidents import label
+from lightning_gradguard.core.remedies import advice_for_cause, remedies
+from lightning_gradguard.report.analysis.outcome import Outcome
+from lightning_gradguard.report.analysis.run_log import RecordedIncident, RunLog
+from lightning_gradguard.report.analysis.run_symptom import RunSymptom, SymptomSeverity, run_symptom
+
+#: A learning-rate scale at or below this has not recovered.
+BACKED_OFF = 1 / 8
+#: Details of one symptom that are quoted in full.
+MAX_DETAILS = 5
+
+#: Kinds that record an intervention, not a symptom.
+_RESPONSES = ("rollback", "learning_rate_backoff", "training_diverged", "lost_batch")
+_INITIALIZATION = ("poor_initialization", "dead_units", "saturated_units")
+
+
+def incident_symptoms(log: RunLog, outcome: Outcome, known: set[str]) -> Iterator[RunSymptom]:
+    """Yields the symptoms that the suite recorded or responded to.
+
+    Args:
+        log: Of the run.
+        outcome: Its end.
+        known: Kinds of the symptoms found in loss and gradients.
+    """
+    for symptom in _falling_learning_rate(log, outcome):
+        yield symptom
+        known = {*known, symptom.kind}
+    yield from _recorded(log, outcome, known)
+
+
+def _falling_learning_rate(log: RunLog, outcome: Outcome) -> Iterator[RunSymptom]:
+    """Yields learning-rate cuts that were not recovered."""
+    points = log.backoff_scale.finite()
+    if not points:
+        return
+    scales = [scale for _, scale in points]
+    recorded = [i for i in log.incidents if i.kind == "learning_rate_backoff"]
+    if recorded:
+        # right after a cut the rate is rewarmed from a tenth of the recorded one
+        cuts, level = [i.step for i in recorded], recorded[-1].value or scales[-1]
+    else:
+        lows = [step for i, (step, scale) in enumerate(points) if scale < min(scales[:i], default=0.0)]
+        cuts, level = lows, scales[-1]
+    if len(cuts) < 2 or max(level, scales[-1]) > BACKED_OFF:
+        return
+    evidence = f"lowered {len(cuts)} times since step {cuts[0]}, to {level:.2g} of the configured rate"
+    severity: SymptomSeverity = "minor" if outcome.has_learned else "serious"
+    yield run_symptom("falling_learning_rate", severity, cuts[0], evidence, level)
+
+
+def _recorded(log: RunLog, outcome: Outcome, known: set[str]) -> Iterator[RunSymptom]:
+    """Yields recorded incidents of kinds that no other symptom names."""
+    by_kind: dict[str, list[RecordedIncident]] = defaultdict(list)
+    for incident in log.incidents:
+        by_kind[incident.kind].append(incident)
+    reported = [kind for kind in by_kind if kind not in _RESPONSES and kind not in known]
+    last = next((i.kind for i in reversed(log.incidents) if i.kind in reported), None)
+    on_rollback = {step for i in by_kind["rollback"] for step in (i.step - 1, i.step)}
+    stops = by_kind["training_diverged"]
+    if outcome.was_stopped and stops and not reported and not known:
+        yield _symptom("training_diverged", "fatal", stops)
+    for kind in reported:
+        if outcome.failed_at is not None and kind.startswith("nonfinite"):
+            continue  # a consequence of the failure, which is a symptom already
+        members = by_kind[kind]
+        handled = any(i.action not in ("none", "stopped") or i.step in on_rollback for i in members)
+        severity: SymptomSeverity = "minor"
+        if outcome.was_stopped and kind == last:
+            severity = "fatal"
+        elif handled:
+            severity = "handled"
+        elif kind in _INITIALIZATION and not outcome.has_learned:
+            severity = "serious"
+        yield _symptom(kind, severity, members)
+
+
+def _symptom(kind: str, severity: SymptomSeverity, members: Sequence[RecordedIncident]) -> RunSymptom:
+    causes = Counter(i.cause for i in members if i.cause)
+    cause, times = causes.most_common(1)[0] if causes else ("", 0)
+    example = next(i for i in reversed(members) if i.cause == cause)
+    steps = [i.step for i in members]
+    first, last = min(steps), max(steps)
+    count = "once" if len(members) == 1 else f"{len(members)} times"
+    evidence = f"{count}, at step {first}" if first == last else f"{count}, from step {first} to {last}"
+    actions = Counter(i.action for i in members if i.action != "none")
+    evidence += "".join(f"; {n} {label(action)}" for action, n in actions.items())
+    if cause:
+        evidence += (
+            f"; cause: {label(cause)}" if times == len(members) else f"; cause of {times}: {label(cause)}"
+        )
+        details = dict.fromkeys(i.detail.rstrip(".") for i in members if i.cause == cause and i.detail)
+        evidence += f": {_listed([*details])}" if details else ""
+    value = math.nan if example.value is None else example.value
+    advice = advice_for_cause(cause, example.where)
+    # a kind published by another callback carries its own advice
+    next_steps = (
+        (advice,) if advice else remedies(kind, example.where) or tuple(filter(None, [example.advice]))
+    )
+    return RunSymptom(kind, example.where, value, severity, first, evidence, next_steps)
+
+
+def _listed(texts: Sequence[str]) -> str:
+    more = len(texts) - MAX_DETAILS
+    return "; ".join(texts[:MAX_DETAILS]) + (f"; and {more} more" if more > 0 else "")

@@ -1,0 +1,29 @@
+"""Runs are found in nested folders."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lightning_gradguard.report.readers.run_folders import find_runs
+from tests.report.runs import write_events
+
+
+def test_stray_file_does_not_hide_the_runs_below_it() -> None:
+    write_events("top", {"hp_metric": [-1.0]})
+    for name in ("version_0", "version_1"):
+        write_events(f"top/{name}", {"train_loss": [1.0] * 5})
+    assert list(find_runs([Path("top")])) == ["version_0", "version_1"]
+    # a run of its own is one
+    write_events("top", {"train_loss": [1.0]}, first_step=1)
+    assert list(find_runs([Path("top")])) == ["top"]
+
+
+def test_runs_are_in_natural_order_with_unique_names() -> None:
+    write_events("runs/version_10", {"train_loss": [1.0]})
+    write_events("runs/version_9", {"train_loss": [1.0]})
+    write_events("runs/deep/er/run", {"train_loss": [1.0]})
+    assert list(find_runs([Path("runs")])) == ["deep/er/run", "version_9", "version_10"]
+    assert list(find_runs([Path("runs/version_9"), Path("runs/version_10")])) == ["version_9", "version_10"]
+    write_events("other/version_9", {"train_loss": [1.0]})
+    names = list(find_runs([Path("runs/version_9"), Path("other/version_9")]))
+    assert names == ["runs/version_9", "other/version_9"]

@@ -1,0 +1,63 @@
+"""The text report fits the terminal."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from pathlib import Path
+
+import pytest
+
+from lightning_gradguard.report.render.text import text_table
+from tests.report.runs import printed, write_events
+
+NAN = math.nan
+HEAD = ["run", "verdict", "survived", "final", "loss", "max", "norm", "skips", "rollbacks", "worst", "layer"]
+TRANSPOSED = ["run      first_of_the_runs", "verdict  exploding", "         gradients", "loss     1.0"]
+
+
+def test_unknown_values_are_dashes(capsys: pytest.CaptureFixture[str]) -> None:
+    write_events("runs/norms", {"grad_norm/total": [1.0] * 20})
+    Path("runs/incidents").mkdir()
+    Path("runs/incidents/incidents.jsonl").write_text('{"kind": "loss_spike", "step": 3}\n')
+    _, incidents, norms = printed(capsys, "runs").splitlines()[:3]
+    assert re.split(r" {2,}", norms)[2:] == ["20 of 20", "-", "1", "-", "-", "-"]
+    assert re.split(r" {2,}", incidents)[2:] == ["-"] * 6
+    first, second = json.loads(printed(capsys, "runs", "--json"))["runs"]
+    assert (second["final_loss"], second["first_loss"], first["survived"]) == (None, None, None)
+
+
+def test_runs_side_by_side(capsys: pytest.CaptureFixture[str]) -> None:
+    write_events("runs/version_10", {"train_loss": [2.0 * 0.9**i for i in range(30)]})
+    write_events(
+        "runs/version_9", {"train_loss": [4.0, 3.0, 1e9, NAN], "grad_norm/total": [1.0, 1.0, 1e9, NAN]}
+    )
+    write_events("runs/deep/er/run", {"train_loss": [2.0 * 0.9**i for i in range(30)]})
+    head, *rows = printed(capsys, "runs").splitlines()[:4]
+    assert head.split() == HEAD
+    assert [row.split()[0] for row in rows] == ["deep/er/run", "version_9", "version_10"]
+    assert "exploding gradients  3 of 4" in rows[1]
+
+
+@pytest.mark.parametrize("width", [40, 60, 80, 120])
+def test_no_line_is_wider_than_the_terminal(
+    width: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    name = "encoder.layers.11.self_attention.output_projection.weight"
+    tags = {f"grad_norm/{name}": [1.0, 1e9, NAN], "train_loss": [4.0, 3.0, NAN]}
+    write_events("a_run_with_quite_a_long_name_of_its_own", tags)
+    write_events("another", {"train_loss": [2.0 * 0.9**i for i in range(30)]})
+    for text in (
+        printed(capsys, "another"),
+        printed(capsys, "a_run_with_quite_a_long_name_of_its_own", "another"),
+    ):
+        assert max(map(len, text.splitlines())) <= width
+
+
+def test_table_is_narrowed_and_then_transposed() -> None:
+    rows = [("run", "verdict", "loss"), ("first_of_the_runs", "exploding gradients", "1.0")]
+    assert text_table(rows, 100)[1] == "first_of_the_runs  exploding gradients  1.0"
+    assert text_table(rows, 36, flexible=(0, 1))[1] == "first_…he_runs  exploding gra…  1.0"
+    assert text_table(rows, 27, flexible=(0, 1)) == TRANSPOSED

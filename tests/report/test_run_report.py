@@ -1,0 +1,38 @@
+"""The report on a run names what is missing in its logs."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from lightning_gradguard.report.render.html import to_html
+from tests.report.runs import printed, report_of, write_events, write_long
+
+NAN = math.nan
+
+
+def test_short_run_has_no_verdict_but_symptoms(capsys: pytest.CaptureFixture[str]) -> None:
+    tags = {"grad_norm/total": [3e6] * 3, "train_loss": [2.0] * 3, "clip/coefficient": [1e-6] * 3}
+    write_events("run", {**tags, "clip/fraction": [1.0] * 3})
+    text = " ".join(printed(capsys, "run").split())
+    assert "not enough logged steps for a verdict" in text
+    assert "for a verdict log more often, Trainer(log_every_n_steps=10), or train for longer" in text
+    assert "hard clipping all the time (minor, from step 1)" in text
+    assert "largest gradient norm 3e+06" in text
+
+
+def test_run_with_a_loss_alone_gets_a_verdict(capsys: pytest.CaptureFixture[str]) -> None:
+    write_events("run", {"train/loss": [4.6, 3.9, 1.2e14, NAN]})
+    text = printed(capsys, "run")
+    assert "run: divergence" in text
+    assert "the verdict rests on train/loss alone; add GradientNormMonitor()" in text
+
+
+def test_hundred_thousand_steps() -> None:
+    path = write_long("run", ["grad_norm/total", "grad_norm/a.weight", "train_loss"], 100_000)
+    found = report_of(path)
+    assert found.verdict.status == "healthy"
+    assert found.verdict.outcome.steps == 100_000
+    page = to_html([found])
+    assert len(page) < 100_000
