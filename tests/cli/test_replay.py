@@ -1,4 +1,4 @@
-"""`replay` sees an incident happen again, says so if it does not, and refuses in one line."""
+"""`replay` reproduces an incident, or reports that it does not, and rejects wrong input in one line."""
 
 from __future__ import annotations
 
@@ -42,11 +42,11 @@ class Logarithm(pl.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         inputs, target = batch
-        sick = bool(inputs[0, 0] > 90)
+        fails = bool(inputs[0, 0] > 90)
         loss = nn.functional.cross_entropy(self.head(self.body(inputs)), target)
-        if sick and self.fails_in == "loss":
+        if fails and self.fails_in == "loss":
             loss = loss + (loss * 0).log()
-        if sick and self.fails_in == "backward":
+        if fails and self.fails_in == "backward":
             loss = loss + (self.head.weight * 0).norm().sqrt()
         return loss
 
@@ -55,14 +55,14 @@ class Logarithm(pl.LightningModule):
 
 
 class Logs(nn.Module):
-    def __init__(self, sick: bool, chance: float) -> None:
+    def __init__(self, fails: bool, chance: float) -> None:
         super().__init__()
-        self.sick = sick
+        self.fails = fails
         self.chance = chance
 
     def forward(self, values: Tensor) -> Tensor:
         drawn = bool(torch.rand(()) < self.chance)
-        if drawn or (self.sick and values.abs().max() > 30):
+        if drawn or (self.fails and values.abs().max() > 30):
             return (values * 0).log()
         return values
 
@@ -93,14 +93,14 @@ def marked(n: int = 12, at: int = 6) -> list[Batch]:
 
 
 def record(module: pl.LightningModule, data: list[Batch], folder: Path, **arguments: Any) -> Path:
-    """The dossier that a fit leaves."""
+    """Returns the dossier of a fit."""
     fit(module, data, [NaNRollback(snapshot_every_n_steps=1)], folder, **arguments)
     (found,) = (folder / "incidents").iterdir()
     return found
 
 
 def replayed(capsys: pytest.CaptureFixture[str], *arguments: Any) -> tuple[int, str]:
-    """The exit code, and what was printed; a refusal is one line."""
+    """Returns the exit code and the output; a usage error is one line."""
     capsys.readouterr()
     try:
         main(["replay", *map(str, arguments)])
@@ -118,7 +118,7 @@ def replayed(capsys: pytest.CaptureFixture[str], *arguments: Any) -> tuple[int, 
     return code, out
 
 
-def test_a_nan_batch_happens_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_nan_batch_is_reproduced(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     dossier = record(Classifier(norm=True, dropout=0.1), poisoned(batches(12), nan=[6]), tmp_path)
     arguments = ("--model", "tests.tasks.Classifier", "--model.norm", "true", "--model.dropout", "0.1")
     code, printed = replayed(capsys, dossier, *arguments)
@@ -165,7 +165,7 @@ def test_every_pass_and_precision(
     code, printed = replayed(capsys, dossier, "--model", f"{HERE}.Logarithm", "--model.fails_in", fails_in)
     assert (code, "\nreproduced\n" in printed) == (0, True), printed
     assert printed.count(recorded.origin.operation) >= 2
-    # without what made it fail, it does not happen
+    # without the cause, it is not reproduced
     code, printed = replayed(capsys, dossier, "--model", f"{HERE}.Logarithm", "--model.fails_in", "nowhere")
     assert code == 1
     assert "\nnot reproduced\n" in printed
@@ -188,7 +188,7 @@ def test_overflow_depends_on_the_loss_scale(tmp_path: Path, capsys: pytest.Captu
     assert (code, "backward_pass" in printed) == (1, False)
 
 
-def test_what_depends_on_random_numbers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_random_numbers_are_restored(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     module = Logarithm(fails_in="nowhere", chance=0.1)
     fit(module, batches(30), [NaNRollback()], tmp_path)
     dossiers = sorted((tmp_path / "incidents").iterdir())
@@ -211,8 +211,8 @@ def test_manual_optimization(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert (code, "\nreproduced\n" in printed) == (0, True), printed
 
 
-class Spoiled(Classifier):
-    """Weights that something else wrote."""
+class Corrupted(Classifier):
+    """Weights that other code has written."""
 
     rows = slice(0, 1)
     value = math.inf
@@ -223,20 +223,20 @@ class Spoiled(Classifier):
             first.weight.data[0, self.rows] = self.value
 
 
-class Trampled(Spoiled):
+class Overwritten(Corrupted):
     rows = slice(0, 20)
 
 
-class Huge(Spoiled):
+class Huge(Corrupted):
     value = 1e38  # finite, and too much for the layers above
 
 
 @pytest.mark.parametrize(
     ("kind", "cause"),
-    [(Spoiled, "corrupted_weights"), (Trampled, "update_too_large"), (Huge, "corrupted_weights")],
+    [(Corrupted, "corrupted_weights"), (Overwritten, "update_too_large"), (Huge, "corrupted_weights")],
 )
-def test_causes_in_the_weights_are_derived_anew(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: type[Spoiled], cause: str
+def test_causes_in_weights_are_found_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: type[Corrupted], cause: str
 ) -> None:
     path = record(kind(), batches(12), tmp_path)
     recorded = read_dossier(path)
@@ -244,7 +244,7 @@ def test_causes_in_the_weights_are_derived_anew(
     code, printed = replayed(capsys, path, "--model", f"{HERE}.{kind.__name__}")
     assert (code, "\nreproduced\n" in printed) == (0, True), printed
     assert "at fault  net.0.weight" in printed
-    # with sound weights there is nothing to be found, whatever was recorded
+    # with healthy weights no cause is found, whatever was recorded
     sound = dataclasses.replace(recorded, weights=dict(kind().state_dict()))
     path = write_dossier(tmp_path / "sound", sound, megabytes=1)
     code, printed = replayed(capsys, path, "--model", f"{HERE}.{kind.__name__}")
@@ -252,9 +252,7 @@ def test_causes_in_the_weights_are_derived_anew(
     assert "transient" in printed
 
 
-def test_the_state_of_an_optimizer_is_not_in_a_dossier(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_optimizer_state_is_not_in_dossier(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recorded = read_dossier(record(Classifier(), poisoned(batches(12), nan=[6]), tmp_path))
     name = "momentum_buffer of net.0.weight"
     origin = Origin("corrupted_weights", where=(name,))
@@ -262,22 +260,21 @@ def test_the_state_of_an_optimizer_is_not_in_a_dossier(
     path = write_dossier(tmp_path / "odd", odd, megabytes=1)
     code, printed = replayed(capsys, path, "--model", "tests.tasks.Classifier")
     assert code == 1
-    assert "note: absurd values were in the state of an optimizer, which a dossier does not hold" in printed
+    assert (
+        "note: values out of range were in the state of an optimizer, which a dossier does not hold"
+        in printed
+    )
 
 
 @pytest.mark.parametrize(("cause", "code"), [("transient", 0), ("unknown", 1), ("forward_pass", 1)])
-def test_a_batch_that_is_finite_again(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], cause: Any, code: int
-) -> None:
+def test_finite_batch(tmp_path: Path, capsys: pytest.CaptureFixture[str], cause: Any, code: int) -> None:
     recorded = read_dossier(record(Classifier(), poisoned(batches(12), nan=[6]), tmp_path))
     finite = dataclasses.replace(recorded, origin=Origin(cause), batch=batches(1)[0])
     path = write_dossier(tmp_path / "finite", finite, megabytes=1)
     assert replayed(capsys, path, "--model", "tests.tasks.Classifier")[0] == code
 
 
-def test_a_step_that_cannot_be_run_reproduces_nothing(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_failing_step_is_not_reproduced(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recorded = read_dossier(record(Classifier(), poisoned(batches(12), nan=[6]), tmp_path))
     odd = dataclasses.replace(recorded, origin=Origin("unknown"), batch={"other": torch.ones(1)})
     path = write_dossier(tmp_path / "odd", odd, megabytes=1)
@@ -286,9 +283,7 @@ def test_a_step_that_cannot_be_run_reproduces_nothing(
     assert "found: The batch could not be run again: ValueError" in printed
 
 
-def test_frozen_weights_and_modes_are_as_they_were(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_frozen_weights_and_modes_are_restored(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     class Still(Logarithm):
         def on_train_start(self) -> None:
             self.body.eval()
@@ -309,7 +304,7 @@ class Draws(Classifier):
         return super().training_step(batch, batch_idx)
 
 
-def test_a_step_that_talks_to_its_logger(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_step_may_use_its_logger(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     logger = TensorBoardLogger(tmp_path, name="", version="run")
     fit(Draws(), poisoned(batches(12), nan=[6]), [NaNRollback()], logger=logger)
     dossier = tmp_path / "run" / "incidents" / "6"
@@ -353,7 +348,7 @@ def own_dossier(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return record(own_modules.Mine(width=5), poisoned(batches(12), nan=[6]), tmp_path / "run")
 
 
-def test_as_a_command_in_the_users_folder(own_dossier: Path, tmp_path: Path) -> None:
+def test_command_in_folder_of_user(own_dossier: Path, tmp_path: Path) -> None:
     config = {"model": {"class_path": "own_modules.Mine", "init_args": {"width": 7}}, "seed_everything": 1}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
     command = [sys.executable, "-m", "lightning_gradguard", "replay", str(own_dossier)]
@@ -370,7 +365,7 @@ def test_as_a_command_in_the_users_folder(own_dossier: Path, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["--model", "own_modules.Mime"], "own_modules.Mime does not exist. Did you mean own_modules.Mine?"),
         (["--model", "own_module.Mine"], "no module own_module. Did you mean own_modules?"),
@@ -411,12 +406,12 @@ def test_as_a_command_in_the_users_folder(own_dossier: Path, tmp_path: Path) -> 
         ),
     ],
 )
-def test_wrong_arguments_are_said_in_a_line(
-    own_dossier: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], said: str
+def test_wrong_arguments_are_one_line(
+    own_dossier: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
 ) -> None:
     code, printed = replayed(capsys, own_dossier, *arguments)
     assert code == 2
-    assert said in printed
+    assert message in printed
 
 
 def test_without_a_dossier(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -428,7 +423,7 @@ def test_without_a_dossier(capsys: pytest.CaptureFixture[str], tmp_path: Path) -
     assert (code, "cannot be opened: No such file" in printed) == (2, True)
 
 
-def test_a_wrong_folder_is_told_which_dossiers_there_are(
+def test_wrong_folder_lists_dossiers_nearby(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recorded = read_dossier(record(Classifier(), poisoned(batches(12), nan=[6]), tmp_path / "whole"))
@@ -445,7 +440,7 @@ def test_a_wrong_folder_is_told_which_dossiers_there_are(
     _, printed = replayed(capsys, run, *model)
     named = (f"{run}/incidents/{step}" for step in (10, 11, 12))
     assert printed.endswith(f" There are {', '.join(named)} and 1 more.\n")
-    # nothing is said of others where the file itself is wrong
+    # others are not listed if the file itself is corrupt
     (run / "incidents" / "6" / "dossier.pt").write_bytes(b"torn")
     assert "There" not in replayed(capsys, run / "incidents" / "6", *model)[1]
 
@@ -471,24 +466,24 @@ def _malicious(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("spoil", "said"),
+    ("corrupt", "message"),
     [
         (_cut, "is damaged or no dossier"),
         (_of_another_format, "has format 99; this version of lightning_gradguard reads format 1."),
         (_malicious, "holds more than plain data; it was not loaded"),
     ],
 )
-def test_spoiled_files_are_refused(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], spoil: Callable[[Path], None], said: str
+def test_corrupt_files_are_rejected(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], corrupt: Callable[[Path], None], message: str
 ) -> None:
     dossier = record(Classifier(), poisoned(batches(12), nan=[6]), tmp_path)
-    spoil(dossier / "dossier.pt")
+    corrupt(dossier / "dossier.pt")
     code, printed = replayed(capsys, dossier, "--model", "tests.tasks.Classifier")
-    assert (code, said in printed) == (2, True), printed
+    assert (code, message in printed) == (2, True), printed
     assert not (tmp_path / "touched").exists()
 
 
-def test_what_was_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_omitted_parts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     module = Classifier()
     recorded = read_dossier(record(module, poisoned(batches(12), nan=[6]), tmp_path))
     model = ("--model", "tests.tasks.Classifier")
@@ -507,10 +502,10 @@ def test_what_was_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
         code, printed = replayed(capsys, batch_only, *model, "--checkpoint", checkpoint)
         assert code == 0
         assert f"note: the weights are those of {checkpoint}, not those of step 6" in printed
-        assert "note: left out of the dossier: the weights: 0.02" in printed
+        assert "note: omitted from the dossier: the weights: 0.02" in printed
 
 
-def test_a_precision_that_the_cpu_lacks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unsupported_precision(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recorded = read_dossier(record(Classifier(), poisoned(batches(12), nan=[6]), tmp_path))
     odd = dataclasses.replace(recorded, precision="transformer-engine")
     path = write_dossier(tmp_path / "odd", odd, megabytes=1)
@@ -518,9 +513,7 @@ def test_a_precision_that_the_cpu_lacks(tmp_path: Path, capsys: pytest.CaptureFi
     assert (code, "'transformer-engine' does not run on the CPU" in printed) == (2, True)
 
 
-def test_a_dossier_from_a_gpu_says_what_cannot_be_the_same(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_dossier_of_gpu_notes_random_numbers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recorded = read_dossier(record(Classifier(), poisoned(batches(12), nan=[6]), tmp_path))
     from_gpu = dataclasses.replace(
         recorded, rng={**recorded.rng, "cuda": [torch.zeros(16, dtype=torch.uint8)]}
@@ -528,7 +521,7 @@ def test_a_dossier_from_a_gpu_says_what_cannot_be_the_same(
     path = write_dossier(tmp_path / "gpu", from_gpu, megabytes=1)
     code, printed = replayed(capsys, path, "--model", "tests.tasks.Classifier")
     assert code == 0
-    assert "note: random numbers that were drawn on a GPU are others on the CPU" in printed
+    assert "note: random numbers that were drawn on a GPU differ on the CPU" in printed
 
 
 def test_help(capsys: pytest.CaptureFixture[str]) -> None:
