@@ -19,6 +19,7 @@ from lightning_gradguard.cli.parsing.user_classes import example_subclass, impor
 _KEY = re.compile(r'Parser key "([\w.]+)"')
 _CLASS = re.compile(r"given class_path '([^']+)'|dot import path string: (\S+)")
 _BASE = re.compile(r"Subtypes: .*?(?:<class '|\w\[)((?:\w+\.)+\w+)[\]']")
+_OWNER = re.compile(rf"given class_path '([^']+)'|{_BASE.pattern}")
 _NESTED = re.compile(r"NestedArg\(key='(\w+)")
 _MISSING = re.compile(r"""arguments are required: (.+)|[Kk]ey "([\w.]+)" is required""")
 _UNKNOWN = re.compile(r"nrecognized arguments: (\S+)|(?:[Oo]ption|[Kk]ey) '([\w.]+)'")
@@ -49,17 +50,20 @@ def parse_error_message(
             return one_line(error)
         return _unknown_option(unknown[1] or "", unknown[2] or "", contents, options)
     path = next((match[1] or match[2] for match in _CLASS.finditer(block)), "")
+    bases = _BASE.findall(block)
+    kind = path or next(iter(bases), owner)
     if missing:
         names = (missing[1] or missing[2]).split(", ")
-        return f"{path} needs {', '.join(f'--{key}.{name}' for name in names)}."
+        return f"{kind} needs {', '.join(f'--{key}.{name}' for name in names)}."
     if unknown:
         argument = (unknown[1] or unknown[2]).lstrip("-").partition("=")[0]
-        return _unknown_argument(key, argument, path, arguments, contents)
+        return _unknown_argument(key, argument, kind, arguments, contents)
     name, value = find_option(arguments, contents, key)
-    base, nested = _BASE.search(block), _NESTED.findall(block)
-    if base and (problem := _class_problem(key, value, path, pkgutil.resolve_name(base[1]), nested)):
-        return f"{name}{problem}"
-    return f"{name} {_shown(value)}: expected {_expected(key, owner, block, value)}"
+    if bases or path:
+        base = pkgutil.resolve_name(bases[0]) if bases else object
+        if problem := _class_problem(key, value, path, base, _NESTED.findall(block)):
+            return f"{name}{problem}"
+    return f"{name} {_shown(value)}".rstrip() + f": expected {_expected(key, owner, block, value)}"
 
 
 def no_arguments(key: str, arguments: Sequence[str], files: Sequence[str]) -> str:
@@ -87,12 +91,9 @@ def _innermost(error: str) -> tuple[str, str, str]:
     for i in range(first, -1, -1):
         if indents[i] < indent:
             above, indent = f"{lines[i]}\n{above}", indents[i]
-    owner = [match[1] for match in _CLASS.finditer(above)]
-    return (
-        ".".join(_KEY.findall(above)).removeprefix("fit."),
-        owner[-1] if owner else "",
-        "\n".join(lines[first:end]),
-    )
+    owners = [match[1] or match[2] for match in _OWNER.finditer("\n".join(lines[:first]))]
+    key = ".".join(_KEY.findall(above)).removeprefix("fit.")
+    return key, next(reversed(owners), ""), "\n".join(lines[first:end])
 
 
 def _shown(value: Any) -> str:
@@ -137,14 +138,15 @@ def _unknown_argument(
 def _expected(key: str, owner: str, block: str, value: Any) -> str:
     """Returns the types and the choices of an option, and the choice that is nearest to a value."""
     expected = _EXPECTED.findall(block)
-    if not expected and owner:  # jsonargparse 4.39 does not name the choices
-        kind = pkgutil.resolve_name(owner)
-        hints = typing.get_type_hints(kind.__init__)
-        expected = [str(hints.get(key.rpartition(".")[2], ""))]
-    choices = dict.fromkeys(re.findall(r"'([^']+)'(?=[^\[]*\])", " ".join(expected)))
+    parameters = inspect.signature(pkgutil.resolve_name(owner)).parameters if owner else {}
+    if "no types" in block and (parameter := parameters.get(key.rpartition(".")[2])):
+        expected.append(str(parameter.annotation))  # jsonargparse 4.39 does not name the choices
+    literals = [literal for text in expected for literal in re.findall(r"Literal\[(.*?)\]", text)]
+    choices = dict.fromkeys(choice for literal in literals for choice in literal.split(", "))
     types = [re.sub(r"<class '([\w.]+)'>", r"\1", text) for text in expected if "Literal[" not in text]
-    alternatives = [*dict.fromkeys(types), *([f"one of {', '.join(map(repr, choices))}"] if choices else [])]
-    return f"{' or '.join(alternatives)}.{nearest(_shown(value), choices)}"
+    alternatives = [*dict.fromkeys(types), *([f"one of {', '.join(choices)}"] if choices else [])]
+    near = nearest(_shown(value), [choice.strip("'") for choice in choices])
+    return f"{' or '.join(alternatives) or one_line(block)}.{near}"
 
 
 def _class_problem(key: str, value: Any, path: str, base: Any, nested: Sequence[str]) -> str | None:

@@ -65,14 +65,14 @@ def import_problem(path: str, base: type) -> str | None:
 
     Args:
         path: As `my.Module`.
-        base: The class that is expected.
+        base: The class that is expected; `object` for any.
 
     Returns:
         `None` if the path leads to one.
     """
     package, _, name = path.rpartition(".")
     if not package:
-        near = nearest(name, [heir.__name__ for heir in _concrete(base)])
+        near = "" if base is object else nearest(name, [heir.__name__ for heir in _concrete(base)])
         return f"there is no such class.{near or ' Name it together with its module, as my.Module.'}"
     try:
         module = importlib.import_module(package)
@@ -93,7 +93,7 @@ def import_problem(path: str, base: type) -> str | None:
             f"this {base.__name__} is of another package than the module; import both from "
             "pytorch_lightning, or both from lightning."
         )
-    problem = "does not exist" if found is None else f"is no {base.__name__}"
+    problem = "does not exist" if found is None else f"is no {'class' if base is object else base.__name__}"
     # a package with lazy names lists them by `dir` alone
     heirs = [n for n in dir(module) if n[0] != "_" and _is_subclass(getattr(module, n, None), base)]
     return f"{path} {problem}.{nearest(name, heirs, f'{package}.')}"
