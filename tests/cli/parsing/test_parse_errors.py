@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal, Optional, Union
 
 import pytest
+import pytorch_lightning as pl
 import yaml
+from jsonargparse import ArgumentError
 
 from lightning_gradguard.cli.parsing.parse_errors import parse_error_message
+from lightning_gradguard.cli.replay import argument_parser
 from tests.cli.conftest import Command
 
 MODULE = ("--model", "mine.Net", "--data", "mine.Data", "--seed_everything=0")
@@ -263,3 +269,61 @@ def test_wording_of_both_jsonargparse_versions() -> None:
     ):
         assert "Did you mean --trainer.max_steps?" in parse_error_message(line, [], [], ["trainer.max_steps"])
     assert parse_error_message("something else\n  altogether", [], [], []) == "something else altogether"
+
+
+@dataclasses.dataclass
+class Size:
+    width: int = 8
+    mode: Literal["wide", "deep"] = "wide"
+
+
+class Part:
+    def __init__(self, n: int, size: Optional[Size] = None) -> None:  # noqa: UP045
+        pass
+
+
+class Nested(pl.LightningModule):
+    def __init__(
+        self,
+        part: Part,
+        parts: Sequence[Part] = (),
+        size: Optional[Size] = None,  # noqa: UP045
+        rate: Union[float, Literal["auto"]] = 0.1,  # noqa: UP007
+    ) -> None:
+        super().__init__()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("", "HERE.Nested needs --model.part."),
+        ("--model.part HERE.Part", "HERE.Part needs --model.part.n."),
+        (
+            "--model.part HERE.Partt",
+            "--model.part HERE.Partt: HERE.Partt does not exist. Did you mean HERE.Part?",
+        ),
+        ("--model.part HERE.Part --model.part.n x", "--model.part.n x: expected int."),
+        (
+            "--model.part HERE.Part --model.part.m 1",
+            "--model.part.m: HERE.Part takes no such argument. There are: n, size.",
+        ),
+        (
+            "--model.parts+=HERE.Partt",
+            "--model.parts HERE.Partt: HERE.Partt does not exist. Did you mean HERE.Part?",
+        ),
+        (
+            "--model.size.widht 3",
+            "--model.size.widht: HERE.Size takes no such argument. Did you mean --model.size.width?",
+        ),
+        (
+            "--model.size.mode wied",
+            "--model.size.mode wied: expected one of 'wide', 'deep'. Did you mean wide?",
+        ),
+        ("--model.rate x", "--model.rate x: expected float or one of 'auto'."),
+    ],
+)
+def test_nested_and_optional_arguments(arguments: str, message: str) -> None:
+    argv = f"dossier --model HERE.Nested {arguments}".replace("HERE", __name__).split()
+    with pytest.raises(ArgumentError) as raised:
+        argument_parser().parse_args(argv)
+    assert parse_error_message(str(raised.value), argv, [], []) == message.replace("HERE", __name__)
