@@ -19,8 +19,8 @@ import yaml
 import lightning_gradguard
 from docs.generators import experiments, guide
 from docs.generators.experiments import Run
-from lightning_gradguard.cli.lightning_cli import command_line, typed
 from lightning_gradguard.cli.main import main as command
+from lightning_gradguard.cli.parsing.lightning_cli import command_line, fit_argv
 
 ROOT = Path(__file__).parents[1]
 PAGES = {
@@ -93,7 +93,7 @@ def test_python_snippets_run(page: str, monkeypatch: pytest.MonkeyPatch) -> None
 def test_yaml_snippets_are_built(page: str, snippet: str) -> None:
     Path("snippet.yaml").write_text(snippet)
     arguments = ["--config", "config.yaml", "--config", "snippet.yaml"]
-    with typed(arguments):
+    with fit_argv(arguments):
         trainer = command_line(arguments).trainer
     built = {type(callback).__name__ for callback in trainer.callbacks}  # type: ignore[attr-defined]
     listed = yaml.safe_load(snippet).get("trainer", {}).get("callbacks", [])
@@ -119,7 +119,7 @@ def test_commands_are_valid(line: str, capsys: pytest.CaptureFixture[str]) -> No
     """Arguments of `fit` build a module and a Trainer; options of other commands exist."""
     _, verb, *arguments = shlex.split(line)
     if verb == "fit" and "--help" not in arguments:
-        with typed(arguments):
+        with fit_argv(arguments):
             assert type(command_line(arguments).model).__name__ == "DeepNetwork"
         return
     with contextlib.suppress(SystemExit):

@@ -1,4 +1,4 @@
-"""`lightning-gradguard check`: whether a network, as it is initialized, can train; without training."""
+"""`lightning-gradguard check`: checks that a network can train as it is initialized, without training it."""
 
 from __future__ import annotations
 
@@ -15,23 +15,44 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
+from jsonargparse import ArgumentParser
 
 from lightning_gradguard.callbacks.initialization_check import InitializationCheck
 from lightning_gradguard.cli.checkpoints import load_weights, read_checkpoint
-from lightning_gradguard.cli.errors import UsageError, is_own, one_line, place_of, told
-from lightning_gradguard.cli.help_pages import check_page
-from lightning_gradguard.cli.lightning_cli import command_line, typed
-from lightning_gradguard.cli.preparse import named_class
-from lightning_gradguard.cli.silence_lightning import quiet
+from lightning_gradguard.cli.errors import (
+    UsageError,
+    is_raised_by_suite,
+    one_line,
+    source_line,
+    usage_errors_reported,
+)
+from lightning_gradguard.cli.fit import MODULE_OPTIONS
+from lightning_gradguard.cli.parsing.lightning_cli import command_line, fit_argv, fit_parser
+from lightning_gradguard.cli.parsing.preparse import named_class
+from lightning_gradguard.cli.silence_lightning import silence_lightning
 from lightning_gradguard.core.initialization import Finding, table
 from lightning_gradguard.runtime.lightning_api import Callback
 from lightning_gradguard.runtime.lightning_packages import lightning_package_of
 
 SCHEMA_VERSION = 1
 
+_DESCRIPTION = """\
+Checks with the first training batch that a network can train as it is initialized. No optimizer step is
+taken, and nothing is written. It has the options of `fit`, and uses one device; callbacks and loggers are
+omitted.
+
+"""
+_EPILOG = """\
+examples:
+  lightning-gradguard check --model my.Module --data my.Data --model.depth 40
+  lightning-gradguard check -c lightning_logs/version_0/config.yaml --json > check.json
+
+Exit code 0: no criterion FAILs; 1: a criterion FAILs; 2: wrong input."""
+_JSON_HELP = "print findings and values as JSON, or write them to FILE"
+
 
 def main(arguments: Sequence[str]) -> None:
-    """Check on the first training batch, and take no step.
+    """Checks with the first training batch, without a step.
 
     Args:
         arguments: Those of `fit`, and `--json`.
@@ -40,32 +61,49 @@ def main(arguments: Sequence[str]) -> None:
         SystemExit: With code 1 if a criterion fails; with code 2 and one short message, if an argument is
             wrong or the batch cannot be run.
     """
-    if {"-h", "--help"} & set(arguments):
-        print(check_page())
-        return
-    own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    own.add_argument("--json", nargs="?", const="-")
-    options, rest = own.parse_known_args(arguments)
-    printed = sys.stdout
-    # what the user's code prints is not in the way of what a program reads
-    with told("check"), typed(rest), quiet(), contextlib.redirect_stdout(sys.stderr):
-        facts = _checked(rest)
+    options, rest = _own_parser().parse_known_args(arguments)
+    stdout = sys.stdout
+    with usage_errors_reported("check"), fit_argv(rest), silence_lightning():
+        # standard output holds nothing but the result; what the user's code prints goes to standard error
+        with contextlib.redirect_stdout(sys.stderr):
+            result = _check(rest)
         if options.json not in (None, "-"):
-            _write(options.json, as_json(facts))
-    print(as_json(facts) if options.json == "-" else in_words(facts), file=printed)
-    if facts.verdict == "fail":
+            _write(options.json, as_json(result))
+    print(as_json(result) if options.json == "-" else as_text(result), file=stdout)
+    if result.verdict == "fail":
         raise SystemExit(1)
 
 
+def argument_parser() -> ArgumentParser:
+    """Returns the parser of `fit` with the options of this command; for the completion of a shell."""
+    parser = fit_parser()
+    parser.add_argument("--json", metavar="FILE", help=_JSON_HELP)
+    return parser
+
+
+def _own_parser() -> argparse.ArgumentParser:
+    """Returns the parser of the options that `fit` does not have."""
+    parser = argparse.ArgumentParser(
+        prog="lightning-gradguard check",
+        usage="lightning-gradguard check --model my.Module [--data my.Data] [-c FILE] [options]",
+        description=_DESCRIPTION + MODULE_OPTIONS.format(checkpoint="check the weights in it, as they are"),
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--json", metavar="FILE", nargs="?", const="-", help=_JSON_HELP)
+    return parser
+
+
 @dataclasses.dataclass(frozen=True)
-class Facts:
-    """What a check came to.
+class CheckResult:
+    """Result of a check.
 
     Args:
         model: The class of the module.
-        checkpoint: Where the weights came from; empty for a fresh network.
-        findings: The worst first.
-        values: Everything that was measured, by `<criterion>/<module>`.
+        checkpoint: The file of the weights; empty for a fresh network.
+        findings: The most severe first.
+        values: All measurements, by `<criterion>/<module>`.
     """
 
     model: str
@@ -76,37 +114,39 @@ class Facts:
     @property
     def verdict(self) -> str:
         """`"fail"`, `"warn"` or `"pass"`."""
-        found = {finding.severity for finding in self.findings}
-        return "fail" if "fail" in found else "warn" if "warn" in found else "pass"
+        severities = {finding.severity for finding in self.findings}
+        return "fail" if "fail" in severities else "warn" if "warn" in severities else "pass"
 
 
-def in_words(facts: Facts) -> str:
-    """A table of the findings, or that there are none, and what was measured of the whole network.
+def as_text(result: CheckResult) -> str:
+    """Describes a result: the measurements of the whole network, and a table of the findings.
 
     Example:
-        >>> print(in_words(Facts("my.Net", "", [], {"loss": 2.31, "gradient_gain": -0.4})))
+        >>> print(as_text(CheckResult("my.Net", "", [], {"loss": 2.31, "gradient_gain": -0.4})))
         my.Net: nothing found; loss 2.31, gradient_gain -0.4
     """
-    whole = {name: value for name, value in facts.values.items() if "/" not in name}
+    whole = {name: value for name, value in result.values.items() if "/" not in name}
     measured = ", ".join(f"{name} {value:.3g}" for name, value in whole.items())
-    origin = f" with the weights of {facts.checkpoint}" if facts.checkpoint else ""
-    what = {"pass": "it can train", "warn": "it may not train", "fail": "it will not train"}[facts.verdict]
-    lines = [f"{facts.model}{origin}: {what if facts.findings else 'nothing found'}"]
-    lines[0] += f"; {measured}" if measured else "; only weights, and the first gradients, were looked at"
-    return "\n".join([*lines, *([table(facts.findings)] if facts.findings else [])])
+    origin = f" with the weights of {result.checkpoint}" if result.checkpoint else ""
+    verdict = {"pass": "it can train", "warn": "it may not train", "fail": "it will not train"}[
+        result.verdict
+    ]
+    lines = [f"{result.model}{origin}: {verdict if result.findings else 'nothing found'}"]
+    lines[0] += f"; {measured}" if measured else "; only weights, and the first gradients, were checked"
+    return "\n".join([*lines, *([table(result.findings)] if result.findings else [])])
 
 
-def as_json(facts: Facts) -> str:
-    """The same for programs; numbers that are nonfinite are texts, as JSON has none."""
+def as_json(result: CheckResult) -> str:
+    """Returns a result as strict JSON, with nonfinite numbers as strings."""
     content = {
         "schema_version": SCHEMA_VERSION,
-        "model": facts.model,
-        "checkpoint": facts.checkpoint or None,
-        "verdict": facts.verdict,
+        "model": result.model,
+        "checkpoint": result.checkpoint or None,
+        "verdict": result.verdict,
         "findings": [
-            {**dataclasses.asdict(finding), "value": _strict(finding.value)} for finding in facts.findings
+            {**dataclasses.asdict(finding), "value": _strict(finding.value)} for finding in result.findings
         ],
-        "values": {name: _strict(value) for name, value in facts.values.items()},
+        "values": {name: _strict(value) for name, value in result.values.items()},
     }
     return json.dumps(content, indent=2, allow_nan=False)
 
@@ -122,10 +162,10 @@ def _write(path: str, text: str) -> None:
         raise UsageError(f"--json {path} cannot be written: {error.strerror}.") from None
 
 
-def _checked(arguments: Sequence[str]) -> Facts:
-    """The first training batch, through a Trainer that has nothing else to do."""
+def _check(arguments: Sequence[str]) -> CheckResult:
+    """Runs the first training batch in a Trainer without anything else."""
     logger = import_module(f"{lightning_package_of(named_class(arguments)).__name__}.loggers.logger")
-    check, end = InitializationCheck(), _End()
+    check, end = InitializationCheck(), _EndBeforeStep()
     with tempfile.TemporaryDirectory() as folder:
         command = command_line(
             arguments,
@@ -133,7 +173,7 @@ def _checked(arguments: Sequence[str]) -> Facts:
             instead_of_zero={"max_epochs": None, "max_steps": -1, "limit_train_batches": None},
             callbacks=[check, end],
             default_root_dir=folder,
-            logger=logger.DummyLogger(),  # takes whatever the user's step hands it
+            logger=logger.DummyLogger(),  # accepts all that the user's step may log
             devices=1,
             num_nodes=1,
             strategy="auto",
@@ -148,7 +188,7 @@ def _checked(arguments: Sequence[str]) -> Facts:
             enable_model_summary=False,
         )
         model, data = command.fit_arguments["model"], command.fit_arguments.get("datamodule")
-        # Lightning would put a check of the module's own in the place of this one
+        # Lightning would replace this check by one of the module's own
         model.configure_callbacks = list
         path = command.fit_arguments.get("ckpt_path")
         if path is not None:
@@ -156,33 +196,33 @@ def _checked(arguments: Sequence[str]) -> Facts:
             end.checkpoint = read_checkpoint(path, "--ckpt_path", weights_only=not trusted)
         try:
             command.trainer.fit(model, datamodule=data)
-        except _EndError:
+        except _CheckDone:
             pass
         except UsageError:
             raise
         except Exception as error:  # the user's own code
-            raise _refusal(error) from None
+            raise _batch_error(error) from None
         else:
             raise UsageError("there is no training batch to check it with.")
     if check.problem is not None:
-        raise _refusal(check.problem)
+        raise _batch_error(check.problem)
     name = f"{type(model).__module__}.{type(model).__qualname__}"
-    return Facts(name, str(path or ""), check.findings, check.values)
+    return CheckResult(name, str(path or ""), check.findings, check.values)
 
 
-def _refusal(error: Exception) -> UsageError:
-    if is_own(error):
+def _batch_error(error: Exception) -> UsageError:
+    if is_raised_by_suite(error):
         return UsageError(f"the first batch could not be checked: {error}")
-    text = f"{type(error).__name__}: {one_line(str(error))}{place_of(error)}"
+    text = f"{type(error).__name__}: {one_line(str(error))}{source_line(error)}"
     return UsageError(f"the first batch could not be run: {text}")
 
 
-class _EndError(Exception):
-    """Everything was seen."""
+class _CheckDone(Exception):
+    """Ends the fit, as all measurements are there."""
 
 
-class _End(Callback):
-    """Comes after the check: gives the network its weights, and lets no optimizer step happen."""
+class _EndBeforeStep(Callback):
+    """Loads the weights, and ends the fit after the check, ahead of the first optimizer step."""
 
     checkpoint: dict[str, Any] | None = None
 
@@ -195,10 +235,10 @@ class _End(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         if pl_module.automatic_optimization:
-            raise _EndError
+            raise _CheckDone
 
     def on_before_optimizer_step(self, *_: Any) -> None:
-        raise _EndError  # of manual optimization, whose first gradients were looked at
+        raise _CheckDone  # of manual optimization, whose first gradients are checked
 
     def on_train_batch_end(self, *_: Any) -> None:
-        raise _EndError
+        raise _CheckDone

@@ -1,4 +1,4 @@
-"""Weights from a file, and into a module; and what to say if they do not fit."""
+"""Reads weights from a file, and loads them into a module."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ from lightning_gradguard.cli.errors import UsageError, one_line
 def read_checkpoint(
     path: str, option: str, *, weights_only: bool = True, trust: str | None = None
 ) -> dict[str, Any]:
-    """What is in a checkpoint of Lightning's, or in a file with a `state_dict` alone.
+    """Reads a checkpoint of Lightning's, or a file with a `state_dict` alone.
 
     Args:
         path: Of the file.
-        option: Where it was named; for messages.
+        option: The option that names it; for messages.
         weights_only: See `torch.load`; anything else runs code that is in the file.
-        trust: What to type to have `weights_only` off, if that can be typed; for messages.
+        trust: The flag that turns `weights_only` off, if there is one; for messages.
 
     Returns:
-        With `state_dict` in it.
+        The content, with the key `state_dict`.
 
     Raises:
-        RefusalError: If it cannot be read.
+        UsageError: If it cannot be read.
     """
     try:
         content = torch.load(path, map_location="cpu", weights_only=weights_only)
     except OSError as error:
         raise UsageError(f"{option} {path} cannot be opened: {error.strerror}.") from None
-    except Exception:  # torch raises many kinds
+    except Exception:  # torch raises exceptions of many classes
         if not weights_only or not (classes := _classes_in(path)):
             raise UsageError(f"{option} {path} is damaged, or was not written by torch.save.") from None
         remedy = f"If you trust the file, add {trust}." if trust else "Save its state_dict alone."
@@ -45,27 +45,27 @@ def read_checkpoint(
 
 
 def _classes_in(path: str) -> list[str]:
-    """Names of the classes that reading a file would import; nothing is run."""
+    """Returns the names of the classes that reading a file would import; runs nothing."""
     try:
         return torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    except Exception:  # torch raises many kinds here, too, and says nothing of files of its older format
+    except Exception:  # of many classes here, too; torch does not support files of its older format
         return []
 
 
 def load_weights(module: pl.LightningModule, weights: Mapping[str, Any]) -> None:
-    """Give a module its weights.
+    """Loads weights into a module.
 
     Args:
-        module: Of the same class as that which had them.
+        module: Of the class that the weights are from.
         weights: By their names.
 
     Raises:
-        RefusalError: If one is missing, is too many or of another shape.
+        UsageError: If one is missing, unexpected or of another shape.
     """
     own = module.state_dict()
     try:
         keys = module.load_state_dict(weights, strict=False)
-        # extra state is of any kind, and not kept
+        # a dossier has no extra state
         missing = [name for name in keys.missing_keys if not name.endswith("_extra_state")]
         problems = [f"{name} is missing in them" for name in missing]
         problems += [f"the module has no {name}" for name in keys.unexpected_keys]

@@ -1,4 +1,4 @@
-"""`lightning-gradguard demo`: the same network trained twice, bare and with the suite."""
+"""`lightning-gradguard demo`: trains the same network twice, with Lightning alone and with the suite."""
 
 from __future__ import annotations
 
@@ -16,24 +16,23 @@ import pytorch_lightning as pl
 from pytorch_lightning.loggers import TensorBoardLogger
 
 from lightning_gradguard import GradientNormMonitor, LearningRateBackoff, default_callbacks
-from lightning_gradguard.cli.demo_task import CharacterRNN, Characters
 from lightning_gradguard.runtime.incidents.journal import count_incidents
 from lightning_gradguard.runtime.logging.console import shell_command
 
-#: Steps whose mean loss is called the final one.
+#: Last steps, whose mean loss is the final one.
 FINAL = 30
 
 
 @dataclass(frozen=True)
 class Run:
-    """What a training run came to.
+    """Result of a training run.
 
     Args:
-        name: `"bare"`, `"guarded"` or what else it was called.
+        name: As `"bare"` or `"guarded"`.
         losses: Training loss of every step.
-        incidents: How often each kind of incident was published.
-        learning_rate: That of the last step.
-        seconds: How long it took.
+        incidents: Number of incidents of each kind.
+        learning_rate: Of the last step.
+        seconds: Duration.
     """
 
     name: str
@@ -44,12 +43,12 @@ class Run:
 
     @property
     def survived(self) -> int:
-        """Steps before the loss became nonfinite for good."""
+        """Number of steps before the loss became nonfinite for good."""
         return max((i + 1 for i, loss in enumerate(self.losses) if math.isfinite(loss)), default=0)
 
     @property
     def final_loss(self) -> float:
-        """Mean loss of the last steps; NaN for a run that died."""
+        """Mean loss of the last steps; NaN for a run that failed."""
         last = self.losses[-FINAL:]
         return sum(last) / len(last)
 
@@ -63,16 +62,19 @@ def train(
     logdir: Path,
     gradient_clip_val: float | None = None,
 ) -> Run:
-    """Train the demo's network once.
+    """Trains the network of the demo once.
 
     Args:
         name: Of the run; its folder in `logdir`.
         callbacks: Those of the Trainer.
         seed: Of data, weights and everything else.
         max_steps: Optimizer steps.
-        logdir: Where TensorBoard looks.
+        logdir: Folder for TensorBoard.
         gradient_clip_val: See Lightning's Trainer.
     """
+    # a shell completes the arguments of all modules that are imported
+    from lightning_gradguard.cli.demo_task import CharacterRNN, Characters
+
     pl.seed_everything(seed, verbose=False)
     data = Characters(n_batches=max_steps, seed=seed)
     module = CharacterRNN(len(data.alphabet))
@@ -100,18 +102,15 @@ def train(
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Train bare and guarded, and say how both ended.
+    """Trains bare and guarded, and prints a summary of both runs.
 
     Args:
         arguments: `--max_steps`, `--seed`, `--logdir`.
 
     Raises:
-        SystemExit: With code 1 if the guarded run died, 2 if an argument is wrong.
+        SystemExit: With code 1 if the guarded run failed, 2 if an argument is wrong.
     """
-    parser = argparse.ArgumentParser(prog="lightning-gradguard demo", description=__doc__)
-    parser.add_argument("--max_steps", type=int, default=300, help="optimizer steps of each run")
-    parser.add_argument("--seed", type=int, default=0, help="of weights and data")
-    parser.add_argument("--logdir", type=Path, help="folder for TensorBoard; a new one if not given")
+    parser = argument_parser()
     options = parser.parse_args(arguments)
     if options.max_steps < 1:
         parser.error(f"--max_steps {options.max_steps} must be at least 1")
@@ -133,12 +132,22 @@ def main(arguments: Sequence[str]) -> None:
         raise SystemExit(1)
 
 
+def argument_parser() -> argparse.ArgumentParser:
+    """Returns the parser of this command."""
+    description = __doc__.partition(": ")[2].capitalize()
+    parser = argparse.ArgumentParser(prog="lightning-gradguard demo", description=description)
+    parser.add_argument("--max_steps", type=int, default=300, help="optimizer steps of each run")
+    parser.add_argument("--seed", type=int, default=0, help="of weights and data")
+    parser.add_argument("--logdir", type=Path, help="folder for TensorBoard; a new one if not given")
+    return parser
+
+
 def summary(runs: Sequence[Run], logdir: Path) -> str:
-    """The runs as one table, in words, and where to look further.
+    """Returns a table of the runs, a comparison, and the next steps.
 
     Args:
         runs: The bare one first, the guarded one last.
-        logdir: Where TensorBoard looks.
+        logdir: Folder for TensorBoard.
     """
     head = ("run", "steps survived", "final loss", "learning rate", "seconds", "incidents")
     rows = [
@@ -155,18 +164,18 @@ def summary(runs: Sequence[Run], logdir: Path) -> str:
     widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
     lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in (head, *rows)]
     bare, guarded = runs[0], runs[-1]
-    died = (
-        f"The bare run died after {bare.survived} steps"
+    ended = (
+        f"The bare run failed after {bare.survived} steps"
         if math.isnan(bare.final_loss)
-        else f"The bare run survived with a loss of {bare.final_loss:.2f}"
+        else f"The bare run ended at a loss of {bare.final_loss:.2f}"
     )
     return "\n".join(
         [
             "",
             *lines,
             "",
-            f"{died}; the guarded one ended at a loss of {guarded.final_loss:.2f} nats a character.",
-            f"Everything is in {logdir}. Look at it, or have it explained, with",
+            f"{ended}; the guarded one ended at a loss of {guarded.final_loss:.2f} nats a character.",
+            f"Logs: {logdir}. Next steps:",
             f"    {shell_command('tensorboard')} --logdir {logdir}",
             f"    {shell_command('lightning-gradguard')} report {logdir}",
         ]

@@ -1,4 +1,4 @@
-"""The demo's task: real text, character by character, for a recurrent network that truly explodes."""
+"""Task of the demo: real text, character by character, for a recurrent network whose gradients explode."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 
 class Characters(pl.LightningDataModule):
-    """The documentation of Python's own language, a text of half a million characters.
+    """Documentation of the Python language, a text of half a million characters.
 
     Args:
         length: Characters in a sample.

@@ -1,4 +1,4 @@
-"""How a command refuses wrong input: in one short message, with what is near to what was typed."""
+"""Errors of usage: wrong input ends a command with one short message, with the nearest valid name."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from pathlib import Path
 
 import lightning_gradguard
 
-_OWN = str(Path(lightning_gradguard.__file__).parent)
-#: Where code lies that the user has not written.
-_FOREIGN = (*(sysconfig.get_paths()[key] for key in ("stdlib", "purelib", "platlib")), _OWN, "<")
+_PACKAGE = str(Path(lightning_gradguard.__file__).parent)
+#: Paths of code that is not the user's.
+_INSTALLED = (*(sysconfig.get_paths()[key] for key in ("stdlib", "purelib", "platlib")), _PACKAGE, "<")
 
 
 class UsageError(Exception):
-    """What was typed is wrong; the message says what, and what to do, in a line."""
+    """The input is wrong; the message names the mistake and the remedy in one line."""
 
 
 @contextmanager
-def told(verb: str) -> Iterator[None]:
-    """Ends the command with a short message where something that was typed is wrong.
+def usage_errors_reported(verb: str) -> Iterator[None]:
+    """Prints the message of a usage error, and ends the command.
 
     Args:
         verb: The command.
@@ -39,7 +39,7 @@ def told(verb: str) -> Iterator[None]:
 
 
 def one_line(text: str) -> str:
-    """A message of many lines in one, and not too long.
+    """Joins the lines of a message, and cuts it at 300 characters.
 
     Example:
         >>> one_line("wrong:   - a value")
@@ -50,7 +50,7 @@ def one_line(text: str) -> str:
 
 
 def nearest(name: str, known: Iterable[str], before: str = "") -> str:
-    """A question whether the nearest of the valid names was meant; empty if none is near.
+    """Suggests the nearest of the valid names; empty if none is near.
 
     Example:
         >>> nearest("patienc", ["patience", "check"], "--nan_rollback.")
@@ -60,17 +60,17 @@ def nearest(name: str, known: Iterable[str], before: str = "") -> str:
     return f" Did you mean {before}{near[0]}?" if near else ""
 
 
-def place_of(error: BaseException) -> str:
-    """The line of the user's own code that an exception comes from, in parentheses; empty if none is."""
+def source_line(error: BaseException) -> str:
+    """Returns the line of the user's own code that an exception comes from, in parentheses; empty if none."""
     frames = reversed(traceback.extract_tb(error.__traceback__))
-    own = next((frame for frame in frames if not frame.filename.startswith(_FOREIGN)), None)
+    own = next((frame for frame in frames if not frame.filename.startswith(_INSTALLED)), None)
     return f" ({_relative(own.filename)}, line {own.lineno})" if own else ""
 
 
-def is_own(error: BaseException) -> bool:
-    """Whether the suite itself has refused a value, in words that need no name of an exception."""
+def is_raised_by_suite(error: BaseException) -> bool:
+    """Checks that the suite has rejected a value; such a message needs no name of an exception."""
     raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
-    return isinstance(error, ValueError) and raised_in.startswith(_OWN)
+    return isinstance(error, ValueError) and raised_in.startswith(_PACKAGE)
 
 
 def _relative(path: str) -> str:

@@ -2,17 +2,63 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
+import textwrap
 from collections.abc import Sequence
+from typing import Any
+
+import docstring_parser
 
 import lightning_gradguard
-from lightning_gradguard.cli.errors import UsageError, one_line, place_of, told
-from lightning_gradguard.cli.help_pages import fit_page
-from lightning_gradguard.cli.lightning_cli import command_line, typed
+from lightning_gradguard.callbacks.defaults import DEFAULTS
+from lightning_gradguard.cli.errors import UsageError, one_line, source_line, usage_errors_reported
+from lightning_gradguard.cli.parsing.lightning_cli import command_line, fit_argv, fit_parser
+
+_HELP = """\
+usage: lightning-gradguard fit --model my.Module [--data my.Data] [-c FILE] [options]
+
+Trains a module of yours with all five callbacks in place, and saves the configuration beside the logs of
+the run. It is LightningCLI, with all its options.
+
+options:
+{options}
+  --seed_everything N           seed of weights, data and everything else
+  --print_config                print the configuration and train nothing
+  --help.all                    all options of Lightning's Trainer, optimizers and schedules
+  --trainer.callbacks.help NAME all about a callback; --model.help my.Module about a module
+
+`--nan_rollback.patience 5` gives a callback an argument, `--nan_rollback null` omits it,
+`--nan_rollback my.Rollback` takes a subclass of yours. All arguments, with their defaults:
+
+{callbacks}
+examples:
+  lightning-gradguard fit --model my.Module --data my.Data --trainer.max_epochs 10
+  lightning-gradguard fit -c config.yaml --nan_rollback.patience 5 --learning_rate_backoff null
+  lightning-gradguard fit -c config.yaml --adaptive_gradient_clipping.policy UnitwiseClipping
+
+In YAML: `nan_rollback: {{patience: 5}}`, `learning_rate_backoff: null`. Callbacks under
+`trainer: callbacks:` replace those of the same class.
+Exit code 0: trained; 1: training diverged for good; 2: wrong input."""
+
+#: Options that `fit` and `check` have in common.
+MODULE_OPTIONS = """\
+  --model my.Module             a LightningModule of yours; the current folder is searched, too
+  --model.NAME VALUE            an argument of it
+  --data my.Data                a LightningDataModule; not needed if the module has a train_dataloader
+  --data.NAME VALUE             an argument of it
+  -c, --config FILE             a YAML file with these options, such as the config.yaml that `fit` saves;
+                                flags after it, and later files, override it
+  --ckpt_path FILE              {checkpoint}
+  --trainer.NAME VALUE          an argument of Lightning's Trainer"""
+
+
+#: Of shell completion, as of all verbs.
+argument_parser = fit_parser
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Train.
+    """Trains.
 
     Args:
         arguments: Those of `LightningCLI fit`: `--model`, `--data`, `--trainer.*`, `--config`; and for each
@@ -20,12 +66,15 @@ def main(arguments: Sequence[str]) -> None:
 
     Raises:
         SystemExit: With code 2 and one short message, if an argument is wrong; with code 1 if training
-            diverged, or was not begun because of the initialization.
+            diverged, or was not started because of the initialization.
     """
     if {"-h", "--help"} & set(arguments):
-        print(fit_page())
+        options = MODULE_OPTIONS.format(checkpoint="resume from it")
+        callbacks = "\n".join(_callback_help(name, kind) for name, kind in DEFAULTS.items())
+        print(_HELP.format(options=options, callbacks=callbacks))
         return
-    with told("fit"), typed(["--help" if a == "--help.all" else a for a in arguments]):
+    arguments = ["--help" if argument == "--help.all" else argument for argument in arguments]
+    with usage_errors_reported("fit"), fit_argv(arguments):
         command = command_line(arguments)
         try:
             command.trainer.fit(**command.fit_arguments)
@@ -33,7 +82,23 @@ def main(arguments: Sequence[str]) -> None:
             print(f"lightning-gradguard fit: {error}", file=sys.stderr)
             raise SystemExit(1) from None
         except Exception as error:
-            # each package of Lightning has this class; where the user's code has a part in it, it is shown
-            if type(error).__name__ == "MisconfigurationException" and not place_of(error):
+            # each package of Lightning has this class; with the user's code in it, the traceback is shown
+            if type(error).__name__ == "MisconfigurationException" and not source_line(error):
                 raise UsageError(one_line(str(error))) from None
             raise
+
+
+def _callback_help(name: str, kind: type) -> str:
+    """Describes a callback, and each of its arguments in a line, with the default."""
+    docstring = docstring_parser.parse(inspect.getdoc(kind) or "")
+    descriptions = {argument.arg_name: argument.description or "" for argument in docstring.params}
+    lines = textwrap.wrap(f"--{name}: {docstring.short_description}", 100)
+    for argument in inspect.signature(kind).parameters.values():
+        option = f"  .{argument.name} {_yaml(argument.default)}"
+        description = descriptions[argument.name].replace("`", "")
+        lines.append(f"{option:<32}{textwrap.shorten(description, 74, placeholder=' ...')}")
+    return "\n".join([*lines, ""])
+
+
+def _yaml(default: Any) -> str:
+    return "null" if default is None else str(default).lower() if isinstance(default, bool) else str(default)

@@ -1,4 +1,4 @@
-"""The command `lightning-gradguard`: which verb, and what to say when there is no such verb."""
+"""The command `lightning-gradguard`, which runs one of its verbs."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from lightning_gradguard.cli.errors import nearest
 
 VERBS = {
     "fit": "train a module of yours with the suite in place (LightningCLI)",
-    "check": "tell whether a module of yours can train, as it is initialized; trains nothing",
-    "report": "read what a run left: what went wrong, where, and what to do",
-    "replay": "see an incident happen again, from its dossier",
-    "demo": "watch a network die, and live with the suite",
+    "check": "check that a module of yours can train, as it is initialized; trains nothing",
+    "report": "report on runs from their logs: what went wrong, where, and the remedy",
+    "replay": "reproduce an incident from its dossier",
+    "demo": "train a network that fails alone, and learns with the suite",
     "completion": "print a script that completes all this in bash or zsh",
 }
-#: Those that run code of the user's.
-_ON_A_MODULE = ("fit", "check", "replay")
+#: Verbs that import a module of the user's.
+_MODULE_VERBS = ("fit", "check", "replay")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run a verb.
+    """Runs a verb.
 
     Args:
-        arguments: What was typed after the command; `sys.argv` if `None`.
+        arguments: Those of the command; `sys.argv` if `None`.
 
     Raises:
-        SystemExit: With code 2 and one short message, if there is no such verb; else as the verb says.
+        SystemExit: With code 2 and one short message, if there is no such verb; else with that of the verb.
     """
     verb, *rest = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     if verb in ("-h", "--help"):
@@ -37,11 +37,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     elif verb == "--version":
         print(__version__)
     elif verb in VERBS:
-        if verb in _ON_A_MODULE:
-            # a console script does not look into the folder it is called from, where the user's module is
+        if verb in _MODULE_VERBS:
+            # a console script does not search the current folder, where the user's module is
             sys.path.insert(0, os.getcwd())
-            # ahead of the callbacks, which inherit from the package of Lightning that is loaded by then
-            import_module("lightning_gradguard.cli.preparse").named_class(rest)
+            # ahead of the callbacks, whose base class depends on the package of Lightning that comes first
+            import_module("lightning_gradguard.cli.parsing.preparse").named_class(rest)
         import_module(f"lightning_gradguard.cli.{verb}").main(rest)
     else:
         hint = nearest(verb, VERBS) or f" There are: {', '.join(VERBS)}."
@@ -50,15 +50,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def usage() -> str:
-    """What `--help` prints.
+    """Returns the text of `--help`.
 
     Example:
         >>> "demo" in usage()
         True
     """
-    verbs = "\n".join(f"  {verb:<11} {what}" for verb, what in VERBS.items())
+    verbs = "\n".join(f"  {verb:<11} {description}" for verb, description in VERBS.items())
     return (
-        "lightning-gradguard COMMAND ...\n\n"
+        "usage: lightning-gradguard COMMAND ...\n\n"
         f"{verbs}\n\n"
-        "lightning-gradguard COMMAND --help tells what a command takes."
+        "`lightning-gradguard COMMAND --help` shows the options of a command."
     )

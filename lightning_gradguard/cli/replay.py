@@ -1,7 +1,8 @@
-"""`lightning-gradguard replay`: a saved incident happens again, or does not."""
+"""`lightning-gradguard replay`: runs the batch of a saved incident again, and compares the origins."""
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Mapping, Sequence
 from importlib import import_module
@@ -13,11 +14,16 @@ import torch
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
 from lightning_gradguard.cli.checkpoints import load_weights, read_checkpoint
-from lightning_gradguard.cli.errors import UsageError, one_line, told
-from lightning_gradguard.cli.help_pages import replay_page
-from lightning_gradguard.cli.parse_errors import Failures, build, explained, explained_failure, recorded
-from lightning_gradguard.cli.preparse import config_files, model_in, named_class
-from lightning_gradguard.cli.silence_lightning import quiet
+from lightning_gradguard.cli.errors import UsageError, one_line, usage_errors_reported
+from lightning_gradguard.cli.parsing.parse_errors import parse_error_message
+from lightning_gradguard.cli.parsing.preparse import config_files, named_class, read_config
+from lightning_gradguard.cli.parsing.user_classes import (
+    Failures,
+    failure_message,
+    instantiate,
+    recording_failures,
+)
+from lightning_gradguard.cli.silence_lightning import silence_lightning
 from lightning_gradguard.core.forensics import Origin, out_of_range_elements
 from lightning_gradguard.core.incidents import label
 from lightning_gradguard.core.remedies import advice_for_cause
@@ -26,35 +32,51 @@ from lightning_gradguard.runtime.incidents.dossier import Dossier, DossierError,
 from lightning_gradguard.runtime.incidents.replay import SeenBatch, replay
 from lightning_gradguard.runtime.lightning_packages import lightning_package_of
 
+_HELP = """\
+usage: lightning-gradguard replay DOSSIER --model my.Module [-c FILE] [--checkpoint FILE]
+
+Runs the batch of an incident again, on the CPU, and compares the result with the recorded one.
+
+options:
+  DOSSIER             the folder incidents/<step> of a run, or dossier.pt within
+  --model my.Module   the LightningModule of the run; the current folder is searched, too
+  --model.NAME VALUE  an argument of it
+  -c, --config FILE   the config.yaml that `fit` saved, with the module and its arguments
+  --checkpoint FILE   other weights than those of the dossier
+
+example:
+  lightning-gradguard replay lightning_logs/version_0/incidents/42 --model my.Module
+
+Exit code 0: reproduced; 1: not reproduced; 2: wrong input."""
 _PRECISIONS = ("32-true", "64-true", "bf16-true", "16-true", "bf16-mixed", "16-mixed")
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Run the batch of a dossier again, on the CPU, and compare what is found with what was recorded.
+    """Runs the batch of a dossier again, on the CPU, and compares its origin with the recorded one.
 
     Args:
         arguments: The dossier first, then `--model` and its arguments, `--config`, `--checkpoint`.
 
     Raises:
-        SystemExit: With code 1 if the incident did not happen again; with code 2 and one short message if
-            the dossier or an argument is wrong.
+        SystemExit: With code 1 if the incident is not reproduced; with code 2 and one short message if the
+            dossier or an argument is wrong.
     """
     if {"-h", "--help"} & set(arguments):
-        print(replay_page())
+        print(_HELP)
         return
-    with told("replay"):
+    with usage_errors_reported("replay"):
         dossier, module, weights, notes = _prepared(arguments)
         trainer = _trainer(dossier, module, weights)
     rng = {**dossier.rng, "cuda": []}  # this machine may have other GPUs, and none is used
-    served = SeenBatch(dossier.batch, dossier.batch_idx, rng)
-    found = replay(trainer, module, served, _grown(dossier, module))
+    batch = SeenBatch(dossier.batch, dossier.batch_idx, rng)
+    found = replay(trainer, module, batch, _out_of_range(dossier, module))
     print(comparison(dossier, found, notes))
     if not is_reproduced(dossier.origin, found):
         raise SystemExit(1)
 
 
 def is_reproduced(recorded: Origin, found: Origin) -> bool:
-    """Whether a replay came to the same cause, module and operation.
+    """Checks that a replay has found the same cause, module and operation.
 
     Example:
         >>> is_reproduced(Origin("loss", operation="aten::log"), Origin("loss", operation="aten::log"))
@@ -67,12 +89,12 @@ def is_reproduced(recorded: Origin, found: Origin) -> bool:
 
 
 def comparison(dossier: Dossier, found: Origin, notes: Sequence[str] = ()) -> str:
-    """What was recorded beside what was found, and what to do.
+    """Describes the recorded origin, beside the one that was found, and the remedy.
 
     Args:
-        dossier: What was recorded.
-        found: What the replay came to.
-        notes: What the replay could not do as the run did.
+        dossier: With the recorded origin.
+        found: The origin that the replay has found.
+        notes: Differences between the replay and the run.
     """
     recorded = dossier.origin
     reproduced = is_reproduced(recorded, found)
@@ -107,7 +129,7 @@ def comparison(dossier: Dossier, found: Origin, notes: Sequence[str] = ()) -> st
 
 
 def _prepared(arguments: Sequence[str]) -> tuple[Dossier, pl.LightningModule, Mapping[str, Any], list[str]]:
-    """What is run: dossier, module, the weights it shall have; and what people should know."""
+    """Returns the dossier, the module, the weights for it, and notes for the user."""
     if not arguments or arguments[0].startswith("-"):
         raise UsageError(
             "the dossier comes first: lightning-gradguard replay runs/incidents/42 --model my.Module"
@@ -117,32 +139,32 @@ def _prepared(arguments: Sequence[str]) -> tuple[Dossier, pl.LightningModule, Ma
     except DossierError as error:
         raise UsageError(f"{error}{_dossiers_near(Path(arguments[0]))}") from None
     if dossier.batch is None:
-        raise UsageError(f"there is no batch to run again; {_left_out(dossier, 'the batch')}.")
+        raise UsageError(f"there is no batch to run again; {_omitted(dossier, 'the batch')}.")
     if dossier.precision not in _PRECISIONS:
         raise UsageError(
             f"precision {dossier.precision!r} does not run on the CPU; these do: {', '.join(_PRECISIONS)}."
         )
-    parser = _parser(lightning_package_of(named_class(arguments)).LightningModule)
+    parser = argument_parser(lightning_package_of(named_class(arguments)).LightningModule)
     options, module = _build_module(parser, arguments, dossier.configuration.get("module", ""))
-    notes = [f"left out of the dossier: {part}" for part in dossier.left_out]
+    notes = [f"omitted from the dossier: {part}" for part in dossier.left_out]
     weights: Mapping[str, Any] | None = dossier.weights
     if options.checkpoint is not None:
         weights = read_checkpoint(options.checkpoint, "--checkpoint")["state_dict"]
         notes.append(f"the weights are those of {options.checkpoint}, not those of step {dossier.step}")
     if weights is None:
         raise UsageError(
-            f"there are no weights to run it with; {_left_out(dossier, 'the weights')}. Give --checkpoint "
+            f"there are no weights to run it with; {_omitted(dossier, 'the weights')}. Give --checkpoint "
             f"with one from about step {dossier.step}."
         )
     if dossier.rng["cuda"]:
-        notes.append("random numbers that were drawn on a GPU are others on the CPU")
+        notes.append("random numbers that were drawn on a GPU differ on the CPU")
     if any(" of " in name for name in dossier.largest):
-        notes.append("absurd values were in the state of an optimizer, which a dossier does not hold")
+        notes.append("values out of range were in the state of an optimizer, which a dossier does not hold")
     return dossier, module, weights, notes
 
 
 def _dossiers_near(path: Path) -> str:
-    """Which dossiers there are, where one was named that does not exist."""
+    """Lists the dossiers near a path that leads to none."""
     if path.is_file() or (path / "dossier.pt").is_file():
         return ""
     folder = next(place for place in (path, *path.parents) if place.is_dir())
@@ -155,67 +177,69 @@ def _dossiers_near(path: Path) -> str:
 def _build_module(
     parser: ArgumentParser, arguments: Sequence[str], recorded_class: str
 ) -> tuple[Namespace, pl.LightningModule]:
-    """All options, and the module that they name; `recorded_class` is for hints, and not imported."""
+    """Returns all options, and the module that they name; `recorded_class` is for hints, and not imported."""
     failures: Failures = []
     files = config_files(arguments)
     try:
         with warnings.catch_warnings():
-            # what builds classes has got another name in newer versions of jsonargparse
+            # newer versions of jsonargparse have another name for `instantiate_classes`
             warnings.simplefilter("ignore", DeprecationWarning)
-            parser.add_instantiator(recorded(build, failures), object)
+            parser.add_instantiator(recording_failures(instantiate, failures), object)
             if files:
-                parser.set_defaults(model=_model_in(files[-1]))
+                parser.set_defaults(model=_model_config(files[-1]))
             options = parser.parse_args(list(arguments))
             return options, parser.instantiate_classes(options).model
     except ArgumentError as error:
-        said = explained(str(error), arguments, files, list(parser.get_defaults().keys()))
-        hint = f" The run's module was {recorded_class}." if recorded_class and "--model" in said else ""
-        raise UsageError(said + hint) from None
+        message = parse_error_message(str(error), arguments, files, list(parser.get_defaults().keys()))
+        hint = f" The run's module was {recorded_class}." if recorded_class and "--model" in message else ""
+        raise UsageError(message + hint) from None
     except UsageError:
         raise
     except Exception as error:  # the user's own code
-        raise UsageError(explained_failure(failures, error)) from None
+        raise UsageError(failure_message(failures, error)) from None
 
 
-def _model_in(config: str) -> Any:
-    """That part, with a class in it."""
-    model = model_in(config)
+def _model_config(config: str) -> Any:
+    """Returns the part of a file for `fit` that names the module and its arguments."""
+    model = read_config(config).get("model")
     if not isinstance(model, dict) or "class_path" not in model:
         raise UsageError(f"--config {config} has no `model` with a `class_path`, as `fit` reads it.")
     return model
 
 
-def _left_out(dossier: Dossier, part: str) -> str:
-    return next((text for text in dossier.left_out if text.startswith(part)), f"{part} was left out")
+def _omitted(dossier: Dossier, part: str) -> str:
+    return next((text for text in dossier.left_out if text.startswith(part)), f"{part} was omitted")
 
 
-def _parser(base: type) -> ArgumentParser:
-    parser = ArgumentParser(
-        prog="lightning-gradguard replay",
-        exit_on_error=False,
-    )
-    parser.add_argument("dossier")
-    parser.add_argument("-c", "--config")
-    parser.add_argument("--checkpoint")
+def argument_parser(base: type = pl.LightningModule) -> ArgumentParser:
+    """Returns the parser of this command.
+
+    Args:
+        base: `LightningModule` of either package.
+    """
+    parser = ArgumentParser(prog="lightning-gradguard replay", exit_on_error=False)
+    parser.add_argument("dossier", type=os.PathLike)
+    parser.add_argument("-c", "--config", type=os.PathLike)
+    parser.add_argument("--checkpoint", type=os.PathLike)
     parser.add_subclass_arguments(base, "model", fail_untyped=False, required=True)
     return parser
 
 
 def _trainer(dossier: Dossier, module: pl.LightningModule, weights: Mapping[str, Any]) -> pl.Trainer:
-    """A Trainer that stands where the run's did, with the module in its hands."""
-    tree = lightning_package_of(type(module))
+    """Returns a Trainer at the step of the run, with the module attached."""
+    package = lightning_package_of(type(module))
     arguments: dict[str, Any] = {"precision": dossier.precision}
     if dossier.precision == "16-mixed":
-        # Lightning has no float16 with a loss scale for the CPU, unless it is handed over like this
+        # Lightning creates no GradScaler for the CPU by itself
         scaler = torch.amp.GradScaler("cpu", init_scale=dossier.loss_scale)
-        precision = import_module(f"{tree.__name__}.plugins.precision")
+        precision = import_module(f"{package.__name__}.plugins.precision")
         arguments = {"plugins": [precision.MixedPrecision("16-mixed", "cpu", scaler=scaler)]}
-    logger = import_module(f"{tree.__name__}.loggers.logger")
-    with quiet():  # about an idle GPU, and the like
-        trainer: pl.Trainer = tree.Trainer(
+    logger = import_module(f"{package.__name__}.loggers.logger")
+    with silence_lightning():  # about an idle GPU, and the like
+        trainer: pl.Trainer = package.Trainer(
             accelerator="cpu",
             devices=1,
-            logger=logger.DummyLogger(),  # takes whatever the user's step hands it
+            logger=logger.DummyLogger(),  # accepts all that the user's step may log
             enable_checkpointing=False,
             enable_progress_bar=False,
             enable_model_summary=False,
@@ -239,8 +263,8 @@ def _trainer(dossier: Dossier, module: pl.LightningModule, weights: Mapping[str,
     return trainer
 
 
-def _grown(dossier: Dossier, module: pl.LightningModule) -> dict[str, int]:
-    """Weights that are absurd beside what they were when the run was well, counted anew."""
+def _out_of_range(dossier: Dossier, module: pl.LightningModule) -> dict[str, int]:
+    """Counts the elements of each weight that are out of range for the largest values of the healthy run."""
     named = dict(module.named_parameters())
     then = {n: torch.tensor(largest) for n, largest in dossier.largest.items() if n in named}
     return out_of_range_elements((n, named[n], largest) for n, largest in then.items())

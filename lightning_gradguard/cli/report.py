@@ -1,4 +1,4 @@
-"""`lightning-gradguard report`: what a run left, and what it says: what went wrong, where, and what to do."""
+"""`lightning-gradguard report`: reports on runs from their logs: what went wrong, where, and the remedy."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from lightning_gradguard.cli.errors import UsageError, told
+from lightning_gradguard.cli.errors import UsageError, usage_errors_reported
 from lightning_gradguard.report.readers.run_folders import find_runs
 from lightning_gradguard.report.readers.runs import read_run
 from lightning_gradguard.report.render.html import to_html
@@ -18,8 +18,8 @@ from lightning_gradguard.report.render.text import to_text
 from lightning_gradguard.report.run_report import report_on
 
 _DESCRIPTION = """\
-Reads what training runs left (TensorBoard event files or the metrics.csv of CSVLogger, incidents.jsonl) and
-says what went wrong, where, and what to do. Any folder with gradient norms will do: those of this package,
+Reads the logs of training runs (TensorBoard event files or the metrics.csv of CSVLogger, incidents.jsonl) and
+reports what went wrong, where, and the remedy. Any folder with gradient norms will do: those of this package,
 Lightning's grad_norm, Hugging Face's Trainer, NeMo, Composer and others."""
 _EPILOG = """\
 examples:
@@ -27,11 +27,11 @@ examples:
   lightning-gradguard report lightning_logs --html report.html
   lightning-gradguard report runs/bare runs/guarded --json | jq '.runs[].headline'
 
-Exit code 0: a report was given, whatever it says; 2: wrong input."""
+Exit code 0: a report was printed, whatever its verdict; 2: wrong input."""
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Report on runs, to the terminal or as asked.
+    """Reports on runs, in the terminal or in files.
 
     Args:
         arguments: Folders; `--html FILE`, `--json [FILE]`.
@@ -39,13 +39,13 @@ def main(arguments: Sequence[str]) -> None:
     Raises:
         SystemExit: With code 2 and one short message if there is no such run or a file cannot be written.
     """
-    options = _parser().parse_args(arguments)
+    options = argument_parser().parse_args(arguments)
     folders: list[Path] = options.run_dirs
     json_file: Path | None = options.json
     if json_file is not None and json_file.is_dir():
         # `--json RUN_DIR`: no report can be written to a folder
         folders, json_file = [*folders, json_file], Path("-")
-    with told("report"):
+    with usage_errors_reported("report"):
         if not folders:
             raise UsageError(
                 "name the folder of a run, as in: lightning-gradguard report lightning_logs/version_0"
@@ -58,14 +58,15 @@ def main(arguments: Sequence[str]) -> None:
         if options.html is not None:
             _write(options.html, to_html(reports, options.html.parent))
         if json_file == Path("-"):
-            _say(to_json(reports))
+            _print(to_json(reports))
             return
         if json_file is not None:
             _write(json_file, to_json(reports))
-    _say(to_text(reports, shutil.get_terminal_size((100, 24)).columns))
+    _print(to_text(reports, shutil.get_terminal_size((100, 24)).columns))
 
 
-def _parser() -> argparse.ArgumentParser:
+def argument_parser() -> argparse.ArgumentParser:
+    """Returns the parser of this command."""
     parser = argparse.ArgumentParser(
         prog="lightning-gradguard report",
         description=_DESCRIPTION,
@@ -87,10 +88,10 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _say(text: str) -> None:
+def _print(text: str) -> None:
     try:
         print(text, flush=True)
-    except BrokenPipeError:  # `| head` has seen enough; Python would try to write the rest when it ends
+    except BrokenPipeError:  # of `| head`; Python would write the rest when it ends
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 

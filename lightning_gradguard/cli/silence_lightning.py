@@ -1,4 +1,4 @@
-"""Lightning without its chatter, for commands that use a Trainer and do not train."""
+"""Silences Lightning for commands that use a Trainer and do not train."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ _LOGGERS = ("pytorch_lightning", "lightning.pytorch", "lightning_fabric", "light
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
-    """Nothing about idle devices, few workers and the like; errors are still heard."""
+def silence_lightning() -> Iterator[None]:
+    """Suppresses warnings and messages about idle devices, few workers and the like; errors are logged."""
     loggers = [logging.getLogger(name) for name in _LOGGERS]
     levels = [logger.level for logger in loggers]
     for logger in loggers:

@@ -1,16 +1,34 @@
-"""A folder of the user's with a module in it, and the command as it is typed there."""
+"""A current folder with a module in it, and the command that is run there."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+import yaml
 
 from lightning_gradguard.cli.main import main
 
 Command = Callable[..., tuple[int, str, str]]
+
+QUIET = (
+    "--seed_everything=0",
+    "--trainer.accelerator=cpu",
+    "--trainer.max_epochs=1",
+    "--trainer.enable_progress_bar=false",
+    "--trainer.enable_model_summary=false",
+)
+NAMES = (
+    "initialization_check",
+    "gradient_norm_monitor",
+    "nan_rollback",
+    "adaptive_gradient_clipping",
+    "learning_rate_backoff",
+)
 
 MINE = """\
 import dataclasses
@@ -183,7 +201,7 @@ class NonfiniteData(Data):
 
 @pytest.fixture(autouse=True)
 def _own_path(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The command adds the current folder to what is searched for modules."""
+    """Restores `sys.path`, which the command extends by the current folder."""
     monkeypatch.setattr(sys, "path", list(sys.path))
 
 
@@ -197,9 +215,9 @@ def mine(monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def command(capsys: pytest.CaptureFixture[str]) -> Command:
-    """Types a command; returns the exit code, and what went to standard output and to standard error."""
+    """Runs a command; returns the exit code, standard output and standard error."""
 
-    def typed(*arguments: object) -> tuple[int, str, str]:
+    def run(*arguments: object) -> tuple[int, str, str]:
         capsys.readouterr()
         try:
             main([str(argument) for argument in arguments])
@@ -208,4 +226,16 @@ def command(capsys: pytest.CaptureFixture[str]) -> Command:
             code = int(error.code or 0)
         return code, *capsys.readouterr()
 
-    return typed
+    return run
+
+
+def saved(version: int = 0) -> dict[str, Any]:
+    """Returns the configuration that a run has saved."""
+    config: dict[str, Any] = yaml.safe_load(Path(f"lightning_logs/version_{version}/config.yaml").read_text())
+    return config
+
+
+def callbacks_of(version: int = 0) -> set[str]:
+    """Returns the names of the callbacks with a state in the checkpoint of a run."""
+    (path,) = Path(f"lightning_logs/version_{version}/checkpoints").iterdir()
+    return {key.partition("{")[0] for key in torch.load(path, weights_only=True)["callbacks"]}

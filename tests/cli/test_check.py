@@ -1,4 +1,4 @@
-"""`check` tells whether a network can train, and leaves nothing behind."""
+"""`check` shows that a network can train, or cannot, and writes nothing."""
 
 from __future__ import annotations
 
@@ -12,22 +12,21 @@ import torch
 import yaml
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from lightning_gradguard.cli.check import Facts, as_json
+from lightning_gradguard.cli.check import CheckResult, as_json
 from lightning_gradguard.core.initialization import Finding
-from tests.cli.conftest import Command
-from tests.cli.test_fit import QUIET
+from tests.cli.conftest import QUIET, Command
 
 pytestmark = pytest.mark.filterwarnings("ignore:\\s*skip_none parameter was deprecated")
 
 DEEP = ("--model.depth=30", "--model.activation=Sigmoid", "--seed_everything=0")
 
 
-def refuse(word: str) -> Any:
-    """`json.loads` asks this about NaN and the infinities."""
+def reject_constant(word: str) -> Any:
+    """`json.loads` calls this for NaN and the infinities."""
     raise ValueError(word)
 
 
-def test_a_sound_network(mine: Path, command: Command) -> None:
+def test_healthy_network(mine: Path, command: Command) -> None:
     code, out, _ = command("check", "--model", "mine.Net", "--data", "mine.Data", "--seed_everything=0")
     assert code == 0
     assert out.startswith("mine.Net: nothing found; loss 1.4")
@@ -35,7 +34,7 @@ def test_a_sound_network(mine: Path, command: Command) -> None:
     assert sorted(path.name for path in mine.iterdir() if path.name != "__pycache__") == ["mine.py"]
 
 
-def test_a_network_that_will_not_train(mine: Path, command: Command) -> None:
+def test_untrainable_network(mine: Path, command: Command) -> None:
     code, out, _ = command("check", "--model", "mine.Own", *DEEP)
     assert code == 1
     assert out.startswith("mine.Own: it will not train; loss ")
@@ -44,14 +43,14 @@ def test_a_network_that_will_not_train(mine: Path, command: Command) -> None:
     assert sorted(path.name for path in mine.iterdir() if path.name != "__pycache__") == ["mine.py"]
 
 
-def test_callbacks_of_the_module_are_left_out(mine: Path, command: Command) -> None:
-    """Lightning would put its InitializationCheck in the place of the one that is asked."""
+def test_module_callbacks_are_omitted(mine: Path, command: Command) -> None:
+    """Lightning would replace the InitializationCheck of the command by the one of the module."""
     code, out, _ = command("check", "--model", "mine.WithCallbacks", *DEEP)
     assert (code, "FAIL  (network)  gradient_gain" in out) == (1, True)
     assert sorted(path.name for path in mine.iterdir() if path.name != "__pycache__") == ["mine.py"]
 
 
-def test_what_is_left_out_is_not_even_built(mine: Path, command: Command) -> None:
+def test_omitted_callbacks_and_loggers_are_not_instantiated(mine: Path, command: Command) -> None:
     content = {
         "model": "mine.Own",
         "nan_rollback": {"class_path": "mine.LeavesRollback"},
@@ -71,19 +70,19 @@ def test_what_is_left_out_is_not_even_built(mine: Path, command: Command) -> Non
         "barebones=true", "num_nodes=2", "devices=2", "strategy=ddp", "overfit_batches=0.5",
     ],
 )  # fmt: skip
-def test_how_a_run_is_cut_or_spread_is_no_matter(mine: Path, command: Command, option: str) -> None:
+def test_limits_and_strategies_are_ignored(mine: Path, command: Command, option: str) -> None:
     how = ("--model=mine.Own", "--seed_everything=0", "--trainer.accelerator=cpu", f"--trainer.{option}")
     code, out, _ = command("check", *how)
     assert (code, "mine.Own: nothing found" in out) == (0, True)
 
 
-def test_data_for_validation_is_not_asked_for(mine: Path, command: Command) -> None:
+def test_validation_data_is_not_loaded(mine: Path, command: Command) -> None:
     how = ("--model=mine.Validated", "--data=mine.NoValidation", "--seed_everything=0")
     code, out, _ = command("check", *how)
     assert (code, "nothing found" in out) == (0, True)
 
 
-def test_a_batch_that_is_nonfinite_is_not_the_network_s_fault(mine: Path, command: Command) -> None:
+def test_nonfinite_batch_is_wrong_input(mine: Path, command: Command) -> None:
     code, out, err = command("check", "--model=mine.Net", "--data=mine.NonfiniteData", "--seed_everything=0")
     assert (code, out) == (2, "")
     assert err == (
@@ -103,23 +102,23 @@ def test_no_step_is_taken(mine: Path, command: Command, model: str) -> None:
     assert steps == []
 
 
-def test_manual_optimization_is_looked_at_without_a_step(mine: Path, command: Command) -> None:
+def test_manual_optimization_without_a_step(mine: Path, command: Command) -> None:
     code, out, _ = command("check", "--model", "mine.Manual", "--seed_everything=0")
     assert code == 0
-    assert out.startswith("mine.Manual: it may not train; only weights, and the first gradients, were looked")
+    assert out.startswith("mine.Manual: it may not train; only weights, and the first gradients, were check")
     assert "gradient_profile" in out
 
 
-def test_json_for_programs(mine: Path, command: Command) -> None:
+def test_json(mine: Path, command: Command) -> None:
     code, out, _ = command("check", "--model", "mine.Own", *DEEP, "--json")
-    found = json.loads(out, parse_constant=refuse)
+    found = json.loads(out, parse_constant=reject_constant)
     assert code == 1
     assert (found["schema_version"], found["model"], found["verdict"]) == (1, "mine.Own", "fail")
     assert found["checkpoint"] is None
     assert found["findings"][0]["criterion"] == "gradient_gain"
     assert found["findings"][0]["severity"] == "fail"
     assert found["values"]["gradient_gain"] == found["findings"][0]["value"] < -4
-    # what the user's code prints goes elsewhere
+    # output of the user's code goes to standard error
     code, out, err = command("check", "--model", "mine.Noisy", "--seed_everything=0", "--json")
     assert (code, json.loads(out)["verdict"], json.loads(out)["findings"]) == (0, "pass", [])
     assert "a step" in err
@@ -128,17 +127,19 @@ def test_json_for_programs(mine: Path, command: Command) -> None:
     assert out.startswith("mine.Own: nothing found")
 
 
-def test_nonfinite_weights_are_strict_json_too(mine: Path, command: Command) -> None:
+def test_json_is_strict_with_nonfinite_weights(mine: Path, command: Command) -> None:
     code, out, _ = command("check", "--model", "mine.Poisoned", "--seed_everything=0", "--json")
-    found = json.loads(out, parse_constant=refuse)
+    found = json.loads(out, parse_constant=reject_constant)
     assert (code, found["findings"][0]["criterion"], found["values"]) == (1, "nonfinite_weights", {})
     assert found["findings"][0]["module"] == "net.0"
-    infinite = Facts("my.Net", "", [Finding("loss", "", math.inf, "< 1", "fail", "")], {"loss": math.inf})
-    found = json.loads(as_json(infinite), parse_constant=refuse)
+    infinite = CheckResult(
+        "my.Net", "", [Finding("loss", "", math.inf, "< 1", "fail", "")], {"loss": math.inf}
+    )
+    found = json.loads(as_json(infinite), parse_constant=reject_constant)
     assert (found["findings"][0]["value"], found["values"]) == ("inf", {"loss": "inf"})
 
 
-def test_a_saved_configuration_and_a_checkpoint(mine: Path, command: Command) -> None:
+def test_saved_configuration_and_checkpoint(mine: Path, command: Command) -> None:
     assert command("fit", "--model=mine.Net", "--data=mine.Data", "--model.width=5", *QUIET)[0] == 0
     config = "lightning_logs/version_0/config.yaml"
     before = sorted(Path("lightning_logs").rglob("*"))
@@ -152,33 +153,33 @@ def test_a_saved_configuration_and_a_checkpoint(mine: Path, command: Command) ->
     content["state_dict"]["net.2.weight"].fill_(0.1)
     torch.save(content, "copies.ckpt")
     torch.save(content["state_dict"], "weights.pt")
-    for spoiled in ("copies.ckpt", "weights.pt"):
-        code, out, _ = command("check", "-c", config, "--ckpt_path", spoiled)
+    for corrupt in ("copies.ckpt", "weights.pt"):
+        code, out, _ = command("check", "-c", config, "--ckpt_path", corrupt)
         assert (code, "FAIL  net.2" in out, "symmetric_units" in out) == (1, True, True)
     assert sorted(Path("lightning_logs").rglob("*")) == before
 
 
 @pytest.mark.lightning("2.6", "before it, there is no --weights_only")
-def test_a_checkpoint_with_objects_is_read_when_asked(mine: Path, command: Command) -> None:
+def test_checkpoint_with_objects_needs_weights_only_false(mine: Path, command: Command) -> None:
     assert command("fit", "--model", "mine.Stores", *QUIET)[0] == 0
     (path,) = Path("lightning_logs/version_0/checkpoints").iterdir()
     how = ("check", "--model", "mine.Stores", "--seed_everything=0", "--ckpt_path", path)
     code, out, err = command(*how)
     assert (code, out, err.count("\n")) == (2, "", 1)
-    told = "holds mine.Size, which is no plain data. If you trust the file, add --weights_only false."
-    assert f"--ckpt_path {path} {told}" in err
+    problem = "holds mine.Size, which is no plain data. If you trust the file, add --weights_only false."
+    assert f"--ckpt_path {path} {problem}" in err
     code, out, _ = command(*how, "--weights_only=false")
     assert (code, f"with the weights of {path}: nothing found" in out) == (0, True)
 
 
-def test_the_module_s_hook_changes_what_is_loaded(mine: Path, command: Command) -> None:
+def test_on_load_checkpoint_is_called(mine: Path, command: Command) -> None:
     assert command("fit", "--model", "mine.Copies", *QUIET)[0] == 0
     (path,) = Path("lightning_logs/version_0/checkpoints").iterdir()
     code, out, _ = command("check", "--model=mine.Copies", "--seed_everything=0", "--ckpt_path", path)
     assert (code, "FAIL  net.2" in out) == (1, True)
 
 
-def test_a_checkpoint_without_hyper_parameters(mine: Path, command: Command) -> None:
+def test_checkpoint_without_hyper_parameters(mine: Path, command: Command) -> None:
     assert command("fit", "--model", "mine.Own", *QUIET)[0] == 0
     (path,) = Path("lightning_logs/version_0/checkpoints").iterdir()
     content = torch.load(path, weights_only=True)
@@ -188,7 +189,7 @@ def test_a_checkpoint_without_hyper_parameters(mine: Path, command: Command) -> 
 
 
 @pytest.mark.parametrize("flag", ["--model.width=4", "--model.init_args.width=4"])
-def test_a_typed_argument_wins_over_the_checkpoint_s(mine: Path, command: Command, flag: str) -> None:
+def test_flag_overrides_argument_of_checkpoint(mine: Path, command: Command, flag: str) -> None:
     assert command("fit", "--model", "mine.Saves", "--model.width=5", *QUIET)[0] == 0
     (path,) = Path("lightning_logs/version_0/checkpoints").iterdir()
     code, _, err = command("check", "--model=mine.Saves", flag, "--seed_everything=0", "--ckpt_path", path)
@@ -196,7 +197,7 @@ def test_a_typed_argument_wins_over_the_checkpoint_s(mine: Path, command: Comman
     assert "the weights do not fit Saves: net.0.weight is (5, 20), the module's (4, 20) and" in err
 
 
-def test_arguments_come_from_the_checkpoint_of_a_fit(mine: Path, command: Command) -> None:
+def test_arguments_come_from_checkpoint(mine: Path, command: Command) -> None:
     assert command("fit", "--model", "mine.Saves", "--model.width=5", *QUIET)[0] == 0
     (path,) = Path("lightning_logs/version_0/checkpoints").iterdir()
     code, out, _ = command("check", "--model", "mine.Saves", "--ckpt_path", path, "--seed_everything=0")
@@ -207,7 +208,7 @@ def test_arguments_come_from_the_checkpoint_of_a_fit(mine: Path, command: Comman
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (
             ["--model=mine.FailsInStep"],
@@ -229,14 +230,14 @@ def test_arguments_come_from_the_checkpoint_of_a_fit(mine: Path, command: Comman
         (["--model=mine.Own", "--trainer.max_steps=x"], "--trainer.max_steps x: expected int."),
     ],
 )
-def test_wrong_input(mine: Path, command: Command, arguments: list[str], said: str) -> None:
+def test_wrong_input(mine: Path, command: Command, arguments: list[str], message: str) -> None:
     code, out, err = command("check", "--seed_everything=0", *arguments)
     assert (code, out) == (2, "")
     assert err.startswith("lightning-gradguard check: ")
-    assert said in err
+    assert message in err
     assert err.count("\n") == 1
 
 
-def test_help_is_a_page(command: Command) -> None:
+def test_help_lists_options(command: Command) -> None:
     code, out, _ = command("check", "--help")
     assert (code, "--ckpt_path FILE" in out, "--json [FILE]" in out) == (0, True, True)

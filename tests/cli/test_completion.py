@@ -1,7 +1,8 @@
-"""Bash completes verbs, options and files, and starts no Python for it."""
+"""Shells complete commands, options and values, by a script of shtab that starts no Python."""
 
 from __future__ import annotations
 
+import importlib.util
 import subprocess
 from pathlib import Path
 
@@ -11,74 +12,80 @@ from lightning_gradguard.cli.completion import script
 from lightning_gradguard.cli.main import VERBS
 from tests.cli.conftest import Command
 
-OPTIONS = {"fit": ["--model", "--nan_rollback", "--nan_rollback.patience"], "demo": ["--seed"]}
+pytestmark = pytest.mark.timeout(180)
 
 
-def completed(text: str, *words: str) -> list[str]:
-    """What a real bash offers for the last word; with nothing on the path that could be started."""
+@pytest.fixture(scope="module")
+def bash() -> str:
+    pytest.importorskip("shtab")
+    return script("bash")
+
+
+def completed(text: str, *words: str) -> set[str]:
+    """Returns what a real bash offers for the last word; with nothing in the path that could be started."""
     Path("completion.bash").write_text(text)
-    typed = " ".join(f"'{word}'" for word in words)
+    line = " ".join(f"'{word}'" for word in ("lightning-gradguard", *words))
     program = (
-        f"PATH=; source completion.bash; COMP_WORDS=({typed}); COMP_CWORD={len(words) - 1};"
-        " complete -p lightning-gradguard; _lightning_gradguard; printf '%s\\n' \"${COMPREPLY[@]}\""
+        f"PATH=; source completion.bash; COMP_WORDS=({line}); COMP_CWORD={len(words)};"
+        " _shtab_lightning_gradguard; printf '%s\\n' \"${COMPREPLY[@]}\""
     )
     done = subprocess.run(
-        ["bash", "--norc", "-c", program], capture_output=True, text=True, check=True, timeout=10
+        ["bash", "--norc", "-c", program], capture_output=True, text=True, check=True, timeout=30
     )
-    assert done.stderr == ""
-    first, *offered = done.stdout.splitlines()
-    assert first == "complete -o filenames -F _lightning_gradguard lightning-gradguard"
-    return offered
+    return {offer.rstrip() for offer in done.stdout.splitlines()}
 
 
-def test_bash_completes() -> None:
+def test_bash_completes_verbs_and_options(bash: str) -> None:
+    assert completed(bash, "") == set(VERBS)
+    assert completed(bash, "d") == {"demo"}
+    fit = completed(bash, "fit", "--")
+    assert {"--model", "--data", "--config", "--ckpt_path", "--help", "--trainer.max_steps"} <= fit
+    assert {"--learning_rate_backoff", "--learning_rate_backoff.factor"} <= fit
+    assert {"--json", "--trainer.max_steps"} <= completed(bash, "check", "--")
+    assert {"--checkpoint", "--model", "--config"} <= completed(bash, "replay", "--")
+    assert completed(bash, "demo", "--") == {"--max_steps", "--seed", "--logdir", "--help"}
+    assert {"--json", "--html"} <= completed(bash, "report", "--")
+    assert completed(bash, "completion", "") == {"bash", "zsh"}
+
+
+def test_bash_completes_values_and_files(bash: str) -> None:
     Path("config.yaml").touch()
     Path("runs").mkdir()
-    text, name = script("bash", OPTIONS), "lightning-gradguard"
-    assert completed(text, name, "") == ["fit", "demo"]
-    assert completed(text, name, "d") == ["demo"]
-    assert completed(text, name, "fit", "--nan") == ["--nan_rollback", "--nan_rollback.patience"]
-    assert completed(text, name, "fit", "--model", "my.Net", "--nan_rollback.") == ["--nan_rollback.patience"]
-    assert completed(text, name, "demo", "--") == ["--seed"]
-    assert completed(text, name, "fit", "-c", "con") == ["config.yaml"]
-    assert completed(text, name, "fit", "ru") == ["runs"]
-    assert completed(text, name, "fit", "nothing") == [""]
-    for odd in ("a b.yaml", "a *.yaml"):
-        Path(odd).touch()
-    assert sorted(completed(text, name, "fit", "-c", "a")) == ["a *.yaml", "a b.yaml"]
+    assert completed(bash, "fit", "--nan_rollback.check", "") == {"exact", "deferred"}
+    policies = completed(bash, "fit", "--adaptive_gradient_clipping.policy", "")
+    assert "lightning_gradguard.PercentileClipping" in policies
+    assert completed(bash, "fit", "-c", "con") == {"config.yaml"}
+    assert completed(bash, "replay", "ru") == {"runs"}
+    assert completed(bash, "report", "ru") == {"runs"}
 
 
-def test_the_script_knows_all_verbs_and_options(command: Command) -> None:
-    code, text, _ = command("completion", "bash")
-    assert code == 0
-    name = "lightning-gradguard"
-    assert completed(text, name, "") == list(VERBS)
-    fit = completed(text, name, "fit", "--")
-    assert {"--model", "--data", "--config", "--ckpt_path", "--help", "--trainer.max_steps"} <= set(fit)
-    assert {"--learning_rate_backoff", "--learning_rate_backoff.factor"} <= set(fit)
-    assert not [option for option in fit if "NAME" in option]
-    assert {"--json", "--trainer.max_steps"} <= set(completed(text, name, "check", "--"))
-    assert {"--checkpoint", "--model", "--config"} <= set(completed(text, name, "replay", "--"))
-    assert {"--max_steps", "--seed", "--logdir", "--help"} == set(completed(text, name, "demo", "--"))
-    assert {"--json", "--html"} <= set(completed(text, name, "report", "--"))
+def test_zsh_has_the_same_options(command: Command) -> None:
+    pytest.importorskip("shtab")
+    code, out, err = command("completion", "zsh")
+    assert (code, err) == (0, "")
+    assert out.startswith("#compdef lightning-gradguard\n")
+    assert "--learning_rate_backoff.factor" in out
 
 
-def test_zsh_is_told_the_same(command: Command) -> None:
-    text = script("zsh", OPTIONS)
-    assert text.startswith("#compdef lightning-gradguard\n")
-    assert "compadd -- fit demo" in text
-    assert "        demo) options=(--seed) ;;" in text
-    code, whole, _ = command("completion", "zsh")
-    assert (code, "--learning_rate_backoff.factor" in whole) == (0, True)
+def test_missing_shtab_names_the_extra(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        "lightning_gradguard.cli.completion.find_spec", lambda name: None if name == "shtab" else find(name)
+    )
+    assert command("completion", "bash") == (
+        2,
+        "",
+        "lightning-gradguard completion: this needs shtab: pip install 'lightning-gradguard[completion]'\n",
+    )
 
 
 @pytest.mark.parametrize("arguments", [(), ("fish",), ("bash", "zsh")])
-def test_another_shell(command: Command, arguments: tuple[str, ...]) -> None:
+def test_wrong_shell(command: Command, arguments: tuple[str, ...]) -> None:
     code, out, err = command("completion", *arguments)
     assert (code, out) == (2, "")
-    assert "name one shell, bash or zsh; given was" in err
+    assert "lightning-gradguard completion: error: " in err
 
 
-def test_help(command: Command) -> None:
+def test_help_shows_where_to_save_the_script(command: Command) -> None:
     code, out, _ = command("completion", "--help")
     assert (code, "bash-completion/completions/lightning-gradguard" in out) == (0, True)

@@ -1,4 +1,4 @@
-"""The command knows its verbs, and loads nothing to say so."""
+"""The command runs its verbs, and imports neither torch nor Lightning for its help."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_wrong_input_is_one_message_and_code_two(
     assert len(err.splitlines()) <= 12
 
 
-def test_help_names_the_verbs_in_their_order(command: Command) -> None:
+def test_help_lists_verbs(command: Command) -> None:
     for arguments in ([], ["--help"], ["-h"]):
         code, out, _ = command(*arguments)
         assert code == 0
@@ -41,13 +41,13 @@ def test_help_names_the_verbs_in_their_order(command: Command) -> None:
 
 
 @pytest.mark.parametrize("verb", VERBS)
-def test_each_verb_has_a_page(command: Command, verb: str) -> None:
+def test_verbs_have_help(command: Command, verb: str) -> None:
     code, out, err = command(verb, "--help")
     assert (code, err) == (0, "")
     assert f"lightning-gradguard {verb}" in out
 
 
-def test_what_needs_neither_torch_nor_lightning_loads_neither() -> None:
+def test_help_and_version_import_no_torch() -> None:
     program = (
         "import sys; from lightning_gradguard.cli.main import main;"
         "main(['--help']); main(['--version']); main(['completion', '--help']);"

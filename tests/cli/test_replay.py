@@ -1,21 +1,15 @@
-"""`replay` sees an incident happen again, says so if it does not, and refuses in one line."""
+"""`replay` reproduces an incident, or reports that it does not."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-import os
-import pickle
-import subprocess
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import pytorch_lightning as pl
 import torch
-import yaml
 from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.plugins.precision import MixedPrecision
 from torch import Tensor, nn
@@ -42,11 +36,11 @@ class Logarithm(pl.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         inputs, target = batch
-        sick = bool(inputs[0, 0] > 90)
+        fails = bool(inputs[0, 0] > 90)
         loss = nn.functional.cross_entropy(self.head(self.body(inputs)), target)
-        if sick and self.fails_in == "loss":
+        if fails and self.fails_in == "loss":
             loss = loss + (loss * 0).log()
-        if sick and self.fails_in == "backward":
+        if fails and self.fails_in == "backward":
             loss = loss + (self.head.weight * 0).norm().sqrt()
         return loss
 
@@ -55,14 +49,14 @@ class Logarithm(pl.LightningModule):
 
 
 class Logs(nn.Module):
-    def __init__(self, sick: bool, chance: float) -> None:
+    def __init__(self, fails: bool, chance: float) -> None:
         super().__init__()
-        self.sick = sick
+        self.fails = fails
         self.chance = chance
 
     def forward(self, values: Tensor) -> Tensor:
         drawn = bool(torch.rand(()) < self.chance)
-        if drawn or (self.sick and values.abs().max() > 30):
+        if drawn or (self.fails and values.abs().max() > 30):
             return (values * 0).log()
         return values
 
@@ -93,14 +87,14 @@ def marked(n: int = 12, at: int = 6) -> list[Batch]:
 
 
 def record(module: pl.LightningModule, data: list[Batch], folder: Path, **arguments: Any) -> Path:
-    """The dossier that a fit leaves."""
+    """Returns the dossier of a fit."""
     fit(module, data, [NaNRollback(snapshot_every_n_steps=1)], folder, **arguments)
     (found,) = (folder / "incidents").iterdir()
     return found
 
 
 def replayed(capsys: pytest.CaptureFixture[str], *arguments: Any) -> tuple[int, str]:
-    """The exit code, and what was printed; a refusal is one line."""
+    """Returns the exit code and the output; a usage error is one line."""
     capsys.readouterr()
     try:
         main(["replay", *map(str, arguments)])
@@ -118,7 +112,7 @@ def replayed(capsys: pytest.CaptureFixture[str], *arguments: Any) -> tuple[int, 
     return code, out
 
 
-def test_a_nan_batch_happens_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_nan_batch_is_reproduced(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     dossier = record(Classifier(norm=True, dropout=0.1), poisoned(batches(12), nan=[6]), tmp_path)
     arguments = ("--model", "tests.tasks.Classifier", "--model.norm", "true", "--model.dropout", "0.1")
     code, printed = replayed(capsys, dossier, *arguments)
@@ -165,7 +159,7 @@ def test_every_pass_and_precision(
     code, printed = replayed(capsys, dossier, "--model", f"{HERE}.Logarithm", "--model.fails_in", fails_in)
     assert (code, "\nreproduced\n" in printed) == (0, True), printed
     assert printed.count(recorded.origin.operation) >= 2
-    # without what made it fail, it does not happen
+    # without the cause, it is not reproduced
     code, printed = replayed(capsys, dossier, "--model", f"{HERE}.Logarithm", "--model.fails_in", "nowhere")
     assert code == 1
     assert "\nnot reproduced\n" in printed
@@ -173,7 +167,7 @@ def test_every_pass_and_precision(
 
 
 def test_overflow_depends_on_the_loss_scale(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """What float16 cannot hold at the run's scale is found again at that scale only."""
+    """What float16 cannot hold at the run's scale is reproduced at that scale only."""
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**30)
     plugins = [MixedPrecision("16-mixed", "cpu", scaler=scaler)]
     module = Logarithm(fails_in="loss")
@@ -182,13 +176,13 @@ def test_overflow_depends_on_the_loss_scale(tmp_path: Path, capsys: pytest.Captu
     assert dossier.loss_scale == 2.0**30
     arguments = ("--model", f"{HERE}.Logarithm", "--model.fails_in", "nowhere")
     code, printed = replayed(capsys, path, *arguments)
-    assert (code, "backward_pass" in printed) == (1, True)
+    assert (code, "backward pass" in printed) == (1, True)
     tame = write_dossier(tmp_path / "tame", dataclasses.replace(dossier, loss_scale=1.0), megabytes=1)
     code, printed = replayed(capsys, tame, *arguments)
-    assert (code, "backward_pass" in printed) == (1, False)
+    assert (code, "backward pass" in printed) == (1, False)
 
 
-def test_what_depends_on_random_numbers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_random_numbers_are_restored(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     module = Logarithm(fails_in="nowhere", chance=0.1)
     fit(module, batches(30), [NaNRollback()], tmp_path)
     dossiers = sorted((tmp_path / "incidents").iterdir())
@@ -211,8 +205,8 @@ def test_manual_optimization(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert (code, "\nreproduced\n" in printed) == (0, True), printed
 
 
-class Spoiled(Classifier):
-    """Weights that something else wrote."""
+class Corrupted(Classifier):
+    """Weights that other code has written."""
 
     rows = slice(0, 1)
     value = math.inf
@@ -223,20 +217,20 @@ class Spoiled(Classifier):
             first.weight.data[0, self.rows] = self.value
 
 
-class Trampled(Spoiled):
+class Overwritten(Corrupted):
     rows = slice(0, 20)
 
 
-class Huge(Spoiled):
+class Huge(Corrupted):
     value = 1e38  # finite, and too much for the layers above
 
 
 @pytest.mark.parametrize(
     ("kind", "cause"),
-    [(Spoiled, "corrupted_weights"), (Trampled, "update_too_large"), (Huge, "corrupted_weights")],
+    [(Corrupted, "corrupted_weights"), (Overwritten, "update_too_large"), (Huge, "corrupted_weights")],
 )
-def test_causes_in_the_weights_are_derived_anew(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: type[Spoiled], cause: str
+def test_causes_in_weights_are_found_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: type[Corrupted], cause: str
 ) -> None:
     path = record(kind(), batches(12), tmp_path)
     recorded = read_dossier(path)
@@ -244,7 +238,7 @@ def test_causes_in_the_weights_are_derived_anew(
     code, printed = replayed(capsys, path, "--model", f"{HERE}.{kind.__name__}")
     assert (code, "\nreproduced\n" in printed) == (0, True), printed
     assert "at fault  net.0.weight" in printed
-    # with sound weights there is nothing to be found, whatever was recorded
+    # with healthy weights no cause is found, whatever was recorded
     sound = dataclasses.replace(recorded, weights=dict(kind().state_dict()))
     path = write_dossier(tmp_path / "sound", sound, megabytes=1)
     code, printed = replayed(capsys, path, "--model", f"{HERE}.{kind.__name__}")
@@ -252,9 +246,7 @@ def test_causes_in_the_weights_are_derived_anew(
     assert "transient" in printed
 
 
-def test_the_state_of_an_optimizer_is_not_in_a_dossier(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_optimizer_state_is_not_in_dossier(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recorded = read_dossier(record(Classifier(), poisoned(batches(12), nan=[6]), tmp_path))
     name = "momentum_buffer of net.0.weight"
     origin = Origin("corrupted_weights", where=(name,))
@@ -262,22 +254,21 @@ def test_the_state_of_an_optimizer_is_not_in_a_dossier(
     path = write_dossier(tmp_path / "odd", odd, megabytes=1)
     code, printed = replayed(capsys, path, "--model", "tests.tasks.Classifier")
     assert code == 1
-    assert "note: absurd values were in the state of an optimizer, which a dossier does not hold" in printed
+    assert (
+        "note: values out of range were in the state of an optimizer, which a dossier does not hold"
+        in printed
+    )
 
 
 @pytest.mark.parametrize(("cause", "code"), [("transient", 0), ("unknown", 1), ("forward_pass", 1)])
-def test_a_batch_that_is_finite_again(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], cause: Any, code: int
-) -> None:
+def test_finite_batch(tmp_path: Path, capsys: pytest.CaptureFixture[str], cause: Any, code: int) -> None:
     recorded = read_dossier(record(Classifier(), poisoned(batches(12), nan=[6]), tmp_path))
     finite = dataclasses.replace(recorded, origin=Origin(cause), batch=batches(1)[0])
     path = write_dossier(tmp_path / "finite", finite, megabytes=1)
     assert replayed(capsys, path, "--model", "tests.tasks.Classifier")[0] == code
 
 
-def test_a_step_that_cannot_be_run_reproduces_nothing(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_failing_step_is_not_reproduced(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recorded = read_dossier(record(Classifier(), poisoned(batches(12), nan=[6]), tmp_path))
     odd = dataclasses.replace(recorded, origin=Origin("unknown"), batch={"other": torch.ones(1)})
     path = write_dossier(tmp_path / "odd", odd, megabytes=1)
@@ -286,9 +277,7 @@ def test_a_step_that_cannot_be_run_reproduces_nothing(
     assert "found: The batch could not be run again: ValueError" in printed
 
 
-def test_frozen_weights_and_modes_are_as_they_were(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_frozen_weights_and_modes_are_restored(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     class Still(Logarithm):
         def on_train_start(self) -> None:
             self.body.eval()
@@ -309,232 +298,8 @@ class Draws(Classifier):
         return super().training_step(batch, batch_idx)
 
 
-def test_a_step_that_talks_to_its_logger(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_step_may_use_its_logger(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     logger = TensorBoardLogger(tmp_path, name="", version="run")
     fit(Draws(), poisoned(batches(12), nan=[6]), [NaNRollback()], logger=logger)
     dossier = tmp_path / "run" / "incidents" / "6"
     assert replayed(capsys, dossier, "--model", f"{HERE}.Draws")[0] == 0
-
-
-OWN = """
-import pytorch_lightning as pl, torch
-
-class Mine(pl.LightningModule):
-    def __init__(self, width: int = 3):
-        super().__init__()
-        self.net = torch.nn.Sequential(torch.nn.Linear(20, width), torch.nn.Linear(width, 4))
-
-    def training_step(self, batch, batch_idx):
-        return torch.nn.functional.cross_entropy(self.net(batch[0]), batch[1])
-
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), lr=0.01)
-
-class NoModule:
-    pass
-
-class Fails(Mine):
-    def __init__(self):
-        raise ValueError("of my own\\nin two lines")
-"""
-
-
-@pytest.fixture
-def own_dossier(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """That of a module of the user's, in the folder where they are."""
-    (tmp_path / "own_modules.py").write_text(OWN)
-    (tmp_path / "broken.py").write_text("import no_such_dependency")
-    (tmp_path / "data.yaml").write_text("data: own_modules.Data")
-    (tmp_path / "bad.yaml").write_text("model: {\nclass_path: [")
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(sys.modules, "own_modules", raising=False)
-    import own_modules  # type: ignore[import-not-found]
-
-    return record(own_modules.Mine(width=5), poisoned(batches(12), nan=[6]), tmp_path / "run")
-
-
-def test_as_a_command_in_the_users_folder(own_dossier: Path, tmp_path: Path) -> None:
-    config = {"model": {"class_path": "own_modules.Mine", "init_args": {"width": 7}}, "seed_everything": 1}
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
-    command = [sys.executable, "-m", "lightning_gradguard", "replay", str(own_dossier)]
-    done = subprocess.run(
-        [*command, "--config", "config.yaml", "--model.width", "5"],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
-    )
-    assert (done.returncode, done.stderr) == (0, "")
-    assert "cause     bad input  bad input" in done.stdout
-    assert "\nreproduced\n" in done.stdout
-
-
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
-        (["--model", "own_modules.Mime"], "own_modules.Mime does not exist. Did you mean own_modules.Mine?"),
-        (["--model", "own_module.Mine"], "no module own_module. Did you mean own_modules?"),
-        (["--model", "own_modules.NoModule"], "own_modules.NoModule is no LightningModule."),
-        (["--model", "Elsewhere"], "there is no such class. Name it together with its module, as my.Module."),
-        (
-            ["--model", "broken.Net"],
-            "importing broken failed with ModuleNotFoundError: No module named 'no_such",
-        ),
-        (
-            ["--model", "own_modules.Fails"],
-            "own_modules.Fails could not be built: ValueError: of my own in two lines (own_modules.py",
-        ),
-        (
-            ["--model", "own_modules.Mine", "--model.widht", "5"],
-            "no such argument. Did you mean --model.width?",
-        ),
-        (["--model", "own_modules.Mine", "--model.layers", "5"], "no such argument. There are: width."),
-        (["--model", "own_modules.Mine", "--model.width", "x"], "--model.width x: expected int."),
-        (["--model", "own_modules.Mine", "--cofnig", "x"], "there is no --cofnig. Did you mean --config?"),
-        (
-            [],
-            "name the module with --model my.Module, or in a file that --config names. The run's module was",
-        ),
-        (["--config", "none.yaml"], "--config none.yaml cannot be read: "),
-        (["--config", "broken.py"], "--config broken.py holds no options"),
-        (["--config", "data.yaml"], "--config data.yaml has no `model` with a `class_path`"),
-        (["--config", "bad.yaml"], "--config bad.yaml, line 2 is no YAML: "),
-        (
-            ["--model", "own_modules.Mine"],
-            "do not fit Mine: net.0.weight is (5, 20), the module's (3, 20) and",
-        ),
-        (["--model", "tests.tasks.Classifier"], "the weights do not fit Classifier: net."),
-        (["--model", "own_modules.Mine", "--checkpoint", "none.ckpt"], "none.ckpt cannot be opened: No such"),
-        (
-            ["--model", "own_modules.Mine", "--checkpoint", "broken.py"],
-            "broken.py is damaged, or was not written",
-        ),
-    ],
-)
-def test_wrong_arguments_are_said_in_a_line(
-    own_dossier: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], said: str
-) -> None:
-    code, printed = replayed(capsys, own_dossier, *arguments)
-    assert code == 2
-    assert said in printed
-
-
-def test_without_a_dossier(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    model = ("--model", "tests.tasks.Classifier")
-    for arguments in ((), model):
-        code, printed = replayed(capsys, *arguments)
-        assert (code, "the dossier comes first" in printed) == (2, True)
-    code, printed = replayed(capsys, tmp_path / "none", *model)
-    assert (code, "cannot be opened: No such file" in printed) == (2, True)
-
-
-def test_a_wrong_folder_is_told_which_dossiers_there_are(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    recorded = read_dossier(record(Classifier(), poisoned(batches(12), nan=[6]), tmp_path / "whole"))
-    monkeypatch.chdir(tmp_path)
-    model = ("--model", "tests.tasks.Classifier")
-    run = Path("logs/version_0")
-    write_dossier(run / "incidents", recorded, megabytes=1)
-    missing = run / "incidents" / "7"
-    for wrong in (missing, missing / "dossier.pt", missing.parent, run, "logs"):
-        code, printed = replayed(capsys, wrong, *model)
-        assert (code, printed.endswith(" There is logs/version_0/incidents/6.\n")) == (2, True), printed
-    for step in range(10, 13):
-        write_dossier(run / "incidents", dataclasses.replace(recorded, step=step), megabytes=1)
-    _, printed = replayed(capsys, run, *model)
-    named = (f"{run}/incidents/{step}" for step in (10, 11, 12))
-    assert printed.endswith(f" There are {', '.join(named)} and 1 more.\n")
-    # nothing is said of others where the file itself is wrong
-    (run / "incidents" / "6" / "dossier.pt").write_bytes(b"torn")
-    assert "There" not in replayed(capsys, run / "incidents" / "6", *model)[1]
-
-
-class _Touches:
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> Any:
-        return Path.touch, (self.path,)
-
-
-def _cut(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:1000])
-
-
-def _of_another_format(path: Path) -> None:
-    torch.save({**torch.load(path, weights_only=True), "format": 99}, path)
-
-
-def _malicious(path: Path) -> None:
-    path.write_bytes(pickle.dumps(_Touches(Path.cwd() / "touched")))
-
-
-@pytest.mark.parametrize(
-    ("spoil", "said"),
-    [
-        (_cut, "is damaged or no dossier"),
-        (_of_another_format, "has format 99; this version of lightning_gradguard reads format 1."),
-        (_malicious, "holds more than plain data; it was not loaded"),
-    ],
-)
-def test_spoiled_files_are_refused(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], spoil: Callable[[Path], None], said: str
-) -> None:
-    dossier = record(Classifier(), poisoned(batches(12), nan=[6]), tmp_path)
-    spoil(dossier / "dossier.pt")
-    code, printed = replayed(capsys, dossier, "--model", "tests.tasks.Classifier")
-    assert (code, said in printed) == (2, True), printed
-    assert not (tmp_path / "touched").exists()
-
-
-def test_what_was_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    module = Classifier()
-    recorded = read_dossier(record(module, poisoned(batches(12), nan=[6]), tmp_path))
-    model = ("--model", "tests.tasks.Classifier")
-    nothing = write_dossier(tmp_path / "nothing", recorded, megabytes=0)
-    code, printed = replayed(capsys, nothing, *model)
-    assert (code, "there is no batch to run again; the batch: 0.00269 MB do not fit" in printed) == (2, True)
-    batch_only = write_dossier(tmp_path / "batch", recorded, megabytes=0.01)
-    code, printed = replayed(capsys, batch_only, *model)
-    assert code == 2
-    assert "there are no weights to run it with; the weights: 0.02" in printed
-    assert "Give --checkpoint with one from about step 6." in printed
-    # what Lightning writes, and a plain state_dict
-    torch.save({"state_dict": module.state_dict(), "epoch": 0}, "lightning.ckpt")
-    torch.save(module.state_dict(), "plain.pt")
-    for checkpoint in ("lightning.ckpt", "plain.pt"):
-        code, printed = replayed(capsys, batch_only, *model, "--checkpoint", checkpoint)
-        assert code == 0
-        assert f"note: the weights are those of {checkpoint}, not those of step 6" in printed
-        assert "note: left out of the dossier: the weights: 0.02" in printed
-
-
-def test_a_precision_that_the_cpu_lacks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    recorded = read_dossier(record(Classifier(), poisoned(batches(12), nan=[6]), tmp_path))
-    odd = dataclasses.replace(recorded, precision="transformer-engine")
-    path = write_dossier(tmp_path / "odd", odd, megabytes=1)
-    code, printed = replayed(capsys, path, "--model", "tests.tasks.Classifier")
-    assert (code, "'transformer-engine' does not run on the CPU" in printed) == (2, True)
-
-
-def test_a_dossier_from_a_gpu_says_what_cannot_be_the_same(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    recorded = read_dossier(record(Classifier(), poisoned(batches(12), nan=[6]), tmp_path))
-    from_gpu = dataclasses.replace(
-        recorded, rng={**recorded.rng, "cuda": [torch.zeros(16, dtype=torch.uint8)]}
-    )
-    path = write_dossier(tmp_path / "gpu", from_gpu, megabytes=1)
-    code, printed = replayed(capsys, path, "--model", "tests.tasks.Classifier")
-    assert code == 0
-    assert "note: random numbers that were drawn on a GPU are others on the CPU" in printed
-
-
-def test_help(capsys: pytest.CaptureFixture[str]) -> None:
-    code, printed = replayed(capsys, "--help")
-    assert code == 0
-    assert "--checkpoint" in printed
-    assert "dossier" in printed
-    main(["--help"])
-    assert "replay" in capsys.readouterr().out

@@ -19,38 +19,36 @@ from pytorch_lightning.utilities.model_helpers import is_overridden
 import lightning_gradguard
 from lightning_gradguard.callbacks.defaults import DEFAULTS
 from lightning_gradguard.cli.checkpoints import read_checkpoint
-from lightning_gradguard.cli.errors import UsageError, one_line, place_of
-from lightning_gradguard.cli.parse_errors import (
+from lightning_gradguard.cli.errors import UsageError, one_line, source_line
+from lightning_gradguard.cli.parsing.parse_errors import no_arguments, parse_error_message
+from lightning_gradguard.cli.parsing.preparse import config_files, named_class
+from lightning_gradguard.cli.parsing.user_classes import (
     Failures,
-    build,
-    explained,
-    explained_failure,
-    no_arguments,
-    recorded,
+    failure_message,
+    instantiate,
+    recording_failures,
 )
-from lightning_gradguard.cli.preparse import config_files, named_class
 from lightning_gradguard.runtime.lightning_api import Callback
 from lightning_gradguard.runtime.lightning_packages import lightning_package_of
 
 if TYPE_CHECKING:
     from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 else:
-    LightningCLI = object  # that of the user's package joins in when it is known
+    LightningCLI = object  # that of the user's package becomes a base class when it is known
 
-#: What Lightning itself knows where to look for.
-_KNOWN_CHECKPOINTS = ("last", "best", "hpc")
-#: A flag for an argument of the module.
-_OF_THE_MODULE = re.compile(r"--model\.(?:init_args\.)?(\w+)")
+#: Values of `--ckpt_path` that Lightning resolves itself.
+_KEYWORDS = ("last", "best", "hpc")
+_MODULE_FLAG = re.compile(r"--model\.(?:init_args\.)?(\w+)")
 
 
 @contextmanager
-def typed(arguments: Sequence[str]) -> Iterator[None]:
-    """Makes it look as if these had been typed after `fit`.
+def fit_argv(arguments: Sequence[str]) -> Iterator[None]:
+    """Replaces `sys.argv` by `fit` and these arguments.
 
-    There LightningCLI looks, and a strategy that starts processes of its own.
+    LightningCLI reads it, and a strategy that launches processes.
 
     Args:
-        arguments: What a command was given.
+        arguments: The arguments of a command.
     """
     before = sys.argv
     sys.argv = [before[0], "fit", *arguments]
@@ -66,55 +64,75 @@ def command_line(
     instead_of_zero: Mapping[str, Any] = MappingProxyType({}),
     **fixed: Any,
 ) -> SuiteCLI:
-    """Read what was typed, and build the module, the data and the Trainer; nothing is trained yet.
+    """Parses the arguments, and instantiates the module, the data and the Trainer; trains nothing yet.
 
     Args:
-        arguments: `--model`, `--data`, `--trainer.*`, `--config`, and `--<callback>.*` of the suite; also to
-            be `typed`.
-        also: Options that the command has taken out of them; for hints.
-        instead_of_zero: Arguments that the Trainer is given where the user's is 0.
-        **fixed: Arguments of the Trainer that are not the user's to choose; what the user has given for them
-            is not built. With `callbacks` among them, neither the callbacks of the user nor the suite are in
-            place, and no configuration is saved.
+        arguments: `--model`, `--data`, `--trainer.*`, `--config`, and `--<callback>.*` of the suite; they
+            have to be in `sys.argv`, too, see `fit_argv`.
+        also: Options that the command has parsed itself; for suggestions.
+        instead_of_zero: Arguments of the Trainer that replace a 0 of the user's.
+        **fixed: Arguments of the Trainer that the user cannot choose; the user's own are not instantiated.
+            With `callbacks` among them, the callbacks of the user and of the suite are omitted, and no
+            configuration is saved.
 
     Returns:
-        With `trainer`, and in `fit_arguments` what its `fit` has to be given.
+        With `trainer`, and the arguments of its `fit` in `fit_arguments`.
 
     Raises:
-        RefusalError: If something that was typed is wrong.
+        UsageError: If an argument is wrong.
     """
-    tree = lightning_package_of(
-        named_class(arguments)
-    )  # loaded ahead of the callbacks, which inherit from what is there
-    # short names in YAML, such as `PercentileClipping`, are found among what is loaded
+    return _suite_cli(
+        named_class(arguments),
+        arguments=tuple(arguments),
+        also=tuple(also),
+        instead_of_zero=instead_of_zero,
+        fixed=fixed,
+    )
+
+
+def fit_parser() -> LightningArgumentParser:
+    """Returns the parser of `fit`; for the completion of a shell."""
+
+    def stop(cli: SuiteCLI, *_: Any) -> None:
+        raise _ParserReady(cli.options)
+
+    try:
+        _suite_cli(None, parse_arguments=stop)
+    except _ParserReady as ready:
+        parser: LightningArgumentParser = ready.args[0]
+    return parser
+
+
+def _suite_cli(model_class: Any, **attributes: Any) -> SuiteCLI:
+    # imported ahead of the callbacks, whose base class depends on the package that is imported first
+    package = lightning_package_of(model_class)
+    # jsonargparse finds short names in YAML, such as `PercentileClipping`, among what is imported
     for name in lightning_gradguard.__all__:
         getattr(lightning_gradguard, name)
-    lightning = import_module(f"{tree.__name__}.cli")
-    failures: Failures = []
-    facts = {
-        "arguments": tuple(arguments),
-        "also": tuple(also),
-        "instead_of_zero": instead_of_zero,
-        "fixed": fixed,
-        "failures": failures,
-    }
+    lightning = import_module(f"{package.__name__}.cli")
     strict = {"exit_on_error": False, "allow_abbrev": False}
+    saves_config = "callbacks" not in attributes.get("fixed", ())
     with warnings.catch_warnings():
         # newer versions of jsonargparse have other names for what Lightning calls
         warnings.simplefilter("ignore", DeprecationWarning)
-        made: SuiteCLI = type("Command", (SuiteCLI, lightning.LightningCLI), facts)(
-            tree.LightningModule,
-            save_config_callback=None if "callbacks" in fixed else lightning.SaveConfigCallback,
+        kind = type("Command", (SuiteCLI, lightning.LightningCLI), {"failures": [], **attributes})
+        cli: SuiteCLI = kind(
+            package.LightningModule,
+            save_config_callback=lightning.SaveConfigCallback if saves_config else None,
             save_config_kwargs={"overwrite": True},
-            trainer_class=tree.Trainer,
+            trainer_class=package.Trainer,
             parser_kwargs={**strict, "prog": "lightning-gradguard", "fit": dict(strict)},
             subclass_mode_model=True,
         )
-    return made
+    return cli
+
+
+class _ParserReady(Exception):
+    """Ends LightningCLI, which parses as soon as it has a parser."""
 
 
 class SuiteCLI(LightningCLI):
-    """LightningCLI that has the suite's options, refuses in one line, and leaves fitting to its caller."""
+    """LightningCLI with the options of the suite and errors in one line, which leaves `fit` to its caller."""
 
     arguments: tuple[str, ...]
     also: tuple[str, ...]
@@ -126,30 +144,30 @@ class SuiteCLI(LightningCLI):
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        """There is but one."""
+        """Omits those other than `fit`."""
         return {"fit": {"model", "train_dataloaders", "val_dataloaders", "datamodule"}}
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
-        """Remember why an object could not be built."""
+        """Records why a class could not be instantiated."""
         parser = super().init_parser(**kwargs)
         add = parser.add_instantiator
 
         def add_recorded(instantiator: Any, *args: Any, **kwargs: Any) -> None:
-            add(recorded(instantiator, self.failures), *args, **kwargs)
+            add(recording_failures(instantiator, self.failures), *args, **kwargs)
 
         parser.add_instantiator = add_recorded
         return parser
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """An option for each callback: `null`, or arguments of it, or another class."""
+        """Adds an option for each callback: `null`, or its arguments, or another class."""
         for name, kind in DEFAULTS.items():
             default = {"class_path": f"lightning_gradguard.{kind.__name__}"}
-            what = f"{kind.__name__}; null leaves it out"
-            parser.add_argument(f"--{name}", type=Optional[kind], default=default, help=what)  # noqa: UP045
+            text = f"{kind.__name__}; null omits it"
+            parser.add_argument(f"--{name}", type=Optional[kind], default=default, help=text)  # noqa: UP045
         self.options = parser
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Refuse in one line."""
+        """Reports an error in one line."""
         try:
             super().parse_arguments(parser, args)
             if not isinstance(self.config["fit"]["trainer"], Namespace):
@@ -157,12 +175,12 @@ class SuiteCLI(LightningCLI):
             self._parse_checkpoint()
         except (ArgumentError, UnicodeDecodeError) as error:
             options = [*self.options.get_defaults().keys(), *self.also]
-            said = explained(str(error), self.arguments, config_files(self.arguments), options)
-            raise UsageError(said) from None
+            files = config_files(self.arguments)
+            raise UsageError(parse_error_message(str(error), self.arguments, files, options)) from None
 
     def before_instantiate_classes(self) -> None:
-        """Build what will be used, and remember the exceptions of all classes."""
-        self.parser.add_instantiator(build, object)
+        """Omits what will not be used, and records the exceptions of all classes."""
+        self.parser.add_instantiator(instantiate, object)
         config = self.config["fit"]
         config["ckpt_path"] = self.checkpoint
         for name in self.fixed:
@@ -174,39 +192,39 @@ class SuiteCLI(LightningCLI):
             config[name] = None
 
     def instantiate_classes(self) -> None:
-        """Refuse in one line if an object cannot be built."""
+        """Reports in one line that a class cannot be instantiated."""
         try:
             super().instantiate_classes()
         except UsageError:
             raise
         except Exception as error:  # the user's own code
-            raise UsageError(explained_failure(self.failures, error)) from None
+            raise UsageError(failure_message(self.failures, error)) from None
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
-        """Put the suite in place, but for what the user has given or left out."""
+        """Adds the callbacks of the suite, except those that the user has given or omitted."""
         callbacks = self.fixed.get("callbacks") or self._callbacks()
         try:
             return super().instantiate_trainer(**{**kwargs, **self.fixed, "callbacks": callbacks})
-        except Exception as error:  # Lightning says what is wrong with its arguments
-            said = f"the Trainer could not be built: {one_line(str(error))}{place_of(error)}"
-            raise UsageError(said) from None
+        except Exception as error:  # Lightning's messages name the argument
+            text = f"{one_line(str(error))}{source_line(error)}"
+            raise UsageError(f"the Trainer could not be built: {text}") from None
 
     def fit(self, **arguments: Any) -> None:
-        """Called by Lightning in place of the Trainer's own; what is done with it is for the caller."""
+        """Keeps the arguments that Lightning would call `Trainer.fit` with."""
         if self.datamodule is None and not is_overridden("train_dataloader", self.model):
             name = type(self.model).__name__
             raise UsageError(f"name the data with --data my.Data: {name} has no train_dataloader of its own.")
         self.fit_arguments = arguments
 
     def _parse_checkpoint(self) -> None:
-        """Take the module's arguments from a checkpoint that has them from a command line like this.
+        """Takes the module's arguments from a checkpoint that a command line like this has saved.
 
-        Newer versions of Lightning do so too, and stop at checkpoints from elsewhere; so they see none.
+        Newer versions of Lightning do so too, and fail with other checkpoints; so the path is hidden.
         """
         config = self.config["fit"]
         self.checkpoint, config["ckpt_path"] = config["ckpt_path"], None
         path = str(self.checkpoint or "")
-        if not path or path in _KNOWN_CHECKPOINTS or "://" in path:
+        if not path or path in _KEYWORDS or "://" in path:
             return
         if not Path(path).exists():
             raise UsageError(f"--ckpt_path {path} cannot be opened: there is no such file.")
@@ -216,9 +234,9 @@ class SuiteCLI(LightningCLI):
         arguments = dict(content.get("hyper_parameters") or {})
         if arguments.pop("_class_path", None) == config["model"]["class_path"]:
             arguments.pop("_instantiator", None)
-            flags = (_OF_THE_MODULE.match(argument) for argument in self.arguments)
+            flags = (_MODULE_FLAG.match(argument) for argument in self.arguments)
             for name in {flag[1] for flag in flags if flag} & arguments.keys():
-                del arguments[name]  # what is typed wins
+                del arguments[name]  # a flag overrides the checkpoint
             model = {"class_path": config["model"]["class_path"], "init_args": arguments}
             self.config = self.parser.parse_object({"fit": {"model": model}}, self.config)
 
@@ -242,18 +260,18 @@ class SuiteCLI(LightningCLI):
         callbacks = list(given) if isinstance(given, (list, tuple)) else [given]
         for name, kind in DEFAULTS.items():
             if any(isinstance(callback, kind) for callback in callbacks):
-                _give_way(name, "trainer.callbacks", config, defaults)
+                _omit_option(name, "trainer.callbacks", config, defaults)
         suite = {name: self.config_init["fit"][name] for name in DEFAULTS if config[name] is not None}
-        return [*callbacks, *suite.values(), _Replaced(suite, config, defaults)]
+        return [*callbacks, *suite.values(), _OmitReplaced(suite, config, defaults)]
 
 
-class _Replaced(Callback):
-    """Sees which callbacks of the suite Lightning has replaced by those of the module.
+class _OmitReplaced(Callback):
+    """Omits the options of callbacks that Lightning has replaced by those of the module.
 
     Args:
-        suite: By their options.
-        config: What will be saved.
-        defaults: See `_give_way`.
+        suite: Callbacks by their options.
+        config: The configuration that will be saved.
+        defaults: See `_omit_option`.
     """
 
     def __init__(self, suite: dict[str, Any], config: Namespace, defaults: Namespace) -> None:
@@ -266,22 +284,22 @@ class _Replaced(Callback):
         place = f"{type(pl_module).__name__}.configure_callbacks"
         for name, callback in self._suite.items():
             if callback not in trainer.callbacks:  # type: ignore[attr-defined]
-                _give_way(name, place, self._config, self._defaults)
+                _omit_option(name, place, self._config, self._defaults)
 
 
-def _give_way(name: str, place: str, config: Namespace, defaults: Namespace) -> None:
-    """Leave out an option of the suite, also of what is saved, where the user gives such a callback.
+def _omit_option(name: str, place: str, config: Namespace, defaults: Namespace) -> None:
+    """Omits an option of the suite, also from what is saved, as the user gives such a callback.
 
     Args:
         name: Of the option.
-        place: Where it is given.
+        place: Where the callback is given.
         config: Is changed.
-        defaults: What the option is if nobody types it.
+        defaults: The options of the suite as they are by default.
 
     Raises:
-        RefusalError: If it was typed as well.
+        UsageError: If the option was given as well.
     """
     if config[name] not in (None, defaults[name]):
         kind = DEFAULTS[name].__name__
-        raise UsageError(f"--{name} and {place} both give a {kind}; leave one of them out.")
+        raise UsageError(f"--{name} and {place} both give a {kind}; omit one of them.")
     config[name] = None

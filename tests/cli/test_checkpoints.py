@@ -1,4 +1,4 @@
-"""Weights are read from what torch has saved, wherever that was, and fit the module or are refused."""
+"""Weights are read from files that torch has saved on any device, and loaded if they fit the module."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_weights_are_loaded() -> None:
 
 
 @pytest.mark.parametrize(
-    ("changed", "said"),
+    ("changed", "message"),
     [
         ({"head.weight": torch.zeros(2)}, "do not fit Net: the module has no head.weight. Give"),
         ({"layer.bias": None}, "do not fit Net: layer.bias is missing in them. Give"),
@@ -46,9 +46,9 @@ def test_weights_are_loaded() -> None:
         ({"layer.bias": None, "a": torch.zeros(1)}, "layer.bias is missing in them and 1 more. Give"),
     ],
 )
-def test_weights_that_do_not_fit(changed: dict[str, Any], said: str) -> None:
+def test_weights_that_do_not_fit(changed: dict[str, Any], message: str) -> None:
     weights = {name: w for name, w in {**Net().state_dict(), **changed}.items() if w is not None}
-    with pytest.raises(UsageError, match=said):
+    with pytest.raises(UsageError, match=message):
         load_weights(Net(), weights)
 
 
@@ -59,9 +59,9 @@ def test_extra_state_may_be_missing() -> None:
     assert module.seen == 3
 
 
-def test_what_a_gpu_has_saved_is_read_without_one() -> None:
+def test_weights_of_gpu_are_read_on_cpu() -> None:
     torch.save(Net().state_dict(), "here.pt")
-    # the name of the device stands in the file
+    # the file names the device
     with zipfile.ZipFile("here.pt") as here, zipfile.ZipFile("there.pt", "w") as there:
         for entry in here.infolist():
             there.writestr(entry.filename, here.read(entry).replace(b"cpu", b"xpu"))
@@ -71,7 +71,7 @@ def test_what_a_gpu_has_saved_is_read_without_one() -> None:
 
 
 @pytest.mark.parametrize("content", [torch.zeros(3), [1, 2], {"state_dict": None}, {"step": 3}])
-def test_a_file_of_something_else(content: Any) -> None:
+def test_file_without_weights(content: Any) -> None:
     torch.save(content, "other.pt")
     with pytest.raises(UsageError, match=r"--checkpoint other.pt holds no weights by their names."):
         read_checkpoint("other.pt", "--checkpoint")

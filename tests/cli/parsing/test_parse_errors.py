@@ -1,21 +1,26 @@
-"""Wrong input of every kind is one line that names what was typed and what is near it, and code 2."""
+"""Wrong input ends with code 2 and one line, which names the option, the value and the nearest valid name."""
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal, Optional, Union
 
 import pytest
+import pytorch_lightning as pl
 import yaml
+from jsonargparse import ArgumentError
 
-from lightning_gradguard.cli.errors import one_line
-from lightning_gradguard.cli.parse_errors import explained
+from lightning_gradguard.cli.parsing.parse_errors import parse_error_message
+from lightning_gradguard.cli.replay import argument_parser
 from tests.cli.conftest import Command
 
 MODULE = ("--model", "mine.Net", "--data", "mine.Data", "--seed_everything=0")
 
 
-def refused(command: Command, *arguments: str) -> str:
-    """What is said of wrong input."""
+def usage_error(command: Command, *arguments: str) -> str:
+    """Returns the message about wrong input."""
     code, out, err = command("fit", *arguments)
     assert (code, out) == (2, "")
     assert err.startswith("lightning-gradguard fit: ")
@@ -26,7 +31,7 @@ def refused(command: Command, *arguments: str) -> str:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         ("--model mine.Nett", "--model mine.Nett: mine.Nett does not exist. Did you mean mine.Net?"),
         ("--model mime.Net", "--model mime.Net: there is no module mime. Did you mean mine?"),
@@ -74,12 +79,12 @@ def refused(command: Command, *arguments: str) -> str:
         ),
         (
             "--nan_rollback false",
-            "--nan_rollback false: this takes null, to leave it out, or a subclass of NaNRollback.",
+            "--nan_rollback false: this takes null, to omit it, or a subclass of NaNRollback.",
         ),
         ("--optimizer Adamm", "--optimizer Adamm: there is no such class. Did you mean Adam?"),
         (
             "--adaptive_gradient_clipping 5",
-            "--adaptive_gradient_clipping 5: this takes null, to leave it out, or a subclass of "
+            "--adaptive_gradient_clipping 5: this takes null, to omit it, or a subclass of "
             "AdaptiveGradientClipping.",
         ),
         (
@@ -95,7 +100,7 @@ def refused(command: Command, *arguments: str) -> str:
             "--trainer.callbacks+=NaNRolback",
             "--trainer.callbacks NaNRolback: there is no such class. Did you mean NaNRollback?",
         ),
-        ("--trainer.callbacks+=mine.Net", "--trainer.callbacks mine.Net: it must be a subclass of Callback."),
+        ("--trainer.callbacks+=mine.Net", "--trainer.callbacks mine.Net: mine.Net is no Callback."),
         (
             "--adaptive_gradient_clipping.policy=UnitwiseCliping",
             "--adaptive_gradient_clipping.policy UnitwiseCliping: there is no such class. "
@@ -111,22 +116,22 @@ def refused(command: Command, *arguments: str) -> str:
         ("-c", "argument -c/--config: expected one argument"),
     ],
 )
-def test_what_is_typed(mine: Path, command: Command, arguments: str, said: str) -> None:
+def test_flags(mine: Path, command: Command, arguments: str, message: str) -> None:
     Path("broken.py").write_text("import absent\n")
     Path("unclosed.py").write_text("f(\n")
     Path("config.yaml").write_text("")
-    assert refused(command, *MODULE, *arguments.split()).startswith(said)
+    assert usage_error(command, *MODULE, *arguments.split()).startswith(message)
 
 
-def test_a_literal_names_its_choices(mine: Path, command: Command) -> None:
-    told = refused(command, *MODULE, "--nan_rollback.check", "exat")
-    assert told.startswith("--nan_rollback.check exat: expected ")
-    assert "'exact', 'deferred'" in told
-    assert told.endswith(" Did you mean exact?")
+def test_literal_lists_choices(mine: Path, command: Command) -> None:
+    message = usage_error(command, *MODULE, "--nan_rollback.check", "exat")
+    assert message.startswith("--nan_rollback.check exat: expected ")
+    assert "'exact', 'deferred'" in message
+    assert message.endswith(" Did you mean exact?")
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "message"),
     [
         (
             {"trainer": {"max_step": 7}},
@@ -152,11 +157,11 @@ def test_a_literal_names_its_choices(mine: Path, command: Command) -> None:
             "Did you mean nan_rollback.patience?",
         ),
         ({"model": {"class_path": "mine.NeedsWidth"}}, "mine.NeedsWidth needs --model.width."),
-        ({"nan_rollback": False}, "wrong.yaml: nan_rollback false: this takes null, to leave it out, or a"),
-        ({"nan_rollback": 5}, "wrong.yaml: nan_rollback 5: this takes null, to leave it out, or a"),
+        ({"nan_rollback": False}, "wrong.yaml: nan_rollback false: this takes null, to omit it, or a"),
+        ({"nan_rollback": 5}, "wrong.yaml: nan_rollback 5: this takes null, to omit it, or a"),
         (
             {"adaptive_gradient_clipping": {"policy": {"percentile": 20}}},
-            "wrong.yaml: adaptive_gradient_clipping.policy",
+            "wrong.yaml: adaptive_gradient_clipping.policy: name the class, as `class_path: Per",
         ),
         ({"trainer": None}, "wrong.yaml: trainer null: this takes arguments, such as `max_epochs: 10`."),
         ({"trainer": 5}, "wrong.yaml: trainer 5: this takes arguments, such as `max_epochs: 10`."),
@@ -166,53 +171,47 @@ def test_a_literal_names_its_choices(mine: Path, command: Command) -> None:
         ("trainer: {max_steps: 7\nmodel: [", "--config wrong.yaml, line 2 is no YAML: "),
     ],
 )
-def test_what_is_in_a_file(mine: Path, command: Command, content: object, said: str) -> None:
+def test_files(mine: Path, command: Command, content: object, message: str) -> None:
     Path("wrong.yaml").write_text(content if isinstance(content, str) else yaml.safe_dump(content))
     model = () if "model" in str(content) else MODULE
-    assert refused(command, *model, "-c", "wrong.yaml").startswith(said)
+    assert usage_error(command, *model, "-c", "wrong.yaml").startswith(message)
 
 
 @pytest.mark.parametrize(
-    ("percentile", "said"),
+    ("percentile", "message"),
     [
         ("x", "wrong.yaml: trainer.callbacks.policy.percentile x: expected float."),
         (1000, "PercentileClipping: percentile=1000.0 must be in [0, 100]."),
     ],
 )
-def test_a_policy_in_a_list_in_a_file(mine: Path, command: Command, percentile: object, said: str) -> None:
+def test_policy_in_list_in_file(mine: Path, command: Command, percentile: object, message: str) -> None:
     policy = {"class_path": "PercentileClipping", "init_args": {"percentile": percentile}}
     entry = {"class_path": "AdaptiveGradientClipping", "init_args": {"policy": policy}}
     Path("wrong.yaml").write_text(yaml.safe_dump({"trainer": {"callbacks": [entry]}}))
-    assert refused(command, *MODULE, "-c", "wrong.yaml") == said
+    assert usage_error(command, *MODULE, "-c", "wrong.yaml") == message
 
 
-def test_what_is_missing(mine: Path, command: Command) -> None:
-    assert refused(command, "--data=mine.Data") == (
+def test_missing_module_and_data(mine: Path, command: Command) -> None:
+    assert usage_error(command, "--data=mine.Data") == (
         "name the module with --model my.Module, or in a file that --config names."
     )
-    assert refused(command, *MODULE[:2], "--seed_everything=0") == (
+    assert usage_error(command, *MODULE[:2], "--seed_everything=0") == (
         "name the data with --data my.Data: Net has no train_dataloader of its own."
     )
-    assert "No `training_step()` method defined" in refused(
+    assert "No `training_step()` method defined" in usage_error(
         command, "--model=mine.Untrainable", "--seed_everything=0", "--trainer.max_epochs=1"
     )
 
 
-def test_a_file_that_is_no_text(mine: Path, command: Command) -> None:
+def test_binary_file(mine: Path, command: Command) -> None:
     Path("wrong.yaml").write_bytes(b"\xff\xfe\x00")
-    assert refused(command, "-c", "wrong.yaml").startswith("--config wrong.yaml cannot be read: ")
+    assert usage_error(command, "-c", "wrong.yaml").startswith("--config wrong.yaml cannot be read: ")
     Path("wrong.yaml").write_bytes(b"a: \x00")
-    assert refused(command, "-c", "wrong.yaml").startswith("--config wrong.yaml cannot be read: ")
+    assert usage_error(command, "-c", "wrong.yaml").startswith("--config wrong.yaml cannot be read: ")
 
 
-def test_a_long_message_is_cut() -> None:
-    assert one_line("a " * 150) == "a " * 149 + "a"
-    assert one_line("a" * 300) == "a" * 300
-    assert one_line("a" * 301) == "a" * 297 + "..."
-
-
-def test_both_ways_in_which_jsonargparse_refuses() -> None:
-    """The wording and the order of alternatives have changed between the versions that are supported."""
+def test_wording_of_both_jsonargparse_versions() -> None:
+    """The wording and the order of alternatives differ between the supported versions."""
     value = """Parser key "nan_rollback":
   Does not validate against any of the Union subtypes
   Errors:
@@ -221,17 +220,19 @@ def test_both_ways_in_which_jsonargparse_refuses() -> None:
         Parser key "check":
           {}
   Given value: NestedArg(key='check', val='exat')"""
-    typed = ["--nan_rollback.check", "exat"]
+    arguments = ["--nan_rollback.check", "exat"]
     for line in (
         "Cannot take a Union of no types.",
         "Expected a typing.Literal['exact', 'deferred']. Got value: exat",
     ):
-        assert explained(value.format(line), typed, [], []) == (
+        assert parse_error_message(value.format(line), arguments, [], []) == (
             "--nan_rollback.check exat: expected one of 'exact', 'deferred'. Did you mean exact?"
         )
     for line in ("Option 'patienc' is not accepted", "Validation failed: Key 'patienc' is not expected"):
-        told = explained(value.replace('Parser key "check":', "").format(line), typed, [], [])
-        assert told.endswith("takes no such argument. Did you mean --nan_rollback.patience?")
+        message = parse_error_message(
+            value.replace('Parser key "check":', "").format(line), arguments, [], []
+        )
+        assert message.endswith("takes no such argument. Did you mean --nan_rollback.patience?")
     policy = """Parser key "adaptive_gradient_clipping":
     - Problem with given class_path 'lightning_gradguard.AdaptiveGradientClipping':
         Parser key "policy":
@@ -243,13 +244,16 @@ def test_both_ways_in_which_jsonargparse_refuses() -> None:
     abstract = "Expected an instantiatable class, but lightning_gradguard.ClippingPolicy is abstract"
     no_class = "Not a valid subclass of ClippingPolicy"
     for line in (abstract, no_class):
-        assert explained(policy.format(line, "NestedArg(key='percentile', val='20')"), [], [], []) == (
-            f"--{key}.percentile: name the class first, as --{key} PercentileClipping."
+        assert parse_error_message(
+            policy.format(line, "NestedArg(key='percentile', val='20')"), [], [], []
+        ) == (f"--{key}.percentile: name the class first, as --{key} PercentileClipping.")
+    Path("policy.yaml").write_text("adaptive_gradient_clipping: {policy: {max_norm: 2}}")
+    for line in (abstract, no_class):
+        error = policy.format(line, "{'max_norm': 2}")
+        assert parse_error_message(error, [], ["policy.yaml"], []) == (
+            f"policy.yaml: {key}: name the class, as `class_path: GlobalNormClipping`."
         )
-    assert explained(policy.format(abstract, "{'max_norm': 2}"), [], [], []) == (
-        f"--{key}: name the class, as `class_path: GlobalNormClipping`."
-    )
-    assert "this takes the path of a class" in explained(policy.format(no_class, "20"), [], [], [])
+    assert "this takes the path of a class" in parse_error_message(policy.format(no_class, "20"), [], [], [])
     missing = """Parser key "model":
     - Problem with given class_path 'mine.NeedsWidth':
         {}"""
@@ -257,11 +261,69 @@ def test_both_ways_in_which_jsonargparse_refuses() -> None:
         "the following arguments are required: width, depth",
         'Key "width" is required but not incl',
     ):
-        told = explained(missing.format(line), [], [], [])
-        assert told.startswith("mine.NeedsWidth needs --model.width")
+        message = parse_error_message(missing.format(line), [], [], [])
+        assert message.startswith("mine.NeedsWidth needs --model.width")
     for line in (
         "Unrecognized arguments: --trainer.max_step 5",
         "unrecognized arguments: --trainer.max_step 5",
     ):
-        assert "Did you mean --trainer.max_steps?" in explained(line, [], [], ["trainer.max_steps"])
-    assert explained("something else\n  altogether", [], [], []) == "something else altogether"
+        assert "Did you mean --trainer.max_steps?" in parse_error_message(line, [], [], ["trainer.max_steps"])
+    assert parse_error_message("something else\n  altogether", [], [], []) == "something else altogether"
+
+
+@dataclasses.dataclass
+class Size:
+    width: int = 8
+    mode: Literal["wide", "deep"] = "wide"
+
+
+class Part:
+    def __init__(self, n: int, size: Optional[Size] = None) -> None:  # noqa: UP045
+        pass
+
+
+class Nested(pl.LightningModule):
+    def __init__(
+        self,
+        part: Part,
+        parts: Sequence[Part] = (),
+        size: Optional[Size] = None,  # noqa: UP045
+        rate: Union[float, Literal["auto"]] = 0.1,  # noqa: UP007
+    ) -> None:
+        super().__init__()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("", "HERE.Nested needs --model.part."),
+        ("--model.part HERE.Part", "HERE.Part needs --model.part.n."),
+        (
+            "--model.part HERE.Partt",
+            "--model.part HERE.Partt: HERE.Partt does not exist. Did you mean HERE.Part?",
+        ),
+        ("--model.part HERE.Part --model.part.n x", "--model.part.n x: expected int."),
+        (
+            "--model.part HERE.Part --model.part.m 1",
+            "--model.part.m: HERE.Part takes no such argument. There are: n, size.",
+        ),
+        (
+            "--model.parts+=HERE.Partt",
+            "--model.parts HERE.Partt: HERE.Partt does not exist. Did you mean HERE.Part?",
+        ),
+        (
+            "--model.size.widht 3",
+            "--model.size.widht: HERE.Size takes no such argument. Did you mean --model.size.width?",
+        ),
+        (
+            "--model.size.mode wied",
+            "--model.size.mode wied: expected one of 'wide', 'deep'. Did you mean wide?",
+        ),
+        ("--model.rate x", "--model.rate x: expected float or one of 'auto'."),
+    ],
+)
+def test_nested_and_optional_arguments(arguments: str, message: str) -> None:
+    argv = f"dossier --model HERE.Nested {arguments}".replace("HERE", __name__).split()
+    with pytest.raises(ArgumentError) as raised:
+        argument_parser().parse_args(argv)
+    assert parse_error_message(str(raised.value), argv, [], []) == message.replace("HERE", __name__)
