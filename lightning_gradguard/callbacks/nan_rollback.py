@@ -10,6 +10,7 @@ import pytorch_lightning as pl
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_gradguard.core import tags
 from lightning_gradguard.core.norms import Measurement
 from lightning_gradguard.core.recovery import OUTCOMES, Decision, RecoveryPolicy
 from lightning_gradguard.core.remedies import advice
@@ -33,6 +34,7 @@ from lightning_gradguard.runtime.incidents.termination import (
     save_last_good,
 )
 from lightning_gradguard.runtime.logging import console
+from lightning_gradguard.runtime.logging.hyperparameters import non_defaults
 from lightning_gradguard.runtime.optimizer_hooks import drop_gradients
 from lightning_gradguard.runtime.rollback import trainer_state
 from lightning_gradguard.runtime.rollback.side_effects import SideEffects
@@ -137,6 +139,7 @@ class NaNRollback(StepCallback):
         max_dossier_megabytes: float = 100.0,
     ) -> None:
         super().__init__()
+        self.settings = non_defaults(NaNRollback, locals())
         for name, value, least in (
             ("patience", patience, 1),
             ("snapshot_every_n_steps", snapshot_every_n_steps, 1),
@@ -362,9 +365,9 @@ class NaNRollback(StepCallback):
     def final_counts(self) -> dict[str, float]:
         """Skips, rollbacks and overflows so far."""
         return {
-            "rollback/skips": float(self.skips),
-            "rollback/rollbacks": float(self.rollbacks),
-            "rollback/amp_overflows": float(self.amp_overflows),
+            tags.SKIPS: float(self.skips),
+            tags.ROLLBACKS: float(self.rollbacks),
+            tags.AMP_OVERFLOWS: float(self.amp_overflows),
         }
 
     def state_dict(self) -> dict[str, Any]:
@@ -613,7 +616,7 @@ class NaNRollback(StepCallback):
             trainer, pl_module, "training_diverged", action="stopped", advice=combined_advice(found)
         )
         self._report(trainer)
-        self.suite.report.send(trainer, pl_module)
+        self.suite.metrics.flush(trainer, pl_module)
         reason = (
             f"more than {self.max_skip_fraction:.0%} of the last {OUTCOMES} steps were skipped "
             f"(max_skip_fraction={self.max_skip_fraction:g})"
@@ -638,7 +641,7 @@ class NaNRollback(StepCallback):
 
     def _report(self, trainer: pl.Trainer) -> None:
         counts = self.final_counts()
-        report = self.suite.report
+        report = self.suite.metrics
         report.add_scalars(counts)
-        report.publish_total("rollback/skips", counts["rollback/skips"])
-        report.publish_total("rollback/rollbacks", counts["rollback/rollbacks"])
+        report.publish_total(tags.SKIPS, counts[tags.SKIPS])
+        report.publish_total(tags.ROLLBACKS, counts[tags.ROLLBACKS])

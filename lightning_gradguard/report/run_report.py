@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from statistics import median
 
-from lightning_gradguard.core.incidents import label
-from lightning_gradguard.core.remedies import title
+from lightning_gradguard.core.incidents import label, title
 from lightning_gradguard.report.analysis.run_log import GradientLog, RecordedIncident, Series
 from lightning_gradguard.report.analysis.verdict import Verdict, judge, worst_layers
 from lightning_gradguard.report.readers.runs import Run

@@ -499,7 +499,7 @@ def test_a_run_that_was_given_up_without_a_word_still_has_things_to_try() -> Non
     verdict = judge(RunLog(series(falling(60)), skips=series([0.0] * 60), incidents=stop))
     assert (verdict.status, verdict.headline, kinds(verdict)) == (
         "dead",
-        "given up",
+        "training diverged",
         {"training_diverged": "fatal"},
     )
     assert "Lower the learning rate" in verdict.symptoms[0].remedies[0]

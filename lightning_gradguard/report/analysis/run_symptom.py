@@ -16,7 +16,7 @@ class RunSymptom(Symptom):
     """A symptom as hindsight sees it.
 
     Args:
-        kind: Its name, as `core.remedies.title` takes it.
+        kind: Its name, as `core.incidents.title` takes it.
         where: Names of the parameters or modules that show it most, the worst first.
         value: The number that gave it away.
         severity: `"fatal"`: the run ended of it. `"serious"`: it was there to the end. `"handled"`: something

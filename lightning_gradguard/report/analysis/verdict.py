@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from lightning_gradguard.core.remedies import title
+from lightning_gradguard.core.incidents import title
 from lightning_gradguard.report.analysis.findings import LEAST_POINTS, symptoms_of
 from lightning_gradguard.report.analysis.outcome import Outcome, outcome_of
 from lightning_gradguard.report.analysis.run_log import GradientLog, RunLog

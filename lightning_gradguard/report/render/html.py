@@ -9,8 +9,7 @@ from pathlib import Path
 from statistics import median
 from urllib.parse import quote
 
-from lightning_gradguard.core.incidents import label
-from lightning_gradguard.core.remedies import title
+from lightning_gradguard.core.incidents import label, title
 from lightning_gradguard.report.analysis.run_log import GradientLog, Series
 from lightning_gradguard.report.render.svg_charts import ROWS, STYLE, Line, heat_map, line_chart
 from lightning_gradguard.report.run_report import (

@@ -15,11 +15,12 @@ from torch.optim import Optimizer
 
 from lightning_gradguard.core.norms import Gradients, Measurement
 from lightning_gradguard.core.parameter_names import parameter_names
+from lightning_gradguard.core.tags import LARGEST_LOGGED_NORM, LARGEST_NORM
 from lightning_gradguard.runtime import distributed, lightning_api
 from lightning_gradguard.runtime.fused_optimizer import FusedStepOverride
 from lightning_gradguard.runtime.incidents import run_summary
 from lightning_gradguard.runtime.logging.hyperparameters import Configured
-from lightning_gradguard.runtime.logging.metrics import Report
+from lightning_gradguard.runtime.logging.metrics import MetricBuffer
 from lightning_gradguard.runtime.steps.measuring import Numbers, Wanted, measure
 from lightning_gradguard.runtime.steps.parameters import ParameterLayout, Selection
 from lightning_gradguard.runtime.steps.step import Step, Verdict
@@ -145,7 +146,7 @@ class Suite:
     """What the callbacks of one Trainer share.
 
     Attributes:
-        report: Numbers of the running batch on their way to people.
+        metrics: Numbers of the running batch.
         nonfinite_weights: Set by whoever looked at the weights, a flag of shape `()` on the device; rides in
             the next step's reduction.
         nonfinite_buffers: The same of buffers, by whoever looked at them after a forward pass.
@@ -157,7 +158,7 @@ class Suite:
     """
 
     def __init__(self) -> None:
-        self.report = Report()
+        self.metrics = MetricBuffer()
         self.nonfinite_weights: Tensor | None = None
         self.nonfinite_buffers: Tensor | None = None
         self.serves_lost_batch = False
@@ -206,6 +207,10 @@ class Suite:
     def has_one_judge(self) -> bool:
         """Whether what one callback says is the verdict."""
         return len(self._judges) == 1
+
+    def observe_norm(self, total_norm: float) -> None:
+        """Takes the total norm of an accepted step, on the host, for the largest one of the run."""
+        self.largest_norm = max(self.largest_norm, total_norm)
 
     def ride(self, step: Step, *, grad_scale: Tensor | None = None, found_inf: Tensor | None = None) -> None:
         """Have the optimizer scale its gradients, or skip, in the running step; see `FusedStepOverride`."""
@@ -259,7 +264,7 @@ class Suite:
             self.end_overrides()
             if self.has_stepped:
                 self.has_stepped = self.serves_lost_batch = self.judges_at_once = False
-            self.report.send(trainer, pl_module)
+            self.metrics.flush(trainer, pl_module)
 
     def end(self, member: StepCallback, trainer: pl.Trainer) -> None:
         """End a callback's part in the run; with the last one, what the run came to is told."""
@@ -273,8 +278,8 @@ class Suite:
             counts = {tag: count for other in self._members for tag, count in other.final_counts().items()}
             if self.largest_norm:
                 # without a judge, it is logged steps that came to the host
-                counts[f"summary/largest_{'' if self._judges else 'logged_'}norm"] = self.largest_norm
-            run_summary.summarize(trainer, counts, self._first_step, step, self.report.last_logged)
+                counts[LARGEST_NORM if self._judges else LARGEST_LOGGED_NORM] = self.largest_norm
+            run_summary.summarize(trainer, counts, self._first_step, step, self.metrics.last_logged)
         except Exception as error:  # of a device that an exception has left unusable, for one
             warnings.warn(f"what the run came to could not be told: {error!r}", stacklevel=2)
 
@@ -302,7 +307,7 @@ class Suite:
         order: tuple[Verdict, ...] = ("drop", "ignore")
         verdict: Verdict = next((v for v in order if v in verdicts), "accept")
         if verdict == "accept":
-            self.largest_norm = max(self.largest_norm, measurement.total_norm)
+            self.observe_norm(measurement.total_norm)
         return verdict
 
     def _measure(
