@@ -81,7 +81,7 @@ def test_a_storm_is_weathered_alike(runs: Runs) -> None:
 
 @pytest.mark.parametrize("tree", TREES)
 def test_lightning_s_own_averages_are_known(runs: Runs, tree: str) -> None:
-    assert "gradguard: rollback at step" in runs.said[tree]
+    assert "gradguard: Rolled back to step" in runs.said[tree]
     assert "seems to average weights" not in runs.said[tree]
 
 

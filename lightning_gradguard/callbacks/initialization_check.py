@@ -164,9 +164,7 @@ class InitializationCheck(Callback, Configured):
         lines = [f"gradguard: Repaired {len(done)} layers:", *(f"  {line}" for line in done)]
         after = self.values.get("gradient_gain")
         if gain is not None and after is not None:
-            lines.append(
-                f"  gradient gain: {gain:.2f} decades before, {after:.2f} now"
-            )
+            lines.append(f"  gradient gain: {gain:.2f} decades before, {after:.2f} now")
         console.print_message(trainer, "\n".join(lines))
         where = tuple(line.partition(":")[0] for line in done)
         incident = incident_now(
