@@ -23,7 +23,7 @@ from lightning_gradguard.runtime.logging.heat_map_schedule import HeatMapSchedul
 from lightning_gradguard.runtime.logging.histograms import log_gradient_histograms
 from lightning_gradguard.runtime.logging.hyperparameters import non_defaults
 from lightning_gradguard.runtime.logging.metrics import log_scalars
-from lightning_gradguard.runtime.steps.logged_step import LoggedStep, NonfiniteFraction
+from lightning_gradguard.runtime.steps.logged_step import LoggedNumbers, LoggedStep, NonfiniteFraction
 from lightning_gradguard.runtime.steps.norm_scalars import norm_scalars
 from lightning_gradguard.runtime.steps.step import Step
 from lightning_gradguard.runtime.steps.suite import StepCallback, is_logging_step
@@ -126,7 +126,7 @@ class GradientNormMonitor(StepCallback):
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Discards what an earlier fit left pending."""
+        """Discards pending steps of an earlier fit."""
         super().on_train_start(trainer, pl_module)
         warn_unmatched("include", self.include, pl_module, trainer.optimizers)
         warn_unmatched("exclude", self.exclude, pl_module, trainer.optimizers)
@@ -163,22 +163,21 @@ class GradientNormMonitor(StepCallback):
     @override
     def on_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch_idx: int) -> None:
         """Adds the measured numbers to the buffer."""
-        logged, self._logged = self._logged, {}
-        for index, step in logged.items():
-            step.close(self._fractions.pop(index).value())
-            if step.is_pending:
-                step.is_late = True
-                self._pending.append(step)
-                if step.accepted:
-                    self._publish_total(trainer, index, step.total_norm())
-            else:
-                self.suite.metrics.add_numbers(self, step, step.values())
+        steps, self._logged = self._logged, {}
+        for index, logged in steps.items():
+            logged.close(self._fractions.pop(index).value())
+            if not logged.is_pending:
+                self.suite.metrics.add_numbers(self, logged, logged.values())
+                continue
+            self._pending.append(logged)
+            if logged.accepted:
+                self._publish_total(trainer, index, logged.total_norm())
 
     def on_host_numbers(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, record: LoggedStep, numbers: list[float]
     ) -> None:
         """Detects symptoms in the numbers of a logged step, and logs them."""
-        scalars = self._read(trainer, pl_module, record, numbers)
+        scalars = self._process(trainer, pl_module, record, numbers)
         self.suite.metrics.add_scalars_at(record.step, scalars)
 
     @override
@@ -196,9 +195,9 @@ class GradientNormMonitor(StepCallback):
     ) -> None:
         """Logs a pending step without its update, which needs the other ranks."""
         pending, self._pending = self._pending, []
-        for step in pending:
-            scalars = self._read(trainer, pl_module, step, step.values().tolist())
-            log_scalars(trainer, scalars, step.step)
+        for logged in pending:
+            scalars = self._process(trainer, pl_module, logged, logged.values().tolist())
+            log_scalars(trainer, scalars, logged.step)
         self._heat_map.finish(trainer)
         super().on_exception(trainer, pl_module, exception)
 
@@ -229,34 +228,40 @@ class GradientNormMonitor(StepCallback):
 
     def _add_pending(self) -> None:
         pending, self._pending = self._pending, []
-        for step in pending:
-            self.suite.metrics.add_numbers(self, step, step.values())
+        for logged in pending:
+            self.suite.metrics.add_numbers(self, logged, logged.values())
 
     def _publish_total(self, trainer: pl.Trainer, index: int, total: Tensor | float) -> None:
         """Publishes the total norm to `EarlyStopping`, at least once an epoch."""
         tag = tags.tag(tags.GRAD_NORM_TOTAL, optimizer=index, of=len(trainer.optimizers))
         self.suite.metrics.publish_total(tag, total)
 
-    def _read(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, step: LoggedStep, host: list[float]
+    def _process(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, logged: LoggedStep, host: list[float]
     ) -> dict[str, float]:
-        numbers, index = step.read(host), step.optimizer_index
-        detector, charts = self._detectors[index], self._charts[index]
-        scalars = norm_scalars(step, numbers, charts, detector.band(), len(trainer.optimizers))
-        for symptom in step.detect(detector, numbers):
+        """Publishes the symptoms and totals of a logged step, and returns its scalars."""
+        numbers, index = logged.read(host), logged.optimizer_index
+        band = self._detectors[index].band()  # of the steps before
+        self._detect(trainer, pl_module, logged, numbers)
+        if logged.accepted and not logged.is_late:
+            self._publish_total(trainer, index, numbers.total_norm)
+        if logged.accepted and self.norm_type == 2 and math.isfinite(numbers.total_norm):
+            self.suite.observe_norm(numbers.total_norm)
+        charts = self._charts[index]
+        if index == 0:
+            self._heat_map.append(trainer, logged.step, charts.norms(logged.names, numbers.grad_norms))
+        return norm_scalars(logged, numbers, charts, band, len(trainer.optimizers))
+
+    def _detect(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, logged: LoggedStep, numbers: LoggedNumbers
+    ) -> None:
+        for symptom in logged.detect(self._detectors[logged.optimizer_index], numbers):
             incident = incident_now(
                 trainer,
                 symptom.kind,
                 where=symptom.where,
                 value=symptom.value,
                 advice=advice(symptom.kind, symptom.where),
-                **step.now,
+                **logged.now,
             )
             publish(trainer, pl_module, incident)
-        if step.accepted and not step.is_late:
-            self._publish_total(trainer, index, numbers.total_norm)
-        if step.accepted and self.norm_type == 2 and math.isfinite(numbers.total_norm):
-            self.suite.observe_norm(numbers.total_norm)
-        if index == 0:
-            self._heat_map.append(trainer, step.step, charts.norms(step.names, numbers.grad_norms))
-        return scalars

@@ -29,7 +29,7 @@ IncidentKind = Literal[
     "saturated_units",
     "poor_initialization",
 ]
-#: What the suite did about an incident.
+#: The intervention of the suite.
 Action = Literal["none", "skipped", "rolled_back", "backed_off", "repaired", "stopped"]
 #: The origin of the first nonfinite value, as a replay finds it.
 Cause = Literal[

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 
 def parameter_names(pl_module: nn.Module, parameters: Sequence[nn.Parameter]) -> dict[nn.Parameter, str]:
-    """Returns names as the module gives them, without what wrappers insert.
+    """Returns names as the module gives them, without the prefixes of wrappers.
 
     Args:
         pl_module: The module in training.
@@ -25,7 +25,7 @@ def parameter_names(pl_module: nn.Module, parameters: Sequence[nn.Parameter]) ->
 
 
 def plain_name(name: str) -> str:
-    """Returns a parameter's name without what `torch.compile` and FSDP1 insert.
+    """Returns a parameter's name without the prefixes of `torch.compile` and FSDP1.
 
     Example:
         >>> plain_name("net._fsdp_wrapped_module.weight")

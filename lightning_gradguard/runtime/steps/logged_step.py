@@ -116,6 +116,7 @@ class LoggedStep:
     def close(self, nonfinite_fraction: Scalar) -> None:
         """Removes the hook of the optimizer, which does not run where a GradScaler skips the step."""
         self._nonfinite_fraction = nonfinite_fraction
+        self.is_late = self.is_pending
         if self._handle is not None:
             self._handle.remove()
 
