@@ -10,13 +10,14 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from torch import Tensor
+from typing_extensions import override
 
-from lightning_gradguard.core import arguments
+from lightning_gradguard.core import arguments, tags
 from lightning_gradguard.core.clipping import ClippingPolicy, Scalar, ZScoreClipping
 from lightning_gradguard.core.norms import Gradients, scale_gradients_, tensor_norms, total_norm_from_norms
-from lightning_gradguard.core.parameter_names import match_names
-from lightning_gradguard.core.tags import family
+from lightning_gradguard.core.parameter_names import match_names, warn_unmatched
 from lightning_gradguard.runtime import lightning_api
+from lightning_gradguard.runtime.logging.hyperparameters import non_defaults
 from lightning_gradguard.runtime.steps.step import Step
 from lightning_gradguard.runtime.steps.step_callback import StepCallback
 
@@ -25,22 +26,22 @@ class AdaptiveGradientClipping(StepCallback):
     """Scales gradients down when they are larger than a policy allows.
 
     Gradients are clipped after they are reduced, unscaled and accumulated, in automatic and in manual
-    optimization, once for each optimizer that steps. A nonfinite gradient is left as it is, for
-    `NaNRollback`, and enters no history. Under LBFGS, which evaluates the loss several times in one step,
-    the callback does not act. A `gradient_clip_val` of the Trainer acts after it.
+    optimization, once for each optimizer that steps. A nonfinite gradient is left to `NaNRollback`, and
+    enters no history. Under LBFGS, which evaluates the loss several times in one step, the callback does
+    not act. A `gradient_clip_val` of the Trainer acts after it.
 
     | tag | value |
     |---|---|
     | `clip/threshold` | total norm that the policy allows now (policies with one threshold) |
-    | `clip/coefficient` | what gradients were multiplied by (the smallest, where there are several) |
+    | `clip/coefficient` | factor on the gradients (the smallest, where there are several) |
     | `clip/fraction` | share of steps clipped since the last log |
     | `grad_norm_clipped/total` | total norm after clipping |
 
     Args:
-        policy: Decides by how much each gradient is scaled; a fresh `ZScoreClipping()` if `None`. Each
-            optimizer gets a copy with a history of its own.
-        exclude: Names of parameters that are left alone, such as a classifier's head under
-            `UnitwiseClipping`. A name of a module leaves all of its parameters alone.
+        policy: Decides the factor on each gradient; a fresh `ZScoreClipping()` if `None`. Each optimizer
+            gets a copy with a history of its own.
+        exclude: Names of parameters that are not clipped, such as a classifier's head under
+            `UnitwiseClipping`. A name of a module excludes all of its parameters.
 
     Raises:
         ValueError: If `policy` is not a `ClippingPolicy`, or `exclude` is not a list of names.
@@ -52,6 +53,7 @@ class AdaptiveGradientClipping(StepCallback):
 
     def __init__(self, policy: ClippingPolicy | None = None, exclude: Sequence[str] | None = None) -> None:
         super().__init__()
+        self.settings = non_defaults(AdaptiveGradientClipping, locals())
         if policy is not None and not isinstance(policy, ClippingPolicy):
             raise ValueError(
                 f"policy={policy!r} is not a ClippingPolicy: subclass lightning_gradguard.ClippingPolicy "
@@ -66,8 +68,9 @@ class AdaptiveGradientClipping(StepCallback):
         self._logged: dict[int, tuple[Scalar, int]] = {}
         self._may_override = False
 
+    @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Join the suite; say so where a second clipper acts."""
+        """Joins the suite; warns about a second clipper."""
         super().setup(trainer, pl_module, stage)
         if stage != "fit":
             return
@@ -81,14 +84,16 @@ class AdaptiveGradientClipping(StepCallback):
         if others:
             warnings.warn(
                 f"Gradients are clipped twice: AdaptiveGradientClipping acts first, then "
-                f"{' and '.join(others)}. Leave one of them out.",
+                f"{' and '.join(others)}. Remove one of them.",
                 stacklevel=2,
             )
 
+    @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Say so where an optimizer cannot be clipped."""
+        """Warns about optimizers that cannot be clipped, and about patterns that match nothing."""
         super().on_train_start(trainer, pl_module)
         self._clipped, self._logged = {}, {}
+        warn_unmatched("exclude", self.exclude, pl_module, trainer.optimizers)
         self._may_override = not lightning_api.gradients_used_after_hook(trainer)
         for optimizer in trainer.optimizers:
             if lightning_api.calls_closure_repeatedly(optimizer):
@@ -98,8 +103,9 @@ class AdaptiveGradientClipping(StepCallback):
                     stacklevel=2,
                 )
 
+    @override
     def on_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, step: Step) -> None:
-        """Scale the gradients of an accepted step and take it into the history."""
+        """Scales the gradients of an accepted step, and adds it to the history."""
         if not step.accepted or step.inside_closure:
             return
         gradients = step.gradients
@@ -118,30 +124,33 @@ class AdaptiveGradientClipping(StepCallback):
         clipped, steps = self._clipped.get(step.optimizer_index, (0, 0))
         self._clipped[step.optimizer_index] = (clipped + (_smallest(coefficients) < 1), steps + 1)
         if self.suite.is_logged:
-            self._report(trainer, step, gradients, policy.threshold, coefficients)
+            self._log(trainer, step, gradients, policy.threshold, coefficients)
 
+    @override
     def final_counts(self) -> dict[str, float]:
-        """The share of steps that were clipped."""
+        """Returns the share of steps that were clipped."""
         counts = [*self._logged.values(), *self._clipped.values()]
         steps = sum(n for _, n in counts)
         clipped = sum(float(n) for n, _ in counts)
-        return {"summary/clipped_fraction": clipped / steps} if steps else {}
+        return {tags.CLIPPED_FRACTION: clipped / steps} if steps else {}
 
+    @override
     def state_dict(self) -> dict[str, Any]:
-        """Histories of the policies, by optimizer."""
+        """Returns the histories of the policies, by optimizer."""
         return self.snapshot_state_dict()
 
+    @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue with saved histories."""
+        """Restores the histories."""
         self.load_snapshot_state_dict(state_dict)
 
     def snapshot_state_dict(self) -> dict[str, Any]:
-        """What goes back with the weights when `NaNRollback` puts them back."""
+        """Returns the state that `NaNRollback` rolls back with the weights."""
         histories = {i: copy.deepcopy(policy.state_dict()) for i, policy in self._policies.items()}
         return {"histories": histories}
 
     def load_snapshot_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Put the histories back to where the weights are put back to."""
+        """Rolls the histories back with the weights."""
         self._policies.clear()
         for index, state in state_dict["histories"].items():
             self._policy(index).load_state_dict(copy.deepcopy(state))
@@ -154,17 +163,17 @@ class AdaptiveGradientClipping(StepCallback):
     def _divisor(
         self, step: Step, gradients: Gradients, coefficients: Scalar | list[Tensor]
     ) -> Tensor | None:
-        """What the optimizer's own kernel divides gradients by; `None` if they are to be scaled here."""
+        """Returns the divisor for a fused optimizer; `None` if gradients are scaled here."""
         if isinstance(coefficients, list) or not isinstance(coefficients, Tensor) and coefficients in (0, 1):
             return None
         if not self._may_override or gradients is not step.gradients or not step.supports_fused_override:
             return None
         if isinstance(coefficients, Tensor):
             return coefficients.to(step.selection.device).reciprocal().float()
-        # made on the device: a copy would be waited for
+        # made on the device, for a copy synchronizes
         return torch.full((), 1 / coefficients, device=step.selection.device)
 
-    def _report(
+    def _log(
         self,
         trainer: pl.Trainer,
         step: Step,
@@ -177,15 +186,15 @@ class AdaptiveGradientClipping(StepCallback):
         before, steps_before = self._logged.get(index, (0, 0))
         self._logged[index] = (before + clipped, steps_before + steps)
         values = {
-            ("clip", "coefficient"): _smallest(coefficients),
-            ("clip", "fraction"): clipped / steps,
-            ("grad_norm_clipped", "total"): _clipped_norm(step.gradients, gradients, coefficients),
+            tags.CLIP_COEFFICIENT: _smallest(coefficients),
+            tags.CLIP_FRACTION: clipped / steps,
+            tags.CLIPPED_NORM_TOTAL: _clipped_norm(step.gradients, gradients, coefficients),
         }
         if threshold is not None:
-            values["clip", "threshold"] = threshold
+            values[tags.CLIP_THRESHOLD] = threshold
         n = len(trainer.optimizers)
-        tagged = {f"{family(name, index, n)}/{what}": value for (name, what), value in values.items()}
-        self.suite.metrics.add_scalars(tagged)
+        scalars = {tags.tag(form, optimizer=index, of=n): value for form, value in values.items()}
+        self.suite.metrics.add_scalars(scalars)
 
 
 def _smallest(coefficients: Scalar | list[Tensor]) -> Scalar:
@@ -195,7 +204,7 @@ def _smallest(coefficients: Scalar | list[Tensor]) -> Scalar:
 
 
 def _clipped_norm(everything: Gradients, clipped: Gradients, coefficients: Scalar | list[Tensor]) -> Scalar:
-    """Total norm after clipping, from the norms before it wherever one coefficient scales a tensor."""
+    """Returns the total norm after clipping, from the norms before it if one coefficient scales a tensor."""
     if not isinstance(coefficients, list) and everything.known_norm is not None and clipped is everything:
         return everything.known_norm * coefficients
     if not isinstance(coefficients, list):
@@ -207,5 +216,5 @@ def _clipped_norm(everything: Gradients, clipped: Gradients, coefficients: Scala
         norms = torch.stack([total_norm_from_norms((c * unit).reshape(-1)) for c, (unit, _) in pairs])
     else:
         norms = tensor_norms(clipped.tensors)
-    left_alone = everything.total_norm**2 - clipped.total_norm**2
-    return (total_norm_from_norms(norms) ** 2 + left_alone.clamp(min=0)).sqrt()
+    excluded = everything.total_norm**2 - clipped.total_norm**2
+    return (total_norm_from_norms(norms) ** 2 + excluded.clamp(min=0)).sqrt()

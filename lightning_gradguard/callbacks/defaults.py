@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from lightning_gradguard.callbacks.adaptive_gradient_clipping import AdaptiveGradientClipping
 from lightning_gradguard.callbacks.gradient_norm_monitor import GradientNormMonitor
 from lightning_gradguard.callbacks.initialization_check import InitializationCheck
@@ -9,7 +11,7 @@ from lightning_gradguard.callbacks.learning_rate_backoff import LearningRateBack
 from lightning_gradguard.callbacks.nan_rollback import NaNRollback
 from lightning_gradguard.runtime.lightning_api import Callback
 
-#: The five, by the names that `default_callbacks` and the command line have for them.
+#: The five classes, by their names in `default_callbacks` and on the command line.
 DEFAULTS: dict[str, type[Callback]] = {
     "initialization_check": InitializationCheck,
     "gradient_norm_monitor": GradientNormMonitor,
@@ -19,19 +21,27 @@ DEFAULTS: dict[str, type[Callback]] = {
 }
 
 
-def default_callbacks(**replacements: Callback | None) -> list[Callback]:
-    """All five callbacks, ready for `Trainer(callbacks=...)`.
+def default_callbacks(
+    *,
+    initialization_check: InitializationCheck | Literal["default"] | None = "default",
+    gradient_norm_monitor: GradientNormMonitor | Literal["default"] | None = "default",
+    nan_rollback: NaNRollback | Literal["default"] | None = "default",
+    adaptive_gradient_clipping: AdaptiveGradientClipping | Literal["default"] | None = "default",
+    learning_rate_backoff: LearningRateBackoff | Literal["default"] | None = "default",
+) -> list[Callback]:
+    """Returns all five callbacks, ready for `Trainer(callbacks=...)`.
+
+    Each argument is a callback in place of the default, or `None` for no callback of that class.
 
     Args:
-        **replacements: By name (`initialization_check`, `gradient_norm_monitor`, `nan_rollback`,
-            `adaptive_gradient_clipping`, `learning_rate_backoff`): a callback of that class to take in
-            place of the default, or `None` to leave it out.
-
-    Returns:
-        A fresh list.
+        initialization_check: A fresh `InitializationCheck()` by default.
+        gradient_norm_monitor: A fresh `GradientNormMonitor()` by default.
+        nan_rollback: A fresh `NaNRollback()` by default.
+        adaptive_gradient_clipping: A fresh `AdaptiveGradientClipping()` by default.
+        learning_rate_backoff: A fresh `LearningRateBackoff()` by default.
 
     Raises:
-        ValueError: If a name is none of the five, or a replacement is of another class.
+        ValueError: If an argument is of another class.
 
     Example:
         >>> from lightning_gradguard import NaNRollback, default_callbacks
@@ -41,14 +51,20 @@ def default_callbacks(**replacements: Callback | None) -> list[Callback]:
         >>> len(callbacks)
         4
     """
-    for name, callback in replacements.items():
-        if name not in DEFAULTS:
-            raise ValueError(f"{name!r} is none of the callbacks: {', '.join(DEFAULTS)}.")
-        if callback is not None and not isinstance(callback, DEFAULTS[name]):
-            raise ValueError(
-                f"{name}={callback!r} must be of class {DEFAULTS[name].__name__}, or None to leave it out."
-            )
-    callbacks = [
-        replacements[name] if name in replacements else default() for name, default in DEFAULTS.items()
-    ]
-    return [callback for callback in callbacks if callback is not None]
+    chosen: dict[str, Callback | Literal["default"] | None] = {
+        "initialization_check": initialization_check,
+        "gradient_norm_monitor": gradient_norm_monitor,
+        "nan_rollback": nan_rollback,
+        "adaptive_gradient_clipping": adaptive_gradient_clipping,
+        "learning_rate_backoff": learning_rate_backoff,
+    }
+    callbacks = []
+    for name, callback in chosen.items():
+        default = DEFAULTS[name]
+        if isinstance(callback, default):
+            callbacks.append(callback)
+        elif callback == "default":
+            callbacks.append(default())
+        elif callback is not None:
+            raise ValueError(f"{name}={callback!r} must be of class {default.__name__}, or None to omit it.")
+    return callbacks

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytorch_lightning as pl
 from torch import Tensor
+from typing_extensions import override
 
+from lightning_gradguard.core import tags
 from lightning_gradguard.core.backoff import Backoff, ScaledLearningRate
 from lightning_gradguard.core.incidents import Incident
 from lightning_gradguard.core.remedies import advice
-from lightning_gradguard.core.tags import family
 from lightning_gradguard.runtime.incidents.journal import incident_now, publish
+from lightning_gradguard.runtime.logging.hyperparameters import non_defaults
 from lightning_gradguard.runtime.steps.step import Step
 from lightning_gradguard.runtime.steps.step_callback import StepCallback
 
@@ -19,24 +22,24 @@ from lightning_gradguard.runtime.steps.step_callback import StepCallback
 class LearningRateBackoff(StepCallback):
     """Lowers the learning rate after a rollback, re-warms it, and lets it recover.
 
-    The rate is scaled only while an optimizer steps and put back right after, so that every scheduler goes
-    on as if nothing had happened. A rollback multiplies the scale by `factor`; a batch that is skipped
-    changes nothing, for bad data is no reason to train slower.
+    The rate is scaled only while an optimizer steps and restored right after, so that schedulers are not
+    affected. A rollback multiplies the scale by `factor`; a skipped batch changes nothing, for bad data is
+    no reason to train slower.
 
     | tag | value |
     |---|---|
-    | `lr_backoff/scale` | what learning rates are multiplied by |
-    | `lr_backoff/scheduled_lr/<group>` | the learning rate that was asked for |
+    | `lr_backoff/scale` | factor on the learning rates |
+    | `lr_backoff/scheduled_lr/<group>` | the learning rate as scheduled |
     | `lr_backoff/lr/<group>` | the learning rate that the optimizer used |
 
     Args:
-        factor: The scale is multiplied by it after a rollback; in (0, 1).
+        factor: Factor on the scale after a rollback; in (0, 1).
         min_scale: The scale never falls below it (re-warming aside); in (0, 1].
         cooldown_steps: Good steps after a cut during which a further rollback does not cut again.
         rewarm_steps: Good steps over which the rate climbs from a tenth of its new value to all of it.
         recover_after_steps: Good steps without a rollback after which the scale grows by `1 / factor`,
             up to 1.
-        progress_bar: Whether the progress bar shows the scale, as it was at the last logged step.
+        prog_bar: Show the scale of the last logged step on the progress bar.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -53,10 +56,11 @@ class LearningRateBackoff(StepCallback):
         cooldown_steps: int = 20,
         rewarm_steps: int = 50,
         recover_after_steps: int = 2000,
-        progress_bar: bool = False,
+        prog_bar: bool = False,
     ) -> None:
         super().__init__()
-        self.progress_bar = progress_bar
+        self.settings = non_defaults(LearningRateBackoff, locals())
+        self.prog_bar = prog_bar
         self.state_arguments = {"factor": factor, "min_scale": min_scale}
         self._backoff = Backoff(factor, min_scale, cooldown_steps, rewarm_steps, recover_after_steps)
         self._scale = 1.0
@@ -66,27 +70,30 @@ class LearningRateBackoff(StepCallback):
 
     @property
     def scale(self) -> float:
-        """What learning rates are multiplied by in the running batch."""
+        """Factor on the learning rates in the running batch."""
         return self._scale
 
+    @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Take hold of the optimizers of this fit."""
+        """Hooks into the optimizers of this fit."""
         super().on_train_start(trainer, pl_module)
         self._rates = [ScaledLearningRate(optimizer) for optimizer in trainer.optimizers]
-        if self.progress_bar:
-            self.suite.metrics.on_bar.add("lr_backoff/scale")
+        if self.prog_bar:
+            self.suite.metrics.show_on_bar(tags.LR_SCALE)
 
+    @override
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Settle the scale of this batch: incidents of the batch before have all been heard."""
+        """Sets the scale of this batch, after all incidents of the batch before."""
         self._scale = self._backoff.scale
         self._counted = False
         for rate in self._rates:
             rate.scale = self._scale
 
+    @override
     def on_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, step: Step) -> None:
-        """Count a good step, once a batch; remember the rates, which a schedule changes before its end."""
+        """Counts a good step, once a batch; keeps the rates, which a schedule changes before its end."""
         if self.suite.is_logged:
             self._scheduled[step.optimizer_index] = self._rates[step.optimizer_index].scheduled()
         if step.accepted and not self._counted:
@@ -96,7 +103,7 @@ class LearningRateBackoff(StepCallback):
     def on_training_incident(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, incident: Incident
     ) -> None:
-        """Back off after a rollback."""
+        """Backs off after a rollback."""
         if incident.kind == "rollback" and self._backoff.reduce():
             facts = incident_now(
                 trainer,
@@ -108,46 +115,52 @@ class LearningRateBackoff(StepCallback):
             )
             publish(trainer, pl_module, facts)
 
+    @override
     def on_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch_idx: int) -> None:
-        """Report the scale, and the rates that were used."""
+        """Logs the scale, and the rates that were used."""
         if not (self.suite.has_stepped and self.suite.is_logged):
             return
-        values: dict[str, float | Tensor] = {"lr_backoff/scale": self._scale}
+        values: dict[str, float | Tensor] = {tags.LR_SCALE: self._scale}
         rates, self._scheduled = self._scheduled, {}
         for index, scheduled in rates.items():
-            name = family("lr_backoff", index, len(self._rates))
+            tag = partial(tags.tag, optimizer=index, of=len(self._rates))
             for group, rate in enumerate(scheduled):
-                values[f"{name}/scheduled_lr/{group}"] = rate
-                values[f"{name}/lr/{group}"] = rate * self._scale
+                values[tag(tags.SCHEDULED_LR, str(group))] = rate
+                values[tag(tags.LR, str(group))] = rate * self._scale
         self.suite.metrics.add_scalars(values)
-        if self.progress_bar:
-            self.suite.metrics.publish_total("lr_backoff/scale", self._scale)
+        if self.prog_bar:
+            self.suite.metrics.publish_total(tags.LR_SCALE, self._scale)
 
+    @override
     def on_exception(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
     ) -> None:
-        """Put the learning rates back."""
-        self._let_go()
+        """Restores the learning rates."""
+        self._remove_hooks()
         super().on_exception(trainer, pl_module, exception)
 
+    @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Let go of the optimizers."""
+        """Removes the hooks from the optimizers."""
         super().on_train_end(trainer, pl_module)
-        self._let_go()
+        self._remove_hooks()
 
+    @override
     def final_counts(self) -> dict[str, float]:
-        """The scale in the end, with what the last batch has changed."""
-        return {"lr_backoff/scale": self._backoff.scale}
+        """Returns the final scale, with the change of the last batch."""
+        return {tags.LR_SCALE: self._backoff.scale}
 
+    @override
     def state_dict(self) -> dict[str, Any]:
-        """The scale and its counters."""
+        """Returns the scale and its counters."""
         return self._backoff.state_dict()
 
+    @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue with a saved scale."""
+        """Restores the scale and its counters."""
         self._backoff.load_state_dict(state_dict)
 
-    def _let_go(self) -> None:
+    def _remove_hooks(self) -> None:
         for rate in self._rates:
             rate.remove()
         self._rates = []

@@ -8,12 +8,14 @@ import pytorch_lightning as pl
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_gradguard.core import arguments
 from lightning_gradguard.core.norms import Measurement
 from lightning_gradguard.core.recovery import RecoveryPolicy
 from lightning_gradguard.runtime import lightning_api
 from lightning_gradguard.runtime.incidents.investigation import Investigation
 from lightning_gradguard.runtime.incidents.journal import open_journal
 from lightning_gradguard.runtime.logging import console
+from lightning_gradguard.runtime.logging.hyperparameters import non_defaults
 from lightning_gradguard.runtime.rollback.outcome import Counts, counts_by_tag
 from lightning_gradguard.runtime.rollback.session import RollbackSession
 from lightning_gradguard.runtime.rollback.snapshot_schedule import SnapshotSchedule
@@ -104,15 +106,12 @@ class NaNRollback(StepCallback):
         max_dossier_megabytes: float = 100.0,
     ) -> None:
         super().__init__()
-        for name, value, least in (
-            ("patience", patience, 1),
-            ("snapshot_every_n_steps", snapshot_every_n_steps, 1),
-            ("keep_snapshots", keep_snapshots, 1),
-            ("max_rollbacks", max_rollbacks, 0),
-            ("max_dossiers", max_dossiers, 0),
-        ):
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ValueError(f"{name}={value!r} must be a whole number of at least {least}.")
+        self.settings = non_defaults(NaNRollback, locals())
+        arguments.whole_number("patience", patience, at_least=1)
+        arguments.whole_number("snapshot_every_n_steps", snapshot_every_n_steps, at_least=1)
+        arguments.whole_number("keep_snapshots", keep_snapshots, at_least=1)
+        arguments.whole_number("max_rollbacks", max_rollbacks, at_least=0)
+        arguments.whole_number("max_dossiers", max_dossiers, at_least=0)
         if snapshot_device not in ("cpu", "same"):
             raise ValueError(f"snapshot_device={snapshot_device!r} must be 'cpu' or 'same'.")
         if check not in ("exact", "deferred"):

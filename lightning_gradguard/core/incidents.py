@@ -1,4 +1,4 @@
-"""Incidents: the only place where kinds, actions and causes are spelled, read back and put into words."""
+"""Incidents: the only module in which kinds, actions and causes are spelled, read back and worded."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-#: What the suite publishes; a callback of your own may publish others.
+#: The kinds that the suite publishes; other callbacks may publish others.
 IncidentKind = Literal[
     "nonfinite_gradient",
     "nonfinite_loss",
@@ -29,9 +29,9 @@ IncidentKind = Literal[
     "saturated_units",
     "poor_initialization",
 ]
-#: What was done about it.
+#: The intervention of the suite.
 Action = Literal["none", "skipped", "rolled_back", "backed_off", "repaired", "stopped"]
-#: What made the first nonfinite value, as a replay finds it.
+#: The origin of the first nonfinite value, as a replay finds it.
 Cause = Literal[
     "bad_input",
     "corrupted_weights",
@@ -45,22 +45,37 @@ Cause = Literal[
 KINDS: tuple[IncidentKind, ...] = get_args(IncidentKind)
 CAUSES: tuple[Cause, ...] = get_args(Cause)
 
-#: Values that 0.5 and before wrote in other words.
+#: Values in files of 0.5 and before that are renamed since.
 _RENAMED = {"too large a step": "update_too_large", "weights": "corrupted_weights"}
 
-_VALUE = {
+#: Kinds, and symptoms that only a report finds, that read otherwise than they are spelled.
+_TITLES = {
+    "exploding_gradient": "exploding gradients",
+    "vanishing_gradient": "vanishing gradients",
+    "gradient_collapse": "collapsed gradients",
+    "nonfinite_gradient": "nonfinite gradients",
+    "amp_overflow": "float16 overflow",
+    "constant_clipping": "hard clipping all the time",
+    "falling_learning_rate": "a learning rate that keeps falling",
+}
+#: Interventions on the console, with the value of the incident.
+_INTERVENTIONS = {
+    "rollback": "Rolled back to step {:.0f}",
+    "learning_rate_backoff": "Learning rate backed off to {:.4g}x",
+}
+_VALUES = {
     "nonfinite_gradient": "{:.0%} of the tensors",
     "loss_spike": "loss {:.4g}",
     "divergence": "loss {:.4g}",
     "gradient_collapse": "loss {:.4g}",
     "corrupted_gradient": "total norm {:.4g}",
-    "rollback": "to the weights of step {:.0f}",
-    "learning_rate_backoff": "learning rate times {:.4g}",
+    "rollback": "to step {:.0f}",
+    "learning_rate_backoff": "{:.4g}x",
 }
 
 
 def current_name(value: str) -> Any:
-    """An action or a cause as this version spells it, from a file of any version.
+    """Returns an action or a cause as this version spells it, from a file of any version.
 
     Example:
         >>> current_name("rolled back"), current_name("too large a step"), current_name("skipped")
@@ -70,7 +85,7 @@ def current_name(value: str) -> Any:
 
 
 def label(value: str) -> str:
-    """A kind, an action or a cause as people read it.
+    """Returns a kind, an action or a cause in words.
 
     Example:
         >>> label("rolled_back")
@@ -79,38 +94,47 @@ def label(value: str) -> str:
     return value.replace("_", " ")
 
 
+def title(kind: str) -> str:
+    """Returns the name of an incident or a symptom as people call it.
+
+    Example:
+        >>> title("exploding_gradient"), title("stuck_loss")
+        ('exploding gradients', 'stuck loss')
+    """
+    return _TITLES.get(kind, label(kind))
+
+
 class TrainingDivergedError(RuntimeError):
-    """The run could not be kept alive: a budget of interventions is used up."""
+    """Raised when a budget of interventions is used up."""
 
 
 @dataclass(frozen=True)
 class Incident:
-    """Something that a person should know, or that was done to the run.
+    """An event worth a person's attention, or an intervention in the run.
 
     Published incidents reach every callback of the Trainer, and the LightningModule, that has a method
     `on_training_incident(trainer, pl_module, incident)`, on every rank alike.
 
     Args:
-        kind: What it is, such as `"nonfinite_gradient"` or `"rollback"`; `core.incidents.KINDS` lists
-            those of the suite.
-        step: `trainer.global_step` when it happened.
-        epoch: `trainer.current_epoch` when it happened.
-        batch_idx: The batch of that epoch, or `None` outside of one.
+        kind: Such as `"nonfinite_gradient"` or `"rollback"`; `core.incidents.KINDS` lists those of the suite.
+        step: `trainer.global_step` at the incident.
+        epoch: `trainer.current_epoch` at the incident.
+        batch_idx: Index of the batch within the epoch, or `None` outside of one.
         where: Names of the parameters or modules at fault, the worst first.
-        value: The measured number that gave it away.
-        action: What was done.
-        advice: What a person can do.
-        cause: What is at fault, if the batch was examined: one of `core.incidents.CAUSES`.
-        detail: What was found out, in one sentence.
+        value: The measured number.
+        action: The intervention.
+        advice: Advice to the user.
+        cause: The origin of a nonfinite value, if the batch was examined; empty otherwise.
+        detail: Result of the examination, in one sentence.
         dossier: Folder of the dossier, within that of the run, if one was written.
 
     Example:
         >>> incident = Incident("loss_spike", step=7, epoch=0, batch_idx=7, value=12.0)
         >>> incident.describe()
-        'loss_spike at step 7 (epoch 0, batch 7): loss 12'
+        'Loss spike at step 7 (epoch 0, batch 7): loss 12'
     """
 
-    kind: str
+    kind: IncidentKind | str
     step: int
     epoch: int
     batch_idx: int | None
@@ -118,22 +142,24 @@ class Incident:
     value: float | None = None
     action: Action = "none"
     advice: str = ""
-    cause: str = ""
+    cause: Cause | Literal[""] = ""
     detail: str = ""
     dossier: str = ""
 
     @property
     def measured(self) -> str:
-        """The value, as people read it; empty for none."""
-        return "" if self.value is None else _VALUE.get(self.kind, "{:.4g}").format(self.value)
+        """The value with its unit; empty for none."""
+        return "" if self.value is None else _VALUES.get(self.kind, "{:.4g}").format(self.value)
 
     def describe(self) -> str:
-        """The incident in one line."""
-        place = f" (epoch {self.epoch}" + (")" if self.batch_idx is None else f", batch {self.batch_idx})")
-        parts = [f"{self.kind} at step {self.step}{place}"]
+        """Returns the incident in one line."""
+        batch = "" if self.batch_idx is None else f", batch {self.batch_idx}"
+        at = f" at step {self.step} (epoch {self.epoch}{batch})"
+        if self.kind in _INTERVENTIONS and self.value is not None:
+            return _INTERVENTIONS[self.kind].format(self.value) + at
         facts = []
         if self.cause == "bad_input" and self.detail:
-            facts.append(self.detail.rstrip("."))  # which samples to look at
+            facts.append(self.detail.rstrip("."))  # names the samples
         elif self.where:
             facts.append(first_names(3, self.where))
         if self.measured:
@@ -142,10 +168,20 @@ class Incident:
             facts.append(f"cause: {label(self.cause)}")
         if self.action != "none":
             facts.append(label(self.action))
-        return ": ".join([*parts, "; ".join(facts)]) if facts else parts[0]
+        return sentence_case(title(self.kind)) + at + (f": {'; '.join(facts)}" if facts else "")
+
+
+def sentence_case(text: str) -> str:
+    """Returns a text with a capital first letter.
+
+    Example:
+        >>> sentence_case("loss of NaN")
+        'Loss of NaN'
+    """
+    return text[:1].upper() + text[1:]
 
 
 def first_names(n: int, names: Sequence[str]) -> str:
-    """The first `n` names, and how many more there are."""
+    """Returns the first `n` names and the number of the others."""
     more = f" and {len(names) - n} more" if len(names) > n else ""
     return ", ".join(names[:n]) + more

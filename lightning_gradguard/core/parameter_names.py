@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
 from fnmatch import fnmatchcase
 
 from torch import nn
+from torch.optim import Optimizer
 
 
 def parameter_names(pl_module: nn.Module, parameters: Sequence[nn.Parameter]) -> dict[nn.Parameter, str]:
-    """Returns names as the module gives them, without what wrappers insert.
+    """Returns names as the module gives them, without the prefixes of wrappers.
 
     Args:
         pl_module: The module in training.
@@ -22,7 +25,7 @@ def parameter_names(pl_module: nn.Module, parameters: Sequence[nn.Parameter]) ->
 
 
 def plain_name(name: str) -> str:
-    """Returns a parameter's name without what `torch.compile` and FSDP1 insert.
+    """Returns a parameter's name without the prefixes of `torch.compile` and FSDP1.
 
     Example:
         >>> plain_name("net._fsdp_wrapped_module.weight")
@@ -40,3 +43,38 @@ def match_names(names: Iterable[str], patterns: Iterable[str]) -> list[str]:
     """
     patterns = list(patterns)
     return [name for name in names if any(name.startswith(f"{p}.") or fnmatchcase(name, p) for p in patterns)]
+
+
+def warn_unmatched(
+    argument: str, patterns: Iterable[str] | None, pl_module: nn.Module, optimizers: Iterable[Optimizer]
+) -> None:
+    """Warns about patterns that select no parameter, with or without a gradient.
+
+    Args:
+        argument: Name of the argument that holds the patterns.
+        patterns: As `match_names` takes them.
+        pl_module: The module in training.
+        optimizers: Those that train it, and perhaps parameters that it does not hold.
+    """
+    names = set(parameter_names(pl_module, []).values())
+    for optimizer in optimizers:
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        names.update(parameter_names(pl_module, parameters).values())
+    unknown = [pattern for pattern in patterns or () if not match_names(names, [pattern])]
+    modules = {name[:i] for name in names for i, letter in enumerate(name) if letter == "."}
+    warn_unknown(argument, unknown, names | modules)
+
+
+def warn_unknown(argument: str, unknown: Iterable[str], valid: Iterable[str]) -> None:
+    """Warns about each unknown name, with the valid name that is nearest.
+
+    Example:
+        >>> with warnings.catch_warnings(record=True) as caught:
+        ...     warn_unknown("exclude", ["haed"], ["body", "head"])
+        >>> str(caught[0].message)
+        "exclude: 'haed' matches nothing in the module. Did you mean 'head'?"
+    """
+    valid = sorted(valid)
+    for name in unknown:
+        nearest = "".join(f" Did you mean {n!r}?" for n in get_close_matches(name, valid, n=1, cutoff=0))
+        warnings.warn(f"{argument}: {name!r} matches nothing in the module.{nearest}", stacklevel=3)

@@ -119,19 +119,6 @@ _BY_CAUSE = {
     ),
 }
 
-#: Symptoms that only hindsight knows, and those whose name is not what people say.
-_TITLES = {
-    "exploding_gradient": "exploding gradients",
-    "vanishing_gradient": "vanishing gradients",
-    "gradient_collapse": "a network that has died",
-    "nonfinite_gradient": "nonfinite gradients",
-    "loss_spike": "loss spikes",
-    "constant_clipping": "hard clipping all the time",
-    "falling_learning_rate": "a learning rate that keeps falling",
-    "amp_overflow": "float16 overflows",
-    "training_diverged": "given up",
-}
-
 _STEPS_TO_TAKE = {
     "exploding_gradient": (
         "Clip gradients: AdaptiveGradientClipping(), or gradient_clip_val=1.0 of the Trainer.",
@@ -213,16 +200,6 @@ def advice_for_cause(cause: str, where: Sequence[str] = ()) -> str:
         'The loss itself is undefined for this batch'
     """
     return _BY_CAUSE.get(cause, "").format(where=where[0] if where else "the network")
-
-
-def title(kind: str) -> str:
-    """What people call a symptom.
-
-    Example:
-        >>> title("exploding_gradient"), title("stuck_loss")
-        ('exploding gradients', 'stuck loss')
-    """
-    return _TITLES.get(kind, kind.replace("_", " "))
 
 
 def remedies(kind: str, where: Sequence[str] = ()) -> tuple[str, ...]:

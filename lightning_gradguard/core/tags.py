@@ -1,10 +1,53 @@
-"""What a tag means: those of the suite, and those under which others log gradient norms and losses."""
+"""Tags: the only module in which a tag is spelled, and in which it is read back."""
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
 from typing import Literal
+
+#: A parameter, a module, a parameter group or a criterion stands in place of `<name>`; with several
+#: optimizers, the index of the optimizer joins the family: `grad_norm.1/total`.
+GRAD_NORM_TOTAL = "grad_norm/total"
+GRAD_NORM = "grad_norm/<name>"
+NONFINITE_FRACTION = "grad_norm/nonfinite_fraction"
+CLIPPED_NORM_TOTAL = "grad_norm_clipped/total"
+BAND_LOW = "grad_norm_band/low"
+BAND_TOTAL = "grad_norm_band/total"
+BAND_HIGH = "grad_norm_band/high"
+WEIGHT_NORM = "weight_norm/<name>"
+UPDATE_RATIO = "update_ratio/<name>"
+CLIP_THRESHOLD = "clip/threshold"
+CLIP_COEFFICIENT = "clip/coefficient"
+CLIP_FRACTION = "clip/fraction"
+SKIPS = "rollback/skips"
+ROLLBACKS = "rollback/rollbacks"
+AMP_OVERFLOWS = "rollback/amp_overflows"
+LR_SCALE = "lr_backoff/scale"
+LR = "lr_backoff/lr/<name>"
+SCHEDULED_LR = "lr_backoff/scheduled_lr/<name>"
+INITIALIZATION = "init/<name>"
+#: Final numbers of a run.
+CLIPPED_FRACTION = "summary/clipped_fraction"
+LARGEST_NORM = "summary/largest_norm"
+LARGEST_LOGGED_NORM = "summary/largest_logged_norm"
+N_INCIDENTS = "summary/incidents"
+#: Texts, a figure and histograms.
+INCIDENTS = "incidents"
+SUMMARY = "summary"
+HEAT_MAP = "grad_norm/layers"
+GRAD_HISTOGRAM = "grad_histogram/<name>"
+#: The log10 copy of another tag, and the tags that have one: on a linear axis a spike hides the rest.
+LOG10 = "log10/<name>"
+SPANS_DECADES = (
+    GRAD_NORM,
+    CLIPPED_NORM_TOTAL,
+    BAND_LOW,
+    BAND_TOTAL,
+    BAND_HIGH,
+    UPDATE_RATIO,
+    CLIP_THRESHOLD,
+)
 
 Role = Literal[
     "total",
@@ -23,39 +66,39 @@ Role = Literal[
     "largest",
     "loss",
 ]
-
-_OPTIMIZER = r"(?:\.(?P<optimizer>\d+))?"
+#: Tags of the suite that are read back; the first that matches counts.
+_OWN: dict[str, Role] = {
+    GRAD_NORM_TOTAL: "total",
+    NONFINITE_FRACTION: "nonfinite_fraction",
+    GRAD_NORM: "layer",
+    CLIPPED_NORM_TOTAL: "clipped",
+    WEIGHT_NORM: "weight",
+    UPDATE_RATIO: "ratio",
+    CLIP_THRESHOLD: "threshold",
+    CLIP_COEFFICIENT: "coefficient",
+    CLIP_FRACTION: "fraction",
+    SKIPS: "skips",
+    ROLLBACKS: "rollbacks",
+    LR_SCALE: "scale",
+    LR: "rate",
+    LARGEST_NORM: "largest",
+    LARGEST_LOGGED_NORM: "largest",
+}
 _NAME = r"(?P<name>.+?)"
-#: Pattern of a whole tag to what it means; the first that fits counts.
-_TABLE: tuple[tuple[str, Role], ...] = (
-    (rf"grad_norm{_OPTIMIZER}/total", "total"),
-    (rf"grad_norm{_OPTIMIZER}/nonfinite_fraction", "nonfinite_fraction"),
-    (rf"grad_norm{_OPTIMIZER}/{_NAME}", "layer"),
-    (rf"grad_norm_clipped{_OPTIMIZER}/total", "clipped"),
-    (rf"weight_norm{_OPTIMIZER}/{_NAME}", "weight"),
-    (rf"update_ratio{_OPTIMIZER}/{_NAME}", "ratio"),
-    (rf"clip{_OPTIMIZER}/threshold", "threshold"),
-    (rf"clip{_OPTIMIZER}/coefficient", "coefficient"),
-    (rf"clip{_OPTIMIZER}/fraction", "fraction"),
-    (r"rollback/skips", "skips"),
-    (r"rollback/rollbacks", "rollbacks"),
-    (rf"lr_backoff{_OPTIMIZER}/scale", "scale"),
-    (rf"lr_backoff{_OPTIMIZER}/lr/{_NAME}", "rate"),
-    # of all steps that came to the host, logged at the end
-    (r"summary/largest_(?:logged_)?norm", "largest"),
+_INDEX = r"(?:\.(?P<optimizer>\d+))?"
+_LOOP = r"(?:train|training|optim|optimizer)"
+#: Patterns of tags under which others log.
+_FOREIGN: dict[str, Role] = {
     # Lightning: `track_grad_norm` of 1.x, and `pytorch_lightning.utilities.grad_norm`
-    (r"grad_(?:[\d.]+|inf)_norm_total(?:_step)?", "total"),
-    (rf"grad_(?:[\d.]+|inf)_norm[/_]{_NAME}(?:_step)?", "layer"),
+    r"grad_(?:[\d.]+|inf)_norm_total(?:_step)?": "total",
+    rf"grad_(?:[\d.]+|inf)_norm[/_]{_NAME}(?:_step)?": "layer",
     # Composer's OptimizerMonitor
-    (r"l2_norm/grad/global", "total"),
-    (rf"l2_norm/grad/{_NAME}", "layer"),
-    (rf"l2_norm/param/{_NAME}", "weight"),
+    r"l2_norm/grad/global": "total",
+    rf"l2_norm/grad/{_NAME}": "layer",
+    rf"l2_norm/param/{_NAME}": "weight",
     # one number: Hugging Face's Trainer, NeMo, Megatron, torchtitan, OLMo, fairseq
-    (
-        r"(?:(?:train|training|optim|optimizer)[/_])?(?:total_|global_)?(?:grad(?:ient)?[_-]norm|gnorm)(?:_step)?",
-        "total",
-    ),
-)
+    rf"(?:{_LOOP}[/_])?(?:total_|global_)?(?:grad(?:ient)?[_-]norm|gnorm)(?:_step)?": "total",
+}
 #: Tags of a training loss, the likeliest first.
 _LOSSES = (
     r"(?:train|training)[/_.-](?:total_)?loss(?:_step)?",
@@ -69,7 +112,7 @@ _LOGARITHM = re.compile(r"log_?(?:10|2)?/|[^/]*_log_?(?:10|2)/")
 
 @dataclass(frozen=True)
 class Meaning:
-    """What a tag means.
+    """The meaning of a tag.
 
     Args:
         role: The number that it is.
@@ -84,8 +127,52 @@ class Meaning:
     rank: int = 0
 
 
+def tag(form: str, name: str = "", *, optimizer: int = 0, of: int = 1) -> str:
+    """Returns the tag that a number is logged under.
+
+    Args:
+        form: A tag of this module.
+        name: Stands in place of `<name>`.
+        optimizer: Index of the optimizer.
+        of: Number of optimizers; a single one has no index.
+
+    Example:
+        >>> tag(GRAD_NORM, "body.0", optimizer=1, of=2), tag(LR, "0")
+        ('grad_norm.1/body.0', 'lr_backoff/lr/0')
+    """
+    family, slash, what = form.replace("<name>", name).partition("/")
+    return f"{family}.{optimizer}{slash}{what}" if of > 1 else f"{family}{slash}{what}"
+
+
+def pattern(form: str, name: str = ".*", index: str = r"(\.\d+)?") -> str:
+    r"""Returns the regular expression of a tag, as TensorBoard takes it.
+
+    Args:
+        form: A tag of this module.
+        name: Regular expression that stands in place of `<name>`.
+        index: Regular expression of the optimizer's index.
+
+    Example:
+        >>> pattern(GRAD_NORM_TOTAL)
+        'grad_norm(\\.\\d+)?/total'
+    """
+    family, slash, what = form.partition("/")
+    return f"{family}{index}{slash}{what}".replace("<name>", name)
+
+
+def log10_tag(tag: str) -> str:
+    """Returns the tag of the log10 copy; empty where a number does not span decades.
+
+    Example:
+        >>> log10_tag("grad_norm.0/total"), log10_tag("clip/fraction"), log10_tag("update_ratio/net.0")
+        ('log10/grad_norm.0/total', '', 'log10/update_ratio/net.0')
+    """
+    spans_decades = _SPANS_DECADES.fullmatch(tag) and not _NONFINITE_FRACTION.fullmatch(tag)
+    return LOG10.replace("<name>", tag) if spans_decades else ""
+
+
 def meaning_of(tag: str) -> Meaning | None:
-    """What a tag means; `None` if that is not known.
+    """Returns the meaning of a tag; `None` if it is unknown.
 
     Example:
         >>> meaning_of("grad_norm.1/body.0.weight")
@@ -97,22 +184,20 @@ def meaning_of(tag: str) -> Meaning | None:
     """
     if _LOGARITHM.match(tag):
         return None
-    for rank, (pattern, role) in enumerate(_TABLE):
-        found = re.fullmatch(pattern, tag)
+    for rank, (known, role) in enumerate(_KNOWN):
+        found = re.fullmatch(known, tag)
         if found:
             groups = found.groupdict()
             return Meaning(role, int(groups.get("optimizer") or 0), groups.get("name") or "", rank)
-    for rank, pattern in enumerate(_LOSSES):
-        if re.fullmatch(pattern, tag, re.IGNORECASE):
+    for rank, known in enumerate(_LOSSES):
+        if re.fullmatch(known, tag, re.IGNORECASE):
             return Meaning("loss", rank=rank)
     return None
 
 
-def family(name: str, optimizer_index: int, n_optimizers: int) -> str:
-    """The part of a tag before its first slash; with several optimizers, their index joins it.
-
-    Example:
-        >>> family("grad_norm", 1, n_optimizers=2), family("grad_norm", 0, n_optimizers=1)
-        ('grad_norm.1', 'grad_norm')
-    """
-    return name if n_optimizers < 2 else f"{name}.{optimizer_index}"
+_SPANS_DECADES = re.compile("|".join(map(pattern, SPANS_DECADES)), re.DOTALL)
+_NONFINITE_FRACTION = re.compile(pattern(NONFINITE_FRACTION))
+_KNOWN: tuple[tuple[str, Role], ...] = (
+    *((pattern(form, _NAME, _INDEX), role) for form, role in _OWN.items()),
+    *_FOREIGN.items(),
+)

@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
-from lightning_gradguard.core.incidents import label
-from lightning_gradguard.core.remedies import title
+from lightning_gradguard.core.incidents import label, title
 from lightning_gradguard.report.analysis.run_log import RecordedIncident, RunLog
 from lightning_gradguard.report.analysis.verdict import RunVerdict
 

@@ -127,7 +127,7 @@ def test_a_network_is_not_blamed_for_a_bad_batch(on_failure: Any, capsys: pytest
     assert same(before, weights(module)), "nothing to repair, and the step is skipped"
     assert check.findings == []
     printed = capsys.readouterr()
-    assert "was not checked: batch[0] holds nonfinite values in row 3" in printed.out + printed.err
+    assert "Initialization not checked: batch[0] holds nonfinite values in row 3" in printed.out + printed.err
 
 
 def test_an_undefined_loss_is_called_that(tmp_path: Path) -> None:

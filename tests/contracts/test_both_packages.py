@@ -82,7 +82,7 @@ def test_nan_storm_gives_equal_state(runs: Runs) -> None:
 
 @pytest.mark.parametrize("package", PACKAGES)
 def test_averages_of_lightning_are_recognized(runs: Runs, package: str) -> None:
-    assert "gradguard: rollback at step" in runs.printed[package]
+    assert "gradguard: Rolled back to step" in runs.printed[package]
     assert "seems to average weights" not in runs.printed[package]
 
 

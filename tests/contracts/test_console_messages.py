@@ -33,15 +33,15 @@ from tests.tasks import Batch, Classifier, batches, fit, plain_loader, poisoned
 
 #: A lone sick batch, and a storm that needs a rollback.
 STORM = poisoned(batches(30), nan=[4, 17, 18, 19])
-TITLE = "gradguard: what this run came to"
+TITLE = "gradguard: Run summary"
 BARS = [TQDMProgressBar, pytest.param(RichProgressBar, marks=pytest.mark.needs("rich"))]
 
 
-def suite(progress_bar: bool = False) -> list[Any]:
+def suite(prog_bar: bool = False) -> list[Any]:
     return default_callbacks(
-        gradient_norm_monitor=GradientNormMonitor(progress_bar=progress_bar),
+        gradient_norm_monitor=GradientNormMonitor(prog_bar=prog_bar),
         adaptive_gradient_clipping=AdaptiveGradientClipping(PercentileClipping(50.0)),
-        learning_rate_backoff=LearningRateBackoff(progress_bar=progress_bar),
+        learning_rate_backoff=LearningRateBackoff(prog_bar=prog_bar),
     )
 
 
@@ -71,7 +71,7 @@ class Shown(pl.Callback):
 @pytest.mark.parametrize("bar", BARS)
 def test_numbers_on_the_bar(bar: Any, capsys: pytest.CaptureFixture[str]) -> None:
     shown = Shown()
-    fit_with_bar([*suite(progress_bar=True), shown, bar()], batches(30), log_every_n_steps=10)
+    fit_with_bar([*suite(prog_bar=True), shown, bar()], batches(30), log_every_n_steps=10)
     assert "grad_norm/total" in capsys.readouterr().out
     for found in (shown.norms, shown.scales):
         assert found[:9] == [None] * 9
@@ -99,7 +99,7 @@ def test_two_optimizers_and_two_monitors(capsys: pytest.CaptureFixture[str]) -> 
 
     monitors = [
         GradientNormMonitor(every_n_steps=2),
-        GradientNormMonitor(every_n_steps=3, level="total", progress_bar=True),
+        GradientNormMonitor(every_n_steps=3, level="total", prog_bar=True),
     ]
     trainer = fit_with_bar(monitors, batches(6), module=Two())
     assert trainer.progress_bar_metrics.keys() == {"grad_norm.0/total", "grad_norm.1/total"}
@@ -112,7 +112,7 @@ def test_nothing_is_shown_unasked() -> None:
 
 def waits(shown: bool) -> list[str]:
     """Where the host and the device wait for each other in a batch that is not logged."""
-    callbacks = suite(progress_bar=shown)
+    callbacks = suite(prog_bar=shown)
     with fake_cuda() as cuda:
         arguments = {"strategy": strategy(), "accelerator": "auto", "log_every_n_steps": 6}
         fit_with_bar([BatchTracker(cuda), *callbacks, TQDMProgressBar()], batches(20), **arguments)
@@ -164,14 +164,14 @@ def test_messages_are_printed_above_the_bar(
 def test_one_line_for_an_intervention(bar: Any, capsys: pytest.CaptureFixture[str]) -> None:
     fit_with_bar([*suite(), bar()])
     said = " ".join(lines(capsys))  # Rich folds lines that are long
-    assert said.count("gradguard: nonfinite_loss at step") == 4
-    assert said.count("gradguard: rollback at step 20 (epoch 0, batch 19)") == 1
+    assert said.count("gradguard: Nonfinite loss at step") == 4
+    assert said.count("gradguard: Rolled back to step 0 at step 20 (epoch 0, batch 19)") == 1
 
 
-def table(said: Sequence[str]) -> dict[str, str]:
-    """The rows of the one table that was printed, which nothing but the words of others follows."""
-    assert sum(TITLE in line for line in said) == 1, said
-    rows = list(itertools.takewhile(lambda line: line.startswith("  "), said[said.index(TITLE) + 1 :]))
+def table(printed: Sequence[str], title: str = TITLE) -> dict[str, str]:
+    """The rows of the one table of this title."""
+    assert sum(title in line for line in printed) == 1, printed
+    rows = list(itertools.takewhile(lambda line: line.startswith("  "), printed[printed.index(title) + 1 :]))
     return {name: value.strip() for name, _, value in (row.strip().partition("  ") for row in rows)}
 
 
@@ -198,11 +198,13 @@ def test_a_table_at_the_end(bar: Any, bar_first: bool, capsys: pytest.CaptureFix
         "steps": "30",
         "steps skipped": "4",
         "rollbacks": "1",
-        "incidents": "nonfinite_loss 4, rollback 1, learning_rate_backoff 1",
-        "written in": "logs/storm/version_0/incidents.jsonl",
+        "incidents": "nonfinite loss (4), rollback (1), learning rate backoff (1)",
+        "written to": "logs/storm/version_0/incidents.jsonl",
         "lost batches": "logs/storm/version_0/incidents, a page each",
-        "to read on": "lightning-gradguard report logs/storm/version_0",
-        "to see charts": "tensorboard --logdir logs/storm",
+    }
+    assert table(said, "Next steps") == {
+        "report": "lightning-gradguard report logs/storm/version_0",
+        "charts": "tensorboard --logdir logs/storm",
     }
     assert float(norm) > 0
     assert float(scale) < 1
@@ -219,10 +221,10 @@ def test_one_table_for_whatever_callbacks(order: int, capsys: pytest.CaptureFixt
 def test_one_line_where_nothing_happened(capsys: pytest.CaptureFixture[str]) -> None:
     fit_with_bar(suite(), batches(10), log_every_n_steps=5)
     (line,) = [line for line in lines(capsys) if "gradguard" in line]
-    assert line.startswith("gradguard: no incident; 10 steps, ")
+    assert line.startswith("gradguard: No incident; 10 steps, ")
     assert "largest norm 0." in line
     fit_with_bar([LearningRateBackoff()], batches(10))
-    assert "gradguard: no incident; 10 steps." in lines(capsys)
+    assert "gradguard: No incident; 10 steps." in lines(capsys)
 
 
 class Stopped(Classifier):
@@ -265,7 +267,7 @@ def test_a_table_after_control_c(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_table_when_the_suite_stops_training(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(TrainingDivergedError):
         fit_with_bar([NaNRollback(max_rollbacks=0)])
-    assert "training_diverged 1" in table(lines(capsys))["incidents"]
+    assert "training diverged (1)" in table(lines(capsys))["incidents"]
 
 
 def test_once_a_fit(capsys: pytest.CaptureFixture[str]) -> None:
@@ -321,7 +323,7 @@ def test_one_rank_prints(tmp_path: Path) -> None:
     script.write_text(ON_TWO_RANKS)
     said = launch([str(script)])
     assert said.count(TITLE) == 1
-    assert said.count("gradguard: rollback at step") == 1
+    assert said.count("gradguard: Rolled back to step") == 1
     assert "lightning-gradguard report lightning_logs/version_0" in said
 
 
@@ -363,7 +365,7 @@ def test_skipped_last_step_is_reported(capsys: pytest.CaptureFixture[str]) -> No
             logger=logger,
             log_every_n_steps=1,
         )
-    assert table(lines(capsys))["incidents"] == "nonfinite_loss 1"
+    assert table(lines(capsys))["incidents"] == "nonfinite loss (1)"
     (record,) = map(json.loads, Path("logs/run/incidents.jsonl").read_text().splitlines())
     assert (record["kind"], record["step"], record["action"]) == ("nonfinite_loss", 9, "skipped")
     events = EventAccumulator("logs/run")
@@ -381,7 +383,7 @@ def test_resumed_run_prints_its_counts(tmp_path: Path, capsys: pytest.CaptureFix
     fit_with_bar([rollback], data, ckpt_path=path, max_epochs=2)
     rows = table(lines(capsys))
     assert rows["steps skipped"] == "2"
-    assert rows["incidents"] == "nonfinite_loss 1"
+    assert rows["incidents"] == "nonfinite loss (1)"
     assert rows["resumed"] == "at step 10; skips, rollbacks and scale are of the whole run"
 
 
@@ -395,6 +397,6 @@ def test_table_of_incidents_is_rewritten_at_intervals() -> None:
     events.Reload()
     tables = [e.tensor_proto.string_val[0].decode() for e in events.Tensors("incidents/text_summary")]
     assert len(tables) == 5 + 2 + 1, "of 120"
-    assert tables[-1].startswith("120 nonfinite_loss")
-    rows = [line for line in tables[-1].splitlines() if line.startswith("| ") and "nonfinite" in line]
+    assert tables[-1].startswith("nonfinite loss (120)")
+    rows = [line for line in tables[-1].splitlines() if line.startswith("| ") and "Nonfinite" in line]
     assert [int(row.split("|")[1]) for row in rows] == list(range(238, 178, -2))

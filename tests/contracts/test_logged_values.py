@@ -185,5 +185,5 @@ def test_charts_stay_when_only_some_parameters_have_a_gradient() -> None:
 def test_a_callback_that_is_used_again_draws_the_new_run_alone(tmp_path: Any) -> None:
     monitor = GradientNormMonitor()
     fit(Classifier(), batches(20), [monitor], logger=CSVLogger(tmp_path), log_every_n_steps=1)
-    assert len(monitor._history) == 0, "drawn when training ended, and let go"
+    assert len(monitor._heat_map._history) == 0, "drawn when training ended, and cleared"
     fit(Classifier(), batches(15), [monitor], logger=CSVLogger(tmp_path), log_every_n_steps=1)

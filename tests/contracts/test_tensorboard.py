@@ -92,7 +92,7 @@ def test_the_incidents_as_a_table(server: Server) -> None:
     assert set(server.get("data/plugin/text/tags")) == {"bare", "guarded"}
     newest = server.get("data/plugin/text/text", run="bare", tag="incidents/text_summary")[-1]
     assert "<table>" in newest["text"]
-    assert "nonfinite_gradient" in newest["text"]
+    assert "Nonfinite gradients" in newest["text"]
     assert "rnn.weight_hh_l0" in newest["text"]
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from lightning_gradguard.core.remedies import title
+from lightning_gradguard.core.incidents import title
 from lightning_gradguard.report.analysis.failure import failure_cause
 from lightning_gradguard.report.analysis.gradient_symptoms import gradient_symptoms
 from lightning_gradguard.report.analysis.incident_symptoms import incident_symptoms

@@ -8,8 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from urllib.parse import quote
 
-from lightning_gradguard.core.incidents import label
-from lightning_gradguard.core.remedies import title
+from lightning_gradguard.core.incidents import label, title
 from lightning_gradguard.report.render.wording import (
     comparison_table,
     intervention_sentences,

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from lightning_gradguard import __version__
-from lightning_gradguard.core.remedies import title
+from lightning_gradguard.core.incidents import title
 from lightning_gradguard.report.run_report import RunReport
 
 #: Raised when a field changes its meaning or is removed; new fields do not raise it.

@@ -5,8 +5,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Iterable, Sequence
 
-from lightning_gradguard.core.incidents import label
-from lightning_gradguard.core.remedies import title
+from lightning_gradguard.core.incidents import label, title
 from lightning_gradguard.report.render.wording import (
     comparison_table,
     intervention_sentences,

@@ -14,29 +14,37 @@ from weakref import WeakKeyDictionary
 
 import pytorch_lightning as pl
 
-from lightning_gradguard.core.incidents import Incident, first_names, label
+from lightning_gradguard.core import tags
+from lightning_gradguard.core.incidents import (
+    Incident,
+    IncidentKind,
+    first_names,
+    label,
+    sentence_case,
+    title,
+)
 from lightning_gradguard.runtime.distributed import gather_objects
 from lightning_gradguard.runtime.lightning_api import batches_that_stepped
 from lightning_gradguard.runtime.lightning_packages import is_instance_by_name
 from lightning_gradguard.runtime.logging import console, markdown, metrics
 
-#: How often one kind of incident is said on the console before only the file goes on.
-PRINTED_AT_MOST = 5
-#: From then on, loggers get the table of incidents anew after so many of a kind, and at the end.
+#: Incidents of one kind and cause that are printed; later ones are only written to the file.
+MAX_PRINTED = 5
+#: From then on, one table of incidents in so many is logged, and one at the end of the run.
 LOGGED_EVERY = 50
-#: Rows of that table, and how many of them are told in a sentence below.
-ROWS = 30
-DETAILED = 5
+#: Rows of that table, and rows with a sentence below it.
+MAX_ROWS = 30
+MAX_DETAILS = 5
 
 
 class _Journal:
-    """Where the incidents of one Trainer are written, and how many there were."""
+    """The incidents of one Trainer: counts, the latest, and the file."""
 
     def __init__(self, folder: Path | None, writes: bool) -> None:
         self.folder = folder
         self.counts: Counter[str] = Counter()
-        self.said: Counter[tuple[str, str]] = Counter()
-        self.recent: deque[Incident] = deque(maxlen=ROWS)
+        self.published: Counter[tuple[str, str]] = Counter()
+        self.recent: deque[Incident] = deque(maxlen=MAX_ROWS)
         self._writes = writes
 
     @property
@@ -55,7 +63,7 @@ class _Journal:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
         except OSError as error:
-            warnings.warn(f"incidents are no longer written to a file: {error}", stacklevel=4)
+            warnings.warn(f"Incidents are no longer written to a file: {error}", stacklevel=4)
             self._writes = False
 
 
@@ -63,7 +71,7 @@ _journals: WeakKeyDictionary[pl.Trainer, _Journal] = WeakKeyDictionary()
 
 
 def open_journal(trainer: pl.Trainer, folder: str | None = None) -> None:
-    """Choose where incidents are written. Collective: called on every rank.
+    """Chooses the folder that incidents are written to. Collective: called on every rank.
 
     Args:
         trainer: The Trainer about to fit.
@@ -77,9 +85,9 @@ def open_journal(trainer: pl.Trainer, folder: str | None = None) -> None:
 
 
 def _folder_of_run(trainer: pl.Trainer) -> Path:
-    """Lightning's own folder of the run; with loggers that have one for all runs, that of checkpoints."""
+    """Returns Lightning's folder of the run; for loggers that share one between runs, that of checkpoints."""
     folder = Path(trainer.log_dir or trainer.default_root_dir)
-    # asked on every rank, whatever loggers it has: a service names a run on rank 0 only
+    # on every rank, with any loggers: a service names a run on rank 0 only
     return folder.joinpath(*gather_objects(_name_of_run(trainer.logger))[0])
 
 
@@ -88,101 +96,111 @@ def _name_of_run(logger: Any) -> tuple[str, ...]:
         return ()
     try:
         name, version = str(logger.name), logger.version
-    except Exception:  # a service that cannot be reached; it costs its records, never the run
+    except Exception:  # an unreachable service costs its records, never the run
         return ()
     return name, version if isinstance(version, str) else f"version_{version}"
 
 
 def run_folder(trainer: pl.Trainer) -> Path | None:
-    """The folder that incidents are written into, the same on every rank; `None` for none."""
+    """Returns the folder that incidents are written to, the same on every rank; `None` for none."""
     journal = _journals.get(trainer)
     return journal.folder if journal else None
 
 
 def incidents_file(trainer: pl.Trainer) -> Path | None:
-    """The file that incidents are appended to; `None` where this process writes none."""
+    """Returns the file that incidents are appended to; `None` where this process writes none."""
     journal = _journals.get(trainer)
     return journal.path if journal else None
 
 
 def count_incidents(trainer: pl.Trainer) -> dict[str, int]:
-    """How often each kind was published in this Trainer's life."""
+    """Returns how often each kind was published by this Trainer."""
     journal = _journals.get(trainer)
     return dict(journal.counts) if journal else {}
 
 
 def publish(trainer: pl.Trainer, pl_module: pl.LightningModule, incident: Incident) -> None:
-    """Tell the file, TensorBoard, the console, every callback and the module. Called on all ranks alike.
+    """Publishes an incident to the file, loggers, console, callbacks and module. Called on all ranks alike.
 
     Args:
         trainer: The Trainer that runs.
         pl_module: The module in training.
-        incident: What happened.
+        incident: The incident.
     """
     journal = _journals.setdefault(trainer, _Journal(None, writes=False))
     journal.counts[incident.kind] += 1
-    journal.said[incident.kind, incident.cause] += 1
+    journal.published[incident.kind, incident.cause] += 1
     journal.write(incident)
-    times = journal.said[incident.kind, incident.cause]
-    if times <= PRINTED_AT_MOST or times % LOGGED_EVERY == 0:
+    times = journal.published[incident.kind, incident.cause]
+    if times <= MAX_PRINTED or times % LOGGED_EVERY == 0:
         log_incidents(trainer, batches_that_stepped(trainer))
-    if times <= PRINTED_AT_MOST:
+    if times <= MAX_PRINTED:
         advice = f" {incident.advice}" if times == 1 and incident.advice else ""
         page = ""
         if incident.dossier and journal.folder is not None:
-            page = f" Read {journal.folder / incident.dossier / 'index.html'}."
-        more = " Further ones are only written down." if times == PRINTED_AT_MOST else ""
+            page = f" See {journal.folder / incident.dossier / 'index.html'}."
+        more = " Further ones are only written to the file." if times == MAX_PRINTED else ""
         console.print_message(trainer, f"gradguard: {incident.describe()}.{page}{advice}{more}")
     for listener in (*trainer.callbacks, pl_module):  # type: ignore[attr-defined]
-        hear = getattr(listener, "on_training_incident", None)
-        if callable(hear):
-            hear(trainer, pl_module, incident)
+        on_training_incident = getattr(listener, "on_training_incident", None)
+        if callable(on_training_incident):
+            on_training_incident(trainer, pl_module, incident)
 
 
 def log_incidents(trainer: pl.Trainer, step: int) -> None:
-    """Write the table of the last incidents to the loggers that take text.
+    """Logs the table of the latest incidents to the loggers that take text.
 
     Args:
         trainer: The Trainer.
-        step: Where on the loggers' axis.
+        step: Step on the loggers' axis.
     """
     journal = _journals[trainer]
-    metrics.log_text(trainer, "incidents", incident_table(journal.recent, journal.counts), step)
+    metrics.log_text(trainer, tags.INCIDENTS, incident_table(journal.recent, journal.counts), step)
 
 
 def incident_table(incidents: Collection[Incident], counts: Mapping[str, int]) -> str:
-    """Incidents as a table in Markdown, and what to do about them.
+    """Returns incidents as a table in Markdown, with advice below it.
 
     Args:
         incidents: In the order of the rows, the newest first.
-        counts: How many of each kind there were in all.
+        counts: Number of all incidents, by kind.
 
     Example:
         >>> spike = Incident("loss_spike", step=7, epoch=0, batch_idx=7, value=12.0)
         >>> incident_table([spike], {"loss_spike": 1}).splitlines()[4]
-        '| 7 | **loss_spike** |  | loss 12 | none |  |'
+        '| 7 | **Loss spike** |  | loss 12 | none |  |'
     """
     detailed = [i for i in incidents if i.detail or i.dossier or len(i.where) > 1]
     advised = {incident.kind: incident.advice for incident in incidents if incident.advice}
     return "\n".join(
         [
-            ", ".join(f"{n} {kind}" for kind, n in counts.items()),
+            describe_counts(counts),
             "",
-            "| step | what | where | value | done | cause |",
+            "| Step | Incident | Where | Value | Action | Cause |",
             "|---|---|---|---|---|---|",
             *map(_row, incidents),
             "",
-            *map(_detail, detailed[:DETAILED]),
-            *(f"\n**{kind}**: {what_to_do}" for kind, what_to_do in advised.items()),
+            *map(_detail, detailed[:MAX_DETAILS]),
+            *(f"\n**{sentence_case(title(kind))}**: {advice}" for kind, advice in advised.items()),
         ]
     )
 
 
+def describe_counts(counts: Mapping[str, int]) -> str:
+    """Returns the numbers of incidents in words.
+
+    Example:
+        >>> describe_counts({"loss_spike": 2, "rollback": 1})
+        'loss spike (2), rollback (1)'
+    """
+    return ", ".join(f"{title(kind)} ({n})" for kind, n in counts.items())
+
+
 def _row(incident: Incident) -> str:
-    """Narrow, for TensorBoard breaks words in a table that is wider than its page."""
+    """Returns a narrow row, for TensorBoard breaks words in a table that is wider than its page."""
     cells = (
         str(incident.step),
-        f"**{incident.kind}**",
+        f"**{sentence_case(title(incident.kind))}**",
         first_names(1, _as_code(incident.where)),
         incident.measured,
         label(incident.action),
@@ -193,16 +211,16 @@ def _row(incident: Incident) -> str:
 
 def _detail(incident: Incident) -> str:
     batch = "" if incident.batch_idx is None else f", batch {incident.batch_idx}"
-    page = f"Read `{incident.dossier}/index.html`." if incident.dossier else ""
-    told = " ".join(filter(None, (incident.detail, page))) or first_names(5, _as_code(incident.where))
-    return f"* step {incident.step} (epoch {incident.epoch}{batch}): {markdown.cell(told)}"
+    page = f"See `{incident.dossier}/index.html`." if incident.dossier else ""
+    text = " ".join(filter(None, (incident.detail, page))) or first_names(5, _as_code(incident.where))
+    return f"* Step {incident.step} (epoch {incident.epoch}{batch}): {markdown.cell(text)}"
 
 
 def _as_code(names: Sequence[str]) -> list[str]:
     return [f"`{name}`" for name in names]
 
 
-def incident_now(trainer: pl.Trainer, kind: str, **facts: Any) -> Incident:
-    """An incident at the Trainer's present step and epoch, unless the facts say otherwise."""
+def incident_now(trainer: pl.Trainer, kind: IncidentKind | str, **facts: Any) -> Incident:
+    """Returns an incident at the Trainer's step and epoch, unless the facts have others."""
     now = {"step": trainer.global_step, "epoch": trainer.current_epoch, "batch_idx": None}
     return Incident(kind, **{**now, **facts})

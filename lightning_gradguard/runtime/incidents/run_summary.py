@@ -1,4 +1,4 @@
-"""What a run came to, told once at its end: a table, and the final counts."""
+"""Summary of a run at its end: a table, and the final counts."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytorch_lightning as pl
 
+from lightning_gradguard.core import tags
 from lightning_gradguard.runtime.incidents.journal import (
     count_incidents,
+    describe_counts,
     incidents_file,
     log_incidents,
 )
@@ -17,15 +19,16 @@ from lightning_gradguard.runtime.logging import console, markdown, metrics
 from lightning_gradguard.runtime.logging.console import relative_to_cwd, shell_command
 from lightning_gradguard.runtime.logging.hyperparameters import hyperparameters_of
 
-#: Final counts in the order of the table: what a person calls them, and how they are written.
+TITLE = "gradguard: Run summary"
+#: Final counts in the order of the table: name and format.
 _ROWS = {
-    "rollback/skips": ("steps skipped", "{:.0f}"),
-    "rollback/rollbacks": ("rollbacks", "{:.0f}"),
-    "rollback/amp_overflows": ("AMP overflows", "{:.0f}"),
-    "lr_backoff/scale": ("learning rate scale", "{:.3g}"),
-    "summary/clipped_fraction": ("steps clipped", "{:.1%}"),
-    "summary/largest_norm": ("largest norm", "{:.3g}"),
-    "summary/largest_logged_norm": ("largest logged norm", "{:.3g}"),
+    tags.SKIPS: ("steps skipped", "{:.0f}"),
+    tags.ROLLBACKS: ("rollbacks", "{:.0f}"),
+    tags.AMP_OVERFLOWS: ("AMP overflows", "{:.0f}"),
+    tags.LR_SCALE: ("learning rate scale", "{:.3g}"),
+    tags.CLIPPED_FRACTION: ("steps clipped", "{:.1%}"),
+    tags.LARGEST_NORM: ("largest norm", "{:.3g}"),
+    tags.LARGEST_LOGGED_NORM: ("largest logged norm", "{:.3g}"),
 }
 
 
@@ -36,65 +39,73 @@ def summarize(
     step: int,
     last_logged: Mapping[str, tuple[int, float]],
 ) -> None:
-    """Tell the console and the loggers what a run came to. Local: nothing is asked of other ranks.
+    """Prints and logs the summary of a run. Local: needs no other rank.
 
     Args:
-        trainer: The Trainer that has ended to fit, or was interrupted.
+        trainer: The Trainer whose fit has ended, or was interrupted.
         counts: Final counts of the callbacks, by tag.
         first_step: The first step, on the loggers' axis; above 0 in a run that was resumed.
         step: The last one.
-        last_logged: By tag, the step at which it was logged last, and its value then; what the last step has
-            is not logged again.
+        last_logged: By tag, the step at which it was logged last, and its value then; counts that are
+            logged at the last step already are not logged again.
     """
     incidents = count_incidents(trainer)
     settings = hyperparameters_of(trainer.callbacks)  # type: ignore[attr-defined]
-    final = {**counts, "summary/incidents": sum(incidents.values())}
-    news = {tag: count for tag, count in final.items() if last_logged.get(tag) != (step, count)}
-    metrics.log_scalars(trainer, news, step)
+    final = {**counts, tags.N_INCIDENTS: sum(incidents.values())}
+    scalars = {tag: count for tag, count in final.items() if last_logged.get(tag) != (step, count)}
+    metrics.log_scalars(trainer, scalars, step)
     metrics.log_hyperparameters(trainer, settings)
-    rows = {"steps": str(trainer.global_step), **_told(counts), "incidents": _listed(incidents)}
+    most_frequent_first = dict(sorted(incidents.items(), key=lambda item: -item[1]))
+    rows = {
+        "steps": str(trainer.global_step),
+        **_formatted(counts),
+        "incidents": describe_counts(most_frequent_first) or "none",
+    }
     if first_step > 0:
-        # what callbacks keep in checkpoints is of the whole run, the rest of this part of it
+        # counts in checkpoints are of the whole run, the others of this part of it
         rows["resumed"] = f"at step {first_step}; skips, rollbacks and scale are of the whole run"
-    metrics.log_text(trainer, "summary", _markdown({**rows, **settings}), step)
+    metrics.log_text(trainer, tags.SUMMARY, _markdown({**rows, **settings}), step)
     if incidents:
         log_incidents(trainer, step)
-        console.print_last_message(trainer, _table({**rows, **_ways_on(trainer)}))
+        lines = [TITLE, *_aligned({**rows, **_folders(trainer)})]
+        if commands := _commands(trainer):
+            lines += ["Next steps", *_aligned(commands)]
+        console.print_last_message(trainer, "\n".join(lines))
     else:
-        facts = _told({tag: value for tag, value in counts.items() if tag.startswith("summary/")})
-        told = ", ".join([f"{rows['steps']} steps", *(f"{name} {value}" for name, value in facts.items())])
+        final_only = {tag: count for tag, count in counts.items() if tag.startswith(f"{tags.SUMMARY}/")}
+        facts = [f"{rows['steps']} steps", *(f"{k} {v}" for k, v in _formatted(final_only).items())]
         since = f" since step {first_step}, where it was resumed" if first_step > 0 else ""
-        console.print_last_message(trainer, f"gradguard: no incident{since}; {told}.")
+        console.print_last_message(trainer, f"gradguard: No incident{since}; {', '.join(facts)}.")
 
 
-def _told(counts: Mapping[str, float]) -> dict[str, str]:
+def _formatted(counts: Mapping[str, float]) -> dict[str, str]:
     return {name: form.format(counts[tag]) for tag, (name, form) in _ROWS.items() if counts.get(tag)}
 
 
-def _listed(incidents: Mapping[str, int]) -> str:
-    often = sorted(incidents.items(), key=lambda item: -item[1])
-    return ", ".join(f"{kind} {n}" for kind, n in often) or "none"
-
-
-def _ways_on(trainer: pl.Trainer) -> dict[str, str]:
-    """Where everything is written down, and what to type to read it."""
-    ways = {}
+def _folders(trainer: pl.Trainer) -> dict[str, str]:
+    folders = {}
     if (file := incidents_file(trainer)) is not None:
-        ways["written in"] = relative_to_cwd(file)
+        folders["written to"] = relative_to_cwd(file)
         if (dossiers := file.parent / "incidents").is_dir():
-            ways["lost batches"] = f"{relative_to_cwd(dossiers)}, a page each"
-        ways["to read on"] = f"{shell_command('lightning-gradguard')} report {relative_to_cwd(file.parent)}"
+            folders["lost batches"] = f"{relative_to_cwd(dossiers)}, a page each"
+    return folders
+
+
+def _commands(trainer: pl.Trainer) -> dict[str, str]:
+    commands = {}
+    if (file := incidents_file(trainer)) is not None:
+        command = shell_command("lightning-gradguard")
+        commands["report"] = f"{command} report {relative_to_cwd(file.parent)}"
     for logger in trainer.loggers:
         if is_instance_by_name(logger, "TensorBoardLogger"):
-            ways["to see charts"] = (
-                f"{shell_command('tensorboard')} --logdir {relative_to_cwd(Path(str(logger.root_dir)))}"
-            )
-    return ways
+            folder = relative_to_cwd(Path(str(logger.root_dir)))
+            commands["charts"] = f"{shell_command('tensorboard')} --logdir {folder}"
+    return commands
 
 
-def _table(rows: Mapping[str, str]) -> str:
+def _aligned(rows: Mapping[str, str]) -> list[str]:
     width = max(map(len, rows))
-    return "\n".join(["gradguard: what this run came to", *(f"  {k:{width}}  {v}" for k, v in rows.items())])
+    return [f"  {name:{width}}  {value}" for name, value in rows.items()]
 
 
 def _markdown(rows: Mapping[str, object]) -> str:

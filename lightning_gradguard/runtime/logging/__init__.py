@@ -1,1 +1,1 @@
-"""What people see: metrics, charts, console, pages."""
+"""Output of a run: metrics, charts, console messages, pages."""

@@ -1,4 +1,4 @@
-"""What gets a chart of its own: parameters, the modules that hold them, or fewer of what holds those."""
+"""Groups of parameters that share a chart, and the norm of each group."""
 
 from __future__ import annotations
 
@@ -7,16 +7,72 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import Literal
 
+from lightning_gradguard.core.parameter_names import match_names
+
 Level = Literal["auto", "parameter", "module", "total"]
 
 #: Charts of one kind that a person still looks through.
-FEW = 50
-#: With fewer of them there is no telling any more where in a network something is wrong.
-LEAST = 10
+MAX_CHARTS = 50
+#: Fewer groups no longer locate a problem within a network.
+MIN_CHARTS = 10
+
+
+class ChartGroups:
+    """Charts that parameters count in, kept from step to step.
+
+    Args:
+        level: See `chart_names`.
+        include: Names of parameters or modules, or wildcards, that get charts; all if `None`.
+        exclude: Those that get none.
+        norm_type: Type of the norms.
+    """
+
+    def __init__(
+        self, level: Level, include: Sequence[str] | None, exclude: Sequence[str], norm_type: float
+    ) -> None:
+        self._level: Level = level
+        self._include = include
+        self._exclude = exclude
+        self._norm_type = norm_type
+        self._charts: dict[str, str] = {}
+
+    def select(self, names: Sequence[str]) -> dict[int, str]:
+        """Returns the chart of each parameter that has one, by index.
+
+        Charts stay when a step gives gradients to some parameters only.
+        """
+        if not self._charts.keys() >= set(names):
+            known = list(dict.fromkeys([*self._charts, *names]))
+            shown = set(known if self._include is None else match_names(known, self._include))
+            shown -= set(match_names(known, self._exclude))
+            named = zip(known, chart_names(known, self._level) or [""] * len(known), strict=True)
+            self._charts = {name: chart if name in shown else "" for name, chart in named}
+        return {i: self._charts[name] for i, name in enumerate(names) if self._charts[name]}
+
+    def norms(
+        self, names: Sequence[str], norms: Sequence[float], relative_to: Sequence[float] | None = None
+    ) -> dict[str, float]:
+        """Returns the norm of each chart.
+
+        Args:
+            names: Of the parameters.
+            norms: Of the parameters.
+            relative_to: Norms that those of the charts are divided by.
+        """
+        groups: dict[str, list[int]] = defaultdict(list)
+        for i, chart in self.select(names).items():
+            groups[chart].append(i)
+        values = {}
+        for chart, members in groups.items():
+            value = _total_norm([norms[i] for i in members], self._norm_type)
+            if relative_to is not None:
+                value /= _total_norm([relative_to[i] for i in members], self._norm_type) or math.inf
+            values[chart] = value
+        return values
 
 
 def chart_names(names: Sequence[str], level: Level) -> list[str]:
-    """The name of the chart that each parameter counts in.
+    """Returns the name of the chart that each parameter counts in.
 
     Args:
         names: Of the parameters.
@@ -34,24 +90,24 @@ def chart_names(names: Sequence[str], level: Level) -> list[str]:
     """
     if level == "total":
         return []
-    if level == "parameter" or (level == "auto" and len(names) <= FEW):
+    if level == "parameter" or (level == "auto" and len(names) <= MAX_CHARTS):
         return list(names)
     modules = [tuple((name.rpartition(".")[0] or name).split(".")) for name in names]
     if level == "auto":
-        while len(set(modules)) > FEW:
+        while len(set(modules)) > MAX_CHARTS:
             around = [path[:-1] if len(path) == max(map(len, modules)) else path for path in modules]
-            if len(set(around)) < LEAST or () in around:
-                return _neighbours_together(modules)
+            if len(set(around)) < MIN_CHARTS or () in around:
+                return _group_neighbours(modules)
             modules = around
     return [".".join(path) for path in modules]
 
 
-def _neighbours_together(modules: Sequence[tuple[str, ...]]) -> list[str]:
-    """So many of those next to each other in one chart that there are about 50."""
+def _group_neighbours(modules: Sequence[tuple[str, ...]]) -> list[str]:
+    """Groups adjacent modules into about 50 charts."""
     members: dict[tuple[str, ...], list[str]] = defaultdict(list)
     for path in dict.fromkeys(modules):
         members[path[:-1]].append(path[-1])
-    size = math.ceil(len(set(modules)) / FEW)
+    size = math.ceil(len(set(modules)) / MAX_CHARTS)
     charts: dict[tuple[str, ...], str] = {}
     for parent, owned in members.items():
         for start in range(0, len(owned), size):
@@ -59,3 +115,13 @@ def _neighbours_together(modules: Sequence[tuple[str, ...]]) -> list[str]:
             name = chunk[0] if len(chunk) == 1 else f"{chunk[0]}-{chunk[-1]}"
             charts |= {(*parent, own): ".".join([*parent, name]) for own in chunk}
     return [charts[path] for path in modules]
+
+
+def _total_norm(norms: Sequence[float], norm_type: float) -> float:
+    largest = max(norms)
+    if any(map(math.isnan, norms)):
+        return math.nan
+    if norm_type == math.inf or largest in (0.0, math.inf):
+        return largest
+    # relative to the largest, for its powers may overflow
+    return float(largest * sum((norm / largest) ** norm_type for norm in norms) ** (1 / norm_type))

@@ -1,4 +1,4 @@
-"""What a callback was told to do, for whoever compares runs."""
+"""Settings of the callbacks, for tables and loggers that compare runs."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import inspect
 import textwrap
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from lightning_gradguard.core.clipping import ClippingPolicy
 
@@ -14,40 +13,38 @@ Plain = str | int | float | bool
 
 
 class Configured:
-    """Knows the arguments that it was made with.
+    """A callback with settings.
 
     Attributes:
-        settings: Those that differ from their defaults.
+        settings: The arguments that differ from their defaults.
+    """
+
+    settings: Mapping[str, Plain] = {}
+
+
+def non_defaults(callback: type, arguments: Mapping[str, object]) -> dict[str, Plain]:
+    """Returns the arguments that differ from their defaults, in their order.
+
+    Args:
+        callback: The class; its `__init__` has the defaults.
+        arguments: The `locals()` of that `__init__`.
 
     Example:
         >>> class Brake(Configured):
-        ...     def __init__(self, force: float = 1.0, wheels: tuple[str, ...] = ()) -> None: ...
+        ...     def __init__(self, force: float = 1.0, wheels: tuple[str, ...] = ()) -> None:
+        ...         self.settings = non_defaults(Brake, locals())
         >>> Brake(wheels=("left", "right")).settings
         {'wheels': 'left, right'}
     """
-
-    settings: Mapping[str, Plain]
-
-    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
-        """Look at the arguments on their way to `__init__`."""
-        made = super().__new__(cls)
-        signature = inspect.signature(cls.__init__)
-        try:
-            given = signature.bind_partial(made, *args, **kwargs).arguments
-        except TypeError:  # `__init__` is about to say it in its own words
-            given = {}
-        told = {}
-        for name, value in list(given.items())[1:]:
-            if signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD:
-                told.update({inner: plain(v) for inner, v in value.items()})
-            elif plain(value) != plain(signature.parameters[name].default):
-                told[name] = plain(value)
-        made.settings = told
-        return made
+    values = {
+        name: (plain(arguments[name]), plain(parameter.default))
+        for name, parameter in inspect.signature(callback).parameters.items()
+    }
+    return {name: value for name, (value, default) in values.items() if value != default}
 
 
 def plain(value: object) -> Plain:
-    """A value as a table and a logger take it; whatever it is, it is told in a line.
+    """Returns a value as a table and a logger take it, in one line.
 
     Args:
         value: A number stays one, a list becomes its elements, a policy its class and arguments.
@@ -69,26 +66,25 @@ def plain(value: object) -> Plain:
 
 
 def hyperparameters_of(callbacks: Sequence[object]) -> dict[str, Plain]:
-    """Which callbacks of the suite there are, and what they were told.
+    """Returns the callbacks of the suite and their settings.
 
     Args:
         callbacks: All of a Trainer's.
 
     Returns:
-        `callbacks`, their names; and `<callback>.<argument>` for what is not a default.
+        `callbacks`, their names; and `<callback>.<argument>` for each setting.
 
     Example:
         >>> from lightning_gradguard import GradientNormMonitor, NaNRollback
-        >>> settings_of([NaNRollback(patience=5), GradientNormMonitor()])
+        >>> hyperparameters_of([NaNRollback(patience=5), GradientNormMonitor()])
         {'callbacks': 'NaNRollback, GradientNormMonitor', 'NaNRollback.patience': 5}
     """
-    ours = [callback for callback in callbacks if isinstance(callback, Configured)]
-    found: dict[str, Plain] = {"callbacks": ", ".join(type(callback).__name__ for callback in ours)}
+    own = [callback for callback in callbacks if isinstance(callback, Configured)]
+    found: dict[str, Plain] = {"callbacks": ", ".join(type(callback).__name__ for callback in own)}
     seen: Counter[str] = Counter()
-    for callback in ours:
+    for callback in own:
         kind = type(callback).__name__
         seen[kind] += 1
         owner = kind if seen[kind] == 1 else f"{kind} {seen[kind]}"
-        for name, value in callback.settings.items():
-            found[f"{owner}.{name}"] = value
+        found |= {f"{owner}.{name}": value for name, value in callback.settings.items()}
     return found

@@ -1,4 +1,4 @@
-"""What each logger takes, and how."""
+"""Adapters to the loggers: scalars, text, figures, histograms, hyperparameters."""
 
 from __future__ import annotations
 
@@ -11,28 +11,28 @@ from weakref import WeakKeyDictionary
 from lightning_gradguard.runtime.lightning_packages import is_instance_by_name
 from lightning_gradguard.runtime.logging.tensorboard_layout import decades, layout
 
-#: Text is Markdown, a figure a function that draws it, a histogram is made of a tensor of finite values.
+#: Text is Markdown, a figure is a function that draws it, a histogram is a tensor of finite values.
 Medium = Literal["text", "figure", "histogram"]
 
 
 def write_scalars(logger: Any, scalars: Mapping[str, float], step: int) -> None:
-    """Give a logger scalars; TensorBoard gets their decades as well, and the charts that they fill."""
+    """Writes scalars; to TensorBoard also their log10 copies, and the charts that they fill."""
     if is_instance_by_name(logger, "TensorBoardLogger"):
         scalars = {**scalars, **decades(scalars)}
-        _arrange(logger.experiment, scalars)
+        _update_layout(logger.experiment, scalars)
     logger.log_metrics(dict(scalars), step=step)
 
 
 def write_medium(logger: Any, medium: Medium, tag: str, content: Any, step: int) -> None:
-    """Give a logger what is no scalar; nothing happens if it has no place for that.
+    """Writes text, a figure or a histogram; does nothing if the logger does not take it.
 
-    W&B and MLflow are known by the names of their classes, which both packages of Lightning share; any other
-    logger takes what its `experiment` has the method of a `SummaryWriter` for.
+    W&B and MLflow are identified by the names of their classes, which both packages of Lightning share; for
+    any other logger, its `experiment` has the methods of a `SummaryWriter`.
     """
-    for name, ways in _WAYS.items():
+    for name, writers in _WRITERS.items():
         if is_instance_by_name(logger, name):
-            if medium in ways:
-                ways[medium](logger, tag, content, step)
+            if medium in writers:
+                writers[medium](logger, tag, content, step)
             return
     add = getattr(getattr(logger, "experiment", None), f"add_{medium}", None)
     if add is not None:
@@ -40,10 +40,10 @@ def write_medium(logger: Any, medium: Medium, tag: str, content: Any, step: int)
 
 
 def write_hyperparameters(logger: Any, settings: Mapping[str, Any]) -> None:
-    """Put settings beside the hyperparameters of a run, where none of the user's can be hidden by them.
+    """Writes settings beside the user's hyperparameters, without hiding any of them.
 
-    Not TensorBoard's: of the hyperparameters of a run it shows those that were written first, and of several
-    runs it takes the columns from one.
+    TensorBoard gets none: it shows the hyperparameters of a run that were written first, and takes the
+    columns of several runs from one.
     """
     if is_instance_by_name(logger, "WandbLogger"):
         logger.experiment.config.update({"gradguard": dict(settings)}, allow_val_change=True)
@@ -51,12 +51,12 @@ def write_hyperparameters(logger: Any, settings: Mapping[str, Any]) -> None:
         logger.log_hyperparams({f"gradguard/{name}": value for name, value in settings.items()})
 
 
-_seen: WeakKeyDictionary[Any, set[str]] = WeakKeyDictionary()
+_seen_tags: WeakKeyDictionary[Any, set[str]] = WeakKeyDictionary()
 
 
-def _arrange(writer: Any, tags: Collection[str]) -> None:
-    """Arrange TensorBoard's Custom Scalars anew when a tag has come that fills another chart."""
-    seen = _seen.setdefault(writer, set())
+def _update_layout(writer: Any, tags: Collection[str]) -> None:
+    """Updates TensorBoard's Custom Scalars when a new tag fills another chart."""
+    seen = _seen_tags.setdefault(writer, set())
     if not seen.issuperset(tags):
         before = layout(seen)
         seen.update(tags)
@@ -64,7 +64,7 @@ def _arrange(writer: Any, tags: Collection[str]) -> None:
             writer.add_custom_scalars(charts)
 
 
-#: MLflow has one file for a name, and a step may have several texts.
+#: MLflow keeps one file per name, and a step may have several texts.
 _number = itertools.count()
 
 
@@ -92,7 +92,7 @@ def _mlflow_figure(logger: Any, tag: str, draw: Any, step: int) -> None:
     logger.experiment.log_figure(logger.run_id, draw(), f"{tag}/{step:08d}.png")
 
 
-_WAYS: dict[str, dict[Medium, Callable[[Any, str, Any, int], None]]] = {
+_WRITERS: dict[str, dict[Medium, Callable[[Any, str, Any, int], None]]] = {
     "WandbLogger": {"text": _wandb_text, "figure": _wandb_figure, "histogram": _wandb_histogram},
     "MLFlowLogger": {"text": _mlflow_text, "figure": _mlflow_figure},
 }

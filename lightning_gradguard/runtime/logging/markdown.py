@@ -1,10 +1,10 @@
-"""Markdown that loggers show."""
+"""Markdown for loggers."""
 
 from __future__ import annotations
 
 
 def cell(text: str) -> str:
-    r"""Text that stays within its cell of a table in Markdown.
+    r"""Returns text that stays within its cell of a Markdown table.
 
     Example:
         >>> print(cell("a|b"))

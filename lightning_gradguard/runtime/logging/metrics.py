@@ -1,4 +1,4 @@
-"""Metrics of one batch, moved to the host in one transfer and handed to the loggers."""
+"""Metrics of one batch, moved to the host in one transfer and logged."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import warnings
 from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from itertools import islice
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import pytorch_lightning as pl
 import torch
@@ -19,116 +20,157 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-def log_scalars(trainer: pl.Trainer, scalars: Mapping[str, float], step: int) -> None:
-    """Hand scalars to every logger of the Trainer.
+class NumbersReader(Protocol):
+    """A callback that reads numbers on the host before it logs them."""
 
-    Args:
-        trainer: The Trainer; its loggers write on rank 0 and do nothing elsewhere.
-        scalars: Tag to value.
-        step: The horizontal axis.
-    """
-    for logger in trainer.loggers:
-        _guarded(logger, partial(write_scalars, logger, scalars, step))
+    def on_host_numbers(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, record: Any, numbers: list[float]
+    ) -> None:
+        """Called when the buffer is flushed, between the transfer and the loggers.
 
-
-def log_text(trainer: pl.Trainer, tag: str, markdown: str, step: int) -> None:
-    """Write Markdown to the loggers that have a place for it."""
-    _hand_out(trainer, write_medium, "text", tag, markdown, step)
-
-
-def log_figure(trainer: pl.Trainer, tag: str, draw: Callable[[], Figure], step: int) -> None:
-    """Write a figure to the loggers that have a place for it; without one it is not drawn."""
-    _hand_out(trainer, write_medium, "figure", tag, draw, step)
+        Args:
+            trainer: The Trainer that runs.
+            pl_module: The module in training.
+            record: The reader's own description of the numbers.
+            numbers: On the host.
+        """
 
 
-def log_histogram(trainer: pl.Trainer, tag: str, values: Any, step: int) -> None:
-    """Write a histogram of finite values to the loggers that have a place for it."""
-    _hand_out(trainer, write_medium, "histogram", tag, values, step)
+class _Tagged(NamedTuple):
+    values: Tensor
+    tags: tuple[str, ...]
+    is_total: bool = False
 
 
-def log_hyperparameters(trainer: pl.Trainer, settings: Mapping[str, Any]) -> None:
-    """Write what the suite was told to do beside the hyperparameters, to the loggers that keep them apart."""
-    _hand_out(trainer, write_hyperparameters, settings)
+class _ForReader(NamedTuple):
+    values: Tensor
+    reader: NumbersReader
+    record: Any
 
 
 class MetricBuffer:
-    """Numbers of one batch on their way to people: gathered on the device, moved to the host once.
+    """Metrics of one batch: gathered on the device, moved to the host once, then logged.
 
     Attributes:
-        on_bar: Tags of totals that the progress bar shows.
-        last_logged: By tag, where it was logged last, and what.
+        last_logged: By tag, the step at which it was logged last, and its value.
     """
 
     def __init__(self) -> None:
-        self.on_bar: set[str] = set()
         self.last_logged: dict[str, tuple[int, float]] = {}
-        self._parts: list[tuple[Tensor, Callable[[list[float]], Mapping[str, float]], int | None]] = []
+        self._on_bar: set[str] = set()
+        self._pending: list[_Tagged | _ForReader] = []
         self._scalars: dict[str, float] = {}
+        self._scalars_at: dict[int, dict[str, float]] = defaultdict(dict)
         self._totals: dict[str, float] = {}
 
-    def add(
-        self,
-        values: Tensor,
-        to_scalars: Callable[[list[float]], Mapping[str, float]],
-        step: int | None = None,
-    ) -> None:
-        """Take in values to be logged.
-
-        Args:
-            values: Shape `(n,)`, on any device.
-            to_scalars: Gets the values on the host and returns the scalars to log; it may look at them
-                for symptoms on the way.
-            step: Where on the loggers' axis; the running step if `None`.
-        """
-        self._parts.append((values.detach().double(), to_scalars, step))
+    def show_on_bar(self, *tags: str) -> None:
+        """Shows totals of these tags on the progress bar."""
+        self._on_bar.update(tags)
 
     def add_scalars(self, scalars: Mapping[str, float | Tensor]) -> None:
-        """Take in scalars, on the host or still on the device."""
+        """Adds scalars of the running step, on the host or still on the device, by tag."""
+        on_device = {tag: value.double() for tag, value in scalars.items() if isinstance(value, Tensor)}
+        if on_device:
+            values = torch.stack(list(on_device.values())).detach()
+            self._pending.append(_Tagged(values, tuple(on_device)))
         self._scalars |= {tag: value for tag, value in scalars.items() if not isinstance(value, Tensor)}
-        waiting = {tag: value for tag, value in scalars.items() if isinstance(value, Tensor)}
-        if waiting:
-            stacked = torch.stack([value.double() for value in waiting.values()])
-            self.add(stacked, lambda host: dict(zip(waiting, host, strict=True)))
 
-    def publish_total(self, tag: str, value: float) -> None:
-        """Show a total to `EarlyStopping` and the progress bar when the report goes out."""
-        self._totals[tag] = value
+    def add_scalars_at(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Adds scalars of a step that may have passed, by tag."""
+        self._scalars_at[step].update(scalars)
 
-    def send(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Move everything to the host in one transfer and hand it to the loggers."""
-        if not (self._parts or self._scalars or self._totals):
+    def add_numbers(self, reader: NumbersReader, record: Any, values: Tensor) -> None:
+        """Adds numbers that a callback reads on the host, and logs from there.
+
+        Args:
+            reader: Its `on_host_numbers` is called with them.
+            record: Handed to the reader beside the numbers.
+            values: Shape `(n,)`, on any device.
+        """
+        self._pending.append(_ForReader(values.detach().double(), reader, record))
+
+    def publish_total(self, tag: str, value: float | Tensor) -> None:
+        """Publishes a total to `EarlyStopping` and the progress bar, without logging it."""
+        if isinstance(value, Tensor):
+            self._pending.append(_Tagged(value.detach().double().reshape(1), (tag,), is_total=True))
+        else:
+            self._totals[tag] = value
+
+    def flush(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Moves everything to the host in one transfer, hands numbers to their readers, and logs."""
+        if not (self._pending or self._scalars or self._scalars_at or self._totals):
             return
-        parts, self._parts = self._parts, []
-        now = batches_that_stepped(trainer)
-        by_step: dict[int, dict[str, float]] = defaultdict(dict)
-        if parts:
-            device = pl_module.device
-            host = torch.cat([values.to(device) for values, _, _ in parts]).tolist()
-            start = 0
-            for values, to_scalars, step in parts:
-                scalars = to_scalars(host[start : start + len(values)])
-                by_step[now if step is None else step].update(scalars)
-                start += len(values)
-        by_step[now].update(self._scalars)
+        self._to_host(trainer, pl_module)
+        self._log(trainer, pl_module)
+
+    def _to_host(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        pending, self._pending = self._pending, []
+        if not pending:
+            return
+        host = iter(torch.cat([part.values.to(pl_module.device) for part in pending]).tolist())
+        for part in pending:
+            numbers = list(islice(host, len(part.values)))
+            if isinstance(part, _ForReader):
+                part.reader.on_host_numbers(trainer, pl_module, part.record, numbers)
+            else:
+                (self._totals if part.is_total else self._scalars).update(
+                    zip(part.tags, numbers, strict=True)
+                )
+
+    def _log(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        by_step, self._scalars_at = self._scalars_at, defaultdict(dict)
+        by_step[batches_that_stepped(trainer)] |= self._scalars
         self._scalars = {}
         for step, scalars in sorted(by_step.items()):
             if scalars:
                 log_scalars(trainer, scalars, step)
                 self.last_logged |= {tag: (step, value) for tag, value in scalars.items()}
         totals, self._totals = self._totals, {}
-        publish_metrics(pl_module, totals, self.on_bar)
+        publish_metrics(pl_module, totals, self._on_bar)
+
+
+def log_scalars(trainer: pl.Trainer, scalars: Mapping[str, float], step: int) -> None:
+    """Logs scalars to every logger of the Trainer.
+
+    Args:
+        trainer: The Trainer; its loggers write on rank 0 and do nothing elsewhere.
+        scalars: Tag to value.
+        step: Step on the loggers' axis.
+    """
+    for logger in trainer.loggers:
+        _guarded(logger, partial(write_scalars, logger, scalars, step))
+
+
+def log_text(trainer: pl.Trainer, tag: str, markdown: str, step: int) -> None:
+    """Logs Markdown to the loggers that take text."""
+    _write_on_rank_zero(trainer, write_medium, "text", tag, markdown, step)
+
+
+def log_figure(trainer: pl.Trainer, tag: str, draw: Callable[[], Figure], step: int) -> None:
+    """Logs a figure to the loggers that take figures; it is not drawn without such a logger."""
+    _write_on_rank_zero(trainer, write_medium, "figure", tag, draw, step)
+
+
+def log_histogram(trainer: pl.Trainer, tag: str, values: Any, step: int) -> None:
+    """Logs a histogram of finite values to the loggers that take histograms."""
+    _write_on_rank_zero(trainer, write_medium, "histogram", tag, values, step)
+
+
+def log_hyperparameters(trainer: pl.Trainer, settings: Mapping[str, Any]) -> None:
+    """Logs the suite's settings to the loggers that keep them apart from the user's hyperparameters."""
+    _write_on_rank_zero(trainer, write_hyperparameters, settings)
 
 
 def publish_metrics(
     pl_module: pl.LightningModule, metrics: Mapping[str, float], on_bar: Collection[str] = ()
 ) -> None:
-    """Put totals where `EarlyStopping(monitor=...)` looks for them, and some onto the progress bar."""
+    """Publishes metrics to `trainer.callback_metrics`, and some to the progress bar."""
     if pl_module.trainer.barebones:
         return
     for tag, value in metrics.items():
         pl_module.log(
             tag,
-            torch.tensor(value),  # of a number, Lightning would make one on the device, and wait for it
+            torch.tensor(value),  # from a number, Lightning makes one on the device, and synchronizes
             prog_bar=tag in on_bar,
             on_step=True,
             on_epoch=False,
@@ -137,16 +179,16 @@ def publish_metrics(
         )
 
 
-def _hand_out(trainer: pl.Trainer, write: Callable[..., None], *content: Any) -> None:
+def _write_on_rank_zero(trainer: pl.Trainer, write: Callable[..., None], *content: Any) -> None:
     if trainer.is_global_zero:
         for logger in trainer.loggers:
             _guarded(logger, partial(write, logger, *content))
 
 
 def _guarded(logger: Any, write: Callable[[], Any]) -> None:
-    """A logger that fails costs its records, never the run."""
+    """Warns if a logger fails, which costs its records and never the run."""
     try:
         write()
     except Exception as error:
         name = type(logger).__name__
-        warnings.warn(f"{name} could not write and was left out: {error!r}", stacklevel=3)
+        warnings.warn(f"{name} could not write and is omitted: {error!r}", stacklevel=3)

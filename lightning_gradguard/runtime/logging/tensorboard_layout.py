@@ -1,60 +1,68 @@
-"""How TensorBoard shows the suite's scalars: which ones together, and which by their decades."""
+"""Layout of the suite's scalars in TensorBoard: charts of several tags, and log10 copies."""
 
 from __future__ import annotations
 
 import math
 import re
 from collections.abc import Iterable, Mapping
+from functools import partial
 
-#: On a linear axis one spike would hide everything else of them.
-_SPANS_DECADES = re.compile(
-    r"(grad_norm|grad_norm_clipped|grad_norm_band|update_ratio)(\.\d+)?/(?!nonfinite_fraction$)"
-    r"|clip(\.\d+)?/threshold$"
-)
-#: The least that has a logarithm here: below, a float32 is 0.
-_LEAST = 1e-38
+from lightning_gradguard.core import tags as t
 
-_LINES: dict[str, dict[str, tuple[str, ...]]] = {
+#: The smallest positive number on a log10 axis: below, a float32 is 0.
+_SMALLEST = 1e-38
+
+
+def _log10(form: str, name: str = ".*") -> str:
+    return t.tag(t.LOG10, t.pattern(form, name))
+
+
+#: Category to title to the patterns of the tags in that chart.
+_CHARTS: dict[str, dict[str, tuple[str, ...]]] = {
     "Gradients": {
         "total norm, clipped norm, threshold (log10)": (
-            r"log10/grad_norm(\.\d+)?/total$",
-            r"log10/grad_norm_clipped(\.\d+)?/total$",
-            r"log10/clip(\.\d+)?/threshold$",
+            f"{_log10(t.GRAD_NORM_TOTAL)}$",
+            f"{_log10(t.CLIPPED_NORM_TOTAL)}$",
+            f"{_log10(t.CLIP_THRESHOLD)}$",
         ),
-        "layers (log10 of gradient norm)": (r"log10/grad_norm(\.\d+)?/(?!total$).*",),
-        "updates by the weights they change (log10)": (r"log10/update_ratio(\.\d+)?/.*",),
+        "layers (log10 of gradient norm)": (_log10(t.GRAD_NORM, "(?!total$).*"),),
+        "updates by the weights they change (log10)": (_log10(t.UPDATE_RATIO),),
     },
     "Guard": {
-        "steps skipped, rollbacks, AMP overflows, so far": (r"rollback/(skips|rollbacks|amp_overflows)$",),
-        "learning rate scheduled and used": (r"lr_backoff(\.\d+)?/(scheduled_)?lr/.*",),
-        "share of steps clipped": (r"clip(\.\d+)?/fraction$",),
-        "share of nonfinite gradients": (r"grad_norm(\.\d+)?/nonfinite_fraction$",),
+        "steps skipped, rollbacks, AMP overflows, so far": (
+            f"{t.SKIPS}$",
+            f"{t.ROLLBACKS}$",
+            f"{t.AMP_OVERFLOWS}$",
+        ),
+        "learning rate scheduled and used": (t.pattern(t.SCHEDULED_LR), t.pattern(t.LR)),
+        "share of steps clipped": (f"{t.pattern(t.CLIP_FRACTION)}$",),
+        "share of nonfinite gradients": (f"{t.pattern(t.NONFINITE_FRACTION)}$",),
     },
 }
 
 
 def decades(scalars: Mapping[str, float]) -> dict[str, float]:
-    """Logarithms of what spans decades.
+    """Returns the log10 copies of the scalars that span decades.
 
     Args:
         scalars: Tag to value.
 
     Returns:
-        `log10/<tag>` to log10; of 0 that of the least number that float32 tells from it.
+        `log10/<tag>` to log10; of 0 that of the smallest positive float32.
 
     Example:
         >>> decades({"grad_norm/total": 100.0, "clip/fraction": 0.5})
         {'log10/grad_norm/total': 2.0}
     """
     return {
-        f"log10/{tag}": math.log10(max(value, _LEAST)) if value == value else math.nan
+        copy: math.log10(max(value, _SMALLEST)) if value == value else math.nan
         for tag, value in scalars.items()
-        if _SPANS_DECADES.match(tag)
+        if (copy := t.log10_tag(tag))
     }
 
 
 def layout(tags: Iterable[str]) -> dict[str, dict[str, list[object]]]:
-    """The charts that these tags fill, as `SummaryWriter.add_custom_scalars` takes them.
+    """Returns the charts that these tags fill, as `SummaryWriter.add_custom_scalars` takes them.
 
     A chart is the same in every run that has it, so that TensorBoard shows several runs in one.
 
@@ -70,16 +78,16 @@ def layout(tags: Iterable[str]) -> dict[str, dict[str, list[object]]]:
     """
     known = list(tags)
     charts: dict[str, dict[str, list[object]]] = {}
-    for category, titles in _LINES.items():
+    for category, titles in _CHARTS.items():
         for title, patterns in titles.items():
             if any(re.match(pattern, tag) for pattern in patterns for tag in known):
                 charts.setdefault(category, {})[title] = ["Multiline", list(patterns)]
     for tag in known:
-        low = re.fullmatch(r"log10/grad_norm_band(\.\d+)?/low", tag)
+        low = re.fullmatch(_log10(t.BAND_LOW), tag)
         if low is not None:
-            index = low[1] or ""
-            title = f"total norm{index and f' of optimizer {index[1:]}'} and its usual band (log10)"
-            # of `grad_norm/total` TensorBoard would take offence at the first step, which has no band
-            members = [f"log10/grad_norm_band{index}/total", tag, f"log10/grad_norm_band{index}/high"]
+            own = partial(t.tag, optimizer=int(low[1][1:]), of=2) if low[1] else t.tag
+            title = f"total norm{low[1] and f' of optimizer {low[1][1:]}' or ''} and its usual band (log10)"
+            # TensorBoard rejects `grad_norm/total` here, whose first steps have no band
+            members = [t.tag(t.LOG10, own(form)) for form in (t.BAND_TOTAL, t.BAND_LOW, t.BAND_HIGH)]
             charts.setdefault("Gradients", {})[title] = ["Margin", members]
     return charts

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from lightning_gradguard.core import tags
 from lightning_gradguard.core.recovery import Decision, RecoveryPolicy
 from lightning_gradguard.runtime.steps.trainer_state import TrainerState
 
@@ -28,9 +29,9 @@ class Counts:
 def counts_by_tag(counts: Counts, policy: RecoveryPolicy) -> dict[str, float]:
     """The counts as they are logged."""
     return {
-        "rollback/skips": float(counts.skips),
-        "rollback/rollbacks": float(policy.rollbacks),
-        "rollback/amp_overflows": float(counts.amp_overflows),
+        tags.SKIPS: float(counts.skips),
+        tags.ROLLBACKS: float(policy.rollbacks),
+        tags.AMP_OVERFLOWS: float(counts.amp_overflows),
     }
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 
+from lightning_gradguard.core import tags
 from lightning_gradguard.core.norms import Measurement
 from lightning_gradguard.core.recovery import RecoveryPolicy
 from lightning_gradguard.runtime import lightning_api
@@ -227,7 +228,7 @@ class RollbackSession:
         """Adds the counts to the metrics of the batch, and publishes two of them to `callback_metrics`."""
         counts = counts_by_tag(self._counts, self._policy)
         self._suite.metrics.add_scalars(counts)
-        for tag in ("rollback/skips", "rollback/rollbacks"):
+        for tag in (tags.SKIPS, tags.ROLLBACKS):
             self._suite.metrics.publish_total(tag, counts[tag])
 
     def report_without_ranks(self) -> None:
@@ -341,7 +342,7 @@ class RollbackSession:
         found = self._investigation.found
         self._reporter.publish("training_diverged", action="stopped", advice=combined_advice(found))
         self.log_counts()
-        self._suite.metrics.send(self._trainer, self._pl_module)
+        self._suite.metrics.flush(self._trainer, self._pl_module)
         raise divergence_error(self._trainer, self._policy.stop_reason, step, found, last_good)
 
     def _discard_deferred(self) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_gradguard.core import tags
 from lightning_gradguard.core.norms import Measurement
 from lightning_gradguard.runtime import lightning_api
 from lightning_gradguard.runtime.incidents.run_summary import summarize
@@ -183,8 +184,8 @@ class StepCallback(lightning_api.Callback, Configured):
         try:
             counts = {tag: n for member in suite.members for tag, n in member.final_counts().items()}
             if totals.largest_norm:
-                logged = "" if totals.checks_steps else "logged_"
-                counts[f"summary/largest_{logged}norm"] = totals.largest_norm
+                tag = tags.LARGEST_NORM if totals.checks_steps else tags.LARGEST_LOGGED_NORM
+                counts[tag] = totals.largest_norm
             summarize(trainer, counts, totals.first_step, totals.last_step, suite.metrics.last_logged)
         except Exception as error:  # of a device that an exception has left unusable, for one
             warnings.warn(f"the run summary could not be written: {error!r}", stacklevel=2)

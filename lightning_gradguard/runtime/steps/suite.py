@@ -131,14 +131,14 @@ class Suite:
         """Sends the metrics of the batch."""
         self.end_overrides()
         self.has_stepped = False
-        self.metrics.send(trainer, pl_module)
+        self.metrics.flush(trainer, pl_module)
 
     def end_run(self) -> RunTotals | None:
         """Returns the totals of the run, once; `None` if it had no step."""
         totals, self.totals = self.totals, None
         return totals
 
-    def record_norm(self, total_norm: float) -> None:
+    def observe_norm(self, total_norm: float) -> None:
         """Keeps the largest total norm of accepted gradients that reached the host."""
         if self.totals is not None:
             self.totals.largest_norm = max(self.totals.largest_norm, total_norm)
@@ -198,7 +198,7 @@ class Suite:
             return "skip"
         if "ignore" in verdicts:
             return "ignore"
-        self.record_norm(measurement.total_norm)
+        self.observe_norm(measurement.total_norm)
         return "accept"
 
     def _measure(

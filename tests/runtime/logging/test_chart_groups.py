@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_gradguard.runtime.logging.chart_groups import FEW, chart_names
+from lightning_gradguard.runtime.logging.chart_groups import MAX_CHARTS, chart_names
 
 PATHS = st.lists(st.sampled_from(["body", "head", "0", "1", "2", "mlp"]), min_size=1, max_size=4)
 
@@ -19,7 +19,7 @@ def transformer(blocks: int) -> list[str]:
 
 def test_few_parameters_have_one_chart_each() -> None:
     names = transformer(4)
-    assert len(names) <= FEW
+    assert len(names) <= MAX_CHARTS
     assert chart_names(names, "auto") == names
 
 
@@ -40,7 +40,7 @@ def test_three_hundred_parameters_are_grouped_by_block() -> None:
 def test_blocks_of_a_deep_network_keep_separate_charts() -> None:
     names = [f"model.layers.{i}.{part}.weight" for i in range(60) for part in ("attention", "mlp")]
     charts = chart_names(["model.embed.weight", *names, "head.weight"], "auto")
-    assert len(set(charts)) <= FEW
+    assert len(set(charts)) <= MAX_CHARTS
     assert charts[:5] == ["model.embed", *["model.layers.0-1"] * 4]
     assert charts[-3:] == ["model.layers.58-59"] * 2 + ["head"]
 
@@ -65,5 +65,5 @@ def test_parameter_is_in_the_chart_of_its_module(names: list[str]) -> None:
     together: dict[str, list[int]] = {}
     for i, chart in enumerate(charts):
         together.setdefault(chart, []).append(i)
-    if len(names) > FEW:
+    if len(names) > MAX_CHARTS:
         assert len(together) < len(names)

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from lightning_gradguard import AdaptiveGradientClipping, GradientNormMonitor, NaNRollback, PercentileClipping
-from lightning_gradguard.runtime.logging.hyperparameters import hyperparameters_of
+from lightning_gradguard.runtime.logging.hyperparameters import hyperparameters_of, non_defaults
 
 
 class Passing(GradientNormMonitor):
@@ -26,6 +26,7 @@ class Odd(GradientNormMonitor):
 
     def __init__(self, thing: Any = None) -> None:
         super().__init__()
+        self.settings = non_defaults(Odd, locals())
 
 
 def test_arguments_of_a_subclass_are_logged() -> None:

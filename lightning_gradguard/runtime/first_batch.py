@@ -1,0 +1,138 @@
+"""Measurements of a freshly initialized network on its first batch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import pytorch_lightning as pl
+from torch import Tensor
+
+from lightning_gradguard.core.detectors import DEPTH_DECADES, depth_profile
+from lightning_gradguard.core.forensics import investigate
+from lightning_gradguard.core.initialization import (
+    Finding,
+    check,
+    copied_units,
+    nonfinite_weights,
+    repair,
+)
+from lightning_gradguard.core.parameter_names import plain_name
+from lightning_gradguard.core.remedies import advice
+from lightning_gradguard.runtime.distributed import (
+    broadcast_tensors,
+    complete_gradients,
+    gather_objects,
+    whole,
+)
+from lightning_gradguard.runtime.incidents.replay import training_loss, without_logging
+from lightning_gradguard.runtime.lightning_api import flat_shards, flattens_parameters
+from lightning_gradguard.runtime.logging import console
+from lightning_gradguard.runtime.steps.measuring import norms_over_shards
+from lightning_gradguard.runtime.steps.parameters import ParameterLayout
+
+#: Optimizers that divide gradients by their size.
+SCALE_FREE = ("Ada", "Adam", "NAdam", "RAdam", "RMSprop", "Rprop", "Lion", "Muon")
+
+
+class FirstBatch:
+    """The first training batch, run through the network in extra passes that leave no trace.
+
+    Args:
+        trainer: The Trainer that runs.
+        pl_module: The network.
+        batch: The batch.
+        batch_idx: Its index.
+
+    Attributes:
+        problem: The reason if the network could not be checked.
+    """
+
+    def __init__(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        self.problem: Exception | None = None
+        self._trainer = trainer
+        self._pl_module = pl_module
+        self._batch = batch
+        self._batch_idx = batch_idx
+
+    def check(self) -> tuple[list[Finding], dict[str, float]]:
+        """Returns findings and measured values, the same on every rank; none if there is a problem."""
+        findings: list[Finding] = []
+        values: dict[str, float] = {}
+        self.problem = None
+        is_scale_free = all(type(o).__name__.startswith(SCALE_FREE) for o in self._trainer.optimizers)
+        try:
+            findings, values = check(self._pl_module, self._run_loss, scale_free=is_scale_free)
+        except Exception as error:
+            self.problem = error
+        # on every rank, for the training step may communicate
+        if any(gather_objects(not math.isfinite(values.get("loss", 0.0)))):
+            try:
+                self._reject_bad_input()
+            except Exception as error:
+                self.problem = self.problem or error
+        if self.problem is not None:
+            console.print_message(self._trainer, f"gradguard: Initialization not checked: {self.problem}")
+            findings, values = [], {}
+        return _worst_over_ranks(findings, values)
+
+    def repair(self, names: Collection[str], seed: int) -> list[str]:
+        """Initializes layers anew, the same on every rank, and returns a line for each of them."""
+        try:
+            done = repair(self._pl_module, self._run_loss, names=names, seed=seed)
+        except Exception as error:
+            done = []
+            console.print_message(self._trainer, f"gradguard: Repair did not finish: {error}")
+        broadcast_tensors(list(self._pl_module.parameters()))
+        return done
+
+    def _run_loss(self) -> Tensor:
+        with without_logging(self._pl_module):
+            return training_loss(self._pl_module, self._batch, self._batch_idx)
+
+    def _reject_bad_input(self) -> None:
+        """Raises if the batch is nonfinite, which is no fault of the network."""
+        origin = investigate(self._pl_module, lambda: ([self._run_loss()], []), self._batch)
+        if origin.cause == "bad_input":
+            raise ValueError(origin.detail)
+
+
+def check_weights_alone(trainer: pl.Trainer, pl_module: pl.LightningModule) -> list[Finding]:
+    """Returns findings about the weights, where no extra pass is possible."""
+    findings, _ = _worst_over_ranks(nonfinite_weights(pl_module), {})
+    # FSDP1 shards within rows
+    if not findings and not flattens_parameters(trainer):
+        findings = copied_units(pl_module, whole)
+    return findings
+
+
+def check_first_step(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Finding | None:
+    """Returns a finding if the gradients of the first step vanish or explode on their way back."""
+    layout = ParameterLayout(flat_shards(trainer), pl_module.device)
+    everything = layout.select(pl_module.named_parameters())
+    named = zip(everything.names, everything.parameters, everything.is_matrix, strict=True)
+    layers = layout.select([(plain_name(name), p) for name, p, is_matrix in named if is_matrix][:-1])
+    complete_gradients(layers.parameters)
+    gradients, weights = norms_over_shards(layers, layers.gradients(), layers.parameters).tolist()
+    profile = depth_profile(gradients, weights)
+    if abs(profile) <= DEPTH_DECADES:
+        return None
+    first = layers.names[0]
+    cure = advice("vanishing_gradient" if profile > 0 else "exploding_gradient", [first])
+    return Finding("gradient_profile", first, profile, "-3 .. 3", "warn", cure)
+
+
+def fails(findings: Sequence[Finding]) -> bool:
+    """True if a criterion failed."""
+    return any(finding.severity == "fail" for finding in findings)
+
+
+def _worst_over_ranks(
+    findings: list[Finding], values: dict[str, float]
+) -> tuple[list[Finding], dict[str, float]]:
+    """Returns the most findings of any rank, for ranks have other batches, or other shards."""
+    all_ranks: list[tuple[list[Finding], dict[str, float]]] = gather_objects((findings, values))
+    return max(all_ranks, key=lambda found: (fails(found[0]), len(found[0]), len(found[1])))

@@ -1,0 +1,170 @@
+"""An optimizer step that is logged: its norms, and the update that it makes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor
+from torch.utils.hooks import RemovableHandle
+
+from lightning_gradguard.core.clipping import Scalar
+from lightning_gradguard.core.detectors import Symptom, SymptomDetector
+from lightning_gradguard.core.norms import (
+    local_shard,
+    norms_from_power_sums,
+    power_sums,
+    total_norm_from_norms,
+)
+from lightning_gradguard.runtime.lightning_api import batches_that_stepped
+from lightning_gradguard.runtime.optimizer_hooks import after_step
+from lightning_gradguard.runtime.steps.parameters import Selection
+from lightning_gradguard.runtime.steps.step import Step
+from lightning_gradguard.runtime.steps.suite import Suite
+
+
+class NonfiniteFraction:
+    """Share of tensors with a nonfinite gradient since the last logged step."""
+
+    def __init__(self) -> None:
+        self._finite: Scalar = 0
+        self._seen = 0
+
+    def add(self, norms: Tensor, total_norm: float | None) -> None:
+        """Counts the tensors of a step.
+
+        Args:
+            norms: Of its gradients, on the device.
+            total_norm: Of all of them, if it is known on the host.
+        """
+        n = norms.numel()
+        is_finite = total_norm is not None and math.isfinite(total_norm)
+        self._finite = self._finite + (n if is_finite else (norms < math.inf).sum())
+        self._seen += n
+
+    def value(self) -> Scalar:
+        """Returns the share, on the device unless all steps are known to be finite."""
+        return 1 - self._finite / self._seen
+
+
+@dataclass(frozen=True)
+class LoggedNumbers:
+    """Numbers of a logged step on the host.
+
+    Args:
+        nonfinite_fraction: Share of tensors with a nonfinite gradient since the last logged step.
+        total_norm: Total norm of the gradients.
+        loss: Mean loss of the step.
+        grad_norms: By parameter.
+        weight_norms: By parameter; empty if unknown.
+        update_ratios: By parameter; empty if unknown.
+    """
+
+    nonfinite_fraction: float
+    total_norm: float
+    loss: float
+    grad_norms: Sequence[float]
+    weight_norms: Sequence[float]
+    update_ratios: Sequence[float]
+
+
+class LoggedStep:
+    """Norms of one optimizer step, on the device until `values` are moved to the host.
+
+    Args:
+        suite: Adds up norms over shards.
+        trainer: The Trainer that runs.
+        step: The measured step.
+        norm_type: Type of the norms.
+        update_ratio: Measure the update too, by a copy of the weights.
+
+    Attributes:
+        is_pending: True while the norms of the update are not yet summed over shards.
+        is_late: True if the update was summed together with a later step.
+        now: Step and epoch for incidents.
+    """
+
+    def __init__(
+        self, suite: Suite, trainer: pl.Trainer, step: Step, norm_type: float, update_ratio: bool
+    ) -> None:
+        self.step = batches_that_stepped(trainer)
+        self.optimizer_index = step.optimizer_index
+        self.names = step.gradients.names
+        self.is_matrix = step.selection.is_matrix
+        self.accepted = step.accepted
+        self.was_checked = step.is_checked
+        self.is_pending = False
+        self.is_late = False
+        self.now = {"step": trainer.global_step, "epoch": trainer.current_epoch}
+        self._suite = suite
+        self._loss = step.loss
+        self._norm_type = norm_type
+        self._grad_norms = step.tensor_norms[norm_type]
+        self._weight_norms = step.weight_norms if step.accepted else None
+        self._nonfinite_fraction: Scalar = 0.0
+        self._update_norms: Tensor | None = None
+        self._handle: RemovableHandle | None = None
+        if step.accepted and update_ratio:
+            # copies all weights in one operation
+            before = list(torch._foreach_mul(_local(step.selection), 1.0))
+            self._handle = after_step(step.optimizer, partial(self._measure_updates, step.selection, before))
+
+    def close(self, nonfinite_fraction: Scalar) -> None:
+        """Removes the hook of the optimizer, which does not run where a GradScaler skips the step."""
+        self._nonfinite_fraction = nonfinite_fraction
+        self.is_late = self.is_pending
+        if self._handle is not None:
+            self._handle.remove()
+
+    def total_norm(self) -> Tensor:
+        """Returns the total norm of the gradients."""
+        return total_norm_from_norms(self._grad_norms, self._norm_type)
+
+    def values(self) -> Tensor:
+        """Returns all numbers of the step in one tensor, which `read` takes apart on the host."""
+        total = self.total_norm()
+        fraction = torch.full_like(total, 0.0) + self._nonfinite_fraction
+        parts = [torch.stack([fraction, total, self._loss.to(total)]), self._grad_norms]
+        if self._weight_norms is not None:
+            parts.append(self._weight_norms)
+            if self._update_norms is not None:
+                parts.append(self._update_norms / self._weight_norms.clamp(min=1e-300))
+        return torch.cat(parts)
+
+    def read(self, host: Sequence[float]) -> LoggedNumbers:
+        """Returns the numbers of the step, from its `values` on the host."""
+        n = len(self.names)
+        fraction, total, loss, *norms = host
+        return LoggedNumbers(fraction, total, loss, norms[:n], norms[n : 2 * n], norms[2 * n :])
+
+    def detect(self, detector: SymptomDetector, numbers: LoggedNumbers) -> list[Symptom]:
+        """Updates the detector of this optimizer, and returns the symptoms that it finds."""
+        return detector.update(
+            self.step,
+            names=self.names,
+            is_matrix=self.is_matrix,
+            grad_norms=numbers.grad_norms,
+            weight_norms=numbers.weight_norms or [math.nan] * len(self.names),
+            update_ratios=numbers.update_ratios or None,
+            total_norm=numbers.total_norm if self.accepted else math.nan,
+            loss=numbers.loss,
+            # a callback that checks steps reports nonfinite gradients itself
+            nonfinite_fraction=0.0 if self.was_checked else numbers.nonfinite_fraction,
+        )
+
+    def _measure_updates(self, selection: Selection, before: list[Tensor]) -> None:
+        torch._foreach_sub_(before, _local(selection))
+        self.is_pending = True
+        self._suite.reduce_over_shards(power_sums(before), selection, self._set_update_norms)
+
+    def _set_update_norms(self, sums: Tensor) -> None:
+        self.is_pending = False
+        self._update_norms = norms_from_power_sums(sums)
+
+
+def _local(selection: Selection) -> list[Tensor]:
+    return [local_shard(parameter.detach()) for parameter in selection.parameters]
