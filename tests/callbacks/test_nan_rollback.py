@@ -404,7 +404,7 @@ def test_an_unwritable_folder_costs_no_training(tmp_path: Path) -> None:
     file.write_text("in the way")
     module = Classifier()
     with (
-        pytest.warns(UserWarning, match="incidents are no longer written"),
+        pytest.warns(UserWarning, match="Incidents are no longer written"),
         pytest.warns(UserWarning, match="lost batches are no longer written"),
     ):
         fit(module, poisoned(batches(10), nan=[2, 5]), [NaNRollback(incident_dir=str(file))])
