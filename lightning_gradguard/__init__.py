@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from lightning_gradguard.core.initialization import InitializationError
     from lightning_gradguard.core.norms import Gradients
     from lightning_gradguard.core.training_guard import TrainingGuard
+    from lightning_gradguard.runtime.steps.step_callback import StepCallback
 
 __version__ = "0.5.0"
 
@@ -40,6 +41,7 @@ __all__ = [
     "NaNRollback",
     "PerTensorClipping",
     "PercentileClipping",
+    "StepCallback",
     "TrainingDivergedError",
     "TrainingGuard",
     "UnitwiseClipping",
@@ -61,6 +63,7 @@ _HOME = {
     "PerTensorClipping": "core.clipping",
     "PercentileClipping": "core.clipping",
     "TrainingDivergedError": "core.incidents",
+    "StepCallback": "runtime.steps.step_callback",
     "TrainingGuard": "core.training_guard",
     "UnitwiseClipping": "core.clipping",
     "ZScoreClipping": "core.clipping",

@@ -115,6 +115,7 @@ class ScaledLearningRate:
         optimizer: Any torch optimizer.
 
     Example:
+        >>> import torch
         >>> weight = torch.nn.Parameter(torch.zeros(1))
         >>> optimizer = torch.optim.SGD([weight], lr=1.0)
         >>> rate = ScaledLearningRate(optimizer)
