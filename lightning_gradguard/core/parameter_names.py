@@ -70,6 +70,7 @@ def warn_unknown(argument: str, unknown: Iterable[str], valid: Iterable[str]) ->
 
     Example:
         >>> with warnings.catch_warnings(record=True) as caught:
+        ...     warnings.simplefilter("always")
         ...     warn_unknown("exclude", ["haed"], ["body", "head"])
         >>> str(caught[0].message)
         "exclude: 'haed' matches nothing in the module. Did you mean 'head'?"
