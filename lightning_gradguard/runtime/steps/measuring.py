@@ -26,8 +26,8 @@ class StepRequest:
         flags: Nonfinite weights, nonfinite buffers, a repeated lost batch; each is set on every rank if it is
             set on one.
         norm_types: Norms of every gradient; 2 is one of them.
-        weights: True if norms of the weights are request.
-        units: True if norms of single units are request.
+        weights: True if norms of the weights are requested.
+        units: True if norms of single units are requested.
         loss_scale: The factor that gradients still carry, which is divided out of their norms.
         pending: Local sums of shape `(n,)`, on the device of the gradients, to be included in the collective.
     """
