@@ -7,7 +7,11 @@ from collections.abc import Iterable
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_gradguard.core.backoff import ScaledLearningRate
 from lightning_gradguard.runtime.optimizer_hooks import after_step
+
+#: Modules whose hooks on a step do not write to weights.
+_WITHOUT_WRITES = {after_step.__module__, ScaledLearningRate.__module__}
 
 
 class FusedStepOverride:
@@ -59,8 +63,8 @@ def skip_is_exact(optimizer: Optimizer, parameters: Iterable[Tensor]) -> bool:
         optimizer: One that `supports_fused_override`.
         parameters: Those that it is about to step.
     """
-    hooks = (getattr(hook, "__module__", "") for hook in optimizer._optimizer_step_post_hooks.values())
-    if not type(optimizer).__module__.startswith("torch.optim") or any(h != __name__ for h in hooks):
+    hooks = {getattr(hook, "__module__", "") for hook in optimizer._optimizer_step_post_hooks.values()}
+    if not type(optimizer).__module__.startswith("torch.optim") or not hooks <= _WITHOUT_WRITES:
         return False
     stateless = all(group.get("momentum", 1) == 0 for group in optimizer.param_groups)
     states = (optimizer.state.get(parameter) or {"": None} for parameter in parameters)

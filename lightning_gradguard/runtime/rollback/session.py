@@ -92,12 +92,10 @@ class RollbackSession:
             self._exact = self._deferred = DeferredCheck(
                 trainer, self._side_effects, suite, kernel_may_skip=kernel_may_skip
             )
-        closure = ClosureCheck(trainer, self._side_effects)
-        self._modes: list[CheckMode] = [
-            closure if lightning_api.calls_closure_repeatedly(optimizer) else self._exact
-            for optimizer in trainer.optimizers
-        ]
-        self._distinct_modes: list[CheckMode] = list(dict.fromkeys(self._modes))
+        self._closure = ClosureCheck(trainer, self._side_effects)
+        self._modes: list[CheckMode] = [self._exact]
+        if any(map(lightning_api.calls_closure_repeatedly, trainer.optimizers)):
+            self._modes.append(self._closure)
         self._reporter = IncidentReporter(
             trainer, pl_module, investigation, snapshots, self._side_effects.buffers
         )
@@ -155,8 +153,10 @@ class RollbackSession:
             assert self._transaction.window.before is not None
             self._snapshots.capture_first(self._trainer, self._transaction.window.before)
         self._snapshots.wait()
-        self._transaction = self._modes[step.optimizer_index].on_step(step, self._transaction)
-        self._record(self._transaction)
+        mode: CheckMode = self._closure if step.inside_closure else self._exact
+        if (closed := mode.on_step(step, self._transaction)) is not None:
+            self._transaction = closed
+            self._record(closed)
 
     def on_deferred_verdict(self, measurement: Measurement, verdict: StepVerdict) -> None:
         """Commits the deferred step, or undoes it along with the batches of the running one."""
@@ -187,7 +187,7 @@ class RollbackSession:
         trainer = self._trainer
         if lightning_api.is_swa_bn_update(trainer):
             self._check_buffers()
-        for mode in self._distinct_modes:
+        for mode in self._modes:
             if (closed := mode.on_batch_end(self._transaction)) is not None:
                 self._transaction = closed
                 self._record(closed)
@@ -251,7 +251,7 @@ class RollbackSession:
         needs_state = self._keeps_state or snapshots.is_empty
         window = Window(trainer.global_step, before=snapshots.state(trainer) if needs_state else None)
         self._transaction = StepTransaction(window)
-        for mode in self._distinct_modes:
+        for mode in self._modes:
             mode.on_window_start(window)
 
     def _record(self, transaction: StepTransaction, n_following: int = 0) -> None:

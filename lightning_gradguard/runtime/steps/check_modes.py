@@ -21,7 +21,7 @@ from lightning_gradguard.runtime.steps.transaction import StepTransaction, Windo
 
 
 class CheckMode(Protocol):
-    """A way of checking steps. What it returns is closed: committed, skipped or overflowed."""
+    """A way of checking steps."""
 
     #: True if windows need the training state from before their first batch.
     needs_state: bool
@@ -29,8 +29,8 @@ class CheckMode(Protocol):
     def on_window_start(self, window: Window) -> None:
         """Called ahead of the first batch of a step."""
 
-    def on_step(self, step: Step, transaction: StepTransaction) -> StepTransaction:
-        """Called when a step was measured; returns its transaction, open or deferred if it is not decided."""
+    def on_step(self, step: Step, transaction: StepTransaction) -> StepTransaction | None:
+        """Called when a step was measured; returns the transaction that it closes, if it closes one."""
 
     def on_batch_end(self, transaction: StepTransaction) -> StepTransaction | None:
         """Called after the optimizers stepped; returns a transaction that is decided only now."""
@@ -76,7 +76,7 @@ class ExactCheck:
         if not lightning_api.gradients_are_scaled(self._trainer, optimizer):
             # the scaler does not know of what was written to gradients after it had unscaled them
             drop_gradients(optimizer, unscales_itself=False)
-        self._side_effects.pause_averages()
+        lightning_api.pause_weight_averages(self._trainer)
 
 
 class DeferredCheck(ExactCheck):
@@ -149,10 +149,10 @@ class ClosureCheck:
         assert window.before is not None
         trainer_state.capture(self._trainer, self._before, window.before, self._side_effects)
 
-    def on_step(self, step: Step, transaction: StepTransaction) -> StepTransaction:
+    def on_step(self, step: Step, transaction: StepTransaction) -> StepTransaction | None:
         """Keeps the first evaluation."""
         self._first = self._first or step
-        return transaction
+        return None
 
     def on_batch_end(self, transaction: StepTransaction) -> StepTransaction | None:
         """Commits the batch, or restores the state from before it."""

@@ -53,7 +53,6 @@ class SideEffects:
         self._normalizing = [(module, name) for module, name, _ in self._finite if _is_norm(module)]
         self._trainer = trainer
         self._module = pl_module
-        self._averages_are_paused = False
         self.rescan()
         self._carriers = [
             (module, name)
@@ -104,9 +103,7 @@ class SideEffects:
 
     def commit(self) -> None:
         """The step takes place: weight averages may include it."""
-        if self._averages_are_paused:
-            self._averages_are_paused = False
-            lightning_api.resume_weight_averages(self._trainer)
+        lightning_api.resume_weight_averages(self._trainer)
 
     def restore(self) -> None:
         """The step does not take place: restores everything to the last `save`."""
@@ -123,11 +120,6 @@ class SideEffects:
                 _restore_metric(metric, state)
         for module, name, value in saved.hidden:
             setattr(module, name, value)
-        self.pause_averages()
-
-    def pause_averages(self) -> None:
-        """Excludes the running batch from weight averages."""
-        self._averages_are_paused = True
         lightning_api.pause_weight_averages(self._trainer)
 
     def _forward_state(self) -> ForwardState:

@@ -43,17 +43,34 @@ class RunTotals:
     checks_steps: bool = False
 
 
+class Arrivals:
+    """The members that have reached a point which each of them passes once a round.
+
+    Args:
+        members: All of them; the list may grow.
+    """
+
+    def __init__(self, members: Sequence[StepMember]) -> None:
+        self._members = members
+        self._arrived: set[int] = set()
+
+    def __contains__(self, member: StepMember) -> bool:
+        """True if the member has arrived in this round."""
+        return id(member) in self._arrived
+
+    def add(self, member: StepMember) -> bool:
+        """Registers a member; true if it is the last of the round, after which the next one begins."""
+        self._arrived.add(id(member))
+        if is_last := len(self._arrived) == len(self._members):
+            self._arrived.clear()
+        return is_last
+
+
 class Suite:
     """The state that the callbacks of one Trainer share.
 
-    Lightning calls each hook in the order of `trainer.callbacks`, in which members joined: what is done once
-    for all of them, the first does on the way in and the last on the way out.
-
     Attributes:
         members: In the order in which they joined.
-        first: The member on which each hook is called first.
-        last: The member on which each hook is called last.
-        step: The open step; `None` outside of one, or without a gradient: then there is no number either.
         metrics: Metrics of the running batch, on their way to the loggers.
         totals: Of the run so far; `None` before its first step.
         has_stepped: True if an optimizer stepped in the running batch, and gradients did not only accumulate.
@@ -62,9 +79,6 @@ class Suite:
 
     def __init__(self) -> None:
         self.members: list[StepMember] = []
-        self.first: StepMember | None = None
-        self.last: StepMember | None = None
-        self.step: Step | None = None
         self.metrics = MetricBuffer()
         self.totals: RunTotals | None = None
         self.has_stepped = False
@@ -75,11 +89,12 @@ class Suite:
         self._wants_units = False
         self._norm_types: tuple[float, ...] = (2.0,)
         self._layout = ParameterLayout({})
-        self._index: dict[int, int] = {}
         self._losses: list[Tensor] = []
         self._overrides: list[FusedStepOverride] = []
         self._deferred: tuple[PackedMeasurement, int] | None = None
         self._pending: list[PendingSums] = []
+        self._open: dict[int, tuple[Step | None, Arrivals]] = {}
+        self._batch_ends, self._run_ends = Arrivals(self.members), Arrivals(self.members)
 
     def has(self, member: StepMember) -> bool:
         """True if a member has joined."""
@@ -88,7 +103,6 @@ class Suite:
     def join(self, member: StepMember) -> None:
         """Adds a member; what it declares is measured from now on."""
         self.members.append(member)
-        self.first, self.last = self.members[0], member
         for hook, group in (
             ("check_step", self._checkers),
             ("step_flags", self._flagging),
@@ -100,9 +114,8 @@ class Suite:
         self._norm_types = tuple(dict.fromkeys((*self._norm_types, *member.norm_types)))
 
     def begin(self, trainer: pl.Trainer) -> None:
-        """Reads the constants of a fit: the sharding of parameters, and the optimizers."""
+        """Reads how the strategy has sharded the parameters."""
         self._layout = ParameterLayout(lightning_api.flat_shards(trainer), trainer.lightning_module.device)
-        self._index = {id(optimizer): index for index, optimizer in enumerate(trainer.optimizers)}
 
     @property
     def has_one_checker(self) -> bool:
@@ -113,28 +126,36 @@ class Suite:
         """Keeps a loss for the step that it leads to."""
         self._losses.append(lightning_api.unscaled_loss(trainer, loss))
 
-    def open_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer) -> None:
-        """Measures and checks a step."""
-        step = lightning_api.batches_that_stepped(trainer)
-        self.is_logged = _is_due(step, trainer.log_every_n_steps)  # type: ignore[attr-defined]
-        if self.totals is None:
-            self.totals = RunTotals(step, step, checks_steps=bool(self._checkers))
-        self.totals.last_step = step
-        self.step = self._measure(trainer, pl_module, optimizer)
-        self.has_stepped |= self.step is not None
+    def enter(
+        self, member: StepMember, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
+    ) -> Step | None:
+        """Returns the open step of an optimizer, which the first member to arrive measures and checks.
 
-    def close_step(self) -> None:
-        """Releases references to gradients."""
-        self.step = None
+        A member that arrives again opens the next step.
 
-    def end_batch(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Sends the metrics of the batch."""
-        self.end_overrides()
-        self.has_stepped = False
-        self.metrics.flush(trainer, pl_module)
+        Returns:
+            The step, or `None` without a gradient: then there is no number either.
+        """
+        step, arrivals = self._open.get(id(optimizer), (None, None))
+        if arrivals is None or member in arrivals:
+            step, arrivals = self._open_step(trainer, pl_module, optimizer), Arrivals(self.members)
+            self._open[id(optimizer)] = step, arrivals
+        if arrivals.add(member):  # no other member needs it
+            del self._open[id(optimizer)]
+        return step
 
-    def end_run(self) -> RunTotals | None:
-        """Returns the totals of the run, once; `None` if it had no step."""
+    def end_batch(self, member: StepMember, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Ends a member's part in the batch; after the last one, the metrics are logged."""
+        self._open.clear()
+        if self._batch_ends.add(member):
+            self.end_overrides()
+            self.has_stepped = False
+            self.metrics.flush(trainer, pl_module)
+
+    def end_run(self, member: StepMember) -> RunTotals | None:
+        """Ends a member's part in the run; after the last one, returns the totals of a run with steps."""
+        if not self._run_ends.add(member):
+            return None
         totals, self.totals = self.totals, None
         return totals
 
@@ -201,6 +222,18 @@ class Suite:
         self.observe_norm(measurement.total_norm)
         return "accept"
 
+    def _open_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
+    ) -> Step | None:
+        number = lightning_api.batches_that_stepped(trainer)
+        self.is_logged = _is_due(number, trainer.log_every_n_steps)  # type: ignore[attr-defined]
+        if self.totals is None:
+            self.totals = RunTotals(number, number, checks_steps=bool(self._checkers))
+        self.totals.last_step = number
+        step = self._measure(trainer, pl_module, optimizer)
+        self.has_stepped |= step is not None
+        return step
+
     def _measure(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> Step | None:
@@ -227,7 +260,7 @@ class Suite:
         measured = measure(selection, request)
         if measured.pending is not None:
             _deliver(pending, measured.pending)
-        index = self._index.get(id(optimizer), 0)
+        index = next((i for i, other in enumerate(trainer.optimizers) if other is optimizer), 0)
         repeats = lightning_api.calls_closure_repeatedly(optimizer)
         measurement: Measurement | None = None
         verdict: StepVerdict = "accept"
