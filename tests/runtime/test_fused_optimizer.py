@@ -23,7 +23,7 @@ from lightning_gradguard import (
     UnitwiseClipping,
 )
 from lightning_gradguard.core.norms import DISAGREEMENT, OVERFLOW, Gradients, Measurement
-from lightning_gradguard.runtime.fused_optimizer import FusedStepOverride
+from lightning_gradguard.runtime.optimizer_hooks import after_step
 from lightning_gradguard.runtime.steps.measuring import PackedMeasurement
 from tests.tasks import NOT_A_NUMBER, Classifier, batches, fit, insert, optimizer_state, same, weights
 
@@ -51,9 +51,8 @@ class Fused(Classifier):
         def note(optimizer: Optimizer, *_: Any) -> None:
             self.riders.append(vars(optimizer).keys() & set(ATTRIBUTES))
 
-        note.__module__ = (
-            FusedStepOverride.__module__
-        )  # hooks of others might write to weights, so that nothing rides
+        # beside hooks of other modules, which might write to weights, nothing is overridden
+        note.__module__ = after_step.__module__
         # Lightning runs everything from the forward pass on in between the hooks before a step and the step
         optimizer.register_step_post_hook(note)
         return optimizer
