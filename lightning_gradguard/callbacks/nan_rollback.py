@@ -19,9 +19,8 @@ from lightning_gradguard.runtime.logging.hyperparameters import non_defaults
 from lightning_gradguard.runtime.rollback.outcome import Counts, counts_by_tag
 from lightning_gradguard.runtime.rollback.session import RollbackSession
 from lightning_gradguard.runtime.rollback.snapshot_schedule import SnapshotSchedule
-from lightning_gradguard.runtime.steps.step import Step, StepVerdict
+from lightning_gradguard.runtime.steps.step import Step, StepFlags, StepVerdict
 from lightning_gradguard.runtime.steps.step_callback import StepCallback
-from lightning_gradguard.runtime.steps.step_member import StepFlags
 
 
 class NaNRollback(StepCallback):

@@ -48,6 +48,7 @@ class Investigation:
         examined: Episodes examined so far.
         found: The causes that were found, with the tensors or modules at fault.
         cause: Of the running episode; `None` outside of one, or if it was not examined.
+        in_episode: True from a skipped step to the next good one.
     """
 
     def __init__(self, max_dossiers: int, megabytes: float) -> None:
@@ -56,12 +57,12 @@ class Investigation:
         self._max_dossiers = max_dossiers
         self._megabytes = megabytes
         self.cause: Cause | None = None
-        self._in_episode = False
+        self.in_episode = False
 
     def end_episode(self) -> None:
         """Called after a good step: the next skipped one begins an episode."""
         self.cause = None
-        self._in_episode = False
+        self.in_episode = False
 
     def advice(self) -> dict[str, str]:
         """Advice on a skipped step that was not examined, from the first one of its episode."""
@@ -103,10 +104,10 @@ class Investigation:
         Returns:
             The result, the same on every rank; `None` within an episode, or when the budget is used up.
         """
-        if self._in_episode or self.examined >= self._max_dossiers:
-            self._in_episode = True
+        if self.in_episode or self.examined >= self._max_dossiers:
+            self.in_episode = True
             return None
-        self._in_episode = True
+        self.in_episode = True
         self.examined += 1
         if (obstacle := _obstacle(trainer, pl_module)) is not None:
             return Result(Origin("unknown", detail=obstacle))

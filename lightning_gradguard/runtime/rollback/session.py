@@ -33,8 +33,7 @@ from lightning_gradguard.runtime.steps.check_modes import (
     ExactCheck,
 )
 from lightning_gradguard.runtime.steps.side_effects import SideEffects
-from lightning_gradguard.runtime.steps.step import Step, StepVerdict
-from lightning_gradguard.runtime.steps.step_member import StepFlags
+from lightning_gradguard.runtime.steps.step import Step, StepFlags, StepVerdict
 from lightning_gradguard.runtime.steps.suite import Suite
 from lightning_gradguard.runtime.steps.transaction import StepTransaction, Window
 
@@ -98,6 +97,7 @@ class RollbackSession:
             for optimizer in trainer.optimizers
         ]
         self._distinct_modes: list[CheckMode] = list(dict.fromkeys(self._modes))
+        self._closure = closure if closure in self._modes else None
         self._reporter = IncidentReporter(
             trainer, pl_module, investigation, snapshots, self._side_effects.buffers
         )
@@ -122,7 +122,7 @@ class RollbackSession:
         self._outcome = BatchOutcome()
         batch_in_epoch = batch_idx + self._batch_idx_offset.get(epoch, 0)
         self._reporter.batch_idx = batch_in_epoch
-        if not self._transaction.is_open or lightning_api.is_swa_bn_update(trainer):
+        if self._transaction.state != "open" or lightning_api.is_swa_bn_update(trainer):
             self._open_transaction()
         self._transaction.batch_idx = batch_in_epoch
         window = self._transaction.window
@@ -154,7 +154,8 @@ class RollbackSession:
             # by now every callback had its chance to repair the weights that training starts from
             assert self._transaction.window.before is not None
             self._snapshots.capture_first(self._trainer, self._transaction.window.before)
-        self._snapshots.wait()
+        if self._snapshots.is_copying:
+            self._snapshots.wait()
         self._transaction = self._modes[step.optimizer_index].on_step(step, self._transaction)
         self._record(self._transaction)
 
@@ -185,7 +186,7 @@ class RollbackSession:
     def on_batch_end(self, batch_idx: int) -> None:
         """Concludes the batch; resolves a deferred check ahead of validation and the end of an epoch."""
         trainer = self._trainer
-        if lightning_api.is_swa_bn_update(trainer):
+        if not self._suite.has_stepped and lightning_api.is_swa_bn_update(trainer):
             self._check_buffers()
         for mode in self._distinct_modes:
             if (closed := mode.on_batch_end(self._transaction)) is not None:
@@ -240,7 +241,8 @@ class RollbackSession:
 
     def _open_transaction(self) -> None:
         trainer, snapshots = self._trainer, self._snapshots
-        snapshots.wait()  # the batch before may have made no step
+        if snapshots.is_copying:  # the batch before may have made no step
+            snapshots.wait()
         self._side_effects.save()
         if snapshots.capture_if_due(trainer):
             self._scan_weights()
@@ -251,8 +253,8 @@ class RollbackSession:
         needs_state = self._keeps_state or snapshots.is_empty
         window = Window(trainer.global_step, before=snapshots.state(trainer) if needs_state else None)
         self._transaction = StepTransaction(window)
-        for mode in self._distinct_modes:
-            mode.on_window_start(window)
+        if self._closure is not None:
+            self._closure.on_window_start(window)
 
     def _record(self, transaction: StepTransaction, n_following: int = 0) -> None:
         """Counts a closed transaction, and takes the policy's decision on it."""
@@ -271,7 +273,8 @@ class RollbackSession:
         assert measurement is not None
         self._outcome.committed_step = transaction.window.step
         self._counts.overflows_at_floor = 0
-        self._investigation.end_episode()
+        if self._investigation.in_episode:
+            self._investigation.end_episode()
         decision, anomaly = self._policy.on_good_step(
             measurement.optimizer_index, measurement.loss, measurement.total_norm, measurement.is_collapsed
         )

@@ -10,8 +10,7 @@ from torch.optim import Optimizer
 from lightning_gradguard.core.snapshots import Snapshot
 from lightning_gradguard.runtime import lightning_api
 from lightning_gradguard.runtime.distributed import any_rank
-from lightning_gradguard.runtime.fused_optimizer import skip_is_exact
-from lightning_gradguard.runtime.optimizer_hooks import drop_gradients
+from lightning_gradguard.runtime.optimizer_hooks import drop_gradients, skip_is_exact
 from lightning_gradguard.runtime.steps import trainer_state
 from lightning_gradguard.runtime.steps.side_effects import SideEffects
 from lightning_gradguard.runtime.steps.step import Step
@@ -25,9 +24,6 @@ class CheckMode(Protocol):
 
     #: True if windows need the training state from before their first batch.
     needs_state: bool
-
-    def on_window_start(self, window: Window) -> None:
-        """Called ahead of the first batch of a step."""
 
     def on_step(self, step: Step, transaction: StepTransaction) -> StepTransaction:
         """Called when a step was measured; returns its transaction, open or deferred if it is not decided."""
@@ -45,9 +41,6 @@ class ExactCheck:
         self._trainer = trainer
         self._side_effects = side_effects
         self._scaler_state: dict[str, Any] | None = None
-
-    def on_window_start(self, window: Window) -> None:
-        """Nothing to keep: a skipped step was never made."""
 
     def on_step(self, step: Step, transaction: StepTransaction) -> StepTransaction:
         """Commits the step, skips it, or leaves it to the GradScaler."""
@@ -183,7 +176,8 @@ class BufferOnlyCheck:
 
 
 def _commit(trainer: pl.Trainer, side_effects: SideEffects) -> None:
-    side_effects.commit()
+    if side_effects.averages_are_paused:
+        side_effects.resume_averages()
     if len(trainer.optimizers) > 1:
         # a later step of the same batch may be skipped, this one stays
         side_effects.save(within_step=True)

@@ -15,7 +15,8 @@ from torchmetrics import Metric
 from lightning_gradguard.core.snapshots import BufferCopies, any_nonfinite
 from lightning_gradguard.runtime import lightning_api
 
-_INTERNAL = frozenset(vars(nn.Module()))
+#: Attributes of torch and Lightning themselves, which no forward pass writes.
+_INTERNAL = frozenset(vars(pl.LightningModule()))
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,11 @@ class SideEffects:
     Args:
         trainer: The Trainer that runs.
         pl_module: The module in training.
+
+    Attributes:
+        buffers: Copies of the buffers.
+        forward_state: The other state from before the step.
+        averages_are_paused: True while weight averages exclude the running batch.
     """
 
     def __init__(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -53,7 +59,7 @@ class SideEffects:
         self._normalizing = [(module, name) for module, name, _ in self._finite if _is_norm(module)]
         self._trainer = trainer
         self._module = pl_module
-        self._averages_are_paused = False
+        self.averages_are_paused = False
         self.rescan()
         self._carriers = [
             (module, name)
@@ -80,7 +86,15 @@ class SideEffects:
         if self._find_children() != self._children:
             self.rescan()
         self.buffers.refresh(within_step=within_step)
-        self.forward_state = self._forward_state()
+        self.forward_state = ForwardState(
+            epoch=self._trainer.current_epoch,
+            metrics={id(metric): _metric_state(metric) for metric in self._all_metrics()},
+            hidden=[
+                (module, name, value)
+                for module, name in self._carriers
+                if _is_hidden(value := getattr(module, name, None))
+            ],
+        )
 
     def nonfinite_statistics(self) -> Tensor | None:
         """Scans running statistics of normalization for nonfinite values, without a host synchronization.
@@ -102,12 +116,6 @@ class SideEffects:
             if now is not None and (now is buffer or _is_norm(module)):
                 yield now
 
-    def commit(self) -> None:
-        """The step takes place: weight averages may include it."""
-        if self._averages_are_paused:
-            self._averages_are_paused = False
-            lightning_api.resume_weight_averages(self._trainer)
-
     def restore(self) -> None:
         """The step does not take place: restores everything to the last `save`."""
         self.buffers.restore()
@@ -127,19 +135,13 @@ class SideEffects:
 
     def pause_averages(self) -> None:
         """Excludes the running batch from weight averages."""
-        self._averages_are_paused = True
+        self.averages_are_paused = True
         lightning_api.pause_weight_averages(self._trainer)
 
-    def _forward_state(self) -> ForwardState:
-        return ForwardState(
-            epoch=self._trainer.current_epoch,
-            metrics={id(metric): _metric_state(metric) for metric in self._all_metrics()},
-            hidden=[
-                (module, name, value)
-                for module, name in self._carriers
-                if _is_hidden(value := getattr(module, name, None))
-            ],
-        )
+    def resume_averages(self) -> None:
+        """Includes batches in weight averages again."""
+        self.averages_are_paused = False
+        lightning_api.resume_weight_averages(self._trainer)
 
     def _find_children(self) -> list[int]:
         # by identity: to compare metrics makes another metric

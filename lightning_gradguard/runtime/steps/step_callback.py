@@ -17,8 +17,7 @@ from lightning_gradguard.core.norms import Measurement
 from lightning_gradguard.runtime import lightning_api
 from lightning_gradguard.runtime.incidents.run_summary import summarize
 from lightning_gradguard.runtime.logging.hyperparameters import Configured
-from lightning_gradguard.runtime.steps.step import Step, StepVerdict
-from lightning_gradguard.runtime.steps.step_member import OptionalHook, StepFlags
+from lightning_gradguard.runtime.steps.step import Step, StepFlags, StepVerdict
 from lightning_gradguard.runtime.steps.suite import Suite, forget_suite, suite_of
 
 
@@ -101,7 +100,7 @@ class StepCallback(lightning_api.Callback, Configured):
         """Returns counts of the run, by tag; called at its end, on each rank."""
         return {}
 
-    def overrides(self, hook: OptionalHook) -> bool:
+    def overrides(self, hook: str) -> bool:
         """True if the callback implements an optional hook."""
         return getattr(type(self), hook) is not getattr(StepCallback, hook)
 
@@ -143,7 +142,7 @@ class StepCallback(lightning_api.Callback, Configured):
         if suite.step is not None:
             self.on_step(trainer, pl_module, suite.step)
         if self is suite.last:
-            suite.close_step()
+            suite.step = None  # releases the gradients
 
     @override
     def on_train_batch_end(

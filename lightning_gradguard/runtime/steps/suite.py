@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
 import pytorch_lightning as pl
@@ -15,12 +16,14 @@ from torch.optim import Optimizer
 from lightning_gradguard.core.norms import Gradients, Measurement
 from lightning_gradguard.core.parameter_names import parameter_names
 from lightning_gradguard.runtime import distributed, lightning_api
-from lightning_gradguard.runtime.fused_optimizer import FusedStepOverride
 from lightning_gradguard.runtime.logging.metrics import MetricBuffer
+from lightning_gradguard.runtime.optimizer_hooks import FusedStepOverride
 from lightning_gradguard.runtime.steps.measuring import PackedMeasurement, StepRequest, measure
 from lightning_gradguard.runtime.steps.parameters import ParameterLayout, Selection
-from lightning_gradguard.runtime.steps.step import Step, StepVerdict
-from lightning_gradguard.runtime.steps.step_member import StepFlags, StepMember
+from lightning_gradguard.runtime.steps.step import Step, StepFlags, StepVerdict
+
+if TYPE_CHECKING:
+    from lightning_gradguard.runtime.steps.step_callback import StepCallback
 
 #: Sums over local shards, and what takes the sums over all shards.
 PendingSums = tuple[Tensor, Callable[[Tensor], None]]
@@ -61,31 +64,32 @@ class Suite:
     """
 
     def __init__(self) -> None:
-        self.members: list[StepMember] = []
-        self.first: StepMember | None = None
-        self.last: StepMember | None = None
+        self.members: list[StepCallback] = []
+        self.first: StepCallback | None = None
+        self.last: StepCallback | None = None
         self.step: Step | None = None
         self.metrics = MetricBuffer()
         self.totals: RunTotals | None = None
         self.has_stepped = False
         self.is_logged = False
-        self._checkers: list[StepMember] = []
-        self._flagging: list[StepMember] = []
-        self._weighing: list[StepMember] = []
+        self._checkers: list[StepCallback] = []
+        self._flagging: list[StepCallback] = []
+        self._weighing: list[StepCallback] = []
         self._wants_units = False
         self._norm_types: tuple[float, ...] = (2.0,)
         self._layout = ParameterLayout({})
         self._index: dict[int, int] = {}
+        self._repeats_closure = self._has_scaler = True
         self._losses: list[Tensor] = []
         self._overrides: list[FusedStepOverride] = []
         self._deferred: tuple[PackedMeasurement, int] | None = None
         self._pending: list[PendingSums] = []
 
-    def has(self, member: StepMember) -> bool:
+    def has(self, member: StepCallback) -> bool:
         """True if a member has joined."""
         return any(member is other for other in self.members)
 
-    def join(self, member: StepMember) -> None:
+    def join(self, member: StepCallback) -> None:
         """Adds a member; what it declares is measured from now on."""
         self.members.append(member)
         self.first, self.last = self.members[0], member
@@ -94,15 +98,17 @@ class Suite:
             ("step_flags", self._flagging),
             ("wants_weight_norms", self._weighing),
         ):
-            if member.overrides(hook):  # type: ignore[arg-type]
+            if member.overrides(hook):
                 group.append(member)
         self._wants_units |= member.wants_units
         self._norm_types = tuple(dict.fromkeys((*self._norm_types, *member.norm_types)))
 
     def begin(self, trainer: pl.Trainer) -> None:
-        """Reads the constants of a fit: the sharding of parameters, and the optimizers."""
+        """Reads the constants of a fit: the sharding of parameters, the optimizers, the GradScaler."""
         self._layout = ParameterLayout(lightning_api.flat_shards(trainer), trainer.lightning_module.device)
         self._index = {id(optimizer): index for index, optimizer in enumerate(trainer.optimizers)}
+        self._repeats_closure = any(map(lightning_api.calls_closure_repeatedly, trainer.optimizers))
+        self._has_scaler = lightning_api.gradient_scaler(trainer) is not None
 
     @property
     def has_one_checker(self) -> bool:
@@ -123,13 +129,10 @@ class Suite:
         self.step = self._measure(trainer, pl_module, optimizer)
         self.has_stepped |= self.step is not None
 
-    def close_step(self) -> None:
-        """Releases references to gradients."""
-        self.step = None
-
     def end_batch(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Sends the metrics of the batch."""
-        self.end_overrides()
+        if self._overrides:
+            self.end_overrides()
         self.has_stepped = False
         self.metrics.flush(trainer, pl_module)
 
@@ -205,15 +208,16 @@ class Suite:
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> Step | None:
         losses, self._losses = self._losses, []
-        self.end_overrides()
-        if self.resolve(trainer, pl_module) == "skip":
+        if self._overrides:
+            self.end_overrides()
+        if self._deferred is not None and self.resolve(trainer, pl_module) == "skip":
             return None
         selection = self._layout.with_gradient(optimizer, partial(parameter_names, pl_module))
         if not selection.names and not losses:
             return None
         if selection.is_sharded:
             distributed.complete_gradients(selection.parameters)
-        flags = _merged([member.step_flags() for member in self._flagging])
+        flags = StepFlags.merged([member.step_flags() for member in self._flagging])
         pending, self._pending = self._pending, []
         request = StepRequest(
             losses=losses,
@@ -221,19 +225,19 @@ class Suite:
             norm_types=self._norm_types,
             weights=any([member.wants_weight_norms(trainer) for member in self._weighing]),
             units=self._wants_units,
-            loss_scale=lightning_api.scale_of_gradients(trainer, optimizer),
+            loss_scale=lightning_api.scale_of_gradients(trainer, optimizer) if self._has_scaler else 1.0,
             pending=torch.cat([sums for sums, _ in pending]) if pending else None,
         )
         measured = measure(selection, request)
         if measured.pending is not None:
             _deliver(pending, measured.pending)
         index = self._index.get(id(optimizer), 0)
-        repeats = lightning_api.calls_closure_repeatedly(optimizer)
+        repeats = self._repeats_closure and lightning_api.calls_closure_repeatedly(optimizer)
         measurement: Measurement | None = None
         verdict: StepVerdict = "accept"
         if self._checkers:
             # a GradScaler and a closure that is called repeatedly synchronize anyway
-            is_exact = repeats or lightning_api.gradient_scaler(trainer) is not None or flags.check_now
+            is_exact = repeats or self._has_scaler or flags.check_now
             if is_exact or not all([checker.defers_check for checker in self._checkers]):
                 measurement = measured.packed.read(index)
                 verdict = self._check(trainer, measurement)
@@ -258,24 +262,9 @@ class Suite:
             packed=measured.packed,
             measurement=measurement,
             verdict=verdict,
+            accepted=verdict == "accept",
             inside_closure=repeats,
         )
-
-
-def _merged(flags: Sequence[StepFlags]) -> StepFlags:
-    if len(flags) == 1:
-        return flags[0]
-    return StepFlags(
-        nonfinite_weights=_either([f.nonfinite_weights for f in flags]),
-        nonfinite_buffers=_either([f.nonfinite_buffers for f in flags]),
-        repeats_lost_batch=any(f.repeats_lost_batch for f in flags),
-        check_now=any(f.check_now for f in flags),
-    )
-
-
-def _either(flags: Sequence[Tensor | None]) -> Tensor | None:
-    present = [flag for flag in flags if flag is not None]
-    return torch.stack(present).any() if present else None
 
 
 def _deliver(pending: Sequence[PendingSums], total: Tensor) -> None:

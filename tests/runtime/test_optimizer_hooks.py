@@ -23,7 +23,7 @@ from lightning_gradguard import (
     UnitwiseClipping,
 )
 from lightning_gradguard.core.norms import DISAGREEMENT, OVERFLOW, Gradients, Measurement
-from lightning_gradguard.runtime.fused_optimizer import FusedStepOverride
+from lightning_gradguard.runtime.optimizer_hooks import FusedStepOverride
 from lightning_gradguard.runtime.steps.measuring import PackedMeasurement
 from tests.tasks import NOT_A_NUMBER, Classifier, batches, fit, insert, optimizer_state, same, weights
 
