@@ -116,13 +116,14 @@ class AdaptiveGradientClipping(StepCallback):
         policy = self._policy(step.optimizer_index)
         coefficients = policy.coefficients(gradients)
         divisor = self._divisor(step, gradients, coefficients)
+        smallest = _smallest(coefficients)
         if divisor is None:
             scale_gradients_(gradients, coefficients)
         else:
             self.suite.override_fused_step(step, grad_scale=divisor)
         policy.commit()
         clipped, steps = self._clipped.get(step.optimizer_index, (0, 0))
-        self._clipped[step.optimizer_index] = (clipped + (_smallest(coefficients) < 1), steps + 1)
+        self._clipped[step.optimizer_index] = (clipped + (smallest < 1), steps + 1)
         if self.suite.is_logged:
             self._log(trainer, step, gradients, policy.threshold, coefficients)
 

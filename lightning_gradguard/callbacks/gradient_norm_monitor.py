@@ -145,7 +145,8 @@ class GradientNormMonitor(StepCallback):
     @override
     def on_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, step: Step) -> None:
         """Measures the gradients; at a logged step the weights and the update as well."""
-        self._add_pending()  # the reduction of this step has summed the updates of the last logged one
+        if self._pending:
+            self._add_pending()  # the reduction of this step has summed the updates of the last logged one
         index = step.optimizer_index
         if index in self._logged or not step.gradients.names:
             return
@@ -244,7 +245,9 @@ class GradientNormMonitor(StepCallback):
         if logged.accepted and not logged.is_late:
             self._publish_total(trainer, index, numbers.total_norm)
         if logged.accepted and self.norm_type == 2 and math.isfinite(numbers.total_norm):
-            self.suite.observe_norm(numbers.total_norm)
+            totals = self.suite.totals
+            if totals is not None:
+                totals.largest_norm = max(totals.largest_norm, numbers.total_norm)
         charts = self._charts[index]
         if index == 0:
             self._heat_map.append(trainer, logged.step, charts.norms(logged.names, numbers.grad_norms))

@@ -46,8 +46,8 @@ class SeenBatch:
 
 
 def _versions(batch: Any) -> tuple[int, ...]:
-    tensors = (leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor))
-    return tuple(tensor._version for tensor in tensors if not tensor.is_inference())
+    tensors = [leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)]
+    return tuple([tensor._version for tensor in tensors if not tensor.is_inference()])
 
 
 def replay(

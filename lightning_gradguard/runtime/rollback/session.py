@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import pytorch_lightning as pl
 
 from lightning_gradguard.core import tags
 from lightning_gradguard.core.norms import Measurement
-from lightning_gradguard.core.recovery import RecoveryPolicy
+from lightning_gradguard.core.recovery import Decision, RecoveryPolicy
 from lightning_gradguard.runtime import lightning_api
 from lightning_gradguard.runtime.distributed import any_rank, gather_objects
 from lightning_gradguard.runtime.incidents.investigation import Investigation
@@ -21,21 +22,52 @@ from lightning_gradguard.runtime.incidents.termination import (
     divergence_error,
     save_last_good,
 )
-from lightning_gradguard.runtime.rollback.outcome import BatchOutcome, Counts, counts_by_tag
 from lightning_gradguard.runtime.rollback.reporter import IncidentReporter
 from lightning_gradguard.runtime.rollback.snapshot_schedule import SnapshotSchedule
 from lightning_gradguard.runtime.steps import trainer_state
-from lightning_gradguard.runtime.steps.check_modes import (
-    BufferOnlyCheck,
-    CheckMode,
-    ClosureCheck,
-    DeferredCheck,
-    ExactCheck,
-)
+from lightning_gradguard.runtime.steps.check_modes import ClosureCheck, DeferredCheck, ExactCheck
 from lightning_gradguard.runtime.steps.side_effects import SideEffects
 from lightning_gradguard.runtime.steps.step import Step, StepFlags, StepVerdict
 from lightning_gradguard.runtime.steps.suite import Suite
+from lightning_gradguard.runtime.steps.trainer_state import TrainerState
 from lightning_gradguard.runtime.steps.transaction import StepTransaction, Window
+
+
+@dataclass
+class Counts:
+    """Counts over the whole run, resumed parts included.
+
+    Args:
+        skips: Steps skipped.
+        amp_overflows: Steps that the GradScaler skipped.
+        overflows_at_floor: The last ones of these in a row at a loss scale of 1 or less.
+        has_stopped: True if this fit was stopped because a budget was used up.
+    """
+
+    skips: int = 0
+    amp_overflows: int = 0
+    overflows_at_floor: int = 0
+    has_stopped: bool = False
+
+    def by_tag(self, rollbacks: int) -> dict[str, float]:
+        """Returns the counts as they are logged."""
+        counts = {tags.SKIPS: self.skips, tags.ROLLBACKS: rollbacks, tags.AMP_OVERFLOWS: self.amp_overflows}
+        return {tag: float(count) for tag, count in counts.items()}
+
+
+@dataclass
+class BatchOutcome:
+    """The outcome of the running batch so far."""
+
+    committed_step: int | None = None
+    has_skipped: bool = False
+    before: TrainerState | None = None
+    decision: Decision = "continue"
+
+    def decide(self, decision: Decision) -> None:
+        """Takes a decision, unless a graver one was made."""
+        if self.decision != "stop" and decision != "continue":
+            self.decision = decision
 
 
 class RollbackSession:
@@ -81,6 +113,7 @@ class RollbackSession:
         self._snapshots = snapshots
         self._investigation = investigation
         self._keeps_batches = keeps_batches
+        self._has_scaler = lightning_api.gradient_scaler(trainer) is not None
         self._is_sharded = lightning_api.shards_parameters(trainer)
         self._side_effects = SideEffects(trainer, pl_module)
         snapshots.begin(trainer, self._side_effects)
@@ -92,16 +125,14 @@ class RollbackSession:
                 trainer, self._side_effects, suite, kernel_may_skip=kernel_may_skip
             )
         closure = ClosureCheck(trainer, self._side_effects)
-        self._modes: list[CheckMode] = [
+        self._modes: list[ExactCheck | ClosureCheck] = [
             closure if lightning_api.calls_closure_repeatedly(optimizer) else self._exact
             for optimizer in trainer.optimizers
         ]
-        self._distinct_modes: list[CheckMode] = list(dict.fromkeys(self._modes))
         self._closure = closure if closure in self._modes else None
         self._reporter = IncidentReporter(
             trainer, pl_module, investigation, snapshots, self._side_effects.buffers
         )
-        self._buffer_only = BufferOnlyCheck(trainer, self._side_effects)
         self._keeps_state = snapshots.restores_more_than_tensors or any(m.needs_state for m in self._modes)
         self._transaction = StepTransaction(Window(trainer.global_step), state="discarded")
         self._outcome = BatchOutcome()
@@ -188,8 +219,11 @@ class RollbackSession:
         trainer = self._trainer
         if not self._suite.has_stepped and lightning_api.is_swa_bn_update(trainer):
             self._check_buffers()
-        for mode in self._distinct_modes:
-            if (closed := mode.on_batch_end(self._transaction)) is not None:
+        if self._has_scaler:
+            self._exact.restore_scaler()
+        if self._closure is not None:
+            closed = self._closure.on_batch_end(self._transaction)
+            if closed is not None:
                 self._transaction = closed
                 self._record(closed)
         if self._deferred is not None and self._deferred.deferred is not None:
@@ -227,7 +261,7 @@ class RollbackSession:
 
     def log_counts(self) -> None:
         """Adds the counts to the metrics of the batch, and publishes two of them to `callback_metrics`."""
-        counts = counts_by_tag(self._counts, self._policy)
+        counts = self._counts.by_tag(self._policy.rollbacks)
         self._suite.metrics.add_scalars(counts)
         for tag in (tags.SKIPS, tags.ROLLBACKS):
             self._suite.metrics.publish_total(tag, counts[tag])
@@ -300,7 +334,8 @@ class RollbackSession:
 
     def _check_buffers(self) -> None:
         self._transaction.state = "discarded"
-        if self._buffer_only.on_batch_end():
+        if any_rank(self._state_is_nonfinite(), self._pl_module.device):
+            self._side_effects.restore()
             self.lost_batches.mark_skipped(1)
             self._counts.skips += 1
             self._reporter.publish("nonfinite_buffers", action="skipped")

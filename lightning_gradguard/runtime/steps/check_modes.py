@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any
 
 import pytorch_lightning as pl
 from torch.optim import Optimizer
@@ -19,22 +19,10 @@ from lightning_gradguard.runtime.steps.trainer_state import TrainerState
 from lightning_gradguard.runtime.steps.transaction import StepTransaction, Window
 
 
-class CheckMode(Protocol):
-    """A way of checking steps. What it returns is closed: committed, skipped or overflowed."""
-
-    #: True if windows need the training state from before their first batch.
-    needs_state: bool
-
-    def on_step(self, step: Step, transaction: StepTransaction) -> StepTransaction:
-        """Called when a step was measured; returns its transaction, open or deferred if it is not decided."""
-
-    def on_batch_end(self, transaction: StepTransaction) -> StepTransaction | None:
-        """Called after the optimizers stepped; returns a transaction that is decided only now."""
-
-
 class ExactCheck:
     """Checks each step before it takes place: one host synchronization a step."""
 
+    #: True if windows need the training state from before their first batch.
     needs_state = False
 
     def __init__(self, trainer: pl.Trainer, side_effects: SideEffects) -> None:
@@ -57,12 +45,11 @@ class ExactCheck:
         _commit(self._trainer, self._side_effects)
         return transaction.close("committed", step)
 
-    def on_batch_end(self, transaction: StepTransaction) -> StepTransaction | None:
+    def restore_scaler(self) -> None:
         """Restores the GradScaler, which takes a skipped step for an overflow that a smaller scale cures."""
         state, self._scaler_state = self._scaler_state, None
         if state is not None:
             lightning_api.set_scaler_state(self._trainer, state)
-        return None
 
     def _leave_to_scaler(self, optimizer: Optimizer) -> None:
         self._scaler_state = None
@@ -148,7 +135,7 @@ class ClosureCheck:
         return transaction
 
     def on_batch_end(self, transaction: StepTransaction) -> StepTransaction | None:
-        """Commits the batch, or restores the state from before it."""
+        """Commits the batch, or restores the state from before it; `None` if no optimizer stepped."""
         first, self._first = self._first, None
         if first is None:
             return None
@@ -158,21 +145,6 @@ class ClosureCheck:
             return transaction.close("skipped", first)
         _commit(self._trainer, self._side_effects)
         return transaction.close("committed", first)
-
-
-class BufferOnlyCheck:
-    """Checks a batch without a step that updates statistics, as in the last pass of weight averaging."""
-
-    def __init__(self, trainer: pl.Trainer, side_effects: SideEffects) -> None:
-        self._trainer = trainer
-        self._side_effects = side_effects
-
-    def on_batch_end(self) -> bool:
-        """Restores the statistics if they are nonfinite on any rank; returns true if so."""
-        nonfinite = bool(trainer_state.state_is_nonfinite(self._trainer, self._side_effects))
-        if nonfinite := any_rank(nonfinite, self._trainer.lightning_module.device):
-            self._side_effects.restore()
-        return nonfinite
 
 
 def _commit(trainer: pl.Trainer, side_effects: SideEffects) -> None:

@@ -39,8 +39,6 @@ class StepFlags:
     @classmethod
     def merged(cls, flags: Sequence[StepFlags]) -> StepFlags:
         """Returns the flags of several members as one."""
-        if len(flags) == 1:
-            return flags[0]
         return cls(
             nonfinite_weights=_either([f.nonfinite_weights for f in flags]),
             nonfinite_buffers=_either([f.nonfinite_buffers for f in flags]),

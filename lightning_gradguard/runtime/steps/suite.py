@@ -141,11 +141,6 @@ class Suite:
         totals, self.totals = self.totals, None
         return totals
 
-    def observe_norm(self, total_norm: float) -> None:
-        """Keeps the largest total norm of accepted gradients that reached the host."""
-        if self.totals is not None:
-            self.totals.largest_norm = max(self.totals.largest_norm, total_norm)
-
     def override_fused_step(
         self, step: Step, *, grad_scale: Tensor | None = None, found_inf: Tensor | None = None
     ) -> None:
@@ -201,7 +196,8 @@ class Suite:
             return "skip"
         if "ignore" in verdicts:
             return "ignore"
-        self.observe_norm(measurement.total_norm)
+        if self.totals is not None:
+            self.totals.largest_norm = max(self.totals.largest_norm, measurement.total_norm)
         return "accept"
 
     def _measure(
@@ -217,7 +213,8 @@ class Suite:
             return None
         if selection.is_sharded:
             distributed.complete_gradients(selection.parameters)
-        flags = StepFlags.merged([member.step_flags() for member in self._flagging])
+        found = [member.step_flags() for member in self._flagging]
+        flags = found[0] if len(found) == 1 else StepFlags.merged(found)
         pending, self._pending = self._pending, []
         request = StepRequest(
             losses=losses,
