@@ -96,7 +96,7 @@ class AdaptiveGradientClipping(StepCallback):
         warn_unmatched("exclude", self.exclude, pl_module, trainer.optimizers)
         self._may_override = not lightning_api.gradients_used_after_hook(trainer)
         for optimizer in trainer.optimizers:
-            if lightning_api.calls_closure_repeatedly(optimizer):
+            if isinstance(optimizer, lightning_api.REPEATS_CLOSURE):
                 warnings.warn(
                     f"AdaptiveGradientClipping does not act under {type(optimizer).__name__}: a line "
                     "search needs the true gradient.",

@@ -150,9 +150,9 @@ class GradientNormMonitor(StepCallback):
         index = step.optimizer_index
         if index in self._logged or not step.gradients.names:
             return
-        norms = step.tensor_norms[self.norm_type]
+        norms, is_logged = step.tensor_norms[self.norm_type], self._is_logged(trainer)
         self._fractions[index].add(norms, step.gradients.known_norm)
-        if self._is_logged(trainer):
+        if is_logged:
             self._logged[index] = LoggedStep(self.suite, trainer, step, self.norm_type, self.update_ratio)
             if self.histograms and step.accepted:
                 log_gradient_histograms(trainer, step.gradients, self._charts[index])

@@ -28,6 +28,8 @@ else:
 _AVERAGES = re.compile("EMA|SWA|Averag|Polyak")
 _PACKAGES = {"pytorch_lightning", "lightning"}
 _NO_HOOKS = {pl.Callback.__module__, "lightning.pytorch.callbacks.callback"}
+#: Optimizers of which one step evaluates the loss several times and updates in between.
+REPEATS_CLOSURE = (LBFGS,)
 UNSUPPORTED = {
     "DeepSpeedStrategy": (
         "its gradients and master weights live inside the engine; use strategy='ddp' or "
@@ -99,6 +101,11 @@ def resumed_batch_idx_offset(trainer: pl.Trainer) -> int:
         return 0
     progress: Any = loop.batch_progress.current
     return int(progress.processed - progress.completed)
+
+
+def has_weight_averages(trainer: pl.Trainer) -> bool:
+    """True if there is a `WeightAveraging` callback."""
+    return any(True for _ in _averaging_callbacks(trainer))
 
 
 def epoch_mean_metrics(trainer: pl.Trainer) -> list[Metric]:
@@ -221,11 +228,6 @@ def unscaled_loss(trainer: pl.Trainer, loss: Tensor) -> Tensor:
         plain = plain / scaler.get_scale()
     accumulates = trainer.lightning_module.automatic_optimization and trainer.accumulate_grad_batches > 1
     return plain * trainer.accumulate_grad_batches if accumulates else plain
-
-
-def calls_closure_repeatedly(optimizer: Optimizer) -> bool:
-    """True if one `optimizer.step` evaluates the loss several times and updates in between."""
-    return isinstance(optimizer, LBFGS)
 
 
 def validates_next(trainer: pl.Trainer, batch_idx: int) -> bool:

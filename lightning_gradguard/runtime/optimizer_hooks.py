@@ -11,6 +11,11 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from lightning_gradguard.core.backoff import ScaledLearningRate
+
+#: Modules whose hooks on a step do not write to weights.
+_WITHOUT_WRITES = {__name__, ScaledLearningRate.__module__}
+
 
 def after_step(optimizer: Optimizer, act: Callable[[], None]) -> RemovableHandle:
     """Runs `act`, without recording gradients, right after each update, until the handle is removed."""
@@ -108,8 +113,8 @@ def skip_is_exact(optimizer: Optimizer, parameters: Iterable[Tensor]) -> bool:
         optimizer: One that `supports_fused_override`.
         parameters: Those that it is about to step.
     """
-    hooks = (getattr(hook, "__module__", "") for hook in optimizer._optimizer_step_post_hooks.values())
-    if not type(optimizer).__module__.startswith("torch.optim") or any(h != __name__ for h in hooks):
+    hooks = {getattr(hook, "__module__", "") for hook in optimizer._optimizer_step_post_hooks.values()}
+    if not type(optimizer).__module__.startswith("torch.optim") or not hooks <= _WITHOUT_WRITES:
         return False
     stateless = all(group.get("momentum", 1) == 0 for group in optimizer.param_groups)
     states = (optimizer.state.get(parameter) or {"": None} for parameter in parameters)

@@ -16,7 +16,7 @@ class RunSymptom(Symptom):
     """A symptom over the whole run.
 
     Args:
-        kind: Its name, as `core.remedies.title` takes it.
+        kind: Its name, as `core.incidents.title` takes it.
         where: Names of the parameters or modules with the strongest symptom, the worst first.
         value: The measured number.
         severity: `"fatal"`: it ended the run. `"serious"`: it lasted to the end. `"handled"`: a callback

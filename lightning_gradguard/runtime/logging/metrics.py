@@ -112,10 +112,10 @@ class MetricBuffer:
             numbers = list(islice(host, len(part.values)))
             if isinstance(part, _ForReader):
                 part.reader.on_host_numbers(trainer, pl_module, part.record, numbers)
-            else:
-                (self._totals if part.is_total else self._scalars).update(
-                    zip(part.tags, numbers, strict=True)
-                )
+            elif part.is_total:
+                self._totals.update(zip(part.tags, numbers, strict=True))
+            else:  # of two callbacks with one tag, a number that was on the host is logged
+                self._scalars = {**dict(zip(part.tags, numbers, strict=True)), **self._scalars}
 
     def _log(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         by_step, self._scalars_at = self._scalars_at, defaultdict(dict)

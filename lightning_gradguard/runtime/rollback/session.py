@@ -124,16 +124,12 @@ class RollbackSession:
             self._exact = self._deferred = DeferredCheck(
                 trainer, self._side_effects, suite, kernel_may_skip=kernel_may_skip
             )
-        closure = ClosureCheck(trainer, self._side_effects)
-        self._modes: list[ExactCheck | ClosureCheck] = [
-            closure if lightning_api.calls_closure_repeatedly(optimizer) else self._exact
-            for optimizer in trainer.optimizers
-        ]
-        self._closure = closure if closure in self._modes else None
+        self._closure = ClosureCheck(trainer, self._side_effects)
+        self._has_closure = any(isinstance(o, lightning_api.REPEATS_CLOSURE) for o in trainer.optimizers)
         self._reporter = IncidentReporter(
             trainer, pl_module, investigation, snapshots, self._side_effects.buffers
         )
-        self._keeps_state = snapshots.restores_more_than_tensors or any(m.needs_state for m in self._modes)
+        self._keeps_state = snapshots.restores_more_than_tensors or defers_check or self._has_closure
         self._transaction = StepTransaction(Window(trainer.global_step), state="discarded")
         self._outcome = BatchOutcome()
         self._skipped: list[StepTransaction] = []
@@ -187,8 +183,11 @@ class RollbackSession:
             self._snapshots.capture_first(self._trainer, self._transaction.window.before)
         if self._snapshots.is_copying:
             self._snapshots.wait()
-        self._transaction = self._modes[step.optimizer_index].on_step(step, self._transaction)
-        self._record(self._transaction)
+        mode = self._closure if step.inside_closure else self._exact
+        closed = mode.on_step(step, self._transaction)
+        if closed is not None:
+            self._transaction = closed
+            self._record(closed)
 
     def on_deferred_verdict(self, measurement: Measurement, verdict: StepVerdict) -> None:
         """Commits the deferred step, or undoes it along with the batches of the running one."""
@@ -221,7 +220,7 @@ class RollbackSession:
             self._check_buffers()
         if self._has_scaler:
             self._exact.restore_scaler()
-        if self._closure is not None:
+        if self._has_closure:
             closed = self._closure.on_batch_end(self._transaction)
             if closed is not None:
                 self._transaction = closed
@@ -287,7 +286,7 @@ class RollbackSession:
         needs_state = self._keeps_state or snapshots.is_empty
         window = Window(trainer.global_step, before=snapshots.state(trainer) if needs_state else None)
         self._transaction = StepTransaction(window)
-        if self._closure is not None:
+        if self._has_closure:
             self._closure.on_window_start(window)
 
     def _record(self, transaction: StepTransaction, n_following: int = 0) -> None:

@@ -22,9 +22,6 @@ from lightning_gradguard.runtime.steps.transaction import StepTransaction, Windo
 class ExactCheck:
     """Checks each step before it takes place: one host synchronization a step."""
 
-    #: True if windows need the training state from before their first batch.
-    needs_state = False
-
     def __init__(self, trainer: pl.Trainer, side_effects: SideEffects) -> None:
         self._trainer = trainer
         self._side_effects = side_effects
@@ -56,7 +53,7 @@ class ExactCheck:
         if not lightning_api.gradients_are_scaled(self._trainer, optimizer):
             # the scaler does not know of what was written to gradients after it had unscaled them
             drop_gradients(optimizer, unscales_itself=False)
-        self._side_effects.pause_averages()
+        lightning_api.pause_weight_averages(self._trainer)
 
 
 class DeferredCheck(ExactCheck):
@@ -68,8 +65,6 @@ class DeferredCheck(ExactCheck):
         suite: Of the Trainer.
         kernel_may_skip: True if the verdict follows the rule by which the optimizer's kernel skips.
     """
-
-    needs_state = True
 
     def __init__(
         self, trainer: pl.Trainer, side_effects: SideEffects, suite: Suite, *, kernel_may_skip: bool
@@ -115,8 +110,6 @@ class DeferredCheck(ExactCheck):
 class ClosureCheck:
     """Checks a batch in which the optimizer evaluates its closure and updates repeatedly (LBFGS)."""
 
-    needs_state = True
-
     def __init__(self, trainer: pl.Trainer, side_effects: SideEffects) -> None:
         self._trainer = trainer
         self._side_effects = side_effects
@@ -129,10 +122,9 @@ class ClosureCheck:
         assert window.before is not None
         trainer_state.capture(self._trainer, self._before, window.before, self._side_effects)
 
-    def on_step(self, step: Step, transaction: StepTransaction) -> StepTransaction:
+    def on_step(self, step: Step, transaction: StepTransaction) -> None:
         """Keeps the first evaluation."""
         self._first = self._first or step
-        return transaction
 
     def on_batch_end(self, transaction: StepTransaction) -> StepTransaction | None:
         """Commits the batch, or restores the state from before it; `None` if no optimizer stepped."""
@@ -148,8 +140,8 @@ class ClosureCheck:
 
 
 def _commit(trainer: pl.Trainer, side_effects: SideEffects) -> None:
-    if side_effects.averages_are_paused:
-        side_effects.resume_averages()
+    if side_effects.has_averages:
+        lightning_api.resume_weight_averages(trainer)
     if len(trainer.optimizers) > 1:
         # a later step of the same batch may be skipped, this one stays
         side_effects.save(within_step=True)

@@ -44,8 +44,8 @@ class SideEffects:
 
     Attributes:
         buffers: Copies of the buffers.
+        has_averages: True if a callback averages weights.
         forward_state: The other state from before the step.
-        averages_are_paused: True while weight averages exclude the running batch.
     """
 
     def __init__(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -57,9 +57,9 @@ class SideEffects:
             if not is_lazy(buffer) and not bool(any_nonfinite([buffer]))
         ]
         self._normalizing = [(module, name) for module, name, _ in self._finite if _is_norm(module)]
+        self.has_averages = lightning_api.has_weight_averages(trainer)
         self._trainer = trainer
         self._module = pl_module
-        self.averages_are_paused = False
         self.rescan()
         self._carriers = [
             (module, name)
@@ -131,17 +131,7 @@ class SideEffects:
                 _restore_metric(metric, state)
         for module, name, value in saved.hidden:
             setattr(module, name, value)
-        self.pause_averages()
-
-    def pause_averages(self) -> None:
-        """Excludes the running batch from weight averages."""
-        self.averages_are_paused = True
         lightning_api.pause_weight_averages(self._trainer)
-
-    def resume_averages(self) -> None:
-        """Includes batches in weight averages again."""
-        self.averages_are_paused = False
-        lightning_api.resume_weight_averages(self._trainer)
 
     def _find_children(self) -> list[int]:
         # by identity: to compare metrics makes another metric

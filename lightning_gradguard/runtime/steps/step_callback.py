@@ -122,13 +122,13 @@ class StepCallback(lightning_api.Callback, Configured):
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Begins the fit: the strategy has sharded the parameters by now."""
-        if self is self.suite.first:
+        if self is self.suite.members[0]:
             self.suite.begin(trainer)
 
     @override
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
         """Keeps the loss for the step that it leads to."""
-        if self is self.suite.first:
+        if self is self.suite.members[0]:
             self.suite.observe_loss(trainer, loss)
 
     @override
@@ -137,12 +137,15 @@ class StepCallback(lightning_api.Callback, Configured):
     ) -> None:
         """Takes the callback's turn in the shared step."""
         suite = self.suite
-        if self is suite.first:
-            suite.open_step(trainer, pl_module, optimizer)
-        if suite.step is not None:
-            self.on_step(trainer, pl_module, suite.step)
-        if self is suite.last:
-            suite.step = None  # releases the gradients
+        step, arrived = suite.open.get(id(optimizer), (None, None))
+        if arrived is None or id(self) in arrived:  # the first to arrive, or the first that arrives again
+            step, arrived = suite.open_step(trainer, pl_module, optimizer), set()
+            suite.open[id(optimizer)] = step, arrived
+        arrived.add(id(self))
+        if len(arrived) == len(suite.members):  # no other member needs it
+            del suite.open[id(optimizer)]
+        if step is not None:
+            self.on_step(trainer, pl_module, step)
 
     @override
     def on_train_batch_end(
@@ -150,8 +153,12 @@ class StepCallback(lightning_api.Callback, Configured):
     ) -> None:
         """Acts after the step is closed; the last callback of the suite sends the metrics."""
         self.on_batch_end(trainer, pl_module, batch_idx)
-        if self is self.suite.last:
-            self.suite.end_batch(trainer, pl_module)
+        suite = self.suite
+        suite.open.clear()
+        suite.ended_batch.add(id(self))
+        if len(suite.ended_batch) == len(suite.members):
+            suite.ended_batch.clear()
+            suite.end_batch(trainer, pl_module)
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -165,7 +172,7 @@ class StepCallback(lightning_api.Callback, Configured):
         """Restores the optimizers, also if the callback was rejected before it joined; call it last."""
         suite = suite_of(trainer)
         suite.end_overrides()
-        if self is suite.last:
+        if suite.has(self):
             self._end_run(trainer, suite)
 
     @override
@@ -173,11 +180,11 @@ class StepCallback(lightning_api.Callback, Configured):
         """Leaves the suite."""
         if stage == "fit":
             forget_suite(trainer)
-            if self is self.suite.last:
-                self._end_run(trainer, self.suite)
+            self._end_run(trainer, self.suite)
 
     def _end_run(self, trainer: pl.Trainer, suite: Suite) -> None:
-        totals = suite.end_run()
+        suite.ended_run.add(id(self))
+        totals = suite.end_run() if len(suite.ended_run) == len(suite.members) else None
         if totals is None or trainer.barebones or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         try:

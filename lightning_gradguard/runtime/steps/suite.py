@@ -49,14 +49,11 @@ class RunTotals:
 class Suite:
     """The state that the callbacks of one Trainer share.
 
-    Lightning calls each hook in the order of `trainer.callbacks`, in which members joined: what is done once
-    for all of them, the first does on the way in and the last on the way out.
-
     Attributes:
         members: In the order in which they joined.
-        first: The member on which each hook is called first.
-        last: The member on which each hook is called last.
-        step: The open step; `None` outside of one, or without a gradient: then there is no number either.
+        open: The open step of each optimizer, by its id, and the ids of the members that have arrived.
+        ended_batch: Ids of the members for which the running batch has ended.
+        ended_run: Ids of the members for which the run has ended.
         metrics: Metrics of the running batch, on their way to the loggers.
         totals: Of the run so far; `None` before its first step.
         has_stepped: True if an optimizer stepped in the running batch, and gradients did not only accumulate.
@@ -65,9 +62,9 @@ class Suite:
 
     def __init__(self) -> None:
         self.members: list[StepCallback] = []
-        self.first: StepCallback | None = None
-        self.last: StepCallback | None = None
-        self.step: Step | None = None
+        self.open: dict[int, tuple[Step | None, set[int]]] = {}
+        self.ended_batch: set[int] = set()
+        self.ended_run: set[int] = set()
         self.metrics = MetricBuffer()
         self.totals: RunTotals | None = None
         self.has_stepped = False
@@ -78,8 +75,7 @@ class Suite:
         self._wants_units = False
         self._norm_types: tuple[float, ...] = (2.0,)
         self._layout = ParameterLayout({})
-        self._index: dict[int, int] = {}
-        self._repeats_closure = self._has_scaler = True
+        self._has_scaler = True
         self._losses: list[Tensor] = []
         self._overrides: list[FusedStepOverride] = []
         self._deferred: tuple[PackedMeasurement, int] | None = None
@@ -92,7 +88,6 @@ class Suite:
     def join(self, member: StepCallback) -> None:
         """Adds a member; what it declares is measured from now on."""
         self.members.append(member)
-        self.first, self.last = self.members[0], member
         for hook, group in (
             ("check_step", self._checkers),
             ("step_flags", self._flagging),
@@ -104,10 +99,8 @@ class Suite:
         self._norm_types = tuple(dict.fromkeys((*self._norm_types, *member.norm_types)))
 
     def begin(self, trainer: pl.Trainer) -> None:
-        """Reads the constants of a fit: the sharding of parameters, the optimizers, the GradScaler."""
+        """Reads the constants of a fit: the sharding of parameters, the GradScaler."""
         self._layout = ParameterLayout(lightning_api.flat_shards(trainer), trainer.lightning_module.device)
-        self._index = {id(optimizer): index for index, optimizer in enumerate(trainer.optimizers)}
-        self._repeats_closure = any(map(lightning_api.calls_closure_repeatedly, trainer.optimizers))
         self._has_scaler = lightning_api.gradient_scaler(trainer) is not None
 
     @property
@@ -119,18 +112,21 @@ class Suite:
         """Keeps a loss for the step that it leads to."""
         self._losses.append(lightning_api.unscaled_loss(trainer, loss))
 
-    def open_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer) -> None:
-        """Measures and checks a step."""
-        step = lightning_api.batches_that_stepped(trainer)
-        self.is_logged = _is_due(step, trainer.log_every_n_steps)  # type: ignore[attr-defined]
+    def open_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
+    ) -> Step | None:
+        """Measures and checks a step; `None` without a gradient: then there is no number either."""
+        number = lightning_api.batches_that_stepped(trainer)
+        self.is_logged = _is_due(number, trainer.log_every_n_steps)  # type: ignore[attr-defined]
         if self.totals is None:
-            self.totals = RunTotals(step, step, checks_steps=bool(self._checkers))
-        self.totals.last_step = step
-        self.step = self._measure(trainer, pl_module, optimizer)
-        self.has_stepped |= self.step is not None
+            self.totals = RunTotals(number, number, checks_steps=bool(self._checkers))
+        self.totals.last_step = number
+        step = self._measure(trainer, pl_module, optimizer)
+        self.has_stepped |= step is not None
+        return step
 
     def end_batch(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Sends the metrics of the batch."""
+        """Logs the metrics of the batch, after the last member has ended it."""
         if self._overrides:
             self.end_overrides()
         self.has_stepped = False
@@ -228,8 +224,9 @@ class Suite:
         measured = measure(selection, request)
         if measured.pending is not None:
             _deliver(pending, measured.pending)
-        index = self._index.get(id(optimizer), 0)
-        repeats = self._repeats_closure and lightning_api.calls_closure_repeatedly(optimizer)
+        optimizers = trainer.optimizers
+        index = optimizers.index(optimizer) if optimizer in optimizers else 0
+        repeats = isinstance(optimizer, lightning_api.REPEATS_CLOSURE)
         measurement: Measurement | None = None
         verdict: StepVerdict = "accept"
         if self._checkers:

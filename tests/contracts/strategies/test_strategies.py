@@ -217,7 +217,7 @@ def test_fsdp1_rejects_unitwise_clipping_and_warns() -> None:
     strategy = type("FSDPStrategy", (SingleDeviceStrategy,), {})()
     clipping = AdaptiveGradientClipping(UnitwiseClipping())
     with (
-        pytest.warns(UserWarning, match="has not been run with it on a GPU"),
+        pytest.warns(UserWarning, match="not on a GPU yet"),
         pytest.raises(MisconfigurationException, match="UnitwiseClipping needs the rows.*PerTensorClipping"),
     ):
         fit(Classifier(), batches(1), [clipping], strategy=strategy, accelerator="auto")
