@@ -40,15 +40,7 @@ UNSUPPORTED = {
 
 
 def reject_unsupported(trainer: pl.Trainer, callback: Callback) -> None:
-    """Raises where the suite would measure or write the wrong tensors, or cannot measure.
-
-    Args:
-        trainer: The Trainer whose strategy and device are looked at.
-        callback: Named in the message.
-
-    Raises:
-        MisconfigurationException: If the strategy or the device is not supported.
-    """
+    """Raises where the suite would measure or write the wrong tensors, or cannot measure."""
     if trainer.strategy.root_device.type == "mps":
         raise MisconfigurationException(
             f"{type(callback).__name__} does not support MPS, which has no float64 to add norms up in; "
@@ -68,11 +60,7 @@ def reject_unsupported(trainer: pl.Trainer, callback: Callback) -> None:
 
 
 def reject_flattened_parameters(trainer: pl.Trainer, who: str) -> None:
-    """Raises under FSDP1, which flattens weights.
-
-    Raises:
-        MisconfigurationException: If the strategy is FSDP1.
-    """
+    """Raises under FSDP1, which flattens weights."""
     if flattens_parameters(trainer):
         raise MisconfigurationException(
             f"{who} needs the rows of weights, which {type(trainer.strategy).__name__} flattens and cuts "
@@ -115,14 +103,7 @@ def epoch_mean_metrics(trainer: pl.Trainer) -> list[Metric]:
 
 
 def attach_for_replay(trainer: pl.Trainer, pl_module: pl.LightningModule, *, step: int, epoch: int) -> None:
-    """Attaches a fresh Trainer to a module as if it were fitting it.
-
-    Args:
-        trainer: A fresh Trainer.
-        pl_module: Asks for `self.trainer`, `self.global_step` and the like.
-        step: Value of `trainer.global_step`.
-        epoch: Value of `trainer.current_epoch`.
-    """
+    """Attaches a fresh Trainer to a module as if it were fitting it."""
     pl_module.trainer = trainer
     trainer.strategy.connect(pl_module)
     trainer.state.fn = TrainerFn.FITTING

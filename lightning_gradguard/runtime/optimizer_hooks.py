@@ -108,10 +108,6 @@ def skip_is_exact(optimizer: Optimizer, parameters: Iterable[Tensor]) -> bool:
 
     It does where state is created, as the kernel leaves that uninitialized, and where other code writes to
     the weights as well: a subclass of the optimizer, or hooks on it.
-
-    Args:
-        optimizer: One that `supports_fused_override`.
-        parameters: Those that it is about to step.
     """
     hooks = {getattr(hook, "__module__", "") for hook in optimizer._optimizer_step_post_hooks.values()}
     if not type(optimizer).__module__.startswith("torch.optim") or not hooks <= _WITHOUT_WRITES:

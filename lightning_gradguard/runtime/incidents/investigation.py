@@ -26,12 +26,7 @@ from lightning_gradguard.runtime.logging import console
 
 @dataclass(frozen=True)
 class Result:
-    """The result of an examination.
-
-    Args:
-        origin: Of the nonfinite value.
-        dossier: The folder that was written, relative to that of the run; empty for none.
-    """
+    """The origin of a nonfinite value, and the folder of its dossier, relative to that of the run."""
 
     origin: Origin
     dossier: str = ""
@@ -39,10 +34,6 @@ class Result:
 
 class Investigation:
     """Examines the first skipped step of an episode; later ones have the same cause.
-
-    Args:
-        max_dossiers: Episodes that are examined in a run.
-        megabytes: Limit of each dossier.
 
     Attributes:
         examined: Episodes examined so far.
@@ -91,15 +82,6 @@ class Investigation:
         weights_are_nonfinite: bool,
     ) -> Result | None:
         """Runs the batches of a skipped step again. Collective: called on every rank.
-
-        Args:
-            trainer: The Trainer that runs.
-            pl_module: The module, with the weights of the step.
-            step: `trainer.global_step` of the step.
-            window: The batches of the step.
-            snapshot: Of a healthy state.
-            folder: Of the run; `None` writes no dossier.
-            weights_are_nonfinite: True if the weights are known to be nonfinite.
 
         Returns:
             The result, the same on every rank; `None` within an episode, or when the budget is used up.

@@ -63,10 +63,7 @@ class LostBatch:
 class LostBatches:
     """The lost batches of one process, logged to `lost_batches.rank<r>.jsonl` in the run's folder.
 
-    Args:
-        folder: Of the file; `None` writes none.
-        rank: Of this process.
-        earlier: Folders of the runs that this one resumes, whose lost batches are recognized.
+    Those of the runs that this one resumes, in the `earlier` folders, are recognized.
     """
 
     def __init__(self, folder: Path | None, rank: int, earlier: Sequence[str] = ()) -> None:

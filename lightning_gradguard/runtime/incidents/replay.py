@@ -57,12 +57,6 @@ def replay(
 
     Nothing is logged, no optimizer steps, and weights, gradients, buffers and random numbers are restored.
 
-    Args:
-        trainer: Its precision is used.
-        pl_module: The module in training.
-        seen: The batch.
-        out_of_range: See `core.forensics.investigate`.
-
     Returns:
         The origin; `"unknown"`, with the reason, if the step could not be run.
     """

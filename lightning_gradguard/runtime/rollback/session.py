@@ -73,19 +73,6 @@ class BatchOutcome:
 class RollbackSession:
     """One fit of `NaNRollback`.
 
-    Args:
-        trainer: The Trainer that runs.
-        pl_module: The module in training.
-        suite: Of the Trainer.
-        policy: Decides about rollbacks.
-        counts: Of the run.
-        snapshots: Of this fit.
-        investigation: Examines skipped steps.
-        earlier_logs: Folders with the lost batches of the runs that this one resumes.
-        defers_check: True if steps are checked one step late where that is possible.
-        kernel_may_skip: See `DeferredCheck`.
-        keeps_batches: True if skipped steps may be examined, which needs their batches.
-
     Attributes:
         lost_batches: The log of them.
     """

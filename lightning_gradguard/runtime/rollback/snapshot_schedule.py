@@ -14,13 +14,6 @@ from lightning_gradguard.runtime.steps.trainer_state import TrainerState
 class SnapshotSchedule:
     """The snapshots of one fit.
 
-    Args:
-        keep: Qualified snapshots that are kept.
-        every_n_steps: Good steps between snapshots.
-        device: See `core.snapshots.Snapshot`.
-        rng: True if random number generators are restored too.
-        schedules: True if learning rate schedules are restored too.
-
     Attributes:
         is_empty: True if there is no qualified snapshot.
         is_copying: True while the weights must not be written before `wait`.

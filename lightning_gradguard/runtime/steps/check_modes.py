@@ -59,11 +59,7 @@ class ExactCheck:
 class DeferredCheck(ExactCheck):
     """Checks each step when the next one is about to be made: no host synchronization.
 
-    Args:
-        trainer: The Trainer that runs.
-        side_effects: Of the running step.
-        suite: Of the Trainer.
-        kernel_may_skip: True if the verdict follows the rule by which the optimizer's kernel skips.
+    `kernel_may_skip` is true if the verdict follows the rule by which a fused optimizer's kernel skips.
     """
 
     def __init__(

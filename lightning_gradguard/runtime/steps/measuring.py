@@ -127,12 +127,7 @@ def _bounds(n_totals: int, device: torch.device) -> Tensor:
 
 @torch.no_grad()
 def measure(selection: Selection, request: StepRequest) -> Measured:
-    """Measures the gradients of one step, and shares the result in at most one collective.
-
-    Args:
-        selection: The parameters, the same on every rank.
-        request: What to measure, and what to include in the collective.
-    """
+    """Measures the gradients of one step, and shares the result in at most one collective."""
     return (_measure_shards if selection.is_cut else _measure_whole)(selection, request)
 
 

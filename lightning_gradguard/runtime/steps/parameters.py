@@ -90,12 +90,7 @@ class Selection:
 
 
 class ParameterLayout:
-    """The sharding of parameters over ranks, and the parameters of each optimizer.
-
-    Args:
-        flat: The parameters that FSDP1 flattened and cut.
-        device: Where numbers go if there is no parameter.
-    """
+    """The sharding of parameters over ranks, and the parameters of each optimizer."""
 
     def __init__(self, flat: Mapping[Tensor, FlatShard], device: torch.device = CPU) -> None:
         self._flat = flat
@@ -109,12 +104,7 @@ class ParameterLayout:
         return _OptimizerParameters(list(names), names, self._flat, self._device).with_gradient()
 
     def with_gradient(self, optimizer: Optimizer, naming: Naming) -> Selection:
-        """Those parameters of an optimizer that have a gradient on any rank.
-
-        Args:
-            optimizer: About to step.
-            naming: Called when the optimizer has other parameters than before.
-        """
+        """Those parameters of an optimizer that have a gradient on any rank."""
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         known = self._by_optimizer.get(optimizer)
         if known is None or known.ids != list(map(id, parameters)):

@@ -38,10 +38,6 @@ class ForwardState:
 class SideEffects:
     """Buffers, torchmetrics states, epoch means and weight averages around one optimizer step.
 
-    Args:
-        trainer: The Trainer that runs.
-        pl_module: The module in training.
-
     Attributes:
         buffers: Copies of the buffers.
         has_averages: True if a callback averages weights.
