@@ -96,7 +96,7 @@ class AdaptiveGradientClipping(StepCallback):
         warn_unmatched("exclude", self.exclude, pl_module, trainer.optimizers)
         self._may_override = not lightning_api.gradients_used_after_hook(trainer)
         for optimizer in trainer.optimizers:
-            if lightning_api.calls_closure_repeatedly(optimizer):
+            if isinstance(optimizer, lightning_api.REPEATS_CLOSURE):
                 warnings.warn(
                     f"AdaptiveGradientClipping does not act under {type(optimizer).__name__}: a line "
                     "search needs the true gradient.",
@@ -116,13 +116,14 @@ class AdaptiveGradientClipping(StepCallback):
         policy = self._policy(step.optimizer_index)
         coefficients = policy.coefficients(gradients)
         divisor = self._divisor(step, gradients, coefficients)
+        smallest = _smallest(coefficients)
         if divisor is None:
             scale_gradients_(gradients, coefficients)
         else:
             self.suite.override_fused_step(step, grad_scale=divisor)
         policy.commit()
         clipped, steps = self._clipped.get(step.optimizer_index, (0, 0))
-        self._clipped[step.optimizer_index] = (clipped + (_smallest(coefficients) < 1), steps + 1)
+        self._clipped[step.optimizer_index] = (clipped + (smallest < 1), steps + 1)
         if self.suite.is_logged:
             self._log(trainer, step, gradients, policy.threshold, coefficients)
 

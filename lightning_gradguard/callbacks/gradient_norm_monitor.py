@@ -20,11 +20,13 @@ from lightning_gradguard.core.remedies import advice
 from lightning_gradguard.runtime.incidents.journal import incident_now, open_journal, publish
 from lightning_gradguard.runtime.logging.chart_groups import ChartGroups, Level
 from lightning_gradguard.runtime.logging.heat_map_schedule import HeatMapSchedule
-from lightning_gradguard.runtime.logging.histograms import log_gradient_histograms
 from lightning_gradguard.runtime.logging.hyperparameters import non_defaults
 from lightning_gradguard.runtime.logging.metrics import log_scalars
-from lightning_gradguard.runtime.steps.logged_step import LoggedNumbers, LoggedStep, NonfiniteFraction
-from lightning_gradguard.runtime.steps.norm_scalars import norm_scalars
+from lightning_gradguard.runtime.steps.logged_step import (
+    LoggedStep,
+    NonfiniteFraction,
+    log_gradient_histograms,
+)
 from lightning_gradguard.runtime.steps.step import Step
 from lightning_gradguard.runtime.steps.step_callback import StepCallback
 from lightning_gradguard.runtime.steps.suite import is_logging_step
@@ -145,13 +147,14 @@ class GradientNormMonitor(StepCallback):
     @override
     def on_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, step: Step) -> None:
         """Measures the gradients; at a logged step the weights and the update as well."""
-        self._add_pending()  # the reduction of this step has summed the updates of the last logged one
+        if self._pending:
+            self._add_pending()  # the reduction of this step has summed the updates of the last logged one
         index = step.optimizer_index
         if index in self._logged or not step.gradients.names:
             return
-        norms = step.tensor_norms[self.norm_type]
+        norms, is_logged = step.tensor_norms[self.norm_type], self._is_logged(trainer)
         self._fractions[index].add(norms, step.gradients.known_norm)
-        if self._is_logged(trainer):
+        if is_logged:
             self._logged[index] = LoggedStep(self.suite, trainer, step, self.norm_type, self.update_ratio)
             if self.histograms and step.accepted:
                 log_gradient_histograms(trainer, step.gradients, self._charts[index])
@@ -240,26 +243,17 @@ class GradientNormMonitor(StepCallback):
         """Publishes the symptoms and totals of a logged step, and returns its scalars."""
         numbers, index = logged.read(host), logged.optimizer_index
         band = self._detectors[index].band()  # of the steps before
-        self._detect(trainer, pl_module, logged, numbers)
+        for symptom in logged.detect(self._detectors[index], numbers):
+            where, hint = symptom.where, advice(symptom.kind, symptom.where)
+            facts = {"where": where, "value": symptom.value, "advice": hint, **logged.now}
+            publish(trainer, pl_module, incident_now(trainer, symptom.kind, **facts))
         if logged.accepted and not logged.is_late:
             self._publish_total(trainer, index, numbers.total_norm)
         if logged.accepted and self.norm_type == 2 and math.isfinite(numbers.total_norm):
-            self.suite.observe_norm(numbers.total_norm)
+            totals = self.suite.totals
+            if totals is not None:
+                totals.largest_norm = max(totals.largest_norm, numbers.total_norm)
         charts = self._charts[index]
         if index == 0:
             self._heat_map.append(trainer, logged.step, charts.norms(logged.names, numbers.grad_norms))
-        return norm_scalars(logged, numbers, charts, band, len(trainer.optimizers))
-
-    def _detect(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, logged: LoggedStep, numbers: LoggedNumbers
-    ) -> None:
-        for symptom in logged.detect(self._detectors[logged.optimizer_index], numbers):
-            incident = incident_now(
-                trainer,
-                symptom.kind,
-                where=symptom.where,
-                value=symptom.value,
-                advice=advice(symptom.kind, symptom.where),
-                **logged.now,
-            )
-            publish(trainer, pl_module, incident)
+        return logged.scalars(numbers, charts, band, len(trainer.optimizers))

@@ -16,12 +16,10 @@ from lightning_gradguard.runtime.incidents.investigation import Investigation
 from lightning_gradguard.runtime.incidents.journal import open_journal
 from lightning_gradguard.runtime.logging import console
 from lightning_gradguard.runtime.logging.hyperparameters import non_defaults
-from lightning_gradguard.runtime.rollback.outcome import Counts, counts_by_tag
-from lightning_gradguard.runtime.rollback.session import RollbackSession
+from lightning_gradguard.runtime.rollback.session import Counts, RollbackSession
 from lightning_gradguard.runtime.rollback.snapshot_schedule import SnapshotSchedule
-from lightning_gradguard.runtime.steps.step import Step, StepVerdict
+from lightning_gradguard.runtime.steps.step import Step, StepFlags, StepVerdict
 from lightning_gradguard.runtime.steps.step_callback import StepCallback
-from lightning_gradguard.runtime.steps.step_member import StepFlags
 
 
 class NaNRollback(StepCallback):
@@ -198,8 +196,8 @@ class NaNRollback(StepCallback):
     @override
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
         """Scans what the forward pass has left in buffers."""
-        super().on_before_backward(trainer, pl_module, loss)
         self._session.scan_buffers()
+        super().on_before_backward(trainer, pl_module, loss)
 
     @override
     def step_flags(self) -> StepFlags:
@@ -276,7 +274,7 @@ class NaNRollback(StepCallback):
     @override
     def final_counts(self) -> dict[str, float]:
         """Returns skips, rollbacks and overflows so far."""
-        return counts_by_tag(self._counts, self._policy)
+        return self._counts.by_tag(self._policy.rollbacks)
 
     @override
     def state_dict(self) -> dict[str, Any]:

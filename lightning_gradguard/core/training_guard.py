@@ -267,7 +267,7 @@ class TrainingGuard:
         if not self.recovery.is_spiking:
             self._snapshots.good_step()
             self._good_steps += 1
-        if self._good_steps >= self._snapshot_every_n_steps and not self._snapshots.is_pending:
+        if self._good_steps >= self._snapshot_every_n_steps and self._snapshots.pending is None:
             self._good_steps = 0
             self._snapshots.capture(self._copy_state)
             self._nonfinite_state = self._scan()

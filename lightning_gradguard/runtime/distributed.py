@@ -24,11 +24,7 @@ def rank() -> int:
 
 
 def sum_over_ranks(vector: Tensor) -> Tensor:
-    """The sum of `vector` over all ranks; `vector` itself where there is one rank.
-
-    Args:
-        vector: Shape `(n,)`, the same `n` on every rank.
-    """
+    """The sum of `vector` over all ranks; `vector` itself where there is one rank."""
     if world_size() == 1:
         return vector
     dist.all_reduce(vector, op=dist.ReduceOp.SUM)

@@ -39,12 +39,6 @@ SCALE_FREE = ("Ada", "Adam", "NAdam", "RAdam", "RMSprop", "Rprop", "Lion", "Muon
 class FirstBatch:
     """The first training batch, run through the network in extra passes that leave no trace.
 
-    Args:
-        trainer: The Trainer that runs.
-        pl_module: The network.
-        batch: The batch.
-        batch_idx: Its index.
-
     Attributes:
         problem: The reason if the network could not be checked.
     """

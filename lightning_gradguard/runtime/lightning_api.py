@@ -28,6 +28,8 @@ else:
 _AVERAGES = re.compile("EMA|SWA|Averag|Polyak")
 _PACKAGES = {"pytorch_lightning", "lightning"}
 _NO_HOOKS = {pl.Callback.__module__, "lightning.pytorch.callbacks.callback"}
+#: Optimizers of which one step evaluates the loss several times and updates in between.
+REPEATS_CLOSURE = (LBFGS,)
 UNSUPPORTED = {
     "DeepSpeedStrategy": (
         "its gradients and master weights live inside the engine; use strategy='ddp' or "
@@ -38,15 +40,7 @@ UNSUPPORTED = {
 
 
 def reject_unsupported(trainer: pl.Trainer, callback: Callback) -> None:
-    """Raises where the suite would measure or write the wrong tensors, or cannot measure.
-
-    Args:
-        trainer: The Trainer whose strategy and device are looked at.
-        callback: Named in the message.
-
-    Raises:
-        MisconfigurationException: If the strategy or the device is not supported.
-    """
+    """Raises where the suite would measure or write the wrong tensors, or cannot measure."""
     if trainer.strategy.root_device.type == "mps":
         raise MisconfigurationException(
             f"{type(callback).__name__} does not support MPS, which has no float64 to add norms up in; "
@@ -66,11 +60,7 @@ def reject_unsupported(trainer: pl.Trainer, callback: Callback) -> None:
 
 
 def reject_flattened_parameters(trainer: pl.Trainer, who: str) -> None:
-    """Raises under FSDP1, which flattens weights.
-
-    Raises:
-        MisconfigurationException: If the strategy is FSDP1.
-    """
+    """Raises under FSDP1, which flattens weights."""
     if flattens_parameters(trainer):
         raise MisconfigurationException(
             f"{who} needs the rows of weights, which {type(trainer.strategy).__name__} flattens and cuts "
@@ -101,6 +91,11 @@ def resumed_batch_idx_offset(trainer: pl.Trainer) -> int:
     return int(progress.processed - progress.completed)
 
 
+def has_weight_averages(trainer: pl.Trainer) -> bool:
+    """True if there is a `WeightAveraging` callback."""
+    return any(True for _ in _averaging_callbacks(trainer))
+
+
 def epoch_mean_metrics(trainer: pl.Trainer) -> list[Metric]:
     """The metrics in which `self.log(..., on_epoch=True)` accumulates during training, one a key."""
     results = getattr(trainer.fit_loop.epoch_loop, "_results", None)
@@ -108,14 +103,7 @@ def epoch_mean_metrics(trainer: pl.Trainer) -> list[Metric]:
 
 
 def attach_for_replay(trainer: pl.Trainer, pl_module: pl.LightningModule, *, step: int, epoch: int) -> None:
-    """Attaches a fresh Trainer to a module as if it were fitting it.
-
-    Args:
-        trainer: A fresh Trainer.
-        pl_module: Asks for `self.trainer`, `self.global_step` and the like.
-        step: Value of `trainer.global_step`.
-        epoch: Value of `trainer.current_epoch`.
-    """
+    """Attaches a fresh Trainer to a module as if it were fitting it."""
     pl_module.trainer = trainer
     trainer.strategy.connect(pl_module)
     trainer.state.fn = TrainerFn.FITTING
@@ -221,11 +209,6 @@ def unscaled_loss(trainer: pl.Trainer, loss: Tensor) -> Tensor:
         plain = plain / scaler.get_scale()
     accumulates = trainer.lightning_module.automatic_optimization and trainer.accumulate_grad_batches > 1
     return plain * trainer.accumulate_grad_batches if accumulates else plain
-
-
-def calls_closure_repeatedly(optimizer: Optimizer) -> bool:
-    """True if one `optimizer.step` evaluates the loss several times and updates in between."""
-    return isinstance(optimizer, LBFGS)
 
 
 def validates_next(trainer: pl.Trainer, batch_idx: int) -> bool:

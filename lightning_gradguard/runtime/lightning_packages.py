@@ -12,11 +12,7 @@ from pytorch_lightning.utilities.rank_zero import rank_zero_module  # type: igno
 
 
 def lightning_package_of(module_class: Any) -> ModuleType:
-    """The package whose Trainer a LightningModule needs: `lightning.pytorch`, or `pytorch_lightning`.
-
-    Args:
-        module_class: A class of the user's, or anything.
-    """
+    """The package whose Trainer a LightningModule needs: `lightning.pytorch`, or `pytorch_lightning`."""
     other = sys.modules.get("lightning.pytorch")
     if other is None or not isinstance(module_class, type):
         return pl
@@ -24,12 +20,7 @@ def lightning_package_of(module_class: Any) -> ModuleType:
 
 
 def is_instance_by_name(thing: object, name: str) -> bool:
-    """True for an instance of a class of Lightning, of either package, or of a subclass.
-
-    Args:
-        thing: A logger, a callback.
-        name: The name of the class, which both packages share.
-    """
+    """True for an instance of a class of Lightning, of either package, or of a subclass."""
     return any(kind.__name__ == name for kind in type(thing).__mro__)
 
 
@@ -41,7 +32,7 @@ def callback_base_class() -> type[pl.Callback]:
     other = sys.modules.get("lightning.pytorch")
     if other is None:
         return pl.Callback
-    # the package that was loaded first is the user's, and so is what was said of the levels of its loggers
+    # the package that was loaded first is the user's, and so are the levels that were set of its loggers
     first = next(name for name in sys.modules if name in {"lightning.pytorch", "pytorch_lightning"})
     rank_zero_module.log = logging.getLogger(f"{first}.utilities.rank_zero")
     return type("Callback", (pl.Callback, other.Callback), {})

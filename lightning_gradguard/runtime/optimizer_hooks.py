@@ -1,23 +1,24 @@
-"""Drops gradients, and runs code after one optimizer step."""
+"""Changes one optimizer step: drops its gradients, scales or skips in its kernel, runs code after it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from lightning_gradguard.core.backoff import ScaledLearningRate
+
+#: Modules whose hooks on a step do not write to weights.
+_WITHOUT_WRITES = {__name__, ScaledLearningRate.__module__}
+
 
 def after_step(optimizer: Optimizer, act: Callable[[], None]) -> RemovableHandle:
-    """Runs `act` right after each update of the optimizer, until the handle is removed.
-
-    Args:
-        optimizer: The optimizer about to step, possibly already inside of `step`.
-        act: Called, without recording gradients, with weights as the update left them.
-    """
+    """Runs `act`, without recording gradients, right after each update, until the handle is removed."""
 
     def hook(*_: Any) -> None:
         with torch.no_grad():
@@ -33,8 +34,8 @@ def drop_gradients(optimizer: Optimizer, *, unscales_itself: bool) -> None:
 
     Args:
         optimizer: The optimizer about to step.
-        unscales_itself: Whether the optimizer looks for nonfinite gradients in its own kernel, under a
-            GradScaler that demands gradients to look at; then one is made nonfinite for it to find.
+        unscales_itself: True if the optimizer scans its gradients in its own kernel, under a GradScaler that
+            requires some; they are made nonfinite for it to find.
     """
     gradients = []
     for group in optimizer.param_groups:
@@ -61,3 +62,56 @@ def _remove_new_state(optimizer: Optimizer, *_: Any) -> None:
     if known is not None:
         optimizer.state.clear()
         optimizer.state.update(known)
+
+
+class FusedStepOverride:
+    """Has the optimizer's own kernel scale gradients, or skip its update, in its next step alone.
+
+    A GradScaler does the same to fused optimizers: no pass over the gradients, no host synchronization.
+
+    Args:
+        optimizer: One that `supports_fused_override`, about to step.
+        grad_scale: Gradients are divided by it; shape `()`, float32.
+        found_inf: 1 if the update is to be skipped, bit for bit, else 0; shape `()`, float32.
+    """
+
+    def __init__(
+        self, optimizer: Optimizer, *, grad_scale: Tensor | None = None, found_inf: Tensor | None = None
+    ) -> None:
+        self._attributes = {
+            name: value
+            for name, value in (("grad_scale", grad_scale), ("found_inf", found_inf))
+            if value is not None
+        }
+        self._of = vars(optimizer)
+        self._of.update(self._attributes)
+        self._handle = after_step(optimizer, self._restore)
+
+    def end(self) -> None:
+        """Restores the optimizer's attributes, also if it did not step."""
+        self._restore()
+        self._handle.remove()
+
+    def _restore(self) -> None:
+        for name in self._attributes:
+            self._of.pop(name, None)
+
+
+def supports_fused_override(optimizer: Optimizer) -> bool:
+    """True if the optimizer's kernel can scale and skip: fused Adam, AdamW, SGD and Adagrad."""
+    supports = getattr(optimizer, "_step_supports_amp_scaling", False)
+    return bool(supports) and all(group.get("fused") for group in optimizer.param_groups)
+
+
+def skip_is_exact(optimizer: Optimizer, parameters: Iterable[Tensor]) -> bool:
+    """True if a step that the optimizer's kernel skips changes nothing.
+
+    It does where state is created, as the kernel leaves that uninitialized, and where other code writes to
+    the weights as well: a subclass of the optimizer, or hooks on it.
+    """
+    hooks = {getattr(hook, "__module__", "") for hook in optimizer._optimizer_step_post_hooks.values()}
+    if not type(optimizer).__module__.startswith("torch.optim") or not hooks <= _WITHOUT_WRITES:
+        return False
+    stateless = all(group.get("momentum", 1) == 0 for group in optimizer.param_groups)
+    states = (optimizer.state.get(parameter) or {"": None} for parameter in parameters)
+    return stateless or all(value is not None for state in states for value in state.values())

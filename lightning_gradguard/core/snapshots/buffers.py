@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,10 +25,6 @@ class _Copy:
     buffer: Tensor
     version: int
     saved: Tensor
-
-    @property
-    def may_have_changed(self) -> bool:
-        return self.buffer.numel() <= MAX_ALWAYS_COPIED_NUMEL or self.buffer._version != self.version
 
 
 class BufferCopies:
@@ -69,11 +65,8 @@ class BufferCopies:
             within_step: True if weights may require no gradient only because another optimizer is toggled on.
         """
         old, self._copies = self._copies, {}
-        targets, sources = [], []
-        for weight, copy_ in self._written.items():
-            targets.append(copy_.saved)
-            sources.append(local_shard(weight))
-        for weight in (w for owner in self._owners for w in owner._parameters.values() if w is not None):
+        changed = list(self._written.values())
+        for weight in [w for owner in self._owners for w in owner._parameters.values() if w is not None]:
             if not (weight.requires_grad or within_step or weight in self._written):
                 before = self._frozen.get(weight, weight._version)
                 self._frozen[weight] = weight._version
@@ -83,12 +76,11 @@ class BufferCopies:
             known = old.get((owner, name))
             if known is None or known.buffer is not buffer or known.saved.shape != buffer.shape:
                 known = _Copy(buffer, buffer._version, local_shard(buffer).clone())
-            elif known.may_have_changed:
-                targets.append(known.saved)
-                sources.append(local_shard(buffer))
+            elif _may_have_changed(buffer, known.version):
                 known.version = buffer._version
+                changed.append(known)
             self._copies[owner, name] = known
-        copy_tensors(targets, sources)
+        copy_tensors([known.saved for known in changed], [local_shard(known.buffer) for known in changed])
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -100,7 +92,7 @@ class BufferCopies:
         targets, sources = [], []
         for (owner, name), copy_ in self._copies.items():
             owner._buffers[name] = copy_.buffer  # a forward pass may have replaced or removed it
-            if copy_.may_have_changed:
+            if _may_have_changed(copy_.buffer, copy_.version):
                 target = local_shard(copy_.buffer)
                 # hidden from autograd: a graph holds running statistics but does not use them backward
                 targets.append(target.data if isinstance(owner, _NormBase) else target)
@@ -122,12 +114,18 @@ class BufferCopies:
         return self._written.keys()
 
 
-def module_buffers(owners: Iterable[nn.Module]) -> Iterator[tuple[nn.Module, str, Tensor]]:
-    """Yields every materialized buffer of some modules, with its owner and name."""
-    for owner in owners:
-        for name, buffer in owner._buffers.items():
-            if buffer is not None and not is_lazy(buffer):
-                yield owner, name, buffer
+def module_buffers(owners: Iterable[nn.Module]) -> list[tuple[nn.Module, str, Tensor]]:
+    """Returns every materialized buffer of some modules, with its owner and name."""
+    return [
+        (owner, name, buffer)
+        for owner in owners
+        for name, buffer in owner._buffers.items()
+        if buffer is not None and not is_lazy(buffer)
+    ]
+
+
+def _may_have_changed(buffer: Tensor, version: int) -> bool:
+    return buffer.numel() <= MAX_ALWAYS_COPIED_NUMEL or buffer._version != version
 
 
 def copy_tensors(targets: list[Tensor], sources: list[Tensor]) -> None:

@@ -18,6 +18,9 @@ class SnapshotRing:
         keep: Number of qualified snapshots that are kept.
         good_steps: Good steps after which a pending snapshot is qualified.
         device: See `Snapshot`.
+
+    Attributes:
+        pending: The pending snapshot, if there is one.
     """
 
     def __init__(self, keep: int, good_steps: int = 10, device: str = "cpu") -> None:
@@ -26,17 +29,8 @@ class SnapshotRing:
         self._device = device
         self._qualified: deque[Snapshot] = deque()
         self._free: list[Snapshot] = []
-        self._pending: Snapshot | None = None
+        self.pending: Snapshot | None = None
         self._newest_was_tried = False
-
-    @property
-    def is_pending(self) -> bool:
-        """True if there is a pending snapshot."""
-        return self._pending is not None
-
-    def pending(self) -> Snapshot | None:
-        """Returns the pending snapshot, if there is one."""
-        return self._pending
 
     def capture(self, fill: Callable[[Snapshot], None], *, qualified: bool = False) -> None:
         """Takes a snapshot, which replaces the pending one.
@@ -51,28 +45,28 @@ class SnapshotRing:
         if qualified:
             self._promote(snapshot)
         else:
-            self._pending = snapshot
+            self.pending = snapshot
 
     def good_step(self) -> None:
         """Counts a good step; the last of those that a pending snapshot needs qualifies it."""
-        if self._pending is None:
+        if self.pending is None:
             return
-        self._pending.good_steps += 1
-        if self._pending.good_steps >= self._good_steps:
-            self._promote(self._pending)
-            self._pending = None
+        self.pending.good_steps += 1
+        if self.pending.good_steps >= self._good_steps:
+            self._promote(self.pending)
+            self.pending = None
 
     def wait(self) -> None:
         """Orders later writes of weights after the copies; see `Snapshot.wait`."""
-        for snapshot in (self._pending, *self._qualified):
+        for snapshot in (self.pending, *self._qualified):
             if snapshot is not None:
                 snapshot.wait()
 
     def discard_pending(self) -> None:
         """Discards the pending snapshot."""
-        if self._pending is not None:
-            self._free.append(self._pending)
-            self._pending = None
+        if self.pending is not None:
+            self._free.append(self.pending)
+            self.pending = None
 
     def clear(self) -> None:
         """Discards every snapshot; their memory is kept for the next ones."""

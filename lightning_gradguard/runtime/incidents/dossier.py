@@ -38,7 +38,7 @@ _ARRAY = "lightning_gradguard.numpy"
 
 
 class DossierError(Exception):
-    """A dossier cannot be read; the message says why."""
+    """A dossier cannot be read, for the reason in the message."""
 
 
 @dataclass(frozen=True)
@@ -106,12 +106,8 @@ def write_dossier(folder: Path, dossier: Dossier, *, megabytes: float) -> Path:
     try:
         content = {**vars(dossier), "origin": asdict(dossier.origin), "format": FORMAT}
         _save(content, partial / "dossier.pt")
-        finding = {
-            **asdict(dossier.origin),
-            **{
-                k: getattr(dossier, k) for k in ("step", "epoch", "batch_idx", "rank", "left_out", "versions")
-            },
-        }
+        about = ("step", "epoch", "batch_idx", "rank", "left_out", "versions")
+        finding = {**asdict(dossier.origin), **{name: getattr(dossier, name) for name in about}}
         (partial / "finding.json").write_text(json.dumps(finding, indent=2), encoding="utf-8")
         target = _free_name(folder, str(dossier.step))
         (partial / "index.html").write_text(_page(dossier, target), encoding="utf-8")
@@ -124,9 +120,6 @@ def write_dossier(folder: Path, dossier: Dossier, *, megabytes: float) -> Path:
 
 def read_dossier(path: str | Path) -> Dossier:
     """Reads a dossier; nothing in it is run as code.
-
-    Args:
-        path: Its folder, or the file `dossier.pt` within.
 
     Raises:
         DossierError: If there is none, it is torn, of another version, or holds more than plain data.
@@ -180,7 +173,7 @@ def _save(content: dict[str, Any], path: Path) -> None:
         with path.open("wb") as file:
             torch.save(content, file)
     except RuntimeError as error:
-        # torch says in words of its own that a disk is full, and has the system's as context
+        # of a full disk torch raises an error of its own, with that of the system as context
         context = error.__context__
         raise (context if isinstance(context, OSError) else OSError(str(error))) from None
 
@@ -203,7 +196,7 @@ def _plain(dossier: Dossier) -> Dossier:
             name: w.detach().cpu().as_subclass(Tensor) for name, w in weights.items() if name not in odd
         }
     changed = {"batch": batch, "weights": weights, "rng": _plain_data(dossier.rng)}
-    return Dossier(**{**vars(dossier), **changed, "left_out": tuple(left_out)})
+    return replace(dossier, **changed, left_out=tuple(left_out))
 
 
 def _plain_data(value: Any) -> Any:
@@ -260,7 +253,7 @@ def _within(dossier: Dossier, limit: float) -> Dossier:
                 f"the {part}: {size / _MEGABYTE:.3g} MB do not fit into what is left of "
                 f"{limit / _MEGABYTE:g} MB"
             )
-    return Dossier(**{**vars(dossier), **kept, "left_out": tuple(left_out)})
+    return replace(dossier, **kept, left_out=tuple(left_out))
 
 
 def _bytes(value: Any) -> int:

@@ -26,12 +26,7 @@ from lightning_gradguard.runtime.logging import console
 
 @dataclass(frozen=True)
 class Result:
-    """The result of an examination.
-
-    Args:
-        origin: Of the nonfinite value.
-        dossier: The folder that was written, relative to that of the run; empty for none.
-    """
+    """The origin of a nonfinite value, and the folder of its dossier, relative to that of the run."""
 
     origin: Origin
     dossier: str = ""
@@ -40,14 +35,11 @@ class Result:
 class Investigation:
     """Examines the first skipped step of an episode; later ones have the same cause.
 
-    Args:
-        max_dossiers: Episodes that are examined in a run.
-        megabytes: Limit of each dossier.
-
     Attributes:
         examined: Episodes examined so far.
         found: The causes that were found, with the tensors or modules at fault.
         cause: Of the running episode; `None` outside of one, or if it was not examined.
+        in_episode: True from a skipped step to the next good one.
     """
 
     def __init__(self, max_dossiers: int, megabytes: float) -> None:
@@ -56,12 +48,12 @@ class Investigation:
         self._max_dossiers = max_dossiers
         self._megabytes = megabytes
         self.cause: Cause | None = None
-        self._in_episode = False
+        self.in_episode = False
 
     def end_episode(self) -> None:
         """Called after a good step: the next skipped one begins an episode."""
         self.cause = None
-        self._in_episode = False
+        self.in_episode = False
 
     def advice(self) -> dict[str, str]:
         """Advice on a skipped step that was not examined, from the first one of its episode."""
@@ -91,22 +83,13 @@ class Investigation:
     ) -> Result | None:
         """Runs the batches of a skipped step again. Collective: called on every rank.
 
-        Args:
-            trainer: The Trainer that runs.
-            pl_module: The module, with the weights of the step.
-            step: `trainer.global_step` of the step.
-            window: The batches of the step.
-            snapshot: Of a healthy state.
-            folder: Of the run; `None` writes no dossier.
-            weights_are_nonfinite: True if the weights are known to be nonfinite.
-
         Returns:
             The result, the same on every rank; `None` within an episode, or when the budget is used up.
         """
-        if self._in_episode or self.examined >= self._max_dossiers:
-            self._in_episode = True
+        if self.in_episode or self.examined >= self._max_dossiers:
+            self.in_episode = True
             return None
-        self._in_episode = True
+        self.in_episode = True
         self.examined += 1
         if (obstacle := _obstacle(trainer, pl_module)) is not None:
             return Result(Origin("unknown", detail=obstacle))

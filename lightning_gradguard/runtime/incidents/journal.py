@@ -26,7 +26,7 @@ from lightning_gradguard.core.incidents import (
 from lightning_gradguard.runtime.distributed import gather_objects
 from lightning_gradguard.runtime.lightning_api import batches_that_stepped
 from lightning_gradguard.runtime.lightning_packages import is_instance_by_name
-from lightning_gradguard.runtime.logging import console, markdown, metrics
+from lightning_gradguard.runtime.logging import console, metrics
 
 #: Incidents of one kind and cause that are printed; later ones are only written to the file.
 MAX_PRINTED = 5
@@ -120,13 +120,7 @@ def count_incidents(trainer: pl.Trainer) -> dict[str, int]:
 
 
 def publish(trainer: pl.Trainer, pl_module: pl.LightningModule, incident: Incident) -> None:
-    """Publishes an incident to the file, loggers, console, callbacks and module. Called on all ranks alike.
-
-    Args:
-        trainer: The Trainer that runs.
-        pl_module: The module in training.
-        incident: The incident.
-    """
+    """Publishes an incident to file, loggers, console, callbacks and module. Called on all ranks alike."""
     journal = _journals.setdefault(trainer, _Journal(None, writes=False))
     journal.counts[incident.kind] += 1
     journal.published[incident.kind, incident.cause] += 1
@@ -148,22 +142,13 @@ def publish(trainer: pl.Trainer, pl_module: pl.LightningModule, incident: Incide
 
 
 def log_incidents(trainer: pl.Trainer, step: int) -> None:
-    """Logs the table of the latest incidents to the loggers that take text.
-
-    Args:
-        trainer: The Trainer.
-        step: Step on the loggers' axis.
-    """
+    """Logs the table of the latest incidents to the loggers that take text."""
     journal = _journals[trainer]
     metrics.log_text(trainer, tags.INCIDENTS, incident_table(journal.recent, journal.counts), step)
 
 
 def incident_table(incidents: Collection[Incident], counts: Mapping[str, int]) -> str:
     """Returns incidents as a table in Markdown, with advice below it.
-
-    Args:
-        incidents: In the order of the rows, the newest first.
-        counts: Number of all incidents, by kind.
 
     Example:
         >>> spike = Incident("loss_spike", step=7, epoch=0, batch_idx=7, value=12.0)
@@ -206,18 +191,28 @@ def _row(incident: Incident) -> str:
         label(incident.action),
         label(incident.cause),
     )
-    return "| " + " | ".join(map(markdown.cell, cells)) + " |"
+    return "| " + " | ".join(map(markdown_cell, cells)) + " |"
 
 
 def _detail(incident: Incident) -> str:
     batch = "" if incident.batch_idx is None else f", batch {incident.batch_idx}"
     page = f"See `{incident.dossier}/index.html`." if incident.dossier else ""
     text = " ".join(filter(None, (incident.detail, page))) or first_names(5, _as_code(incident.where))
-    return f"* Step {incident.step} (epoch {incident.epoch}{batch}): {markdown.cell(text)}"
+    return f"* Step {incident.step} (epoch {incident.epoch}{batch}): {markdown_cell(text)}"
 
 
 def _as_code(names: Sequence[str]) -> list[str]:
     return [f"`{name}`" for name in names]
+
+
+def markdown_cell(text: str) -> str:
+    r"""Returns text that stays within its cell of a Markdown table.
+
+    Example:
+        >>> print(markdown_cell("a|b"))
+        a\|b
+    """
+    return " ".join(text.split()).replace("|", "\\|")
 
 
 def incident_now(trainer: pl.Trainer, kind: IncidentKind | str, **facts: Any) -> Incident:

@@ -63,10 +63,7 @@ class LostBatch:
 class LostBatches:
     """The lost batches of one process, logged to `lost_batches.rank<r>.jsonl` in the run's folder.
 
-    Args:
-        folder: Of the file; `None` writes none.
-        rank: Of this process.
-        earlier: Folders of the runs that this one resumes, whose lost batches are recognized.
+    Those of the runs that this one resumes, in the `earlier` folders, are recognized.
     """
 
     def __init__(self, folder: Path | None, rank: int, earlier: Sequence[str] = ()) -> None:
@@ -193,11 +190,14 @@ def _is_dense(tensor: Tensor) -> bool:
 
 def _samples(batch: Any) -> Any:
     """Identities of the samples, if the batch is a mapping that has them."""
-    found: Any = next((batch[k] for k in IDS if k in batch), []) if isinstance(batch, Mapping) else []
+    if not isinstance(batch, Mapping):
+        return []
+    found: Any = next((batch[k] for k in IDS if k in batch), [])
     if isinstance(found, Tensor):
         # a copy: memory that a worker process shares keeps a file open
         return found.detach().clone() if found.ndim == 1 and not found.is_floating_point() else []
-    return list(found) if isinstance(found, (list, tuple)) and _are_plain(found) else []
+    is_plain = isinstance(found, (list, tuple)) and all(isinstance(one, (int, str)) for one in found)
+    return list(found) if is_plain else []
 
 
 def sample_ids(batch: Any) -> list[Any]:
@@ -212,7 +212,3 @@ def sample_ids(batch: Any) -> list[Any]:
 
 def _as_list(samples: Any) -> list[Any]:
     return samples.tolist() if isinstance(samples, Tensor) else samples
-
-
-def _are_plain(values: Any) -> bool:
-    return all(isinstance(value, (int, str)) for value in values)

@@ -46,8 +46,8 @@ class SeenBatch:
 
 
 def _versions(batch: Any) -> tuple[int, ...]:
-    tensors = (leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor))
-    return tuple(tensor._version for tensor in tensors if not tensor.is_inference())
+    tensors = [leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)]
+    return tuple([tensor._version for tensor in tensors if not tensor.is_inference()])
 
 
 def replay(
@@ -56,12 +56,6 @@ def replay(
     """Runs a batch again, forward and backward, and finds the origin of its first nonfinite value.
 
     Nothing is logged, no optimizer steps, and weights, gradients, buffers and random numbers are restored.
-
-    Args:
-        trainer: Its precision is used.
-        pl_module: The module in training.
-        seen: The batch.
-        out_of_range: See `core.forensics.investigate`.
 
     Returns:
         The origin; `"unknown"`, with the reason, if the step could not be run.

@@ -13,9 +13,10 @@ from lightning_gradguard.runtime.incidents.journal import (
     describe_counts,
     incidents_file,
     log_incidents,
+    markdown_cell,
 )
 from lightning_gradguard.runtime.lightning_packages import is_instance_by_name
-from lightning_gradguard.runtime.logging import console, markdown, metrics
+from lightning_gradguard.runtime.logging import console, metrics
 from lightning_gradguard.runtime.logging.console import relative_to_cwd, shell_command
 from lightning_gradguard.runtime.logging.hyperparameters import hyperparameters_of
 
@@ -39,19 +40,11 @@ def summarize(
     step: int,
     last_logged: Mapping[str, tuple[int, float]],
 ) -> None:
-    """Prints and logs the summary of a run. Local: needs no other rank.
-
-    Args:
-        trainer: The Trainer whose fit has ended, or was interrupted.
-        counts: Final counts of the callbacks, by tag.
-        first_step: The first step, on the loggers' axis; above 0 in a run that was resumed.
-        step: The last one.
-        last_logged: By tag, the step at which it was logged last, and its value then; counts that are
-            logged at the last step already are not logged again.
-    """
+    """Prints and logs the summary of a run. Local: needs no other rank."""
     incidents = count_incidents(trainer)
     settings = hyperparameters_of(trainer.callbacks)  # type: ignore[attr-defined]
     final = {**counts, tags.N_INCIDENTS: sum(incidents.values())}
+    # counts that are logged at the last step already are not logged again
     scalars = {tag: count for tag, count in final.items() if last_logged.get(tag) != (step, count)}
     metrics.log_scalars(trainer, scalars, step)
     metrics.log_hyperparameters(trainer, settings)
@@ -109,5 +102,5 @@ def _aligned(rows: Mapping[str, str]) -> list[str]:
 
 
 def _markdown(rows: Mapping[str, object]) -> str:
-    cells = (f"| {name} | {markdown.cell(str(value))} |" for name, value in rows.items())
+    cells = (f"| {name} | {markdown_cell(str(value))} |" for name, value in rows.items())
     return "\n".join(["| | |", "|---|---|", *cells])

@@ -34,11 +34,7 @@ def save_last_good(trainer: pl.Trainer) -> Path | None:
 
 
 def combined_advice(causes: Mapping[Cause, Sequence[str]]) -> str:
-    """Advice on a run that was stopped.
-
-    Args:
-        causes: Causes that were found for skipped steps, and where.
-    """
+    """Advice on a run that was stopped."""
     advices = [advice_for_cause(cause, tuple(where)) for cause, where in causes.items()]
     return " ".join(filter(None, advices)) or advice("training_diverged")
 
@@ -50,15 +46,7 @@ def divergence_error(
     causes: Mapping[Cause, Sequence[str]],
     last_good: Path | None,
 ) -> TrainingDivergedError:
-    """Makes the error that ends the run.
-
-    Args:
-        trainer: The Trainer that is stopped.
-        reason: The budget that was used up.
-        step: `trainer.global_step` of the weights that it is left with.
-        causes: Causes that were found for skipped steps, and where.
-        last_good: From `save_last_good`.
-    """
+    """Makes the error that ends the run."""
     causes_text = "; ".join(
         f"{label(cause)} ({', '.join(where[:3])})" if where else label(cause)
         for cause, where in causes.items()

@@ -18,14 +18,7 @@ MIN_CHARTS = 10
 
 
 class ChartGroups:
-    """Charts that parameters count in, kept from step to step.
-
-    Args:
-        level: See `chart_names`.
-        include: Names of parameters or modules, or wildcards, that get charts; all if `None`.
-        exclude: Those that get none.
-        norm_type: Type of the norms.
-    """
+    """Charts that the included parameters count in, kept from step to step."""
 
     def __init__(
         self, level: Level, include: Sequence[str] | None, exclude: Sequence[str], norm_type: float
@@ -52,13 +45,7 @@ class ChartGroups:
     def norms(
         self, names: Sequence[str], norms: Sequence[float], relative_to: Sequence[float] | None = None
     ) -> dict[str, float]:
-        """Returns the norm of each chart.
-
-        Args:
-            names: Of the parameters.
-            norms: Of the parameters.
-            relative_to: Norms that those of the charts are divided by.
-        """
+        """Returns the norm of each chart, divided by that of `relative_to` if there is one."""
         groups: dict[str, list[int]] = defaultdict(list)
         for i, chart in self.select(names).items():
             groups[chart].append(i)

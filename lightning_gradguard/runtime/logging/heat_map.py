@@ -35,12 +35,7 @@ class GradientHistory:
         return self._steps[-1] if self._steps else -1
 
     def append(self, step: int, norms: Mapping[str, float]) -> None:
-        """Adds a logged step.
-
-        Args:
-            step: Its number.
-            norms: Norm by name, first layer first.
-        """
+        """Adds a logged step."""
         self._steps.append(step)
         self._columns.append(norms)
 

@@ -15,11 +15,7 @@ MIN_COLUMNS = 10
 
 
 class HeatMapSchedule:
-    """Logs a heat map every so many steps, and once more when training ends.
-
-    Args:
-        every_n_steps: Steps between heat maps; 0 for none.
-    """
+    """Logs a heat map every so many steps, 0 for none, and once more when training ends."""
 
     def __init__(self, every_n_steps: int) -> None:
         self.every_n_steps = every_n_steps
@@ -30,13 +26,7 @@ class HeatMapSchedule:
         self._history = GradientHistory()
 
     def append(self, trainer: pl.Trainer, step: int, norms: Mapping[str, float]) -> None:
-        """Adds a logged step, and logs the heat map if it is due.
-
-        Args:
-            trainer: The Trainer that runs.
-            step: Step on the loggers' axis.
-            norms: Norm by name, first layer first.
-        """
+        """Adds a logged step, and logs the heat map if it is due."""
         if not self.every_n_steps or not norms:
             return
         self._history.append(step, norms)

@@ -13,47 +13,22 @@ Plain = str | int | float | bool
 
 
 class Configured:
-    """A callback with settings.
-
-    Attributes:
-        settings: The arguments that differ from their defaults.
-    """
+    """A callback whose `settings` are the arguments that differ from their defaults."""
 
     settings: Mapping[str, Plain] = {}
 
 
 def non_defaults(callback: type, arguments: Mapping[str, object]) -> dict[str, Plain]:
-    """Returns the arguments that differ from their defaults, in their order.
-
-    Args:
-        callback: The class; its `__init__` has the defaults.
-        arguments: The `locals()` of that `__init__`.
-
-    Example:
-        >>> class Brake(Configured):
-        ...     def __init__(self, force: float = 1.0, wheels: tuple[str, ...] = ()) -> None:
-        ...         self.settings = non_defaults(Brake, locals())
-        >>> Brake(wheels=("left", "right")).settings
-        {'wheels': 'left, right'}
-    """
+    """Returns the arguments that differ from the defaults of `__init__`, given the `locals()` in it."""
     values = {
-        name: (plain(arguments[name]), plain(parameter.default))
+        name: (_plain(arguments[name]), _plain(parameter.default))
         for name, parameter in inspect.signature(callback).parameters.items()
     }
     return {name: value for name, (value, default) in values.items() if value != default}
 
 
-def plain(value: object) -> Plain:
-    """Returns a value as a table and a logger take it, in one line.
-
-    Args:
-        value: A number stays one, a list becomes its elements, a policy its class and arguments.
-
-    Example:
-        >>> from lightning_gradguard import PercentileClipping
-        >>> plain(3), plain(["head", "body"]), plain(PercentileClipping(50.0))
-        (3, 'head, body', 'PercentileClipping(percentile=50.0, window=1000)')
-    """
+def _plain(value: object) -> Plain:
+    """Returns a number, or one line: a list as its elements, a policy as its class and arguments."""
     if isinstance(value, Plain):
         return value
     if isinstance(value, ClippingPolicy):
@@ -66,13 +41,7 @@ def plain(value: object) -> Plain:
 
 
 def hyperparameters_of(callbacks: Sequence[object]) -> dict[str, Plain]:
-    """Returns the callbacks of the suite and their settings.
-
-    Args:
-        callbacks: All of a Trainer's.
-
-    Returns:
-        `callbacks`, their names; and `<callback>.<argument>` for each setting.
+    """Returns the names of the suite's callbacks, and `<callback>.<argument>` for each setting.
 
     Example:
         >>> from lightning_gradguard import GradientNormMonitor, NaNRollback

@@ -26,14 +26,7 @@ class NumbersReader(Protocol):
     def on_host_numbers(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, record: Any, numbers: list[float]
     ) -> None:
-        """Called when the buffer is flushed, between the transfer and the loggers.
-
-        Args:
-            trainer: The Trainer that runs.
-            pl_module: The module in training.
-            record: The reader's own description of the numbers.
-            numbers: On the host.
-        """
+        """Called when the buffer is flushed, between the transfer and the loggers."""
 
 
 class _Tagged(NamedTuple):
@@ -80,13 +73,7 @@ class MetricBuffer:
         self._scalars_at[step].update(scalars)
 
     def add_numbers(self, reader: NumbersReader, record: Any, values: Tensor) -> None:
-        """Adds numbers that a callback reads on the host, and logs from there.
-
-        Args:
-            reader: Its `on_host_numbers` is called with them.
-            record: Handed to the reader beside the numbers.
-            values: Shape `(n,)`, on any device.
-        """
+        """Adds numbers that a callback reads on the host, and logs from there."""
         self._pending.append(_ForReader(values.detach().double(), reader, record))
 
     def publish_total(self, tag: str, value: float | Tensor) -> None:
@@ -130,13 +117,7 @@ class MetricBuffer:
 
 
 def log_scalars(trainer: pl.Trainer, scalars: Mapping[str, float], step: int) -> None:
-    """Logs scalars to every logger of the Trainer.
-
-    Args:
-        trainer: The Trainer; its loggers write on rank 0 and do nothing elsewhere.
-        scalars: Tag to value.
-        step: Step on the loggers' axis.
-    """
+    """Logs scalars to every logger of the Trainer."""
     for logger in trainer.loggers:
         _guarded(logger, partial(write_scalars, logger, scalars, step))
 

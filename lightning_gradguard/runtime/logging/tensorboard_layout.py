@@ -44,9 +44,6 @@ _CHARTS: dict[str, dict[str, tuple[str, ...]]] = {
 def decades(scalars: Mapping[str, float]) -> dict[str, float]:
     """Returns the log10 copies of the scalars that span decades.
 
-    Args:
-        scalars: Tag to value.
-
     Returns:
         `log10/<tag>` to log10; of 0 that of the smallest positive float32.
 
@@ -65,9 +62,6 @@ def layout(tags: Iterable[str]) -> dict[str, dict[str, list[object]]]:
     """Returns the charts that these tags fill, as `SummaryWriter.add_custom_scalars` takes them.
 
     A chart is the same in every run that has it, so that TensorBoard shows several runs in one.
-
-    Args:
-        tags: All that were logged so far.
 
     Returns:
         Category to title to the chart; without those that would be empty.

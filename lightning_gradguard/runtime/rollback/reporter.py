@@ -21,13 +21,6 @@ from lightning_gradguard.runtime.steps.transaction import StepTransaction
 class IncidentReporter:
     """Publishes the incidents of one fit.
 
-    Args:
-        trainer: The Trainer that runs.
-        pl_module: The module in training.
-        investigation: Examines skipped steps.
-        snapshots: Of the fit.
-        buffers: Copies from before the running step.
-
     Attributes:
         batch_idx: Of the running batch in its epoch, also in an epoch that was resumed.
     """
@@ -59,12 +52,7 @@ class IncidentReporter:
         self.publish(kind, value=loss, **facts)
 
     def report_skip(self, transaction: StepTransaction, *, examine: bool = True) -> None:
-        """Publishes a skipped step, with its cause if it is the first of an episode.
-
-        Args:
-            transaction: Of the step.
-            examine: True where a replay, in which all ranks take part, is possible.
-        """
+        """Publishes a skipped step, with its cause if a replay, in which all ranks take part, is possible."""
         has_scaler = lightning_api.gradient_scaler(self._trainer) is not None
         kind, facts = describe_skip(transaction, has_scaler=has_scaler)
         window = transaction.window
@@ -92,9 +80,7 @@ class IncidentReporter:
 def describe_skip(transaction: StepTransaction, *, has_scaler: bool) -> tuple[IncidentKind, dict[str, Any]]:
     """Returns the kind of incident that a skipped step is, and its facts.
 
-    Args:
-        transaction: Of the step.
-        has_scaler: True under a GradScaler, which scales gradients to the edge of overflow.
+    A GradScaler scales gradients to the edge of overflow.
     """
     measurement, norms = transaction.measurement, transaction.norms
     assert measurement is not None
@@ -122,13 +108,7 @@ def describe_skip(transaction: StepTransaction, *, has_scaler: bool) -> tuple[In
 
 
 def origin_facts(origin: Origin, kind: str, where: tuple[str, ...] = ()) -> dict[str, Any]:
-    """Facts of an incident from the origin that a replay found.
-
-    Args:
-        origin: The origin.
-        kind: Of the incident.
-        where: Names known to be at fault without a replay.
-    """
+    """Facts of an incident from the origin that a replay found."""
     return {
         "cause": origin.cause,
         "detail": origin.detail,

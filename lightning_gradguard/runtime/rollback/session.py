@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import pytorch_lightning as pl
 
 from lightning_gradguard.core import tags
 from lightning_gradguard.core.norms import Measurement
-from lightning_gradguard.core.recovery import RecoveryPolicy
+from lightning_gradguard.core.recovery import Decision, RecoveryPolicy
 from lightning_gradguard.runtime import lightning_api
 from lightning_gradguard.runtime.distributed import any_rank, gather_objects
 from lightning_gradguard.runtime.incidents.investigation import Investigation
@@ -21,39 +22,56 @@ from lightning_gradguard.runtime.incidents.termination import (
     divergence_error,
     save_last_good,
 )
-from lightning_gradguard.runtime.rollback.outcome import BatchOutcome, Counts, counts_by_tag
 from lightning_gradguard.runtime.rollback.reporter import IncidentReporter
 from lightning_gradguard.runtime.rollback.snapshot_schedule import SnapshotSchedule
 from lightning_gradguard.runtime.steps import trainer_state
-from lightning_gradguard.runtime.steps.check_modes import (
-    BufferOnlyCheck,
-    CheckMode,
-    ClosureCheck,
-    DeferredCheck,
-    ExactCheck,
-)
+from lightning_gradguard.runtime.steps.check_modes import ClosureCheck, DeferredCheck, ExactCheck
 from lightning_gradguard.runtime.steps.side_effects import SideEffects
-from lightning_gradguard.runtime.steps.step import Step, StepVerdict
-from lightning_gradguard.runtime.steps.step_member import StepFlags
+from lightning_gradguard.runtime.steps.step import Step, StepFlags, StepVerdict
 from lightning_gradguard.runtime.steps.suite import Suite
+from lightning_gradguard.runtime.steps.trainer_state import TrainerState
 from lightning_gradguard.runtime.steps.transaction import StepTransaction, Window
+
+
+@dataclass
+class Counts:
+    """Counts over the whole run, resumed parts included.
+
+    Args:
+        skips: Steps skipped.
+        amp_overflows: Steps that the GradScaler skipped.
+        overflows_at_floor: The last ones of these in a row at a loss scale of 1 or less.
+        has_stopped: True if this fit was stopped because a budget was used up.
+    """
+
+    skips: int = 0
+    amp_overflows: int = 0
+    overflows_at_floor: int = 0
+    has_stopped: bool = False
+
+    def by_tag(self, rollbacks: int) -> dict[str, float]:
+        """Returns the counts as they are logged."""
+        counts = {tags.SKIPS: self.skips, tags.ROLLBACKS: rollbacks, tags.AMP_OVERFLOWS: self.amp_overflows}
+        return {tag: float(count) for tag, count in counts.items()}
+
+
+@dataclass
+class BatchOutcome:
+    """The outcome of the running batch so far."""
+
+    committed_step: int | None = None
+    has_skipped: bool = False
+    before: TrainerState | None = None
+    decision: Decision = "continue"
+
+    def decide(self, decision: Decision) -> None:
+        """Takes a decision, unless a graver one was made."""
+        if self.decision != "stop" and decision != "continue":
+            self.decision = decision
 
 
 class RollbackSession:
     """One fit of `NaNRollback`.
-
-    Args:
-        trainer: The Trainer that runs.
-        pl_module: The module in training.
-        suite: Of the Trainer.
-        policy: Decides about rollbacks.
-        counts: Of the run.
-        snapshots: Of this fit.
-        investigation: Examines skipped steps.
-        earlier_logs: Folders with the lost batches of the runs that this one resumes.
-        defers_check: True if steps are checked one step late where that is possible.
-        kernel_may_skip: See `DeferredCheck`.
-        keeps_batches: True if skipped steps may be examined, which needs their batches.
 
     Attributes:
         lost_batches: The log of them.
@@ -82,6 +100,7 @@ class RollbackSession:
         self._snapshots = snapshots
         self._investigation = investigation
         self._keeps_batches = keeps_batches
+        self._has_scaler = lightning_api.gradient_scaler(trainer) is not None
         self._is_sharded = lightning_api.shards_parameters(trainer)
         self._side_effects = SideEffects(trainer, pl_module)
         snapshots.begin(trainer, self._side_effects)
@@ -93,14 +112,11 @@ class RollbackSession:
                 trainer, self._side_effects, suite, kernel_may_skip=kernel_may_skip
             )
         self._closure = ClosureCheck(trainer, self._side_effects)
-        self._modes: list[CheckMode] = [self._exact]
-        if any(map(lightning_api.calls_closure_repeatedly, trainer.optimizers)):
-            self._modes.append(self._closure)
+        self._has_closure = any(isinstance(o, lightning_api.REPEATS_CLOSURE) for o in trainer.optimizers)
         self._reporter = IncidentReporter(
             trainer, pl_module, investigation, snapshots, self._side_effects.buffers
         )
-        self._buffer_only = BufferOnlyCheck(trainer, self._side_effects)
-        self._keeps_state = snapshots.restores_more_than_tensors or any(m.needs_state for m in self._modes)
+        self._keeps_state = snapshots.restores_more_than_tensors or defers_check or self._has_closure
         self._transaction = StepTransaction(Window(trainer.global_step), state="discarded")
         self._outcome = BatchOutcome()
         self._skipped: list[StepTransaction] = []
@@ -120,7 +136,7 @@ class RollbackSession:
         self._outcome = BatchOutcome()
         batch_in_epoch = batch_idx + self._batch_idx_offset.get(epoch, 0)
         self._reporter.batch_idx = batch_in_epoch
-        if not self._transaction.is_open or lightning_api.is_swa_bn_update(trainer):
+        if self._transaction.state != "open" or lightning_api.is_swa_bn_update(trainer):
             self._open_transaction()
         self._transaction.batch_idx = batch_in_epoch
         window = self._transaction.window
@@ -152,9 +168,11 @@ class RollbackSession:
             # by now every callback had its chance to repair the weights that training starts from
             assert self._transaction.window.before is not None
             self._snapshots.capture_first(self._trainer, self._transaction.window.before)
-        self._snapshots.wait()
-        mode: CheckMode = self._closure if step.inside_closure else self._exact
-        if (closed := mode.on_step(step, self._transaction)) is not None:
+        if self._snapshots.is_copying:
+            self._snapshots.wait()
+        mode = self._closure if step.inside_closure else self._exact
+        closed = mode.on_step(step, self._transaction)
+        if closed is not None:
             self._transaction = closed
             self._record(closed)
 
@@ -185,10 +203,13 @@ class RollbackSession:
     def on_batch_end(self, batch_idx: int) -> None:
         """Concludes the batch; resolves a deferred check ahead of validation and the end of an epoch."""
         trainer = self._trainer
-        if lightning_api.is_swa_bn_update(trainer):
+        if not self._suite.has_stepped and lightning_api.is_swa_bn_update(trainer):
             self._check_buffers()
-        for mode in self._modes:
-            if (closed := mode.on_batch_end(self._transaction)) is not None:
+        if self._has_scaler:
+            self._exact.restore_scaler()
+        if self._has_closure:
+            closed = self._closure.on_batch_end(self._transaction)
+            if closed is not None:
                 self._transaction = closed
                 self._record(closed)
         if self._deferred is not None and self._deferred.deferred is not None:
@@ -226,7 +247,7 @@ class RollbackSession:
 
     def log_counts(self) -> None:
         """Adds the counts to the metrics of the batch, and publishes two of them to `callback_metrics`."""
-        counts = counts_by_tag(self._counts, self._policy)
+        counts = self._counts.by_tag(self._policy.rollbacks)
         self._suite.metrics.add_scalars(counts)
         for tag in (tags.SKIPS, tags.ROLLBACKS):
             self._suite.metrics.publish_total(tag, counts[tag])
@@ -240,7 +261,8 @@ class RollbackSession:
 
     def _open_transaction(self) -> None:
         trainer, snapshots = self._trainer, self._snapshots
-        snapshots.wait()  # the batch before may have made no step
+        if snapshots.is_copying:  # the batch before may have made no step
+            snapshots.wait()
         self._side_effects.save()
         if snapshots.capture_if_due(trainer):
             self._scan_weights()
@@ -251,8 +273,8 @@ class RollbackSession:
         needs_state = self._keeps_state or snapshots.is_empty
         window = Window(trainer.global_step, before=snapshots.state(trainer) if needs_state else None)
         self._transaction = StepTransaction(window)
-        for mode in self._modes:
-            mode.on_window_start(window)
+        if self._has_closure:
+            self._closure.on_window_start(window)
 
     def _record(self, transaction: StepTransaction, n_following: int = 0) -> None:
         """Counts a closed transaction, and takes the policy's decision on it."""
@@ -271,7 +293,8 @@ class RollbackSession:
         assert measurement is not None
         self._outcome.committed_step = transaction.window.step
         self._counts.overflows_at_floor = 0
-        self._investigation.end_episode()
+        if self._investigation.in_episode:
+            self._investigation.end_episode()
         decision, anomaly = self._policy.on_good_step(
             measurement.optimizer_index, measurement.loss, measurement.total_norm, measurement.is_collapsed
         )
@@ -297,7 +320,8 @@ class RollbackSession:
 
     def _check_buffers(self) -> None:
         self._transaction.state = "discarded"
-        if self._buffer_only.on_batch_end():
+        if any_rank(self._state_is_nonfinite(), self._pl_module.device):
+            self._side_effects.restore()
             self.lost_batches.mark_skipped(1)
             self._counts.skips += 1
             self._reporter.publish("nonfinite_buffers", action="skipped")

@@ -14,15 +14,9 @@ from lightning_gradguard.runtime.steps.trainer_state import TrainerState
 class SnapshotSchedule:
     """The snapshots of one fit.
 
-    Args:
-        keep: Qualified snapshots that are kept.
-        every_n_steps: Good steps between snapshots.
-        device: See `core.snapshots.Snapshot`.
-        rng: True if random number generators are restored too.
-        schedules: True if learning rate schedules are restored too.
-
     Attributes:
         is_empty: True if there is no qualified snapshot.
+        is_copying: True while the weights must not be written before `wait`.
     """
 
     def __init__(self, keep: int, every_n_steps: int, device: str, *, rng: bool, schedules: bool) -> None:
@@ -31,6 +25,7 @@ class SnapshotSchedule:
         self._rng = rng
         self._schedules = schedules
         self.is_empty = True
+        self.is_copying = False
 
     def begin(self, trainer: pl.Trainer, side_effects: SideEffects) -> None:
         """Discards snapshots of another fit."""
@@ -43,7 +38,7 @@ class SnapshotSchedule:
         """Discards all snapshots."""
         self._ring.clear()
         self.is_empty = True
-        self._n_trained = trainer_state.count_trained(trainer)
+        self._n_trained = _count_trained(trainer)
 
     @property
     def restores_more_than_tensors(self) -> bool:
@@ -58,39 +53,37 @@ class SnapshotSchedule:
         """Takes a snapshot at the start of a step, when all callbacks have processed the step before."""
         due, self._is_due = self._is_due, False
         if due:
-            state = self.state(trainer)
-            self._ring.capture(lambda s: trainer_state.capture(trainer, s, state, self._side_effects))
+            self._capture(trainer, self.state(trainer))
         return due
 
     def capture_first(self, trainer: pl.Trainer, state: TrainerState) -> None:
         """Takes the state that training starts from, ahead of the first step: qualified by definition."""
         self.is_empty = False
-        self._ring.capture(
-            lambda s: trainer_state.capture(trainer, s, state, self._side_effects), qualified=True
-        )
+        self._capture(trainer, state, qualified=True)
 
     def misses_parameters(self, trainer: pl.Trainer) -> bool:
         """True if fine-tuning trains other parameters by now than those in the snapshots."""
-        return trainer_state.count_trained(trainer) != self._n_trained
+        return _count_trained(trainer) != self._n_trained
 
     def wait(self) -> None:
         """Orders copies on the device ahead of the next write to the weights."""
         self._ring.wait()
+        self.is_copying = False
 
     def on_good_step(self, step: int) -> None:
         """Counts the good step that was made at `trainer.global_step == step`."""
-        pending = self._ring.pending()
+        pending = self._ring.pending
         if pending is not None and pending.extra_state.step <= step:
             self._ring.good_step()
         self._good_steps += 1
-        if self._good_steps >= self._every_n_steps and not self._ring.is_pending:
+        if self._good_steps >= self._every_n_steps and self._ring.pending is None:
             self._good_steps = 0
             self._is_due = True
 
     def discard_after(self, step: int) -> None:
         """Discards a pending snapshot from after the bad step at `trainer.global_step == step`."""
         self._is_due = False
-        pending = self._ring.pending()
+        pending = self._ring.pending
         if pending is not None and pending.extra_state.step > step:
             self._ring.discard_pending()
 
@@ -110,8 +103,19 @@ class SnapshotSchedule:
         """`trainer.global_step` of the oldest snapshot."""
         return int(self._ring.oldest().extra_state.step)
 
+    def _capture(self, trainer: pl.Trainer, state: TrainerState, *, qualified: bool = False) -> None:
+        self._ring.capture(
+            lambda snapshot: trainer_state.capture(trainer, snapshot, state, self._side_effects),
+            qualified=qualified,
+        )
+        self.is_copying = True
+
     def _restore(self, trainer: pl.Trainer, snapshot: Snapshot) -> int:
         self._good_steps = 0
         self._is_due = False
         lightning_api.reshard_parameters(trainer)
         return trainer_state.restore(trainer, snapshot, self._side_effects).step
+
+
+def _count_trained(trainer: pl.Trainer) -> int:
+    return sum([len(group["params"]) for optimizer in trainer.optimizers for group in optimizer.param_groups])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any
 
 import pytorch_lightning as pl
 from torch.optim import Optimizer
@@ -10,8 +10,7 @@ from torch.optim import Optimizer
 from lightning_gradguard.core.snapshots import Snapshot
 from lightning_gradguard.runtime import lightning_api
 from lightning_gradguard.runtime.distributed import any_rank
-from lightning_gradguard.runtime.fused_optimizer import skip_is_exact
-from lightning_gradguard.runtime.optimizer_hooks import drop_gradients
+from lightning_gradguard.runtime.optimizer_hooks import drop_gradients, skip_is_exact
 from lightning_gradguard.runtime.steps import trainer_state
 from lightning_gradguard.runtime.steps.side_effects import SideEffects
 from lightning_gradguard.runtime.steps.step import Step
@@ -20,34 +19,13 @@ from lightning_gradguard.runtime.steps.trainer_state import TrainerState
 from lightning_gradguard.runtime.steps.transaction import StepTransaction, Window
 
 
-class CheckMode(Protocol):
-    """A way of checking steps."""
-
-    #: True if windows need the training state from before their first batch.
-    needs_state: bool
-
-    def on_window_start(self, window: Window) -> None:
-        """Called ahead of the first batch of a step."""
-
-    def on_step(self, step: Step, transaction: StepTransaction) -> StepTransaction | None:
-        """Called when a step was measured; returns the transaction that it closes, if it closes one."""
-
-    def on_batch_end(self, transaction: StepTransaction) -> StepTransaction | None:
-        """Called after the optimizers stepped; returns a transaction that is decided only now."""
-
-
 class ExactCheck:
     """Checks each step before it takes place: one host synchronization a step."""
-
-    needs_state = False
 
     def __init__(self, trainer: pl.Trainer, side_effects: SideEffects) -> None:
         self._trainer = trainer
         self._side_effects = side_effects
         self._scaler_state: dict[str, Any] | None = None
-
-    def on_window_start(self, window: Window) -> None:
-        """Nothing to keep: a skipped step was never made."""
 
     def on_step(self, step: Step, transaction: StepTransaction) -> StepTransaction:
         """Commits the step, skips it, or leaves it to the GradScaler."""
@@ -64,12 +42,11 @@ class ExactCheck:
         _commit(self._trainer, self._side_effects)
         return transaction.close("committed", step)
 
-    def on_batch_end(self, transaction: StepTransaction) -> StepTransaction | None:
+    def restore_scaler(self) -> None:
         """Restores the GradScaler, which takes a skipped step for an overflow that a smaller scale cures."""
         state, self._scaler_state = self._scaler_state, None
         if state is not None:
             lightning_api.set_scaler_state(self._trainer, state)
-        return None
 
     def _leave_to_scaler(self, optimizer: Optimizer) -> None:
         self._scaler_state = None
@@ -82,14 +59,8 @@ class ExactCheck:
 class DeferredCheck(ExactCheck):
     """Checks each step when the next one is about to be made: no host synchronization.
 
-    Args:
-        trainer: The Trainer that runs.
-        side_effects: Of the running step.
-        suite: Of the Trainer.
-        kernel_may_skip: True if the verdict follows the rule by which the optimizer's kernel skips.
+    `kernel_may_skip` is true if the verdict follows the rule by which a fused optimizer's kernel skips.
     """
-
-    needs_state = True
 
     def __init__(
         self, trainer: pl.Trainer, side_effects: SideEffects, suite: Suite, *, kernel_may_skip: bool
@@ -135,8 +106,6 @@ class DeferredCheck(ExactCheck):
 class ClosureCheck:
     """Checks a batch in which the optimizer evaluates its closure and updates repeatedly (LBFGS)."""
 
-    needs_state = True
-
     def __init__(self, trainer: pl.Trainer, side_effects: SideEffects) -> None:
         self._trainer = trainer
         self._side_effects = side_effects
@@ -149,13 +118,12 @@ class ClosureCheck:
         assert window.before is not None
         trainer_state.capture(self._trainer, self._before, window.before, self._side_effects)
 
-    def on_step(self, step: Step, transaction: StepTransaction) -> StepTransaction | None:
+    def on_step(self, step: Step, transaction: StepTransaction) -> None:
         """Keeps the first evaluation."""
         self._first = self._first or step
-        return None
 
     def on_batch_end(self, transaction: StepTransaction) -> StepTransaction | None:
-        """Commits the batch, or restores the state from before it."""
+        """Commits the batch, or restores the state from before it; `None` if no optimizer stepped."""
         first, self._first = self._first, None
         if first is None:
             return None
@@ -167,23 +135,9 @@ class ClosureCheck:
         return transaction.close("committed", first)
 
 
-class BufferOnlyCheck:
-    """Checks a batch without a step that updates statistics, as in the last pass of weight averaging."""
-
-    def __init__(self, trainer: pl.Trainer, side_effects: SideEffects) -> None:
-        self._trainer = trainer
-        self._side_effects = side_effects
-
-    def on_batch_end(self) -> bool:
-        """Restores the statistics if they are nonfinite on any rank; returns true if so."""
-        nonfinite = bool(trainer_state.state_is_nonfinite(self._trainer, self._side_effects))
-        if nonfinite := any_rank(nonfinite, self._trainer.lightning_module.device):
-            self._side_effects.restore()
-        return nonfinite
-
-
 def _commit(trainer: pl.Trainer, side_effects: SideEffects) -> None:
-    side_effects.commit()
+    if side_effects.has_averages:
+        lightning_api.resume_weight_averages(trainer)
     if len(trainer.optimizers) > 1:
         # a later step of the same batch may be skipped, this one stays
         side_effects.save(within_step=True)

@@ -1,4 +1,4 @@
-"""An optimizer step that is logged: its norms, and the update that it makes."""
+"""An optimizer step that is logged: its norms, the update that it makes, histograms."""
 
 from __future__ import annotations
 
@@ -12,15 +12,19 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
+from lightning_gradguard.core import tags
 from lightning_gradguard.core.clipping import Scalar
 from lightning_gradguard.core.detectors import Symptom, SymptomDetector
 from lightning_gradguard.core.norms import (
+    Gradients,
     local_shard,
     norms_from_power_sums,
     power_sums,
     total_norm_from_norms,
 )
 from lightning_gradguard.runtime.lightning_api import batches_that_stepped
+from lightning_gradguard.runtime.logging.chart_groups import ChartGroups
+from lightning_gradguard.runtime.logging.metrics import log_histogram
 from lightning_gradguard.runtime.optimizer_hooks import after_step
 from lightning_gradguard.runtime.steps.parameters import Selection
 from lightning_gradguard.runtime.steps.step import Step
@@ -35,12 +39,7 @@ class NonfiniteFraction:
         self._seen = 0
 
     def add(self, norms: Tensor, total_norm: float | None) -> None:
-        """Counts the tensors of a step.
-
-        Args:
-            norms: Of its gradients, on the device.
-            total_norm: Of all of them, if it is known on the host.
-        """
+        """Counts the tensors of a step, on the host if their total norm is known there."""
         n = norms.numel()
         is_finite = total_norm is not None and math.isfinite(total_norm)
         self._finite = self._finite + (n if is_finite else (norms < math.inf).sum())
@@ -74,13 +73,6 @@ class LoggedNumbers:
 
 class LoggedStep:
     """Norms of one optimizer step, on the device until `values` are moved to the host.
-
-    Args:
-        suite: Adds up norms over shards.
-        trainer: The Trainer that runs.
-        step: The measured step.
-        norm_type: Type of the norms.
-        update_ratio: Measure the update too, by a copy of the weights.
 
     Attributes:
         is_pending: True while the norms of the update are not yet summed over shards.
@@ -156,6 +148,41 @@ class LoggedStep:
             nonfinite_fraction=0.0 if self.was_checked else numbers.nonfinite_fraction,
         )
 
+    def scalars(
+        self,
+        numbers: LoggedNumbers,
+        charts: ChartGroups,
+        band: tuple[float, float] | None,
+        n_optimizers: int,
+    ) -> dict[str, float]:
+        """Returns the scalars of the step, by tag; a skipped step has no norm.
+
+        Args:
+            numbers: Its numbers on the host.
+            charts: Of the parameters of its optimizer.
+            band: Low and high end of the usual total norms; `None` if too few were logged.
+            n_optimizers: Number of optimizers.
+        """
+        tag = partial(tags.tag, optimizer=self.optimizer_index, of=n_optimizers)
+        scalars = {tag(tags.NONFINITE_FRACTION): numbers.nonfinite_fraction}
+        if not self.accepted:
+            return scalars
+        total = numbers.total_norm
+        if band is not None:
+            low, high = band
+            scalars |= {tag(tags.BAND_LOW): low, tag(tags.BAND_TOTAL): total, tag(tags.BAND_HIGH): high}
+        charted = {tags.GRAD_NORM: charts.norms(self.names, numbers.grad_norms)}
+        if numbers.weight_norms:
+            charted[tags.WEIGHT_NORM] = charts.norms(self.names, numbers.weight_norms)
+        if numbers.update_ratios:
+            pairs = zip(numbers.update_ratios, numbers.weight_norms, strict=True)
+            updates = [ratio * weight for ratio, weight in pairs]
+            charted[tags.UPDATE_RATIO] = charts.norms(self.names, updates, numbers.weight_norms)
+        for form, values in charted.items():
+            scalars |= {tag(form, chart): value for chart, value in values.items()}
+        scalars[tag(tags.GRAD_NORM_TOTAL)] = total  # also where a module is called `total`
+        return scalars
+
     def _measure_updates(self, selection: Selection, before: list[Tensor]) -> None:
         torch._foreach_sub_(before, _local(selection))
         self.is_pending = True
@@ -168,3 +195,16 @@ class LoggedStep:
 
 def _local(selection: Selection) -> list[Tensor]:
     return [local_shard(parameter.detach()) for parameter in selection.parameters]
+
+
+def log_gradient_histograms(trainer: pl.Trainer, gradients: Gradients, charts: ChartGroups) -> None:
+    """Logs a histogram of each gradient that has a chart."""
+    for i in charts.select(gradients.names):
+        values = local_shard(gradients.tensors[i].detach())
+        values = values.coalesce().values() if values.is_sparse else values
+        finite = values[torch.isfinite(values)].float()
+        if finite.numel():
+            # TensorBoard takes the histogram of larger values for empty, and raises
+            bounded = finite.clamp(-1e18, 1e18).cpu()
+            tag = tags.tag(tags.GRAD_HISTOGRAM, gradients.names[i])
+            log_histogram(trainer, tag, bounded, batches_that_stepped(trainer))

@@ -127,19 +127,13 @@ def _bounds(n_totals: int, device: torch.device) -> Tensor:
 
 @torch.no_grad()
 def measure(selection: Selection, request: StepRequest) -> Measured:
-    """Measures the gradients of one step, and shares the result in at most one collective.
-
-    Args:
-        selection: The parameters, the same on every rank.
-        request: What to measure, and what to include in the collective.
-    """
+    """Measures the gradients of one step, and shares the result in at most one collective."""
     return (_measure_shards if selection.is_cut else _measure_whole)(selection, request)
 
 
 def _measure_whole(selection: Selection, request: StepRequest) -> Measured:
     """Every rank has all gradients, averaged: total norms are exchanged to detect ranks that disagree."""
-    world_size = distributed.world_size()
-    head, pending = _head(request, selection, world_size), request.pending
+    head, pending = _head(request, selection), request.pending
     tensors = selection.gradients()
     buckets = selection.buckets(tensors)
     tensor_norms = {
@@ -149,10 +143,10 @@ def _measure_whole(selection: Selection, request: StepRequest) -> Measured:
         tensor_norms = {p: values / request.loss_scale for p, values in tensor_norms.items()}
     total_norm = norms.total_norm_from_norms(tensor_norms[2.0])
     head.append(torch.dot(tensor_norms[2.0], selection.matrices))
-    if world_size == 1:
+    if selection.n_ranks == 1:
         packed = torch.stack([*head, total_norm])
     else:
-        total_norms = total_norm.new_zeros(world_size)
+        total_norms = total_norm.new_zeros(selection.n_ranks)
         total_norms[distributed.rank()] = total_norm
         parts = {"head": torch.stack(head), "total_norms": total_norms}
         seen = distributed.reduce_together(parts if pending is None else {**parts, "pending": pending}, {})
@@ -173,13 +167,9 @@ def _measure_whole(selection: Selection, request: StepRequest) -> Measured:
 
 def _measure_shards(selection: Selection, request: StepRequest) -> Measured:
     """Ranks have different parts of the gradients: sums over local shards add up to those over all."""
-    head = _head(request, selection, distributed.world_size())
-    parameters, device, scale, shares = (
-        selection.parameters,
-        selection.device,
-        request.loss_scale,
-        selection.shares,
-    )
+    head = _head(request, selection)
+    parameters, device, shares = selection.parameters, selection.device, selection.shares
+    scale = request.loss_scale
     tensors = selection.gradients()
     sums: dict[float | str, Tensor] = {}
     for p in request.norm_types:
@@ -220,18 +210,18 @@ def norms_over_shards(selection: Selection, *lists: Sequence[Tensor]) -> Tensor:
     return norms.norms_from_power_sums(sums)
 
 
-def _head(request: StepRequest, selection: Selection, world_size: int) -> list[Tensor]:
+def _head(request: StepRequest, selection: Selection) -> list[Tensor]:
     """Sum of the finite losses, their number, that of others; flags. Scalars on the device, float64."""
     zero, one, losses = selection.zero, selection.one, request.losses
     head = [zero, zero, zero]
-    if len(losses) == 1 and world_size == 1:
+    if len(losses) == 1 and selection.n_ranks == 1:
         head = [losses[0].to(zero), one, zero]  # `PackedMeasurement.read` finds out if it is finite
     elif losses:
         loss = torch.stack(tuple(losses)).to(zero)
         finite = loss.nan_to_num(0.0, 0.0, 0.0)
         head = [values.to(zero).sum() for values in (finite, finite == loss, finite != loss)]
-    flags = request.flags
-    return [*head, *(flag.to(zero) if isinstance(flag, Tensor) else one if flag else zero for flag in flags)]
+    flags = [flag.to(zero) if isinstance(flag, Tensor) else one if flag else zero for flag in request.flags]
+    return [*head, *flags]
 
 
 def _unit_sums(

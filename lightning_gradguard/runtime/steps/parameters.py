@@ -25,6 +25,13 @@ class Selection:
         named: The parameters.
         flat: Those that FSDP1 flattened and cut.
         device: Where numbers about them go.
+
+    Attributes:
+        is_matrix: By parameter.
+        is_sharded: True if any of them is a DTensor that ranks hold parts of.
+        is_cut: True if ranks hold different parts of any of them.
+        has_doubles: True if any of them is of float64.
+        n_ranks: Number of ranks that train together.
     """
 
     def __init__(
@@ -40,11 +47,10 @@ class Selection:
         shapes = [flat.get(parameter, parameter) for parameter in self.parameters]
         self.is_matrix = [shape.ndim > 1 for shape in shapes]
         self.is_sharded = is_sharded(self.parameters)
-        #: Whether ranks hold different parts of any of them.
         self.is_cut = self.is_sharded or any(parameter in flat for parameter in self.parameters)
-        #: Whether any of them is of float64.
         self.has_doubles = any(parameter.dtype == torch.float64 for parameter in self.parameters)
         self._flat = flat
+        self.n_ranks = distributed.world_size()
         self._is_plain = not self.is_sharded and not any(p.is_complex() for p in self.parameters)
 
     @cached_property
@@ -55,7 +61,7 @@ class Selection:
     @cached_property
     def shares(self) -> Tensor:
         """Factors of the sums over local shards before ranks add them up, shape `(n,)`, float64."""
-        ranks, flat = distributed.world_size(), self._flat
+        ranks, flat = self.n_ranks, self._flat
         shares = [flat[p].pieces / ranks if p in flat else share(p, ranks) for p in self.parameters]
         return torch.tensor(shares, dtype=torch.float64, device=self.device)
 
@@ -71,11 +77,7 @@ class Selection:
 
     def gradients(self) -> tuple[Tensor, ...]:
         """The gradients; an empty tensor where this rank holds no part of one."""
-        gradients = [parameter.grad for parameter in self.parameters]
-        return tuple(
-            p.detach().new_zeros(0) if gradient is None else gradient
-            for p, gradient in zip(self.parameters, gradients, strict=True)
-        )
+        return tuple([p.detach().new_zeros(0) if (grad := p.grad) is None else grad for p in self.parameters])
 
     def buckets(self, tensors: Sequence[Tensor]) -> Buckets | None:
         """Those of the gradients, or of the weights; `None` if they have to be looked at one by one."""
@@ -88,12 +90,7 @@ class Selection:
 
 
 class ParameterLayout:
-    """The sharding of parameters over ranks, and the parameters of each optimizer.
-
-    Args:
-        flat: The parameters that FSDP1 flattened and cut.
-        device: Where numbers go if there is no parameter.
-    """
+    """The sharding of parameters over ranks, and the parameters of each optimizer."""
 
     def __init__(self, flat: Mapping[Tensor, FlatShard], device: torch.device = CPU) -> None:
         self._flat = flat
@@ -107,20 +104,13 @@ class ParameterLayout:
         return _OptimizerParameters(list(names), names, self._flat, self._device).with_gradient()
 
     def with_gradient(self, optimizer: Optimizer, naming: Naming) -> Selection:
-        """Those parameters of an optimizer that have a gradient on any rank.
-
-        Args:
-            optimizer: About to step.
-            naming: Called when the optimizer has other parameters than before.
-        """
+        """Those parameters of an optimizer that have a gradient on any rank."""
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        parameters_of_optimizer = self._by_optimizer.get(optimizer)
-        if parameters_of_optimizer is None or not parameters_of_optimizer.is_of(parameters):
-            parameters_of_optimizer = _OptimizerParameters(
-                parameters, naming(parameters), self._flat, self._device
-            )
-            self._by_optimizer[optimizer] = parameters_of_optimizer
-        return parameters_of_optimizer.with_gradient()
+        known = self._by_optimizer.get(optimizer)
+        if known is None or known.ids != list(map(id, parameters)):
+            known = _OptimizerParameters(parameters, naming(parameters), self._flat, self._device)
+            self._by_optimizer[optimizer] = known
+        return known.with_gradient()
 
 
 class _OptimizerParameters:
@@ -133,7 +123,7 @@ class _OptimizerParameters:
         flat: Mapping[Tensor, FlatShard],
         device: torch.device,
     ) -> None:
-        self._ids = list(map(id, parameters))
+        self.ids = list(map(id, parameters))
         # an empty piece of a flattened parameter may be a part of one that is measured
         self._parameters = [p for p in parameters if p.numel() > 0 or p in flat]
         self._names = names
@@ -141,9 +131,6 @@ class _OptimizerParameters:
         self._device = device
         self._has_gradient: list[bool] = []
         self._selection = Selection((), flat, device)
-
-    def is_of(self, parameters: Sequence[nn.Parameter]) -> bool:
-        return list(map(id, parameters)) == self._ids
 
     def with_gradient(self) -> Selection:
         flat, parameters = self._flat, self._parameters

@@ -15,7 +15,8 @@ from torchmetrics import Metric
 from lightning_gradguard.core.snapshots import BufferCopies, any_nonfinite
 from lightning_gradguard.runtime import lightning_api
 
-_INTERNAL = frozenset(vars(nn.Module()))
+#: Attributes of torch and Lightning themselves, which no forward pass writes.
+_INTERNAL = frozenset(vars(pl.LightningModule()))
 
 
 @dataclass(frozen=True)
@@ -37,9 +38,10 @@ class ForwardState:
 class SideEffects:
     """Buffers, torchmetrics states, epoch means and weight averages around one optimizer step.
 
-    Args:
-        trainer: The Trainer that runs.
-        pl_module: The module in training.
+    Attributes:
+        buffers: Copies of the buffers.
+        has_averages: True if a callback averages weights.
+        forward_state: The other state from before the step.
     """
 
     def __init__(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -51,6 +53,7 @@ class SideEffects:
             if not is_lazy(buffer) and not bool(any_nonfinite([buffer]))
         ]
         self._normalizing = [(module, name) for module, name, _ in self._finite if _is_norm(module)]
+        self.has_averages = lightning_api.has_weight_averages(trainer)
         self._trainer = trainer
         self._module = pl_module
         self.rescan()
@@ -79,7 +82,15 @@ class SideEffects:
         if self._find_children() != self._children:
             self.rescan()
         self.buffers.refresh(within_step=within_step)
-        self.forward_state = self._forward_state()
+        self.forward_state = ForwardState(
+            epoch=self._trainer.current_epoch,
+            metrics={id(metric): _metric_state(metric) for metric in self._all_metrics()},
+            hidden=[
+                (module, name, value)
+                for module, name in self._carriers
+                if _is_hidden(value := getattr(module, name, None))
+            ],
+        )
 
     def nonfinite_statistics(self) -> Tensor | None:
         """Scans running statistics of normalization for nonfinite values, without a host synchronization.
@@ -101,10 +112,6 @@ class SideEffects:
             if now is not None and (now is buffer or _is_norm(module)):
                 yield now
 
-    def commit(self) -> None:
-        """The step takes place: weight averages may include it."""
-        lightning_api.resume_weight_averages(self._trainer)
-
     def restore(self) -> None:
         """The step does not take place: restores everything to the last `save`."""
         self.buffers.restore()
@@ -121,17 +128,6 @@ class SideEffects:
         for module, name, value in saved.hidden:
             setattr(module, name, value)
         lightning_api.pause_weight_averages(self._trainer)
-
-    def _forward_state(self) -> ForwardState:
-        return ForwardState(
-            epoch=self._trainer.current_epoch,
-            metrics={id(metric): _metric_state(metric) for metric in self._all_metrics()},
-            hidden=[
-                (module, name, value)
-                for module, name in self._carriers
-                if _is_hidden(value := getattr(module, name, None))
-            ],
-        )
 
     def _find_children(self) -> list[int]:
         # by identity: to compare metrics makes another metric

@@ -1,22 +1,55 @@
-"""An optimizer step between measuring and stepping."""
+"""One optimizer step, as members of a suite see it, and the flags that they add to it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_gradguard.core.norms import Gradients, Measurement
-from lightning_gradguard.runtime.fused_optimizer import supports_fused_override
+from lightning_gradguard.runtime.optimizer_hooks import supports_fused_override
 from lightning_gradguard.runtime.steps.measuring import PackedMeasurement
 from lightning_gradguard.runtime.steps.parameters import Selection
 
 #: `"accept"`: the step takes place and may enter histories. `"skip"`: it must not take place. `"ignore"`: it
 #: enters no history, and the GradScaler deals with it.
 StepVerdict = Literal["accept", "skip", "ignore"]
+
+
+@dataclass
+class StepFlags:
+    """Flags that a member adds to the reduction of the next step; each is set on all ranks if it is on one.
+
+    Args:
+        nonfinite_weights: Shape `()`, on the device; `None` if the weights were not scanned.
+        nonfinite_buffers: The same for buffers.
+        repeats_lost_batch: True if the step holds a batch that the run, before it was resumed, had lost.
+        check_now: True, on all ranks alike, if the check of the step must not be deferred.
+    """
+
+    nonfinite_weights: Tensor | None = None
+    nonfinite_buffers: Tensor | None = None
+    repeats_lost_batch: bool = False
+    check_now: bool = False
+
+    @classmethod
+    def merged(cls, flags: Sequence[StepFlags]) -> StepFlags:
+        """Returns the flags of several members as one."""
+        return cls(
+            nonfinite_weights=_either([f.nonfinite_weights for f in flags]),
+            nonfinite_buffers=_either([f.nonfinite_buffers for f in flags]),
+            repeats_lost_batch=any(f.repeats_lost_batch for f in flags),
+            check_now=any(f.check_now for f in flags),
+        )
+
+
+def _either(flags: Sequence[Tensor | None]) -> Tensor | None:
+    present = [flag for flag in flags if flag is not None]
+    return torch.stack(present).any() if present else None
 
 
 @dataclass
@@ -35,6 +68,7 @@ class Step:
         measurement: The same numbers on the host; `None` if no callback checks steps, or while the check is
             deferred.
         verdict: The same for every callback and rank; `"accept"` while the check is deferred.
+        accepted: True if the step may enter histories.
         inside_closure: True if the optimizer evaluates the loss several times in one step (LBFGS): callbacks
             only watch then.
     """
@@ -49,12 +83,8 @@ class Step:
     packed: PackedMeasurement
     measurement: Measurement | None
     verdict: StepVerdict
+    accepted: bool
     inside_closure: bool
-
-    @property
-    def accepted(self) -> bool:
-        """True if the step may enter histories."""
-        return self.verdict == "accept"
 
     @property
     def loss(self) -> Tensor:

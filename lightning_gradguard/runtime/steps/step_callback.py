@@ -17,8 +17,7 @@ from lightning_gradguard.core.norms import Measurement
 from lightning_gradguard.runtime import lightning_api
 from lightning_gradguard.runtime.incidents.run_summary import summarize
 from lightning_gradguard.runtime.logging.hyperparameters import Configured
-from lightning_gradguard.runtime.steps.step import Step, StepVerdict
-from lightning_gradguard.runtime.steps.step_member import OptionalHook, StepFlags
+from lightning_gradguard.runtime.steps.step import Step, StepFlags, StepVerdict
 from lightning_gradguard.runtime.steps.suite import Suite, forget_suite, suite_of
 
 
@@ -101,7 +100,7 @@ class StepCallback(lightning_api.Callback, Configured):
         """Returns counts of the run, by tag; called at its end, on each rank."""
         return {}
 
-    def overrides(self, hook: OptionalHook) -> bool:
+    def overrides(self, hook: str) -> bool:
         """True if the callback implements an optional hook."""
         return getattr(type(self), hook) is not getattr(StepCallback, hook)
 
@@ -137,7 +136,14 @@ class StepCallback(lightning_api.Callback, Configured):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
         """Takes the callback's turn in the shared step."""
-        step = self.suite.enter(self, trainer, pl_module, optimizer)
+        suite = self.suite
+        step, arrived = suite.open.get(id(optimizer), (None, None))
+        if arrived is None or id(self) in arrived:  # the first to arrive, or the first that arrives again
+            step, arrived = suite.open_step(trainer, pl_module, optimizer), set()
+            suite.open[id(optimizer)] = step, arrived
+        arrived.add(id(self))
+        if len(arrived) == len(suite.members):  # no other member needs it
+            del suite.open[id(optimizer)]
         if step is not None:
             self.on_step(trainer, pl_module, step)
 
@@ -147,7 +153,12 @@ class StepCallback(lightning_api.Callback, Configured):
     ) -> None:
         """Acts after the step is closed; the last callback of the suite sends the metrics."""
         self.on_batch_end(trainer, pl_module, batch_idx)
-        self.suite.end_batch(self, trainer, pl_module)
+        suite = self.suite
+        suite.open.clear()
+        suite.ended_batch.add(id(self))
+        if len(suite.ended_batch) == len(suite.members):
+            suite.ended_batch.clear()
+            suite.end_batch(trainer, pl_module)
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -172,7 +183,8 @@ class StepCallback(lightning_api.Callback, Configured):
             self._end_run(trainer, self.suite)
 
     def _end_run(self, trainer: pl.Trainer, suite: Suite) -> None:
-        totals = suite.end_run(self)
+        suite.ended_run.add(id(self))
+        totals = suite.end_run() if len(suite.ended_run) == len(suite.members) else None
         if totals is None or trainer.barebones or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         try:

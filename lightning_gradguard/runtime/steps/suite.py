@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
 import pytorch_lightning as pl
@@ -15,12 +16,14 @@ from torch.optim import Optimizer
 from lightning_gradguard.core.norms import Gradients, Measurement
 from lightning_gradguard.core.parameter_names import parameter_names
 from lightning_gradguard.runtime import distributed, lightning_api
-from lightning_gradguard.runtime.fused_optimizer import FusedStepOverride
 from lightning_gradguard.runtime.logging.metrics import MetricBuffer
+from lightning_gradguard.runtime.optimizer_hooks import FusedStepOverride
 from lightning_gradguard.runtime.steps.measuring import PackedMeasurement, StepRequest, measure
 from lightning_gradguard.runtime.steps.parameters import ParameterLayout, Selection
-from lightning_gradguard.runtime.steps.step import Step, StepVerdict
-from lightning_gradguard.runtime.steps.step_member import StepFlags, StepMember
+from lightning_gradguard.runtime.steps.step import Step, StepFlags, StepVerdict
+
+if TYPE_CHECKING:
+    from lightning_gradguard.runtime.steps.step_callback import StepCallback
 
 #: Sums over local shards, and what takes the sums over all shards.
 PendingSums = tuple[Tensor, Callable[[Tensor], None]]
@@ -43,34 +46,14 @@ class RunTotals:
     checks_steps: bool = False
 
 
-class Arrivals:
-    """The members that have reached a point which each of them passes once a round.
-
-    Args:
-        members: All of them; the list may grow.
-    """
-
-    def __init__(self, members: Sequence[StepMember]) -> None:
-        self._members = members
-        self._arrived: set[int] = set()
-
-    def __contains__(self, member: StepMember) -> bool:
-        """True if the member has arrived in this round."""
-        return id(member) in self._arrived
-
-    def add(self, member: StepMember) -> bool:
-        """Registers a member; true if it is the last of the round, after which the next one begins."""
-        self._arrived.add(id(member))
-        if is_last := len(self._arrived) == len(self._members):
-            self._arrived.clear()
-        return is_last
-
-
 class Suite:
     """The state that the callbacks of one Trainer share.
 
     Attributes:
         members: In the order in which they joined.
+        open: The open step of each optimizer, by its id, and the ids of the members that have arrived.
+        ended_batch: Ids of the members for which the running batch has ended.
+        ended_run: Ids of the members for which the run has ended.
         metrics: Metrics of the running batch, on their way to the loggers.
         totals: Of the run so far; `None` before its first step.
         has_stepped: True if an optimizer stepped in the running batch, and gradients did not only accumulate.
@@ -78,29 +61,31 @@ class Suite:
     """
 
     def __init__(self) -> None:
-        self.members: list[StepMember] = []
+        self.members: list[StepCallback] = []
+        self.open: dict[int, tuple[Step | None, set[int]]] = {}
+        self.ended_batch: set[int] = set()
+        self.ended_run: set[int] = set()
         self.metrics = MetricBuffer()
         self.totals: RunTotals | None = None
         self.has_stepped = False
         self.is_logged = False
-        self._checkers: list[StepMember] = []
-        self._flagging: list[StepMember] = []
-        self._weighing: list[StepMember] = []
+        self._checkers: list[StepCallback] = []
+        self._flagging: list[StepCallback] = []
+        self._weighing: list[StepCallback] = []
         self._wants_units = False
         self._norm_types: tuple[float, ...] = (2.0,)
         self._layout = ParameterLayout({})
+        self._has_scaler = True
         self._losses: list[Tensor] = []
         self._overrides: list[FusedStepOverride] = []
         self._deferred: tuple[PackedMeasurement, int] | None = None
         self._pending: list[PendingSums] = []
-        self._open: dict[int, tuple[Step | None, Arrivals]] = {}
-        self._batch_ends, self._run_ends = Arrivals(self.members), Arrivals(self.members)
 
-    def has(self, member: StepMember) -> bool:
+    def has(self, member: StepCallback) -> bool:
         """True if a member has joined."""
         return any(member is other for other in self.members)
 
-    def join(self, member: StepMember) -> None:
+    def join(self, member: StepCallback) -> None:
         """Adds a member; what it declares is measured from now on."""
         self.members.append(member)
         for hook, group in (
@@ -108,14 +93,15 @@ class Suite:
             ("step_flags", self._flagging),
             ("wants_weight_norms", self._weighing),
         ):
-            if member.overrides(hook):  # type: ignore[arg-type]
+            if member.overrides(hook):
                 group.append(member)
         self._wants_units |= member.wants_units
         self._norm_types = tuple(dict.fromkeys((*self._norm_types, *member.norm_types)))
 
     def begin(self, trainer: pl.Trainer) -> None:
-        """Reads how the strategy has sharded the parameters."""
+        """Reads the constants of a fit: the sharding of parameters, the GradScaler."""
         self._layout = ParameterLayout(lightning_api.flat_shards(trainer), trainer.lightning_module.device)
+        self._has_scaler = lightning_api.gradient_scaler(trainer) is not None
 
     @property
     def has_one_checker(self) -> bool:
@@ -126,43 +112,30 @@ class Suite:
         """Keeps a loss for the step that it leads to."""
         self._losses.append(lightning_api.unscaled_loss(trainer, loss))
 
-    def enter(
-        self, member: StepMember, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
+    def open_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> Step | None:
-        """Returns the open step of an optimizer, which the first member to arrive measures and checks.
-
-        A member that arrives again opens the next step.
-
-        Returns:
-            The step, or `None` without a gradient: then there is no number either.
-        """
-        step, arrivals = self._open.get(id(optimizer), (None, None))
-        if arrivals is None or member in arrivals:
-            step, arrivals = self._open_step(trainer, pl_module, optimizer), Arrivals(self.members)
-            self._open[id(optimizer)] = step, arrivals
-        if arrivals.add(member):  # no other member needs it
-            del self._open[id(optimizer)]
+        """Measures and checks a step; `None` without a gradient: then there is no number either."""
+        number = lightning_api.batches_that_stepped(trainer)
+        self.is_logged = _is_due(number, trainer.log_every_n_steps)  # type: ignore[attr-defined]
+        if self.totals is None:
+            self.totals = RunTotals(number, number, checks_steps=bool(self._checkers))
+        self.totals.last_step = number
+        step = self._measure(trainer, pl_module, optimizer)
+        self.has_stepped |= step is not None
         return step
 
-    def end_batch(self, member: StepMember, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Ends a member's part in the batch; after the last one, the metrics are logged."""
-        self._open.clear()
-        if self._batch_ends.add(member):
+    def end_batch(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Logs the metrics of the batch, after the last member has ended it."""
+        if self._overrides:
             self.end_overrides()
-            self.has_stepped = False
-            self.metrics.flush(trainer, pl_module)
+        self.has_stepped = False
+        self.metrics.flush(trainer, pl_module)
 
-    def end_run(self, member: StepMember) -> RunTotals | None:
-        """Ends a member's part in the run; after the last one, returns the totals of a run with steps."""
-        if not self._run_ends.add(member):
-            return None
+    def end_run(self) -> RunTotals | None:
+        """Returns the totals of the run, once; `None` if it had no step."""
         totals, self.totals = self.totals, None
         return totals
-
-    def observe_norm(self, total_norm: float) -> None:
-        """Keeps the largest total norm of accepted gradients that reached the host."""
-        if self.totals is not None:
-            self.totals.largest_norm = max(self.totals.largest_norm, total_norm)
 
     def override_fused_step(
         self, step: Step, *, grad_scale: Tensor | None = None, found_inf: Tensor | None = None
@@ -195,13 +168,7 @@ class Suite:
         self._deferred = None
 
     def reduce_over_shards(self, sums: Tensor, selection: Selection, then: Callable[[Tensor], None]) -> None:
-        """Adds sums over local shards up: in the next step's collective, or at once if no parameter is cut.
-
-        Args:
-            sums: By parameter, shape `(n,)`, float64.
-            selection: The parameters.
-            then: Called with the sums over all shards.
-        """
+        """Adds sums over local shards up: in the next step's collective, or at once if no parameter is cut."""
         if selection.is_cut:
             self._pending.append((sums * selection.shares, then))
         else:
@@ -219,34 +186,25 @@ class Suite:
             return "skip"
         if "ignore" in verdicts:
             return "ignore"
-        self.observe_norm(measurement.total_norm)
+        if self.totals is not None:
+            self.totals.largest_norm = max(self.totals.largest_norm, measurement.total_norm)
         return "accept"
-
-    def _open_step(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
-    ) -> Step | None:
-        number = lightning_api.batches_that_stepped(trainer)
-        self.is_logged = _is_due(number, trainer.log_every_n_steps)  # type: ignore[attr-defined]
-        if self.totals is None:
-            self.totals = RunTotals(number, number, checks_steps=bool(self._checkers))
-        self.totals.last_step = number
-        step = self._measure(trainer, pl_module, optimizer)
-        self.has_stepped |= step is not None
-        return step
 
     def _measure(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> Step | None:
         losses, self._losses = self._losses, []
-        self.end_overrides()
-        if self.resolve(trainer, pl_module) == "skip":
+        if self._overrides:
+            self.end_overrides()
+        if self._deferred is not None and self.resolve(trainer, pl_module) == "skip":
             return None
         selection = self._layout.with_gradient(optimizer, partial(parameter_names, pl_module))
         if not selection.names and not losses:
             return None
         if selection.is_sharded:
             distributed.complete_gradients(selection.parameters)
-        flags = _merged([member.step_flags() for member in self._flagging])
+        found = [member.step_flags() for member in self._flagging]
+        flags = found[0] if len(found) == 1 else StepFlags.merged(found)
         pending, self._pending = self._pending, []
         request = StepRequest(
             losses=losses,
@@ -254,19 +212,20 @@ class Suite:
             norm_types=self._norm_types,
             weights=any([member.wants_weight_norms(trainer) for member in self._weighing]),
             units=self._wants_units,
-            loss_scale=lightning_api.scale_of_gradients(trainer, optimizer),
+            loss_scale=lightning_api.scale_of_gradients(trainer, optimizer) if self._has_scaler else 1.0,
             pending=torch.cat([sums for sums, _ in pending]) if pending else None,
         )
         measured = measure(selection, request)
         if measured.pending is not None:
             _deliver(pending, measured.pending)
-        index = next((i for i, other in enumerate(trainer.optimizers) if other is optimizer), 0)
-        repeats = lightning_api.calls_closure_repeatedly(optimizer)
+        optimizers = trainer.optimizers
+        index = optimizers.index(optimizer) if optimizer in optimizers else 0
+        repeats = isinstance(optimizer, lightning_api.REPEATS_CLOSURE)
         measurement: Measurement | None = None
         verdict: StepVerdict = "accept"
         if self._checkers:
             # a GradScaler and a closure that is called repeatedly synchronize anyway
-            is_exact = repeats or lightning_api.gradient_scaler(trainer) is not None or flags.check_now
+            is_exact = repeats or self._has_scaler or flags.check_now
             if is_exact or not all([checker.defers_check for checker in self._checkers]):
                 measurement = measured.packed.read(index)
                 verdict = self._check(trainer, measurement)
@@ -291,24 +250,9 @@ class Suite:
             packed=measured.packed,
             measurement=measurement,
             verdict=verdict,
+            accepted=verdict == "accept",
             inside_closure=repeats,
         )
-
-
-def _merged(flags: Sequence[StepFlags]) -> StepFlags:
-    if len(flags) == 1:
-        return flags[0]
-    return StepFlags(
-        nonfinite_weights=_either([f.nonfinite_weights for f in flags]),
-        nonfinite_buffers=_either([f.nonfinite_buffers for f in flags]),
-        repeats_lost_batch=any(f.repeats_lost_batch for f in flags),
-        check_now=any(f.check_now for f in flags),
-    )
-
-
-def _either(flags: Sequence[Tensor | None]) -> Tensor | None:
-    present = [flag for flag in flags if flag is not None]
-    return torch.stack(present).any() if present else None
 
 
 def _deliver(pending: Sequence[PendingSums], total: Tensor) -> None:

@@ -107,12 +107,6 @@ def restore(trainer: pl.Trainer, snapshot: Snapshot, side_effects: SideEffects) 
     return state
 
 
-def count_trained(trainer: pl.Trainer) -> int:
-    """Number of parameters in the optimizers' groups."""
-    groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
-    return sum(len(group["params"]) for group in groups)
-
-
 def state_is_nonfinite(trainer: pl.Trainer, side_effects: SideEffects) -> Tensor:
     """Scans weights, averages, buffers that began finite, and optimizer state for nonfinite values.
 

@@ -57,22 +57,13 @@ class StepTransaction:
     names: tuple[str, ...] = ()
     norms: Tensor | None = None
 
-    @property
-    def is_open(self) -> bool:
-        """True while batches accumulate."""
-        return self.state == "open"
-
     def close(self, state: TransactionState, step: Step) -> StepTransaction:
         """Ends the transaction with a step; a further optimizer's step on the same batches begins another.
-
-        Args:
-            state: What became of the step.
-            step: The step.
 
         Returns:
             The closed transaction: this one, or that of a further optimizer.
         """
-        closed = self if self.is_open else replace(self)
+        closed = self if self.state == "open" else replace(self)
         closed.state = state
         closed.measurement = step.measurement
         closed.names, closed.norms = step.gradients.names, step.gradients.norms

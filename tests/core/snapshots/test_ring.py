@@ -25,12 +25,12 @@ def test_ring_qualifies_rolls_back_further_and_recycles() -> None:
     take(0.0, qualified=True)
     take(1.0)
     ring.good_step()
-    assert ring.is_pending
+    assert ring.pending is not None
     assert roll_back() == 0.0  # 1.0 is not qualified
     take(2.0)
     for _ in range(3):
         ring.good_step()
-    assert not ring.is_pending
+    assert ring.pending is None
     assert roll_back() == 2.0
     assert roll_back() == 0.0  # again before another is qualified: one further back
     assert roll_back() == 0.0

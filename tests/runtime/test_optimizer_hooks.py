@@ -23,7 +23,7 @@ from lightning_gradguard import (
     UnitwiseClipping,
 )
 from lightning_gradguard.core.norms import DISAGREEMENT, OVERFLOW, Gradients, Measurement
-from lightning_gradguard.runtime.optimizer_hooks import after_step
+from lightning_gradguard.runtime.optimizer_hooks import FusedStepOverride
 from lightning_gradguard.runtime.steps.measuring import PackedMeasurement
 from tests.tasks import NOT_A_NUMBER, Classifier, batches, fit, insert, optimizer_state, same, weights
 
@@ -52,7 +52,7 @@ class Fused(Classifier):
             self.riders.append(vars(optimizer).keys() & set(ATTRIBUTES))
 
         # beside hooks of other modules, which might write to weights, nothing is overridden
-        note.__module__ = after_step.__module__
+        note.__module__ = FusedStepOverride.__module__
         # Lightning runs everything from the forward pass on in between the hooks before a step and the step
         optimizer.register_step_post_hook(note)
         return optimizer
