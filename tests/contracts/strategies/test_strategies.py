@@ -104,7 +104,7 @@ def test_numbers_and_decisions_are_those_of_one_process(
     members = [(group, cell) for group in groups for cell in GROUPS[group][1]]
     torch.save([cell for _, cell in members], tmp_path / "cells.pt")
     launch_on(processes, "tests.contracts.strategies.cells", str(tmp_path), patience=240)
-    proven: dict[tuple[str, str], set[str]] = defaultdict(lambda: set(FEATURES))
+    verified: dict[tuple[str, str], set[str]] = defaultdict(lambda: set(FEATURES))
     references: dict[Cell, Seen] = {}
     for index, (group, cell) in enumerate(members):
         alone = replace(cell, strategy="one process")
@@ -115,8 +115,8 @@ def test_numbers_and_decisions_are_those_of_one_process(
             assert str(other.scalars) == str(ranks[0].scalars), f"{cell}: rank {rank} logged other numbers"
             assert (other.incidents, other.counts) == (ranks[0].incidents, ranks[0].counts), cell
         assert max(seen.collectives for seen in ranks) == 1, cell
-        proven[group, cell.precision] &= agreeing(cell, ranks[0], references[alone])
-    for (group, precision), features in proven.items():
+        verified[group, cell.precision] &= agreeing(cell, ranks[0], references[alone])
+    for (group, precision), features in verified.items():
         strategies_page.has(group, precision, [feature in features for feature in FEATURES])
 
 
