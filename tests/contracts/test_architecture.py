@@ -56,7 +56,7 @@ def test_imports_make_no_cycle() -> None:
 
 def test_callbacks_do_not_assign_to_the_suite() -> None:
     found = [
-        f"{name}:{node.lineno}: {ast.unparse(target)}"
+        f"{name}:{target.lineno}: {ast.unparse(target)}"
         for name, tree in TREES.items()
         if name.startswith("lightning_gradguard.callbacks")
         for node in ast.walk(tree)
