@@ -1,1 +1,1 @@
-"""Measurements of the cost of the suite, and of what it protects from."""
+"""Measurements of the cost of the suite, and of its effect under faults."""

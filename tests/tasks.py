@@ -30,7 +30,7 @@ OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
 
 
 class Classifier(pl.LightningModule):
-    """The 20-64-64-4 network of the NaN storm."""
+    """The 20-64-64-4 network of most tests."""
 
     def __init__(
         self, optimizer: str = "sgd", norm: bool = False, dropout: float = 0.0, seed: int = 0
@@ -150,12 +150,12 @@ class LateStream:
     device = "cpu"
 
     def __init__(self) -> None:
-        self.asked: list[tuple[list[Tensor], list[Tensor]]] = []
+        self.pending: list[tuple[list[Tensor], list[Tensor]]] = []
 
     def synchronize(self) -> None:
-        for targets, sources in self.asked:
+        for targets, sources in self.pending:
             torch._foreach_copy_(targets, sources)
-        self.asked.clear()
+        self.pending.clear()
 
 
 def copy_late(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -167,7 +167,7 @@ def copy_late(monkeypatch: pytest.MonkeyPatch) -> None:
             copy_out(snapshot, targets, sources)
             return
         snapshot._stream = snapshot._stream or LateStream()
-        snapshot._stream.asked.append((targets, sources))
+        snapshot._stream.pending.append((targets, sources))
 
     class Current:
         def wait_stream(self, other: LateStream) -> None:
@@ -209,11 +209,11 @@ def accuracy(module: Classifier) -> float:
 
 
 class RateSpy(pl.Callback):
-    """Comes after the backoff, so that its hook sees the rate, a tensor, that the optimizer uses."""
+    """Records learning rates that are tensors: in use, and scheduled. Comes after the backoff."""
 
     def __init__(self, backoff: LearningRateBackoff) -> None:
         self.backoff = backoff
-        self.asked: list[Tensor] = []
+        self.scheduled: list[Tensor] = []
         self.used: list[Tensor] = []
         self.scales: list[float] = []
 
@@ -226,15 +226,15 @@ class RateSpy(pl.Callback):
         self.scales.append(self.backoff.scale)
 
     def on_train_batch_end(self, *_: Any) -> None:
-        self.asked.append(self.group["lr"].clone())
+        self.scheduled.append(self.group["lr"].clone())
 
 
-class Remember(pl.Callback):
+class StateRecorder(pl.Callback):
     """The state ahead of each step, by `global_step`, and the one that a rollback restored."""
 
     def __init__(self) -> None:
         self.at: dict[int, list[Tensor]] = {}
-        self.landed: tuple[int, list[Tensor]] | None = None
+        self.restored: tuple[int, list[Tensor]] | None = None
 
     def state(self, trainer: pl.Trainer) -> list[Tensor]:
         state = (*weights(trainer.lightning_module), *optimizer_state(trainer))
@@ -246,4 +246,4 @@ class Remember(pl.Callback):
 
     def on_training_incident(self, trainer: pl.Trainer, module: Any, incident: Incident) -> None:
         if incident.kind == "rollback":
-            self.landed = int(incident.value or 0), self.state(trainer)
+            self.restored = int(incident.value or 0), self.state(trainer)

@@ -1,4 +1,4 @@
-"""TensorBoard on a folder, and what it answers over HTTP."""
+"""TensorBoard on a folder, with its answers over HTTP."""
 
 from __future__ import annotations
 

@@ -71,7 +71,7 @@ renamed = pytest.mark.filterwarnings("ignore:[\\s\\w`.]* was deprecated in v4")
 @pytest.mark.filterwarnings("ignore:Precision .* is not supported by the model summary")
 @pytest.mark.parametrize("page", pages_with("python"))
 def test_python_snippets_run(page: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those of a page one after another, as a reader does; what a page says is printed is printed."""
+    """Runs the snippets of a page one after another; the outputs that it shows are printed."""
     monkeypatch.setattr(sys, "argv", ["snippet.py"])
     names: dict[str, object] = {}
     printed = StringIO()

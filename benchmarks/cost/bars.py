@@ -168,7 +168,7 @@ def _below(found: Spread, limit: float) -> Verdict:
 
 
 def _times_cheaper(ours: Spread, theirs: Spread) -> Verdict:
-    if ours.low <= 0:  # nothing is free: the noise is larger than what was to be measured
+    if ours.low <= 0:  # the noise is larger than the difference
         return "open"
     if ours.high * TIMES_CHEAPER <= theirs.low:
         return "pass"

@@ -31,8 +31,8 @@ class Count:
         kind: Of step.
         ops: Operations.
         launches: Kernels on CUDA, by the meter's model.
-        syncs: Waits of the host.
-        late: Reads of what was on its way since the step before.
+        syncs: Synchronizations of the host.
+        late: Reads of copies that began in the step before.
         read: Bytes, in those of all gradients.
         write: Bytes, in the same.
     """

@@ -49,7 +49,7 @@ def on_gpu(variant: Variant) -> Variant:
 
 
 def on_device(make: Callable[[], pl.LightningModule]) -> pl.LightningModule:
-    """A network whose batch is on the device already: moving it is no part of a step."""
+    """A network whose batch is on the device already: the transfer is not part of a step."""
     module = make()
     module.batch = module.batch.cuda()
     return module
@@ -93,7 +93,7 @@ def read_floor(size: int) -> float:
 
 
 def table(network: str, rounds: int) -> str:
-    """One network, all variants."""
+    """Renders the times of all variants of one network."""
     variants = {name: on_gpu(variant) for name, variant in COMPARED.items()}
     modules = {name: on_device(NETWORKS[network]) for name in variants}
     size = sum(p.nbytes for p in modules[BARE].parameters() if p.requires_grad)

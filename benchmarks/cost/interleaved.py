@@ -24,15 +24,15 @@ ENDLESS = 10**6
 #: Steps between the suite's snapshots, by default.
 SNAPSHOT_EVERY = 50
 
-#: Of one fit: number of a step, from 1, and what it took.
+#: Of one fit: number of a step, from 1, and its seconds.
 Seconds = dict[int, float]
 
 
 class Fit:
-    """A fit that stands still between two steps.
+    """A fit that pauses between two steps.
 
-    It runs in a greenlet of its own. Whenever its Trainer asks for a batch, the greenlet hands control back,
-    so that a step lasts from being handed a batch to asking for the next one. Nothing is shared between two
+    It runs in a greenlet of its own. Whenever its Trainer requests a batch, the greenlet returns control,
+    so that a step lasts from one batch to the request for the next. Nothing is shared between two
     fits but the process.
 
     Args:
@@ -47,7 +47,7 @@ class Fit:
     def __init__(self, module: pl.LightningModule, variant: Variant, folder: Path) -> None:
         self.steps = 0
         self._module = module
-        self._asks = True
+        self._runs = True
         self._trainer = pl.Trainer(
             **QUIET
             | {
@@ -69,14 +69,14 @@ class Fit:
 
     def end(self) -> None:
         """Ends the fit."""
-        self._asks = False
+        self._runs = False
         self._greenlet.switch()
 
     def batches(self) -> Iterator[Any]:
-        """As the Trainer asks for them."""
+        """Yields a batch at each request of the Trainer, until the fit ends."""
         while True:
             getcurrent().parent.switch()
-            if not self._asks:
+            if not self._runs:
                 return
             yield self._module.batch
 
@@ -132,13 +132,13 @@ def time_in_turn(
         in_a_row: Steps of a turn that count.
 
     Returns:
-        What each fit took, by number of the step.
+        Seconds of each fit, by number of the step.
     """
     order, chance = list(running), random.Random(seed)
     seconds: dict[str, Seconds] = {name: {} for name in running}
     for i in range(warm_up + rounds):
         if i == warm_up:
-            # what there is by now stays; looking through it again and again would burden all steps at random
+            # existing objects stay; collecting them repeatedly would slow steps at random
             gc.collect()
             gc.freeze()
         chance.shuffle(order)

@@ -34,13 +34,13 @@ class Look:
 
 
 def peak() -> float:
-    """The most memory that this process has had, in MB."""
+    """Returns the peak memory of this process, in MB."""
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return most / (1e6 if sys.platform == "darwin" else 1e6 / 1024)
 
 
 def peak_of_five_steps(variant: str) -> float:
-    """Of a process that trains the GPT, in MB. To be called in a process of its own."""
+    """Returns the peak memory of training the GPT, in MB. Call it in a process of its own."""
     with fits({variant: GPT()}, VARIANTS) as running:
         for _ in range(5):
             running[variant].step()
@@ -48,7 +48,7 @@ def peak_of_five_steps(variant: str) -> float:
 
 
 def long_run(variant: str, steps: int) -> list[Look]:
-    """Train the BoringModel, logging as Lightning does by default. To be called in a process of its own."""
+    """Trains the BoringModel, with Lightning's default logging. Call it in a process of its own."""
     torch.set_num_threads(1)  # as in `timings.whole`
     usual = {variant: replace(VARIANTS[variant], arguments={"log_every_n_steps": 50})}
     looks = []

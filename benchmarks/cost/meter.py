@@ -22,8 +22,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 State = TypeVar("State")
 
-#: Operations whose result the host needs to go on: a number, or a shape that values decide.
-WAITING = frozenset(
+#: Operations with a result that the host needs: a number, or a shape that depends on values.
+SYNCHRONIZING = frozenset(
     ["_unique", "_unique2", "argwhere", "bincount", "equal", "is_nonzero", "masked_select", "nonzero"]
     + ["unique_consecutive", "unique_dim"]
 )
@@ -49,8 +49,8 @@ class Meter(TorchDispatchMode):
     """Counts what happens inside `with Meter() as meter:`, forward and backward.
 
     A CPU never synchronizes; what would synchronize with a GPU is counted there all the same: `item()`,
-    `tolist()`, `cpu()`, and operations whose shape depends on values. What came from `cpu()` may be read
-    freely as a whole. Code that goes past the dispatcher, such as numpy's, is not seen.
+    `tolist()`, `cpu()`, and operations whose shape depends on values. Results of `cpu()` may be read
+    freely as a whole. Code that bypasses the dispatcher, such as numpy's, is not counted.
 
     Attributes:
         ops: Calls of the dispatcher, without views and without those that only allocate.
@@ -90,8 +90,8 @@ class Meter(TorchDispatchMode):
         names = ("ops", "launches", "syncs", "late", "d2h_async", "read", "write")
         return {name: getattr(self, name) for name in names}
 
-    def asks_for(self, tensor: Tensor, kind: str) -> None:
-        """The host asks for the values of a tensor."""
+    def read_on_host(self, tensor: Tensor, kind: str) -> None:
+        """Counts a read of a tensor's values by the host."""
         if isinstance(tensor, FakeTensor):
             self.waits[kind] += tensor.is_cuda
         elif tensor in self.on_host:
@@ -120,10 +120,10 @@ class Meter(TorchDispatchMode):
         kwargs = kwargs or {}
         name = func._schema.name.partition("::")[2]
         if name == "_local_scalar_dense":
-            self.asks_for(args[0], "item")
+            self.read_on_host(args[0], "item")
             if isinstance(args[0], FakeTensor):
                 return _one(args[0])
-        elif name in WAITING or _selects_by_mask(name, args):
+        elif name in SYNCHRONIZING or _selects_by_mask(name, args):
             self.waits[name] += 1
         self._look_for_copies(name, args, kwargs)
         result = func(*args, **kwargs)
@@ -196,18 +196,18 @@ class _PythonCalls(TorchFunctionMode):
         if func in (torch.tensor, torch.as_tensor):
             for tensor in _tensors(args[0] if args else kwargs["data"]):
                 if func is torch.tensor or tensor is not args[0]:
-                    self._meter.asks_for(tensor, "torch.tensor")
+                    self._meter.read_on_host(tensor, "torch.tensor")
         if not (args and isinstance(args[0], Tensor)):
             return func(*args, **kwargs)
         tensor, name = args[0], getattr(func, "__name__", "")
         if name == "tolist":
-            self._meter.asks_for(tensor, name)
+            self._meter.read_on_host(tensor, name)
         if isinstance(tensor, FakeTensor) or not _moves_to_host(name, args, kwargs):
             return func(*args, **kwargs)
         if kwargs.get("non_blocking"):
             self._meter.d2h_async += 1
         else:
-            self._meter.asks_for(tensor, "copy to the host")
+            self._meter.read_on_host(tensor, "copy to the host")
         result = func(*args, **kwargs)
         # on a device this would be another tensor: reading it is free, reading the original is not
         result = result.view_as(result) if result is tensor else result
@@ -268,7 +268,7 @@ def meter_on_cuda(build: Callable[[str], State], fn: Callable[[State], object]) 
 
     def tolist(tensor: FakeTensor) -> Any:
         if device.meter is not None:
-            device.meter.asks_for(tensor, "tolist")
+            device.meter.read_on_host(tensor, "tolist")
         return _ones(tensor, tensor.shape)
 
     with (

@@ -179,7 +179,7 @@ class Counted(Network):
 class Tensors:
     """Weights, gradients and the optimizer's state, for several networks to train in turn.
 
-    Where memory lies makes a kernel faster or slower by more than what is to be measured: all have the same.
+    Addresses of memory change the speed of kernels by more than the measured differences: all share them.
 
     Args:
         like: Makes a network with parameters of these shapes.
@@ -193,7 +193,7 @@ class Tensors:
         torch._foreach_mul_(self._prepared, 2 / float(torch.nn.utils.get_total_norm(self._prepared)))
 
     def hand_out(self, weights: Iterable[nn.Parameter]) -> None:
-        """Write gradients anew, in place of a backward pass."""
+        """Writes the gradients, in place of a backward pass."""
         torch._foreach_copy_(self._gradients, self._prepared)
         for weight, gradient in zip(weights, self._gradients, strict=True):
             weight.grad = gradient
@@ -202,7 +202,7 @@ class Tensors:
 class Prepared(Network):
     """A network whose gradients cost next to nothing.
 
-    A step consists of Lightning, its hooks and the optimizer, so that what is added to it shows. The total
+    A step consists of Lightning, its hooks and the optimizer, so that additions to it show. The total
     norm of the gradients is 2, so that clipping at 1 takes effect.
 
     Args:
@@ -227,12 +227,12 @@ class Prepared(Network):
         return optimizer
 
     def hand_out(self) -> None:
-        """In place of a backward pass."""
+        """Writes the gradients, in place of a backward pass."""
         self._tensors.hand_out(self.weights)
 
 
 class _Handing(torch.autograd.Function):
-    """A loss whose backward pass hands prepared gradients out."""
+    """A loss with prepared gradients."""
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, network: Prepared) -> Tensor:

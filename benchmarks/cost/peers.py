@@ -20,7 +20,7 @@ from lightning_gradguard import AdaptiveGradientClipping, NaNRollback, ZScoreCli
 
 #: Of the Trainer: every so many steps one is logged; the others are hot.
 LOG_EVERY = 5
-#: Steps until policies that learn a threshold have one: what they cost from then on is measured.
+#: Steps until policies that learn a threshold have one: their cost is measured from then on.
 WARM_UP = 3
 
 
@@ -165,7 +165,7 @@ class DetectAnomaly(pl.Callback):
 
 
 class DeepCopy(pl.Callback):
-    """Copies weights and optimizer state, as people do without the suite.
+    """Copies weights and optimizer state, as is common without the suite.
 
     Args:
         every_n_steps: Steps between two copies, each made after the first of them.

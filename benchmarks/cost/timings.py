@@ -57,7 +57,7 @@ class Spread:
 def whole(network: str, rounds: int) -> Timed:
     """Steps of all variants, forward and backward pass and all. Call it in a process of its own."""
     if network not in LARGE:
-        # there is nothing to share, and waiting for a second core takes longer than the step
+        # starting a second thread takes longer than the step
         torch.set_num_threads(1)
     turn = {} if network in LARGE else {"settle": SETTLE, "in_a_row": IN_A_ROW}
     with fits({name: NETWORKS[network]() for name in VARIANTS}, VARIANTS) as running:
@@ -110,7 +110,7 @@ def added(
         name: The variant.
         wanted: Selects steps.
         to: Longer than this one's.
-        less: A share of what another one adds to the same, taken off.
+        less: A share of the time that another variant adds, to subtract.
     """
     values = []
     for step, took in timed[name].items():

@@ -1,1 +1,1 @@
-"""Measures what becomes of training runs into which faults are injected."""
+"""Measures the outcomes of training runs into which faults are injected."""

@@ -1,4 +1,4 @@
-"""Measures what becomes of training runs with faults, with the suite and with baselines.
+"""Measures the outcomes of training runs with faults, with the suite and with baselines.
 
 `python -m benchmarks.faults` takes about 45 minutes on two cores and writes docs/reliability.md. A part of it
 (`--part`) is printed instead; so are the runs whose outcome is not as promised.
@@ -33,7 +33,7 @@ def wrong(outcomes: list[Outcome]) -> str:
     return "\n".join(str(outcome) for outcome in outcomes if is_wrong(outcome)) or "all as promised"
 
 
-#: Returns what is printed of a part.
+#: Functions that return the printed text of a part.
 PARTS: dict[str, Callable[[argparse.Namespace], str]] = {
     "one-process": lambda options: wrong(one_process(options)),
     "two-processes": lambda options: wrong(two_processes(options)),

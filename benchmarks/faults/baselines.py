@@ -1,4 +1,4 @@
-"""Runs the same faults with tools that people use instead of the suite."""
+"""Runs the same faults with tools that are used instead of the suite."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from benchmarks.faults.tasks import MODELS
 
 @dataclass(frozen=True)
 class Baseline:
-    """A tool that people use against faults.
+    """A tool against faults.
 
     Args:
         callbacks: Called for each run.

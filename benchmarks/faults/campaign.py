@@ -69,17 +69,17 @@ def campaign(wanted: Iterable[Case], kept: Path, processes: int) -> list[Outcome
             file.flush()
             if n % 50 == 0 or n == len(missing):
                 print(f"{n} of {len(missing)} cases, {time.perf_counter() - start:.0f} s", flush=True)
-    asked = set(wanted)
-    return [outcome for outcome in done if outcome.case in asked]
+    requested = set(wanted)
+    return [outcome for outcome in done if outcome.case in requested]
 
 
 def compare(processes: int) -> dict[str, list[tuple[str, Answer]]]:
     """Runs the faults with every baseline; returns, by its name, kinds of faults and answers."""
-    asked = [(name, case) for name in baselines.BASELINES for case in baselines.cases(name)]
+    requested = [(name, case) for name in baselines.BASELINES for case in baselines.cases(name)]
     with multiprocessing.get_context("fork").Pool(processes) as pool:
-        answers = pool.starmap(_answer, asked, chunksize=1)
+        answers = pool.starmap(_answer, requested, chunksize=1)
     found: dict[str, list[tuple[str, Answer]]] = {name: [] for name in baselines.BASELINES}
-    for (name, case), answer in zip(asked, answers, strict=True):
+    for (name, case), answer in zip(requested, answers, strict=True):
         found[name].append((case.kind, answer))
     return found
 

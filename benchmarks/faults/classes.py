@@ -1,7 +1,7 @@
 """The classes of faults, with their effect on a run, and if a run can survive it.
 
 This table was committed before the campaign first ran. A kind that turns out to be wrong here is corrected in
-a commit of its own that says so.
+a commit of its own that states it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ class FaultClass:
         what: The effect on the run, once.
         cause: The cause that the suite has to name, whenever the fault makes a number nonfinite or corrupts
             the weights; empty if there is none.
-        survivable: True if a run can end as well as without the fault.
+        survivable: True if a run can end as it would without the fault.
         why_not: The reason, where it cannot.
         precision: The only precision it exists in; empty for all.
         model: The only model it exists in; empty for all.
@@ -31,7 +31,7 @@ class FaultClass:
     model: str = ""
 
 
-#: Whatever is survivable must be survived, in every model, optimizer, precision and at every time below.
+#: A run must survive every survivable fault, in every model, optimizer, precision and at every time below.
 FAULTS = {
     "NaN input": FaultClass("one element of the batch is NaN", "bad_input"),
     "Inf input": FaultClass("one element of the batch is infinite", "bad_input"),

@@ -1,7 +1,7 @@
 """Trains a deep network at learning rates far too high, bare and with the suite.
 
 Twelve layers of ReLU with He initialization, SGD with momentum 0.9, 300 steps, five rates, three seeds.
-A run is rescued if its accuracy on held-out samples of four classes reaches 0.9. Takes about a minute.
+A run has recovered if its accuracy on held-out samples of four classes reaches 0.9. Takes about a minute.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def clusters(n: int, size: int, seed: int) -> list[tuple[Tensor, Tensor]]:
 
 
 def accuracy(lr: float, seed: int, callbacks: Sequence[pl.Callback]) -> float:
-    """Train once; returns the accuracy on held-out data, also where the suite has given up."""
+    """Trains once; returns the accuracy on held-out data, also if the suite has stopped training."""
     module = Deep(lr, seed)
     with tempfile.TemporaryDirectory() as folder:
         trainer = pl.Trainer(
@@ -87,7 +87,7 @@ def table(found: dict[str, list[list[float]]]) -> str:
     for i, rate in enumerate(RATES):
         cells = [", ".join(f"{value:.2f}" for value in rows[i]) for rows in found.values()]
         lines.append(f"| {rate:g} | " + " | ".join(cells) + " |")
-    rescued = [
+    recovered = [
         f"{sum(v >= 0.9 for row in rows for v in row)} of {sum(map(len, rows))}" for rows in found.values()
     ]
-    return "\n".join([*lines, "| reach .9 | " + " | ".join(rescued) + " |"])
+    return "\n".join([*lines, "| reach .9 | " + " | ".join(recovered) + " |"])

@@ -43,14 +43,14 @@ class WarmUp(pl.Callback):
     """Warms up learning rates, also under manual optimization."""
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._asked = [group["lr"] for o in trainer.optimizers for group in o.param_groups]
+        self._rates = [group["lr"] for o in trainer.optimizers for group in o.param_groups]
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         groups = [group for o in trainer.optimizers for group in o.param_groups]
-        for group, asked in zip(groups, self._asked, strict=True):
-            group["lr"] = asked * min(1.0, (batch_idx + 1) / WARM_UP)
+        for group, rate in zip(groups, self._rates, strict=True):
+            group["lr"] = rate * min(1.0, (batch_idx + 1) / WARM_UP)
 
 
 def run(case: tuple[str, int, str]) -> dict[str, int]:

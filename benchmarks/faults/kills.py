@@ -82,7 +82,7 @@ def torn(folder: Path) -> list[str]:
 
 
 def kill(seed: int) -> Kill:
-    """Train in a process of its own, kill it, look at what is left, and resume."""
+    """Trains in a process of its own, kills it, checks its files, and resumes."""
     after = random.Random(seed).uniform(0.0, 1.5)
     context = multiprocessing.get_context("fork")
     with tempfile.TemporaryDirectory() as name:
@@ -116,5 +116,5 @@ def summary(found: list[Kill]) -> str:
     resumed, broken = sum(k.resumed for k in found), sum(bool(k.torn) for k in found)
     return (
         f"{len(found)} kills at steps {steps[0]} to {steps[-1]} of a run that writes a checkpoint every five "
-        f"steps: {resumed} resumed and went on, {broken} left a torn file."
+        f"steps: {resumed} resumed and continued, {broken} left a torn file."
     )

@@ -97,7 +97,7 @@ class Outcome:
         causes: Causes of the incidents.
         incidents: Kinds of the incidents, in order.
         lost: Batches whose update is not in the weights.
-        recovered_after: Batches from the fault until the loss was what it had been; `None` for never.
+        recovered_after: Batches from the fault until the loss had recovered; `None` for never.
         seconds: Duration of the run.
         score: On held-out data, less is better.
         best_score: That of the same run without a fault.
@@ -139,9 +139,9 @@ class Epochs:
     """Gives each epoch a list of batches of its own.
 
     Args:
-        module: Whose Trainer knows the epoch.
+        module: Its Trainer has the epoch.
         epochs: The batches of each.
-        first: The epoch that training begins with; a Trainer that resumes fetches ahead of knowing it.
+        first: The epoch that training begins with; a Trainer that resumes fetches before it has set its own.
     """
 
     def __init__(self, module: Task, epochs: Sequence[Sequence[Batch]], first: int) -> None:
@@ -155,7 +155,7 @@ class Epochs:
 
 
 class Losses(pl.Callback):
-    """Remembers the loss of every batch, in the order of training."""
+    """Records the loss of every batch, in the order of training."""
 
     def __init__(self) -> None:
         self.seen: list[tuple[tuple[int, int], float]] = []
@@ -182,7 +182,7 @@ def quietly(act: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def guards(case: Case) -> list[pl.Callback]:
-    """The suite as the campaign uses it: without backoff, whose point is to change what follows."""
+    """The suite as the campaign uses it: without backoff, which changes the following steps by design."""
     rollback = NaNRollback(
         check=case.check,  # type: ignore[arg-type]
         snapshot_every_n_steps=20,
@@ -200,7 +200,7 @@ def fit(
     Args:
         case: The run.
         data: The batches of each epoch.
-        folder: For whatever is written.
+        folder: For all files.
         callbacks: Called for each of the fits; returns their callbacks.
         **arguments: Of the Trainer.
     """
@@ -304,12 +304,12 @@ def is_defined(case: Case, incidents: Sequence[str], lost: set[tuple[int, int]])
     It has none under manual optimization with two optimizers, where one step of a batch may be committed; if
     no batch is lost; if a GradScaler skips; or if a fault of the state is not rolled back.
     """
-    taken_back = case.kind in OF_DATA or "gradient" in case.kind or "rollback" in incidents
-    return case.model != "GAN" and bool(lost) and taken_back
+    is_undone = case.kind in OF_DATA or "gradient" in case.kind or "rollback" in incidents
+    return case.model != "GAN" and bool(lost) and is_undone
 
 
 def recovered_after(seen: Sequence[tuple[tuple[int, int], float]], when: tuple[int, int]) -> int | None:
-    """Batches from the fault until the loss is what it was in the ten batches before, give or take a half."""
+    """Batches from the fault until the loss is at most 1.5 times that of the ten batches before."""
     at = next((i for i, (place, _) in enumerate(seen) if place == when), None)
     if at is None:
         return None

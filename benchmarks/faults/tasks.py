@@ -1,4 +1,4 @@
-"""Five small networks that learn something in a minute's hundredth: what the fault campaign trains."""
+"""Five small networks of the fault campaign, which learn within a second."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ OPTIMIZERS: dict[str, Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]]
 
 
 class Task(pl.LightningModule):
-    """A classifier whose loss has places where a batch can make it go wrong.
+    """A classifier with a loss that some batches make nonfinite.
 
     Args:
         optimizer: One of `OPTIMIZERS`.

@@ -34,7 +34,7 @@ Experiments = dict[str, Callable[[int, int], "Run"]]
 
 
 class Memory(Logger):
-    """Keeps what is logged, by tag."""
+    """Keeps logged scalars, by tag."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -42,21 +42,21 @@ class Memory(Logger):
 
     @property
     def name(self) -> str:
-        """Of the logger."""
+        """The name of the logger."""
         return "memory"
 
     @property
     def version(self) -> int:
-        """There is but one."""
+        """The only version."""
         return 0
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Keep scalars."""
+        """Keeps scalars."""
         for tag, value in metrics.items():
             self.series.setdefault(tag, []).append(float(value))
 
     def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
-        """There are none."""
+        """Ignores hyperparameters."""
 
 
 @dataclass
@@ -169,7 +169,7 @@ def digits(
     callbacks: Callable[[], Callbacks] = watched,
     **options: Any,
 ) -> Callable[[int, int], Run]:
-    """An experiment on digits, of so many steps: train, and ask for those that were held out."""
+    """Returns an experiment on digits, of so many steps, with its accuracy on held-out digits."""
 
     def run(steps: int, seed: int) -> Run:
         pl.seed_everything(seed, verbose=False)
@@ -183,7 +183,7 @@ def digits(
 
 
 def characters(callbacks: Callable[[], Callbacks] = watched, **options: Any) -> Callable[[int, int], Run]:
-    """An experiment on text, of so many batches."""
+    """Returns an experiment on text, of so many batches."""
 
     def run(n_batches: int, seed: int) -> Run:
         pl.seed_everything(seed, verbose=False)
@@ -203,7 +203,7 @@ _xavier = nn.init.xavier_normal_
 _orthogonal = partial(nn.init.orthogonal_, gain=nn.init.calculate_gain("tanh"))
 _huge = partial(nn.init.normal_, std=0.4)
 
-#: Twelve hidden layers, by what is done about gradients that vanish on the way to the first.
+#: Twelve hidden layers, by remedy for gradients that vanish on the way to the first.
 VANISHING: Experiments = {
     "sigmoid": digits(nn.Sigmoid),
     "sigmoid, Xavier": digits(nn.Sigmoid, _xavier),
@@ -222,7 +222,7 @@ VANISHING: Experiments = {
     "ReLU, the suite with `repair`": digits(nn.ReLU, callbacks=suite),
 }
 
-#: The same with ReLU and weights that are far too large, by what holds them.
+#: The same with ReLU and weights that are far too large, by remedy.
 HUGE_WEIGHTS: Experiments = {
     "weights from N(0, 0.4)": digits(nn.ReLU, _huge),
     "L2": digits(nn.ReLU, _huge, weight_decay=0.01),
@@ -233,7 +233,7 @@ HUGE_WEIGHTS: Experiments = {
     "He": digits(nn.ReLU, _he),
 }
 
-#: A recurrent ReLU network over a hundred characters, by what is done about gradients that explode.
+#: A recurrent ReLU network over a hundred characters, by remedy for gradients that explode.
 THROUGH_TIME: Experiments = {
     "ReLU, gain 1.1": characters(),
     "clipping to norm 1": characters(clipped),
@@ -251,7 +251,7 @@ THROUGH_TIME: Experiments = {
     "the suite": characters(suite),
 }
 
-#: The same with tanh and too high a learning rate: finite, and no good.
+#: The same with tanh and too high a learning rate: finite, and of no use.
 ERRATIC: Experiments = {
     "tanh, gain 1.1, learning rate 2": characters(cell=nn.RNN, lr=2.0),
     "learning rate / 4": characters(cell=nn.RNN, lr=0.5),

@@ -19,14 +19,14 @@ relu_cell = partial(nn.RNN, nonlinearity="relu")
 
 
 class Residual(nn.Module):
-    """A layer that adds to what comes in."""
+    """A layer that adds to its inputs."""
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
         self.layer = layer
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """The inputs, and what the layer makes of them."""
+        """Adds the output of the layer to its inputs."""
         changed: Tensor = self.layer(inputs)
         return inputs + changed
 

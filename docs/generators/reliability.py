@@ -41,7 +41,7 @@ def write(
     pairs: Sequence[Outcome],
     baselines: Mapping[str, Sequence[tuple[str, Answer]]],
     quiet: Sequence[tuple[tuple[str, int, str], Mapping[str, int]]],
-    rescued: str,
+    recovered: str,
     killed: str,
 ) -> None:
     """Writes the page.
@@ -52,7 +52,7 @@ def write(
         pairs: Outcomes with two.
         baselines: By name: the kind of fault and the outcome.
         quiet: Clean runs and their incidents.
-        rescued: Table of the runs at high learning rates.
+        recovered: Table of the runs at high learning rates.
         killed: Summary of the runs after SIGKILL.
     """
     counted = [o for o in single if FAULTS[o.case.kind].survivable]
@@ -104,7 +104,7 @@ def write(
         "## Divergence\n",
         "A 12-layer ReLU network, He initialization, SGD with momentum 0.9, 300 steps; accuracy on held-out "
         "samples, by seed. This is the whole suite with its defaults.\n",
-        rescued + "\n",
+        recovered + "\n",
         "## Kill -9\n",
         killed + "\n",
     ]

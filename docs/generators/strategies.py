@@ -27,7 +27,7 @@ class StrategiesPage:
             precision: Second column.
             outcome: True for each feature that was verified; or a text for all of them.
         """
-        cells = [outcome] * 6 if isinstance(outcome, str) else ["proven" if p else "idle" for p in outcome]
+        cells = [outcome] * 6 if isinstance(outcome, str) else ["verified" if p else "idle" for p in outcome]
         start = f"| {strategy} | {precision} |"
         line = " ".join([start, *(f"{cell} |" for cell in cells)])
         lines = PAGE.read_text().splitlines()

@@ -43,7 +43,7 @@ def test_interleaved_fit_equals_separate_fit() -> None:
     assert not torch.is_anomaly_enabled()
 
 
-def test_a_fit_makes_the_steps_it_is_asked_for() -> None:
+def test_a_fit_makes_the_requested_steps() -> None:
     module = Boring()
     with fits({BARE: module}, VARIANTS) as running:
         seconds = time_in_turn(running, rounds=3, warm_up=2)
@@ -79,7 +79,7 @@ def test_snapshots_are_taken_where_they_are_timed() -> None:
                     running[name].step()
                 written[name].append(meter.write / size)
     for step, (without, kept) in enumerate(zip(written[NEVER], written[KEPT], strict=True), 1):
-        if step > 1:  # both take the first, with which they can go back to where they began
+        if step > 1:  # both take the first, with which they can roll back to the start
             assert kept - without == pytest.approx(3.0 if is_kept(step) else 0.0, abs=0.1), step
 
 

@@ -155,10 +155,10 @@ def test_tensor_rate_is_restored_bit_for_bit_in_a_fit(optimizer: str) -> None:
     backoff = LearningRateBackoff(factor=0.3, rewarm_steps=5)
     spy, asked = RateSpy(backoff), OPTIMIZERS[optimizer]([nn.Parameter(torch.zeros(1))]).param_groups[0]["lr"]
     fit(Classifier(optimizer), poisoned(batches(31), nan=[15]), [NaNRollback(patience=1), backoff, spy])
-    assert len(spy.used) == len(spy.asked) == 31
+    assert len(spy.used) == len(spy.scheduled) == 31
     assert spy.scales[:16] == [1.0] * 16
     assert spy.scales[-1] == 0.3
-    assert all(torch.equal(rate, asked) for rate in spy.asked)
+    assert all(torch.equal(rate, asked) for rate in spy.scheduled)
     for rate, scale in zip(spy.used, spy.scales, strict=True):
         assert torch.equal(rate, asked * scale)
 

@@ -28,7 +28,7 @@ from tests.tasks import (
     OPTIMIZERS,
     Batch,
     Classifier,
-    Remember,
+    StateRecorder,
     batches,
     copy_late,
     exponential_averages,
@@ -145,7 +145,7 @@ def test_snapshot_is_consistent_with_late_copies(
     """Also where the first batch after it was due makes no step."""
 
     copy_late(monkeypatch)
-    remember, clean = Remember(), batches(60 * accumulate)
+    remember, clean = StateRecorder(), batches(60 * accumulate)
     data = [
         *clean[: 20 * accumulate],
         *([(x[:7], y[:7]) for x, y in clean[:accumulate]] if without_loss else []),
@@ -156,8 +156,8 @@ def test_snapshot_is_consistent_with_late_copies(
     fit(
         Target(), data, [remember, NaNRollback(snapshot_every_n_steps=10)], accumulate_grad_batches=accumulate
     )
-    assert remember.landed is not None
-    step, landed = remember.landed
+    assert remember.restored is not None
+    step, landed = remember.restored
     assert step == 20
     assert same(landed, remember.at[20])
     assert not same(landed, remember.at[21])

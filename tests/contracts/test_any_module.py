@@ -35,13 +35,13 @@ def finite(module: nn.Module) -> bool:
 class Gan(pl.LightningModule):
     """Two networks, two optimizers, manual optimization."""
 
-    def __init__(self, sick: tuple[int, ...] = ()) -> None:
+    def __init__(self, bad: tuple[int, ...] = ()) -> None:
         super().__init__()
         self.automatic_optimization = False
         torch.manual_seed(0)
         self.generator = nn.Sequential(nn.Linear(4, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 20))
         self.critic = nn.Sequential(nn.Linear(20, 16), nn.ReLU(), nn.Linear(16, 1))
-        self.sick = sick
+        self.bad = bad
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         optimizers: Any = self.optimizers()
@@ -50,7 +50,7 @@ class Gan(pl.LightningModule):
             self.toggle_optimizer(optimizers[index])
             fake = self.generator(noise + torch.arange(32.0).view(32, 1))
             loss = sign * (self.critic(fake).mean() - self.critic(real).mean())
-            if batch_idx in self.sick and network is self.generator:
+            if batch_idx in self.bad and network is self.generator:
                 loss = loss * math.nan
             optimizers[index].zero_grad()
             self.manual_backward(loss)
@@ -65,22 +65,22 @@ class Gan(pl.LightningModule):
 
 
 def test_gan_skips_only_the_bad_step(tmp_path: Path) -> None:
-    bare, clean, sick = Gan(), Gan(), Gan(sick=(7,))
+    bare, clean, bad = Gan(), Gan(), Gan(bad=(7,))
     fit(bare, batches(8))
     rollback = NaNRollback()
     fit(clean, batches(8), [NaNRollback()])
-    fit(sick, batches(8), [rollback])
+    fit(bad, batches(8), [rollback])
     assert same(weights(bare), weights(clean))
     assert rollback.skips == 1
-    assert same(weights(clean.critic), weights(sick.critic))
-    assert not same(weights(clean.generator), weights(sick.generator))
-    # of the sick batch, the critic's step and its forward pass through the generator stay
-    norm: Any = sick.generator[1]
+    assert same(weights(clean.critic), weights(bad.critic))
+    assert not same(weights(clean.generator), weights(bad.generator))
+    # of the bad batch, the critic's step and its forward pass through the generator stay
+    norm: Any = bad.generator[1]
     assert norm.num_batches_tracked.item() == 2 * 8 - 1
     before = Gan()
     fit(before, batches(7))
     assert same(
-        [p.detach() for p in before.generator.parameters()], [p.detach() for p in sick.generator.parameters()]
+        [p.detach() for p in before.generator.parameters()], [p.detach() for p in bad.generator.parameters()]
     )
 
 
@@ -99,12 +99,12 @@ def test_lbfgs(line_search: str | None) -> None:
             return torch.optim.LBFGS(self.parameters(), lr=0.1, max_iter=4, line_search_fn=line_search)
 
     clean = batches(6, size=128)
-    sick = [*clean[:3], poisoned(clean, nan=[0])[0], *clean[3:]]
+    bad = [*clean[:3], poisoned(clean, nan=[0])[0], *clean[3:]]
     bare, watched, guarded = Lbfgs(norm=True), Lbfgs(norm=True), Lbfgs(norm=True)
     fit(bare, clean)
     rollback = NaNRollback()
     with pytest.warns(UserWarning, match="does not act under LBFGS"):
-        fit(guarded, sick, [rollback, AdaptiveGradientClipping(), GradientNormMonitor(every_n_steps=1)])
+        fit(guarded, bad, [rollback, AdaptiveGradientClipping(), GradientNormMonitor(every_n_steps=1)])
     assert rollback.skips == 1
     assert same(weights(bare), weights(guarded))
     fit(watched, clean, [GradientNormMonitor(every_n_steps=1)])
@@ -316,7 +316,7 @@ def test_a_module_without_anything_to_train() -> None:
     module = Frozen().requires_grad_(False)
     before = weights(module)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Lightning says that there is no optimizer
+        warnings.simplefilter("ignore")  # Lightning warns that there is no optimizer
         fit(module, batches(5), default_callbacks())
     assert same(before, weights(module))
 

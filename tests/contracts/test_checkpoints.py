@@ -1,4 +1,4 @@
-"""Nothing nonfinite is ever written to disk, and what a stopped run leaves can be resumed."""
+"""Nothing nonfinite is ever written to disk, and a stopped run can be resumed."""
 
 from __future__ import annotations
 
@@ -47,24 +47,24 @@ def assert_finite(folder: Path) -> list[str]:
 class Outside(pl.Callback):
     """Makes something nonfinite at the end of some batches, just before checkpoints are written."""
 
-    def __init__(self, spoil: Callable[[pl.Trainer, Any], Any], *steps: int) -> None:
-        self.spoil = spoil
+    def __init__(self, corrupt: Callable[[pl.Trainer, Any], Any], *steps: int) -> None:
+        self.corrupt = corrupt
         self.steps = steps
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: Any, *_: Any) -> None:
         if trainer.global_step in self.steps:
             with torch.no_grad():
-                self.spoil(trainer, module)
+                self.corrupt(trainer, module)
 
 
 class Keep(OnExceptionCheckpoint):
-    """Does not take its file away again."""
+    """Does not delete its file."""
 
     def teardown(self, *_: Any, **__: Any) -> None:
-        """It stays."""
+        """Keeps the file."""
 
 
-SPOILS: dict[str, Callable[[pl.Trainer, Any], Any]] = {
+CORRUPTIONS: dict[str, Callable[[pl.Trainer, Any], Any]] = {
     "one weight": lambda t, m: m.net[4].weight[3, 3].fill_(math.nan),
     "all weights": lambda t, m: [p.fill_(math.inf) for p in m.parameters()],
     "a running mean": lambda t, m: m.net[1].running_mean[0].fill_(math.nan),
@@ -73,11 +73,13 @@ SPOILS: dict[str, Callable[[pl.Trainer, Any], Any]] = {
 
 
 @CHECKS
-@pytest.mark.parametrize("spoil", SPOILS)
-def test_state_corrupted_by_another_callback_is_not_saved(tmp_path: Path, check: Any, spoil: str) -> None:
+@pytest.mark.parametrize("corruption", CORRUPTIONS)
+def test_state_corrupted_by_another_callback_is_not_saved(
+    tmp_path: Path, check: Any, corruption: str
+) -> None:
     module, rollback = Classifier("adam", norm=True), NaNRollback(check=check, snapshot_every_n_steps=5)
     keep = ModelCheckpoint(tmp_path, every_n_train_steps=1, save_top_k=-1, save_last=True)
-    outside = Outside(SPOILS[spoil], 7, 30)
+    outside = Outside(CORRUPTIONS[corruption], 7, 30)
     fit(module, batches(40), [rollback, keep, outside], tmp_path, enable_checkpointing=True)
     assert len(assert_finite(tmp_path)) == 41
     assert rollback.rollbacks == 2
@@ -87,7 +89,7 @@ def test_state_corrupted_by_another_callback_is_not_saved(tmp_path: Path, check:
 @CHECKS
 def test_checkpoint_at_the_end_of_the_epoch_is_checked(tmp_path: Path, check: Any) -> None:
     keep = ModelCheckpoint(tmp_path, save_last=True)
-    outside = Outside(SPOILS["one weight"], 10)
+    outside = Outside(CORRUPTIONS["one weight"], 10)
     fit(
         Classifier("adam", norm=True),
         batches(10),
@@ -99,19 +101,19 @@ def test_checkpoint_at_the_end_of_the_epoch_is_checked(tmp_path: Path, check: An
 
 
 @CHECKS
-@pytest.mark.parametrize("spoiled_by", ["outside", "a batch"])
+@pytest.mark.parametrize("corrupted_by", ["outside", "a batch"])
 @pytest.mark.filterwarnings(
     "ignore:.*was called without a model", "ignore:.*no last checkpoint available", "ignore:.*ckpt_path=None"
 )
-def test_what_is_saved_on_an_exception_is_finite(tmp_path: Path, check: Any, spoiled_by: str) -> None:
+def test_what_is_saved_on_an_exception_is_finite(tmp_path: Path, check: Any, corrupted_by: str) -> None:
     class Breaks(pl.Callback):
         def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
             if trainer.global_step == 12:
                 raise RuntimeError("out of luck")
 
     module = Classifier("adam", norm=True)
-    by_batch = spoiled_by == "a batch"
-    outside = Outside(SPOILS["all weights"], *(() if by_batch else (12,)))
+    by_batch = corrupted_by == "a batch"
+    outside = Outside(CORRUPTIONS["all weights"], *(() if by_batch else (12,)))
     data = poisoned(batches(20), nan=[11] if by_batch else [])
     callbacks = [outside, NaNRollback(check=check), Breaks(), *exponential_averages(), Keep(tmp_path)]
     with pytest.raises(RuntimeError, match="out of luck"):
@@ -128,7 +130,7 @@ def test_manual_checkpoint_is_checked(tmp_path: Path, check: Any) -> None:
 
     module = Classifier("adam", norm=True)
     data = poisoned(batches(10), nan=[4])
-    fit(module, data, [Outside(SPOILS["one weight"], 6), ByHand(), NaNRollback(check=check)])
+    fit(module, data, [Outside(CORRUPTIONS["one weight"], 6), ByHand(), NaNRollback(check=check)])
     assert assert_finite(tmp_path) == ["5.ckpt", "6.ckpt"]
 
 
@@ -137,15 +139,15 @@ def test_outside_of_a_fit_checkpoints_are_the_trainer_s_own(tmp_path: Path) -> N
     trainer = fit(module, batches(5), [rollback])
     with torch.no_grad():
         module.net[0].get_parameter("weight").fill_(math.nan)
-    trainer.save_checkpoint(tmp_path / "sick.ckpt")
-    assert not all(bool(t.isfinite().all()) for t in tensors_of(tmp_path / "sick.ckpt"))
+    trainer.save_checkpoint(tmp_path / "nonfinite.ckpt")
+    assert not all(bool(t.isfinite().all()) for t in tensors_of(tmp_path / "nonfinite.ckpt"))
     assert rollback.rollbacks == 0
 
 
 @CHECKS
 def test_a_stopped_run_leaves_a_checkpoint_that_can_be_resumed(tmp_path: Path, check: Any) -> None:
-    n_sick = 40
-    data = poisoned(batches(120), nan=range(31, 31 + n_sick))
+    n_bad = 40
+    data = poisoned(batches(120), nan=range(31, 31 + n_bad))
     module = Classifier("adam", norm=True)
     rollback = NaNRollback(check=check, max_rollbacks=1, snapshot_every_n_steps=10)
     keep = ModelCheckpoint(tmp_path / "kept", every_n_train_steps=5, save_top_k=-1)
@@ -183,7 +185,7 @@ def test_a_stopped_run_leaves_a_checkpoint_that_can_be_resumed(tmp_path: Path, c
 def test_run_that_stops_while_it_saves_is_stopped(tmp_path: Path, check: Any) -> None:
     module, rollback = Classifier("adam", norm=True), NaNRollback(check=check, max_rollbacks=0)
     keep = ModelCheckpoint(tmp_path / "kept", every_n_train_steps=1, save_top_k=-1)
-    outside = Outside(SPOILS["all weights"], 7)
+    outside = Outside(CORRUPTIONS["all weights"], 7)
     with pytest.raises(TrainingDivergedError):
         fit(module, batches(20), [rollback, outside, keep], tmp_path, enable_checkpointing=True)
     assert "last_good.ckpt" in assert_finite(tmp_path)

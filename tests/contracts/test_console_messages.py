@@ -27,11 +27,11 @@ from lightning_gradguard import (
     default_callbacks,
 )
 from lightning_gradguard.runtime.logging.console import print_message, shell_command
-from tests.fake_cuda import BatchTracker, Interaction, fake_cuda, strategy
+from tests.fake_cuda import BatchTracker, fake_cuda, strategy
 from tests.launching import launch
 from tests.tasks import Batch, Classifier, batches, fit, plain_loader, poisoned
 
-#: A lone sick batch, and a storm that needs a rollback.
+#: A single NaN batch, and three in a row that need a rollback.
 STORM = poisoned(batches(30), nan=[4, 17, 18, 19])
 TITLE = "gradguard: Run summary"
 BARS = [TQDMProgressBar, pytest.param(RichProgressBar, marks=pytest.mark.needs("rich"))]
@@ -46,9 +46,9 @@ def suite(prog_bar: bool = False) -> list[Any]:
 
 
 def lines(capsys: pytest.CaptureFixture[str]) -> list[str]:
-    """What a person has read by now, without what the bar drew and wiped out again."""
-    said = capsys.readouterr().out
-    return [line.rpartition("\r")[2].rstrip() for line in said.splitlines() if line.strip()]
+    """Returns the lines on the screen, without those that the bar has overwritten."""
+    printed = capsys.readouterr().out
+    return [line.rpartition("\r")[2].rstrip() for line in printed.splitlines() if line.strip()]
 
 
 def fit_with_bar(callbacks: Sequence[Any], data: Sequence[Batch] = STORM, **arguments: Any) -> pl.Trainer:
@@ -57,7 +57,7 @@ def fit_with_bar(callbacks: Sequence[Any], data: Sequence[Batch] = STORM, **argu
 
 
 class Shown(pl.Callback):
-    """What the bar shows after each batch."""
+    """Records the numbers on the bar after each batch."""
 
     def __init__(self) -> None:
         self.norms: list[float | None] = []
@@ -81,7 +81,7 @@ def test_numbers_on_the_bar(bar: Any, capsys: pytest.CaptureFixture[str]) -> Non
 
 
 def test_two_optimizers_and_two_monitors(capsys: pytest.CaptureFixture[str]) -> None:
-    """Of one number, whoever asks for it on the bar gets it there, and Lightning takes it from both."""
+    """A number that one of two monitors wants on the bar is on it; Lightning gets it from both."""
 
     class Two(Classifier):
         def __init__(self) -> None:
@@ -105,32 +105,28 @@ def test_two_optimizers_and_two_monitors(capsys: pytest.CaptureFixture[str]) -> 
     assert trainer.progress_bar_metrics.keys() == {"grad_norm.0/total", "grad_norm.1/total"}
 
 
-def test_nothing_is_shown_unasked() -> None:
+def test_bar_shows_nothing_by_default() -> None:
     trainer = fit_with_bar(suite(), log_every_n_steps=1)
     assert not {"grad_norm/total", "lr_backoff/scale"} & trainer.progress_bar_metrics.keys()
 
 
-def waits(shown: bool) -> list[str]:
-    """Where the host and the device wait for each other in a batch that is not logged."""
+def synchronizations(shown: bool) -> list[str]:
+    """Returns the synchronizations of host and device in batches that are not logged."""
     callbacks = suite(prog_bar=shown)
     with fake_cuda() as cuda:
         arguments = {"strategy": strategy(), "accelerator": "auto", "log_every_n_steps": 6}
         fit_with_bar([BatchTracker(cuda), *callbacks, TQDMProgressBar()], batches(20), **arguments)
-    hot = [sight for sight in cuda.seen if 8 <= sight.batch < 19 and (sight.batch + 1) % 6]
-    assert any(sight.is_own for sight in hot)
-    return [_told(sight) for sight in hot]
-
-
-def _told(sight: Interaction) -> str:
-    return f"{sight.batch} {sight.kind} {sight}"
+    hot = [found for found in cuda.seen if 8 <= found.batch < 19 and (found.batch + 1) % 6]
+    assert any(found.is_own for found in hot)
+    return [f"{found.batch} {found.kind} {found}" for found in hot]
 
 
 def test_numbers_on_the_bar_need_no_synchronization() -> None:
-    assert waits(shown=True) == waits(shown=False)
+    assert synchronizations(shown=True) == synchronizations(shown=False)
 
 
 class Talk(pl.Callback):
-    """Says something wherever a callback may have to."""
+    """Prints a message in every hook in which a callback may have to."""
 
     def on_train_start(self, trainer: pl.Trainer, *_: Any) -> None:
         print_message(trainer, "at the start: layers[0].weight")
@@ -148,28 +144,28 @@ class Talk(pl.Callback):
 def test_messages_are_printed_above_the_bar(
     bar: Any, bar_first: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """As it was said, whether or not the bar is on the screen."""
+    """Word for word, with or without the bar on the screen."""
     callbacks: list[pl.Callback] = [bar(), Talk()] if bar_first else [Talk(), bar()]
     fit_with_bar(callbacks, batches(3))
-    said = lines(capsys)
+    printed = lines(capsys)
     for text in (
         "at the start: layers[0].weight",
         "in between: [bold]layers[0].weight[/bold] :warning:",
         "at the end: layers[0].weight",
     ):
-        assert said.count(text) == 1, said
+        assert printed.count(text) == 1, printed
 
 
 @pytest.mark.parametrize("bar", BARS)
 def test_one_line_for_an_intervention(bar: Any, capsys: pytest.CaptureFixture[str]) -> None:
     fit_with_bar([*suite(), bar()])
-    said = " ".join(lines(capsys))  # Rich folds lines that are long
-    assert said.count("gradguard: Nonfinite loss at step") == 4
-    assert said.count("gradguard: Rolled back to step 0 at step 20 (epoch 0, batch 19)") == 1
+    printed = " ".join(lines(capsys))  # Rich folds lines that are long
+    assert printed.count("gradguard: Nonfinite loss at step") == 4
+    assert printed.count("gradguard: Rolled back to step 0 at step 20 (epoch 0, batch 19)") == 1
 
 
 def table(printed: Sequence[str], title: str = TITLE) -> dict[str, str]:
-    """The rows of the one table of this title."""
+    """Returns the rows of the only table with this title."""
     assert sum(title in line for line in printed) == 1, printed
     rows = list(itertools.takewhile(lambda line: line.startswith("  "), printed[printed.index(title) + 1 :]))
     return {name: value.strip() for name, _, value in (row.strip().partition("  ") for row in rows)}
@@ -189,10 +185,10 @@ def test_a_table_at_the_end(bar: Any, bar_first: bool, capsys: pytest.CaptureFix
     callbacks = [bar(), *suite()] if bar_first else [*suite(), bar()]
     logger = TensorBoardLogger("logs", name="storm")
     fit_with_bar(callbacks, logger=logger)
-    said = lines(capsys)
-    last_of_bar = max(i for i, line in enumerate(said) if "30/30" in line)
-    assert last_of_bar < said.index(TITLE)
-    rows = table(said)
+    printed = lines(capsys)
+    last_of_bar = max(i for i, line in enumerate(printed) if "30/30" in line)
+    assert last_of_bar < printed.index(TITLE)
+    rows = table(printed)
     norm, share, scale = (rows.pop(name) for name in ("largest norm", "steps clipped", "learning rate scale"))
     assert rows == {
         "steps": "30",
@@ -202,7 +198,7 @@ def test_a_table_at_the_end(bar: Any, bar_first: bool, capsys: pytest.CaptureFix
         "written to": "logs/storm/version_0/incidents.jsonl",
         "lost batches": "logs/storm/version_0/incidents, a page each",
     }
-    assert table(said, "Next steps") == {
+    assert table(printed, "Next steps") == {
         "report": "lightning-gradguard report logs/storm/version_0",
         "charts": "tensorboard --logdir logs/storm",
     }
@@ -212,7 +208,7 @@ def test_a_table_at_the_end(bar: Any, bar_first: bool, capsys: pytest.CaptureFix
 
 
 @pytest.mark.parametrize("order", range(4))
-def test_one_table_for_whatever_callbacks(order: int, capsys: pytest.CaptureFixture[str]) -> None:
+def test_one_table_for_any_callbacks(order: int, capsys: pytest.CaptureFixture[str]) -> None:
     callbacks = [AdaptiveGradientClipping(), GradientNormMonitor(), NaNRollback(), LearningRateBackoff()]
     fit_with_bar([*callbacks[order:], *callbacks[:order]])
     assert table(lines(capsys))["rollbacks"] == "1"
@@ -228,7 +224,7 @@ def test_one_line_where_nothing_happened(capsys: pytest.CaptureFixture[str]) -> 
 
 
 class Stopped(Classifier):
-    """Stops at the tenth batch, by whatever is raised."""
+    """Raises an exception at the tenth batch."""
 
     def __init__(self, error: BaseException) -> None:
         super().__init__()
@@ -243,7 +239,7 @@ class Stopped(Classifier):
 @pytest.mark.parametrize("check", ["exact", "deferred"])
 @pytest.mark.parametrize("order", range(4))
 def test_a_table_after_an_exception(order: int, check: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    """The last step is judged by then, and counted, wherever in the list of callbacks its judge stands."""
+    """The last step is checked and counted by then, at any position of `NaNRollback` in the list."""
     callbacks = [
         AdaptiveGradientClipping(),
         GradientNormMonitor(),
@@ -270,8 +266,8 @@ def test_a_table_when_the_suite_stops_training(capsys: pytest.CaptureFixture[str
     assert "training diverged (1)" in table(lines(capsys))["incidents"]
 
 
-def test_once_a_fit(capsys: pytest.CaptureFixture[str]) -> None:
-    """Also where the one before ended by an exception, and something else fails in between."""
+def test_table_is_printed_once_a_fit(capsys: pytest.CaptureFixture[str]) -> None:
+    """Also if the fit before ended with an exception, and something else fails in between."""
     callbacks, module = suite(), Stopped(ValueError("by the user"))
     trainer = pl.Trainer(
         accelerator="cpu", max_epochs=1, logger=False, enable_checkpointing=False, callbacks=callbacks
@@ -296,8 +292,8 @@ def test_no_table_without_training(arguments: dict[str, Any], capsys: pytest.Cap
     pl.Trainer(accelerator="cpu", callbacks=[NaNRollback()], max_epochs=1, **arguments).fit(
         module, plain_loader(batches(3))
     )
-    said = capsys.readouterr()
-    assert "gradguard" not in said.out + said.err
+    printed = capsys.readouterr()
+    assert "gradguard" not in printed.out + printed.err
     assert not Path("incidents.jsonl").exists()
 
 
@@ -312,7 +308,7 @@ pl.Trainer(
     accelerator="cpu", devices=2, strategy="ddp", max_epochs=1, enable_checkpointing=False,
     enable_model_summary=False, callbacks=default_callbacks(), use_distributed_sampler=False,
 ).fit(Classifier(), plain_loader(poisoned(batches(30), nan=[4, 17, 18, 19])))
-dist.barrier()  # who leaves early takes the connection away from the other
+dist.barrier()  # a rank that ends early closes the connection of the other
 dist.destroy_process_group()
 """
 
@@ -321,10 +317,10 @@ dist.destroy_process_group()
 def test_one_rank_prints(tmp_path: Path) -> None:
     script = tmp_path / "train.py"
     script.write_text(ON_TWO_RANKS)
-    said = launch([str(script)])
-    assert said.count(TITLE) == 1
-    assert said.count("gradguard: Rolled back to step") == 1
-    assert "lightning-gradguard report lightning_logs/version_0" in said
+    printed = launch([str(script)])
+    assert printed.count(TITLE) == 1
+    assert printed.count("gradguard: Rolled back to step") == 1
+    assert "lightning-gradguard report lightning_logs/version_0" in printed
 
 
 ONE_RANK_LOGS = """
@@ -355,7 +351,7 @@ def test_ranks_with_different_loggers_do_not_hang(tmp_path: Path) -> None:
 
 
 def test_skipped_last_step_is_reported(capsys: pytest.CaptureFixture[str]) -> None:
-    """Its verdict comes with the exception; what it means is written down all the same."""
+    """Its check ends after the exception; the incident is written and logged all the same."""
     logger = TensorBoardLogger("logs", name="", version="run")
     with pytest.raises(ValueError, match="by the user"):
         fit_with_bar(

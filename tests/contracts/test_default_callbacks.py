@@ -38,7 +38,7 @@ from tests.tasks import (
     weights,
 )
 
-#: Spikes, lone NaN batches, and two storms that need a rollback.
+#: Spikes, single NaN batches, and two series of them that need a rollback.
 DATA = poisoned(batches(90), nan=[4, 17, 40, 41, 42, 60, 61, 62, 63, 64, 65], spikes=[9, 30, 31, 55, 80])
 
 
@@ -60,7 +60,7 @@ def ordered(order: tuple[int, ...], on_failure: str, ema_first: bool) -> list[pl
 
 
 def deep(seed: int = 0) -> Classifier:
-    """So deep that its default initialization fails, and is repaired where that is asked for."""
+    """So deep that its default initialization fails, and is repaired if `on_failure` is "repair"."""
     module: Any = Classifier(norm=True, dropout=0.1, seed=seed)
     layers = [layer for _ in range(10) for layer in (torch.nn.Linear(64, 64), torch.nn.ReLU())]
     module.net = torch.nn.Sequential(*module.net[:6], *layers, module.net[6])
@@ -118,9 +118,9 @@ def test_each_callback_works_alone(index: int) -> None:
 @pytest.mark.parametrize("seed", range(4))
 def test_nan_storm_is_survived(optimizer: str, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
-    sick = torch.nonzero(torch.rand(600, generator=generator) < 0.02).flatten().tolist()
-    assert sick
-    data = poisoned(clusters(600, seed=seed), nan=sick)
+    bad = torch.nonzero(torch.rand(600, generator=generator) < 0.02).flatten().tolist()
+    assert bad
+    data = poisoned(clusters(600, seed=seed), nan=bad)
     bare, guarded = Classifier(optimizer, seed=seed), Classifier(optimizer, seed=seed)
     fit(bare, data)
     fit(guarded, data, default_callbacks())

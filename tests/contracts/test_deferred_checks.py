@@ -63,7 +63,7 @@ class Rich(Classifier):
 
 
 class Validated(Rich):
-    """Remembers the weights that it was validated with."""
+    """Keeps the weights that it was validated with."""
 
     def __init__(self, **arguments: Any) -> None:
         super().__init__(**arguments)
@@ -75,17 +75,17 @@ class Validated(Rich):
 
 
 class Observer(pl.Callback):
-    """Hears of incidents, and keeps the weights before averages replace them at the end."""
+    """Records incidents, and keeps the weights before averages replace them at the end."""
 
     def __init__(self) -> None:
-        self.heard: list[tuple[str, int]] = []
-        self.landed = -1
+        self.received: list[tuple[str, int]] = []
+        self.restored = -1
         self.final: list[Tensor] = []
 
     def on_training_incident(self, trainer: Any, pl_module: Any, incident: Incident) -> None:
-        self.heard.append((incident.kind, incident.step))
+        self.received.append((incident.kind, incident.step))
         if incident.kind == "rollback":
-            self.landed = int(incident.value or 0)
+            self.restored = int(incident.value or 0)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.final = weights(pl_module)
@@ -97,7 +97,7 @@ def deferred(**arguments: Any) -> NaNRollback:
 
 
 class Run:
-    """A fit with a deferred check and an average, and all that it left."""
+    """A fit with a deferred check and an average, and its final state."""
 
     def __init__(
         self,
@@ -144,7 +144,7 @@ def test_nan_batch_and_the_next_one_leave_no_trace(optimizer: str) -> None:
     twin = Run(clean, module=Rich(optimizer))
     run = Run(insert(clean, 9, NOT_A_NUMBER, after), module=Rich(optimizer))
     assert (run.rollback.skips, run.rollback.rollbacks) == (1, 0)
-    assert run.observer.heard == [("nonfinite_loss", 9)]
+    assert run.observer.received == [("nonfinite_loss", 9)]
     assert_same(run, twin)
 
 
@@ -181,10 +181,10 @@ def test_finite_losses_with_nonfinite_gradients_are_undone() -> None:
             return loss
 
     clean = batches(12)
-    sick = (clean[0][0][:7], clean[0][1][:7])
+    bad = (clean[0][0][:7], clean[0][1][:7])
     twin = Run(clean, module=Infinite())
-    run = Run(insert(clean, 5, sick, clean[1]), module=Infinite())
-    assert run.observer.heard == [("nonfinite_gradient", 5)]
+    run = Run(insert(clean, 5, bad, clean[1]), module=Infinite())
+    assert run.observer.received == [("nonfinite_gradient", 5)]
     assert_same(run, twin)
 
 
@@ -207,7 +207,7 @@ def test_last_batch_of_an_epoch_is_checked_at_once() -> None:
 
 def test_the_last_batch_of_an_epoch_costs_no_batch_of_the_next() -> None:
     class Epochs(Rich):
-        """Only in the first epoch is the last batch sick."""
+        """The last batch of the first epoch is NaN."""
 
         def training_step(self, batch: Batch, batch_idx: int) -> Tensor | None:
             if self.current_epoch == 0 and batch_idx == 12:
@@ -258,7 +258,7 @@ def test_validation_in_mid_epoch_sees_healthy_weights(average_last: bool) -> Non
         trainer = fit(module, data, callbacks, validation=held_out, **arguments)
         return module, look, trainer, rollback
 
-    # the sick one is the tenth, and validation follows at once: no other batch is lost
+    # the bad batch is the tenth, and validation follows at once: no other batch is lost
     module, look, trainer, rollback = run(insert(clean, 9, NOT_A_NUMBER), 10)
     expected, twin_look, twin, _ = run(clean, 9)
     assert rollback.skips == 1
@@ -285,16 +285,16 @@ def finite_files(folder: Path) -> list[Path]:
 def test_checkpoint_after_the_bad_step_holds_the_state_before(tmp_path: Path) -> None:
     clean = batches(15)
     states = []
-    for name, data in (("clean", clean), ("sick", insert(clean, 6, NOT_A_NUMBER))):
+    for name, data in (("clean", clean), ("bad", insert(clean, 6, NOT_A_NUMBER))):
         folder = tmp_path / name
         keep = ModelCheckpoint(folder, every_n_train_steps=1, save_top_k=-1, save_last=True)
         run = Run(data, callbacks=[keep], enable_checkpointing=True)
         assert len(finite_files(folder)) == len(data) + 1
         states.append(run)
     assert states[1].rollback.skips == 1
-    assert_same(states[1], states[0])  # it was brought forward: no other batch is lost
-    before = torch.load(tmp_path / "sick" / "epoch=0-step=6.ckpt", weights_only=False)["state_dict"]
-    after = torch.load(tmp_path / "sick" / "epoch=0-step=7.ckpt", weights_only=False)["state_dict"]
+    assert_same(states[1], states[0])  # checked ahead of the file: no other batch is lost
+    before = torch.load(tmp_path / "bad" / "epoch=0-step=6.ckpt", weights_only=False)["state_dict"]
+    after = torch.load(tmp_path / "bad" / "epoch=0-step=7.ckpt", weights_only=False)["state_dict"]
     assert same(list(before.values()), list(after.values()))
 
 
@@ -313,7 +313,7 @@ def test_exception_after_the_bad_step_saves_the_state_before(tmp_path: Path, int
 
     class Keep(OnExceptionCheckpoint):
         def teardown(self, *_: Any, **__: Any) -> None:
-            """The file stays."""
+            """Keeps the file."""
 
     clean, expected = batches(15), Rich()
     module, rollback = Breaks(), deferred()
@@ -353,7 +353,7 @@ def test_exception_without_a_checkpoint_leaves_the_state_before() -> None:
 
 @pytest.mark.parametrize("at", [18, 19, 20, 21])
 def test_snapshot_of_a_bad_step_is_never_restored(at: int) -> None:
-    """The snapshot that is due after twenty good steps is taken before the sick one is judged."""
+    """The snapshot that is due after twenty good steps is taken before the bad one is checked."""
     clean = batches(60)
     data = insert(insert(clean, 45, *[NOT_A_NUMBER] * 6), at, NOT_A_NUMBER)
     run = Run(data, deferred(snapshot_every_n_steps=20))
@@ -391,7 +391,7 @@ def test_under_lbfgs_it_is_exact() -> None:
 
 
 class Gan(pl.LightningModule):
-    """Two networks and optimizers; every batch says which of the two losses are sick."""
+    """Two networks and optimizers; every batch names the losses that are NaN."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -402,11 +402,11 @@ class Gan(pl.LightningModule):
 
     def training_step(self, batch: tuple[Tensor, Tensor, str], batch_idx: int) -> None:
         optimizers: Any = self.optimizers()
-        real, noise, sick = batch
+        real, noise, bad = batch
         for index, sign in enumerate((1, -1)):
             self.toggle_optimizer(optimizers[index])
-            is_sick = sick in ("both", "critic" if index == 0 else "generator")
-            fake = self.generator(noise * (math.nan if is_sick else 1.0))
+            is_nan = bad in ("both", "critic" if index == 0 else "generator")
+            fake = self.generator(noise * (math.nan if is_nan else 1.0))
             loss = sign * (self.critic(fake).mean() - self.critic(real).mean())
             optimizers[index].zero_grad()
             self.manual_backward(loss)
@@ -420,13 +420,13 @@ class Gan(pl.LightningModule):
         ], []
 
 
-def gan_batches(n: int, sick: dict[int, str] | None = None) -> Any:
+def gan_batches(n: int, bad: dict[int, str] | None = None) -> Any:
     generator = torch.Generator().manual_seed(0)
     return [
         (
             torch.randn(32, 20, generator=generator),
             torch.randn(32, 4, generator=generator),
-            (sick or {}).get(i, ""),
+            (bad or {}).get(i, ""),
         )
         for i in range(n)
     ]
@@ -440,13 +440,13 @@ def test_bad_critic_step_skips_the_generator_step_of_the_same_batch(tmp_path: Pa
     assert rollback.skips == 1
     assert same(weights(expected), weights(module))
     assert same(optimizer_state(twin), optimizer_state(trainer))
-    assert [record["batch_idx"] for record in ledger(tmp_path)] == [6]
+    assert [record["batch_idx"] for record in lost_batches(tmp_path)] == [6]
 
 
 @pytest.mark.parametrize("snapshot_every_n_steps", [1, 3, 5, 6, 7, 1000])
 def test_bad_generator_step_skips_the_next_critic_step(snapshot_every_n_steps: int) -> None:
     class ByHand(Gan):
-        """Without the suite: the generator's step of batch 6 and the critic's of batch 7 are left out."""
+        """Without the suite: the generator's step of batch 6 and the critic's of batch 7 are omitted."""
 
         def training_step(self, batch: tuple[Tensor, Tensor, str], batch_idx: int) -> None:
             optimizers: Any = self.optimizers()
@@ -481,7 +481,7 @@ def test_repeated_bad_generator_steps_leave_no_trace() -> None:
 
 @pytest.mark.parametrize("check", ["exact", "deferred"])
 def test_rollback_restores_all_networks(check: str) -> None:
-    """Also those that were toggled off when the snapshot was taken, or is put back."""
+    """Also those that were toggled off when the snapshot was taken, or is restored."""
     module, rollback = Gan(), deferred(check=check, patience=2)
     before = weights(module)
     n = 2 if check == "exact" else 4
@@ -507,18 +507,18 @@ def test_nan_last_batch_keeps_the_scheduler_step_of_the_epoch(check: str) -> Non
 @pytest.mark.parametrize("n", [2, 3, 4])
 def test_consecutive_bad_steps_lose_pairs_of_batches(n: int) -> None:
     clean, healthy = batches(20), batches(1, seed=8)[0]
-    sick = [NOT_A_NUMBER] * n if n % 2 == 0 else [*[NOT_A_NUMBER] * n, healthy]
-    run, twin = Run(insert(clean, 8, *sick)), Run(clean)
-    assert (run.rollback.skips, run.rollback.rollbacks) == (len(sick) // 2, 0)
+    bad = [NOT_A_NUMBER] * n if n % 2 == 0 else [*[NOT_A_NUMBER] * n, healthy]
+    run, twin = Run(insert(clean, 8, *bad)), Run(clean)
+    assert (run.rollback.skips, run.rollback.rollbacks) == (len(bad) // 2, 0)
     assert_same(run, twin)
 
 
 def test_rollback_restores_the_state_of_a_twin() -> None:
     clean = batches(60)
-    sick = insert(clean, 37, *[NOT_A_NUMBER] * 6)
-    run = Run(sick, deferred(snapshot_every_n_steps=10), callbacks=[AdaptiveGradientClipping()])
+    bad = insert(clean, 37, *[NOT_A_NUMBER] * 6)
+    run = Run(bad, deferred(snapshot_every_n_steps=10), callbacks=[AdaptiveGradientClipping()])
     assert (run.rollback.skips, run.rollback.rollbacks) == (3, 1)
-    assert run.observer.landed == 22
+    assert run.observer.restored == 22
     twin = Run(
         [*clean[:22], *clean[37:]],
         deferred(snapshot_every_n_steps=1000),
@@ -533,11 +533,11 @@ def test_rollback_restores_the_state_of_a_twin() -> None:
 def test_snapshot_is_qualified_by_ten_good_steps(check: str) -> None:
     taken, clean = (20 if check == "exact" else 21), batches(50)
     for n_good in (9, 10):
-        n_sick = 3 if check == "exact" else 6
-        sick = insert(clean, taken + n_good, *[NOT_A_NUMBER] * n_sick)
-        run = Run(sick, deferred(check=check, snapshot_every_n_steps=20))
+        n_bad = 3 if check == "exact" else 6
+        bad = insert(clean, taken + n_good, *[NOT_A_NUMBER] * n_bad)
+        run = Run(bad, deferred(check=check, snapshot_every_n_steps=20))
         assert run.rollback.rollbacks == 1
-        assert run.observer.landed == (taken if n_good == 10 else 0)
+        assert run.observer.restored == (taken if n_good == 10 else 0)
 
 
 @pytest.mark.parametrize("accumulate", [1, 3])
@@ -556,7 +556,7 @@ def test_a_clean_run_is_that_of_a_bare_trainer(accumulate: int) -> None:
     )
 
 
-def ledger(folder: Path) -> list[dict[str, Any]]:
+def lost_batches(folder: Path) -> list[dict[str, Any]]:
     lines = (folder / "lost_batches.rank0.jsonl").read_text().splitlines()
     return [json.loads(line) for line in lines]
 
@@ -572,11 +572,11 @@ def test_all_lost_batches_are_logged(
         folder=tmp_path,
         accumulate_grad_batches=accumulate,
     )
-    assert [record["batch_idx"] for record in ledger(tmp_path)] == lost
+    assert [record["batch_idx"] for record in lost_batches(tmp_path)] == lost
 
 
 def test_validation_within_a_window_undoes_the_window_before(tmp_path: Path) -> None:
-    """Validation after six batches, windows of four: what is left of the second window makes its step."""
+    """Validation after six batches, windows of four: the rest of the second window makes its step."""
     clean, module, rollback = batches(12), Validated(dropout=0.0), deferred()
     fit(
         module,
@@ -589,7 +589,7 @@ def test_validation_within_a_window_undoes_the_window_before(tmp_path: Path) -> 
         accumulate_grad_batches=4,
     )
     assert (rollback.skips, rollback.rollbacks) == (1, 0)
-    assert [record["batch_idx"] for record in ledger(tmp_path)] == list(range(6))
+    assert [record["batch_idx"] for record in lost_batches(tmp_path)] == list(range(6))
     expected = Rich(dropout=0.0)
     (optimizer,), _ = expected.configure_optimizers()
     for window in (clean[6:8], clean[8:12]):
@@ -608,7 +608,7 @@ def test_validation_within_a_window_undoes_the_window_before(tmp_path: Path) -> 
 
 def test_stop_after_a_bad_step_leaves_finite_weights() -> None:
     class Stops(pl.Callback):
-        """Behind the guard in the list: at the end of the batch, nobody knows yet that it is the last."""
+        """Behind the guard in the list: at the end of the batch, it is not known yet to be the last."""
 
         def on_train_batch_end(self, trainer: pl.Trainer, module: Any, *_: Any) -> None:
             trainer.should_stop = trainer.global_step == 11

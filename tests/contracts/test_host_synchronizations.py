@@ -127,7 +127,7 @@ def others(seen: Iterable[Interaction]) -> list[str]:
 @pytest.mark.parametrize(
     "policy", [GlobalNormClipping, ZScoreClipping, PercentileClipping, UnitwiseClipping, PerTensorClipping]
 )
-def test_whatever_the_policy(policy: Callable[[], ClippingPolicy], check: str) -> None:
+def test_synchronizations_with_any_policy(policy: Callable[[], ClippingPolicy], check: str) -> None:
     expect_of(check, seen_of(suite(check, policy()), Classifier("sgd")))
 
 

@@ -53,7 +53,7 @@ class TwoGroups(Classifier):
 
 
 class Used(pl.Callback):
-    """The rates that the optimizer really steps with; stands after whoever scales them."""
+    """The rates that the optimizer steps with; comes after the callbacks that scale them."""
 
     def __init__(self) -> None:
         self.rates: dict[int, list[float]] = {}
@@ -118,11 +118,11 @@ def test_the_band_follows_a_level_that_has_changed_for_good() -> None:
 
 
 def test_the_largest_norm_is_that_of_accepted_steps() -> None:
-    judged, watched = Memory(), Memory()
+    guarded, watched = Memory(), Memory()
     data = poisoned(batches(40), nan=[20])
-    fit(Classifier(), data, [NaNRollback()], logger=judged, log_every_n_steps=50)
+    fit(Classifier(), data, [NaNRollback()], logger=guarded, log_every_n_steps=50)
     fit(Classifier(), data[:20], [GradientNormMonitor(every_n_steps=1)], logger=watched)
-    ((step, largest),) = judged.scalars["summary/largest_norm"].items()
+    ((step, largest),) = guarded.scalars["summary/largest_norm"].items()
     assert (step, math.isfinite(largest)) == (39, True)
     assert watched.scalars["summary/largest_logged_norm"][19] <= largest
     assert max(watched.scalars["grad_norm/total"].values()) == pytest.approx(

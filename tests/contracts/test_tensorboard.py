@@ -68,7 +68,7 @@ def test_decades_are_beside_what_spans_them(server: Server) -> None:
             assert step == same
             assert decades == pytest.approx(math.log10(value), abs=1e-6)
     norms = [value for _, value in server.scalars("guarded", "log10/grad_norm/total")]
-    assert max(norms) > 3 > 1 > norms[-1], "the explosion, and the rescue"
+    assert max(norms) > 3 > 1 > norms[-1], "the explosion, and the recovery"
     assert math.isnan(server.scalars("bare", "log10/grad_norm/total")[-1][1])
 
 

@@ -22,7 +22,7 @@ from tests.tasks import NOT_A_NUMBER, Batch, Classifier, batches, fit, insert, p
 
 
 class Target(Classifier):
-    """With a copy of itself that follows it slowly, and that no optimizer knows."""
+    """With a copy of itself that follows it slowly, and that no optimizer updates."""
 
     def __init__(self, **arguments: Any) -> None:
         super().__init__("adam", **arguments)
@@ -41,22 +41,22 @@ class Target(Classifier):
 @pytest.mark.parametrize("check", ["exact", "deferred"])
 def test_target_network_is_as_without_the_batch(check: Any) -> None:
     clean = batches(40)
-    sick = [*clean[:20], poisoned(clean, nan=[0])[0], *clean[20:]]
+    bad = [*clean[:20], poisoned(clean, nan=[0])[0], *clean[20:]]
     lost = 20 if check == "exact" else 21
     expected, module = Target(), Target()
-    fit(expected, [*clean[:20], *sick[lost + 1 :]], [NaNRollback(check=check)])
+    fit(expected, [*clean[:20], *bad[lost + 1 :]], [NaNRollback(check=check)])
     rollback = NaNRollback(check=check)
-    fit(module, sick, [rollback])
+    fit(module, bad, [rollback])
     assert (rollback.skips, rollback.rollbacks) == (1, 0)
     assert same(weights(expected), weights(module))
 
 
 def test_target_network_is_rolled_back_with_the_network() -> None:
     clean = batches(60)
-    sick = [*clean[:31], *[poisoned(clean, nan=[0])[0]] * 3, *clean[31:]]
+    bad = [*clean[:31], *[poisoned(clean, nan=[0])[0]] * 3, *clean[31:]]
     rollback = NaNRollback(snapshot_every_n_steps=10, restore_rng=True, rewind_schedulers=True)
     module, expected = Target(), Target()
-    fit(module, sick, [rollback])
+    fit(module, bad, [rollback])
     assert rollback.rollbacks == 1
     fit(expected, [*clean[:20], *clean[31:]])
     assert same(weights(expected), weights(module))
@@ -96,9 +96,9 @@ class LazyMask(Classifier):
 @pytest.mark.parametrize("check", ["exact", "deferred"])
 def test_buffers_may_be_created_deleted_and_resized(check: Any) -> None:
     clean = batches(40)
-    sick = [*clean[:20], poisoned(clean, nan=[0])[0], *clean[20:]]
+    bad = [*clean[:20], poisoned(clean, nan=[0])[0], *clean[20:]]
     module, rollback = LazyMask(), NaNRollback(check=check)
-    fit(module, sick, [rollback])
+    fit(module, bad, [rollback])
     assert (rollback.skips, rollback.rollbacks) == (1, 0)
     assert bool(torch.isfinite(module.bank).all())
     assert len(module.bank) == 1 + (40 if check == "exact" else 39)
@@ -106,9 +106,9 @@ def test_buffers_may_be_created_deleted_and_resized(check: Any) -> None:
 
 def test_resized_buffer_is_rolled_back() -> None:
     clean = batches(60)
-    sick = [*clean[:31], *[poisoned(clean, nan=[0])[0]] * 3, *clean[31:]]
+    bad = [*clean[:31], *[poisoned(clean, nan=[0])[0]] * 3, *clean[31:]]
     module, rollback = LazyMask(), NaNRollback(snapshot_every_n_steps=10)
-    fit(module, sick, [rollback])
+    fit(module, bad, [rollback])
     assert rollback.rollbacks == 1
     assert len(module.bank) == 1 + 20 + 29
 
@@ -165,7 +165,7 @@ def test_weights_unfrozen_right_after_a_deferred_step() -> None:
     assert all(bool(torch.isfinite(tensor).all()) for tensor in weights(module))
 
 
-def test_good_steps_that_a_checkpoint_makes_known_count(tmp_path: Path) -> None:
+def test_good_steps_checked_ahead_of_a_checkpoint_count(tmp_path: Path) -> None:
     data = poisoned(batches(60), nan=[50, 51, 52, 53, 54, 55])
     rollback = NaNRollback(check="deferred", snapshot_every_n_steps=10, incident_dir=str(tmp_path))
     keep = ModelCheckpoint(tmp_path, every_n_train_steps=1)
@@ -179,7 +179,7 @@ def test_averaging_that_begins_between_a_snapshot_and_a_rollback() -> None:
     average = StochasticWeightAveraging(1e-2, swa_epoch_start=3)
     rollback = NaNRollback(rewind_schedulers=True)
     data = batches(30)
-    sick = [poisoned(data, nan=[3, 4, 5]) if epoch == 2 else data for epoch in range(5)]
+    bad = [poisoned(data, nan=[3, 4, 5]) if epoch == 2 else data for epoch in range(5)]
 
     class Epochs:
         def __init__(self, module: pl.LightningModule) -> None:
@@ -189,7 +189,7 @@ def test_averaging_that_begins_between_a_snapshot_and_a_rollback() -> None:
             return 30
 
         def __iter__(self) -> Any:
-            return iter(sick[self.module.trainer.current_epoch])
+            return iter(bad[self.module.trainer.current_epoch])
 
     module = Classifier()
     fit(module, data, [rollback, average], loader=Epochs(module), max_epochs=5)
@@ -205,9 +205,9 @@ def test_a_step_without_a_loss_is_no_part_of_the_next() -> None:
             return None if batch_idx == 9 else loss
 
     clean = batches(30)
-    sick = poisoned(clean, nan=[10])
+    bad = poisoned(clean, nan=[10])
     module, rollback = Sometimes(norm=True), NaNRollback()
-    fit(module, sick, [rollback])
+    fit(module, bad, [rollback])
     assert rollback.skips == 1
     assert int(module.net[1].num_batches_tracked) == 29  # type: ignore[arg-type]
 
@@ -234,7 +234,7 @@ def test_values_of_a_skipped_step_reach_no_other_callback() -> None:
 
 
 class _Grows(Classifier):
-    """Gets a normalization and a metric while it is trained."""
+    """Creates a normalization and a metric while it is trained."""
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor | None:
         if batch_idx == 3:
@@ -276,16 +276,16 @@ class _SharedFakes(pl.LightningModule):
     """A GAN that makes its fakes once and uses them in both steps, with normalization in its generator.
 
     Args:
-        left_out: The batch in which the critic does not step.
+        skipped: The batch in which the critic does not step.
     """
 
-    def __init__(self, left_out: int = -1) -> None:
+    def __init__(self, skipped: int = -1) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.automatic_optimization = False
         self.generator = nn.Sequential(nn.Linear(2, 8), nn.BatchNorm1d(8), nn.Linear(8, 20))
         self.critic = nn.Linear(20, 1)
-        self.left_out = left_out
+        self.skipped = skipped
 
     def configure_optimizers(self) -> Any:
         return [torch.optim.SGD(net.parameters(), lr=0.1) for net in (self.critic, self.generator)]
@@ -293,7 +293,7 @@ class _SharedFakes(pl.LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         critic, generator = self.optimizers()  # type: ignore[attr-defined]
         fake = self.generator(torch.arange(8.0).reshape(4, 2))
-        if batch_idx != self.left_out:
+        if batch_idx != self.skipped:
             critic.zero_grad()
             self.manual_backward(self.critic(batch[0]).mean() - self.critic(fake.detach()).mean())
             critic.step()
@@ -304,7 +304,7 @@ class _SharedFakes(pl.LightningModule):
 
 @pytest.mark.parametrize("check", ["exact", "deferred"])
 def test_a_skipped_step_leaves_the_other_optimizer_its_graph(check: Any) -> None:
-    guarded, omitting = _SharedFakes(), _SharedFakes(left_out=3)
+    guarded, omitting = _SharedFakes(), _SharedFakes(skipped=3)
     fit(guarded, insert(batches(8), 3, NOT_A_NUMBER), [NaNRollback(check=check)])
     fit(omitting, insert(batches(8), 3, NOT_A_NUMBER), [])
     assert all(bool(weight.isfinite().all()) for weight in guarded.parameters())
@@ -313,7 +313,7 @@ def test_a_skipped_step_leaves_the_other_optimizer_its_graph(check: Any) -> None
 
 
 class _UsesItsBuffer(_SharedFakes):
-    """Whose generator goes backward by the value of a buffer that its forward pass has changed."""
+    """The generator's backward pass needs a buffer that its forward pass has changed."""
 
     def __init__(self) -> None:
         super().__init__()

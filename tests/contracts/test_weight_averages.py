@@ -45,11 +45,11 @@ def swa() -> StochasticWeightAveraging:
 @ORDERS
 @pytest.mark.parametrize("norm", [False, True])
 def test_stochastic_weight_averaging_beside_a_nan_batch(check: Any, guard_first: bool, norm: bool) -> None:
-    """With batch normalization there is one more pass, which makes no step and must not be spoiled."""
+    """With batch normalization there is one more pass, which makes no step and must stay finite."""
     clean = batches(8)
-    sick = insert(clean, 8, NOT_A_NUMBER) if check == "deferred" else insert(clean, 3, NOT_A_NUMBER)
+    bad = insert(clean, 8, NOT_A_NUMBER) if check == "deferred" else insert(clean, 3, NOT_A_NUMBER)
     found = []
-    for data in (clean, sick):
+    for data in (clean, bad):
         module, rollback = Classifier("sgd", norm=norm), NaNRollback(check=check, max_dossiers=0)
         trainer = fit(module, data, ordered(swa(), rollback, guard_first), max_epochs=4)
         assert all(bool(t.isfinite().all()) for t in (*weights(module), *optimizer_state(trainer)))
@@ -74,21 +74,21 @@ def test_a_healthy_stochastic_average_is_that_of_a_bare_run(check: Any, guard_fi
 
 @ORDERS
 def test_rollback_across_epochs_restores_a_stochastic_average(guard_first: bool) -> None:
-    """Three sick batches right after an epoch's average was taken: back to before it, its count included."""
+    """Three NaN batches right after an epoch's average was taken: it is restored, with its count."""
     average = swa()
-    spoiled = [8 * 2 + i for i in range(3)]
+    bad_batches = [8 * 2 + i for i in range(3)]
 
-    class Sick(Classifier):
+    class Bad(Classifier):
         def training_step(self, batch: Batch, batch_idx: int) -> Tensor | None:
-            if self.current_epoch * 8 + batch_idx in spoiled:
+            if self.current_epoch * 8 + batch_idx in bad_batches:
                 batch = (batch[0] * math.nan, batch[1])
             return super().training_step(batch, batch_idx)
 
-    module, rollback = Sick(), NaNRollback(snapshot_every_n_steps=1000, max_dossiers=0)
+    module, rollback = Bad(), NaNRollback(snapshot_every_n_steps=1000, max_dossiers=0)
     fit(module, batches(8), ordered(average, rollback, guard_first), max_epochs=4)
     assert rollback.rollbacks == 1
     assert average.n_averaged is not None
-    # taken in at the start of epochs 1, 2 and 3; the first two were undone
+    # averaged at the start of epochs 1, 2 and 3; the first two were undone
     assert average.n_averaged.item() == 1
     assert all(bool(t.isfinite().all()) for t in weights(module))
 
@@ -134,7 +134,7 @@ def test_an_exponential_average_beside_a_nan_batch(check: Any, guard_first: bool
 
 
 class MyEMA(pl.Callback):
-    """An average that nobody knows of."""
+    """An average that is not one of Lightning's."""
 
     def __init__(self) -> None:
         self.average: list[Tensor] = []
@@ -153,10 +153,10 @@ def test_unknown_average_is_warned_of_where_it_sees_bad_weights(
     callbacks = ordered(MyEMA(), NaNRollback(check=check), guard_first)
     fit(Classifier(), batches(2), callbacks, enable_progress_bar=True)
     printed = capsys.readouterr()
-    said = printed.out + printed.err
+    text = printed.out + printed.err
     is_fine = guard_first and check == "exact"
-    assert said.count("MyEMA seems to average weights in a way that NaNRollback cannot undo") == 1 - is_fine
-    assert ("use check='exact' and put NaNRollback before it" in said) == (check == "deferred")
+    assert text.count("MyEMA seems to average weights in a way that NaNRollback cannot undo") == 1 - is_fine
+    assert ("use check='exact' and put NaNRollback before it" in text) == (check == "deferred")
 
 
 def test_known_averages_and_other_callbacks_are_not_warned_of(

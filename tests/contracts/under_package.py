@@ -45,7 +45,7 @@ class Network(pl.LightningModule):
 
 
 class Data(pl.LightningDataModule):
-    """The batches of the NaN storm."""
+    """Batches, some of them NaN."""
 
     def train_dataloader(self) -> Any:
         return plain_loader(STORM)

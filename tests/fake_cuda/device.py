@@ -43,8 +43,8 @@ class Interaction:
     """A synchronization of the host with the device, or a copy between them.
 
     Args:
-        kind: `"sync"` if the host waits for work of this batch; `"late sync"` if it waits for work of an
-            earlier batch only; `"send"` for a copy to the host that does not block.
+        kind: `"sync"` if the host synchronizes with work of this batch; `"late sync"` if only with
+            work of an earlier one; `"send"` for a copy to the host that does not block.
         what: A short description.
         where: File and line; those of the package if it is on the call stack.
         is_own: True if the package is on the call stack.

@@ -23,7 +23,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def _the_same_bits() -> Iterator[None]:
-    """No TF32; and what `Trainer(deterministic=True)` sets for the whole process is taken back."""
+    """Disables TF32, and restores the global settings of `Trainer(deterministic=True)`."""
     torch.set_float32_matmul_precision("highest")
     yield
     torch.use_deterministic_algorithms(False)

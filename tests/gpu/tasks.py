@@ -16,7 +16,7 @@ ACCELERATOR = "gpu"
 DEVICE = "cuda"
 
 Make = Callable[[Any], torch.optim.Optimizer]
-#: Made when the weights are on the device: `capturable` and rates that are tensors ask for that.
+#: Made when the weights are on the device: `capturable` and rates that are tensors require it.
 OPTIMIZERS: dict[str, Make] = {
     "sgd": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9),
     "sgd fused": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9, fused=True),
@@ -36,7 +36,7 @@ def on_device(number: float) -> Tensor:
 
 
 class Network(Classifier):
-    """The classifier of the CPU suite with an optimizer of this suite, and a schedule if that is wanted."""
+    """The classifier of the CPU suite with an optimizer of this suite, and an optional schedule."""
 
     def __init__(
         self, optimizer: str = "adamw fused", *, norm: bool = True, dropout: float = 0.0, decay: float = 1.0

@@ -43,9 +43,9 @@ def test_a_lost_batch_leaves_no_trace(mode: str) -> None:
         trainer = fit_there(network, data, suite)
         assert finite(trainer)
         results.append(([t.clone() for t in everything(trainer)], rollback.skips, rollback.rollbacks))
-    _, bare, skipped, gone_back, twin = results
-    assert [r[1:] for r in (bare, skipped, gone_back, twin)] == [(0, 0), (1, 0), (3, 1), (0, 0)]
+    _, bare, skipped, rolled_back, twin = results
+    assert [r[1:] for r in (bare, skipped, rolled_back, twin)] == [(0, 0), (1, 0), (3, 1), (0, 0)]
     assert same(skipped[0], bare[0])
-    assert same(gone_back[0], twin[0])
+    assert same(rolled_back[0], twin[0])
     if mode == "reduce-overhead":
         assert counters["inductor"]["cudagraph_skips"] == 0

@@ -1,4 +1,4 @@
-"""The check's extra pass on a GPU was never there: no weight, buffer or random number knows of it."""
+"""The check's extra pass on a GPU changes no weight, buffer or random number."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Optimizers that live on the device: a skip leaves them bit for bit, and rates and clipping act."""
+"""Optimizers with state on the device: a skip leaves it bit for bit, and rates and clipping act."""
 
 from __future__ import annotations
 
@@ -44,12 +44,12 @@ def test_rate_on_the_device_is_scaled_and_restored_bit_for_bit(optimizer: str) -
     spy = RateSpy(backoff)
     suite = [NaNRollback(patience=1), backoff, spy]
     fit_there(Network(optimizer), insert(batches(30), 15, NOT_A_NUMBER), suite)
-    assert len(spy.used) == len(spy.asked) == 31
+    assert len(spy.used) == len(spy.scheduled) == 31
     assert spy.scales[:16] == [1.0] * 16
     assert spy.scales[-1] == 0.3
-    assert all(torch.equal(rate, spy.asked[0]) for rate in spy.asked)
+    assert all(torch.equal(rate, spy.scheduled[0]) for rate in spy.scheduled)
     for rate, scale in zip(spy.used, spy.scales, strict=True):
-        assert torch.equal(rate, spy.asked[0] * scale)
+        assert torch.equal(rate, spy.scheduled[0] * scale)
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)

@@ -127,7 +127,7 @@ def test_nonfinite_weights_are_rolled_back(precision: Any, value: float) -> None
 
 
 class Wide(Network):
-    """With a gradient of four million elements, where float32 sums have something to lose."""
+    """With a gradient of four million elements, where float32 sums lose precision."""
 
     def __init__(self, optimizer: str) -> None:
         super().__init__(optimizer, norm=False)
@@ -137,7 +137,7 @@ class Wide(Network):
 
 
 class Norms(StepCallback):
-    """Compares what a step measured with the same gradients in float64 on the CPU."""
+    """Compares the measurement of a step with that of the same gradients in float64 on the CPU."""
 
     norm_types = (1.0, 2.0, 3.0, math.inf)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from lightning_gradguard import AdaptiveGradientClipping, Incident, NaNRollback
 from lightning_gradguard.core.snapshots import Snapshot
 from tests.gpu.tasks import Network, Observer, everything, finite, fit_there
-from tests.tasks import NOT_A_NUMBER, Batch, Remember, batches, insert, same
+from tests.tasks import NOT_A_NUMBER, Batch, StateRecorder, batches, insert, same
 
 #: Clock ticks for which a copy is held up, some 20 ms: many steps of these networks.
 LATE = 40_000_000
@@ -67,15 +67,15 @@ def test_rollback_is_exact_with_late_copies() -> None:
 def test_a_snapshot_holds_what_was_there_when_it_was_taken(accumulate: int) -> None:
     """The first batch of the step writes buffers right afterwards, and its last one writes weights."""
 
-    remember = Remember()
+    recorder = StateRecorder()
     data = insert(batches(60 * accumulate), 31 * accumulate, *[NOT_A_NUMBER] * 3 * accumulate)
     arguments = {"accumulate_grad_batches": accumulate}
-    fit_there(Network(), data, [remember, NaNRollback(snapshot_every_n_steps=10)], **arguments)
-    assert remember.landed is not None
-    step, landed = remember.landed
+    fit_there(Network(), data, [recorder, NaNRollback(snapshot_every_n_steps=10)], **arguments)
+    assert recorder.restored is not None
+    step, restored = recorder.restored
     assert step == 20
-    assert same(landed, remember.at[20])
-    assert not same(landed, remember.at[21])
+    assert same(restored, recorder.at[20])
+    assert not same(restored, recorder.at[21])
 
 
 @pytest.mark.usefixtures("slow_copies")

@@ -15,7 +15,7 @@ from lightning_gradguard import GradientNormMonitor, NaNRollback, default_callba
 from tests.gpu.tasks import Network, Observer, fit_there
 from tests.tasks import NOT_A_NUMBER, Batch, batches, insert, same
 
-# NCCL and FSDP1 warn of what a world of one process is not for
+# NCCL and FSDP1 warn of a world of one process
 pytestmark = pytest.mark.filterwarnings("ignore")
 STRATEGIES = ["ddp", "fsdp"]
 

@@ -161,7 +161,7 @@ class Network(pl.LightningModule):
                 "head": ColwiseParallel(output_layouts=Replicate()),
             }
             parallelize_module(self, mesh["tensor_parallel"], plan)
-            # the whole weight is on each rank, and its gradient is cut as what it is multiplied with
+            # the whole weight is on each rank, and its gradient is sharded as the activations are
             self.gain = nn.Parameter(
                 distribute_tensor(self.gain.detach(), mesh["tensor_parallel"], [Replicate()])
             )
@@ -276,7 +276,7 @@ def precision(cell: Cell) -> dict[str, Any]:
 
 
 class FSDP1(FSDPStrategy):
-    """On CPUs, for which Lightning names no device, and torch then refuses."""
+    """Sets the device on CPUs: Lightning passes none, which torch rejects."""
 
     def _setup_model(self, model: nn.Module) -> Any:
         assert isinstance(model, Network)

@@ -37,13 +37,13 @@ def cells(strategy: str, precisions: tuple[str, ...], modes: list[tuple[int, boo
 
 
 def variants(strategy: str) -> list[Cell]:
-    """Every policy and kind of norm; in float64, where nothing hides behind rounding."""
+    """Every policy and kind of norm; in float64, without differences by rounding."""
     others = [Cell(strategy, policy=policy) for policy in POLICIES if policy != "z-score"]
     return [*others, *(Cell(strategy, norm_type=norm_type) for norm_type in (1.0, 3.0, math.inf))]
 
 
 ONE, WINDOWS = [(1, False)], [(1, False), (4, False)]
-#: By line of the table: number of processes, and what they run.
+#: By line of the table: number of processes, and their runs.
 GROUPS: dict[str, tuple[int, list[Cell]]] = {
     "DDP x2": (2, [*cells("DDP", PRECISIONS), *variants("DDP")]),
     "DDP x2, find_unused_parameters": (2, cells("DDP, unused parameters", ("64", "32"))),
@@ -54,7 +54,7 @@ GROUPS: dict[str, tuple[int, list[Cell]]] = {
     "DDP x4": (4, cells("DDP", ("64", "32"), WINDOWS)),
     "FSDP2 x2": (2, [*cells("FSDP2", SHARDED), *variants("FSDP2"), Cell("FSDP2", validates=True)]),
     "FSDP2 x4": (4, [*cells("FSDP2", ("64",), WINDOWS), Cell("FSDP2", policy="unit-wise")]),
-    # under manual optimization FSDP1 itself fails: it does not go backward within a forward pass
+    # under manual optimization FSDP1 itself fails: it supports no backward pass within a forward pass
     "FSDP1 x2": (
         2,
         [
@@ -104,7 +104,7 @@ def test_numbers_and_decisions_are_those_of_one_process(
     members = [(group, cell) for group in groups for cell in GROUPS[group][1]]
     torch.save([cell for _, cell in members], tmp_path / "cells.pt")
     launch_on(processes, "tests.contracts.strategies.cells", str(tmp_path), patience=240)
-    proven: dict[tuple[str, str], set[str]] = defaultdict(lambda: set(FEATURES))
+    verified: dict[tuple[str, str], set[str]] = defaultdict(lambda: set(FEATURES))
     references: dict[Cell, Seen] = {}
     for index, (group, cell) in enumerate(members):
         alone = replace(cell, strategy="one process")
@@ -115,8 +115,8 @@ def test_numbers_and_decisions_are_those_of_one_process(
             assert str(other.scalars) == str(ranks[0].scalars), f"{cell}: rank {rank} logged other numbers"
             assert (other.incidents, other.counts) == (ranks[0].incidents, ranks[0].counts), cell
         assert max(seen.collectives for seen in ranks) == 1, cell
-        proven[group, cell.precision] &= agreeing(cell, ranks[0], references[alone])
-    for (group, precision), features in proven.items():
+        verified[group, cell.precision] &= agreeing(cell, ranks[0], references[alone])
+    for (group, precision), features in verified.items():
         strategies_page.has(group, precision, [feature in features for feature in FEATURES])
 
 
