@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_gradguard.core.initialization.finding import Finding, Severity, initializer_line
-from lightning_gradguard.core.initialization.probe import ZERO_GAIN, Probe, probe
-from lightning_gradguard.core.initialization.weights import check_weights
+from lightning_gradguard.core.initialization.probe import LAYERS, ZERO_GAIN, Probe, probe
+from lightning_gradguard.core.norms import local_shard
 
 #: Decades of gradient gain from the last hidden layer back to the first block or layer: of 294 networks, 3 %
 #: fail to train within the healthy ranges, and 90 % beyond the bounds.
@@ -181,3 +181,55 @@ def _values(measured: Probe) -> dict[str, float]:
     for name, gain in measured.recurrent_gains.items():
         values[f"gain_through_time/{name}"] = gain
     return values
+
+
+def check_weights(module: nn.Module) -> list[Finding]:
+    """Checks without a batch for nonfinite weights, and for units that are copies of each other.
+
+    Args:
+        module: The network.
+    """
+    return nonfinite_weights(module) or copied_units(module)
+
+
+def nonfinite_weights(module: nn.Module) -> list[Finding]:
+    """Returns a finding for each layer with nonfinite weights, in the local shard of sharded ones."""
+    findings = []
+    for name, parameter in module.named_parameters():
+        owner, _, _ = name.rpartition(".")
+        finite = torch.isfinite(local_shard(parameter.detach()))
+        if not bool(finite.all()):
+            share = 1 - float(finite.float().mean())
+            cure = f"model.{owner}.reset_parameters()" if owner else f"model.{name} = ..."
+            findings.append(Finding("nonfinite_weights", owner, share, "0", "fail", cure))
+    return findings
+
+
+def copied_units(
+    module: nn.Module, whole: Callable[[Tensor], Tensor] = lambda weight: weight
+) -> list[Finding]:
+    """Returns a finding for each layer that has units with the same weights.
+
+    Args:
+        module: The network.
+        whole: Returns the whole weight of a layer that is sharded over ranks.
+    """
+    findings = []
+    for name, layer in module.named_modules():
+        if not isinstance(layer, LAYERS):
+            continue
+        weight = whole(layer.weight.detach())
+        if bool(weight.any()) and (copies := _equal_rows(weight)) > 0:
+            findings.append(
+                Finding("symmetric_units", name, copies, "0", "fail", initializer_line(name, "relu"))
+            )
+    return findings
+
+
+def _equal_rows(weight: Tensor) -> int:
+    """Counts rows that equal another row, by their projections on a random vector."""
+    rows = weight.flatten(1)
+    generator = torch.Generator().manual_seed(0)
+    direction = torch.randn(rows.shape[1], generator=generator, dtype=torch.float64).to(rows.device)
+    projections = (rows.double() @ direction).sort().values
+    return int((projections.diff() == 0).sum())

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from lightning_gradguard.core.initialization.forward_trace import RECTIFIERS
+from lightning_gradguard.core.initialization.probe import RECTIFIERS
 
 Severity = Literal["info", "warn", "fail"]
 

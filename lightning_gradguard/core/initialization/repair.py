@@ -8,8 +8,7 @@ from collections.abc import Callable, Collection
 import torch
 from torch import Tensor, nn
 
-from lightning_gradguard.core.initialization.forward_trace import LAYERS, RECTIFIERS, Layer, WeightedLayer
-from lightning_gradguard.core.initialization.probe import probe
+from lightning_gradguard.core.initialization.probe import LAYERS, RECTIFIERS, Layer, WeightedLayer, probe
 from lightning_gradguard.core.snapshots import preserve_state
 
 

@@ -1,20 +1,51 @@
-"""Preservation of everything that a forward pass may change in a module."""
+"""Preservation of random numbers, and of everything that a forward pass may change in a module."""
 
 from __future__ import annotations
 
 import copy
+import random
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from lightning_gradguard.core.snapshots.buffers import BufferCopies
-from lightning_gradguard.core.snapshots.rng import rng_state, set_rng_state
 
 _INTERNAL = frozenset(nn.Module().__dict__)
+
+
+def rng_state() -> dict[str, Any]:
+    """Returns the state of every random number generator that training uses.
+
+    Generators of GPUs are omitted until CUDA is in use: reading them would initialize it, and processes that
+    are forked later could not use it.
+    """
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],  # type: ignore[no-untyped-call]
+        "numpy": np.random.get_state(),
+        "python": random.getstate(),
+    }
+
+
+def set_rng_state(state: dict[str, Any]) -> None:
+    """Restores a result of `rng_state`.
+
+    Example:
+        >>> state = rng_state()
+        >>> first = torch.rand(2)
+        >>> set_rng_state(state)
+        >>> torch.equal(first, torch.rand(2))
+        True
+    """
+    torch.set_rng_state(state["torch"])
+    torch.cuda.set_rng_state_all(state["cuda"])
+    np.random.set_state(state["numpy"])
+    random.setstate(state["python"])
 
 
 @contextmanager
