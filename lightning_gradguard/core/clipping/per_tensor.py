@@ -31,11 +31,7 @@ class PerTensorClipping(ClippingPolicy):
     """
 
     def __init__(
-        self,
-        max_ratio: float = 1.05,
-        decay: float = 0.98,
-        warmup_steps: int = 100,
-        max_norm: float = 1.0,
+        self, max_ratio: float = 1.05, decay: float = 0.98, warmup_steps: int = 100, max_norm: float = 1.0
     ) -> None:
         if not max_ratio >= 1:
             raise ValueError(f"max_ratio={max_ratio!r} must be at least 1.")

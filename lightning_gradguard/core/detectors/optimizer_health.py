@@ -1,4 +1,4 @@
-"""Detection from finite steps that the weights of an optimizer are bad: divergence, collapse, spikes."""
+"""Detection from finite steps that weights are bad: divergence, collapse, and spikes that last."""
 
 from __future__ import annotations
 
@@ -16,11 +16,8 @@ MIN_LOSS_RATIO = 1.5
 SPIKE_PATIENCE = 10
 #: Ratio to the first steps, of loss times norm, from which on training has diverged.
 DIVERGENCE_RATIO = 300.0
-#: The same for adversarial optimizers, and the lower bound of the deviation of logarithms for their spikes: a
-#: loss that rises tenfold is normal there.
+#: The same for adversarial optimizers, whose losses may rise tenfold in healthy training.
 ADVERSARIAL_DIVERGENCE_RATIO = 1e6
-ADVERSARIAL_MIN_STD = 1.0
-
 #: Faults of steps whose numbers are finite.
 Anomaly = Literal["", "loss_spike", "divergence", "gradient_collapse"]
 
@@ -95,11 +92,7 @@ class CollapseDetector:
         self._in_a_row = 0
 
     def update(self, is_collapsed: bool) -> bool:
-        """Adds a step; returns True if the gradients have collapsed.
-
-        Args:
-            is_collapsed: True if no weight matrix has a gradient while another parameter has.
-        """
+        """Adds a step; returns True if the gradients have collapsed."""
         self._had_gradients = self._had_gradients or not is_collapsed
         self._in_a_row = self._in_a_row + 1 if is_collapsed and self._had_gradients else 0
         return self._in_a_row >= EVIDENCE_STEPS
@@ -119,10 +112,7 @@ class CollapseDetector:
 
 
 class OptimizerHealth:
-    """Detects from the finite steps of one optimizer that its weights are bad.
-
-    Args:
-        is_adversarial: True if another optimizer may train a network against this one's.
+    """Detects from the finite steps of one optimizer, perhaps an adversarial one, that its weights are bad.
 
     Attributes:
         spiking: Consecutive steps with a spike of both loss and norm.
@@ -132,8 +122,7 @@ class OptimizerHealth:
     def __init__(self, is_adversarial: bool) -> None:
         self._bound = ADVERSARIAL_DIVERGENCE_RATIO if is_adversarial else DIVERGENCE_RATIO
         self._loss, self._norm = (
-            SpikeDetector(min_std=ADVERSARIAL_MIN_STD) if is_adversarial else SpikeDetector()
-            for _ in range(2)
+            SpikeDetector(min_std=1.0) if is_adversarial else SpikeDetector() for _ in range(2)
         )
         self._divergence = DivergenceDetector()
         self._collapse = CollapseDetector()
@@ -143,20 +132,15 @@ class OptimizerHealth:
     def update(self, loss: float, total_norm: float, is_collapsed: bool, bound_growth: float) -> Anomaly:
         """Adds a step; returns the anomaly that has lasted for too long, the most certain first.
 
-        Args:
-            loss: Loss of the step.
-            total_norm: Norm of its gradients.
-            is_collapsed: True if no weight matrix has a gradient.
-            bound_growth: Factor on the ratio from which on training has diverged.
+        The ratio from which on training has diverged is multiplied by `bound_growth`.
         """
         spikes = (self._loss.update(loss), self._norm.update(total_norm))
         self.spiking = self.spiking + 1 if all(spikes) else 0
         ratio = self._divergence.update(loss, total_norm)
         self.is_diverging = ratio >= self._bound
-        has_diverged = ratio >= self._bound * bound_growth
         if self._collapse.update(is_collapsed):
             return "gradient_collapse"
-        if has_diverged:
+        if ratio >= self._bound * bound_growth:
             return "divergence"
         return "loss_spike" if self.spiking >= SPIKE_PATIENCE else ""
 

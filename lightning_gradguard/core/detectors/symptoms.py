@@ -61,9 +61,7 @@ def slope(points: Sequence[tuple[float, float]]) -> float:
 class Persistence:
     """Turns a condition that is checked now and then into one alarm for each episode.
 
-    Args:
-        steps: Steps over which the condition must hold.
-        checks: Consecutive checks at which it must hold.
+    It must hold over a number of steps, and at a number of consecutive checks.
 
     Example:
         >>> persistence = Persistence(steps=2, checks=3)
@@ -84,8 +82,7 @@ class Persistence:
         if holds is not self._value:
             self._value, self._since, self._n_checks = holds, step, 0
         self._n_checks += 1
-        lasted = self._n_checks >= self._checks and step - self._since >= self._steps
-        if not lasted:
+        if self._n_checks < self._checks or step - self._since < self._steps:
             return False
         fresh = holds and not self._alarmed
         self._alarmed = holds
@@ -93,12 +90,7 @@ class Persistence:
 
     def state_dict(self) -> dict[str, Any]:
         """Returns how long the condition has held, and whether the alarm was raised."""
-        return {
-            "value": self._value,
-            "since": self._since,
-            "looks": self._n_checks,
-            "alarmed": self._alarmed,
-        }
+        return {"value": self._value, "since": self._since, "looks": self._n_checks, "alarmed": self._alarmed}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continues with a saved episode."""

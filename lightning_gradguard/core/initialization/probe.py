@@ -61,17 +61,17 @@ def probe(module: nn.Module, run_loss: Callable[[], Tensor], seed: int = 0) -> P
     """
     with preserve_state(module), torch.enable_grad(), ForwardTrace(module) as trace:
         loss = run_loss()
-        result = Probe(loss=float(loss.detach()), n_classes=trace.n_classes, layers=trace.layers)
+        result = Probe(float(loss.detach()), trace.n_classes, trace.layers)
         generator = torch.Generator().manual_seed(seed)
         if trace.last_input is not None and len(trace.layers) > 1:
             hidden = trace.layers[:-1]
-            gains = _gains(trace.last_input, [layer.output for layer in hidden], generator)
-            for layer, gain in zip(hidden, gains, strict=True):
+            outputs = [layer.output for layer in hidden]
+            for layer, gain in zip(hidden, _gains(trace.last_input, outputs, generator), strict=True):
                 layer.gain = gain
-            blocks = trace.blocks if len(trace.blocks) > 2 else [layer.output for layer in hidden]
-            result.block_gain = _gains(trace.last_input, blocks[:1], generator)[0]
-        for name, (inputs, outputs, time) in trace.recurrent.items():
-            result.recurrent_gains[name] = _gain_through_time(inputs, outputs, time, generator)
+            blocks = trace.blocks if len(trace.blocks) > 2 else outputs
+            (result.block_gain,) = _gains(trace.last_input, blocks[:1], generator)
+        for name, recurrence in trace.recurrent.items():
+            result.recurrent_gains[name] = _gain_through_time(*recurrence, generator)
         named = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
         if named and loss.requires_grad:
             found = torch.autograd.grad(loss, [p for _, p in named], allow_unused=True)
@@ -81,18 +81,16 @@ def probe(module: nn.Module, run_loss: Callable[[], Tensor], seed: int = 0) -> P
         return result
 
 
-def _gains(
-    source: Tensor, targets: Sequence[Tensor], generator: torch.Generator, times: int = 2
-) -> list[float | None]:
-    """Returns log10 of the rms at each target of random unit-rms vectors, propagated back from the source."""
+def _gains(source: Tensor, targets: Sequence[Tensor], generator: torch.Generator) -> list[float | None]:
+    """Returns log10 of the rms at each target of two random unit-rms vectors, propagated back."""
     squares: list[float | None] = [None] * len(targets)
-    for _ in range(times):
+    for _ in range(2):
         vector = torch.randn(source.shape, generator=generator).to(source)
         found = torch.autograd.grad(source, targets, vector, retain_graph=True, allow_unused=True)
         for i, gradient in enumerate(found):
             if gradient is not None:
                 squares[i] = (squares[i] or 0.0) + float(gradient.double().square().mean())
-    return [None if s is None else _decades((s / times) ** 0.5) for s in squares]
+    return [None if s is None else _decades((s / 2) ** 0.5) for s in squares]
 
 
 def _gain_through_time(inputs: Tensor, outputs: Tensor, time: int, generator: torch.Generator) -> float:
@@ -146,12 +144,10 @@ class ForwardTrace(TorchFunctionMode):
         self._hooks = ExitStack()
 
     def __enter__(self) -> ForwardTrace:
-        containers = (nn.Sequential, nn.ModuleList)
-        for owner in self._module.modules():
-            if isinstance(owner, containers):
-                for child in owner:
-                    if len(list(child.children())) > 1:
-                        self._on_forward(child, self._record_block)
+        containers = (m for m in self._module.modules() if isinstance(m, (nn.Sequential, nn.ModuleList)))
+        for child in (child for container in containers for child in container):
+            if len(list(child.children())) > 1:
+                self._on_forward(child, self._record_block)
         for name, child in self._module.named_modules():
             if isinstance(child, LAYERS):
                 self._on_forward(child, self._record_layer, name.replace("_orig_mod.", ""))

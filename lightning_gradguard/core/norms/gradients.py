@@ -4,16 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
 
-from lightning_gradguard.core.norms.buckets import by_device_and_dtype, coefficient_dtype, index_tensor
 from lightning_gradguard.core.norms.norms import tensor_norms, total_norm_from_norms, unitwise_norm
 from lightning_gradguard.core.norms.sharding import is_sharded, local_shard, unit_places
 
 #: Norms of the units of a gradient, and of the weights of the same units.
 UnitNorms = tuple[Tensor, Tensor]
+
+
+@lru_cache(maxsize=256)
+def _index_tensor(indices: tuple[int, ...], device: torch.device) -> Tensor:
+    """Returns indices on a device, cached: each copy to a GPU would synchronize with it."""
+    return torch.tensor(indices, dtype=torch.long, device=device)
 
 
 @dataclass(frozen=True)
@@ -58,15 +64,11 @@ class Gradients:
         return tuple((unitwise_norm(tensor), unitwise_norm(weight.detach())) for tensor, weight in pairs)
 
     def without(self, names: Collection[str]) -> Gradients:
-        """Returns the same gradients without some of them.
-
-        Args:
-            names: Parameters to exclude; unknown names are ignored.
-        """
+        """Returns the same gradients without those of some parameters; unknown names are ignored."""
         kept = [i for i, name in enumerate(self.names) if name not in names]
         if len(kept) == len(self.names):
             return self
-        norms = self.norms[index_tensor(tuple(kept), self.norms.device)]
+        norms = self.norms[_index_tensor(tuple(kept), self.norms.device)]
         return replace(
             self,
             names=tuple(self.names[i] for i in kept),
@@ -79,9 +81,7 @@ class Gradients:
         )
 
 
-def with_gradient(
-    named_parameters: Iterable[tuple[str, nn.Parameter]],
-) -> list[tuple[str, nn.Parameter]]:
+def with_gradient(named_parameters: Iterable[tuple[str, nn.Parameter]]) -> list[tuple[str, nn.Parameter]]:
     """Returns the parameters with a gradient; frozen, unused and empty ones are omitted."""
     return [
         (name, parameter)
@@ -128,33 +128,29 @@ def scale_gradients_(gradients: Gradients, coefficients: float | Tensor | Sequen
     Raises:
         ValueError: If a coefficient does not fit a sharded gradient.
     """
-    if isinstance(coefficients, (float, int)):
-        if coefficients != 1:
-            for alike in by_device_and_dtype([_stored_values(gradient) for gradient in gradients.tensors]):
-                torch._foreach_mul_(alike, coefficients)
+    if isinstance(coefficients, (float, int)) and coefficients == 1:
         return
-    if isinstance(coefficients, Tensor):
-        for alike in by_device_and_dtype([_stored_values(gradient) for gradient in gradients.tensors]):
-            torch._foreach_mul_(alike, coefficients.to(alike[0].device, coefficient_dtype(alike[0].dtype)))
-        return
-    groups: dict[tuple[torch.device, torch.dtype], tuple[list[Tensor], list[Tensor]]] = {}
-    for name, gradient, coefficient in zip(gradients.names, gradients.tensors, coefficients, strict=True):
-        values = _stored_values(gradient)
-        scaled, factors = groups.setdefault((values.device, values.dtype), ([], []))
-        scaled.append(values)
-        factors.append(_local_coefficient(name, gradient, coefficient))
-    for (device, dtype), (scaled, factors) in groups.items():
-        if all(factor.ndim == 0 for factor in factors):
-            factors = list(torch.stack(factors).to(device, coefficient_dtype(dtype)).unbind())
+    groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+    stored = [local_shard(gradient) for gradient in gradients.tensors]
+    stored = [local._values() if local.is_sparse else local for local in stored]
+    for index, values in enumerate(stored):
+        groups.setdefault((values.device, values.dtype), []).append(index)
+    if isinstance(coefficients, Sequence):
+        named = zip(gradients.names, gradients.tensors, coefficients, strict=True)
+        coefficients = [_local_coefficient(*each) for each in named]
+    for (device, dtype), indices in groups.items():
+        # rounded to half precision, a coefficient could leave a norm above its bound
+        wide = torch.float64 if dtype in (torch.float64, torch.complex128) else torch.float32
+        factors: float | Tensor | list[Tensor]
+        if isinstance(coefficients, Sequence):
+            factors = [coefficients[index] for index in indices]
+            if all(factor.ndim == 0 for factor in factors):
+                factors = list(torch.stack(factors).to(device, wide).unbind())
+            else:
+                factors = [factor.to(device, wide) for factor in factors]
         else:
-            factors = [factor.to(device, coefficient_dtype(dtype)) for factor in factors]
-        torch._foreach_mul_(scaled, factors)
-
-
-def _stored_values(gradient: Tensor) -> Tensor:
-    """Returns the memory to multiply: a local shard, or the values of a sparse gradient."""
-    local = local_shard(gradient)
-    return local._values() if local.is_sparse else local
+            factors = coefficients.to(device, wide) if isinstance(coefficients, Tensor) else coefficients
+        torch._foreach_mul_([stored[index] for index in indices], factors)
 
 
 def _local_coefficient(name: str, gradient: Tensor, coefficient: Tensor) -> Tensor:

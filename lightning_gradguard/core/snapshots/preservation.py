@@ -33,15 +33,7 @@ def rng_state() -> dict[str, Any]:
 
 
 def set_rng_state(state: dict[str, Any]) -> None:
-    """Restores a result of `rng_state`.
-
-    Example:
-        >>> state = rng_state()
-        >>> first = torch.rand(2)
-        >>> set_rng_state(state)
-        >>> torch.equal(first, torch.rand(2))
-        True
-    """
+    """Restores a result of `rng_state`."""
     torch.set_rng_state(state["torch"])
     torch.cuda.set_rng_state_all(state["cuda"])
     np.random.set_state(state["numpy"])
@@ -54,9 +46,6 @@ def preserve_state(module: nn.Module) -> Iterator[None]:
 
     Weights and their `.grad` are not included: a forward pass does not write them.
 
-    Args:
-        module: The network.
-
     Example:
         >>> network = nn.Sequential(nn.Dropout(), nn.BatchNorm1d(2))
         >>> state = torch.get_rng_state()
@@ -67,20 +56,18 @@ def preserve_state(module: nn.Module) -> Iterator[None]:
     """
     buffers = BufferCopies(module)
     random_numbers = rng_state()
-    attributes = [(m, {k: _copied(v) for k, v in _attributes(m).items()}) for m in module.modules()]
-    modes = [(m, m.training) for m in module.modules()]
+    owners = [(m, m.training, {k: _copied(v) for k, v in _attributes(m).items()}) for m in module.modules()]
     try:
         yield
     finally:
         buffers.restore()
         set_rng_state(random_numbers)
-        for owner, saved in attributes:
+        for owner, mode, saved in owners:
+            owner.training = mode
             for key in _attributes(owner).keys() - saved.keys():
                 del owner.__dict__[key]
             for key, (original, content) in saved.items():
                 owner.__dict__[key] = _restored(original, content)
-        for owner, mode in modes:
-            owner.training = mode
 
 
 def _attributes(module: nn.Module) -> dict[str, Any]:
@@ -103,12 +90,10 @@ def _restored(original: Any, content: Any) -> Any:
     if isinstance(original, Tensor):
         with torch.no_grad():
             original.copy_(content)
-    elif isinstance(original, list):
-        original[:] = content
+    elif isinstance(original, (list, deque)):
+        original.clear()
+        original.extend(content)
     elif isinstance(original, (dict, set)):
         original.clear()
         original.update(content)
-    elif isinstance(original, deque):
-        original.clear()
-        original.extend(content)
     return original
