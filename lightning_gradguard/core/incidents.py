@@ -85,22 +85,12 @@ def current_name(value: str) -> Any:
 
 
 def label(value: str) -> str:
-    """Returns a kind, an action or a cause in words.
-
-    Example:
-        >>> label("rolled_back")
-        'rolled back'
-    """
+    """Returns a kind, an action or a cause in words, such as `rolled back` for `"rolled_back"`."""
     return value.replace("_", " ")
 
 
 def title(kind: str) -> str:
-    """Returns the name of an incident or a symptom as people call it.
-
-    Example:
-        >>> title("exploding_gradient"), title("stuck_loss")
-        ('exploding gradients', 'stuck loss')
-    """
+    """Returns the name of an incident or a symptom as people call it, such as `exploding gradients`."""
     return _TITLES.get(kind, label(kind))
 
 
@@ -172,12 +162,7 @@ class Incident:
 
 
 def sentence_case(text: str) -> str:
-    """Returns a text with a capital first letter.
-
-    Example:
-        >>> sentence_case("loss of NaN")
-        'Loss of NaN'
-    """
+    """Returns a text with a capital first letter, and the others unchanged."""
     return text[:1].upper() + text[1:]
 
 

@@ -14,9 +14,7 @@ from torch.optim import Optimizer
 def parameter_names(pl_module: nn.Module, parameters: Sequence[nn.Parameter]) -> dict[nn.Parameter, str]:
     """Returns names as the module gives them, without the prefixes of wrappers.
 
-    Args:
-        pl_module: The module in training.
-        parameters: Those that need a name; one that the module does not hold is called `parameter.<i>`.
+    One of the `parameters` that the module does not hold is called `parameter.<i>`.
     """
     names = {p: f"parameter.{i}" for i, p in enumerate(parameters)}
     for name, parameter in pl_module.named_parameters():
@@ -25,12 +23,7 @@ def parameter_names(pl_module: nn.Module, parameters: Sequence[nn.Parameter]) ->
 
 
 def plain_name(name: str) -> str:
-    """Returns a parameter's name without the prefixes of `torch.compile` and FSDP1.
-
-    Example:
-        >>> plain_name("net._fsdp_wrapped_module.weight")
-        'net.weight'
-    """
+    """Returns a parameter's name without the prefixes of `torch.compile` and FSDP1."""
     return name.replace("_orig_mod.", "").replace("_fsdp_wrapped_module.", "")
 
 
@@ -48,13 +41,9 @@ def match_names(names: Iterable[str], patterns: Iterable[str]) -> list[str]:
 def warn_unmatched(
     argument: str, patterns: Iterable[str] | None, pl_module: nn.Module, optimizers: Iterable[Optimizer]
 ) -> None:
-    """Warns about patterns that select no parameter, with or without a gradient.
+    """Warns about patterns of an argument that select no parameter, with or without a gradient.
 
-    Args:
-        argument: Name of the argument that holds the patterns.
-        patterns: As `match_names` takes them.
-        pl_module: The module in training.
-        optimizers: Those that train it, and perhaps parameters that it does not hold.
+    The optimizers may also train parameters that the module does not hold.
     """
     names = set(parameter_names(pl_module, []).values())
     for optimizer in optimizers:
@@ -66,15 +55,7 @@ def warn_unmatched(
 
 
 def warn_unknown(argument: str, unknown: Iterable[str], valid: Iterable[str]) -> None:
-    """Warns about each unknown name, with the valid name that is nearest.
-
-    Example:
-        >>> with warnings.catch_warnings(record=True) as caught:
-        ...     warnings.simplefilter("always")
-        ...     warn_unknown("exclude", ["haed"], ["body", "head"])
-        >>> str(caught[0].message)
-        "exclude: 'haed' matches nothing in the module. Did you mean 'head'?"
-    """
+    """Warns about each unknown name, with the valid name that is nearest."""
     valid = sorted(valid)
     for name in unknown:
         nearest = "".join(f" Did you mean {n!r}?" for n in get_close_matches(name, valid, n=1, cutoff=0))

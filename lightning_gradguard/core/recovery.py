@@ -10,7 +10,7 @@ from lightning_gradguard.core.detectors import Anomaly, OptimizerHealth
 #: Steps after a rollback for a spike in which another spike is ignored: enough for the detectors' window to
 #: follow a level that has changed permanently.
 SPIKE_COOLDOWN = 256
-#: Outcomes over which the share of skipped steps is taken.
+#: Steps over which the share of skipped ones is taken.
 OUTCOMES = 100
 #: Good steps since the last rollback after which one rollback is refunded to the budget.
 REFUND_AFTER_STEPS = 500
@@ -77,11 +77,7 @@ class RecoveryPolicy:
     ) -> tuple[Decision, Anomaly]:
         """Counts a step of optimizer `index` whose loss and gradient norm are finite.
 
-        Args:
-            index: Index of the optimizer.
-            loss: Loss of the step.
-            total_norm: Norm of its gradients.
-            is_collapsed: True if no weight matrix has a gradient while another parameter has.
+        Its gradients are collapsed if no weight matrix has one while another parameter has.
 
         Returns:
             The decision, and the anomaly that begins with this step.

@@ -169,54 +169,43 @@ _STEPS_TO_TAKE = {
 
 
 def advice(kind: str, where: Sequence[str] = ()) -> str:
-    """Returns advice for an incident.
+    """Returns advice for an incident, in one or two sentences; empty for an unknown kind.
 
     Args:
-        kind: One of `core.incidents.KINDS`; another kind has no advice.
-        where: Names of the parameters or modules at fault, the worst first.
-
-    Returns:
-        One or two sentences that name the first of them; empty for an unknown kind.
+        kind: One of `core.incidents.KINDS`.
+        where: Names of the parameters or modules at fault, the worst first; the first is named.
 
     Example:
         >>> advice("dead_units", ["body.0"]).split(":")[0]
         'Most units of body.0 are zero for every sample'
     """
-    return _REMEDIES.get(kind, "").format(where=where[0] if where else "the network")
+    return _name_first(_REMEDIES.get(kind, ""), where)
 
 
 def advice_for_cause(cause: str, where: Sequence[str] = ()) -> str:
-    """Returns advice for the cause that a replay found.
+    """Returns advice for the cause that a replay found, in one or two sentences; empty for `"unknown"`.
 
     Args:
         cause: One of `core.incidents.CAUSES`.
-        where: Names of the modules or tensors at fault, the worst first.
-
-    Returns:
-        One or two sentences; empty for `"unknown"`.
-
-    Example:
-        >>> advice_for_cause("loss").split(":")[0]
-        'The loss itself is undefined for this batch'
+        where: Names of the modules or tensors at fault, the worst first; the first is named.
     """
-    return _BY_CAUSE.get(cause, "").format(where=where[0] if where else "the network")
+    return _name_first(_BY_CAUSE.get(cause, ""), where)
 
 
 def remedies(kind: str, where: Sequence[str] = ()) -> tuple[str, ...]:
-    """Returns the remedies of a symptom, the likeliest first.
+    """Returns the remedies of a symptom, the likeliest first: the advice alone for a kind without a list.
 
     Args:
         kind: One of `core.incidents.KINDS`, or a symptom that only `report.analysis` finds.
-        where: Names of the parameters or modules at fault, the worst first.
-
-    Returns:
-        Sentences; the advice alone for a kind without a list, and none for an unknown kind.
+        where: Names of the parameters or modules at fault, the worst first; the first is named.
 
     Example:
         >>> remedies("stuck_loss")[0]
         'Raise the learning rate.'
     """
-    steps = _STEPS_TO_TAKE.get(kind)
-    if steps is None:
-        return tuple(filter(None, [advice(kind, where)]))
-    return tuple(step.format(where=where[0] if where else "the network") for step in steps)
+    steps = _STEPS_TO_TAKE.get(kind, (_REMEDIES.get(kind, ""),))
+    return tuple(_name_first(step, where) for step in steps if step)
+
+
+def _name_first(text: str, where: Sequence[str]) -> str:
+    return text.format(where=where[0] if where else "the network")

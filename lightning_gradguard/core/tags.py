@@ -39,15 +39,7 @@ HEAT_MAP = "grad_norm/layers"
 GRAD_HISTOGRAM = "grad_histogram/<name>"
 #: The log10 copy of another tag, and the tags that have one: on a linear axis a spike hides the rest.
 LOG10 = "log10/<name>"
-SPANS_DECADES = (
-    GRAD_NORM,
-    CLIPPED_NORM_TOTAL,
-    BAND_LOW,
-    BAND_TOTAL,
-    BAND_HIGH,
-    UPDATE_RATIO,
-    CLIP_THRESHOLD,
-)
+SPANS_DECADES = (GRAD_NORM, CLIPPED_NORM_TOTAL, BAND_LOW, BAND_TOTAL, BAND_HIGH, UPDATE_RATIO, CLIP_THRESHOLD)
 
 Role = Literal[
     "total",

@@ -126,8 +126,8 @@ class TrainingGuard:
             raise ValueError(f"backoff={backoff!r} is not a Backoff.")
         if isinstance(optimizer, torch.optim.LBFGS):
             raise ValueError("LBFGS is unsupported: it evaluates the loss several times in one step.")
-        processes = torch.distributed.get_world_size() if _is_distributed() else 1
-        if processes > 1:
+        is_distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        if is_distributed and (processes := torch.distributed.get_world_size()) > 1:
             raise RuntimeError(f"TrainingGuard decides for one process; {processes} train together.")
         self._module = modules if isinstance(modules, nn.Module) else nn.ModuleList(modules)
         outside = set(_weights(optimizer)) - set(self._module.parameters())
@@ -229,14 +229,11 @@ class TrainingGuard:
     def _read(self, loss: Tensor, gradients: Gradients) -> tuple[Measurement, tuple[str, ...]]:
         """Returns the numbers of the step, and names of nonfinite gradients: the one synchronization."""
         buffers = list(self._checked_buffers())
-        flags = [any_nonfinite(buffers) if buffers else None, self._nonfinite_state]
-        self._nonfinite_state = None
         zero = gradients.norms.new_zeros(())  # one made on the host would have to be copied, and synchronize
-        numbers = [
-            loss.detach().reshape(()),
-            gradients.total_norm,
-            *(zero if f is None else f for f in flags),
-        ]
+        in_buffers = any_nonfinite(buffers) if buffers else zero
+        in_state = zero if self._nonfinite_state is None else self._nonfinite_state
+        self._nonfinite_state = None
+        numbers = (loss.detach().reshape(()), gradients.total_norm, in_buffers, in_state)
         packed = torch.cat([torch.stack([n.to(zero) for n in numbers]), gradients.norms])
         value, total_norm, nonfinite_buffers, nonfinite_weights, *norms = packed.tolist()
         matrices = [norm for p, norm in zip(gradients.parameters, norms, strict=True) if p.ndim > 1]
@@ -287,8 +284,7 @@ class TrainingGuard:
 
     def _roll_back(self, decision: Decision) -> None:
         """Restores a snapshot; raises if the budget is used up."""
-        stops = decision == "stop"
-        snapshot = self._snapshots.newest() if stops else self._snapshots.roll_back()
+        snapshot = self._snapshots.newest() if decision == "stop" else self._snapshots.roll_back()
         snapshot.restore([self._module], [self._optimizer])
         self._buffers.refresh()
         self._optimizer.zero_grad()
@@ -297,30 +293,26 @@ class TrainingGuard:
         extra_state = copy.deepcopy(snapshot.extra_state)
         self.policy.load_state_dict(extra_state["policy"])
         self.recovery.load_detector_state(extra_state["detectors"])
-        if not stops:
-            self.recovery.on_rollback()
-            self.backoff.reduce()
-            return
-        raise TrainingDivergedError(
-            f"Training was stopped: {self.recovery.stop_reason}. Lower the learning rate, check the "
-            "initialization and the skipped batches. Weights are those of the newest qualified snapshot."
-        )
+        if decision == "stop":
+            raise TrainingDivergedError(
+                f"Training was stopped: {self.recovery.stop_reason}. Lower the learning rate, check the "
+                "initialization and the skipped batches. Weights are those of the newest qualified snapshot."
+            )
+        self.recovery.on_rollback()
+        self.backoff.reduce()
 
     def _copy_state(self, snapshot: Snapshot) -> None:
         # the next forward pass writes buffers while the copy is still being made
         buffers = self._buffers
         snapshot.capture([self._module], [self._optimizer], buffers.written(), buffers.saved())
-        snapshot.extra_state = copy.deepcopy(
-            {"policy": self.policy.state_dict(), "detectors": self.recovery.detector_state()}
-        )
+        extra_state = {"policy": self.policy.state_dict(), "detectors": self.recovery.detector_state()}
+        snapshot.extra_state = copy.deepcopy(extra_state)
 
     def _scan(self) -> Tensor:
         """Flags nonfinite weights, buffers or optimizer state, without a host synchronization."""
         states = (value for state in self._optimizer.state.values() for value in state.values())
-        return any_nonfinite(
-            [*_weights(self._optimizer), *self._checked_buffers()],
-            squares=(value for value in states if isinstance(value, Tensor)),
-        )
+        squares = (value for value in states if isinstance(value, Tensor))
+        return any_nonfinite([*_weights(self._optimizer), *self._checked_buffers()], squares)
 
     def _checked_buffers(self) -> Iterator[Tensor]:
         """Yields buffers that were finite in the beginning, unless a mask has replaced them since."""
@@ -340,7 +332,3 @@ def _kind(measurement: Measurement) -> IncidentKind:
 
 def _weights(optimizer: Optimizer) -> Iterator[nn.Parameter]:
     return (parameter for group in optimizer.param_groups for parameter in group["params"])
-
-
-def _is_distributed() -> bool:
-    return torch.distributed.is_available() and torch.distributed.is_initialized()

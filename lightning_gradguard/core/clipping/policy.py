@@ -7,8 +7,12 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_gradguard.core.clipping.scalar import Scalar
 from lightning_gradguard.core.norms import Gradients
+
+#: A number that the host knows, or one on the device that is read without a host synchronization.
+Scalar = float | Tensor
+#: Added to a norm that divides; the value of `torch.nn.utils.clip_grad_norm_`.
+EPS = 1e-6
 
 
 class ClippingPolicy(ABC):

@@ -84,7 +84,7 @@ class SpikeDetector:
         """Returns the bound of this value; the deviation is computed only if it can matter."""
         if len(self._sorted) < self._min_history:
             return math.inf if self._highest == -math.inf else self._highest + math.log(EARLY_SPIKE_RATIO)
-        centre = median_of_sorted(self._sorted)
+        centre = _median_of_sorted(self._sorted)
         lowest = centre + self._threshold * self._min_std
         if logarithm <= lowest:
             return lowest
@@ -98,7 +98,7 @@ class SpikeDetector:
         insort(self._sorted, logarithm)
 
 
-def median_of_sorted(ordered: Sequence[float]) -> float:
+def _median_of_sorted(ordered: Sequence[float]) -> float:
     """Returns the median of an ascending, nonempty sequence."""
     middle = len(ordered) // 2
     return ordered[middle] if len(ordered) % 2 else (ordered[middle - 1] + ordered[middle]) / 2

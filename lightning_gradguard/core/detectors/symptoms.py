@@ -10,13 +10,94 @@ from dataclasses import dataclass
 from statistics import median, quantiles
 from typing import Any
 
-from lightning_gradguard.core.detectors.depth import DEPTH_DECADES, depth_profile, slope
-from lightning_gradguard.core.detectors.persistence import Persistence
-
+#: Decades that gradients may lose or gain from the last layer to the first.
+DEPTH_DECADES = 3.0
+#: Layers that a depth profile needs.
+MIN_LAYERS = 4
 #: A total norm explodes if it is this many times the median of the window.
 EXPLOSION = 100.0
 #: Relative updates below it do not change a weight: float32 resolves about 1.2e-7.
 STAGNANT = 1e-7
+
+
+def depth_profile(grad_norms: Sequence[float], weight_norms: Sequence[float]) -> float:
+    """Returns the decades by which gradients, relative to weights, shrink from the last layer to the first.
+
+    The slope of a line through `log10(grad_norm / weight_norm)` over depth, times the depth. Above 3 they
+    vanish, below -3 they explode.
+
+    Args:
+        grad_norms: Norms of the gradients of weight matrices, first layer first, without the output layer.
+        weight_norms: Norms of these weights.
+
+    Returns:
+        The decades; `inf` if gradients of the first layers are zero while later ones are not; 0 with fewer
+        than 4 layers or if a gradient is nonfinite.
+
+    Example:
+        >>> round(depth_profile([1e-6, 1e-4, 1e-2, 1.0], [1.0] * 4), 6)
+        6.0
+    """
+    pairs = [(g, w) for g, w in zip(grad_norms, weight_norms, strict=True) if w > 0]
+    if len(pairs) < MIN_LAYERS or not all(math.isfinite(g) for g, _ in pairs):
+        return 0.0
+    if pairs[0][0] == 0 and any(g > 0 for g, _ in pairs):
+        return math.inf
+    heights = [math.log10(g / w) if g > 0 else None for g, w in pairs]
+    points = [(float(depth), height) for depth, height in enumerate(heights) if height is not None]
+    if len(points) < MIN_LAYERS:
+        return 0.0
+    return slope(points) * (len(pairs) - 1)
+
+
+def slope(points: Sequence[tuple[float, float]]) -> float:
+    """Returns the slope of the least-squares line through the points."""
+    mean_x = sum(x for x, _ in points) / len(points)
+    mean_y = sum(y for _, y in points) / len(points)
+    spread = sum((x - mean_x) ** 2 for x, _ in points)
+    return sum((x - mean_x) * (y - mean_y) for x, y in points) / spread if spread else 0.0
+
+
+class Persistence:
+    """Turns a condition that is checked now and then into one alarm for each episode.
+
+    It must hold over a number of steps, and at a number of consecutive checks.
+
+    Example:
+        >>> persistence = Persistence(steps=2, checks=3)
+        >>> [persistence.update(step, holds=True) for step in range(5)]
+        [False, False, True, False, False]
+    """
+
+    def __init__(self, steps: int = 20, checks: int = 3) -> None:
+        self._steps = steps
+        self._checks = checks
+        self._value: bool | None = None
+        self._since = 0
+        self._n_checks = 0
+        self._alarmed = False
+
+    def update(self, step: int, holds: bool) -> bool:
+        """Returns True at the check that recognizes an episode."""
+        if holds is not self._value:
+            self._value, self._since, self._n_checks = holds, step, 0
+        self._n_checks += 1
+        if self._n_checks < self._checks or step - self._since < self._steps:
+            return False
+        fresh = holds and not self._alarmed
+        self._alarmed = holds
+        return fresh
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns how long the condition has held, and whether the alarm was raised."""
+        return {"value": self._value, "since": self._since, "looks": self._n_checks, "alarmed": self._alarmed}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continues with a saved episode."""
+        self._value = state_dict["value"]
+        self._since = state_dict["since"]
+        self._n_checks = state_dict["looks"]
+        self._alarmed = state_dict["alarmed"]
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -56,24 +57,32 @@ def investigate(
         >>> origin.cause, origin.operation, origin.high
         ('loss', 'aten::log', 0.0)
     """
-    parts = dict(_parts(batch))
-    leaves = {**dict(_tensors(module)), **parts}
+    leaves = tree_leaves_with_path(batch)
+    parts = {"batch" + "".join(map(str, path)): leaf for path, leaf in leaves if isinstance(leaf, Tensor)}
+    tensors = (*module.named_buffers(), *module.named_parameters())
+    named = {**{name.replace("_orig_mod.", ""): tensor for name, tensor in tensors}, **parts}
     finite = [name for name, buffer in module.named_buffers() if not is_nonfinite(buffer)]
-    with preserve_state(module), torch.enable_grad(), OperationTrace(module, leaves) as trace:
+    with preserve_state(module), torch.enable_grad(), OperationTrace(module, named) as trace:
         losses, gradients = run()
         buffers = dict(module.named_buffers())
         corrupted = [name for name in finite if name in buffers and is_nonfinite(buffers[name])]
-    out_of_range = out_of_range or {}
     nonfinite = next((t for t in (*losses, *gradients) if is_nonfinite(t)), None)
     if nonfinite is not None:
         record = trace.record_of(nonfinite)
         source = first_nonfinite(record) if record is not None else None
-        return _classify(source, out_of_range, parts, trace)
-    if _total_norm_overflows(gradients):
-        return _origin_of_overflow(out_of_range, parts)
-    if corrupted:
-        return origin_in_weights(out_of_range) if out_of_range else _origin_in_buffers(corrupted, parts)
-    return Origin("transient", detail="Run again on the same weights, the batch gives finite numbers.")
+        return _classify(source, out_of_range or {}, parts, trace)
+    overflows = _total_norm_overflows(gradients)
+    if not (overflows or corrupted):
+        return Origin("transient", detail="Run again on the same weights, the batch gives finite numbers.")
+    if out_of_range:
+        return origin_in_weights(out_of_range)
+    if overflows:
+        detail = "Every gradient is finite, but their norm overflows float32"
+        return _or_huge_inputs(Origin("backward_pass", "backward", detail=detail), parts)
+    where = tuple(name.replace("_orig_mod.", "") for name in corrupted)
+    owner = where[0].rpartition(".")[0]
+    detail = f"Loss and gradients are finite, but the forward pass left nonfinite values in {where[0]}"
+    return _or_huge_inputs(Origin("forward_pass", "forward", owner, where=where, detail=detail), parts)
 
 
 def _classify(
@@ -121,39 +130,14 @@ def _classify(
     )
 
 
-def _origin_of_overflow(out_of_range: Mapping[str, int], parts: Mapping[str, Tensor]) -> Origin:
-    if out_of_range:
-        return origin_in_weights(out_of_range)
-    detail = "Every gradient is finite, but their norm overflows float32"
-    if huge := _huge_inputs(parts):
-        name, high = next(iter(huge.items()))
-        detail = f"{detail}: {name} holds values up to {high:.4g}."
-        return Origin("bad_input", "backward", where=tuple(huge), detail=detail)
-    return Origin("backward_pass", "backward", detail=f"{detail}.")
-
-
-def _origin_in_buffers(corrupted: Sequence[str], parts: Mapping[str, Tensor]) -> Origin:
-    names = tuple(name.replace("_orig_mod.", "") for name in corrupted)
-    owner = names[0].rpartition(".")[0]
-    detail = f"Loss and gradients are finite, but the forward pass left nonfinite values in {names[0]}"
-    if huge := _huge_inputs(parts):
-        name, high = next(iter(huge.items()))
-        detail = f"{detail}: {name} holds values up to {high:.4g}."
-        return Origin("bad_input", "forward", owner, where=tuple(huge), detail=detail)
-    return Origin("forward_pass", "forward", owner, where=names, detail=f"{detail}.")
-
-
-def _parts(batch: Any) -> Iterator[tuple[str, Tensor]]:
-    """Yields the tensors of the batch with their paths."""
-    for path, leaf in tree_leaves_with_path(batch):
-        if isinstance(leaf, Tensor):
-            yield "batch" + "".join(map(str, path)), leaf
-
-
-def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Yields buffers and weights with their names."""
-    for name, tensor in (*module.named_buffers(), *module.named_parameters()):
-        yield name.replace("_orig_mod.", ""), tensor
+def _or_huge_inputs(origin: Origin, parts: Mapping[str, Tensor]) -> Origin:
+    """Returns the origin, or the parts of the batch that may have overflowed, if there are any."""
+    huge = _huge_inputs(parts)
+    if not huge:
+        return replace(origin, detail=f"{origin.detail}.")
+    name, high = next(iter(huge.items()))
+    detail = f"{origin.detail}: {name} holds values up to {high:.4g}."
+    return replace(origin, cause="bad_input", where=tuple(huge), detail=detail)
 
 
 def _huge_inputs(parts: Mapping[str, Tensor]) -> dict[str, float]:

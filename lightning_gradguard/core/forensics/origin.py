@@ -53,14 +53,10 @@ class Origin:
 
 
 def out_of_range_elements(named: Iterable[tuple[str, Tensor, Tensor]]) -> dict[str, int]:
-    """Counts the elements of tensors that are out of range, compared with a healthy state.
+    """Counts the elements that are out of range, by the name of each tensor that has any.
 
     Args:
-        named: Name, current tensor, and the tensor in the healthy state.
-
-    Returns:
-        For each tensor that has any, the number of elements that are nonfinite, or ten times larger than the
-        largest was (at least 0.1).
+        named: Name, current tensor, and the tensor in a healthy state.
 
     Example:
         >>> out_of_range_elements([("weight", torch.tensor([0.2, 1e30]), torch.tensor([0.1, 0.3]))])
@@ -80,10 +76,7 @@ def out_of_range_elements(named: Iterable[tuple[str, Tensor, Tensor]]) -> dict[s
 
 
 def origin_in_weights(out_of_range: Mapping[str, int]) -> Origin:
-    """Returns the origin of a nonfinite value from the tensors with elements out of range.
-
-    Args:
-        out_of_range: At least one tensor; see `out_of_range_elements`.
+    """Returns the origin of a nonfinite value from a nonempty result of `out_of_range_elements`.
 
     Example:
         >>> origin_in_weights({"head.weight": 1}).cause, origin_in_weights({"head.weight": 50}).cause

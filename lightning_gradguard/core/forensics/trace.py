@@ -43,11 +43,6 @@ class OperationRecord:
     high: float | None
     nonfinite_inputs: list[_Input] = field(default_factory=list)
 
-    @property
-    def has_nan(self) -> bool:
-        """True if the operation made NaN."""
-        return self.made == "nan"
-
 
 class OperationTrace(TorchDispatchMode):
     """Traces nonfinite values from operation to operation, in the forward and the backward pass."""
@@ -61,6 +56,7 @@ class OperationTrace(TorchDispatchMode):
         self._records: dict[int, OperationRecord] = {}
         self._kept: list[Tensor] = []  # freed memory could be reused under the same address
         self._inside: list[str] = [""]
+        #: The number of the next autograd node at each change of the module, and the module.
         self._begun: list[tuple[int, str]] = [(-1, "")]
         self._hooks = ExitStack()
 
@@ -104,7 +100,7 @@ class OperationTrace(TorchDispatchMode):
                 phase="forward" if node is None else "backward",
                 module=self._inside[-1] if node is None else self._module_of(node._sequence_nr()),
                 dtype=str(made[0].dtype).removeprefix("torch."),
-                made=describe_nonfinite(made),
+                made=_describe_nonfinite(made),
                 modules_left=self.modules_left,
                 is_intended=not inputs or _has_nonfinite_number(args, kwargs),
                 low=low,
@@ -144,12 +140,12 @@ class OperationTrace(TorchDispatchMode):
 
     def _enter_module(self, name: str) -> None:
         self._inside.append(name)
-        self._begun.append((_next_sequence(), name))
+        self._begun.append((torch.autograd._get_sequence_nr(), name))  # type: ignore[attr-defined]
 
     def _leave_module(self) -> None:
-        self._inside.pop()
         self.modules_left += 1
-        self._begun.append((_next_sequence(), self._inside[-1]))
+        self._inside.pop()
+        self._begun.append((torch.autograd._get_sequence_nr(), self._inside[-1]))  # type: ignore[attr-defined]
 
     def _module_of(self, sequence: int) -> str:
         """Returns the module whose forward pass made the autograd node of this number."""
@@ -161,7 +157,7 @@ def first_nonfinite(record: OperationRecord) -> OperationRecord | str:
     while True:
         nonfinite = record.nonfinite_inputs
         nan = [i for i in nonfinite if i.has_nan]
-        if record.has_nan and not nan:
+        if record.made == "nan" and not nan:
             # NaN was made here, perhaps of an infinity that was not intended
             nonfinite = [i for i in nonfinite if i.leaf or (i.record and not i.record.is_intended)]
         first = next(iter(nan or nonfinite), None)
@@ -172,11 +168,6 @@ def first_nonfinite(record: OperationRecord) -> OperationRecord | str:
         if first.record is None:
             return record
         record = first.record
-
-
-def _next_sequence() -> int:
-    """Returns the number of the next autograd node."""
-    return torch.autograd._get_sequence_nr()  # type: ignore[attr-defined]
 
 
 def _storage(tensor: Tensor) -> int:
@@ -198,7 +189,7 @@ def _has_nonfinite_number(*arguments: Any) -> bool:
     return any(not torch.isfinite(torch.tensor(n)) for n in numbers)
 
 
-def describe_nonfinite(tensors: Sequence[Tensor]) -> str:
+def _describe_nonfinite(tensors: Sequence[Tensor]) -> str:
     """Returns the kind of the nonfinite values: `"nan"`, `"inf"` or `"-inf"`."""
     floating = [_values(t.detach()) for t in tensors if t.is_floating_point()]
     if any(bool(t.isnan().any()) for t in floating):

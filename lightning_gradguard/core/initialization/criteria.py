@@ -1,17 +1,19 @@
-"""Criteria that a freshly initialized network must meet."""
+"""Criteria that a freshly initialized network must meet, and findings of where it does not."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from lightning_gradguard.core.initialization.finding import Finding, Severity, initializer_line
-from lightning_gradguard.core.initialization.probe import ZERO_GAIN, Probe, probe
-from lightning_gradguard.core.initialization.weights import check_weights
+from lightning_gradguard.core.initialization.probe import LAYERS, RECTIFIERS, ZERO_GAIN, Probe, probe
+from lightning_gradguard.core.norms import local_shard
 
+Severity = Literal["info", "warn", "fail"]
 #: Decades of gradient gain from the last hidden layer back to the first block or layer: of 294 networks, 3 %
 #: fail to train within the healthy ranges, and 90 % beyond the bounds.
 HEALTHY_BLOCK_GAIN = (-2.0, 2.0)
@@ -27,6 +29,57 @@ SATURATED_SHARES = (0.3, 0.9)
 MAX_LAYER_CHANGE = 0.2
 #: Ratio to the loss of a uniform guess above which the loss is a finding.
 MAX_LOSS_RATIO = 1.2
+
+
+class InitializationError(RuntimeError):
+    """Raised if a freshly initialized network will not train."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A criterion that a module does not meet.
+
+    Args:
+        criterion: Name of the criterion.
+        module: Module at fault; empty for the whole network.
+        value: Measured value.
+        expected: Values of healthy networks.
+        severity: `"fail"` if the network will not train, `"warn"` if it may not, else `"info"`.
+        cure: Line of code that cures it.
+    """
+
+    criterion: str
+    module: str
+    value: float
+    expected: str
+    severity: Severity
+    cure: str
+
+
+def table(findings: Sequence[Finding]) -> str:
+    """Formats findings as a table: severity, layer, criterion, measured, expected, cure."""
+    head = ("", "layer", "criterion", "measured", "expected", "cure")
+    rows = [
+        (f.severity.upper(), f.module or "(network)", f.criterion, f"{f.value:.3g}", f.expected, f.cure)
+        for f in findings
+    ]
+    widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head) - 1)]
+    return "\n".join(
+        "  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[-1]]).rstrip()
+        for row in (head, *rows)
+    )
+
+
+def initializer_line(name: str, activation: str | None) -> str:
+    """Returns the line that initializes a layer for the activation after it."""
+    target = f"model.{name}.weight" if name else "model.weight"
+    if activation in RECTIFIERS:
+        return f"nn.init.kaiming_normal_({target}, nonlinearity='relu')"
+    if activation == "tanh":
+        return f"nn.init.orthogonal_({target}, gain=nn.init.calculate_gain('tanh'))"
+    if activation == "sigmoid":
+        return f"nn.init.xavier_normal_({target})  # better: ReLU, or normalization before the sigmoid"
+    return f"nn.init.xavier_normal_({target})"
 
 
 def check(
@@ -105,8 +158,8 @@ def _check_loss(module: nn.Module, measured: Probe) -> list[Finding]:
 def _check_activations(measured: Probe) -> list[Finding]:
     findings = []
     for layer in measured.layers:
+        cure = initializer_line(layer.name, layer.activation)
         if not bool(torch.isfinite(layer.output).all()):
-            cure = initializer_line(layer.name, layer.activation)
             worst = math.nan if bool(layer.output.isnan().any()) else math.inf
             findings.append(Finding("nonfinite_output", layer.name, worst, "finite", "fail", cure))
             break
@@ -116,7 +169,6 @@ def _check_activations(measured: Probe) -> list[Finding]:
         ):
             if value is not None and value > warn:
                 severity: Severity = "fail" if value >= fail else "warn"
-                cure = initializer_line(layer.name, layer.activation)
                 findings.append(Finding(criterion, layer.name, value, f"< {warn}", severity, cure))
     return findings
 
@@ -171,13 +223,53 @@ def _values(measured: Probe) -> dict[str, float]:
     if measured.block_gain is not None:
         values["gradient_gain"] = measured.block_gain
     for layer in measured.layers:
-        for criterion, value in (
-            ("layer_gain", layer.gain),
-            ("dead_units", layer.dead),
-            ("saturated_units", layer.saturated),
-        ):
-            if value is not None:
-                values[f"{criterion}/{layer.name}"] = value
-    for name, gain in measured.recurrent_gains.items():
-        values[f"gain_through_time/{name}"] = gain
-    return values
+        of_layer = {"layer_gain": layer.gain, "dead_units": layer.dead, "saturated_units": layer.saturated}
+        values |= {f"{name}/{layer.name}": value for name, value in of_layer.items() if value is not None}
+    return values | {f"gain_through_time/{name}": gain for name, gain in measured.recurrent_gains.items()}
+
+
+def check_weights(module: nn.Module) -> list[Finding]:
+    """Checks without a batch for nonfinite weights, and for units that are copies of each other."""
+    return nonfinite_weights(module) or copied_units(module)
+
+
+def nonfinite_weights(module: nn.Module) -> list[Finding]:
+    """Returns a finding for each layer with nonfinite weights, in the local shard of sharded ones."""
+    findings = []
+    for name, parameter in module.named_parameters():
+        owner, _, _ = name.rpartition(".")
+        finite = torch.isfinite(local_shard(parameter.detach()))
+        if not bool(finite.all()):
+            share = 1 - float(finite.float().mean())
+            cure = f"model.{owner}.reset_parameters()" if owner else f"model.{name} = ..."
+            findings.append(Finding("nonfinite_weights", owner, share, "0", "fail", cure))
+    return findings
+
+
+def copied_units(
+    module: nn.Module, whole: Callable[[Tensor], Tensor] = lambda weight: weight
+) -> list[Finding]:
+    """Returns a finding for each layer that has units with the same weights.
+
+    Args:
+        module: The network.
+        whole: Returns the whole of a weight that is sharded over ranks.
+    """
+    findings = []
+    for name, layer in module.named_modules():
+        if not isinstance(layer, LAYERS):
+            continue
+        weight = whole(layer.weight.detach())
+        if bool(weight.any()) and (copies := _equal_rows(weight)) > 0:
+            cure = initializer_line(name, "relu")
+            findings.append(Finding("symmetric_units", name, copies, "0", "fail", cure))
+    return findings
+
+
+def _equal_rows(weight: Tensor) -> int:
+    """Counts rows that equal another row, by their projections on a random vector."""
+    rows = weight.flatten(1)
+    generator = torch.Generator().manual_seed(0)
+    direction = torch.randn(rows.shape[1], generator=generator, dtype=torch.float64).to(rows.device)
+    projections = (rows.double() @ direction).sort().values
+    return int((projections.diff() == 0).sum())

@@ -8,17 +8,12 @@ from collections.abc import Callable, Collection
 import torch
 from torch import Tensor, nn
 
-from lightning_gradguard.core.initialization.forward_trace import LAYERS, RECTIFIERS, Layer, WeightedLayer
-from lightning_gradguard.core.initialization.probe import probe
+from lightning_gradguard.core.initialization.probe import LAYERS, RECTIFIERS, Layer, WeightedLayer, probe
 from lightning_gradguard.core.snapshots import preserve_state
 
 
 def repair(
-    module: nn.Module,
-    run_loss: Callable[[], Tensor],
-    *,
-    names: Collection[str] = (),
-    seed: int = 0,
+    module: nn.Module, run_loss: Callable[[], Tensor], *, names: Collection[str] = (), seed: int = 0
 ) -> list[str]:
     """Initializes layers for the activation after them, then scales them to unit variance.
 
@@ -45,9 +40,7 @@ def repair(
         if layer.name in names or holds_default_initialization(layer.module)
     }
     generator = torch.Generator().manual_seed(seed)
-    done = []
-    for layer in chosen.values():
-        done.append(f"{layer.name}: {_initialize(layer, generator)}, scaled to unit variance")
+    schemes = [f"{layer.name}: {_initialize(layer, generator)}" for layer in chosen.values()]
 
     def scale(child: WeightedLayer, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
         if id(child) not in chosen:
@@ -65,21 +58,13 @@ def repair(
     finally:
         for handle in handles:
             handle.remove()
-    return done
+    return [f"{scheme}, scaled to unit variance" for scheme in schemes]
 
 
 def holds_default_initialization(layer: nn.Module) -> bool:
     """Returns True if a layer's weights look like the default initialization of its class.
 
     For linear and convolutional layers it is uniform within `1 / sqrt(fan_in)`.
-
-    Example:
-        >>> layer = nn.Linear(64, 64)
-        >>> holds_default_initialization(layer)
-        True
-        >>> _ = nn.init.kaiming_normal_(layer.weight)
-        >>> holds_default_initialization(layer)
-        False
     """
     if not isinstance(layer, LAYERS):
         return False

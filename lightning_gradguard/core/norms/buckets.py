@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -18,20 +17,14 @@ MAX_STACKED_NUMEL = 4_096
 MIN_STACKED = 8
 
 
-@lru_cache(maxsize=256)
-def index_tensor(indices: tuple[int, ...], device: torch.device) -> Tensor:
-    """Returns indices on a device, cached: each copy to a GPU would synchronize with it."""
-    return torch.tensor(indices, dtype=torch.long, device=device)
-
-
 @dataclass(frozen=True)
 class _Bucket:
     """Tensors of one device and dtype, which are measured together."""
 
     dtype: torch.dtype
-    whole: tuple[int, ...]
-    by_rows: tuple[int, ...]
-    stacked: tuple[tuple[int, ...], ...]
+    whole: list[int]
+    by_rows: list[int]
+    stacked: list[list[int]]
 
     def norms(self, tensors: Sequence[Tensor], norm_type: float) -> Tensor:
         """Returns the norms of tensors measured as a whole, then of the rows of the others."""
@@ -81,25 +74,27 @@ class Buckets:
         for index, tensor in enumerate(tensors):
             if tensor.numel():
                 groups.setdefault((tensor.device, tensor.dtype), []).append(index)
-        self._buckets = [
-            _bucket(tensors, indices, dtype, on_host=device.type == "cpu")
-            for (device, dtype), indices in groups.items()
-        ]
+        self._buckets = []
+        for (device, dtype), indices in groups.items():
+            on_host = device.type == "cpu"
+            stacked, others = _stackable(tensors, indices) if on_host else ([], indices)
+            by_size: tuple[list[int], list[int]] = ([], [])
+            for index in others:
+                by_size[on_host and tensors[index].numel() > CHUNK].append(index)
+            self._buckets.append(_Bucket(dtype, *by_size, stacked))
         self._owners: dict[bool, Tensor | None] = {}
 
     def norms(self, tensors: Sequence[Tensor], norm_type: float) -> Tensor:
         """Returns the norm of each tensor; see `tensor_norms`."""
         norms = self._norms(tensors, norm_type)
-        owners = self._owners_on(tensors[0].device, norm_type)
-        if owners is None:
-            return norms
-        return norms_from_power_sums(self._sum_by_owner(norms, owners, norm_type), norm_type)
+        sums = self._sums(norms, norm_type)
+        return norms if sums is None else norms_from_power_sums(sums, norm_type)
 
     def power_sums(self, tensors: Sequence[Tensor], norm_type: float) -> Tensor:
         """Returns the power sum of each tensor; see the function `power_sums`."""
         norms = self._norms(tensors, norm_type)
-        owners = self._owners_on(tensors[0].device, norm_type)
-        return _powers(norms, norm_type) if owners is None else self._sum_by_owner(norms, owners, norm_type)
+        sums = self._sums(norms, norm_type)
+        return _powers(norms, norm_type) if sums is None else sums
 
     def _norms(self, tensors: Sequence[Tensor], norm_type: float) -> Tensor:
         device = tensors[0].device
@@ -108,33 +103,19 @@ class Buckets:
             return parts[0]
         return torch.cat([torch.zeros(0, dtype=torch.float64, device=device), *parts])
 
-    def _sum_by_owner(self, norms: Tensor, owners: Tensor, norm_type: float) -> Tensor:
-        sums = torch.zeros(len(self._numels), dtype=torch.float64, device=norms.device)
-        return sums.index_add_(0, owners, _powers(norms, norm_type))
-
-    def _owners_on(self, device: torch.device, norm_type: float) -> Tensor | None:
-        """Returns the owners of all norms; `None` if each tensor has one norm, in order."""
+    def _sums(self, norms: Tensor, norm_type: float) -> Tensor | None:
+        """Returns the power sums of tensors with several norms; `None` if each has one, in order."""
         is_inf = norm_type == math.inf
         if is_inf not in self._owners:
             owners = [i for bucket in self._buckets for i in bucket.owners(self._numels, norm_type)]
             in_place = owners == list(range(len(self._numels)))
-            self._owners[is_inf] = None if in_place else torch.tensor(owners, device=device)
-        return self._owners[is_inf]
+            self._owners[is_inf] = None if in_place else torch.tensor(owners, device=norms.device)
+        if (places := self._owners[is_inf]) is None:
+            return None
+        return norms.new_zeros(len(self._numels)).index_add_(0, places, _powers(norms, norm_type))
 
 
-def _bucket(
-    tensors: Sequence[Tensor], indices: Sequence[int], dtype: torch.dtype, *, on_host: bool
-) -> _Bucket:
-    """Returns the bucket of tensors of one device and dtype: whole, by rows, or stacked."""
-    if not on_host:
-        return _Bucket(dtype, tuple(indices), (), ())
-    stacked, others = _stackable(tensors, indices)
-    whole = [index for index in others if tensors[index].numel() <= CHUNK]
-    by_rows = [index for index in others if tensors[index].numel() > CHUNK]
-    return _Bucket(dtype, tuple(whole), tuple(by_rows), tuple(stacked))
-
-
-def _stackable(tensors: Sequence[Tensor], indices: Iterable[int]) -> tuple[list[tuple[int, ...]], list[int]]:
+def _stackable(tensors: Sequence[Tensor], indices: Iterable[int]) -> tuple[list[list[int]], list[int]]:
     """Returns positions of small tensors, grouped by a common shape, and positions of all others."""
     shapes: dict[torch.Size, list[int]] = {}
     others: list[int] = []
@@ -142,21 +123,13 @@ def _stackable(tensors: Sequence[Tensor], indices: Iterable[int]) -> tuple[list[
         is_small = tensors[index].numel() <= MAX_STACKED_NUMEL
         (shapes.setdefault(tensors[index].shape, []) if is_small else others).append(index)
     few = [index for group in shapes.values() if len(group) < MIN_STACKED for index in group]
-    return [tuple(group) for group in shapes.values() if len(group) >= MIN_STACKED], others + few
+    return [group for group in shapes.values() if len(group) >= MIN_STACKED], others + few
 
 
 def _powers(norms: Tensor, norm_type: float) -> Tensor:
     if norm_type == 2:
         return norms.square()
     return norms if norm_type == math.inf else norms**norm_type
-
-
-def by_device_and_dtype(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
-    """Groups tensors by device and dtype."""
-    groups: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
-    for tensor in tensors:
-        groups.setdefault((tensor.device, tensor.dtype), []).append(tensor)
-    return list(groups.values())
 
 
 def _flat(tensor: Tensor) -> Tensor:
@@ -174,16 +147,10 @@ def _accumulator(dtype: torch.dtype, norm_type: float) -> torch.dtype | None:
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else None
 
 
-def coefficient_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Returns the dtype of coefficients: rounded to half precision, norms could exceed a bound."""
-    return torch.float64 if dtype in (torch.float64, torch.complex128) else torch.float32
-
-
 def stack_small(tensors: list[Tensor]) -> list[Tensor]:
     """Returns the same elements in fewer tensors on a CPU, where reading all of them becomes faster.
 
-    Args:
-        tensors: Dense; of one device and dtype.
+    The tensors are dense, and of one device and dtype.
 
     Example:
         >>> [tensor.shape for tensor in stack_small([torch.ones(2)] * 9 + [torch.ones(3)])]
@@ -199,8 +166,7 @@ def stack_small(tensors: list[Tensor]) -> list[Tensor]:
 def largest_magnitudes(tensors: list[Tensor]) -> Tensor:
     """Returns the largest `|x|` of each tensor, shape `(n,)`; NaN if there is one.
 
-    Args:
-        tensors: Dense, real and not empty; of one device and dtype.
+    The tensors are dense, real and not empty, and of one device and dtype.
     """
     if tensors[0].device.type != "cpu":
         return torch.stack(torch._foreach_norm(tensors, math.inf))

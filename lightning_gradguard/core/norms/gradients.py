@@ -1,18 +1,25 @@
-"""Gradients of one optimizer step, with their norms."""
+"""Gradients of one optimizer step: their norms, and their scaling in place."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
+import torch
 from torch import Tensor, nn
 
-from lightning_gradguard.core.norms.buckets import index_tensor
 from lightning_gradguard.core.norms.norms import tensor_norms, total_norm_from_norms, unitwise_norm
-from lightning_gradguard.core.norms.sharding import is_sharded
+from lightning_gradguard.core.norms.sharding import is_sharded, local_shard, unit_places
 
 #: Norms of the units of a gradient, and of the weights of the same units.
 UnitNorms = tuple[Tensor, Tensor]
+
+
+@lru_cache(maxsize=256)
+def _index_tensor(indices: tuple[int, ...], device: torch.device) -> Tensor:
+    """Returns indices on a device, cached: each copy to a GPU would synchronize with it."""
+    return torch.tensor(indices, dtype=torch.long, device=device)
 
 
 @dataclass(frozen=True)
@@ -57,15 +64,11 @@ class Gradients:
         return tuple((unitwise_norm(tensor), unitwise_norm(weight.detach())) for tensor, weight in pairs)
 
     def without(self, names: Collection[str]) -> Gradients:
-        """Returns the same gradients without some of them.
-
-        Args:
-            names: Parameters to exclude; unknown names are ignored.
-        """
+        """Returns the same gradients without those of some parameters; unknown names are ignored."""
         kept = [i for i, name in enumerate(self.names) if name not in names]
         if len(kept) == len(self.names):
             return self
-        norms = self.norms[index_tensor(tuple(kept), self.norms.device)]
+        norms = self.norms[_index_tensor(tuple(kept), self.norms.device)]
         return replace(
             self,
             names=tuple(self.names[i] for i in kept),
@@ -78,9 +81,7 @@ class Gradients:
         )
 
 
-def with_gradient(
-    named_parameters: Iterable[tuple[str, nn.Parameter]],
-) -> list[tuple[str, nn.Parameter]]:
+def with_gradient(named_parameters: Iterable[tuple[str, nn.Parameter]]) -> list[tuple[str, nn.Parameter]]:
     """Returns the parameters with a gradient; frozen, unused and empty ones are omitted."""
     return [
         (name, parameter)
@@ -112,3 +113,59 @@ def measure_gradients(named_parameters: Iterable[tuple[str, nn.Parameter]]) -> G
         norms=norms,
         total_norm=total_norm_from_norms(norms),
     )
+
+
+@torch.no_grad()
+def scale_gradients_(gradients: Gradients, coefficients: float | Tensor | Sequence[Tensor]) -> None:
+    """Multiplies gradients in place.
+
+    Args:
+        gradients: The gradients.
+        coefficients: One scalar for all, as a number or a tensor, or one tensor for each gradient that
+            broadcasts to it; for a sharded one a scalar, or one number for each of its units. The number 1
+            costs nothing.
+
+    Raises:
+        ValueError: If a coefficient does not fit a sharded gradient.
+    """
+    if isinstance(coefficients, (float, int)) and coefficients == 1:
+        return
+    groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+    stored = [local_shard(gradient) for gradient in gradients.tensors]
+    stored = [local._values() if local.is_sparse else local for local in stored]
+    for index, values in enumerate(stored):
+        groups.setdefault((values.device, values.dtype), []).append(index)
+    if isinstance(coefficients, Sequence):
+        named = zip(gradients.names, gradients.tensors, coefficients, strict=True)
+        coefficients = [_local_coefficient(*each) for each in named]
+    for (device, dtype), indices in groups.items():
+        # rounded to half precision, a coefficient could leave a norm above its bound
+        wide = torch.float64 if dtype in (torch.float64, torch.complex128) else torch.float32
+        factors: float | Tensor | list[Tensor]
+        if isinstance(coefficients, Sequence):
+            factors = [coefficients[index] for index in indices]
+            if all(factor.ndim == 0 for factor in factors):
+                factors = list(torch.stack(factors).to(device, wide).unbind())
+            else:
+                factors = [factor.to(device, wide) for factor in factors]
+        else:
+            factors = coefficients.to(device, wide) if isinstance(coefficients, Tensor) else coefficients
+        torch._foreach_mul_([stored[index] for index in indices], factors)
+
+
+def _local_coefficient(name: str, gradient: Tensor, coefficient: Tensor) -> Tensor:
+    """Returns the coefficient that broadcasts to the values of the gradient on this rank."""
+    if coefficient.ndim == 0:
+        return coefficient
+    if gradient.is_sparse:
+        return coefficient[gradient._indices()[0]]
+    if not is_sharded([gradient]):
+        return coefficient
+    places, start = unit_places(gradient)
+    if coefficient.shape != (places, *(1,) * (gradient.ndim - 1)):
+        raise ValueError(
+            f"A coefficient of shape {tuple(coefficient.shape)} does not fit the sharded gradient "
+            f"of {name}, of shape {tuple(gradient.shape)}: return one of shape (), "
+            "or like its `unit_norms()`."
+        )
+    return coefficient[start : start + len(local_shard(gradient))]

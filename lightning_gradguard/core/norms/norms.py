@@ -50,8 +50,8 @@ def tensor_norms(tensors: Sequence[Tensor], norm_type: float = 2.0, buckets: Buc
     On a CPU, norms of random numbers are accurate to 1e-6 at any size, of equal numbers to 1e-4.
 
     Args:
-        tensors: See `power_sums`.
-        norm_type: See `power_sums`.
+        tensors: As `power_sums` takes them.
+        norm_type: Any number of at least 1, or `inf`.
         buckets: Made for tensors of the same sizes, devices and dtypes, all dense, real and unsharded.
     """
     if buckets is not None and tensors:
@@ -92,11 +92,7 @@ def unitwise_norm(tensor: Tensor) -> Tensor:
 def unit_power_sums(tensor: Tensor) -> Tensor:
     """Returns squares of `unitwise_norm`, each at the place of its unit, so that shards add up.
 
-    Args:
-        tensor: A weight, or the gradient of one.
-
-    Returns:
-        Shape `(places,)`, float64.
+    The shape is `(places,)`, the dtype float64; see `unit_places`.
     """
     places, start = unit_places(tensor)
     squares = unitwise_norm(tensor).double().square().view(-1)

@@ -14,12 +14,7 @@ from torch.distributed.tensor.placement_types import Placement
 
 @dataclass(frozen=True)
 class FlatShard:
-    """Layout of a parameter that FSDP1 flattened and sharded.
-
-    Args:
-        pieces: Number of shards.
-        ndim: Number of dimensions of the original parameter.
-    """
+    """Layout of a parameter that FSDP1 flattened and sharded: number of shards, and original dimensions."""
 
     pieces: int
     ndim: int

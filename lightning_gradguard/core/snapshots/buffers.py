@@ -65,7 +65,7 @@ class BufferCopies:
             within_step: True if weights may require no gradient only because another optimizer is toggled on.
         """
         old, self._copies = self._copies, {}
-        changed = list(self._written.values())
+        pairs = [(copy_.saved, local_shard(weight)) for weight, copy_ in self._written.items()]
         for weight in [w for owner in self._owners for w in owner._parameters.values() if w is not None]:
             if not (weight.requires_grad or within_step or weight in self._written):
                 before = self._frozen.get(weight, weight._version)
@@ -77,10 +77,10 @@ class BufferCopies:
             if known is None or known.buffer is not buffer or known.saved.shape != buffer.shape:
                 known = _Copy(buffer, buffer._version, local_shard(buffer).clone())
             elif _may_have_changed(buffer, known.version):
+                pairs.append((known.saved, local_shard(buffer)))
                 known.version = buffer._version
-                changed.append(known)
             self._copies[owner, name] = known
-        copy_tensors([known.saved for known in changed], [local_shard(known.buffer) for known in changed])
+        copy_tensors(pairs)
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -89,18 +89,14 @@ class BufferCopies:
         A backward pass through normalization remains possible, as for a generator whose critic's step was
         skipped.
         """
-        targets, sources = [], []
+        pairs = [(local_shard(weight), copy_.saved) for weight, copy_ in self._written.items()]
         for (owner, name), copy_ in self._copies.items():
             owner._buffers[name] = copy_.buffer  # a forward pass may have replaced or removed it
             if _may_have_changed(copy_.buffer, copy_.version):
                 target = local_shard(copy_.buffer)
                 # hidden from autograd: a graph holds running statistics but does not use them backward
-                targets.append(target.data if isinstance(owner, _NormBase) else target)
-                sources.append(copy_.saved)
-        for weight, copy_ in self._written.items():
-            targets.append(local_shard(weight))
-            sources.append(copy_.saved)
-        copy_tensors(targets, sources)
+                pairs.append((target.data if isinstance(owner, _NormBase) else target, copy_.saved))
+        copy_tensors(pairs)
         for copy_ in self._copies.values():
             copy_.version = copy_.buffer._version
 
@@ -128,15 +124,11 @@ def _may_have_changed(buffer: Tensor, version: int) -> bool:
     return buffer.numel() <= MAX_ALWAYS_COPIED_NUMEL or buffer._version != version
 
 
-def copy_tensors(targets: list[Tensor], sources: list[Tensor]) -> None:
-    """Copies tensors in place, in one operation for each pair of devices and dtypes."""
-    if not targets:
-        return
-    groups: dict[Any, tuple[list[Tensor], list[Tensor]]] = defaultdict(lambda: ([], []))
-    for target, source in zip(targets, sources, strict=True):
-        group = groups[target.device, target.dtype, source.device, source.dtype]
-        group[0].append(target)
-        group[1].append(source)
+def copy_tensors(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
+    """Copies to each target its source, in one operation for each pair of devices and dtypes."""
+    groups: dict[Any, list[tuple[Tensor, Tensor]]] = defaultdict(list)
+    for target, source in pairs:
+        groups[target.device, target.dtype, source.device, source.dtype].append((target, source))
     # torch copies one by one if a list has several devices or dtypes
     for alike in groups.values():
-        torch._foreach_copy_(*alike)
+        torch._foreach_copy_([target for target, _ in alike], [source for _, source in alike])

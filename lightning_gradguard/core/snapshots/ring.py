@@ -1,4 +1,4 @@
-"""The last qualified snapshots, and one that is pending."""
+"""A ring of snapshots, whose memory is recycled."""
 
 from __future__ import annotations
 

@@ -35,6 +35,7 @@ class Snapshot:
         self._device = device
         self._stream: torch.cuda.Stream | None = None
         self._memory: dict[Any, Tensor] = {}
+        #: For each optimizer its state by parameter, with `None` in place of dense tensors.
         self._structure: list[dict[Tensor, dict[Any, Any]]] = []
         self._has_stepped_state = True
         self.extra_state: Any = None
@@ -63,7 +64,8 @@ class Snapshot:
         """
         copied = copied or {}
         live: dict[Any, Tensor] = {}
-        kept = {*_optimized(optimizers), *written}
+        groups = (group for optimizer in optimizers for group in optimizer.param_groups)
+        kept = {*written, *(parameter for group in groups for parameter in group["params"])}
         if not stepped:
             live, modules, optimizers = dict(copied), modules[1:], ()
         for key, tensor in _live_tensors(modules, optimizers):
@@ -71,7 +73,10 @@ class Snapshot:
             if not isinstance(key, Tensor) or key.requires_grad or key in kept:
                 live[key] = copied.get(key, tensor)
         self._structure = [
-            {parameter: _without_tensors(state) for parameter, state in optimizer.state.items()}
+            {
+                parameter: {k: None if _is_plain(v) else copy.deepcopy(v) for k, v in state.items()}
+                for parameter, state in optimizer.state.items()
+            }
             for optimizer in optimizers
         ]
         self._has_stepped_state = stepped
@@ -84,13 +89,12 @@ class Snapshot:
         self.wait()
         optimizers = optimizers if self._has_stepped_state else ()
         self._restore_structure(modules, optimizers)
-        targets, sources = [], []
+        pairs = []
         for key, tensor in _live_tensors(modules, optimizers):
             target = local_shard(tensor)
             if (saved := self._memory.get(key)) is not None and saved.shape == target.shape:
-                targets.append(target)
-                sources.append(saved)
-        copy_tensors(targets, sources)
+                pairs.append((target, saved))
+        copy_tensors(pairs)
 
     def _restore_structure(self, modules: Sequence[nn.Module], optimizers: Sequence[Optimizer]) -> None:
         """Restores the shapes of buffers and the entries of optimizer states."""
@@ -162,9 +166,9 @@ class Snapshot:
         self._copy_out(targets, sources)
 
     def _copy_out(self, targets: list[Tensor], sources: list[Tensor]) -> None:
-        on_gpu = next((s.device for s in sources if s.is_cuda), None)
+        on_gpu = next((source.device for source in sources if source.is_cuda), None)
         if self._device == "same" or on_gpu is None:
-            copy_tensors(targets, sources)
+            copy_tensors(zip(targets, sources, strict=True))
             return
         self._stream = self._stream or torch.cuda.Stream(on_gpu)  # type: ignore[no-untyped-call]
         self._stream.wait_stream(torch.cuda.current_stream(on_gpu))
@@ -173,10 +177,6 @@ class Snapshot:
         for source in sources:
             if source.is_cuda:
                 source.record_stream(self._stream)
-
-
-def _optimized(optimizers: Sequence[Optimizer]) -> set[Tensor]:
-    return {p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
 
 
 def _live_tensors(
@@ -193,11 +193,6 @@ def _live_tensors(
             for key, value in state.items():
                 if _is_plain(value):
                     yield (index, parameter, key), value
-
-
-def _without_tensors(state: Mapping[str, Any]) -> dict[str, Any]:
-    """Copies one parameter's optimizer state, with `None` in place of each dense tensor."""
-    return {key: None if _is_plain(value) else copy.deepcopy(value) for key, value in state.items()}
 
 
 def _is_plain(value: Any) -> bool:
