@@ -10,8 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lightning_gradguard.cli.errors import UsageError, usage_errors_reported
-from lightning_gradguard.report.readers.run_folders import find_runs
-from lightning_gradguard.report.readers.runs import read_run
+from lightning_gradguard.report.readers.runs import find_runs, read_run
 from lightning_gradguard.report.render.html import to_html
 from lightning_gradguard.report.render.json import to_json
 from lightning_gradguard.report.render.text import to_text
