@@ -44,7 +44,7 @@ def _classes_in(path: str) -> list[str]:
 
 
 def load_weights(module: pl.LightningModule, weights: Mapping[str, Any]) -> None:
-    """Loads weights into a module; raises a `UsageError` if one is missing, unexpected or of another shape."""
+    """Loads weights into a module; a `UsageError` names those that do not fit."""
     own = module.state_dict()
     try:
         keys = module.load_state_dict(weights, strict=False)

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 
 class Characters(pl.LightningDataModule):
-    """Samples from the documentation of the Python language, drawn at random places of half a million characters."""
+    """Samples from the documentation of Python, drawn at random places of half a million characters."""
 
     def __init__(self, length: int = 100, batch_size: int = 32, n_batches: int = 300, seed: int = 0) -> None:
         super().__init__()

@@ -160,7 +160,7 @@ def _class_paths(value: Any) -> Iterator[str]:
 
 
 def _import_problem(path: str, base: type) -> str | None:
-    """Describes why a path leads to no subclass of `base`, with the nearest name; `None` if it leads to one."""
+    """Describes why a path leads to no subclass of `base`, with the nearest name; `None` if it does."""
     package, _, name = path.rpartition(".")
     if not package:
         near = "" if base is object else nearest(name, [heir.__name__ for heir in _concrete(base)])
