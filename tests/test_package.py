@@ -51,7 +51,7 @@ def test_linter_forbids_upward_imports(tmp_path: Path) -> None:
         ("callbacks", "lightning_gradguard.callbacks.nan_rollback"),
         ("callbacks", "lightning_gradguard.cli.main"),
         ("report", "torch"),
-        ("report", "lightning_gradguard.cli.errors"),
+        ("report", "lightning_gradguard.cli.messages"),
     ):
         file = ROOT / "lightning_gradguard" / layer / "scratch.py"
         result = subprocess.run(

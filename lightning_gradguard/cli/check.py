@@ -19,17 +19,17 @@ from jsonargparse import ArgumentParser
 
 from lightning_gradguard.callbacks.initialization_check import InitializationCheck
 from lightning_gradguard.cli.checkpoints import load_weights, read_checkpoint
-from lightning_gradguard.cli.errors import (
+from lightning_gradguard.cli.fit import MODULE_OPTIONS
+from lightning_gradguard.cli.messages import (
     UsageError,
     is_raised_by_suite,
     one_line,
+    silence_lightning,
     source_line,
     usage_errors_reported,
 )
-from lightning_gradguard.cli.fit import MODULE_OPTIONS
 from lightning_gradguard.cli.parsing.lightning_cli import command_line, fit_argv, fit_parser
 from lightning_gradguard.cli.parsing.preparse import named_class
-from lightning_gradguard.cli.silence_lightning import silence_lightning
 from lightning_gradguard.core.initialization import Finding, table
 from lightning_gradguard.runtime.lightning_api import Callback
 from lightning_gradguard.runtime.lightning_packages import lightning_package_of
@@ -52,15 +52,7 @@ _JSON_HELP = "print findings and values as JSON, or write them to FILE"
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Checks with the first training batch, without a step.
-
-    Args:
-        arguments: Those of `fit`, and `--json`.
-
-    Raises:
-        SystemExit: With code 1 if a criterion fails; with code 2 and one short message, if an argument is
-            wrong or the batch cannot be run.
-    """
+    """Checks with the first training batch, without a step; exits with code 1 if a criterion fails."""
     options, rest = _own_parser().parse_known_args(arguments)
     stdout = sys.stdout
     with usage_errors_reported("check"), fit_argv(rest), silence_lightning():
@@ -97,13 +89,9 @@ def _own_parser() -> argparse.ArgumentParser:
 
 @dataclasses.dataclass(frozen=True)
 class CheckResult:
-    """Result of a check.
+    """Findings, the most severe first, and all measurements by `<criterion>/<module>`.
 
-    Args:
-        model: The class of the module.
-        checkpoint: The file of the weights; empty for a fresh network.
-        findings: The most severe first.
-        values: All measurements, by `<criterion>/<module>`.
+    `checkpoint` is the file of the weights; empty for a fresh network.
     """
 
     model: str
@@ -128,12 +116,10 @@ def as_text(result: CheckResult) -> str:
     whole = {name: value for name, value in result.values.items() if "/" not in name}
     measured = ", ".join(f"{name} {value:.3g}" for name, value in whole.items())
     origin = f" with the weights of {result.checkpoint}" if result.checkpoint else ""
-    verdict = {"pass": "it can train", "warn": "it may not train", "fail": "it will not train"}[
-        result.verdict
-    ]
-    lines = [f"{result.model}{origin}: {verdict if result.findings else 'nothing found'}"]
-    lines[0] += f"; {measured}" if measured else "; only weights, and the first gradients, were checked"
-    return "\n".join([*lines, *([table(result.findings)] if result.findings else [])])
+    verdicts = {"pass": "it can train", "warn": "it may not train", "fail": "it will not train"}
+    text = f"{result.model}{origin}: {verdicts[result.verdict] if result.findings else 'nothing found'}; "
+    text += measured or "only weights, and the first gradients, were checked"
+    return f"{text}\n{table(result.findings)}" if result.findings else text
 
 
 def as_json(result: CheckResult) -> str:

@@ -9,25 +9,16 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
-from lightning_gradguard.cli.errors import UsageError, one_line
+from lightning_gradguard.cli.messages import UsageError, one_line
 
 
 def read_checkpoint(
     path: str, option: str, *, weights_only: bool = True, trust: str | None = None
 ) -> dict[str, Any]:
-    """Reads a checkpoint of Lightning's, or a file with a `state_dict` alone.
+    """Reads a checkpoint of Lightning's, or a file with a `state_dict` alone; returns one with that key.
 
-    Args:
-        path: Of the file.
-        option: The option that names it; for messages.
-        weights_only: See `torch.load`; anything else runs code that is in the file.
-        trust: The flag that turns `weights_only` off, if there is one; for messages.
-
-    Returns:
-        The content, with the key `state_dict`.
-
-    Raises:
-        UsageError: If it cannot be read.
+    Without `weights_only`, code in the file is run. Messages name `option`, which gave the path, and `trust`,
+    the flag that turns `weights_only` off, if there is one.
     """
     try:
         content = torch.load(path, map_location="cpu", weights_only=weights_only)
@@ -53,15 +44,7 @@ def _classes_in(path: str) -> list[str]:
 
 
 def load_weights(module: pl.LightningModule, weights: Mapping[str, Any]) -> None:
-    """Loads weights into a module.
-
-    Args:
-        module: Of the class that the weights are from.
-        weights: By their names.
-
-    Raises:
-        UsageError: If one is missing, unexpected or of another shape.
-    """
+    """Loads weights into a module; a `UsageError` names those that do not fit."""
     own = module.state_dict()
     try:
         keys = module.load_state_dict(weights, strict=False)

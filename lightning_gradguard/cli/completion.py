@@ -10,8 +10,8 @@ from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
-from lightning_gradguard.cli.errors import UsageError, usage_errors_reported
 from lightning_gradguard.cli.main import VERBS
+from lightning_gradguard.cli.messages import UsageError, usage_errors_reported
 
 _EPILOG = """\
 Save the script, once, in the folder that the shell searches:
@@ -21,14 +21,7 @@ Completion then starts no Python."""
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Prints the script.
-
-    Args:
-        arguments: The name of the shell.
-
-    Raises:
-        SystemExit: With code 2 and one short message, if the shell is unknown or shtab is missing.
-    """
+    """Prints the script for a shell."""
     shell = argument_parser().parse_args(arguments).shell
     with usage_errors_reported("completion"):
         if find_spec("shtab") is None:
@@ -49,11 +42,7 @@ def argument_parser() -> argparse.ArgumentParser:
 
 
 def script(shell: str) -> str:
-    """Returns the script of shtab for all commands.
-
-    Args:
-        shell: `"bash"` or `"zsh"`.
-    """
+    """Returns the script of shtab for all commands."""
     jsonargparse, shtab = import_module("jsonargparse"), import_module("shtab")
     parser = jsonargparse.ArgumentParser(prog="lightning-gradguard")
     verbs = parser.add_subcommands()

@@ -25,15 +25,7 @@ FINAL = 30
 
 @dataclass(frozen=True)
 class Run:
-    """Result of a training run.
-
-    Args:
-        name: As `"bare"` or `"guarded"`.
-        losses: Training loss of every step.
-        incidents: Number of incidents of each kind.
-        learning_rate: Of the last step.
-        seconds: Duration.
-    """
+    """Result of a training run: the loss of every step, the last learning rate, incidents by kind."""
 
     name: str
     losses: list[float]
@@ -62,16 +54,7 @@ def train(
     logdir: Path,
     gradient_clip_val: float | None = None,
 ) -> Run:
-    """Trains the network of the demo once.
-
-    Args:
-        name: Of the run; its folder in `logdir`.
-        callbacks: Those of the Trainer.
-        seed: Of data, weights and everything else.
-        max_steps: Optimizer steps.
-        logdir: Folder for TensorBoard.
-        gradient_clip_val: See Lightning's Trainer.
-    """
+    """Trains the network of the demo once, and logs to the folder `name` in `logdir`."""
     # a shell completes the arguments of all modules that are imported
     from lightning_gradguard.cli.demo_task import CharacterRNN, Characters
 
@@ -102,14 +85,7 @@ def train(
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Trains bare and guarded, and prints a summary of both runs.
-
-    Args:
-        arguments: `--max_steps`, `--seed`, `--logdir`.
-
-    Raises:
-        SystemExit: With code 1 if the guarded run failed, 2 if an argument is wrong.
-    """
+    """Trains bare and guarded, and prints a summary; exits with code 1 if the guarded run failed."""
     parser = argument_parser()
     options = parser.parse_args(arguments)
     if options.max_steps < 1:
@@ -117,11 +93,7 @@ def main(arguments: Sequence[str]) -> None:
     logdir = options.logdir or Path("runs") / time.strftime("demo-%Y%m%d-%H%M%S")
     warnings.filterwarnings("ignore", module="pytorch_lightning")
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
-    shared: dict[str, Any] = {
-        "seed": options.seed,
-        "max_steps": options.max_steps,
-        "logdir": logdir,
-    }
+    shared: dict[str, Any] = {"seed": options.seed, "max_steps": options.max_steps, "logdir": logdir}
     print("A character-level ReLU RNN, recurrent gain 1.1, SGD 0.5, first with Lightning alone:")
     bare = train("bare", [GradientNormMonitor(figure_every_n_steps=100)], **shared)
     print("\nThe same seed with default_callbacks():")
@@ -143,12 +115,7 @@ def argument_parser() -> argparse.ArgumentParser:
 
 
 def summary(runs: Sequence[Run], logdir: Path) -> str:
-    """Returns a table of the runs, a comparison, and the next steps.
-
-    Args:
-        runs: The bare one first, the guarded one last.
-        logdir: Folder for TensorBoard.
-    """
+    """Returns a table of the runs, the bare one first, a comparison with the last, and the next steps."""
     head = ("run", "steps survived", "final loss", "learning rate", "seconds", "incidents")
     rows = [
         (
@@ -164,22 +131,18 @@ def summary(runs: Sequence[Run], logdir: Path) -> str:
     widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
     lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in (head, *rows)]
     bare, guarded = runs[0], runs[-1]
-    ended = (
-        f"The bare run failed after {bare.survived} steps"
-        if math.isnan(bare.final_loss)
-        else f"The bare run ended at a loss of {bare.final_loss:.2f}"
-    )
-    return "\n".join(
-        [
-            "",
-            *lines,
-            "",
-            f"{ended}; the guarded one ended at a loss of {guarded.final_loss:.2f} nats a character.",
-            f"Logs: {logdir}. Next steps:",
-            f"    {shell_command('tensorboard')} --logdir {logdir}",
-            f"    {shell_command('lightning-gradguard')} report {logdir}",
-        ]
-    )
+    ended = f"ended at a loss of {bare.final_loss:.2f}"
+    if math.isnan(bare.final_loss):
+        ended = f"failed after {bare.survived} steps"
+    lines += [
+        "",
+        f"The bare run {ended}; "
+        f"the guarded one ended at a loss of {guarded.final_loss:.2f} nats a character.",
+        f"Logs: {logdir}. Next steps:",
+        f"    {shell_command('tensorboard')} --logdir {logdir}",
+        f"    {shell_command('lightning-gradguard')} report {logdir}",
+    ]
+    return "\n".join(["", *lines])
 
 
 class _Losses(pl.Callback):

@@ -11,14 +11,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 
 class Characters(pl.LightningDataModule):
-    """Documentation of the Python language, a text of half a million characters.
-
-    Args:
-        length: Characters in a sample.
-        batch_size: Samples in a batch.
-        n_batches: Batches in an epoch, drawn at random places.
-        seed: Of the places.
-    """
+    """Samples from the documentation of Python, drawn at random places of half a million characters."""
 
     def __init__(self, length: int = 100, batch_size: int = 32, n_batches: int = 300, seed: int = 0) -> None:
         super().__init__()
@@ -40,11 +33,7 @@ class Characters(pl.LightningDataModule):
 class CharacterRNN(pl.LightningModule):
     """Predicts the next character with a ReLU recurrent network whose recurrent weight is too large.
 
-    Args:
-        n_characters: Size of the alphabet.
-        width: Hidden units.
-        gain: Of the orthogonal recurrent weight; above 1 the state, and its gradient, grow with time.
-        lr: Learning rate of plain SGD.
+    Above a gain of 1 of that weight the state, and its gradient, grow with time.
     """
 
     def __init__(self, n_characters: int, width: int = 128, gain: float = 1.1, lr: float = 0.5) -> None:

@@ -12,7 +12,7 @@ import docstring_parser
 
 import lightning_gradguard
 from lightning_gradguard.callbacks.defaults import DEFAULTS
-from lightning_gradguard.cli.errors import UsageError, one_line, source_line, usage_errors_reported
+from lightning_gradguard.cli.messages import UsageError, one_line, source_line, usage_errors_reported
 from lightning_gradguard.cli.parsing.lightning_cli import command_line, fit_argv, fit_parser
 
 _HELP = """\
@@ -58,16 +58,7 @@ argument_parser = fit_parser
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Trains.
-
-    Args:
-        arguments: Those of `LightningCLI fit`: `--model`, `--data`, `--trainer.*`, `--config`; and for each
-            callback of the suite an option by its name.
-
-    Raises:
-        SystemExit: With code 2 and one short message, if an argument is wrong; with code 1 if training
-            diverged, or was not started because of the initialization.
-    """
+    """Trains; exits with code 1 if training diverged, or was not started because of the initialization."""
     if {"-h", "--help"} & set(arguments):
         options = MODULE_OPTIONS.format(checkpoint="resume from it")
         callbacks = "\n".join(_callback_help(name, kind) for name, kind in DEFAULTS.items())

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from lightning_gradguard import __version__
-from lightning_gradguard.cli.errors import nearest
+from lightning_gradguard.cli.messages import nearest
 
 VERBS = {
     "fit": "train a module of yours with the suite in place (LightningCLI)",
@@ -23,17 +23,14 @@ _MODULE_VERBS = ("fit", "check", "replay")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs a verb.
-
-    Args:
-        arguments: Those of the command; `sys.argv` if `None`.
-
-    Raises:
-        SystemExit: With code 2 and one short message, if there is no such verb; else with that of the verb.
-    """
+    """Runs a verb with the arguments of the command, `sys.argv` by default."""
     verb, *rest = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     if verb in ("-h", "--help"):
-        print(usage())
+        verbs = "\n".join(f"  {name:<11} {description}" for name, description in VERBS.items())
+        print(
+            f"usage: lightning-gradguard COMMAND ...\n\n{verbs}\n\n"
+            "`lightning-gradguard COMMAND --help` shows the options of a command."
+        )
     elif verb == "--version":
         print(__version__)
     elif verb in VERBS:
@@ -47,18 +44,3 @@ def main(arguments: Sequence[str] | None = None) -> None:
         hint = nearest(verb, VERBS) or f" There are: {', '.join(VERBS)}."
         print(f"lightning-gradguard: no command '{verb}'.{hint}", file=sys.stderr)
         raise SystemExit(2)
-
-
-def usage() -> str:
-    """Returns the text of `--help`.
-
-    Example:
-        >>> "demo" in usage()
-        True
-    """
-    verbs = "\n".join(f"  {verb:<11} {description}" for verb, description in VERBS.items())
-    return (
-        "usage: lightning-gradguard COMMAND ...\n\n"
-        f"{verbs}\n\n"
-        "`lightning-gradguard COMMAND --help` shows the options of a command."
-    )

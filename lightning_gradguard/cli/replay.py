@@ -14,16 +14,18 @@ import torch
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
 from lightning_gradguard.cli.checkpoints import load_weights, read_checkpoint
-from lightning_gradguard.cli.errors import UsageError, one_line, usage_errors_reported
-from lightning_gradguard.cli.parsing.parse_errors import parse_error_message
-from lightning_gradguard.cli.parsing.preparse import config_files, named_class, read_config
-from lightning_gradguard.cli.parsing.user_classes import (
+from lightning_gradguard.cli.messages import (
     Failures,
+    UsageError,
     failure_message,
     instantiate,
+    one_line,
     recording_failures,
+    silence_lightning,
+    usage_errors_reported,
 )
-from lightning_gradguard.cli.silence_lightning import silence_lightning
+from lightning_gradguard.cli.parsing.parse_errors import parse_error_message
+from lightning_gradguard.cli.parsing.preparse import config_files, named_class, read_config
 from lightning_gradguard.core.forensics import Origin, out_of_range_elements
 from lightning_gradguard.core.incidents import label
 from lightning_gradguard.core.remedies import advice_for_cause
@@ -52,15 +54,7 @@ _PRECISIONS = ("32-true", "64-true", "bf16-true", "16-true", "bf16-mixed", "16-m
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Runs the batch of a dossier again, on the CPU, and compares its origin with the recorded one.
-
-    Args:
-        arguments: The dossier first, then `--model` and its arguments, `--config`, `--checkpoint`.
-
-    Raises:
-        SystemExit: With code 1 if the incident is not reproduced; with code 2 and one short message if the
-            dossier or an argument is wrong.
-    """
+    """Runs the batch of a dossier again, on the CPU; exits with code 1 if the incident is not reproduced."""
     if {"-h", "--help"} & set(arguments):
         print(_HELP)
         return
@@ -89,25 +83,17 @@ def is_reproduced(recorded: Origin, found: Origin) -> bool:
 
 
 def comparison(dossier: Dossier, found: Origin, notes: Sequence[str] = ()) -> str:
-    """Describes the recorded origin, beside the one that was found, and the remedy.
-
-    Args:
-        dossier: With the recorded origin.
-        found: The origin that the replay has found.
-        notes: Differences between the replay and the run.
-    """
+    """Describes the recorded origin, beside the one that was found, and the remedy."""
     recorded = dossier.origin
     reproduced = is_reproduced(recorded, found)
-    rows = [("", "recorded", "found again")] + [
-        (name, one, other)
-        for name, one, other in (
-            ("cause", label(recorded.cause), label(found.cause)),
-            ("module", recorded.module, found.module),
-            ("operation", recorded.operation, found.operation),
-            ("at fault", ", ".join(recorded.where[:3]), ", ".join(found.where[:3])),
-        )
-        if one or other
-    ]
+    table = (
+        ("", "recorded", "found again"),
+        ("cause", label(recorded.cause), label(found.cause)),
+        ("module", recorded.module, found.module),
+        ("operation", recorded.operation, found.operation),
+        ("at fault", ", ".join(recorded.where[:3]), ", ".join(found.where[:3])),
+    )
+    rows = [row for row in table if any(row[1:])]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
     details = [f"found: {found.detail}"]
@@ -212,11 +198,7 @@ def _omitted(dossier: Dossier, part: str) -> str:
 
 
 def argument_parser(base: type = pl.LightningModule) -> ArgumentParser:
-    """Returns the parser of this command.
-
-    Args:
-        base: `LightningModule` of either package.
-    """
+    """Returns the parser of this command; `base` is the `LightningModule` of either package."""
     parser = ArgumentParser(prog="lightning-gradguard replay", exit_on_error=False)
     parser.add_argument("dossier", type=os.PathLike)
     parser.add_argument("-c", "--config", type=os.PathLike)

@@ -9,9 +9,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from lightning_gradguard.cli.errors import UsageError, usage_errors_reported
-from lightning_gradguard.report.readers.run_folders import find_runs
-from lightning_gradguard.report.readers.runs import read_run
+from lightning_gradguard.cli.messages import UsageError, usage_errors_reported
+from lightning_gradguard.report.readers.runs import find_runs, read_run
 from lightning_gradguard.report.render.html import to_html
 from lightning_gradguard.report.render.json import to_json
 from lightning_gradguard.report.render.text import to_text
@@ -31,14 +30,7 @@ Exit code 0: a report was printed, whatever its verdict; 2: wrong input."""
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Reports on runs, in the terminal or in files.
-
-    Args:
-        arguments: Folders; `--html FILE`, `--json [FILE]`.
-
-    Raises:
-        SystemExit: With code 2 and one short message if there is no such run or a file cannot be written.
-    """
+    """Reports on runs, in the terminal or in files."""
     options = argument_parser().parse_args(arguments)
     folders: list[Path] = options.run_dirs
     json_file: Path | None = options.json

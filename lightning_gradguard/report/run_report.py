@@ -15,19 +15,7 @@ from lightning_gradguard.report.timeline import TimelineEntry, timeline
 
 @dataclass(frozen=True)
 class LayerSummary:
-    """A layer over the whole run; numbers that were not logged are `None`.
-
-    Args:
-        optimizer: Index of its optimizer.
-        name: Of the parameter or module.
-        median_norm: Median of its gradient norm.
-        largest_norm: Largest finite gradient norm.
-        largest_norm_at: Step of the largest norm.
-        nonfinite: Number of logged steps with a nonfinite gradient norm.
-        first_weight_norm: Norm of its weights at the start of the run.
-        last_weight_norm: Norm of its weights at the end.
-        median_update_ratio: Median norm of its updates, relative to that of its weights.
-    """
+    """A layer over the whole run, as `schema.json` describes it; numbers that were not logged are `None`."""
 
     optimizer: int
     name: str
@@ -42,17 +30,7 @@ class LayerSummary:
 
 @dataclass(frozen=True)
 class Interventions:
-    """Interventions of the suite; `None` without the callback.
-
-    Args:
-        skips: Number of skipped steps.
-        rollbacks: Number of rollbacks.
-        lost_batches: Number of lost batches, by reason.
-        ranks: Number of ranks with lost batches.
-        learning_rate_scale: Final factor on the learning rates.
-        learning_rates: Final learning rates of the optimizers, by parameter group.
-        clipped_share: Share of steps clipped.
-    """
+    """Interventions of the suite, as `schema.json` describes them; `None` without the callback."""
 
     skips: int | None
     rollbacks: int | None
@@ -65,20 +43,9 @@ class Interventions:
 
 @dataclass(frozen=True)
 class RunReport:
-    """The report on one run.
+    """The report on one run, as `schema.json` describes it.
 
-    Args:
-        run: As read from its folder.
-        verdict: On it.
-        largest_norm: Largest finite total norm that was logged; `None` if no norms were logged.
-        largest_norm_at: Its step.
-        worst_layer: The first layer that a symptom names; empty if none does.
-        timeline: In the order of steps.
-        incidents: Number of incidents by kind.
-        layers: The worst first.
-        interventions: Of the suite.
-        next_steps: Remedies of all symptoms, those of the worst first, without callbacks already in place.
-        notes: On damaged files, and on values worth logging.
+    `next_steps` are the remedies of all symptoms, the worst first, without callbacks already in place.
     """
 
     run: Run
@@ -95,11 +62,7 @@ class RunReport:
 
 
 def report_on(run: Run) -> RunReport:
-    """Analyzes a run and summarizes its layers, incidents and interventions.
-
-    Args:
-        run: As read from its folder.
-    """
+    """Analyzes a run and summarizes its layers, incidents and interventions."""
     log, verdict = run.log, analyze_run(run.log)
     norms = [(value, step) for g in log.gradients for step, value in g.total.finite()]
     largest, largest_at = max(norms, key=lambda point: point[0], default=(None, None))

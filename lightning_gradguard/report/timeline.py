@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import chain, groupby
 
 from lightning_gradguard.core.incidents import label, title
 from lightning_gradguard.report.analysis.run_log import RecordedIncident, RunLog
@@ -20,13 +20,7 @@ _INTERVENTIONS = ("rollback", "learning_rate_backoff")
 
 @dataclass(frozen=True)
 class TimelineEntry:
-    """An entry of the timeline.
-
-    Args:
-        first_step: Its first step.
-        last_step: Its last step; equal to the first for a single step.
-        text: The event.
-    """
+    """An event, from its first to its last step; they are equal for a single step."""
 
     first_step: int
     last_step: int
@@ -45,12 +39,7 @@ class TimelineEntry:
 
 
 def timeline(log: RunLog, verdict: RunVerdict) -> list[TimelineEntry]:
-    """Returns the events of a run in the order of steps.
-
-    Args:
-        log: Of the run.
-        verdict: On it.
-    """
+    """Returns the events of a run in the order of steps."""
     recorded = {incident.kind for incident in log.incidents}
     entries = []
     for symptom in verdict.symptoms:
@@ -70,13 +59,9 @@ def _merged(incidents: Sequence[RecordedIncident]) -> list[TimelineEntry]:
     ordered = sorted(incidents, key=lambda incident: incident.step)
     groups = [list(group) for _, group in groupby(ordered, key=lambda i: (i.kind, i.action))]
     gaps = sorted(range(1, len(groups)), key=lambda i: groups[i - 1][-1].step - groups[i][0].step)
-    starts = {0, *gaps[: MAX_ENTRIES - 1]}
-    merged: list[list[RecordedIncident]] = []
-    for i, group in enumerate(groups):
-        if i in starts:
-            merged.append([])
-        merged[-1].extend(group)
-    return [_entry(members) for members in merged]
+    starts = sorted({0, *gaps[: MAX_ENTRIES - 1]})
+    merged = (groups[start:end] for start, end in zip(starts, [*starts[1:], None], strict=True))
+    return [_entry([*chain.from_iterable(neighbours)]) for neighbours in merged] if groups else []
 
 
 def _entry(members: Sequence[RecordedIncident]) -> TimelineEntry:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from lightning_gradguard.cli.checkpoints import load_weights, read_checkpoint
-from lightning_gradguard.cli.errors import UsageError
+from lightning_gradguard.cli.messages import UsageError
 
 
 class Net(pl.LightningModule):

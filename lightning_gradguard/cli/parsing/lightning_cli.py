@@ -19,15 +19,17 @@ from pytorch_lightning.utilities.model_helpers import is_overridden
 import lightning_gradguard
 from lightning_gradguard.callbacks.defaults import DEFAULTS
 from lightning_gradguard.cli.checkpoints import read_checkpoint
-from lightning_gradguard.cli.errors import UsageError, one_line, source_line
-from lightning_gradguard.cli.parsing.parse_errors import no_arguments, parse_error_message
-from lightning_gradguard.cli.parsing.preparse import config_files, named_class
-from lightning_gradguard.cli.parsing.user_classes import (
+from lightning_gradguard.cli.messages import (
     Failures,
+    UsageError,
     failure_message,
     instantiate,
+    one_line,
     recording_failures,
+    source_line,
 )
+from lightning_gradguard.cli.parsing.parse_errors import no_arguments, parse_error_message
+from lightning_gradguard.cli.parsing.preparse import config_files, named_class
 from lightning_gradguard.runtime.lightning_api import Callback
 from lightning_gradguard.runtime.lightning_packages import lightning_package_of
 
@@ -43,13 +45,7 @@ _MODULE_FLAG = re.compile(r"--model\.(?:init_args\.)?(\w+)")
 
 @contextmanager
 def fit_argv(arguments: Sequence[str]) -> Iterator[None]:
-    """Replaces `sys.argv` by `fit` and these arguments.
-
-    LightningCLI reads it, and a strategy that launches processes.
-
-    Args:
-        arguments: The arguments of a command.
-    """
+    """Replaces `sys.argv`, which LightningCLI reads, and a strategy that launches processes."""
     before = sys.argv
     sys.argv = [before[0], "fit", *arguments]
     try:
@@ -66,20 +62,15 @@ def command_line(
 ) -> SuiteCLI:
     """Parses the arguments, and instantiates the module, the data and the Trainer; trains nothing yet.
 
+    The arguments of `Trainer.fit` are in `fit_arguments` of the result.
+
     Args:
-        arguments: `--model`, `--data`, `--trainer.*`, `--config`, and `--<callback>.*` of the suite; they
-            have to be in `sys.argv`, too, see `fit_argv`.
+        arguments: Those of the command; they have to be in `sys.argv`, too, see `fit_argv`.
         also: Options that the command has parsed itself; for suggestions.
         instead_of_zero: Arguments of the Trainer that replace a 0 of the user's.
         **fixed: Arguments of the Trainer that the user cannot choose; the user's own are not instantiated.
             With `callbacks` among them, the callbacks of the user and of the suite are omitted, and no
             configuration is saved.
-
-    Returns:
-        With `trainer`, and the arguments of its `fit` in `fit_arguments`.
-
-    Raises:
-        UsageError: If an argument is wrong.
     """
     return _suite_cli(
         named_class(arguments),
@@ -266,13 +257,7 @@ class SuiteCLI(LightningCLI):
 
 
 class _OmitReplaced(Callback):
-    """Omits the options of callbacks that Lightning has replaced by those of the module.
-
-    Args:
-        suite: Callbacks by their options.
-        config: The configuration that will be saved.
-        defaults: See `_omit_option`.
-    """
+    """Omits the options of callbacks that Lightning has replaced by those of the module."""
 
     def __init__(self, suite: dict[str, Any], config: Namespace, defaults: Namespace) -> None:
         super().__init__()
@@ -288,17 +273,7 @@ class _OmitReplaced(Callback):
 
 
 def _omit_option(name: str, place: str, config: Namespace, defaults: Namespace) -> None:
-    """Omits an option of the suite, also from what is saved, as the user gives such a callback.
-
-    Args:
-        name: Of the option.
-        place: Where the callback is given.
-        config: Is changed.
-        defaults: The options of the suite as they are by default.
-
-    Raises:
-        UsageError: If the option was given as well.
-    """
+    """Omits an option, also from the saved configuration, as the callback is given at another place."""
     if config[name] not in (None, defaults[name]):
         kind = DEFAULTS[name].__name__
         raise UsageError(f"--{name} and {place} both give a {kind}; omit one of them.")

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import json
+import os
 import pkgutil
 import re
+import sys
 import typing
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from lightning_gradguard.callbacks.defaults import DEFAULTS
-from lightning_gradguard.cli.errors import nearest, one_line
+from lightning_gradguard.cli.messages import nearest, one_line, source_line
 from lightning_gradguard.cli.parsing.preparse import find_option, read_config, values_at
-from lightning_gradguard.cli.parsing.user_classes import example_subclass, import_problem
 
 # jsonargparse nests what is wrong by indentation; the wording differs between the supported versions
 _KEY = re.compile(r'Parser key "([\w.]+)"')
@@ -29,17 +31,7 @@ _EXPECTED = re.compile(r"Expected an? (?!.*(?:NoneType|path))(.+?)(?:\. Got valu
 def parse_error_message(
     error: str, arguments: Sequence[str], files: Sequence[str], options: Collection[str]
 ) -> str:
-    """Describes an error of jsonargparse in one line.
-
-    Args:
-        error: Its text.
-        arguments: The arguments of the command.
-        files: Configuration files among them.
-        options: Names that the command has, as `trainer.max_steps`.
-
-    Raises:
-        UsageError: If one of the files cannot be read.
-    """
+    """Describes an error of jsonargparse in one line; `options` are those of the command."""
     contents = {path: read_config(path) for path in files}
     key, owner, block = _innermost(error)
     missing, unknown = _MISSING.search(block), _UNKNOWN.search(block)
@@ -67,13 +59,7 @@ def parse_error_message(
 
 
 def no_arguments(key: str, arguments: Sequence[str], files: Sequence[str]) -> str:
-    """Describes the error of one value for an option that stands for many.
-
-    Args:
-        key: The name of the option.
-        arguments: The arguments of the command.
-        files: Configuration files among them.
-    """
+    """Describes the error of one value for an option that stands for many."""
     name, value = find_option(arguments, {path: read_config(path) for path in files}, key)
     return f"{name} {_shown(value)}: this takes arguments, such as `max_epochs: 10`."
 
@@ -153,15 +139,15 @@ def _class_problem(key: str, value: Any, path: str, base: Any, nested: Sequence[
     """Describes why a value names no class of a kind; `nested` are arguments of a class not yet named."""
     if inspect.isabstract(base):
         if nested:
-            return f".{nested[0]}: name the class first, as --{key} {example_subclass(base, nested)}."
+            return f".{nested[0]}: name the class first, as --{key} {_example_subclass(base, nested)}."
         if isinstance(value, dict) and "class_path" not in value:
-            return f": name the class, as `class_path: {example_subclass(base, value)}`."
+            return f": name the class, as `class_path: {_example_subclass(base, value)}`."
     paths = [path] if path else [p for p in _class_paths(value) if all(map(str.isidentifier, p.split(".")))]
     if key in DEFAULTS and not "".join(paths).count("."):
         return f" {_shown(value)}: this takes null, to omit it, or a subclass of {DEFAULTS[key].__name__}."
     if not paths:
         return f" {_shown(value)}: this takes the path of a class, as my.Module."
-    problems = ((path, import_problem(path, base)) for path in paths)
+    problems = ((path, _import_problem(path, base)) for path in paths)
     return next((f" {path}: {problem}" for path, problem in problems if problem), None)
 
 
@@ -171,3 +157,52 @@ def _class_paths(value: Any) -> Iterator[str]:
             yield from _class_paths(entry)
     elif path := value.get("class_path") if isinstance(value, dict) else value:
         yield str(path)
+
+
+def _import_problem(path: str, base: type) -> str | None:
+    """Describes why a path leads to no subclass of `base`, with the nearest name; `None` if it does."""
+    package, _, name = path.rpartition(".")
+    if not package:
+        near = "" if base is object else nearest(name, [heir.__name__ for heir in _concrete(base)])
+        return f"there is no such class.{near or ' Name it together with its module, as my.Module.'}"
+    try:
+        module = importlib.import_module(package)
+    except Exception as error:  # the user's own code runs here
+        absent = str(error.name) if isinstance(error, ModuleNotFoundError) else ""
+        if absent and f"{package}.".startswith(f"{absent}."):
+            parent, _, last = absent.rpartition(".")
+            folders = getattr(sys.modules[parent], "__path__", []) if parent else [os.getcwd()]
+            known = [info.name for info in pkgutil.iter_modules(folders)]
+            return f"there is no module {absent}.{nearest(last, known, f'{parent}.' if parent else '')}"
+        text = f"importing {package} failed with {type(error).__name__}: {one_line(str(error))}"
+        return f"{text}{source_line(error)}."
+    found = getattr(module, name, None)
+    if _is_subclass(found, base):
+        return None
+    if base.__name__ in [kind.__name__ for kind in getattr(found, "__mro__", ())]:
+        return (
+            f"this {base.__name__} is of another package than the module; import both from "
+            "pytorch_lightning, or both from lightning."
+        )
+    problem = "does not exist" if found is None else f"is no {'class' if base is object else base.__name__}"
+    # a package with lazy names lists them by `dir` alone
+    heirs = [n for n in dir(module) if n[0] != "_" and _is_subclass(getattr(module, n, None), base)]
+    return f"{path} {problem}.{nearest(name, heirs, f'{package}.')}"
+
+
+def _is_subclass(value: Any, base: type) -> bool:
+    return isinstance(value, type) and issubclass(value, base)
+
+
+def _example_subclass(base: Any, arguments: Collection[str]) -> str:
+    """Returns the name of a subclass that takes all of some arguments; `my.Class` if there is none."""
+    fitting = (h.__name__ for h in _concrete(base) if {*arguments} <= {*inspect.signature(h).parameters})
+    return next(fitting, "my.Class")
+
+
+def _concrete(base: Any) -> Iterator[type]:
+    """Yields the subclasses that are imported and can be instantiated."""
+    for heir in base.__subclasses__():
+        if not inspect.isabstract(heir):
+            yield heir
+        yield from _concrete(heir)

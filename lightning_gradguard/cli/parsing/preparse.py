@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from lightning_gradguard.cli.errors import UsageError, nearest, one_line
+from lightning_gradguard.cli.messages import UsageError, nearest, one_line
 
 
 def named_class(arguments: Sequence[str]) -> Any:
@@ -34,14 +34,7 @@ def config_files(arguments: Sequence[str]) -> list[str]:
 
 
 def read_config(path: str) -> dict[str, Any]:
-    """Reads a YAML file for `fit`.
-
-    Args:
-        path: As given after `--config`.
-
-    Raises:
-        UsageError: If it cannot be read.
-    """
+    """Reads a YAML file for `fit`."""
     try:
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -62,13 +55,7 @@ def read_config(path: str) -> dict[str, Any]:
 def find_option(arguments: Sequence[str], contents: Mapping[str, Any], key: str) -> tuple[str, Any]:
     """Finds an option among flags and in files.
 
-    Args:
-        arguments: The arguments of the command.
-        contents: Those of the configuration files among them.
-        key: As `trainer.max_steps`.
-
-    Returns:
-        Its name, with the file that it is in, and its value; an empty string if it is not found.
+    Returns its name, with the file that it is in, and its value: an empty string if it is not found.
     """
     for i in reversed(range(len(arguments))):
         flag, sign, value = arguments[i].partition("=")

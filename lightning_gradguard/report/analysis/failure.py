@@ -9,21 +9,15 @@ from statistics import median
 
 from lightning_gradguard.core.detectors import EXPLOSION
 from lightning_gradguard.core.remedies import remedies
-from lightning_gradguard.report.analysis.outcome import ends
+from lightning_gradguard.report.analysis.outcome import RunSymptom, ends
 from lightning_gradguard.report.analysis.run_log import GradientLog, RunLog
-from lightning_gradguard.report.analysis.run_symptom import RunSymptom, run_symptom
 
 #: A norm above this right before NaN has exploded, even with too few logged steps to compare it with.
 EXPLODED_NORM = 1e3
 
 
 def failure_cause(failed_at: int, log: RunLog) -> RunSymptom:
-    """Returns the likeliest cause as a fatal symptom.
-
-    Args:
-        failed_at: The step from which on all values were nonfinite.
-        log: Of the run.
-    """
+    """Returns the likeliest cause of the values that are nonfinite from a step on, as a fatal symptom."""
     explosions = [found for g in log.gradients for found in _explosion_before(failed_at, g)]
     if explosions:
         return max(explosions, key=lambda symptom: symptom.value)
@@ -32,7 +26,7 @@ def failure_cause(failed_at: int, log: RunLog) -> RunSymptom:
         (start, first), (last, value) = losses[0], losses[-1]
         growth = f"from {first:.3g} (step {start}) to {value:.3g} (step {last})"
         evidence = f"the loss grew {growth} and was nonfinite from step {failed_at} on"
-        return run_symptom("divergence", "fatal", last, evidence, value)
+        return RunSymptom.of("divergence", "fatal", last, evidence, value)
     return _sudden_failure(failed_at, log)
 
 
@@ -61,7 +55,7 @@ def _sudden_failure(failed_at: int, log: RunLog) -> RunSymptom:
         before = f"at the first logged step, {failed_at}; the {unlogged} steps before were not logged"
     else:
         before = "from the first step on"
-    symptom = run_symptom(kind, "fatal", failed_at, f"{what} {before}", math.nan, where)
+    symptom = RunSymptom.of(kind, "fatal", failed_at, f"{what} {before}", math.nan, where)
     if not unlogged:
         return symptom
     # a sudden NaN points to the batch; but in steps that were not logged norms can have exploded
@@ -84,7 +78,7 @@ def _explosion_before(failed_at: int, gradients: GradientLog) -> Iterator[RunSym
     evidence = (
         f"the total norm {start} {peak:.3g} (step {peak_step}){share}; nonfinite from step {failed_at} on"
     )
-    yield run_symptom("exploding_gradient", "fatal", since, evidence, peak, where)
+    yield RunSymptom.of("exploding_gradient", "fatal", since, evidence, peak, where)
 
 
 def largest_layers_at(step: int, gradients: GradientLog) -> tuple[tuple[str, ...], str]:

@@ -9,9 +9,8 @@ from statistics import median
 
 from lightning_gradguard.core.detectors import EXPLOSION, STAGNANT, CollapseDetector, Symptom, SymptomDetector
 from lightning_gradguard.report.analysis.failure import largest_layers_at
-from lightning_gradguard.report.analysis.outcome import MIN_POINTS, Outcome, ends
+from lightning_gradguard.report.analysis.outcome import MIN_POINTS, Outcome, RunSymptom, ends
 from lightning_gradguard.report.analysis.run_log import GradientLog, RunLog, Series
-from lightning_gradguard.report.analysis.run_symptom import RunSymptom, SymptomSeverity, run_symptom
 
 #: Logged steps that detectors check; of more steps, evenly spread ones.
 MAX_CHECKS = 500
@@ -22,12 +21,7 @@ CONSTANT_CLIPPING, HARD_CLIPPING = 0.9, 0.5
 
 
 def gradient_symptoms(log: RunLog, outcome: Outcome) -> Iterator[RunSymptom]:
-    """Yields the symptoms of each optimizer's gradients.
-
-    Args:
-        log: Of the run.
-        outcome: Its end.
-    """
+    """Yields the symptoms of each optimizer's gradients."""
     for gradients in log.gradients:
         yield from _explosion(log, gradients, outcome)
         yield from _lasting(gradients, outcome)
@@ -64,11 +58,16 @@ def _explosion(log: RunLog, gradients: GradientLog, outcome: Outcome) -> Iterato
     if was_clipped:
         evidence += f"; clipping reduced it to {clipped:.3g}"
     is_handled = was_clipped or any(times > 0 for times in log.rollbacks.values[-1:])
-    severity: SymptomSeverity = "handled" if is_handled else "minor"
-    if not outcome.has_learned and (end > EXPLOSION * start or not is_handled):
-        severity = "serious"
+    lasts = not outcome.has_learned and (end > EXPLOSION * start or not is_handled)
     since = min(step for _, step, _ in peaks)
-    yield run_symptom("exploding_gradient", severity, since, evidence, value, where)
+    yield RunSymptom.of(
+        "exploding_gradient",
+        "serious" if lasts else "handled" if is_handled else "minor",
+        since,
+        evidence,
+        value,
+        where,
+    )
 
 
 def _lasting(gradients: GradientLog, outcome: Outcome) -> Iterator[RunSymptom]:
@@ -85,8 +84,9 @@ def _lasting(gradients: GradientLog, outcome: Outcome) -> Iterator[RunSymptom]:
                 evidence = f"{len(now.where)} layers or more: {evidence}"
         else:
             evidence = _profile_in_words(gradients, now.value)
-        severity: SymptomSeverity = "minor" if outcome.has_learned else "serious"
-        yield run_symptom(now.kind, severity, since, evidence, now.value, now.where)
+        yield RunSymptom.of(
+            now.kind, "minor" if outcome.has_learned else "serious", since, evidence, now.value, now.where
+        )
 
 
 def _alarms(steps: Sequence[int], gradients: GradientLog) -> Iterator[tuple[int, Symptom]]:
@@ -143,7 +143,7 @@ def _collapse(gradients: GradientLog, outcome: Outcome) -> Iterator[RunSymptom]:
         has_collapsed = detector.update(is_collapsed)
     if has_collapsed and since is not None and not outcome.has_learned:
         evidence = f"no weight matrix has received a gradient since step {since}, while biases still do"
-        yield run_symptom("gradient_collapse", "serious", since, evidence, 0.0)
+        yield RunSymptom.of("gradient_collapse", "serious", since, evidence, 0.0)
 
 
 def _constant_clipping(gradients: GradientLog, outcome: Outcome) -> Iterator[RunSymptom]:
@@ -157,9 +157,8 @@ def _constant_clipping(gradients: GradientLog, outcome: Outcome) -> Iterator[Run
         return
     evidence = f"{share:.0%} of the steps in the second half were clipped, to {usual:.2g} of their norm"
     is_sure = len(fractions) >= MIN_POINTS and not outcome.has_learned
-    severity: SymptomSeverity = "serious" if is_sure else "minor"
     since = gradients.clip_fraction.steps[len(gradients.clip_fraction) // 2]
-    yield run_symptom("constant_clipping", severity, since, evidence, share)
+    yield RunSymptom.of("constant_clipping", "serious" if is_sure else "minor", since, evidence, share)
 
 
 def _layers_at(step: int, gradients: GradientLog) -> tuple[list[str], list[float]]:

@@ -8,9 +8,8 @@ from collections.abc import Iterator, Sequence
 
 from lightning_gradguard.core.incidents import label
 from lightning_gradguard.core.remedies import advice_for_cause, remedies
-from lightning_gradguard.report.analysis.outcome import Outcome
+from lightning_gradguard.report.analysis.outcome import Outcome, RunSymptom, SymptomSeverity
 from lightning_gradguard.report.analysis.run_log import RecordedIncident, RunLog
-from lightning_gradguard.report.analysis.run_symptom import RunSymptom, SymptomSeverity, run_symptom
 
 #: A learning-rate scale at or below this has not recovered.
 BACKED_OFF = 1 / 8
@@ -23,24 +22,19 @@ _INITIALIZATION = ("poor_initialization", "dead_units", "saturated_units")
 
 
 def incident_symptoms(log: RunLog, outcome: Outcome, known: set[str]) -> Iterator[RunSymptom]:
-    """Yields the symptoms that the suite recorded or responded to.
-
-    Args:
-        log: Of the run.
-        outcome: Its end.
-        known: Kinds of the symptoms found in loss and gradients.
-    """
-    for symptom in _falling_learning_rate(log, outcome):
-        yield symptom
-        known = {*known, symptom.kind}
+    """Yields the symptoms that the suite recorded or responded to."""
+    falling = _falling_learning_rate(log, outcome)
+    if falling is not None:
+        yield falling
+        known = {*known, falling.kind}
     yield from _recorded(log, outcome, known)
 
 
-def _falling_learning_rate(log: RunLog, outcome: Outcome) -> Iterator[RunSymptom]:
-    """Yields learning-rate cuts that were not recovered."""
+def _falling_learning_rate(log: RunLog, outcome: Outcome) -> RunSymptom | None:
+    """Returns learning-rate cuts that were not recovered."""
     points = log.backoff_scale.finite()
     if not points:
-        return
+        return None
     scales = [scale for _, scale in points]
     recorded = [i for i in log.incidents if i.kind == "learning_rate_backoff"]
     if recorded:
@@ -50,10 +44,10 @@ def _falling_learning_rate(log: RunLog, outcome: Outcome) -> Iterator[RunSymptom
         lows = [step for i, (step, scale) in enumerate(points) if scale < min(scales[:i], default=0.0)]
         cuts, level = lows, scales[-1]
     if len(cuts) < 2 or max(level, scales[-1]) > BACKED_OFF:
-        return
+        return None
     evidence = f"lowered {len(cuts)} times since step {cuts[0]}, to {level:.2g} of the configured rate"
     severity: SymptomSeverity = "minor" if outcome.has_learned else "serious"
-    yield run_symptom("falling_learning_rate", severity, cuts[0], evidence, level)
+    return RunSymptom.of("falling_learning_rate", severity, cuts[0], evidence, level)
 
 
 def _recorded(log: RunLog, outcome: Outcome, known: set[str]) -> Iterator[RunSymptom]:
@@ -93,20 +87,14 @@ def _symptom(kind: str, severity: SymptomSeverity, members: Sequence[RecordedInc
     actions = Counter(i.action for i in members if i.action != "none")
     evidence += "".join(f"; {n} {label(action)}" for action, n in actions.items())
     if cause:
-        evidence += (
-            f"; cause: {label(cause)}" if times == len(members) else f"; cause of {times}: {label(cause)}"
-        )
+        of_some = "" if times == len(members) else f" of {times}"
+        evidence += f"; cause{of_some}: {label(cause)}"
         details = dict.fromkeys(i.detail.rstrip(".") for i in members if i.cause == cause and i.detail)
-        evidence += f": {_listed([*details])}" if details else ""
+        more = f"; and {len(details) - MAX_DETAILS} more" if len(details) > MAX_DETAILS else ""
+        evidence += f": {'; '.join([*details][:MAX_DETAILS])}{more}" if details else ""
     value = math.nan if example.value is None else example.value
     advice = advice_for_cause(cause, example.where)
     # a kind published by another callback carries its own advice
-    next_steps = (
-        (advice,) if advice else remedies(kind, example.where) or tuple(filter(None, [example.advice]))
-    )
+    own = (example.advice,) if example.advice else ()
+    next_steps = (advice,) if advice else remedies(kind, example.where) or own
     return RunSymptom(kind, example.where, value, severity, first, evidence, next_steps)
-
-
-def _listed(texts: Sequence[str]) -> str:
-    more = len(texts) - MAX_DETAILS
-    return "; ".join(texts[:MAX_DETAILS]) + (f"; and {more} more" if more > 0 else "")

@@ -13,9 +13,15 @@ from lightning_gradguard.core.detectors import (
     DivergenceDetector,
     SpikeDetector,
 )
-from lightning_gradguard.report.analysis.outcome import MIN_POINTS, NOISE_FACTOR, Outcome, ends, noise_of
+from lightning_gradguard.report.analysis.outcome import (
+    MIN_POINTS,
+    NOISE_FACTOR,
+    Outcome,
+    RunSymptom,
+    ends,
+    noise_of,
+)
 from lightning_gradguard.report.analysis.run_log import RunLog
-from lightning_gradguard.report.analysis.run_symptom import RunSymptom, SymptomSeverity, run_symptom
 
 #: A loss is stuck within this share of its start, over this many logged values and steps.
 STUCK, STUCK_POINTS, STUCK_STEPS = 0.02, 30, 100
@@ -32,12 +38,7 @@ SERIOUS_SPIKES, SERIOUS_NONFINITE = 3, 0.05
 
 
 def loss_symptoms(log: RunLog, outcome: Outcome) -> Iterator[RunSymptom]:
-    """Yields the symptoms of the loss.
-
-    Args:
-        log: Of the run.
-        outcome: Its end.
-    """
+    """Yields the symptoms of the loss."""
     yield from _divergence(log, outcome)
     yield from _stuck_loss(log, outcome)
     yield from _isolated_nonfinite(log, outcome)
@@ -68,18 +69,11 @@ def _divergence(log: RunLog, outcome: Outcome) -> Iterator[RunSymptom]:
     evidence = f"the loss began at {first:.3g} and ended at {final:.3g}"
     if had_learned:
         evidence = f"the loss had fallen from {first:.3g} to {best:.3g} (step {at}) and ended at {final:.3g}"
-    yield run_symptom("divergence", "serious", since, evidence, final)
+    yield RunSymptom.of("divergence", "serious", since, evidence, final)
 
 
 def _is_far_above(high: float, low: float, losses: Sequence[float], share: int) -> bool:
-    """True if a level exceeds another by more than half, and by more than the noise of the series.
-
-    Args:
-        high: Median of a part of the losses.
-        low: Median of another part.
-        losses: All of them.
-        share: Number of such parts.
-    """
+    """True if one of two medians, each over a `share`-th of the losses, is higher by more than the noise."""
     n = max(len(losses) // share, 1)
     # the noise of a difference of two medians
     scale = MEDIAN_NOISE_FACTOR * math.sqrt(math.pi / n)
@@ -124,10 +118,10 @@ def _stuck_loss(log: RunLog, outcome: Outcome) -> Iterator[RunSymptom]:
     still = sum(ratio < STAGNANT for ratio in ratios)
     if 2 * still > len(ratios):
         evidence += f"; {still} of {len(ratios)} weights did not move"
-        yield run_symptom("stuck_loss", "serious", points[0][0], evidence, final)
+        yield RunSymptom.of("stuck_loss", "serious", points[0][0], evidence, final)
     else:
         evidence += ": it is stuck, or had converged before"
-        yield run_symptom("stuck_loss", "minor", points[0][0], evidence, final)
+        yield RunSymptom.of("stuck_loss", "minor", points[0][0], evidence, final)
 
 
 def _isolated_nonfinite(log: RunLog, outcome: Outcome) -> Iterator[RunSymptom]:
@@ -142,12 +136,14 @@ def _isolated_nonfinite(log: RunLog, outcome: Outcome) -> Iterator[RunSymptom]:
         if not bad:
             continue
         late = [i for i in bad if i >= len(series) // 2]
-        severity: SymptomSeverity = "serious" if len(late) > SERIOUS_NONFINITE * len(series) / 2 else "minor"
+        is_frequent = len(late) > SERIOUS_NONFINITE * len(series) / 2
         evidence = (
             f"{len(bad)} of {len(series)} logged values, from step {series.steps[bad[0]]} "
             f"to step {series.steps[bad[-1]]}; training continued"
         )
-        yield run_symptom(kind, severity, series.steps[bad[0]], evidence, math.nan)
+        yield RunSymptom.of(
+            kind, "serious" if is_frequent else "minor", series.steps[bad[0]], evidence, math.nan
+        )
         return
 
 
@@ -167,7 +163,6 @@ def _spikes(log: RunLog, outcome: Outcome) -> Iterator[RunSymptom]:
     if spikes:
         step, value = max(spikes, key=lambda spike: spike[1])
         is_serious = len(spikes) >= SERIOUS_SPIKES and not outcome.has_learned
-        severity: SymptomSeverity = "serious" if is_serious else "minor"
         times = "once" if len(spikes) == 1 else f"{len(spikes)} times"
         evidence = f"{times}, the highest at step {step} with a loss of {value:.3g}"
-        yield run_symptom("loss_spike", severity, spikes[0][0], evidence, value)
+        yield RunSymptom.of("loss_spike", "serious" if is_serious else "minor", spikes[0][0], evidence, value)

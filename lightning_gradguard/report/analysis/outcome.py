@@ -1,4 +1,4 @@
-"""The end of a run: its length, its loss, the step at which it failed."""
+"""The end of a run (its length, its loss, the step at which it failed), and symptoms over the whole run."""
 
 from __future__ import annotations
 
@@ -6,9 +6,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
+from typing import Literal
 
-from lightning_gradguard.core.detectors import MAD_TO_STD
+from lightning_gradguard.core.detectors import MAD_TO_STD, Symptom
+from lightning_gradguard.core.remedies import remedies
 from lightning_gradguard.report.analysis.run_log import MAX_DELAY, RunLog, Series
+
+SymptomSeverity = Literal["fatal", "serious", "handled", "minor"]
 
 #: Logged steps below which a run without symptoms is too short for a verdict.
 MIN_POINTS = 10
@@ -40,6 +44,40 @@ class Outcome:
     first_loss: float | None
     final_loss: float | None
     has_learned: bool
+
+
+@dataclass(frozen=True)
+class RunSymptom(Symptom):
+    """A symptom over the whole run.
+
+    Args:
+        kind: Its name, as `core.incidents.title` takes it.
+        where: Names of the parameters or modules with the strongest symptom, the worst first.
+        value: The measured number.
+        severity: `"fatal"`: it ended the run. `"serious"`: it lasted to the end. `"handled"`: a callback
+            intervened, and training continued. `"minor"`: no intervention was necessary.
+        since: The first step that shows it.
+        evidence: The measurement in one sentence.
+        remedies: What to do, the likeliest first.
+    """
+
+    severity: SymptomSeverity
+    since: int
+    evidence: str
+    remedies: tuple[str, ...]
+
+    @classmethod
+    def of(
+        cls,
+        kind: str,
+        severity: SymptomSeverity,
+        since: int,
+        evidence: str,
+        value: float,
+        where: tuple[str, ...] = (),
+    ) -> RunSymptom:
+        """Returns a symptom with the remedies of its kind."""
+        return cls(kind, where, value, severity, since, evidence, remedies(kind, where))
 
 
 def outcome_of(log: RunLog) -> Outcome:

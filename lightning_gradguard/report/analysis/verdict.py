@@ -12,13 +12,12 @@ from lightning_gradguard.report.analysis.failure import failure_cause
 from lightning_gradguard.report.analysis.gradient_symptoms import gradient_symptoms
 from lightning_gradguard.report.analysis.incident_symptoms import incident_symptoms
 from lightning_gradguard.report.analysis.loss_symptoms import loss_symptoms
-from lightning_gradguard.report.analysis.outcome import MIN_POINTS, Outcome, outcome_of
+from lightning_gradguard.report.analysis.outcome import MIN_POINTS, Outcome, RunSymptom, outcome_of
 from lightning_gradguard.report.analysis.run_log import GradientLog, RunLog
-from lightning_gradguard.report.analysis.run_symptom import RunSymptom, SymptomSeverity
 
 Status = Literal["healthy", "recovered", "unhealthy", "failed", "unknown"]
 
-_SEVERITIES: Sequence[SymptomSeverity] = ("fatal", "serious", "handled", "minor")
+_SEVERITIES = ("fatal", "serious", "handled", "minor")
 #: Order among equally severe symptoms: causes before their consequences.
 _ORDER = (
     "exploding_gradient",

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lightning_gradguard.core.incidents import current_name
 from lightning_gradguard.report.analysis.run_log import MAX_DELAY, RecordedIncident
-from lightning_gradguard.report.readers.run_folders import natural_order
-from lightning_gradguard.report.readers.series import Abandoned
+from lightning_gradguard.report.readers.scalars import Abandoned
 
 
 @dataclass(frozen=True)
@@ -27,12 +27,7 @@ class DossierEntry:
 
 
 def read_incidents(path: Path, notes: list[str]) -> Iterator[RecordedIncident]:
-    """Yields the incidents of a file, none if there is no such file.
-
-    Args:
-        path: Of the file.
-        notes: Receives the number of lines that are not incidents.
-    """
+    """Yields the incidents of a file, none if there is no such file; `notes` receives what is damaged."""
     if not path.is_file():
         return
     omitted = 0
@@ -55,49 +50,33 @@ def read_incidents(path: Path, notes: list[str]) -> Iterator[RecordedIncident]:
 
 
 def without_abandoned(
-    incidents: Sequence[RecordedIncident], abandoned: Abandoned
+    incidents: Iterable[RecordedIncident], abandoned: Abandoned
 ) -> Iterator[RecordedIncident]:
     """Yields incidents without those of steps that a resumed run has repeated.
 
     Incidents have no time stamp, but they are recorded in the order in which they happened: the resumed run
     begins at the first incident whose step is lower than the one before, or that is recorded twice.
-
-    Args:
-        incidents: In the order of the file.
-        abandoned: Steps that were logged again.
     """
     seen: set[tuple[str, int]] = set()
-    resumed = len(incidents)
-    for i, incident in enumerate(incidents):
+    has_resumed, previous = False, 0
+    for incident in incidents:
         # a deferred check may record an incident behind one of the next step
-        is_earlier = i > 0 and incident.step < incidents[i - 1].step - MAX_DELAY
-        if is_earlier or (incident.kind, incident.step) in seen:
-            resumed = i
-            break
+        has_resumed |= incident.step < previous - MAX_DELAY or (incident.kind, incident.step) in seen
         seen.add((incident.kind, incident.step))
-    for i, incident in enumerate(incidents):
-        if i >= resumed or not abandoned.first <= incident.step <= abandoned.last + MAX_DELAY:
+        previous = incident.step
+        if has_resumed or not abandoned.first <= incident.step <= abandoned.last + MAX_DELAY:
             yield incident
 
 
 def read_lost_batches(path: Path, notes: list[str]) -> tuple[Counter[str], int]:
-    """Counts lost batches by reason; returns the counts and the number of ranks with lost batches.
-
-    Args:
-        path: Folder of the run.
-        notes: Receives the number of damaged lines.
-    """
+    """Returns the number of lost batches by reason, and the number of ranks with lost batches."""
     logs = sorted(path.glob("lost_batches.rank*.jsonl"))
     reasons = (str(record.get("reason", "lost")) for file in logs for record in _records(file, notes))
     return Counter(reasons), len(logs)
 
 
 def read_dossiers(folder: Path) -> Iterator[DossierEntry]:
-    """Yields the summaries of a run's dossiers, by step.
-
-    Args:
-        folder: Where the run keeps its dossiers.
-    """
+    """Yields the summaries of the dossiers in a folder, by step."""
     for file in sorted(folder.glob("*/finding.json"), key=natural_order):
         try:
             found = json.loads(file.read_text(encoding="utf-8"))
@@ -106,6 +85,11 @@ def read_dossiers(folder: Path) -> Iterator[DossierEntry]:
             yield DossierEntry(int(found["step"]), cause, str(found["detail"]), page)
         except (OSError, KeyError, TypeError, ValueError):
             continue  # damaged, or of another version
+
+
+def natural_order(path: Path) -> list[tuple[str, int]]:
+    """Sort key that puts `version_10` behind `version_9`."""
+    return [(text, int(number or 0)) for text, number in re.findall(r"(\D*)(\d*)", str(path))]
 
 
 def _records(path: Path, notes: list[str]) -> Iterator[dict[str, Any]]:

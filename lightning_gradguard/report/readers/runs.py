@@ -1,9 +1,11 @@
-"""Reads a run from its folder."""
+"""Finds the folders of runs, and reads a run from its folder."""
 
 from __future__ import annotations
 
+import difflib
 import math
-from collections import defaultdict
+import os
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,30 +16,24 @@ from lightning_gradguard.core.tags import Meaning, Role, meaning_of
 from lightning_gradguard.report.analysis.run_log import GradientLog, RunLog, Series
 from lightning_gradguard.report.readers.incident_files import (
     DossierEntry,
+    natural_order,
     read_dossiers,
     read_incidents,
     read_lost_batches,
     without_abandoned,
 )
-from lightning_gradguard.report.readers.run_folders import INCIDENTS, scalar_files, scalars_in
-from lightning_gradguard.report.readers.series import to_series
+from lightning_gradguard.report.readers.scalars import read_scalars, scalar_files, to_series
+
+#: File with the incidents of a run, in its folder.
+INCIDENTS = "incidents.jsonl"
 
 
 @dataclass(frozen=True)
 class Run:
     """A run as read from its folder.
 
-    Args:
-        name: Unique among the runs of the report.
-        path: Its folder.
-        log: Its values and incidents.
-        rates: Learning rates used by the optimizers, by parameter group.
-        loss_tag: Tag used as the training loss; empty if there is none.
-        lost_batches: Number of lost batches by reason.
-        ranks: Number of ranks with lost batches.
-        dossiers: By step.
-        hparams: Hyperparameters as text.
-        notes: On damaged or missing files.
+    `rates` are the learning rates used by the optimizers, by parameter group; `loss_tag` is empty if there is
+    none; `lost_batches` counts them by reason, over the `ranks` that have any.
     """
 
     name: str
@@ -52,15 +48,28 @@ class Run:
     notes: tuple[str, ...]
 
 
-def read_run(name: str, path: Path) -> Run:
-    """Reads a run.
+def find_runs(paths: Iterable[Path]) -> dict[str, Path]:
+    """Finds the runs in folders, at any depth, and returns their folders by unique names.
 
-    Args:
-        name: Of the run.
-        path: Its folder.
+    Raises:
+        FileNotFoundError: If a path is not a folder, or contains no run.
     """
+    found: list[tuple[str, Path]] = []
+    for path in paths:
+        if not path.is_dir():
+            raise FileNotFoundError(_not_a_folder(path))
+        runs = sorted(_runs_in(path), key=natural_order)
+        if not runs:
+            raise FileNotFoundError(_without_runs(path))
+        found += [(path.resolve().name if run == path else str(run.relative_to(path)), run) for run in runs]
+    times = Counter(name for name, _ in found)
+    return {name if times[name] == 1 else str(path): path for name, path in found}
+
+
+def read_run(name: str, path: Path) -> Run:
+    """Reads the run in a folder."""
     notes: list[str] = []
-    series, abandoned = to_series(scalars_in(path, notes), lambda tag: meaning_of(tag) is not None)
+    series, abandoned = to_series(read_scalars(path, notes), lambda tag: meaning_of(tag) is not None)
     if abandoned:
         notes.append(
             f"steps from {abandoned.first} on were logged again, as after a resume; the later values are used"
@@ -92,6 +101,47 @@ def read_run(name: str, path: Path) -> Run:
         hparams=_read_hparams(path / "hparams.yaml", notes),
         notes=tuple(notes),
     )
+
+
+def _is_run(path: Path) -> bool:
+    return bool(scalar_files(path)) or (path / INCIDENTS).is_file()
+
+
+def _has_content(path: Path) -> bool:
+    """True if there is more than a stray file of hyperparameters, as beside the runs of a search."""
+    if (path / INCIDENTS).is_file():
+        return True
+    return any(meaning_of(tag) is not None for _, tag, _ in read_scalars(path, []))
+
+
+def _runs_in(path: Path) -> list[Path]:
+    """Returns the folder itself if it is a run, else the runs below it."""
+    is_run = _is_run(path)
+    if is_run and _has_content(path):
+        return [path]
+    below = [
+        run
+        for folder in path.iterdir()
+        if folder.is_dir() and not folder.is_symlink() and not folder.name.startswith(".")
+        for run in _runs_in(folder)
+    ]
+    return below or ([path] if is_run else [])
+
+
+def _not_a_folder(path: Path) -> str:
+    if path.exists():
+        return f"{path} is a file; name the folder that it is in: {path.parent}"
+    parent = path.parent
+    known = [child.name for child in parent.iterdir() if child.is_dir()] if parent.is_dir() else []
+    before = "" if parent == Path() else f"{parent}{os.sep}"
+    near = difflib.get_close_matches(path.name, known, n=1)
+    return f"there is no folder {path}." + (f" Did you mean {before}{near[0]}?" if near else "")
+
+
+def _without_runs(path: Path) -> str:
+    nearby = sorted(run for run in path.resolve().parent.iterdir() if run.is_dir() and _is_run(run))[:5]
+    hint = f" There are runs nearby: {', '.join(os.path.relpath(run) for run in nearby)}." if nearby else ""
+    return f"there is neither an event file nor a metrics.csv in {path}, nor in a folder below it.{hint}"
 
 
 class _SeriesByRole:

@@ -35,11 +35,7 @@ _NO_METADATA = dict.fromkeys(("Creator", "Date", "Format", "Type"))
 
 
 def charts(report: RunReport) -> dict[str, str]:
-    """Draws everything a run has logged; returns SVG by caption.
-
-    Args:
-        report: On the run.
-    """
+    """Draws everything a run has logged; returns SVG by caption."""
     log = report.run.log
     marks = {
         "incident": {i.step for i in log.incidents if i.kind != "rollback"},
@@ -70,13 +66,7 @@ def charts(report: RunReport) -> dict[str, str]:
 def line_chart(
     lines: Mapping[str, Series], marks: Mapping[str, Collection[int]], *, log_scale: bool
 ) -> Figure:
-    """Draws lines over steps, incidents and rollbacks below them, nonfinite values above.
-
-    Args:
-        lines: By name; those without points are omitted.
-        marks: Steps of incidents and of rollbacks.
-        log_scale: True for a logarithmic axis, which takes a positive value.
-    """
+    """Draws lines by name over steps, incidents and rollbacks below them, nonfinite values above."""
     figure = Figure(figsize=(WIDTH, HEIGHT), dpi=200, layout="constrained")
     axes = figure.add_subplot()
     positive = [value for series in lines.values() for _, value in series.finite() if value > 0]
@@ -117,12 +107,7 @@ def line_chart(
 
 
 def layer_heat_map(report: RunReport, gradients: GradientLog) -> Figure:
-    """Draws the worst layers that fit, in the order of the network.
-
-    Args:
-        report: On the run.
-        gradients: Of one optimizer.
-    """
+    """Draws the worst layers of an optimizer that fit, in the order of the network."""
     worst = [layer.name for layer in report.layers if layer.optimizer == gradients.optimizer][:MAX_ROWS]
     layers = {name: series for name, series in gradients.layers.items() if name in set(worst)}
     steps = sorted({step for series in layers.values() for step in series.steps})

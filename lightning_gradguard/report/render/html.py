@@ -25,12 +25,7 @@ _STYLE = "body{max-width:62rem}"
 
 
 def to_html(reports: Sequence[RunReport], folder: Path = Path()) -> str:
-    """Returns the page of a report.
-
-    Args:
-        reports: On the runs.
-        folder: Of the page; links to dossiers are relative to it.
-    """
+    """Returns the page of a report; links to dossiers are relative to the folder of the page."""
     if len(reports) == 1:
         return render_page(_heading(reports[0]), _sections(reports[0], folder, level=2), _STYLE)
     sections = [Section("Comparison", table=comparison_table(reports))]
@@ -73,9 +68,8 @@ def _symptoms(report: RunReport) -> dict[str, str]:
     rows = {}
     for symptom in report.verdict.symptoms:
         where = f"; {', '.join(symptom.where[:3])}" if symptom.where else ""
-        rows[title(symptom.kind)] = (
-            f"{symptom.evidence} ({symptom.severity}, from step {symptom.since}{where})"
-        )
+        details = f"{symptom.severity}, from step {symptom.since}{where}"
+        rows[title(symptom.kind)] = f"{symptom.evidence} ({details})"
     return rows
 
 

@@ -17,11 +17,7 @@ SCHEMA_VERSION = 2
 
 
 def to_json(reports: Sequence[RunReport]) -> str:
-    """Returns strict JSON; nonfinite numbers are strings.
-
-    Args:
-        reports: On the runs.
-    """
+    """Returns strict JSON; nonfinite numbers are strings."""
     content = {
         "schema_version": SCHEMA_VERSION,
         "lightning_gradguard": __version__,
@@ -32,7 +28,6 @@ def to_json(reports: Sequence[RunReport]) -> str:
 
 def _run(report: RunReport) -> dict[str, Any]:
     run, verdict = report.run, report.verdict
-    symptoms = [{**dataclasses.asdict(s), "title": title(s.kind)} for s in verdict.symptoms]
     return {
         "name": run.name,
         "path": str(run.path),
@@ -44,7 +39,7 @@ def _run(report: RunReport) -> dict[str, Any]:
         "largest_norm_at": report.largest_norm_at,
         "largest_norm_of_all": run.log.largest_norm,
         "worst_layer": report.worst_layer,
-        "symptoms": symptoms,
+        "symptoms": [{**dataclasses.asdict(s), "title": title(s.kind)} for s in verdict.symptoms],
         "timeline": [dataclasses.asdict(entry) for entry in report.timeline],
         "incidents": dict(report.incidents),
         "layers": [dataclasses.asdict(layer) for layer in report.layers],

@@ -23,12 +23,7 @@ MIN_WIDTH = 12
 
 
 def to_text(reports: Sequence[RunReport], width: int) -> str:
-    """Returns the full report on one run, or several runs side by side.
-
-    Args:
-        reports: On the runs.
-        width: Of the terminal.
-    """
+    """Returns the full report on one run, or several runs side by side."""
     if len(reports) == 1:
         return "\n".join(_full(reports[0], width))
     lines = text_table(comparison_table(reports), width, flexible=(0, 1, 7))
@@ -41,10 +36,7 @@ def to_text(reports: Sequence[RunReport], width: int) -> str:
 def text_table(rows: Sequence[Sequence[str]], width: int, flexible: Sequence[int] = (0,)) -> list[str]:
     """Returns aligned columns within a width, or one value a line if they do not fit.
 
-    Args:
-        rows: The head first.
-        width: Of the terminal.
-        flexible: Columns whose texts may be shortened.
+    The head is the first of the rows; texts in flexible columns may be shortened.
 
     Example:
         >>> text_table([("run", "loss"), ("a_run_with_a_long_name", "1.2")], width=20)

@@ -54,12 +54,7 @@ def comparison_table(reports: Sequence[RunReport]) -> list[tuple[str, ...]]:
 
 
 def layer_table(report: RunReport, at_most: int) -> list[tuple[str, ...]]:
-    """Returns the worst layers: a head, and a row for each.
-
-    Args:
-        report: On the run.
-        at_most: Number of layers.
-    """
+    """Returns the worst layers: a head, and a row for each."""
     head = ("layer", "median norm", "max norm", "at step", "nonfinite", "update ratio")
     several = len(report.run.log.gradients) > 1
     rows = [

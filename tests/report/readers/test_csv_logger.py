@@ -10,7 +10,7 @@ import pytest
 from pytorch_lightning.loggers import CSVLogger
 
 from lightning_gradguard import default_callbacks
-from lightning_gradguard.report.readers.run_folders import find_runs
+from lightning_gradguard.report.readers.runs import find_runs
 from lightning_gradguard.report.render.json import to_json
 from tests.report.runs import report_of, write_events, write_table
 from tests.tasks import Classifier, clusters, fit, poisoned

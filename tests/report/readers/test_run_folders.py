@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lightning_gradguard.report.readers.run_folders import find_runs
+from lightning_gradguard.report.readers.runs import find_runs
 from tests.report.runs import write_events
 
 

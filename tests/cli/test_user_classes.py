@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lightning_gradguard.cli.parsing.user_classes import failure_message, instantiate, recording_failures
+from lightning_gradguard.cli.messages import failure_message, instantiate, recording_failures
 from tests.cli.conftest import QUIET, Command, saved
 
 pytestmark = pytest.mark.filterwarnings("ignore:\\s*skip_none parameter was deprecated")

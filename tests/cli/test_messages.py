@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from lightning_gradguard import NaNRollback
-from lightning_gradguard.cli.errors import (
+from lightning_gradguard.cli.messages import (
     UsageError,
     is_raised_by_suite,
     nearest,

@@ -1,0 +1,129 @@
+"""Messages of a command: one short line for wrong input, with the nearest valid name; none of Lightning's."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import logging
+import sys
+import sysconfig
+import traceback
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import lightning_gradguard
+
+_PACKAGE = str(Path(lightning_gradguard.__file__).parent)
+#: Paths of code that is not the user's.
+_INSTALLED = (*(sysconfig.get_paths()[key] for key in ("stdlib", "purelib", "platlib")), _PACKAGE, "<")
+_LOGGERS = ("pytorch_lightning", "lightning.pytorch", "lightning_fabric", "lightning.fabric")
+
+Instance = TypeVar("Instance")
+#: Classes that could not be instantiated, and their exceptions.
+Failures = list[tuple[type, Exception]]
+
+
+class UsageError(Exception):
+    """The input is wrong; the message names the mistake and the remedy in one line."""
+
+
+@contextmanager
+def usage_errors_reported(verb: str) -> Iterator[None]:
+    """Prints the message of a usage error, and ends the command with code 2."""
+    try:
+        yield
+    except UsageError as error:
+        print(f"lightning-gradguard {verb}: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+@contextmanager
+def silence_lightning() -> Iterator[None]:
+    """Suppresses warnings and messages about idle devices, few workers and the like; errors are logged."""
+    loggers = [logging.getLogger(name) for name in _LOGGERS]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def one_line(text: str) -> str:
+    """Joins the lines of a message, and cuts it at 300 characters.
+
+    Example:
+        >>> one_line("wrong:   - a value")
+        'wrong: - a value'
+    """
+    line = " ".join(text.split())
+    return line if len(line) <= 300 else line[:297] + "..."
+
+
+def nearest(name: str, known: Iterable[str], before: str = "") -> str:
+    """Suggests the nearest of the valid names; empty if none is near.
+
+    Example:
+        >>> nearest("patienc", ["patience", "check"], "--nan_rollback.")
+        ' Did you mean --nan_rollback.patience?'
+    """
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f" Did you mean {before}{near[0]}?" if near else ""
+
+
+def source_line(error: BaseException) -> str:
+    """Returns the line of the user's own code that an exception comes from, in parentheses; empty if none."""
+    frames = reversed(traceback.extract_tb(error.__traceback__))
+    own = next((frame for frame in frames if not frame.filename.startswith(_INSTALLED)), None)
+    return f" ({_relative(own.filename)}, line {own.lineno})" if own else ""
+
+
+def is_raised_by_suite(error: BaseException) -> bool:
+    """Checks that the suite has rejected a value; such a message needs no name of an exception."""
+    raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
+    return isinstance(error, ValueError) and raised_in.startswith(_PACKAGE)
+
+
+def recording_failures(instantiator: Callable[..., Instance], failures: Failures) -> Callable[..., Instance]:
+    """Wraps an instantiator of jsonargparse, so that the exceptions of classes are kept.
+
+    jsonargparse tries several types for an option, and keeps the text of an exception alone.
+    """
+
+    # positional-only: the arguments of a user's class may have any name
+    @functools.wraps(instantiator)
+    def instantiate_recorded(kind: type, /, *args: Any, **kwargs: Any) -> Instance:
+        try:
+            return instantiator(kind, *args, **kwargs)
+        except Exception as error:  # the user's own code
+            failures.append((kind, error))
+            raise
+
+    return instantiate_recorded
+
+
+def instantiate(kind: Callable[..., Instance], /, *args: Any, **kwargs: Any) -> Instance:
+    """Returns an instance of a class."""
+    return kind(*args, **kwargs)
+
+
+def failure_message(failures: Failures, error: Exception) -> str:
+    """Describes why a class could not be instantiated; `error` is what jsonargparse has raised in the end."""
+    kind, cause = failures[-1] if failures else (type(None), error)
+    text = one_line(str(cause))
+    if kind.__module__.startswith("lightning_gradguard.") and isinstance(cause, ValueError):
+        return f"{kind.__name__}: {text}"
+    subject = f"{kind.__module__}.{kind.__qualname__} could not be built: " if failures else ""
+    return f"{subject}{type(cause).__name__}: {text}{source_line(cause)}"
+
+
+def _relative(path: str) -> str:
+    here = Path.cwd()
+    return str(Path(path).relative_to(here)) if Path(path).is_relative_to(here) else path
