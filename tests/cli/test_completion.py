@@ -17,7 +17,7 @@ pytestmark = pytest.mark.timeout(180)
 
 @pytest.fixture(scope="module")
 def bash() -> str:
-    """Returns the script, written by a process of its own: here, hundreds of test classes would be options."""
+    """The script of a process of its own: in this one, hundreds of test classes would be options."""
     pytest.importorskip("shtab")
     return printed("bash")
 

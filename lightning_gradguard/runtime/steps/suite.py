@@ -168,7 +168,7 @@ class Suite:
         self._deferred = None
 
     def reduce_over_shards(self, sums: Tensor, selection: Selection, then: Callable[[Tensor], None]) -> None:
-        """Adds sums over local shards up: in the next step's collective, or at once if no parameter is cut."""
+        """Adds sums over local shards: in the next step's collective, or at once if no parameter is cut."""
         if selection.is_cut:
             self._pending.append((sums * selection.shares, then))
         else:
