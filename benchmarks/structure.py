@@ -28,8 +28,9 @@ def folders() -> Iterator[Path]:
 
 
 def entries(folder: Path) -> list[str]:
-    """Returns the names of modules, subpackages and other files in a folder."""
-    return sorted(path.name for path in folder.iterdir() if path.name not in NO_ENTRIES)
+    """Returns the names of modules, subpackages and other files in a folder, but for hidden ones."""
+    names = {path.name for path in folder.iterdir()} - NO_ENTRIES
+    return sorted(name for name in names if not name.startswith("."))
 
 
 def table() -> str:
