@@ -2,6 +2,6 @@
 
 from .buffers import BufferCopies
 from .nonfinite import any_nonfinite
-from .preservation import preserve_state, rng_state, set_rng_state
+from .preservation import StepRandomness, preserve_state, rng_state, set_rng_state
 from .ring import SnapshotRing
 from .snapshot import Snapshot

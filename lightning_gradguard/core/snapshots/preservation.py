@@ -24,20 +24,76 @@ def rng_state() -> dict[str, Any]:
     Generators of GPUs are omitted until CUDA is in use: reading them would initialize it, and processes that
     are forked later could not use it.
     """
+    return {**_torch_rng_state(), "numpy": np.random.get_state(), "python": random.getstate()}
+
+
+def _torch_rng_state() -> dict[str, Any]:
     return {
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],  # type: ignore[no-untyped-call]
-        "numpy": np.random.get_state(),
-        "python": random.getstate(),
     }
 
 
 def set_rng_state(state: dict[str, Any]) -> None:
-    """Restores a result of `rng_state`."""
+    """Restores a result of `rng_state`, or of `StepRandomness.before_step`."""
     torch.set_rng_state(state["torch"])
     torch.cuda.set_rng_state_all(state["cuda"])
-    np.random.set_state(state["numpy"])
-    random.setstate(state["python"])
+    if "numpy" in state:
+        np.random.set_state(state["numpy"])
+        random.setstate(state["python"])
+
+
+class StepRandomness:
+    """Random states from which steps can be run again, without the generators from which no step draws.
+
+    The states of numpy and Python take a hundred times as long to read as that of torch. They are read around
+    the first steps and those that are probed, and from then on at each step if one of these drew from them.
+
+    Attributes:
+        draws_on_host: True if the last probed step drew from the generators of numpy or Python.
+        is_probing: True between `before_step` and `after_step` of a probed step, which needs the latter.
+
+    Example:
+        >>> randomness = StepRandomness()
+        >>> for _ in range(StepRandomness.PROBED + 1):
+        ...     state = randomness.before_step()
+        ...     _ = torch.rand(2)  # the step
+        ...     if randomness.is_probing:
+        ...         randomness.after_step()
+        >>> sorted(state)
+        ['cuda', 'torch']
+    """
+
+    #: Steps that are probed first.
+    PROBED = 10
+
+    def __init__(self) -> None:
+        self._n_to_probe = self.PROBED
+        self.draws_on_host = False
+        self.is_probing = False
+        self._before: dict[str, Any] = {}
+
+    def probe_next_step(self) -> None:
+        """Reads all states around the next step, which may have begun to draw from another generator."""
+        self._n_to_probe = max(self._n_to_probe, 1)
+
+    def before_step(self) -> dict[str, Any]:
+        """Returns the states that `set_rng_state` restores ahead of running the step again."""
+        if self.draws_on_host:
+            return rng_state()
+        if not self._n_to_probe:
+            return _torch_rng_state()
+        self._n_to_probe -= 1
+        self.is_probing = True
+        self._before = rng_state()
+        return self._before
+
+    def after_step(self) -> None:
+        """Compares the states with those before a probed step."""
+        self.is_probing = False
+        pairs = zip(self._before["numpy"], np.random.get_state(), strict=True)
+        is_unchanged = all(np.array_equal(*pair) for pair in pairs)
+        self.draws_on_host = not (is_unchanged and self._before["python"] == random.getstate())
 
 
 @contextmanager

@@ -20,6 +20,8 @@ from torch.utils._pytree import tree_leaves
 IDS = ("id", "ids", "idx", "index", "indices", "sample_id", "sample_ids", "uid", "key", "__key__")
 #: Elements of a tensor in a fingerprint.
 RECOGNIZED_BY = 4096
+#: Elements of a batch that are kept until its fingerprint is needed, which it rarely is.
+KEPT_NUMEL = 2048
 #: Batches that can still be logged as lost.
 REMEMBERED = 20_000
 #: Tensors of a batch in its fingerprint: the first may be a mask that is always the same.
@@ -33,7 +35,7 @@ class _Seen:
     step: int
     epoch: int
     batch_idx: int
-    fingerprint: Tensor | None
+    fingerprint: Tensor | list[Tensor]
     samples: Any
     is_lost: bool = False
 
@@ -92,9 +94,10 @@ class LostBatches:
         """True if the last batch is one that earlier runs had lost."""
         seen = self._seen[-1]
         lost = self._earlier.get((seen.epoch, seen.batch_idx))
-        if lost is None or lost.fingerprint is None or seen.fingerprint is None:
+        if lost is None or lost.fingerprint is None:
             return False
-        return math.isclose(lost.fingerprint, float(seen.fingerprint), rel_tol=1e-9)
+        fingerprint = _number(seen.fingerprint)
+        return fingerprint is not None and math.isclose(lost.fingerprint, fingerprint, rel_tol=1e-9)
 
     def mark_skipped(self, n: int, n_following: int = 0) -> None:
         """Logs the last batches: `n` that were skipped, and then those that followed them."""
@@ -118,8 +121,7 @@ class LostBatches:
             if seen.is_lost:
                 continue
             seen.is_lost = True
-            fingerprint = None if seen.fingerprint is None else float(seen.fingerprint)
-            samples = _as_list(seen.samples)
+            samples, fingerprint = _as_list(seen.samples), _number(seen.fingerprint)
             lost = LostBatch(seen.epoch, seen.batch_idx, reason, seen.step, samples, fingerprint)
             lines.append(json.dumps(asdict(lost)) + "\n")
         if self._folder is None or not lines:
@@ -152,22 +154,36 @@ def _read(path: Path) -> dict[tuple[int, int], LostBatch]:
     return found
 
 
-def _fingerprint(batch: Any) -> Tensor | None:
-    """A number that depends on the first tensors of the batch; without a host synchronization."""
+def _fingerprint(batch: Any) -> Tensor | list[Tensor]:
+    """Samples the first tensors of a batch, without a host synchronization.
+
+    Returns:
+        Copies of elements that are spread over all samples, from which `_number` computes the fingerprint
+        of a lost batch; the fingerprint itself, of shape `()`, if there are more than `KEPT_NUMEL`.
+    """
     if isinstance(batch, Tensor):
         parts = [batch]
     else:
         parts = tree_leaves(dict(batch) if isinstance(batch, Mapping) else batch)
     leaves = [leaf for leaf in parts if isinstance(leaf, Tensor) and _is_dense(leaf)][:TENSORS]
-    if not leaves:
-        return None
-    # spread over all samples, and weighted by position: the same samples in another order are another batch
-    device = leaves[0].device
-    seen = [leaf.detach().reshape(-1) for leaf in leaves]
-    seen = [values[:: max(values.numel() // RECOGNIZED_BY, 1)] for values in seen]
-    wide = [values.to(device, torch.float64) for values in seen]
-    values = torch.cat(wide) if len(wide) > 1 else wide[0]
-    return torch.dot(values.nan_to_num(1.0, 2.0, -2.0), _places(tuple(map(Tensor.numel, seen)), device))
+    flat = [leaf.detach().reshape(-1) for leaf in leaves]
+    spread = [values[:: max(len(values) // RECOGNIZED_BY, 1)] for values in flat]
+    if sum([len(values) for values in spread]) > KEPT_NUMEL:
+        return _reduce(spread)
+    return [values.clone() for values in spread]
+
+
+def _number(fingerprint: Tensor | list[Tensor]) -> float | None:
+    if isinstance(fingerprint, list):
+        return float(_reduce(fingerprint)) if fingerprint else None
+    return float(fingerprint)
+
+
+def _reduce(spread: list[Tensor]) -> Tensor:
+    """Sums values weighted by position: the same samples in another order are another batch."""
+    device = spread[0].device
+    values = torch.cat([values.to(device, torch.float64) for values in spread])
+    return torch.dot(values.nan_to_num(1.0, 2.0, -2.0), _places(tuple(map(len, spread)), device))
 
 
 @lru_cache(maxsize=16)

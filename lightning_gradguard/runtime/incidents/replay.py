@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from lightning_gradguard.core.forensics import Origin, investigate
-from lightning_gradguard.core.snapshots import rng_state, set_rng_state
+from lightning_gradguard.core.snapshots import StepRandomness, set_rng_state
 from lightning_gradguard.runtime import lightning_api
 
 
@@ -25,7 +25,7 @@ class SeenBatch:
     Args:
         batch: From the data loader, on the device.
         batch_idx: Its place in the epoch.
-        rng: State of the random number generators just before, from `core.snapshots.rng_state`.
+        rng: State of the random number generators just before, from `core.snapshots.StepRandomness`.
         versions: Version counters of the batch's tensors; empty if unknown.
     """
 
@@ -35,9 +35,9 @@ class SeenBatch:
     versions: tuple[int, ...] = ()
 
     @classmethod
-    def of(cls, batch: Any, batch_idx: int) -> SeenBatch:
+    def of(cls, batch: Any, batch_idx: int, rng: dict[str, Any]) -> SeenBatch:
         """Records a batch that `training_step` is about to get."""
-        return cls(batch, batch_idx, versions=_versions(batch), rng=rng_state())
+        return cls(batch, batch_idx, rng, _versions(batch))
 
     @property
     def is_unchanged(self) -> bool:
@@ -65,9 +65,16 @@ def replay(
     scaler = lightning_api.gradient_scaler(trainer)
     scale = scaler.get_scale() if scaler is not None else 1.0
     parameters = [p for p in pl_module.parameters() if p.requires_grad]
+    randomness = StepRandomness()
 
     def run() -> tuple[Sequence[Tensor], Sequence[Tensor]]:
         set_rng_state(seen.rng)
+        randomness.before_step()
+        results = run_step()
+        randomness.after_step()
+        return results
+
+    def run_step() -> tuple[Sequence[Tensor], Sequence[Tensor]]:
         with trainer.precision_plugin.train_step_context():
             if pl_module.automatic_optimization:
                 loss = training_loss(pl_module, seen.batch, seen.batch_idx)
@@ -79,9 +86,14 @@ def replay(
 
     try:
         with without_logging(pl_module), _gradients_restored(pl_module):
-            return investigate(pl_module, run, seen.batch, out_of_range=out_of_range)
+            origin = investigate(pl_module, run, seen.batch, out_of_range=out_of_range)
     except Exception as error:
         return Origin("unknown", detail=f"The batch could not be run again: {error!r}")
+    if origin.cause == "transient" and randomness.draws_on_host and "numpy" not in seen.rng:
+        return Origin(
+            "unknown", detail="The step has begun to draw from NumPy or Python: it could not be run again."
+        )
+    return origin
 
 
 @contextmanager

@@ -11,6 +11,7 @@ import pytorch_lightning as pl
 from lightning_gradguard.core import tags
 from lightning_gradguard.core.norms import Measurement
 from lightning_gradguard.core.recovery import Decision, RecoveryPolicy
+from lightning_gradguard.core.snapshots import StepRandomness
 from lightning_gradguard.runtime import lightning_api
 from lightning_gradguard.runtime.distributed import any_rank, gather_objects
 from lightning_gradguard.runtime.incidents.investigation import Investigation
@@ -100,6 +101,7 @@ class RollbackSession:
         self._snapshots = snapshots
         self._investigation = investigation
         self._keeps_batches = keeps_batches
+        self._randomness = StepRandomness()
         self._has_scaler = lightning_api.gradient_scaler(trainer) is not None
         self._is_sharded = lightning_api.shards_parameters(trainer)
         self._side_effects = SideEffects(trainer, pl_module)
@@ -141,7 +143,7 @@ class RollbackSession:
         self._transaction.batch_idx = batch_in_epoch
         window = self._transaction.window
         if self._keeps_batches:
-            window.batches.append(SeenBatch.of(batch, batch_idx))
+            window.batches.append(SeenBatch.of(batch, batch_idx, self._randomness.before_step()))
         window.n_batches += 1
         self.lost_batches.record(trainer.global_step, epoch, batch_in_epoch, batch)
         if (reason := self._lost_earlier.get((epoch, batch_in_epoch))) is not None:
@@ -203,6 +205,8 @@ class RollbackSession:
     def on_batch_end(self, batch_idx: int) -> None:
         """Concludes the batch; resolves a deferred check ahead of validation and the end of an epoch."""
         trainer = self._trainer
+        if self._randomness.is_probing:
+            self._randomness.after_step()
         if not self._suite.has_stepped and lightning_api.is_swa_bn_update(trainer):
             self._check_buffers()
         if self._has_scaler:
@@ -266,6 +270,7 @@ class RollbackSession:
         self._side_effects.save()
         if snapshots.capture_if_due(trainer):
             self._scan_weights()
+            self._randomness.probe_next_step()
             self.lost_batches.forget_before(snapshots.oldest_step())
         elif snapshots.misses_parameters(trainer) and self._flags.nonfinite_weights is None:
             self.flush()  # while there is a snapshot to restore
