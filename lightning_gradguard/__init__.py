@@ -1,4 +1,4 @@
-"""Five PyTorch Lightning callbacks against vanishing and exploding gradients."""
+"""PyTorch Lightning callbacks against vanishing and exploding gradients."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from lightning_gradguard.callbacks.initialization_check import InitializationCheck
     from lightning_gradguard.callbacks.learning_rate_backoff import LearningRateBackoff
     from lightning_gradguard.callbacks.nan_rollback import NaNRollback
+    from lightning_gradguard.callbacks.weight_norm_constraint import WeightNormConstraint
     from lightning_gradguard.core.clipping import (
         ClippingPolicy,
         GlobalNormClipping,
@@ -45,6 +46,7 @@ __all__ = [
     "TrainingDivergedError",
     "TrainingGuard",
     "UnitwiseClipping",
+    "WeightNormConstraint",
     "ZScoreClipping",
     "default_callbacks",
 ]
@@ -66,6 +68,7 @@ _HOME = {
     "StepCallback": "runtime.steps.step_callback",
     "TrainingGuard": "core.training_guard",
     "UnitwiseClipping": "core.clipping",
+    "WeightNormConstraint": "callbacks.weight_norm_constraint",
     "ZScoreClipping": "core.clipping",
     "default_callbacks": "callbacks.defaults",
 }

@@ -89,6 +89,33 @@ def unitwise_norm(tensor: Tensor) -> Tensor:
     return norm
 
 
+@torch.no_grad()
+def project_units_(weight: Tensor, max_norm: float, dim: int = 0) -> None:
+    """Scales down, in place, the slices along a dimension whose L2 norm exceeds a bound.
+
+    The others keep every bit, also in a second projection: a norm counts as larger from the rounding of its
+    dtype on.
+
+    Args:
+        weight: Of two dimensions or more, not sharded.
+        max_norm: The bound.
+        dim: Dimension whose slices are measured.
+
+    Example:
+        >>> weight = torch.tensor([[3.0, 4.0], [0.0, 1.0]])
+        >>> project_units_(weight, 2.0)
+        >>> weight
+        tensor([[1.2000, 1.6000],
+                [0.0000, 1.0000]])
+    """
+    others = [d for d in range(weight.ndim) if d != dim]
+    wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    norms = torch.linalg.vector_norm(weight, dim=others, keepdim=True, dtype=wide)
+    # rounding moves each element, and so the norm, by at most half of eps
+    bound = max_norm * (1 + max(torch.finfo(weight.dtype).eps, 1e-6))
+    weight.mul_(torch.where((norms > bound) & norms.isfinite(), max_norm / norms, 1.0))
+
+
 def unit_power_sums(tensor: Tensor) -> Tensor:
     """Returns squares of `unitwise_norm`, each at the place of its unit, so that shards add up.
 
