@@ -21,6 +21,7 @@ from lightning_gradguard.runtime.lightning_api import (
     allows_extra_pass,
     batches_that_stepped,
     reject_unsupported,
+    takes_iterator,
 )
 from lightning_gradguard.runtime.logging import console, metrics
 from lightning_gradguard.runtime.logging.chart_groups import MAX_CHARTS
@@ -39,8 +40,9 @@ class InitializationCheck(Callback, Configured):
 
     On one device and under DistributedDataParallel with automatic optimization, the first training batch
     runs through the network in an extra pass, forward and backward, that leaves no trace: no gradient, no
-    buffer, no random number, no metric, no log. Elsewhere the weights are checked, and the gradients of the
-    first step. A resumed run is not checked, nor is a network whose first batch is nonfinite.
+    buffer, no random number, no metric, no log. Elsewhere, and for a `training_step(dataloader_iter)`, which
+    takes its batches itself, the weights are checked, and the gradients of the first step. A resumed run is
+    not checked, nor is a network whose first batch is nonfinite.
 
     The criteria are nonfinite, zero and copied weights, dead and saturated units, a loss above that of
     guessing, and the gradient's gain from the last hidden layer back to the first, which predicts best that
@@ -118,13 +120,21 @@ class InitializationCheck(Callback, Configured):
         if not self._is_due:
             return
         self._is_due = False
-        if not (allows_extra_pass(trainer) and pl_module.automatic_optimization):
+        iterates = takes_iterator(pl_module)
+        if iterates or not (allows_extra_pass(trainer) and pl_module.automatic_optimization):
             self._checks_first_step = True
+            if iterates:
+                console.print_message(
+                    trainer,
+                    "gradguard: Initialization: training_step(dataloader_iter) takes its batches itself, so "
+                    "that there is no extra pass; the weights and the first gradients are checked.",
+                )
             if self.on_failure == "repair":
                 console.print_message(
                     trainer,
-                    f"gradguard: No repair under {type(trainer.strategy).__name__} or manual optimization; "
-                    "run InitializationCheck(on_failure='repair') on one device first.",
+                    f"gradguard: No repair under {type(trainer.strategy).__name__}, manual optimization or "
+                    "training_step(dataloader_iter); run InitializationCheck(on_failure='repair') on one device, "
+                    "with a step that gets its batch, first.",
                 )
             self._report(trainer, pl_module, check_weights_alone(trainer, pl_module))
             return

@@ -12,6 +12,7 @@ import torch
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.trainer.states import TrainerFn
 from pytorch_lightning.utilities import rank_zero_warn
+from pytorch_lightning.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, ShardingStrategy
 from torch.optim import LBFGS, Optimizer
@@ -71,6 +72,19 @@ def reject_flattened_parameters(trainer: pl.Trainer, who: str) -> None:
 def allows_extra_pass(trainer: pl.Trainer) -> bool:
     """True if the module can run an extra pass, without collectives of the strategy."""
     return type(trainer.strategy).__name__.startswith(("SingleDevice", "DDP", "SingleHPU", "SingleXLA"))
+
+
+def takes_iterator(pl_module: pl.LightningModule) -> bool:
+    """True for a `training_step(self, dataloader_iter)`, which takes its batches itself.
+
+    Before it has run, nobody knows its batch: hooks get the batch before.
+    """
+    return bool(is_param_in_hook_signature(pl_module.training_step, "dataloader_iter", explicit=True))
+
+
+def step_idx(trainer: pl.Trainer) -> int:
+    """The number of calls of `training_step` in this epoch before the running one."""
+    return int(trainer.fit_loop.epoch_loop.batch_idx)
 
 
 def batches_that_stepped(trainer: pl.Trainer) -> int:

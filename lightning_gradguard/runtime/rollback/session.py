@@ -102,6 +102,7 @@ class RollbackSession:
         self._keeps_batches = keeps_batches
         self._has_scaler = lightning_api.gradient_scaler(trainer) is not None
         self._is_sharded = lightning_api.shards_parameters(trainer)
+        self._takes_iterator = lightning_api.takes_iterator(pl_module)
         self._side_effects = SideEffects(trainer, pl_module)
         snapshots.begin(trainer, self._side_effects)
         policy.is_adversarial = len(trainer.optimizers) > 1
@@ -131,6 +132,8 @@ class RollbackSession:
         """Saves what the forward passes of a step are about to change."""
         trainer = self._trainer
         epoch = trainer.current_epoch
+        if self._takes_iterator:  # what the hook got is of the step before
+            batch, batch_idx = None, lightning_api.step_idx(trainer)
         if self._is_sharded:
             lightning_api.reshard_parameters(trainer)
         self._outcome = BatchOutcome()
@@ -203,6 +206,8 @@ class RollbackSession:
     def on_batch_end(self, batch_idx: int) -> None:
         """Concludes the batch; resolves a deferred check ahead of validation and the end of an epoch."""
         trainer = self._trainer
+        if self._takes_iterator:
+            batch_idx = lightning_api.step_idx(trainer)
         if not self._suite.has_stepped and lightning_api.is_swa_bn_update(trainer):
             self._check_buffers()
         if self._has_scaler:
