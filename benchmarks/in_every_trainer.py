@@ -1,7 +1,7 @@
 """Runs a command, such as another project's tests, with the five callbacks in every Trainer that it makes.
 
-Lightning adds the callbacks that an installed package registers to every Trainer. This makes such a package in
-a temporary folder, and puts it on the path of the command:
+Lightning adds the callbacks that an installed package registers to every Trainer. This makes such a package
+in a temporary folder, and puts it on the path of the command:
 
     git clone --depth 1 --branch 2.6.6 https://github.com/Lightning-AI/pytorch-lightning
     cd pytorch-lightning/tests

@@ -133,8 +133,8 @@ class InitializationCheck(Callback, Configured):
                 console.print_message(
                     trainer,
                     f"gradguard: No repair under {type(trainer.strategy).__name__}, manual optimization or "
-                    "training_step(dataloader_iter); run InitializationCheck(on_failure='repair') on one device, "
-                    "with a step that gets its batch, first.",
+                    "training_step(dataloader_iter); run InitializationCheck(on_failure='repair') "
+                    "first, on one device and with a step that gets its batch.",
                 )
             self._report(trainer, pl_module, check_weights_alone(trainer, pl_module))
             return
@@ -160,6 +160,18 @@ class InitializationCheck(Callback, Configured):
             finding = check_first_step(trainer, pl_module)
             if finding is not None:
                 self._report(trainer, pl_module, [finding])
+
+    @override
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Ends the check: a step taken by hand after the fit is none of its business."""
+        self._is_due = self._checks_first_step = False
+
+    @override
+    def on_exception(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
+    ) -> None:
+        """Ends the check."""
+        self._is_due = self._checks_first_step = False
 
     def _repair(
         self,

@@ -77,6 +77,8 @@ class LearningRateBackoff(StepCallback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Hooks into the optimizers of this fit."""
         super().on_train_start(trainer, pl_module)
+        if not self.suite.is_running:
+            return
         self._rates = [ScaledLearningRate(optimizer) for optimizer in trainer.optimizers]
         if self.prog_bar:
             self.suite.metrics.show_on_bar(tags.LR_SCALE)

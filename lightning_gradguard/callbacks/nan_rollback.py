@@ -167,6 +167,8 @@ class NaNRollback(StepCallback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Begins a fit."""
         super().on_train_start(trainer, pl_module)
+        if not self.suite.is_running:
+            return
         self._counts.has_stopped = False
         self._session = RollbackSession(
             trainer,
@@ -189,6 +191,8 @@ class NaNRollback(StepCallback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Saves what the forward passes of a step are about to change."""
+        if not self.suite.is_running:
+            return
         if self._unknown_averages:  # by the first batch there is a progress bar to print above
             self._warn_of_unknown_averages(trainer)
         self._session.on_batch_start(batch, batch_idx)
@@ -196,7 +200,8 @@ class NaNRollback(StepCallback):
     @override
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
         """Scans what the forward pass has left in buffers."""
-        self._session.scan_buffers()
+        if self.suite.is_running:
+            self._session.scan_buffers()
         super().on_before_backward(trainer, pl_module, loss)
 
     @override
@@ -238,13 +243,14 @@ class NaNRollback(StepCallback):
     @override
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Resolves a deferred check, so that no bad weights are validated."""
-        if self._session is not None:
+        if self.suite.is_running:
             self._session.flush()
 
     @override
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Resolves a deferred check."""
-        self._session.flush()
+        if self.suite.is_running:
+            self._session.flush()
 
     @override
     def on_exception(
@@ -269,6 +275,7 @@ class NaNRollback(StepCallback):
         if stage == "fit":
             self._own_logs = self._log_folders()
             self._session = None  # type: ignore[assignment]
+            self._snapshots.end()
             lightning_api.stop_calling_before_checkpoints(trainer)
 
     @override

@@ -19,7 +19,7 @@ from torch.optim import LBFGS, Optimizer
 from torchmetrics import Metric
 
 from lightning_gradguard.core.norms import FlatShard
-from lightning_gradguard.runtime.lightning_packages import callback_base_class
+from lightning_gradguard.runtime.lightning_packages import callback_base_class, is_instance_by_name
 
 if TYPE_CHECKING:
     from pytorch_lightning import Callback as Callback
@@ -282,7 +282,7 @@ def unknown_averages(trainer: pl.Trainer, before: Callback | None = None) -> lis
         for callback in (callbacks if before is None else callbacks[: callbacks.index(before)])
         if _AVERAGES.search(name := type(callback).__name__)
         and id(callback) not in known
-        and type(callback).on_train_batch_end.__module__ not in _NO_HOOKS
+        and _module_of_hook(callback, "on_train_batch_end") not in _NO_HOOKS
     ]
 
 
@@ -305,20 +305,27 @@ def resume_weight_averages(trainer: pl.Trainer) -> None:
 
 def _averaging_callbacks(trainer: pl.Trainer) -> Iterator[Any]:
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if hasattr(callback, "_average_model") and hasattr(callback, "should_update"):
+        # by name, for a mock has every attribute
+        if is_instance_by_name(callback, "WeightAveraging"):
             yield callback
 
 
 def writes_after_step(pl_module: pl.LightningModule) -> bool:
     """True if the module may write to its weights when a batch has ended."""
-    return type(pl_module).on_train_batch_end.__module__.split(".")[0] not in _PACKAGES
+    return _module_of_hook(pl_module, "on_train_batch_end").split(".")[0] not in _PACKAGES
+
+
+def _module_of_hook(owner: Any, hook: str) -> str:
+    """The Python module that defines a hook, or the class, where that makes its hooks up, as a mock does."""
+    defined = getattr(type(owner), hook, None)
+    return getattr(defined, "__module__", None) or type(owner).__module__
 
 
 def gradients_used_after_hook(trainer: pl.Trainer) -> bool:
     """True if other code than the suite reads or writes gradients ahead of the update."""
     module = trainer.lightning_module
     owners = [module, *trainer.callbacks]  # type: ignore[attr-defined]
-    packages = {type(owner).on_before_optimizer_step.__module__.split(".")[0] for owner in owners}
+    packages = {_module_of_hook(owner, "on_before_optimizer_step").split(".")[0] for owner in owners}
     return bool(
         trainer.gradient_clip_val
         or gradient_scaler(trainer) is not None

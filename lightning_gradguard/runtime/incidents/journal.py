@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 import warnings
 from collections import Counter, deque
 from collections.abc import Collection, Mapping, Sequence
@@ -86,7 +87,9 @@ def open_journal(trainer: pl.Trainer, folder: str | None = None) -> None:
 
 def _folder_of_run(trainer: pl.Trainer) -> Path:
     """Returns Lightning's folder of the run; for loggers that share one between runs, that of checkpoints."""
-    folder = Path(trainer.log_dir or trainer.default_root_dir)
+    log_dir: Any = trainer.log_dir
+    is_path = log_dir and isinstance(log_dir, (str, os.PathLike))  # a logger may be a mock
+    folder = Path(log_dir if is_path else trainer.default_root_dir)
     # on every rank, with any loggers: a service names a run on rank 0 only
     return folder.joinpath(*gather_objects(_name_of_run(trainer.logger))[0])
 
@@ -95,10 +98,12 @@ def _name_of_run(logger: Any) -> tuple[str, ...]:
     if logger is None or any(is_instance_by_name(logger, own) for own in ("TensorBoardLogger", "CSVLogger")):
         return ()
     try:
-        name, version = str(logger.name), logger.version
+        name, version = logger.name, logger.version
     except Exception:  # an unreachable service costs its records, never the run
         return ()
-    return name, version if isinstance(version, str) else f"version_{version}"
+    if not isinstance(name, str | None) or not isinstance(version, str | int | None):  # of a mock
+        return ()
+    return str(name), version if isinstance(version, str) else f"version_{version}"
 
 
 def run_folder(trainer: pl.Trainer) -> Path | None:

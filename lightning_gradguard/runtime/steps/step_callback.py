@@ -20,6 +20,9 @@ from lightning_gradguard.runtime.logging.hyperparameters import Configured
 from lightning_gradguard.runtime.steps.step import Step, StepFlags, StepVerdict
 from lightning_gradguard.runtime.steps.suite import Suite, forget_suite, suite_of
 
+#: Of a callback whose Trainer does not fit; nothing is written to it.
+_NO_SUITE = Suite()
+
 
 class StepCallback(lightning_api.Callback, Configured):
     """Takes part in the shared step: gradients are measured and checked once for all such callbacks.
@@ -31,7 +34,8 @@ class StepCallback(lightning_api.Callback, Configured):
     `super()` has to be called.
 
     Attributes:
-        suite: What the callbacks of the running fit share; read it, and call its methods.
+        suite: What the callbacks of the running fit share; read it, and call its methods. Outside of
+            training, where `suite.is_running` is false, no hook acts.
         norm_types: Norm types to measure in addition to 2.
         wants_units: True if norms of single units (rows) are to be measured.
         defers_check: True if `check_step` may be called one step late, without a host synchronization.
@@ -53,7 +57,7 @@ class StepCallback(lightning_api.Callback, Configured):
     wants_units: bool = False
     defers_check: bool = False
     state_arguments: Mapping[str, Any] = {}
-    suite: Suite
+    suite: Suite = _NO_SUITE
 
     def on_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, step: Step) -> None:
         """Called when a step was measured and checked, and the optimizer has not stepped.
@@ -114,21 +118,22 @@ class StepCallback(lightning_api.Callback, Configured):
         """Joins the suite of this Trainer."""
         if stage == "fit":
             lightning_api.reject_unsupported(trainer, self)
-            if suite_of(trainer).has(self):  # an exception ended the fit before, without a teardown
+            if suite_of(trainer).is_over:  # an exception ended the fit before, without a teardown
                 forget_suite(trainer)
             self.suite = suite_of(trainer)
-            self.suite.join(self)
+            if not self.suite.has(self):
+                self.suite.join(self)
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Begins the fit: the strategy has sharded the parameters by now."""
-        if self is self.suite.members[0]:
+        if self._is_first:
             self.suite.begin(trainer)
 
     @override
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
         """Keeps the loss for the step that it leads to."""
-        if self is self.suite.members[0]:
+        if self.suite.is_running and self._is_first:
             self.suite.observe_loss(trainer, loss)
 
     @override
@@ -137,6 +142,8 @@ class StepCallback(lightning_api.Callback, Configured):
     ) -> None:
         """Takes the callback's turn in the shared step."""
         suite = self.suite
+        if not suite.is_running:  # a loop driven by hand, before or after the fit
+            return
         step, arrived = suite.open.get(id(optimizer), (None, None))
         if arrived is None or id(self) in arrived:  # the first to arrive, or the first that arrives again
             step, arrived = suite.open_step(trainer, pl_module, optimizer), set()
@@ -152,8 +159,10 @@ class StepCallback(lightning_api.Callback, Configured):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Acts after the step is closed; the last callback of the suite sends the metrics."""
-        self.on_batch_end(trainer, pl_module, batch_idx)
         suite = self.suite
+        if not suite.is_running:
+            return
+        self.on_batch_end(trainer, pl_module, batch_idx)
         suite.open.clear()
         suite.ended_batch.add(id(self))
         if len(suite.ended_batch) == len(suite.members):
@@ -163,7 +172,9 @@ class StepCallback(lightning_api.Callback, Configured):
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Completes pending sums, as no step follows."""
-        suite_of(trainer).flush_pending()
+        if self.suite.members:
+            self.suite.end()
+            self.suite.flush_pending()
 
     @override
     def on_exception(
@@ -171,16 +182,22 @@ class StepCallback(lightning_api.Callback, Configured):
     ) -> None:
         """Restores the optimizers, also if the callback was rejected before it joined; call it last."""
         suite = suite_of(trainer)
-        suite.end_overrides()
+        suite.end()
         if suite.has(self):
             self._end_run(trainer, suite)
 
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Leaves the suite."""
-        if stage == "fit":
+        if stage == "fit" and self.suite.members:
             forget_suite(trainer)
-            self._end_run(trainer, self.suite)
+            suite = self.suite
+            del self.suite
+            self._end_run(trainer, suite)
+
+    @property
+    def _is_first(self) -> bool:
+        return bool(self.suite.members) and self is self.suite.members[0]
 
     def _end_run(self, trainer: pl.Trainer, suite: Suite) -> None:
         suite.ended_run.add(id(self))

@@ -56,6 +56,8 @@ class Suite:
         ended_run: Ids of the members for which the run has ended.
         metrics: Metrics of the running batch, on their way to the loggers.
         totals: Of the run so far; `None` before its first step.
+        is_running: True from the start of training to its end: outside, callbacks do nothing.
+        is_over: True after the end.
         has_stepped: True if an optimizer stepped in the running batch, and gradients did not only accumulate.
         is_logged: True if the running step is one that the Trainer logs.
     """
@@ -67,6 +69,8 @@ class Suite:
         self.ended_run: set[int] = set()
         self.metrics = MetricBuffer()
         self.totals: RunTotals | None = None
+        self.is_running = False
+        self.is_over = False
         self.has_stepped = False
         self.is_logged = False
         self._checkers: list[StepCallback] = []
@@ -102,6 +106,13 @@ class Suite:
         """Reads the constants of a fit: the sharding of parameters, the GradScaler."""
         self._layout = ParameterLayout(lightning_api.flat_shards(trainer), trainer.lightning_module.device)
         self._has_scaler = lightning_api.gradient_scaler(trainer) is not None
+        self.is_running = True
+
+    def end(self) -> None:
+        """Ends training: the callbacks no longer act, and the optimizers are as before."""
+        self.is_running = False
+        self.is_over = True
+        self.end_overrides()
 
     @property
     def has_one_checker(self) -> bool:
@@ -273,8 +284,9 @@ def suite_of(trainer: pl.Trainer) -> Suite:
 
 def forget_suite(trainer: pl.Trainer) -> None:
     """Ends the suite of a Trainer: the next fit begins a new one."""
-    suite_of(trainer).end_overrides()
-    del _suites[trainer]
+    suite = _suites.pop(trainer, None)
+    if suite is not None:
+        suite.end()
 
 
 def is_logging_step(trainer: pl.Trainer, every_n_steps: int | None = None) -> bool:
