@@ -28,6 +28,8 @@ IncidentKind = Literal[
     "dead_units",
     "saturated_units",
     "poor_initialization",
+    "nonfinite_validation",
+    "nonfinite_test",
 ]
 #: The intervention of the suite.
 Action = Literal["none", "skipped", "rolled_back", "backed_off", "repaired", "stopped"]
@@ -54,6 +56,8 @@ _TITLES = {
     "vanishing_gradient": "vanishing gradients",
     "gradient_collapse": "collapsed gradients",
     "nonfinite_gradient": "nonfinite gradients",
+    "nonfinite_validation": "nonfinite validation metric",
+    "nonfinite_test": "nonfinite test metric",
     "amp_overflow": "float16 overflow",
     "constant_clipping": "hard clipping all the time",
     "falling_learning_rate": "a learning rate that keeps falling",

@@ -116,6 +116,23 @@ def epoch_mean_metrics(trainer: pl.Trainer) -> list[Metric]:
     return [] if results is None else list(results.values())
 
 
+def evaluation_sums(trainer: pl.Trainer) -> dict[str, Tensor]:
+    """What `self.log` has accumulated of each metric in the running validation or test, on the device."""
+    results = getattr(trainer, "_results", None) or {}
+    return {
+        key: metric.value
+        for key, metric in results.items()
+        if getattr(metric, "is_tensor", False) and isinstance(metric.value, Tensor)
+    }
+
+
+def evaluation_metrics(trainer: pl.Trainer) -> dict[str, float]:
+    """The metrics of a validation or a test, at its end, by the names that callbacks monitor."""
+    results = getattr(trainer, "_results", None)
+    metrics = trainer.callback_metrics if results is None else results.metrics(False)["callback"]
+    return {name: float(value) for name, value in metrics.items()}
+
+
 def attach_for_replay(trainer: pl.Trainer, pl_module: pl.LightningModule, *, step: int, epoch: int) -> None:
     """Attaches a fresh Trainer to a module as if it were fitting it."""
     pl_module.trainer = trainer

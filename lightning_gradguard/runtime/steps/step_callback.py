@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -15,6 +15,7 @@ from typing_extensions import override
 from lightning_gradguard.core import tags
 from lightning_gradguard.core.norms import Measurement
 from lightning_gradguard.runtime import lightning_api
+from lightning_gradguard.runtime.incidents.evaluation import EvaluationWatch
 from lightning_gradguard.runtime.incidents.run_summary import summarize
 from lightning_gradguard.runtime.logging.hyperparameters import Configured
 from lightning_gradguard.runtime.steps.step import Step, StepFlags, StepVerdict
@@ -170,6 +171,46 @@ class StepCallback(lightning_api.Callback, Configured):
             suite.end_batch(trainer, pl_module)
 
     @override
+    def on_validation_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Watches for nonfinite metrics, once for all callbacks."""
+        if self._is_first_of(trainer):
+            self._evaluation.on_batch_end(trainer, outputs, batch_idx, dataloader_idx)
+
+    @override
+    def on_test_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Watches for nonfinite metrics, once for all callbacks."""
+        if self._is_first_of(trainer):
+            self._evaluation.on_batch_end(trainer, outputs, batch_idx, dataloader_idx)
+
+    @override
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Publishes nonfinite metrics."""
+        if self._is_first_of(trainer):
+            self._evaluation.publish(trainer, pl_module, "nonfinite_validation")
+
+    @override
+    def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Publishes nonfinite metrics."""
+        if self._is_first_of(trainer):
+            self._evaluation.publish(trainer, pl_module, "nonfinite_test")
+
+    @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Completes pending sums, as no step follows."""
         if self.suite.members:
@@ -194,6 +235,14 @@ class StepCallback(lightning_api.Callback, Configured):
             suite = self.suite
             del self.suite
             self._end_run(trainer, suite)
+
+    @cached_property
+    def _evaluation(self) -> EvaluationWatch:
+        return EvaluationWatch()
+
+    def _is_first_of(self, trainer: pl.Trainer) -> bool:
+        callbacks: Sequence[Any] = trainer.callbacks  # type: ignore[attr-defined]
+        return self is next((other for other in callbacks if isinstance(other, StepCallback)), None)
 
     @property
     def _is_first(self) -> bool:
