@@ -9,7 +9,7 @@ import pytorch_lightning as pl
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_gradguard.core import tags
+from lightning_gradguard.core import arguments, tags
 from lightning_gradguard.core.incidents import IncidentKind
 from lightning_gradguard.core.initialization import Finding, InitializationError, table
 from lightning_gradguard.core.parameter_names import plain_name, warn_unknown
@@ -84,13 +84,10 @@ class InitializationCheck(Callback, Configured):
     ) -> None:
         super().__init__()
         self.settings = non_defaults(InitializationCheck, locals())
-        if on_failure not in ("warn", "raise", "repair"):
-            raise ValueError(f"on_failure={on_failure!r} must be 'warn', 'raise' or 'repair'.")
-        if isinstance(repair_modules, str):
-            raise ValueError(f"repair_modules={repair_modules!r} must be a list of names.")
+        arguments.one_of("on_failure", on_failure, "warn", "raise", "repair")
         self.on_failure = on_failure
-        self.repair_modules = tuple(repair_modules or ())
-        self.seed = seed
+        self.repair_modules = arguments.names("repair_modules", repair_modules)
+        self.seed = arguments.whole_number("seed", seed, at_least=0)
         self.findings: list[Finding] = []
         self.values: dict[str, float] = {}
         self.problem: Exception | None = None

@@ -34,6 +34,7 @@ class RecoveryPolicy:
         patience: Consecutive skipped steps (of one optimizer) after which the run is rolled back.
         max_rollbacks: Number of rollbacks before the run is stopped; 500 good steps without one refund one.
         max_skip_fraction: Share of the last 100 steps that may be skipped before the run is stopped.
+        stops_at_first: True to stop the run at the first skipped step.
 
     Attributes:
         rollbacks: Number of rollbacks so far.
@@ -49,7 +50,10 @@ class RecoveryPolicy:
         ('continue', 'stop')
     """
 
-    def __init__(self, patience: int, max_rollbacks: int, max_skip_fraction: float) -> None:
+    def __init__(
+        self, patience: int, max_rollbacks: int, max_skip_fraction: float, stops_at_first: bool = False
+    ) -> None:
+        self.stops_at_first = stops_at_first
         self._patience = patience
         self._max_rollbacks = max_rollbacks
         self._max_skip_fraction = max_skip_fraction
@@ -68,7 +72,7 @@ class RecoveryPolicy:
         """Counts a skipped step of optimizer `index`."""
         self._skipped_in_a_row[index] = self._skipped_in_a_row.get(index, 0) + 1
         self._outcomes.append(True)
-        if self.skips_too_often:
+        if self.skips_too_often or self.stops_at_first:
             return "stop"
         return self.escalate() if self._skipped_in_a_row[index] >= self._patience else "continue"
 
@@ -125,8 +129,15 @@ class RecoveryPolicy:
         return len(self._outcomes) == OUTCOMES and (sum(self._outcomes) > self._max_skip_fraction * OUTCOMES)
 
     @property
+    def is_stopped_at_first(self) -> bool:
+        """True if the run stops because of its last step, and not because a budget is used up."""
+        return self.stops_at_first and bool(self._outcomes) and self._outcomes[-1]
+
+    @property
     def stop_reason(self) -> str:
-        """Description of the budget that is used up."""
+        """Description of the budget that is used up, or of the wish to stop at once."""
+        if self.is_stopped_at_first:
+            return "the loss, or a gradient, is nonfinite (on_nonfinite='stop')"
         if self.skips_too_often:
             return (
                 f"more than {self._max_skip_fraction:.0%} of the last {OUTCOMES} steps were skipped "

@@ -77,7 +77,7 @@ def allows_extra_pass(trainer: pl.Trainer) -> bool:
 def takes_iterator(pl_module: pl.LightningModule) -> bool:
     """True for a `training_step(self, dataloader_iter)`, which takes its batches itself.
 
-    Before it has run, nobody knows its batch: hooks get the batch before.
+    Its batch is unknown before it has run: hooks get the batch before.
     """
     return bool(is_param_in_hook_signature(pl_module.training_step, "dataloader_iter", explicit=True))
 
@@ -117,7 +117,7 @@ def epoch_mean_metrics(trainer: pl.Trainer) -> list[Metric]:
 
 
 def evaluation_sums(trainer: pl.Trainer) -> dict[str, Tensor]:
-    """What `self.log` has accumulated of each metric in the running validation or test, on the device."""
+    """Returns what `self.log` has added up of each metric in this validation or test, on the device."""
     results = getattr(trainer, "_results", None) or {}
     return {
         key: metric.value
@@ -127,7 +127,7 @@ def evaluation_sums(trainer: pl.Trainer) -> dict[str, Tensor]:
 
 
 def evaluation_metrics(trainer: pl.Trainer) -> dict[str, float]:
-    """The metrics of a validation or a test, at its end, by the names that callbacks monitor."""
+    """Returns the metrics of a validation or a test, at its end, by the names that callbacks monitor."""
     results = getattr(trainer, "_results", None)
     metrics = trainer.callback_metrics if results is None else results.metrics(False)["callback"]
     return {name: float(value) for name, value in metrics.items()}

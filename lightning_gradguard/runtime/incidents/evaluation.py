@@ -80,7 +80,7 @@ def _place(in_metrics: bool, first: tuple[int, int] | None, rank: int | None) ->
 
 
 def _consequence(trainer: pl.Trainer, metrics: Collection[str]) -> str:
-    """What `EarlyStopping` does about it, in sentences that end with a space."""
+    """Returns what `EarlyStopping` does about it, in sentences that end with a space."""
     watching = [
         callback
         for callback in trainer.callbacks  # type: ignore[attr-defined]

@@ -9,6 +9,7 @@ import os
 import warnings
 from collections import Counter, deque
 from collections.abc import Collection, Mapping, Sequence
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -91,7 +92,17 @@ def _folder_of_run(trainer: pl.Trainer) -> Path:
     is_path = log_dir and isinstance(log_dir, (str, os.PathLike))  # a logger may be a mock
     folder = Path(log_dir if is_path else trainer.default_root_dir)
     # on every rank, with any loggers: a service names a run on rank 0 only
-    return folder.joinpath(*gather_objects(_name_of_run(trainer.logger))[0])
+    own = gather_objects(_name_of_run(trainer.logger) or _own_subfolder(trainer, folder))[0]
+    return folder.joinpath(*own)
+
+
+def _own_subfolder(trainer: pl.Trainer, folder: Path) -> tuple[str, ...]:
+    """Returns `version_<n>` if the folder belongs to no logger, and has the incidents of an earlier run."""
+    if trainer.loggers:
+        return ()
+    candidates = chain([()], ((f"version_{n}",) for n in count(1)))
+    taken = ("incidents.jsonl", "lost_batches.rank0.jsonl", "incidents")
+    return next(own for own in candidates if not any(folder.joinpath(*own, name).exists() for name in taken))
 
 
 def _name_of_run(logger: Any) -> tuple[str, ...]:

@@ -364,15 +364,18 @@ class RollbackSession:
 
     def _stop(self) -> None:
         self._discard_deferred()
-        step = self._snapshots.restore_newest(self._trainer)
-        self.lost_batches.mark_undone(step)
+        if self._policy.is_stopped_at_first and not self._state_is_nonfinite():
+            step, which = self._trainer.global_step, "without the bad step"  # it was skipped, or undone
+        else:
+            step, which = self._snapshots.restore_newest(self._trainer), "the last qualified ones"
+            self.lost_batches.mark_undone(step)
         self._counts.has_stopped = True
         last_good = save_last_good(self._trainer)
         found = self._investigation.found
         self._reporter.publish("training_diverged", action="stopped", advice=combined_advice(found))
         self.log_counts()
         self._suite.metrics.flush(self._trainer, self._pl_module)
-        raise divergence_error(self._trainer, self._policy.stop_reason, step, found, last_good)
+        raise divergence_error(self._trainer, self._policy.stop_reason, step, found, last_good, which)
 
     def _discard_deferred(self) -> None:
         self._suite.discard_deferred()

@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import Any
 
 import pytorch_lightning as pl
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
@@ -258,6 +259,9 @@ class StepCallback(lightning_api.Callback, Configured):
             if totals.largest_norm:
                 tag = tags.LARGEST_NORM if totals.checks_steps else tags.LARGEST_LOGGED_NORM
                 counts[tag] = totals.largest_norm
+            for tag in (tags.SKIPS, tags.ROLLBACKS):
+                if tag in counts:  # the last batch was published only if it ended
+                    trainer.callback_metrics[tag] = torch.tensor(counts[tag])
             summarize(trainer, counts, totals.first_step, totals.last_step, suite.metrics.last_logged)
         except Exception as error:  # of a device that an exception has left unusable, for one
             warnings.warn(f"the run summary could not be written: {error!r}", stacklevel=2)
