@@ -116,6 +116,15 @@ def epoch_mean_metrics(trainer: pl.Trainer) -> list[Metric]:
     return [] if results is None else list(results.values())
 
 
+def set_callback_metric(trainer: pl.Trainer, name: str, value: float) -> None:
+    """Sets a metric in `trainer.callback_metrics` when no batch ends any more that could log it."""
+    # what was logged last would come back at the next look, after an exception
+    for metric in (getattr(trainer, "_results", None) or {}).values():
+        if metric.meta.name == name:
+            metric._forward_cache = torch.tensor(value)
+    trainer.callback_metrics[name] = torch.tensor(value)
+
+
 def evaluation_sums(trainer: pl.Trainer) -> dict[str, Tensor]:
     """Returns what `self.log` has added up of each metric in this validation or test, on the device."""
     results = getattr(trainer, "_results", None) or {}

@@ -73,10 +73,10 @@ def test_counts_agree_after_a_lost_run(check: Any, why: str, capsys: pytest.Capt
         trainer.fit(module, torch.utils.data.DataLoader(data, batch_size=None))  # type: ignore[arg-type]
     except (TrainingDivergedError, ValueError):
         assert why != "max_steps"
-    assert rollback.skips == 4
-    assert trainer.callback_metrics["rollback/skips"] == 4
+    assert rollback.skips == (4 if check == "exact" else 3)
+    assert trainer.callback_metrics["rollback/skips"] == rollback.skips
     assert trainer.callback_metrics["rollback/rollbacks"] == 0
-    assert re.search(r"steps skipped +4\n", capsys.readouterr().out)
+    assert re.search(rf"steps skipped +{rollback.skips}\n", capsys.readouterr().out)
 
 
 def test_runs_in_one_folder_do_not_mix(tmp_path: Path) -> None:

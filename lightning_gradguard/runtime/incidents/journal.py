@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import math
 import os
 import warnings
@@ -150,7 +151,8 @@ def publish(trainer: pl.Trainer, pl_module: pl.LightningModule, incident: Incide
         if incident.dossier and journal.folder is not None:
             page = f" See {journal.folder / incident.dossier / 'index.html'}."
         more = " Further ones are only written to the file." if times == MAX_PRINTED else ""
-        console.print_message(trainer, f"gradguard: {incident.describe()}.{page}{advice}{more}")
+        level = logging.INFO if incident.action == "none" else logging.WARNING
+        console.print_message(trainer, f"gradguard: {incident.describe()}.{page}{advice}{more}", level)
     for listener in (*trainer.callbacks, pl_module):  # type: ignore[attr-defined]
         on_training_incident = getattr(listener, "on_training_incident", None)
         if callable(on_training_incident):

@@ -8,7 +8,6 @@ from functools import cached_property
 from typing import Any
 
 import pytorch_lightning as pl
-import torch
 from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
@@ -261,7 +260,7 @@ class StepCallback(lightning_api.Callback, Configured):
                 counts[tag] = totals.largest_norm
             for tag in (tags.SKIPS, tags.ROLLBACKS):
                 if tag in counts:  # the last batch was published only if it ended
-                    trainer.callback_metrics[tag] = torch.tensor(counts[tag])
+                    lightning_api.set_callback_metric(trainer, tag, counts[tag])
             summarize(trainer, counts, totals.first_step, totals.last_step, suite.metrics.last_logged)
         except Exception as error:  # of a device that an exception has left unusable, for one
             warnings.warn(f"the run summary could not be written: {error!r}", stacklevel=2)
