@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
-from functools import cache, partial, wraps
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
 import pytorch_lightning as pl
@@ -265,20 +265,32 @@ def is_swa_bn_update(trainer: pl.Trainer) -> bool:
     return bool(getattr(trainer.fit_loop, "_skip_backward", False))
 
 
+class _CheckpointWriter:
+    """Takes the place of `trainer.save_checkpoint`, also of one that was replaced before."""
+
+    def __init__(self, trainer: pl.Trainer, act: Callable[[], None]) -> None:
+        self.act = act
+        self.replaced = vars(trainer).get("save_checkpoint")
+        self.write = trainer.save_checkpoint
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self.act()
+        return self.write(*args, **kwargs)
+
+
 def call_before_checkpoints(trainer: pl.Trainer, act: Callable[[], None]) -> None:
     """Calls `act` on every rank ahead of each checkpoint that is written while the Trainer fits."""
-
-    @wraps(type(trainer).save_checkpoint)
-    def save_checkpoint(*args: Any, **kwargs: Any) -> None:
-        act()
-        type(trainer).save_checkpoint(trainer, *args, **kwargs)
-
-    trainer.save_checkpoint = save_checkpoint  # type: ignore[method-assign]
+    stop_calling_before_checkpoints(trainer)  # an exception ended the fit before, without a teardown
+    trainer.save_checkpoint = _CheckpointWriter(trainer, act)  # type: ignore[method-assign]
 
 
 def stop_calling_before_checkpoints(trainer: pl.Trainer) -> None:
     """Restores `trainer.save_checkpoint`."""
-    vars(trainer).pop("save_checkpoint", None)
+    writer = vars(trainer).get("save_checkpoint")
+    if isinstance(writer, _CheckpointWriter):
+        del trainer.save_checkpoint
+        if writer.replaced is not None:
+            trainer.save_checkpoint = writer.replaced  # type: ignore[method-assign]
 
 
 def weight_averages(trainer: pl.Trainer) -> list[nn.Module]:

@@ -125,6 +125,19 @@ def test_a_logger_without_lightnings_base() -> None:
     assert logger.metrics["rollback/skips"] == 4
 
 
+def test_a_replaced_save_checkpoint_is_called_and_stays(tmp_path: Path) -> None:
+    trainer = pl.Trainer(
+        max_epochs=1,
+        default_root_dir=tmp_path,
+        callbacks=[pl.callbacks.ModelCheckpoint(tmp_path), *default_callbacks()],
+        **{**QUIET, "enable_checkpointing": True},
+    )
+    trainer.save_checkpoint = mine = Mock()  # type: ignore[method-assign]
+    trainer.fit(Classifier(), plain_loader(batches(3)))
+    assert mine.call_count == 1
+    assert trainer.save_checkpoint is mine
+
+
 # -- outside of a fit
 
 
