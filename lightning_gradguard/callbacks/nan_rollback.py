@@ -94,6 +94,8 @@ class NaNRollback(StepCallback):
         >>> rollback = NaNRollback(patience=5, snapshot_every_n_steps=100)
     """
 
+    skips_steps = True
+
     def __init__(
         self,
         patience: int = 3,

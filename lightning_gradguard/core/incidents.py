@@ -21,6 +21,7 @@ IncidentKind = Literal[
     "learning_rate_backoff",
     "training_diverged",
     "lost_batch",
+    "rejected_step",
     "vanishing_gradient",
     "exploding_gradient",
     "weight_stagnation",
@@ -73,6 +74,7 @@ _VALUES = {
     "divergence": "loss {:.4g}",
     "gradient_collapse": "loss {:.4g}",
     "corrupted_gradient": "total norm {:.4g}",
+    "rejected_step": "total norm {:.4g}",
     "rollback": "to step {:.0f}",
     "learning_rate_backoff": "{:.4g}x",
 }

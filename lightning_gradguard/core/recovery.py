@@ -38,6 +38,7 @@ class RecoveryPolicy:
 
     Attributes:
         rollbacks: Number of rollbacks so far.
+        is_stopped_at_first: True if the run stops at its first nonfinite step, and not for want of a budget.
         is_adversarial: True if several optimizers may train networks against each other, whose losses rise
             and fall in healthy training. Set before the first step.
 
@@ -54,6 +55,7 @@ class RecoveryPolicy:
         self, patience: int, max_rollbacks: int, max_skip_fraction: float, stops_at_first: bool = False
     ) -> None:
         self.stops_at_first = stops_at_first
+        self.is_stopped_at_first = False
         self._patience = patience
         self._max_rollbacks = max_rollbacks
         self._max_skip_fraction = max_skip_fraction
@@ -68,11 +70,12 @@ class RecoveryPolicy:
         self._health: dict[int, OptimizerHealth] = {}
         self._divergences: dict[int, int] = {}
 
-    def on_skip(self, index: int) -> Decision:
-        """Counts a skipped step of optimizer `index`."""
+    def on_skip(self, index: int, is_nonfinite: bool = True) -> Decision:
+        """Counts a skipped step of optimizer `index`; a finite one was rejected by a callback."""
+        self.is_stopped_at_first = self.stops_at_first and is_nonfinite
         self._skipped_in_a_row[index] = self._skipped_in_a_row.get(index, 0) + 1
         self._outcomes.append(True)
-        if self.skips_too_often or self.stops_at_first:
+        if self.skips_too_often or self.is_stopped_at_first:
             return "stop"
         return self.escalate() if self._skipped_in_a_row[index] >= self._patience else "continue"
 
@@ -127,11 +130,6 @@ class RecoveryPolicy:
     def skips_too_often(self) -> bool:
         """True if more of the last steps were skipped than are allowed."""
         return len(self._outcomes) == OUTCOMES and (sum(self._outcomes) > self._max_skip_fraction * OUTCOMES)
-
-    @property
-    def is_stopped_at_first(self) -> bool:
-        """True if the run stops because of its last step, and not because a budget is used up."""
-        return self.stops_at_first and bool(self._outcomes) and self._outcomes[-1]
 
     @property
     def stop_reason(self) -> str:

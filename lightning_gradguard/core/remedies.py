@@ -13,6 +13,9 @@ _REMEDIES = {
         "Check this batch for nonfinite or huge inputs and bad labels, and compute the loss in float32 "
         "(torch.nn.functional.cross_entropy on logits rather than log of softmax)."
     ),
+    "rejected_step": (
+        "The step is finite: `check_step` of that callback has rejected it, and decides when that is right."
+    ),
     "nonfinite_validation": (
         "Look at that batch for NaN or inf in its inputs, and at the validation step for a log, a division "
         "or a root of 0."

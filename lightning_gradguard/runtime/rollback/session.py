@@ -319,7 +319,7 @@ class RollbackSession:
             self._counts.skips += window.repeats_skipped_batch
             return
         self._counts.skips += 1
-        self._outcome.decide(self._policy.on_skip(measurement.optimizer_index))
+        self._outcome.decide(self._policy.on_skip(measurement.optimizer_index, not measurement.rejected_by))
         if measurement.nonfinite_weights:
             self._outcome.decide(self._policy.escalate())
 

@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import Any
 
 import pytorch_lightning as pl
+from lightning_fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
@@ -40,16 +41,18 @@ class StepCallback(lightning_api.Callback, Configured):
         norm_types: Norm types to measure in addition to 2.
         wants_units: True if norms of single units (rows) are to be measured.
         defers_check: True if `check_step` may be called one step late, without a host synchronization.
+        skips_steps: True if the callback carries out the verdict to skip a step, as `NaNRollback` does.
         state_arguments: Arguments that distinguish two instances in a checkpoint.
 
     Example:
-        >>> from lightning_gradguard import StepCallback
+        >>> import torch
+        >>> from lightning_gradguard import Step, StepCallback
         >>> class LargestNorm(StepCallback):
-        ...     largest = 0.0
+        ...     largest = torch.zeros(())
         ...
-        ...     def on_step(self, trainer, pl_module, step):
-        ...         if step.accepted:
-        ...             self.largest = max(self.largest, float(step.gradients.total_norm))
+        ...     def on_step(self, trainer, pl_module, step: Step):
+        ...         if step.accepted:  # a tensor: `float` would make the host wait for the device
+        ...             self.largest = torch.maximum(self.largest, step.gradients.total_norm)
         >>> LargestNorm().state_key
         'LargestNorm{}'
     """
@@ -57,6 +60,7 @@ class StepCallback(lightning_api.Callback, Configured):
     norm_types: tuple[float, ...] = ()
     wants_units: bool = False
     defers_check: bool = False
+    skips_steps: bool = False
     state_arguments: Mapping[str, Any] = {}
     suite: Suite = _NO_SUITE
 
@@ -73,7 +77,18 @@ class StepCallback(lightning_api.Callback, Configured):
         """Called after the optimizers stepped, before checkpoints and validation."""
 
     def check_step(self, trainer: pl.Trainer, measurement: Measurement) -> StepVerdict:
-        """Returns the callback's verdict on a step; called only if overridden, and has no side effect."""
+        """Returns the callback's verdict on a step; called only if overridden, and has no side effect.
+
+        A finite step that is rejected is published as `rejected_step`, with the name of the callback. It
+        counts as a skipped step: `patience` of them in a row are a rollback.
+
+        Args:
+            trainer: The Trainer that runs.
+            measurement: Loss and total norm of the step, on the host, the same on every rank.
+
+        Returns:
+            `"accept"`; `"skip"`; or `"ignore"` for a step that a GradScaler skips.
+        """
         raise NotImplementedError
 
     def on_deferred_verdict(
@@ -119,6 +134,14 @@ class StepCallback(lightning_api.Callback, Configured):
         """Joins the suite of this Trainer."""
         if stage == "fit":
             lightning_api.reject_unsupported(trainer, self)
+            callbacks: Sequence[Any] = trainer.callbacks  # type: ignore[attr-defined]
+            if self.overrides("check_step") and not any(
+                isinstance(other, StepCallback) and other.skips_steps for other in callbacks
+            ):
+                raise MisconfigurationException(
+                    f"{type(self).__name__}.check_step may reject a step, and no callback skips it: "
+                    "add NaNRollback() to those of the Trainer."
+                )
             if suite_of(trainer).is_over:  # an exception ended the fit before, without a teardown
                 forget_suite(trainer)
             self.suite = suite_of(trainer)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
@@ -166,8 +166,7 @@ class Suite:
         if deferred is None:
             return "accept"
         packed, index = deferred
-        measurement = packed.read(index)
-        verdict = self._check(trainer, measurement)
+        measurement, verdict = self._check(trainer, packed.read(index))
         if verdict == "skip":  # losses since then are of weights that are about to be restored
             self._losses = []
         for checker in self._checkers:
@@ -191,15 +190,20 @@ class Suite:
         if pending:
             _deliver(pending, distributed.sum_over_ranks(torch.cat([sums for sums, _ in pending])))
 
-    def _check(self, trainer: pl.Trainer, measurement: Measurement) -> StepVerdict:
-        verdicts = {checker.check_step(trainer, measurement) for checker in self._checkers}
+    def _check(self, trainer: pl.Trainer, measurement: Measurement) -> tuple[Measurement, StepVerdict]:
+        """Returns the strictest verdict; the measurement has the names of those who reject a finite step."""
+        verdicts = [checker.check_step(trainer, measurement) for checker in self._checkers]
         if "skip" in verdicts:
-            return "skip"
+            if not measurement.must_skip:
+                pairs = zip(self._checkers, verdicts, strict=True)
+                names = tuple(type(checker).__name__ for checker, verdict in pairs if verdict == "skip")
+                measurement = replace(measurement, rejected_by=names)
+            return measurement, "skip"
         if "ignore" in verdicts:
-            return "ignore"
+            return measurement, "ignore"
         if self.totals is not None:
             self.totals.largest_norm = max(self.totals.largest_norm, measurement.total_norm)
-        return "accept"
+        return measurement, "accept"
 
     def _measure(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
@@ -238,8 +242,7 @@ class Suite:
             # a GradScaler and a closure that is called repeatedly synchronize anyway
             is_exact = repeats or self._has_scaler or flags.check_now
             if is_exact or not all([checker.defers_check for checker in self._checkers]):
-                measurement = measured.packed.read(index)
-                verdict = self._check(trainer, measurement)
+                measurement, verdict = self._check(trainer, measured.packed.read(index))
             else:
                 self._deferred = (measured.packed, index)
         return Step(
