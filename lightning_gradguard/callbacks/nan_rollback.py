@@ -166,7 +166,7 @@ class NaNRollback(StepCallback):
         return self._counts.amp_overflows
 
     @property
-    def state_key(self) -> str:  # type: ignore[override]
+    def state_key(self) -> str:
         """Key of the callback's state in a checkpoint; no two of them are alike before `setup`.
 
         Lightning would reject the second one with a message about keys; `setup` has a better one.
