@@ -196,8 +196,9 @@ def _is_subclass(value: Any, base: type) -> bool:
 
 def _example_subclass(base: Any, arguments: Collection[str]) -> str:
     """Returns the name of a subclass that takes all of some arguments; `my.Class` if there is none."""
-    fitting = (h.__name__ for h in _concrete(base) if {*arguments} <= {*inspect.signature(h).parameters})
-    return next(fitting, "my.Class")
+    signatures = {heir.__name__: inspect.signature(heir).parameters for heir in _concrete(base)}
+    fitting = [name for name, parameters in signatures.items() if {*arguments} <= {*parameters}]
+    return min(fitting, key=lambda name: len(signatures[name]), default="my.Class")
 
 
 def _concrete(base: Any) -> Iterator[type]:
