@@ -166,7 +166,7 @@ def _dossiers_near(path: Path) -> str:
 
 
 def _why_none(path: Path) -> str:
-    """Says, from the run's incidents, why a step has no dossier; empty for a path to no step of a run."""
+    """Returns, from the run's incidents, why a step has no dossier; empty for a path to no step of a run."""
     file = path.parent.parent / "incidents.jsonl"
     if path.parent.name != "incidents" or not path.name.isdigit() or not file.is_file():
         return ""

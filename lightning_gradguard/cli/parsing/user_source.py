@@ -16,7 +16,7 @@ from lightning_gradguard.cli.parsing.preparse import config_files, find_option, 
 _RUNS = ("fit", "validate", "test", "predict", "LightningCLI", "train", "main")
 
 
-def refuse_script(class_path: str) -> None:
+def reject_script(class_path: str) -> None:
     """Raises a `UsageError` if importing the module of a class would start what the script does."""
     found = _source(class_path.rpartition(".")[0])
     if found is None:
@@ -43,7 +43,7 @@ def import_once(arguments: Sequence[str]) -> None:
     module = class_path.rpartition(".")[0]
     if not module:
         return
-    refuse_script(class_path)
+    reject_script(class_path)
     try:
         import_module(module)
     except (Exception, SystemExit) as error:  # the user's own code
@@ -69,7 +69,7 @@ def _source(module: str) -> tuple[str, ast.Module] | None:
             search, file = [*(spec.submodule_search_locations or [])], spec.origin or ""
         path = Path(file)
         tree = ast.parse(path.read_text(encoding="utf-8"))
-    except (OSError, SyntaxError, ValueError, AttributeError):  # importing it says more
+    except (OSError, SyntaxError, ValueError, AttributeError):  # importing it has a better message
         return None
     here = Path.cwd()
     return str(path.relative_to(here) if path.is_relative_to(here) else path), tree

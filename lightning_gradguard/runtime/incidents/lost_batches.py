@@ -127,7 +127,7 @@ class LostBatches:
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             with (self._folder / self._name).open("a+b") as file:
-                if file.tell() and file.seek(-1, 2) and file.read(1) != b"\n":
+                if file.seek(0, 2) and file.seek(-1, 2) and file.read(1) != b"\n":
                     lines.insert(0, "\n")  # a killed process has left half a line
                 file.write("".join(lines).encode())
         except OSError as error:
