@@ -23,8 +23,9 @@ if TYPE_CHECKING:
     )
     from lightning_gradguard.core.incidents import Incident, TrainingDivergedError
     from lightning_gradguard.core.initialization import InitializationError
-    from lightning_gradguard.core.norms import Gradients
+    from lightning_gradguard.core.norms import Gradients, Measurement
     from lightning_gradguard.core.training_guard import TrainingGuard
+    from lightning_gradguard.runtime.steps.step import Step
     from lightning_gradguard.runtime.steps.step_callback import StepCallback
 
 __version__ = "0.5.0"
@@ -39,9 +40,11 @@ __all__ = [
     "InitializationCheck",
     "InitializationError",
     "LearningRateBackoff",
+    "Measurement",
     "NaNRollback",
     "PerTensorClipping",
     "PercentileClipping",
+    "Step",
     "StepCallback",
     "TrainingDivergedError",
     "TrainingGuard",
@@ -61,10 +64,12 @@ _HOME = {
     "InitializationCheck": "callbacks.initialization_check",
     "InitializationError": "core.initialization",
     "LearningRateBackoff": "callbacks.learning_rate_backoff",
+    "Measurement": "core.norms",
     "NaNRollback": "callbacks.nan_rollback",
     "PerTensorClipping": "core.clipping",
     "PercentileClipping": "core.clipping",
     "TrainingDivergedError": "core.incidents",
+    "Step": "runtime.steps.step",
     "StepCallback": "runtime.steps.step_callback",
     "TrainingGuard": "core.training_guard",
     "UnitwiseClipping": "core.clipping",

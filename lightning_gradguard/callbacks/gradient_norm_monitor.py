@@ -90,15 +90,16 @@ class GradientNormMonitor(StepCallback):
     ) -> None:
         super().__init__()
         self.settings = non_defaults(GradientNormMonitor, locals())
-        if isinstance(norm_type, bool) or not float(norm_type) >= 1:
-            raise ValueError(f"norm_type={norm_type!r} must be a number of at least 1, or inf.")
-        if every_n_steps is not None and every_n_steps < 1:
-            raise ValueError(f"every_n_steps={every_n_steps!r} must be at least 1, or None.")
-        if level not in get_args(Level):
-            raise ValueError(f"level={level!r} must be 'auto', 'parameter', 'module' or 'total'.")
-        if figure_every_n_steps < 0:
-            raise ValueError(f"figure_every_n_steps={figure_every_n_steps!r} must be 0 or more.")
-        self.norm_type = float(norm_type)
+        self.norm_type = (
+            math.inf if norm_type == "inf" else float(arguments.number("norm_type", norm_type, at_least=1))
+        )
+        if every_n_steps is not None:
+            arguments.whole_number("every_n_steps", every_n_steps)
+        arguments.one_of("level", level, *get_args(Level))
+        arguments.whole_number("figure_every_n_steps", figure_every_n_steps, at_least=0)
+        arguments.flag("update_ratio", update_ratio)
+        arguments.flag("histograms", histograms)
+        arguments.flag("prog_bar", prog_bar)
         self.norm_types = (self.norm_type,)
         self.every_n_steps = every_n_steps
         self.level: Level = level
@@ -128,6 +129,8 @@ class GradientNormMonitor(StepCallback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Discards pending steps of an earlier fit."""
         super().on_train_start(trainer, pl_module)
+        if not self.suite.is_running:
+            return
         warn_unmatched("include", self.include, pl_module, trainer.optimizers)
         warn_unmatched("exclude", self.exclude, pl_module, trainer.optimizers)
         if self.prog_bar:

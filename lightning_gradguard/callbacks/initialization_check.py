@@ -9,7 +9,7 @@ import pytorch_lightning as pl
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_gradguard.core import tags
+from lightning_gradguard.core import arguments, tags
 from lightning_gradguard.core.incidents import IncidentKind
 from lightning_gradguard.core.initialization import Finding, InitializationError, table
 from lightning_gradguard.core.parameter_names import plain_name, warn_unknown
@@ -21,6 +21,7 @@ from lightning_gradguard.runtime.lightning_api import (
     allows_extra_pass,
     batches_that_stepped,
     reject_unsupported,
+    takes_iterator,
 )
 from lightning_gradguard.runtime.logging import console, metrics
 from lightning_gradguard.runtime.logging.chart_groups import MAX_CHARTS
@@ -39,8 +40,9 @@ class InitializationCheck(Callback, Configured):
 
     On one device and under DistributedDataParallel with automatic optimization, the first training batch
     runs through the network in an extra pass, forward and backward, that leaves no trace: no gradient, no
-    buffer, no random number, no metric, no log. Elsewhere the weights are checked, and the gradients of the
-    first step. A resumed run is not checked, nor is a network whose first batch is nonfinite.
+    buffer, no random number, no metric, no log. Elsewhere, and for a `training_step(dataloader_iter)`, which
+    takes its batches itself, the weights are checked, and the gradients of the first step. A resumed run is
+    not checked, nor is a network whose first batch is nonfinite.
 
     The criteria are nonfinite, zero and copied weights, dead and saturated units, a loss above that of
     guessing, and the gradient's gain from the last hidden layer back to the first, which predicts best that
@@ -82,13 +84,10 @@ class InitializationCheck(Callback, Configured):
     ) -> None:
         super().__init__()
         self.settings = non_defaults(InitializationCheck, locals())
-        if on_failure not in ("warn", "raise", "repair"):
-            raise ValueError(f"on_failure={on_failure!r} must be 'warn', 'raise' or 'repair'.")
-        if isinstance(repair_modules, str):
-            raise ValueError(f"repair_modules={repair_modules!r} must be a list of names.")
+        arguments.one_of("on_failure", on_failure, "warn", "raise", "repair")
         self.on_failure = on_failure
-        self.repair_modules = tuple(repair_modules or ())
-        self.seed = seed
+        self.repair_modules = arguments.names("repair_modules", repair_modules)
+        self.seed = arguments.whole_number("seed", seed, at_least=0)
         self.findings: list[Finding] = []
         self.values: dict[str, float] = {}
         self.problem: Exception | None = None
@@ -118,13 +117,21 @@ class InitializationCheck(Callback, Configured):
         if not self._is_due:
             return
         self._is_due = False
-        if not (allows_extra_pass(trainer) and pl_module.automatic_optimization):
+        iterates = takes_iterator(pl_module)
+        if iterates or not (allows_extra_pass(trainer) and pl_module.automatic_optimization):
             self._checks_first_step = True
+            if iterates:
+                console.print_message(
+                    trainer,
+                    "gradguard: Initialization: training_step(dataloader_iter) takes its batches itself, so "
+                    "that there is no extra pass; the weights and the first gradients are checked.",
+                )
             if self.on_failure == "repair":
                 console.print_message(
                     trainer,
-                    f"gradguard: No repair under {type(trainer.strategy).__name__} or manual optimization; "
-                    "run InitializationCheck(on_failure='repair') on one device first.",
+                    f"gradguard: No repair under {type(trainer.strategy).__name__}, manual optimization or "
+                    "training_step(dataloader_iter); run InitializationCheck(on_failure='repair') "
+                    "first, on one device and with a step that gets its batch.",
                 )
             self._report(trainer, pl_module, check_weights_alone(trainer, pl_module))
             return
@@ -150,6 +157,18 @@ class InitializationCheck(Callback, Configured):
             finding = check_first_step(trainer, pl_module)
             if finding is not None:
                 self._report(trainer, pl_module, [finding])
+
+    @override
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Ends the check: a step taken by hand after the fit is none of its business."""
+        self._is_due = self._checks_first_step = False
+
+    @override
+    def on_exception(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
+    ) -> None:
+        """Ends the check."""
+        self._is_due = self._checks_first_step = False
 
     def _repair(
         self,

@@ -9,7 +9,7 @@ import pytorch_lightning as pl
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_gradguard.core import tags
+from lightning_gradguard.core import arguments, tags
 from lightning_gradguard.core.backoff import Backoff, ScaledLearningRate
 from lightning_gradguard.core.incidents import Incident
 from lightning_gradguard.core.remedies import advice
@@ -60,7 +60,7 @@ class LearningRateBackoff(StepCallback):
     ) -> None:
         super().__init__()
         self.settings = non_defaults(LearningRateBackoff, locals())
-        self.prog_bar = prog_bar
+        self.prog_bar = arguments.flag("prog_bar", prog_bar)
         self.state_arguments = {"factor": factor, "min_scale": min_scale}
         self._backoff = Backoff(factor, min_scale, cooldown_steps, rewarm_steps, recover_after_steps)
         self._scale = 1.0
@@ -77,6 +77,8 @@ class LearningRateBackoff(StepCallback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Hooks into the optimizers of this fit."""
         super().on_train_start(trainer, pl_module)
+        if not self.suite.is_running:
+            return
         self._rates = [ScaledLearningRate(optimizer) for optimizer in trainer.optimizers]
         if self.prog_bar:
             self.suite.metrics.show_on_bar(tags.LR_SCALE)

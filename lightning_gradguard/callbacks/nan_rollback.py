@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import pytorch_lightning as pl
+from lightning_fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from typing_extensions import override
 
@@ -76,17 +77,24 @@ class NaNRollback(StepCallback):
         incident_dir: Folder of `incidents.jsonl`, dossiers and lost batches; the run's own folder if `None`.
         max_dossiers: Episodes that are examined in a run; 0 or more. While it is above 0, references to the
             batches of the running step are kept.
+        on_nonfinite: `"skip"` goes on after a bad step, within the budgets. `"stop"` ends the run at the
+            first one: `fit` raises, and `last_good.ckpt` has weights and optimizer as they were before it.
+            To only watch, omit this callback and the others that act:
+            `Trainer(callbacks=[InitializationCheck(), GradientNormMonitor()])`.
         max_dossier_megabytes: Limit of each dossier; weights are omitted first, then the batch.
 
     Raises:
         ValueError: If an argument is out of range.
-        TrainingDivergedError: From `fit`, when a budget is used up. Weights are then those of the newest
-            qualified snapshot.
+        TrainingDivergedError: From `fit`, when a budget is used up, with the weights of the newest qualified
+            snapshot, or at the first bad step under `on_nonfinite="stop"`.
+        MisconfigurationException: From `fit`, beside another `NaNRollback`.
 
     Example:
         >>> from lightning_gradguard import NaNRollback
         >>> rollback = NaNRollback(patience=5, snapshot_every_n_steps=100)
     """
+
+    skips_steps = True
 
     def __init__(
         self,
@@ -102,6 +110,7 @@ class NaNRollback(StepCallback):
         incident_dir: str | None = None,
         max_dossiers: int = 10,
         max_dossier_megabytes: float = 100.0,
+        on_nonfinite: Literal["skip", "stop"] = "skip",
     ) -> None:
         super().__init__()
         self.settings = non_defaults(NaNRollback, locals())
@@ -110,21 +119,23 @@ class NaNRollback(StepCallback):
         arguments.whole_number("keep_snapshots", keep_snapshots, at_least=1)
         arguments.whole_number("max_rollbacks", max_rollbacks, at_least=0)
         arguments.whole_number("max_dossiers", max_dossiers, at_least=0)
-        if snapshot_device not in ("cpu", "same"):
-            raise ValueError(f"snapshot_device={snapshot_device!r} must be 'cpu' or 'same'.")
-        if check not in ("exact", "deferred"):
-            raise ValueError(f"check={check!r} must be 'exact' or 'deferred'.")
-        if not 0 < max_skip_fraction <= 1:
-            raise ValueError(f"max_skip_fraction={max_skip_fraction!r} must be in (0, 1].")
-        if not max_dossier_megabytes >= 0:
-            raise ValueError(f"max_dossier_megabytes={max_dossier_megabytes!r} must be 0 or more.")
+        arguments.one_of("snapshot_device", snapshot_device, "cpu", "same")
+        arguments.one_of("check", check, "exact", "deferred")
+        arguments.one_of("on_nonfinite", on_nonfinite, "skip", "stop")
+        arguments.fraction("max_skip_fraction", max_skip_fraction)
+        arguments.number("max_dossier_megabytes", max_dossier_megabytes, at_least=0)
+        arguments.flag("restore_rng", restore_rng)
+        arguments.flag("rewind_schedulers", rewind_schedulers)
+        arguments.text("incident_dir", incident_dir)
         self.incident_dir = incident_dir
         self.defers_check = check == "deferred"
         self.state_arguments = {"patience": patience}
         self._patience = patience
         self._max_dossiers = max_dossiers
         self._counts = Counts()
-        self._policy = RecoveryPolicy(patience, max_rollbacks, max_skip_fraction)
+        self._policy = RecoveryPolicy(
+            patience, max_rollbacks, max_skip_fraction, stops_at_first=on_nonfinite == "stop"
+        )
         self._investigation = Investigation(max_dossiers, max_dossier_megabytes)
         self._snapshots = SnapshotSchedule(
             keep_snapshots,
@@ -137,6 +148,7 @@ class NaNRollback(StepCallback):
         self._own_logs: list[str] = []
         self._session: RollbackSession = None  # type: ignore[assignment]  # until training starts
         self._unknown_averages: list[str] = []
+        self._is_set_up = False
 
     @property
     def skips(self) -> int:
@@ -153,9 +165,25 @@ class NaNRollback(StepCallback):
         """Overflows left to the GradScaler so far."""
         return self._counts.amp_overflows
 
+    @property
+    def state_key(self) -> str:
+        """Key of the callback's state in a checkpoint; no two of them are alike before `setup`.
+
+        Lightning would reject the second one with a message about keys; `setup` has a better one.
+        """
+        key = super().state_key
+        return key if self._is_set_up else f"{key} {id(self):x}"
+
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Joins the suite, chooses where incidents are written, and is called ahead of every checkpoint."""
+        own = [c for c in trainer.callbacks if isinstance(c, NaNRollback)]  # type: ignore[attr-defined]
+        if any(other is not self for other in own):
+            raise MisconfigurationException(
+                f"The Trainer has {len(own)} NaNRollback callbacks, which would undo each other's steps: "
+                "keep one of them. default_callbacks(nan_rollback=...) takes yours in place of its own."
+            )
+        self._is_set_up = True
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
             open_journal(trainer, self.incident_dir)
@@ -167,6 +195,8 @@ class NaNRollback(StepCallback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Begins a fit."""
         super().on_train_start(trainer, pl_module)
+        if not self.suite.is_running:
+            return
         self._counts.has_stopped = False
         self._session = RollbackSession(
             trainer,
@@ -189,6 +219,8 @@ class NaNRollback(StepCallback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Saves what the forward passes of a step are about to change."""
+        if not self.suite.is_running:
+            return
         if self._unknown_averages:  # by the first batch there is a progress bar to print above
             self._warn_of_unknown_averages(trainer)
         self._session.on_batch_start(batch, batch_idx)
@@ -196,7 +228,8 @@ class NaNRollback(StepCallback):
     @override
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
         """Scans what the forward pass has left in buffers."""
-        self._session.scan_buffers()
+        if self.suite.is_running:
+            self._session.scan_buffers()
         super().on_before_backward(trainer, pl_module, loss)
 
     @override
@@ -238,13 +271,14 @@ class NaNRollback(StepCallback):
     @override
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Resolves a deferred check, so that no bad weights are validated."""
-        if self._session is not None:
+        if self.suite.is_running:
             self._session.flush()
 
     @override
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Resolves a deferred check."""
-        self._session.flush()
+        if self.suite.is_running:
+            self._session.flush()
 
     @override
     def on_exception(
@@ -269,6 +303,7 @@ class NaNRollback(StepCallback):
         if stage == "fit":
             self._own_logs = self._log_folders()
             self._session = None  # type: ignore[assignment]
+            self._snapshots.end()
             lightning_api.stop_calling_before_checkpoints(trainer)
 
     @override

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from lightning_gradguard import __version__
-from lightning_gradguard.cli.messages import nearest
+from lightning_gradguard.cli.messages import nearest, usage_errors_reported
 
 VERBS = {
     "fit": "train a module of yours with the suite in place (LightningCLI)",
@@ -38,7 +38,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             # a console script does not search the current folder, where the user's module is
             sys.path.insert(0, os.getcwd())
             # ahead of the callbacks, whose base class depends on the package of Lightning that comes first
-            import_module("lightning_gradguard.cli.parsing.preparse").named_class(rest)
+            with usage_errors_reported(verb):
+                import_module("lightning_gradguard.cli.parsing.user_source").import_once(rest)
         import_module(f"lightning_gradguard.cli.{verb}").main(rest)
     else:
         hint = nearest(verb, VERBS) or f" There are: {', '.join(VERBS)}."

@@ -19,7 +19,13 @@ import lightning_gradguard
 _PACKAGE = str(Path(lightning_gradguard.__file__).parent)
 #: Paths of code that is not the user's.
 _INSTALLED = (*(sysconfig.get_paths()[key] for key in ("stdlib", "purelib", "platlib")), _PACKAGE, "<")
-_LOGGERS = ("pytorch_lightning", "lightning.pytorch", "lightning_fabric", "lightning.fabric")
+_LOGGERS = (
+    "lightning_gradguard",
+    "pytorch_lightning",
+    "lightning.pytorch",
+    "lightning_fabric",
+    "lightning.fabric",
+)
 
 Instance = TypeVar("Instance")
 #: Classes that could not be instantiated, and their exceptions.

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import shlex
 import warnings
 from collections.abc import Mapping, Sequence
 from importlib import import_module
@@ -27,8 +29,9 @@ from lightning_gradguard.cli.messages import (
 from lightning_gradguard.cli.parsing.parse_errors import parse_error_message
 from lightning_gradguard.cli.parsing.preparse import config_files, named_class, read_config
 from lightning_gradguard.core.forensics import Origin, out_of_range_elements
-from lightning_gradguard.core.incidents import label
+from lightning_gradguard.core.incidents import label, title
 from lightning_gradguard.core.remedies import advice_for_cause
+from lightning_gradguard.report.readers.incident_files import read_incidents
 from lightning_gradguard.runtime import lightning_api
 from lightning_gradguard.runtime.incidents.dossier import Dossier, DossierError, read_dossier
 from lightning_gradguard.runtime.incidents.replay import SeenBatch, replay
@@ -131,7 +134,7 @@ def _prepared(arguments: Sequence[str]) -> tuple[Dossier, pl.LightningModule, Ma
             f"precision {dossier.precision!r} does not run on the CPU; these do: {', '.join(_PRECISIONS)}."
         )
     parser = argument_parser(lightning_package_of(named_class(arguments)).LightningModule)
-    options, module = _build_module(parser, arguments, dossier.configuration.get("module", ""))
+    options, module = _build_module(parser, arguments, dossier.configuration)
     notes = [f"omitted from the dossier: {part}" for part in dossier.left_out]
     weights: Mapping[str, Any] | None = dossier.weights
     if options.checkpoint is not None:
@@ -156,14 +159,28 @@ def _dossiers_near(path: Path) -> str:
     folder = next(place for place in (path, *path.parents) if place.is_dir())
     places = ("*", "incidents/*", "*/incidents/*", "*/*/incidents/*")
     found = [str(file.parent) for place in places for file in sorted(folder.glob(f"{place}/dossier.pt"))]
+    why = _why_none(path)
     more = f" and {len(found) - 3} more" if len(found) > 3 else ""
-    return f" There {'is' if len(found) == 1 else 'are'} {', '.join(found[:3])}{more}." if found else ""
+    verb = "is" if len(found) == 1 else "are"
+    return why + (f" There {verb} {', '.join(found[:3])}{more}." if found else "")
+
+
+def _why_none(path: Path) -> str:
+    """Returns, from the run's incidents, why a step has no dossier; empty for a path to no step of a run."""
+    file = path.parent.parent / "incidents.jsonl"
+    if path.parent.name != "incidents" or not path.name.isdigit() or not file.is_file():
+        return ""
+    incidents = [i for i in read_incidents(file, []) if i.step == int(path.name)]
+    if not incidents:
+        return f" No incident was published at step {path.name}."
+    reasons = [i.detail for i in incidents if i.detail] or ["only a nonfinite step that is skipped has one."]
+    return f" Step {path.name} ({title(incidents[0].kind)}) has none: {reasons[0]}"
 
 
 def _build_module(
-    parser: ArgumentParser, arguments: Sequence[str], recorded_class: str
+    parser: ArgumentParser, arguments: Sequence[str], recorded: Mapping[str, str]
 ) -> tuple[Namespace, pl.LightningModule]:
-    """Returns all options, and the module that they name; `recorded_class` is for hints, and not imported."""
+    """Returns all options, and the module that they name; what a dossier has `recorded` is for hints."""
     failures: Failures = []
     files = config_files(arguments)
     try:
@@ -177,12 +194,25 @@ def _build_module(
             return options, parser.instantiate_classes(options).model
     except ArgumentError as error:
         message = parse_error_message(str(error), arguments, files, list(parser.get_defaults().keys()))
-        hint = f" The run's module was {recorded_class}." if recorded_class and "--model" in message else ""
+        hint = _hint(message, recorded)
         raise UsageError(message + hint) from None
     except UsageError:
         raise
     except Exception as error:  # the user's own code
         raise UsageError(failure_message(failures, error)) from None
+
+
+def _hint(message: str, recorded: Mapping[str, str]) -> str:
+    """Names the class of the run, or the arguments that it was built with, where they are missing."""
+    if " needs --model." in message:
+        names = re.findall(r"--model\.(\w+)", message)
+        values = {name: recorded[f"hparams.{name}"] for name in names if f"hparams.{name}" in recorded}
+        if values:
+            flags = " ".join(f"--model.{name} {shlex.quote(value)}" for name, value in values.items())
+            return f" The run had: {flags}"
+        return " Give them as the run did, or as --config with the file that `fit` saved."
+    known = recorded.get("module", "")
+    return f" The run's module was {known}." if known and "--model" in message else ""
 
 
 def _model_config(config: str) -> Any:

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from lightning_gradguard.cli.messages import UsageError, usage_errors_reported
+from lightning_gradguard.cli.messages import UsageError, nearest, usage_errors_reported
 from lightning_gradguard.report.readers.runs import find_runs, read_run
 from lightning_gradguard.report.render.html import to_html
 from lightning_gradguard.report.render.json import to_json
@@ -29,9 +29,15 @@ examples:
 Exit code 0: a report was printed, whatever its verdict; 2: wrong input."""
 
 
+_OPTIONS = ("--html", "--json", "--help")
+
+
 def main(arguments: Sequence[str]) -> None:
     """Reports on runs, in the terminal or in files."""
-    options = argument_parser().parse_args(arguments)
+    with usage_errors_reported("report"):
+        options, unknown = _parsed(arguments)
+        if unknown:
+            raise UsageError(f"there is no {unknown}.{nearest(unknown, _OPTIONS)}")
     folders: list[Path] = options.run_dirs
     json_file: Path | None = options.json
     if json_file is not None and json_file.is_dir():
@@ -57,6 +63,17 @@ def main(arguments: Sequence[str]) -> None:
     _print(to_text(reports, shutil.get_terminal_size((100, 24)).columns))
 
 
+def _parsed(arguments: Sequence[str]) -> tuple[argparse.Namespace, str]:
+    """Returns the options, and the first that there is not; a `UsageError` names one without its value."""
+    parser = argument_parser()
+    parser.exit_on_error = False
+    try:
+        options, rest = parser.parse_known_args(arguments)
+    except argparse.ArgumentError as error:
+        raise UsageError(f"{error.argument_name}: {error.message}.") from None
+    return options, next((word.partition("=")[0] for word in rest), "")
+
+
 def argument_parser() -> argparse.ArgumentParser:
     """Returns the parser of this command."""
     parser = argparse.ArgumentParser(
@@ -64,6 +81,7 @@ def argument_parser() -> argparse.ArgumentParser:
         description=_DESCRIPTION,
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument(
         "run_dirs", metavar="RUN_DIR", nargs="*", type=Path, help="folder of a run, or one that holds runs"

@@ -3,27 +3,59 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
+from numbers import Real
+from typing import Any
+
+
+def number(name: str, value: float, *, at_least: float = -math.inf) -> float:
+    """Returns a number of at least `at_least`, `inf` included; no text, no bool and no NaN.
+
+    Example:
+        >>> number("norm_type", "two", at_least=1)
+        Traceback (most recent call last):
+        ...
+        ValueError: norm_type='two' must be a number of at least 1.
+    """
+    if not (_is_number(value) and value >= at_least):
+        limit = "" if at_least == -math.inf else f" of at least {at_least:g}"
+        raise ValueError(f"{name}={value!r} must be a number{limit}.")
+    return value
 
 
 def positive(name: str, value: float) -> float:
     """Returns a finite number above 0."""
-    if not (isinstance(value, (int, float)) and 0 < value < math.inf):
+    if not (_is_number(value) and 0 < value < math.inf):
         raise ValueError(f"{name}={value!r} must be a positive number.")
     return value
 
 
 def decay_rate(name: str, value: float) -> float:
     """Returns a number in [0, 1), as the decay of a running mean."""
-    if not 0 <= value < 1:
+    if not (_is_number(value) and 0 <= value < 1):
         raise ValueError(f"{name}={value!r} must be in [0, 1).")
     return value
 
 
 def fraction(name: str, value: float) -> float:
     """Returns a number in (0, 1]."""
-    if not 0 < value <= 1:
+    if not (_is_number(value) and 0 < value <= 1):
         raise ValueError(f"{name}={value!r} must be in (0, 1].")
+    return value
+
+
+def open_fraction(name: str, value: float) -> float:
+    """Returns a number in (0, 1)."""
+    if not (_is_number(value) and 0 < value < 1):
+        raise ValueError(f"{name}={value!r} must be in (0, 1).")
+    return value
+
+
+def percentage(name: str, value: float) -> float:
+    """Returns a number in [0, 100]."""
+    if not (_is_number(value) and 0 <= value <= 100):
+        raise ValueError(f"{name}={value!r} must be in [0, 100].")
     return value
 
 
@@ -41,8 +73,38 @@ def whole_number(name: str, value: int, *, at_least: int = 1) -> int:
     return value
 
 
+def flag(name: str, value: bool) -> bool:
+    """Returns a bool."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{name}={value!r} must be True or False.")
+    return value
+
+
+def one_of(name: str, value: Any, *choices: str) -> str:
+    """Returns one of the choices."""
+    if not isinstance(value, str) or value not in choices:
+        *others, last = map(repr, choices)
+        raise ValueError(f"{name}={value!r} must be {', '.join(others)} or {last}.")
+    return value
+
+
+def text(name: str, value: Any) -> str | None:
+    """Returns a path as text; `None` for none."""
+    if value is not None and not isinstance(value, (str, os.PathLike)):
+        raise ValueError(f"{name}={value!r} must be a path, or None.")
+    return None if value is None else os.fspath(value)
+
+
 def names(name: str, value: Sequence[str] | None) -> tuple[str, ...]:
     """Returns a list of names as a tuple, empty for `None`; a single string is an error."""
     if isinstance(value, str):
         raise ValueError(f"{name}={value!r} must be a list of names, such as [{value!r}].")
+    if value is not None and not (
+        isinstance(value, (list, tuple, set, frozenset)) and all(isinstance(entry, str) for entry in value)
+    ):
+        raise ValueError(f"{name}={value!r} must be a list of names.")
     return tuple(value or ())
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and not math.isnan(value)

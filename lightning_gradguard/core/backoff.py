@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from lightning_gradguard.core.arguments import fraction, whole_number
+from lightning_gradguard.core.arguments import fraction, open_fraction, whole_number
 
 #: Share of the level at which re-warming begins.
 REWARM_START = 0.1
@@ -43,9 +43,7 @@ class Backoff:
         rewarm_steps: int = 50,
         recover_after_steps: int = 2000,
     ) -> None:
-        if not 0 < factor < 1:
-            raise ValueError(f"factor={factor!r} must be in (0, 1).")
-        self._factor = factor
+        self._factor = open_fraction("factor", factor)
         self._min_scale = fraction("min_scale", min_scale)
         self._cooldown_steps = whole_number("cooldown_steps", cooldown_steps, at_least=0)
         self._rewarm_steps = whole_number("rewarm_steps", rewarm_steps, at_least=0)

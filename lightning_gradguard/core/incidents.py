@@ -21,6 +21,7 @@ IncidentKind = Literal[
     "learning_rate_backoff",
     "training_diverged",
     "lost_batch",
+    "rejected_step",
     "vanishing_gradient",
     "exploding_gradient",
     "weight_stagnation",
@@ -28,6 +29,8 @@ IncidentKind = Literal[
     "dead_units",
     "saturated_units",
     "poor_initialization",
+    "nonfinite_validation",
+    "nonfinite_test",
 ]
 #: The intervention of the suite.
 Action = Literal["none", "skipped", "rolled_back", "backed_off", "repaired", "stopped"]
@@ -54,6 +57,8 @@ _TITLES = {
     "vanishing_gradient": "vanishing gradients",
     "gradient_collapse": "collapsed gradients",
     "nonfinite_gradient": "nonfinite gradients",
+    "nonfinite_validation": "nonfinite validation metric",
+    "nonfinite_test": "nonfinite test metric",
     "amp_overflow": "float16 overflow",
     "constant_clipping": "hard clipping all the time",
     "falling_learning_rate": "a learning rate that keeps falling",
@@ -69,6 +74,7 @@ _VALUES = {
     "divergence": "loss {:.4g}",
     "gradient_collapse": "loss {:.4g}",
     "corrupted_gradient": "total norm {:.4g}",
+    "rejected_step": "total norm {:.4g}",
     "rollback": "to step {:.0f}",
     "learning_rate_backoff": "{:.4g}x",
 }

@@ -34,9 +34,11 @@ class RecoveryPolicy:
         patience: Consecutive skipped steps (of one optimizer) after which the run is rolled back.
         max_rollbacks: Number of rollbacks before the run is stopped; 500 good steps without one refund one.
         max_skip_fraction: Share of the last 100 steps that may be skipped before the run is stopped.
+        stops_at_first: True to stop the run at the first skipped step.
 
     Attributes:
         rollbacks: Number of rollbacks so far.
+        is_stopped_at_first: True if the run stops at its first nonfinite step, and not for want of a budget.
         is_adversarial: True if several optimizers may train networks against each other, whose losses rise
             and fall in healthy training. Set before the first step.
 
@@ -49,7 +51,11 @@ class RecoveryPolicy:
         ('continue', 'stop')
     """
 
-    def __init__(self, patience: int, max_rollbacks: int, max_skip_fraction: float) -> None:
+    def __init__(
+        self, patience: int, max_rollbacks: int, max_skip_fraction: float, stops_at_first: bool = False
+    ) -> None:
+        self.stops_at_first = stops_at_first
+        self.is_stopped_at_first = False
         self._patience = patience
         self._max_rollbacks = max_rollbacks
         self._max_skip_fraction = max_skip_fraction
@@ -64,11 +70,12 @@ class RecoveryPolicy:
         self._health: dict[int, OptimizerHealth] = {}
         self._divergences: dict[int, int] = {}
 
-    def on_skip(self, index: int) -> Decision:
-        """Counts a skipped step of optimizer `index`."""
+    def on_skip(self, index: int, is_nonfinite: bool = True) -> Decision:
+        """Counts a skipped step of optimizer `index`; a finite one was rejected by a callback."""
+        self.is_stopped_at_first = self.stops_at_first and is_nonfinite
         self._skipped_in_a_row[index] = self._skipped_in_a_row.get(index, 0) + 1
         self._outcomes.append(True)
-        if self.skips_too_often:
+        if self.skips_too_often or self.is_stopped_at_first:
             return "stop"
         return self.escalate() if self._skipped_in_a_row[index] >= self._patience else "continue"
 
@@ -126,7 +133,9 @@ class RecoveryPolicy:
 
     @property
     def stop_reason(self) -> str:
-        """Description of the budget that is used up."""
+        """Description of the budget that is used up, or of the wish to stop at once."""
+        if self.is_stopped_at_first:
+            return "the loss, or a gradient, is nonfinite (on_nonfinite='stop')"
         if self.skips_too_often:
             return (
                 f"more than {self._max_skip_fraction:.0%} of the last {OUTCOMES} steps were skipped "

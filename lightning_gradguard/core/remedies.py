@@ -13,6 +13,17 @@ _REMEDIES = {
         "Check this batch for nonfinite or huge inputs and bad labels, and compute the loss in float32 "
         "(torch.nn.functional.cross_entropy on logits rather than log of softmax)."
     ),
+    "rejected_step": (
+        "The step is finite: `check_step` of that callback has rejected it, and decides when that is right."
+    ),
+    "nonfinite_validation": (
+        "Look at that batch for NaN or inf in its inputs, and at the validation step for a log, a division "
+        "or a root of 0."
+    ),
+    "nonfinite_test": (
+        "Look at that batch for NaN or inf in its inputs, and at the test step for a log, a division or a "
+        "root of 0."
+    ),
     "nonfinite_weights": (
         "An update was too large: lower the learning rate, clip gradients (AdaptiveGradientClipping), or "
         "bound the weights (weight_decay, a max-norm constraint)."

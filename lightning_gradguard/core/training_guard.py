@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.optim import Optimizer
 
-from lightning_gradguard.core.arguments import fraction, whole_number
+from lightning_gradguard.core.arguments import fraction, one_of, whole_number
 from lightning_gradguard.core.backoff import Backoff, ScaledLearningRate
 from lightning_gradguard.core.clipping import ClippingPolicy, Scalar, ZScoreClipping
 from lightning_gradguard.core.incidents import IncidentKind, TrainingDivergedError
@@ -118,8 +118,7 @@ class TrainingGuard:
         whole_number("max_rollbacks", max_rollbacks, at_least=0)
         whole_number("keep_snapshots", keep_snapshots)
         fraction("max_skip_fraction", max_skip_fraction)
-        if snapshot_device not in ("cpu", "same"):
-            raise ValueError(f"snapshot_device={snapshot_device!r} must be 'cpu' or 'same'.")
+        one_of("snapshot_device", snapshot_device, "cpu", "same")
         if policy is not None and not isinstance(policy, ClippingPolicy):
             raise ValueError(f"policy={policy!r} is not a ClippingPolicy.")
         if backoff is not None and not isinstance(backoff, Backoff):
@@ -162,10 +161,16 @@ class TrainingGuard:
             loss: Loss of the batch, or of all that were accumulated; one number.
 
         Raises:
+            TypeError: If the loss is no tensor.
             ValueError: If the loss is not one number, or no parameter has a gradient.
             TrainingDivergedError: If a budget is used up. Weights are then those of the newest qualified
                 snapshot.
         """
+        if not isinstance(loss, Tensor):
+            raise TypeError(
+                f"loss={loss!r} is a {type(loss).__name__}, and no tensor: pass the loss that backward() was "
+                "called on, as in guard.step(loss)."
+            )
         if loss.numel() != 1:
             raise ValueError(f"loss of shape {tuple(loss.shape)} must be one number.")
         parameters = set(_weights(self._optimizer))

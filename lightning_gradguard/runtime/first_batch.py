@@ -104,7 +104,7 @@ def check_weights_alone(trainer: pl.Trainer, pl_module: pl.LightningModule) -> l
 
 
 def check_first_step(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Finding | None:
-    """Returns a finding if the gradients of the first step vanish or explode towards the input."""
+    """Returns a finding if the gradients of the first step vanish or explode in the backward pass."""
     layout = ParameterLayout(flat_shards(trainer), pl_module.device)
     everything = layout.select(pl_module.named_parameters())
     named = zip(everything.names, everything.parameters, everything.is_matrix, strict=True)

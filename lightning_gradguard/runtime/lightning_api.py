@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
-from functools import cache, partial, wraps
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
 import pytorch_lightning as pl
@@ -12,13 +12,14 @@ import torch
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.trainer.states import TrainerFn
 from pytorch_lightning.utilities import rank_zero_warn
+from pytorch_lightning.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, ShardingStrategy
 from torch.optim import LBFGS, Optimizer
 from torchmetrics import Metric
 
 from lightning_gradguard.core.norms import FlatShard
-from lightning_gradguard.runtime.lightning_packages import callback_base_class
+from lightning_gradguard.runtime.lightning_packages import callback_base_class, is_instance_by_name
 
 if TYPE_CHECKING:
     from pytorch_lightning import Callback as Callback
@@ -73,6 +74,19 @@ def allows_extra_pass(trainer: pl.Trainer) -> bool:
     return type(trainer.strategy).__name__.startswith(("SingleDevice", "DDP", "SingleHPU", "SingleXLA"))
 
 
+def takes_iterator(pl_module: pl.LightningModule) -> bool:
+    """True for a `training_step(self, dataloader_iter)`, which takes its batches itself.
+
+    Its batch is unknown before it has run: hooks get the batch before.
+    """
+    return bool(is_param_in_hook_signature(pl_module.training_step, "dataloader_iter", explicit=True))
+
+
+def step_idx(trainer: pl.Trainer) -> int:
+    """The number of calls of `training_step` in this epoch before the running one."""
+    return int(trainer.fit_loop.epoch_loop.batch_idx)
+
+
 def batches_that_stepped(trainer: pl.Trainer) -> int:
     """The step on the loggers' horizontal axis, the one that `self.log` uses."""
     epoch_loop = trainer.fit_loop.epoch_loop
@@ -100,6 +114,32 @@ def epoch_mean_metrics(trainer: pl.Trainer) -> list[Metric]:
     """The metrics in which `self.log(..., on_epoch=True)` accumulates during training, one a key."""
     results = getattr(trainer.fit_loop.epoch_loop, "_results", None)
     return [] if results is None else list(results.values())
+
+
+def set_callback_metric(trainer: pl.Trainer, name: str, value: float) -> None:
+    """Sets a metric in `trainer.callback_metrics` when no batch ends any more that could log it."""
+    # what was logged last would come back at the next look, after an exception
+    for metric in (getattr(trainer, "_results", None) or {}).values():
+        if metric.meta.name == name:
+            metric._forward_cache = torch.tensor(value)
+    trainer.callback_metrics[name] = torch.tensor(value)
+
+
+def evaluation_sums(trainer: pl.Trainer) -> dict[str, Tensor]:
+    """Returns what `self.log` has added up of each metric in this validation or test, on the device."""
+    results = getattr(trainer, "_results", None) or {}
+    return {
+        key: metric.value
+        for key, metric in results.items()
+        if getattr(metric, "is_tensor", False) and isinstance(metric.value, Tensor)
+    }
+
+
+def evaluation_metrics(trainer: pl.Trainer) -> dict[str, float]:
+    """Returns the metrics of a validation or a test, at its end, by the names that callbacks monitor."""
+    results = getattr(trainer, "_results", None)
+    metrics = trainer.callback_metrics if results is None else results.metrics(False)["callback"]
+    return {name: float(value) for name, value in metrics.items()}
 
 
 def attach_for_replay(trainer: pl.Trainer, pl_module: pl.LightningModule, *, step: int, epoch: int) -> None:
@@ -225,20 +265,32 @@ def is_swa_bn_update(trainer: pl.Trainer) -> bool:
     return bool(getattr(trainer.fit_loop, "_skip_backward", False))
 
 
+class _CheckpointWriter:
+    """Takes the place of `trainer.save_checkpoint`, also of one that was replaced before."""
+
+    def __init__(self, trainer: pl.Trainer, act: Callable[[], None]) -> None:
+        self.act = act
+        self.replaced = vars(trainer).get("save_checkpoint")
+        self.write = trainer.save_checkpoint
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self.act()
+        return self.write(*args, **kwargs)
+
+
 def call_before_checkpoints(trainer: pl.Trainer, act: Callable[[], None]) -> None:
     """Calls `act` on every rank ahead of each checkpoint that is written while the Trainer fits."""
-
-    @wraps(type(trainer).save_checkpoint)
-    def save_checkpoint(*args: Any, **kwargs: Any) -> None:
-        act()
-        type(trainer).save_checkpoint(trainer, *args, **kwargs)
-
-    trainer.save_checkpoint = save_checkpoint  # type: ignore[method-assign]
+    stop_calling_before_checkpoints(trainer)  # an exception ended the fit before, without a teardown
+    trainer.save_checkpoint = _CheckpointWriter(trainer, act)  # type: ignore[method-assign]
 
 
 def stop_calling_before_checkpoints(trainer: pl.Trainer) -> None:
     """Restores `trainer.save_checkpoint`."""
-    vars(trainer).pop("save_checkpoint", None)
+    writer = vars(trainer).get("save_checkpoint")
+    if isinstance(writer, _CheckpointWriter):
+        del trainer.save_checkpoint
+        if writer.replaced is not None:
+            trainer.save_checkpoint = writer.replaced  # type: ignore[method-assign]
 
 
 def weight_averages(trainer: pl.Trainer) -> list[nn.Module]:
@@ -268,7 +320,7 @@ def unknown_averages(trainer: pl.Trainer, before: Callback | None = None) -> lis
         for callback in (callbacks if before is None else callbacks[: callbacks.index(before)])
         if _AVERAGES.search(name := type(callback).__name__)
         and id(callback) not in known
-        and type(callback).on_train_batch_end.__module__ not in _NO_HOOKS
+        and _module_of_hook(callback, "on_train_batch_end") not in _NO_HOOKS
     ]
 
 
@@ -291,20 +343,27 @@ def resume_weight_averages(trainer: pl.Trainer) -> None:
 
 def _averaging_callbacks(trainer: pl.Trainer) -> Iterator[Any]:
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if hasattr(callback, "_average_model") and hasattr(callback, "should_update"):
+        # by name, for a mock has every attribute
+        if is_instance_by_name(callback, "WeightAveraging"):
             yield callback
 
 
 def writes_after_step(pl_module: pl.LightningModule) -> bool:
     """True if the module may write to its weights when a batch has ended."""
-    return type(pl_module).on_train_batch_end.__module__.split(".")[0] not in _PACKAGES
+    return _module_of_hook(pl_module, "on_train_batch_end").split(".")[0] not in _PACKAGES
+
+
+def _module_of_hook(owner: Any, hook: str) -> str:
+    """The Python module that defines a hook, or the class, where that makes its hooks up, as a mock does."""
+    defined = getattr(type(owner), hook, None)
+    return getattr(defined, "__module__", None) or type(owner).__module__
 
 
 def gradients_used_after_hook(trainer: pl.Trainer) -> bool:
     """True if other code than the suite reads or writes gradients ahead of the update."""
     module = trainer.lightning_module
     owners = [module, *trainer.callbacks]  # type: ignore[attr-defined]
-    packages = {type(owner).on_before_optimizer_step.__module__.split(".")[0] for owner in owners}
+    packages = {_module_of_hook(owner, "on_before_optimizer_step").split(".")[0] for owner in owners}
     return bool(
         trainer.gradient_clip_val
         or gradient_scaler(trainer) is not None

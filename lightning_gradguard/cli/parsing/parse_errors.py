@@ -195,10 +195,10 @@ def _is_subclass(value: Any, base: type) -> bool:
 
 
 def _example_subclass(base: Any, arguments: Collection[str]) -> str:
-    """Returns the name of the subclass with the fewest arguments, some included; `my.Class` without one."""
-    taken = {heir.__name__: inspect.signature(heir).parameters for heir in _concrete(base)}
-    fitting = [name for name, parameters in taken.items() if parameters.keys() >= {*arguments}]
-    return min(fitting, key=lambda name: len(taken[name]), default="my.Class")
+    """Returns the name of a subclass that takes all of some arguments; `my.Class` if there is none."""
+    signatures = {heir.__name__: inspect.signature(heir).parameters for heir in _concrete(base)}
+    fitting = [name for name, parameters in signatures.items() if {*arguments} <= {*parameters}]
+    return min(fitting, key=lambda name: len(signatures[name]), default="my.Class")
 
 
 def _concrete(base: Any) -> Iterator[type]:

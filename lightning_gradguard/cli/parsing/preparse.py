@@ -19,13 +19,18 @@ def named_class(arguments: Sequence[str]) -> Any:
     The parser depends on it: the class is one of `pytorch_lightning` or of `lightning`. That parser also
     reports errors, in more detail.
     """
-    options = _preparse(arguments)
-    paths = [options.model or "", *map(_class_path_in, reversed(config_files(arguments)))]
-    module, _, name = next(filter(None, paths), "").rpartition(".")
+    module, _, name = named_path(arguments).rpartition(".")
     try:
         return getattr(importlib.import_module(module), name)
     except Exception:  # the user's own code
         return None
+
+
+def named_path(arguments: Sequence[str]) -> str:
+    """Returns the path of the class that `--model`, or else the last `--config`, names; empty for none."""
+    options = _preparse(arguments)
+    paths = [options.model or "", *map(_class_path_in, reversed(config_files(arguments)))]
+    return next(filter(None, paths), "")
 
 
 def config_files(arguments: Sequence[str]) -> list[str]:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_gradguard.core.arguments import decay_rate, positive, whole_number
+from lightning_gradguard.core.arguments import decay_rate, number, positive, whole_number
 from lightning_gradguard.core.clipping.policy import EPS, ClippingPolicy
 from lightning_gradguard.core.norms import Gradients
 
@@ -33,9 +33,7 @@ class PerTensorClipping(ClippingPolicy):
     def __init__(
         self, max_ratio: float = 1.05, decay: float = 0.98, warmup_steps: int = 100, max_norm: float = 1.0
     ) -> None:
-        if not max_ratio >= 1:
-            raise ValueError(f"max_ratio={max_ratio!r} must be at least 1.")
-        self.max_ratio = max_ratio
+        self.max_ratio = number("max_ratio", max_ratio, at_least=1)
         self.decay = decay_rate("decay", decay)
         self.warmup_steps = whole_number("warmup_steps", warmup_steps)
         self.max_norm = positive("max_norm", max_norm)

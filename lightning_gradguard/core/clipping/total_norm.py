@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_gradguard.core.arguments import decay_rate, positive, whole_number
+from lightning_gradguard.core.arguments import decay_rate, percentage, positive, whole_number
 from lightning_gradguard.core.clipping.policy import EPS, ClippingPolicy, Scalar
 from lightning_gradguard.core.norms import Gradients
 
@@ -72,9 +72,7 @@ class PercentileClipping(ClippingPolicy):
     """
 
     def __init__(self, percentile: float = 10.0, window: int = 1000) -> None:
-        if not 0 <= percentile <= 100:
-            raise ValueError(f"percentile={percentile!r} must be in [0, 100].")
-        self.percentile = percentile
+        self.percentile = percentage("percentile", percentile)
         self.window = whole_number("window", window)
         self._state: dict[str, Tensor] = {}
         self._pending: dict[str, Tensor] = {}

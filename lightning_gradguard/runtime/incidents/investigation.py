@@ -127,6 +127,8 @@ _VAGUE = {"transient": 1, "unknown": 2}
 
 
 def _obstacle(trainer: pl.Trainer, pl_module: pl.LightningModule) -> str | None:
+    if lightning_api.takes_iterator(pl_module):
+        return "The batch was not run again: training_step takes it from the iterator."
     if not lightning_api.allows_extra_pass(trainer):
         return f"The batch was not run again: {type(trainer.strategy).__name__} shards the network."
     if world_size() > 1 and any(isinstance(m, nn.SyncBatchNorm) for m in pl_module.modules()):

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import math
+import os
 import warnings
 from collections import Counter, deque
 from collections.abc import Collection, Mapping, Sequence
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -86,19 +89,33 @@ def open_journal(trainer: pl.Trainer, folder: str | None = None) -> None:
 
 def _folder_of_run(trainer: pl.Trainer) -> Path:
     """Returns Lightning's folder of the run; for loggers that share one between runs, that of checkpoints."""
-    folder = Path(trainer.log_dir or trainer.default_root_dir)
+    log_dir: Any = trainer.log_dir
+    is_path = log_dir and isinstance(log_dir, (str, os.PathLike))  # a logger may be a mock
+    folder = Path(log_dir if is_path else trainer.default_root_dir)
     # on every rank, with any loggers: a service names a run on rank 0 only
-    return folder.joinpath(*gather_objects(_name_of_run(trainer.logger))[0])
+    own = gather_objects(_name_of_run(trainer.logger) or _own_subfolder(trainer, folder))[0]
+    return folder.joinpath(*own)
+
+
+def _own_subfolder(trainer: pl.Trainer, folder: Path) -> tuple[str, ...]:
+    """Returns `version_<n>` if the folder belongs to no logger, and has the incidents of an earlier run."""
+    if trainer.loggers:
+        return ()
+    candidates = chain([()], ((f"version_{n}",) for n in count(1)))
+    taken = ("incidents.jsonl", "lost_batches.rank0.jsonl", "incidents")
+    return next(own for own in candidates if not any(folder.joinpath(*own, name).exists() for name in taken))
 
 
 def _name_of_run(logger: Any) -> tuple[str, ...]:
     if logger is None or any(is_instance_by_name(logger, own) for own in ("TensorBoardLogger", "CSVLogger")):
         return ()
     try:
-        name, version = str(logger.name), logger.version
+        name, version = logger.name, logger.version
     except Exception:  # an unreachable service costs its records, never the run
         return ()
-    return name, version if isinstance(version, str) else f"version_{version}"
+    if not isinstance(name, str | None) or not isinstance(version, str | int | None):  # of a mock
+        return ()
+    return str(name), version if isinstance(version, str) else f"version_{version}"
 
 
 def run_folder(trainer: pl.Trainer) -> Path | None:
@@ -134,7 +151,8 @@ def publish(trainer: pl.Trainer, pl_module: pl.LightningModule, incident: Incide
         if incident.dossier and journal.folder is not None:
             page = f" See {journal.folder / incident.dossier / 'index.html'}."
         more = " Further ones are only written to the file." if times == MAX_PRINTED else ""
-        console.print_message(trainer, f"gradguard: {incident.describe()}.{page}{advice}{more}")
+        level = logging.INFO if incident.action == "none" else logging.WARNING
+        console.print_message(trainer, f"gradguard: {incident.describe()}.{page}{advice}{more}", level)
     for listener in (*trainer.callbacks, pl_module):  # type: ignore[attr-defined]
         on_training_incident = getattr(listener, "on_training_incident", None)
         if callable(on_training_incident):

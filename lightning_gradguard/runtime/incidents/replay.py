@@ -98,9 +98,9 @@ def replay(
 
 @contextmanager
 def without_logging(pl_module: pl.LightningModule) -> Iterator[None]:
-    """Discards what `training_step` logs."""
+    """Discards what `training_step` logs and prints."""
     nowhere: Callable[..., None] = lambda *_, **__: None  # noqa: E731
-    with _patched(pl_module, log=nowhere, log_dict=nowhere):
+    with _patched(pl_module, log=nowhere, log_dict=nowhere, print=nowhere):
         yield
 
 

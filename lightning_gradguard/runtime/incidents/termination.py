@@ -45,6 +45,7 @@ def divergence_error(
     step: int,
     causes: Mapping[Cause, Sequence[str]],
     last_good: Path | None,
+    which: str,
 ) -> TrainingDivergedError:
     """Makes the error that ends the run."""
     causes_text = "; ".join(
@@ -55,6 +56,6 @@ def divergence_error(
     return TrainingDivergedError(
         f"Training was stopped at step {trainer.global_step}: {reason}."
         + (f" Causes: {causes_text}." if causes_text else "")
-        + f" {combined_advice(causes)} Weights are those of step {step}, the last qualified ones."
+        + f" {combined_advice(causes)} Weights are those of step {step}, {which}."
         + (f" Incidents and checkpoint to resume from: {', '.join(left)}" if left else "")
     )

@@ -1,16 +1,47 @@
-"""Messages on the console, above the progress bar."""
+"""Messages on the console, above the progress bar, through the logger `lightning_gradguard`.
+
+Interventions have the level WARNING, everything else INFO. The usual calls of `logging` turn messages off, or
+send them elsewhere, whatever is done with Lightning's own logger.
+"""
 
 from __future__ import annotations
 
+import logging
 import shutil
 import sys
 from pathlib import Path
 
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks.progress.tqdm_progress import Tqdm
-from pytorch_lightning.utilities import rank_zero_info
 
 from lightning_gradguard.runtime.lightning_packages import is_instance_by_name
+
+LOGGER = logging.getLogger("lightning_gradguard")
+
+
+class _AboveBar(logging.Handler):
+    """Prints above the progress bar, or to standard error if there is none."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if LOGGER.propagate and _prints(logging.getLogger()):
+            return  # `logging.basicConfig` was called, or the like: the root logger prints it
+        bar = getattr(record, "progress_bar", None)
+        if bar is None:
+            print(record.getMessage(), file=sys.stderr)
+        else:
+            # the `print` of this bar drops messages while the bar is not on the screen
+            write = Tqdm.write if is_instance_by_name(bar, "TQDMProgressBar") else bar.print
+            write(record.getMessage())
+
+
+def _prints(logger: logging.Logger) -> bool:
+    screens = (sys.stdout, sys.stderr, sys.__stdout__, sys.__stderr__)
+    return any(getattr(handler, "stream", None) in screens for handler in logger.handlers)
+
+
+LOGGER.addHandler(_AboveBar())
+if LOGGER.level == logging.NOTSET:
+    LOGGER.setLevel(logging.INFO)
 
 
 def shell_command(command: str) -> str:
@@ -36,14 +67,12 @@ def relative_to_cwd(path: Path) -> str:
     return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
 
 
-def print_message(trainer: pl.Trainer, message: str) -> None:
-    """Prints a message once, above the progress bar if there is one."""
-    bar = trainer.progress_bar_callback
-    if bar is None or not getattr(bar, "is_enabled", True):
-        rank_zero_info(message)
-    elif trainer.is_global_zero:
-        # the `print` of this bar drops messages while the bar is not on the screen
-        (Tqdm.write if is_instance_by_name(bar, "TQDMProgressBar") else bar.print)(message)
+def print_message(trainer: pl.Trainer, message: str, level: int = logging.INFO) -> None:
+    """Logs a message on the first rank, above the progress bar if there is one."""
+    if trainer.is_global_zero:
+        bar = trainer.progress_bar_callback
+        shown = bar if bar is not None and getattr(bar, "is_enabled", True) else None
+        LOGGER.log(level, "%s", message, extra={"progress_bar": shown})
 
 
 def print_last_message(trainer: pl.Trainer, message: str) -> None:

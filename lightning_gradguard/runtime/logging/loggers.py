@@ -20,7 +20,7 @@ def write_scalars(logger: Any, scalars: Mapping[str, float], step: int) -> None:
     if is_instance_by_name(logger, "TensorBoardLogger"):
         scalars = {**scalars, **decades(scalars)}
         _update_layout(logger.experiment, scalars)
-    logger.log_metrics(dict(scalars), step=step)
+    logger.log_metrics(metrics=dict(scalars), step=step)  # as Lightning itself calls it
 
 
 def write_medium(logger: Any, medium: Medium, tag: str, content: Any, step: int) -> None:

@@ -56,7 +56,7 @@ class IncidentReporter:
         has_scaler = lightning_api.gradient_scaler(self._trainer) is not None
         kind, facts = describe_skip(transaction, has_scaler=has_scaler)
         window = transaction.window
-        if examine and window.batches and kind != "lost_batch":
+        if examine and window.batches and kind not in ("lost_batch", "rejected_step"):
             result = self._investigation.examine(
                 self._trainer,
                 self._pl_module,
@@ -92,6 +92,8 @@ def describe_skip(transaction: StepTransaction, *, has_scaler: bool) -> tuple[In
     }
     if measurement.was_lost:
         return "lost_batch", facts
+    if measurement.rejected_by:
+        return "rejected_step", {**facts, "where": measurement.rejected_by, "value": measurement.total_norm}
     if measurement.nonfinite_weights:
         return "nonfinite_weights", facts
     if measurement.nonfinite_losses:

@@ -104,6 +104,7 @@ class RollbackSession:
         self._randomness = StepRandomness()
         self._has_scaler = lightning_api.gradient_scaler(trainer) is not None
         self._is_sharded = lightning_api.shards_parameters(trainer)
+        self._takes_iterator = lightning_api.takes_iterator(pl_module)
         self._side_effects = SideEffects(trainer, pl_module)
         snapshots.begin(trainer, self._side_effects)
         policy.is_adversarial = len(trainer.optimizers) > 1
@@ -133,6 +134,8 @@ class RollbackSession:
         """Saves what the forward passes of a step are about to change."""
         trainer = self._trainer
         epoch = trainer.current_epoch
+        if self._takes_iterator:  # what the hook got is of the step before
+            batch, batch_idx = None, lightning_api.step_idx(trainer)
         if self._is_sharded:
             lightning_api.reshard_parameters(trainer)
         self._outcome = BatchOutcome()
@@ -207,6 +210,8 @@ class RollbackSession:
         trainer = self._trainer
         if self._randomness.is_probing:
             self._randomness.after_step()
+        if self._takes_iterator:
+            batch_idx = lightning_api.step_idx(trainer)
         if not self._suite.has_stepped and lightning_api.is_swa_bn_update(trainer):
             self._check_buffers()
         if self._has_scaler:
@@ -319,7 +324,7 @@ class RollbackSession:
             self._counts.skips += window.repeats_skipped_batch
             return
         self._counts.skips += 1
-        self._outcome.decide(self._policy.on_skip(measurement.optimizer_index))
+        self._outcome.decide(self._policy.on_skip(measurement.optimizer_index, not measurement.rejected_by))
         if measurement.nonfinite_weights:
             self._outcome.decide(self._policy.escalate())
 
@@ -364,15 +369,18 @@ class RollbackSession:
 
     def _stop(self) -> None:
         self._discard_deferred()
-        step = self._snapshots.restore_newest(self._trainer)
-        self.lost_batches.mark_undone(step)
+        if self._policy.is_stopped_at_first and not self._state_is_nonfinite():
+            step, which = self._trainer.global_step, "without the bad step"  # it was skipped, or undone
+        else:
+            step, which = self._snapshots.restore_newest(self._trainer), "the last qualified ones"
+            self.lost_batches.mark_undone(step)
         self._counts.has_stopped = True
         last_good = save_last_good(self._trainer)
         found = self._investigation.found
         self._reporter.publish("training_diverged", action="stopped", advice=combined_advice(found))
         self.log_counts()
         self._suite.metrics.flush(self._trainer, self._pl_module)
-        raise divergence_error(self._trainer, self._policy.stop_reason, step, found, last_good)
+        raise divergence_error(self._trainer, self._policy.stop_reason, step, found, last_good, which)
 
     def _discard_deferred(self) -> None:
         self._suite.discard_deferred()

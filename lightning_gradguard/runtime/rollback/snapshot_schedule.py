@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytorch_lightning as pl
 
 from lightning_gradguard.core.snapshots import Snapshot, SnapshotRing
@@ -20,7 +22,9 @@ class SnapshotSchedule:
     """
 
     def __init__(self, keep: int, every_n_steps: int, device: str, *, rng: bool, schedules: bool) -> None:
-        self._ring = SnapshotRing(keep, device=device)
+        self._new_ring = partial(SnapshotRing, keep, device=device)
+        self._ring = self._new_ring()
+        self._side_effects: SideEffects = None  # type: ignore[assignment]  # until training starts
         self._every_n_steps = every_n_steps
         self._rng = rng
         self._schedules = schedules
@@ -33,6 +37,13 @@ class SnapshotSchedule:
         self._good_steps = 0
         self._is_due = False
         self.reset(trainer)
+
+    def end(self) -> None:
+        """Frees the memory of all snapshots, and the Trainer: nothing is rolled back after the fit."""
+        self._ring = self._new_ring()
+        self._side_effects = None  # type: ignore[assignment]
+        self.is_empty = True
+        self.is_copying = False
 
     def reset(self, trainer: pl.Trainer) -> None:
         """Discards all snapshots."""

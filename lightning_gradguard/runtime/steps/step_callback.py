@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
 import pytorch_lightning as pl
+from lightning_fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
@@ -15,10 +16,14 @@ from typing_extensions import override
 from lightning_gradguard.core import tags
 from lightning_gradguard.core.norms import Measurement
 from lightning_gradguard.runtime import lightning_api
+from lightning_gradguard.runtime.incidents.evaluation import EvaluationWatch
 from lightning_gradguard.runtime.incidents.run_summary import summarize
 from lightning_gradguard.runtime.logging.hyperparameters import Configured
 from lightning_gradguard.runtime.steps.step import Step, StepFlags, StepVerdict
 from lightning_gradguard.runtime.steps.suite import Suite, forget_suite, suite_of
+
+#: Of a callback whose Trainer does not fit; nothing is written to it.
+_NO_SUITE = Suite()
 
 
 class StepCallback(lightning_api.Callback, Configured):
@@ -31,20 +36,23 @@ class StepCallback(lightning_api.Callback, Configured):
     `super()` has to be called.
 
     Attributes:
-        suite: What the callbacks of the running fit share; read it, and call its methods.
+        suite: What the callbacks of the running fit share; read it, and call its methods. Outside of
+            training, where `suite.is_running` is false, no hook acts.
         norm_types: Norm types to measure in addition to 2.
         wants_units: True if norms of single units (rows) are to be measured.
         defers_check: True if `check_step` may be called one step late, without a host synchronization.
+        skips_steps: True if the callback carries out the verdict to skip a step, as `NaNRollback` does.
         state_arguments: Arguments that distinguish two instances in a checkpoint.
 
     Example:
-        >>> from lightning_gradguard import StepCallback
+        >>> import torch
+        >>> from lightning_gradguard import Step, StepCallback
         >>> class LargestNorm(StepCallback):
-        ...     largest = 0.0
+        ...     largest = torch.zeros(())
         ...
-        ...     def on_step(self, trainer, pl_module, step):
-        ...         if step.accepted:
-        ...             self.largest = max(self.largest, float(step.gradients.total_norm))
+        ...     def on_step(self, trainer, pl_module, step: Step):
+        ...         if step.accepted:  # a tensor: `float` would make the host wait for the device
+        ...             self.largest = torch.maximum(self.largest, step.gradients.total_norm)
         >>> LargestNorm().state_key
         'LargestNorm{}'
     """
@@ -52,8 +60,9 @@ class StepCallback(lightning_api.Callback, Configured):
     norm_types: tuple[float, ...] = ()
     wants_units: bool = False
     defers_check: bool = False
+    skips_steps: bool = False
     state_arguments: Mapping[str, Any] = {}
-    suite: Suite
+    suite: Suite = _NO_SUITE
 
     def on_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, step: Step) -> None:
         """Called when a step was measured and checked, and the optimizer has not stepped.
@@ -68,7 +77,18 @@ class StepCallback(lightning_api.Callback, Configured):
         """Called after the optimizers stepped, before checkpoints and validation."""
 
     def check_step(self, trainer: pl.Trainer, measurement: Measurement) -> StepVerdict:
-        """Returns the callback's verdict on a step; called only if overridden, and has no side effect."""
+        """Returns the callback's verdict on a step; called only if overridden, and has no side effect.
+
+        A finite step that is rejected is published as `rejected_step`, with the name of the callback. It
+        counts as a skipped step: `patience` of them in a row are a rollback.
+
+        Args:
+            trainer: The Trainer that runs.
+            measurement: Loss and total norm of the step, on the host, the same on every rank.
+
+        Returns:
+            `"accept"`; `"skip"`; or `"ignore"` for a step that a GradScaler skips.
+        """
         raise NotImplementedError
 
     def on_deferred_verdict(
@@ -114,21 +134,30 @@ class StepCallback(lightning_api.Callback, Configured):
         """Joins the suite of this Trainer."""
         if stage == "fit":
             lightning_api.reject_unsupported(trainer, self)
-            if suite_of(trainer).has(self):  # an exception ended the fit before, without a teardown
+            callbacks: Sequence[Any] = trainer.callbacks  # type: ignore[attr-defined]
+            if self.overrides("check_step") and not any(
+                isinstance(other, StepCallback) and other.skips_steps for other in callbacks
+            ):
+                raise MisconfigurationException(
+                    f"{type(self).__name__}.check_step may reject a step, and no callback skips it: "
+                    "add NaNRollback() to those of the Trainer."
+                )
+            if suite_of(trainer).is_over:  # an exception ended the fit before, without a teardown
                 forget_suite(trainer)
             self.suite = suite_of(trainer)
-            self.suite.join(self)
+            if not self.suite.has(self):
+                self.suite.join(self)
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Begins the fit: the strategy has sharded the parameters by now."""
-        if self is self.suite.members[0]:
+        if self._is_first:
             self.suite.begin(trainer)
 
     @override
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
         """Keeps the loss for the step that it leads to."""
-        if self is self.suite.members[0]:
+        if self.suite.is_running and self._is_first:
             self.suite.observe_loss(trainer, loss)
 
     @override
@@ -137,6 +166,8 @@ class StepCallback(lightning_api.Callback, Configured):
     ) -> None:
         """Takes the callback's turn in the shared step."""
         suite = self.suite
+        if not suite.is_running:  # a loop driven by hand, before or after the fit
+            return
         step, arrived = suite.open.get(id(optimizer), (None, None))
         if arrived is None or id(self) in arrived:  # the first to arrive, or the first that arrives again
             step, arrived = suite.open_step(trainer, pl_module, optimizer), set()
@@ -152,8 +183,10 @@ class StepCallback(lightning_api.Callback, Configured):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Acts after the step is closed; the last callback of the suite sends the metrics."""
-        self.on_batch_end(trainer, pl_module, batch_idx)
         suite = self.suite
+        if not suite.is_running:
+            return
+        self.on_batch_end(trainer, pl_module, batch_idx)
         suite.open.clear()
         suite.ended_batch.add(id(self))
         if len(suite.ended_batch) == len(suite.members):
@@ -161,9 +194,51 @@ class StepCallback(lightning_api.Callback, Configured):
             suite.end_batch(trainer, pl_module)
 
     @override
+    def on_validation_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Watches for nonfinite metrics, once for all callbacks."""
+        if self._is_first_of(trainer):
+            self._evaluation.on_batch_end(trainer, outputs, batch_idx, dataloader_idx)
+
+    @override
+    def on_test_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Watches for nonfinite metrics, once for all callbacks."""
+        if self._is_first_of(trainer):
+            self._evaluation.on_batch_end(trainer, outputs, batch_idx, dataloader_idx)
+
+    @override
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Publishes nonfinite metrics."""
+        if self._is_first_of(trainer):
+            self._evaluation.publish(trainer, pl_module, "nonfinite_validation")
+
+    @override
+    def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Publishes nonfinite metrics."""
+        if self._is_first_of(trainer):
+            self._evaluation.publish(trainer, pl_module, "nonfinite_test")
+
+    @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Completes pending sums, as no step follows."""
-        suite_of(trainer).flush_pending()
+        if self.suite.members:
+            self.suite.end()
+            self.suite.flush_pending()
 
     @override
     def on_exception(
@@ -171,16 +246,30 @@ class StepCallback(lightning_api.Callback, Configured):
     ) -> None:
         """Restores the optimizers, also if the callback was rejected before it joined; call it last."""
         suite = suite_of(trainer)
-        suite.end_overrides()
+        suite.end()
         if suite.has(self):
             self._end_run(trainer, suite)
 
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Leaves the suite."""
-        if stage == "fit":
+        if stage == "fit" and self.suite.members:
             forget_suite(trainer)
-            self._end_run(trainer, self.suite)
+            suite = self.suite
+            del self.suite
+            self._end_run(trainer, suite)
+
+    @cached_property
+    def _evaluation(self) -> EvaluationWatch:
+        return EvaluationWatch()
+
+    def _is_first_of(self, trainer: pl.Trainer) -> bool:
+        callbacks: Sequence[Any] = trainer.callbacks  # type: ignore[attr-defined]
+        return self is next((other for other in callbacks if isinstance(other, StepCallback)), None)
+
+    @property
+    def _is_first(self) -> bool:
+        return bool(self.suite.members) and self is self.suite.members[0]
 
     def _end_run(self, trainer: pl.Trainer, suite: Suite) -> None:
         suite.ended_run.add(id(self))
@@ -192,6 +281,9 @@ class StepCallback(lightning_api.Callback, Configured):
             if totals.largest_norm:
                 tag = tags.LARGEST_NORM if totals.checks_steps else tags.LARGEST_LOGGED_NORM
                 counts[tag] = totals.largest_norm
+            for tag in (tags.SKIPS, tags.ROLLBACKS):
+                if tag in counts:  # the last batch was published only if it ended
+                    lightning_api.set_callback_metric(trainer, tag, counts[tag])
             summarize(trainer, counts, totals.first_step, totals.last_step, suite.metrics.last_logged)
         except Exception as error:  # of a device that an exception has left unusable, for one
             warnings.warn(f"the run summary could not be written: {error!r}", stacklevel=2)

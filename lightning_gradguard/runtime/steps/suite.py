@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
@@ -56,6 +56,8 @@ class Suite:
         ended_run: Ids of the members for which the run has ended.
         metrics: Metrics of the running batch, on their way to the loggers.
         totals: Of the run so far; `None` before its first step.
+        is_running: True from the start of training to its end: outside, callbacks do nothing.
+        is_over: True after the end.
         has_stepped: True if an optimizer stepped in the running batch, and gradients did not only accumulate.
         is_logged: True if the running step is one that the Trainer logs.
     """
@@ -67,6 +69,8 @@ class Suite:
         self.ended_run: set[int] = set()
         self.metrics = MetricBuffer()
         self.totals: RunTotals | None = None
+        self.is_running = False
+        self.is_over = False
         self.has_stepped = False
         self.is_logged = False
         self._checkers: list[StepCallback] = []
@@ -102,6 +106,13 @@ class Suite:
         """Reads the constants of a fit: the sharding of parameters, the GradScaler."""
         self._layout = ParameterLayout(lightning_api.flat_shards(trainer), trainer.lightning_module.device)
         self._has_scaler = lightning_api.gradient_scaler(trainer) is not None
+        self.is_running = True
+
+    def end(self) -> None:
+        """Ends training: the callbacks no longer act, and the optimizers are as before."""
+        self.is_running = False
+        self.is_over = True
+        self.end_overrides()
 
     @property
     def has_one_checker(self) -> bool:
@@ -155,8 +166,7 @@ class Suite:
         if deferred is None:
             return "accept"
         packed, index = deferred
-        measurement = packed.read(index)
-        verdict = self._check(trainer, measurement)
+        measurement, verdict = self._check(trainer, packed.read(index))
         if verdict == "skip":  # losses since then are of weights that are about to be restored
             self._losses = []
         for checker in self._checkers:
@@ -180,15 +190,20 @@ class Suite:
         if pending:
             _deliver(pending, distributed.sum_over_ranks(torch.cat([sums for sums, _ in pending])))
 
-    def _check(self, trainer: pl.Trainer, measurement: Measurement) -> StepVerdict:
-        verdicts = {checker.check_step(trainer, measurement) for checker in self._checkers}
+    def _check(self, trainer: pl.Trainer, measurement: Measurement) -> tuple[Measurement, StepVerdict]:
+        """Returns the strictest verdict; the measurement has the names of those who reject a finite step."""
+        verdicts = [checker.check_step(trainer, measurement) for checker in self._checkers]
         if "skip" in verdicts:
-            return "skip"
+            if not measurement.must_skip:
+                pairs = zip(self._checkers, verdicts, strict=True)
+                names = tuple(type(checker).__name__ for checker, verdict in pairs if verdict == "skip")
+                measurement = replace(measurement, rejected_by=names)
+            return measurement, "skip"
         if "ignore" in verdicts:
-            return "ignore"
+            return measurement, "ignore"
         if self.totals is not None:
             self.totals.largest_norm = max(self.totals.largest_norm, measurement.total_norm)
-        return "accept"
+        return measurement, "accept"
 
     def _measure(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
@@ -227,8 +242,7 @@ class Suite:
             # a GradScaler and a closure that is called repeatedly synchronize anyway
             is_exact = repeats or self._has_scaler or flags.check_now
             if is_exact or not all([checker.defers_check for checker in self._checkers]):
-                measurement = measured.packed.read(index)
-                verdict = self._check(trainer, measurement)
+                measurement, verdict = self._check(trainer, measured.packed.read(index))
             else:
                 self._deferred = (measured.packed, index)
         return Step(
@@ -273,8 +287,9 @@ def suite_of(trainer: pl.Trainer) -> Suite:
 
 def forget_suite(trainer: pl.Trainer) -> None:
     """Ends the suite of a Trainer: the next fit begins a new one."""
-    suite_of(trainer).end_overrides()
-    del _suites[trainer]
+    suite = _suites.pop(trainer, None)
+    if suite is not None:
+        suite.end()
 
 
 def is_logging_step(trainer: pl.Trainer, every_n_steps: int | None = None) -> bool:

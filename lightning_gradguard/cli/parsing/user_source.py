@@ -1,0 +1,87 @@
+"""Imports the module of a user's class once, and not at all if that would start a run."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections.abc import Iterator, Sequence
+from importlib import import_module
+from importlib.machinery import PathFinder
+from pathlib import Path
+
+from lightning_gradguard.cli.messages import UsageError, one_line, source_line
+from lightning_gradguard.cli.parsing.preparse import config_files, find_option, named_path, read_config
+
+#: Calls that train, or run a network, when a script is imported.
+_RUNS = ("fit", "validate", "test", "predict", "LightningCLI", "train", "main")
+
+
+def reject_script(class_path: str) -> None:
+    """Raises a `UsageError` if importing the module of a class would start what the script does."""
+    found = _source(class_path.rpartition(".")[0])
+    if found is None:
+        return
+    path, tree = found
+    call = next(_calls_on_import(tree), None)
+    if call is not None:
+        name = class_path.rpartition(".")[2]
+        raise UsageError(
+            f"{path}, line {call.lineno}, calls {ast.unparse(call.func)}() when it is imported: put that "
+            f'under `if __name__ == "__main__":`, or {name} into a file of its own. It was not imported.'
+        )
+
+
+def import_once(arguments: Sequence[str]) -> None:
+    """Imports the module of the class that `--model` or a file names.
+
+    A module that fails would be run again by each further try to import it, so that nothing else tries.
+
+    Raises:
+        UsageError: If it would start a run, or raises an exception of its own.
+    """
+    class_path = named_path(arguments)
+    module = class_path.rpartition(".")[0]
+    if not module:
+        return
+    reject_script(class_path)
+    try:
+        import_module(module)
+    except (Exception, SystemExit) as error:  # the user's own code
+        if isinstance(error, ModuleNotFoundError) and f"{module}.".startswith(f"{error.name}."):
+            return  # nothing was run, and the parser has suggestions
+        contents = {path: read_config(path) for path in config_files(arguments)}
+        name, _ = find_option(arguments, contents, "model")
+        text = f"importing {module} failed with {type(error).__name__}: {one_line(str(error))}"
+        raise UsageError(f"{name} {class_path}: {text}{source_line(error)}.") from None
+
+
+def _source(module: str) -> tuple[str, ast.Module] | None:
+    """Returns the file and the syntax tree of a module that is not imported yet; imports no parent either."""
+    if not module or module in sys.modules:
+        return None
+    search: list[str] | None = None
+    file = ""
+    try:
+        for part in module.split("."):
+            spec = PathFinder.find_spec(part, search)
+            if spec is None:
+                return None
+            search, file = [*(spec.submodule_search_locations or [])], spec.origin or ""
+        path = Path(file)
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+    except (OSError, SyntaxError, ValueError, AttributeError):  # importing it has a better message
+        return None
+    here = Path.cwd()
+    return str(path.relative_to(here) if path.is_relative_to(here) else path), tree
+
+
+def _calls_on_import(node: ast.AST) -> Iterator[ast.Call]:
+    """Yields the calls of `_RUNS` outside of functions, classes and the guard of a script."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef | ast.Lambda):
+            continue
+        if isinstance(child, ast.If) and "__name__" in ast.unparse(child.test):
+            continue
+        if isinstance(child, ast.Call) and ast.unparse(child.func).rpartition(".")[2] in _RUNS:
+            yield child
+        yield from _calls_on_import(child)

@@ -1,0 +1,88 @@
+"""`NaNRollback(on_nonfinite="stop")`, a second `NaNRollback`, and what a run that was lost leaves."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from lightning_fabric.utilities.exceptions import MisconfigurationException
+
+from lightning_gradguard import LearningRateBackoff, NaNRollback, TrainingDivergedError, default_callbacks
+from tests.tasks import Classifier, batches, fit, poisoned, same, weights
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam fused"])
+@pytest.mark.parametrize("check", ["exact", "deferred"])
+def test_stops_at_the_first_bad_step(check: Any, optimizer: str, tmp_path: Path) -> None:
+    """With the weights of the good steps, in the module and in the checkpoint, from which it goes on."""
+    expected = Classifier(optimizer)
+    fit(expected, batches(20)[:13])
+    module, rollback = Classifier(optimizer), NaNRollback(on_nonfinite="stop", check=check)
+    data = poisoned(batches(20), nan=[13])
+    with pytest.raises(TrainingDivergedError, match="nonfinite .on_nonfinite='stop'.") as raised:
+        fit(module, data, [rollback], tmp_path)
+    assert "without the bad step" in str(raised.value)
+    assert (rollback.skips, rollback.rollbacks) == (1, 0)
+    assert same(weights(module), weights(expected))
+    saved = torch.load(tmp_path / "last_good.ckpt", weights_only=True)
+    assert same(list(saved["state_dict"].values()), list(expected.state_dict().values()))
+    records = [json.loads(line) for line in (tmp_path / "incidents.jsonl").read_text().splitlines()]
+    assert [(r["kind"], r["action"]) for r in records] == [
+        ("nonfinite_loss", "skipped"),
+        ("training_diverged", "stopped"),
+    ]
+
+
+def test_a_healthy_run_is_not_stopped() -> None:
+    bare, module = Classifier(), Classifier()
+    fit(bare, batches(20))
+    trainer = fit(module, batches(20), [NaNRollback(on_nonfinite="stop")])
+    assert trainer.global_step == 20
+    assert same(weights(bare), weights(module))
+
+
+@pytest.mark.parametrize("other", [NaNRollback(), NaNRollback(patience=5)])
+def test_a_second_one_is_rejected_in_our_own_words(other: NaNRollback) -> None:
+    with pytest.raises(MisconfigurationException, match="has 2 NaNRollback callbacks.*keep one"):
+        fit(Classifier(), batches(2), [*default_callbacks(), other])
+
+
+@pytest.mark.parametrize("why", ["budget", "an exception", "max_steps"])
+@pytest.mark.parametrize("check", ["exact", "deferred"])
+def test_counts_agree_after_a_lost_run(check: Any, why: str, capsys: pytest.CaptureFixture[str]) -> None:
+    rollback = NaNRollback(max_rollbacks=0, patience=3 if why == "budget" else 9, check=check)
+    data: list[Any] = poisoned(batches(20), nan=[3, 12, 13, 14])
+    if why == "an exception":
+        data[15] = "no batch"
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        max_epochs=1,
+        max_steps=15 if why == "max_steps" else -1,
+        logger=False,
+        callbacks=[rollback, LearningRateBackoff()],
+        enable_checkpointing=False,
+        log_every_n_steps=10,
+    )
+    module = Classifier()
+    try:
+        trainer.fit(module, torch.utils.data.DataLoader(data, batch_size=None))  # type: ignore[arg-type]
+    except (TrainingDivergedError, ValueError):
+        assert why != "max_steps"
+    assert rollback.skips == (4 if check == "exact" else 3)
+    assert trainer.callback_metrics["rollback/skips"] == rollback.skips
+    assert trainer.callback_metrics["rollback/rollbacks"] == 0
+    assert re.search(rf"steps skipped +{rollback.skips}\n", capsys.readouterr().out)
+
+
+def test_runs_in_one_folder_do_not_mix(tmp_path: Path) -> None:
+    """Without a logger, a run gets a folder of its own where an earlier one left incidents."""
+    for n in (1, 2, 3):
+        fit(Classifier(), poisoned(batches(10), nan=range(n)), [NaNRollback(patience=9)], tmp_path)
+    files = [tmp_path / own / "incidents.jsonl" for own in ("", "version_1", "version_2")]
+    assert [len(file.read_text().splitlines()) for file in files] == [1, 2, 3]
+    assert not (tmp_path / "version_3").exists()

@@ -1,0 +1,80 @@
+"""Nonfinite metrics of validation and test: an incident with the metric and the first bad batch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import EarlyStopping
+from torch import Tensor, nn
+
+from lightning_gradguard import Incident, LearningRateBackoff, default_callbacks
+from tests.tasks import Batch, Classifier, batches, fit, plain_loader, poisoned
+
+HELD_OUT = poisoned(batches(5, seed=1), nan=[2, 4])
+
+
+class Evaluated(Classifier):
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+        self.incidents: list[Incident] = []
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> Tensor | dict[str, Tensor] | None:
+        logits = self.net(batch[0])
+        loss = nn.functional.cross_entropy(logits, batch[1])
+        if "logs" in self.how:
+            self.log("val_loss", loss)
+            self.log("accuracy", (logits.argmax(1) == batch[1]).float().mean())
+        if "dict" in self.how:
+            return {"loss": loss, "masked": torch.tensor([0.0, -torch.inf])}
+        return loss if "returns" in self.how else None
+
+    test_step = validation_step
+
+    def on_training_incident(self, trainer: Any, pl_module: Any, incident: Incident) -> None:
+        self.incidents.append(incident)
+
+
+@pytest.mark.parametrize("how", ["logs", "returns", "returns dict", "logs and returns"])
+def test_first_bad_batch_of_validation(how: str) -> None:
+    module = Evaluated(how)
+    fit(module, batches(4), default_callbacks(), validation=HELD_OUT, num_sanity_val_steps=0)
+    (incident,) = module.incidents
+    assert (incident.kind, incident.step, incident.batch_idx) == ("nonfinite_validation", 4, 2)
+    assert incident.where == (("val_loss",) if "logs" in how else ())
+    assert "batch 2 of data loader 0" in incident.detail
+    assert incident.advice.startswith("Look at that batch")
+
+
+def test_nothing_is_published_of_finite_metrics() -> None:
+    module = Evaluated("logs and returns dict")
+    fit(module, batches(4), default_callbacks(), validation=batches(3, seed=1))
+    assert not module.incidents
+
+
+@pytest.mark.parametrize("check_finite", [True, False])
+@pytest.mark.parametrize("first", [True, False])
+def test_early_stopping_is_explained(first: bool, check_finite: bool) -> None:
+    module = Evaluated("logs")
+    stopping = EarlyStopping("val_loss", check_finite=check_finite)
+    own = [LearningRateBackoff()]
+    callbacks: list[Any] = [stopping, *own] if first else [*own, stopping]
+    trainer = fit(module, batches(4), callbacks, validation=HELD_OUT, max_epochs=3, num_sanity_val_steps=0)
+    says = "stops training" if check_finite else "counts that as no improvement"
+    assert f"EarlyStopping(monitor='val_loss') {says}." in module.incidents[0].advice
+    assert trainer.current_epoch == (1 if check_finite else 3)
+
+
+@pytest.mark.parametrize("verb", ["validate", "test"])
+def test_outside_of_a_fit(verb: str) -> None:
+    module = Evaluated("logs")
+    trainer = pl.Trainer(
+        accelerator="cpu", logger=False, enable_progress_bar=False, callbacks=default_callbacks()
+    )
+    getattr(trainer, verb)(module, plain_loader(HELD_OUT), verbose=False)
+    (incident,) = module.incidents
+    kind = "nonfinite_validation" if verb == "validate" else "nonfinite_test"
+    assert (incident.kind, incident.batch_idx, incident.where) == (kind, 2, ("val_loss",))
