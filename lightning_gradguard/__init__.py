@@ -17,6 +17,7 @@ if TYPE_CHECKING:
         GlobalNormClipping,
         PercentileClipping,
         PerTensorClipping,
+        RelativeNormClipping,
         UnitwiseClipping,
         ZScoreClipping,
     )
@@ -41,6 +42,7 @@ __all__ = [
     "NaNRollback",
     "PerTensorClipping",
     "PercentileClipping",
+    "RelativeNormClipping",
     "StepCallback",
     "TrainingDivergedError",
     "TrainingGuard",
@@ -62,6 +64,7 @@ _HOME = {
     "NaNRollback": "callbacks.nan_rollback",
     "PerTensorClipping": "core.clipping",
     "PercentileClipping": "core.clipping",
+    "RelativeNormClipping": "core.clipping",
     "TrainingDivergedError": "core.incidents",
     "StepCallback": "runtime.steps.step_callback",
     "TrainingGuard": "core.training_guard",

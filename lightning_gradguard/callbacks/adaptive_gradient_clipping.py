@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytorch_lightning as pl
@@ -13,8 +14,14 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_gradguard.core import arguments, tags
-from lightning_gradguard.core.clipping import ClippingPolicy, Scalar, ZScoreClipping
-from lightning_gradguard.core.norms import Gradients, scale_gradients_, tensor_norms, total_norm_from_norms
+from lightning_gradguard.core.clipping import ClippingPolicy, RelativeNormClipping, Scalar, step_context
+from lightning_gradguard.core.norms import (
+    Gradients,
+    StepContext,
+    scale_gradients_,
+    tensor_norms,
+    total_norm_from_norms,
+)
 from lightning_gradguard.core.parameter_names import match_names, warn_unmatched
 from lightning_gradguard.runtime import lightning_api
 from lightning_gradguard.runtime.logging.hyperparameters import non_defaults
@@ -38,7 +45,7 @@ class AdaptiveGradientClipping(StepCallback):
     | `grad_norm_clipped/total` | total norm after clipping |
 
     Args:
-        policy: Decides the factor on each gradient; a fresh `ZScoreClipping()` if `None`. Each optimizer
+        policy: Decides the factor on each gradient; a fresh `RelativeNormClipping()` if `None`. Each optimizer
             gets a copy with a history of its own.
         exclude: Names of parameters that are not clipped, such as a classifier's head under
             `UnitwiseClipping`. A name of a module excludes all of its parameters.
@@ -59,7 +66,7 @@ class AdaptiveGradientClipping(StepCallback):
                 f"policy={policy!r} is not a ClippingPolicy: subclass lightning_gradguard.ClippingPolicy "
                 "and write its method `coefficients(gradients)`."
             )
-        self.policy = ZScoreClipping() if policy is None else policy
+        self.policy = RelativeNormClipping() if policy is None else policy
         self.exclude = arguments.names("exclude", exclude)
         self.wants_units = self.policy.by_unit
         self.state_arguments = {"policy": type(self.policy).__name__, "exclude": self.exclude}
@@ -108,12 +115,12 @@ class AdaptiveGradientClipping(StepCallback):
         """Scales the gradients of an accepted step, and adds it to the history."""
         if not step.accepted or step.inside_closure:
             return
-        gradients = step.gradients
+        policy = self._policy(step.optimizer_index)
+        gradients = replace(step.gradients, context=self._context(step, policy))
         if self.exclude:
             gradients = gradients.without(match_names(gradients.names, self.exclude))
         if not gradients.names:
             return
-        policy = self._policy(step.optimizer_index)
         coefficients = policy.coefficients(gradients)
         divisor = self._divisor(step, gradients, coefficients)
         smallest = _smallest(coefficients)
@@ -143,7 +150,9 @@ class AdaptiveGradientClipping(StepCallback):
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores the histories."""
-        self.load_snapshot_state_dict(state_dict)
+        self._policies.clear()
+        for index, state in state_dict["histories"].items():
+            self._policy(index).load_state_dict(copy.deepcopy(state))
 
     def snapshot_state_dict(self) -> dict[str, Any]:
         """Returns the state that `NaNRollback` rolls back with the weights."""
@@ -151,10 +160,29 @@ class AdaptiveGradientClipping(StepCallback):
         return {"histories": histories}
 
     def load_snapshot_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Rolls the histories back with the weights."""
-        self._policies.clear()
-        for index, state in state_dict["histories"].items():
-            self._policy(index).load_state_dict(copy.deepcopy(state))
+        """Rolls the histories back with the weights; what a policy must not forget stays."""
+        for index, policy in self._policies.items():
+            state = state_dict["histories"].get(index, self.policy.state_dict())
+            policy.roll_back(copy.deepcopy(state))
+
+    @override
+    def wants_weight_norms(self, trainer: pl.Trainer) -> bool:
+        """True if the policy of any optimizer wants them, or may, as the optimizer has not stepped yet."""
+        policies = [self._policies.get(index, self.policy) for index in range(len(trainer.optimizers))]
+        return any(policy.wants_weight_norm for policy in policies)
+
+    def _context(self, step: Step, policy: ClippingPolicy) -> StepContext:
+        measurement = step.measurement
+        weight_norm: Scalar | None = None
+        if policy.wants_weight_norm:
+            weight_norm = step.packed.weight_norm() if measurement is None else measurement.weight_norm
+        return step_context(
+            step.optimizer,
+            step.gradients,
+            loss=step.loss if measurement is None else measurement.loss,
+            weight_norm=weight_norm,
+            rate_scale=self.suite.pending_rate_scale(step.optimizer_index),
+        )
 
     def _policy(self, index: int) -> ClippingPolicy:
         if index not in self._policies:
@@ -167,7 +195,7 @@ class AdaptiveGradientClipping(StepCallback):
         """Returns the divisor for a fused optimizer; `None` if gradients are scaled here."""
         if isinstance(coefficients, list) or not isinstance(coefficients, Tensor) and coefficients in (0, 1):
             return None
-        if not self._may_override or gradients is not step.gradients or not step.supports_fused_override:
+        if not self._may_override or gradients.tensors is not step.gradients.tensors or not step.supports_fused_override:
             return None
         if isinstance(coefficients, Tensor):
             return coefficients.to(step.selection.device).reciprocal().float()
@@ -206,7 +234,7 @@ def _smallest(coefficients: Scalar | list[Tensor]) -> Scalar:
 
 def _clipped_norm(everything: Gradients, clipped: Gradients, coefficients: Scalar | list[Tensor]) -> Scalar:
     """Returns the total norm after clipping, from the norms before it if one coefficient scales a tensor."""
-    if not isinstance(coefficients, list) and everything.known_norm is not None and clipped is everything:
+    if not isinstance(coefficients, list) and everything.known_norm is not None and clipped.tensors is everything.tensors:
         return everything.known_norm * coefficients
     if not isinstance(coefficients, list):
         norms = clipped.norms * coefficients

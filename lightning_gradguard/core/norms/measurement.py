@@ -29,6 +29,7 @@ class Measurement:
         nonfinite_weights: True if any rank has reported nonfinite weights since the step before.
         nonfinite_buffers: True if the forward passes of any rank left nonfinite buffers.
         was_lost: True if the batch of any rank was lost by this run before it was resumed.
+        weight_norm: L2 norm of all weights with a gradient, before the step; 0 if it was not measured.
     """
 
     optimizer_index: int
@@ -40,6 +41,7 @@ class Measurement:
     nonfinite_weights: bool
     nonfinite_buffers: bool
     was_lost: bool
+    weight_norm: float = 0.0
 
     @property
     def is_corrupt(self) -> bool:
