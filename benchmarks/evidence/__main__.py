@@ -1,8 +1,8 @@
 """Compares guards on healthy and failing programs.
 
 `python -m benchmarks.evidence` takes about an hour on two idle cores and writes docs/evidence.md. It goes on
-where it was stopped: records are in benchmarks/evidence/records.jsonl, one run a line. `--quick` runs one seed
-of a few scenarios under three guards, in about three minutes, and prints the tables.
+where it was stopped: records are in benchmarks/evidence/records.jsonl, one run a line. `--quick` runs one
+seed of a few scenarios under three guards, in about three minutes, and prints the tables.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ import os
 import platform
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from importlib.metadata import version
 from pathlib import Path
 
-import pytorch_lightning as pl
 import torch
 
 import lightning_gradguard
@@ -36,7 +36,7 @@ def environment() -> dict[str, str]:
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "lightning": pl.__version__,
+        "lightning": version("pytorch_lightning"),
         "lightning_gradguard": lightning_gradguard.__version__,
         "machine": platform.machine(),
     }
@@ -99,7 +99,7 @@ def main() -> None:
         print(tables.page(complete(quick, keys, options.processes).values(), environment()))
         return
     keys = list(cases(options.scenarios, options.guards, options.seeds))
-    records = kept(options.records) if options.tables_only else complete(options.records, keys, options.processes)
+    records = complete(options.records, [] if options.tables_only else keys, options.processes)
     options.page.write_text(tables.page(records.values(), environment()), encoding="utf-8")
 
 

@@ -21,7 +21,7 @@ class GAN(pl.LightningModule):
         self.discriminator = mlp(2, 64, 64, 1, activation=nn.LeakyReLU)
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
-        for_generator, for_discriminator = self.optimizers()  # type: ignore[misc]
+        for_generator, for_discriminator = self.optimizers()  # type: ignore[attr-defined]
         bce = nn.functional.binary_cross_entropy_with_logits
         real, code = batch
         made = self.generator(code)
@@ -70,7 +70,7 @@ class DQN(pl.LightningModule):
         self.target.load_state_dict(self.net.state_dict())
         self.target.requires_grad_(False)
 
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+    def training_step(self, batch: Batch, batch_idx: int) -> Any:
         if batch_idx % 25 == 0:
             self.target.load_state_dict(self.net.state_dict())
         state, action, reward, after = batch
@@ -109,7 +109,7 @@ class PolicyGradient(pl.LightningModule):
         self.net = mlp(8, 32, 4)
         self.best = best
 
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+    def training_step(self, batch: Batch, batch_idx: int) -> Any:
         context, noise = batch
         policy = torch.distributions.Categorical(logits=self.net(context))
         arm = policy.sample()
@@ -126,7 +126,9 @@ def policy_gradient(seed: int) -> Program:
     generator = torch.Generator().manual_seed(seed)
     best = torch.randn(8, 4, generator=generator)
     module = PolicyGradient(best)
-    batches = [(torch.randn(64, 8, generator=generator), torch.randn(64, generator=generator)) for _ in range(400)]
+    batches = [
+        (torch.randn(64, 8, generator=generator), torch.randn(64, generator=generator)) for _ in range(400)
+    ]
     context = torch.randn(500, 8, generator=generator)
 
     def score() -> float:

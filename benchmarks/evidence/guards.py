@@ -36,11 +36,16 @@ GUARDS: dict[str, Guard] = {
     "clip 0.1": Guard("`gradient_clip_val` .1", clip=0.1),
     "clip 1": Guard("`gradient_clip_val` 1", clip=1.0),
     "clip 10": Guard("`gradient_clip_val` 10", clip=10.0),
-    "zclip": Guard("ZClip: `ZScoreClipping()`, no cap", lambda: [AdaptiveGradientClipping(ZScoreClipping(max_norm=None))]),
-    "zclip cap 1": Guard("suite with `ZScoreClipping(max_norm=1)`, the default of 0.5", lambda: suite(ZScoreClipping(max_norm=1.0))),
+    "zclip": Guard(
+        "ZClip: `ZScoreClipping()`, no cap", lambda: [AdaptiveGradientClipping(ZScoreClipping(max_norm=None))]
+    ),
+    "zclip cap 1": Guard(
+        "suite with `ZScoreClipping(max_norm=1)`, the default of 0.5",
+        lambda: suite(ZScoreClipping(max_norm=1.0)),
+    ),
     "policy": Guard("`AdaptiveGradientClipping()` alone", lambda: [AdaptiveGradientClipping()]),
     "suite": Guard("the suite by defaults", suite),
-}  # fmt: skip
+}
 
 
 def clipping_of(callbacks: list[Any]) -> AdaptiveGradientClipping | None:

@@ -85,7 +85,7 @@ def _zero_linear() -> nn.Module:
     return layer
 
 
-def _summed(net: nn.Module, batch: Batch) -> Tensor:
+def _summed(net: nn.Module, batch: Batch) -> Any:
     return (net(batch[0]) - batch[1]).square().sum()
 
 
@@ -148,7 +148,7 @@ def language(
 
 
 def _likelihood(seed: int) -> Program:
-    def loss(net: nn.Module, batch: Batch) -> Tensor:
+    def loss(net: nn.Module, batch: Batch) -> Any:
         mean, log_std = net(batch[0]).chunk(2, 1)
         return (log_std + 0.5 * ((batch[1] - mean) / log_std.exp()).square()).mean()
 
@@ -163,7 +163,7 @@ def _likelihood(seed: int) -> Program:
 
 
 def _vae(seed: int) -> Program:
-    def loss(net: nn.Module, batch: Batch) -> Tensor:
+    def loss(net: nn.Module, batch: Batch) -> Any:
         logits, mean, log_variance = net(batch[0])
         error = nn.functional.binary_cross_entropy_with_logits(logits, batch[0], reduction="sum")
         divergence = -0.5 * (1 + log_variance - mean.square() - log_variance.exp()).sum()
@@ -177,7 +177,7 @@ def _vae(seed: int) -> Program:
 
 
 def _flow(seed: int) -> Program:
-    def loss(net: nn.Module, batch: Batch) -> Tensor:
+    def loss(net: nn.Module, batch: Batch) -> Any:
         return net(batch[0]).mean()
 
     torch.manual_seed(seed)
@@ -216,7 +216,7 @@ def _curriculum(seed: int) -> Program:
             self.cell = nn.GRU(1, 32, batch_first=True)
             self.head = nn.Linear(32, 1)
 
-        def forward(self, x: Tensor) -> Tensor:
+        def forward(self, x: Tensor) -> Any:
             return self.head(self.cell(x)[0][:, -1])
 
     network = Adder()
@@ -249,32 +249,111 @@ def deep_network() -> nn.Module:
             nn.init.zeros_(layer.bias)
     return network
 
+
 SCENARIOS = (
     Scenario("parabola", "y = 5x² + noise, unscaled, SGD .001", parabola(1e-3), tuned=True),
-    Scenario("hundreds", "sigmoid units, targets to 300, SGD .01", _regression(lambda: mlp(1, 5, 1, activation=nn.Sigmoid), _hundreds, sgd(1e-2), 1500, 8), tuned=True),
-    Scenario("zero linear", "linear regression from zero weights, targets near 100, SGD .01", _regression(_zero_linear, _plane, sgd(1e-2))),
-    Scenario("summed mse", "linear regression, squared errors summed, SGD .001", _regression(lambda: nn.Linear(8, 1), _plane, sgd(1e-3), loss=_summed), tuned=True),
+    Scenario(
+        "hundreds",
+        "sigmoid units, targets to 300, SGD .01",
+        _regression(lambda: mlp(1, 5, 1, activation=nn.Sigmoid), _hundreds, sgd(1e-2), 1500, 8),
+        tuned=True,
+    ),
+    Scenario(
+        "zero linear",
+        "linear regression from zero weights, targets near 100, SGD .01",
+        _regression(_zero_linear, _plane, sgd(1e-2)),
+    ),
+    Scenario(
+        "summed mse",
+        "linear regression, squared errors summed, SGD .001",
+        _regression(lambda: nn.Linear(8, 1), _plane, sgd(1e-3), loss=_summed),
+        tuned=True,
+    ),
     Scenario("diabetes sgd", "targets 25 to 346, SGD 1e-4, momentum .9", _diabetes(sgd(1e-5, 0.9))),
     Scenario("diabetes adam", "the same, Adam .003", _diabetes(adam(3e-3)), tuned=True),
-    Scenario("heavy tails", "noise with Student's t of 2 degrees, SGD .01", _regression(lambda: mlp(8, 32, 1), lambda g: _plane(g, 1.0), sgd(1e-2), 600)),
-    Scenario("likelihood", "Gaussian likelihood, loss below 0, SGD .002, momentum .9", _likelihood, higher=False, tuned=True),
-    Scenario("clusters", "3 layers, SGD .05, momentum .9", classify_clusters(lambda: mlp(20, 64, 64, 4), sgd(0.05, 0.9)), tuned=True),
-    Scenario("deep .003", "12 layers, SGD .003, momentum .9", classify_clusters(deep_network, sgd(0.003, 0.9))),
-    Scenario("deep .001", "12 layers, SGD .001, momentum .9", classify_clusters(deep_network, sgd(0.001, 0.9)), tuned=True),
+    Scenario(
+        "heavy tails",
+        "noise with Student's t of 2 degrees, SGD .01",
+        _regression(lambda: mlp(8, 32, 1), lambda g: _plane(g, 1.0), sgd(1e-2), 600),
+    ),
+    Scenario(
+        "likelihood",
+        "Gaussian likelihood, loss below 0, SGD .002, momentum .9",
+        _likelihood,
+        higher=False,
+        tuned=True,
+    ),
+    Scenario(
+        "clusters",
+        "3 layers, SGD .05, momentum .9",
+        classify_clusters(lambda: mlp(20, 64, 64, 4), sgd(0.05, 0.9)),
+        tuned=True,
+    ),
+    Scenario(
+        "deep .003", "12 layers, SGD .003, momentum .9", classify_clusters(deep_network, sgd(0.003, 0.9))
+    ),
+    Scenario(
+        "deep .001",
+        "12 layers, SGD .001, momentum .9",
+        classify_clusters(deep_network, sgd(0.001, 0.9)),
+        tuned=True,
+    ),
     Scenario("digits .5", "digits, MLP, SGD .5", classify_digits(lambda: mlp(64, 64, 10), sgd(0.5))),
-    Scenario("digits momentum", "digits, MLP, SGD .1, momentum .9", classify_digits(lambda: mlp(64, 64, 64, 10), sgd(0.1, 0.9)), tuned=True),
-    Scenario("digits adam", "digits, MLP, Adam .003", classify_digits(lambda: mlp(64, 64, 64, 10), adam(3e-3))),
+    Scenario(
+        "digits momentum",
+        "digits, MLP, SGD .1, momentum .9",
+        classify_digits(lambda: mlp(64, 64, 64, 10), sgd(0.1, 0.9)),
+        tuned=True,
+    ),
+    Scenario(
+        "digits adam", "digits, MLP, Adam .003", classify_digits(lambda: mlp(64, 64, 64, 10), adam(3e-3))
+    ),
     Scenario("cnn", "digits, CNN, SGD .1, momentum .9", classify_digits(CNN, sgd(0.1, 0.9), 250), tuned=True),
-    Scenario("resnet", "digits, ResNet, SGD .05, momentum .9, weight decay", classify_digits(ResNet, sgd(0.05, 0.9, weight_decay=5e-4), 200)),
-    Scenario("restarts", "digits, MLP, SGD .1, momentum .9, cosine with restarts", classify_digits(lambda: mlp(64, 64, 10), sgd(0.1, 0.9), schedule=_restarts)),
-    Scenario("small batches", "digits, MLP, batches of 2, SGD .05", classify_digits(lambda: mlp(64, 64, 10), sgd(0.05), 600, 2), tuned=True),
+    Scenario(
+        "resnet",
+        "digits, ResNet, SGD .05, momentum .9, weight decay",
+        classify_digits(ResNet, sgd(0.05, 0.9, weight_decay=5e-4), 200),
+    ),
+    Scenario(
+        "restarts",
+        "digits, MLP, SGD .1, momentum .9, cosine with restarts",
+        classify_digits(lambda: mlp(64, 64, 10), sgd(0.1, 0.9), schedule=_restarts),
+    ),
+    Scenario(
+        "small batches",
+        "digits, MLP, batches of 2, SGD .05",
+        classify_digits(lambda: mlp(64, 64, 10), sgd(0.05), 600, 2),
+        tuned=True,
+    ),
     Scenario("unfreezing", "a head, then all of the network, SGD .05, momentum .9", _unfreezing),
-    Scenario("vit", "digits, ViT, AdamW .003, warm-up", classify_digits(ViT, adamw(3e-3), 400, schedule=warm_up(30)), tuned=True),
-    Scenario("vit sgd", "digits, ViT, SGD .05, momentum .9, warm-up", classify_digits(ViT, sgd(0.05, 0.9), 400, schedule=warm_up(30))),
-    Scenario("gpt adamw", "GPT, AdamW .003, warm-up", language(GPT, adamw(3e-3), schedule=warm_up(30)), higher=False),
+    Scenario(
+        "vit",
+        "digits, ViT, AdamW .003, warm-up",
+        classify_digits(ViT, adamw(3e-3), 400, schedule=warm_up(30)),
+        tuned=True,
+    ),
+    Scenario(
+        "vit sgd",
+        "digits, ViT, SGD .05, momentum .9, warm-up",
+        classify_digits(ViT, sgd(0.05, 0.9), 400, schedule=warm_up(30)),
+    ),
+    Scenario(
+        "gpt adamw",
+        "GPT, AdamW .003, warm-up",
+        language(GPT, adamw(3e-3), schedule=warm_up(30)),
+        higher=False,
+    ),
     Scenario("gpt sgd", "GPT, SGD .3, momentum .9", language(GPT, sgd(0.3, 0.9)), higher=False, tuned=True),
-    Scenario("gru", "GRU language model, SGD .5, momentum .9", language(RecurrentLM, sgd(0.5, 0.9)), higher=False),
-    Scenario("lstm adam", "LSTM language model, Adam .003", language(lambda: RecurrentLM(nn.LSTM), adam(3e-3)), higher=False, tuned=True),
+    Scenario(
+        "gru", "GRU language model, SGD .5, momentum .9", language(RecurrentLM, sgd(0.5, 0.9)), higher=False
+    ),
+    Scenario(
+        "lstm adam",
+        "LSTM language model, Adam .003",
+        language(lambda: RecurrentLM(nn.LSTM), adam(3e-3)),
+        higher=False,
+        tuned=True,
+    ),
     Scenario("bigrams", "table of pairs of characters, SGD 50", language(_bigram, sgd(50.0)), higher=False),
     Scenario("curriculum", "GRU adds 5 numbers, then 30, SGD .01, momentum .9", _curriculum, tuned=True),
     Scenario("vae", "VAE of digits, Adam .001", _vae, higher=False),
@@ -282,4 +361,4 @@ SCENARIOS = (
     Scenario("gan", "GAN, Adam 2e-4, two optimizers", gan, higher=False),
     Scenario("dqn", "Q-learning on a chain, growing returns, Adam .001", dqn, tuned=True),
     Scenario("policy gradient", "REINFORCE on a bandit of contexts, Adam .01", policy_gradient),
-)  # fmt: skip
+)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -16,10 +18,10 @@ class RecurrentLM(nn.Module):
     def __init__(self, cell: type[nn.RNNBase] = nn.GRU, width: int = 64) -> None:
         super().__init__()
         self.embedding = nn.Embedding(SYMBOLS, 32)
-        self.cell = cell(32, width, batch_first=True)  # type: ignore[arg-type]
+        self.cell = cell(32, width, batch_first=True)  # type: ignore[call-arg, arg-type]
         self.head = nn.Linear(width, SYMBOLS)
 
-    def forward(self, symbols: Tensor) -> Tensor:
+    def forward(self, symbols: Tensor) -> Any:
         return self.head(self.cell(self.embedding(symbols))[0])
 
 
@@ -35,13 +37,13 @@ class Block(nn.Module):
         self.causal = causal
         self.post_norm = post_norm
 
-    def _attend(self, x: Tensor) -> Tensor:
+    def _attend(self, x: Tensor) -> Any:
         n, length, width = x.shape
         q, k, v = self.qkv(x).view(n, length, 3, 2, width // 2).permute(2, 0, 3, 1, 4)
         mixed = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
         return self.out(mixed.transpose(1, 2).reshape(n, length, width))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         if self.post_norm:
             x = self.norms[0](x + self._attend(x))
             return self.norms[1](x + self.feed(x))
@@ -62,7 +64,7 @@ class GPT(nn.Module):
         self.head = nn.Linear(width, SYMBOLS)
         nn.init.normal_(self.embedding.weight, std=0.02)
 
-    def forward(self, symbols: Tensor) -> Tensor:
+    def forward(self, symbols: Tensor) -> Any:
         return self.head(self.blocks(self.embedding(symbols) + self.place[: symbols.shape[1]]))
 
 
@@ -76,7 +78,7 @@ class ViT(nn.Module):
         self.blocks = nn.Sequential(*(Block(width, causal=False) for _ in range(depth)), nn.LayerNorm(width))
         self.head = nn.Linear(width, 10)
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor) -> Any:
         patches = images.view(-1, 4, 2, 4, 2).transpose(2, 3).reshape(-1, 16, 4)
         return self.head(self.blocks(self.patch(patches) + self.place).mean(1))
 
@@ -99,7 +101,7 @@ class ResNet(nn.Module):
         )
         self.head = nn.Linear(width, 10)
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor) -> Any:
         x = self.stem(images.view(-1, 1, 8, 8)).relu()
         for block in self.blocks:
             x = (x + block(x)).relu()
@@ -112,11 +114,17 @@ class CNN(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.net = nn.Sequential(
-            nn.Conv2d(1, 12, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(12, 24, 3, padding=1),
-            nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(96, 10),
-        )  # fmt: skip
+            nn.Conv2d(1, 12, 3, padding=1),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Conv2d(12, 24, 3, padding=1),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Flatten(),
+            nn.Linear(96, 10),
+        )
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor) -> Any:
         return self.net(images.view(-1, 1, 8, 8))
 
 

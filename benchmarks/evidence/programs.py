@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import math
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from sklearn.datasets import load_diabetes, load_digits
 from torch import Tensor, nn
 
 Batch = tuple[Tensor, ...]
-Loss = Callable[[nn.Module, Batch], Tensor]
+Loss = Callable[[nn.Module, Batch], Any]
 #: Changes the gradients of a module after `backward`, in place; gets the number of the batch.
 GradientFault = Callable[[nn.Module, int], None]
 #: Changes the loss before `backward`; gets the number of the batch.
@@ -243,7 +242,7 @@ def text(n: int, seed: int, size: int = 16) -> list[Batch]:
     symbols = _text()
     generator = torch.Generator().manual_seed(seed)
     places = torch.arange(CONTEXT + 1)
-    out = []
+    out: list[Batch] = []
     for _ in range(n):
         starts = torch.randint(len(symbols) - CONTEXT - 1, (size, 1), generator=generator)
         windows = symbols[starts + places]
@@ -257,8 +256,3 @@ def chosen(n: int, share: float, seed: int, first: int = 0, last: int | None = N
     hits = torch.rand(n, generator=generator) < share
     last = n if last is None else last
     return {i for i in range(n) if first <= i < last and bool(hits[i])}
-
-
-def tail_mean(losses: Sequence[float], n: int = 50) -> float:
-    """Returns the mean of the last losses; nonfinite if one is."""
-    return math.fsum(losses[-n:]) / n if all(map(math.isfinite, losses[-n:])) else math.nan

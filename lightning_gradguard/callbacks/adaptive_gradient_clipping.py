@@ -15,6 +15,7 @@ from typing_extensions import override
 
 from lightning_gradguard.core import arguments, tags
 from lightning_gradguard.core.clipping import ClippingPolicy, RelativeNormClipping, Scalar, step_context
+from lightning_gradguard.core.detectors import HARD_CLIPPING, ConstantClippingDetector
 from lightning_gradguard.core.norms import (
     Gradients,
     StepContext,
@@ -23,7 +24,9 @@ from lightning_gradguard.core.norms import (
     total_norm_from_norms,
 )
 from lightning_gradguard.core.parameter_names import match_names, warn_unmatched
+from lightning_gradguard.core.remedies import advice
 from lightning_gradguard.runtime import lightning_api
+from lightning_gradguard.runtime.incidents.journal import incident_now, publish
 from lightning_gradguard.runtime.logging.hyperparameters import non_defaults
 from lightning_gradguard.runtime.steps.step import Step
 from lightning_gradguard.runtime.steps.step_callback import StepCallback
@@ -45,8 +48,8 @@ class AdaptiveGradientClipping(StepCallback):
     | `grad_norm_clipped/total` | total norm after clipping |
 
     Args:
-        policy: Decides the factor on each gradient; a fresh `RelativeNormClipping()` if `None`. Each optimizer
-            gets a copy with a history of its own.
+        policy: Decides the factor on each gradient; a fresh `RelativeNormClipping()` if `None`. Each
+            optimizer gets a copy with a history of its own.
         exclude: Names of parameters that are not clipped, such as a classifier's head under
             `UnitwiseClipping`. A name of a module excludes all of its parameters.
 
@@ -73,6 +76,8 @@ class AdaptiveGradientClipping(StepCallback):
         self._policies: dict[int, ClippingPolicy] = {}
         self._clipped: dict[int, tuple[Scalar, int]] = {}
         self._logged: dict[int, tuple[Scalar, int]] = {}
+        self._hard: dict[int, tuple[Scalar, int]] = {}
+        self._detectors: dict[int, ConstantClippingDetector] = {}
         self._may_override = False
 
     @override
@@ -99,7 +104,7 @@ class AdaptiveGradientClipping(StepCallback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Warns about optimizers that cannot be clipped, and about patterns that match nothing."""
         super().on_train_start(trainer, pl_module)
-        self._clipped, self._logged = {}, {}
+        self._clipped, self._logged, self._hard = {}, {}, {}
         warn_unmatched("exclude", self.exclude, pl_module, trainer.optimizers)
         self._may_override = not lightning_api.gradients_used_after_hook(trainer)
         for optimizer in trainer.optimizers:
@@ -131,8 +136,38 @@ class AdaptiveGradientClipping(StepCallback):
         policy.commit()
         clipped, steps = self._clipped.get(step.optimizer_index, (0, 0))
         self._clipped[step.optimizer_index] = (clipped + (smallest < 1), steps + 1)
+        if not isinstance(coefficients, list):
+            hard, steps = self._hard.get(step.optimizer_index, (0, 0))
+            self._hard[step.optimizer_index] = (hard + (coefficients < HARD_CLIPPING), steps + 1)
         if self.suite.is_logged:
             self._log(trainer, step, gradients, policy.threshold, coefficients)
+
+    @override
+    def on_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch_idx: int) -> None:
+        """Adds the counts of hard clipping: at once if they are on the host, else with the logged numbers."""
+        for index, (hard, steps) in list(self._hard.items()):
+            if not isinstance(hard, Tensor):
+                self.on_host_numbers(trainer, pl_module, (index, steps), [float(hard)])
+            elif self.suite.is_logged:
+                self.suite.metrics.add_numbers(self, (index, steps), hard.reshape(1))
+            else:
+                continue
+            del self._hard[index]
+
+    def on_host_numbers(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        record: tuple[int, int],
+        numbers: list[float],
+    ) -> None:
+        """Publishes an incident if clipping has come to set the length of most steps."""
+        index, steps = record
+        share = self._detectors.setdefault(index, ConstantClippingDetector()).update(numbers[0], steps)
+        if share is not None:
+            hint = advice("constant_clipping")
+            incident = incident_now(trainer, "constant_clipping", value=share, advice=hint)
+            publish(trainer, pl_module, incident)
 
     @override
     def final_counts(self) -> dict[str, float]:
@@ -144,8 +179,9 @@ class AdaptiveGradientClipping(StepCallback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        """Returns the histories of the policies, by optimizer."""
-        return self.snapshot_state_dict()
+        """Returns the histories of the policies, and the counts of hard clipping, by optimizer."""
+        detectors = {index: detector.state_dict() for index, detector in self._detectors.items()}
+        return {**self.snapshot_state_dict(), "constant_clipping": detectors}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -153,6 +189,10 @@ class AdaptiveGradientClipping(StepCallback):
         self._policies.clear()
         for index, state in state_dict["histories"].items():
             self._policy(index).load_state_dict(copy.deepcopy(state))
+        # checkpoints of 0.5 have none
+        for index, state in state_dict.get("constant_clipping", {}).items():
+            self._detectors[index] = ConstantClippingDetector()
+            self._detectors[index].load_state_dict(state)
 
     def snapshot_state_dict(self) -> dict[str, Any]:
         """Returns the state that `NaNRollback` rolls back with the weights."""
@@ -195,7 +235,11 @@ class AdaptiveGradientClipping(StepCallback):
         """Returns the divisor for a fused optimizer; `None` if gradients are scaled here."""
         if isinstance(coefficients, list) or not isinstance(coefficients, Tensor) and coefficients in (0, 1):
             return None
-        if not self._may_override or gradients.tensors is not step.gradients.tensors or not step.supports_fused_override:
+        if (
+            not self._may_override
+            or gradients.tensors is not step.gradients.tensors
+            or not step.supports_fused_override
+        ):
             return None
         if isinstance(coefficients, Tensor):
             return coefficients.to(step.selection.device).reciprocal().float()
@@ -234,7 +278,11 @@ def _smallest(coefficients: Scalar | list[Tensor]) -> Scalar:
 
 def _clipped_norm(everything: Gradients, clipped: Gradients, coefficients: Scalar | list[Tensor]) -> Scalar:
     """Returns the total norm after clipping, from the norms before it if one coefficient scales a tensor."""
-    if not isinstance(coefficients, list) and everything.known_norm is not None and clipped.tensors is everything.tensors:
+    if (
+        not isinstance(coefficients, list)
+        and everything.known_norm is not None
+        and clipped.tensors is everything.tensors
+    ):
         return everything.known_norm * coefficients
     if not isinstance(coefficients, list):
         norms = clipped.norms * coefficients

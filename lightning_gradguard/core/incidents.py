@@ -25,6 +25,7 @@ IncidentKind = Literal[
     "exploding_gradient",
     "weight_stagnation",
     "stuck_loss",
+    "constant_clipping",
     "dead_units",
     "saturated_units",
     "poor_initialization",
@@ -55,7 +56,7 @@ _TITLES = {
     "gradient_collapse": "collapsed gradients",
     "nonfinite_gradient": "nonfinite gradients",
     "amp_overflow": "float16 overflow",
-    "constant_clipping": "hard clipping all the time",
+    "constant_clipping": "hard clipping of most steps",
     "falling_learning_rate": "a learning rate that keeps falling",
 }
 #: Interventions on the console, with the value of the incident.
@@ -71,6 +72,7 @@ _VALUES = {
     "corrupted_gradient": "total norm {:.4g}",
     "rollback": "to step {:.0f}",
     "learning_rate_backoff": "{:.4g}x",
+    "constant_clipping": "{:.0%} of the steps to less than half of their norm",
 }
 
 

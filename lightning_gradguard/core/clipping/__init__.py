@@ -1,7 +1,7 @@
 """Clipping policies, which decide by how much each gradient is scaled."""
 
-from .per_tensor import PerTensorClipping, UnitwiseClipping
 from .context import step_context
+from .per_tensor import PerTensorClipping, UnitwiseClipping
 from .policy import ClippingPolicy
 from .relative_norm import RelativeNormClipping
 from .scalars import Scalar

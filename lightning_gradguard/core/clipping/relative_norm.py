@@ -13,6 +13,7 @@ from lightning_gradguard.core.clipping.policy import ClippingPolicy
 from lightning_gradguard.core.clipping.scalars import (
     Scalar,
     Window,
+    absolute,
     as_like,
     fmax,
     fmin,
@@ -86,27 +87,29 @@ _NUMBERS = ("seen", "level", "lowest_loss", "highest_loss", "cap", "alarm", "wei
 
 
 class RelativeNormClipping(ClippingPolicy):
-    r"""Clips a norm that stands out from the run's own, or whose step overshoots; the default policy.
+    """Clips a norm that stands out from the run's own, or whose step overshoots; the default policy.
 
-    There is no absolute bound. Usual norm and loss are medians of the last `window` steps; a norm enters with
-    at most its bound. The *level* is the highest usual norm so far; after the first 20 steps it grows by at
-    most .5 % a step, so that a slow explosion is not followed.
+    There is no absolute bound. Usual norm and loss are medians of the last `window` steps; a norm enters
+    with at most its bound. The *level* is the highest usual norm so far; after the first 20 steps it grows
+    by at most 0.5 % a step, so that a slow explosion is not followed.
 
-    *Spikes*, under every optimizer: a norm above `max_ratio` times the usual one, and above 3 times the level,
-    is clipped to the level; up to 3 times that bound only if the loss is more than twice the usual one. Under
-    an optimizer that is not SGD, so is one above 3 times the level with a loss above 3 times the usual one.
+    **Spikes**, under every optimizer: a norm above its bound, the larger of `max_ratio` times the usual one
+    (at most the level) and 3 times the level, is clipped to the level; up to 3 times the bound only if the loss is more than
+    twice the usual one, and under SGD not if the step is harmless (*p* < 0.5, see below). Under any other
+    optimizer, so is one above 3 times the level with a loss above 3 times the usual one.
 
-    *Overshoot*, under SGD while no loss was negative: \(p = \eta n^2 / f\) is the ratio of the decrease that a
-    step along the gradient promises, and the loss, where \(n\) is the norm, \(\eta\) the learning rate divided
-    by 1 - momentum and \(f\) the loss, at least the usual one and at most the highest usual one. On a
-    quadratic with minimum 0 plain SGD overshoots above 4. An *alarm* begins at p > 4 with a loss 1.2 times the
-    highest usual one so far, or, with \(\eta\) as learning rate times 1 + momentum, at p > 16 in the first 20
-    steps and p > 32 later; it ends 300 steps after the last overshoot. Meanwhile a step with p > 4 is reduced
-    to p = .5, and one with p > 2 that is longer than the norm of the weights to .02 of it. The reduced norm is
-    the *cap* of later ones; it grows by 2 % with each step that it bounds, and is kept in a rollback.
+    **Overshoot**, under SGD while no loss was negative: *p = rate × norm² / loss* compares the decrease that
+    a step along the gradient promises with the loss, where *rate* is the learning rate divided by 1 -
+    momentum, and *loss* that of the step, at least the usual and at most the highest usual one. On a
+    quadratic with minimum 0, plain SGD overshoots above 4. An *alarm* begins at *p* > 4 with a loss 1.2 times
+    the highest usual one; or, with the learning rate times 1 + momentum as *rate*, at *p* > 16 in the first
+    20 steps, and at *p* > 32 later. It ends 300 steps after the last overshoot. Until then a step with *p* >
+    4 is reduced to *p* = 0.5, and one with *p* > 2 that is longer than the norm of the weights to 0.02 of it.
+    The reduced norm is the *cap* of later ones; it grows by 2 % with each step that it bounds, and a
+    rollback does not undo it.
 
-    Without a loss, or with negative ones, only spikes are clipped. The norm of the weights is measured once in
-    50 steps. A nonfinite norm or loss changes nothing.
+    Without a loss, or after a negative one, only spikes are clipped. The norm of the weights is measured
+    once in 50 steps. A nonfinite norm or loss changes nothing.
 
     Args:
         max_ratio: Of a norm to the usual one; positive.
@@ -134,7 +137,7 @@ class RelativeNormClipping(ClippingPolicy):
         the step by the norm of the weights is that of You, Gitman, Ginsburg, Large Batch Training of
         Convolutional Networks, 2017, arXiv:1708.03888; the bound on growth is akin to that of Chen et al.,
         Fira: Can We Achieve Full-rank Training of LLMs Under Low-rank Constraint?, 2024, arXiv:2410.01623.
-        The constants are measured: docs/evidence.md.
+        The constants are measured, see docs/evidence.md.
     """
 
     def __init__(self, max_ratio: float = 10.0, window: int = 100) -> None:
@@ -153,17 +156,18 @@ class RelativeNormClipping(ClippingPolicy):
         context = gradients.context or StepContext()
         rate = context.learning_rate
         self._uses_weights = rate is not None
-        norm = gradients.total_norm if isinstance(rate, Tensor) else total_norm(gradients)
+        norm: Scalar = gradients.total_norm if isinstance(rate, Tensor) else total_norm(gradients)
         state, loss = self._state.like(norm, self.window), as_like(norm, context.loss)
         if context.weight_norm is not None:
             state = replace(state, weight_norm=as_like(norm, context.weight_norm))
-        is_finite = (norm < math.inf) & negate(abs(loss) == math.inf)
+        is_finite = (norm < math.inf) & negate(absolute(loss) == math.inf)
         usual_loss = median(state.losses)
-        bound = fmax(self.max_ratio * median(state.norms), LEVEL_RATIO * state.level)
-        is_calm = (loss <= usual_loss + abs(usual_loss)) & (norm <= CALM_RATIO * bound)
+        usual = fmin(median(state.norms), state.level)
+        bound = fmax(self.max_ratio * usual, LEVEL_RATIO * state.level)
+        is_calm = (loss <= usual_loss + absolute(usual_loss)) & (norm <= CALM_RATIO * bound)
         is_spike = (norm > bound) & negate(is_calm)
         if rate is None:
-            rises = abs(loss) > ADAPTIVE_RATIO * abs(usual_loss)
+            rises = absolute(loss) > ADAPTIVE_RATIO * absolute(usual_loss)
             is_spike = is_spike | ((norm > ADAPTIVE_RATIO * state.level) & rises)
         else:
             decrease = rate / (1 - context.momentum) * norm * norm
@@ -186,14 +190,11 @@ class RelativeNormClipping(ClippingPolicy):
         return {field.name: getattr(self._state, field.name) for field in fields(_State)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continues with a saved history.
-
-        Raises:
-            ValueError: If it was saved with a larger `window`.
-        """
-        if state_dict and len(state_dict["norms"]) > self.window:
-            raise ValueError(f"window={self.window} does not fit the saved {len(state_dict['norms'])} norms.")
-        self._state = _State(**state_dict) if state_dict else _State([], [])
+        """Continues with a saved history, also one of another `window`."""
+        self._state = _State([], [])
+        if state_dict:
+            on_host = {key: window_like(0.0, state_dict[key], 0)[-self.window :] for key in _WINDOWS}
+            self._state = _State(**{**state_dict, **on_host})
 
     def roll_back(self, state_dict: dict[str, Any]) -> None:
         """Continues with the history from before a rollback, under the cap and the alarm of now."""
@@ -217,7 +218,7 @@ class RelativeNormClipping(ClippingPolicy):
             seen=state.seen + where(is_finite, as_like(kept, 1.0), as_like(kept, 0.0)),
             level=where(is_finite, level, state.level),
             lowest_loss=where(is_finite, fmin(state.lowest_loss, loss), state.lowest_loss),
-            highest_loss=fmax(state.highest_loss, abs(median(losses))),
+            highest_loss=fmax(state.highest_loss, absolute(median(losses))),
             cap=where(is_finite, after.cap, state.cap),
             alarm=where(is_finite, after.alarm, state.alarm),
             steps_since_weights=state.steps_since_weights + 1,

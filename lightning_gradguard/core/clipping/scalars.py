@@ -66,6 +66,11 @@ def clamp_max(value: Scalar, bound: float) -> Scalar:
     return bound if value > bound else value
 
 
+def absolute(value: Scalar) -> Scalar:
+    """Returns the absolute value."""
+    return value.abs() if isinstance(value, Tensor) else abs(value)
+
+
 def square_root(value: Scalar) -> Scalar:
     """Returns the square root; NaN of a negative number."""
     if isinstance(value, Tensor):
@@ -108,7 +113,8 @@ def window_like(norm: Scalar, window: Window, size: int) -> Window:
 def pushed(window: Window, value: Scalar, is_finite: Tensor | bool, size: int) -> Window:
     """Returns a window with one more number, if that is finite, and at most `size` numbers."""
     if isinstance(window, Tensor):
-        return torch.where(torch.as_tensor(is_finite), torch.cat((window[1:], torch.as_tensor(value).view(1))), window)
+        longer = torch.cat((window[1:], torch.as_tensor(value).view(1)))
+        return torch.where(torch.as_tensor(is_finite), longer, window)
     return [*window[-size + 1 :], float(value)] if is_finite else window
 
 

@@ -103,7 +103,9 @@ class PackedMeasurement:
         """Moves the numbers to the host: the step's one host synchronization."""
         if self._copied is not None:
             self._copied.synchronize()
-        loss, finite_losses, losses, weights, buffers, lost, alive, squares, *total_norms = self._host.tolist()
+        numbers = self._host.tolist()
+        head, total_norms = numbers[:8], numbers[8:]
+        loss, finite_losses, losses, weights, buffers, lost, alive, squares = head
         if not math.isfinite(loss):
             losses, finite_losses = 1, 0
         finite = [norm for norm in total_norms if math.isfinite(norm)]
