@@ -24,9 +24,9 @@ Runs = Mapping[tuple[str, str], Sequence[Record]]
 HEAD = """# Evidence
 
 The defaults of the suite are to do nothing where nothing is wrong, and to save runs that fail. This page
-measures both, with real callbacks in a real Trainer: small programs of usual kinds at usual rates, and programs that fail
-without help, under each guard, over seeds. Data is synthetic, from scikit-learn, or the standard library's
-source text.
+measures both, with real callbacks in a real Trainer: small programs of usual kinds at usual rates, and
+programs that fail without help, under each guard, over seeds. Data is synthetic, from scikit-learn, or the
+standard library's source text.
 
 `make evidence` takes about an hour on two idle cores and writes this page; `make evidence-quick` takes about
 three minutes and prints a part of it. The records are in `benchmarks/evidence/records.jsonl`, one run a line.
@@ -119,11 +119,12 @@ def _score(records: Sequence[Record]) -> str:
 
 
 def _healthy(runs: Runs, guards: Sequence[str]) -> str:
-    text = """Accuracy, coefficient of determination (higher is better) or, marked ↓, a loss or distance (lower is
-better), on data that was not trained on: mean and standard deviation over seeds. **Bold**: worse than without a guard by
-more than the standard deviation over seeds, and by 2 %. *Clipped* is the share of steps after the first 20
-that the suite has clipped, *first* the number among the first 20, *interventions* are skips and rollbacks of all
-seeds.
+    text = """
+Accuracy, coefficient of determination (higher is better) or, marked ↓, a loss or distance (lower is
+better), on data that was not trained on: mean and standard deviation over seeds. **Bold**: worse than without
+a guard by more than the standard deviation over seeds, and by 2 %. *Clipped* is the share of steps after the
+first 20 that the suite has clipped, *first* the number among the first 20, *interventions* are skips and
+rollbacks of all seeds.
 
 """
     titles = " | ".join(GUARDS[guard].title for guard in guards)
@@ -144,12 +145,13 @@ seeds.
         arrow = "" if scenario.higher else " ↓"
         name = f"{scenario.title}{arrow}{'*' if scenario.tuned else ''}"
         rows.append(f"| {name} | {' | '.join(cells)} | {clipped} | {first:.1f} | {acts} |")
-    return text + "\n".join(rows) + "\n"
+    return text.lstrip() + "\n".join(rows) + "\n"
 
 
 def _failing(runs: Runs, guards: Sequence[str]) -> str:
-    text = """Runs saved of those made (accuracy or R² of at least the limit, or, marked ↓, a loss of at most the limit),
-and the mean score of the finite ones.
+    text = """
+Runs saved of those made (accuracy or R² of at least the limit, or, marked ↓, a loss of at most the
+limit), and the mean score of the finite ones.
 
 """
     titles = " | ".join(GUARDS[guard].title for guard in guards)
@@ -163,7 +165,7 @@ and the mean score of the finite ones.
         arrow = "" if scenario.higher else " ↓"
         name = f"{scenario.title}{arrow}{'*' if scenario.tuned else ''}"
         rows.append(f"| {name} | {scenario.solved:g} | {' | '.join(cells)} |")
-    return text + "\n".join(rows) + "\n"
+    return text.lstrip() + "\n".join(rows) + "\n"
 
 
 def _misses(runs: Runs) -> str:

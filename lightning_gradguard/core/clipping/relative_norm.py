@@ -94,9 +94,9 @@ class RelativeNormClipping(ClippingPolicy):
     by at most 0.5 % a step, so that a slow explosion is not followed.
 
     **Spikes**, under every optimizer: a norm above its bound, the larger of `max_ratio` times the usual one
-    (at most the level) and 3 times the level, is clipped to the level; up to 3 times the bound only if the loss is more than
-    twice the usual one, and under SGD not if the step is harmless (*p* < 0.5, see below). Under any other
-    optimizer, so is one above 3 times the level with a loss above 3 times the usual one.
+    (at most the level) and 3 times the level, is clipped to the level; up to 3 times the bound only if the
+    loss is more than twice the usual one, and under SGD not if the step is harmless (*p* < 0.5, see below).
+    Under any other optimizer, so is one above 3 times the level with a loss above 3 times the usual one.
 
     **Overshoot**, under SGD while no loss was negative: *p = rate × norm² / loss* compares the decrease that
     a step along the gradient promises with the loss, where *rate* is the learning rate divided by 1 -
