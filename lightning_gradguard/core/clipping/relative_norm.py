@@ -94,9 +94,10 @@ class RelativeNormClipping(ClippingPolicy):
     by at most 0.5 % a step, so that a slow explosion is not followed.
 
     **Spikes**, under every optimizer: a norm above its bound, the larger of `max_ratio` times the usual one
-    (at most the level) and 3 times the level, is clipped to the level; up to 3 times the bound only if the
-    loss is more than twice the usual one, and under SGD not if the step is harmless (*p* < 0.5, see below).
-    Under any other optimizer, so is one above 3 times the level with a loss above 3 times the usual one.
+    and 3 times the level, is clipped to the level; up to 3 times the bound only if the loss is more than
+    twice the usual one, and under SGD not if the step is harmless (*p* < 0.5, see below). Under SGD without
+    the overshoot rule, the usual norm counts as at most the level. Under any other optimizer, a norm above 3
+    times the level with a loss above 3 times the usual one is a spike too.
 
     **Overshoot**, under SGD while no loss was negative: *p = rate × norm² / loss* compares the decrease that
     a step along the gradient promises with the loss, where *rate* is the learning rate divided by 1 -
@@ -162,7 +163,12 @@ class RelativeNormClipping(ClippingPolicy):
             state = replace(state, weight_norm=as_like(norm, context.weight_norm))
         is_finite = (norm < math.inf) & negate(absolute(loss) == math.inf)
         usual_loss = median(state.losses)
-        usual = fmin(median(state.norms), state.level)
+        usual = median(state.norms)
+        if rate is not None or gradients.context is None:
+            # where the overshoot rule is at work, it bounds the growth, and a change of level is followed
+            has_loss = fmin(state.lowest_loss, loss) >= 0
+            can_overshoot = has_loss & (loss == loss) & (rate is not None)
+            usual = where(can_overshoot, usual, fmin(usual, state.level))
         bound = fmax(self.max_ratio * usual, LEVEL_RATIO * state.level)
         is_calm = (loss <= usual_loss + absolute(usual_loss)) & (norm <= CALM_RATIO * bound)
         is_spike = (norm > bound) & negate(is_calm)
