@@ -8,7 +8,7 @@ LOGGERS := .venv-loggers
 LOGGERS_STAMP := $(LOGGERS)/.installed
 
 .PHONY: install demo test test-fast test-oldest test-loggers browser-test
-.PHONY: check docs guide strategies scaling faults bench bench-gpu
+.PHONY: check docs guide strategies scaling faults evidence evidence-quick bench bench-gpu
 
 install: $(STAMP)
 
@@ -68,6 +68,12 @@ scaling: install
 
 faults: install
 	$(BIN)/python -m benchmarks.faults
+
+evidence: install
+	$(BIN)/python -m benchmarks.evidence
+
+evidence-quick: install
+	$(BIN)/python -m benchmarks.evidence --quick
 
 # The packages that the suite is compared with
 $(BENCH_STAMP): $(STAMP)

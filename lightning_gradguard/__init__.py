@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         GlobalNormClipping,
         PercentileClipping,
         PerTensorClipping,
+        RelativeNormClipping,
         UnitwiseClipping,
         ZScoreClipping,
     )
@@ -44,6 +45,7 @@ __all__ = [
     "NaNRollback",
     "PerTensorClipping",
     "PercentileClipping",
+    "RelativeNormClipping",
     "Step",
     "StepCallback",
     "TrainingDivergedError",
@@ -68,6 +70,7 @@ _HOME = {
     "NaNRollback": "callbacks.nan_rollback",
     "PerTensorClipping": "core.clipping",
     "PercentileClipping": "core.clipping",
+    "RelativeNormClipping": "core.clipping",
     "TrainingDivergedError": "core.incidents",
     "Step": "runtime.steps.step",
     "StepCallback": "runtime.steps.step_callback",

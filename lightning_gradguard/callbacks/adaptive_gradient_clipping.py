@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytorch_lightning as pl
@@ -13,10 +14,19 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_gradguard.core import arguments, tags
-from lightning_gradguard.core.clipping import ClippingPolicy, Scalar, ZScoreClipping
-from lightning_gradguard.core.norms import Gradients, scale_gradients_, tensor_norms, total_norm_from_norms
+from lightning_gradguard.core.clipping import ClippingPolicy, RelativeNormClipping, Scalar, step_context
+from lightning_gradguard.core.detectors import HARD_CLIPPING, ConstantClippingDetector
+from lightning_gradguard.core.norms import (
+    Gradients,
+    StepContext,
+    scale_gradients_,
+    tensor_norms,
+    total_norm_from_norms,
+)
 from lightning_gradguard.core.parameter_names import match_names, warn_unmatched
+from lightning_gradguard.core.remedies import advice
 from lightning_gradguard.runtime import lightning_api
+from lightning_gradguard.runtime.incidents.journal import incident_now, publish
 from lightning_gradguard.runtime.logging.hyperparameters import non_defaults
 from lightning_gradguard.runtime.steps.step import Step
 from lightning_gradguard.runtime.steps.step_callback import StepCallback
@@ -38,8 +48,8 @@ class AdaptiveGradientClipping(StepCallback):
     | `grad_norm_clipped/total` | total norm after clipping |
 
     Args:
-        policy: Decides the factor on each gradient; a fresh `ZScoreClipping()` if `None`. Each optimizer
-            gets a copy with a history of its own.
+        policy: Decides the factor on each gradient; a fresh `RelativeNormClipping()` if `None`. Each
+            optimizer gets a copy with a history of its own.
         exclude: Names of parameters that are not clipped, such as a classifier's head under
             `UnitwiseClipping`. A name of a module excludes all of its parameters.
 
@@ -59,13 +69,15 @@ class AdaptiveGradientClipping(StepCallback):
                 f"policy={policy!r} is not a ClippingPolicy: subclass lightning_gradguard.ClippingPolicy "
                 "and write its method `coefficients(gradients)`."
             )
-        self.policy = ZScoreClipping() if policy is None else policy
+        self.policy = RelativeNormClipping() if policy is None else policy
         self.exclude = arguments.names("exclude", exclude)
         self.wants_units = self.policy.by_unit
         self.state_arguments = {"policy": type(self.policy).__name__, "exclude": self.exclude}
         self._policies: dict[int, ClippingPolicy] = {}
         self._clipped: dict[int, tuple[Scalar, int]] = {}
         self._logged: dict[int, tuple[Scalar, int]] = {}
+        self._hard: dict[int, tuple[Scalar, int]] = {}
+        self._detectors: dict[int, ConstantClippingDetector] = {}
         self._may_override = False
 
     @override
@@ -94,7 +106,7 @@ class AdaptiveGradientClipping(StepCallback):
         super().on_train_start(trainer, pl_module)
         if not self.suite.is_running:
             return
-        self._clipped, self._logged = {}, {}
+        self._clipped, self._logged, self._hard = {}, {}, {}
         warn_unmatched("exclude", self.exclude, pl_module, trainer.optimizers)
         self._may_override = not lightning_api.gradients_used_after_hook(trainer)
         for optimizer in trainer.optimizers:
@@ -110,12 +122,12 @@ class AdaptiveGradientClipping(StepCallback):
         """Scales the gradients of an accepted step, and adds it to the history."""
         if not step.accepted or step.inside_closure:
             return
-        gradients = step.gradients
+        policy = self._policy(step.optimizer_index)
+        gradients = replace(step.gradients, context=self._context(step, policy))
         if self.exclude:
             gradients = gradients.without(match_names(gradients.names, self.exclude))
         if not gradients.names:
             return
-        policy = self._policy(step.optimizer_index)
         coefficients = policy.coefficients(gradients)
         divisor = self._divisor(step, gradients, coefficients)
         smallest = _smallest(coefficients)
@@ -126,8 +138,38 @@ class AdaptiveGradientClipping(StepCallback):
         policy.commit()
         clipped, steps = self._clipped.get(step.optimizer_index, (0, 0))
         self._clipped[step.optimizer_index] = (clipped + (smallest < 1), steps + 1)
+        if not isinstance(coefficients, list):
+            hard, steps = self._hard.get(step.optimizer_index, (0, 0))
+            self._hard[step.optimizer_index] = (hard + (coefficients < HARD_CLIPPING), steps + 1)
         if self.suite.is_logged:
             self._log(trainer, step, gradients, policy.threshold, coefficients)
+
+    @override
+    def on_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch_idx: int) -> None:
+        """Adds the counts of hard clipping: at once if they are on the host, else with the logged numbers."""
+        for index, (hard, steps) in list(self._hard.items()):
+            if not isinstance(hard, Tensor):
+                self.on_host_numbers(trainer, pl_module, (index, steps), [float(hard)])
+            elif self.suite.is_logged:
+                self.suite.metrics.add_numbers(self, (index, steps), hard.reshape(1))
+            else:
+                continue
+            del self._hard[index]
+
+    def on_host_numbers(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        record: tuple[int, int],
+        numbers: list[float],
+    ) -> None:
+        """Publishes an incident if clipping has come to set the length of most steps."""
+        index, steps = record
+        share = self._detectors.setdefault(index, ConstantClippingDetector()).update(numbers[0], steps)
+        if share is not None:
+            hint = advice("constant_clipping")
+            incident = incident_now(trainer, "constant_clipping", value=share, advice=hint)
+            publish(trainer, pl_module, incident)
 
     @override
     def final_counts(self) -> dict[str, float]:
@@ -139,13 +181,20 @@ class AdaptiveGradientClipping(StepCallback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        """Returns the histories of the policies, by optimizer."""
-        return self.snapshot_state_dict()
+        """Returns the histories of the policies, and the counts of hard clipping, by optimizer."""
+        detectors = {index: detector.state_dict() for index, detector in self._detectors.items()}
+        return {**self.snapshot_state_dict(), "constant_clipping": detectors}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores the histories."""
-        self.load_snapshot_state_dict(state_dict)
+        self._policies.clear()
+        for index, state in state_dict["histories"].items():
+            self._policy(index).load_state_dict(copy.deepcopy(state))
+        # checkpoints of 0.5 have none
+        for index, state in state_dict.get("constant_clipping", {}).items():
+            self._detectors[index] = ConstantClippingDetector()
+            self._detectors[index].load_state_dict(state)
 
     def snapshot_state_dict(self) -> dict[str, Any]:
         """Returns the state that `NaNRollback` rolls back with the weights."""
@@ -153,10 +202,29 @@ class AdaptiveGradientClipping(StepCallback):
         return {"histories": histories}
 
     def load_snapshot_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Rolls the histories back with the weights."""
-        self._policies.clear()
-        for index, state in state_dict["histories"].items():
-            self._policy(index).load_state_dict(copy.deepcopy(state))
+        """Rolls the histories back with the weights; what a policy must not forget stays."""
+        for index, policy in self._policies.items():
+            state = state_dict["histories"].get(index, self.policy.state_dict())
+            policy.roll_back(copy.deepcopy(state))
+
+    @override
+    def wants_weight_norms(self, trainer: pl.Trainer) -> bool:
+        """True if the policy of any optimizer wants them, or may, as the optimizer has not stepped yet."""
+        policies = [self._policies.get(index, self.policy) for index in range(len(trainer.optimizers))]
+        return any(policy.wants_weight_norm for policy in policies)
+
+    def _context(self, step: Step, policy: ClippingPolicy) -> StepContext:
+        measurement = step.measurement
+        weight_norm: Scalar | None = None
+        if policy.wants_weight_norm:
+            weight_norm = step.packed.weight_norm() if measurement is None else measurement.weight_norm
+        return step_context(
+            step.optimizer,
+            step.gradients,
+            loss=step.loss if measurement is None else measurement.loss,
+            weight_norm=weight_norm,
+            rate_scale=self.suite.pending_rate_scale(step.optimizer_index),
+        )
 
     def _policy(self, index: int) -> ClippingPolicy:
         if index not in self._policies:
@@ -169,7 +237,11 @@ class AdaptiveGradientClipping(StepCallback):
         """Returns the divisor for a fused optimizer; `None` if gradients are scaled here."""
         if isinstance(coefficients, list) or not isinstance(coefficients, Tensor) and coefficients in (0, 1):
             return None
-        if not self._may_override or gradients is not step.gradients or not step.supports_fused_override:
+        if (
+            not self._may_override
+            or gradients.tensors is not step.gradients.tensors
+            or not step.supports_fused_override
+        ):
             return None
         if isinstance(coefficients, Tensor):
             return coefficients.to(step.selection.device).reciprocal().float()
@@ -208,7 +280,11 @@ def _smallest(coefficients: Scalar | list[Tensor]) -> Scalar:
 
 def _clipped_norm(everything: Gradients, clipped: Gradients, coefficients: Scalar | list[Tensor]) -> Scalar:
     """Returns the total norm after clipping, from the norms before it if one coefficient scales a tensor."""
-    if not isinstance(coefficients, list) and everything.known_norm is not None and clipped is everything:
+    if (
+        not isinstance(coefficients, list)
+        and everything.known_norm is not None
+        and clipped.tensors is everything.tensors
+    ):
         return everything.known_norm * coefficients
     if not isinstance(coefficients, list):
         norms = clipped.norms * coefficients

@@ -94,6 +94,11 @@ class LearningRateBackoff(StepCallback):
             rate.scale = self._scale
 
     @override
+    def pending_rate_scale(self, optimizer_index: int) -> float:
+        """Returns the scale, unless the optimizer has begun to step and its rates are scaled already."""
+        return self._rates[optimizer_index].pending
+
+    @override
     def on_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, step: Step) -> None:
         """Counts a good step, once a batch; keeps the rates, which a schedule changes before its end."""
         if self.suite.is_logged:

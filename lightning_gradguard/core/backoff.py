@@ -144,6 +144,11 @@ class ScaledLearningRate:
         ]
         return [rate.detach().clone() if isinstance(rate, Tensor) else float(rate) for rate in rates]
 
+    @property
+    def pending(self) -> float:
+        """Factor that is still to be put on the rates of the next update; 1 while the optimizer steps."""
+        return 1.0 if self._scheduled else self.scale
+
     def remove(self) -> None:
         """Restores the rates and removes the hooks."""
         self._undo()

@@ -26,6 +26,7 @@ IncidentKind = Literal[
     "exploding_gradient",
     "weight_stagnation",
     "stuck_loss",
+    "constant_clipping",
     "dead_units",
     "saturated_units",
     "poor_initialization",
@@ -60,7 +61,7 @@ _TITLES = {
     "nonfinite_validation": "nonfinite validation metric",
     "nonfinite_test": "nonfinite test metric",
     "amp_overflow": "float16 overflow",
-    "constant_clipping": "hard clipping all the time",
+    "constant_clipping": "hard clipping of most steps",
     "falling_learning_rate": "a learning rate that keeps falling",
 }
 #: Interventions on the console, with the value of the incident.
@@ -77,6 +78,7 @@ _VALUES = {
     "rejected_step": "total norm {:.4g}",
     "rollback": "to step {:.0f}",
     "learning_rate_backoff": "{:.4g}x",
+    "constant_clipping": "{:.0%} of the steps to less than half of their norm",
 }
 
 

@@ -39,6 +39,10 @@ _REMEDIES = {
         "Loss and gradient norm are far above those of the first steps: lower the learning rate or warm it "
         "up for longer, clip gradients (AdaptiveGradientClipping), check the initialization."
     ),
+    "constant_clipping": (
+        "Clipping, not the learning rate, sets the length of most steps: lower the learning rate, or raise "
+        "the bound if the policy has an absolute one (max_norm)."
+    ),
     "gradient_collapse": (
         "Most of the network no longer gets gradients, as when all units of a layer are dead: lower the "
         "learning rate or warm it up, use LeakyReLU or GELU, normalization or residual connections."

@@ -15,9 +15,16 @@ from torch.optim import Optimizer
 
 from lightning_gradguard.core.arguments import fraction, one_of, whole_number
 from lightning_gradguard.core.backoff import Backoff, ScaledLearningRate
-from lightning_gradguard.core.clipping import ClippingPolicy, Scalar, ZScoreClipping
+from lightning_gradguard.core.clipping import ClippingPolicy, RelativeNormClipping, Scalar, step_context
 from lightning_gradguard.core.incidents import IncidentKind, TrainingDivergedError
-from lightning_gradguard.core.norms import Gradients, Measurement, measure_gradients, scale_gradients_
+from lightning_gradguard.core.norms import (
+    Gradients,
+    Measurement,
+    measure_gradients,
+    scale_gradients_,
+    tensor_norms,
+    total_norm_from_norms,
+)
 from lightning_gradguard.core.recovery import Decision, RecoveryPolicy
 from lightning_gradguard.core.snapshots import BufferCopies, Snapshot, SnapshotRing, any_nonfinite
 
@@ -68,7 +75,7 @@ class TrainingGuard:
         modules: The module that the optimizer trains, or several of them, with finite weights that training
             may roll back to. Move them to their device before.
         optimizer: Any optimizer that evaluates the loss once a step.
-        policy: Clipping policy; a fresh `ZScoreClipping()` if `None`.
+        policy: Clipping policy; a fresh `RelativeNormClipping()` if `None`.
         patience: Skipped steps in a row after which training rolls back; at least 1.
         max_rollbacks: After so many, the next one raises; 0 or more. After 500 steps without one, one less is
             counted.
@@ -134,7 +141,7 @@ class TrainingGuard:
             raise ValueError(f"{len(outside)} parameters of the optimizer are not in `modules`.")
         self._optimizer = optimizer
         self._snapshot_every_n_steps = whole_number("snapshot_every_n_steps", snapshot_every_n_steps)
-        self.policy = ZScoreClipping() if policy is None else policy
+        self.policy = RelativeNormClipping() if policy is None else policy
         self.backoff = Backoff() if backoff is None else backoff
         self.recovery = RecoveryPolicy(patience, max_rollbacks, max_skip_fraction)
         self.skips = 0
@@ -191,7 +198,7 @@ class TrainingGuard:
             # a spike is an anomaly when it begins, and rolled back when it has lasted
             outcome = replace(outcome, kind=anomaly if decision == "continue" else anomaly or "loss_spike")
             if decision == "continue":
-                return self._commit(outcome, replace(gradients, known_norm=measurement.total_norm))
+                return self._commit(outcome, self._with_context(gradients, measurement))
         if decision == "continue":
             return outcome
         self._roll_back(decision)
@@ -238,9 +245,12 @@ class TrainingGuard:
         in_buffers = any_nonfinite(buffers) if buffers else zero
         in_state = zero if self._nonfinite_state is None else self._nonfinite_state
         self._nonfinite_state = None
-        numbers = (loss.detach().reshape(()), gradients.total_norm, in_buffers, in_state)
+        weight_norm = zero
+        if self.policy.wants_weight_norm:
+            weight_norm = total_norm_from_norms(tensor_norms(gradients.parameters))
+        numbers = (loss.detach().reshape(()), gradients.total_norm, in_buffers, in_state, weight_norm)
         packed = torch.cat([torch.stack([n.to(zero) for n in numbers]), gradients.norms])
-        value, total_norm, nonfinite_buffers, nonfinite_weights, *norms = packed.tolist()
+        value, total_norm, nonfinite_buffers, nonfinite_weights, weights, *norms = packed.tolist()
         matrices = [norm for p, norm in zip(gradients.parameters, norms, strict=True) if p.ndim > 1]
         measurement = Measurement(
             optimizer_index=0,
@@ -252,10 +262,22 @@ class TrainingGuard:
             nonfinite_weights=bool(nonfinite_weights),
             nonfinite_buffers=bool(nonfinite_buffers),
             was_lost=False,
+            weight_norm=weights,
         )
         return measurement, tuple(
             n for n, norm in zip(gradients.names, norms, strict=True) if not math.isfinite(norm)
         )
+
+    def _with_context(self, gradients: Gradients, measurement: Measurement) -> Gradients:
+        """Returns the gradients with all that the policy may know of the step."""
+        context = step_context(
+            self._optimizer,
+            gradients,
+            loss=measurement.loss,
+            weight_norm=measurement.weight_norm if self.policy.wants_weight_norm else None,
+            rate_scale=self.backoff.scale,
+        )
+        return replace(gradients, known_norm=measurement.total_norm, context=context)
 
     def _commit(self, outcome: StepOutcome, gradients: Gradients) -> StepOutcome:
         coefficients = self.policy.coefficients(gradients)
@@ -296,7 +318,7 @@ class TrainingGuard:
         self._nonfinite_state = None
         self._good_steps = 0
         extra_state = copy.deepcopy(snapshot.extra_state)
-        self.policy.load_state_dict(extra_state["policy"])
+        self.policy.roll_back(extra_state["policy"])
         self.recovery.load_detector_state(extra_state["detectors"])
         if decision == "stop":
             raise TrainingDivergedError(

@@ -315,13 +315,14 @@ numbers = st.sampled_from([0.0, 1e-3, 1.0, 2.0, 1e4, 1e38, 3.5e38, 1e300, math.i
 def test_kernel_skips_the_steps_that_the_check_skips(
     loss: float, told: list[float], totals: list[float]
 ) -> None:
-    asked = PackedMeasurement(torch.tensor([loss, 1.0, *told, 1.0, *totals], dtype=torch.float64))
+    asked = PackedMeasurement(torch.tensor([loss, 1.0, *told, 1.0, 0.0, *totals], dtype=torch.float64))
     assert bool(asked.must_skip()) == asked.read(0).must_skip
 
 
 def test_ranks_disagree_from_a_thousandfold_on() -> None:
     for factor, expected in ((0.99, False), (1.01, True)):
         totals = [1.0, factor * DISAGREEMENT]
-        asked = PackedMeasurement(torch.tensor([1.0, 1.0, 0, 0, 0, 0, 1.0, *totals], dtype=torch.float64))
+        packed = [1.0, 1.0, 0, 0, 0, 0, 1.0, 0.0, *totals]
+        asked = PackedMeasurement(torch.tensor(packed, dtype=torch.float64))
         assert bool(asked.must_skip()) == asked.read(0).must_skip == expected
     assert OVERFLOW > 3e38

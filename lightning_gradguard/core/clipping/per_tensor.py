@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from lightning_gradguard.core.arguments import decay_rate, number, positive, whole_number
-from lightning_gradguard.core.clipping.policy import EPS, ClippingPolicy
+from lightning_gradguard.core.clipping.policy import ClippingPolicy
+from lightning_gradguard.core.clipping.scalars import EPS
 from lightning_gradguard.core.norms import Gradients
 
 

@@ -7,12 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
+from lightning_gradguard.core.clipping.scalars import Scalar
 from lightning_gradguard.core.norms import Gradients
-
-#: A number that the host knows, or one on the device that is read without a host synchronization.
-Scalar = float | Tensor
-#: Added to a norm that divides; the value of `torch.nn.utils.clip_grad_norm_`.
-EPS = 1e-6
 
 
 class ClippingPolicy(ABC):
@@ -35,6 +31,9 @@ class ClippingPolicy(ABC):
     threshold: Scalar | None = None
     #: True if `coefficients` calls `gradients.unit_norms()`, which must be summed over shards.
     by_unit: bool = False
+    #: True if the next step's `gradients.context` should have the norm of the weights; it is on the way of a
+    #: measurement that reads them all, so it should rarely be.
+    wants_weight_norm: bool = False
 
     @abstractmethod
     def coefficients(self, gradients: Gradients) -> Scalar | list[Tensor]:
@@ -57,3 +56,7 @@ class ClippingPolicy(ABC):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:  # noqa: B027 - as above
         """Continues with a saved history."""
+
+    def roll_back(self, state_dict: dict[str, Any]) -> None:
+        """Continues with the history from before a rollback; what must not be forgotten may stay."""
+        self.load_state_dict(state_dict)

@@ -9,7 +9,19 @@ import torch
 from torch import Tensor
 
 from lightning_gradguard.core.arguments import decay_rate, percentage, positive, whole_number
-from lightning_gradguard.core.clipping.policy import EPS, ClippingPolicy, Scalar
+from lightning_gradguard.core.clipping.policy import ClippingPolicy
+from lightning_gradguard.core.clipping.scalars import (
+    EPS,
+    Scalar,
+    as_like,
+    clamp_max,
+    clamp_min,
+    clip_coefficient,
+    fmax,
+    lerp,
+    total_norm,
+    where,
+)
 from lightning_gradguard.core.norms import Gradients
 
 #: Lower bound of the standard deviation as a share of the mean: constant norms in the warm-up do not lock the
@@ -49,8 +61,8 @@ class GlobalNormClipping(ClippingPolicy):
     def coefficients(self, gradients: Gradients) -> Scalar:
         """Returns one coefficient: `min(1, max_norm / total_norm)`."""
         self.threshold = self.max_norm
-        norm = _total_norm(gradients)
-        return _clip_coefficient(self.max_norm, norm, norm < math.inf)
+        norm = total_norm(gradients)
+        return clip_coefficient(self.max_norm, norm, norm < math.inf)
 
 
 class PercentileClipping(ClippingPolicy):
@@ -79,7 +91,7 @@ class PercentileClipping(ClippingPolicy):
 
     def coefficients(self, gradients: Gradients) -> Scalar:
         """Returns one coefficient, by the percentile of the history and the current norm."""
-        known = _total_norm(gradients)
+        known = total_norm(gradients)
         norm = torch.as_tensor(known, dtype=torch.float64)
         if not self._state:
             self._state = {
@@ -91,8 +103,8 @@ class PercentileClipping(ClippingPolicy):
         finite = torch.isfinite(norm)
         norms = torch.where(slot & finite, norm, state["norms"])
         self._pending = {"norms": norms, "seen": state["seen"] + finite}
-        self.threshold = _as_like(known, norms.nanquantile(self.percentile / 100))
-        return _clip_coefficient(self.threshold, known, known < math.inf)
+        self.threshold = as_like(known, norms.nanquantile(self.percentile / 100))
+        return clip_coefficient(self.threshold, known, known < math.inf)
 
     def commit(self) -> None:
         """Adds the norm before clipping to the window."""
@@ -157,11 +169,11 @@ class ZScoreClipping(ClippingPolicy):
 
     def coefficients(self, gradients: Gradients) -> Scalar:
         """Returns one coefficient, by the z-score of the total norm."""
-        norm = _total_norm(gradients)
+        norm = total_norm(gradients)
         is_finite = norm < math.inf
         is_warming = self._state["seen"] < self.warmup_steps
         effective = self._warm_up(norm) if is_warming else self._compare(norm, is_finite)
-        return _clip_coefficient(_clamp_max(effective, self.max_norm), norm, is_finite)
+        return clip_coefficient(clamp_max(effective, self.max_norm), norm, is_finite)
 
     def _warm_up(self, norm: Scalar) -> Scalar:
         """Collects norms; an outlier counts as the median of those before it."""
@@ -171,32 +183,32 @@ class ZScoreClipping(ClippingPolicy):
         bound = OUTLIER_RATIO * median if seen >= 3 else torch.full_like(present, torch.inf)
         effective = torch.where(present > bound, median, present)
         warmup[seen] = torch.where(present < torch.inf, effective, torch.nan)
-        self.threshold = _as_like(norm, bound.clamp(max=self.max_norm))
+        self.threshold = as_like(norm, bound.clamp(max=self.max_norm))
         self._pending = {**self._state, "warmup": warmup, "seen": seen + 1}
         if seen + 1 == self.warmup_steps:
             mean = warmup.nanmean()
-            self._pending["mean"] = _as_like(norm, mean)
-            self._pending["variance"] = _as_like(norm, (warmup - mean).square().nanmean().nan_to_num(0.0))
-        return _as_like(norm, effective)
+            self._pending["mean"] = as_like(norm, mean)
+            self._pending["variance"] = as_like(norm, (warmup - mean).square().nanmean().nan_to_num(0.0))
+        return as_like(norm, effective)
 
     def _compare(self, norm: Scalar, is_finite: Tensor | bool) -> Scalar:
         """Compares with the running mean; the larger an outlier is, the less it counts."""
-        mean, variance = (_as_like(norm, self._state[key]) for key in ("mean", "variance"))
-        before, mean = mean, _where(mean == mean, mean, norm)  # no norm of the warm-up was finite
-        std = _fmax(variance**0.5, MIN_RELATIVE_STD * mean)
+        mean, variance = (as_like(norm, self._state[key]) for key in ("mean", "variance"))
+        before, mean = mean, where(mean == mean, mean, norm)  # no norm of the warm-up was finite
+        std = fmax(variance**0.5, MIN_RELATIVE_STD * mean)
         z = (norm - mean) / (std + EPS)
         bound = mean + self.z_threshold * std
         stands_out = z > self.z_threshold
-        softened = mean + self.z_threshold**2 * std / _clamp_min(z, self.z_threshold)
-        effective = _where(stands_out, softened, norm)
-        new_mean = _lerp(effective, mean, self.decay)
+        softened = mean + self.z_threshold**2 * std / clamp_min(z, self.z_threshold)
+        effective = where(stands_out, softened, norm)
+        new_mean = lerp(effective, mean, self.decay)
         deviation = effective - new_mean
-        new_variance = _lerp(deviation * deviation, variance, self.decay)
-        self.threshold = _clamp_max(bound, self.max_norm)
+        new_variance = lerp(deviation * deviation, variance, self.decay)
+        self.threshold = clamp_max(bound, self.max_norm)
         self._pending = {
             **self._state,
-            "mean": _where(is_finite, new_mean, before),
-            "variance": _where(is_finite, new_variance, variance),
+            "mean": where(is_finite, new_mean, before),
+            "variance": where(is_finite, new_variance, variance),
         }
         return effective
 
@@ -220,55 +232,3 @@ class ZScoreClipping(ClippingPolicy):
             )
         if state_dict:
             self._state = dict(state_dict, seen=int(state_dict["seen"]))
-
-
-def _total_norm(gradients: Gradients) -> Scalar:
-    """Returns the total norm, as a number if the host knows it."""
-    return gradients.total_norm if gradients.known_norm is None else gradients.known_norm
-
-
-def _clip_coefficient(max_norm: Scalar, norm: Scalar, is_finite: Tensor | bool) -> Scalar:
-    """Returns the coefficient for gradients of this norm; 1 if the norm is within bounds, or nonfinite."""
-    return _where((norm > max_norm) & is_finite, max_norm / (norm + EPS), 1.0)
-
-
-def _where(condition: Tensor | bool, one: Scalar, other: Scalar) -> Scalar:
-    """Returns one number if the condition holds, else the other; without a host synchronization."""
-    if isinstance(condition, Tensor):
-        return torch.where(condition, one, other)
-    return one if condition else other
-
-
-def _fmax(one: Scalar, other: Scalar) -> Scalar:
-    """Returns the larger of two numbers of one kind; the other if one is NaN."""
-    if isinstance(one, Tensor) and isinstance(other, Tensor):
-        return torch.fmax(one, other)
-    return one if one > other else other
-
-
-def _clamp_min(value: Scalar, bound: float) -> Scalar:
-    """Returns the value, or the bound if that is larger; NaN stays."""
-    if isinstance(value, Tensor):
-        return value.clamp(min=bound)
-    return bound if value < bound else value
-
-
-def _clamp_max(value: Scalar, bound: float) -> Scalar:
-    """Returns the value, or the bound if that is smaller; NaN stays."""
-    if isinstance(value, Tensor):
-        return value.clamp(max=bound)
-    return bound if value > bound else value
-
-
-def _lerp(start: Scalar, end: Scalar, weight: float) -> Scalar:
-    """Interpolates linearly between two numbers of one kind."""
-    if isinstance(start, Tensor) and isinstance(end, Tensor):
-        return torch.lerp(start, end, weight)
-    return start + weight * (end - start)
-
-
-def _as_like(norm: Scalar, value: Scalar) -> Scalar:
-    """Returns a value in the form of a norm: a number, or a scalar tensor on its device."""
-    if isinstance(norm, Tensor):
-        return torch.as_tensor(value, dtype=torch.float64, device=norm.device)
-    return float(value)

@@ -1,5 +1,6 @@
 """Detectors on plain numbers: spikes, divergence, collapse, symptoms."""
 
+from .constant_clipping import CONSTANT_CLIPPING, HARD_CLIPPING, ConstantClippingDetector
 from .optimizer_health import (
     ADVERSARIAL_DIVERGENCE_RATIO,
     DIVERGENCE_RATIO,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -23,6 +24,25 @@ def _index_tensor(indices: tuple[int, ...], device: torch.device) -> Tensor:
 
 
 @dataclass(frozen=True)
+class StepContext:
+    """What a step is besides its gradients, for policies that relate a norm to the update it leads to.
+
+    Args:
+        loss: Mean loss of the step over ranks and accumulated batches; NaN if none was seen.
+        learning_rate: With all factors on it; the mean over parameter groups by squared gradient norm. `None`
+            for an optimizer whose step is not along the gradient, as that of Adam.
+        momentum: The largest of the parameter groups.
+        weight_norm: L2 norm of all weights that the optimizer updates; `None` if it was not measured in this
+            step, see `ClippingPolicy.wants_weight_norm`.
+    """
+
+    loss: float | Tensor = math.nan
+    learning_rate: float | Tensor | None = None
+    momentum: float = 0.0
+    weight_norm: float | Tensor | None = None
+
+
+@dataclass(frozen=True)
 class Gradients:
     """Gradients of one optimizer step with their norms, as a clipping policy receives them.
 
@@ -35,6 +55,7 @@ class Gradients:
         units: The result of `unit_norms`, where it was summed over shards.
         known_norm: The total norm as a number, if the host has read it: decisions from it cost no operation
             on the device.
+        context: Loss, rate and weights of the step; `None` outside of a training run.
     """
 
     names: tuple[str, ...]
@@ -44,6 +65,7 @@ class Gradients:
     total_norm: Tensor
     units: tuple[UnitNorms, ...] | None = None
     known_norm: float | None = None
+    context: StepContext | None = None
 
     def unit_norms(self) -> tuple[UnitNorms, ...]:
         """Returns L2 norms of each unit of each gradient, and of the weights of the same units.
@@ -63,12 +85,16 @@ class Gradients:
         pairs = zip(self.tensors, self.parameters, strict=True)
         return tuple((unitwise_norm(tensor), unitwise_norm(weight.detach())) for tensor, weight in pairs)
 
+    def norms_of(self, indices: Sequence[int]) -> Tensor:
+        """Returns the norms of some of the gradients, by their positions; shape `(n,)`, float64."""
+        return self.norms[_index_tensor(tuple(indices), self.norms.device)]
+
     def without(self, names: Collection[str]) -> Gradients:
         """Returns the same gradients without those of some parameters; unknown names are ignored."""
         kept = [i for i, name in enumerate(self.names) if name not in names]
         if len(kept) == len(self.names):
             return self
-        norms = self.norms[_index_tensor(tuple(kept), self.norms.device)]
+        norms = self.norms_of(kept)
         return replace(
             self,
             names=tuple(self.names[i] for i in kept),

@@ -30,6 +30,7 @@ class Measurement:
         nonfinite_buffers: True if the forward passes of any rank left nonfinite buffers.
         was_lost: True if the batch of any rank was lost by this run before it was resumed.
         rejected_by: Names of the callbacks whose `check_step` has rejected the step, although it is finite.
+        weight_norm: L2 norm of all weights with a gradient, before the step; 0 if it was not measured.
     """
 
     optimizer_index: int
@@ -42,6 +43,7 @@ class Measurement:
     nonfinite_buffers: bool
     was_lost: bool
     rejected_by: tuple[str, ...] = ()
+    weight_norm: float = 0.0
 
     @property
     def is_corrupt(self) -> bool:

@@ -7,7 +7,15 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from statistics import median
 
-from lightning_gradguard.core.detectors import EXPLOSION, STAGNANT, CollapseDetector, Symptom, SymptomDetector
+from lightning_gradguard.core.detectors import (
+    CONSTANT_CLIPPING,
+    EXPLOSION,
+    HARD_CLIPPING,
+    STAGNANT,
+    CollapseDetector,
+    Symptom,
+    SymptomDetector,
+)
 from lightning_gradguard.report.analysis.failure import largest_layers_at
 from lightning_gradguard.report.analysis.outcome import MIN_POINTS, Outcome, RunSymptom, ends
 from lightning_gradguard.report.analysis.run_log import GradientLog, RunLog, Series
@@ -16,8 +24,6 @@ from lightning_gradguard.report.analysis.run_log import GradientLog, RunLog, Ser
 MAX_CHECKS = 500
 #: A spike of the norm counts only above this many times the norm at the start: late in a run norms are small.
 ABOVE_START = 10.0
-#: Clipping is constant from this share of the steps, and hard below this median coefficient.
-CONSTANT_CLIPPING, HARD_CLIPPING = 0.9, 0.5
 
 
 def gradient_symptoms(log: RunLog, outcome: Outcome) -> Iterator[RunSymptom]:
@@ -153,7 +159,7 @@ def _constant_clipping(gradients: GradientLog, outcome: Outcome) -> Iterator[Run
         return
     share = sum(fractions) / len(fractions)
     usual = median(coefficients) if coefficients else 0.0
-    if share < CONSTANT_CLIPPING or usual > HARD_CLIPPING:
+    if share <= CONSTANT_CLIPPING or usual > HARD_CLIPPING:
         return
     evidence = f"{share:.0%} of the steps in the second half were clipped, to {usual:.2g} of their norm"
     is_sure = len(fractions) >= MIN_POINTS and not outcome.has_learned

@@ -70,7 +70,8 @@ class PackedMeasurement:
     Args:
         packed: Sum of the finite losses, their number, the number of others (of a single loss: itself, 1 and
             0, even if it is nonfinite); flags of nonfinite weights, of nonfinite buffers and of a repeated
-            lost batch; gradient norms of the weight matrices, added up; total norms by rank.
+            lost batch; gradient norms of the weight matrices, added up; squared norm of the weights, 0 if it
+            was not requested; total norms by rank.
     """
 
     def __init__(self, packed: Tensor) -> None:
@@ -85,9 +86,13 @@ class PackedMeasurement:
         """Mean of the finite losses, on the device; nonfinite without one."""
         return self._packed[0] / self._packed[1]
 
+    def weight_norm(self) -> Tensor:
+        """Norm of all weights, on the device; 0 if it was not requested."""
+        return self._packed[7].sqrt()
+
     def must_skip(self) -> Tensor:
         """1 where `Measurement.must_skip` will be true, else 0; shape `()`, float32, on the device."""
-        totals = self._packed[7:]
+        totals = self._packed[8:]
         is_good = (self._packed.abs() <= _bounds(len(totals), self._packed.device)).all()
         if len(totals) > 1:
             lowest, highest = torch.aminmax(totals)
@@ -98,7 +103,9 @@ class PackedMeasurement:
         """Moves the numbers to the host: the step's one host synchronization."""
         if self._copied is not None:
             self._copied.synchronize()
-        loss, finite_losses, losses, weights, buffers, lost, alive, *total_norms = self._host.tolist()
+        numbers = self._host.tolist()
+        head, total_norms = numbers[:8], numbers[8:]
+        loss, finite_losses, losses, weights, buffers, lost, alive, squares = head
         if not math.isfinite(loss):
             losses, finite_losses = 1, 0
         finite = [norm for norm in total_norms if math.isfinite(norm)]
@@ -114,6 +121,7 @@ class PackedMeasurement:
             nonfinite_weights=bool(weights),
             nonfinite_buffers=bool(buffers),
             was_lost=bool(lost),
+            weight_norm=math.sqrt(squares),
         )
 
 
@@ -121,7 +129,7 @@ class PackedMeasurement:
 def _bounds(n_totals: int, device: torch.device) -> Tensor:
     """Upper bounds on the packed numbers of a step that may take place."""
     largest = torch.finfo(torch.float64).max
-    bounds = [largest, math.inf, 0, 0, 0, 0, math.inf, *[OVERFLOW] * n_totals]
+    bounds = [largest, math.inf, 0, 0, 0, 0, math.inf, math.inf, *[OVERFLOW] * n_totals]
     return torch.tensor(bounds, dtype=torch.float64, device=device)
 
 
@@ -143,6 +151,14 @@ def _measure_whole(selection: Selection, request: StepRequest) -> Measured:
         tensor_norms = {p: values / request.loss_scale for p, values in tensor_norms.items()}
     total_norm = norms.total_norm_from_norms(tensor_norms[2.0])
     head.append(torch.dot(tensor_norms[2.0], selection.matrices))
+    weights = selection.parameters
+    weight_norms = None
+    if request.weights:
+        weight_norms = norms.tensor_norms(weights, 2.0, selection.buckets(weights))
+        squares = weight_norms.square().sum().nan_to_num(0.0)
+        head.append(squares.to(selection.device) / selection.n_ranks)
+    else:
+        head.append(selection.zero)
     if selection.n_ranks == 1:
         packed = torch.stack([*head, total_norm])
     else:
@@ -151,15 +167,12 @@ def _measure_whole(selection: Selection, request: StepRequest) -> Measured:
         parts = {"head": torch.stack(head), "total_norms": total_norms}
         seen = distributed.reduce_together(parts if pending is None else {**parts, "pending": pending}, {})
         packed, pending = torch.cat([seen["head"], seen["total_norms"]]), seen.get("pending")
-    weights = selection.parameters
     return Measured(
         tensors=tensors,
         tensor_norms=tensor_norms,
         total_norm=total_norm,
         units=None,
-        weight_norms=norms.tensor_norms(weights, 2.0, selection.buckets(weights))
-        if request.weights
-        else None,
+        weight_norms=weight_norms,
         packed=PackedMeasurement(packed),
         pending=pending,
     )
@@ -175,8 +188,10 @@ def _measure_shards(selection: Selection, request: StepRequest) -> Measured:
     for p in request.norm_types:
         sums[p] = norms.power_sums(tensors, p).to(device) / (scale if p == math.inf else scale**p)
     head.append(torch.dot(sums[2.0], selection.matrices))
+    head.append(selection.zero)
     if request.weights:
         sums["weights"] = norms.power_sums(parameters).to(device)
+        head[-1] = torch.dot(sums["weights"], shares).nan_to_num(0.0)
     largest: dict[float | str, Tensor] = {p: sums.pop(p) for p in request.norm_types if p == math.inf}
     parts: dict[float | str, Tensor] = {key: values * shares for key, values in sums.items()}
     parts["head"] = torch.stack(head)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -153,6 +154,10 @@ class Suite:
     ) -> None:
         """Has the optimizer's kernel scale its gradients, or skip, in this step; see `FusedStepOverride`."""
         self._overrides.append(FusedStepOverride(step.optimizer, grad_scale=grad_scale, found_inf=found_inf))
+
+    def pending_rate_scale(self, optimizer_index: int) -> float:
+        """Factor that the members will put on the learning rates of an optimizer in this step."""
+        return math.prod(member.pending_rate_scale(optimizer_index) for member in self.members)
 
     def end_overrides(self) -> None:
         """Restores the optimizers' attributes."""

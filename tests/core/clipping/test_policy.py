@@ -21,6 +21,7 @@ from lightning_gradguard import (
     GlobalNormClipping,
     PercentileClipping,
     PerTensorClipping,
+    RelativeNormClipping,
     UnitwiseClipping,
     ZScoreClipping,
 )
@@ -31,6 +32,7 @@ POLICIES: list[Callable[[], ClippingPolicy]] = [
     GlobalNormClipping,
     ZScoreClipping,
     lambda: ZScoreClipping(max_norm=None, warmup_steps=5),
+    RelativeNormClipping,
     PercentileClipping,
     UnitwiseClipping,
     lambda: PerTensorClipping(warmup_steps=5),

@@ -386,7 +386,7 @@ def test_constant_hard_clipping_is_found() -> None:
     assert kinds(analyze_run(RunLog(series(falling(60)), [hard]))) == {"constant_clipping": "minor"}
     few = replace(hard, clip_fraction=series([1.0] * 4), clip_coefficient=series([0.01] * 4))
     assert kinds(analyze_run(RunLog(series([2.0] * 4), [few]))) == {"constant_clipping": "minor"}
-    seldom = replace(hard, clip_fraction=series([0.8] * 60))
+    seldom = replace(hard, clip_fraction=series([0.4] * 60))
     assert kinds(analyze_run(RunLog(series([2.0] * 60), [seldom]))) == {}
     soft = replace(hard, clip_coefficient=series([0.9] * 60))
     assert kinds(analyze_run(RunLog(series([2.0] * 60), [soft]))) == {}

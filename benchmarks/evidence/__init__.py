@@ -1,0 +1,1 @@
+"""What guards cost on healthy programs, and what they save on failing ones."""

@@ -1,0 +1,253 @@
+"""The default clipping policy: bounds relative to the run's own norms, losses and weights."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from torch import Tensor
+
+from lightning_gradguard.core.arguments import positive, whole_number
+from lightning_gradguard.core.clipping.policy import ClippingPolicy
+from lightning_gradguard.core.clipping.scalars import (
+    Scalar,
+    Window,
+    absolute,
+    as_like,
+    fmax,
+    fmin,
+    median,
+    negate,
+    pushed,
+    square_root,
+    total_norm,
+    where,
+    window_like,
+)
+from lightning_gradguard.core.norms import Gradients, StepContext
+
+#: Steps in which the level follows the norms freely, and overshoot is found earlier.
+FIRST_STEPS = 20
+#: Largest growth of the level in one step: doubling takes 139 steps.
+LEVEL_GROWTH = 1.005
+#: A norm is no spike up to this multiple of the level, however small norms have become since.
+LEVEL_RATIO = 3.0
+#: A norm above its bound is clipped only beyond this multiple of it, while the loss is at most twice the
+#: usual one.
+CALM_RATIO = 3.0
+#: A step whose predicted decrease is below this share of the usual loss is harmless.
+HARMLESS = 0.5
+#: Under optimizers that normalize gradients, a norm this many times the level is a spike if the loss is as
+#: many times the usual one.
+ADAPTIVE_RATIO = 3.0
+#: A loss this many times the highest level so far has risen.
+RISE = 1.2
+#: Ratio of predicted decrease and loss at which a step overshoots: with momentum accumulated, if the loss has
+#: risen; and without, if it has not, in the first steps and later.
+OVERSHOOT, OVERSHOOT_EARLY, OVERSHOOT_LATER = 4.0, 16.0, 32.0
+#: The ratio to which an overshooting step is reduced.
+REDUCED = 0.5
+#: Ratio from which a step that is longer than the weights is reduced, and its length then, by weight norm.
+OUT_OF_REGION, REGION = 2.0, 0.02
+#: Steps without overshoot after which it is again looked for as before any.
+ALARM_STEPS = 300.0
+#: Growth of the cap in each step that it bounds.
+CAP_GROWTH = 1.02
+#: Steps between two measurements of the weights.
+WEIGHTS_EVERY_N_STEPS = 50
+#: Lower bound of the weight norm and of divisors.
+_SMALL, _TINY = 1e-3, 1e-300
+
+
+@dataclass(frozen=True)
+class _State:
+    """The history; numbers are all on the host or all on the device."""
+
+    norms: Window
+    losses: Window
+    seen: Scalar = 0.0
+    level: Scalar = math.nan
+    lowest_loss: Scalar = math.inf
+    highest_loss: Scalar = math.nan
+    cap: Scalar = math.inf
+    alarm: Scalar = 0.0
+    weight_norm: Scalar = math.nan
+    steps_since_weights: int = 0
+
+    def like(self, norm: Scalar, window: int) -> _State:
+        """Returns the state in the form of a norm."""
+        values: dict[str, Any] = {key: window_like(norm, getattr(self, key), window) for key in _WINDOWS}
+        values |= {key: as_like(norm, getattr(self, key)) for key in _NUMBERS}
+        return replace(self, **values)
+
+
+_WINDOWS = ("norms", "losses")
+_NUMBERS = ("seen", "level", "lowest_loss", "highest_loss", "cap", "alarm", "weight_norm")
+
+
+class RelativeNormClipping(ClippingPolicy):
+    """Clips a norm that stands out from the run's own, or whose step overshoots; the default policy.
+
+    There is no absolute bound. Usual norm and loss are medians of the last `window` steps; a norm enters
+    with at most its bound. The *level* is the highest usual norm so far; after the first 20 steps it grows
+    by at most 0.5 % a step, so that a slow explosion is not followed.
+
+    **Spikes**, under every optimizer: a norm above its bound, the larger of `max_ratio` times the usual one
+    and 3 times the level, is clipped to the level; up to 3 times the bound only if the loss is more than
+    twice the usual one, and under SGD not if the step is harmless (*p* < 0.5, see below). Under SGD without
+    the overshoot rule, the usual norm counts as at most the level. Under any other optimizer, a norm above 3
+    times the level with a loss above 3 times the usual one is a spike too.
+
+    **Overshoot**, under SGD while no loss was negative: *p = rate × norm² / loss* compares the decrease that
+    a step along the gradient promises with the loss, where *rate* is the learning rate divided by 1 -
+    momentum, and *loss* that of the step, at least the usual and at most the highest usual one. On a
+    quadratic with minimum 0, plain SGD overshoots above 4. An *alarm* begins at *p* > 4 with a loss 1.2 times
+    the highest usual one; or, with the learning rate times 1 + momentum as *rate*, at *p* > 16 in the first
+    20 steps, and at *p* > 32 later. It ends 300 steps after the last overshoot. Until then a step with *p* >
+    4 is reduced to *p* = 0.5, and one with *p* > 2 that is longer than the norm of the weights to 0.02 of it.
+    The reduced norm is the *cap* of later ones; it grows by 2 % with each step that it bounds, and a
+    rollback does not undo it.
+
+    Without a loss, or after a negative one, only spikes are clipped. The norm of the weights is measured
+    once in 50 steps. A nonfinite norm or loss changes nothing.
+
+    Args:
+        max_ratio: Of a norm to the usual one; positive.
+        window: Number of past steps for the usual norm and loss; at least 1.
+
+    Raises:
+        ValueError: If an argument is out of range.
+
+    Example:
+        >>> import torch
+        >>> from lightning_gradguard.core.norms import measure_gradients
+        >>> weight, policy = torch.nn.Parameter(torch.zeros(2)), RelativeNormClipping()
+        >>> for norm in [1.0, 1.2, 0.9, 5.0, 50.0]:
+        ...     weight.grad = torch.tensor([norm, 0.0])
+        ...     print(round(float(policy.coefficients(measure_gradients([("weight", weight)]))), 3))
+        ...     policy.commit()
+        1.0
+        1.0
+        1.0
+        1.0
+        0.02
+
+    References:
+        The ratio p is the inverse of a step size of Polyak, Introduction to Optimization, 1987; the bound on
+        the step by the norm of the weights is that of You, Gitman, Ginsburg, Large Batch Training of
+        Convolutional Networks, 2017, arXiv:1708.03888; the bound on growth is akin to that of Chen et al.,
+        Fira: Can We Achieve Full-rank Training of LLMs Under Low-rank Constraint?, 2024, arXiv:2410.01623.
+        The constants are measured, see docs/evidence.md.
+    """
+
+    def __init__(self, max_ratio: float = 10.0, window: int = 100) -> None:
+        self.max_ratio = positive("max_ratio", max_ratio)
+        self.window = whole_number("window", window)
+        self._state = self._pending = _State([], [])
+        self._uses_weights = True
+
+    @property
+    def wants_weight_norm(self) -> bool:  # type: ignore[override]
+        """True once in 50 steps, under an optimizer whose steps are along the gradient."""
+        return self._uses_weights and self._state.steps_since_weights % WEIGHTS_EVERY_N_STEPS == 0
+
+    def coefficients(self, gradients: Gradients) -> Scalar:
+        """Returns one coefficient, by the spike rule and the overshoot rule."""
+        context = gradients.context or StepContext()
+        rate = context.learning_rate
+        self._uses_weights = rate is not None
+        norm: Scalar = gradients.total_norm if isinstance(rate, Tensor) else total_norm(gradients)
+        state, loss = self._state.like(norm, self.window), as_like(norm, context.loss)
+        if context.weight_norm is not None:
+            state = replace(state, weight_norm=as_like(norm, context.weight_norm))
+        is_finite = (norm < math.inf) & negate(absolute(loss) == math.inf)
+        usual_loss = median(state.losses)
+        usual = median(state.norms)
+        if rate is not None or gradients.context is None:
+            # where the overshoot rule is at work, it bounds the growth, and a change of level is followed
+            has_loss = fmin(state.lowest_loss, loss) >= 0
+            can_overshoot = has_loss & (loss == loss) & (rate is not None)
+            usual = where(can_overshoot, usual, fmin(usual, state.level))
+        bound = fmax(self.max_ratio * usual, LEVEL_RATIO * state.level)
+        is_calm = (loss <= usual_loss + absolute(usual_loss)) & (norm <= CALM_RATIO * bound)
+        is_spike = (norm > bound) & negate(is_calm)
+        if rate is None:
+            rises = absolute(loss) > ADAPTIVE_RATIO * absolute(usual_loss)
+            is_spike = is_spike | ((norm > ADAPTIVE_RATIO * state.level) & rises)
+        else:
+            decrease = rate / (1 - context.momentum) * norm * norm
+            is_spike = is_spike & negate(decrease < HARMLESS * usual_loss)
+        allowed = where(is_spike, fmin(state.level, norm), norm)
+        after = replace(state, cap=where(norm > state.cap, CAP_GROWTH * state.cap, state.cap))
+        if rate is not None:
+            after = _overshoot(after, allowed, loss, usual_loss, rate, context.momentum)
+        allowed = fmin(allowed, after.cap)
+        self.threshold = fmin(where(bound == bound, bound, as_like(norm, math.inf)), after.cap)
+        self._pending = self._updated(state, after, fmin(norm, bound), loss, is_finite)
+        return where((norm > allowed) & is_finite, allowed / fmax(norm, as_like(norm, _TINY)), 1.0)
+
+    def commit(self) -> None:
+        """Adds the norm, at most its bound, and the loss to the history."""
+        self._state = self._pending
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the history."""
+        return {field.name: getattr(self._state, field.name) for field in fields(_State)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continues with a saved history, also one of another `window`."""
+        self._state = _State([], [])
+        if state_dict:
+            on_host = {key: window_like(0.0, state_dict[key], 0)[-self.window :] for key in _WINDOWS}
+            self._state = _State(**{**state_dict, **on_host})
+
+    def roll_back(self, state_dict: dict[str, Any]) -> None:
+        """Continues with the history from before a rollback, under the cap and the alarm of now."""
+        cap, alarm = self._state.cap, self._state.alarm
+        self.load_state_dict(state_dict)
+        self._state = replace(self._state, cap=cap, alarm=alarm)
+
+    def _updated(
+        self, state: _State, after: _State, kept: Scalar, loss: Scalar, is_finite: Tensor | bool
+    ) -> _State:
+        """Returns the history with this step in it."""
+        norms = pushed(state.norms, kept, is_finite, self.window)
+        losses = pushed(state.losses, loss, is_finite & (loss == loss), self.window)
+        usual = median(norms)
+        grown = fmax(state.level, fmin(usual, LEVEL_GROWTH * state.level))
+        level = where(state.seen < FIRST_STEPS, usual, grown)
+        return replace(
+            after,
+            norms=norms,
+            losses=losses,
+            seen=state.seen + where(is_finite, as_like(kept, 1.0), as_like(kept, 0.0)),
+            level=where(is_finite, level, state.level),
+            lowest_loss=where(is_finite, fmin(state.lowest_loss, loss), state.lowest_loss),
+            highest_loss=fmax(state.highest_loss, absolute(median(losses))),
+            cap=where(is_finite, after.cap, state.cap),
+            alarm=where(is_finite, after.alarm, state.alarm),
+            steps_since_weights=state.steps_since_weights + 1,
+        )
+
+
+def _overshoot(
+    state: _State, norm: Scalar, loss: Scalar, usual_loss: Scalar, rate: Scalar, momentum: float
+) -> _State:
+    """Returns the state with the alarm, and the cap, after a step of this norm under SGD."""
+    step, first_step = rate / (1 - momentum), rate * (1 + momentum)
+    decrease = step * norm * norm
+    is_positive = fmin(state.lowest_loss, loss) >= 0
+    size = fmax(fmin(loss, state.highest_loss), usual_loss)
+    has_risen = (loss > RISE * state.highest_loss) & (decrease > OVERSHOOT * state.highest_loss)
+    ratio = where(state.seen < FIRST_STEPS, as_like(norm, OVERSHOOT_EARLY), as_like(norm, OVERSHOOT_LATER))
+    begins = has_risen | (first_step * norm * norm > ratio * size)
+    is_alarmed = (begins | (state.alarm > 0)) & is_positive
+    overshoots = is_alarmed & (decrease > OVERSHOOT * size)
+    leaves = is_alarmed & (decrease > OUT_OF_REGION * size) & (step * norm > state.weight_norm)
+    reduced = where(overshoots, square_root(REDUCED * size / step), as_like(norm, math.inf))
+    region = REGION * fmax(state.weight_norm, as_like(norm, _SMALL)) / step
+    reduced = where(leaves, fmin(reduced, region), reduced)
+    quieter = fmax(state.alarm - 1.0, as_like(norm, 0.0))
+    alarm = where((begins & is_positive) | overshoots | leaves, as_like(norm, ALARM_STEPS), quieter)
+    return replace(state, cap=fmin(state.cap, reduced), alarm=alarm)

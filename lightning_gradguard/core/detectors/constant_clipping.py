@@ -1,0 +1,52 @@
+"""Detection of clipping that sets the length of most steps."""
+
+from __future__ import annotations
+
+from typing import Any
+
+#: A step is clipped hard below this coefficient: clipping shortens it more than anything else sets it.
+HARD_CLIPPING = 0.5
+#: Clipping is constant if it is hard in more than this share of the steps.
+CONSTANT_CLIPPING = 0.5
+#: Steps over which the share is taken.
+EVIDENCE_STEPS = 100
+
+
+class ConstantClippingDetector:
+    """Finds out whether clipping sets the length of most steps, once an episode.
+
+    Example:
+        >>> detector = ConstantClippingDetector()
+        >>> detector.update(90, 100), detector.update(90, 100), detector.update(10, 100)
+        (0.9, None, None)
+        >>> detector.update(40, 50), detector.update(40, 50)
+        (None, 0.8)
+    """
+
+    def __init__(self) -> None:
+        self._hard = 0.0
+        self._steps = 0
+        self._is_constant = False
+
+    def update(self, hard: float, steps: int) -> float | None:
+        """Adds steps, and how many of them were clipped hard.
+
+        Returns:
+            The share of hard ones if an episode begins, else `None`.
+        """
+        self._hard += hard
+        self._steps += steps
+        if self._steps < EVIDENCE_STEPS:
+            return None
+        share, was_constant = self._hard / self._steps, self._is_constant
+        self._hard, self._steps, self._is_constant = 0.0, 0, share > CONSTANT_CLIPPING
+        return share if self._is_constant and not was_constant else None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the counts, and whether an episode lasts."""
+        return {"hard": self._hard, "steps": self._steps, "is_constant": self._is_constant}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continues from a saved state."""
+        self._hard, self._steps = state_dict["hard"], state_dict["steps"]
+        self._is_constant = state_dict["is_constant"]

@@ -1,0 +1,178 @@
+"""`RelativeNormClipping`: exact decisions on series of norms, losses, rates and weights."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lightning_gradguard import RelativeNormClipping
+from lightning_gradguard.core.norms import StepContext
+from tests.core.clipping.steps import gradients_of, step
+
+#: A rate at which unit norms and losses are far from overshoot.
+SLOW = 0.01
+
+
+def applied(policy: RelativeNormClipping, norms: Sequence[float], **context: Any) -> list[float]:
+    """Norms after clipping; `losses` may give a loss for each."""
+    losses = context.pop("losses", [context.pop("loss", math.nan)] * len(norms))
+    return [
+        step(policy, dataclasses.replace(gradients_of([norm]), context=StepContext(loss, **context)))
+        for norm, loss in zip(norms, losses, strict=True)
+    ]
+
+
+def test_spike_is_clipped_to_the_level() -> None:
+    policy = RelativeNormClipping()
+    norms = [1.0, 1.2, 0.8] * 10
+    assert applied(policy, norms) == pytest.approx(norms)
+    assert applied(policy, [9.0, 11.0, 100.0, 1.1]) == pytest.approx([9.0, 1.0, 1.0, 1.1])
+
+
+def test_spike_without_a_rise_of_the_loss_must_be_larger() -> None:
+    policy = RelativeNormClipping()
+    applied(policy, [1.0] * 30, loss=1.0)
+    assert applied(policy, [20.0, 40.0], loss=1.0) == pytest.approx([20.0, 1.0])
+    assert applied(policy, [20.0], loss=2.1) == pytest.approx([1.0])
+    # of an optimizer that normalizes gradients, if the loss has tripled
+    assert applied(policy, [4.0], loss=3.1) == pytest.approx([1.0])
+
+
+def test_harmless_step_of_sgd_is_no_spike() -> None:
+    policy = RelativeNormClipping()
+    applied(policy, [1.0] * 30, loss=1.0, learning_rate=1e-5)
+    assert applied(policy, [100.0], loss=1.0, learning_rate=1e-5) == pytest.approx([100.0])
+    assert applied(policy, [100.0], loss=1.0, learning_rate=1e-3) == pytest.approx([1.0])
+
+
+def test_slow_explosion_is_not_followed() -> None:
+    norms = [1.02 ** max(i - 60, 0) for i in range(361)]
+    assert norms[-1] > 350
+    without_loss = applied(RelativeNormClipping(), norms, learning_rate=SLOW)
+    assert max(without_loss) < 60
+    assert without_loss[-1] < 5
+    with_loss = applied(RelativeNormClipping(), norms, losses=norms, learning_rate=0.1, momentum=0.9)
+    assert max(with_loss) < 5
+    # Adam normalizes it by itself
+    assert applied(RelativeNormClipping(), norms) == pytest.approx(norms)
+
+
+def test_norms_that_fall_by_decades_are_not_clipped() -> None:
+    policy = RelativeNormClipping()
+    norms = [10 ** (-i / 50) * (1 + 4 * (i % 7 == 0)) for i in range(300)]
+    assert applied(policy, norms) == pytest.approx(norms)
+
+
+def test_overshoot_is_reduced_and_remembered() -> None:
+    policy = RelativeNormClipping()
+    # p = 1 * 100 ** 2 / 2: reduced to p = .5, a norm of 1
+    assert applied(policy, [100.0], loss=2.0, learning_rate=1.0) == pytest.approx([1.0])
+    # the cap grows by 2 % with each step that it bounds, and with no other
+    later = applied(policy, [1.5, 0.5, 1.5], loss=2.0, learning_rate=1.0)
+    assert later == pytest.approx([1.02, 0.5, 1.02**2])
+
+
+def test_step_longer_than_the_weights_is_reduced_further() -> None:
+    policy = RelativeNormClipping()
+    context = {"learning_rate": 1.0, "loss": 2.0}
+    assert applied(policy, [100.0], weight_norm=10.0, **context) == pytest.approx([0.2])
+    other = RelativeNormClipping()
+    assert applied(other, [100.0], weight_norm=1000.0, **context) == pytest.approx([1.0])
+
+
+def test_momentum_lengthens_the_step_only_once_the_loss_has_risen() -> None:
+    usual = {"learning_rate": SLOW, "momentum": 0.9}
+    policy = RelativeNormClipping()
+    norms = [2.5] * 40  # p = .1 * 2.5 ** 2 / .1 = 6.25 with momentum
+    assert applied(policy, norms, loss=0.1, **usual) == pytest.approx(norms)
+    (clipped,) = applied(policy, [2.5], loss=0.13, **usual)
+    assert clipped == pytest.approx(math.sqrt(0.5 * 0.1 / 0.1))
+
+
+def test_negative_losses_leave_the_spike_rule_alone() -> None:
+    policy = RelativeNormClipping()
+    norms = [100.0] * 30
+    assert applied(policy, norms, loss=-1.0, learning_rate=1.0) == pytest.approx(norms)
+    assert applied(policy, [2000.0], loss=5.0, learning_rate=1.0) == pytest.approx([100.0])
+
+
+def test_nonfinite_loss_or_norm_changes_nothing() -> None:
+    policy = RelativeNormClipping()
+    applied(policy, [1.0] * 10, loss=1.0, learning_rate=SLOW)
+    before = {k: v for k, v in policy.state_dict().items() if k != "steps_since_weights"}
+    applied(policy, [math.nan, math.inf, 50.0], losses=[1.0, 1.0, math.inf], learning_rate=SLOW)
+    after = {k: v for k, v in policy.state_dict().items() if k != "steps_since_weights"}
+    for key, value in before.items():
+        torch.testing.assert_close(torch.as_tensor(after[key]), torch.as_tensor(value), equal_nan=True)
+
+
+def test_rollback_keeps_the_cap_and_forgets_the_history() -> None:
+    policy = RelativeNormClipping()
+    saved = copy.deepcopy(policy.state_dict())
+    applied(policy, [100.0], loss=2.0, learning_rate=1.0)
+    policy.roll_back(saved)
+    assert policy.state_dict()["cap"] == pytest.approx(1.0)
+    assert policy.state_dict()["alarm"] > 0
+    assert len(policy.state_dict()["norms"]) == 0
+    policy.load_state_dict(saved)
+    assert policy.state_dict()["cap"] == math.inf
+
+
+def test_weights_are_asked_for_once_in_fifty_steps_of_sgd() -> None:
+    policy, adaptive = RelativeNormClipping(), RelativeNormClipping()
+    asked = []
+    for _ in range(101):
+        asked.append(policy.wants_weight_norm)
+        applied(policy, [1.0], loss=1.0, learning_rate=SLOW)
+    assert [i for i, wants in enumerate(asked) if wants] == [0, 50, 100]
+    applied(adaptive, [1.0] * 50, loss=1.0)
+    assert not adaptive.wants_weight_norm
+
+
+finite = st.floats(1e-3, 1e5)
+pairs = st.lists(st.tuples(finite, finite), min_size=1, max_size=60)
+
+
+@given(
+    steps=st.lists(st.tuples(finite, finite), min_size=1, max_size=60), momentum=st.sampled_from([0.0, 0.9])
+)
+@settings(deadline=None, max_examples=25)
+def test_host_and_device_decide_alike(steps: list[tuple[float, float]], momentum: float) -> None:
+    on_host, on_device = RelativeNormClipping(window=10), RelativeNormClipping(window=10)
+    for norm, loss in steps:
+        gradients = gradients_of([norm])
+        known = dataclasses.replace(
+            gradients,
+            known_norm=gradients.total_norm.item(),
+            context=StepContext(loss, 0.05, momentum, weight_norm=3.0),
+        )
+        tensors = StepContext(torch.tensor(loss, dtype=torch.float64), 0.05, momentum, weight_norm=3.0)
+        expected = on_host.coefficients(known)
+        found = on_device.coefficients(dataclasses.replace(gradients, context=tensors))
+        assert isinstance(expected, float)
+        assert float(found) == pytest.approx(expected, rel=1e-12)
+        on_host.commit()
+        on_device.commit()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "quoted"), [({"max_ratio": 0}, "max_ratio=0"), ({"window": 0}, "window=0")]
+)
+def test_wrong_arguments_are_quoted(arguments: dict[str, Any], quoted: str) -> None:
+    with pytest.raises(ValueError, match=quoted):
+        RelativeNormClipping(**arguments)
+
+
+def test_a_shorter_window_keeps_the_last_norms() -> None:
+    policy, shorter = RelativeNormClipping(), RelativeNormClipping(window=2)
+    applied(policy, [1.0, 2.0, 3.0])
+    shorter.load_state_dict(policy.state_dict())
+    assert shorter.state_dict()["norms"] == [2.0, 3.0]
