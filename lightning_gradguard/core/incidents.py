@@ -39,6 +39,8 @@ Cause = Literal[
     "forward_pass",
     "loss",
     "backward_pass",
+    "optimizer_epsilon",
+    "compiled_code",
     "transient",
     "unknown",
 ]
@@ -110,13 +112,15 @@ class Incident:
         step: `trainer.global_step` at the incident.
         epoch: `trainer.current_epoch` at the incident.
         batch_idx: Index of the batch within the epoch, or `None` outside of one.
-        where: Names of the parameters or modules at fault, the worst first.
+        where: Names of the parameters, modules or parts of the batch at fault, the worst first; the line of
+            the step's own code, if the fault is there.
         value: The measured number.
         action: The intervention.
         advice: Advice to the user.
         cause: The origin of a nonfinite value, if the batch was examined; empty otherwise.
         detail: Result of the examination, in one sentence.
         dossier: Folder of the dossier, within that of the run, if one was written.
+        location: File, line and function of the user's code that ran the operation at fault, if it is known.
 
     Example:
         >>> incident = Incident("loss_spike", step=7, epoch=0, batch_idx=7, value=12.0)
@@ -135,6 +139,7 @@ class Incident:
     cause: Cause | Literal[""] = ""
     detail: str = ""
     dossier: str = ""
+    location: str = ""
 
     @property
     def measured(self) -> str:
@@ -152,6 +157,8 @@ class Incident:
             facts.append(self.detail.rstrip("."))  # names the samples
         elif self.where:
             facts.append(first_names(3, self.where))
+        if self.location and self.location not in self.where and self.location not in "".join(facts):
+            facts.append(self.location)
         if self.measured:
             facts.append(self.measured)
         if self.cause:

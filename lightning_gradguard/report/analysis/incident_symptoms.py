@@ -93,8 +93,9 @@ def _symptom(kind: str, severity: SymptomSeverity, members: Sequence[RecordedInc
         more = f"; and {len(details) - MAX_DETAILS} more" if len(details) > MAX_DETAILS else ""
         evidence += f": {'; '.join([*details][:MAX_DETAILS])}{more}" if details else ""
     value = math.nan if example.value is None else example.value
+    # an examination knows more than the cause
+    own = tuple(dict.fromkeys(i.advice for i in members if i.advice))[:MAX_DETAILS]
+    found = tuple(dict.fromkeys(i.advice for i in members if i.advice and i.cause))[:MAX_DETAILS]
     advice = advice_for_cause(cause, example.where)
-    # a kind published by another callback carries its own advice
-    own = (example.advice,) if example.advice else ()
-    next_steps = (advice,) if advice else remedies(kind, example.where) or own
+    next_steps = found or ((advice,) if advice else remedies(kind, example.where) or own)
     return RunSymptom(kind, example.where, value, severity, first, evidence, next_steps)

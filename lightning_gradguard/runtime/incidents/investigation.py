@@ -12,9 +12,14 @@ from typing import Any
 import pytorch_lightning as pl
 from torch import nn
 
-from lightning_gradguard.core.forensics import Origin, origin_in_weights, out_of_range_elements
+from lightning_gradguard.core.forensics import (
+    Origin,
+    OutOfRange,
+    origin_in_epsilon,
+    origin_in_weights,
+    out_of_range_elements,
+)
 from lightning_gradguard.core.incidents import Cause
-from lightning_gradguard.core.remedies import advice_for_cause
 from lightning_gradguard.core.snapshots import Snapshot
 from lightning_gradguard.runtime import lightning_api
 from lightning_gradguard.runtime.distributed import gather_objects, world_size
@@ -37,14 +42,14 @@ class Investigation:
 
     Attributes:
         examined: Episodes examined so far.
-        found: The causes that were found, with the tensors or modules at fault.
+        found: The causes that were found, with the last origin of each.
         cause: Of the running episode; `None` outside of one, or if it was not examined.
         in_episode: True from a skipped step to the next good one.
     """
 
     def __init__(self, max_dossiers: int, megabytes: float) -> None:
         self.examined = 0
-        self.found: dict[Cause, tuple[str, ...]] = {}
+        self.found: dict[Cause, Origin] = {}
         self._max_dossiers = max_dossiers
         self._megabytes = megabytes
         self.cause: Cause | None = None
@@ -57,7 +62,7 @@ class Investigation:
 
     def advice(self) -> dict[str, str]:
         """Advice on a skipped step that was not examined, from the first one of its episode."""
-        advice = advice_for_cause(self.cause, self.found[self.cause]) if self.cause else ""
+        advice = self.found[self.cause].remedy if self.cause else ""
         return {"advice": advice} if advice else {}
 
     def scan_weights(self, trainer: pl.Trainer, snapshot: Snapshot) -> Origin | None:
@@ -67,7 +72,7 @@ class Investigation:
             The origin, the same on every rank; `None` if no rank has weights out of range.
         """
         out_of_range = _out_of_range(trainer, snapshot)
-        origins = gather_objects(origin_in_weights(out_of_range) if out_of_range else None)
+        origins = gather_objects(_in_weights(trainer, out_of_range) if out_of_range else None)
         return next((origin for origin in origins if origin is not None), None)
 
     def examine(
@@ -95,8 +100,9 @@ class Investigation:
             return Result(Origin("unknown", detail=obstacle))
         out_of_range = _out_of_range(trainer, snapshot)
         origin, seen = _first_origin(trainer, pl_module, window, out_of_range)
-        if weights_are_nonfinite and out_of_range and origin.cause == "transient":
-            origin = origin_in_weights(out_of_range)
+        is_finite = weights_are_nonfinite and origin.cause == "transient"
+        if out_of_range and (is_finite or origin.cause in ("update_too_large", "corrupted_weights")):
+            origin = _in_weights(trainer, out_of_range)
         origin = dataclasses.replace(origin, detail=_with_samples(trainer, seen, origin))
         origins: list[Origin] = gather_objects(origin)
         rank = min(range(len(origins)), key=lambda r: (_VAGUE.get(origins[r].cause, 0), r))
@@ -110,7 +116,7 @@ class Investigation:
             else:
                 path = str(written.relative_to(folder))
         self.cause = origins[rank].cause
-        self.found[self.cause] = origins[rank].where
+        self.found[self.cause] = origins[rank]
         return Result(origins[rank], gather_objects(path)[rank])
 
 
@@ -138,7 +144,7 @@ def _first_origin(
     trainer: pl.Trainer,
     pl_module: pl.LightningModule,
     window: Sequence[SeenBatch],
-    out_of_range: dict[str, int],
+    out_of_range: dict[str, OutOfRange],
 ) -> tuple[Origin, SeenBatch]:
     # all of them, on every rank: the step may contain collectives
     found = [(replay(trainer, pl_module, seen, out_of_range), seen) for seen in window]
@@ -151,7 +157,7 @@ def _dossier(
     step: int,
     origin: Origin,
     seen: SeenBatch,
-    out_of_range: dict[str, int],
+    out_of_range: dict[str, OutOfRange],
     snapshot: Snapshot,
 ) -> Dossier:
     scaler = lightning_api.gradient_scaler(trainer)
@@ -175,9 +181,14 @@ def _dossier(
     )
 
 
-def _out_of_range(trainer: pl.Trainer, snapshot: Snapshot) -> dict[str, int]:
+def _out_of_range(trainer: pl.Trainer, snapshot: Snapshot) -> dict[str, OutOfRange]:
     named = trainer.lightning_module.named_parameters()
     return out_of_range_elements(snapshot.compare(named, trainer.optimizers))
+
+
+def _in_weights(trainer: pl.Trainer, out_of_range: dict[str, OutOfRange]) -> Origin:
+    named = trainer.lightning_module.named_parameters()
+    return origin_in_epsilon(named, trainer.optimizers) or origin_in_weights(out_of_range)
 
 
 def _importable(module: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from lightning_gradguard.core.forensics import Origin, investigate
+from lightning_gradguard.core.forensics import Origin, OutOfRange, investigate
 from lightning_gradguard.core.snapshots import rng_state, set_rng_state
 from lightning_gradguard.runtime import lightning_api
 
@@ -51,7 +51,10 @@ def _versions(batch: Any) -> tuple[int, ...]:
 
 
 def replay(
-    trainer: pl.Trainer, pl_module: pl.LightningModule, seen: SeenBatch, out_of_range: dict[str, int]
+    trainer: pl.Trainer,
+    pl_module: pl.LightningModule,
+    seen: SeenBatch,
+    out_of_range: Mapping[str, OutOfRange],
 ) -> Origin:
     """Runs a batch again, forward and backward, and finds the origin of its first nonfinite value.
 

@@ -9,7 +9,7 @@ import torch
 
 from lightning_gradguard.core.forensics import Origin
 from lightning_gradguard.core.incidents import IncidentKind
-from lightning_gradguard.core.remedies import advice, advice_for_cause
+from lightning_gradguard.core.remedies import advice
 from lightning_gradguard.core.snapshots import BufferCopies
 from lightning_gradguard.runtime import lightning_api
 from lightning_gradguard.runtime.incidents.investigation import Investigation
@@ -112,6 +112,8 @@ def origin_facts(origin: Origin, kind: str, where: tuple[str, ...] = ()) -> dict
     return {
         "cause": origin.cause,
         "detail": origin.detail,
-        "where": origin.where or where,
-        "advice": advice_for_cause(origin.cause, origin.where) or advice(kind, where),
+        # parameters whose gradients are nonfinite are no place of a fault that is known
+        "where": where if origin.cause in ("transient", "unknown") else origin.where,
+        "location": origin.location,
+        "advice": origin.remedy or advice(kind, where),
     }
