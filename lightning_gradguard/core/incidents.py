@@ -21,6 +21,7 @@ IncidentKind = Literal[
     "learning_rate_backoff",
     "training_diverged",
     "lost_batch",
+    "exception_in_step",
     "vanishing_gradient",
     "exploding_gradient",
     "weight_stagnation",
@@ -44,6 +45,8 @@ Cause = Literal[
     "transient",
     "unknown",
 ]
+#: Causes that lie in the weights, which a rollback replaces.
+OF_WEIGHTS: tuple[Cause, ...] = ("corrupted_weights", "update_too_large", "optimizer_epsilon")
 KINDS: tuple[IncidentKind, ...] = get_args(IncidentKind)
 CAUSES: tuple[Cause, ...] = get_args(Cause)
 
@@ -57,6 +60,7 @@ _TITLES = {
     "gradient_collapse": "collapsed gradients",
     "nonfinite_gradient": "nonfinite gradients",
     "amp_overflow": "float16 overflow",
+    "exception_in_step": "exception in the step",
     "constant_clipping": "hard clipping all the time",
     "falling_learning_rate": "a learning rate that keeps falling",
 }

@@ -54,6 +54,10 @@ _REMEDIES = {
     "lost_batch": (
         "The run lost this batch before it was resumed (lost_batches.rank0.jsonl); it is skipped again."
     ),
+    "exception_in_step": (
+        "The step raised on the values of this batch; NaNRollback(skip_invalid_batches=True) omits such "
+        "batches and continues."
+    ),
     "vanishing_gradient": (
         "Gradients vanish before they reach {where}: use non-saturating activations (ReLU, GELU) with He "
         "initialization (torch.nn.init.kaiming_normal_), residual connections and batch or layer "

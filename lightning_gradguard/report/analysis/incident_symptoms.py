@@ -67,7 +67,7 @@ def _recorded(log: RunLog, outcome: Outcome, known: set[str]) -> Iterator[RunSym
         members = by_kind[kind]
         handled = any(i.action not in ("none", "stopped") or i.step in on_rollback for i in members)
         severity: SymptomSeverity = "minor"
-        if outcome.was_stopped and kind == last:
+        if (outcome.was_stopped and kind == last) or kind == "exception_in_step":
             severity = "fatal"
         elif handled:
             severity = "handled"

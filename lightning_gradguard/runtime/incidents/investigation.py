@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -107,17 +107,55 @@ class Investigation:
         origins: list[Origin] = gather_objects(origin)
         rank = min(range(len(origins)), key=lambda r: (_VAGUE.get(origins[r].cause, 0), r))
         path = ""
-        if rank == trainer.global_rank and folder is not None:
-            try:
-                dossier = _dossier(trainer, pl_module, step, origin, seen, out_of_range, snapshot)
-                written = write_dossier(folder / "incidents", dossier, megabytes=self._megabytes)
-            except Exception as error:  # a full disk, or data of an unknown kind: training continues
-                console.print_message(trainer, f"gradguard: no dossier was written: {error}")
-            else:
-                path = str(written.relative_to(folder))
+        if rank == trainer.global_rank:
+            path = self._write(
+                trainer, folder, lambda: _dossier(trainer, step, origin, seen, out_of_range, snapshot)
+            )
         self.cause = origins[rank].cause
         self.found[self.cause] = origins[rank]
         return Result(origins[rank], gather_objects(path)[rank])
+
+    def examine_exception(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        step: int,
+        seen: SeenBatch,
+        snapshot: Snapshot,
+        folder: Path | None,
+        *,
+        is_certain: bool,
+    ) -> Result | None:
+        """Runs the batch again whose step has raised. Not collective: other ranks may be elsewhere.
+
+        Returns:
+            The result; `None` if the batch cannot be run again, or if nothing is found out about its values
+            and it is not certain that they are at fault.
+        """
+        if _obstacle(trainer, pl_module) is not None:
+            return None
+        out_of_range = _out_of_range(trainer, snapshot)
+        origin = replay(trainer, pl_module, seen, out_of_range)
+        if origin.cause in _VAGUE and not is_certain:
+            return None
+        if out_of_range and origin.cause in ("update_too_large", "corrupted_weights"):
+            origin = _in_weights(trainer, out_of_range)
+        origin = dataclasses.replace(origin, detail=_with_samples(trainer, seen, origin))
+        path = self._write(
+            trainer, folder, lambda: _dossier(trainer, step, origin, seen, out_of_range, snapshot)
+        )
+        return Result(origin, path)
+
+    def _write(self, trainer: pl.Trainer, folder: Path | None, dossier: Callable[[], Dossier]) -> str:
+        """Writes a dossier; returns its folder within that of the run, empty if none was written."""
+        if folder is None:
+            return ""
+        try:
+            written = write_dossier(folder / "incidents", dossier(), megabytes=self._megabytes)
+        except Exception as error:  # a full disk, or data of an unknown kind: training continues
+            console.print_message(trainer, f"gradguard: no dossier was written: {error}")
+            return ""
+        return str(written.relative_to(folder))
 
 
 def _with_samples(trainer: pl.Trainer, seen: SeenBatch, origin: Origin) -> str:
@@ -153,13 +191,13 @@ def _first_origin(
 
 def _dossier(
     trainer: pl.Trainer,
-    pl_module: pl.LightningModule,
     step: int,
     origin: Origin,
     seen: SeenBatch,
     out_of_range: dict[str, OutOfRange],
     snapshot: Snapshot,
 ) -> Dossier:
+    pl_module = trainer.lightning_module
     scaler = lightning_api.gradient_scaler(trainer)
     compared = snapshot.compare(pl_module.named_parameters(), trainer.optimizers)
     return Dossier(

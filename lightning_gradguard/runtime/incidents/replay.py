@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 from lightning_gradguard.core.forensics import Origin, OutOfRange, investigate
 from lightning_gradguard.core.snapshots import rng_state, set_rng_state
 from lightning_gradguard.runtime import lightning_api
+from lightning_gradguard.runtime.incidents.invalid_batches import original_step
 
 
 @dataclass(frozen=True)
@@ -109,8 +110,9 @@ def training_loss(pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> 
 
 
 def _training_step(pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> Any:
-    wants = inspect.signature(pl_module.training_step).parameters
-    return pl_module.training_step(batch, batch_idx) if len(wants) > 1 else pl_module.training_step(batch)
+    step = original_step(pl_module)
+    wants = inspect.signature(step).parameters
+    return step(batch, batch_idx) if len(wants) > 1 else step(batch)
 
 
 def _gradients(loss: Tensor, parameters: Sequence[nn.Parameter], **options: Any) -> list[Tensor]:

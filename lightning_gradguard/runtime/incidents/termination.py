@@ -46,15 +46,19 @@ def divergence_error(
     step: int,
     causes: Mapping[Cause, Origin],
     last_good: Path | None,
+    *,
+    was_never_finite: bool = False,
 ) -> TrainingDivergedError:
-    """Makes the error that ends the run."""
+    """Makes the error that ends the run; its first line gives the reason if no step was ever finite."""
     causes_text = "; ".join(
         f"{label(cause)} ({', '.join(origin.where[:3])})" if origin.where else label(cause)
         for cause, origin in causes.items()
     )
+    found = next((origin.detail for origin in [*causes.values()][::-1] if origin.detail), "")
+    headline = f"No step was ever finite. {found}".rstrip() + "\n" if was_never_finite else ""
     left = [str(path) for path in (incidents_file(trainer), last_good) if path]
     return TrainingDivergedError(
-        f"Training was stopped at step {trainer.global_step}: {reason}."
+        f"{headline}Training was stopped at step {trainer.global_step}: {reason}."
         + (f" Causes: {causes_text}." if causes_text else "")
         + f" {combined_advice(causes)} Weights are those of step {step}, the last qualified ones."
         + (f" Incidents and checkpoint to resume from: {', '.join(left)}" if left else "")

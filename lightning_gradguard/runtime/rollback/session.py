@@ -24,6 +24,7 @@ from lightning_gradguard.runtime.incidents.termination import (
 )
 from lightning_gradguard.runtime.rollback.reporter import IncidentReporter
 from lightning_gradguard.runtime.rollback.snapshot_schedule import SnapshotSchedule
+from lightning_gradguard.runtime.rollback.step_exception import report_step_exception
 from lightning_gradguard.runtime.steps import trainer_state
 from lightning_gradguard.runtime.steps.check_modes import ClosureCheck, DeferredCheck, ExactCheck
 from lightning_gradguard.runtime.steps.side_effects import SideEffects
@@ -31,6 +32,10 @@ from lightning_gradguard.runtime.steps.step import Step, StepFlags, StepVerdict
 from lightning_gradguard.runtime.steps.suite import Suite
 from lightning_gradguard.runtime.steps.trainer_state import TrainerState
 from lightning_gradguard.runtime.steps.transaction import StepTransaction, Window
+
+_DIVISION_BY_EPSILON = (
+    "the optimizer divides by an epsilon of 0, which rollbacks and lower rates do not change"
+)
 
 
 @dataclass
@@ -259,6 +264,20 @@ class RollbackSession:
         for transaction in skipped:
             self._reporter.report_skip(transaction, examine=False)
 
+    def report_exception(self, error: BaseException) -> None:
+        """Examines the batch of the running step, if that has raised."""
+        if self._transaction.state == "open" and not self._snapshots.is_empty:
+            report_step_exception(
+                error,
+                self._transaction.window,
+                self._trainer,
+                investigation=self._investigation,
+                snapshots=self._snapshots,
+                side_effects=self._side_effects,
+                reporter=self._reporter,
+                has_good_step=self._policy.has_good_step,
+            )
+
     def _open_transaction(self) -> None:
         trainer, snapshots = self._trainer, self._snapshots
         if snapshots.is_copying:  # the batch before may have made no step
@@ -333,6 +352,8 @@ class RollbackSession:
             self._reporter.report_skip(transaction)
         outcome = self._outcome
         decision, outcome.decision = outcome.decision, "continue"
+        if decision == "roll_back" and self._is_hopeless:
+            decision = "stop"
         if decision == "stop":
             self._stop()
         if decision == "roll_back":
@@ -357,6 +378,11 @@ class RollbackSession:
         self.lost_batches.mark_undone(step)
         self._reporter.publish("rollback", value=step, action="rolled_back")
 
+    @property
+    def _is_hopeless(self) -> bool:
+        """True if the cause stays the same after any rollback, at any learning rate."""
+        return self._policy.is_useless and self._investigation.cause == "optimizer_epsilon"
+
     def _stop(self) -> None:
         self._discard_deferred()
         step = self._snapshots.restore_newest(self._trainer)
@@ -367,7 +393,14 @@ class RollbackSession:
         self._reporter.publish("training_diverged", action="stopped", advice=combined_advice(found))
         self.log_counts()
         self._suite.metrics.flush(self._trainer, self._pl_module)
-        raise divergence_error(self._trainer, self._policy.stop_reason, step, found, last_good)
+        raise divergence_error(
+            self._trainer,
+            _DIVISION_BY_EPSILON if self._is_hopeless else self._policy.stop_reason,
+            step,
+            found,
+            last_good,
+            was_never_finite=not self._policy.has_good_step,
+        )
 
     def _discard_deferred(self) -> None:
         self._suite.discard_deferred()
