@@ -59,6 +59,7 @@ class RecoveryPolicy:
         self._max_skip_fraction = max_skip_fraction
         self.rollbacks = 0
         self.has_good_step = False
+        self._given_up = ""
         self.is_adversarial = False
         self._spent = 0
         self._is_last_counted = False
@@ -126,6 +127,11 @@ class RecoveryPolicy:
         is_useless = self.is_useless and not self.has_good_step
         return "roll_back" if self._spent < self._max_rollbacks and not is_useless else "stop"
 
+    def give_up(self, reason: str) -> Decision:
+        """Returns the decision to stop for a reason that is no budget."""
+        self._given_up = reason
+        return "stop"
+
     @property
     def is_useless(self) -> bool:
         """True if as many rollbacks took place as are made where they cannot help."""
@@ -139,6 +145,8 @@ class RecoveryPolicy:
     @property
     def stop_reason(self) -> str:
         """Description of the budget that is used up."""
+        if self._given_up:
+            return self._given_up
         if not self.has_good_step:
             return f"no step was ever finite, and {self.rollbacks} rollbacks did not change that"
         if self.skips_too_often:
@@ -166,6 +174,7 @@ class RecoveryPolicy:
 
     def reset_budgets(self) -> None:
         """Starts counting again, as before any intervention."""
+        self._given_up = ""
         self._spent = 0
         self._skipped_in_a_row.clear()
         self._outcomes.clear()

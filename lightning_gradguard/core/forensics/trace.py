@@ -112,7 +112,7 @@ class OperationTrace(TorchDispatchMode):
         made = [t for t in outputs if _storage(t) not in known]
         if name.startswith(_UNINITIALIZED):
             return result
-        notable = [t for t in made if not _magnitude(t) <= LARGE]
+        notable = sorted((t for t in made if not _magnitude(t) <= LARGE), key=lambda t: not is_nonfinite(t))
         for tensor in made if overwrites else ():
             if _covers_storage(tensor) and not any(tensor is t for t in notable):
                 self._records.pop(_storage(tensor), None)
@@ -125,7 +125,7 @@ class OperationTrace(TorchDispatchMode):
                 node="" if node is None else node.name(),
                 module=self._inside[-1] if node is None else self._module_of(node._sequence_nr()),
                 dtype=str(notable[0].dtype).removeprefix("torch."),
-                made=_describe_nonfinite(notable),
+                made=_describe_nonfinite(notable[0]),
                 largest=max(map(_largest_finite, notable)),
                 entered=self._entered,
                 segment=len(self._entered_before),
@@ -273,11 +273,11 @@ def _rows(tensor: Tensor) -> tuple[int, ...]:
     return () if bool(notable.all()) else tuple(notable.nonzero().flatten()[:10].tolist())
 
 
-def _describe_nonfinite(tensors: Sequence[Tensor]) -> str:
-    """Returns the kind of the values: `"nan"`, `"inf"`, `"-inf"`, or `"large"` if they are finite."""
-    values = [_values(t.detach()) for t in tensors]
-    if any(bool(t.isnan().any()) for t in values):
+def _describe_nonfinite(tensor: Tensor) -> str:
+    """Returns the kind of the values: `"nan"`, `"inf"` or `"-inf"`, or `"large"` if they are finite."""
+    values = _values(tensor.detach())
+    if bool(values.isnan().any()):
         return "nan"
-    if all(bool(t.isfinite().all()) for t in values):
+    if bool(values.isfinite().all()):
         return "large"
-    return "inf" if any(bool(t.isposinf().any()) for t in values) else "-inf"
+    return "inf" if bool(values.isposinf().any()) else "-inf"

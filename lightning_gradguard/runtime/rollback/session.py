@@ -33,10 +33,6 @@ from lightning_gradguard.runtime.steps.suite import Suite
 from lightning_gradguard.runtime.steps.trainer_state import TrainerState
 from lightning_gradguard.runtime.steps.transaction import StepTransaction, Window
 
-_DIVISION_BY_EPSILON = (
-    "the optimizer divides by an epsilon of 0, which rollbacks and lower rates do not change"
-)
-
 
 @dataclass
 class Counts:
@@ -267,16 +263,10 @@ class RollbackSession:
     def report_exception(self, error: BaseException) -> None:
         """Examines the batch of the running step, if that has raised."""
         if self._transaction.state == "open" and not self._snapshots.is_empty:
-            report_step_exception(
-                error,
-                self._transaction.window,
-                self._trainer,
-                investigation=self._investigation,
-                snapshots=self._snapshots,
-                side_effects=self._side_effects,
-                reporter=self._reporter,
-                has_good_step=self._policy.has_good_step,
-            )
+            found = (self._investigation, self._snapshots, self._side_effects, self._reporter)
+            may_be_mistake = not self._policy.has_good_step
+            window = self._transaction.window
+            report_step_exception(error, window, self._trainer, *found, may_be_mistake=may_be_mistake)
 
     def _open_transaction(self) -> None:
         trainer, snapshots = self._trainer, self._snapshots
@@ -352,8 +342,12 @@ class RollbackSession:
             self._reporter.report_skip(transaction)
         outcome = self._outcome
         decision, outcome.decision = outcome.decision, "continue"
-        if decision == "roll_back" and self._is_hopeless:
-            decision = "stop"
+        if (
+            decision == "roll_back"
+            and self._policy.is_useless
+            and self._investigation.cause == "optimizer_epsilon"
+        ):
+            decision = self._policy.give_up("the optimizer divides by an epsilon of 0 at any learning rate")
         if decision == "stop":
             self._stop()
         if decision == "roll_back":
@@ -378,11 +372,6 @@ class RollbackSession:
         self.lost_batches.mark_undone(step)
         self._reporter.publish("rollback", value=step, action="rolled_back")
 
-    @property
-    def _is_hopeless(self) -> bool:
-        """True if the cause stays the same after any rollback, at any learning rate."""
-        return self._policy.is_useless and self._investigation.cause == "optimizer_epsilon"
-
     def _stop(self) -> None:
         self._discard_deferred()
         step = self._snapshots.restore_newest(self._trainer)
@@ -393,14 +382,8 @@ class RollbackSession:
         self._reporter.publish("training_diverged", action="stopped", advice=combined_advice(found))
         self.log_counts()
         self._suite.metrics.flush(self._trainer, self._pl_module)
-        raise divergence_error(
-            self._trainer,
-            _DIVISION_BY_EPSILON if self._is_hopeless else self._policy.stop_reason,
-            step,
-            found,
-            last_good,
-            was_never_finite=not self._policy.has_good_step,
-        )
+        never, reason = not self._policy.has_good_step, self._policy.stop_reason
+        raise divergence_error(self._trainer, reason, step, found, last_good, was_never_finite=never)
 
     def _discard_deferred(self) -> None:
         self._suite.discard_deferred()

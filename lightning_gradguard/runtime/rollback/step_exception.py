@@ -21,12 +21,12 @@ def report_step_exception(
     error: BaseException,
     window: Window,
     trainer: pl.Trainer,
-    *,
     investigation: Investigation,
     snapshots: SnapshotSchedule,
     side_effects: SideEffects,
     reporter: IncidentReporter,
-    has_good_step: bool,
+    *,
+    may_be_mistake: bool,
 ) -> None:
     """Examines the batch whose step has raised, and writes the last good state. No other rank is asked.
 
@@ -42,7 +42,7 @@ def report_step_exception(
         window.batches[-1],
         snapshots.newest(),
         run_folder(trainer),
-        is_certain=has_good_step and is_check_of_values(error),
+        is_certain=not may_be_mistake and is_check_of_values(error),
     )
     side_effects.restore()
     if result is None:
