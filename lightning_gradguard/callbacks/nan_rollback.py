@@ -282,6 +282,8 @@ class NaNRollback(StepCallback):
         if stage == "fit":
             raise_on_invalid_batches(pl_module)
             self._own_logs = self._log_folders()
+            if self._session is not None:
+                self._session.indices.restore()
             self._session = None  # type: ignore[assignment]
             lightning_api.stop_calling_before_checkpoints(trainer)
 

@@ -159,10 +159,12 @@ class Investigation:
 
 
 def _with_samples(trainer: pl.Trainer, seen: SeenBatch, origin: Origin) -> str:
-    """The detail with the samples at fault, if the batch names them, and the rank."""
-    known = sample_ids(seen.batch)
-    ids = [known[row] for row in origin.rows if row < len(known)]
-    places = [f"sample {', '.join(map(str, ids))}"] if ids else []
+    """The detail with the samples at fault, if the batch or its sampler names them, and the rank."""
+    named = {"sample": sample_ids(seen.batch), "index in the data set:": seen.indices}
+    places = []
+    for name, known in named.items():
+        ids = [known[row] for row in origin.rows if row < len(known)]
+        places += [f"{name} {', '.join(map(str, ids))}"] if ids else []
     places += [f"rank {trainer.global_rank}"] if world_size() > 1 else []
     return f"{origin.detail.rstrip('.')} ({', '.join(places)})." if places else origin.detail
 

@@ -28,17 +28,19 @@ class SeenBatch:
         batch_idx: Its place in the epoch.
         rng: State of the random number generators just before, from `core.snapshots.rng_state`.
         versions: Version counters of the batch's tensors; empty if unknown.
+        indices: Of its samples in the data set; empty if unknown.
     """
 
     batch: Any
     batch_idx: int
     rng: dict[str, Any]
     versions: tuple[int, ...] = ()
+    indices: Sequence[int] = ()
 
     @classmethod
-    def of(cls, batch: Any, batch_idx: int) -> SeenBatch:
+    def of(cls, batch: Any, batch_idx: int, indices: Sequence[int] = ()) -> SeenBatch:
         """Records a batch that `training_step` is about to get."""
-        return cls(batch, batch_idx, versions=_versions(batch), rng=rng_state())
+        return cls(batch, batch_idx, versions=_versions(batch), rng=rng_state(), indices=indices)
 
     @property
     def is_unchanged(self) -> bool:

@@ -13,6 +13,7 @@ from lightning_gradguard.core.norms import Measurement
 from lightning_gradguard.core.recovery import Decision, RecoveryPolicy
 from lightning_gradguard.runtime import lightning_api
 from lightning_gradguard.runtime.distributed import any_rank, gather_objects
+from lightning_gradguard.runtime.incidents.dataset_indices import DatasetIndices
 from lightning_gradguard.runtime.incidents.investigation import Investigation
 from lightning_gradguard.runtime.incidents.journal import run_folder
 from lightning_gradguard.runtime.incidents.lost_batches import LostBatches, Reason
@@ -76,6 +77,7 @@ class RollbackSession:
 
     Attributes:
         lost_batches: The log of them.
+        indices: Of the samples of each batch, where its sampler gives them.
     """
 
     def __init__(
@@ -101,6 +103,7 @@ class RollbackSession:
         self._snapshots = snapshots
         self._investigation = investigation
         self._keeps_batches = keeps_batches
+        self.indices = DatasetIndices(trainer)
         self._has_scaler = lightning_api.gradient_scaler(trainer) is not None
         self._is_sharded = lightning_api.shards_parameters(trainer)
         self._side_effects = SideEffects(trainer, pl_module)
@@ -142,7 +145,7 @@ class RollbackSession:
         self._transaction.batch_idx = batch_in_epoch
         window = self._transaction.window
         if self._keeps_batches:
-            window.batches.append(SeenBatch.of(batch, batch_idx))
+            window.batches.append(SeenBatch.of(batch, batch_idx, self.indices.next_batch()))
         window.n_batches += 1
         self.lost_batches.record(trainer.global_step, epoch, batch_in_epoch, batch)
         if (reason := self._lost_earlier.get((epoch, batch_in_epoch))) is not None:
@@ -264,9 +267,8 @@ class RollbackSession:
         """Examines the batch of the running step, if that has raised."""
         if self._transaction.state == "open" and not self._snapshots.is_empty:
             found = (self._investigation, self._snapshots, self._side_effects, self._reporter)
-            may_be_mistake = not self._policy.has_good_step
-            window = self._transaction.window
-            report_step_exception(error, window, self._trainer, *found, may_be_mistake=may_be_mistake)
+            window, is_first = self._transaction.window, not self._policy.has_good_step
+            report_step_exception(error, window, self._trainer, *found, may_be_mistake=is_first)
 
     def _open_transaction(self) -> None:
         trainer, snapshots = self._trainer, self._snapshots

@@ -13,6 +13,7 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_gradguard import LearningRateBackoff, NaNRollback, TrainingDivergedError
 from tests.tasks import Classifier, batches, fit, poisoned, weights
@@ -209,6 +210,11 @@ def wrong_label(batch: Any, i: int) -> Any:
     return batch[0], batch[1], target
 
 
+def squares(module: Any, batch: Any) -> Tensor:
+    loss: Tensor = module.net(batch[0]).square().mean()
+    return loss
+
+
 def linear() -> nn.Module:
     torch.manual_seed(0)
     return nn.Linear(6, 4)
@@ -276,3 +282,22 @@ def test_single_grown_elements_of_small_tensors_are_no_corruption() -> None:
     assert origin_in_weights({"head.weight": OutOfRange(2, 64, 14.0)}).cause == "update_too_large"
     both = origin_in_weights({"bias": OutOfRange(1, 1, math.inf)})
     assert "corrupted memory looks the same" in both.detail
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_index_in_the_data_set_is_told_where_the_sampler_has_it(tmp_path: Path, workers: int) -> None:
+    x, y, mask = map(torch.cat, zip(*data(), strict=True))
+    x[21, 3] = math.nan
+    loader = DataLoader(TensorDataset(x, y, mask), batch_size=8, shuffle=True, num_workers=workers)
+    sampler = loader.batch_sampler
+    module, rollback = Network(squares), NaNRollback()
+    fit(module, [], [rollback], tmp_path, loader=loader, max_epochs=3)
+    details = [i["detail"] for i in incidents(tmp_path)]
+    assert len(details) == 3
+    # with a worker, batches of the first epoch may be asked for before the fit starts
+    assert all("(index in the data set: 21)" in detail for detail in details[workers:])
+    assert loader.batch_sampler is sampler
+    twin = Network(squares)
+    loader = DataLoader(TensorDataset(x, y, mask), batch_size=8, shuffle=True, num_workers=workers)
+    fit(twin, [], [NaNRollback(max_dossiers=0)], loader=loader, max_epochs=3)
+    assert all(map(torch.equal, weights(module), weights(twin)))
