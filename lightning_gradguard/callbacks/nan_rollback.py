@@ -13,6 +13,10 @@ from lightning_gradguard.core import arguments
 from lightning_gradguard.core.norms import Measurement
 from lightning_gradguard.core.recovery import RecoveryPolicy
 from lightning_gradguard.runtime import lightning_api
+from lightning_gradguard.runtime.incidents.invalid_batches import (
+    raise_on_invalid_batches,
+    skip_invalid_batches,
+)
 from lightning_gradguard.runtime.incidents.investigation import Investigation
 from lightning_gradguard.runtime.incidents.journal import open_journal
 from lightning_gradguard.runtime.logging import console
@@ -82,6 +86,10 @@ class NaNRollback(StepCallback):
             To only watch, omit this callback and the others that act:
             `Trainer(callbacks=[InitializationCheck(), GradientNormMonitor()])`.
         max_dossier_megabytes: Limit of each dossier; weights are omitted first, then the batch.
+        skip_invalid_batches: True to skip a batch whose step raises because of its values (checks of
+            `torch.distributions`, an assert, an index out of range on the CPU), as if its loss were NaN. If
+            False, the batch is examined, `last_good.ckpt` is written, and the exception passes. Under manual
+            optimization it always passes.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -111,6 +119,7 @@ class NaNRollback(StepCallback):
         max_dossiers: int = 10,
         max_dossier_megabytes: float = 100.0,
         on_nonfinite: Literal["skip", "stop"] = "skip",
+        skip_invalid_batches: bool = False,
     ) -> None:
         super().__init__()
         self.settings = non_defaults(NaNRollback, locals())
@@ -131,6 +140,7 @@ class NaNRollback(StepCallback):
         self.defers_check = check == "deferred"
         self.state_arguments = {"patience": patience}
         self._patience = patience
+        self._skips_invalid_batches = arguments.flag("skip_invalid_batches", skip_invalid_batches)
         self._max_dossiers = max_dossiers
         self._counts = Counts()
         self._policy = RecoveryPolicy(
@@ -211,6 +221,8 @@ class NaNRollback(StepCallback):
             kernel_may_skip=type(self).check_step is NaNRollback.check_step,
             keeps_batches=self._max_dossiers > 0,
         )
+        if self._skips_invalid_batches and pl_module.automatic_optimization:
+            skip_invalid_batches(pl_module)
         before = None if self.defers_check else self
         self._unknown_averages = lightning_api.unknown_averages(trainer, before)
 
@@ -287,6 +299,7 @@ class NaNRollback(StepCallback):
         """Leaves finite weights and restores other callbacks; reports skipped steps, without other ranks."""
         if self._session is not None:
             self._session.report_without_ranks()
+            self._session.report_exception(exception)
         lightning_api.resume_weight_averages(trainer)
         super().on_exception(trainer, pl_module, exception)
 
@@ -301,7 +314,10 @@ class NaNRollback(StepCallback):
         """Restores the Trainer."""
         super().teardown(trainer, pl_module, stage)
         if stage == "fit":
+            raise_on_invalid_batches(pl_module)
             self._own_logs = self._log_folders()
+            if self._session is not None:
+                self._session.indices.restore()
             self._session = None  # type: ignore[assignment]
             self._snapshots.end()
             lightning_api.stop_calling_before_checkpoints(trainer)

@@ -28,9 +28,8 @@ from lightning_gradguard.cli.messages import (
 )
 from lightning_gradguard.cli.parsing.parse_errors import parse_error_message
 from lightning_gradguard.cli.parsing.preparse import config_files, named_class, read_config
-from lightning_gradguard.core.forensics import Origin, out_of_range_elements
+from lightning_gradguard.core.forensics import Origin, OutOfRange, out_of_range_elements
 from lightning_gradguard.core.incidents import label, title
-from lightning_gradguard.core.remedies import advice_for_cause
 from lightning_gradguard.report.readers.incident_files import read_incidents
 from lightning_gradguard.runtime import lightning_api
 from lightning_gradguard.runtime.incidents.dossier import Dossier, DossierError, read_dossier
@@ -94,6 +93,7 @@ def comparison(dossier: Dossier, found: Origin, notes: Sequence[str] = ()) -> st
         ("cause", label(recorded.cause), label(found.cause)),
         ("module", recorded.module, found.module),
         ("operation", recorded.operation, found.operation),
+        ("line", recorded.location, found.location),
         ("at fault", ", ".join(recorded.where[:3]), ", ".join(found.where[:3])),
     )
     rows = [row for row in table if any(row[1:])]
@@ -112,7 +112,7 @@ def comparison(dossier: Dossier, found: Origin, notes: Sequence[str] = ()) -> st
             *details,
             *(f"note: {note}" for note in notes),
             "reproduced" if reproduced else "not reproduced",
-            *([advice_for_cause(found.cause, found.where)] if reproduced else []),
+            *([found.remedy] if reproduced else []),
         ]
     )
 
@@ -275,7 +275,7 @@ def _trainer(dossier: Dossier, module: pl.LightningModule, weights: Mapping[str,
     return trainer
 
 
-def _out_of_range(dossier: Dossier, module: pl.LightningModule) -> dict[str, int]:
+def _out_of_range(dossier: Dossier, module: pl.LightningModule) -> dict[str, OutOfRange]:
     """Counts the elements of each weight that are out of range for the largest values of the healthy run."""
     named = dict(module.named_parameters())
     then = {n: torch.tensor(largest) for n, largest in dossier.largest.items() if n in named}

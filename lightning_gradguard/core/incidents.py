@@ -22,6 +22,7 @@ IncidentKind = Literal[
     "training_diverged",
     "lost_batch",
     "rejected_step",
+    "exception_in_step",
     "vanishing_gradient",
     "exploding_gradient",
     "weight_stagnation",
@@ -43,9 +44,13 @@ Cause = Literal[
     "forward_pass",
     "loss",
     "backward_pass",
+    "optimizer_epsilon",
+    "compiled_code",
     "transient",
     "unknown",
 ]
+#: Causes that lie in the weights, which a rollback replaces.
+OF_WEIGHTS: tuple[Cause, ...] = ("corrupted_weights", "update_too_large", "optimizer_epsilon")
 KINDS: tuple[IncidentKind, ...] = get_args(IncidentKind)
 CAUSES: tuple[Cause, ...] = get_args(Cause)
 
@@ -62,6 +67,7 @@ _TITLES = {
     "nonfinite_test": "nonfinite test metric",
     "amp_overflow": "float16 overflow",
     "constant_clipping": "hard clipping of most steps",
+    "exception_in_step": "exception in the step",
     "falling_learning_rate": "a learning rate that keeps falling",
 }
 #: Interventions on the console, with the value of the incident.
@@ -118,13 +124,15 @@ class Incident:
         step: `trainer.global_step` at the incident.
         epoch: `trainer.current_epoch` at the incident.
         batch_idx: Index of the batch within the epoch, or `None` outside of one.
-        where: Names of the parameters or modules at fault, the worst first.
+        where: Names of the parameters, modules or parts of the batch at fault, the worst first; the line of
+            the step's own code, if the fault is there.
         value: The measured number.
         action: The intervention.
         advice: Advice to the user.
         cause: The origin of a nonfinite value, if the batch was examined; empty otherwise.
         detail: Result of the examination, in one sentence.
         dossier: Folder of the dossier, within that of the run, if one was written.
+        location: File, line and function of the user's code that ran the operation at fault, if it is known.
 
     Example:
         >>> incident = Incident("loss_spike", step=7, epoch=0, batch_idx=7, value=12.0)
@@ -143,6 +151,7 @@ class Incident:
     cause: Cause | Literal[""] = ""
     detail: str = ""
     dossier: str = ""
+    location: str = ""
 
     @property
     def measured(self) -> str:
@@ -160,6 +169,8 @@ class Incident:
             facts.append(self.detail.rstrip("."))  # names the samples
         elif self.where:
             facts.append(first_names(3, self.where))
+        if self.location and self.location not in self.where and self.location not in "".join(facts):
+            facts.append(self.location)
         if self.measured:
             facts.append(self.measured)
         if self.cause:

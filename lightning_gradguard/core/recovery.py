@@ -20,6 +20,9 @@ RECURRENCE_STEPS = 30
 #: permanently does not use up the budget.
 BOUND_GROWTH = 3.0
 
+#: Rollbacks that cannot help, before the run is stopped: no step was good yet, or eps is at fault.
+USELESS_ROLLBACKS = 2
+
 Decision = Literal["continue", "roll_back", "stop"]
 
 
@@ -39,6 +42,7 @@ class RecoveryPolicy:
     Attributes:
         rollbacks: Number of rollbacks so far.
         is_stopped_at_first: True if the run stops at its first nonfinite step, and not for want of a budget.
+        has_good_step: True if any step was not skipped, in this run or the one that it resumes.
         is_adversarial: True if several optimizers may train networks against each other, whose losses rise
             and fall in healthy training. Set before the first step.
 
@@ -60,6 +64,8 @@ class RecoveryPolicy:
         self._max_rollbacks = max_rollbacks
         self._max_skip_fraction = max_skip_fraction
         self.rollbacks = 0
+        self.has_good_step = False
+        self._given_up = ""
         self.is_adversarial = False
         self._spent = 0
         self._is_last_counted = False
@@ -90,6 +96,7 @@ class RecoveryPolicy:
             The decision, and the anomaly that begins with this step.
         """
         self._skipped_in_a_row[index] = 0
+        self.has_good_step = True
         self._outcomes.append(False)
         self._good_steps += 1
         if self._good_steps % REFUND_AFTER_STEPS == 0:
@@ -124,7 +131,18 @@ class RecoveryPolicy:
 
     def escalate(self) -> Decision:
         """Returns the decision for bad weights: roll back, or stop when the budget is used up."""
-        return "roll_back" if self._spent < self._max_rollbacks else "stop"
+        is_useless = self.is_useless and not self.has_good_step
+        return "roll_back" if self._spent < self._max_rollbacks and not is_useless else "stop"
+
+    def give_up(self, reason: str) -> Decision:
+        """Returns the decision to stop for a reason that is no budget."""
+        self._given_up = reason
+        return "stop"
+
+    @property
+    def is_useless(self) -> bool:
+        """True if as many rollbacks took place as are made where they cannot help."""
+        return self._spent >= USELESS_ROLLBACKS
 
     @property
     def skips_too_often(self) -> bool:
@@ -136,6 +154,10 @@ class RecoveryPolicy:
         """Description of the budget that is used up, or of the wish to stop at once."""
         if self.is_stopped_at_first:
             return "the loss, or a gradient, is nonfinite (on_nonfinite='stop')"
+        if self._given_up:
+            return self._given_up
+        if not self.has_good_step:
+            return f"no step was ever finite, and {self.rollbacks} rollbacks did not change that"
         if self.skips_too_often:
             return (
                 f"more than {self._max_skip_fraction:.0%} of the last {OUTCOMES} steps were skipped "
@@ -161,6 +183,7 @@ class RecoveryPolicy:
 
     def reset_budgets(self) -> None:
         """Starts counting again, as before any intervention."""
+        self._given_up = ""
         self._spent = 0
         self._skipped_in_a_row.clear()
         self._outcomes.clear()
@@ -180,6 +203,7 @@ class RecoveryPolicy:
         """Returns everything with which a resumed run decides alike."""
         return {
             "rollbacks": self.rollbacks,
+            "has_good_step": self.has_good_step,
             "spent": self._spent,
             "is_last_counted": self._is_last_counted,
             "good_steps": self._good_steps,
@@ -193,6 +217,7 @@ class RecoveryPolicy:
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continues from a saved state."""
         self.rollbacks = state_dict["rollbacks"]
+        self.has_good_step = state_dict.get("has_good_step", True)
         self._spent = state_dict["spent"]
         self._is_last_counted = state_dict["is_last_counted"]
         self._good_steps = state_dict["good_steps"]

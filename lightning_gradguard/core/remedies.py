@@ -69,6 +69,10 @@ _REMEDIES = {
     "lost_batch": (
         "The run lost this batch before it was resumed (lost_batches.rank0.jsonl); it is skipped again."
     ),
+    "exception_in_step": (
+        "The step raised on the values of this batch; NaNRollback(skip_invalid_batches=True) omits such "
+        "batches and continues."
+    ),
     "vanishing_gradient": (
         "Gradients vanish before they reach {where}: use non-saturating activations (ReLU, GELU) with He "
         "initialization (torch.nn.init.kaiming_normal_), residual connections and batch or layer "
@@ -128,9 +132,22 @@ _BY_CAUSE = {
         "The loss is finite, its gradient is not: look for sqrt or norm at 0, a power below 1, or 0/0 under "
         "torch.where at {where}; move an epsilon inside."
     ),
+    "optimizer_epsilon": (
+        "The update of {where} was divided by 0: give the optimizer eps=1e-4, as in "
+        "torch.optim.Adam(parameters, eps=1e-4), or keep the weights in float32 (precision='bf16-mixed' or "
+        "'16-mixed'). A lower learning rate and clipping do not help."
+    ),
+    "compiled_code": (
+        "The code that torch.compile made of the step differs from the step: train without "
+        "torch.compile, or leave "
+        "out the module at fault (torch.compiler.disable), and report it to PyTorch with the dossier's batch."
+    ),
     "transient": (
-        "The same batch on the same weights is finite the second time: suspect the hardware, a race, or an "
-        "operation that reads memory it does not own. If it repeats on one machine, exclude that machine."
+        "The same batch on the same weights is finite the second time: suspect code that writes "
+        "gradients after "
+        "backward (hooks, on_after_backward), a race, or the hardware. If it repeats on one machine "
+        "only, exclude "
+        "that machine."
     ),
 }
 

@@ -376,3 +376,10 @@ def overrides_gradient_clipping(pl_module: pl.LightningModule) -> bool:
     """True if the module overrides `configure_gradient_clipping`."""
     own = type(pl_module).configure_gradient_clipping
     return own.__module__.split(".")[0] not in _PACKAGES
+
+
+def train_iterator(trainer: pl.Trainer) -> Any:
+    """Returns the iterator of the one loader that training draws from; `None` if there are several."""
+    combined = getattr(trainer.fit_loop, "_combined_loader", None)
+    iterators = getattr(getattr(combined, "_iterator", None), "iterators", [])
+    return iterators[0] if len(iterators) == 1 else None

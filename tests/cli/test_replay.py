@@ -274,7 +274,7 @@ def test_failing_step_is_not_reproduced(tmp_path: Path, capsys: pytest.CaptureFi
     path = write_dossier(tmp_path / "odd", odd, megabytes=1)
     code, printed = replayed(capsys, path, "--model", "tests.tasks.Classifier")
     assert code == 1
-    assert "found: The batch could not be run again: ValueError" in printed
+    assert "The step raised ValueError: not enough values to unpack" in printed
 
 
 def test_frozen_weights_and_modes_are_restored(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,4 @@
 """The operation of a batch that made the first nonfinite value, and its cause."""
 
 from .classify import investigate
-from .origin import Origin, origin_in_weights, out_of_range_elements
+from .origin import Origin, OutOfRange, origin_in_epsilon, origin_in_weights, out_of_range_elements

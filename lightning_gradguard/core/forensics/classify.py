@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -10,33 +12,44 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves_with_path
 
-from lightning_gradguard.core.forensics.origin import Origin, origin_in_weights
-from lightning_gradguard.core.forensics.trace import (
-    OperationRecord,
-    OperationTrace,
-    first_nonfinite,
-    is_nonfinite,
+from lightning_gradguard.core.forensics.exceptions import origin_of_exception
+from lightning_gradguard.core.forensics.faults import FAULTS
+from lightning_gradguard.core.forensics.operations import (
+    JUMP,
+    OperationFault,
+    known_fault,
+    what_made_it_large,
 )
+from lightning_gradguard.core.forensics.origin import (
+    Origin,
+    OutOfRange,
+    located,
+    nonfinite_input,
+    origin_in_weights,
+)
+from lightning_gradguard.core.forensics.records import OperationRecord, first_nonfinite
+from lightning_gradguard.core.forensics.trace import OperationTrace, is_nonfinite
 from lightning_gradguard.core.incidents import Cause
 from lightning_gradguard.core.norms import tensor_norms, total_norm_from_norms
 from lightning_gradguard.core.snapshots import preserve_state
 
 #: Inputs this large overflow float32 when they are squared and summed a few times.
 HUGE_INPUT = 1e6
+#: A row of the batch this many times larger than the median row is an outlier.
+OUTLIER = 30.0
+
+Run = Callable[[], tuple[Sequence[Tensor], Sequence[Tensor]]]
 
 
 def investigate(
-    module: nn.Module,
-    run: Callable[[], tuple[Sequence[Tensor], Sequence[Tensor]]],
-    batch: Any,
-    *,
-    out_of_range: Mapping[str, int] | None = None,
+    module: nn.Module, run: Run, batch: Any, *, out_of_range: Mapping[str, OutOfRange] | None = None
 ) -> Origin:
     """Runs a batch again and finds the origin of its nonfinite value.
 
     Every operation of the forward and backward pass is checked, with a host synchronization. The search
     follows only nonfinite values back from the nonfinite loss (or gradient), so that a harmless mask of
-    `-inf` is not blamed.
+    `-inf` is not blamed; from an operation that overflows, it follows large values back to the one that made
+    them large.
 
     Args:
         module: The network. Buffers, modes, random numbers and plain attributes are restored.
@@ -46,7 +59,8 @@ def investigate(
             `out_of_range_elements`.
 
     Returns:
-        The origin; its cause is `"transient"` if losses and gradients are finite.
+        The origin; its cause is `"transient"` if losses and gradients are finite. If `run` raises, the origin
+        of the values that made it raise; `"unknown"` if they are not known.
 
     Example:
         >>> layer = nn.Linear(2, 1)
@@ -62,72 +76,169 @@ def investigate(
     tensors = (*module.named_buffers(), *module.named_parameters())
     named = {**{name.replace("_orig_mod.", ""): tensor for name, tensor in tensors}, **parts}
     finite = [name for name, buffer in module.named_buffers() if not is_nonfinite(buffer)]
+    out_of_range = out_of_range or {}
     with preserve_state(module), torch.enable_grad(), OperationTrace(module, named) as trace:
-        losses, gradients = run()
+        losses, gradients, error = _run(run)
         buffers = dict(module.named_buffers())
         corrupted = [name for name in finite if name in buffers and is_nonfinite(buffers[name])]
+    if error is not None:
+        source = _source(trace.last_nonfinite())
+        if source is not None:
+            return _raised(error, _classify(source, out_of_range, parts, trace))
+        return origin_of_exception(error, trace.failed, parts, out_of_range)
     nonfinite = next((t for t in (*losses, *gradients) if is_nonfinite(t)), None)
     if nonfinite is not None:
-        record = trace.record_of(nonfinite)
-        source = first_nonfinite(record) if record is not None else None
-        return _classify(source, out_of_range or {}, parts, trace)
+        return _classify(_source(trace.record_of(nonfinite)), out_of_range, parts, trace)
     overflows = _total_norm_overflows(gradients)
     if not (overflows or corrupted):
-        return Origin("transient", detail="Run again on the same weights, the batch gives finite numbers.")
+        return _finite(module, run)
     if out_of_range:
         return origin_in_weights(out_of_range)
     if overflows:
-        detail = "Every gradient is finite, but their norm overflows float32"
-        return _or_huge_inputs(Origin("backward_pass", "backward", detail=detail), parts)
+        return _overflowing_norm(gradients, parts, trace)
     where = tuple(name.replace("_orig_mod.", "") for name in corrupted)
     owner = where[0].rpartition(".")[0]
     detail = f"Loss and gradients are finite, but the forward pass left nonfinite values in {where[0]}"
     return _or_huge_inputs(Origin("forward_pass", "forward", owner, where=where, detail=detail), parts)
 
 
+def _run(run: Run) -> tuple[Sequence[Tensor], Sequence[Tensor], Exception | None]:
+    try:
+        return *run(), None
+    except Exception as error:  # of the step's own code, or of torch
+        return [], [], error
+
+
+def _source(record: OperationRecord | None) -> OperationRecord | str | None:
+    return None if record is None else first_nonfinite(record)
+
+
+def _raised(error: Exception, origin: Origin) -> Origin:
+    """The origin of a nonfinite value that made the step raise."""
+    return replace(
+        origin, detail=f"{origin.detail.rstrip('.')}; the step then raised {type(error).__name__}."
+    )
+
+
+def _finite(module: nn.Module, run: Run) -> Origin:
+    """The origin if nothing is nonfinite in the trace: code may run otherwise without one."""
+    with preserve_state(module), torch.enable_grad():
+        losses, gradients = run()
+    if not any(map(is_nonfinite, (*losses, *gradients))):
+        detail = "Run again on the same weights, in the same way, the batch gives finite numbers."
+        return Origin("transient", detail=detail)
+    if _has_compiled_code():
+        detail = "The batch is nonfinite with torch.compile, and finite when the same step runs eagerly."
+        return Origin("compiled_code", detail=detail)
+    return Origin("unknown", detail="The batch is nonfinite again, but not while its operations are traced.")
+
+
+def _has_compiled_code() -> bool:
+    dynamo = sys.modules.get("torch._dynamo.utils")
+    return dynamo is not None and bool(dynamo.counters["frames"]["ok"])
+
+
 def _classify(
     source: OperationRecord | str | None,
-    out_of_range: Mapping[str, int],
+    out_of_range: Mapping[str, OutOfRange],
     parts: Mapping[str, Tensor],
     trace: OperationTrace,
 ) -> Origin:
     if isinstance(source, str):
         if source in parts:
-            rows = _nonfinite_rows(parts[source])
-            place = f" in row {', '.join(map(str, rows))}" if rows else ""
-            detail = f"{source} holds nonfinite values{place}."
-            return Origin("bad_input", where=(source,), rows=rows, detail=detail)
-        out_of_range = out_of_range or {source: 1}
+            return nonfinite_input(source, parts[source])
+        out_of_range = out_of_range or {source: _nonfinite_elements(trace.leaf(source))}
     if out_of_range:
         return origin_in_weights(out_of_range)
     if source is None or isinstance(source, str):
         return Origin("unknown", detail="No traced operation made the nonfinite value.")
-    place = f"module `{source.module}`" if source.module else "the step's own code"
+    return _origin_of_operation(source, parts, trace)
+
+
+def _nonfinite_elements(tensor: Tensor) -> OutOfRange:
+    return OutOfRange(int((~tensor.detach().isfinite()).sum()), tensor.numel(), math.inf)
+
+
+def _origin_of_operation(
+    overflowing: OperationRecord, parts: Mapping[str, Tensor], trace: OperationTrace
+) -> Origin:
+    source = what_made_it_large(overflowing, FAULTS)
+    fault = known_fault(source, FAULTS)
     given = "" if source.low is None else f" given {source.low:.4g} to {source.high:.4g}"
-    sentence = f"{source.operation} in {place}{given} returned {source.made}"
-    is_ahead_of_modules = trace.modules_left > 0 == source.modules_left
-    cause: Cause = "forward_pass" if source.module or is_ahead_of_modules else "loss"
-    where: tuple[str, ...] = (source.module,) if source.module else ()
-    huge = _huge_inputs(parts)
-    if source.phase == "backward":
-        cause = "backward_pass"
-    elif source.module in trace.loss_modules:
-        cause = "loss"
-    largest_input = max(abs(source.low or 0.0), abs(source.high or 0.0))
-    if huge and (cause != "loss" or largest_input > HUGE_INPUT):
-        cause, where = "bad_input", tuple(huge)
-        sentence += f"; {where[0]} holds values up to {huge[where[0]]:.4g}"
-    return Origin(
+    place = f"module `{source.module}`" if source.module else "the step's own code"
+    returned = f"returned {source.made}"
+    if source is not overflowing:
+        returned = f"returned values up to {source.largest:.3g}, so that {overflowing.operation} overflowed"
+    sentence = f"{source.operation} in {place}{given} {returned} ({source.dtype})"
+    rows = _rows_at_fault(source, parts)
+    sentence += f", in row {', '.join(map(str, rows))}" if rows else ""
+    sentence += "".join(f"; {outlier}" for outlier in _outliers(rows, parts))
+    cause: Cause = "loss" if trace.computes_loss(source) else "forward_pass"
+    cause = "backward_pass" if source.phase == "backward" else cause
+    cause = (fault.cause if fault is not None else "") or cause
+    origin = Origin(
         cause,
         source.phase,
         source.module,
         source.operation,
-        where,
+        (source.module,) if source.module else (),
         dtype=source.dtype,
         low=source.low,
         high=source.high,
-        detail=f"{sentence} ({source.dtype}).",
+        detail=sentence,
+        rows=rows,
+        advice=_advice(source, fault),
     )
+    origin = located(origin, source.location)
+    huge = _huge_inputs(parts)
+    largest = max(abs(source.low or 0.0), abs(source.high or 0.0))
+    if huge and (cause != "loss" or largest > HUGE_INPUT or source is not overflowing):
+        name, high = next(iter(huge.items()))
+        detail = f"{origin.detail.rstrip('.')}; {name} holds values up to {high:.4g}."
+        # the cure of the operation would hide bad data
+        return replace(origin, cause="bad_input", where=tuple(huge), detail=detail, advice="")
+    return origin
+
+
+def _advice(record: OperationRecord, fault: OperationFault | None) -> str:
+    if fault is None:
+        return ""
+    if record.is_custom:
+        name = record.node.removesuffix("Backward")
+        return f"The backward pass of your own autograd.Function {name}: {fault.advice}"
+    return fault.advice
+
+
+def _rows_at_fault(source: OperationRecord, parts: Mapping[str, Tensor]) -> tuple[int, ...]:
+    """Returns the rows of the result, if these are the rows of the batch."""
+    lengths = [len(part) for part in parts.values() if part.ndim]
+    return source.rows if lengths and source.length == lengths[0] > 1 else ()
+
+
+def _outliers(rows: Sequence[int], parts: Mapping[str, Tensor]) -> list[str]:
+    """Describes the parts of the batch that are far larger in the rows at fault than in a usual row."""
+    found = []
+    for name, part in parts.items():
+        if rows and part.is_floating_point() and part.ndim and part.numel() and len(part) > max(rows):
+            sizes = part.detach().float().abs().reshape(len(part), -1).amax(1)
+            ratio = float(sizes[list(rows)].max() / sizes.median().clamp_min(1e-12))
+            if ratio > OUTLIER:
+                found.append(f"{name} is {ratio:.3g} times larger there than in the median row")
+    return found
+
+
+def _overflowing_norm(
+    gradients: Sequence[Tensor], parts: Mapping[str, Tensor], trace: OperationTrace
+) -> Origin:
+    detail = "Every gradient is finite, but their norm overflows float32"
+    largest = max(gradients, key=lambda g: float(g.detach().abs().amax()) if g.numel() else 0.0)
+    record = trace.record_of(largest)
+    source = None if record is None else what_made_it_large(record, FAULTS)
+    if record is None or source is None or source.growth < JUMP or not known_fault(source, FAULTS):
+        return _or_huge_inputs(Origin("backward_pass", "backward", detail=detail), parts)
+    origin = _origin_of_operation(record, parts, trace)
+    sentence = origin.detail.replace(f"{record.operation} overflowed", "the norm of the gradients overflowed")
+    return replace(origin, detail=sentence)
 
 
 def _or_huge_inputs(origin: Origin, parts: Mapping[str, Tensor]) -> Origin:
@@ -145,14 +256,6 @@ def _huge_inputs(parts: Mapping[str, Tensor]) -> dict[str, float]:
     floating = {name: part for name, part in parts.items() if part.is_floating_point() and part.numel()}
     highest = ((name, float(part.detach().abs().amax())) for name, part in floating.items())
     return dict(sorted(((n, high) for n, high in highest if high > HUGE_INPUT), key=lambda item: -item[1]))
-
-
-def _nonfinite_rows(tensor: Tensor) -> tuple[int, ...]:
-    """Returns the first ten nonfinite rows of a tensor; none if it is a scalar, or not dense."""
-    if tensor.ndim == 0 or tensor.layout != torch.strided:
-        return ()
-    nonfinite = (~tensor.detach().isfinite()).reshape(len(tensor), -1).any(dim=1)
-    return tuple(nonfinite.nonzero().flatten()[:10].tolist())
 
 
 def _total_norm_overflows(gradients: Sequence[Tensor]) -> bool:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+from lightning_gradguard.core.forensics.location import Location
 from lightning_gradguard.core.incidents import Cause
 from lightning_gradguard.core.norms import local_shard
+from lightning_gradguard.core.remedies import advice_for_cause
 
 #: An element is *out of range* if it is nonfinite, or this many times larger than any in a healthy state.
 RANGE_RATIO = 10.0
@@ -18,6 +21,10 @@ RANGE_RATIO = 10.0
 MIN_LARGEST = 0.1
 #: Up to this many elements out of range are corruption; more are an update that was too large.
 MAX_CORRUPTED = 2
+#: A flip of one of the three highest exponent bits of float32 changes a value at least by this factor.
+FLIP = 2.0**15
+#: Keys under which optimizers keep the mean of squared gradients that they divide by.
+_SECOND_MOMENTS = ("max_exp_avg_sq", "exp_avg_sq", "square_avg", "sum")
 
 
 @dataclass(frozen=True)
@@ -36,8 +43,11 @@ class Origin:
         low: Smallest finite input of the operation; `None` without finite inputs.
         high: Largest finite input.
         detail: The same as one sentence.
-        rows: The first ten rows with nonfinite values in the part of the batch at fault: samples, if its
-            first dimension is that of the batch.
+        rows: The first ten rows at fault of the batch: with nonfinite values, or of which the operation made
+            them.
+        location: File, line and function of the user's code that ran the operation.
+        code: That line.
+        advice: Advice on the operation, if it is known.
     """
 
     cause: Cause
@@ -50,45 +60,170 @@ class Origin:
     high: float | None = None
     detail: str = ""
     rows: tuple[int, ...] = ()
+    location: str = ""
+    code: str = ""
+    advice: str = ""
+
+    @property
+    def remedy(self) -> str:
+        """Advice in one or two sentences; empty for an unknown cause."""
+        return self.advice or advice_for_cause(self.cause, self.where)
 
 
-def out_of_range_elements(named: Iterable[tuple[str, Tensor, Tensor]]) -> dict[str, int]:
-    """Counts the elements that are out of range, by the name of each tensor that has any.
+def located(origin: Origin, location: Location | None) -> Origin:
+    """Returns the origin with the user's line; in the step's own code that line is the place.
+
+    Example:
+        >>> located(Origin("loss", detail="A sentence"), Location("train.py", 7, "training_step")).where
+        ('train.py:7 in training_step',)
+    """
+    if location is None:
+        return replace(origin, detail=f"{origin.detail.rstrip('.')}.")
+    code = f": `{location.code}`" if location.code else ""
+    return replace(
+        origin,
+        where=origin.where or (str(location),),
+        location=str(location),
+        code=location.code,
+        detail=f"{origin.detail.rstrip('.')}, at {location}{code}.",
+    )
+
+
+def nonfinite_input(name: str, part: Tensor) -> Origin:
+    """Returns the origin of a nonfinite value that is in a part of the batch.
+
+    Example:
+        >>> nonfinite_input("batch[0]", torch.tensor([1.0, float("nan")])).rows
+        (1,)
+    """
+    rows: tuple[int, ...] = ()
+    if part.ndim and part.layout == torch.strided:
+        nonfinite = (~part.detach().isfinite()).reshape(len(part), -1).any(dim=1)
+        rows = tuple(nonfinite.nonzero().flatten()[:10].tolist())
+    place = f" in row {', '.join(map(str, rows))}" if rows else ""
+    detail = f"{name} holds nonfinite values{place}."
+    return Origin("bad_input", where=(name,), rows=rows, detail=detail)
+
+
+class OutOfRange(NamedTuple):
+    """Elements of a tensor that are out of range.
+
+    Args:
+        n: Their number.
+        of: Number of elements of the tensor.
+        growth: Largest of them relative to the largest element of a healthy state; infinite if one is
+            nonfinite.
+    """
+
+    n: int
+    of: int
+    growth: float
+
+
+def out_of_range_elements(named: Iterable[tuple[str, Tensor, Tensor]]) -> dict[str, OutOfRange]:
+    """Finds the elements that are out of range, by the name of each tensor that has any.
 
     Args:
         named: Name, current tensor, and the tensor in a healthy state.
 
     Example:
-        >>> out_of_range_elements([("weight", torch.tensor([0.2, 1e30]), torch.tensor([0.1, 0.3]))])
-        {'weight': 1}
+        >>> out_of_range_elements([("weight", torch.tensor([0.2, 1e30]), torch.tensor([0.1, 1.0]))])
+        {'weight': OutOfRange(n=1, of=2, growth=1e+30)}
     """
     found = {}
     for name, now, before in named:
         now = local_shard(now.detach())
         if now.is_floating_point() and now.numel():
-            bound = RANGE_RATIO * max(float(before.abs().amax()), MIN_LARGEST)
+            healthy = max(float(before.abs().amax()), MIN_LARGEST)
             # a bound that the dtype cannot hold would become infinity, and infinity would pass
-            bound = min(bound, torch.finfo(now.dtype).max)
-            count = int((~(now.abs() <= bound)).sum())
-            if count:
-                found[name] = count
+            bound = min(RANGE_RATIO * healthy, torch.finfo(now.dtype).max)
+            beyond = now[~(now.abs() <= bound)].abs().double()
+            if beyond.numel():
+                growth = float(beyond.max()) / healthy if bool(beyond.isfinite().all()) else math.inf
+                found[name] = OutOfRange(beyond.numel(), now.numel(), float(f"{growth:.3g}"))
     return found
 
 
-def origin_in_weights(out_of_range: Mapping[str, int]) -> Origin:
+def origin_in_weights(out_of_range: Mapping[str, OutOfRange]) -> Origin:
     """Returns the origin of a nonfinite value from a nonempty result of `out_of_range_elements`.
 
+    An update moves all elements of a tensor. So one or two elements are corruption only if the others of
+    their tensor are in range, and if they grew by more than updates do.
+
     Example:
-        >>> origin_in_weights({"head.weight": 1}).cause, origin_in_weights({"head.weight": 50}).cause
-        ('corrupted_weights', 'update_too_large')
+        >>> origin_in_weights({"head.weight": OutOfRange(1, 64, 1e30)}).cause
+        'corrupted_weights'
+        >>> origin_in_weights({"head.weight": OutOfRange(50, 64, 1e30)}).cause
+        'update_too_large'
+        >>> origin_in_weights({"head.bias": OutOfRange(1, 1, 12.0)}).cause
+        'update_too_large'
     """
-    where = tuple(sorted(out_of_range, key=lambda name: -out_of_range[name]))
-    if sum(out_of_range.values()) <= MAX_CORRUPTED:
-        detail = f"Single elements of {where[0]} are out of range."
-        return Origin("corrupted_weights", where=where, detail=detail)
-    return Origin(
-        "update_too_large",
-        where=where,
-        detail=f"{sum(out_of_range.values())} elements of {len(out_of_range)} tensors are nonfinite, or "
-        f"{RANGE_RATIO:g} times larger than when the run was healthy.",
+    where = tuple(sorted(out_of_range, key=lambda name: -out_of_range[name].n))
+    total = sum(found.n for found in out_of_range.values())
+    growth = max(found.growth for found in out_of_range.values())
+    are_single = all(found.n < found.of for found in out_of_range.values())
+    if total <= MAX_CORRUPTED and are_single and growth >= FLIP:
+        return Origin(
+            "corrupted_weights",
+            where=where,
+            detail=f"{total} of {out_of_range[where[0]].of} elements of {where[0]} are out of range, by "
+            f"a factor of {growth:.3g}; the others, which an update would have moved too, are not.",
+        )
+    detail = (
+        f"{total} elements of {len(out_of_range)} tensors are nonfinite, or {RANGE_RATIO:g} times larger "
+        f"than "
+        "when the run was healthy."
     )
+    if total <= MAX_CORRUPTED and growth >= FLIP:
+        detail += " In tensors with so few elements, corrupted memory looks the same."
+    return Origin("update_too_large", where=where, detail=detail)
+
+
+def origin_in_epsilon(
+    named: Iterable[tuple[str, Tensor]], optimizers: Iterable[torch.optim.Optimizer]
+) -> Origin | None:
+    """Finds nonfinite weights whose update was divided by a second moment and an epsilon that are 0.
+
+    Args:
+        named: Parameters by name.
+        optimizers: With the state that made the update.
+
+    Returns:
+        The origin; `None` unless this explains at least half of the nonfinite elements.
+
+    Example:
+        >>> weight = torch.nn.Parameter(torch.tensor([0.5, 0.5], dtype=torch.float16))
+        >>> optimizer = torch.optim.Adam([weight], lr=1e-3, eps=1e-8)
+        >>> weight.grad = torch.full_like(weight, 1e-4)
+        >>> optimizer.step()
+        >>> origin_in_epsilon([("weight", weight)], [optimizer]).cause
+        'optimizer_epsilon'
+    """
+    names = {parameter: name for name, parameter in named}
+    explained: dict[str, int] = {}
+    total, eps, dtype = 0, 0.0, ""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                values = local_shard(parameter.detach())
+                nonfinite = ~values.isfinite()
+                total += (count := int(nonfinite.sum()))
+                state = optimizer.state.get(parameter, {})
+                moment = next((state[key] for key in _SECOND_MOMENTS if key in state), None)
+                if not count or moment is None or "eps" not in group:
+                    continue
+                moment = local_shard(moment)
+                if (
+                    moment.shape == values.shape
+                    and float(torch.tensor(group["eps"], dtype=moment.dtype)) == 0
+                ):
+                    explained[names.get(parameter, "a parameter")] = int((moment[nonfinite] == 0).sum())
+                    eps, dtype = group["eps"], str(moment.dtype).removeprefix("torch.")
+    if not total or sum(explained.values()) * 2 < total:
+        return None
+    where = tuple(sorted(explained, key=lambda name: -explained[name]))
+    detail = (
+        f"In {sum(explained.values())} of {total} nonfinite weights the optimizer's second moment is 0, and "
+        f"eps={eps:g} is 0 in {dtype}: their update was divided by 0."
+    )
+    return Origin("optimizer_epsilon", where=where, dtype=dtype, detail=detail)

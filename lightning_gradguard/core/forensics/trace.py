@@ -1,11 +1,11 @@
-"""A record of every operation of a forward and backward pass that returns nonfinite values."""
+"""A record of every operation of a forward and backward pass that returns nonfinite or large values."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,61 +13,69 @@ from torch.nn.modules.loss import _Loss
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from lightning_gradguard.core.forensics.location import Location, user_location
+from lightning_gradguard.core.forensics.records import LARGE, Argument, FailedOperation, OperationRecord
+
 _UNINITIALIZED = ("aten::empty", "aten::new_empty", "aten::resize", "aten::set_")
-
-
-@dataclass
-class _Input:
-    """A nonfinite argument of an operation."""
-
-    has_nan: bool
-    record: OperationRecord | None
-    leaf: str | None
-
-
-@dataclass
-class OperationRecord:
-    """An operation that returned nonfinite values."""
-
-    operation: str
-    phase: Literal["forward", "backward"]
-    module: str
-    dtype: str
-    #: `"nan"`, `"inf"` or `"-inf"`.
-    made: str
-    #: Number of module calls that had returned before.
-    modules_left: int
-    #: True if the values are intended, as the `-inf` of a mask.
-    is_intended: bool
-    low: float | None
-    high: float | None
-    nonfinite_inputs: list[_Input] = field(default_factory=list)
+#: Operations through which the infinities of a mask remain a mask.
+_MOVES = (
+    "add",
+    "sub",
+    "where",
+    "cat",
+    "stack",
+    "expand",
+    "clone",
+    "_to_copy",
+    "copy",
+    "masked_fill",
+    "repeat",
+    "triu",
+    "tril",
+)
 
 
 class OperationTrace(TorchDispatchMode):
-    """Traces nonfinite values from operation to operation, in the forward and the backward pass."""
+    """Traces nonfinite values from operation to operation, in the forward and the backward pass.
+
+    Attributes:
+        failed: The operation that raised, if one did.
+    """
 
     def __init__(self, module: nn.Module, leaves: Mapping[str, Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.loss_modules: set[str] = set()
-        self.modules_left = 0
+        self.failed: FailedOperation | None = None
+        self._losses: set[str] = set()
+        self._return_numbers: set[str] = set()
         self._module = module
         self._leaves = leaves
         self._records: dict[int, OperationRecord] = {}
+        self._in_order: list[OperationRecord] = []
         self._kept: list[Tensor] = []  # freed memory could be reused under the same address
         self._inside: list[str] = [""]
         #: The number of the next autograd node at each change of the module, and the module.
         self._begun: list[tuple[int, str]] = [(-1, "")]
+        #: The line that made an autograd node, by the number of the node.
+        self._made_at: dict[int, Location | None] = {}
+        #: Calls of modules with parameters up to each backward pass, and in all.
+        self._entered = 0
+        self._entered_before: list[int] = []
+        self._in_backward = False
         self._hooks = ExitStack()
 
     def __enter__(self) -> OperationTrace:
         for name, child in self._module.named_modules():
             name = name.replace("_orig_mod.", "")
-            if isinstance(child, _Loss):
-                self.loss_modules.add(name)
+            if isinstance(child, _Loss) or "loss" in type(child).__name__.lower():
+                self._losses.add(name)
+            trains = any(True for _ in child.parameters())
             for handle in (
-                child.register_forward_pre_hook(lambda m, i, name=name: self._enter_module(name)),
-                child.register_forward_hook(lambda m, i, o: self._leave_module(), always_call=True),
+                child.register_forward_pre_hook(
+                    lambda m, i, name=name, trains=trains: self._enter_module(name, trains)
+                ),
+                child.register_forward_hook(
+                    lambda m, i, o, name=name: self._leave_module(name, o), always_call=True
+                ),
             ):
                 self._hooks.callback(handle.remove)
         self._hooks.enter_context(torch.compiler.set_stance("force_eager"))
@@ -83,31 +91,55 @@ class OperationTrace(TorchDispatchMode):
     ) -> Any:
         name = function._schema.name
         inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        node = torch._C._current_autograd_node()
+        if node is None:
+            self._made_at.setdefault(_next_node() - 1, location := user_location())
+        elif not self._in_backward:
+            self._entered_before.append(self._entered)
+        self._in_backward = node is not None
         # an in-place operation overwrites its inputs; batch normalization too, against its schema
         overwrites = function._schema.is_mutable or "batch_norm" in name
         # the target of a copy is not read: it may be uninitialized memory
         read = inputs[1:] if name == "aten::copy_" else inputs
         before = self._inspect(read) if overwrites else None
-        result = function(*args, **(kwargs or {}))
+        try:
+            result = function(*args, **(kwargs or {}))
+        except Exception:
+            self.failed = FailedOperation(name, args, user_location())
+            raise
         outputs = [t for t in tree_leaves(result) if isinstance(t, Tensor)]
         known = set() if overwrites else {_storage(t) for t in inputs}
         made = [t for t in outputs if _storage(t) not in known]
-        if not name.startswith(_UNINITIALIZED) and any(map(is_nonfinite, made)):
-            nonfinite, low, high = before or self._inspect(inputs)
-            node = torch._C._current_autograd_node()
+        if name.startswith(_UNINITIALIZED):
+            return result
+        notable = sorted((t for t in made if not _magnitude(t) <= LARGE), key=lambda t: not is_nonfinite(t))
+        for tensor in made if overwrites else ():
+            if _covers_storage(tensor) and not any(tensor is t for t in notable):
+                self._records.pop(_storage(tensor), None)
+        if notable:
+            if node is not None:
+                location = user_location() or self._made_at.get(node._sequence_nr())
+            arguments = self._inspect(inputs) if before is None else before
             record = OperationRecord(
-                operation=name if node is None else f"{name} in {node.name()}",
-                phase="forward" if node is None else "backward",
+                name=name,
+                node="" if node is None else node.name(),
                 module=self._inside[-1] if node is None else self._module_of(node._sequence_nr()),
-                dtype=str(made[0].dtype).removeprefix("torch."),
-                made=_describe_nonfinite(made),
-                modules_left=self.modules_left,
-                is_intended=not inputs or _has_nonfinite_number(args, kwargs),
-                low=low,
-                high=high,
-                nonfinite_inputs=nonfinite,
+                dtype=str(notable[0].dtype).removeprefix("torch."),
+                made=_describe_nonfinite(notable[0]),
+                largest=max(map(_largest_finite, notable)),
+                entered=self._entered,
+                segment=len(self._entered_before),
+                is_intended=node is None
+                and (not inputs or _has_nonfinite_number(args, kwargs) or _passes_on(name, arguments)),
+                arguments=arguments,
+                location=location,
+                length=len(notable[0]) if notable[0].ndim else 0,
+                rows=_rows(notable[0]),
+                numbers=tuple(float(n) for n in tree_leaves((args, kwargs)) if type(n) in (int, float)),
+                is_custom=isinstance(node, torch.autograd.function.BackwardCFunction),
             )
-            for tensor in made:
+            self._in_order.append(record)
+            for tensor in notable:
                 self._records[_storage(tensor)] = record
                 self._kept.append(tensor)
         return result
@@ -116,82 +148,136 @@ class OperationTrace(TorchDispatchMode):
         """Returns the operation that wrote a tensor; `None` if none was recorded."""
         return self._records.get(_storage(tensor))
 
-    def _inspect(self, inputs: Sequence[Tensor]) -> tuple[list[_Input], float | None, float | None]:
-        """Returns the nonfinite inputs, and the smallest and largest of the finite values."""
-        floating = [t.detach() for t in inputs if t.is_floating_point() and t.numel()]
-        nonfinite = [
-            _Input(
-                bool(_values(t).isnan().any()),
-                record := self.record_of(t),
-                None if record else self._leaf_of(t),
-            )
-            for t in floating
-            if is_nonfinite(t)
-        ]
-        finite = [numbers for v in map(_values, floating) if (numbers := v[v.isfinite()]).numel()]
-        if not finite:
-            return nonfinite, None, None
-        return nonfinite, min(float(t.min()) for t in finite), max(float(t.max()) for t in finite)
+    def leaf(self, name: str) -> Tensor:
+        """Returns the parameter, buffer or part of the batch of this name."""
+        return self._leaves[name]
 
-    def _leaf_of(self, tensor: Tensor) -> str | None:
-        """Returns the parameter, buffer or part of the batch that a nonfinite tensor is a view of."""
+    def last_nonfinite(self) -> OperationRecord | None:
+        """Returns the last operation that returned unintended nonfinite values."""
+        found = (r for r in reversed(self._in_order) if r.made != "large" and not r.is_intended)
+        return next(found, None)
+
+    def computes_loss(self, record: OperationRecord) -> bool:
+        """Checks that an operation belongs to the loss.
+
+        It does within a loss module. Elsewhere no module with parameters is called after it, and it is in the
+        step's own code, or in a module that returns a number.
+        """
+        if record.module in self._losses:
+            return True
+        is_last = record.entered == [*self._entered_before, self._entered][record.segment]
+        return is_last and (not record.module or record.module in self._return_numbers)
+
+    def _inspect(self, inputs: Sequence[Tensor]) -> list[Argument]:
+        return [self._argument(t.detach()) for t in inputs]
+
+    def _argument(self, tensor: Tensor) -> Argument:
+        is_floating = tensor.is_floating_point() or tensor.is_complex()
+        values = _values(tensor) if is_floating else _stored(tensor).double()
+        finite = values[values.isfinite()]
+        record, nonfinite = self.record_of(tensor), finite.numel() < values.numel()
+        return Argument(
+            is_floating=is_floating,
+            low=float(finite.min()) if finite.numel() else None,
+            high=float(finite.max()) if finite.numel() else None,
+            smallest=float(finite.abs().min()) if finite.numel() else None,
+            has_nan=nonfinite and bool(values.isnan().any()),
+            is_nonfinite=nonfinite,
+            shape=tuple(tensor.shape),
+            record=record,
+            leaf=None if record else self._leaf_of(tensor, nonfinite),
+        )
+
+    def _leaf_of(self, tensor: Tensor, nonfinite: bool) -> str | None:
+        """Returns the parameter, buffer or part of the batch that a tensor is a view of."""
         same = (n for n, leaf in self._leaves.items() if _storage(leaf) == _storage(tensor))
-        return next((name for name in same if is_nonfinite(self._leaves[name])), None)
+        return next((name for name in same if not nonfinite or is_nonfinite(self._leaves[name])), None)
 
-    def _enter_module(self, name: str) -> None:
+    def _enter_module(self, name: str, trains: bool) -> None:
+        self._entered += trains
         self._inside.append(name)
-        self._begun.append((torch.autograd._get_sequence_nr(), name))  # type: ignore[attr-defined]
+        self._begun.append((_next_node(), name))
 
-    def _leave_module(self) -> None:
-        self.modules_left += 1
+    def _leave_module(self, name: str, output: Any) -> None:
+        if any(isinstance(t, Tensor) and t.ndim == 0 and t.is_floating_point() for t in tree_leaves(output)):
+            self._return_numbers.add(name)
         self._inside.pop()
-        self._begun.append((torch.autograd._get_sequence_nr(), self._inside[-1]))  # type: ignore[attr-defined]
+        self._begun.append((_next_node(), self._inside[-1]))
 
     def _module_of(self, sequence: int) -> str:
         """Returns the module whose forward pass made the autograd node of this number."""
         return next(name for begin, name in reversed(self._begun) if begin <= sequence)
 
 
-def first_nonfinite(record: OperationRecord) -> OperationRecord | str:
-    """Follows nonfinite values back to the operation, or the name of the tensor, that they began with."""
-    while True:
-        nonfinite = record.nonfinite_inputs
-        nan = [i for i in nonfinite if i.has_nan]
-        if record.made == "nan" and not nan:
-            # NaN was made here, perhaps of an infinity that was not intended
-            nonfinite = [i for i in nonfinite if i.leaf or (i.record and not i.record.is_intended)]
-        first = next(iter(nan or nonfinite), None)
-        if first is None:
-            return record
-        if first.leaf is not None:
-            return first.leaf
-        if first.record is None:
-            return record
-        record = first.record
+def is_nonfinite(tensor: Tensor) -> bool:
+    """Returns True if any element of a tensor is nonfinite."""
+    return not math.isfinite(_magnitude(tensor.detach()))
+
+
+def _next_node() -> int:
+    """Returns the number that the next autograd node gets."""
+    return int(torch.autograd._get_sequence_nr())  # type: ignore[attr-defined]
 
 
 def _storage(tensor: Tensor) -> int:
-    return _values(tensor).untyped_storage().data_ptr()
+    return _stored(tensor).untyped_storage().data_ptr()
 
 
-def is_nonfinite(tensor: Tensor) -> bool:
-    """Returns True if any element of a tensor is nonfinite."""
-    return tensor.is_floating_point() and not bool(_values(tensor.detach()).isfinite().all())
+def _covers_storage(tensor: Tensor) -> bool:
+    stored = _stored(tensor)
+    return stored.numel() * stored.element_size() == stored.untyped_storage().nbytes()
 
 
-def _values(tensor: Tensor) -> Tensor:
+def _stored(tensor: Tensor) -> Tensor:
     """Returns the stored values of a sparse tensor; any other tensor unchanged."""
     return tensor._values() if tensor.layout == torch.sparse_coo else tensor
 
 
+def _values(tensor: Tensor) -> Tensor:
+    """Returns the stored values as real numbers."""
+    stored = _stored(tensor)
+    return torch.view_as_real(stored.resolve_conj()) if stored.is_complex() else stored
+
+
+def _magnitude(tensor: Tensor) -> float:
+    """Returns the largest magnitude: NaN if a value is NaN, 0 for integers and without values."""
+    if not (tensor.is_floating_point() or tensor.is_complex()):
+        return 0.0
+    values = _values(tensor.detach())
+    return float(values.abs().amax()) if values.numel() else 0.0
+
+
+def _largest_finite(tensor: Tensor) -> float:
+    values = _values(tensor.detach())
+    return float(values.nan_to_num(0.0, 0.0, 0.0).abs().amax())
+
+
 def _has_nonfinite_number(*arguments: Any) -> bool:
-    numbers = [n for n in tree_leaves(arguments) if isinstance(n, float)]
-    return any(not torch.isfinite(torch.tensor(n)) for n in numbers)
+    return any(isinstance(n, float) and not math.isfinite(n) for n in tree_leaves(arguments))
 
 
-def _describe_nonfinite(tensors: Sequence[Tensor]) -> str:
-    """Returns the kind of the nonfinite values: `"nan"`, `"inf"` or `"-inf"`."""
-    floating = [_values(t.detach()) for t in tensors if t.is_floating_point()]
-    if any(bool(t.isnan().any()) for t in floating):
+def _passes_on(name: str, arguments: Sequence[Argument]) -> bool:
+    """Checks that an operation only moves the intended infinities of a mask."""
+    masks = [a for a in arguments if a.is_nonfinite and not a.has_nan]
+    intended = all(a.record is not None and a.record.is_intended for a in masks)
+    return bool(masks) and intended and name.rpartition("::")[2].rstrip("_") in _MOVES
+
+
+def _rows(tensor: Tensor) -> tuple[int, ...]:
+    """Returns the first ten rows with nonfinite values, or with large ones; none if all rows have some."""
+    if tensor.ndim == 0 or tensor.layout != torch.strided or not tensor.numel():
+        return ()
+    highest = _values(tensor.detach()).abs().reshape(len(tensor), -1).amax(dim=1)
+    notable = ~highest.isfinite()
+    notable = notable if bool(notable.any()) else highest > LARGE
+    return () if bool(notable.all()) else tuple(notable.nonzero().flatten()[:10].tolist())
+
+
+def _describe_nonfinite(tensor: Tensor) -> str:
+    """Returns the kind of the values: `"nan"`, `"inf"` or `"-inf"`, or `"large"` if they are finite."""
+    values = _values(tensor.detach())
+    if bool(values.isnan().any()):
         return "nan"
-    return "inf" if any(bool(t.isposinf().any()) for t in floating) else "-inf"
+    if bool(values.isfinite().all()):
+        return "large"
+    return "inf" if bool(values.isposinf().any()) else "-inf"

@@ -67,7 +67,7 @@ def _recorded(log: RunLog, outcome: Outcome, known: set[str]) -> Iterator[RunSym
         members = by_kind[kind]
         handled = any(i.action not in ("none", "stopped") or i.step in on_rollback for i in members)
         severity: SymptomSeverity = "minor"
-        if outcome.was_stopped and kind == last:
+        if (outcome.was_stopped and kind == last) or kind == "exception_in_step":
             severity = "fatal"
         elif handled:
             severity = "handled"
@@ -93,8 +93,9 @@ def _symptom(kind: str, severity: SymptomSeverity, members: Sequence[RecordedInc
         more = f"; and {len(details) - MAX_DETAILS} more" if len(details) > MAX_DETAILS else ""
         evidence += f": {'; '.join([*details][:MAX_DETAILS])}{more}" if details else ""
     value = math.nan if example.value is None else example.value
+    # an examination knows more than the cause
+    own = tuple(dict.fromkeys(i.advice for i in members if i.advice))[:MAX_DETAILS]
+    found = tuple(dict.fromkeys(i.advice for i in members if i.advice and i.cause))[:MAX_DETAILS]
     advice = advice_for_cause(cause, example.where)
-    # a kind published by another callback carries its own advice
-    own = (example.advice,) if example.advice else ()
-    next_steps = (advice,) if advice else remedies(kind, example.where) or own
+    next_steps = found or ((advice,) if advice else remedies(kind, example.where) or own)
     return RunSymptom(kind, example.where, value, severity, first, evidence, next_steps)

@@ -95,7 +95,7 @@ def _rank(symptom: RunSymptom) -> tuple[int, int]:
 
 def _status(log: RunLog, outcome: Outcome, symptoms: Sequence[RunSymptom]) -> Status:
     severities = {symptom.severity for symptom in symptoms}
-    if outcome.failed_at is not None or outcome.was_stopped:
+    if outcome.failed_at is not None or outcome.was_stopped or "fatal" in severities:
         return "failed"
     if "serious" in severities:
         return "unhealthy"

@@ -26,7 +26,6 @@ from torch.utils._pytree import tree_leaves, tree_leaves_with_path
 
 from lightning_gradguard.core.forensics import Origin
 from lightning_gradguard.core.incidents import current_name, label
-from lightning_gradguard.core.remedies import advice_for_cause
 from lightning_gradguard.runtime.logging.console import relative_to_cwd
 from lightning_gradguard.runtime.logging.html_page import Section, render_page
 
@@ -272,6 +271,8 @@ def _page(dossier: Dossier, folder: Path) -> str:
         "cause": label(origin.cause),
         "module": origin.module,
         "operation": origin.operation,
+        "line": origin.location,
+        "code": origin.code,
         "at fault": ", ".join(origin.where[:10]),
         "inputs": "" if origin.low is None else f"{origin.low:.6g} to {origin.high:.6g} ({origin.dtype})",
         "when": f"step {dossier.step}, epoch {dossier.epoch}, batch {dossier.batch_idx}, rank {dossier.rank}",
@@ -280,7 +281,7 @@ def _page(dossier: Dossier, folder: Path) -> str:
     }
     sections = [
         Section("Incident", origin.detail, facts),
-        Section("Next steps", advice_for_cause(origin.cause, origin.where)),
+        Section("Next steps", origin.remedy),
         Section("Batch", rows={} if dossier.batch is None else dict(_describe(dossier.batch))),
         Section(
             "Reproduce",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,9 +12,14 @@ from typing import Any
 import pytorch_lightning as pl
 from torch import nn
 
-from lightning_gradguard.core.forensics import Origin, origin_in_weights, out_of_range_elements
+from lightning_gradguard.core.forensics import (
+    Origin,
+    OutOfRange,
+    origin_in_epsilon,
+    origin_in_weights,
+    out_of_range_elements,
+)
 from lightning_gradguard.core.incidents import Cause
-from lightning_gradguard.core.remedies import advice_for_cause
 from lightning_gradguard.core.snapshots import Snapshot
 from lightning_gradguard.runtime import lightning_api
 from lightning_gradguard.runtime.distributed import gather_objects, world_size
@@ -37,14 +42,14 @@ class Investigation:
 
     Attributes:
         examined: Episodes examined so far.
-        found: The causes that were found, with the tensors or modules at fault.
+        found: The causes that were found, with the last origin of each.
         cause: Of the running episode; `None` outside of one, or if it was not examined.
         in_episode: True from a skipped step to the next good one.
     """
 
     def __init__(self, max_dossiers: int, megabytes: float) -> None:
         self.examined = 0
-        self.found: dict[Cause, tuple[str, ...]] = {}
+        self.found: dict[Cause, Origin] = {}
         self._max_dossiers = max_dossiers
         self._megabytes = megabytes
         self.cause: Cause | None = None
@@ -57,7 +62,7 @@ class Investigation:
 
     def advice(self) -> dict[str, str]:
         """Advice on a skipped step that was not examined, from the first one of its episode."""
-        advice = advice_for_cause(self.cause, self.found[self.cause]) if self.cause else ""
+        advice = self.found[self.cause].remedy if self.cause else ""
         return {"advice": advice} if advice else {}
 
     def scan_weights(self, trainer: pl.Trainer, snapshot: Snapshot) -> Origin | None:
@@ -67,7 +72,7 @@ class Investigation:
             The origin, the same on every rank; `None` if no rank has weights out of range.
         """
         out_of_range = _out_of_range(trainer, snapshot)
-        origins = gather_objects(origin_in_weights(out_of_range) if out_of_range else None)
+        origins = gather_objects(_in_weights(trainer, out_of_range) if out_of_range else None)
         return next((origin for origin in origins if origin is not None), None)
 
     def examine(
@@ -95,30 +100,71 @@ class Investigation:
             return Result(Origin("unknown", detail=obstacle))
         out_of_range = _out_of_range(trainer, snapshot)
         origin, seen = _first_origin(trainer, pl_module, window, out_of_range)
-        if weights_are_nonfinite and out_of_range and origin.cause == "transient":
-            origin = origin_in_weights(out_of_range)
+        is_finite = weights_are_nonfinite and origin.cause == "transient"
+        if out_of_range and (is_finite or origin.cause in ("update_too_large", "corrupted_weights")):
+            origin = _in_weights(trainer, out_of_range)
         origin = dataclasses.replace(origin, detail=_with_samples(trainer, seen, origin))
         origins: list[Origin] = gather_objects(origin)
         rank = min(range(len(origins)), key=lambda r: (_VAGUE.get(origins[r].cause, 0), r))
         path = ""
-        if rank == trainer.global_rank and folder is not None:
-            try:
-                dossier = _dossier(trainer, pl_module, step, origin, seen, out_of_range, snapshot)
-                written = write_dossier(folder / "incidents", dossier, megabytes=self._megabytes)
-            except Exception as error:  # a full disk, or data of an unknown kind: training continues
-                console.print_message(trainer, f"gradguard: no dossier was written: {error}")
-            else:
-                path = str(written.relative_to(folder))
+        if rank == trainer.global_rank:
+            path = self._write(
+                trainer, folder, lambda: _dossier(trainer, step, origin, seen, out_of_range, snapshot)
+            )
         self.cause = origins[rank].cause
-        self.found[self.cause] = origins[rank].where
+        self.found[self.cause] = origins[rank]
         return Result(origins[rank], gather_objects(path)[rank])
+
+    def examine_exception(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        step: int,
+        seen: SeenBatch,
+        snapshot: Snapshot,
+        folder: Path | None,
+        *,
+        is_certain: bool,
+    ) -> Result | None:
+        """Runs the batch again whose step has raised. Not collective: other ranks may be elsewhere.
+
+        Returns:
+            The result; `None` if the batch cannot be run again, or if nothing is found out about its values
+            and it is not certain that they are at fault.
+        """
+        if _obstacle(trainer, pl_module) is not None:
+            return None
+        out_of_range = _out_of_range(trainer, snapshot)
+        origin = replay(trainer, pl_module, seen, out_of_range)
+        if origin.cause in _VAGUE and not is_certain:
+            return None
+        if out_of_range and origin.cause in ("update_too_large", "corrupted_weights"):
+            origin = _in_weights(trainer, out_of_range)
+        origin = dataclasses.replace(origin, detail=_with_samples(trainer, seen, origin))
+        path = self._write(
+            trainer, folder, lambda: _dossier(trainer, step, origin, seen, out_of_range, snapshot)
+        )
+        return Result(origin, path)
+
+    def _write(self, trainer: pl.Trainer, folder: Path | None, dossier: Callable[[], Dossier]) -> str:
+        """Writes a dossier; returns its folder within that of the run, empty if none was written."""
+        if folder is None:
+            return ""
+        try:
+            written = write_dossier(folder / "incidents", dossier(), megabytes=self._megabytes)
+        except Exception as error:  # a full disk, or data of an unknown kind: training continues
+            console.print_message(trainer, f"gradguard: no dossier was written: {error}")
+            return ""
+        return str(written.relative_to(folder))
 
 
 def _with_samples(trainer: pl.Trainer, seen: SeenBatch, origin: Origin) -> str:
-    """The detail with the samples at fault, if the batch names them, and the rank."""
-    known = sample_ids(seen.batch)
-    ids = [known[row] for row in origin.rows if row < len(known)]
-    places = [f"sample {', '.join(map(str, ids))}"] if ids else []
+    """The detail with the samples at fault, if the batch or its sampler names them, and the rank."""
+    named = {"sample": sample_ids(seen.batch), "index in the data set:": seen.indices}
+    places = []
+    for name, known in named.items():
+        ids = [known[row] for row in origin.rows if row < len(known)]
+        places += [f"{name} {', '.join(map(str, ids))}"] if ids else []
     places += [f"rank {trainer.global_rank}"] if world_size() > 1 else []
     return f"{origin.detail.rstrip('.')} ({', '.join(places)})." if places else origin.detail
 
@@ -140,7 +186,7 @@ def _first_origin(
     trainer: pl.Trainer,
     pl_module: pl.LightningModule,
     window: Sequence[SeenBatch],
-    out_of_range: dict[str, int],
+    out_of_range: dict[str, OutOfRange],
 ) -> tuple[Origin, SeenBatch]:
     # all of them, on every rank: the step may contain collectives
     found = [(replay(trainer, pl_module, seen, out_of_range), seen) for seen in window]
@@ -149,13 +195,13 @@ def _first_origin(
 
 def _dossier(
     trainer: pl.Trainer,
-    pl_module: pl.LightningModule,
     step: int,
     origin: Origin,
     seen: SeenBatch,
-    out_of_range: dict[str, int],
+    out_of_range: dict[str, OutOfRange],
     snapshot: Snapshot,
 ) -> Dossier:
+    pl_module = trainer.lightning_module
     scaler = lightning_api.gradient_scaler(trainer)
     compared = snapshot.compare(pl_module.named_parameters(), trainer.optimizers)
     return Dossier(
@@ -177,9 +223,14 @@ def _dossier(
     )
 
 
-def _out_of_range(trainer: pl.Trainer, snapshot: Snapshot) -> dict[str, int]:
+def _out_of_range(trainer: pl.Trainer, snapshot: Snapshot) -> dict[str, OutOfRange]:
     named = trainer.lightning_module.named_parameters()
     return out_of_range_elements(snapshot.compare(named, trainer.optimizers))
+
+
+def _in_weights(trainer: pl.Trainer, out_of_range: dict[str, OutOfRange]) -> Origin:
+    named = trainer.lightning_module.named_parameters()
+    return origin_in_epsilon(named, trainer.optimizers) or origin_in_weights(out_of_range)
 
 
 def _importable(module: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from lightning_gradguard.core.forensics import Origin, investigate
+from lightning_gradguard.core.forensics import Origin, OutOfRange, investigate
 from lightning_gradguard.core.snapshots import StepRandomness, set_rng_state
 from lightning_gradguard.runtime import lightning_api
+from lightning_gradguard.runtime.incidents.invalid_batches import original_step
 
 
 @dataclass(frozen=True)
@@ -27,17 +28,19 @@ class SeenBatch:
         batch_idx: Its place in the epoch.
         rng: State of the random number generators just before, from `core.snapshots.StepRandomness`.
         versions: Version counters of the batch's tensors; empty if unknown.
+        indices: Of its samples in the data set; empty if unknown.
     """
 
     batch: Any
     batch_idx: int
     rng: dict[str, Any]
     versions: tuple[int, ...] = ()
+    indices: Sequence[int] = ()
 
     @classmethod
-    def of(cls, batch: Any, batch_idx: int, rng: dict[str, Any]) -> SeenBatch:
+    def of(cls, batch: Any, batch_idx: int, rng: dict[str, Any], indices: Sequence[int] = ()) -> SeenBatch:
         """Records a batch that `training_step` is about to get."""
-        return cls(batch, batch_idx, rng, _versions(batch))
+        return cls(batch, batch_idx, rng, _versions(batch), indices)
 
     @property
     def is_unchanged(self) -> bool:
@@ -51,7 +54,10 @@ def _versions(batch: Any) -> tuple[int, ...]:
 
 
 def replay(
-    trainer: pl.Trainer, pl_module: pl.LightningModule, seen: SeenBatch, out_of_range: dict[str, int]
+    trainer: pl.Trainer,
+    pl_module: pl.LightningModule,
+    seen: SeenBatch,
+    out_of_range: Mapping[str, OutOfRange],
 ) -> Origin:
     """Runs a batch again, forward and backward, and finds the origin of its first nonfinite value.
 
@@ -118,8 +124,9 @@ def training_loss(pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> 
 
 
 def _training_step(pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> Any:
-    wants = inspect.signature(pl_module.training_step).parameters
-    return pl_module.training_step(batch, batch_idx) if len(wants) > 1 else pl_module.training_step(batch)
+    step = original_step(pl_module)
+    wants = inspect.signature(step).parameters
+    return step(batch, batch_idx) if len(wants) > 1 else step(batch)
 
 
 def _gradients(loss: Tensor, parameters: Sequence[nn.Parameter], **options: Any) -> list[Tensor]:

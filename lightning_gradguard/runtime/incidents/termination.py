@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytorch_lightning as pl
 
+from lightning_gradguard.core.forensics import Origin
 from lightning_gradguard.core.incidents import Cause, TrainingDivergedError, label
-from lightning_gradguard.core.remedies import advice, advice_for_cause
+from lightning_gradguard.core.remedies import advice
 from lightning_gradguard.runtime.incidents.journal import incidents_file, run_folder
 from lightning_gradguard.runtime.logging import console
 
@@ -33,9 +34,9 @@ def save_last_good(trainer: pl.Trainer) -> Path | None:
     return folder / LAST_GOOD
 
 
-def combined_advice(causes: Mapping[Cause, Sequence[str]]) -> str:
+def combined_advice(causes: Mapping[Cause, Origin]) -> str:
     """Advice on a run that was stopped."""
-    advices = [advice_for_cause(cause, tuple(where)) for cause, where in causes.items()]
+    advices = dict.fromkeys(origin.remedy for origin in causes.values())
     return " ".join(filter(None, advices)) or advice("training_diverged")
 
 
@@ -43,18 +44,22 @@ def divergence_error(
     trainer: pl.Trainer,
     reason: str,
     step: int,
-    causes: Mapping[Cause, Sequence[str]],
+    causes: Mapping[Cause, Origin],
     last_good: Path | None,
     which: str,
+    *,
+    was_never_finite: bool = False,
 ) -> TrainingDivergedError:
-    """Makes the error that ends the run."""
+    """Makes the error that ends the run; its first line gives the reason if no step was ever finite."""
     causes_text = "; ".join(
-        f"{label(cause)} ({', '.join(where[:3])})" if where else label(cause)
-        for cause, where in causes.items()
+        f"{label(cause)} ({', '.join(origin.where[:3])})" if origin.where else label(cause)
+        for cause, origin in causes.items()
     )
+    found = next((origin.detail for origin in [*causes.values()][::-1] if origin.detail), "")
+    headline = f"No step was ever finite. {found}".rstrip() + "\n" if was_never_finite else ""
     left = [str(path) for path in (incidents_file(trainer), last_good) if path]
     return TrainingDivergedError(
-        f"Training was stopped at step {trainer.global_step}: {reason}."
+        f"{headline}Training was stopped at step {trainer.global_step}: {reason}."
         + (f" Causes: {causes_text}." if causes_text else "")
         + f" {combined_advice(causes)} Weights are those of step {step}, {which}."
         + (f" Incidents and checkpoint to resume from: {', '.join(left)}" if left else "")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
@@ -9,10 +10,10 @@ import torch
 
 from lightning_gradguard.core.forensics import Origin
 from lightning_gradguard.core.incidents import IncidentKind
-from lightning_gradguard.core.remedies import advice, advice_for_cause
+from lightning_gradguard.core.remedies import advice
 from lightning_gradguard.core.snapshots import BufferCopies
 from lightning_gradguard.runtime import lightning_api
-from lightning_gradguard.runtime.incidents.investigation import Investigation
+from lightning_gradguard.runtime.incidents.investigation import Investigation, Result
 from lightning_gradguard.runtime.incidents.journal import incident_now, publish, run_folder
 from lightning_gradguard.runtime.rollback.snapshot_schedule import SnapshotSchedule
 from lightning_gradguard.runtime.steps.transaction import StepTransaction
@@ -50,6 +51,19 @@ class IncidentReporter:
         origin = self._investigation.scan_weights(self._trainer, self._snapshots.newest())
         facts = origin_facts(origin, kind) if origin is not None else {}
         self.publish(kind, value=loss, **facts)
+
+    def report_exception(self, error: Exception, result: Result, last_good: Path | None) -> None:
+        """Publishes that a step has raised, with what is known of its batch."""
+        kind = "exception_in_step"
+        facts = {**origin_facts(result.origin, kind), "dossier": result.dossier}
+        advices = dict.fromkeys((facts["advice"], advice(kind)))
+        facts["advice"] = " ".join(advices)
+        if type(error).__name__ not in facts["detail"]:
+            message = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            facts["detail"] += f" The step raised {message}"
+        if last_good is not None:
+            facts["advice"] += f" Training can be resumed from {last_good}."
+        self.publish(kind, **facts)
 
     def report_skip(self, transaction: StepTransaction, *, examine: bool = True) -> None:
         """Publishes a skipped step, with its cause if a replay, in which all ranks take part, is possible."""
@@ -114,6 +128,8 @@ def origin_facts(origin: Origin, kind: str, where: tuple[str, ...] = ()) -> dict
     return {
         "cause": origin.cause,
         "detail": origin.detail,
-        "where": origin.where or where,
-        "advice": advice_for_cause(origin.cause, origin.where) or advice(kind, where),
+        # parameters whose gradients are nonfinite are no place of a fault that is known
+        "where": where if origin.cause in ("transient", "unknown") else origin.where,
+        "location": origin.location,
+        "advice": origin.remedy or advice(kind, where),
     }

@@ -14,6 +14,7 @@ from lightning_gradguard.core.recovery import Decision, RecoveryPolicy
 from lightning_gradguard.core.snapshots import StepRandomness
 from lightning_gradguard.runtime import lightning_api
 from lightning_gradguard.runtime.distributed import any_rank, gather_objects
+from lightning_gradguard.runtime.incidents.dataset_indices import DatasetIndices
 from lightning_gradguard.runtime.incidents.investigation import Investigation
 from lightning_gradguard.runtime.incidents.journal import run_folder
 from lightning_gradguard.runtime.incidents.lost_batches import LostBatches, Reason
@@ -25,6 +26,7 @@ from lightning_gradguard.runtime.incidents.termination import (
 )
 from lightning_gradguard.runtime.rollback.reporter import IncidentReporter
 from lightning_gradguard.runtime.rollback.snapshot_schedule import SnapshotSchedule
+from lightning_gradguard.runtime.rollback.step_exception import report_step_exception
 from lightning_gradguard.runtime.steps import trainer_state
 from lightning_gradguard.runtime.steps.check_modes import ClosureCheck, DeferredCheck, ExactCheck
 from lightning_gradguard.runtime.steps.side_effects import SideEffects
@@ -76,6 +78,7 @@ class RollbackSession:
 
     Attributes:
         lost_batches: The log of them.
+        indices: Of the samples of each batch, where its sampler gives them.
     """
 
     def __init__(
@@ -102,6 +105,7 @@ class RollbackSession:
         self._investigation = investigation
         self._keeps_batches = keeps_batches
         self._randomness = StepRandomness()
+        self.indices = DatasetIndices(trainer)
         self._has_scaler = lightning_api.gradient_scaler(trainer) is not None
         self._is_sharded = lightning_api.shards_parameters(trainer)
         self._takes_iterator = lightning_api.takes_iterator(pl_module)
@@ -146,7 +150,8 @@ class RollbackSession:
         self._transaction.batch_idx = batch_in_epoch
         window = self._transaction.window
         if self._keeps_batches:
-            window.batches.append(SeenBatch.of(batch, batch_idx, self._randomness.before_step()))
+            rng = self._randomness.before_step()
+            window.batches.append(SeenBatch.of(batch, batch_idx, rng, self.indices.next_batch()))
         window.n_batches += 1
         self.lost_batches.record(trainer.global_step, epoch, batch_in_epoch, batch)
         if (reason := self._lost_earlier.get((epoch, batch_in_epoch))) is not None:
@@ -268,6 +273,13 @@ class RollbackSession:
         for transaction in skipped:
             self._reporter.report_skip(transaction, examine=False)
 
+    def report_exception(self, error: BaseException) -> None:
+        """Examines the batch of the running step, if that has raised."""
+        if self._transaction.state == "open" and not self._snapshots.is_empty:
+            found = (self._investigation, self._snapshots, self._side_effects, self._reporter)
+            window, is_first = self._transaction.window, not self._policy.has_good_step
+            report_step_exception(error, window, self._trainer, *found, may_be_mistake=is_first)
+
     def _open_transaction(self) -> None:
         trainer, snapshots = self._trainer, self._snapshots
         if snapshots.is_copying:  # the batch before may have made no step
@@ -343,6 +355,12 @@ class RollbackSession:
             self._reporter.report_skip(transaction)
         outcome = self._outcome
         decision, outcome.decision = outcome.decision, "continue"
+        if (
+            decision == "roll_back"
+            and self._policy.is_useless
+            and self._investigation.cause == "optimizer_epsilon"
+        ):
+            decision = self._policy.give_up("the optimizer divides by an epsilon of 0 at any learning rate")
         if decision == "stop":
             self._stop()
         if decision == "roll_back":
@@ -380,7 +398,11 @@ class RollbackSession:
         self._reporter.publish("training_diverged", action="stopped", advice=combined_advice(found))
         self.log_counts()
         self._suite.metrics.flush(self._trainer, self._pl_module)
-        raise divergence_error(self._trainer, self._policy.stop_reason, step, found, last_good, which)
+        policy, reason = self._policy, self._policy.stop_reason
+        never = not (policy.has_good_step or policy.is_stopped_at_first)
+        raise divergence_error(
+            self._trainer, reason, step, found, last_good, which, was_never_finite=never
+        )
 
     def _discard_deferred(self) -> None:
         self._suite.discard_deferred()

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_gradguard.core.forensics import Origin, investigate
+from lightning_gradguard.core.forensics import Origin, OutOfRange, investigate
 from lightning_gradguard.core.incidents import CAUSES
 
 
@@ -28,7 +28,7 @@ def examine(
     module: nn.Module,
     loss_of: Callable[[], Tensor],
     batch: Any = None,
-    out_of_range: Mapping[str, int] | None = None,
+    out_of_range: Mapping[str, OutOfRange] | None = None,
     scale: float = 1.0,
 ) -> Origin:
     def run() -> tuple[Sequence[Tensor], Sequence[Tensor]]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_gradguard.core.forensics import investigate, out_of_range_elements
+from lightning_gradguard.core.forensics import OutOfRange, investigate, out_of_range_elements
 from lightning_gradguard.core.snapshots import rng_state, set_rng_state
 from tests.core.forensics.cases import examine, inputs, network, summary
 
@@ -248,7 +248,7 @@ def test_one_element_out_of_range_is_corruption() -> None:
     with torch.no_grad():
         net[0].weight[1, 2] = 1e30  # type: ignore[operator]
     out_of_range = out_of_range_elements((name, p, before[name]) for name, p in net.named_parameters())
-    assert out_of_range == {"0.weight": 1}
+    assert [(name, found.n) for name, found in out_of_range.items()] == [("0.weight", 1)]
     origin = examine(net, lambda: net(x).square().mean(), (x,), out_of_range)
     assert (origin.cause, origin.where) == ("corrupted_weights", ("0.weight",))
 
@@ -269,7 +269,7 @@ def test_many_elements_out_of_range_are_an_update_too_large() -> None:
 
 def test_bad_input_is_not_blamed_on_the_weights() -> None:
     net, x = network(), inputs(NAN)
-    origin = examine(net, lambda: net(x).square().mean(), (x,), {"0.weight": 3})
+    origin = examine(net, lambda: net(x).square().mean(), (x,), {"0.weight": OutOfRange(3, 32, 1e9)})
     assert (origin.cause, origin.where) == ("bad_input", ("batch[0]",))
 
 
@@ -278,7 +278,10 @@ def test_finite_second_run_is_transient() -> None:
     origin = examine(net, lambda: net(x).square().mean(), (x,))
     assert summary(origin) == ("transient", "", "", "")
     # finite numbers blame no weight
-    assert examine(net, lambda: net(x).square().mean(), (x,), {"0.weight": 1}).cause == "transient"
+    assert (
+        examine(net, lambda: net(x).square().mean(), (x,), {"0.weight": OutOfRange(1, 32, 1e9)}).cause
+        == "transient"
+    )
 
 
 def test_norm_beyond_float32_is_in_the_backward_pass() -> None:
@@ -331,8 +334,10 @@ def test_investigate_changes_nothing_on_an_error() -> None:
         net(inputs())
         raise RuntimeError("the step itself is broken")
 
-    with pytest.raises(RuntimeError, match="the step itself is broken"):
-        investigate(net, run, None)
+    origin = investigate(net, run, None)
+    assert origin.cause == "unknown"
+    assert "RuntimeError: the step itself is broken" in origin.detail
+    assert __file__ in origin.location
     assert all(map(torch.equal, before, net.buffers()))
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in net.modules())
     assert examine(net, lambda: net(inputs()).mean()).cause == "transient"

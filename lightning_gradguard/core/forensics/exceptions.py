@@ -1,0 +1,112 @@
+"""The values of a batch that made its step raise before there was a nonfinite number."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from lightning_gradguard.core.forensics.faults_of_gradients import RAISED
+from lightning_gradguard.core.forensics.location import innermost_of_traceback
+from lightning_gradguard.core.forensics.origin import (
+    Origin,
+    OutOfRange,
+    located,
+    nonfinite_input,
+    origin_in_weights,
+)
+from lightning_gradguard.core.forensics.records import FailedOperation
+from lightning_gradguard.core.forensics.trace import is_nonfinite
+
+#: Operations that take indices: the place of the tensor that is indexed, the dimension of it (`None`: the one
+#: that the operation is given), and the place of the indices.
+_INDEXED = {
+    "aten::nll_loss_forward": (0, 1, 1),
+    "aten::nll_loss2d_forward": (0, 1, 1),
+    "aten::embedding": (0, 0, 1),
+    "aten::_embedding_bag": (0, 0, 1),
+    "aten::gather": (0, None, 2),
+    "aten::index_select": (0, None, 2),
+    "aten::scatter": (0, None, 2),
+    "aten::scatter_": (0, None, 2),
+    "aten::scatter_add_": (0, None, 2),
+    "aten::index_add_": (0, None, 2),
+}
+#: Labels of the losses that are no class, by default.
+IGNORED = -100
+
+
+def origin_of_exception(
+    error: Exception,
+    failed: FailedOperation | None,
+    parts: Mapping[str, Tensor],
+    out_of_range: Mapping[str, OutOfRange],
+) -> Origin:
+    """Finds the values behind an exception of a step in which no operation made a nonfinite value.
+
+    Args:
+        error: What the step raised.
+        failed: The operation that raised it; `None` if it was raised elsewhere.
+        parts: Tensors of the batch, by name.
+        out_of_range: Weights with elements out of range.
+
+    Returns:
+        The origin: an index beyond its range, a nonfinite part of the batch, weights, or an operation that
+        does not accept its argument; else its cause is `"unknown"`.
+    """
+    location = innermost_of_traceback(error.__traceback__) or (failed.location if failed else None)
+    message = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+    indexed = None if failed is None else _out_of_bounds(failed, parts)
+    if indexed is not None:
+        where, rows, sentence = indexed
+        return located(Origin("bad_input", where=where, rows=rows, detail=sentence), location)
+    for name, part in parts.items():
+        if is_nonfinite(part):
+            return nonfinite_input(name, part)
+    if out_of_range:
+        return origin_in_weights(out_of_range)
+    fault = None if failed is None else next((f for f in RAISED if _short(failed) in f.operations), None)
+    if failed is not None and fault is not None:
+        origin = Origin("forward_pass", "forward", operation=failed.name, detail=message, advice=fault.advice)
+        return located(origin, location)
+    return located(Origin("unknown", detail=f"The step raised {message}"), location)
+
+
+def _short(failed: FailedOperation) -> str:
+    return failed.name.rpartition("::")[2]
+
+
+def _out_of_bounds(
+    failed: FailedOperation, parts: Mapping[str, Tensor]
+) -> tuple[tuple[str, ...], tuple[int, ...], str] | None:
+    """Returns the part of the batch with an index out of bounds, its rows, and a sentence."""
+    if failed.name not in _INDEXED:
+        return None
+    source_at, dimension, index_at = _INDEXED[failed.name]
+    source, indices = failed.arguments[source_at], failed.arguments[index_at]
+    if dimension is None:
+        dimension = failed.arguments[1]
+    bound = source.shape[dimension if source.ndim > 1 else 0]
+    wrong = (indices < 0) | (indices >= bound)
+    if "nll_loss" in failed.name:
+        wrong &= indices != IGNORED
+    if not bool(wrong.any()):
+        return None
+    values = ", ".join(map(str, indices[wrong].unique()[:5].tolist()))
+    rows: tuple[int, ...] = ()
+    where = _part_with(indices[wrong], parts)
+    lengths = {len(part) for part in parts.values() if part.ndim}
+    if wrong.ndim and len(wrong) in lengths:
+        rows = tuple(wrong.reshape(len(wrong), -1).any(1).nonzero().flatten()[:10].tolist())
+    place = f" in row {', '.join(map(str, rows))}" if rows else ""
+    holder = where[0] if where else "An index"
+    sentence = f"{holder} holds {values}{place}, which is not within 0 to {bound - 1}"
+    return where, rows, sentence
+
+
+def _part_with(wrong: Tensor, parts: Mapping[str, Tensor]) -> tuple[str, ...]:
+    """Returns the name of the part of the batch that has these indices."""
+    integers = {n: p for n, p in parts.items() if not p.is_floating_point() and p.dtype != torch.bool}
+    name = next((n for n, p in integers.items() if bool(torch.isin(wrong, p).all())), None)
+    return () if name is None else (name,)

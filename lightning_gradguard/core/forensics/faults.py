@@ -1,0 +1,338 @@
+"""The table of operations that make nonfinite values of finite ones, with causes and cures.
+
+A cure is Python code that works when it is pasted: `x` is the operation's argument, `y` the second one. For
+each entry, a test runs a program that has the fault, and trains the same program with the cure. More specific
+entries are first.
+"""
+
+from __future__ import annotations
+
+from lightning_gradguard.core.forensics.faults_of_gradients import BACKWARD
+from lightning_gradguard.core.forensics.operations import OperationFault as Fault
+
+_HALF = ("float16",)
+_MATMUL = ("mm", "addmm", "bmm", "baddbmm", "addmv", "mv", "dot", "matmul", "linear")
+
+_LOGARITHMS = (
+    Fault(
+        ("log", "log2", "log10"),
+        "The logarithm underflows in float16: its argument is below 6e-8, also a sum with an epsilon of 1e-8",
+        "torch.log(x.float().clamp_min(1e-7))",
+        at_most=0.0,
+        has_zero=True,
+        dtypes=_HALF,
+    ),
+    Fault(
+        ("log", "log2", "log10"),
+        "The logarithm of a negative number is NaN",
+        "torch.log(x.clamp_min(1e-6))",
+        at_most=-1e-45,
+        made="nan",
+    ),
+    Fault(
+        ("log", "log2", "log10"),
+        "The logarithm of 0 is -inf; of a softmax or sigmoid use log_softmax or logsigmoid of the scores "
+        "instead",
+        "torch.log(x.clamp_min(1e-6))",
+        has_zero=True,
+    ),
+    Fault(
+        ("log1p",),
+        "log1p of -1 or less is -inf or NaN",
+        "torch.log1p(x.clamp_min(-1 + 1e-6))",
+        at_most=-1.0,
+    ),
+    Fault(
+        ("xlogy",),
+        "xlogy with a second argument of 0 is -inf",
+        "torch.xlogy(x, y.clamp_min(1e-6))",
+        argument=1,
+        at_most=0.0,
+    ),
+    Fault(
+        ("logit",),
+        "The logit of 0 or 1 is infinite: keep its argument inside the open interval",
+        "torch.logit(x, eps=1e-6)",
+        argument=None,
+    ),
+    Fault(
+        ("_log_softmax", "logsumexp"),
+        "A row is -inf throughout (all of it masked), or a score is +inf: log_softmax of it is NaN, "
+        "logsumexp -inf",
+        "torch.nan_to_num(x, neginf=torch.finfo(x.dtype).min).log_softmax(-1)",
+    ),
+    Fault(
+        ("_softmax",),
+        "A row is -inf throughout (a mask that hides all positions), or a score is +inf: its softmax is 0/0",
+        "torch.softmax(torch.nan_to_num(x, neginf=torch.finfo(x.dtype).min), -1)",
+    ),
+)
+
+_EXPONENTIALS = (
+    Fault(
+        ("exp", "exp2", "expm1", "sinh", "cosh", "pow", "square"),
+        "The result exceeds 65504, the largest number of float16 (exp overflows above 11)",
+        "torch.exp(x.float().clamp(max=20))",
+        dtypes=_HALF,
+        at_least=11.0,
+    ),
+    Fault(
+        ("exp",),
+        "exp overflows float32 above 88, and its square above 44: bound the exponent (a log-variance for "
+        "instance to "
+        "-30..20), or use softplus; of a sum of exponentials use torch.logsumexp",
+        "torch.exp(x.clamp(max=20))",
+        at_least=20.0,
+    ),
+    Fault(
+        ("exp2",),
+        "exp2 overflows float32 above 128: bound the exponent",
+        "torch.exp2(x.clamp(max=30))",
+        at_least=30.0,
+    ),
+    Fault(
+        ("expm1",),
+        "expm1 overflows float32 above 88: bound the exponent",
+        "torch.expm1(x.clamp(max=20))",
+        at_least=20.0,
+    ),
+    Fault(
+        ("sinh", "cosh"),
+        "sinh and cosh overflow float32 beyond +-89: bound their argument",
+        "torch.sinh(x.clamp(-20, 20))",
+        argument=None,
+    ),
+    Fault(
+        ("linalg_matrix_exp",),
+        "The matrix exponential overflows: bound the matrix",
+        "torch.linalg.matrix_exp(x / (1 + x.norm()))",
+    ),
+    Fault(
+        ("i0", "special_i0", "special_i1"),
+        "The Bessel function overflows like exp: use the scaled one, and add its logarithm",
+        "torch.special.i0e(x)",
+        argument=None,
+    ),
+)
+
+_DIVISIONS = (
+    Fault(
+        ("div", "true_divide", "reciprocal", "rsqrt"),
+        "A divisor is 0 in float16, where an epsilon below 6e-8 is 0 too",
+        "x.float() / y.float().clamp_min(1e-6)",
+        argument=None,
+        has_zero=True,
+        dtypes=_HALF,
+    ),
+    Fault(
+        ("div", "true_divide"),
+        "Nothing is divided by nothing (0/0): a mean over an empty selection, a standard deviation or a "
+        "norm of 0",
+        "x / y.clamp_min(1e-6)",
+        argument=1,
+        has_zero=True,
+        made="nan",
+    ),
+    Fault(("div", "true_divide"), "The divisor is 0", "x / y.clamp_min(1e-6)", argument=1, has_zero=True),
+    Fault(("div", "true_divide"), "The divisor is 0", "x / max(y, 1)", numbers=(0.0,)),
+    Fault(
+        ("div", "true_divide"),
+        "Divided by a number far below 1, the result overflows: bound the divisor from below",
+        "x / y.clamp_min(1e-6)",
+        argument=None,
+    ),
+    Fault(("reciprocal",), "The divisor is 0", "1 / x.clamp_min(1e-6)", has_zero=True),
+    Fault(("rsqrt",), "rsqrt of a negative number is NaN", "torch.rsqrt(x.clamp_min(1e-6))", at_most=-1e-45),
+    Fault(("rsqrt",), "rsqrt of 0 is infinite: add an epsilon", "torch.rsqrt(x + 1e-6)", has_zero=True),
+    Fault(
+        ("fmod", "remainder"),
+        "The remainder of a division by 0 is NaN",
+        "torch.remainder(x, y.clamp_min(1e-6))",
+        argument=None,
+    ),
+)
+
+_POWERS = (
+    Fault(
+        ("sqrt",),
+        "The square root of a negative number is NaN",
+        "torch.sqrt(x.clamp_min(1e-6))",
+        at_most=-1e-45,
+    ),
+    Fault(
+        ("pow", "float_power"),
+        "0 to a negative power is infinite",
+        "(x.abs() + 1e-6).pow(-1)",
+        has_zero=True,
+        made="inf",
+    ),
+    Fault(
+        ("pow", "float_power"),
+        "A negative number to a power that is no whole number is NaN",
+        "x.clamp_min(1e-6).pow(y)",
+        at_most=-1e-45,
+        made="nan",
+    ),
+    Fault(
+        ("pow", "square", "prod", "cumprod"),
+        "The power or product of large numbers overflows: bound them, or add logarithms instead",
+        "x.clamp(-1e3, 1e3).pow(2)",
+        argument=None,
+        at_least=1e3,
+    ),
+)
+
+_TRIGONOMETRY = (
+    Fault(("acos", "asin"), "acos and asin beyond -1..1 are NaN", "torch.acos(x.clamp(-1 + 1e-6, 1 - 1e-6))"),
+    Fault(("acosh",), "acosh below 1 is NaN", "torch.acosh(x.clamp_min(1 + 1e-6))"),
+    Fault(
+        ("atanh",),
+        "atanh at -1 or 1 is infinite, and NaN beyond",
+        "torch.atanh(x.clamp(-1 + 1e-6, 1 - 1e-6))",
+    ),
+    Fault(
+        ("erfinv",),
+        "erfinv at -1 or 1 is infinite, and NaN beyond",
+        "torch.erfinv(x.clamp(-1 + 1e-6, 1 - 1e-6))",
+    ),
+    Fault(
+        ("special_ndtri",),
+        "The normal quantile of 0 or 1 is infinite",
+        "torch.special.ndtri(x.clamp(1e-6, 1 - 1e-6))",
+    ),
+    Fault(
+        ("lgamma", "digamma", "polygamma", "mvlgamma"),
+        "lgamma and digamma have poles at 0 and at negative whole numbers",
+        "torch.lgamma(x.clamp_min(1e-6))",
+        argument=None,
+    ),
+    Fault(
+        ("tan",),
+        "tan has poles at odd multiples of pi/2: its value or gradient overflows",
+        "torch.tan(x.clamp(-1.5, 1.5))",
+    ),
+)
+
+_STATISTICS = (
+    Fault(
+        ("mean", "median", "nanmedian"),
+        "The mean or median of an empty selection is NaN: count what is selected",
+        "x.sum() / max(x.numel(), 1)",
+        is_empty=True,
+    ),
+    Fault(
+        ("std", "var", "var_mean", "std_mean"),
+        "The standard deviation of an empty selection is NaN: leave it out if nothing is selected",
+        "x.std(0) if len(x) > 1 else x.sum() * 0",
+        is_empty=True,
+    ),
+    Fault(
+        ("std", "var", "var_mean", "std_mean"),
+        "Variance and standard deviation overflow float16: compute them in float32",
+        "x.float().var(0)",
+        dtypes=_HALF,
+        made="inf",
+    ),
+    Fault(
+        ("std", "var", "var_mean", "std_mean"),
+        "The standard deviation of one sample is NaN (it divides by n - 1). Give drop_last=True to the "
+        "DataLoader, or at "
+        "least two samples",
+        "x.std(0, unbiased=False)",
+        made="nan",
+    ),
+    Fault(
+        ("native_layer_norm", "native_group_norm", "native_batch_norm", "_fused_rms_norm"),
+        "All values to be normalized are equal and eps is 0: 0/0",
+        "F.layer_norm(x, x.shape[-1:], eps=1e-5)",
+        made="nan",
+    ),
+)
+
+_LOSSES = (
+    Fault(
+        ("_ctc_loss", "_cudnn_ctc_loss"),
+        "A target is longer than its input (each pair of equal neighbours needs one frame more): leave "
+        "out such "
+        "samples, comparing target_lengths with input_lengths after subsampling, or ignore them with "
+        "CTCLoss(zero_infinity=True)",
+        "F.ctc_loss(x, *y, zero_infinity=True)",
+        made="inf",
+        cause="bad_input",
+    ),
+    Fault(
+        ("nll_loss_forward", "nll_loss2d_forward"),
+        "All labels of the batch are ignored (ignore_index), or their class weights are 0: a mean of nothing",
+        "F.cross_entropy(x, y, reduction='sum') / (y != -100).sum().clamp_min(1)",
+        made="nan",
+    ),
+    Fault(
+        ("binary_cross_entropy_with_logits", "binary_cross_entropy"),
+        "A target is not finite, or beyond 0..1",
+        "F.binary_cross_entropy_with_logits(x, torch.nan_to_num(y, posinf=1.0, neginf=0.0).clamp(0, 1))",
+        argument=None,
+    ),
+)
+
+_LINEAR_ALGEBRA = (
+    Fault(
+        ("_linalg_slogdet", "_linalg_det"),
+        "The matrix is singular: the logarithm of its determinant is -inf",
+        "torch.linalg.slogdet(x + 1e-3 * torch.eye(len(x)))[1]",
+    ),
+)
+
+_OVERFLOWS = (
+    Fault(
+        _MATMUL,
+        "The product of the matrices exceeds 65504, the largest number of float16: use bfloat16, or "
+        "compute it in float32",
+        "(x.float() @ y.float())",
+        argument=None,
+        dtypes=_HALF,
+    ),
+    Fault(
+        ("convolution", "_convolution", "mkldnn_convolution", "cudnn_convolution"),
+        "The convolution exceeds 65504, the largest number of float16: use bfloat16, or compute it in "
+        "float32",
+        "F.conv1d(x.float(), y.float())",
+        argument=None,
+        dtypes=_HALF,
+    ),
+    Fault(
+        ("sum", "mean", "cumsum", "mul", "add", "sub", "var"),
+        "The result exceeds 65504, the largest number of float16: accumulate in float32",
+        "x.float().sum()",
+        argument=None,
+        dtypes=_HALF,
+    ),
+    Fault(
+        ("_to_copy", "copy"),
+        "A value above 65504 does not fit into float16: use bfloat16, or scale it down before",
+        "(x / 1e3).half()",
+        argument=None,
+        dtypes=_HALF,
+    ),
+    Fault(
+        (*_MATMUL, "mul", "add", "sum", "convolution"),
+        "Sums and products of huge numbers overflow float32: bound what goes in, or normalize where it "
+        "is still small",
+        "x.clamp(-1e3, 1e3) @ y.clamp(-1e3, 1e3)",
+        argument=None,
+        at_least=1e6,
+    ),
+)
+
+#: Of operations that return nonfinite values.
+FAULTS = (
+    *_LOGARITHMS,
+    *_EXPONENTIALS,
+    *_DIVISIONS,
+    *_POWERS,
+    *_TRIGONOMETRY,
+    *_STATISTICS,
+    *_LOSSES,
+    *_LINEAR_ALGEBRA,
+    *_OVERFLOWS,
+    *BACKWARD,
+)

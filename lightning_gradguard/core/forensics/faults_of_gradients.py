@@ -1,0 +1,95 @@
+"""The part of the table for operations whose gradient is nonfinite, and for those that raise."""
+
+from __future__ import annotations
+
+from lightning_gradguard.core.forensics.operations import OperationFault as Fault
+
+BACKWARD = (
+    Fault(
+        ("Log", "Div", "Sqrt", "Rsqrt", "Reciprocal", "Pow", "Log2", "Log10"),
+        "The loss is finite, as torch.where or a product with 0 hides the value, but its gradient is "
+        "0/0: replace the "
+        "argument before the operation, too (x = torch.where(mask, x, 1.0))",
+        "torch.log(torch.where(x > 0, x, 1.0))",
+        phase="backward",
+        argument=None,
+        has_zero=True,
+        made="nan",
+    ),
+    Fault(
+        ("Sqrt",),
+        "The gradient of sqrt at 0 is infinite (also of a norm that is computed as sqrt of a sum of squares)",
+        "torch.sqrt(x + 1e-6)",
+        phase="backward",
+    ),
+    Fault(
+        ("Pow",),
+        "The gradient of a power below 1 is infinite at 0",
+        "(x.abs() + 1e-6).pow(0.5)",
+        phase="backward",
+        has_zero=True,
+        made="inf",
+    ),
+    Fault(
+        ("Pow",),
+        "The gradient with respect to the exponent takes the logarithm of the base, which is negative",
+        "x.clamp_min(1e-6).pow(y)",
+        phase="backward",
+        at_most=-1e-45,
+        made="nan",
+    ),
+    Fault(
+        ("Acos", "Asin"),
+        "The gradient of acos and asin is infinite at -1 and 1, where the value is finite: keep the "
+        "argument inside the "
+        "open interval",
+        "torch.acos(x.clamp(-1 + 1e-6, 1 - 1e-6))",
+        phase="backward",
+    ),
+    Fault(
+        ("Acosh",),
+        "The gradient of acosh is infinite at 1",
+        "torch.acosh(x.clamp_min(1 + 1e-6))",
+        phase="backward",
+    ),
+    Fault(
+        ("Log", "Log2", "Log10"),
+        "The gradient of the logarithm overflows next to 0",
+        "torch.log(x.clamp_min(1e-6))",
+        phase="backward",
+    ),
+    Fault(
+        ("Hypot",),
+        "The gradient of hypot is 0/0 at (0, 0)",
+        "torch.sqrt(x * x + y * y + 1e-6)",
+        phase="backward",
+    ),
+    Fault(
+        ("LinalgSvd", "LinalgEigh", "LinalgEig"),
+        "Singular values or eigenvalues are equal: the gradient of their vectors divides by their "
+        "difference. Use the "
+        "values only (torch.linalg.svdvals, eigvalsh), or make them differ",
+        "torch.linalg.eigvalsh(x)",
+        phase="backward",
+    ),
+    Fault(
+        ("LinalgQr", "LinalgSolveEx", "LinalgInvEx", "LinalgCholeskyEx"),
+        "The matrix is singular, and its gradient needs the inverse: add a multiple of the identity",
+        "torch.linalg.qr(x + 1e-3 * torch.eye(len(x)))[1]",
+        phase="backward",
+    ),
+)
+
+#: Of operations that raise.
+RAISED = (
+    Fault(
+        ("_linalg_check_errors", "linalg_cholesky_ex", "linalg_inv_ex"),
+        "The matrix is singular or not positive definite: add a multiple of the identity",
+        "torch.linalg.cholesky(x @ x.mT + 1e-3 * torch.eye(len(x)))",
+    ),
+    Fault(
+        ("binary_cross_entropy",),
+        "Probabilities beyond 0..1: give scores to binary_cross_entropy_with_logits instead",
+        "F.binary_cross_entropy_with_logits(x, y)",
+    ),
+)

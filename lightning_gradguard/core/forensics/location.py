@@ -1,0 +1,94 @@
+"""The line of the user's code that runs an operation."""
+
+from __future__ import annotations
+
+import linecache
+import os
+import site
+import sys
+import sysconfig
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType, TracebackType
+
+import torch
+
+#: Folders with code that is not the user's: torch and Lightning, and this package's own.
+_FRAMEWORKS = (
+    os.path.dirname(torch.__file__),
+    *(
+        str(Path(torch.__file__).parents[1] / name)
+        for name in ("pytorch_lightning", "lightning", "lightning_fabric")
+    ),
+    *(str(Path(__file__).parents[2] / name) for name in ("core", "runtime", "callbacks")),
+)
+_LIBRARIES = (
+    *site.getsitepackages(),
+    site.getusersitepackages(),
+    sysconfig.get_paths()["stdlib"],
+)
+#: Functions in which a run of a batch begins, and the backward pass: frames outside of them ran no operation.
+_BOUNDARIES = ("investigate", "_engine_run_backward")
+
+
+@dataclass(frozen=True)
+class Location:
+    """A line of code.
+
+    Args:
+        file: Its file.
+        line: Its number.
+        function: The function that it is in.
+    """
+
+    file: str
+    line: int
+    function: str
+
+    def __str__(self) -> str:
+        inside = "" if self.function == "<module>" else f" in {self.function}"
+        return f"{_shortened(self.file)}:{self.line}{inside}"
+
+    @property
+    def code(self) -> str:
+        """The line itself; empty if the file cannot be read."""
+        return linecache.getline(self.file, self.line).strip()
+
+
+def user_location() -> Location | None:
+    """Returns the innermost line of the user's code that is running now.
+
+    A library of others counts as the user's code only if nothing else called the operation. `None` if it was
+    called by torch or Lightning alone.
+    """
+    frame: FrameType | None = sys._getframe(1)
+    in_library = None
+    while frame is not None and frame.f_code.co_name not in _BOUNDARIES:
+        file = frame.f_code.co_filename
+        if not file.startswith(("<", *_FRAMEWORKS)):
+            here = Location(file, frame.f_lineno, frame.f_code.co_name)
+            if not file.startswith(_LIBRARIES):
+                return here
+            in_library = in_library or here
+        frame = frame.f_back
+    return in_library
+
+
+def innermost_of_traceback(traceback: TracebackType | None) -> Location | None:
+    """Returns the innermost line of the user's code through which an exception came."""
+    found = None
+    while traceback is not None:
+        code = traceback.tb_frame.f_code
+        if not code.co_filename.startswith(("<", *_FRAMEWORKS, *_LIBRARIES)):
+            found = Location(code.co_filename, traceback.tb_lineno, code.co_name)
+        traceback = traceback.tb_next
+    return found
+
+
+def _shortened(file: str) -> str:
+    """Returns the path from the current folder, if the file is below it."""
+    try:
+        relative = os.path.relpath(file)
+    except ValueError:  # on another drive
+        return file
+    return file if relative.startswith("..") else relative

@@ -1,0 +1,116 @@
+"""Faults of operations: a range of arguments that gives nonfinite values, the reason, and code without it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+from lightning_gradguard.core.forensics.records import Argument, OperationRecord, largest_first
+from lightning_gradguard.core.incidents import Cause
+
+
+@dataclass(frozen=True)
+class OperationFault:
+    """A way in which an operation makes nonfinite values of finite ones.
+
+    Args:
+        operations: Names in the forward pass without namespace and trailing underscore, or of the autograd
+            nodes without `Backward` and number.
+        why: The cause, as a sentence.
+        cure: Code to use instead; `x` is the argument, `y` the other one.
+        phase: The pass in which it happens.
+        argument: The argument that the bounds are about; `None` for any of them.
+        at_most: That argument has a value at or below this.
+        at_least: That argument has a value at or above this.
+        has_zero: That argument has a zero.
+        is_empty: That argument has no elements.
+        numbers: One of the operation's number arguments is one of these.
+        dtypes: Of the result; empty for all.
+        made: What the operation returned, `"nan"` or `"inf"`; empty for both.
+        cause: Of the incident, if it is another than that of the place.
+    """
+
+    operations: tuple[str, ...]
+    why: str
+    cure: str
+    phase: Literal["forward", "backward"] = "forward"
+    argument: int | None = 0
+    at_most: float | None = None
+    at_least: float | None = None
+    has_zero: bool = False
+    is_empty: bool = False
+    numbers: tuple[float, ...] = ()
+    dtypes: tuple[str, ...] = ()
+    made: str = ""
+    cause: Cause | Literal[""] = ""
+
+    def matches(self, record: OperationRecord) -> bool:
+        """Checks that a recorded operation is one of these, and its arguments are in the range."""
+        # code of a user's own backward pass is like any other
+        phase = "forward" if record.is_custom else record.phase
+        if phase != self.phase or short_name(record) not in self.operations:
+            return False
+        if self.dtypes and record.dtype not in self.dtypes:
+            return False
+        if self.made and self.made not in (record.made, record.made.removeprefix("-")):
+            return False
+        if self.numbers and not set(self.numbers) & set(record.numbers):
+            return False
+        given = record.arguments if self.argument is None else record.arguments[self.argument :][:1]
+        return not self._is_bounded or any(map(self._is_in_range, given))
+
+    @property
+    def _is_bounded(self) -> bool:
+        return self.has_zero or self.is_empty or self.at_most is not None or self.at_least is not None
+
+    def _is_in_range(self, argument: Argument) -> bool:
+        if self.is_empty:
+            return 0 in argument.shape
+        if argument.low is None or argument.high is None:
+            return False
+        return (
+            (self.at_most is None or argument.low <= self.at_most)
+            and (self.at_least is None or argument.high >= self.at_least)
+            and (not self.has_zero or argument.smallest == 0)
+        )
+
+    @property
+    def advice(self) -> str:
+        """The cause and the cure in words."""
+        names = (
+            " (`x` and `y` are its arguments)" if re.search(r"\by\b", self.cure) else " (`x` is its argument)"
+        )
+        return f"{self.why}. Use {self.cure}{names}."
+
+
+def short_name(record: OperationRecord) -> str:
+    """Returns the name of an operation, or of the autograd node that ran it.
+
+    Names lose what differs between variants: `aten::log_` is `log`, `SqrtBackward0` is `Sqrt`.
+    """
+    if record.node and not record.is_custom:
+        return re.sub(r"Backward\d*$", "", record.node.rpartition("::")[2])
+    return record.name.rpartition("::")[2].rstrip("_")
+
+
+#: A result this many times larger than the argument is a jump; normalized networks have smaller ones.
+JUMP = 1e3
+
+
+def what_made_it_large(record: OperationRecord, faults: Iterable[OperationFault]) -> OperationRecord:
+    """Follows large values back from an operation that overflows to the first one that made them large.
+
+    Returns:
+        The first operation with a jump and a known fault, such as `exp` where its square overflows; else the
+        operation itself.
+    """
+    known = list(faults)
+    before = [r for r in largest_first(record) if r.growth >= JUMP and known_fault(r, known)]
+    return before[-1] if before else record
+
+
+def known_fault(record: OperationRecord, faults: Iterable[OperationFault]) -> OperationFault | None:
+    """Returns the first fault that an operation has, the more specific ones listed first."""
+    return next((fault for fault in faults if fault.matches(record)), None)

@@ -1,0 +1,141 @@
+"""Records of operations that returned nonfinite or large values, and the way from one to those before it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from lightning_gradguard.core.forensics.location import Location
+
+#: Finite results above this are recorded too, so that what overflows later can be followed back to them.
+LARGE = 1e4
+
+
+@dataclass(frozen=True)
+class Argument:
+    """A tensor that an operation is given.
+
+    Args:
+        is_floating: True unless it holds integers or truth values.
+        low: Smallest finite value; `None` without any.
+        high: Largest finite value.
+        smallest: Smallest magnitude of a finite value.
+        has_nan: True if a value is NaN.
+        is_nonfinite: True if a value is NaN or infinite.
+        shape: Its shape.
+        record: The operation that made it, if it is recorded.
+        leaf: Name of the parameter, buffer or part of the batch that it is a view of.
+    """
+
+    is_floating: bool
+    low: float | None
+    high: float | None
+    smallest: float | None
+    has_nan: bool
+    is_nonfinite: bool
+    shape: tuple[int, ...]
+    record: OperationRecord | None
+    leaf: str | None
+
+    @property
+    def largest(self) -> float:
+        """Largest magnitude of a finite value; 0 without any."""
+        return max(abs(self.low or 0.0), abs(self.high or 0.0))
+
+
+@dataclass
+class OperationRecord:
+    """An operation that returned nonfinite or large values."""
+
+    #: Such as `aten::log`.
+    name: str
+    #: The autograd node that ran it; empty in the forward pass.
+    node: str
+    module: str
+    dtype: str
+    #: `"nan"`, `"inf"`, `"-inf"`, or `"large"` for finite values.
+    made: str
+    #: Largest magnitude of the finite results.
+    largest: float
+    #: Calls of modules with parameters that had begun, and backward passes that had.
+    entered: int
+    segment: int
+    #: True if the values are intended, as the `-inf` of a mask.
+    is_intended: bool
+    arguments: list[Argument]
+    location: Location | None
+    #: Length of the result's first dimension, and the first ten nonfinite (else the largest) rows.
+    length: int = 0
+    rows: tuple[int, ...] = ()
+    #: The arguments that are numbers.
+    numbers: tuple[float, ...] = ()
+    #: True if a `torch.autograd.Function` of the user's ran it in its backward pass.
+    is_custom: bool = False
+
+    @property
+    def operation(self) -> str:
+        """Name with that of the autograd node."""
+        return f"{self.name} in {self.node}" if self.node else self.name
+
+    @property
+    def phase(self) -> Literal["forward", "backward"]:
+        """The pass in which it ran."""
+        return "backward" if self.node else "forward"
+
+    @property
+    def low(self) -> float | None:
+        """Smallest finite argument."""
+        return min((a.low for a in self.arguments if a.is_floating and a.low is not None), default=None)
+
+    @property
+    def high(self) -> float | None:
+        """Largest finite argument."""
+        return max((a.high for a in self.arguments if a.is_floating and a.high is not None), default=None)
+
+    @property
+    def growth(self) -> float:
+        """Largest result relative to the largest argument, of which numbers below 1 count as 1."""
+        given = max([1.0, *(a.largest for a in self.arguments if a.is_floating)])
+        return (self.largest if self.made == "large" else math.inf) / given
+
+
+@dataclass(frozen=True)
+class FailedOperation:
+    """An operation that raised, with its arguments."""
+
+    name: str
+    arguments: tuple[Any, ...]
+    location: Location | None
+
+
+def first_nonfinite(record: OperationRecord) -> OperationRecord | str:
+    """Follows nonfinite values back to the operation, or the name of the tensor, that they began with."""
+    while True:
+        nonfinite = [a for a in record.arguments if a.is_nonfinite]
+        nan = [a for a in nonfinite if a.has_nan]
+        if record.made == "nan" and not nan:
+            # NaN was made here, perhaps of an infinity that was not intended
+            nonfinite = [a for a in nonfinite if a.leaf or (a.record and not a.record.is_intended)]
+        first = next(iter(nan or nonfinite), None)
+        if first is None:
+            return record
+        if first.leaf is not None:
+            return first.leaf
+        if first.record is None or first.record.is_intended:
+            return record
+        record = first.record
+
+
+def largest_first(record: OperationRecord) -> Iterator[OperationRecord]:
+    """Yields an operation, and those before it that made its values large, the last one first."""
+    seen: set[int] = set()
+    while id(record) not in seen:
+        seen.add(id(record))
+        yield record
+        floating = (a for a in record.arguments if a.is_floating)
+        largest = max(floating, key=lambda a: a.largest, default=None)
+        if largest is None or largest.record is None or largest.largest <= LARGE:
+            return
+        record = largest.record

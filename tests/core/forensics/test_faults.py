@@ -1,0 +1,332 @@
+"""Each entry of the table: a program that fails for this reason is told so, and trains with the printed "
+"cure."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lightning_gradguard.core.forensics.faults import FAULTS
+from lightning_gradguard.core.forensics.operations import known_fault, what_made_it_large
+from lightning_gradguard.core.forensics.records import OperationRecord, first_nonfinite
+from lightning_gradguard.core.forensics.trace import OperationTrace, is_nonfinite
+
+INF = math.inf
+Program = Callable[..., Tensor]
+#: Rows of the outputs of the network: the first is the one in which the fault is.
+ROWS, COLUMNS = 6, 4
+
+
+def network() -> nn.Linear:
+    torch.manual_seed(0)
+    return nn.Linear(3, COLUMNS)
+
+
+def outputs(net: nn.Module) -> Tensor:
+    """Positive numbers around 1, which depend on the weights."""
+    h: Tensor = net(torch.randn(ROWS, 3, generator=torch.Generator().manual_seed(1)))
+    return h.sigmoid() + 0.5
+
+
+def first(h: Tensor, value: float) -> Tensor:
+    """The same with a constant in the first row."""
+    is_first = torch.arange(len(h))[:, None] == 0
+    return h * ~is_first + value * is_first
+
+
+def shifted(h: Tensor, by: float) -> Tensor:
+    return h + by * (torch.arange(len(h))[:, None] == 0)
+
+
+def zero(h: Tensor) -> Tensor:
+    return first(h, 0.0)
+
+
+def one(h: Tensor) -> Tensor:
+    return first(h * 0.5, 1.0)
+
+
+def none(h: Tensor) -> Tensor:
+    return h[h > 9]
+
+
+def masked(h: Tensor) -> Tensor:
+    return h.masked_fill(torch.arange(len(h))[:, None] == 0, -INF)
+
+
+def targets(h: Tensor) -> Any:
+    return torch.tensor([[1, 2, 3, 1, 2, 3, 1]]), torch.tensor([ROWS]), torch.tensor([7])
+
+
+def ignored(h: Tensor) -> Tensor:
+    return torch.full((ROWS,), -100)
+
+
+def square(h: Tensor) -> Tensor:
+    return zero(h)[:COLUMNS]
+
+
+#: Name, the operation that fails, its argument, the other one, and a word of the cause.
+CASES: list[tuple[str, Program, Program, Callable[[Tensor], Any] | None, str]] = [
+    ("log of 0", torch.log, zero, None, "logarithm of 0"),
+    ("log2 of 0", torch.log2, zero, None, "logarithm of 0"),
+    ("log10 of 0", torch.log10, zero, None, "logarithm of 0"),
+    (
+        "log of softmax",
+        lambda x: x.softmax(-1).log(),
+        lambda h: h * torch.tensor([1.0, 1, 1, 1e3]),
+        None,
+        "log_softmax",
+    ),
+    ("log of sigmoid", lambda x: x.sigmoid().log(), lambda h: shifted(h, -200), None, "logsigmoid"),
+    ("entropy", lambda x: -(x * x.log()), zero, None, "logarithm of 0"),
+    ("log of a negative", torch.log, lambda h: shifted(h, -5), None, "negative"),
+    ("log with an epsilon in half", lambda x: (x.half() + 1e-8).log(), zero, None, "float16"),
+    ("log1p of -1", torch.log1p, lambda h: first(h, -1), None, "log1p"),
+    ("xlogy", lambda x, y: torch.xlogy(x, y), lambda h: h, zero, "xlogy"),
+    ("logit of 1", torch.logit, one, None, "logit"),
+    ("logit of 0", torch.logit, lambda h: zero(h) * 0.5, None, "logit"),
+    ("softmax of a masked row", lambda x: x.softmax(-1), masked, None, "all positions"),
+    ("log_softmax of a masked row", lambda x: x.log_softmax(-1), masked, None, "masked"),
+    ("logsumexp of a masked row", lambda x: x.logsumexp(-1), masked, None, "masked"),
+    ("exp of 100", torch.exp, lambda h: shifted(h, 100), None, "exponent"),
+    ("square of exp of 60", lambda x: x.exp().square(), lambda h: shifted(h, 60), None, "exponent"),
+    ("log of the sum of exp", lambda x: x.exp().sum(-1).log(), lambda h: shifted(h, 100), None, "logsumexp"),
+    (
+        "softmax by hand",
+        lambda x: x.exp() / x.exp().sum(-1, True),
+        lambda h: shifted(h, 100),
+        None,
+        "exponent",
+    ),
+    (
+        "poisson loss",
+        lambda x: F.poisson_nll_loss(x, torch.ones_like(x)),
+        lambda h: shifted(h, 100),
+        None,
+        "exponent",
+    ),
+    ("exp2", torch.exp2, lambda h: shifted(h, 200), None, "exp2"),
+    ("expm1", torch.expm1, lambda h: shifted(h, 100), None, "expm1"),
+    ("sinh", torch.sinh, lambda h: shifted(h, 100), None, "sinh"),
+    ("cosh", torch.cosh, lambda h: shifted(h, -100), None, "sinh"),
+    ("matrix exponential", torch.linalg.matrix_exp, lambda h: h[:COLUMNS] + 200, None, "matrix"),
+    ("Bessel function", torch.special.i0, lambda h: shifted(h, 100), None, "Bessel"),
+    ("exp in half", lambda x: x.half().exp(), lambda h: shifted(h, 15), None, "float16"),
+    ("division in half", lambda x, y: x.half() / (y.half() + 1e-8), lambda h: h, zero, "float16"),
+    ("0/0", lambda x, y: x / y, zero, zero, "0/0"),
+    ("unit vector of 0", lambda x, y: x / y, zero, lambda h: zero(h).norm(dim=-1, keepdim=True), "norm of 0"),
+    (
+        "standardized constants",
+        lambda x, y: (x - x.mean(0)) / y,
+        lambda h: h * 0 + 1,
+        lambda h: (h * 0 + 1).std(0),
+        "standard deviation",
+    ),
+    ("cosine similarity", lambda x, y: F.cosine_similarity(x, y, eps=0), zero, lambda h: h, "norm of 0"),
+    (
+        "normalize",
+        lambda x, y: F.normalize(x, dim=-1, eps=0),
+        zero,
+        lambda h: zero(h).norm(dim=-1, keepdim=True),
+        "norm of 0",
+    ),
+    (
+        "mean of a count",
+        lambda x, y: none(x).sum() / y.sum(),
+        lambda h: h,
+        lambda h: h > 9,
+        "empty selection",
+    ),
+    ("division by 0", lambda x, y: x / y, lambda h: h, zero, "divisor is 0"),
+    ("division by the number 0", lambda x, y: x / y, lambda h: h, lambda h: 0, "divisor is 0"),
+    ("division by 1e-38", lambda x, y: x * 9 / y, lambda h: h, lambda h: first(h, 1e-38), "far below 1"),
+    ("reciprocal", torch.reciprocal, zero, None, "divisor is 0"),
+    ("rsqrt of 0", torch.rsqrt, zero, None, "rsqrt of 0"),
+    ("rsqrt of a negative", torch.rsqrt, lambda h: shifted(h, -5), None, "negative"),
+    ("fmod", torch.fmod, lambda h: h, zero, "remainder"),
+    ("remainder", torch.remainder, lambda h: h, zero, "remainder"),
+    ("sqrt of a negative", torch.sqrt, lambda h: shifted(h, -5), None, "negative"),
+    ("power of a negative", torch.pow, lambda h: shifted(h, -5), lambda h: 1.5, "whole number"),
+    (
+        "power of a negative, of tensors",
+        torch.pow,
+        lambda h: shifted(h, -5),
+        lambda h: 0.4 * torch.ones_like(h),
+        "whole number",
+    ),
+    ("negative power of 0", lambda x: x.pow(-1.5), zero, None, "negative power"),
+    ("square of 1e20", lambda x: x**2, lambda h: shifted(h, 1e20), None, "overflows"),
+    ("product", lambda x: x.prod(), lambda h: shifted(h, 1e20), None, "product"),
+    ("cumulative product", lambda x: x.cumprod(-1), lambda h: shifted(h, 1e20), None, "product"),
+    ("acos beyond 1", torch.acos, lambda h: first(h * 0.5, 1.1), None, "acos"),
+    ("acosh below 1", torch.acosh, lambda h: first(h + 1, 0.5), None, "acosh"),
+    ("atanh of 1", torch.atanh, one, None, "atanh"),
+    ("erfinv of 1", torch.erfinv, one, None, "erfinv"),
+    ("normal quantile", torch.special.ndtri, one, None, "quantile"),
+    ("lgamma", torch.lgamma, zero, None, "poles"),
+    ("digamma", torch.digamma, zero, None, "poles"),
+    ("tan", lambda x: x.tan() ** 6, lambda h: first(h, math.pi / 2), None, "poles"),
+    ("mean of nothing", lambda x: x.mean(), none, None, "empty"),
+    ("median of nothing", lambda x: x.median(), none, None, "empty"),
+    ("std of nothing", lambda x: x.std(), none, None, "empty"),
+    ("std of one sample", lambda x: x.std(0), lambda h: h[:1], None, "one sample"),
+    ("var of one sample", lambda x: x.var(0), lambda h: h[:1], None, "one sample"),
+    ("var_mean of one sample", lambda x: torch.var_mean(x, 0)[0], lambda h: h[:1], None, "one sample"),
+    ("var in half", lambda x: x.half().var(0), lambda h: h * 4e3, None, "float16"),
+    ("layer norm without eps", lambda x: F.layer_norm(x, (COLUMNS,), eps=0.0), zero, None, "eps is 0"),
+    ("group norm without eps", lambda x: F.group_norm(x, 2, eps=0.0), zero, None, "eps is 0"),
+    (
+        "CTC",
+        lambda x, y: F.ctc_loss(x, *y),
+        lambda h: h[:, None].log_softmax(-1),
+        targets,
+        "longer than its input",
+    ),
+    ("cross entropy of ignored labels", F.cross_entropy, lambda h: h, ignored, "ignored"),
+    (
+        "BCE with an infinite target",
+        F.binary_cross_entropy_with_logits,
+        lambda h: h,
+        lambda h: torch.full_like(h, INF),
+        "0..1",
+    ),
+    ("slogdet", lambda x: torch.linalg.slogdet(x)[1], square, None, "singular"),
+    ("matmul in half", lambda x, y: x.half() @ y.half(), lambda h: h * 300, lambda h: h.T * 300, "float16"),
+    (
+        "linear in half",
+        lambda x, y: F.linear(x.half(), y.T.half()),
+        lambda h: h * 300,
+        lambda h: h.T * 300,
+        "float16",
+    ),
+    (
+        "bmm in half",
+        lambda x, y: x.half()[None].bmm(y.half()[None]),
+        lambda h: h * 300,
+        lambda h: h.T * 300,
+        "float16",
+    ),
+    (
+        "convolution in half",
+        lambda x, y: F.conv1d(x.half(), y.half()),
+        lambda h: h[:, None] * 300,
+        lambda h: 100 * torch.ones(1, 1, 4),
+        "float16",
+    ),
+    ("sum in half", lambda x: x.half().sum(), lambda h: h * 2e4, None, "accumulate"),
+    ("cumulative sum in half", lambda x: x.half().cumsum(0), lambda h: h * 2e4, None, "accumulate"),
+    ("product in half", lambda x: x.half() * 300, lambda h: h * 300, None, "accumulate"),
+    ("square in half", lambda x: x.half().square(), lambda h: h * 300, None, "float16"),
+    ("a value too large for half", lambda x: x.half(), lambda h: h * 1e5, None, "does not fit"),
+    ("matmul of 1e20", torch.matmul, lambda h: h * 1e20, lambda h: h.T * 1e20, "huge"),
+    # the value is finite, its gradient is not
+    ("gradient of sqrt", torch.sqrt, zero, None, "sqrt at 0"),
+    ("gradient of a norm by hand", lambda x: x.square().sum(-1).sqrt(), zero, None, "sum of squares"),
+    ("gradient of a power", lambda x: x.pow(0.3), zero, None, "power below 1"),
+    ("gradient of a power of abs", lambda x: x.abs() ** 0.5, zero, None, "power below 1"),
+    (
+        "gradient of an exponent",
+        torch.pow,
+        lambda h: torch.full_like(h, -2.0),
+        lambda h: h * 0 + 2,
+        "exponent",
+    ),
+    ("gradient of acos", torch.acos, one, None, "acos"),
+    ("gradient of asin", torch.asin, lambda h: -one(h), None, "acos"),
+    ("gradient of a clamped acos", lambda x: x.clamp(-1, 1).acos(), one, None, "acos"),
+    ("gradient of acosh", torch.acosh, lambda h: first(h + 1, 1.0), None, "acosh"),
+    ("gradient of log", torch.log, lambda h: zero(h) + 1e-45, None, "next to 0"),
+    ("gradient of hypot", torch.hypot, zero, zero, "hypot"),
+    ("where over log", lambda x: torch.where(x > 0, x.log(), 0.0), zero, None, "torch.where"),
+    ("where over a division", lambda x: torch.where(x > 0, 1 / x, 0.0), zero, None, "divisor is 0"),
+    ("where over sqrt", lambda x: torch.where(x > 0, x.sqrt(), 0.0), zero, None, "torch.where"),
+    ("where over a power", lambda x: torch.where(x > 0, x.pow(-1.5), 0.0), zero, None, "power below 1"),
+    ("gradient of a geometric mean", lambda x: x.log().mean().exp(), zero, None, "0/0"),
+    (
+        "gradient of eigenvectors",
+        lambda x: torch.linalg.eigh(x)[1],
+        lambda h: torch.eye(4) * h.mean(),
+        None,
+        "eigenvalues",
+    ),
+    (
+        "gradient of singular vectors",
+        lambda x: torch.linalg.svd(x)[0],
+        lambda h: torch.eye(4) * h.mean(),
+        None,
+        "Singular values",
+    ),
+    ("gradient of QR", lambda x: torch.linalg.qr(x)[1], lambda h: 0 * h[:COLUMNS], None, "inverse"),
+]
+NAMES = [case[0] for case in CASES]
+
+
+def examined(program: Callable[[Tensor], Tensor]) -> OperationRecord:
+    """The operation that made the first nonfinite value of a loss or its gradients."""
+    net = network()
+    with OperationTrace(net, dict(net.named_parameters())) as trace:
+        loss, gradients = loss_and_gradients(net, program)
+    nonfinite = next(t for t in (loss, *gradients) if is_nonfinite(t))
+    record = trace.record_of(nonfinite)
+    assert record is not None
+    found = first_nonfinite(record)
+    assert isinstance(found, OperationRecord)
+    return what_made_it_large(found, FAULTS)
+
+
+def loss_and_gradients(net: nn.Module, program: Callable[[Tensor], Tensor]) -> tuple[Tensor, list[Tensor]]:
+    loss = program(outputs(net)).float().mean()
+    found = torch.autograd.grad(loss, list(net.parameters()), allow_unused=True)
+    return loss, [g for g in found if g is not None]
+
+
+def call(
+    f: Callable[..., Tensor], x: Program, y: Callable[[Tensor], Any] | None
+) -> Callable[[Tensor], Tensor]:
+    return lambda h: f(x(h)) if y is None else f(x(h), y(h))
+
+
+@pytest.mark.filterwarnings("ignore:.*degrees of freedom")
+@pytest.mark.parametrize(("name", "f", "x", "y", "word"), CASES, ids=NAMES)
+def test_a_fault_is_told_and_its_cure_trains(
+    name: str, f: Program, x: Program, y: Callable[[Tensor], Any] | None, word: str
+) -> None:
+    record = examined(call(f, x, y))
+    fault = known_fault(record, FAULTS)
+    assert fault is not None, record
+    assert word in fault.advice
+    assert record.location is not None
+    assert record.location.file == __file__
+
+    def cured(h: Tensor) -> Tensor:
+        names = {"torch": torch, "F": F, "x": x(h), "y": None if y is None else y(h)}
+        result: Tensor = eval(fault.cure, names)
+        return result
+
+    trains(cured)
+
+
+def trains(program: Callable[[Tensor], Tensor]) -> None:
+    net = network()
+    optimizer = torch.optim.SGD(net.parameters(), lr=1e-3)
+    for _ in range(3):
+        loss, gradients = loss_and_gradients(net, program)
+        assert not is_nonfinite(loss)
+        assert not any(map(is_nonfinite, gradients))
+        for parameter, gradient in zip(net.parameters(), gradients, strict=False):
+            parameter.grad = gradient
+        optimizer.step()
+    assert all(bool(p.isfinite().all()) for p in net.parameters())
+
+
+@pytest.mark.filterwarnings("ignore:.*degrees of freedom")
+def test_every_entry_has_a_case() -> None:
+    found = {id(known_fault(examined(call(f, x, y)), FAULTS)) for _, f, x, y, _ in CASES}
+    assert [fault.why for fault in FAULTS if id(fault) not in found] == []

@@ -1,0 +1,303 @@
+"""The cause, the place and the advice of faults in the code of a step, as reported for real programs."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_gradguard import LearningRateBackoff, NaNRollback, TrainingDivergedError
+from tests.tasks import Classifier, batches, fit, poisoned, weights
+
+Step = Callable[[pl.LightningModule, Any], Tensor]
+FILE = Path(__file__).name
+
+
+class Network(pl.LightningModule):
+    """A small network whose loss the test computes."""
+
+    def __init__(self, step: Step, net: nn.Module | None = None, **options: Any) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = net or nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 4))
+        self.criterion = EdgeLoss()
+        self.step = step
+        self.options = {"lr": 1e-2, **options}
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return self.step(self, batch)
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.Adam(self.parameters(), **self.options)
+
+
+class EdgeLoss(nn.Module):
+    """A loss of one's own: a mean of what a mask selects."""
+
+    def forward(self, scores: Tensor, mask: Tensor) -> Any:
+        return scores.square()[mask].mean()
+
+
+def data(n: int = 8, bad: int = 5, outlier: float = 1.0, add: float = 0.0) -> list[Any]:
+    """Batches of two views and a mask; in the bad one, row 2 is the same, or an outlier."""
+    generator = torch.Generator().manual_seed(0)
+    found = []
+    for i in range(n):
+        x, y = torch.randn(2, 8, 6, generator=generator)
+        mask = torch.full((8, 4), i != bad)
+        if i == bad:
+            y[2] = x[2]
+            x[2] *= outlier
+            x[2, 1] += add
+        found.append((x, y, mask))
+    return found
+
+
+def incidents(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "incidents.jsonl").read_text().splitlines()]
+
+
+def line_of(function: Callable[..., Any], offset: int) -> str:
+    return f"{FILE}:{function.__code__.co_firstlineno + offset} in {function.__name__}"
+
+
+def angle(module: Any, batch: Any) -> Tensor:
+    a, b = (F.normalize(module.net(x), dim=-1) for x in batch[:2])
+    return torch.acos(1 - (a - b).square().sum(-1) / 2).sin().mean()
+
+
+def variational(module: Any, batch: Any) -> Tensor:
+    mu, log_variance = module.net(batch[0]).chunk(2, -1)
+    z: Tensor = mu + (0.5 * log_variance).exp()
+    kl: Tensor = (z.square() + log_variance.exp() - log_variance).mean()
+    return kl
+
+
+def masked(module: Any, batch: Any) -> Tensor:
+    loss: Tensor = module.criterion(module.net(batch[0]), batch[2])
+    return loss
+
+
+def transcript(module: Any, batch: Any) -> Tensor:
+    frames = module.net(batch[0])[:, None].expand(8, 5, 4).log_softmax(-1).transpose(0, 1)
+    lengths = torch.where(batch[2][:, 0], 2, torch.tensor([2, 2, 5, 2, 2, 2, 2, 2]))
+    return F.ctc_loss(frames, torch.ones(8, 5, dtype=torch.long), torch.full((8,), 5), lengths)
+
+
+@pytest.mark.parametrize(
+    ("step", "changes", "where", "cause", "words"),
+    [
+        (angle, {}, line_of(angle, 2), "backward_pass", ["acos", "clamp(-1 + 1e-6, 1 - 1e-6)", "row 2"]),
+        (variational, {"outlier": 400.0}, line_of(variational, 2), "loss", ["exp", "clamp(max=20)", "row 2"]),
+        (variational, {"outlier": 215.0}, line_of(variational, 3), "loss", ["exp", "clamp(max=20)", "row 2"]),
+        (masked, {}, "criterion", "loss", ["empty selection", "numel()"]),
+        (
+            transcript,
+            {},
+            line_of(transcript, 3),
+            "bad_input",
+            ["longer than its input", "zero_infinity", "row 2"],
+        ),
+    ],
+)
+def test_operation_line_and_cure(
+    tmp_path: Path, step: Step, changes: Any, where: str, cause: str, words: list[str]
+) -> None:
+    net = None
+    if step is variational:
+        net = nn.Sequential(nn.Linear(6, 4), nn.Hardtanh(-1e9, 1e9))
+        torch.manual_seed(1)
+        nn.init.normal_(net[0].weight, std=0.1)  # type: ignore[arg-type]
+    module = Network(step, net, lr=1e-3)
+    fit(module, data(**changes), [NaNRollback()], tmp_path)
+    (found,) = incidents(tmp_path)
+    assert (found["where"][0].endswith(where), found["cause"], found["step"]) == (True, cause, 5), found
+    assert FILE in found["location"]
+    text = f"{found['detail']} {found['advice']}"
+    assert [word for word in words if word not in text] == []
+    assert FILE in (tmp_path / found["dossier"] / "index.html").read_text()
+    assert all(bool(w.isfinite().all()) for w in weights(module))
+
+
+def test_epsilon_of_adam_in_half_precision(tmp_path: Path) -> None:
+    def regression(module: Any, batch: Any) -> Tensor:
+        loss: Tensor = module.net(batch[0]).float().square().mean() * 1e-3
+        return loss
+
+    batch: Any = [[t.half() for t in batch[:2]] for batch in data(20)]
+    with pytest.raises(TrainingDivergedError, match=r"epsilon of 0.*eps=1e-4"):
+        fit(Network(regression), batch, [NaNRollback(), LearningRateBackoff()], tmp_path, precision="16-true")
+    found = incidents(tmp_path)
+    causes = {i["cause"] for i in found if i["cause"]}
+    assert causes == {"optimizer_epsilon"}
+    assert sum(i["kind"] == "rollback" for i in found) == 2
+    assert "eps=1e-08 is 0 in float16" in found[0]["detail"]
+    fit(module := Network(regression, eps=1e-4), batch, [NaNRollback()], precision="16-true")
+    assert all(bool(w.isfinite().all()) for w in weights(module))
+
+
+def test_loss_that_is_never_finite_stops_with_its_reason(tmp_path: Path) -> None:
+    def logarithm(module: Any, batch: Any) -> Tensor:
+        scores: Tensor = module.net(batch[0])
+        return (scores * 0).log().mean()
+
+    with pytest.raises(TrainingDivergedError) as raised:
+        fit(Network(logarithm), data(40), [NaNRollback()], tmp_path)
+    first = str(raised.value).splitlines()[0]
+    assert first.startswith("No step was ever finite. aten::log in the step's own code given")
+    assert f"{FILE}:{logarithm.__code__.co_firstlineno + 2} in logarithm" in first
+    assert [i["kind"] for i in incidents(tmp_path)].count("rollback") == 2
+
+
+def test_a_bad_start_of_the_data_is_survived() -> None:
+    module, rollback = Classifier(), NaNRollback()
+    fit(module, poisoned(batches(20), nan=range(8)), [rollback])
+    assert (rollback.skips, rollback.rollbacks) == (8, 2)
+
+
+def compiled(module: Any, batch: Any) -> Tensor:
+    loss: Tensor = module.net(batch[0]).square().mean()
+    return loss if bool(batch[2].all()) else loss * module.options["compiled"](loss)
+
+
+@pytest.mark.filterwarnings("ignore")  # of torch.compile
+def test_only_the_compiled_code_is_nonfinite(tmp_path: Path) -> None:
+    def backend(graph: Any, inputs: Any) -> Any:
+        return lambda *args: tuple(out * math.inf * 0 for out in graph(*args))
+
+    def one(loss: Tensor) -> Tensor:
+        return loss * 0 + 1
+
+    module = Network(compiled)
+    module.configure_optimizers = lambda: torch.optim.SGD(module.parameters(), lr=1e-3)  # type: ignore[method-assign]
+    module.options["compiled"] = torch.compile(one, backend=backend)
+    fit(module, data(), [NaNRollback()], tmp_path)
+    (found,) = incidents(tmp_path)
+    assert (found["cause"], found["step"]) == ("compiled_code", 5)
+    assert "torch.compile" in found["advice"]
+
+
+def gaussian(module: Any, batch: Any) -> Tensor:
+    mu, sigma = module.net(batch[0]).chunk(2, -1)
+    normal = torch.distributions.Normal(mu, F.softplus(sigma), validate_args=True)
+    loss: Tensor = -normal.log_prob(batch[1][:, :2]).mean()
+    return loss
+
+
+def labels(module: Any, batch: Any) -> Tensor:
+    return F.cross_entropy(module.net(batch[0]), batch[2])
+
+
+def asserting(module: Any, batch: Any) -> Tensor:
+    loss: Tensor = module.net(batch[0]).square().mean()
+    assert loss < 1e3, "the loss is too large"
+    return loss
+
+
+def wrong_label(batch: Any, i: int) -> Any:
+    target = torch.arange(8) % 4
+    if i == 5:
+        target[2] = 7
+    return batch[0], batch[1], target
+
+
+def squares(module: Any, batch: Any) -> Tensor:
+    loss: Tensor = module.net(batch[0]).square().mean()
+    return loss
+
+
+def linear() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Linear(6, 4)
+
+
+RAISING = [
+    (gaussian, [(x, y, m) for x, y, m in data(add=math.nan)], "batch[0] holds nonfinite values in row 2"),
+    (
+        labels,
+        [wrong_label(b, i) for i, b in enumerate(data())],
+        "batch[2] holds 7 in row 2, which is not within 0 to 3",
+    ),
+    (asserting, data(outlier=1e5), "the loss is too large"),
+]
+
+
+@pytest.mark.parametrize(("step", "batch", "words"), RAISING)
+def test_exception_is_examined_and_passes(tmp_path: Path, step: Step, batch: list[Any], words: str) -> None:
+    net = linear() if step is asserting else None
+    with pytest.raises((ValueError, IndexError, AssertionError)):
+        fit(Network(step, net), batch, [NaNRollback()], tmp_path)
+    (found,) = incidents(tmp_path)
+    assert (found["kind"], found["step"]) == ("exception_in_step", 5)
+    assert words in found["detail"]
+    assert (tmp_path / found["dossier"] / "dossier.pt").is_file()
+    assert "last_good.ckpt" in found["advice"]
+    before = Network(step, None if net is None else linear())
+    fit(before, batch[:5])
+    saved = torch.load(tmp_path / "last_good.ckpt", weights_only=True)["state_dict"]
+    assert all(torch.equal(saved[name], value) for name, value in before.state_dict().items())
+
+
+@pytest.mark.parametrize(("step", "batch", "words"), RAISING)
+def test_invalid_batches_are_skipped_if_told_so(
+    tmp_path: Path, step: Step, batch: list[Any], words: str
+) -> None:
+    def trained(data: list[Any], **options: Any) -> Network:
+        module = Network(step, linear() if step is asserting else None)
+        fit(module, data, [NaNRollback(**options)], tmp_path)
+        return module
+
+    module = trained(batch, skip_invalid_batches=True)
+    (found,) = incidents(tmp_path)
+    assert (found["kind"], found["action"]) == ("nonfinite_loss", "skipped")
+    assert words in found["detail"]
+    assert "training_step" not in vars(module)
+    twin = trained([b for i, b in enumerate(batch) if i != 5])
+    assert all(map(torch.equal, weights(module), weights(twin)))
+
+
+def test_a_mistake_in_the_code_leaves_nothing(tmp_path: Path) -> None:
+    def mistaken(module: Any, batch: Any) -> Tensor:
+        loss: Tensor = module.net(batch[1][0]).unknown()
+        return loss
+
+    with pytest.raises(AttributeError):
+        fit(Network(mistaken), data(), [NaNRollback(skip_invalid_batches=True)], tmp_path)
+    assert not (tmp_path / "incidents.jsonl").exists()
+
+
+def test_single_grown_elements_of_small_tensors_are_no_corruption() -> None:
+    from lightning_gradguard.core.forensics import OutOfRange, origin_in_weights
+
+    assert origin_in_weights({"bias": OutOfRange(1, 1, 14.0)}).cause == "update_too_large"
+    assert origin_in_weights({"head.weight": OutOfRange(2, 64, 14.0)}).cause == "update_too_large"
+    both = origin_in_weights({"bias": OutOfRange(1, 1, math.inf)})
+    assert "corrupted memory looks the same" in both.detail
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_index_in_the_data_set_is_told_where_the_sampler_has_it(tmp_path: Path, workers: int) -> None:
+    x, y, mask = map(torch.cat, zip(*data(), strict=True))
+    x[21, 3] = math.nan
+    loader = DataLoader(TensorDataset(x, y, mask), batch_size=8, shuffle=True, num_workers=workers)
+    sampler = loader.batch_sampler
+    module, rollback = Network(squares), NaNRollback()
+    fit(module, [], [rollback], tmp_path, loader=loader, max_epochs=3)
+    details = [i["detail"] for i in incidents(tmp_path)]
+    assert len(details) == 3
+    # with a worker, batches of the first epoch may be asked for before the fit starts
+    assert all("(index in the data set: 21)" in detail for detail in details[workers:])
+    assert loader.batch_sampler is sampler
+    twin = Network(squares)
+    loader = DataLoader(TensorDataset(x, y, mask), batch_size=8, shuffle=True, num_workers=workers)
+    fit(twin, [], [NaNRollback(max_dossiers=0)], loader=loader, max_epochs=3)
+    assert all(map(torch.equal, weights(module), weights(twin)))
