@@ -102,8 +102,11 @@ def _own_subfolder(trainer: pl.Trainer, folder: Path) -> tuple[str, ...]:
     if trainer.loggers:
         return ()
     candidates = chain([()], ((f"version_{n}",) for n in count(1)))
-    taken = ("incidents.jsonl", "lost_batches.rank0.jsonl", "incidents")
-    return next(own for own in candidates if not any(folder.joinpath(*own, name).exists() for name in taken))
+    return next(own for own in candidates if not _has_content(folder.joinpath(*own, "incidents.jsonl")))
+
+
+def _has_content(file: Path) -> bool:
+    return file.is_file() and file.stat().st_size > 0
 
 
 def _name_of_run(logger: Any) -> tuple[str, ...]:

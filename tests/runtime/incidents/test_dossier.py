@@ -334,7 +334,7 @@ def test_a_full_or_read_only_disk_costs_no_training(
     failure: Callable[..., None],
 ) -> None:
     said: list[str] = []
-    monkeypatch.setattr(console, "print_message", lambda trainer, message: said.append(message))
+    monkeypatch.setattr(console, "print_message", lambda trainer, message, *level: said.append(message))
     (tmp_path / "incidents").mkdir()
     (tmp_path / "incidents.jsonl").touch()
     if where is Path:
@@ -368,7 +368,7 @@ def test_a_disk_that_is_really_full_is_an_os_error(tmp_path: Path) -> None:
 
 def test_a_file_in_the_way_costs_no_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
-    monkeypatch.setattr(console, "print_message", lambda trainer, message: said.append(message))
+    monkeypatch.setattr(console, "print_message", lambda trainer, message, *level: said.append(message))
     (tmp_path / "incidents").write_text("in the way")
     train(tmp_path)
     assert any("no dossier was written" in text and "exists" in text for text in said)

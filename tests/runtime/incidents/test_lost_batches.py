@@ -242,7 +242,8 @@ def test_unreadable_log_is_no_error(tmp_path: Path, content: Any) -> None:
 
 def test_log_of_a_reused_folder_is_continued(tmp_path: Path) -> None:
     for n_runs in (1, 2):
-        fit(Classifier(), poisoned(batches(5), nan=[2]), [NaNRollback(**FAST)], tmp_path)
+        rollback = NaNRollback(**FAST, incident_dir=str(tmp_path))
+        fit(Classifier(), poisoned(batches(5), nan=[2]), [rollback], tmp_path)
         assert len(records(tmp_path)) == n_runs
 
 
