@@ -36,7 +36,7 @@ def test_warn_changes_nothing_and_reports_all_findings(
     assert same(weights(bare), weights(module))
     printed = capsys.readouterr()
     text = printed.out + printed.err
-    assert "nn.init.kaiming_normal_(model.net.5.weight, nonlinearity='relu')" in text
+    assert "nn.init.kaiming_normal_(model.net[i].weight, nonlinearity='relu')" in text
     record = json.loads((Path(logger.log_dir) / "incidents.jsonl").read_text())
     assert record["kind"] == "poor_initialization"
     assert record["action"] == "none"
