@@ -56,6 +56,7 @@ Role = Literal[
     "scale",
     "rate",
     "largest",
+    "initialization",
     "loss",
 ]
 #: Tags of the suite that are read back; the first that matches counts.
@@ -75,6 +76,7 @@ _OWN: dict[str, Role] = {
     LR: "rate",
     LARGEST_NORM: "largest",
     LARGEST_LOGGED_NORM: "largest",
+    INITIALIZATION: "initialization",
 }
 _NAME = r"(?P<name>.+?)"
 _INDEX = r"(?:\.(?P<optimizer>\d+))?"

@@ -180,8 +180,8 @@ def _trials(
         if name in named:
             recurrent = module.get_submodule(name)
             assert isinstance(recurrent, nn.RNNBase)
-            for lines in recurrent_lines(module, name, recurrent, n_steps):
-                yield Initializers(module, {name: lines})
+            for statement in recurrent_lines(module, name, recurrent, n_steps):
+                yield Initializers(module, {name: statement})
             if recurrent.mode.startswith("RNN"):
                 yield Gated(module, name, recurrent, n_steps)
 

@@ -35,8 +35,8 @@ class Outcome:
         first_loss: Median of the first tenth; `None` if unknown.
         final_loss: Median of the last tenth; NaN if the run failed, `None` if unknown.
         has_learned: True if the loss fell by at least a fifth; by more than its noise if it may be negative.
-        has_improved: True if it has learned, or if the loss after the first intervention is below that before;
-            `None` if no loss was logged.
+        has_improved: True if it has learned, or if the loss after the first intervention is below that
+            before; `None` if no loss was logged.
     """
 
     steps: int
@@ -57,9 +57,9 @@ class RunSymptom(Symptom):
         kind: Its name, as `core.incidents.title` takes it.
         where: Names of the parameters or modules with the strongest symptom, the worst first.
         value: The measured number.
-        severity: `"fatal"`: it ended the run. `"serious"`: it lasted to the end, or the loss was no better after
-            the interventions. `"handled"`: a callback intervened, and the loss fell afterwards. `"minor"`: the
-            run learned without an intervention.
+        severity: `"fatal"`: it ended the run. `"serious"`: it lasted to the end, or the loss was no better
+            after the interventions. `"handled"`: a callback intervened, and the loss fell afterwards.
+            `"minor"`: the run learned without an intervention.
         since: The first step that shows it.
         evidence: The measurement in one sentence.
         remedies: What to do, the likeliest first.

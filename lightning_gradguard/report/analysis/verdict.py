@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from lightning_gradguard.core.incidents import title
+from lightning_gradguard.core.remedies import fitting
 from lightning_gradguard.report.analysis.failure import failure_cause
 from lightning_gradguard.report.analysis.gradient_symptoms import gradient_symptoms
 from lightning_gradguard.report.analysis.incident_symptoms import incident_symptoms
@@ -19,6 +20,7 @@ from lightning_gradguard.report.analysis.outcome import (
     SymptomSeverity,
     outcome_of,
 )
+from lightning_gradguard.report.analysis.present import present_in
 from lightning_gradguard.report.analysis.run_log import GradientLog, RunLog
 
 Status = Literal["healthy", "recovered", "unhealthy", "failed", "unknown"]
@@ -43,9 +45,9 @@ class RunVerdict:
     """The verdict on a run.
 
     Args:
-        status: `"healthy"`; `"recovered"`: the suite intervened, and the loss fell afterwards;
-            `"unhealthy"`: a serious symptom lasts to the end; `"failed"`: nonfinite at the end, or stopped; `"unknown"`: too
-            few steps were logged.
+        status: `"healthy"`; `"recovered"`: the suite intervened, and the loss fell afterwards; `"unhealthy"`:
+            a serious symptom lasts to the end; `"failed"`: nonfinite at the end, or stopped; `"unknown"`:
+            too few steps were logged.
         headline: The same in a few words.
         outcome: The end of the run.
         symptoms: The worst first.
@@ -92,7 +94,15 @@ def _symptoms_of(log: RunLog, outcome: Outcome) -> list[RunSymptom]:
     found += gradient_symptoms(log, outcome)
     found += loss_symptoms(log, outcome)
     found += incident_symptoms(log, outcome, {symptom.kind for symptom in found})
-    return [replace(s, severity=_by_outcome(s, outcome, found)) for s in found]
+    present = present_in(log)
+    return [
+        replace(
+            symptom,
+            severity=_by_outcome(symptom, outcome, found),
+            remedies=tuple(filter(None, (fitting(text, present) for text in symptom.remedies))),
+        )
+        for symptom in found
+    ]
 
 
 def _by_outcome(symptom: RunSymptom, outcome: Outcome, found: Sequence[RunSymptom]) -> SymptomSeverity:

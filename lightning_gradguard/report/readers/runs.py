@@ -86,6 +86,7 @@ def read_run(name: str, path: Path) -> Run:
         rollbacks=tags.one("rollbacks"),
         backoff_scale=tags.one("scale"),
         incidents=tuple(without_abandoned(incidents, abandoned) if abandoned else incidents),
+        was_checked=bool(tags.every("initialization")),
         largest_norm=max((v for s in tags.every("largest").values() for _, v in s.finite()), default=None),
     )
     lost_batches, ranks = read_lost_batches(path, notes)
