@@ -29,7 +29,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         verbs = "\n".join(f"  {name:<11} {description}" for name, description in VERBS.items())
         print(
             f"usage: lightning-gradguard COMMAND ...\n\n{verbs}\n\n"
-            "`lightning-gradguard COMMAND --help` shows the options of a command."
+            "`lightning-gradguard COMMAND --help` shows the options of a command, "
+            "`lightning-gradguard --version` the version."
         )
     elif verb == "--version":
         print(__version__)

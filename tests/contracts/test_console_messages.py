@@ -214,7 +214,7 @@ def test_a_run_that_was_clipped_all_the_time_is_not_called_clean(capsys: pytest.
     printed = lines(capsys)
     rows = table(printed)
     assert rows["incidents"] == "none"
-    assert rows["unusual"] == "100.0% of the steps were clipped, usual: at most 50%"
+    assert rows["unusual"] == "100.0% of the steps were clipped, usual: up to 50%"
     assert "written to" not in rows
     assert table(printed, "Next steps")["report"] == "lightning-gradguard report logs/all/version_0"
 

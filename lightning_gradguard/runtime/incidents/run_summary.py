@@ -84,11 +84,11 @@ def _unusual(counts: Mapping[str, float]) -> list[str]:
     found = []
     clipped, largest = counts.get(tags.CLIPPED_FRACTION, 0.0), counts.get(tags.LARGEST_NORM, 0.0)
     if clipped > USUAL_CLIPPED_FRACTION:
-        found.append(f"{clipped:.1%} of the steps were clipped, usual: at most {USUAL_CLIPPED_FRACTION:.0%}")
+        found.append(f"{clipped:.1%} of the steps were clipped, usual: up to {USUAL_CLIPPED_FRACTION:.0%}")
     largest = max(largest, counts.get(tags.LARGEST_LOGGED_NORM, 0.0))
     if largest > USUAL_LARGEST_NORM:
         found.append(
-            f"the largest gradient norm was {largest:.3g}, usual: below {USUAL_LARGEST_NORM:g} for a mean loss"
+            f"largest gradient norm {largest:.3g}, usual: below {USUAL_LARGEST_NORM:g} for a mean loss"
         )
     return found
 

@@ -14,13 +14,15 @@ class Section:
         heading: Above it.
         text: A paragraph; empty for none.
         rows: A table of two columns; rows with an empty second column are omitted.
-        links: Link targets by names of `rows`.
+        links: Link targets by names of `rows`, and by texts of `table`.
         command: A shell command; empty for none.
         items: A list, numbered if `is_ordered`.
         is_ordered: True if the order of the list matters.
         table: A table of several columns, its head first.
         figures: Captions and their SVG markup, which is not escaped.
         level: Of the heading.
+        anchor: Name of the section in links; empty for none.
+        colours: Classes by names of `rows` and texts of `table`: `bad`, `worrying` or `good`.
     """
 
     heading: str
@@ -33,6 +35,8 @@ class Section:
     table: Sequence[Sequence[str]] = ()
     figures: Mapping[str, str] = field(default_factory=dict)
     level: int = 2
+    anchor: str = ""
+    colours: Mapping[str, str] = field(default_factory=dict)
 
 
 def render_page(title: str, sections: Sequence[Section], style: str = "") -> str:
