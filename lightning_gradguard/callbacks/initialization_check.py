@@ -23,7 +23,6 @@ from lightning_gradguard.runtime.lightning_api import (
     reject_unsupported,
 )
 from lightning_gradguard.runtime.logging import console, metrics
-from lightning_gradguard.runtime.logging.chart_groups import MAX_CHARTS
 from lightning_gradguard.runtime.logging.hyperparameters import Configured, non_defaults
 
 #: Incidents by criterion; other criteria are of a poor initialization.
@@ -49,9 +48,9 @@ class InitializationCheck(Callback, Configured):
     | tag | value |
     |---|---|
     | `init/gradient_gain` | log10 of the gain back to the first block |
-    | `init/layer_gain/<module>` | log10 of the gain back to a layer |
-    | `init/dead_units/<module>` · `init/saturated_units/<module>` | shares |
-    | `init/gain_through_time/<module>` | log10, first step over last, of a recurrent module |
+    | `init/layer_gain/<module>` | log10 of the gain back to a layer, for layers with a finding |
+    | `init/dead_units/<module>` · `init/saturated_units/<module>` | shares, likewise |
+    | `init/gain_through_time/<module>` | log10, first step over last, of a recurrent module, likewise |
 
     Args:
         on_failure: `"warn"` prints one table; `"raise"` stops the run if a criterion fails; `"repair"`
@@ -133,9 +132,9 @@ class InitializationCheck(Callback, Configured):
         if fails(findings) and self.on_failure == "repair":
             findings = self._repair(trainer, pl_module, first_batch, findings)
         self.problem = first_batch.problem
-        values = self.values
-        if len(values) > MAX_CHARTS:  # charts of the whole network only
-            values = {name: value for name, value in values.items() if "/" not in name}
+        # of single layers, only what is found: a network has as many numbers as layers
+        found = {f"{f.criterion}/{f.module}" for f in findings}
+        values = {name: v for name, v in self.values.items() if "/" not in name or name in found}
         scalars = {tags.tag(tags.INITIALIZATION, name): value for name, value in values.items()}
         metrics.log_scalars(trainer, scalars, batches_that_stepped(trainer))
         self._report(trainer, pl_module, findings)

@@ -11,8 +11,8 @@ from lightning_gradguard import __version__
 from lightning_gradguard.cli.messages import nearest
 
 VERBS = {
-    "fit": "train a module of yours with the suite in place (LightningCLI)",
-    "check": "check that a module of yours can train, as it is initialized; trains nothing",
+    "fit": "train your own module with the suite in place (LightningCLI)",
+    "check": "check that your own module can train, as it is initialized; trains nothing",
     "report": "report on runs from their logs: what went wrong, where, and the remedy",
     "replay": "reproduce an incident from its dossier",
     "demo": "train a network that fails alone, and learns with the suite",

@@ -104,7 +104,7 @@ _BY_CAUSE = {
         "normalize inputs."
     ),
     "corrupted_weights": (
-        "Single elements of {where} were corrupted: suspect memory or storage, or code of your own that "
+        "Single elements of {where} were corrupted: suspect memory or storage, or your own code that "
         "writes weights. If it repeats on one machine, exclude that machine."
     ),
     "update_too_large": (

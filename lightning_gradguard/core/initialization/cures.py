@@ -48,7 +48,7 @@ def with_cures(
     Args:
         module: The network.
         run_loss: Computes the training loss of the batch with it.
-        findings: Of the network as it is.
+        findings: Findings of the network as it is.
         measured: Measurements of the batch; `None` if they could not be made.
         measure: Measures again and returns the findings, the same on every rank.
     """

@@ -88,7 +88,7 @@ def outcome_of(log: RunLog) -> Outcome:
     """Returns the end of a run.
 
     Args:
-        log: Of the run.
+        log: Logged values of the run.
     """
     everything = [s for s in (log.loss, *(g.total for g in log.gradients), log.skips) if len(s)]
     steps = max((_steps_made(series) for series in everything), default=0)

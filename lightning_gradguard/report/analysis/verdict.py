@@ -63,7 +63,7 @@ def analyze_run(log: RunLog) -> RunVerdict:
     """Finds the symptoms of a run and what they amount to.
 
     Args:
-        log: Of the run.
+        log: Logged values of the run.
 
     Example:
         >>> from lightning_gradguard.report.analysis.run_log import Series
