@@ -1,4 +1,4 @@
-"""Metadata hook of hatchling: the README with absolute links, as the package index shows it without the docs."""
+"""Metadata hook of hatchling: the README with absolute links, for the package index."""
 
 from __future__ import annotations
 

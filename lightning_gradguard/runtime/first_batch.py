@@ -142,7 +142,7 @@ def check_weights_alone(trainer: pl.Trainer, pl_module: pl.LightningModule) -> l
 
 
 def check_first_step(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Finding | None:
-    """Returns a finding if the gradients of the first step vanish or explode on their way back."""
+    """Returns a finding if the gradients of the first step vanish or explode between last and first layer."""
     layout = ParameterLayout(flat_shards(trainer), pl_module.device)
     everything = layout.select(pl_module.named_parameters())
     named = zip(everything.names, everything.parameters, everything.is_matrix, strict=True)

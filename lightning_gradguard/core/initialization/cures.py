@@ -76,7 +76,7 @@ def with_cures(
 
 @dataclass(frozen=True)
 class _Result:
-    """What a trial changed in a finding for the better."""
+    """Improvement of a finding under a trial."""
 
     trial: Trial
     change: str
@@ -192,6 +192,7 @@ def _larger_changes(
     yield Repaired(module, run_loss, [layer.name for layer in layers])
     if saturating := [layer for layer in layers if layer.activation in SATURATING]:
         yield Rectified(module, saturating)
+        yield Rectified(module, saturating, normalized=True)
     yield Normalized(module, layers)
 
 

@@ -147,23 +147,28 @@ class Repaired:
 
 @dataclass(frozen=True)
 class Rectified:
-    """ReLU with He initialization in place of saturating activations."""
+    """ReLU with He initialization in place of saturating activations, with normalization or without."""
 
     module: nn.Module
     layers: Sequence[Layer]
+    normalized: bool = False
 
     @contextmanager
     def applied(self) -> Iterator[None]:
         """Computes ReLU where a saturating activation follows one of the layers."""
         for line in self._lines():
             exec(line, {"nn": nn, "model": self.module})
-        with _Substitution({layer.module for layer in self.layers}):
+        with ExitStack() as stack:
+            if self.normalized:
+                stack.enter_context(Normalized(self.module, self.layers).applied())
+            stack.enter_context(_Substitution({layer.module for layer in self.layers}))
             yield
 
     def describe(self, finding: Finding, change: str) -> str:
         """Returns the change of architecture and its initializers."""
         kind = self.layers[0].activation
-        return f"nn.ReLU() in place of {kind}, and {one_line(self._lines())}  # {change}"
+        norm = " behind a normalization such as nn.LayerNorm" if self.normalized else ""
+        return f"nn.ReLU(){norm} in place of {kind}, and {one_line(self._lines())}  # {change}"
 
     def _lines(self) -> list[str]:
         return [_initializer(f"{reference(self.module, x.name)}.weight", "relu") for x in self.layers]

@@ -1,4 +1,4 @@
-"""What a run had in place, so that a report does not advise it."""
+"""Finds out what a run had in place, so that a report does not advise it."""
 
 from __future__ import annotations
 
