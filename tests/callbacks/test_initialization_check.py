@@ -133,7 +133,7 @@ def test_a_gain_through_time_is_a_warning_of_a_fit(
         def __init__(self) -> None:
             super().__init__()
             torch.manual_seed(0)
-            self.net = nn.RNN(1, 16, batch_first=True)
+            self.net: Any = nn.RNN(1, 16, batch_first=True)
             self.head = nn.Linear(16, 4)
 
         def training_step(self, batch: Batch, batch_idx: int) -> Tensor | None:

@@ -35,8 +35,8 @@ class Recall(nn.Module):
         return nn.functional.cross_entropy(self.head(outputs[:, -1]), target)
 
 
-def orthogonal(*arguments: Any, **options: Any) -> nn.RNN:
-    cell = nn.RNN(*arguments, **options)
+def orthogonal(*arguments: Any, **options: Any) -> Any:
+    cell: Any = nn.RNN(*arguments, **options)
     nn.init.orthogonal_(cell.weight_hh_l0)
     return cell
 
