@@ -7,7 +7,7 @@ OLDEST_STAMP := $(OLDEST)/.installed
 LOGGERS := .venv-loggers
 LOGGERS_STAMP := $(LOGGERS)/.installed
 
-.PHONY: install demo test test-fast test-oldest test-loggers browser-test
+.PHONY: install demo test test-fast test-oldest test-loggers browser-test wheel-test
 .PHONY: check docs guide strategies scaling faults evidence evidence-quick bench bench-gpu
 
 install: $(STAMP)
@@ -42,6 +42,16 @@ $(LOGGERS_STAMP): pyproject.toml constraints.txt
 
 test-loggers: $(LOGGERS_STAMP)
 	$(LOGGERS)/bin/python -m pytest -q tests/runtime/logging/test_loggers.py tests/contracts/test_console_messages.py
+
+# The wheel, installed alone in an empty environment and run outside of the clone
+wheel-test:
+	rm -rf build/wheel
+	python3 -m venv build/wheel/venv
+	build/wheel/venv/bin/python -m pip wheel --quiet --disable-pip-version-check --no-deps -w build/wheel .
+	build/wheel/venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt build/wheel/*.whl
+	cd build/wheel && venv/bin/python -m pip check && venv/bin/lightning-gradguard --version
+	cd build/wheel && venv/bin/lightning-gradguard demo && venv/bin/lightning-gradguard report runs --html
+	test -s build/wheel/report.html
 
 # TensorBoard in a real browser; its pictures are those of the documentation
 browser-test: install

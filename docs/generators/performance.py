@@ -137,7 +137,7 @@ def _prepared(found: Found) -> list[str]:
     parts = [
         "## Hooks and optimizer alone\n",
         "In a step of 300 ms, a few milliseconds are lost in the noise. Here the same parameters get "
-        "prepared gradients, written anew in each step, so that a step consists of Lightning, its hooks and "
+        "prepared gradients, written in each step, so that a step consists of Lightning, its hooks and "
         "the optimizer. Ratios are relative to that, and are not those of training.\n",
     ]
     for network, timed in found.prepared.items():

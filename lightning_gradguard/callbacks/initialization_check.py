@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_gradguard.core import arguments, tags
-from lightning_gradguard.core.incidents import IncidentKind
+from lightning_gradguard.core.incidents import IncidentKind, first_names
 from lightning_gradguard.core.initialization import Finding, InitializationError, table
 from lightning_gradguard.core.parameter_names import plain_name, warn_unknown
 from lightning_gradguard.core.remedies import advice
@@ -24,7 +24,6 @@ from lightning_gradguard.runtime.lightning_api import (
     takes_iterator,
 )
 from lightning_gradguard.runtime.logging import console, metrics
-from lightning_gradguard.runtime.logging.chart_groups import MAX_CHARTS
 from lightning_gradguard.runtime.logging.hyperparameters import Configured, non_defaults
 
 #: Incidents by criterion; other criteria are of a poor initialization.
@@ -51,16 +50,16 @@ class InitializationCheck(Callback, Configured):
     | tag | value |
     |---|---|
     | `init/gradient_gain` | log10 of the gain back to the first block |
-    | `init/layer_gain/<module>` | log10 of the gain back to a layer |
-    | `init/dead_units/<module>` · `init/saturated_units/<module>` | shares |
-    | `init/gain_through_time/<module>` | log10, first step over last, of a recurrent module |
+    | `init/layer_gain/<module>` | log10 of the gain back to a layer, for layers with a finding |
+    | `init/dead_units/<module>` · `init/saturated_units/<module>` | shares, likewise |
+    | `init/gain_through_time/<module>` | log10, first step over last, of a recurrent module, likewise |
 
     Args:
         on_failure: `"warn"` prints one table; `"raise"` stops the run if a criterion fails; `"repair"`
-            initializes the layers at fault anew (He, orthogonal or Xavier, as the activation after them
-            requires), scales them layer by layer, measures again and prints the change.
-        repair_modules: Names of modules that are repaired with any weights; others only while they hold
-            their class's default initialization.
+            initializes layers (He, orthogonal or Xavier, by the activation after them), scales them layer by
+            layer and measures again. If the findings are no better then, the weights are restored.
+        repair_modules: Names of modules that are repaired whatever weights they hold; others only while they
+            hold the default initialization of their class.
         seed: Seed of the repair; the global random number generators are not used.
 
     Raises:
@@ -140,9 +139,9 @@ class InitializationCheck(Callback, Configured):
         if fails(findings) and self.on_failure == "repair":
             findings = self._repair(trainer, pl_module, first_batch, findings)
         self.problem = first_batch.problem
-        values = self.values
-        if len(values) > MAX_CHARTS:  # charts of the whole network only
-            values = {name: value for name, value in values.items() if "/" not in name}
+        # of single layers, only what is found: a network has as many numbers as layers
+        found = {f"{f.criterion}/{f.module}" for f in findings}
+        values = {name: v for name, v in self.values.items() if "/" not in name or name in found}
         scalars = {tags.tag(tags.INITIALIZATION, name): value for name, value in values.items()}
         metrics.log_scalars(trainer, scalars, batches_that_stepped(trainer))
         self._report(trainer, pl_module, findings)
@@ -177,17 +176,35 @@ class InitializationCheck(Callback, Configured):
         first_batch: FirstBatch,
         before: list[Finding],
     ) -> list[Finding]:
-        done = first_batch.repair(self.repair_modules, self.seed)
+        """Repairs layers, and returns the findings afterwards."""
+        done = first_batch.repair(self.repair_modules, self.seed, before)
+        if not done.lines:
+            why = "no repair that was tried betters the findings, and the weights are as before"
+            if done.left_alone:
+                names = list(done.left_alone)
+                why = (
+                    f"the weights of {first_names(3, names)} are not the default of their class, and were "
+                    f"left alone; InitializationCheck(on_failure='repair', repair_modules={names}) "
+                    "initializes them"
+                )
+            console.print_message(trainer, f"gradguard: Nothing was repaired: {why}.")
+            return before
         findings, self.values = first_batch.check()
         gain = next((f.value for f in before if f.criterion == "gradient_gain"), None)
-        lines = [f"gradguard: Repaired {len(done)} layers:", *(f"  {line}" for line in done)]
+        lines = [f"gradguard: Repaired {len(done.lines)} layers:", *(f"  {line}" for line in done.lines)]
         after = self.values.get("gradient_gain")
         if gain is not None and after is not None:
             lines.append(f"  gradient gain: {gain:.2f} decades before, {after:.2f} now")
         console.print_message(trainer, "\n".join(lines))
-        where = tuple(line.partition(":")[0] for line in done)
+        serious = [finding for finding in before if finding.severity != "info"]
         incident = incident_now(
-            trainer, "poor_initialization", batch_idx=0, where=where, value=gain, action="repaired"
+            trainer,
+            "poor_initialization",
+            batch_idx=0,
+            where=done.changed,
+            value=serious[0].value,
+            action="repaired",
+            detail=f"{serious[0].describe()}, before the repair",
         )
         publish(trainer, pl_module, incident)
         return findings
@@ -210,10 +227,11 @@ class InitializationCheck(Callback, Configured):
                     where=where,
                     value=members[0].value,
                     action="stopped" if failed else "none",
-                    advice=advice(kind, where),
+                    advice=f"Cure: {members[0].cure}" if members[0].cure else advice(kind, where),
+                    detail=members[0].describe(),
                 )
                 publish(trainer, pl_module, incident)
         if failed:
             raise InitializationError("The network, as it is initialized, will not train:\n" + table(serious))
-        if serious:
-            console.print_message(trainer, "gradguard: Initialization\n" + table(serious))
+        if findings:
+            console.print_message(trainer, "gradguard: Initialization\n" + table(findings))

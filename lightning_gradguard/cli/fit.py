@@ -18,7 +18,7 @@ from lightning_gradguard.cli.parsing.lightning_cli import command_line, fit_argv
 _HELP = """\
 usage: lightning-gradguard fit --model my.Module [--data my.Data] [-c FILE] [options]
 
-Trains a module of yours with all five callbacks in place, and saves the configuration beside the logs of
+Trains your own module with all five callbacks in place, and saves the configuration beside the logs of
 the run. It is LightningCLI, with all its options.
 
 options:
@@ -29,7 +29,7 @@ options:
   --trainer.callbacks.help NAME all about a callback; --model.help my.Module about a module
 
 `--nan_rollback.patience 5` gives a callback an argument, `--nan_rollback null` omits it,
-`--nan_rollback my.Rollback` takes a subclass of yours. All arguments, with their defaults:
+`--nan_rollback my.Rollback` takes your own subclass. All arguments, with their defaults:
 
 {callbacks}
 examples:
@@ -43,7 +43,7 @@ Exit code 0: trained; 1: training diverged for good; 2: wrong input."""
 
 #: Options that `fit` and `check` have in common.
 MODULE_OPTIONS = """\
-  --model my.Module             a LightningModule of yours; the current folder is searched, too
+  --model my.Module             your own LightningModule; the current folder is searched, too
   --model.NAME VALUE            an argument of it
   --data my.Data                a LightningDataModule; not needed if the module has a train_dataloader
   --data.NAME VALUE             an argument of it

@@ -11,8 +11,8 @@ from lightning_gradguard import __version__
 from lightning_gradguard.cli.messages import nearest, usage_errors_reported
 
 VERBS = {
-    "fit": "train a module of yours with the suite in place (LightningCLI)",
-    "check": "check that a module of yours can train, as it is initialized; trains nothing",
+    "fit": "train your own module with the suite in place (LightningCLI)",
+    "check": "check that your own module can train, as it is initialized; trains nothing",
     "report": "report on runs from their logs: what went wrong, where, and the remedy",
     "replay": "reproduce an incident from its dossier",
     "demo": "train a network that fails alone, and learns with the suite",
@@ -29,7 +29,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         verbs = "\n".join(f"  {name:<11} {description}" for name, description in VERBS.items())
         print(
             f"usage: lightning-gradguard COMMAND ...\n\n{verbs}\n\n"
-            "`lightning-gradguard COMMAND --help` shows the options of a command."
+            "`lightning-gradguard COMMAND --help` shows the options of a command, "
+            "`lightning-gradguard --version` the version."
         )
     elif verb == "--version":
         print(__version__)

@@ -23,7 +23,7 @@ Lightning's grad_norm, Hugging Face's Trainer, NeMo, Composer and others."""
 _EPILOG = """\
 examples:
   lightning-gradguard report lightning_logs/version_0
-  lightning-gradguard report lightning_logs --html report.html
+  lightning-gradguard report lightning_logs --html
   lightning-gradguard report runs/bare runs/guarded --json | jq '.runs[].headline'
 
 Exit code 0: a report was printed, whatever its verdict; 2: wrong input."""
@@ -40,9 +40,12 @@ def main(arguments: Sequence[str]) -> None:
             raise UsageError(f"there is no {unknown}.{nearest(unknown, _OPTIONS)}")
     folders: list[Path] = options.run_dirs
     json_file: Path | None = options.json
+    html_file: Path | None = options.html
+    # `--json RUN_DIR`: no report can be written to a folder
     if json_file is not None and json_file.is_dir():
-        # `--json RUN_DIR`: no report can be written to a folder
         folders, json_file = [*folders, json_file], Path("-")
+    if html_file is not None and html_file.is_dir():
+        folders, html_file = [*folders, html_file], Path("report.html")
     with usage_errors_reported("report"):
         if not folders:
             raise UsageError(
@@ -53,8 +56,8 @@ def main(arguments: Sequence[str]) -> None:
         except FileNotFoundError as error:
             raise UsageError(str(error)) from None
         reports = [report_on(read_run(name, path)) for name, path in runs.items()]
-        if options.html is not None:
-            _write(options.html, to_html(reports, options.html.parent))
+        if html_file is not None:
+            _write(html_file, to_html(reports, html_file.parent))
         if json_file == Path("-"):
             _print(to_json(reports))
             return
@@ -86,7 +89,14 @@ def argument_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "run_dirs", metavar="RUN_DIR", nargs="*", type=Path, help="folder of a run, or one that holds runs"
     )
-    parser.add_argument("--html", metavar="FILE", type=Path, help="write a page with charts as well")
+    parser.add_argument(
+        "--html",
+        metavar="FILE",
+        nargs="?",
+        const=Path("report.html"),
+        type=Path,
+        help="write a page with charts as well, report.html if no FILE is named",
+    )
     parser.add_argument(
         "--json",
         metavar="FILE",

@@ -73,7 +73,7 @@ _TITLES = {
 #: Interventions on the console, with the value of the incident.
 _INTERVENTIONS = {
     "rollback": "Rolled back to step {:.0f}",
-    "learning_rate_backoff": "Learning rate backed off to {:.4g}x",
+    "learning_rate_backoff": "Learning rate backed off to {:.4g}x the configured rate",
 }
 _VALUES = {
     "nonfinite_gradient": "{:.0%} of the tensors",
@@ -83,9 +83,18 @@ _VALUES = {
     "corrupted_gradient": "total norm {:.4g}",
     "rejected_step": "total norm {:.4g}",
     "rollback": "to step {:.0f}",
-    "learning_rate_backoff": "{:.4g}x",
+    "learning_rate_backoff": "{:.4g}x the configured rate",
     "constant_clipping": "{:.0%} of the steps to less than half of their norm",
+    "nonfinite_loss": "loss {:.4g}",
+    "vanishing_gradient": "gradients shrink by {:.1f} decades from last layer to first, usual: within 3",
+    "weight_stagnation": "smallest update {:.1g} of the weight norm, usual: above 1e-07",
+    "stuck_loss": "loss {:.4g}",
+    "dead_units": "{:.0%} of the units zero for every sample, usual: below 90%",
+    "saturated_units": "{:.0%} of the outputs saturated, usual: below 30%",
+    "exploding_gradient": "total gradient norm {:.4g}",
 }
+#: A negative value of `exploding_gradient` is the profile over the layers.
+_GROWTH = "gradients grow by {:.1f} decades from last layer to first, usual: within 3"
 
 
 def current_name(value: str) -> Any:
@@ -155,8 +164,14 @@ class Incident:
 
     @property
     def measured(self) -> str:
-        """The value with its unit; empty for none."""
-        return "" if self.value is None else _VALUES.get(self.kind, "{:.4g}").format(self.value)
+        """The value with its name and unit, or the detail that has them; empty for none."""
+        if self.value is None:
+            return ""
+        if self.kind == "exploding_gradient" and self.value < 0:
+            return _GROWTH.format(-self.value)
+        if self.kind not in _VALUES and self.detail:
+            return self.detail.rstrip(".")
+        return _VALUES.get(self.kind, "value {:.4g}").format(self.value)
 
     def describe(self) -> str:
         """Returns the incident in one line."""
@@ -171,7 +186,7 @@ class Incident:
             facts.append(first_names(3, self.where))
         if self.location and self.location not in self.where and self.location not in "".join(facts):
             facts.append(self.location)
-        if self.measured:
+        if self.measured and self.measured not in facts:
             facts.append(self.measured)
         if self.cause:
             facts.append(f"cause: {label(self.cause)}")

@@ -1,13 +1,21 @@
-"""Advice and remedies for incidents, causes and symptoms."""
+"""Advice and remedies for incidents, causes and symptoms.
+
+In brackets is a condition, and the part of a text that does not apply under it: `fitting` leaves it away.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Collection, Sequence
+from typing import Literal
+
+#: What a run has, so that some advice does not apply; `feed_forward`: no recurrence.
+Present = Literal["clipping", "backoff", "rollback", "check", "feed_forward"]
 
 _REMEDIES = {
     "nonfinite_gradient": (
-        "Look for log(0), division by zero or sqrt at 0 before {where}; clip gradients "
-        "(AdaptiveGradientClipping) and lower the learning rate if it repeats."
+        "Look for log(0), division by zero or sqrt at 0 before {where};[clipping| clip gradients "
+        "(AdaptiveGradientClipping) and] lower the learning rate if it repeats."
     ),
     "nonfinite_loss": (
         "Check this batch for nonfinite or huge inputs and bad labels, and compute the loss in float32 "
@@ -25,19 +33,20 @@ _REMEDIES = {
         "root of 0."
     ),
     "nonfinite_weights": (
-        "An update was too large: lower the learning rate, clip gradients (AdaptiveGradientClipping), or "
-        "bound the weights (weight_decay, a max-norm constraint)."
+        "An update was too large: lower the learning rate,[clipping| clip gradients "
+        "(AdaptiveGradientClipping),] or bound the weights (weight_decay, a max-norm constraint)."
     ),
     "nonfinite_buffers": (
         "The batch corrupted running statistics of normalization: check it for nonfinite or huge inputs."
     ),
     "loss_spike": (
-        "Clipping absorbs a single spike; if spikes recur, lower z_threshold or max_norm of the clipping "
-        "policy, warm the learning rate up for longer, and check the batch."
+        "If spikes recur,[clipping| clip gradients (AdaptiveGradientClipping),] lower the learning rate or "
+        "warm it up for longer, and check the batch."
     ),
     "divergence": (
         "Loss and gradient norm are far above those of the first steps: lower the learning rate or warm it "
-        "up for longer, clip gradients (AdaptiveGradientClipping), check the initialization."
+        "up for longer[clipping|, clip gradients (AdaptiveGradientClipping)]"
+        "[check|, check the initialization (InitializationCheck)]."
     ),
     "constant_clipping": (
         "Clipping, not the learning rate, sets the length of most steps: lower the learning rate, or raise "
@@ -56,15 +65,15 @@ _REMEDIES = {
         "compute the overflowing layer in float32."
     ),
     "rollback": (
-        "The weights are those of an earlier step; add LearningRateBackoff or lower the learning rate if "
-        "it happens again."
+        "The weights are those of an earlier step;[backoff| add LearningRateBackoff or] lower the learning "
+        "rate if it happens again."
     ),
     "learning_rate_backoff": (
         "If the scale keeps falling, give the optimizer a lower learning rate or a longer warm-up."
     ),
     "training_diverged": (
-        "Lower the learning rate, clip gradients (AdaptiveGradientClipping), check the initialization "
-        "(InitializationCheck) and the batches that were skipped."
+        "Lower the learning rate,[clipping| clip gradients (AdaptiveGradientClipping),][check| check the "
+        "initialization (InitializationCheck)] and check the batches that were skipped."
     ),
     "lost_batch": (
         "The run lost this batch before it was resumed (lost_batches.rank0.jsonl); it is skipped again."
@@ -76,13 +85,13 @@ _REMEDIES = {
     "vanishing_gradient": (
         "Gradients vanish before they reach {where}: use non-saturating activations (ReLU, GELU) with He "
         "initialization (torch.nn.init.kaiming_normal_), residual connections and batch or layer "
-        "normalization; in a recurrent network LSTM or GRU gating or an orthogonal recurrent weight; "
-        "layer-wise pre-training as a last resort."
+        "normalization;[feed_forward| in a recurrent network LSTM or GRU gating or an orthogonal recurrent "
+        "weight;] layer-wise pre-training as a last resort."
     ),
     "exploding_gradient": (
-        "Gradients explode at {where}: clip them (AdaptiveGradientClipping), lower the learning rate, use "
-        "orthogonal or Xavier initialization, weight_decay or a max-norm constraint; in a recurrent network "
-        "LSTM or GRU gating and truncated BPTT."
+        "Gradients explode at {where}:[clipping| clip them (AdaptiveGradientClipping),] lower the learning "
+        "rate, use orthogonal or Xavier initialization, weight_decay or a max-norm constraint[feed_forward|; "
+        "in a recurrent network LSTM or GRU gating and truncated BPTT]."
     ),
     "weight_stagnation": (
         "{where} no longer moves: check that its gradient is not zero (dead ReLU, saturated tanh), that its "
@@ -90,7 +99,8 @@ _REMEDIES = {
     ),
     "stuck_loss": (
         "Neither loss nor weights move: raise the learning rate, change saturating activations for ReLU or "
-        "GELU, check the initialization (InitializationCheck) and that labels match their inputs."
+        "GELU,[check| check the initialization (InitializationCheck)] and check that labels match their "
+        "inputs."
     ),
     "dead_units": (
         "Most units of {where} are zero for every sample: lower the learning rate, use LeakyReLU or GELU, "
@@ -102,7 +112,7 @@ _REMEDIES = {
     ),
     "poor_initialization": (
         "Initialize {where} for its activation: He (torch.nn.init.kaiming_normal_) before ReLU, Xavier "
-        "before tanh or sigmoid, orthogonal for recurrent weights; or "
+        "before tanh or sigmoid[feed_forward|, orthogonal for recurrent weights]; or "
         "InitializationCheck(on_failure='repair')."
     ),
 }
@@ -113,12 +123,12 @@ _BY_CAUSE = {
         "normalize inputs."
     ),
     "corrupted_weights": (
-        "Single elements of {where} were corrupted: suspect memory or storage, or code of your own that "
+        "Single elements of {where} were corrupted: suspect memory or storage, or your own code that "
         "writes weights. If it repeats on one machine, exclude that machine."
     ),
     "update_too_large": (
-        "An update was too large: lower the learning rate or warm it up for longer, clip gradients "
-        "(AdaptiveGradientClipping), or bound the weights (weight_decay, a max-norm constraint)."
+        "An update was too large: lower the learning rate or warm it up for longer,[clipping| clip gradients "
+        "(AdaptiveGradientClipping),] or bound the weights (weight_decay, a max-norm constraint)."
     ),
     "forward_pass": (
         "{where} made the value from finite inputs: look for exp, log, division, a fully masked softmax row, "
@@ -153,10 +163,11 @@ _BY_CAUSE = {
 
 _STEPS_TO_TAKE = {
     "exploding_gradient": (
-        "Clip gradients: AdaptiveGradientClipping(), or gradient_clip_val=1.0 of the Trainer.",
-        "Check the initialization: orthogonal for recurrent weights, Xavier before tanh, He before ReLU; "
-        "InitializationCheck() measures it before step 1.",
-        "In a recurrent network use gated cells (LSTM or GRU), and truncated BPTT.",
+        "[clipping|Clip gradients: AdaptiveGradientClipping(), or gradient_clip_val=1.0 of the Trainer.]",
+        "Fit the initialization: Xavier before tanh, He before ReLU"
+        "[feed_forward|, orthogonal for recurrent weights]"
+        "[check|; InitializationCheck() measures it before step 1].",
+        "[feed_forward|In a recurrent network use gated cells (LSTM or GRU), and truncated BPTT.]",
         "Lower the learning rate, or warm it up for longer.",
         "Bound the weights: weight_decay, or a max-norm constraint.",
     ),
@@ -164,29 +175,31 @@ _STEPS_TO_TAKE = {
         "Use activations that do not saturate (ReLU, GELU) with He initialization "
         "(torch.nn.init.kaiming_normal_); InitializationCheck(on_failure='repair') does it.",
         "Add residual connections, and batch or layer normalization.",
-        "In a recurrent network use gated cells (LSTM or GRU), or an orthogonal recurrent weight.",
+        "[feed_forward|In a recurrent network use gated cells (LSTM or GRU), or an orthogonal recurrent "
+        "weight.]",
         "As a last resort train layer by layer.",
     ),
     "nonfinite_loss": (
         "Check the batch of that step for nonfinite or huge inputs and bad labels.",
         "Compute the loss in float32 and on logits: cross_entropy rather than log of softmax.",
-        "Skip such batches: NaNRollback() leaves no trace of them and reports the cause.",
+        "[rollback|Skip such batches: NaNRollback() leaves no trace of them and reports the cause.]",
     ),
     "nonfinite_gradient": (
         "Look for log(0), division by zero, or sqrt and norm at 0 before {where}.",
-        "Skip such steps: NaNRollback() leaves no trace of them and names the operation.",
-        "Clip gradients (AdaptiveGradientClipping) and lower the learning rate if it repeats.",
+        "[rollback|Skip such steps: NaNRollback() leaves no trace of them and names the operation.]",
+        "Lower the learning rate if it repeats[clipping|, and clip gradients (AdaptiveGradientClipping)].",
     ),
     "divergence": (
         "Lower the learning rate, or warm it up for longer.",
-        "Clip gradients: AdaptiveGradientClipping(), or gradient_clip_val=1.0 of the Trainer.",
-        "Check the initialization: InitializationCheck() measures it before step 1.",
-        "Roll back automatically: NaNRollback() with LearningRateBackoff().",
+        "[clipping|Clip gradients: AdaptiveGradientClipping(), or gradient_clip_val=1.0 of the Trainer.]",
+        "[check|Check the initialization: InitializationCheck() measures it before step 1.]",
+        "[rollback|Roll back automatically: NaNRollback() with LearningRateBackoff().]",
     ),
     "stuck_loss": (
         "Raise the learning rate.",
         "Check that labels match their inputs: can the network learn one batch by heart?",
-        "Change saturating activations for ReLU or GELU, and check the initialization (InitializationCheck).",
+        "Change saturating activations for ReLU or GELU[check|, and check the initialization "
+        "(InitializationCheck)].",
     ),
     "constant_clipping": (
         "The clipped norm has become the learning rate: raise the threshold (max_norm, z_threshold), or "
@@ -239,5 +252,37 @@ def remedies(kind: str, where: Sequence[str] = ()) -> tuple[str, ...]:
     return tuple(_name_first(step, where) for step in steps if step)
 
 
+def fitting(text: str, present: Collection[Present]) -> str:
+    """Returns advice without the parts that do not apply to a run; empty if no part does.
+
+    Args:
+        text: Any text with advice of this module in it.
+        present: What the run has.
+
+    Example:
+        >>> fitting(advice("rollback"), ["backoff"])
+        'The weights are those of an earlier step; lower the learning rate if it happens again.'
+    """
+    for condition in present:
+        for part in _PARTS.get(condition, ()):
+            text = text.replace(part, "")
+    return text
+
+
 def _name_first(text: str, where: Sequence[str]) -> str:
-    return text.format(where=where[0] if where else "the network")
+    plain = _CONDITIONAL.sub(r"\2", text)
+    return plain.format(where=where[0] if where else "the network")
+
+
+_CONDITIONAL = re.compile(r"\[(\w+)\|([^]]*)\]")
+#: Parts of texts by condition, the longest first: one may hold another.
+_PARTS: dict[str, list[str]] = {}
+for _text in (
+    *_REMEDIES.values(),
+    *_BY_CAUSE.values(),
+    *(step for s in _STEPS_TO_TAKE.values() for step in s),
+):
+    for _condition, _part in _CONDITIONAL.findall(_text):
+        _PARTS.setdefault(_condition, []).append(_part)
+for _parts in _PARTS.values():
+    _parts.sort(key=len, reverse=True)

@@ -37,9 +37,11 @@ INCIDENTS = "incidents"
 SUMMARY = "summary"
 HEAT_MAP = "grad_norm/layers"
 GRAD_HISTOGRAM = "grad_histogram/<name>"
-#: The log10 copy of another tag, and the tags that have one: on a linear axis a spike hides the rest.
+#: The log10 copy of another tag, and the tags that have one: those that share a chart on a logarithmic axis.
 LOG10 = "log10/<name>"
-SPANS_DECADES = (GRAD_NORM, CLIPPED_NORM_TOTAL, BAND_LOW, BAND_TOTAL, BAND_HIGH, UPDATE_RATIO, CLIP_THRESHOLD)
+SPANS_DECADES = (GRAD_NORM_TOTAL, CLIPPED_NORM_TOTAL, BAND_LOW, BAND_TOTAL, BAND_HIGH, CLIP_THRESHOLD)
+#: Of these, TensorBoard gets the copy alone.
+BAND = (BAND_LOW, BAND_TOTAL, BAND_HIGH)
 
 Role = Literal[
     "total",
@@ -56,6 +58,7 @@ Role = Literal[
     "scale",
     "rate",
     "largest",
+    "initialization",
     "loss",
 ]
 #: Tags of the suite that are read back; the first that matches counts.
@@ -75,6 +78,7 @@ _OWN: dict[str, Role] = {
     LR: "rate",
     LARGEST_NORM: "largest",
     LARGEST_LOGGED_NORM: "largest",
+    INITIALIZATION: "initialization",
 }
 _NAME = r"(?P<name>.+?)"
 _INDEX = r"(?:\.(?P<optimizer>\d+))?"
@@ -109,7 +113,7 @@ class Meaning:
     Args:
         role: The number that it is.
         optimizer: Index of the optimizer.
-        name: Of the parameter, module or parameter group.
+        name: Name of the parameter, module or parameter group.
         rank: Of several tags with the same role, the one with the lowest rank counts.
     """
 
@@ -153,14 +157,18 @@ def pattern(form: str, name: str = ".*", index: str = r"(\.\d+)?") -> str:
 
 
 def log10_tag(tag: str) -> str:
-    """Returns the tag of the log10 copy; empty where a number does not span decades.
+    """Returns the tag of the log10 copy; empty where no chart needs one.
 
     Example:
-        >>> log10_tag("grad_norm.0/total"), log10_tag("clip/fraction"), log10_tag("update_ratio/net.0")
-        ('log10/grad_norm.0/total', '', 'log10/update_ratio/net.0')
+        >>> log10_tag("grad_norm.0/total"), log10_tag("clip/fraction"), log10_tag("grad_norm/net.0")
+        ('log10/grad_norm.0/total', '', '')
     """
-    spans_decades = _SPANS_DECADES.fullmatch(tag) and not _NONFINITE_FRACTION.fullmatch(tag)
-    return LOG10.replace("<name>", tag) if spans_decades else ""
+    return LOG10.replace("<name>", tag) if _SPANS_DECADES.fullmatch(tag) else ""
+
+
+def is_band(tag: str) -> bool:
+    """True for the ends of the usual band, and for the total norm within it."""
+    return _BAND.fullmatch(tag) is not None
 
 
 def meaning_of(tag: str) -> Meaning | None:
@@ -188,7 +196,7 @@ def meaning_of(tag: str) -> Meaning | None:
 
 
 _SPANS_DECADES = re.compile("|".join(map(pattern, SPANS_DECADES)), re.DOTALL)
-_NONFINITE_FRACTION = re.compile(pattern(NONFINITE_FRACTION))
+_BAND = re.compile("|".join(map(pattern, BAND)))
 _KNOWN: tuple[tuple[str, Role], ...] = (
     *((pattern(form, _NAME, _INDEX), role) for form, role in _OWN.items()),
     *_FOREIGN.items(),

@@ -1,4 +1,4 @@
-"""One object between `loss.backward()` and `optimizer.step()` of a training loop of your own."""
+"""One object between `loss.backward()` and `optimizer.step()` of your own training loop."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class StepOutcome:
 
 
 class TrainingGuard:
-    """Takes, skips or undoes the steps of a training loop of your own, as the callbacks do under a Trainer.
+    """Takes, skips or undoes the steps of your own training loop, as the callbacks do under a Trainer.
 
     A step is skipped if its loss, a gradient, or a buffer that its forward pass has written is nonfinite. It
     leaves no trace: weights, optimizer state and buffers are as if the batch had never been seen. After

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -45,7 +46,7 @@ class Interventions:
 class RunReport:
     """The report on one run, as `schema.json` describes it.
 
-    `next_steps` are the remedies of all symptoms, the worst first, without callbacks already in place.
+    `next_steps` are the remedies of all symptoms, the worst first, each once.
     """
 
     run: Run
@@ -76,7 +77,7 @@ def report_on(run: Run) -> RunReport:
         incidents=Counter(incident.kind for incident in log.incidents),
         layers=[_layer_summary(name, g) for g in log.gradients for name in worst_layers(g, verdict)],
         interventions=_interventions(run),
-        next_steps=_next_steps(run, verdict),
+        next_steps=_next_steps(verdict),
         notes=[*run.notes, *_missing(run, verdict)],
     )
 
@@ -127,14 +128,13 @@ def _last_count(series: Series) -> int | None:
     return int(counts[-1][1]) if counts else None
 
 
-def _next_steps(run: Run, verdict: RunVerdict) -> list[str]:
-    in_place = {
-        "AdaptiveGradientClipping()": any(len(g.clip_fraction) for g in run.log.gradients),
-        "NaNRollback()": len(run.log.skips) > 0,
-    }
-    known = [callback for callback, is_there in in_place.items() if is_there]
-    remedies = dict.fromkeys(remedy for symptom in verdict.symptoms for remedy in symptom.remedies)
-    return [remedy for remedy in remedies if not any(callback in remedy for callback in known)]
+def _next_steps(verdict: RunVerdict) -> list[str]:
+    """Returns the remedies of all symptoms; of those that begin alike, the first."""
+    remedies = (remedy for symptom in verdict.symptoms for remedy in symptom.remedies)
+    by_start: dict[str, str] = {}
+    for remedy in remedies:
+        by_start.setdefault(re.split(r"[:,;(]", remedy)[0], remedy)
+    return [*by_start.values()]
 
 
 def _missing(run: Run, verdict: RunVerdict) -> list[str]:

@@ -7,17 +7,23 @@ from collections.abc import Collection, Sequence
 from typing import Any
 
 import pytorch_lightning as pl
+import torch
 from torch import Tensor
 
 from lightning_gradguard.core.detectors import DEPTH_DECADES, depth_profile
 from lightning_gradguard.core.forensics import investigate
 from lightning_gradguard.core.initialization import (
     Finding,
-    check,
     copied_units,
+    improves,
+    measure,
     nonfinite_weights,
     repair,
+    values_of,
+    with_cures,
 )
+from lightning_gradguard.core.initialization.probe import Probe
+from lightning_gradguard.core.initialization.repair import Repair
 from lightning_gradguard.core.parameter_names import plain_name
 from lightning_gradguard.core.remedies import advice
 from lightning_gradguard.runtime.distributed import (
@@ -54,14 +60,7 @@ class FirstBatch:
 
     def check(self) -> tuple[list[Finding], dict[str, float]]:
         """Returns findings and measured values, the same on every rank; none if there is a problem."""
-        findings: list[Finding] = []
-        values: dict[str, float] = {}
-        self.problem = None
-        is_scale_free = all(type(o).__name__.startswith(SCALE_FREE) for o in self._trainer.optimizers)
-        try:
-            findings, values = check(self._pl_module, self._run_loss, scale_free=is_scale_free)
-        except Exception as error:
-            self.problem = error
+        findings, values, measured = self._measure()
         # on every rank, for the training step may communicate
         if any(gather_objects(not math.isfinite(values.get("loss", 0.0)))):
             try:
@@ -71,17 +70,56 @@ class FirstBatch:
         if self.problem is not None:
             console.print_message(self._trainer, f"gradguard: Initialization not checked: {self.problem}")
             findings, values = [], {}
-        return _worst_over_ranks(findings, values)
+        has_problem = any(gather_objects(self.problem is not None))
+        findings, values = _worst_over_ranks(findings, values)
+        if findings and not has_problem:
+            findings = with_cures(self._pl_module, self._run_loss, findings, measured, self._measure_again)
+        return findings, values
 
-    def repair(self, names: Collection[str], seed: int) -> list[str]:
-        """Initializes layers anew, the same on every rank, and returns a line for each of them."""
+    def repair(self, names: Collection[str], seed: int, before: list[Finding]) -> Repair:
+        """Initializes layers, the same on every rank; undone if the findings are no better afterwards."""
+        parameters = list(self._pl_module.parameters())
+        saved = [parameter.detach().clone() for parameter in parameters]
         try:
             done = repair(self._pl_module, self._run_loss, names=names, seed=seed)
         except Exception as error:
-            done = []
+            done = Repair((), ())
             console.print_message(self._trainer, f"gradguard: Repair did not finish: {error}")
-        broadcast_tensors(list(self._pl_module.parameters()))
-        return done
+        broadcast_tensors(parameters)
+        try:
+            if improves(before, self._measure_again()):
+                return done
+        except RuntimeError as error:
+            console.print_message(self._trainer, f"gradguard: Not measured after the repair: {error}")
+        with torch.no_grad():
+            for parameter, value in zip(parameters, saved, strict=True):
+                parameter.copy_(value)
+        return Repair((), done.left_alone)
+
+    def _measure(self) -> tuple[list[Finding], dict[str, float], Probe | None]:
+        """Returns findings, values and measurements of this rank; sets the problem if there is one."""
+        findings: list[Finding] = []
+        measured: Probe | None = None
+        self.problem = None
+        is_scale_free = all(type(o).__name__.startswith(SCALE_FREE) for o in self._trainer.optimizers)
+        try:
+            findings, measured = measure(self._pl_module, self._run_loss, scale_free=is_scale_free)
+        except Exception as error:
+            self.problem = error
+        return findings, values_of(measured), measured
+
+    def _measure_again(self) -> list[Finding]:
+        """Returns the findings after a change, the same on every rank.
+
+        Raises:
+            RuntimeError: On every rank if a rank could not measure.
+        """
+        findings, values, _ = self._measure()
+        problems = gather_objects(None if self.problem is None else str(self.problem))
+        self.problem = None
+        if any(problems):
+            raise RuntimeError(*filter(None, problems))
+        return _worst_over_ranks(findings, values)[0]
 
     def _run_loss(self) -> Tensor:
         with without_logging(self._pl_module):
@@ -104,7 +142,7 @@ def check_weights_alone(trainer: pl.Trainer, pl_module: pl.LightningModule) -> l
 
 
 def check_first_step(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Finding | None:
-    """Returns a finding if the gradients of the first step vanish or explode in the backward pass."""
+    """Returns a finding if the gradients of the first step vanish or explode between last and first layer."""
     layout = ParameterLayout(flat_shards(trainer), pl_module.device)
     everything = layout.select(pl_module.named_parameters())
     named = zip(everything.names, everything.parameters, everything.is_matrix, strict=True)

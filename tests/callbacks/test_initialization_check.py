@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ def test_warn_changes_nothing_and_reports_all_findings(
     assert same(weights(bare), weights(module))
     printed = capsys.readouterr()
     text = printed.out + printed.err
-    assert "nn.init.kaiming_normal_(model.net.5.weight, nonlinearity='relu')" in text
+    assert "nn.init.kaiming_normal_(model.net[i].weight, nonlinearity='relu')" in text
     record = json.loads((Path(logger.log_dir) / "incidents.jsonl").read_text())
     assert record["kind"] == "poor_initialization"
     assert record["action"] == "none"
@@ -66,6 +67,88 @@ def test_repaired_weights_are_those_that_a_rollback_returns_to(order: int) -> No
     fit(healthy, [*batches(1), *nan], [InitializationCheck(on_failure="repair"), NaNRollback(patience=1)])
     assert not same(weights(Deep()), weights(healthy))
     assert all(bool(torch.isfinite(w).all()) for w in weights(healthy))
+
+
+def values(module: nn.Module) -> list[Tensor]:
+    return [parameter.detach().clone() for parameter in module.parameters()]
+
+
+class Still(Deep):
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.0)
+
+
+@pytest.mark.parametrize("initialize", [nn.init.zeros_, lambda w: nn.init.normal_(w, std=0.8)])
+def test_nothing_changed_is_nothing_repaired(
+    initialize: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.manual_seed(0)
+    module = Still()
+    for layer in module.net:
+        if isinstance(layer, nn.Linear):
+            initialize(layer.weight)
+    before, logger = values(module), CSVLogger(tmp_path)
+    check = InitializationCheck(on_failure="repair")
+    fit(module, batches(1), [check], logger=logger, max_steps=1, enable_progress_bar=True)
+    assert same(before, values(module))
+    printed = capsys.readouterr()
+    text = printed.out + printed.err
+    assert "Nothing was repaired: the weights of net.0, net.3, net.5 and 10 more are not the default" in text
+    assert "Repaired" not in text
+    records = [*map(json.loads, (Path(logger.log_dir) / "incidents.jsonl").read_text().splitlines())]
+    assert {record["action"] for record in records} == {"none"}
+    # the argument that the message names repairs them
+    made = re.search(r"InitializationCheck\(on_failure='repair', repair_modules=\[.*?\]\)", text)
+    assert made
+    named = eval(made[0], {"InitializationCheck": InitializationCheck})
+    fit(module, batches(1), [named], logger=CSVLogger(tmp_path, version="named"), max_steps=1)
+    assert not same(before, values(module))
+    (record, *_) = (Path(tmp_path) / "lightning_logs" / "named" / "incidents.jsonl").read_text().splitlines()
+    assert json.loads(record)["action"] == "repaired"
+    assert [f for f in named.findings if f.severity == "fail"] == []
+
+
+def test_a_repair_that_betters_nothing_is_undone(capsys: pytest.CaptureFixture[str]) -> None:
+    class Tenth(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return 0.1 * x + 0.9 * x.detach()  # a tenth of each gradient, whatever the weights are
+
+    class Attenuated(Still):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = nn.Sequential(*(nn.Sequential(m, Tenth()) for m in self.net))
+
+    module = Attenuated()
+    before = values(module)
+    fit(module, batches(1), [InitializationCheck(on_failure="repair")], enable_progress_bar=True)
+    printed = capsys.readouterr()
+    assert "Nothing was repaired: no repair that was tried betters" in printed.out + printed.err
+    assert same(before, values(module))
+
+
+def test_a_gain_through_time_is_a_warning_of_a_fit(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Long(Classifier):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.net: Any = nn.RNN(1, 16, batch_first=True)
+            self.head = nn.Linear(16, 4)
+
+        def training_step(self, batch: Batch, batch_idx: int) -> Tensor | None:
+            states, _ = self.net(batch[0].repeat(1, 3)[..., None])
+            return nn.functional.cross_entropy(self.head(states[:, -1]), batch[1])
+
+    logger = CSVLogger(tmp_path)
+    fit(Long(), batches(1), [InitializationCheck()], logger=logger, enable_progress_bar=True)
+    printed = capsys.readouterr()
+    assert "WARN  net    gain_through_time  -" in printed.out + printed.err
+    (record,) = map(json.loads, (Path(logger.log_dir) / "incidents.jsonl").read_text().splitlines())
+    assert record["kind"] == "poor_initialization"
+    assert record["value"] < -3
+    assert record["detail"].startswith("gain_through_time of net: -")
+    assert record["advice"].startswith("Cure: nn.init.orthogonal_(model.net.weight_hh_l0")
 
 
 def test_a_resumed_run_is_not_checked(tmp_path: Path) -> None:

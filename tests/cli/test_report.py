@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from lightning_gradguard.cli import report
-from tests.report.runs import ROOT, write_events
+from tests.report.runs import ROOT, printed, write_events
 
 WRONG_INPUTS: list[tuple[tuple[str, ...], str]] = [
     (("runs/version_1",), "there is no folder runs/version_1. Did you mean runs/version_0?"),
@@ -60,7 +60,7 @@ def test_help_shows_examples_and_options(capsys: pytest.CaptureFixture[str]) -> 
     assert stopped.value.code == 0
     text = capsys.readouterr().out
     assert "lightning-gradguard report lightning_logs/version_0" in text
-    assert all(option in text for option in ("RUN_DIR", "--html FILE", "--json [FILE]"))
+    assert all(option in text for option in ("RUN_DIR", "--html [FILE]", "--json [FILE]"))
 
 
 def test_report_loads_neither_torch_nor_lightning() -> None:
@@ -79,3 +79,13 @@ def test_report_loads_neither_torch_nor_lightning() -> None:
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("run: healthy") == 2
     assert "\x1b" not in result.stdout
+
+
+@pytest.mark.parametrize("arguments", [("runs", "--html"), ("--html", "runs")])
+def test_a_page_without_a_name(arguments: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("bare", "guarded"):
+        write_events(f"runs/{name}/version_0", {"train_loss": [2.0 * 0.9**i for i in range(30)]})
+    text = printed(capsys, *arguments)
+    assert [line.split()[0] for line in text.splitlines()[1:3]] == ["bare", "guarded"]
+    assert "Comparison" in Path("report.html").read_text()
+    assert set(Path().iterdir()) == {Path("runs"), Path("report.html")}

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from lightning_gradguard import (
     AdaptiveGradientClipping,
+    GlobalNormClipping,
     GradientNormMonitor,
     LearningRateBackoff,
     NaNRollback,
@@ -196,7 +197,7 @@ def test_a_table_at_the_end(bar: Any, bar_first: bool, capsys: pytest.CaptureFix
         "rollbacks": "1",
         "incidents": "nonfinite loss (4), rollback (1), learning rate backoff (1)",
         "written to": "logs/storm/version_0/incidents.jsonl",
-        "lost batches": "logs/storm/version_0/incidents, a page each",
+        "pages": "logs/storm/version_0/incidents, one for the first skip of each episode",
     }
     assert table(printed, "Next steps") == {
         "report": "lightning-gradguard report logs/storm/version_0",
@@ -205,6 +206,47 @@ def test_a_table_at_the_end(bar: Any, bar_first: bool, capsys: pytest.CaptureFix
     assert float(norm) > 0
     assert float(scale) < 1
     assert share.endswith("%")
+
+
+def test_a_run_that_was_clipped_all_the_time_is_not_called_clean(capsys: pytest.CaptureFixture[str]) -> None:
+    clipping = AdaptiveGradientClipping(GlobalNormClipping(1e-3))
+    fit_with_bar([GradientNormMonitor(), clipping], batches(30), logger=TensorBoardLogger("logs", name="all"))
+    printed = lines(capsys)
+    rows = table(printed)
+    assert rows["incidents"] == "none"
+    assert rows["unusual"] == "100.0% of the steps were clipped, usual: up to 50%"
+    assert "written to" not in rows
+    assert table(printed, "Next steps")["report"] == "lightning-gradguard report logs/all/version_0"
+
+
+class Steep(Classifier):
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor | None:
+        loss = super().training_step(batch, batch_idx)
+        return None if loss is None else loss * 1e5
+
+
+def test_a_run_with_a_huge_norm_is_not_called_clean(capsys: pytest.CaptureFixture[str]) -> None:
+    fit_with_bar([GradientNormMonitor()], batches(3), module=Steep(optimizer="adam"), log_every_n_steps=1)
+    assert table(lines(capsys))["unusual"].endswith("usual: below 1000 for a mean loss")
+
+
+def test_the_last_printed_line_names_the_kind_that_is_no_longer_printed(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    data = poisoned(batches(60), nan=range(0, 60, 6))
+    fit_with_bar([NaNRollback(max_skip_fraction=1.0)], data)
+    printed = " ".join(lines(capsys))
+    assert printed.count("Further incidents of nonfinite loss") == printed.count(
+        "are only written to the file"
+    )
+    assert "Further ones" not in printed
+
+
+def test_advice_does_not_name_what_is_there(capsys: pytest.CaptureFixture[str]) -> None:
+    fit_with_bar(default_callbacks(), poisoned(batches(30), nan=[17, 18, 19]))
+    printed = " ".join(lines(capsys))
+    assert "lower the learning rate if it happens again" in printed
+    assert "add LearningRateBackoff" not in printed
 
 
 @pytest.mark.parametrize("order", range(4))
@@ -395,4 +437,5 @@ def test_table_of_incidents_is_rewritten_at_intervals() -> None:
     assert len(tables) == 5 + 2 + 1, "of 120"
     assert tables[-1].startswith("nonfinite loss (120)")
     rows = [line for line in tables[-1].splitlines() if line.startswith("| ") and "Nonfinite" in line]
-    assert [int(row.split("|")[1]) for row in rows] == list(range(238, 178, -2))
+    (row,) = rows
+    assert row == "| 180 to 238 | **Nonfinite loss** (30 times) |  |  | skipped | not examined |"

@@ -59,7 +59,6 @@ def test_meaning_of_tags_of_this_package_and_of_others(tag: str, role: str, name
         "log10/train_loss",
         "val_loss",
         "eval/loss",
-        "init/loss",
         "l2_norm/moment/net.0.weight",
         "lr_backoff/scheduled_lr/0",
         "epoch",

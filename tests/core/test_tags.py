@@ -90,7 +90,14 @@ def test_log10_copies_are_not_read_as_norms() -> None:
         written = tag(form, "body.0", optimizer=1, of=2)
         assert log10_tag(written) == f"log10/{written}"
         assert meaning_of(log10_tag(written)) is None
-    for form in (tags.NONFINITE_FRACTION, tags.CLIP_FRACTION, tags.WEIGHT_NORM, tags.SKIPS):
+    for form in (
+        tags.NONFINITE_FRACTION,
+        tags.GRAD_NORM,
+        tags.UPDATE_RATIO,
+        tags.CLIP_FRACTION,
+        tags.WEIGHT_NORM,
+        tags.SKIPS,
+    ):
         assert log10_tag(tag(form, "body.0")) == ""
 
 

@@ -18,7 +18,7 @@ class PerTensorClipping(ClippingPolicy):
 
     Args:
         max_ratio: Largest ratio of a norm to its running mean; at least 1.
-        decay: Of the running norms; in [0, 1).
+        decay: Decay of the running norms; in [0, 1).
         warmup_steps: Steps in which the total norm is clipped to `max_norm` and the smallest norm of each
             tensor is recorded; a parameter that is added later has its own warm-up. At least 1.
         max_norm: The bound within the warm-up; positive.

@@ -12,7 +12,7 @@ from lightning_gradguard.core.norms import Gradients
 
 
 class ClippingPolicy(ABC):
-    """Decides by how much each gradient is scaled; subclass it for a policy of your own.
+    """Decides by how much each gradient is scaled; subclass it for your own policy.
 
     `coefficients` is pure and `commit` updates the history, so that only a step that is taken enters it. A
     policy should not synchronize with the device; if the host knows the total norm (`gradients.known_norm`),

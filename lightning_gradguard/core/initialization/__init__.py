@@ -1,13 +1,7 @@
-"""Criteria that a freshly initialized network must meet, and its repair."""
+"""Criteria that a freshly initialized network must meet, cures of where it does not, and its repair."""
 
-from .criteria import (
-    Finding,
-    InitializationError,
-    check,
-    check_weights,
-    copied_units,
-    nonfinite_weights,
-    table,
-)
+from .criteria import check, check_weights, copied_units, measure, nonfinite_weights, values_of
+from .cures import improves, with_cures
+from .findings import Finding, InitializationError, table
 from .probe import probe
 from .repair import holds_default_initialization, repair

@@ -1,26 +1,27 @@
-"""Criteria that a freshly initialized network must meet, and findings of where it does not."""
+"""Criteria that a freshly initialized network must meet, measured on one batch."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from lightning_gradguard.core.initialization.probe import LAYERS, RECTIFIERS, ZERO_GAIN, Probe, probe
+from lightning_gradguard.core.initialization.cures import with_cures
+from lightning_gradguard.core.initialization.findings import SEVERITIES, Finding, Severity
+from lightning_gradguard.core.initialization.probe import LAYERS, ZERO_GAIN, Probe, probe
 from lightning_gradguard.core.norms import local_shard
 
-Severity = Literal["info", "warn", "fail"]
 #: Decades of gradient gain from the last hidden layer back to the first block or layer: of 294 networks, 3 %
 #: fail to train within the healthy ranges, and 90 % beyond the bounds.
 HEALTHY_BLOCK_GAIN = (-2.0, 2.0)
 HEALTHY_LAYER_GAIN = (-5.0, 3.0)
 MAX_BLOCK_GAIN = 4.0
 MIN_LAYER_GAIN = -6.0
-#: Decades through time beyond which no recurrent network in the experiment learned a long dependency.
+#: Decades through time beyond which 2 of 9 recurrent networks learned to recall the first of 20 to 100
+#: symbols; within, 14 of 16 did.
 MAX_RECURRENT_GAIN = 3.0
 #: Shares of dead units and of saturated outputs: warn above the first, fail from the second on.
 DEAD_SHARES = (0.9, 1.0)
@@ -31,61 +32,10 @@ MAX_LAYER_CHANGE = 0.2
 MAX_LOSS_RATIO = 1.2
 
 
-class InitializationError(RuntimeError):
-    """Raised if a freshly initialized network will not train."""
-
-
-@dataclass(frozen=True)
-class Finding:
-    """A criterion that a module does not meet.
-
-    Args:
-        criterion: Name of the criterion.
-        module: Module at fault; empty for the whole network.
-        value: Measured value.
-        expected: Values of healthy networks.
-        severity: `"fail"` if the network will not train, `"warn"` if it may not, else `"info"`.
-        cure: Line of code that cures it.
-    """
-
-    criterion: str
-    module: str
-    value: float
-    expected: str
-    severity: Severity
-    cure: str
-
-
-def table(findings: Sequence[Finding]) -> str:
-    """Formats findings as a table: severity, layer, criterion, measured, expected, cure."""
-    head = ("", "layer", "criterion", "measured", "expected", "cure")
-    rows = [
-        (f.severity.upper(), f.module or "(network)", f.criterion, f"{f.value:.3g}", f.expected, f.cure)
-        for f in findings
-    ]
-    widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head) - 1)]
-    return "\n".join(
-        "  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[-1]]).rstrip()
-        for row in (head, *rows)
-    )
-
-
-def initializer_line(name: str, activation: str | None) -> str:
-    """Returns the line that initializes a layer for the activation after it."""
-    target = f"model.{name}.weight" if name else "model.weight"
-    if activation in RECTIFIERS:
-        return f"nn.init.kaiming_normal_({target}, nonlinearity='relu')"
-    if activation == "tanh":
-        return f"nn.init.orthogonal_({target}, gain=nn.init.calculate_gain('tanh'))"
-    if activation == "sigmoid":
-        return f"nn.init.xavier_normal_({target})  # better: ReLU, or normalization before the sigmoid"
-    return f"nn.init.xavier_normal_({target})"
-
-
 def check(
     module: nn.Module, run_loss: Callable[[], Tensor], *, scale_free: bool = False
 ) -> tuple[list[Finding], dict[str, float]]:
-    """Checks that a freshly initialized network can train.
+    """Checks that a freshly initialized network can train, and tries cures on the batch.
 
     Args:
         module: The network.
@@ -109,17 +59,25 @@ def check(
         Schoenholz, Gilmer, Ganguli, Sohl-Dickstein, Deep Information Propagation, 2017,
         arXiv:1611.01232. He, Zhang, Ren, Sun, Delving Deep into Rectifiers, 2015, arXiv:1502.01852.
     """
+    findings, measured = measure(module, run_loss, scale_free=scale_free)
+    again = partial(measure, module, run_loss, scale_free=scale_free)
+    return with_cures(module, run_loss, findings, measured, lambda: again()[0]), values_of(measured)
+
+
+def measure(
+    module: nn.Module, run_loss: Callable[[], Tensor], *, scale_free: bool
+) -> tuple[list[Finding], Probe | None]:
+    """Measures a network on one batch, and returns findings without cures; no probe of nonfinite weights."""
     findings = check_weights(module)
     if any(finding.criterion == "nonfinite_weights" for finding in findings):
-        return findings, {}
+        return findings, None
     measured = probe(module, run_loss)
     findings += _check_constant(measured)
     findings += _check_loss(module, measured)
     findings += _check_activations(measured)
     findings += _check_gains(measured, scale_free=scale_free)
     findings += _check_recurrence(measured, scale_free=scale_free)
-    order: Sequence[Severity] = ("fail", "warn", "info")
-    return sorted(findings, key=lambda f: order.index(f.severity)), _values(measured)
+    return sorted(findings, key=lambda f: SEVERITIES.index(f.severity)), measured
 
 
 def _check_constant(measured: Probe) -> list[Finding]:
@@ -127,14 +85,15 @@ def _check_constant(measured: Probe) -> list[Finding]:
     findings = []
     first = next((g for g in measured.gradients.values() if g is not None), None)
     is_head_zero = bool(measured.layers) and not bool(measured.layers[-1].module.weight.detach().any())
-    is_blocked = first is not None and not bool(first.any()) and not is_head_zero
+    # a head of zeros moves in the first step, and lets gradients pass from then on
+    passes_later = is_head_zero and measured.block_gain is not None and measured.block_gain > ZERO_GAIN
+    is_blocked = first is not None and not bool(first.any()) and not passes_later
     for layer in measured.layers:
         weight = layer.module.weight.detach()
         if weight.numel() > 1 and bool((weight == 0).all()):
             last = layer is measured.layers[-1]
             severity: Severity = "fail" if is_blocked and not last else "info"
-            cure = initializer_line(layer.name, layer.activation)
-            findings.append(Finding("zero_weights", layer.name, 0.0, "std > 0", severity, cure))
+            findings.append(Finding("zero_weights", layer.name, 0.0, "std > 0", severity))
     return findings
 
 
@@ -151,17 +110,15 @@ def _check_loss(module: nn.Module, measured: Probe) -> list[Finding]:
     is_normalized = any(isinstance(m, nn.LayerNorm) for m in module.modules())
     severity: Severity = "warn" if is_normalized and ratio > 2.2 else "info"
     name = measured.layers[-1].name if measured.layers else ""
-    cure = f"nn.init.normal_(model.{name}.weight, std=0.02)"
-    return [Finding("loss_over_guessing", name, ratio, f"<= {MAX_LOSS_RATIO}", severity, cure)]
+    return [Finding("loss_over_guessing", name, ratio, f"<= {MAX_LOSS_RATIO}", severity)]
 
 
 def _check_activations(measured: Probe) -> list[Finding]:
     findings = []
     for layer in measured.layers:
-        cure = initializer_line(layer.name, layer.activation)
         if not bool(torch.isfinite(layer.output).all()):
             worst = math.nan if bool(layer.output.isnan().any()) else math.inf
-            findings.append(Finding("nonfinite_output", layer.name, worst, "finite", "fail", cure))
+            findings.append(Finding("nonfinite_output", layer.name, worst, "finite", "fail"))
             break
         for criterion, value, (warn, fail) in (
             ("dead_units", layer.dead, DEAD_SHARES),
@@ -169,7 +126,7 @@ def _check_activations(measured: Probe) -> list[Finding]:
         ):
             if value is not None and value > warn:
                 severity: Severity = "fail" if value >= fail else "warn"
-                findings.append(Finding(criterion, layer.name, value, f"< {warn}", severity, cure))
+                findings.append(Finding(criterion, layer.name, value, f"< {warn:.0%}", severity))
     return findings
 
 
@@ -195,14 +152,12 @@ def _check_gains(measured: Probe, *, scale_free: bool) -> list[Finding]:
     expected = "{:g} .. {:g}".format(*HEALTHY_BLOCK_GAIN)
     if scale_free and block > 0:
         expected += " (SGD is unlikely to train, Adam may)"
-    verb = "vanishes" if block < 0 else "explodes"
-    findings = [Finding("gradient_gain", "", block, expected, severity, f"the gradient {verb}; see below")]
+    findings = [Finding("gradient_gain", "", block, expected, severity)]
     for layer, after in zip(layers, layers[1:], strict=False):
         change = (layer.gain or 0.0) - (after.gain or 0.0)
         if abs(change) > MAX_LAYER_CHANGE and change * block > 0:
             # between two outputs are the activation of the first layer and the weight of the second
-            cure = initializer_line(after.name, layer.activation)
-            findings.append(Finding("layer_gain", after.name, change, "-0.2 .. 0.2", severity, cure))
+            findings.append(Finding("layer_gain", after.name, change, "-0.2 .. 0.2", severity))
     return findings
 
 
@@ -211,14 +166,15 @@ def _check_recurrence(measured: Probe, *, scale_free: bool) -> list[Finding]:
     for name, gain in measured.recurrent_gains.items():
         if math.isfinite(gain) and abs(gain) <= MAX_RECURRENT_GAIN:
             continue
-        explodes = not gain < 0
-        severity: Severity = "fail" if explodes and not scale_free else "warn" if explodes else "info"
-        cure = f"nn.init.orthogonal_(model.{name}.weight_hh_l0)"
-        findings.append(Finding("gain_through_time", name, gain, "-3 .. 3", severity, cure))
+        severity: Severity = "warn" if gain < 0 or scale_free else "fail"
+        findings.append(Finding("gain_through_time", name, gain, "-3 .. 3", severity))
     return findings
 
 
-def _values(measured: Probe) -> dict[str, float]:
+def values_of(measured: Probe | None) -> dict[str, float]:
+    """Returns every measured value by `<criterion>/<module>`."""
+    if measured is None:
+        return {}
     values = {"loss": measured.loss}
     if measured.block_gain is not None:
         values["gradient_gain"] = measured.block_gain
@@ -241,8 +197,7 @@ def nonfinite_weights(module: nn.Module) -> list[Finding]:
         finite = torch.isfinite(local_shard(parameter.detach()))
         if not bool(finite.all()):
             share = 1 - float(finite.float().mean())
-            cure = f"model.{owner}.reset_parameters()" if owner else f"model.{name} = ..."
-            findings.append(Finding("nonfinite_weights", owner, share, "0", "fail", cure))
+            findings.append(Finding("nonfinite_weights", owner, share, "0", "fail"))
     return findings
 
 
@@ -261,8 +216,7 @@ def copied_units(
             continue
         weight = whole(layer.weight.detach())
         if bool(weight.any()) and (copies := _equal_rows(weight)) > 0:
-            cure = initializer_line(name, "relu")
-            findings.append(Finding("symmetric_units", name, copies, "0", "fail", cure))
+            findings.append(Finding("symmetric_units", name, copies, "0", "fail"))
     return findings
 
 

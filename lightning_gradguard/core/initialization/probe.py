@@ -37,6 +37,7 @@ class Probe:
         block_gain: Like `Layer.gain`, at the output of the first repeated block.
         recurrent_gains: For each recurrent module, log10 of the ratio of gradient norms at its first and its
             last input.
+        recurrent_steps: Number of steps of each of them.
         gradients: Gradient of the loss for each parameter by name; `None` where it is unused.
     """
 
@@ -45,6 +46,7 @@ class Probe:
     layers: list[Layer] = field(default_factory=list)
     block_gain: float | None = None
     recurrent_gains: dict[str, float] = field(default_factory=dict)
+    recurrent_steps: dict[str, int] = field(default_factory=dict)
     gradients: dict[str, Tensor | None] = field(default_factory=dict)
 
 
@@ -71,7 +73,9 @@ def probe(module: nn.Module, run_loss: Callable[[], Tensor], seed: int = 0) -> P
             blocks = trace.blocks if len(trace.blocks) > 2 else outputs
             (result.block_gain,) = _gains(trace.last_input, blocks[:1], generator)
         for name, recurrence in trace.recurrent.items():
+            outputs_over_time, time = recurrence[1:]
             result.recurrent_gains[name] = _gain_through_time(*recurrence, generator)
+            result.recurrent_steps[name] = outputs_over_time.shape[time]
         named = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
         if named and loss.requires_grad:
             found = torch.autograd.grad(loss, [p for _, p in named], allow_unused=True)

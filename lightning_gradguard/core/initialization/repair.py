@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -12,14 +13,32 @@ from lightning_gradguard.core.initialization.probe import LAYERS, RECTIFIERS, La
 from lightning_gradguard.core.snapshots import preserve_state
 
 
+@dataclass(frozen=True)
+class Repair:
+    """The changes of a repair.
+
+    Args:
+        lines: A line for each layer that was changed: its name and its initialization.
+        left_alone: Hidden layers that were not changed, as they do not hold their default initialization.
+    """
+
+    lines: tuple[str, ...]
+    left_alone: tuple[str, ...]
+
+    @property
+    def changed(self) -> tuple[str, ...]:
+        """Names of the layers that were changed."""
+        return tuple(line.partition(":")[0] for line in self.lines)
+
+
 def repair(
     module: nn.Module, run_loss: Callable[[], Tensor], *, names: Collection[str] = (), seed: int = 0
-) -> list[str]:
+) -> Repair:
     """Initializes layers for the activation after them, then scales them to unit variance.
 
     He initialization before a rectifier, orthogonal before tanh, Xavier before a sigmoid or no activation.
-    The scaling is that of LSUV, in one forward pass. The output layer is not changed, nor are layers that no
-    longer hold their class's default initialization, unless they are named.
+    The scaling is that of LSUV, in one forward pass. The output layer is not changed, nor are layers whose
+    weights are not the default initialization of their class, unless they are named.
 
     Args:
         module: The network.
@@ -28,7 +47,7 @@ def repair(
         seed: The same seed gives the same weights; global random number generators are not used.
 
     Returns:
-        A line for each layer that was changed: its name and its initialization.
+        The layers that were changed, and those that were not.
 
     References:
         Mishkin, Matas, All you need is a good init, 2015, arXiv:1511.06422.
@@ -36,8 +55,8 @@ def repair(
     layers = probe(module, run_loss).layers
     chosen = {
         id(layer.module): layer
-        for layer in layers[:-1]
-        if layer.name in names or holds_default_initialization(layer.module)
+        for layer in layers
+        if layer.name in names or (layer is not layers[-1] and holds_default_initialization(layer.module))
     }
     generator = torch.Generator().manual_seed(seed)
     schemes = [f"{layer.name}: {_initialize(layer, generator)}" for layer in chosen.values()]
@@ -58,7 +77,8 @@ def repair(
     finally:
         for handle in handles:
             handle.remove()
-    return [f"{scheme}, scaled to unit variance" for scheme in schemes]
+    alone = tuple(layer.name for layer in layers[:-1] if id(layer.module) not in chosen)
+    return Repair(tuple(f"{scheme}, scaled to unit variance" for scheme in schemes), alone)
 
 
 def holds_default_initialization(layer: nn.Module) -> bool:

@@ -35,6 +35,8 @@ class Outcome:
         first_loss: Median of the first tenth; `None` if unknown.
         final_loss: Median of the last tenth; NaN if the run failed, `None` if unknown.
         has_learned: True if the loss fell by at least a fifth; by more than its noise if it may be negative.
+        has_improved: True if it has learned, or if the loss after the first intervention is below that
+            before; `None` if no loss was logged.
     """
 
     steps: int
@@ -44,6 +46,7 @@ class Outcome:
     first_loss: float | None
     final_loss: float | None
     has_learned: bool
+    has_improved: bool | None
 
 
 @dataclass(frozen=True)
@@ -54,8 +57,9 @@ class RunSymptom(Symptom):
         kind: Its name, as `core.incidents.title` takes it.
         where: Names of the parameters or modules with the strongest symptom, the worst first.
         value: The measured number.
-        severity: `"fatal"`: it ended the run. `"serious"`: it lasted to the end. `"handled"`: a callback
-            intervened, and training continued. `"minor"`: no intervention was necessary.
+        severity: `"fatal"`: it ended the run. `"serious"`: it lasted to the end, or the loss was no better
+            after the interventions. `"handled"`: a callback intervened, and the loss fell afterwards.
+            `"minor"`: the run learned without an intervention.
         since: The first step that shows it.
         evidence: The measurement in one sentence.
         remedies: What to do, the likeliest first.
@@ -84,7 +88,7 @@ def outcome_of(log: RunLog) -> Outcome:
     """Returns the end of a run.
 
     Args:
-        log: Of the run.
+        log: Logged values of the run.
     """
     everything = [s for s in (log.loss, *(g.total for g in log.gradients), log.skips) if len(s)]
     steps = max((_steps_made(series) for series in everything), default=0)
@@ -104,7 +108,9 @@ def outcome_of(log: RunLog) -> Outcome:
     first, final = ends(losses) if losses else (None, None)
     if failed_at is not None:
         final = math.nan if len(log.loss) else None
-    return Outcome(steps, survived, failed_at, was_stopped, first, final, _has_learned(losses, first, final))
+    has_learned = _has_learned(losses, first, final)
+    has_improved = (has_learned or _fell_after_intervention(log)) if losses else None
+    return Outcome(steps, survived, failed_at, was_stopped, first, final, has_learned, has_improved)
 
 
 def ends(values: Sequence[float], share: int = 10) -> tuple[float, float]:
@@ -131,6 +137,18 @@ def _has_learned(losses: Sequence[float], first: float | None, final: float | No
         return first - final > LEARNED * first
     # a loss that may be negative has no zero to measure its fall against
     return first - final > NOISE_FACTOR * noise_of(losses)
+
+
+def _fell_after_intervention(log: RunLog) -> bool:
+    """True if the median loss after the first intervention is lower than before it."""
+    acted = [i.step for i in log.incidents if i.action not in ("none", "stopped")]
+    counted = [s for series in (log.skips, log.rollbacks) for s, n in series.finite() if n > 0]
+    first = min(acted or counted, default=None)
+    if first is None:
+        return False
+    losses = log.loss.finite()
+    before, after = ([v for s, v in losses if (s < first) is early] for early in (True, False))
+    return bool(before and after) and median(after[len(after) // 2 :]) < median(before)
 
 
 def _failed_at(log: RunLog) -> int | None:

@@ -100,6 +100,7 @@ class RunLog:
         backoff_scale: Factor on the learning rates.
         incidents: In the order of the file.
         largest_norm: Largest norm of all measured steps, logged or not; `None` if it was not logged.
+        was_checked: True if the initialization was checked.
     """
 
     loss: Series = Series()
@@ -109,3 +110,4 @@ class RunLog:
     backoff_scale: Series = Series()
     incidents: Sequence[RecordedIncident] = ()
     largest_norm: float | None = None
+    was_checked: bool = False

@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from lightning_gradguard.core.incidents import title
+from lightning_gradguard.core.remedies import fitting
 from lightning_gradguard.report.analysis.failure import failure_cause
 from lightning_gradguard.report.analysis.gradient_symptoms import gradient_symptoms
 from lightning_gradguard.report.analysis.incident_symptoms import incident_symptoms
 from lightning_gradguard.report.analysis.loss_symptoms import loss_symptoms
-from lightning_gradguard.report.analysis.outcome import MIN_POINTS, Outcome, RunSymptom, outcome_of
+from lightning_gradguard.report.analysis.outcome import (
+    MIN_POINTS,
+    Outcome,
+    RunSymptom,
+    SymptomSeverity,
+    outcome_of,
+)
+from lightning_gradguard.report.analysis.present import present_in
 from lightning_gradguard.report.analysis.run_log import GradientLog, RunLog
 
 Status = Literal["healthy", "recovered", "unhealthy", "failed", "unknown"]
@@ -37,9 +45,9 @@ class RunVerdict:
     """The verdict on a run.
 
     Args:
-        status: `"healthy"`; `"recovered"`: the suite intervened, and training continued; `"unhealthy"`: a
-            serious symptom lasts to the end; `"failed"`: nonfinite at the end, or stopped; `"unknown"`: too
-            few steps were logged.
+        status: `"healthy"`; `"recovered"`: the suite intervened, and the loss fell afterwards; `"unhealthy"`:
+            a serious symptom lasts to the end; `"failed"`: nonfinite at the end, or stopped; `"unknown"`:
+            too few steps were logged.
         headline: The same in a few words.
         outcome: The end of the run.
         symptoms: The worst first.
@@ -55,7 +63,7 @@ def analyze_run(log: RunLog) -> RunVerdict:
     """Finds the symptoms of a run and what they amount to.
 
     Args:
-        log: Of the run.
+        log: Logged values of the run.
 
     Example:
         >>> from lightning_gradguard.report.analysis.run_log import Series
@@ -85,7 +93,29 @@ def _symptoms_of(log: RunLog, outcome: Outcome) -> list[RunSymptom]:
     found = [] if outcome.failed_at is None else [failure_cause(outcome.failed_at, log)]
     found += gradient_symptoms(log, outcome)
     found += loss_symptoms(log, outcome)
-    return [*found, *incident_symptoms(log, outcome, {symptom.kind for symptom in found})]
+    found += incident_symptoms(log, outcome, {symptom.kind for symptom in found})
+    present = present_in(log)
+    return [
+        replace(
+            symptom,
+            severity=_by_outcome(symptom, outcome, found),
+            remedies=tuple(filter(None, (fitting(text, present) for text in symptom.remedies))),
+        )
+        for symptom in found
+    ]
+
+
+def _by_outcome(symptom: RunSymptom, outcome: Outcome, found: Sequence[RunSymptom]) -> SymptomSeverity:
+    """Returns the severity that the outcome of the run leaves of a symptom."""
+    severity = symptom.severity
+    if severity == "handled" and outcome.has_improved is False:
+        return "serious"  # the suite intervened, and nothing was better afterwards
+    lasts = symptom.kind == "divergence" or symptom.kind.startswith("nonfinite")
+    if severity == "serious" and outcome.has_learned and not lasts:
+        return "minor"
+    causes = [s for s in found if s.kind != "constant_clipping" and s.severity != "minor"]
+    # hard clipping is what kept a bad run alive, unless there is nothing else
+    return "minor" if symptom.kind == "constant_clipping" and causes else severity
 
 
 def _rank(symptom: RunSymptom) -> tuple[int, int]:
@@ -101,7 +131,7 @@ def _status(log: RunLog, outcome: Outcome, symptoms: Sequence[RunSymptom]) -> St
         return "unhealthy"
     intervened = any(len(s) and s.values[-1] > 0 for s in (log.skips, log.rollbacks))
     if "handled" in severities or intervened:
-        return "recovered"
+        return "unhealthy" if outcome.has_improved is False else "recovered"
     points = max([len(log.loss), *(len(g.total) for g in log.gradients)])
     return "healthy" if points >= MIN_POINTS else "unknown"
 
@@ -115,4 +145,6 @@ def _headline(status: Status, symptoms: Sequence[RunSymptom]) -> str:
         return "not enough logged steps for a verdict"
     if status == "recovered":
         return f"recovered from {worst}" if worst else "recovered"
+    if status == "unhealthy":
+        return worst or "the loss did not fall after the interventions"
     return worst or "stopped"

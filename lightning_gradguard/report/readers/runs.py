@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 import os
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,8 +62,25 @@ def find_runs(paths: Iterable[Path]) -> dict[str, Path]:
         if not runs:
             raise FileNotFoundError(_without_runs(path))
         found += [(path.resolve().name if run == path else str(run.relative_to(path)), run) for run in runs]
-    times = Counter(name for name, _ in found)
-    return {name if times[name] == 1 else str(path): path for name, path in found}
+    if len(found) == 1:
+        return dict(found)
+    runs = list(dict.fromkeys(run for _, run in found))
+    return dict(zip(_differing_parts(runs), runs, strict=True))
+
+
+def _differing_parts(paths: Sequence[Path]) -> list[str]:
+    """Returns paths without what all begin with, and without what all end with.
+
+    Example:
+        >>> _differing_parts([Path("logs/bare/version_0"), Path("logs/guarded/version_0")])
+        ['bare', 'guarded']
+    """
+    parts = [path.resolve().parts for path in paths]
+    shortest = min(map(len, parts))
+    start = next((i for i in range(shortest) if len({p[i] for p in parts}) > 1), shortest - 1)
+    most = shortest - start - 1
+    end = next((i for i in range(most) if len({p[-1 - i] for p in parts}) > 1), most)
+    return [os.path.join(*p[start : len(p) - end]) for p in parts]
 
 
 def read_run(name: str, path: Path) -> Run:
@@ -86,6 +103,7 @@ def read_run(name: str, path: Path) -> Run:
         rollbacks=tags.one("rollbacks"),
         backoff_scale=tags.one("scale"),
         incidents=tuple(without_abandoned(incidents, abandoned) if abandoned else incidents),
+        was_checked=bool(tags.every("initialization")),
         largest_norm=max((v for s in tags.every("largest").values() for _, v in s.finite()), default=None),
     )
     lost_batches, ranks = read_lost_batches(path, notes)

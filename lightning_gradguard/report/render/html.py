@@ -22,15 +22,27 @@ from lightning_gradguard.runtime.logging.html_page import Section, render_page
 MAX_LAYERS = 20
 #: Wide enough for the comparison of runs.
 _STYLE = "body{max-width:62rem}"
+#: Colours by status and by severity.
+_STATUS = {"healthy": "good", "recovered": "good", "unhealthy": "worrying", "failed": "bad", "unknown": ""}
+_SEVERITY = {"fatal": "bad", "serious": "worrying", "handled": "good", "minor": ""}
 
 
 def to_html(reports: Sequence[RunReport], folder: Path = Path()) -> str:
     """Returns the page of a report; links to dossiers are relative to the folder of the page."""
     if len(reports) == 1:
         return render_page(_heading(reports[0]), _sections(reports[0], folder, level=2), _STYLE)
-    sections = [Section("Comparison", table=comparison_table(reports))]
+    anchors = {report.run.name: f"run-{i}" for i, report in enumerate(reports)}
+    sections = [
+        Section(
+            "Comparison",
+            table=comparison_table(reports),
+            links={name: f"#{anchor}" for name, anchor in anchors.items()},
+            colours={report.verdict.headline: _STATUS[report.verdict.status] for report in reports},
+        )
+    ]
     for report in reports:
-        sections += [Section(_heading(report)), *_sections(report, folder, level=3)]
+        sections.append(Section(_heading(report), anchor=anchors[report.run.name]))
+        sections += _sections(report, folder, level=3)
     return render_page(f"{len(reports)} runs", sections, _STYLE)
 
 
@@ -45,7 +57,7 @@ def _sections(report: RunReport, folder: Path, level: int) -> list[Section]:
     dossiers = {f"step {d.step}: {label(d.cause)}": d for d in report.run.dossiers}
     sections = [
         Section("Run summary", outcome_sentence(report), level=level),
-        Section("Symptoms", rows=_symptoms(report), level=level),
+        Section("Symptoms", rows=_symptoms(report), colours=_severities(report), level=level),
         Section("Next steps", items=report.next_steps, is_ordered=True, level=level),
         Section("Charts", figures=charts(report), level=level),
         Section("Timeline", rows=_timeline(report), level=level),
@@ -71,6 +83,10 @@ def _symptoms(report: RunReport) -> dict[str, str]:
         details = f"{symptom.severity}, from step {symptom.since}{where}"
         rows[title(symptom.kind)] = f"{symptom.evidence} ({details})"
     return rows
+
+
+def _severities(report: RunReport) -> dict[str, str]:
+    return {title(symptom.kind): _SEVERITY[symptom.severity] for symptom in report.verdict.symptoms}
 
 
 def _timeline(report: RunReport) -> dict[str, str]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import textwrap
 from collections.abc import Iterable, Sequence
+from itertools import zip_longest
 
 from lightning_gradguard.core.incidents import label, title
 from lightning_gradguard.report.render.wording import (
@@ -36,25 +38,45 @@ def to_text(reports: Sequence[RunReport], width: int) -> str:
 def text_table(rows: Sequence[Sequence[str]], width: int, flexible: Sequence[int] = (0,)) -> list[str]:
     """Returns aligned columns within a width, or one value a line if they do not fit.
 
-    The head is the first of the rows; texts in flexible columns may be shortened.
+    The head is the first of the rows; texts in flexible columns are wrapped between words, and behind the
+    separators of names.
 
     Example:
         >>> text_table([("run", "loss"), ("a_run_with_a_long_name", "1.2")], width=20)
-        ['run             loss', 'a_run_…ng_name  1.2']
+        ['run            loss', 'a_run_with_a_  1.2', 'long_name']
     """
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    columns = [*zip(*rows, strict=True)]
+    widths = [max(map(len, column)) for column in columns]
+    least = [max(len(word.rstrip()) for cell in column for word in _words(cell)) for column in columns]
     excess = sum(widths) + 2 * (len(widths) - 1) - width
     while excess > 0:
-        widest = max(flexible, key=lambda i: widths[i])
-        if widths[widest] <= MIN_WIDTH:
+        widest = max(flexible, key=lambda i: (widths[i] > least[i], widths[i]))
+        if widths[widest] <= max(least[widest], MIN_WIDTH):
             return _transposed(rows, width)
         widths[widest] -= 1
         excess -= 1
+    folded = [[_folded(cell, width) for cell, width in zip(row, widths, strict=True)] for row in rows]
+    widths = [max(len(line) for cell in column for line in cell) for column in zip(*folded, strict=True)]
     lines = []
-    for row in rows:
-        cells = [_shortened(cell, width) for cell, width in zip(row, widths, strict=True)]
-        lines.append("  ".join(map(str.ljust, cells, widths)).rstrip())
+    for cells in folded:
+        for parts in zip_longest(*cells, fillvalue=""):
+            lines.append("  ".join(map(str.ljust, parts, widths)).rstrip())
     return lines
+
+
+def _words(text: str) -> list[str]:
+    """Splits a text where it may be wrapped: between words, and behind the separators of names."""
+    return re.findall(r"[^\s/._]*[\s/._]+|[^\s/._]+", text) or [""]
+
+
+def _folded(text: str, width: int) -> list[str]:
+    """Wraps the text of a cell."""
+    lines = [""]
+    for word in _words(text):
+        if lines[-1] and len(lines[-1]) + len(word.rstrip()) > width:
+            lines.append("")
+        lines[-1] += word
+    return [line.rstrip() for line in lines]
 
 
 def _transposed(rows: Sequence[Sequence[str]], width: int) -> list[str]:
@@ -141,11 +163,3 @@ def _wrapped(text: str, width: int, indent: int = 0, hanging: int | None = None)
         drop_whitespace=True,
         break_on_hyphens=False,
     )
-
-
-def _shortened(text: str, width: int) -> str:
-    if len(text) <= width:
-        return text
-    # words matter at the start, names at both ends
-    half = width - 1 if " " in text else width // 2 - 1
-    return f"{text[:half]}…{text[len(text) - (width - 1 - half) :]}"

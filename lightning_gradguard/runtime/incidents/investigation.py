@@ -43,7 +43,7 @@ class Investigation:
     Attributes:
         examined: Episodes examined so far.
         found: The causes that were found, with the last origin of each.
-        cause: Of the running episode; `None` outside of one, or if it was not examined.
+        cause: Cause of the running episode; `None` outside of one, or if it was not examined.
         in_episode: True from a skipped step to the next good one.
     """
 

@@ -10,12 +10,13 @@ import os
 import warnings
 from collections import Counter, deque
 from collections.abc import Collection, Mapping, Sequence
-from itertools import chain, count
+from itertools import chain, count, groupby
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import pytorch_lightning as pl
+from torch import nn
 
 from lightning_gradguard.core import tags
 from lightning_gradguard.core.incidents import (
@@ -26,6 +27,7 @@ from lightning_gradguard.core.incidents import (
     sentence_case,
     title,
 )
+from lightning_gradguard.core.remedies import Present, fitting
 from lightning_gradguard.runtime.distributed import gather_objects
 from lightning_gradguard.runtime.lightning_api import batches_that_stepped
 from lightning_gradguard.runtime.lightning_packages import is_instance_by_name
@@ -49,6 +51,10 @@ class _Journal:
         self.published: Counter[tuple[str, str]] = Counter()
         self.recent: deque[Incident] = deque(maxlen=MAX_ROWS)
         self._writes = writes
+
+    def has_several_causes(self, kind: str) -> bool:
+        """True if incidents of a kind have different causes, or some have one and some do not."""
+        return sum(known == kind for known, _ in self.published) > 1
 
     @property
     def path(self) -> Path | None:
@@ -141,6 +147,7 @@ def count_incidents(trainer: pl.Trainer) -> dict[str, int]:
 
 def publish(trainer: pl.Trainer, pl_module: pl.LightningModule, incident: Incident) -> None:
     """Publishes an incident to file, loggers, console, callbacks and module. Called on all ranks alike."""
+    incident = dataclasses.replace(incident, advice=fitting(incident.advice, _present(trainer, pl_module)))
     journal = _journals.setdefault(trainer, _Journal(None, writes=False))
     journal.counts[incident.kind] += 1
     journal.published[incident.kind, incident.cause] += 1
@@ -153,13 +160,37 @@ def publish(trainer: pl.Trainer, pl_module: pl.LightningModule, incident: Incide
         page = ""
         if incident.dossier and journal.folder is not None:
             page = f" See {journal.folder / incident.dossier / 'index.html'}."
-        more = " Further ones are only written to the file." if times == MAX_PRINTED else ""
+        more = ""
+        if times == MAX_PRINTED:
+            of_cause = f" of cause {label(incident.cause)}" if incident.cause else " without a cause"
+            which = f"{title(incident.kind)}{of_cause if journal.has_several_causes(incident.kind) else ''}"
+            more = f" Further incidents of {which} are only written to the file."
         level = logging.INFO if incident.action == "none" else logging.WARNING
         console.print_message(trainer, f"gradguard: {incident.describe()}.{page}{advice}{more}", level)
     for listener in (*trainer.callbacks, pl_module):  # type: ignore[attr-defined]
         on_training_incident = getattr(listener, "on_training_incident", None)
         if callable(on_training_incident):
             on_training_incident(trainer, pl_module, incident)
+
+
+def _present(trainer: pl.Trainer, pl_module: pl.LightningModule) -> set[Present]:
+    """Returns what the run has that makes some advice pointless."""
+    callbacks: dict[Present, str] = {
+        "clipping": "AdaptiveGradientClipping",
+        "backoff": "LearningRateBackoff",
+        "rollback": "NaNRollback",
+        "check": "InitializationCheck",
+    }
+    present = {
+        name
+        for name, known in callbacks.items()
+        if any(is_instance_by_name(callback, known) for callback in trainer.callbacks)  # type: ignore[attr-defined]
+    }
+    if trainer.gradient_clip_val:
+        present.add("clipping")
+    if not any(isinstance(m, (nn.RNNBase, nn.RNNCellBase)) for m in pl_module.modules()):
+        present.add("feed_forward")
+    return present
 
 
 def log_incidents(trainer: pl.Trainer, step: int) -> None:
@@ -176,6 +207,7 @@ def incident_table(incidents: Collection[Incident], counts: Mapping[str, int]) -
         >>> incident_table([spike], {"loss_spike": 1}).splitlines()[4]
         '| 7 | **Loss spike** |  | loss 12 | none |  |'
     """
+    rows = _like_ones_together(incidents)
     detailed = [i for i in incidents if i.detail or i.dossier or len(i.where) > 1]
     advised = {incident.kind: incident.advice for incident in incidents if incident.advice}
     return "\n".join(
@@ -184,7 +216,7 @@ def incident_table(incidents: Collection[Incident], counts: Mapping[str, int]) -
             "",
             "| Step | Incident | Where | Value | Action | Cause |",
             "|---|---|---|---|---|---|",
-            *map(_row, incidents),
+            *map(_row, rows),
             "",
             *map(_detail, detailed[:MAX_DETAILS]),
             *(f"\n**{sentence_case(title(kind))}**: {advice}" for kind, advice in advised.items()),
@@ -202,15 +234,32 @@ def describe_counts(counts: Mapping[str, int]) -> str:
     return ", ".join(f"{title(kind)} ({n})" for kind, n in counts.items())
 
 
-def _row(incident: Incident) -> str:
+def _like_ones_together(incidents: Collection[Incident]) -> list[list[Incident]]:
+    """Groups neighbours that differ in their step alone; those that were not examined come last."""
+    groups = [
+        [*members]
+        for _, members in groupby(incidents, key=lambda i: (i.kind, i.action, i.cause, i.where, i.detail))
+    ]
+    return sorted(groups, key=lambda members: _is_bare(members[0]))
+
+
+def _is_bare(incident: Incident) -> bool:
+    """True if there is nothing to read about an incident but its kind, as if it was not examined."""
+    return not (incident.where or incident.cause or incident.detail) and incident.action == "skipped"
+
+
+def _row(members: Sequence[Incident]) -> str:
     """Returns a narrow row, for TensorBoard breaks words in a table that is wider than its page."""
+    incident, first = members[0], min(i.step for i in members)
+    last = max(i.step for i in members)
+    times = f" ({len(members)} times)" if len(members) > 1 else ""
     cells = (
-        str(incident.step),
-        f"**{sentence_case(title(incident.kind))}**",
+        str(first) if first == last else f"{first} to {last}",
+        f"**{sentence_case(title(incident.kind))}**{times}",
         first_names(1, _as_code(incident.where)),
         incident.measured,
         label(incident.action),
-        label(incident.cause),
+        label(incident.cause) or ("not examined" if _is_bare(incident) else ""),
     )
     return "| " + " | ".join(map(markdown_cell, cells)) + " |"
 

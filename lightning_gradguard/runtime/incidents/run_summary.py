@@ -20,6 +20,10 @@ from lightning_gradguard.runtime.logging import console, metrics
 from lightning_gradguard.runtime.logging.console import relative_to_cwd, shell_command
 from lightning_gradguard.runtime.logging.hyperparameters import hyperparameters_of
 
+#: Above these, a run without an incident is not called one: clipping acts on most steps, or the norm is that
+#: of an explosion.
+USUAL_CLIPPED_FRACTION = 0.5
+USUAL_LARGEST_NORM = 1e3
 TITLE = "gradguard: Run summary"
 #: Final counts in the order of the table: name and format.
 _ROWS = {
@@ -54,12 +58,16 @@ def summarize(
         **_formatted(counts),
         "incidents": describe_counts(most_frequent_first) or "none",
     }
+    if unusual := _unusual(counts):
+        rows["unusual"] = "; ".join(unusual)
     if first_step > 0:
         # counts in checkpoints are of the whole run, the others of this part of it
         rows["resumed"] = f"at step {first_step}; skips, rollbacks and scale are of the whole run"
     metrics.log_text(trainer, tags.SUMMARY, _markdown({**rows, **settings}), step)
-    if incidents:
-        log_incidents(trainer, step)
+    is_clean = not incidents and not _unusual(counts)
+    if not is_clean:
+        if incidents:
+            log_incidents(trainer, step)
         lines = [TITLE, *_aligned({**rows, **_folders(trainer)})]
         if commands := _commands(trainer):
             lines += ["Next steps", *_aligned(commands)]
@@ -71,22 +79,36 @@ def summarize(
         console.print_last_message(trainer, f"gradguard: No incident{since}; {', '.join(facts)}.")
 
 
+def _unusual(counts: Mapping[str, float]) -> list[str]:
+    """Returns numbers of the whole run that are no incident, and not those of a healthy run either."""
+    found = []
+    clipped, largest = counts.get(tags.CLIPPED_FRACTION, 0.0), counts.get(tags.LARGEST_NORM, 0.0)
+    if clipped > USUAL_CLIPPED_FRACTION:
+        found.append(f"{clipped:.1%} of the steps were clipped, usual: up to {USUAL_CLIPPED_FRACTION:.0%}")
+    largest = max(largest, counts.get(tags.LARGEST_LOGGED_NORM, 0.0))
+    if largest > USUAL_LARGEST_NORM:
+        found.append(
+            f"largest gradient norm {largest:.3g}, usual: below {USUAL_LARGEST_NORM:g} for a mean loss"
+        )
+    return found
+
+
 def _formatted(counts: Mapping[str, float]) -> dict[str, str]:
     return {name: form.format(counts[tag]) for tag, (name, form) in _ROWS.items() if counts.get(tag)}
 
 
 def _folders(trainer: pl.Trainer) -> dict[str, str]:
     folders = {}
-    if (file := incidents_file(trainer)) is not None:
+    if (file := incidents_file(trainer)) is not None and file.is_file():
         folders["written to"] = relative_to_cwd(file)
         if (dossiers := file.parent / "incidents").is_dir():
-            folders["lost batches"] = f"{relative_to_cwd(dossiers)}, a page each"
+            folders["pages"] = f"{relative_to_cwd(dossiers)}, one for the first skip of each episode"
     return folders
 
 
 def _commands(trainer: pl.Trainer) -> dict[str, str]:
     commands = {}
-    if (file := incidents_file(trainer)) is not None:
+    if (file := incidents_file(trainer)) is not None and (trainer.loggers or file.is_file()):
         command = shell_command("lightning-gradguard")
         commands["report"] = f"{command} report {relative_to_cwd(file.parent)}"
     for logger in trainer.loggers:

@@ -62,7 +62,7 @@ def chart_names(names: Sequence[str], level: Level) -> list[str]:
     """Returns the name of the chart that each parameter counts in.
 
     Args:
-        names: Of the parameters.
+        names: Names of the parameters.
         level: `"parameter"`: each has its own. `"module"`: those of a module share one. `"auto"`: by
             parameter up to 50 of them, by module above; where modules are more than 50, by the deepest
             modules around them that are no more than that, or by neighbours together, as `layers.0-1`.

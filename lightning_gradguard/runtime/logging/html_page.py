@@ -11,16 +11,18 @@ class Section:
     """A section of a page.
 
     Args:
-        heading: Above it.
+        heading: Heading of the section.
         text: A paragraph; empty for none.
         rows: A table of two columns; rows with an empty second column are omitted.
-        links: Link targets by names of `rows`.
+        links: Link targets by names of `rows`, and by texts of `table`.
         command: A shell command; empty for none.
         items: A list, numbered if `is_ordered`.
         is_ordered: True if the order of the list matters.
         table: A table of several columns, its head first.
         figures: Captions and their SVG markup, which is not escaped.
-        level: Of the heading.
+        level: Level of the heading.
+        anchor: Name of the section in links; empty for none.
+        colours: Classes by names of `rows` and texts of `table`: `bad`, `worrying` or `good`.
     """
 
     heading: str
@@ -33,13 +35,15 @@ class Section:
     table: Sequence[Sequence[str]] = ()
     figures: Mapping[str, str] = field(default_factory=dict)
     level: int = 2
+    anchor: str = ""
+    colours: Mapping[str, str] = field(default_factory=dict)
 
 
 def render_page(title: str, sections: Sequence[Section], style: str = "") -> str:
     """Renders a page; everything but figures and style is escaped.
 
     Args:
-        title: Of the page; its first heading as well.
+        title: Title of the page, and its first heading.
         sections: In order.
         style: Additional CSS.
 

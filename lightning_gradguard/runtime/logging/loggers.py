@@ -8,6 +8,7 @@ from html import escape
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
+from lightning_gradguard.core.tags import is_band
 from lightning_gradguard.runtime.lightning_packages import is_instance_by_name
 from lightning_gradguard.runtime.logging.tensorboard_layout import decades, layout
 
@@ -16,9 +17,10 @@ Medium = Literal["text", "figure", "histogram"]
 
 
 def write_scalars(logger: Any, scalars: Mapping[str, float], step: int) -> None:
-    """Writes scalars; to TensorBoard also their log10 copies, and the charts that they fill."""
+    """Writes scalars; to TensorBoard also the log10 copies in its charts, and their layout."""
     if is_instance_by_name(logger, "TensorBoardLogger"):
-        scalars = {**scalars, **decades(scalars)}
+        plain = {tag: value for tag, value in scalars.items() if not is_band(tag)}
+        scalars = {**plain, **decades(scalars)}
         _update_layout(logger.experiment, scalars)
     logger.log_metrics(metrics=dict(scalars), step=step)  # as Lightning itself calls it
 

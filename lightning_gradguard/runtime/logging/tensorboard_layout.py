@@ -13,8 +13,8 @@ from lightning_gradguard.core import tags as t
 _SMALLEST = 1e-38
 
 
-def _log10(form: str, name: str = ".*") -> str:
-    return t.tag(t.LOG10, t.pattern(form, name))
+def _log10(form: str) -> str:
+    return t.tag(t.LOG10, t.pattern(form))
 
 
 #: Category to title to the patterns of the tags in that chart.
@@ -25,8 +25,8 @@ _CHARTS: dict[str, dict[str, tuple[str, ...]]] = {
             f"{_log10(t.CLIPPED_NORM_TOTAL)}$",
             f"{_log10(t.CLIP_THRESHOLD)}$",
         ),
-        "layers (log10 of gradient norm)": (_log10(t.GRAD_NORM, "(?!total$).*"),),
-        "updates by the weights they change (log10)": (_log10(t.UPDATE_RATIO),),
+        "gradient norm of layers": (t.pattern(t.GRAD_NORM, "(?!total$|nonfinite_fraction$).*"),),
+        "updates by the weights they change": (t.pattern(t.UPDATE_RATIO),),
     },
     "Guard": {
         "steps skipped, rollbacks, AMP overflows, so far": (
@@ -42,7 +42,7 @@ _CHARTS: dict[str, dict[str, tuple[str, ...]]] = {
 
 
 def decades(scalars: Mapping[str, float]) -> dict[str, float]:
-    """Returns the log10 copies of the scalars that span decades.
+    """Returns the log10 copies of the scalars that share a chart on a logarithmic axis.
 
     Returns:
         `log10/<tag>` to log10; of 0 that of the smallest positive float32.

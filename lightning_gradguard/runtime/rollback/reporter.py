@@ -23,7 +23,7 @@ class IncidentReporter:
     """Publishes the incidents of one fit.
 
     Attributes:
-        batch_idx: Of the running batch in its epoch, also in an epoch that was resumed.
+        batch_idx: Index of the running batch in its epoch, also in an epoch that was resumed.
     """
 
     def __init__(

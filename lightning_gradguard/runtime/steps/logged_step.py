@@ -159,7 +159,7 @@ class LoggedStep:
 
         Args:
             numbers: Its numbers on the host.
-            charts: Of the parameters of its optimizer.
+            charts: Charts of the parameters of its optimizer.
             band: Low and high end of the usual total norms; `None` if too few were logged.
             n_optimizers: Number of optimizers.
         """

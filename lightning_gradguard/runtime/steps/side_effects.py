@@ -24,7 +24,7 @@ class ForwardState:
     """State that a forward pass writes, apart from buffers.
 
     Args:
-        epoch: Its epoch: epoch means begin anew in each.
+        epoch: Its epoch: epoch means start again in each.
         metrics: States of torchmetrics and epoch means, by the metric's identity: its hash follows its state.
         hidden: Tensors that modules carry from batch to batch as plain attributes, such as the hidden state
             in truncated backpropagation through time.
@@ -67,7 +67,7 @@ class SideEffects:
         self.save()
 
     def rescan(self) -> None:
-        """Lists the submodules anew, as there may be others by now."""
+        """Lists the submodules again, as there may be others by now."""
         self.buffers.rescan()
         self._modules = list(self._module.modules())
         self._metrics = [module for module in self._modules if isinstance(module, Metric)]

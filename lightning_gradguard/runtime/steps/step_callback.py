@@ -29,7 +29,7 @@ _NO_SUITE = Suite()
 class StepCallback(lightning_api.Callback, Configured):
     """Takes part in the shared step: gradients are measured and checked once for all such callbacks.
 
-    Subclass it for a callback of your own that reads or writes gradients. Declare what is to be measured
+    Subclass it for your own callback that reads or writes gradients. Declare what is to be measured
     (`norm_types`, `wants_units`, `wants_weight_norms`), then override `on_step`, which is called for each
     optimizer step after it was measured and checked and before it takes place, and `on_batch_end`. In any
     order of the callbacks all of them get the same numbers. Where another hook of Lightning is overridden,
@@ -103,8 +103,8 @@ class StepCallback(lightning_api.Callback, Configured):
         Args:
             trainer: The Trainer that runs.
             pl_module: The module in training.
-            measurement: Of the step before.
-            verdict: On the step before, which has taken place meanwhile. If it is `"skip"`, a step that is
+            measurement: Measurement of the step before.
+            verdict: On the step before, which has taken place. If it is `"skip"`, a step that is
                 about to be measured does not take place either: its gradients are those of bad weights.
         """
 

@@ -56,7 +56,7 @@ class Suite:
         ended_batch: Ids of the members for which the running batch has ended.
         ended_run: Ids of the members for which the run has ended.
         metrics: Metrics of the running batch, on their way to the loggers.
-        totals: Of the run so far; `None` before its first step.
+        totals: Totals of the run so far; `None` before its first step.
         is_running: True from the start of training to its end: outside, callbacks do nothing.
         is_over: True after the end.
         has_stepped: True if an optimizer stepped in the running batch, and gradients did not only accumulate.

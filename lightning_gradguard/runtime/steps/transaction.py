@@ -46,8 +46,8 @@ class StepTransaction:
         batch_idx: The last of the batches.
         state: Where the transaction stands.
         measurement: Its numbers; `None` until they are on the host.
-        names: Of the parameters with a gradient.
-        norms: Of these gradients, shape `(n,)`.
+        names: Names of the parameters with a gradient.
+        norms: Norms of these gradients, shape `(n,)`.
     """
 
     window: Window

@@ -30,10 +30,10 @@ def test_default_initialization_fails_and_trains_after_repair() -> None:
     findings = fails(network)
     assert findings[0].criterion == "gradient_gain"
     assert findings[0].value < -4
-    assert findings[1].cure == "nn.init.kaiming_normal_(model.2.weight, nonlinearity='relu')"
+    assert findings[1].cure == "nn.init.kaiming_normal_(model[2].weight, nonlinearity='relu')"
     accuracy = train(network)
     cured = mlp()
-    done = repair(cured, loss_of(cured))
+    done = repair(cured, loss_of(cured)).lines
     assert len(done) == 12
     assert "0: He normal" in done[0]
     assert fails(cured) == []
@@ -57,10 +57,11 @@ def test_repair_changes_other_initializations_only_if_named() -> None:
     nn.init.orthogonal_(network[4].weight)
     before = network[4].weight.clone(), network[24].weight.clone()
     done = repair(network, loss_of(network))
+    assert done.left_alone == ("4",)
     assert torch.equal(network[4].weight, before[0])
     assert torch.equal(network[24].weight, before[1])  # the head
-    assert all(not line.startswith("4:") for line in done)
-    assert any(line.startswith("4:") for line in repair(network, loss_of(network), names=["4"]))
+    assert "4" not in done.changed
+    assert "4" in repair(network, loss_of(network), names=["4"]).changed
 
 
 @pytest.mark.parametrize("layer", [nn.Linear(5, 300), nn.Conv2d(3, 16, 3), nn.Linear(1000, 20)])

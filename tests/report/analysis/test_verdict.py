@@ -57,7 +57,8 @@ def test_norms_that_grow_over_decades_into_nan_are_exploding_gradients() -> None
     assert (symptom.severity, symptom.since, symptom.where[0]) == ("fatal", 3, "head.weight")
     assert "8e+06 (step 3)" in symptom.evidence
     remedies = " ".join(symptom.remedies)
-    assert all(word in remedies for word in ("Clip", "initialization", "LSTM", "GRU"))
+    assert all(word in remedies for word in ("Clip", "initialization", "learning rate", "max-norm"))
+    assert "LSTM" not in remedies, "there is no recurrence"
     assert (verdict.outcome.survived, verdict.outcome.steps, verdict.outcome.failed_at) == (4, 6, 4)
 
 
@@ -580,3 +581,37 @@ def test_worst_layer_is_first() -> None:
     verdict = analyze_run(RunLog(series([2.3] * 100), [log]))
     assert worst_layers(log, verdict)[0] == LAYERS[0]
     assert worst_layers(log, analyze_run(RunLog(series(falling()))))[0] == "head.weight"
+
+
+def test_a_rescue_is_measured_by_the_loss_afterwards() -> None:
+    flat, skips = [2.3 + 0.01 * (i % 3) for i in range(100)], series([0.0] * 30 + [1.0] * 70)
+    dead = [RecordedIncident("gradient_collapse", 30, action="rolled_back")]
+    verdict = analyze_run(RunLog(series(flat), [gradients(flat)], skips=skips, incidents=dead))
+    assert (verdict.status, verdict.headline) == ("unhealthy", "collapsed gradients")
+    assert kinds(verdict)["gradient_collapse"] == "serious"
+    learned = analyze_run(RunLog(series(falling()), [gradients(flat)], skips=skips, incidents=dead))
+    assert (learned.status, learned.headline) == ("recovered", "recovered from collapsed gradients")
+    without_incidents = analyze_run(RunLog(series(flat), [gradients(flat)], skips=skips))
+    assert without_incidents.headline == "the loss did not fall after the interventions"
+
+
+@pytest.mark.parametrize("has_learned", [True, False])
+def test_a_repair_is_measured_by_the_loss_afterwards(has_learned: bool) -> None:
+    losses = falling() if has_learned else [2.3] * 100
+    repaired = [RecordedIncident("poor_initialization", 0, action="repaired", value=-9.0)]
+    verdict = analyze_run(RunLog(series(losses), [gradients(losses)], incidents=repaired))
+    assert verdict.status == ("recovered" if has_learned else "unhealthy")
+
+
+def test_clipping_is_the_headline_only_where_nothing_else_is_wrong() -> None:
+    flat = [2.3 + 0.01 * (i % 3) for i in range(100)]
+    clipped = replace(
+        gradients(flat), clip_fraction=series([1.0] * 100), clip_coefficient=series([0.01] * 100)
+    )
+    assert analyze_run(RunLog(series(flat), [clipped])).headline == "hard clipping all the time"
+    skipped = [RecordedIncident("nonfinite_loss", 5, action="skipped")]
+    verdict = analyze_run(RunLog(series(flat), [clipped], incidents=skipped))
+    assert verdict.headline == "nonfinite loss"
+    assert kinds(verdict)["constant_clipping"] == "minor"
+    learned = analyze_run(RunLog(series(falling()), [clipped]))
+    assert (learned.status, kinds(learned)["constant_clipping"]) == ("healthy", "minor")

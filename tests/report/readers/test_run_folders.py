@@ -26,4 +26,4 @@ def test_runs_are_in_natural_order_with_unique_names() -> None:
     assert list(find_runs([Path("runs/version_9"), Path("runs/version_10")])) == ["version_9", "version_10"]
     write_events("other/version_9", {"train_loss": [1.0]})
     names = list(find_runs([Path("runs/version_9"), Path("other/version_9")]))
-    assert names == ["runs/version_9", "other/version_9"]
+    assert names == ["runs", "other"]

@@ -43,3 +43,14 @@ def test_markup_in_names_is_escaped() -> None:
     assert "<script>" not in page
     assert "&lt;script&gt;" in page
     assert len(charts(page)) == 2
+
+
+def test_runs_are_linked_and_coloured() -> None:
+    healthy = write_events("runs/bare/version_0", {"train_loss": [2.0 * 0.9**i for i in range(30)]})
+    failed = write_events("runs/guarded/version_0", {"train_loss": [4.0, 3.0, 1e9, float("nan")]})
+    page = to_html([report_of(healthy, "bare"), report_of(failed, "guarded")])
+    assert '<a href="#run-1">guarded</a>' in page
+    assert '<h2 id="run-1">guarded: ' in page
+    assert '<td class="good">healthy</td>' in page
+    assert '<td class="bad">divergence</td>' in page
+    assert '<th class="bad">divergence</th>' in page

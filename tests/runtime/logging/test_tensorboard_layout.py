@@ -36,7 +36,8 @@ def test_only_charts_that_are_filled() -> None:
     assert list(layout(["log10/grad_norm/total"])["Gradients"]) == [
         "total norm, clipped norm, threshold (log10)"
     ]
-    assert "layers (log10 of gradient norm)" in layout(["log10/grad_norm/body.0"])["Gradients"]
+    assert list(layout(["grad_norm.1/body.0"])["Gradients"]) == ["gradient norm of layers"]
+    assert layout(["grad_norm/nonfinite_fraction"]).keys() == {"Guard"}
 
 
 def test_each_optimizer_has_a_band_of_its_own() -> None:

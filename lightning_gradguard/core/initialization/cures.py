@@ -1,0 +1,203 @@
+"""Cures of findings: code that is tried on the batch before it is printed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from lightning_gradguard.core.initialization.findings import SEVERITIES, Finding
+from lightning_gradguard.core.initialization.probe import SATURATING, Layer, Probe
+from lightning_gradguard.core.initialization.trials import (
+    Gated,
+    Initializers,
+    Normalized,
+    Rectified,
+    Repaired,
+    Trial,
+    feed_forward_line,
+    recurrent_lines,
+    reference,
+)
+from lightning_gradguard.core.snapshots import preserve_state
+
+#: A gain of this share of that before is better, where nothing brings it to what is usual.
+_BETTER = 0.5
+_NOT_FOUND = (
+    "nothing that was tried betters it (initializers, LSUV, ReLU, normalization); try fewer layers "
+    "or residual connections"
+)
+_NOT_FOUND_THROUGH_TIME = "nothing that was tried betters it (initializers, an LSTM); try shorter sequences"
+
+
+def with_cures(
+    module: nn.Module,
+    run_loss: Callable[[], Tensor],
+    findings: Sequence[Finding],
+    measured: Probe | None,
+    measure: Callable[[], Sequence[Finding]],
+) -> list[Finding]:
+    """Returns the findings with the code that betters them, each found by a trial on the batch.
+
+    Trials in turn: initializers for the kind of each layer and the activation after it, scaling to unit
+    variance (LSUV), a change of architecture. The weights are restored bit for bit.
+
+    Args:
+        module: The network.
+        run_loss: Computes the training loss of the batch with it.
+        findings: Findings of the network as it is.
+        measured: Measurements of the batch; `None` if they could not be made.
+        measure: Measures again and returns the findings, the same on every rank.
+    """
+    uncured = [f for f in findings if not f.cure and _needs_cure(f)]
+    best: dict[Finding, _Result] = {}
+    for trial in _trials(module, run_loss, uncured, measured):
+        if all(f in best and best[f].passes for f in uncured):
+            break
+        after = _findings_of(trial, module, measure)
+        if after is None or _worst(after) < _worst(findings):
+            continue
+        for finding in uncured:
+            result = _Result.of(finding, after, trial)
+            if result is not None and (finding not in best or result.is_better_than(best[finding])):
+                best[finding] = result
+    # the gains of layers are parts of that of the network: they have the same cure
+    whole = next((best[f] for f in uncured if f.criterion == "gradient_gain" and f in best), None)
+    cures = {}
+    for finding in uncured:
+        result = whole if finding.criterion == "layer_gain" else best.get(finding)
+        missing = _NOT_FOUND_THROUGH_TIME if finding.criterion == "gain_through_time" else _NOT_FOUND
+        cures[finding] = result.trial.describe(finding, result.change) if result else missing
+    return [replace(f, cure=f.cure or cures.get(f, "none needed")) for f in findings]
+
+
+@dataclass(frozen=True)
+class _Result:
+    """Improvement of a finding under a trial."""
+
+    trial: Trial
+    change: str
+    passes: bool
+    value: float
+
+    @classmethod
+    def of(cls, finding: Finding, after: Sequence[Finding], trial: Trial) -> _Result | None:
+        """Returns the result of a trial; `None` if the finding is no better."""
+        now = next((f for f in after if (f.criterion, f.module) == (finding.criterion, finding.module)), None)
+        if now is None:
+            usual = finding.expected.partition(" (")[0]
+            return cls(trial, f"{finding.criterion} is as usual, {usual}", passes=True, value=0.0)
+        is_closer = "gain" in finding.criterion and abs(now.value) <= _BETTER * abs(finding.value)
+        if SEVERITIES.index(now.severity) <= SEVERITIES.index(finding.severity) and not is_closer:
+            return None
+        change = f"{finding.criterion} is {now.measured}, not {finding.measured}"
+        return cls(trial, change, passes=False, value=abs(now.value))
+
+    def is_better_than(self, other: _Result) -> bool:
+        """True if the finding passes under this trial alone, or is closer to it."""
+        return (not self.passes, self.value) < (not other.passes, other.value)
+
+
+def improves(before: Sequence[Finding], after: Sequence[Finding]) -> bool:
+    """True if findings are fewer or less severe than before, or a gain is much closer to what is usual."""
+    counts = [[sum(f.severity == s for f in found) for s in SEVERITIES[:2]] for found in (before, after)]
+    if counts[0] != counts[1]:
+        return counts[1] < counts[0]
+    worst = {f.criterion: abs(f.value) for f in after}
+    gains = [f for f in before if f.criterion in ("gradient_gain", "gain_through_time")]
+    return any(worst.get(f.criterion, 0.0) <= _BETTER * abs(f.value) for f in gains)
+
+
+def _needs_cure(finding: Finding) -> bool:
+    return finding.severity != "info" or finding.criterion == "loss_over_guessing"
+
+
+def _worst(findings: Sequence[Finding]) -> int:
+    return min((SEVERITIES.index(f.severity) for f in findings), default=len(SEVERITIES))
+
+
+def _findings_of(
+    trial: Trial, module: nn.Module, measure: Callable[[], Sequence[Finding]]
+) -> Sequence[Finding] | None:
+    """Returns the findings under a trial; `None` if it does not fit the network."""
+    with _weights_restored(module), preserve_state(module):
+        torch.manual_seed(0)
+        try:
+            with trial.applied():
+                return measure()
+        except Exception:  # the trial is ours, and its failure no fault of the network
+            return None
+
+
+@contextmanager
+def _weights_restored(module: nn.Module) -> Iterator[None]:
+    saved = [(p, p.detach().clone()) for p in module.parameters()]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for parameter, value in saved:
+                parameter.copy_(value)
+
+
+def _trials(
+    module: nn.Module,
+    run_loss: Callable[[], Tensor],
+    findings: Sequence[Finding],
+    measured: Probe | None,
+) -> Iterator[Trial]:
+    """Yields what is tried, the smallest change first."""
+    criteria = {f.criterion for f in findings}
+    named = {f.module for f in findings}
+    if "nonfinite_weights" in criteria:
+        yield Initializers(module, {name: _reset_line(module, name) for name in named})
+    if measured is None:
+        return
+    layers = {layer.name: layer for layer in measured.layers}
+    for finding in findings:
+        if finding.criterion == "loss_over_guessing":
+            weight = f"{reference(module, finding.module)}.weight"
+            for line in (f"nn.init.normal_({weight}, std=0.02)", f"nn.init.zeros_({weight})"):
+                yield Initializers(module, {finding.module: line})
+    named = {f.module for f in findings if f.criterion != "loss_over_guessing"}
+    hidden = measured.layers[:-1]
+    chosen = [layer for layer in layers.values() if layer.name in named]
+    if "gradient_gain" in criteria and len(chosen) > len(hidden) / 2:
+        chosen = hidden
+    for bias in (False, True):
+        if chosen:
+            lines = {layer.name: feed_forward_line(module, layer, bias=bias) for layer in chosen}
+            yield Initializers(module, lines)
+    if "gradient_gain" in criteria and chosen != hidden:
+        chosen = hidden
+        yield Initializers(module, {x.name: feed_forward_line(module, x, bias=True) for x in hidden})
+    if chosen := [layer for layer in chosen if layer in hidden]:
+        yield from _larger_changes(module, run_loss, chosen)
+    for name, n_steps in measured.recurrent_steps.items():
+        if name in named:
+            recurrent = module.get_submodule(name)
+            assert isinstance(recurrent, nn.RNNBase)
+            for statement in recurrent_lines(module, name, recurrent, n_steps):
+                yield Initializers(module, {name: statement})
+            if recurrent.mode.startswith("RNN"):
+                yield Gated(module, name, recurrent, n_steps)
+
+
+def _larger_changes(
+    module: nn.Module, run_loss: Callable[[], Tensor], layers: Sequence[Layer]
+) -> Iterator[Trial]:
+    yield Repaired(module, run_loss, [layer.name for layer in layers])
+    if saturating := [layer for layer in layers if layer.activation in SATURATING]:
+        yield Rectified(module, saturating)
+        yield Rectified(module, saturating, normalized=True)
+    yield Normalized(module, layers)
+
+
+def _reset_line(module: nn.Module, name: str) -> str:
+    target = reference(module, name)
+    if hasattr(module.get_submodule(name), "reset_parameters"):
+        return f"{target}.reset_parameters()"
+    return f"[nn.init.normal_(p, std=0.02) for p in {target}.parameters(recurse=False)]"

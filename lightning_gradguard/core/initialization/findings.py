@@ -1,0 +1,159 @@
+"""Findings of the check of a network, and their table."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Literal
+
+Severity = Literal["info", "warn", "fail"]
+#: The most severe first.
+SEVERITIES: tuple[Severity, ...] = ("fail", "warn", "info")
+
+#: An index in brackets, as in `model.net[2]`.
+_INDEX = r"(?<=\[)\d+(?=\])"
+#: Measured values with their unit.
+_UNITS = {
+    "gradient_gain": "{:.3g} decades",
+    "layer_gain": "{:.2g} decades",
+    "gain_through_time": "{:.3g} decades",
+    "gradient_profile": "{:.3g} decades",
+    "dead_units": "{:.0%} of the units",
+    "saturated_units": "{:.0%} of the outputs",
+    "nonfinite_weights": "{:.2g} of them",
+    "symmetric_units": "{:.0f} copies",
+    "zero_weights": "std {:.3g}",
+    "loss_over_guessing": "{:.3g} times",
+}
+
+
+class InitializationError(RuntimeError):
+    """Raised if a freshly initialized network will not train."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A criterion that a module does not meet.
+
+    Args:
+        criterion: Name of the criterion.
+        module: Module at fault; empty for the whole network.
+        value: Measured value.
+        expected: Values of healthy networks.
+        severity: `"fail"` if the network will not train, `"warn"` if it may not, else `"info"`.
+        cure: Code that cures it, after a trial on the batch; else the advice that remains.
+
+    Example:
+        >>> Finding("gradient_gain", "", -9.31, "-2 .. 2", "fail", "").measured
+        '-9.31 decades'
+    """
+
+    criterion: str
+    module: str
+    value: float
+    expected: str
+    severity: Severity
+    cure: str = ""
+
+    @property
+    def measured(self) -> str:
+        """The value with its unit."""
+        return _UNITS.get(self.criterion, "{:.3g}").format(self.value)
+
+    def describe(self) -> str:
+        """Returns the finding in one line: where, what was measured, and what is usual."""
+        return f"{self.criterion} of {self.module or 'the network'}: {self.measured}, usual: {self.expected}"
+
+
+def table(findings: Sequence[Finding]) -> str:
+    """Formats findings as a table: severity, layer, criterion, measured, expected; the cure on a line below.
+
+    Neighbours with the same criterion and cure share a row.
+
+    Example:
+        >>> line = "nn.init.xavier_normal_(model[{}].weight)"
+        >>> print(
+        ...     table(
+        ...         [
+        ...             Finding("layer_gain", str(i), -0.84, "-0.2 .. 0.2", "fail", line.format(i))
+        ...             for i in (2, 4, 6)
+        ...         ]
+        ...     )
+        ... )
+              layer              criterion   measured       expected
+        FAIL  2 to 6 (3 layers)  layer_gain  -0.84 decades  -0.2 .. 0.2
+              cure: for i in range(2, 7, 2): nn.init.xavier_normal_(model[i].weight)
+    """
+    head = ("", "layer", "criterion", "measured", "expected")
+    grouped = [[*members] for _, members in groupby(findings, key=_likeness)]
+    cures = [one_line([f.cure for f in members]) for members in grouped]
+    if any(f.criterion == "gradient_gain" for f in findings):
+        # the cure of the network is that of its layers
+        cures = ["" if g[0].criterion == "layer_gain" else c for g, c in zip(grouped, cures, strict=True)]
+    rows = [_row(members) for members in grouped]
+    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+    lines = []
+    for row, cure in zip((head, *rows), ("", *cures), strict=True):
+        lines.append("  ".join(map(str.ljust, row, widths)).rstrip())
+        if cure:
+            lines.append(f"{' ' * (widths[0] + 2)}cure: {cure}")
+    return "\n".join(lines)
+
+
+def _likeness(finding: Finding) -> tuple[object, ...]:
+    """Returns what neighbours in one row have in common: all but the numbers in their names and cures."""
+    names = re.sub(r"\d+", "#", finding.module), re.sub(_INDEX, "#", finding.cure)
+    return finding.criterion, finding.severity, finding.expected, *names
+
+
+def _row(members: Sequence[Finding]) -> tuple[str, ...]:
+    first, last = members[0], members[-1]
+    layer, measured = first.module or "(network)", first.measured
+    if len(members) > 1:
+        layer = f"{first.module} to {last.module} ({len(members)} layers)"
+        low, high = min(members, key=lambda f: f.value), max(members, key=lambda f: f.value)
+        if low.measured != high.measured:
+            measured = f"{low.measured.partition(' ')[0]} .. {high.measured}"
+    return first.severity.upper(), layer, first.criterion, measured, first.expected
+
+
+def one_line(lines: Sequence[str]) -> str:
+    """Joins statements to one line, in a loop where they differ in one index alone.
+
+    Example:
+        >>> one_line(["f(model[0])", "f(model[2])", "f(model[4])"])
+        'for i in range(0, 5, 2): f(model[i])'
+        >>> one_line(["f(model[0])", "f(model[1])", "g(model[2])"])
+        '[f(model[i]) for i in range(0, 2)]; g(model[2])'
+    """
+    groups: dict[str, list[str]] = {}
+    for line in lines:
+        groups.setdefault(re.sub(_INDEX, "#", line), []).append(line)
+    if len(groups) == 1:
+        statement, values = _loop(lines)
+        return f"for i in {values}: {statement}" if values else statement
+    parts = []
+    for members in groups.values():
+        statement, values = _loop(members)
+        items = f"({statement.replace('; ', ', ')})" if "; " in statement else statement
+        parts.append(f"[{items} for i in {values}]" if values else statement)
+    return "; ".join(parts)
+
+
+def _loop(lines: Sequence[str]) -> tuple[str, str]:
+    """Returns a statement and the values of its index; no values if there is no such index."""
+    parts = [re.split(f"({_INDEX})", line) for line in lines]
+    columns = [*zip(*parts, strict=True)]
+    differing = [k for k, column in enumerate(columns) if len(set(column)) > 1]
+    if not differing:
+        return lines[0], ""
+    if any(columns[k] != columns[differing[0]] for k in differing):
+        return "; ".join(lines), ""
+    indices = [*map(int, columns[differing[0]])]
+    start, end, step = indices[0], indices[-1] + 1, indices[1] - indices[0]
+    statement = "".join("i" if k in differing else text for k, text in enumerate(parts[0]))
+    if step > 0 and indices == [*range(start, end, step)]:
+        return statement, f"range({start}, {end}{f', {step}' if step > 1 else ''})"
+    return statement, f"({', '.join(map(str, indices))})"

@@ -1,0 +1,281 @@
+"""Changes to a network that are tried as cures: initializers, scaling, changes of architecture."""
+
+from __future__ import annotations
+
+import keyword
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from lightning_gradguard.core.initialization.findings import Finding, one_line
+from lightning_gradguard.core.initialization.probe import RECTIFIERS, SATURATING, Layer
+from lightning_gradguard.core.initialization.repair import holds_default_initialization, repair
+
+
+def reference(module: nn.Module, name: str) -> str:
+    """Returns the Python expression of a submodule, such as `model.net[2]`.
+
+    Example:
+        >>> reference(nn.Sequential(nn.Sequential(nn.ReLU())), "0.0")
+        'model[0][0]'
+        >>> reference(nn.ModuleDict({"a-b": nn.ReLU()}), "a-b")
+        "model.get_submodule('a-b')"
+    """
+    expression, parent = "model", module
+    for part in filter(None, name.split(".")):
+        if isinstance(parent, (nn.Sequential, nn.ModuleList)) and part.isdecimal():
+            expression += f"[{part}]"
+        elif part.isidentifier() and not keyword.iskeyword(part) and not isinstance(parent, nn.ModuleDict):
+            expression += f".{part}"
+        else:
+            return f"model.get_submodule({name!r})"
+        parent = parent.get_submodule(part)
+    return expression
+
+
+def feed_forward_line(module: nn.Module, layer: Layer, *, bias: bool = False) -> str:
+    """Returns the line that initializes a linear or convolutional layer for the activation after it.
+
+    Args:
+        module: The network.
+        layer: One of its layers.
+        bias: Set the bias to zero as well.
+
+    References:
+        He, Zhang, Ren, Sun, Delving Deep into Rectifiers, 2015, arXiv:1502.01852. Glorot, Bengio,
+        Understanding the difficulty of training deep feedforward neural networks, 2010.
+    """
+    target = reference(module, layer.name)
+    line = _initializer(f"{target}.weight", layer.activation)
+    return f"{line}; nn.init.zeros_({target}.bias)" if bias and layer.module.bias is not None else line
+
+
+def _initializer(weight: str, activation: str | None) -> str:
+    if activation in RECTIFIERS:
+        return f"nn.init.kaiming_normal_({weight}, nonlinearity='relu')"
+    if activation == "tanh":
+        return f"nn.init.xavier_normal_({weight}, gain=nn.init.calculate_gain('tanh'))"
+    return f"nn.init.xavier_normal_({weight})"
+
+
+def recurrent_lines(module: nn.Module, name: str, recurrent: nn.RNNBase, n_steps: int) -> Iterator[str]:
+    """Yields lines that initialize a recurrent module, one after the other if the first do not better it.
+
+    Orthogonal recurrent weights; of gated modules also the bias of the gate that keeps the state, by 1 and
+    by the logarithm of the number of steps.
+
+    References:
+        Le, Jaitly, Hinton, A Simple Way to Initialize Recurrent Networks of Rectified Linear Units, 2015,
+        arXiv:1504.00941. Jozefowicz, Zaremba, Sutskever, An Empirical Exploration of Recurrent Network
+        Architectures, 2015. Tallec, Ollivier, Can recurrent neural networks warp time?, 2018,
+        arXiv:1804.11188.
+    """
+    target = reference(module, name)
+    weights = [n for n, _ in recurrent.named_parameters() if n.startswith("weight_hh")]
+    if recurrent.mode.startswith("RNN"):
+        for gain in ("", ", gain=1.1", ", gain=1.2"):
+            yield "; ".join(f"nn.init.orthogonal_({target}.{n}{gain})" for n in weights)
+        return
+    size = recurrent.hidden_size
+    orthogonal = "; ".join(f"nn.init.orthogonal_({target}.{n})" for n in weights)
+    for value in (1.0, round(math.log(max(n_steps, 3)), 1), round(math.log(max(n_steps, 3)) + 2, 1)):
+        biases = (n.replace("weight", "bias") for n in weights)
+        open_gates = (f"nn.init.constant_({target}.{n}[{size}:{2 * size}], {value})" for n in biases)
+        if recurrent.bias:
+            # the forget gate of an LSTM, and the update gate of a GRU, are the second block
+            yield "; ".join(open_gates)
+    yield orthogonal
+
+
+class Trial(Protocol):
+    """A change to a network that may better a finding."""
+
+    def applied(self) -> AbstractContextManager[None]:
+        """Makes the change, for as long as the context lasts where it is not one of weights."""
+
+    def describe(self, finding: Finding, change: str) -> str:
+        """Returns the change as code, or in words, and what it changed in the finding."""
+
+
+@dataclass(frozen=True)
+class Initializers:
+    """Lines of code by module."""
+
+    module: nn.Module
+    lines: dict[str, str]
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Runs the lines as they are printed."""
+        for line in self.lines.values():
+            exec(line, {"nn": nn, "torch": torch, "model": self.module})
+        yield
+
+    def describe(self, finding: Finding, change: str) -> str:
+        """Returns the line of a module; for the whole network, all of them as one."""
+        if finding.module in self.lines:
+            return self.lines[finding.module]
+        return f"{one_line([*self.lines.values()])}  # {change}"
+
+
+@dataclass(frozen=True)
+class Repaired:
+    """The repair of `InitializationCheck`, which scales each layer to unit variance."""
+
+    module: nn.Module
+    run_loss: Callable[[], Tensor]
+    names: Sequence[str]
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Repairs the layers."""
+        repair(self.module, self.run_loss, names=self.names)
+        yield
+
+    def describe(self, finding: Finding, change: str) -> str:
+        """Returns the callback that does it, with the names that it needs."""
+        named = [n for n in self.names if not holds_default_initialization(self.module.get_submodule(n))]
+        modules = f", repair_modules={named}" if named else ""
+        return f"InitializationCheck(on_failure='repair'{modules})  # {change}"
+
+
+@dataclass(frozen=True)
+class Rectified:
+    """ReLU with He initialization in place of saturating activations, with normalization or without."""
+
+    module: nn.Module
+    layers: Sequence[Layer]
+    normalized: bool = False
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Computes ReLU where a saturating activation follows one of the layers."""
+        for line in self._lines():
+            exec(line, {"nn": nn, "model": self.module})
+        with ExitStack() as stack:
+            if self.normalized:
+                stack.enter_context(Normalized(self.module, self.layers).applied())
+            stack.enter_context(_Substitution({layer.module for layer in self.layers}))
+            yield
+
+    def describe(self, finding: Finding, change: str) -> str:
+        """Returns the change of architecture and its initializers."""
+        kind = self.layers[0].activation
+        norm = " behind a normalization such as nn.LayerNorm" if self.normalized else ""
+        return f"nn.ReLU(){norm} in place of {kind}, and {one_line(self._lines())}  # {change}"
+
+    def _lines(self) -> list[str]:
+        return [_initializer(f"{reference(self.module, x.name)}.weight", "relu") for x in self.layers]
+
+
+class _Substitution(TorchFunctionMode):
+    """Replaces the first saturating activation after each of some layers."""
+
+    def __init__(self, layers: set[Any]) -> None:
+        super().__init__()
+        self._layers = layers
+        self._is_due = False
+        self._hooks = ExitStack()
+
+    def __enter__(self) -> _Substitution:
+        for layer in self._layers:
+            self._hooks.callback(layer.register_forward_hook(self._expect).remove)
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+        self._hooks.close()
+
+    def _expect(self, *_: Any) -> None:
+        self._is_due = True
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if self._is_due and getattr(function, "__name__", "").rstrip("_") in SATURATING:
+            self._is_due = False
+            return torch.relu(args[0])
+        return function(*args, **(kwargs or {}))
+
+
+@dataclass(frozen=True)
+class Normalized:
+    """Normalization between layers and their activations."""
+
+    module: nn.Module
+    layers: Sequence[Layer]
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Normalizes the outputs of the layers."""
+        with ExitStack() as hooks:
+            for layer in self.layers:
+                hooks.callback(layer.module.register_forward_hook(_normalize).remove)
+            yield
+
+    def describe(self, finding: Finding, change: str) -> str:
+        """Returns the change of architecture, with the layer of the finding as the example."""
+        layer = next((x for x in self.layers if x.name == finding.module), self.layers[0])
+        kind = "nn.LayerNorm({})" if isinstance(layer.module, nn.Linear) else "nn.GroupNorm(1, {})"
+        where = reference(self.module, layer.name)
+        made = kind.format(layer.module.weight.shape[0])
+        return f"normalization before each activation, such as {made} after {where}  # {change}"
+
+
+def _normalize(layer: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+    if isinstance(layer, nn.Linear):
+        return nn.functional.layer_norm(output, output.shape[-1:])
+    return nn.functional.group_norm(output, 1)
+
+
+@dataclass(frozen=True)
+class Gated:
+    """An LSTM whose forget gates are open in place of a recurrent module without gates."""
+
+    module: nn.Module
+    name: str
+    recurrent: nn.RNNBase
+    n_steps: int
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Computes the output of the module by the LSTM."""
+        old, weight = self.recurrent, next(self.recurrent.parameters())
+        lstm = nn.LSTM(
+            old.input_size,
+            old.hidden_size,
+            old.num_layers,
+            batch_first=old.batch_first,
+            bidirectional=old.bidirectional,
+        ).to(weight)
+        with torch.no_grad():
+            for name, parameter in lstm.named_parameters():
+                if name.startswith("bias_hh"):
+                    parameter[old.hidden_size : 2 * old.hidden_size] = self._bias
+
+        def replaced(module: nn.Module, inputs: Any, output: Any) -> Any:
+            outputs, (hidden, _) = lstm(inputs[0])
+            return outputs, hidden
+
+        handle = old.register_forward_hook(replaced)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def describe(self, finding: Finding, change: str) -> str:
+        """Returns the change of architecture and the bias of its gates."""
+        size, target = self.recurrent.hidden_size, reference(self.module, self.name)
+        line = f"nn.init.constant_({target}.bias_hh_l0[{size}:{2 * size}], {self._bias})"
+        return f"nn.LSTM in place of {target}, and {line}  # {change}"
+
+    @property
+    def _bias(self) -> float:
+        return round(math.log(max(self.n_steps, 3)), 1)

@@ -1,0 +1,26 @@
+"""Finds out what a run had in place, so that a report does not advise it."""
+
+from __future__ import annotations
+
+import re
+
+from lightning_gradguard.core.remedies import Present
+from lightning_gradguard.report.analysis.run_log import RunLog
+
+#: Parameters of recurrent modules, or modules that are called so.
+_RECURRENT = re.compile(r"weight_hh|(^|[._])(rnn|lstm|gru|cell)", re.IGNORECASE)
+
+
+def present_in(log: RunLog) -> set[Present]:
+    """Returns what a run had in place: callbacks that logged or acted, and a network without recurrence."""
+    kinds = {incident.kind for incident in log.incidents}
+    layers = [name for gradients in log.gradients for name in gradients.layers]
+    found: dict[Present, bool] = {
+        "clipping": any(len(g.clip_fraction) for g in log.gradients),
+        "rollback": len(log.skips) > 0,
+        "backoff": len(log.backoff_scale) > 0,
+        "check": log.was_checked
+        or not kinds.isdisjoint(("poor_initialization", "dead_units", "saturated_units")),
+        "feed_forward": bool(layers) and not any(map(_RECURRENT.search, layers)),
+    }
+    return {name for name, is_present in found.items() if is_present}

@@ -1,0 +1,151 @@
+"""Cures are code: what is printed is pasted into a fresh network, which then passes the check."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_gradguard import InitializationCheck
+from lightning_gradguard.core.initialization import check, repair, table
+from lightning_gradguard.core.initialization.findings import one_line
+from lightning_gradguard.core.initialization.trials import reference
+from tests.core.initialization.networks import digits, he, loss_of, mlp, planted
+from tests.tasks import same, weights
+
+
+class Recall(nn.Module):
+    """Reads a symbol at the first of many steps, in a recurrent module under a name that is no identifier."""
+
+    def __init__(self, kind: Callable[..., nn.RNNBase], n_steps: int = 60) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.cells = nn.ModuleDict({"time-wise": kind(4, 32, batch_first=True)})
+        self.head = nn.Linear(32, 4)
+        self.batch = torch.randn(16, n_steps, 4), torch.randint(4, (16,))
+
+    def loss(self) -> Tensor:
+        inputs, target = self.batch
+        outputs, _ = self.cells["time-wise"](inputs)
+        return nn.functional.cross_entropy(self.head(outputs[:, -1]), target)
+
+
+def orthogonal(*arguments: Any, **options: Any) -> Any:
+    cell: Any = nn.RNN(*arguments, **options)
+    nn.init.orthogonal_(cell.weight_hh_l0)
+    return cell
+
+
+def pasted(text: str, module: nn.Module) -> None:
+    lines = re.findall("cure: (.*)", text)
+    assert lines
+    torch.manual_seed(5)
+    for line in lines:
+        exec(line, {"model": module, "nn": nn, "torch": torch})
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        mlp,
+        lambda: mlp(20, nn.Tanh),
+        lambda: mlp(initialize=lambda w: nn.init.normal_(w, 0, 0.8)),
+        lambda: planted(mlp(4, initialize=he), lambda n: n[4].weight.fill_(0.1)),
+        lambda: planted(mlp(4, initialize=he), lambda n: n[2].bias.fill_(-100)),
+        lambda: planted(mlp(4, nn.Tanh), lambda n: n[2].weight.mul_(1000)),
+        lambda: planted(mlp(4, initialize=he), lambda n: n[6].weight[0, 0].fill_(math.nan)),
+        lambda: nn.ModuleDict({"not-a-name": mlp()}),
+    ],
+)
+def test_pasted_cure_of_a_feed_forward_network_works(make: Callable[[], Any]) -> None:
+    network = make()
+    inside = network["not-a-name"] if isinstance(network, nn.ModuleDict) else network
+    before = weights(network)
+    findings, _ = check(network, loss_of(inside))
+    assert torch.equal(torch.cat([w.flatten() for w in before]), flat(network)) or not all_finite(before)
+    pasted(table(findings), network)
+    assert [f for f in check(network, loss_of(inside))[0] if f.severity != "info"] == []
+
+
+def flat(network: nn.Module) -> Tensor:
+    return torch.cat([w.flatten() for w in weights(network)])
+
+
+def all_finite(tensors: list[Tensor]) -> bool:
+    return all(bool(torch.isfinite(w).all()) for w in tensors)
+
+
+@pytest.mark.parametrize("kind", [nn.RNN, nn.LSTM, nn.GRU, orthogonal])
+def test_pasted_cure_through_time_works(kind: Callable[..., nn.RNNBase]) -> None:
+    network = Recall(kind)
+    before, numbers = weights(network), torch.get_rng_state()
+    findings, values = check(network, network.loss)
+    assert same(before, weights(network))
+    assert torch.equal(numbers, torch.get_rng_state())
+    (finding,) = findings
+    assert (finding.severity, finding.criterion) == ("warn", "gain_through_time")
+    assert finding.value == values["gain_through_time/cells.time-wise"] < -3
+    assert "model.cells.get_submodule" not in finding.cure
+    assert "model.get_submodule('cells.time-wise')" in finding.cure
+    pasted(table(findings), network)
+    assert check(network, network.loss)[0] == []
+
+
+def test_gates_are_advised_where_no_initializer_betters_a_recurrent_network() -> None:
+    network = Recall(nn.RNN, n_steps=200)
+    (finding,) = check(network, network.loss)[0]
+    assert finding.cure.startswith("nn.LSTM in place of model.get_submodule('cells.time-wise'), and nn.init.")
+    assert finding.cure.endswith("# gain_through_time is as usual, -3 .. 3")
+
+
+def test_another_activation_is_advised_where_no_initializer_betters_a_sigmoid() -> None:
+    network = mlp(20, nn.Sigmoid)
+    findings, _ = check(network, loss_of(network))
+    architecture, _, line = findings[0].cure.partition(", and ")
+    assert architecture == "nn.ReLU() in place of sigmoid"
+    for i in range(1, 40, 2):
+        network[i] = nn.ReLU()
+    exec(line, {"model": network, "nn": nn})
+    assert check(network, loss_of(network))[0] == []
+
+
+def test_scaling_is_advised_where_inputs_saturate_the_first_layer() -> None:
+    network = mlp(3, nn.Tanh)
+    inputs, target = digits()
+
+    def loss() -> Tensor:
+        return nn.functional.cross_entropy(network(inputs[:128] * 255), target[:128])
+
+    (finding,) = check(network, loss)[0]
+    made = eval(finding.cure.partition("#")[0], {"InitializationCheck": InitializationCheck})
+    assert (made.on_failure, made.repair_modules) == ("repair", ())
+    repair(network, loss, names=made.repair_modules)
+    assert check(network, loss)[0] == []
+
+
+def test_like_rows_share_one() -> None:
+    network = mlp(20, nn.Sigmoid)
+    lines = table(check(network, loss_of(network))[0]).splitlines()
+    assert len(lines) == 4
+    row = " ".join(lines[3].split())
+    assert row == "FAIL 2 to 38 (19 layers) layer_gain -0.88 .. -0.81 decades -0.2 .. 0.2"
+
+
+def test_statements_join_to_one_line() -> None:
+    assert one_line(["f(model[0])"]) == "f(model[0])"
+    assert one_line(["f(m[0]); g(m[0])", "f(m[3]); g(m[3])"]) == "for i in range(0, 4, 3): f(m[i]); g(m[i])"
+    assert one_line(["f(m[0])", "f(m[3])", "f(m[4])"]) == "for i in (0, 3, 4): f(m[i])"
+    assert one_line(["f(m[0].a[1])", "f(m[1].a[2])"]) == "f(m[0].a[1]); f(m[1].a[2])"
+    assert one_line(["f(m.a)", "f(m.b)"]) == "f(m.a); f(m.b)"
+
+
+def test_references_are_expressions() -> None:
+    module = nn.ModuleDict({"net": nn.Sequential(nn.ModuleList([nn.Linear(1, 1)]))})
+    module.add_module("for", nn.Linear(1, 1))
+    for name, submodule in module.named_modules():
+        assert eval(reference(module, name), {"model": module}) is submodule
