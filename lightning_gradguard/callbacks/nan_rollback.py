@@ -16,6 +16,7 @@ from lightning_gradguard.runtime.incidents.investigation import Investigation
 from lightning_gradguard.runtime.incidents.journal import open_journal
 from lightning_gradguard.runtime.logging import console
 from lightning_gradguard.runtime.logging.hyperparameters import non_defaults
+from lightning_gradguard.runtime.rollback.configured_rates import ConfiguredRates
 from lightning_gradguard.runtime.rollback.session import Counts, RollbackSession
 from lightning_gradguard.runtime.rollback.snapshot_schedule import SnapshotSchedule
 from lightning_gradguard.runtime.steps.step import Step, StepFlags, StepVerdict
@@ -41,7 +42,8 @@ class NaNRollback(StepCallback):
 
     No checkpoint that the Trainer writes while it fits holds nonfinite weights. When a budget is used up, the
     last qualified state is written to `last_good.ckpt` in the run's folder, from which training can be
-    resumed. Lost batches (skipped, or undone by a rollback) are logged to `lost_batches.rank0.jsonl` there; a
+    resumed: a learning rate that was changed in `configure_optimizers` since then takes the place of that in the
+    checkpoint. Lost batches (skipped, or undone by a rollback) are logged to `lost_batches.rank0.jsonl` there; a
     resumed run skips one that it sees again.
 
     Any callback may be restored along with the weights: if it has `snapshot_state_dict()` and
@@ -137,6 +139,8 @@ class NaNRollback(StepCallback):
         self._own_logs: list[str] = []
         self._session: RollbackSession = None  # type: ignore[assignment]  # until training starts
         self._unknown_averages: list[str] = []
+        self._resumes_a_stop = False
+        self._configured_rates: ConfiguredRates | None = None
 
     @property
     def skips(self) -> int:
@@ -164,9 +168,21 @@ class NaNRollback(StepCallback):
             )
 
     @override
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Keeps the learning rates of the code, ahead of those of a checkpoint."""
+        self._configured_rates = ConfiguredRates(trainer) if self._resumes_a_stop else None
+        self._resumes_a_stop = False
+
+    @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Begins a fit."""
         super().on_train_start(trainer, pl_module)
+        if self._configured_rates is not None and (rates := self._configured_rates.restore(trainer)):
+            console.print_message(
+                trainer,
+                f"gradguard: Resumed from a run that was stopped: training continues with lr={rates[1]:g}, as"
+                f" configure_optimizers sets it, not with lr={rates[0]:g} as in the checkpoint.",
+            )
         self._counts.has_stopped = False
         self._session = RollbackSession(
             trainer,
@@ -298,6 +314,7 @@ class NaNRollback(StepCallback):
         self._policy.load_state_dict(state_dict["recovery"])
         if state_dict["has_given_up"]:
             self._policy.reset_budgets()  # the user has changed something, and wants it tried
+            self._resumes_a_stop = True
         self._investigation.examined = state_dict["examined"]
         self._earlier_logs, self._own_logs = state_dict["ledgers"], []
 

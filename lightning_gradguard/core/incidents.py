@@ -19,6 +19,7 @@ IncidentKind = Literal[
     "gradient_collapse",
     "rollback",
     "learning_rate_backoff",
+    "learning_rate_found",
     "training_diverged",
     "lost_batch",
     "vanishing_gradient",
@@ -62,6 +63,7 @@ _TITLES = {
 _INTERVENTIONS = {
     "rollback": "Rolled back to step {:.0f}",
     "learning_rate_backoff": "Learning rate backed off to {:.4g}x",
+    "learning_rate_found": "Found a learning rate that trains: train with lr={:.3g}",
 }
 _VALUES = {
     "nonfinite_gradient": "{:.0%} of the tensors",
@@ -71,6 +73,7 @@ _VALUES = {
     "corrupted_gradient": "total norm {:.4g}",
     "rollback": "to step {:.0f}",
     "learning_rate_backoff": "{:.4g}x",
+    "learning_rate_found": "lr={:.3g}",
 }
 
 

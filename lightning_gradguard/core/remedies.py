@@ -47,6 +47,9 @@ _REMEDIES = {
     "learning_rate_backoff": (
         "If the scale keeps falling, give the optimizer a lower learning rate or a longer warm-up."
     ),
+    "learning_rate_found": (
+        "Give the optimizer this learning rate and train from the start; higher ones diverged in the first steps."
+    ),
     "training_diverged": (
         "Lower the learning rate, clip gradients (AdaptiveGradientClipping), check the initialization "
         "(InitializationCheck) and the batches that were skipped."

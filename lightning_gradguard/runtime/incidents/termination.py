@@ -45,8 +45,9 @@ def divergence_error(
     step: int,
     causes: Mapping[Cause, Sequence[str]],
     last_good: Path | None,
+    learning_rate_scale: float = 1.0,
 ) -> TrainingDivergedError:
-    """Makes the error that ends the run."""
+    """Makes the error that ends the run, whose rates were multiplied by `learning_rate_scale` at last."""
     causes_text = "; ".join(
         f"{label(cause)} ({', '.join(where[:3])})" if where else label(cause)
         for cause, where in causes.items()
@@ -57,4 +58,16 @@ def divergence_error(
         + (f" Causes: {causes_text}." if causes_text else "")
         + f" {combined_advice(causes)} Weights are those of step {step}, the last qualified ones."
         + (f" Incidents and checkpoint to resume from: {', '.join(left)}" if left else "")
+        + (f". {_how_to_resume(trainer, last_good, learning_rate_scale)}" if last_good else "")
+    )
+
+
+def _how_to_resume(trainer: pl.Trainer, last_good: Path, scale: float) -> str:
+    group = trainer.optimizers[0].param_groups[0]
+    rate = float(group.get("initial_lr", group["lr"]))
+    used = "" if scale == 1 else f", at last scaled by {scale:.3g}"
+    return (
+        f"To resume at a lower learning rate, set it in configure_optimizers (it was lr={rate:g}{used}; try "
+        f"lr={rate * scale / 10:.2g}) and call trainer.fit(module, ckpt_path='{last_good}'): NaNRollback puts the "
+        "rate of the code in place of that in the checkpoint."
     )
