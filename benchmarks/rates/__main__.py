@@ -1,8 +1,8 @@
 """Trains small networks at rates 3 to 100 times too high, with the suite, with and without clipping.
 
-`python -m benchmarks.rates` runs 108 cells for each kind of clipping, resumes where it was stopped, and prints the
-table of docs/evidence_rates.md. A run is rescued if it ends within .05 of the score at the best rate. One thread;
-about ten minutes.
+`python -m benchmarks.rates` runs 108 cells for each kind of clipping, resumes where it was stopped, and
+prints the table of docs/evidence_rates.md. A run is rescued if it ends within .05 of the score at the best
+rate. One thread; about ten minutes.
 """
 
 from __future__ import annotations
@@ -90,11 +90,12 @@ def table(results: dict[Key, dict[str, Any]]) -> str:
         if multiple > 1 and best is not None:
             good = result["score"] == result["score"] and result["score"] >= best["score"] - TOLERANCE
             for row in ((task, optimizer), ("all", f"x {multiple}"), ("all", "all")):
-                cells[*row, guard].append(good)
+                cells[(*row, guard)].append(good)
     guards = sorted({key[2] for key in cells})
     lines = ["| network | optimizer | " + " | ".join(guards) + " |", "|---|---|" + "---|" * len(guards)]
     for row in dict.fromkeys(key[:2] for key in sorted(cells, key=lambda key: key[0] == "all")):
-        shares = [f"{sum(cells[*row, guard])} of {len(cells[*row, guard])}" for guard in guards]
+        found = [cells[(*row, guard)] for guard in guards]
+        shares = [f"{sum(good)} of {len(good)}" for good in found]
         lines.append("| " + " | ".join([*row, *shares]) + " |")
     return "\n".join(lines)
 
@@ -115,7 +116,7 @@ def main() -> None:
     torch.set_num_threads(1)
     options.kept.parent.mkdir(parents=True, exist_ok=True)
     lines = options.kept.read_text().splitlines() if options.kept.exists() else []
-    results: dict[Key, dict[str, Any]] = {tuple(r.pop("key")): r for r in map(json.loads, lines)}  # type: ignore[misc]
+    results: dict[Key, dict[str, Any]] = {tuple(r.pop("key")): r for r in map(json.loads, lines)}
     with contextlib.closing(options.kept.open("a")) as file:
         for key in keys(options.seeds, options.guards):
             if key not in results:

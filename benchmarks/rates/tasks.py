@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 
 STEPS, SIZE = 500, 32
 Data = list[tuple[Tensor, Tensor]]

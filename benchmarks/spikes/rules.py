@@ -17,7 +17,7 @@ class Rule(Protocol):
 
 
 class SkipStep:
-    """OLMo-core's `SkipStepOptimizer` (AI2, 2024): deviations above the mean of the last 128, each of which enters."""
+    """OLMo-core's `SkipStepOptimizer` (AI2, 2024): deviations above the mean of the last 128."""
 
     def __init__(self, threshold: float) -> None:
         self._threshold, self._window = threshold, deque[float](maxlen=128)
@@ -34,7 +34,7 @@ class SkipStep:
 
 
 class ZScore:
-    """ZClip's running mean and variance (Kumar et al., 2025, arXiv:2504.02507), where a spike enters reduced."""
+    """ZClip's running mean and variance (Kumar et al., 2025, arXiv:2504.02507)."""
 
     def __init__(self, threshold: float) -> None:
         self._threshold, self._first = threshold, list[float]()
@@ -75,7 +75,7 @@ class LogEMA:
 
 
 class RunningMean:
-    """Lightning's `SpikeDetection`: a multiple above the mean of the last ten, and higher than the value before."""
+    """Lightning's `SpikeDetection`: a multiple above the mean of the last ten."""
 
     def __init__(self, threshold: float) -> None:
         self._threshold, self._window = threshold, deque[float](maxlen=10)
@@ -89,7 +89,7 @@ class RunningMean:
 
 
 class LogMAD:
-    """Version 0.5 of this package: median absolute deviations of the logarithm, 0.25 at least, of 128 values."""
+    """Version 0.5 of this package: median absolute deviations of the logarithm, 0.25 at least."""
 
     def __init__(self, threshold: float) -> None:
         self._threshold, self._window, self._delayed = threshold, deque[float](maxlen=128), deque[float]()

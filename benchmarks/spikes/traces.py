@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 
 #: One optimizer step: index of the optimizer, loss, norm of all gradients.
 Row = tuple[int, float, float]
@@ -324,8 +324,8 @@ def hundredfold_sgd(seed: int) -> Iterator[Row]:
 HEALTHY: dict[str, Callable[[int], Iterator[Row]]] = {
     f.__name__: f
     for f in (
-        gan, dqn, dqn_huber, reinforce, actor_critic, vae, flow, language, restarts, small_batches, curriculum,
-        unfreezing, heavy_tails, unscaled, classifier,
+        gan, dqn, dqn_huber, reinforce, actor_critic, vae, flow, language, restarts, small_batches,
+        curriculum, unfreezing, heavy_tails, unscaled, classifier,
     )
 }  # fmt: skip
 DIVERGING: dict[str, Callable[[int], Iterator[Row]]] = {

@@ -26,10 +26,10 @@ class LearningRateBackoff(StepCallback):
     affected. A rollback multiplies the scale by `factor`; a skipped batch changes nothing, for bad data is
     no reason to train slower.
 
-    A run that is rolled back to its start, or again to the same snapshot, has a rate that does not train it (unless
-    the data was found to be bad). Then
-    each cut is the square of the one before, and the rate is raised again to the highest that trains, within a
-    factor of 16; it is kept, logged, and reported as the rate to train with.
+    A run that is rolled back to its start, or again to the same snapshot, has a rate that does not train it
+    (unless the data was found to be bad). Then each cut is the square of the one before, and the rate is
+    raised again to the highest that trains, within a factor of 16; it is kept, logged, and reported as the
+    rate to train with.
 
     | tag | value |
     |---|---|

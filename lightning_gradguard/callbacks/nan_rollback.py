@@ -29,8 +29,8 @@ class NaNRollback(StepCallback):
     A skipped step leaves no trace: weights, optimizer state, buffers, weight averages, torchmetrics states
     and logged epoch means are as if the batch had never been seen. (`trainer.global_step` and learning rate
     schedules advance.) Training rolls back, in place, to the last *qualified* snapshot (finite on all ranks
-    and followed by 10 good steps) after `patience` skips in a row, nonfinite weights, a spike of loss and
-    gradient norm that does not clear within 10 steps, a divergence, or a collapse (no weight matrix gets a
+    and followed by 10 good steps) after `patience` skips in a row, nonfinite weights, a divergence (a high
+    loss that lasts, with weights that are far from the snapshot), or a collapse (no weight matrix gets a
     gradient any more). A rollback before another snapshot is qualified restores the one before, unless the
     data was found to be at fault. Under a GradScaler, an overflow (finite loss, nonfinite gradients) is left
     to the scaler and counted, until it repeats `patience` times at a scale of 1 or less. Under LBFGS a batch
@@ -42,9 +42,9 @@ class NaNRollback(StepCallback):
 
     No checkpoint that the Trainer writes while it fits holds nonfinite weights. When a budget is used up, the
     last qualified state is written to `last_good.ckpt` in the run's folder, from which training can be
-    resumed: a learning rate that was changed in `configure_optimizers` since then takes the place of that in the
-    checkpoint. Lost batches (skipped, or undone by a rollback) are logged to `lost_batches.rank0.jsonl` there; a
-    resumed run skips one that it sees again.
+    resumed: a learning rate that was changed in `configure_optimizers` since then takes the place of that in
+    the checkpoint. Lost batches (skipped, or undone by a rollback) are logged to `lost_batches.rank0.jsonl`
+    there; a resumed run skips one that it sees again.
 
     Any callback may be restored along with the weights: if it has `snapshot_state_dict()` and
     `load_snapshot_state_dict(state)`, these are called when a snapshot is taken and restored.

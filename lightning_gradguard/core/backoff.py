@@ -27,19 +27,20 @@ class Backoff:
 
     The scale is independent of the schedule and multiplies the learning rate that the schedule sets.
 
-    A run that returns to where it began, or to where it has returned to before, has a rate that does not train it.
-    Then the scale is *searched*: each cut is the square of the one before (1/2, 1/4, 1/16, ...), and a level that
-    lasts for 60 good steps is raised to the geometric mean of itself and the lowest level that has failed, until
-    they are within a factor of 16. What was found is kept, and recovers no further.
+    A run that returns to where it began, or to where it has returned to before, has a rate that does not
+    train it. Then the scale is *searched*: each cut is the square of the one before (1/2, 1/4, 1/16, ...),
+    and a level that lasts for 60 good steps is raised to the geometric mean of itself and the lowest level
+    that has failed, until they are within a factor of 16. What was found is kept, and recovers no further.
 
     Args:
         factor: A cut multiplies the scale by it; in (0, 1).
         min_scale: Lower bound of every cut; in (0, 1].
-        cooldown_steps: Good steps after a cut in which there is no other, unless the scale is searched; 0 or more.
-        rewarm_steps: Good steps over which the scale climbs from a tenth of its level to all of it, unless it is
-            searched.
-        recover_after_steps: Good steps after which the level grows by `1 / factor`, up to 1 or what a search has
-            found; at least 1.
+        cooldown_steps: Good steps after a cut in which there is no other, unless the scale is searched; 0 or
+            more.
+        rewarm_steps: Good steps over which the scale climbs from a tenth of its level to all of it, unless it
+            is searched.
+        recover_after_steps: Good steps after which the level grows by `1 / factor`, up to 1 or what a search
+            has found; at least 1.
 
     Attributes:
         has_found: True if the last good step has ended a search with a level at which the loss has fallen.

@@ -12,11 +12,12 @@ from lightning_gradguard.core.detectors import EVIDENCE_STEPS, Anomaly, Optimize
 OUTCOMES = 100
 #: Good steps since the last rollback after which one rollback is refunded to the budget.
 REFUND_AFTER_STEPS = 500
-#: Distance of the weights from the last trusted snapshot, in units of their norm there, from which on a high loss
-#: is a divergence. Of divergences in docs/evidence_rates.md the smallest has 2.9; of new data, 0.35 is the most.
+#: Distance of the weights from the last trusted snapshot, in units of their norm there, from which on a high
+#: loss is a divergence. Of divergences in docs/evidence_rates.md the smallest has 2.9; of new data, 0.35 is
+#: the most.
 MOVED = 1.0
-#: The same where the loss is not far above everything seen, but has made no progress since the start, by whether
-#: it is worse than there.
+#: The same where the loss is not far above everything seen, but has made no progress since the start, by
+#: whether it is worse than there.
 MOVED_WITHOUT_PROGRESS = {"worse_than_first": 2.5, "no_progress": 10.0}
 
 Decision = Literal["continue", "roll_back", "stop"]
@@ -25,9 +26,9 @@ Decision = Literal["continue", "roll_back", "stop"]
 class RecoveryPolicy:
     """Decides from the outcomes of steps, within a budget for each decision.
 
-    A skipped step costs one batch. `patience` of them in a row, a divergence or a collapse mean that the weights
-    themselves are bad. High losses alone do not: data may be new, or heavy-tailed. The same calls lead to the
-    same decisions on every rank.
+    A skipped step costs one batch. `patience` of them in a row, a divergence or a collapse mean that the
+    weights themselves are bad. High losses alone do not: data may be new, or heavy-tailed. The same calls
+    lead to the same decisions on every rank.
 
     Args:
         patience: Consecutive skipped steps (of one optimizer) after which the run is rolled back.

@@ -48,7 +48,7 @@ _REMEDIES = {
         "If the scale keeps falling, give the optimizer a lower learning rate or a longer warm-up."
     ),
     "learning_rate_found": (
-        "Give the optimizer this learning rate and train from the start; higher ones diverged in the first steps."
+        "Give the optimizer this learning rate and train from the start; higher ones diverged."
     ),
     "training_diverged": (
         "Lower the learning rate, clip gradients (AdaptiveGradientClipping), check the initialization "

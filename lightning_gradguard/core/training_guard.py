@@ -52,9 +52,9 @@ class TrainingGuard:
 
     A step is skipped if its loss, a gradient, or a buffer that its forward pass has written is nonfinite. It
     leaves no trace: weights, optimizer state and buffers are as if the batch had never been seen. After
-    `patience` skips in a row, nonfinite weights, a divergence, or a collapse of the gradients, training rolls back to the last *qualified* snapshot, one that
-    10 good steps followed, and the learning rate is reduced. It is scaled only while the optimizer steps, so
-    that a schedule never sees it.
+    `patience` skips in a row, nonfinite weights, a divergence, or a collapse of the gradients, training rolls
+    back to the last *qualified* snapshot, one that 10 good steps followed, and the learning rate is reduced.
+    It is scaled only while the optimizer steps, so that a schedule never sees it.
 
     A single finite spike is clipped, not skipped: running statistics of batch normalization take it in.
 

@@ -11,7 +11,8 @@ from lightning_gradguard.core.detectors.spike import SpikeAlarm, SpikeDetector
 
 #: Steps whose medians are compared for a divergence, and that a collapse must last.
 EVIDENCE_STEPS = 10
-#: Medians of so many steps, the latest, are not compared with: a divergence must not hide behind its beginning.
+#: Medians of so many steps, the latest, are not compared with: a divergence must not hide behind its
+#: beginning.
 REFERENCE_DELAY = 10
 #: Ratio of losses below which nothing is a divergence.
 MIN_LOSS_RATIO = 1.5
@@ -40,12 +41,12 @@ Anomaly = Literal[
 class DivergenceDetector:
     """Measures by how much loss and gradient norm exceed all that training has seen.
 
-    The medians of ten steps are compared with the highest such medians that are at least a hundred steps old, and
-    with the very first step, which precedes all updates. The result is the ratio of losses, if it is at least one
-    and a half, times the ratio of norms: a small rise of the loss counts if norms explode. A loss that rises
-    alone, as in a saturated network, counts as if the norm had risen as much. Losses that grow slowly, as those
-    of a Q network do along with its values, raise what they are compared with. Where losses fall to 0 or below,
-    they are measured from the lowest, in units of the range seen so far.
+    The medians of ten steps are compared with the highest such medians that are at least a hundred steps old,
+    and with the very first step, which precedes all updates. The result is the ratio of losses, if it is at
+    least one and a half, times the ratio of norms: a small rise of the loss counts if norms explode. A loss
+    that rises alone, as in a saturated network, counts as if the norm had risen as much. Losses that grow
+    slowly, as those of a Q network do along with its values, raise what they are compared with. Where losses
+    fall to 0 or below, they are measured from the lowest, in units of the range seen so far.
 
     Attributes:
         made_progress: True if the loss was ever a tenth lower than at the first step.
@@ -176,7 +177,7 @@ class CollapseDetector:
 
 
 class OptimizerHealth:
-    """Detects from the finite steps of one optimizer, perhaps an adversarial one, that its weights may be bad.
+    """Detects from finite steps of one optimizer, perhaps an adversarial one, that its weights may be bad.
 
     Attributes:
         spiking: Consecutive steps with a spike of both loss and norm.
@@ -194,8 +195,8 @@ class OptimizerHealth:
     def update(self, loss: float, total_norm: float, is_collapsed: bool) -> Anomaly:
         """Adds a step; returns its anomaly, the most certain first.
 
-        A lasting spike, a divergence and a lack of progress are suspicions: the caller must see if the weights have moved
-        that far.
+        A lasting spike, a divergence and a lack of progress are suspicions: the caller must see if the
+        weights have moved that far.
         """
         loss_spikes, norm_spikes = self._loss.update(loss), self._norm.update(total_norm)
         self.spiking = self.spiking + 1 if loss_spikes and norm_spikes else 0

@@ -26,13 +26,13 @@ CALM_STEPS = 2000
 class SpikeDetector:
     """Detects numbers that are far above their recent past, by the spread that their tails have there.
 
-    The distance from the median of the window to a value is compared with the spread, the mean of two distances:
-    to the upper decile, and to the highest value of the window. Heavy tails raise the second, so that one
-    threshold fits normal, skewed and heavy-tailed noise. A smaller rise is a spike if it lasts: three of the last
-    four values above `persistent_threshold`. docs/evidence_rates.md has the table that chose both. Values enter the window after a delay, so that a spike cannot raise the
-    level that it is compared with, and clipped to the bound, so that the detector follows a level that has
-    changed for good, and falls silent where spikes are the nature of the run. Nonfinite values are no spikes and
-    never enter.
+    The distance from the median of the window to a value is compared with the spread, the mean of two
+    distances: to the upper decile, and to the highest value of the window. Heavy tails raise the second, so
+    that one threshold fits normal, skewed and heavy-tailed noise. A smaller rise is a spike if it lasts:
+    three of the last four values above `persistent_threshold`. docs/evidence_rates.md has the table that
+    chose both. Values enter the window after a delay, so that a spike cannot raise the level that it is
+    compared with, and clipped to the bound, so that the detector follows a level that has changed for good,
+    and falls silent where spikes are the nature of the run. Nonfinite values are no spikes and never enter.
 
     Before `min_history` values, only a value a hundred times larger than all others so far is a spike.
 
@@ -130,8 +130,8 @@ class SpikeDetector:
 class SpikeAlarm:
     """Decides which spikes are worth an alarm: one an episode, and fewer the more there are.
 
-    After an alarm there is none for 256 steps, after the next one for 512, and so on; 2,000 steps without a spike
-    undo one doubling.
+    After an alarm there is none for 256 steps, after the next one for 512, and so on; 2,000 steps without a
+    spike undo one doubling.
 
     Example:
         >>> alarm = SpikeAlarm()

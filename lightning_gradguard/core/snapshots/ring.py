@@ -17,10 +17,10 @@ PATIENCE = 4
 class SnapshotRing:
     """The last qualified snapshots, and one that is pending.
 
-    A snapshot is *qualified* when enough good steps have followed it, and *pending* until then. A qualified one is
-    *trusted* if the loss is not worse than at the trusted one before: a run that drifts into a divergence takes
-    snapshots on the way. The last trusted one is kept while up to four follow that are not. Memory is recycled:
-    at most `keep + 1` snapshots exist.
+    A snapshot is *qualified* when enough good steps have followed it, and *pending* until then. A qualified
+    one is *trusted* if the loss is not worse than at the trusted one before: a run that drifts into a
+    divergence takes snapshots on the way. The last trusted one is kept while up to four follow that are not.
+    Memory is recycled: at most `keep + 1` snapshots exist.
 
     Args:
         keep: Number of qualified snapshots that are kept.

@@ -34,18 +34,18 @@ def incident_symptoms(log: RunLog, outcome: Outcome, known: set[str]) -> Iterato
 def _falling_learning_rate(log: RunLog, outcome: Outcome) -> RunSymptom | None:
     """Returns learning-rate cuts that were not recovered."""
     points = log.backoff_scale.finite()
-    if not points:
-        return None
     scales = [scale for _, scale in points]
     recorded = [i for i in log.incidents if i.kind == "learning_rate_backoff"]
+    if not (points or recorded):
+        return None
     if recorded:
         # right after a cut the rate is rewarmed from a tenth of the recorded one
-        cuts, level = [i.step for i in recorded], recorded[-1].value or scales[-1]
+        cuts, level = [i.step for i in recorded], recorded[-1].value or [1.0, *scales][-1]
     else:
         lows = [step for i, (step, scale) in enumerate(points) if scale < min(scales[:i], default=0.0)]
         cuts, level = lows, scales[-1]
     found = [i.value for i in log.incidents if i.kind == "learning_rate_found" and i.value]
-    if len(cuts) < 2 or (max(level, scales[-1]) > BACKED_OFF and not found):
+    if len(cuts) < 2 or (max([level, *scales[-1:]]) > BACKED_OFF and not found):
         return None
     evidence = f"lowered {len(cuts)} times since step {cuts[0]}, to {level:.2g} of the configured rate"
     severity: SymptomSeverity = "minor" if outcome.has_learned else "serious"

@@ -68,6 +68,6 @@ def _how_to_resume(trainer: pl.Trainer, last_good: Path, scale: float) -> str:
     used = "" if scale == 1 else f", at last scaled by {scale:.3g}"
     return (
         f"To resume at a lower learning rate, set it in configure_optimizers (it was lr={rate:g}{used}; try "
-        f"lr={rate * scale / 10:.2g}) and call trainer.fit(module, ckpt_path='{last_good}'): NaNRollback puts the "
-        "rate of the code in place of that in the checkpoint."
+        f"lr={rate * scale / 10:.2g}) and call trainer.fit(module, ckpt_path='{last_good}'): NaNRollback "
+        "puts the rate of the code in place of that in the checkpoint."
     )
