@@ -115,12 +115,12 @@ def ours(threshold: float) -> Rule:
     return SpikeDetector(threshold=threshold)
 
 
-#: Each rule with the threshold that its authors use.
+#: Each rule with the threshold that it is used with.
 RULES = {
     "SkipStep": (SkipStep, 6.0),
     "z-score": (ZScore, 2.5),
     "log EMA": (LogEMA, 4.0),
     "SpikeDetection": (RunningMean, 2.0),
     "log MAD": (LogMAD, 4.0),
-    "ours": (ours, None),
+    "ours": (ours, 4.0),
 }

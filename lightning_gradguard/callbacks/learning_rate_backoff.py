@@ -125,7 +125,8 @@ class LearningRateBackoff(StepCallback):
             return
         returns = incident.value <= self._returned_to and incident.cause != "bad_input"
         self._returned_to = int(incident.value)
-        if self._backoff.reduce(search=returns):
+        # a rate that fails at once is tried as it is: re-warming would hide that it fails
+        if self._backoff.reduce(search=returns, rewarm=not (returns and incident.value == 0)):
             self._found_rate = None
             facts = {"batch_idx": incident.batch_idx, "value": self._backoff.scale, "action": "backed_off"}
             self._publish(trainer, pl_module, "learning_rate_backoff", facts)

@@ -104,11 +104,12 @@ class Backoff:
         warmed = 1 - self._rewarm_left / self._rewarm_steps
         return self._level * (REWARM_START + (1 - REWARM_START) * warmed)
 
-    def reduce(self, *, search: bool = False) -> bool:
+    def reduce(self, *, search: bool = False, rewarm: bool = True) -> bool:
         """Cuts the scale; at `min_scale` it is only re-warmed.
 
         Args:
             search: True if the run has returned to where it began, or to where it has returned to before.
+            rewarm: False if the optimizer has no moments of earlier steps.
 
         Returns:
             True unless the last cut is within the cooldown.
@@ -125,7 +126,7 @@ class Backoff:
             self._level = max(self._level * self._factor ** (2**self._cuts), self._min_scale)
             self._cuts += search
         self._good_steps = 0
-        self._rewarm_left = 0 if self._cuts > 1 else self._rewarm_steps
+        self._rewarm_left = self._rewarm_steps if rewarm and self._cuts < 2 else 0
         self._cooldown_left = self._cooldown_steps
         return True
 

@@ -303,7 +303,8 @@ class TrainingGuard:
                 "initialization and the skipped batches. Weights are those of the newest qualified snapshot."
             )
         self.recovery.on_rollback()
-        self.backoff.reduce(search=extra_state["index"] <= self._returned_to)
+        returns = extra_state["index"] <= self._returned_to
+        self.backoff.reduce(search=returns, rewarm=not (returns and extra_state["index"] == 0))
         self._returned_to = extra_state["index"]
 
     def _copy_state(self, snapshot: Snapshot) -> None:
