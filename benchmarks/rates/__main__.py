@@ -90,11 +90,11 @@ def table(results: dict[Key, dict[str, Any]]) -> str:
         if multiple > 1 and best is not None:
             good = result["score"] == result["score"] and result["score"] >= best["score"] - TOLERANCE
             for row in ((task, optimizer), ("all", f"x {multiple}"), ("all", "all")):
-                cells[(*row, guard)].append(good)
+                cells[row + (guard,)].append(good)
     guards = sorted({key[2] for key in cells})
     lines = ["| network | optimizer | " + " | ".join(guards) + " |", "|---|---|" + "---|" * len(guards)]
     for row in dict.fromkeys(key[:2] for key in sorted(cells, key=lambda key: key[0] == "all")):
-        found = [cells[(*row, guard)] for guard in guards]
+        found = [cells[row + (guard,)] for guard in guards]
         shares = [f"{sum(good)} of {len(good)}" for good in found]
         lines.append("| " + " | ".join([*row, *shares]) + " |")
     return "\n".join(lines)

@@ -103,8 +103,6 @@ def table(traces: Sequence[Trace]) -> str:
         matched = [t for t in THRESHOLDS if false_alarms(make, t, choosing) <= FALSE_ALARMS]
         chosen = {"matched": matched[0] if matched else math.inf, "as published": published}
         for label, threshold in chosen.items():
-            if threshold is None:
-                continue
             cells = [f"{recall(make, threshold, judging, size):.2f}" for size in SPIKES]
             rate = false_alarms(make, threshold, judging)
             lines.append(f"| {name}, {label} | {threshold:g} | {rate:.1f} | " + " | ".join(cells) + " |")

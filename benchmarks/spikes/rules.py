@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from collections.abc import Callable
 from statistics import fmean
 from typing import Protocol
 
@@ -116,7 +117,7 @@ def ours(threshold: float) -> Rule:
 
 
 #: Each rule with the threshold that it is used with.
-RULES = {
+RULES: dict[str, tuple[Callable[[float], Rule], float]] = {
     "SkipStep": (SkipStep, 6.0),
     "z-score": (ZScore, 2.5),
     "log EMA": (LogEMA, 4.0),
