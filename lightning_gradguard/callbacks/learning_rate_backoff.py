@@ -26,6 +26,11 @@ class LearningRateBackoff(StepCallback):
     affected. A rollback multiplies the scale by `factor`; a skipped batch changes nothing, for bad data is
     no reason to train slower.
 
+    A run that is rolled back to its start, or again to the same snapshot, has a rate that does not train it
+    (unless the data was found to be bad). Then each cut is the square of the one before, and the rate is
+    raised again to the highest that trains, within a factor of 16; it is kept, logged, and reported as the
+    rate to train with.
+
     | tag | value |
     |---|---|
     | `lr_backoff/scale` | factor on the learning rates |
@@ -35,10 +40,10 @@ class LearningRateBackoff(StepCallback):
     Args:
         factor: Factor on the scale after a rollback; in (0, 1).
         min_scale: The scale never falls below it (re-warming aside); in (0, 1].
-        cooldown_steps: Good steps after a cut during which a further rollback does not cut again.
+        cooldown_steps: Good steps after a cut during which a rollback to a newer snapshot does not cut again.
         rewarm_steps: Good steps over which the rate climbs from a tenth of its new value to all of it.
         recover_after_steps: Good steps without a rollback after which the scale grows by `1 / factor`,
-            up to 1.
+            up to 1 or to what was found to train.
         prog_bar: Show the scale of the last logged step on the progress bar.
 
     Raises:
@@ -52,7 +57,7 @@ class LearningRateBackoff(StepCallback):
     def __init__(
         self,
         factor: float = 0.5,
-        min_scale: float = 2**-8,
+        min_scale: float = 2**-20,
         cooldown_steps: int = 20,
         rewarm_steps: int = 50,
         recover_after_steps: int = 2000,
@@ -61,10 +66,15 @@ class LearningRateBackoff(StepCallback):
         super().__init__()
         self.settings = non_defaults(LearningRateBackoff, locals())
         self.prog_bar = arguments.flag("prog_bar", prog_bar)
-        self.state_arguments = {"factor": factor, "min_scale": min_scale}
+        # part of the key in checkpoints: version 0.5 had another default
+        self.state_arguments = {"factor": factor, "min_scale": 2**-8 if min_scale == 2**-20 else min_scale}
         self._backoff = Backoff(factor, min_scale, cooldown_steps, rewarm_steps, recover_after_steps)
         self._scale = 1.0
         self._counted = False
+        self._returned_to = -1
+        self._saved_rates: list[float] = []
+        self._found_rate: float | None = None
+        self._is_first_batch = False
         self._rates: list[ScaledLearningRate] = []
         self._scheduled: dict[int, list[float | Tensor]] = {}
 
@@ -80,6 +90,8 @@ class LearningRateBackoff(StepCallback):
         if not self.suite.is_running:
             return
         self._rates = [ScaledLearningRate(optimizer) for optimizer in trainer.optimizers]
+        self._returned_to = max(self._returned_to, trainer.global_step)
+        self._is_first_batch = True
         if self.prog_bar:
             self.suite.metrics.show_on_bar(tags.LR_SCALE)
 
@@ -88,6 +100,11 @@ class LearningRateBackoff(StepCallback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Sets the scale of this batch, after all incidents of the batch before."""
+        if self._is_first_batch:
+            self._is_first_batch = False
+            if self._saved_rates not in ([], self._initial_rates()):
+                self._backoff.reset()  # the rates were changed by hand since they were cut
+                self._found_rate = None
         self._scale = self._backoff.scale
         self._counted = False
         for rate in self._rates:
@@ -105,26 +122,29 @@ class LearningRateBackoff(StepCallback):
             self._scheduled[step.optimizer_index] = self._rates[step.optimizer_index].scheduled()
         if step.accepted and not self._counted:
             self._counted = True
-            self._backoff.step()
+            self._backoff.step(float(step.loss) if self._backoff.is_searching else None)
 
     def on_training_incident(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, incident: Incident
     ) -> None:
-        """Backs off after a rollback."""
-        if incident.kind == "rollback" and self._backoff.reduce():
-            facts = incident_now(
-                trainer,
-                "learning_rate_backoff",
-                batch_idx=incident.batch_idx,
-                value=self._backoff.scale,
-                action="backed_off",
-                advice=advice("learning_rate_backoff"),
-            )
-            publish(trainer, pl_module, facts)
+        """Backs off after a rollback; bad data is no reason to search for another rate."""
+        if incident.kind != "rollback" or incident.value is None:
+            return
+        returns = incident.value <= self._returned_to and incident.cause != "bad_input"
+        self._returned_to = int(incident.value)
+        # a rate that fails at once is tried as it is: re-warming would hide that it fails
+        if self._backoff.reduce(search=returns, rewarm=not (returns and incident.value == 0)):
+            self._found_rate = None
+            facts = {"batch_idx": incident.batch_idx, "value": self._backoff.scale, "action": "backed_off"}
+            self._publish(trainer, pl_module, "learning_rate_backoff", facts)
 
     @override
     def on_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch_idx: int) -> None:
-        """Logs the scale, and the rates that were used."""
+        """Reports a rate that was found to train; logs the scale, and the rates that were used."""
+        if self._counted and self._backoff.has_found:
+            self._found_rate = self._initial_rates()[0] * self._backoff.level
+            facts = {"batch_idx": batch_idx, "value": self._found_rate}
+            self._publish(trainer, pl_module, "learning_rate_found", facts)
         if not (self.suite.has_stepped and self.suite.is_logged):
             return
         values: dict[str, float | Tensor] = {tags.LR_SCALE: self._scale}
@@ -154,18 +174,39 @@ class LearningRateBackoff(StepCallback):
 
     @override
     def final_counts(self) -> dict[str, float]:
-        """Returns the final scale, with the change of the last batch."""
-        return {tags.LR_SCALE: self._backoff.scale}
+        """Returns the final scale, with the change of the last batch; the rate that was found to train."""
+        counts = {tags.LR_SCALE: self._backoff.scale}
+        if self._found_rate is not None:
+            counts[tags.FOUND_LR] = self._found_rate
+        return counts
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        """Returns the scale and its counters."""
-        return self._backoff.state_dict()
+        """Returns the scale and its counters, and the rates that they belong to."""
+        rates = self._initial_rates() if self._rates else self._saved_rates
+        return {
+            **self._backoff.state_dict(),
+            "returned_to": self._returned_to,
+            "initial_rates": rates,
+            "found_rate": self._found_rate,
+        }
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores the scale and its counters."""
         self._backoff.load_state_dict(state_dict)
+        self._returned_to = state_dict.get("returned_to", -1)  # version 0.5 has none of these
+        self._saved_rates = state_dict.get("initial_rates", [])
+        self._found_rate = state_dict.get("found_rate")
+
+    def _initial_rates(self) -> list[float]:
+        """Returns the rate of each parameter group as the module has set it, ahead of any schedule."""
+        return [rate for scaled in self._rates for rate in scaled.initial()]
+
+    def _publish(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, kind: str, facts: dict[str, Any]
+    ) -> None:
+        publish(trainer, pl_module, incident_now(trainer, kind, advice=advice(kind), **facts))
 
     def _remove_hooks(self) -> None:
         for rate in self._rates:

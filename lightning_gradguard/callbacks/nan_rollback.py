@@ -21,6 +21,7 @@ from lightning_gradguard.runtime.incidents.investigation import Investigation
 from lightning_gradguard.runtime.incidents.journal import open_journal
 from lightning_gradguard.runtime.logging import console
 from lightning_gradguard.runtime.logging.hyperparameters import non_defaults
+from lightning_gradguard.runtime.rollback.configured_rates import ConfiguredRates
 from lightning_gradguard.runtime.rollback.session import Counts, RollbackSession
 from lightning_gradguard.runtime.rollback.snapshot_schedule import SnapshotSchedule
 from lightning_gradguard.runtime.steps.step import Step, StepFlags, StepVerdict
@@ -33,8 +34,8 @@ class NaNRollback(StepCallback):
     A skipped step leaves no trace: weights, optimizer state, buffers, weight averages, torchmetrics states
     and logged epoch means are as if the batch had never been seen. (`trainer.global_step` and learning rate
     schedules advance.) Training rolls back, in place, to the last *qualified* snapshot (finite on all ranks
-    and followed by 10 good steps) after `patience` skips in a row, nonfinite weights, a spike of loss and
-    gradient norm that does not clear within 10 steps, a divergence, or a collapse (no weight matrix gets a
+    and followed by 10 good steps) after `patience` skips in a row, nonfinite weights, a divergence (a high
+    loss that lasts, with weights that are far from the snapshot), or a collapse (no weight matrix gets a
     gradient any more). A rollback before another snapshot is qualified restores the one before, unless the
     data was found to be at fault. Under a GradScaler, an overflow (finite loss, nonfinite gradients) is left
     to the scaler and counted, until it repeats `patience` times at a scale of 1 or less. Under LBFGS a batch
@@ -46,8 +47,9 @@ class NaNRollback(StepCallback):
 
     No checkpoint that the Trainer writes while it fits holds nonfinite weights. When a budget is used up, the
     last qualified state is written to `last_good.ckpt` in the run's folder, from which training can be
-    resumed. Lost batches (skipped, or undone by a rollback) are logged to `lost_batches.rank0.jsonl` there; a
-    resumed run skips one that it sees again.
+    resumed: a learning rate that was changed in `configure_optimizers` since then takes the place of that in
+    the checkpoint. Lost batches (skipped, or undone by a rollback) are logged to `lost_batches.rank0.jsonl`
+    there; a resumed run skips one that it sees again.
 
     Any callback may be restored along with the weights: if it has `snapshot_state_dict()` and
     `load_snapshot_state_dict(state)`, these are called when a snapshot is taken and restored.
@@ -159,6 +161,8 @@ class NaNRollback(StepCallback):
         self._session: RollbackSession = None  # type: ignore[assignment]  # until training starts
         self._unknown_averages: list[str] = []
         self._is_set_up = False
+        self._resumes_a_stop = False
+        self._configured_rates: ConfiguredRates | None = None
 
     @property
     def skips(self) -> int:
@@ -202,11 +206,23 @@ class NaNRollback(StepCallback):
             )
 
     @override
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Keeps the learning rates of the code, ahead of those of a checkpoint."""
+        self._configured_rates = ConfiguredRates(trainer) if self._resumes_a_stop else None
+        self._resumes_a_stop = False
+
+    @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Begins a fit."""
         super().on_train_start(trainer, pl_module)
         if not self.suite.is_running:
             return
+        if self._configured_rates is not None and (rates := self._configured_rates.restore(trainer)):
+            console.print_message(
+                trainer,
+                f"gradguard: Resumed from a run that was stopped: training continues with lr={rates[1]:g}, as"
+                f" configure_optimizers sets it, not with lr={rates[0]:g} as in the checkpoint.",
+            )
         self._counts.has_stopped = False
         self._session = RollbackSession(
             trainer,
@@ -349,6 +365,7 @@ class NaNRollback(StepCallback):
         self._policy.load_state_dict(state_dict["recovery"])
         if state_dict["has_given_up"]:
             self._policy.reset_budgets()  # the user has changed something, and wants it tried
+            self._resumes_a_stop = True
         self._investigation.examined = state_dict["examined"]
         self._earlier_logs, self._own_logs = state_dict["ledgers"], []
 

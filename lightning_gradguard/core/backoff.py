@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from statistics import median
 from typing import Any
 
 from torch import Tensor
@@ -12,6 +14,12 @@ from lightning_gradguard.core.arguments import fraction, open_fraction, whole_nu
 
 #: Share of the level at which re-warming begins.
 REWARM_START = 0.1
+#: Good steps after which a level that a search tries counts as one that trains.
+TRIAL_STEPS = 60
+#: A search ends when the level that trains is at least this share of the lowest one that failed.
+SEARCH_PRECISION = 1 / 16
+#: Losses at the beginning of a trial, and at its end, whose medians are compared.
+EVIDENCE_STEPS = 10
 
 
 class Backoff:
@@ -19,12 +27,23 @@ class Backoff:
 
     The scale is independent of the schedule and multiplies the learning rate that the schedule sets.
 
+    A run that returns to where it began, or to where it has returned to before, has a rate that does not
+    train it. Then the scale is *searched*: each cut is the square of the one before (1/2, 1/4, 1/16, ...),
+    and a level that lasts for 60 good steps is raised to the geometric mean of itself and the lowest level
+    that has failed, until they are within a factor of 16. What was found is kept, and recovers no further.
+
     Args:
         factor: A cut multiplies the scale by it; in (0, 1).
         min_scale: Lower bound of every cut; in (0, 1].
-        cooldown_steps: Good steps after a cut in which there is no other; 0 or more.
-        rewarm_steps: Good steps over which the scale climbs from a tenth of its level to all of it.
-        recover_after_steps: Good steps after which the level grows by `1 / factor`, up to 1; at least 1.
+        cooldown_steps: Good steps after a cut in which there is no other, unless the scale is searched; 0 or
+            more.
+        rewarm_steps: Good steps over which the scale climbs from a tenth of its level to all of it, unless it
+            is searched.
+        recover_after_steps: Good steps after which the level grows by `1 / factor`, up to 1 or what a search
+            has found; at least 1.
+
+    Attributes:
+        has_found: True if the last good step has ended a search with a level at which the loss has fallen.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -33,12 +52,14 @@ class Backoff:
         >>> backoff = Backoff(factor=0.5, rewarm_steps=0)
         >>> backoff.reduce(), backoff.scale
         (True, 0.5)
+        >>> backoff.reduce(search=True), backoff.reduce(search=True), backoff.scale
+        (True, True, 0.0625)
     """
 
     def __init__(
         self,
         factor: float = 0.5,
-        min_scale: float = 2**-8,
+        min_scale: float = 2**-20,
         cooldown_steps: int = 20,
         rewarm_steps: int = 50,
         recover_after_steps: int = 2000,
@@ -48,10 +69,30 @@ class Backoff:
         self._cooldown_steps = whole_number("cooldown_steps", cooldown_steps, at_least=0)
         self._rewarm_steps = whole_number("rewarm_steps", rewarm_steps, at_least=0)
         self._recover_after_steps = whole_number("recover_after_steps", recover_after_steps)
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets every cut, as if the rates had been chosen anew."""
         self._level = 1.0
+        self._ceiling = 1.0
+        self._failed = 1.0
+        self._trained = 0.0
+        self._cuts = 0
+        self._losses: list[float] = []
         self._good_steps = 0
         self._rewarm_left = 0
         self._cooldown_left = 0
+        self.has_found = False
+
+    @property
+    def level(self) -> float:
+        """The scale once it is re-warmed."""
+        return self._level
+
+    @property
+    def is_searching(self) -> bool:
+        """True until a level that trains is found."""
+        return self._cuts > 0
 
     @property
     def scale(self) -> float:
@@ -61,46 +102,88 @@ class Backoff:
         warmed = 1 - self._rewarm_left / self._rewarm_steps
         return self._level * (REWARM_START + (1 - REWARM_START) * warmed)
 
-    def reduce(self) -> bool:
-        """Cuts the scale, and re-warms it from there; at `min_scale` it is only re-warmed.
+    def reduce(self, *, search: bool = False, rewarm: bool = True) -> bool:
+        """Cuts the scale; at `min_scale` it is only re-warmed.
+
+        Args:
+            search: True if the run has returned to where it began, or to where it has returned to before.
+            rewarm: False if the optimizer has no moments of earlier steps.
 
         Returns:
             True unless the last cut is within the cooldown.
         """
-        if self._cooldown_left:
+        search = search or self.is_searching
+        if self._cooldown_left and not search:
             return False
-        self._level = max(self._level * self._factor, self._min_scale)
+        self._losses = []
+        self._failed = self._level
+        if search and 0 < self._trained < self._level:
+            self._level = self._trained  # a level that was raised too far
+        else:
+            self._trained = 0.0
+            self._level = max(self._level * self._factor ** (2**self._cuts), self._min_scale)
+            self._cuts += search
         self._good_steps = 0
-        self._rewarm_left = self._rewarm_steps
+        self._rewarm_left = self._rewarm_steps if rewarm and self._cuts < 2 else 0
         self._cooldown_left = self._cooldown_steps
         return True
 
-    def step(self) -> None:
-        """Counts a good step."""
+    def step(self, loss: float | None = None) -> None:
+        """Counts a good step; its loss is asked for while the scale is searched."""
         self._cooldown_left = max(self._cooldown_left - 1, 0)
         self._rewarm_left = max(self._rewarm_left - 1, 0)
-        if self._level == 1:
+        self.has_found = False
+        if self._level >= self._ceiling:
             return
         self._good_steps += 1
-        if self._good_steps >= self._recover_after_steps:
-            self._level = min(self._level / self._factor, 1.0)
+        if self.is_searching:
+            if loss is not None:
+                self._losses.append(loss)
+            if self._good_steps >= TRIAL_STEPS:
+                self._end_trial()
+        elif self._good_steps >= self._recover_after_steps:
+            self._level = min(self._level / self._factor, self._ceiling)
             self._good_steps = 0
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the level and the counters."""
+        """Returns the level, what a search knows, and the counters."""
         return {
             "level": self._level,
+            "ceiling": self._ceiling,
+            "failed": self._failed,
+            "trained": self._trained,
+            "cuts": self._cuts,
+            "losses": list(self._losses),
             "good_steps": self._good_steps,
             "rewarm_left": self._rewarm_left,
             "cooldown_left": self._cooldown_left,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continues from a saved state."""
+        """Continues from a saved state; that of version 0.5 has no search."""
         self._level = state_dict["level"]
+        self._ceiling = state_dict.get("ceiling", 1.0)
+        self._failed = state_dict.get("failed", 1.0)
+        self._trained = state_dict.get("trained", 0.0)
+        self._cuts = state_dict.get("cuts", 0)
+        self._losses = list(state_dict.get("losses", ()))
         self._good_steps = state_dict["good_steps"]
         self._rewarm_left = min(state_dict["rewarm_left"], self._rewarm_steps)
         self._cooldown_left = min(state_dict["cooldown_left"], self._cooldown_steps)
+
+    def _end_trial(self) -> None:
+        """Raises the level that has lasted, or ends the search if it is close to one that failed."""
+        losses, self._losses, self._good_steps = self._losses, [], 0
+        self._trained = self._level
+        if self._level >= self._failed * SEARCH_PRECISION:
+            if self._cuts > 1:  # one cut may have been for a fault of one step
+                has_fallen = bool(losses) and median(losses[-EVIDENCE_STEPS:]) < median(
+                    losses[:EVIDENCE_STEPS]
+                )
+                self._ceiling, self.has_found = self._level, has_fallen
+            self._cuts = 0
+        else:
+            self._level = math.sqrt(self._level * self._failed)
 
 
 class ScaledLearningRate:
@@ -148,6 +231,12 @@ class ScaledLearningRate:
     def pending(self) -> float:
         """Factor that is still to be put on the rates of the next update; 1 while the optimizer steps."""
         return 1.0 if self._scheduled else self.scale
+
+    def initial(self) -> list[float]:
+        """The learning rate of each parameter group before any schedule; synchronizes if they are tensors."""
+        groups = self._optimizer.param_groups
+        pairs = zip(groups, self.scheduled(), strict=True)
+        return [float(group.get("initial_lr", rate)) for group, rate in pairs]
 
     def remove(self) -> None:
         """Restores the rates and removes the hooks."""

@@ -19,6 +19,7 @@ IncidentKind = Literal[
     "gradient_collapse",
     "rollback",
     "learning_rate_backoff",
+    "learning_rate_found",
     "training_diverged",
     "lost_batch",
     "rejected_step",
@@ -74,6 +75,7 @@ _TITLES = {
 _INTERVENTIONS = {
     "rollback": "Rolled back to step {:.0f}",
     "learning_rate_backoff": "Learning rate backed off to {:.4g}x the configured rate",
+    "learning_rate_found": "Found a learning rate that trains: train with lr={:.3g}",
 }
 _VALUES = {
     "nonfinite_gradient": "{:.0%} of the tensors",
@@ -84,6 +86,7 @@ _VALUES = {
     "rejected_step": "total norm {:.4g}",
     "rollback": "to step {:.0f}",
     "learning_rate_backoff": "{:.4g}x the configured rate",
+    "learning_rate_found": "lr={:.3g}",
     "constant_clipping": "{:.0%} of the steps to less than half of their norm",
     "nonfinite_loss": "loss {:.4g}",
     "vanishing_gradient": "gradients shrink by {:.1f} decades from last layer to first, usual: within 3",

@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from typing import Any, Literal
 
-from lightning_gradguard.core.detectors import Anomaly, OptimizerHealth
+from lightning_gradguard.core.detectors import EVIDENCE_STEPS, Anomaly, OptimizerHealth
 
-#: Steps after a rollback for a spike in which another spike is ignored: enough for the detectors' window to
-#: follow a level that has changed permanently.
-SPIKE_COOLDOWN = 256
 #: Steps over which the share of skipped ones is taken.
 OUTCOMES = 100
 #: Good steps since the last rollback after which one rollback is refunded to the budget.
 REFUND_AFTER_STEPS = 500
-#: Steps after a rollback within which a spike or a divergence is a recurrence of its reason.
-RECURRENCE_STEPS = 30
-#: Factor by which each rollback for a divergence raises the bound of the next: a level that has changed
-#: permanently does not use up the budget.
-BOUND_GROWTH = 3.0
+#: Distance of the weights from the last trusted snapshot, in units of their norm there, from which on a high
+#: loss is a divergence. Of divergences in docs/evidence_rates.md the smallest has 2.9; of new data, 0.35 is
+#: the most.
+MOVED = 1.0
+#: The same where the loss is not far above everything seen, but has made no progress since the start, by
+#: whether it is worse than there.
+MOVED_WITHOUT_PROGRESS = {"worse_than_first": 2.5, "no_progress": 10.0}
 
 #: Rollbacks that cannot help, before the run is stopped: no step was good yet, or eps is at fault.
 USELESS_ROLLBACKS = 2
@@ -29,9 +29,9 @@ Decision = Literal["continue", "roll_back", "stop"]
 class RecoveryPolicy:
     """Decides from the outcomes of steps, within a budget for each decision.
 
-    A skipped step costs one batch. `patience` of them in a row, a spike that does not clear, a divergence or
-    a collapse mean that the weights themselves are bad. The same calls lead to the same decisions on every
-    rank.
+    A skipped step costs one batch. `patience` of them in a row, a divergence or a collapse mean that the
+    weights themselves are bad. High losses alone do not: data may be new, or heavy-tailed. The same calls
+    lead to the same decisions on every rank.
 
     Args:
         patience: Consecutive skipped steps (of one optimizer) after which the run is rolled back.
@@ -68,13 +68,11 @@ class RecoveryPolicy:
         self._given_up = ""
         self.is_adversarial = False
         self._spent = 0
-        self._is_last_counted = False
         self._good_steps = 0
         self._skipped_in_a_row: dict[int, int] = {}
         self._outcomes: deque[bool] = deque(maxlen=OUTCOMES)
-        self._spike_cooldown = 0
         self._health: dict[int, OptimizerHealth] = {}
-        self._divergences: dict[int, int] = {}
+        self._asked_ago = EVIDENCE_STEPS
 
     def on_skip(self, index: int, is_nonfinite: bool = True) -> Decision:
         """Counts a skipped step of optimizer `index`; a finite one was rejected by a callback."""
@@ -86,11 +84,26 @@ class RecoveryPolicy:
         return self.escalate() if self._skipped_in_a_row[index] >= self._patience else "continue"
 
     def on_good_step(
-        self, index: int, loss: float, total_norm: float, is_collapsed: bool = False
+        self,
+        index: int,
+        loss: float,
+        total_norm: float,
+        is_collapsed: bool = False,
+        *,
+        distance: Callable[[], float] | None = None,
     ) -> tuple[Decision, Anomaly]:
         """Counts a step of optimizer `index` whose loss and gradient norm are finite.
 
-        Its gradients are collapsed if no weight matrix has one while another parameter has.
+        Its gradients are collapsed if no weight matrix has one while another parameter has. A divergence is
+        suspected by the numbers, and decided by the weights.
+
+        Args:
+            index: Of the optimizer.
+            loss: Finite.
+            total_norm: Finite.
+            is_collapsed: See above.
+            distance: Measures how far the weights are from the last trusted snapshot, in units of their norm
+                there; called at most once in ten steps. Without it no divergence is found.
 
         Returns:
             The decision, and the anomaly that begins with this step.
@@ -101,33 +114,19 @@ class RecoveryPolicy:
         self._good_steps += 1
         if self._good_steps % REFUND_AFTER_STEPS == 0:
             self._spent = max(self._spent - 1, 0)
-        self._spike_cooldown = max(self._spike_cooldown - 1, 0)
         if index not in self._health:
             self._health[index] = OptimizerHealth(self.is_adversarial)
-        health = self._health[index]
-        bound_growth = BOUND_GROWTH ** self._divergences.get(index, 0)
-        anomaly = health.update(loss, total_norm, is_collapsed, bound_growth)
-        if anomaly in ("loss_spike", "divergence") and self._good_steps < RECURRENCE_STEPS:
-            self._refund_last_rollback()
-        if anomaly == "loss_spike":
-            if self._spike_cooldown:
-                self._refund_last_rollback()
+        anomaly = self._health[index].update(loss, total_norm, is_collapsed)
+        self._asked_ago += 1
+        if anomaly in ("divergence", "worse_than_first", "no_progress", "lasting_spike"):
+            if self._asked_ago < EVIDENCE_STEPS:
                 return "continue", ""
-            self._spike_cooldown = SPIKE_COOLDOWN
-            return self.escalate(), ""  # it was reported at its first step
-        if anomaly == "divergence":
-            self._divergences[index] = self._divergences.get(index, 0) + 1
-        if anomaly:
-            return self.escalate(), anomaly
-        if health.is_diverging:
-            self._refund_last_rollback()
-        return "continue", "loss_spike" if health.spiking == 1 and not self._spike_cooldown else ""
-
-    def _refund_last_rollback(self) -> None:
-        """Refunds a rollback whose reason recurs: the data has changed, or a rollback is no cure."""
-        if self._is_last_counted:
-            self._is_last_counted = False
-            self._spent = max(self._spent - 1, 0)
+            self._asked_ago = 0
+            bound = MOVED_WITHOUT_PROGRESS.get(anomaly, MOVED)
+            if distance is None or not distance() >= bound:
+                return "continue", ""
+            return self.escalate(), "" if anomaly == "lasting_spike" else "divergence"  # a spike was reported
+        return (self.escalate() if anomaly == "gradient_collapse" else "continue"), anomaly
 
     def escalate(self) -> Decision:
         """Returns the decision for bad weights: roll back, or stop when the budget is used up."""
@@ -175,7 +174,6 @@ class RecoveryPolicy:
         """Counts a rollback."""
         self.rollbacks += 1
         self._spent += 1
-        self._is_last_counted = True
         self._good_steps = 0
         self._skipped_in_a_row.clear()
         for health in self._health.values():
@@ -187,7 +185,6 @@ class RecoveryPolicy:
         self._spent = 0
         self._skipped_in_a_row.clear()
         self._outcomes.clear()
-        self._divergences.clear()
 
     def detector_state(self) -> dict[int, Any]:
         """Returns the state that depends on the weights and is restored with them."""
@@ -205,12 +202,10 @@ class RecoveryPolicy:
             "rollbacks": self.rollbacks,
             "has_good_step": self.has_good_step,
             "spent": self._spent,
-            "is_last_counted": self._is_last_counted,
             "good_steps": self._good_steps,
             "skipped_in_a_row": dict(self._skipped_in_a_row),
             "outcomes": list(self._outcomes),
-            "spike_cooldown": self._spike_cooldown,
-            "divergences": dict(self._divergences),
+            "asked_ago": self._asked_ago,
             "windows": self.detector_state(),
         }
 
@@ -219,10 +214,8 @@ class RecoveryPolicy:
         self.rollbacks = state_dict["rollbacks"]
         self.has_good_step = state_dict.get("has_good_step", True)
         self._spent = state_dict["spent"]
-        self._is_last_counted = state_dict["is_last_counted"]
         self._good_steps = state_dict["good_steps"]
         self._skipped_in_a_row = dict(state_dict["skipped_in_a_row"])
         self._outcomes = deque(state_dict["outcomes"], maxlen=OUTCOMES)
-        self._spike_cooldown = state_dict["spike_cooldown"]
-        self._divergences = dict(state_dict["divergences"])
+        self._asked_ago = state_dict.get("asked_ago", EVIDENCE_STEPS)  # version 0.5 has none
         self.load_detector_state(state_dict["windows"])

@@ -71,6 +71,9 @@ _REMEDIES = {
     "learning_rate_backoff": (
         "If the scale keeps falling, give the optimizer a lower learning rate or a longer warm-up."
     ),
+    "learning_rate_found": (
+        "Give the optimizer this learning rate and train from the start; higher ones diverged."
+    ),
     "training_diverged": (
         "Lower the learning rate,[clipping| clip gradients (AdaptiveGradientClipping),][check| check the "
         "initialization (InitializationCheck)] and check the batches that were skipped."

@@ -6,7 +6,7 @@ import copy
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -59,10 +59,9 @@ class TrainingGuard:
 
     A step is skipped if its loss, a gradient, or a buffer that its forward pass has written is nonfinite. It
     leaves no trace: weights, optimizer state and buffers are as if the batch had never been seen. After
-    `patience` skips in a row, nonfinite weights, a spike of loss and gradient norm that does not clear, a
-    divergence, or a collapse of the gradients, training rolls back to the last *qualified* snapshot, one that
-    10 good steps followed, and the learning rate is reduced. It is scaled only while the optimizer steps, so
-    that a schedule never sees it.
+    `patience` skips in a row, nonfinite weights, a divergence, or a collapse of the gradients, training rolls
+    back to the last *qualified* snapshot, one that 10 good steps followed, and the learning rate is reduced.
+    It is scaled only while the optimizer steps, so that a schedule never sees it.
 
     A single finite spike is clipped, not skipped: running statistics of batch normalization take it in.
 
@@ -193,15 +192,18 @@ class TrainingGuard:
             decision = self._skip(measurement)
         else:
             decision, anomaly = self.recovery.on_good_step(
-                0, measurement.loss, measurement.total_norm, measurement.is_collapsed
+                0,
+                measurement.loss,
+                measurement.total_norm,
+                measurement.is_collapsed,
+                distance=lambda: self._snapshots.trusted().distance([self._optimizer]),
             )
-            # a spike is an anomaly when it begins, and rolled back when it has lasted
-            outcome = replace(outcome, kind=anomaly if decision == "continue" else anomaly or "loss_spike")
+            outcome = replace(outcome, kind=cast("IncidentKind", anomaly))
             if decision == "continue":
                 return self._commit(outcome, self._with_context(gradients, measurement))
         if decision == "continue":
             return outcome
-        self._roll_back(decision)
+        self._roll_back(decision, trusted=not measurement.must_skip)
         return replace(outcome, action="rolled_back")
 
     def state_dict(self) -> dict[str, Any]:
@@ -236,6 +238,7 @@ class TrainingGuard:
             raise ValueError("Weights, buffers or optimizer state are nonfinite: load healthy ones first.")
         self._nonfinite_state: Tensor | None = None
         self._good_steps = 0
+        self._n_snapshots = self._returned_to = 0
         self._snapshots.capture(self._copy_state, qualified=True)
 
     def _read(self, loss: Tensor, gradients: Gradients) -> tuple[Measurement, tuple[str, ...]]:
@@ -286,10 +289,10 @@ class TrainingGuard:
         self._learning_rate.scale = self.backoff.scale
         self._snapshots.wait()
         self._optimizer.step()
-        self.backoff.step()
+        self.backoff.step(outcome.loss)
         self._buffers.refresh()
         if not self.recovery.is_spiking:
-            self._snapshots.good_step()
+            self._snapshots.good_step(outcome.loss)
             self._good_steps += 1
         if self._good_steps >= self._snapshot_every_n_steps and self._snapshots.pending is None:
             self._good_steps = 0
@@ -309,9 +312,10 @@ class TrainingGuard:
             return self.recovery.escalate()
         return decision
 
-    def _roll_back(self, decision: Decision) -> None:
+    def _roll_back(self, decision: Decision, *, trusted: bool) -> None:
         """Restores a snapshot; raises if the budget is used up."""
-        snapshot = self._snapshots.newest() if decision == "stop" else self._snapshots.roll_back()
+        ring = self._snapshots
+        snapshot = ring.newest() if decision == "stop" else ring.roll_back(trusted=trusted)
         snapshot.restore([self._module], [self._optimizer])
         self._buffers.refresh()
         self._optimizer.zero_grad()
@@ -326,13 +330,20 @@ class TrainingGuard:
                 "initialization and the skipped batches. Weights are those of the newest qualified snapshot."
             )
         self.recovery.on_rollback()
-        self.backoff.reduce()
+        returns = extra_state["index"] <= self._returned_to
+        self.backoff.reduce(search=returns, rewarm=not (returns and extra_state["index"] == 0))
+        self._returned_to = extra_state["index"]
 
     def _copy_state(self, snapshot: Snapshot) -> None:
         # the next forward pass writes buffers while the copy is still being made
         buffers = self._buffers
         snapshot.capture([self._module], [self._optimizer], buffers.written(), buffers.saved())
-        extra_state = {"policy": self.policy.state_dict(), "detectors": self.recovery.detector_state()}
+        extra_state = {
+            "policy": self.policy.state_dict(),
+            "detectors": self.recovery.detector_state(),
+            "index": self._n_snapshots,
+        }
+        self._n_snapshots += 1
         snapshot.extra_state = copy.deepcopy(extra_state)
 
     def _scan(self) -> Tensor:

@@ -61,6 +61,14 @@ def any_rank(flag: bool, device: torch.device) -> bool:
     return bool(sum_over_ranks(torch.tensor([float(flag)], device=device)).item())
 
 
+def largest_of_ranks(value: float, device: torch.device) -> float:
+    """The largest of the values of all ranks. Synchronizes."""
+    vector = torch.tensor([value], dtype=torch.float32, device=device)
+    if world_size() > 1:
+        dist.all_reduce(vector, op=dist.ReduceOp.MAX)
+    return float(vector.item())
+
+
 def gather_objects(value: Any) -> list[Any]:
     """The value of every rank, by rank. Synchronizes."""
     if world_size() == 1:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_gradguard.core.backoff import Backoff
+from lightning_gradguard.core.backoff import TRIAL_STEPS, Backoff
 
 EVENTS = st.lists(st.sampled_from(["reduce", "step"]), max_size=300)
 
@@ -52,6 +52,44 @@ def test_cooldown_prevents_a_second_cut() -> None:
     play(backoff, ["step"] * 3)
     assert backoff.reduce()
     assert backoff.scale == 0.25
+
+
+def test_search_cuts_by_squares_and_raises_what_lasts() -> None:
+    backoff = Backoff(rewarm_steps=0)
+    levels = [backoff.level for _ in range(4) if backoff.reduce(search=True)]
+    assert levels == [2**-1, 2**-3, 2**-7, 2**-15]
+    rates = []
+    for step in range(4 * TRIAL_STEPS):
+        backoff.step(loss=1 / (step + 1))
+        rates.append(backoff.level)
+    # 2**-7 has failed: half of the way there is tried, and is close enough
+    assert list(dict.fromkeys(rates)) == [2**-15, 2**-11]
+    assert not backoff.is_searching
+
+
+def test_found_level_is_kept_and_returned_to_if_a_higher_one_fails() -> None:
+    backoff = Backoff(rewarm_steps=0, recover_after_steps=100)
+    for _ in range(4):
+        backoff.reduce(search=True)
+    for step in range(TRIAL_STEPS):
+        backoff.step(1 / (step + 1))
+    assert backoff.level == 2**-11
+    backoff.reduce(search=True)
+    assert backoff.level == 2**-15
+    found = []
+    for step in range(1000):
+        backoff.step(1 / (step + 1))
+        found.append(backoff.has_found)
+    assert (found.count(True), backoff.level) == (1, 2**-15)
+
+
+def test_level_that_lasts_without_a_fall_of_the_loss_is_not_said_to_train() -> None:
+    backoff = Backoff(rewarm_steps=0)
+    for _ in range(2):
+        backoff.reduce(search=True)
+    for _ in range(200):
+        backoff.step(1.0)
+        assert not backoff.has_found
 
 
 def test_scale_recovers_after_good_steps_up_to_one() -> None:

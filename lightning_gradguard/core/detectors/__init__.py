@@ -6,11 +6,10 @@ from .optimizer_health import (
     DIVERGENCE_RATIO,
     EVIDENCE_STEPS,
     MIN_LOSS_RATIO,
-    SPIKE_PATIENCE,
     Anomaly,
     CollapseDetector,
     DivergenceDetector,
     OptimizerHealth,
 )
-from .spike import MAD_TO_STD, SpikeDetector
+from .spike import MAD_TO_STD, SpikeAlarm, SpikeDetector
 from .symptoms import DEPTH_DECADES, EXPLOSION, STAGNANT, Persistence, Symptom, SymptomDetector, depth_profile

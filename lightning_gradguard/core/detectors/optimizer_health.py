@@ -1,34 +1,55 @@
-"""Detection from finite steps that weights are bad: divergence, collapse, and spikes that last."""
+"""Detection from finite steps that weights are bad: divergence, and collapse; and alarms on spikes."""
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from statistics import median
 from typing import Any, Literal
 
-from lightning_gradguard.core.detectors.spike import SpikeDetector
+from lightning_gradguard.core.detectors.spike import SpikeAlarm, SpikeDetector
 
 #: Steps whose medians are compared for a divergence, and that a collapse must last.
 EVIDENCE_STEPS = 10
+#: Medians of so many steps, the latest, are not compared with: a divergence must not hide behind its
+#: beginning.
+REFERENCE_DELAY = 10
 #: Ratio of losses below which nothing is a divergence.
 MIN_LOSS_RATIO = 1.5
-#: Steps that a spike of loss and gradient norm may last before the run is rolled back.
+#: Steps that a spike of loss and norm lasts before weights are suspected.
 SPIKE_PATIENCE = 10
-#: Ratio to the first steps, of loss times norm, from which on training has diverged.
+#: Ratio to all that was seen, of loss times norm, from which on training may have diverged.
 DIVERGENCE_RATIO = 300.0
 #: The same for adversarial optimizers, whose losses may rise tenfold in healthy training.
 ADVERSARIAL_DIVERGENCE_RATIO = 1e6
+#: Ratio to the first loss below which a run has made progress.
+PROGRESS = 0.9
+#: Steps after which a run without progress is suspected, and again after as many.
+NO_PROGRESS_STEPS = 50
 #: Faults of steps whose numbers are finite.
-Anomaly = Literal["", "loss_spike", "divergence", "gradient_collapse"]
+Anomaly = Literal[
+    "",
+    "loss_spike",
+    "lasting_spike",
+    "divergence",
+    "worse_than_first",
+    "no_progress",
+    "gradient_collapse",
+]
 
 
 class DivergenceDetector:
-    """Measures by how much loss and gradient norm exceed those of the first steps of training.
+    """Measures by how much loss and gradient norm exceed all that training has seen.
 
-    The medians of ten steps are compared with those of the first ten, or with the very first step if that is
-    smaller: it precedes all updates. The result is the ratio of losses, if it is at least one and a half,
-    times the ratio of norms: a small rise of the loss counts if norms explode. A loss that rises alone, as in
-    a saturated network, counts as if the norm had risen as much. Nonpositive losses give 0.
+    The medians of ten steps are compared with the highest such medians that are at least a hundred steps old,
+    and with the very first step, which precedes all updates. The result is the ratio of losses, if it is at
+    least one and a half, times the ratio of norms: a small rise of the loss counts if norms explode. A loss
+    that rises alone, as in a saturated network, counts as if the norm had risen as much. Losses that grow
+    slowly, as those of a Q network do along with its values, raise what they are compared with. Where losses
+    fall to 0 or below, they are measured from the lowest, in units of the range seen so far.
+
+    Attributes:
+        made_progress: True if the loss was ever a tenth lower than at the first step.
 
     Example:
         >>> detector = DivergenceDetector()
@@ -41,36 +62,80 @@ class DivergenceDetector:
     def __init__(self) -> None:
         self._losses: deque[float] = deque(maxlen=EVIDENCE_STEPS)
         self._norms: deque[float] = deque(maxlen=EVIDENCE_STEPS)
-        self._start: tuple[float, float] | None = None
+        self._recent: deque[tuple[float, float]] = deque()
+        self._highest: tuple[float, float] | None = None
+        self._lowest = math.inf
+        self._first = 0.0
+        self._n_steps = 0
+        self.made_progress = False
+
+    @property
+    def suspicion(self) -> Anomaly:
+        """What to suspect after each 50 steps without progress."""
+        is_due = self._n_steps > 0 and self._n_steps % NO_PROGRESS_STEPS == 0
+        if not is_due or self.made_progress or self._first <= 0:
+            return ""
+        return "worse_than_first" if median(self._losses) > MIN_LOSS_RATIO * self._first else "no_progress"
 
     def update(self, loss: float, total_norm: float) -> float:
-        """Adds a step with finite numbers; returns the ratio to the first steps, 0 without a rise."""
+        """Adds a step with finite numbers; returns the ratio to what was seen, 0 without a rise."""
+        if self._highest is None:
+            self._highest, self._first = (loss, total_norm), loss
         self._losses.append(loss)
         self._norms.append(total_norm)
+        self._n_steps += 1
         if len(self._losses) < EVIDENCE_STEPS:
             return 0.0
         now = (median(self._losses), median(self._norms))
-        if self._start is None:
-            self._start = (min(now[0], self._losses[0]), min(now[1], self._norms[0]))
-        if min(self._start) <= 0:
-            return 0.0
-        loss_ratio, norm_ratio = (value / start for value, start in zip(now, self._start, strict=True))
-        return loss_ratio * max(norm_ratio, loss_ratio) if loss_ratio >= MIN_LOSS_RATIO else 0.0
+        ratio = self._ratio(*now, *self._highest)
+        if self._n_steps % EVIDENCE_STEPS == 0:
+            self._lowest = min(self._lowest, now[0])
+            self.made_progress |= now[0] < self._first - (1 - PROGRESS) * abs(self._first)
+            self._recent.append(now)
+            if len(self._recent) > REFERENCE_DELAY:
+                loss, total_norm = self._recent.popleft()
+                self._highest = (max(self._highest[0], loss), max(self._highest[1], total_norm))
+        return ratio
 
     def forget(self) -> None:
         """Discards the last steps after a rollback: they were made with other weights."""
         self._losses.clear()
         self._norms.clear()
+        self._n_steps -= self._n_steps % EVIDENCE_STEPS
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the last steps and the first ones."""
-        return {"losses": list(self._losses), "norms": list(self._norms), "start": self._start}
+        """Returns the last steps, and what they are compared with."""
+        return {
+            "losses": list(self._losses),
+            "norms": list(self._norms),
+            "recent": list(self._recent),
+            "start": self._highest,
+            "lowest": self._lowest,
+            "first": self._first,
+            "n_steps": self._n_steps,
+            "made_progress": self.made_progress,
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continues with saved steps."""
+        """Continues with saved steps; those of version 0.5 have less."""
         self._losses = deque(state_dict["losses"], maxlen=EVIDENCE_STEPS)
         self._norms = deque(state_dict["norms"], maxlen=EVIDENCE_STEPS)
-        self._start = state_dict["start"]
+        self._recent = deque(state_dict.get("recent", ()))
+        self._highest = state_dict["start"]
+        self._lowest = state_dict.get("lowest", math.inf)
+        self._first = state_dict.get("first", 0.0)
+        self._n_steps = state_dict.get("n_steps", len(self._losses))
+        self.made_progress = state_dict.get("made_progress", True)
+
+    def _ratio(self, loss: float, total_norm: float, highest_loss: float, highest_norm: float) -> float:
+        if min(self._lowest, highest_loss) > 0:
+            loss_ratio = loss / highest_loss
+        else:
+            lowest = min(self._lowest, highest_loss)
+            scale = max(highest_loss - lowest, abs(self._first))
+            loss_ratio = (loss - lowest) / scale if scale > 0 else 0.0
+        norm_ratio = total_norm / highest_norm if highest_norm > 0 else 0.0
+        return loss_ratio * max(norm_ratio, loss_ratio) if loss_ratio >= MIN_LOSS_RATIO else 0.0
 
 
 class CollapseDetector:
@@ -112,37 +177,40 @@ class CollapseDetector:
 
 
 class OptimizerHealth:
-    """Detects from the finite steps of one optimizer, perhaps an adversarial one, that its weights are bad.
+    """Detects from finite steps of one optimizer, perhaps an adversarial one, that its weights may be bad.
 
     Attributes:
         spiking: Consecutive steps with a spike of both loss and norm.
-        is_diverging: True if the last steps are a divergence without the growth of its bound.
     """
 
     def __init__(self, is_adversarial: bool) -> None:
+        self._is_adversarial = is_adversarial
         self._bound = ADVERSARIAL_DIVERGENCE_RATIO if is_adversarial else DIVERGENCE_RATIO
-        self._loss, self._norm = (
-            SpikeDetector(min_std=1.0) if is_adversarial else SpikeDetector() for _ in range(2)
-        )
+        self._loss, self._norm = SpikeDetector(), SpikeDetector()
+        self._alarm = SpikeAlarm()
         self._divergence = DivergenceDetector()
         self._collapse = CollapseDetector()
         self.spiking = 0
-        self.is_diverging = False
 
-    def update(self, loss: float, total_norm: float, is_collapsed: bool, bound_growth: float) -> Anomaly:
-        """Adds a step; returns the anomaly that has lasted for too long, the most certain first.
+    def update(self, loss: float, total_norm: float, is_collapsed: bool) -> Anomaly:
+        """Adds a step; returns its anomaly, the most certain first.
 
-        The ratio from which on training has diverged is multiplied by `bound_growth`.
+        A lasting spike, a divergence and a lack of progress are suspicions: the caller must see if the
+        weights have moved that far.
         """
-        spikes = (self._loss.update(loss), self._norm.update(total_norm))
-        self.spiking = self.spiking + 1 if all(spikes) else 0
+        loss_spikes, norm_spikes = self._loss.update(loss), self._norm.update(total_norm)
+        self.spiking = self.spiking + 1 if loss_spikes and norm_spikes else 0
         ratio = self._divergence.update(loss, total_norm)
-        self.is_diverging = ratio >= self._bound
+        is_new_spike = self._alarm.update(self.spiking > 0 or self._loss.is_persistent)
         if self._collapse.update(is_collapsed):
             return "gradient_collapse"
-        if ratio >= self._bound * bound_growth:
+        if ratio >= self._bound:
             return "divergence"
-        return "loss_spike" if self.spiking >= SPIKE_PATIENCE else ""
+        if not self._is_adversarial and self._divergence.suspicion:
+            return self._divergence.suspicion
+        if self.spiking >= SPIKE_PATIENCE:
+            return "lasting_spike"
+        return "loss_spike" if is_new_spike else ""
 
     def on_rollback(self) -> None:
         """Discards what was detected of weights that are no longer in use."""
@@ -155,6 +223,7 @@ class OptimizerHealth:
         return {
             "loss": self._loss.state_dict(),
             "norm": self._norm.state_dict(),
+            "alarm": self._alarm.state_dict(),
             "divergence": self._divergence.state_dict(),
             "collapse": self._collapse.state_dict(),
             "spiking": self.spiking,
@@ -164,6 +233,8 @@ class OptimizerHealth:
         """Continues from a saved state."""
         self._loss.load_state_dict(state_dict["loss"])
         self._norm.load_state_dict(state_dict["norm"])
+        if "alarm" in state_dict:  # version 0.5 has none
+            self._alarm.load_state_dict(state_dict["alarm"])
         self._divergence.load_state_dict(state_dict["divergence"])
         self._collapse.load_state_dict(state_dict["collapse"])
         self.spiking = state_dict["spiking"]

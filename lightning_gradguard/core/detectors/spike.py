@@ -1,35 +1,50 @@
-"""Detection of values far above their recent past."""
+"""Detection of values far above their recent past, and alarms on them at a bounded rate."""
 
 from __future__ import annotations
 
 import math
 from bisect import bisect_left, insort
 from collections import deque
-from collections.abc import Sequence
-from statistics import median
 from typing import Any
 
-#: While the history is too short for a deviation, a spike is this many times the largest value so far.
+#: While the history is too short for a spread, a spike is this many times the largest value so far.
 EARLY_SPIKE_RATIO = 100.0
+#: The upper spread of a window is the distance from its median to this quantile.
+UPPER_QUANTILE = 0.9
+#: Lower bound of the spread as a share of the median.
+MIN_RELATIVE_SPREAD = 0.002
 #: The median absolute deviation of a normal distribution times this is its standard deviation.
 MAD_TO_STD = 1.4826
+#: A small rise is a spike if so many of the last values are above a bound of its own.
+PERSISTENT_VALUES, PERSISTENCE_WINDOW = 3, 4
+#: Steps without an alarm after the first one; each further alarm doubles them.
+QUIET_STEPS = 256
+#: Steps without a spike after which one doubling is undone.
+CALM_STEPS = 2000
 
 
 class SpikeDetector:
-    """Detects positive numbers that are far above their recent past, on a log scale.
+    """Detects numbers that are far above their recent past, by the spread that their tails have there.
 
-    Values enter the window after a delay, so that a spike cannot raise the level that it is compared with,
-    and clipped to the bound, so that the detector follows a level that has changed permanently. Nonfinite and
-    nonpositive values are no spikes and never enter.
+    The distance from the median of the window to a value is compared with the spread, the mean of two
+    distances: to the upper decile, and to the highest value of the window. Heavy tails raise the second, so
+    that one threshold fits normal, skewed and heavy-tailed noise. A smaller rise is a spike if it lasts:
+    three of the last four values above `persistent_threshold`. docs/evidence_rates.md has the table that
+    chose both. Values enter the window after a delay, so that a spike cannot raise the level that it is
+    compared with, and clipped to the bound, so that the detector follows a level that has changed for good,
+    and falls silent where spikes are the nature of the run. Nonfinite values are no spikes and never enter.
 
     Before `min_history` values, only a value a hundred times larger than all others so far is a spike.
 
     Args:
         window: Number of past values.
-        threshold: Deviations above the median from which on a value is a spike.
-        min_std: Lower bound of the deviation of the logarithm.
-        min_history: Values in the window from which on deviations are used.
+        threshold: A spike is so many spreads above the median.
+        persistent_threshold: The same for a rise that lasts.
+        min_history: Values in the window from which on the spread is used.
         delay: Number of values before a value enters the window.
+
+    Attributes:
+        is_persistent: True if the last value belongs to a rise that lasts.
 
     Example:
         >>> detector = SpikeDetector()
@@ -41,64 +56,111 @@ class SpikeDetector:
         self,
         window: int = 128,
         threshold: float = 4.0,
-        min_std: float = 0.25,
+        persistent_threshold: float = 1.5,
         min_history: int = 32,
         delay: int = 10,
     ) -> None:
         self._threshold = threshold
-        self._min_std = min_std
+        self._persistent_threshold = persistent_threshold
         self._min_history = min_history
         self._delay = delay
+        self._window_size = window
         self._window: deque[float] = deque(maxlen=window)
         self._sorted: list[float] = []
         self._delayed: deque[float] = deque()
-        self._highest = -math.inf
+        self._highest = 0.0
+        self._risen: deque[bool] = deque(maxlen=PERSISTENCE_WINDOW)
+        self.is_persistent = False
 
     def update(self, value: float) -> bool:
         """Returns True if a value is a spike, and adds it to the history."""
-        if not (math.isfinite(value) and value > 0):
+        if not math.isfinite(value):
             return False
-        logarithm = math.log(value)
-        bound = self._log_bound(logarithm)
-        is_spike = logarithm > bound
+        bound, persistent_bound = self._bounds()
+        self._risen.append(value > persistent_bound)
+        self.is_persistent = self._risen[-1] and sum(self._risen) >= PERSISTENT_VALUES
+        is_spike = value > bound or self.is_persistent
         if not is_spike:
-            self._highest = max(self._highest, logarithm)
-        self._delayed.append(min(logarithm, bound))
+            self._highest = max(self._highest, value)
+        self._delayed.append(min(value, bound))
         if len(self._delayed) > self._delay:
             self._enter(self._delayed.popleft())
         return is_spike
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the window, the delayed values, and the largest that was no spike."""
-        delayed = list(self._delayed)
-        return {"window": list(self._window), "waiting": delayed, "highest": self._highest}
+        return {
+            "values": list(self._window),
+            "delayed": list(self._delayed),
+            "largest": self._highest,
+            "risen": list(self._risen),
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continues with a saved window."""
-        self._window = deque(state_dict["window"], maxlen=self._window.maxlen)
+        """Continues with a saved window; that of version 0.5 holds logarithms."""
+        if "values" not in state_dict:
+            window, delayed = ([math.exp(v) for v in state_dict[key]] for key in ("window", "waiting"))
+            largest = math.exp(state_dict["highest"])
+            state_dict = {"values": window, "delayed": delayed, "largest": largest, "risen": []}
+        self._window = deque(state_dict["values"], maxlen=self._window_size)
         self._sorted = sorted(self._window)
-        self._delayed = deque(state_dict["waiting"])
-        self._highest = state_dict["highest"]
+        self._delayed = deque(state_dict["delayed"])
+        self._highest = state_dict["largest"]
+        self._risen = deque(state_dict["risen"], maxlen=PERSISTENCE_WINDOW)
 
-    def _log_bound(self, logarithm: float) -> float:
-        """Returns the bound of this value; the deviation is computed only if it can matter."""
-        if len(self._sorted) < self._min_history:
-            return math.inf if self._highest == -math.inf else self._highest + math.log(EARLY_SPIKE_RATIO)
-        centre = _median_of_sorted(self._sorted)
-        lowest = centre + self._threshold * self._min_std
-        if logarithm <= lowest:
-            return lowest
-        deviation = median(abs(value - centre) for value in self._sorted)
-        return centre + self._threshold * max(MAD_TO_STD * deviation, self._min_std)
+    def _bounds(self) -> tuple[float, float]:
+        """Returns the largest value that is no spike, and the same for a rise that lasts."""
+        n = len(self._sorted)
+        if n < self._min_history:
+            return (EARLY_SPIKE_RATIO * self._highest if self._highest > 0 else math.inf), math.inf
+        centre = self._sorted[n // 2]
+        upper = self._sorted[int(UPPER_QUANTILE * (n - 1))]
+        spread = max((upper + self._sorted[-1]) / 2 - centre, MIN_RELATIVE_SPREAD * abs(centre))
+        # a steady rise is not to be taken for a level that changes: the window must be long enough to show it
+        lasts = self._persistent_threshold * spread if 2 * n >= self._window_size else math.inf
+        return centre + self._threshold * spread, centre + lasts
 
-    def _enter(self, logarithm: float) -> None:
-        if len(self._window) == self._window.maxlen:
+    def _enter(self, value: float) -> None:
+        if len(self._window) == self._window_size:
             del self._sorted[bisect_left(self._sorted, self._window[0])]
-        self._window.append(logarithm)
-        insort(self._sorted, logarithm)
+        self._window.append(value)
+        insort(self._sorted, value)
 
 
-def _median_of_sorted(ordered: Sequence[float]) -> float:
-    """Returns the median of an ascending, nonempty sequence."""
-    middle = len(ordered) // 2
-    return ordered[middle] if len(ordered) % 2 else (ordered[middle - 1] + ordered[middle]) / 2
+class SpikeAlarm:
+    """Decides which spikes are worth an alarm: one an episode, and fewer the more there are.
+
+    After an alarm there is none for 256 steps, after the next one for 512, and so on; 2,000 steps without a
+    spike undo one doubling.
+
+    Example:
+        >>> alarm = SpikeAlarm()
+        >>> [alarm.update(True) for _ in range(3)]
+        [True, False, False]
+    """
+
+    def __init__(self) -> None:
+        self._quiet = 0
+        self._calm = 0
+        self._alarms = 0
+
+    def update(self, is_spike: bool) -> bool:
+        """Adds a step; returns True if it is worth an alarm."""
+        self._quiet = max(self._quiet - 1, 0)
+        self._calm = 0 if is_spike else self._calm + 1
+        if self._calm >= CALM_STEPS:
+            self._calm, self._alarms = 0, max(self._alarms - 1, 0)
+        if not is_spike or self._quiet:
+            return False
+        self._quiet = QUIET_STEPS * 2**self._alarms
+        self._alarms += 1
+        return True
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the counters."""
+        return {"quiet": self._quiet, "calm": self._calm, "alarms": self._alarms}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continues from a saved state."""
+        self._quiet, self._calm = state_dict["quiet"], state_dict["calm"]
+        self._alarms = state_dict["alarms"]

@@ -4,15 +4,23 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
+from statistics import median
 
 from lightning_gradguard.core.snapshots.snapshot import Snapshot
+
+#: A snapshot whose loss is higher than at the trusted one before by this share of it is not trusted.
+WORSE = 0.5
+#: Snapshots in a row that are not trusted, after which the level of the loss counts as changed for good.
+PATIENCE = 4
 
 
 class SnapshotRing:
     """The last qualified snapshots, and one that is pending.
 
-    A snapshot is *qualified* when enough good steps have followed it, and *pending* until then. Memory is
-    recycled: at most `keep + 1` snapshots exist.
+    A snapshot is *qualified* when enough good steps have followed it, and *pending* until then. A qualified
+    one is *trusted* if the loss is not worse than at the trusted one before: a run that drifts into a
+    divergence takes snapshots on the way. The last trusted one is kept while up to four follow that are not.
+    Memory is recycled: at most `keep + 1` snapshots exist.
 
     Args:
         keep: Number of qualified snapshots that are kept.
@@ -31,6 +39,7 @@ class SnapshotRing:
         self._free: list[Snapshot] = []
         self.pending: Snapshot | None = None
         self._newest_was_tried = False
+        self._untrusted_in_a_row = 0
 
     def capture(self, fill: Callable[[Snapshot], None], *, qualified: bool = False) -> None:
         """Takes a snapshot, which replaces the pending one.
@@ -47,11 +56,18 @@ class SnapshotRing:
         else:
             self.pending = snapshot
 
-    def good_step(self) -> None:
-        """Counts a good step; the last of those that a pending snapshot needs qualifies it."""
+    def good_step(self, loss: float | None = None) -> None:
+        """Counts a good step; the last of those that a pending snapshot needs qualifies it.
+
+        Without losses, every qualified snapshot is trusted.
+        """
         if self.pending is None:
+            if loss is not None and self._qualified and not self._qualified[-1].losses:
+                self._qualified[-1].losses.append(loss)
             return
         self.pending.good_steps += 1
+        if loss is not None:
+            self.pending.losses.append(loss)
         if self.pending.good_steps >= self._good_steps:
             self._promote(self.pending)
             self.pending = None
@@ -74,17 +90,27 @@ class SnapshotRing:
         self._free.extend(self._qualified)
         self._qualified.clear()
         self._newest_was_tried = False
+        self._untrusted_in_a_row = 0
 
     def __len__(self) -> int:
         """Returns the number of qualified snapshots."""
         return len(self._qualified)
 
-    def roll_back(self) -> Snapshot:
-        """Returns the snapshot to restore: the newest qualified one, or the one before if that was tried."""
+    def roll_back(self, *, trusted: bool = False) -> Snapshot:
+        """Returns the snapshot to restore: the newest qualified one, or the one before if that was tried.
+
+        Args:
+            trusted: True to discard those that are newer than the newest trusted one first.
+        """
         self.discard_pending()
-        if self._newest_was_tried and len(self._qualified) > 1:
+        is_discarded = False
+        while trusted and len(self._qualified) > 1 and not self._qualified[-1].is_trusted:
+            self._free.append(self._qualified.pop())
+            is_discarded = True
+        if self._newest_was_tried and not is_discarded and len(self._qualified) > 1:
             self._free.append(self._qualified.pop())
         self._newest_was_tried = True
+        self._untrusted_in_a_row = 0
         return self._qualified[-1]
 
     def oldest(self) -> Snapshot:
@@ -95,8 +121,29 @@ class SnapshotRing:
         """Returns the newest qualified snapshot; does not count as a try."""
         return self._qualified[-1]
 
+    def trusted(self) -> Snapshot:
+        """Returns the newest trusted snapshot, or the oldest if there is none."""
+        return next((s for s in reversed(self._qualified) if s.is_trusted), self._qualified[0])
+
     def _promote(self, snapshot: Snapshot) -> None:
+        if self._qualified:
+            before = self.trusted()
+            snapshot.is_trusted = not _is_worse(snapshot.losses, before.losses)
+            self._untrusted_in_a_row = 0 if snapshot.is_trusted else self._untrusted_in_a_row + 1
+            if self._untrusted_in_a_row > PATIENCE:
+                snapshot.is_trusted, self._untrusted_in_a_row = True, 0
         self._qualified.append(snapshot)
         self._newest_was_tried = False
         while len(self._qualified) > self._keep:
-            self._free.append(self._qualified.popleft())
+            # the last trusted one is worth more than the newer ones that are not
+            keeps_oldest = self._keep > 1 and self.trusted() is self._qualified[0]
+            oldest = self._qualified[1] if keeps_oldest else self._qualified[0]
+            self._qualified.remove(oldest)
+            self._free.append(oldest)
+
+
+def _is_worse(losses: list[float], before: list[float]) -> bool:
+    if not (losses and before):
+        return False
+    level, level_before = median(losses), median(before)
+    return level - level_before > WORSE * abs(level_before)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -29,6 +30,8 @@ class Snapshot:
     Attributes:
         extra_state: Anything else of the same moment, for the caller.
         good_steps: Number of good steps since the capture.
+        losses: Those of them, or the first that is known.
+        is_trusted: True if the loss was not worse than at the trusted one before.
     """
 
     def __init__(self, device: str = "cpu") -> None:
@@ -40,6 +43,8 @@ class Snapshot:
         self._has_stepped_state = True
         self.extra_state: Any = None
         self.good_steps = 0
+        self.losses: list[float] = []
+        self.is_trusted = True
 
     @torch.no_grad()
     def capture(
@@ -82,6 +87,8 @@ class Snapshot:
         self._has_stepped_state = stepped
         self._write(live)
         self.good_steps = 0
+        self.losses = []
+        self.is_trusted = True
 
     @torch.no_grad()
     def restore(self, modules: Sequence[nn.Module], optimizers: Sequence[Optimizer]) -> None:
@@ -145,6 +152,25 @@ class Snapshot:
                 for key, value in state.items():
                     if _is_plain(value):
                         yield f"{key} of {names.get(parameter, 'a parameter')}", value, bound
+
+    @torch.no_grad()
+    def distance(self, optimizers: Sequence[Optimizer]) -> float:
+        """Returns how far the trained weights are from the copy, in units of its norm. Synchronizes.
+
+        Of sharded weights only the shards of this rank are looked at.
+        """
+        if self._stream is not None:
+            self._stream.synchronize()
+        moved = norm = 0.0
+        for optimizer in optimizers:
+            for weight in (weight for group in optimizer.param_groups for weight in group["params"]):
+                saved = self._memory.get(weight)
+                now = local_shard(weight)
+                if saved is not None and saved.shape == now.shape:
+                    there = saved.to(now.device).double()
+                    moved += float((now.double() - there).square().sum())
+                    norm += float(there.square().sum())
+        return math.sqrt(moved / norm) if norm > 0 else math.inf
 
     def n_bytes(self) -> int:
         """Returns the memory of the copy in bytes."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 from lightning_gradguard.core.incidents import label
 from lightning_gradguard.core.remedies import advice_for_cause, remedies
@@ -17,7 +18,7 @@ BACKED_OFF = 1 / 8
 MAX_DETAILS = 5
 
 #: Kinds that record an intervention, not a symptom.
-_RESPONSES = ("rollback", "learning_rate_backoff", "training_diverged", "lost_batch")
+_RESPONSES = ("rollback", "learning_rate_backoff", "learning_rate_found", "training_diverged", "lost_batch")
 _INITIALIZATION = ("poor_initialization", "dead_units", "saturated_units")
 
 
@@ -33,21 +34,26 @@ def incident_symptoms(log: RunLog, outcome: Outcome, known: set[str]) -> Iterato
 def _falling_learning_rate(log: RunLog, outcome: Outcome) -> RunSymptom | None:
     """Returns learning-rate cuts that were not recovered."""
     points = log.backoff_scale.finite()
-    if not points:
-        return None
     scales = [scale for _, scale in points]
     recorded = [i for i in log.incidents if i.kind == "learning_rate_backoff"]
+    if not (points or recorded):
+        return None
     if recorded:
         # right after a cut the rate is rewarmed from a tenth of the recorded one
-        cuts, level = [i.step for i in recorded], recorded[-1].value or scales[-1]
+        cuts, level = [i.step for i in recorded], recorded[-1].value or [1.0, *scales][-1]
     else:
         lows = [step for i, (step, scale) in enumerate(points) if scale < min(scales[:i], default=0.0)]
         cuts, level = lows, scales[-1]
-    if len(cuts) < 2 or max(level, scales[-1]) > BACKED_OFF:
+    found = [i.value for i in log.incidents if i.kind == "learning_rate_found" and i.value]
+    if len(cuts) < 2 or (max([level, *scales[-1:]]) > BACKED_OFF and not found):
         return None
     evidence = f"lowered {len(cuts)} times since step {cuts[0]}, to {level:.2g} of the configured rate"
     severity: SymptomSeverity = "minor" if outcome.has_learned else "serious"
-    return RunSymptom.of("falling_learning_rate", severity, cuts[0], evidence, level)
+    if not found:
+        return RunSymptom.of("falling_learning_rate", severity, cuts[0], evidence, level)
+    evidence += f"; the run trained at lr={found[-1]:.3g}"
+    symptom = RunSymptom.of("falling_learning_rate", severity, cuts[0], evidence, level)
+    return replace(symptom, remedies=(f"Train with lr={found[-1]:.3g}.", *symptom.remedies))
 
 
 def _recorded(log: RunLog, outcome: Outcome, known: set[str]) -> Iterator[RunSymptom]:

@@ -39,10 +39,12 @@ SERIOUS_SPIKES, SERIOUS_NONFINITE = 3, 0.05
 
 def loss_symptoms(log: RunLog, outcome: Outcome) -> Iterator[RunSymptom]:
     """Yields the symptoms of the loss."""
-    yield from _divergence(log, outcome)
+    diverged = [*_divergence(log, outcome)]
+    yield from diverged
     yield from _stuck_loss(log, outcome)
     yield from _isolated_nonfinite(log, outcome)
-    yield from _spikes(log, outcome)
+    if not diverged:  # its rise is no spike
+        yield from _spikes(log, outcome)
 
 
 def _divergence(log: RunLog, outcome: Outcome) -> Iterator[RunSymptom]:

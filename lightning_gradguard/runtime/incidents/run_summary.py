@@ -31,6 +31,7 @@ _ROWS = {
     tags.ROLLBACKS: ("rollbacks", "{:.0f}"),
     tags.AMP_OVERFLOWS: ("AMP overflows", "{:.0f}"),
     tags.LR_SCALE: ("learning rate scale", "{:.3g}"),
+    tags.FOUND_LR: ("train with", "lr={:.3g}"),
     tags.CLIPPED_FRACTION: ("steps clipped", "{:.1%}"),
     tags.LARGEST_NORM: ("largest norm", "{:.3g}"),
     tags.LARGEST_LOGGED_NORM: ("largest logged norm", "{:.3g}"),

@@ -49,8 +49,13 @@ def divergence_error(
     which: str,
     *,
     was_never_finite: bool = False,
+    learning_rate_scale: float = 1.0,
 ) -> TrainingDivergedError:
-    """Makes the error that ends the run; its first line gives the reason if no step was ever finite."""
+    """Makes the error that ends the run.
+
+    Its first line gives the reason if no step was ever finite. The rates of the run were multiplied by
+    `learning_rate_scale` at last.
+    """
     causes_text = "; ".join(
         f"{label(cause)} ({', '.join(origin.where[:3])})" if origin.where else label(cause)
         for cause, origin in causes.items()
@@ -63,4 +68,16 @@ def divergence_error(
         + (f" Causes: {causes_text}." if causes_text else "")
         + f" {combined_advice(causes)} Weights are those of step {step}, {which}."
         + (f" Incidents and checkpoint to resume from: {', '.join(left)}" if left else "")
+        + (f". {_how_to_resume(trainer, last_good, learning_rate_scale)}" if last_good else "")
+    )
+
+
+def _how_to_resume(trainer: pl.Trainer, last_good: Path, scale: float) -> str:
+    group = trainer.optimizers[0].param_groups[0]
+    rate = float(group.get("initial_lr", group["lr"]))
+    used = "" if scale == 1 else f", at last scaled by {scale:.3g}"
+    return (
+        f"To resume at a lower learning rate, set it in configure_optimizers (it was lr={rate:g}{used}; try "
+        f"lr={rate * scale / 10:.2g}) and call trainer.fit(module, ckpt_path='{last_good}'): NaNRollback "
+        "puts the rate of the code in place of that in the checkpoint."
     )

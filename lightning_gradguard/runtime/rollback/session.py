@@ -13,7 +13,7 @@ from lightning_gradguard.core.norms import Measurement
 from lightning_gradguard.core.recovery import Decision, RecoveryPolicy
 from lightning_gradguard.core.snapshots import StepRandomness
 from lightning_gradguard.runtime import lightning_api
-from lightning_gradguard.runtime.distributed import any_rank, gather_objects
+from lightning_gradguard.runtime.distributed import any_rank, gather_objects, largest_of_ranks
 from lightning_gradguard.runtime.incidents.dataset_indices import DatasetIndices
 from lightning_gradguard.runtime.incidents.investigation import Investigation
 from lightning_gradguard.runtime.incidents.journal import run_folder
@@ -63,6 +63,8 @@ class BatchOutcome:
     """The outcome of the running batch so far."""
 
     committed_step: int | None = None
+    loss: float | None = None
+    has_diverged: bool = False
     has_skipped: bool = False
     before: TrainerState | None = None
     decision: Decision = "continue"
@@ -317,9 +319,15 @@ class RollbackSession:
         self._counts.overflows_at_floor = 0
         if self._investigation.in_episode:
             self._investigation.end_episode()
+        self._outcome.loss = None if self._policy.is_adversarial else measurement.loss
         decision, anomaly = self._policy.on_good_step(
-            measurement.optimizer_index, measurement.loss, measurement.total_norm, measurement.is_collapsed
+            measurement.optimizer_index,
+            measurement.loss,
+            measurement.total_norm,
+            measurement.is_collapsed,
+            distance=self._distance,
         )
+        self._outcome.has_diverged |= decision != "continue"
         if decision != "continue":
             self._outcome.decide(decision)
         if anomaly and not self._trainer.interrupted:  # other ranks may be elsewhere then
@@ -371,19 +379,20 @@ class RollbackSession:
                 outcome.before.rewind(self._trainer)
             self._scan_weights()
         if outcome.committed_step is not None and not outcome.has_skipped and not self._policy.is_spiking:
-            self._snapshots.on_good_step(outcome.committed_step)
+            self._snapshots.on_good_step(outcome.committed_step, outcome.loss)
         outcome.committed_step = None  # it is counted once, also if a checkpoint resolves it early
 
     def _roll_back(self) -> None:
         self._discard_deferred()
         # bad data is no reason to doubt a snapshot
-        newest_is_good = self._investigation.cause == "bad_input"
-        restore = self._snapshots.restore_newest if newest_is_good else self._snapshots.roll_back
-        step = restore(self._trainer)
+        has_diverged = self._outcome.has_diverged
+        is_bad_data = self._investigation.cause == "bad_input" and not has_diverged
+        step = self._snapshots.roll_back(self._trainer, again=is_bad_data, trusted=has_diverged)
         self._policy.on_rollback()
         self._flags.nonfinite_weights = None
         self.lost_batches.mark_undone(step)
-        self._reporter.publish("rollback", value=step, action="rolled_back")
+        cause = "bad_input" if is_bad_data else ""
+        self._reporter.publish("rollback", value=step, action="rolled_back", cause=cause)
 
     def _stop(self) -> None:
         self._discard_deferred()
@@ -400,9 +409,23 @@ class RollbackSession:
         self._suite.metrics.flush(self._trainer, self._pl_module)
         policy, reason = self._policy, self._policy.stop_reason
         never = not (policy.has_good_step or policy.is_stopped_at_first)
+        counts = {tag: n for member in self._suite.members for tag, n in member.final_counts().items()}
         raise divergence_error(
-            self._trainer, reason, step, found, last_good, which, was_never_finite=never
+            self._trainer,
+            reason,
+            step,
+            found,
+            last_good,
+            which,
+            was_never_finite=never,
+            learning_rate_scale=counts.get(tags.LR_SCALE, 1.0),
         )
+
+    def _distance(self) -> float:
+        """The distance of the weights from the last trusted snapshot, the same on every rank."""
+        if self._snapshots.is_empty or self._trainer.interrupted:  # other ranks may be elsewhere
+            return 0.0
+        return largest_of_ranks(self._snapshots.distance(self._trainer), self._pl_module.device)
 
     def _discard_deferred(self) -> None:
         self._suite.discard_deferred()

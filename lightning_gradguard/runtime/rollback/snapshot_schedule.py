@@ -81,11 +81,14 @@ class SnapshotSchedule:
         self._ring.wait()
         self.is_copying = False
 
-    def on_good_step(self, step: int) -> None:
-        """Counts the good step that was made at `trainer.global_step == step`."""
+    def on_good_step(self, step: int, loss: float | None) -> None:
+        """Counts the good step that was made at `trainer.global_step == step`.
+
+        Its loss is `None` if losses of one step and another cannot be compared.
+        """
         pending = self._ring.pending
-        if pending is not None and pending.extra_state.step <= step:
-            self._ring.good_step()
+        if pending is None or pending.extra_state.step <= step:
+            self._ring.good_step(loss)
         self._good_steps += 1
         if self._good_steps >= self._every_n_steps and self._ring.pending is None:
             self._good_steps = 0
@@ -98,9 +101,23 @@ class SnapshotSchedule:
         if pending is not None and pending.extra_state.step > step:
             self._ring.discard_pending()
 
-    def roll_back(self, trainer: pl.Trainer) -> int:
-        """Restores the newest qualified snapshot, or the one before if that was tried; returns its step."""
-        return self._restore(trainer, self._ring.roll_back())
+    def roll_back(self, trainer: pl.Trainer, *, again: bool, trusted: bool) -> int:
+        """Restores the newest qualified snapshot, or the one before if that was tried; returns its step.
+
+        Args:
+            trainer: The Trainer that runs.
+            again: True to restore the newest even if it was tried.
+            trusted: True to take the newest trusted one for the newest.
+        """
+        return (
+            self.restore_newest(trainer)
+            if again
+            else self._restore(trainer, self._ring.roll_back(trusted=trusted))
+        )
+
+    def distance(self, trainer: pl.Trainer) -> float:
+        """Measures how far the weights are from the newest trusted snapshot, in units of its norm."""
+        return self._ring.trusted().distance(trainer.optimizers)
 
     def restore_newest(self, trainer: pl.Trainer) -> int:
         """Restores the newest qualified snapshot, without counting it as tried; returns its step."""

@@ -50,10 +50,19 @@ def test_exploding_norms_alone_or_a_small_rise_of_the_loss_are_no_divergence(
     assert feed(detector, loss, norm) <= DIVERGENCE_RATIO
 
 
-def test_nonpositive_losses_give_zero() -> None:
+def test_losses_below_zero_are_measured_by_the_range_that_was_seen() -> None:
     detector = DivergenceDetector()
-    feed(detector, -1.0, 1.0)
-    assert feed(detector, 1e9, 1e9) == 0
+    feed(detector, 4.0, 1.0)
+    feed(detector, -6.0, 1.0)
+    assert feed(detector, 24.0, 1.0) == pytest.approx(9)  # 30 above the lowest, three times the range of 10
+    assert feed(detector, 14.0, 50.0) == pytest.approx(100)
+
+
+def test_slow_growth_raises_what_it_is_compared_with() -> None:
+    detector, ratio = DivergenceDetector(), 0.0
+    for step in range(3000):
+        ratio = max(ratio, detector.update(1e4 ** (step / 3000), 1.0))
+    assert ratio < 10
 
 
 def test_descent_with_heavy_tailed_noise_is_no_divergence() -> None:

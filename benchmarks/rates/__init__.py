@@ -1,0 +1,1 @@
+"""Rates that are too high, and what the suite makes of them."""

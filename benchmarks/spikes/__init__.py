@@ -1,0 +1,1 @@
+"""Spikes and divergences, real ones and others, as several rules see them."""

@@ -1,0 +1,135 @@
+"""A rate that is too high is brought to one that trains; a stopped run resumes at the rate of the code."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from torch import Tensor, nn
+from torch.optim import lr_scheduler as schedulers
+from torch.utils.data import DataLoader
+
+from lightning_gradguard import (
+    AdaptiveGradientClipping,
+    LearningRateBackoff,
+    NaNRollback,
+    TrainingDivergedError,
+    ZScoreClipping,
+    default_callbacks,
+)
+from lightning_gradguard.cli.main import main
+from lightning_gradguard.core import tags
+
+Data = list[tuple[Tensor, Tensor]]
+
+
+def regression(n: int, level: float = 1.0) -> Data:
+    generator = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(16, 10, generator=generator) for _ in range(n)]
+    return [(x, level * (3 * x[:, :1] + x[:, 1:2] * x[:, 2:3])) for x in inputs]
+
+
+class Regression(pl.LightningModule):
+    def __init__(self, lr: float, gamma: float | None = None) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = nn.Sequential(nn.Linear(10, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 1))
+        self.lr, self.gamma = lr, gamma
+        self.losses: list[float] = []
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        loss = nn.functional.mse_loss(self.net(batch[0]), batch[1])
+        self.losses.append(float(loss.detach()))
+        return loss
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.SGD(self.parameters(), lr=self.lr)
+        if self.gamma is None:
+            return optimizer
+        schedule = schedulers.ExponentialLR(optimizer, self.gamma)
+        return [optimizer], [{"scheduler": schedule, "interval": "step"}]
+
+
+def fit(module: Regression, data: Data, callbacks: list[Any], folder: Path, **options: Any) -> pl.Trainer:
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        devices=1,
+        max_epochs=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=folder,
+        callbacks=callbacks,
+    )
+    trainer.fit(module, DataLoader(data, batch_size=None), **options)  # type: ignore[arg-type]
+    return trainer
+
+
+def recorded(folder: Path, kind: str) -> list[float]:
+    lines = (folder / "incidents.jsonl").read_text().splitlines() if folder.is_dir() else []
+    return [r["value"] for r in map(json.loads, lines) if r["kind"] == kind]
+
+
+@pytest.mark.parametrize("clips", [False, True])
+def test_rate_two_hundred_times_too_high_is_brought_to_one_that_trains(
+    clips: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clipping = AdaptiveGradientClipping(ZScoreClipping(max_norm=None)) if clips else None
+    module = Regression(lr=10.0)
+    suite = default_callbacks(adaptive_gradient_clipping=clipping)
+    fit(module, regression(240), suite, tmp_path)
+    (rate,) = recorded(tmp_path, "learning_rate_found")
+    assert 0.01 <= rate <= 0.3
+    assert sum(module.losses[-10:]) / 10 < 1.0  # 12 in the beginning
+    (backoff,) = (c for c in suite if isinstance(c, LearningRateBackoff))
+    assert backoff.final_counts()[tags.FOUND_LR] == rate  # in the table at the end
+    main(["report", str(tmp_path)])
+    assert f"Train with lr={rate:.3g}." in capsys.readouterr().out
+    assert len(recorded(tmp_path, "rollback")) == len(recorded(tmp_path, "learning_rate_backoff")) <= 5
+
+
+def test_harder_data_causes_no_rollback_and_no_cut(tmp_path: Path) -> None:
+    module, backoff, rollback = Regression(lr=0.001), LearningRateBackoff(), NaNRollback()
+    data = [batch for stage in range(3) for batch in regression(80, level=3.0**stage)]
+    fit(module, data, [rollback, backoff], tmp_path)
+    assert (rollback.rollbacks, rollback.skips, backoff.scale) == (0, 0, 1.0)
+    assert max(module.losses[80:]) > 10 * max(module.losses[:80])
+
+
+def stopped(folder: Path, backoff: LearningRateBackoff | None = None, gamma: float | None = None) -> str:
+    """Trains until the run is stopped; returns the message."""
+    callbacks = [NaNRollback(max_rollbacks=2, max_dossiers=0), *([backoff] if backoff else [])]
+    with pytest.raises(TrainingDivergedError) as error:
+        fit(Regression(30.0, gamma), regression(100), callbacks, folder)
+    return str(error.value)
+
+
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended")
+@pytest.mark.parametrize("gamma", [None, 0.99])
+def test_stopped_run_resumes_at_the_rate_of_the_code(gamma: float | None, tmp_path: Path) -> None:
+    message = stopped(tmp_path / "first", gamma=gamma)
+    path = tmp_path / "first" / "last_good.ckpt"
+    assert f"it was lr=30; try lr=3) and call trainer.fit(module, ckpt_path='{path}')" in message
+    module = Regression(0.03, gamma)
+    trainer = fit(module, regression(100), [NaNRollback()], tmp_path / "second", ckpt_path=str(path))
+    steps = trainer.global_step
+    rate = trainer.optimizers[0].param_groups[0]["lr"]
+    assert rate == pytest.approx(0.03 * (gamma or 1.0) ** steps)
+    assert module.losses[-1] < module.losses[0] / 2
+
+
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended")
+def test_stopped_run_resumes_with_its_cuts_unless_the_rate_is_changed(tmp_path: Path) -> None:
+    first = LearningRateBackoff()
+    stopped(tmp_path / "first", first)
+    path = str(tmp_path / "first" / "last_good.ckpt")
+    assert first.state_dict()["level"] == 2**-3
+    for rate, level in [(30.0, 2**-3), (0.03, 1.0)]:
+        backoff = LearningRateBackoff()
+        fit(Regression(rate), regression(16), [backoff, NaNRollback()], tmp_path / f"{rate}", ckpt_path=path)
+        assert backoff.state_dict()["level"] == level
