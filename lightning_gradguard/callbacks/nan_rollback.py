@@ -22,7 +22,8 @@ from lightning_gradguard.runtime.incidents.journal import open_journal
 from lightning_gradguard.runtime.logging import console
 from lightning_gradguard.runtime.logging.hyperparameters import non_defaults
 from lightning_gradguard.runtime.rollback.configured_rates import ConfiguredRates
-from lightning_gradguard.runtime.rollback.session import Counts, RollbackSession
+from lightning_gradguard.runtime.rollback.outcome import Counts
+from lightning_gradguard.runtime.rollback.session import RollbackSession
 from lightning_gradguard.runtime.rollback.snapshot_schedule import SnapshotSchedule
 from lightning_gradguard.runtime.steps.step import Step, StepFlags, StepVerdict
 from lightning_gradguard.runtime.steps.step_callback import StepCallback

@@ -9,6 +9,7 @@ import pytorch_lightning as pl
 
 from lightning_gradguard.core.forensics import Origin
 from lightning_gradguard.core.incidents import Cause, TrainingDivergedError, label
+from lightning_gradguard.core.recovery import RecoveryPolicy
 from lightning_gradguard.core.remedies import advice
 from lightning_gradguard.runtime.incidents.journal import incidents_file, run_folder
 from lightning_gradguard.runtime.logging import console
@@ -42,14 +43,12 @@ def combined_advice(causes: Mapping[Cause, Origin]) -> str:
 
 def divergence_error(
     trainer: pl.Trainer,
-    reason: str,
+    policy: RecoveryPolicy,
     step: int,
     causes: Mapping[Cause, Origin],
     last_good: Path | None,
     which: str,
-    *,
-    was_never_finite: bool = False,
-    learning_rate_scale: float = 1.0,
+    learning_rate_scale: float,
 ) -> TrainingDivergedError:
     """Makes the error that ends the run.
 
@@ -61,10 +60,11 @@ def divergence_error(
         for cause, origin in causes.items()
     )
     found = next((origin.detail for origin in [*causes.values()][::-1] if origin.detail), "")
-    headline = f"No step was ever finite. {found}".rstrip() + "\n" if was_never_finite else ""
+    was_finite = policy.has_good_step or policy.is_stopped_at_first
+    headline = "" if was_finite else f"No step was ever finite. {found}".rstrip() + "\n"
     left = [str(path) for path in (incidents_file(trainer), last_good) if path]
     return TrainingDivergedError(
-        f"{headline}Training was stopped at step {trainer.global_step}: {reason}."
+        f"{headline}Training was stopped at step {trainer.global_step}: {policy.stop_reason}."
         + (f" Causes: {causes_text}." if causes_text else "")
         + f" {combined_advice(causes)} Weights are those of step {step}, {which}."
         + (f" Incidents and checkpoint to resume from: {', '.join(left)}" if left else "")

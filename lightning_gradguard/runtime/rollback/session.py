@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import pytorch_lightning as pl
 
 from lightning_gradguard.core import tags
 from lightning_gradguard.core.norms import Measurement
-from lightning_gradguard.core.recovery import Decision, RecoveryPolicy
+from lightning_gradguard.core.recovery import RecoveryPolicy
 from lightning_gradguard.core.snapshots import StepRandomness
 from lightning_gradguard.runtime import lightning_api
 from lightning_gradguard.runtime.distributed import any_rank, gather_objects, largest_of_ranks
@@ -24,6 +23,7 @@ from lightning_gradguard.runtime.incidents.termination import (
     divergence_error,
     save_last_good,
 )
+from lightning_gradguard.runtime.rollback.outcome import BatchOutcome, Counts
 from lightning_gradguard.runtime.rollback.reporter import IncidentReporter
 from lightning_gradguard.runtime.rollback.snapshot_schedule import SnapshotSchedule
 from lightning_gradguard.runtime.rollback.step_exception import report_step_exception
@@ -32,47 +32,7 @@ from lightning_gradguard.runtime.steps.check_modes import ClosureCheck, Deferred
 from lightning_gradguard.runtime.steps.side_effects import SideEffects
 from lightning_gradguard.runtime.steps.step import Step, StepFlags, StepVerdict
 from lightning_gradguard.runtime.steps.suite import Suite
-from lightning_gradguard.runtime.steps.trainer_state import TrainerState
 from lightning_gradguard.runtime.steps.transaction import StepTransaction, Window
-
-
-@dataclass
-class Counts:
-    """Counts over the whole run, resumed parts included.
-
-    Args:
-        skips: Steps skipped.
-        amp_overflows: Steps that the GradScaler skipped.
-        overflows_at_floor: The last ones of these in a row at a loss scale of 1 or less.
-        has_stopped: True if this fit was stopped because a budget was used up.
-    """
-
-    skips: int = 0
-    amp_overflows: int = 0
-    overflows_at_floor: int = 0
-    has_stopped: bool = False
-
-    def by_tag(self, rollbacks: int) -> dict[str, float]:
-        """Returns the counts as they are logged."""
-        counts = {tags.SKIPS: self.skips, tags.ROLLBACKS: rollbacks, tags.AMP_OVERFLOWS: self.amp_overflows}
-        return {tag: float(count) for tag, count in counts.items()}
-
-
-@dataclass
-class BatchOutcome:
-    """The outcome of the running batch so far."""
-
-    committed_step: int | None = None
-    loss: float | None = None
-    has_diverged: bool = False
-    has_skipped: bool = False
-    before: TrainerState | None = None
-    decision: Decision = "continue"
-
-    def decide(self, decision: Decision) -> None:
-        """Takes a decision, unless a graver one was made."""
-        if self.decision != "stop" and decision != "continue":
-            self.decision = decision
 
 
 class RollbackSession:
@@ -407,19 +367,9 @@ class RollbackSession:
         self._reporter.publish("training_diverged", action="stopped", advice=combined_advice(found))
         self.log_counts()
         self._suite.metrics.flush(self._trainer, self._pl_module)
-        policy, reason = self._policy, self._policy.stop_reason
-        never = not (policy.has_good_step or policy.is_stopped_at_first)
         counts = {tag: n for member in self._suite.members for tag, n in member.final_counts().items()}
-        raise divergence_error(
-            self._trainer,
-            reason,
-            step,
-            found,
-            last_good,
-            which,
-            was_never_finite=never,
-            learning_rate_scale=counts.get(tags.LR_SCALE, 1.0),
-        )
+        scale = counts.get(tags.LR_SCALE, 1.0)
+        raise divergence_error(self._trainer, self._policy, step, found, last_good, which, scale)
 
     def _distance(self) -> float:
         """The distance of the weights from the last trusted snapshot, the same on every rank."""
