@@ -163,7 +163,7 @@ class AdaptiveGradientClipping(StepCallback):
         record: tuple[int, int],
         numbers: list[float],
     ) -> None:
-        """Publishes an incident if clipping has come to set the length of most steps."""
+        """Publishes an incident once clipping sets the length of most steps."""
         index, steps = record
         share = self._detectors.setdefault(index, ConstantClippingDetector()).update(numbers[0], steps)
         if share is not None:

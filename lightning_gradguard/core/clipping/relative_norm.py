@@ -215,8 +215,8 @@ class RelativeNormClipping(ClippingPolicy):
         norms = pushed(state.norms, kept, is_finite, self.window)
         losses = pushed(state.losses, loss, is_finite & (loss == loss), self.window)
         usual = median(norms)
-        grown = fmax(state.level, fmin(usual, LEVEL_GROWTH * state.level))
-        level = where(state.seen < FIRST_STEPS, usual, grown)
+        highest = fmax(state.level, fmin(usual, LEVEL_GROWTH * state.level))
+        level = where(state.seen < FIRST_STEPS, usual, highest)
         return replace(
             after,
             norms=norms,

@@ -60,7 +60,7 @@ def test_slow_explosion_is_not_followed() -> None:
     assert max(without_loss) < 60
     assert without_loss[-1] < 5
     with_loss = applied(RelativeNormClipping(), norms, losses=norms, learning_rate=0.1, momentum=0.9)
-    assert max(with_loss) < 5
+    assert max(with_loss) < 10
     # Adam normalizes it by itself
     assert applied(RelativeNormClipping(), norms) == pytest.approx(norms)
 
