@@ -76,8 +76,7 @@ class RollbackSession:
     """One fit of `NaNRollback`.
 
     Attributes:
-        lost_batches: The log of them.
-        indices: Of the samples of each batch, where its sampler gives them.
+        lost_batches, indices: The log of lost batches; the samples of each batch where its sampler has them.
     """
 
     def __init__(
@@ -235,7 +234,7 @@ class RollbackSession:
 
     def before_checkpoint(self) -> None:
         """Keeps nonfinite weights out of checkpoints: resolves, scans, and rolls back if necessary."""
-        if self._snapshots.is_empty:
+        if self._snapshots.is_empty or self._counts.has_stopped:
             return
         if self._trainer.interrupted:
             # no collective, as other ranks may be elsewhere, and no error on top of the first
@@ -379,13 +378,14 @@ class RollbackSession:
         step = self._snapshots.restore_newest(self._trainer)
         self.lost_batches.mark_undone(step)
         self._counts.has_stopped = True
-        last_good = save_last_good(self._trainer)
+        is_bad = any_rank(self._state_is_nonfinite(), self._pl_module.device)  # from the first step on
+        last_good = None if is_bad else save_last_good(self._trainer)
         found = self._investigation.found
         self._reporter.publish("training_diverged", action="stopped", advice=combined_advice(found))
         self.log_counts()
         self._suite.metrics.flush(self._trainer, self._pl_module)
-        never, reason = not self._policy.has_good_step, self._policy.stop_reason
-        raise divergence_error(self._trainer, reason, step, found, last_good, was_never_finite=never)
+        never, why = not self._policy.has_good_step, self._policy.stop_reason
+        raise divergence_error(self._trainer, why, step, found, last_good, was_never_finite=never)
 
     def _discard_deferred(self) -> None:
         self._suite.discard_deferred()
