@@ -71,6 +71,8 @@ class _Recorder:
         self._owner = owner
 
     def __getattr__(self, name: str) -> Any:
+        if name == "_wrapped":  # while a copy is made
+            raise AttributeError(name)
         return getattr(self._wrapped, name)
 
     def __len__(self) -> int:

@@ -39,8 +39,7 @@ class RollbackSession:
     """One fit of `NaNRollback`.
 
     Attributes:
-        lost_batches: The log of them.
-        indices: Of the samples of each batch, where its sampler gives them.
+        lost_batches, indices: The log of lost batches; the samples of each batch where its sampler has them.
     """
 
     def __init__(
@@ -207,7 +206,7 @@ class RollbackSession:
 
     def before_checkpoint(self) -> None:
         """Keeps nonfinite weights out of checkpoints: resolves, scans, and rolls back if necessary."""
-        if self._snapshots.is_empty:
+        if self._snapshots.is_empty or self._counts.has_stopped:
             return
         if self._trainer.interrupted:
             # no collective, as other ranks may be elsewhere, and no error on top of the first
@@ -362,7 +361,8 @@ class RollbackSession:
             step, which = self._snapshots.restore_newest(self._trainer), "the last qualified ones"
             self.lost_batches.mark_undone(step)
         self._counts.has_stopped = True
-        last_good = save_last_good(self._trainer)
+        is_bad = any_rank(self._state_is_nonfinite(), self._pl_module.device)  # from the first step on
+        last_good = None if is_bad else save_last_good(self._trainer)
         found = self._investigation.found
         self._reporter.publish("training_diverged", action="stopped", advice=combined_advice(found))
         self.log_counts()
