@@ -1,4 +1,4 @@
-"""Five PyTorch Lightning callbacks against vanishing and exploding gradients."""
+"""PyTorch Lightning callbacks against vanishing and exploding gradients."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from lightning_gradguard.callbacks.initialization_check import InitializationCheck
     from lightning_gradguard.callbacks.learning_rate_backoff import LearningRateBackoff
     from lightning_gradguard.callbacks.nan_rollback import NaNRollback
+    from lightning_gradguard.callbacks.training_diagnosis import TrainingDiagnosis
     from lightning_gradguard.core.clipping import (
         ClippingPolicy,
         GlobalNormClipping,
@@ -42,6 +43,7 @@ __all__ = [
     "PerTensorClipping",
     "PercentileClipping",
     "StepCallback",
+    "TrainingDiagnosis",
     "TrainingDivergedError",
     "TrainingGuard",
     "UnitwiseClipping",
@@ -62,6 +64,7 @@ _HOME = {
     "NaNRollback": "callbacks.nan_rollback",
     "PerTensorClipping": "core.clipping",
     "PercentileClipping": "core.clipping",
+    "TrainingDiagnosis": "callbacks.training_diagnosis",
     "TrainingDivergedError": "core.incidents",
     "StepCallback": "runtime.steps.step_callback",
     "TrainingGuard": "core.training_guard",
