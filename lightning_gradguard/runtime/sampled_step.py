@@ -13,12 +13,14 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
+from torch.utils.hooks import RemovableHandle
 
 from lightning_gradguard.core.diagnosis import Finding, LossBaselines, Sample, StepTrace, Update, coverage
 from lightning_gradguard.core.norms import local_shard, power_sums
 from lightning_gradguard.core.snapshots import preserve_state, rng_state, set_rng_state
 from lightning_gradguard.runtime import lightning_api
 from lightning_gradguard.runtime.incidents.replay import training_loss, without_logging
+from lightning_gradguard.runtime.optimizer_hooks import after_step
 from lightning_gradguard.runtime.steps.logged_step import LoggedStep
 from lightning_gradguard.runtime.steps.step import Step
 from lightning_gradguard.runtime.steps.suite import Suite
@@ -185,12 +187,13 @@ class _SampledUpdate:
         self.logged = LoggedStep(suite, trainer, step, 2.0, update_ratio=True)
         self._covered = covered
         self._rates = [float(group["lr"]) for group in step.optimizer.param_groups if "lr" in group]
-        self._before, self._after = step.gradients.total_norm, None
-        self._handle = None
+        self._before = step.gradients.total_norm
+        self._after: Tensor | None = None
+        self._handle: RemovableHandle | None = None
         is_scale_free = type(step.optimizer).__name__.startswith(_SCALE_FREE)
         if not (is_scale_free or step.selection.is_cut or lightning_api.gradient_scaler(trainer)):
-            hook = partial(self._measure_clipped, step)
-            self._handle = step.optimizer.register_step_pre_hook(lambda *_: hook())
+            # not before the step: the hook at which gradients are measured runs within its closure
+            self._handle = after_step(step.optimizer, partial(self._measure_clipped, step))
 
     def close(self) -> None:
         self.logged.close(0.0)
@@ -221,13 +224,10 @@ class _SampledUpdate:
         if self._covered is not None:
             sample.coverage = self._covered
 
-    @torch.no_grad()
     def _measure_clipped(self, step: Step) -> None:
         gradients = [local_shard(p.grad) for p in step.selection.parameters if p.grad is not None]
         if gradients:
-            norm = power_sums(gradients).sum().sqrt()
-            scale = getattr(step.optimizer, "grad_scale", None)  # clipping within a fused optimizer
-            self._after = (norm if scale is None else norm / scale).to(self._before)
+            self._after = power_sums(gradients).sum().sqrt().to(self._before)
 
 
 def target_of(batch: Any) -> Tensor | None:

@@ -16,11 +16,13 @@ from lightning_gradguard.core.diagnosis.units import SATURATING
 # thresholds of docs/diagnosis.md, where their margins are
 DEAD, SATURATED = 0.9, 0.5
 VANISHING, EXPLODING = -3.0, 2.5
+#: Decades that explode in a network that has learned nothing by step 50.
+EXPLODING_IF_STUCK = 1.75
 MIN_LAYERS = 3
 TIME_VANISHING, TIME_VANISHING_EARLY, TIME_EXPLODING = -3.0, -6.0, 3.0
 LARGE_UPDATE, HUGE_UPDATE, CLIPPED_UPDATE, SMALL_UPDATE, NO_UPDATE = 0.1, 0.3, 0.05, 1e-5, 1e-7
 UPDATE_STEPS = 50
-STUCK, UNRELATED = 0.95, 0.05
+STUCK, UNRELATED = 0.95, 0.02
 LARGE_INPUT = 10.0
 #: Loss over that of the best constant above which a network has learned little.
 LEARNS_NOT = 0.9
@@ -141,7 +143,9 @@ def depth(sample: Sample, progress: Progress) -> Iterator[Finding]:
             f"(usual: below 2){drop}"
         )
         yield Finding("vanishing_gradient", _why(layers), where, -ends, evidence, "depth")
-    if ends >= EXPLODING and trend >= EXPLODING / 2:
+    is_stuck = sample.step >= UPDATE_STEPS and progress.over_constant > STUCK
+    bound = EXPLODING_IF_STUCK if is_stuck else EXPLODING
+    if ends >= bound and trend >= bound / 2:
         where, rise = _steepest(layers, heights)
         evidence = (
             f"the gradient grows by {ends:.1f} decades from {layers[-1].name} back to {layers[0].name} "

@@ -16,6 +16,8 @@ SATURATING = {"tanh": 0.97, "hardtanh": 0.99, "softsign": 0.97, "sigmoid": 0.97,
 NEAR_ZERO = 1e-3
 #: Share of the samples for which a saturated unit is saturated.
 MOST_SAMPLES = 0.95
+#: Share of the outputs from which on the activation is saturated, whatever single units do.
+NEARLY_ALL = 0.85
 
 
 def dead_share(output: Tensor, dim: int, *, smooth: bool = False) -> Tensor | None:
@@ -39,6 +41,8 @@ def dead_share(output: Tensor, dim: int, *, smooth: bool = False) -> Tensor | No
 def saturated_share(output: Tensor, dim: int, function: str) -> Tensor | None:
     """Returns the share of units that are saturated for most samples; `None` for too few samples.
 
+    Where nearly all outputs are saturated, it is the share of these: units may change sides.
+
     Args:
         output: Of the activation.
         dim: Dimension of the units.
@@ -49,7 +53,8 @@ def saturated_share(output: Tensor, dim: int, function: str) -> Tensor | None:
         return None
     centred = 2 * output - 1 if function.endswith("sigmoid") else output
     flat = (centred.abs() > SATURATING[function]).float().mean(others)
-    return (flat > MOST_SAMPLES).float().mean()
+    by_unit, by_output = (flat > MOST_SAMPLES).float().mean(), flat.mean()
+    return torch.where(by_output > NEARLY_ALL, by_output, by_unit)
 
 
 def _others(output: Tensor, dim: int) -> list[int] | None:
