@@ -38,7 +38,12 @@ class _Listener(pl.Callback):
         self.found: list[dict[str, Any]] = []
 
     def on_training_incident(self, trainer: Any, pl_module: Any, incident: Incident) -> None:
-        record = {"kind": incident.kind, "step": incident.step, "where": incident.where, "cause": incident.cause}
+        record = {
+            "kind": incident.kind,
+            "step": incident.step,
+            "where": incident.where,
+            "cause": incident.cause,
+        }
         self.found.append(record)
 
 
@@ -49,7 +54,9 @@ def run(one: Case, bare: bool) -> dict[str, Any]:
     listener = _Listener()
     omitted = ("initialization_check", "nan_rollback", "adaptive_gradient_clipping", "learning_rate_backoff")
     suite = default_callbacks(**dict.fromkeys(omitted if bare else omitted[:1]))  # type: ignore[arg-type]
-    trainer = pl.Trainer(**{**QUIET, "max_steps": -1, "max_epochs": 1, **one.trainer}, callbacks=[*suite, listener])
+    trainer = pl.Trainer(
+        **{**QUIET, "max_steps": -1, "max_epochs": 1, **one.trainer}, callbacks=[*suite, listener]
+    )
     error = ""
     try:
         with contextlib.redirect_stdout(io.StringIO()):

@@ -60,11 +60,18 @@ def vanishing() -> list[Pair]:
     small_cnn = {"net": lambda: cnn(3)}
     pairs = [
         pair("sigmoid, 10 layers", VANISHING, {"net": lambda: mlp(10, nn.Sigmoid)}, cured),
-        pair("sigmoid, 8 layers, SGD", VANISHING, {"net": lambda: mlp(8, nn.Sigmoid), "optimizer": sgd()}, cured),
+        pair(
+            "sigmoid, 8 layers, SGD",
+            VANISHING,
+            {"net": lambda: mlp(8, nn.Sigmoid), "optimizer": sgd()},
+            cured,
+        ),
         pair("relu, weights of 0.03", VANISHING, {"net": lambda: mlp(8, nn.ReLU, normal(0.03))}, deep),
         pair("tanh, weights of 0.02", VANISHING, {"net": lambda: mlp(10, nn.Tanh, normal(0.02))}, deep),
         pair("gelu, weights of 0.02", VANISHING, {"net": lambda: mlp(10, nn.GELU, normal(0.02))}, deep),
-        pair("sigmoid convolutions", VANISHING, {"net": lambda: cnn(8, nn.Sigmoid), "data": images}, small_cnn),
+        pair(
+            "sigmoid convolutions", VANISHING, {"net": lambda: cnn(8, nn.Sigmoid), "data": images}, small_cnn
+        ),
         pair(
             "convolutions of 0.01",
             VANISHING,
@@ -166,7 +173,12 @@ def exploding() -> list[Pair]:
         pair(
             "targets of 1000",
             EXPLODING,
-            {"net": lambda: mlp(3, n_out=1), "data": partial(values, scale=1000), "step": squared, "optimizer": sgd()},
+            {
+                "net": lambda: mlp(3, n_out=1),
+                "data": partial(values, scale=1000),
+                "step": squared,
+                "optimizer": sgd(),
+            },
             {"data": values},
         ),
         pair(
@@ -213,48 +225,123 @@ def contract() -> list[Pair]:
     linear = {"net": lambda: mlp(3, n_out=1), "data": values}
     bce = functional.binary_cross_entropy
     return [
-        pair("softmax, mlp", STUCK, {"net": mlp, "step": on(lambda z: z.softmax(1)), "where": ("net.6",)}, good),
-        pair("softmax, convolutions", STUCK, {"net": cnn, "data": images, "step": on(lambda z: z.softmax(1))}, good),
-        pair("nll of logits", STUCK, {"net": mlp, "step": on(lambda z: z, functional.nll_loss)},
-             {"step": on(log_softmax, functional.nll_loss)}),
-        pair("nll of probabilities", STUCK,
-             {"net": partial(_recurrent, nn.GRU, 1.0), "data": averages,
-              "step": on(lambda z: z.softmax(1), functional.nll_loss)},
-             {"step": on(log_softmax, functional.nll_loss)}),
-        pair("softmax over one unit", STUCK, {**one, "step": lambda n, b: bce(n(b[0]).softmax(1), b[1])}, logits),
-        pair("softmax over one unit, by hand", STUCK,
-             {**one, "step": lambda n, b: (n(b[0]).softmax(1) - b[1]).square().mean()}, logits),
-        pair("sigmoid before logits", STUCK,
-             {**one, "step": lambda n, b: functional.binary_cross_entropy_with_logits(n(b[0]).sigmoid(), b[1])},
-             logits),
-        pair("broadcast, mse_loss", STUCK,
-             {**value, "data": partial(values, flat=True), "step": _ignoring(squared)}, {"data": values}),
-        pair("broadcast, by hand", STUCK,
-             {**value, "data": partial(values, flat=True), "step": lambda n, b: (n(b[0]) - b[1]).square().mean()},
-             {"data": values}),
-        pair("sigmoid head, targets of 10", STUCK, head(nn.Sigmoid(), data=partial(values, scale=10)), linear),
+        pair(
+            "softmax, mlp", STUCK, {"net": mlp, "step": on(lambda z: z.softmax(1)), "where": ("net.6",)}, good
+        ),
+        pair(
+            "softmax, convolutions",
+            STUCK,
+            {"net": cnn, "data": images, "step": on(lambda z: z.softmax(1))},
+            good,
+        ),
+        pair(
+            "nll of logits",
+            STUCK,
+            {"net": mlp, "step": on(lambda z: z, functional.nll_loss)},
+            {"step": on(log_softmax, functional.nll_loss)},
+        ),
+        pair(
+            "nll of probabilities",
+            STUCK,
+            {
+                "net": partial(_recurrent, nn.GRU, 1.0),
+                "data": averages,
+                "step": on(lambda z: z.softmax(1), functional.nll_loss),
+            },
+            {"step": on(log_softmax, functional.nll_loss)},
+        ),
+        pair(
+            "softmax over one unit",
+            STUCK,
+            {**one, "step": lambda n, b: bce(n(b[0]).softmax(1), b[1])},
+            logits,
+        ),
+        pair(
+            "softmax over one unit, by hand",
+            STUCK,
+            {**one, "step": lambda n, b: (n(b[0]).softmax(1) - b[1]).square().mean()},
+            logits,
+        ),
+        pair(
+            "sigmoid before logits",
+            STUCK,
+            {
+                **one,
+                "step": lambda n, b: functional.binary_cross_entropy_with_logits(n(b[0]).sigmoid(), b[1]),
+            },
+            logits,
+        ),
+        pair(
+            "broadcast, mse_loss",
+            STUCK,
+            {**value, "data": partial(values, flat=True), "step": _ignoring(squared)},
+            {"data": values},
+        ),
+        pair(
+            "broadcast, by hand",
+            STUCK,
+            {
+                **value,
+                "data": partial(values, flat=True),
+                "step": lambda n, b: (n(b[0]) - b[1]).square().mean(),
+            },
+            {"data": values},
+        ),
+        pair(
+            "sigmoid head, targets of 10", STUCK, head(nn.Sigmoid(), data=partial(values, scale=10)), linear
+        ),
         pair("tanh head, targets of 20", STUCK, head(nn.Tanh(), data=partial(values, scale=20)), linear),
-        pair("relu head, negative targets", STUCK,
-             head(nn.ReLU(), data=lambda n: [(x, -y.abs() - 1) for x, y in values(n)]), linear),
-        pair("sigmoid head, by hand", STUCK,
-             head(nn.Sigmoid(), data=lambda n: [(x, y - 5) for x, y in values(n)],
-                  step=lambda n, b: (n(b[0]) - b[1]).abs().mean()), linear),
+        pair(
+            "relu head, negative targets",
+            STUCK,
+            head(nn.ReLU(), data=lambda n: [(x, -y.abs() - 1) for x, y in values(n)]),
+            linear,
+        ),
+        pair(
+            "sigmoid head, by hand",
+            STUCK,
+            head(
+                nn.Sigmoid(),
+                data=lambda n: [(x, y - 5) for x, y in values(n)],
+                step=lambda n, b: (n(b[0]) - b[1]).abs().mean(),
+            ),
+            linear,
+        ),
         pair("targets of another batch", STUCK, {"net": mlp, "data": _shifted}, {"data": classes}),
-        pair("permuted regression targets", STUCK,
-             {**value, "data": _shuffled}, {"data": values}),
-        pair("permuted targets, loss by hand", STUCK,
-             {"net": mlp, "data": _shifted, "step": _nll_by_hand}, {"data": classes}),
+        pair("permuted regression targets", STUCK, {**value, "data": _shuffled}, {"data": values}),
+        pair(
+            "permuted targets, loss by hand",
+            STUCK,
+            {"net": mlp, "data": _shifted, "step": _nll_by_hand},
+            {"data": classes},
+        ),
         pair("inputs of zero", STUCK, {"net": mlp, "data": partial(classes, scale=0.0)}, {"data": classes}),
-        pair("labels ignored", STUCK,
-             {"net": mlp, "data": lambda n: [(x, torch.full_like(y, -100)) for x, y in classes(n)],
-              "step": lambda n, b: functional.cross_entropy(n(b[0]), b[1], reduction="sum") / 64},
-             {"data": classes}),
-        pair("weights of zero", (*STUCK, *VANISHING, *STAGNATION, *DEAD),
-             {"net": lambda: mlp(4, nn.ReLU, nn.init.zeros_)}, {"net": lambda: mlp(4)}),
-        pair("kl_div of probabilities", STUCK,
-             {"net": mlp, "data": _soft, "step": lambda n, b: functional.kl_div(
-                 n(b[0]).softmax(1), b[1], reduction="batchmean")},
-             {"step": lambda n, b: functional.kl_div(n(b[0]).log_softmax(1), b[1], reduction="batchmean")}),
+        pair(
+            "labels ignored",
+            STUCK,
+            {
+                "net": mlp,
+                "data": lambda n: [(x, torch.full_like(y, -100)) for x, y in classes(n)],
+                "step": lambda n, b: functional.cross_entropy(n(b[0]), b[1], reduction="sum") / 64,
+            },
+            {"data": classes},
+        ),
+        pair(
+            "weights of zero",
+            (*STUCK, *VANISHING, *STAGNATION, *DEAD),
+            {"net": lambda: mlp(4, nn.ReLU, nn.init.zeros_)},
+            {"net": lambda: mlp(4)},
+        ),
+        pair(
+            "kl_div of probabilities",
+            STUCK,
+            {
+                "net": mlp,
+                "data": _soft,
+                "step": lambda n, b: functional.kl_div(n(b[0]).softmax(1), b[1], reduction="batchmean"),
+            },
+            {"step": lambda n, b: functional.kl_div(n(b[0]).log_softmax(1), b[1], reduction="batchmean")},
+        ),
     ]
 
 
@@ -296,32 +383,75 @@ def units() -> list[Pair]:
     tanh = {"net": lambda: mlp(4, nn.Tanh)}
     wide = normal(3.0)
     return [
-        pair("relu, one bias of -20", DEAD,
-             {"net": lambda: changed(mlp(4), lambda n: n[2].bias.sub_(20)), "where": ("net.2", "net.3")},
-             {"net": lambda: mlp(4)}),
-        pair("relu convolutions, one bias of -20", DEAD,
-             {"net": lambda: changed(cnn(4), lambda n: n[4].bias.sub_(20)), "data": images,
-              "where": ("net.4", "net.5")}, {"net": lambda: cnn(4)}),
-        pair("gelu, one bias of -20", DEAD,
-             {"net": lambda: changed(mlp(4, nn.GELU), lambda n: n[2].bias.sub_(20)), "where": ("net.2",)},
-             {"net": lambda: mlp(4, nn.GELU)}),
-        pair("relu, inputs of -50", DEAD,
-             {"net": lambda: changed(mlp(4), lambda n: n[0].weight.abs_()), "data": partial(classes, shift=-50.0),
-              "where": ("net.0", "net.1")}, {"net": lambda: mlp(4), "data": classes}),
-        pair("relu head, bias of -10", (*DEAD, *STUCK),
-             {"net": lambda: changed(mlp(3, n_out=1, head=nn.ReLU()), lambda n: n[6].bias.sub_(10)),
-              "data": lambda n: [(x, y.abs()) for x, y in values(n)], "step": squared},
-             {"net": lambda: mlp(3, n_out=1)}),
+        pair(
+            "relu, one bias of -20",
+            DEAD,
+            {"net": lambda: changed(mlp(4), lambda n: n[2].bias.sub_(20)), "where": ("net.2", "net.3")},
+            {"net": lambda: mlp(4)},
+        ),
+        pair(
+            "relu convolutions, one bias of -20",
+            DEAD,
+            {
+                "net": lambda: changed(cnn(4), lambda n: n[4].bias.sub_(20)),
+                "data": images,
+                "where": ("net.4", "net.5"),
+            },
+            {"net": lambda: cnn(4)},
+        ),
+        pair(
+            "gelu, one bias of -20",
+            DEAD,
+            {"net": lambda: changed(mlp(4, nn.GELU), lambda n: n[2].bias.sub_(20)), "where": ("net.2",)},
+            {"net": lambda: mlp(4, nn.GELU)},
+        ),
+        pair(
+            "relu, inputs of -50",
+            DEAD,
+            {
+                "net": lambda: changed(mlp(4), lambda n: n[0].weight.abs_()),
+                "data": partial(classes, shift=-50.0),
+                "where": ("net.0", "net.1"),
+            },
+            {"net": lambda: mlp(4), "data": classes},
+        ),
+        pair(
+            "relu head, bias of -10",
+            (*DEAD, *STUCK),
+            {
+                "net": lambda: changed(mlp(3, n_out=1, head=nn.ReLU()), lambda n: n[6].bias.sub_(10)),
+                "data": lambda n: [(x, y.abs()) for x, y in values(n)],
+                "step": squared,
+            },
+            {"net": lambda: mlp(3, n_out=1)},
+        ),
         pair("tanh, weights of 3", SATURATED, {"net": lambda: mlp(4, nn.Tanh, wide)}, tanh),
         pair("sigmoid, weights of 6", SATURATED, {"net": lambda: mlp(3, nn.Sigmoid, normal(6.0))}, tanh),
-        pair("tanh, inputs of 200", SATURATED,
-             {"net": lambda: mlp(4, nn.Tanh), "data": partial(classes, scale=200)}, {"data": classes}),
-        pair("tanh, one bias of 20", SATURATED,
-             {"net": lambda: changed(mlp(4, nn.Tanh), lambda n: n[4].bias.add_(20)), "where": ("net.4", "net.5")},
-             tanh),
-        pair("rnn, weights of 5", SATURATED,
-             {"net": lambda: changed(_recurrent(nn.RNN, 1.0), lambda n: n.rnn.bias_hh_l0.add_(10)),
-              "data": averages, "where": ("net.rnn",)}, {"net": partial(_recurrent, nn.RNN, 1.0)}),
+        pair(
+            "tanh, inputs of 200",
+            SATURATED,
+            {"net": lambda: mlp(4, nn.Tanh), "data": partial(classes, scale=200)},
+            {"data": classes},
+        ),
+        pair(
+            "tanh, one bias of 20",
+            SATURATED,
+            {
+                "net": lambda: changed(mlp(4, nn.Tanh), lambda n: n[4].bias.add_(20)),
+                "where": ("net.4", "net.5"),
+            },
+            tanh,
+        ),
+        pair(
+            "rnn, weights of 5",
+            SATURATED,
+            {
+                "net": lambda: changed(_recurrent(nn.RNN, 1.0), lambda n: n.rnn.bias_hh_l0.add_(10)),
+                "data": averages,
+                "where": ("net.rnn",),
+            },
+            {"net": partial(_recurrent, nn.RNN, 1.0)},
+        ),
     ]
 
 
@@ -348,27 +478,54 @@ def stagnation() -> list[Pair]:
         return optimizer
 
     def groups(first: float) -> Any:
-        return lambda net: torch.optim.Adam([{"params": net[:4].parameters(), "lr": first},
-                                             {"params": net[4:].parameters()}], 1e-3)
+        return lambda net: torch.optim.Adam(
+            [{"params": net[:4].parameters(), "lr": first}, {"params": net[4:].parameters()}], 1e-3
+        )
 
     good = {"optimizer": adam()}
     whole = {"net": lambda: _Detached("")}
     low = (*STAGNATION, *STUCK)
     return [
-        pair("first half in no optimizer", STAGNATION,
-             {"net": mlp, "optimizer": lambda n: torch.optim.Adam(n[4:].parameters()), "where": ("net.0", "net.2")},
-             good),
-        pair("head in no optimizer", STAGNATION,
-             {"net": cnn, "data": images, "optimizer": lambda n: torch.optim.Adam(n[:-1].parameters()),
-              "where": ("net.8",)}, good),
+        pair(
+            "first half in no optimizer",
+            STAGNATION,
+            {
+                "net": mlp,
+                "optimizer": lambda n: torch.optim.Adam(n[4:].parameters()),
+                "where": ("net.0", "net.2"),
+            },
+            good,
+        ),
+        pair(
+            "head in no optimizer",
+            STAGNATION,
+            {
+                "net": cnn,
+                "data": images,
+                "optimizer": lambda n: torch.optim.Adam(n[:-1].parameters()),
+                "where": ("net.8",),
+            },
+            good,
+        ),
         pair("replaced layer", STAGNATION, {"net": mlp, "optimizer": replaced, "where": ("net.0",)}, good),
-        pair("detached body", STAGNATION, {"net": lambda: _Detached("detach"), "where": ("net.body",)}, whole),
-        pair("body without gradient", STAGNATION, {"net": lambda: _Detached("no_grad"), "where": ("net.body",)}, whole),
+        pair(
+            "detached body", STAGNATION, {"net": lambda: _Detached("detach"), "where": ("net.body",)}, whole
+        ),
+        pair(
+            "body without gradient",
+            STAGNATION,
+            {"net": lambda: _Detached("no_grad"), "where": ("net.body",)},
+            whole,
+        ),
         pair("Adam, rate of 1e-8", low, {"net": mlp, "optimizer": adam(1e-8)}, good),
         pair("SGD, rate of 1e-6", low, {"net": mlp, "optimizer": sgd(1e-6)}, {"optimizer": sgd()}),
         pair("rate of 0", low, {"net": mlp, "optimizer": sgd(0.0)}, {"optimizer": sgd()}),
-        pair("first half at a rate of 1e-11", STAGNATION,
-             {"net": mlp, "optimizer": groups(1e-11), "where": ("net.0", "net.2")}, {"optimizer": groups(3e-4)}),
+        pair(
+            "first half at a rate of 1e-11",
+            STAGNATION,
+            {"net": mlp, "optimizer": groups(1e-11), "where": ("net.0", "net.2")},
+            {"optimizer": groups(3e-4)},
+        ),
     ]
 
 

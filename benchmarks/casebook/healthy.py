@@ -59,7 +59,9 @@ def resnet() -> nn.Module:
         )
         for _ in range(4)
     ]
-    return nn.Sequential(nn.Conv2d(1, 12, 3, padding=1), *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(12, 4))
+    return nn.Sequential(
+        nn.Conv2d(1, 12, 3, padding=1), *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(12, 4)
+    )
 
 
 class Vit(nn.Module):
@@ -68,7 +70,9 @@ class Vit(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.patch = nn.Conv2d(1, 32, 4, 4)
-        layer = nn.TransformerEncoderLayer(32, 4, 64, 0.1, batch_first=True, norm_first=True, activation="gelu")
+        layer = nn.TransformerEncoderLayer(
+            32, 4, 64, 0.1, batch_first=True, norm_first=True, activation="gelu"
+        )
         self.body, self.head = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False), nn.Linear(32, 4)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -102,7 +106,10 @@ class Vae(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.encoder, self.decoder = mlp(2, n_out=8), nn.Sequential(nn.Linear(4, 48), nn.ReLU(), nn.Linear(48, 20))
+        self.encoder, self.decoder = (
+            mlp(2, n_out=8),
+            nn.Sequential(nn.Linear(4, 48), nn.ReLU(), nn.Linear(48, 20)),
+        )
 
 
 def vae_loss(net: Any, batch: Any) -> Tensor:
@@ -167,7 +174,8 @@ class TwoTimescale(pl.LightningModule):
     def configure_optimizers(self) -> Any:
         """Returns two optimizers."""
         return [
-            torch.optim.Adam(net.parameters(), 2e-4, betas=(0.5, 0.999)) for net in (self.critic, self.generator)
+            torch.optim.Adam(net.parameters(), 2e-4, betas=(0.5, 0.999))
+            for net in (self.critic, self.generator)
         ]
 
 
@@ -294,7 +302,9 @@ class Experts(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.gate = nn.Linear(20, 4)
-        self.experts = nn.ModuleList(nn.Sequential(nn.Linear(20, 32), nn.ReLU(), nn.Linear(32, 4)) for _ in range(4))
+        self.experts = nn.ModuleList(
+            nn.Sequential(nn.Linear(20, 32), nn.ReLU(), nn.Linear(32, 4)) for _ in range(4)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns logits."""
@@ -370,7 +380,10 @@ def warmed_up(net: nn.Module) -> Any:
 
 def deep_residual() -> nn.Module:
     """Thirty residual blocks with layer normalization first."""
-    blocks = [Residual(nn.Sequential(nn.LayerNorm(48), nn.Linear(48, 48), nn.GELU(), nn.Linear(48, 48))) for _ in range(20)]
+    blocks = [
+        Residual(nn.Sequential(nn.LayerNorm(48), nn.Linear(48, 48), nn.GELU(), nn.Linear(48, 48)))
+        for _ in range(20)
+    ]
     return nn.Sequential(nn.Linear(20, 48), *blocks, nn.Linear(48, 4))
 
 
@@ -402,12 +415,21 @@ def cases() -> list[Case]:
         case("flow", Coupling, of_loss),
         Case("GAN", TwoTimescale, classes),
         Case("GAN, hinge", lambda: TwoTimescale(True), classes),
-        case("GNN", Graph, lambda n, b: functional.cross_entropy(n(b[0]).flatten(0, 1), b[1].flatten()), data=rings),
+        case(
+            "GNN",
+            Graph,
+            lambda n, b: functional.cross_entropy(n(b[0]).flatten(0, 1), b[1].flatten()),
+            data=rings,
+        ),
         case("DQN with target network", Dqn, of_pair),
         case("policy gradient", mlp, policy_loss, optimizer=adam(3e-3)),
         case("LoRA", adapted, optimizer=adam(3e-3)),
-        case("frozen backbone", frozen, data=images,
-             optimizer=lambda n: torch.optim.Adam([p for p in n.parameters() if p.requires_grad], 1e-2)),
+        case(
+            "frozen backbone",
+            frozen,
+            data=images,
+            optimizer=lambda n: torch.optim.Adam([p for p in n.parameters() if p.requires_grad], 1e-2),
+        ),
         case("frozen backbone, all held", frozen, data=images, optimizer=adam(1e-2)),
         case("siamese", lambda: mlp(2, n_out=16), contrastive),
         case("triplets", lambda: mlp(2, n_out=16), triplet),
@@ -418,18 +440,38 @@ def cases() -> list[Case]:
         case("multi-label", lambda: mlp(n_out=5), with_bce, data=multilabel),
         case("rare positives", lambda: mlp(n_out=1), with_bce, data=rare),
         case("autoencoder", lambda: mlp(n_out=20), autoencoder),
-        case("LSTM classifier", lambda: Recurrent(nn.LSTM(4, 24, batch_first=True)), data=averages, optimizer=adam(5e-3)),
+        case(
+            "LSTM classifier",
+            lambda: Recurrent(nn.LSTM(4, 24, batch_first=True)),
+            data=averages,
+            optimizer=adam(5e-3),
+        ),
         case("GRU, per step", lambda: Recurrent(nn.GRU(4, 24, batch_first=True)), per_step, data=averages),
-        case("cell in a loop", lambda: CellLoop(nn.GRUCell(4, 24)), data=averages, optimizer=adam(5e-3)),
+        case("GRU cell in a loop", lambda: CellLoop(nn.GRUCell(4, 24)), data=averages, optimizer=adam(5e-3)),
         case("warm-up and decay", mlp, optimizer=warmed_up),
         case("deep residual", deep_residual),
         case("zero-initialized residual", zero_residual),
-        case("label smoothing", mlp, lambda n, b: functional.cross_entropy(n(b[0]), b[1], label_smoothing=0.1)),
-        case("class weights", mlp, lambda n, b: functional.cross_entropy(n(b[0]), b[1], torch.tensor([1.0, 2, 3, 4]))),
+        case(
+            "label smoothing", mlp, lambda n, b: functional.cross_entropy(n(b[0]), b[1], label_smoothing=0.1)
+        ),
+        case(
+            "class weights",
+            mlp,
+            lambda n, b: functional.cross_entropy(n(b[0]), b[1], torch.tensor([1.0, 2, 3, 4])),
+        ),
         case("regression", lambda: mlp(n_out=1), squared, data=values),
-        case("huber, several columns", lambda: mlp(n_out=5),
-             lambda n, b: functional.huber_loss(n(b[0]), b[1]), data=partial(values, columns=5), optimizer=sgd(0.05)),
+        case(
+            "huber, several columns",
+            lambda: mlp(n_out=5),
+            lambda n, b: functional.huber_loss(n(b[0]), b[1]),
+            data=partial(values, columns=5),
+            optimizer=sgd(0.05),
+        ),
         case("accumulation", mlp, cross_entropy, optimizer=sgd(0.1), accumulate_grad_batches=4),
-        case("dropout, clipping by the Trainer", lambda: nn.Sequential(nn.Dropout(0.2), mlp(norm=True)),
-             optimizer=sgd(0.1), gradient_clip_val=1.0),
+        case(
+            "dropout, clipping by the Trainer",
+            lambda: nn.Sequential(nn.Dropout(0.2), mlp(norm=True)),
+            optimizer=sgd(0.1),
+            gradient_clip_val=1.0,
+        ),
     ]

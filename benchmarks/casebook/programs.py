@@ -252,6 +252,4 @@ def case(
 ) -> Case:
     """Returns a case."""
     optimizer = optimizer or adam()
-    return Case(
-        name, lambda: Program(net(), step, optimizer), data, frozenset(kinds), tuple(where), trainer
-    )
+    return Case(name, lambda: Program(net(), step, optimizer), data, frozenset(kinds), tuple(where), trainer)

@@ -10,7 +10,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_gradguard.core import arguments
-from lightning_gradguard.core.diagnosis import Diagnosis, Finding, LossBaselines
+from lightning_gradguard.core.detectors.diagnosis import Diagnosis, Finding, LossBaselines
 from lightning_gradguard.core.incidents import Incident, IncidentKind
 from lightning_gradguard.core.remedies import advice_for_finding
 from lightning_gradguard.runtime import distributed, lightning_api
@@ -163,7 +163,7 @@ class TrainingDiagnosis(StepCallback):
     ) -> None:
         """Diagnoses a sample, or publishes the findings of rank 0."""
         if record is None:
-            self._publish(trainer, pl_module, decoded(numbers))
+            self._publish(trainer, pl_module, decoded(numbers), {})
             return
         sample = record.read(numbers)
         findings = self.diagnosis.update(sample)
@@ -172,7 +172,7 @@ class TrainingDiagnosis(StepCallback):
             finding = Finding("nonfinite_gradient", "unknown", where, share, "", "update", since=sample.step)
             findings = [*findings, *self.diagnosis.add_once(finding)]
         if distributed.world_size() == 1:
-            self._publish(trainer, pl_module, findings)
+            self._publish(trainer, pl_module, findings, record.now)
             return
         message = encoded(findings, pl_module.device)
         if distributed.rank() > 0:
@@ -232,7 +232,11 @@ class TrainingDiagnosis(StepCallback):
         self.suite.metrics.add_numbers(self, None, message)
 
     def _publish(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, findings: Sequence[Finding]
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        findings: Sequence[Finding],
+        now: dict[str, int],
     ) -> None:
         self._is_publishing = True
         for finding in findings:
@@ -246,6 +250,7 @@ class TrainingDiagnosis(StepCallback):
                     cause=cause,
                     detail=f"Since step {finding.since}: {finding.evidence}." if finding.evidence else "",
                     advice=advice_for_finding(finding.kind, cause, finding.where, finding.evidence),
+                    **now,
                 )
                 publish(trainer, pl_module, incident)
         self._is_publishing = False

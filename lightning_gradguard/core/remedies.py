@@ -118,8 +118,8 @@ _BY_CAUSE = {
         "operation that reads memory it does not own. If it repeats on one machine, exclude that machine."
     ),
     "softmax_before_loss": (
-        "The loss applies the softmax or sigmoid itself: remove it after {where}, and give the loss logits, as "
-        "in torch.nn.functional.cross_entropy({code}(hidden), target)."
+        "The loss applies the softmax or sigmoid itself: remove it after {where}, and give the loss logits, "
+        "as in torch.nn.functional.cross_entropy({code}(hidden), target)."
     ),
     "single_class": (
         "Use one output for each class, or binary_cross_entropy_with_logits on the one output of {where}."
@@ -131,7 +131,8 @@ _BY_CAUSE = {
     "labels_ignored": "Check the labels and ignore_index: none is left for the loss.",
     "targets_out_of_range": "Scale the targets to 0 .. 1, or use a loss for regression or for classes.",
     "unreachable_targets": (
-        "Remove the activation after {where}, or scale the targets into its range (sigmoid 0 .. 1, tanh -1 .. 1)."
+        "Remove the activation after {where}, or scale the targets into its range (sigmoid 0 .. 1, "
+        "tanh -1 .. 1)."
     ),
     "constant_loss": (
         "The loss does not depend on {where}: check that it is computed from the network's output, without "
@@ -146,13 +147,16 @@ _BY_CAUSE = {
         "after, with the parameters of {code}."
     ),
     "detached": (
-        "Look for detach(), .data, torch.no_grad() or a conversion to NumPy after {where}; if it is not to be "
+        "Look for detach(), .data, torch.no_grad() or conversion to NumPy after {where}; if it is not to be "
         "trained, {code}.requires_grad_(False)."
     ),
     "zero_gradient": (
-        "The gradient of {where} is exactly zero: look for dead or saturated units after it, or a factor of 0."
+        "The gradient of {where} is exactly zero: look for dead or saturated units after it, or a factor "
+        "of 0."
     ),
-    "learning_rate_too_low": "Raise the learning rate of {where}: updates of about 1e-3 of the weights are usual.",
+    "learning_rate_too_low": (
+        "Raise the learning rate of {where}: updates of about 1e-3 of the weights are usual."
+    ),
     "input_scale": (
         "Scale the inputs to zero mean and unit variance, (x - x.mean(0)) / x.std(0), or begin with a "
         "normalization layer before {where}."

@@ -6,6 +6,7 @@ import functools
 import json
 import math
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
@@ -15,7 +16,14 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 from torch.utils.hooks import RemovableHandle
 
-from lightning_gradguard.core.diagnosis import Finding, LossBaselines, Sample, StepTrace, Update, coverage
+from lightning_gradguard.core.detectors.diagnosis import (
+    Finding,
+    LossBaselines,
+    Sample,
+    StepTrace,
+    Update,
+    coverage,
+)
 from lightning_gradguard.core.norms import local_shard, power_sums
 from lightning_gradguard.core.snapshots import preserve_state, rng_state, set_rng_state
 from lightning_gradguard.runtime import lightning_api
@@ -68,6 +76,10 @@ def is_compiled(pl_module: nn.Module) -> bool:
 class SampledStep:
     """A sample on its way: traced in the training step, completed by the optimizers' steps.
 
+    Attributes:
+        now: Step and epoch for incidents.
+        uses_targets: True if the training step has used the targets of the batch.
+
     Args:
         trainer: The Trainer that fits.
         pl_module: Its module.
@@ -85,6 +97,7 @@ class SampledStep:
         permuted: Tensor | None,
     ) -> None:
         self.step = lightning_api.batches_that_stepped(trainer)
+        self.now = {"step": trainer.global_step, "epoch": trainer.current_epoch}
         self.uses_targets = False
         self._pl_module = pl_module
         self._target = target_of(batch)
@@ -268,10 +281,12 @@ def losses_of_permuted(
         return training_loss(pl_module, copied, batch_idx).detach()
 
     try:
-        with preserve_state(pl_module), without_logging(pl_module), torch.no_grad():
-            with trainer.precision_plugin.train_step_context():
-                plain = loss(None)
-                permuted = torch.stack([loss(order) for order in orders]).mean()
+        with ExitStack() as stack:
+            for context in (preserve_state(pl_module), without_logging(pl_module), torch.no_grad()):
+                stack.enter_context(context)
+            stack.enter_context(trainer.precision_plugin.train_step_context())
+            plain = loss(None)
+            permuted = torch.stack([loss(order) for order in orders]).mean()
     except Exception:  # a step that needs gradients, or a batch that is no pair
         return None
     finally:

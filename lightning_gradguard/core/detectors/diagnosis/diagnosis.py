@@ -6,10 +6,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
 from typing import Any
 
-from lightning_gradguard.core.diagnosis import rules
-from lightning_gradguard.core.diagnosis.findings import Finding
-from lightning_gradguard.core.diagnosis.progress import Progress
-from lightning_gradguard.core.diagnosis.sample import Sample
+from lightning_gradguard.core.detectors.diagnosis import rules
+from lightning_gradguard.core.detectors.diagnosis.findings import Finding
+from lightning_gradguard.core.detectors.diagnosis.progress import Progress
+from lightning_gradguard.core.detectors.diagnosis.sample import Sample
 
 #: Steps before which a loss is not stuck but may start slowly, and the share of the planned steps.
 PATIENCE, PATIENT_SHARE = 150, 0.2
@@ -49,9 +49,9 @@ class Diagnosis:
         self._progress.update(sample)
         self._is_related = self._is_related or sample.permuted >= rules.UNRELATED
         confirmed = []
-        shown = {}
+        shown: dict[tuple[str, str], tuple[int, int]] = {}
         for finding in self._found(sample):
-            key = finding.kind, finding.tier
+            key: tuple[str, str] = (finding.kind, finding.tier)
             if key in shown:
                 continue
             times, since = self._shown.get(key, (0, sample.step))

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from statistics import mean
 from typing import Any
 
-from lightning_gradguard.core.diagnosis.sample import Sample
+from lightning_gradguard.core.detectors.diagnosis.sample import Sample
 
 #: Sampled losses that are averaged.
 RECENT = 3
@@ -40,7 +40,7 @@ class Progress:
 
     @property
     def over_constant(self) -> float:
-        """The recent loss over that of the best constant, of the loss that is lowest; NaN if unknown."""
+        """The recent loss over that of the best constant, the lowest of all losses; NaN if unknown."""
         return min(self._ratios, default=math.nan)
 
     @property
@@ -50,7 +50,7 @@ class Progress:
 
     @property
     def learns(self) -> bool:
-        """True if the loss is clearly below that of the best constant, or where that is unknown, its start."""
+        """True if the loss is clearly below that of the best constant or, if unknown, below its start."""
         ratio = self.over_constant
         return (self.over_first if math.isnan(ratio) else ratio) < LEARNS
 

@@ -1,9 +1,9 @@
-"""What one sampled step does: outputs and gradients of layers by hooks, activations and losses by functions."""
+"""Traces one sampled step: outputs and gradients of layers, activations, losses."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -16,10 +16,16 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from lightning_gradguard.core.diagnosis import loss_calls, units
-from lightning_gradguard.core.diagnosis.loss_baseline import LossBaselines
-from lightning_gradguard.core.diagnosis.sample import LayerSignal, LossSignal, Sample, TimeSignal, UnitSignal
-from lightning_gradguard.core.diagnosis.scalars import DeviceScalars, is_measurable, rms
+from lightning_gradguard.core.detectors.diagnosis import loss_calls, units
+from lightning_gradguard.core.detectors.diagnosis.loss_baseline import LossBaselines
+from lightning_gradguard.core.detectors.diagnosis.sample import (
+    LayerSignal,
+    LossSignal,
+    Sample,
+    TimeSignal,
+    UnitSignal,
+)
+from lightning_gradguard.core.detectors.diagnosis.scalars import DeviceScalars, is_measurable, rms
 from lightning_gradguard.core.parameter_names import plain_name
 
 #: Calls of layers that are recorded; a long recurrence has more.
@@ -267,8 +273,8 @@ class StepTrace(TorchFunctionMode):
             saturated = units.saturated_share(output.detach(), dim, name)
         if dead is not None or saturated is not None:
             module = self._modules[-1] if self._modules else ""
-            indices = [None if share is None else self._scalars.add(share) for share in (dead, saturated)]
-            self._units.append(_Units(layer.name, module, name, *indices, after=self._n_calls))
+            shares = [None if share is None else self._scalars.add(share) for share in (dead, saturated)]
+            self._units.append(_Units(layer.name, module, name, shares[0], shares[1], after=self._n_calls))
 
     def _after_layer(self, name: str, module: nn.Module, inputs: Any, output: Any) -> None:
         if not self._records():
@@ -362,7 +368,5 @@ def _tensors(output: Any) -> list[Tensor]:
 @contextmanager
 def _silent() -> Iterator[None]:
     """Leaves a signal out where it cannot be measured: a diagnosis never stops the run."""
-    try:
+    with suppress(Exception):
         yield
-    except Exception:  # noqa: S110, BLE001
-        pass

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from lightning_gradguard.core.diagnosis.coverage import Coverage
+from lightning_gradguard.core.detectors.diagnosis.coverage import Coverage
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ class Update:
         gradients: Norms before clipping.
         weights: Norms before the update.
         ratios: Norm of the update over that of the weight; empty if unknown.
-        unclipped: Factor by which the gradient was larger before clipping, as far as the update depends on it.
+        unclipped: Factor by which the gradient was larger before clipping, if the update depends on it.
         rates: Learning rate of each parameter group.
         total_norm: Norm of all gradients before clipping.
     """
@@ -135,7 +135,7 @@ class Sample:
         coverage: Parameters that are not trained.
         input_rms: Rms of the largest floating-point tensor of the batch.
         one_signed: True if the gradient at the head has one sign for all samples.
-        permuted: By how much the loss rises, relative to itself, if targets are permuted; NaN if not measured.
+        permuted: Relative rise of the loss if targets are permuted; NaN if not measured.
     """
 
     step: int

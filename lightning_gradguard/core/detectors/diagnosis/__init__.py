@@ -6,3 +6,5 @@ from .findings import Finding
 from .loss_baseline import LossBaselines
 from .sample import Sample, Update
 from .trace import StepTrace
+
+__all__ = ["Coverage", "Diagnosis", "Finding", "LossBaselines", "Sample", "StepTrace", "Update", "coverage"]

@@ -62,5 +62,5 @@ def rms(tensor: Tensor) -> Tensor:
     """Returns the root mean square of a tensor, or of this rank's shard of it; shape `()`, float32."""
     local = tensor.detach()
     local = local.to_local() if isinstance(local, DTensor) else local
-    norm = torch.linalg.vector_norm(local, dtype=torch.float32)
+    norm: Tensor = torch.linalg.vector_norm(local, dtype=torch.float32)
     return norm / max(local.numel(), 1) ** 0.5

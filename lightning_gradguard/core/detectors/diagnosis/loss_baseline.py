@@ -59,7 +59,8 @@ class LossBaselines:
         if function == "cross_entropy" and answer.ndim == 2:
             total = self._pooled(key, torch.cat([target.sum(0), target.new_ones(1) * len(target)]))
             p = total[:-1] / total[-1]
-            return torch.special.entr(p).sum()
+            entropy: Tensor = torch.special.entr(p).sum()
+            return entropy
         if answer.shape != target.shape or len(target) < 2 or options.get("weight") is not None:
             return None
         rows = target.detach().float().reshape(len(target), -1)

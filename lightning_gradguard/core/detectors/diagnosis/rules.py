@@ -7,11 +7,17 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from statistics import median
 
+from lightning_gradguard.core.detectors.diagnosis.findings import Finding
+from lightning_gradguard.core.detectors.diagnosis.progress import Progress
+from lightning_gradguard.core.detectors.diagnosis.sample import (
+    LayerSignal,
+    Sample,
+    TimeSignal,
+    UnitSignal,
+    Update,
+)
+from lightning_gradguard.core.detectors.diagnosis.units import SATURATING
 from lightning_gradguard.core.detectors.symptoms import slope
-from lightning_gradguard.core.diagnosis.findings import Finding
-from lightning_gradguard.core.diagnosis.progress import Progress
-from lightning_gradguard.core.diagnosis.sample import LayerSignal, Sample, TimeSignal, UnitSignal, Update
-from lightning_gradguard.core.diagnosis.units import SATURATING
 
 # thresholds of docs/diagnosis.md, where their margins are
 DEAD, SATURATED = 0.9, 0.5
@@ -97,9 +103,7 @@ def units(sample: Sample, progress: Progress) -> Iterator[Finding]:
         yield Finding("dead_units", origin, where, share, evidence, "units")
     if saturated:
         share, where = _first(saturated)
-        evidence = (
-            f"{share:.0%} of the units of {where[0]} are saturated for every sample (usual: below 25 %)"
-        )
+        evidence = f"{share:.0%} of the units of {where[0]} are saturated (usual: below 25 %)"
         yield Finding("saturated_units", origin, where, share, evidence, "units")
 
 
@@ -203,7 +207,9 @@ def stagnation(sample: Sample, progress: Progress) -> Iterator[Finding]:
         ratios = {i: one.ratios[i] for i in matrices}
         if max(ratios.values()) < SMALL_UPDATE and not progress.learns:
             where = _modules([one.names[i] for i in matrices[:3]])
-            evidence = f"updates are at most {max(ratios.values()):.1g} of the norm of any weight (usual: about 1e-3)"
+            evidence = (
+                f"updates are at most {max(ratios.values()):.1g} of any weight's norm (usual: about 1e-3)"
+            )
             value = max(ratios.values())
             yield Finding(
                 "weight_stagnation", "learning_rate_too_low", where, value, evidence, "stagnation", 2

@@ -96,7 +96,8 @@ def head_node(answer: Tensor) -> str:
 
 def has_single_softmax(answer: Tensor) -> bool:
     """True if a tensor comes from a softmax over a dimension of size 1, with no layer in between."""
-    nodes, seen = [answer.grad_fn], 0
+    nodes: list[Any] = [answer.grad_fn]
+    seen = 0
     while nodes and seen < 48:
         node = nodes.pop()
         seen += 1
