@@ -62,9 +62,25 @@ def coverage(
 
 def _detached(own: Mapping[nn.Parameter, str], called: list[str]) -> tuple[str, ...]:
     layers = set(called)
-    without = {n: p for p, n in own.items() if p.grad is None and n.rpartition(".")[0] in layers}
+    without = {
+        n: p
+        for p, n in own.items()
+        if p.grad is None and n.rpartition(".")[0] in layers and not _is_copied_to(n, p, own)
+    }
     if not without or len(without) == len(own):
         return ()
     first = {n.rpartition(".")[0] for n in without} & set(called[:1])
     share = sum(p.numel() for p in without.values()) / max(sum(p.numel() for p in own), 1)
     return tuple(without) if first or share >= MIN_DETACHED else ()
+
+
+def _is_copied_to(name: str, parameter: nn.Parameter, own: Mapping[nn.Parameter, str]) -> bool:
+    """True for a parameter of a target network: a module with another name has the like, and is trained."""
+    parts = name.split(".")
+    for other, twin in own.items():
+        if other.grad is not None and other.shape == parameter.shape:
+            pairs = zip(parts, twin.split("."), strict=False)
+            changed = [part for part, its in pairs if part != its]
+            if twin.count(".") == name.count(".") and len(changed) == 1 and not changed[0].isdigit():
+                return parts[-1] not in changed
+    return False

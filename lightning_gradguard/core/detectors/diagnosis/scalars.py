@@ -63,4 +63,5 @@ def rms(tensor: Tensor) -> Tensor:
     local = tensor.detach()
     local = local.to_local() if isinstance(local, DTensor) else local
     norm: Tensor = torch.linalg.vector_norm(local, dtype=torch.float32)
-    return norm / max(local.numel(), 1) ** 0.5
+    scaled: Tensor = norm / max(local.numel(), 1) ** 0.5
+    return scaled

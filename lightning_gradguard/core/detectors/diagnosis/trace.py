@@ -291,7 +291,7 @@ class StepTrace(TorchFunctionMode):
             self._last = name
             self._n_calls += 1
             if tensor.requires_grad:
-                tensor.register_hook(partial(self._on_gradient, layer))
+                tensor.register_hook(partial(self._on_gradient, layer))  # type: ignore[no-untyped-call]
             if isinstance(module, nn.RNNBase) and module.mode != "RNN_RELU":
                 share = units.saturated_share(tensor.detach(), -1, "tanh")
                 if share is not None:
@@ -335,7 +335,9 @@ class StepTrace(TorchFunctionMode):
                 others = [d for d in range(gradient.ndim) if d != dim]
                 norms = torch.linalg.vector_norm(gradient, dim=others, dtype=torch.float32)
             else:
-                norms = torch.stack([part[: sizes[-1]].float().norm() for part in gradient.split(sizes)])
+                norms = torch.stack(
+                    [part[: sizes[-1]].float().norm() for part in torch.split(gradient, sizes)]
+                )
             steps = torch.arange(len(norms), device=norms.device)
             last = norms[(steps * (norms > 0)).argmax()]
             self._times[name] = (
