@@ -8,7 +8,7 @@ LOGGERS := .venv-loggers
 LOGGERS_STAMP := $(LOGGERS)/.installed
 
 .PHONY: install demo test test-fast test-oldest test-loggers browser-test
-.PHONY: check docs guide strategies scaling faults bench bench-gpu
+.PHONY: check docs guide strategies scaling faults casebook bench bench-gpu
 
 install: $(STAMP)
 
@@ -65,6 +65,9 @@ strategies: install
 
 scaling: install
 	$(BIN)/python -m docs.generators.scaling
+
+casebook: install
+	$(BIN)/python -m benchmarks.casebook
 
 faults: install
 	$(BIN)/python -m benchmarks.faults

@@ -219,7 +219,7 @@ class TrainingDiagnosis(StepCallback):
 
     def snapshot_state_dict(self) -> dict[str, Any]:
         """Returns the state that `NaNRollback` rolls back with the weights."""
-        return self.state_dict()
+        return {"diagnosis": self.diagnosis.state_dict()}
 
     def load_snapshot_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Rolls samples back with the weights; what was published remains."""

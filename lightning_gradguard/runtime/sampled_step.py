@@ -149,8 +149,8 @@ class SampledStep:
     def values(self) -> Tensor:
         """Returns all numbers of the sample, on the device."""
         device = self._pl_module.device
-        permuted = torch.full((2,), torch.nan) if self._permuted is None else self._permuted
-        traced = torch.zeros(0) if self._numbers is None else self._numbers
+        permuted = torch.full((2,), torch.nan, device=device) if self._permuted is None else self._permuted
+        traced = torch.zeros(0, device=device) if self._numbers is None else self._numbers
         parts = [permuted, traced, *(update.values() for update in self._logged)]
         self._sizes = [len(part) for part in parts]
         return torch.cat([part.to(device, torch.float64) for part in parts])

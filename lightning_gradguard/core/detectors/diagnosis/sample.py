@@ -90,7 +90,7 @@ class LossSignal:
 
 @dataclass(frozen=True)
 class Update:
-    """What an optimizer did to its weights in the sampled step.
+    """The change that an optimizer made to its weights in the sampled step.
 
     Args:
         names: Parameters with a gradient.
