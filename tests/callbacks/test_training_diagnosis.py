@@ -85,16 +85,19 @@ def rate(lr: float) -> Change:
 
 
 FAILING: dict[str, tuple[str, str, str, Callable[[], Any], Any]] = {
-    "sigmoid": ("vanishing_gradient", "saturating_activations", "net.0", lambda: Task(deep(nn.Sigmoid, 10)), None),
+    "sigmoid": ("vanishing_gradient", "saturating_activations", "net.0",
+                lambda: Task(deep(nn.Sigmoid, 10)), None),
     "tiny weights": ("vanishing_gradient", "", "net.0", lambda: Task(deep(nn.ReLU, 8, 0.03)), None),
-    "large weights": ("exploding_gradient", "large_weights", "net.0", lambda: Task(deep(nn.ReLU, 8, 0.9)), None),
+    "large weights": ("exploding_gradient", "large_weights", "net.0",
+                      lambda: Task(deep(nn.ReLU, 8, 0.9)), None),
     "rate": ("exploding_gradient", "update_too_large", "", lambda: Task(optimizer=rate(100.0)), None),
     "softmax": ("stuck_loss", "softmax_before_loss", "net.6",
                 lambda: Task(loss=lambda z, y: functional.cross_entropy(z.softmax(1), y)), None),
     "nll": ("stuck_loss", "not_log_probabilities", "net.6", lambda: Task(loss=functional.nll_loss), None),
     "one class": ("stuck_loss", "single_class", "net.2",
                   lambda: Task(one_unit(nn.Softmax(1)), by_hand), values()),
-    "broadcast": ("stuck_loss", "broadcast_targets", "net.2", lambda: Task(one_unit(), by_hand), values(flat=True)),
+    "broadcast": ("stuck_loss", "broadcast_targets", "net.2",
+                  lambda: Task(one_unit(), by_hand), values(flat=True)),
     "out of reach": ("stuck_loss", "unreachable_targets", "net.2",
                      lambda: Task(one_unit(nn.Sigmoid()), functional.mse_loss), values(shift=-5.0)),
     "logits": ("stuck_loss", "softmax_before_loss", "net.2",
@@ -104,7 +107,8 @@ FAILING: dict[str, tuple[str, str, str, Callable[[], Any], Any]] = {
     "saturated": ("saturated_units", "", "net.2", lambda: Task(biased(deep(nn.Tanh, 4), 2, 20.0)), None),
     "forgotten": ("weight_stagnation", "not_in_optimizer", "net.0",
                   lambda: Task(optimizer=lambda net: torch.optim.Adam(net[4:].parameters())), None),
-    "rate of 0": ("weight_stagnation", "learning_rate_too_low", "net.0", lambda: Task(optimizer=rate(0.0)), None),
+    "rate of 0": ("weight_stagnation", "learning_rate_too_low", "net.0",
+                  lambda: Task(optimizer=rate(0.0)), None),
 }  # fmt: skip
 
 
@@ -214,7 +218,8 @@ class Checkpointed(Classifier):
         super().__init__("adam", dropout=0.1)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)
-            self.scripted: Any = torch.jit.trace(nn.Linear(4, 4), torch.zeros(1, 4))  # type: ignore[no-untyped-call]
+            inputs = torch.zeros(1, 4)
+            self.scripted: Any = torch.jit.trace(nn.Linear(4, 4), inputs)  # type: ignore[no-untyped-call]
         self.again = self.net[0]
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:

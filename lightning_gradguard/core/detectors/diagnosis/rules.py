@@ -235,8 +235,9 @@ def stuck(sample: Sample, progress: Progress, patience: int) -> Iterator[Finding
     ratio, permuted = progress.over_constant, sample.permuted
     if sample.step < patience or ratio <= STUCK or permuted >= UNRELATED:
         return
-    if math.isnan(ratio) and math.isnan(permuted):
-        return
+    is_whole = any(math.isclose(call.value, sample.loss, rel_tol=0.01) for call in sample.calls)
+    if math.isnan(permuted) and (math.isnan(ratio) or not is_whole):
+        return  # beside a second term, as in a VAE, a reconstruction may be no better than a constant
     facts = []
     if not math.isnan(ratio):
         facts.append(f"the loss is {ratio:.2f} times that of the best constant answer")
