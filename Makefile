@@ -8,7 +8,7 @@ LOGGERS := .venv-loggers
 LOGGERS_STAMP := $(LOGGERS)/.installed
 
 .PHONY: install demo test test-fast test-oldest test-loggers browser-test wheel-test
-.PHONY: check docs guide strategies scaling faults evidence evidence-quick bench bench-gpu
+.PHONY: check docs guide strategies scaling faults casebook evidence evidence-quick bench bench-gpu
 
 install: $(STAMP)
 
@@ -75,6 +75,9 @@ strategies: install
 
 scaling: install
 	$(BIN)/python -m docs.generators.scaling
+
+casebook: install
+	$(BIN)/python -m benchmarks.casebook
 
 faults: install
 	$(BIN)/python -m benchmarks.faults

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from lightning_gradguard.callbacks.initialization_check import InitializationCheck
     from lightning_gradguard.callbacks.learning_rate_backoff import LearningRateBackoff
     from lightning_gradguard.callbacks.nan_rollback import NaNRollback
+    from lightning_gradguard.callbacks.training_diagnosis import TrainingDiagnosis
     from lightning_gradguard.callbacks.weight_norm_constraint import WeightNormConstraint
     from lightning_gradguard.core.clipping import (
         ClippingPolicy,
@@ -48,6 +49,7 @@ __all__ = [
     "RelativeNormClipping",
     "Step",
     "StepCallback",
+    "TrainingDiagnosis",
     "TrainingDivergedError",
     "TrainingGuard",
     "UnitwiseClipping",
@@ -71,6 +73,7 @@ _HOME = {
     "PerTensorClipping": "core.clipping",
     "PercentileClipping": "core.clipping",
     "RelativeNormClipping": "core.clipping",
+    "TrainingDiagnosis": "callbacks.training_diagnosis",
     "TrainingDivergedError": "core.incidents",
     "Step": "runtime.steps.step",
     "StepCallback": "runtime.steps.step_callback",

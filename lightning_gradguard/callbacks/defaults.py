@@ -1,4 +1,4 @@
-"""The five callbacks together, each with its defaults."""
+"""The callbacks together, each with its defaults."""
 
 from __future__ import annotations
 
@@ -9,12 +9,14 @@ from lightning_gradguard.callbacks.gradient_norm_monitor import GradientNormMoni
 from lightning_gradguard.callbacks.initialization_check import InitializationCheck
 from lightning_gradguard.callbacks.learning_rate_backoff import LearningRateBackoff
 from lightning_gradguard.callbacks.nan_rollback import NaNRollback
+from lightning_gradguard.callbacks.training_diagnosis import TrainingDiagnosis
 from lightning_gradguard.runtime.lightning_api import Callback
 
-#: The five classes, by their names in `default_callbacks` and on the command line.
+#: The classes, by their names in `default_callbacks` and on the command line.
 DEFAULTS: dict[str, type[Callback]] = {
     "initialization_check": InitializationCheck,
     "gradient_norm_monitor": GradientNormMonitor,
+    "training_diagnosis": TrainingDiagnosis,
     "nan_rollback": NaNRollback,
     "adaptive_gradient_clipping": AdaptiveGradientClipping,
     "learning_rate_backoff": LearningRateBackoff,
@@ -25,17 +27,19 @@ def default_callbacks(
     *,
     initialization_check: InitializationCheck | Literal["default"] | None = "default",
     gradient_norm_monitor: GradientNormMonitor | Literal["default"] | None = "default",
+    training_diagnosis: TrainingDiagnosis | Literal["default"] | None = "default",
     nan_rollback: NaNRollback | Literal["default"] | None = "default",
     adaptive_gradient_clipping: AdaptiveGradientClipping | Literal["default"] | None = "default",
     learning_rate_backoff: LearningRateBackoff | Literal["default"] | None = "default",
 ) -> list[Callback]:
-    """Returns all five callbacks, ready for `Trainer(callbacks=...)`.
+    """Returns all callbacks, ready for `Trainer(callbacks=...)`.
 
     Each argument is a callback in place of the default, or `None` for no callback of that class.
 
     Args:
         initialization_check: A fresh `InitializationCheck()` by default.
         gradient_norm_monitor: A fresh `GradientNormMonitor()` by default.
+        training_diagnosis: A fresh `TrainingDiagnosis()` by default.
         nan_rollback: A fresh `NaNRollback()` by default.
         adaptive_gradient_clipping: A fresh `AdaptiveGradientClipping()` by default.
         learning_rate_backoff: A fresh `LearningRateBackoff()` by default.
@@ -49,11 +53,12 @@ def default_callbacks(
         ...     nan_rollback=NaNRollback(patience=5), learning_rate_backoff=None
         ... )
         >>> len(callbacks)
-        4
+        5
     """
     chosen: dict[str, Callback | Literal["default"] | None] = {
         "initialization_check": initialization_check,
         "gradient_norm_monitor": gradient_norm_monitor,
+        "training_diagnosis": training_diagnosis,
         "nan_rollback": nan_rollback,
         "adaptive_gradient_clipping": adaptive_gradient_clipping,
         "learning_rate_backoff": learning_rate_backoff,

@@ -1,4 +1,4 @@
-"""The callback that logs norms, and detects gradients that vanish, explode or stagnate."""
+"""The callback that logs the norms of gradients, weights and updates."""
 
 from __future__ import annotations
 
@@ -13,11 +13,10 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_gradguard.core import arguments, tags
-from lightning_gradguard.core.detectors import SymptomDetector
+from lightning_gradguard.core.detectors import NormBand
 from lightning_gradguard.core.norms import total_norm_from_norms
 from lightning_gradguard.core.parameter_names import warn_unmatched
-from lightning_gradguard.core.remedies import advice
-from lightning_gradguard.runtime.incidents.journal import incident_now, open_journal, publish
+from lightning_gradguard.runtime.incidents.journal import open_journal
 from lightning_gradguard.runtime.logging.chart_groups import ChartGroups, Level
 from lightning_gradguard.runtime.logging.heat_map_schedule import HeatMapSchedule
 from lightning_gradguard.runtime.logging.hyperparameters import non_defaults
@@ -33,15 +32,13 @@ from lightning_gradguard.runtime.steps.suite import is_logging_step
 
 
 class GradientNormMonitor(StepCallback):
-    """Logs the norms of gradients, weights and updates, and detects symptoms in them.
+    """Logs the norms of gradients, weights and updates.
 
     Norms are those before clipping; with several optimizers the optimizer's index joins the family, as in
     `grad_norm.1/total`. Nothing is written to the module, its optimizers or the random number generators. A
     skipped step has no norm; a nonfinite norm that no callback skips is logged as it is.
 
-    Symptoms become incidents: `vanishing_gradient` and `exploding_gradient` (3 decades from the last
-    weight matrix to the first, or a total norm 100 times the usual), `weight_stagnation`, `stuck_loss`,
-    `nonfinite_gradient`. They are detected at logged steps, not within the first 100, and have to last.
+    `TrainingDiagnosis` names what is wrong with them.
 
     | tag | value |
     |---|---|
@@ -112,7 +109,7 @@ class GradientNormMonitor(StepCallback):
         self._charts: dict[int, ChartGroups] = defaultdict(
             partial(ChartGroups, level, self.include, self.exclude, self.norm_type)
         )
-        self._detectors: dict[int, SymptomDetector] = defaultdict(SymptomDetector)
+        self._bands: dict[int, NormBand] = defaultdict(NormBand)
         self._fractions: dict[int, NonfiniteFraction] = defaultdict(NonfiniteFraction)
         self._logged: dict[int, LoggedStep] = {}
         self._pending: list[LoggedStep] = []
@@ -180,8 +177,8 @@ class GradientNormMonitor(StepCallback):
     def on_host_numbers(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, record: LoggedStep, numbers: list[float]
     ) -> None:
-        """Detects symptoms in the numbers of a logged step, and logs them."""
-        scalars = self._process(trainer, pl_module, record, numbers)
+        """Logs the numbers of a logged step."""
+        scalars = self._process(trainer, record, numbers)
         self.suite.metrics.add_scalars_at(record.step, scalars)
 
     @override
@@ -200,30 +197,30 @@ class GradientNormMonitor(StepCallback):
         """Logs a pending step without its update, which needs the other ranks."""
         pending, self._pending = self._pending, []
         for logged in pending:
-            scalars = self._process(trainer, pl_module, logged, logged.values().tolist())
+            scalars = self._process(trainer, logged, logged.values().tolist())
             log_scalars(trainer, scalars, logged.step)
         self._heat_map.finish(trainer)
         super().on_exception(trainer, pl_module, exception)
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        """Returns the state of the detectors."""
+        """Returns the bands of usual norms."""
         return self.snapshot_state_dict()
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restores the state of the detectors."""
+        """Restores the bands of usual norms."""
         self.load_snapshot_state_dict(state_dict)
 
     def snapshot_state_dict(self) -> dict[str, Any]:
         """Returns the state that `NaNRollback` rolls back with the weights."""
-        return {"detectors": {i: detector.state_dict() for i, detector in self._detectors.items()}}
+        return {"detectors": {i: band.state_dict() for i, band in self._bands.items()}}
 
     def load_snapshot_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Rolls the detectors back with the weights."""
-        self._detectors.clear()
+        """Rolls the bands back with the weights."""
+        self._bands.clear()
         for index, state in state_dict["detectors"].items():
-            self._detectors[index].load_state_dict(state)
+            self._bands[index].load_state_dict(state)
 
     def _is_logged(self, trainer: pl.Trainer) -> bool:
         if self.every_n_steps is None:
@@ -240,16 +237,12 @@ class GradientNormMonitor(StepCallback):
         tag = tags.tag(tags.GRAD_NORM_TOTAL, optimizer=index, of=len(trainer.optimizers))
         self.suite.metrics.publish_total(tag, total)
 
-    def _process(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, logged: LoggedStep, host: list[float]
-    ) -> dict[str, float]:
-        """Publishes the symptoms and totals of a logged step, and returns its scalars."""
+    def _process(self, trainer: pl.Trainer, logged: LoggedStep, host: list[float]) -> dict[str, float]:
+        """Publishes the totals of a logged step, and returns its scalars."""
         numbers, index = logged.read(host), logged.optimizer_index
-        band = self._detectors[index].band()  # of the steps before
-        for symptom in logged.detect(self._detectors[index], numbers):
-            where, hint = symptom.where, advice(symptom.kind, symptom.where)
-            facts = {"where": where, "value": symptom.value, "advice": hint, **logged.now}
-            publish(trainer, pl_module, incident_now(trainer, symptom.kind, **facts))
+        band = self._bands[index].band()  # of the steps before
+        if logged.accepted:
+            self._bands[index].add(numbers.total_norm)
         if logged.accepted and not logged.is_late:
             self._publish_total(trainer, index, numbers.total_norm)
         if logged.accepted and self.norm_type == 2 and math.isfinite(numbers.total_norm):

@@ -52,8 +52,31 @@ Cause = Literal[
 ]
 #: Causes that lie in the weights, which a rollback replaces.
 OF_WEIGHTS: tuple[Cause, ...] = ("corrupted_weights", "update_too_large", "optimizer_epsilon")
+#: The cause of a symptom, as a diagnosis finds it.
+SymptomCause = Literal[
+    "softmax_before_loss",
+    "single_class",
+    "not_log_probabilities",
+    "broadcast_targets",
+    "labels_ignored",
+    "targets_out_of_range",
+    "unreachable_targets",
+    "constant_loss",
+    "not_in_optimizer",
+    "replaced_parameters",
+    "detached",
+    "zero_gradient",
+    "learning_rate_too_low",
+    "input_scale",
+    "small_weights",
+    "large_weights",
+    "saturating_activations",
+    "depth",
+    "through_time",
+]
 KINDS: tuple[IncidentKind, ...] = get_args(IncidentKind)
 CAUSES: tuple[Cause, ...] = get_args(Cause)
+SYMPTOM_CAUSES: tuple[SymptomCause, ...] = get_args(SymptomCause)
 
 #: Values in files of 0.5 and before that are renamed since.
 _RENAMED = {"too large a step": "update_too_large", "weights": "corrupted_weights"}
@@ -141,7 +164,8 @@ class Incident:
         value: The measured number.
         action: The intervention.
         advice: Advice to the user.
-        cause: The origin of a nonfinite value, if the batch was examined; empty otherwise.
+        cause: The origin of a nonfinite value, if the batch was examined, or the cause of a symptom; empty if
+            unknown.
         detail: Result of the examination, in one sentence.
         dossier: Folder of the dossier, within that of the run, if one was written.
         location: File, line and function of the user's code that ran the operation at fault, if it is known.
@@ -160,7 +184,7 @@ class Incident:
     value: float | None = None
     action: Action = "none"
     advice: str = ""
-    cause: Cause | Literal[""] = ""
+    cause: Cause | SymptomCause | Literal[""] = ""
     detail: str = ""
     dossier: str = ""
     location: str = ""

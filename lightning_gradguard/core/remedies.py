@@ -162,6 +162,71 @@ _BY_CAUSE = {
         "only, exclude "
         "that machine."
     ),
+    "softmax_before_loss": (
+        "The loss applies the softmax or sigmoid itself: remove it after {where}, and give the loss logits, "
+        "as in torch.nn.functional.cross_entropy({code}(hidden), target)."
+    ),
+    "single_class": (
+        "Use one output for each class, or binary_cross_entropy_with_logits on the one output of {where}."
+    ),
+    "not_log_probabilities": (
+        "Apply torch.nn.functional.log_softmax(output, 1) after {where}, or use cross_entropy on its output."
+    ),
+    "broadcast_targets": "Give both one shape: {code}(hidden).squeeze(1), or target.unsqueeze(1).",
+    "labels_ignored": "Check the labels and ignore_index: none is left for the loss.",
+    "targets_out_of_range": "Scale the targets to 0 .. 1, or use a loss for regression or for classes.",
+    "unreachable_targets": (
+        "Remove the activation after {where}, or scale the targets into its range (sigmoid 0 .. 1, "
+        "tanh -1 .. 1)."
+    ),
+    "constant_loss": (
+        "The loss does not depend on {where}: check that it is computed from the network's output, without "
+        "detach, argmax or rounding in between."
+    ),
+    "not_in_optimizer": (
+        "Give them to an optimizer, optimizer.add_param_group({{'params': {code}.parameters()}}), or, if "
+        "they are not to be trained, {code}.requires_grad_(False)."
+    ),
+    "replaced_parameters": (
+        "Modules were replaced after the optimizer was made: make them in __init__, or make the optimizer "
+        "after, with the parameters of {code}."
+    ),
+    "detached": (
+        "Look for detach(), .data, torch.no_grad() or conversion to NumPy after {where}; if it is not to be "
+        "trained, {code}.requires_grad_(False)."
+    ),
+    "zero_gradient": (
+        "The gradient of {where} is exactly zero: look for dead or saturated units after it, or a factor "
+        "of 0."
+    ),
+    "learning_rate_too_low": (
+        "Raise the learning rate of {where}: updates of about 1e-3 of the weights are usual."
+    ),
+    "input_scale": (
+        "Scale the inputs to zero mean and unit variance, (x - x.mean(0)) / x.std(0), or begin with a "
+        "normalization layer before {where}."
+    ),
+    "small_weights": (
+        "Initialize {where} for its activation: torch.nn.init.kaiming_normal_({code}.weight, "
+        "nonlinearity='relu') before ReLU, torch.nn.init.xavier_normal_({code}.weight) before tanh."
+    ),
+    "large_weights": (
+        "Initialize {where} for its activation: torch.nn.init.kaiming_normal_({code}.weight, "
+        "nonlinearity='relu') before ReLU, torch.nn.init.xavier_normal_({code}.weight) before tanh; or "
+        "normalize after it."
+    ),
+    "saturating_activations": (
+        "Use activations that do not saturate (ReLU, GELU) with torch.nn.init.kaiming_normal_({code}.weight, "
+        "nonlinearity='relu'), normalization, or residual connections."
+    ),
+    "depth": (
+        "Use residual connections, and fewer layers without them; check the initialization from {where} on "
+        "(InitializationCheck)."
+    ),
+    "through_time": (
+        "Use gated cells (LSTM or GRU) for {where}, an orthogonal recurrent weight, gradient clipping, or "
+        "shorter sequences (truncated BPTT)."
+    ),
 }
 
 _STEPS_TO_TAKE = {
@@ -234,7 +299,7 @@ def advice_for_cause(cause: str, where: Sequence[str] = ()) -> str:
     """Returns advice for the cause that a replay found, in one or two sentences; empty for `"unknown"`.
 
     Args:
-        cause: One of `core.incidents.CAUSES`.
+        cause: One of `core.incidents.CAUSES` or `SYMPTOM_CAUSES`.
         where: Names of the modules or tensors at fault, the worst first; the first is named.
     """
     return _name_first(_BY_CAUSE.get(cause, ""), where)
@@ -255,6 +320,29 @@ def remedies(kind: str, where: Sequence[str] = ()) -> tuple[str, ...]:
     return tuple(_name_first(step, where) for step in steps if step)
 
 
+def advice_for_finding(kind: str, cause: str, where: Sequence[str], evidence: str) -> str:
+    """Returns what a diagnosis measured, and what helps against its cause, or its symptom if that is unknown.
+
+    Example:
+        >>> advice_for_finding("stuck_loss", "labels_ignored", (), "every label is ignored")
+        'Every label is ignored. Check the labels and ignore_index: none is left for the loss.'
+    """
+    remedy = advice_for_cause(cause, where) or advice(kind, where)
+    return f"{evidence[:1].upper()}{evidence[1:]}. {remedy}" if evidence else remedy
+
+
+def code_of(name: str) -> str:
+    """Returns a module's or a parameter's name as an expression on `model`.
+
+    Example:
+        >>> code_of("net.2.weight"), code_of("")
+        ('model.net[2].weight', 'model')
+    """
+    return "model" + "".join(
+        f"[{part}]" if part.isdigit() else f".{part}" for part in name.split(".") if part
+    )
+
+
 def fitting(text: str, present: Collection[Present]) -> str:
     """Returns advice without the parts that do not apply to a run; empty if no part does.
 
@@ -273,8 +361,8 @@ def fitting(text: str, present: Collection[Present]) -> str:
 
 
 def _name_first(text: str, where: Sequence[str]) -> str:
-    plain = _CONDITIONAL.sub(r"\2", text)
-    return plain.format(where=where[0] if where else "the network")
+    name = where[0] if where else ""
+    return _CONDITIONAL.sub(r"\2", text).format(where=name or "the network", code=code_of(name))
 
 
 _CONDITIONAL = re.compile(r"\[(\w+)\|([^]]*)\]")

@@ -54,6 +54,7 @@ class Network(Classifier):
 
 def suite(check: Any, policy: ClippingPolicy | None = None) -> list[Any]:
     return default_callbacks(
+        training_diagnosis=None,  # its sampled steps have one transfer more
         nan_rollback=NaNRollback(check=check, snapshot_every_n_steps=4),
         adaptive_gradient_clipping=AdaptiveGradientClipping(policy),
     )

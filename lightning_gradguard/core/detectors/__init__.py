@@ -12,4 +12,13 @@ from .optimizer_health import (
     OptimizerHealth,
 )
 from .spike import MAD_TO_STD, SpikeAlarm, SpikeDetector
-from .symptoms import DEPTH_DECADES, EXPLOSION, STAGNANT, Persistence, Symptom, SymptomDetector, depth_profile
+from .symptoms import (
+    DEPTH_DECADES,
+    EXPLOSION,
+    STAGNANT,
+    NormBand,
+    Persistence,
+    Symptom,
+    SymptomDetector,
+    depth_profile,
+)

@@ -115,6 +115,37 @@ class Symptom:
     value: float
 
 
+class NormBand:
+    """Total norms of the last logged steps, and the band that most of them are in.
+
+    Args:
+        window: Number of logged steps.
+    """
+
+    def __init__(self, window: int = 100) -> None:
+        self._totals: deque[float] = deque(maxlen=window)
+
+    def add(self, total_norm: float) -> None:
+        """Adds the norm of a step; a nonfinite one does not enter."""
+        if math.isfinite(total_norm):
+            self._totals.append(total_norm)
+
+    def band(self) -> tuple[float, float] | None:
+        """Returns the central 90 % of the total norms in the window; `None` for fewer than two."""
+        if len(self._totals) < 2:
+            return None
+        low, *_, high = quantiles(self._totals, n=20, method="inclusive")
+        return low, high
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the window."""
+        return {"totals": list(self._totals)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continues with a saved window; checkpoints from before 0.5 have none."""
+        self._totals = deque(state_dict.get("totals", ()), maxlen=self._totals.maxlen)
+
+
 class SymptomDetector:
     """Detects symptoms in a sequence of logged steps, each once an episode.
 
@@ -138,7 +169,6 @@ class SymptomDetector:
             "stuck": Persistence(steps=10 * persistence_steps),
         }
         self._norms: deque[float] = deque(maxlen=window)
-        self._totals: deque[float] = deque(maxlen=window)
         self._exploded: Symptom | None = None
         self._losses: deque[tuple[int, float]] = deque(maxlen=window)
 
@@ -181,10 +211,8 @@ class SymptomDetector:
         # the bias of a layer before a normalization has no gradient
         still_layers = [i for i in still if is_matrix[i]]
         nonfinite = [i for i in by_norm if not math.isfinite(grad_norms[i])]
-        if math.isfinite(total_norm):
-            self._totals.append(total_norm)
-            if growth <= EXPLOSION:
-                self._norms.append(total_norm)
+        if math.isfinite(total_norm) and growth <= EXPLOSION:
+            self._norms.append(total_norm)
         conditions = (
             ("nonfinite", "nonfinite_gradient", nonfinite_fraction > 0, nonfinite, nonfinite_fraction),
             ("growing", "exploding_gradient", growth > EXPLOSION, by_norm, total_norm),
@@ -205,18 +233,10 @@ class SymptomDetector:
                 symptoms.append(Symptom(kind, tuple(names[i] for i in where[:5]), value))
         return symptoms
 
-    def band(self) -> tuple[float, float] | None:
-        """Returns the central 90 % of the finite total norms in the window; `None` for fewer than two."""
-        if len(self._totals) < 2:
-            return None
-        low, *_, high = quantiles(self._totals, n=20, method="inclusive")
-        return low, high
-
     def state_dict(self) -> dict[str, Any]:
         """Returns windows and episodes."""
         return {
             "norms": list(self._norms),
-            "totals": list(self._totals),
             "losses": list(self._losses),
             "exploded": None if self._exploded is None else dataclasses.asdict(self._exploded),
             "episodes": {kind: p.state_dict() for kind, p in self._episodes.items()},
@@ -226,9 +246,7 @@ class SymptomDetector:
         """Continues with saved windows and episodes."""
         self._norms = deque(state_dict["norms"], maxlen=self._norms.maxlen)
         self._losses = deque(map(tuple, state_dict["losses"]), maxlen=self._losses.maxlen)
-        # checkpoints from before 0.5 have neither
-        self._totals = deque(state_dict.get("totals", ()), maxlen=self._totals.maxlen)
-        exploded = state_dict.get("exploded")
+        exploded = state_dict["exploded"]
         self._exploded = None if exploded is None else Symptom(**exploded)
         for kind, state in state_dict["episodes"].items():
             self._episodes[kind].load_state_dict(state)

@@ -14,7 +14,6 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_gradguard.core import tags
 from lightning_gradguard.core.clipping import Scalar
-from lightning_gradguard.core.detectors import Symptom, SymptomDetector
 from lightning_gradguard.core.norms import (
     Gradients,
     local_shard,
@@ -77,7 +76,6 @@ class LoggedStep:
     Attributes:
         is_pending: True while the norms of the update are not yet summed over shards.
         is_late: True if the update was summed together with a later step.
-        now: Step and epoch for incidents.
     """
 
     def __init__(
@@ -91,7 +89,6 @@ class LoggedStep:
         self.was_checked = step.is_checked
         self.is_pending = False
         self.is_late = False
-        self.now = {"step": trainer.global_step, "epoch": trainer.current_epoch}
         self._suite = suite
         self._loss = step.loss
         self._norm_type = norm_type
@@ -132,21 +129,6 @@ class LoggedStep:
         n = len(self.names)
         fraction, total, loss, *norms = host
         return LoggedNumbers(fraction, total, loss, norms[:n], norms[n : 2 * n], norms[2 * n :])
-
-    def detect(self, detector: SymptomDetector, numbers: LoggedNumbers) -> list[Symptom]:
-        """Updates the detector of this optimizer, and returns the symptoms that it finds."""
-        return detector.update(
-            self.step,
-            names=self.names,
-            is_matrix=self.is_matrix,
-            grad_norms=numbers.grad_norms,
-            weight_norms=numbers.weight_norms or [math.nan] * len(self.names),
-            update_ratios=numbers.update_ratios or None,
-            total_norm=numbers.total_norm if self.accepted else math.nan,
-            loss=numbers.loss,
-            # a callback that checks steps reports nonfinite gradients itself
-            nonfinite_fraction=0.0 if self.was_checked else numbers.nonfinite_fraction,
-        )
 
     def scalars(
         self,

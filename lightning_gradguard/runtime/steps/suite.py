@@ -189,6 +189,10 @@ class Suite:
         else:
             then(sums)
 
+    def sum_in_next_step(self, values: Tensor, then: Callable[[Tensor], None]) -> None:
+        """Adds up values of all ranks, shape `(n,)`, float64, in the next step's collective."""
+        self._pending.append((values, then))
+
     def flush_pending(self) -> None:
         """Adds up pending sums in a collective of their own, as no further step will include them."""
         pending, self._pending = self._pending, []

@@ -1,0 +1,163 @@
+"""Runs the casebook, and writes the table of docs/diagnosis.md.
+
+`python -m benchmarks.casebook` takes about ten minutes on one core. Outcomes are kept, and a run that was
+stopped continues. Thresholds were set on the cases with even numbers; the others are held out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import logging
+import warnings
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch.utils.data import DataLoader
+
+from benchmarks.casebook import failing, healthy
+from benchmarks.casebook.programs import STEPS, Case
+from benchmarks.quiet_trainer import QUIET
+from lightning_gradguard import Incident, default_callbacks
+
+PAGE = Path("docs/diagnosis.md")
+#: Kinds that a diagnosis publishes, and that a table counts.
+COUNTED = (
+    *("vanishing_gradient", "exploding_gradient", "stuck_loss", "dead_units", "saturated_units"),
+    "weight_stagnation",
+)
+
+
+class _Listener(pl.Callback):
+    def __init__(self) -> None:
+        self.found: list[dict[str, Any]] = []
+
+    def on_training_incident(self, trainer: Any, pl_module: Any, incident: Incident) -> None:
+        record = {
+            "kind": incident.kind,
+            "step": incident.step,
+            "where": incident.where,
+            "cause": incident.cause,
+        }
+        self.found.append(record)
+
+
+def run(one: Case, bare: bool) -> dict[str, Any]:
+    """Runs a case with the default callbacks, or with the diagnosis alone; returns its incidents."""
+    pl.seed_everything(0, verbose=False)
+    module = one.make()
+    listener = _Listener()
+    omitted = ("initialization_check", "nan_rollback", "adaptive_gradient_clipping", "learning_rate_backoff")
+    suite = default_callbacks(**dict.fromkeys(omitted if bare else omitted[:1]))  # type: ignore[arg-type]
+    trainer = pl.Trainer(
+        **{**QUIET, "max_steps": -1, "max_epochs": 1, **one.trainer}, callbacks=[*suite, listener]
+    )
+    error = ""
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            trainer.fit(module, DataLoader(one.data(STEPS), batch_size=None))  # type: ignore[arg-type]
+    except Exception as caught:
+        error = repr(caught)
+    return {"name": one.name, "incidents": listener.found, "error": error}
+
+
+def cases() -> list[tuple[str, Case]]:
+    """Returns all cases with their group."""
+    found: list[tuple[str, Case]] = []
+    for sick, cured in failing.pairs():
+        found += [("failing", sick), ("cured", cured)]
+    return [*found, *(("healthy", one) for one in healthy.cases())]
+
+
+def table(outcomes: dict[str, dict[str, Any]], held_out: bool) -> str:
+    """Returns the figures of one half in Markdown."""
+    rows: list[str] = []
+    misses: list[str] = []
+    total = [0] * 6
+    delays: list[int] = []
+    by_kind: dict[str, list[int]] = {kind: [0, 0] for kind in COUNTED}
+    silent = {"cured": [0, 0], "healthy": [0, 0]}
+    numbers = {"failing": 0, "cured": 0, "healthy": 0}
+    for group, one in cases():
+        numbers[group] += 1
+        if (numbers[group] % 2 == 0) is not held_out or one.name not in outcomes:
+            continue
+        found = [i for i in outcomes[one.name]["incidents"] if i["kind"] in COUNTED]
+        names = ", ".join(f"{i['kind']} at {i['step']} ({i['cause']})" for i in found) or "nothing"
+        if group != "failing":
+            silent[group][1] += 1
+            silent[group][0] += bool(found)
+            misses += [f"* {group}, {one.name}: {names}"] if found else []
+            continue
+        right = [i for i in found if i["kind"] in one.kinds]
+        first = next(kind for kind in COUNTED if kind in one.kinds)
+        by_kind[first][1] += 1
+        by_kind[first][0] += bool(right)
+        total[0] += 1
+        total[1] += bool(right)
+        total[2] += len(right) < len(found)
+        if one.where and right:
+            total[4] += 1
+            places = right[0]["where"][:3]
+            is_right = any(p.startswith(w) for p in places for w in one.where)
+            total[3] += is_right
+            misses += [] if is_right else [f"* {one.name}: layer {places} instead of {one.where}"]
+        delays += [right[0]["step"]] if right else []
+        if not right or len(right) < len(found):
+            misses.append(f"* {one.name} ({first}): {names}")
+    rows += [f"| {kind} | {hits} of {n} |" for kind, (hits, n) in by_kind.items()]
+    rows += [
+        f"| all failing programs | {total[1]} of {total[0]} |",
+        f"| programs with a wrong name | {total[2]} of {total[0]} |",
+        f"| right layer among the first three, where one is at fault | {total[3]} of {total[4]} |",
+        f"| median step of the incident | {median(delays or [0]):.0f} |",
+        *(f"| {group} programs with an incident | {n} of {of} |" for group, (n, of) in silent.items()),
+    ]
+    return "\n".join(["| | |", "|---|---|", *rows, "", "Misses:", "", *(misses or ["none"])])
+
+
+def main() -> None:
+    """Runs what is missing, and writes the page."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.casebook", description=__doc__)
+    parser.add_argument("--kept", type=Path, default=Path("runs/casebook.jsonl"), help="file of the outcomes")
+    parser.add_argument("--only", default="", help="run the cases whose name has this in it, and print them")
+    parser.add_argument("--bare", action="store_true", help="the diagnosis and the monitor alone")
+    parser.add_argument("--half", choices=("tuned", "held-out", "both"), default="both")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore")
+    options.kept.parent.mkdir(parents=True, exist_ok=True)
+    lines = options.kept.read_text().splitlines() if options.kept.exists() else []
+    outcomes = {record["name"]: record for record in map(json.loads, lines)}
+    numbers = {"failing": 0, "cured": 0, "healthy": 0}
+    for group, one in cases():
+        numbers[group] += 1
+        half = "held-out" if numbers[group] % 2 == 0 else "tuned"
+        if options.only not in one.name or (not options.only and one.name in outcomes):
+            continue
+        if options.half not in (half, "both"):
+            continue
+        outcomes[one.name] = run(one, options.bare)
+        with options.kept.open("a") as file:
+            file.write(json.dumps(outcomes[one.name]) + "\n")
+        print(half, group, json.dumps(outcomes[one.name]), flush=True)
+    parts = {half: table(outcomes, half == "held-out") for half in ("tuned", "held-out")}
+    for half, part in parts.items():
+        print(f"\n{half}\n{part}")
+    if not options.only and options.half == "both" and PAGE.exists():
+        page = PAGE.read_text()
+        for half, part in parts.items():
+            start, end = f"<!-- {half} -->", f"<!-- end of {half} -->"
+            head, _, rest = page.partition(start)
+            page = f"{head}{start}\n\n{part}\n\n{end}{rest.partition(end)[2]}"
+        PAGE.write_text(page)
+
+
+if __name__ == "__main__":
+    main()

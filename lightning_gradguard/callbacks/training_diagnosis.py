@@ -1,0 +1,256 @@
+"""The callback that names symptoms of training, their causes, and what helps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytorch_lightning as pl
+from torch import Tensor
+from typing_extensions import override
+
+from lightning_gradguard.core import arguments
+from lightning_gradguard.core.detectors.diagnosis import Diagnosis, Finding, LossBaselines
+from lightning_gradguard.core.incidents import Incident, IncidentKind
+from lightning_gradguard.core.remedies import advice_for_finding
+from lightning_gradguard.runtime import distributed, lightning_api
+from lightning_gradguard.runtime.incidents.journal import incident_now, open_journal, publish
+from lightning_gradguard.runtime.logging.hyperparameters import non_defaults
+from lightning_gradguard.runtime.sampled_step import (
+    SampledStep,
+    decoded,
+    encoded,
+    is_sampled,
+    losses_of_permuted,
+    planned_steps,
+)
+from lightning_gradguard.runtime.steps.step import Step
+from lightning_gradguard.runtime.steps.step_callback import StepCallback
+
+#: Kinds that the callback publishes.
+SYMPTOMS: tuple[IncidentKind, ...] = (
+    "vanishing_gradient",
+    "exploding_gradient",
+    "weight_stagnation",
+    "stuck_loss",
+    "dead_units",
+    "saturated_units",
+    "nonfinite_gradient",
+)
+
+
+class TrainingDiagnosis(StepCallback):
+    """Names what ails a network while it trains: the symptom, the layer, since when, why, and what helps.
+
+    On sampled steps alone, hooks read the output of each layer and the gradient that arrives there, the units
+    of each activation, the gradient through time of recurrences, and what each loss function is called with.
+    The loss is compared with that of the best constant answer to the targets, the update with the weights,
+    and the parameters with those that optimizers hold. Nothing is hooked on other steps, and nothing is
+    written on any.
+
+    One cause is one incident: `vanishing_gradient`, `exploding_gradient`, `weight_stagnation`, `stuck_loss`,
+    `dead_units`, `saturated_units`, or, where no callback checks steps, `nonfinite_gradient`. What follows
+    from it is listed under it, in `diagnosis.roots`.
+
+    Args:
+        every_n_steps: Interval of the samples after step 250. Before, steps 0, 1, 2, 5, 10, 20, 35 and every
+            25th one are sampled.
+        symptoms: Kinds to publish; all if `None`.
+
+    Attributes:
+        diagnosis: The findings so far, in `diagnosis.roots`.
+
+    Raises:
+        ValueError: If an argument is out of range.
+
+    Example:
+        >>> from lightning_gradguard import TrainingDiagnosis
+        >>> diagnosis = TrainingDiagnosis(symptoms=["vanishing_gradient", "dead_units"])
+
+    References:
+        Schoop, Huang, Hartmann, UMLAUT: Debugging Deep Learning Programs using Program Structure and Model
+        Behavior, 2021. Zhang, Zhai, Ma, Shen, AUTOTRAINER, 2021, for symptoms of training.
+    """
+
+    def __init__(self, every_n_steps: int = 100, symptoms: Sequence[str] | None = None) -> None:
+        super().__init__()
+        self.settings = non_defaults(TrainingDiagnosis, locals())
+        if every_n_steps < 1:
+            raise ValueError(f"every_n_steps={every_n_steps!r} must be at least 1.")
+        chosen = SYMPTOMS if symptoms is None else arguments.names("symptoms", symptoms)
+        unknown = [symptom for symptom in chosen if symptom not in SYMPTOMS]
+        if unknown:
+            raise ValueError(f"symptoms={unknown[0]!r} must be of {', '.join(SYMPTOMS)}.")
+        self.every_n_steps = every_n_steps
+        self.symptoms = tuple(chosen)
+        self.diagnosis = Diagnosis()
+        self._baselines = LossBaselines()
+        self._sampled: SampledStep | None = None
+        self._waiting: SampledStep | None = None
+        self._uses_targets = False
+        self._last_sampled = -1
+        self._is_publishing = False
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Joins the suite, and opens the journal of incidents."""
+        super().setup(trainer, pl_module, stage)
+        if stage == "fit":
+            open_journal(trainer)
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Reads the length of the run."""
+        super().on_train_start(trainer, pl_module)
+        self.diagnosis.plan(planned_steps(trainer))
+        self._sampled = self._waiting = None
+        self._last_sampled = -1
+
+    @override
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Begins a sample where one is due."""
+        step = lightning_api.batches_that_stepped(trainer)
+        if (
+            self._sampled is not None
+            or step == self._last_sampled
+            or not is_sampled(step, self.every_n_steps)
+        ):
+            return
+        if lightning_api.is_swa_bn_update(trainer):
+            return
+        self._last_sampled = step
+        permuted = None
+        wants = self._uses_targets and self.diagnosis.wants_permutation(step)
+        if wants and pl_module.automatic_optimization and distributed.world_size() == 1:
+            permuted = losses_of_permuted(trainer, pl_module, batch, batch_idx)
+        self._sampled = SampledStep(trainer, pl_module, batch, self._baselines, permuted)
+
+    @override
+    def wants_weight_norms(self, trainer: pl.Trainer) -> bool:
+        """True on sampled steps."""
+        return self._sampled is not None
+
+    @override
+    def on_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, step: Step) -> None:
+        """Measures the update of a sampled step."""
+        if self._waiting is not None:  # the reduction of this step has summed its update
+            self._send(self._waiting)
+            self._waiting = None
+        if self._sampled is not None and step.gradients.names and not step.inside_closure:
+            self._sampled.add_update(self.suite, trainer, step)
+
+    @override
+    def on_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch_idx: int) -> None:
+        """Ends a sample."""
+        sampled = self._sampled
+        if sampled is None:
+            return
+        sampled.end_batch()
+        self._uses_targets = sampled.uses_targets
+        if not (sampled.has_stepped or self.suite.has_stepped):
+            return  # gradients accumulate
+        self._sampled = None
+        sampled.close()
+        if sampled.is_pending:
+            self._waiting = sampled
+        else:
+            self._send(sampled)
+
+    def on_host_numbers(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, record: Any, numbers: list[float]
+    ) -> None:
+        """Diagnoses a sample, or publishes the findings of rank 0."""
+        if record is None:
+            self._publish(trainer, pl_module, decoded(numbers), {})
+            return
+        sample = record.read(numbers)
+        findings = self.diagnosis.update(sample)
+        where, share = record.nonfinite(sample)
+        if where:
+            finding = Finding("nonfinite_gradient", "unknown", where, share, "", "update", since=sample.step)
+            findings = [*findings, *self.diagnosis.add_once(finding)]
+        if distributed.world_size() == 1:
+            self._publish(trainer, pl_module, findings, record.now)
+            return
+        message = encoded(findings, pl_module.device)
+        if distributed.rank() > 0:
+            message.zero_()
+        self.suite.sum_in_next_step(message, self._receive)
+
+    def on_training_incident(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, incident: Incident
+    ) -> None:
+        """Takes note of a symptom that another callback has named."""
+        if not self._is_publishing and incident.kind in SYMPTOMS:
+            self.diagnosis.known(incident.kind, incident.where, incident.step)
+
+    @override
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Publishes what is on its way."""
+        super().on_train_end(trainer, pl_module)
+        if self._waiting is not None and not self._waiting.is_pending:
+            self._send(self._waiting)
+        self._waiting = None
+        self.suite.metrics.flush(trainer, pl_module)
+
+    @override
+    def on_exception(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
+    ) -> None:
+        """Ends a sample without a finding."""
+        if self._sampled is not None:
+            self._sampled.end_batch()
+            self._sampled.close()
+        self._sampled = self._waiting = None
+        super().on_exception(trainer, pl_module, exception)
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        """Returns samples, findings, and sums over targets."""
+        return {"diagnosis": self.diagnosis.state_dict(), "baselines": self._baselines.state_dict()}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continues with saved samples and findings."""
+        self.diagnosis.load_state_dict(state_dict["diagnosis"])
+        self._baselines.load_state_dict(state_dict["baselines"])
+
+    def snapshot_state_dict(self) -> dict[str, Any]:
+        """Returns the state that `NaNRollback` rolls back with the weights."""
+        return {"diagnosis": self.diagnosis.state_dict()}
+
+    def load_snapshot_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Rolls samples back with the weights; what was published remains."""
+        self.diagnosis.load_state_dict(state_dict["diagnosis"], with_roots=False)
+
+    def _send(self, sampled: SampledStep) -> None:
+        self.suite.metrics.add_numbers(self, sampled, sampled.values())
+
+    def _receive(self, message: Tensor) -> None:
+        self.suite.metrics.add_numbers(self, None, message)
+
+    def _publish(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        findings: Sequence[Finding],
+        now: dict[str, int],
+    ) -> None:
+        self._is_publishing = True
+        for finding in findings:
+            if finding.kind in self.symptoms:
+                cause = "" if finding.cause == "unknown" else finding.cause
+                incident = incident_now(
+                    trainer,
+                    finding.kind,
+                    where=finding.where,
+                    value=finding.value,
+                    cause=cause,
+                    detail=f"Since step {finding.since}: {finding.evidence}." if finding.evidence else "",
+                    advice=advice_for_finding(finding.kind, cause, finding.where, finding.evidence),
+                    **now,
+                )
+                publish(trainer, pl_module, incident)
+        self._is_publishing = False

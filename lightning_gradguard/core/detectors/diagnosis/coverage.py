@@ -1,0 +1,86 @@
+"""Parameters that are not trained, although they seem to be meant to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from torch import nn
+from torch.optim import Optimizer
+
+from lightning_gradguard.core.parameter_names import plain_name
+
+#: Share of the held parameters without a gradient from which on something is cut from the loss.
+MIN_DETACHED = 0.2
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """Parameters that are not trained.
+
+    Args:
+        unheld: Names of parameters to which a gradient arrives and that no optimizer holds.
+        orphans: Number of parameters that optimizers hold and the module does not.
+        detached: Names of parameters that the optimizer holds, whose layer was called, and that get no
+            gradient; empty where they are few and not in the first layer, as an unused pooling layer.
+    """
+
+    unheld: tuple[str, ...] = ()
+    orphans: int = 0
+    detached: tuple[str, ...] = ()
+
+
+def coverage(
+    module: nn.Module,
+    optimizer: Optimizer,
+    optimizers: Iterable[Optimizer],
+    called: Iterable[str] = (),
+) -> Coverage:
+    """Returns the parameters that are not trained, right before an optimizer steps.
+
+    Args:
+        module: The module that is trained.
+        optimizer: The optimizer about to step.
+        optimizers: All optimizers.
+        called: Names of the layers that were called, in order.
+
+    Example:
+        >>> import torch
+        >>> net = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))
+        >>> sgd = torch.optim.SGD(net[1].parameters(), 0.1)
+        >>> net(torch.ones(1, 2)).sum().backward()
+        >>> coverage(net, sgd, [sgd]).unheld
+        ('0.weight', '0.bias')
+    """
+    named = {parameter: plain_name(name) for name, parameter in module.named_parameters()}
+    held = {p for one in optimizers for group in one.param_groups for p in group["params"]}
+    unheld = tuple(n for p, n in named.items() if p not in held and p.requires_grad and p.grad is not None)
+    own = [p for group in optimizer.param_groups for p in group["params"]]
+    detached = _detached({p: named[p] for p in own if p in named and p.requires_grad}, list(called))
+    return Coverage(unheld, sum(p not in named for p in held), detached)
+
+
+def _detached(own: Mapping[nn.Parameter, str], called: list[str]) -> tuple[str, ...]:
+    layers = set(called)
+    without = {
+        n: p
+        for p, n in own.items()
+        if p.grad is None and n.rpartition(".")[0] in layers and not _is_copied_to(n, p, own)
+    }
+    if not without or len(without) == len(own):
+        return ()
+    first = {n.rpartition(".")[0] for n in without} & set(called[:1])
+    share = sum(p.numel() for p in without.values()) / max(sum(p.numel() for p in own), 1)
+    return tuple(without) if first or share >= MIN_DETACHED else ()
+
+
+def _is_copied_to(name: str, parameter: nn.Parameter, own: Mapping[nn.Parameter, str]) -> bool:
+    """True for a parameter of a target network: a module with another name has the like, and is trained."""
+    parts = name.split(".")
+    for other, twin in own.items():
+        if other.grad is not None and other.shape == parameter.shape:
+            pairs = zip(parts, twin.split("."), strict=False)
+            changed = [part for part, its in pairs if part != its]
+            if twin.count(".") == name.count(".") and len(changed) == 1 and not changed[0].isdigit():
+                return parts[-1] not in changed
+    return False

@@ -1,0 +1,138 @@
+"""The diagnosis of a run: findings that several samples confirm, and one root for each cause."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, replace
+from typing import Any
+
+from lightning_gradguard.core.detectors.diagnosis import rules
+from lightning_gradguard.core.detectors.diagnosis.findings import Finding
+from lightning_gradguard.core.detectors.diagnosis.progress import Progress
+from lightning_gradguard.core.detectors.diagnosis.sample import Sample
+
+#: Steps before which a loss is not stuck but may start slowly, and the share of the planned steps.
+PATIENCE, PATIENT_SHARE = 150, 0.2
+#: Findings on the same sample: the first is the root.
+_ORDER = ("contract", "coverage", "units", "update", "depth", "stuck", "stagnation")
+_RULES = (rules.contract, rules.coverage, rules.units, rules.update, rules.depth, rules.through_time)
+_LATE_RULES = (rules.no_gradient, rules.stagnation)
+
+
+class Diagnosis:
+    """Finds symptoms and causes in the samples of one run, each cause once.
+
+    Attributes:
+        roots: The findings so far, with what followed from each.
+        patience: Steps before which a loss that is high may only start slowly.
+    """
+
+    def __init__(self) -> None:
+        self.patience = PATIENCE
+        self.roots: list[Finding] = []
+        self._progress = Progress()
+        self._shown: dict[tuple[str, str], tuple[int, int]] = {}
+        self._rates: dict[int, tuple[float, ...]] = {}
+        self._is_related = False
+
+    def plan(self, steps: int) -> None:
+        """Takes the number of steps of the run, 0 if unknown, by which a slow start is measured."""
+        self.patience = max(PATIENCE, int(PATIENT_SHARE * steps))
+
+    def wants_permutation(self, step: int) -> bool:
+        """True if it is in doubt that the loss depends on the targets."""
+        is_known = self._is_related or any(root.tier == "stuck" for root in self.roots)
+        return step >= self.patience and not is_known and not self._progress.over_constant < rules.LEARNS_NOT
+
+    def update(self, sample: Sample) -> list[Finding]:
+        """Adds a sample; returns the roots that it confirms, usually none."""
+        self._progress.update(sample)
+        self._is_related = self._is_related or sample.permuted >= rules.UNRELATED
+        confirmed = []
+        shown: dict[tuple[str, str], tuple[int, int]] = {}
+        for finding in self._found(sample):
+            key: tuple[str, str] = (finding.kind, finding.tier)
+            if key in shown:
+                continue
+            times, since = self._shown.get(key, (0, sample.step))
+            shown[key] = times + 1, since
+            if times + 1 >= finding.needs:
+                confirmed.append(finding.shown_since(since))
+        lasting = {("exploding_gradient", "update")}
+        self._shown = {**{key: seen for key, seen in self._shown.items() if key in lasting}, **shown}
+        return [root for finding in self._sorted(confirmed) if (root := self._add(finding, sample.step))]
+
+    def add_once(self, finding: Finding) -> list[Finding]:
+        """Adds a finding that needs no other sample; returns it unless its kind is known."""
+        if any(root.kind == finding.kind for root in self.roots):
+            return []
+        self.roots.append(finding)
+        return [finding]
+
+    def known(self, kind: str, where: tuple[str, ...], step: int) -> None:
+        """Takes a symptom that another callback has published for a root."""
+        tier = "units" if kind.endswith("_units") else "depth"
+        self._add(Finding(kind, "unknown", where, 0.0, "", tier, since=step), step)  # type: ignore[arg-type]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns samples and roots."""
+        return {
+            "roots": [asdict(root) for root in self.roots],
+            "progress": self._progress.state_dict(),
+            "shown": [[*key, *value] for key, value in self._shown.items()],
+            "rates": {index: list(rates) for index, rates in self._rates.items()},
+        }
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], *, with_roots: bool = True) -> None:
+        """Continues with saved samples, and with the saved roots unless these are to be kept."""
+        if with_roots:
+            self.roots = [
+                Finding(
+                    **{
+                        **root,
+                        "where": tuple(root["where"]),
+                        "followed_by": tuple(map(tuple, root["followed_by"])),
+                    }
+                )
+                for root in state_dict["roots"]
+            ]
+        self._progress.load_state_dict(state_dict["progress"])
+        self._shown = {(kind, tier): (times, since) for kind, tier, times, since in state_dict["shown"]}
+        self._rates = {index: tuple(rates) for index, rates in state_dict["rates"].items()}
+
+    def _found(self, sample: Sample) -> Iterator[Finding]:
+        rising = self._rises(sample)
+        for rule in _RULES:
+            yield from rule(sample, self._progress)
+        for rule in _LATE_RULES:
+            if not (rising and rule is rules.stagnation):
+                yield from rule(sample, self._progress)
+        yield from rules.stuck(sample, self._progress, self.patience)
+
+    def _rises(self, sample: Sample) -> bool:
+        """True if a learning rate has risen since the last sample, or falls: then updates may be small."""
+        before, self._rates = self._rates, {i: tuple(u.rates) for i, u in enumerate(sample.updates)}
+        known = [(before[i], rates) for i, rates in self._rates.items() if i in before]
+        return not known or any(
+            len(old) == len(new) and any(b != a for a, b in zip(old, new, strict=True)) for old, new in known
+        )
+
+    @staticmethod
+    def _sorted(findings: list[Finding]) -> list[Finding]:
+        def since(finding: Finding) -> tuple[int, int, int]:
+            is_cause = finding.tier not in ("stuck", "stagnation")
+            return not is_cause, _ORDER.index(finding.tier), finding.since
+
+        return sorted(findings, key=since)
+
+    def _add(self, finding: Finding, step: int) -> Finding | None:
+        """Returns a finding that is a root; lists another one under its root."""
+        for i, root in enumerate(self.roots):
+            if root.explains(finding):
+                known = {root.kind, *(kind for kind, _ in root.followed_by)}
+                if finding.kind not in known:
+                    following = (*root.followed_by, (finding.kind, step))
+                    self.roots[i] = replace(root, followed_by=following)
+                return None
+        self.roots.append(finding)
+        return finding

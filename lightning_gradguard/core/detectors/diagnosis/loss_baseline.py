@@ -1,0 +1,123 @@
+"""The loss of the best constant answer, from the targets of the sampled steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+#: Columns beyond which targets are not pooled by column.
+MAX_COLUMNS = 65_536
+#: Labels for each class that was seen, below which an entropy is too uncertain.
+MIN_PER_CLASS = 10
+#: Rows below which a variance or a median is too uncertain.
+MIN_ROWS = 16
+
+_ELEMENTWISE: Mapping[str, Callable[..., Tensor]] = {
+    "l1_loss": functional.l1_loss,
+    "smooth_l1_loss": functional.smooth_l1_loss,
+    "huber_loss": functional.huber_loss,
+}
+
+
+class LossBaselines:
+    """Sums over the targets of each loss, one for each call within a step.
+
+    Example:
+        >>> baselines = LossBaselines()
+        >>> target = torch.arange(400) % 4
+        >>> answer = baselines.constant("0", "cross_entropy", torch.zeros(400, 4), target, {})
+        >>> bool(torch.isclose(answer, torch.tensor(4.0).log()))
+        True
+    """
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+
+    def constant(
+        self, key: str, function: str, answer: Tensor, target: Tensor, options: Mapping[str, Any]
+    ) -> Tensor | None:
+        """Adds a call's targets; returns the mean loss of the best constant, shape `()`, or `None`.
+
+        Args:
+            key: Of the call within the step.
+            function: Name of the loss function.
+            answer: Input of the loss.
+            target: Its targets.
+            options: Other arguments of the call.
+
+        Returns:
+            NaN, on the device, where the targets are too few or all alike.
+        """
+        if options.get("pos_weight") is not None:
+            return None
+        if function in ("cross_entropy", "nll_loss") and not target.is_floating_point():
+            return self._entropy(key, answer, target, options)
+        if function == "cross_entropy" and answer.ndim == 2:
+            total = self._pooled(key, torch.cat([target.sum(0), target.new_ones(1) * len(target)]))
+            p = total[:-1] / total[-1]
+            entropy: Tensor = torch.special.entr(p).sum()
+            return entropy
+        if answer.shape != target.shape or len(target) < 2 or options.get("weight") is not None:
+            return None
+        rows = target.detach().float().reshape(len(target), -1)
+        if rows.shape[1] > MAX_COLUMNS:
+            return None
+        if function == "mse_loss":
+            return self._variance(key, rows)
+        if function in ("binary_cross_entropy", "binary_cross_entropy_with_logits"):
+            total = self._pooled(key, torch.cat([rows.sum(0), rows.new_ones(1) * len(rows)]))
+            p = (total[:-1] / total[-1]).clamp(0, 1)
+            return _positive((torch.special.entr(p) + torch.special.entr(1 - p)).mean())
+        if function in _ELEMENTWISE and len(rows) >= MIN_ROWS:
+            best = rows.median(0).values.expand_as(rows)
+            kept = {k: options[k] for k in ("beta", "delta") if k in options}
+            return _positive(_ELEMENTWISE[function](best, rows, **kept))
+        return None
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Returns the sums."""
+        return {key: total.cpu() for key, total in self._sums.items()}
+
+    def load_state_dict(self, state_dict: Mapping[str, Tensor]) -> None:
+        """Continues with saved sums."""
+        self._sums = dict(state_dict)
+
+    def _pooled(self, key: str, summand: Tensor) -> Tensor:
+        summand = summand.detach().double()
+        known = self._sums.get(key)
+        if known is not None and known.shape == summand.shape:
+            summand = summand + known.to(summand.device)
+        self._sums[key] = summand
+        return summand
+
+    def _entropy(self, key: str, answer: Tensor, target: Tensor, options: Mapping[str, Any]) -> Tensor:
+        n_classes = answer.shape[1] if answer.ndim > 1 else len(answer)
+        labels, ignored = target.reshape(-1), options.get("ignore_index", -100)
+        counts = labels.new_zeros(n_classes)
+        counts.scatter_add_(0, labels.clamp(0, n_classes - 1), (labels != ignored).to(counts))
+        pooled = self._pooled(key, counts)
+        enough = pooled.sum() >= MIN_PER_CLASS * (pooled > 0).sum()
+        weights = options.get("weight")
+        weighted = pooled if weights is None else pooled * weights.to(pooled)
+        p = weighted / weighted.sum()
+        smoothing = float(options.get("label_smoothing", 0.0))
+        p = (1 - smoothing) * p + smoothing / n_classes
+        entropy = _positive(torch.special.entr(p).sum())
+        return torch.where(enough, entropy, torch.nan)
+
+    def _variance(self, key: str, rows: Tensor) -> Tensor:
+        sums = torch.stack([rows.double().sum(0), rows.double().square().sum(0)]).reshape(-1)
+        total = self._pooled(key, torch.cat([sums, sums.new_ones(1) * len(rows)]))
+        n = total[-1]
+        first, second = total[:-1].reshape(2, -1)
+        variance = (second / n - (first / n).square()).clamp(min=0).mean() * n / (n - 1)
+        return torch.where(n >= MIN_ROWS, _positive(variance), torch.nan)
+
+
+def _positive(loss: Tensor) -> Tensor:
+    """Returns NaN for targets that are all alike: a constant has no loss then."""
+    return torch.where(loss > 1e-9, loss, torch.nan)

@@ -1,0 +1,128 @@
+"""The contract of a loss function: what it is called with, against what it expects."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+#: Loss functions whose calls are examined.
+LOSSES = frozenset(
+    {
+        *("cross_entropy", "nll_loss", "binary_cross_entropy", "binary_cross_entropy_with_logits"),
+        *("mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss", "kl_div"),
+    }
+)
+REGRESSION = frozenset({"mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss", "difference"})
+#: Nodes of a graph that change the shape of a tensor and not its values.
+_SHAPE_ONLY = (
+    *("View", "UnsafeView", "Squeeze", "Unsqueeze", "Select", "Slice", "Transpose", "Permute", "T", "Clone"),
+    *("ToCopy", "Expand", "Alias", "Reshape", "ReshapeAlias"),
+)
+#: Nodes at which a layer begins.
+_LAYERS = ("Addmm", "Mm", "Bmm", "Convolution", "MkldnnLinear", "Linear", "Embedding", "NativeLayerNorm")
+#: Range of the outputs of a head, by its node.
+_RANGES = {"Sigmoid": (0.0, 1.0), "Tanh": (-1.0, 1.0), "Relu": (0.0, float("inf")), "Softmax": (0.0, 1.0)}
+#: How far outside of the range targets are not reached, in absolute terms.
+_OUTSIDE = 0.05
+
+
+def arguments_of(
+    function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Returns the arguments of a call of a loss function by name."""
+    return dict(_signature(function).bind(*args, **kwargs).arguments)
+
+
+@cache
+def _signature(function: Callable[..., Any]) -> inspect.Signature:
+    return inspect.signature(function)
+
+
+def broken_conditions(
+    function: str, answer: Tensor, target: Tensor, options: Mapping[str, Any]
+) -> Iterator[tuple[str, Tensor | bool]]:
+    """Yields, by cause, the share of a call that breaks a condition, or whether it does.
+
+    Args:
+        function: Name of the loss function; `"difference"` for a subtraction of targets.
+        answer: What the network gives it, attached to the graph.
+        target: The targets.
+        options: Other arguments of the call.
+    """
+    head = head_node(answer)
+    values = answer.detach()
+    if function == "cross_entropy" and values.ndim > 1 and values.shape[1] > 1:
+        sums = values.sum(1)
+        is_simplex = ((values >= 0).all(1) & ((sums - 1).abs() < 1e-3)).float().mean()
+        yield "softmax_before_loss", is_simplex
+    if function in ("cross_entropy", "nll_loss") and not target.is_floating_point():
+        if values.ndim > 1 and values.shape[1] == 1:
+            yield "single_class", True
+        yield "labels_ignored", (target == options.get("ignore_index", -100)).all()
+    if function == "nll_loss" and values.ndim > 1:
+        yield "not_log_probabilities", (values.logsumexp(1).abs() > 0.01).float().mean()
+    if function == "kl_div":
+        yield "not_log_probabilities", (values > 1e-4).float().mean()
+    if function == "binary_cross_entropy_with_logits" and head in ("Sigmoid", "Softmax"):
+        yield "softmax_before_loss", True
+    if function.startswith("binary_cross_entropy"):
+        yield "targets_out_of_range", ((target < 0) | (target > 1)).float().mean()
+    if has_single_softmax(answer):
+        yield "single_class", True
+    if function in REGRESSION and broadcasts(values, target):
+        yield "broadcast_targets", True
+    if function in REGRESSION and head in _RANGES:
+        low, high = _RANGES[head]
+        yield "unreachable_targets", ((target < low - _OUTSIDE) | (target > high + _OUTSIDE)).float().mean()
+
+
+def broadcasts(answer: Tensor, target: Tensor) -> bool:
+    """True for shapes `(n, 1)` and `(n,)`, n > 1, which broadcast to `(n, n)`."""
+    one, other = sorted((answer, target), key=lambda tensor: tensor.ndim)
+    n = len(one) if one.ndim == 1 else 0
+    return n > 1 and other.ndim == 2 and tuple(other.shape) == (n, 1)
+
+
+def head_node(answer: Tensor) -> str:
+    """Returns the name of the operation that gave a tensor its values, such as `Sigmoid`."""
+    node = _values_of(answer.grad_fn)
+    return "" if node is None else _name(node)
+
+
+def has_single_softmax(answer: Tensor) -> bool:
+    """True if a tensor comes from a softmax over a dimension of size 1, with no layer in between."""
+    nodes: list[Any] = [answer.grad_fn]
+    seen = 0
+    while nodes and seen < 48:
+        node = nodes.pop()
+        seen += 1
+        if node is None or _name(node) in _LAYERS:
+            continue
+        if _name(node) in ("Softmax", "LogSoftmax"):
+            result, dim = node._saved_result, node._saved_dim
+            dim = dim - 2**64 if dim >= 2**63 else dim
+            if result.ndim and result.shape[dim] == 1:
+                return True
+        nodes.extend(following for following, _ in node.next_functions)
+    return False
+
+
+def _values_of(node: Any) -> Any:
+    while node is not None and _name(node) in _SHAPE_ONLY and node.next_functions:
+        node = node.next_functions[0][0]
+    return node
+
+
+def _name(node: Any) -> str:
+    return str(node.name()).partition("Backward")[0]
+
+
+def is_one_signed(gradient: Tensor) -> Tensor:
+    """Returns 1 if all nonzero elements have one sign, and 0 otherwise or for a zero gradient."""
+    low, high = torch.aminmax(gradient.detach())
+    return ((low >= 0) ^ (high <= 0)).float()

@@ -1,0 +1,68 @@
+"""The progress of the loss: against its start, and against the best constant answer."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict, deque
+from collections.abc import Mapping
+from statistics import mean
+from typing import Any
+
+from lightning_gradguard.core.detectors.diagnosis.sample import Sample
+
+#: Sampled losses that are averaged.
+RECENT = 3
+#: Share of the loss of the best constant, or of the first loss, below which a network learns.
+LEARNS = 0.9
+
+
+class Progress:
+    """Keeps the losses of the sampled steps."""
+
+    def __init__(self) -> None:
+        self.first = math.nan
+        self._losses: deque[float] = deque(maxlen=RECENT)
+        self._calls: dict[str, deque[float]] = defaultdict(lambda: deque(maxlen=RECENT))
+        self._ratios: list[float] = []
+
+    def update(self, sample: Sample) -> None:
+        """Adds a sample."""
+        if math.isfinite(sample.loss):
+            self.first = sample.loss if math.isnan(self.first) else self.first
+            self._losses.append(sample.loss)
+        self._ratios = []
+        for number, call in enumerate(sample.calls):
+            recent = self._calls[f"{number}.{call.function}"]
+            recent.append(call.value)
+            ratio = mean(recent) / call.constant if call.constant > 0 else math.nan
+            if not math.isnan(ratio):
+                self._ratios.append(ratio)
+
+    @property
+    def over_constant(self) -> float:
+        """The recent loss over that of the best constant, the lowest of all losses; NaN if unknown."""
+        return min(self._ratios, default=math.nan)
+
+    @property
+    def over_first(self) -> float:
+        """The recent loss over the first one; NaN if unknown or not positive."""
+        return mean(self._losses) / self.first if self._losses and self.first > 0 else math.nan
+
+    @property
+    def learns(self) -> bool:
+        """True if the loss is clearly below that of the best constant or, if unknown, below its start."""
+        ratio = self.over_constant
+        return (self.over_first if math.isnan(ratio) else ratio) < LEARNS
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the recent losses."""
+        calls = {key: list(recent) for key, recent in self._calls.items()}
+        return {"first": self.first, "losses": list(self._losses), "calls": calls}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Continues with saved losses."""
+        self.first = state_dict["first"]
+        self._losses = deque(state_dict["losses"], maxlen=RECENT)
+        self._calls.clear()
+        for key, recent in state_dict["calls"].items():
+            self._calls[key] = deque(recent, maxlen=RECENT)

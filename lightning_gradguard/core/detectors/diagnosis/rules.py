@@ -1,0 +1,287 @@
+"""The rules: each yields the findings that one sample shows, to be confirmed by others."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from statistics import median
+
+from lightning_gradguard.core.detectors.diagnosis.findings import Finding
+from lightning_gradguard.core.detectors.diagnosis.progress import Progress
+from lightning_gradguard.core.detectors.diagnosis.sample import (
+    LayerSignal,
+    Sample,
+    TimeSignal,
+    UnitSignal,
+    Update,
+)
+from lightning_gradguard.core.detectors.diagnosis.units import SATURATING
+from lightning_gradguard.core.detectors.symptoms import slope
+
+# thresholds of docs/diagnosis.md, where their margins are
+DEAD, SATURATED = 0.9, 0.5
+VANISHING, EXPLODING = -3.0, 2.5
+#: Decades that explode in a network that has learned nothing by step 50.
+EXPLODING_IF_STUCK = 1.75
+MIN_LAYERS = 3
+TIME_VANISHING, TIME_VANISHING_EARLY, TIME_EXPLODING = -3.0, -6.0, 3.0
+LARGE_UPDATE, HUGE_UPDATE, CLIPPED_UPDATE, SMALL_UPDATE, NO_UPDATE = 0.1, 0.3, 0.05, 1e-5, 1e-7
+UPDATE_STEPS = 50
+STUCK, UNRELATED = 0.95, 0.02
+LARGE_INPUT = 10.0
+#: Loss over that of the best constant above which a network has learned little.
+LEARNS_NOT = 0.9
+#: Shares of a loss call that break its contract.
+_CONTRACT = {
+    "softmax_before_loss": (0.9, "the loss expects logits and gets probabilities"),
+    "single_class": (0.9, "a softmax over one output is always 1"),
+    "not_log_probabilities": (0.9, "the loss expects log-probabilities (logsumexp 0) and gets other values"),
+    "broadcast_targets": (0.9, "shapes (n, 1) and (n,) broadcast to (n, n): all answers meet all targets"),
+    "labels_ignored": (0.9, "every label is ignored"),
+    "targets_out_of_range": (0.01, "targets of a binary loss are outside of 0 .. 1"),
+    "unreachable_targets": (0.5, "targets are outside of the range of the output's activation"),
+}
+#: The smallest share of targets out of reach that explains a loss that is stuck.
+SOME_UNREACHABLE = 0.05
+
+
+def contract(sample: Sample, progress: Progress) -> Iterator[Finding]:
+    """Yields loss calls with inputs or targets that the loss does not expect."""
+    head = tuple(layer.name for layer in sample.layers if layer.is_last)
+    for call in sample.calls:
+        for cause, share in call.flags.items():
+            bound, words = _CONTRACT[cause]
+            needs = 2
+            if cause == "unreachable_targets":
+                if call.function == "difference" and not sample.one_signed:
+                    continue
+                if sample.step >= 20 and share >= SOME_UNREACHABLE and progress.over_constant > LEARNS_NOT:
+                    bound, needs = SOME_UNREACHABLE, 3
+            if share >= bound:
+                name = "a difference" if call.function == "difference" else call.function
+                evidence = f"{name}: {words} ({share:.0%} of the values)"
+                yield Finding("stuck_loss", cause, head, share, evidence, "contract", needs)
+
+
+def coverage(sample: Sample, progress: Progress) -> Iterator[Finding]:
+    """Yields parameters that get a gradient and are held by no optimizer, or are held and get none."""
+    found = sample.coverage
+    if found.unheld:
+        cause = "replaced_parameters" if found.orphans else "not_in_optimizer"
+        evidence = f"{len(found.unheld)} parameters get gradients, and no optimizer holds them"
+        if found.orphans:
+            evidence += f"; optimizers hold {found.orphans} that are no longer in the module"
+        where = _modules(found.unheld)
+        yield Finding("weight_stagnation", cause, where, len(found.unheld), evidence, "coverage")
+    if found.detached:
+        evidence = f"{len(found.detached)} parameters take part in the forward pass and get no gradient"
+        where = _modules(found.detached)
+        yield Finding("weight_stagnation", "detached", where, len(found.detached), evidence, "coverage", 3)
+
+
+def units(sample: Sample, progress: Progress) -> Iterator[Finding]:
+    """Yields layers whose units are dead or saturated."""
+    no_gradient = has_no_gradient(sample, progress)
+    groups: dict[tuple[str, str], list[UnitSignal]] = defaultdict(list)
+    for signal in sample.units:
+        groups[signal.layer, signal.module].append(signal)
+    dead, saturated = [], []
+    for (layer, module), members in groups.items():
+        is_head = members[-1].is_head
+        names = tuple(dict.fromkeys(filter(None, (layer, module))))
+        share = min((s.dead for s in members if s.dead == s.dead), default=0.0)
+        if share >= DEAD and (not is_head or no_gradient):
+            dead.append((share, names))
+        share = min((s.saturated for s in members if s.saturated == s.saturated), default=0.0)
+        if share > SATURATED and (not is_head or no_gradient or progress.over_constant > LEARNS_NOT):
+            saturated.append((share, names))
+    origin = "input_scale" if sample.input_rms > LARGE_INPUT else "unknown"
+    if dead:
+        share, where = _first(dead)
+        evidence = f"{share:.0%} of the units of {where[0]} are zero for every sample (usual: below 60 %)"
+        yield Finding("dead_units", origin, where, share, evidence, "units")
+    if saturated:
+        share, where = _first(saturated)
+        evidence = f"{share:.0%} of the units of {where[0]} are saturated (usual: below 25 %)"
+        yield Finding("saturated_units", origin, where, share, evidence, "units")
+
+
+def has_no_gradient(sample: Sample, progress: Progress) -> bool:
+    """True if the gradient at every layer's output is exactly zero, and the loss is not."""
+    gradients = [g for layer in sample.layers for g in layer.gradients if g == g]
+    has_loss = not abs(sample.loss) <= 1e-3 * abs(progress.first)
+    return bool(gradients) and not any(gradients) and has_loss and sample.step > 0
+
+
+def update(sample: Sample, progress: Progress) -> Iterator[Finding]:
+    """Yields updates that are too large for the weights."""
+    if sample.step > UPDATE_STEPS or progress.learns:
+        return
+    for one in sample.updates:
+        after, before = one.ratio, one.ratio * one.unclipped
+        is_huge = before > HUGE_UPDATE
+        is_certain = before > 1 or (sample.step >= 5 and progress.over_first > LEARNS_NOT)
+        if before > LARGE_UPDATE and is_certain and (is_huge or after > CLIPPED_UPDATE):
+            order = sorted(range(len(one.names)), key=lambda i: -one.gradients[i])
+            where = _modules([one.names[i] for i in order[:5]])
+            cause = "input_scale" if sample.input_rms > LARGE_INPUT else "update_too_large"
+            evidence = f"an update of {before:.2g} of the norm of the weights (usual: below 0.1)"
+            if one.unclipped > 1.01:
+                evidence += f", which clipping reduces to {after:.2g}"
+            yield Finding("exploding_gradient", cause, where, before, evidence, "update", consecutive=False)
+
+
+def depth(sample: Sample, progress: Progress) -> Iterator[Finding]:
+    """Yields gradients that shrink or grow on the way from the last layer to the first."""
+    layers = [layer for layer in sample.layers if not layer.is_last and layer.gradient == layer.gradient]
+    heights = [math.log10(max(layer.gradient, 1e-45)) for layer in layers]
+    if len(layers) < MIN_LAYERS or max(heights) == -45:
+        return
+    ends = heights[0] - heights[-1]
+    trend = -slope(list(enumerate(heights))) * (len(heights) - 1)
+    if ends <= VANISHING and trend <= VANISHING / 2 and sample.step > 0:
+        where, drop = _steepest(layers, heights)
+        evidence = (
+            f"the gradient shrinks by {-ends:.1f} decades from {layers[-1].name} back to {layers[0].name} "
+            f"(usual: below 2){drop}"
+        )
+        yield Finding("vanishing_gradient", _why(layers), where, -ends, evidence, "depth")
+    is_stuck = sample.step >= UPDATE_STEPS and progress.over_constant > STUCK
+    bound = EXPLODING_IF_STUCK if is_stuck else EXPLODING
+    if ends >= bound and trend >= bound / 2:
+        where, rise = _steepest(layers, heights)
+        evidence = (
+            f"the gradient grows by {ends:.1f} decades from {layers[-1].name} back to {layers[0].name} "
+            f"(usual: below 2){rise}"
+        )
+        yield Finding("exploding_gradient", _why(layers), where, ends, evidence, "depth")
+
+
+def through_time(sample: Sample, progress: Progress) -> Iterator[Finding]:
+    """Yields gradients that shrink or grow through time, in a network that does not learn."""
+    ratio = progress.over_constant
+    is_flat = ratio > STUCK or (math.isnan(ratio) and not progress.over_first <= STUCK)
+    for time in sample.times:
+        if not time.largest > 0:
+            continue
+        back = _decades(time.first, time.largest)
+        early = back <= TIME_VANISHING_EARLY and sample.step >= 10
+        if is_flat and (early or (back <= TIME_VANISHING and sample.step >= 50)):
+            evidence = (
+                f"the gradient shrinks by {-back:.1f} decades from the last step of {time.name} to the first"
+            )
+            yield _through_time("vanishing_gradient", time, -back, evidence)
+        forth = _decades(time.first, time.last)
+        if forth >= TIME_EXPLODING and not progress.learns:
+            evidence = (
+                f"the gradient grows by {forth:.1f} decades from the last step of {time.name} to the first"
+            )
+            yield _through_time("exploding_gradient", time, forth, evidence)
+
+
+def _through_time(kind: str, time: TimeSignal, value: float, evidence: str) -> Finding:
+    return Finding(kind, "through_time", (time.name,), value, f"{evidence} (usual: below 2)", "depth")
+
+
+def no_gradient(sample: Sample, progress: Progress) -> Iterator[Finding]:
+    """Yields a loss that does not depend on the network."""
+    if has_no_gradient(sample, progress):
+        head = tuple(layer.name for layer in sample.layers if layer.is_last)
+        evidence = "the gradient at the output of every layer is exactly zero, and the loss is not"
+        yield Finding("stuck_loss", "constant_loss", head, sample.loss, evidence, "stuck", 3)
+
+
+def stagnation(sample: Sample, progress: Progress) -> Iterator[Finding]:
+    """Yields weights that do not move, or hardly, while their rate does not rise."""
+    if sample.step < 5:
+        return
+    for one in sample.updates:
+        if one.rates and not any(one.rates):
+            where, evidence = _modules(one.names[:3]), "the learning rate of every parameter group is 0"
+            yield Finding("weight_stagnation", "learning_rate_too_low", where, 0.0, evidence, "stagnation", 3)
+            continue
+        matrices = [i for i, is_matrix in enumerate(one.is_matrix) if is_matrix and one.weights[i] > 0]
+        if not one.ratios or not matrices or not math.isfinite(one.total_norm) or one.total_norm == 0:
+            continue
+        ratios = {i: one.ratios[i] for i in matrices}
+        if max(ratios.values()) < SMALL_UPDATE and not progress.learns:
+            where = _modules([one.names[i] for i in matrices[:3]])
+            evidence = (
+                f"updates are at most {max(ratios.values()):.1g} of any weight's norm (usual: about 1e-3)"
+            )
+            value = max(ratios.values())
+            yield Finding(
+                "weight_stagnation", "learning_rate_too_low", where, value, evidence, "stagnation", 2
+            )
+            continue
+        yield from _some_stagnate(one, ratios)
+
+
+def _some_stagnate(one: Update, ratios: dict[int, float]) -> Iterator[Finding]:
+    usual = median(ratios.values())
+    still = [i for i, r in ratios.items() if r < NO_UPDATE or (r < SMALL_UPDATE / 10 and r < usual / 1e3)]
+    if still and max(ratios.values()) > SMALL_UPDATE:
+        has_gradient = any(one.gradients[i] > 0 for i in still)
+        cause = "learning_rate_too_low" if has_gradient else "zero_gradient"
+        where = _modules([one.names[i] for i in still[:5]])
+        value = max(ratios[i] for i in still)
+        evidence = f"updates of {len(still)} of {len(ratios)} weights are at most {value:.1g} of their norm"
+        yield Finding("weight_stagnation", cause, where, value, evidence, "stagnation", 4)
+
+
+def stuck(sample: Sample, progress: Progress, patience: int) -> Iterator[Finding]:
+    """Yields a loss that is no better than that of the best constant, or does not depend on the targets."""
+    ratio, permuted = progress.over_constant, sample.permuted
+    if sample.step < patience or ratio <= STUCK or permuted >= UNRELATED:
+        return
+    is_whole = any(math.isclose(call.value, sample.loss, rel_tol=0.01) for call in sample.calls)
+    if math.isnan(permuted) and (math.isnan(ratio) or not is_whole):
+        return  # beside a second term, as in a VAE, a reconstruction may be no better than a constant
+    facts = []
+    if not math.isnan(ratio):
+        facts.append(f"the loss is {ratio:.2f} times that of the best constant answer")
+    if not math.isnan(permuted):
+        facts.append(f"it rises by {permuted:.1%} if the targets are permuted")
+    head = tuple(layer.name for layer in sample.layers if layer.is_last)
+    cause = "unreachable_targets" if sample.one_signed else "unknown"
+    value = permuted if math.isnan(ratio) else ratio
+    yield Finding("stuck_loss", cause, head, value, "; ".join(facts), "stuck", 2)
+
+
+def _why(layers: Sequence[LayerSignal]) -> str:
+    """Returns the likeliest cause of a gradient that shrinks or grows with depth."""
+    outputs = [math.log10(layer.output) for layer in layers if layer.output > 0]
+    if outputs and outputs[0] - outputs[-1] > 1:
+        return "small_weights"
+    if outputs and outputs[-1] - outputs[0] > 1:
+        return "large_weights"
+    flat = sum(layer.activation in SATURATING for layer in layers)
+    return "saturating_activations" if flat > len(layers) / 2 else "depth"
+
+
+def _steepest(layers: Sequence[LayerSignal], heights: Sequence[float]) -> tuple[tuple[str, ...], str]:
+    """Returns the layers at fault: the one at which most is lost or won, then the first ones."""
+    names = [layer.name for layer in layers]
+    ends = heights[0] - heights[-1]
+    jumps = [(heights[i] - heights[i + 1]) / ends for i in range(len(heights) - 1)]
+    share, at = max((jump, i) for i, jump in enumerate(jumps))
+    if share < 0.5 or len(jumps) == 1:
+        return tuple(names[:3]), ""
+    order = dict.fromkeys([names[at + 1], names[at], *names])
+    return tuple(order)[:3], f", {share:.0%} of it at {names[at + 1]}"
+
+
+def _modules(names: Sequence[str]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(name.rpartition(".")[0] or name for name in names))[:5]
+
+
+def _first(found: Sequence[tuple[float, tuple[str, ...]]]) -> tuple[float, tuple[str, ...]]:
+    share, where = found[0]
+    return share, tuple(dict.fromkeys([*where, *(names[0] for _, names in found[1:4])]))
+
+
+def _decades(value: float, reference: float) -> float:
+    if not reference > 0:
+        return 0.0
+    return math.log10(max(value, 1e-45)) - math.log10(reference)

@@ -1,0 +1,151 @@
+"""Signals of one sampled step on the host: plain numbers that rules read."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from lightning_gradguard.core.detectors.diagnosis.coverage import Coverage
+
+
+@dataclass(frozen=True)
+class LayerSignal:
+    """A layer with a weight matrix, as one pass has seen it.
+
+    Args:
+        name: Name in the module.
+        is_last: True for the layer that was called last, the head.
+        output: Rms of its output at the first call.
+        gradients: Rms of the gradient that arrives at the output of each call; NaN where none arrives.
+        activation: Name of the function applied to its output, if it is a known activation.
+    """
+
+    name: str
+    is_last: bool
+    output: float
+    gradients: Sequence[float]
+    activation: str = ""
+
+    @property
+    def gradient(self) -> float:
+        """The largest of the gradients; NaN if none arrived."""
+        return max((g for g in self.gradients if g == g), default=math.nan)
+
+
+@dataclass(frozen=True)
+class UnitSignal:
+    """Units after an activation.
+
+    Args:
+        layer: The layer that feeds the activation.
+        module: The module that is the activation; empty for a function.
+        function: Name of the activation function.
+        dead: Share of units that are zero for every sample; NaN if not measured.
+        saturated: Share of units that are saturated for more than 95 % of samples; NaN if not measured.
+        is_head: True if no layer follows.
+    """
+
+    layer: str
+    module: str
+    function: str
+    dead: float
+    saturated: float
+    is_head: bool
+
+
+@dataclass(frozen=True)
+class TimeSignal:
+    """The gradient through time of a recurrent module.
+
+    Args:
+        name: The module.
+        first: Rms of the gradient at the first step of the sequence.
+        last: That at the last step to which a gradient arrives.
+        largest: The largest at any step.
+    """
+
+    name: str
+    first: float
+    last: float
+    largest: float
+
+
+@dataclass(frozen=True)
+class LossSignal:
+    """A call of a loss function.
+
+    Args:
+        function: Its name.
+        flags: Share of the call, 0 to 1, that breaks a condition, by the cause.
+        value: Mean loss.
+        constant: Mean loss of the best constant answer to the targets so far; NaN if unknown.
+    """
+
+    function: str
+    flags: dict[str, float] = field(default_factory=dict)
+    value: float = math.nan
+    constant: float = math.nan
+
+
+@dataclass(frozen=True)
+class Update:
+    """The change that an optimizer made to its weights in the sampled step.
+
+    Args:
+        names: Parameters with a gradient.
+        is_matrix: By parameter.
+        gradients: Norms before clipping.
+        weights: Norms before the update.
+        ratios: Norm of the update over that of the weight; empty if unknown.
+        unclipped: Factor by which the gradient was larger before clipping, if the update depends on it.
+        rates: Learning rate of each parameter group.
+        total_norm: Norm of all gradients before clipping.
+    """
+
+    names: Sequence[str]
+    is_matrix: Sequence[bool]
+    gradients: Sequence[float]
+    weights: Sequence[float]
+    ratios: Sequence[float]
+    unclipped: float
+    rates: Sequence[float]
+    total_norm: float
+
+    @property
+    def ratio(self) -> float:
+        """Norm of the whole update over that of all weights; NaN if unknown."""
+        total = math.hypot(*self.weights)
+        moved = math.hypot(*(r * w for r, w in zip(self.ratios, self.weights, strict=False)))
+        return moved / total if self.ratios and total > 0 else math.nan
+
+
+@dataclass
+class Sample:
+    """All signals of one sampled step.
+
+    Args:
+        step: Its number.
+        loss: The loss of the step; NaN if unknown.
+        layers: In the order of their first calls.
+        units: One for each activation.
+        times: One for each recurrence.
+        calls: One for each loss.
+        updates: One for each optimizer that stepped.
+        coverage: Parameters that are not trained.
+        input_rms: Rms of the largest floating-point tensor of the batch.
+        one_signed: True if the gradient at the head has one sign for all samples.
+        permuted: Relative rise of the loss if targets are permuted; NaN if not measured.
+    """
+
+    step: int
+    loss: float = math.nan
+    layers: Sequence[LayerSignal] = ()
+    units: Sequence[UnitSignal] = ()
+    times: Sequence[TimeSignal] = ()
+    calls: Sequence[LossSignal] = ()
+    updates: list[Update] = field(default_factory=list)
+    coverage: Coverage = field(default_factory=Coverage)
+    input_rms: float = math.nan
+    one_signed: bool = False
+    permuted: float = math.nan

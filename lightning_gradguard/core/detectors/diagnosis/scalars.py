@@ -1,0 +1,67 @@
+"""Numbers of a sampled step, on the device until one transfer moves all of them to the host."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+
+class DeviceScalars:
+    """Collects scalars on the device; a number that was not measured has index `None` and reads as NaN.
+
+    Example:
+        >>> scalars = DeviceScalars()
+        >>> index = scalars.add(torch.tensor(3.0))
+        >>> scalars.read(scalars.stacked(torch.device("cpu")).tolist())
+        >>> scalars[index], scalars[None]
+        (3.0, nan)
+    """
+
+    def __init__(self) -> None:
+        self._values: list[Tensor] = []
+        self._host: Sequence[float] = ()
+
+    def add(self, value: Tensor) -> int:
+        """Adds a scalar of any dtype; returns its index."""
+        self._values.append(value.detach().reshape(()).float())
+        return len(self._values) - 1
+
+    def stacked(self, device: torch.device) -> Tensor:
+        """Returns all scalars, shape `(n,)`, and releases them."""
+        values, self._values = self._values, []
+        if not values:
+            return torch.zeros(0, device=device)
+        return torch.stack([value.to(device) for value in values])
+
+    def read(self, host: Sequence[float]) -> None:
+        """Takes the numbers from the host."""
+        self._host = host
+
+    def __getitem__(self, index: int | None) -> float:
+        return math.nan if index is None or index >= len(self._host) else self._host[index]
+
+
+def is_measurable(value: object) -> bool:
+    """True for a plain dense floating-point tensor that holds numbers, outside of `torch.func`."""
+    return (
+        isinstance(value, Tensor)
+        and value.is_floating_point()
+        and value.layout is torch.strided
+        and not value.is_nested
+        and value.numel() > 0
+        and value.device.type != "meta"
+        and not torch._C._functorch.is_functorch_wrapped_tensor(value)
+    )
+
+
+def rms(tensor: Tensor) -> Tensor:
+    """Returns the root mean square of a tensor, or of this rank's shard of it; shape `()`, float32."""
+    local = tensor.detach()
+    local = local.to_local() if isinstance(local, DTensor) else local
+    norm: Tensor = torch.linalg.vector_norm(local, dtype=torch.float32)
+    scaled: Tensor = norm / max(local.numel(), 1) ** 0.5
+    return scaled

@@ -1,0 +1,374 @@
+"""Traces one sampled step: outputs and gradients of layers, activations, losses."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.utils.rnn import PackedSequence
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+
+from lightning_gradguard.core.detectors.diagnosis import loss_calls, units
+from lightning_gradguard.core.detectors.diagnosis.loss_baseline import LossBaselines
+from lightning_gradguard.core.detectors.diagnosis.sample import (
+    LayerSignal,
+    LossSignal,
+    Sample,
+    TimeSignal,
+    UnitSignal,
+)
+from lightning_gradguard.core.detectors.diagnosis.scalars import DeviceScalars, is_measurable, rms
+from lightning_gradguard.core.parameter_names import plain_name
+
+#: Calls of layers that are recorded; a long recurrence has more.
+MAX_CALLS = 2048
+#: Calls of one module from which on it is a recurrence.
+MIN_TIMES = 8
+#: Functions that are activations, whatever is measured of them.
+ACTIVATIONS = frozenset({*units.RECTIFIERS, *units.SMOOTH_RECTIFIERS, *units.SATURATING, "leaky_relu", "elu"})
+
+
+@dataclass
+class _Layer:
+    name: str
+    units: int
+    output: int | None
+    gradients: list[int] = field(default_factory=list)
+    calls: int = 0
+    activation: str = ""
+
+
+@dataclass
+class _Units:
+    layer: str
+    module: str
+    function: str
+    dead: int | None
+    saturated: int | None
+    after: int
+
+
+@dataclass
+class _Loss:
+    function: str
+    flags: dict[str, int]
+    value: int
+    constant: int | None
+
+
+class StepTrace(TorchFunctionMode):
+    """Traces the training step within its context, and the backward pass after it.
+
+    It writes nothing: hooks read outputs and gradients, and the mode calls each function unchanged. What it
+    cannot measure it leaves out. Call `close` after the backward pass.
+
+    Args:
+        module: The module that is trained.
+        batch: The batch of the step, by which targets are recognized.
+        baselines: Sums over the targets, to which those of this step are added.
+
+    Attributes:
+        layers: Names of the layers that were called, in the order of their first calls.
+    """
+
+    def __init__(self, module: nn.Module, batch: Any, baselines: LossBaselines) -> None:
+        super().__init__()
+        self._module = module
+        self._baselines = baselines
+        self._scalars = DeviceScalars()
+        self._layers: dict[str, _Layer] = {}
+        self._units: list[_Units] = []
+        self._times: dict[str, tuple[int, int, int]] = {}
+        self._losses: list[_Loss] = []
+        self._one_signed: dict[str, int] = {}
+        self._last = ""
+        self._n_calls = 0
+        self._modules: list[str] = []
+        self._hooks = ExitStack()
+        self._is_open = True
+        leaves = [leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)]
+        self._data: WeakValueDictionary[int, Tensor] = WeakValueDictionary({id(t): t for t in leaves})
+        inputs = [leaf for leaf in leaves if is_measurable(leaf)]
+        self._used: set[int] = set()
+        self._input = self._scalars.add(rms(max(inputs, key=Tensor.numel))) if inputs else None
+
+    @property
+    def layers(self) -> list[str]:
+        """Names of the layers in the order of their first calls."""
+        return list(self._layers)
+
+    def __enter__(self) -> StepTrace:
+        for name, child in self._module.named_modules():
+            if child is self._module or isinstance(child, torch.jit.ScriptModule):
+                continue
+            name = plain_name(name)
+            if isinstance(child, nn.RNNBase):
+                self._hook(child.register_forward_pre_hook(partial(self._before_recurrence, name)))
+            if any(p is not None and p.ndim > 1 for p in child._parameters.values()):
+                self._hook(child.register_forward_hook(partial(self._after_layer, name)))
+            elif not child._modules and not child._parameters:
+                self._hook(child.register_forward_pre_hook(lambda *_, name=name: self._modules.append(name)))
+                self._hook(child.register_forward_hook(lambda *_: self._modules.clear()))
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+        self._hooks.close()
+
+    def uses(self, tensor: Tensor) -> bool:
+        """True if a function was called with a tensor of the batch."""
+        return id(tensor) in self._used
+
+    def close(self, device: torch.device) -> Tensor:
+        """Stops recording, and returns all numbers, shape `(n,)`, on the device."""
+        self._is_open = False
+        self._hooks.close()
+        return self._scalars.stacked(device)
+
+    def sample(self, step: int, host: Sequence[float]) -> Sample:
+        """Returns the signals of the step, from its numbers on the host."""
+        numbers = self._scalars
+        numbers.read(host)
+        layers = [
+            LayerSignal(
+                layer.name,
+                is_last=layer.name == self._last,
+                output=numbers[layer.output],
+                gradients=[numbers[i] for i in layer.gradients],
+                activation=layer.activation,
+            )
+            for layer in self._layers.values()
+        ]
+        found = [
+            UnitSignal(
+                u.layer, u.module, u.function, numbers[u.dead], numbers[u.saturated], u.after == self._n_calls
+            )
+            for u in self._units
+        ]
+        times = [TimeSignal(name, *(numbers[i] for i in indices)) for name, indices in self._times.items()]
+        times += [
+            TimeSignal(layer.name, layer.gradients[-1], layer.gradients[0], max(layer.gradients))
+            for layer in layers_through_time(layers)
+        ]
+        return Sample(
+            step,
+            layers=layers,
+            units=found,
+            times=times,
+            calls=[
+                LossSignal(
+                    loss.function,
+                    {cause: numbers[i] for cause, i in loss.flags.items()},
+                    numbers[loss.value],
+                    numbers[loss.constant],
+                )
+                for loss in self._losses
+            ],
+            input_rms=numbers[self._input],
+            one_signed=numbers[self._one_signed.get(self._last)] == 1,
+        )
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = function(*args, **(kwargs or {}))
+        if self._records():
+            with _silent():
+                self._record(getattr(function, "__name__", ""), function, args, kwargs or {}, result)
+        return result
+
+    def _records(self) -> bool:
+        return (
+            self._is_open
+            and torch._C._current_graph_task_id() == -1  # a checkpoint computes again within backward
+            and torch._C._functorch.maybe_current_level() is None
+        )
+
+    def _record(
+        self, name: str, function: Any, args: Sequence[Any], kwargs: dict[str, Any], result: Any
+    ) -> None:
+        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        self._used.update(map(id, given))
+        if name in loss_calls.LOSSES:
+            arguments = loss_calls.arguments_of(function, args, kwargs)
+            self._record_loss(name, arguments.pop("input"), arguments.pop("target"), arguments, result)
+            return
+        if not isinstance(result, Tensor):
+            return
+        plain = name.strip("_")
+        if plain in ACTIVATIONS:
+            self._record_units(plain, result)
+        elif plain in ("sub", "rsub", "subtract"):
+            self._record_difference(args, result)
+        if not result.requires_grad and given and all(self._is_data(tensor) for tensor in given):
+            self._data[id(result)] = result
+
+    def _is_data(self, tensor: Tensor) -> bool:
+        return self._data.get(id(tensor)) is tensor
+
+    def _record_loss(
+        self, name: str, answer: Tensor, target: Tensor, options: dict[str, Any], result: Tensor
+    ) -> None:
+        if not (is_measurable(answer) and answer.requires_grad) or target.requires_grad:
+            return
+        is_data, target = self._is_data(target), target.detach()
+        value, constant = result.detach().float().mean(), None
+        if options.get("reduction", "mean") == "sum":
+            n = (target != options.get("ignore_index", -100)).sum() if name in _ON_LABELS else answer.numel()
+            value = value / n
+        if is_data:
+            key = f"{len(self._losses)}.{name}"
+            constant = self._baselines.constant(key, name, answer.detach(), target, options)
+        self._add_loss(name, answer, target, options, value, constant)
+
+    def _record_difference(self, args: Sequence[Any], result: Tensor) -> None:
+        both = [arg for arg in args if isinstance(arg, Tensor)]
+        if len(both) != 2 or both[0].requires_grad == both[1].requires_grad:
+            return
+        answer, target = sorted(both, key=lambda tensor: not tensor.requires_grad)
+        if is_measurable(answer) and is_measurable(target) and self._is_data(target) and self._n_calls:
+            self._add_loss("difference", answer, target, {}, None, None)
+
+    def _add_loss(
+        self,
+        name: str,
+        answer: Tensor,
+        target: Tensor,
+        options: dict[str, Any],
+        value: Tensor | None,
+        constant: Tensor | None,
+    ) -> None:
+        if len(self._losses) >= 32:
+            return
+        add = self._scalars.add
+        flags = {
+            cause: add(torch.as_tensor(flag, device=answer.device))
+            for cause, flag in loss_calls.broken_conditions(name, answer, target, options)
+        }
+        if name == "difference" and not flags:
+            return
+        nothing = torch.full((), torch.nan, device=answer.device)
+        index = add(nothing if value is None else value)
+        self._losses.append(_Loss(name, flags, index, None if constant is None else add(constant)))
+
+    def _record_units(self, name: str, output: Tensor) -> None:
+        layer = self._layers.get(self._last)
+        if layer is None or not is_measurable(output) or len(self._units) >= MAX_CALLS:
+            return
+        layer.activation = layer.activation or name
+        dim = layer.units if output.ndim > -layer.units else -1
+        dead = saturated = None
+        if name in units.RECTIFIERS or name in units.SMOOTH_RECTIFIERS:
+            dead = units.dead_share(output.detach(), dim, smooth=name in units.SMOOTH_RECTIFIERS)
+        if name in units.SATURATING:
+            saturated = units.saturated_share(output.detach(), dim, name)
+        if dead is not None or saturated is not None:
+            module = self._modules[-1] if self._modules else ""
+            shares = [None if share is None else self._scalars.add(share) for share in (dead, saturated)]
+            self._units.append(_Units(layer.name, module, name, shares[0], shares[1], after=self._n_calls))
+
+    def _after_layer(self, name: str, module: nn.Module, inputs: Any, output: Any) -> None:
+        if not self._records():
+            return
+        with _silent(), torch._C.DisableTorchFunction():
+            tensor = next((leaf for leaf in _tensors(output) if is_measurable(leaf)), None)
+            if tensor is None or self._n_calls >= MAX_CALLS:
+                return
+            layer = self._layers.get(name)
+            if layer is None:
+                dim = 1 - tensor.ndim if isinstance(module, _ConvNd) else -1
+                layer = self._layers[name] = _Layer(name, dim, self._scalars.add(rms(tensor)))
+            layer.calls += 1
+            self._last = name
+            self._n_calls += 1
+            if tensor.requires_grad:
+                tensor.register_hook(partial(self._on_gradient, layer))  # type: ignore[no-untyped-call]
+            if isinstance(module, nn.RNNBase) and module.mode != "RNN_RELU":
+                share = units.saturated_share(tensor.detach(), -1, "tanh")
+                if share is not None:
+                    index = self._scalars.add(share)
+                    self._units.append(_Units(name, name, "tanh", None, index, after=-1))
+
+    def _on_gradient(self, layer: _Layer, gradient: Tensor) -> None:
+        if not self._is_open:
+            return
+        with _silent(), torch._C.DisableTorchFunction(), torch.no_grad():
+            layer.gradients.append(self._scalars.add(rms(gradient)))
+            if layer.name == self._last:
+                self._one_signed[layer.name] = self._scalars.add(loss_calls.is_one_signed(gradient))
+
+    def _before_recurrence(self, name: str, module: nn.RNNBase, inputs: Any) -> Any:
+        """Has the gradient at the module's input recorded, by a view of it."""
+        if not self._records() or not torch.is_grad_enabled():
+            return None
+        with _silent(), torch._C.DisableTorchFunction():
+            first, *rest = inputs
+            packed = first if isinstance(first, PackedSequence) else None
+            tensor = first if packed is None else packed.data
+            if not is_measurable(tensor) or not any(p.requires_grad for p in module.parameters()):
+                return None
+            if tensor.ndim < (2 if packed is not None else 3):
+                return None
+            seen = tensor.view_as(tensor) if tensor.requires_grad else tensor.detach().requires_grad_()
+            sizes = None if packed is None else packed.batch_sizes.tolist()
+            dim = 1 if module.batch_first else 0
+            seen.register_hook(partial(self._on_gradient_through_time, name, dim, sizes))
+            return (seen if packed is None else packed._replace(data=seen), *rest)
+        return None
+
+    def _on_gradient_through_time(
+        self, name: str, dim: int, sizes: list[int] | None, gradient: Tensor
+    ) -> None:
+        if not self._is_open or name in self._times:
+            return
+        with _silent(), torch._C.DisableTorchFunction(), torch.no_grad():
+            if sizes is None:
+                others = [d for d in range(gradient.ndim) if d != dim]
+                norms = torch.linalg.vector_norm(gradient, dim=others, dtype=torch.float32)
+            else:
+                norms = torch.stack(
+                    [part[: sizes[-1]].float().norm() for part in torch.split(gradient, sizes)]
+                )
+            steps = torch.arange(len(norms), device=norms.device)
+            last = norms[(steps * (norms > 0)).argmax()]
+            self._times[name] = (
+                self._scalars.add(norms[0]),
+                self._scalars.add(last),
+                self._scalars.add(norms.max()),
+            )
+
+    def _hook(self, handle: Any) -> None:
+        self._hooks.callback(handle.remove)
+
+
+_ON_LABELS = ("cross_entropy", "nll_loss")
+
+
+def layers_through_time(layers: Sequence[LayerSignal]) -> Iterator[LayerSignal]:
+    """Yields the layers that one pass calls so often that they are cells of a recurrence.
+
+    Gradients arrive last step first.
+    """
+    for layer in layers:
+        if len(layer.gradients) >= MIN_TIMES:
+            yield layer
+
+
+def _tensors(output: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Leaves a signal out where it cannot be measured: a diagnosis never stops the run."""
+    with suppress(Exception):
+        yield

@@ -1,0 +1,288 @@
+"""Failing programs are named with cause and layer, healthy ones never; nothing is written."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+
+from lightning_gradguard import Incident, TrainingDiagnosis
+from tests.tasks import Classifier, batches, fit, optimizer_state, same, weights
+
+Change = Callable[[Any], Any]
+
+
+class Listener(pl.Callback):
+    def __init__(self) -> None:
+        self.found: list[Incident] = []
+
+    def on_training_incident(self, trainer: Any, pl_module: Any, incident: Incident) -> None:
+        self.found.append(incident)
+
+
+class Task(Classifier):
+    """The classifier with another network, loss or optimizer."""
+
+    def __init__(
+        self, net: nn.Module | None = None, loss: Any = functional.cross_entropy, optimizer: Any = None
+    ) -> None:
+        super().__init__("adam")
+        self.net = net or self.net  # type: ignore[assignment]
+        self.loss, self.make = loss, optimizer
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        loss: Tensor = self.loss(self.net(batch[0]), batch[1])
+        return loss
+
+    def configure_optimizers(self) -> Any:
+        return super().configure_optimizers() if self.make is None else self.make(self.net)
+
+
+def diagnosed(module: pl.LightningModule, n: int = 12, data: Any = None, **trainer: Any) -> list[Incident]:
+    listener = Listener()
+    fit(module, data or batches(n), [TrainingDiagnosis(), listener], **trainer)
+    return listener.found
+
+
+def deep(act: type[nn.Module], depth: int, std: float | None = None, norm: bool = False) -> nn.Sequential:
+    torch.manual_seed(0)
+    layers: list[nn.Module] = []
+    for i in range(depth):
+        linear = nn.Linear(20 if i == 0 else 32, 32)
+        if std is not None:
+            nn.init.normal_(linear.weight, 0, std)
+        layers += [linear, *([nn.BatchNorm1d(32)] if norm else []), act()]
+    return nn.Sequential(*layers, nn.Linear(32, 4))
+
+
+def biased(net: nn.Sequential, layer: int, bias: float) -> nn.Sequential:
+    nn.init.constant_(net[layer].bias, bias)  # type: ignore[arg-type]
+    return net
+
+
+def one_unit(*head: nn.Module) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(20, 32), nn.ReLU(), nn.Linear(32, 1), *head)
+
+
+def values(n: int = 12, scale: float = 1.0, shift: float = 0.0, flat: bool = False) -> Any:
+    found = [(x, x[:, :1] * scale + shift) for x, _ in batches(n)]
+    return [(x, y.squeeze(1)) for x, y in found] if flat else found
+
+
+def by_hand(answer: Tensor, target: Tensor) -> Tensor:
+    return (answer - target).square().mean()
+
+
+def rate(lr: float) -> Change:
+    return lambda net: torch.optim.SGD(net.parameters(), lr)
+
+
+FAILING: dict[str, tuple[str, str, str, Callable[[], Any], Any]] = {
+    "sigmoid": ("vanishing_gradient", "saturating_activations", "net.0",
+                lambda: Task(deep(nn.Sigmoid, 10)), None),
+    "tiny weights": ("vanishing_gradient", "", "net.0", lambda: Task(deep(nn.ReLU, 8, 0.03)), None),
+    "large weights": ("exploding_gradient", "large_weights", "net.0",
+                      lambda: Task(deep(nn.ReLU, 8, 0.9)), None),
+    "rate": ("exploding_gradient", "update_too_large", "", lambda: Task(optimizer=rate(100.0)), None),
+    "softmax": ("stuck_loss", "softmax_before_loss", "net.6",
+                lambda: Task(loss=lambda z, y: functional.cross_entropy(z.softmax(1), y)), None),
+    "nll": ("stuck_loss", "not_log_probabilities", "net.6", lambda: Task(loss=functional.nll_loss), None),
+    "one class": ("stuck_loss", "single_class", "net.2",
+                  lambda: Task(one_unit(nn.Softmax(1)), by_hand), values()),
+    "broadcast": ("stuck_loss", "broadcast_targets", "net.2",
+                  lambda: Task(one_unit(), by_hand), values(flat=True)),
+    "out of reach": ("stuck_loss", "unreachable_targets", "net.2",
+                     lambda: Task(one_unit(nn.Sigmoid()), functional.mse_loss), values(shift=-5.0)),
+    "logits": ("stuck_loss", "softmax_before_loss", "net.2",
+               lambda: Task(one_unit(nn.Sigmoid()), functional.binary_cross_entropy_with_logits),
+               [(x, (y > 0).float()) for x, y in values()]),
+    "dead": ("dead_units", "", "net.2", lambda: Task(biased(deep(nn.ReLU, 4), 2, -20.0)), None),
+    "saturated": ("saturated_units", "", "net.2", lambda: Task(biased(deep(nn.Tanh, 4), 2, 20.0)), None),
+    "forgotten": ("weight_stagnation", "not_in_optimizer", "net.0",
+                  lambda: Task(optimizer=lambda net: torch.optim.Adam(net[4:].parameters())), None),
+    "rate of 0": ("weight_stagnation", "learning_rate_too_low", "net.0",
+                  lambda: Task(optimizer=rate(0.0)), None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FAILING)
+def test_failing_program_is_named_with_cause_and_layer(name: str) -> None:
+    kind, cause, layer, make, data = FAILING[name]
+    n = 25 if name == "rate of 0" else 12
+    (incident,) = diagnosed(make(), n, data)
+    assert incident.kind == kind
+    assert not cause or incident.cause == cause
+    assert any(where.startswith(layer) for where in incident.where[:3])
+    assert incident.detail.startswith("Since step ")
+    assert incident.step < n
+    assert "{code}" not in incident.advice
+
+
+def linear_values(n: int = 12) -> Any:
+    return values(n, 0.5)
+
+
+HEALTHY: dict[str, tuple[Callable[[], Any], Any]] = {
+    "classifier": (Classifier, None),
+    "batch normalization and dropout": (lambda: Classifier("adam", norm=True, dropout=0.2), None),
+    "regression": (lambda: Task(one_unit(), functional.mse_loss), linear_values()),
+    "bounded regression": (lambda: Task(one_unit(nn.Sigmoid()), functional.mse_loss),
+                           [(x, y.sigmoid()) for x, y in values()]),
+    "log-softmax": (lambda: Task(loss=lambda z, y: functional.nll_loss(z.log_softmax(1), y)), None),
+    "frozen body": (lambda: Task(_frozen(deep(nn.ReLU, 3))), None),
+}  # fmt: skip
+
+
+def _frozen(net: nn.Sequential) -> nn.Sequential:
+    net[:-1].requires_grad_(False)
+    return net
+
+
+@pytest.mark.parametrize("name", HEALTHY)
+def test_healthy_program_has_no_incident(name: str) -> None:
+    make, data = HEALTHY[name]
+    assert diagnosed(make(), 60, data and data * 5) == []
+
+
+def test_labels_that_say_nothing_are_a_stuck_loss() -> None:
+    data = [(x, y.roll(1)) for x, y in batches(180, size=64)]
+    (incident,) = diagnosed(Task(loss=_nll_by_hand), data=data)
+    assert (incident.kind, incident.cause, incident.step) == ("stuck_loss", "", 175)
+    assert "permuted" in incident.detail
+
+
+def _nll_by_hand(logits: Tensor, target: Tensor) -> Tensor:
+    return -logits.log_softmax(1)[torch.arange(len(target)), target].mean()
+
+
+def test_what_follows_from_a_cause_is_listed_under_it() -> None:
+    diagnosis = TrainingDiagnosis()
+    fit(Task(biased(deep(nn.ReLU, 4), 2, -20.0)), batches(60), [diagnosis])
+    (root,) = diagnosis.diagnosis.roots
+    assert root.kind == "dead_units"
+    assert ("weight_stagnation", 25) in root.followed_by
+
+
+def test_chosen_symptoms_alone_are_published() -> None:
+    listener = Listener()
+    fit(Task(deep(nn.Sigmoid, 10)), batches(12), [TrainingDiagnosis(symptoms=["dead_units"]), listener])
+    assert listener.found == []
+
+
+@pytest.mark.parametrize("arguments", [{"every_n_steps": 0}, {"symptoms": ["measles"]}])
+def test_wrong_arguments_are_quoted(arguments: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"0|measles"):
+        TrainingDiagnosis(**arguments)
+
+
+class Recurrent(Classifier):
+    def __init__(self, kind: type[nn.RNNBase]) -> None:
+        super().__init__("adam")
+        self.rnn = kind(4, 16, batch_first=True)
+        self.head = nn.Linear(16, 4)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        out = self.rnn(batch[0].view(-1, 5, 4))[0]
+        return functional.cross_entropy(self.head(out[:, -1]), batch[1])
+
+
+class Manual(Classifier):
+    """Two optimizers by hand."""
+
+    def __init__(self) -> None:
+        super().__init__(norm=True, dropout=0.1)
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        for optimizer in self.optimizers():  # type: ignore[union-attr]
+            loss = functional.cross_entropy(self.net(batch[0]), batch[1])
+            optimizer.zero_grad()
+            self.manual_backward(loss)
+            optimizer.step()
+
+    def configure_optimizers(self) -> Any:
+        return [torch.optim.Adam(self.net[:4].parameters()), torch.optim.SGD(self.net[4:].parameters(), 0.1)]
+
+
+class Checkpointed(Classifier):
+    """Computes the body again in the backward pass; parts are a dictionary, scripted, under `vmap`, shared."""
+
+    def __init__(self) -> None:
+        super().__init__("adam", dropout=0.1)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            inputs = torch.zeros(1, 4)
+            self.scripted: Any = torch.jit.trace(nn.Linear(4, 4), inputs)  # type: ignore[no-untyped-call]
+        self.again = self.net[0]
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        x, y = batch
+        logits: Any = checkpoint(self.net, x, use_reentrant=False)
+        logits = logits + self.scripted(logits) + 0 * self.again(x)[:, :4]
+        mapped = torch.vmap(lambda row: self.net[6](row.tanh()))(x.repeat(1, 4)[:, :64])
+        return {"loss": functional.cross_entropy(logits + 0.1 * mapped, y), "logits": logits}
+
+
+PROGRAMS: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
+    "normalization and dropout": (lambda: Classifier("adam", norm=True, dropout=0.2), {}),
+    "momentum, clipped": (lambda: Classifier(norm=True), {"gradient_clip_val": 0.1}),
+    "RNN": (lambda: Recurrent(nn.RNN), {}),
+    "LSTM": (lambda: Recurrent(nn.LSTM), {}),
+    "GRU": (lambda: Recurrent(nn.GRU), {}),
+    "two optimizers by hand": (Manual, {}),
+    "accumulation": (lambda: Classifier(norm=True), {"accumulate_grad_batches": 2}),
+    "bf16": (lambda: Classifier("adam", norm=True), {"precision": "bf16-mixed"}),
+    "checkpoint, vmap, script": (Checkpointed, {}),
+    "permuted targets": (lambda: Task(Classifier(norm=True, dropout=0.2).net, _nll_by_hand), {"n": 152}),
+}
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_watching_changes_nothing(name: str) -> None:
+    make, arguments = PROGRAMS[name]
+    n = arguments.get("n", 40)
+    trainer_arguments = {key: value for key, value in arguments.items() if key != "n"}
+    results = []
+    for callbacks in ([], [TrainingDiagnosis()]):
+        torch.manual_seed(0)
+        module = make()
+        torch.manual_seed(1)
+        data = [(x, y.roll(1)) for x, y in batches(n)] if n > 40 else batches(n)
+        trainer = fit(module, data, callbacks, **trainer_arguments)
+        results.append(
+            [*weights(module), *module.buffers(), *optimizer_state(trainer), torch.get_rng_state()]
+        )
+        assert "training_step" not in vars(module)
+    assert same(*results)
+
+
+def test_step_that_raises_restores_the_module() -> None:
+    class Raising(Classifier):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            raise RuntimeError("mine")
+
+    module = Raising()
+    with pytest.raises(RuntimeError, match="mine"):
+        fit(module, batches(3), [TrainingDiagnosis()])
+    assert "training_step" not in vars(module)
+
+
+def test_compiled_module_is_not_hooked() -> None:
+    module = Task(deep(nn.Sigmoid, 10))
+    module.net[0].compile(backend="eager")
+    assert diagnosed(module, 4) == []
+
+
+def test_restored_diagnosis_continues_with_what_it_has_seen() -> None:
+    callback, resumed = TrainingDiagnosis(), TrainingDiagnosis()
+    fit(Task(biased(deep(nn.ReLU, 4), 2, -20.0)), batches(30), [callback])
+    resumed.load_state_dict(callback.state_dict())
+    assert resumed.diagnosis.roots == callback.diagnosis.roots != []
+    assert resumed.diagnosis.state_dict() == callback.diagnosis.state_dict()
