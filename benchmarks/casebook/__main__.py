@@ -53,7 +53,7 @@ def run(one: Case, bare: bool) -> dict[str, Any]:
     module = one.make()
     listener = _Listener()
     omitted = ("initialization_check", "nan_rollback", "adaptive_gradient_clipping", "learning_rate_backoff")
-    suite = default_callbacks(**dict.fromkeys(omitted if bare else omitted[:1]))  # type: ignore[arg-type]
+    suite = default_callbacks(**dict.fromkeys(omitted if bare else omitted[:1]))
     trainer = pl.Trainer(
         **{**QUIET, "max_steps": -1, "max_epochs": 1, **one.trainer}, callbacks=[*suite, listener]
     )

@@ -65,7 +65,7 @@ class RecoveryPolicy:
         self._max_skip_fraction = max_skip_fraction
         self.rollbacks = 0
         self.has_good_step = False
-        self._given_up = ""
+        self._stop_cause = ""
         self.is_adversarial = False
         self._spent = 0
         self._good_steps = 0
@@ -133,9 +133,9 @@ class RecoveryPolicy:
         is_useless = self.is_useless and not self.has_good_step
         return "roll_back" if self._spent < self._max_rollbacks and not is_useless else "stop"
 
-    def give_up(self, reason: str) -> Decision:
+    def stop_for(self, reason: str) -> Decision:
         """Returns the decision to stop for a reason that is no budget."""
-        self._given_up = reason
+        self._stop_cause = reason
         return "stop"
 
     @property
@@ -153,8 +153,8 @@ class RecoveryPolicy:
         """Description of the budget that is used up, or of the wish to stop at once."""
         if self.is_stopped_at_first:
             return "the loss, or a gradient, is nonfinite (on_nonfinite='stop')"
-        if self._given_up:
-            return self._given_up
+        if self._stop_cause:
+            return self._stop_cause
         if not self.has_good_step:
             return f"no step was ever finite, and {self.rollbacks} rollbacks did not change that"
         if self.skips_too_often:
@@ -181,7 +181,7 @@ class RecoveryPolicy:
 
     def reset_budgets(self) -> None:
         """Starts counting again, as before any intervention."""
-        self._given_up = ""
+        self._stop_cause = ""
         self._spent = 0
         self._skipped_in_a_row.clear()
         self._outcomes.clear()

@@ -183,7 +183,7 @@ def test_wrong_arguments_are_quoted(arguments: dict[str, Any]) -> None:
 
 
 class Recurrent(Classifier):
-    def __init__(self, kind: type[nn.RNNBase]) -> None:
+    def __init__(self, kind: Callable[..., nn.RNNBase]) -> None:
         super().__init__("adam")
         self.rnn = kind(4, 16, batch_first=True)
         self.head = nn.Linear(16, 4)
@@ -212,14 +212,14 @@ class Manual(Classifier):
 
 
 class Checkpointed(Classifier):
-    """Computes the body again in the backward pass; parts are a dictionary, scripted, under `vmap`, shared."""
+    """Computes its body again in the backward pass; has scripted, shared and `vmap` parts."""
 
     def __init__(self) -> None:
         super().__init__("adam", dropout=0.1)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)
             inputs = torch.zeros(1, 4)
-            self.scripted: Any = torch.jit.trace(nn.Linear(4, 4), inputs)  # type: ignore[no-untyped-call]
+            self.scripted: Any = torch.jit.trace(nn.Linear(4, 4), inputs)
         self.again = self.net[0]
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:

@@ -71,7 +71,7 @@ class DivergenceDetector:
 
     @property
     def suspicion(self) -> Anomaly:
-        """What to suspect after each 50 steps without progress."""
+        """Suspicion after each 50 steps without progress."""
         is_due = self._n_steps > 0 and self._n_steps % NO_PROGRESS_STEPS == 0
         if not is_due or self.made_progress or self._first <= 0:
             return ""

@@ -42,7 +42,12 @@ Run = Callable[[], tuple[Sequence[Tensor], Sequence[Tensor]]]
 
 
 def investigate(
-    module: nn.Module, run: Run, batch: Any, *, out_of_range: Mapping[str, OutOfRange] | None = None
+    module: nn.Module,
+    run: Run,
+    batch: Any,
+    *,
+    out_of_range: Mapping[str, OutOfRange] | None = None,
+    repeats_finite: bool = True,
 ) -> Origin:
     """Runs a batch again and finds the origin of its nonfinite value.
 
@@ -57,6 +62,8 @@ def investigate(
         batch: Input of `run`, in which the origin may be; any nesting of tensors.
         out_of_range: Tensors of weights or optimizer state with elements out of range; see
             `out_of_range_elements`.
+        repeats_finite: True to run a batch that turns out finite once more, without the checks. False if
+            `run` may communicate with ranks whose batches are not finite.
 
     Returns:
         The origin; its cause is `"transient"` if losses and gradients are finite. If `run` raises, the origin
@@ -91,7 +98,7 @@ def investigate(
         return _classify(_source(trace.record_of(nonfinite)), out_of_range, parts, trace)
     overflows = _total_norm_overflows(gradients)
     if not (overflows or corrupted):
-        return _finite(module, run)
+        return _finite(module, run, repeats=repeats_finite)
     if out_of_range:
         return origin_in_weights(out_of_range)
     if overflows:
@@ -120,11 +127,14 @@ def _raised(error: Exception, origin: Origin) -> Origin:
     )
 
 
-def _finite(module: nn.Module, run: Run) -> Origin:
+def _finite(module: nn.Module, run: Run, *, repeats: bool) -> Origin:
     """The origin if nothing is nonfinite in the trace: code may run otherwise without one."""
-    with preserve_state(module), torch.enable_grad():
-        losses, gradients = run()
-    if not any(map(is_nonfinite, (*losses, *gradients))):
+    numbers: tuple[Tensor, ...] = ()
+    if repeats:
+        with preserve_state(module), torch.enable_grad():
+            losses, gradients = run()
+        numbers = (*losses, *gradients)
+    if not any(map(is_nonfinite, numbers)):
         detail = "Run again on the same weights, in the same way, the batch gives finite numbers."
         return Origin("transient", detail=detail)
     if _has_compiled_code():

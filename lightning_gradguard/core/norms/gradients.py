@@ -25,7 +25,7 @@ def _index_tensor(indices: tuple[int, ...], device: torch.device) -> Tensor:
 
 @dataclass(frozen=True)
 class StepContext:
-    """What a step is besides its gradients, for policies that relate a norm to the update it leads to.
+    """Facts about a step besides its gradients, for policies that relate a norm to its update.
 
     Args:
         loss: Mean loss of the step over ranks and accumulated batches; NaN if none was seen.

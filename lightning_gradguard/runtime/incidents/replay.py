@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 from lightning_gradguard.core.forensics import Origin, OutOfRange, investigate
 from lightning_gradguard.core.snapshots import StepRandomness, set_rng_state
 from lightning_gradguard.runtime import lightning_api
+from lightning_gradguard.runtime.distributed import world_size
 from lightning_gradguard.runtime.incidents.invalid_batches import original_step
 
 
@@ -92,7 +93,10 @@ def replay(
 
     try:
         with without_logging(pl_module), _gradients_restored(pl_module):
-            origin = investigate(pl_module, run, seen.batch, out_of_range=out_of_range)
+            # of several ranks, only those with finite batches would run theirs once more
+            origin = investigate(
+                pl_module, run, seen.batch, out_of_range=out_of_range, repeats_finite=world_size() == 1
+            )
     except Exception as error:
         return Origin("unknown", detail=f"The batch could not be run again: {error!r}")
     if origin.cause == "transient" and randomness.draws_on_host and "numpy" not in seen.rng:

@@ -327,7 +327,7 @@ class RollbackSession:
             and self._policy.is_useless
             and self._investigation.cause == "optimizer_epsilon"
         ):
-            decision = self._policy.give_up("the optimizer divides by an epsilon of 0 at any learning rate")
+            decision = self._policy.stop_for("the optimizer divides by an epsilon of 0 at any learning rate")
         if decision == "stop":
             self._stop()
         if decision == "roll_back":
