@@ -62,6 +62,8 @@ def rms(tensor: Tensor) -> Tensor:
     """Returns the root mean square of a tensor, or of this rank's shard of it; shape `()`, float32."""
     local = tensor.detach()
     local = local.to_local() if isinstance(local, DTensor) else local
-    norm: Tensor = torch.linalg.vector_norm(local, dtype=torch.float32)
-    scaled: Tensor = norm / max(local.numel(), 1) ** 0.5
-    return scaled
+    # torch computes no norm in a narrower dtype; complex ones have a modulus
+    wide = torch.float64 if local.dtype in (torch.float64, torch.complex128) else torch.float32
+    values = local.abs() if local.is_complex() else local
+    norm = torch.linalg.vector_norm(values, dtype=wide)
+    return (norm / max(local.numel(), 1) ** 0.5).float()
