@@ -65,5 +65,5 @@ def rms(tensor: Tensor) -> Tensor:
     # torch computes no norm in a narrower dtype; complex ones have a modulus
     wide = torch.float64 if local.dtype in (torch.float64, torch.complex128) else torch.float32
     values = local.abs() if local.is_complex() else local
-    norm = torch.linalg.vector_norm(values, dtype=wide)
-    return (norm / max(local.numel(), 1) ** 0.5).float()
+    norm: Tensor = torch.linalg.vector_norm(values, dtype=wide)
+    return norm.float() / math.sqrt(max(local.numel(), 1))

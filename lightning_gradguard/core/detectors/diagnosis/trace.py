@@ -333,7 +333,7 @@ class StepTrace(TorchFunctionMode):
         with _silent(), torch._C.DisableTorchFunction(), torch.no_grad():
             if sizes is None:
                 others = [d for d in range(gradient.ndim) if d != dim]
-                norms = torch.linalg.vector_norm(gradient, dim=others, dtype=torch.float32)
+                norms = torch.linalg.vector_norm(gradient.float(), dim=others)
             else:
                 norms = torch.stack(
                     [part[: sizes[-1]].float().norm() for part in torch.split(gradient, sizes)]
