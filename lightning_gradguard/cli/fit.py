@@ -18,7 +18,7 @@ from lightning_gradguard.cli.parsing.lightning_cli import command_line, fit_argv
 _HELP = """\
 usage: lightning-gradguard fit --model my.Module [--data my.Data] [-c FILE] [options]
 
-Trains your own module with all five callbacks in place, and saves the configuration beside the logs of
+Trains your own module with all callbacks in place, and saves the configuration beside the logs of
 the run. It is LightningCLI, with all its options.
 
 options:
