@@ -157,7 +157,7 @@ def time_in_turn(
 
 
 def is_hot(step: int) -> bool:
-    """True if a step is neither logged, nor sampled by the diagnosis, nor near one of the suite's snapshots."""
+    """True if a step is not logged, not sampled by the diagnosis, and not near one of the snapshots."""
     is_diagnosed = is_sampled(step - 1, SAMPLE_EVERY)  # steps are counted from 1 here
     return step % LOG_EVERY != 0 and not is_diagnosed and not _is_near_snapshot(step)
 
