@@ -18,11 +18,14 @@ from greenlet import getcurrent, greenlet
 
 from benchmarks.cost.peers import LOG_EVERY, Variant
 from benchmarks.quiet_trainer import QUIET
+from lightning_gradguard.runtime.sampled_step import is_sampled
 
 #: Reported length of an epoch, so that no step is the last.
 ENDLESS = 10**6
 #: Steps between the suite's snapshots, by default.
 SNAPSHOT_EVERY = 50
+#: Interval of the samples of `TrainingDiagnosis`, its default.
+SAMPLE_EVERY = 100
 
 #: Of one fit: number of a step, from 1, and its seconds.
 Seconds = dict[int, float]
@@ -154,8 +157,9 @@ def time_in_turn(
 
 
 def is_hot(step: int) -> bool:
-    """True if a step is neither logged nor near one of the suite's snapshots."""
-    return step % LOG_EVERY != 0 and not _is_near_snapshot(step)
+    """True if a step is not logged, not sampled by the diagnosis, and not near one of the snapshots."""
+    is_diagnosed = is_sampled(step - 1, SAMPLE_EVERY)  # steps are counted from 1 here
+    return step % LOG_EVERY != 0 and not is_diagnosed and not _is_near_snapshot(step)
 
 
 def is_logged(step: int) -> bool:

@@ -151,7 +151,8 @@ class SampledStep:
         device = self._pl_module.device
         permuted = torch.full((2,), torch.nan, device=device) if self._permuted is None else self._permuted
         traced = torch.zeros(0, device=device) if self._numbers is None else self._numbers
-        parts = [permuted, traced, *(update.values() for update in self._logged)]
+        # with tensor parallelism, numbers of sharded layers are replicated
+        parts = [local_shard(part) for part in (permuted, traced, *(u.values() for u in self._logged))]
         self._sizes = [len(part) for part in parts]
         return torch.cat([part.to(device, torch.float64) for part in parts])
 

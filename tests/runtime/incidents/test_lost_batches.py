@@ -15,6 +15,7 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 
 from lightning_gradguard import Incident, NaNRollback
+from lightning_gradguard.core.snapshots.ring import PATIENCE
 from lightning_gradguard.runtime.incidents.lost_batches import RECOGNIZED_BY, LostBatches
 from tests.tasks import (
     Batch,
@@ -263,7 +264,8 @@ def test_memory_stays_bounded_in_a_long_run(check: Any) -> None:
     rollback = NaNRollback(check=check, snapshot_every_n_steps=10, keep_snapshots=2, max_dossiers=0)
     look = Look()
     fit(Classifier(), poisoned(batches(200, size=4), nan=[77, 130]), [rollback, look], max_epochs=2)
-    assert look.most < 5 * 11
+    # the oldest snapshot may have four after it that are not trusted, a fifth that is, and a pending one
+    assert look.most < (1 + PATIENCE + 1) * 11
 
 
 def test_no_references_to_batches_are_kept() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict, deque
 from collections.abc import Mapping
+from functools import partial
 from statistics import mean
 from typing import Any
 
@@ -22,7 +23,7 @@ class Progress:
     def __init__(self) -> None:
         self.first = math.nan
         self._losses: deque[float] = deque(maxlen=RECENT)
-        self._calls: dict[str, deque[float]] = defaultdict(lambda: deque(maxlen=RECENT))
+        self._calls: dict[str, deque[float]] = defaultdict(partial(deque, maxlen=RECENT))
         self._ratios: list[float] = []
 
     def update(self, sample: Sample) -> None:

@@ -58,12 +58,16 @@ def is_measurable(value: object) -> bool:
     )
 
 
+def accumulated_in(tensor: Tensor) -> torch.dtype:
+    """Returns the dtype in which a norm of a tensor is computed: float32, or float64 for float64."""
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
 def rms(tensor: Tensor) -> Tensor:
-    """Returns the root mean square of a tensor, or of this rank's shard of it; shape `()`, float32."""
+    """Returns the root mean square of a tensor, or of this rank's shard of it; shape `()`."""
     local = tensor.detach()
     local = local.to_local() if isinstance(local, DTensor) else local
-    # torch computes no norm in a narrower dtype; complex ones have a modulus
-    wide = torch.float64 if local.dtype in (torch.float64, torch.complex128) else torch.float32
-    values = local.abs() if local.is_complex() else local
-    norm: Tensor = torch.linalg.vector_norm(values, dtype=wide)
-    return norm.float() / math.sqrt(max(local.numel(), 1))
+    local = local.abs() if local.is_complex() else local
+    norm: Tensor = torch.linalg.vector_norm(local, dtype=accumulated_in(local))
+    scaled: Tensor = norm / max(local.numel(), 1) ** 0.5
+    return scaled

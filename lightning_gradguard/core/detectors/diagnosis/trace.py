@@ -25,7 +25,12 @@ from lightning_gradguard.core.detectors.diagnosis.sample import (
     TimeSignal,
     UnitSignal,
 )
-from lightning_gradguard.core.detectors.diagnosis.scalars import DeviceScalars, is_measurable, rms
+from lightning_gradguard.core.detectors.diagnosis.scalars import (
+    DeviceScalars,
+    accumulated_in,
+    is_measurable,
+    rms,
+)
 from lightning_gradguard.core.parameter_names import plain_name
 
 #: Calls of layers that are recorded; a long recurrence has more.
@@ -333,7 +338,7 @@ class StepTrace(TorchFunctionMode):
         with _silent(), torch._C.DisableTorchFunction(), torch.no_grad():
             if sizes is None:
                 others = [d for d in range(gradient.ndim) if d != dim]
-                norms = torch.linalg.vector_norm(gradient.float(), dim=others)
+                norms = torch.linalg.vector_norm(gradient, dim=others, dtype=accumulated_in(gradient))
             else:
                 norms = torch.stack(
                     [part[: sizes[-1]].float().norm() for part in torch.split(gradient, sizes)]
