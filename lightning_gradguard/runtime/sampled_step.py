@@ -171,7 +171,7 @@ class SampledStep:
     def nonfinite(self) -> tuple[tuple[str, ...], float]:
         """Returns the parameters with a nonfinite gradient that no callback checks, and their share.
 
-        The sample has been read. It has no updates with a nonfinite norm: a diagnosis learns nothing from them.
+        The sample has been read; updates with a nonfinite norm are not in it.
         """
         if any(update.logged.was_checked for update in self._logged):
             return (), 0.0

@@ -61,9 +61,7 @@ def test_the_band_has_the_steps_that_tensorboard_insists_on(server: Server) -> N
         assert all(b <= t for (_, b), (_, t) in zip(low, high, strict=True))
     totals = server.scalars("guarded", "grad_norm/total")
     steps = [s for s, _ in totals]
-    assert steps[:10] == [0, 1, 2, 3, 4, 5, 6, 7, 11, 12], (
-        "three steps are skipped, and rolled back to the start"
-    )
+    assert steps[:10] == [0, 1, 2, 3, 4, 5, 6, 7, 11, 12], "three skipped, and rolled back to the start"
     message = "two norms make a band for the third, at the start and after the rollback"
     assert [s for s, _ in value] == [*steps[2:8], *steps[10:]], message
 
