@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import os
 import re
@@ -46,6 +47,14 @@ def pages_with(language: str) -> list[str]:
 def _seed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Sets a seed: without one, LightningCLI chooses one and warns."""
     monkeypatch.setenv("PL_GLOBAL_SEED", "0")
+
+
+@pytest.fixture(autouse=True)
+def _logger(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Restores the logger: snippets turn messages off, and send them to a file."""
+    logger = logging.getLogger("lightning_gradguard")
+    monkeypatch.setattr(logger, "handlers", logger.handlers[:])
+    monkeypatch.setattr(logger, "level", logger.level)
 
 
 @pytest.fixture

@@ -151,7 +151,7 @@ def watched(*callbacks: pl.Callback) -> Callbacks:
 
 
 def suite() -> Callbacks:
-    """All five callbacks, with repair of the initialization."""
+    """All six callbacks, with repair of the initialization."""
     return default_callbacks(
         initialization_check=InitializationCheck(on_failure="repair"),
         gradient_norm_monitor=GradientNormMonitor(level="parameter", figure_every_n_steps=0),

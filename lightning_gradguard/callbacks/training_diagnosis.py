@@ -75,13 +75,11 @@ class TrainingDiagnosis(StepCallback):
     def __init__(self, every_n_steps: int = 100, symptoms: Sequence[str] | None = None) -> None:
         super().__init__()
         self.settings = non_defaults(TrainingDiagnosis, locals())
-        if every_n_steps < 1:
-            raise ValueError(f"every_n_steps={every_n_steps!r} must be at least 1.")
         chosen = SYMPTOMS if symptoms is None else arguments.names("symptoms", symptoms)
         unknown = [symptom for symptom in chosen if symptom not in SYMPTOMS]
         if unknown:
             raise ValueError(f"symptoms={unknown[0]!r} must be of {', '.join(SYMPTOMS)}.")
-        self.every_n_steps = every_n_steps
+        self.every_n_steps = arguments.whole_number("every_n_steps", every_n_steps)
         self.symptoms = tuple(chosen)
         self.diagnosis = Diagnosis()
         self._baselines = LossBaselines()
@@ -167,7 +165,7 @@ class TrainingDiagnosis(StepCallback):
             return
         sample = record.read(numbers)
         findings = self.diagnosis.update(sample)
-        where, share = record.nonfinite(sample)
+        where, share = record.nonfinite()
         if where:
             finding = Finding("nonfinite_gradient", "unknown", where, share, "", "update", since=sample.step)
             findings = [*findings, *self.diagnosis.add_once(finding)]

@@ -15,7 +15,7 @@ from typing import Any
 import pytorch_lightning as pl
 from pytorch_lightning.loggers import TensorBoardLogger
 
-from lightning_gradguard import GradientNormMonitor, LearningRateBackoff, default_callbacks
+from lightning_gradguard import GradientNormMonitor, LearningRateBackoff, TrainingDiagnosis, default_callbacks
 from lightning_gradguard.runtime.incidents.journal import count_incidents
 from lightning_gradguard.runtime.logging.console import shell_command
 
@@ -95,7 +95,9 @@ def main(arguments: Sequence[str]) -> None:
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
     shared: dict[str, Any] = {"seed": options.seed, "max_steps": options.max_steps, "logdir": logdir}
     print("A character-level ReLU RNN, recurrent gain 1.1, SGD 0.5, first with Lightning alone:")
-    bare = train("bare", [GradientNormMonitor(figure_every_n_steps=100)], **shared)
+    # these two watch and change nothing
+    watching = [GradientNormMonitor(figure_every_n_steps=100), TrainingDiagnosis()]
+    bare = train("bare", watching, **shared)
     print("\nThe same seed with default_callbacks():")
     monitor = GradientNormMonitor(figure_every_n_steps=100)
     guarded = train("guarded", default_callbacks(gradient_norm_monitor=monitor), **shared)

@@ -18,7 +18,7 @@ from lightning_gradguard.cli.parsing.lightning_cli import command_line, fit_argv
 _HELP = """\
 usage: lightning-gradguard fit --model my.Module [--data my.Data] [-c FILE] [options]
 
-Trains your own module with all callbacks in place, and saves the configuration beside the logs of
+Trains your own module with all six callbacks in place, and saves the configuration beside the logs of
 the run. It is LightningCLI, with all its options.
 
 options:
@@ -87,7 +87,7 @@ def _callback_help(name: str, kind: type) -> str:
     for argument in inspect.signature(kind).parameters.values():
         option = f"  .{argument.name} {_yaml(argument.default)}"
         description = descriptions[argument.name].replace("`", "")
-        lines.append(f"{option:<32}{textwrap.shorten(description, 74, placeholder=' ...')}")
+        lines.append(f"{option:<31} {textwrap.shorten(description, 74, placeholder=' ...')}")
     return "\n".join([*lines, ""])
 
 

@@ -52,7 +52,7 @@ def is_sampled(step: int, every_n_steps: int) -> bool:
 
     Example:
         >>> [step for step in range(400) if is_sampled(step, 100)]
-        [0, 1, 2, 5, 10, 20, 35, 50, 75, 100, 125, 150, 175, 200, 225, 250, 300]
+        [0, 1, 2, 5, 10, 20, 25, 35, 50, 75, 100, 125, 150, 175, 200, 225, 250, 300]
     """
     if step <= DENSE_UNTIL:
         return step in FIRST_STEPS or (step > 0 and step % DENSE_INTERVAL == 0)
@@ -169,11 +169,14 @@ class SampledStep:
             update.read_into(sample, numbers)
         return sample
 
-    def nonfinite(self, sample: Sample) -> tuple[tuple[str, ...], float]:
-        """Returns the parameters with a nonfinite gradient that no callback checks, and their share."""
+    def nonfinite(self) -> tuple[tuple[str, ...], float]:
+        """Returns the parameters with a nonfinite gradient that no callback checks, and their share.
+
+        The sample has been read; updates with a nonfinite norm are not in it.
+        """
         if any(update.logged.was_checked for update in self._logged):
             return (), 0.0
-        norms = {n: g for u in sample.updates for n, g in zip(u.names, u.gradients, strict=True)}
+        norms = {name: norm for update in self._logged for name, norm in update.norms.items()}
         found = tuple(name for name, norm in norms.items() if not math.isfinite(norm))
         return found[:5], len(found) / max(len(norms), 1)
 
@@ -203,6 +206,8 @@ class _SampledUpdate:
         self._rates = [float(group["lr"]) for group in step.optimizer.param_groups if "lr" in group]
         self._before = step.gradients.total_norm
         self._after: Tensor | None = None
+        #: Gradient norms by parameter, once they are read.
+        self.norms: dict[str, float] = {}
         self._handle: RemovableHandle | None = None
         is_scale_free = type(step.optimizer).__name__.startswith(_SCALE_FREE)
         if not (is_scale_free or step.selection.is_cut or lightning_api.gradient_scaler(trainer)):
@@ -221,6 +226,7 @@ class _SampledUpdate:
     def read_into(self, sample: Sample, numbers: Sequence[float]) -> None:
         factor, *rest = numbers
         found = self.logged.read(rest)
+        self.norms = dict(zip(self.logged.names, found.grad_norms, strict=True))
         update = Update(
             names=self.logged.names,
             is_matrix=self.logged.is_matrix,

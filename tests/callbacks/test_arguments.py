@@ -29,7 +29,7 @@ def is_right(name: str, default: Any, value: Any) -> bool:
         (value == 2.5 and (isinstance(default, float) or name == "max_norm"))
         or (value is True and isinstance(default, bool))
         or (value == "two" and name == "incident_dir")
-        or (value == {} and name in ("include", "exclude", "repair_modules"))
+        or (value == {} and name in ("include", "exclude", "repair_modules", "symptoms"))
     )
 
 

@@ -22,7 +22,7 @@ WRONG_INPUTS: list[tuple[tuple[str, ...], str]] = [
     (("runs", "--htlm", "x"), "lightning-gradguard report: there is no --htlm. Did you mean --html?\n"),
     (("runs", "--htm", "x"), "there is no --htm. Did you mean --html?"),
     (("--nothing",), "lightning-gradguard report: there is no --nothing.\n"),
-    (("runs", "--html"), "--html: expected one argument."),
+    (("runs", "--json", "missing/report.json"), "missing/report.json cannot be written: No such file"),
 ]
 
 

@@ -21,6 +21,7 @@ from lightning_gradguard import (
     LearningRateBackoff,
     NaNRollback,
     PercentileClipping,
+    TrainingDiagnosis,
     default_callbacks,
 )
 from tests.tasks import (
@@ -179,7 +180,7 @@ def test_figures_and_histograms_of_anything(tmp_path: Path) -> None:
     monitor = GradientNormMonitor(histograms=True, figure_every_n_steps=2, every_n_steps=1)
     data = poisoned(batches(8), nan=[0, 1, 2, 5])
     data += [(inputs * 1e30, target) for inputs, target in batches(2)]
-    fit(Classifier(), data, [monitor], logger=TensorBoardLogger(tmp_path))
+    fit(Classifier(), data, [monitor, TrainingDiagnosis()], logger=TensorBoardLogger(tmp_path))
     events = EventAccumulator(str(tmp_path / "lightning_logs" / "version_0"))
     events.Reload()
     assert "grad_norm/layers" in events.Tags()["images"]
@@ -208,6 +209,7 @@ def test_replacements() -> None:
     assert [type(c).__name__ for c in replaced] == [
         "InitializationCheck",
         "GradientNormMonitor",
+        "TrainingDiagnosis",
         "NaNRollback",
         "AdaptiveGradientClipping",
     ]

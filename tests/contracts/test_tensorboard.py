@@ -17,7 +17,7 @@ from pytorch_lightning.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
 
-from lightning_gradguard import GradientNormMonitor, default_callbacks
+from lightning_gradguard import GradientNormMonitor, TrainingDiagnosis, default_callbacks
 from lightning_gradguard.cli.demo import train
 from tests.tasks import Classifier, clusters
 from tests.tasks import fit as fit_quietly
@@ -31,7 +31,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """The demo's network, bare and guarded."""
     logdir = tmp_path_factory.mktemp("runs")
     shared: dict[str, Any] = {"seed": 0, "max_steps": 40, "logdir": logdir}
-    train("bare", [GradientNormMonitor()], **shared)
+    train("bare", [GradientNormMonitor(), TrainingDiagnosis()], **shared)
     train("guarded", default_callbacks(), **shared)
     with tensorboard(logdir) as server:
         yield server
@@ -60,7 +60,10 @@ def test_the_band_has_the_steps_that_tensorboard_insists_on(server: Server) -> N
         assert [s for s, _ in low] == [s for s, _ in value] == [s for s, _ in high] != []
         assert all(b <= t for (_, b), (_, t) in zip(low, high, strict=True))
     totals = server.scalars("guarded", "grad_norm/total")
-    assert [s for s, _ in value] == [s for s, _ in totals[2:]], "two norms make a band for the third"
+    steps = [s for s, _ in totals]
+    assert steps[:10] == [0, 1, 2, 3, 4, 5, 6, 7, 11, 12], "three skipped, and rolled back to the start"
+    message = "two norms make a band for the third, at the start and after the rollback"
+    assert [s for s, _ in value] == [*steps[2:8], *steps[10:]], message
 
 
 def test_decades_are_beside_what_shares_a_logarithmic_chart(server: Server) -> None:

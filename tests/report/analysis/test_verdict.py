@@ -608,7 +608,7 @@ def test_clipping_is_the_headline_only_where_nothing_else_is_wrong() -> None:
     clipped = replace(
         gradients(flat), clip_fraction=series([1.0] * 100), clip_coefficient=series([0.01] * 100)
     )
-    assert analyze_run(RunLog(series(flat), [clipped])).headline == "hard clipping all the time"
+    assert analyze_run(RunLog(series(flat), [clipped])).headline == "hard clipping of most steps"
     skipped = [RecordedIncident("nonfinite_loss", 5, action="skipped")]
     verdict = analyze_run(RunLog(series(flat), [clipped], incidents=skipped))
     assert verdict.headline == "nonfinite loss"

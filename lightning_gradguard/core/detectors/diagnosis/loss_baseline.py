@@ -30,8 +30,8 @@ class LossBaselines:
         >>> baselines = LossBaselines()
         >>> target = torch.arange(400) % 4
         >>> answer = baselines.constant("0", "cross_entropy", torch.zeros(400, 4), target, {})
-        >>> bool(torch.isclose(answer, torch.tensor(4.0).log()))
-        True
+        >>> round(answer.exp().item(), 6)
+        4.0
     """
 
     def __init__(self) -> None:
