@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from collections.abc import Iterator
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -47,3 +48,17 @@ def _isolated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     for name in ("pytorch_lightning", "lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
+
+
+@pytest.fixture(autouse=True)
+def _logger_as_before() -> Iterator[None]:
+    """Restores what a test, or a snippet of the documentation, configures of the suite's logger."""
+    logger = logging.getLogger("lightning_gradguard")
+    level, handlers, disabled = logger.level, list(logger.handlers), logging.root.manager.disable
+    yield
+    for added in set(logger.handlers) - set(handlers):
+        logger.removeHandler(added)
+        added.close()
+    logger.setLevel(level)
+    logger.propagate = True
+    logging.disable(disabled)

@@ -103,6 +103,7 @@ def fits(
 ) -> Iterator[dict[str, Fit]]:
     """Start a fit for each module with the variant of the same name; end them all at last."""
     warnings.filterwarnings("ignore")
+    disabled = logging.root.manager.disable
     logging.disable(logging.WARNING)
     with tempfile.TemporaryDirectory() as folder:
         running: dict[str, Fit] = {}
@@ -113,6 +114,7 @@ def fits(
         finally:
             for fit in running.values():
                 fit.end()
+            logging.disable(disabled)
 
 
 def time_in_turn(

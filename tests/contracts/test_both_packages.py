@@ -88,7 +88,7 @@ def test_averages_of_lightning_are_recognized(runs: Runs, package: str) -> None:
 
 @pytest.mark.parametrize("package", PACKAGES)
 def test_checkpoints_of_both_packages_resume(runs: Runs, tmp_path: Path, package: str) -> None:
-    """The state equals that of an uninterrupted run, and nothing is printed."""
+    """The state equals that of an uninterrupted run, and loggers at level ERROR print nothing."""
     files = [runs.checkpoints[package], runs.checkpoints[OTHER[package]]]
     printed = run(package, *PROGRAM, "resume", str(tmp_path), *files, cwd=tmp_path)
     assert "gradguard" not in printed

@@ -54,7 +54,7 @@ class Data(pl.LightningDataModule):
 def trained(
     folder: Path, more: Sequence[Any] = (), seed: int = 0, epochs: int = 1, checkpoint: str | None = None
 ) -> dict[str, Any]:
-    """Fits with all five callbacks; returns the state to compare runs by."""
+    """Fits with all default callbacks; returns the state to compare runs by."""
     module, suite = Network(seed=seed), default_callbacks(nan_rollback=NaNRollback(snapshot_every_n_steps=5))
     trainer = pl.Trainer(
         accelerator="cpu",
@@ -81,7 +81,7 @@ def main(task: str, folder: Path, *checkpoints: str) -> None:
 
     Args:
         task: `storm` fits, writes a checkpoint on the way, and keeps averages in further fits; `resume`
-            resumes from checkpoints, with the package's logger at level ERROR.
+            resumes from checkpoints, with the loggers of the package and of the suite at level ERROR.
         folder: To write to.
         checkpoints: Files to resume from.
     """
@@ -93,7 +93,8 @@ def main(task: str, folder: Path, *checkpoints: str) -> None:
         if hasattr(kinds, "EMAWeightAveraging"):
             states["exponential"] = trained(folder / "ema", [kinds.EMAWeightAveraging(decay=0.9)])
     else:
-        logging.getLogger(pl.__name__).setLevel(logging.ERROR)
+        for name in (pl.__name__, "lightning_gradguard"):
+            logging.getLogger(name).setLevel(logging.ERROR)
         states = {str(i): trained(folder / str(i), seed=5, checkpoint=c) for i, c in enumerate(checkpoints)}
     torch.save(states, folder / f"{task}.pt")
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import logging
 import sys
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -15,15 +14,6 @@ from tests.tasks import Classifier, batches, fit, poisoned
 
 LOGGER = logging.getLogger("lightning_gradguard")
 DATA = poisoned(batches(30), nan=[4, 17, 18, 19])
-
-
-@pytest.fixture(autouse=True)
-def _as_before() -> Iterator[None]:
-    level, disabled = LOGGER.level, logging.root.manager.disable
-    yield
-    LOGGER.setLevel(level)
-    LOGGER.propagate = True
-    logging.disable(disabled)
 
 
 def printed(capsys: pytest.CaptureFixture[str], **arguments: Any) -> str:
