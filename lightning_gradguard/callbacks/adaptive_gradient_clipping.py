@@ -202,10 +202,10 @@ class AdaptiveGradientClipping(StepCallback):
         return {"histories": histories}
 
     def load_snapshot_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Rolls the histories back with the weights; what a policy must not forget stays."""
+        """Rolls the histories back with the weights."""
         for index, policy in self._policies.items():
             state = state_dict["histories"].get(index, self.policy.state_dict())
-            policy.roll_back(copy.deepcopy(state))
+            policy.load_state_dict(copy.deepcopy(state))
 
     @override
     def wants_weight_norms(self, trainer: pl.Trainer) -> bool:

@@ -322,7 +322,7 @@ class TrainingGuard:
         self._nonfinite_state = None
         self._good_steps = 0
         extra_state = copy.deepcopy(snapshot.extra_state)
-        self.policy.roll_back(extra_state["policy"])
+        self.policy.load_state_dict(extra_state["policy"])
         self.recovery.load_detector_state(extra_state["detectors"])
         if decision == "stop":
             raise TrainingDivergedError(

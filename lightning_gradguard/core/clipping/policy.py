@@ -56,7 +56,3 @@ class ClippingPolicy(ABC):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:  # noqa: B027 - as above
         """Continues with a saved history."""
-
-    def roll_back(self, state_dict: dict[str, Any]) -> None:
-        """Continues with the history from before a rollback; what must not be forgotten may stay."""
-        self.load_state_dict(state_dict)

@@ -106,8 +106,7 @@ class RelativeNormClipping(ClippingPolicy):
     the highest usual one; or, with the learning rate times 1 + momentum as *rate*, at *p* > 16 in the first
     20 steps, and at *p* > 32 later. It ends 300 steps after the last overshoot. Until then a step with *p* >
     4 is reduced to *p* = 0.5, and one with *p* > 2 that is longer than the norm of the weights to 0.02 of it.
-    The reduced norm is the *cap* of later ones; it grows by 2 % with each step that it bounds, and a
-    rollback does not undo it.
+    The reduced norm is the *cap* of later ones; it grows by 2 % with each step that it bounds.
 
     Without a loss, or after a negative one, only spikes are clipped. The norm of the weights is measured
     once in 50 steps. A nonfinite norm or loss changes nothing.
@@ -201,12 +200,6 @@ class RelativeNormClipping(ClippingPolicy):
         if state_dict:
             on_host = {key: window_like(0.0, state_dict[key], 0)[-self.window :] for key in _WINDOWS}
             self._state = _State(**{**state_dict, **on_host})
-
-    def roll_back(self, state_dict: dict[str, Any]) -> None:
-        """Continues with the history from before a rollback, under the cap and the alarm of now."""
-        cap, alarm = self._state.cap, self._state.alarm
-        self.load_state_dict(state_dict)
-        self._state = replace(self._state, cap=cap, alarm=alarm)
 
     def _updated(
         self, state: _State, after: _State, kept: Scalar, loss: Scalar, is_finite: Tensor | bool

@@ -155,7 +155,7 @@ class StepCallback(lightning_api.Callback, Configured):
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Begins the fit: the strategy has sharded the parameters by now."""
-        if self._is_first:
+        if self._is_first and not self.suite.is_over:
             self.suite.begin(trainer)
 
     @override

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import math
 from collections.abc import Sequence
@@ -112,18 +111,6 @@ def test_nonfinite_loss_or_norm_changes_nothing() -> None:
     after = {k: v for k, v in policy.state_dict().items() if k != "steps_since_weights"}
     for key, value in before.items():
         torch.testing.assert_close(torch.as_tensor(after[key]), torch.as_tensor(value), equal_nan=True)
-
-
-def test_rollback_keeps_the_cap_and_forgets_the_history() -> None:
-    policy = RelativeNormClipping()
-    saved = copy.deepcopy(policy.state_dict())
-    applied(policy, [100.0], loss=2.0, learning_rate=1.0)
-    policy.roll_back(saved)
-    assert policy.state_dict()["cap"] == pytest.approx(1.0)
-    assert policy.state_dict()["alarm"] > 0
-    assert len(policy.state_dict()["norms"]) == 0
-    policy.load_state_dict(saved)
-    assert policy.state_dict()["cap"] == math.inf
 
 
 def test_weights_are_asked_for_once_in_fifty_steps_of_sgd() -> None:
