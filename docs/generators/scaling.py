@@ -91,7 +91,7 @@ more for each doubling of nodes. No such machine was available.
 ## The one collective
 
 Bytes that a rank receives in the collective of an optimizer step, and its duration. Under DDP the vector is a
-header of 7 numbers and one number for each rank; under FSDP2 the header and one number for each tensor. Each
+header of 8 numbers and one number for each rank; under FSDP2 the header and one number for each tensor. Each
 number has 8 bytes.
 
 {vector_table()}
