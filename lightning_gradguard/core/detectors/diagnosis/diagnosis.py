@@ -63,9 +63,17 @@ class Diagnosis:
         return [root for finding in self._sorted(confirmed) if (root := self._add(finding, sample.step))]
 
     def add_once(self, finding: Finding) -> list[Finding]:
-        """Adds a finding that needs no other sample; returns it unless its kind is known."""
-        if any(root.kind == finding.kind for root in self.roots):
-            return []
+        """Adds a finding that needs no other sample; returns it unless its kind is known.
+
+        What is nonfinite after an explosion follows from it.
+        """
+        for i, root in enumerate(self.roots):
+            if finding.kind in (root.kind, *(kind for kind, _ in root.followed_by)):
+                return []
+            if root.kind == "exploding_gradient":
+                following = (*root.followed_by, (finding.kind, finding.since))
+                self.roots[i] = replace(root, followed_by=following)
+                return []
         self.roots.append(finding)
         return [finding]
 
