@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -77,7 +78,7 @@ class AdaptiveGradientClipping(StepCallback):
         self._clipped: dict[int, tuple[Scalar, int]] = {}
         self._logged: dict[int, tuple[Scalar, int]] = {}
         self._hard: dict[int, tuple[Scalar, int]] = {}
-        self._detectors: dict[int, ConstantClippingDetector] = {}
+        self._detectors: dict[int, ConstantClippingDetector] = defaultdict(ConstantClippingDetector)
         self._may_override = False
 
     @override
@@ -165,7 +166,7 @@ class AdaptiveGradientClipping(StepCallback):
     ) -> None:
         """Publishes an incident once clipping sets the length of most steps."""
         index, steps = record
-        share = self._detectors.setdefault(index, ConstantClippingDetector()).update(numbers[0], steps)
+        share = self._detectors[index].update(numbers[0], steps)
         if share is not None:
             hint = advice("constant_clipping")
             incident = incident_now(trainer, "constant_clipping", value=share, advice=hint)
@@ -193,7 +194,6 @@ class AdaptiveGradientClipping(StepCallback):
             self._policy(index).load_state_dict(copy.deepcopy(state))
         # checkpoints of 0.5 have none
         for index, state in state_dict.get("constant_clipping", {}).items():
-            self._detectors[index] = ConstantClippingDetector()
             self._detectors[index].load_state_dict(state)
 
     def snapshot_state_dict(self) -> dict[str, Any]:

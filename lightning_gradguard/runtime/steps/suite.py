@@ -77,6 +77,7 @@ class Suite:
         self._checkers: list[StepCallback] = []
         self._flagging: list[StepCallback] = []
         self._weighing: list[StepCallback] = []
+        self._scaling: list[StepCallback] = []
         self._wants_units = False
         self._norm_types: tuple[float, ...] = (2.0,)
         self._layout = ParameterLayout({})
@@ -97,6 +98,7 @@ class Suite:
             ("check_step", self._checkers),
             ("step_flags", self._flagging),
             ("wants_weight_norms", self._weighing),
+            ("pending_rate_scale", self._scaling),
         ):
             if member.overrides(hook):
                 group.append(member)
@@ -157,7 +159,7 @@ class Suite:
 
     def pending_rate_scale(self, optimizer_index: int) -> float:
         """Factor that the members will put on the learning rates of an optimizer in this step."""
-        return math.prod(member.pending_rate_scale(optimizer_index) for member in self.members)
+        return math.prod([member.pending_rate_scale(optimizer_index) for member in self._scaling])
 
     def end_overrides(self) -> None:
         """Restores the optimizers' attributes."""
