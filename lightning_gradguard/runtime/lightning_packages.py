@@ -4,11 +4,23 @@ from __future__ import annotations
 
 import logging
 import sys
+from importlib.util import find_spec
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytorch_lightning as pl
 from pytorch_lightning.utilities.rank_zero import rank_zero_module  # type: ignore[attr-defined]
+
+#: Folders with code that is never the user's: Lightning's packages, and this one.
+FRAMEWORKS = (
+    *(
+        str(Path(spec.origin).parent)
+        for name in ("pytorch_lightning", "lightning", "lightning_fabric")
+        if (spec := find_spec(name)) is not None and spec.origin is not None
+    ),
+    str(Path(__file__).parent),
+)
 
 
 def lightning_package_of(module_class: Any) -> ModuleType:

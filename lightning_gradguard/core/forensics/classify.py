@@ -48,6 +48,7 @@ def investigate(
     *,
     out_of_range: Mapping[str, OutOfRange] | None = None,
     repeats_finite: bool = True,
+    frameworks: Sequence[str] = (),
 ) -> Origin:
     """Runs a batch again and finds the origin of its nonfinite value.
 
@@ -64,6 +65,7 @@ def investigate(
             `out_of_range_elements`.
         repeats_finite: True to run a batch that turns out finite once more, without the checks. False if
             `run` may communicate with ranks whose batches are not finite.
+        frameworks: Folders with code that is never the user's, beside that of torch.
 
     Returns:
         The origin; its cause is `"transient"` if losses and gradients are finite. If `run` raises, the origin
@@ -84,7 +86,7 @@ def investigate(
     named = {**{name.replace("_orig_mod.", ""): tensor for name, tensor in tensors}, **parts}
     finite = [name for name, buffer in module.named_buffers() if not is_nonfinite(buffer)]
     out_of_range = out_of_range or {}
-    with preserve_state(module), torch.enable_grad(), OperationTrace(module, named) as trace:
+    with preserve_state(module), torch.enable_grad(), OperationTrace(module, named, frameworks) as trace:
         losses, gradients, error = _run(run)
         buffers = dict(module.named_buffers())
         corrupted = [name for name in finite if name in buffers and is_nonfinite(buffers[name])]
@@ -92,7 +94,7 @@ def investigate(
         source = _source(trace.last_nonfinite())
         if source is not None:
             return _raised(error, _classify(source, out_of_range, parts, trace))
-        return origin_of_exception(error, trace.failed, parts, out_of_range)
+        return origin_of_exception(error, trace.failed, parts, out_of_range, frameworks)
     nonfinite = next((t for t in (*losses, *gradients) if is_nonfinite(t)), None)
     if nonfinite is not None:
         return _classify(_source(trace.record_of(nonfinite)), out_of_range, parts, trace)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -42,6 +42,7 @@ def origin_of_exception(
     failed: FailedOperation | None,
     parts: Mapping[str, Tensor],
     out_of_range: Mapping[str, OutOfRange],
+    frameworks: Sequence[str] = (),
 ) -> Origin:
     """Finds the values behind an exception of a step in which no operation made a nonfinite value.
 
@@ -50,12 +51,14 @@ def origin_of_exception(
         failed: The operation that raised it; `None` if it was raised elsewhere.
         parts: Tensors of the batch, by name.
         out_of_range: Weights with elements out of range.
+        frameworks: As `investigate` takes them.
 
     Returns:
         The origin: an index beyond its range, a nonfinite part of the batch, weights, or an operation that
         does not accept its argument; else its cause is `"unknown"`.
     """
-    location = innermost_of_traceback(error.__traceback__) or (failed.location if failed else None)
+    raised_at = innermost_of_traceback(error.__traceback__, frameworks)
+    location = raised_at or (failed.location if failed else None)
     message = " ".join(f"{type(error).__name__}: {error}".split())[:200]
     indexed = None if failed is None else _out_of_bounds(failed, parts)
     if indexed is not None:

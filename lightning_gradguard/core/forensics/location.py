@@ -7,21 +7,15 @@ import os
 import site
 import sys
 import sysconfig
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType, TracebackType
 
 import torch
 
-#: Folders with code that is not the user's: torch and Lightning, and this package's own.
-_FRAMEWORKS = (
-    os.path.dirname(torch.__file__),
-    *(
-        str(Path(torch.__file__).parents[1] / name)
-        for name in ("pytorch_lightning", "lightning", "lightning_fabric")
-    ),
-    *(str(Path(__file__).parents[2] / name) for name in ("core", "runtime", "callbacks")),
-)
+#: Folders with code that is never the user's: torch, and this one.
+_FRAMEWORKS = (os.path.dirname(torch.__file__), str(Path(__file__).parents[1]))
 _LIBRARIES = (
     *site.getsitepackages(),
     site.getusersitepackages(),
@@ -55,17 +49,22 @@ class Location:
         return linecache.getline(self.file, self.line).strip()
 
 
-def user_location() -> Location | None:
+def user_location(frameworks: Sequence[str] = ()) -> Location | None:
     """Returns the innermost line of the user's code that is running now.
 
-    A library of others counts as the user's code only if nothing else called the operation. `None` if it was
-    called by torch or Lightning alone.
+    A library of others counts as the user's code only if nothing else called the operation.
+
+    Args:
+        frameworks: Further folders with code that is never the user's.
+
+    Returns:
+        The line; `None` if frameworks alone called the operation.
     """
     frame: FrameType | None = sys._getframe(1)
     in_library = None
     while frame is not None and frame.f_code.co_name not in _BOUNDARIES:
         file = frame.f_code.co_filename
-        if not file.startswith(("<", *_FRAMEWORKS)):
+        if not file.startswith(("<", *_FRAMEWORKS, *frameworks)):
             here = Location(file, frame.f_lineno, frame.f_code.co_name)
             if not file.startswith(_LIBRARIES):
                 return here
@@ -74,12 +73,14 @@ def user_location() -> Location | None:
     return in_library
 
 
-def innermost_of_traceback(traceback: TracebackType | None) -> Location | None:
+def innermost_of_traceback(
+    traceback: TracebackType | None, frameworks: Sequence[str] = ()
+) -> Location | None:
     """Returns the innermost line of the user's code through which an exception came."""
     found = None
     while traceback is not None:
         code = traceback.tb_frame.f_code
-        if not code.co_filename.startswith(("<", *_FRAMEWORKS, *_LIBRARIES)):
+        if not code.co_filename.startswith(("<", *_FRAMEWORKS, *frameworks, *_LIBRARIES)):
             found = Location(code.co_filename, traceback.tb_lineno, code.co_name)
         traceback = traceback.tb_next
     return found

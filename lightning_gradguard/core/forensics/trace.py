@@ -42,8 +42,11 @@ class OperationTrace(TorchDispatchMode):
         failed: The operation that raised, if one did.
     """
 
-    def __init__(self, module: nn.Module, leaves: Mapping[str, Tensor]) -> None:
+    def __init__(
+        self, module: nn.Module, leaves: Mapping[str, Tensor], frameworks: Sequence[str] = ()
+    ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self._frameworks = frameworks
         self.failed: FailedOperation | None = None
         self._losses: set[str] = set()
         self._return_numbers: set[str] = set()
@@ -93,7 +96,7 @@ class OperationTrace(TorchDispatchMode):
         inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         node = torch._C._current_autograd_node()
         if node is None:
-            self._made_at.setdefault(_next_node() - 1, location := user_location())
+            self._made_at.setdefault(_next_node() - 1, location := user_location(self._frameworks))
         elif not self._in_backward:
             self._entered_before.append(self._entered)
         self._in_backward = node is not None
@@ -105,7 +108,7 @@ class OperationTrace(TorchDispatchMode):
         try:
             result = function(*args, **(kwargs or {}))
         except Exception:
-            self.failed = FailedOperation(name, args, user_location())
+            self.failed = FailedOperation(name, args, user_location(self._frameworks))
             raise
         outputs = [t for t in tree_leaves(result) if isinstance(t, Tensor)]
         known = set() if overwrites else {_storage(t) for t in inputs}
@@ -118,7 +121,7 @@ class OperationTrace(TorchDispatchMode):
                 self._records.pop(_storage(tensor), None)
         if notable:
             if node is not None:
-                location = user_location() or self._made_at.get(node._sequence_nr())
+                location = user_location(self._frameworks) or self._made_at.get(node._sequence_nr())
             arguments = self._inspect(inputs) if before is None else before
             record = OperationRecord(
                 name=name,

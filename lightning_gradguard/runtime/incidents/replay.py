@@ -18,6 +18,7 @@ from lightning_gradguard.core.snapshots import StepRandomness, set_rng_state
 from lightning_gradguard.runtime import lightning_api
 from lightning_gradguard.runtime.distributed import world_size
 from lightning_gradguard.runtime.incidents.invalid_batches import original_step
+from lightning_gradguard.runtime.lightning_packages import FRAMEWORKS
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,12 @@ def replay(
         with without_logging(pl_module), _gradients_restored(pl_module):
             # of several ranks, only those with finite batches would run theirs once more
             origin = investigate(
-                pl_module, run, seen.batch, out_of_range=out_of_range, repeats_finite=world_size() == 1
+                pl_module,
+                run,
+                seen.batch,
+                out_of_range=out_of_range,
+                repeats_finite=world_size() == 1,
+                frameworks=FRAMEWORKS,
             )
     except Exception as error:
         return Origin("unknown", detail=f"The batch could not be run again: {error!r}")
