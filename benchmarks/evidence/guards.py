@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import pytorch_lightning as pl
 
-from lightning_gradguard import AdaptiveGradientClipping, ClippingPolicy, ZScoreClipping, default_callbacks
+from benchmarks.evidence.rivals import SkipStep, spike_detection
+from lightning_gradguard import (
+    AdaptiveGradientClipping,
+    ClippingPolicy,
+    PercentileClipping,
+    PerTensorClipping,
+    UnitwiseClipping,
+    ZScoreClipping,
+    default_callbacks,
+)
 
 
 @dataclass(frozen=True)
@@ -19,11 +29,13 @@ class Guard:
         title: For tables.
         callbacks: Makes them.
         clip: `gradient_clip_val` of the Trainer.
+        is_automatic: True if it works under automatic optimization only.
     """
 
     title: str
     callbacks: Callable[[], list[pl.Callback]] = list
     clip: float | None = None
+    is_automatic: bool = False
 
 
 def suite(policy: ClippingPolicy | None = None) -> list[pl.Callback]:
@@ -31,19 +43,29 @@ def suite(policy: ClippingPolicy | None = None) -> list[pl.Callback]:
     return default_callbacks(adaptive_gradient_clipping=AdaptiveGradientClipping(policy))
 
 
+def alone(policy: ClippingPolicy | None = None) -> Callable[[], list[pl.Callback]]:
+    """Returns a maker of a clipping policy without the rest of the suite."""
+    return lambda: [AdaptiveGradientClipping(copy.deepcopy(policy))]
+
+
+#: Rules as published are those of `lightning_gradguard` with the constants of their authors, alone.
 GUARDS: dict[str, Guard] = {
     "none": Guard("no guard"),
     "clip 0.1": Guard("`gradient_clip_val` .1", clip=0.1),
     "clip 1": Guard("`gradient_clip_val` 1", clip=1.0),
     "clip 10": Guard("`gradient_clip_val` 10", clip=10.0),
-    "zclip": Guard(
-        "ZClip: `ZScoreClipping()`, no cap", lambda: [AdaptiveGradientClipping(ZScoreClipping(max_norm=None))]
-    ),
+    "zclip": Guard("ZClip, no cap", alone(ZScoreClipping(max_norm=None))),
+    "zclip published": Guard("ZClip, cap 1", alone(ZScoreClipping())),
+    "autoclip": Guard("AutoClip, 10th percentile", alone(PercentileClipping())),
+    "agc": Guard("AGC .01", alone(UnitwiseClipping())),
+    "adagc": Guard("AdaGC", alone(PerTensorClipping())),
+    "skipstep": Guard("SkipStep", lambda: [SkipStep()]),
+    "spike detection": Guard("`SpikeDetection`", spike_detection, is_automatic=True),
     "zclip cap 1": Guard(
         "suite with `ZScoreClipping(max_norm=1)`, the default of 0.5",
         lambda: suite(ZScoreClipping(max_norm=1.0)),
     ),
-    "policy": Guard("`AdaptiveGradientClipping()` alone", lambda: [AdaptiveGradientClipping()]),
+    "policy": Guard("`AdaptiveGradientClipping()` alone", alone()),
     "suite": Guard("the suite by defaults", suite),
 }
 

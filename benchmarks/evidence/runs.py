@@ -38,7 +38,7 @@ class Record:
         scenario: Its name.
         guard: Its name.
         seed: Of data and weights.
-        score: After training; `None` if it is nonfinite or the run was stopped.
+        score: After training, or when it was stopped; `None` if it is nonfinite.
         clipped: Share of the steps after the first 20 that were clipped; `None` without our callback.
         clipped_first: Number of the first 20 steps that were clipped.
         skips: Skipped steps.
@@ -106,7 +106,8 @@ def _quiet() -> Any:
 def run(scenario: str, guard: str, seed: int) -> Record:
     """Runs a scenario under a guard."""
     made = SCENARIOS[scenario].make(seed)
-    callbacks = GUARDS[guard].callbacks()
+    is_automatic = made.module.automatic_optimization
+    callbacks = GUARDS[guard].callbacks() if is_automatic or not GUARDS[guard].is_automatic else []
     clipping = clipping_of(callbacks)
     watch = None if clipping is None else _Watch(clipping)
     if watch is not None:
@@ -120,7 +121,7 @@ def run(scenario: str, guard: str, seed: int) -> Record:
             max_epochs=1,
             default_root_dir=folder,
             callbacks=callbacks,
-            gradient_clip_val=GUARDS[guard].clip if made.module.automatic_optimization else None,
+            gradient_clip_val=GUARDS[guard].clip if is_automatic else None,
             log_every_n_steps=10**9,
         )
         try:
