@@ -25,7 +25,6 @@ from lightning_gradguard.core.norms import (
     total_norm_from_norms,
 )
 from lightning_gradguard.core.parameter_names import match_names, warn_unmatched
-from lightning_gradguard.core.remedies import advice
 from lightning_gradguard.runtime import lightning_api
 from lightning_gradguard.runtime.incidents.journal import incident_now, publish
 from lightning_gradguard.runtime.logging.hyperparameters import non_defaults
@@ -168,9 +167,7 @@ class AdaptiveGradientClipping(StepCallback):
         index, steps = record
         share = self._detectors[index].update(numbers[0], steps)
         if share is not None:
-            hint = advice("constant_clipping")
-            incident = incident_now(trainer, "constant_clipping", value=share, advice=hint)
-            publish(trainer, pl_module, incident)
+            publish(trainer, pl_module, incident_now(trainer, "constant_clipping", value=share))
 
     @override
     def final_counts(self) -> dict[str, float]:

@@ -13,7 +13,6 @@ from lightning_gradguard.core import arguments, tags
 from lightning_gradguard.core.incidents import IncidentKind, first_names
 from lightning_gradguard.core.initialization import Finding, InitializationError, table
 from lightning_gradguard.core.parameter_names import plain_name, warn_unknown
-from lightning_gradguard.core.remedies import advice
 from lightning_gradguard.runtime.first_batch import FirstBatch, check_first_step, check_weights_alone, fails
 from lightning_gradguard.runtime.incidents.journal import incident_now, open_journal, publish
 from lightning_gradguard.runtime.lightning_api import (
@@ -205,6 +204,7 @@ class InitializationCheck(Callback, Configured):
             value=serious[0].value,
             action="repaired",
             detail=f"{serious[0].describe()}, before the repair",
+            advice="",
         )
         publish(trainer, pl_module, incident)
         return findings
@@ -220,6 +220,7 @@ class InitializationCheck(Callback, Configured):
             members = [f for f in serious if _KINDS.get(f.criterion, "poor_initialization") == kind]
             if members:
                 where = tuple(dict.fromkeys(f.module for f in members if f.module))
+                cure = {"advice": f"Cure: {members[0].cure}"} if members[0].cure else {}
                 incident = incident_now(
                     trainer,
                     kind,
@@ -227,8 +228,8 @@ class InitializationCheck(Callback, Configured):
                     where=where,
                     value=members[0].value,
                     action="stopped" if failed else "none",
-                    advice=f"Cure: {members[0].cure}" if members[0].cure else advice(kind, where),
                     detail=members[0].describe(),
+                    **cure,
                 )
                 publish(trainer, pl_module, incident)
         if failed:

@@ -12,7 +12,6 @@ from typing_extensions import override
 from lightning_gradguard.core import arguments, tags
 from lightning_gradguard.core.backoff import Backoff, ScaledLearningRate
 from lightning_gradguard.core.incidents import Incident
-from lightning_gradguard.core.remedies import advice
 from lightning_gradguard.runtime.incidents.journal import incident_now, publish
 from lightning_gradguard.runtime.logging.hyperparameters import non_defaults
 from lightning_gradguard.runtime.steps.step import Step
@@ -136,15 +135,15 @@ class LearningRateBackoff(StepCallback):
         if self._backoff.reduce(search=returns, rewarm=not (returns and incident.value == 0)):
             self._found_rate = None
             facts = {"batch_idx": incident.batch_idx, "value": self._backoff.scale, "action": "backed_off"}
-            self._publish(trainer, pl_module, "learning_rate_backoff", facts)
+            publish(trainer, pl_module, incident_now(trainer, "learning_rate_backoff", **facts))
 
     @override
     def on_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch_idx: int) -> None:
         """Reports a rate that was found to train; logs the scale, and the rates that were used."""
         if self._counted and self._backoff.has_found:
             self._found_rate = self._initial_rates()[0] * self._backoff.level
-            facts = {"batch_idx": batch_idx, "value": self._found_rate}
-            self._publish(trainer, pl_module, "learning_rate_found", facts)
+            found = incident_now(trainer, "learning_rate_found", batch_idx=batch_idx, value=self._found_rate)
+            publish(trainer, pl_module, found)
         if not (self.suite.has_stepped and self.suite.is_logged):
             return
         values: dict[str, float | Tensor] = {tags.LR_SCALE: self._scale}
@@ -202,11 +201,6 @@ class LearningRateBackoff(StepCallback):
     def _initial_rates(self) -> list[float]:
         """Returns the rate of each parameter group as the module has set it, ahead of any schedule."""
         return [rate for scaled in self._rates for rate in scaled.initial()]
-
-    def _publish(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, kind: str, facts: dict[str, Any]
-    ) -> None:
-        publish(trainer, pl_module, incident_now(trainer, kind, advice=advice(kind), **facts))
 
     def _remove_hooks(self) -> None:
         for rate in self._rates:

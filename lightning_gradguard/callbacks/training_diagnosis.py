@@ -15,6 +15,7 @@ from lightning_gradguard.core.incidents import Incident, IncidentKind
 from lightning_gradguard.core.remedies import advice_for_finding
 from lightning_gradguard.runtime import distributed, lightning_api
 from lightning_gradguard.runtime.incidents.journal import incident_now, open_journal, publish
+from lightning_gradguard.runtime.incidents.present import present_in
 from lightning_gradguard.runtime.logging.hyperparameters import non_defaults
 from lightning_gradguard.runtime.sampled_step import (
     SampledStep,
@@ -247,7 +248,9 @@ class TrainingDiagnosis(StepCallback):
                     value=finding.value,
                     cause=cause,
                     detail=f"Since step {finding.since}: {finding.evidence}." if finding.evidence else "",
-                    advice=advice_for_finding(finding.kind, cause, finding.where, finding.evidence),
+                    advice=advice_for_finding(
+                        finding.kind, cause, finding.where, finding.evidence, present_in(trainer)
+                    ),
                     **now,
                 )
                 publish(trainer, pl_module, incident)

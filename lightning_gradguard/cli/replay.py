@@ -112,7 +112,7 @@ def comparison(dossier: Dossier, found: Origin, notes: Sequence[str] = ()) -> st
             *details,
             *(f"note: {note}" for note in notes),
             "reproduced" if reproduced else "not reproduced",
-            *([found.remedy] if reproduced else []),
+            *([found.remedy()] if reproduced else []),
         ]
     )
 

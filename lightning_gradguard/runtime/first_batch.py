@@ -32,6 +32,7 @@ from lightning_gradguard.runtime.distributed import (
     gather_objects,
     whole,
 )
+from lightning_gradguard.runtime.incidents.present import present_in
 from lightning_gradguard.runtime.incidents.replay import training_loss, without_logging
 from lightning_gradguard.runtime.lightning_api import flat_shards, flattens_parameters
 from lightning_gradguard.runtime.logging import console
@@ -153,7 +154,8 @@ def check_first_step(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Find
     if abs(profile) <= DEPTH_DECADES:
         return None
     first = layers.names[0]
-    cure = advice("vanishing_gradient" if profile > 0 else "exploding_gradient", [first])
+    symptom = "vanishing_gradient" if profile > 0 else "exploding_gradient"
+    cure = advice(symptom, [first], present_in(trainer))
     return Finding("gradient_profile", first, profile, "-3 .. 3", "warn", cure)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from lightning_gradguard.core.forensics.location import Location
 from lightning_gradguard.core.incidents import Cause
 from lightning_gradguard.core.norms import local_shard
-from lightning_gradguard.core.remedies import advice_for_cause
+from lightning_gradguard.core.remedies import Present, advice_for_cause
 
 #: An element is *out of range* if it is nonfinite, or this many times larger than any in a healthy state.
 RANGE_RATIO = 10.0
@@ -64,10 +64,9 @@ class Origin:
     code: str = ""
     advice: str = ""
 
-    @property
-    def remedy(self) -> str:
-        """Advice in one or two sentences; empty for an unknown cause."""
-        return self.advice or advice_for_cause(self.cause, self.where)
+    def remedy(self, present: Collection[Present] = ()) -> str:
+        """Returns advice in one or two sentences for a run with `present`; empty for an unknown cause."""
+        return self.advice or advice_for_cause(self.cause, self.where, present)
 
 
 def located(origin: Origin, location: Location | None) -> Origin:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Iterator
 from statistics import median
@@ -10,6 +9,7 @@ from statistics import median
 from lightning_gradguard.core.detectors import EXPLOSION
 from lightning_gradguard.core.remedies import remedies
 from lightning_gradguard.report.analysis.outcome import RunSymptom, ends
+from lightning_gradguard.report.analysis.present import present_in
 from lightning_gradguard.report.analysis.run_log import GradientLog, RunLog
 
 #: A norm above this right before NaN has exploded, even with too few logged steps to compare it with.
@@ -26,7 +26,7 @@ def failure_cause(failed_at: int, log: RunLog) -> RunSymptom:
         (start, first), (last, value) = losses[0], losses[-1]
         growth = f"from {first:.3g} (step {start}) to {value:.3g} (step {last})"
         evidence = f"the loss grew {growth} and was nonfinite from step {failed_at} on"
-        return RunSymptom.of("divergence", "fatal", last, evidence, value)
+        return RunSymptom("divergence", "fatal", last, evidence, value)
     return _sudden_failure(failed_at, log)
 
 
@@ -55,12 +55,17 @@ def _sudden_failure(failed_at: int, log: RunLog) -> RunSymptom:
         before = f"at the first logged step, {failed_at}; the {unlogged} steps before were not logged"
     else:
         before = "from the first step on"
-    symptom = RunSymptom.of(kind, "fatal", failed_at, f"{what} {before}", math.nan, where)
-    if not unlogged:
-        return symptom
-    # a sudden NaN points to the batch; but in steps that were not logged norms can have exploded
-    first = (*remedies("divergence")[:3], "Log the steps before it: Trainer(log_every_n_steps=1).")
-    return dataclasses.replace(symptom, remedies=tuple(dict.fromkeys((*first, *symptom.remedies))))
+    next_steps: tuple[str, ...] = ()
+    if unlogged:
+        # a sudden NaN points to the batch; but in steps that were not logged norms can have exploded
+        present = present_in(log)
+        next_steps = (
+            *remedies("divergence", present=present)[:3],
+            "Log the steps before it: Trainer(log_every_n_steps=1).",
+            *remedies(kind, where, present),
+        )
+    evidence, own = f"{what} {before}", tuple(dict.fromkeys(next_steps))
+    return RunSymptom(kind, "fatal", failed_at, evidence, math.nan, where, own)
 
 
 def _explosion_before(failed_at: int, gradients: GradientLog) -> Iterator[RunSymptom]:
@@ -78,7 +83,7 @@ def _explosion_before(failed_at: int, gradients: GradientLog) -> Iterator[RunSym
     evidence = (
         f"the total norm {start} {peak:.3g} (step {peak_step}){share}; nonfinite from step {failed_at} on"
     )
-    yield RunSymptom.of("exploding_gradient", "fatal", since, evidence, peak, where)
+    yield RunSymptom("exploding_gradient", "fatal", since, evidence, peak, where)
 
 
 def largest_layers_at(step: int, gradients: GradientLog) -> tuple[tuple[str, ...], str]:

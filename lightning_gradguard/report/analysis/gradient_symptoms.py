@@ -66,7 +66,7 @@ def _explosion(log: RunLog, gradients: GradientLog, outcome: Outcome) -> Iterato
     is_handled = was_clipped or any(times > 0 for times in log.rollbacks.values[-1:])
     lasts = not outcome.has_learned and (end > EXPLOSION * start or not is_handled)
     since = min(step for _, step, _ in peaks)
-    yield RunSymptom.of(
+    yield RunSymptom(
         "exploding_gradient",
         "serious" if lasts else "handled" if is_handled else "minor",
         since,
@@ -90,7 +90,7 @@ def _lasting(gradients: GradientLog, outcome: Outcome) -> Iterator[RunSymptom]:
                 evidence = f"{len(now.where)} layers or more: {evidence}"
         else:
             evidence = _profile_in_words(gradients, now.value)
-        yield RunSymptom.of(
+        yield RunSymptom(
             now.kind, "minor" if outcome.has_learned else "serious", since, evidence, now.value, now.where
         )
 
@@ -149,7 +149,7 @@ def _collapse(gradients: GradientLog, outcome: Outcome) -> Iterator[RunSymptom]:
         has_collapsed = detector.update(is_collapsed)
     if has_collapsed and since is not None and not outcome.has_learned:
         evidence = f"no weight matrix has received a gradient since step {since}, while biases still do"
-        yield RunSymptom.of("gradient_collapse", "serious", since, evidence, 0.0)
+        yield RunSymptom("gradient_collapse", "serious", since, evidence, 0.0)
 
 
 def _constant_clipping(gradients: GradientLog, outcome: Outcome) -> Iterator[RunSymptom]:
@@ -164,7 +164,7 @@ def _constant_clipping(gradients: GradientLog, outcome: Outcome) -> Iterator[Run
     evidence = f"{share:.0%} of the steps in the second half were clipped, to {usual:.2g} of their norm"
     is_sure = len(fractions) >= MIN_POINTS and not outcome.has_learned
     since = gradients.clip_fraction.steps[len(gradients.clip_fraction) // 2]
-    yield RunSymptom.of("constant_clipping", "serious" if is_sure else "minor", since, evidence, share)
+    yield RunSymptom("constant_clipping", "serious" if is_sure else "minor", since, evidence, share)
 
 
 def _layers_at(step: int, gradients: GradientLog) -> tuple[list[str], list[float]]:

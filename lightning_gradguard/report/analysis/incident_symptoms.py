@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Collection, Iterator, Sequence
 
 from lightning_gradguard.core.incidents import label
-from lightning_gradguard.core.remedies import advice_for_cause, remedies
+from lightning_gradguard.core.remedies import Present, advice_for_cause, remedies
 from lightning_gradguard.report.analysis.outcome import Outcome, RunSymptom, SymptomSeverity
+from lightning_gradguard.report.analysis.present import present_in
 from lightning_gradguard.report.analysis.run_log import RecordedIncident, RunLog
 
 #: A learning-rate scale at or below this has not recovered.
@@ -50,10 +50,10 @@ def _falling_learning_rate(log: RunLog, outcome: Outcome) -> RunSymptom | None:
     evidence = f"lowered {len(cuts)} times since step {cuts[0]}, to {level:.2g} of the configured rate"
     severity: SymptomSeverity = "minor" if outcome.has_learned else "serious"
     if not found:
-        return RunSymptom.of("falling_learning_rate", severity, cuts[0], evidence, level)
+        return RunSymptom("falling_learning_rate", severity, cuts[0], evidence, level)
     evidence += f"; the run trained at lr={found[-1]:.3g}"
-    symptom = RunSymptom.of("falling_learning_rate", severity, cuts[0], evidence, level)
-    return replace(symptom, remedies=(f"Train with lr={found[-1]:.3g}.", *symptom.remedies))
+    next_steps = (f"Train with lr={found[-1]:.3g}.", *remedies("falling_learning_rate"))
+    return RunSymptom("falling_learning_rate", severity, cuts[0], evidence, level, remedies=next_steps)
 
 
 def _recorded(log: RunLog, outcome: Outcome, known: set[str]) -> Iterator[RunSymptom]:
@@ -65,8 +65,9 @@ def _recorded(log: RunLog, outcome: Outcome, known: set[str]) -> Iterator[RunSym
     last = next((i.kind for i in reversed(log.incidents) if i.kind in reported), None)
     on_rollback = {step for i in by_kind["rollback"] for step in (i.step - 1, i.step)}
     stops = by_kind["training_diverged"]
+    present = present_in(log)
     if outcome.was_stopped and stops and not reported and not known:
-        yield _symptom("training_diverged", "fatal", stops)
+        yield _symptom("training_diverged", "fatal", stops, present)
     for kind in reported:
         if outcome.failed_at is not None and kind.startswith("nonfinite"):
             continue  # a consequence of the failure, which is a symptom already
@@ -79,10 +80,12 @@ def _recorded(log: RunLog, outcome: Outcome, known: set[str]) -> Iterator[RunSym
             severity = "handled"
         elif kind in _INITIALIZATION and not outcome.has_learned:
             severity = "serious"
-        yield _symptom(kind, severity, members)
+        yield _symptom(kind, severity, members, present)
 
 
-def _symptom(kind: str, severity: SymptomSeverity, members: Sequence[RecordedIncident]) -> RunSymptom:
+def _symptom(
+    kind: str, severity: SymptomSeverity, members: Sequence[RecordedIncident], present: Collection[Present]
+) -> RunSymptom:
     causes = Counter(i.cause for i in members if i.cause)
     cause, times = causes.most_common(1)[0] if causes else ("", 0)
     example = next(i for i in reversed(members) if i.cause == cause)
@@ -102,6 +105,6 @@ def _symptom(kind: str, severity: SymptomSeverity, members: Sequence[RecordedInc
     # an examination knows more than the cause
     own = tuple(dict.fromkeys(i.advice for i in members if i.advice))[:MAX_DETAILS]
     found = tuple(dict.fromkeys(i.advice for i in members if i.advice and i.cause))[:MAX_DETAILS]
-    advice = advice_for_cause(cause, example.where)
-    next_steps = found or ((advice,) if advice else remedies(kind, example.where) or own)
-    return RunSymptom(kind, example.where, value, severity, first, evidence, next_steps)
+    advice = advice_for_cause(cause, example.where, present)
+    next_steps = found or ((advice,) if advice else remedies(kind, example.where, present) or own)
+    return RunSymptom(kind, severity, first, evidence, value, example.where, next_steps)

@@ -71,7 +71,7 @@ def _divergence(log: RunLog, outcome: Outcome) -> Iterator[RunSymptom]:
     evidence = f"the loss began at {first:.3g} and ended at {final:.3g}"
     if had_learned:
         evidence = f"the loss had fallen from {first:.3g} to {best:.3g} (step {at}) and ended at {final:.3g}"
-    yield RunSymptom.of("divergence", "serious", since, evidence, final)
+    yield RunSymptom("divergence", "serious", since, evidence, final)
 
 
 def _is_far_above(high: float, low: float, losses: Sequence[float], share: int) -> bool:
@@ -120,10 +120,10 @@ def _stuck_loss(log: RunLog, outcome: Outcome) -> Iterator[RunSymptom]:
     still = sum(ratio < STAGNANT for ratio in ratios)
     if 2 * still > len(ratios):
         evidence += f"; {still} of {len(ratios)} weights did not move"
-        yield RunSymptom.of("stuck_loss", "serious", points[0][0], evidence, final)
+        yield RunSymptom("stuck_loss", "serious", points[0][0], evidence, final)
     else:
         evidence += ": it is stuck, or had converged before"
-        yield RunSymptom.of("stuck_loss", "minor", points[0][0], evidence, final)
+        yield RunSymptom("stuck_loss", "minor", points[0][0], evidence, final)
 
 
 def _isolated_nonfinite(log: RunLog, outcome: Outcome) -> Iterator[RunSymptom]:
@@ -143,7 +143,7 @@ def _isolated_nonfinite(log: RunLog, outcome: Outcome) -> Iterator[RunSymptom]:
             f"{len(bad)} of {len(series)} logged values, from step {series.steps[bad[0]]} "
             f"to step {series.steps[bad[-1]]}; training continued"
         )
-        yield RunSymptom.of(
+        yield RunSymptom(
             kind, "serious" if is_frequent else "minor", series.steps[bad[0]], evidence, math.nan
         )
         return
@@ -167,4 +167,4 @@ def _spikes(log: RunLog, outcome: Outcome) -> Iterator[RunSymptom]:
         is_serious = len(spikes) >= SERIOUS_SPIKES and not outcome.has_learned
         times = "once" if len(spikes) == 1 else f"{len(spikes)} times"
         evidence = f"{times}, the highest at step {step} with a loss of {value:.3g}"
-        yield RunSymptom.of("loss_spike", "serious" if is_serious else "minor", spikes[0][0], evidence, value)
+        yield RunSymptom("loss_spike", "serious" if is_serious else "minor", spikes[0][0], evidence, value)

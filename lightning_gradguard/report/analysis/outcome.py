@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Literal
 
-from lightning_gradguard.core.detectors import MAD_TO_STD, Symptom
-from lightning_gradguard.core.remedies import remedies
+from lightning_gradguard.core.detectors import MAD_TO_STD
 from lightning_gradguard.report.analysis.run_log import MAX_DELAY, RunLog, Series
 
 SymptomSeverity = Literal["fatal", "serious", "handled", "minor"]
@@ -50,38 +49,28 @@ class Outcome:
 
 
 @dataclass(frozen=True)
-class RunSymptom(Symptom):
+class RunSymptom:
     """A symptom over the whole run.
 
     Args:
         kind: Its name, as `core.incidents.title` takes it.
-        where: Names of the parameters or modules with the strongest symptom, the worst first.
-        value: The measured number.
         severity: `"fatal"`: it ended the run. `"serious"`: it lasted to the end, or the loss was no better
             after the interventions. `"handled"`: a callback intervened, and the loss fell afterwards.
             `"minor"`: the run learned without an intervention.
         since: The first step that shows it.
         evidence: The measurement in one sentence.
-        remedies: What to do, the likeliest first.
+        value: The measured number.
+        where: Names of the parameters or modules with the strongest symptom, the worst first.
+        remedies: What to do, the likeliest first; those of its kind if empty.
     """
 
+    kind: str
     severity: SymptomSeverity
     since: int
     evidence: str
-    remedies: tuple[str, ...]
-
-    @classmethod
-    def of(
-        cls,
-        kind: str,
-        severity: SymptomSeverity,
-        since: int,
-        evidence: str,
-        value: float,
-        where: tuple[str, ...] = (),
-    ) -> RunSymptom:
-        """Returns a symptom with the remedies of its kind."""
-        return cls(kind, where, value, severity, since, evidence, remedies(kind, where))
+    value: float
+    where: tuple[str, ...] = ()
+    remedies: tuple[str, ...] = ()
 
 
 def outcome_of(log: RunLog) -> Outcome:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from lightning_gradguard.core.incidents import title
-from lightning_gradguard.core.remedies import fitting
+from lightning_gradguard.core.remedies import remedies
 from lightning_gradguard.report.analysis.failure import failure_cause
 from lightning_gradguard.report.analysis.gradient_symptoms import gradient_symptoms
 from lightning_gradguard.report.analysis.incident_symptoms import incident_symptoms
@@ -99,7 +99,7 @@ def _symptoms_of(log: RunLog, outcome: Outcome) -> list[RunSymptom]:
         replace(
             symptom,
             severity=_by_outcome(symptom, outcome, found),
-            remedies=tuple(filter(None, (fitting(text, present) for text in symptom.remedies))),
+            remedies=symptom.remedies or remedies(symptom.kind, symptom.where, present),
         )
         for symptom in found
     ]

@@ -281,7 +281,7 @@ def _page(dossier: Dossier, folder: Path) -> str:
     }
     sections = [
         Section("Incident", origin.detail, facts),
-        Section("Next steps", origin.remedy),
+        Section("Next steps", origin.remedy()),
         Section("Batch", rows={} if dossier.batch is None else dict(_describe(dossier.batch))),
         Section(
             "Reproduce",

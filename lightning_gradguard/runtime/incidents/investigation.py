@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from lightning_gradguard.core.forensics import (
     out_of_range_elements,
 )
 from lightning_gradguard.core.incidents import Cause
+from lightning_gradguard.core.remedies import Present
 from lightning_gradguard.core.snapshots import Snapshot
 from lightning_gradguard.runtime import lightning_api
 from lightning_gradguard.runtime.distributed import gather_objects, world_size
@@ -60,9 +61,9 @@ class Investigation:
         self.cause = None
         self.in_episode = False
 
-    def advice(self) -> dict[str, str]:
+    def advice(self, present: Collection[Present]) -> dict[str, str]:
         """Advice on a skipped step that was not examined, from the first one of its episode."""
-        advice = self.found[self.cause].remedy if self.cause else ""
+        advice = self.found[self.cause].remedy(present) if self.cause else ""
         return {"advice": advice} if advice else {}
 
     def scan_weights(self, trainer: pl.Trainer, snapshot: Snapshot) -> Origin | None:

@@ -16,7 +16,6 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import pytorch_lightning as pl
-from torch import nn
 
 from lightning_gradguard.core import tags
 from lightning_gradguard.core.incidents import (
@@ -27,8 +26,9 @@ from lightning_gradguard.core.incidents import (
     sentence_case,
     title,
 )
-from lightning_gradguard.core.remedies import Present, fitting
+from lightning_gradguard.core.remedies import advice
 from lightning_gradguard.runtime.distributed import gather_objects
+from lightning_gradguard.runtime.incidents.present import present_in
 from lightning_gradguard.runtime.lightning_api import batches_that_stepped
 from lightning_gradguard.runtime.lightning_packages import is_instance_by_name
 from lightning_gradguard.runtime.logging import console, metrics
@@ -147,7 +147,6 @@ def count_incidents(trainer: pl.Trainer) -> dict[str, int]:
 
 def publish(trainer: pl.Trainer, pl_module: pl.LightningModule, incident: Incident) -> None:
     """Publishes an incident to file, loggers, console, callbacks and module. Called on all ranks alike."""
-    incident = dataclasses.replace(incident, advice=fitting(incident.advice, _present(trainer, pl_module)))
     journal = _journals.setdefault(trainer, _Journal(None, writes=False))
     journal.counts[incident.kind] += 1
     journal.published[incident.kind, incident.cause] += 1
@@ -171,26 +170,6 @@ def publish(trainer: pl.Trainer, pl_module: pl.LightningModule, incident: Incide
         on_training_incident = getattr(listener, "on_training_incident", None)
         if callable(on_training_incident):
             on_training_incident(trainer, pl_module, incident)
-
-
-def _present(trainer: pl.Trainer, pl_module: pl.LightningModule) -> set[Present]:
-    """Returns what the run has that makes some advice pointless."""
-    callbacks: dict[Present, str] = {
-        "clipping": "AdaptiveGradientClipping",
-        "backoff": "LearningRateBackoff",
-        "rollback": "NaNRollback",
-        "check": "InitializationCheck",
-    }
-    present = {
-        name
-        for name, known in callbacks.items()
-        if any(is_instance_by_name(callback, known) for callback in trainer.callbacks)  # type: ignore[attr-defined]
-    }
-    if trainer.gradient_clip_val:
-        present.add("clipping")
-    if not any(isinstance(m, (nn.RNNBase, nn.RNNCellBase)) for m in pl_module.modules()):
-        present.add("feed_forward")
-    return present
 
 
 def log_incidents(trainer: pl.Trainer, step: int) -> None:
@@ -286,6 +265,14 @@ def markdown_cell(text: str) -> str:
 
 
 def incident_now(trainer: pl.Trainer, kind: IncidentKind | str, **facts: Any) -> Incident:
-    """Returns an incident at the Trainer's step and epoch, unless the facts have others."""
-    now = {"step": trainer.global_step, "epoch": trainer.current_epoch, "batch_idx": None}
+    """Returns an incident at the Trainer's step and epoch, with the advice for its kind.
+
+    Facts come first, also where they are a step, an epoch or advice.
+    """
+    now = {
+        "step": trainer.global_step,
+        "epoch": trainer.current_epoch,
+        "batch_idx": None,
+        "advice": advice(kind, facts.get("where", ()), present_in(trainer)),
+    }
     return Incident(kind, **{**now, **facts})

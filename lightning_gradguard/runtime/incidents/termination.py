@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import pytorch_lightning as pl
@@ -10,8 +10,9 @@ import pytorch_lightning as pl
 from lightning_gradguard.core.forensics import Origin
 from lightning_gradguard.core.incidents import Cause, TrainingDivergedError, label
 from lightning_gradguard.core.recovery import RecoveryPolicy
-from lightning_gradguard.core.remedies import advice
+from lightning_gradguard.core.remedies import Present, advice
 from lightning_gradguard.runtime.incidents.journal import incidents_file, run_folder
+from lightning_gradguard.runtime.incidents.present import present_in
 from lightning_gradguard.runtime.logging import console
 
 #: Name of the checkpoint.
@@ -35,10 +36,10 @@ def save_last_good(trainer: pl.Trainer) -> Path | None:
     return folder / LAST_GOOD
 
 
-def combined_advice(causes: Mapping[Cause, Origin]) -> str:
-    """Advice on a run that was stopped."""
-    advices = dict.fromkeys(origin.remedy for origin in causes.values())
-    return " ".join(filter(None, advices)) or advice("training_diverged")
+def combined_advice(causes: Mapping[Cause, Origin], present: Collection[Present]) -> str:
+    """Returns advice on a run that was stopped."""
+    advices = dict.fromkeys(origin.remedy(present) for origin in causes.values())
+    return " ".join(filter(None, advices)) or advice("training_diverged", present=present)
 
 
 def divergence_error(
@@ -66,7 +67,7 @@ def divergence_error(
     return TrainingDivergedError(
         f"{headline}Training was stopped at step {trainer.global_step}: {policy.stop_reason}."
         + (f" Causes: {causes_text}." if causes_text else "")
-        + f" {combined_advice(causes)} Weights are those of step {step}, {which}."
+        + f" {combined_advice(causes, present_in(trainer))} Weights are those of step {step}, {which}."
         + (f" Incidents and checkpoint to resume from: {', '.join(left)}" if left else "")
         + (f". {_how_to_resume(trainer, last_good, learning_rate_scale)}" if last_good else "")
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,12 @@ import torch
 
 from lightning_gradguard.core.forensics import Origin
 from lightning_gradguard.core.incidents import IncidentKind
-from lightning_gradguard.core.remedies import advice
+from lightning_gradguard.core.remedies import Present, advice
 from lightning_gradguard.core.snapshots import BufferCopies
 from lightning_gradguard.runtime import lightning_api
 from lightning_gradguard.runtime.incidents.investigation import Investigation, Result
 from lightning_gradguard.runtime.incidents.journal import incident_now, publish, run_folder
+from lightning_gradguard.runtime.incidents.present import present_in
 from lightning_gradguard.runtime.rollback.snapshot_schedule import SnapshotSchedule
 from lightning_gradguard.runtime.steps.transaction import StepTransaction
 
@@ -43,21 +45,21 @@ class IncidentReporter:
 
     def publish(self, kind: str, **facts: Any) -> None:
         """Publishes an incident of the running batch."""
-        facts = {"batch_idx": self.batch_idx, "advice": advice(kind, facts.get("where", ())), **facts}
-        publish(self._trainer, self._pl_module, incident_now(self._trainer, kind, **facts))
+        incident = incident_now(self._trainer, kind, **{"batch_idx": self.batch_idx, **facts})
+        publish(self._trainer, self._pl_module, incident)
 
     def report_anomaly(self, kind: str, loss: float) -> None:
         """Publishes what is wrong with committed steps, with its cause if the weights reveal it."""
         origin = self._investigation.scan_weights(self._trainer, self._snapshots.newest())
-        facts = origin_facts(origin, kind) if origin is not None else {}
+        facts = origin_facts(origin, present_in(self._trainer)) if origin is not None else {}
         self.publish(kind, value=loss, **facts)
 
     def report_exception(self, error: Exception, result: Result, last_good: Path | None) -> None:
         """Publishes that a step has raised, with what is known of its batch."""
         kind = "exception_in_step"
-        facts = {**origin_facts(result.origin, kind), "dossier": result.dossier}
-        advices = dict.fromkeys((facts["advice"], advice(kind)))
-        facts["advice"] = " ".join(advices)
+        present = present_in(self._trainer)
+        facts = {**origin_facts(result.origin, present), "dossier": result.dossier}
+        facts["advice"] = " ".join([*filter(None, [facts.get("advice")]), advice(kind, present=present)])
         if type(error).__name__ not in facts["detail"]:
             message = " ".join(f"{type(error).__name__}: {error}".split())[:200]
             facts["detail"] += f" The step raised {message}"
@@ -81,13 +83,13 @@ class IncidentReporter:
                 weights_are_nonfinite=kind == "nonfinite_weights",
             )
             self._buffers.restore()  # the step may write frozen weights each time that it runs
+            present = present_in(self._trainer)
             if result is None:
                 facts["detail"] = "Not examined: it follows a skipped step, or max_dossiers is used up."
-                facts.update(self._investigation.advice())
+                facts.update(self._investigation.advice(present))
             else:
-                facts.update(
-                    origin_facts(result.origin, kind, facts.get("where", ())), dossier=result.dossier
-                )
+                found = origin_facts(result.origin, present, facts.get("where", ()))
+                facts.update(found, dossier=result.dossier)
         self.publish(kind, **facts)
 
 
@@ -123,13 +125,14 @@ def describe_skip(transaction: StepTransaction, *, has_scaler: bool) -> tuple[In
     return "nonfinite_gradient", {**facts, "where": where, "value": len(where) / max(len(nonfinite), 1)}
 
 
-def origin_facts(origin: Origin, kind: str, where: tuple[str, ...] = ()) -> dict[str, Any]:
-    """Facts of an incident from the origin that a replay found."""
-    return {
+def origin_facts(origin: Origin, present: Collection[Present], where: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Facts of an incident from the origin that a replay found; without advice if its cause is unknown."""
+    facts = {
         "cause": origin.cause,
         "detail": origin.detail,
         # parameters whose gradients are nonfinite are no place of a fault that is known
         "where": where if origin.cause in ("transient", "unknown") else origin.where,
         "location": origin.location,
-        "advice": origin.remedy or advice(kind, where),
     }
+    remedy = origin.remedy(present)
+    return {**facts, "advice": remedy} if remedy else facts

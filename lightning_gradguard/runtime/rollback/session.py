@@ -17,6 +17,7 @@ from lightning_gradguard.runtime.incidents.dataset_indices import DatasetIndices
 from lightning_gradguard.runtime.incidents.investigation import Investigation
 from lightning_gradguard.runtime.incidents.journal import run_folder
 from lightning_gradguard.runtime.incidents.lost_batches import LostBatches, Reason
+from lightning_gradguard.runtime.incidents.present import present_in
 from lightning_gradguard.runtime.incidents.replay import SeenBatch
 from lightning_gradguard.runtime.incidents.termination import (
     combined_advice,
@@ -364,7 +365,9 @@ class RollbackSession:
         is_bad = any_rank(self._state_is_nonfinite(), self._pl_module.device)  # from the first step on
         last_good = None if is_bad else save_last_good(self._trainer)
         found = self._investigation.found
-        self._reporter.publish("training_diverged", action="stopped", advice=combined_advice(found))
+        self._reporter.publish(
+            "training_diverged", action="stopped", advice=combined_advice(found, present_in(self._trainer))
+        )
         self.log_counts()
         self._suite.metrics.flush(self._trainer, self._pl_module)
         counts = {tag: n for member in self._suite.members for tag, n in member.final_counts().items()}

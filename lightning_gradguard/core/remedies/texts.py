@@ -1,18 +1,11 @@
-"""Advice and remedies for incidents, causes and symptoms.
+"""The texts of advice and remedies.
 
-In brackets is a condition, and the part of a text that does not apply under it: `fitting` leaves it away.
+`[clipping|...]` is the part of a text that does not apply to a run with clipping; the conditions are those of
+`selection.Present`. `{where}` is the name of the module or parameter at fault, `{code}` the same as Python.
 """
 
-from __future__ import annotations
-
-import re
-from collections.abc import Collection, Sequence
-from typing import Literal
-
-#: What a run has, so that some advice does not apply; `feed_forward`: no recurrence.
-Present = Literal["clipping", "backoff", "rollback", "check", "feed_forward"]
-
-_REMEDIES = {
+#: By kind of incident.
+BY_KIND = {
     "nonfinite_gradient": (
         "Look for log(0), division by zero or sqrt at 0 before {where};[clipping| clip gradients "
         "(AdaptiveGradientClipping) and] lower the learning rate if it repeats."
@@ -120,7 +113,8 @@ _REMEDIES = {
     ),
 }
 
-_BY_CAUSE = {
+#: By cause of an incident or of a symptom.
+BY_CAUSE = {
     "bad_input": (
         "Look at {where}: the data holds nonfinite or huge values. Clean or exclude the samples, and "
         "normalize inputs."
@@ -229,7 +223,8 @@ _BY_CAUSE = {
     ),
 }
 
-_STEPS_TO_TAKE = {
+#: By symptom, one text for each remedy, the likeliest first.
+STEPS = {
     "exploding_gradient": (
         "[clipping|Clip gradients: AdaptiveGradientClipping(), or gradient_clip_val=1.0 of the Trainer.]",
         "Fit the initialization: Xavier before tanh, He before ReLU"
@@ -279,101 +274,3 @@ _STEPS_TO_TAKE = {
         "Check the reasons of the rollbacks: each of them lowered it.",
     ),
 }
-
-
-def advice(kind: str, where: Sequence[str] = ()) -> str:
-    """Returns advice for an incident, in one or two sentences; empty for an unknown kind.
-
-    Args:
-        kind: One of `core.incidents.KINDS`.
-        where: Names of the parameters or modules at fault, the worst first; the first is named.
-
-    Example:
-        >>> advice("dead_units", ["body.0"]).split(":")[0]
-        'Most units of body.0 are zero for every sample'
-    """
-    return _name_first(_REMEDIES.get(kind, ""), where)
-
-
-def advice_for_cause(cause: str, where: Sequence[str] = ()) -> str:
-    """Returns advice for the cause that a replay found, in one or two sentences; empty for `"unknown"`.
-
-    Args:
-        cause: One of `core.incidents.CAUSES` or `SYMPTOM_CAUSES`.
-        where: Names of the modules or tensors at fault, the worst first; the first is named.
-    """
-    return _name_first(_BY_CAUSE.get(cause, ""), where)
-
-
-def remedies(kind: str, where: Sequence[str] = ()) -> tuple[str, ...]:
-    """Returns the remedies of a symptom, the likeliest first: the advice alone for a kind without a list.
-
-    Args:
-        kind: One of `core.incidents.KINDS`, or a symptom that only `report.analysis` finds.
-        where: Names of the parameters or modules at fault, the worst first; the first is named.
-
-    Example:
-        >>> remedies("stuck_loss")[0]
-        'Raise the learning rate.'
-    """
-    steps = _STEPS_TO_TAKE.get(kind, (_REMEDIES.get(kind, ""),))
-    return tuple(_name_first(step, where) for step in steps if step)
-
-
-def advice_for_finding(kind: str, cause: str, where: Sequence[str], evidence: str) -> str:
-    """Returns what a diagnosis measured, and what helps against its cause, or its symptom if that is unknown.
-
-    Example:
-        >>> advice_for_finding("stuck_loss", "labels_ignored", (), "every label is ignored")
-        'Every label is ignored. Check the labels and ignore_index: none is left for the loss.'
-    """
-    remedy = advice_for_cause(cause, where) or advice(kind, where)
-    return f"{evidence[:1].upper()}{evidence[1:]}. {remedy}" if evidence else remedy
-
-
-def code_of(name: str) -> str:
-    """Returns a module's or a parameter's name as an expression on `model`.
-
-    Example:
-        >>> code_of("net.2.weight"), code_of("")
-        ('model.net[2].weight', 'model')
-    """
-    return "model" + "".join(
-        f"[{part}]" if part.isdigit() else f".{part}" for part in name.split(".") if part
-    )
-
-
-def fitting(text: str, present: Collection[Present]) -> str:
-    """Returns advice without the parts that do not apply to a run; empty if no part does.
-
-    Args:
-        text: Any text with advice of this module in it.
-        present: What the run has.
-
-    Example:
-        >>> fitting(advice("rollback"), ["backoff"])
-        'The weights are those of an earlier step; lower the learning rate if it happens again.'
-    """
-    for condition in present:
-        for part in _PARTS.get(condition, ()):
-            text = text.replace(part, "")
-    return text
-
-
-def _name_first(text: str, where: Sequence[str]) -> str:
-    name = where[0] if where else ""
-    return _CONDITIONAL.sub(r"\2", text).format(where=name or "the network", code=code_of(name))
-
-
-_CONDITIONAL = re.compile(r"\[(\w+)\|([^]]*)\]")
-#: Parts of texts by condition, the longest first: one may hold another.
-_PARTS: dict[str, list[str]] = {}
-for _text in (
-    *_REMEDIES.values(),
-    *_BY_CAUSE.values(),
-    *(step for s in _STEPS_TO_TAKE.values() for step in s),
-):
-    for _condition, _part in _CONDITIONAL.findall(_text):
-        _PARTS.setdefault(_condition, []).append(_part)
-for _parts in _PARTS.values():
-    _parts.sort(key=len, reverse=True)

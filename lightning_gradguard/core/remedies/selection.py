@@ -1,0 +1,88 @@
+"""Selects the texts that apply to a run, and names in them what is at fault."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Sequence
+from typing import Literal
+
+from lightning_gradguard.core.remedies.texts import BY_CAUSE, BY_KIND, STEPS
+
+#: What a run has, so that some advice does not apply; `feed_forward`: no recurrence.
+Present = Literal["clipping", "backoff", "rollback", "check", "feed_forward"]
+
+_CONDITIONAL = re.compile(r"\[(\w+)\|([^]]*)\]")
+
+
+def advice(kind: str, where: Sequence[str] = (), present: Collection[Present] = ()) -> str:
+    """Returns advice for an incident, in one or two sentences; empty for an unknown kind.
+
+    Args:
+        kind: One of `core.incidents.KINDS`.
+        where: Names of the parameters or modules at fault, the worst first; the first is named.
+        present: What the run has: advice to add it is left away.
+
+    Example:
+        >>> advice("rollback", present=["backoff"])
+        'The weights are those of an earlier step; lower the learning rate if it happens again.'
+    """
+    return _applied(BY_KIND.get(kind, ""), where, present)
+
+
+def advice_for_cause(cause: str, where: Sequence[str] = (), present: Collection[Present] = ()) -> str:
+    """Returns advice for the cause that a replay found, in one or two sentences; empty for `"unknown"`.
+
+    Args:
+        cause: One of `core.incidents.CAUSES` or `SYMPTOM_CAUSES`.
+        where: Names of the modules or tensors at fault, the worst first; the first is named.
+        present: What the run has.
+    """
+    return _applied(BY_CAUSE.get(cause, ""), where, present)
+
+
+def advice_for_finding(
+    kind: str, cause: str, where: Sequence[str], evidence: str, present: Collection[Present] = ()
+) -> str:
+    """Returns what a diagnosis measured, and what helps against its cause, or its symptom if that is unknown.
+
+    Example:
+        >>> advice_for_finding("stuck_loss", "labels_ignored", (), "every label is ignored")
+        'Every label is ignored. Check the labels and ignore_index: none is left for the loss.'
+    """
+    remedy = advice_for_cause(cause, where, present) or advice(kind, where, present)
+    return f"{evidence[:1].upper()}{evidence[1:]}. {remedy}" if evidence else remedy
+
+
+def remedies(kind: str, where: Sequence[str] = (), present: Collection[Present] = ()) -> tuple[str, ...]:
+    """Returns the remedies of a symptom, the likeliest first: the advice alone for a kind without a list.
+
+    Args:
+        kind: One of `core.incidents.KINDS`, or a symptom that only `report.analysis` finds.
+        where: Names of the parameters or modules at fault, the worst first; the first is named.
+        present: What the run has: a remedy that it has is left away.
+
+    Example:
+        >>> remedies("stuck_loss")[0]
+        'Raise the learning rate.'
+    """
+    texts = STEPS.get(kind, (BY_KIND.get(kind, ""),))
+    return tuple(filter(None, (_applied(text, where, present) for text in texts)))
+
+
+def code_of(name: str) -> str:
+    """Returns a module's or a parameter's name as an expression on `model`.
+
+    Example:
+        >>> code_of("net.2.weight"), code_of("")
+        ('model.net[2].weight', 'model')
+    """
+    return "model" + "".join(
+        f"[{part}]" if part.isdigit() else f".{part}" for part in name.split(".") if part
+    )
+
+
+def _applied(text: str, where: Sequence[str], present: Collection[Present]) -> str:
+    """Returns a text without the parts that do not apply, and with the name of what is at fault."""
+    name = where[0] if where else ""
+    fitting = _CONDITIONAL.sub(lambda part: "" if part[1] in present else part[2], text)
+    return fitting.format(where=name or "the network", code=code_of(name))
