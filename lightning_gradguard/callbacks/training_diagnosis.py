@@ -238,6 +238,7 @@ class TrainingDiagnosis(StepCallback):
         now: dict[str, int],
     ) -> None:
         self._is_publishing = True
+        present = present_in(trainer)
         for finding in findings:
             if finding.kind in self.symptoms:
                 cause = "" if finding.cause == "unknown" else finding.cause
@@ -249,7 +250,7 @@ class TrainingDiagnosis(StepCallback):
                     cause=cause,
                     detail=f"Since step {finding.since}: {finding.evidence}." if finding.evidence else "",
                     advice=advice_for_finding(
-                        finding.kind, cause, finding.where, finding.evidence, present_in(trainer)
+                        finding.kind, cause, finding.where, finding.evidence, present, pl_module
                     ),
                     **now,
                 )

@@ -1,14 +1,17 @@
-"""Names of parameters, and the patterns that select them."""
+"""Names of modules and parameters, how Python spells them, and the patterns that select them."""
 
 from __future__ import annotations
 
+import keyword
 import warnings
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING
 
-from torch import nn
-from torch.optim import Optimizer
+if TYPE_CHECKING:  # reports spell names without torch
+    from torch import nn
+    from torch.optim import Optimizer
 
 
 def parameter_names(pl_module: nn.Module, parameters: Sequence[nn.Parameter]) -> dict[nn.Parameter, str]:
@@ -25,6 +28,45 @@ def parameter_names(pl_module: nn.Module, parameters: Sequence[nn.Parameter]) ->
 def plain_name(name: str) -> str:
     """Returns a parameter's name without the prefixes of `torch.compile` and FSDP1."""
     return name.replace("_orig_mod.", "").replace("_fsdp_wrapped_module.", "")
+
+
+def code_of(name: str, model: nn.Module | None = None) -> str:
+    """Returns the expression on `model` that is a module or a parameter, to be pasted.
+
+    Args:
+        name: As `named_modules` or `named_parameters` has it, without the prefixes of wrappers.
+        model: The module that the name is of; if `None`, a number is taken for an index.
+
+    Example:
+        >>> code_of("net.2.weight"), code_of("heads.a-b.weight"), code_of("")
+        ('model.net[2].weight', "model.get_submodule('heads.a-b').weight", 'model')
+    """
+    expression, parent, path = "model", model, ""
+    for part in filter(None, name.split(".")):
+        path = f"{path}.{part}".lstrip(".")
+        index = _index_of(part, parent)
+        parent = getattr(parent, part, None)
+        if index is not None:
+            expression += f"[{index!r}]"
+        elif part.isidentifier() and not keyword.iskeyword(part):
+            expression += f".{part}"
+        else:
+            expression = f"model.get_submodule({path!r})"
+    return expression
+
+
+def _index_of(part: str, parent: nn.Module | None) -> int | str | None:
+    """Returns what a container has its child under, which is the position for one that was sliced."""
+    if parent is None:
+        return int(part) if part.isdecimal() else None
+    from torch import nn
+
+    if isinstance(parent, (nn.ModuleDict, nn.ParameterDict)):
+        return part
+    if not isinstance(parent, (nn.Sequential, nn.ModuleList, nn.ParameterList)):
+        return None
+    children = [*parent._modules, *parent._parameters]
+    return children.index(part) if part.isdecimal() and part in children else None
 
 
 def match_names(names: Iterable[str], patterns: Iterable[str]) -> list[str]:

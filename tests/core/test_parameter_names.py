@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import warnings
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ from lightning_gradguard import (
     InitializationCheck,
     default_callbacks,
 )
-from lightning_gradguard.core.parameter_names import warn_unknown, warn_unmatched
+from lightning_gradguard.core.parameter_names import code_of, warn_unknown, warn_unmatched
 from lightning_gradguard.runtime.lightning_api import Callback
 from tests.tasks import Classifier, batches, fit
 
@@ -25,6 +27,36 @@ class Headed(nn.Module):
         self.body = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
         self.head = nn.Linear(2, 2)
         self.head.bias.requires_grad_(False)
+
+
+class Odd(nn.Module):
+    """Children and parameters under all kinds of names, those of a slice among them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Sequential(*map(nn.Linear, [2] * 4, [2] * 4))[2:], nn.ReLU())
+        self.heads = nn.ModuleDict({"a-b": nn.Linear(2, 2), "0": nn.ModuleList([nn.Linear(2, 2)])})
+        self.heads["relu"] = nn.Sequential(OrderedDict({"two words": nn.PReLU(), "plain": nn.PReLU()}))
+        self.scales = nn.ParameterDict({"x-y": nn.Parameter(torch.ones(1))})
+        self.lengths = nn.ParameterList([nn.Parameter(torch.ones(1))])
+        for name in ("for", "7", "it's"):
+            self.add_module(name, nn.Linear(2, 2))
+
+
+def test_code_of_a_name_is_an_expression() -> None:
+    model = Odd()
+    for name, expected in (*model.named_modules(), *model.named_parameters()):
+        code = code_of(name, model)
+        assert eval(code, {"model": model}) is expected, code
+
+
+def test_code_of_a_name_of_no_known_model_is_an_expression_on_it() -> None:
+    model = Headed()
+    model.add_module("two-fold", nn.Sequential(nn.Linear(2, 2)))
+    for name, expected in (*model.named_modules(), *model.named_parameters()):
+        assert eval(code_of(name), {"model": model}) is expected
+    for name in ("batch[0]", "train.py:7 in training_step", "parameter.6", "body.9"):
+        assert isinstance(ast.parse(code_of(name, model)), ast.Module)
 
 
 def warned(*patterns: str) -> list[str]:

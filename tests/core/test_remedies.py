@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 import pytest
+from torch import nn
 
 from lightning_gradguard.core.incidents import CAUSES, KINDS, SYMPTOM_CAUSES
 from lightning_gradguard.core.remedies import Present, advice, advice_for_cause, remedies
@@ -42,6 +43,12 @@ def test_advice_leaves_away_what_is_there(kind: str) -> None:
     assert "InitializationCheck()" not in text
     assert "clip gradients" not in text.lower()
     assert not re.search(r"[\[\]|]|  |,[.;,]|;[.,]| [.,;]", text), text
+
+
+def test_code_in_advice_is_that_of_the_model() -> None:
+    model = nn.ModuleDict({"0": nn.Linear(2, 2)})
+    assert "model['0'].weight" in advice_for_cause("small_weights", ["0"], model=model)
+    assert "model[0].weight" in advice_for_cause("small_weights", ["0"])
 
 
 @pytest.mark.parametrize("cause", [*CAUSES, *SYMPTOM_CAUSES])

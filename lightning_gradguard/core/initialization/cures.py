@@ -20,8 +20,8 @@ from lightning_gradguard.core.initialization.trials import (
     Trial,
     feed_forward_line,
     recurrent_lines,
-    reference,
 )
+from lightning_gradguard.core.parameter_names import code_of
 from lightning_gradguard.core.snapshots import preserve_state
 
 #: A gain of this share of that before is better, where nothing brings it to what is usual.
@@ -159,7 +159,7 @@ def _trials(
     layers = {layer.name: layer for layer in measured.layers}
     for finding in findings:
         if finding.criterion == "loss_over_guessing":
-            weight = f"{reference(module, finding.module)}.weight"
+            weight = f"{code_of(finding.module, module)}.weight"
             for line in (f"nn.init.normal_({weight}, std=0.02)", f"nn.init.zeros_({weight})"):
                 yield Initializers(module, {finding.module: line})
     named = {f.module for f in findings if f.criterion != "loss_over_guessing"}
@@ -197,7 +197,7 @@ def _larger_changes(
 
 
 def _reset_line(module: nn.Module, name: str) -> str:
-    target = reference(module, name)
+    target = code_of(name, module)
     if hasattr(module.get_submodule(name), "reset_parameters"):
         return f"{target}.reset_parameters()"
     return f"[nn.init.normal_(p, std=0.02) for p in {target}.parameters(recurse=False)]"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import keyword
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -16,27 +15,7 @@ from torch.overrides import TorchFunctionMode
 from lightning_gradguard.core.initialization.findings import Finding, one_line
 from lightning_gradguard.core.initialization.probe import RECTIFIERS, SATURATING, Layer
 from lightning_gradguard.core.initialization.repair import holds_default_initialization, repair
-
-
-def reference(module: nn.Module, name: str) -> str:
-    """Returns the Python expression of a submodule, such as `model.net[2]`.
-
-    Example:
-        >>> reference(nn.Sequential(nn.Sequential(nn.ReLU())), "0.0")
-        'model[0][0]'
-        >>> reference(nn.ModuleDict({"a-b": nn.ReLU()}), "a-b")
-        "model.get_submodule('a-b')"
-    """
-    expression, parent = "model", module
-    for part in filter(None, name.split(".")):
-        if isinstance(parent, (nn.Sequential, nn.ModuleList)) and part.isdecimal():
-            expression += f"[{part}]"
-        elif part.isidentifier() and not keyword.iskeyword(part) and not isinstance(parent, nn.ModuleDict):
-            expression += f".{part}"
-        else:
-            return f"model.get_submodule({name!r})"
-        parent = parent.get_submodule(part)
-    return expression
+from lightning_gradguard.core.parameter_names import code_of
 
 
 def feed_forward_line(module: nn.Module, layer: Layer, *, bias: bool = False) -> str:
@@ -51,7 +30,7 @@ def feed_forward_line(module: nn.Module, layer: Layer, *, bias: bool = False) ->
         He, Zhang, Ren, Sun, Delving Deep into Rectifiers, 2015, arXiv:1502.01852. Glorot, Bengio,
         Understanding the difficulty of training deep feedforward neural networks, 2010.
     """
-    target = reference(module, layer.name)
+    target = code_of(layer.name, module)
     line = _initializer(f"{target}.weight", layer.activation)
     return f"{line}; nn.init.zeros_({target}.bias)" if bias and layer.module.bias is not None else line
 
@@ -76,7 +55,7 @@ def recurrent_lines(module: nn.Module, name: str, recurrent: nn.RNNBase, n_steps
         Architectures, 2015. Tallec, Ollivier, Can recurrent neural networks warp time?, 2018,
         arXiv:1804.11188.
     """
-    target = reference(module, name)
+    target = code_of(name, module)
     weights = [n for n, _ in recurrent.named_parameters() if n.startswith("weight_hh")]
     if recurrent.mode.startswith("RNN"):
         for gain in ("", ", gain=1.1", ", gain=1.2"):
@@ -171,7 +150,7 @@ class Rectified:
         return f"nn.ReLU(){norm} in place of {kind}, and {one_line(self._lines())}  # {change}"
 
     def _lines(self) -> list[str]:
-        return [_initializer(f"{reference(self.module, x.name)}.weight", "relu") for x in self.layers]
+        return [_initializer(f"{code_of(x.name, self.module)}.weight", "relu") for x in self.layers]
 
 
 class _Substitution(TorchFunctionMode):
@@ -224,7 +203,7 @@ class Normalized:
         """Returns the change of architecture, with the layer of the finding as the example."""
         layer = next((x for x in self.layers if x.name == finding.module), self.layers[0])
         kind = "nn.LayerNorm({})" if isinstance(layer.module, nn.Linear) else "nn.GroupNorm(1, {})"
-        where = reference(self.module, layer.name)
+        where = code_of(layer.name, self.module)
         made = kind.format(layer.module.weight.shape[0])
         return f"normalization before each activation, such as {made} after {where}  # {change}"
 
@@ -272,7 +251,7 @@ class Gated:
 
     def describe(self, finding: Finding, change: str) -> str:
         """Returns the change of architecture and the bias of its gates."""
-        size, target = self.recurrent.hidden_size, reference(self.module, self.name)
+        size, target = self.recurrent.hidden_size, code_of(self.name, self.module)
         line = f"nn.init.constant_({target}.bias_hh_l0[{size}:{2 * size}], {self._bias})"
         return f"nn.LSTM in place of {target}, and {line}  # {change}"
 

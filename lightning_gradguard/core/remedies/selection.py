@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Sequence
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
+from lightning_gradguard.core.parameter_names import code_of
 from lightning_gradguard.core.remedies.texts import BY_CAUSE, BY_KIND, STEPS
+
+if TYPE_CHECKING:
+    from torch import nn
 
 #: What a run has, so that some advice does not apply; `feed_forward`: no recurrence.
 Present = Literal["clipping", "backoff", "rollback", "check", "feed_forward"]
@@ -29,19 +33,30 @@ def advice(kind: str, where: Sequence[str] = (), present: Collection[Present] = 
     return _applied(BY_KIND.get(kind, ""), where, present)
 
 
-def advice_for_cause(cause: str, where: Sequence[str] = (), present: Collection[Present] = ()) -> str:
+def advice_for_cause(
+    cause: str,
+    where: Sequence[str] = (),
+    present: Collection[Present] = (),
+    model: nn.Module | None = None,
+) -> str:
     """Returns advice for the cause that a replay found, in one or two sentences; empty for `"unknown"`.
 
     Args:
         cause: One of `core.incidents.CAUSES` or `SYMPTOM_CAUSES`.
         where: Names of the modules or tensors at fault, the worst first; the first is named.
         present: What the run has.
+        model: The module that the names are of, so that the first is spelled as Python.
     """
-    return _applied(BY_CAUSE.get(cause, ""), where, present)
+    return _applied(BY_CAUSE.get(cause, ""), where, present, model)
 
 
 def advice_for_finding(
-    kind: str, cause: str, where: Sequence[str], evidence: str, present: Collection[Present] = ()
+    kind: str,
+    cause: str,
+    where: Sequence[str],
+    evidence: str,
+    present: Collection[Present] = (),
+    model: nn.Module | None = None,
 ) -> str:
     """Returns what a diagnosis measured, and what helps against its cause, or its symptom if that is unknown.
 
@@ -49,7 +64,7 @@ def advice_for_finding(
         >>> advice_for_finding("stuck_loss", "labels_ignored", (), "every label is ignored")
         'Every label is ignored. Check the labels and ignore_index: none is left for the loss.'
     """
-    remedy = advice_for_cause(cause, where, present) or advice(kind, where, present)
+    remedy = advice_for_cause(cause, where, present, model) or advice(kind, where, present)
     return f"{evidence[:1].upper()}{evidence[1:]}. {remedy}" if evidence else remedy
 
 
@@ -69,20 +84,10 @@ def remedies(kind: str, where: Sequence[str] = (), present: Collection[Present] 
     return tuple(filter(None, (_applied(text, where, present) for text in texts)))
 
 
-def code_of(name: str) -> str:
-    """Returns a module's or a parameter's name as an expression on `model`.
-
-    Example:
-        >>> code_of("net.2.weight"), code_of("")
-        ('model.net[2].weight', 'model')
-    """
-    return "model" + "".join(
-        f"[{part}]" if part.isdigit() else f".{part}" for part in name.split(".") if part
-    )
-
-
-def _applied(text: str, where: Sequence[str], present: Collection[Present]) -> str:
+def _applied(
+    text: str, where: Sequence[str], present: Collection[Present], model: nn.Module | None = None
+) -> str:
     """Returns a text without the parts that do not apply, and with the name of what is at fault."""
     name = where[0] if where else ""
     fitting = _CONDITIONAL.sub(lambda part: "" if part[1] in present else part[2], text)
-    return fitting.format(where=name or "the network", code=code_of(name))
+    return fitting.format(where=name or "the network", code=code_of(name, model))
