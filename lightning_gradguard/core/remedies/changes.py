@@ -1,0 +1,308 @@
+"""Changes of a training program that can be tried, kept in a YAML file, and applied again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from lightning_gradguard.core.remedies.surgery.activations import (
+    ACTIVATIONS,
+    replace_activations,
+    replaceable,
+)
+from lightning_gradguard.core.remedies.surgery.additions import (
+    add_normalizations,
+    add_residuals,
+    blocks,
+    fitting_norm,
+    inputs,
+    normalizable,
+    standardize_inputs,
+)
+from lightning_gradguard.core.remedies.surgery.data_flow import SATURATING, DataFlow
+from lightning_gradguard.core.remedies.surgery.initializers import INITIALIZERS, initializable, initialize
+from lightning_gradguard.core.remedies.surgery.recurrent import (
+    gated,
+    make_orthogonal,
+    recurrent,
+    replace_by_gru,
+    set_gate_biases,
+    ungated,
+)
+from lightning_gradguard.core.snapshots.preservation import rng_state, set_rng_state
+
+#: Changes of the module, in the order in which several of them are applied.
+ModuleChange = Literal[
+    "replace_activation",
+    "rnn_to_gru",
+    "add_normalization",
+    "add_residual",
+    "standardize_input",
+    "initialize",
+    "orthogonal_recurrent",
+    "gate_bias",
+]
+#: Changes of how it is trained.
+TrainingChange = Literal[
+    "learning_rate", "warm_up", "clipping", "weight_norm", "weight_decay", "epsilon", "precision"
+]
+ChangeKind = Literal[ModuleChange, TrainingChange]
+MODULE_CHANGES: tuple[ModuleChange, ...] = get_args(ModuleChange)
+KINDS: tuple[ChangeKind, ...] = (*MODULE_CHANGES, *get_args(TrainingChange))
+Argument = float | int | str | list[str]
+
+#: Arguments of each kind with their defaults; `None` is found in the module.
+_DEFAULTS: dict[ChangeKind, dict[str, Argument | None]] = {
+    "replace_activation": {"to": "relu", "modules": None},
+    "rnn_to_gru": {"modules": None},
+    "add_normalization": {"norm": "auto", "modules": None, "norms": None},
+    "add_residual": {"weight": None, "modules": None},
+    "standardize_input": {"modules": None},
+    "initialize": {"to": "kaiming", "seed": 0, "modules": None},
+    "orthogonal_recurrent": {"gain": 1.0, "seed": 0, "modules": None},
+    "gate_bias": {"value": 1.0, "modules": None},
+    "learning_rate": {"scale": 1.0},
+    "warm_up": {"steps": 100},
+    "clipping": {"max_norm": 1.0},
+    "weight_norm": {"max_norm": 3.0},
+    "weight_decay": {"value": 0.01},
+    "epsilon": {"value": 1e-4},
+    "precision": {"value": "32-true"},
+}
+_CHOICES: dict[tuple[str, str], tuple[str, ...]] = {
+    ("replace_activation", "to"): ACTIVATIONS,
+    ("add_normalization", "norm"): ("auto", "batch", "layer"),
+    ("initialize", "to"): INITIALIZERS,
+}
+
+
+@dataclass(frozen=True)
+class Change:
+    """One change of a training program, which YAML and JSON can hold.
+
+    | kind | arguments |
+    |---|---|
+    | `replace_activation` | `to`: `relu`, `gelu` in place of saturating ones, `leaky_relu` of ReLU |
+    | `rnn_to_gru` | |
+    | `add_normalization` | `norm` before activations: `batch`, `layer` (group for convolutions), `auto` |
+    | `add_residual` | `weight` of the block in `x + weight * f(x)`; `1 / sqrt(n_blocks)` by default |
+    | `standardize_input` | of the layers that get the network's inputs |
+    | `initialize` | `to`: `kaiming`, `xavier`, `orthogonal`, `lsuv`; `seed` |
+    | `orthogonal_recurrent` | `gain`, `seed` |
+    | `gate_bias` | `value` |
+    | `learning_rate` | `scale` |
+    | `warm_up` | `steps` |
+    | `clipping` | `max_norm` |
+    | `weight_norm` | `max_norm` |
+    | `weight_decay` | `value` |
+    | `epsilon` | `value` |
+    | `precision` | `value` |
+
+    Args:
+        kind: The kind of change.
+        arguments: Arguments of this kind. Those of the module have `modules`, names of submodules; all that
+            the change fits if there are none.
+
+    Raises:
+        ValueError: If the kind, or an argument, is unknown or out of range.
+
+    Example:
+        >>> Change("replace_activation", {"to": "gelu"}).describe()
+        'replace_activation(to=gelu)'
+    """
+
+    kind: ChangeKind
+    arguments: Mapping[str, Argument] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Checks kind and arguments."""
+        if self.kind not in KINDS:
+            raise ValueError(f"kind={self.kind!r} must be one of {', '.join(KINDS)}.")
+        for name, value in self.arguments.items():
+            _check(self.kind, name, value)
+
+    def __getitem__(self, name: str) -> Any:
+        """Returns an argument, or its default."""
+        return self.arguments.get(name, _DEFAULTS[self.kind][name])
+
+    @property
+    def is_of_module(self) -> bool:
+        """True for a change of the module, False for one of its training."""
+        return self.kind in MODULE_CHANGES
+
+    @property
+    def modules(self) -> list[str]:
+        """Names of the modules that it is restricted to; none if it is not."""
+        return list(self.arguments.get("modules", ()))  # type: ignore[arg-type]
+
+    def with_arguments(self, **arguments: Argument) -> Change:
+        """Returns the change with other arguments."""
+        return Change(self.kind, {**self.arguments, **arguments})
+
+    def describe(self) -> str:
+        """Returns the change in one line, without the names of modules."""
+        shown = {n: v for n, v in self.arguments.items() if n not in ("modules", "norms")}
+        return f"{self.kind}({', '.join(f'{name}={value}' for name, value in shown.items())})"
+
+    def as_dict(self) -> dict[str, Any]:
+        """Returns what YAML and JSON hold."""
+        return {"kind": self.kind, "arguments": dict(self.arguments)}
+
+
+def places(module: nn.Module, change: Change, run_loss: Callable[[], Tensor] | None = None) -> list[str]:
+    """Returns the submodules that a change would alter, and alters nothing.
+
+    Args:
+        module: The network.
+        change: One of the module; others have no places.
+        run_loss: Runs the network on a batch, which shows what follows each layer, also in functional code.
+            Without it, only what lies in an `nn.Sequential` is known.
+
+    Returns:
+        Names of submodules; blocks of a residual addition as `first:last`. Empty if the change does not fit.
+    """
+    return resolve(module, change, run_loss).modules if change.is_of_module else []
+
+
+def resolve(module: nn.Module, change: Change, run_loss: Callable[[], Tensor] | None = None) -> Change:
+    """Returns a change with the names of the modules that it alters, which needs no batch to be applied.
+
+    Args:
+        module: The network, unchanged afterwards.
+        change: One of the module.
+        run_loss: As in `places`.
+
+    Raises:
+        ValueError: If the change names a module that the network does not have.
+    """
+    _check_names(module, change)
+    flow = DataFlow.of(module, run_loss)
+    names = change.modules
+    if change.kind == "replace_activation":
+        return change.with_arguments(modules=replaceable(module, flow, change["to"], names))
+    if change.kind == "add_normalization":
+        if "norms" in change.arguments:
+            return change
+        layers = normalizable(flow, names)
+        norms = [fitting_norm(x) if change["norm"] == "auto" else change["norm"] for x in layers]
+        return change.with_arguments(modules=[layer.name for layer in layers], norms=norms)
+    if change.kind == "add_residual":
+        found = names if any(":" in name for name in names) else blocks(module, flow, names)
+    elif change.kind == "standardize_input":
+        found = inputs(module, flow, names)
+    elif change.kind == "initialize":
+        found = initializable(module, flow, names)
+    else:
+        fitting = {"rnn_to_gru": ungated, "gate_bias": gated}
+        found = fitting[change.kind](module) if change.kind in fitting else recurrent(module, flow)
+        found = [name for name in found if not names or name in names]
+    return change.with_arguments(modules=found)
+
+
+def apply(
+    module: nn.Module, change: Change, run_loss: Callable[[], Tensor] | None = None, *, resolved: bool = False
+) -> list[str]:
+    """Makes a change of the module in place.
+
+    Parameters that the change does not concern are the same tensors as before; new ones have the dtype and
+    the device of their neighbours. The global random number generators are as before.
+
+    Args:
+        module: The network.
+        change: One of the module.
+        run_loss: As in `places`; `initialize` with `to="lsuv"` needs it.
+        resolved: True for a change that `resolve` has returned.
+
+    Returns:
+        Names of what was altered.
+
+    Raises:
+        ValueError: If the change names a module that the network does not have, or needs a batch.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(2, 2), nn.Sigmoid(), nn.Linear(2, 1), nn.Sigmoid())
+        >>> apply(net, Change("replace_activation")), type(net[1]).__name__, type(net[3]).__name__
+        (['1'], 'ReLU', 'Sigmoid')
+    """
+    change = change if resolved else resolve(module, change, run_loss)
+    names = change.modules
+    if not names:
+        return []
+    with _seeded():
+        if change.kind == "replace_activation":
+            return replace_activations(module, names, change["to"])
+        if change.kind == "rnn_to_gru":
+            return replace_by_gru(module, names)
+        if change.kind == "add_normalization":
+            return add_normalizations(module, names, change["norms"])
+        if change.kind == "add_residual":
+            return add_residuals(module, names, change["weight"])
+        if change.kind == "standardize_input":
+            return standardize_inputs(module, names)
+        if change.kind == "gate_bias":
+            return set_gate_biases(module, names, change["value"])
+        if change.kind == "orthogonal_recurrent":
+            return make_orthogonal(module, names, change["gain"], change["seed"])
+        flow = DataFlow.of(module, run_loss)
+        return initialize(module, flow, names, change["to"], change["seed"], run_loss)
+
+
+def in_order(changes: Sequence[Change]) -> list[Change]:
+    """Returns changes in the order in which they are applied: activations before what depends on them."""
+    return sorted(changes, key=lambda change: KINDS.index(change.kind))
+
+
+def functional_activations(module: nn.Module, run_loss: Callable[[], Tensor]) -> list[str]:
+    """Returns saturating activations that the user's code calls as functions, which no change can replace.
+
+    Args:
+        module: The network.
+        run_loss: Runs it on a batch.
+
+    Returns:
+        Each function and the line that calls it, such as `sigmoid at model.py:12 in forward`; none that is a
+        gate or the output of the network.
+    """
+    saturating = {kind.__name__.lower() for kind in SATURATING}
+    functions = DataFlow.of(module, run_loss).functions()
+    return [x.name for x in functions if x.function in saturating and x.is_hidden and not x.is_gate]
+
+
+@contextmanager
+def _seeded(seed: int = 0) -> Iterator[None]:
+    """Draws the same numbers on every rank, and restores the generators."""
+    state = rng_state()
+    torch.manual_seed(seed)
+    try:
+        yield
+    finally:
+        set_rng_state(state)
+
+
+def _check(kind: ChangeKind, name: str, value: Argument) -> None:
+    valid = _DEFAULTS[kind]
+    if name not in valid:
+        raise ValueError(f"{kind} has no argument {name!r}; it has {', '.join(valid)}.")
+    choices = _CHOICES.get((kind, name))
+    if choices is not None and value not in choices:
+        raise ValueError(f"{kind}: {name}={value!r} must be one of {', '.join(choices)}.")
+    if name in ("modules", "norms"):
+        if isinstance(value, str) or not isinstance(value, Sequence):
+            raise ValueError(f"{kind}: {name}={value!r} must be a list of names.")
+    elif choices is None and name != "value" and not isinstance(value, (int, float)):
+        raise ValueError(f"{kind}: {name}={value!r} must be a number.")
+
+
+def _check_names(module: nn.Module, change: Change) -> None:
+    known = {name for name, _ in module.named_modules()}
+    for name in (part for entry in change.modules for part in entry.split(":")):
+        parent, _, attribute = name.rpartition(".")
+        if name not in known and not (parent in known and hasattr(module.get_submodule(parent), attribute)):
+            nearest = "".join(f" Did you mean {n!r}?" for n in get_close_matches(name, known, n=1))
+            raise ValueError(f"{change.kind}: the module has no {name!r}.{nearest}")

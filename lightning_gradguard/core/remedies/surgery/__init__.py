@@ -1,0 +1,1 @@
+"""Changes of a network in place: activations, normalization, residual additions, recurrence, weights."""
