@@ -25,7 +25,7 @@ from lightning_gradguard.core.remedies.surgery.additions import (
     normalizable,
     standardize_inputs,
 )
-from lightning_gradguard.core.remedies.surgery.data_flow import SATURATING, DataFlow
+from lightning_gradguard.core.remedies.surgery.data_flow import DataFlow
 from lightning_gradguard.core.remedies.surgery.initializers import INITIALIZERS, initializable, initialize
 from lightning_gradguard.core.remedies.surgery.recurrent import (
     gated,
@@ -64,7 +64,7 @@ _DEFAULTS: dict[ChangeKind, dict[str, Argument | None]] = {
     "add_normalization": {"norm": "auto", "modules": None, "norms": None},
     "add_residual": {"weight": None, "modules": None},
     "standardize_input": {"modules": None},
-    "initialize": {"to": "kaiming", "seed": 0, "modules": None},
+    "initialize": {"to": "kaiming", "seed": 0, "modules": None, "activations": None},
     "orthogonal_recurrent": {"gain": 1.0, "seed": 0, "modules": None},
     "gate_bias": {"value": 1.0, "modules": None},
     "learning_rate": {"scale": 1.0},
@@ -75,6 +75,8 @@ _DEFAULTS: dict[ChangeKind, dict[str, Argument | None]] = {
     "epsilon": {"value": 1e-4},
     "precision": {"value": "32-true"},
 }
+#: Lists that `resolve` finds.
+_FOUND = ("modules", "norms", "activations")
 _CHOICES: dict[tuple[str, str], tuple[str, ...]] = {
     ("replace_activation", "to"): ACTIVATIONS,
     ("add_normalization", "norm"): ("auto", "batch", "layer"),
@@ -147,7 +149,7 @@ class Change:
 
     def describe(self) -> str:
         """Returns the change in one line, without the names of modules."""
-        shown = {n: v for n, v in self.arguments.items() if n not in ("modules", "norms")}
+        shown = {n: v for n, v in self.arguments.items() if n not in _FOUND}
         return f"{self.kind}({', '.join(f'{name}={value}' for name, value in shown.items())})"
 
     def as_dict(self) -> dict[str, Any]:
@@ -187,17 +189,17 @@ def resolve(module: nn.Module, change: Change, run_loss: Callable[[], Tensor] | 
     if change.kind == "replace_activation":
         return change.with_arguments(modules=replaceable(module, flow, change["to"], names))
     if change.kind == "add_normalization":
-        if "norms" in change.arguments:
-            return change
-        layers = normalizable(flow, names)
+        layers = normalizable(module, flow, names)
         norms = [fitting_norm(x) if change["norm"] == "auto" else change["norm"] for x in layers]
         return change.with_arguments(modules=[layer.name for layer in layers], norms=norms)
+    if change.kind == "initialize":
+        layers = initializable(module, flow, names)
+        activations = [layer.activation or "" for layer in layers]
+        return change.with_arguments(modules=[layer.name for layer in layers], activations=activations)
     if change.kind == "add_residual":
         found = names if any(":" in name for name in names) else blocks(module, flow, names)
     elif change.kind == "standardize_input":
         found = inputs(module, flow, names)
-    elif change.kind == "initialize":
-        found = initializable(module, flow, names)
     else:
         fitting = {"rnn_to_gru": ungated, "gate_bias": gated}
         found = fitting[change.kind](module) if change.kind in fitting else recurrent(module, flow)
@@ -249,8 +251,7 @@ def apply(
             return set_gate_biases(module, names, change["value"])
         if change.kind == "orthogonal_recurrent":
             return make_orthogonal(module, names, change["gain"], change["seed"])
-        flow = DataFlow.of(module, run_loss)
-        return initialize(module, flow, names, change["to"], change["seed"], run_loss)
+        return initialize(module, names, change["activations"], change["to"], change["seed"], run_loss)
 
 
 def in_order(changes: Sequence[Change]) -> list[Change]:
@@ -269,9 +270,8 @@ def functional_activations(module: nn.Module, run_loss: Callable[[], Tensor]) ->
         Each function and the line that calls it, such as `sigmoid at model.py:12 in forward`; none that is a
         gate or the output of the network.
     """
-    saturating = {kind.__name__.lower() for kind in SATURATING}
     functions = DataFlow.of(module, run_loss).functions()
-    return [x.name for x in functions if x.function in saturating and x.is_hidden and not x.is_gate]
+    return [x.name for x in functions if x.saturates and x.is_hidden and not x.is_gate]
 
 
 @contextmanager
@@ -292,7 +292,7 @@ def _check(kind: ChangeKind, name: str, value: Argument) -> None:
     choices = _CHOICES.get((kind, name))
     if choices is not None and value not in choices:
         raise ValueError(f"{kind}: {name}={value!r} must be one of {', '.join(choices)}.")
-    if name in ("modules", "norms"):
+    if name in _FOUND:
         if isinstance(value, str) or not isinstance(value, Sequence):
             raise ValueError(f"{kind}: {name}={value!r} must be a list of names.")
     elif choices is None and name != "value" and not isinstance(value, (int, float)):

@@ -31,16 +31,15 @@ _SMALLEST_BATCH = 8
 _BATCH_NORMS = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 
 
-def normalizable(flow: DataFlow, names: Collection[str]) -> list[Layer]:
+def normalizable(module: nn.Module, flow: DataFlow, names: Collection[str]) -> list[Layer]:
     """Returns layers that an activation follows without a normalization, or those that are named."""
     return [
         layer
-        for layer in flow.weighted()
-        if not hasattr(layer.module, NORMALIZATION)
+        for layer in (flow.named(module, names) if names else flow.weighted())
+        if isinstance(layer.module, WEIGHTED)
+        and not hasattr(layer.module, NORMALIZATION)
         and (
-            layer.name in names
-            or (not names and layer.is_hidden and layer.activation)
-            and not (layer.is_normalized or layer.is_gate)
+            names or (layer.is_hidden and layer.activation and not layer.is_normalized and not layer.is_gate)
         )
     ]
 
@@ -80,11 +79,11 @@ def _norm(layer: nn.Linear | _ConvNd, norm: str) -> nn.Module:
 def inputs(module: nn.Module, flow: DataFlow, names: Collection[str]) -> list[str]:
     """Returns the layers that get the network's inputs, or those that are named."""
     return [
-        name
-        for name, layer in flow.layers.items()
+        layer.name
+        for layer in (flow.named(module, names) if names else flow.layers.values())
         if isinstance(layer.module, (*WEIGHTED, *RECURRENT))
         and not hasattr(layer.module, STANDARDIZATION)
-        and (name in names or (not names and layer.takes_input))
+        and (names or layer.takes_input)
     ]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -29,6 +29,7 @@ _ACTIVATION_FUNCTIONS = frozenset(
     {"sigmoid", "tanh", "softsign", "hardtanh", "hardsigmoid", "relu", "relu6", "leaky_relu", "elu", "selu"}
     | {"celu", "gelu", "silu", "mish", "prelu", "softplus"}
 )
+SATURATING_FUNCTIONS = frozenset(kind.__name__.lower() for kind in SATURATING)
 _FUNCTIONS: dict[type[nn.Module], str] = {nn.LeakyReLU: "leaky_relu"}
 _NORMALIZING = frozenset({"batch_norm", "layer_norm", "group_norm", "instance_norm", "rms_norm"})
 _MIXING = frozenset(
@@ -87,6 +88,16 @@ class Layer:
         return any(layer.calls > 1 for layer in self.follows.values())
 
     @property
+    def saturates(self) -> bool:
+        """True for a saturating activation, and a layer that one follows."""
+        functions = {self.activation, self.function, functions_of(self.module).get(self._attribute)}
+        return isinstance(self.module, SATURATING) or not functions.isdisjoint(SATURATING_FUNCTIONS)
+
+    @property
+    def _attribute(self) -> str:
+        return self.name.rpartition(".")[2] if self.is_attribute else ""
+
+    @property
     def keeps_shape(self) -> bool:
         """True if its output has the shape of its input."""
         return self.shapes is not None and self.shapes[0] == self.shapes[1]
@@ -129,6 +140,10 @@ class DataFlow:
         with preserve_state(module), torch.enable_grad(), _Tracer(module) as tracer:
             run()
         return cls(tracer.layers, is_measured=True)
+
+    def named(self, module: nn.Module, names: Collection[str]) -> list[Layer]:
+        """Modules by name, as they ran, or as they are if it is unknown; a block by its first module."""
+        return [self.layers.get(name) or Layer(name, module.get_submodule(name)) for name in names]
 
     def weighted(self) -> list[Layer]:
         """Linear and convolutional layers, in the order of the forward pass."""
@@ -293,7 +308,7 @@ class _Tracer(TorchFunctionMode):
             pending = {}
         elif name in _MULTIPLYING and len(given) > 1 and min(t.numel() for t in given[:2]) > 1:
             for layer in pending.values():
-                layer.is_gate |= layer.activation is not None or not isinstance(layer.module, WEIGHTED)
+                layer.is_gate |= layer.saturates
         origin = self._origin(given)
         for tensor in _tensors([result]):
             if tensor.is_floating_point():

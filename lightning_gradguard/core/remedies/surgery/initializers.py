@@ -3,26 +3,27 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from lightning_gradguard.core.initialization.probe import RECTIFIERS
 from lightning_gradguard.core.initialization.repair import repair
-from lightning_gradguard.core.remedies.surgery.data_flow import DataFlow, Layer
+from lightning_gradguard.core.remedies.surgery.data_flow import WEIGHTED, DataFlow, Layer
 
 INITIALIZERS = ("kaiming", "xavier", "orthogonal", "lsuv")
 
 
-def initializable(module: nn.Module, flow: DataFlow, names: Collection[str]) -> list[str]:
+def initializable(module: nn.Module, flow: DataFlow, names: Collection[str]) -> list[Layer]:
     """Returns hidden layers whose weight is trained and no other module's, or those that are named."""
     holders = Counter(id(p) for _, p in module.named_parameters(remove_duplicate=False))
     places = Counter(id(m) for _, m in module.named_modules(remove_duplicate=False))
     return [
-        layer.name
-        for layer in flow.weighted()
-        if (layer.name in names if names else layer.is_hidden)
+        layer
+        for layer in (flow.named(module, names) if names else flow.weighted())
+        if isinstance(layer.module, WEIGHTED)
+        and (names or layer.is_hidden)
         and (weight := layer.module._parameters.get("weight")) is not None
         and weight.requires_grad
         and not isinstance(weight, nn.parameter.UninitializedParameter)
@@ -32,13 +33,21 @@ def initializable(module: nn.Module, flow: DataFlow, names: Collection[str]) -> 
 
 def initialize(
     module: nn.Module,
-    flow: DataFlow,
-    names: Collection[str],
+    names: Sequence[str],
+    activations: Sequence[str],
     to: str,
     seed: int,
     run_loss: Callable[[], Tensor] | None,
 ) -> list[str]:
     """Draws weights anew, with biases of zero; `"lsuv"` also scales outputs to unit variance on a batch.
+
+    Args:
+        module: The network.
+        names: Names of its layers.
+        activations: Name of the activation function after each; empty for none.
+        to: One of `INITIALIZERS`.
+        seed: Seed of the weights.
+        run_loss: Runs the network on a batch.
 
     Raises:
         ValueError: If `"lsuv"` has no batch.
@@ -49,24 +58,23 @@ def initialize(
         done = repair(module, run_loss, names=names, seed=seed)
         return [name for name in done.changed if name in names]
     generator = torch.Generator().manual_seed(seed)
-    for name in names:
-        _draw(flow.layers[name], to, generator)
+    for name, activation in zip(names, activations, strict=True):
+        _draw(module.get_submodule(name), activation, to, generator)
     return list(names)
 
 
 @torch.no_grad()
-def _draw(layer: Layer, to: str, generator: torch.Generator) -> None:
-    weight = layer.module.weight
-    assert isinstance(weight, Tensor)
-    drawn = torch.empty(weight.shape)
-    gain = nn.init.calculate_gain("tanh") if layer.activation == "tanh" else 1.0
+def _draw(layer: nn.Module, activation: str, to: str, generator: torch.Generator) -> None:
+    assert isinstance(layer, WEIGHTED)
+    drawn = torch.empty(layer.weight.shape)
+    gain = nn.init.calculate_gain("tanh") if activation == "tanh" else 1.0
     if to == "kaiming":
-        nonlinearity = "relu" if layer.activation in RECTIFIERS else "linear"
+        nonlinearity = "relu" if activation in RECTIFIERS else "linear"
         nn.init.kaiming_normal_(drawn, nonlinearity=nonlinearity, generator=generator)  # type: ignore[arg-type]
     elif to == "xavier":
         nn.init.xavier_normal_(drawn, gain=gain, generator=generator)
     else:
         nn.init.orthogonal_(drawn, gain=gain, generator=generator)
-    weight.copy_(drawn)
-    if isinstance(layer.module.bias, Tensor):
-        layer.module.bias.zero_()
+    layer.weight.copy_(drawn)
+    if layer.bias is not None:
+        layer.bias.zero_()
