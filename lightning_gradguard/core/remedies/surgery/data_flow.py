@@ -190,7 +190,7 @@ def _follow(
 
 @dataclass
 class _Origin:
-    """Where a tensor comes from: layers and activations up to the last layer."""
+    """Layers and activations that a tensor comes from, back to the last layer."""
 
     tensor: Tensor
     sources: dict[str, Layer] = field(default_factory=dict)

@@ -1,4 +1,4 @@
-"""What a change adds to an existing module: children and a parameter, and the hooks that compute with them.
+"""Children and a parameter that a change adds to an existing module, and the hooks that compute with them.
 
 A hook leaves the names of parameters and of attributes as they are, so that the user's code and optimizer
 find what they look for.
