@@ -116,7 +116,7 @@ def functions_of(module: nn.Module) -> dict[str, str]:
 
 
 class DataFlow:
-    """What follows each module of a network.
+    """Modules of a network, each with the ones that follow it.
 
     Args:
         layers: Modules that ran, by name, in the order of their first call.
