@@ -1,6 +1,8 @@
-"""Detectors on plain numbers: spikes, divergence, collapse, symptoms."""
+"""Detectors on plain numbers: spikes, divergence, collapse, vanishing and exploding gradients."""
 
 from .constant_clipping import CONSTANT_CLIPPING, HARD_CLIPPING, ConstantClippingDetector
+from .depth import DEPTH_DECADES, depth_profile
+from .norm_band import NormBand
 from .optimizer_health import (
     ADVERSARIAL_DIVERGENCE_RATIO,
     DIVERGENCE_RATIO,
@@ -12,13 +14,3 @@ from .optimizer_health import (
     OptimizerHealth,
 )
 from .spike import MAD_TO_STD, SpikeAlarm, SpikeDetector
-from .symptoms import (
-    DEPTH_DECADES,
-    EXPLOSION,
-    STAGNANT,
-    NormBand,
-    Persistence,
-    Symptom,
-    SymptomDetector,
-    depth_profile,
-)

@@ -9,13 +9,13 @@ from statistics import median
 from lightning_gradguard.core.detectors import (
     ADVERSARIAL_DIVERGENCE_RATIO,
     MIN_LOSS_RATIO,
-    STAGNANT,
     DivergenceDetector,
     SpikeDetector,
 )
 from lightning_gradguard.report.analysis.outcome import (
     MIN_POINTS,
     NOISE_FACTOR,
+    STAGNANT,
     Outcome,
     RunSymptom,
     ends,

@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from statistics import median
 
+from lightning_gradguard.core.detectors.depth import slope
 from lightning_gradguard.core.detectors.diagnosis.findings import Finding
 from lightning_gradguard.core.detectors.diagnosis.progress import Progress
 from lightning_gradguard.core.detectors.diagnosis.sample import (
@@ -17,7 +18,6 @@ from lightning_gradguard.core.detectors.diagnosis.sample import (
     Update,
 )
 from lightning_gradguard.core.detectors.diagnosis.units import SATURATING
-from lightning_gradguard.core.detectors.symptoms import slope
 
 # thresholds of docs/diagnosis.md, where their margins are
 DEAD, SATURATED = 0.9, 0.5
