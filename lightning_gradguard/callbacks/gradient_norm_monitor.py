@@ -16,7 +16,6 @@ from lightning_gradguard.core import arguments, tags
 from lightning_gradguard.core.detectors import NormBand
 from lightning_gradguard.core.norms import total_norm_from_norms
 from lightning_gradguard.core.parameter_names import warn_unmatched
-from lightning_gradguard.runtime.incidents.journal import open_journal
 from lightning_gradguard.runtime.logging.chart_groups import ChartGroups, Level
 from lightning_gradguard.runtime.logging.heat_map_schedule import HeatMapSchedule
 from lightning_gradguard.runtime.logging.hyperparameters import non_defaults
@@ -114,13 +113,6 @@ class GradientNormMonitor(StepCallback):
         self._logged: dict[int, LoggedStep] = {}
         self._pending: list[LoggedStep] = []
         self._heat_map = HeatMapSchedule(figure_every_n_steps)
-
-    @override
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Joins the suite, and opens the journal of incidents."""
-        super().setup(trainer, pl_module, stage)
-        if stage == "fit":
-            open_journal(trainer)
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

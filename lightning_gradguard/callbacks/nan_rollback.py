@@ -201,7 +201,8 @@ class NaNRollback(StepCallback):
         self._is_set_up = True
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
-            open_journal(trainer, self.incident_dir)
+            if self.incident_dir is not None:
+                open_journal(trainer, self.incident_dir)
             lightning_api.call_before_checkpoints(
                 trainer, lambda: self._session.before_checkpoint() if self._session is not None else None
             )

@@ -14,7 +14,7 @@ from lightning_gradguard.core.detectors.diagnosis import Diagnosis, Finding, Los
 from lightning_gradguard.core.incidents import Incident, IncidentKind
 from lightning_gradguard.core.remedies import advice_for_finding
 from lightning_gradguard.runtime import distributed, lightning_api
-from lightning_gradguard.runtime.incidents.journal import incident_now, open_journal, publish
+from lightning_gradguard.runtime.incidents.journal import incident_now, publish
 from lightning_gradguard.runtime.incidents.present import present_in
 from lightning_gradguard.runtime.logging.hyperparameters import non_defaults
 from lightning_gradguard.runtime.sampled_step import (
@@ -89,13 +89,6 @@ class TrainingDiagnosis(StepCallback):
         self._uses_targets = False
         self._last_sampled = -1
         self._is_publishing = False
-
-    @override
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Joins the suite, and opens the journal of incidents."""
-        super().setup(trainer, pl_module, stage)
-        if stage == "fit":
-            open_journal(trainer)
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -183,6 +184,8 @@ def test_clipping_of_most_steps_is_one_incident(tmp_path: Path) -> None:
     fit(Classifier(), clusters(350), callbacks, tmp_path)
     (found,) = incidents.found
     assert (found.kind, found.step, found.action) == ("constant_clipping", 100, "none")
+    (file,) = tmp_path.rglob("incidents.jsonl")
+    assert json.loads(file.read_text())["advice"] == found.advice
     assert "lower the learning rate" in found.advice
     assert found.describe() == (
         "Hard clipping of most steps at step 100 (epoch 0): 100% of the steps to less than half of their norm"

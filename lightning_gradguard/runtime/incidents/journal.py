@@ -84,13 +84,14 @@ def open_journal(trainer: pl.Trainer, folder: str | None = None) -> None:
 
     Args:
         trainer: The Trainer about to fit.
-        folder: The folder of `incidents.jsonl`; the run's own folder if `None`. The first callback that
-            names a folder decides.
+        folder: The folder of `incidents.jsonl`, in place of that of an open journal; if `None`, the
+            run's own one where no journal is open.
     """
-    own = _folder_of_run(trainer)
-    if folder is not None or trainer not in _journals:
-        is_real = not trainer.fast_dev_run  # type: ignore[attr-defined]
-        _journals[trainer] = _Journal(Path(folder or own) if is_real else None, trainer.is_global_zero)
+    if folder is None and trainer in _journals:
+        return
+    path = _folder_of_run(trainer) if folder is None else Path(folder)
+    is_real = not trainer.fast_dev_run  # type: ignore[attr-defined]
+    _journals[trainer] = _Journal(path if is_real else None, trainer.is_global_zero)
 
 
 def _folder_of_run(trainer: pl.Trainer) -> Path:

@@ -17,6 +17,7 @@ from lightning_gradguard.core import tags
 from lightning_gradguard.core.norms import Measurement
 from lightning_gradguard.runtime import lightning_api
 from lightning_gradguard.runtime.incidents.evaluation import EvaluationWatch
+from lightning_gradguard.runtime.incidents.journal import open_journal
 from lightning_gradguard.runtime.incidents.run_summary import summarize
 from lightning_gradguard.runtime.logging.hyperparameters import Configured
 from lightning_gradguard.runtime.steps.step import Step, StepFlags, StepVerdict
@@ -135,7 +136,7 @@ class StepCallback(lightning_api.Callback, Configured):
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Joins the suite of this Trainer."""
+        """Joins the suite of this Trainer, and opens the journal of its incidents."""
         if stage == "fit":
             lightning_api.reject_unsupported(trainer, self)
             callbacks: Sequence[Any] = trainer.callbacks  # type: ignore[attr-defined]
@@ -151,6 +152,7 @@ class StepCallback(lightning_api.Callback, Configured):
             self.suite = suite_of(trainer)
             if not self.suite.has(self):
                 self.suite.join(self)
+            open_journal(trainer)
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
