@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from lightning_gradguard.core.arguments import decay_rate, number, positive, whole_number
-from lightning_gradguard.core.clipping.policy import ClippingPolicy
+from lightning_gradguard.core.clipping.policy import ClippingPolicy, HistoryPolicy
 from lightning_gradguard.core.clipping.scalars import EPS
 from lightning_gradguard.core.norms import Gradients
 
 
-class PerTensorClipping(ClippingPolicy):
+class PerTensorClipping(HistoryPolicy[dict[str, Tensor]]):
     """Clips the gradient of each parameter to a multiple of its own running norm (AdaGC).
 
     Args:
@@ -41,8 +41,7 @@ class PerTensorClipping(ClippingPolicy):
         self._names: list[str] = []
         self._seen_last: tuple[str, ...] = ()
         self._rows: Tensor | None = None
-        self._state: dict[str, Tensor] = {}
-        self._pending: dict[str, Tensor] = {}
+        self._state = self._pending = {}
 
     def coefficients(self, gradients: Gradients) -> list[Tensor]:
         """Returns one coefficient for each tensor."""
@@ -67,10 +66,6 @@ class PerTensorClipping(ClippingPolicy):
             "seen": self._state["seen"].index_put((rows,), seen + finite),
         }
         return list(coefficients.unbind())
-
-    def commit(self) -> None:
-        """Adds the norms after clipping to the running ones."""
-        self._state = self._pending
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the running norms by parameter."""

@@ -3,12 +3,25 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any
+from collections.abc import Sized
+from typing import Any, Generic, TypeVar
 
 from torch import Tensor
 
 from lightning_gradguard.core.clipping.scalars import Scalar
 from lightning_gradguard.core.norms import Gradients
+
+History = TypeVar("History")
+
+
+def reject_other_size(argument: str, size: int, saved: Sized) -> None:
+    """Raises if a saved window has another size than the argument says.
+
+    Raises:
+        ValueError: With both sizes.
+    """
+    if len(saved) != size:
+        raise ValueError(f"{argument}={size} does not fit the saved window of {len(saved)} norms.")
 
 
 class ClippingPolicy(ABC):
@@ -56,3 +69,14 @@ class ClippingPolicy(ABC):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:  # noqa: B027 - as above
         """Continues with a saved history."""
+
+
+class HistoryPolicy(ClippingPolicy, Generic[History]):
+    """A policy with a history: `coefficients` sets `_pending`, the history if the step is taken."""
+
+    _state: History
+    _pending: History
+
+    def commit(self) -> None:
+        """Makes the history with the step that `coefficients` saw last the history."""
+        self._state = self._pending

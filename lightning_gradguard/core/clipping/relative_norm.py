@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from lightning_gradguard.core.arguments import positive, whole_number
-from lightning_gradguard.core.clipping.policy import ClippingPolicy
+from lightning_gradguard.core.clipping.policy import HistoryPolicy
 from lightning_gradguard.core.clipping.scalars import (
     Scalar,
     Window,
@@ -86,7 +86,7 @@ _WINDOWS = ("norms", "losses")
 _NUMBERS = ("seen", "level", "lowest_loss", "highest_loss", "cap", "alarm", "weight_norm")
 
 
-class RelativeNormClipping(ClippingPolicy):
+class RelativeNormClipping(HistoryPolicy[_State]):
     """Clips a norm that stands out from the run's own, or whose step overshoots; the default policy.
 
     There is no absolute bound. Usual norm and loss are medians of the last `window` steps; a norm enters
@@ -185,10 +185,6 @@ class RelativeNormClipping(ClippingPolicy):
         self.threshold = fmin(where(bound == bound, bound, as_like(norm, math.inf)), after.cap)
         self._pending = self._updated(state, after, fmin(norm, bound), loss, is_finite)
         return where((norm > allowed) & is_finite, allowed / fmax(norm, as_like(norm, _TINY)), 1.0)
-
-    def commit(self) -> None:
-        """Adds the norm, at most its bound, and the loss to the history."""
-        self._state = self._pending
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the history."""

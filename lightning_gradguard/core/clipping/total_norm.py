@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_gradguard.core.arguments import decay_rate, percentage, positive, whole_number
-from lightning_gradguard.core.clipping.policy import ClippingPolicy
+from lightning_gradguard.core.clipping.policy import ClippingPolicy, HistoryPolicy, reject_other_size
 from lightning_gradguard.core.clipping.scalars import (
     EPS,
     Scalar,
@@ -65,7 +65,7 @@ class GlobalNormClipping(ClippingPolicy):
         return clip_coefficient(self.max_norm, norm, norm < math.inf)
 
 
-class PercentileClipping(ClippingPolicy):
+class PercentileClipping(HistoryPolicy[dict[str, Tensor]]):
     """Clips the total norm to a percentile of the norms seen so far.
 
     With the 10th percentile nine steps in ten are clipped: training becomes normalized gradient descent,
@@ -73,7 +73,7 @@ class PercentileClipping(ClippingPolicy):
 
     Args:
         percentile: In [0, 100].
-        window: Number of past norms; at least 1.
+        window: Number of past norms, as they were before clipping; at least 1.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -86,8 +86,7 @@ class PercentileClipping(ClippingPolicy):
     def __init__(self, percentile: float = 10.0, window: int = 1000) -> None:
         self.percentile = percentage("percentile", percentile)
         self.window = whole_number("window", window)
-        self._state: dict[str, Tensor] = {}
-        self._pending: dict[str, Tensor] = {}
+        self._state = self._pending = {}
 
     def coefficients(self, gradients: Gradients) -> Scalar:
         """Returns one coefficient, by the percentile of the history and the current norm."""
@@ -106,10 +105,6 @@ class PercentileClipping(ClippingPolicy):
         self.threshold = as_like(known, norms.nanquantile(self.percentile / 100))
         return clip_coefficient(self.threshold, known, known < math.inf)
 
-    def commit(self) -> None:
-        """Adds the norm before clipping to the window."""
-        self._state = self._pending
-
     def state_dict(self) -> dict[str, Any]:
         """Returns the window of norms."""
         return dict(self._state)
@@ -120,14 +115,12 @@ class PercentileClipping(ClippingPolicy):
         Raises:
             ValueError: If it was saved with another `window`.
         """
-        if state_dict and len(state_dict["norms"]) != self.window:
-            raise ValueError(
-                f"window={self.window} does not fit the saved window of {len(state_dict['norms'])}."
-            )
+        if state_dict:
+            reject_other_size("window", self.window, state_dict["norms"])
         self._state = dict(state_dict)
 
 
-class ZScoreClipping(ClippingPolicy):
+class ZScoreClipping(HistoryPolicy[dict[str, Any]]):
     """Clips norms that stand out from a running mean, and caps all of them.
 
     The rule is ZClip with four defects fixed: nonfinite norms never enter the history (in the warm-up, one
@@ -159,16 +152,15 @@ class ZScoreClipping(ClippingPolicy):
         self.decay = decay_rate("decay", decay)
         self.warmup_steps = whole_number("warmup_steps", warmup_steps)
         self.max_norm = math.inf if max_norm is None else positive("max_norm", max_norm)
-        self._state: dict[str, Any] = {
+        self._state = self._pending = {
             "warmup": torch.full((self.warmup_steps,), torch.nan, dtype=torch.float64),
             "seen": 0,
             "mean": math.nan,
             "variance": math.nan,
         }
-        self._pending = self._state
 
     def coefficients(self, gradients: Gradients) -> Scalar:
-        """Returns one coefficient, by the z-score of the total norm."""
+        """Returns one coefficient, by the z-score of the norm; an outlier enters the history softened."""
         norm = total_norm(gradients)
         is_finite = norm < math.inf
         is_warming = self._state["seen"] < self.warmup_steps
@@ -212,10 +204,6 @@ class ZScoreClipping(ClippingPolicy):
         }
         return effective
 
-    def commit(self) -> None:
-        """Adds the norm, softened if it is an outlier, to mean and variance."""
-        self._state = self._pending
-
     def state_dict(self) -> dict[str, Any]:
         """Returns the warm-up buffer, mean and variance."""
         return dict(self._state)
@@ -226,9 +214,6 @@ class ZScoreClipping(ClippingPolicy):
         Raises:
             ValueError: If it was saved with another `warmup_steps`.
         """
-        if state_dict and len(state_dict["warmup"]) != self.warmup_steps:
-            raise ValueError(
-                f"warmup_steps={self.warmup_steps} does not fit the saved {len(state_dict['warmup'])}."
-            )
         if state_dict:
+            reject_other_size("warmup_steps", self.warmup_steps, state_dict["warmup"])
             self._state = dict(state_dict, seen=int(state_dict["seen"]))
