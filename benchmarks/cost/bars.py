@@ -13,7 +13,7 @@ from benchmarks.cost.networks import ELEMENTS, LARGE
 from benchmarks.cost.peers import BARE, CLIP, DEFERRED, EXACT, PEERS, VARIANTS
 from benchmarks.cost.timings import DEEPCOPY, KEPT, NEVER, Spread, Timed
 
-#: Operations that five callbacks may add to a hot step.
+#: Operations that six callbacks may add to a hot step.
 OPS = 64
 #: Of the gradients' bytes, where they are so many: what numbers by tensor and history may take beside them.
 BESIDE, MANY_BYTES = 0.01, 10e6

@@ -1,4 +1,4 @@
-"""Counts the package's Python calls in one healthy, unlogged batch of the five default callbacks.
+"""Counts the package's Python calls in one healthy, unlogged batch of the six default callbacks.
 
 `python -m benchmarks.cost.calls` prints them by folder. A small network with batch normalization is trained
 by Adam on the CPU. Nothing is timed, so that the counts do not depend on the machine; they do on Python: from

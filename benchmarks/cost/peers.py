@@ -182,7 +182,7 @@ class DeepCopy(pl.Callback):
 
 
 def suite(**rollback: Any) -> list[pl.Callback]:
-    """All five callbacks with their defaults, but for a warm-up as short as ZClip's.
+    """All six callbacks with their defaults, but for a warm-up as short as ZClip's.
 
     Args:
         **rollback: Arguments of `NaNRollback`.

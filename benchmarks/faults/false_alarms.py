@@ -1,6 +1,6 @@
 """Counts false alarms: incidents of healthy runs with noisy data and a warm-up of the learning rate.
 
-Five models, four seeds each, 2,000 steps, all five callbacks; about ten minutes.
+Five models, four seeds each, 2,000 steps, all six callbacks; about ten minutes.
 """
 
 from __future__ import annotations

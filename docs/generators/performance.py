@@ -26,7 +26,7 @@ HEAD = """# What the suite costs
 Counts and times. `make bench` measures all of it on your machine and writes this page, tables and sentences
 included.
 
-*The suite* is all five callbacks with their defaults, with one host synchronization a step; *deferred* is the
+*The suite* is all six callbacks with their defaults, with one host synchronization a step; *deferred* is the
 same with `NaNRollback(check="deferred")`, without synchronization. The warm-up of clipping is three steps
 here, as is that of ZClip, so that the cost after the warm-up is measured. A *hot* step is one that is not
 logged, which nearly all steps are. Every fit is a real `Trainer.fit` with fused AdamW, the fastest optimizer,

@@ -1,4 +1,4 @@
-"""The five callbacks in any Trainer: every way to run one, duck-typed neighbours, steps by hand."""
+"""The six callbacks in any Trainer: every way to run one, duck-typed neighbours, steps by hand."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ History = TypeVar("History")
 
 
 def reject_other_size(argument: str, size: int, saved: Sized) -> None:
-    """Raises if a saved window has another size than the argument says.
+    """Raises if a saved window has another size than the argument.
 
     Raises:
         ValueError: With both sizes.

@@ -76,7 +76,7 @@ class Cell:
         manual: True if the module steps its optimizer itself.
         policy: A key of `POLICIES`.
         norm_type: Of the monitor.
-        callbacks: All five, only those that watch, or none.
+        callbacks: All six, only those that watch, or none.
         validates: True for validation some steps before the rollback.
     """
 
@@ -363,7 +363,7 @@ COLLECTIVES = ("all_reduce", "all_gather", "all_gather_object", "broadcast")
 
 
 def run(cell: Cell, folder: Path) -> Seen:
-    """One fit, all five callbacks on."""
+    """One fit, all six callbacks on."""
     seen = Seen()
     module = Network(cell)
     listener = Listener(seen)
