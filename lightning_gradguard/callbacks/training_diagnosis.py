@@ -7,10 +7,17 @@ from typing import Any
 
 import pytorch_lightning as pl
 from torch import Tensor
+from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_gradguard.core import arguments
-from lightning_gradguard.core.detectors.diagnosis import Diagnosis, Finding, LossBaselines
+from lightning_gradguard.core.detectors.diagnosis import (
+    Diagnosis,
+    Finding,
+    LossBaselines,
+    Steps,
+    has_gradient,
+)
 from lightning_gradguard.core.incidents import Incident, IncidentKind
 from lightning_gradguard.core.remedies import advice_for_finding
 from lightning_gradguard.runtime import distributed, lightning_api
@@ -38,6 +45,10 @@ SYMPTOMS: tuple[IncidentKind, ...] = (
     "saturated_units",
     "nonfinite_gradient",
 )
+
+
+#: Steps of a fit by which each optimizer has stepped, if it ever will.
+STEPPED_BY = 20
 
 
 class TrainingDiagnosis(StepCallback):
@@ -88,6 +99,8 @@ class TrainingDiagnosis(StepCallback):
         self._waiting: SampledStep | None = None
         self._uses_targets = False
         self._last_sampled = -1
+        self._steps = Steps()
+        self._started = 0
         self._is_publishing = False
 
     @override
@@ -97,6 +110,8 @@ class TrainingDiagnosis(StepCallback):
         self.diagnosis.plan(planned_steps(trainer))
         self._sampled = self._waiting = None
         self._last_sampled = -1
+        self._steps = Steps()
+        self._started = lightning_api.batches_that_stepped(trainer)
 
     @override
     def on_train_batch_start(
@@ -123,6 +138,19 @@ class TrainingDiagnosis(StepCallback):
     def wants_weight_norms(self, trainer: pl.Trainer) -> bool:
         """True on sampled steps."""
         return self._sampled is not None
+
+    @override
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
+    ) -> None:
+        """Takes note of the step, also of one without a gradient; of a sampled step, what is not trained."""
+        if self.suite.is_running:
+            has_updated = self._steps.has_updated(optimizer) or has_gradient(optimizer)
+            self._steps.add(optimizer, has_gradient=has_updated)
+            if self._sampled is not None:
+                is_late = self._sampled.step - self._started >= STEPPED_BY
+                self._sampled.cover(trainer, optimizer, self._steps if is_late else None)
+        super().on_before_optimizer_step(trainer, pl_module, optimizer)
 
     @override
     def on_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, step: Step) -> None:

@@ -13,13 +13,16 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.utils._pytree import tree_map
 from torch.utils.hooks import RemovableHandle
 
 from lightning_gradguard.core.detectors.diagnosis import (
+    Coverage,
     Finding,
     LossBaselines,
     Sample,
+    Steps,
     StepTrace,
     Update,
     coverage,
@@ -105,25 +108,32 @@ class SampledStep:
         self._trace: StepTrace | None = None
         self._numbers: Tensor | None = None
         self._logged: list[_SampledUpdate] = []
+        self._covered: Coverage | None = None
         if not is_compiled(pl_module):
             self._trace = StepTrace(pl_module, batch, baselines)
             self._original = pl_module.__dict__.get("training_step")
             pl_module.__dict__["training_step"] = self._traced(pl_module.training_step, self._trace)
 
+    def cover(self, trainer: pl.Trainer, optimizer: Optimizer, steps: Steps | None) -> None:
+        """Reads which parameters are trained, right before an optimizer steps.
+
+        Args:
+            trainer: The Trainer that fits.
+            optimizer: About to step.
+            steps: Of all optimizers; `None` if the fit has just begun.
+        """
+        if not lightning_api.flattens_parameters(trainer):
+            called = [] if self._trace is None else self._trace.layers
+            self._covered = coverage(self._pl_module, optimizer, trainer.optimizers, called, steps)
+
     def add_update(self, suite: Suite, trainer: pl.Trainer, step: Step) -> None:
         """Measures the update that an optimizer is about to make."""
-        called = [] if self._trace is None else self._trace.layers
-        covered = (
-            None
-            if lightning_api.flattens_parameters(trainer)
-            else coverage(self._pl_module, step.optimizer, trainer.optimizers, called)
-        )
-        self._logged.append(_SampledUpdate(suite, trainer, step, covered))
+        self._logged.append(_SampledUpdate(suite, trainer, step))
 
     @property
     def has_stepped(self) -> bool:
         """True if an optimizer has stepped since the sample was begun."""
-        return bool(self._logged)
+        return self._covered is not None or bool(self._logged)
 
     @property
     def is_pending(self) -> bool:
@@ -167,6 +177,8 @@ class SampledStep:
         sample.permuted = (permuted - plain) / permuted if permuted > 0 else math.nan
         for update, numbers in zip(self._logged, updates, strict=True):
             update.read_into(sample, numbers)
+        if self._covered is not None:
+            sample.coverage = self._covered
         return sample
 
     def nonfinite(self) -> tuple[tuple[str, ...], float]:
@@ -200,9 +212,8 @@ class SampledStep:
 class _SampledUpdate:
     """The update of one optimizer, and by how much clipping has scaled its gradients."""
 
-    def __init__(self, suite: Suite, trainer: pl.Trainer, step: Step, covered: Any) -> None:
+    def __init__(self, suite: Suite, trainer: pl.Trainer, step: Step) -> None:
         self.logged = LoggedStep(suite, trainer, step, 2.0, update_ratio=True)
-        self._covered = covered
         self._rates = [float(group["lr"]) for group in step.optimizer.param_groups if "lr" in group]
         self._before = step.gradients.total_norm
         self._after: Tensor | None = None
@@ -241,8 +252,6 @@ class _SampledUpdate:
             sample.loss = found.loss
         if found.weight_norms and math.isfinite(found.total_norm):
             sample.updates.append(update)
-        if self._covered is not None:
-            sample.coverage = self._covered
 
     def _measure_clipped(self, step: Step) -> None:
         gradients = [local_shard(p.grad) for p in step.selection.parameters if p.grad is not None]

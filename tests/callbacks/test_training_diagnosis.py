@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from copy import deepcopy
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.optim.lr_scheduler import ExponentialLR
 from torch.utils.checkpoint import checkpoint
 
 from lightning_gradguard import Incident, TrainingDiagnosis
@@ -105,6 +107,18 @@ FAILING: dict[str, tuple[str, str, str, Callable[[], Any], Any]] = {
                [(x, (y > 0).float()) for x, y in values()]),
     "dead": ("dead_units", "", "net.2", lambda: Task(biased(deep(nn.ReLU, 4), 2, -20.0)), None),
     "saturated": ("saturated_units", "", "net.2", lambda: Task(biased(deep(nn.Tanh, 4), 2, 20.0)), None),
+    "dead, by hand": ("dead_units", "", "net.2", lambda: Task(biased(deep(Clamped, 4), 2, -20.0)), None),
+    "relu6": ("dead_units", "", "net.2", lambda: Task(biased(deep(nn.ReLU6, 4), 2, -20.0)), None),
+    "saturated, by hand": ("saturated_units", "", "net.2", lambda: Task(deep(Bounded, 4, 900.0)), None),
+    "update gates": ("saturated_units", "", "rnn", lambda: gated(nn.GRU, slice(16, 32), 40.0), None),
+    "input gates": ("saturated_units", "", "rnn", lambda: gated(nn.LSTM, slice(0, 16), -20.0), None),
+    "gates of a stack": ("saturated_units", "", "rnn",
+                         lambda: gated(nn.GRU, slice(16, 32), 40.0, num_layers=2), None),
+    "attention": ("saturated_units", "", "attend", lambda: Attending(), None),
+    "targets": ("exploding_gradient", "target_scale", "",
+                lambda: Task(one_unit(), functional.mse_loss, rate(0.1)), values(scale=1e5)),
+    "a copy is trained": ("weight_stagnation", "replaced_parameters", "net.0",
+                          lambda: Task(optimizer=lambda n: torch.optim.Adam(deepcopy(n).parameters())), None),
     "forgotten": ("weight_stagnation", "not_in_optimizer", "net.0",
                   lambda: Task(optimizer=lambda net: torch.optim.Adam(net[4:].parameters())), None),
     "rate of 0": ("weight_stagnation", "learning_rate_too_low", "net.0",
@@ -123,6 +137,36 @@ def test_failing_program_is_named_with_cause_and_layer(name: str) -> None:
     assert incident.detail.startswith("Since step ")
     assert incident.step < n
     assert "{code}" not in incident.advice
+
+
+@pytest.mark.parametrize(
+    ("mistake", "cause"), [("forgotten", "never_stepped"), ("cleared", "cleared_gradients")]
+)
+def test_optimizer_that_does_not_train_is_named(mistake: str, cause: str) -> None:
+    (incident,) = diagnosed(Manual(mistake), 26)
+    assert (incident.kind, incident.cause, incident.where) == ("weight_stagnation", cause, ("net.4", "net.6"))
+
+
+def test_rate_that_falls_to_nothing_is_named() -> None:
+    def falling(net: nn.Module) -> Any:
+        optimizer = torch.optim.Adam(net.parameters(), 1e-3)
+        return [optimizer], [{"scheduler": ExponentialLR(optimizer, 0.2), "interval": "step"}]
+
+    (incident,) = diagnosed(Task(optimizer=falling), 40)
+    assert (incident.kind, incident.cause) == ("weight_stagnation", "learning_rate_too_low")
+
+
+def test_flat_loss_without_a_target_is_stuck() -> None:
+    def views(net: Any, batch: Any) -> Tensor:
+        a, b = (functional.normalize(net(batch[0] + 0.1 * torch.randn_like(batch[0]))) for _ in range(2))
+        return functional.cross_entropy(a @ b.T / 1e3, torch.arange(len(a)))
+
+    class Contrastive(Task):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return views(self.net, batch)
+
+    (incident,) = diagnosed(Contrastive(), 130)
+    assert (incident.kind, incident.step) == ("stuck_loss", 125)
 
 
 def linear_values(n: int = 12) -> Any:
@@ -182,10 +226,40 @@ def test_wrong_arguments_are_quoted(arguments: dict[str, Any]) -> None:
         TrainingDiagnosis(**arguments)
 
 
-class Recurrent(Classifier):
-    def __init__(self, kind: Callable[..., nn.RNNBase]) -> None:
+class Clamped(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.clamp(min=0)
+
+
+class Bounded(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x / (1 + x.square()).sqrt()
+
+
+def gated(kind: Callable[..., nn.RNNBase], gates: slice, bias: float, **arguments: Any) -> Any:
+    torch.manual_seed(0)
+    module = Recurrent(kind, **arguments)
+    nn.init.constant_(module.rnn.bias_ih_l0[gates], bias)  # type: ignore[index]
+    return module
+
+
+class Attending(Classifier):
+    def __init__(self) -> None:
         super().__init__("adam")
-        self.rnn = kind(4, 16, batch_first=True)
+        torch.manual_seed(0)
+        self.attend = nn.MultiheadAttention(4, 2, batch_first=True)
+        nn.init.normal_(self.attend.in_proj_weight, 0, 100.0)
+        self.head = nn.Linear(4, 4)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        x = batch[0].view(-1, 5, 4)
+        return functional.cross_entropy(self.head(self.attend(x, x, x)[0].mean(1)), batch[1])
+
+
+class Recurrent(Classifier):
+    def __init__(self, kind: Callable[..., nn.RNNBase], **arguments: Any) -> None:
+        super().__init__("adam")
+        self.rnn = kind(4, 16, batch_first=True, **arguments)
         self.head = nn.Linear(16, 4)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
@@ -194,18 +268,22 @@ class Recurrent(Classifier):
 
 
 class Manual(Classifier):
-    """Two optimizers by hand."""
+    """Two optimizers by hand, with a mistake or none."""
 
-    def __init__(self) -> None:
-        super().__init__(norm=True, dropout=0.1)
+    def __init__(self, mistake: str = "") -> None:
+        super().__init__(norm=not mistake, dropout=0.1)
         self.automatic_optimization = False
+        self.mistake = mistake
 
     def training_step(self, batch: Any, batch_idx: int) -> None:
-        for optimizer in self.optimizers():  # type: ignore[union-attr]
+        for i, optimizer in enumerate(self.optimizers()):
             loss = functional.cross_entropy(self.net(batch[0]), batch[1])
             optimizer.zero_grad()
             self.manual_backward(loss)
-            optimizer.step()
+            if i == 1 and self.mistake == "cleared":
+                optimizer.zero_grad()
+            if not (i == 1 and self.mistake == "forgotten"):
+                optimizer.step()
 
     def configure_optimizers(self) -> Any:
         return [torch.optim.Adam(self.net[:4].parameters()), torch.optim.SGD(self.net[4:].parameters(), 0.1)]

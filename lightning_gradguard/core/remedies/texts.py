@@ -193,6 +193,18 @@ BY_CAUSE = {
         "The gradient of {where} is exactly zero: look for dead or saturated units after it, or a factor "
         "of 0."
     ),
+    "never_stepped": (
+        "Call step() of the optimizer that holds the parameters of {where}, or, if they are not to be "
+        "trained, {code}.requires_grad_(False)."
+    ),
+    "cleared_gradients": (
+        "Call zero_grad() before the backward pass, not between it and step(), and check that the loss "
+        "depends on {where}."
+    ),
+    "target_scale": (
+        "Standardize the targets, (target - mean) / std, and scale the answers of {where} back where they "
+        "are used."
+    ),
     "learning_rate_too_low": (
         "Raise the learning rate of {where}: updates of about 1e-3 of the weights are usual."
     ),

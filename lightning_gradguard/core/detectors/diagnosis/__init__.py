@@ -1,10 +1,21 @@
 """Diagnosis of a training run: signals of a sampled step, the findings in them, one root for each cause."""
 
-from .coverage import Coverage, coverage
+from .coverage import Coverage, Steps, coverage, has_gradient
 from .diagnosis import Diagnosis
 from .findings import Finding
 from .loss_baseline import LossBaselines
 from .sample import Sample, Update
 from .trace import StepTrace
 
-__all__ = ["Coverage", "Diagnosis", "Finding", "LossBaselines", "Sample", "StepTrace", "Update", "coverage"]
+__all__ = [
+    "Coverage",
+    "Diagnosis",
+    "Finding",
+    "LossBaselines",
+    "Sample",
+    "StepTrace",
+    "Steps",
+    "Update",
+    "coverage",
+    "has_gradient",
+]

@@ -23,11 +23,55 @@ class Coverage:
         orphans: Number of parameters that optimizers hold and the module does not.
         detached: Names of parameters that the optimizer holds, whose layer was called, and that get no
             gradient; empty where they are few and not in the first layer, as an unused pooling layer.
+        unstepped: Names of parameters to which a gradient arrives and whose optimizer has never stepped.
+        cleared: Names of parameters whose optimizer steps, and never had a gradient at its steps.
     """
 
     unheld: tuple[str, ...] = ()
     orphans: int = 0
     detached: tuple[str, ...] = ()
+    unstepped: tuple[str, ...] = ()
+    cleared: tuple[str, ...] = ()
+
+
+class Steps:
+    """Keeps which optimizers have stepped, and which of them with a gradient.
+
+    Example:
+        >>> import torch
+        >>> one, two = (torch.optim.SGD(nn.Linear(1, 1).parameters(), 0.1) for _ in range(2))
+        >>> steps = Steps()
+        >>> steps.add(one, has_gradient=False)
+        >>> [steps.is_idle(one), steps.is_idle(two)], [steps.is_blind(one), steps.is_blind(two)]
+        ([False, True], [True, False])
+    """
+
+    def __init__(self) -> None:
+        self._stepped: set[int] = set()
+        self._updated: set[int] = set()
+
+    def add(self, optimizer: Optimizer, *, has_gradient: bool) -> None:
+        """Adds a step."""
+        self._stepped.add(id(optimizer))
+        if has_gradient:
+            self._updated.add(id(optimizer))
+
+    def has_updated(self, optimizer: Optimizer) -> bool:
+        """True for an optimizer that has stepped with a gradient."""
+        return id(optimizer) in self._updated
+
+    def is_idle(self, optimizer: Optimizer) -> bool:
+        """True for an optimizer that has not stepped."""
+        return id(optimizer) not in self._stepped
+
+    def is_blind(self, optimizer: Optimizer) -> bool:
+        """True for an optimizer that has stepped, and never with a gradient."""
+        return id(optimizer) in self._stepped - self._updated
+
+
+def has_gradient(optimizer: Optimizer) -> bool:
+    """True if a parameter of an optimizer has a gradient."""
+    return any(p.grad is not None for group in optimizer.param_groups for p in group["params"])
 
 
 def coverage(
@@ -35,6 +79,7 @@ def coverage(
     optimizer: Optimizer,
     optimizers: Iterable[Optimizer],
     called: Iterable[str] = (),
+    steps: Steps | None = None,
 ) -> Coverage:
     """Returns the parameters that are not trained, right before an optimizer steps.
 
@@ -43,6 +88,7 @@ def coverage(
         optimizer: The optimizer about to step.
         optimizers: All optimizers.
         called: Names of the layers that were called, in order.
+        steps: Of all optimizers since the start; `None` if that is too short ago.
 
     Example:
         >>> import torch
@@ -53,11 +99,23 @@ def coverage(
         ('0.weight', '0.bias')
     """
     named = {parameter: plain_name(name) for name, parameter in module.named_parameters()}
+    optimizers = list(optimizers)
     held = {p for one in optimizers for group in one.param_groups for p in group["params"]}
     unheld = tuple(n for p, n in named.items() if p not in held and p.requires_grad and p.grad is not None)
     own = [p for group in optimizer.param_groups for p in group["params"]]
     detached = _detached({p: named[p] for p in own if p in named and p.requires_grad}, list(called))
-    return Coverage(unheld, sum(p not in named for p in held), detached)
+    unstepped, cleared = [], []
+    for one in optimizers:
+        if steps is None:
+            break
+        parameters = [
+            p for group in one.param_groups for p in group["params"] if p in named and p.requires_grad
+        ]
+        if steps.is_idle(one):
+            unstepped += [named[p] for p in parameters if p.grad is not None]
+        elif steps.is_blind(one):
+            cleared += [named[p] for p in parameters]
+    return Coverage(unheld, sum(p not in named for p in held), detached, tuple(unstepped), tuple(cleared))
 
 
 def _detached(own: Mapping[nn.Parameter, str], called: list[str]) -> tuple[str, ...]:

@@ -11,8 +11,11 @@ from lightning_gradguard.core.detectors.diagnosis.findings import Finding
 from lightning_gradguard.core.detectors.diagnosis.progress import Progress
 from lightning_gradguard.core.detectors.diagnosis.sample import Sample
 
-#: Steps before which a loss is not stuck but may start slowly, and the share of the planned steps.
-PATIENCE, PATIENT_SHARE = 150, 0.2
+#: Steps before which a loss is not stuck but may start slowly, the share of the planned steps, and the steps
+#: for a run that ends soon.
+PATIENCE, PATIENT_SHARE, MIN_PATIENCE = 150, 0.2, 100
+#: Share of a learning rate, from one sample to the next, below which it falls for good.
+NO_RATE = 1e-2
 #: Findings on the same sample: the first is the root.
 _ORDER = ("contract", "coverage", "units", "update", "depth", "stuck", "stagnation")
 _RULES = (rules.contract, rules.coverage, rules.units, rules.update, rules.depth, rules.through_time)
@@ -37,7 +40,8 @@ class Diagnosis:
 
     def plan(self, steps: int) -> None:
         """Takes the number of steps of the run, 0 if unknown, by which a slow start is measured."""
-        self.patience = max(PATIENCE, int(PATIENT_SHARE * steps))
+        patience = max(PATIENCE, int(PATIENT_SHARE * steps))
+        self.patience = min(patience, max(MIN_PATIENCE, 2 * steps // 3)) if steps else patience
 
     def wants_permutation(self, step: int) -> bool:
         """True if it is in doubt that the loss depends on the targets."""
@@ -118,11 +122,12 @@ class Diagnosis:
         yield from rules.stuck(sample, self._progress, self.patience)
 
     def _rises(self, sample: Sample) -> bool:
-        """True if a learning rate has risen since the last sample, or falls: then updates may be small."""
+        """True if a learning rate rises, or falls and is not yet nearly zero: then updates may be small."""
         before, self._rates = self._rates, {i: tuple(u.rates) for i, u in enumerate(sample.updates)}
         known = [(before[i], rates) for i, rates in self._rates.items() if i in before]
         return not known or any(
-            len(old) == len(new) and any(b != a for a, b in zip(old, new, strict=True)) for old, new in known
+            len(old) == len(new) and any(b > a or a > b > NO_RATE * a for a, b in zip(old, new, strict=True))
+            for old, new in known
         )
 
     @staticmethod

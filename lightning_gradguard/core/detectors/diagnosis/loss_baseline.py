@@ -61,6 +61,8 @@ class LossBaselines:
             p = total[:-1] / total[-1]
             entropy: Tensor = torch.special.entr(p).sum()
             return entropy
+        if function == "kl_div":
+            return self._divergence(key, target, options) if target.ndim == 2 else None
         if answer.shape != target.shape or len(target) < 2 or options.get("weight") is not None:
             return None
         rows = target.detach().float().reshape(len(target), -1)
@@ -108,6 +110,15 @@ class LossBaselines:
         p = (1 - smoothing) * p + smoothing / n_classes
         entropy = _positive(torch.special.entr(p).sum())
         return torch.where(enough, entropy, torch.nan)
+
+    def _divergence(self, key: str, target: Tensor, options: Mapping[str, Any]) -> Tensor:
+        """Divergence of the rows from their mean, by row for `reduction="batchmean"`, else by element."""
+        rows = target.double().exp() if options.get("log_target") else target.double()
+        entropies = torch.special.entr(rows).sum().reshape(1)
+        total = self._pooled(key, torch.cat([rows.sum(0), entropies, rows.new_ones(1) * len(rows)]))
+        mean, entropy = total[:-2] / total[-1], total[-2] / total[-1]
+        divergence = _positive(torch.special.entr(mean).sum() - entropy)
+        return divergence if options.get("reduction") == "batchmean" else divergence / target.shape[1]
 
     def _variance(self, key: str, rows: Tensor) -> Tensor:
         sums = torch.stack([rows.double().sum(0), rows.double().square().sum(0)]).reshape(-1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from typing import Any
@@ -14,7 +15,7 @@ from torch import Tensor
 LOSSES = frozenset(
     {
         *("cross_entropy", "nll_loss", "binary_cross_entropy", "binary_cross_entropy_with_logits"),
-        *("mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss", "kl_div"),
+        *("mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss", "kl_div", "ctc_loss"),
     }
 )
 REGRESSION = frozenset({"mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss", "difference"})
@@ -26,16 +27,25 @@ _SHAPE_ONLY = (
 #: Nodes at which a layer begins.
 _LAYERS = ("Addmm", "Mm", "Bmm", "Convolution", "MkldnnLinear", "Linear", "Embedding", "NativeLayerNorm")
 #: Range of the outputs of a head, by its node.
-_RANGES = {"Sigmoid": (0.0, 1.0), "Tanh": (-1.0, 1.0), "Relu": (0.0, float("inf")), "Softmax": (0.0, 1.0)}
+_RANGES = {
+    **{"Sigmoid": (0.0, 1.0), "Hardsigmoid": (0.0, 1.0), "Softmax": (0.0, 1.0), "Tanh": (-1.0, 1.0)},
+    **dict.fromkeys(("Relu", "Softplus", "Exp", "Abs"), (0.0, math.inf)),
+    **{"Elu": (-1.0, math.inf), "Gelu": (-0.17, math.inf), "Silu": (-0.28, math.inf)},
+    "LogSoftmax": (-math.inf, 0.0),
+}
+#: Names of the first two arguments.
+_NAMES = (("input", "target"), ("log_probs", "targets"))
 #: How far outside of the range targets are not reached, in absolute terms.
 _OUTSIDE = 0.05
 
 
 def arguments_of(
     function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
-) -> dict[str, Any]:
-    """Returns the arguments of a call of a loss function by name."""
-    return dict(_signature(function).bind(*args, **kwargs).arguments)
+) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    """Returns the answers, the targets, and the other arguments of a call of a loss function by name."""
+    found = dict(_signature(function).bind(*args, **kwargs).arguments)
+    answer, target = next(names for names in _NAMES if names[0] in found)
+    return found.pop(answer), found.pop(target), found
 
 
 @cache
@@ -59,7 +69,7 @@ def broken_conditions(
     if function == "cross_entropy" and values.ndim > 1 and values.shape[1] > 1:
         sums = values.sum(1)
         is_simplex = ((values >= 0).all(1) & ((sums - 1).abs() < 1e-3)).float().mean()
-        yield "softmax_before_loss", is_simplex
+        yield "softmax_before_loss", True if head in ("Softmax", "Sigmoid") else is_simplex
     if function in ("cross_entropy", "nll_loss") and not target.is_floating_point():
         if values.ndim > 1 and values.shape[1] == 1:
             yield "single_class", True
@@ -67,11 +77,20 @@ def broken_conditions(
     if function == "nll_loss" and values.ndim > 1:
         yield "not_log_probabilities", (values.logsumexp(1).abs() > 0.01).float().mean()
     if function == "kl_div":
-        yield "not_log_probabilities", (values > 1e-4).float().mean()
+        outside = (values > 1e-4).float().mean()
+        if values.ndim == 2 and values.shape[1] > 1:
+            outside = torch.maximum(outside, (values.logsumexp(1).abs() > 0.01).float().mean())
+        yield "not_log_probabilities", outside
+        if not options.get("log_target", False):
+            yield "targets_out_of_range", (target < -1e-4).float().mean()
+    if function == "ctc_loss":
+        yield "not_log_probabilities", (values.logsumexp(-1).abs() > 0.01).float().mean()
     if function == "binary_cross_entropy_with_logits" and head in ("Sigmoid", "Softmax"):
         yield "softmax_before_loss", True
     if function.startswith("binary_cross_entropy"):
         yield "targets_out_of_range", ((target < 0) | (target > 1)).float().mean()
+    if function == "binary_cross_entropy_with_logits" and head == "Relu":
+        yield "unreachable_targets", (target < 0.5).float().mean()
     if has_single_softmax(answer):
         yield "single_class", True
     if function in REGRESSION and broadcasts(values, target):

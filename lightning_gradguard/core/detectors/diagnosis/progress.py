@@ -25,12 +25,14 @@ class Progress:
         self._losses: deque[float] = deque(maxlen=RECENT)
         self._calls: dict[str, deque[float]] = defaultdict(partial(deque, maxlen=RECENT))
         self._ratios: list[float] = []
+        self._range = (math.inf, -math.inf)
 
     def update(self, sample: Sample) -> None:
         """Adds a sample."""
         if math.isfinite(sample.loss):
             self.first = sample.loss if math.isnan(self.first) else self.first
             self._losses.append(sample.loss)
+            self._range = min(self._range[0], sample.loss), max(self._range[1], sample.loss)
         self._ratios = []
         for number, call in enumerate(sample.calls):
             recent = self._calls[f"{number}.{call.function}"]
@@ -50,6 +52,11 @@ class Progress:
         return mean(self._losses) / self.first if self._losses and self.first > 0 else math.nan
 
     @property
+    def spread(self) -> float:
+        """The highest sampled loss less the lowest one, over the first; NaN if unknown."""
+        return (self._range[1] - self._range[0]) / abs(self.first) if self.first else math.nan
+
+    @property
     def learns(self) -> bool:
         """True if the loss is clearly below that of the best constant or, if unknown, below its start."""
         ratio = self.over_constant
@@ -58,12 +65,13 @@ class Progress:
     def state_dict(self) -> dict[str, Any]:
         """Returns the recent losses."""
         calls = {key: list(recent) for key, recent in self._calls.items()}
-        return {"first": self.first, "losses": list(self._losses), "calls": calls}
+        return {"first": self.first, "losses": list(self._losses), "calls": calls, "range": list(self._range)}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Continues with saved losses."""
         self.first = state_dict["first"]
         self._losses = deque(state_dict["losses"], maxlen=RECENT)
+        self._range = tuple(state_dict.get("range", (math.inf, -math.inf)))
         self._calls.clear()
         for key, recent in state_dict["calls"].items():
             self._calls[key] = deque(recent, maxlen=RECENT)

@@ -20,7 +20,7 @@ from lightning_gradguard.core.detectors.diagnosis.sample import (
 from lightning_gradguard.core.detectors.diagnosis.units import SATURATING
 
 # thresholds of docs/diagnosis.md, where their margins are
-DEAD, SATURATED = 0.9, 0.5
+DEAD, SATURATED, SATURATED_ROWS = 0.9, 0.5, 0.8
 VANISHING, EXPLODING = -3.0, 2.5
 #: Decades that explode in a network that has learned nothing by step 50.
 EXPLODING_IF_STUCK = 1.75
@@ -30,6 +30,12 @@ LARGE_UPDATE, HUGE_UPDATE, CLIPPED_UPDATE, SMALL_UPDATE, NO_UPDATE = 0.1, 0.3, 0
 UPDATE_STEPS = 50
 STUCK, UNRELATED = 0.95, 0.02
 LARGE_INPUT = 10.0
+#: Largest rms of a column over the median one beyond which columns have different units.
+UNEQUAL_COLUMNS = 50.0
+#: Rms of the targets, and its ratio to that of the answers, from which on they are too large for the network.
+LARGE_TARGET, FAR_TARGET = 100.0, 10.0
+#: Spread of all losses over the first one up to which a loss is flat.
+FLAT = 0.003
 #: Loss over that of the best constant above which a network has learned little.
 LEARNS_NOT = 0.9
 #: Shares of a loss call that break its contract.
@@ -39,8 +45,13 @@ _CONTRACT = {
     "not_log_probabilities": (0.9, "the loss expects log-probabilities (logsumexp 0) and gets other values"),
     "broadcast_targets": (0.9, "shapes (n, 1) and (n,) broadcast to (n, n): all answers meet all targets"),
     "labels_ignored": (0.9, "every label is ignored"),
-    "targets_out_of_range": (0.01, "targets of a binary loss are outside of 0 .. 1"),
+    "targets_out_of_range": (0.01, "targets are outside of the range that the loss expects"),
     "unreachable_targets": (0.5, "targets are outside of the range of the output's activation"),
+}
+_ROWS = "rows of the attention"
+#: Units that are no outputs of an activation.
+_NOUNS = {kind: kind for kind in ("input gates", "update gates", "output gates", "candidates")} | {
+    "attention": _ROWS
 }
 #: The smallest share of targets out of reach that explains a loss that is stuck.
 SOME_UNREACHABLE = 0.05
@@ -62,6 +73,13 @@ def contract(sample: Sample, progress: Progress) -> Iterator[Finding]:
                 name = "a difference" if call.function == "difference" else call.function
                 evidence = f"{name}: {words} ({share:.0%} of the values)"
                 yield Finding("stuck_loss", cause, head, share, evidence, "contract", needs)
+        learns_not = sample.step >= 20 and progress.over_constant > STUCK
+        if learns_not and call.target > LARGE_TARGET and call.target > FAR_TARGET * call.answer:
+            evidence = (
+                f"{call.function}: the rms of the targets is {call.target:.2g}, that of the answers "
+                f"{call.answer:.2g}, and the loss is {progress.over_constant:.2f} times that of a constant"
+            )
+            yield Finding("stuck_loss", "target_scale", head, call.target, evidence, "contract", 3)
 
 
 def coverage(sample: Sample, progress: Progress) -> Iterator[Finding]:
@@ -78,33 +96,51 @@ def coverage(sample: Sample, progress: Progress) -> Iterator[Finding]:
         evidence = f"{len(found.detached)} parameters take part in the forward pass and get no gradient"
         where = _modules(found.detached)
         yield Finding("weight_stagnation", "detached", where, len(found.detached), evidence, "coverage", 3)
+    for cause, names, words in (
+        ("never_stepped", found.unstepped, "get gradients, and their optimizer has never stepped"),
+        ("cleared_gradients", found.cleared, "have no gradient whenever their optimizer steps"),
+    ):
+        if names:
+            evidence = f"{len(names)} parameters {words}"
+            yield Finding("weight_stagnation", cause, _modules(names), len(names), evidence, "coverage")
 
 
 def units(sample: Sample, progress: Progress) -> Iterator[Finding]:
     """Yields layers whose units are dead or saturated."""
     no_gradient = has_no_gradient(sample, progress)
-    groups: dict[tuple[str, str], list[UnitSignal]] = defaultdict(list)
+    groups: dict[tuple[str, str, str], list[UnitSignal]] = defaultdict(list)
     for signal in sample.units:
-        groups[signal.layer, signal.module].append(signal)
+        groups[signal.layer, signal.module, signal.function].append(signal)
     dead, saturated = [], []
-    for (layer, module), members in groups.items():
+    for (layer, module, function), members in groups.items():
         is_head = members[-1].is_head
         names = tuple(dict.fromkeys(filter(None, (layer, module))))
         share = min((s.dead for s in members if s.dead == s.dead), default=0.0)
         if share >= DEAD and (not is_head or no_gradient):
-            dead.append((share, names))
+            dead.append((share, names, "units"))
         share = min((s.saturated for s in members if s.saturated == s.saturated), default=0.0)
-        if share > SATURATED and (not is_head or no_gradient or progress.over_constant > LEARNS_NOT):
-            saturated.append((share, names))
-    origin = "input_scale" if sample.input_rms > LARGE_INPUT else "unknown"
+        noun = _NOUNS.get(function, "units")
+        is_harmless = is_head and not no_gradient and not progress.over_constant > LEARNS_NOT
+        is_harmless |= noun != "units" and progress.learns
+        if share > (SATURATED if noun != _ROWS else SATURATED_ROWS) and not is_harmless:
+            saturated.append((share, names, noun))
+    origin = input_cause(sample)
     if dead:
-        share, where = _first(dead)
+        share, where, _ = _first(dead)
         evidence = f"{share:.0%} of the units of {where[0]} are zero for every sample (usual: below 60 %)"
         yield Finding("dead_units", origin, where, share, evidence, "units")
     if saturated:
-        share, where = _first(saturated)
-        evidence = f"{share:.0%} of the units of {where[0]} are saturated (usual: below 25 %)"
+        share, where, noun = _first(saturated)
+        evidence = f"{share:.0%} of the {noun} of {where[0]} are saturated (usual: below 25 %)"
         yield Finding("saturated_units", origin, where, share, evidence, "units")
+
+
+def input_cause(sample: Sample) -> str:
+    """Returns the cause that lies in the scale of the inputs, or `"unknown"`."""
+    if sample.input_rms > LARGE_INPUT:
+        return "input_scale"
+    largest, usual, _ = sample.columns or (0.0, 0.0, 0.0)
+    return "input_scale" if largest > LARGE_INPUT and largest > UNEQUAL_COLUMNS * usual else "unknown"
 
 
 def has_no_gradient(sample: Sample, progress: Progress) -> bool:
@@ -125,7 +161,10 @@ def update(sample: Sample, progress: Progress) -> Iterator[Finding]:
         if before > LARGE_UPDATE and is_certain and (is_huge or after > CLIPPED_UPDATE):
             order = sorted(range(len(one.names)), key=lambda i: -one.gradients[i])
             where = _modules([one.names[i] for i in order[:5]])
-            cause = "input_scale" if sample.input_rms > LARGE_INPUT else "update_too_large"
+            cause = input_cause(sample)
+            if cause == "unknown":
+                is_far = any(call.target > LARGE_TARGET for call in sample.calls)
+                cause = "target_scale" if is_far else "update_too_large"
             evidence = f"an update of {before:.2g} of the norm of the weights (usual: below 0.1)"
             if one.unclipped > 1.01:
                 evidence += f", which clipping reduces to {after:.2g}"
@@ -221,6 +260,8 @@ def stagnation(sample: Sample, progress: Progress) -> Iterator[Finding]:
 def _some_stagnate(one: Update, ratios: dict[int, float]) -> Iterator[Finding]:
     usual = median(ratios.values())
     still = [i for i, r in ratios.items() if r < NO_UPDATE or (r < SMALL_UPDATE / 10 and r < usual / 1e3)]
+    moving = {one.names[i].rpartition(".")[0] for i in ratios if i not in still}
+    still = [i for i in still if one.names[i].rpartition(".")[0] not in moving]  # a part is not needed
     if still and max(ratios.values()) > SMALL_UPDATE:
         has_gradient = any(one.gradients[i] > 0 for i in still)
         cause = "learning_rate_too_low" if has_gradient else "zero_gradient"
@@ -235,6 +276,15 @@ def stuck(sample: Sample, progress: Progress, patience: int) -> Iterator[Finding
     ratio, permuted = progress.over_constant, sample.permuted
     if sample.step < patience or ratio <= STUCK or permuted >= UNRELATED:
         return
+    if (
+        math.isnan(ratio)
+        and math.isnan(permuted)
+        and progress.spread <= FLAT
+        and not math.isclose(sample.loss, 0)
+    ):
+        head = tuple(layer.name for layer in sample.layers if layer.is_last)
+        evidence = f"all losses so far are within {progress.spread:.1%} of the first, {progress.first:.3g}"
+        yield Finding("stuck_loss", "unknown", head, sample.loss, evidence, "stuck", 2)
     is_whole = any(math.isclose(call.value, sample.loss, rel_tol=0.01) for call in sample.calls)
     if math.isnan(permuted) and (math.isnan(ratio) or not is_whole):
         return  # beside a second term, as in a VAE, a reconstruction may be no better than a constant
@@ -276,9 +326,9 @@ def _modules(names: Sequence[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(name.rpartition(".")[0] or name for name in names))[:5]
 
 
-def _first(found: Sequence[tuple[float, tuple[str, ...]]]) -> tuple[float, tuple[str, ...]]:
-    share, where = found[0]
-    return share, tuple(dict.fromkeys([*where, *(names[0] for _, names in found[1:4])]))
+def _first(found: Sequence[tuple[float, tuple[str, ...], str]]) -> tuple[float, tuple[str, ...], str]:
+    share, where, noun = found[0]
+    return share, tuple(dict.fromkeys([*where, *(names[0] for _, names, _ in found[1:4])])), noun
 
 
 def _decades(value: float, reference: float) -> float:

@@ -40,7 +40,8 @@ class UnitSignal:
     Args:
         layer: The layer that feeds the activation.
         module: The module that is the activation; empty for a function.
-        function: Name of the activation function.
+        function: Name of the activation function, the kind of a recurrent module's gates, `"attention"`, or
+            empty for units that no gradient reaches.
         dead: Share of units that are zero for every sample; NaN if not measured.
         saturated: Share of units that are saturated for more than 95 % of samples; NaN if not measured.
         is_head: True if no layer follows.
@@ -80,12 +81,16 @@ class LossSignal:
         flags: Share of the call, 0 to 1, that breaks a condition, by the cause.
         value: Mean loss.
         constant: Mean loss of the best constant answer to the targets so far; NaN if unknown.
+        target: Root mean square of the targets of a regression.
+        answer: The same of the answers.
     """
 
     function: str
     flags: dict[str, float] = field(default_factory=dict)
     value: float = math.nan
     constant: float = math.nan
+    target: float = math.nan
+    answer: float = math.nan
 
 
 @dataclass(frozen=True)
@@ -134,6 +139,7 @@ class Sample:
         updates: One for each optimizer that stepped.
         coverage: Parameters that are not trained.
         input_rms: Rms of the largest floating-point tensor of the batch.
+        columns: If that is a table, the largest rms of a column, the median one, the index of the largest.
         one_signed: True if the gradient at the head has one sign for all samples.
         permuted: Relative rise of the loss if targets are permuted; NaN if not measured.
     """
@@ -147,5 +153,6 @@ class Sample:
     updates: list[Update] = field(default_factory=list)
     coverage: Coverage = field(default_factory=Coverage)
     input_rms: float = math.nan
+    columns: tuple[float, ...] | None = None
     one_signed: bool = False
     permuted: float = math.nan

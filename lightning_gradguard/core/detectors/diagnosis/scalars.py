@@ -71,3 +71,15 @@ def rms(tensor: Tensor) -> Tensor:
     norm: Tensor = torch.linalg.vector_norm(local, dtype=accumulated_in(local))
     scaled: Tensor = norm / max(local.numel(), 1) ** 0.5
     return scaled
+
+
+def column_scales(table: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Returns the largest root mean square of a column, the median one, and the index of the largest.
+
+    Args:
+        table: Inputs of shape `(n, columns)`; `None` is returned for other shapes.
+    """
+    if table.ndim != 2 or table.shape[1] < 2:
+        return None
+    columns = table.detach().float().square().mean(0).sqrt()
+    return columns.max(), columns.median(), columns.argmax()

@@ -12,11 +12,10 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
-from torch.nn.utils.rnn import PackedSequence
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from lightning_gradguard.core.detectors.diagnosis import loss_calls, units
+from lightning_gradguard.core.detectors.diagnosis import attention, loss_calls, recurrences, units
 from lightning_gradguard.core.detectors.diagnosis.loss_baseline import LossBaselines
 from lightning_gradguard.core.detectors.diagnosis.sample import (
     LayerSignal,
@@ -27,7 +26,7 @@ from lightning_gradguard.core.detectors.diagnosis.sample import (
 )
 from lightning_gradguard.core.detectors.diagnosis.scalars import (
     DeviceScalars,
-    accumulated_in,
+    column_scales,
     is_measurable,
     rms,
 )
@@ -47,6 +46,7 @@ class _Layer:
     units: int
     output: int | None
     gradients: list[int] = field(default_factory=list)
+    blocked: list[tuple[int, int]] = field(default_factory=list)
     calls: int = 0
     activation: str = ""
 
@@ -67,6 +67,7 @@ class _Loss:
     flags: dict[str, int]
     value: int
     constant: int | None
+    scales: tuple[int, int] | None = None
 
 
 class StepTrace(TorchFunctionMode):
@@ -96,14 +97,19 @@ class StepTrace(TorchFunctionMode):
         self._one_signed: dict[str, int] = {}
         self._last = ""
         self._n_calls = 0
+        self._largest: Tensor | None = None
         self._modules: list[str] = []
+        self._attention: list[str] = []
         self._hooks = ExitStack()
         self._is_open = True
         leaves = [leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)]
         self._data: WeakValueDictionary[int, Tensor] = WeakValueDictionary({id(t): t for t in leaves})
         inputs = [leaf for leaf in leaves if is_measurable(leaf)]
         self._used: set[int] = set()
-        self._input = self._scalars.add(rms(max(inputs, key=Tensor.numel))) if inputs else None
+        largest = max(inputs, key=Tensor.numel) if inputs else None
+        self._input = None if largest is None else self._scalars.add(rms(largest))
+        columns = None if largest is None else column_scales(largest)
+        self._columns = None if columns is None else [self._scalars.add(number) for number in columns]
 
     @property
     def layers(self) -> list[str]:
@@ -117,6 +123,11 @@ class StepTrace(TorchFunctionMode):
             name = plain_name(name)
             if isinstance(child, nn.RNNBase):
                 self._hook(child.register_forward_pre_hook(partial(self._before_recurrence, name)))
+            if isinstance(child, nn.MultiheadAttention):
+                self._hook(
+                    child.register_forward_pre_hook(lambda *_, name=name: self._attention.append(name))
+                )
+                self._hook(child.register_forward_hook(lambda *_: self._attention.clear()))
             if any(p is not None and p.ndim > 1 for p in child._parameters.values()):
                 self._hook(child.register_forward_hook(partial(self._after_layer, name)))
             elif not child._modules and not child._parameters:
@@ -159,6 +170,12 @@ class StepTrace(TorchFunctionMode):
             )
             for u in self._units
         ]
+        found += [
+            UnitSignal(layer.name, "", "", numbers[dead], numbers[saturated], layer.name == self._last)
+            for layer in self._layers.values()
+            for dead, saturated in layer.blocked
+            if layer.activation not in units.SATURATING
+        ]
         times = [TimeSignal(name, *(numbers[i] for i in indices)) for name, indices in self._times.items()]
         times += [
             TimeSignal(layer.name, layer.gradients[-1], layer.gradients[0], max(layer.gradients))
@@ -175,10 +192,12 @@ class StepTrace(TorchFunctionMode):
                     {cause: numbers[i] for cause, i in loss.flags.items()},
                     numbers[loss.value],
                     numbers[loss.constant],
+                    *(() if loss.scales is None else (numbers[i] for i in loss.scales)),
                 )
                 for loss in self._losses
             ],
             input_rms=numbers[self._input],
+            columns=None if self._columns is None else tuple(numbers[i] for i in self._columns),
             one_signed=numbers[self._one_signed.get(self._last)] == 1,
         )
 
@@ -204,12 +223,16 @@ class StepTrace(TorchFunctionMode):
         given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         self._used.update(map(id, given))
         if name in loss_calls.LOSSES:
-            arguments = loss_calls.arguments_of(function, args, kwargs)
-            self._record_loss(name, arguments.pop("input"), arguments.pop("target"), arguments, result)
+            answer, target, options = loss_calls.arguments_of(function, args, kwargs)
+            self._record_loss(name, answer, target, options, result)
             return
+        if name in attention.FUNCTIONS:
+            self._record_attention(name, attention.arguments_of(function, args, kwargs), result)
         if not isinstance(result, Tensor):
             return
         plain = name.strip("_")
+        if plain == "hardtanh" and units.is_rectifier(function, args, kwargs):
+            plain = "relu6"
         if plain in ACTIVATIONS:
             self._record_units(plain, result)
         elif plain in ("sub", "rsub", "subtract"):
@@ -263,7 +286,14 @@ class StepTrace(TorchFunctionMode):
             return
         nothing = torch.full((), torch.nan, device=answer.device)
         index = add(nothing if value is None else value)
-        self._losses.append(_Loss(name, flags, index, None if constant is None else add(constant)))
+        scales = (add(rms(target)), add(rms(answer))) if name in loss_calls.REGRESSION else None
+        self._losses.append(_Loss(name, flags, index, None if constant is None else add(constant), scales))
+
+    def _record_attention(self, name: str, arguments: dict[str, Any], result: Any) -> None:
+        where = self._attention[-1] if self._attention else self._last
+        if where and _tensors(result)[0].requires_grad:
+            share = attention.saturated_rows(name, arguments, _tensors(result)[0])
+            self._add_saturated(where, "attention", share, after=self._n_calls)
 
     def _record_units(self, name: str, output: Tensor) -> None:
         layer = self._layers.get(self._last)
@@ -296,18 +326,29 @@ class StepTrace(TorchFunctionMode):
             self._last = name
             self._n_calls += 1
             if tensor.requires_grad:
-                tensor.register_hook(partial(self._on_gradient, layer))  # type: ignore[no-untyped-call]
-            if isinstance(module, nn.RNNBase) and module.mode != "RNN_RELU":
-                share = units.saturated_share(tensor.detach(), -1, "tanh")
-                if share is not None:
-                    index = self._scalars.add(share)
-                    self._units.append(_Units(name, name, "tanh", None, index, after=-1))
+                extremes = units.extremes(tensor.detach(), layer.units) if layer.calls == 1 else None
+                tensor.register_hook(partial(self._on_gradient, layer, extremes))  # type: ignore[no-untyped-call]
+            if isinstance(module, nn.RNNBase) and module.mode == "RNN_TANH":
+                self._add_saturated(name, "tanh", units.saturated_share(tensor.detach(), -1, "tanh"))
+            # of the calls of a cell, the first, the second, the fourth, ...
+            elif isinstance(module, (nn.RNNBase, nn.RNNCellBase)) and layer.calls.bit_count() == 1:
+                for kind, share in recurrences.saturated_gates(module, _tensors(inputs), tensor):
+                    self._add_saturated(name, kind, share)
 
-    def _on_gradient(self, layer: _Layer, gradient: Tensor) -> None:
+    def _add_saturated(self, name: str, kind: str, share: Tensor | None, after: int = -1) -> None:
+        if share is not None and len(self._units) < MAX_CALLS:
+            self._units.append(_Units(name, name, kind, None, self._scalars.add(share), after))
+
+    def _on_gradient(self, layer: _Layer, extremes: tuple[Tensor, Tensor] | None, gradient: Tensor) -> None:
         if not self._is_open:
             return
         with _silent(), torch._C.DisableTorchFunction(), torch.no_grad():
-            layer.gradients.append(self._scalars.add(rms(gradient)))
+            size = rms(gradient)
+            self._largest = size if self._largest is None else torch.maximum(self._largest, size)
+            layer.gradients.append(self._scalars.add(size))
+            if extremes is not None:
+                shares = units.blocked_shares(gradient, layer.units, *extremes, self._largest)
+                layer.blocked.append((self._scalars.add(shares[0]), self._scalars.add(shares[1])))
             if layer.name == self._last:
                 self._one_signed[layer.name] = self._scalars.add(loss_calls.is_one_signed(gradient))
 
@@ -316,40 +357,17 @@ class StepTrace(TorchFunctionMode):
         if not self._records() or not torch.is_grad_enabled():
             return None
         with _silent(), torch._C.DisableTorchFunction():
-            first, *rest = inputs
-            packed = first if isinstance(first, PackedSequence) else None
-            tensor = first if packed is None else packed.data
-            if not is_measurable(tensor) or not any(p.requires_grad for p in module.parameters()):
-                return None
-            if tensor.ndim < (2 if packed is not None else 3):
-                return None
-            seen = tensor.view_as(tensor) if tensor.requires_grad else tensor.detach().requires_grad_()
-            sizes = None if packed is None else packed.batch_sizes.tolist()
-            dim = 1 if module.batch_first else 0
-            seen.register_hook(partial(self._on_gradient_through_time, name, dim, sizes))
-            return (seen if packed is None else packed._replace(data=seen), *rest)
+            record = partial(self._on_gradient_through_time, name)
+            return recurrences.with_watched_input(module, inputs, record)
         return None
 
     def _on_gradient_through_time(
         self, name: str, dim: int, sizes: list[int] | None, gradient: Tensor
     ) -> None:
-        if not self._is_open or name in self._times:
-            return
-        with _silent(), torch._C.DisableTorchFunction(), torch.no_grad():
-            if sizes is None:
-                others = [d for d in range(gradient.ndim) if d != dim]
-                norms = torch.linalg.vector_norm(gradient, dim=others, dtype=accumulated_in(gradient))
-            else:
-                norms = torch.stack(
-                    [part[: sizes[-1]].float().norm() for part in torch.split(gradient, sizes)]
-                )
-            steps = torch.arange(len(norms), device=norms.device)
-            last = norms[(steps * (norms > 0)).argmax()]
-            self._times[name] = (
-                self._scalars.add(norms[0]),
-                self._scalars.add(last),
-                self._scalars.add(norms.max()),
-            )
+        if self._is_open and name not in self._times:
+            with _silent(), torch._C.DisableTorchFunction(), torch.no_grad():
+                first, last, largest = map(self._scalars.add, recurrences.through_time(gradient, dim, sizes))
+                self._times[name] = first, last, largest
 
     def _hook(self, handle: Any) -> None:
         self._hooks.callback(handle.remove)

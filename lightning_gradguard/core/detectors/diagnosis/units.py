@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -9,9 +13,12 @@ from torch import Tensor
 MIN_ROWS = 16
 #: Activations by the name of the function; forms that end in `_` work in place.
 RECTIFIERS = frozenset({"relu", "relu6", "threshold"})
-SMOOTH_RECTIFIERS = frozenset({"gelu", "silu", "mish", "hardswish"})
+SMOOTH_RECTIFIERS = frozenset({"gelu", "silu", "mish", "hardswish", "softplus", "hardshrink", "softshrink"})
 #: Value beyond which an output is saturated, after sigmoids are scaled to -1 .. 1.
 SATURATING = {"tanh": 0.97, "hardtanh": 0.99, "softsign": 0.97, "sigmoid": 0.97, "hardsigmoid": 0.99}
+#: Share of the largest gradient below which a unit gets none, and the distance from 0 beyond which its inputs
+#: are far out.
+NO_GRADIENT, FAR_OUT = 1e-12, 5.0
 #: Output below which a unit of a smooth rectifier is zero.
 NEAR_ZERO = 1e-3
 #: Share of the samples for which a saturated unit is saturated.
@@ -55,6 +62,53 @@ def saturated_share(output: Tensor, dim: int, function: str) -> Tensor | None:
     flat = (centred.abs() > SATURATING[function]).float().mean(others)
     by_unit, by_output = (flat > MOST_SAMPLES).float().mean(), flat.mean()
     return torch.where(by_output > NEARLY_ALL, by_output, by_unit)
+
+
+def extremes(output: Tensor, dim: int) -> tuple[Tensor, Tensor] | None:
+    """Returns the highest output of each unit and the one nearest to 0; `None` for too few samples.
+
+    Args:
+        output: Of a layer, before the activation.
+        dim: Dimension of the units.
+    """
+    others = _others(output, dim)
+    return None if others is None else (output.amax(others), output.abs().amin(others))
+
+
+def blocked_shares(
+    gradient: Tensor, dim: int, highest: Tensor, nearest: Tensor, largest: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Returns the share of units that are dead, and of those that are saturated, by their gradients.
+
+    An activation that is no function of its own is known by its effect: no gradient passes for inputs that are
+    all negative, or, on both sides, all far out.
+
+    Args:
+        gradient: At the output of a layer.
+        dim: Dimension of the units.
+        highest: Highest output of each unit.
+        nearest: Output of each unit that is nearest to 0, without its sign.
+        largest: Largest root mean square of a gradient, of all layers so far.
+
+    Example:
+        >>> x = torch.cat([torch.ones(16, 1), -torch.ones(16, 1)], 1)
+        >>> gradient = torch.cat([torch.ones(16, 1), torch.zeros(16, 1)], 1)
+        >>> blocked_shares(gradient, 1, *extremes(x, 1), torch.tensor(1.0))
+        (tensor(0.5000), tensor(0.))
+    """
+    others = [d for d in range(gradient.ndim) if d != dim % gradient.ndim]
+    blocked = (gradient.abs().amax(others) <= NO_GRADIENT * largest) & (largest > 0)
+    negative = blocked & (highest <= 0)
+    positive = blocked & (highest > FAR_OUT) & (nearest > FAR_OUT)
+    dead, both = negative.float().mean(), (blocked & (nearest > FAR_OUT)).float().mean()
+    is_saturated = positive.sum() * 4 > negative.sum()
+    return torch.where(is_saturated, 0.0, dead), torch.where(is_saturated, both, 0.0)
+
+
+def is_rectifier(function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """True for a call of `hardtanh` that cuts at 0, as `nn.ReLU6` calls it."""
+    bound = inspect.signature(function).bind(*args, **kwargs)
+    return float(bound.arguments.get("min_val", -1.0)) == 0
 
 
 def _others(output: Tensor, dim: int) -> list[int] | None:

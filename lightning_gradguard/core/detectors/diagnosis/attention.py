@@ -1,0 +1,106 @@
+"""Saturated attention: rows of weights of which one is nearly 1, whatever function has computed them."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+#: Functions that apply a softmax to scores, with the scores or what they follow from among their arguments.
+FUNCTIONS = frozenset({"softmax", "scaled_dot_product_attention", "multi_head_attention_forward"})
+#: Keys below which a row is not examined, and samples of the batch that are.
+MIN_KEYS, MAX_SAMPLES = 4, 4
+#: Largest weight of a row from which on no gradient passes the softmax.
+ONE_HOT = 0.999
+#: Score up to which a key is masked.
+MASKED = -1e8
+#: Rows below which a share means nothing.
+MIN_ROWS = 16
+
+
+def arguments_of(
+    function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Returns the arguments of a call of one of `FUNCTIONS` by name."""
+    if function.__name__ == "multi_head_attention_forward":
+        return dict(inspect.signature(function).bind(*args, **kwargs).arguments)
+    names = ("input", "dim") if function.__name__ == "softmax" else ("query", "key", "value", "attn_mask")
+    return {**dict(zip(names, args, strict=False)), **kwargs}
+
+
+def saturated_rows(name: str, arguments: Mapping[str, Any], result: Any) -> Tensor | None:
+    """Returns the share of rows whose largest weight is nearly 1, of those with several keys; shape `()`.
+
+    Args:
+        name: Name of the function, one of `FUNCTIONS`.
+        arguments: Of its call, by name.
+        result: What it has returned.
+
+    Returns:
+        `None` for what is no attention: a softmax of less than three dimensions, or over another than the
+        last; NaN for too few rows.
+
+    Example:
+        >>> scores = 100 * torch.eye(8)[None]
+        >>> saturated_rows("softmax", {"input": scores, "dim": -1}, scores.softmax(-1))
+        tensor(1.)
+    """
+    with torch.no_grad():
+        if name == "softmax":
+            scores = arguments["input"].detach()
+            if scores.ndim < 3 or arguments.get("dim") not in (-1, scores.ndim - 1):
+                return None
+            weights = result.detach()
+        else:
+            query, key = _projected(arguments) if name == "multi_head_attention_forward" else _pair(arguments)
+            scores = (arguments.get("scale") or query.shape[-1] ** -0.5) * query @ key.transpose(-1, -2)
+            mask = _mask(arguments, scores)
+            scores = scores if mask is None else scores + mask
+            weights = scores.softmax(-1)
+        scores, weights = scores[:MAX_SAMPLES], weights[:MAX_SAMPLES]
+        several = (scores > MASKED).sum(-1) >= MIN_KEYS
+        n = several.sum()
+        share = ((weights.amax(-1) > ONE_HOT) & several).sum() / n
+        found: Tensor = torch.where(n < MIN_ROWS, torch.nan, share)
+        return found
+
+
+def _pair(arguments: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    query, key = arguments["query"].detach()[:MAX_SAMPLES], arguments["key"].detach()[:MAX_SAMPLES]
+    if key.ndim > 3 and key.shape[-3] != query.shape[-3]:  # grouped queries
+        key = key.repeat_interleave(query.shape[-3] // key.shape[-3], -3)
+    return query, key
+
+
+def _projected(arguments: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    """Returns queries and keys of `nn.MultiheadAttention`, shape `(n, heads, time, width)`."""
+    width, heads = arguments["embed_dim_to_check"], arguments["num_heads"]
+    weight, bias = arguments["in_proj_weight"], arguments["in_proj_bias"]
+    separate: Sequence[Any] = (arguments.get("q_proj_weight"), arguments.get("k_proj_weight"))
+    matrices = separate if weight is None else weight.split(width)[:2]
+    biases = (None, None) if bias is None else bias.split(width)[:2]
+    found = []
+    for x, matrix, shift in zip((arguments["query"], arguments["key"]), matrices, biases, strict=True):
+        x = x[:, :MAX_SAMPLES].detach() if x.ndim == 3 else x[:, None].detach()
+        projected = torch.nn.functional.linear(x, matrix, shift)
+        found.append(projected.view(*projected.shape[:2], heads, -1).permute(1, 2, 0, 3))
+    return found[0], found[1]
+
+
+def _mask(arguments: Mapping[str, Any], scores: Tensor) -> Tensor | None:
+    """Returns what a mask adds to the scores."""
+    if arguments.get("is_causal") and arguments.get("attn_mask") is None:
+        return scores.new_full(scores.shape[-2:], -torch.inf).triu(1)
+    mask = arguments.get("attn_mask")
+    if mask is None:
+        return None
+    mask = mask if mask.ndim < 4 else mask[:MAX_SAMPLES]
+    assert isinstance(mask, Tensor)
+    if mask.dtype != torch.bool:
+        return mask if mask.ndim != 3 else mask.reshape(-1, *scores.shape[-3:])[:MAX_SAMPLES]
+    # True means "attend" to one function and "do not attend" to the other
+    blocked = mask if "num_heads" in arguments else ~mask
+    return torch.zeros_like(scores).masked_fill(blocked, -torch.inf)
