@@ -80,8 +80,8 @@ def blocked_shares(
 ) -> tuple[Tensor, Tensor]:
     """Returns the share of units that are dead, and of those that are saturated, by their gradients.
 
-    An activation that is no function of its own is known by its effect: no gradient passes for inputs that are
-    all negative, or, on both sides, all far out.
+    An activation that is no function of its own is known by its effect: no gradient passes for inputs that
+    are all negative, or, on both sides, all far out.
 
     Args:
         gradient: At the output of a layer.
