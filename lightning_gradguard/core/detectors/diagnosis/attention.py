@@ -44,7 +44,7 @@ def saturated_rows(name: str, arguments: Mapping[str, Any], result: Any) -> Tens
         last; NaN for too few rows.
 
     Example:
-        >>> scores = 100 * torch.eye(8)[None]
+        >>> scores = 100 * torch.eye(8).repeat(2, 1, 1)
         >>> saturated_rows("softmax", {"input": scores, "dim": -1}, scores.softmax(-1))
         tensor(1.)
     """
