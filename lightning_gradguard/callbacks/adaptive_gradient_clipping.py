@@ -15,6 +15,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_gradguard.core import arguments, tags
+from lightning_gradguard.core.backoff import pending_rate_scale
 from lightning_gradguard.core.clipping import ClippingPolicy, RelativeNormClipping, Scalar, step_context
 from lightning_gradguard.core.detectors import HARD_CLIPPING, ConstantClippingDetector
 from lightning_gradguard.core.norms import (
@@ -220,7 +221,7 @@ class AdaptiveGradientClipping(StepCallback):
             step.gradients,
             loss=step.loss if measurement is None else measurement.loss,
             weight_norm=weight_norm,
-            rate_scale=self.suite.pending_rate_scale(step.optimizer_index),
+            rate_scale=pending_rate_scale(step.optimizer),
         )
 
     def _policy(self, index: int) -> ClippingPolicy:

@@ -110,11 +110,6 @@ class LearningRateBackoff(StepCallback):
             rate.scale = self._scale
 
     @override
-    def pending_rate_scale(self, optimizer_index: int) -> float:
-        """Returns the scale, unless the optimizer has begun to step and its rates are scaled already."""
-        return self._rates[optimizer_index].pending
-
-    @override
     def on_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, step: Step) -> None:
         """Counts a good step, once a batch; keeps the rates, which a schedule changes before its end."""
         if self.suite.is_logged:
@@ -152,7 +147,7 @@ class LearningRateBackoff(StepCallback):
             tag = partial(tags.tag, optimizer=index, of=len(self._rates))
             for group, rate in enumerate(scheduled):
                 values[tag(tags.SCHEDULED_LR, str(group))] = rate
-                values[tag(tags.LR, str(group))] = rate * self._scale
+                values[tag(tags.LR, str(group))] = rate * self._rates[index].of_all
         self.suite.metrics.add_scalars(values)
         if self.prog_bar:
             self.suite.metrics.publish_total(tags.LR_SCALE, self._scale)

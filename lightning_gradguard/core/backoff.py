@@ -190,7 +190,7 @@ class ScaledLearningRate:
     """Multiplies the learning rates of an optimizer by `scale`, only while it steps.
 
     Schedulers, `LearningRateMonitor` and checkpoints see the scheduled rates. Learning rates that are tensors
-    are scaled in place and restored bit for bit.
+    are scaled in place and restored bit for bit. Several on one optimizer multiply.
 
     Args:
         optimizer: Any torch optimizer.
@@ -209,59 +209,98 @@ class ScaledLearningRate:
 
     def __init__(self, optimizer: Optimizer) -> None:
         self.scale = 1.0
-        self._optimizer = optimizer
-        self._scheduled: list[tuple[float | Tensor, float | None]] = []
-        self._handles: list[RemovableHandle] = [
-            optimizer.register_step_pre_hook(self._apply),
-            optimizer.register_step_post_hook(self._undo),
-        ]
+        self._hooks = _rate_hooks(optimizer) or _RateHooks(optimizer)
+        self._hooks.scaled.append(self)
 
     def scheduled(self) -> list[float | Tensor]:
         """The learning rate of each parameter group, as a schedule or the user has set it.
 
         One that is a tensor is copied, without a host synchronization.
         """
-        # Lightning's closure runs within the step, while rates are scaled
-        rates = [scheduled for scheduled, _ in self._scheduled] or [
-            group["lr"] for group in self._optimizer.param_groups
-        ]
-        return [rate.detach().clone() if isinstance(rate, Tensor) else float(rate) for rate in rates]
+        return self._hooks.scheduled()
 
     @property
-    def pending(self) -> float:
-        """Factor that is still to be put on the rates of the next update; 1 while the optimizer steps."""
-        return 1.0 if self._scheduled else self.scale
+    def of_all(self) -> float:
+        """The factor of all that scale the rates of the optimizer."""
+        return self._hooks.factor
 
     def initial(self) -> list[float]:
         """The learning rate of each parameter group before any schedule; synchronizes if they are tensors."""
-        groups = self._optimizer.param_groups
+        groups = self._hooks.optimizer.param_groups
         pairs = zip(groups, self.scheduled(), strict=True)
         return [float(group.get("initial_lr", rate)) for group, rate in pairs]
 
     def remove(self) -> None:
-        """Restores the rates and removes the hooks."""
+        """Restores the rates, and removes the hooks if no other needs them."""
+        self._hooks.remove(self)
+
+
+def pending_rate_scale(optimizer: Optimizer) -> float:
+    """Returns the factor that is still to be put on the rates of the next update; 1 while it steps."""
+    hooks = _rate_hooks(optimizer)
+    return 1.0 if hooks is None or hooks.is_applied else hooks.factor
+
+
+class _RateHooks:
+    """The hooks of all that scale the learning rates of one optimizer."""
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self.optimizer = optimizer
+        self.scaled: list[ScaledLearningRate] = []
+        self._scheduled: list[tuple[float | Tensor, float | None]] = []
+        self._handles: list[RemovableHandle] = [
+            optimizer.register_step_pre_hook(self._apply),
+            optimizer.register_step_post_hook(self._undo),
+        ]
+
+    @property
+    def factor(self) -> float:
+        return math.prod(rate.scale for rate in self.scaled)
+
+    @property
+    def is_applied(self) -> bool:
+        return bool(self._scheduled)
+
+    def scheduled(self) -> list[float | Tensor]:
+        # Lightning's closure runs within the step, while rates are scaled
+        rates = [scheduled for scheduled, _ in self._scheduled] or [
+            group["lr"] for group in self.optimizer.param_groups
+        ]
+        return [rate.detach().clone() if isinstance(rate, Tensor) else float(rate) for rate in rates]
+
+    def remove(self, rate: ScaledLearningRate) -> None:
         self._undo()
-        for handle in self._handles:
-            handle.remove()
+        if rate in self.scaled:
+            self.scaled.remove(rate)
+        if not self.scaled:
+            for handle in self._handles:
+                handle.remove()
 
     def _apply(self, *_: Any) -> None:
         # a closure that raised in the step before has skipped the post-hook
         self._undo()
-        if self.scale == 1.0:
+        factor = self.factor
+        if factor == 1.0:
             return
-        for group in self._optimizer.param_groups:
+        for group in self.optimizer.param_groups:
             scheduled = group["lr"]
             if isinstance(scheduled, Tensor):
                 self._scheduled.append((scheduled.clone(), None))
-                scheduled.mul_(self.scale)
+                scheduled.mul_(factor)
             else:
-                group["lr"] = scheduled * self.scale
+                group["lr"] = scheduled * factor
                 self._scheduled.append((scheduled, group["lr"]))
 
     def _undo(self, *_: Any) -> None:
-        for group, (scheduled, scaled) in zip(self._optimizer.param_groups, self._scheduled, strict=False):
+        for group, (scheduled, scaled) in zip(self.optimizer.param_groups, self._scheduled, strict=False):
             if isinstance(scheduled, Tensor):
                 group["lr"].copy_(scheduled)
             elif group["lr"] == scaled:  # else the closure has set a rate of its own
                 group["lr"] = scheduled
         self._scheduled = []
+
+
+def _rate_hooks(optimizer: Optimizer) -> _RateHooks | None:
+    """Returns the hooks that are registered on an optimizer."""
+    owners = (getattr(hook, "__self__", None) for hook in optimizer._optimizer_step_pre_hooks.values())
+    return next((owner for owner in owners if isinstance(owner, _RateHooks)), None)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import lr_scheduler as schedulers
 
 from lightning_gradguard import LearningRateBackoff, NaNRollback
-from lightning_gradguard.core.backoff import ScaledLearningRate
+from lightning_gradguard.core.backoff import ScaledLearningRate, pending_rate_scale
 from tests.tasks import OPTIMIZERS, Batch, Classifier, RateSpy, batches, fit, poisoned
 
 Make = Callable[[torch.optim.Optimizer], Any]
@@ -182,3 +182,19 @@ def test_exception_in_training_restores_the_rate() -> None:
 def test_bad_arguments_are_quoted(name: str, value: Any) -> None:
     with pytest.raises(ValueError, match=f"{name}={value}"):
         LearningRateBackoff(**{name: value})
+
+
+def test_several_scales_of_one_optimizer_multiply_and_leave_the_rate_as_it_was() -> None:
+    weight = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([weight], lr=0.1)
+    rates = [ScaledLearningRate(optimizer) for _ in range(2)]
+    rates[0].scale, rates[1].scale = 0.5, 0.25
+    weight.grad = torch.ones(1)
+    assert pending_rate_scale(optimizer) == 0.125
+    optimizer.step()
+    assert weight.item() == pytest.approx(-0.0125)
+    assert optimizer.param_groups[0]["lr"] == 0.1
+    rates[1].remove()
+    assert pending_rate_scale(optimizer) == 0.5
+    rates[0].remove()
+    assert not optimizer._optimizer_step_pre_hooks

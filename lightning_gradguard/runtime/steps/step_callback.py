@@ -117,10 +117,6 @@ class StepCallback(lightning_api.Callback, Configured):
         """True if the next step is to be measured for norms of the weights; called only if overridden."""
         raise NotImplementedError
 
-    def pending_rate_scale(self, optimizer_index: int) -> float:
-        """Returns the factor that the callback will put on an optimizer's learning rates in this step."""
-        return 1.0
-
     def final_counts(self) -> Mapping[str, float]:
         """Returns counts of the run, by tag; called at its end, on each rank."""
         return {}

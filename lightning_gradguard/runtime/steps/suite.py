@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -77,7 +76,6 @@ class Suite:
         self._checkers: list[StepCallback] = []
         self._flagging: list[StepCallback] = []
         self._weighing: list[StepCallback] = []
-        self._scaling: list[StepCallback] = []
         self._wants_units = False
         self._norm_types: tuple[float, ...] = (2.0,)
         self._layout = ParameterLayout({})
@@ -98,7 +96,6 @@ class Suite:
             ("check_step", self._checkers),
             ("step_flags", self._flagging),
             ("wants_weight_norms", self._weighing),
-            ("pending_rate_scale", self._scaling),
         ):
             if member.overrides(hook):
                 group.append(member)
@@ -156,10 +153,6 @@ class Suite:
     ) -> None:
         """Has the optimizer's kernel scale its gradients, or skip, in this step; see `FusedStepOverride`."""
         self._overrides.append(FusedStepOverride(step.optimizer, grad_scale=grad_scale, found_inf=found_inf))
-
-    def pending_rate_scale(self, optimizer_index: int) -> float:
-        """Factor that the members will put on the learning rates of an optimizer in this step."""
-        return math.prod([member.pending_rate_scale(optimizer_index) for member in self._scaling])
 
     def end_overrides(self) -> None:
         """Restores the optimizers' attributes."""
