@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lightning_gradguard.callbacks.adaptive_gradient_clipping import AdaptiveGradientClipping
-    from lightning_gradguard.callbacks.defaults import default_callbacks
+    from lightning_gradguard.callbacks.defaults import callbacks_of, default_callbacks
     from lightning_gradguard.callbacks.gradient_norm_monitor import GradientNormMonitor
     from lightning_gradguard.callbacks.initialization_check import InitializationCheck
     from lightning_gradguard.callbacks.learning_rate_backoff import LearningRateBackoff
     from lightning_gradguard.callbacks.nan_rollback import NaNRollback
     from lightning_gradguard.callbacks.training_diagnosis import TrainingDiagnosis
+    from lightning_gradguard.callbacks.treatment import Treatment
     from lightning_gradguard.callbacks.weight_norm_constraint import WeightNormConstraint
     from lightning_gradguard.core.clipping import (
         ClippingPolicy,
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from lightning_gradguard.core.incidents import Incident, TrainingDivergedError
     from lightning_gradguard.core.initialization import InitializationError
     from lightning_gradguard.core.norms import Gradients, Measurement
+    from lightning_gradguard.core.remedies.changes import Change
     from lightning_gradguard.core.training_guard import TrainingGuard
     from lightning_gradguard.runtime.steps.step import Step
     from lightning_gradguard.runtime.steps.step_callback import StepCallback
@@ -34,6 +36,7 @@ __version__ = "0.5.0"
 
 __all__ = [
     "AdaptiveGradientClipping",
+    "Change",
     "ClippingPolicy",
     "GlobalNormClipping",
     "GradientNormMonitor",
@@ -52,14 +55,17 @@ __all__ = [
     "TrainingDiagnosis",
     "TrainingDivergedError",
     "TrainingGuard",
+    "Treatment",
     "UnitwiseClipping",
     "WeightNormConstraint",
     "ZScoreClipping",
+    "callbacks_of",
     "default_callbacks",
 ]
 
 _HOME = {
     "AdaptiveGradientClipping": "callbacks.adaptive_gradient_clipping",
+    "Change": "core.remedies.changes",
     "ClippingPolicy": "core.clipping",
     "GlobalNormClipping": "core.clipping",
     "GradientNormMonitor": "callbacks.gradient_norm_monitor",
@@ -78,9 +84,11 @@ _HOME = {
     "Step": "runtime.steps.step",
     "StepCallback": "runtime.steps.step_callback",
     "TrainingGuard": "core.training_guard",
+    "Treatment": "callbacks.treatment",
     "UnitwiseClipping": "core.clipping",
     "WeightNormConstraint": "callbacks.weight_norm_constraint",
     "ZScoreClipping": "core.clipping",
+    "callbacks_of": "callbacks.defaults",
     "default_callbacks": "callbacks.defaults",
 }
 

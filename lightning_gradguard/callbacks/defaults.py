@@ -1,7 +1,8 @@
-"""The callbacks together, each with its defaults."""
+"""The callbacks together: each with its defaults, or those that make changes of a training program."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 from lightning_gradguard.callbacks.adaptive_gradient_clipping import AdaptiveGradientClipping
@@ -10,6 +11,10 @@ from lightning_gradguard.callbacks.initialization_check import InitializationChe
 from lightning_gradguard.callbacks.learning_rate_backoff import LearningRateBackoff
 from lightning_gradguard.callbacks.nan_rollback import NaNRollback
 from lightning_gradguard.callbacks.training_diagnosis import TrainingDiagnosis
+from lightning_gradguard.callbacks.treatment import OF_OPTIMIZERS, Treatment
+from lightning_gradguard.callbacks.weight_norm_constraint import WeightNormConstraint
+from lightning_gradguard.core.clipping import GlobalNormClipping
+from lightning_gradguard.core.remedies.changes import Change
 from lightning_gradguard.runtime.lightning_api import Callback
 
 #: The classes, by their names in `default_callbacks` and on the command line.
@@ -72,4 +77,26 @@ def default_callbacks(
             callbacks.append(default())
         elif callback is not None:
             raise ValueError(f"{name}={callback!r} must be of class {default.__name__}, or None to omit it.")
+    return callbacks
+
+
+def callbacks_of(changes: Sequence[Change]) -> list[Callback]:
+    """Returns the callbacks that make changes of a training program, ready for `Trainer(callbacks=...)`.
+
+    Args:
+        changes: Changes of any kind but `precision`, which is an argument of the Trainer and ignored here.
+
+    Example:
+        >>> from lightning_gradguard import Change, callbacks_of
+        >>> changes = [Change("initialize"), Change("clipping", {"max_norm": 0.5})]
+        >>> [type(callback).__name__ for callback in callbacks_of(changes)]
+        ['Treatment', 'AdaptiveGradientClipping']
+    """
+    treated = [change for change in changes if change.is_of_module or change.kind in OF_OPTIMIZERS]
+    callbacks: list[Callback] = [Treatment(treated)] if treated else []
+    for change in changes:
+        if change.kind == "clipping":
+            callbacks.append(AdaptiveGradientClipping(GlobalNormClipping(change["max_norm"])))
+        elif change.kind == "weight_norm":
+            callbacks.append(WeightNormConstraint(change["max_norm"]))
     return callbacks

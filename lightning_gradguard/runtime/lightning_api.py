@@ -82,6 +82,11 @@ def takes_iterator(pl_module: pl.LightningModule) -> bool:
     return bool(is_param_in_hook_signature(pl_module.training_step, "dataloader_iter", explicit=True))
 
 
+def train_dataloader_of_fit(trainer: pl.Trainer) -> Any:
+    """The training data of a fit that has not begun."""
+    return trainer.fit_loop._data_source.dataloader()
+
+
 def step_idx(trainer: pl.Trainer) -> int:
     """The number of calls of `training_step` in this epoch before the running one."""
     return int(trainer.fit_loop.epoch_loop.batch_idx)

@@ -114,3 +114,20 @@ def test_help_lists_callbacks(command: Command) -> None:
     assert (code, "max_skip_fraction" in out) == (0, True)
     code, out, _ = command("fit", "--model=tests.tasks.Classifier", "--nan_rollback=null", "--print_config")
     assert (code, yaml.safe_load(out)["nan_rollback"]) == (0, None)
+
+
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")
+def test_changes_of_a_configuration_are_made_and_resumed(mine: Path, command: Command) -> None:
+    changes = [
+        {"kind": "add_normalization", "arguments": {"norm": "layer"}},
+        {"kind": "warm_up", "arguments": {"steps": 3}},
+    ]
+    callback = {"class_path": "lightning_gradguard.Treatment", "init_args": {"changes": changes}}
+    Path("treatment.yaml").write_text(yaml.safe_dump({"trainer": {"callbacks": [callback]}}))
+    fit = ("fit", "-c", "treatment.yaml", "--model", "mine.Saves", "--model.width=5", *QUIET)
+    assert command(*fit)[0] == 0
+    assert "net.0.added_normalization.weight" in weights()
+    assert saved()["trainer"]["callbacks"][0]["init_args"]["changes"][1] == changes[1]
+    (path,) = Path("lightning_logs/version_0/checkpoints").iterdir()
+    assert command(*fit, "--trainer.max_epochs=2", "--ckpt_path", path)[0] == 0
+    assert weights(1).keys() == weights().keys()

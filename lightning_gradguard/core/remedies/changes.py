@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -54,8 +55,10 @@ TrainingChange = Literal[
 ]
 ChangeKind = Literal[ModuleChange, TrainingChange]
 MODULE_CHANGES: tuple[ModuleChange, ...] = get_args(ModuleChange)
+#: Those that alter weights and no structure, so that a checkpoint has all of them.
+WEIGHT_CHANGES: tuple[ChangeKind, ...] = ("initialize", "orthogonal_recurrent", "gate_bias")
 KINDS: tuple[ChangeKind, ...] = (*MODULE_CHANGES, *get_args(TrainingChange))
-Argument = float | int | str | list[str]
+Argument = int | float | str | list[str]
 
 #: Arguments of each kind with their defaults; `None` is found in the module.
 _DEFAULTS: dict[ChangeKind, dict[str, Argument | None]] = {
@@ -128,15 +131,26 @@ class Change:
             raise ValueError(f"kind={self.kind!r} must be one of {', '.join(KINDS)}.")
         for name, value in self.arguments.items():
             _check(self.kind, name, value)
+        plain = {n: list(v) if isinstance(v, tuple) else v for n, v in self.arguments.items()}
+        object.__setattr__(self, "arguments", plain)
 
     def __getitem__(self, name: str) -> Any:
-        """Returns an argument, or its default."""
-        return self.arguments.get(name, _DEFAULTS[self.kind][name])
+        """Returns an argument, or its default; `None` for one that the kind does not have."""
+        return self.arguments.get(name, _DEFAULTS[self.kind].get(name))
+
+    def __hash__(self) -> int:
+        """Hashes what YAML and JSON hold, as arguments are a mapping."""
+        return hash(json.dumps(self.as_dict(), sort_keys=True))
 
     @property
     def is_of_module(self) -> bool:
         """True for a change of the module, False for one of its training."""
         return self.kind in MODULE_CHANGES
+
+    @property
+    def is_resolved(self) -> bool:
+        """True if it names all that it alters, so that `apply` needs no batch to find it."""
+        return all(name in self.arguments for name in _FOUND if name in _DEFAULTS[self.kind])
 
     @property
     def modules(self) -> list[str]:

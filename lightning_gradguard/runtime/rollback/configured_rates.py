@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import pytorch_lightning as pl
 from torch import Tensor
+from torch.optim import Optimizer
 
 #: Entries of a parameter group that are rates, or bounds that a schedule computes rates from.
 _GROUP_KEYS = ("lr", "initial_lr", "max_lr", "min_lr")
@@ -42,10 +43,17 @@ class ConfiguredRates:
                 ratios.append(rate / saved if saved else 1.0)
                 if rate != saved:
                     first = first or (saved, rate)
-                    _scale_group(group, ratios[-1])
-            for schedule in _flat(s for s in schedules if s.optimizer is optimizer):
-                _scale_schedule(schedule, ratios)
+            scale_rates(optimizer, schedules, ratios)
         return first
+
+
+def scale_rates(optimizer: Optimizer, schedules: Iterable[Any], ratios: Sequence[float]) -> None:
+    """Scales the rates of an optimizer and of its schedules, with a ratio for each parameter group."""
+    for group, ratio in zip(optimizer.param_groups, ratios, strict=False):
+        if ratio != 1.0:
+            _scale_group(group, ratio)
+    for schedule in _flat(iter(s for s in schedules if s.optimizer is optimizer)):
+        _scale_schedule(schedule, ratios)
 
 
 def _initial(group: dict[str, Any]) -> float:
@@ -61,7 +69,7 @@ def _scale_group(group: dict[str, Any], ratio: float) -> None:
             group[key] = value * ratio
 
 
-def _scale_schedule(schedule: Any, ratios: list[float]) -> None:
+def _scale_schedule(schedule: Any, ratios: Sequence[float]) -> None:
     for name in _SCHEDULE_LISTS:
         values = getattr(schedule, name, None)
         if isinstance(values, list) and len(values) == len(ratios):
