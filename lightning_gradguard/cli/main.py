@@ -13,13 +13,14 @@ from lightning_gradguard.cli.messages import nearest, usage_errors_reported
 VERBS = {
     "fit": "train your own module with the suite in place (LightningCLI)",
     "check": "check that your own module can train, as it is initialized; trains nothing",
+    "treat": "find by experiment what makes your own module train, within a budget",
     "report": "report on runs from their logs: what went wrong, where, and the remedy",
     "replay": "reproduce an incident from its dossier",
     "demo": "train a network that fails alone, and learns with the suite",
     "completion": "print a script that completes all this in bash or zsh",
 }
 #: Verbs that import a module of the user's.
-_MODULE_VERBS = ("fit", "check", "replay")
+_MODULE_VERBS = ("fit", "check", "replay", "treat")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

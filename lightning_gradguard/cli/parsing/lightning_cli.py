@@ -191,6 +191,11 @@ class SuiteCLI(LightningCLI):
         except Exception as error:  # the user's own code
             raise UsageError(failure_message(self.failures, error)) from None
 
+    def new_module(self) -> Any:
+        """Instantiates the module anew, with the optimizer that the command line gives it."""
+        self.instantiate_classes()
+        return self.model
+
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         """Adds the callbacks of the suite, except those that the user has given or omitted."""
         callbacks = self.fixed.get("callbacks") or self._callbacks()

@@ -106,6 +106,18 @@ def line_chart(
     return figure
 
 
+def curves(lines: Mapping[str, Series], others: Sequence[Series]) -> str:
+    """Draws named lines over steps, and others thin and grey behind them; returns SVG."""
+    with rc_context(_STYLE):
+        values = [v for series in (*lines.values(), *others) for _, v in series.finite()]
+        is_wide = bool(values) and min(values) > 0 and max(values) > 10 * min(values)
+        figure = line_chart(lines, {"incident": (), "rollback": ()}, log_scale=is_wide)
+        for series in others:
+            y = [_drawable(value) for value in series.values]
+            figure.axes[0].plot(series.steps, y, "-", lw=0.8, color="#9ca3af", zorder=0)
+        return _svg(figure)
+
+
 def layer_heat_map(report: RunReport, gradients: GradientLog) -> Figure:
     """Draws the worst layers of an optimizer that fit, in the order of the network."""
     worst = [layer.name for layer in report.layers if layer.optimizer == gradients.optimizer][:MAX_ROWS]

@@ -133,6 +133,23 @@ def training_loss(pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> 
     return loss.reshape(())
 
 
+def loss_without_trace(pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> Tensor:
+    """The loss of a batch, shape `()`, under manual optimization the sum of those that are differentiated.
+
+    Nothing steps; buffers, random numbers and logs are the caller's to preserve.
+
+    Raises:
+        TypeError: If the step has no loss.
+    """
+    if pl_module.automatic_optimization:
+        return training_loss(pl_module, batch, batch_idx).detach()
+    with torch.enable_grad(), _manual_optimization(pl_module, 1.0) as (losses, _):
+        _training_step(pl_module, batch, batch_idx)
+    if not losses:
+        raise TypeError("training_step calls manual_backward with no loss")
+    return torch.stack([loss.detach().reshape(()) for loss in losses]).sum()
+
+
 def _training_step(pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> Any:
     step = original_step(pl_module)
     wants = inspect.signature(step).parameters

@@ -1,0 +1,1 @@
+"""Finds by experiment what makes a failing program train."""

@@ -1,0 +1,162 @@
+"""Changes that a diagnosis suggests, the likeliest first, each with its reason."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from lightning_gradguard.core.detectors.diagnosis import Finding
+from lightning_gradguard.core.remedies.changes import Argument, Change, ChangeKind, places
+from lightning_gradguard.treatment.probe import Probe
+
+#: Candidates of a treatment at most.
+MAX_CANDIDATES = 8
+#: Ratio of an update to the weights that is usual.
+USUAL_UPDATE = 1e-2
+#: Kinds that change the module's architecture; under manual optimization and with several optimizers, whose
+#: parts may be of one another's, they are not tried.
+ARCHITECTURE = frozenset({"replace_activation", "add_normalization", "add_residual", "rnn_to_gru"})
+#: Kinds that fit only what has one optimizer.
+ONE_OPTIMIZER = frozenset({*ARCHITECTURE, "standardize_input", "weight_decay", "epsilon", "precision"})
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """Changes to try together.
+
+    Args:
+        changes: None for the suite's callbacks alone.
+        reason: What suggests them.
+    """
+
+    changes: tuple[Change, ...]
+    reason: str
+
+
+def _of(kind: ChangeKind, **arguments: Argument) -> Change:
+    return Change(kind, arguments)
+
+
+_INITIALIZE = (_of("initialize"),)
+_NORMALIZE = (_of("add_normalization"),)
+_RESIDUAL = (_of("add_residual"),)
+_CLIP = (_of("clipping", max_norm=1.0),)
+_ACTIVATE = (_of("replace_activation", to="relu"), *_INITIALIZE)
+_LEAKY = (_of("replace_activation", to="leaky_relu"), *_INITIALIZE)
+_LOWER, _LOWEST, _HIGHER, _HIGHEST = ((_of("learning_rate", scale=s),) for s in (0.1, 0.01, 10.0, 100.0))
+_ORTHOGONAL, _GATED, _GATES = (_of("orthogonal_recurrent"),), (_of("rnn_to_gru"),), (_of("gate_bias"),)
+_STANDARDIZE = (_of("standardize_input"),)
+_EPSILON = (_of("epsilon", value=1e-4),)
+_WARM_UP = (_of("warm_up", steps=50),)
+_MAX_NORM = (_of("weight_norm", max_norm=3.0),)
+_SUITE: tuple[Change, ...] = ()
+
+#: What helps against a cause, the likeliest first; the order of AUTOTRAINER's repairs where it has one.
+_BY_CAUSE: Mapping[tuple[str, str], Sequence[tuple[Change, ...]]] = {
+    ("vanishing_gradient", "small_weights"): (_INITIALIZE, _NORMALIZE, _ACTIVATE, _ACTIVATE + _NORMALIZE),
+    ("vanishing_gradient", "saturating_activations"): (
+        _ACTIVATE,
+        _ACTIVATE + _NORMALIZE,
+        _NORMALIZE,
+        _ACTIVATE + _RESIDUAL,
+        _INITIALIZE,
+    ),
+    ("vanishing_gradient", "depth"): (
+        _RESIDUAL,
+        _NORMALIZE,
+        _ACTIVATE + _NORMALIZE,
+        _INITIALIZE,
+        _ACTIVATE + _RESIDUAL,
+    ),
+    ("vanishing_gradient", "through_time"): (_ORTHOGONAL, _GATES, _GATED, _GATED + _HIGHER, _HIGHER),
+    ("exploding_gradient", "through_time"): (_ORTHOGONAL, _SUITE, _CLIP, _LOWER, _GATED),
+    ("exploding_gradient", "large_weights"): (_INITIALIZE, _NORMALIZE, _LOWER, _CLIP),
+    ("exploding_gradient", "depth"): (_NORMALIZE, _INITIALIZE, _RESIDUAL, _LOWER),
+    ("exploding_gradient", "input_scale"): (_STANDARDIZE, _LOWER, _LOWEST, _CLIP),
+    ("exploding_gradient", "update_too_large"): (_LOWER, _LOWEST, _SUITE, _CLIP, _WARM_UP, _MAX_NORM),
+    ("dead_units", "input_scale"): (_STANDARDIZE, _NORMALIZE, _LEAKY, _LOWER),
+    ("saturated_units", "input_scale"): (_STANDARDIZE, _NORMALIZE, _ACTIVATE),
+    ("weight_stagnation", "learning_rate_too_low"): (_HIGHER, _HIGHEST),
+}
+_BY_KIND: Mapping[str, Sequence[tuple[Change, ...]]] = {
+    "vanishing_gradient": (_ACTIVATE, _NORMALIZE, _INITIALIZE, _RESIDUAL),
+    "exploding_gradient": (_LOWER, _INITIALIZE, _NORMALIZE, _CLIP),
+    "dead_units": (_LEAKY, _INITIALIZE, _NORMALIZE, _LOWER, _LEAKY + _LOWER),
+    "saturated_units": (_NORMALIZE, _INITIALIZE, _ACTIVATE, _LOWER),
+    "weight_stagnation": (_ACTIVATE, _NORMALIZE, _HIGHER, _INITIALIZE),
+    "stuck_loss": (_HIGHER, _LOWER, _NORMALIZE, _INITIALIZE, _ACTIVATE, _RESIDUAL, _STANDARDIZE),
+    "nonfinite_gradient": (_SUITE, _LOWER, _INITIALIZE, _NORMALIZE, _EPSILON, _ACTIVATE + _NORMALIZE),
+    "nonfinite_loss": (_SUITE, _LOWER, _INITIALIZE, _NORMALIZE, _ACTIVATE + _NORMALIZE, _LOWEST),
+}
+#: What a network with a failing criterion of the initialization needs.
+_BY_CRITERION: Mapping[str, Sequence[tuple[Change, ...]]] = {
+    "gradient_gain": (_INITIALIZE, _ACTIVATE, _NORMALIZE),
+    "layer_gain": (_INITIALIZE,),
+    "gain_through_time": (_ORTHOGONAL, _GATED),
+    "dead_units": (_INITIALIZE, _LEAKY),
+    "saturated_units": (_INITIALIZE, _NORMALIZE),
+    "symmetric_units": (_INITIALIZE,),
+    "zero_weights": (_INITIALIZE,),
+    "nonfinite_weights": (_INITIALIZE,),
+    "loss": (_INITIALIZE, _ACTIVATE + _NORMALIZE, _NORMALIZE),
+}
+
+
+def candidates(found: Probe) -> list[Candidate]:
+    """Returns what to try for a program that fails, at most `MAX_CANDIDATES`, each fit for its module.
+
+    Args:
+        found: What its probe has shown.
+    """
+    chosen: dict[str, Candidate] = {}
+    lists = [list(suggested) for suggested in _suggestions(found)]
+    # the first of each list, then the second of each: several findings share the trials
+    for rank in range(max(map(len, lists), default=0)):
+        for suggested in lists:
+            if rank < len(suggested):
+                candidate = suggested[rank]
+                fitting = _fitting(found, candidate.changes)
+                if fitting is not None:
+                    key = str(sorted(map(str, fitting)))
+                    chosen.setdefault(key, Candidate(fitting, candidate.reason))
+    return list(chosen.values())[:MAX_CANDIDATES]
+
+
+def _suggestions(found: Probe) -> Iterator[list[Candidate]]:
+    for finding in found.findings:
+        changes = _BY_CAUSE.get((finding.kind, finding.cause)) or _BY_KIND.get(finding.kind, ())
+        reason = f"{finding.kind}: {finding.evidence or finding.cause}"
+        yield [Candidate(one, reason) for one in [*_estimated(finding), *changes]]
+    for criterion in dict.fromkeys(f.criterion for f in found.initialization if f.severity == "fail"):
+        finding_of = next(f for f in found.initialization if f.criterion == criterion)
+        yield [Candidate(one, finding_of.describe()) for one in _BY_CRITERION.get(criterion, ())]
+    if not math.isfinite(found.trial.loss):
+        yield [Candidate(one, "the loss is nonfinite") for one in _BY_KIND["nonfinite_loss"]]
+    reason = "the loss is stuck" if found.findings else "the loss is stuck, and no cause was found"
+    yield [Candidate(one, reason) for one in _BY_KIND["stuck_loss"]]
+
+
+def _estimated(finding: Finding) -> Iterator[tuple[Change, ...]]:
+    """Yields the learning rate at which the measured update would be as large as is usual."""
+    is_rate = finding.cause in ("update_too_large", "learning_rate_too_low")
+    if is_rate and finding.value > 0 and math.isfinite(finding.value):
+        exponent = round(math.log10(USUAL_UPDATE / finding.value))
+        if exponent and abs(exponent) <= 6:
+            yield (_of("learning_rate", scale=10.0**exponent),)
+
+
+def _fitting(found: Probe, changes: tuple[Change, ...]) -> tuple[Change, ...] | None:
+    """Returns the changes that apply to the module; `None` if none does."""
+    if not changes:
+        return changes
+    allowed = [c for c in changes if found.is_automatic or c.kind not in ONE_OPTIMIZER]
+    applicable = tuple(c for c in allowed if applies(found.module, c, found.run_loss))
+    return applicable or None
+
+
+def applies(module: nn.Module, change: Change, run_loss: Callable[[], Tensor] | None) -> bool:
+    """True for a change of training, and for one of the module that finds a place in it."""
+    return not change.is_of_module or bool(places(module, change, run_loss))

@@ -1,0 +1,69 @@
+"""Writes what a treatment leaves: configuration, report, JSON, TensorBoard runs."""
+
+from __future__ import annotations
+
+import math
+import re
+import shutil
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from torch.utils.tensorboard import SummaryWriter
+
+from lightning_gradguard.core.remedies.changes import Change
+from lightning_gradguard.treatment.page import to_html
+from lightning_gradguard.treatment.result import TreatmentResult
+from lightning_gradguard.treatment.trials.trial import Trial, name_of
+
+CONFIGURATION, REPORT, CONTENT, RUNS = "treatment.yaml", "report.html", "treatment.json", "runs"
+
+
+def write(result: TreatmentResult, command: str, callbacks: Sequence[Any]) -> None:
+    """Writes all files of a result into its folder; the configuration only if there is a treatment.
+
+    Args:
+        result: Of the treatment.
+        command: Trains with the configuration.
+        callbacks: Configuration of the user's callbacks.
+    """
+    folder = result.folder
+    _replace(folder / CONTENT, result.as_json() + "\n")
+    path = folder / CONFIGURATION
+    if result.is_treated:
+        head = f"# {result.headline}\n# {command}\n"
+        content = yaml.safe_dump(configuration(result.changes, callbacks), sort_keys=False)
+        _replace(path, head + content)
+    elif path.exists():
+        path.unlink()
+    _replace(folder / REPORT, to_html(result, command if result.is_treated else ""))
+    _write_runs(folder / RUNS, [result.probe, *result.trials])
+
+
+def configuration(changes: Sequence[Change], callbacks: Sequence[Any]) -> dict[str, Any]:
+    """Returns what LightningCLI needs to train with changes."""
+    treatment = {
+        "class_path": "lightning_gradguard.Treatment",
+        "init_args": {"changes": [*map(Change.as_dict, changes)]},
+    }
+    return {"trainer": {"callbacks": [*callbacks, treatment]}}
+
+
+def _replace(path: Path, text: str) -> None:
+    """Writes a file at once, so that a kill leaves the old one or the new one."""
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as file:
+        file.write(text)
+    Path(file.name).replace(path)
+
+
+def _write_runs(folder: Path, trials: Sequence[Trial]) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    for i, trial in enumerate(trials):
+        name = re.sub(r"[^\w.=-]+", "_", name_of(trial.job.changes)).strip("_")[:60]
+        with SummaryWriter(str(folder / f"{i:02d}_{name}_seed{trial.job.seed}")) as writer:
+            for tag, curve in (("loss/held_out", trial.curve), ("loss/training", trial.training)):
+                for step, value in curve:
+                    if math.isfinite(value):
+                        writer.add_scalar(tag, value, step)

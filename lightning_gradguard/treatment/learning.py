@@ -1,0 +1,58 @@
+"""Whether a run learns: its held-out loss against the best constant answer, and on its way."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from lightning_gradguard.treatment.trials.trial import Trial
+
+#: Loss over that of the best constant answer, or over that with permuted targets, below which a run learns.
+LEARNS = 0.9
+#: The same for a run that has learned: thresholds of docs/treat.md, with the table that set them.
+HAS_LEARNED, HAS_LEARNED_OVER_PERMUTED = 0.75, 0.5
+#: Final loss over the lowest of the run above which it rises again.
+RISES = 1.25
+
+
+@dataclass(frozen=True)
+class Learning:
+    """How far a run has learned.
+
+    Args:
+        learns: True if the held-out loss is below that of a constant answer.
+        has_learned: True if it is well below, finite, and not on its way up.
+        is_certain: True if it is far below.
+        evidence: In words.
+    """
+
+    learns: bool
+    has_learned: bool
+    is_certain: bool
+    evidence: str
+
+
+def learning_of(trial: Trial) -> Learning:
+    """Returns how far a run has learned.
+
+    Where the loss of the best constant answer is unknown, that with permuted targets takes its place, which a
+    network reaches that gives the same answer to each input; without targets, nothing is certain.
+    """
+    if not math.isfinite(trial.loss):
+        return Learning(False, False, False, trial.error or "the held-out loss is nonfinite")
+    is_known = math.isfinite(trial.over_constant)
+    ratio = trial.over_constant if is_known else trial.over_permuted
+    bound = HAS_LEARNED if is_known else HAS_LEARNED_OVER_PERMUTED
+    reference = "of the best constant answer" if is_known else "with permuted targets"
+    if not math.isfinite(ratio):
+        first = trial.curve[0][1]
+        falls = math.isfinite(first) and trial.loss < LEARNS * first
+        return Learning(falls, False, False, f"the held-out loss goes from {first:.4g} to {trial.loss:.4g}")
+    # a loss close to zero may rise by a factor and is no worse
+    is_low = trial.loss <= RISES * trial.lowest or ratio < bound / 3
+    evidence = f"the held-out loss is {trial.loss:.4g}, {ratio:.2f} times that {reference}"
+    if not is_low:
+        evidence += f", and has risen from {trial.lowest:.4g}"
+    return Learning(
+        ratio < LEARNS and is_low, ratio <= bound and is_low, ratio <= bound / 1.5 and is_low, evidence
+    )

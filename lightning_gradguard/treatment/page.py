@@ -1,0 +1,131 @@
+"""The report on a treatment as an HTML page."""
+
+from __future__ import annotations
+
+import math
+
+from lightning_gradguard.report.analysis.run_log import Series
+from lightning_gradguard.report.render.charts import curves
+from lightning_gradguard.runtime.logging.html_page import Section, render_page
+from lightning_gradguard.treatment.learning import learning_of
+from lightning_gradguard.treatment.result import TreatmentResult
+from lightning_gradguard.treatment.trials.trial import Trial, name_of
+
+_COLOURS = {"healthy": "good", "cured": "good", "better": "worrying", "no_treatment_found": "bad"}
+#: Wide enough for the table of trials.
+_STYLE = "body{max-width:62rem}"
+
+
+def to_html(result: TreatmentResult, command: str) -> str:
+    """Returns the page: the verdict, what ailed the program, what was tried, and what to do.
+
+    Args:
+        result: Of the treatment.
+        command: Trains with it; empty if there is none.
+    """
+    before, after = (f"{n:,}" for n in result.costs["parameters"])
+    slow, slower = (f"{1e3 * s:.3g} ms" for s in result.costs["seconds_per_step"])
+    sections = [
+        Section("Verdict", result.evidence),
+        Section("Train with it", command=command),
+        Section("Found in the program", items=result.ailments),
+        *_prescribed(result),
+        Section("Changes", rows={c.describe(): result.reason for c in result.changes}),
+        Section("Held-out loss", figures=_figures(result)),
+        Section("Trials", table=_table(result)),
+        Section("Fresh seeds", table=_verification(result)),
+        Section(
+            "Measured",
+            rows={
+                "Metric": result.metric,
+                "Budget": f"{result.budget:.0f} s, of which {result.spent:.0f} s were spent",
+                "Steps": f"{result.steps} optimizer steps for a trial of full length",
+                "Seed": str(result.seed),
+                "Parameters": before if before == after else f"{before}, with the treatment {after}",
+                "Time of a step": f"{slow}, with the treatment {slower}" if result.verification else slow,
+            },
+        ),
+        Section("Notes", items=result.notes),
+    ]
+    kept = [s for s in sections if s.text or s.command or s.items or s.table or s.figures or s.rows]
+    return render_page(result.headline, kept, _STYLE)
+
+
+def row_of(trial: Trial) -> tuple[str, ...]:
+    """Returns the row of a trial: changes, seed, steps, loss, ratio, parameters, time of a step, remarks."""
+    ratio = f"{trial.over_constant:.2f}" if math.isfinite(trial.over_constant) else "-"
+    loss = f"{trial.loss:.4g}" if math.isfinite(trial.loss) else "nonfinite"
+    logged = ", ".join(f"{name} {value:.4g}" for name, value in list(trial.metrics.items())[:3])
+    time = f"{1e3 * trial.seconds_per_step:.3g} ms" if math.isfinite(trial.seconds_per_step) else "-"
+    parts = [name_of(trial.job.changes), str(trial.job.seed), str(trial.job.steps)]
+    return (*parts, "-" if trial.error else loss, ratio, f"{trial.parameters:,}", time, trial.error or logged)
+
+
+HEAD = ("changes", "seed", "steps", "held-out loss", "over constant", "parameters", "step", "logged")
+
+
+def _table(result: TreatmentResult) -> list[tuple[str, ...]]:
+    rows = [row_of(trial) for trial in (result.probe, *result.trials)]
+    return [HEAD, *rows]
+
+
+def _verification(result: TreatmentResult) -> list[tuple[str, ...]]:
+    head = ("seed", "untreated", "treated", "evidence")
+    rows = [
+        (str(r.treated.job.seed), row_of(r.untreated)[3], row_of(r.treated)[3], r.learning.evidence)
+        for r in result.verification
+    ]
+    return [head, *rows] if rows else []
+
+
+def _prescribed(result: TreatmentResult) -> list[Section]:
+    found = []
+    for one in result.prescriptions:
+        place = f"{one.place}: " if one.place else ""
+        found.append(
+            Section(f"Prescribed: {one.fault.replace('_', ' ')}", place + one.text, command=one.patch)
+        )
+    return found
+
+
+def _figures(result: TreatmentResult) -> dict[str, str]:
+    mine = [t for t in result.trials if t.job.changes == result.changes and t.job.seed == result.seed]
+    best = max(mine, key=lambda t: t.job.steps, default=None) if result.is_treated else None
+    lines = {"untreated": _series(result.probe)}
+    if best is not None:
+        lines[name_of(best.job.changes)] = _series(best)
+    shown = [result.probe, best]
+    others = [_series(t) for t in result.trials if t.curve and t not in shown]
+    figures = {f"{result.metric}; all other trials in grey": curves(lines, others)}
+    if best is not None:
+        losses = {name: _training(t) for name, t in zip(lines, (result.probe, best), strict=True)}
+        figures["Loss of the training batches"] = curves(losses, ())
+    return figures
+
+
+def _series(trial: Trial) -> Series:
+    return Series([step for step, _ in trial.curve], [loss for _, loss in trial.curve])
+
+
+def _training(trial: Trial) -> Series:
+    return Series([step for step, _ in trial.training], [loss for _, loss in trial.training])
+
+
+def text_of(result: TreatmentResult) -> str:
+    """Returns a result for the console."""
+    lines = [result.headline, f"  {result.evidence}"]
+    lines += [f"  found: {ailment}" for ailment in result.ailments[:3]]
+    for one in result.prescriptions:
+        lines.append(f"  prescribed{f', {one.place}' if one.place else ''}: {one.text}")
+    if result.is_treated:
+        before, after = result.costs["parameters"]
+        slow, slower = result.costs["seconds_per_step"]
+        lines.append(
+            f"  {before:,} parameters before, {after:,} with it; {1e3 * slow:.3g} ms a step before, "
+            f"{1e3 * slower:.3g} ms with it"
+        )
+    evidence = learning_of(result.probe).evidence
+    lines.append(f"  untreated: {evidence}" if result.verdict != "healthy" else "")
+    lines += [f"  note: {note}" for note in result.notes]
+    spent = f"{result.spent:.0f} s of {result.budget:.0f} s, {len(result.trials)} trials"
+    return "\n".join([*filter(None, lines), f"  {spent}; {result.folder / 'report.html'}"])

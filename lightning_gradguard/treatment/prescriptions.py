@@ -1,0 +1,180 @@
+"""Faults of code and data, prescribed as a patch with file and line; nothing of the user's is written."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import os
+import textwrap
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from lightning_gradguard.core.detectors.diagnosis import Finding
+from lightning_gradguard.core.remedies import advice_for_finding
+from lightning_gradguard.core.remedies.changes import functional_activations
+from lightning_gradguard.runtime.lightning_packages import FRAMEWORKS
+
+#: Causes that lie in code or data, where no change of a module or of its training helps, and the calls or
+#: attributes whose line is named.
+_IN_CODE: dict[str, tuple[str, ...]] = {
+    "softmax_before_loss": ("Softmax", "softmax", "Sigmoid", "sigmoid", "LogSoftmax", "cross_entropy"),
+    "single_class": ("Softmax", "softmax", "LogSoftmax", "log_softmax", "cross_entropy"),
+    "not_log_probabilities": ("nll_loss", "NLLLoss", "kl_div", "KLDivLoss"),
+    "broadcast_targets": ("mse_loss", "MSELoss", "l1_loss", "L1Loss", "smooth_l1_loss", "huber_loss"),
+    "labels_ignored": ("cross_entropy", "CrossEntropyLoss", "nll_loss"),
+    "targets_out_of_range": ("binary_cross_entropy", "binary_cross_entropy_with_logits", "BCELoss"),
+    "unreachable_targets": ("Sigmoid", "sigmoid", "Tanh", "tanh", "ReLU", "relu", "Softmax", "softmax"),
+    "constant_loss": ("detach", "argmax", "round", "item"),
+    "not_in_optimizer": ("SGD", "Adam", "AdamW", "RMSprop", "Adagrad", "parameters"),
+    "replaced_parameters": ("SGD", "Adam", "AdamW", "RMSprop", "Adagrad", "parameters"),
+    "detached": ("detach", "no_grad", "numpy", "data"),
+    "input_scale": ("train_dataloader",),
+}
+#: Where a fault lies is searched in these functions first.
+_FUNCTIONS = ("training_step", "forward", "configure_optimizers", "__init__")
+_SATURATING = ("sigmoid", "tanh", "softsign", "hardtanh", "hardsigmoid")
+
+
+@dataclass(frozen=True)
+class Prescription:
+    """A change that only the user can make.
+
+    Args:
+        fault: Cause, or the kind of finding.
+        text: What was measured, and what to do.
+        place: File and line; empty if unknown.
+        patch: Lines of a unified diff; empty if only the text describes it.
+    """
+
+    fault: str
+    text: str
+    place: str = ""
+    patch: str = ""
+
+
+def prescriptions(
+    module: nn.Module,
+    findings: Sequence[Finding],
+    batches: Sequence[object],
+    run_loss: Callable[[], Tensor] | None,
+) -> list[Prescription]:
+    """Returns what to change in the user's code or data.
+
+    Args:
+        module: The module, as it was initialized.
+        findings: Of the diagnosis.
+        batches: Recorded batches of training.
+        run_loss: Runs the module on a batch; `None` if it cannot be run.
+    """
+    found = [p for finding in findings if (p := _of_finding(module, finding)) is not None]
+    found += _nonfinite_rows(batches)
+    if any(f.cause == "saturating_activations" for f in findings) and run_loss is not None:
+        found += _functional(module, run_loss)
+    return found
+
+
+def _of_finding(module: nn.Module, finding: Finding) -> Prescription | None:
+    names = _IN_CODE.get(finding.cause)
+    if names is None:
+        return None
+    text = advice_for_finding(finding.kind, finding.cause, finding.where, finding.evidence)
+    line = next(_calls(module, names), None)
+    return Prescription(finding.cause, text, line.place if line else "")
+
+
+def _nonfinite_rows(batches: Sequence[object]) -> list[Prescription]:
+    from torch.utils._pytree import tree_leaves
+
+    for i, batch in enumerate(batches):
+        for leaf in tree_leaves(batch):
+            if isinstance(leaf, Tensor) and leaf.is_floating_point() and not bool(torch.isfinite(leaf).all()):
+                rows = (~torch.isfinite(leaf.reshape(len(leaf), -1)).all(1)).nonzero().flatten().tolist()
+                text = (
+                    f"Batch {i} of training has nonfinite values in rows {', '.join(map(str, rows[:5]))} "
+                    f"of a tensor of shape {tuple(leaf.shape)}: clean or exclude these samples, as by "
+                    "x = x[torch.isfinite(x).all(1)]."
+                )
+                return [Prescription("bad_input", text)]
+    return []
+
+
+def _functional(module: nn.Module, run_loss: Callable[[], Tensor]) -> list[Prescription]:
+    """Returns a patch for each line that calls a saturating activation as a function."""
+    found = []
+    places = functional_activations(module, run_loss)
+    for line in _calls(module, _SATURATING, functions=("forward",)):
+        if not any(f"{Path(line.file).name}:{line.number}" in place for place in places):
+            continue
+        name = line.name
+        new = line.code.replace(f"{line.called}(", "torch.nn.functional.gelu(")
+        text = (
+            f"{name} is called as a function, which no change can replace: use an activation that does not "
+            "saturate, and initialize the layers before it with torch.nn.init.kaiming_normal_."
+        )
+        found.append(Prescription("saturating_activations", text, line.place, line.patch(new)))
+    return found
+
+
+@dataclass(frozen=True)
+class _Line:
+    file: str
+    number: int
+    code: str
+    name: str
+    called: str
+
+    @property
+    def place(self) -> str:
+        """The file from the current folder, and the line."""
+        relative = os.path.relpath(self.file)
+        return f"{self.file if relative.startswith('..') else relative}:{self.number}"
+
+    def patch(self, new: str) -> str:
+        """Returns a unified diff that replaces the line."""
+        file = self.place.rpartition(":")[0]
+        return f"--- {file}\n+++ {file}\n@@ -{self.number} +{self.number} @@\n-{self.code}\n+{new}"
+
+
+def _calls(module: nn.Module, names: Sequence[str], functions: Sequence[str] = _FUNCTIONS) -> Iterator[_Line]:
+    """Yields the lines of the user's classes that call one of the names, the first name first."""
+    lines = [line for kind in _own_classes(module) for line in _lines(kind, tuple(functions))]
+    for name in names:
+        yield from (line for line in lines if line.name == name)
+
+
+def _own_classes(module: nn.Module) -> list[type]:
+    kinds = dict.fromkeys(kind for child in module.modules() for kind in type(child).__mro__)
+    return [kind for kind in kinds if _is_own(kind)]
+
+
+def _is_own(kind: type) -> bool:
+    try:
+        file = inspect.getfile(kind)
+    except (TypeError, OSError):
+        return False
+    return not file.startswith((os.path.dirname(torch.__file__), *FRAMEWORKS))
+
+
+@cache
+def _lines(kind: type, functions: tuple[str, ...]) -> list[_Line]:
+    found: list[_Line] = []
+    for name in functions:
+        function = kind.__dict__.get(name)
+        try:
+            source, start = inspect.getsourcelines(function)  # type: ignore[arg-type]
+            tree = ast.parse(textwrap.dedent("".join(source)))
+            file = inspect.getfile(kind)
+        except (TypeError, OSError, SyntaxError):
+            continue
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Call):
+                called = ast.unparse(node.func)
+                code = source[node.lineno - 1].rstrip("\n")
+                last = called.rpartition(".")[2]
+                found.append(_Line(file, start + node.lineno - 1, code, last, called))
+    return found

@@ -1,0 +1,155 @@
+"""Runs a program with watching callbacks alone, and finds whether it learns and what ails it."""
+
+from __future__ import annotations
+
+import copy
+import math
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytorch_lightning as pl
+from torch import Tensor, nn
+from typing_extensions import override
+
+from lightning_gradguard.callbacks.initialization_check import InitializationCheck
+from lightning_gradguard.callbacks.training_diagnosis import TrainingDiagnosis
+from lightning_gradguard.core import initialization
+from lightning_gradguard.core.detectors.diagnosis import Finding
+from lightning_gradguard.core.incidents import Incident, title
+from lightning_gradguard.core.snapshots import preserve_state
+from lightning_gradguard.runtime.incidents.replay import training_loss, without_logging
+from lightning_gradguard.runtime.lightning_api import Callback
+from lightning_gradguard.treatment.learning import Learning, learning_of
+from lightning_gradguard.treatment.trials.held_out import HeldOutLoss
+from lightning_gradguard.treatment.trials.program import Program, TreatmentError, described, quiet
+from lightning_gradguard.treatment.trials.trial import Job, Listener, Trial, logged, thinned
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What a run without changes has shown.
+
+    Args:
+        trial: The run.
+        findings: Of the diagnosis, causes first.
+        initialization: Criteria that the network does not meet as it is initialized.
+        incidents: All that was published.
+        module: The module, as it was initialized.
+        is_automatic: False under manual optimization, or with several optimizers.
+        learning: Whether it learns.
+        run_loss: Runs `module` on the first batch; `None` if it cannot be run outside of a fit.
+    """
+
+    trial: Trial
+    findings: Sequence[Finding]
+    initialization: Sequence[initialization.Finding]
+    incidents: Sequence[Incident]
+    module: nn.Module
+    is_automatic: bool
+    learning: Learning
+    run_loss: Callable[[], Tensor] | None
+
+    @property
+    def is_healthy(self) -> bool:
+        """True if the run learns, and nothing that was found in it hinders it."""
+        return self.learning.is_certain or (self.learning.learns and not self.ailments)
+
+    @property
+    def ailments(self) -> list[str]:
+        """What was found, in words."""
+        found = [
+            f"{title(f.kind)}{f' at {f.where[0]}' if f.where else ''}: {f.evidence or f.cause}"
+            for f in self.findings
+        ]
+        severe = [f for f in self.initialization if f.severity == "fail"]
+        return [*found, *(f"initialization: {f.describe()}" for f in severe[:3])]
+
+
+@dataclass(eq=False)
+class _Ending(Callback):
+    """Ends a probe once it has shown a failure and its cause, and after `least` batches."""
+
+    least: int
+    diagnosis: TrainingDiagnosis
+    held_out: HeldOutLoss
+    seen: int = field(default=0, init=False)
+
+    @override
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        """Ends a run that does not learn, and of which a cause is known."""
+        self.seen += 1
+        if self.seen >= self.least and self.diagnosis.diagnosis.roots:
+            trainer.should_stop = trainer.should_stop or self._is_stuck()
+
+    def _is_stuck(self) -> bool:
+        losses = [loss for _, loss in self.held_out.curve]
+        return not (math.isfinite(losses[-1]) and losses[-1] < 0.7 * losses[0])
+
+
+def probe(program: Program, least: int, most: int, deadline: float) -> Probe:
+    """Runs a program as it is, and diagnoses it.
+
+    Args:
+        program: What is trained.
+        least: Optimizer steps after which the run may end, if it has shown why it fails.
+        most: Optimizer steps at most.
+        deadline: When it ends, on the clock of `time.monotonic`.
+
+    Raises:
+        TreatmentError: If a step raises an exception.
+    """
+    began = time.monotonic()
+    job = Job(None, program.seed, most)
+    held_out = HeldOutLoss(
+        program.batches.held_out, most * program.accumulate, deadline, every=least * program.accumulate // 8
+    )
+    diagnosis, check, listener = TrainingDiagnosis(), InitializationCheck(), Listener()
+    ending = _Ending(least * program.accumulate, diagnosis, held_out)
+    untrained = program.module(program.seed)
+    module = program.module(program.seed)
+    with quiet(), tempfile.TemporaryDirectory() as folder:
+        trainer = program.trainer_of(module, [check, diagnosis, listener, held_out, ending], most, folder)
+        try:
+            program.fit(trainer, module)
+        except Exception as error:  # the user's own code
+            raise TreatmentError(f"a training step of the program fails: {described(error)}") from error
+        metrics = logged(trainer)
+    trial = Trial(
+        job,
+        held_out.curve,
+        thinned(held_out.training),
+        held_out.last.over_constant,
+        held_out.last.over_permuted,
+        metrics,
+        dict(Counter(incident.kind for incident in listener.incidents)),
+        sum(p.numel() for p in module.parameters()),
+        held_out.seconds_per_step,
+        time.monotonic() - began,
+    )
+    is_automatic = module.automatic_optimization and len(trainer.optimizers) == 1
+    return Probe(
+        trial,
+        list(diagnosis.diagnosis.roots),
+        [f for f in check.findings if f.severity != "info"],
+        list(listener.incidents),
+        untrained,
+        is_automatic,
+        learning_of(trial),
+        _runnable(untrained, program.batches.epochs[0][0]),
+    )
+
+
+def _runnable(module: pl.LightningModule, batch: Any) -> Callable[[], Tensor] | None:
+    def run_loss() -> Tensor:
+        with preserve_state(module), without_logging(module):
+            return training_loss(module, copy.deepcopy(batch), 0)
+
+    try:
+        run_loss()
+    except Exception:  # a step that needs its Trainer
+        return None
+    return run_loss

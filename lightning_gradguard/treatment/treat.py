@@ -1,0 +1,243 @@
+"""`treat`: from a failing program to one that trains, by experiment within a budget."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+
+from lightning_gradguard.core.remedies.changes import Change
+from lightning_gradguard.treatment import files
+from lightning_gradguard.treatment.budget import Clock, seconds
+from lightning_gradguard.treatment.candidates import Candidate, candidates
+from lightning_gradguard.treatment.prescriptions import prescriptions
+from lightning_gradguard.treatment.probe import Probe, probe
+from lightning_gradguard.treatment.result import TreatmentResult
+from lightning_gradguard.treatment.search import Laboratory, search
+from lightning_gradguard.treatment.trials.program import Program, TreatmentError, recorded_program
+from lightning_gradguard.treatment.trials.trial import Trial, name_of
+from lightning_gradguard.treatment.trials.trial_log import TrialLog
+from lightning_gradguard.treatment.trials.workers import usable_processes
+from lightning_gradguard.treatment.verification import SeedResult, Verdict, verdict_of, verify
+
+#: Steps of a trial of full length: this share of the user's run, at least and at most so many.
+SHARE, LEAST_STEPS, MOST_STEPS, USUAL_STEPS = 0.25, 200, 2000, 400
+#: Steps below which a trial shows nothing.
+TOO_FEW_STEPS = 30
+#: Steps of a probe at most, and batches that are recorded.
+MOST_PROBED = 5000
+#: Trials of full length that a treatment costs, about: search and verification.
+COST_IN_TRIALS = 18
+#: Shares of the budget at which recording, probe, search and verification end.
+RECORDED, PROBED, SEARCHED, VERIFIED = 0.1, 0.35, 0.6, 0.93
+#: Treatments that are verified before none is found.
+MAX_VERIFIED = 3
+
+
+def treat(
+    make_module: Callable[[], pl.LightningModule],
+    datamodule: Any = None,
+    *,
+    budget: str | float = "10m",
+    out: str | Path = "treatment",
+    trainer: Mapping[str, Any] | None = None,
+    seed: int = 0,
+    processes: int | None = None,
+    progress: Callable[[str], None] | None = None,
+    callbacks: Sequence[Any] = (),
+    command: str = "lightning-gradguard fit -c CONFIGURATION --model ... --data ...",
+) -> TreatmentResult:
+    """Finds by experiment the changes with which a failing program trains, and proves it on fresh seeds.
+
+    A probe diagnoses the program. Changes that its findings suggest are tried on the same batches, the best
+    for longer, and combinations of these. What beats the program as it is goes through three fresh seeds:
+    *cured* if it learns with each of them. Files of yours are never written.
+
+    Args:
+        make_module: Builds the LightningModule anew at each call.
+        datamodule: A LightningDataModule; `None` if the module has a `train_dataloader`.
+        budget: Time that it may take, such as `"10m"`, `"90s"`, or seconds. Kept strictly.
+        out: Folder for `treatment.yaml`, `report.html`, `treatment.json`, `trials.jsonl`, and TensorBoard's
+            `runs`. One with trials of the same program is continued.
+        trainer: Arguments of your Trainer: `max_epochs`, `precision`, `gradient_clip_val` and the like.
+        seed: Of the search.
+        processes: Trials at once; as many as there are cores, up to four, by default, and one on a GPU.
+        progress: Takes each line on the progress; standard error by default.
+        callbacks: Configuration of callbacks of yours that `treatment.yaml` keeps.
+        command: Trains with the configuration; for the report.
+
+    Raises:
+        ValueError: If the budget is no time.
+        TreatmentError: If the program cannot be treated: it cannot be built twice, or a step raises.
+
+    Example:
+        >>> from lightning_gradguard import treat
+        >>> treat(lambda: None, budget="soon")
+        Traceback (most recent call last):
+        ValueError: budget='soon' must be a time such as '10m', '90s', '2h', or seconds.
+    """
+    clock = Clock(seconds(budget))
+    folder = Path(out)
+    folder.mkdir(parents=True, exist_ok=True)
+    report = progress or (lambda line: print(line, file=sys.stderr, flush=True))
+    program = recorded_program(
+        make_module, datamodule, dict(trainer or {}), seed, MOST_PROBED, clock.share(RECORDED)
+    )
+    least = _length(program.planned)
+    most = max(min(program.planned or least, MOST_PROBED), least)
+    found = probe(program, least, most, clock.share(PROBED))
+    treatment = _Treatment(program, found, clock, folder, report, processes or usable_processes(), least)
+    result = treatment.run()
+    files.write(result, command.replace("CONFIGURATION", str(folder / files.CONFIGURATION)), callbacks)
+    return result
+
+
+def _length(planned: int) -> int:
+    """Returns the steps of a trial of full length, of which a diagnosis needs some to be certain."""
+    if not planned:
+        return USUAL_STEPS
+    return min(max(round(SHARE * planned), LEAST_STEPS), MOST_STEPS, planned)
+
+
+class _Treatment:
+    """The steps of a treatment after its probe."""
+
+    def __init__(
+        self,
+        program: Program,
+        found: Probe,
+        clock: Clock,
+        folder: Path,
+        report: Callable[[str], None],
+        processes: int,
+        steps: int,
+    ) -> None:
+        self.program, self.found, self.clock, self.folder, self.report = program, found, clock, folder, report
+        self.processes = processes
+        identity = _identity(program, found)
+        self.log = TrialLog(folder / "trials.jsonl", identity, min(steps, self._affordable()))
+        self.steps = self.log.steps
+        self.notes = list(program.batches.notes)
+        if self.log.was_resumed:
+            self.notes.append(f"Continued with {len(self.log.trials)} trials of {self.log.path}.")
+        if not found.is_automatic:
+            self.notes.append(
+                "The program has several optimizers or manual optimization: learning rates, clipping and "
+                "initialization are tried, no change of its architecture."
+            )
+        self.prescriptions = prescriptions(
+            found.module, found.findings, program.batches.epochs[0], found.run_loss
+        )
+
+    def run(self) -> TreatmentResult:
+        """Searches and verifies."""
+        learning = self.found.learning
+        if self.found.is_healthy and not self.prescriptions:
+            return self._result("healthy", f"after {self._probed} steps {learning.evidence}")
+        if self.steps < TOO_FEW_STEPS:
+            evidence = (
+                f"a budget of {self.clock.budget:.0f} s is too small for two trials: a step takes "
+                f"{1e3 * self._seconds_per_step():.3g} ms, and {TOO_FEW_STEPS} steps a trial are the least; "
+                f"give at least {self._least_budget():.0f} s"
+            )
+            return self._result("no_treatment_found", evidence)
+        suggested = candidates(self.found)
+        self.report(
+            f"{self._time}, probe: {learning.evidence}; "
+            f"{len(suggested)} treatments to try: {', '.join(name_of(c.changes) for c in suggested)}"
+        )
+        laboratory = Laboratory(self.program, self.log, self.clock, self.processes, self.steps, self.report)
+        ranking = search(laboratory, suggested, self._untreated(), SEARCHED)
+        best: tuple[Verdict, str, tuple[Change, ...], list[SeedResult]] | None = None
+        for trial in ranking[:MAX_VERIFIED]:
+            changes = trial.job.changes or ()
+            results = verify(laboratory, trial, VERIFIED)
+            verdict, evidence = verdict_of(results)
+            self.report(
+                f"{self.clock.spent:4.0f} s of {self.clock.budget:.0f} s, {verdict}: {name_of(changes)}"
+            )
+            if verdict == "cured":
+                return self._result(verdict, evidence, changes, results, suggested)
+            if best is None or (verdict == "better" and best[0] != "better"):
+                best = verdict, evidence, changes, results
+        if best is not None:
+            verdict, evidence, changes, results = best
+            kept = changes if verdict == "better" else ()
+            return self._result(verdict, evidence, kept, results, suggested)
+        tried = ", ".join(dict.fromkeys(name_of(t.job.changes) for t in self.log.trials.values()))
+        evidence = f"{learning.evidence}; none that was tried is better: {tried or 'no trial has ended'}"
+        return self._result("no_treatment_found", evidence, (), (), suggested)
+
+    def _result(
+        self,
+        verdict: Verdict,
+        evidence: str,
+        changes: tuple[Change, ...] = (),
+        verification: Sequence[SeedResult] = (),
+        suggested: Sequence[Candidate] = (),
+    ) -> TreatmentResult:
+        reasons = [c.reason for c in suggested if {*map(str, c.changes)} <= {*map(str, changes)}]
+        kind = type(self.found.module)
+        return TreatmentResult(
+            verdict,
+            evidence,
+            f"{kind.__module__}.{kind.__qualname__}",
+            self.found.ailments,
+            changes,
+            reasons[0] if reasons else "",
+            self.prescriptions,
+            self.found.trial,
+            list(self.log.trials.values()),
+            verification,
+            suggested,
+            f"loss of training_step on {len(self.program.batches.held_out)} {self.program.batches.source}",
+            self.clock.budget,
+            self.clock.spent,
+            self.steps,
+            self.program.seed,
+            self.notes,
+            self.folder,
+        )
+
+    @property
+    def _probed(self) -> int:
+        return self.found.trial.curve[-1][0] // self.program.accumulate
+
+    @property
+    def _time(self) -> str:
+        return f"{self.clock.spent:4.0f} s of {self.clock.budget:.0f} s"
+
+    def _untreated(self) -> float:
+        """Returns the held-out loss of the probe at the length of a trial."""
+        curve: Sequence[tuple[int, float]] = self.found.trial.curve
+        reached = [loss for step, loss in curve if step <= self.steps * self.program.accumulate]
+        return reached[-1] if math.isfinite(reached[-1]) else math.inf
+
+    def _seconds_per_step(self) -> float:
+        """Returns the duration of a step in a trial, with its share of evaluations."""
+        return self.found.trial.seconds / max(self._probed, 1)
+
+    def _affordable(self) -> int:
+        total = COST_IN_TRIALS * self._seconds_per_step() / min(self.processes, 4)
+        return int(max(self.clock.left, 0.0) * VERIFIED / max(total, 1e-9))
+
+    def _least_budget(self) -> float:
+        return self.clock.spent + TOO_FEW_STEPS * COST_IN_TRIALS * self._seconds_per_step() / VERIFIED
+
+
+def _identity(program: Program, found: Probe) -> dict[str, Any]:
+    """Returns what trials of the same program have in common."""
+    first: list[Trial] = [found.trial]
+    losses = [f"{loss:.6g}" for trial in first for _, loss in trial.curve[:3]]
+    content = [str(found.module), program.batches.fingerprint, program.seed, losses]
+    digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+    return {"module": type(found.module).__qualname__, "digest": digest}
+
+
+__all__ = ["TreatmentError", "treat"]

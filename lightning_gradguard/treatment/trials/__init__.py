@@ -1,0 +1,1 @@
+"""Trials: short runs of a program on recorded batches, and the files that they leave."""

@@ -1,0 +1,179 @@
+"""Measures the held-out loss of a module, beside that of the best constant answer."""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from lightning_gradguard.core.detectors.diagnosis import LossBaselines, Sample, StepTrace
+from lightning_gradguard.core.snapshots import preserve_state
+from lightning_gradguard.runtime.incidents.replay import loss_without_trace, without_logging
+from lightning_gradguard.runtime.lightning_api import Callback
+from lightning_gradguard.runtime.sampled_step import target_of
+
+#: Evaluations of a run, the last at its end.
+N_EVALUATIONS = 10
+#: Nonfinite evaluations in a row that end a run.
+MAX_NONFINITE = 3
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The held-out loss at one moment.
+
+    Args:
+        loss: Mean over the held-out batches; NaN if one is nonfinite.
+        over_constant: Loss over that of the best constant answer, the largest of several losses; NaN if
+            unknown.
+        over_permuted: Loss over that with permuted targets; NaN if unknown.
+    """
+
+    loss: float
+    over_constant: float = math.nan
+    over_permuted: float = math.nan
+
+
+def evaluate(
+    trainer: pl.Trainer, pl_module: pl.LightningModule, batches: Sequence[Any], *, in_full: bool
+) -> Evaluation:
+    """Returns the mean loss of `training_step` on held-out batches, in evaluation mode and without a trace.
+
+    Args:
+        trainer: The Trainer that fits.
+        pl_module: Its module.
+        batches: As loaders give them.
+        in_full: True to compare with the best constant answer and with permuted targets.
+    """
+    baselines, samples, losses, permuted = LossBaselines(), [], [], []
+    with ExitStack() as stack:
+        stack.enter_context(preserve_state(pl_module))
+        stack.enter_context(without_logging(pl_module))
+        # a trace recognizes the answers of the network by their graph
+        stack.enter_context(torch.set_grad_enabled(in_full))
+        stack.enter_context(trainer.precision_plugin.train_step_context())
+        torch.manual_seed(0)
+        pl_module.eval()
+        for i, batch in enumerate(batches):
+            on_device = trainer.strategy.batch_to_device(copy.deepcopy(batch))
+            if not in_full:
+                losses.append(float(loss_without_trace(pl_module, on_device, i)))
+                continue
+            trace = StepTrace(pl_module, on_device, baselines)
+            with trace:
+                losses.append(float(loss_without_trace(pl_module, on_device, i)))
+            samples.append(trace.sample(0, trace.close(pl_module.device).tolist()))
+            target = target_of(on_device)
+            if target is not None:
+                order = torch.randperm(len(target), generator=torch.Generator().manual_seed(i))
+                target.copy_(target[order.to(target.device)])
+                permuted.append(float(loss_without_trace(pl_module, on_device, i)))
+    loss = _mean(losses)
+    return Evaluation(loss, _over_constant(samples, loss), _ratio(loss, _mean(permuted)))
+
+
+class HeldOutLoss(Callback):
+    """Records the held-out loss of a run and its losses, and ends it at a deadline.
+
+    Args:
+        batches: The held-out batches.
+        steps: Batches of the run.
+        deadline: On the clock of `time.monotonic`.
+        every: Batches between evaluations; a tenth of the run if `None`.
+
+    Attributes:
+        curve: Step and held-out loss.
+        training: Step and loss of the batch.
+        last: The last evaluation.
+        is_out_of_time: True if the deadline has ended the run.
+    """
+
+    def __init__(self, batches: Sequence[Any], steps: int, deadline: float, every: int | None = None) -> None:
+        super().__init__()
+        self.curve: list[tuple[int, float]] = []
+        self.training: list[tuple[int, float]] = []
+        self.last = Evaluation(math.nan)
+        self.is_out_of_time = False
+        self._batches = batches
+        self._deadline = deadline
+        self._steps = steps
+        self._every = max(steps // N_EVALUATIONS if every is None else every, 1)
+        self._seen = 0
+        self._began = 0.0
+        self._durations: list[float] = []
+
+    @property
+    def seconds_per_step(self) -> float:
+        """Median duration of a batch, with its optimizer step."""
+        return median(self._durations) if self._durations else math.nan
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Evaluates the module as it is initialized."""
+        self._evaluate(trainer, pl_module)
+
+    @override
+    def on_train_batch_start(self, *_: Any) -> None:
+        """Begins to measure the time of a batch."""
+        self._began = time.perf_counter()
+
+    @override
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, *_: Any
+    ) -> None:
+        """Records the loss of the batch, evaluates where that is due, and ends the run at the deadline."""
+        self._durations.append(time.perf_counter() - self._began)
+        self._seen += 1
+        loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
+        if isinstance(loss, Tensor) and loss.numel() == 1:
+            self.training.append((self._seen, float(loss)))
+        if self._seen % self._every == 0 and self._seen < self._steps:
+            self._evaluate(trainer, pl_module)
+        recent = [value for _, value in self.curve[-MAX_NONFINITE:]]
+        if len(recent) == MAX_NONFINITE and not any(map(math.isfinite, recent)):
+            trainer.should_stop = True
+        if time.monotonic() > self._deadline:
+            self.is_out_of_time = trainer.should_stop = True
+
+    @override
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Evaluates the trained module, beside the best constant answer."""
+        self.last = evaluate(trainer, pl_module, self._batches, in_full=True)
+        self._add(self.last)
+
+    def _evaluate(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._add(evaluate(trainer, pl_module, self._batches, in_full=False))
+
+    def _add(self, evaluation: Evaluation) -> None:
+        self.curve.append((self._seen, evaluation.loss))
+
+
+def _mean(losses: Sequence[float]) -> float:
+    return sum(losses) / len(losses) if losses and all(map(math.isfinite, losses)) else math.nan
+
+
+def _ratio(value: float, reference: float) -> float:
+    return value / reference if reference > 0 else math.nan
+
+
+def _over_constant(samples: Sequence[Sample], loss: float) -> float:
+    """Returns the ratio of the worst of the losses to the best constant, each over all batches."""
+    if not samples or not math.isfinite(loss):
+        return math.nan
+    ratios = []
+    for i, last in enumerate(samples[-1].calls):
+        values = [s.calls[i].value for s in samples if i < len(s.calls)]
+        ratio = _ratio(_mean(values), last.constant)
+        if math.isfinite(ratio):
+            ratios.append(ratio)
+    return max(ratios, default=math.nan)

@@ -1,0 +1,203 @@
+"""A program that can be run again and again: its module, its recorded batches, its Trainer."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+
+from lightning_gradguard.core.forensics.location import innermost_of_traceback
+from lightning_gradguard.runtime.lightning_packages import FRAMEWORKS, lightning_package_of
+from lightning_gradguard.treatment.trials.recording import Batches, Recorded, RecordedBatches, Recorder
+
+#: Arguments of a Trainer that a trial takes from the user.
+OF_USER = (
+    *("accelerator", "precision", "gradient_clip_val", "gradient_clip_algorithm", "accumulate_grad_batches"),
+    *("deterministic", "benchmark", "use_distributed_sampler", "detect_anomaly", "inference_mode"),
+    *("sync_batchnorm", "check_val_every_n_epoch", "val_check_interval"),
+)
+#: Arguments that say how long the user trains.
+LENGTH = ("max_epochs", "max_steps", "limit_train_batches", "limit_val_batches")
+_LOGGERS = ("lightning_gradguard", "pytorch_lightning", "lightning.pytorch", "lightning_fabric")
+_PACKAGE = str(Path(__file__).parents[2])
+
+
+class TreatmentError(Exception):
+    """A program cannot be treated; the message names the reason and the remedy in one line."""
+
+
+@dataclass(frozen=True)
+class Program:
+    """A program with everything that a trial needs.
+
+    Args:
+        make_module: Builds the module anew.
+        datamodule: The data module, whose hooks for batches are called; `None` if the module has loaders.
+        trainer: Arguments of the user's Trainer.
+        batches: What the trials train on.
+        planned: Optimizer steps of the user's run; 0 if unknown.
+        seed: Of the search.
+    """
+
+    make_module: Callable[[], pl.LightningModule]
+    datamodule: Any
+    trainer: Mapping[str, Any]
+    batches: RecordedBatches
+    planned: int
+    seed: int
+
+    def module(self, seed: int) -> pl.LightningModule:
+        """Builds the module with a seed; callbacks of its own are omitted."""
+        module = built(self.make_module, seed)
+        module.configure_callbacks = list  # type: ignore[method-assign]
+        return module
+
+    def trainer_of(
+        self, module: pl.LightningModule, callbacks: Sequence[Any], steps: int, folder: str, **more: Any
+    ) -> pl.Trainer:
+        """Returns a Trainer for a number of optimizer steps that prints and keeps nothing."""
+        package = lightning_package_of(type(module))
+        arguments = {
+            **_quiet(package, folder),
+            **{name: value for name, value in self.trainer.items() if name in OF_USER and value is not None},
+            **more,
+        }
+        if len(self.batches.epochs[0]) * 1.0 > steps * self.accumulate:
+            arguments["val_check_interval"] = steps * self.accumulate
+        trainer: pl.Trainer = package.Trainer(
+            **arguments, max_steps=steps, max_epochs=-1, callbacks=list(callbacks)
+        )
+        return trainer
+
+    @property
+    def accumulate(self) -> int:
+        """Batches of an optimizer step."""
+        return int(self.trainer.get("accumulate_grad_batches") or 1)
+
+    def fit(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Trains on the recorded batches."""
+        validation: Any = [Batches([loader]) for loader in self.batches.validation if loader]
+        validation = validation[0] if len(validation) == 1 else validation
+        train = Batches(self.batches.epochs)
+        if self.datamodule is None:
+            trainer.fit(module, train, validation or None)
+            return
+        served = copy.copy(self.datamodule)
+        served.trainer = None
+        nothing: Callable[..., None] = lambda *_, **__: None  # noqa: E731
+        served.prepare_data = served.setup = served.teardown = nothing
+        served.train_dataloader = lambda: train
+        served.val_dataloader = lambda: validation
+        trainer.fit(module, datamodule=served)
+
+
+def built(make_module: Callable[[], pl.LightningModule], seed: int) -> pl.LightningModule:
+    """Builds a module with a seed.
+
+    Raises:
+        TreatmentError: If it cannot be built.
+    """
+    pl.seed_everything(seed, verbose=False)
+    try:
+        return make_module()
+    except Exception as error:  # the user's own code
+        raise TreatmentError(f"the module could not be built: {described(error)}") from error
+
+
+def described(error: BaseException) -> str:
+    """Returns an exception in one line of at most 300 characters, with the line of the user's code."""
+    text = " ".join(f"{type(error).__name__}: {error}".split())
+    place = innermost_of_traceback(error.__traceback__, (*FRAMEWORKS, _PACKAGE))
+    return f"{text[:297] + '...' if len(text) > 300 else text}{f' ({place})' if place else ''}"
+
+
+def recorded_program(
+    make_module: Callable[[], pl.LightningModule],
+    datamodule: Any,
+    trainer: Mapping[str, Any],
+    seed: int,
+    wanted: int,
+    deadline: float,
+) -> Program:
+    """Builds a module twice, and records the batches of its training.
+
+    Args:
+        make_module: Builds the module anew.
+        datamodule: A LightningDataModule, or `None`.
+        trainer: Arguments of the user's Trainer.
+        seed: Of module and data.
+        wanted: Batches of training that are needed.
+        deadline: When recording ends with fewer, on the clock of `time.monotonic`.
+
+    Raises:
+        TreatmentError: If the module cannot be built twice, or there are no batches.
+    """
+    module, again = built(make_module, seed), built(make_module, seed)
+    if module is again or {id(p) for p in module.parameters()} & {id(p) for p in again.parameters()}:
+        raise TreatmentError(
+            "make_module gives the same module, or the same parameters, each time; have it build a new one."
+        )
+    module.configure_callbacks = list  # type: ignore[method-assign]
+    package = lightning_package_of(type(module))
+    recorder = Recorder(wanted, deadline)
+    length = {name: trainer[name] for name in LENGTH if trainer.get(name) is not None}
+    used = {name: value for name, value in trainer.items() if name in OF_USER and value is not None}
+    with quiet(), tempfile.TemporaryDirectory() as folder:
+        fitting = package.Trainer(**{**_quiet(package, folder), **used, **length}, callbacks=[recorder])
+        pl.seed_everything(seed, verbose=False)
+        try:
+            if datamodule is None:
+                fitting.fit(module)
+            else:
+                fitting.fit(module, datamodule=datamodule)
+        except Recorded:
+            pass
+        except Exception as error:  # the user's own code
+            raise TreatmentError(f"the data could not be read: {described(error)}") from error
+    if not recorder.epochs or not recorder.epochs[0]:
+        raise TreatmentError("there is no training batch.")
+    is_given = any(trainer.get(name) not in (None, -1) for name in ("max_epochs", "max_steps"))
+    planned = int(recorder.steps) if is_given and math.isfinite(recorder.steps) else 0
+    return Program(make_module, datamodule, trainer, recorder.result(), planned, seed)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Suppresses what Lightning and the suite print while a program runs."""
+    loggers = [logging.getLogger(name) for name in _LOGGERS]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def _quiet(package: Any, folder: str) -> dict[str, Any]:
+    logger = import_module(f"{package.__name__}.loggers.logger").DummyLogger()
+    has_gpu = torch.cuda.is_available()
+    return {
+        "accelerator": "auto" if has_gpu else "cpu",
+        "devices": 1,
+        "logger": logger,  # accepts all that the user's step may log
+        "default_root_dir": folder,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "num_sanity_val_steps": 0,
+    }

@@ -1,0 +1,179 @@
+"""One trial: a program with some changes, trained for some steps on the recorded batches."""
+
+from __future__ import annotations
+
+import json
+import math
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+
+from lightning_gradguard.callbacks.defaults import default_callbacks
+from lightning_gradguard.callbacks.treatment import Treatment, callbacks_of
+from lightning_gradguard.core.incidents import Incident
+from lightning_gradguard.core.remedies.changes import Change
+from lightning_gradguard.runtime.lightning_api import Callback
+from lightning_gradguard.treatment.trials.held_out import HeldOutLoss
+from lightning_gradguard.treatment.trials.program import Program, TreatmentError, described, quiet
+
+#: Callbacks of the suite that intervene; they guard each trial with changes, as they do under `fit`.
+WATCHING = ("initialization_check", "gradient_norm_monitor", "training_diagnosis")
+
+
+@dataclass(frozen=True)
+class Job:
+    """A trial to run.
+
+    Args:
+        changes: Changes of the program, under the suite's guard; `None` for the program as it is, without.
+        seed: Of the module, and of all that it draws.
+        steps: Optimizer steps.
+    """
+
+    changes: tuple[Change, ...] | None
+    seed: int
+    steps: int
+
+    @property
+    def key(self) -> str:
+        """A text that is equal for equal jobs."""
+        changes = None if self.changes is None else [change.as_dict() for change in self.changes]
+        return json.dumps([changes, self.seed, self.steps], sort_keys=True)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """The outcome of a trial.
+
+    Args:
+        job: What was run.
+        curve: Step and held-out loss.
+        training: Step and loss of the batch.
+        over_constant: Final held-out loss over that of the best constant answer; NaN if unknown.
+        over_permuted: Final held-out loss over that with permuted targets; NaN if unknown.
+        metrics: What the program has logged, at the end.
+        incidents: Incidents of the run, by kind.
+        parameters: Parameters of the module.
+        seconds_per_step: Median duration of a step.
+        seconds: Duration of the trial.
+        error: Why it has no outcome, or not a whole one; empty if it has.
+    """
+
+    job: Job
+    curve: Sequence[tuple[int, float]] = ()
+    training: Sequence[tuple[int, float]] = ()
+    over_constant: float = math.nan
+    over_permuted: float = math.nan
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    incidents: Mapping[str, int] = field(default_factory=dict)
+    parameters: int = 0
+    seconds_per_step: float = math.nan
+    seconds: float = 0.0
+    error: str = ""
+
+    @property
+    def loss(self) -> float:
+        """The final held-out loss; infinite where it is nonfinite or the trial has failed."""
+        final = self.curve[-1][1] if self.curve and not self.error else math.inf
+        return final if math.isfinite(final) else math.inf
+
+    @property
+    def lowest(self) -> float:
+        """The lowest held-out loss; infinite if none is finite."""
+        return min((loss for _, loss in self.curve if math.isfinite(loss)), default=math.inf)
+
+
+def name_of(changes: Sequence[Change] | None) -> str:
+    """Returns changes in words."""
+    if changes is None:
+        return "untreated"
+    return " + ".join(change.describe() for change in changes) or "the suite's callbacks alone"
+
+
+def treated(changes: Sequence[Change]) -> list[Any]:
+    """Returns the callbacks of a run with changes: those of the changes, and the suite's for the rest."""
+    own = [Treatment(changes=list(changes)), *callbacks_of(changes)] if changes else []
+    omitted: dict[str, Any] = dict.fromkeys(WATCHING)
+    guards = [g for g in default_callbacks(**omitted) if not any(isinstance(one, type(g)) for one in own)]
+    return [*own, *guards]
+
+
+def run(program: Program, job: Job, deadline: float) -> Trial:
+    """Runs a trial; an exception of the program is its outcome.
+
+    Args:
+        program: What is trained.
+        job: How.
+        deadline: When it ends, on the clock of `time.monotonic`.
+    """
+    began = time.monotonic()
+    held_out = HeldOutLoss(program.batches.held_out, job.steps * program.accumulate, deadline)
+    listener = Listener()
+    callbacks = [] if job.changes is None else treated(job.changes)
+    outcome: dict[str, Any] = {"error": ""}
+    with quiet(), tempfile.TemporaryDirectory() as folder:
+        try:
+            module = program.module(job.seed)
+            trainer = program.trainer_of(module, [*callbacks, listener, held_out], job.steps, folder)
+            program.fit(trainer, module)
+            outcome |= {
+                "metrics": logged(trainer),
+                "parameters": sum(p.numel() for p in module.parameters()),
+                "over_constant": held_out.last.over_constant,
+                "over_permuted": held_out.last.over_permuted,
+            }
+        except torch.OutOfMemoryError:
+            outcome["error"] = "the device is out of memory"
+            torch.cuda.empty_cache()
+        except TreatmentError as error:
+            outcome["error"] = str(error)
+        except Exception as error:  # the program's own, or a change that does not fit it
+            outcome["error"] = described(error)
+    if held_out.is_out_of_time and not outcome["error"]:
+        outcome["error"] = "the budget was spent before its end"
+    return Trial(
+        job,
+        held_out.curve,
+        thinned(held_out.training),
+        incidents=dict(Counter(incident.kind for incident in listener.incidents)),
+        seconds_per_step=held_out.seconds_per_step,
+        seconds=time.monotonic() - began,
+        **outcome,
+    )
+
+
+class Listener(Callback):
+    """Keeps the incidents of a run.
+
+    Attributes:
+        incidents: In their order.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.incidents: list[Incident] = []
+
+    def on_training_incident(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, incident: Incident
+    ) -> None:
+        """Keeps an incident."""
+        self.incidents.append(incident)
+
+
+def logged(trainer: pl.Trainer) -> dict[str, float]:
+    """Returns what the program itself has logged."""
+    numbers = {name: float(value) for name, value in trainer.callback_metrics.items() if value.numel() == 1}
+    own = ("grad_norm", "rollback/", "lr_backoff/")
+    return {name: value for name, value in numbers.items() if not name.startswith(own)}
+
+
+def thinned(curve: Sequence[tuple[int, float]], points: int = 200) -> list[tuple[int, float]]:
+    """Returns at most so many points of a curve, the last among them."""
+    every = max(-(-len(curve) // points), 1)
+    return [*curve[::-1][::every]][::-1]

@@ -1,0 +1,97 @@
+"""The trials of a treatment in a file, from which a treatment that was stopped continues."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lightning_gradguard.core.remedies.changes import Change
+from lightning_gradguard.treatment.trials.trial import Job, Trial
+
+
+class TrialLog:
+    """Appends trials to `trials.jsonl`, and returns those that are in it already.
+
+    The first line identifies the program and its batches; trials of another one are discarded.
+
+    Args:
+        path: The file.
+        identity: What a program and its batches are known by.
+        steps: Optimizer steps of a trial of full length; those of the file if it is continued.
+
+    Attributes:
+        trials: By the keys of their jobs.
+        was_resumed: True if the file had trials of this program.
+    """
+
+    def __init__(self, path: Path, identity: Mapping[str, Any], steps: int) -> None:
+        self.path = path
+        self.steps = steps
+        self.trials: dict[str, Trial] = {}
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        head = _decoded(lines[0]) if lines else None
+        if isinstance(head, dict) and {**head, "steps": 0} == {**identity, "steps": 0}:
+            self.steps = head["steps"]
+            found = [trial_of(content) for line in lines[1:] if (content := _decoded(line))]
+            # what an exception or the budget has ended is run again
+            self.trials = {trial.job.key: trial for trial in found if not trial.error}
+        self.was_resumed = bool(self.trials)
+        first = json.dumps({**identity, "steps": self.steps})
+        kept = [first, *map(_encoded, self.trials.values())]
+        path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+
+    def add(self, trial: Trial) -> None:
+        """Appends a trial."""
+        self.trials[trial.job.key] = trial
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(_encoded(trial) + "\n")
+
+
+def content_of(trial: Trial) -> dict[str, Any]:
+    """Returns a trial as plain data, nonfinite numbers as `None`."""
+    fields = {field.name: getattr(trial, field.name) for field in dataclasses.fields(trial)}
+    job = fields.pop("job")
+    changes = None if job.changes is None else [change.as_dict() for change in job.changes]
+    found: dict[str, Any] = _strict({"changes": changes, "seed": job.seed, "steps": job.steps, **fields})
+    return found
+
+
+def trial_of(content: Mapping[str, Any]) -> Trial:
+    """Returns a trial from plain data."""
+    rest = dict(content)
+    changes = rest.pop("changes")
+    known = None if changes is None else tuple(Change(c["kind"], c["arguments"]) for c in changes)
+    job = Job(known, rest.pop("seed"), rest.pop("steps"))
+    for key in ("curve", "training"):
+        rest[key] = [(step, _number(loss)) for step, loss in rest[key]]
+    for key in ("over_constant", "over_permuted", "seconds_per_step"):
+        rest[key] = _number(rest[key])
+    rest["metrics"] = {name: _number(value) for name, value in rest["metrics"].items()}
+    return Trial(job, **rest)
+
+
+def _encoded(trial: Trial) -> str:
+    return json.dumps(content_of(trial), allow_nan=False)
+
+
+def _decoded(line: str) -> Any:
+    try:
+        return json.loads(line)
+    except ValueError:  # the line that was being written when the process was killed
+        return None
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else value
+
+
+def _strict(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _strict(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_strict(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
