@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from lightning_gradguard.core.training_guard import TrainingGuard
     from lightning_gradguard.runtime.steps.step import Step
     from lightning_gradguard.runtime.steps.step_callback import StepCallback
+    from lightning_gradguard.treatment.result import TreatmentResult
+    from lightning_gradguard.treatment.treat import treat
 
 __version__ = "0.5.0"
 
@@ -56,11 +58,13 @@ __all__ = [
     "TrainingDivergedError",
     "TrainingGuard",
     "Treatment",
+    "TreatmentResult",
     "UnitwiseClipping",
     "WeightNormConstraint",
     "ZScoreClipping",
     "callbacks_of",
     "default_callbacks",
+    "treat",
 ]
 
 _HOME = {
@@ -90,6 +94,8 @@ _HOME = {
     "ZScoreClipping": "core.clipping",
     "callbacks_of": "callbacks.defaults",
     "default_callbacks": "callbacks.defaults",
+    "TreatmentResult": "treatment.result",
+    "treat": "treatment.treat",
 }
 
 

@@ -111,17 +111,17 @@ def candidates(found: Probe) -> list[Candidate]:
     Args:
         found: What its probe has shown.
     """
-    chosen: dict[str, Candidate] = {}
-    lists = [list(suggested) for suggested in _suggestions(found)]
+    lists = list(_suggestions(found))
     # the first of each list, then the second of each: several findings share the trials
-    for rank in range(max(map(len, lists), default=0)):
-        for suggested in lists:
-            if rank < len(suggested):
-                candidate = suggested[rank]
-                fitting = _fitting(found, candidate.changes)
-                if fitting is not None:
-                    key = str(sorted(map(str, fitting)))
-                    chosen.setdefault(key, Candidate(fitting, candidate.reason))
+    longest = max(map(len, lists), default=0)
+    ordered = [suggested[rank] for rank in range(longest) for suggested in lists if rank < len(suggested)]
+    reason = "the loss is stuck" if found.findings else "the loss is stuck, and no cause was found"
+    ordered += [Candidate(one, reason) for one in _BY_KIND["stuck_loss"]]
+    chosen: dict[str, Candidate] = {}
+    for candidate in ordered:
+        fitting = _fitting(found, candidate.changes)
+        if fitting is not None and not _contradicts(found, fitting):
+            chosen.setdefault(str(sorted(map(str, fitting))), Candidate(fitting, candidate.reason))
     return list(chosen.values())[:MAX_CANDIDATES]
 
 
@@ -135,8 +135,14 @@ def _suggestions(found: Probe) -> Iterator[list[Candidate]]:
         yield [Candidate(one, finding_of.describe()) for one in _BY_CRITERION.get(criterion, ())]
     if not math.isfinite(found.trial.loss):
         yield [Candidate(one, "the loss is nonfinite") for one in _BY_KIND["nonfinite_loss"]]
-    reason = "the loss is stuck" if found.findings else "the loss is stuck, and no cause was found"
-    yield [Candidate(one, reason) for one in _BY_KIND["stuck_loss"]]
+
+
+def _contradicts(found: Probe, changes: tuple[Change, ...]) -> bool:
+    """True for a learning rate that is changed against what was measured."""
+    causes = {finding.cause for finding in found.findings}
+    rates = [change["scale"] for change in changes if change.kind == "learning_rate"]
+    too_high, too_low = "update_too_large" in causes, "learning_rate_too_low" in causes
+    return any((rate > 1 and too_high) or (rate < 1 and too_low) for rate in rates)
 
 
 def _estimated(finding: Finding) -> Iterator[tuple[Change, ...]]:

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from torch.utils.tensorboard import SummaryWriter
 
 from lightning_gradguard.core.remedies.changes import Change
 from lightning_gradguard.treatment.page import to_html
@@ -59,6 +58,9 @@ def _replace(path: Path, text: str) -> None:
 
 
 def _write_runs(folder: Path, trials: Sequence[Trial]) -> None:
+    # TensorBoard takes longer to import than all else that a command line does
+    from torch.utils.tensorboard import SummaryWriter
+
     shutil.rmtree(folder, ignore_errors=True)
     for i, trial in enumerate(trials):
         name = re.sub(r"[^\w.=-]+", "_", name_of(trial.job.changes)).strip("_")[:60]

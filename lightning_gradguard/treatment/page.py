@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 
 from lightning_gradguard.report.analysis.run_log import Series
-from lightning_gradguard.report.render.charts import curves
 from lightning_gradguard.runtime.logging.html_page import Section, render_page
 from lightning_gradguard.treatment.learning import learning_of
 from lightning_gradguard.treatment.result import TreatmentResult
@@ -89,6 +88,9 @@ def _prescribed(result: TreatmentResult) -> list[Section]:
 
 
 def _figures(result: TreatmentResult) -> dict[str, str]:
+    # matplotlib takes longer to import than a command line without charts takes
+    from lightning_gradguard.report.render.charts import curves
+
     mine = [t for t in result.trials if t.job.changes == result.changes and t.job.seed == result.seed]
     best = max(mine, key=lambda t: t.job.steps, default=None) if result.is_treated else None
     lines = {"untreated": _series(result.probe)}

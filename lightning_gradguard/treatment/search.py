@@ -92,15 +92,19 @@ def search(
     for start in range(0, len(candidates), wave):
         jobs = [Job(one.changes, seed, short) for one in candidates[start : start + wave]]
         first += laboratory.run(jobs, until)
-        if any(learning_of(trial).is_certain for trial in first):
+        if any(_is_certain(trial) for trial in first):
             break
     ranked = sorted((t for t in first if not t.error), key=lambda t: t.loss)[:FINALISTS]
     full = laboratory.run([Job(t.job.changes, seed, steps) for t in ranked], until)
-    if not any(learning_of(trial).is_certain for trial in full):
+    if not any(_is_certain(trial) for trial in full):
         merged = _combined(sorted((t for t in full if not t.error), key=lambda t: t.loss))
         full += laboratory.run([Job(one, seed, steps) for one in merged], until)
     bar = untreated - LEAST_NOISE * abs(untreated) if math.isfinite(untreated) else math.inf
     return _smallest_first([t for t in full if t.loss < bar and not t.error], bar)
+
+
+def _is_certain(trial: Trial) -> bool:
+    return learning_of(trial).is_certain and trial.is_undisturbed
 
 
 def noise_of(untreated: Sequence[Trial]) -> float:
@@ -138,8 +142,7 @@ def _smallest_first(better: Sequence[Trial], bar: float) -> list[Trial]:
     best = min(t.loss for t in better)
     reference = bar if math.isfinite(bar) else max(t.curve[0][1] for t in better)
     reach = best + BEHIND * max(reference - best, 0.0) if math.isfinite(reference) else 1.1 * best
-    near = sorted(
-        (t for t in better if t.loss <= reach), key=lambda t: (size_of(t.job.changes or ()), t.loss)
-    )
+    near = [t for t in better if t.loss <= reach]
+    near.sort(key=lambda t: (not t.is_undisturbed, size_of(t.job.changes or ()), t.loss))
     rest = sorted((t for t in better if t.loss > reach), key=lambda t: t.loss)
     return [*near, *rest]

@@ -13,6 +13,7 @@ from typing import Any
 import pytorch_lightning as pl
 
 from lightning_gradguard.core.remedies.changes import Change
+from lightning_gradguard.core.snapshots import rng_state, set_rng_state
 from lightning_gradguard.treatment import files
 from lightning_gradguard.treatment.budget import Clock, seconds
 from lightning_gradguard.treatment.candidates import Candidate, candidates
@@ -86,14 +87,18 @@ def treat(
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
     report = progress or (lambda line: print(line, file=sys.stderr, flush=True))
-    program = recorded_program(
-        make_module, datamodule, dict(trainer or {}), seed, MOST_PROBED, clock.share(RECORDED)
-    )
-    least = _length(program.planned)
-    most = max(min(program.planned or least, MOST_PROBED), least)
-    found = probe(program, least, most, clock.share(PROBED))
-    treatment = _Treatment(program, found, clock, folder, report, processes or usable_processes(), least)
-    result = treatment.run()
+    random_numbers = rng_state()
+    try:
+        program = recorded_program(
+            make_module, datamodule, dict(trainer or {}), seed, MOST_PROBED, clock.share(RECORDED)
+        )
+        least = _length(program.planned)
+        most = max(min(program.planned or least, MOST_PROBED), least)
+        found = probe(program, least, most, clock.share(PROBED))
+        treatment = _Treatment(program, found, clock, folder, report, processes or usable_processes(), least)
+        result = treatment.run()
+    finally:
+        set_rng_state(random_numbers)
     files.write(result, command.replace("CONFIGURATION", str(folder / files.CONFIGURATION)), callbacks)
     return result
 

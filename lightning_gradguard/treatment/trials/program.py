@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import math
+import random
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,6 +15,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytorch_lightning as pl
 import torch
 
@@ -108,11 +110,18 @@ def built(make_module: Callable[[], pl.LightningModule], seed: int) -> pl.Lightn
     Raises:
         TreatmentError: If it cannot be built.
     """
-    pl.seed_everything(seed, verbose=False)
+    seed_all(seed)
     try:
         return make_module()
     except Exception as error:  # the user's own code
         raise TreatmentError(f"the module could not be built: {described(error)}") from error
+
+
+def seed_all(seed: int) -> None:
+    """Seeds torch, NumPy and Python, without the environment variable that Lightning sets."""
+    torch.manual_seed(seed)
+    np.random.seed(seed % 2**32)
+    random.seed(seed)
 
 
 def described(error: BaseException) -> str:
@@ -155,7 +164,7 @@ def recorded_program(
     used = {name: value for name, value in trainer.items() if name in OF_USER and value is not None}
     with quiet(), tempfile.TemporaryDirectory() as folder:
         fitting = package.Trainer(**{**_quiet(package, folder), **used, **length}, callbacks=[recorder])
-        pl.seed_everything(seed, verbose=False)
+        seed_all(seed)
         try:
             if datamodule is None:
                 fitting.fit(module)

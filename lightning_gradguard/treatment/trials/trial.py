@@ -84,6 +84,11 @@ class Trial:
         return final if math.isfinite(final) else math.inf
 
     @property
+    def is_undisturbed(self) -> bool:
+        """True if no rollback was needed."""
+        return not self.incidents.get("rollback")
+
+    @property
     def lowest(self) -> float:
         """The lowest held-out loss; infinite if none is finite."""
         return min((loss for _, loss in self.curve if math.isfinite(loss)), default=math.inf)

@@ -1,0 +1,192 @@
+"""`treat` finds what makes a failing program train, leaves a healthy one alone, and keeps its budget."""
+
+from __future__ import annotations
+
+import json
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import pytorch_lightning as pl
+import torch
+from torch import Tensor, nn
+
+import lightning_gradguard
+from lightning_gradguard.treatment.treat import TreatmentError
+from lightning_gradguard.treatment.trials.trial import Trial
+from tests.treatment.programs import Data, Net, treated
+
+SCHEMA = Path(lightning_gradguard.__file__).parent / "treatment" / "schema.json"
+deep_sigmoid = partial(Net, 6, nn.Sigmoid)
+
+
+@pytest.mark.slow
+def test_deep_sigmoid_network_is_cured_on_fresh_seeds() -> None:
+    result = treated(deep_sigmoid)
+    assert result.verdict == "cured", result.evidence
+    assert any(change.is_of_module for change in result.changes)
+    assert len(result.verification) == 3
+    for seed in result.verification:
+        assert seed.treated.loss < 0.75 * seed.untreated.loss
+    assert "vanishing" in result.ailments[0].lower()
+    content = json.loads(Path("treatment/treatment.json").read_text())
+    jsonschema.validate(content, json.loads(SCHEMA.read_text()))
+    page = Path("treatment/report.html").read_text()
+    assert "<svg" in page
+    assert result.evidence.split(";")[0] in page
+    trials = {path.name for path in Path("treatment/runs").iterdir()}
+    assert len(trials) == len(result.trials) + 1
+
+
+def test_healthy_program_is_left_alone() -> None:
+    result = treated(Net)
+    assert result.verdict == "healthy"
+    assert not result.changes
+    assert not result.trials
+    assert "times that of the best constant answer" in result.evidence
+    assert not Path("treatment/treatment.yaml").exists()
+    with pytest.raises(ValueError, match="There is no treatment"):
+        result.callbacks()
+
+
+@pytest.mark.slow
+def test_rate_a_hundred_times_too_high_is_lowered() -> None:
+    result = treated(partial(Net, 4, nn.ReLU, rate=1.0))
+    assert result.verdict == "cured", result.evidence
+    assert [change.kind for change in result.changes] == ["learning_rate"]
+    assert result.changes[0]["scale"] <= 0.1
+    before, after = result.costs["parameters"]
+    assert before == after
+
+
+@pytest.mark.slow
+def test_treatment_that_was_killed_continues(monkeypatch: pytest.MonkeyPatch) -> None:
+    lines: list[str] = []
+
+    def kill(line: str) -> None:
+        lines.append(line)
+        if "trial 3" in line:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        treated(deep_sigmoid, progress=kill)
+    path = Path("treatment/trials.jsonl")
+    known = path.read_text().splitlines()
+    assert len(known) == 4
+    path.write_text("\n".join(known) + '\n{"changes": [{"ki')  # the line that was being written
+    result = treated(deep_sigmoid)
+    assert result.verdict == "cured"
+    assert result.notes[-1].startswith("Continued with 3 trials")
+    assert path.read_text().splitlines()[:4] == known
+    fresh = treated(deep_sigmoid, out="another")
+    assert [outcome(t) for t in fresh.trials] == [outcome(t) for t in result.trials]
+
+
+def outcome(trial: Trial) -> Any:
+    return trial.job.key, trial.curve
+
+
+@pytest.mark.slow
+def test_trials_in_processes_are_those_of_one_process() -> None:
+    alone, together = (treated(deep_sigmoid, processes=n, out=f"by_{n}") for n in (1, 2))
+    assert sorted(map(str, map(outcome, together.trials))) == sorted(map(str, map(outcome, alone.trials)))
+
+
+def test_global_random_numbers_are_as_before() -> None:
+    state = torch.get_rng_state()
+    treated(Net)
+    assert torch.equal(state, torch.get_rng_state())
+
+
+class TestBadInput:
+    def test_same_module_each_time(self) -> None:
+        module = Net()
+        with pytest.raises(TreatmentError, match="same module.*have it build a new one"):
+            treated(lambda: module)
+
+    def test_module_that_cannot_be_built(self) -> None:
+        with pytest.raises(TreatmentError, match=r"could not be built: TypeError.*test_treat.py"):
+            treated(lambda: Net(*"four"))
+
+    def test_step_that_raises(self) -> None:
+        class Wrong(Net):
+            def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+                return self.net(batch[0][:, :3]).sum()  # type: ignore[no-any-return]
+
+        with pytest.raises(TreatmentError, match=r"training step.*fails: RuntimeError.*test_treat.py"):
+            treated(Wrong)
+
+    def test_no_data(self) -> None:
+        with pytest.raises(TreatmentError, match="data could not be read"):
+            treated(Net, pl.LightningDataModule())
+
+    def test_budget_that_is_no_time(self) -> None:
+        with pytest.raises(ValueError, match="budget='soon' must be a time such as"):
+            treated(Net, budget="soon")
+
+    def test_budget_too_small_for_two_trials(self) -> None:
+        class Slow(Net):
+            def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+                time.sleep(0.01)
+                return super().training_step(batch, batch_idx)
+
+        began = time.monotonic()
+        result = treated(partial(Slow, 6, nn.Sigmoid), budget=2, trainer={"max_steps": 2000})
+        assert time.monotonic() - began < 30
+        assert result.verdict == "no_treatment_found"
+        assert "too small for two trials" in result.evidence
+        assert json.loads(Path("treatment/treatment.json").read_text())["ailments"]
+
+    def test_no_validation_data(self) -> None:
+        result = treated(Net, Data(has_validation=False))
+        assert result.verdict == "healthy"
+        assert result.notes == ["There are no validation data: 3 of 20 batches of training are held out."]
+        assert result.metric == "loss of training_step on 3 held-out training batches"
+
+    def test_data_that_differ_each_time(self) -> None:
+        class Random(Data):
+            def train_dataloader(self) -> Any:
+                generator = torch.Generator()
+                generator.seed()
+                return torch.utils.data.DataLoader(self.training, 32, shuffle=True, generator=generator)
+
+        result = treated(Net, Random())
+        assert "give other batches each time" in result.notes[0]
+
+
+class Manual(Net):
+    """Steps by hand."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
+        optimizer = self.optimizers()
+        optimizer.zero_grad()  # type: ignore[union-attr]
+        self.manual_backward(super().training_step(batch, batch_idx))
+        optimizer.step()  # type: ignore[union-attr]
+
+
+@pytest.mark.slow
+def test_manual_optimization_gets_rates_and_initialization_only() -> None:
+    result = treated(partial(Manual, 4, nn.ReLU, rate=1.0))
+    assert "several optimizers or manual optimization" in " ".join(result.notes)
+    assert result.verdict == "cured", result.evidence
+    kinds = {c.kind for candidate in result.candidates for c in candidate.changes}
+    assert kinds <= {"learning_rate", "warm_up", "clipping", "weight_norm", "initialize"}
+
+
+def test_fault_of_code_is_prescribed_with_its_line() -> None:
+    class Softmax(Net):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return nn.functional.cross_entropy(self.net(batch[0]).softmax(1), batch[1])
+
+    result = treated(Softmax, budget=5)
+    assert [one.fault for one in result.prescriptions] == ["softmax_before_loss"]
+    place, _, line = result.prescriptions[0].place.rpartition(":")
+    assert place.endswith("test_treat.py")
+    assert "softmax(1)" in Path(__file__).read_text().splitlines()[int(line) - 1]
