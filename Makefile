@@ -8,7 +8,7 @@ LOGGERS := .venv-loggers
 LOGGERS_STAMP := $(LOGGERS)/.installed
 
 .PHONY: install demo test test-fast test-oldest test-loggers browser-test wheel-test
-.PHONY: check docs guide strategies scaling faults casebook evidence evidence-quick bench bench-gpu
+.PHONY: check docs guide strategies scaling faults casebook treatment-bench evidence evidence-quick bench bench-gpu
 
 install: $(STAMP)
 
@@ -78,6 +78,9 @@ scaling: install
 
 casebook: install
 	$(BIN)/python -m benchmarks.casebook
+
+treatment-bench: install
+	$(BIN)/python -m benchmarks.treatment --casebook
 
 faults: install
 	$(BIN)/python -m benchmarks.faults

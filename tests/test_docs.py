@@ -66,6 +66,10 @@ def my_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "my_package", raising=False)
     model, data = {"class_path": "my_package.MyModule"}, {"class_path": "my_package.MyData"}
     Path("config.yaml").write_text(yaml.safe_dump({"model": model, "data": data}))
+    Path("treatment").mkdir()
+    change = {"kind": "learning_rate", "arguments": {"scale": 0.1}}
+    treatment = {"class_path": "lightning_gradguard.Treatment", "init_args": {"changes": [change]}}
+    Path("treatment/treatment.yaml").write_text(yaml.safe_dump({"trainer": {"callbacks": [treatment]}}))
     last_good = Path("lightning_logs/version_0/last_good.ckpt")
     last_good.parent.mkdir(parents=True)
     weights = {"net.weight": torch.zeros(1)}

@@ -33,6 +33,7 @@ device; callbacks and loggers of yours are omitted in trials. Files of yours are
 _EPILOG = """\
 examples:
   lightning-gradguard treat --model my.Module --data my.Data --budget 10m --out treatment/
+  lightning-gradguard treat -c config.yaml --trainer.max_epochs 20 --processes 2
   lightning-gradguard fit -c treatment/treatment.yaml --model my.Module --data my.Data
 
 Exit code 0: healthy, cured or better; 1: no treatment found; 2: wrong input."""

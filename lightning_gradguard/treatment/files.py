@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from lightning_gradguard.callbacks.treatment import OF_OPTIMIZERS
 from lightning_gradguard.core.remedies.changes import Change
 from lightning_gradguard.treatment.page import to_html
 from lightning_gradguard.treatment.result import TreatmentResult
@@ -42,12 +43,28 @@ def write(result: TreatmentResult, command: str, callbacks: Sequence[Any]) -> No
 
 
 def configuration(changes: Sequence[Change], callbacks: Sequence[Any]) -> dict[str, Any]:
-    """Returns what LightningCLI needs to train with changes."""
-    treatment = {
-        "class_path": "lightning_gradguard.Treatment",
-        "init_args": {"changes": [*map(Change.as_dict, changes)]},
-    }
-    return {"trainer": {"callbacks": [*callbacks, treatment]}}
+    """Returns what LightningCLI needs to train with changes.
+
+    Args:
+        changes: As they were tried, under the callbacks that `fit` adds by itself.
+        callbacks: Configuration of callbacks of the user's.
+    """
+    of_treatment = [c.as_dict() for c in changes if c.is_of_module or c.kind in OF_OPTIMIZERS]
+    added = [*callbacks, _class("Treatment", changes=of_treatment)] if of_treatment else [*callbacks]
+    trainer: dict[str, Any] = {"callbacks": added}
+    for change in changes:
+        if change.kind == "clipping":
+            policy = _class("GlobalNormClipping", max_norm=change["max_norm"])
+            added.append(_class("AdaptiveGradientClipping", policy=policy))
+        elif change.kind == "weight_norm":
+            added.append(_class("WeightNormConstraint", max_norm=change["max_norm"]))
+        elif change.kind == "precision":
+            trainer["precision"] = change["value"]
+    return {"trainer": trainer}
+
+
+def _class(name: str, **arguments: Any) -> dict[str, Any]:
+    return {"class_path": f"lightning_gradguard.{name}", "init_args": arguments}
 
 
 def _replace(path: Path, text: str) -> None:

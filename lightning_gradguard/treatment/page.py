@@ -101,7 +101,8 @@ def _figures(result: TreatmentResult) -> dict[str, str]:
     figures = {f"{result.metric}; all other trials in grey": curves(lines, others)}
     if best is not None:
         losses = {name: _training(t) for name, t in zip(lines, (result.probe, best), strict=True)}
-        figures["Loss of the training batches"] = curves(losses, ())
+        if any(map(len, losses.values())):  # manual optimization may return no loss
+            figures["Loss of the training batches"] = curves(losses, ())
     return figures
 
 
@@ -124,7 +125,7 @@ def text_of(result: TreatmentResult) -> str:
         slow, slower = result.costs["seconds_per_step"]
         lines.append(
             f"  {before:,} parameters before, {after:,} with it; {1e3 * slow:.3g} ms a step before, "
-            f"{1e3 * slower:.3g} ms with it"
+            f"{1e3 * slower:.3g} ms with it and the suite's callbacks"
         )
     evidence = learning_of(result.probe).evidence
     lines.append(f"  untreated: {evidence}" if result.verdict != "healthy" else "")

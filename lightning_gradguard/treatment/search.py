@@ -19,7 +19,7 @@ from lightning_gradguard.treatment.trials.workers import outcomes
 #: Changes that are combined at most, combinations that are tried, and candidates that reach the full length.
 MAX_COMBINED, MAX_COMBINATIONS, FINALISTS = 3, 3, 3
 #: Share of the first rung in the full length, and its least steps.
-FIRST_RUNG, LEAST_RUNG = 0.4, 80
+FIRST_RUNG, LEAST_RUNG = 0.4, 60
 #: Noise between seeds is at least this share of the untreated loss.
 LEAST_NOISE = 0.02
 #: Share of what the best treatment gains by which a smaller change may be behind it.
@@ -59,7 +59,8 @@ class Laboratory:
         return [self.log.trials[job.key] for job in wanted if job.key in self.log.trials]
 
     def _progress(self, trial: Trial) -> str:
-        known = [t for t in self.log.trials.values() if t.job.changes is not None]
+        seed = self.program.seed
+        known = [t for t in self.log.trials.values() if t.job.changes is not None and t.job.seed == seed]
         best = min(known, key=lambda t: (-t.job.steps, t.loss), default=None)
         outcome = trial.error or f"held-out loss {trial.loss:.4g} at step {trial.job.steps}"
         line = f"{self.clock.spent:4.0f} s of {self.clock.budget:.0f} s, trial {len(self.log.trials)}: "
@@ -95,6 +96,8 @@ def search(
         if any(_is_certain(trial) for trial in first):
             break
     ranked = sorted((t for t in first if not t.error), key=lambda t: t.loss)[:FINALISTS]
+    if any(_is_certain(trial) for trial in ranked):
+        ranked = [trial for trial in ranked if learning_of(trial).learns]
     full = laboratory.run([Job(t.job.changes, seed, steps) for t in ranked], until)
     if not any(_is_certain(trial) for trial in full):
         merged = _combined(sorted((t for t in full if not t.error), key=lambda t: t.loss))

@@ -28,7 +28,7 @@ from lightning_gradguard.treatment.trials.workers import usable_processes
 from lightning_gradguard.treatment.verification import SeedResult, Verdict, verdict_of, verify
 
 #: Steps of a trial of full length: this share of the user's run, at least and at most so many.
-SHARE, LEAST_STEPS, MOST_STEPS, USUAL_STEPS = 0.25, 200, 2000, 400
+SHARE, LEAST_STEPS, MOST_STEPS, USUAL_STEPS = 0.25, 150, 2000, 400
 #: Steps below which a trial shows nothing.
 TOO_FEW_STEPS = 30
 #: Steps of a probe at most, and batches that are recorded.

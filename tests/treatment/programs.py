@@ -61,5 +61,17 @@ class Net(pl.LightningModule):
 
 def treated(make: Callable[[], pl.LightningModule], data: Any = None, **options: Any) -> TreatmentResult:
     """Treats a short program in this process; nothing is printed."""
-    arguments: dict[str, Any] = {"trainer": SHORT, "budget": "10m", "processes": 1, "progress": lambda _: None}
+    arguments: dict[str, Any] = {
+        "trainer": SHORT,
+        "budget": "10m",
+        "processes": 1,
+        "progress": lambda _: None,
+    }
     return treat(make, Data() if data is None else data, **{**arguments, **options})
+
+
+class Deep(Net):
+    """Six layers of sigmoids: gradients vanish."""
+
+    def __init__(self) -> None:
+        super().__init__(6, nn.Sigmoid)

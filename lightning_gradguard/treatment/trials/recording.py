@@ -35,8 +35,9 @@ class Batches:
 
     def __iter__(self) -> Iterator[Any]:
         epoch = self._epochs[self._next % len(self._epochs)]
-        self._next += 1
-        for batch in epoch:
+        for i, batch in enumerate(epoch):
+            # an epoch that was begun and not ended, to look at its first batch, is served again
+            self._next += i == len(epoch) - 1
             yield copy.deepcopy(batch)
 
 

@@ -14,8 +14,7 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 
-from lightning_gradguard.callbacks.defaults import default_callbacks
-from lightning_gradguard.callbacks.treatment import Treatment, callbacks_of
+from lightning_gradguard.callbacks.defaults import callbacks_of, default_callbacks
 from lightning_gradguard.core.incidents import Incident
 from lightning_gradguard.core.remedies.changes import Change
 from lightning_gradguard.runtime.lightning_api import Callback
@@ -103,7 +102,7 @@ def name_of(changes: Sequence[Change] | None) -> str:
 
 def treated(changes: Sequence[Change]) -> list[Any]:
     """Returns the callbacks of a run with changes: those of the changes, and the suite's for the rest."""
-    own = [Treatment(changes=list(changes)), *callbacks_of(changes)] if changes else []
+    own = callbacks_of(changes)
     omitted: dict[str, Any] = dict.fromkeys(WATCHING)
     guards = [g for g in default_callbacks(**omitted) if not any(isinstance(one, type(g)) for one in own)]
     return [*own, *guards]
@@ -120,12 +119,14 @@ def run(program: Program, job: Job, deadline: float) -> Trial:
     began = time.monotonic()
     held_out = HeldOutLoss(program.batches.held_out, job.steps * program.accumulate, deadline)
     listener = Listener()
-    callbacks = [] if job.changes is None else treated(job.changes)
     outcome: dict[str, Any] = {"error": ""}
     with quiet(), tempfile.TemporaryDirectory() as folder:
         try:
             module = program.module(job.seed)
-            trainer = program.trainer_of(module, [*callbacks, listener, held_out], job.steps, folder)
+            callbacks = [] if job.changes is None else treated(job.changes)
+            precision = {c.kind: c["value"] for c in job.changes or () if c.kind == "precision"}
+            watching = [listener, held_out]
+            trainer = program.trainer_of(module, [*callbacks, *watching], job.steps, folder, **precision)
             program.fit(trainer, module)
             outcome |= {
                 "metrics": logged(trainer),

@@ -1,0 +1,1 @@
+"""The treatment benchmark: generated programs, of which `treat` has to cure those that fail."""

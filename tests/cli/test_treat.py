@@ -1,0 +1,50 @@
+"""`treat` writes a configuration with which `fit` trains."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.cli.conftest import Command
+
+pytestmark = pytest.mark.filterwarnings("ignore:\\s*skip_none parameter was deprecated")
+
+PROGRAM = ("--model", "tests.treatment.programs.Deep", "--data", "tests.treatment.programs.Data")
+SHORT = ("--trainer.max_steps=60", "--budget=10m", "--processes=1", "--seed_everything=0")
+
+
+@pytest.mark.slow
+def test_configuration_trains_through_fit(command: Command, tmp_path: Path) -> None:
+    code, out, progress = command("treat", *PROGRAM, *SHORT)
+    assert code == 0
+    assert out.startswith("tests.treatment.programs.Deep: cured by ")
+    assert "best so far" in progress
+    configuration = yaml.safe_load(Path("treatment/treatment.yaml").read_text())
+    callbacks = configuration["trainer"]["callbacks"]
+    assert [one["class_path"] for one in callbacks] == ["lightning_gradguard.Treatment"]
+    content = json.loads(Path("treatment/treatment.json").read_text())
+    assert callbacks[0]["init_args"]["changes"] == content["changes"]
+    trained = ("--trainer.max_steps=60", "--seed_everything=0", "--trainer.enable_progress_bar=false")
+    code, out, error = command("fit", "-c", "treatment/treatment.yaml", *PROGRAM, *trained)
+    assert code == 0, error
+    metrics = "".join(path.read_text() for path in Path("lightning_logs").rglob("metrics.csv"))
+    assert not metrics  # the TensorBoard logger is the default one
+    assert "Changed the module before training" in out + error
+
+
+def test_wrong_budget_is_one_line(command: Command) -> None:
+    code, _, error = command("treat", *PROGRAM, "--budget=soon")
+    assert code == 2
+    assert error == (
+        "lightning-gradguard treat: --budget='soon' must be a time such as '10m', '90s', '2h', or seconds.\n"
+    )
+
+
+def test_program_that_cannot_be_treated_is_one_line(command: Command) -> None:
+    code, _, error = command("treat", "--model", "tests.treatment.programs.Net", "--model.rate=-1", *SHORT)
+    assert code == 2
+    assert error.startswith("lightning-gradguard treat: ")
+    assert error.count("\n") == 1
