@@ -1,4 +1,4 @@
-"""Whether a run learns: its held-out loss against the best constant answer, and on its way."""
+"""Decides if a run learns: by its held-out loss against the best constant answer, and its way there."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ RISES = 1.25
 
 @dataclass(frozen=True)
 class Learning:
-    """How far a run has learned.
+    """The extent to which a run has learned.
 
     Args:
         learns: True if the held-out loss is below that of a constant answer.

@@ -31,7 +31,7 @@ from lightning_gradguard.treatment.trials.trial import Job, Listener, Trial, log
 
 @dataclass(frozen=True)
 class Probe:
-    """What a run without changes has shown.
+    """The outcome of a run without changes.
 
     Args:
         trial: The run.
@@ -60,7 +60,7 @@ class Probe:
 
     @property
     def ailments(self) -> list[str]:
-        """What was found, in words."""
+        """The findings in words."""
         found = [
             f"{title(f.kind)}{f' at {f.where[0]}' if f.where else ''}: {f.evidence or f.cause}"
             for f in self.findings

@@ -30,7 +30,7 @@ _HEADLINES: dict[Verdict, str] = {
 
 @dataclass(frozen=True)
 class TreatmentResult:
-    """What ailed a program, what was tried, and what makes it train.
+    """The outcome of a treatment: what ailed the program, what was tried, and what makes it train.
 
     Args:
         verdict: `"healthy"`, `"cured"`, `"better"` or `"no_treatment_found"`.

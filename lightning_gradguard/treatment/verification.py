@@ -34,7 +34,7 @@ class SeedResult:
 
     @property
     def learning(self) -> Learning:
-        """How far the treated run has learned."""
+        """The extent to which the treated run has learned."""
         return learning_of(self.treated)
 
     def beats(self, noise: float) -> bool:

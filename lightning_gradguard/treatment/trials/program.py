@@ -29,7 +29,7 @@ OF_USER = (
     *("deterministic", "benchmark", "use_distributed_sampler", "detect_anomaly", "inference_mode"),
     *("sync_batchnorm", "check_val_every_n_epoch", "val_check_interval"),
 )
-#: Arguments that say how long the user trains.
+#: Arguments for the length of a run.
 LENGTH = ("max_epochs", "max_steps", "limit_train_batches", "limit_val_batches")
 _LOGGERS = ("lightning_gradguard", "pytorch_lightning", "lightning.pytorch", "lightning_fabric")
 _PACKAGE = str(Path(__file__).parents[2])
