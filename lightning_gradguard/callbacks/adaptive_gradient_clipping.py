@@ -29,6 +29,7 @@ from lightning_gradguard.core.parameter_names import match_names, warn_unmatched
 from lightning_gradguard.runtime import lightning_api
 from lightning_gradguard.runtime.incidents.journal import incident_now, publish
 from lightning_gradguard.runtime.logging.hyperparameters import non_defaults
+from lightning_gradguard.runtime.other_clipping import clip_norm
 from lightning_gradguard.runtime.steps.step import Step
 from lightning_gradguard.runtime.steps.step_callback import StepCallback
 
@@ -46,7 +47,7 @@ class AdaptiveGradientClipping(StepCallback):
     | `clip/threshold` | total norm that the policy allows now (policies with one threshold) |
     | `clip/coefficient` | factor on the gradients (the smallest, where there are several) |
     | `clip/fraction` | share of steps clipped since the last log |
-    | `grad_norm_clipped/total` | total norm after clipping |
+    | `grad_norm_clipped/total` | total norm after clipping, also that of the Trainer by norm |
 
     Args:
         policy: Decides the factor on each gradient; a fresh `RelativeNormClipping()` if `None`. Each
@@ -261,7 +262,9 @@ class AdaptiveGradientClipping(StepCallback):
         values = {
             tags.CLIP_COEFFICIENT: _smallest(coefficients),
             tags.CLIP_FRACTION: clipped / steps,
-            tags.CLIPPED_NORM_TOTAL: _clipped_norm(step.gradients, gradients, coefficients),
+            tags.CLIPPED_NORM_TOTAL: _at_most(
+                _clipped_norm(step.gradients, gradients, coefficients), clip_norm(trainer)
+            ),
         }
         if threshold is not None:
             values[tags.CLIP_THRESHOLD] = threshold
@@ -274,6 +277,13 @@ def _smallest(coefficients: Scalar | list[Tensor]) -> Scalar:
     if not isinstance(coefficients, list):
         return coefficients
     return torch.cat([coefficient.reshape(-1) for coefficient in coefficients]).min()
+
+
+def _at_most(norm: Scalar, bound: float | None) -> Scalar:
+    """Returns the norm after the Trainer's own clipping to a bound, if there is one."""
+    if bound is None:
+        return norm
+    return norm.clamp(max=bound) if isinstance(norm, Tensor) else min(norm, bound)
 
 
 def _clipped_norm(everything: Gradients, clipped: Gradients, coefficients: Scalar | list[Tensor]) -> Scalar:

@@ -16,10 +16,12 @@ from lightning_gradguard.core import arguments, tags
 from lightning_gradguard.core.detectors import NormBand
 from lightning_gradguard.core.norms import total_norm_from_norms
 from lightning_gradguard.core.parameter_names import warn_unmatched
+from lightning_gradguard.runtime.lightning_packages import is_instance_by_name
 from lightning_gradguard.runtime.logging.chart_groups import ChartGroups, Level
 from lightning_gradguard.runtime.logging.heat_map_schedule import HeatMapSchedule
 from lightning_gradguard.runtime.logging.hyperparameters import non_defaults
 from lightning_gradguard.runtime.logging.metrics import log_scalars
+from lightning_gradguard.runtime.other_clipping import clip_norm
 from lightning_gradguard.runtime.steps.logged_step import (
     LoggedStep,
     NonfiniteFraction,
@@ -244,4 +246,12 @@ class GradientNormMonitor(StepCallback):
         charts = self._charts[index]
         if index == 0:
             self._heat_map.append(trainer, logged.step, charts.norms(logged.names, numbers.grad_norms))
-        return logged.scalars(numbers, charts, band, len(trainer.optimizers))
+        scalars = logged.scalars(numbers, charts, band, len(trainer.optimizers))
+        largest = clip_norm(trainer)
+        is_logged_elsewhere = any(
+            is_instance_by_name(member, "AdaptiveGradientClipping") for member in self.suite.members
+        )
+        if logged.accepted and largest is not None and not is_logged_elsewhere:
+            tag = tags.tag(tags.CLIPPED_NORM_TOTAL, optimizer=index, of=len(trainer.optimizers))
+            scalars[tag] = min(numbers.total_norm, largest)
+        return scalars

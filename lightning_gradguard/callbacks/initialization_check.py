@@ -13,6 +13,7 @@ from lightning_gradguard.core import arguments, tags
 from lightning_gradguard.core.incidents import IncidentKind, first_names
 from lightning_gradguard.core.initialization import Finding, InitializationError, table
 from lightning_gradguard.core.parameter_names import plain_name, warn_unknown
+from lightning_gradguard.core.remedies import advice_for_cause
 from lightning_gradguard.runtime.first_batch import FirstBatch, check_first_step, check_weights_alone, fails
 from lightning_gradguard.runtime.incidents.journal import incident_now, open_journal, publish
 from lightning_gradguard.runtime.lightning_api import (
@@ -25,6 +26,8 @@ from lightning_gradguard.runtime.lightning_api import (
 from lightning_gradguard.runtime.logging import console, metrics
 from lightning_gradguard.runtime.logging.hyperparameters import Configured, non_defaults
 
+#: Rms of the inputs above which they, not the weights, saturate units or leave them dead.
+LARGE_INPUT = 10.0
 #: Incidents by criterion; other criteria are of a poor initialization.
 _KINDS: dict[str, IncidentKind] = {
     "loss": "nonfinite_loss",
@@ -91,6 +94,7 @@ class InitializationCheck(Callback, Configured):
         self.problem: Exception | None = None
         self._is_due = False
         self._checks_first_step = False
+        self._input_rms = 0.0
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -139,6 +143,7 @@ class InitializationCheck(Callback, Configured):
             findings = self._repair(trainer, pl_module, first_batch, findings)
         self.problem = first_batch.problem
         # of single layers, only what is found: a network has as many numbers as layers
+        self._input_rms = first_batch.input_rms()
         found = {f"{f.criterion}/{f.module}" for f in findings}
         values = {name: v for name, v in self.values.items() if "/" not in name or name in found}
         scalars = {tags.tag(tags.INITIALIZATION, name): value for name, value in values.items()}
@@ -220,7 +225,11 @@ class InitializationCheck(Callback, Configured):
             members = [f for f in serious if _KINDS.get(f.criterion, "poor_initialization") == kind]
             if members:
                 where = tuple(dict.fromkeys(f.module for f in members if f.module))
-                cure = {"advice": f"Cure: {members[0].cure}"} if members[0].cure else {}
+                cure: dict[str, Any] = {"advice": f"Cure: {members[0].cure}"} if members[0].cure else {}
+                detail = members[0].describe()
+                if kind in _KINDS.values() and self._input_rms > LARGE_INPUT:
+                    cure = {"cause": "input_scale", "advice": advice_for_cause("input_scale", where)}
+                    detail += f"; inputs have an rms of {self._input_rms:.3g} (usual: about 1)"
                 incident = incident_now(
                     trainer,
                     kind,
@@ -228,7 +237,7 @@ class InitializationCheck(Callback, Configured):
                     where=where,
                     value=members[0].value,
                     action="stopped" if failed else "none",
-                    detail=members[0].describe(),
+                    detail=detail,
                     **cure,
                 )
                 publish(trainer, pl_module, incident)

@@ -11,7 +11,7 @@ from typing_extensions import override
 
 from lightning_gradguard.core import arguments, tags
 from lightning_gradguard.core.backoff import Backoff, ScaledLearningRate
-from lightning_gradguard.core.incidents import Incident
+from lightning_gradguard.core.incidents import AT_ANY_RATE, Incident
 from lightning_gradguard.runtime.incidents.journal import incident_now, publish
 from lightning_gradguard.runtime.logging.hyperparameters import non_defaults
 from lightning_gradguard.runtime.steps.step import Step
@@ -130,6 +130,8 @@ class LearningRateBackoff(StepCallback):
         if self._backoff.reduce(search=returns, rewarm=not (returns and incident.value == 0)):
             self._found_rate = None
             facts = {"batch_idx": incident.batch_idx, "value": self._backoff.scale, "action": "backed_off"}
+            if incident.cause in AT_ANY_RATE:
+                facts["advice"] = ""  # the rate is not at fault
             publish(trainer, pl_module, incident_now(trainer, "learning_rate_backoff", **facts))
 
     @override

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -43,6 +44,8 @@ SYMPTOMS: tuple[IncidentKind, ...] = (
     "stuck_loss",
     "dead_units",
     "saturated_units",
+    "vanishing_weights",
+    "constant_clipping",
     "nonfinite_gradient",
 )
 
@@ -61,8 +64,9 @@ class TrainingDiagnosis(StepCallback):
     written on any.
 
     One cause is one incident: `vanishing_gradient`, `exploding_gradient`, `weight_stagnation`, `stuck_loss`,
-    `dead_units`, `saturated_units`, or, where no callback checks steps, `nonfinite_gradient`. What follows
-    from it is listed under it, in `diagnosis.roots`.
+    `dead_units`, `saturated_units`, `vanishing_weights`, `constant_clipping` (by other code than the suite),
+    or, where no callback checks steps, `nonfinite_gradient`. What follows from it is listed under it, in
+    `diagnosis.roots`.
 
     Args:
         every_n_steps: Interval of the samples after step 250. Before, steps 0, 1, 2, 5, 10, 20, 35 and every
@@ -203,7 +207,8 @@ class TrainingDiagnosis(StepCallback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, incident: Incident
     ) -> None:
         """Takes note of a symptom that another callback has named."""
-        if not self._is_publishing and incident.kind in SYMPTOMS:
+        is_symptom = incident.kind in SYMPTOMS and incident.kind != "constant_clipping"
+        if not self._is_publishing and is_symptom:
             self.diagnosis.known(incident.kind, incident.where, incident.step)
 
     @override
@@ -267,7 +272,7 @@ class TrainingDiagnosis(StepCallback):
                     trainer,
                     finding.kind,
                     where=finding.where,
-                    value=finding.value,
+                    value=None if math.isnan(finding.value) else finding.value,
                     cause=cause,
                     detail=f"Since step {finding.since}: {finding.evidence}." if finding.evidence else "",
                     advice=advice_for_finding(

@@ -31,6 +31,7 @@ IncidentKind = Literal[
     "constant_clipping",
     "dead_units",
     "saturated_units",
+    "vanishing_weights",
     "poor_initialization",
     "nonfinite_validation",
     "nonfinite_test",
@@ -52,6 +53,10 @@ Cause = Literal[
 ]
 #: Causes that lie in the weights, which a rollback replaces.
 OF_WEIGHTS: tuple[Cause, ...] = ("corrupted_weights", "update_too_large", "optimizer_epsilon")
+#: Causes of nonfinite values that no learning rate avoids.
+AT_ANY_RATE: tuple[Cause, ...] = (
+    *("bad_input", "forward_pass", "loss", "backward_pass", "optimizer_epsilon", "compiled_code"),
+)
 #: The cause of a symptom, as a diagnosis finds it.
 SymptomCause = Literal[
     "softmax_before_loss",
@@ -76,6 +81,10 @@ SymptomCause = Literal[
     "saturating_activations",
     "depth",
     "through_time",
+    "inactive_output",
+    "scaled_gradients_clipped",
+    "clip_value_too_small",
+    "weight_decay",
 ]
 KINDS: tuple[IncidentKind, ...] = get_args(IncidentKind)
 CAUSES: tuple[Cause, ...] = get_args(Cause)
@@ -92,6 +101,7 @@ _TITLES = {
     "nonfinite_gradient": "nonfinite gradients",
     "nonfinite_validation": "nonfinite validation metric",
     "nonfinite_test": "nonfinite test metric",
+    "nonfinite_buffers": "corrupted buffers",
     "amp_overflow": "float16 overflow",
     "constant_clipping": "hard clipping of most steps",
     "exception_in_step": "exception in the step",
@@ -120,6 +130,7 @@ _VALUES = {
     "stuck_loss": "loss {:.4g}",
     "dead_units": "{:.0%} of the units zero for every sample, usual: below 90%",
     "saturated_units": "{:.0%} of the outputs saturated, usual: below 30%",
+    "vanishing_weights": "{:.1g} of their norm is left, usual: above 0.1",
     "exploding_gradient": "total gradient norm {:.4g}",
 }
 #: A negative value of `exploding_gradient` is the profile over the layers.
@@ -195,8 +206,8 @@ class Incident:
     @property
     def measured(self) -> str:
         """The value with its name and unit, or the detail that has them; empty for none."""
-        if self.value is None:
-            return ""
+        if self.value is None or (self.kind == "stuck_loss" and self.detail):
+            return ""  # a detail compares the loss with that of a constant
         if self.kind == "exploding_gradient" and self.value < 0:
             return _GROWTH.format(-self.value)
         if self.kind not in _VALUES and self.detail:

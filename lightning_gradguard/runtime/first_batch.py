@@ -9,6 +9,7 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from lightning_gradguard.core.detectors import DEPTH_DECADES, depth_profile
 from lightning_gradguard.core.forensics import investigate
@@ -58,6 +59,17 @@ class FirstBatch:
         self._pl_module = pl_module
         self._batch = batch
         self._batch_idx = batch_idx
+
+    def input_rms(self) -> float:
+        """Returns the rms of the largest floating-point tensor of the batch, the largest of all ranks.
+
+        It is 0 without one.
+        """
+        leaves = [t for t in tree_leaves(self._batch) if isinstance(t, Tensor) and t.is_floating_point()]
+        largest = max(leaves, key=Tensor.numel, default=None)
+        own = 0.0 if largest is None else float(largest.detach().double().square().mean().sqrt())
+        of_ranks: list[float] = gather_objects(own)
+        return max(of_ranks)
 
     def check(self) -> tuple[list[Finding], dict[str, float]]:
         """Returns findings and measured values, the same on every rank; none if there is a problem."""

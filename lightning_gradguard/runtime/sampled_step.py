@@ -27,11 +27,12 @@ from lightning_gradguard.core.detectors.diagnosis import (
     Update,
     coverage,
 )
-from lightning_gradguard.core.norms import local_shard, power_sums
+from lightning_gradguard.core.norms import local_shard, power_sums, tensor_norms
 from lightning_gradguard.core.snapshots import preserve_state, rng_state, set_rng_state
 from lightning_gradguard.runtime import lightning_api
 from lightning_gradguard.runtime.incidents.replay import training_loss, without_logging
 from lightning_gradguard.runtime.optimizer_hooks import after_step
+from lightning_gradguard.runtime.other_clipping import describe_other_clipper
 from lightning_gradguard.runtime.steps.logged_step import LoggedStep
 from lightning_gradguard.runtime.steps.step import Step
 from lightning_gradguard.runtime.steps.suite import Suite
@@ -215,7 +216,15 @@ class _SampledUpdate:
     def __init__(self, suite: Suite, trainer: pl.Trainer, step: Step) -> None:
         self.logged = LoggedStep(suite, trainer, step, 2.0, update_ratio=True)
         self._rates = [float(group["lr"]) for group in step.optimizer.param_groups if "lr" in group]
+        self._decay = max(float(group.get("weight_decay", 0)) for group in step.optimizer.param_groups)
+        self._clipper = describe_other_clipper(trainer)
+        scaler = lightning_api.gradient_scaler(trainer)
+        self._loss_scale = 1.0 if scaler is None else scaler.get_scale()
         self._before = step.gradients.total_norm
+        self._largest = torch.full_like(self._before, math.nan)
+        if step.accepted and not step.selection.is_cut:
+            largest = tensor_norms(step.gradients.tensors, math.inf).max().to(self._before)
+            self._largest = largest / lightning_api.scale_of_gradients(trainer, step.optimizer)
         self._after: Tensor | None = None
         #: Gradient norms by parameter, once they are read.
         self.norms: dict[str, float] = {}
@@ -232,10 +241,10 @@ class _SampledUpdate:
 
     def values(self) -> Tensor:
         factor = torch.ones_like(self._before) if self._after is None else self._before / self._after
-        return torch.cat([factor.reshape(1), self.logged.values().to(factor)])
+        return torch.cat([torch.stack([factor, self._largest]), self.logged.values().to(factor)])
 
     def read_into(self, sample: Sample, numbers: Sequence[float]) -> None:
-        factor, *rest = numbers
+        factor, largest, *rest = numbers
         found = self.logged.read(rest)
         self.norms = dict(zip(self.logged.names, found.grad_norms, strict=True))
         update = Update(
@@ -247,6 +256,10 @@ class _SampledUpdate:
             unclipped=factor if factor >= 1 and math.isfinite(factor) else 1.0,
             rates=self._rates,
             total_norm=found.total_norm,
+            largest=largest,
+            loss_scale=self._loss_scale,
+            decay=self._decay,
+            clipper=self._clipper,
         )
         if math.isnan(sample.loss):
             sample.loss = found.loss

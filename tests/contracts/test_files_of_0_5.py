@@ -28,7 +28,7 @@ def test_report_reads_a_run_folder(capsys: pytest.CaptureFixture[str]) -> None:
     main(["report", str(FILES / "run")])
     printed = " ".join(capsys.readouterr().out.split())
     for text in (
-        "recovered from nonfinite weights",
+        "recovered from nonfinite loss (cause: update too large)",
         "cause of 1: bad input",
         "cause: update too large",
         "Rolled back to step 20",

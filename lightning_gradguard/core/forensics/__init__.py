@@ -1,4 +1,5 @@
 """The operation of a batch that made the first nonfinite value, and its cause."""
 
 from .classify import investigate
+from .inputs import or_bad_input
 from .origin import Origin, OutOfRange, origin_in_epsilon, origin_in_weights, out_of_range_elements

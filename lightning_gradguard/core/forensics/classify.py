@@ -12,12 +12,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves_with_path
 
+from lightning_gradguard.core.forensics.buffers import buffers_of, corrupted_buffers, origin_in_buffers
 from lightning_gradguard.core.forensics.exceptions import origin_of_exception
 from lightning_gradguard.core.forensics.faults import FAULTS
+from lightning_gradguard.core.forensics.inputs import HUGE_INPUT, huge_inputs, or_bad_input, outliers
 from lightning_gradguard.core.forensics.operations import (
     JUMP,
     OperationFault,
     known_fault,
+    short_name,
     what_made_it_large,
 )
 from lightning_gradguard.core.forensics.origin import (
@@ -32,11 +35,6 @@ from lightning_gradguard.core.forensics.trace import OperationTrace, is_nonfinit
 from lightning_gradguard.core.incidents import Cause
 from lightning_gradguard.core.norms import tensor_norms, total_norm_from_norms
 from lightning_gradguard.core.snapshots import preserve_state
-
-#: Inputs this large overflow float32 when they are squared and summed a few times.
-HUGE_INPUT = 1e6
-#: A row of the batch this many times larger than the median row is an outlier.
-OUTLIER = 30.0
 
 Run = Callable[[], tuple[Sequence[Tensor], Sequence[Tensor]]]
 
@@ -84,12 +82,11 @@ def investigate(
     parts = {"batch" + "".join(map(str, path)): leaf for path, leaf in leaves if isinstance(leaf, Tensor)}
     tensors = (*module.named_buffers(), *module.named_parameters())
     named = {**{name.replace("_orig_mod.", ""): tensor for name, tensor in tensors}, **parts}
-    finite = [name for name, buffer in module.named_buffers() if not is_nonfinite(buffer)]
+    before = buffers_of(module)
     out_of_range = out_of_range or {}
     with preserve_state(module), torch.enable_grad(), OperationTrace(module, named, frameworks) as trace:
         losses, gradients, error = _run(run)
-        buffers = dict(module.named_buffers())
-        corrupted = [name for name in finite if name in buffers and is_nonfinite(buffers[name])]
+        corrupted = corrupted_buffers(module, before)
     if error is not None:
         source = _source(trace.last_nonfinite())
         if source is not None:
@@ -105,10 +102,7 @@ def investigate(
         return origin_in_weights(out_of_range)
     if overflows:
         return _overflowing_norm(gradients, parts, trace)
-    where = tuple(name.replace("_orig_mod.", "") for name in corrupted)
-    owner = where[0].rpartition(".")[0]
-    detail = f"Loss and gradients are finite, but the forward pass left nonfinite values in {where[0]}"
-    return _or_huge_inputs(Origin("forward_pass", "forward", owner, where=where, detail=detail), parts)
+    return or_bad_input(origin_in_buffers(corrupted), parts)
 
 
 def _run(run: Run) -> tuple[Sequence[Tensor], Sequence[Tensor], Exception | None]:
@@ -184,7 +178,7 @@ def _origin_of_operation(
     sentence = f"{source.operation} in {place}{given} {returned} ({source.dtype})"
     rows = _rows_at_fault(source, parts)
     sentence += f", in row {', '.join(map(str, rows))}" if rows else ""
-    sentence += "".join(f"; {outlier}" for outlier in _outliers(rows, parts))
+    sentence += "".join(f"; {outlier}" for outlier in outliers(rows, parts))
     cause: Cause = "loss" if trace.computes_loss(source) else "forward_pass"
     cause = "backward_pass" if source.phase == "backward" else cause
     cause = (fault.cause if fault is not None else "") or cause
@@ -202,7 +196,7 @@ def _origin_of_operation(
         advice=_advice(source, fault),
     )
     origin = located(origin, source.location)
-    huge = _huge_inputs(parts)
+    huge = huge_inputs(parts)
     largest = max(abs(source.low or 0.0), abs(source.high or 0.0))
     if huge and (cause != "loss" or largest > HUGE_INPUT or source is not overflowing):
         name, high = next(iter(huge.items()))
@@ -217,26 +211,14 @@ def _advice(record: OperationRecord, fault: OperationFault | None) -> str:
         return ""
     if record.is_custom:
         name = record.node.removesuffix("Backward")
-        return f"The backward pass of your own autograd.Function {name}: {fault.advice}"
-    return fault.advice
+        return f"The backward pass of your own autograd.Function {name}: {fault.advice(short_name(record))}"
+    return fault.advice(short_name(record))
 
 
 def _rows_at_fault(source: OperationRecord, parts: Mapping[str, Tensor]) -> tuple[int, ...]:
     """Returns the rows of the result, if these are the rows of the batch."""
     lengths = [len(part) for part in parts.values() if part.ndim]
     return source.rows if lengths and source.length == lengths[0] > 1 else ()
-
-
-def _outliers(rows: Sequence[int], parts: Mapping[str, Tensor]) -> list[str]:
-    """Describes the parts of the batch that are far larger in the rows at fault than in a usual row."""
-    found = []
-    for name, part in parts.items():
-        if rows and part.is_floating_point() and part.ndim and part.numel() and len(part) > max(rows):
-            sizes = part.detach().float().abs().reshape(len(part), -1).amax(1)
-            ratio = float(sizes[list(rows)].max() / sizes.median().clamp_min(1e-12))
-            if ratio > OUTLIER:
-                found.append(f"{name} is {ratio:.3g} times larger there than in the median row")
-    return found
 
 
 def _overflowing_norm(
@@ -247,27 +229,10 @@ def _overflowing_norm(
     record = trace.record_of(largest)
     source = None if record is None else what_made_it_large(record, FAULTS)
     if record is None or source is None or source.growth < JUMP or not known_fault(source, FAULTS):
-        return _or_huge_inputs(Origin("backward_pass", "backward", detail=detail), parts)
+        return or_bad_input(Origin("backward_pass", "backward", detail=detail), parts)
     origin = _origin_of_operation(record, parts, trace)
     sentence = origin.detail.replace(f"{record.operation} overflowed", "the norm of the gradients overflowed")
     return replace(origin, detail=sentence)
-
-
-def _or_huge_inputs(origin: Origin, parts: Mapping[str, Tensor]) -> Origin:
-    """Returns the origin, or the parts of the batch that may have overflowed, if there are any."""
-    huge = _huge_inputs(parts)
-    if not huge:
-        return replace(origin, detail=f"{origin.detail}.")
-    name, high = next(iter(huge.items()))
-    detail = f"{origin.detail}: {name} holds values up to {high:.4g}."
-    return replace(origin, cause="bad_input", where=tuple(huge), detail=detail)
-
-
-def _huge_inputs(parts: Mapping[str, Tensor]) -> dict[str, float]:
-    """Returns the largest values of the parts of the batch that may overflow, the largest first."""
-    floating = {name: part for name, part in parts.items() if part.is_floating_point() and part.numel()}
-    highest = ((name, float(part.detach().abs().amax())) for name, part in floating.items())
-    return dict(sorted(((n, high) for n, high in highest if high > HUGE_INPUT), key=lambda item: -item[1]))
 
 
 def _total_norm_overflows(gradients: Sequence[Tensor]) -> bool:

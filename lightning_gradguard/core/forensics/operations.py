@@ -10,6 +10,9 @@ from typing import Literal
 from lightning_gradguard.core.forensics.records import Argument, OperationRecord, largest_first
 from lightning_gradguard.core.incidents import Cause
 
+#: Functions with one cure.
+_ALIKE = (("log", "log2", "log10"), ("sinh", "cosh"), ("acos", "asin"))
+
 
 @dataclass(frozen=True)
 class OperationFault:
@@ -76,13 +79,14 @@ class OperationFault:
             and (not self.has_zero or argument.smallest == 0)
         )
 
-    @property
-    def advice(self) -> str:
-        """The cause and the cure in words."""
-        names = (
-            " (`x` and `y` are its arguments)" if re.search(r"\by\b", self.cure) else " (`x` is its argument)"
-        )
-        return f"{self.why}. Use {self.cure}{names}."
+    def advice(self, function: str) -> str:
+        """Returns the cause and the cure in words, with the function that failed in place of its like."""
+        cure, failed = self.cure, function.lower()
+        for alike in _ALIKE:
+            if failed in alike:
+                cure = re.sub(rf"torch\.({'|'.join(alike)})\(", f"torch.{failed}(", cure)
+        names = " (`x` and `y` are its arguments)" if re.search(r"\by\b", cure) else " (`x` is its argument)"
+        return f"{self.why}. Use {cure}{names}."
 
 
 def short_name(record: OperationRecord) -> str:

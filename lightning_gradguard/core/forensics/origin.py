@@ -100,7 +100,8 @@ def nonfinite_input(name: str, part: Tensor) -> Origin:
         nonfinite = (~part.detach().isfinite()).reshape(len(part), -1).any(dim=1)
         rows = tuple(nonfinite.nonzero().flatten()[:10].tolist())
     place = f" in row {', '.join(map(str, rows))}" if rows else ""
-    detail = f"{name} holds nonfinite values{place}."
+    why = " as float16, which holds at most 65504" if part.dtype == torch.float16 else ""
+    detail = f"{name} holds nonfinite values{place}{why}."
     return Origin("bad_input", where=(name,), rows=rows, detail=detail)
 
 

@@ -30,7 +30,8 @@ BY_KIND = {
         "(AdaptiveGradientClipping),] or bound the weights (weight_decay, a max-norm constraint)."
     ),
     "nonfinite_buffers": (
-        "The batch corrupted running statistics of normalization: check it for nonfinite or huge inputs."
+        "The batch corrupted running statistics of normalization, which evaluation uses: check it for "
+        "nonfinite or huge inputs."
     ),
     "loss_spike": (
         "If spikes recur,[clipping| clip gradients (AdaptiveGradientClipping),] lower the learning rate or "
@@ -105,6 +106,10 @@ BY_KIND = {
     "saturated_units": (
         "Units of {where} saturate: use Xavier initialization (torch.nn.init.xavier_uniform_), smaller "
         "inputs, normalization, or a non-saturating activation."
+    ),
+    "vanishing_weights": (
+        "The weights of {where} go to zero: lower weight_decay and penalties on weights, and check that the "
+        "units after it are alive."
     ),
     "poor_initialization": (
         "Initialize {where} for its activation: He (torch.nn.init.kaiming_normal_) before ReLU, Xavier "
@@ -229,6 +234,21 @@ BY_CAUSE = {
         "Use residual connections, and fewer layers without them; check the initialization from {where} on "
         "(InitializationCheck)."
     ),
+    "inactive_output": (
+        "The output is 0 where the target is higher, and gets no gradient there: use LeakyReLU after "
+        "{where}, more units, or another start (sign or seed of the weights). A higher learning rate does "
+        "not help."
+    ),
+    "scaled_gradients_clipped": (
+        "Clip after unscaling: move self.clip_gradients into on_before_optimizer_step(self, optimizer) of "
+        "the module, where gradients are unscaled, or remove it[clipping| and leave clipping to "
+        "AdaptiveGradientClipping]."
+    ),
+    "clip_value_too_small": (
+        "Raise the value to which gradients are clipped (gradient_clip_val of the Trainer) to their usual "
+        "norm or above, or remove it. The learning rate is not at fault."
+    ),
+    "weight_decay": "Lower weight_decay: it shrinks the weights of {where} faster than the loss moves them.",
     "through_time": (
         "Use gated cells (LSTM or GRU) for {where}, an orthogonal recurrent weight, gradient clipping, or "
         "shorter sequences (truncated BPTT)."

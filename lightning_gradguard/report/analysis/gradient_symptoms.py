@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from statistics import median
 
@@ -10,6 +11,7 @@ from lightning_gradguard.core.detectors import (
     HARD_CLIPPING,
     CollapseDetector,
 )
+from lightning_gradguard.core.remedies import advice_for_cause
 from lightning_gradguard.report.analysis.failure import largest_layers_at
 from lightning_gradguard.report.analysis.lasting_symptoms import (
     are_matrices,
@@ -17,11 +19,22 @@ from lightning_gradguard.report.analysis.lasting_symptoms import (
     layers_at,
     thinned,
 )
-from lightning_gradguard.report.analysis.outcome import EXPLOSION, MIN_POINTS, Outcome, RunSymptom, ends
+from lightning_gradguard.report.analysis.outcome import (
+    EXPLOSION,
+    MIN_POINTS,
+    Outcome,
+    RunSymptom,
+    SymptomSeverity,
+    ends,
+)
 from lightning_gradguard.report.analysis.run_log import GradientLog, RunLog
 
 #: A spike of the norm counts only above this many times the norm at the start: late in a run norms are small.
 ABOVE_START = 10.0
+#: A coefficient is smaller than another one below this share of it.
+SMALLEST_DIFFERENCE = 0.99
+#: Updates are usually about this share of the norm of the weights.
+USUAL_UPDATE = 1e-3
 
 
 def gradient_symptoms(log: RunLog, outcome: Outcome) -> Iterator[RunSymptom]:
@@ -94,6 +107,9 @@ def _collapse(gradients: GradientLog, outcome: Outcome) -> Iterator[RunSymptom]:
 def _constant_clipping(gradients: GradientLog, outcome: Outcome) -> Iterator[RunSymptom]:
     fractions = gradients.clip_fraction.last_half()
     coefficients = gradients.clip_coefficient.last_half()
+    if _trainer_clips(gradients):
+        yield from _clipping_by_trainer(gradients, outcome)
+        return
     if not fractions:
         return
     share = sum(fractions) / len(fractions)
@@ -104,3 +120,39 @@ def _constant_clipping(gradients: GradientLog, outcome: Outcome) -> Iterator[Run
     is_sure = len(fractions) >= MIN_POINTS and not outcome.has_learned
     since = gradients.clip_fraction.steps[len(gradients.clip_fraction) // 2]
     yield RunSymptom("constant_clipping", "serious" if is_sure else "minor", since, evidence, share)
+
+
+def _trainer_clips(gradients: GradientLog) -> bool:
+    """True if the optimizer got less than the suite's own clipping has left."""
+    own = dict(gradients.clip_coefficient.finite())
+    left = _clipped_shares(gradients)
+    return any(share < SMALLEST_DIFFERENCE * own.get(step, 1.0) for step, share in left)
+
+
+def _clipped_shares(gradients: GradientLog) -> list[tuple[int, float]]:
+    """Returns the norm after all clipping relative to that before, by logged step."""
+    before = ((step, norm, gradients.total.at(step)) for step, norm in gradients.clipped.finite())
+    return [(step, norm / total) for step, norm, total in before if total and math.isfinite(total)]
+
+
+def _clipping_by_trainer(gradients: GradientLog, outcome: Outcome) -> Iterator[RunSymptom]:
+    shares = [share for _, share in _clipped_shares(gradients)]
+    shares = shares[len(shares) // 2 :]
+    hard = sum(share < HARD_CLIPPING for share in shares) / len(shares)
+    if hard <= CONSTANT_CLIPPING:
+        return
+    value, usual = max(gradients.clipped.last_half()), median(gradients.total.last_half())
+    ratios = [median(known) for series in gradients.ratios.values() if (known := series.last_half())]
+    evidence = (
+        f"{hard:.0%} of the steps in the second half were clipped to less than half of their norm, by the "
+        f"Trainer: to {value:.3g}, from {usual:.3g} as a rule"
+    )
+    # without small updates, clipping hinders nothing: Adam divides it away
+    is_sure = len(shares) >= MIN_POINTS and not outcome.has_learned
+    is_sure = is_sure and bool(ratios) and median(ratios) < USUAL_UPDATE
+    severity: SymptomSeverity = "serious" if is_sure else "minor"
+    advice = advice_for_cause("clip_value_too_small")
+    since = gradients.clipped.steps[len(gradients.clipped) // 2]
+    yield RunSymptom(
+        "constant_clipping", severity, since, evidence, hard, (), (advice,), "clip_value_too_small"
+    )

@@ -5,10 +5,18 @@ from __future__ import annotations
 import math
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator, Sequence
+from dataclasses import replace
 
-from lightning_gradguard.core.incidents import label
+from lightning_gradguard.core.incidents import SYMPTOM_CAUSES, label
 from lightning_gradguard.core.remedies import Present, advice_for_cause, remedies
-from lightning_gradguard.report.analysis.outcome import Outcome, RunSymptom, SymptomSeverity
+from lightning_gradguard.report.analysis.outcome import (
+    LEARNED,
+    MIN_POINTS,
+    Outcome,
+    RunSymptom,
+    SymptomSeverity,
+    ends,
+)
 from lightning_gradguard.report.analysis.present import present_in
 from lightning_gradguard.report.analysis.run_log import RecordedIncident, RunLog
 
@@ -59,10 +67,10 @@ def _falling_learning_rate(log: RunLog, outcome: Outcome) -> RunSymptom | None:
 def _recorded(log: RunLog, outcome: Outcome, known: set[str]) -> Iterator[RunSymptom]:
     """Yields recorded incidents of kinds that no other symptom names."""
     by_kind: dict[str, list[RecordedIncident]] = defaultdict(list)
-    for incident in log.incidents:
+    for incident in _with_causes(log.incidents):
         by_kind[incident.kind].append(incident)
     reported = [kind for kind in by_kind if kind not in _RESPONSES and kind not in known]
-    last = next((i.kind for i in reversed(log.incidents) if i.kind in reported), None)
+    last = next((i.kind for i in reversed(_with_causes(log.incidents)) if i.kind in reported), None)
     on_rollback = {step for i in by_kind["rollback"] for step in (i.step - 1, i.step)}
     stops = by_kind["training_diverged"]
     present = present_in(log)
@@ -78,25 +86,55 @@ def _recorded(log: RunLog, outcome: Outcome, known: set[str]) -> Iterator[RunSym
             severity = "fatal"
         elif handled:
             severity = "handled"
-        elif kind in _INITIALIZATION and not outcome.has_learned:
+        elif _is_diagnosed(kind, members) and not _has_learned_since(kind, members, log, outcome):
             severity = "serious"
         yield _symptom(kind, severity, members, present)
+
+
+def _with_causes(incidents: Sequence[RecordedIncident]) -> list[RecordedIncident]:
+    """Returns incidents of which those that were not examined are of the kind that began their episode."""
+    found, first = [], None
+    for incident in incidents:
+        if incident.action == "skipped":
+            if incident.detail.startswith("Not examined") and first is not None:
+                incident = replace(incident, kind=first.kind, advice="")
+            elif incident.cause:
+                first = incident
+        found.append(incident)
+    return found
+
+
+def _is_diagnosed(kind: str, members: Sequence[RecordedIncident]) -> bool:
+    """True for a symptom that the suite has named by a measurement of its own, with its cause."""
+    is_measured = kind in (*_INITIALIZATION, "stuck_loss", "vanishing_weights")
+    return is_measured or any(i.cause in SYMPTOM_CAUSES for i in members)
+
+
+def _has_learned_since(kind: str, members: Sequence[RecordedIncident], log: RunLog, outcome: Outcome) -> bool:
+    """True if the run has learned, also after an incident by which it does not."""
+    is_stuck = kind in ("stuck_loss", "constant_clipping") or members[0].cause == "inactive_output"
+    losses = [loss for step, loss in log.loss.finite() if step >= members[0].step]
+    if not (outcome.has_learned and is_stuck and len(losses) >= MIN_POINTS):
+        return outcome.has_learned
+    first, final = ends(losses, share=3)
+    return first - final > LEARNED * abs(first)
 
 
 def _symptom(
     kind: str, severity: SymptomSeverity, members: Sequence[RecordedIncident], present: Collection[Present]
 ) -> RunSymptom:
-    causes = Counter(i.cause for i in members if i.cause)
-    cause, times = causes.most_common(1)[0] if causes else ("", 0)
-    example = next(i for i in reversed(members) if i.cause == cause)
+    counts = Counter(i.cause for i in reversed(members) if i.cause)
+    causes = [cause for cause, _ in counts.most_common()]  # of equally frequent ones the latest first
+    main = next(iter(causes), "")
+    example = next(i for i in reversed(members) if i.cause == main)
     steps = [i.step for i in members]
     first, last = min(steps), max(steps)
     count = "once" if len(members) == 1 else f"{len(members)} times"
     evidence = f"{count}, at step {first}" if first == last else f"{count}, from step {first} to {last}"
     actions = Counter(i.action for i in members if i.action != "none")
     evidence += "".join(f"; {n} {label(action)}" for action, n in actions.items())
-    if cause:
-        of_some = "" if times == len(members) else f" of {times}"
+    for cause in causes:
+        of_some = "" if counts[cause] == len(members) else f" of {counts[cause]}"
         evidence += f"; cause{of_some}: {label(cause)}"
         details = dict.fromkeys(i.detail.rstrip(".") for i in members if i.cause == cause and i.detail)
         more = f"; and {len(details) - MAX_DETAILS} more" if len(details) > MAX_DETAILS else ""
@@ -105,6 +143,6 @@ def _symptom(
     # an examination knows more than the cause
     own = tuple(dict.fromkeys(i.advice for i in members if i.advice))[:MAX_DETAILS]
     found = tuple(dict.fromkeys(i.advice for i in members if i.advice and i.cause))[:MAX_DETAILS]
-    advice = advice_for_cause(cause, example.where, present)
+    advice = advice_for_cause(main, example.where, present)
     next_steps = found or ((advice,) if advice else remedies(kind, example.where, present) or own)
-    return RunSymptom(kind, severity, first, evidence, value, example.where, next_steps)
+    return RunSymptom(kind, severity, first, evidence, value, example.where, next_steps, main)

@@ -66,6 +66,7 @@ class RunSymptom:
         value: The measured number.
         where: Names of the parameters or modules with the strongest symptom, the worst first.
         remedies: What to do, the likeliest first; those of its kind if empty.
+        cause: What an examination, or the diagnosis, has found; empty if unknown.
     """
 
     kind: str
@@ -75,6 +76,7 @@ class RunSymptom:
     value: float
     where: tuple[str, ...] = ()
     remedies: tuple[str, ...] = ()
+    cause: str = ""
 
 
 def outcome_of(log: RunLog) -> Outcome:

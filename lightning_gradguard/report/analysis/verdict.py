@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from lightning_gradguard.core.incidents import title
+from lightning_gradguard.core.incidents import AT_ANY_RATE, CAUSES, SYMPTOM_CAUSES, label, title
 from lightning_gradguard.core.remedies import remedies
 from lightning_gradguard.report.analysis.failure import failure_cause
 from lightning_gradguard.report.analysis.gradient_symptoms import gradient_symptoms
@@ -26,7 +26,9 @@ from lightning_gradguard.report.analysis.run_log import GradientLog, RunLog
 Status = Literal["healthy", "recovered", "unhealthy", "failed", "unknown"]
 
 _SEVERITIES = ("fatal", "serious", "handled", "minor")
-#: Order among equally severe symptoms: causes before their consequences.
+#: Symptoms of which incidents know more than logs do.
+_DIAGNOSED = ("stuck_loss", "constant_clipping")
+#: Order among equally severe symptoms without a cause: causes before their consequences.
 _ORDER = (
     "exploding_gradient",
     "nonfinite_weights",
@@ -34,6 +36,9 @@ _ORDER = (
     "nonfinite_gradient",
     "divergence",
     "gradient_collapse",
+    "dead_units",
+    "saturated_units",
+    "vanishing_weights",
     "vanishing_gradient",
     "stuck_loss",
     "weight_stagnation",
@@ -93,7 +98,16 @@ def _symptoms_of(log: RunLog, outcome: Outcome) -> list[RunSymptom]:
     found = [] if outcome.failed_at is None else [failure_cause(outcome.failed_at, log)]
     found += gradient_symptoms(log, outcome)
     found += loss_symptoms(log, outcome)
-    found += incident_symptoms(log, outcome, {symptom.kind for symptom in found})
+    recorded = [*incident_symptoms(log, outcome, {s.kind for s in found if s.kind not in _DIAGNOSED})]
+    known = {symptom.kind for symptom in recorded}
+    if any(s.severity == "serious" and s.cause in SYMPTOM_CAUSES for s in (*found, *recorded)):
+        known.add("stuck_loss")  # which follows from it
+    outliers = {s.since for s in recorded if s.kind == "loss_spike" and s.cause == "bad_input"}
+    found = [
+        s
+        for s in found
+        if s.kind not in known and not (s.kind == "exploding_gradient" and s.since in outliers)
+    ] + recorded
     present = present_in(log)
     return [
         replace(
@@ -110,17 +124,26 @@ def _by_outcome(symptom: RunSymptom, outcome: Outcome, found: Sequence[RunSympto
     severity = symptom.severity
     if severity == "handled" and outcome.has_improved is False:
         return "serious"  # the suite intervened, and nothing was better afterwards
-    lasts = symptom.kind == "divergence" or symptom.kind.startswith("nonfinite")
+    is_diagnosed = symptom.cause in SYMPTOM_CAUSES
+    lasts = symptom.kind == "divergence" or symptom.kind.startswith("nonfinite") or is_diagnosed
     if severity == "serious" and outcome.has_learned and not lasts:
         return "minor"
+    if symptom.kind == "falling_learning_rate" and any(
+        s.severity == "fatal" and s.cause in AT_ANY_RATE for s in found
+    ):
+        return "minor"
+    if is_diagnosed:
+        return severity
     causes = [s for s in found if s.kind != "constant_clipping" and s.severity != "minor"]
     # hard clipping is what kept a bad run alive, unless there is nothing else
     return "minor" if symptom.kind == "constant_clipping" and causes else severity
 
 
-def _rank(symptom: RunSymptom) -> tuple[int, int]:
-    kind = symptom.kind
-    return _SEVERITIES.index(symptom.severity), _ORDER.index(kind) if kind in _ORDER else len(_ORDER)
+def _rank(symptom: RunSymptom) -> tuple[int, bool, int]:
+    kind, cause = symptom.kind, symptom.cause
+    is_examined = cause in CAUSES and cause not in ("transient", "unknown")
+    order = _ORDER.index(kind) if kind in _ORDER else len(_ORDER)
+    return _SEVERITIES.index(symptom.severity), not is_examined, order
 
 
 def _status(log: RunLog, outcome: Outcome, symptoms: Sequence[RunSymptom]) -> Status:
@@ -137,10 +160,19 @@ def _status(log: RunLog, outcome: Outcome, symptoms: Sequence[RunSymptom]) -> St
 
 
 def _headline(status: Status, symptoms: Sequence[RunSymptom]) -> str:
-    worst = title(symptoms[0].kind) if symptoms else ""
+    worst = ""
+    if symptoms:
+        cause = symptoms[0].cause
+        is_known = cause not in ("", "unknown")
+        worst = title(symptoms[0].kind) + (f" (cause: {label(cause)})" if is_known else "")
     if status == "healthy":
-        is_flat = any(symptom.kind == "stuck_loss" for symptom in symptoms)
-        return "healthy, with a flat loss" if is_flat else "healthy"
+        kinds = {symptom.kind for symptom in symptoms}
+        if "stuck_loss" in kinds:
+            return "healthy, with a flat loss"
+        large = [s.cause for s in symptoms if s.cause in ("update_too_large", "input_scale")]
+        if large and "constant_clipping" in kinds:
+            return f"healthy, with {title('constant_clipping')} (cause: {label(large[0])})"
+        return "healthy"
     if status == "unknown":
         return "not enough logged steps for a verdict"
     if status == "recovered":

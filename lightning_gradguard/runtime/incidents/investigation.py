@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves_with_path
 
 from lightning_gradguard.core.forensics import (
     Origin,
     OutOfRange,
+    or_bad_input,
     origin_in_epsilon,
     origin_in_weights,
     out_of_range_elements,
@@ -122,7 +124,7 @@ class Investigation:
         pl_module: pl.LightningModule,
         step: int,
         seen: SeenBatch,
-        snapshot: Snapshot,
+        snapshot: Snapshot | None,
         folder: Path | None,
         *,
         is_certain: bool,
@@ -157,6 +159,22 @@ class Investigation:
             console.print_message(trainer, f"gradguard: no dossier was written: {error}")
             return ""
         return str(written.relative_to(folder))
+
+
+def scan_batches(batches: Sequence[SeenBatch]) -> Origin | None:
+    """Finds rows of finite batches that are far out of range. Collective.
+
+    Returns:
+        The origin, the same on every rank; `None` if no rank has such rows.
+    """
+    found = []
+    for seen in batches:
+        leaves = tree_leaves_with_path(seen.batch)
+        parts = {"batch" + "".join(map(str, path)): t for path, t in leaves if isinstance(t, Tensor)}
+        origin = or_bad_input(Origin("unknown", detail="The step is finite"), parts)
+        found += [origin] if origin.cause == "bad_input" else []
+    origins: list[Origin | None] = gather_objects(next(iter(found), None))
+    return next((origin for origin in origins if origin is not None), None)
 
 
 def _with_samples(trainer: pl.Trainer, seen: SeenBatch, origin: Origin) -> str:
@@ -200,11 +218,12 @@ def _dossier(
     origin: Origin,
     seen: SeenBatch,
     out_of_range: dict[str, OutOfRange],
-    snapshot: Snapshot,
+    snapshot: Snapshot | None,
 ) -> Dossier:
     pl_module = trainer.lightning_module
     scaler = lightning_api.gradient_scaler(trainer)
-    compared = snapshot.compare(pl_module.named_parameters(), trainer.optimizers)
+    named = pl_module.named_parameters()
+    compared = [] if snapshot is None else snapshot.compare(named, trainer.optimizers)
     return Dossier(
         origin=origin,
         step=step,
@@ -224,7 +243,9 @@ def _dossier(
     )
 
 
-def _out_of_range(trainer: pl.Trainer, snapshot: Snapshot) -> dict[str, OutOfRange]:
+def _out_of_range(trainer: pl.Trainer, snapshot: Snapshot | None) -> dict[str, OutOfRange]:
+    if snapshot is None:
+        return {}
     named = trainer.lightning_module.named_parameters()
     return out_of_range_elements(snapshot.compare(named, trainer.optimizers))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,10 @@ from lightning_gradguard.core.incidents import IncidentKind
 from lightning_gradguard.core.remedies import Present, advice
 from lightning_gradguard.core.snapshots import BufferCopies
 from lightning_gradguard.runtime import lightning_api
-from lightning_gradguard.runtime.incidents.investigation import Investigation, Result
+from lightning_gradguard.runtime.incidents.investigation import Investigation, Result, scan_batches
 from lightning_gradguard.runtime.incidents.journal import incident_now, publish, run_folder
 from lightning_gradguard.runtime.incidents.present import present_in
+from lightning_gradguard.runtime.incidents.replay import SeenBatch
 from lightning_gradguard.runtime.rollback.snapshot_schedule import SnapshotSchedule
 from lightning_gradguard.runtime.steps.transaction import StepTransaction
 
@@ -48,9 +49,11 @@ class IncidentReporter:
         incident = incident_now(self._trainer, kind, **{"batch_idx": self.batch_idx, **facts})
         publish(self._trainer, self._pl_module, incident)
 
-    def report_anomaly(self, kind: str, loss: float) -> None:
-        """Publishes what is wrong with committed steps, with its cause if the weights reveal it."""
+    def report_anomaly(self, kind: str, loss: float, batches: Sequence[SeenBatch]) -> None:
+        """Publishes what is wrong with committed steps, with its cause if weights or batches reveal it."""
         origin = self._investigation.scan_weights(self._trainer, self._snapshots.newest())
+        if origin is None and kind == "loss_spike":
+            origin = scan_batches(batches)
         facts = origin_facts(origin, present_in(self._trainer)) if origin is not None else {}
         self.publish(kind, value=loss, **facts)
 

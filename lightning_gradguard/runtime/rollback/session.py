@@ -8,6 +8,7 @@ from typing import Any
 import pytorch_lightning as pl
 
 from lightning_gradguard.core import tags
+from lightning_gradguard.core.incidents import AT_ANY_RATE
 from lightning_gradguard.core.norms import Measurement
 from lightning_gradguard.core.recovery import RecoveryPolicy
 from lightning_gradguard.core.snapshots import StepRandomness
@@ -237,7 +238,7 @@ class RollbackSession:
 
     def report_exception(self, error: BaseException) -> None:
         """Examines the batch of the running step, if that has raised."""
-        if self._transaction.state == "open" and not self._snapshots.is_empty:
+        if self._transaction.state == "open":
             found = (self._investigation, self._snapshots, self._side_effects, self._reporter)
             window, is_first = self._transaction.window, not self._policy.has_good_step
             report_step_exception(error, window, self._trainer, *found, may_be_mistake=is_first)
@@ -291,7 +292,7 @@ class RollbackSession:
         if decision != "continue":
             self._outcome.decide(decision)
         if anomaly and not self._trainer.interrupted:  # other ranks may be elsewhere then
-            self._reporter.report_anomaly(anomaly, measurement.loss)
+            self._reporter.report_anomaly(anomaly, measurement.loss, transaction.window.batches)
 
     def _on_skip(self, transaction: StepTransaction, n_following: int) -> None:
         measurement, window = transaction.measurement, transaction.window
@@ -351,8 +352,13 @@ class RollbackSession:
         self._policy.on_rollback()
         self._flags.nonfinite_weights = None
         self.lost_batches.mark_undone(step)
-        cause = "bad_input" if is_bad_data else ""
-        self._reporter.publish("rollback", value=step, action="rolled_back", cause=cause)
+        facts: dict[str, Any] = {"value": step, "action": "rolled_back"}
+        if self._investigation.cause in AT_ANY_RATE and not has_diverged:
+            facts |= {
+                "cause": self._investigation.cause,
+                "advice": "The weights are those of an earlier step.",
+            }
+        self._reporter.publish("rollback", **facts)
 
     def _stop(self) -> None:
         self._discard_deferred()

@@ -40,12 +40,15 @@ def report_step_exception(
         trainer.lightning_module,
         window.step,
         window.batches[-1],
-        snapshots.newest(),
+        None if snapshots.is_empty else snapshots.newest(),
         run_folder(trainer),
         is_certain=not may_be_mistake and is_check_of_values(error),
     )
     side_effects.restore()
     if result is None:
+        return
+    if snapshots.is_empty:  # the weights are those that training starts from
+        reporter.report_exception(error, result, None)
         return
     if result.origin.cause in OF_WEIGHTS or bool(trainer_state.state_is_nonfinite(trainer, side_effects)):
         snapshots.restore_newest(trainer)

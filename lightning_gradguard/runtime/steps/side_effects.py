@@ -12,7 +12,13 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import is_lazy
 from torchmetrics import Metric
 
-from lightning_gradguard.core.snapshots import BufferCopies, any_nonfinite
+from lightning_gradguard.core.snapshots import (
+    SEEN,
+    BufferCopies,
+    any_nonfinite,
+    has_jumped,
+    running_variances,
+)
 from lightning_gradguard.runtime import lightning_api
 
 #: Attributes of torch and Lightning themselves, which no forward pass writes.
@@ -53,6 +59,9 @@ class SideEffects:
             if not is_lazy(buffer) and not bool(any_nonfinite([buffer]))
         ]
         self._normalizing = [(module, name) for module, name, _ in self._finite if _is_norm(module)]
+        self._variances = running_variances(pl_module.modules())
+        self._had_jumped: Tensor | None = None
+        self._n_scans = 0
         self.has_averages = lightning_api.has_weight_averages(trainer)
         self._trainer = trainer
         self._module = pl_module
@@ -93,13 +102,30 @@ class SideEffects:
         )
 
     def nonfinite_statistics(self) -> Tensor | None:
-        """Scans running statistics of normalization for nonfinite values, without a host synchronization.
+        """Scans running statistics of normalization, without a host synchronization.
+
+        They are corrupted if they are nonfinite, or if this batch has raised a variance out of proportion and
+        the one before has not: what lasts is the data.
 
         Returns:
             A flag of shape `()`; `None` if there are no statistics.
         """
         statistics = [b for module, name in self._normalizing if (b := module._buffers.get(name)) is not None]
-        return any_nonfinite(statistics) if statistics else None
+        if not statistics:
+            return None
+        flag = any_nonfinite(statistics)
+        saved = self.buffers.saved()
+        pairs = [
+            (now, saved[place])
+            for place in self._variances
+            if place in saved and (now := place[0]._buffers.get(place[1])) is not None
+        ]
+        self._n_scans += 1
+        if not pairs or self._n_scans <= SEEN:
+            return flag
+        jumped = has_jumped(*zip(*pairs, strict=True))
+        before, self._had_jumped = self._had_jumped, jumped
+        return flag | (jumped if before is None else jumped & ~before).to(flag.device)
 
     def finite_at_start(self) -> Iterator[Tensor]:
         """Buffers that were finite when training began, as far as they are still the same tensors.

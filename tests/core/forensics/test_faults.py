@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_gradguard.core.forensics.faults import FAULTS
-from lightning_gradguard.core.forensics.operations import known_fault, what_made_it_large
+from lightning_gradguard.core.forensics.operations import known_fault, short_name, what_made_it_large
 from lightning_gradguard.core.forensics.records import OperationRecord, first_nonfinite
 from lightning_gradguard.core.forensics.trace import OperationTrace, is_nonfinite
 
@@ -301,7 +301,7 @@ def test_a_fault_is_told_and_its_cure_trains(
     record = examined(call(f, x, y))
     fault = known_fault(record, FAULTS)
     assert fault is not None, record
-    assert word in fault.advice
+    assert word in fault.advice(short_name(record))
     assert record.location is not None
     assert record.location.file == __file__
 
@@ -330,3 +330,11 @@ def trains(program: Callable[[Tensor], Tensor]) -> None:
 def test_every_entry_has_a_case() -> None:
     found = {id(known_fault(examined(call(f, x, y)), FAULTS)) for _, f, x, y, _ in CASES}
     assert [fault.why for fault in FAULTS if id(fault) not in found] == []
+
+
+@pytest.mark.parametrize("function", ["asin", "acos"])
+def test_a_cure_has_the_function_that_failed(function: str) -> None:
+    record = examined(lambda h: getattr(torch, function)(one(h)))
+    fault = known_fault(record, FAULTS)
+    assert fault is not None
+    assert f"torch.{function}(x.clamp(-1 + 1e-6, 1 - 1e-6))" in fault.advice(short_name(record))

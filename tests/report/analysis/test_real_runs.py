@@ -110,7 +110,10 @@ def test_nonfinite_batch_without_callbacks() -> None:
 def test_nonfinite_batch_that_was_skipped(capsys: pytest.CaptureFixture[str]) -> None:
     path = train(Classifier(), poisoned(clusters(60), nan=[30, 31]), default_callbacks())
     found = report_of(path)
-    assert (found.verdict.status, found.verdict.headline) == ("recovered", "recovered from nonfinite loss")
+    assert (found.verdict.status, found.verdict.headline) == (
+        "recovered",
+        "recovered from nonfinite loss (cause: bad input)",
+    )
     assert (found.interventions.skips, found.interventions.rollbacks) == (2, 0)
     assert dict(found.interventions.lost_batches) == {"skipped": 2}
     assert found.run.dossiers[0].cause == "bad_input"

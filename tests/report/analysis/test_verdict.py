@@ -480,7 +480,10 @@ def test_skipped_batches_are_handled_and_their_cause_is_reported() -> None:
     ]
     counts = series([0.0] * 40 + [float(i) for i in range(60)])
     verdict = analyze_run(RunLog(series(falling()), [gradients(falling())], skips=counts, incidents=skipped))
-    assert (verdict.status, verdict.headline) == ("recovered", "recovered from nonfinite loss")
+    assert (verdict.status, verdict.headline) == (
+        "recovered",
+        "recovered from nonfinite loss (cause: bad input)",
+    )
     (symptom,) = verdict.symptoms
     assert symptom.evidence == "12 times, from step 40 to 51; 12 skipped; cause: bad input: Row 3 is NaN"
     assert "batch[0]" in symptom.remedies[0]

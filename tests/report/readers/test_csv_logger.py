@@ -40,7 +40,10 @@ def test_run_of_a_csv_logger() -> None:
         log_every_n_steps=1,
     )
     found = report_of("run")
-    assert (found.verdict.headline, found.verdict.outcome.steps) == ("recovered from nonfinite loss", 40)
+    assert (found.verdict.headline, found.verdict.outcome.steps) == (
+        "recovered from nonfinite loss (cause: bad input)",
+        40,
+    )
     assert found.interventions.skips == 1
     assert list(find_runs([Path()])) == ["run"]
 

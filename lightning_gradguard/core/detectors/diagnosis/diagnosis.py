@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
 from typing import Any
 
-from lightning_gradguard.core.detectors.diagnosis import rules
+from lightning_gradguard.core.detectors.diagnosis import clipped, rules
 from lightning_gradguard.core.detectors.diagnosis.findings import Finding
 from lightning_gradguard.core.detectors.diagnosis.progress import Progress
 from lightning_gradguard.core.detectors.diagnosis.sample import Sample
@@ -18,7 +18,10 @@ PATIENCE, PATIENT_SHARE, MIN_PATIENCE = 150, 0.2, 100
 NO_RATE = 1e-2
 #: Findings on the same sample: the first is the root.
 _ORDER = ("contract", "coverage", "units", "update", "depth", "stuck", "stagnation")
-_RULES = (rules.contract, rules.coverage, rules.units, rules.update, rules.depth, rules.through_time)
+_RULES = (
+    *(rules.contract, rules.coverage, rules.units, clipped.clipping, clipped.weights),
+    *(rules.update, rules.depth, rules.through_time),
+)
 _LATE_RULES = (rules.no_gradient, rules.stagnation)
 
 
@@ -62,7 +65,7 @@ class Diagnosis:
             shown[key] = times + 1, since
             if times + 1 >= finding.needs:
                 confirmed.append(finding.shown_since(since))
-        lasting = {("exploding_gradient", "update")}
+        lasting = {("exploding_gradient", "update"), ("constant_clipping", "update")}
         self._shown = {**{key: seen for key, seen in self._shown.items() if key in lasting}, **shown}
         return [root for finding in self._sorted(confirmed) if (root := self._add(finding, sample.step))]
 

@@ -15,6 +15,8 @@ from lightning_gradguard.core.detectors.diagnosis.sample import Sample
 RECENT = 3
 #: Share of the loss of the best constant, or of the first loss, below which a network learns.
 LEARNS = 0.9
+#: Two sizes of gradients differ by more than this share, unless both were clipped to one value.
+CLIPPED_ALIKE = 1e-4
 
 
 class Progress:
@@ -26,6 +28,9 @@ class Progress:
         self._calls: dict[str, deque[float]] = defaultdict(partial(deque, maxlen=RECENT))
         self._ratios: list[float] = []
         self._range = (math.inf, -math.inf)
+        self._sizes: dict[int, tuple[float, ...]] = {}
+        self._fixed: dict[int, list[float]] = {}
+        self._largest_weights: dict[str, float] = {}
 
     def update(self, sample: Sample) -> None:
         """Adds a sample."""
@@ -40,6 +45,24 @@ class Progress:
             ratio = mean(recent) / call.constant if call.constant > 0 else math.nan
             if not math.isnan(ratio):
                 self._ratios.append(ratio)
+        for index, update in enumerate(sample.updates):
+            before, self._sizes[index] = self._sizes.get(index, ()), update.sizes
+            self._fixed[index] = [
+                now if now > 0 and math.isclose(now, then, rel_tol=CLIPPED_ALIKE) else math.nan
+                for then, now in zip(before, update.sizes, strict=False)
+            ]
+            for name, norm in zip(update.names, update.weights, strict=False):
+                if math.isfinite(norm):
+                    self._largest_weights[name] = max(norm, self._largest_weights.get(name, 0.0))
+
+    def fixed_sizes(self, index: int) -> list[float]:
+        """The `sizes` of an optimizer's update that are those of the sample before; NaN for the others."""
+        return self._fixed.get(index, []) or [math.nan] * 3
+
+    def shrunk(self, name: str, norm: float) -> float:
+        """The norm of a weight relative to the largest that was sampled; 1 if that is unknown or 0."""
+        largest = self._largest_weights.get(name, 0.0)
+        return norm / largest if largest > 0 else 1.0
 
     @property
     def over_constant(self) -> float:
@@ -65,7 +88,14 @@ class Progress:
     def state_dict(self) -> dict[str, Any]:
         """Returns the recent losses."""
         calls = {key: list(recent) for key, recent in self._calls.items()}
-        return {"first": self.first, "losses": list(self._losses), "calls": calls, "range": list(self._range)}
+        return {
+            "first": self.first,
+            "losses": list(self._losses),
+            "calls": calls,
+            "range": list(self._range),
+            "sizes": {index: list(sizes) for index, sizes in self._sizes.items()},
+            "weights": dict(self._largest_weights),
+        }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Continues with saved losses."""
@@ -75,3 +105,5 @@ class Progress:
         self._calls.clear()
         for key, recent in state_dict["calls"].items():
             self._calls[key] = deque(recent, maxlen=RECENT)
+        self._sizes = {index: tuple(sizes) for index, sizes in state_dict.get("sizes", {}).items()}
+        self._largest_weights = dict(state_dict.get("weights", {}))

@@ -17,7 +17,7 @@ from lightning_gradguard.core.detectors.diagnosis.sample import (
     UnitSignal,
     Update,
 )
-from lightning_gradguard.core.detectors.diagnosis.units import SATURATING
+from lightning_gradguard.core.detectors.diagnosis.units import RECTIFIERS, SATURATING
 
 # thresholds of docs/diagnosis.md, where their margins are
 DEAD, SATURATED, SATURATED_ROWS = 0.9, 0.5, 0.8
@@ -125,13 +125,18 @@ def units(sample: Sample, progress: Progress) -> Iterator[Finding]:
         if share > (SATURATED if noun != _ROWS else SATURATED_ROWS) and not is_harmless:
             saturated.append((share, names, noun))
     origin = input_cause(sample)
+    inputs = _inputs(sample)
     if dead:
         share, where, _ = _first(dead)
-        evidence = f"{share:.0%} of the units of {where[0]} are zero for every sample (usual: below 60 %)"
+        evidence = (
+            f"{share:.0%} of the units of {where[0]} are zero for every sample (usual: below 60 %){inputs}"
+        )
         yield Finding("dead_units", origin, where, share, evidence, "units")
+    elif inactive := inactive_output(sample, progress):
+        yield inactive
     if saturated:
         share, where, noun = _first(saturated)
-        evidence = f"{share:.0%} of the {noun} of {where[0]} are saturated (usual: below 25 %)"
+        evidence = f"{share:.0%} of the {noun} of {where[0]} are saturated (usual: below 25 %){inputs}"
         yield Finding("saturated_units", origin, where, share, evidence, "units")
 
 
@@ -141,6 +146,27 @@ def input_cause(sample: Sample) -> str:
         return "input_scale"
     largest, usual, _ = sample.columns or (0.0, 0.0, 0.0)
     return "input_scale" if largest > LARGE_INPUT and largest > UNEQUAL_COLUMNS * usual else "unknown"
+
+
+def inactive_output(sample: Sample, progress: Progress) -> Finding | None:
+    """Returns an output behind a rectifier that gets no gradient from the samples with a higher target.
+
+    Its gradient has one sign, as the rectifier is flat for the others, and the loss is above that of a
+    constant. Targets below zero, which a rectifier does not reach, look alike and are excluded.
+    """
+    heads = [layer for layer in sample.layers if layer.is_last]
+    is_rectified = any(layer.activation in RECTIFIERS for layer in heads)
+    reaches = all(call.flags.get("unreachable_targets", 0.0) < SOME_UNREACHABLE for call in sample.calls)
+    if not (is_rectified and sample.one_signed and reaches and sample.step >= UPDATE_STEPS):
+        return None
+    if not progress.over_constant > STUCK:
+        return None
+    name, ratio = heads[0].name, progress.over_constant
+    evidence = (
+        f"behind {heads[0].activation}, {name} gets a gradient of one sign only, and the loss is {ratio:.2f} "
+        "times that of the best constant answer"
+    )
+    return Finding("dead_units", "inactive_output", (name,), math.nan, evidence, "units", 3)
 
 
 def has_no_gradient(sample: Sample, progress: Progress) -> bool:
@@ -161,13 +187,21 @@ def update(sample: Sample, progress: Progress) -> Iterator[Finding]:
         if before > LARGE_UPDATE and is_certain and (is_huge or after > CLIPPED_UPDATE):
             order = sorted(range(len(one.names)), key=lambda i: -one.gradients[i])
             where = _modules([one.names[i] for i in order[:5]])
+            if one.decay * max(one.rates, default=0.0) > before / 2:
+                shrinks = f"shrinks weights by {before:.0%} in a step (usual: below 1 %)"
+                evidence = f"a weight decay of {one.decay:g} {shrinks}"
+                yield Finding("vanishing_weights", "weight_decay", where, 1 - before, evidence, "update")
+                continue
             cause = input_cause(sample)
             if cause == "unknown":
                 is_far = any(call.target > LARGE_TARGET for call in sample.calls)
                 cause = "target_scale" if is_far else "update_too_large"
+            if cause == "input_scale":  # a normalization is put before the first layer
+                where = tuple(dict.fromkeys([*(layer.name for layer in sample.layers[:1]), *where]))[:5]
             evidence = f"an update of {before:.2g} of the norm of the weights (usual: below 0.1)"
             if one.unclipped > 1.01:
                 evidence += f", which clipping reduces to {after:.2g}"
+            evidence += _inputs(sample)
             yield Finding("exploding_gradient", cause, where, before, evidence, "update", consecutive=False)
 
 
@@ -294,9 +328,19 @@ def stuck(sample: Sample, progress: Progress, patience: int) -> Iterator[Finding
     if not math.isnan(permuted):
         facts.append(f"it rises by {permuted:.1%} if the targets are permuted")
     head = tuple(layer.name for layer in sample.layers if layer.is_last)
-    cause = "unreachable_targets" if sample.one_signed else "unknown"
+    has_range = any(call.flags.get("unreachable_targets", 0.0) > 0 for call in sample.calls)
+    cause = "unreachable_targets" if sample.one_signed and has_range else "unknown"
+    if cause == "unknown" and input_cause(sample) != "unknown" and sample.layers:
+        cause, head = "input_scale", (sample.layers[0].name,)
+        facts += filter(None, [_inputs(sample).strip("; ")])
     value = permuted if math.isnan(ratio) else ratio
     yield Finding("stuck_loss", cause, head, value, "; ".join(facts), "stuck", 2)
+
+
+def _inputs(sample: Sample) -> str:
+    """Returns the size of the inputs in words, if they are large."""
+    rms = sample.input_rms
+    return f"; inputs have an rms of {rms:.3g} (usual: about 1)" if rms > LARGE_INPUT else ""
 
 
 def _why(layers: Sequence[LayerSignal]) -> str:

@@ -106,6 +106,11 @@ class Update:
         unclipped: Factor by which the gradient was larger before clipping, if the update depends on it.
         rates: Learning rate of each parameter group.
         total_norm: Norm of all gradients before clipping.
+        largest: Largest magnitude of an element of these gradients; NaN if unknown.
+        loss_scale: The GradScaler's; 1 without one.
+        decay: Largest weight decay of a parameter group.
+        clipper: What clips after the suite, such as `gradient_clip_val=0.01 of the Trainer`; empty if nothing
+            does.
     """
 
     names: Sequence[str]
@@ -116,6 +121,16 @@ class Update:
     unclipped: float
     rates: Sequence[float]
     total_norm: float
+    largest: float = math.nan
+    loss_scale: float = 1.0
+    decay: float = 0.0
+    clipper: str = ""
+
+    @property
+    def sizes(self) -> tuple[float, float, float]:
+        """Norm and largest element as they were before they were unscaled, and the norm after clipping."""
+        scale = self.loss_scale
+        return self.total_norm * scale, self.largest * scale, self.total_norm / self.unclipped
 
     @property
     def ratio(self) -> float:

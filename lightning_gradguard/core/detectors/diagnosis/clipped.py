@@ -1,0 +1,82 @@
+"""Rules about updates that are small for a reason of their own: clipping elsewhere, weights that vanish."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+from lightning_gradguard.core.detectors.diagnosis.findings import Finding
+from lightning_gradguard.core.detectors.diagnosis.progress import Progress
+from lightning_gradguard.core.detectors.diagnosis.sample import Sample, Update
+
+#: Clipping to less than a tenth, with an update below a thousandth of the weights, stops what does not learn.
+CLIPPED_FAR, USUAL_UPDATE = 10.0, 1e-3
+#: Steps before which a loss that is high may only start slowly.
+CLIPPED_STEPS = 50
+#: Values to which people clip; the norm of gradients that are still scaled is far above.
+LARGEST_CLIP_VALUE = 100.0
+#: Share of their norm below which weights vanish: of a network that learns, and of another one.
+VANISHED, VANISHED_IF_STUCK = 1e-3, 1e-2
+
+
+def clipping(sample: Sample, progress: Progress) -> Iterator[Finding]:
+    """Yields gradients that code other than the suite has clipped to a value far below their norm."""
+    for index, one in enumerate(sample.updates):
+        scaled, largest, after = progress.fixed_sizes(index)
+        value = next((size for size in (scaled, largest) if _is_clip_value(size)), math.nan)
+        hinders = one.ratio < USUAL_UPDATE and not progress.learns
+        if one.loss_scale > 1 and value == value and (hinders or one.ratio < USUAL_UPDATE / 10):
+            what = "norm" if value == scaled else "largest element"
+            evidence = (
+                f"the {what} of the gradients times the loss scale {one.loss_scale:g} is {value:.3g} in "
+                "every sampled step: they were clipped before they were unscaled, and are far too small"
+            )
+            yield _finding("scaled_gradients_clipped", evidence)
+        elif one.loss_scale == 1 and sample.step >= CLIPPED_STEPS and hinders:
+            yield from _clipped_far(one, value, after)
+
+
+def _clipped_far(one: Update, before: float, after: float) -> Iterator[Finding]:
+    """Yields gradients that are clipped to one value after the suite has measured them, or before."""
+    update = f"updates are {one.ratio:.1g} of the norm of the weights (usual: about 1e-3)"
+    is_fixed = after == after or "value" in one.clipper
+    if one.clipper and is_fixed and one.unclipped > CLIPPED_FAR:
+        norm, clipped = one.total_norm, one.total_norm / one.unclipped
+        evidence = f"gradients of norm {norm:.3g} are clipped to {clipped:.3g} by {one.clipper}; {update}"
+        yield _finding("clip_value_too_small", evidence)
+    elif before == before:
+        evidence = f"the gradients have the size {before:.3g} in every sampled step, as code of yours clips "
+        yield _finding("clip_value_too_small", f"{evidence}them; {update}")
+
+
+def _finding(cause: str, evidence: str) -> Finding:
+    return Finding("constant_clipping", cause, (), 1.0, evidence, "update", 3)
+
+
+def _is_clip_value(size: float) -> bool:
+    """True for a number of two digits, as people choose it."""
+    return size <= LARGEST_CLIP_VALUE and math.isclose(size, float(f"{size:.2g}"), rel_tol=1e-4)
+
+
+def weights(sample: Sample, progress: Progress) -> Iterator[Finding]:
+    """Yields weight matrices that have shrunk to a small share of their norm."""
+    bound = VANISHED if progress.learns else VANISHED_IF_STUCK
+    for one in sample.updates:
+        left = {
+            i: progress.shrunk(name, one.weights[i])
+            for i, name in enumerate(one.names)
+            if one.is_matrix[i] and i < len(one.weights)
+        }
+        found = sorted((i for i, share in left.items() if share < bound), key=lambda i: left[i])
+        if not found:
+            continue
+        share = left[found[0]]
+        steps = math.log(1 / max(share, 1e-45))
+        decays = one.decay * max(one.rates, default=0.0) * sample.step > steps / 2
+        dominates = one.decay * one.weights[found[0]] > one.gradients[found[0]]
+        cause = "weight_decay" if one.decay and (decays or dominates) else "unknown"
+        where = tuple(dict.fromkeys(one.names[i].rpartition(".")[0] or one.names[i] for i in found))[:5]
+        evidence = f"the weights of {where[0]} have shrunk to {share:.1g} of their norm"
+        if cause == "weight_decay":
+            evidence += f", by weight_decay={one.decay:g}"
+        yield Finding("vanishing_weights", cause, where, share, evidence, "units", 3)

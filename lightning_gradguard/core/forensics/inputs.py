@@ -1,0 +1,68 @@
+"""Parts of a batch that are far out of range."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from torch import Tensor
+
+from lightning_gradguard.core.forensics.origin import Origin
+
+#: Inputs this large overflow float32 when they are squared and summed a few times.
+HUGE_INPUT = 1e6
+#: A row of the batch this many times larger than the median row is an outlier.
+OUTLIER = 30.0
+
+
+def huge_inputs(parts: Mapping[str, Tensor]) -> dict[str, float]:
+    """Returns the largest values of the parts of the batch that may overflow, the largest first."""
+    floating = {name: part for name, part in parts.items() if part.is_floating_point() and part.numel()}
+    highest = ((name, float(part.detach().abs().amax())) for name, part in floating.items())
+    return dict(sorted(((n, high) for n, high in highest if high > HUGE_INPUT), key=lambda item: -item[1]))
+
+
+def outliers(rows: Sequence[int], parts: Mapping[str, Tensor]) -> list[str]:
+    """Describes the parts of the batch that are far larger in the rows at fault than in a usual row."""
+    found = []
+    for name, part in parts.items():
+        if rows and part.is_floating_point() and part.ndim and part.numel() and len(part) > max(rows):
+            sizes = part.detach().float().abs().reshape(len(part), -1).amax(1)
+            ratio = float(sizes[list(rows)].max() / sizes.median().clamp_min(1e-12))
+            if ratio > OUTLIER:
+                found.append(f"{name} is {ratio:.3g} times larger there than in the median row")
+    return found
+
+
+def or_bad_input(origin: Origin, parts: Mapping[str, Tensor]) -> Origin:
+    """Returns the origin, or the part of the batch that is huge or has rows far out of range, if one is.
+
+    Example:
+        >>> import torch
+        >>> part = torch.ones(8, 2)
+        >>> part[3] = -9999.0
+        >>> or_bad_input(Origin("forward_pass", detail="A"), {"batch[0]": part}).detail
+        'A: batch[0] holds values up to 9999 in row 3, where it is 1e+04 times larger than as a rule.'
+    """
+    huge = huge_inputs(parts)
+    rows = {name: _outlying_rows(part) for name, part in parts.items() if part.is_floating_point()}
+    name = next(iter(huge), None) or next((name for name, found in rows.items() if found), None)
+    if name is None:
+        return replace(origin, detail=f"{origin.detail}.")
+    high = float(parts[name].detach().abs().amax())
+    detail = f"{origin.detail}: {name} holds values up to {high:.4g}"
+    found = rows.get(name, {})
+    if found:
+        detail += f" in row {', '.join(map(str, found))}, where it is {max(found.values()):.3g} times larger "
+        detail += "than as a rule"
+    where = tuple(huge) or (name,)
+    return replace(origin, cause="bad_input", where=where, rows=tuple(found), detail=f"{detail}.")
+
+
+def _outlying_rows(part: Tensor) -> dict[int, float]:
+    """Returns the first ten rows that are outliers, with their size relative to the median row."""
+    if part.ndim == 0 or not part.numel():
+        return {}
+    sizes = part.detach().double().abs().reshape(len(part), -1).amax(1)
+    ratios = sizes / sizes.median().clamp_min(1e-12)
+    return {row: float(ratios[row]) for row in (ratios > OUTLIER).nonzero().flatten()[:10].tolist()}

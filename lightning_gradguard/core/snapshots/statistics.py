@@ -1,0 +1,51 @@
+"""Running variances of normalization that one batch has raised out of proportion."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.parameter import is_lazy
+
+from lightning_gradguard.core.norms import local_shard
+
+#: A batch that raises a running variance by this factor, relative to itself and to the mean of all, is an
+#: outlier; batches of healthy runs raise it by less than 10, see docs/diagnosis.md.
+JUMP = 1e4
+#: Batches that statistics must have seen before: they begin at 1, whatever the scale of the data.
+SEEN = 10
+
+
+def running_variances(modules: Iterable[nn.Module]) -> list[tuple[nn.Module, str]]:
+    """Returns the places of the running variances: the module, and the name of the buffer."""
+    return [
+        (module, "running_var")
+        for module in modules
+        if isinstance(module, _NormBase)
+        and module.running_var is not None
+        and not is_lazy(module.running_var)
+    ]
+
+
+@torch.no_grad()
+def has_jumped(now: Sequence[Tensor], before: Sequence[Tensor]) -> Tensor:
+    """Returns without a host synchronization if a batch was an outlier for running variances.
+
+    Args:
+        now: The variances after the forward pass of the batch; at least one.
+        before: The same from before it.
+
+    Returns:
+        A flag of shape `()`.
+
+    Example:
+        >>> norm = nn.BatchNorm1d(1)
+        >>> was = norm.running_var.clone()
+        >>> _ = norm(torch.tensor([[0.0], [1e9]]))
+        >>> has_jumped([norm.running_var], [was])
+        tensor(True)
+    """
+    after, then = (torch.cat([local_shard(t).flatten() for t in tensors]) for tensors in (now, before))
+    return (after > JUMP * torch.maximum(then, then.mean())).any()
