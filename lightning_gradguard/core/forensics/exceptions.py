@@ -50,7 +50,7 @@ _INDEX_ADVICE = {
 IGNORED = -100
 
 
-#: Parts of the messages of `torch.distributions` that tell nothing new.
+#: Parts of the messages of `torch.distributions` without news.
 _DETAILS = re.compile(
     r" \(Tensor of shape \([^)]*\)\)|\(\w+: torch\.Size.*?\)\)|, but found invalid values.*"
 )
