@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from lightning_gradguard.core.initialization.probe import LAYERS, RECTIFIERS, Layer, WeightedLayer, probe
+from lightning_gradguard.core.initialization.probe import LAYERS, RECTIFIERS, WeightedLayer, probe
 from lightning_gradguard.core.snapshots import preserve_state
 
 
@@ -59,24 +59,8 @@ def repair(
         if layer.name in names or (layer is not layers[-1] and holds_default_initialization(layer.module))
     }
     generator = torch.Generator().manual_seed(seed)
-    schemes = [f"{layer.name}: {_initialize(layer, generator)}" for layer in chosen.values()]
-
-    def scale(child: WeightedLayer, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
-        if id(child) not in chosen:
-            return None
-        deviation = output.detach().float().std()
-        if not (bool(torch.isfinite(deviation)) and deviation > 0):
-            return None
-        child.weight.data.div_(deviation.to(child.weight))
-        return output / deviation.to(output)
-
-    handles = [layer.module.register_forward_hook(scale) for layer in chosen.values()]
-    try:
-        with preserve_state(module), torch.no_grad(), torch.compiler.set_stance("force_eager"):
-            run_loss()
-    finally:
-        for handle in handles:
-            handle.remove()
+    schemes = [f"{x.name}: {draw_weights(x.module, x.activation, generator)}" for x in chosen.values()]
+    scale_to_unit_variance(module, run_loss, [layer.module for layer in chosen.values()])
     alone = tuple(layer.name for layer in layers[:-1] if id(layer.module) not in chosen)
     return Repair(tuple(f"{scheme}, scaled to unit variance" for scheme in schemes), alone)
 
@@ -96,19 +80,41 @@ def holds_default_initialization(layer: nn.Module) -> bool:
     return largest <= bound * (1 + 1e-5) and largest > bound * (1 - tolerance) and uniform
 
 
-def _initialize(layer: Layer, generator: torch.Generator) -> str:
-    weight = layer.module.weight.data
+def draw_weights(layer: WeightedLayer, activation: str | None, generator: torch.Generator) -> str:
+    """Draws the weights of a layer for the activation after it; returns the name of the initialization."""
+    weight = layer.weight.data
     drawn = torch.empty(weight.shape)
-    if layer.activation in RECTIFIERS:
+    if activation in RECTIFIERS:
         nn.init.kaiming_normal_(drawn, nonlinearity="relu", generator=generator)
         scheme = "He normal"
-    elif layer.activation == "tanh":
+    elif activation == "tanh":
         nn.init.orthogonal_(drawn, gain=nn.init.calculate_gain("tanh"), generator=generator)
         scheme = "orthogonal"
     else:
         nn.init.xavier_normal_(drawn, generator=generator)
         scheme = "Xavier normal"
     weight.copy_(drawn)
-    if layer.module.bias is not None:
-        layer.module.bias.data.zero_()
+    if layer.bias is not None:
+        layer.bias.data.zero_()
     return scheme
+
+
+def scale_to_unit_variance(
+    module: nn.Module, run_loss: Callable[[], Tensor], layers: Sequence[WeightedLayer]
+) -> None:
+    """Divides weights so that each layer's output on a batch has unit variance (LSUV), in one pass."""
+
+    def scale(layer: WeightedLayer, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+        deviation = output.detach().float().std()
+        if not (bool(torch.isfinite(deviation)) and deviation > 0):
+            return None
+        layer.weight.data.div_(deviation.to(layer.weight))
+        return output / deviation.to(output)
+
+    handles = [layer.register_forward_hook(scale) for layer in layers]
+    try:
+        with preserve_state(module), torch.no_grad(), torch.compiler.set_stance("force_eager"):
+            run_loss()
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -250,6 +250,8 @@ def apply(
     names = change.modules
     if not names:
         return []
+    if any(hasattr(child, "_orig_mod") for child in module.modules()):
+        torch.compiler.reset()  # compiled code of before does not run the hooks that are added
     with _seeded():
         if change.kind == "replace_activation":
             return replace_activations(module, names, change["to"])

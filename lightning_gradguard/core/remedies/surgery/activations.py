@@ -32,7 +32,9 @@ def replaceable(module: nn.Module, flow: DataFlow, to: str, names: Collection[st
         if not (type(layer.module) in kinds or (function or "") in functions):
             continue
         if name in names or (
-            not names and layer.is_hidden and not layer.is_gate and not layer.is_in_a_recurrence
+            not names
+            and layer.is_hidden
+            and not (layer.is_gate or layer.is_in_a_recurrence or layer.is_frozen)
         ):
             found.append(name)
     for name, child in module.named_modules():

@@ -38,22 +38,20 @@ def normalizable(module: nn.Module, flow: DataFlow, names: Collection[str]) -> l
         for layer in (flow.named(module, names) if names else flow.weighted())
         if isinstance(layer.module, WEIGHTED)
         and not hasattr(layer.module, NORMALIZATION)
-        and (
-            names or (layer.is_hidden and layer.activation and not layer.is_normalized and not layer.is_gate)
-        )
+        and (names or (layer.is_hidden and layer.activation))
+        and (names or not (layer.is_normalized or layer.is_gate or layer.is_frozen))
     ]
 
 
 def fitting_norm(layer: Layer) -> str:
     """Returns the normalization that fits a layer: `"batch"`, or `"layer"` without a batch of single samples.
 
-    A small batch, a time axis, and a layer that runs several times in one pass need one that is of each
-    sample alone.
+    A small batch, a time axis, and a layer in a recurrence need one that is of each sample alone.
     """
     of_convolution = isinstance(layer.module, _ConvNd)
     is_large = layer.shapes is None or layer.shapes[1][0] >= _SMALLEST_BATCH
     has_time = not of_convolution and layer.shapes is not None and len(layer.shapes[1]) != 2
-    return "batch" if is_large and not has_time and layer.calls == 1 else "layer"
+    return "batch" if is_large and not has_time and not layer.is_recurrent else "layer"
 
 
 def add_normalizations(module: nn.Module, names: Collection[str], norms: Sequence[str]) -> list[str]:
@@ -83,7 +81,7 @@ def inputs(module: nn.Module, flow: DataFlow, names: Collection[str]) -> list[st
         for layer in (flow.named(module, names) if names else flow.layers.values())
         if isinstance(layer.module, (*WEIGHTED, *RECURRENT))
         and not hasattr(layer.module, STANDARDIZATION)
-        and (names or layer.takes_input)
+        and (names or (layer.takes_input and not layer.is_frozen))
     ]
 
 
@@ -93,7 +91,7 @@ def standardize_inputs(module: nn.Module, names: Collection[str]) -> list[str]:
         layer = module.get_submodule(name)
         like = next(layer.parameters())
         if isinstance(layer, _ConvNd):
-            size, dim = layer.in_channels, 1
+            size, dim = layer.in_channels, -1 - len(layer.kernel_size)
         else:
             assert isinstance(layer, (nn.Linear, *RECURRENT))
             size = layer.in_features if isinstance(layer, nn.Linear) else layer.input_size
@@ -107,7 +105,7 @@ def blocks(module: nn.Module, flow: DataFlow, names: Collection[str]) -> list[st
     """Returns blocks of equal input and output shape, as one module or as `first:last` of an `nn.Sequential`.
 
     The innermost ones: a layer with its activation where an `nn.Sequential` has them, else a module of the
-    user's that holds both. None that has a residual addition, or that runs several times in a pass.
+    user's that holds both. None that has a residual addition, is in a recurrence, or ends with the output.
     """
     found: list[str] = []
     children = {name: child for name, child in module.named_modules() if name}
@@ -129,17 +127,16 @@ def blocks(module: nn.Module, flow: DataFlow, names: Collection[str]) -> list[st
 def _is_block(layer: Layer) -> bool:
     return (
         layer.keeps_shape
-        and layer.calls == 1
         and not (layer.is_residual or layer.is_gate or layer.overwrites_input or layer.takes_input)
+        and not (layer.is_recurrent or layer.is_frozen)
         and not hasattr(layer.module, RESIDUAL)
     )
 
 
 def _has_layer_and_activation(name: str, flow: DataFlow) -> bool:
-    inside = [layer for n, layer in flow.layers.items() if n.startswith(f"{name}.")]
-    return any(
-        isinstance(x.module, WEIGHTED) and x.is_hidden and x.activation and not x.is_gate for x in inside
-    )
+    inside = [layer for layer in flow.weighted() if layer.name.startswith(f"{name}.")]
+    are_hidden = all(layer.is_hidden and not layer.is_recurrent for layer in inside)
+    return are_hidden and any(layer.activation and not layer.is_gate for layer in inside)
 
 
 def _runs(name: str, sequential: nn.Sequential, flow: DataFlow) -> Iterator[str]:
@@ -154,7 +151,7 @@ def _runs(name: str, sequential: nn.Sequential, flow: DataFlow) -> Iterator[str]
             if any(isinstance(m, (*WEIGHTED, *RECURRENT)) for m in other.modules()):
                 break
             after = flow.layers.get(follower)
-            if after is None or after.calls != 1 or not after.keeps_shape:
+            if after is None or after.calls != layer.calls or not after.keeps_shape:
                 break
             if isinstance(other, ACTIVATIONS):
                 last = follower

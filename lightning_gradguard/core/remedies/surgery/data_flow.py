@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -61,6 +61,7 @@ class Layer:
         takes_input: True if what it is given comes from no layer.
         shapes: Shapes of its first input and of its output, if both are tensors.
         overwrites_input: True if it writes to its input.
+        is_recurrent: Of a layer, True if what it is given comes from an earlier output of its own.
         is_attribute: True for an activation function that `module` has as an attribute.
         function: Name of an activation function that the user's code calls.
         follows: Of an activation, the layers that its input comes from.
@@ -78,14 +79,22 @@ class Layer:
     takes_input: bool = False
     shapes: tuple[torch.Size, torch.Size] | None = None
     overwrites_input: bool = False
+    is_recurrent: bool = False
     is_attribute: bool = False
     function: str = ""
     follows: dict[str, Layer] = field(default_factory=dict)
 
     @property
     def is_in_a_recurrence(self) -> bool:
-        """True if a layer before it runs several times in one forward pass."""
-        return any(layer.calls > 1 for layer in self.follows.values())
+        """True if its output comes back to a layer before it."""
+        return any(layer.is_recurrent for layer in self.follows.values())
+
+    @property
+    def is_frozen(self) -> bool:
+        """True if the layer, or those before the activation, are not trained."""
+        layers = [layer.module for layer in self.follows.values()] or [self.module]
+        weights = [parameter for layer in layers for parameter in layer.parameters()]
+        return bool(weights) and not any(weight.requires_grad for weight in weights)
 
     @property
     def saturates(self) -> bool:
@@ -198,6 +207,8 @@ class _Origin:
     pending: dict[str, Layer] = field(default_factory=dict)
     #: Running blocks whose input it is, but for functions without weights.
     blocks: frozenset[str] = frozenset()
+    #: All layers that it comes from.
+    ancestors: frozenset[str] = frozenset()
 
 
 class _Tracer(TorchFunctionMode):
@@ -214,11 +225,10 @@ class _Tracer(TorchFunctionMode):
 
     def __enter__(self) -> _Tracer:
         for name, child in self._module.named_modules():
-            plain = name.replace("_orig_mod.", "")
-            if child is not self._module:
-                self._hook(child, plain)
+            if child is not self._module and not isinstance(child, torch.jit.ScriptModule):
+                self._hook(child, name)
             for attribute in functions_of(child):
-                self._wrap(child, attribute, f"{plain}.{attribute}".lstrip("."))
+                self._wrap(child, attribute, f"{name}.{attribute}".lstrip("."))
         self._hooks.enter_context(torch.compiler.set_stance("force_eager"))
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
@@ -258,9 +268,11 @@ class _Tracer(TorchFunctionMode):
         self._running.append(child)
         self._versions.append((given, 0 if given is None else given._version))
         if given is not None and given.is_floating_point():
-            layer.takes_input = not given.requires_grad and not self._origin([given]).sources
             origin = self._origin([given])
-            self._origins[id(given)] = _Origin(given, origin.sources, origin.pending, origin.blocks | {name})
+            layer.takes_input = not (given.requires_grad or origin.ancestors)
+            layer.is_recurrent |= isinstance(child, WEIGHTED) and name in origin.ancestors
+            origin.blocks |= {name}
+            self._origins[id(given)] = origin
 
     def _leave_module(self, child: nn.Module, output: Any, name: str) -> None:
         layer = self.layers[name]
@@ -272,15 +284,16 @@ class _Tracer(TorchFunctionMode):
             layer.shapes = (given.shape, output.shape)
             layer.overwrites_input |= given._version != version
         if isinstance(child, WEIGHTED):
-            self._origins[id(output)] = _Origin(output, {name: layer}, {name: layer})
+            ancestors = self._origin([output]).ancestors | {name}
+            self._origins[id(output)] = _Origin(output, {name: layer}, {name: layer}, ancestors=ancestors)
         elif isinstance(child, ACTIVATIONS):
             self._record_output(layer, output)
 
     def _record_output(self, activation: Layer, output: Tensor) -> None:
         origin, name = self._origin([output]), activation.name
         activation.follows |= {n: x for n, x in origin.sources.items() if isinstance(x.module, WEIGHTED)}
-        sources, pending = ({**x, name: activation} for x in (origin.sources, origin.pending))
-        self._origins[id(output)] = _Origin(output, sources, pending, origin.blocks)
+        origin.sources, origin.pending = ({**x, name: activation} for x in (origin.sources, origin.pending))
+        self._origins[id(output)] = origin
 
     def __torch_function__(
         self, function: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
@@ -288,38 +301,42 @@ class _Tracer(TorchFunctionMode):
         result = function(*args, **(kwargs or {}))
         given = list(_tensors([*args, *(kwargs or {}).values()]))
         if given and any(id(tensor) in self._origins for tensor in given):
-            self._record(getattr(function, "__name__", ""), given, result)
+            name = getattr(function, "__name__", "")
+            self._record(name, given, args[0] if name == "__setitem__" else result)
         return result
 
     def _record(self, name: str, given: list[Tensor], result: Any) -> None:
         if name in _MIXING:
             for source in self._origin(given).sources.values():
                 source.is_hidden = True
+            self._derive(result, _Origin(given[0], ancestors=self._origin(given).ancestors))
             return
-        pending = self._origin(given).pending
+        origin = self._origin(given)
         if name in _NORMALIZING:
-            for layer in pending.values():
+            for layer in origin.pending.values():
                 layer.is_normalized |= layer.activation is None
         elif name.rstrip("_") in _ACTIVATION_FUNCTIONS:
             self._record_activation(name.rstrip("_"), given, result)
             return
         elif name in _ADDING and len(given) > 1:
             self._record_addition(given)
-            pending = {}
+            origin.pending = {}
         elif name in _MULTIPLYING and len(given) > 1 and min(t.numel() for t in given[:2]) > 1:
-            for layer in pending.values():
+            for layer in origin.pending.values():
                 layer.is_gate |= layer.saturates
-        origin = self._origin(given)
+        self._derive(result, origin)
+
+    def _derive(self, result: Any, origin: _Origin) -> None:
         for tensor in _tensors([result]):
             if tensor.is_floating_point():
-                self._origins[id(tensor)] = _Origin(tensor, origin.sources, pending, origin.blocks)
+                self._origins[id(tensor)] = replace(origin, tensor=tensor)
 
     def _record_activation(self, name: str, given: list[Tensor], output: Tensor) -> None:
         origin = self._origin(given)
         for layer in origin.pending.values():
             if isinstance(layer.module, WEIGHTED) and layer.activation is None:
                 layer.activation = name
-        self._origins[id(output)] = _Origin(output, origin.sources, origin.pending, origin.blocks)
+        self._derive(output, origin)
         if not (self._running and isinstance(self._running[-1], ACTIVATIONS)):
             location = str(user_location() or "a line that was not found")
             found = Layer(f"{name} at {location}", self._module, function=name, location=location)
@@ -341,6 +358,7 @@ class _Tracer(TorchFunctionMode):
             whole.sources = {**whole.sources, **origin.sources}
             whole.pending = {**whole.pending, **origin.pending}
             whole.blocks |= origin.blocks
+            whole.ancestors |= origin.ancestors
         return whole
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_gradguard.core.initialization.probe import RECTIFIERS
-from lightning_gradguard.core.initialization.repair import repair
+from lightning_gradguard.core.initialization.repair import draw_weights, scale_to_unit_variance
 from lightning_gradguard.core.remedies.surgery.data_flow import WEIGHTED, DataFlow, Layer
 
 INITIALIZERS = ("kaiming", "xavier", "orthogonal", "lsuv")
@@ -52,14 +53,17 @@ def initialize(
     Raises:
         ValueError: If `"lsuv"` has no batch.
     """
-    if to == "lsuv":
-        if run_loss is None:
-            raise ValueError("initialize: to='lsuv' scales layers on a batch; give `run_loss`.")
-        done = repair(module, run_loss, names=names, seed=seed)
-        return [name for name in done.changed if name in names]
+    if to == "lsuv" and run_loss is None:
+        raise ValueError("initialize: to='lsuv' scales layers on a batch; give `run_loss`.")
     generator = torch.Generator().manual_seed(seed)
-    for name, activation in zip(names, activations, strict=True):
-        _draw(module.get_submodule(name), activation, to, generator)
+    layers: list[Any] = [module.get_submodule(name) for name in names]
+    for layer, activation in zip(layers, activations, strict=True):
+        if to == "lsuv":
+            draw_weights(layer, activation, generator)
+        else:
+            _draw(layer, activation, to, generator)
+    if run_loss is not None and to == "lsuv":
+        scale_to_unit_variance(module, run_loss, layers)
     return list(names)
 
 

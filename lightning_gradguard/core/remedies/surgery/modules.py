@@ -57,7 +57,7 @@ class StandardizedInput(nn.Module):
 
     Args:
         n_features: Size of the dimension of features.
-        dim: Dimension of features: 1 for convolutions, -1 otherwise.
+        dim: Dimension of features, from the last: -1, but for convolutions.
         like: A parameter of the layer, for dtype and device.
         n_batches: Number of batches that are measured.
     """
@@ -76,7 +76,7 @@ class StandardizedInput(nn.Module):
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Returns the inputs, standardized."""
-        features = inputs.detach().movedim(self.dim, -1).flatten(0, -2).float()
+        features = inputs.detach().movedim(self.dim, -1).reshape(-1, len(self.mean)).float()
         if self.training:
             self._measure(features)
         shape = [1] * inputs.ndim

@@ -29,7 +29,7 @@ def gated(module: nn.Module) -> list[str]:
 def recurrent(module: nn.Module, flow: DataFlow) -> list[str]:
     """Returns the names of recurrent modules, and of square linear layers that repeat in a forward pass."""
     found = [name for name, child in module.named_modules() if isinstance(child, RECURRENT)]
-    repeated = (layer for layer in flow.weighted() if layer.calls > 1 and isinstance(layer.module, nn.Linear))
+    repeated = (x for x in flow.weighted() if x.is_recurrent and isinstance(x.module, nn.Linear))
     return found + [x.name for x in repeated if x.module.in_features == x.module.out_features]
 
 
