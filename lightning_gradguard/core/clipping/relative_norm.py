@@ -77,6 +77,8 @@ class _State:
 
     def like(self, norm: Scalar, window: int) -> _State:
         """Returns the state in the form of a norm."""
+        if not isinstance(norm, Tensor) and not isinstance(self.level, Tensor):
+            return self
         values: dict[str, Any] = {key: window_like(norm, getattr(self, key), window) for key in _WINDOWS}
         values |= {key: as_like(norm, getattr(self, key)) for key in _NUMBERS}
         return replace(self, **values)

@@ -153,14 +153,16 @@ class StepCallback(lightning_api.Callback, Configured):
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Begins the fit: the strategy has sharded the parameters by now."""
-        if self._is_first and not self.suite.is_over:
-            self.suite.begin(trainer)
+        suite = self.suite
+        if suite.members and self is suite.members[0] and not suite.is_over:
+            suite.begin(trainer)
 
     @override
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
         """Keeps the loss for the step that it leads to."""
-        if self.suite.is_running and self._is_first:
-            self.suite.observe_loss(trainer, loss)
+        suite = self.suite
+        if suite.is_running and self is suite.members[0]:
+            suite.observe_loss(trainer, loss)
 
     @override
     def on_before_optimizer_step(
@@ -268,10 +270,6 @@ class StepCallback(lightning_api.Callback, Configured):
     def _is_first_of(self, trainer: pl.Trainer) -> bool:
         callbacks: Sequence[Any] = trainer.callbacks  # type: ignore[attr-defined]
         return self is next((other for other in callbacks if isinstance(other, StepCallback)), None)
-
-    @property
-    def _is_first(self) -> bool:
-        return bool(self.suite.members) and self is self.suite.members[0]
 
     def _end_run(self, trainer: pl.Trainer, suite: Suite) -> None:
         suite.ended_run.add(id(self))
