@@ -52,6 +52,8 @@ wheel-test:
 	cd build/wheel && venv/bin/python -m pip check && venv/bin/lightning-gradguard --version
 	cd build/wheel && venv/bin/lightning-gradguard demo && venv/bin/lightning-gradguard report runs --html
 	test -s build/wheel/report.html
+	cd build/wheel && venv/bin/python -c "import importlib.metadata as m, re; \
+		assert not re.search(r'\]\((?!https?:|#)', m.metadata('lightning-gradguard').get_payload())"
 
 # TensorBoard in a real browser; its pictures are those of the documentation
 browser-test: install

@@ -1,4 +1,4 @@
-"""Runs a command, such as another project's tests, with the six callbacks in every Trainer that it makes.
+"""Runs a command, such as another project's tests, with the default callbacks in every Trainer that it makes.
 
 Lightning adds the callbacks that an installed package registers to every Trainer. This makes such a package
 in a temporary folder, and puts it on the path of the command:
@@ -32,7 +32,7 @@ def callbacks():
 
 
 def install(folder: Path) -> None:
-    """Writes a package that registers the six callbacks; it is installed where `folder` is on the path."""
+    """Writes a package that registers the default callbacks; `folder` on the path installs it."""
     (folder / f"{_NAME}.py").write_text(_MODULE, encoding="utf-8")
     metadata = folder / f"{_NAME}-1.dist-info"
     metadata.mkdir()

@@ -1,4 +1,4 @@
-"""Metadata hook of hatchling: the README with absolute links, for the package index."""
+"""Metadata hook of hatchling: the README without relative links, for the package index."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ from typing import Any
 from hatchling.metadata.plugin.interface import MetadataHookInterface
 
 
-def with_absolute_links(markdown: str, repository: str) -> str:
-    """Returns Markdown whose relative links and pictures are those of a repository's main branch."""
+def without_relative_links(markdown: str, repository: str | None) -> str:
+    """Returns Markdown with links to a repository's main branch; without one, their text, and no pictures."""
 
     def absolute(link: re.Match[str]) -> str:
+        if repository is None:
+            return "" if link[1] else link[2]
         kind = "raw" if link[1] else "blob"
         return f"{link[1]}[{link[2]}]({repository}/{kind}/main/{link[3]})"
 
@@ -25,5 +27,5 @@ class ReadmeHook(MetadataHookInterface):
     def update(self, metadata: dict[str, Any]) -> None:
         """Adds the README to the metadata of the package."""
         text = Path(self.root, "README.md").read_text(encoding="utf-8")
-        text = with_absolute_links(text, metadata["urls"]["Repository"])
+        text = without_relative_links(text, metadata.get("urls", {}).get("Repository"))
         metadata["readme"] = {"content-type": "text/markdown", "text": text}

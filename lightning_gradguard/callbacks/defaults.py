@@ -36,10 +36,11 @@ def default_callbacks(
     nan_rollback: NaNRollback | Literal["default"] | None = "default",
     adaptive_gradient_clipping: AdaptiveGradientClipping | Literal["default"] | None = "default",
     learning_rate_backoff: LearningRateBackoff | Literal["default"] | None = "default",
+    verbose: bool = True,
 ) -> list[Callback]:
     """Returns all callbacks, ready for `Trainer(callbacks=...)`.
 
-    Each argument is a callback in place of the default, or `None` for no callback of that class.
+    Each argument but the last is a callback in place of the default, or `None` for no callback of that class.
 
     Args:
         initialization_check: A fresh `InitializationCheck()` by default.
@@ -48,6 +49,8 @@ def default_callbacks(
         nan_rollback: A fresh `NaNRollback()` by default.
         adaptive_gradient_clipping: A fresh `AdaptiveGradientClipping()` by default.
         learning_rate_backoff: A fresh `LearningRateBackoff()` by default.
+        verbose: False to print interventions alone: skips, rollbacks, a lower learning rate. Findings and the
+            summary at the end of the run are then not printed; files and loggers get them all the same.
 
     Raises:
         ValueError: If an argument is of another class.
@@ -68,7 +71,7 @@ def default_callbacks(
         "adaptive_gradient_clipping": adaptive_gradient_clipping,
         "learning_rate_backoff": learning_rate_backoff,
     }
-    callbacks = []
+    callbacks: list[Callback] = []
     for name, callback in chosen.items():
         default = DEFAULTS[name]
         if isinstance(callback, default):
@@ -77,6 +80,9 @@ def default_callbacks(
             callbacks.append(default())
         elif callback is not None:
             raise ValueError(f"{name}={callback!r} must be of class {default.__name__}, or None to omit it.")
+    if not verbose:
+        for configured in callbacks:
+            configured.verbose = False  # type: ignore[attr-defined]
     return callbacks
 
 

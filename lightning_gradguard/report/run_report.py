@@ -140,7 +140,10 @@ def _next_steps(verdict: RunVerdict) -> list[str]:
 def _missing(run: Run, verdict: RunVerdict) -> list[str]:
     notes = []
     if not run.log.gradients and not len(run.log.loss):
-        notes.append("neither a loss nor a gradient norm was logged; add GradientNormMonitor()")
+        notes.append(
+            "neither a loss nor a gradient norm was logged; GradientNormMonitor() logs norms, once in "
+            "log_every_n_steps of the Trainer"
+        )
     elif not run.log.gradients:
         alone = f"no gradient norms were logged, the verdict rests on {run.loss_tag} alone"
         notes.append(f"{alone}; add GradientNormMonitor()")

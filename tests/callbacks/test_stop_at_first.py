@@ -27,6 +27,8 @@ def test_stops_at_the_first_bad_step(check: Any, optimizer: str, tmp_path: Path)
     with pytest.raises(TrainingDivergedError, match="nonfinite .on_nonfinite='stop'.") as raised:
         fit(module, data, [rollback], tmp_path)
     assert "without the bad step" in str(raised.value)
+    assert "To resume, correct that and call trainer.fit(" in str(raised.value)  # no rate helps a NaN input
+    assert "learning rate" not in str(raised.value)
     assert (rollback.skips, rollback.rollbacks) == (1, 0)
     assert same(weights(module), weights(expected))
     saved = torch.load(tmp_path / "last_good.ckpt", weights_only=True)

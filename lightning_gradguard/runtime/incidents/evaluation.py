@@ -75,8 +75,9 @@ def _place(in_metrics: bool, first: tuple[int, int] | None, rank: int | None) ->
     if first is None:
         return ""
     place = f"batch {first[0]} of data loader {first[1]}" + ("" if rank is None else f" on rank {rank}")
-    what = "" if in_metrics else "What the step returns is nonfinite; no metric is. "
-    return f"{what}The first such batch is {place}."
+    if not in_metrics:
+        return f"what the step returns is nonfinite, no metric is; the first such batch is {place}"
+    return f"the first such batch is {place}"
 
 
 def _consequence(trainer: pl.Trainer, metrics: Collection[str]) -> str:

@@ -17,6 +17,8 @@ from lightning_gradguard.runtime.logging import console
 
 #: Name of the checkpoint.
 LAST_GOOD = "last_good.ckpt"
+#: Causes that a lower learning rate does not remove.
+AT_ANY_RATE: tuple[Cause, ...] = ("bad_input", "loss", "optimizer_epsilon")
 
 
 def save_last_good(trainer: pl.Trainer) -> Path | None:
@@ -69,16 +71,23 @@ def divergence_error(
         + (f" Causes: {causes_text}." if causes_text else "")
         + f" {combined_advice(causes, present_in(trainer))} Weights are those of step {step}, {which}."
         + (f" Incidents and checkpoint to resume from: {', '.join(left)}" if left else "")
-        + (f". {_how_to_resume(trainer, last_good, learning_rate_scale)}" if last_good else "")
+        + (
+            f". {_how_to_resume(trainer, last_good, learning_rate_scale, causes)}"
+            if last_good and was_finite
+            else ""
+        )
     )
 
 
-def _how_to_resume(trainer: pl.Trainer, last_good: Path, scale: float) -> str:
+def _how_to_resume(trainer: pl.Trainer, last_good: Path, scale: float, causes: Collection[Cause]) -> str:
+    call = f"trainer.fit(module, ckpt_path='{last_good}')"
+    if causes and all(cause in AT_ANY_RATE for cause in causes):
+        return f"To resume, correct that and call {call}"
     group = trainer.optimizers[0].param_groups[0]
     rate = float(group.get("initial_lr", group["lr"]))
     used = "" if scale == 1 else f", at last scaled by {scale:.3g}"
     return (
         f"To resume at a lower learning rate, set it in configure_optimizers (it was lr={rate:g}{used}; try "
-        f"lr={rate * scale / 10:.2g}) and call trainer.fit(module, ckpt_path='{last_good}'): NaNRollback "
-        "puts the rate of the code in place of that in the checkpoint."
+        f"lr={rate * scale / 10:.2g}) and call {call}: "
+        "NaNRollback puts the rate of the code in place of that in the checkpoint."
     )

@@ -9,12 +9,14 @@ from __future__ import annotations
 import logging
 import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks.progress.tqdm_progress import Tqdm
 
 from lightning_gradguard.runtime.lightning_packages import is_instance_by_name
+from lightning_gradguard.runtime.logging.hyperparameters import Configured
 
 LOGGER = logging.getLogger("lightning_gradguard")
 
@@ -68,8 +70,13 @@ def relative_to_cwd(path: Path) -> str:
 
 
 def print_message(trainer: pl.Trainer, message: str, level: int = logging.INFO) -> None:
-    """Logs a message on the first rank, above the progress bar if there is one."""
-    if trainer.is_global_zero:
+    """Logs a message on the first rank, above the progress bar if there is one.
+
+    An INFO message is dropped if a callback of the suite is not `verbose`.
+    """
+    callbacks: Sequence[object] = trainer.callbacks  # type: ignore[attr-defined]
+    is_quiet = any(isinstance(callback, Configured) and not callback.verbose for callback in callbacks)
+    if trainer.is_global_zero and not (is_quiet and level < logging.WARNING):
         bar = trainer.progress_bar_callback
         shown = bar if bar is not None and getattr(bar, "is_enabled", True) else None
         LOGGER.log(level, "%s", message, extra={"progress_bar": shown})

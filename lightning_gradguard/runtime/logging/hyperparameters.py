@@ -13,9 +13,13 @@ Plain = str | int | float | bool
 
 
 class Configured:
-    """A callback whose `settings` are the arguments that differ from their defaults."""
+    """A callback whose `settings` are the arguments that differ from their defaults.
+
+    If one of a Trainer is not `verbose`, only interventions are printed.
+    """
 
     settings: Mapping[str, Plain] = {}
+    verbose: bool = True
 
 
 def non_defaults(callback: type, arguments: Mapping[str, object]) -> dict[str, Plain]:

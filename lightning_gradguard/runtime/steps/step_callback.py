@@ -44,6 +44,7 @@ class StepCallback(lightning_api.Callback, Configured):
         defers_check: True if `check_step` may be called one step late, without a host synchronization.
         skips_steps: True if the callback carries out the verdict to skip a step, as `NaNRollback` does.
         state_arguments: Arguments that distinguish two instances in a checkpoint.
+        verbose: False to print only interventions of the Trainer's callbacks, none of their findings.
 
     Example:
         >>> import torch

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from lightning_gradguard import default_callbacks
+from lightning_gradguard import NaNRollback, default_callbacks
 from tests.tasks import Classifier, batches, fit, poisoned
 
 LOGGER = logging.getLogger("lightning_gradguard")
@@ -49,6 +49,15 @@ def test_levels(bar: bool, capsys: pytest.CaptureFixture[str]) -> None:
     LOGGER.setLevel(logging.INFO)
     logging.disable(logging.CRITICAL)
     assert "gradguard" not in printed(capsys, enable_progress_bar=bar)
+
+
+def test_a_trainer_that_is_not_verbose_prints_interventions_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    quiet = default_callbacks(nan_rollback=NaNRollback(patience=2), verbose=False)
+    fit(Classifier(), DATA, quiet)
+    text = "".join(capsys.readouterr())
+    assert "Rolled back" in text
+    assert "Run summary" not in text
+    assert "Run summary" in printed(capsys)  # of another Trainer
 
 
 @pytest.mark.parametrize("bar", [False, True])
