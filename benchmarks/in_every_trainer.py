@@ -24,10 +24,18 @@ from pathlib import Path
 GROUPS = ("lightning.pytorch.callbacks_factory", "pytorch_lightning.callbacks_factory")
 _NAME = "gradguard_in_every_trainer"
 _MODULE = """
+import sys
+
+
 def callbacks():
     from lightning_gradguard import default_callbacks
 
-    return default_callbacks()
+    made = default_callbacks()
+    # Lightning adds them to the very list that it is given, with which a program may make its next Trainer:
+    # those of the last one are taken out, as two stateful callbacks with one key are an error
+    given = sys._getframe(2).f_locals["self"].trainer.callbacks
+    given[:] = [callback for callback in given if type(callback) not in map(type, made)]
+    return made
 """
 
 
