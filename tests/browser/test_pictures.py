@@ -139,7 +139,7 @@ def test_text(page: Page, server: Server, pictures: Pictures) -> None:
     visit(page, server, "text")
     page.wait_for_selector("tf-text-loader table")
     text = " ".join(table.inner_text() for table in page.locator("tf-text-loader table").all())
+    pictures.take(page, "text")
     assert "Nonfinite gradients" in text
     assert "Rollback" in text
     assert "embedding.weight and 4 more" in text
-    pictures.take(page, "text")

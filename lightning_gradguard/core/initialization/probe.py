@@ -33,7 +33,7 @@ class Probe:
     Args:
         loss: The loss.
         n_classes: Number of classes, if a classification loss was called.
-        layers: Weighted layers, in the order of the forward pass.
+        layers: Weighted layers with a gradient, in the order of the forward pass: frozen ones have none.
         block_gain: Like `Layer.gain`, at the output of the first repeated block.
         recurrent_gains: For each recurrent module, log10 of the ratio of gradient norms at its first and its
             last input.
@@ -174,7 +174,7 @@ class ForwardTrace(TorchFunctionMode):
         result = function(*args, **(kwargs or {}))
         if name in LOSSES and args:
             self.n_classes = args[0].shape[1] if args[0].ndim > 1 else None
-        elif self.layers and (name in RECTIFIERS or name in SATURATING):
+        elif self.layers and (name in RECTIFIERS or name in SATURATING) and result.requires_grad:
             self._record_activation(self.layers[-1], name, result)
         return result
 
@@ -183,7 +183,7 @@ class ForwardTrace(TorchFunctionMode):
         self._hooks.callback(handle.remove)
 
     def _record_layer(self, module: WeightedLayer, inputs: Any, output: Any, name: str) -> None:
-        if all(layer.module is not module for layer in self.layers):
+        if output.requires_grad and all(layer.module is not module for layer in self.layers):
             self.layers.append(Layer(name, module, output))
             self.last_input = inputs[0] if inputs and inputs[0].requires_grad else self.last_input
 
@@ -192,7 +192,7 @@ class ForwardTrace(TorchFunctionMode):
             self.blocks.append(output)
 
     def _record_recurrent(self, module: nn.RNNBase, inputs: Any, output: Any, name: str) -> None:
-        if isinstance(inputs[0], Tensor) and inputs[0].ndim == 3:
+        if isinstance(inputs[0], Tensor) and inputs[0].ndim == 3 and output[0].requires_grad:
             self.recurrent[name] = (inputs[0], output[0], 1 if module.batch_first else 0)
 
     def _record_activation(self, layer: Layer, name: str, output: Tensor) -> None:

@@ -61,3 +61,28 @@ def test_probe_changes_nothing_on_an_exception() -> None:
     assert not any(m._forward_hooks for m in network.modules())
     with preserve_state(network):
         pass
+
+
+@pytest.mark.parametrize("frozen", ["target network", "backbone", "recurrent backbone"])
+def test_what_is_frozen_is_left_out(frozen: str) -> None:
+    """A network without a gradient, such as the target of a DQN, does not hinder the check of the others."""
+    trained = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4))
+    other: Any = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
+    if frozen == "recurrent backbone":
+        other = nn.GRU(8, 8, batch_first=True)
+    network = nn.ModuleDict({"frozen": other.requires_grad_(False), "trained": trained})
+    inputs = torch.randn(32, 8)
+
+    def run_loss() -> Tensor:
+        if frozen == "target network":
+            return trained(inputs).square().mean() - other(inputs).sum()
+        with torch.no_grad():
+            features = other(inputs[:, None])[0][:, 0] if frozen == "recurrent backbone" else other(inputs)
+        loss: Tensor = trained(features).square().mean()
+        return loss
+
+    found = probe(network, run_loss)
+    assert [layer.name for layer in found.layers] == ["trained.0", "trained.2", "trained.4"]
+    assert [layer.activation for layer in found.layers] == ["relu", "relu", None]
+    assert all(layer.gain is not None for layer in found.layers[:2])
+    assert not found.recurrent_gains
