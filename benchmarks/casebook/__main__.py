@@ -63,7 +63,8 @@ def run(one: Case, bare: bool, whole: bool = False) -> dict[str, Any]:
     module = one.make()
     listener = _Listener()
     omitted = ("initialization_check", "nan_rollback", "adaptive_gradient_clipping", "learning_rate_backoff")
-    suite = default_callbacks(**dict.fromkeys(omitted if bare else () if whole else omitted[:1]))
+    nothing: dict[str, Any] = dict.fromkeys(omitted if bare else () if whole else omitted[:1])
+    suite = default_callbacks(**nothing)
     trainer = pl.Trainer(
         **{**QUIET, "max_steps": -1, "max_epochs": 1, **one.trainer}, callbacks=[*suite, listener]
     )

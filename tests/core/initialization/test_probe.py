@@ -75,10 +75,11 @@ def test_what_is_frozen_is_left_out(frozen: str) -> None:
 
     def run_loss() -> Tensor:
         if frozen == "target network":
-            return trained(inputs).square().mean() - other(inputs).sum()
+            loss: Tensor = trained(inputs).square().mean() - other(inputs).sum()
+            return loss
         with torch.no_grad():
             features = other(inputs[:, None])[0][:, 0] if frozen == "recurrent backbone" else other(inputs)
-        loss: Tensor = trained(features).square().mean()
+        loss = trained(features).square().mean()
         return loss
 
     found = probe(network, run_loss)
