@@ -29,11 +29,14 @@ class _AboveBar(logging.Handler):
             return  # `logging.basicConfig` was called, or the like: the root logger prints it
         bar = getattr(record, "progress_bar", None)
         if bar is None:
-            print(record.getMessage(), file=sys.stderr)
-        else:
+            sys.stderr.write(record.getMessage() + "\n")
+        elif not is_instance_by_name(bar, "TQDMProgressBar"):
+            bar.print(record.getMessage())
+        elif getattr(Tqdm, "_instances", True):
             # the `print` of this bar drops messages while the bar is not on the screen
-            write = Tqdm.write if is_instance_by_name(bar, "TQDMProgressBar") else bar.print
-            write(record.getMessage())
+            Tqdm.write(record.getMessage())
+        else:
+            sys.stdout.write(record.getMessage() + "\n")
 
 
 def _prints(logger: logging.Logger) -> bool:
