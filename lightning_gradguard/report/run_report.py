@@ -139,11 +139,14 @@ def _next_steps(verdict: RunVerdict) -> list[str]:
 
 def _missing(run: Run, verdict: RunVerdict) -> list[str]:
     notes = []
-    if not run.log.gradients and not len(run.log.loss):
+    is_unlogged = not run.log.gradients and not len(run.log.loss)
+    if is_unlogged and verdict.status == "unknown":
         notes.append(
             "neither a loss nor a gradient norm was logged; GradientNormMonitor() logs norms, once in "
             "log_every_n_steps of the Trainer"
         )
+    elif is_unlogged:
+        pass  # of a run that had no finite step, or has incidents alone
     elif not run.log.gradients:
         alone = f"no gradient norms were logged, the verdict rests on {run.loss_tag} alone"
         notes.append(f"{alone}; add GradientNormMonitor()")

@@ -133,9 +133,9 @@ def _symptom(
     evidence = f"{count}, at step {first}" if first == last else f"{count}, from step {first} to {last}"
     actions = Counter(i.action for i in members if i.action != "none")
     evidence += "".join(f"; {n} {label(action)}" for action, n in actions.items())
-    for cause in causes:
+    for cause in causes or [""]:
         of_some = "" if counts[cause] == len(members) else f" of {counts[cause]}"
-        evidence += f"; cause{of_some}: {label(cause)}"
+        evidence += f"; cause{of_some}: {label(cause)}" if cause else ""
         details = dict.fromkeys(i.detail.rstrip(".") for i in members if i.cause == cause and i.detail)
         more = f"; and {len(details) - MAX_DETAILS} more" if len(details) > MAX_DETAILS else ""
         evidence += f": {'; '.join([*details][:MAX_DETAILS])}{more}" if details else ""
@@ -143,6 +143,8 @@ def _symptom(
     # an examination knows more than the cause
     own = tuple(dict.fromkeys(i.advice for i in members if i.advice))[:MAX_DETAILS]
     found = tuple(dict.fromkeys(i.advice for i in members if i.advice and i.cause))[:MAX_DETAILS]
+    if kind in _INITIALIZATION:  # what a trial on the batch has shown to help
+        found = own
     advice = advice_for_cause(main, example.where, present)
     next_steps = found or ((advice,) if advice else remedies(kind, example.where, present) or own)
     return RunSymptom(kind, severity, first, evidence, value, example.where, next_steps, main)

@@ -133,10 +133,11 @@ def _has_content(path: Path) -> bool:
 
 
 def _runs_in(path: Path) -> list[Path]:
-    """Returns the folder itself if it is a run, else the runs below it."""
+    """Returns the folder itself if it is a run, with later ones in it, else the runs below it."""
     is_run = _is_run(path)
-    if is_run and _has_content(path):
-        return [path]
+    if is_run and _has_content(path):  # without a logger, the next run in it has a folder of its own
+        later = [] if scalar_files(path) else [run for run in path.glob("version_*") if _is_run(run)]
+        return [path, *later]
     below = [
         run
         for folder in path.iterdir()

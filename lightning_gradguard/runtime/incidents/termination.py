@@ -8,7 +8,7 @@ from pathlib import Path
 import pytorch_lightning as pl
 
 from lightning_gradguard.core.forensics import Origin
-from lightning_gradguard.core.incidents import Cause, TrainingDivergedError, label
+from lightning_gradguard.core.incidents import AT_ANY_RATE, Cause, TrainingDivergedError, label
 from lightning_gradguard.core.recovery import RecoveryPolicy
 from lightning_gradguard.core.remedies import Present, advice
 from lightning_gradguard.runtime.incidents.journal import incidents_file, run_folder
@@ -17,8 +17,6 @@ from lightning_gradguard.runtime.logging import console
 
 #: Name of the checkpoint.
 LAST_GOOD = "last_good.ckpt"
-#: Causes that a lower learning rate does not remove.
-AT_ANY_RATE: tuple[Cause, ...] = ("bad_input", "loss", "optimizer_epsilon")
 
 
 def save_last_good(trainer: pl.Trainer) -> Path | None:

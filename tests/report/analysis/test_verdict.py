@@ -327,6 +327,14 @@ def test_one_cut_is_no_falling_learning_rate() -> None:
     assert kinds(one) == {}
 
 
+def test_a_cure_that_was_tried_on_the_batch_is_the_next_step() -> None:
+    cure = "Cure: nn.init.kaiming_normal_(model.net[0].weight, nonlinearity='relu')"
+    found = RecordedIncident("poor_initialization", 0, value=0.0, detail="std 0, usual: std > 0", advice=cure)
+    (symptom,) = analyze_run(RunLog(series(falling()), incidents=[found])).symptoms
+    assert symptom.remedies == (cure,)
+    assert symptom.evidence.endswith("at step 0: std 0, usual: std > 0")
+
+
 def test_clipped_peak_is_handled_and_unclipped_peak_is_minor() -> None:
     norms = [1.0] * 40 + [1e5] + [1.0] * 60
     clipped = series([min(norm, 1.0) for norm in norms])

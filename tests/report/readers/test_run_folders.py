@@ -18,6 +18,13 @@ def test_stray_file_does_not_hide_the_runs_below_it() -> None:
     assert list(find_runs([Path("top")])) == ["top"]
 
 
+def test_runs_without_a_logger_in_one_folder_are_two() -> None:
+    for folder in ("top", "top/version_1"):
+        Path(folder).mkdir()
+        Path(folder, "incidents.jsonl").write_text("{}\n")
+    assert [*find_runs([Path("top")]).values()] == [Path("top"), Path("top/version_1")]
+
+
 def test_runs_are_in_natural_order_with_unique_names() -> None:
     write_events("runs/version_10", {"train_loss": [1.0]})
     write_events("runs/version_9", {"train_loss": [1.0]})
