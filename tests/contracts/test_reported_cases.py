@@ -375,7 +375,7 @@ def test_one_unit_on_the_wrong_side(run: Any) -> None:
 
 @pytest.mark.parametrize("clips", [True, False])
 def test_a_rate_that_is_a_thousand_times_too_high(run: Any, clips: bool) -> None:
-    more = {} if clips else {"adaptive_gradient_clipping": None}
+    more: dict[str, Any] = {} if clips else {"adaptive_gradient_clipping": None}
     program = Program(regression, mlp(6, 16, 16, 1, activation=nn.ReLU), sgd(10.0))
     told = run(program, *columns(1600), callbacks=default_callbacks(**more))
     assert told.error is None
