@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Callable
 from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
 import pytest
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim.lr_scheduler import ExponentialLR
 from torch.utils.checkpoint import checkpoint
 
 from lightning_gradguard import Incident, TrainingDiagnosis
-from tests.tasks import Classifier, batches, fit, optimizer_state, same, weights
+from tests.launching import launch_on
+from tests.tasks import Classifier, ResumableLoader, batches, fit, optimizer_state, same, weights
 
 Change = Callable[[Any], Any]
 
@@ -364,3 +368,31 @@ def test_restored_diagnosis_continues_with_what_it_has_seen() -> None:
     resumed.load_state_dict(callback.state_dict())
     assert resumed.diagnosis.roots == callback.diagnosis.roots != []
     assert resumed.diagnosis.state_dict() == callback.diagnosis.state_dict()
+
+
+def test_resumed_run_names_the_same_at_the_same_step(tmp_path: Path) -> None:
+    def slow(net: Any) -> Any:
+        groups = [{"params": net[:2].parameters(), "lr": 1e-11}, {"params": net[2:].parameters()}]
+        return torch.optim.Adam(groups, 1e-3)
+
+    def run(steps: int, **arguments: Any) -> list[Any]:
+        listener = Listener()
+        data, module = batches(30), Task(deep(nn.ReLU, 3), optimizer=slow)
+        keep = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=12, save_top_k=-1)
+        arguments = {"max_steps": steps, "enable_checkpointing": True, **arguments}
+        callbacks = [TrainingDiagnosis(), listener, keep]
+        fit(module, data, callbacks, loader=ResumableLoader(data), **arguments)
+        return [(incident.kind, incident.step, incident.where) for incident in listener.found]
+
+    assert run(12) == []
+    resumed = run(30, ckpt_path=str(tmp_path / "step=12.ckpt"))
+    assert resumed == run(30) == [("weight_stagnation", 25, ("net.0",))]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(180)
+def test_rank_0_decides_and_both_ranks_publish(tmp_path: Path) -> None:
+    launch_on(2, "tests.callbacks.diagnosis_on_two_ranks", str(tmp_path), patience=150)
+    first, second = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1))
+    assert first == second
+    assert [(kind, where[0]) for kind, _, where in first] == [("dead_units", "net.2")]
