@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_gradguard.core import arguments
+from lightning_gradguard.core import arguments, tags
 from lightning_gradguard.core.detectors.diagnosis import (
     Diagnosis,
     Finding,
@@ -24,7 +24,9 @@ from lightning_gradguard.core.remedies import advice_for_finding
 from lightning_gradguard.runtime import distributed, lightning_api
 from lightning_gradguard.runtime.incidents.journal import incident_now, publish
 from lightning_gradguard.runtime.incidents.present import present_in
+from lightning_gradguard.runtime.logging.heat_map import GradientHistory
 from lightning_gradguard.runtime.logging.hyperparameters import non_defaults
+from lightning_gradguard.runtime.logging.metrics import log_figure
 from lightning_gradguard.runtime.sampled_step import (
     SampledStep,
     decoded,
@@ -72,6 +74,9 @@ class TrainingDiagnosis(StepCallback):
         every_n_steps: Interval of the samples after step 250. Before, steps 0, 1, 2, 5, 10, 20, 35 and every
             25th one are sampled.
         symptoms: Kinds to publish; all if `None`.
+        charts: True to log, on sampled steps, shares of units, `dead_share/<layer>`, `saturated_share/<layer>`,
+            and the root mean square of the gradient at each layer's output, `output_gradient/<layer>`, with a
+            heat map of it at the end.
 
     Attributes:
         diagnosis: The findings so far, in `diagnosis.roots`.
@@ -88,7 +93,9 @@ class TrainingDiagnosis(StepCallback):
         Behavior, 2021. Zhang, Zhai, Ma, Shen, AUTOTRAINER, 2021, for symptoms of training.
     """
 
-    def __init__(self, every_n_steps: int = 100, symptoms: Sequence[str] | None = None) -> None:
+    def __init__(
+        self, every_n_steps: int = 100, symptoms: Sequence[str] | None = None, charts: bool = False
+    ) -> None:
         super().__init__()
         self.settings = non_defaults(TrainingDiagnosis, locals())
         chosen = SYMPTOMS if symptoms is None else arguments.names("symptoms", symptoms)
@@ -97,6 +104,8 @@ class TrainingDiagnosis(StepCallback):
             raise ValueError(f"symptoms={unknown[0]!r} must be of {', '.join(SYMPTOMS)}.")
         self.every_n_steps = arguments.whole_number("every_n_steps", every_n_steps)
         self.symptoms = tuple(chosen)
+        self.charts = arguments.flag("charts", charts)
+        self._history = GradientHistory()
         self.diagnosis = Diagnosis()
         self._baselines = LossBaselines()
         self._sampled: SampledStep | None = None
@@ -190,6 +199,9 @@ class TrainingDiagnosis(StepCallback):
             self._publish(trainer, pl_module, decoded(numbers), {})
             return
         sample = record.read(numbers)
+        if self.charts:
+            self.suite.metrics.add_scalars_at(sample.step, sample.scalars())
+            self._history.append(sample.step, sample.output_gradients())
         findings = self.diagnosis.update(sample)
         where, share = record.nonfinite()
         if where:
@@ -219,6 +231,8 @@ class TrainingDiagnosis(StepCallback):
             self._send(self._waiting)
         self._waiting = None
         self.suite.metrics.flush(trainer, pl_module)
+        if len(self._history):
+            log_figure(trainer, tags.OUTPUT_HEAT_MAP, self._history.draw, self._history.last_step)
 
     @override
     def on_exception(

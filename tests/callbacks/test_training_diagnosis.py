@@ -13,6 +13,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import ModelCheckpoint
+from pytorch_lightning.loggers import TensorBoardLogger
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim.lr_scheduler import ExponentialLR
@@ -20,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_gradguard import Incident, TrainingDiagnosis
 from tests.launching import launch_on
+from tests.runtime.logging.test_loggers import events_in
 from tests.tasks import Classifier, ResumableLoader, batches, fit, optimizer_state, same, weights
 
 Change = Callable[[Any], Any]
@@ -216,6 +218,19 @@ def test_what_follows_from_a_cause_is_listed_under_it() -> None:
     (root,) = diagnosis.diagnosis.roots
     assert root.kind == "dead_units"
     assert ("weight_stagnation", 25) in root.followed_by
+
+
+def test_charts_show_units_and_gradients_at_outputs(tmp_path: Path) -> None:
+    logger = TensorBoardLogger(tmp_path)
+    module = Task(biased(deep(nn.ReLU, 4), 2, -20.0))
+    fit(module, batches(8), [TrainingDiagnosis(charts=True)], logger=logger)
+    events = events_in(logger.log_dir)
+    assert [(event.step, event.value) for event in events.Scalars("dead_share/net.2")] == [
+        (step, 1.0) for step in (0, 1, 2, 5)
+    ]
+    assert events.Scalars("output_gradient/net.0")[0].value == 0
+    assert events.Scalars("output_gradient/net.6")[0].value > 0
+    assert "output_gradient/layers" in events.Tags()["images"]
 
 
 def test_chosen_symptoms_alone_are_published() -> None:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from lightning_gradguard.core import tags
 from lightning_gradguard.core.detectors.diagnosis.coverage import Coverage
 
 
@@ -171,3 +172,23 @@ class Sample:
     columns: tuple[float, ...] | None = None
     one_signed: bool = False
     permuted: float = math.nan
+
+    def output_gradients(self) -> dict[str, float]:
+        """Returns the gradient at each layer's output, where one arrives."""
+        return {layer.name: layer.gradient for layer in self.layers if math.isfinite(layer.gradient)}
+
+    def scalars(self) -> dict[str, float]:
+        """Returns what is charted, by tag: gradients at outputs, shares of dead and saturated units.
+
+        Example:
+            >>> unit = UnitSignal("net.0", "net.1", "relu", 0.25, math.nan, is_head=False)
+            >>> list(Sample(0, units=[unit]).scalars().values())
+            [0.25]
+        """
+        found = {tags.tag(tags.OUTPUT_GRADIENT, name): g for name, g in self.output_gradients().items()}
+        for unit in self.units:
+            for form, share in ((tags.DEAD_SHARE, unit.dead), (tags.SATURATED_SHARE, unit.saturated)):
+                if math.isfinite(share):
+                    tag = tags.tag(form, unit.layer)
+                    found[tag] = max(share, found.get(tag, 0.0))
+        return found
