@@ -74,9 +74,8 @@ class TrainingDiagnosis(StepCallback):
         every_n_steps: Interval of the samples after step 250. Before, steps 0, 1, 2, 5, 10, 20, 35 and every
             25th one are sampled.
         symptoms: Kinds to publish; all if `None`.
-        charts: True to log, on sampled steps, `dead_share/<layer>`, `saturated_share/<layer>`, and the root
-            mean square of the gradient at each layer's output, `output_gradient/<layer>`, with a heat map of it
-            at the end.
+        charts: True to log, on sampled steps, `dead_share/<layer>`, `saturated_share/<layer>`, and the rms of
+            the gradient at each layer's output, `output_gradient/<layer>`, with a heat map of it at the end.
 
     Attributes:
         diagnosis: The findings so far, in `diagnosis.roots`.
