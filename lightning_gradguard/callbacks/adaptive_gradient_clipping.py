@@ -93,7 +93,7 @@ class AdaptiveGradientClipping(StepCallback):
         others = []
         if trainer.gradient_clip_val:
             others.append(f"Trainer(gradient_clip_val={trainer.gradient_clip_val})")
-        if lightning_api.overrides_gradient_clipping(pl_module):
+        if lightning_api.overrides(pl_module, "configure_gradient_clipping"):
             others.append(f"{type(pl_module).__name__}.configure_gradient_clipping")
         if others:
             warnings.warn(

@@ -10,12 +10,13 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_gradguard.core import arguments, tags
-from lightning_gradguard.core.incidents import IncidentKind, first_names
+from lightning_gradguard.core.incidents import Cause, IncidentKind, SymptomCause, first_names
 from lightning_gradguard.core.initialization import Finding, InitializationError, table
 from lightning_gradguard.core.parameter_names import plain_name, warn_unknown
 from lightning_gradguard.core.remedies import advice_for_cause
 from lightning_gradguard.runtime.first_batch import FirstBatch, check_first_step, check_weights_alone, fails
 from lightning_gradguard.runtime.incidents.journal import incident_now, open_journal, publish
+from lightning_gradguard.runtime.learning_rates import reason_against_trial, try_rates
 from lightning_gradguard.runtime.lightning_api import (
     Callback,
     allows_extra_pass,
@@ -33,6 +34,13 @@ _KINDS: dict[str, IncidentKind] = {
     "loss": "nonfinite_loss",
     "dead_units": "dead_units",
     "saturated_units": "saturated_units",
+    "learning_rate_too_high": "exploding_gradient",
+    "learning_rate_too_low": "weight_stagnation",
+}
+#: Causes of these incidents.
+_CAUSES: dict[IncidentKind, SymptomCause | Cause] = {
+    "exploding_gradient": "update_too_large",
+    "weight_stagnation": "learning_rate_too_low",
 }
 
 
@@ -55,6 +63,7 @@ class InitializationCheck(Callback, Configured):
     | `init/layer_gain/<module>` | log10 of the gain back to a layer, for layers with a finding |
     | `init/dead_units/<module>` · `init/saturated_units/<module>` | shares, likewise |
     | `init/gain_through_time/<module>` | log10, first step over last, of a recurrent module, likewise |
+    | `init/learning_rate` · `init/largest_stable_rate` | peak of the schedule; largest rate of a trial |
 
     Args:
         on_failure: `"warn"` prints one table; `"raise"` stops the run if a criterion fails; `"repair"`
@@ -63,6 +72,9 @@ class InitializationCheck(Callback, Configured):
         repair_modules: Names of modules that are repaired whatever weights they hold; others only while they
             hold the default initialization of their class.
         seed: Seed of the repair; the global random number generators are not used.
+        rate_trial: Estimate the largest stable learning rate before step 1: 12 steps at each of about 6 rates
+            on further batches of the data, after which everything is restored. A finding names a rate whose
+            peak is too high, or far too low. It needs one device, automatic optimization and one optimizer.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -82,6 +94,7 @@ class InitializationCheck(Callback, Configured):
         on_failure: Literal["warn", "raise", "repair"] = "warn",
         repair_modules: Sequence[str] | None = None,
         seed: int = 0,
+        rate_trial: bool = False,
     ) -> None:
         super().__init__()
         self.settings = non_defaults(InitializationCheck, locals())
@@ -89,6 +102,7 @@ class InitializationCheck(Callback, Configured):
         self.on_failure = on_failure
         self.repair_modules = arguments.names("repair_modules", repair_modules)
         self.seed = arguments.whole_number("seed", seed, at_least=0)
+        self.rate_trial = arguments.flag("rate_trial", rate_trial)
         self.findings: list[Finding] = []
         self.values: dict[str, float] = {}
         self.problem: Exception | None = None
@@ -136,12 +150,18 @@ class InitializationCheck(Callback, Configured):
                     "first, on one device and with a step that gets its batch.",
                 )
             self._report(trainer, pl_module, check_weights_alone(trainer, pl_module))
+            self._print_reason_against_trial(trainer, pl_module)
             return
         first_batch = FirstBatch(trainer, pl_module, batch, batch_idx)
         findings, self.values = first_batch.check()
         if fails(findings) and self.on_failure == "repair":
             findings = self._repair(trainer, pl_module, first_batch, findings)
         self.problem = first_batch.problem
+        if not (fails(findings) or self.problem or self._print_reason_against_trial(trainer, pl_module)):
+            of_rates, values = (
+                try_rates(trainer, pl_module, batch, batch_idx) if self.rate_trial else ([], {})
+            )
+            findings, self.values = [*findings, *of_rates], {**self.values, **values}
         # of single layers, only what is found: a network has as many numbers as layers
         self._input_rms = first_batch.input_rms()
         found = {f"{f.criterion}/{f.module}" for f in findings}
@@ -172,6 +192,13 @@ class InitializationCheck(Callback, Configured):
     ) -> None:
         """Ends the check."""
         self._is_due = self._checks_first_step = False
+
+    def _print_reason_against_trial(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> bool:
+        """Returns True, and prints the reason, if a trial of rates was asked for and is not possible."""
+        reason = reason_against_trial(trainer, pl_module) if self.rate_trial else ""
+        if reason:
+            console.print_message(trainer, f"gradguard: Learning rates were not tried, because of {reason}.")
+        return bool(reason)
 
     def _repair(
         self,
@@ -226,6 +253,7 @@ class InitializationCheck(Callback, Configured):
             if members:
                 where = tuple(dict.fromkeys(f.module for f in members if f.module))
                 cure: dict[str, Any] = {"advice": f"Cure: {members[0].cure}"} if members[0].cure else {}
+                cure["cause"] = _CAUSES.get(kind, "")
                 detail = members[0].describe()
                 if kind in _KINDS.values() and self._input_rms > LARGE_INPUT:
                     cure = {"cause": "input_scale", "advice": advice_for_cause("input_scale", where)}

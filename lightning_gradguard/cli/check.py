@@ -37,9 +37,9 @@ from lightning_gradguard.runtime.lightning_packages import lightning_package_of
 SCHEMA_VERSION = 1
 
 _DESCRIPTION = """\
-Checks with the first training batch that a network can train as it is initialized. No optimizer step is
-taken, and nothing is written. It has the options of `fit`, and uses one device; callbacks and loggers are
-omitted.
+Checks with the first training batches that a network can train as it is initialized, and that its learning
+rate, at the peak of the schedule, is stable: that is tried in a few steps after which everything is restored.
+Nothing is written. It has the options of `fit`, and uses one device; callbacks and loggers are omitted.
 
 """
 _EPILOG = """\
@@ -151,7 +151,7 @@ def _write(path: str, text: str) -> None:
 def _check(arguments: Sequence[str]) -> CheckResult:
     """Runs the first training batch in a Trainer without anything else."""
     logger = import_module(f"{lightning_package_of(named_class(arguments)).__name__}.loggers.logger")
-    check, end = InitializationCheck(), _EndBeforeStep()
+    check, end = InitializationCheck(rate_trial=True), _EndBeforeStep()
     with tempfile.TemporaryDirectory() as folder:
         command = command_line(
             arguments,

@@ -133,6 +133,8 @@ _VALUES = {
     "vanishing_weights": "{:.1g} of their norm is left, usual: above 0.1",
     "exploding_gradient": "total gradient norm {:.4g}",
 }
+#: Kinds whose value is another number for each cause, which the detail names.
+_MEASURED_BY_CAUSE = ("exploding_gradient", "weight_stagnation")
 #: A negative value of `exploding_gradient` is the profile over the layers.
 _GROWTH = "gradients grow by {:.1f} decades from last layer to first, usual: within 3"
 
@@ -210,7 +212,8 @@ class Incident:
             return ""  # a detail compares the loss with that of a constant
         if self.kind == "exploding_gradient" and self.value < 0:
             return _GROWTH.format(-self.value)
-        if self.kind not in _VALUES and self.detail:
+        is_of_cause = self.kind in _MEASURED_BY_CAUSE and self.cause
+        if self.detail and (self.kind not in _VALUES or is_of_cause):
             return self.detail.rstrip(".")
         return _VALUES.get(self.kind, "value {:.4g}").format(self.value)
 

@@ -372,15 +372,14 @@ def gradients_used_after_hook(trainer: pl.Trainer) -> bool:
     return bool(
         trainer.gradient_clip_val
         or gradient_scaler(trainer) is not None
-        or overrides_gradient_clipping(module)
+        or overrides(module, "configure_gradient_clipping")
         or packages - _PACKAGES - {__name__.split(".")[0]}
     )
 
 
-def overrides_gradient_clipping(pl_module: pl.LightningModule) -> bool:
-    """True if the module overrides `configure_gradient_clipping`."""
-    own = type(pl_module).configure_gradient_clipping
-    return own.__module__.split(".")[0] not in _PACKAGES
+def overrides(pl_module: pl.LightningModule, hook: str) -> bool:
+    """True if the module overrides a hook, such as `configure_gradient_clipping`."""
+    return getattr(type(pl_module), hook).__module__.split(".")[0] not in _PACKAGES
 
 
 def train_iterator(trainer: pl.Trainer) -> Any:
@@ -388,3 +387,11 @@ def train_iterator(trainer: pl.Trainer) -> Any:
     combined = getattr(trainer.fit_loop, "_combined_loader", None)
     iterators = getattr(getattr(combined, "_iterator", None), "iterators", [])
     return iterators[0] if len(iterators) == 1 else None
+
+
+def batch_on_device(trainer: pl.Trainer, batch: Any) -> Any:
+    """Returns a batch from the loader as `training_step` gets it: hooks, precision and device applied."""
+    batch = trainer.precision_plugin.convert_input(batch)
+    if (apply := getattr(trainer.lightning_module, "_on_before_batch_transfer", None)) is not None:
+        batch = apply(batch, dataloader_idx=0)
+    return trainer.strategy.batch_to_device(batch, dataloader_idx=0)

@@ -13,7 +13,7 @@ def clip_norm(trainer: pl.Trainer) -> float | None:
     if (
         not trainer.gradient_clip_val
         or by_value
-        or lightning_api.overrides_gradient_clipping(trainer.lightning_module)
+        or lightning_api.overrides(trainer.lightning_module, "configure_gradient_clipping")
     ):
         return None
     return float(trainer.gradient_clip_val)
@@ -24,6 +24,6 @@ def describe_other_clipper(trainer: pl.Trainer) -> str:
     if trainer.gradient_clip_val:
         how = " by value" if clip_norm(trainer) is None else ""
         return f"gradient_clip_val={trainer.gradient_clip_val:g}{how} of the Trainer"
-    if lightning_api.overrides_gradient_clipping(trainer.lightning_module):
+    if lightning_api.overrides(trainer.lightning_module, "configure_gradient_clipping"):
         return f"{type(trainer.lightning_module).__name__}.configure_gradient_clipping"
     return ""

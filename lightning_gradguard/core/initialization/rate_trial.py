@@ -1,0 +1,213 @@
+"""The largest stable learning rate, measured by a few real steps after which everything is restored."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils._pytree import tree_map
+
+from lightning_gradguard.core.initialization.findings import Finding, Severity
+from lightning_gradguard.core.snapshots import preserve_state
+
+#: Steps of a trial, and batches on which the loss is compared afterwards.
+STEPS, HELD_OUT = 12, 4
+#: Ratios of the configured to the largest stable rate from which on it is too high, warn and fail, if the
+#: loss rises by half at least. Of 123 pairs of a cell and a rate beyond the first (docs/stable_rate.md), 3
+#: train, and of 76 beyond the second none.
+TOO_HIGH, RISE = (4.0, 8.0), 1.5
+#: Factor on these ratios for a rate that is warmed up: its stable peak is up to 3 times as high.
+WARMED_UP = 3.0
+#: Ratio below which a rate is too low, if all planned steps, or a thousand where these are fewer, would lower
+#: the loss by less than this share.
+TOO_LOW, MIN_PROGRESS, FEW_STEPS = 1e-3, 0.01, 1000
+#: Rates are tried within so many powers of 2 of the configured one.
+MAX_EXPONENT = 40
+
+
+@dataclass(frozen=True)
+class RateTrial:
+    """Real steps of an optimizer at other learning rates than its own.
+
+    Args:
+        module: The network.
+        optimizer: Its optimizer; a copy of it steps.
+        loss_of: Computes the training loss of a batch, shape `()`.
+        batches: Batches of the steps; of each step as many as it accumulates.
+        held_out: Batches on which the loss is compared with that before the steps.
+        rates: Learning rate of each parameter group that a factor of 1 stands for.
+        clip: Clips the gradients of an optimizer, as the run will.
+
+    Example:
+        >>> network = nn.Linear(2, 1)
+        >>> loss = lambda x: (network(x) - x.sum(1, keepdim=True)).square().mean()
+        >>> held_out, batches = torch.randn(4, 64, 2), torch.randn(8, 1, 64, 2)
+        >>> sgd = torch.optim.SGD(network.parameters(), 1.0)
+        >>> trial = RateTrial(network, sgd, loss, batches, held_out, [1.0])
+        >>> trial.is_stable(0.1), trial.is_stable(10.0)
+        (True, False)
+    """
+
+    module: nn.Module
+    optimizer: Optimizer
+    loss_of: Callable[[Any], Tensor]
+    batches: Sequence[Sequence[Any]]
+    held_out: Sequence[Any]
+    rates: Sequence[float]
+    clip: Callable[[Optimizer], None] = lambda optimizer: None
+
+    def is_stable(self, factor: float) -> bool:
+        """True if steps at the rates times a factor do not raise the loss.
+
+        Weights, gradients, buffers, optimizer state and random numbers are as before afterwards.
+        """
+        before, after = self.losses(factor)
+        return after <= before
+
+    def losses(self, factor: float) -> tuple[float, float]:
+        """Returns the mean loss of the held-out batches before and after the steps; NaN if it diverged."""
+        with _everything_restored(self.module), torch.enable_grad():
+            before = self._held_out_loss()
+            optimizer = optimizer_copy(self.optimizer)
+            for group, rate in zip(optimizer.param_groups, self.rates, strict=True):
+                is_tensor = isinstance(group["lr"], Tensor)
+                group["lr"] = torch.full_like(group["lr"], rate * factor) if is_tensor else rate * factor
+            torch.manual_seed(0)
+            for batches in self.batches:
+                for parameter in self.module.parameters():
+                    parameter.grad = None
+                for batch in batches:
+                    loss = self.loss_of(_fresh(batch)) / len(batches)
+                    if not bool(loss.isfinite()):
+                        return before, math.nan
+                    loss.backward()  # type: ignore[no-untyped-call]
+                self.clip(optimizer)
+                _step_of(optimizer)(optimizer)
+            return before, self._held_out_loss()
+
+    def _held_out_loss(self) -> float:
+        """Returns the mean loss of the held-out batches, with the same random numbers at each call."""
+        torch.manual_seed(0)
+        losses = [float(self.loss_of(_fresh(batch)).detach()) for batch in self.held_out]
+        return sum(losses) / len(losses)
+
+
+def largest_stable_factor(is_stable: Callable[[float], bool]) -> float | None:
+    """Returns about the largest factor that is stable, from a few trials.
+
+    Gaps double until an answer differs from that for 1; then they are halved, down to a factor of 2. The
+    geometric mean of the last stable and the first unstable factor is returned.
+
+    Args:
+        is_stable: Answers for a factor.
+
+    Returns:
+        The factor; infinity if all are stable, and `None` if none is.
+
+    Example:
+        >>> f"{largest_stable_factor(lambda factor: factor < 100):.3g}"
+        '90.5'
+    """
+    starts_stable = is_stable(1.0)
+    sign = 1 if starts_stable else -1
+    near, gap = 0, 1
+    while True:
+        far = near + sign * gap
+        if abs(far) > MAX_EXPONENT:
+            return math.inf if starts_stable else None
+        if is_stable(2.0**far) is not starts_stable:
+            break
+        near, gap = far, 2 * gap
+    stable, unstable = (near, far) if starts_stable else (far, near)
+    while unstable - stable > 1:
+        middle = (stable + unstable) // 2
+        stable, unstable = (middle, unstable) if is_stable(2.0**middle) else (stable, middle)
+    return float(2 ** (stable + 0.5))
+
+
+def rate_finding(
+    name: str,
+    rate: float,
+    factor: float | None,
+    losses: tuple[float, float],
+    n_steps: float,
+    *,
+    warms_up: bool = False,
+) -> Finding | None:
+    """Returns a finding if a learning rate is too high, or far too low; `None` where that is not certain.
+
+    Args:
+        name: The parameter group that has it.
+        rate: The configured one, at the peak of its schedule.
+        factor: The largest stable rate over this one, from `largest_stable_factor`.
+        losses: Before and after a trial at this rate, from `RateTrial.losses`.
+        n_steps: Planned steps of the run; infinity if unknown.
+        warms_up: True if the schedule begins well below its peak.
+
+    Example:
+        >>> finding = rate_finding("param_groups[0]", 0.1, 0.044, (2.3, 90.0), 1000)
+        >>> finding.describe()
+        'learning_rate_too_high of param_groups[0]: 0.1, usual: at most about 0.0044 (12 steps on a copy)'
+    """
+    if factor is None or factor == math.inf:
+        return None
+    before, after = losses
+    bound = f"about {rate * factor:.2g} ({STEPS} steps on a copy)"
+    warn, fail = (ratio * (WARMED_UP if warms_up else 1.0) for ratio in TOO_HIGH)
+    rises = not after <= before + (RISE - 1) * abs(before)
+    if rises and factor <= 1 / warn:
+        severity: Severity = "fail" if factor <= 1 / fail else "warn"
+        return Finding("learning_rate_too_high", name, rate, f"at most {bound}", severity)
+    progress = (before - after) * max(n_steps, FEW_STEPS) / STEPS
+    if factor >= 1 / TOO_LOW and progress < MIN_PROGRESS * abs(before):
+        return Finding("learning_rate_too_low", name, rate, f"closer to {bound}", "warn")
+    return None
+
+
+def optimizer_copy(optimizer: Optimizer) -> Optimizer:
+    """Returns an optimizer with the same parameters and a state of its own, without hooks and schedulers."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    memo = {id(parameter): parameter for parameter in parameters}
+    found = type(optimizer).__new__(type(optimizer))
+    # not by `copy.deepcopy` of the whole, which omits what a subclass adds, and keeps a patched `step`
+    for name, value in vars(optimizer).items():
+        if name.endswith("_hooks"):
+            found.__dict__[name] = OrderedDict()
+        elif name != "step":
+            found.__dict__[name] = copy.deepcopy(value, memo)
+    return found
+
+
+def _step_of(optimizer: Optimizer) -> Callable[[Optimizer], Any]:
+    """Returns the step of an optimizer's class, without what torch wraps around it to call global hooks."""
+    step: Any = type(optimizer).step
+    return step.__wrapped__ if getattr(step, "hooked", False) else step  # type: ignore[no-any-return]
+
+
+@contextmanager
+def _everything_restored(module: nn.Module) -> Iterator[None]:
+    """Restores weights, gradients, buffers, plain attributes and random numbers on exit."""
+    parameters = list(module.parameters())
+    saved = [(p.detach().clone(), p.grad, p.requires_grad) for p in parameters]
+    try:
+        with preserve_state(module):
+            yield
+    finally:
+        with torch.no_grad():
+            for parameter, (value, gradient, requires_grad) in zip(parameters, saved, strict=True):
+                parameter.copy_(value)
+                parameter.grad = gradient
+                parameter.requires_grad_(requires_grad)
+
+
+def _fresh(batch: Any) -> Any:
+    """Returns a copy of a batch, into which a step may write."""
+    return tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, batch)

@@ -1,0 +1,199 @@
+"""The learning rate that a run is configured with, and a trial of it before step 1."""
+
+from __future__ import annotations
+
+import copy
+import math
+import warnings
+from dataclasses import replace
+from itertools import islice
+from typing import Any
+
+import pytorch_lightning as pl
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.utils.data import DataLoader, IterableDataset
+
+from lightning_gradguard.core.initialization import Finding
+from lightning_gradguard.core.initialization.rate_trial import (
+    HELD_OUT,
+    STEPS,
+    RateTrial,
+    largest_stable_factor,
+    optimizer_copy,
+    rate_finding,
+)
+from lightning_gradguard.core.snapshots import rng_state, set_rng_state
+from lightning_gradguard.runtime.incidents.replay import training_loss, without_logging
+from lightning_gradguard.runtime.lightning_api import (
+    REPEATS_CLOSURE,
+    allows_extra_pass,
+    batch_on_device,
+    overrides,
+    takes_iterator,
+)
+
+#: Steps of a schedule that are followed.
+MAX_SCHEDULED = 100_000
+#: Batches that are accumulated in a step of the trial, at most.
+MAX_ACCUMULATED = 8
+
+
+def reason_against_trial(trainer: pl.Trainer, pl_module: pl.LightningModule) -> str:
+    """Returns what forbids to try rates on a copy; empty if nothing does."""
+    optimizers = trainer.optimizers
+    if not pl_module.automatic_optimization:
+        return "manual optimization"
+    if len(optimizers) != 1:
+        return f"{len(optimizers)} optimizers"
+    if trainer.world_size > 1 or not allows_extra_pass(trainer):
+        return f"{type(trainer.strategy).__name__} with {trainer.world_size} processes"
+    if takes_iterator(pl_module):
+        return "training_step(dataloader_iter), which takes its batches itself"
+    kind = type(optimizers[0]).__name__
+    if isinstance(optimizers[0], REPEATS_CLOSURE):
+        return f"{kind}, which evaluates the loss several times a step"
+    if overrides(pl_module, "optimizer_step"):
+        return "an optimizer_step of the module's own"
+    if not all(isinstance(group.get("lr"), float | int | Tensor) for group in optimizers[0].param_groups):
+        return f"{kind} without a learning rate"
+    return ""
+
+
+def peak_rates(trainer: pl.Trainer, pl_module: pl.LightningModule) -> list[float]:
+    """Returns the highest learning rate of each parameter group of the one optimizer.
+
+    Copies of the schedulers step as often as the run will, at most 100,000 times. A scheduler that lowers the
+    rate on a plateau, or that cannot be copied, or that the module steps by a hook of its own, is not
+    followed: the rate is that at the start.
+    """
+    optimizer = trainer.optimizers[0]
+    peaks = _rates(optimizer)
+    configs = [c for c in trainer.lr_scheduler_configs if not c.reduce_on_plateau]
+    if overrides(pl_module, "lr_scheduler_step") or not configs:
+        return peaks
+    followed = optimizer_copy(optimizer)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that the optimizer does not step in between
+            schedulers = copy.deepcopy([config.scheduler for config in configs], {id(optimizer): followed})
+            for config, scheduler in zip(configs, schedulers, strict=True):
+                n = planned_steps(trainer)
+                if config.interval == "epoch":
+                    n /= max(trainer.num_training_batches / trainer.accumulate_grad_batches, 1)
+                for _ in range(int(min(n / config.frequency, MAX_SCHEDULED))):
+                    scheduler.step()
+                    peaks = [*map(max, peaks, _rates(followed))]
+    except Exception:
+        return _rates(optimizer)
+    return peaks
+
+
+def try_rates(
+    trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+) -> tuple[list[Finding], dict[str, float]]:
+    """Tries rates before the first step; returns findings, and the peak and the largest stable rate by name.
+
+    Weights, optimizer, buffers and random numbers are as before afterwards.
+
+    Args:
+        trainer: The Trainer, ahead of its first step.
+        pl_module: The module.
+        batch: The first batch.
+        batch_idx: Its index.
+    """
+    rates = peak_rates(trainer, pl_module)
+    if not max(rates, default=0.0) > 0:
+        return [], {}
+
+    def loss_of(one: Any) -> Tensor:
+        with without_logging(pl_module), trainer.precision_plugin.train_step_context():
+            return training_loss(pl_module, one, batch_idx)
+
+    def clip(copied: Optimizer) -> None:
+        value, algorithm = trainer.gradient_clip_val, trainer.gradient_clip_algorithm
+        pl_module.configure_gradient_clipping(copied, value, algorithm)
+
+    per_step = min(trainer.accumulate_grad_batches, MAX_ACCUMULATED)
+    batches = [batch, *_further_batches(trainer, STEPS * per_step + HELD_OUT - 1)]
+    n_held_out = min(HELD_OUT, max(len(batches) // 3, 1))
+    held_out, rest = batches[-n_held_out:], batches[:-n_held_out] or batches
+    steps = [[rest[(i * per_step + j) % len(rest)] for j in range(per_step)] for i in range(STEPS)]
+    trial = RateTrial(pl_module, trainer.optimizers[0], loss_of, steps, held_out, rates, clip)
+    losses = trial.losses(1.0)
+    if not math.isfinite(losses[0]):
+        return [], {}
+    factor = largest_stable_factor(trial.is_stable)
+    group = max(range(len(rates)), key=lambda i: rates[i])
+    values = {"learning_rate": rates[group]}
+    if factor is not None and factor < math.inf:
+        values["largest_stable_rate"] = rates[group] * factor
+    finding = rate_finding(
+        f"optimizer.param_groups[{group}]",
+        rates[group],
+        factor,
+        losses,
+        planned_steps(trainer),
+        warms_up=_rates(trainer.optimizers[0])[group] < rates[group] / 2,
+    )
+    if finding is None or factor is None:
+        return [], values
+    # the best rate is well below the largest stable one
+    factor /= 4 if finding.criterion == "learning_rate_too_high" else 30
+    if trial.is_stable(factor):
+        finding = replace(finding, cure=_cure(pl_module, trainer.optimizers[0], group, rates[group], factor))
+    return [finding], values
+
+
+def _cure(pl_module: pl.LightningModule, optimizer: Optimizer, group: int, peak: float, factor: float) -> str:
+    """Returns the argument of the user's that sets the peak of a rate to that times a factor."""
+    of_group = optimizer.param_groups[group]
+    if "max_lr" in of_group:
+        return f"max_lr={peak * factor:.1g}  # of the scheduler, in place of {peak:g}"
+    rate = float(of_group.get("initial_lr", of_group["lr"]))
+    named = (
+        name for name, value in pl_module.hparams.items() if value == rate and not isinstance(value, bool)
+    )
+    name = next(named, "lr")
+    owner = type(pl_module).__name__ if name in pl_module.hparams else type(optimizer).__name__
+    return f"{name}={rate * factor:.1g}  # of {owner}, in place of {rate:g}"
+
+
+def planned_steps(trainer: pl.Trainer) -> float:
+    """Returns the number of steps of the run; infinity if it is unknown."""
+    try:
+        return float(trainer.estimated_stepping_batches)
+    except Exception:  # of a loader without a length, or without a limit
+        return math.inf
+
+
+def _further_batches(trainer: pl.Trainer, n: int) -> list[Any]:
+    """Returns batches of another order of the data, at most `n`; none of data that cannot be indexed.
+
+    They are read here and not by the loader, whose workers may be those of the running epoch.
+    """
+    loader = trainer.train_dataloader
+    if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
+        return []
+    sampler = loader.sampler if loader.batch_sampler is None else loader.batch_sampler
+    inner = loader.sampler
+    generator = getattr(inner, "generator", None)
+    is_known = all(type(s).__module__ == "torch.utils.data.sampler" for s in (sampler, inner))
+    random_numbers, own = rng_state(), None if generator is None else generator.get_state()
+    try:
+        chosen = list(islice(sampler, n)) if is_known else []
+        return [batch_on_device(trainer, _collated(loader, indices)) for indices in chosen]
+    finally:
+        set_rng_state(random_numbers)
+        if generator is not None:
+            generator.set_state(own)
+
+
+def _collated(loader: DataLoader[Any], indices: Any) -> Any:
+    if loader.batch_sampler is None:
+        return loader.collate_fn(loader.dataset[indices])
+    return loader.collate_fn([loader.dataset[i] for i in indices])
+
+
+def _rates(optimizer: Optimizer) -> list[float]:
+    return [float(group["lr"]) for group in optimizer.param_groups]

@@ -1,0 +1,136 @@
+"""Rates are tried before step 1 of a real fit, at the peak of their schedule."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pytorch_lightning.loggers import CSVLogger
+from torch import Tensor, nn
+from torch.optim import lr_scheduler
+
+from lightning_gradguard import InitializationCheck
+from tests.tasks import Batch, Classifier, batches, fit, same, weights
+
+
+class AtRate(Classifier):
+    def __init__(self, rate: float, schedule: Any = None, kind: Any = torch.optim.SGD, **how: Any) -> None:
+        super().__init__(**how)
+        self.rate, self.schedule, self.kind = rate, schedule, kind
+
+    def configure_optimizers(self) -> Any:
+        optimizer = self.kind(self.parameters(), self.rate)
+        if self.schedule is None:
+            return optimizer
+        return [optimizer], [{"scheduler": self.schedule(optimizer), "interval": "step"}]
+
+
+def test_a_rate_that_is_too_high_is_an_incident_with_a_cure(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    check, logger = InitializationCheck(rate_trial=True), CSVLogger(tmp_path)
+    fit(AtRate(300.0), batches(20), [check], logger=logger, max_steps=1, enable_progress_bar=True)
+    (finding,) = check.findings
+    assert (finding.criterion, finding.severity) == ("learning_rate_too_high", "fail")
+    assert finding.module == "optimizer.param_groups[0]"
+    assert 0.1 < check.values["largest_stable_rate"] < 10
+    lines = (Path(logger.log_dir) / "incidents.jsonl").read_text().splitlines()
+    (record,) = [r for r in map(json.loads, lines) if r["where"] == ["optimizer.param_groups[0]"]]
+    assert (record["kind"], record["cause"]) == ("exploding_gradient", "update_too_large")
+    assert record["advice"].startswith("Cure: lr=0.")
+    assert "# of SGD, in place of 300" in record["advice"]
+    printed = capsys.readouterr()
+    assert "learning_rate_too_high of optimizer.param_groups[0]: 300" in printed.out + printed.err
+    # the cure, pasted
+    rate = float(record["advice"].split("lr=")[1].split()[0])
+    cured = InitializationCheck(rate_trial=True)
+    module = AtRate(rate)
+    trainer = fit(module, batches(100), [cured])
+    assert cured.findings == []
+    assert float(trainer.callback_metrics["train_loss_step"]) < 1.0
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.Adam])
+@pytest.mark.parametrize("rate", [1e-3, 0.05])
+def test_a_usual_rate_is_none_and_the_run_is_as_without_the_trial(kind: Any, rate: float) -> None:
+    bare, module = (AtRate(rate, kind=kind, norm=True, dropout=0.2) for _ in range(2))
+    check = InitializationCheck(rate_trial=True)
+    torch.manual_seed(1)
+    fit(bare, batches(20))
+    torch.manual_seed(1)
+    fit(module, batches(20), [check])
+    assert same(weights(bare), weights(module))
+    assert check.findings == []
+    assert check.values["learning_rate"] == rate
+
+
+SCHEDULES: dict[str, Any] = {
+    "warm-up": lambda o: lr_scheduler.LambdaLR(o, lambda step: min(1.0, step / 5)),
+    "one cycle": lambda o: lr_scheduler.OneCycleLR(o, 40.0, total_steps=20, pct_start=0.5),
+    "sequential": lambda o: lr_scheduler.SequentialLR(
+        o, [lr_scheduler.LinearLR(o, 0.01, 1.0, 5), lr_scheduler.CosineAnnealingLR(o, 15)], [5]
+    ),
+}
+
+
+@pytest.mark.parametrize(("name", "peak"), [("warm-up", 40.0), ("one cycle", 40.0), ("sequential", 40.0)])
+def test_the_peak_of_the_schedule_counts(name: str, peak: float) -> None:
+    check, module = InitializationCheck(rate_trial=True), AtRate(40.0, SCHEDULES[name])
+    twin = AtRate(40.0, SCHEDULES[name])
+    fit(module, batches(20), [check], max_steps=20)
+    fit(twin, batches(20), max_steps=20)
+    assert check.values["learning_rate"] == pytest.approx(peak, rel=0.2)
+    assert [f.criterion for f in check.findings] == ["learning_rate_too_high"]
+    assert ("max_lr=" if name == "one cycle" else "lr=") in check.findings[0].cure
+    torch.testing.assert_close(weights(module), weights(twin), rtol=0, atol=0, equal_nan=True)
+
+
+def test_a_rate_that_moves_nothing_is_too_low() -> None:
+    check = InitializationCheck(rate_trial=True)
+    fit(AtRate(1e-9), batches(20), [check])
+    assert [(f.criterion, f.severity) for f in check.findings] == [("learning_rate_too_low", "warn")]
+    assert check.findings[0].cure.startswith("lr=")
+
+
+class Manual(Classifier):
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor | None:
+        optimizer: Any = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward(nn.functional.cross_entropy(self.net(batch[0]), batch[1]))
+        optimizer.step()
+        return None
+
+
+class Own(Classifier):
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, closure: Any = None) -> None:
+        optimizer.step(closure=closure)
+
+
+class Quasi(Classifier):
+    def configure_optimizers(self) -> Any:
+        return torch.optim.LBFGS(self.parameters())
+
+
+@pytest.mark.parametrize(
+    ("module", "reason"),
+    [
+        (Manual, "manual optimization"),
+        (Own, "an optimizer_step of the module's own"),
+        (Quasi, "LBFGS, which"),
+    ],
+)
+def test_where_no_trial_is_possible_one_line_has_the_reason(
+    module: type[Classifier], reason: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    check = InitializationCheck(rate_trial=True)
+    fit(module(), batches(2), [check], enable_progress_bar=True)
+    printed = capsys.readouterr()
+    assert f"Learning rates were not tried, because of {reason}" in printed.out + printed.err
+    assert "largest_stable_rate" not in check.values
