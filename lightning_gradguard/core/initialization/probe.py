@@ -32,7 +32,7 @@ class Probe:
 
     Args:
         loss: The loss.
-        n_classes: Number of classes, if a classification loss was called.
+        n_classes: Number of classes, if a classification loss was called that is a mean.
         layers: Weighted layers with a gradient, in the order of the forward pass: frozen ones have none.
         block_gain: Like `Layer.gain`, at the output of the first repeated block.
         recurrent_gains: For each recurrent module, log10 of the ratio of gradient norms at its first and its
@@ -172,7 +172,7 @@ class ForwardTrace(TorchFunctionMode):
     ) -> Any:
         name = getattr(function, "__name__", "").rstrip("_")
         result = function(*args, **(kwargs or {}))
-        if name in LOSSES and args:
+        if name in LOSSES and args and (kwargs or {}).get("reduction", "mean") == "mean":
             self.n_classes = args[0].shape[1] if args[0].ndim > 1 else None
         elif self.layers and (name in RECTIFIERS or name in SATURATING) and result.requires_grad:
             self._record_activation(self.layers[-1], name, result)

@@ -146,7 +146,9 @@ class Rectified:
     def describe(self, finding: Finding, change: str) -> str:
         """Returns the change of architecture and its initializers."""
         kind = self.layers[0].activation
-        norm = " behind a normalization such as nn.LayerNorm" if self.normalized else ""
+        is_linear = isinstance(self.layers[0].module, nn.Linear)
+        norm = f" behind a normalization such as nn.{'LayerNorm' if is_linear else 'GroupNorm'}"
+        norm = norm if self.normalized else ""
         return f"nn.ReLU(){norm} in place of {kind}, and {one_line(self._lines())}  # {change}"
 
     def _lines(self) -> list[str]:

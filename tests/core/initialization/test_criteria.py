@@ -15,6 +15,7 @@ from tests.core.initialization.networks import (
     Recurrent,
     Residual,
     convolutions,
+    digits,
     fails,
     he,
     loss_of,
@@ -90,3 +91,10 @@ def test_loss_above_guessing_is_a_finding() -> None:
     network = mlp(3, initialize=lambda w: nn.init.normal_(w, 0, 0.5))
     criteria = [f.criterion for f in check(network, loss_of(network))[0]]
     assert "loss_over_guessing" in criteria
+
+
+def test_a_sum_of_losses_is_not_compared_with_guessing() -> None:
+    network = mlp(3)
+    inputs, target = digits()
+    summed = nn.CrossEntropyLoss(reduction="sum")
+    assert check(network, lambda: summed(network(inputs[:64]), target[:64]))[0] == []
