@@ -14,9 +14,10 @@ from lightning_gradguard.core.incidents import first_names
 from lightning_gradguard.core.remedies.changes import Change
 from lightning_gradguard.runtime.lightning_api import (
     Callback,
+    overrides,
     reject_unsupported,
+    restart_weight_averages,
     shards_parameters,
-    weight_averages,
 )
 from lightning_gradguard.runtime.logging import console
 from lightning_gradguard.runtime.logging.hyperparameters import Configured, non_defaults
@@ -28,7 +29,7 @@ Module = TypeVar("Module", bound=pl.LightningModule)
 #: Changes of optimizers that the callback makes.
 OF_OPTIMIZERS = ("learning_rate", "warm_up", "weight_decay", "epsilon")
 #: Hooks of the module that it adds to, until they are called.
-_HOOKS = ("configure_model", "configure_optimizers", "on_load_checkpoint")
+_HOOKS = ("setup", "configure_model", "configure_optimizers", "on_load_checkpoint")
 
 
 class Treatment(Callback, Configured):
@@ -83,13 +84,8 @@ class Treatment(Callback, Configured):
                 f"Treatment does not change modules under {type(trainer.strategy).__name__}, which shards "
                 "their weights; train with strategy='ddp', or make the changes in the module's code."
             )
-        if weight_averages(trainer):
-            raise MisconfigurationException(
-                "A callback averages the weights of the module as it is without the changes: list Treatment "
-                "before it."
-            )
 
-        def changes_module(_: Any) -> None:
+        def changes_module(*_: Any) -> None:
             self._change_module(trainer, pl_module)
 
         def changes_optimizers(configured: Any) -> None:
@@ -98,7 +94,8 @@ class Treatment(Callback, Configured):
         def restores(_: Any, checkpoint: dict[str, Any]) -> None:
             change_as_saved(pl_module, checkpoint)
 
-        call_after(pl_module, "configure_model", changes_module)
+        makes_layers = overrides(pl_module, "configure_model")
+        call_after(pl_module, "configure_model" if makes_layers else "setup", changes_module)
         call_after(pl_module, "on_load_checkpoint", restores)
         if stage == "fit":
             call_after(pl_module, "configure_optimizers", changes_optimizers)
@@ -175,6 +172,7 @@ class Treatment(Callback, Configured):
     def _change_module(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         made = change_module(trainer, pl_module, self.changes)
         if made:
+            restart_weight_averages(trainer, pl_module)
             rows = "\n".join(f"  {change.describe()}: {_places(change)}" for change in made)
             console.print_message(trainer, f"gradguard: Changed the module before training:\n{rows}")
 

@@ -33,6 +33,7 @@ from lightning_gradguard.cli.parsing.preparse import named_class
 from lightning_gradguard.core.initialization import Finding, table
 from lightning_gradguard.runtime.lightning_api import Callback
 from lightning_gradguard.runtime.lightning_packages import lightning_package_of
+from lightning_gradguard.runtime.treatment.module import change_as_saved
 
 SCHEMA_VERSION = 1
 
@@ -214,6 +215,7 @@ class _EndBeforeStep(Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.checkpoint is not None:
+            change_as_saved(pl_module, self.checkpoint)
             pl_module.on_load_checkpoint(self.checkpoint)
             load_weights(pl_module, self.checkpoint["state_dict"])
 

@@ -7,6 +7,7 @@ import re
 import shlex
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ from lightning_gradguard.runtime import lightning_api
 from lightning_gradguard.runtime.incidents.dossier import Dossier, DossierError, read_dossier
 from lightning_gradguard.runtime.incidents.replay import SeenBatch, replay
 from lightning_gradguard.runtime.lightning_packages import lightning_package_of
+from lightning_gradguard.runtime.treatment.module import KEY, change_as_saved
 
 _HELP = """\
 usage: lightning-gradguard replay DOSSIER --model my.Module [-c FILE] [--checkpoint FILE]
@@ -138,7 +140,9 @@ def _prepared(arguments: Sequence[str]) -> tuple[Dossier, pl.LightningModule, Ma
     notes = [f"omitted from the dossier: {part}" for part in dossier.left_out]
     weights: Mapping[str, Any] | None = dossier.weights
     if options.checkpoint is not None:
-        weights = read_checkpoint(options.checkpoint, "--checkpoint")["state_dict"]
+        checkpoint = read_checkpoint(options.checkpoint, "--checkpoint")
+        weights = checkpoint["state_dict"]
+        dossier = replace(dossier, changes=checkpoint.get(KEY, []))
         notes.append(f"the weights are those of {options.checkpoint}, not those of step {dossier.step}")
     if weights is None:
         raise UsageError(
@@ -260,6 +264,7 @@ def _trainer(dossier: Dossier, module: pl.LightningModule, weights: Mapping[str,
     lightning_api.attach_for_replay(trainer, module, step=dossier.step, epoch=dossier.epoch)
     try:
         module.configure_model()
+        change_as_saved(module, {KEY: dossier.changes})
         trainer.precision_plugin.convert_module(module)
         if not module.automatic_optimization:
             trainer.strategy.setup_optimizers(trainer)  # the step asks for them

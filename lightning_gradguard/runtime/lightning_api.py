@@ -307,6 +307,13 @@ def weight_averages(trainer: pl.Trainer) -> list[nn.Module]:
     ]
 
 
+def restart_weight_averages(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    """Copies a module whose layers have changed in each callback that averages its weights."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(getattr(callback, "_average_model", None), nn.Module):
+            callback.setup(trainer, pl_module, "fit")
+
+
 def average_counts(trainer: pl.Trainer) -> list[Tensor]:
     """The numbers of models that `StochasticWeightAveraging` has averaged."""
     return [
@@ -378,8 +385,8 @@ def gradients_used_after_hook(trainer: pl.Trainer) -> bool:
 
 
 def overrides(pl_module: pl.LightningModule, hook: str) -> bool:
-    """True if the module overrides a hook, such as `configure_gradient_clipping`."""
-    return getattr(type(pl_module), hook).__module__.split(".")[0] not in _PACKAGES
+    """True if the module, or its class, overrides a hook, such as `configure_gradient_clipping`."""
+    return hook in vars(pl_module) or getattr(type(pl_module), hook).__module__.split(".")[0] not in _PACKAGES
 
 
 def train_iterator(trainer: pl.Trainer) -> Any:

@@ -15,7 +15,16 @@ from torch import Tensor, nn
 from lightning_gradguard import Change, LearningRateBackoff, NaNRollback, Treatment, default_callbacks
 from lightning_gradguard.callbacks.defaults import callbacks_of
 from tests.core.remedies.networks import mlp, networks
-from tests.tasks import Batch, fit, optimizer_state, plain_loader, same, weights
+from tests.launching import launch
+from tests.tasks import (
+    Batch,
+    exponential_averages,
+    fit,
+    optimizer_state,
+    plain_loader,
+    same,
+    weights,
+)
 
 STRUCTURE = [
     Change("replace_activation", {"to": "gelu"}),
@@ -238,3 +247,60 @@ def test_callbacks_of_all_kinds() -> None:
 def test_wrong_changes(changes: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Treatment(changes)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_averages_of_weights_are_of_the_changed_module(first: bool) -> None:
+    trained = module()
+    treatment = Treatment([Change("add_normalization"), Change("add_residual")])
+    averages: list[Any] = [pl.callbacks.StochasticWeightAveraging(1e-2, swa_epoch_start=1)]
+    averages = [*averages, *exponential_averages()][-1:]
+    fit(trained, batches(3), [treatment, *averages] if first else [*averages, treatment], max_epochs=2)
+    shapes = [parameter.shape for parameter in averages[0]._average_model.parameters()]
+    assert shapes == [parameter.shape for parameter in trained.parameters()]
+
+
+RANKS = """
+import sys
+from pathlib import Path
+
+import pytorch_lightning as pl
+import torch
+import torch.distributed as dist
+
+from lightning_gradguard import Change, Treatment
+from tests.callbacks.test_treatment import OPTIMIZERS, STRUCTURE, Trained, batches
+from tests.tasks import plain_loader
+
+
+class Sharded(Trained):
+    def train_dataloader(self):
+        size = 16 - 12 * dist.get_rank()  # a batch that is too small to be normalized by
+        return plain_loader([(x[:size] + dist.get_rank(), y[:size]) for x, y in batches(3)])
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    module = Sharded()
+    trainer = pl.Trainer(
+        accelerator="cpu", devices=2, strategy="ddp", max_epochs=1, logger=False,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        callbacks=[Treatment([*STRUCTURE, *OPTIMIZERS])], use_distributed_sampler=False,
+    )
+    trainer.fit(module)
+    torch.save(dict(module.named_parameters()), Path(sys.argv[1]) / f"rank{trainer.global_rank}.pt")
+    dist.barrier()  # who leaves early takes the connection away from the other
+    dist.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(200)
+def test_two_ranks_make_the_same_changes(tmp_path: Path) -> None:
+    script = tmp_path / "train.py"
+    script.write_text(RANKS)
+    launch([str(script), str(tmp_path)], patience=150)
+    first, second = (torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)

@@ -14,7 +14,7 @@ from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.plugins.precision import MixedPrecision
 from torch import Tensor, nn
 
-from lightning_gradguard import NaNRollback
+from lightning_gradguard import Change, NaNRollback, Treatment
 from lightning_gradguard.cli.main import main
 from lightning_gradguard.core.forensics import Origin
 from lightning_gradguard.runtime.incidents.dossier import read_dossier, write_dossier
@@ -303,3 +303,14 @@ def test_step_may_use_its_logger(tmp_path: Path, capsys: pytest.CaptureFixture[s
     fit(Draws(), poisoned(batches(12), nan=[6]), [NaNRollback()], logger=logger)
     dossier = tmp_path / "run" / "incidents" / "6"
     assert replayed(capsys, dossier, "--model", f"{HERE}.Draws")[0] == 0
+
+
+def test_the_module_is_changed_as_it_was_in_the_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    treatment = Treatment([Change("add_normalization", {"modules": ["body.0"], "norms": ["layer"]})])
+    fit(Logarithm(fails_in="loss"), marked(), [treatment, NaNRollback(snapshot_every_n_steps=1)], tmp_path)
+    (path,) = (tmp_path / "incidents").iterdir()
+    assert read_dossier(path).changes[0]["made"]["kind"] == "add_normalization"
+    code, out = replayed(capsys, path, "--model", f"{HERE}.Logarithm", "--model.fails_in", "loss")
+    assert code == 0, out

@@ -62,6 +62,7 @@ class Dossier:
         frozen: Names of the parameters that were not trained.
         configuration: Of module, optimizers and Trainer, as text.
         versions: Of what took part, by name.
+        changes: Those that a `Treatment` has made of the module; see `runtime.treatment.module`.
     """
 
     origin: Origin
@@ -80,6 +81,7 @@ class Dossier:
     frozen: tuple[str, ...] = ()
     configuration: dict[str, str] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
+    changes: list[dict[str, Any]] = field(default_factory=list)
 
 
 def write_dossier(folder: Path, dossier: Dossier, *, megabytes: float) -> Path:

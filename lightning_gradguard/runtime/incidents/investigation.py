@@ -30,6 +30,7 @@ from lightning_gradguard.runtime.incidents.dossier import Dossier, versions, wri
 from lightning_gradguard.runtime.incidents.lost_batches import sample_ids
 from lightning_gradguard.runtime.incidents.replay import SeenBatch, replay
 from lightning_gradguard.runtime.logging import console
+from lightning_gradguard.runtime.treatment.module import changes_made
 
 
 @dataclass(frozen=True)
@@ -240,6 +241,7 @@ def _dossier(
         frozen=tuple(name for name, p in pl_module.named_parameters() if not p.requires_grad),
         configuration=_configuration(trainer, pl_module),
         versions=versions(),
+        changes=changes_made(pl_module),
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,7 +24,7 @@ Module = TypeVar("Module", bound=pl.LightningModule)
 #: Attribute of a module that was changed: what was asked for, and what it was resolved to.
 _RECORD = "_gradguard_changes"
 #: Key of the same in checkpoints.
-_KEY = "gradguard_changes"
+KEY = "gradguard_changes"
 
 
 def change_module(
@@ -59,14 +59,22 @@ def change_module(
     return made
 
 
-def change_as_saved(pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
+def changes_made(pl_module: pl.LightningModule) -> list[dict[str, Any]]:
+    """Returns the changes of a module as plain data, each as asked for and as made."""
+    pairs: list[tuple[Change, Change]] = vars(pl_module).get(_RECORD, [])
+    return [{"asked": asked.as_dict(), "made": made.as_dict()} for asked, made in pairs]
+
+
+def change_as_saved(pl_module: pl.LightningModule, checkpoint: Mapping[str, Any]) -> None:
     """Makes the changes that a checkpoint has and the module does not, before its weights are loaded.
 
     Raises:
         MisconfigurationException: If the module was changed otherwise than that of the checkpoint.
     """
-    record, saved = _record(pl_module), _saved_changes(checkpoint)
-    of_checkpoint = [made for _, made in saved]
+    saved = _saved_changes(checkpoint)
+    if not saved and _RECORD not in vars(pl_module):
+        return
+    record, of_checkpoint = _record(pl_module), [made for _, made in saved]
     for _, made in record:
         if made not in of_checkpoint and made.kind not in WEIGHT_CHANGES:
             similar = [change.as_dict() for change in of_checkpoint if change.kind == made.kind]
@@ -86,7 +94,7 @@ def load_changed(checkpoint_path: str | Path, module_class: type[Module], **argu
     """Returns a module of a checkpoint, changed as it was when that was written."""
 
     def on_load_checkpoint(self: Any, checkpoint: dict[str, Any]) -> None:
-        if _KEY not in checkpoint:
+        if KEY not in checkpoint:
             raise ValueError(
                 f"{checkpoint_path} is of a module that no Treatment has changed: "
                 f"use {module_class.__name__}.load_from_checkpoint."
@@ -113,8 +121,7 @@ class _SavesChanges:
         return type(self).__call__.__code__
 
     def __call__(self, checkpoint: dict[str, Any]) -> None:
-        pairs = _record(self._module)
-        checkpoint[_KEY] = [{"asked": asked.as_dict(), "made": made.as_dict()} for asked, made in pairs]
+        checkpoint[KEY] = changes_made(self._module)
         if self._own is not None:
             self._own(checkpoint)
         else:
@@ -130,8 +137,8 @@ def _record(pl_module: pl.LightningModule) -> list[tuple[Change, Change]]:
     return record
 
 
-def _saved_changes(checkpoint: dict[str, Any]) -> list[tuple[Change, Change]]:
-    pairs = checkpoint.get(_KEY, ())
+def _saved_changes(checkpoint: Mapping[str, Any]) -> list[tuple[Change, Change]]:
+    pairs = checkpoint.get(KEY, ())
     return [(Change(**pair["asked"]), Change(**pair["made"])) for pair in pairs]
 
 
