@@ -16,7 +16,6 @@ from lightning_gradguard.runtime.lightning_api import (
     Callback,
     overrides,
     reject_unsupported,
-    restart_weight_averages,
     shards_parameters,
 )
 from lightning_gradguard.runtime.logging import console
@@ -172,7 +171,6 @@ class Treatment(Callback, Configured):
     def _change_module(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         made = change_module(trainer, pl_module, self.changes)
         if made:
-            restart_weight_averages(trainer, pl_module)
             rows = "\n".join(f"  {change.describe()}: {_places(change)}" for change in made)
             console.print_message(trainer, f"gradguard: Changed the module before training:\n{rows}")
 

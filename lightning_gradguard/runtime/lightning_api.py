@@ -307,13 +307,6 @@ def weight_averages(trainer: pl.Trainer) -> list[nn.Module]:
     ]
 
 
-def restart_weight_averages(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-    """Copies a module whose layers have changed in each callback that averages its weights."""
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(getattr(callback, "_average_model", None), nn.Module):
-            callback.setup(trainer, pl_module, "fit")
-
-
 def average_counts(trainer: pl.Trainer) -> list[Tensor]:
     """The numbers of models that `StochasticWeightAveraging` has averaged."""
     return [

@@ -18,7 +18,7 @@ from lightning_gradguard.core.remedies.changes import WEIGHT_CHANGES, Change, ap
 from lightning_gradguard.core.snapshots.preservation import rng_state, set_rng_state
 from lightning_gradguard.runtime.distributed import broadcast_tensors, gather_objects
 from lightning_gradguard.runtime.incidents.replay import training_loss, without_logging
-from lightning_gradguard.runtime.lightning_api import train_dataloader_of_fit
+from lightning_gradguard.runtime.lightning_api import train_dataloader_of_fit, weight_averages
 
 Module = TypeVar("Module", bound=pl.LightningModule)
 #: Attribute of a module that was changed: what was asked for, and what it was resolved to.
@@ -56,6 +56,10 @@ def change_module(
         made.append(resolved)
     if made:
         broadcast_tensors([*pl_module.parameters(), *pl_module.buffers()])
+        averages = {id(average) for average in weight_averages(trainer)}
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if averages & {id(value) for value in vars(callback).values()}:
+                callback.setup(trainer, pl_module, "fit")  # it has copied the module as it was
     return made
 
 
