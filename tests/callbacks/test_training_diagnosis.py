@@ -75,6 +75,12 @@ def biased(net: nn.Sequential, layer: int, bias: float) -> nn.Sequential:
     return net
 
 
+def shifted(net: nn.Sequential, layer: int, by: float) -> nn.Sequential:
+    with torch.no_grad():
+        net[layer].bias.copy_(torch.tensor([by, -by]).repeat(16))  # type: ignore[operator]
+    return net
+
+
 def one_unit(*head: nn.Module) -> nn.Sequential:
     return nn.Sequential(nn.Linear(20, 32), nn.ReLU(), nn.Linear(32, 1), *head)
 
@@ -116,6 +122,8 @@ FAILING: dict[str, tuple[str, str, str, Callable[[], Any], Any]] = {
     "dead, by hand": ("dead_units", "", "net.2", lambda: Task(biased(deep(Clamped, 4), 2, -20.0)), None),
     "relu6": ("dead_units", "", "net.2", lambda: Task(biased(deep(nn.ReLU6, 4), 2, -20.0)), None),
     "saturated, by hand": ("saturated_units", "", "net.2", lambda: Task(deep(Bounded, 4, 900.0)), None),
+    "softsign": ("saturated_units", "", "net.2", lambda: Task(deep(nn.Softsign, 4, 8.0)), None),
+    "sigmoid, by hand": ("saturated_units", "", "net.2", lambda: Task(shifted(deep(Logistic, 4), 2, 30.0)), None),
     "update gates": ("saturated_units", "", "rnn", lambda: gated(nn.GRU, slice(16, 32), 40.0), None),
     "input gates": ("saturated_units", "", "rnn", lambda: gated(nn.LSTM, slice(0, 16), -20.0), None),
     "gates of a stack": ("saturated_units", "", "rnn",
@@ -248,6 +256,11 @@ def test_wrong_arguments_are_quoted(arguments: dict[str, Any]) -> None:
 class Clamped(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x.clamp(min=0)
+
+
+class Logistic(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return 1 / (1 + (-x).exp())
 
 
 class Bounded(nn.Module):

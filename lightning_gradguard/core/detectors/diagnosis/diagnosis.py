@@ -54,7 +54,7 @@ class Diagnosis:
     def update(self, sample: Sample) -> list[Finding]:
         """Adds a sample; returns the roots that it confirms, usually none."""
         self._progress.update(sample)
-        self._is_related = self._is_related or sample.permuted >= rules.UNRELATED
+        self._is_related = self._is_related or rules.is_related(sample.permuted, self._progress.over_constant)
         confirmed = []
         shown: dict[tuple[str, str], tuple[int, int]] = {}
         for finding in self._found(sample):

@@ -12,7 +12,7 @@ from torch.nn import functional
 from torch.nn.utils.rnn import PackedSequence
 
 from lightning_gradguard.core.detectors.diagnosis.scalars import accumulated_in, is_measurable
-from lightning_gradguard.core.detectors.diagnosis.units import MIN_ROWS, MOST_SAMPLES, NEARLY_ALL
+from lightning_gradguard.core.detectors.diagnosis.units import MIN_ROWS, MOST_SAMPLES
 
 #: Distance of a gate from 0 or 1, and of a candidate from -1 or 1, below which it is saturated.
 GATE, CANDIDATE = 0.005, 0.03
@@ -97,14 +97,13 @@ def _hidden_states(module: nn.RNNBase, x: Tensor, output: Tensor) -> Tensor:
 
 
 def _share(gate: Tensor, margin: float, harmless: int | None) -> Tensor:
-    """Returns the share of units, or where nearly all values are, that of values, close to 0 or 1."""
+    """Returns the share of units close to 0 or 1 for most samples, or of values, if that is larger."""
     low, high = gate < margin, gate > 1 - margin
     if harmless is not None:
         passes = (high if harmless else low).float().mean(0) > MOST_SAMPLES
         low, high = low & ~passes, high & ~passes
     flat = (low | high).float().mean(0)
-    by_unit, by_value = (flat > MOST_SAMPLES).float().mean(), flat.mean()
-    return torch.where(by_value > NEARLY_ALL, by_value, by_unit)
+    return torch.maximum((flat > MOST_SAMPLES).float().mean(), flat.mean())
 
 
 def with_watched_input(

@@ -29,6 +29,8 @@ TIME_VANISHING, TIME_VANISHING_EARLY, TIME_EXPLODING = -3.0, -6.0, 3.0
 LARGE_UPDATE, HUGE_UPDATE, CLIPPED_UPDATE, SMALL_UPDATE, NO_UPDATE = 0.1, 0.3, 0.05, 1e-5, 1e-7
 UPDATE_STEPS = 50
 STUCK, UNRELATED = 0.95, 0.02
+#: The same for a loss that is worse than a constant's, as under much noise.
+WORSE, UNRELATED_IF_WORSE = 1.0, 0.05
 LARGE_INPUT = 10.0
 #: Largest rms of a column over the median one beyond which columns have different units.
 UNEQUAL_COLUMNS = 50.0
@@ -308,7 +310,7 @@ def _some_stagnate(one: Update, ratios: dict[int, float]) -> Iterator[Finding]:
 def stuck(sample: Sample, progress: Progress, patience: int) -> Iterator[Finding]:
     """Yields a loss that is no better than that of the best constant, or does not depend on the targets."""
     ratio, permuted = progress.over_constant, sample.permuted
-    if sample.step < patience or ratio <= STUCK or permuted >= UNRELATED:
+    if sample.step < patience or ratio <= STUCK or is_related(permuted, ratio):
         return
     if (
         math.isnan(ratio)
@@ -341,6 +343,16 @@ def _inputs(sample: Sample) -> str:
     """Returns the size of the inputs in words, if they are large."""
     rms = sample.input_rms
     return f"; inputs have an rms of {rms:.3g} (usual: about 1)" if rms > LARGE_INPUT else ""
+
+
+def is_related(permuted: float, ratio: float) -> bool:
+    """True if permuted targets raise the loss so much that it depends on them.
+
+    Args:
+        permuted: Relative rise of the loss; NaN if not measured.
+        ratio: The loss over that of the best constant; NaN if unknown.
+    """
+    return permuted >= (UNRELATED_IF_WORSE if ratio > WORSE else UNRELATED)
 
 
 def _why(layers: Sequence[LayerSignal]) -> str:

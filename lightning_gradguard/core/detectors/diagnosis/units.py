@@ -15,10 +15,10 @@ MIN_ROWS = 16
 RECTIFIERS = frozenset({"relu", "relu6", "threshold"})
 SMOOTH_RECTIFIERS = frozenset({"gelu", "silu", "mish", "hardswish", "softplus", "hardshrink", "softshrink"})
 #: Value beyond which an output is saturated, after sigmoids are scaled to -1 .. 1.
-SATURATING = {"tanh": 0.97, "hardtanh": 0.99, "softsign": 0.97, "sigmoid": 0.97, "hardsigmoid": 0.99}
-#: Share of the largest gradient below which a unit gets none, and the distance from 0 beyond which its inputs
-#: are far out.
-NO_GRADIENT, FAR_OUT = 1e-12, 5.0
+SATURATING = {"tanh": 0.97, "hardtanh": 0.99, "softsign": 0.85, "sigmoid": 0.97, "hardsigmoid": 0.99}
+#: Share of the largest gradient below which a unit gets none, or hardly any, and the distance from 0 beyond
+#: which its inputs are far out.
+NO_GRADIENT, HARDLY_ANY, FAR_OUT = 1e-12, 1e-6, 5.0
 #: Output below which a unit of a smooth rectifier is zero.
 NEAR_ZERO = 1e-3
 #: Share of the samples for which a saturated unit is saturated.
@@ -97,10 +97,11 @@ def blocked_shares(
         (tensor(0.5000), tensor(0.))
     """
     others = [d for d in range(gradient.ndim) if d != dim % gradient.ndim]
-    blocked = (gradient.abs().amax(others) <= NO_GRADIENT * largest) & (largest > 0)
-    negative = blocked & (highest <= 0)
-    positive = blocked & (highest > FAR_OUT) & (nearest > FAR_OUT)
-    dead, both = negative.float().mean(), (blocked & (nearest > FAR_OUT)).float().mean()
+    size = gradient.abs().amax(others)
+    negative = (size <= NO_GRADIENT * largest) & (largest > 0) & (highest <= 0)
+    far_out = (size <= HARDLY_ANY * largest) & (largest > 0) & (nearest > FAR_OUT)
+    positive = far_out & (highest > 0)
+    dead, both = negative.float().mean(), far_out.float().mean()
     is_saturated = positive.sum() * 4 > negative.sum()
     return torch.where(is_saturated, 0.0, dead), torch.where(is_saturated, both, 0.0)
 
