@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 #: Functions that apply a softmax to scores, with the scores or what they follow from among their arguments.
 FUNCTIONS = frozenset({"softmax", "scaled_dot_product_attention", "multi_head_attention_forward"})
@@ -40,14 +41,16 @@ def saturated_rows(name: str, arguments: Mapping[str, Any], result: Any) -> Tens
         result: What it has returned.
 
     Returns:
-        `None` for what is no attention: a softmax of less than three dimensions, or over another than the
-        last; NaN for too few rows.
+        `None` for what is no attention, a softmax of less than three dimensions or over another than the last,
+        and for sharded tensors; NaN for too few rows.
 
     Example:
         >>> scores = 100 * torch.eye(8).repeat(2, 1, 1)
         >>> saturated_rows("softmax", {"input": scores, "dim": -1}, scores.softmax(-1))
         tensor(1.)
     """
+    if isinstance(result, DTensor):
+        return None  # sharded scores would need a collective
     with torch.no_grad():
         if name == "softmax":
             scores = arguments["input"].detach()

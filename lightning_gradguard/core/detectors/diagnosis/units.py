@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 #: Values per unit below which a share over the batch means nothing.
 MIN_ROWS = 16
@@ -113,6 +114,6 @@ def is_rectifier(function: Callable[..., Any], args: Sequence[Any], kwargs: Mapp
 
 
 def _others(output: Tensor, dim: int) -> list[int] | None:
-    if output.ndim < 2 or output.numel() / output.shape[dim] < MIN_ROWS:
-        return None
+    if isinstance(output, DTensor) or output.ndim < 2 or output.numel() / output.shape[dim] < MIN_ROWS:
+        return None  # a shard of the units would need a collective
     return [d for d in range(output.ndim) if d != dim % output.ndim]
