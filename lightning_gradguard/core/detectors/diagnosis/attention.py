@@ -41,7 +41,7 @@ def saturated_rows(name: str, arguments: Mapping[str, Any], result: Any) -> Tens
         result: What it has returned.
 
     Returns:
-        `None` for what is no attention, a softmax of less than three dimensions or over another than the last,
+        `None` for what is no attention, a softmax of less than three dimensions or not over the last one,
         and for sharded tensors; NaN for too few rows.
 
     Example:
