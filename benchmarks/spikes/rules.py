@@ -123,5 +123,5 @@ RULES: dict[str, tuple[Callable[[float], Rule], float]] = {
     "log EMA": (LogEMA, 4.0),
     "SpikeDetection": (RunningMean, 2.0),
     "log MAD": (LogMAD, 4.0),
-    "ours": (ours, 4.0),
+    "ours": (ours, 3.0),
 }

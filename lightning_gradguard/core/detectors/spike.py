@@ -15,8 +15,10 @@ UPPER_QUANTILE = 0.9
 MIN_RELATIVE_SPREAD = 0.002
 #: The median absolute deviation of a normal distribution times this is its standard deviation.
 MAD_TO_STD = 1.4826
-#: A small rise is a spike if so many of the last values are above a bound of its own.
-PERSISTENT_VALUES, PERSISTENCE_WINDOW = 3, 4
+#: A small rise is a spike if so many values in a row are above a bound of its own.
+PERSISTENT_VALUES = 6
+#: A value enters the window with at most this multiple of the distance of its bound from the median.
+ENTERS_AT_MOST = 2.0
 #: Steps without an alarm after the first one; each further alarm doubles them.
 QUIET_STEPS = 256
 #: Steps without a spike after which one doubling is undone.
@@ -28,11 +30,11 @@ class SpikeDetector:
 
     The distance from the median of the window to a value is compared with the spread, the mean of two
     distances: to the upper decile, and to the highest value of the window. Heavy tails raise the second, so
-    that one threshold fits normal, skewed and heavy-tailed noise. A smaller rise is a spike if it lasts:
-    three of the last four values above `persistent_threshold`. docs/evidence_rates.md has the table that
-    chose both. Values enter the window after a delay, so that a spike cannot raise the level that it is
-    compared with, and clipped to the bound, so that the detector follows a level that has changed for good,
-    and falls silent where spikes are the nature of the run. Nonfinite values are no spikes and never enter.
+    that one threshold fits normal, skewed and heavy-tailed noise. A smaller rise is a spike if it lasts: six
+    values in a row above `persistent_threshold`. docs/evidence_rates.md has the table that chose both. Values
+    enter the window after a delay, so that a spike cannot raise the level that it is compared with, and
+    clipped to twice the bound's distance, so that the detector follows a level that has changed for good, and
+    falls silent where spikes are the nature of the run. Nonfinite values are no spikes and never enter.
 
     Before `min_history` values, only a value a hundred times larger than all others so far is a spike.
 
@@ -55,7 +57,7 @@ class SpikeDetector:
     def __init__(
         self,
         window: int = 128,
-        threshold: float = 4.0,
+        threshold: float = 3.0,
         persistent_threshold: float = 1.5,
         min_history: int = 32,
         delay: int = 10,
@@ -69,20 +71,20 @@ class SpikeDetector:
         self._sorted: list[float] = []
         self._delayed: deque[float] = deque()
         self._highest = 0.0
-        self._risen: deque[bool] = deque(maxlen=PERSISTENCE_WINDOW)
+        self._risen: deque[bool] = deque(maxlen=PERSISTENT_VALUES)
         self.is_persistent = False
 
     def update(self, value: float) -> bool:
         """Returns True if a value is a spike, and adds it to the history."""
         if not math.isfinite(value):
             return False
-        bound, persistent_bound = self._bounds()
+        centre, bound, persistent_bound = self._bounds()
         self._risen.append(value > persistent_bound)
-        self.is_persistent = self._risen[-1] and sum(self._risen) >= PERSISTENT_VALUES
+        self.is_persistent = sum(self._risen) == PERSISTENT_VALUES
         is_spike = value > bound or self.is_persistent
         if not is_spike:
             self._highest = max(self._highest, value)
-        self._delayed.append(min(value, bound))
+        self._delayed.append(min(value, centre + ENTERS_AT_MOST * (bound - centre)))
         if len(self._delayed) > self._delay:
             self._enter(self._delayed.popleft())
         return is_spike
@@ -106,19 +108,20 @@ class SpikeDetector:
         self._sorted = sorted(self._window)
         self._delayed = deque(state_dict["delayed"])
         self._highest = state_dict["largest"]
-        self._risen = deque(state_dict["risen"], maxlen=PERSISTENCE_WINDOW)
+        self._risen = deque(state_dict["risen"], maxlen=PERSISTENT_VALUES)
 
-    def _bounds(self) -> tuple[float, float]:
-        """Returns the largest value that is no spike, and the same for a rise that lasts."""
+    def _bounds(self) -> tuple[float, float, float]:
+        """Returns the median, the largest value that is no spike, and the same for a rise that lasts."""
         n = len(self._sorted)
         if n < self._min_history:
-            return (EARLY_SPIKE_RATIO * self._highest if self._highest > 0 else math.inf), math.inf
+            bound = EARLY_SPIKE_RATIO * self._highest if self._highest > 0 else math.inf
+            return 0.0, bound, math.inf
         centre = self._sorted[n // 2]
         upper = self._sorted[int(UPPER_QUANTILE * (n - 1))]
         spread = max((upper + self._sorted[-1]) / 2 - centre, MIN_RELATIVE_SPREAD * abs(centre))
         # a steady rise is not to be taken for a level that changes: the window must be long enough to show it
         lasts = self._persistent_threshold * spread if 2 * n >= self._window_size else math.inf
-        return centre + self._threshold * spread, centre + lasts
+        return centre, centre + self._threshold * spread, centre + lasts
 
     def _enter(self, value: float) -> None:
         if len(self._window) == self._window_size:
