@@ -8,7 +8,7 @@ LOGGERS := .venv-loggers
 LOGGERS_STAMP := $(LOGGERS)/.installed
 
 .PHONY: install demo test test-fast test-oldest test-loggers browser-test wheel-test
-.PHONY: check docs guide strategies scaling faults casebook treatment-bench evidence evidence-quick bench bench-gpu
+.PHONY: check docs guide strategies scaling faults casebook treatment-bench evidence evidence-quick third-party bench bench-gpu
 
 install: $(STAMP)
 
@@ -89,6 +89,9 @@ faults: install
 
 evidence: install
 	$(BIN)/python -m benchmarks.evidence
+
+third-party: install
+	$(BIN)/python -m benchmarks.third_party
 
 evidence-quick: install
 	$(BIN)/python -m benchmarks.evidence --quick

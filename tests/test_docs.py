@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import logging
 import math
 import os
@@ -20,6 +21,8 @@ import yaml
 import lightning_gradguard
 from docs.generators import experiments, guide
 from docs.generators.experiments import Run
+from lightning_gradguard import WeightNormConstraint
+from lightning_gradguard.callbacks.defaults import DEFAULTS
 from lightning_gradguard.cli.main import main as command
 from lightning_gradguard.cli.parsing.lightning_cli import command_line, fit_argv
 
@@ -78,6 +81,35 @@ def my_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 #: LightningCLI calls deprecated names of jsonargparse.
 renamed = pytest.mark.filterwarnings("ignore:[\\s\\w`.]* was deprecated in v4")
+
+
+def test_links_to_headings_resolve() -> None:
+    headings = {
+        page: {anchor(line) for line in re.findall(r"^#+ (.*)$", PAGES[page], re.M)} for page in PAGES
+    }
+    broken = []
+    for page, text in PAGES.items():
+        for target, heading in re.findall(r"\]\(([^)#\s:]*)#([^)\s.]+)\)", text):
+            other = str((ROOT / page).parent.joinpath(target).resolve().relative_to(ROOT)) if target else page
+            if heading not in headings.get(other, ()):
+                broken.append(f"{page}: {target}#{heading}")
+    assert not broken
+
+
+def anchor(heading: str) -> str:
+    """The anchor that Markdown gives a heading."""
+    words = re.sub(r"[^\w\s-]", "", heading.replace("`", "").lower()).strip()
+    return re.sub(r"[-\s]+", "-", words)
+
+
+CALLBACKS: dict[str, type] = {**DEFAULTS, "weight_norm_constraint": WeightNormConstraint}
+
+
+@pytest.mark.parametrize("name", CALLBACKS)
+def test_each_default_names_its_reason_and_measurement(name: str) -> None:
+    rows = re.findall(r"^\| (`.*?=.*) \| .+ \| .+ \|$", PAGES[f"docs/callbacks/{name}.md"], re.M)
+    documented = {argument for row in rows for argument in re.findall(r"`(\w+)=", row)}
+    assert documented == set(inspect.signature(CALLBACKS[name]).parameters)
 
 
 @renamed

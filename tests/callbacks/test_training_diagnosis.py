@@ -107,13 +107,19 @@ FAILING: dict[str, tuple[str, str, str, Callable[[], Any], Any]] = {
     "rate": ("exploding_gradient", "update_too_large", "", lambda: Task(optimizer=rate(100.0)), None),
     "softmax": ("stuck_loss", "softmax_before_loss", "net.6",
                 lambda: Task(loss=lambda z, y: functional.cross_entropy(z.softmax(1), y)), None),
+    "sigmoids": ("stuck_loss", "softmax_before_loss", "net.6",
+                 lambda: Task(loss=lambda z, y: functional.cross_entropy(z.sigmoid(), y)), None),
     "nll": ("stuck_loss", "not_log_probabilities", "net.6", lambda: Task(loss=functional.nll_loss), None),
     "one class": ("stuck_loss", "single_class", "net.2",
                   lambda: Task(one_unit(nn.Softmax(1)), by_hand), values()),
+    "entropy of a regression": ("stuck_loss", "single_class", "net.2",
+                                lambda: Task(one_unit(), functional.cross_entropy), values()),
     "broadcast": ("stuck_loss", "broadcast_targets", "net.2",
                   lambda: Task(one_unit(), by_hand), values(flat=True)),
     "out of reach": ("stuck_loss", "unreachable_targets", "net.2",
                      lambda: Task(one_unit(nn.Sigmoid()), functional.mse_loss), values(shift=-5.0)),
+    "on the way": ("stuck_loss", "learning_rate_too_low", "net.2",
+                   lambda: Task(one_unit(), functional.mse_loss, rate(1e-5)), values(180, shift=50.0)),
     "logits": ("stuck_loss", "softmax_before_loss", "net.2",
                lambda: Task(one_unit(nn.Sigmoid()), functional.binary_cross_entropy_with_logits),
                [(x, (y > 0).float()) for x, y in values()]),
@@ -144,7 +150,7 @@ FAILING: dict[str, tuple[str, str, str, Callable[[], Any], Any]] = {
 @pytest.mark.parametrize("name", FAILING)
 def test_failing_program_is_named_with_cause_and_layer(name: str) -> None:
     kind, cause, layer, make, data = FAILING[name]
-    n = 25 if name == "rate of 0" else 12
+    n = {"rate of 0": 25, "on the way": 180}.get(name, 12)
     (incident,) = diagnosed(make(), n, data)
     assert incident.kind == kind
     assert not cause or incident.cause == cause

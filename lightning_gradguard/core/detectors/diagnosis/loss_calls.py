@@ -70,9 +70,9 @@ def broken_conditions(
         sums = values.sum(1)
         is_simplex = ((values >= 0).all(1) & ((sums - 1).abs() < 1e-3)).float().mean()
         yield "softmax_before_loss", True if head in ("Softmax", "Sigmoid") else is_simplex
+    if function in ("cross_entropy", "nll_loss") and values.ndim > 1 and values.shape[1] == 1:
+        yield "single_class", True
     if function in ("cross_entropy", "nll_loss") and not target.is_floating_point():
-        if values.ndim > 1 and values.shape[1] == 1:
-            yield "single_class", True
         yield "labels_ignored", (target == options.get("ignore_index", -100)).all()
     if function == "nll_loss" and values.ndim > 1:
         yield "not_log_probabilities", (values.logsumexp(1).abs() > 0.01).float().mean()

@@ -329,12 +329,17 @@ def stuck(sample: Sample, progress: Progress, patience: int) -> Iterator[Finding
         facts.append(f"the loss is {ratio:.2f} times that of the best constant answer")
     if not math.isnan(permuted):
         facts.append(f"it rises by {permuted:.1%} if the targets are permuted")
+    if sample.one_signed:
+        facts.append("all answers lie on one side of their targets")
     head = tuple(layer.name for layer in sample.layers if layer.is_last)
     has_range = any(call.flags.get("unreachable_targets", 0.0) > 0 for call in sample.calls)
     cause = "unreachable_targets" if sample.one_signed and has_range else "unknown"
     if cause == "unknown" and input_cause(sample) != "unknown" and sample.layers:
         cause, head = "input_scale", (sample.layers[0].name,)
         facts += filter(None, [_inputs(sample).strip("; ")])
+    is_bounded = any(layer.is_last and layer.activation for layer in sample.layers)
+    if cause == "unknown" and sample.one_signed and not is_bounded and progress.over_first < 1:
+        cause = "learning_rate_too_low"  # the answers are on their way to the targets
     value = permuted if math.isnan(ratio) else ratio
     yield Finding("stuck_loss", cause, head, value, "; ".join(facts), "stuck", 2)
 
