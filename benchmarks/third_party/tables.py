@@ -17,9 +17,9 @@ TITLES = {"at51": "AT-51", "twins": "StackOverflow twins", "regression": "Regres
 
 HEAD = """# Programs of others
 
-Failing and healthy programs of published benchmarks, rebuilt from the facts that are public: what the suite
-says of each with its defaults, and what it changes. `make third-party` writes this page; records are in
-`benchmarks/third_party/records.jsonl`. One seed unless said. Data comes from scikit-learn or from formulas of
+Failing and healthy programs of published benchmarks, rebuilt from the facts that are public: incidents of
+the suite with its defaults, and what it changes. `make third-party` writes this page; records are in
+`benchmarks/third_party/records.jsonl`. One seed each. Data comes from scikit-learn or from formulas of
 the kind and scale of the original; the digits of scikit-learn stand for MNIST. AT-51 runs 60 epochs in place
 of 300.
 

@@ -14,6 +14,8 @@ from lightning_gradguard.core.detectors.diagnosis.sample import Sample
 #: Steps before which a loss is not stuck but may start slowly, the share of the planned steps, and the steps
 #: for a run that ends soon.
 PATIENCE, PATIENT_SHARE, MIN_PATIENCE = 150, 0.2, 100
+#: The share of a short run in which a deep narrow network may only start slowly, and its steps at most.
+SLOW_SHARE, SLOW_STEPS = 0.6, 300
 #: Share of a learning rate, from one sample to the next, below which it falls for good.
 NO_RATE = 1e-2
 #: Findings on the same sample: the first is the root.
@@ -43,7 +45,7 @@ class Diagnosis:
 
     def plan(self, steps: int) -> None:
         """Takes the number of steps of the run, 0 if unknown, by which a slow start is measured."""
-        patience = max(PATIENCE, int(PATIENT_SHARE * steps))
+        patience = max(PATIENCE, int(PATIENT_SHARE * steps), min(SLOW_STEPS, int(SLOW_SHARE * steps)))
         self.patience = min(patience, max(MIN_PATIENCE, 2 * steps // 3)) if steps else patience
 
     def wants_permutation(self, step: int) -> bool:
