@@ -224,6 +224,11 @@ def test_a_module_whose_step_needs_the_fit_is_changed_by_its_structure() -> None
     with pytest.warns(UserWarning, match=r"could not run a training batch .*RuntimeError: not yet"):
         fit(fails, batches(2), [Treatment([Change("replace_activation")])])
     assert type(fails.net[1]) is nn.ReLU
+    with (
+        pytest.warns(UserWarning, match="not yet"),
+        pytest.raises(MisconfigurationException, match=r"cannot make initialize\(to=lsuv\)"),
+    ):
+        fit(Fails(), batches(2), [Treatment([Change("initialize", {"to": "lsuv"})])])
 
 
 def test_callbacks_of_all_kinds() -> None:

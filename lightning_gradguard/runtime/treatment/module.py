@@ -47,6 +47,11 @@ def change_module(
         due = [change for change in due if change.is_resolved and change.kind not in WEIGHT_CHANGES]
     needs_batch = any(not change.is_resolved or change["to"] == "lsuv" for change in due)
     run_loss = _run_of_first_batch(trainer, pl_module) if needs_batch else None
+    if run_loss is None and (unfit := [change for change in due if change["to"] == "lsuv"]):
+        raise MisconfigurationException(
+            f"Treatment cannot make {unfit[0].describe()}, which scales layers on a training batch: none ran "
+            "before the fit. to='kaiming', 'xavier' and 'orthogonal' need none."
+        )
     made = []
     for change in due:
         found = change if change.is_resolved else resolve(pl_module, change, run_loss)

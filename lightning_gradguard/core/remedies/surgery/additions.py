@@ -81,6 +81,7 @@ def inputs(module: nn.Module, flow: DataFlow, names: Collection[str]) -> list[st
         for layer in (flow.named(module, names) if names else flow.layers.values())
         if isinstance(layer.module, (*WEIGHTED, *RECURRENT))
         and not hasattr(layer.module, STANDARDIZATION)
+        and _features(layer.module)[0] > 0  # 0 for a lazy one that has not run yet
         and (names or (layer.takes_input and not layer.is_frozen))
     ]
 
@@ -89,16 +90,19 @@ def standardize_inputs(module: nn.Module, names: Collection[str]) -> list[str]:
     """Standardizes what layers get, by feature."""
     for name in names:
         layer = module.get_submodule(name)
+        size, dim = _features(layer)
         like = next(layer.parameters())
-        if isinstance(layer, _ConvNd):
-            size, dim = layer.in_channels, -1 - len(layer.kernel_size)
-        else:
-            assert isinstance(layer, (nn.Linear, *RECURRENT))
-            size = layer.in_features if isinstance(layer, nn.Linear) else layer.input_size
-            dim = -1
         layer.add_module(STANDARDIZATION, StandardizedInput(size, dim, like).train(layer.training))
         layer.register_forward_pre_hook(standardize_input)
     return list(names)
+
+
+def _features(layer: nn.Module) -> tuple[int, int]:
+    """Returns the number of features that a layer takes, and their dimension, from the last."""
+    if isinstance(layer, _ConvNd):
+        return layer.in_channels, -1 - len(layer.kernel_size)
+    assert isinstance(layer, (nn.Linear, *RECURRENT))
+    return (layer.in_features if isinstance(layer, nn.Linear) else layer.input_size), -1
 
 
 def blocks(module: nn.Module, flow: DataFlow, names: Collection[str]) -> list[str]:
