@@ -8,7 +8,7 @@ LOGGERS := .venv-loggers
 LOGGERS_STAMP := $(LOGGERS)/.installed
 
 .PHONY: install demo test test-fast test-oldest test-loggers browser-test wheel-test
-.PHONY: check docs guide strategies scaling faults casebook treatment-bench evidence evidence-quick third-party bench bench-gpu
+.PHONY: check docs guide strategies scaling faults casebook zoo treatment-bench evidence evidence-quick third-party bench bench-gpu
 
 install: $(STAMP)
 
@@ -86,6 +86,10 @@ treatment-bench: install
 
 faults: install
 	$(BIN)/python -m benchmarks.faults
+
+zoo: install
+	$(BIN)/python -m benchmarks.zoo.truth
+	$(BIN)/python -m benchmarks.zoo
 
 evidence: install
 	$(BIN)/python -m benchmarks.evidence

@@ -21,6 +21,8 @@ ZERO_GAIN = -45.0
 RECTIFIERS = frozenset({"relu", "leaky_relu", "elu", "selu", "gelu", "silu", "mish", "relu6", "celu"})
 SATURATING = {"tanh": 0.97, "sigmoid": 0.985}
 LOSSES = frozenset({"cross_entropy", "nll_loss"})
+#: Calls in one pass from which on a cell counts as a loop through time.
+MIN_CALLS = 4
 #: Layers whose weights are checked.
 WeightedLayer: TypeAlias = nn.Linear | _ConvNd
 LAYERS = (nn.Linear, _ConvNd)
@@ -37,6 +39,7 @@ class Probe:
         block_gain: Like `Layer.gain`, at the output of the first repeated block.
         recurrent_gains: For each recurrent module, log10 of the ratio of gradient norms at its first and its
             last input.
+        recurrent_losses: The same ratio for the gradient of the loss, which also takes other paths.
         recurrent_steps: Number of steps of each of them.
         gradients: Gradient of the loss for each parameter by name; `None` where it is unused.
     """
@@ -46,6 +49,7 @@ class Probe:
     layers: list[Layer] = field(default_factory=list)
     block_gain: float | None = None
     recurrent_gains: dict[str, float] = field(default_factory=dict)
+    recurrent_losses: dict[str, float] = field(default_factory=dict)
     recurrent_steps: dict[str, int] = field(default_factory=dict)
     gradients: dict[str, Tensor | None] = field(default_factory=dict)
 
@@ -76,6 +80,17 @@ def probe(module: nn.Module, run_loss: Callable[[], Tensor], seed: int = 0) -> P
             outputs_over_time, time = recurrence[1:]
             result.recurrent_gains[name] = _gain_through_time(*recurrence, generator)
             result.recurrent_steps[name] = outputs_over_time.shape[time]
+            of_loss = torch.autograd.grad(loss, recurrence[0], retain_graph=True, allow_unused=True)[0]
+            if of_loss is not None:
+                result.recurrent_losses[name] = _ends(of_loss, time)
+        for name, calls in trace.cells.items():
+            if len(calls) >= MIN_CALLS:
+                vector = torch.randn(calls[-1].shape, generator=generator).to(calls[-1])
+                (first,) = torch.autograd.grad(calls[-1], calls[:1], vector, retain_graph=True)
+                result.recurrent_gains[name] = _decades(float((first.norm() / vector.norm()).double()))
+                ends = torch.autograd.grad(loss, [calls[0], calls[-1]], retain_graph=True, allow_unused=True)
+                if ends[0] is not None and ends[1] is not None:
+                    result.recurrent_losses[name] = _ratio(*ends)
         named = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
         if named and loss.requires_grad:
             found = torch.autograd.grad(loss, [p for _, p in named], allow_unused=True)
@@ -101,9 +116,16 @@ def _gain_through_time(inputs: Tensor, outputs: Tensor, time: int, generator: to
     last = outputs.select(time, -1)
     vector = torch.randn(last.shape, generator=generator).to(last)
     (gradient,) = torch.autograd.grad(last, inputs, vector, retain_graph=True)
-    first = gradient.select(time, 0).double().norm()
-    final = gradient.select(time, -1).double().norm()
-    return _decades(float(first)) - _decades(float(final))
+    return _ends(gradient, time)
+
+
+def _ends(gradient: Tensor, time: int) -> float:
+    """Returns log10 of the norm at the first step over that at the last."""
+    return _ratio(gradient.select(time, 0), gradient.select(time, -1))
+
+
+def _ratio(first: Tensor, last: Tensor) -> float:
+    return _decades(float(first.double().norm())) - _decades(float(last.double().norm()))
 
 
 def _decades(value: float) -> float:
@@ -141,6 +163,7 @@ class ForwardTrace(TorchFunctionMode):
         super().__init__()
         self.layers: list[Layer] = []
         self.blocks: list[Tensor] = []
+        self.cells: dict[str, list[Tensor]] = {}
         self.recurrent: dict[str, tuple[Tensor, Tensor, int]] = {}
         self.last_input: Tensor | None = None
         self.n_classes: int | None = None
@@ -155,6 +178,8 @@ class ForwardTrace(TorchFunctionMode):
         for name, child in self._module.named_modules():
             if isinstance(child, LAYERS):
                 self._on_forward(child, self._record_layer, name.replace("_orig_mod.", ""))
+            elif isinstance(child, nn.RNNCellBase):
+                self._on_forward(child, self._record_call, name)
             elif isinstance(child, nn.RNNBase):
                 handle = child.register_forward_pre_hook(_with_gradient_of_input)
                 self._hooks.callback(handle.remove)
@@ -190,6 +215,12 @@ class ForwardTrace(TorchFunctionMode):
     def _record_block(self, module: nn.Module, inputs: Any, output: Any) -> None:
         if isinstance(output, Tensor) and output.requires_grad:
             self.blocks.append(output)
+
+    def _record_call(self, module: nn.Module, inputs: Any, output: Any, name: str) -> None:
+        # of an LSTM, the state that its gates keep
+        output = output[-1] if isinstance(output, tuple) else output
+        if output.requires_grad:
+            self.cells.setdefault(name, []).append(output)
 
     def _record_recurrent(self, module: nn.RNNBase, inputs: Any, output: Any, name: str) -> None:
         if isinstance(inputs[0], Tensor) and inputs[0].ndim == 3 and output[0].requires_grad:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_gradguard.core.initialization import check
 from tests.core.initialization.networks import (
@@ -98,3 +98,42 @@ def test_a_sum_of_losses_is_not_compared_with_guessing() -> None:
     inputs, target = digits()
     summed = nn.CrossEntropyLoss(reduction="sum")
     assert check(network, lambda: summed(network(inputs[:64]), target[:64]))[0] == []
+
+
+class Steps(nn.Module):
+    """A loop over a cell, or a recurrent module, whose last output or each output is classified."""
+
+    def __init__(self, cell: nn.Module, *, per_step: bool = False) -> None:
+        super().__init__()
+        self.cell, self.head, self.per_step = cell, nn.Linear(16, 4), per_step
+
+    def loss(self) -> Tensor:
+        x = torch.randn(32, 30, 4, generator=torch.Generator().manual_seed(0))
+        if isinstance(self.cell, nn.RNNBase):
+            states = self.cell(x)[0]
+        else:
+            state, found = x.new_zeros(32, 16), []
+            for t in range(30):
+                state = self.cell(x[:, t], state)
+                found.append(state)
+            states = torch.stack(found, 1)
+        states = states if self.per_step else states[:, -1:]
+        target = torch.zeros(states.shape[:2], dtype=torch.long)
+        return nn.functional.cross_entropy(self.head(states).flatten(0, 1), target.flatten())
+
+
+@pytest.mark.parametrize("make", [lambda: nn.RNNCell(4, 16), lambda: nn.RNN(4, 16, batch_first=True)])
+def test_recurrence_fails_where_only_its_last_output_reaches_the_loss(make: Callable[[], nn.Module]) -> None:
+    torch.manual_seed(0)
+    network = Steps(make())
+    (finding,) = check(network, network.loss, scale_free=True)[0]
+    assert (finding.criterion, finding.module, finding.severity) == ("gain_through_time", "cell", "fail")
+    network.per_step = True
+    assert [f.severity for f in check(network, network.loss, scale_free=True)[0]] == ["info"]
+
+
+def test_a_loss_far_above_guessing_is_a_failure_for_an_optimizer_of_plain_gradients() -> None:
+    network = mlp(3, initialize=lambda w: nn.init.normal_(w, 0, 2.0))
+    for scale_free, severity in ((False, "fail"), (True, "warn")):
+        findings, _ = check(network, loss_of(network), scale_free=scale_free)
+        assert [f.severity for f in findings if f.criterion == "loss_over_guessing"] == [severity]

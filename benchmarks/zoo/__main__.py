@@ -1,0 +1,171 @@
+"""Compares the verdict of the initialization check at step 0 with what trains, and writes docs/zoo.md.
+
+`python -m benchmarks.zoo` takes a few minutes; the truth is that of `python -m benchmarks.zoo.truth`. Bounds
+of the check were set on every second network of a family; the others, and whole families, are held out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+from benchmarks.zoo.entries import HELD_OUT_FAMILIES, Entry, entries
+from benchmarks.zoo.rivals import RIVALS, numbers
+from benchmarks.zoo.truth import RATES, TRAINS, TRUTH, network_of
+from lightning_gradguard.core.initialization import Finding, measure
+from lightning_gradguard.core.initialization.criteria import BOUNDS
+from lightning_gradguard.core.initialization.probe import Probe
+
+PAGE = Path("docs/zoo.md")
+PARTS = ("tuning half", "held-out half", "held-out families")
+CHECK = "InitializationCheck"
+
+
+def score(measured: Probe | None, findings: Sequence[Finding], scale_free: bool) -> float:
+    """Returns the largest measured number in units of the bound of a warning; other failures count 10."""
+    others = {"gradient_gain", "layer_gain", "gain_through_time", "loss_over_guessing"}
+    if measured is None or any(f.severity == "fail" and f.criterion not in others for f in findings):
+        return 10.0
+    bounds = BOUNDS[scale_free]
+    found = [0.0]
+    if measured.block_gain is not None:
+        side = bounds.vanishing if measured.block_gain < 0 else bounds.exploding
+        found.append(measured.block_gain / side[0])
+    for name, gain in measured.recurrent_gains.items():
+        of_loss = max(gain, measured.recurrent_losses.get(name, gain)) if gain < 0 else -gain
+        found.append(of_loss / bounds.through_time[0])
+    if measured.n_classes is not None and math.isfinite(measured.loss):
+        found.append(math.log(measured.loss / math.log(measured.n_classes)) / math.log(bounds.loss[0]))
+    return max(found)
+
+
+def judged(entry: Entry) -> dict[str, Any]:
+    """Returns verdict and score of the check under each optimizer, and the scores of other rules."""
+    network = network_of(entry)
+    (x, y), *_ = entry.data(1, 64, torch.Generator().manual_seed(5))
+    record: dict[str, Any] = {"name": entry.name}
+    for optimizer in RATES:
+        is_free = optimizer == "Adam"
+        findings, measured = measure(
+            network, lambda: functional.cross_entropy(network(x), y), scale_free=is_free
+        )
+        severities = {finding.severity for finding in findings}
+        verdict = next((s for s in ("fail", "warn") if s in severities), "")
+        record[optimizer] = {"verdict": verdict, CHECK: score(measured, findings, is_free)}
+    seen = numbers(network, x, y)
+    return {**record, "rivals": {name: rule(seen) for name, rule in RIVALS.items()}}
+
+
+def area(pairs: Sequence[tuple[float, bool]]) -> float:
+    """Returns the area under the curve of a score; the chance that a failing network has the higher one."""
+    bad, good = ([s for s, fails in pairs if fails is kind] for kind in (True, False))
+    wins = sum((b > g) + 0.5 * (b == g) for b in bad for g in good)
+    return wins / (len(bad) * len(good)) if bad and good else math.nan
+
+
+def parts() -> dict[str, str]:
+    """Returns the part of each entry by name."""
+    seen: Counter[str] = Counter()
+    found = {}
+    for entry in entries():
+        seen[entry.family] += 1
+        half = PARTS[seen[entry.family] % 2 == 0]
+        found[entry.name] = PARTS[2] if entry.family in HELD_OUT_FAMILIES else half
+    return found
+
+
+def tables(records: Sequence[dict[str, Any]], truth: dict[tuple[str, str], bool]) -> str:
+    """Returns the areas and the verdicts in Markdown."""
+    part_of = parts()
+    lines = ["| area under the curve | " + " | ".join(f"{o}, {p}" for o in RATES for p in PARTS) + " |"]
+    lines.append("|---|" + "---|" * 6)
+    columns = [
+        (o, [r for r in records if part_of[r["name"]] == p and (r["name"], o) in truth])
+        for o in RATES
+        for p in PARTS
+    ]
+    sizes = (f"{sum(truth[r['name'], o] for r in rs)} of {len(rs)}" for o, rs in columns)
+    lines.append("| networks that fail to train | " + " | ".join(sizes) + " |")
+
+    def row(title: str, value: Callable[[dict[str, Any], str], float]) -> str:
+        areas = (area([(value(r, o), truth[r["name"], o]) for r in rs]) for o, rs in columns)
+        return f"| {title} | " + " | ".join(f"{a:.2f}" for a in areas) + " |"
+
+    lines.append(row(f"**{CHECK}**", lambda r, o: float(r[o][CHECK])))
+    for name in RIVALS:
+        lines.append(row(name, lambda r, o, name=name: float(r["rivals"][name])))  # type: ignore[misc]
+    head = "| rule, at its own threshold | " + " | ".join(f"{o}, {p}" for o in RATES for p in PARTS) + " |"
+    lines += ["", head, "|---|" + "---|" * 6]
+
+    def counts(title: str, fires: Callable[[dict[str, Any], str], bool]) -> str:
+        cells = []
+        for o, rs in columns:
+            hits = Counter(truth[r["name"], o] for r in rs if fires(r, o))
+            bad = sum(truth[r["name"], o] for r in rs)
+            cells.append(f"{hits[True]} of {bad}; {hits[False]} of {len(rs) - bad}")
+        return f"| {title} | " + " | ".join(cells) + " |"
+
+    lines.append(counts(f"**{CHECK}, FAIL**", lambda r, o: r[o]["verdict"] == "fail"))
+    lines.append(counts(f"**{CHECK}, FAIL or WARN**", lambda r, o: r[o]["verdict"] != ""))
+    for name in RIVALS:
+        lines.append(counts(name, lambda r, o, name=name: r["rivals"][name] >= 1))  # type: ignore[misc]
+    return "\n".join(lines)
+
+
+def by_family(records: Sequence[dict[str, Any]], truth: dict[tuple[str, str], bool]) -> str:
+    """Returns the verdicts by family in Markdown."""
+    family_of = {entry.name: entry.family for entry in entries()}
+    found: dict[str, Counter[tuple[str, str, bool]]] = defaultdict(Counter)
+    for r in records:
+        for o in RATES:
+            if (r["name"], o) in truth:
+                found[family_of[r["name"]]][o, r[o]["verdict"], truth[r["name"], o]] += 1
+    titles = [f"{o}: {what}" for o in RATES for what in ("FAIL", "WARN", "nothing")]
+    lines = [f"| fail to train, by verdict | {' | '.join(titles)} |", "|---|" + "---|" * 6]
+    for family, counts in found.items():
+        cells = [
+            f"{counts[o, v, True]} of {counts[o, v, True] + counts[o, v, False]}"
+            for o in RATES
+            for v in ("fail", "warn", "")
+        ]
+        lines.append(f"| {family} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Judges every network whose truth is known, and writes the page."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.zoo", description=__doc__)
+    parser.add_argument("--verdicts", type=Path, help="file in which verdicts are kept, and found again")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    lines = map(json.loads, TRUTH.read_text().splitlines())
+    truth = {(r["name"], r["optimizer"]): max(r["accuracy"].values()) < TRAINS for r in lines}
+    names = {name for name, _ in truth}
+    kept = options.verdicts
+    known = kept.read_text().splitlines() if kept is not None and kept.exists() else []
+    records = [r for r in map(json.loads, known) if r["name"] in names]
+    done = {r["name"] for r in records}
+    for entry in entries():
+        if entry.name in names - done:
+            records.append(judged(entry))
+            if kept is not None:
+                with kept.open("a") as file:
+                    file.write(json.dumps(records[-1]) + "\n")
+    made = f"{len(records)} networks.\n\n{tables(records, truth)}\n\n{by_family(records, truth)}"
+    print(made)
+    if PAGE.exists():
+        head, _, rest = PAGE.read_text().partition("<!-- zoo -->")
+        tail = rest.partition("<!-- end of zoo -->")[2]
+        PAGE.write_text(f"{head}<!-- zoo -->\n\n{made}\n\n<!-- end of zoo -->{tail}")
+
+
+if __name__ == "__main__":
+    main()
