@@ -18,7 +18,7 @@ import torch
 from torch.nn import functional
 
 from benchmarks.zoo.entries import HELD_OUT_FAMILIES, Entry, entries
-from benchmarks.zoo.rivals import RIVALS, numbers
+from benchmarks.zoo.other_rules import RIVALS, numbers
 from benchmarks.zoo.truth import RATES, TRAINS, TRUTH, network_of
 from lightning_gradguard.core.initialization import Finding, measure
 from lightning_gradguard.core.initialization.criteria import BOUNDS

@@ -20,6 +20,8 @@ from lightning_gradguard.core.snapshots import preserve_state
 
 #: Steps of a trial, and batches on which the loss is compared afterwards.
 STEPS, HELD_OUT = 12, 4
+#: Share of the loss by which it may rise: where there is nothing to learn in a few steps, any rate raises it.
+NOISE = 0.01
 #: Ratios of the configured to the largest stable rate from which on it is too high, warn and fail, if the
 #: loss rises by half at least. Of 123 pairs of a cell and a rate beyond the first (docs/stable_rate.md), 3
 #: train, and of 76 beyond the second none.
@@ -65,12 +67,12 @@ class RateTrial:
     clip: Callable[[Optimizer], None] = lambda optimizer: None
 
     def is_stable(self, factor: float) -> bool:
-        """True if steps at the rates times a factor do not raise the loss.
+        """True if steps at the rates times a factor do not raise the loss by more than noise does.
 
         Weights, gradients, buffers, optimizer state and random numbers are as before afterwards.
         """
         before, after = self.losses(factor)
-        return after <= before
+        return after <= before + NOISE * abs(before)
 
     def losses(self, factor: float) -> tuple[float, float]:
         """Returns the mean loss of the held-out batches before and after the steps; NaN if it diverged."""
