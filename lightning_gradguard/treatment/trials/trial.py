@@ -15,6 +15,7 @@ import pytorch_lightning as pl
 import torch
 
 from lightning_gradguard.callbacks.defaults import callbacks_of, default_callbacks
+from lightning_gradguard.core import tags
 from lightning_gradguard.core.incidents import Incident
 from lightning_gradguard.core.remedies.changes import Change
 from lightning_gradguard.runtime.lightning_api import Callback
@@ -175,7 +176,7 @@ class Listener(Callback):
 def logged(trainer: pl.Trainer) -> dict[str, float]:
     """Returns what the program itself has logged."""
     numbers = {name: float(value) for name, value in trainer.callback_metrics.items() if value.numel() == 1}
-    own = ("grad_norm", "rollback/", "lr_backoff/")
+    own = tuple(form.partition("/")[0] for form in (tags.GRAD_NORM_TOTAL, tags.SKIPS, tags.LR_SCALE))
     return {name: value for name, value in numbers.items() if not name.startswith(own)}
 
 
