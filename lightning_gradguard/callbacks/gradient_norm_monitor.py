@@ -44,6 +44,7 @@ class GradientNormMonitor(StepCallback):
     | tag | value |
     |---|---|
     | `grad_norm/total` | norm of all gradients together |
+    | `grad_norm_clipped/total` | what a `gradient_clip_val` of the Trainer leaves of it |
     | `grad_norm/<name>` | norm of the gradient of a parameter or module |
     | `grad_norm/nonfinite_fraction` | share of tensors with a nonfinite gradient since the last log |
     | `grad_norm_band/low` · `grad_norm_band/high` | the middle 90 % of the 100 logged total norms before |
