@@ -12,6 +12,7 @@ from pathlib import Path
 
 from benchmarks.faults import demo_seeds, divergence, false_alarms, kills, pairs
 from benchmarks.faults.campaign import ROUNDS, campaign, cases, compare, is_wrong
+from benchmarks.faults.classes import FAULTS
 from benchmarks.faults.runs import Outcome
 from docs.generators import reliability
 
@@ -20,7 +21,8 @@ SEEDS = range(3)
 
 def one_process(options: argparse.Namespace) -> list[Outcome]:
     """Runs the campaign in single processes."""
-    return campaign(cases(options.rounds), options.kept / "single.jsonl", options.processes)
+    wanted = [case for case in cases(options.rounds) if not options.kinds or case.kind in options.kinds]
+    return campaign(wanted, options.kept / "single.jsonl", options.processes)
 
 
 def two_processes(options: argparse.Namespace) -> list[Outcome]:
@@ -49,6 +51,7 @@ def main() -> None:
     """Runs everything and writes the page, or prints one part."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.faults", description=__doc__)
     parser.add_argument("--part", choices=PARTS)
+    parser.add_argument("--kinds", nargs="*", choices=FAULTS, help="only these faults, in one process")
     parser.add_argument("--rounds", type=int, default=ROUNDS, help="how often every combination is run")
     parser.add_argument("--kept", type=Path, default=Path("runs/faults"), help="folder of the outcomes")
     parser.add_argument("--page", type=Path, default=reliability.PAGE)

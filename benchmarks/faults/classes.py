@@ -21,6 +21,10 @@ class FaultClass:
         why_not: The reason, where it cannot.
         precision: The only precision it exists in; empty for all.
         model: The only model it exists in; empty for all.
+        optimizer: The only optimizer it exists in; empty for all.
+        is_automatic: True if it exists in automatic optimization alone.
+        skips_invalid_batches: The argument of `NaNRollback`.
+        is_reported: True for a fault that was added after programs of others were rebuilt.
     """
 
     what: str
@@ -29,6 +33,10 @@ class FaultClass:
     why_not: str = ""
     precision: str = ""
     model: str = ""
+    optimizer: str = ""
+    is_automatic: bool = False
+    skips_invalid_batches: bool = False
+    is_reported: bool = False
 
 
 #: A run must survive every survivable fault, in every model, optimizer, precision and at every time below.
@@ -59,9 +67,44 @@ FAULTS = {
         "the top exponent bit of one element of the optimizer's first state tensor flips", "corrupted_weights"
     ),
     "learning rate": FaultClass("the learning rate is 10,000 times larger in one step", "update_too_large"),
+    "exception": FaultClass(
+        "`torch.distributions` raises on a NaN of the batch, and the batch is skipped",
+        "bad_input",
+        is_automatic=True,
+        skips_invalid_batches=True,
+        is_reported=True,
+    ),
+    "index": FaultClass(
+        "one label is a class that does not exist, and the batch is skipped",
+        "bad_input",
+        is_automatic=True,
+        skips_invalid_batches=True,
+        is_reported=True,
+    ),
+    "statistics of 1e9": FaultClass("one element of the batch is 1e9", "bad_input", is_reported=True),
+    "compiled only": FaultClass(
+        "code that `torch.compile` has made gives NaN, the same code without it does not",
+        "compiled_code",
+        is_reported=True,
+    ),
+    "outlier of 200 sigma": FaultClass(
+        "one sample is 200 times too large, and an exponent of it 88", "loss", is_reported=True
+    ),
+    "outlier of 400 sigma": FaultClass(
+        "one sample is 400 times too large, and an exponent of it 176", "loss", is_reported=True
+    ),
+    "epsilon in float16": FaultClass(
+        "Adam with its default epsilon trains weights in float16, where that is 0",
+        "optimizer_epsilon",
+        survivable=False,
+        why_not="no learning rate avoids it; the run ends with an error that names the epsilon to use",
+        precision="16-true",
+        optimizer="Adam",
+        is_reported=True,
+    ),
     "label out of range": FaultClass(
         "one label is a class that does not exist",
-        "",
+        "bad_input",
         survivable=False,
         why_not="torch raises IndexError before there is a number to check (on a GPU it invalidates the "
         "context); the run ends with that error, and checkpoints stay finite",

@@ -16,7 +16,8 @@ from lightning_gradguard.core.backoff import ScaledLearningRate
 #: Faults of the data; all others are done to the state of a run.
 OF_DATA = frozenset(
     {"NaN input", "Inf input", "huge input", "ignored labels", "masked row", "fp16 overflow"}
-    | {"label out of range", *BUGS}
+    | {"label out of range", "exception", "index", "statistics of 1e9", "compiled only", *BUGS}
+    | {"outlier of 200 sigma", "outlier of 400 sigma"}
 )
 #: Faults that need a step to have been made before.
 OF_STATE = frozenset({"flip in a weight", "flip in the optimizer", "small flip on one rank"})
@@ -36,7 +37,18 @@ def corrupted(batch: Batch, kind: str) -> Batch:
             batch["x"] *= 1e5
         case "ignored labels":
             batch["y"][:] = -100
-        case "label out of range":
+        case "exception":
+            batch["location"] = torch.tensor(torch.nan)
+        case "statistics of 1e9":
+            batch["x"][3, 7] = 1e9
+        case "compiled only":
+            batch["compiled"] = torch.ones(())
+        case "outlier of 200 sigma" | "outlier of 400 sigma":
+            size = float(kind.split()[2])
+            batch["x"][3] *= size
+            batch["exponent"] = torch.zeros(len(batch["x"]))
+            batch["exponent"][3] = 0.44 * size
+        case "label out of range" | "index":
             batch["y"][3] = CLASSES
         case "masked row":
             batch["hidden"][3] = True

@@ -186,6 +186,7 @@ def guards(case: Case) -> list[pl.Callback]:
     rollback = NaNRollback(
         check=case.check,  # type: ignore[arg-type]
         snapshot_every_n_steps=20,
+        skip_invalid_batches=case.kind != "" and FAULTS[case.kind].skips_invalid_batches,
         restore_rng=True,
         rewind_schedulers=True,
     )

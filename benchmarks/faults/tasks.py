@@ -46,11 +46,13 @@ class Task(pl.LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor | None:
         logits = self.logits(batch)
         loss = nn.functional.cross_entropy(logits, batch["y"]) + faulty_terms(batch["bugs"], logits)
+        loss = loss + reported_terms(batch, logits)
         self.log("train_loss", loss, on_step=True, on_epoch=True, batch_size=SIZE)
         return loss
 
     def score(self, batch: Batch) -> float:
         """Loss on held-out data."""
+        batch = {**batch, "x": batch["x"].to(next(self.parameters()).dtype)}
         with torch.no_grad():
             return float(nn.functional.cross_entropy(self.logits(batch), batch["y"]))
 
@@ -171,7 +173,7 @@ class GAN(Task):
             else:
                 scores, wanted = self.critic(made).squeeze(1), torch.ones(len(made))
             loss = nn.functional.binary_cross_entropy_with_logits(scores.float(), wanted)
-            loss = loss + faulty_terms(batch["bugs"], scores)
+            loss = loss + faulty_terms(batch["bugs"], scores) + reported_terms(batch, scores)
             self.manual_backward(loss)
             optimizer.step()
             optimizer.zero_grad()
@@ -217,6 +219,29 @@ def faulty_terms(bugs: Tensor, output: Tensor) -> Tensor:
     log, division, root = (1 - bugs).unbind()
     size = (output.float().square().sum() * root).sqrt()
     return log.log() + (division / division - 1) + 1e-3 * size
+
+
+def reported_terms(batch: Batch, output: Tensor) -> Tensor:
+    """Terms of a loss that only the batch with the fault has."""
+    total = output.new_zeros((), dtype=torch.float32)
+    if "exponent" in batch:
+        log_variance = batch["exponent"] + output.float().reshape(SIZE, -1).mean(1)
+        total = total + 1e-3 * log_variance.exp().sum()
+    if "location" in batch:
+        total = total - torch.distributions.Normal(batch["location"], 1.0).log_prob(output.float().mean())
+    if "compiled" in batch:
+        total = total + _compiled(output.float().mean())
+    return total
+
+
+def _nan_backend(graph: Any, inputs: Any) -> Any:
+    """A compiler that makes code with a fault."""
+    return lambda *args: tuple(result * torch.nan for result in graph.forward(*args))
+
+
+@torch.compile(backend=_nan_backend)
+def _compiled(value: Tensor) -> Tensor:
+    return value * 0.0
 
 
 def batches(n: int, seed: int = 0) -> list[Batch]:

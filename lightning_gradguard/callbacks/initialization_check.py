@@ -255,7 +255,7 @@ class InitializationCheck(Callback, Configured):
                 cure: dict[str, Any] = {"advice": f"Cure: {members[0].cure}"} if members[0].cure else {}
                 cure["cause"] = _CAUSES.get(kind, "")
                 detail = members[0].describe()
-                if kind in _KINDS.values() and self._input_rms > LARGE_INPUT:
+                if kind in ("dead_units", "saturated_units") and self._input_rms > LARGE_INPUT:
                     cure = {"cause": "input_scale", "advice": advice_for_cause("input_scale", where)}
                     detail += f"; inputs have an rms of {self._input_rms:.3g} (usual: about 1)"
                 incident = incident_now(

@@ -18,7 +18,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_gradguard import GradientNormMonitor, NaNRollback, TrainingDivergedError, default_callbacks
+from lightning_gradguard import (
+    GradientNormMonitor,
+    NaNRollback,
+    TrainingDiagnosis,
+    TrainingDivergedError,
+    default_callbacks,
+)
 from lightning_gradguard.cli.main import main
 from lightning_gradguard.report.readers.runs import read_run
 from lightning_gradguard.report.run_report import RunReport, report_on
@@ -178,16 +184,16 @@ def test_an_epsilon_of_0_in_half_precision(run: Any, make: Any) -> None:
     assert not any("lower" in i["advice"] for i in told.incidents if i["kind"] == "rollback")
 
 
-@pytest.mark.parametrize("fill", [1e20, 1e9, -9999.0])
-def test_a_fill_value_leaves_statistics_alone(run: Any, fill: float) -> None:
+@pytest.mark.parametrize(("fill", "at"), [(1e20, 15), (1e9, 15), (-9999.0, 15), (1e9, 0)])
+def test_a_fill_value_leaves_statistics_alone(run: Any, fill: float, at: int) -> None:
     x = draw(320, 6)
     y = x[:, :1].clone()
-    x[BAD + 40, 2] = fill  # by then statistics have settled
+    x[at * ROWS + 5, 2] = fill
     net = nn.Sequential(nn.BatchNorm1d(6), *mlp(6, 16, 1, activation=nn.ReLU))
     told = run(Program(regression, net, sgd(0.1)), x, y)
     found = told.first("nonfinite_buffers")
-    assert (found["where"], found["cause"], found["step"]) == (["batch[0]"], "bad_input", 15)
-    assert f"index in the data set: {BAD + 40}" in found["detail"]
+    assert (found["where"], found["cause"], found["step"]) == (["batch[0]"], "bad_input", at)
+    assert f"index in the data set: {at * ROWS + 5}" in found["detail"]
     assert "0.running_var" in found["detail"]
     assert told.module.net[0].running_var.max() < 10
     assert told.headline == "recovered from corrupted buffers (cause: bad input)"
@@ -429,3 +435,19 @@ def test_a_healthy_run_has_no_incident(run: Any, net: nn.Module, optimizer: Any)
     told = run(Program(regression, net, optimizer), x, x[:, :1], gradient_clip_val=1.0)
     assert told.incidents == []
     assert told.headline == "healthy"
+
+
+@pytest.mark.filterwarnings("ignore")  # of torch.compile
+def test_a_function_that_is_compiled_stays_compiled(run: Any) -> None:
+    def backend(graph: Any, inputs: Any) -> Any:
+        return lambda *args: tuple(out * 0 + 3 for out in graph(*args))
+
+    compiled = torch.compile(lambda loss: loss * 0 + 1, backend=backend)
+    factors = []
+
+    def step(module: Any, batch: Any) -> Tensor:
+        factors.append(compiled(regression(module, batch).detach()).item())
+        return regression(module, batch)
+
+    run(Program(step, mlp(6, 8, 1)), *columns(80), callbacks=[TrainingDiagnosis()])
+    assert factors == [3.0] * 10

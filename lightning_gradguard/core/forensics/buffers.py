@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from lightning_gradguard.core.forensics.origin import Origin
 from lightning_gradguard.core.forensics.trace import is_nonfinite
-from lightning_gradguard.core.snapshots import SEEN, has_jumped, running_variances
+from lightning_gradguard.core.snapshots import SEEN, has_jumped, has_outlying_row, running_variances
 
 
 def buffers_of(module: nn.Module) -> dict[str, Tensor]:
@@ -18,13 +18,17 @@ def buffers_of(module: nn.Module) -> dict[str, Tensor]:
     return {name: buffer.detach().clone() for name, buffer in finite}
 
 
-def corrupted_buffers(module: nn.Module, before: Mapping[str, Tensor]) -> dict[str, str]:
+def corrupted_buffers(
+    module: nn.Module, before: Mapping[str, Tensor], parts: Iterable[Tensor] = ()
+) -> dict[str, str]:
     """Returns by name what has become of buffers that the forward pass has corrupted.
 
     Args:
         module: After the forward pass.
         before: From `buffers_of`, before it.
+        parts: Of the batch.
     """
+    has_outlier = bool(has_outlying_row(parts))
     buffers = {name: buffer for name, buffer in module.named_buffers() if name in before}
     found = {
         name: f"left nonfinite values in {_plain(name)}" for name, b in buffers.items() if is_nonfinite(b)
@@ -33,7 +37,7 @@ def corrupted_buffers(module: nn.Module, before: Mapping[str, Tensor]) -> dict[s
     for owner, attribute in running_variances(module.modules()):
         name = f"{names[owner]}.{attribute}".lstrip(".")
         has_settled = isinstance(owner, _NormBase) and int(owner.num_batches_tracked or 0) > SEEN
-        if name in buffers and name not in found and has_settled:
+        if name in buffers and name not in found and (has_settled or has_outlier):
             now, then = buffers[name], before[name]
             if bool(has_jumped([now], [then])):
                 numbers = f"from at most {float(then.amax()):.3g} to {float(now.amax()):.3g}"

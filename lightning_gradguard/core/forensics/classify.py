@@ -86,7 +86,7 @@ def investigate(
     out_of_range = out_of_range or {}
     with preserve_state(module), torch.enable_grad(), OperationTrace(module, named, frameworks) as trace:
         losses, gradients, error = _run(run)
-        corrupted = corrupted_buffers(module, before)
+        corrupted = corrupted_buffers(module, before, parts.values())
     if error is not None:
         source = _source(trace.last_nonfinite())
         if source is not None:

@@ -12,9 +12,12 @@ from torch.nn.parameter import is_lazy
 from lightning_gradguard.core.norms import local_shard
 
 #: A batch that raises a running variance by this factor, relative to itself and to the mean of all, is an
-#: outlier; batches of healthy runs raise it by less than 10, see docs/diagnosis.md.
+#: outlier; healthy runs raise it up to 90-fold, see docs/diagnosis.md.
 JUMP = 1e4
-#: Batches that statistics must have seen before: they begin at 1, whatever the scale of the data.
+#: In the first batches, in which statistics begin at 1, a row of the batch has to be this many times larger
+#: than the median row as well.
+OUTLYING_ROW = 1e3
+#: Batches after which statistics have settled: they begin at 1, whatever the scale of the data.
 SEEN = 10
 
 
@@ -49,3 +52,25 @@ def has_jumped(now: Sequence[Tensor], before: Sequence[Tensor]) -> Tensor:
     """
     after, then = (torch.cat([local_shard(t).flatten() for t in tensors]) for tensors in (now, before))
     return (after > JUMP * torch.maximum(then, then.mean())).any()
+
+
+@torch.no_grad()
+def has_outlying_row(tensors: Iterable[Tensor]) -> Tensor:
+    """Returns without a host synchronization if a row of a tensor is far larger than its median row.
+
+    Args:
+        tensors: Parts of a batch, on one device.
+
+    Returns:
+        A flag of shape `()`.
+
+    Example:
+        >>> has_outlying_row([torch.tensor([[1.0], [1.0], [1e9]])])
+        tensor(True)
+    """
+    found = []
+    for tensor in tensors:
+        if tensor.is_floating_point() and tensor.ndim and tensor.numel():
+            sizes = tensor.abs().reshape(len(tensor), -1).amax(1).float()
+            found.append(sizes.amax() > OUTLYING_ROW * sizes.median())
+    return torch.stack(found).any() if found else torch.zeros((), dtype=torch.bool)

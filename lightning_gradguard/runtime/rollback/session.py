@@ -124,7 +124,8 @@ class RollbackSession:
 
     def scan_buffers(self) -> None:
         """Scans what the forward pass has left in buffers: the loss may be finite all the same."""
-        nonfinite = self._side_effects.nonfinite_statistics()
+        batches = self._transaction.window.batches
+        nonfinite = self._side_effects.nonfinite_statistics(batches[-1].batch if batches else None)
         if nonfinite is not None:
             earlier = self._flags.nonfinite_buffers
             self._flags.nonfinite_buffers = nonfinite if earlier is None else earlier | nonfinite

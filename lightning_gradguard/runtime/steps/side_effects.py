@@ -10,6 +10,7 @@ import pytorch_lightning as pl
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import is_lazy
+from torch.utils._pytree import tree_leaves
 from torchmetrics import Metric
 
 from lightning_gradguard.core.snapshots import (
@@ -17,6 +18,7 @@ from lightning_gradguard.core.snapshots import (
     BufferCopies,
     any_nonfinite,
     has_jumped,
+    has_outlying_row,
     running_variances,
 )
 from lightning_gradguard.runtime import lightning_api
@@ -101,11 +103,14 @@ class SideEffects:
             ],
         )
 
-    def nonfinite_statistics(self) -> Tensor | None:
+    def nonfinite_statistics(self, batch: Any = None) -> Tensor | None:
         """Scans running statistics of normalization, without a host synchronization.
 
         They are corrupted if they are nonfinite, or if this batch has raised a variance out of proportion and
         the one before has not: what lasts is the data.
+
+        Args:
+            batch: Of the forward pass; without it, no variance is out of proportion in the first batches.
 
         Returns:
             A flag of shape `()`; `None` if there are no statistics.
@@ -121,9 +126,12 @@ class SideEffects:
             if place in saved and (now := place[0]._buffers.get(place[1])) is not None
         ]
         self._n_scans += 1
-        if not pairs or self._n_scans <= SEEN:
+        if not pairs or (batch is None and self._n_scans <= SEEN):
             return flag
         jumped = has_jumped(*zip(*pairs, strict=True))
+        if self._n_scans <= SEEN:
+            leaves = [leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)]
+            jumped = jumped & has_outlying_row(leaves).to(jumped.device)
         before, self._had_jumped = self._had_jumped, jumped
         return flag | (jumped if before is None else jumped & ~before).to(flag.device)
 

@@ -205,6 +205,8 @@ class StepTrace(TorchFunctionMode):
         self, function: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         result = function(*args, **(kwargs or {}))
+        if torch.compiler.is_compiling():
+            return result  # a graph break here would leave the user's function uncompiled from then on
         if self._records():
             with _silent():
                 self._record(getattr(function, "__name__", ""), function, args, kwargs or {}, result)
