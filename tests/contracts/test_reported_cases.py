@@ -180,7 +180,7 @@ def test_an_epsilon_of_0_in_half_precision(run: Any, make: Any) -> None:
     assert "A lower learning rate and clipping do not help" in found["advice"]
     assert told.is_finite
     assert "optimizer epsilon" in told.headline
-    assert not any("ower the learning rate" in step for step in told.report.next_steps)
+    assert not any("Give the optimizer a lower" in step for step in told.report.next_steps)
     assert not any("lower" in i["advice"] for i in told.incidents if i["kind"] == "rollback")
 
 

@@ -102,6 +102,8 @@ def _symptoms_of(log: RunLog, outcome: Outcome) -> list[RunSymptom]:
     known = {symptom.kind for symptom in recorded}
     if any(s.severity == "serious" and s.cause in SYMPTOM_CAUSES for s in (*found, *recorded)):
         known.add("stuck_loss")  # which follows from it
+    if any(s.severity == "fatal" and s.cause in AT_ANY_RATE for s in recorded):
+        recorded = [s for s in recorded if s.kind != "falling_learning_rate"]
     outliers = {s.since for s in recorded if s.kind == "loss_spike" and s.cause == "bad_input"}
     found = [
         s
@@ -127,10 +129,6 @@ def _by_outcome(symptom: RunSymptom, outcome: Outcome, found: Sequence[RunSympto
     is_diagnosed = symptom.cause in SYMPTOM_CAUSES
     lasts = symptom.kind == "divergence" or symptom.kind.startswith("nonfinite") or is_diagnosed
     if severity == "serious" and outcome.has_learned and not lasts:
-        return "minor"
-    if symptom.kind == "falling_learning_rate" and any(
-        s.severity == "fatal" and s.cause in AT_ANY_RATE for s in found
-    ):
         return "minor"
     if is_diagnosed:
         return severity
