@@ -14,15 +14,19 @@ from lightning_gradguard.core.incidents import Cause, IncidentKind, SymptomCause
 from lightning_gradguard.core.initialization import Finding, InitializationError, table
 from lightning_gradguard.core.parameter_names import plain_name, warn_unknown
 from lightning_gradguard.core.remedies import advice_for_cause
-from lightning_gradguard.runtime.first_batch import FirstBatch, check_first_step, check_weights_alone, fails
+from lightning_gradguard.runtime.first_batch import (
+    FirstBatch,
+    check_first_step,
+    check_weights_alone,
+    fails,
+    reason_against_extra_pass,
+)
 from lightning_gradguard.runtime.incidents.journal import incident_now, open_journal, publish
 from lightning_gradguard.runtime.learning_rates import reason_against_trial, try_rates
 from lightning_gradguard.runtime.lightning_api import (
     Callback,
-    allows_extra_pass,
     batches_that_stepped,
     reject_unsupported,
-    takes_iterator,
 )
 from lightning_gradguard.runtime.logging import console, metrics
 from lightning_gradguard.runtime.logging.hyperparameters import Configured, non_defaults
@@ -49,9 +53,10 @@ class InitializationCheck(Callback, Configured):
 
     On one device and under DistributedDataParallel with automatic optimization, the first training batch
     runs through the network in an extra pass, forward and backward, that leaves no trace: no gradient, no
-    buffer, no random number, no metric, no log. Elsewhere, and for a `training_step(dataloader_iter)`, which
-    takes its batches itself, the weights are checked, and the gradients of the first step. A resumed run is
-    not checked, nor is a network whose first batch is nonfinite.
+    buffer, no random number, no metric, no log. Elsewhere, for a `training_step(dataloader_iter)`, which
+    takes its batches itself, and for one that was replaced on the object, by what may count its calls, the
+    weights are checked, and the gradients of the first step. A resumed run is not checked, nor is a network
+    whose first batch is nonfinite.
 
     The criteria are nonfinite, zero and copied weights, dead and saturated units, a loss above that of
     guessing, and the gradient's gain from the last hidden layer back to the first, which predicts best that
@@ -133,20 +138,18 @@ class InitializationCheck(Callback, Configured):
         if not self._is_due:
             return
         self._is_due = False
-        iterates = takes_iterator(pl_module)
-        if iterates or not (allows_extra_pass(trainer) and pl_module.automatic_optimization):
+        reason = reason_against_extra_pass(trainer, pl_module)
+        if reason:
             self._checks_first_step = True
-            if iterates:
-                console.print_message(
-                    trainer,
-                    "gradguard: Initialization: training_step(dataloader_iter) takes its batches itself, so "
-                    "that there is no extra pass; the weights and the first gradients are checked.",
-                )
+            console.print_message(
+                trainer,
+                f"gradguard: Initialization: no extra pass, for {reason}; the weights and the first "
+                "gradients are checked.",
+            )
             if self.on_failure == "repair":
                 console.print_message(
                     trainer,
-                    f"gradguard: No repair under {type(trainer.strategy).__name__}, manual optimization or "
-                    "training_step(dataloader_iter); run InitializationCheck(on_failure='repair') "
+                    f"gradguard: No repair, for {reason}; run InitializationCheck(on_failure='repair') "
                     "first, on one device and with a step that gets its batch.",
                 )
             self._report(trainer, pl_module, check_weights_alone(trainer, pl_module))

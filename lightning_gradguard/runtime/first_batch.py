@@ -35,8 +35,14 @@ from lightning_gradguard.runtime.distributed import (
 )
 from lightning_gradguard.runtime.incidents.present import present_in
 from lightning_gradguard.runtime.incidents.replay import training_loss, without_logging
-from lightning_gradguard.runtime.lightning_api import flat_shards, flattens_parameters
+from lightning_gradguard.runtime.lightning_api import (
+    allows_extra_pass,
+    flat_shards,
+    flattens_parameters,
+    takes_iterator,
+)
 from lightning_gradguard.runtime.logging import console
+from lightning_gradguard.runtime.sampled_step import is_wrapped
 from lightning_gradguard.runtime.steps.measuring import norms_over_shards
 from lightning_gradguard.runtime.steps.parameters import ParameterLayout
 
@@ -143,6 +149,19 @@ class FirstBatch:
         origin = investigate(self._pl_module, lambda: ([self._run_loss()], []), self._batch)
         if origin.cause == "bad_input":
             raise ValueError(origin.detail)
+
+
+def reason_against_extra_pass(trainer: pl.Trainer, pl_module: pl.LightningModule) -> str:
+    """Returns what forbids a pass that training does not make; empty if nothing does."""
+    if takes_iterator(pl_module):
+        return "training_step(dataloader_iter) takes its batches itself"
+    if not allows_extra_pass(trainer):
+        return f"{type(trainer.strategy).__name__} communicates in each pass"
+    if not pl_module.automatic_optimization:
+        return "a training_step under manual optimization steps the optimizers"
+    if is_wrapped(pl_module):
+        return "what has replaced the training_step of this object may count its calls"
+    return ""
 
 
 def check_weights_alone(trainer: pl.Trainer, pl_module: pl.LightningModule) -> list[Finding]:

@@ -77,6 +77,11 @@ def is_compiled(pl_module: nn.Module) -> bool:
     )
 
 
+def is_wrapped(pl_module: nn.Module) -> bool:
+    """True if the `training_step` of the object has been replaced, by what may count its calls."""
+    return "training_step" in vars(pl_module) and not is_compiled(pl_module)
+
+
 class SampledStep:
     """A sample on its way: traced in the training step, completed by the optimizers' steps.
 
@@ -292,7 +297,9 @@ def losses_of_permuted(
         Shape `(2,)`; `None` where it cannot be measured, NaN for targets that are all alike.
     """
     target = target_of(batch)
-    if target is None or not lightning_api.allows_extra_pass(trainer) or is_compiled(pl_module):
+    if target is None or not lightning_api.allows_extra_pass(trainer):
+        return None
+    if is_compiled(pl_module) or is_wrapped(pl_module):
         return None
     generator = torch.Generator().manual_seed(0)
     orders = [torch.randperm(len(target), generator=generator) for _ in range(N_PERMUTATIONS)]

@@ -12,7 +12,7 @@ import torch
 from pytorch_lightning.loggers import CSVLogger
 from torch import Tensor, nn
 
-from lightning_gradguard import InitializationCheck, InitializationError, NaNRollback
+from lightning_gradguard import InitializationCheck, InitializationError, NaNRollback, default_callbacks
 from tests.tasks import Batch, Classifier, batches, fit, same, weights
 
 
@@ -157,6 +157,19 @@ def test_a_resumed_run_is_not_checked(tmp_path: Path) -> None:
     check = InitializationCheck(on_failure="raise")
     fit(Deep(), batches(3), [check], max_epochs=2, ckpt_path=str(tmp_path / "a.ckpt"))
     assert check.findings == []
+
+
+def test_replaced_training_step_is_called_by_training_alone() -> None:
+    module = Classifier()
+    training_step, calls = module.training_step, []
+
+    def counted(*arguments: Any) -> Any:
+        calls.append(arguments)
+        return training_step(*arguments)
+
+    module.training_step = counted  # type: ignore[method-assign,assignment]
+    fit(module, batches(5), default_callbacks())
+    assert len(calls) == 5
 
 
 def test_manual_optimization_is_checked_in_the_first_step() -> None:
