@@ -209,8 +209,8 @@ class AdaptiveGradientClipping(StepCallback):
     @override
     def wants_weight_norms(self, trainer: pl.Trainer) -> bool:
         """True if the policy of any optimizer wants them, or may, as the optimizer has not stepped yet."""
-        policies = [self._policies.get(index, self.policy) for index in range(len(trainer.optimizers))]
-        return any(policy.wants_weight_norm for policy in policies)
+        indices = range(len(trainer.optimizers))
+        return any([self._policies.get(index, self.policy).wants_weight_norm for index in indices])
 
     def _context(self, step: Step, policy: ClippingPolicy) -> StepContext:
         measurement = step.measurement

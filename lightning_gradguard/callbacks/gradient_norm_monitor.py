@@ -137,7 +137,9 @@ class GradientNormMonitor(StepCallback):
     @override
     def wants_weight_norms(self, trainer: pl.Trainer) -> bool:
         """True at logged steps."""
-        return self._is_logged(trainer)
+        if self.every_n_steps is None:
+            return self.suite.is_logged
+        return is_logging_step(trainer, self.every_n_steps)
 
     @override
     def on_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, step: Step) -> None:
@@ -147,7 +149,7 @@ class GradientNormMonitor(StepCallback):
         index = step.optimizer_index
         if index in self._logged or not step.gradients.names:
             return
-        norms, is_logged = step.tensor_norms[self.norm_type], self._is_logged(trainer)
+        norms, is_logged = step.tensor_norms[self.norm_type], self.wants_weight_norms(trainer)
         self._fractions[index].add(norms, step.gradients.known_norm)
         if is_logged:
             self._logged[index] = LoggedStep(self.suite, trainer, step, self.norm_type, self.update_ratio)
@@ -216,11 +218,6 @@ class GradientNormMonitor(StepCallback):
         self._bands.clear()
         for index, state in state_dict["detectors"].items():
             self._bands[index].load_state_dict(state)
-
-    def _is_logged(self, trainer: pl.Trainer) -> bool:
-        if self.every_n_steps is None:
-            return self.suite.is_logged
-        return is_logging_step(trainer, self.every_n_steps)
 
     def _add_pending(self) -> None:
         pending, self._pending = self._pending, []

@@ -142,6 +142,8 @@ class NaNRollback(StepCallback):
         self.incident_dir = incident_dir
         self.defers_check = check == "deferred"
         self.state_arguments = {"patience": patience}
+        # until `setup`: Lightning would reject two with one key, and `setup` has a better message
+        self.state_key = f"NaNRollback {id(self):x}"
         self._patience = patience
         self._skips_invalid_batches = arguments.flag("skip_invalid_batches", skip_invalid_batches)
         self._max_dossiers = max_dossiers
@@ -161,7 +163,6 @@ class NaNRollback(StepCallback):
         self._own_logs: list[str] = []
         self._session: RollbackSession = None  # type: ignore[assignment]  # until training starts
         self._unknown_averages: list[str] = []
-        self._is_set_up = False
         self._resumes_a_stop = False
         self._configured_rates: ConfiguredRates | None = None
 
@@ -180,15 +181,6 @@ class NaNRollback(StepCallback):
         """Overflows left to the GradScaler so far."""
         return self._counts.amp_overflows
 
-    @property
-    def state_key(self) -> str:
-        """Key of the callback's state in a checkpoint; no two of them are alike before `setup`.
-
-        Lightning would reject the second one with a message about keys; `setup` has a better one.
-        """
-        key = super().state_key
-        return key if self._is_set_up else f"{key} {id(self):x}"
-
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Joins the suite, chooses where incidents are written, and is called ahead of every checkpoint."""
@@ -198,7 +190,7 @@ class NaNRollback(StepCallback):
                 f"The Trainer has {len(own)} NaNRollback callbacks, which would undo each other's steps: "
                 "keep one of them. default_callbacks(nan_rollback=...) takes yours in place of its own."
             )
-        self._is_set_up = True
+        vars(self).pop("state_key", None)
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
             if self.incident_dir is not None:

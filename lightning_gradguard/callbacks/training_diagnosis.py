@@ -17,7 +17,6 @@ from lightning_gradguard.core.detectors.diagnosis import (
     Finding,
     LossBaselines,
     Steps,
-    has_gradient,
 )
 from lightning_gradguard.core.incidents import Incident, IncidentKind
 from lightning_gradguard.core.remedies import advice_for_finding
@@ -157,8 +156,7 @@ class TrainingDiagnosis(StepCallback):
     ) -> None:
         """Takes note of the step, also of one without a gradient; of a sampled step, what is not trained."""
         if self.suite.is_running:
-            has_updated = self._steps.has_updated(optimizer) or has_gradient(optimizer)
-            self._steps.add(optimizer, has_gradient=has_updated)
+            self._steps.add(optimizer)
             if self._sampled is not None:
                 is_late = self._sampled.step - self._started >= STEPPED_BY
                 self._sampled.cover(trainer, optimizer, self._steps if is_late else None)

@@ -238,7 +238,7 @@ class ScaledLearningRate:
 def pending_rate_scale(optimizer: Optimizer) -> float:
     """Returns the factor that is still to be put on the rates of the next update; 1 while it steps."""
     hooks = _rate_hooks(optimizer)
-    return 1.0 if hooks is None or hooks.is_applied else hooks.factor
+    return 1.0 if hooks is None or hooks._scheduled else hooks.factor
 
 
 class _RateHooks:
@@ -255,11 +255,10 @@ class _RateHooks:
 
     @property
     def factor(self) -> float:
-        return math.prod(rate.scale for rate in self.scaled)
-
-    @property
-    def is_applied(self) -> bool:
-        return bool(self._scheduled)
+        factor = 1.0
+        for rate in self.scaled:
+            factor *= rate.scale
+        return factor
 
     def scheduled(self) -> list[float | Tensor]:
         # Lightning's closure runs within the step, while rates are scaled
@@ -277,8 +276,8 @@ class _RateHooks:
                 handle.remove()
 
     def _apply(self, *_: Any) -> None:
-        # a closure that raised in the step before has skipped the post-hook
-        self._undo()
+        if self._scheduled:  # a closure that raised in the step before has skipped the post-hook
+            self._undo()
         factor = self.factor
         if factor == 1.0:
             return
@@ -302,5 +301,8 @@ class _RateHooks:
 
 def _rate_hooks(optimizer: Optimizer) -> _RateHooks | None:
     """Returns the hooks that are registered on an optimizer."""
-    owners = (getattr(hook, "__self__", None) for hook in optimizer._optimizer_step_pre_hooks.values())
-    return next((owner for owner in owners if isinstance(owner, _RateHooks)), None)
+    for hook in optimizer._optimizer_step_pre_hooks.values():
+        owner = getattr(hook, "__self__", None)
+        if isinstance(owner, _RateHooks):
+            return owner
+    return None

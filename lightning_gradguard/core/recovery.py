@@ -168,7 +168,7 @@ class RecoveryPolicy:
     @property
     def is_spiking(self) -> bool:
         """True if the last step of any optimizer was part of a spike, and so not a good step."""
-        return any(health.spiking for health in self._health.values())
+        return any([health.spiking for health in self._health.values()])
 
     def on_rollback(self) -> None:
         """Counts a rollback."""

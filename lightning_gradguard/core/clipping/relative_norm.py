@@ -13,8 +13,8 @@ from lightning_gradguard.core.clipping.policy import HistoryPolicy
 from lightning_gradguard.core.clipping.scalars import (
     Scalar,
     Window,
-    absolute,
     as_like,
+    clamp_min,
     fmax,
     fmin,
     median,
@@ -74,6 +74,8 @@ class _State:
     alarm: Scalar = 0.0
     weight_norm: Scalar = math.nan
     steps_since_weights: int = 0
+    usual_norm: Scalar = math.nan
+    usual_loss: Scalar = math.nan
 
     def like(self, norm: Scalar, window: int) -> _State:
         """Returns the state in the form of a norm."""
@@ -85,7 +87,12 @@ class _State:
 
 
 _WINDOWS = ("norms", "losses")
-_NUMBERS = ("seen", "level", "lowest_loss", "highest_loss", "cap", "alarm", "weight_norm")
+_NUMBERS = (
+    *("seen", "level", "lowest_loss", "highest_loss", "cap", "alarm", "weight_norm"),
+    *("usual_norm", "usual_loss"),
+)
+#: Medians of the windows, which a checkpoint does not hold.
+_DERIVED = ("usual_norm", "usual_loss")
 
 
 class RelativeNormClipping(HistoryPolicy[_State]):
@@ -162,19 +169,18 @@ class RelativeNormClipping(HistoryPolicy[_State]):
         state, loss = self._state.like(norm, self.window), as_like(norm, context.loss)
         if context.weight_norm is not None:
             state = replace(state, weight_norm=as_like(norm, context.weight_norm))
-        is_finite = (norm < math.inf) & negate(absolute(loss) == math.inf)
-        usual_loss = median(state.losses)
-        usual = median(state.norms)
+        is_finite = (norm < math.inf) & (abs(loss) != math.inf)
+        usual, usual_loss = state.usual_norm, state.usual_loss
         if rate is not None or gradients.context is None:
             # where the overshoot rule is at work, it bounds the growth, and a change of level is followed
             has_loss = fmin(state.lowest_loss, loss) >= 0
             can_overshoot = has_loss & (loss == loss) & (rate is not None)
             usual = where(can_overshoot, usual, fmin(usual, state.level))
         bound = fmax(self.max_ratio * usual, LEVEL_RATIO * state.level)
-        is_calm = (loss <= usual_loss + absolute(usual_loss)) & (norm <= CALM_RATIO * bound)
+        is_calm = (loss <= usual_loss + abs(usual_loss)) & (norm <= CALM_RATIO * bound)
         is_spike = (norm > bound) & negate(is_calm)
         if rate is None:
-            rises = absolute(loss) > ADAPTIVE_RATIO * absolute(usual_loss)
+            rises = abs(loss) > ADAPTIVE_RATIO * abs(usual_loss)
             is_spike = is_spike | ((norm > ADAPTIVE_RATIO * state.level) & rises)
         else:
             decrease = rate / (1 - context.momentum) * norm * norm
@@ -184,20 +190,22 @@ class RelativeNormClipping(HistoryPolicy[_State]):
         if rate is not None:
             after = _overshoot(after, allowed, loss, usual_loss, rate, context.momentum)
         allowed = fmin(allowed, after.cap)
-        self.threshold = fmin(where(bound == bound, bound, as_like(norm, math.inf)), after.cap)
+        self.threshold = fmin(bound, after.cap)
         self._pending = self._updated(state, after, fmin(norm, bound), loss, is_finite)
-        return where((norm > allowed) & is_finite, allowed / fmax(norm, as_like(norm, _TINY)), 1.0)
+        return where((norm > allowed) & is_finite, allowed / clamp_min(norm, _TINY), 1.0)
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the history."""
-        return {field.name: getattr(self._state, field.name) for field in fields(_State)}
+        names = [field.name for field in fields(_State) if field.name not in _DERIVED]
+        return {name: getattr(self._state, name) for name in names}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continues with a saved history, also one of another `window`."""
         self._state = _State([], [])
         if state_dict:
-            on_host = {key: window_like(0.0, state_dict[key], 0)[-self.window :] for key in _WINDOWS}
-            self._state = _State(**{**state_dict, **on_host})
+            norms, losses = (window_like(0.0, state_dict[key], 0)[-self.window :] for key in _WINDOWS)
+            usual = {"usual_norm": median(norms), "usual_loss": median(losses)}
+            self._state = _State(**{**state_dict, "norms": norms, "losses": losses, **usual})
 
     def _updated(
         self, state: _State, after: _State, kept: Scalar, loss: Scalar, is_finite: Tensor | bool
@@ -205,20 +213,22 @@ class RelativeNormClipping(HistoryPolicy[_State]):
         """Returns the history with this step in it."""
         norms = pushed(state.norms, kept, is_finite, self.window)
         losses = pushed(state.losses, loss, is_finite & (loss == loss), self.window)
-        usual = median(norms)
+        usual, usual_loss = median(norms), median(losses)
         highest = fmax(state.level, fmin(usual, LEVEL_GROWTH * state.level))
         level = where(state.seen < FIRST_STEPS, usual, highest)
         return replace(
             after,
             norms=norms,
             losses=losses,
-            seen=state.seen + where(is_finite, as_like(kept, 1.0), as_like(kept, 0.0)),
+            seen=state.seen + is_finite,
             level=where(is_finite, level, state.level),
             lowest_loss=where(is_finite, fmin(state.lowest_loss, loss), state.lowest_loss),
-            highest_loss=fmax(state.highest_loss, absolute(median(losses))),
+            highest_loss=fmax(state.highest_loss, abs(usual_loss)),
             cap=where(is_finite, after.cap, state.cap),
             alarm=where(is_finite, after.alarm, state.alarm),
             steps_since_weights=state.steps_since_weights + 1,
+            usual_norm=usual,
+            usual_loss=usual_loss,
         )
 
 

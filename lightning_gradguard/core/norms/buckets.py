@@ -156,11 +156,11 @@ def stack_small(tensors: list[Tensor]) -> list[Tensor]:
         >>> [tensor.shape for tensor in stack_small([torch.ones(2)] * 9 + [torch.ones(3)])]
         [torch.Size([9, 2]), torch.Size([3])]
     """
-    if tensors[0].device.type != "cpu":
+    if len(tensors) < MIN_STACKED or tensors[0].device.type != "cpu":
         return tensors
     groups, others = _stackable(tensors, range(len(tensors)))
     stacks = [torch.stack([tensors[index] for index in group]) for group in groups]
-    return [*stacks, *(tensors[index] for index in others)]
+    return [*stacks, *[tensors[index] for index in others]]
 
 
 def largest_magnitudes(tensors: list[Tensor]) -> Tensor:
@@ -171,8 +171,8 @@ def largest_magnitudes(tensors: list[Tensor]) -> Tensor:
     if tensors[0].device.type != "cpu":
         return torch.stack(torch._foreach_norm(tensors, math.inf))
     # ten times as fast on a CPU, at one operation for each tensor
-    ends = [torch.aminmax(tensor) for tensor in tensors]
-    return torch.maximum(torch.stack([high for _, high in ends]), -torch.stack([low for low, _ in ends]))
+    lowest, highest = zip(*[torch.aminmax(tensor) for tensor in tensors], strict=True)
+    return torch.maximum(torch.stack(highest), -torch.stack(lowest))
 
 
 def norms_from_power_sums(sums: Tensor, norm_type: float = 2.0) -> Tensor:

@@ -23,8 +23,16 @@ MAX_ALWAYS_COPIED_NUMEL = 65_536
 @dataclass
 class _Copy:
     buffer: Tensor
+    local: Tensor
     version: int
     saved: Tensor
+    is_small: bool
+
+    @classmethod
+    def of(cls, buffer: Tensor) -> _Copy:
+        local = local_shard(buffer)
+        is_small = buffer.numel() <= MAX_ALWAYS_COPIED_NUMEL
+        return cls(buffer, local, buffer._version, local.clone(), is_small)
 
 
 class BufferCopies:
@@ -65,19 +73,23 @@ class BufferCopies:
             within_step: True if weights may require no gradient only because another optimizer is toggled on.
         """
         old, self._copies = self._copies, {}
-        pairs = [(copy_.saved, local_shard(weight)) for weight, copy_ in self._written.items()]
-        for weight in [w for owner in self._owners for w in owner._parameters.values() if w is not None]:
-            if not (weight.requires_grad or within_step or weight in self._written):
-                before = self._frozen.get(weight, weight._version)
-                self._frozen[weight] = weight._version
-                if weight._version != before:
-                    self._written[weight] = _Copy(weight, 0, local_shard(weight).clone())
+        pairs = []
+        for weight, copy_ in self._written.items():
+            pairs.append((copy_.saved, local_shard(weight)))
+        for owner in self._owners:
+            for parameter in owner._parameters.values():
+                if parameter is None or parameter.requires_grad or within_step or parameter in self._written:
+                    continue
+                before = self._frozen.get(parameter, parameter._version)
+                self._frozen[parameter] = parameter._version
+                if parameter._version != before:
+                    self._written[parameter] = _Copy.of(parameter)
         for owner, name, buffer in module_buffers(self._owners):
             known = old.get((owner, name))
             if known is None or known.buffer is not buffer or known.saved.shape != buffer.shape:
-                known = _Copy(buffer, buffer._version, local_shard(buffer).clone())
-            elif _may_have_changed(buffer, known.version):
-                pairs.append((known.saved, local_shard(buffer)))
+                known = _Copy.of(buffer)
+            elif known.is_small or buffer._version != known.version:
+                pairs.append((known.saved, known.local))
                 known.version = buffer._version
             self._copies[owner, name] = known
         copy_tensors(pairs)
@@ -92,8 +104,8 @@ class BufferCopies:
         pairs = [(local_shard(weight), copy_.saved) for weight, copy_ in self._written.items()]
         for (owner, name), copy_ in self._copies.items():
             owner._buffers[name] = copy_.buffer  # a forward pass may have replaced or removed it
-            if _may_have_changed(copy_.buffer, copy_.version):
-                target = local_shard(copy_.buffer)
+            if copy_.is_small or copy_.buffer._version != copy_.version:
+                target = copy_.local
                 # hidden from autograd: a graph holds running statistics but does not use them backward
                 pairs.append((target.data if isinstance(owner, _NormBase) else target, copy_.saved))
         copy_tensors(pairs)
@@ -104,6 +116,14 @@ class BufferCopies:
         """Returns the copies: of buffers by owner and name, of frozen weights by the parameter."""
         buffers = {place: copy_.saved for place, copy_ in self._copies.items()}
         return {**buffers, **{weight: copy_.saved for weight, copy_ in self._written.items()}}
+
+    def now_and_saved(self, places: Iterable[tuple[nn.Module, str]]) -> list[tuple[Tensor, Tensor]]:
+        """Returns buffers as they are and their copies, of the places that have both."""
+        return [
+            (now, self._copies[place].saved)
+            for place in places
+            if place in self._copies and (now := place[0]._buffers.get(place[1])) is not None
+        ]
 
     def written(self) -> Collection[nn.Parameter]:
         """Returns the frozen weights that have been written."""
@@ -120,10 +140,6 @@ def module_buffers(owners: Iterable[nn.Module]) -> list[tuple[nn.Module, str, Te
     ]
 
 
-def _may_have_changed(buffer: Tensor, version: int) -> bool:
-    return buffer.numel() <= MAX_ALWAYS_COPIED_NUMEL or buffer._version != version
-
-
 def copy_tensors(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
     """Copies to each target its source, in one operation for each pair of devices and dtypes."""
     groups: dict[Any, list[tuple[Tensor, Tensor]]] = defaultdict(list)
@@ -131,4 +147,5 @@ def copy_tensors(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
         groups[target.device, target.dtype, source.device, source.dtype].append((target, source))
     # torch copies one by one if a list has several devices or dtypes
     for alike in groups.values():
-        torch._foreach_copy_([target for target, _ in alike], [source for _, source in alike])
+        targets, sources = zip(*alike, strict=True)
+        torch._foreach_copy_(targets, sources)

@@ -31,13 +31,15 @@ def any_nonfinite(tensors: Iterable[Tensor], squares: Iterable[Tensor] = ()) -> 
         tensor(True)
     """
     groups: dict[tuple[torch.device, torch.dtype, float], list[Tensor]] = defaultdict(list)
+    device = torch.device("cpu")
     for some, bound in ((tensors, MAX_MAGNITUDE), (squares, MAX_MAGNITUDE**2)):
         for tensor in some:
             local = local_shard(tensor)
             local = torch.view_as_real(local) if local.is_complex() else local
             if local.is_floating_point() and local.numel():
                 groups[local.device, local.dtype, bound].append(local)
-    device = next((device for device, *_ in groups if device.type != "cpu"), torch.device("cpu"))
+                if device.type == "cpu":
+                    device = local.device
     found = torch.zeros((), dtype=torch.bool, device=device)
     for (_, dtype, bound), group in groups.items():
         # a bound that the dtype cannot hold would become infinity, and infinity would pass

@@ -38,7 +38,7 @@ def has_jumped(now: Sequence[Tensor], before: Sequence[Tensor]) -> Tensor:
 
     Args:
         now: The variances after the forward pass of the batch; at least one.
-        before: The same from before it.
+        before: The same from before it; of sharded ones, this rank's parts.
 
     Returns:
         A flag of shape `()`.
@@ -50,7 +50,8 @@ def has_jumped(now: Sequence[Tensor], before: Sequence[Tensor]) -> Tensor:
         >>> has_jumped([norm.running_var], [was])
         tensor(True)
     """
-    after, then = (torch.cat([local_shard(t).flatten() for t in tensors]) for tensors in (now, before))
+    after = torch.cat([local_shard(variance).flatten() for variance in now])
+    then = torch.cat([variance.flatten() for variance in before])
     return (after > JUMP * torch.maximum(then, then.mean())).any()
 
 

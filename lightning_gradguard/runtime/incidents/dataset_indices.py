@@ -55,7 +55,7 @@ class DatasetIndices:
             self._unknown -= 1
             return []
         indices = self._served.popleft() if self._served else []
-        return indices if isinstance(indices, list) and all(type(i) is int for i in indices) else []
+        return indices if isinstance(indices, list) and set(map(type, indices)) <= {int} else []
 
     def restore(self) -> None:
         """Puts the batch sampler back."""

@@ -165,12 +165,14 @@ def _fingerprint(batch: Any) -> Tensor | list[Tensor]:
         parts = [batch]
     else:
         parts = tree_leaves(dict(batch) if isinstance(batch, Mapping) else batch)
-    leaves = [leaf for leaf in parts if isinstance(leaf, Tensor) and _is_dense(leaf)][:TENSORS]
-    flat = [leaf.detach().reshape(-1) for leaf in leaves]
-    spread = [values[:: max(len(values) // RECOGNIZED_BY, 1)] for values in flat]
-    if sum([len(values) for values in spread]) > KEPT_NUMEL:
-        return _reduce(spread)
-    return [values.clone() for values in spread]
+    spread: list[Tensor] = []
+    numel = 0
+    for leaf in parts:
+        if len(spread) < TENSORS and isinstance(leaf, Tensor) and _is_dense(leaf):
+            values = leaf.detach().reshape(-1)
+            spread.append(values[:: max(len(values) // RECOGNIZED_BY, 1)])
+            numel += len(spread[-1])
+    return _reduce(spread) if numel > KEPT_NUMEL else [values.clone() for values in spread]
 
 
 def _number(fingerprint: Tensor | list[Tensor]) -> float | None:

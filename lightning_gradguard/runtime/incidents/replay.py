@@ -51,8 +51,8 @@ class SeenBatch:
 
 
 def _versions(batch: Any) -> tuple[int, ...]:
-    tensors = [leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)]
-    return tuple([tensor._version for tensor in tensors if not tensor.is_inference()])
+    leaves = tree_leaves(batch)
+    return tuple([t._version for t in leaves if isinstance(t, Tensor) and not t.is_inference()])
 
 
 def replay(

@@ -108,15 +108,19 @@ class PackedMeasurement:
         loss, finite_losses, losses, weights, buffers, lost, alive, squares = head
         if not math.isfinite(loss):
             losses, finite_losses = 1, 0
-        finite = [norm for norm in total_norms if math.isfinite(norm)]
-        nonfinite = next((norm for norm in total_norms if not math.isfinite(norm)), None)
-        differ = bool(finite) and (nonfinite is not None or max(finite) > DISAGREEMENT * min(finite))
+        is_finite = all(map(math.isfinite, total_norms))
+        if is_finite:
+            total_norm = max(total_norms)
+            differ = total_norm > DISAGREEMENT * min(total_norms)
+        else:
+            total_norm = next(norm for norm in total_norms if not math.isfinite(norm))
+            differ = any(map(math.isfinite, total_norms))
         return Measurement(
             optimizer_index=optimizer_index,
             loss=loss / finite_losses if finite_losses else math.nan,
             nonfinite_losses=int(losses),
-            total_norm=max(total_norms) if nonfinite is None else nonfinite,
-            is_collapsed=not alive and bool(finite) and max(finite) > 0,
+            total_norm=total_norm,
+            is_collapsed=not alive and is_finite and total_norm > 0,
             ranks_disagree=differ,
             nonfinite_weights=bool(weights),
             nonfinite_buffers=bool(buffers),

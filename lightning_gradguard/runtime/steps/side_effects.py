@@ -60,7 +60,11 @@ class SideEffects:
             for name, buffer in module.named_buffers(recurse=False)
             if not is_lazy(buffer) and not bool(any_nonfinite([buffer]))
         ]
-        self._normalizing = [(module, name) for module, name, _ in self._finite if _is_norm(module)]
+        self._normalizing = [
+            (module, name)
+            for module, name, buffer in self._finite
+            if _is_norm(module) and buffer.is_floating_point()
+        ]
         self._variances = running_variances(pl_module.modules())
         self._had_jumped: Tensor | None = None
         self._n_scans = 0
@@ -119,12 +123,7 @@ class SideEffects:
         if not statistics:
             return None
         flag = any_nonfinite(statistics)
-        saved = self.buffers.saved()
-        pairs = [
-            (now, saved[place])
-            for place in self._variances
-            if place in saved and (now := place[0]._buffers.get(place[1])) is not None
-        ]
+        pairs = self.buffers.now_and_saved(self._variances)
         self._n_scans += 1
         if not pairs or (batch is None and self._n_scans <= SEEN):
             return flag

@@ -76,6 +76,7 @@ class Suite:
         self._checkers: list[StepCallback] = []
         self._flagging: list[StepCallback] = []
         self._weighing: list[StepCallback] = []
+        self._may_defer = True
         self._wants_units = False
         self._norm_types: tuple[float, ...] = (2.0,)
         self._layout = ParameterLayout({})
@@ -99,6 +100,7 @@ class Suite:
         ):
             if member.overrides(hook):
                 group.append(member)
+        self._may_defer = all(checker.defers_check for checker in self._checkers)
         self._wants_units |= member.wants_units
         self._norm_types = tuple(dict.fromkeys((*self._norm_types, *member.norm_types)))
 
@@ -245,7 +247,7 @@ class Suite:
         if self._checkers:
             # a GradScaler and a closure that is called repeatedly synchronize anyway
             is_exact = repeats or self._has_scaler or flags.check_now
-            if is_exact or not all([checker.defers_check for checker in self._checkers]):
+            if is_exact or not self._may_defer:
                 measurement, verdict = self._check(trainer, measured.packed.read(index))
             else:
                 self._deferred = (measured.packed, index)

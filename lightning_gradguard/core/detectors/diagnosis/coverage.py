@@ -41,7 +41,7 @@ class Steps:
         >>> import torch
         >>> one, two = (torch.optim.SGD(nn.Linear(1, 1).parameters(), 0.1) for _ in range(2))
         >>> steps = Steps()
-        >>> steps.add(one, has_gradient=False)
+        >>> steps.add(one)
         >>> [steps.is_idle(one), steps.is_idle(two)], [steps.is_blind(one), steps.is_blind(two)]
         ([False, True], [True, False])
     """
@@ -50,15 +50,11 @@ class Steps:
         self._stepped: set[int] = set()
         self._updated: set[int] = set()
 
-    def add(self, optimizer: Optimizer, *, has_gradient: bool) -> None:
-        """Adds a step."""
+    def add(self, optimizer: Optimizer) -> None:
+        """Adds a step that an optimizer is about to take."""
         self._stepped.add(id(optimizer))
-        if has_gradient:
+        if id(optimizer) not in self._updated and has_gradient(optimizer):
             self._updated.add(id(optimizer))
-
-    def has_updated(self, optimizer: Optimizer) -> bool:
-        """True for an optimizer that has stepped with a gradient."""
-        return id(optimizer) in self._updated
 
     def is_idle(self, optimizer: Optimizer) -> bool:
         """True for an optimizer that has not stepped."""
