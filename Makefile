@@ -1,11 +1,18 @@
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+DEMO_STAMP := $(VENV)/.installed-demo
 BENCH_STAMP := $(VENV)/.installed-bench
 OLDEST := .venv-oldest
 OLDEST_STAMP := $(OLDEST)/.installed
 LOGGERS := .venv-loggers
 LOGGERS_STAMP := $(LOGGERS)/.installed
+# installs into the environment of a Python: uv does it in less time, where there is one
+ifeq ($(shell command -v uv),)
+install_into = $(1) -m pip install --quiet --disable-pip-version-check
+else
+install_into = uv pip install --quiet --python $(1)
+endif
 
 .PHONY: install demo test test-fast test-oldest test-loggers browser-test wheel-test
 .PHONY: check docs guide strategies scaling faults casebook zoo treatment-bench evidence evidence-quick third-party bench bench-gpu
@@ -14,10 +21,16 @@ install: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || python3 -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
-	touch $(STAMP)
+	$(call install_into,$(BIN)/python) -c constraints.txt -e ".[dev]"
+	touch $(DEMO_STAMP) $(STAMP)
 
-demo: install
+# The package alone, without what its tests and documentation need
+$(DEMO_STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || python3 -m venv $(VENV)
+	$(call install_into,$(BIN)/python) -c constraints.txt -e .
+	touch $(DEMO_STAMP)
+
+demo: $(DEMO_STAMP)
 	$(BIN)/lightning-gradguard demo
 
 test: install
@@ -29,7 +42,7 @@ test-fast: install
 # Lightning and the other dependencies, as old as pyproject.toml allows
 $(OLDEST_STAMP): pyproject.toml constraints-oldest.txt
 	test -x $(OLDEST)/bin/python || python3 -m venv $(OLDEST)
-	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-oldest.txt -e ".[dev]"
+	$(call install_into,$(OLDEST)/bin/python) -c constraints-oldest.txt -e ".[dev]"
 	touch $(OLDEST_STAMP)
 
 test-oldest: $(OLDEST_STAMP)
@@ -37,7 +50,7 @@ test-oldest: $(OLDEST_STAMP)
 
 $(LOGGERS_STAMP): pyproject.toml constraints.txt
 	test -x $(LOGGERS)/bin/python || python3 -m venv $(LOGGERS)
-	$(LOGGERS)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev,loggers]"
+	$(call install_into,$(LOGGERS)/bin/python) -c constraints.txt -e ".[dev,loggers]"
 	touch $(LOGGERS_STAMP)
 
 test-loggers: $(LOGGERS_STAMP)
@@ -58,7 +71,7 @@ wheel-test:
 # TensorBoard in a real browser; its pictures are those of the documentation
 browser-test: install
 	command -v chromium >/dev/null || { apt-get update && apt-get install -y --no-install-recommends chromium; }
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev,browser]"
+	$(call install_into,$(BIN)/python) -c constraints.txt -e ".[dev,browser]"
 	$(BIN)/python -m pytest -q tests/browser --pictures docs/images
 
 check: install
@@ -102,7 +115,7 @@ evidence-quick: install
 
 # The packages that the suite is compared with
 $(BENCH_STAMP): $(STAMP)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev,bench]"
+	$(call install_into,$(BIN)/python) -c constraints.txt -e ".[dev,bench]"
 	touch $(BENCH_STAMP)
 
 bench: $(BENCH_STAMP)
