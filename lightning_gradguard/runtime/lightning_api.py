@@ -382,6 +382,13 @@ def overrides(pl_module: pl.LightningModule, hook: str) -> bool:
     return hook in vars(pl_module) or getattr(type(pl_module), hook).__module__.split(".")[0] not in _PACKAGES
 
 
+def logs_plain_events(logger: Any) -> bool:
+    """True if a `TensorBoardLogger` does no more with a number than pass it to torch's `add_scalar`."""
+    is_own = _module_of_hook(logger, "log_metrics").split(".")[0] in {*_PACKAGES, "lightning_fabric"}
+    writer = type(logger.experiment)
+    return is_own and not logger._prefix and writer.__module__ == "torch.utils.tensorboard.writer"
+
+
 def train_iterator(trainer: pl.Trainer) -> Any:
     """Returns the iterator of the one loader that training draws from; `None` if there are several."""
     combined = getattr(trainer.fit_loop, "_combined_loader", None)

@@ -13,6 +13,7 @@ from lightning_gradguard.core.clipping.policy import HistoryPolicy
 from lightning_gradguard.core.clipping.scalars import (
     Scalar,
     Window,
+    absolute,
     as_like,
     clamp_min,
     fmax,
@@ -177,10 +178,11 @@ class RelativeNormClipping(HistoryPolicy[_State]):
             can_overshoot = has_loss & (loss == loss) & (rate is not None)
             usual = where(can_overshoot, usual, fmin(usual, state.level))
         bound = fmax(self.max_ratio * usual, LEVEL_RATIO * state.level)
-        is_calm = (loss <= usual_loss + abs(usual_loss)) & (norm <= CALM_RATIO * bound)
+        usual_size = absolute(usual_loss)
+        is_calm = (loss <= usual_loss + usual_size) & (norm <= CALM_RATIO * bound)
         is_spike = (norm > bound) & negate(is_calm)
         if rate is None:
-            rises = abs(loss) > ADAPTIVE_RATIO * abs(usual_loss)
+            rises = absolute(loss) > ADAPTIVE_RATIO * usual_size
             is_spike = is_spike | ((norm > ADAPTIVE_RATIO * state.level) & rises)
         else:
             decrease = rate / (1 - context.momentum) * norm * norm
@@ -223,7 +225,7 @@ class RelativeNormClipping(HistoryPolicy[_State]):
             seen=state.seen + is_finite,
             level=where(is_finite, level, state.level),
             lowest_loss=where(is_finite, fmin(state.lowest_loss, loss), state.lowest_loss),
-            highest_loss=fmax(state.highest_loss, abs(usual_loss)),
+            highest_loss=fmax(state.highest_loss, absolute(usual_loss)),
             cap=where(is_finite, after.cap, state.cap),
             alarm=where(is_finite, after.alarm, state.alarm),
             steps_since_weights=state.steps_since_weights + 1,

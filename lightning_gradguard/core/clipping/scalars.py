@@ -66,6 +66,11 @@ def clamp_max(value: Scalar, bound: float) -> Scalar:
     return bound if value > bound else value
 
 
+def absolute(value: Scalar) -> Scalar:
+    """Returns the absolute value."""
+    return value.abs() if isinstance(value, Tensor) else abs(value)
+
+
 def square_root(value: Scalar) -> Scalar:
     """Returns the square root; NaN of a negative number."""
     if isinstance(value, Tensor):
