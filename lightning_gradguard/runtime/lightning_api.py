@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
-from functools import cache, partial
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pytorch_lightning as pl
@@ -229,12 +229,7 @@ def reshard_parameters(trainer: pl.Trainer) -> None:
 
 def _is_strategy(trainer: pl.Trainer, name: str) -> bool:
     """True if the strategy is of this class, of either package, or of a subclass."""
-    return name in _names_of(type(trainer.strategy))
-
-
-@cache
-def _names_of(kind: type) -> frozenset[str]:
-    return frozenset(base.__name__ for base in kind.__mro__)
+    return is_instance_by_name(trainer.strategy, name)
 
 
 def _fsdp1_units(trainer: pl.Trainer) -> list[Any]:
@@ -382,11 +377,9 @@ def overrides(pl_module: pl.LightningModule, hook: str) -> bool:
     return hook in vars(pl_module) or getattr(type(pl_module), hook).__module__.split(".")[0] not in _PACKAGES
 
 
-def logs_plain_events(logger: Any) -> bool:
-    """True if a `TensorBoardLogger` does no more with a number than pass it to torch's `add_scalar`."""
-    is_own = _module_of_hook(logger, "log_metrics").split(".")[0] in {*_PACKAGES, "lightning_fabric"}
-    writer = type(logger.experiment)
-    return is_own and not logger._prefix and writer.__module__ == "torch.utils.tensorboard.writer"
+def is_plain_logger(logger: Any) -> bool:
+    """True for a logger of a class of Lightning's own that puts no prefix before names."""
+    return type(logger).__module__.split(".")[0] in _PACKAGES and not logger._prefix
 
 
 def train_iterator(trainer: pl.Trainer) -> Any:

@@ -23,14 +23,15 @@ def write_scalars(logger: Any, scalars: Mapping[str, float], step: int) -> None:
         plain = {tag: value for tag, value in scalars.items() if not is_band(tag)}
         scalars = {**plain, **decades(scalars)}
         _update_layout(logger.experiment, scalars)
-        if lightning_api.logs_plain_events(logger):
+        writer = type(logger.experiment).__module__
+        if lightning_api.is_plain_logger(logger) and writer == "torch.utils.tensorboard.writer":
             _write_in_one_event(logger.experiment, scalars, step)
             return
     logger.log_metrics(metrics=dict(scalars), step=step)  # as Lightning itself calls it
 
 
 def _write_in_one_event(writer: Any, scalars: Mapping[str, float], step: int) -> None:
-    """Writes what `add_scalar` writes of each scalar: an event for each costs most of a logged step."""
+    """Writes what `add_scalar` writes of each scalar, in one event and not in one for each."""
     from tensorboard.compat.proto.summary_pb2 import Summary
 
     values = [Summary.Value(tag=tag, simple_value=value) for tag, value in scalars.items()]
