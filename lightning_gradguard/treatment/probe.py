@@ -21,6 +21,7 @@ from lightning_gradguard.core import initialization
 from lightning_gradguard.core.detectors.diagnosis import Finding
 from lightning_gradguard.core.incidents import Incident, title
 from lightning_gradguard.core.snapshots import preserve_state
+from lightning_gradguard.runtime.incidents.invalid_batches import is_check_of_values
 from lightning_gradguard.runtime.incidents.replay import training_loss, without_logging
 from lightning_gradguard.runtime.lightning_api import Callback
 from lightning_gradguard.treatment.learning import Learning, learning_of
@@ -66,6 +67,7 @@ class Probe:
             for f in self.findings
         ]
         severe = [f for f in self.initialization if f.severity == "fail"]
+        found += [f"a training step fails: {self.trial.error}"] if self.trial.error else []
         return [*found, *(f"initialization: {f.describe()}" for f in severe[:3])]
 
 
@@ -109,6 +111,7 @@ def probe(program: Program, least: int, most: int, deadline: float) -> Probe:
     )
     diagnosis, check, listener = TrainingDiagnosis(), InitializationCheck(), Listener()
     ending = _Ending(least * program.accumulate, diagnosis, held_out)
+    raised = ""
     untrained = program.module(program.seed)
     module = program.module(program.seed)
     with quiet(), tempfile.TemporaryDirectory() as folder:
@@ -116,7 +119,9 @@ def probe(program: Program, least: int, most: int, deadline: float) -> Probe:
         try:
             program.fit(trainer, module)
         except Exception as error:  # the user's own code
-            raise TreatmentError(f"a training step of the program fails: {described(error)}") from error
+            if not is_check_of_values(error):
+                raise TreatmentError(f"a training step of the program fails: {described(error)}") from error
+            raised = described(error)
         metrics = logged(trainer)
     trial = Trial(
         job,
@@ -129,6 +134,7 @@ def probe(program: Program, least: int, most: int, deadline: float) -> Probe:
         sum(p.numel() for p in module.parameters()),
         held_out.seconds_per_step,
         time.monotonic() - began,
+        raised,
     )
     is_automatic = module.automatic_optimization and len(trainer.optimizers) == 1
     return Probe(

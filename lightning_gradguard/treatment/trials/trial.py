@@ -109,6 +109,12 @@ def treated(changes: Sequence[Change]) -> list[Any]:
     return [*own, *guards]
 
 
+def _seeded(changes: Sequence[Change], seed: int) -> list[Change]:
+    """Returns changes that draw weights with the seed of the run."""
+    drawing = ("initialize", "orthogonal_recurrent")
+    return [c.with_arguments(seed=seed) if c.kind in drawing else c for c in changes]
+
+
 def run(program: Program, job: Job, deadline: float) -> Trial:
     """Runs a trial; an exception of the program is its outcome.
 
@@ -124,7 +130,7 @@ def run(program: Program, job: Job, deadline: float) -> Trial:
     with quiet(), tempfile.TemporaryDirectory() as folder:
         try:
             module = program.module(job.seed)
-            callbacks = [] if job.changes is None else treated(job.changes)
+            callbacks = [] if job.changes is None else treated(_seeded(job.changes, job.seed))
             precision = {c.kind: c["value"] for c in job.changes or () if c.kind == "precision"}
             watching = [listener, held_out]
             trainer = program.trainer_of(module, [*callbacks, *watching], job.steps, folder, **precision)

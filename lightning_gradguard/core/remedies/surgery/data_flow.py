@@ -27,7 +27,7 @@ ACTIVATIONS = (*SATURATING, *RECTIFYING, *OTHER_ACTIVATIONS)
 #: Functions by what they do to the tensors that they are given; the in-place forms end in `_`.
 _ACTIVATION_FUNCTIONS = frozenset(
     {"sigmoid", "tanh", "softsign", "hardtanh", "hardsigmoid", "relu", "relu6", "leaky_relu", "elu", "selu"}
-    | {"celu", "gelu", "silu", "mish", "prelu", "softplus"}
+    | {"celu", "gelu", "silu", "mish", "prelu", "softplus", "exp"}
 )
 SATURATING_FUNCTIONS = frozenset(kind.__name__.lower() for kind in SATURATING)
 _FUNCTIONS: dict[type[nn.Module], str] = {nn.LeakyReLU: "leaky_relu"}
