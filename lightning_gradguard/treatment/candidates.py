@@ -88,8 +88,8 @@ _BY_KIND: Mapping[str, Sequence[tuple[Change, ...]]] = {
     "saturated_units": (_NORMALIZE, _INITIALIZE, _ACTIVATE, _LOWER),
     "weight_stagnation": (_ACTIVATE, _NORMALIZE, _HIGHER, _INITIALIZE),
     "stuck_loss": (_HIGHER, _LOWER, _NORMALIZE, _INITIALIZE, _ACTIVATE, _RESIDUAL, _STANDARDIZE),
-    "nonfinite_gradient": (_SUITE, _LOWER, _INITIALIZE, _NORMALIZE, _EPSILON, _ACTIVATE + _NORMALIZE),
-    "nonfinite_loss": (_SUITE, _LOWER, _INITIALIZE, _NORMALIZE, _ACTIVATE + _NORMALIZE, _LOWEST),
+    "nonfinite_gradient": (_SUITE, _LOWER, _INITIALIZE, _ACTIVATE, _NORMALIZE, _EPSILON, _LOWEST),
+    "nonfinite_loss": (_SUITE, _LOWER, _INITIALIZE, _ACTIVATE, _NORMALIZE, _ACTIVATE + _NORMALIZE, _LOWEST),
 }
 #: What a network with a failing criterion of the initialization needs.
 _BY_CRITERION: Mapping[str, Sequence[tuple[Change, ...]]] = {

@@ -56,7 +56,8 @@ def row_of(trial: Trial) -> tuple[str, ...]:
     loss = f"{trial.loss:.4g}" if math.isfinite(trial.loss) else "nonfinite"
     logged = ", ".join(f"{name} {value:.4g}" for name, value in list(trial.metrics.items())[:3])
     time = f"{1e3 * trial.seconds_per_step:.3g} ms" if math.isfinite(trial.seconds_per_step) else "-"
-    parts = [name_of(trial.job.changes), str(trial.job.seed), str(trial.job.steps)]
+    reached = min(trial.curve[-1][0], trial.job.steps) if trial.curve else 0
+    parts = [name_of(trial.job.changes), str(trial.job.seed), str(reached)]
     return (*parts, "-" if trial.error else loss, ratio, f"{trial.parameters:,}", time, trial.error or logged)
 
 
@@ -98,7 +99,7 @@ def _figures(result: TreatmentResult) -> dict[str, str]:
         lines[name_of(best.job.changes)] = _series(best)
     shown = [result.probe, best]
     others = [_series(t) for t in result.trials if t.curve and t not in shown]
-    figures = {f"{result.metric}; all other trials in grey": curves(lines, others)}
+    figures = {f"{result.metric.capitalize()}; all other trials in grey": curves(lines, others)}
     if best is not None:
         losses = {name: _training(t) for name, t in zip(lines, (result.probe, best), strict=True)}
         if any(map(len, losses.values())):  # manual optimization may return no loss

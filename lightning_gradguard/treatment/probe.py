@@ -22,7 +22,7 @@ from lightning_gradguard.core.detectors.diagnosis import Finding
 from lightning_gradguard.core.incidents import Incident, title
 from lightning_gradguard.core.snapshots import preserve_state
 from lightning_gradguard.runtime.incidents.invalid_batches import is_check_of_values
-from lightning_gradguard.runtime.incidents.replay import training_loss, without_logging
+from lightning_gradguard.runtime.incidents.replay import training_loss_or_nan, without_logging
 from lightning_gradguard.runtime.lightning_api import Callback
 from lightning_gradguard.treatment.learning import Learning, learning_of
 from lightning_gradguard.treatment.trials.held_out import HeldOutLoss
@@ -152,7 +152,7 @@ def probe(program: Program, least: int, most: int, deadline: float) -> Probe:
 def _runnable(module: pl.LightningModule, batch: Any) -> Callable[[], Tensor] | None:
     def run_loss() -> Tensor:
         with preserve_state(module), without_logging(module):
-            return training_loss(module, copy.deepcopy(batch), 0)
+            return training_loss_or_nan(module, copy.deepcopy(batch), 0)
 
     try:
         run_loss()

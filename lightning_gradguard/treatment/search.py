@@ -20,6 +20,7 @@ from lightning_gradguard.treatment.trials.workers import outcomes
 MAX_COMBINED, MAX_COMBINATIONS, FINALISTS = 3, 3, 3
 #: Share of the first rung in the full length, and its least steps.
 FIRST_RUNG, LEAST_RUNG = 0.4, 60
+FASTER = Change("learning_rate", {"scale": 10.0})
 #: Noise between seeds is at least this share of the untreated loss.
 LEAST_NOISE = 0.02
 #: Share of what the best treatment gains by which a smaller change may be behind it.
@@ -126,6 +127,9 @@ def _combined(ranked: Sequence[Trial]) -> list[tuple[Change, ...]]:
     tried = {frozenset(map(str, t.job.changes or ())) for t in ranked}
     singles = [t.job.changes for t in ranked[:FINALISTS] if t.job.changes]
     found: list[tuple[Change, ...]] = []
+    best = singles[0] if singles else ()
+    if best and len(best) < MAX_COMBINED and all(change.kind != "learning_rate" for change in best):
+        found.append((*best, FASTER))  # what learns now may learn at a higher rate
     for n in (2, MAX_COMBINED):
         for parts in combinations(singles, n):
             by_kind: dict[str, Change] = {}

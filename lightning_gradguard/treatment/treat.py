@@ -143,7 +143,7 @@ class _Treatment:
     def run(self) -> TreatmentResult:
         """Searches and verifies."""
         learning = self.found.learning
-        if self.found.is_healthy and not self.prescriptions:
+        if self.found.is_healthy:
             return self._result("healthy", f"after {self._probed} steps {learning.evidence}")
         if self.steps < TOO_FEW_STEPS:
             evidence = (
@@ -164,9 +164,7 @@ class _Treatment:
             changes = trial.job.changes or ()
             results = verify(laboratory, trial, VERIFIED)
             verdict, evidence = verdict_of(results)
-            self.report(
-                f"{self.clock.spent:4.0f} s of {self.clock.budget:.0f} s, {verdict}: {name_of(changes)}"
-            )
+            self.report(f"{self._time}, {verdict}: {name_of(changes)}")
             if verdict == "cured":
                 return self._result(verdict, evidence, changes, results, suggested)
             if best is None or (verdict == "better" and best[0] != "better"):
@@ -201,7 +199,7 @@ class _Treatment:
             list(self.log.trials.values()),
             verification,
             suggested,
-            f"loss of training_step on {len(self.program.batches.held_out)} {self.program.batches.source}",
+            self.program.batches.metric,
             self.clock.budget,
             self.clock.spent,
             self.steps,

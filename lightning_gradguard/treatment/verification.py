@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from lightning_gradguard.core.remedies.changes import Change
 from lightning_gradguard.treatment.learning import Learning, learning_of
 from lightning_gradguard.treatment.search import LEAST_RUNG, Laboratory, noise_of
 from lightning_gradguard.treatment.trials.trial import Job, Trial
@@ -16,6 +17,8 @@ from lightning_gradguard.treatment.trials.trial import Job, Trial
 N_SEEDS, FIRST_SEED = 3, 101
 #: Time that a run may take over what it took in the search.
 RESERVE = 1.2
+#: Length of the second verification over that of the first, at least.
+LONGER = 1.5
 
 Verdict = Literal["healthy", "cured", "better", "no_treatment_found"]
 
@@ -49,20 +52,36 @@ class SeedResult:
 def verify(laboratory: Laboratory, trial: Trial, until: float) -> list[SeedResult]:
     """Runs the changes of a trial, and the program as it is, with fresh seeds.
 
-    They run for as many steps as the trial, or for fewer if the budget does not suffice for all.
+    They run for as many steps as the trial, or for fewer if the budget does not suffice for all. Where that
+    shows no cure, and the program's own run is longer, they run for as many steps as that, or as are left.
 
     Returns:
         Fewer than three if the budget ends before.
     """
-    changes, full = trial.job.changes, trial.job.steps
-    seeds = [laboratory.program.seed + FIRST_SEED + i for i in range(N_SEEDS)]
+    short = min(trial.job.steps, max(_affordable(laboratory, trial, until), LEAST_RUNG))
+    results = _run(laboratory, trial.job.changes, short, until)
+    steps = min(laboratory.program.planned, _affordable(laboratory, trial, until))
+    is_promising = all(r.beats(0.0) for r in results) and len(results) == N_SEEDS
+    if is_promising and verdict_of(results)[0] != "cured" and steps >= LONGER * short:
+        longer = _run(laboratory, trial.job.changes, steps, until)
+        return longer if len(longer) == N_SEEDS else results
+    return results
+
+
+def _affordable(laboratory: Laboratory, trial: Trial, until: float) -> int:
+    """Returns the steps for which all runs of a verification fit into the budget."""
     left = laboratory.clock.share(until) - time.monotonic()
     rounds = 2 * N_SEEDS / min(laboratory.processes, 2 * N_SEEDS)
-    affordable = int(left / (rounds * trial.seconds / full * RESERVE))
-    is_known = any(
-        Job(one, seed, full).key in laboratory.log.trials for seed in seeds for one in (changes, None)
-    )
-    steps = full if is_known else min(full, max(affordable, LEAST_RUNG))
+    return int(left / (rounds * trial.seconds / trial.job.steps * RESERVE))
+
+
+def _run(
+    laboratory: Laboratory, changes: tuple[Change, ...] | None, steps: int, until: float
+) -> list[SeedResult]:
+    seeds = [laboratory.program.seed + FIRST_SEED + i for i in range(N_SEEDS)]
+    known = {t.job.steps for t in laboratory.log.trials.values() if t.job.seed in seeds}
+    # what was verified before the treatment was stopped is not run again for a few steps more or less
+    steps = next((n for n in known if 0.5 * steps <= n <= 1.5 * steps), steps)
     jobs = [Job(one, seed, steps) for seed in seeds for one in (changes, None)]
     found = {t.job.key: t for t in laboratory.run(jobs, until) if not is_unfinished(t)}
     pairs = [(Job(None, s, steps).key, Job(changes, s, steps).key) for s in seeds]

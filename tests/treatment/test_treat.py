@@ -95,6 +95,28 @@ def test_trials_in_processes_are_those_of_one_process() -> None:
     assert sorted(map(str, map(outcome, together.trials))) == sorted(map(str, map(outcome, alone.trials)))
 
 
+class Exponential(nn.Module):
+    """An activation of the user's, with which a deep network overflows."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.exp()
+
+
+@pytest.mark.slow
+def test_step_that_raises_on_nonfinite_values_is_treated() -> None:
+    class Checked(Net):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            probabilities = self.net(batch[0]).softmax(1)
+            return nn.functional.binary_cross_entropy(
+                probabilities, nn.functional.one_hot(batch[1], 4).float()
+            )
+
+    result = treated(partial(Checked, 6, Exponential))
+    assert any("between 0 and 1" in ailment for ailment in result.ailments)
+    assert result.is_treated, result.evidence
+    assert "replace_activation" in [change.kind for change in result.changes]
+
+
 def test_global_random_numbers_are_as_before() -> None:
     state = torch.get_rng_state()
     treated(Net)

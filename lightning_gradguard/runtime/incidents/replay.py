@@ -17,7 +17,7 @@ from lightning_gradguard.core.forensics import Origin, OutOfRange, investigate
 from lightning_gradguard.core.snapshots import StepRandomness, set_rng_state
 from lightning_gradguard.runtime import lightning_api
 from lightning_gradguard.runtime.distributed import world_size
-from lightning_gradguard.runtime.incidents.invalid_batches import original_step
+from lightning_gradguard.runtime.incidents.invalid_batches import is_check_of_values, original_step
 from lightning_gradguard.runtime.lightning_packages import FRAMEWORKS
 
 
@@ -133,6 +133,22 @@ def training_loss(pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> 
     return loss.reshape(())
 
 
+def training_loss_or_nan(pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> Tensor:
+    """The loss of a batch, shape `()`; NaN if a function rejects what the network gives it.
+
+    The layers have run by then, so that what follows which layer can be traced.
+
+    Raises:
+        TypeError: If the step returns something else than one loss.
+    """
+    try:
+        return training_loss(pl_module, batch, batch_idx)
+    except Exception as error:
+        if not is_check_of_values(error):
+            raise
+        return torch.full((), torch.nan, device=pl_module.device)
+
+
 def loss_without_trace(pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> Tensor:
     """The loss of a batch, shape `()`, under manual optimization the sum of those that are differentiated.
 
@@ -142,7 +158,7 @@ def loss_without_trace(pl_module: pl.LightningModule, batch: Any, batch_idx: int
         TypeError: If the step has no loss.
     """
     if pl_module.automatic_optimization:
-        return training_loss(pl_module, batch, batch_idx).detach()
+        return training_loss_or_nan(pl_module, batch, batch_idx).detach()
     with torch.enable_grad(), _manual_optimization(pl_module, 1.0) as (losses, _):
         _training_step(pl_module, batch, batch_idx)
     if not losses:

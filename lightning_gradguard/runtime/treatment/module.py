@@ -17,7 +17,7 @@ from torch import Tensor
 from lightning_gradguard.core.remedies.changes import WEIGHT_CHANGES, Change, apply, in_order, resolve
 from lightning_gradguard.core.snapshots.preservation import rng_state, set_rng_state
 from lightning_gradguard.runtime.distributed import broadcast_tensors, gather_objects
-from lightning_gradguard.runtime.incidents.replay import training_loss, without_logging
+from lightning_gradguard.runtime.incidents.replay import training_loss_or_nan, without_logging
 from lightning_gradguard.runtime.lightning_api import train_dataloader_of_fit, weight_averages
 
 Module = TypeVar("Module", bound=pl.LightningModule)
@@ -158,7 +158,7 @@ def _run_of_first_batch(trainer: pl.Trainer, pl_module: pl.LightningModule) -> C
 
         def run_loss() -> Tensor:
             with without_logging(pl_module):
-                return training_loss(pl_module, batch, 0)
+                return training_loss_or_nan(pl_module, batch, 0)
 
         resolve(pl_module, Change("standardize_input"), run_loss)
     except Exception as error:

@@ -18,14 +18,13 @@ from typing_extensions import override
 
 from lightning_gradguard.core.detectors.diagnosis import LossBaselines, Sample, StepTrace
 from lightning_gradguard.core.snapshots import preserve_state
-from lightning_gradguard.runtime.incidents.invalid_batches import is_check_of_values
 from lightning_gradguard.runtime.incidents.replay import loss_without_trace, without_logging
 from lightning_gradguard.runtime.lightning_api import Callback
 from lightning_gradguard.runtime.sampled_step import target_of
 
 #: Evaluations of a run, the last at its end.
 N_EVALUATIONS = 10
-#: Nonfinite evaluations in a row that end a run.
+#: Nonfinite evaluations in a row, and losses of batches, that end a run.
 MAX_NONFINITE = 3
 
 
@@ -68,17 +67,17 @@ def evaluate(
         for i, batch in enumerate(batches):
             on_device = trainer.strategy.batch_to_device(copy.deepcopy(batch))
             if not in_full:
-                losses.append(_loss(pl_module, on_device, i))
+                losses.append(float(loss_without_trace(pl_module, on_device, i)))
                 continue
             trace = StepTrace(pl_module, on_device, baselines)
             with trace:
-                losses.append(_loss(pl_module, on_device, i))
+                losses.append(float(loss_without_trace(pl_module, on_device, i)))
             samples.append(trace.sample(0, trace.close(pl_module.device).tolist()))
             target = target_of(on_device)
             if target is not None:
                 order = torch.randperm(len(target), generator=torch.Generator().manual_seed(i))
                 target.copy_(target[order.to(target.device)])
-                permuted.append(_loss(pl_module, on_device, i))
+                permuted.append(float(loss_without_trace(pl_module, on_device, i)))
     loss = _mean(losses)
     return Evaluation(loss, _over_constant(samples, loss), _ratio(loss, _mean(permuted)))
 
@@ -140,8 +139,9 @@ class HeldOutLoss(Callback):
             self.training.append((self._seen, float(loss)))
         if self._seen % self._every == 0 and self._seen < self._steps:
             self._evaluate(trainer, pl_module)
-        recent = [value for _, value in self.curve[-MAX_NONFINITE:]]
-        if len(recent) == MAX_NONFINITE and not any(map(math.isfinite, recent)):
+        # running statistics of normalization may need more steps than the loss in training mode
+        recent = [value for curve in (self.curve, self.training) for _, value in curve[-MAX_NONFINITE:]]
+        if len(self.curve) >= MAX_NONFINITE and not any(map(math.isfinite, recent)):
             trainer.should_stop = True
         if time.monotonic() > self._deadline:
             self.is_out_of_time = trainer.should_stop = True
@@ -157,16 +157,6 @@ class HeldOutLoss(Callback):
 
     def _add(self, evaluation: Evaluation) -> None:
         self.curve.append((self._seen, evaluation.loss))
-
-
-def _loss(pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> float:
-    """Returns the loss of a batch; NaN if a function rejects what the network gives it."""
-    try:
-        return float(loss_without_trace(pl_module, batch, batch_idx))
-    except Exception as error:
-        if not is_check_of_values(error):
-            raise
-        return math.nan
 
 
 def _mean(losses: Sequence[float]) -> float:

@@ -49,7 +49,7 @@ class RecordedBatches:
         epochs: Batches of training, by epoch.
         validation: Batches of each validation loader.
         held_out: Batches on which the held-out loss is measured.
-        source: Where these are from, in words.
+        source: The kind of these, in words.
         fingerprint: Hash of the first batches.
         notes: Limits that a reader should know.
     """
@@ -60,6 +60,12 @@ class RecordedBatches:
     source: str
     fingerprint: str
     notes: tuple[str, ...] = ()
+
+    @property
+    def metric(self) -> str:
+        """The number that trials are compared by."""
+        n = len(self.held_out)
+        return f"loss of training_step on {n} {self.source} batch{'es' if n != 1 else ''}"
 
 
 @dataclass(eq=False)
@@ -75,6 +81,7 @@ class Recorder(Callback):
     deadline: float
     epochs: list[list[Any]] = field(default_factory=list)
     validation: list[list[Any]] = field(default_factory=list)
+    unserved: list[Any] = field(default_factory=list)
     steps: float = 0.0
     is_whole: bool = False
     is_repeatable: bool = True
@@ -85,6 +92,8 @@ class Recorder(Callback):
         loaders = trainer.val_dataloaders
         for loader in loaders if isinstance(loaders, list) else [] if loaders is None else [loaders]:
             self.validation.append([batch for batch, _ in zip(loader, range(MAX_HELD_OUT), strict=False)])
+        if not self.validation:
+            self.unserved = _validation_of(trainer, pl_module)
         left = MAX_BYTES
         while len(self.epochs) * len(self.epochs[0] if self.epochs else []) < self.wanted:
             torch.manual_seed(len(self.epochs))
@@ -117,21 +126,32 @@ class Recorder(Callback):
                 "The data give other batches each time; those of the first pass were recorded, and serve "
                 "all trials."
             )
-        fitting = [loader for loader in self.validation if loader and _is_like(loader[0], first[0])]
+        known = [*self.validation, self.unserved]
+        fitting = [loader for loader in known if loader and _is_like(loader[0], first[0])]
         if fitting:
-            epochs, held_out, source = self.epochs, fitting[0], "validation batches"
+            epochs, held_out, source = self.epochs, fitting[0], "validation"
         elif len(first) > 1:
             n = min(max(round(HELD_OUT_SHARE * len(first)), 1), MAX_HELD_OUT)
             epochs, held_out = [first[:-n]], first[-n:]
-            source = "held-out training batches"
-            why = "no validation batch is like a training batch" if self.validation else "no validation data"
+            source = "held-out training"
+            why = "no validation batch is like a training batch" if any(known) else "no validation data"
             notes.append(f"There are {why}: {n} of {len(first)} batches of training are held out.")
         else:
-            epochs, held_out, source = self.epochs, first, "the training batch"
+            epochs, held_out, source = self.epochs, first, "training"
             notes.append("There are one batch and no validation data: its own loss is measured.")
         return RecordedBatches(
             epochs, self.validation, held_out, source, fingerprint([*first[:2], *held_out[:1]]), tuple(notes)
         )
+
+
+def _validation_of(trainer: pl.Trainer, pl_module: pl.LightningModule) -> list[Any]:
+    """Returns validation batches that the program has and, without a `validation_step`, does not use."""
+    owner = getattr(trainer, "datamodule", None) or pl_module
+    try:
+        loader = owner.val_dataloader()
+        return [batch for batch, _ in zip(loader, range(MAX_HELD_OUT), strict=False)]
+    except Exception:  # none, or several loaders
+        return []
 
 
 class Recorded(Exception):
