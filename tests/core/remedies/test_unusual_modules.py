@@ -165,6 +165,14 @@ def test_what_was_compiled_before_runs_the_changes() -> None:
     assert all(parameter.grad is not None for parameter in module.parameters())
 
 
+def test_a_part_of_a_block_that_runs_alone_is_as_it_was() -> None:
+    module = mlp(nn.Sigmoid, depth=1)
+    apply(module, Change("add_residual"), loss_of(module, INPUTS))
+    hidden = torch.randn(4, 16)
+    assert torch.equal(module[3](hidden), torch.sigmoid(hidden))
+    assert not torch.equal(module[2:4](hidden), torch.sigmoid(module[2](hidden)))
+
+
 def test_one_sample_is_normalized_as_in_evaluation() -> None:
     module = mlp(nn.Sigmoid, depth=1)
     apply(module, Change("add_normalization"), loss_of(module, INPUTS))
