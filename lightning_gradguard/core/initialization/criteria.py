@@ -153,6 +153,8 @@ def _check_activations(measured: Probe) -> list[Finding]:
         ):
             if value is not None and value > warn:
                 severity: Severity = "fail" if value >= fail else "warn"
+                if criterion == "saturated_units" and severity == "warn" and layer is measured.layers[0]:
+                    severity = "info"  # no gradient has to pass the first layer on its way to others
                 findings.append(Finding(criterion, layer.name, value, f"< {warn:.0%}", severity))
     return findings
 

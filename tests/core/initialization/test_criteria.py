@@ -79,6 +79,12 @@ def test_explosion_is_a_warning_for_a_scale_free_optimizer() -> None:
     assert "Adam may" in findings[0].expected
 
 
+def test_saturation_of_the_first_layer_is_reported_only() -> None:
+    network = planted(mlp(4, nn.Tanh), lambda n: n[0].weight.mul_(30))
+    found = [f for f in check(network, loss_of(network))[0] if f.criterion == "saturated_units"]
+    assert [(f.module, f.severity) for f in found] == [("0", "info")]
+
+
 def test_zero_head_and_zero_residual_branches_pass() -> None:
     network: Any = nn.Sequential(*[Residual() for _ in range(3)], nn.Linear(64, 10))
     for block in network[:3]:
