@@ -126,7 +126,7 @@ def test_a_repair_that_betters_nothing_is_undone(capsys: pytest.CaptureFixture[s
     assert same(before, values(module))
 
 
-def test_a_gain_through_time_is_a_warning_of_a_fit(
+def test_a_gain_through_time_is_an_incident_of_a_fit(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     class Long(Classifier):
@@ -143,7 +143,7 @@ def test_a_gain_through_time_is_a_warning_of_a_fit(
     logger = CSVLogger(tmp_path)
     fit(Long(), batches(1), [InitializationCheck()], logger=logger, enable_progress_bar=True)
     printed = capsys.readouterr()
-    assert "WARN  net    gain_through_time  -" in printed.out + printed.err
+    assert re.search(r"(WARN|FAIL)  net    gain_through_time  -", printed.out + printed.err)
     (record,) = map(json.loads, (Path(logger.log_dir) / "incidents.jsonl").read_text().splitlines())
     assert record["kind"] == "poor_initialization"
     assert record["value"] < -3
