@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from lightning_gradguard.runtime.steps.step_callback import StepCallback
     from lightning_gradguard.treatment.result import TreatmentResult
     from lightning_gradguard.treatment.treat import treat
+    from lightning_gradguard.treatment.trials.program import TreatmentError
 
 __version__ = "0.5.0"
 
@@ -58,6 +59,7 @@ __all__ = [
     "TrainingDivergedError",
     "TrainingGuard",
     "Treatment",
+    "TreatmentError",
     "TreatmentResult",
     "UnitwiseClipping",
     "WeightNormConstraint",
@@ -94,6 +96,7 @@ _HOME = {
     "ZScoreClipping": "core.clipping",
     "callbacks_of": "callbacks.defaults",
     "default_callbacks": "callbacks.defaults",
+    "TreatmentError": "treatment.trials.program",
     "TreatmentResult": "treatment.result",
     "treat": "treatment.treat",
 }

@@ -38,7 +38,7 @@ def default_callbacks(
     learning_rate_backoff: LearningRateBackoff | Literal["default"] | None = "default",
     verbose: bool = True,
 ) -> list[Callback]:
-    """Returns all callbacks, ready for `Trainer(callbacks=...)`.
+    """Returns the callbacks that fit any run, ready for `Trainer(callbacks=...)`.
 
     Each argument but the last is a callback in place of the default, or `None` for no callback of that class.
 

@@ -87,7 +87,7 @@ class NaNRollback(StepCallback):
         on_nonfinite: `"skip"` goes on after a bad step, within the budgets. `"stop"` ends the run at the
             first one: `fit` raises, and `last_good.ckpt` has weights and optimizer as they were before it.
             To only watch, omit this callback and the others that act:
-            `Trainer(callbacks=[InitializationCheck(), GradientNormMonitor()])`.
+            `Trainer(callbacks=[InitializationCheck(), GradientNormMonitor(), TrainingDiagnosis()])`.
         max_dossier_megabytes: Limit of each dossier; weights are omitted first, then the batch.
         skip_invalid_batches: True to skip a batch whose step raises because of its values (checks of
             `torch.distributions`, an assert, an index out of range on the CPU), as if its loss were NaN. If

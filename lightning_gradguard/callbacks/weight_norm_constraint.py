@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from functools import partial
 
 import pytorch_lightning as pl
-from pytorch_lightning.callbacks import Callback
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
@@ -16,6 +15,7 @@ from lightning_gradguard.core import arguments
 from lightning_gradguard.core.norms import local_shard, project_units_
 from lightning_gradguard.core.parameter_names import match_names, plain_name, warn_unmatched
 from lightning_gradguard.runtime import lightning_api
+from lightning_gradguard.runtime.lightning_api import Callback
 from lightning_gradguard.runtime.optimizer_hooks import after_step
 
 

@@ -22,7 +22,8 @@ from lightning_gradguard.runtime.lightning_packages import lightning_package_of
 from lightning_gradguard.treatment.budget import seconds
 from lightning_gradguard.treatment.page import text_of
 from lightning_gradguard.treatment.result import TreatmentResult
-from lightning_gradguard.treatment.treat import TreatmentError, treat
+from lightning_gradguard.treatment.treat import treat
+from lightning_gradguard.treatment.trials.program import TreatmentError
 
 _DESCRIPTION = """\
 Finds by experiment, within a budget of time, the changes with which your own module trains: a probe, trials

@@ -1,4 +1,4 @@
-"""Incidents: the only module in which kinds, actions and causes are spelled, read back and worded."""
+"""Incidents: the only module that declares kinds, actions and causes, reads them back, and words them."""
 
 from __future__ import annotations
 

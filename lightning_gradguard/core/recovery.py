@@ -41,7 +41,7 @@ class RecoveryPolicy:
 
     Attributes:
         rollbacks: Number of rollbacks so far.
-        is_stopped_at_first: True if the run stops at its first nonfinite step, and not for want of a budget.
+        stopped_at_first: True if the run stops at its first nonfinite step, and not for want of a budget.
         has_good_step: True if any step was not skipped, in this run or the one that it resumes.
         is_adversarial: True if several optimizers may train networks against each other, whose losses rise
             and fall in healthy training. Set before the first step.
@@ -58,8 +58,8 @@ class RecoveryPolicy:
     def __init__(
         self, patience: int, max_rollbacks: int, max_skip_fraction: float, stops_at_first: bool = False
     ) -> None:
-        self.stops_at_first = stops_at_first
-        self.is_stopped_at_first = False
+        self._stops_at_first = stops_at_first
+        self.stopped_at_first = False
         self._patience = patience
         self._max_rollbacks = max_rollbacks
         self._max_skip_fraction = max_skip_fraction
@@ -76,10 +76,10 @@ class RecoveryPolicy:
 
     def on_skip(self, index: int, is_nonfinite: bool = True) -> Decision:
         """Counts a skipped step of optimizer `index`; a finite one was rejected by a callback."""
-        self.is_stopped_at_first = self.stops_at_first and is_nonfinite
+        self.stopped_at_first = self._stops_at_first and is_nonfinite
         self._skipped_in_a_row[index] = self._skipped_in_a_row.get(index, 0) + 1
         self._outcomes.append(True)
-        if self.skips_too_often or self.is_stopped_at_first:
+        if self.skips_too_often or self.stopped_at_first:
             return "stop"
         return self.escalate() if self._skipped_in_a_row[index] >= self._patience else "continue"
 
@@ -151,7 +151,7 @@ class RecoveryPolicy:
     @property
     def stop_reason(self) -> str:
         """Description of the budget that is used up, or of the wish to stop at once."""
-        if self.is_stopped_at_first:
+        if self.stopped_at_first:
             return "the loss, or a gradient, is nonfinite (on_nonfinite='stop')"
         if self._stop_cause:
             return self._stop_cause

@@ -21,7 +21,7 @@ from lightning_gradguard.treatment.prescriptions import prescriptions
 from lightning_gradguard.treatment.probe import Probe, probe
 from lightning_gradguard.treatment.result import TreatmentResult
 from lightning_gradguard.treatment.search import Laboratory, search
-from lightning_gradguard.treatment.trials.program import Program, TreatmentError, recorded_program
+from lightning_gradguard.treatment.trials.program import Program, recorded_program
 from lightning_gradguard.treatment.trials.trial import Trial, name_of
 from lightning_gradguard.treatment.trials.trial_log import TrialLog
 from lightning_gradguard.treatment.trials.workers import usable_processes
@@ -241,6 +241,3 @@ def _identity(program: Program, found: Probe) -> dict[str, Any]:
     content = [str(found.module), program.batches.fingerprint, program.seed, losses]
     digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
     return {"module": type(found.module).__qualname__, "digest": digest}
-
-
-__all__ = ["TreatmentError", "treat"]

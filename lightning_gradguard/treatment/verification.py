@@ -1,4 +1,4 @@
-"""Verifies a treatment on fresh seeds: it is cured if it learns on each of them, and the program does not."""
+"""Verifies a treatment on fresh seeds: the program is cured if the treated one learns with each of them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Literal
 from lightning_gradguard.core.remedies.changes import Change
 from lightning_gradguard.treatment.learning import Learning, learning_of
 from lightning_gradguard.treatment.search import LEAST_RUNG, Laboratory, noise_of
-from lightning_gradguard.treatment.trials.trial import Job, Trial
+from lightning_gradguard.treatment.trials.trial import OUT_OF_TIME, Job, Trial
 
 #: Seeds of the verification, and how far they are from those of the search.
 N_SEEDS, FIRST_SEED = 3, 101
@@ -90,7 +90,7 @@ def _run(
 
 def is_unfinished(trial: Trial) -> bool:
     """True if the budget has ended a trial."""
-    return "budget" in trial.error
+    return trial.error == OUT_OF_TIME
 
 
 def verdict_of(results: Sequence[SeedResult]) -> tuple[Verdict, str]:
@@ -99,8 +99,8 @@ def verdict_of(results: Sequence[SeedResult]) -> tuple[Verdict, str]:
     *Cured*: with each of three fresh seeds the held-out loss of the treated run is well below that of the
     best constant answer, is not on its way up, and is below that of the untreated run by more than these
     differ between seeds; with at most two seeds, it may equal that of an untreated run that learns as well.
-    *Better*: with each seed the treated run beats the untreated one by more than that, also if the budget has
-    allowed two seeds alone.
+    *Better*: with each seed the treated run learns, and beats the untreated one by more than that, also if
+    the budget has allowed two seeds alone.
     """
     missing = N_SEEDS - len(results)
     if missing > 1:

@@ -14,7 +14,7 @@ import pytest
 import torch
 import yaml
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]  # each process has a limit of a minute
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]  # each process has a limit of its own
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("pytorch_lightning", "lightning.pytorch")
 OTHER = dict(zip(PACKAGES, reversed(PACKAGES), strict=True))
@@ -36,7 +36,7 @@ def run(package: str, *arguments: str, cwd: Path) -> str:
         env={**os.environ, "PYTHONPATH": str(ROOT), "LIGHTNING_PACKAGE": package, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=180,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout + done.stderr
@@ -78,6 +78,19 @@ def test_nan_storm_gives_equal_state(runs: Runs) -> None:
     assert one["storm"]["counts"] == [5, 1]
     for name, left in one.items():
         assert_same(left, other[name])
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_public_callbacks_are_callbacks_of_the_package(tmp_path: Path, package: str) -> None:
+    """Those of the package that was imported first, which its Trainer and its command line accept."""
+    program = (
+        f"import {package} as lightning, lightning_gradguard as suite\n"
+        "public = [getattr(suite, name) for name in suite.__all__]\n"
+        "names = ('on_step', 'setup', 'on_train_start')\n"
+        "found = [c for c in public if isinstance(c, type) and any(n in vars(c) for n in names)]\n"
+        "print(len(found), [c.__name__ for c in found if not issubclass(c, lightning.Callback)])"
+    )
+    assert run(package, "-c", program, cwd=tmp_path).splitlines()[-1] == "9 []"
 
 
 @pytest.mark.parametrize("package", PACKAGES)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import lightning_gradguard
-from lightning_gradguard.treatment.treat import TreatmentError
+from lightning_gradguard import TreatmentError
 from lightning_gradguard.treatment.trials.trial import Trial
 from tests.treatment.programs import Data, Net, treated
 

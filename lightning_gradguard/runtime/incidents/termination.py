@@ -61,7 +61,7 @@ def divergence_error(
         for cause, origin in causes.items()
     )
     found = next((origin.detail for origin in [*causes.values()][::-1] if origin.detail), "")
-    was_finite = policy.has_good_step or policy.is_stopped_at_first
+    was_finite = policy.has_good_step or policy.stopped_at_first
     headline = "" if was_finite else f"No step was ever finite. {found}".rstrip() + "\n"
     left = [str(path) for path in (incidents_file(trainer), last_good) if path]
     return TrainingDivergedError(

@@ -363,7 +363,7 @@ class RollbackSession:
 
     def _stop(self) -> None:
         self._discard_deferred()
-        if self._policy.is_stopped_at_first and not self._state_is_nonfinite():
+        if self._policy.stopped_at_first and not self._state_is_nonfinite():
             step, which = self._trainer.global_step, "without the bad step"  # it was skipped, or undone
         else:
             step, which = self._snapshots.restore_newest(self._trainer), "the last qualified ones"

@@ -22,6 +22,8 @@ from lightning_gradguard.runtime.lightning_api import Callback
 from lightning_gradguard.treatment.trials.held_out import HeldOutLoss
 from lightning_gradguard.treatment.trials.program import Program, TreatmentError, described, quiet
 
+#: The error of a trial that was not finished for want of time.
+OUT_OF_TIME = "the budget was spent before its end"
 #: Callbacks of the suite that intervene; they guard each trial with changes, as they do under `fit`.
 WATCHING = ("initialization_check", "gradient_norm_monitor", "training_diagnosis")
 
@@ -149,7 +151,7 @@ def run(program: Program, job: Job, deadline: float) -> Trial:
         except Exception as error:  # the program's own, or a change that does not fit it
             outcome["error"] = described(error)
     if held_out.is_out_of_time and not outcome["error"]:
-        outcome["error"] = "the budget was spent before its end"
+        outcome["error"] = OUT_OF_TIME
     return Trial(
         job,
         held_out.curve,
