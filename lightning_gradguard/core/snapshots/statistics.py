@@ -12,7 +12,7 @@ from torch.nn.parameter import is_lazy
 from lightning_gradguard.core.norms import local_shard
 
 #: A batch that raises a running variance by this factor, relative to itself and to the mean of all, is an
-#: outlier; healthy runs raise it up to 90-fold (benchmarks/spikes/variances.py).
+#: outlier; healthy runs raise it up to about 100-fold (benchmarks/spikes/variances.py).
 JUMP = 1e4
 #: In the first batches, in which statistics begin at 1, a row of the batch has to be this many times larger
 #: than the median row as well.
