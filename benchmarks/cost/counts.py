@@ -15,7 +15,7 @@ from benchmarks.cost.peers import BARE, LOG_EVERY, VARIANTS
 
 TENSORS = (2, 20, 200, 2000)
 #: Steps by the time of which everything has warmed up, and nothing is due but logging.
-WARM = 2 * LOG_EVERY
+WARM = 2 * LOG_EVERY + 1
 
 Kind = Literal["hot", "logged"]
 
