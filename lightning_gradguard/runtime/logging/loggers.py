@@ -5,13 +5,16 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Collection, Mapping
 from html import escape
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 from weakref import WeakKeyDictionary
 
 from lightning_gradguard.core.tags import is_band
 from lightning_gradguard.runtime import lightning_api
 from lightning_gradguard.runtime.lightning_packages import is_instance_by_name
 from lightning_gradguard.runtime.logging.tensorboard_layout import decades, layout
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 #: Text is Markdown, a figure is a function that draws it, a histogram is a tensor of finite values.
 Medium = Literal["text", "figure", "histogram"]
@@ -51,7 +54,20 @@ def write_medium(logger: Any, medium: Medium, tag: str, content: Any, step: int)
             return
     add = getattr(getattr(logger, "experiment", None), f"add_{medium}", None)
     if add is not None:
-        add(tag, content() if medium == "figure" else content, step)
+        if medium == "figure":
+            _write_figure(content, lambda figure: add(tag, figure, step))
+        else:
+            add(tag, content, step)
+
+
+def _write_figure(draw: Callable[[], Figure], write: Callable[[Figure], Any]) -> None:
+    """Draws a figure and writes it, then frees its pixels: cycles of references keep it for long after."""
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    figure = draw()
+    write(figure)
+    figure.clear()
+    figure.set_canvas(FigureCanvasBase(figure))
 
 
 def write_hyperparameters(logger: Any, settings: Mapping[str, Any]) -> None:
@@ -90,7 +106,7 @@ def _wandb_text(logger: Any, tag: str, markdown: str, step: int) -> None:
 
 
 def _wandb_figure(logger: Any, tag: str, draw: Any, step: int) -> None:
-    logger.log_image(tag, [draw()], step)
+    _write_figure(draw, lambda figure: logger.log_image(tag, [figure], step))
 
 
 def _wandb_histogram(logger: Any, tag: str, values: Any, step: int) -> None:
@@ -104,7 +120,8 @@ def _mlflow_text(logger: Any, tag: str, markdown: str, step: int) -> None:
 
 
 def _mlflow_figure(logger: Any, tag: str, draw: Any, step: int) -> None:
-    logger.experiment.log_figure(logger.run_id, draw(), f"{tag}/{step:08d}.png")
+    name = f"{tag}/{step:08d}.png"
+    _write_figure(draw, lambda figure: logger.experiment.log_figure(logger.run_id, figure, name))
 
 
 _WRITERS: dict[str, dict[Medium, Callable[[Any, str, Any, int], None]]] = {

@@ -6,14 +6,18 @@ import copy
 import csv
 import json
 import pickle
+import weakref
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import pytorch_lightning as pl
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
@@ -26,6 +30,7 @@ from lightning_gradguard import (
     default_callbacks,
 )
 from lightning_gradguard.runtime.logging.hyperparameters import hyperparameters_of
+from lightning_gradguard.runtime.logging.loggers import write_medium
 from lightning_gradguard.runtime.logging.metrics import log_scalars
 from tests.tasks import Classifier, batches, fit, poisoned
 
@@ -277,3 +282,16 @@ def test_mlflow_gets_all_but_histograms(tmp_path: Path, tree: str, monkeypatch: 
     assert len(client.list_artifacts(run, "grad_norm/layers")) >= 3
     lines = Path("mlruns", record.info.experiment_id, run, "incidents.jsonl")
     assert [json.loads(line)["kind"] for line in lines.read_text().splitlines()].count("rollback") == 1
+
+
+def test_the_pixels_of_a_figure_are_freed_once_it_is_written() -> None:
+    canvases: list[weakref.ref[FigureCanvasAgg]] = []
+
+    def add_figure(tag: str, figure: Figure, step: int) -> None:
+        canvas = FigureCanvasAgg(figure)
+        canvas.draw()
+        canvases.append(weakref.ref(canvas))
+
+    logger = SimpleNamespace(experiment=SimpleNamespace(add_figure=add_figure))
+    write_medium(logger, "figure", "heat map", Figure, 0)
+    assert [canvas() for canvas in canvases] == [None]
