@@ -53,9 +53,9 @@ REASONS = """## Why it is not less
   its step destroys all of them: a bad one leaves NaN in each, and floating-point updates have no exact
   inverse. The suite does not make an optimizer fused by itself: its updates would differ in the last bits
   from those of a run without the suite. `AdamW(..., fused=True)` is one argument, and needs no copy.
-* *Memory.* 10,000 steps of the BoringModel with a picture every 1,000: 461 MB in use after 2,000 steps, 472 at
-  the end. A picture then kept its pixels, 0.9 MB, until Python's next full collection; since then it frees
-  them, and six pictures leave no memory behind. Objects do not grow in number between two pictures.
+* *Memory.* 10,000 steps of the BoringModel with a picture every 1,000: 461 MB in use after 2,000 steps, 472
+  at the end. A picture then kept its pixels, 0.9 MB, until Python's next full collection; it now frees them,
+  and six pictures leave no memory behind. Objects do not grow in number between two pictures.
 * *Import.* Of 7.1 CPU seconds for `import lightning_gradguard`, 6.1 are those of `import pytorch_lightning`,
   which loads matplotlib as well; `fit --help` takes 6.9.
 """
