@@ -157,7 +157,8 @@ class Snapshot:
     def distance(self, optimizers: Sequence[Optimizer]) -> float:
         """Returns how far the trained weights are from the copy, in units of its norm. Synchronizes.
 
-        Of sharded weights only the shards of this rank are looked at.
+        Weights that have not moved, or of which there is no copy, are at distance 0. Of sharded weights only
+        the shards of this rank are looked at.
         """
         if self._stream is not None:
             self._stream.synchronize()
@@ -170,6 +171,8 @@ class Snapshot:
                     there = saved.to(now.device).double()
                     moved += float((now.double() - there).square().sum())
                     norm += float(there.square().sum())
+        if moved == 0.0:
+            return 0.0
         return math.sqrt(moved / norm) if norm > 0 else math.inf
 
     def n_bytes(self) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -48,6 +50,24 @@ def test_compare_synchronizes_with_a_copy_in_progress(monkeypatch: pytest.Monkey
     snapshot.capture([layer], [])
     compared = {name: saved for name, _, saved in snapshot.compare(layer.named_parameters(), [])}
     assert torch.equal(compared["weight"], layer.weight)
+
+
+def test_distance_of_the_trained_weights() -> None:
+    layer, other = nn.Linear(2, 2), nn.Linear(2, 2)
+    zeros, optimizers = nn.Linear(2, 2, bias=False), {}
+    nn.init.zeros_(zeros.weight)
+    snapshot = Snapshot()
+    snapshot.capture([layer, zeros], [])
+    for module in (layer, other, zeros):
+        optimizers[module] = torch.optim.SGD(module.parameters(), lr=1.0)
+        assert snapshot.distance([optimizers[module]]) == 0.0
+    with torch.no_grad():
+        for weight in (*layer.parameters(), *other.parameters(), *zeros.parameters()):
+            weight.mul_(3.0).add_(weight == 0)
+    found = {module: snapshot.distance([optimizer]) for module, optimizer in optimizers.items()}
+    assert found[layer] == pytest.approx(2.0)
+    assert found[other] == 0.0  # there is no copy of it
+    assert found[zeros] == math.inf
 
 
 def test_each_copy_is_of_one_device_and_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
