@@ -157,6 +157,7 @@ def main() -> None:
     )
     parser.add_argument("--only", default="", help="run the programs whose name has this in it")
     parser.add_argument("--first", type=int, default=None, help="run so many of the programs")
+    parser.add_argument("--every", type=int, default=1, help="run every so many of them")
     parser.add_argument("--budget", default="2m", help="of each treatment")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--casebook", action="store_true", help="the failing programs of the casebook, too")
@@ -167,7 +168,8 @@ def main() -> None:
     options.kept.parent.mkdir(parents=True, exist_ok=True)
     lines = options.kept.read_text().splitlines() if options.kept.exists() else []
     outcomes = {record["name"]: record for record in map(json.loads, lines)}
-    chosen = [one for one in cases(options.casebook) if options.only in one.name][: options.first]
+    chosen = [one for one in cases(options.casebook) if options.only in one.name]
+    chosen = chosen[:: options.every][: options.first]
     for one in chosen:
         if one.name in outcomes:
             continue

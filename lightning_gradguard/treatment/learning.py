@@ -9,7 +9,7 @@ from lightning_gradguard.treatment.trials.trial import Trial
 
 #: Loss over that of the best constant answer, or over that with permuted targets, below which a run learns.
 LEARNS = 0.9
-#: The same for a run that has learned: thresholds of docs/treat.md, with the table that set them.
+#: The same for a run that has learned; docs/treat.md has the ratios of runs that do and do not.
 HAS_LEARNED, HAS_LEARNED_OVER_PERMUTED = 0.75, 0.5
 #: Final loss over the lowest of the run above which it rises again.
 RISES = 1.25

@@ -80,6 +80,9 @@ def prescriptions(
 
 def _of_finding(module: nn.Module, finding: Finding) -> Prescription | None:
     names = _IN_CODE.get(finding.cause)
+    is_of_some = finding.evidence.startswith("updates of ")
+    if finding.cause == "learning_rate_too_low" and (is_of_some or not finding.value):
+        names = _IN_CODE["not_in_optimizer"]  # a rate of 0, or of some groups: no factor of all rates helps
     if names is None:
         return None
     text = advice_for_finding(finding.kind, finding.cause, finding.where, finding.evidence)

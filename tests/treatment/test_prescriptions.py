@@ -1,0 +1,68 @@
+"""Faults of code and data are prescribed with file and line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_gradguard.core.detectors.diagnosis import Finding
+from lightning_gradguard.treatment.prescriptions import Prescription, prescriptions
+from tests.treatment.programs import Net
+
+
+class Functional(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(2, 2), nn.Linear(2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = torch.sigmoid(self.first(x))
+        out: Tensor = self.second(hidden)
+        return out
+
+
+class Still(Net):
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.0)
+
+
+def line_of(one: Prescription) -> str:
+    place, _, number = one.place.rpartition(":")
+    assert place.endswith("test_prescriptions.py")
+    return Path(__file__).read_text().splitlines()[int(number) - 1].strip()
+
+
+def test_rate_of_zero_is_prescribed_at_the_optimizer() -> None:
+    finding = Finding("weight_stagnation", "learning_rate_too_low", ("net",), 0.0, "it is 0", "stagnation")
+    (one,) = prescriptions(Still(), [finding], [], None)
+    assert one.fault == "learning_rate_too_low"
+    assert line_of(one) == "return torch.optim.SGD(self.parameters(), lr=0.0)"
+
+
+def test_rate_that_a_factor_raises_is_not_prescribed() -> None:
+    finding = Finding("weight_stagnation", "learning_rate_too_low", ("net",), 1e-9, "at most", "stagnation")
+    assert not prescriptions(Still(), [finding], [], None)
+
+
+def test_rows_with_nan_are_named() -> None:
+    batch = torch.ones(4, 2)
+    batch[2, 1] = torch.nan
+    (one,) = prescriptions(Net(), [], [(torch.ones(4, 2), None), (batch, None)], None)
+    assert one.fault == "bad_input"
+    assert one.text.startswith(
+        "Batch 1 of training has nonfinite values in rows 2 of a tensor of shape (4, 2)"
+    )
+
+
+def test_function_is_prescribed_as_a_patch() -> None:
+    net = Functional()
+    finding = Finding("vanishing_gradient", "saturating_activations", ("first",), 4.0, "", "depth")
+    (one,) = prescriptions(net, [finding], [], lambda: net(torch.ones(8, 2)).sum())
+    assert line_of(one) == "hidden = torch.sigmoid(self.first(x))"
+    assert one.patch.splitlines()[-2:] == [
+        "-        hidden = torch.sigmoid(self.first(x))",
+        "+        hidden = torch.nn.functional.gelu(self.first(x))",
+    ]
