@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from lightning_gradguard.core.remedies.changes import Change
-from lightning_gradguard.treatment.learning import Learning, learning_of
+from lightning_gradguard.treatment.learning import LEARNS, Learning, learning_of
 from lightning_gradguard.treatment.search import LEAST_RUNG, Laboratory, noise_of
 from lightning_gradguard.treatment.trials.trial import OUT_OF_TIME, Job, Trial
 
@@ -120,7 +120,7 @@ def verdict_of(results: Sequence[SeedResult]) -> tuple[Verdict, str]:
         all(learned) and any(beats) and all(b or r.keeps(noise) for b, r in zip(beats, results, strict=True))
     ):
         return "cured", f"{evidence}. With the last seed, {results[-1].learning.evidence}"
-    if all(beats) and all(r.learning.learns for r in results):
+    if all(beats) and not any(r.treated.over_constant >= LEARNS for r in results):
         return "better", evidence
     return "no_treatment_found", evidence
 
