@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import pytorch_lightning as pl
@@ -41,6 +42,8 @@ _KINDS: dict[str, IncidentKind] = {
     "learning_rate_too_high": "exploding_gradient",
     "learning_rate_too_low": "weight_stagnation",
 }
+#: Criteria that a trial of rates has measured, whose warnings are incidents.
+_RATES = ("learning_rate_too_high", "learning_rate_too_low")
 #: Causes of these incidents.
 _CAUSES: dict[IncidentKind, SymptomCause | Cause] = {
     "exploding_gradient": "update_too_large",
@@ -60,7 +63,9 @@ class InitializationCheck(Callback, Configured):
 
     The criteria are nonfinite, zero and copied weights, dead and saturated units, a loss above that of
     guessing, and the gradient's gain from the last hidden layer back to the first, which predicts best that
-    a network will train.
+    a network will train. A criterion that fails is an incident. A warning is advice and is only printed, as
+    healthy networks have some. A gradient that vanishes through time is advice too, unless the run is to be
+    stopped: whether the task needs its first steps is not measured.
 
     | tag | value |
     |---|---|
@@ -250,7 +255,8 @@ class InitializationCheck(Callback, Configured):
         """Publishes the findings, and stops the run if that is requested."""
         failed = fails(findings) and self.on_failure == "raise"
         self.findings = [*self.findings, *findings]
-        serious = [finding for finding in findings if finding.severity != "info"]
+        shown = [*findings] if failed else [_as_advice(finding) for finding in findings]
+        serious = [f for f in shown if f.severity == "fail" or f.criterion in _RATES]
         for kind in ("poor_initialization", *_KINDS.values()):
             members = [f for f in serious if _KINDS.get(f.criterion, "poor_initialization") == kind]
             if members:
@@ -274,5 +280,15 @@ class InitializationCheck(Callback, Configured):
                 publish(trainer, pl_module, incident)
         if failed:
             raise InitializationError("The network, as it is initialized, will not train:\n" + table(serious))
-        if findings:
-            console.print_message(trainer, "gradguard: Initialization\n" + table(findings))
+        if shown:
+            console.print_message(trainer, "gradguard: Initialization\n" + table(shown))
+
+
+def _as_advice(finding: Finding) -> Finding:
+    """Returns a finding as a warning where the task decides whether it is a fault.
+
+    A gradient that vanishes through time fails a task that needs its first steps, and no other: most forecasts
+    and language models train with it.
+    """
+    is_of_task = finding.criterion == "gain_through_time" and finding.value < 0
+    return replace(finding, severity="warn") if is_of_task and finding.severity == "fail" else finding

@@ -223,6 +223,22 @@ def test_labels_that_say_nothing_are_a_stuck_loss() -> None:
     assert "permuted" in incident.detail
 
 
+def test_rare_positives_that_are_learned_slowly_are_no_stuck_loss() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(20, 32), nn.ReLU(), nn.Linear(32, 1))
+    data = []
+    for _ in range(240):
+        x = torch.randn(64, 20)
+        data.append((x, (x[:, :1] + x[:, 1:2] / 2 + 0.7 * torch.randn(64, 1) > 2.2).float()))
+    callback = TrainingDiagnosis()
+    fit(Task(net, functional.binary_cross_entropy_with_logits, _adam), data, [callback])
+    assert callback.diagnosis.roots == []
+
+
+def _adam(net: nn.Module) -> Any:
+    return torch.optim.Adam(net.parameters(), 1e-3)
+
+
 def _nll_by_hand(logits: Tensor, target: Tensor) -> Tensor:
     return -logits.log_softmax(1)[torch.arange(len(target)), target].mean()
 

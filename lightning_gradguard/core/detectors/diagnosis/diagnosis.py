@@ -124,7 +124,8 @@ class Diagnosis:
         for rule in _LATE_RULES:
             if not (rising and rule is rules.stagnation):
                 yield from rule(sample, self._progress)
-        yield from rules.stuck(sample, self._progress, self.patience)
+        if not self._is_related:
+            yield from rules.stuck(sample, self._progress, self.patience)
 
     def _rises(self, sample: Sample) -> bool:
         """True if a learning rate rises, or falls and is not yet nearly zero: then updates may be small."""
