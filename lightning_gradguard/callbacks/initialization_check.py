@@ -287,8 +287,8 @@ class InitializationCheck(Callback, Configured):
 def _as_advice(finding: Finding) -> Finding:
     """Returns a finding as a warning where the task decides whether it is a fault.
 
-    A gradient that vanishes through time fails a task that needs its first steps, and no other: most forecasts
-    and language models train with it.
+    A gradient that vanishes through time fails a task that needs its first steps, and no other: most
+    forecasts and language models train with it.
     """
     is_of_task = finding.criterion == "gain_through_time" and finding.value < 0
     return replace(finding, severity="warn") if is_of_task and finding.severity == "fail" else finding
