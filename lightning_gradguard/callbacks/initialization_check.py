@@ -37,6 +37,7 @@ LARGE_INPUT = 10.0
 #: Incidents by criterion; other criteria are of a poor initialization.
 _KINDS: dict[str, IncidentKind] = {
     "loss": "nonfinite_loss",
+    "nonfinite_input": "nonfinite_loss",
     "dead_units": "dead_units",
     "saturated_units": "saturated_units",
     "learning_rate_too_high": "exploding_gradient",
@@ -257,7 +258,7 @@ class InitializationCheck(Callback, Configured):
         self.findings = [*self.findings, *findings]
         shown = [*findings] if failed else [_as_advice(finding) for finding in findings]
         serious = [f for f in shown if f.severity == "fail" or f.criterion in _RATES]
-        for kind in ("poor_initialization", *_KINDS.values()):
+        for kind in dict.fromkeys(("poor_initialization", *_KINDS.values())):
             members = [f for f in serious if _KINDS.get(f.criterion, "poor_initialization") == kind]
             if members:
                 where = tuple(dict.fromkeys(f.module for f in members if f.module))

@@ -134,7 +134,7 @@ _VALUES = {
     "exploding_gradient": "total gradient norm {:.4g}",
 }
 #: Kinds whose value is another number for each cause, which the detail names.
-_MEASURED_BY_CAUSE = ("exploding_gradient", "weight_stagnation")
+_MEASURED_BY_CAUSE = ("vanishing_gradient", "exploding_gradient", "weight_stagnation")
 #: A negative value of `exploding_gradient` is the profile over the layers.
 _GROWTH = "gradients grow by {:.1f} decades from last layer to first, usual: within 3"
 
@@ -210,11 +210,11 @@ class Incident:
         """The value with its name and unit, or the detail that has them; empty for none."""
         if self.value is None or (self.kind == "stuck_loss" and self.detail):
             return ""  # a detail compares the loss with that of a constant
-        if self.kind == "exploding_gradient" and self.value < 0:
-            return _GROWTH.format(-self.value)
         is_of_cause = self.kind in _MEASURED_BY_CAUSE and self.cause
         if self.detail and (self.kind not in _VALUES or is_of_cause):
             return self.detail.rstrip(".")
+        if self.kind == "exploding_gradient" and self.value < 0:
+            return _GROWTH.format(-self.value)
         return _VALUES.get(self.kind, "value {:.4g}").format(self.value)
 
     def describe(self) -> str:

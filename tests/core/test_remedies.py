@@ -5,10 +5,12 @@ from __future__ import annotations
 import re
 
 import pytest
+import torch
 from torch import nn
 
-from lightning_gradguard.core.incidents import CAUSES, KINDS, SYMPTOM_CAUSES
+from lightning_gradguard.core.incidents import CAUSES, KINDS, SYMPTOM_CAUSES, Incident, IncidentKind
 from lightning_gradguard.core.remedies import Present, advice, advice_for_cause, remedies
+from tests.core.initialization.networks import fails, mlp
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -47,8 +49,26 @@ def test_advice_leaves_away_what_is_there(kind: str) -> None:
 
 def test_code_in_advice_is_that_of_the_model() -> None:
     model = nn.ModuleDict({"0": nn.Linear(2, 2)})
-    assert "model['0'].weight" in advice_for_cause("small_weights", ["0"], model=model)
-    assert "model[0].weight" in advice_for_cause("small_weights", ["0"])
+    assert "model['0'].requires_grad_" in advice_for_cause("never_stepped", ["0"], model=model)
+    assert "model[0].requires_grad_" in advice_for_cause("never_stepped", ["0"])
+
+
+@pytest.mark.parametrize(
+    ("cause", "activation", "std"),
+    [
+        ("small_weights", nn.Tanh, 0.05),
+        ("large_weights", nn.ReLU, 0.9),
+        ("saturating_activations", nn.ReLU, 0.05),
+    ],
+)
+def test_pasted_advice_against_depth_mends_all_layers(
+    cause: str, activation: type[nn.Module], std: float
+) -> None:
+    model = mlp(15, activation, initialize=lambda weight: nn.init.normal_(weight, std=std))
+    assert fails(model)
+    (code,) = re.findall(r"\[torch.*?\]", advice_for_cause(cause, ["0"], model=model))
+    exec(code, {"torch": torch, "model": model})
+    assert fails(model) == []
 
 
 @pytest.mark.parametrize("cause", [*CAUSES, *SYMPTOM_CAUSES])
@@ -57,3 +77,12 @@ def test_every_cause_but_an_unknown_one_has_advice(cause: str) -> None:
     assert bool(text) is (cause != "unknown")
     assert "AdaptiveGradientClipping" not in text
     assert "[clipping" not in text
+
+
+@pytest.mark.parametrize("kind", ["vanishing_gradient", "exploding_gradient"])
+@pytest.mark.parametrize("value", [7.0, -7.0])
+def test_one_incident_has_one_usual_value(kind: IncidentKind, value: float) -> None:
+    detail = "Since step 1: the gradient of rnn shrinks by 7.0 decades (usual: below 2)."
+    incident = Incident(kind, 2, 0, None, ("rnn",), value, cause="through_time", detail=detail)
+    assert incident.describe().count("usual") == 1
+    assert "last layer" not in incident.describe()

@@ -126,8 +126,7 @@ _DIVISIONS = (
     ),
     Fault(
         ("div", "true_divide"),
-        "Nothing is divided by nothing (0/0): a mean over an empty selection, a standard deviation or a "
-        "norm of 0",
+        "0 is divided by 0 (0/0): a mean over an empty selection, a standard deviation or a norm of 0",
         "x / y.clamp_min(1e-6)",
         argument=1,
         has_zero=True,

@@ -95,7 +95,8 @@ def measure(
     findings += _check_constant(measured)
     bounds = BOUNDS[scale_free]
     findings += _check_activations(measured)
-    findings += _check_gains(measured, bounds)
+    if all(finding.criterion != "nonfinite_input" for finding in findings):
+        findings += _check_gains(measured, bounds)  # behind nonfinite values it is unknown
     findings += _check_recurrence(measured, bounds, scale_free=scale_free)
     findings += _check_loss(measured, bounds)
     return sorted(findings, key=lambda f: SEVERITIES.index(f.severity)), measured
@@ -145,7 +146,9 @@ def _check_activations(measured: Probe) -> list[Finding]:
     for layer in measured.layers:
         if not bool(torch.isfinite(layer.output).all()):
             worst = math.nan if bool(layer.output.isnan().any()) else math.inf
-            findings.append(Finding("nonfinite_output", layer.name, worst, "finite", "fail"))
+            is_given = not (layer.has_finite_input or math.isfinite(measured.loss))
+            criterion = "nonfinite_input" if is_given else "nonfinite_output"
+            findings.append(Finding(criterion, layer.name, worst, "finite", "fail"))
             break
         for criterion, value, (warn, fail) in (
             ("dead_units", layer.dead, DEAD_SHARES),

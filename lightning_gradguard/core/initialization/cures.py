@@ -30,7 +30,14 @@ _NOT_FOUND = (
     "nothing that was tried betters it (initializers, LSUV, ReLU, normalization); try fewer layers "
     "or residual connections"
 )
-_NOT_FOUND_THROUGH_TIME = "nothing that was tried betters it (initializers, an LSTM); try shorter sequences"
+#: What remains for criteria that none of these is for.
+_NOT_FOUND_FOR = {
+    "gain_through_time": "nothing that was tried betters it (initializers, an LSTM); try shorter sequences",
+    "nonfinite_input": (
+        "no initialization helps, the values are nonfinite before this layer: check the batch, and the code "
+        "before it for a division by 0, a log or root of 0, or exp of a large number"
+    ),
+}
 
 
 def with_cures(
@@ -69,7 +76,7 @@ def with_cures(
     cures = {}
     for finding in uncured:
         result = whole if finding.criterion == "layer_gain" else best.get(finding)
-        missing = _NOT_FOUND_THROUGH_TIME if finding.criterion == "gain_through_time" else _NOT_FOUND
+        missing = _NOT_FOUND_FOR.get(finding.criterion, _NOT_FOUND)
         cures[finding] = result.trial.describe(finding, result.change) if result else missing
     return [replace(f, cure=f.cure or cures.get(f, "none needed")) for f in findings]
 

@@ -140,6 +140,7 @@ class Layer:
         name: Name in the network.
         module: The layer.
         output: Its output, attached to the graph.
+        has_finite_input: False if its input is nonfinite already.
         activation: Name of the function applied before the next layer, if any.
         dead: Share of units that are zero after the activation for every sample.
         saturated: Share of outputs in the flat part of a saturating activation.
@@ -150,6 +151,7 @@ class Layer:
     name: str
     module: WeightedLayer
     output: Tensor
+    has_finite_input: bool = True
     activation: str | None = None
     dead: float | None = None
     saturated: float | None = None
@@ -209,7 +211,8 @@ class ForwardTrace(TorchFunctionMode):
 
     def _record_layer(self, module: WeightedLayer, inputs: Any, output: Any, name: str) -> None:
         if output.requires_grad and all(layer.module is not module for layer in self.layers):
-            self.layers.append(Layer(name, module, output))
+            is_finite = not inputs or bool(torch.isfinite(inputs[0].detach()).all())
+            self.layers.append(Layer(name, module, output, is_finite))
             self.last_input = inputs[0] if inputs and inputs[0].requires_grad else self.last_input
 
     def _record_block(self, module: nn.Module, inputs: Any, output: Any) -> None:

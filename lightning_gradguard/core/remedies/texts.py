@@ -218,17 +218,20 @@ BY_CAUSE = {
         "normalization layer before {where}."
     ),
     "small_weights": (
-        "Initialize {where} for its activation: torch.nn.init.kaiming_normal_({code}.weight, "
-        "nonlinearity='relu') before ReLU, torch.nn.init.xavier_normal_({code}.weight) before tanh."
+        "Initialize all layers for their activation, not {where} alone: before tanh "
+        "[torch.nn.init.xavier_normal_(m.weight, gain=5 / 3) for m in model.modules() if isinstance(m, "
+        "torch.nn.Linear)], before ReLU the same with kaiming_normal_(m.weight, nonlinearity='relu')."
     ),
     "large_weights": (
-        "Initialize {where} for its activation: torch.nn.init.kaiming_normal_({code}.weight, "
-        "nonlinearity='relu') before ReLU, torch.nn.init.xavier_normal_({code}.weight) before tanh; or "
-        "normalize after it."
+        "Initialize all layers for their activation, not {where} alone: before ReLU "
+        "[torch.nn.init.kaiming_normal_(m.weight, nonlinearity='relu') for m in model.modules() if "
+        "isinstance(m, torch.nn.Linear)], before tanh the same with xavier_normal_(m.weight, gain=5 / 3); or "
+        "normalize after each."
     ),
     "saturating_activations": (
-        "Use activations that do not saturate (ReLU, GELU) with torch.nn.init.kaiming_normal_({code}.weight, "
-        "nonlinearity='relu'), normalization, or residual connections."
+        "Use activations that do not saturate (ReLU, GELU), and initialize all layers for them: "
+        "[torch.nn.init.kaiming_normal_(m.weight, nonlinearity='relu') for m in model.modules() if "
+        "isinstance(m, torch.nn.Linear)]; or normalization, or residual connections."
     ),
     "depth": (
         "Use residual connections, and fewer layers without them; check the initialization from {where} on "
@@ -250,8 +253,10 @@ BY_CAUSE = {
     ),
     "weight_decay": "Lower weight_decay: it shrinks the weights of {where} faster than the loss moves them.",
     "through_time": (
-        "Use gated cells (LSTM or GRU) for {where}, an orthogonal recurrent weight, gradient clipping, or "
-        "shorter sequences (truncated BPTT)."
+        "If it shrinks, use nn.LSTM for {where} with forget gates that are open at the start, "
+        "nn.init.constant_({code}.bias_hh_l0[h : 2 * h], math.log(n)) for h units and n steps, or shorter "
+        "sequences. If it grows,[clipping| clip gradients (AdaptiveGradientClipping),] use an orthogonal "
+        "recurrent weight, gated cells or truncated BPTT."
     ),
 }
 

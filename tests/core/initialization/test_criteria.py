@@ -143,3 +143,17 @@ def test_a_loss_far_above_guessing_is_a_failure_for_an_optimizer_of_plain_gradie
     for scale_free, severity in ((False, "fail"), (True, "warn")):
         findings, _ = check(network, loss_of(network), scale_free=scale_free)
         assert [f.severity for f in findings if f.criterion == "loss_over_guessing"] == [severity]
+
+
+@pytest.mark.parametrize("at", [0, 4])
+def test_values_that_are_nonfinite_before_a_layer_are_no_fault_of_the_network(at: int) -> None:
+    class Standardized(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return (x - x[:1]) / (x - x).sum()
+
+    layers = list(mlp(4, initialize=he))
+    network = nn.Sequential(*layers[:at], Standardized(), *layers[at:])
+    findings = fails(network)
+    assert [(f.criterion, f.module) for f in findings] == [("nonfinite_input", str(at + 1)), ("loss", "")]
+    assert "division by 0" in findings[0].cure
+    assert "residual" not in findings[0].cure
