@@ -252,10 +252,17 @@ class Gated:
             handle.remove()
 
     def describe(self, finding: Finding, change: str) -> str:
-        """Returns the change of architecture and the bias of its gates."""
-        size, target = self.recurrent.hidden_size, code_of(self.name, self.module)
-        line = f"nn.init.constant_({target}.bias_hh_l0[{size}:{2 * size}], {self._bias})"
-        return f"nn.LSTM in place of {target}, and {line}  # {change}"
+        """Returns lines that make the LSTM and open its gates, to be pasted at the end of `__init__`."""
+        old, target = self.recurrent, code_of(self.name, self.module)
+        options = f", num_layers={old.num_layers}" if old.num_layers > 1 else ""
+        options += ", batch_first=True" if old.batch_first else ""
+        options += ", bidirectional=True" if old.bidirectional else ""
+        lines = [f"{target} = nn.LSTM({old.input_size}, {old.hidden_size}{options})"]
+        for layer in range(old.num_layers):
+            for direction in ("", "_reverse")[: 1 + old.bidirectional]:
+                gate = f"{target}.bias_hh_l{layer}{direction}[{old.hidden_size}:{2 * old.hidden_size}]"
+                lines.append(f"nn.init.constant_({gate}, {self._bias})")
+        return f"{'; '.join(lines)}  # its state is a pair; {change}"
 
     @property
     def _bias(self) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import textwrap
 from collections.abc import Iterable, Sequence
@@ -20,6 +21,8 @@ from lightning_gradguard.report.run_report import RunReport
 MAX_LAYERS = 5
 #: Next steps for one run, and for each of several.
 MAX_STEPS, MAX_STEPS_EACH = 8, 3
+#: Begins the advice of a finding of the initialization check.
+CURE = "Cure: "
 #: Smallest width of a shortened column; a table that needs less is printed one value a line.
 MIN_WIDTH = 12
 
@@ -142,11 +145,23 @@ def _symptoms(report: RunReport, width: int) -> list[str]:
 
 
 def _numbered(texts: Iterable[str], width: int) -> list[str]:
-    return [
-        line
-        for i, text in enumerate(texts, 1)
-        for line in _wrapped(f"{i}. {text}", width, indent=2, hanging=5)
-    ]
+    """Numbers texts; code is left in one line at the margin, since it is pasted."""
+    lines = []
+    for i, text in enumerate(texts, 1):
+        code = text.removeprefix(CURE)
+        if code != text and _is_code(code):
+            lines += [f"  {i}. Paste at the end of __init__, with model = self:", code]
+        else:
+            lines += _wrapped(f"{i}. {text}", width, indent=2, hanging=5)
+    return lines
+
+
+def _is_code(text: str) -> bool:
+    try:
+        ast.parse(text)
+    except SyntaxError:
+        return False
+    return True
 
 
 def _listed(texts: Iterable[str], width: int) -> list[str]:

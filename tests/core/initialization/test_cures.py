@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from lightning_gradguard import InitializationCheck
 from lightning_gradguard.core.initialization import check, repair, table
-from lightning_gradguard.core.initialization.findings import one_line
+from lightning_gradguard.core.initialization.findings import Finding, one_line
+from lightning_gradguard.core.initialization.trials import Gated
 from tests.core.initialization.networks import digits, he, loss_of, mlp, planted
 from tests.tasks import same, weights
 
@@ -95,11 +96,23 @@ def test_pasted_cure_through_time_works(kind: Callable[..., nn.RNNBase]) -> None
     assert check(network, network.loss)[0] == []
 
 
-def test_gates_are_advised_where_no_initializer_betters_a_recurrent_network() -> None:
+def test_pasted_gates_better_a_recurrent_network_that_no_initializer_betters() -> None:
     network = Recall(nn.RNN, n_steps=200)
     (finding,) = check(network, network.loss)[0]
-    assert finding.cure.startswith("nn.LSTM in place of model.cells['time-wise'], and nn.init.")
-    assert finding.cure.endswith("# gain_through_time is as usual, -3 .. 3")
+    assert finding.cure.startswith("model.cells['time-wise'] = nn.LSTM(4, 32, batch_first=True); nn.init.")
+    assert finding.cure.endswith("# its state is a pair; gain_through_time is as usual, -3 .. 3")
+    pasted(table([finding]), network)
+    assert check(network, network.loss)[0] == []
+
+
+def test_pasted_gates_are_those_of_all_layers_and_directions() -> None:
+    model: Any = nn.Sequential(nn.RNN(4, 8, num_layers=2, bidirectional=True))
+    finding = Finding("gain_through_time", "0", -9.0, "-3 .. 3", "fail")
+    exec(Gated(model, "0", model[0], 100).describe(finding, "as usual"), {"nn": nn, "model": model})
+    assert isinstance(model[0], nn.LSTM)
+    assert model(torch.ones(3, 2, 4))[0].shape == (3, 2, 16)
+    biases = [p for name, p in model[0].named_parameters() if name.startswith("bias_hh")]
+    assert [p[8:16].mean().item() for p in biases] == pytest.approx([4.6] * 4)
 
 
 def test_another_activation_is_advised_where_no_initializer_betters_a_sigmoid() -> None:

@@ -68,3 +68,18 @@ def test_table_is_narrowed_and_then_transposed() -> None:
         "runs           gradients",
     ]
     assert text_table(rows, 27, flexible=(0, 1)) == TRANSPOSED
+
+
+def test_code_of_a_cure_is_pasted_as_it_is_printed(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "60")
+    code = (
+        "; ".join(f"nn.init.zeros_(model.net[{i}].bias)" for i in range(6)) + "  # gradient_gain is as usual"
+    )
+    for name, cure in (("code", code), ("prose", "nothing that was tried betters it; try fewer layers")):
+        write_events(name, {"train_loss": [2.0] * 50})
+        incident = {"kind": "dead_units", "step": 0, "value": 1.0, "advice": f"Cure: {cure}"}
+        Path(f"{name}/incidents.jsonl").write_text(json.dumps(incident))
+    assert code in printed(capsys, "code").splitlines()
+    assert "  1. Cure: nothing that was tried betters it" in printed(capsys, "prose")
