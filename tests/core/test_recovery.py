@@ -161,6 +161,14 @@ def test_losses_of_adversarial_optimizers_may_rise_and_fall() -> None:
     assert "roll_back" in steps
 
 
+def test_a_small_rise_that_lasts_is_a_loss_spike_unless_optimizers_are_adversarial() -> None:
+    for is_adversarial, expected in ((False, {"", "loss_spike"}), (True, {""})):
+        policy, generator = RecoveryPolicy(3, 10, 0.5), random.Random(0)
+        policy.is_adversarial = is_adversarial
+        losses = [noise(generator) for _ in range(200)] + [2.0] * 20
+        assert {policy.on_good_step(0, loss, 1.0)[1] for loss in losses} - {"no_progress"} == expected
+
+
 def test_reset_budgets_allows_a_rollback_after_a_stop() -> None:
     policy = RecoveryPolicy(patience=1, max_rollbacks=1, max_skip_fraction=0.5)
     assert policy.on_skip(0) == "roll_back"
