@@ -79,6 +79,21 @@ def test_every_cause_but_an_unknown_one_has_advice(cause: str) -> None:
     assert "[clipping" not in text
 
 
+def test_pasted_advice_against_depth_mends_convolutions() -> None:
+    torch.manual_seed(0)
+    layers = [x for _ in range(12) for x in (nn.Conv2d(8, 8, 3, padding=1), nn.Tanh())]
+    model = nn.Sequential(
+        nn.Unflatten(1, (1, 8, 8)), nn.Conv2d(1, 8, 3, padding=1), *layers, nn.Flatten(), nn.Linear(512, 10)
+    )
+    for layer in layers:
+        if isinstance(layer, nn.Conv2d):
+            nn.init.normal_(layer.weight, std=0.02)
+    assert fails(model)
+    (code,) = re.findall(r"\[torch.*?\]", advice_for_cause("small_weights", ["1"], model=model))
+    exec(code, {"torch": torch, "model": model})
+    assert fails(model) == []
+
+
 @pytest.mark.parametrize("kind", ["vanishing_gradient", "exploding_gradient"])
 @pytest.mark.parametrize("value", [7.0, -7.0])
 def test_one_incident_has_one_usual_value(kind: IncidentKind, value: float) -> None:

@@ -220,18 +220,19 @@ BY_CAUSE = {
     "small_weights": (
         "Initialize all layers for their activation, not {where} alone: before tanh "
         "[torch.nn.init.xavier_normal_(m.weight, gain=5 / 3) for m in model.modules() if isinstance(m, "
-        "torch.nn.Linear)], before ReLU the same with kaiming_normal_(m.weight, nonlinearity='relu')."
+        "(torch.nn.Linear, torch.nn.Conv2d))], before ReLU the same with kaiming_normal_(m.weight, "
+        "nonlinearity='relu')."
     ),
     "large_weights": (
         "Initialize all layers for their activation, not {where} alone: before ReLU "
         "[torch.nn.init.kaiming_normal_(m.weight, nonlinearity='relu') for m in model.modules() if "
-        "isinstance(m, torch.nn.Linear)], before tanh the same with xavier_normal_(m.weight, gain=5 / 3); or "
-        "normalize after each."
+        "isinstance(m, (torch.nn.Linear, torch.nn.Conv2d))], before tanh the same with "
+        "xavier_normal_(m.weight, gain=5 / 3); or normalize after each."
     ),
     "saturating_activations": (
         "Use activations that do not saturate (ReLU, GELU), and initialize all layers for them: "
         "[torch.nn.init.kaiming_normal_(m.weight, nonlinearity='relu') for m in model.modules() if "
-        "isinstance(m, torch.nn.Linear)]; or normalization, or residual connections."
+        "isinstance(m, (torch.nn.Linear, torch.nn.Conv2d))]; or normalization, or residual connections."
     ),
     "depth": (
         "Use residual connections, and fewer layers without them; check the initialization from {where} on "
