@@ -20,6 +20,8 @@ from torch.optim.lr_scheduler import ExponentialLR
 from torch.utils.checkpoint import checkpoint
 
 from lightning_gradguard import Incident, TrainingDiagnosis
+from lightning_gradguard.core.detectors.diagnosis import Diagnosis
+from lightning_gradguard.core.detectors.diagnosis.sample import LossSignal, Sample, UnitSignal
 from tests.launching import launch_on
 from tests.runtime.logging.test_loggers import events_in
 from tests.tasks import Classifier, ResumableLoader, batches, fit, optimizer_state, same, weights
@@ -233,6 +235,15 @@ def test_rare_positives_that_are_learned_slowly_are_no_stuck_loss() -> None:
     callback = TrainingDiagnosis()
     fit(Task(net, functional.binary_cross_entropy_with_logits, _adam), data, [callback])
     assert callback.diagnosis.roots == []
+
+
+@pytest.mark.parametrize(("loss", "step", "found"), [(3.0, 25, 0), (4.5, 25, 1), (3.0, 125, 1)])
+def test_gates_may_be_saturated_early_while_the_loss_falls(loss: float, step: int, found: int) -> None:
+    gates = UnitSignal("net.lstm", "net.lstm", "candidates", float("nan"), 0.7, is_head=False)
+    calls = [LossSignal("cross_entropy", value=loss, constant=3.0)]
+    samples = [Sample(0, loss=4.6), *(Sample(step + i, loss, units=[gates], calls=calls) for i in range(4))]
+    diagnosis = Diagnosis()
+    assert sum(len(diagnosis.update(sample)) for sample in samples) == found
 
 
 def _adam(net: nn.Module) -> Any:

@@ -27,7 +27,8 @@ EXPLODING_IF_STUCK = 1.75
 MIN_LAYERS = 3
 TIME_VANISHING, TIME_VANISHING_EARLY, TIME_EXPLODING = -3.0, -6.0, 3.0
 LARGE_UPDATE, HUGE_UPDATE, CLIPPED_UPDATE, SMALL_UPDATE, NO_UPDATE = 0.1, 0.3, 0.05, 1e-5, 1e-7
-UPDATE_STEPS = 50
+#: Steps in which updates are examined, and in which gates may be saturated while the loss falls.
+UPDATE_STEPS, GATE_STEPS = 50, 100
 STUCK, UNRELATED = 0.95, 0.02
 #: The same for a loss that is worse than a constant's, as under much noise.
 WORSE, UNRELATED_IF_WORSE = 1.0, 0.05
@@ -123,7 +124,8 @@ def units(sample: Sample, progress: Progress) -> Iterator[Finding]:
         share = min((s.saturated for s in members if s.saturated == s.saturated), default=0.0)
         noun = _NOUNS.get(function, "units")
         is_harmless = is_head and not no_gradient and not progress.over_constant > LEARNS_NOT
-        is_harmless |= noun != "units" and progress.learns
+        starts_well = sample.step < GATE_STEPS and progress.over_first < LEARNS_NOT
+        is_harmless |= noun != "units" and (progress.learns or starts_well)
         if share > (SATURATED if noun != _ROWS else SATURATED_ROWS) and not is_harmless:
             saturated.append((share, names, noun))
     origin = input_cause(sample)
