@@ -52,8 +52,9 @@ class SeedResult:
 def verify(laboratory: Laboratory, trial: Trial, until: float) -> list[SeedResult]:
     """Runs the changes of a trial, and the program as it is, with fresh seeds.
 
-    They run for as many steps as the trial, or for fewer if the budget does not suffice for all. Where that
-    shows no cure, and the program's own run is longer, they run for as many steps as that, or as are left.
+    They run for as many steps as the trial, or for fewer if the budget does not suffice for all. If the
+    treated runs are better then, and the program's own run is longer, all run again for as many steps as
+    that, or as the budget allows: what trains for a while may fail later.
 
     Returns:
         Fewer than three if the budget ends before.
@@ -62,7 +63,7 @@ def verify(laboratory: Laboratory, trial: Trial, until: float) -> list[SeedResul
     results = _run(laboratory, trial.job.changes, short, until)
     steps = min(laboratory.program.planned, _affordable(laboratory, trial, until))
     is_promising = all(r.beats(0.0) for r in results) and len(results) == N_SEEDS
-    if is_promising and verdict_of(results)[0] != "cured" and steps >= LONGER * short:
+    if is_promising and steps >= LONGER * short:
         longer = _run(laboratory, trial.job.changes, steps, until)
         return longer if len(longer) == N_SEEDS else results
     return results
@@ -113,7 +114,8 @@ def verdict_of(results: Sequence[SeedResult]) -> tuple[Verdict, str]:
         f"seed {r.treated.job.seed}: {_loss(r.treated)} treated, {_loss(r.untreated)} untreated"
         for r in results
     )
-    evidence = f"held-out loss {evidence}; seed noise {noise:.2g}"
+    steps = max((r.treated.job.steps for r in results), default=0)
+    evidence = f"held-out loss after {steps} steps: {evidence}; seed noise {noise:.2g}"
     if missing:
         evidence += f"; the budget has allowed {len(results)} of {N_SEEDS} fresh seeds"
     elif (
