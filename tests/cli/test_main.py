@@ -17,7 +17,7 @@ from tests.cli.conftest import Command
     ("arguments", "message"),
     [
         (["fitt"], "lightning-gradguard: no command 'fitt'. Did you mean fit?\n"),
-        (["bake"], "no command 'bake'. There are: fit, check, report, replay, demo, completion."),
+        (["bake"], "no command 'bake'. There are: fit, check, treat, report, replay, demo, completion."),
         (["demo", "--max_steps", "0"], "--max_steps 0 must be at least 1"),
         (["report", "none"], "lightning-gradguard report: "),
     ],
@@ -36,7 +36,7 @@ def test_help_lists_verbs(command: Command) -> None:
         code, out, _ = command(*arguments)
         assert code == 0
         assert [line.split()[0] for line in out.splitlines() if line.startswith("  ")] == list(VERBS)
-    assert list(VERBS) == ["fit", "check", "report", "replay", "demo", "completion"]
+    assert list(VERBS) == ["fit", "check", "treat", "report", "replay", "demo", "completion"]
     assert command("--version") == (0, f"{lightning_gradguard.__version__}\n", "")
 
 
