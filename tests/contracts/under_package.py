@@ -22,7 +22,8 @@ from torch import nn
 from lightning_gradguard import NaNRollback, default_callbacks
 from tests.tasks import Batch, ResumableLoader, batches, optimizer_state, plain_loader, poisoned, weights
 
-#: A single NaN batch, a spike that its running variances do not take, three NaN batches that need a rollback; and one after the checkpoint.
+#: A single NaN batch, a spike that its running variances do not take, three NaN batches that need a
+#: rollback; and one after the checkpoint.
 STORM = poisoned(batches(70), nan=[4, 20, 21, 22, 60], spikes=[12])
 SAVED_AT = 50
 
