@@ -250,7 +250,7 @@ def test_exp_of_an_outlier(run: Any, size: float) -> None:
 
 def likelihood(module: Any, batch: Any) -> Tensor:
     mu, sigma = module.net(batch[0]).chunk(2, -1)
-    normal: Any = torch.distributions.Normal(mu, F.softplus(sigma) + 1e-3)
+    normal: Any = torch.distributions.Normal(mu, F.softplus(sigma) + 1e-3, validate_args=True)
     loss: Tensor = -normal.log_prob(batch[1]).mean()
     return loss
 
@@ -273,7 +273,7 @@ def test_a_distribution_that_raises(run: Any, skips: bool) -> None:
 def test_a_parameter_that_a_distribution_rejects(run: Any) -> None:
     def negative(module: Any, batch: Any) -> Tensor:
         scale = module.net(batch[0]).abs() + 0.1 - 9 * batch[1]
-        normal: Any = torch.distributions.Normal(0.0, scale)
+        normal: Any = torch.distributions.Normal(0.0, scale, validate_args=True)
         loss: Tensor = -normal.log_prob(batch[0][:, :1]).mean()
         return loss
 
