@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader
 from benchmarks.casebook import failing, healthy, second_failing, second_healthy
 from benchmarks.casebook.programs import STEPS, Case
 from benchmarks.quiet_trainer import QUIET
+from benchmarks.records import add_record, read_records, write_section
 from lightning_gradguard import Incident, default_callbacks
 
 PAGE = Path("docs/diagnosis.md")
@@ -148,28 +149,21 @@ def main() -> None:
     torch.set_num_threads(1)
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
-    options.kept.parent.mkdir(parents=True, exist_ok=True)
-    lines = options.kept.read_text().splitlines() if options.kept.exists() else []
-    outcomes = {record["name"]: record for record in map(json.loads, lines)}
+    outcomes = {record["name"]: record for record in read_records(options.kept)}
     for half, group, one in cases():
         if options.only not in one.name or (not options.only and one.name in outcomes):
             continue
         if options.half not in (half, "all"):
             continue
         outcomes[one.name] = run(one, options.bare, half.startswith("second"))
-        with options.kept.open("a") as file:
-            file.write(json.dumps(outcomes[one.name]) + "\n")
+        add_record(options.kept, outcomes[one.name])
         print(half, group, json.dumps(outcomes[one.name]), flush=True)
     parts = {half: table(outcomes, half) for half in HALVES}
     for half, part in parts.items():
         print(f"\n{half}\n{part}")
     if not options.only and options.half == "all" and PAGE.exists():
-        page = PAGE.read_text()
         for half, part in parts.items():
-            start, end = f"<!-- {half} -->", f"<!-- end of {half} -->"
-            head, _, rest = page.partition(start)
-            page = f"{head}{start}\n\n{part}\n\n{end}{rest.partition(end)[2]}"
-        PAGE.write_text(page)
+            write_section(PAGE, half, part)
 
 
 if __name__ == "__main__":

@@ -16,9 +16,10 @@ import pytorch_lightning as pl
 import torch
 from torch.utils.data import DataLoader
 
-from benchmarks.faults.runs import quietly, records
+from benchmarks.faults.runs import quietly
 from benchmarks.faults.tasks import CLASSES, MODELS, OPTIMIZERS, SIZE, Batch, batches
 from benchmarks.quiet_trainer import QUIET
+from benchmarks.records import read_records
 from lightning_gradguard import default_callbacks
 
 STEPS = 2000
@@ -65,7 +66,7 @@ def run(case: tuple[str, int, str]) -> dict[str, int]:
             callbacks=[WarmUp(), *default_callbacks()],
         )
         trainer.fit(module, DataLoader(noisy(seed), batch_size=None))  # type: ignore[arg-type]
-        return Counter(r["kind"] for r in records(Path(folder) / "incidents.jsonl"))
+        return Counter(r["kind"] for r in read_records(Path(folder) / "incidents.jsonl"))
 
 
 def _run(case: tuple[str, int, str]) -> tuple[tuple[str, int, str], dict[str, int]]:

@@ -31,6 +31,7 @@ from benchmarks.faults.classes import FAULTS
 from benchmarks.faults.injection import OF_DATA, OF_STATE, Fault, corrupted
 from benchmarks.faults.tasks import MODELS, Batch, Task, batches
 from benchmarks.quiet_trainer import QUIET
+from benchmarks.records import read_records
 from lightning_gradguard import NaNRollback, default_callbacks
 from lightning_gradguard.runtime.lightning_api import unscaled_loss
 
@@ -265,8 +266,8 @@ def play(case: Case, rank: int = 0) -> Outcome:
         error = f"{type(raised).__name__}: {raised}"[:300]
     seconds = time.perf_counter() - start
     untrained, best = reference(replace(case, kind="", check="exact"), rank)
-    incidents = records(folder / "incidents.jsonl")
-    lost = {(r["epoch"], r["batch_idx"]) for r in records(folder / f"lost_batches.rank{rank}.jsonl")}
+    incidents = read_records(folder / "incidents.jsonl")
+    lost = {(r["epoch"], r["batch_idx"]) for r in read_records(folder / f"lost_batches.rank{rank}.jsonl")}
     score, equal, sane, ranks_equal = math.nan, None, False, True
     if not error:
         sane = all(bool(torch.isfinite(tensor).all()) for tensor in state(module, trainer))
@@ -317,11 +318,6 @@ def recovered_after(seen: Sequence[tuple[tuple[int, int], float]], when: tuple[i
     before = [loss for _, loss in seen[max(at - 10, 0) : at]] or [loss for _, loss in seen[at + 1 : at + 2]]
     level = 1.5 * median(before) if before else math.inf
     return next((i for i, (_, loss) in enumerate(seen[at + 1 :], 1) if loss <= level), None)
-
-
-def records(path: Path) -> list[dict[str, Any]]:
-    """The lines of a file of JSON lines; none if there is no file."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 @cache

@@ -8,9 +8,7 @@ thread; about a quarter of an hour.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import itertools
-import json
 import tempfile
 from collections import defaultdict
 from collections.abc import Iterable
@@ -22,9 +20,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from benchmarks.faults.runs import quietly, records
+from benchmarks.faults.runs import quietly
 from benchmarks.quiet_trainer import QUIET
 from benchmarks.rates.tasks import OPTIMIZERS, SIZE, STEPS, TASKS
+from benchmarks.records import add_record, read_records
 from lightning_gradguard import (
     AdaptiveGradientClipping,
     TrainingDivergedError,
@@ -75,7 +74,7 @@ def train(key: Key) -> dict[str, Any]:
             trainer.fit(module, DataLoader(data, batch_size=None))
         except TrainingDivergedError as stopped:
             error = str(stopped)
-        incidents = records(Path(folder) / "incidents.jsonl") if guard != "bare" else []
+        incidents = read_records(Path(folder) / "incidents.jsonl") if guard != "bare" else []
     inputs, target = TASKS[task].data(1, 2000, 1000 + seed)[0]
     with torch.no_grad():
         score = TASKS[task].score(module.eval().network(inputs), target)
@@ -117,15 +116,11 @@ def main() -> None:
     parser.add_argument("--kept", type=Path, default=Path("runs/rates.jsonl"), help="file of the outcomes")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    options.kept.parent.mkdir(parents=True, exist_ok=True)
-    lines = options.kept.read_text().splitlines() if options.kept.exists() else []
-    results: dict[Key, dict[str, Any]] = {tuple(r.pop("key")): r for r in map(json.loads, lines)}
-    with contextlib.closing(options.kept.open("a")) as file:
-        for key in keys(options.seeds, options.guards):
-            if key not in results:
-                results[key] = quietly(train, key)
-                file.write(json.dumps({"key": key, **results[key]}) + "\n")
-                file.flush()
+    results: dict[Key, dict[str, Any]] = {tuple(r.pop("key")): r for r in read_records(options.kept)}
+    for key in keys(options.seeds, options.guards):
+        if key not in results:
+            results[key] = quietly(train, key)
+            add_record(options.kept, {"key": key, **results[key]})
     print(table(results))
 
 

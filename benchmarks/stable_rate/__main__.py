@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import itertools
-import json
 import math
 import tempfile
 from collections.abc import Callable, Iterator
@@ -25,6 +24,7 @@ from benchmarks.casebook import healthy as casebook
 from benchmarks.evidence.healthy import SCENARIOS
 from benchmarks.faults.runs import quietly
 from benchmarks.quiet_trainer import QUIET
+from benchmarks.records import add_record, read_records, write_section
 from benchmarks.stable_rate.cells import NETWORKS, OPTIMIZERS
 from benchmarks.stable_rate.truth import SIZE, network_of, truth
 from lightning_gradguard import InitializationCheck
@@ -145,19 +145,15 @@ def main() -> None:
     parser.add_argument("--only", default="", help="run what has this in its name")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    lines = options.kept.read_text().splitlines() if options.kept.exists() else []
-    outcomes = {record.pop("name"): record for record in map(json.loads, lines)}
+    outcomes = {record.pop("name"): record for record in read_records(options.kept)}
     for name, run in runs():
         if name not in outcomes and options.only in name:
             outcomes[name] = quietly(run)
-            with options.kept.open("a") as file:
-                file.write(json.dumps({"name": name, **outcomes[name]}) + "\n")
+            add_record(options.kept, {"name": name, **outcomes[name]})
     made = table(outcomes)
     print(made)
     if PAGE.exists() and not options.only:
-        head, _, rest = PAGE.read_text().partition("<!-- rates -->")
-        tail = rest.partition("<!-- end of rates -->")[2]
-        PAGE.write_text(f"{head}<!-- rates -->\n\n{made}\n\n<!-- end of rates -->{tail}")
+        write_section(PAGE, "rates", made)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ from the best one upward, that train.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 from collections import defaultdict
 from collections.abc import Mapping
@@ -19,6 +18,7 @@ import torch
 from torch import nn
 
 from benchmarks.ensemble import ensemble
+from benchmarks.records import add_record, read_records
 from benchmarks.stable_rate.cells import NETWORKS, OPTIMIZERS, Network
 
 TRUTH = Path(__file__).parent / "truth.jsonl"
@@ -69,7 +69,7 @@ def largest_rate(curve: Curve) -> float:
 def truth(path: Path = TRUTH) -> dict[tuple[str, str], float]:
     """Returns the largest rate that trains of each network and optimizer, the geometric mean over orders."""
     found: dict[tuple[str, str], list[float]] = defaultdict(list)
-    for record in map(json.loads, path.read_text().splitlines()):
+    for record in read_records(path):
         curve = {float(x): (losses[0], losses[1]) for x, losses in record["losses"].items()}
         found[record["network"], record["optimizer"]].append(largest_rate(curve))
     return {cell: math.prod(rates) ** (1 / len(rates)) for cell, rates in found.items()}
@@ -81,8 +81,7 @@ def main() -> None:
     parser.add_argument("--kept", type=Path, default=TRUTH, help="file of the outcomes")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    lines = options.kept.read_text().splitlines() if options.kept.exists() else []
-    known = {(record["network"], record["order"]) for record in map(json.loads, lines)}
+    known = {(record["network"], record["order"]) for record in read_records(options.kept)}
     for order in ORDERS:
         for name, network in NETWORKS.items():
             if (name, order) in known:
@@ -90,8 +89,7 @@ def main() -> None:
             for optimizer, losses in curves(network, order).items():
                 kept = {x: [float(f"{loss:.4g}") for loss in pair] for x, pair in losses.items()}
                 record = {"network": name, "optimizer": optimizer, "order": order, "losses": kept}
-                with options.kept.open("a") as file:
-                    file.write(json.dumps(record) + "\n")
+                add_record(options.kept, record)
 
 
 if __name__ == "__main__":

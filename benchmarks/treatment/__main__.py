@@ -25,6 +25,7 @@ import torch
 
 from benchmarks.casebook import failing
 from benchmarks.quiet_trainer import QUIET
+from benchmarks.records import add_record, read_records, write_section
 from benchmarks.treatment.casebook import Case, case_of
 from benchmarks.treatment.programs import STEPS, Data, Network, Spec, specs
 from lightning_gradguard import treat
@@ -165,24 +166,19 @@ def main() -> None:
     torch.set_num_threads(1)
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
-    options.kept.parent.mkdir(parents=True, exist_ok=True)
-    lines = options.kept.read_text().splitlines() if options.kept.exists() else []
-    outcomes = {record["name"]: record for record in map(json.loads, lines)}
+    outcomes = {record["name"]: record for record in read_records(options.kept)}
     chosen = [one for one in cases(options.casebook) if options.only in one.name]
     chosen = chosen[:: options.every][: options.first]
     for one in chosen:
         if one.name in outcomes:
             continue
         outcomes[one.name] = outcome(one, options.budget, options.processes)
-        with options.kept.open("a") as file:
-            file.write(json.dumps(outcomes[one.name]) + "\n")
+        add_record(options.kept, outcomes[one.name])
         print(json.dumps(outcomes[one.name]), flush=True)
     text = table([*outcomes.values()])
     print(text)
     if not options.only and PAGE.exists():
-        start, end = "<!-- benchmark -->", "<!-- end of benchmark -->"
-        head, _, rest = PAGE.read_text().partition(start)
-        PAGE.write_text(f"{head}{start}\n\n{text}\n\n{end}{rest.partition(end)[2]}")
+        write_section(PAGE, "benchmark", text)
 
 
 if __name__ == "__main__":

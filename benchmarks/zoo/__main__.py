@@ -7,7 +7,6 @@ of the check were set on every second network of a family; the others, and whole
 from __future__ import annotations
 
 import argparse
-import json
 import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
@@ -17,6 +16,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
+from benchmarks.records import add_record, read_records, write_section
 from benchmarks.zoo.entries import HELD_OUT_FAMILIES, Entry, entries
 from benchmarks.zoo.other_rules import RIVALS, numbers
 from benchmarks.zoo.truth import RATES, TRAINS, TRUTH, network_of
@@ -146,25 +146,21 @@ def main() -> None:
     parser.add_argument("--verdicts", type=Path, help="file in which verdicts are kept, and found again")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    lines = map(json.loads, TRUTH.read_text().splitlines())
-    truth = {(r["name"], r["optimizer"]): max(r["accuracy"].values()) < TRAINS for r in lines}
+    truth = {(r["name"], r["optimizer"]): max(r["accuracy"].values()) < TRAINS for r in read_records(TRUTH)}
     names = {name for name, _ in truth}
     kept = options.verdicts
-    known = kept.read_text().splitlines() if kept is not None and kept.exists() else []
-    records = [r for r in map(json.loads, known) if r["name"] in names]
+    known = read_records(kept) if kept is not None else []
+    records = [r for r in known if r["name"] in names]
     done = {r["name"] for r in records}
     for entry in entries():
         if entry.name in names - done:
             records.append(judged(entry))
             if kept is not None:
-                with kept.open("a") as file:
-                    file.write(json.dumps(records[-1]) + "\n")
+                add_record(kept, records[-1])
     made = f"{len(records)} networks.\n\n{tables(records, truth)}\n\n{by_family(records, truth)}"
     print(made)
     if PAGE.exists():
-        head, _, rest = PAGE.read_text().partition("<!-- zoo -->")
-        tail = rest.partition("<!-- end of zoo -->")[2]
-        PAGE.write_text(f"{head}<!-- zoo -->\n\n{made}\n\n<!-- end of zoo -->{tail}")
+        write_section(PAGE, "zoo", made)
 
 
 if __name__ == "__main__":

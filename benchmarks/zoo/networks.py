@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benchmarks.casebook.healthy import Residual
+
 WIDTH = 32
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "sigmoid": nn.Sigmoid,
@@ -42,19 +44,6 @@ def initialized(network: nn.Module, init: str) -> nn.Module:
         elif init not in ("default", "zeros") and name.endswith("bias"):
             nn.init.zeros_(weight)
     return network
-
-
-class Residual(nn.Module):
-    """Adds its input to the output of its body."""
-
-    def __init__(self, body: nn.Module) -> None:
-        super().__init__()
-        self.body = body
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Returns the sum."""
-        out: Tensor = x + self.body(x)
-        return out
 
 
 def mlp(depth: int, activation: str, kind: str = "plain", width: int = WIDTH) -> nn.Module:
