@@ -8,24 +8,17 @@ import logging
 import sys
 import sysconfig
 import traceback
-import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
 import lightning_gradguard
+from lightning_gradguard.runtime.logging.silence import messages_silenced
 
 _PACKAGE = str(Path(lightning_gradguard.__file__).parent)
 #: Paths of code that is not the user's.
 _INSTALLED = (*(sysconfig.get_paths()[key] for key in ("stdlib", "purelib", "platlib")), _PACKAGE, "<")
-_LOGGERS = (
-    "lightning_gradguard",
-    "pytorch_lightning",
-    "lightning.pytorch",
-    "lightning_fabric",
-    "lightning.fabric",
-)
 
 Instance = TypeVar("Instance")
 #: Classes that could not be instantiated, and their exceptions.
@@ -46,20 +39,9 @@ def usage_errors_reported(verb: str) -> Iterator[None]:
         raise SystemExit(2) from None
 
 
-@contextmanager
-def silence_lightning() -> Iterator[None]:
+def silence_lightning() -> AbstractContextManager[None]:
     """Suppresses warnings and messages about idle devices, few workers and the like; errors are logged."""
-    loggers = [logging.getLogger(name) for name in _LOGGERS]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+    return messages_silenced(logging.ERROR)
 
 
 def one_line(text: str) -> str:

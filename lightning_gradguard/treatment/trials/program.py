@@ -7,9 +7,8 @@ import logging
 import math
 import random
 import tempfile
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -21,6 +20,7 @@ import torch
 
 from lightning_gradguard.core.forensics.location import innermost_of_traceback
 from lightning_gradguard.runtime.lightning_packages import FRAMEWORKS, lightning_package_of
+from lightning_gradguard.runtime.logging.silence import messages_silenced
 from lightning_gradguard.treatment.trials.recording import Batches, Recorded, RecordedBatches, Recorder
 
 #: Arguments of a Trainer that a trial takes from the user.
@@ -31,7 +31,6 @@ OF_USER = (
 )
 #: Arguments for the length of a run.
 LENGTH = ("max_epochs", "max_steps", "limit_train_batches", "limit_val_batches")
-_LOGGERS = ("lightning_gradguard", "pytorch_lightning", "lightning.pytorch", "lightning_fabric")
 _PACKAGE = str(Path(__file__).parents[2])
 
 
@@ -181,20 +180,9 @@ def recorded_program(
     return Program(make_module, datamodule, trainer, recorder.result(), planned, seed)
 
 
-@contextmanager
-def quiet() -> Iterator[None]:
+def quiet() -> AbstractContextManager[None]:
     """Suppresses what Lightning and the suite print while a program runs."""
-    loggers = [logging.getLogger(name) for name in _LOGGERS]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.CRITICAL)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+    return messages_silenced(logging.CRITICAL)
 
 
 def _quiet(package: Any, folder: str) -> dict[str, Any]:
