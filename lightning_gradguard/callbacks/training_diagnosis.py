@@ -23,6 +23,7 @@ from lightning_gradguard.core.remedies import advice_for_finding
 from lightning_gradguard.runtime import distributed, lightning_api
 from lightning_gradguard.runtime.incidents.journal import incident_now, publish
 from lightning_gradguard.runtime.incidents.present import present_in
+from lightning_gradguard.runtime.learning_rates import planned_steps
 from lightning_gradguard.runtime.logging.heat_map import GradientHistory
 from lightning_gradguard.runtime.logging.hyperparameters import non_defaults
 from lightning_gradguard.runtime.logging.metrics import log_figure
@@ -32,7 +33,6 @@ from lightning_gradguard.runtime.sampled_step import (
     encoded,
     is_sampled,
     losses_of_permuted,
-    planned_steps,
 )
 from lightning_gradguard.runtime.steps.step import Step
 from lightning_gradguard.runtime.steps.step_callback import StepCallback
@@ -118,7 +118,8 @@ class TrainingDiagnosis(StepCallback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Reads the length of the run."""
         super().on_train_start(trainer, pl_module)
-        self.diagnosis.plan(planned_steps(trainer))
+        planned = planned_steps(trainer)
+        self.diagnosis.plan(int(planned) if math.isfinite(planned) else 0)
         self._sampled = self._waiting = None
         self._last_sampled = -1
         self._steps = Steps()

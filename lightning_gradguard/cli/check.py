@@ -19,7 +19,7 @@ from jsonargparse import ArgumentParser
 
 from lightning_gradguard.callbacks.initialization_check import InitializationCheck
 from lightning_gradguard.cli.checkpoints import load_weights, read_checkpoint
-from lightning_gradguard.cli.fit import MODULE_OPTIONS
+from lightning_gradguard.cli.fit import parser_beside_fit
 from lightning_gradguard.cli.messages import (
     UsageError,
     is_raised_by_suite,
@@ -76,13 +76,9 @@ def argument_parser() -> ArgumentParser:
 
 def _own_parser() -> argparse.ArgumentParser:
     """Returns the parser of the options that `fit` does not have."""
-    parser = argparse.ArgumentParser(
-        prog="lightning-gradguard check",
-        usage="lightning-gradguard check --model my.Module [--data my.Data] [-c FILE] [options]",
-        description=_DESCRIPTION + MODULE_OPTIONS.format(checkpoint="check the weights in it, as they are"),
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+    usage = "--model my.Module [--data my.Data] [-c FILE] [options]"
+    parser = parser_beside_fit(
+        "check", usage, _DESCRIPTION, _EPILOG, checkpoint="check the weights in it, as they are"
     )
     parser.add_argument("--json", metavar="FILE", nargs="?", const="-", help=_JSON_HELP)
     return parser

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import inspect
 import sys
 import textwrap
@@ -55,6 +56,28 @@ MODULE_OPTIONS = """\
 
 #: Of shell completion, as of all verbs.
 argument_parser = fit_parser
+
+
+def parser_beside_fit(
+    verb: str, usage: str, description: str, epilog: str, *, checkpoint: str
+) -> argparse.ArgumentParser:
+    """Returns a parser for the options of a command that `fit` does not have.
+
+    Args:
+        verb: The command.
+        usage: Its arguments.
+        description: Printed above the options of the module.
+        epilog: Printed below all options.
+        checkpoint: What the command does with one.
+    """
+    return argparse.ArgumentParser(
+        prog=f"lightning-gradguard {verb}",
+        usage=f"lightning-gradguard {verb} {usage}",
+        description=description + MODULE_OPTIONS.format(checkpoint=checkpoint),
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
 
 
 def main(arguments: Sequence[str]) -> None:

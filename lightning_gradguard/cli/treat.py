@@ -13,7 +13,7 @@ from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace
 
-from lightning_gradguard.cli.fit import MODULE_OPTIONS
+from lightning_gradguard.cli.fit import parser_beside_fit
 from lightning_gradguard.cli.messages import UsageError, silence_lightning, usage_errors_reported
 from lightning_gradguard.cli.parsing.lightning_cli import SuiteCLI, command_line, fit_argv, fit_parser
 from lightning_gradguard.cli.parsing.preparse import config_files, named_class, read_config
@@ -62,13 +62,9 @@ def argument_parser() -> ArgumentParser:
 
 def _own_parser() -> argparse.ArgumentParser:
     """Returns the parser of the options that `fit` does not have."""
-    parser = argparse.ArgumentParser(
-        prog="lightning-gradguard treat",
-        usage="lightning-gradguard treat --model my.Module [--data my.Data] [--budget 10m] [options]",
-        description=_DESCRIPTION + MODULE_OPTIONS.format(checkpoint="not used: trials begin anew"),
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+    usage = "--model my.Module [--data my.Data] [--budget 10m] [options]"
+    parser = parser_beside_fit(
+        "treat", usage, _DESCRIPTION, _EPILOG, checkpoint="not used: trials begin anew"
     )
     _add_options(parser)
     return parser

@@ -63,12 +63,6 @@ def is_sampled(step: int, every_n_steps: int) -> bool:
     return step % every_n_steps == 0
 
 
-def planned_steps(trainer: pl.Trainer) -> int:
-    """Returns the optimizer steps of the run; 0 if unknown."""
-    steps = trainer.estimated_stepping_batches
-    return int(steps) if math.isfinite(steps) and steps > 0 else 0
-
-
 def is_compiled(pl_module: nn.Module) -> bool:
     """True if a part of the module is compiled: hooks would change what it computes."""
     return getattr(pl_module, "_compiler_ctx", None) is not None or any(

@@ -10,7 +10,6 @@ from lightning_gradguard.treatment.learning import learning_of
 from lightning_gradguard.treatment.result import TreatmentResult
 from lightning_gradguard.treatment.trials.trial import Trial, name_of
 
-_COLOURS = {"healthy": "good", "cured": "good", "better": "worrying", "no_treatment_found": "bad"}
 #: Wide enough for the table of trials.
 _STYLE = "body{max-width:62rem}"
 

@@ -13,10 +13,12 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from lightning_gradguard.core.detectors.diagnosis import Finding
 from lightning_gradguard.core.remedies import advice_for_finding
 from lightning_gradguard.core.remedies.changes import functional_activations
+from lightning_gradguard.core.remedies.surgery.data_flow import SATURATING_FUNCTIONS
 from lightning_gradguard.runtime.lightning_packages import FRAMEWORKS
 
 #: Causes that lie in code or data, where no change of a module or of its training helps, and the calls or
@@ -37,7 +39,6 @@ _IN_CODE: dict[str, tuple[str, ...]] = {
 }
 #: Where a fault lies is searched in these functions first.
 _FUNCTIONS = ("training_step", "forward", "configure_optimizers", "__init__")
-_SATURATING = ("sigmoid", "tanh", "softsign", "hardtanh", "hardsigmoid")
 
 
 @dataclass(frozen=True)
@@ -91,8 +92,6 @@ def _of_finding(module: nn.Module, finding: Finding) -> Prescription | None:
 
 
 def _nonfinite_rows(batches: Sequence[object]) -> list[Prescription]:
-    from torch.utils._pytree import tree_leaves
-
     for i, batch in enumerate(batches):
         for leaf in tree_leaves(batch):
             if isinstance(leaf, Tensor) and leaf.is_floating_point() and not bool(torch.isfinite(leaf).all()):
@@ -110,7 +109,7 @@ def _functional(module: nn.Module, run_loss: Callable[[], Tensor]) -> list[Presc
     """Returns a patch for each line that calls a saturating activation as a function."""
     found = []
     places = functional_activations(module, run_loss)
-    for line in _calls(module, _SATURATING, functions=("forward",)):
+    for line in _calls(module, SATURATING_FUNCTIONS, functions=("forward",)):
         if not any(f"{Path(line.file).name}:{line.number}" in place for place in places):
             continue
         name = line.name

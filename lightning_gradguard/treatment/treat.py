@@ -22,7 +22,7 @@ from lightning_gradguard.treatment.probe import Probe, probe
 from lightning_gradguard.treatment.result import TreatmentResult
 from lightning_gradguard.treatment.search import Laboratory, search
 from lightning_gradguard.treatment.trials.program import Program, recorded_program
-from lightning_gradguard.treatment.trials.trial import Trial, name_of
+from lightning_gradguard.treatment.trials.trial import name_of
 from lightning_gradguard.treatment.trials.trial_log import TrialLog
 from lightning_gradguard.treatment.trials.workers import usable_processes
 from lightning_gradguard.treatment.verification import SeedResult, Verdict, verdict_of, verify
@@ -236,8 +236,7 @@ class _Treatment:
 
 def _identity(program: Program, found: Probe) -> dict[str, Any]:
     """Returns what trials of the same program have in common."""
-    first: list[Trial] = [found.trial]
-    losses = [f"{loss:.6g}" for trial in first for _, loss in trial.curve[:3]]
+    losses = [f"{loss:.6g}" for _, loss in found.trial.curve[:3]]
     content = [str(found.module), program.batches.fingerprint, program.seed, losses]
     digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
     return {"module": type(found.module).__qualname__, "digest": digest}

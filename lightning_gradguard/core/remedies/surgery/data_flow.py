@@ -29,7 +29,7 @@ _ACTIVATION_FUNCTIONS = frozenset(
     {"sigmoid", "tanh", "softsign", "hardtanh", "hardsigmoid", "relu", "relu6", "leaky_relu", "elu", "selu"}
     | {"celu", "gelu", "silu", "mish", "prelu", "softplus", "exp"}
 )
-SATURATING_FUNCTIONS = frozenset(kind.__name__.lower() for kind in SATURATING)
+SATURATING_FUNCTIONS = tuple(kind.__name__.lower() for kind in SATURATING)
 _FUNCTIONS: dict[type[nn.Module], str] = {nn.LeakyReLU: "leaky_relu"}
 _NORMALIZING = frozenset({"batch_norm", "layer_norm", "group_norm", "instance_norm", "rms_norm"})
 _MIXING = frozenset(
