@@ -11,7 +11,7 @@ from lightning_gradguard.callbacks.initialization_check import InitializationChe
 from lightning_gradguard.callbacks.learning_rate_backoff import LearningRateBackoff
 from lightning_gradguard.callbacks.nan_rollback import NaNRollback
 from lightning_gradguard.callbacks.training_diagnosis import TrainingDiagnosis
-from lightning_gradguard.callbacks.treatment import OF_OPTIMIZERS, Treatment
+from lightning_gradguard.callbacks.treatment import Treatment
 from lightning_gradguard.callbacks.weight_norm_constraint import WeightNormConstraint
 from lightning_gradguard.core.clipping import GlobalNormClipping
 from lightning_gradguard.core.remedies.changes import Change
@@ -98,7 +98,7 @@ def callbacks_of(changes: Sequence[Change]) -> list[Callback]:
         >>> [type(callback).__name__ for callback in callbacks_of(changes)]
         ['Treatment', 'AdaptiveGradientClipping']
     """
-    treated = [change for change in changes if change.is_of_module or change.kind in OF_OPTIMIZERS]
+    treated = [change for change in changes if change.is_of_treatment]
     callbacks: list[Callback] = [Treatment(treated)] if treated else []
     for change in changes:
         if change.kind == "clipping":

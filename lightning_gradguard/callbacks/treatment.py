@@ -25,8 +25,6 @@ from lightning_gradguard.runtime.treatment.module import change_as_saved, change
 from lightning_gradguard.runtime.treatment.optimizers import WarmUp, change_optimizers
 
 Module = TypeVar("Module", bound=pl.LightningModule)
-#: Changes of optimizers that the callback makes.
-OF_OPTIMIZERS = ("learning_rate", "warm_up", "weight_decay", "epsilon")
 #: Hooks of the module that it adds to, until they are called.
 _HOOKS = ("setup", "configure_model", "configure_optimizers", "on_load_checkpoint")
 
@@ -66,7 +64,7 @@ class Treatment(Callback, Configured):
         shown = ", ".join(change.describe() for change in self.changes)
         self.settings = non_defaults(Treatment, {"changes": shown})
         for change in self.changes:
-            if not (change.is_of_module or change.kind in OF_OPTIMIZERS):
+            if not change.is_of_treatment:
                 raise ValueError(
                     f"Treatment does not make {change.describe()}: callbacks_of returns the callbacks for "
                     "clipping and weight_norm, and precision is an argument of the Trainer."

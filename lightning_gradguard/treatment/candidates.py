@@ -9,18 +9,14 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from lightning_gradguard.core.detectors.diagnosis import Finding
-from lightning_gradguard.core.remedies.changes import Argument, Change, ChangeKind, places
+from lightning_gradguard.core.remedies.changes import Change, places
+from lightning_gradguard.core.remedies.kinds import KINDS, Argument, ChangeKind
 from lightning_gradguard.treatment.probe import Probe
 
 #: Candidates of a treatment at most.
 MAX_CANDIDATES = 8
 #: Ratio of an update to the weights that is usual.
 USUAL_UPDATE = 1e-2
-#: Kinds that change the module's architecture; under manual optimization and with several optimizers, whose
-#: parts may be of one another's, they are not tried.
-ARCHITECTURE = frozenset({"replace_activation", "add_normalization", "add_residual", "rnn_to_gru"})
-#: Kinds that fit only what has one optimizer.
-ONE_OPTIMIZER = frozenset({*ARCHITECTURE, "standardize_input", "weight_decay", "epsilon", "precision"})
 
 
 @dataclass(frozen=True)
@@ -158,7 +154,7 @@ def _fitting(found: Probe, changes: tuple[Change, ...]) -> tuple[Change, ...] | 
     """Returns the changes that apply to the module; `None` if none does."""
     if not changes:
         return changes
-    allowed = [c for c in changes if found.is_automatic or c.kind not in ONE_OPTIMIZER]
+    allowed = [c for c in changes if found.is_automatic or not KINDS[c.kind].needs_one_optimizer]
     applicable = tuple(c for c in allowed if applies(found.module, c, found.run_loss))
     return applicable or None
 

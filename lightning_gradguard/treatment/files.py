@@ -12,7 +12,6 @@ from typing import Any
 
 import yaml
 
-from lightning_gradguard.callbacks.treatment import OF_OPTIMIZERS
 from lightning_gradguard.core.remedies.changes import Change
 from lightning_gradguard.treatment.page import to_html
 from lightning_gradguard.treatment.result import TreatmentResult
@@ -49,7 +48,7 @@ def configuration(changes: Sequence[Change], callbacks: Sequence[Any]) -> dict[s
         changes: As they were tried, under the callbacks that `fit` adds by itself.
         callbacks: Configuration of callbacks of the user's.
     """
-    of_treatment = [c.as_dict() for c in changes if c.is_of_module or c.kind in OF_OPTIMIZERS]
+    of_treatment = [c.as_dict() for c in changes if c.is_of_treatment]
     added = [*callbacks, _class("Treatment", changes=of_treatment)] if of_treatment else [*callbacks]
     trainer: dict[str, Any] = {"callbacks": added}
     for change in changes:
@@ -58,8 +57,8 @@ def configuration(changes: Sequence[Change], callbacks: Sequence[Any]) -> dict[s
             added.append(_class("AdaptiveGradientClipping", policy=policy))
         elif change.kind == "weight_norm":
             added.append(_class("WeightNormConstraint", max_norm=change["max_norm"]))
-        elif change.kind == "precision":
-            trainer["precision"] = change["value"]
+        elif change.alters == "trainer":
+            trainer[change.kind] = change["value"]
     return {"trainer": trainer}
 
 

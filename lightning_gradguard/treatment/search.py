@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from itertools import combinations
 
 from lightning_gradguard.core.remedies.changes import Change
+from lightning_gradguard.core.remedies.kinds import KINDS
 from lightning_gradguard.treatment.budget import Clock
 from lightning_gradguard.treatment.candidates import Candidate
 from lightning_gradguard.treatment.learning import learning_of
@@ -25,9 +26,6 @@ FASTER = Change("learning_rate", {"scale": 10.0})
 LEAST_NOISE = 0.02
 #: Share of what the best treatment gains by which a smaller change may be behind it.
 BEHIND = 0.05
-#: How much a change alters a program: training before initialization before architecture.
-_SIZES = {"initialize": 2, "gate_bias": 2, "orthogonal_recurrent": 2, "standardize_input": 2}
-_SIZES |= {"replace_activation": 3, "add_normalization": 4, "add_residual": 4, "rnn_to_gru": 5}
 
 
 @dataclass
@@ -119,7 +117,7 @@ def noise_of(untreated: Sequence[Trial]) -> float:
 
 def size_of(changes: Sequence[Change]) -> int:
     """Returns how much changes alter a program; 0 for the suite's callbacks alone."""
-    return sum(_SIZES.get(change.kind, 1) for change in changes)
+    return sum(KINDS[change.kind].size for change in changes)
 
 
 def _combined(ranked: Sequence[Trial]) -> list[tuple[Change, ...]]:

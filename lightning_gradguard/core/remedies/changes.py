@@ -7,16 +7,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from difflib import get_close_matches
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_gradguard.core.remedies.surgery.activations import (
-    ACTIVATIONS,
-    replace_activations,
-    replaceable,
-)
+from lightning_gradguard.core.remedies.kinds import CHOICES, FOUND, KINDS, Alters, Argument, ChangeKind
+from lightning_gradguard.core.remedies.surgery.activations import replace_activations, replaceable
 from lightning_gradguard.core.remedies.surgery.additions import (
     add_normalizations,
     add_residuals,
@@ -27,7 +24,7 @@ from lightning_gradguard.core.remedies.surgery.additions import (
     standardize_inputs,
 )
 from lightning_gradguard.core.remedies.surgery.data_flow import DataFlow
-from lightning_gradguard.core.remedies.surgery.initializers import INITIALIZERS, initializable, initialize
+from lightning_gradguard.core.remedies.surgery.initializers import initializable, initialize
 from lightning_gradguard.core.remedies.surgery.recurrent import (
     gated,
     make_orthogonal,
@@ -37,54 +34,6 @@ from lightning_gradguard.core.remedies.surgery.recurrent import (
     ungated,
 )
 from lightning_gradguard.core.snapshots.preservation import rng_state, set_rng_state
-
-#: Changes of the module, in the order in which several of them are applied.
-ModuleChange = Literal[
-    "replace_activation",
-    "rnn_to_gru",
-    "add_normalization",
-    "add_residual",
-    "standardize_input",
-    "initialize",
-    "orthogonal_recurrent",
-    "gate_bias",
-]
-#: Changes of how it is trained.
-TrainingChange = Literal[
-    "learning_rate", "warm_up", "clipping", "weight_norm", "weight_decay", "epsilon", "precision"
-]
-ChangeKind = Literal[ModuleChange, TrainingChange]
-MODULE_CHANGES: tuple[ModuleChange, ...] = get_args(ModuleChange)
-#: Those that alter weights and no structure, so that a checkpoint has all of them.
-WEIGHT_CHANGES: tuple[ChangeKind, ...] = ("initialize", "orthogonal_recurrent", "gate_bias")
-KINDS: tuple[ChangeKind, ...] = (*MODULE_CHANGES, *get_args(TrainingChange))
-Argument = int | float | str | list[str]
-
-#: Arguments of each kind with their defaults; `None` is found in the module.
-_DEFAULTS: dict[ChangeKind, dict[str, Argument | None]] = {
-    "replace_activation": {"to": "relu", "modules": None},
-    "rnn_to_gru": {"modules": None},
-    "add_normalization": {"norm": "auto", "modules": None, "norms": None},
-    "add_residual": {"weight": None, "modules": None},
-    "standardize_input": {"modules": None},
-    "initialize": {"to": "kaiming", "seed": 0, "modules": None, "activations": None},
-    "orthogonal_recurrent": {"gain": 1.0, "seed": 0, "modules": None},
-    "gate_bias": {"value": 1.0, "modules": None},
-    "learning_rate": {"scale": 1.0},
-    "warm_up": {"steps": 100},
-    "clipping": {"max_norm": 1.0},
-    "weight_norm": {"max_norm": 3.0},
-    "weight_decay": {"value": 0.01},
-    "epsilon": {"value": 1e-4},
-    "precision": {"value": "32-true"},
-}
-#: Lists that `resolve` finds.
-_FOUND = ("modules", "norms", "activations")
-_CHOICES: dict[tuple[str, str], tuple[str, ...]] = {
-    ("replace_activation", "to"): ACTIVATIONS,
-    ("add_normalization", "norm"): ("auto", "batch", "layer"),
-    ("initialize", "to"): INITIALIZERS,
-}
 
 
 @dataclass(frozen=True)
@@ -136,21 +85,31 @@ class Change:
 
     def __getitem__(self, name: str) -> Any:
         """Returns an argument, or its default; `None` for one that the kind does not have."""
-        return self.arguments.get(name, _DEFAULTS[self.kind].get(name))
+        return self.arguments.get(name, KINDS[self.kind].arguments.get(name))
 
     def __hash__(self) -> int:
         """Hashes what YAML and JSON hold, as arguments are a mapping."""
         return hash(json.dumps(self.as_dict(), sort_keys=True))
 
     @property
+    def alters(self) -> Alters:
+        """Part of the program that it alters, such as `weights`."""
+        return KINDS[self.kind].alters
+
+    @property
     def is_of_module(self) -> bool:
         """True for a change of the module, False for one of its training."""
-        return self.kind in MODULE_CHANGES
+        return self.alters in ("structure", "weights")
+
+    @property
+    def is_of_treatment(self) -> bool:
+        """True for a change of the module or of its optimizers, which `Treatment` makes before training."""
+        return self.is_of_module or self.alters == "optimizer"
 
     @property
     def is_resolved(self) -> bool:
         """True if it names all that it alters, so that `apply` needs no batch to find it."""
-        return all(name in self.arguments for name in _FOUND if name in _DEFAULTS[self.kind])
+        return all(name in self.arguments for name in FOUND if name in KINDS[self.kind].arguments)
 
     @property
     def modules(self) -> list[str]:
@@ -163,7 +122,7 @@ class Change:
 
     def describe(self) -> str:
         """Returns the change in one line, without the names of modules."""
-        shown = {n: v for n, v in self.arguments.items() if n not in _FOUND}
+        shown = {n: v for n, v in self.arguments.items() if n not in FOUND}
         return f"{self.kind}({', '.join(f'{name}={value}' for name, value in shown.items())})"
 
     def as_dict(self) -> dict[str, Any]:
@@ -272,7 +231,8 @@ def apply(
 
 def in_order(changes: Sequence[Change]) -> list[Change]:
     """Returns changes in the order in which they are applied: activations before what depends on them."""
-    return sorted(changes, key=lambda change: KINDS.index(change.kind))
+    order = list(KINDS)
+    return sorted(changes, key=lambda change: order.index(change.kind))
 
 
 def functional_activations(module: nn.Module, run_loss: Callable[[], Tensor]) -> list[str]:
@@ -302,13 +262,13 @@ def _seeded(seed: int = 0) -> Iterator[None]:
 
 
 def _check(kind: ChangeKind, name: str, value: Argument) -> None:
-    valid = _DEFAULTS[kind]
+    valid = KINDS[kind].arguments
     if name not in valid:
         raise ValueError(f"{kind} has no argument {name!r}; it has {', '.join(valid)}.")
-    choices = _CHOICES.get((kind, name))
+    choices = CHOICES.get((kind, name))
     if choices is not None and value not in choices:
         raise ValueError(f"{kind}: {name}={value!r} must be one of {', '.join(choices)}.")
-    if name in _FOUND:
+    if name in FOUND:
         if isinstance(value, str) or not isinstance(value, Sequence):
             raise ValueError(f"{kind}: {name}={value!r} must be a list of names.")
     elif choices is None and name != "value" and not isinstance(value, (int, float)):

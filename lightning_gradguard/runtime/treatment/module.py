@@ -14,7 +14,7 @@ from pytorch_lightning.trainer.states import TrainerFn
 from pytorch_lightning.utilities import CombinedLoader
 from torch import Tensor
 
-from lightning_gradguard.core.remedies.changes import WEIGHT_CHANGES, Change, apply, in_order, resolve
+from lightning_gradguard.core.remedies.changes import Change, apply, in_order, resolve
 from lightning_gradguard.core.snapshots.preservation import rng_state, set_rng_state
 from lightning_gradguard.runtime.distributed import broadcast_tensors, gather_objects
 from lightning_gradguard.runtime.incidents.replay import training_loss_or_nan, without_logging
@@ -44,7 +44,7 @@ def change_module(
     record = _record(pl_module)
     due = [change for change in asked_for if all(change != asked for asked, _ in record)]
     if trainer.state.fn != TrainerFn.FITTING:
-        due = [change for change in due if change.is_resolved and change.kind not in WEIGHT_CHANGES]
+        due = [change for change in due if change.is_resolved and change.alters != "weights"]
     needs_batch = any(not change.is_resolved or change["to"] == "lsuv" for change in due)
     run_loss = _run_of_first_batch(trainer, pl_module) if needs_batch else None
     if run_loss is None and (unfit := [change for change in due if change["to"] == "lsuv"]):
@@ -85,7 +85,7 @@ def change_as_saved(pl_module: pl.LightningModule, checkpoint: Mapping[str, Any]
         return
     record, of_checkpoint = _record(pl_module), [made for _, made in saved]
     for _, made in record:
-        if made not in of_checkpoint and made.kind not in WEIGHT_CHANGES:
+        if made not in of_checkpoint and made.alters != "weights":
             similar = [change.as_dict() for change in of_checkpoint if change.kind == made.kind]
             raise MisconfigurationException(
                 f"Treatment has made the change {made.as_dict()}, and the checkpoint is of a module with "
@@ -94,7 +94,7 @@ def change_as_saved(pl_module: pl.LightningModule, checkpoint: Mapping[str, Any]
             )
     for asked, made in saved:
         if all(made != known for _, known in record):
-            if made.kind not in WEIGHT_CHANGES:  # the checkpoint has the weights
+            if made.alters != "weights":  # the checkpoint has the weights
                 apply(pl_module, made, resolved=True)
             record.append((asked, made))
 

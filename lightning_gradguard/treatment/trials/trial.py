@@ -18,6 +18,7 @@ from lightning_gradguard.callbacks.defaults import callbacks_of, default_callbac
 from lightning_gradguard.core import tags
 from lightning_gradguard.core.incidents import Incident
 from lightning_gradguard.core.remedies.changes import Change
+from lightning_gradguard.core.remedies.kinds import KINDS
 from lightning_gradguard.runtime.lightning_api import Callback
 from lightning_gradguard.treatment.trials.held_out import HeldOutLoss
 from lightning_gradguard.treatment.trials.program import Program, TreatmentError, described, quiet
@@ -113,8 +114,7 @@ def treated(changes: Sequence[Change]) -> list[Any]:
 
 def _seeded(changes: Sequence[Change], seed: int) -> list[Change]:
     """Returns changes that draw weights with the seed of the run."""
-    drawing = ("initialize", "orthogonal_recurrent")
-    return [c.with_arguments(seed=seed) if c.kind in drawing else c for c in changes]
+    return [c.with_arguments(seed=seed) if "seed" in KINDS[c.kind].arguments else c for c in changes]
 
 
 def run(program: Program, job: Job, deadline: float) -> Trial:
@@ -133,9 +133,9 @@ def run(program: Program, job: Job, deadline: float) -> Trial:
         try:
             module = program.module(job.seed)
             callbacks = [] if job.changes is None else treated(_seeded(job.changes, job.seed))
-            precision = {c.kind: c["value"] for c in job.changes or () if c.kind == "precision"}
+            arguments = {c.kind: c["value"] for c in job.changes or () if c.alters == "trainer"}
             watching = [listener, held_out]
-            trainer = program.trainer_of(module, [*callbacks, *watching], job.steps, folder, **precision)
+            trainer = program.trainer_of(module, [*callbacks, *watching], job.steps, folder, **arguments)
             program.fit(trainer, module)
             outcome |= {
                 "metrics": logged(trainer),

@@ -12,21 +12,21 @@ import torch
 from torch import Tensor, nn
 
 from lightning_gradguard.core.remedies.changes import (
-    KINDS,
-    MODULE_CHANGES,
     Change,
-    ModuleChange,
     apply,
     functional_activations,
     in_order,
     places,
     resolve,
 )
+from lightning_gradguard.core.remedies.kinds import KINDS, ChangeKind
 from tests.core.remedies.networks import networks
 
 TARGETS = torch.randint(3, (16,), generator=torch.Generator().manual_seed(0))
 
-EXPECTED: dict[ModuleChange, dict[str, list[str]]] = {
+MODULE_CHANGES = [kind for kind in KINDS if Change(kind).is_of_module]
+
+EXPECTED: dict[ChangeKind, dict[str, list[str]]] = {
     "replace_activation": {
         "mlp": ["1", "3", "5", "7", "9"],
         "convolutional": ["activation"],
@@ -76,13 +76,13 @@ def same_state(first: nn.Module, second: nn.Module) -> bool:
 
 
 @pytest.mark.parametrize("kind", [kind for kind in MODULE_CHANGES if kind != "initialize"])
-def test_places_are_those_that_the_change_fits(kind: ModuleChange) -> None:
+def test_places_are_those_that_the_change_fits(kind: ChangeKind) -> None:
     found = {name: places(m, Change(kind), loss_of(m, x)) for name, (m, x) in networks().items()}
     assert {name: where for name, where in found.items() if where} == EXPECTED[kind]
 
 
 @pytest.mark.parametrize("kind", MODULE_CHANGES)
-def test_a_changed_module_trains_and_is_made_again_without_a_batch(kind: ModuleChange) -> None:
+def test_a_changed_module_trains_and_is_made_again_without_a_batch(kind: ChangeKind) -> None:
     for name, (module, inputs) in networks().items():
         before = copy.deepcopy(module)
         random = torch.get_rng_state()
@@ -106,7 +106,7 @@ def test_a_changed_module_trains_and_is_made_again_without_a_batch(kind: ModuleC
 
 
 @pytest.mark.parametrize("kind", ["replace_activation", "add_normalization", "add_residual", "rnn_to_gru"])
-def test_a_change_is_made_once(kind: ModuleChange) -> None:
+def test_a_change_is_made_once(kind: ChangeKind) -> None:
     for module, inputs in networks().values():
         apply(module, Change(kind), loss_of(module, inputs))
         assert not places(module, Change(kind), loss_of(module, inputs))

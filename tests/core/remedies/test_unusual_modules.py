@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
 
-from lightning_gradguard.core.remedies.changes import MODULE_CHANGES, Change, apply, places, resolve
+from lightning_gradguard.core.remedies.changes import Change, apply, places, resolve
 from tests.core.remedies.networks import mlp
-from tests.core.remedies.test_changes import loss_of
+from tests.core.remedies.test_changes import MODULE_CHANGES, loss_of
 
 
 class Shared(nn.Module):
