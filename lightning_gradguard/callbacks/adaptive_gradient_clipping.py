@@ -16,7 +16,13 @@ from typing_extensions import override
 
 from lightning_gradguard.core import arguments, tags
 from lightning_gradguard.core.backoff import pending_rate_scale
-from lightning_gradguard.core.clipping import ClippingPolicy, RelativeNormClipping, Scalar, step_context
+from lightning_gradguard.core.clipping import (
+    ClippingPolicy,
+    RelativeNormClipping,
+    Scalar,
+    smallest,
+    step_context,
+)
 from lightning_gradguard.core.detectors import HARD_CLIPPING, ConstantClippingDetector
 from lightning_gradguard.core.norms import (
     Gradients,
@@ -132,14 +138,13 @@ class AdaptiveGradientClipping(StepCallback):
             return
         coefficients = policy.coefficients(gradients)
         divisor = self._divisor(step, gradients, coefficients)
-        smallest = _smallest(coefficients)
         if divisor is None:
             scale_gradients_(gradients, coefficients)
         else:
             self.suite.override_fused_step(step, grad_scale=divisor)
         policy.commit()
         clipped, steps = self._clipped.get(step.optimizer_index, (0, 0))
-        self._clipped[step.optimizer_index] = (clipped + (smallest < 1), steps + 1)
+        self._clipped[step.optimizer_index] = (clipped + (smallest(coefficients) < 1), steps + 1)
         if not isinstance(coefficients, list):
             hard, steps = self._hard.get(step.optimizer_index, (0, 0))
             self._hard[step.optimizer_index] = (hard + (coefficients < HARD_CLIPPING), steps + 1)
@@ -260,7 +265,7 @@ class AdaptiveGradientClipping(StepCallback):
         before, steps_before = self._logged.get(index, (0, 0))
         self._logged[index] = (before + clipped, steps_before + steps)
         values = {
-            tags.CLIP_COEFFICIENT: _smallest(coefficients),
+            tags.CLIP_COEFFICIENT: smallest(coefficients),
             tags.CLIP_FRACTION: clipped / steps,
             tags.CLIPPED_NORM_TOTAL: _at_most(
                 _clipped_norm(step.gradients, gradients, coefficients), clip_norm(trainer)
@@ -271,12 +276,6 @@ class AdaptiveGradientClipping(StepCallback):
         n = len(trainer.optimizers)
         scalars = {tags.tag(form, optimizer=index, of=n): value for form, value in values.items()}
         self.suite.metrics.add_scalars(scalars)
-
-
-def _smallest(coefficients: Scalar | list[Tensor]) -> Scalar:
-    if not isinstance(coefficients, list):
-        return coefficients
-    return torch.cat([coefficient.reshape(-1) for coefficient in coefficients]).min()
 
 
 def _at_most(norm: Scalar, bound: float | None) -> Scalar:

@@ -70,7 +70,6 @@ class LearningRateBackoff(StepCallback):
         self._backoff = Backoff(factor, min_scale, cooldown_steps, rewarm_steps, recover_after_steps)
         self._scale = 1.0
         self._counted = False
-        self._returned_to = -1
         self._saved_rates: list[float] = []
         self._found_rate: float | None = None
         self._is_first_batch = False
@@ -89,7 +88,7 @@ class LearningRateBackoff(StepCallback):
         if not self.suite.is_running:
             return
         self._rates = [ScaledLearningRate(optimizer) for optimizer in trainer.optimizers]
-        self._returned_to = max(self._returned_to, trainer.global_step)
+        self._backoff.begin(trainer.global_step)
         self._is_first_batch = True
         if self.prog_bar:
             self.suite.metrics.show_on_bar(tags.LR_SCALE)
@@ -124,10 +123,7 @@ class LearningRateBackoff(StepCallback):
         """Backs off after a rollback; bad data is no reason to search for another rate."""
         if incident.kind != "rollback" or incident.value is None:
             return
-        returns = incident.value <= self._returned_to and incident.cause != "bad_input"
-        self._returned_to = int(incident.value)
-        # a rate that fails at once is tried as it is: re-warming would hide that it fails
-        if self._backoff.reduce(search=returns, rewarm=not (returns and incident.value == 0)):
+        if self._backoff.on_rollback(int(incident.value), may_search=incident.cause != "bad_input"):
             self._found_rate = None
             facts = {"batch_idx": incident.batch_idx, "value": self._backoff.scale, "action": "backed_off"}
             if incident.cause in AT_ANY_RATE:
@@ -180,19 +176,13 @@ class LearningRateBackoff(StepCallback):
     def state_dict(self) -> dict[str, Any]:
         """Returns the scale and its counters, and the rates that they belong to."""
         rates = self._initial_rates() if self._rates else self._saved_rates
-        return {
-            **self._backoff.state_dict(),
-            "returned_to": self._returned_to,
-            "initial_rates": rates,
-            "found_rate": self._found_rate,
-        }
+        return {**self._backoff.state_dict(), "initial_rates": rates, "found_rate": self._found_rate}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores the scale and its counters."""
         self._backoff.load_state_dict(state_dict)
-        self._returned_to = state_dict.get("returned_to", -1)  # version 0.5 has none of these
-        self._saved_rates = state_dict.get("initial_rates", [])
+        self._saved_rates = state_dict.get("initial_rates", [])  # version 0.5 has neither
         self._found_rate = state_dict.get("found_rate")
 
     def _initial_rates(self) -> list[float]:

@@ -27,10 +27,11 @@ class Backoff:
 
     The scale is independent of the schedule and multiplies the learning rate that the schedule sets.
 
-    A run that returns to where it began, or to where it has returned to before, has a rate that does not
-    train it. Then the scale is *searched*: each cut is the square of the one before (1/2, 1/4, 1/16, ...),
-    and a level that lasts for 60 good steps is raised to the geometric mean of itself and the lowest level
-    that has failed, until they are within a factor of 16. What was found is kept, and recovers no further.
+    A run that is rolled back to where it began, or to where it was rolled back to before, has a rate that
+    does not train it. Then the scale is *searched*: each cut is the square of the one before (1/2, 1/4, 1/16,
+    ...), and a level that lasts for 60 good steps is raised to the geometric mean of itself and the lowest
+    level that has failed, until they are within a factor of 16. What was found is kept, and recovers no
+    further.
 
     Args:
         factor: A cut multiplies the scale by it; in (0, 1).
@@ -69,7 +70,16 @@ class Backoff:
         self._cooldown_steps = whole_number("cooldown_steps", cooldown_steps, at_least=0)
         self._rewarm_steps = whole_number("rewarm_steps", rewarm_steps, at_least=0)
         self._recover_after_steps = whole_number("recover_after_steps", recover_after_steps)
+        self._returned_to = -1
         self.reset()
+
+    def begin(self, position: int) -> None:
+        """Begins a run: a rollback to its start searches the scale.
+
+        Args:
+            position: Step, or any number that grows from snapshot to snapshot, at which the run begins.
+        """
+        self._returned_to = position
 
     def reset(self) -> None:
         """Forgets every cut, as if the rates had been chosen anew."""
@@ -102,11 +112,26 @@ class Backoff:
         warmed = 1 - self._rewarm_left / self._rewarm_steps
         return self._level * (REWARM_START + (1 - REWARM_START) * warmed)
 
+    def on_rollback(self, position: int, *, may_search: bool = True) -> bool:
+        """Cuts the scale; searches it if the run was rolled back to here or before already, or began here.
+
+        Args:
+            position: That of the snapshot, as in `begin`.
+            may_search: False if the rate is known not to be at fault.
+
+        Returns:
+            True unless the last cut is within the cooldown.
+        """
+        search = may_search and position <= self._returned_to
+        self._returned_to = position
+        # a rate that fails at once is tried as it is: re-warming would hide that it fails
+        return self.reduce(search=search, rewarm=not (search and position == 0))
+
     def reduce(self, *, search: bool = False, rewarm: bool = True) -> bool:
         """Cuts the scale; at `min_scale` it is only re-warmed.
 
         Args:
-            search: True if the run has returned to where it began, or to where it has returned to before.
+            search: True if the rate does not train the run.
             rewarm: False if the optimizer has no moments of earlier steps.
 
         Returns:

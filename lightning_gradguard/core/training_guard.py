@@ -15,7 +15,13 @@ from torch.optim import Optimizer
 
 from lightning_gradguard.core.arguments import fraction, one_of, whole_number
 from lightning_gradguard.core.backoff import Backoff, ScaledLearningRate
-from lightning_gradguard.core.clipping import ClippingPolicy, RelativeNormClipping, Scalar, step_context
+from lightning_gradguard.core.clipping import (
+    ClippingPolicy,
+    RelativeNormClipping,
+    Scalar,
+    smallest,
+    step_context,
+)
 from lightning_gradguard.core.incidents import IncidentKind, TrainingDivergedError
 from lightning_gradguard.core.norms import (
     Gradients,
@@ -188,7 +194,7 @@ class TrainingGuard:
         outcome = StepOutcome("stepped", measurement.loss, measurement.total_norm, where=where)
         decision: Decision
         if measurement.must_skip:
-            outcome = replace(outcome, action="skipped", kind=_kind(measurement))
+            outcome = replace(outcome, action="skipped", kind=measurement.incident_kind())
             decision = self._skip(measurement)
         else:
             decision, anomaly = self.recovery.on_good_step(
@@ -238,7 +244,8 @@ class TrainingGuard:
             raise ValueError("Weights, buffers or optimizer state are nonfinite: load healthy ones first.")
         self._nonfinite_state: Tensor | None = None
         self._good_steps = 0
-        self._n_snapshots = self._returned_to = 0
+        self._n_snapshots = 0
+        self.backoff.begin(0)
         self._snapshots.capture(self._copy_state, qualified=True)
 
     def _read(self, loss: Tensor, gradients: Gradients) -> tuple[Measurement, tuple[str, ...]]:
@@ -298,9 +305,8 @@ class TrainingGuard:
             self._good_steps = 0
             self._snapshots.capture(self._copy_state)
             self._nonfinite_state = self._scan()
-        if isinstance(coefficients, list):
-            coefficients = torch.cat([c.reshape(-1).to(gradients.norms) for c in coefficients]).min()
-        return replace(outcome, coefficient=coefficients, learning_rate_scale=self._learning_rate.scale)
+        scale = self._learning_rate.scale
+        return replace(outcome, coefficient=smallest(coefficients), learning_rate_scale=scale)
 
     def _skip(self, measurement: Measurement) -> Decision:
         self.skips += 1
@@ -330,9 +336,7 @@ class TrainingGuard:
                 "initialization and the skipped batches. Weights are those of the newest qualified snapshot."
             )
         self.recovery.on_rollback()
-        returns = extra_state["index"] <= self._returned_to
-        self.backoff.reduce(search=returns, rewarm=not (returns and extra_state["index"] == 0))
-        self._returned_to = extra_state["index"]
+        self.backoff.on_rollback(extra_state["index"])
 
     def _copy_state(self, snapshot: Snapshot) -> None:
         # the next forward pass writes buffers while the copy is still being made
@@ -358,14 +362,6 @@ class TrainingGuard:
             now = owner._buffers.get(name)
             if now is not None and (now is buffer or isinstance(owner, _NormBase)):
                 yield now
-
-
-def _kind(measurement: Measurement) -> IncidentKind:
-    if measurement.nonfinite_weights:
-        return "nonfinite_weights"
-    if measurement.nonfinite_losses:
-        return "nonfinite_loss"
-    return "nonfinite_buffers" if measurement.nonfinite_buffers else "nonfinite_gradient"
 
 
 def _weights(optimizer: Optimizer) -> Iterator[nn.Parameter]:

@@ -4,5 +4,5 @@ from .context import step_context
 from .per_tensor import PerTensorClipping, UnitwiseClipping
 from .policy import ClippingPolicy
 from .relative_norm import RelativeNormClipping
-from .scalars import Scalar
+from .scalars import Scalar, smallest
 from .total_norm import GlobalNormClipping, PercentileClipping, ZScoreClipping

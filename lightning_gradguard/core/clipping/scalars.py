@@ -21,6 +21,14 @@ def total_norm(gradients: Gradients) -> Scalar:
     return gradients.total_norm if gradients.known_norm is None else gradients.known_norm
 
 
+def smallest(coefficients: Scalar | list[Tensor]) -> Scalar:
+    """Returns the smallest coefficient of a policy, which may have one for each gradient."""
+    if not isinstance(coefficients, list):
+        return coefficients
+    device = coefficients[0].device
+    return torch.cat([coefficient.reshape(-1).to(device) for coefficient in coefficients]).min()
+
+
 def clip_coefficient(max_norm: Scalar, norm: Scalar, is_finite: Tensor | bool) -> Scalar:
     """Returns the coefficient for gradients of this norm; 1 if the norm is within bounds, or nonfinite."""
     return where((norm > max_norm) & is_finite, max_norm / (norm + EPS), 1.0)

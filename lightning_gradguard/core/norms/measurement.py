@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
+from lightning_gradguard.core.incidents import IncidentKind
+
 #: Largest total norm of a step that is not skipped: the largest number of float32.
 OVERFLOW = torch.finfo(torch.float32).max
 #: Ranks disagree if the largest total norm on any of them is this many times the smallest.
@@ -55,3 +57,23 @@ class Measurement:
     def must_skip(self) -> bool:
         """True if the step must not be taken."""
         return self.is_corrupt or not self.total_norm <= OVERFLOW
+
+    def incident_kind(self, *, has_scaler: bool = False) -> IncidentKind:
+        """Returns the kind of incident that it is to skip the step.
+
+        Args:
+            has_scaler: True if a GradScaler scales gradients to the edge of overflow.
+        """
+        if self.was_lost:
+            return "lost_batch"
+        if self.rejected_by:
+            return "rejected_step"
+        if self.nonfinite_weights:
+            return "nonfinite_weights"
+        if self.nonfinite_losses:
+            return "nonfinite_loss"
+        if self.nonfinite_buffers:
+            return "nonfinite_buffers"
+        if self.ranks_disagree:
+            return "corrupted_gradient"
+        return "amp_overflow" if has_scaler else "nonfinite_gradient"

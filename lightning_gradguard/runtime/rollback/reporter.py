@@ -97,35 +97,25 @@ class IncidentReporter:
 
 
 def describe_skip(transaction: StepTransaction, *, has_scaler: bool) -> tuple[IncidentKind, dict[str, Any]]:
-    """Returns the kind of incident that a skipped step is, and its facts.
-
-    A GradScaler scales gradients to the edge of overflow.
-    """
+    """Returns the kind of incident that a skipped step is, and its facts."""
     measurement, norms = transaction.measurement, transaction.norms
     assert measurement is not None
     assert norms is not None
+    kind = measurement.incident_kind(has_scaler=has_scaler)
     facts: dict[str, Any] = {
         "step": transaction.window.step,
         "batch_idx": transaction.batch_idx,
         "action": "skipped",
     }
-    if measurement.was_lost:
-        return "lost_batch", facts
-    if measurement.rejected_by:
-        return "rejected_step", {**facts, "where": measurement.rejected_by, "value": measurement.total_norm}
-    if measurement.nonfinite_weights:
-        return "nonfinite_weights", facts
-    if measurement.nonfinite_losses:
-        return "nonfinite_loss", facts
-    if measurement.nonfinite_buffers:
-        return "nonfinite_buffers", facts
-    if measurement.ranks_disagree:
-        return "corrupted_gradient", {**facts, "value": measurement.total_norm}
-    if has_scaler:
-        return "amp_overflow", facts
-    nonfinite = (~torch.isfinite(norms)).tolist()
-    where = tuple(name for name, is_it in zip(transaction.names, nonfinite, strict=True) if is_it)
-    return "nonfinite_gradient", {**facts, "where": where, "value": len(where) / max(len(nonfinite), 1)}
+    if kind in ("rejected_step", "corrupted_gradient"):
+        facts["value"] = measurement.total_norm
+    if kind == "rejected_step":
+        facts["where"] = measurement.rejected_by
+    if kind == "nonfinite_gradient":
+        nonfinite = (~torch.isfinite(norms)).tolist()
+        facts["where"] = tuple(n for n, is_it in zip(transaction.names, nonfinite, strict=True) if is_it)
+        facts["value"] = len(facts["where"]) / max(len(nonfinite), 1)
+    return kind, facts
 
 
 def origin_facts(origin: Origin, present: Collection[Present], where: tuple[str, ...] = ()) -> dict[str, Any]:
