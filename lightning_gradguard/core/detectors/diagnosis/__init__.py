@@ -3,9 +3,9 @@
 from .coverage import Coverage, Steps, coverage, has_gradient
 from .diagnosis import Diagnosis
 from .findings import Finding
-from .loss_baseline import LossBaselines
 from .sample import Sample, Update
-from .trace import StepTrace
+from .signals.loss_baseline import LossBaselines
+from .signals.trace import StepTrace
 
 __all__ = [
     "Coverage",

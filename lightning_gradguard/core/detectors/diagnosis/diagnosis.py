@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
 from typing import Any
 
-from lightning_gradguard.core.detectors.diagnosis import clipped, rules
+from lightning_gradguard.core.detectors.diagnosis import clipped, depth, rules
 from lightning_gradguard.core.detectors.diagnosis.findings import Finding
 from lightning_gradguard.core.detectors.diagnosis.progress import Progress
 from lightning_gradguard.core.detectors.diagnosis.sample import Sample
@@ -22,7 +22,7 @@ NO_RATE = 1e-2
 _ORDER = ("contract", "coverage", "units", "update", "depth", "stuck", "stagnation")
 _RULES = (
     *(rules.contract, rules.coverage, rules.units, clipped.clipping, clipped.weights),
-    *(rules.update, rules.depth, rules.through_time),
+    *(rules.update, depth.through_layers, depth.through_time),
 )
 _LATE_RULES = (rules.no_gradient, rules.stagnation)
 

@@ -15,6 +15,8 @@ from lightning_gradguard.core.detectors.diagnosis.sample import Sample
 RECENT = 3
 #: Share of the loss of the best constant, or of the first loss, below which a network learns.
 LEARNS = 0.9
+#: Loss over that of the best constant above which a network has learned nothing.
+STUCK = 0.95
 #: Two sizes of gradients differ by more than this share, unless both were clipped to one value.
 CLIPPED_ALIKE = 1e-4
 

@@ -7,29 +7,21 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from statistics import median
 
-from lightning_gradguard.core.detectors.depth import slope
 from lightning_gradguard.core.detectors.diagnosis.findings import Finding
-from lightning_gradguard.core.detectors.diagnosis.progress import Progress
+from lightning_gradguard.core.detectors.diagnosis.progress import STUCK, Progress
 from lightning_gradguard.core.detectors.diagnosis.sample import (
-    LayerSignal,
     Sample,
-    TimeSignal,
     UnitSignal,
     Update,
 )
-from lightning_gradguard.core.detectors.diagnosis.units import RECTIFIERS, SATURATING
+from lightning_gradguard.core.detectors.diagnosis.signals.units import RECTIFIERS
 
 # thresholds of docs/diagnosis.md, where their margins are
 DEAD, SATURATED, SATURATED_ROWS = 0.9, 0.5, 0.8
-VANISHING, EXPLODING = -3.0, 2.5
-#: Decades that explode in a network that has learned nothing by step 50.
-EXPLODING_IF_STUCK = 1.75
-MIN_LAYERS = 3
-TIME_VANISHING, TIME_VANISHING_EARLY, TIME_EXPLODING = -3.0, -6.0, 3.0
 LARGE_UPDATE, HUGE_UPDATE, CLIPPED_UPDATE, SMALL_UPDATE, NO_UPDATE = 0.1, 0.3, 0.05, 1e-5, 1e-7
 #: Steps in which updates are examined, and in which gates may be saturated while the loss falls.
 UPDATE_STEPS, GATE_STEPS = 50, 100
-STUCK, UNRELATED = 0.95, 0.02
+UNRELATED = 0.02
 #: The same for a loss that is worse than a constant's, as under much noise.
 WORSE, UNRELATED_IF_WORSE = 1.0, 0.05
 LARGE_INPUT = 10.0
@@ -209,58 +201,6 @@ def update(sample: Sample, progress: Progress) -> Iterator[Finding]:
             yield Finding("exploding_gradient", cause, where, before, evidence, "update", consecutive=False)
 
 
-def depth(sample: Sample, progress: Progress) -> Iterator[Finding]:
-    """Yields gradients that shrink or grow on the way from the last layer to the first."""
-    layers = [layer for layer in sample.layers if not layer.is_last and layer.gradient == layer.gradient]
-    heights = [math.log10(max(layer.gradient, 1e-45)) for layer in layers]
-    if len(layers) < MIN_LAYERS or max(heights) == -45:
-        return
-    ends = heights[0] - heights[-1]
-    trend = -slope(list(enumerate(heights))) * (len(heights) - 1)
-    if ends <= VANISHING and trend <= VANISHING / 2 and sample.step > 0:
-        where, drop = _steepest(layers, heights)
-        evidence = (
-            f"the gradient shrinks by {-ends:.1f} decades from {layers[-1].name} back to {layers[0].name} "
-            f"(usual: below 2){drop}"
-        )
-        yield Finding("vanishing_gradient", _why(layers), where, -ends, evidence, "depth")
-    is_stuck = sample.step >= UPDATE_STEPS and progress.over_constant > STUCK
-    bound = EXPLODING_IF_STUCK if is_stuck else EXPLODING
-    if ends >= bound and trend >= bound / 2:
-        where, rise = _steepest(layers, heights)
-        evidence = (
-            f"the gradient grows by {ends:.1f} decades from {layers[-1].name} back to {layers[0].name} "
-            f"(usual: below 2){rise}"
-        )
-        yield Finding("exploding_gradient", _why(layers), where, ends, evidence, "depth")
-
-
-def through_time(sample: Sample, progress: Progress) -> Iterator[Finding]:
-    """Yields gradients that shrink or grow through time, in a network that does not learn."""
-    ratio = progress.over_constant
-    is_flat = ratio > STUCK or (math.isnan(ratio) and not progress.over_first <= STUCK)
-    for time in sample.times:
-        if not time.largest > 0:
-            continue
-        back = _decades(time.first, time.largest)
-        early = back <= TIME_VANISHING_EARLY and sample.step >= 10
-        if is_flat and (early or (back <= TIME_VANISHING and sample.step >= 50)):
-            evidence = (
-                f"the gradient shrinks by {-back:.1f} decades from the last step of {time.name} to the first"
-            )
-            yield _through_time("vanishing_gradient", time, -back, evidence)
-        forth = _decades(time.first, time.last)
-        if forth >= TIME_EXPLODING and not progress.learns:
-            evidence = (
-                f"the gradient grows by {forth:.1f} decades from the last step of {time.name} to the first"
-            )
-            yield _through_time("exploding_gradient", time, forth, evidence)
-
-
-def _through_time(kind: str, time: TimeSignal, value: float, evidence: str) -> Finding:
-    return Finding(kind, "through_time", (time.name,), value, f"{evidence} (usual: below 2)", "depth")
-
-
 def no_gradient(sample: Sample, progress: Progress) -> Iterator[Finding]:
     """Yields a loss that does not depend on the network."""
     if has_no_gradient(sample, progress):
@@ -362,29 +302,6 @@ def is_related(permuted: float, ratio: float) -> bool:
     return permuted >= (UNRELATED_IF_WORSE if ratio > WORSE else UNRELATED)
 
 
-def _why(layers: Sequence[LayerSignal]) -> str:
-    """Returns the likeliest cause of a gradient that shrinks or grows with depth."""
-    outputs = [math.log10(layer.output) for layer in layers if layer.output > 0]
-    if outputs and outputs[0] - outputs[-1] > 1:
-        return "small_weights"
-    if outputs and outputs[-1] - outputs[0] > 1:
-        return "large_weights"
-    flat = sum(layer.activation in SATURATING for layer in layers)
-    return "saturating_activations" if flat > len(layers) / 2 else "depth"
-
-
-def _steepest(layers: Sequence[LayerSignal], heights: Sequence[float]) -> tuple[tuple[str, ...], str]:
-    """Returns the layers at fault: the one at which most is lost or won, then the first ones."""
-    names = [layer.name for layer in layers]
-    ends = heights[0] - heights[-1]
-    jumps = [(heights[i] - heights[i + 1]) / ends for i in range(len(heights) - 1)]
-    share, at = max((jump, i) for i, jump in enumerate(jumps))
-    if share < 0.5 or len(jumps) == 1:
-        return tuple(names[:3]), ""
-    order = dict.fromkeys([names[at + 1], names[at], *names])
-    return tuple(order)[:3], f", {share:.0%} of it at {names[at + 1]}"
-
-
 def _modules(names: Sequence[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(name.rpartition(".")[0] or name for name in names))[:5]
 
@@ -392,9 +309,3 @@ def _modules(names: Sequence[str]) -> tuple[str, ...]:
 def _first(found: Sequence[tuple[float, tuple[str, ...], str]]) -> tuple[float, tuple[str, ...], str]:
     share, where, noun = found[0]
     return share, tuple(dict.fromkeys([*where, *(names[0] for _, names, _ in found[1:4])])), noun
-
-
-def _decades(value: float, reference: float) -> float:
-    if not reference > 0:
-        return 0.0
-    return math.log10(max(value, 1e-45)) - math.log10(reference)

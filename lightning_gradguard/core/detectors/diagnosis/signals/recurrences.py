@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils.rnn import PackedSequence
 
-from lightning_gradguard.core.detectors.diagnosis.scalars import accumulated_in, is_measurable
-from lightning_gradguard.core.detectors.diagnosis.units import MIN_ROWS, MOST_SAMPLES
+from lightning_gradguard.core.detectors.diagnosis.signals.scalars import accumulated_in, is_measurable
+from lightning_gradguard.core.detectors.diagnosis.signals.units import MIN_ROWS, MOST_SAMPLES
 
 #: Distance of a gate from 0 or 1, and of a candidate from -1 or 1, below which it is saturated.
 GATE, CANDIDATE = 0.005, 0.03

@@ -15,8 +15,6 @@ from torch.nn.modules.conv import _ConvNd
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from lightning_gradguard.core.detectors.diagnosis import attention, loss_calls, recurrences, units
-from lightning_gradguard.core.detectors.diagnosis.loss_baseline import LossBaselines
 from lightning_gradguard.core.detectors.diagnosis.sample import (
     LayerSignal,
     LossSignal,
@@ -24,7 +22,9 @@ from lightning_gradguard.core.detectors.diagnosis.sample import (
     TimeSignal,
     UnitSignal,
 )
-from lightning_gradguard.core.detectors.diagnosis.scalars import (
+from lightning_gradguard.core.detectors.diagnosis.signals import attention, loss_calls, recurrences, units
+from lightning_gradguard.core.detectors.diagnosis.signals.loss_baseline import LossBaselines
+from lightning_gradguard.core.detectors.diagnosis.signals.scalars import (
     DeviceScalars,
     column_scales,
     is_measurable,

@@ -1,0 +1,102 @@
+"""Gradients that shrink or grow from the last layer back to the first, or through time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+from lightning_gradguard.core.detectors.depth import slope
+from lightning_gradguard.core.detectors.diagnosis.findings import Finding
+from lightning_gradguard.core.detectors.diagnosis.progress import STUCK, Progress
+from lightning_gradguard.core.detectors.diagnosis.sample import LayerSignal, Sample, TimeSignal
+from lightning_gradguard.core.detectors.diagnosis.signals.units import SATURATING
+
+# thresholds of docs/diagnosis.md, where their margins are, in decades
+VANISHING, EXPLODING = -3.0, 2.5
+#: Decades that explode in a network that has learned nothing by step 50.
+EXPLODING_IF_STUCK = 1.75
+MIN_LAYERS = 3
+TIME_VANISHING, TIME_VANISHING_EARLY, TIME_EXPLODING = -3.0, -6.0, 3.0
+#: Steps after which a network that is no better than a constant has learned nothing.
+STUCK_STEPS = 50
+
+
+def through_layers(sample: Sample, progress: Progress) -> Iterator[Finding]:
+    """Yields gradients that shrink or grow on the way from the last layer to the first."""
+    layers = [layer for layer in sample.layers if not layer.is_last and layer.gradient == layer.gradient]
+    heights = [math.log10(max(layer.gradient, 1e-45)) for layer in layers]
+    if len(layers) < MIN_LAYERS or max(heights) == -45:
+        return
+    ends = heights[0] - heights[-1]
+    trend = -slope(list(enumerate(heights))) * (len(heights) - 1)
+    if ends <= VANISHING and trend <= VANISHING / 2 and sample.step > 0:
+        where, drop = _steepest(layers, heights)
+        evidence = (
+            f"the gradient shrinks by {-ends:.1f} decades from {layers[-1].name} back to {layers[0].name} "
+            f"(usual: below 2){drop}"
+        )
+        yield Finding("vanishing_gradient", _why(layers), where, -ends, evidence, "depth")
+    is_stuck = sample.step >= STUCK_STEPS and progress.over_constant > STUCK
+    bound = EXPLODING_IF_STUCK if is_stuck else EXPLODING
+    if ends >= bound and trend >= bound / 2:
+        where, rise = _steepest(layers, heights)
+        evidence = (
+            f"the gradient grows by {ends:.1f} decades from {layers[-1].name} back to {layers[0].name} "
+            f"(usual: below 2){rise}"
+        )
+        yield Finding("exploding_gradient", _why(layers), where, ends, evidence, "depth")
+
+
+def through_time(sample: Sample, progress: Progress) -> Iterator[Finding]:
+    """Yields gradients that shrink or grow through time, in a network that does not learn."""
+    ratio = progress.over_constant
+    is_flat = ratio > STUCK or (math.isnan(ratio) and not progress.over_first <= STUCK)
+    for time in sample.times:
+        if not time.largest > 0:
+            continue
+        back = _decades(time.first, time.largest)
+        early = back <= TIME_VANISHING_EARLY and sample.step >= 10
+        if is_flat and (early or (back <= TIME_VANISHING and sample.step >= 50)):
+            evidence = (
+                f"the gradient shrinks by {-back:.1f} decades from the last step of {time.name} to the first"
+            )
+            yield _through_time("vanishing_gradient", time, -back, evidence)
+        forth = _decades(time.first, time.last)
+        if forth >= TIME_EXPLODING and not progress.learns:
+            evidence = (
+                f"the gradient grows by {forth:.1f} decades from the last step of {time.name} to the first"
+            )
+            yield _through_time("exploding_gradient", time, forth, evidence)
+
+
+def _through_time(kind: str, time: TimeSignal, value: float, evidence: str) -> Finding:
+    return Finding(kind, "through_time", (time.name,), value, f"{evidence} (usual: below 2)", "depth")
+
+
+def _why(layers: Sequence[LayerSignal]) -> str:
+    """Returns the likeliest cause of a gradient that shrinks or grows with depth."""
+    outputs = [math.log10(layer.output) for layer in layers if layer.output > 0]
+    if outputs and outputs[0] - outputs[-1] > 1:
+        return "small_weights"
+    if outputs and outputs[-1] - outputs[0] > 1:
+        return "large_weights"
+    flat = sum(layer.activation in SATURATING for layer in layers)
+    return "saturating_activations" if flat > len(layers) / 2 else "depth"
+
+
+def _steepest(layers: Sequence[LayerSignal], heights: Sequence[float]) -> tuple[tuple[str, ...], str]:
+    """Returns the layers at fault: the one at which most is lost or won, then the first ones."""
+    names = [layer.name for layer in layers]
+    ends = heights[0] - heights[-1]
+    jumps = [(heights[i] - heights[i + 1]) / ends for i in range(len(heights) - 1)]
+    share, at = max((jump, i) for i, jump in enumerate(jumps))
+    if share < 0.5 or len(jumps) == 1:
+        return tuple(names[:3]), ""
+    order = dict.fromkeys([names[at + 1], names[at], *names])
+    return tuple(order)[:3], f", {share:.0%} of it at {names[at + 1]}"
+
+
+def _decades(value: float, reference: float) -> float:
+    if not reference > 0:
+        return 0.0
+    return math.log10(max(value, 1e-45)) - math.log10(reference)
