@@ -22,14 +22,14 @@ from benchmarks.zoo.other_rules import RIVALS, numbers
 from benchmarks.zoo.truth import RATES, TRAINS, TRUTH, network_of
 from lightning_gradguard.core.initialization import Finding, measure
 from lightning_gradguard.core.initialization.criteria import BOUNDS
-from lightning_gradguard.core.initialization.probe import Probe
+from lightning_gradguard.core.initialization.propagation import SignalPropagation
 
 PAGE = Path("docs/zoo.md")
 PARTS = ("tuning half", "held-out half", "held-out families")
 CHECK = "InitializationCheck"
 
 
-def score(measured: Probe | None, findings: Sequence[Finding], scale_free: bool) -> float:
+def score(measured: SignalPropagation | None, findings: Sequence[Finding], scale_free: bool) -> float:
     """Returns the largest measured number in units of the bound of a warning; other failures count 10."""
     others = {"gradient_gain", "layer_gain", "gain_through_time", "loss_over_guessing"}
     if measured is None or any(f.severity == "fail" and f.criterion not in others for f in findings):

@@ -14,12 +14,12 @@ from typing_extensions import override
 from lightning_gradguard.core import arguments, tags
 from lightning_gradguard.core.detectors.diagnosis import (
     Diagnosis,
-    Finding,
     LossBaselines,
     Steps,
+    Symptom,
 )
 from lightning_gradguard.core.incidents import Incident, IncidentKind
-from lightning_gradguard.core.remedies import advice_for_finding
+from lightning_gradguard.core.remedies import advice_for_symptom
 from lightning_gradguard.runtime import distributed, lightning_api
 from lightning_gradguard.runtime.incidents.journal import incident_now, publish
 from lightning_gradguard.runtime.incidents.present import present_in
@@ -77,7 +77,7 @@ class TrainingDiagnosis(StepCallback):
             the gradient at each layer's output, `output_gradient/<layer>`, with a heat map of it at the end.
 
     Attributes:
-        diagnosis: The findings so far, in `diagnosis.roots`.
+        diagnosis: The symptoms so far, in `diagnosis.roots`.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -192,7 +192,7 @@ class TrainingDiagnosis(StepCallback):
     def on_host_numbers(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, record: Any, numbers: list[float]
     ) -> None:
-        """Diagnoses a sample, or publishes the findings of rank 0."""
+        """Diagnoses a sample, or publishes the symptoms of rank 0."""
         if record is None:
             self._publish(trainer, pl_module, decoded(numbers), {})
             return
@@ -200,15 +200,15 @@ class TrainingDiagnosis(StepCallback):
         if self.charts:
             self.suite.metrics.add_scalars_at(sample.step, sample.scalars())
             self._history.append(sample.step, sample.output_gradients())
-        findings = self.diagnosis.update(sample)
+        symptoms = self.diagnosis.update(sample)
         where, share = record.nonfinite()
         if where:
-            finding = Finding("nonfinite_gradient", "unknown", where, share, "", "update", since=sample.step)
-            findings = [*findings, *self.diagnosis.add_once(finding)]
+            symptom = Symptom("nonfinite_gradient", "unknown", where, share, "", "update", since=sample.step)
+            symptoms = [*symptoms, *self.diagnosis.add_once(symptom)]
         if distributed.world_size() == 1:
-            self._publish(trainer, pl_module, findings, record.now)
+            self._publish(trainer, pl_module, symptoms, record.now)
             return
-        message = encoded(findings, pl_module.device)
+        message = encoded(symptoms, pl_module.device)
         if distributed.rank() > 0:
             message.zero_()
         self.suite.sum_in_next_step(message, self._receive)
@@ -236,7 +236,7 @@ class TrainingDiagnosis(StepCallback):
     def on_exception(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
     ) -> None:
-        """Ends a sample without a finding."""
+        """Ends a sample without a symptom."""
         if self._sampled is not None:
             self._sampled.end_batch()
             self._sampled.close()
@@ -245,12 +245,12 @@ class TrainingDiagnosis(StepCallback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        """Returns samples, findings, and sums over targets."""
+        """Returns samples, symptoms, and sums over targets."""
         return {"diagnosis": self.diagnosis.state_dict(), "baselines": self._baselines.state_dict()}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continues with saved samples and findings."""
+        """Continues with saved samples and symptoms."""
         self.diagnosis.load_state_dict(state_dict["diagnosis"])
         self._baselines.load_state_dict(state_dict["baselines"])
 
@@ -272,23 +272,23 @@ class TrainingDiagnosis(StepCallback):
         self,
         trainer: pl.Trainer,
         pl_module: pl.LightningModule,
-        findings: Sequence[Finding],
+        symptoms: Sequence[Symptom],
         now: dict[str, int],
     ) -> None:
         self._is_publishing = True
         present = present_in(trainer)
-        for finding in findings:
-            if finding.kind in self.symptoms:
-                cause = "" if finding.cause == "unknown" else finding.cause
+        for symptom in symptoms:
+            if symptom.kind in self.symptoms:
+                cause = "" if symptom.cause == "unknown" else symptom.cause
                 incident = incident_now(
                     trainer,
-                    finding.kind,
-                    where=finding.where,
-                    value=None if math.isnan(finding.value) else finding.value,
+                    symptom.kind,
+                    where=symptom.where,
+                    value=None if math.isnan(symptom.value) else symptom.value,
                     cause=cause,
-                    detail=f"Since step {finding.since}: {finding.evidence}." if finding.evidence else "",
-                    advice=advice_for_finding(
-                        finding.kind, cause, finding.where, finding.evidence, present, pl_module
+                    detail=f"Since step {symptom.since}: {symptom.evidence}." if symptom.evidence else "",
+                    advice=advice_for_symptom(
+                        symptom.kind, cause, symptom.where, symptom.evidence, present, pl_module
                     ),
                     **now,
                 )

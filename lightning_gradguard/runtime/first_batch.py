@@ -23,7 +23,7 @@ from lightning_gradguard.core.initialization import (
     values_of,
     with_cures,
 )
-from lightning_gradguard.core.initialization.probe import Probe
+from lightning_gradguard.core.initialization.propagation import SignalPropagation
 from lightning_gradguard.core.initialization.repair import Repair
 from lightning_gradguard.core.parameter_names import plain_name
 from lightning_gradguard.core.remedies import advice
@@ -115,10 +115,10 @@ class FirstBatch:
                 parameter.copy_(value)
         return Repair((), done.left_alone)
 
-    def _measure(self) -> tuple[list[Finding], dict[str, float], Probe | None]:
+    def _measure(self) -> tuple[list[Finding], dict[str, float], SignalPropagation | None]:
         """Returns findings, values and measurements of this rank; sets the problem if there is one."""
         findings: list[Finding] = []
-        measured: Probe | None = None
+        measured: SignalPropagation | None = None
         self.problem = None
         is_scale_free = all(type(o).__name__.startswith(SCALE_FREE) for o in self._trainer.optimizers)
         try:

@@ -19,11 +19,11 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_gradguard.core.detectors.diagnosis import (
     Coverage,
-    Finding,
     LossBaselines,
     Sample,
     Steps,
     StepTrace,
+    Symptom,
     Update,
     coverage,
 )
@@ -41,7 +41,7 @@ from lightning_gradguard.runtime.steps.suite import Suite
 FIRST_STEPS = (0, 1, 2, 5, 10, 20, 35)
 #: Interval at the start of training, and the step at which it ends.
 DENSE_INTERVAL, DENSE_UNTIL = 25, 250
-#: Bytes in which the findings of rank 0 reach the other ranks.
+#: Bytes in which the symptoms of rank 0 reach the other ranks.
 MESSAGE_BYTES = 2048
 #: Permutations of the targets that are averaged.
 N_PERMUTATIONS = 3
@@ -327,28 +327,28 @@ def losses_of_permuted(
     return torch.where(is_alike, torch.nan, torch.stack([plain, permuted]).float())
 
 
-def encoded(findings: Sequence[Finding], device: torch.device) -> Tensor:
-    """Returns findings as a vector of fixed length, for the other ranks."""
+def encoded(symptoms: Sequence[Symptom], device: torch.device) -> Tensor:
+    """Returns symptoms as a vector of fixed length, for the other ranks."""
     message: list[Any] = []
-    for finding in findings:
-        fields = [finding.kind, finding.cause, finding.where, finding.value, finding.evidence]
-        fields += [finding.tier, finding.since]
+    for symptom in symptoms:
+        fields = [symptom.kind, symptom.cause, symptom.where, symptom.value, symptom.evidence]
+        fields += [symptom.tier, symptom.since]
         if len(json.dumps([*message, fields]).encode()) <= MESSAGE_BYTES:
             message.append(fields)
     raw = json.dumps(message).encode().ljust(MESSAGE_BYTES)
     return torch.tensor(list(raw), dtype=torch.float64, device=device)
 
 
-def decoded(numbers: Sequence[float]) -> list[Finding]:
-    """Returns the findings of a vector.
+def decoded(numbers: Sequence[float]) -> list[Symptom]:
+    """Returns the symptoms of a vector.
 
     Example:
-        >>> finding = Finding("stuck_loss", "unknown", ("head",), 1.0, "flat", "stuck", since=7)
-        >>> decoded(encoded([finding], torch.device("cpu")).tolist()) == [finding]
+        >>> symptom = Symptom("stuck_loss", "unknown", ("head",), 1.0, "flat", "stuck", since=7)
+        >>> decoded(encoded([symptom], torch.device("cpu")).tolist()) == [symptom]
         True
     """
     message = json.loads(bytes(int(round(number)) for number in numbers))
     return [
-        Finding(kind, cause, tuple(where), value, evidence, tier, since=since)
+        Symptom(kind, cause, tuple(where), value, evidence, tier, since=since)
         for kind, cause, where, value, evidence, tier, since in message
     ]

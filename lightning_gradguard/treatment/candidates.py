@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from lightning_gradguard.core.detectors.diagnosis import Finding
+from lightning_gradguard.core.detectors.diagnosis import Symptom
 from lightning_gradguard.core.remedies.changes import Change, places
 from lightning_gradguard.core.remedies.kinds import KINDS, Argument, ChangeKind
 from lightning_gradguard.treatment.probe import Probe
@@ -108,10 +108,10 @@ def candidates(found: Probe) -> list[Candidate]:
         found: What its probe has shown.
     """
     lists = list(_suggestions(found))
-    # the first of each list, then the second of each: several findings share the trials
+    # the first of each list, then the second of each: several symptoms share the trials
     longest = max(map(len, lists), default=0)
     ordered = [suggested[rank] for rank in range(longest) for suggested in lists if rank < len(suggested)]
-    reason = "the loss is stuck" if found.findings else "the loss is stuck, and no cause was found"
+    reason = "the loss is stuck" if found.symptoms else "the loss is stuck, and no cause was found"
     ordered += [Candidate(one, reason) for one in _BY_KIND["stuck_loss"]]
     chosen: dict[str, Candidate] = {}
     for candidate in ordered:
@@ -122,30 +122,30 @@ def candidates(found: Probe) -> list[Candidate]:
 
 
 def _suggestions(found: Probe) -> Iterator[list[Candidate]]:
-    for finding in found.findings:
-        changes = _BY_CAUSE.get((finding.kind, finding.cause)) or _BY_KIND.get(finding.kind, ())
-        reason = f"{finding.kind}: {finding.evidence or finding.cause}"
-        yield [Candidate(one, reason) for one in [*_estimated(finding), *changes]]
+    for symptom in found.symptoms:
+        changes = _BY_CAUSE.get((symptom.kind, symptom.cause)) or _BY_KIND.get(symptom.kind, ())
+        reason = f"{symptom.kind}: {symptom.evidence or symptom.cause}"
+        yield [Candidate(one, reason) for one in [*_estimated(symptom), *changes]]
     for criterion in dict.fromkeys(f.criterion for f in found.initialization if f.severity == "fail"):
-        finding_of = next(f for f in found.initialization if f.criterion == criterion)
-        yield [Candidate(one, finding_of.describe()) for one in _BY_CRITERION.get(criterion, ())]
+        unmet = next(f for f in found.initialization if f.criterion == criterion)
+        yield [Candidate(one, unmet.describe()) for one in _BY_CRITERION.get(criterion, ())]
     if not math.isfinite(found.trial.loss):
         yield [Candidate(one, "the loss is nonfinite") for one in _BY_KIND["nonfinite_loss"]]
 
 
 def _contradicts(found: Probe, changes: tuple[Change, ...]) -> bool:
     """True for a learning rate that is changed against what was measured."""
-    causes = {finding.cause for finding in found.findings}
+    causes = {symptom.cause for symptom in found.symptoms}
     rates = [change["scale"] for change in changes if change.kind == "learning_rate"]
     too_high, too_low = "update_too_large" in causes, "learning_rate_too_low" in causes
     return any((rate > 1 and too_high) or (rate < 1 and too_low) for rate in rates)
 
 
-def _estimated(finding: Finding) -> Iterator[tuple[Change, ...]]:
+def _estimated(symptom: Symptom) -> Iterator[tuple[Change, ...]]:
     """Yields the learning rate at which the measured update would be as large as is usual."""
-    is_rate = finding.cause in ("update_too_large", "learning_rate_too_low")
-    if is_rate and finding.value > 0 and math.isfinite(finding.value):
-        exponent = round(math.log10(USUAL_UPDATE / finding.value))
+    is_rate = symptom.cause in ("update_too_large", "learning_rate_too_low")
+    if is_rate and symptom.value > 0 and math.isfinite(symptom.value):
+        exponent = round(math.log10(USUAL_UPDATE / symptom.value))
         if exponent and abs(exponent) <= 6:
             yield (_of("learning_rate", scale=10.0**exponent),)
 

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from lightning_gradguard.core.detectors.diagnosis import Finding
-from lightning_gradguard.core.remedies import advice_for_finding
+from lightning_gradguard.core.detectors.diagnosis import Symptom
+from lightning_gradguard.core.remedies import advice_for_symptom
 from lightning_gradguard.core.remedies.changes import functional_activations
 from lightning_gradguard.core.remedies.surgery.data_flow import SATURATING_FUNCTIONS
 from lightning_gradguard.runtime.lightning_packages import FRAMEWORKS
@@ -46,7 +46,7 @@ class Prescription:
     """A change that only the user can make.
 
     Args:
-        fault: Cause, or the kind of finding.
+        fault: Cause, or the kind of symptom.
         text: What was measured, and what to do.
         place: File and line; empty if unknown.
         patch: Lines of a unified diff; empty if only the text describes it.
@@ -60,7 +60,7 @@ class Prescription:
 
 def prescriptions(
     module: nn.Module,
-    findings: Sequence[Finding],
+    symptoms: Sequence[Symptom],
     batches: Sequence[object],
     run_loss: Callable[[], Tensor] | None,
 ) -> list[Prescription]:
@@ -68,27 +68,27 @@ def prescriptions(
 
     Args:
         module: The module, as it was initialized.
-        findings: Of the diagnosis.
+        symptoms: Of the diagnosis.
         batches: Recorded batches of training.
         run_loss: Runs the module on a batch; `None` if it cannot be run.
     """
-    found = [p for finding in findings if (p := _of_finding(module, finding)) is not None]
+    found = [p for symptom in symptoms if (p := _of_symptom(module, symptom)) is not None]
     found += _nonfinite_rows(batches)
-    if any(f.cause == "saturating_activations" for f in findings) and run_loss is not None:
+    if any(f.cause == "saturating_activations" for f in symptoms) and run_loss is not None:
         found += _functional(module, run_loss)
     return found
 
 
-def _of_finding(module: nn.Module, finding: Finding) -> Prescription | None:
-    names = _IN_CODE.get(finding.cause)
-    is_of_some = finding.evidence.startswith("updates of ")
-    if finding.cause == "learning_rate_too_low" and (is_of_some or not finding.value):
+def _of_symptom(module: nn.Module, symptom: Symptom) -> Prescription | None:
+    names = _IN_CODE.get(symptom.cause)
+    is_of_some = symptom.evidence.startswith("updates of ")
+    if symptom.cause == "learning_rate_too_low" and (is_of_some or not symptom.value):
         names = _IN_CODE["not_in_optimizer"]  # a rate of 0, or of some groups: no factor of all rates helps
     if names is None:
         return None
-    text = advice_for_finding(finding.kind, finding.cause, finding.where, finding.evidence)
+    text = advice_for_symptom(symptom.kind, symptom.cause, symptom.where, symptom.evidence)
     line = next(_calls(module, names), None)
-    return Prescription(finding.cause, text, line.place if line else "")
+    return Prescription(symptom.cause, text, line.place if line else "")
 
 
 def _nonfinite_rows(batches: Sequence[object]) -> list[Prescription]:

@@ -18,7 +18,7 @@ from typing_extensions import override
 from lightning_gradguard.callbacks.initialization_check import InitializationCheck
 from lightning_gradguard.callbacks.training_diagnosis import TrainingDiagnosis
 from lightning_gradguard.core import initialization
-from lightning_gradguard.core.detectors.diagnosis import Finding
+from lightning_gradguard.core.detectors.diagnosis import Symptom
 from lightning_gradguard.core.incidents import Incident, title
 from lightning_gradguard.core.snapshots import preserve_state
 from lightning_gradguard.runtime.incidents.invalid_batches import is_check_of_values
@@ -36,7 +36,7 @@ class Probe:
 
     Args:
         trial: The run.
-        findings: Of the diagnosis, causes first.
+        symptoms: Of the diagnosis, causes first.
         initialization: Criteria that the network does not meet as it is initialized.
         incidents: All that was published.
         module: The module, as it was initialized.
@@ -46,7 +46,7 @@ class Probe:
     """
 
     trial: Trial
-    findings: Sequence[Finding]
+    symptoms: Sequence[Symptom]
     initialization: Sequence[initialization.Finding]
     incidents: Sequence[Incident]
     module: nn.Module
@@ -61,10 +61,10 @@ class Probe:
 
     @property
     def ailments(self) -> list[str]:
-        """The findings in words."""
+        """Symptoms and unmet criteria in words."""
         found = [
             f"{title(f.kind)}{f' at {f.where[0]}' if f.where else ''}: {f.evidence or f.cause}"
-            for f in self.findings
+            for f in self.symptoms
         ]
         severe = [f for f in self.initialization if f.severity == "fail"]
         found += [f"a training step fails: {self.trial.error}"] if self.trial.error else []

@@ -15,12 +15,12 @@ from lightning_gradguard.treatment.candidates import Candidate
 from lightning_gradguard.treatment.prescriptions import Prescription
 from lightning_gradguard.treatment.trials.trial import Trial, name_of, treated
 from lightning_gradguard.treatment.trials.trial_log import content_of
-from lightning_gradguard.treatment.verification import SeedResult, Verdict
+from lightning_gradguard.treatment.verification import SeedResult, TreatmentVerdict
 
 #: Raised when a field of `treatment.json` changes its meaning or is removed; new fields do not raise it.
 SCHEMA_VERSION = 1
 
-_HEADLINES: dict[Verdict, str] = {
+_HEADLINES: dict[TreatmentVerdict, str] = {
     "healthy": "healthy: nothing is changed",
     "cured": "cured",
     "better": "better, not cured",
@@ -53,7 +53,7 @@ class TreatmentResult:
         folder: Where the files are.
     """
 
-    verdict: Verdict
+    verdict: TreatmentVerdict
     evidence: str
     program: str
     ailments: Sequence[str]

@@ -25,7 +25,7 @@ from lightning_gradguard.treatment.trials.program import Program, recorded_progr
 from lightning_gradguard.treatment.trials.trial import name_of
 from lightning_gradguard.treatment.trials.trial_log import TrialLog
 from lightning_gradguard.treatment.trials.workers import usable_processes
-from lightning_gradguard.treatment.verification import SeedResult, Verdict, verdict_of, verify
+from lightning_gradguard.treatment.verification import SeedResult, TreatmentVerdict, verdict_of, verify
 
 #: Steps of a trial of full length: this share of the user's run, at least and at most so many.
 SHARE, LEAST_STEPS, MOST_STEPS, USUAL_STEPS = 0.25, 150, 2000, 400
@@ -56,7 +56,7 @@ def treat(
 ) -> TreatmentResult:
     """Finds by experiment the changes with which a failing program trains, and proves it on fresh seeds.
 
-    A probe diagnoses the program. Changes that its findings suggest are tried on the same batches, the best
+    A probe diagnoses the program. Changes that its symptoms suggest are tried on the same batches, the best
     for longer, and combinations of these. What beats the program as it is goes through three fresh seeds:
     *cured* if it learns with each of them. Files of yours are never written.
 
@@ -137,7 +137,7 @@ class _Treatment:
                 "initialization are tried, no change of its architecture."
             )
         self.prescriptions = prescriptions(
-            found.module, found.findings, program.batches.epochs[0], found.run_loss
+            found.module, found.symptoms, program.batches.epochs[0], found.run_loss
         )
 
     def run(self) -> TreatmentResult:
@@ -159,7 +159,7 @@ class _Treatment:
         )
         laboratory = Laboratory(self.program, self.log, self.clock, self.processes, self.steps, self.report)
         ranking = search(laboratory, suggested, self._untreated(), SEARCHED)
-        best: tuple[Verdict, str, tuple[Change, ...], list[SeedResult]] | None = None
+        best: tuple[TreatmentVerdict, str, tuple[Change, ...], list[SeedResult]] | None = None
         for trial in ranking[:MAX_VERIFIED]:
             changes = trial.job.changes or ()
             results = verify(laboratory, trial, VERIFIED)
@@ -179,7 +179,7 @@ class _Treatment:
 
     def _result(
         self,
-        verdict: Verdict,
+        verdict: TreatmentVerdict,
         evidence: str,
         changes: tuple[Change, ...] = (),
         verification: Sequence[SeedResult] = (),

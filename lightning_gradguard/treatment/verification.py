@@ -20,7 +20,7 @@ RESERVE = 1.2
 #: Length of the second verification over that of the first, at least.
 LONGER = 1.5
 
-Verdict = Literal["healthy", "cured", "better", "no_treatment_found"]
+TreatmentVerdict = Literal["healthy", "cured", "better", "no_treatment_found"]
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def is_unfinished(trial: Trial) -> bool:
     return trial.error == OUT_OF_TIME
 
 
-def verdict_of(results: Sequence[SeedResult]) -> tuple[Verdict, str]:
+def verdict_of(results: Sequence[SeedResult]) -> tuple[TreatmentVerdict, str]:
     """Returns the verdict of a verification, and its evidence.
 
     *Cured*: with each of three fresh seeds the held-out loss of the treated run is well below that of the

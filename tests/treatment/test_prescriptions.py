@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_gradguard.core.detectors.diagnosis import Finding
+from lightning_gradguard.core.detectors.diagnosis import Symptom
 from lightning_gradguard.treatment.prescriptions import Prescription, prescriptions
 from tests.treatment.programs import Net
 
@@ -36,15 +36,15 @@ def line_of(one: Prescription) -> str:
 
 
 def test_rate_of_zero_is_prescribed_at_the_optimizer() -> None:
-    finding = Finding("weight_stagnation", "learning_rate_too_low", ("net",), 0.0, "it is 0", "stagnation")
-    (one,) = prescriptions(Still(), [finding], [], None)
+    symptom = Symptom("weight_stagnation", "learning_rate_too_low", ("net",), 0.0, "it is 0", "stagnation")
+    (one,) = prescriptions(Still(), [symptom], [], None)
     assert one.fault == "learning_rate_too_low"
     assert line_of(one) == "return torch.optim.SGD(self.parameters(), lr=0.0)"
 
 
 def test_rate_that_a_factor_raises_is_not_prescribed() -> None:
-    finding = Finding("weight_stagnation", "learning_rate_too_low", ("net",), 1e-9, "at most", "stagnation")
-    assert not prescriptions(Still(), [finding], [], None)
+    symptom = Symptom("weight_stagnation", "learning_rate_too_low", ("net",), 1e-9, "at most", "stagnation")
+    assert not prescriptions(Still(), [symptom], [], None)
 
 
 def test_rows_with_nan_are_named() -> None:
@@ -59,8 +59,8 @@ def test_rows_with_nan_are_named() -> None:
 
 def test_function_is_prescribed_as_a_patch() -> None:
     net = Functional()
-    finding = Finding("vanishing_gradient", "saturating_activations", ("first",), 4.0, "", "depth")
-    (one,) = prescriptions(net, [finding], [], lambda: net(torch.ones(8, 2)).sum())
+    symptom = Symptom("vanishing_gradient", "saturating_activations", ("first",), 4.0, "", "depth")
+    (one,) = prescriptions(net, [symptom], [], lambda: net(torch.ones(8, 2)).sum())
     assert line_of(one) == "hidden = torch.sigmoid(self.first(x))"
     assert one.patch.splitlines()[-2:] == [
         "-        hidden = torch.sigmoid(self.first(x))",

@@ -11,8 +11,8 @@ from torch import Tensor
 from lightning_gradguard.core.arguments import positive, whole_number
 from lightning_gradguard.core.clipping.policy import HistoryPolicy
 from lightning_gradguard.core.clipping.scalars import (
+    Recent,
     Scalar,
-    Window,
     absolute,
     as_like,
     clamp_min,
@@ -21,10 +21,10 @@ from lightning_gradguard.core.clipping.scalars import (
     median,
     negate,
     pushed,
+    recent_like,
     square_root,
     total_norm,
     where,
-    window_like,
 )
 from lightning_gradguard.core.norms import Gradients, StepContext
 
@@ -65,8 +65,8 @@ _SMALL, _TINY = 1e-3, 1e-300
 class _State:
     """The history; numbers are all on the host or all on the device."""
 
-    norms: Window
-    losses: Window
+    norms: Recent
+    losses: Recent
     seen: Scalar = 0.0
     level: Scalar = math.nan
     lowest_loss: Scalar = math.inf
@@ -82,7 +82,7 @@ class _State:
         """Returns the state in the form of a norm."""
         if not isinstance(norm, Tensor) and not isinstance(self.level, Tensor):
             return self
-        values: dict[str, Any] = {key: window_like(norm, getattr(self, key), window) for key in _WINDOWS}
+        values: dict[str, Any] = {key: recent_like(norm, getattr(self, key), window) for key in _WINDOWS}
         values |= {key: as_like(norm, getattr(self, key)) for key in _NUMBERS}
         return replace(self, **values)
 
@@ -205,7 +205,7 @@ class RelativeNormClipping(HistoryPolicy[_State]):
         """Continues with a saved history, also one of another `window`."""
         self._state = _State([], [])
         if state_dict:
-            norms, losses = (window_like(0.0, state_dict[key], 0)[-self.window :] for key in _WINDOWS)
+            norms, losses = (recent_like(0.0, state_dict[key], 0)[-self.window :] for key in _WINDOWS)
             usual = {"usual_norm": median(norms), "usual_loss": median(losses)}
             self._state = _State(**{**state_dict, "norms": norms, "losses": losses, **usual})
 

@@ -103,31 +103,31 @@ def as_like(norm: Scalar, value: Scalar) -> Scalar:
 
 
 #: The last numbers of a series, the newest last; NaN where there is none yet if it is on the device.
-Window = list[float] | Tensor
+Recent = list[float] | Tensor
 
 
-def window_like(norm: Scalar, window: Window, size: int) -> Window:
-    """Returns a window in the form of a norm: a list, or a tensor of shape `(size,)` on its device."""
+def recent_like(norm: Scalar, recent: Recent, size: int) -> Recent:
+    """Returns last numbers in the form of a norm: a list, or a tensor of shape `(size,)` on its device."""
     if isinstance(norm, Tensor):
-        if isinstance(window, Tensor):
-            return window.to(norm.device)
+        if isinstance(recent, Tensor):
+            return recent.to(norm.device)
         values = torch.full((size,), torch.nan, dtype=torch.float64)
-        if window:
-            values[-len(window) :] = torch.tensor(window, dtype=torch.float64)
+        if recent:
+            values[-len(recent) :] = torch.tensor(recent, dtype=torch.float64)
         return values.to(norm.device)
-    return [value for value in window.tolist() if value == value] if isinstance(window, Tensor) else window
+    return [value for value in recent.tolist() if value == value] if isinstance(recent, Tensor) else recent
 
 
-def pushed(window: Window, value: Scalar, is_finite: Tensor | bool, size: int) -> Window:
-    """Returns a window with one more number, if that is finite, and at most `size` numbers."""
-    if isinstance(window, Tensor):
-        longer = torch.cat((window[1:], torch.as_tensor(value).view(1)))
-        return torch.where(torch.as_tensor(is_finite), longer, window)
-    return [*window[-size + 1 :], float(value)] if is_finite else window
+def pushed(recent: Recent, value: Scalar, is_finite: Tensor | bool, size: int) -> Recent:
+    """Returns last numbers with one more, if that is finite, and at most `size` numbers."""
+    if isinstance(recent, Tensor):
+        longer = torch.cat((recent[1:], torch.as_tensor(value).view(1)))
+        return torch.where(torch.as_tensor(is_finite), longer, recent)
+    return [*recent[-size + 1 :], float(value)] if is_finite else recent
 
 
-def median(window: Window) -> Scalar:
-    """Returns the median, the lower of two; NaN of an empty window."""
-    if isinstance(window, Tensor):
-        return window.nanmedian()
-    return median_low(window) if window else math.nan
+def median(recent: Recent) -> Scalar:
+    """Returns the median, the lower of two; NaN without a number."""
+    if isinstance(recent, Tensor):
+        return recent.nanmedian()
+    return median_low(recent) if recent else math.nan

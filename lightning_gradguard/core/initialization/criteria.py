@@ -12,7 +12,12 @@ from torch import Tensor, nn
 
 from lightning_gradguard.core.initialization.cures import with_cures
 from lightning_gradguard.core.initialization.findings import SEVERITIES, Finding, Severity
-from lightning_gradguard.core.initialization.probe import LAYERS, ZERO_GAIN, Probe, probe
+from lightning_gradguard.core.initialization.propagation import (
+    LAYERS,
+    ZERO_GAIN,
+    SignalPropagation,
+    propagate,
+)
 from lightning_gradguard.core.norms import local_shard
 
 
@@ -86,12 +91,12 @@ def check(
 
 def measure(
     module: nn.Module, run_loss: Callable[[], Tensor], *, scale_free: bool
-) -> tuple[list[Finding], Probe | None]:
-    """Measures a network on one batch, and returns findings without cures; no probe of nonfinite weights."""
+) -> tuple[list[Finding], SignalPropagation | None]:
+    """Measures a network on one batch: findings without cures, and signals, unless weights are nonfinite."""
     findings = check_weights(module)
     if any(finding.criterion == "nonfinite_weights" for finding in findings):
         return findings, None
-    measured = probe(module, run_loss)
+    measured = propagate(module, run_loss)
     findings += _check_constant(measured)
     bounds = BOUNDS[scale_free]
     findings += _check_activations(measured)
@@ -102,7 +107,7 @@ def measure(
     return sorted(findings, key=lambda f: SEVERITIES.index(f.severity)), measured
 
 
-def _check_constant(measured: Probe) -> list[Finding]:
+def _check_constant(measured: SignalPropagation) -> list[Finding]:
     """Finds weights that are all zero, a failure except at the end of a residual branch or a network."""
     findings = []
     first = next((g for g in measured.gradients.values() if g is not None), None)
@@ -119,7 +124,7 @@ def _check_constant(measured: Probe) -> list[Finding]:
     return findings
 
 
-def _check_loss(measured: Probe, bounds: Bounds) -> list[Finding]:
+def _check_loss(measured: SignalPropagation, bounds: Bounds) -> list[Finding]:
     if not math.isfinite(measured.loss):
         return [
             Finding("loss", "", measured.loss, "finite", "fail", "check the batch, the labels and the loss")
@@ -141,7 +146,7 @@ def _severity(value: float, bounds: tuple[float, float]) -> Severity:
     return "fail" if sign * value >= sign * fail else "warn" if sign * value >= sign * warn else "info"
 
 
-def _check_activations(measured: Probe) -> list[Finding]:
+def _check_activations(measured: SignalPropagation) -> list[Finding]:
     findings = []
     for layer in measured.layers:
         if not bool(torch.isfinite(layer.output).all()):
@@ -162,7 +167,7 @@ def _check_activations(measured: Probe) -> list[Finding]:
     return findings
 
 
-def _check_gains(measured: Probe, bounds: Bounds) -> list[Finding]:
+def _check_gains(measured: SignalPropagation, bounds: Bounds) -> list[Finding]:
     layers = [layer for layer in measured.layers if layer.gain is not None]
     if len(layers) < 2 or measured.block_gain is None:
         return []
@@ -189,7 +194,7 @@ def _check_gains(measured: Probe, bounds: Bounds) -> list[Finding]:
     return findings
 
 
-def _check_recurrence(measured: Probe, bounds: Bounds, *, scale_free: bool) -> list[Finding]:
+def _check_recurrence(measured: SignalPropagation, bounds: Bounds, *, scale_free: bool) -> list[Finding]:
     findings = []
     for name, gain in measured.recurrent_gains.items():
         if math.isfinite(gain) and bounds.through_time[0] <= gain <= MAX_RECURRENT_GAIN:
@@ -203,7 +208,7 @@ def _check_recurrence(measured: Probe, bounds: Bounds, *, scale_free: bool) -> l
     return findings
 
 
-def values_of(measured: Probe | None) -> dict[str, float]:
+def values_of(measured: SignalPropagation | None) -> dict[str, float]:
     """Returns every measured value by `<criterion>/<module>`."""
     if measured is None:
         return {}

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_gradguard.core.initialization.findings import SEVERITIES, Finding
-from lightning_gradguard.core.initialization.probe import SATURATING, Layer, Probe
+from lightning_gradguard.core.initialization.propagation import SATURATING, Layer, SignalPropagation
 from lightning_gradguard.core.initialization.trials import (
     Gated,
     Initializers,
@@ -44,7 +44,7 @@ def with_cures(
     module: nn.Module,
     run_loss: Callable[[], Tensor],
     findings: Sequence[Finding],
-    measured: Probe | None,
+    measured: SignalPropagation | None,
     measure: Callable[[], Sequence[Finding]],
 ) -> list[Finding]:
     """Returns the findings with the code that betters them, each found by a trial on the batch.
@@ -154,7 +154,7 @@ def _trials(
     module: nn.Module,
     run_loss: Callable[[], Tensor],
     findings: Sequence[Finding],
-    measured: Probe | None,
+    measured: SignalPropagation | None,
 ) -> Iterator[Trial]:
     """Yields what is tried, the smallest change first."""
     criteria = {f.criterion for f in findings}

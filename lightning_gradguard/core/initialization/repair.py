@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lightning_gradguard.core.initialization.probe import LAYERS, RECTIFIERS, WeightedLayer, probe
+from lightning_gradguard.core.initialization.propagation import LAYERS, RECTIFIERS, WeightedLayer, propagate
 from lightning_gradguard.core.snapshots import preserve_state
 
 
@@ -52,7 +52,7 @@ def repair(
     References:
         Mishkin, Matas, All you need is a good init, 2015, arXiv:1511.06422.
     """
-    layers = probe(module, run_loss).layers
+    layers = propagate(module, run_loss).layers
     chosen = {
         id(layer.module): layer
         for layer in layers

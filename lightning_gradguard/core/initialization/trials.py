@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from lightning_gradguard.core.initialization.findings import Finding, one_line
-from lightning_gradguard.core.initialization.probe import RECTIFIERS, SATURATING, Layer
+from lightning_gradguard.core.initialization.propagation import RECTIFIERS, SATURATING, Layer
 from lightning_gradguard.core.initialization.repair import holds_default_initialization, repair
 from lightning_gradguard.core.parameter_names import code_of
 

@@ -50,7 +50,7 @@ def advice_for_cause(
     return _applied(BY_CAUSE.get(cause, ""), where, present, model)
 
 
-def advice_for_finding(
+def advice_for_symptom(
     kind: str,
     cause: str,
     where: Sequence[str],
@@ -61,7 +61,7 @@ def advice_for_finding(
     """Returns what a diagnosis measured, and what helps against its cause, or its symptom if that is unknown.
 
     Example:
-        >>> advice_for_finding("stuck_loss", "labels_ignored", (), "every label is ignored")
+        >>> advice_for_symptom("stuck_loss", "labels_ignored", (), "every label is ignored")
         'Every label is ignored. Check the labels and ignore_index: none is left for the loss.'
     """
     remedy = advice_for_cause(cause, where, present, model) or advice(kind, where, present)

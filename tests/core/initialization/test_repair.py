@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_gradguard.core.initialization import holds_default_initialization, probe, repair
+from lightning_gradguard.core.initialization import holds_default_initialization, propagate, repair
 from tests.core.initialization.networks import digits, fails, loss_of, mlp
 from tests.tasks import same, weights
 
@@ -48,7 +48,7 @@ def test_repair_gives_unit_variance_and_is_reproducible() -> None:
     repair(second, loss_of(second))
     torch.set_rng_state(state)
     assert same(weights(first), weights(second))
-    outputs = [layer.output.std().item() for layer in probe(first, loss_of(first)).layers[:-1]]
+    outputs = [layer.output.std().item() for layer in propagate(first, loss_of(first)).layers[:-1]]
     assert outputs == pytest.approx([1.0] * 6, abs=0.02)
 
 

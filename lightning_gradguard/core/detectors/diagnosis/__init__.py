@@ -1,16 +1,16 @@
-"""Diagnosis of a training run: signals of a sampled step, the findings in them, one root for each cause."""
+"""Diagnosis of a training run: signals of a sampled step, the symptoms in them, one root for each cause."""
 
 from .coverage import Coverage, Steps, coverage, has_gradient
 from .diagnosis import Diagnosis
-from .findings import Finding
 from .sample import Sample, Update
 from .signals.loss_baseline import LossBaselines
 from .signals.trace import StepTrace
+from .symptom import Symptom
 
 __all__ = [
     "Coverage",
     "Diagnosis",
-    "Finding",
+    "Symptom",
     "LossBaselines",
     "Sample",
     "StepTrace",

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from lightning_gradguard.core.detectors.diagnosis.findings import Finding
 from lightning_gradguard.core.detectors.diagnosis.progress import Progress
 from lightning_gradguard.core.detectors.diagnosis.sample import Sample, Update
+from lightning_gradguard.core.detectors.diagnosis.symptom import Symptom
 
 #: Clipping to less than a tenth, with an update below a thousandth of the weights, stops what does not learn.
 CLIPPED_FAR, USUAL_UPDATE = 10.0, 1e-3
@@ -19,7 +19,7 @@ LARGEST_CLIP_VALUE = 100.0
 VANISHED, VANISHED_IF_STUCK = 1e-3, 1e-2
 
 
-def clipping(sample: Sample, progress: Progress) -> Iterator[Finding]:
+def clipping(sample: Sample, progress: Progress) -> Iterator[Symptom]:
     """Yields gradients that code other than the suite has clipped to a value far below their norm."""
     for index, one in enumerate(sample.updates):
         scaled, largest, after = progress.fixed_sizes(index)
@@ -31,26 +31,26 @@ def clipping(sample: Sample, progress: Progress) -> Iterator[Finding]:
                 f"the {what} of the gradients times the loss scale {one.loss_scale:g} is {value:.3g} in "
                 "every sampled step: they were clipped before they were unscaled, and are far too small"
             )
-            yield _finding("scaled_gradients_clipped", evidence)
+            yield _symptom("scaled_gradients_clipped", evidence)
         elif one.loss_scale == 1 and sample.step >= CLIPPED_STEPS and hinders:
             yield from _clipped_far(one, value, after)
 
 
-def _clipped_far(one: Update, before: float, after: float) -> Iterator[Finding]:
+def _clipped_far(one: Update, before: float, after: float) -> Iterator[Symptom]:
     """Yields gradients that are clipped to one value after the suite has measured them, or before."""
     update = f"updates are {one.ratio:.1g} of the norm of the weights (usual: about 1e-3)"
     is_fixed = after == after or "value" in one.clipper
     if one.clipper and is_fixed and one.unclipped > CLIPPED_FAR:
         norm, clipped = one.total_norm, one.total_norm / one.unclipped
         evidence = f"gradients of norm {norm:.3g} are clipped to {clipped:.3g} by {one.clipper}; {update}"
-        yield _finding("clip_value_too_small", evidence)
+        yield _symptom("clip_value_too_small", evidence)
     elif before == before:
         evidence = f"the gradients have the size {before:.3g} in every sampled step, as code of yours clips "
-        yield _finding("clip_value_too_small", f"{evidence}them; {update}")
+        yield _symptom("clip_value_too_small", f"{evidence}them; {update}")
 
 
-def _finding(cause: str, evidence: str) -> Finding:
-    return Finding("constant_clipping", cause, (), 1.0, evidence, "update", 3)
+def _symptom(cause: str, evidence: str) -> Symptom:
+    return Symptom("constant_clipping", cause, (), 1.0, evidence, "update", 3)
 
 
 def _is_clip_value(size: float) -> bool:
@@ -58,7 +58,7 @@ def _is_clip_value(size: float) -> bool:
     return size <= LARGEST_CLIP_VALUE and math.isclose(size, float(f"{size:.2g}"), rel_tol=1e-4)
 
 
-def weights(sample: Sample, progress: Progress) -> Iterator[Finding]:
+def weights(sample: Sample, progress: Progress) -> Iterator[Symptom]:
     """Yields weight matrices that have shrunk to a small share of their norm."""
     bound = VANISHED if progress.learns else VANISHED_IF_STUCK
     for one in sample.updates:
@@ -79,4 +79,4 @@ def weights(sample: Sample, progress: Progress) -> Iterator[Finding]:
         evidence = f"the weights of {where[0]} have shrunk to {share:.1g} of their norm"
         if cause == "weight_decay":
             evidence += f", by weight_decay={one.decay:g}"
-        yield Finding("vanishing_weights", cause, where, share, evidence, "units", 3)
+        yield Symptom("vanishing_weights", cause, where, share, evidence, "units", 3)

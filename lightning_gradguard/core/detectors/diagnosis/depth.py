@@ -6,10 +6,10 @@ import math
 from collections.abc import Iterator, Sequence
 
 from lightning_gradguard.core.detectors.depth import slope
-from lightning_gradguard.core.detectors.diagnosis.findings import Finding
 from lightning_gradguard.core.detectors.diagnosis.progress import STUCK, Progress
 from lightning_gradguard.core.detectors.diagnosis.sample import LayerSignal, Sample, TimeSignal
 from lightning_gradguard.core.detectors.diagnosis.signals.units import SATURATING
+from lightning_gradguard.core.detectors.diagnosis.symptom import Symptom
 
 # thresholds of docs/diagnosis.md, where their margins are, in decades
 VANISHING, EXPLODING = -3.0, 2.5
@@ -21,7 +21,7 @@ TIME_VANISHING, TIME_VANISHING_EARLY, TIME_EXPLODING = -3.0, -6.0, 3.0
 STUCK_STEPS = 50
 
 
-def through_layers(sample: Sample, progress: Progress) -> Iterator[Finding]:
+def through_layers(sample: Sample, progress: Progress) -> Iterator[Symptom]:
     """Yields gradients that shrink or grow on the way from the last layer to the first."""
     layers = [layer for layer in sample.layers if not layer.is_last and layer.gradient == layer.gradient]
     heights = [math.log10(max(layer.gradient, 1e-45)) for layer in layers]
@@ -35,7 +35,7 @@ def through_layers(sample: Sample, progress: Progress) -> Iterator[Finding]:
             f"the gradient shrinks by {-ends:.1f} decades from {layers[-1].name} back to {layers[0].name} "
             f"(usual: below 2){drop}"
         )
-        yield Finding("vanishing_gradient", _why(layers), where, -ends, evidence, "depth")
+        yield Symptom("vanishing_gradient", _why(layers), where, -ends, evidence, "depth")
     is_stuck = sample.step >= STUCK_STEPS and progress.over_constant > STUCK
     bound = EXPLODING_IF_STUCK if is_stuck else EXPLODING
     if ends >= bound and trend >= bound / 2:
@@ -44,10 +44,10 @@ def through_layers(sample: Sample, progress: Progress) -> Iterator[Finding]:
             f"the gradient grows by {ends:.1f} decades from {layers[-1].name} back to {layers[0].name} "
             f"(usual: below 2){rise}"
         )
-        yield Finding("exploding_gradient", _why(layers), where, ends, evidence, "depth")
+        yield Symptom("exploding_gradient", _why(layers), where, ends, evidence, "depth")
 
 
-def through_time(sample: Sample, progress: Progress) -> Iterator[Finding]:
+def through_time(sample: Sample, progress: Progress) -> Iterator[Symptom]:
     """Yields gradients that shrink or grow through time, in a network that does not learn."""
     ratio = progress.over_constant
     is_flat = ratio > STUCK or (math.isnan(ratio) and not progress.over_first <= STUCK)
@@ -69,8 +69,8 @@ def through_time(sample: Sample, progress: Progress) -> Iterator[Finding]:
             yield _through_time("exploding_gradient", time, forth, evidence)
 
 
-def _through_time(kind: str, time: TimeSignal, value: float, evidence: str) -> Finding:
-    return Finding(kind, "through_time", (time.name,), value, f"{evidence} (usual: below 2)", "depth")
+def _through_time(kind: str, time: TimeSignal, value: float, evidence: str) -> Symptom:
+    return Symptom(kind, "through_time", (time.name,), value, f"{evidence} (usual: below 2)", "depth")
 
 
 def _why(layers: Sequence[LayerSignal]) -> str:

@@ -1,4 +1,4 @@
-"""The diagnosis of a run: findings that several samples confirm, and one root for each cause."""
+"""The diagnosis of a run: symptoms that several samples confirm, and one root for each cause."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from lightning_gradguard.core.detectors.diagnosis import clipped, depth, rules
-from lightning_gradguard.core.detectors.diagnosis.findings import Finding
 from lightning_gradguard.core.detectors.diagnosis.progress import Progress
 from lightning_gradguard.core.detectors.diagnosis.sample import Sample
+from lightning_gradguard.core.detectors.diagnosis.symptom import Symptom
 
 #: Steps before which a loss is not stuck but may start slowly, the share of the planned steps, and the steps
 #: for a run that ends soon.
@@ -18,7 +18,7 @@ PATIENCE, PATIENT_SHARE, MIN_PATIENCE = 150, 0.2, 100
 SLOW_SHARE, SLOW_STEPS = 0.6, 300
 #: Share of a learning rate, from one sample to the next, below which it falls for good.
 NO_RATE = 1e-2
-#: Findings on the same sample: the first is the root.
+#: Symptoms on the same sample: the first is the root.
 _ORDER = ("contract", "coverage", "units", "update", "depth", "stuck", "stagnation")
 _RULES = (
     *(rules.contract, rules.coverage, rules.units, clipped.clipping, clipped.weights),
@@ -31,13 +31,13 @@ class Diagnosis:
     """Finds symptoms and causes in the samples of one run, each cause once.
 
     Attributes:
-        roots: The findings so far, with what followed from each.
+        roots: The symptoms so far, with what followed from each.
         patience: Steps before which a loss that is high may only start slowly.
     """
 
     def __init__(self) -> None:
         self.patience = PATIENCE
-        self.roots: list[Finding] = []
+        self.roots: list[Symptom] = []
         self._progress = Progress()
         self._shown: dict[tuple[str, str], tuple[int, int]] = {}
         self._rates: dict[int, tuple[float, ...]] = {}
@@ -53,43 +53,43 @@ class Diagnosis:
         is_known = self._is_related or any(root.tier == "stuck" for root in self.roots)
         return step >= self.patience and not is_known and not self._progress.over_constant < rules.LEARNS_NOT
 
-    def update(self, sample: Sample) -> list[Finding]:
+    def update(self, sample: Sample) -> list[Symptom]:
         """Adds a sample; returns the roots that it confirms, usually none."""
         self._progress.update(sample)
         self._is_related = self._is_related or rules.is_related(sample.permuted, self._progress.over_constant)
         confirmed = []
         shown: dict[tuple[str, str], tuple[int, int]] = {}
-        for finding in self._found(sample):
-            key: tuple[str, str] = (finding.kind, finding.tier)
+        for symptom in self._found(sample):
+            key: tuple[str, str] = (symptom.kind, symptom.tier)
             if key in shown:
                 continue
             times, since = self._shown.get(key, (0, sample.step))
             shown[key] = times + 1, since
-            if times + 1 >= finding.needs:
-                confirmed.append(finding.shown_since(since))
+            if times + 1 >= symptom.needs:
+                confirmed.append(symptom.shown_since(since))
         lasting = {("exploding_gradient", "update"), ("constant_clipping", "update")}
         self._shown = {**{key: seen for key, seen in self._shown.items() if key in lasting}, **shown}
-        return [root for finding in self._sorted(confirmed) if (root := self._add(finding, sample.step))]
+        return [root for symptom in self._sorted(confirmed) if (root := self._add(symptom, sample.step))]
 
-    def add_once(self, finding: Finding) -> list[Finding]:
-        """Adds a finding that needs no other sample; returns it unless its kind is known.
+    def add_once(self, symptom: Symptom) -> list[Symptom]:
+        """Adds a symptom that needs no other sample; returns it unless its kind is known.
 
         What is nonfinite after an explosion follows from it.
         """
         for i, root in enumerate(self.roots):
-            if finding.kind in (root.kind, *(kind for kind, _ in root.followed_by)):
+            if symptom.kind in (root.kind, *(kind for kind, _ in root.followed_by)):
                 return []
             if root.kind == "exploding_gradient":
-                following = (*root.followed_by, (finding.kind, finding.since))
+                following = (*root.followed_by, (symptom.kind, symptom.since))
                 self.roots[i] = replace(root, followed_by=following)
                 return []
-        self.roots.append(finding)
-        return [finding]
+        self.roots.append(symptom)
+        return [symptom]
 
     def known(self, kind: str, where: tuple[str, ...], step: int) -> None:
         """Takes a symptom that another callback has published for a root."""
         tier = "units" if kind.endswith("_units") else "depth"
-        self._add(Finding(kind, "unknown", where, 0.0, "", tier, since=step), step)  # type: ignore[arg-type]
+        self._add(Symptom(kind, "unknown", where, 0.0, "", tier, since=step), step)  # type: ignore[arg-type]
 
     def state_dict(self) -> dict[str, Any]:
         """Returns samples and roots."""
@@ -104,7 +104,7 @@ class Diagnosis:
         """Continues with saved samples, and with the saved roots unless these are to be kept."""
         if with_roots:
             self.roots = [
-                Finding(
+                Symptom(
                     **{
                         **root,
                         "where": tuple(root["where"]),
@@ -117,7 +117,7 @@ class Diagnosis:
         self._shown = {(kind, tier): (times, since) for kind, tier, times, since in state_dict["shown"]}
         self._rates = {index: tuple(rates) for index, rates in state_dict["rates"].items()}
 
-    def _found(self, sample: Sample) -> Iterator[Finding]:
+    def _found(self, sample: Sample) -> Iterator[Symptom]:
         rising = self._rises(sample)
         for rule in _RULES:
             yield from rule(sample, self._progress)
@@ -137,21 +137,21 @@ class Diagnosis:
         )
 
     @staticmethod
-    def _sorted(findings: list[Finding]) -> list[Finding]:
-        def since(finding: Finding) -> tuple[int, int, int]:
-            is_cause = finding.tier not in ("stuck", "stagnation")
-            return not is_cause, _ORDER.index(finding.tier), finding.since
+    def _sorted(symptoms: list[Symptom]) -> list[Symptom]:
+        def since(symptom: Symptom) -> tuple[int, int, int]:
+            is_cause = symptom.tier not in ("stuck", "stagnation")
+            return not is_cause, _ORDER.index(symptom.tier), symptom.since
 
-        return sorted(findings, key=since)
+        return sorted(symptoms, key=since)
 
-    def _add(self, finding: Finding, step: int) -> Finding | None:
-        """Returns a finding that is a root; lists another one under its root."""
+    def _add(self, symptom: Symptom, step: int) -> Symptom | None:
+        """Returns a symptom that is a root; lists another one under its root."""
         for i, root in enumerate(self.roots):
-            if root.explains(finding):
+            if root.explains(symptom):
                 known = {root.kind, *(kind for kind, _ in root.followed_by)}
-                if finding.kind not in known:
-                    following = (*root.followed_by, (finding.kind, step))
+                if symptom.kind not in known:
+                    following = (*root.followed_by, (symptom.kind, step))
                     self.roots[i] = replace(root, followed_by=following)
                 return None
-        self.roots.append(finding)
-        return finding
+        self.roots.append(symptom)
+        return symptom

@@ -1,4 +1,4 @@
-"""The rules: each yields the findings that one sample shows, to be confirmed by others."""
+"""The rules: each yields the symptoms that one sample shows, to be confirmed by others."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from statistics import median
 
-from lightning_gradguard.core.detectors.diagnosis.findings import Finding
 from lightning_gradguard.core.detectors.diagnosis.progress import STUCK, Progress
 from lightning_gradguard.core.detectors.diagnosis.sample import (
     Sample,
@@ -15,6 +14,7 @@ from lightning_gradguard.core.detectors.diagnosis.sample import (
     Update,
 )
 from lightning_gradguard.core.detectors.diagnosis.signals.units import RECTIFIERS
+from lightning_gradguard.core.detectors.diagnosis.symptom import Symptom
 
 # thresholds of docs/diagnosis.md, where their margins are
 DEAD, SATURATED, SATURATED_ROWS = 0.9, 0.5, 0.8
@@ -52,7 +52,7 @@ _NOUNS = {kind: kind for kind in ("input gates", "update gates", "output gates",
 SOME_UNREACHABLE = 0.05
 
 
-def contract(sample: Sample, progress: Progress) -> Iterator[Finding]:
+def contract(sample: Sample, progress: Progress) -> Iterator[Symptom]:
     """Yields loss calls with inputs or targets that the loss does not expect."""
     head = tuple(layer.name for layer in sample.layers if layer.is_last)
     for call in sample.calls:
@@ -67,17 +67,17 @@ def contract(sample: Sample, progress: Progress) -> Iterator[Finding]:
             if share >= bound:
                 name = "a difference" if call.function == "difference" else call.function
                 evidence = f"{name}: {words} ({share:.0%} of the values)"
-                yield Finding("stuck_loss", cause, head, share, evidence, "contract", needs)
+                yield Symptom("stuck_loss", cause, head, share, evidence, "contract", needs)
         learns_not = sample.step >= 20 and progress.over_constant > STUCK
         if learns_not and call.target > LARGE_TARGET and call.target > FAR_TARGET * call.answer:
             evidence = (
                 f"{call.function}: the rms of the targets is {call.target:.2g}, that of the answers "
                 f"{call.answer:.2g}, and the loss is {progress.over_constant:.2f} times that of a constant"
             )
-            yield Finding("stuck_loss", "target_scale", head, call.target, evidence, "contract", 3)
+            yield Symptom("stuck_loss", "target_scale", head, call.target, evidence, "contract", 3)
 
 
-def coverage(sample: Sample, progress: Progress) -> Iterator[Finding]:
+def coverage(sample: Sample, progress: Progress) -> Iterator[Symptom]:
     """Yields parameters that get a gradient and are held by no optimizer, or are held and get none."""
     found = sample.coverage
     if found.unheld:
@@ -86,21 +86,21 @@ def coverage(sample: Sample, progress: Progress) -> Iterator[Finding]:
         if found.orphans:
             evidence += f"; optimizers hold {found.orphans} that are no longer in the module"
         where = _modules(found.unheld)
-        yield Finding("weight_stagnation", cause, where, len(found.unheld), evidence, "coverage")
+        yield Symptom("weight_stagnation", cause, where, len(found.unheld), evidence, "coverage")
     if found.detached:
         evidence = f"{len(found.detached)} parameters take part in the forward pass and get no gradient"
         where = _modules(found.detached)
-        yield Finding("weight_stagnation", "detached", where, len(found.detached), evidence, "coverage", 3)
+        yield Symptom("weight_stagnation", "detached", where, len(found.detached), evidence, "coverage", 3)
     for cause, names, words in (
         ("never_stepped", found.unstepped, "get gradients, and their optimizer has never stepped"),
         ("cleared_gradients", found.cleared, "have no gradient whenever their optimizer steps"),
     ):
         if names:
             evidence = f"{len(names)} parameters {words}"
-            yield Finding("weight_stagnation", cause, _modules(names), len(names), evidence, "coverage")
+            yield Symptom("weight_stagnation", cause, _modules(names), len(names), evidence, "coverage")
 
 
-def units(sample: Sample, progress: Progress) -> Iterator[Finding]:
+def units(sample: Sample, progress: Progress) -> Iterator[Symptom]:
     """Yields layers whose units are dead or saturated."""
     no_gradient = has_no_gradient(sample, progress)
     groups: dict[tuple[str, str, str], list[UnitSignal]] = defaultdict(list)
@@ -127,13 +127,13 @@ def units(sample: Sample, progress: Progress) -> Iterator[Finding]:
         evidence = (
             f"{share:.0%} of the units of {where[0]} are zero for every sample (usual: below 60 %){inputs}"
         )
-        yield Finding("dead_units", origin, where, share, evidence, "units")
+        yield Symptom("dead_units", origin, where, share, evidence, "units")
     elif inactive := inactive_output(sample, progress):
         yield inactive
     if saturated:
         share, where, noun = _first(saturated)
         evidence = f"{share:.0%} of the {noun} of {where[0]} are saturated (usual: below 25 %){inputs}"
-        yield Finding("saturated_units", origin, where, share, evidence, "units")
+        yield Symptom("saturated_units", origin, where, share, evidence, "units")
 
 
 def input_cause(sample: Sample) -> str:
@@ -144,7 +144,7 @@ def input_cause(sample: Sample) -> str:
     return "input_scale" if largest > LARGE_INPUT and largest > UNEQUAL_COLUMNS * usual else "unknown"
 
 
-def inactive_output(sample: Sample, progress: Progress) -> Finding | None:
+def inactive_output(sample: Sample, progress: Progress) -> Symptom | None:
     """Returns an output behind a rectifier that gets no gradient from the samples with a higher target.
 
     Its gradient has one sign, as the rectifier is flat for the others, and the loss is above that of a
@@ -162,7 +162,7 @@ def inactive_output(sample: Sample, progress: Progress) -> Finding | None:
         f"behind {heads[0].activation}, {name} gets a gradient of one sign only, and the loss is {ratio:.2f} "
         "times that of the best constant answer"
     )
-    return Finding("dead_units", "inactive_output", (name,), math.nan, evidence, "units", 3)
+    return Symptom("dead_units", "inactive_output", (name,), math.nan, evidence, "units", 3)
 
 
 def has_no_gradient(sample: Sample, progress: Progress) -> bool:
@@ -172,7 +172,7 @@ def has_no_gradient(sample: Sample, progress: Progress) -> bool:
     return bool(gradients) and not any(gradients) and has_loss and sample.step > 0
 
 
-def update(sample: Sample, progress: Progress) -> Iterator[Finding]:
+def update(sample: Sample, progress: Progress) -> Iterator[Symptom]:
     """Yields updates that are too large for the weights."""
     if sample.step > UPDATE_STEPS or progress.learns:
         return
@@ -186,7 +186,7 @@ def update(sample: Sample, progress: Progress) -> Iterator[Finding]:
             if one.decay * max(one.rates, default=0.0) > before / 2:
                 shrinks = f"shrinks weights by {before:.0%} in a step (usual: below 1 %)"
                 evidence = f"a weight decay of {one.decay:g} {shrinks}"
-                yield Finding("vanishing_weights", "weight_decay", where, 1 - before, evidence, "update")
+                yield Symptom("vanishing_weights", "weight_decay", where, 1 - before, evidence, "update")
                 continue
             cause = input_cause(sample)
             if cause == "unknown":
@@ -198,25 +198,25 @@ def update(sample: Sample, progress: Progress) -> Iterator[Finding]:
             if one.unclipped > 1.01:
                 evidence += f", which clipping reduces to {after:.2g}"
             evidence += _inputs(sample)
-            yield Finding("exploding_gradient", cause, where, before, evidence, "update", consecutive=False)
+            yield Symptom("exploding_gradient", cause, where, before, evidence, "update", consecutive=False)
 
 
-def no_gradient(sample: Sample, progress: Progress) -> Iterator[Finding]:
+def no_gradient(sample: Sample, progress: Progress) -> Iterator[Symptom]:
     """Yields a loss that does not depend on the network."""
     if has_no_gradient(sample, progress):
         head = tuple(layer.name for layer in sample.layers if layer.is_last)
         evidence = "the gradient at the output of every layer is exactly zero, and the loss is not"
-        yield Finding("stuck_loss", "constant_loss", head, sample.loss, evidence, "stuck", 3)
+        yield Symptom("stuck_loss", "constant_loss", head, sample.loss, evidence, "stuck", 3)
 
 
-def stagnation(sample: Sample, progress: Progress) -> Iterator[Finding]:
+def stagnation(sample: Sample, progress: Progress) -> Iterator[Symptom]:
     """Yields weights that do not move, or hardly, while their rate does not rise."""
     if sample.step < 5:
         return
     for one in sample.updates:
         if one.rates and not any(one.rates):
             where, evidence = _modules(one.names[:3]), "the learning rate of every parameter group is 0"
-            yield Finding("weight_stagnation", "learning_rate_too_low", where, 0.0, evidence, "stagnation", 3)
+            yield Symptom("weight_stagnation", "learning_rate_too_low", where, 0.0, evidence, "stagnation", 3)
             continue
         matrices = [i for i, is_matrix in enumerate(one.is_matrix) if is_matrix and one.weights[i] > 0]
         if not one.ratios or not matrices or not math.isfinite(one.total_norm) or one.total_norm == 0:
@@ -228,14 +228,14 @@ def stagnation(sample: Sample, progress: Progress) -> Iterator[Finding]:
                 f"updates are at most {max(ratios.values()):.1g} of any weight's norm (usual: about 1e-3)"
             )
             value = max(ratios.values())
-            yield Finding(
+            yield Symptom(
                 "weight_stagnation", "learning_rate_too_low", where, value, evidence, "stagnation", 2
             )
             continue
         yield from _some_stagnate(one, ratios)
 
 
-def _some_stagnate(one: Update, ratios: dict[int, float]) -> Iterator[Finding]:
+def _some_stagnate(one: Update, ratios: dict[int, float]) -> Iterator[Symptom]:
     usual = median(ratios.values())
     still = [i for i, r in ratios.items() if r < NO_UPDATE or (r < SMALL_UPDATE / 10 and r < usual / 1e3)]
     moving = {one.names[i].rpartition(".")[0] for i in ratios if i not in still}
@@ -246,10 +246,10 @@ def _some_stagnate(one: Update, ratios: dict[int, float]) -> Iterator[Finding]:
         where = _modules([one.names[i] for i in still[:5]])
         value = max(ratios[i] for i in still)
         evidence = f"updates of {len(still)} of {len(ratios)} weights are at most {value:.1g} of their norm"
-        yield Finding("weight_stagnation", cause, where, value, evidence, "stagnation", 4)
+        yield Symptom("weight_stagnation", cause, where, value, evidence, "stagnation", 4)
 
 
-def stuck(sample: Sample, progress: Progress, patience: int) -> Iterator[Finding]:
+def stuck(sample: Sample, progress: Progress, patience: int) -> Iterator[Symptom]:
     """Yields a loss that is no better than that of the best constant, or does not depend on the targets."""
     ratio, permuted = progress.over_constant, sample.permuted
     if sample.step < patience or ratio <= STUCK or is_related(permuted, ratio):
@@ -262,7 +262,7 @@ def stuck(sample: Sample, progress: Progress, patience: int) -> Iterator[Finding
     ):
         head = tuple(layer.name for layer in sample.layers if layer.is_last)
         evidence = f"all losses so far are within {progress.spread:.1%} of the first, {progress.first:.3g}"
-        yield Finding("stuck_loss", "unknown", head, sample.loss, evidence, "stuck", 2)
+        yield Symptom("stuck_loss", "unknown", head, sample.loss, evidence, "stuck", 2)
     is_whole = any(math.isclose(call.value, sample.loss, rel_tol=0.01) for call in sample.calls)
     if math.isnan(permuted) and (math.isnan(ratio) or not is_whole):
         return  # beside a second term, as in a VAE, a reconstruction may be no better than a constant
@@ -283,7 +283,7 @@ def stuck(sample: Sample, progress: Progress, patience: int) -> Iterator[Finding
     if cause == "unknown" and sample.one_signed and not is_bounded and progress.over_first < 1:
         cause = "learning_rate_too_low"  # the answers are on their way to the targets
     value = permuted if math.isnan(ratio) else ratio
-    yield Finding("stuck_loss", cause, head, value, "; ".join(facts), "stuck", 2)
+    yield Symptom("stuck_loss", cause, head, value, "; ".join(facts), "stuck", 2)
 
 
 def _inputs(sample: Sample) -> str:

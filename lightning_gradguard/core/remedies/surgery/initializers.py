@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_gradguard.core.initialization.probe import RECTIFIERS
+from lightning_gradguard.core.initialization.propagation import RECTIFIERS
 from lightning_gradguard.core.initialization.repair import draw_weights, scale_to_unit_variance
 from lightning_gradguard.core.remedies.surgery.data_flow import WEIGHTED, DataFlow, Layer
 

@@ -1,16 +1,16 @@
-"""A finding: a symptom, its cause, and what follows from it."""
+"""A symptom of training, its cause, and what follows from it."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-#: What a finding rests on, causes before their consequences.
+#: What a symptom rests on, causes before their consequences.
 Tier = Literal["contract", "coverage", "units", "update", "depth", "stuck", "stagnation"]
 
 
 @dataclass(frozen=True)
-class Finding:
+class Symptom:
     """A symptom of training with its cause.
 
     Args:
@@ -37,16 +37,16 @@ class Finding:
     since: int = 0
     followed_by: tuple[tuple[str, int], ...] = field(default=())
 
-    def shown_since(self, step: int) -> Finding:
-        """Returns the finding with the first step that showed it."""
+    def shown_since(self, step: int) -> Symptom:
+        """Returns the symptom with the first step that showed it."""
         return replace(self, since=step)
 
-    def explains(self, other: Finding) -> bool:
-        """True if another finding follows from this one, or is the same.
+    def explains(self, other: Symptom) -> bool:
+        """True if another symptom follows from this one, or is the same.
 
         Example:
-            >>> dead = Finding("dead_units", "large_update", ("net.0",), 1.0, "", "units")
-            >>> stuck = Finding("stuck_loss", "unknown", (), 1.0, "", "stuck")
+            >>> dead = Symptom("dead_units", "large_update", ("net.0",), 1.0, "", "units")
+            >>> stuck = Symptom("stuck_loss", "unknown", (), 1.0, "", "stuck")
             >>> dead.explains(stuck), stuck.explains(dead)
             (True, False)
         """

@@ -1,4 +1,4 @@
-"""The probe leaves the network unchanged."""
+"""Propagating a batch leaves the network unchanged."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_gradguard.core.initialization import probe
+from lightning_gradguard.core.initialization import propagate
 from lightning_gradguard.core.snapshots import preserve_state
 from tests.core.initialization.networks import loss_of
 from tests.tasks import same, weights
@@ -35,7 +35,7 @@ def test_probe_changes_nothing() -> None:
     network.net[0].weight.grad = torch.ones(64, 64)
     running, before, state = network.running, weights(network), torch.get_rng_state()
     for _ in range(2):
-        probe(network, loss_of(network))
+        propagate(network, loss_of(network))
     assert same(before, weights(network))
     assert torch.equal(state, torch.get_rng_state())
     assert (network.calls, network.outputs, network.training) == (0, [1.0], True)
@@ -56,7 +56,7 @@ def test_probe_changes_nothing_on_an_exception() -> None:
         raise RuntimeError("out of memory")
 
     with pytest.raises(RuntimeError, match="out of memory"):
-        probe(network, run_loss)
+        propagate(network, run_loss)
     assert same(before, weights(network))
     assert not any(m._forward_hooks for m in network.modules())
     with preserve_state(network):
@@ -81,7 +81,7 @@ def test_what_is_frozen_is_left_out(frozen: str) -> None:
             features = other(inputs[:, None])[0][:, 0] if frozen == "recurrent backbone" else other(inputs)
         return trained(features).square().mean()  # type: ignore[no-any-return]
 
-    found = probe(network, run_loss)
+    found = propagate(network, run_loss)
     assert [layer.name for layer in found.layers] == ["trained.0", "trained.2", "trained.4"]
     assert [layer.activation for layer in found.layers] == ["relu", "relu", None]
     assert all(layer.gain is not None for layer in found.layers[:2])

@@ -29,7 +29,7 @@ LAYERS = (nn.Linear, _ConvNd)
 
 
 @dataclass
-class Probe:
+class SignalPropagation:
     """Measurements of one batch in a network.
 
     Args:
@@ -54,7 +54,7 @@ class Probe:
     gradients: dict[str, Tensor | None] = field(default_factory=dict)
 
 
-def probe(module: nn.Module, run_loss: Callable[[], Tensor], seed: int = 0) -> Probe:
+def propagate(module: nn.Module, run_loss: Callable[[], Tensor], seed: int = 0) -> SignalPropagation:
     """Runs one batch through a network and measures its activations and gradients.
 
     Args:
@@ -67,7 +67,7 @@ def probe(module: nn.Module, run_loss: Callable[[], Tensor], seed: int = 0) -> P
     """
     with preserve_state(module), torch.enable_grad(), ForwardTrace(module) as trace:
         loss = run_loss()
-        result = Probe(float(loss.detach()), trace.n_classes, trace.layers)
+        result = SignalPropagation(float(loss.detach()), trace.n_classes, trace.layers)
         generator = torch.Generator().manual_seed(seed)
         if trace.last_input is not None and len(trace.layers) > 1:
             hidden = trace.layers[:-1]
