@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from lightning_gradguard.treatment.treat import treat
     from lightning_gradguard.treatment.trials.program import TreatmentError
 
-__version__ = "0.5.0"
+__version__ = "0.6.0"
 
 __all__ = [
     "AdaptiveGradientClipping",
