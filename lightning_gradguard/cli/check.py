@@ -5,8 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import json
-import math
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -34,6 +32,7 @@ from lightning_gradguard.core.initialization import Finding, table
 from lightning_gradguard.runtime.lightning_api import Callback
 from lightning_gradguard.runtime.lightning_packages import lightning_package_of
 from lightning_gradguard.runtime.treatment.module import change_as_saved
+from lightning_gradguard.strict_json import to_json
 
 SCHEMA_VERSION = 1
 
@@ -126,16 +125,10 @@ def as_json(result: CheckResult) -> str:
         "model": result.model,
         "checkpoint": result.checkpoint or None,
         "verdict": result.verdict,
-        "findings": [
-            {**dataclasses.asdict(finding), "value": _strict(finding.value)} for finding in result.findings
-        ],
-        "values": {name: _strict(value) for name, value in result.values.items()},
+        "findings": [dataclasses.asdict(finding) for finding in result.findings],
+        "values": result.values,
     }
-    return json.dumps(content, indent=2, allow_nan=False)
-
-
-def _strict(value: float) -> float | str:
-    return value if math.isfinite(value) else str(value)
+    return to_json(content, indent=2)
 
 
 def _write(path: str, text: str) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +9,7 @@ from typing import Any
 
 from lightning_gradguard import __version__
 from lightning_gradguard.core.remedies.changes import Change
+from lightning_gradguard.strict_json import to_json
 from lightning_gradguard.treatment.candidates import Candidate
 from lightning_gradguard.treatment.prescriptions import Prescription
 from lightning_gradguard.treatment.trials.trial import Trial, name_of, treated
@@ -104,7 +103,7 @@ class TreatmentResult:
         return treated(self.changes)
 
     def as_json(self) -> str:
-        """Returns `treatment.json`, which `schema.json` describes; nonfinite numbers are null."""
+        """Returns `treatment.json`, which `schema.json` describes; nonfinite numbers are strings."""
         before, after = self.costs["parameters"]
         slow, slower = self.costs["seconds_per_step"]
         content = {
@@ -123,7 +122,7 @@ class TreatmentResult:
             "steps": self.steps,
             "seed": self.seed,
             "parameters": {"untreated": before, "treated": after},
-            "seconds_per_step": {"untreated": _finite(slow), "treated": _finite(slower)},
+            "seconds_per_step": {"untreated": slow, "treated": slower},
             "candidates": [
                 {"changes": [change.as_dict() for change in c.changes], "reason": c.reason}
                 for c in self.candidates
@@ -136,8 +135,4 @@ class TreatmentResult:
             ],
             "notes": list(self.notes),
         }
-        return json.dumps(content, indent=2, allow_nan=False)
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
+        return to_json(content, indent=2)

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import math
 from collections.abc import Sequence
 from typing import Any
 
-from lightning_gradguard import __version__
+from lightning_gradguard import __version__, strict_json
 from lightning_gradguard.core.incidents import title
 from lightning_gradguard.report.run_report import RunReport
 
@@ -23,7 +21,8 @@ def to_json(reports: Sequence[RunReport]) -> str:
         "lightning_gradguard": __version__,
         "runs": [_run(report) for report in reports],
     }
-    return json.dumps(_strict(content), indent=2, allow_nan=False)
+    # event files store float32, which has seven digits
+    return strict_json.to_json(content, indent=2, digits=7)
 
 
 def _run(report: RunReport) -> dict[str, Any]:
@@ -48,14 +47,3 @@ def _run(report: RunReport) -> dict[str, Any]:
         "hparams": dict(run.hparams),
         "notes": list(report.notes),
     }
-
-
-def _strict(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {str(key): _strict(inner) for key, inner in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_strict(inner) for inner in value]
-    if isinstance(value, float):
-        # event files store float32, which has seven digits
-        return float(f"{value:.7g}") if math.isfinite(value) else str(value)
-    return value

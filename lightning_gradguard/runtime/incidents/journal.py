@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
-import math
 import os
 import warnings
 from collections import Counter, deque
@@ -32,6 +30,7 @@ from lightning_gradguard.runtime.incidents.present import present_in
 from lightning_gradguard.runtime.lightning_api import batches_that_stepped
 from lightning_gradguard.runtime.lightning_packages import is_instance_by_name
 from lightning_gradguard.runtime.logging import console, metrics
+from lightning_gradguard.strict_json import to_json
 
 #: Incidents of one kind and cause that are printed; later ones are only written to the file.
 MAX_PRINTED = 5
@@ -64,13 +63,10 @@ class _Journal:
         self.recent.appendleft(incident)
         if self.path is None:
             return
-        record = dataclasses.asdict(incident)
-        if incident.value is not None and not math.isfinite(incident.value):
-            record["value"] = str(incident.value)  # JSON has no NaN
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(record) + "\n")
+                file.write(to_json(dataclasses.asdict(incident)) + "\n")
         except OSError as error:
             warnings.warn(f"Incidents are no longer written to a file: {error}", stacklevel=4)
             self._writes = False

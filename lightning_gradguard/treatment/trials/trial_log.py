@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from lightning_gradguard.core.remedies.changes import Change
+from lightning_gradguard.strict_json import to_json
 from lightning_gradguard.treatment.trials.trial import Job, Trial
 
 
@@ -41,23 +41,22 @@ class TrialLog:
             self.trials = {trial.job.key: trial for trial in found if not trial.error}
         self.was_resumed = bool(self.trials)
         first = json.dumps({**identity, "steps": self.steps})
-        kept = [first, *map(_encoded, self.trials.values())]
+        kept = [first, *(to_json(content_of(trial)) for trial in self.trials.values())]
         path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
 
     def add(self, trial: Trial) -> None:
         """Appends a trial."""
         self.trials[trial.job.key] = trial
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(_encoded(trial) + "\n")
+            file.write(to_json(content_of(trial)) + "\n")
 
 
 def content_of(trial: Trial) -> dict[str, Any]:
-    """Returns a trial as plain data, nonfinite numbers as `None`."""
+    """Returns a trial as plain data."""
     fields = {field.name: getattr(trial, field.name) for field in dataclasses.fields(trial)}
     job = fields.pop("job")
     changes = None if job.changes is None else [change.as_dict() for change in job.changes]
-    found: dict[str, Any] = _strict({"changes": changes, "seed": job.seed, "steps": job.steps, **fields})
-    return found
+    return {"changes": changes, "seed": job.seed, "steps": job.steps, **fields}
 
 
 def trial_of(content: Mapping[str, Any]) -> Trial:
@@ -67,15 +66,11 @@ def trial_of(content: Mapping[str, Any]) -> Trial:
     known = None if changes is None else tuple(Change(c["kind"], c["arguments"]) for c in changes)
     job = Job(known, rest.pop("seed"), rest.pop("steps"))
     for key in ("curve", "training"):
-        rest[key] = [(step, _number(loss)) for step, loss in rest[key]]
+        rest[key] = [(step, float(loss)) for step, loss in rest[key]]
     for key in ("over_constant", "over_permuted", "seconds_per_step"):
-        rest[key] = _number(rest[key])
-    rest["metrics"] = {name: _number(value) for name, value in rest["metrics"].items()}
+        rest[key] = float(rest[key])
+    rest["metrics"] = {name: float(value) for name, value in rest["metrics"].items()}
     return Trial(job, **rest)
-
-
-def _encoded(trial: Trial) -> str:
-    return json.dumps(content_of(trial), allow_nan=False)
 
 
 def _decoded(line: str) -> Any:
@@ -83,15 +78,3 @@ def _decoded(line: str) -> Any:
         return json.loads(line)
     except ValueError:  # the line that was being written when the process was killed
         return None
-
-
-def _number(value: float | None) -> float:
-    return math.nan if value is None else value
-
-
-def _strict(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _strict(inner) for key, inner in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_strict(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
