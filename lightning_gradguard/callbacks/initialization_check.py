@@ -149,13 +149,13 @@ class InitializationCheck(Callback, Configured):
             self._checks_first_step = True
             console.print_message(
                 trainer,
-                f"gradguard: Initialization: no extra pass, for {reason}; the weights and the first "
+                f"Initialization: no extra pass, for {reason}; the weights and the first "
                 "gradients are checked.",
             )
             if self.on_failure == "repair":
                 console.print_message(
                     trainer,
-                    f"gradguard: No repair, for {reason}; run InitializationCheck(on_failure='repair') "
+                    f"No repair, for {reason}; run InitializationCheck(on_failure='repair') "
                     "first, on one device and with a step that gets its batch.",
                 )
             self._report(trainer, pl_module, check_weights_alone(trainer, pl_module))
@@ -206,7 +206,7 @@ class InitializationCheck(Callback, Configured):
         """Returns True, and prints the reason, if a trial of rates was asked for and is not possible."""
         reason = reason_against_trial(trainer, pl_module) if self.rate_trial else ""
         if reason:
-            console.print_message(trainer, f"gradguard: Learning rates were not tried, because of {reason}.")
+            console.print_message(trainer, f"Learning rates were not tried, because of {reason}.")
         return bool(reason)
 
     def _repair(
@@ -227,11 +227,11 @@ class InitializationCheck(Callback, Configured):
                     f"left alone; InitializationCheck(on_failure='repair', repair_modules={names}) "
                     "initializes them"
                 )
-            console.print_message(trainer, f"gradguard: Nothing was repaired: {why}.")
+            console.print_message(trainer, f"Nothing was repaired: {why}.")
             return before
         findings, self.values = first_batch.check()
         gain = next((f.value for f in before if f.criterion == "gradient_gain"), None)
-        lines = [f"gradguard: Repaired {len(done.lines)} layers:", *(f"  {line}" for line in done.lines)]
+        lines = [f"Repaired {len(done.lines)} layers:", *(f"  {line}" for line in done.lines)]
         after = self.values.get("gradient_gain")
         if gain is not None and after is not None:
             lines.append(f"  gradient gain: {gain:.2f} decades before, {after:.2f} now")
@@ -282,7 +282,7 @@ class InitializationCheck(Callback, Configured):
         if failed:
             raise InitializationError("The network, as it is initialized, will not train:\n" + table(serious))
         if shown:
-            console.print_message(trainer, "gradguard: Initialization\n" + table(shown))
+            console.print_message(trainer, "Initialization\n" + table(shown))
 
 
 def _as_advice(finding: Finding) -> Finding:

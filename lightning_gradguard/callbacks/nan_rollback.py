@@ -214,7 +214,7 @@ class NaNRollback(StepCallback):
         if self._configured_rates is not None and (rates := self._configured_rates.restore(trainer)):
             console.print_message(
                 trainer,
-                f"gradguard: Resumed from a run that was stopped: training continues with lr={rates[1]:g}, as"
+                f"Resumed from a run that was stopped: training continues with lr={rates[1]:g}, as"
                 f" configure_optimizers sets it, not with lr={rates[0]:g} as in the checkpoint.",
             )
         self._counts.has_stopped = False
@@ -381,6 +381,6 @@ class NaNRollback(StepCallback):
         for name in names:
             console.print_message(
                 trainer,
-                f"gradguard: {name} seems to average weights in a way that NaNRollback cannot undo;{exact}"
+                f"{name} seems to average weights in a way that NaNRollback cannot undo;{exact}"
                 " put NaNRollback before it in the list of callbacks: it then sees only committed steps.",
             )

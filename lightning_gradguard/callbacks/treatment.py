@@ -170,13 +170,13 @@ class Treatment(Callback, Configured):
         made = change_module(trainer, pl_module, self.changes)
         if made:
             rows = "\n".join(f"  {change.describe()}: {_places(change)}" for change in made)
-            console.print_message(trainer, f"gradguard: Changed the module before training:\n{rows}")
+            console.print_message(trainer, f"Changed the module before training:\n{rows}")
 
     def _change_optimizers(self, trainer: pl.Trainer, configured: Any) -> None:
         lines = change_optimizers(configured, self.changes)
         lines += [f"warm-up over {c['steps']} steps" for c in self.changes if c.kind == "warm_up"]
         if lines:
-            console.print_message(trainer, f"gradguard: Changed the optimizers: {'; '.join(lines)}")
+            console.print_message(trainer, f"Changed the optimizers: {'; '.join(lines)}")
 
     def _remove_hooks(self) -> None:
         self.snapshot_state_dict()

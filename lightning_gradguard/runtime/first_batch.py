@@ -87,7 +87,7 @@ class FirstBatch:
             except Exception as error:
                 self.problem = self.problem or error
         if self.problem is not None:
-            console.print_message(self._trainer, f"gradguard: Initialization not checked: {self.problem}")
+            console.print_message(self._trainer, f"Initialization not checked: {self.problem}")
             findings, values = [], {}
         has_problem = any(gather_objects(self.problem is not None))
         findings, values = _worst_over_ranks(findings, values)
@@ -103,13 +103,13 @@ class FirstBatch:
             done = repair(self._pl_module, self._run_loss, names=names, seed=seed)
         except Exception as error:
             done = Repair((), ())
-            console.print_message(self._trainer, f"gradguard: Repair did not finish: {error}")
+            console.print_message(self._trainer, f"Repair did not finish: {error}")
         broadcast_tensors(parameters)
         try:
             if improves(before, self._measure_again()):
                 return done
         except RuntimeError as error:
-            console.print_message(self._trainer, f"gradguard: Not measured after the repair: {error}")
+            console.print_message(self._trainer, f"Not measured after the repair: {error}")
         with torch.no_grad():
             for parameter, value in zip(parameters, saved, strict=True):
                 parameter.copy_(value)

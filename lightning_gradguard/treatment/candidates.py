@@ -15,8 +15,8 @@ from lightning_gradguard.treatment.probe import Probe
 
 #: Candidates of a treatment at most.
 MAX_CANDIDATES = 8
-#: Ratio of an update to the weights that is usual.
-USUAL_UPDATE = 1e-2
+#: Ratio of an update to the weights at which a learning rate is tried.
+TRIED_UPDATE = 1e-2
 
 
 @dataclass(frozen=True)
@@ -142,10 +142,10 @@ def _contradicts(found: Probe, changes: tuple[Change, ...]) -> bool:
 
 
 def _estimated(symptom: Symptom) -> Iterator[tuple[Change, ...]]:
-    """Yields the learning rate at which the measured update would be as large as is usual."""
+    """Yields the learning rate at which the measured update would be `TRIED_UPDATE` of the weights."""
     is_rate = symptom.cause in ("update_too_large", "learning_rate_too_low")
     if is_rate and symptom.value > 0 and math.isfinite(symptom.value):
-        exponent = round(math.log10(USUAL_UPDATE / symptom.value))
+        exponent = round(math.log10(TRIED_UPDATE / symptom.value))
         if exponent and abs(exponent) <= 6:
             yield (_of("learning_rate", scale=10.0**exponent),)
 

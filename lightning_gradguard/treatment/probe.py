@@ -124,28 +124,28 @@ def probe(program: Program, least: int, most: int, deadline: float) -> Probe:
             raised = described(error)
         metrics = logged(trainer)
     trial = Trial(
-        job,
-        held_out.curve,
-        thinned(held_out.training),
-        held_out.last.over_constant,
-        held_out.last.over_permuted,
-        metrics,
-        dict(Counter(incident.kind for incident in listener.incidents)),
-        sum(p.numel() for p in module.parameters()),
-        held_out.seconds_per_step,
-        time.monotonic() - began,
-        raised,
+        job=job,
+        curve=held_out.curve,
+        training=thinned(held_out.training),
+        over_constant=held_out.last.over_constant,
+        over_permuted=held_out.last.over_permuted,
+        metrics=metrics,
+        incidents=dict(Counter(incident.kind for incident in listener.incidents)),
+        parameters=sum(p.numel() for p in module.parameters()),
+        seconds_per_step=held_out.seconds_per_step,
+        seconds=time.monotonic() - began,
+        error=raised,
     )
     is_automatic = module.automatic_optimization and len(trainer.optimizers) == 1
     return Probe(
-        trial,
-        list(diagnosis.diagnosis.roots),
-        [f for f in check.findings if f.severity != "info"],
-        list(listener.incidents),
-        untrained,
-        is_automatic,
-        learning_of(trial),
-        _runnable(untrained, program.batches.epochs[0][0]),
+        trial=trial,
+        symptoms=list(diagnosis.diagnosis.roots),
+        initialization=[f for f in check.findings if f.severity != "info"],
+        incidents=list(listener.incidents),
+        module=untrained,
+        is_automatic=is_automatic,
+        learning=learning_of(trial),
+        run_loss=_runnable(untrained, program.batches.epochs[0][0]),
     )
 
 

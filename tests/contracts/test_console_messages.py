@@ -150,9 +150,9 @@ def test_messages_are_printed_above_the_bar(
     fit_with_bar(callbacks, batches(3))
     printed = lines(capsys)
     for text in (
-        "at the start: layers[0].weight",
-        "in between: [bold]layers[0].weight[/bold] :warning:",
-        "at the end: layers[0].weight",
+        "gradguard: at the start: layers[0].weight",
+        "gradguard: in between: [bold]layers[0].weight[/bold] :warning:",
+        "gradguard: at the end: layers[0].weight",
     ):
         assert printed.count(text) == 1, printed
 

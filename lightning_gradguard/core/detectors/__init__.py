@@ -1,6 +1,6 @@
 """Detectors on plain numbers: spikes, divergence, collapse, vanishing and exploding gradients."""
 
-from .constant_clipping import CONSTANT_CLIPPING, HARD_CLIPPING, ConstantClippingDetector
+from .constant_clipping import CONSTANT_CLIPPING, HARD_CLIPPING, USUAL_UPDATE, ConstantClippingDetector
 from .depth import DEPTH_DECADES, depth_profile
 from .norm_band import NormBand
 from .optimizer_health import (

@@ -8,6 +8,8 @@ from typing import Any
 HARD_CLIPPING = 0.5
 #: Clipping is constant if it is hard in more than this share of the steps.
 CONSTANT_CLIPPING = 0.5
+#: Updates are usually about this share of the norm of the weights; clipping that leaves less may hinder.
+USUAL_UPDATE = 1e-3
 #: Steps over which the share is taken.
 EVIDENCE_STEPS = 100
 

@@ -9,6 +9,7 @@ from statistics import median
 from lightning_gradguard.core.detectors import (
     CONSTANT_CLIPPING,
     HARD_CLIPPING,
+    USUAL_UPDATE,
     CollapseDetector,
 )
 from lightning_gradguard.core.remedies import advice_for_cause
@@ -33,8 +34,6 @@ from lightning_gradguard.report.analysis.run_log import GradientLog, RunLog
 ABOVE_START = 10.0
 #: A coefficient is smaller than another one below this share of it.
 SMALLEST_DIFFERENCE = 0.99
-#: Updates are usually about this share of the norm of the weights.
-USUAL_UPDATE = 1e-3
 
 
 def gradient_symptoms(log: RunLog, outcome: Outcome) -> Iterator[RunSymptom]:

@@ -157,7 +157,7 @@ class Investigation:
         try:
             written = write_dossier(folder / "incidents", dossier(), megabytes=self._megabytes)
         except Exception as error:  # a full disk, or data of an unknown kind: training continues
-            console.print_message(trainer, f"gradguard: no dossier was written: {error}")
+            console.print_message(trainer, f"no dossier was written: {error}")
             return ""
         return str(written.relative_to(folder))
 

@@ -166,7 +166,7 @@ def publish(trainer: pl.Trainer, pl_module: pl.LightningModule, incident: Incide
             which = f"{title(incident.kind)}{of_cause if journal.has_several_causes(incident.kind) else ''}"
             more = f" Further incidents of {which} are only written to the file."
         level = logging.INFO if incident.action == "none" else logging.WARNING
-        console.print_message(trainer, f"gradguard: {described}.{page}{advice}{more}", level)
+        console.print_message(trainer, f"{described}.{page}{advice}{more}", level)
     for listener in (*trainer.callbacks, pl_module):  # type: ignore[attr-defined]
         on_training_incident = getattr(listener, "on_training_incident", None)
         if callable(on_training_incident):

@@ -24,7 +24,7 @@ from lightning_gradguard.runtime.logging.hyperparameters import hyperparameters_
 #: of an explosion.
 USUAL_CLIPPED_FRACTION = 0.5
 USUAL_LARGEST_NORM = 1e3
-TITLE = "gradguard: Run summary"
+TITLE = "Run summary"
 #: Final counts in the order of the table: name and format.
 _ROWS = {
     tags.SKIPS: ("steps skipped", "{:.0f}"),
@@ -77,7 +77,7 @@ def summarize(
         final_only = {tag: count for tag, count in counts.items() if tag.startswith(f"{tags.SUMMARY}/")}
         facts = [f"{rows['steps']} steps", *(f"{k} {v}" for k, v in _formatted(final_only).items())]
         since = f" since step {first_step}, where it was resumed" if first_step > 0 else ""
-        console.print_last_message(trainer, f"gradguard: No incident{since}; {', '.join(facts)}.")
+        console.print_last_message(trainer, f"No incident{since}; {', '.join(facts)}.")
 
 
 def _unusual(counts: Mapping[str, float]) -> list[str]:

@@ -31,7 +31,7 @@ def save_last_good(trainer: pl.Trainer) -> Path | None:
     try:
         trainer.save_checkpoint(folder / LAST_GOOD, weights_only=False)
     except OSError as error:
-        console.print_message(trainer, f"gradguard: {folder / LAST_GOOD} was not written: {error}")
+        console.print_message(trainer, f"{folder / LAST_GOOD} was not written: {error}")
         return None
     return folder / LAST_GOOD
 

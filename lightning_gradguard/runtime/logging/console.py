@@ -73,7 +73,7 @@ def relative_to_cwd(path: Path) -> str:
 
 
 def print_message(trainer: pl.Trainer, message: str, level: int = logging.INFO) -> None:
-    """Logs a message on the first rank, above the progress bar if there is one.
+    """Logs a message, after the name of the suite, on the first rank, above the progress bar if there is one.
 
     An INFO message is dropped if a callback of the suite is not `verbose`.
     """
@@ -82,7 +82,7 @@ def print_message(trainer: pl.Trainer, message: str, level: int = logging.INFO) 
     if trainer.is_global_zero and not (is_quiet and level < logging.WARNING):
         bar = trainer.progress_bar_callback
         shown = bar if bar is not None and getattr(bar, "is_enabled", True) else None
-        LOGGER.log(level, "%s", message, extra={"progress_bar": shown})
+        LOGGER.log(level, "gradguard: %s", message, extra={"progress_bar": shown})
 
 
 def print_last_message(trainer: pl.Trainer, message: str) -> None:

@@ -153,9 +153,9 @@ def run(program: Program, job: Job, deadline: float) -> Trial:
     if held_out.is_out_of_time and not outcome["error"]:
         outcome["error"] = OUT_OF_TIME
     return Trial(
-        job,
-        held_out.curve,
-        thinned(held_out.training),
+        job=job,
+        curve=held_out.curve,
+        training=thinned(held_out.training),
         incidents=dict(Counter(incident.kind for incident in listener.incidents)),
         seconds_per_step=held_out.seconds_per_step,
         seconds=time.monotonic() - began,

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
+from lightning_gradguard.core.detectors.constant_clipping import USUAL_UPDATE
 from lightning_gradguard.core.detectors.diagnosis.progress import Progress
 from lightning_gradguard.core.detectors.diagnosis.sample import Sample, Update
 from lightning_gradguard.core.detectors.diagnosis.symptom import Symptom
 
-#: Clipping to less than a tenth, with an update below a thousandth of the weights, stops what does not learn.
-CLIPPED_FAR, USUAL_UPDATE = 10.0, 1e-3
+#: Clipping to less than a tenth, with an update below the usual one, stops what does not learn.
+CLIPPED_FAR = 10.0
 #: Steps before which a loss that is high may only start slowly.
 CLIPPED_STEPS = 50
 #: Values to which people clip; the norm of gradients that are still scaled is far above.
