@@ -3,3 +3,4 @@
 from .classify import investigate
 from .inputs import or_bad_input
 from .origin import Origin, OutOfRange, origin_in_epsilon, origin_in_weights, out_of_range_elements
+from .rejections import rejection

@@ -27,6 +27,7 @@ from lightning_gradguard.core.forensics.origin import (
     Origin,
     OutOfRange,
     located,
+    nonfinite_buffer,
     nonfinite_input,
     origin_in_weights,
 )
@@ -153,7 +154,10 @@ def _classify(
     if isinstance(source, str):
         if source in parts:
             return nonfinite_input(source, parts[source])
-        out_of_range = out_of_range or {source: _nonfinite_elements(trace.leaf(source))}
+        leaf = trace.leaf(source)
+        if not isinstance(leaf, nn.Parameter):
+            return nonfinite_buffer(source, leaf)
+        out_of_range = out_of_range or {source: _nonfinite_elements(leaf)}
     if out_of_range:
         return origin_in_weights(out_of_range)
     if source is None or isinstance(source, str):
@@ -175,7 +179,8 @@ def _origin_of_operation(
     returned = f"returned {source.made}"
     if source is not overflowing:
         returned = f"returned values up to {source.largest:.3g}, so that {overflowing.operation} overflowed"
-    sentence = f"{source.operation} in {place}{given} {returned} ({source.dtype})"
+    called = f" of {source.called}" if source.called else ""
+    sentence = f"{source.operation}{called} in {place}{given} {returned} ({source.dtype})"
     rows = _rows_at_fault(source, parts)
     sentence += f", in row {', '.join(map(str, rows))}" if rows else ""
     sentence += "".join(f"; {outlier}" for outlier in outliers(rows, parts))
@@ -196,7 +201,8 @@ def _origin_of_operation(
         advice=_advice(source, fault),
     )
     origin = located(origin, source.location)
-    huge = huge_inputs(parts)
+    # an infinite part would have been the source, unless it is a mask
+    huge = {name: high for name, high in huge_inputs(parts).items() if math.isfinite(high)}
     largest = max(abs(source.low or 0.0), abs(source.high or 0.0))
     if huge and (cause != "loss" or largest > HUGE_INPUT or source is not overflowing):
         name, high = next(iter(huge.items()))
@@ -207,6 +213,13 @@ def _origin_of_operation(
 
 
 def _advice(record: OperationRecord, fault: OperationFault | None) -> str:
+    given = record.given_nonfinite
+    if given is not None:
+        return (
+            f"An argument of shape {given.shape} is nonfinite before {record.name} runs, and is neither part "
+            "of the batch nor a weight or buffer: look at the code that makes it, for a division by a count "
+            "of 0, torch.empty, or a state that is kept from an earlier batch."
+        )
     if fault is None:
         return ""
     if record.is_custom:

@@ -9,7 +9,6 @@ from traceback import walk_tb
 import torch
 from torch import Tensor
 
-from lightning_gradguard.core.forensics.faults_of_gradients import RAISED
 from lightning_gradguard.core.forensics.location import innermost_of_traceback
 from lightning_gradguard.core.forensics.origin import (
     Origin,
@@ -19,6 +18,7 @@ from lightning_gradguard.core.forensics.origin import (
     origin_in_weights,
 )
 from lightning_gradguard.core.forensics.records import FailedOperation
+from lightning_gradguard.core.forensics.rejections import Rejection, rejection
 from lightning_gradguard.core.forensics.trace import is_nonfinite
 from lightning_gradguard.core.incidents import Cause
 
@@ -54,33 +54,6 @@ IGNORED = -100
 _DETAILS = re.compile(
     r" \(Tensor of shape \([^)]*\)\)|\(\w+: torch\.Size.*?\)\)|, but found invalid values.*"
 )
-#: Advice on exceptions without an operation, by their message.
-_BY_MESSAGE = {
-    "more than 1 value per channel": (
-        "The batch has one sample, of which there is no variance: give drop_last=True to the DataLoader, or "
-        "use LayerNorm or GroupNorm."
-    ),
-    r"constraint GreaterThan(Eq)?\(lower_bound=0|constraint Positive": (
-        "A parameter of the distribution has to be positive: use torch.nn.functional.softplus(x) + 1e-3 "
-        "(`x` is the output of the network)."
-    ),
-    "constraint Interval|constraint HalfOpenInterval": (
-        "A parameter of the distribution has to be within its interval: give logits, as in "
-        "torch.distributions.Bernoulli(logits=x), or use x.sigmoid() (`x` is the output of the network)."
-    ),
-    "constraint Simplex": (
-        "Probabilities have to add up to 1: give logits, as in torch.distributions.Categorical(logits=x) "
-        "(`x` is the output of the network)."
-    ),
-    "constraint PositiveDefinite|constraint LowerCholesky": (
-        "The matrix has to be positive definite: add a multiple of the identity, "
-        "x + 1e-3 * torch.eye(len(x)) (`x` is the matrix)."
-    ),
-    "within the support": (
-        "log_prob got a value that the distribution cannot take: check the targets, and keep them inside its "
-        "range, as in y.clamp(1e-6, 1 - 1e-6) for Beta (`y` are the targets)."
-    ),
-}
 
 
 def origin_of_exception(
@@ -106,7 +79,7 @@ def origin_of_exception(
     raised_at = innermost_of_traceback(error.__traceback__, frameworks)
     location = raised_at or (failed.location if failed else None)
     whole = " ".join(f"{type(error).__name__}: {error}".split())
-    message = _DETAILS.sub("", whole)[:200]
+    message = _DETAILS.sub("", whole)[:200].rstrip(".")
     indexed = None if failed is None else _out_of_bounds(failed, parts)
     if indexed is not None:
         return located(indexed, location)
@@ -115,35 +88,46 @@ def origin_of_exception(
             return nonfinite_input(name, part)
     if out_of_range:
         return origin_in_weights(out_of_range)
-    fault = None if failed is None else next((f for f in RAISED if _short(failed) in f.operations), None)
-    if failed is not None and fault is not None:
-        origin = Origin(
-            "forward_pass",
-            "forward",
-            operation=failed.name,
-            detail=message,
-            advice=fault.advice(_short(failed)),
-        )
-        return located(origin, location)
-    advice = next((text for pattern, text in _BY_MESSAGE.items() if re.search(pattern, whole)), "")
-    rows = _invalid_rows(error, parts)
+    known = rejection(error)
+    rows, where = ((), ()) if known is None else _rejected(known, failed, parts)
+    rows = rows or _invalid_rows(error, parts)
     detail = f"The step raised {message}" + (f", in row {', '.join(map(str, rows))}" if rows else "")
-    cause: Cause = "forward_pass" if advice else "unknown"
-    return located(Origin(cause, detail=detail, rows=rows, advice=advice), location)
+    detail += f" of {where[0]}" if where else ""
+    cause: Cause = "unknown" if known is None else known.cause
+    operation = failed.name if failed is not None and known is not None else ""
+    advice = "" if known is None else known.advice
+    origin = Origin(cause, "forward", "", operation, where, detail=detail, rows=rows, advice=advice)
+    return located(origin, location)
+
+
+def _rejected(
+    known: Rejection, failed: FailedOperation | None, parts: Mapping[str, Tensor]
+) -> tuple[tuple[int, ...], tuple[str, ...]]:
+    """Returns the rows of the batch that were rejected, and the part of it that they are in, if it is one."""
+    if known.argument is not None and failed is not None:
+        given = failed.arguments[known.argument].detach()
+        same = [n for n, p in parts.items() if p.shape == given.shape and torch.equal(p.to(given), given)]
+        return _rows_with((given < 0) | (given > 1), parts), tuple(same[:1])
+    integers = {n: p for n, p in parts.items() if p.ndim and not p.is_floating_point() and p.numel()}
+    if known.extreme and len(integers) == 1:
+        ((name, part),) = integers.items()
+        extreme = part.max() if known.extreme == "largest" else part.min()
+        return _rows_with(part == extreme, parts), (name,)
+    return (), ()
 
 
 def _invalid_rows(error: Exception, parts: Mapping[str, Tensor]) -> tuple[int, ...]:
     """Returns the rows of the batch that a check of `torch.distributions` has found to be invalid."""
     frames = [frame for frame, _ in walk_tb(error.__traceback__)]
     valid = frames[-1].f_locals.get("valid") if frames else None
-    lengths = {len(part) for part in parts.values() if part.ndim}
-    if not isinstance(valid, Tensor) or valid.ndim == 0 or len(valid) not in lengths:
+    return _rows_with(~valid, parts) if isinstance(valid, Tensor) else ()
+
+
+def _rows_with(wrong: Tensor, parts: Mapping[str, Tensor]) -> tuple[int, ...]:
+    """Returns the first ten rows with a true value, if they are rows of the batch."""
+    if wrong.ndim == 0 or len(wrong) not in {len(part) for part in parts.values() if part.ndim}:
         return ()
-    return tuple((~valid).reshape(len(valid), -1).any(1).nonzero().flatten()[:10].tolist())
-
-
-def _short(failed: FailedOperation) -> str:
-    return failed.name.rpartition("::")[2]
+    return tuple(wrong.reshape(len(wrong), -1).any(1).nonzero().flatten()[:10].tolist())
 
 
 def _out_of_bounds(failed: FailedOperation, parts: Mapping[str, Tensor]) -> Origin | None:
@@ -161,11 +145,8 @@ def _out_of_bounds(failed: FailedOperation, parts: Mapping[str, Tensor]) -> Orig
     if not bool(wrong.any()):
         return None
     values = ", ".join(map(str, indices[wrong].unique()[:5].tolist()))
-    rows: tuple[int, ...] = ()
     where = _part_with(indices[wrong], parts)
-    lengths = {len(part) for part in parts.values() if part.ndim}
-    if wrong.ndim and len(wrong) in lengths:
-        rows = tuple(wrong.reshape(len(wrong), -1).any(1).nonzero().flatten()[:10].tolist())
+    rows = _rows_with(wrong, parts)
     place = f" in row {', '.join(map(str, rows))}" if rows else ""
     holder = where[0] if where else "An index"
     sentence = f"{holder} holds {values}{place}, which is not within 0 to {bound - 1}"

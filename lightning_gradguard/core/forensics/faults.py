@@ -7,6 +7,7 @@ entries are first.
 
 from __future__ import annotations
 
+from lightning_gradguard.core.forensics.faults_of_functions import FUNCTIONS, MASKS
 from lightning_gradguard.core.forensics.faults_of_gradients import BACKWARD
 from lightning_gradguard.core.forensics.operations import OperationFault as Fault
 
@@ -133,7 +134,7 @@ _DIVISIONS = (
         made="nan",
     ),
     Fault(("div", "true_divide"), "The divisor is 0", "x / y.clamp_min(1e-6)", argument=1, has_zero=True),
-    Fault(("div", "true_divide"), "The divisor is 0", "x / max(y, 1)", numbers=(0.0,)),
+    Fault(("div", "true_divide"), "The divisor is 0", "x / max(y, 1e-6)", numbers=(0.0,)),
     Fault(
         ("div", "true_divide"),
         "Divided by a number far below 1, the result overflows: bound the divisor from below",
@@ -250,6 +251,13 @@ _STATISTICS = (
 
 _LOSSES = (
     Fault(
+        ("nll_loss_forward", "nll_loss2d_forward", "gather", "index"),
+        "The class of the target is masked: its score is -inf, and so is its log-probability. Leave out such "
+        "samples, or mask with a finite number",
+        "F.nll_loss(torch.nan_to_num(x, neginf=-1e4), y)",
+        made="inf",
+    ),
+    Fault(
         ("_ctc_loss", "_cudnn_ctc_loss"),
         "A target is longer than its input (each pair of equal neighbours needs one frame more): leave "
         "out such "
@@ -275,9 +283,14 @@ _LOSSES = (
 
 _LINEAR_ALGEBRA = (
     Fault(
+        ("linalg_inv_ex", "_linalg_solve_ex", "linalg_solve_triangular"),
+        "The matrix is singular: add a multiple of the identity",
+        "torch.linalg.inv(x + 1e-3 * x.new_ones(x.shape[-1]).diag())",
+    ),
+    Fault(
         ("_linalg_slogdet", "_linalg_det"),
         "The matrix is singular: the logarithm of its determinant is -inf",
-        "torch.linalg.slogdet(x + 1e-3 * torch.eye(len(x)))[1]",
+        "torch.linalg.slogdet(x + 1e-3 * x.new_ones(x.shape[-1]).diag())[1]",
     ),
 )
 
@@ -324,11 +337,13 @@ _OVERFLOWS = (
 
 #: Of operations that return nonfinite values.
 FAULTS = (
+    *FUNCTIONS,
     *_LOGARITHMS,
     *_EXPONENTIALS,
     *_DIVISIONS,
     *_POWERS,
     *_TRIGONOMETRY,
+    *MASKS,
     *_STATISTICS,
     *_LOSSES,
     *_LINEAR_ALGEBRA,

@@ -1,4 +1,4 @@
-"""The part of the table for operations whose gradient is nonfinite, and for those that raise."""
+"""The part of the table for operations whose gradient is nonfinite."""
 
 from __future__ import annotations
 
@@ -75,21 +75,7 @@ BACKWARD = (
     Fault(
         ("LinalgQr", "LinalgSolveEx", "LinalgInvEx", "LinalgCholeskyEx"),
         "The matrix is singular, and its gradient needs the inverse: add a multiple of the identity",
-        "torch.linalg.qr(x + 1e-3 * torch.eye(len(x)))[1]",
+        "torch.linalg.qr(x + 1e-3 * x.new_ones(x.shape[-1]).diag())[1]",
         phase="backward",
-    ),
-)
-
-#: Of operations that raise.
-RAISED = (
-    Fault(
-        ("_linalg_check_errors", "linalg_cholesky_ex", "linalg_inv_ex"),
-        "The matrix is singular or not positive definite: add a multiple of the identity",
-        "torch.linalg.cholesky(x @ x.mT + 1e-3 * torch.eye(len(x)))",
-    ),
-    Fault(
-        ("binary_cross_entropy",),
-        "Probabilities beyond 0..1: give scores to binary_cross_entropy_with_logits instead",
-        "F.binary_cross_entropy_with_logits(x, y)",
     ),
 )

@@ -16,6 +16,9 @@ import torch
 
 #: Folders with code that is never the user's: torch, and this one.
 _FRAMEWORKS = (os.path.dirname(torch.__file__), str(Path(__file__).parents[1]))
+#: Files with functions of torch that consist of several operations.
+_DISTRIBUTIONS = os.path.dirname(torch.distributions.__file__)
+_FUNCTIONAL = torch.nn.functional.__file__
 _LIBRARIES = (
     *site.getsitepackages(),
     site.getusersitepackages(),
@@ -33,11 +36,14 @@ class Location:
         file: Its file.
         line: Its number.
         function: The function that it is in.
+        called: The function or distribution of torch that it calls and that is written in Python, such as
+            `gumbel_softmax` or `Categorical`; empty for any other.
     """
 
     file: str
     line: int
     function: str
+    called: str = ""
 
     def __str__(self) -> str:
         inside = "" if self.function == "<module>" else f" in {self.function}"
@@ -61,11 +67,15 @@ def user_location(frameworks: Sequence[str] = ()) -> Location | None:
         The line; `None` if frameworks alone called the operation.
     """
     frame: FrameType | None = sys._getframe(1)
-    in_library = None
+    in_library, called = None, ""
     while frame is not None and frame.f_code.co_name not in _BOUNDARIES:
         file = frame.f_code.co_filename
+        if file.startswith(_DISTRIBUTIONS):
+            called = type(frame.f_locals.get("self")).__name__
+        elif file == _FUNCTIONAL:
+            called = frame.f_code.co_name
         if not file.startswith(("<", *_FRAMEWORKS, *frameworks)):
-            here = Location(file, frame.f_lineno, frame.f_code.co_name)
+            here = Location(file, frame.f_lineno, frame.f_code.co_name, called)
             if not file.startswith(_LIBRARIES):
                 return here
             in_library = in_library or here

@@ -31,6 +31,7 @@ class OperationFault:
         is_empty: That argument has no elements.
         numbers: One of the operation's number arguments is one of these.
         dtypes: Of the result; empty for all.
+        called: Regular expression of the function or distribution that the user's line calls.
         made: What the operation returned, `"nan"` or `"inf"`; empty for both.
         cause: Of the incident, if it is another than that of the place.
     """
@@ -46,6 +47,7 @@ class OperationFault:
     is_empty: bool = False
     numbers: tuple[float, ...] = ()
     dtypes: tuple[str, ...] = ()
+    called: str = ""
     made: str = ""
     cause: Cause | Literal[""] = ""
 
@@ -54,6 +56,8 @@ class OperationFault:
         # code of a user's own backward pass is like any other
         phase = "forward" if record.is_custom else record.phase
         if phase != self.phase or short_name(record) not in self.operations:
+            return False
+        if self.called and not re.fullmatch(self.called, record.called):
             return False
         if self.dtypes and record.dtype not in self.dtypes:
             return False
@@ -85,7 +89,8 @@ class OperationFault:
         for alike in _ALIKE:
             if failed in alike:
                 cure = re.sub(rf"torch\.({'|'.join(alike)})\(", f"torch.{failed}(", cure)
-        names = " (`x` and `y` are its arguments)" if re.search(r"\by\b", cure) else " (`x` is its argument)"
+        used = [name for name in ("x", "y") if re.search(rf"\b{name}\b", cure)]
+        names = ("", " (`x` is its argument)", " (`x` and `y` are its arguments)")[len(used)]
         return f"{self.why}. Use {cure}{names}."
 
 

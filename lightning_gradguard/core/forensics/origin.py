@@ -105,6 +105,24 @@ def nonfinite_input(name: str, part: Tensor) -> Origin:
     return Origin("bad_input", where=(name,), rows=rows, detail=detail)
 
 
+def nonfinite_buffer(name: str, buffer: Tensor) -> Origin:
+    """Returns the origin of a nonfinite value that is in a buffer, which no optimizer changes.
+
+    Example:
+        >>> nonfinite_buffer("pos_weight", torch.tensor([3.0, float("inf")])).cause
+        'forward_pass'
+    """
+    n = int((~buffer.detach().isfinite()).sum())
+    return Origin(
+        "forward_pass",
+        where=(name,),
+        detail=f"{n} of {buffer.numel()} elements of {name} are nonfinite, a buffer, which no optimizer "
+        "changes.",
+        advice=f"Look at the code that computes {name}, for a division by a count of 0 (x / y.clamp_min(1)), "
+        "or for data that are not finite.",
+    )
+
+
 class OutOfRange(NamedTuple):
     """Elements of a tensor that are out of range.
 

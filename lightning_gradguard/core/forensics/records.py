@@ -27,6 +27,7 @@ class Argument:
         shape: Its shape.
         record: The operation that made it, if it is recorded.
         leaf: Name of the parameter, buffer or part of the batch that it is a view of.
+        is_mask: True if it is a mask that is added to scores: infinite in some places, 0 in all others.
     """
 
     is_floating: bool
@@ -38,6 +39,7 @@ class Argument:
     shape: tuple[int, ...]
     record: OperationRecord | None
     leaf: str | None
+    is_mask: bool = False
 
     @property
     def largest(self) -> float:
@@ -80,6 +82,11 @@ class OperationRecord:
         return f"{self.name} in {self.node}" if self.node else self.name
 
     @property
+    def called(self) -> str:
+        """The function or distribution of torch that the user's line calls; empty for an operation."""
+        return "" if self.location is None else self.location.called
+
+    @property
     def phase(self) -> Literal["forward", "backward"]:
         """The pass in which it ran."""
         return "backward" if self.node else "forward"
@@ -93,6 +100,12 @@ class OperationRecord:
     def high(self) -> float | None:
         """Largest finite argument."""
         return max((a.high for a in self.arguments if a.is_floating and a.high is not None), default=None)
+
+    @property
+    def given_nonfinite(self) -> Argument | None:
+        """A nonfinite argument that nothing in this step has made."""
+        found = (a for a in self.arguments if a.is_nonfinite and not (a.record or a.leaf or a.is_mask))
+        return next(found, None)
 
     @property
     def growth(self) -> float:
@@ -117,7 +130,9 @@ def first_nonfinite(record: OperationRecord) -> OperationRecord | str:
         nan = [a for a in nonfinite if a.has_nan]
         if record.made == "nan" and not nan:
             # NaN was made here, perhaps of an infinity that was not intended
-            nonfinite = [a for a in nonfinite if a.leaf or (a.record and not a.record.is_intended)]
+            nonfinite = [
+                a for a in nonfinite if (a.record and not a.record.is_intended) or (a.leaf and not a.is_mask)
+            ]
         first = next(iter(nan or nonfinite), None)
         if first is None:
             return record

@@ -17,10 +17,17 @@ from lightning_gradguard.core.forensics.location import Location, user_location
 from lightning_gradguard.core.forensics.records import LARGE, Argument, FailedOperation, OperationRecord
 
 _UNINITIALIZED = ("aten::empty", "aten::new_empty", "aten::resize", "aten::set_")
+#: Operations that add a mask to scores.
+_ADDS = ("add", "sub", "addmm", "baddbmm", "_scaled_dot_product_flash_attention_for_cpu")
 #: Operations through which the infinities of a mask remain a mask.
 _MOVES = (
     "add",
     "sub",
+    "mul",
+    "div",
+    "addmm",
+    "baddbmm",
+    "_log_softmax",
     "where",
     "cat",
     "stack",
@@ -104,7 +111,7 @@ class OperationTrace(TorchDispatchMode):
         overwrites = function._schema.is_mutable or "batch_norm" in name
         # the target of a copy is not read: it may be uninitialized memory
         read = inputs[1:] if name == "aten::copy_" else inputs
-        before = self._inspect(read) if overwrites else None
+        before = self._inspect(read, name) if overwrites else None
         try:
             result = function(*args, **(kwargs or {}))
         except Exception:
@@ -122,17 +129,19 @@ class OperationTrace(TorchDispatchMode):
         if notable:
             if node is not None:
                 location = user_location(self._frameworks) or self._made_at.get(node._sequence_nr())
-            arguments = self._inspect(inputs) if before is None else before
+            arguments = self._inspect(inputs, name) if before is None else before
+            made_of = _describe_nonfinite(notable[0])
             record = OperationRecord(
                 name=name,
                 node="" if node is None else node.name(),
                 module=self._inside[-1] if node is None else self._module_of(node._sequence_nr()),
                 dtype=str(notable[0].dtype).removeprefix("torch."),
-                made=_describe_nonfinite(notable[0]),
+                made=made_of,
                 largest=max(map(_largest_finite, notable)),
                 entered=self._entered,
                 segment=len(self._entered_before),
                 is_intended=node is None
+                and made_of != "nan"
                 and (not inputs or _has_nonfinite_number(args, kwargs) or _passes_on(name, arguments)),
                 arguments=arguments,
                 location=location,
@@ -171,24 +180,27 @@ class OperationTrace(TorchDispatchMode):
         is_last = record.entered == [*self._entered_before, self._entered][record.segment]
         return is_last and (not record.module or record.module in self._return_numbers)
 
-    def _inspect(self, inputs: Sequence[Tensor]) -> list[Argument]:
-        return [self._argument(t.detach()) for t in inputs]
+    def _inspect(self, inputs: Sequence[Tensor], name: str) -> list[Argument]:
+        return [self._argument(t.detach(), _takes_mask(name, n)) for n, t in enumerate(inputs)]
 
-    def _argument(self, tensor: Tensor) -> Argument:
+    def _argument(self, tensor: Tensor, may_be_mask: bool) -> Argument:
         is_floating = tensor.is_floating_point() or tensor.is_complex()
         values = _values(tensor) if is_floating else _stored(tensor).double()
         finite = values[values.isfinite()]
         record, nonfinite = self.record_of(tensor), finite.numel() < values.numel()
+        has_nan = nonfinite and bool(values.isnan().any())
+        is_zero = bool(finite.numel()) and not bool(finite.any())
         return Argument(
             is_floating=is_floating,
             low=float(finite.min()) if finite.numel() else None,
             high=float(finite.max()) if finite.numel() else None,
             smallest=float(finite.abs().min()) if finite.numel() else None,
-            has_nan=nonfinite and bool(values.isnan().any()),
+            has_nan=has_nan,
             is_nonfinite=nonfinite,
             shape=tuple(tensor.shape),
             record=record,
             leaf=None if record else self._leaf_of(tensor, nonfinite),
+            is_mask=may_be_mask and nonfinite and is_zero and not has_nan,
         )
 
     def _leaf_of(self, tensor: Tensor, nonfinite: bool) -> str | None:
@@ -261,9 +273,19 @@ def _has_nonfinite_number(*arguments: Any) -> bool:
 
 def _passes_on(name: str, arguments: Sequence[Argument]) -> bool:
     """Checks that an operation only moves the intended infinities of a mask."""
-    masks = [a for a in arguments if a.is_nonfinite and not a.has_nan]
-    intended = all(a.record is not None and a.record.is_intended for a in masks)
-    return bool(masks) and intended and name.rpartition("::")[2].rstrip("_") in _MOVES
+    masks = [(n, a) for n, a in enumerate(arguments) if a.is_nonfinite and not a.has_nan]
+    intended = all(a.is_mask or (a.record is not None and a.record.is_intended) for _, a in masks)
+    added = all(n == 0 for n, _ in masks) or "mm" not in name  # factors of a matrix product are no masks
+    return bool(masks) and intended and added and _short(name) in _MOVES
+
+
+def _takes_mask(name: str, position: int) -> bool:
+    """Checks that an operation adds this argument to others."""
+    return _short(name) in _ADDS and (position == 0 or "mm" not in name)
+
+
+def _short(name: str) -> str:
+    return name.rpartition("::")[2].rstrip("_")
 
 
 def _rows(tensor: Tensor) -> tuple[int, ...]:

@@ -11,10 +11,12 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
+from lightning_gradguard.core.forensics import rejection
+
 #: Errors with which checks of values end, in torch (`torch.distributions`, indices, linear algebra) and in
 #: the user's code.
 _CHECKS = (ValueError, AssertionError, IndexError, ArithmeticError)
-_MESSAGES = re.compile("out of bounds|out of range|between 0 and 1|linalg|nonfinite|non-finite")
+_MESSAGES = re.compile("out of bounds|out of range|linalg|nonfinite|non-finite")
 
 
 def is_check_of_values(error: BaseException) -> bool:
@@ -25,7 +27,7 @@ def is_check_of_values(error: BaseException) -> bool:
         (True, False)
     """
     is_runtime = isinstance(error, RuntimeError) and _MESSAGES.search(str(error)) is not None
-    return isinstance(error, _CHECKS) or is_runtime
+    return isinstance(error, _CHECKS) or is_runtime or rejection(error) is not None
 
 
 def was_raised_in_step(error: BaseException) -> bool:

@@ -147,6 +147,12 @@ class Attention(nn.Module):
         return scores.softmax(-1) @ v
 
 
+#: The first position of the second sample is padding, and the only one that its first query may see.
+CAUSAL = torch.full((5, 5), -INF).triu(1)
+PADDING = torch.zeros(2, 5)
+PADDING[1, 0] = -INF
+
+
 def test_fully_masked_attention_row_names_softmax() -> None:
     torch.manual_seed(0)
     net = nn.ModuleDict({"attention": Attention(), "head": nn.Linear(4, 1)})
@@ -154,6 +160,34 @@ def test_fully_masked_attention_row_names_softmax() -> None:
     mask[1, 3] = False
     origin = examine(net, lambda: net["head"](net["attention"](x, mask)).mean(), (x, mask))
     assert summary(origin) == ("forward_pass", "forward", "attention", "aten::_softmax")
+
+
+@pytest.mark.parametrize("kind", ["fill", "buffer", "batch", "attribute", "attention"])
+def test_a_row_that_is_masked_twice_is_told_as_that(kind: str) -> None:
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.project, self.attention = nn.Linear(4, 12), nn.MultiheadAttention(4, 2, batch_first=True)
+            self.register_buffer("mask", CAUSAL)
+            self.constant = CAUSAL
+
+        def forward(self, x: Tensor) -> Any:
+            if kind == "attention":
+                return self.attention(x, x, x, PADDING == -INF, attn_mask=CAUSAL < 0)[0]
+            q, k, v = self.project(x).chunk(3, dim=-1)
+            scores = q @ k.transpose(-1, -2) + PADDING[:, None]
+            if kind == "fill":
+                scores = scores.masked_fill(CAUSAL < 0, -INF)
+            else:
+                added = {"buffer": self.get_buffer("mask"), "attribute": self.constant}
+                scores = scores + added.get(kind, bias)
+            return (scores / 2).softmax(-1) @ v
+
+    torch.manual_seed(0)
+    net, x, bias = Masked(), torch.randn(2, 5, 4), CAUSAL.clone()
+    origin = examine(net, lambda: net(x).mean(), (x, bias))
+    assert origin.operation == "aten::_softmax"
+    assert "all positions" in origin.advice
 
 
 @pytest.mark.parametrize("kind", ["fill", "buffer", "batch"])
@@ -238,8 +272,18 @@ def test_nonfinite_running_statistic_is_named_if_it_is_used() -> None:
     assert examine(net, lambda: net(x).mean(), (x,)).cause == "transient"  # training mode does not read it
     net[1].eval()
     origin = examine(net, lambda: net(x).mean(), (x,))
-    assert (origin.cause, origin.where) == ("corrupted_weights", ("1.running_var",))
+    assert (origin.cause, origin.where) == ("forward_pass", ("1.running_var",))
+    assert "code that computes 1.running_var" in origin.advice
     assert not net[1].training
+
+
+def test_a_tensor_from_before_the_step_is_not_blamed_on_the_operation() -> None:
+    net, x = network(), inputs()
+    pos_weight = torch.tensor([1.0, 2.0, INF])
+    loss = F.binary_cross_entropy_with_logits
+    origin = examine(net, lambda: loss(net(x), torch.zeros(6, 3), pos_weight=pos_weight), (x,))
+    assert origin.cause == "loss"
+    assert "shape (3,) is nonfinite before" in origin.advice
 
 
 def test_one_element_out_of_range_is_corruption() -> None:

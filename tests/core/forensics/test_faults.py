@@ -72,6 +72,19 @@ def square(h: Tensor) -> Tensor:
     return zero(h)[:COLUMNS]
 
 
+def scores(h: Tensor) -> Tensor:
+    """Log-probabilities of which the last one in the first row is masked."""
+    hidden = torch.zeros_like(h, dtype=torch.bool)
+    hidden[0, -1] = True
+    return h.masked_fill(hidden, -INF).log_softmax(-1)
+
+
+def attention(mask: Tensor, h: Tensor) -> Tensor:
+    torch.manual_seed(0)
+    attended: Tensor = nn.MultiheadAttention(COLUMNS, 1, batch_first=True)(*[h[:, None]] * 3, mask)[0]
+    return attended
+
+
 #: Name, the operation that fails, its argument, the other one, and a word of the cause.
 CASES: list[tuple[str, Program, Program, Callable[[Tensor], Any] | None, str]] = [
     ("log of 0", torch.log, zero, None, "logarithm of 0"),
@@ -173,6 +186,45 @@ CASES: list[tuple[str, Program, Program, Callable[[Tensor], Any] | None, str]] =
     ("lgamma", torch.lgamma, zero, None, "poles"),
     ("digamma", torch.digamma, zero, None, "poles"),
     ("tan", lambda x: x.tan() ** 6, lambda h: first(h, math.pi / 2), None, "poles"),
+    ("entropy of masked scores", lambda x, y: x * y, scores, lambda h: scores(h).exp(), "0 times"),
+    ("ratio of masked scores", lambda x, y: (x - y).exp(), scores, lambda h: scores(h) * 1, "inf - inf"),
+    (
+        "target that is masked",
+        lambda x, y: F.nll_loss(x, y),
+        scores,
+        lambda h: torch.full((ROWS,), COLUMNS - 1),
+        "masked",
+    ),
+    (
+        "gather of a target that is masked",
+        lambda x, y: -x.gather(1, y[:, None]),
+        scores,
+        lambda h: torch.full((ROWS,), COLUMNS - 1),
+        "masked",
+    ),
+    (
+        "attention of padding alone",
+        attention,
+        lambda h: (h[:, :1] * 0 + 1).bool(),
+        lambda h: h,
+        "all padding",
+    ),
+    ("temperature of 0", lambda x, y: F.gumbel_softmax(x, tau=y), lambda h: h, lambda h: 0.0, "tau is 0"),
+    ("unit vector of 0 in half", lambda x: F.normalize(x.half()), zero, None, "normalize"),
+    (
+        "probabilities of 0",
+        lambda x: torch.distributions.Categorical(probs=x, validate_args=False).entropy(),
+        zero,
+        None,
+        "throughout a row",
+    ),
+    (
+        "scale of a normal distribution",
+        lambda x, y: torch.distributions.Normal(x, y, validate_args=False).log_prob(torch.zeros(())),
+        lambda h: h,
+        lambda h: first(h, 1e-30),
+        "bound it",
+    ),
     ("mean of nothing", lambda x: x.mean(), none, None, "empty"),
     ("median of nothing", lambda x: x.median(), none, None, "empty"),
     ("std of nothing", lambda x: x.std(), none, None, "empty"),
@@ -197,6 +249,7 @@ CASES: list[tuple[str, Program, Program, Callable[[Tensor], Any] | None, str]] =
         lambda h: torch.full_like(h, INF),
         "0..1",
     ),
+    ("inverse", lambda x: torch.linalg.inv_ex(x)[0], square, None, "singular"),
     ("slogdet", lambda x: torch.linalg.slogdet(x)[1], square, None, "singular"),
     ("matmul in half", lambda x, y: x.half() @ y.half(), lambda h: h * 300, lambda h: h.T * 300, "float16"),
     (
@@ -306,9 +359,15 @@ def test_a_fault_is_told_and_its_cure_trains(
     assert record.location.file == __file__
 
     def cured(h: Tensor) -> Tensor:
-        names = {"torch": torch, "F": F, "x": x(h), "y": None if y is None else y(h)}
-        result: Tensor = eval(fault.cure, names)
-        return result
+        given, other = x(h), None if y is None else y(h)
+        names = {"torch": torch, "F": F, "x": given, "key_padding_mask": given, "y": other}
+        result: Any = eval(fault.cure, names)
+        if isinstance(result, torch.distributions.Distribution):
+            result = result.log_prob(torch.zeros(()))
+        elif result.dtype == torch.bool:
+            result = f(result, other)
+        loss: Tensor = result
+        return loss
 
     trains(cured)
 

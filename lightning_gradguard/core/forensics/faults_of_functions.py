@@ -1,0 +1,69 @@
+"""The part of the table for masks, and for functions of torch that consist of several operations."""
+
+from __future__ import annotations
+
+from lightning_gradguard.core.forensics.operations import OperationFault as Fault
+
+#: Of functions that consist of several operations; their cures replace the function.
+FUNCTIONS = (
+    Fault(
+        ("_softmax",),
+        "key_padding_mask, or attn_mask, hides all positions from a query: the softmax of its row is 0/0. "
+        "Leave out samples that are all padding, or do not mask them",
+        "key_padding_mask & ~key_padding_mask.all(-1, keepdim=True)",
+        called="multi_head_attention_forward",
+        made="nan",
+    ),
+    Fault(
+        ("div",),
+        "The temperature tau is 0",
+        "F.gumbel_softmax(x, tau=max(y, 0.1))",
+        called="gumbel_softmax",
+        numbers=(0.0,),
+    ),
+    Fault(
+        ("div",),
+        "A vector is 0, and the eps of normalize is 0 in float16",
+        "F.normalize(x.float(), dim=-1)",
+        called="normalize",
+        argument=1,
+        has_zero=True,
+        dtypes=("float16",),
+    ),
+    Fault(
+        ("div",),
+        "Probabilities are 0 throughout a row",
+        "torch.distributions.Categorical(probs=x + 1e-6)",
+        called="Categorical|OneHotCategorical|Multinomial|RelaxedOneHotCategorical",
+        made="nan",
+    ),
+    Fault(
+        ("div", "pow", "mul", "reciprocal"),
+        "The scale of the distribution is so small that its square or inverse leaves the range of the dtype: "
+        "bound it",
+        "torch.distributions.Normal(x, y.clamp_min(1e-3))",
+        called="Normal|LogNormal|Laplace|Cauchy|HalfNormal|StudentT|Gumbel|MultivariateNormal",
+        argument=None,
+        has_zero=True,
+    ),
+)
+
+#: Of the -inf of a mask that meets another value than a finite score.
+MASKS = (
+    Fault(
+        ("mul",),
+        "0 times the -inf of a mask is NaN: mask with a finite number, as in masked_fill(mask, -1e9)",
+        "torch.nan_to_num(x, neginf=-1e9) * torch.nan_to_num(y, neginf=-1e9)",
+        argument=None,
+        has_zero=True,
+        made="nan",
+    ),
+    Fault(
+        ("sub", "add"),
+        "The -inf of a mask is subtracted from another (inf - inf): mask with a finite number, as in "
+        "masked_fill(mask, -1e9)",
+        "torch.nan_to_num(x, neginf=-1e9) - torch.nan_to_num(y, neginf=-1e9)",
+        argument=None,
+        made="nan",
+    ),
+)

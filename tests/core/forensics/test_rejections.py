@@ -1,0 +1,155 @@
+"""Each entry of the table: a step that raises for this reason is told so, and trains with the cure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch import distributions as d
+from torch.nn import functional as F
+
+from lightning_gradguard.core.forensics.rejections import REJECTIONS, rejection
+from tests.core.forensics.cases import examine
+
+ROWS, BAD = 6, 2
+Program = Callable[[Tensor, Tensor], Any]
+
+
+def network() -> nn.Linear:
+    torch.manual_seed(0)
+    return nn.Linear(3, 4)
+
+
+def matrix(h: Tensor) -> Tensor:
+    """One matrix a row, symmetric and positive; in the bad row, singular."""
+    m = h.sigmoid().reshape(ROWS, 2, 2)
+    m = m @ m.mT + 0.1 * torch.eye(2)
+    return m * (torch.arange(ROWS) != BAD)[:, None, None]
+
+
+def positive(h: Tensor) -> Tensor:
+    return h.sigmoid() + 0.1 - 9 * (torch.arange(ROWS) == BAD)[:, None]
+
+
+def alike(n: int, bad: int) -> Tensor:
+    """Whole numbers of which one is rejected."""
+    values = torch.full((ROWS,), n)
+    values[BAD] = bad
+    return values
+
+
+def targets(bad: float) -> Tensor:
+    values = torch.full((ROWS, 4), 0.5)
+    values[BAD] = bad
+    return values
+
+
+def one_hot(h: Tensor, y: Tensor) -> Tensor:
+    return F.binary_cross_entropy_with_logits(h, F.one_hot(y, 4).float())
+
+
+def normed(h: Tensor, y: Tensor) -> Tensor:
+    return F.batch_norm(h[:1], None, None, training=True)
+
+
+def ctc(h: Tensor, lengths: Tensor) -> Tensor:
+    scores = h.reshape(2, ROWS, 2).log_softmax(-1)
+    return F.ctc_loss(scores, torch.ones(ROWS, 1, dtype=torch.long), lengths, torch.ones_like(lengths))
+
+
+def packed(h: Tensor, lengths: Tensor) -> Tensor:
+    sequences = h.reshape(ROWS, 4, 1)
+    return nn.utils.rnn.pack_padded_sequence(sequences, lengths, True, enforce_sorted=False).data
+
+
+def sampled(w: Tensor, y: Tensor) -> Tensor:
+    return w.gather(1, torch.multinomial(w, 1))
+
+
+#: A word of the cause, the argument `x` that is rejected, what is called with it, the data `y`, and the kind
+#: of cure: of `x`, of `y`, of the call, or none.
+CASES: list[tuple[str, Callable[[Tensor], Tensor], Program, Tensor, str]] = [
+    ("one sample", lambda h: h, normed, torch.zeros(ROWS), ""),
+    ("positive", positive, lambda x, y: d.Normal(0.0, x, validate_args=True).log_prob(y), targets(0.5), "x"),
+    ("variance", positive, lambda x, y: F.gaussian_nll_loss(x, y, x), targets(0.5), "x"),
+    ("interval", positive, lambda x, y: d.Bernoulli(x, validate_args=True).entropy(), targets(0.5), "x"),
+    (
+        "add up to 1",
+        lambda h: h.sigmoid() - 2 * F.one_hot(torch.tensor(0), 4) * (torch.arange(ROWS) == BAD)[:, None],
+        lambda x, y: d.Categorical(x, validate_args=True).entropy(),
+        targets(0.5),
+        "call",
+    ),
+    (
+        "triangular",
+        matrix,
+        lambda x, y: d.MultivariateNormal(torch.zeros(2), scale_tril=x, validate_args=True).log_prob(y),
+        torch.ones(ROWS, 2),
+        "x",
+    ),
+    (
+        "positive definite",
+        matrix,
+        lambda x, y: d.MultivariateNormal(torch.zeros(2), x, validate_args=True).log_prob(y),
+        torch.ones(ROWS, 2),
+        "x",
+    ),
+    ("positive definite", matrix, lambda x, y: torch.linalg.cholesky(x), targets(0.5), "x"),
+    (
+        "cannot take",
+        lambda h: h.sigmoid() + 1,
+        lambda x, y: d.Beta(x, x, validate_args=True).log_prob(y),
+        targets(1.5),
+        "y",
+    ),
+    ("Targets are beyond", torch.sigmoid, lambda x, y: F.binary_cross_entropy(x, y), targets(255), "y"),
+    ("Probabilities are beyond", positive, lambda x, y: F.binary_cross_entropy(x, y), targets(1), "call"),
+    ("sampled", lambda h: positive(h).clamp_min(0), sampled, targets(1), "x first"),
+    ("CTC", lambda h: h, ctc, alike(2, 9), ""),
+    ("one_hot", lambda h: h, one_hot, alike(2, 9), ""),
+    ("one_hot", lambda h: h, one_hot, alike(2, -9), ""),
+    ("empty", lambda h: h, packed, alike(2, 0), ""),
+]
+
+
+@pytest.mark.parametrize(
+    ("word", "x", "f", "y", "cures"), CASES, ids=[f"{n} {c[0]}" for n, c in enumerate(CASES)]
+)
+def test_a_rejected_value_is_told_and_its_cure_trains(
+    word: str, x: Callable[[Tensor], Tensor], f: Program, y: Tensor, cures: str
+) -> None:
+    net, data = network(), torch.randn(ROWS, 3, generator=torch.Generator().manual_seed(1))
+
+    def loss(program: Program) -> Tensor:
+        mean: Tensor = program(x(net(data)), y).float().mean()
+        return mean
+
+    origin = examine(net, lambda: loss(f), (data, y))
+    assert word in origin.advice
+    assert origin.detail.startswith("The step raised ")
+    assert __file__.endswith(origin.location.partition(":")[0])
+    if origin.cause == "bad_input":
+        assert origin.rows in ((BAD,), ())
+    code = origin.advice.partition(" Use ")[2].partition(" (`")[0].rstrip(".")
+
+    def cured(given: Tensor, other: Tensor) -> Any:
+        value = eval(code, {"torch": torch, "x": given, "y": other})
+        if cures == "call":
+            return value.entropy() if isinstance(value, d.Distribution) else value
+        return f(value, other) if cures == "x" else f(given, value)
+
+    if cures in ("x", "y", "call"):
+        gradients = torch.autograd.grad(loss(cured), list(net.parameters()))
+        assert all(bool(g.isfinite().all()) for g in gradients)
+
+
+def test_every_entry_has_a_case() -> None:
+    raised = [rejection(RuntimeError("linalg.svd: (Batch element 0): The algorithm failed to converge"))]
+    for _, x, f, y, _ in CASES:
+        with pytest.raises(Exception) as error:  # noqa: PT011
+            f(x(network()(torch.ones(ROWS, 3))), y)
+        raised.append(rejection(error.value))
+    assert [known.why for known in REJECTIONS if known not in raised] == []
