@@ -125,7 +125,7 @@ class LearningRateBackoff(StepCallback):
             return
         if self._backoff.on_rollback(int(incident.value), may_search=incident.cause != "bad_input"):
             self._found_rate = None
-            facts = {"batch_idx": incident.batch_idx, "value": self._backoff.scale, "action": "backed_off"}
+            facts = {"batch_idx": incident.batch_idx, "value": self._backoff.level, "action": "backed_off"}
             if incident.cause in AT_ANY_RATE:
                 facts["advice"] = ""  # the rate is not at fault
             publish(trainer, pl_module, incident_now(trainer, "learning_rate_backoff", **facts))

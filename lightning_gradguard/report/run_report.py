@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 
-from lightning_gradguard.report.analysis.run_log import GradientLog, Series
+from lightning_gradguard.report.analysis.incident_symptoms import found_rate
+from lightning_gradguard.report.analysis.run_log import GradientLog, RunLog, Series
 from lightning_gradguard.report.analysis.verdict import RunVerdict, analyze_run, worst_layers
 from lightning_gradguard.report.readers.runs import Run
 from lightning_gradguard.report.timeline import TimelineEntry, timeline
@@ -46,7 +47,8 @@ class Interventions:
 class RunReport:
     """The report on one run, as `schema.json` describes it.
 
-    `next_steps` are the remedies of all symptoms, the worst first, each once.
+    `next_steps` are the remedies of all symptoms, the worst first, each once; before them a learning rate that
+    the run has found to train.
     """
 
     run: Run
@@ -77,7 +79,7 @@ def report_on(run: Run) -> RunReport:
         incidents=Counter(incident.kind for incident in log.incidents),
         layers=[_layer_summary(name, g) for g in log.gradients for name in worst_layers(g, verdict)],
         interventions=_interventions(run),
-        next_steps=_next_steps(verdict),
+        next_steps=_next_steps(log, verdict),
         notes=[*run.notes, *_missing(run, verdict)],
     )
 
@@ -128,9 +130,12 @@ def _last_count(series: Series) -> int | None:
     return int(counts[-1][1]) if counts else None
 
 
-def _next_steps(verdict: RunVerdict) -> list[str]:
-    """Returns the remedies of all symptoms; of those that begin alike, the first."""
-    remedies = (remedy for symptom in verdict.symptoms for remedy in symptom.remedies)
+def _next_steps(log: RunLog, verdict: RunVerdict) -> list[str]:
+    """Returns the remedies of all symptoms, a measured rate first; of those that begin alike, the first."""
+    symptoms = verdict.symptoms
+    if found_rate(log) is not None:
+        symptoms = tuple(sorted(symptoms, key=lambda symptom: symptom.kind != "falling_learning_rate"))
+    remedies = (remedy for symptom in symptoms for remedy in symptom.remedies)
     by_start: dict[str, str] = {}
     for remedy in remedies:
         by_start.setdefault(re.split(r"[:,;(]", remedy)[0], remedy)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import lr_scheduler as schedulers
 
-from lightning_gradguard import LearningRateBackoff, NaNRollback
+from lightning_gradguard import Incident, LearningRateBackoff, NaNRollback
 from lightning_gradguard.core.backoff import ScaledLearningRate, pending_rate_scale
 from tests.tasks import OPTIMIZERS, Batch, Classifier, RateSpy, batches, fit, poisoned
 
@@ -138,12 +138,18 @@ def test_backoff_follows_rollbacks_but_not_skips() -> None:
     module = Classifier()
     used: list[float] = []
 
+    said: list[Incident] = []
+
     class Spy(pl.Callback):
         def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
             (optimizer,) = trainer.optimizers
             optimizer.register_step_pre_hook(lambda *_: used.append(optimizer.param_groups[0]["lr"]))
 
+        def on_training_incident(self, trainer: pl.Trainer, pl_module: Any, incident: Incident) -> None:
+            said.append(incident)
+
     trainer = fit(module, storm, [backoff, NaNRollback(), Spy()])
+    assert [i.value for i in said if i.kind == "learning_rate_backoff"] == [0.25]  # not where it re-warms
     assert used[:23] == [0.05] * 23
     assert used[23] == pytest.approx(0.05 * 0.25 * 0.1)
     assert used[-1] == pytest.approx(0.05 * 0.25)

@@ -44,7 +44,8 @@ BY_KIND = {
     ),
     "constant_clipping": (
         "Clipping, not the learning rate, sets the length of most steps: lower the learning rate, or raise "
-        "the bound if the policy has an absolute one (max_norm)."
+        "the bound if the policy has an absolute one (max_norm), and find out why norms are large "
+        "(initialization, a sum where the loss needs a mean)."
     ),
     "gradient_collapse": (
         "Most of the network no longer gets gradients, as when all units of a layer are dead: lower the "
@@ -265,12 +266,12 @@ BY_CAUSE = {
 STEPS = {
     "exploding_gradient": (
         "[clipping|Clip gradients: AdaptiveGradientClipping(), or gradient_clip_val=1.0 of the Trainer.]",
+        "Lower the learning rate, or warm it up for longer.",
         "Fit the initialization: Xavier before tanh, He before ReLU"
         "[feed_forward|, orthogonal for recurrent weights]"
         "[check|; InitializationCheck() measures it before step 1].",
-        "[feed_forward|In a recurrent network use gated cells (LSTM or GRU), and truncated BPTT.]",
-        "Lower the learning rate, or warm it up for longer.",
         "Bound the weights: weight_decay, or a max-norm constraint.",
+        "[feed_forward|In a recurrent network use gated cells (LSTM or GRU), and truncated BPTT.]",
     ),
     "vanishing_gradient": (
         "Use activations that do not saturate (ReLU, GELU) with He initialization "
@@ -298,14 +299,9 @@ STEPS = {
     ),
     "stuck_loss": (
         "Raise the learning rate.",
-        "Check that labels match their inputs: can the network learn one batch by heart?",
         "Change saturating activations for ReLU or GELU[check|, and check the initialization "
         "(InitializationCheck)].",
-    ),
-    "constant_clipping": (
-        "The clipped norm has become the learning rate: raise the threshold (max_norm, z_threshold), or "
-        "lower the learning rate by what clipping takes away.",
-        "Find out why norms are large: initialization, a sum where the loss needs a mean.",
+        "Check that labels match their inputs: can the network learn one batch by heart?",
     ),
     "falling_learning_rate": (
         "Give the optimizer a lower learning rate or a longer warm-up; the scale shows by how much.",

@@ -39,6 +39,12 @@ def incident_symptoms(log: RunLog, outcome: Outcome, known: set[str]) -> Iterato
     yield from _recorded(log, outcome, known)
 
 
+def found_rate(log: RunLog) -> float | None:
+    """Returns the learning rate that a run has found to train; `None` if there is none, or it failed later."""
+    changes = [i for i in log.incidents if i.kind in ("learning_rate_backoff", "learning_rate_found")]
+    return changes[-1].value if changes and changes[-1].kind == "learning_rate_found" else None
+
+
 def _falling_learning_rate(log: RunLog, outcome: Outcome) -> RunSymptom | None:
     """Returns learning-rate cuts that were not recovered."""
     points = log.backoff_scale.finite()
@@ -52,15 +58,15 @@ def _falling_learning_rate(log: RunLog, outcome: Outcome) -> RunSymptom | None:
     else:
         lows = [step for i, (step, scale) in enumerate(points) if scale < min(scales[:i], default=0.0)]
         cuts, level = lows, scales[-1]
-    found = [i.value for i in log.incidents if i.kind == "learning_rate_found" and i.value]
-    if len(cuts) < 2 or (max([level, *scales[-1:]]) > BACKED_OFF and not found):
+    rate = found_rate(log)
+    if len(cuts) < 2 or (max([level, *scales[-1:]]) > BACKED_OFF and rate is None):
         return None
     evidence = f"lowered {len(cuts)} times since step {cuts[0]}, to {level:.2g} of the configured rate"
     severity: SymptomSeverity = "minor" if outcome.has_learned else "serious"
-    if not found:
+    if rate is None:
         return RunSymptom("falling_learning_rate", severity, cuts[0], evidence, level)
-    evidence += f"; the run trained at lr={found[-1]:.3g}"
-    next_steps = (f"Train with lr={found[-1]:.3g}.", *remedies("falling_learning_rate"))
+    evidence += f"; the run trained at lr={rate:.3g}"
+    next_steps = (f"Train with lr={rate:.3g}, which the run has found to train.",)
     return RunSymptom("falling_learning_rate", severity, cuts[0], evidence, level, remedies=next_steps)
 
 
@@ -141,10 +147,16 @@ def _symptom(
         evidence += f": {'; '.join([*details][:MAX_DETAILS])}{more}" if details else ""
     value = math.nan if example.value is None else example.value
     # an examination knows more than the cause
-    own = tuple(dict.fromkeys(i.advice for i in members if i.advice))[:MAX_DETAILS]
-    found = tuple(dict.fromkeys(i.advice for i in members if i.advice and i.cause))[:MAX_DETAILS]
+    own = tuple(dict.fromkeys(_remedy_of(i) for i in members if i.advice))[:MAX_DETAILS]
+    found = tuple(dict.fromkeys(_remedy_of(i) for i in members if i.advice and i.cause))[:MAX_DETAILS]
     if kind in _INITIALIZATION:  # what a trial on the batch has shown to help
         found = own
     advice = advice_for_cause(main, example.where, present)
     next_steps = found or ((advice,) if advice else remedies(kind, example.where, present) or own)
     return RunSymptom(kind, severity, first, evidence, value, example.where, next_steps, main)
+
+
+def _remedy_of(incident: RecordedIncident) -> str:
+    """Returns the advice without the measurement that it begins with, if the detail has it."""
+    measured, _, remedy = incident.advice.partition(". ")
+    return remedy if remedy and measured.lower() in incident.detail.lower() else incident.advice

@@ -327,6 +327,28 @@ def test_one_cut_is_no_falling_learning_rate() -> None:
     assert kinds(one) == {}
 
 
+def test_a_rate_that_failed_after_it_was_found_is_not_advised() -> None:
+    cuts = [RecordedIncident("learning_rate_backoff", 24 + i, value=0.5 ** (i + 1)) for i in range(4)]
+    found = RecordedIncident("learning_rate_found", 40, value=0.01)
+    told = [RunLog(series([2.0] * 60), incidents=[*cuts, *more]) for more in ([found], [found, cuts[-1]])]
+    advice = [analyze_run(log).symptoms[0].remedies[0] for log in told]
+    assert advice[0] == "Train with lr=0.01, which the run has found to train."
+    assert "lr=" not in advice[1]
+
+
+def test_a_measurement_is_quoted_once() -> None:
+    measured = "An update of 0.14 of the norm of the weights (usual: below 0.1)"
+    found = RecordedIncident(
+        "exploding_gradient",
+        5,
+        cause="update_too_large",
+        detail=f"Since step 0: an{measured[2:]}.",
+        advice=f"{measured}. An update was too large: lower the learning rate.",
+    )
+    (symptom,) = analyze_run(RunLog(series([2.0] * 60), incidents=[found])).symptoms
+    assert symptom.remedies == ("An update was too large: lower the learning rate.",)
+
+
 def test_a_cure_that_was_tried_on_the_batch_is_the_next_step() -> None:
     cure = "Cure: nn.init.kaiming_normal_(model.net[0].weight, nonlinearity='relu')"
     found = RecordedIncident("poor_initialization", 0, value=0.0, detail="std 0, usual: std > 0", advice=cure)
