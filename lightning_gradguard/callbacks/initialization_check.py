@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any, Literal
 
 import pytorch_lightning as pl
@@ -256,7 +255,7 @@ class InitializationCheck(Callback, Configured):
         """Publishes the findings, and stops the run if that is requested."""
         failed = fails(findings) and self.on_failure == "raise"
         self.findings = [*self.findings, *findings]
-        shown = [*findings] if failed else [_as_advice(finding) for finding in findings]
+        shown = [*findings] if failed else [finding.as_advice() for finding in findings]
         serious = [f for f in shown if f.severity == "fail" or f.criterion in _RATES]
         for kind in dict.fromkeys(("poor_initialization", *_KINDS.values())):
             members = [f for f in serious if _KINDS.get(f.criterion, "poor_initialization") == kind]
@@ -283,13 +282,3 @@ class InitializationCheck(Callback, Configured):
             raise InitializationError("The network, as it is initialized, will not train:\n" + table(serious))
         if shown:
             console.print_message(trainer, "Initialization\n" + table(shown))
-
-
-def _as_advice(finding: Finding) -> Finding:
-    """Returns a finding as a warning where the task decides whether it is a fault.
-
-    A gradient that vanishes through time fails a task that needs its first steps, and no other: most
-    forecasts and language models train with it.
-    """
-    is_of_task = finding.criterion == "gain_through_time" and finding.value < 0
-    return replace(finding, severity="warn") if is_of_task and finding.severity == "fail" else finding

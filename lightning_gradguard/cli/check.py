@@ -183,7 +183,8 @@ def _check(arguments: Sequence[str]) -> CheckResult:
     if check.problem is not None:
         raise _batch_error(check.problem)
     name = f"{type(model).__module__}.{type(model).__qualname__}"
-    return CheckResult(name, str(path or ""), check.findings, check.values)
+    findings = [finding.as_advice() for finding in check.findings]
+    return CheckResult(name, str(path or ""), findings, check.values)
 
 
 def _batch_error(error: Exception) -> UsageError:

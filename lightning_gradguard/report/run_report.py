@@ -47,8 +47,8 @@ class Interventions:
 class RunReport:
     """The report on one run, as `schema.json` describes it.
 
-    `next_steps` are the remedies of all symptoms, the worst first, each once; before them a learning rate that
-    the run has found to train.
+    `next_steps` are the remedies of all symptoms, the worst first, each once; before them a learning rate
+    that the run has found to train.
     """
 
     run: Run

@@ -243,3 +243,24 @@ def test_wrong_input(mine: Path, command: Command, arguments: list[str], message
 def test_help_lists_options(command: Command) -> None:
     code, out, _ = command("check", "--help")
     assert (code, "--ckpt_path FILE" in out, "--json [FILE]" in out) == (0, True, True)
+
+
+def test_what_the_task_decides_is_a_warning_as_in_fit(mine: Path, command: Command) -> None:
+    source = """
+from mine import Own, torch
+
+class Recurrent(Own):
+    def __init__(self):
+        super().__init__()
+        self.rnn = torch.nn.RNN(1, 16, batch_first=True)
+        self.net = torch.nn.Linear(16, 4)
+
+    def training_step(self, batch, batch_idx):
+        states, _ = self.rnn(batch[0].repeat(1, 3)[..., None])
+        return torch.nn.functional.cross_entropy(self.net(states[:, -1]), batch[1])
+"""
+    (mine / "recurrent.py").write_text(source)
+    code, out, _ = command("check", "--model", "recurrent.Recurrent", "--seed_everything=0")
+    assert code == 0
+    assert out.startswith("recurrent.Recurrent: it may not train; loss ")
+    assert re.search(r"WARN  rnn +gain_through_time  -", out)

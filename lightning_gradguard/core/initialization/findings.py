@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Literal
 
@@ -61,6 +61,15 @@ class Finding:
     def measured(self) -> str:
         """The value with its unit."""
         return _UNITS.get(self.criterion, "{:.3g}").format(self.value)
+
+    def as_advice(self) -> Finding:
+        """Returns the finding as a warning if the task decides whether it is a fault.
+
+        A gradient that vanishes through time fails a task that needs its first steps, and no other: most
+        forecasts and language models train with it.
+        """
+        is_of_task = self.criterion == "gain_through_time" and self.value < 0
+        return replace(self, severity="warn") if is_of_task and self.severity == "fail" else self
 
     def describe(self) -> str:
         """Returns the finding in one line: where, what was measured, and what is usual."""

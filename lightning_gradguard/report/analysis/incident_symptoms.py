@@ -40,7 +40,7 @@ def incident_symptoms(log: RunLog, outcome: Outcome, known: set[str]) -> Iterato
 
 
 def found_rate(log: RunLog) -> float | None:
-    """Returns the learning rate that a run has found to train; `None` if there is none, or it failed later."""
+    """Returns the learning rate that a run has found to train; `None` if there is none, or it failed."""
     changes = [i for i in log.incidents if i.kind in ("learning_rate_backoff", "learning_rate_found")]
     return changes[-1].value if changes and changes[-1].kind == "learning_rate_found" else None
 
