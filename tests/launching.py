@@ -1,9 +1,18 @@
-"""Launches programs of several processes, and ends those that hang."""
+"""Launches programs of several processes, and ends those that hang.
+
+As a program, it runs a module in a group of processes that are forked when the module has been imported:
+to import torch and Lightning takes longer than most of what they run.
+"""
 
 from __future__ import annotations
 
+import importlib
+import multiprocessing
+import multiprocessing.connection
 import os
+import runpy
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -44,11 +53,51 @@ def launch(arguments: Sequence[str], patience: float = 60) -> str:
 
 
 def launch_on(processes: int, module: str, *arguments: str, patience: float = 60) -> None:
-    """Runs a module in a group of processes."""
-    launch(
-        [
-            *("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"),
-            *("-m", module, *arguments),
-        ],
-        patience,
+    """Runs a module in a group of processes, with the environment that torchrun gives them."""
+    launch(["-m", "tests.launching", str(processes), module, *arguments], patience)
+
+
+def main(processes: int, module: str, *arguments: str) -> int:
+    """Forks the processes, and waits for all of them, or for the first that fails.
+
+    Returns:
+        The exit code of the first that failed; 0 if none did.
+    """
+    importlib.import_module(module)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    context = multiprocessing.get_context("fork")
+    ranks = [
+        context.Process(target=_run, args=(rank, processes, port, module, arguments))
+        for rank in range(processes)
+    ]
+    for rank in ranks:
+        rank.start()
+    while running := [rank.sentinel for rank in ranks if rank.exitcode is None]:
+        multiprocessing.connection.wait(running)
+        if failed := next((rank.exitcode for rank in ranks if rank.exitcode), 0):
+            for rank in ranks:
+                rank.kill()
+            return abs(failed)
+    return 0
+
+
+def _run(rank: int, processes: int, port: int, module: str, arguments: Sequence[str]) -> None:
+    os.environ.update(
+        {
+            "TORCHELASTIC_RUN_ID": "none",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "WORLD_SIZE": str(processes),
+            "LOCAL_WORLD_SIZE": str(processes),
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "GROUP_RANK": "0",
+        }
     )
+    sys.argv = [module, *arguments]
+    runpy.run_module(module, run_name="__main__")
+
+
+if __name__ == "__main__":
+    sys.exit(main(int(sys.argv[1]), *sys.argv[2:]))

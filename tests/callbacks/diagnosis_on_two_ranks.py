@@ -1,6 +1,6 @@
 """A program of two processes: a failing network under DDP, diagnosed; rank 0 decides, and both publish.
 
-Run by `torch.distributed.run`; each rank writes the incidents of its callbacks into the folder.
+Run by `launch_on`; each rank writes the incidents of its callbacks into the folder.
 """
 
 from __future__ import annotations

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import cast
 
 import pytest
 
@@ -16,17 +18,23 @@ pytestmark = pytest.mark.timeout(180)
 
 
 @pytest.fixture(scope="module")
-def bash() -> str:
-    """The script of a process of its own: in this one, hundreds of test classes would be options."""
+def scripts() -> dict[str, str]:
+    """The scripts by shell, of a process without test classes, hundreds of which would be options."""
     pytest.importorskip("shtab")
-    return printed("bash")
-
-
-def printed(shell: str) -> str:
-    command = [sys.executable, "-m", "lightning_gradguard", "completion", shell]
+    program = (
+        "import json; from lightning_gradguard.cli.completion import script; "
+        "print(json.dumps({shell: script(shell) for shell in ('bash', 'zsh')}))"
+    )
+    command = [sys.executable, "-c", program]
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=150)
     assert done.stderr == ""
-    return done.stdout
+    return cast(dict[str, str], json.loads(done.stdout))
+
+
+@pytest.fixture
+def bash(scripts: dict[str, str]) -> str:
+    """The script of bash."""
+    return scripts["bash"]
 
 
 def completed(text: str, *words: str) -> set[str]:
@@ -67,9 +75,8 @@ def test_bash_completes_values_and_files(bash: str) -> None:
     assert completed(bash, "report", "ru") == {"runs"}
 
 
-def test_zsh_has_the_same_options() -> None:
-    pytest.importorskip("shtab")
-    out = printed("zsh")
+def test_zsh_has_the_same_options(scripts: dict[str, str]) -> None:
+    out = scripts["zsh"]
     assert out.startswith("#compdef lightning-gradguard\n")
     assert "--learning_rate_backoff.factor" in out
 

@@ -4,6 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from jinja2 import Template
 
 
 @dataclass(frozen=True)
@@ -51,6 +56,11 @@ def render_page(title: str, sections: Sequence[Section], style: str = "") -> str
         >>> "<h1>1 &lt; 2</h1>" in render_page("1 < 2", [Section("Why", "It is.")])
         True
     """
+    return _template().render(title=title, sections=sections, style=style)
+
+
+@cache
+def _template() -> Template:
     # a report without a page, and a run without an incident, need no template engine
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
@@ -62,4 +72,4 @@ def render_page(title: str, sections: Sequence[Section], style: str = "") -> str
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    return environment.get_template("page.html.j2").render(title=title, sections=sections, style=style)
+    return environment.get_template("page.html.j2")

@@ -1,6 +1,6 @@
 """Runs a small training under a strategy and a precision, and records all numbers and decisions.
 
-As a program under `torch.distributed.run`, it runs every cell of a group and saves the records.
+As a program in a group of processes, it runs every cell of a group and saves the records.
 """
 
 from __future__ import annotations
@@ -88,6 +88,12 @@ class Cell:
     norm_type: float = 2.0
     callbacks: Literal["all", "watching", "none"] = "all"
     validates: bool = False
+
+    @property
+    def is_plain(self) -> bool:
+        """True for one run of a strategy in a precision, in which the lost batches are examined too."""
+        others = (self.accumulate, self.manual, self.policy, self.norm_type, self.validates)
+        return others == (1, False, "z-score", 2.0, False)
 
     def __str__(self) -> str:
         mode = "manual" if self.manual else "automatic"
@@ -368,7 +374,9 @@ def run(cell: Cell, folder: Path) -> Seen:
     module = Network(cell)
     listener = Listener(seen)
     policy: ClippingPolicy = POLICIES[cell.policy]()
-    rollback = NaNRollback(snapshot_every_n_steps=4, incident_dir=str(folder))
+    rollback = NaNRollback(
+        snapshot_every_n_steps=4, incident_dir=str(folder), max_dossiers=10 if cell.is_plain else 0
+    )
     backoff = LearningRateBackoff(cooldown_steps=2, rewarm_steps=3)
     suite = default_callbacks(
         gradient_norm_monitor=GradientNormMonitor(level="parameter", norm_type=cell.norm_type),
