@@ -24,7 +24,7 @@ def to_html(result: TreatmentResult, command: str) -> str:
     before, after = (f"{n:,}" for n in result.costs["parameters"])
     slow, slower = (f"{1e3 * s:.3g} ms" for s in result.costs["seconds_per_step"])
     sections = [
-        Section("TreatmentVerdict", result.evidence),
+        Section("Verdict", result.evidence),
         Section("Train with it", command=command),
         Section("Found in the program", items=result.ailments),
         *_prescribed(result),
