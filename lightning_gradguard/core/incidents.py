@@ -194,8 +194,8 @@ class Incident:
 
     kind: IncidentKind | str
     step: int
-    epoch: int
-    batch_idx: int | None
+    epoch: int = 0
+    batch_idx: int | None = None
     where: tuple[str, ...] = ()
     value: float | None = None
     action: Action = "none"

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain, groupby
 
-from lightning_gradguard.core.incidents import label, title
-from lightning_gradguard.report.analysis.run_log import RecordedIncident, RunLog
+from lightning_gradguard.core.incidents import Incident, label, title
+from lightning_gradguard.report.analysis.run_log import RunLog
 from lightning_gradguard.report.analysis.verdict import RunVerdict
 
 #: Most entries for incidents; neighbours are merged until they fit.
@@ -54,7 +54,7 @@ def timeline(log: RunLog, verdict: RunVerdict) -> list[TimelineEntry]:
     return sorted(entries, key=lambda entry: entry.first_step)
 
 
-def _merged(incidents: Sequence[RecordedIncident]) -> list[TimelineEntry]:
+def _merged(incidents: Sequence[Incident]) -> list[TimelineEntry]:
     """Returns at most `MAX_ENTRIES` entries: repeats in one, then neighbours across the smallest gaps."""
     ordered = sorted(incidents, key=lambda incident: incident.step)
     groups = [list(group) for _, group in groupby(ordered, key=lambda i: (i.kind, i.action))]
@@ -64,7 +64,7 @@ def _merged(incidents: Sequence[RecordedIncident]) -> list[TimelineEntry]:
     return [_entry([*chain.from_iterable(neighbours)]) for neighbours in merged] if groups else []
 
 
-def _entry(members: Sequence[RecordedIncident]) -> TimelineEntry:
+def _entry(members: Sequence[Incident]) -> TimelineEntry:
     if len(members) == 1:
         text = _event(members[0])
     else:
@@ -76,7 +76,7 @@ def _entry(members: Sequence[RecordedIncident]) -> TimelineEntry:
     return TimelineEntry(members[0].step, members[-1].step, text[:1].upper() + text[1:])
 
 
-def _event(incident: RecordedIncident) -> str:
+def _event(incident: Incident) -> str:
     if incident.kind == "rollback" and incident.value is not None:
         return f"rolled back to step {incident.value:.0f}"
     if incident.kind == "learning_rate_backoff" and incident.value is not None:

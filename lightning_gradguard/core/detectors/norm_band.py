@@ -7,16 +7,15 @@ from collections import deque
 from statistics import quantiles
 from typing import Any
 
+#: Logged steps whose norms are kept.
+WINDOW = 100
+
 
 class NormBand:
-    """Total norms of the last logged steps, and the band that most of them are in.
+    """Total norms of the last 100 logged steps, and the band that most of them are in."""
 
-    Args:
-        window: Number of logged steps.
-    """
-
-    def __init__(self, window: int = 100) -> None:
-        self._totals: deque[float] = deque(maxlen=window)
+    def __init__(self) -> None:
+        self._totals: deque[float] = deque(maxlen=WINDOW)
 
     def add(self, total_norm: float) -> None:
         """Adds the norm of a step; a nonfinite one does not enter."""
@@ -36,4 +35,4 @@ class NormBand:
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continues with a saved window; checkpoints from before 0.5 have none."""
-        self._totals = deque(state_dict.get("totals", ()), maxlen=self._totals.maxlen)
+        self._totals = deque(state_dict.get("totals", ()), maxlen=WINDOW)

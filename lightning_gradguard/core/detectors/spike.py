@@ -19,6 +19,12 @@ MAD_TO_STD = 1.4826
 PERSISTENT_VALUES = 6
 #: A value enters the window with at most this multiple of the distance of its bound from the median.
 ENTERS_AT_MOST = 2.0
+#: Past values in the window, and how many of them are needed for the spread.
+WINDOW, MIN_HISTORY = 128, 32
+#: Values that pass before one enters the window.
+DELAY = 10
+#: A rise that lasts is a spike from so many spreads on.
+PERSISTENT_THRESHOLD = 1.5
 #: Steps without an alarm after the first one; each further alarm doubles them.
 QUIET_STEPS = 256
 #: Steps without a spike after which one doubling is undone.
@@ -31,19 +37,16 @@ class SpikeDetector:
     The distance from the median of the window to a value is compared with the spread, the mean of two
     distances: to the upper decile, and to the highest value of the window. Heavy tails raise the second, so
     that one threshold fits normal, skewed and heavy-tailed noise. A smaller rise is a spike if it lasts: six
-    values in a row above `persistent_threshold`. docs/evidence_rates.md has the table that chose both. Values
-    enter the window after a delay, so that a spike cannot raise the level that it is compared with, and
-    clipped to twice the bound's distance, so that the detector follows a level that has changed for good, and
-    falls silent where spikes are the nature of the run. Nonfinite values are no spikes and never enter.
+    values in a row more than one and a half spreads above the median. docs/evidence_rates.md has the table
+    that chose both. Values enter the window after a delay, so that a spike cannot raise the level that it is
+    compared with, and clipped to twice the bound's distance, so that the detector follows a level that has
+    changed for good, and falls silent where spikes are the nature of the run. Nonfinite values are no spikes
+    and never enter.
 
-    Before `min_history` values, only a value a hundred times larger than all others so far is a spike.
+    Before 32 values, only a value a hundred times larger than all others so far is a spike.
 
     Args:
-        window: Number of past values.
         threshold: A spike is so many spreads above the median.
-        persistent_threshold: The same for a rise that lasts.
-        min_history: Values in the window from which on the spread is used.
-        delay: Number of values before a value enters the window.
 
     Attributes:
         is_persistent: True if the last value belongs to a rise that lasts.
@@ -54,20 +57,9 @@ class SpikeDetector:
         (False, True)
     """
 
-    def __init__(
-        self,
-        window: int = 128,
-        threshold: float = 3.0,
-        persistent_threshold: float = 1.5,
-        min_history: int = 32,
-        delay: int = 10,
-    ) -> None:
+    def __init__(self, threshold: float = 3.0) -> None:
         self._threshold = threshold
-        self._persistent_threshold = persistent_threshold
-        self._min_history = min_history
-        self._delay = delay
-        self._window_size = window
-        self._window: deque[float] = deque(maxlen=window)
+        self._window: deque[float] = deque(maxlen=WINDOW)
         self._sorted: list[float] = []
         self._delayed: deque[float] = deque()
         self._highest = 0.0
@@ -85,7 +77,7 @@ class SpikeDetector:
         if not is_spike:
             self._highest = max(self._highest, value)
         self._delayed.append(min(value, centre + ENTERS_AT_MOST * (bound - centre)))
-        if len(self._delayed) > self._delay:
+        if len(self._delayed) > DELAY:
             self._enter(self._delayed.popleft())
         return is_spike
 
@@ -104,7 +96,7 @@ class SpikeDetector:
             window, delayed = ([math.exp(v) for v in state_dict[key]] for key in ("window", "waiting"))
             largest = math.exp(state_dict["highest"])
             state_dict = {"values": window, "delayed": delayed, "largest": largest, "risen": []}
-        self._window = deque(state_dict["values"], maxlen=self._window_size)
+        self._window = deque(state_dict["values"], maxlen=WINDOW)
         self._sorted = sorted(self._window)
         self._delayed = deque(state_dict["delayed"])
         self._highest = state_dict["largest"]
@@ -113,18 +105,18 @@ class SpikeDetector:
     def _bounds(self) -> tuple[float, float, float]:
         """Returns the median, the largest value that is no spike, and the same for a rise that lasts."""
         n = len(self._sorted)
-        if n < self._min_history:
+        if n < MIN_HISTORY:
             bound = EARLY_SPIKE_RATIO * self._highest if self._highest > 0 else math.inf
             return 0.0, bound, math.inf
         centre = self._sorted[n // 2]
         upper = self._sorted[int(UPPER_QUANTILE * (n - 1))]
         spread = max((upper + self._sorted[-1]) / 2 - centre, MIN_RELATIVE_SPREAD * abs(centre))
         # a steady rise is not to be taken for a level that changes: the window must be long enough to show it
-        lasts = self._persistent_threshold * spread if 2 * n >= self._window_size else math.inf
+        lasts = PERSISTENT_THRESHOLD * spread if 2 * n >= WINDOW else math.inf
         return centre, centre + self._threshold * spread, centre + lasts
 
     def _enter(self, value: float) -> None:
-        if len(self._window) == self._window_size:
+        if len(self._window) == WINDOW:
             del self._sorted[bisect_left(self._sorted, self._window[0])]
         self._window.append(value)
         insort(self._sorted, value)

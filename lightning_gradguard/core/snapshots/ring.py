@@ -8,6 +8,8 @@ from statistics import median
 
 from lightning_gradguard.core.snapshots.snapshot import Snapshot
 
+#: Good steps after which a pending snapshot is qualified.
+GOOD_STEPS = 10
 #: A snapshot whose loss is higher than at the trusted one before by this share of it is not trusted.
 WORSE = 0.5
 #: Snapshots in a row that are not trusted, after which the level of the loss counts as changed for good.
@@ -17,23 +19,21 @@ PATIENCE = 4
 class SnapshotRing:
     """The last qualified snapshots, and one that is pending.
 
-    A snapshot is *qualified* when enough good steps have followed it, and *pending* until then. A qualified
+    A snapshot is *qualified* when ten good steps have followed it, and *pending* until then. A qualified
     one is *trusted* if the loss is not worse than at the trusted one before: a run that drifts into a
     divergence takes snapshots on the way. The last trusted one is kept while up to four follow that are not.
     Memory is recycled: at most `keep + 1` snapshots exist.
 
     Args:
         keep: Number of qualified snapshots that are kept.
-        good_steps: Good steps after which a pending snapshot is qualified.
         device: See `Snapshot`.
 
     Attributes:
         pending: The pending snapshot, if there is one.
     """
 
-    def __init__(self, keep: int, good_steps: int = 10, device: str = "cpu") -> None:
+    def __init__(self, keep: int, device: str = "cpu") -> None:
         self._keep = keep
-        self._good_steps = good_steps
         self._device = device
         self._qualified: deque[Snapshot] = deque()
         self._free: list[Snapshot] = []
@@ -68,7 +68,7 @@ class SnapshotRing:
         self.pending.good_steps += 1
         if loss is not None:
             self.pending.losses.append(loss)
-        if self.pending.good_steps >= self._good_steps:
+        if self.pending.good_steps >= GOOD_STEPS:
             self._promote(self.pending)
             self.pending = None
 

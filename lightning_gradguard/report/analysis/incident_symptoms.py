@@ -7,7 +7,7 @@ from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 
-from lightning_gradguard.core.incidents import SYMPTOM_CAUSES, label
+from lightning_gradguard.core.incidents import SYMPTOM_CAUSES, Incident, label
 from lightning_gradguard.core.remedies import Present, advice_for_cause, remedies
 from lightning_gradguard.report.analysis.outcome import (
     LEARNED,
@@ -18,7 +18,7 @@ from lightning_gradguard.report.analysis.outcome import (
     ends,
 )
 from lightning_gradguard.report.analysis.present import present_in
-from lightning_gradguard.report.analysis.run_log import RecordedIncident, RunLog
+from lightning_gradguard.report.analysis.run_log import RunLog
 
 #: A learning-rate scale at or below this has not recovered.
 BACKED_OFF = 1 / 8
@@ -72,7 +72,7 @@ def _falling_learning_rate(log: RunLog, outcome: Outcome) -> RunSymptom | None:
 
 def _recorded(log: RunLog, outcome: Outcome, known: set[str]) -> Iterator[RunSymptom]:
     """Yields recorded incidents of kinds that no other symptom names."""
-    by_kind: dict[str, list[RecordedIncident]] = defaultdict(list)
+    by_kind: dict[str, list[Incident]] = defaultdict(list)
     for incident in _with_causes(log.incidents):
         by_kind[incident.kind].append(incident)
     reported = [kind for kind in by_kind if kind not in _RESPONSES and kind not in known]
@@ -97,7 +97,7 @@ def _recorded(log: RunLog, outcome: Outcome, known: set[str]) -> Iterator[RunSym
         yield _symptom(kind, severity, members, present)
 
 
-def _with_causes(incidents: Sequence[RecordedIncident]) -> list[RecordedIncident]:
+def _with_causes(incidents: Sequence[Incident]) -> list[Incident]:
     """Returns incidents of which those that were not examined are of the kind that began their episode."""
     found, first = [], None
     for incident in incidents:
@@ -110,13 +110,13 @@ def _with_causes(incidents: Sequence[RecordedIncident]) -> list[RecordedIncident
     return found
 
 
-def _is_diagnosed(kind: str, members: Sequence[RecordedIncident]) -> bool:
+def _is_diagnosed(kind: str, members: Sequence[Incident]) -> bool:
     """True for a symptom that the suite has named by a measurement of its own, with its cause."""
     is_measured = kind in (*_INITIALIZATION, "stuck_loss", "vanishing_weights")
     return is_measured or any(i.cause in SYMPTOM_CAUSES for i in members)
 
 
-def _has_learned_since(kind: str, members: Sequence[RecordedIncident], log: RunLog, outcome: Outcome) -> bool:
+def _has_learned_since(kind: str, members: Sequence[Incident], log: RunLog, outcome: Outcome) -> bool:
     """True if the run has learned, also after an incident by which it does not."""
     is_stuck = kind in ("stuck_loss", "constant_clipping") or members[0].cause == "inactive_output"
     losses = [loss for step, loss in log.loss.finite() if step >= members[0].step]
@@ -127,9 +127,9 @@ def _has_learned_since(kind: str, members: Sequence[RecordedIncident], log: RunL
 
 
 def _symptom(
-    kind: str, severity: SymptomSeverity, members: Sequence[RecordedIncident], present: Collection[Present]
+    kind: str, severity: SymptomSeverity, members: Sequence[Incident], present: Collection[Present]
 ) -> RunSymptom:
-    counts = Counter(i.cause for i in reversed(members) if i.cause)
+    counts: Counter[str] = Counter(i.cause for i in reversed(members) if i.cause)
     causes = [cause for cause, _ in counts.most_common()]  # of equally frequent ones the latest first
     main = next(iter(causes), "")
     example = next(i for i in reversed(members) if i.cause == main)

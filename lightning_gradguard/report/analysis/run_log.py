@@ -7,6 +7,8 @@ from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from lightning_gradguard.core.incidents import Incident
+
 #: Steps by which an incident, a stop among them, may be recorded after the step it belongs to.
 MAX_DELAY = 1
 
@@ -74,21 +76,6 @@ class GradientLog:
 
 
 @dataclass(frozen=True)
-class RecordedIncident:
-    """An incident as recorded in the file of a run; see `Incident` for the meaning of the fields."""
-
-    kind: str
-    step: int
-    where: tuple[str, ...] = ()
-    value: float | None = None
-    action: str = "none"
-    advice: str = ""
-    cause: str = ""
-    detail: str = ""
-    dossier: str = ""
-
-
-@dataclass(frozen=True)
 class RunLog:
     """Logged values and incidents of a run.
 
@@ -108,6 +95,6 @@ class RunLog:
     skips: Series = Series()
     rollbacks: Series = Series()
     backoff_scale: Series = Series()
-    incidents: Sequence[RecordedIncident] = ()
+    incidents: Sequence[Incident] = ()
     largest_norm: float | None = None
     was_checked: bool = False

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lightning_gradguard.core.incidents import current_name
-from lightning_gradguard.report.analysis.run_log import MAX_DELAY, RecordedIncident
+from lightning_gradguard.core.incidents import Incident, current_name
+from lightning_gradguard.report.analysis.run_log import MAX_DELAY
 from lightning_gradguard.report.readers.scalars import Abandoned
 
 
@@ -26,7 +26,7 @@ class DossierEntry:
     path: str
 
 
-def read_incidents(path: Path, notes: list[str]) -> Iterator[RecordedIncident]:
+def read_incidents(path: Path, notes: list[str]) -> Iterator[Incident]:
     """Yields the incidents of a file, none if there is no such file; `notes` receives what is damaged."""
     if not path.is_file():
         return
@@ -34,12 +34,14 @@ def read_incidents(path: Path, notes: list[str]) -> Iterator[RecordedIncident]:
     for record in _records(path, notes):
         value = record.get("value")
         try:
-            yield RecordedIncident(
+            yield Incident(
                 kind=str(record["kind"]),
                 step=int(record["step"]),
                 where=tuple(map(str, record.get("where") or ())),
                 value=None if value is None else float(value),
-                **{key: str(record.get(key) or "") for key in ("advice", "detail", "dossier")},
+                advice=str(record.get("advice") or ""),
+                detail=str(record.get("detail") or ""),
+                dossier=str(record.get("dossier") or ""),
                 action=current_name(str(record.get("action") or "none")),
                 cause=current_name(str(record.get("cause") or "")),
             )
@@ -49,9 +51,7 @@ def read_incidents(path: Path, notes: list[str]) -> Iterator[RecordedIncident]:
         notes.append(f"{omitted} records of {path.name} are not incidents")
 
 
-def without_abandoned(
-    incidents: Iterable[RecordedIncident], abandoned: Abandoned
-) -> Iterator[RecordedIncident]:
+def without_abandoned(incidents: Iterable[Incident], abandoned: Abandoned) -> Iterator[Incident]:
     """Yields incidents without those of steps that a resumed run has repeated.
 
     Incidents have no time stamp, but they are recorded in the order in which they happened: the resumed run

@@ -188,7 +188,7 @@ def logged(trainer: pl.Trainer) -> dict[str, float]:
     return {name: value for name, value in numbers.items() if not name.startswith(own)}
 
 
-def thinned(curve: Sequence[tuple[int, float]], points: int = 200) -> list[tuple[int, float]]:
-    """Returns at most so many points of a curve, the last among them."""
-    every = max(-(-len(curve) // points), 1)
+def thinned(curve: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
+    """Returns at most 200 points of a curve, the last among them."""
+    every = max(-(-len(curve) // 200), 1)
     return [*curve[::-1][::every]][::-1]

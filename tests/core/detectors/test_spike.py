@@ -75,7 +75,7 @@ def test_permanent_change_of_level_is_followed() -> None:
 @given(st.lists(st.sampled_from([math.nan, math.inf, -math.inf, None]), min_size=60, max_size=120))
 def test_nonfinite_values_do_not_change_later_results(stream: list[float | None]) -> None:
     generator = random.Random(3)
-    with_bad, without = SpikeDetector(min_history=8), SpikeDetector(min_history=8)
+    with_bad, without = SpikeDetector(), SpikeDetector()
     for bad in stream:
         if bad is not None:
             assert not with_bad.update(bad)

@@ -7,12 +7,13 @@ import torch
 from torch import nn
 
 from lightning_gradguard.core.snapshots import SnapshotRing
+from lightning_gradguard.core.snapshots.ring import GOOD_STEPS
 from tests.core.snapshots.training import OPTIMIZERS
 
 
 def test_ring_qualifies_rolls_back_further_and_recycles() -> None:
     layer = nn.Linear(1, 1, bias=False)
-    ring = SnapshotRing(keep=2, good_steps=3)
+    ring = SnapshotRing(keep=2)
 
     def take(value: float, *, qualified: bool = False) -> None:
         nn.init.constant_(layer.weight, value)
@@ -28,7 +29,7 @@ def test_ring_qualifies_rolls_back_further_and_recycles() -> None:
     assert ring.pending is not None
     assert roll_back() == 0.0  # 1.0 is not qualified
     take(2.0)
-    for _ in range(3):
+    for _ in range(GOOD_STEPS):
         ring.good_step()
     assert ring.pending is None
     assert roll_back() == 2.0
@@ -36,7 +37,7 @@ def test_ring_qualifies_rolls_back_further_and_recycles() -> None:
     assert roll_back() == 0.0
     for value in (3.0, 4.0, 5.0):
         take(value)
-        for _ in range(3):
+        for _ in range(GOOD_STEPS):
             ring.good_step()
     assert len(ring) == 2
     assert [roll_back(), roll_back()] == [5.0, 4.0]

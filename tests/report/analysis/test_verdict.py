@@ -9,7 +9,8 @@ from dataclasses import replace
 
 import pytest
 
-from lightning_gradguard.report.analysis.run_log import GradientLog, RecordedIncident, RunLog, Series
+from lightning_gradguard.core.incidents import Action, Incident
+from lightning_gradguard.report.analysis.run_log import GradientLog, RunLog, Series
 from lightning_gradguard.report.analysis.verdict import RunVerdict, analyze_run, worst_layers
 
 NAN = math.nan
@@ -293,9 +294,9 @@ def test_clipping_without_effect_handles_no_symptom() -> None:
 
 
 def test_all_details_are_reported() -> None:
-    def bad(step: int, n: int) -> RecordedIncident:
+    def bad(step: int, n: int) -> Incident:
         detail = f"Row 3 is NaN (sample {n})."
-        return RecordedIncident("nonfinite_loss", step, cause="bad_input", detail=detail, action="skipped")
+        return Incident("nonfinite_loss", step, cause="bad_input", detail=detail, action="skipped")
 
     found = [bad(40 + i, n) for i, n in enumerate((300, 301, 900, 300))]
     (symptom,) = analyze_run(RunLog(series(falling()), incidents=found)).symptoms
@@ -307,7 +308,7 @@ def test_all_details_are_reported() -> None:
 
 
 def test_incident_of_an_unknown_kind_keeps_its_advice() -> None:
-    own = RecordedIncident("odd_weather", 5, advice="Wait for sunshine.")
+    own = Incident("odd_weather", 5, advice="Wait for sunshine.")
     (symptom,) = analyze_run(RunLog(series(falling()), incidents=[own])).symptoms
     assert symptom.remedies == ("Wait for sunshine.",)
     (symptom,) = analyze_run(RunLog(series(falling()), incidents=[replace(own, advice="")])).symptoms
@@ -318,7 +319,7 @@ def test_one_cut_is_no_falling_learning_rate() -> None:
     """Right after a cut the rate is a tenth of the new one, and is warmed again."""
     rewarmed = series([1.0] * 24 + [0.05] * 36)
     assert kinds(analyze_run(RunLog(series([2.0] * 60), backoff_scale=rewarmed))) == {}
-    cuts = [RecordedIncident("learning_rate_backoff", 24 + i, value=0.5 ** (i + 1)) for i in range(4)]
+    cuts = [Incident("learning_rate_backoff", 24 + i, value=0.5 ** (i + 1)) for i in range(4)]
     scales = series([1.0] * 24 + [0.5 ** (i + 1) / 10 for i in range(4)] + [0.05] * 32)
     verdict = analyze_run(RunLog(series([2.0] * 60), backoff_scale=scales, incidents=cuts))
     assert kinds(verdict) == {"falling_learning_rate": "serious"}
@@ -351,7 +352,7 @@ def test_a_measurement_is_quoted_once() -> None:
 
 def test_a_cure_that_was_tried_on_the_batch_is_the_next_step() -> None:
     cure = "Cure: nn.init.kaiming_normal_(model.net[0].weight, nonlinearity='relu')"
-    found = RecordedIncident("poor_initialization", 0, value=0.0, detail="std 0, usual: std > 0", advice=cure)
+    found = Incident("poor_initialization", 0, value=0.0, detail="std 0, usual: std > 0", advice=cure)
     (symptom,) = analyze_run(RunLog(series(falling()), incidents=[found])).symptoms
     assert symptom.remedies == (cure,)
     assert symptom.evidence.endswith("at step 0: std 0, usual: std > 0")
@@ -497,14 +498,17 @@ def test_occasional_nonfinite_losses_are_minor() -> None:
     assert kinds(analyze_run(RunLog(series(losses)))) == {"nonfinite_loss": "serious"}
 
 
-def incident(kind: str, step: int, action: str = "none") -> RecordedIncident:
-    return RecordedIncident(kind, step, action=action)
+def incident(kind: str, step: int, action: Action = "none") -> Incident:
+    return Incident(kind, step, action=action)
 
 
 def test_skipped_batches_are_handled_and_their_cause_is_reported() -> None:
     skipped = [
-        RecordedIncident(
-            "nonfinite_loss", step, ("batch[0]",), NAN, "skipped", cause="bad_input", detail="Row 3 is NaN."
+        replace(
+            incident("nonfinite_loss", step, "skipped"),
+            where=("batch[0]",),
+            cause="bad_input",
+            detail="Row 3 is NaN.",
         )
         for step in range(40, 52)
     ]
@@ -550,8 +554,8 @@ def test_stopped_run_without_incidents_has_remedies() -> None:
 
 
 def test_rollback_handles_the_incident_before_it() -> None:
-    spike = RecordedIncident("loss_spike", 40)
-    back = [RecordedIncident("rollback", 41, value=30.0, action="rolled_back")]
+    spike = Incident("loss_spike", 40)
+    back = [Incident("rollback", 41, value=30.0, action="rolled_back")]
     assert kinds(analyze_run(RunLog(series(falling()), incidents=[spike, *back]))) == {
         "loss_spike": "handled"
     }
@@ -618,7 +622,7 @@ def test_worst_layer_is_first() -> None:
 
 def test_a_rescue_is_measured_by_the_loss_afterwards() -> None:
     flat, skips = [2.3 + 0.01 * (i % 3) for i in range(100)], series([0.0] * 30 + [1.0] * 70)
-    dead = [RecordedIncident("gradient_collapse", 30, action="rolled_back")]
+    dead = [Incident("gradient_collapse", 30, action="rolled_back")]
     verdict = analyze_run(RunLog(series(flat), [gradients(flat)], skips=skips, incidents=dead))
     assert (verdict.status, verdict.headline) == ("unhealthy", "collapsed gradients")
     assert kinds(verdict)["gradient_collapse"] == "serious"
@@ -631,7 +635,7 @@ def test_a_rescue_is_measured_by_the_loss_afterwards() -> None:
 @pytest.mark.parametrize("has_learned", [True, False])
 def test_a_repair_is_measured_by_the_loss_afterwards(has_learned: bool) -> None:
     losses = falling() if has_learned else [2.3] * 100
-    repaired = [RecordedIncident("poor_initialization", 0, action="repaired", value=-9.0)]
+    repaired = [Incident("poor_initialization", 0, action="repaired", value=-9.0)]
     verdict = analyze_run(RunLog(series(losses), [gradients(losses)], incidents=repaired))
     assert verdict.status == ("recovered" if has_learned else "unhealthy")
 
@@ -642,7 +646,7 @@ def test_clipping_is_the_headline_only_where_nothing_else_is_wrong() -> None:
         gradients(flat), clip_fraction=series([1.0] * 100), clip_coefficient=series([0.01] * 100)
     )
     assert analyze_run(RunLog(series(flat), [clipped])).headline == "hard clipping of most steps"
-    skipped = [RecordedIncident("nonfinite_loss", 5, action="skipped")]
+    skipped = [Incident("nonfinite_loss", 5, action="skipped")]
     verdict = analyze_run(RunLog(series(flat), [clipped], incidents=skipped))
     assert verdict.headline == "nonfinite loss"
     assert kinds(verdict)["constant_clipping"] == "minor"

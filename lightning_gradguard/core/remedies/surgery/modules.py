@@ -16,6 +16,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 NORMALIZATION = "added_normalization"
 RESIDUAL = "added_residual"
 STANDARDIZATION = "added_standardization"
+#: Batches by which inputs are standardized.
+MEASURED_BATCHES = 100
 
 
 class ResidualAddition:
@@ -54,23 +56,21 @@ class ResidualAddition:
 class StandardizedInput(nn.Module):
     """Scales inputs to zero mean and unit variance, by feature, with statistics of the first batches.
 
-    They are those of the training batches so far, until `n_batches` of them; nonfinite batches do not count.
+    They are those of the training batches so far, until 100 of them; nonfinite batches do not count.
 
     Args:
         n_features: Size of the dimension of features.
         dim: Dimension of features, from the last: -1, but for convolutions.
         like: A parameter of the layer, for dtype and device.
-        n_batches: Number of batches that are measured.
     """
 
     mean: Tensor
     variance: Tensor
     batches: Tensor
 
-    def __init__(self, n_features: int, dim: int, like: Tensor, n_batches: int = 100) -> None:
+    def __init__(self, n_features: int, dim: int, like: Tensor) -> None:
         super().__init__()
         self.dim = dim
-        self.n_batches = n_batches
         self.register_buffer("mean", torch.zeros(n_features, dtype=torch.float32, device=like.device))
         self.register_buffer("variance", torch.ones(n_features, dtype=torch.float32, device=like.device))
         self.register_buffer("batches", torch.zeros((), dtype=torch.long, device=like.device))
@@ -90,7 +90,7 @@ class StandardizedInput(nn.Module):
     @torch.no_grad()
     def _measure(self, features: Tensor) -> None:
         """Merges the moments of a batch, without a host synchronization."""
-        counts = torch.isfinite(features).all() & (self.batches < self.n_batches)
+        counts = torch.isfinite(features).all() & (self.batches < MEASURED_BATCHES)
         share = torch.where(counts, 1.0 / (self.batches + 1), 0.0)
         mean = torch.where(counts, features.mean(0), self.mean)
         variance = torch.where(counts, features.var(0, correction=0), self.variance)
