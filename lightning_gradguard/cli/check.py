@@ -8,7 +8,6 @@ import dataclasses
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +25,10 @@ from lightning_gradguard.cli.messages import (
     source_line,
     usage_errors_reported,
 )
-from lightning_gradguard.cli.parsing.lightning_cli import command_line, fit_argv, fit_parser
+from lightning_gradguard.cli.parsing.lightning_cli import command_line, fit_argv, fit_parser, trainer_alone
 from lightning_gradguard.cli.parsing.preparse import named_class
 from lightning_gradguard.core.initialization import Finding, table
 from lightning_gradguard.runtime.lightning_api import Callback
-from lightning_gradguard.runtime.lightning_packages import lightning_package_of
 from lightning_gradguard.runtime.treatment.module import change_as_saved
 from lightning_gradguard.strict_json import to_json
 
@@ -140,7 +138,6 @@ def _write(path: str, text: str) -> None:
 
 def _check(arguments: Sequence[str]) -> CheckResult:
     """Runs the first training batch in a Trainer without anything else."""
-    logger = import_module(f"{lightning_package_of(named_class(arguments)).__name__}.loggers.logger")
     check, end = InitializationCheck(rate_trial=True), _EndBeforeStep()
     with tempfile.TemporaryDirectory() as folder:
         command = command_line(
@@ -148,20 +145,9 @@ def _check(arguments: Sequence[str]) -> CheckResult:
             also=["json"],
             instead_of_zero={"max_epochs": None, "max_steps": -1, "limit_train_batches": None},
             callbacks=[check, end],
-            default_root_dir=folder,
-            logger=logger.DummyLogger(),  # accepts all that the user's step may log
-            devices=1,
-            num_nodes=1,
-            strategy="auto",
-            fast_dev_run=False,
-            barebones=False,
-            profiler=None,
-            max_time=None,
-            enable_checkpointing=False,
             limit_val_batches=0,
             num_sanity_val_steps=0,
-            enable_progress_bar=False,
-            enable_model_summary=False,
+            **trainer_alone(folder, named_class(arguments)),
         )
         model, data = command.fit_arguments["model"], command.fit_arguments.get("datamodule")
         # Lightning would replace this check by one of the module's own

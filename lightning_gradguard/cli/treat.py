@@ -8,17 +8,21 @@ import shlex
 import sys
 import tempfile
 from collections.abc import Sequence
-from importlib import import_module
 from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace
 
 from lightning_gradguard.cli.fit import parser_beside_fit
 from lightning_gradguard.cli.messages import UsageError, silence_lightning, usage_errors_reported
-from lightning_gradguard.cli.parsing.lightning_cli import SuiteCLI, command_line, fit_argv, fit_parser
+from lightning_gradguard.cli.parsing.lightning_cli import (
+    SuiteCLI,
+    command_line,
+    fit_argv,
+    fit_parser,
+    trainer_alone,
+)
 from lightning_gradguard.cli.parsing.preparse import config_files, named_class, read_config
 from lightning_gradguard.runtime.lightning_api import Callback
-from lightning_gradguard.runtime.lightning_packages import lightning_package_of
 from lightning_gradguard.treatment.budget import seconds
 from lightning_gradguard.treatment.page import text_of
 from lightning_gradguard.treatment.result import TreatmentResult
@@ -83,25 +87,12 @@ def _treat(options: argparse.Namespace, arguments: Sequence[str]) -> TreatmentRe
         raise UsageError(f"--{error}") from None
     if options.processes is not None and options.processes < 1:
         raise UsageError(f"--processes {options.processes} must be at least 1.")
-    package = lightning_package_of(named_class(arguments))
-    logger = import_module(f"{package.__name__}.loggers.logger").DummyLogger()
     with tempfile.TemporaryDirectory() as folder:
         command = command_line(
             arguments,
             also=["budget", "out", "processes"],
             callbacks=[Callback()],
-            default_root_dir=folder,
-            logger=logger,
-            devices=1,
-            num_nodes=1,
-            strategy="auto",
-            fast_dev_run=False,
-            barebones=False,
-            profiler=None,
-            max_time=None,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
+            **trainer_alone(folder, named_class(arguments)),
         )
         try:
             return treat(

@@ -42,12 +42,9 @@ from lightning_gradguard.runtime.lightning_api import (
     takes_iterator,
 )
 from lightning_gradguard.runtime.logging import console
-from lightning_gradguard.runtime.sampled_step import is_wrapped
+from lightning_gradguard.runtime.sampled_step import is_scale_free, is_wrapped
 from lightning_gradguard.runtime.steps.measuring import norms_over_shards
 from lightning_gradguard.runtime.steps.parameters import ParameterLayout
-
-#: Optimizers that divide gradients by their size.
-SCALE_FREE = ("Ada", "Adam", "NAdam", "RAdam", "RMSprop", "Rprop", "Lion", "Muon")
 
 
 class FirstBatch:
@@ -120,9 +117,9 @@ class FirstBatch:
         findings: list[Finding] = []
         measured: SignalPropagation | None = None
         self.problem = None
-        is_scale_free = all(type(o).__name__.startswith(SCALE_FREE) for o in self._trainer.optimizers)
+        scale_free = all(map(is_scale_free, self._trainer.optimizers))
         try:
-            findings, measured = measure(self._pl_module, self._run_loss, scale_free=is_scale_free)
+            findings, measured = measure(self._pl_module, self._run_loss, scale_free=scale_free)
         except Exception as error:
             self.problem = error
         return findings, values_of(measured), measured

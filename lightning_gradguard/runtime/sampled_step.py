@@ -76,6 +76,11 @@ def is_wrapped(pl_module: nn.Module) -> bool:
     return "training_step" in vars(pl_module) and not is_compiled(pl_module)
 
 
+def is_scale_free(optimizer: Optimizer) -> bool:
+    """True if the update of an optimizer does not depend on the scale of the gradient, as far as is known."""
+    return type(optimizer).__name__.startswith(_SCALE_FREE)
+
+
 class SampledStep:
     """A sample on its way: traced in the training step, completed by the optimizers' steps.
 
@@ -228,8 +233,7 @@ class _SampledUpdate:
         #: Gradient norms by parameter, once they are read.
         self.norms: dict[str, float] = {}
         self._handle: RemovableHandle | None = None
-        is_scale_free = type(step.optimizer).__name__.startswith(_SCALE_FREE)
-        if not (is_scale_free or step.selection.is_cut or lightning_api.gradient_scaler(trainer)):
+        if not (is_scale_free(step.optimizer) or step.selection.is_cut or scaler):
             # not before the step: the hook at which gradients are measured runs within its closure
             self._handle = after_step(step.optimizer, partial(self._measure_clipped, step))
 

@@ -43,6 +43,25 @@ _KEYWORDS = ("last", "best", "hpc")
 _MODULE_FLAG = re.compile(r"--model\.(?:init_args\.)?(\w+)")
 
 
+def trainer_alone(folder: str, model_class: Any) -> dict[str, Any]:
+    """Returns arguments of a Trainer that leaves nothing behind, on one device, without limits of its own."""
+    logger = import_module(f"{lightning_package_of(model_class).__name__}.loggers.logger")
+    return {
+        "default_root_dir": folder,
+        "logger": logger.DummyLogger(),  # accepts all that the user's step may log
+        "devices": 1,
+        "num_nodes": 1,
+        "strategy": "auto",
+        "fast_dev_run": False,
+        "barebones": False,
+        "profiler": None,
+        "max_time": None,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
+
+
 @contextmanager
 def fit_argv(arguments: Sequence[str]) -> Iterator[None]:
     """Replaces `sys.argv`, which LightningCLI reads, and a strategy that launches processes."""

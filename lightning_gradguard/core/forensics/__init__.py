@@ -1,6 +1,6 @@
 """The operation of a batch that made the first nonfinite value, and its cause."""
 
 from .classify import investigate
-from .inputs import or_bad_input
+from .inputs import or_bad_input, parts_of
 from .origin import Origin, OutOfRange, origin_in_epsilon, origin_in_weights, out_of_range_elements
 from .rejections import rejection

@@ -10,12 +10,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves_with_path
 
 from lightning_gradguard.core.forensics.buffers import buffers_of, corrupted_buffers, origin_in_buffers
 from lightning_gradguard.core.forensics.exceptions import origin_of_exception
 from lightning_gradguard.core.forensics.faults import FAULTS
-from lightning_gradguard.core.forensics.inputs import HUGE_INPUT, huge_inputs, or_bad_input, outliers
+from lightning_gradguard.core.forensics.inputs import (
+    HUGE_INPUT,
+    huge_inputs,
+    or_bad_input,
+    outliers,
+    parts_of,
+)
 from lightning_gradguard.core.forensics.operations import (
     JUMP,
     OperationFault,
@@ -79,8 +84,7 @@ def investigate(
         >>> origin.cause, origin.operation, origin.high
         ('loss', 'aten::log', 0.0)
     """
-    leaves = tree_leaves_with_path(batch)
-    parts = {"batch" + "".join(map(str, path)): leaf for path, leaf in leaves if isinstance(leaf, Tensor)}
+    parts = parts_of(batch)
     tensors = (*module.named_buffers(), *module.named_parameters())
     named = {**{name.replace("_orig_mod.", ""): tensor for name, tensor in tensors}, **parts}
     before = buffers_of(module)

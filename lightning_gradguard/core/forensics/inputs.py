@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from torch import Tensor
+from torch.utils._pytree import tree_leaves_with_path
 
 from lightning_gradguard.core.forensics.origin import Origin
 
@@ -13,6 +15,18 @@ from lightning_gradguard.core.forensics.origin import Origin
 HUGE_INPUT = 1e6
 #: A row of the batch this many times larger than the median row is an outlier.
 OUTLIER = 30.0
+
+
+def parts_of(batch: Any) -> dict[str, Tensor]:
+    """Returns the tensors of a batch by their places in it, such as `batch[0]`.
+
+    Example:
+        >>> import torch
+        >>> list(parts_of((torch.ones(1), {"y": torch.ones(1)})))
+        ['batch[0]', "batch[1]['y']"]
+    """
+    leaves = ((path, leaf) for path, leaf in tree_leaves_with_path(batch) if isinstance(leaf, Tensor))
+    return {"batch" + "".join(map(str, path)): leaf for path, leaf in leaves}
 
 
 def huge_inputs(parts: Mapping[str, Tensor]) -> dict[str, float]:

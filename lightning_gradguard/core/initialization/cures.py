@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -22,7 +21,7 @@ from lightning_gradguard.core.initialization.trials import (
     recurrent_lines,
 )
 from lightning_gradguard.core.parameter_names import code_of
-from lightning_gradguard.core.snapshots import preserve_state
+from lightning_gradguard.core.snapshots import preserve_state, preserve_weights
 
 #: A gain of this share of that before is better, where nothing brings it to what is usual.
 _BETTER = 0.5
@@ -130,24 +129,13 @@ def _findings_of(
     trial: Trial, module: nn.Module, measure: Callable[[], Sequence[Finding]]
 ) -> Sequence[Finding] | None:
     """Returns the findings under a trial; `None` if it does not fit the network."""
-    with _weights_restored(module), preserve_state(module):
+    with preserve_weights(module), preserve_state(module):
         torch.manual_seed(0)
         try:
             with trial.applied():
                 return measure()
         except Exception:  # the trial is ours, and its failure no fault of the network
             return None
-
-
-@contextmanager
-def _weights_restored(module: nn.Module) -> Iterator[None]:
-    saved = [(p, p.detach().clone()) for p in module.parameters()]
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for parameter, value in saved:
-                parameter.copy_(value)
 
 
 def _trials(

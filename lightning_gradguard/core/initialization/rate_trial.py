@@ -5,8 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +15,7 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_map
 
 from lightning_gradguard.core.initialization.findings import Finding, Severity
-from lightning_gradguard.core.snapshots import preserve_state
+from lightning_gradguard.core.snapshots import preserve_state, preserve_weights
 
 #: Steps of a trial, and batches on which the loss is compared afterwards.
 STEPS, HELD_OUT = 12, 4
@@ -76,7 +75,7 @@ class RateTrial:
 
     def losses(self, factor: float) -> tuple[float, float]:
         """Returns the mean loss of the held-out batches before and after the steps; NaN if it diverged."""
-        with _everything_restored(self.module), torch.enable_grad():
+        with preserve_weights(self.module), preserve_state(self.module), torch.enable_grad():
             before = self._held_out_loss()
             optimizer = optimizer_copy(self.optimizer)
             for group, rate in zip(optimizer.param_groups, self.rates, strict=True):
@@ -192,22 +191,6 @@ def _step_of(optimizer: Optimizer) -> Callable[[Optimizer], Any]:
     """Returns the step of an optimizer's class, without what torch wraps around it to call global hooks."""
     step: Any = type(optimizer).step
     return step.__wrapped__ if getattr(step, "hooked", False) else step  # type: ignore[no-any-return]
-
-
-@contextmanager
-def _everything_restored(module: nn.Module) -> Iterator[None]:
-    """Restores weights, gradients, buffers, plain attributes and random numbers on exit."""
-    parameters = list(module.parameters())
-    saved = [(p.detach().clone(), p.grad, p.requires_grad) for p in parameters]
-    try:
-        with preserve_state(module):
-            yield
-    finally:
-        with torch.no_grad():
-            for parameter, (value, gradient, requires_grad) in zip(parameters, saved, strict=True):
-                parameter.copy_(value)
-                parameter.grad = gradient
-                parameter.requires_grad_(requires_grad)
 
 
 def _fresh(batch: Any) -> Any:

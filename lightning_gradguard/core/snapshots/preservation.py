@@ -126,6 +126,20 @@ def preserve_state(module: nn.Module) -> Iterator[None]:
                 owner.__dict__[key] = _restored(original, content)
 
 
+@contextmanager
+def preserve_weights(module: nn.Module) -> Iterator[None]:
+    """Restores on exit the weights of a module, their gradients, and which of them are trained."""
+    saved = [(p, p.detach().clone(), p.grad, p.requires_grad) for p in module.parameters()]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for parameter, value, gradient, requires_grad in saved:
+                parameter.copy_(value)
+                parameter.grad = gradient
+                parameter.requires_grad_(requires_grad)
+
+
 def _attributes(module: nn.Module) -> dict[str, Any]:
     """Returns plain attributes of a module, such as the states of a metric or a list of outputs."""
     types = (Tensor, list, dict, set, deque, int, float, bool, str, type(None))

@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
-from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves_with_path
+from torch import nn
 
 from lightning_gradguard.core.forensics import (
     Origin,
@@ -20,6 +19,7 @@ from lightning_gradguard.core.forensics import (
     origin_in_epsilon,
     origin_in_weights,
     out_of_range_elements,
+    parts_of,
 )
 from lightning_gradguard.core.incidents import Cause
 from lightning_gradguard.core.remedies import Present
@@ -170,9 +170,7 @@ def scan_batches(batches: Sequence[SeenBatch]) -> Origin | None:
     """
     found = []
     for seen in batches:
-        leaves = tree_leaves_with_path(seen.batch)
-        parts = {"batch" + "".join(map(str, path)): t for path, t in leaves if isinstance(t, Tensor)}
-        origin = or_bad_input(Origin("unknown", detail="The step is finite"), parts)
+        origin = or_bad_input(Origin("unknown", detail="The step is finite"), parts_of(seen.batch))
         found += [origin] if origin.cause == "bad_input" else []
     origins: list[Origin | None] = gather_objects(next(iter(found), None))
     return next((origin for origin in origins if origin is not None), None)
