@@ -156,7 +156,7 @@ def _symptom(
     return RunSymptom(kind, severity, first, evidence, value, example.where, next_steps, main)
 
 
-def _remedy_of(incident: RecordedIncident) -> str:
+def _remedy_of(incident: Incident) -> str:
     """Returns the advice without the measurement that it begins with, if the detail has it."""
     measured, _, remedy = incident.advice.partition(". ")
     return remedy if remedy and measured.lower() in incident.detail.lower() else incident.advice

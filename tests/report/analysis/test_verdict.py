@@ -329,8 +329,8 @@ def test_one_cut_is_no_falling_learning_rate() -> None:
 
 
 def test_a_rate_that_failed_after_it_was_found_is_not_advised() -> None:
-    cuts = [RecordedIncident("learning_rate_backoff", 24 + i, value=0.5 ** (i + 1)) for i in range(4)]
-    found = RecordedIncident("learning_rate_found", 40, value=0.01)
+    cuts = [Incident("learning_rate_backoff", 24 + i, value=0.5 ** (i + 1)) for i in range(4)]
+    found = Incident("learning_rate_found", 40, value=0.01)
     told = [RunLog(series([2.0] * 60), incidents=[*cuts, *more]) for more in ([found], [found, cuts[-1]])]
     advice = [analyze_run(log).symptoms[0].remedies[0] for log in told]
     assert advice[0] == "Train with lr=0.01, which the run has found to train."
@@ -339,7 +339,7 @@ def test_a_rate_that_failed_after_it_was_found_is_not_advised() -> None:
 
 def test_a_measurement_is_quoted_once() -> None:
     measured = "An update of 0.14 of the norm of the weights (usual: below 0.1)"
-    found = RecordedIncident(
+    found = Incident(
         "exploding_gradient",
         5,
         cause="update_too_large",
