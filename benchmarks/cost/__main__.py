@@ -1,7 +1,8 @@
 """Measures the cost of the suite beside that of its peers: all that can be counted or timed on a CPU.
 
 `python -m benchmarks.cost` takes a quarter of an hour on two idle cores and writes docs/performance.md. Less
-than all of it (`--parts`, `--networks`, `--rounds`) is printed. `--gpu` times steps on a CUDA device instead.
+than all of it (`--parts`, `--networks`, `--rounds`, `--variants`) is printed. `--gpu` times steps on a CUDA
+device instead.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import ParamSpec, TypeVar
 
 from benchmarks.cost import counts, gpu, memory, timings
 from benchmarks.cost.networks import LARGE, NETWORKS
-from benchmarks.cost.peers import BARE, DEFERRED, EXACT, PEERS
+from benchmarks.cost.peers import BARE, DEFERRED, EVERY, EXACT, PEERS
 from docs.generators import performance
 
 PARTS = ("counts", "steps", "hooks", "snapshots", "memory", "long run")
@@ -39,13 +40,16 @@ def apart(function: Callable[P, Found], *args: P.args, **kwargs: P.kwargs) -> Fo
     return found
 
 
-def main(parts: Sequence[str], networks: Sequence[str], rounds: int | None) -> str:
+def main(
+    parts: Sequence[str], networks: Sequence[str], rounds: int | None, variants: Sequence[str] | None
+) -> str:
     """Measures the requested parts; returns the page.
 
     Args:
         parts: Some of `PARTS`.
         networks: Some of `NETWORKS`.
         rounds: Of each part that is timed; those above if `None`.
+        variants: Of the steps that are timed, the bare one among them; all if `None`.
     """
     found = performance.Found(load=os.getloadavg()[0])
     large = [name for name in LARGE if name in networks]
@@ -55,7 +59,7 @@ def main(parts: Sequence[str], networks: Sequence[str], rounds: int | None) -> s
         found.counts += apart(counts.count, ours, counts.TENSORS, fused=False)
     if "steps" in parts:
         for name in networks:
-            found.whole[name] = apart(timings.whole, name, rounds or ROUNDS[name])
+            found.whole[name] = apart(timings.whole, name, rounds or ROUNDS[name], variants)
     if "hooks" in parts:
         for name in large:
             found.prepared[name] = apart(timings.hooks_and_optimizer, name, rounds or ROUNDS_OF_HOOKS)
@@ -76,6 +80,7 @@ if __name__ == "__main__":
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
     parser.add_argument("--rounds", type=int)
+    parser.add_argument("--variants", nargs="+", choices=EVERY, help="of timed steps")
     parser.add_argument(
         "--gpu", nargs="*", choices=gpu.NETWORKS, help="time these networks, or all, on a GPU"
     )
@@ -83,7 +88,7 @@ if __name__ == "__main__":
     if options.gpu is not None:
         gpu.main(options.gpu or list(gpu.NETWORKS), options.rounds or gpu.ROUNDS)
         sys.exit()
-    text = main(options.parts, options.networks, options.rounds)
+    text = main(options.parts, options.networks, options.rounds, options.variants)
     if options == parser.parse_args([]):
         performance.PAGE.write_text(text, encoding="utf-8")
     else:

@@ -8,7 +8,7 @@ import random
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -125,6 +125,7 @@ def time_in_turn(
     *,
     settle: int = 0,
     in_a_row: int = 1,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Seconds]:
     """Runs steps of all fits in each round, in random order.
 
@@ -135,6 +136,7 @@ def time_in_turn(
         seed: Of the order.
         settle: Steps at the start of each turn that do not count.
         in_a_row: Steps of a turn that count.
+        clock: In seconds.
 
     Returns:
         Seconds of each fit, by number of the step.
@@ -149,9 +151,9 @@ def time_in_turn(
         chance.shuffle(order)
         for name in order:
             for j in range(settle + in_a_row):
-                start = time.perf_counter()
+                start = clock()
                 running[name].step()
-                took = time.perf_counter() - start
+                took = clock() - start
                 if i >= warm_up and j >= settle:
                     seconds[name][running[name].steps] = took
     gc.unfreeze()

@@ -16,7 +16,15 @@ from pytorch_lightning.loggers import Logger, TensorBoardLogger, WandbLogger
 from pytorch_lightning.utilities import grad_norm
 from torch import Tensor, nn
 
-from lightning_gradguard import AdaptiveGradientClipping, NaNRollback, ZScoreClipping, default_callbacks
+from lightning_gradguard import (
+    AdaptiveGradientClipping,
+    GradientNormMonitor,
+    InitializationCheck,
+    LearningRateBackoff,
+    NaNRollback,
+    TrainingDiagnosis,
+    default_callbacks,
+)
 
 #: Of the Trainer: every so many steps one is logged; the others are hot.
 LOG_EVERY = 5
@@ -181,16 +189,22 @@ class DeepCopy(pl.Callback):
             )
 
 
+class Idle(pl.Callback):
+    """Overrides the hooks that the suite overrides in a training step, and does nothing."""
+
+    def on_train_batch_start(self, *_: Any) -> None: ...
+    def on_before_backward(self, *_: Any) -> None: ...
+    def on_before_optimizer_step(self, *_: Any) -> None: ...
+    def on_train_batch_end(self, *_: Any) -> None: ...
+
+
 def suite(**rollback: Any) -> list[pl.Callback]:
-    """All six callbacks with their defaults, but for a warm-up as short as ZClip's.
+    """All six callbacks with their defaults.
 
     Args:
         **rollback: Arguments of `NaNRollback`.
     """
-    return default_callbacks(
-        nan_rollback=NaNRollback(**rollback),
-        adaptive_gradient_clipping=AdaptiveGradientClipping(ZScoreClipping(warmup_steps=WARM_UP)),
-    )
+    return default_callbacks(nan_rollback=NaNRollback(**rollback))
 
 
 def offline(folder: Path) -> Logger:
@@ -199,9 +213,10 @@ def offline(folder: Path) -> Logger:
     return WandbLogger(save_dir=folder, offline=True)
 
 
-BARE, AGAIN, EXACT, DEFERRED, CLIP = (
+BARE, AGAIN, IDLE, EXACT, DEFERRED, CLIP = (
     "bare",
     "bare, again",
+    "six callbacks that do nothing",
     "suite",
     "suite, deferred",
     "`gradient_clip_val=1.0`",
@@ -233,3 +248,15 @@ VARIANTS = {
     ),
 }
 PEERS = [name for name, variant in VARIANTS.items() if name not in (BARE, AGAIN, EXACT, DEFERRED)]
+
+#: Timed in addition where a step is all overhead: the calls of hooks alone, and each callback by itself.
+SINGLE = {
+    IDLE: Variant("nothing: shows the cost of hooks", "Lightning", lambda: [Idle() for _ in range(6)]),
+    "`InitializationCheck`": Variant("checks", OURS, lambda: [InitializationCheck()]),
+    "`GradientNormMonitor`": Variant("logs norms", OURS, lambda: [GradientNormMonitor()]),
+    "`TrainingDiagnosis`": Variant("diagnoses", OURS, lambda: [TrainingDiagnosis()]),
+    "`NaNRollback`": Variant("skips, rolls back", OURS, lambda: [NaNRollback()]),
+    "`AdaptiveGradientClipping`": Variant("clips", OURS, lambda: [AdaptiveGradientClipping()]),
+    "`LearningRateBackoff`": Variant("backs off", OURS, lambda: [LearningRateBackoff()]),
+}
+EVERY = {**VARIANTS, **SINGLE}

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from statistics import median, quantiles
+from typing import Any
 
 import torch
 
 from benchmarks.cost.interleaved import Seconds, fits, is_hot, time_in_turn
 from benchmarks.cost.networks import LARGE, NETWORKS, Prepared, Tensors
-from benchmarks.cost.peers import BARE, VARIANTS, DeepCopy, Variant, suite
+from benchmarks.cost.peers import BARE, EVERY, VARIANTS, DeepCopy, Variant, suite
 
 #: Rounds ahead of those that count: memory is first touched, optimizers get their state, ZClip warms up.
 WARM_UP = 5
@@ -54,13 +56,22 @@ class Spread:
         return cls(*quantiles(values, n=4, method="inclusive"))
 
 
-def whole(network: str, rounds: int) -> Timed:
-    """Steps of all variants, forward and backward pass and all. Call it in a process of its own."""
+def whole(network: str, rounds: int, names: Collection[str] | None = None) -> Timed:
+    """Steps, forward and backward pass and all. Call it in a process of its own.
+
+    Args:
+        network: One of `NETWORKS`.
+        rounds: That count.
+        names: Of the variants, the bare one among them; all if `None`.
+    """
+    variants = VARIANTS if network in LARGE else EVERY
+    turn: dict[str, Any] = {}
     if network not in LARGE:
-        # starting a second thread takes longer than the step
+        # starting a second thread takes longer than the step; one thread has a clock of its own
         torch.set_num_threads(1)
-    turn = {} if network in LARGE else {"settle": SETTLE, "in_a_row": IN_A_ROW}
-    with fits({name: NETWORKS[network]() for name in VARIANTS}, VARIANTS) as running:
+        turn = {"settle": SETTLE, "in_a_row": IN_A_ROW, "clock": time.process_time}
+    chosen = [name for name in variants if names is None or name in names]
+    with fits({name: NETWORKS[network]() for name in chosen}, variants) as running:
         return time_in_turn(running, rounds, WARM_UP, **turn)
 
 

@@ -16,7 +16,7 @@ from benchmarks.cost.counts import TENSORS, Count, Kind
 from benchmarks.cost.interleaved import SNAPSHOT_EVERY, is_hot, is_logged
 from benchmarks.cost.memory import LOOK_EVERY, Look
 from benchmarks.cost.networks import ELEMENTS, LARGE
-from benchmarks.cost.peers import BARE, EXACT, LOG_EVERY, VARIANTS
+from benchmarks.cost.peers import BARE, EVERY, EXACT, LOG_EVERY, VARIANTS
 from benchmarks.cost.timings import DEEPCOPY, KEPT, NEVER, WARM_UP, Spread, Timed
 from lightning_gradguard.core.norms import CHUNK
 
@@ -137,8 +137,8 @@ def _whole(found: Found) -> list[str]:
         f"are noise. Every {LOG_EVERY}th step is logged; those around the suite's snapshots, every "
         f"{SNAPSHOT_EVERY}, are excluded here. A turn of the BoringModel is {timings.IN_A_ROW} steps, after "
         f"{timings.SETTLE} warm-up steps: its steps are all overhead, and the caches should be those of one "
-        "fit. Tensors above 65,536 elements add one operation each on a CPU; small tensors of one shape are "
-        "copied before they are measured, and so read twice.\n",
+        "fit; they are measured in CPU time. Tensors above 65,536 elements add one operation each on a CPU; "
+        "small tensors of one shape are copied before they are measured, and so read twice.\n",
         _table(
             ("variant", "offers", "from"), [(n, v.offers, v.source) for n, v in VARIANTS.items() if n != BARE]
         ),
@@ -261,7 +261,7 @@ def _time_table(timed: Timed) -> str:
     for name in timed:
         if name == BARE:
             continue
-        variant = VARIANTS[name]
+        variant = EVERY[name]
         for kind, wanted in (("hot", is_hot), ("logged", is_logged)):
             # a row of its own only where something is done at that kind of step
             if variant.acts_on_hot_steps if kind == "hot" else _logs(variant.offers):

@@ -7,6 +7,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytorch_lightning as pl
@@ -15,7 +16,6 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_gradguard.core import arguments, tags
-from lightning_gradguard.core.backoff import pending_rate_scale
 from lightning_gradguard.core.clipping import (
     ClippingPolicy,
     RelativeNormClipping,
@@ -81,7 +81,7 @@ class AdaptiveGradientClipping(StepCallback):
         self.exclude = arguments.names("exclude", exclude)
         self.wants_units = self.policy.by_unit
         self.state_arguments = {"policy": type(self.policy).__name__, "exclude": self.exclude}
-        self._policies: dict[int, ClippingPolicy] = {}
+        self._policies: dict[int, ClippingPolicy] = defaultdict(partial(copy.deepcopy, self.policy))
         self._clipped: dict[int, tuple[Scalar, int]] = {}
         self._logged: dict[int, tuple[Scalar, int]] = {}
         self._hard: dict[int, tuple[Scalar, int]] = {}
@@ -130,21 +130,19 @@ class AdaptiveGradientClipping(StepCallback):
         """Scales the gradients of an accepted step, and adds it to the history."""
         if not step.accepted or step.inside_closure:
             return
-        policy = self._policy(step.optimizer_index)
+        policy = self._policies[step.optimizer_index]
         gradients = replace(step.gradients, context=self._context(step, policy))
         if self.exclude:
             gradients = gradients.without(match_names(gradients.names, self.exclude))
         if not gradients.names:
             return
         coefficients = policy.coefficients(gradients)
-        divisor = self._divisor(step, gradients, coefficients)
-        if divisor is None:
-            scale_gradients_(gradients, coefficients)
-        else:
-            self.suite.override_fused_step(step, grad_scale=divisor)
+        lowest = smallest(coefficients)
+        if isinstance(lowest, Tensor) or lowest != 1:
+            self._scale(step, gradients, coefficients)
         policy.commit()
         clipped, steps = self._clipped.get(step.optimizer_index, (0, 0))
-        self._clipped[step.optimizer_index] = (clipped + (smallest(coefficients) < 1), steps + 1)
+        self._clipped[step.optimizer_index] = (clipped + (lowest < 1), steps + 1)
         if not isinstance(coefficients, list):
             hard, steps = self._hard.get(step.optimizer_index, (0, 0))
             self._hard[step.optimizer_index] = (hard + (coefficients < HARD_CLIPPING), steps + 1)
@@ -195,7 +193,7 @@ class AdaptiveGradientClipping(StepCallback):
         """Restores the histories."""
         self._policies.clear()
         for index, state in state_dict["histories"].items():
-            self._policy(index).load_state_dict(copy.deepcopy(state))
+            self._policies[index].load_state_dict(copy.deepcopy(state))
         # checkpoints of 0.5 have none
         for index, state in state_dict.get("constant_clipping", {}).items():
             self._detectors[index].load_state_dict(state)
@@ -215,7 +213,7 @@ class AdaptiveGradientClipping(StepCallback):
     def wants_weight_norms(self, trainer: pl.Trainer) -> bool:
         """True if the policy of any optimizer wants them, or may, as the optimizer has not stepped yet."""
         indices = range(len(trainer.optimizers))
-        return any([self._policies.get(index, self.policy).wants_weight_norm for index in indices])
+        return any([self._policies[index].wants_weight_norm for index in indices])
 
     def _context(self, step: Step, policy: ClippingPolicy) -> StepContext:
         measurement = step.measurement
@@ -227,19 +225,20 @@ class AdaptiveGradientClipping(StepCallback):
             step.gradients,
             loss=step.loss if measurement is None else measurement.loss,
             weight_norm=weight_norm,
-            rate_scale=pending_rate_scale(step.optimizer),
         )
 
-    def _policy(self, index: int) -> ClippingPolicy:
-        if index not in self._policies:
-            self._policies[index] = copy.deepcopy(self.policy)
-        return self._policies[index]
+    def _scale(self, step: Step, gradients: Gradients, coefficients: Scalar | list[Tensor]) -> None:
+        divisor = self._divisor(step, gradients, coefficients)
+        if divisor is None:
+            scale_gradients_(gradients, coefficients)
+        else:
+            self.suite.override_fused_step(step, grad_scale=divisor)
 
     def _divisor(
         self, step: Step, gradients: Gradients, coefficients: Scalar | list[Tensor]
     ) -> Tensor | None:
         """Returns the divisor for a fused optimizer; `None` if gradients are scaled here."""
-        if isinstance(coefficients, list) or not isinstance(coefficients, Tensor) and coefficients in (0, 1):
+        if isinstance(coefficients, list) or not isinstance(coefficients, Tensor) and coefficients == 0:
             return None
         if (
             not self._may_override

@@ -13,6 +13,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_gradguard.core import arguments, tags
+from lightning_gradguard.core.clipping import Scalar
 from lightning_gradguard.core.detectors import NormBand
 from lightning_gradguard.core.norms import total_norm_from_norms
 from lightning_gradguard.core.parameter_names import warn_unmatched
@@ -22,14 +23,29 @@ from lightning_gradguard.runtime.logging.heat_map_schedule import HeatMapSchedul
 from lightning_gradguard.runtime.logging.hyperparameters import non_defaults
 from lightning_gradguard.runtime.logging.metrics import log_scalars
 from lightning_gradguard.runtime.other_clipping import clip_norm
-from lightning_gradguard.runtime.steps.logged_step import (
-    LoggedStep,
-    NonfiniteFraction,
-    log_gradient_histograms,
-)
+from lightning_gradguard.runtime.steps.logged_step import LoggedStep, log_gradient_histograms
 from lightning_gradguard.runtime.steps.step import Step
 from lightning_gradguard.runtime.steps.step_callback import StepCallback
 from lightning_gradguard.runtime.steps.suite import is_logging_step
+
+
+class _NonfiniteFraction:
+    """Share of tensors with a nonfinite gradient since the last logged step."""
+
+    def __init__(self) -> None:
+        self._finite: Scalar = 0
+        self._seen = 0
+
+    def add(self, norms: Tensor, total_norm: float | None) -> None:
+        """Counts the tensors of a step, on the host if their total norm is known there."""
+        n = norms.numel()
+        is_finite = total_norm is not None and math.isfinite(total_norm)
+        self._finite = self._finite + (n if is_finite else (norms < math.inf).sum())
+        self._seen += n
+
+    def value(self) -> Scalar:
+        """Returns the share, on the device unless all steps are known to be finite."""
+        return 1 - self._finite / self._seen
 
 
 class GradientNormMonitor(StepCallback):
@@ -112,7 +128,7 @@ class GradientNormMonitor(StepCallback):
             partial(ChartGroups, level, self.include, self.exclude, self.norm_type)
         )
         self._bands: dict[int, NormBand] = defaultdict(NormBand)
-        self._fractions: dict[int, NonfiniteFraction] = defaultdict(NonfiniteFraction)
+        self._fractions: dict[int, _NonfiniteFraction] = defaultdict(_NonfiniteFraction)
         self._logged: dict[int, LoggedStep] = {}
         self._pending: list[LoggedStep] = []
         self._heat_map = HeatMapSchedule(figure_every_n_steps)

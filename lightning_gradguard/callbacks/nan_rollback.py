@@ -6,7 +6,6 @@ from typing import Any, Literal
 
 import pytorch_lightning as pl
 from lightning_fabric.utilities.exceptions import MisconfigurationException
-from torch import Tensor
 from typing_extensions import override
 
 from lightning_gradguard.core import arguments
@@ -246,13 +245,6 @@ class NaNRollback(StepCallback):
         if self._unknown_averages:  # by the first batch there is a progress bar to print above
             self._warn_of_unknown_averages(trainer)
         self._session.on_batch_start(batch, batch_idx)
-
-    @override
-    def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
-        """Scans what the forward pass has left in buffers."""
-        if self.suite.is_running:
-            self._session.scan_buffers()
-        super().on_before_backward(trainer, pl_module, loss)
 
     @override
     def step_flags(self) -> StepFlags:

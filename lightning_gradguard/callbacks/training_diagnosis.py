@@ -31,8 +31,8 @@ from lightning_gradguard.runtime.sampled_step import (
     SampledStep,
     decoded,
     encoded,
-    is_sampled,
     losses_of_permuted,
+    next_sample,
 )
 from lightning_gradguard.runtime.steps.step import Step
 from lightning_gradguard.runtime.steps.step_callback import StepCallback
@@ -109,7 +109,7 @@ class TrainingDiagnosis(StepCallback):
         self._sampled: SampledStep | None = None
         self._waiting: SampledStep | None = None
         self._uses_targets = False
-        self._last_sampled = -1
+        self._next_sample = 0
         self._steps = Steps()
         self._started = 0
         self._is_publishing = False
@@ -121,9 +121,9 @@ class TrainingDiagnosis(StepCallback):
         planned = planned_steps(trainer)
         self.diagnosis.plan(int(planned) if math.isfinite(planned) else 0)
         self._sampled = self._waiting = None
-        self._last_sampled = -1
         self._steps = Steps()
         self._started = lightning_api.batches_that_stepped(trainer)
+        self._next_sample = next_sample(self._started, self.every_n_steps)
 
     @override
     def on_train_batch_start(
@@ -131,15 +131,9 @@ class TrainingDiagnosis(StepCallback):
     ) -> None:
         """Begins a sample where one is due."""
         step = lightning_api.batches_that_stepped(trainer)
-        if (
-            self._sampled is not None
-            or step == self._last_sampled
-            or not is_sampled(step, self.every_n_steps)
-        ):
+        if step < self._next_sample or self._sampled is not None or lightning_api.is_swa_bn_update(trainer):
             return
-        if lightning_api.is_swa_bn_update(trainer):
-            return
-        self._last_sampled = step
+        self._next_sample = next_sample(step + 1, self.every_n_steps)
         permuted = None
         wants = self._uses_targets and self.diagnosis.wants_permutation(step)
         if wants and pl_module.automatic_optimization and distributed.world_size() == 1:
@@ -157,7 +151,8 @@ class TrainingDiagnosis(StepCallback):
     ) -> None:
         """Takes note of the step, also of one without a gradient; of a sampled step, what is not trained."""
         if self.suite.is_running:
-            self._steps.add(optimizer)
+            if id(optimizer) not in self._steps.updated:
+                self._steps.add(optimizer)
             if self._sampled is not None:
                 is_late = self._sampled.step - self._started >= STEPPED_BY
                 self._sampled.cover(trainer, optimizer, self._steps if is_late else None)

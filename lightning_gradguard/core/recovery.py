@@ -43,6 +43,7 @@ class RecoveryPolicy:
         rollbacks: Number of rollbacks so far.
         stopped_at_first: True if the run stops at its first nonfinite step, and not for want of a budget.
         has_good_step: True if any step was not skipped, in this run or the one that it resumes.
+        is_spiking: True if the last step of any optimizer was part of a spike, and so not a good step.
         is_adversarial: True if several optimizers may train networks against each other, whose losses rise
             and fall in healthy training. Set before the first step.
 
@@ -66,6 +67,7 @@ class RecoveryPolicy:
         self.rollbacks = 0
         self.has_good_step = False
         self._stop_cause = ""
+        self.is_spiking = False
         self.is_adversarial = False
         self._spent = 0
         self._good_steps = 0
@@ -117,6 +119,7 @@ class RecoveryPolicy:
         if index not in self._health:
             self._health[index] = OptimizerHealth(self.is_adversarial)
         anomaly = self._health[index].update(loss, total_norm, is_collapsed)
+        self.is_spiking = any([health.spiking for health in self._health.values()])
         self._asked_ago += 1
         if anomaly in ("divergence", "worse_than_first", "no_progress", "lasting_spike"):
             if self._asked_ago < EVIDENCE_STEPS:
@@ -165,11 +168,6 @@ class RecoveryPolicy:
         limit = f"max_rollbacks={self._max_rollbacks}"
         return f"after {self.rollbacks} rollbacks another one is necessary ({limit})"
 
-    @property
-    def is_spiking(self) -> bool:
-        """True if the last step of any optimizer was part of a spike, and so not a good step."""
-        return any([health.spiking for health in self._health.values()])
-
     def on_rollback(self) -> None:
         """Counts a rollback."""
         self.rollbacks += 1
@@ -178,6 +176,7 @@ class RecoveryPolicy:
         self._skipped_in_a_row.clear()
         for health in self._health.values():
             health.on_rollback()
+        self.is_spiking = False
 
     def reset_budgets(self) -> None:
         """Starts counting again, as before any intervention."""
@@ -195,6 +194,7 @@ class RecoveryPolicy:
         self._health = {index: OptimizerHealth(self.is_adversarial) for index in detector_state}
         for index, state in detector_state.items():
             self._health[index].load_state_dict(state)
+        self.is_spiking = any([health.spiking for health in self._health.values()])
 
     def state_dict(self) -> dict[str, Any]:
         """Returns everything with which a resumed run decides alike."""

@@ -206,6 +206,7 @@ class TrainingGuard:
             )
             outcome = replace(outcome, kind=cast("IncidentKind", anomaly))
             if decision == "continue":
+                self._learning_rate.scale = self.backoff.scale
                 return self._commit(outcome, self._with_context(gradients, measurement))
         if decision == "continue":
             return outcome
@@ -285,7 +286,6 @@ class TrainingGuard:
             gradients,
             loss=measurement.loss,
             weight_norm=measurement.weight_norm if self.policy.wants_weight_norm else None,
-            rate_scale=self.backoff.scale,
         )
         return replace(gradients, known_norm=measurement.total_norm, context=context)
 
@@ -293,7 +293,6 @@ class TrainingGuard:
         coefficients = self.policy.coefficients(gradients)
         scale_gradients_(gradients, coefficients)
         self.policy.commit()
-        self._learning_rate.scale = self.backoff.scale
         self._snapshots.wait()
         self._optimizer.step()
         self.backoff.step(outcome.loss)

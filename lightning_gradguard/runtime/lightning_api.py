@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -115,10 +115,10 @@ def has_weight_averages(trainer: pl.Trainer) -> bool:
     return any(True for _ in _averaging_callbacks(trainer))
 
 
-def epoch_mean_metrics(trainer: pl.Trainer) -> list[Metric]:
-    """The metrics in which `self.log(..., on_epoch=True)` accumulates during training, one a key."""
-    results = getattr(trainer.fit_loop.epoch_loop, "_results", None)
-    return [] if results is None else list(results.values())
+def epoch_mean_metrics(trainer: pl.Trainer) -> Mapping[str, Metric]:
+    """The metrics in which `self.log(..., on_epoch=True)` accumulates during training; it grows with them."""
+    results: Mapping[str, Metric] = getattr(trainer.fit_loop.epoch_loop, "_results", {})
+    return results
 
 
 def set_callback_metric(trainer: pl.Trainer, name: str, value: float) -> None:

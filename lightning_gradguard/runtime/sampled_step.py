@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -61,6 +62,16 @@ def is_sampled(step: int, every_n_steps: int) -> bool:
     if step <= DENSE_UNTIL:
         return step in FIRST_STEPS or (step > 0 and step % DENSE_INTERVAL == 0)
     return step % every_n_steps == 0
+
+
+def next_sample(step: int, every_n_steps: int) -> int:
+    """Returns the first of the sampled steps from a step on.
+
+    Example:
+        >>> next_sample(36, 100), next_sample(50, 100)
+        (50, 50)
+    """
+    return next(later for later in itertools.count(step) if is_sampled(later, every_n_steps))
 
 
 def is_compiled(pl_module: nn.Module) -> bool:

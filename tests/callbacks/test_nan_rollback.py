@@ -24,6 +24,7 @@ from lightning_gradguard import (
     NaNRollback,
     TrainingDivergedError,
 )
+from lightning_gradguard.runtime.steps.step import StepFlags
 from tests.tasks import (
     OPTIMIZERS,
     Batch,
@@ -200,12 +201,13 @@ def test_without_statistics_there_is_no_flag_of_them(norm: bool) -> None:
     """On a GPU, one that is made on the host would have to be waited for."""
     flags = []
 
-    class Look(pl.Callback):
-        def on_before_optimizer_step(self, trainer: pl.Trainer, *_: Any) -> None:
-            flags.append(rollback._session._flags.nonfinite_buffers)
+    class Look(NaNRollback):
+        def step_flags(self) -> StepFlags:
+            found = super().step_flags()
+            flags.append(found.nonfinite_buffers)
+            return found
 
-    rollback = NaNRollback()
-    fit(Classifier(norm=norm), batches(5), [Look(), rollback])
+    fit(Classifier(norm=norm), batches(5), [Look()])
     assert [flag is not None for flag in flags] == [norm] * 5
 
 

@@ -6,12 +6,13 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_gradguard.core.backoff import pending_rate_scale
 from lightning_gradguard.core.clipping.scalars import Scalar
 from lightning_gradguard.core.norms import Gradients, StepContext
 
 
 def step_context(
-    optimizer: Optimizer, gradients: Gradients, *, loss: Scalar, weight_norm: Scalar | None, rate_scale: float
+    optimizer: Optimizer, gradients: Gradients, *, loss: Scalar, weight_norm: Scalar | None
 ) -> StepContext:
     """Returns the context of a step, without a host synchronization.
 
@@ -20,7 +21,6 @@ def step_context(
         gradients: That the policy gets.
         loss: Mean loss of the step; NaN if none was seen.
         weight_norm: Norm of the weights, if it was measured.
-        rate_scale: Factor on the learning rates of the optimizer that they do not have yet.
 
     Example:
         >>> from lightning_gradguard.core.norms import measure_gradients
@@ -28,9 +28,9 @@ def step_context(
         >>> weight.grad = torch.ones(2)
         >>> optimizer = torch.optim.SGD([weight], lr=0.1, momentum=0.9)
         >>> gradients = measure_gradients([("weight", weight)])
-        >>> context = step_context(optimizer, gradients, loss=2.0, weight_norm=None, rate_scale=0.5)
+        >>> context = step_context(optimizer, gradients, loss=2.0, weight_norm=None)
         >>> context.learning_rate, context.momentum
-        (0.05, 0.9)
+        (0.1, 0.9)
     """
     if not isinstance(optimizer, torch.optim.SGD):
         return StepContext(loss, weight_norm=weight_norm)
@@ -39,7 +39,7 @@ def step_context(
     if any(isinstance(group["lr"], Tensor) or group["lr"] != rate for group in groups[1:]):
         rate = _mean_rate(optimizer, gradients)
     momentum = max(float(group["momentum"]) for group in groups)
-    return StepContext(loss, rate * rate_scale, momentum, weight_norm)
+    return StepContext(loss, rate * pending_rate_scale(optimizer), momentum, weight_norm)
 
 
 def _mean_rate(optimizer: Optimizer, gradients: Gradients) -> Tensor:

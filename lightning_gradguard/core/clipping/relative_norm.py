@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from lightning_gradguard.core.arguments import positive, whole_number
-from lightning_gradguard.core.clipping.policy import HistoryPolicy
+from lightning_gradguard.core.clipping.policy import ClippingPolicy
 from lightning_gradguard.core.clipping.scalars import (
     Recent,
     Scalar,
@@ -23,7 +23,6 @@ from lightning_gradguard.core.clipping.scalars import (
     pushed,
     recent_like,
     square_root,
-    total_norm,
     where,
 )
 from lightning_gradguard.core.norms import Gradients, StepContext
@@ -96,7 +95,7 @@ _NUMBERS = (
 _DERIVED = ("usual_norm", "usual_loss")
 
 
-class RelativeNormClipping(HistoryPolicy[_State]):
+class RelativeNormClipping(ClippingPolicy):
     """Clips a norm that stands out from the run's own, or whose step overshoots; the default policy.
 
     There is no absolute bound. Usual norm and loss are medians of the last `window` steps; a norm enters
@@ -153,20 +152,19 @@ class RelativeNormClipping(HistoryPolicy[_State]):
     def __init__(self, max_ratio: float = 10.0, window: int = 100) -> None:
         self.max_ratio = positive("max_ratio", max_ratio)
         self.window = whole_number("window", window)
-        self._state = self._pending = _State([], [])
+        self._state = _State([], [])
+        self._pending: tuple[_State, _State, Scalar, Scalar, Tensor | bool]
         self._uses_weights = True
-
-    @property
-    def wants_weight_norm(self) -> bool:  # type: ignore[override]
-        """True once in 50 steps, under an optimizer whose steps are along the gradient."""
-        return self._uses_weights and self._state.steps_since_weights % WEIGHTS_EVERY_N_STEPS == 0
+        self.wants_weight_norm = True
 
     def coefficients(self, gradients: Gradients) -> Scalar:
         """Returns one coefficient, by the spike rule and the overshoot rule."""
         context = gradients.context or StepContext()
         rate = context.learning_rate
         self._uses_weights = rate is not None
-        norm: Scalar = gradients.total_norm if isinstance(rate, Tensor) else total_norm(gradients)
+        norm: Scalar = gradients.total_norm
+        if gradients.known_norm is not None and not isinstance(rate, Tensor):
+            norm = gradients.known_norm
         state, loss = self._state.like(norm, self.window), as_like(norm, context.loss)
         if context.weight_norm is not None:
             state = replace(state, weight_norm=as_like(norm, context.weight_norm))
@@ -193,8 +191,18 @@ class RelativeNormClipping(HistoryPolicy[_State]):
             after = _overshoot(after, allowed, loss, usual_loss, rate, context.momentum)
         allowed = fmin(allowed, after.cap)
         self.threshold = fmin(bound, after.cap)
-        self._pending = self._updated(state, after, fmin(norm, bound), loss, is_finite)
+        self._pending = state, after, fmin(norm, bound), loss, is_finite
         return where((norm > allowed) & is_finite, allowed / clamp_min(norm, _TINY), 1.0)
+
+    def commit(self) -> None:
+        """Adds the step that `coefficients` saw last to the history.
+
+        The norm of the weights is wanted once in 50 steps, under an optimizer whose steps are along the
+        gradient.
+        """
+        self._state = self._updated(*self._pending)
+        is_due = self._state.steps_since_weights % WEIGHTS_EVERY_N_STEPS == 0
+        self.wants_weight_norm = self._uses_weights and is_due
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the history."""
@@ -208,6 +216,8 @@ class RelativeNormClipping(HistoryPolicy[_State]):
             norms, losses = (recent_like(0.0, state_dict[key], 0)[-self.window :] for key in _WINDOWS)
             usual = {"usual_norm": median(norms), "usual_loss": median(losses)}
             self._state = _State(**{**state_dict, "norms": norms, "losses": losses, **usual})
+        is_due = self._state.steps_since_weights % WEIGHTS_EVERY_N_STEPS == 0
+        self.wants_weight_norm = self._uses_weights and is_due
 
     def _updated(
         self, state: _State, after: _State, kept: Scalar, loss: Scalar, is_finite: Tensor | bool

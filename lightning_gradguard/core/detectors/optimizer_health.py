@@ -200,10 +200,10 @@ class OptimizerHealth:
         """
         loss_spikes, norm_spikes = self._loss.update(loss), self._norm.update(total_norm)
         self.spiking = self.spiking + 1 if loss_spikes and norm_spikes else 0
-        ratio = self._divergence.update(loss, total_norm)
         # of two players, one loses what the other wins
         is_rise = self._loss.is_persistent and not self._is_adversarial
         is_new_spike = self._alarm.update(self.spiking > 0 or is_rise)
+        ratio = self._divergence.update(loss, total_norm)
         if self._collapse.update(is_collapsed):
             return "gradient_collapse"
         if ratio >= self._bound:

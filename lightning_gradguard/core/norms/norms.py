@@ -44,7 +44,7 @@ def total_norm_from_norms(norms: Tensor, norm_type: float = 2.0) -> Tensor:
     return total
 
 
-def tensor_norms(tensors: Sequence[Tensor], norm_type: float = 2.0, buckets: Buckets | None = None) -> Tensor:
+def tensor_norms(tensors: Sequence[Tensor], norm_type: float = 2.0) -> Tensor:
     """Returns the norm of each tensor, shape `(n,)`, float64.
 
     On a CPU, norms of random numbers are accurate to 1e-6 at any size, of equal numbers to 1e-4.
@@ -52,10 +52,7 @@ def tensor_norms(tensors: Sequence[Tensor], norm_type: float = 2.0, buckets: Buc
     Args:
         tensors: As `power_sums` takes them.
         norm_type: Any number of at least 1, or `inf`.
-        buckets: Made for tensors of the same sizes, devices and dtypes, all dense, real and unsharded.
     """
-    if buckets is not None and tensors:
-        return buckets.norms(tensors, norm_type)
     return norms_from_power_sums(power_sums(tensors, norm_type), norm_type)
 
 

@@ -117,13 +117,15 @@ class BufferCopies:
         buffers = {place: copy_.saved for place, copy_ in self._copies.items()}
         return {**buffers, **{weight: copy_.saved for weight, copy_ in self._written.items()}}
 
-    def now_and_saved(self, places: Iterable[tuple[nn.Module, str]]) -> list[tuple[Tensor, Tensor]]:
-        """Returns buffers as they are and their copies, of the places that have both."""
-        return [
-            (now, self._copies[place].saved)
-            for place in places
-            if place in self._copies and (now := place[0]._buffers.get(place[1])) is not None
-        ]
+    def now_and_saved(self, places: Iterable[tuple[nn.Module, str]]) -> tuple[list[Tensor], list[Tensor]]:
+        """Returns buffers as they are (local shards) and their copies, of the places that have both."""
+        now, saved = [], []
+        for owner, name in places:
+            copy_, buffer = self._copies.get((owner, name)), owner._buffers.get(name)
+            if copy_ is not None and buffer is not None:
+                now.append(copy_.local if buffer is copy_.buffer else local_shard(buffer))
+                saved.append(copy_.saved)
+        return now, saved
 
     def written(self) -> Collection[nn.Parameter]:
         """Returns the frozen weights that have been written."""

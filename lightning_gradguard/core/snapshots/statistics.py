@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import is_lazy
 
-from lightning_gradguard.core.norms import local_shard
+from lightning_gradguard.core.snapshots.nonfinite import MAX_MAGNITUDE
 
 #: A batch that raises a running variance by this factor, relative to itself and to the mean of all, is an
 #: outlier; healthy runs raise it up to about 100-fold (benchmarks/spikes/variances.py).
@@ -33,12 +34,31 @@ def running_variances(modules: Iterable[nn.Module]) -> list[tuple[nn.Module, str
 
 
 @torch.no_grad()
+def is_out_of_range(statistics: Sequence[Tensor]) -> Tensor:
+    """Returns without a host synchronization what `any_nonfinite` does, in a tenth of its time.
+
+    Args:
+        statistics: Floating-point tensors that are small, dense and not sharded; one of them is not empty.
+
+    Returns:
+        A flag of shape `()`.
+
+    Example:
+        >>> is_out_of_range([torch.ones(2), torch.tensor([torch.nan])])
+        tensor(True)
+    """
+    largest = torch.linalg.vector_norm(_joined(statistics), math.inf)
+    flag: Tensor = ~(largest <= MAX_MAGNITUDE)
+    return flag
+
+
+@torch.no_grad()
 def has_jumped(now: Sequence[Tensor], before: Sequence[Tensor]) -> Tensor:
     """Returns without a host synchronization if a batch was an outlier for running variances.
 
     Args:
-        now: The variances after the forward pass of the batch; at least one.
-        before: The same from before it; of sharded ones, this rank's parts.
+        now: The variances after the forward pass of the batch; at least one, none of them sharded.
+        before: The same from before it.
 
     Returns:
         A flag of shape `()`.
@@ -50,8 +70,7 @@ def has_jumped(now: Sequence[Tensor], before: Sequence[Tensor]) -> Tensor:
         >>> has_jumped([norm.running_var], [was])
         tensor(True)
     """
-    after = torch.cat([local_shard(variance).flatten() for variance in now])
-    then = torch.cat([variance.flatten() for variance in before])
+    after, then = _joined(now), _joined(before)
     return (after > JUMP * torch.maximum(then, then.mean())).any()
 
 
@@ -75,3 +94,9 @@ def has_outlying_row(tensors: Iterable[Tensor]) -> Tensor:
             sizes = tensor.abs().reshape(len(tensor), -1).amax(1).float()
             found.append(sizes.amax() > OUTLYING_ROW * sizes.median())
     return torch.stack(found).any() if found else torch.zeros((), dtype=torch.bool)
+
+
+def _joined(tensors: Sequence[Tensor]) -> Tensor:
+    """Returns all elements as float32, on the device of the first tensor."""
+    device = tensors[0].device
+    return torch.cat([tensor.to(device, torch.float32).flatten() for tensor in tensors])

@@ -122,17 +122,11 @@ class RollbackSession:
             self._flags.check_now = True
             self._flags.repeats_lost_batch |= self.lost_batches.repeats_lost_batch()
 
-    def scan_buffers(self) -> None:
-        """Scans what the forward pass has left in buffers: the loss may be finite all the same."""
-        batches = self._transaction.window.batches
-        nonfinite = self._side_effects.nonfinite_statistics(batches[-1].batch if batches else None)
-        if nonfinite is not None:
-            earlier = self._flags.nonfinite_buffers
-            self._flags.nonfinite_buffers = nonfinite if earlier is None else earlier | nonfinite
-
     def take_flags(self) -> StepFlags:
         """Returns the flags for the next step's reduction; scans count once, the rest holds until a step."""
-        flags = self._flags
+        flags, batches = self._flags, self._transaction.window.batches
+        # the loss may be finite all the same
+        flags.nonfinite_buffers = self._side_effects.corrupted_statistics([seen.batch for seen in batches])
         self._flags = StepFlags(repeats_lost_batch=flags.repeats_lost_batch, check_now=flags.check_now)
         return flags
 
@@ -153,7 +147,7 @@ class RollbackSession:
     def on_deferred_verdict(self, measurement: Measurement, verdict: StepVerdict) -> None:
         """Commits the deferred step, or undoes it along with the batches of the running one."""
         if verdict == "skip":  # what was scanned since is about to be restored
-            self._flags.nonfinite_weights = self._flags.nonfinite_buffers = None
+            self._flags.nonfinite_weights = None
         if self._deferred is None or self._deferred.deferred is None:
             return
         deferred, self._deferred.deferred = self._deferred.deferred, None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -28,25 +27,6 @@ from lightning_gradguard.runtime.optimizer_hooks import after_step
 from lightning_gradguard.runtime.steps.parameters import Selection
 from lightning_gradguard.runtime.steps.step import Step
 from lightning_gradguard.runtime.steps.suite import Suite
-
-
-class NonfiniteFraction:
-    """Share of tensors with a nonfinite gradient since the last logged step."""
-
-    def __init__(self) -> None:
-        self._finite: Scalar = 0
-        self._seen = 0
-
-    def add(self, norms: Tensor, total_norm: float | None) -> None:
-        """Counts the tensors of a step, on the host if their total norm is known there."""
-        n = norms.numel()
-        is_finite = total_norm is not None and math.isfinite(total_norm)
-        self._finite = self._finite + (n if is_finite else (norms < math.inf).sum())
-        self._seen += n
-
-    def value(self) -> Scalar:
-        """Returns the share, on the device unless all steps are known to be finite."""
-        return 1 - self._finite / self._seen
 
 
 @dataclass(frozen=True)

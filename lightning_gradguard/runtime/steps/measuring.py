@@ -147,10 +147,7 @@ def _measure_whole(selection: Selection, request: StepRequest) -> Measured:
     """Every rank has all gradients, averaged: total norms are exchanged to detect ranks that disagree."""
     head, pending = _head(request, selection), request.pending
     tensors = selection.gradients()
-    buckets = selection.buckets(tensors)
-    tensor_norms = {
-        p: norms.tensor_norms(tensors, p, buckets).to(selection.device) for p in request.norm_types
-    }
+    tensor_norms = {p: selection.norms(tensors, p) for p in request.norm_types}
     if request.loss_scale != 1:
         tensor_norms = {p: values / request.loss_scale for p, values in tensor_norms.items()}
     total_norm = norms.total_norm_from_norms(tensor_norms[2.0])
@@ -158,7 +155,7 @@ def _measure_whole(selection: Selection, request: StepRequest) -> Measured:
     weights = selection.parameters
     weight_norms = None
     if request.weights:
-        weight_norms = norms.tensor_norms(weights, 2.0, selection.buckets(weights))
+        weight_norms = selection.norms(weights)
         squares = weight_norms.square().sum().nan_to_num(0.0)
         head.append(squares.to(selection.device) / selection.n_ranks)
     else:

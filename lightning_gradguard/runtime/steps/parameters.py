@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_gradguard.core.norms import Buckets, FlatShard, is_sharded, share
+from lightning_gradguard.core.norms import Buckets, FlatShard, is_sharded, share, tensor_norms
 from lightning_gradguard.runtime import distributed
 
 CPU = torch.device("cpu")
@@ -79,10 +79,11 @@ class Selection:
         """The gradients; an empty tensor where this rank holds no part of one."""
         return tuple([p.detach().new_zeros(0) if (grad := p.grad) is None else grad for p in self.parameters])
 
-    def buckets(self, tensors: Sequence[Tensor]) -> Buckets | None:
-        """Those of the gradients, or of the weights; `None` if they have to be looked at one by one."""
-        is_plain = self._is_plain and {tensor.layout for tensor in tensors} <= {torch.strided}
-        return self._buckets if is_plain else None
+    def norms(self, tensors: Sequence[Tensor], norm_type: float = 2.0) -> Tensor:
+        """The norm of each of the gradients, or of the weights; shape `(n,)`, float64."""
+        if self._is_plain and tensors and {tensor.layout for tensor in tensors} <= {torch.strided}:
+            return self._buckets.norms(tensors, norm_type).to(self.device)
+        return tensor_norms(tensors, norm_type).to(self.device)
 
     @cached_property
     def _buckets(self) -> Buckets:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from lightning_gradguard.core.snapshots import (
     any_nonfinite,
     has_jumped,
     has_outlying_row,
+    is_out_of_range,
     running_variances,
 )
 from lightning_gradguard.runtime import lightning_api
@@ -63,9 +64,10 @@ class SideEffects:
         self._normalizing = [
             (module, name)
             for module, name, buffer in self._finite
-            if _is_norm(module) and buffer.is_floating_point()
+            if _is_norm(module) and buffer.is_floating_point() and buffer.numel()
         ]
         self._variances = running_variances(pl_module.modules())
+        self._epoch_means = lightning_api.epoch_mean_metrics(trainer)
         self._had_jumped: Tensor | None = None
         self._n_scans = 0
         self.has_averages = lightning_api.has_weight_averages(trainer)
@@ -96,7 +98,6 @@ class SideEffects:
         """
         if self._find_children() != self._children:
             self.rescan()
-        self.buffers.refresh(within_step=within_step)
         self.forward_state = ForwardState(
             epoch=self._trainer.current_epoch,
             metrics={id(metric): _metric_state(metric) for metric in self._all_metrics()},
@@ -106,33 +107,34 @@ class SideEffects:
                 if _is_hidden(value := getattr(module, name, None))
             ],
         )
+        self.buffers.refresh(within_step=within_step)
 
-    def nonfinite_statistics(self, batch: Any = None) -> Tensor | None:
+    def corrupted_statistics(self, batches: Sequence[Any]) -> Tensor | None:
         """Scans running statistics of normalization, without a host synchronization.
 
-        They are corrupted if they are nonfinite, or if this batch has raised a variance out of proportion and
-        the one before has not: what lasts is the data.
+        They are corrupted if they are nonfinite, or if the batches of this step have raised a variance out of
+        proportion and those of the one before have not: what lasts is the data.
 
         Args:
-            batch: Of the forward pass; without it, no variance is out of proportion in the first batches.
+            batches: Of the forward passes; without them, no variance is out of proportion in the first steps.
 
         Returns:
             A flag of shape `()`; `None` if there are no statistics.
         """
-        statistics = [b for module, name in self._normalizing if (b := module._buffers.get(name)) is not None]
+        statistics, _ = self.buffers.now_and_saved(self._normalizing)
         if not statistics:
             return None
-        flag = any_nonfinite(statistics)
-        pairs = self.buffers.now_and_saved(self._variances)
+        variances, before = self.buffers.now_and_saved(self._variances)
+        flag = is_out_of_range(statistics)
         self._n_scans += 1
-        if not pairs or (batch is None and self._n_scans <= SEEN):
+        if not variances or (not batches and self._n_scans <= SEEN):
             return flag
-        jumped = has_jumped(*zip(*pairs, strict=True))
+        jumped = has_jumped(variances, before)
         if self._n_scans <= SEEN:
-            leaves = [leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)]
+            leaves = [leaf for leaf in tree_leaves(list(batches)) if isinstance(leaf, Tensor)]
             jumped = jumped & has_outlying_row(leaves).to(jumped.device)
-        before, self._had_jumped = self._had_jumped, jumped
-        return flag | (jumped if before is None else jumped & ~before).to(flag.device)
+        had_jumped, self._had_jumped = self._had_jumped, jumped
+        return flag | (jumped if had_jumped is None else jumped & ~had_jumped)
 
     def finite_at_start(self) -> Iterator[Tensor]:
         """Buffers that were finite when training began, as far as they are still the same tensors.
@@ -167,7 +169,7 @@ class SideEffects:
         return [id(child) for module in self._modules for child in module._modules.values()]
 
     def _all_metrics(self) -> list[Metric]:
-        return self._metrics + lightning_api.epoch_mean_metrics(self._trainer)
+        return [*self._metrics, *self._epoch_means.values()]
 
 
 def _is_norm(module: nn.Module) -> bool:

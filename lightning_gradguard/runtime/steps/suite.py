@@ -54,6 +54,7 @@ class Suite:
         open: The open step of each optimizer, by its id, and the ids of the members that have arrived.
         ended_batch: Ids of the members for which the running batch has ended.
         ended_run: Ids of the members for which the run has ended.
+        losses: Losses since the last step, as they are differentiated.
         metrics: Metrics of the running batch, on their way to the loggers.
         totals: Totals of the run so far; `None` before its first step.
         is_running: True from the start of training to its end: outside, callbacks do nothing.
@@ -67,6 +68,7 @@ class Suite:
         self.open: dict[int, tuple[Step | None, set[int]]] = {}
         self.ended_batch: set[int] = set()
         self.ended_run: set[int] = set()
+        self.losses: list[Tensor] = []
         self.metrics = MetricBuffer()
         self.totals: RunTotals | None = None
         self.is_running = False
@@ -81,7 +83,6 @@ class Suite:
         self._norm_types: tuple[float, ...] = (2.0,)
         self._layout = ParameterLayout({})
         self._has_scaler = True
-        self._losses: list[Tensor] = []
         self._overrides: list[FusedStepOverride] = []
         self._deferred: tuple[PackedMeasurement, int] | None = None
         self._pending: list[PendingSums] = []
@@ -120,10 +121,6 @@ class Suite:
     def has_one_checker(self) -> bool:
         """True if the verdict of one member is the verdict on a step."""
         return len(self._checkers) == 1
-
-    def observe_loss(self, trainer: pl.Trainer, loss: Tensor) -> None:
-        """Keeps a loss for the step that it leads to."""
-        self._losses.append(lightning_api.unscaled_loss(trainer, loss))
 
     def open_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
@@ -170,7 +167,7 @@ class Suite:
         packed, index = deferred
         measurement, verdict = self._check(trainer, packed.read(index))
         if verdict == "skip":  # losses since then are of weights that are about to be restored
-            self._losses = []
+            self.losses = []
         for checker in self._checkers:
             checker.on_deferred_verdict(trainer, pl_module, measurement, verdict)
         return verdict
@@ -214,7 +211,8 @@ class Suite:
     def _measure(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> Step | None:
-        losses, self._losses = self._losses, []
+        losses = [lightning_api.unscaled_loss(trainer, loss) for loss in self.losses]
+        self.losses = []
         if self._overrides:
             self.end_overrides()
         if self._deferred is not None and self.resolve(trainer, pl_module) == "skip":

@@ -63,4 +63,4 @@ def test_buckets_give_the_reference_norms_for_later_tensors(norm_type: float) ->
     buckets = Buckets(tensors)
     others = [torch.randn_like(tensor) for tensor in tensors]
     expected = torch.tensor([reference(tensor, norm_type) for tensor in others], dtype=torch.float64)
-    torch.testing.assert_close(tensor_norms(others, norm_type, buckets), expected, rtol=2e-6, atol=0)
+    torch.testing.assert_close(buckets.norms(others, norm_type), expected, rtol=2e-6, atol=0)

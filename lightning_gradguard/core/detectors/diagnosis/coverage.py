@@ -37,6 +37,9 @@ class Coverage:
 class Steps:
     """Keeps which optimizers have stepped, and which of them with a gradient.
 
+    Attributes:
+        updated: Ids of the latter, of which nothing else is to be kept.
+
     Example:
         >>> import torch
         >>> one, two = (torch.optim.SGD(nn.Linear(1, 1).parameters(), 0.1) for _ in range(2))
@@ -48,13 +51,13 @@ class Steps:
 
     def __init__(self) -> None:
         self._stepped: set[int] = set()
-        self._updated: set[int] = set()
+        self.updated: set[int] = set()
 
     def add(self, optimizer: Optimizer) -> None:
         """Adds a step that an optimizer is about to take."""
         self._stepped.add(id(optimizer))
-        if id(optimizer) not in self._updated and has_gradient(optimizer):
-            self._updated.add(id(optimizer))
+        if has_gradient(optimizer):
+            self.updated.add(id(optimizer))
 
     def is_idle(self, optimizer: Optimizer) -> bool:
         """True for an optimizer that has not stepped."""
@@ -62,7 +65,7 @@ class Steps:
 
     def is_blind(self, optimizer: Optimizer) -> bool:
         """True for an optimizer that has stepped, and never with a gradient."""
-        return id(optimizer) in self._stepped - self._updated
+        return id(optimizer) in self._stepped - self.updated
 
 
 def has_gradient(optimizer: Optimizer) -> bool:
