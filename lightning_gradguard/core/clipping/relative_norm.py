@@ -60,9 +60,9 @@ WEIGHTS_EVERY_N_STEPS = 50
 _SMALL, _TINY = 1e-3, 1e-300
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class _State:
-    """The history; numbers are all on the host or all on the device."""
+    """The history, which is never written to; numbers are all on the host or all on the device."""
 
     norms: Recent
     losses: Recent
@@ -153,7 +153,7 @@ class RelativeNormClipping(ClippingPolicy):
         self.max_ratio = positive("max_ratio", max_ratio)
         self.window = whole_number("window", window)
         self._state = _State([], [])
-        self._pending: tuple[_State, _State, Scalar, Scalar, Tensor | bool]
+        self._pending: tuple[_State, Scalar, Scalar, Scalar, Scalar, Tensor | bool]
         self._uses_weights = True
         self.wants_weight_norm = True
 
@@ -186,12 +186,13 @@ class RelativeNormClipping(ClippingPolicy):
             decrease = rate / (1 - context.momentum) * norm * norm
             is_spike = is_spike & negate(decrease < HARMLESS * usual_loss)
         allowed = where(is_spike, fmin(state.level, norm), norm)
-        after = replace(state, cap=where(norm > state.cap, CAP_GROWTH * state.cap, state.cap))
+        cap, alarm = where(norm > state.cap, CAP_GROWTH * state.cap, state.cap), state.alarm
         if rate is not None:
-            after = _overshoot(after, allowed, loss, usual_loss, rate, context.momentum)
-        allowed = fmin(allowed, after.cap)
-        self.threshold = fmin(bound, after.cap)
-        self._pending = state, after, fmin(norm, bound), loss, is_finite
+            reduced, alarm = _overshoot(state, allowed, loss, usual_loss, rate, context.momentum)
+            cap = fmin(cap, reduced)
+        allowed = fmin(allowed, cap)
+        self.threshold = fmin(bound, cap)
+        self._pending = state, cap, alarm, fmin(norm, bound), loss, is_finite
         return where((norm > allowed) & is_finite, allowed / clamp_min(norm, _TINY), 1.0)
 
     def commit(self) -> None:
@@ -220,7 +221,13 @@ class RelativeNormClipping(ClippingPolicy):
         self.wants_weight_norm = self._uses_weights and is_due
 
     def _updated(
-        self, state: _State, after: _State, kept: Scalar, loss: Scalar, is_finite: Tensor | bool
+        self,
+        state: _State,
+        cap: Scalar,
+        alarm: Scalar,
+        kept: Scalar,
+        loss: Scalar,
+        is_finite: Tensor | bool,
     ) -> _State:
         """Returns the history with this step in it."""
         norms = pushed(state.norms, kept, is_finite, self.window)
@@ -228,16 +235,16 @@ class RelativeNormClipping(ClippingPolicy):
         usual, usual_loss = median(norms), median(losses)
         highest = fmax(state.level, fmin(usual, LEVEL_GROWTH * state.level))
         level = where(state.seen < FIRST_STEPS, usual, highest)
-        return replace(
-            after,
+        return _State(
             norms=norms,
             losses=losses,
             seen=state.seen + is_finite,
             level=where(is_finite, level, state.level),
             lowest_loss=where(is_finite, fmin(state.lowest_loss, loss), state.lowest_loss),
             highest_loss=fmax(state.highest_loss, absolute(usual_loss)),
-            cap=where(is_finite, after.cap, state.cap),
-            alarm=where(is_finite, after.alarm, state.alarm),
+            cap=where(is_finite, cap, state.cap),
+            alarm=where(is_finite, alarm, state.alarm),
+            weight_norm=state.weight_norm,
             steps_since_weights=state.steps_since_weights + 1,
             usual_norm=usual,
             usual_loss=usual_loss,
@@ -246,8 +253,8 @@ class RelativeNormClipping(ClippingPolicy):
 
 def _overshoot(
     state: _State, norm: Scalar, loss: Scalar, usual_loss: Scalar, rate: Scalar, momentum: float
-) -> _State:
-    """Returns the state with the alarm, and the cap, after a step of this norm under SGD."""
+) -> tuple[Scalar, Scalar]:
+    """Returns a bound on the norm of a step under SGD, and the alarm after it."""
     step, first_step = rate / (1 - momentum), rate * (1 + momentum)
     decrease = step * norm * norm
     is_positive = fmin(state.lowest_loss, loss) >= 0
@@ -263,4 +270,4 @@ def _overshoot(
     reduced = where(leaves, fmin(reduced, region), reduced)
     quieter = fmax(state.alarm - 1.0, as_like(norm, 0.0))
     alarm = where((begins & is_positive) | overshoots | leaves, as_like(norm, ALARM_STEPS), quieter)
-    return replace(state, cap=fmin(state.cap, reduced), alarm=alarm)
+    return reduced, alarm

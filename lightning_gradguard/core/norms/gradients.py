@@ -23,7 +23,7 @@ def _index_tensor(indices: tuple[int, ...], device: torch.device) -> Tensor:
     return torch.tensor(indices, dtype=torch.long, device=device)
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class StepContext:
     """Facts about a step besides its gradients, for policies that relate a norm to its update.
 
@@ -42,7 +42,7 @@ class StepContext:
     weight_norm: float | Tensor | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Gradients:
     """Gradients of one optimizer step with their norms, as a clipping policy receives them.
 

@@ -14,7 +14,7 @@ OVERFLOW = torch.finfo(torch.float32).max
 DISAGREEMENT = 1000.0
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Measurement:
     """Numbers of one step on the host, the same on every rank.
 

@@ -30,7 +30,7 @@ TENSORS = 4
 Reason = Literal["skipped", "followed", "undone"]
 
 
-@dataclass
+@dataclass(slots=True)
 class _Seen:
     step: int
     epoch: int
@@ -169,9 +169,11 @@ def _fingerprint(batch: Any) -> Tensor | list[Tensor]:
     numel = 0
     for leaf in parts:
         if len(spread) < TENSORS and isinstance(leaf, Tensor) and _is_dense(leaf):
-            values = leaf.detach().reshape(-1)
-            spread.append(values[:: max(len(values) // RECOGNIZED_BY, 1)])
-            numel += len(spread[-1])
+            values = leaf.detach()
+            if (stride := values.numel() // RECOGNIZED_BY) > 1:
+                values = values.reshape(-1)[::stride]
+            spread.append(values)
+            numel += values.numel()
     return _reduce(spread) if numel > KEPT_NUMEL else [values.clone() for values in spread]
 
 
@@ -184,8 +186,8 @@ def _number(fingerprint: Tensor | list[Tensor]) -> float | None:
 def _reduce(spread: list[Tensor]) -> Tensor:
     """Sums values weighted by position: the same samples in another order are another batch."""
     device = spread[0].device
-    values = torch.cat([values.to(device, torch.float64) for values in spread])
-    return torch.dot(values.nan_to_num(1.0, 2.0, -2.0), _places(tuple(map(len, spread)), device))
+    values = torch.cat([values.to(device, torch.float64).flatten() for values in spread])
+    return torch.dot(values.nan_to_num(1.0, 2.0, -2.0), _places(tuple(map(Tensor.numel, spread)), device))
 
 
 @lru_cache(maxsize=16)

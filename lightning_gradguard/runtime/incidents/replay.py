@@ -21,7 +21,7 @@ from lightning_gradguard.runtime.incidents.invalid_batches import is_check_of_va
 from lightning_gradguard.runtime.lightning_packages import FRAMEWORKS
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class SeenBatch:
     """A batch as `training_step` gets it.
 

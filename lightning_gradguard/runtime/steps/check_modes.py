@@ -73,7 +73,7 @@ class DeferredCheck(ExactCheck):
 
     def on_step(self, step: Step, transaction: StepTransaction) -> StepTransaction:
         """Keeps what is needed to undo the step; less if the optimizer's kernel skips a bad one by itself."""
-        if step.measurement is not None:
+        if not step.is_deferred:
             return super().on_step(step, transaction)
         assert transaction.window.before is not None
         kernel_skips = (

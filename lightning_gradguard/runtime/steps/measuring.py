@@ -17,7 +17,7 @@ from lightning_gradguard.runtime import distributed
 from lightning_gradguard.runtime.steps.parameters import Selection
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class StepRequest:
     """The measurements that the members of a suite request of one step.
 
@@ -41,7 +41,7 @@ class StepRequest:
     pending: Tensor | None = None
 
 
-@dataclass
+@dataclass(slots=True)
 class Measured:
     """One step's numbers on the device, the same on every rank.
 
@@ -72,11 +72,15 @@ class PackedMeasurement:
             0, even if it is nonfinite); flags of nonfinite weights, of nonfinite buffers and of a repeated
             lost batch; gradient norms of the weight matrices, added up; squared norm of the weights, 0 if it
             was not requested; total norms by rank.
+
+    Attributes:
+        is_on_host: True if to read the numbers takes no synchronization.
     """
 
     def __init__(self, packed: Tensor) -> None:
         self._packed = self._host = packed
         self._copied: torch.cuda.Event | None = None
+        self.is_on_host = packed.device.type == "cpu"
         if packed.is_cuda:
             self._host = torch.empty_like(packed, device="cpu", pin_memory=True)
             self._host.copy_(packed, non_blocking=True)

@@ -28,7 +28,7 @@ from lightning_gradguard.runtime import lightning_api
 _INTERNAL = frozenset(vars(pl.LightningModule()))
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class ForwardState:
     """State that a forward pass writes, apart from buffers.
 

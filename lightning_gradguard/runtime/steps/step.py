@@ -64,9 +64,10 @@ class Step:
         tensor_norms: Norm of each gradient by `norm_type`.
         weight_norms: L2 norm of each weight before the step, if a callback asked for it.
         is_checked: True if a callback checks the step, now or before the next one.
+        is_deferred: True if the check takes place before the next step.
         packed: The numbers that checks are based on, on the device.
-        measurement: The same numbers on the host; `None` if no callback checks steps, or while the check is
-            deferred.
+        measurement: The same numbers on the host; `None` if they are on a device, and no callback checks
+            steps or the check is deferred.
         verdict: The same for every callback and rank; `"accept"` while the check is deferred.
         accepted: True if the step may enter histories.
         inside_closure: True if the optimizer evaluates the loss several times in one step (LBFGS): callbacks
@@ -80,6 +81,7 @@ class Step:
     tensor_norms: Mapping[float, Tensor]
     weight_norms: Tensor | None
     is_checked: bool
+    is_deferred: bool
     packed: PackedMeasurement
     measurement: Measurement | None
     verdict: StepVerdict

@@ -240,15 +240,17 @@ class Suite:
         optimizers = trainer.optimizers
         index = optimizers.index(optimizer) if optimizer in optimizers else 0
         repeats = isinstance(optimizer, lightning_api.REPEATS_CLOSURE)
+        # a GradScaler and a closure that is called repeatedly synchronize anyway
+        is_exact = repeats or self._has_scaler or flags.check_now or not self._may_defer
+        checks_now = bool(self._checkers) and is_exact
         measurement: Measurement | None = None
         verdict: StepVerdict = "accept"
-        if self._checkers:
-            # a GradScaler and a closure that is called repeatedly synchronize anyway
-            is_exact = repeats or self._has_scaler or flags.check_now
-            if is_exact or not self._may_defer:
-                measurement, verdict = self._check(trainer, measured.packed.read(index))
-            else:
-                self._deferred = (measured.packed, index)
+        if checks_now or measured.packed.is_on_host:
+            measurement = measured.packed.read(index)
+        if checks_now and measurement is not None:
+            measurement, verdict = self._check(trainer, measurement)
+        elif self._checkers:
+            self._deferred = (measured.packed, index)
         return Step(
             optimizer=optimizer,
             optimizer_index=index,
@@ -265,6 +267,7 @@ class Suite:
             tensor_norms=measured.tensor_norms,
             weight_norms=measured.weight_norms,
             is_checked=bool(self._checkers),
+            is_deferred=self._deferred is not None,
             packed=measured.packed,
             measurement=measurement,
             verdict=verdict,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -274,7 +275,8 @@ def test_no_references_to_batches_are_kept() -> None:
     for i, batch in enumerate(data):
         ledger.record(i, 0, i, batch)
     for served in ledger._seen:
-        tensors = [v for v in vars(served).values() if isinstance(v, Tensor)]
+        values = (getattr(served, field.name) for field in fields(served))
+        tensors = [value for value in values if isinstance(value, Tensor)]
         assert sum(t.untyped_storage().nbytes() for t in tensors) <= 16
 
 
