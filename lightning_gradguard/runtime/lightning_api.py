@@ -94,8 +94,7 @@ def step_idx(trainer: pl.Trainer) -> int:
 
 def batches_that_stepped(trainer: pl.Trainer) -> int:
     """The step on the loggers' horizontal axis, the one that `self.log` uses."""
-    epoch_loop = trainer.fit_loop.epoch_loop
-    return int(getattr(epoch_loop, "_batches_that_stepped", trainer.global_step))
+    return int(trainer.fit_loop.epoch_loop._batches_that_stepped)
 
 
 def resumed_batch_idx_offset(trainer: pl.Trainer) -> int:

@@ -86,9 +86,11 @@ class LostBatches:
         """Epoch and index of the batches that earlier runs had lost, and the reasons."""
         return {place: lost.reason for place, lost in self._earlier.items()}
 
-    def record(self, step: int, epoch: int, batch_idx: int, batch: Any) -> None:
-        """Records a batch that is about to be trained on."""
-        self._seen.append(_Seen(step, epoch, batch_idx, _fingerprint(batch), _samples(batch)))
+    def record(self, step: int, epoch: int, batch_idx: int, batch: Any) -> list[Tensor]:
+        """Records a batch that is about to be trained on; returns its tensors."""
+        tensors = tensors_of(batch)
+        self._seen.append(_Seen(step, epoch, batch_idx, _fingerprint(tensors), _samples(batch)))
+        return tensors
 
     def repeats_lost_batch(self) -> bool:
         """True if the last batch is one that earlier runs had lost."""
@@ -154,22 +156,26 @@ def _read(path: Path) -> dict[tuple[int, int], LostBatch]:
     return found
 
 
-def _fingerprint(batch: Any) -> Tensor | list[Tensor]:
+def tensors_of(batch: Any) -> list[Tensor]:
+    """The tensors in a batch, in order."""
+    if isinstance(batch, Tensor):
+        return [batch]
+    leaves = tree_leaves(dict(batch) if isinstance(batch, Mapping) else batch)
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+
+
+def _fingerprint(tensors: Sequence[Tensor]) -> Tensor | list[Tensor]:
     """Samples the first tensors of a batch, without a host synchronization.
 
     Returns:
         Copies of elements that are spread over all samples, from which `_number` computes the fingerprint
         of a lost batch; the fingerprint itself, of shape `()`, if there are more than `KEPT_NUMEL`.
     """
-    if isinstance(batch, Tensor):
-        parts = [batch]
-    else:
-        parts = tree_leaves(dict(batch) if isinstance(batch, Mapping) else batch)
     spread: list[Tensor] = []
     numel = 0
-    for leaf in parts:
-        if len(spread) < TENSORS and isinstance(leaf, Tensor) and _is_dense(leaf):
-            values = leaf.detach()
+    for tensor in tensors:
+        if len(spread) < TENSORS and _is_dense(tensor):
+            values = tensor.detach()
             if (stride := values.numel() // RECOGNIZED_BY) > 1:
                 values = values.reshape(-1)[::stride]
             spread.append(values)

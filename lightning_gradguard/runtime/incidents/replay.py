@@ -11,13 +11,13 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from lightning_gradguard.core.forensics import Origin, OutOfRange, investigate
 from lightning_gradguard.core.snapshots import StepRandomness, set_rng_state
 from lightning_gradguard.runtime import lightning_api
 from lightning_gradguard.runtime.distributed import world_size
 from lightning_gradguard.runtime.incidents.invalid_batches import is_check_of_values, original_step
+from lightning_gradguard.runtime.incidents.lost_batches import tensors_of
 from lightning_gradguard.runtime.lightning_packages import FRAMEWORKS
 
 
@@ -29,30 +29,31 @@ class SeenBatch:
         batch: From the data loader, on the device.
         batch_idx: Its place in the epoch.
         rng: State of the random number generators just before, from `core.snapshots.StepRandomness`.
-        versions: Version counters of the batch's tensors; empty if unknown.
         indices: Of its samples in the data set; empty if unknown.
+        tensors: In the batch; empty if unknown.
+        versions: Their version counters.
     """
 
     batch: Any
     batch_idx: int
     rng: dict[str, Any]
-    versions: tuple[int, ...] = ()
     indices: Sequence[int] = ()
-
-    @classmethod
-    def of(cls, batch: Any, batch_idx: int, rng: dict[str, Any], indices: Sequence[int] = ()) -> SeenBatch:
-        """Records a batch that `training_step` is about to get."""
-        return cls(batch, batch_idx, rng, _versions(batch), indices)
+    tensors: Sequence[Tensor] = ()
+    versions: Sequence[int] = ()
 
     @property
     def is_unchanged(self) -> bool:
-        """True if the batch has not been written to since."""
-        return not self.versions or self.versions == _versions(self.batch)
+        """True if the batch holds the same tensors, and none of them has been written to since."""
+        if not self.tensors:
+            return True
+        present = tensors_of(self.batch)
+        is_same = list(map(id, present)) == list(map(id, self.tensors))
+        return is_same and self.versions == versions_of(present)
 
 
-def _versions(batch: Any) -> tuple[int, ...]:
-    leaves = tree_leaves(batch)
-    return tuple([t._version for t in leaves if isinstance(t, Tensor) and not t.is_inference()])
+def versions_of(tensors: Sequence[Tensor]) -> Sequence[int]:
+    """The version counters of tensors, as far as they have one."""
+    return [tensor._version for tensor in tensors if not tensor.is_inference()]
 
 
 def replay(

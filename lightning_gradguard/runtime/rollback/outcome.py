@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from lightning_gradguard.core import tags
 from lightning_gradguard.core.recovery import Decision
+from lightning_gradguard.runtime.logging.metrics import MetricBuffer
 from lightning_gradguard.runtime.steps.trainer_state import TrainerState
 
 
@@ -29,6 +30,13 @@ class Counts:
         """Returns the counts as they are logged."""
         counts = {tags.SKIPS: self.skips, tags.ROLLBACKS: rollbacks, tags.AMP_OVERFLOWS: self.amp_overflows}
         return {tag: float(count) for tag, count in counts.items()}
+
+    def log(self, metrics: MetricBuffer, rollbacks: int) -> None:
+        """Adds the counts to the metrics of the batch, and publishes two of them to `callback_metrics`."""
+        counts = self.by_tag(rollbacks)
+        metrics.add_scalars(counts)
+        for tag in (tags.SKIPS, tags.ROLLBACKS):
+            metrics.publish_total(tag, counts[tag])
 
 
 @dataclass

@@ -7,8 +7,6 @@ from typing import Any
 
 import pytorch_lightning as pl
 
-from lightning_gradguard.core import tags
-from lightning_gradguard.core.incidents import AT_ANY_RATE
 from lightning_gradguard.core.norms import Measurement
 from lightning_gradguard.core.recovery import RecoveryPolicy
 from lightning_gradguard.core.snapshots import StepRandomness
@@ -18,15 +16,10 @@ from lightning_gradguard.runtime.incidents.dataset_indices import DatasetIndices
 from lightning_gradguard.runtime.incidents.investigation import Investigation
 from lightning_gradguard.runtime.incidents.journal import run_folder
 from lightning_gradguard.runtime.incidents.lost_batches import LostBatches, Reason
-from lightning_gradguard.runtime.incidents.present import present_in
-from lightning_gradguard.runtime.incidents.replay import SeenBatch
-from lightning_gradguard.runtime.incidents.termination import (
-    combined_advice,
-    divergence_error,
-    save_last_good,
-)
+from lightning_gradguard.runtime.incidents.replay import SeenBatch, versions_of
 from lightning_gradguard.runtime.rollback.outcome import BatchOutcome, Counts
 from lightning_gradguard.runtime.rollback.reporter import IncidentReporter
+from lightning_gradguard.runtime.rollback.restoration import Restoration
 from lightning_gradguard.runtime.rollback.snapshot_schedule import SnapshotSchedule
 from lightning_gradguard.runtime.rollback.step_exception import report_step_exception
 from lightning_gradguard.runtime.steps import trainer_state
@@ -86,13 +79,25 @@ class RollbackSession:
         self._reporter = IncidentReporter(
             trainer, pl_module, investigation, snapshots, self._side_effects.buffers
         )
+        self.lost_batches = LostBatches(run_folder(trainer), trainer.global_rank, earlier_logs)
+        self._restoration = Restoration(
+            trainer,
+            pl_module,
+            suite,
+            self._side_effects,
+            policy=policy,
+            counts=counts,
+            snapshots=snapshots,
+            investigation=investigation,
+            lost_batches=self.lost_batches,
+            reporter=self._reporter,
+        )
         self._keeps_state = snapshots.restores_more_than_tensors or defers_check or self._has_closure
         self._transaction = StepTransaction(Window(trainer.global_step), state="discarded")
         self._outcome = BatchOutcome()
         self._skipped: list[StepTransaction] = []
         self._flags = StepFlags()
         self._batch_idx_offset = {trainer.current_epoch: lightning_api.resumed_batch_idx_offset(trainer)}
-        self.lost_batches = LostBatches(run_folder(trainer), trainer.global_rank, earlier_logs)
         self._lost_earlier: dict[tuple[int, int], Reason] = {}
         for earlier in gather_objects(self.lost_batches.earlier()):
             self._lost_earlier.update(earlier)
@@ -100,7 +105,7 @@ class RollbackSession:
     def on_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Saves what the forward passes of a step are about to change."""
         trainer = self._trainer
-        epoch = trainer.current_epoch
+        step, epoch = trainer.global_step, trainer.current_epoch
         if self._takes_iterator:  # what the hook got is of the step before
             batch, batch_idx = None, lightning_api.step_idx(trainer)
         if self._is_sharded:
@@ -109,14 +114,15 @@ class RollbackSession:
         batch_in_epoch = batch_idx + self._batch_idx_offset.get(epoch, 0)
         self._reporter.batch_idx = batch_in_epoch
         if self._transaction.state != "open" or lightning_api.is_swa_bn_update(trainer):
-            self._open_transaction()
+            self._open_transaction(step)
         self._transaction.batch_idx = batch_in_epoch
         window = self._transaction.window
-        if self._keeps_batches:
-            rng = self._randomness.before_step()
-            window.batches.append(SeenBatch.of(batch, batch_idx, rng, self.indices.next_batch()))
         window.n_batches += 1
-        self.lost_batches.record(trainer.global_step, epoch, batch_in_epoch, batch)
+        tensors = self.lost_batches.record(step, epoch, batch_in_epoch, batch)
+        if self._keeps_batches:
+            indices, rng = self.indices.next_batch(), self._randomness.before_step()
+            seen = SeenBatch(batch, batch_idx, rng, indices, tensors, versions_of(tensors))
+            window.batches.append(seen)
         if (reason := self._lost_earlier.get((epoch, batch_in_epoch))) is not None:
             window.repeats_skipped_batch |= reason == "skipped"
             self._flags.check_now = True
@@ -126,7 +132,7 @@ class RollbackSession:
         """Returns the flags for the next step's reduction; scans count once, the rest holds until a step."""
         flags, batches = self._flags, self._transaction.window.batches
         # the loss may be finite all the same
-        flags.nonfinite_buffers = self._side_effects.corrupted_statistics([seen.batch for seen in batches])
+        flags.nonfinite_buffers = self._side_effects.corrupted_statistics([seen.tensors for seen in batches])
         self._flags = StepFlags(repeats_lost_batch=flags.repeats_lost_batch, check_now=flags.check_now)
         return flags
 
@@ -194,7 +200,7 @@ class RollbackSession:
         elif self._pl_module.automatic_optimization and trainer.accumulate_grad_batches == 1:
             self._transaction.state = "discarded"  # `training_step` returned nothing
         if (self._suite.has_stepped and self._suite.is_logged) or trainer.is_last_batch:
-            self.log_counts()
+            self._counts.log(self._suite.metrics, self._policy.rollbacks)
 
     def flush(self) -> None:
         """Resolves a deferred check and acts on it."""
@@ -208,21 +214,14 @@ class RollbackSession:
         if self._trainer.interrupted:
             # no collective, as other ranks may be elsewhere, and no error on top of the first
             self._suite.resolve(self._trainer, self._pl_module)
-            if self._state_is_nonfinite():
+            if self._restoration.state_is_nonfinite():
                 self._snapshots.restore_newest(self._trainer)
             return
         self.flush()
-        if any_rank(self._state_is_nonfinite(), self._pl_module.device):
+        if any_rank(self._restoration.state_is_nonfinite(), self._pl_module.device):
             self._reporter.publish("nonfinite_weights")
             self._outcome.decide(self._policy.escalate())
             self._conclude()
-
-    def log_counts(self) -> None:
-        """Adds the counts to the metrics of the batch, and publishes two of them to `callback_metrics`."""
-        counts = self._counts.by_tag(self._policy.rollbacks)
-        self._suite.metrics.add_scalars(counts)
-        for tag in (tags.SKIPS, tags.ROLLBACKS):
-            self._suite.metrics.publish_total(tag, counts[tag])
 
     def report_without_ranks(self) -> None:
         """Publishes skipped steps after an exception, when no other rank can be asked."""
@@ -238,7 +237,7 @@ class RollbackSession:
             window, is_first = self._transaction.window, not self._policy.has_good_step
             report_step_exception(error, window, self._trainer, *found, may_be_mistake=is_first)
 
-    def _open_transaction(self) -> None:
+    def _open_transaction(self, step: int) -> None:
         trainer, snapshots = self._trainer, self._snapshots
         if snapshots.is_copying:  # the batch before may have made no step
             snapshots.wait()
@@ -251,7 +250,7 @@ class RollbackSession:
             self.flush()  # while there is a snapshot to restore
             snapshots.reset(trainer)
         needs_state = self._keeps_state or snapshots.is_empty
-        window = Window(trainer.global_step, before=snapshots.state(trainer) if needs_state else None)
+        window = Window(step, before=snapshots.state(trainer) if needs_state else None)
         self._transaction = StepTransaction(window)
         if self._has_closure:
             self._closure.on_window_start(window)
@@ -306,7 +305,7 @@ class RollbackSession:
 
     def _check_buffers(self) -> None:
         self._transaction.state = "discarded"
-        if any_rank(self._state_is_nonfinite(), self._pl_module.device):
+        if any_rank(self._restoration.state_is_nonfinite(), self._pl_module.device):
             self._side_effects.restore()
             self.lost_batches.mark_skipped(1)
             self._counts.skips += 1
@@ -325,11 +324,14 @@ class RollbackSession:
             and self._investigation.cause == "optimizer_epsilon"
         ):
             decision = self._policy.stop_for("the optimizer divides by an epsilon of 0 at any learning rate")
+        if decision != "continue":
+            self._discard_deferred()
         if decision == "stop":
-            self._stop()
+            self._restoration.stop()
         if decision == "roll_back":
             outcome.committed_step = None
-            self._roll_back()
+            self._restoration.roll_back(has_diverged=outcome.has_diverged)
+            self._flags.nonfinite_weights = None
         elif skipped:
             if outcome.before is not None and outcome.committed_step is None:
                 outcome.before.rewind(self._trainer)
@@ -337,43 +339,6 @@ class RollbackSession:
         if outcome.committed_step is not None and not outcome.has_skipped and not self._policy.is_spiking:
             self._snapshots.on_good_step(outcome.committed_step, outcome.loss)
         outcome.committed_step = None  # it is counted once, also if a checkpoint resolves it early
-
-    def _roll_back(self) -> None:
-        self._discard_deferred()
-        # bad data is no reason to doubt a snapshot
-        has_diverged = self._outcome.has_diverged
-        is_bad_data = self._investigation.cause == "bad_input" and not has_diverged
-        step = self._snapshots.roll_back(self._trainer, again=is_bad_data, trusted=has_diverged)
-        self._policy.on_rollback()
-        self._flags.nonfinite_weights = None
-        self.lost_batches.mark_undone(step)
-        facts: dict[str, Any] = {"value": step, "action": "rolled_back"}
-        if self._investigation.cause in AT_ANY_RATE and not has_diverged:
-            facts |= {
-                "cause": self._investigation.cause,
-                "advice": "The weights are those of an earlier step.",
-            }
-        self._reporter.publish("rollback", **facts)
-
-    def _stop(self) -> None:
-        self._discard_deferred()
-        if self._policy.stopped_at_first and not self._state_is_nonfinite():
-            step, which = self._trainer.global_step, "without the bad step"  # it was skipped, or undone
-        else:
-            step, which = self._snapshots.restore_newest(self._trainer), "the last qualified ones"
-            self.lost_batches.mark_undone(step)
-        self._counts.has_stopped = True
-        is_bad = any_rank(self._state_is_nonfinite(), self._pl_module.device)  # from the first step on
-        last_good = None if is_bad else save_last_good(self._trainer)
-        found = self._investigation.found
-        self._reporter.publish(
-            "training_diverged", action="stopped", advice=combined_advice(found, present_in(self._trainer))
-        )
-        self.log_counts()
-        self._suite.metrics.flush(self._trainer, self._pl_module)
-        counts = {tag: n for member in self._suite.members for tag, n in member.final_counts().items()}
-        scale = counts.get(tags.LR_SCALE, 1.0)
-        raise divergence_error(self._trainer, self._policy, step, found, last_good, which, scale)
 
     def _distance(self) -> float:
         """The distance of the weights from the last trusted snapshot, the same on every rank."""
@@ -389,6 +354,3 @@ class RollbackSession:
     def _scan_weights(self) -> None:
         """Scans the weights without a synchronization; the next step's reduction includes the flag."""
         self._flags.nonfinite_weights = trainer_state.state_is_nonfinite(self._trainer, self._side_effects)
-
-    def _state_is_nonfinite(self) -> bool:
-        return bool(trainer_state.state_is_nonfinite(self._trainer, self._side_effects))

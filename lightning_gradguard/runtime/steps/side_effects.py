@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +11,6 @@ import pytorch_lightning as pl
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import is_lazy
-from torch.utils._pytree import tree_leaves
 from torchmetrics import Metric
 
 from lightning_gradguard.core.snapshots import (
@@ -109,14 +109,15 @@ class SideEffects:
         )
         self.buffers.refresh(within_step=within_step)
 
-    def corrupted_statistics(self, batches: Sequence[Any]) -> Tensor | None:
+    def corrupted_statistics(self, batches: Sequence[Sequence[Tensor]]) -> Tensor | None:
         """Scans running statistics of normalization, without a host synchronization.
 
         They are corrupted if they are nonfinite, or if the batches of this step have raised a variance out of
         proportion and those of the one before have not: what lasts is the data.
 
         Args:
-            batches: Of the forward passes; without them, no variance is out of proportion in the first steps.
+            batches: Tensors in those of the forward passes; without them, no variance is out of proportion in
+                the first steps.
 
         Returns:
             A flag of shape `()`; `None` if there are no statistics.
@@ -131,8 +132,8 @@ class SideEffects:
             return flag
         jumped = has_jumped(variances, before)
         if self._n_scans <= SEEN:
-            leaves = [leaf for leaf in tree_leaves(list(batches)) if isinstance(leaf, Tensor)]
-            jumped = jumped & has_outlying_row(leaves).to(jumped.device)
+            parts = itertools.chain.from_iterable(batches)
+            jumped = jumped & has_outlying_row(parts).to(jumped.device)
         had_jumped, self._had_jumped = self._had_jumped, jumped
         return flag | (jumped if had_jumped is None else jumped & ~had_jumped)
 
