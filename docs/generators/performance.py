@@ -39,8 +39,8 @@ overhead seems small.
 
 REASONS = """## Why it is not less
 
-* *Python calls.* One healthy, unlogged batch of a network with batch normalization makes 203 calls of the
-  package, with 104 moves between its files (`python -m benchmarks.cost.calls`, Python 3.11; from 3.12 on list
+* *Python calls.* One healthy, unlogged batch of a network with batch normalization makes 185 calls of the
+  package, with 78 moves between its files (`python -m benchmarks.cost.calls`, Python 3.11; from 3.12 on list
   comprehensions make no calls). It was 273 and 114. Lightning calls the hooks of each callback, so that one
   dispatch for all of them would save next to nothing.
 * *TensorBoard.* The numbers of a logged step are one event: with 42 tensors, a logged batch writes 2 events,
