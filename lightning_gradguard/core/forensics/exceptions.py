@@ -130,30 +130,44 @@ def _rows_with(wrong: Tensor, parts: Mapping[str, Tensor]) -> tuple[int, ...]:
     return tuple(wrong.reshape(len(wrong), -1).any(1).nonzero().flatten()[:10].tolist())
 
 
-def _out_of_bounds(failed: FailedOperation, parts: Mapping[str, Tensor]) -> Origin | None:
-    """Returns the part of the batch with an index out of bounds as the origin; `None` without one."""
+def _indices(failed: FailedOperation) -> list[tuple[int, int, Tensor]]:
+    """Returns the lowest index that an operation accepts, the first one that it does not, and the indices."""
+    if failed.name in ("aten::index", "aten::index_put_"):  # tensor[indices, ...], which may be negative
+        source, given = failed.arguments[:2]
+        used = ((n, i) for n, i in enumerate(given) if i is not None and i.dtype != torch.bool)
+        return [(-source.shape[n], source.shape[n], indices) for n, indices in used]
     if failed.name not in _INDEXED:
-        return None
+        return []
     source_at, dimension, index_at = _INDEXED[failed.name]
     source, indices = failed.arguments[source_at], failed.arguments[index_at]
     if dimension is None:
         dimension = failed.arguments[1]
-    bound = source.shape[dimension if source.ndim > 1 else 0]
-    wrong = (indices < 0) | (indices >= bound)
-    if "nll_loss" in failed.name:
-        wrong &= indices != IGNORED
-    if not bool(wrong.any()):
+    return [(0, source.shape[dimension if source.ndim > 1 else 0], indices)]
+
+
+def _out_of_bounds(failed: FailedOperation, parts: Mapping[str, Tensor]) -> Origin | None:
+    """Returns the part of the batch with an index out of bounds as the origin; `None` without one."""
+    is_label = "nll_loss" in failed.name
+    for lowest, bound, indices in _indices(failed):
+        wrong = (indices < lowest) | (indices >= bound)
+        if is_label:
+            wrong &= indices != IGNORED
+        if bool(wrong.any()):
+            break
+    else:
         return None
     values = ", ".join(map(str, indices[wrong].unique()[:5].tolist()))
     where = _part_with(indices[wrong], parts)
     rows = _rows_with(wrong, parts)
     place = f" in row {', '.join(map(str, rows))}" if rows else ""
     holder = where[0] if where else "An index"
-    sentence = f"{holder} holds {values}{place}, which is not within 0 to {bound - 1}"
-    smallest = int(indices[wrong].min())
-    advice = _INDEX_ADVICE["labels" if "nll_loss" in failed.name else "indices"].format(bound=bound)
-    if smallest < 0 and "nll_loss" in failed.name:
+    sentence = f"{holder} holds {values}{place}, which is not within {lowest} to {bound - 1}"
+    advice = _INDEX_ADVICE["labels" if is_label else "indices"].format(bound=bound)
+    smallest = int(indices.min())
+    if is_label and smallest < 0:
         advice += f" Labels that are to be ignored need ignore_index={smallest}."
+    elif is_label and smallest == 1 and int(indices.max()) == bound:
+        advice += " Classes count from 0: if these begin at 1, subtract 1."
     return Origin("bad_input", "forward", "", failed.name, where, detail=sentence, rows=rows, advice=advice)
 
 

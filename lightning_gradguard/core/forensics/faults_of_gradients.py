@@ -6,10 +6,9 @@ from lightning_gradguard.core.forensics.operations import OperationFault as Faul
 
 BACKWARD = (
     Fault(
-        ("Log", "Div", "Sqrt", "Rsqrt", "Reciprocal", "Pow", "Log2", "Log10"),
-        "The loss is finite, as torch.where or a product with 0 hides the value, but its gradient is "
-        "0/0: replace the "
-        "argument before the operation, too (x = torch.where(mask, x, 1.0))",
+        ("Log", "Log2", "Log10"),
+        "The loss is finite, as torch.where or a product with 0 hides the value, but its gradient is 0/0: "
+        "replace the argument before the logarithm, too",
         "torch.log(torch.where(x > 0, x, 1.0))",
         phase="backward",
         argument=None,
@@ -17,8 +16,19 @@ BACKWARD = (
         made="nan",
     ),
     Fault(
+        ("Div", "Reciprocal"),
+        "The loss is finite, as torch.where or a product with 0 hides the value, but its gradient is 0/0: "
+        "replace the divisor before the division, too",
+        "x / torch.where(y != 0, y, 1.0)",
+        phase="backward",
+        argument=None,
+        has_zero=True,
+        made="nan",
+    ),
+    Fault(
         ("Sqrt",),
-        "The gradient of sqrt at 0 is infinite (also of a norm that is computed as sqrt of a sum of squares)",
+        "The gradient of sqrt at 0 is infinite, and 0/0 where torch.where or a factor of 0 hides the value "
+        "(also of a norm that is computed as sqrt of a sum of squares)",
         "torch.sqrt(x + 1e-6)",
         phase="backward",
     ),

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves_with_path
 
@@ -41,8 +42,8 @@ def outliers(rows: Sequence[int], parts: Mapping[str, Tensor]) -> list[str]:
     found = []
     for name, part in parts.items():
         if rows and part.is_floating_point() and part.ndim and part.numel() and len(part) > max(rows):
-            sizes = part.detach().float().abs().reshape(len(part), -1).amax(1)
-            ratio = float(sizes[list(rows)].max() / sizes.median().clamp_min(1e-12))
+            sizes = _sizes(part)
+            ratio = float(sizes[list(rows)].max() / _usual(sizes))
             if ratio > OUTLIER:
                 found.append(f"{name} is {ratio:.3g} times larger there than in the median row")
     return found
@@ -77,6 +78,15 @@ def _outlying_rows(part: Tensor) -> dict[int, float]:
     """Returns the first ten rows that are outliers, with their size relative to the median row."""
     if part.ndim == 0 or not part.numel():
         return {}
-    sizes = part.detach().double().abs().reshape(len(part), -1).amax(1)
-    ratios = sizes / sizes.median().clamp_min(1e-12)
+    ratios = (sizes := _sizes(part)) / _usual(sizes)
     return {row: float(ratios[row]) for row in (ratios > OUTLIER).nonzero().flatten()[:10].tolist()}
+
+
+def _sizes(part: Tensor) -> Tensor:
+    return part.detach().double().abs().reshape(len(part), -1).amax(1)
+
+
+def _usual(sizes: Tensor) -> Tensor:
+    """Returns the median size of the rows that are not 0: most labels and padded rows are."""
+    above = sizes[sizes > 0]
+    return above.median() if above.numel() else torch.ones_like(sizes.amax())

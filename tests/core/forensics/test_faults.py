@@ -300,6 +300,14 @@ CASES: list[tuple[str, Program, Program, Callable[[Tensor], Any] | None, str]] =
     ("where over log", lambda x: torch.where(x > 0, x.log(), 0.0), zero, None, "torch.where"),
     ("where over a division", lambda x: torch.where(x > 0, 1 / x, 0.0), zero, None, "divisor is 0"),
     ("where over sqrt", lambda x: torch.where(x > 0, x.sqrt(), 0.0), zero, None, "torch.where"),
+    (
+        "where over a quotient",
+        lambda x, y: torch.where(y > 0, x / y, torch.zeros_like(x)),
+        zero,
+        zero,
+        "divisor before",
+    ),
+    ("norm of equal pairs", lambda x: F.relu(0 - x.square().sum(-1).sqrt()), zero, None, "sum of squares"),
     ("where over a power", lambda x: torch.where(x > 0, x.pow(-1.5), 0.0), zero, None, "power below 1"),
     ("gradient of a geometric mean", lambda x: x.log().mean().exp(), zero, None, "0/0"),
     (

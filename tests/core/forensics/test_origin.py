@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from lightning_gradguard.core.forensics import out_of_range_elements
+from lightning_gradguard.core.forensics import Origin, or_bad_input, out_of_range_elements
 
 NAN, INF = math.nan, math.inf
 
@@ -39,3 +39,9 @@ def test_out_of_range_elements_of_known_tensors(
 
 def test_integers_are_never_out_of_range() -> None:
     assert out_of_range_elements([("step", torch.tensor([10_000]), torch.tensor([1]))]) == {}
+
+
+def test_a_part_of_zeros_has_no_outliers() -> None:
+    part = torch.zeros(9, 1)
+    part[3] = 1.0
+    assert or_bad_input(Origin("forward_pass", detail="A"), {"batch[0]": part}).cause == "forward_pass"

@@ -153,3 +153,19 @@ def test_every_entry_has_a_case() -> None:
             f(x(network()(torch.ones(ROWS, 3))), y)
         raised.append(rejection(error.value))
     assert [known.why for known in REJECTIONS if known not in raised] == []
+
+
+@pytest.mark.parametrize(
+    ("name", "index", "words"),
+    [
+        ("cross entropy", lambda h, y: F.cross_entropy(h, y), "subtract 1"),
+        ("gather", lambda h, y: h.gather(1, y[:, None]), "Correct the indices"),
+        ("index", lambda h, y: h[torch.arange(len(y)), y], "Correct the indices"),
+        ("embedding", lambda h, y: F.embedding(y, h.T), "num_embeddings"),
+    ],
+)
+def test_an_index_beyond_its_range_is_told_with_its_row(name: str, index: Program, words: str) -> None:
+    net, data, y = network(), torch.ones(ROWS, 3), alike(1, 4)
+    origin = examine(net, lambda: index(net(data), y).float().mean(), (data, y))
+    assert (origin.cause, origin.where, origin.rows) == ("bad_input", ("batch[1]",), (BAD,))
+    assert words in origin.advice
