@@ -1,12 +1,13 @@
 """Measures the outcomes of training runs with faults, with the suite and with baselines.
 
-`python -m benchmarks.faults` takes about 45 minutes on two cores and writes docs/reliability.md. A part of it
+`python -m benchmarks.faults` takes about two hours on two cores and writes docs/reliability.md. A part of it
 (`--part`) is printed instead; so are the runs whose outcome is not as promised.
 """
 
 from __future__ import annotations
 
 import argparse
+import random
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from benchmarks.faults import demo_seeds, divergence, false_alarms, kills, pairs
 from benchmarks.faults.campaign import ROUNDS, campaign, cases, compare, is_wrong
 from benchmarks.faults.classes import FAULTS
 from benchmarks.faults.runs import Outcome
+from benchmarks.records import write_section
 from docs.generators import reliability
 
 SEEDS = range(3)
@@ -22,7 +24,17 @@ SEEDS = range(3)
 def one_process(options: argparse.Namespace) -> list[Outcome]:
     """Runs the campaign in single processes."""
     wanted = [case for case in cases(options.rounds) if not options.kinds or case.kind in options.kinds]
+    if options.sample is not None:
+        wanted = random.Random(0).sample(wanted, min(options.sample, len(wanted)))
     return campaign(wanted, options.kept / "single.jsonl", options.processes)
+
+
+def reported(options: argparse.Namespace) -> str:
+    """Runs the classes of reported programs, writes their section of the page, and renders it."""
+    options.kinds = [kind for kind, fault in FAULTS.items() if fault.is_reported]
+    section = reliability.reported(one_process(options))
+    write_section(options.page, reliability.REPORTED, section.strip())
+    return section
 
 
 def two_processes(options: argparse.Namespace) -> list[Outcome]:
@@ -38,6 +50,7 @@ def wrong(outcomes: list[Outcome]) -> str:
 #: Functions that return the printed text of a part.
 PARTS: dict[str, Callable[[argparse.Namespace], str]] = {
     "one-process": lambda options: wrong(one_process(options)),
+    "reported": reported,
     "two-processes": lambda options: wrong(two_processes(options)),
     "baselines": lambda options: str(compare(options.processes)),
     "false-alarms": lambda options: "\n".join(map(str, false_alarms.main(options.processes))),
@@ -53,6 +66,7 @@ def main() -> None:
     parser.add_argument("--part", choices=PARTS)
     parser.add_argument("--kinds", nargs="*", choices=FAULTS, help="only these faults, in one process")
     parser.add_argument("--rounds", type=int, default=ROUNDS, help="how often every combination is run")
+    parser.add_argument("--sample", type=int, help="only this many of them, drawn at random")
     parser.add_argument("--kept", type=Path, default=Path("runs/faults"), help="folder of the outcomes")
     parser.add_argument("--page", type=Path, default=reliability.PAGE)
     parser.add_argument("--processes", type=int, default=2)

@@ -12,14 +12,17 @@ from statistics import median
 import torch
 
 from benchmarks.faults.baselines import Answer
+from benchmarks.faults.campaign import cases
 from benchmarks.faults.classes import FAULTS, TIMES
 from benchmarks.faults.runs import Outcome
 
 PAGE = Path(__file__).parents[1] / "reliability.md"
+#: Name of the section in the page.
+REPORTED = "faults of reported programs"
 HEAD = """# Reliability
 
-Outcomes of runs with injected faults. `make faults` measures all of it on your machine and writes this page,
-these paragraphs included.
+Outcomes of runs with injected faults. `make faults` repeats all of them on your machine and writes this page;
+`python -m benchmarks.faults --part reported` writes the section on faults of reported programs alone.
 
 A run *survives* if it ends by itself, with finite weights, buffers and optimizer state, and has learned:
 its score on held-out data is in the better half between the untrained network's and that of the same run
@@ -55,8 +58,10 @@ def write(
         recovered: Table of the runs at high learning rates.
         killed: Summary of the runs after SIGKILL.
     """
-    counted = [o for o in single if FAULTS[o.case.kind].survivable]
-    hopeless = [o for o in single if not FAULTS[o.case.kind].survivable]
+    reported_programs = [o for o in single if FAULTS[o.case.kind].is_reported]
+    first = [o for o in single if not FAULTS[o.case.kind].is_reported]
+    counted = [o for o in first if FAULTS[o.case.kind].survivable]
+    hopeless = [o for o in first if not FAULTS[o.case.kind].survivable]
     alarms: Counter[str] = Counter()
     for _, incidents in quiet:
         alarms.update(incidents)
@@ -87,6 +92,9 @@ def write(
         f"Of the faults that are not survivable, {len(hopeless)} were tried: "
         f"{sum(o.survived for o in hopeless)} runs survived, {sum(bool(o.error) for o in hopeless)} ended "
         "with an error that states the reason.\n",
+        f"## Faults of reported programs\n\n<!-- {REPORTED} -->\n",
+        reported(reported_programs),
+        f"<!-- end of {REPORTED} -->\n",
         f"## {len(pairs)} faults on one rank of two\n",
         f"Ranks ended bit for bit alike in {sum(o.ranks_equal for o in pairs)} of {len(pairs)} runs; "
         "no run hung.\n",
@@ -111,13 +119,27 @@ def write(
     path.write_text("\n".join(parts), encoding="utf-8")
 
 
+def reported(outcomes: Sequence[Outcome]) -> str:
+    """Renders the section on the classes that were added after programs of others were rebuilt.
+
+    Args:
+        outcomes: Of these classes, with one process; in any number.
+    """
+    possible = sum(FAULTS[case.kind].is_reported for case in cases())
+    return (
+        "Classes that were added later, from programs that people have reported; they are not in the tables "
+        f"above. {len(outcomes)} of their {possible} combinations were run.\n\n"
+        + _by(sorted(outcomes, key=lambda o: list(FAULTS).index(o.case.kind)), "fault", lambda o: o.case.kind)
+    )
+
+
 def _by(outcomes: Sequence[Outcome], name: str, key: Callable[[Outcome], str]) -> str:
     groups: dict[str, list[Outcome]] = {}
     for outcome in outcomes:
         groups.setdefault(key(outcome), []).append(outcome)
     rows = [(group, *_row(members)) for group, members in groups.items()]
     if len(groups) > 1:
-        rows.append(("all", *_row(outcomes)))
+        rows.append(("all", *_row([o for o in outcomes if FAULTS[o.case.kind].survivable])))
     return _table((name, "runs", "survived", "equal", "cause named", "lost", "recovered after"), rows)
 
 
@@ -125,7 +147,7 @@ def _row(outcomes: Sequence[Outcome]) -> tuple[str, ...]:
     recovered = [o.recovered_after for o in outcomes if o.recovered_after is not None]
     return (
         str(len(outcomes)),
-        _share([o.survived for o in outcomes]),
+        _share([o.survived for o in outcomes if FAULTS[o.case.kind].survivable]) or "not survivable",
         _share([o.equal for o in outcomes if o.equal is not None]),
         _share([o.named for o in outcomes if o.named is not None]),
         f"{median(o.lost for o in outcomes):g} (at most {max(o.lost for o in outcomes)})",

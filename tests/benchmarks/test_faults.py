@@ -46,12 +46,16 @@ def test_page_is_written_from_the_outcomes(tmp_path: Path) -> None:
     outcome = outcome_of(NAN)
     lost = replace(outcome, survived=False)
     answers = {"Lightning alone": [(NAN.kind, baselines.Answer(False, False, 0.1))]}
+    index = replace(outcome, case=replace(outcome.case, kind="index"))
+    epsilon = replace(outcome, case=replace(outcome.case, kind="epsilon in float16"))
     quiet = [(("MLP", 0, "SGD"), {"loss_spike": 2})]
-    write(
-        tmp_path / "page.md", [outcome, lost], [outcome], answers, quiet, "| a table |", "Nothing was torn."
-    )
+    single = [outcome, index, lost, epsilon]
+    write(tmp_path / "page.md", single, [outcome], answers, quiet, "| a table |", "Nothing was torn.")
     page = (tmp_path / "page.md").read_text()
     assert "| NaN input | 2 | 1 of 2 (50.0 %) | 2 of 2 (100.0 %) | 2 of 2 (100.0 %) |" in page
+    assert "## 2 faults in one process" in page
+    assert "| index | 1 | 1 of 1 (100.0 %) |" in page
+    assert "| epsilon in float16 | 1 | not survivable |" in page
     assert "incidents: 2 loss_spike" in page
     assert "Nothing was torn." in page
 
