@@ -156,7 +156,7 @@ def _out_of_bounds(failed: FailedOperation, parts: Mapping[str, Tensor]) -> Orig
             break
     else:
         return None
-    values = ", ".join(map(str, indices[wrong].unique()[:5].tolist()))
+    values = ", ".join(map(str, sorted(set(indices[wrong].tolist()))[:5]))
     where = _part_with(indices[wrong], parts)
     rows = _rows_with(wrong, parts)
     place = f" in row {', '.join(map(str, rows))}" if rows else ""
