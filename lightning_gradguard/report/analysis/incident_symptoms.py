@@ -27,7 +27,8 @@ MAX_DETAILS = 5
 
 #: Kinds that record an intervention, not a symptom.
 _RESPONSES = ("rollback", "learning_rate_backoff", "learning_rate_found", "training_diverged", "lost_batch")
-_INITIALIZATION = ("poor_initialization", "dead_units", "saturated_units")
+#: Kinds that the check of the initialization finds.
+INITIALIZATION = ("poor_initialization", "dead_units", "saturated_units")
 
 
 def incident_symptoms(log: RunLog, outcome: Outcome, known: set[str]) -> Iterator[RunSymptom]:
@@ -112,7 +113,7 @@ def _with_causes(incidents: Sequence[Incident]) -> list[Incident]:
 
 def _is_diagnosed(kind: str, members: Sequence[Incident]) -> bool:
     """True for a symptom that the suite has named by a measurement of its own, with its cause."""
-    is_measured = kind in (*_INITIALIZATION, "stuck_loss", "vanishing_weights")
+    is_measured = kind in (*INITIALIZATION, "stuck_loss", "vanishing_weights")
     return is_measured or any(i.cause in SYMPTOM_CAUSES for i in members)
 
 
@@ -149,7 +150,7 @@ def _symptom(
     # an examination knows more than the cause
     own = tuple(dict.fromkeys(_remedy_of(i) for i in members if i.advice))[:MAX_DETAILS]
     found = tuple(dict.fromkeys(_remedy_of(i) for i in members if i.advice and i.cause))[:MAX_DETAILS]
-    if kind in _INITIALIZATION:  # what a trial on the batch has shown to help
+    if kind in INITIALIZATION:  # what a trial on the batch has shown to help
         found = own
     advice = advice_for_cause(main, example.where, present)
     next_steps = found or ((advice,) if advice else remedies(kind, example.where, present) or own)

@@ -11,7 +11,7 @@ from lightning_gradguard.core.incidents import AT_ANY_RATE, CAUSES, SYMPTOM_CAUS
 from lightning_gradguard.core.remedies import remedies
 from lightning_gradguard.report.analysis.failure import failure_cause
 from lightning_gradguard.report.analysis.gradient_symptoms import gradient_symptoms
-from lightning_gradguard.report.analysis.incident_symptoms import incident_symptoms
+from lightning_gradguard.report.analysis.incident_symptoms import INITIALIZATION, incident_symptoms
 from lightning_gradguard.report.analysis.loss_symptoms import loss_symptoms
 from lightning_gradguard.report.analysis.outcome import (
     MIN_POINTS,
@@ -102,6 +102,8 @@ def _symptoms_of(log: RunLog, outcome: Outcome) -> list[RunSymptom]:
     known = {symptom.kind for symptom in recorded}
     if any(s.severity == "serious" and s.cause in SYMPTOM_CAUSES for s in (*found, *recorded)):
         known.add("stuck_loss")  # which follows from it
+    if any(s.severity == "serious" and s.kind in INITIALIZATION for s in recorded):
+        known |= {"stuck_loss", "weight_stagnation"}  # which follow from it, and have other remedies
     if any(s.severity == "fatal" and s.cause in AT_ANY_RATE for s in recorded):
         recorded = [s for s in recorded if s.kind != "falling_learning_rate"]
     outliers = {s.since for s in recorded if s.kind == "loss_spike" and s.cause == "bad_input"}

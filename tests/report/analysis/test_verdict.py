@@ -584,6 +584,9 @@ def test_poor_initialization_is_serious_without_learning() -> None:
         "poor_initialization": "serious"
     }
     assert kinds(analyze_run(RunLog(series(falling()), incidents=told))) == {"poor_initialization": "minor"}
+    still = replace(gradients([1.0] * 60), ratios={"body.weight": series([0.0] * 60)})
+    dead = analyze_run(RunLog(series([2.3] * 60), [still], incidents=[incident("dead_units", 0)]))
+    assert kinds(dead) == {"dead_units": "serious"}, "a loss that is stuck, and weights that rest, follow"
 
 
 ODD = [[], [1.0], [NAN], [NAN] * 50, [0.0] * 50, [math.inf, 1.0], [-1.0] * 20, [1e308, 1e-320] * 20]
