@@ -8,8 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 
-from lightning_gradguard.report.analysis.incident_symptoms import found_rate
-from lightning_gradguard.report.analysis.run_log import GradientLog, RunLog, Series
+from lightning_gradguard.report.analysis.run_log import GradientLog, Series
 from lightning_gradguard.report.analysis.verdict import RunVerdict, analyze_run, worst_layers
 from lightning_gradguard.report.readers.runs import Run
 from lightning_gradguard.report.timeline import TimelineEntry, timeline
@@ -47,8 +46,8 @@ class Interventions:
 class RunReport:
     """The report on one run, as `schema.json` describes it.
 
-    `next_steps` are the remedies of all symptoms, the worst first, each once; before them a learning rate
-    that the run has found to train.
+    `next_steps` are the remedies of all symptoms, the worst first, each once; before them those
+    that were tried in the run.
     """
 
     run: Run
@@ -79,7 +78,7 @@ def report_on(run: Run) -> RunReport:
         incidents=Counter(incident.kind for incident in log.incidents),
         layers=[_layer_summary(name, g) for g in log.gradients for name in worst_layers(g, verdict)],
         interventions=_interventions(run),
-        next_steps=_next_steps(log, verdict),
+        next_steps=_next_steps(verdict),
         notes=[*run.notes, *_missing(run, verdict)],
     )
 
@@ -130,11 +129,9 @@ def _last_count(series: Series) -> int | None:
     return int(counts[-1][1]) if counts else None
 
 
-def _next_steps(log: RunLog, verdict: RunVerdict) -> list[str]:
-    """Returns the remedies of all symptoms, a measured rate first; of those that begin alike, the first."""
-    symptoms = verdict.symptoms
-    if found_rate(log) is not None:
-        symptoms = tuple(sorted(symptoms, key=lambda symptom: symptom.kind != "falling_learning_rate"))
+def _next_steps(verdict: RunVerdict) -> list[str]:
+    """Returns the remedies of all symptoms, tried ones first; of those that begin alike, the first."""
+    symptoms = sorted(verdict.symptoms, key=lambda symptom: not symptom.is_tried)
     remedies = (remedy for symptom in symptoms for remedy in symptom.remedies)
     by_start: dict[str, str] = {}
     for remedy in remedies:

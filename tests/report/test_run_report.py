@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import pytest
@@ -27,6 +28,18 @@ def test_run_with_a_loss_alone_gets_a_verdict(capsys: pytest.CaptureFixture[str]
     text = printed(capsys, "run")
     assert "run: divergence" in text
     assert "the verdict rests on train/loss alone; add GradientNormMonitor()" in text
+
+
+def test_what_was_tried_on_the_batch_is_the_first_step() -> None:
+    folder = write_events("run", {"train_loss": [2.0] * 60})
+    told = [
+        {"kind": "vanishing_gradient", "step": 2, "cause": "depth", "advice": "Use fewer layers."},
+        {"kind": "poor_initialization", "step": 0, "advice": "Cure: nn.init.zeros_(model.head.weight)"},
+    ]
+    (folder / "incidents.jsonl").write_text("".join(f"{json.dumps(record)}\n" for record in told))
+    found = report_of(folder)
+    assert [s.kind for s in found.verdict.symptoms] == ["vanishing_gradient", "poor_initialization"]
+    assert found.next_steps == ["Cure: nn.init.zeros_(model.head.weight)", "Use fewer layers."]
 
 
 def test_hundred_thousand_steps() -> None:

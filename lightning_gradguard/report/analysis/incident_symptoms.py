@@ -68,7 +68,9 @@ def _falling_learning_rate(log: RunLog, outcome: Outcome) -> RunSymptom | None:
         return RunSymptom("falling_learning_rate", severity, cuts[0], evidence, level)
     evidence += f"; the run trained at lr={rate:.3g}"
     next_steps = (f"Train with lr={rate:.3g}, which the run has found to train.",)
-    return RunSymptom("falling_learning_rate", severity, cuts[0], evidence, level, remedies=next_steps)
+    return RunSymptom(
+        "falling_learning_rate", severity, cuts[0], evidence, level, remedies=next_steps, is_tried=True
+    )
 
 
 def _recorded(log: RunLog, outcome: Outcome, known: set[str]) -> Iterator[RunSymptom]:
@@ -154,7 +156,8 @@ def _symptom(
         found = own
     advice = advice_for_cause(main, example.where, present)
     next_steps = found or ((advice,) if advice else remedies(kind, example.where, present) or own)
-    return RunSymptom(kind, severity, first, evidence, value, example.where, next_steps, main)
+    is_tried = kind in INITIALIZATION and bool(own) and "nothing that was tried" not in own[0]
+    return RunSymptom(kind, severity, first, evidence, value, example.where, next_steps, main, is_tried)
 
 
 def _remedy_of(incident: Incident) -> str:

@@ -67,6 +67,7 @@ class RunSymptom:
         where: Names of the parameters or modules with the strongest symptom, the worst first.
         remedies: What to do, the likeliest first; those of its kind if empty.
         cause: What an examination, or the diagnosis, has found; empty if unknown.
+        is_tried: True if the remedies were tried in the run: initializers on a batch, or a learning rate.
     """
 
     kind: str
@@ -77,6 +78,7 @@ class RunSymptom:
     where: tuple[str, ...] = ()
     remedies: tuple[str, ...] = ()
     cause: str = ""
+    is_tried: bool = False
 
 
 def outcome_of(log: RunLog) -> Outcome:
