@@ -71,6 +71,17 @@ def test_pasted_advice_against_depth_mends_all_layers(
     assert fails(model) == []
 
 
+def test_advice_on_time_is_that_of_the_symptom() -> None:
+    vanishing, exploding = (
+        advice_for_cause("through_time", ["rnn"], kind=kind)
+        for kind in ("vanishing_gradient", "exploding_gradient")
+    )
+    assert "nn.init.constant_(model.rnn.bias_hh_l0[h : 2 * h], math.log(n))" in vanishing
+    assert "Clip gradients" in exploding
+    assert "Clip" not in vanishing
+    assert "LSTM" not in exploding
+
+
 @pytest.mark.parametrize("cause", [*CAUSES, *SYMPTOM_CAUSES])
 def test_every_cause_but_an_unknown_one_has_advice(cause: str) -> None:
     text = advice_for_cause(cause, ["head"], ["clipping"])

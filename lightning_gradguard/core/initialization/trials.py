@@ -218,7 +218,14 @@ def _normalize(layer: nn.Module, inputs: Any, output: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Gated:
-    """An LSTM whose forget gates are open in place of a recurrent module without gates."""
+    """An LSTM whose forget gates are open, and input gates closed, in place of a module without gates.
+
+    Closed input gates keep the inputs of all steps from adding up in a state that forgets nothing.
+    docs/callbacks/initialization_check.md has what this trains, and at which rates.
+
+    References:
+        Tallec, Ollivier, Can recurrent neural networks warp time?, 2018, arXiv:1804.11188.
+    """
 
     module: nn.Module
     name: str
@@ -239,6 +246,7 @@ class Gated:
         with torch.no_grad():
             for name, parameter in lstm.named_parameters():
                 if name.startswith("bias_hh"):
+                    parameter[: old.hidden_size] = -self._bias
                     parameter[old.hidden_size : 2 * old.hidden_size] = self._bias
 
         def replaced(module: nn.Module, inputs: Any, output: Any) -> Any:
@@ -260,9 +268,10 @@ class Gated:
         lines = [f"{target} = nn.LSTM({old.input_size}, {old.hidden_size}{options})"]
         for layer in range(old.num_layers):
             for direction in ("", "_reverse")[: 1 + old.bidirectional]:
-                gate = f"{target}.bias_hh_l{layer}{direction}[{old.hidden_size}:{2 * old.hidden_size}]"
-                lines.append(f"nn.init.constant_({gate}, {self._bias})")
-        return f"{'; '.join(lines)}  # its state is a pair; {change}"
+                bias, size = f"{target}.bias_hh_l{layer}{direction}", old.hidden_size
+                lines.append(f"nn.init.constant_({bias}[:{size}], -{self._bias})")
+                lines.append(f"nn.init.constant_({bias}[{size}:{2 * size}], {self._bias})")
+        return f"{'; '.join(lines)}  # its state is a pair; use 3 to 10 times the learning rate; {change}"
 
     @property
     def _bias(self) -> float:

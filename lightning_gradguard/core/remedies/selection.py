@@ -38,6 +38,7 @@ def advice_for_cause(
     where: Sequence[str] = (),
     present: Collection[Present] = (),
     model: nn.Module | None = None,
+    kind: str = "",
 ) -> str:
     """Returns advice for the cause that a replay found, in one or two sentences; empty for `"unknown"`.
 
@@ -46,8 +47,9 @@ def advice_for_cause(
         where: Names of the modules or tensors at fault, the worst first; the first is named.
         present: What the run has.
         model: The module that the names are of, so that the first is spelled as Python.
+        kind: The symptom, where a cause has more than one.
     """
-    return _applied(BY_CAUSE.get(cause, ""), where, present, model)
+    return _applied(BY_CAUSE.get(f"{kind}: {cause}", BY_CAUSE.get(cause, "")), where, present, model)
 
 
 def advice_for_symptom(
@@ -64,7 +66,7 @@ def advice_for_symptom(
         >>> advice_for_symptom("stuck_loss", "labels_ignored", (), "every label is ignored")
         'Every label is ignored. Check the labels and ignore_index: none is left for the loss.'
     """
-    remedy = advice_for_cause(cause, where, present, model) or advice(kind, where, present)
+    remedy = advice_for_cause(cause, where, present, model, kind) or advice(kind, where, present)
     return f"{evidence[:1].upper()}{evidence[1:]}. {remedy}" if evidence else remedy
 
 

@@ -254,11 +254,15 @@ BY_CAUSE = {
         "norm or above, or remove it. The learning rate is not at fault."
     ),
     "weight_decay": "Lower weight_decay: it shrinks the weights of {where} faster than the loss moves them.",
+    "vanishing_gradient: through_time": (
+        "Nothing has to be done if the task does not need the first steps. Else use nn.LSTM for {where} with "
+        "forget gates that are open at the start, nn.init.constant_({code}.bias_hh_l0[h : 2 * h], "
+        "math.log(n)) for h units and n steps, closed input gates, [:h] and -math.log(n), and 3 to 10 times "
+        "the learning rate; or shorten the sequences."
+    ),
     "through_time": (
-        "If it shrinks, use nn.LSTM for {where} with forget gates that are open at the start, "
-        "nn.init.constant_({code}.bias_hh_l0[h : 2 * h], math.log(n)) for h units and n steps, or shorter "
-        "sequences. If it grows,[clipping| clip gradients (AdaptiveGradientClipping),] use an orthogonal "
-        "recurrent weight, gated cells or truncated BPTT."
+        "[clipping|Clip gradients (AdaptiveGradientClipping). ]Use an orthogonal recurrent weight, "
+        "nn.init.orthogonal_({code}.weight_hh_l0), gated cells or truncated BPTT."
     ),
 }
 

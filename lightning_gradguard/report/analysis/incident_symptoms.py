@@ -154,7 +154,7 @@ def _symptom(
     found = tuple(dict.fromkeys(_remedy_of(i) for i in members if i.advice and i.cause))[:MAX_DETAILS]
     if kind in INITIALIZATION:  # what a trial on the batch has shown to help
         found = own
-    advice = advice_for_cause(main, example.where, present)
+    advice = advice_for_cause(main, example.where, present, kind=kind)
     next_steps = found or ((advice,) if advice else remedies(kind, example.where, present) or own)
     is_tried = kind in INITIALIZATION and bool(own) and "nothing that was tried" not in own[0]
     return RunSymptom(kind, severity, first, evidence, value, example.where, next_steps, main, is_tried)
