@@ -19,6 +19,7 @@ from lightning_gradguard.core.forensics.inputs import (
     huge_inputs,
     or_bad_input,
     outliers,
+    outlying_rows,
     parts_of,
 )
 from lightning_gradguard.core.forensics.operations import (
@@ -210,9 +211,11 @@ def _origin_of_operation(
     largest = max(abs(source.low or 0.0), abs(source.high or 0.0))
     if huge and (cause != "loss" or largest > HUGE_INPUT or source is not overflowing):
         name, high = next(iter(huge.items()))
-        detail = f"{origin.detail.rstrip('.')}; {name} holds values up to {high:.4g}."
+        rows = rows or tuple(outlying_rows(parts[name]))
+        detail = f"{origin.detail.rstrip('.')}; {name} holds values up to {high:.4g}"
+        detail += f" in row {', '.join(map(str, rows))}." if rows else "."
         # the cure of the operation would hide bad data
-        return replace(origin, cause="bad_input", where=tuple(huge), detail=detail, advice="")
+        return replace(origin, cause="bad_input", where=tuple(huge), rows=rows, detail=detail, advice="")
     return origin
 
 

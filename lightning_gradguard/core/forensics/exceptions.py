@@ -9,6 +9,7 @@ from traceback import walk_tb
 import torch
 from torch import Tensor
 
+from lightning_gradguard.core.forensics.inputs import described_outliers
 from lightning_gradguard.core.forensics.location import innermost_of_traceback
 from lightning_gradguard.core.forensics.origin import (
     Origin,
@@ -90,10 +91,13 @@ def origin_of_exception(
         return origin_in_weights(out_of_range)
     known = rejection(error)
     rows, where = ((), ()) if known is None else _rejected(known, failed, parts)
-    rows = rows or _invalid_rows(error, parts)
+    if not rows:
+        rows, where = _invalid_sample(error, parts)
     detail = f"The step raised {message}" + (f", in row {', '.join(map(str, rows))}" if rows else "")
     detail += f" of {where[0]}" if where else ""
-    cause: Cause = "unknown" if known is None else known.cause
+    if known is None:
+        detail += "".join(f"; {outlier}" for outlier in described_outliers(parts))
+    cause: Cause = "unknown" if known is None else "bad_input" if where else known.cause
     operation = failed.name if failed is not None and known is not None else ""
     advice = "" if known is None else known.advice
     origin = Origin(cause, "forward", "", operation, where, detail=detail, rows=rows, advice=advice)
@@ -105,9 +109,8 @@ def _rejected(
 ) -> tuple[tuple[int, ...], tuple[str, ...]]:
     """Returns the rows of the batch that were rejected, and the part of it that they are in, if it is one."""
     if known.argument is not None and failed is not None:
-        given = failed.arguments[known.argument].detach()
-        same = [n for n, p in parts.items() if p.shape == given.shape and torch.equal(p.to(given), given)]
-        return _rows_with((given < 0) | (given > 1), parts), tuple(same[:1])
+        given = failed.arguments[known.argument]
+        return _rows_with((given < 0) | (given > 1), parts), _same(given, parts)
     integers = {n: p for n, p in parts.items() if p.ndim and not p.is_floating_point() and p.numel()}
     if known.extreme and len(integers) == 1:
         ((name, part),) = integers.items()
@@ -116,11 +119,23 @@ def _rejected(
     return (), ()
 
 
-def _invalid_rows(error: Exception, parts: Mapping[str, Tensor]) -> tuple[int, ...]:
-    """Returns the rows of the batch that a check of `torch.distributions` has found to be invalid."""
+def _invalid_sample(error: Exception, parts: Mapping[str, Tensor]) -> tuple[tuple[int, ...], tuple[str, ...]]:
+    """Returns the rows that a check of `torch.distributions` has found invalid, and the part they are in.
+
+    A parameter of a distribution is no part of the batch, but what is given to `log_prob` may be one.
+    """
     frames = [frame for frame, _ in walk_tb(error.__traceback__)]
-    valid = frames[-1].f_locals.get("valid") if frames else None
-    return _rows_with(~valid, parts) if isinstance(valid, Tensor) else ()
+    found = frames[-1].f_locals if frames else {}
+    valid, value = found.get("valid"), found.get("value")
+    rows = _rows_with(~valid, parts) if isinstance(valid, Tensor) else ()
+    return rows, _same(value, parts) if isinstance(value, Tensor) else ()
+
+
+def _same(value: Tensor, parts: Mapping[str, Tensor]) -> tuple[str, ...]:
+    """Returns the name of the part of the batch that has these values."""
+    flat = value.detach().flatten()
+    same = (n for n, p in parts.items() if p.numel() == len(flat) and torch.equal(p.to(flat).flatten(), flat))
+    return tuple(same)[:1]
 
 
 def _rows_with(wrong: Tensor, parts: Mapping[str, Tensor]) -> tuple[int, ...]:

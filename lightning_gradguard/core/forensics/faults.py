@@ -71,7 +71,14 @@ _LOGARITHMS = (
 
 _EXPONENTIALS = (
     Fault(
-        ("exp", "exp2", "expm1", "sinh", "cosh", "pow", "square"),
+        ("pow", "square"),
+        "The power exceeds 65504, the largest number of float16: compute it in float32",
+        "x.float().pow(2)",
+        dtypes=_HALF,
+        made="inf",
+    ),
+    Fault(
+        ("exp", "exp2", "expm1", "sinh", "cosh"),
         "The result exceeds 65504, the largest number of float16 (exp overflows above 11)",
         "torch.exp(x.float().clamp(max=20))",
         dtypes=_HALF,
@@ -162,7 +169,7 @@ _POWERS = (
     Fault(
         ("pow", "float_power"),
         "0 to a negative power is infinite",
-        "(x.abs() + 1e-6).pow(-1)",
+        "(x.abs() + 1e-6).pow(y)",
         has_zero=True,
         made="inf",
     ),

@@ -60,7 +60,7 @@ def or_bad_input(origin: Origin, parts: Mapping[str, Tensor]) -> Origin:
         'A: batch[0] holds values up to 9999 in row 3, where it is 1e+04 times larger than as a rule.'
     """
     huge = huge_inputs(parts)
-    rows = {name: _outlying_rows(part) for name, part in parts.items() if part.is_floating_point()}
+    rows = {name: outlying_rows(part) for name, part in parts.items() if part.is_floating_point()}
     name = next(iter(huge), None) or next((name for name, found in rows.items() if found), None)
     if name is None:
         return replace(origin, detail=f"{origin.detail}.")
@@ -74,7 +74,18 @@ def or_bad_input(origin: Origin, parts: Mapping[str, Tensor]) -> Origin:
     return replace(origin, cause="bad_input", where=where, rows=tuple(found), detail=f"{detail}.")
 
 
-def _outlying_rows(part: Tensor) -> dict[int, float]:
+def described_outliers(parts: Mapping[str, Tensor]) -> list[str]:
+    """Describes the rows of the batch that are far larger than the median row."""
+    found = {name: outlying_rows(part) for name, part in parts.items() if part.is_floating_point()}
+    return [
+        f"row {', '.join(map(str, rows))} of {name} is up to {max(rows.values()):.3g} times larger than the "
+        "median row"
+        for name, rows in found.items()
+        if rows
+    ]
+
+
+def outlying_rows(part: Tensor) -> dict[int, float]:
     """Returns the first ten rows that are outliers, with their size relative to the median row."""
     if part.ndim == 0 or not part.numel():
         return {}

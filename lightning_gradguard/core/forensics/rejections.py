@@ -44,12 +44,12 @@ REJECTIONS = (
         "use LayerNorm or GroupNorm",
     ),
     Rejection(
-        r"constraint GreaterThan(Eq)?\(lower_bound=0|var has negative entry",
-        "A scale or variance has to be positive",
+        r"constraint (IndependentConstraint\()?GreaterThan(Eq)?\(lower_bound=0|var has negative entry",
+        "A scale, variance or concentration has to be positive",
         f"torch.nn.functional.softplus(x) + 1e-3 {_OUTPUT}",
     ),
     Rejection(
-        "constraint (HalfOpen)?Interval",
+        r"constraint (IndependentConstraint\()?(HalfOpen)?Interval",
         "A parameter of the distribution has to be within its interval: give logits, as in "
         "torch.distributions.Bernoulli(logits=x)",
         f"x.sigmoid() {_OUTPUT}",
@@ -76,6 +76,11 @@ REJECTIONS = (
         "The matrix is ill-conditioned, or has equal singular values: add a small diagonal of different "
         "numbers",
         "x + torch.linspace(1e-3, 2e-3, x.shape[-1], device=x.device).diag() (`x` is the matrix)",
+    ),
+    Rejection(
+        r"within the support \(Simplex",
+        "Targets of this distribution have to be positive and add up to 1",
+        "y.clamp_min(1e-6) / y.clamp_min(1e-6).sum(-1, keepdim=True) (`y` are the targets)",
     ),
     Rejection(
         "within the support",
@@ -120,6 +125,17 @@ REJECTIONS = (
         "F.one_hot got a negative class: correct the labels, or leave out those that are to be ignored",
         cause="bad_input",
         extreme="smallest",
+    ),
+    Rejection(
+        r"start \(\d+\) \+ length \(\d+\) exceeds dimension size",
+        "A slice goes beyond its dimension, as with a length above that of the padded sequences",
+        "lengths.clamp(max=x.shape[1]) (`x` are the padded sequences)",
+        extreme="largest",
+    ),
+    Rejection(
+        r"input.numel\(\) == 0|on tensor with no elements|must be non-empty|zero-size",
+        "The largest or smallest value of an empty selection does not exist: leave it out",
+        "x.max() if x.numel() else x.sum() (`x` is what is selected)",
     ),
     Rejection(
         "Length of all samples has to be greater than 0",

@@ -65,6 +65,12 @@ def packed(h: Tensor, lengths: Tensor) -> Tensor:
     return nn.utils.rnn.pack_padded_sequence(sequences, lengths, True, enforce_sorted=False).data
 
 
+def through_gru(h: Tensor, lengths: Tensor) -> Tensor:
+    sequences = nn.utils.rnn.pack_padded_sequence(h.reshape(ROWS, 4, 1), lengths, True, enforce_sorted=False)
+    hidden: Tensor = nn.GRU(1, 1)(sequences)[1]
+    return hidden
+
+
 def sampled(w: Tensor, y: Tensor) -> Tensor:
     return w.gather(1, torch.multinomial(w, 1))
 
@@ -105,6 +111,14 @@ CASES: list[tuple[str, Callable[[Tensor], Tensor], Program, Tensor, str]] = [
         targets(1.5),
         "y",
     ),
+    (
+        "add up to 1",
+        torch.sigmoid,
+        lambda x, y: d.Dirichlet(x, validate_args=True).log_prob(y),
+        targets(0.9) / 2,
+        "y",
+    ),
+    ("positive", positive, lambda x, y: d.Dirichlet(x, validate_args=True).entropy(), targets(0.5), "x"),
     ("Targets are beyond", torch.sigmoid, lambda x, y: F.binary_cross_entropy(x, y), targets(255), "y"),
     ("Probabilities are beyond", positive, lambda x, y: F.binary_cross_entropy(x, y), targets(1), "call"),
     ("sampled", lambda h: positive(h).clamp_min(0), sampled, targets(1), "x first"),
@@ -112,6 +126,8 @@ CASES: list[tuple[str, Callable[[Tensor], Tensor], Program, Tensor, str]] = [
     ("one_hot", lambda h: h, one_hot, alike(2, 9), ""),
     ("one_hot", lambda h: h, one_hot, alike(2, -9), ""),
     ("empty", lambda h: h, packed, alike(2, 0), ""),
+    ("goes beyond", lambda h: h, through_gru, alike(2, 9), ""),
+    ("empty selection", lambda h: h[h > 99], lambda x, y: x.max(), targets(0.5), "call"),
 ]
 
 
