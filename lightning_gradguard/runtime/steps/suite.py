@@ -18,7 +18,7 @@ from lightning_gradguard.core.parameter_names import parameter_names
 from lightning_gradguard.runtime import distributed, lightning_api
 from lightning_gradguard.runtime.logging.metrics import MetricBuffer
 from lightning_gradguard.runtime.optimizer_hooks import FusedStepOverride
-from lightning_gradguard.runtime.steps.measuring import PackedMeasurement, StepRequest, measure
+from lightning_gradguard.runtime.steps.measuring import Measured, PackedMeasurement, StepRequest, measure
 from lightning_gradguard.runtime.steps.parameters import ParameterLayout, Selection
 from lightning_gradguard.runtime.steps.step import Step, StepFlags, StepVerdict
 
@@ -131,8 +131,34 @@ class Suite:
         if self.totals is None:
             self.totals = RunTotals(number, number, checks_steps=bool(self._checkers))
         self.totals.last_step = number
-        step = self._measure(trainer, pl_module, optimizer)
-        self.has_stepped |= step is not None
+        losses = [lightning_api.unscaled_loss(trainer, loss) for loss in self.losses]
+        self.losses = []
+        if self._overrides:
+            self.end_overrides()
+        if self._deferred is not None and self.resolve(trainer, pl_module) == "skip":
+            return None
+        selection = self._layout.with_gradient(optimizer, partial(parameter_names, pl_module))
+        if not selection.names and not losses:
+            return None
+        if selection.is_sharded:
+            distributed.complete_gradients(selection.parameters)
+        found = [member.step_flags() for member in self._flagging]
+        flags = found[0] if len(found) == 1 else StepFlags.merged(found)
+        pending, self._pending = self._pending, []
+        request = StepRequest(
+            losses=losses,
+            flags=(flags.nonfinite_weights, flags.nonfinite_buffers, flags.repeats_lost_batch),
+            norm_types=self._norm_types,
+            weights=any([member.wants_weight_norms(trainer) for member in self._weighing]),
+            units=self._wants_units,
+            loss_scale=lightning_api.scale_of_gradients(trainer, optimizer) if self._has_scaler else 1.0,
+            pending=torch.cat([sums for sums, _ in pending]) if pending else None,
+        )
+        measured = measure(selection, request)
+        if measured.pending is not None:
+            _deliver(pending, measured.pending)
+        step = self._checked_step(trainer, optimizer, selection, measured, flags)
+        self.has_stepped = True
         return step
 
     def end_batch(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -208,35 +234,15 @@ class Suite:
             self.totals.largest_norm = max(self.totals.largest_norm, measurement.total_norm)
         return measurement, "accept"
 
-    def _measure(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
-    ) -> Step | None:
-        losses = [lightning_api.unscaled_loss(trainer, loss) for loss in self.losses]
-        self.losses = []
-        if self._overrides:
-            self.end_overrides()
-        if self._deferred is not None and self.resolve(trainer, pl_module) == "skip":
-            return None
-        selection = self._layout.with_gradient(optimizer, partial(parameter_names, pl_module))
-        if not selection.names and not losses:
-            return None
-        if selection.is_sharded:
-            distributed.complete_gradients(selection.parameters)
-        found = [member.step_flags() for member in self._flagging]
-        flags = found[0] if len(found) == 1 else StepFlags.merged(found)
-        pending, self._pending = self._pending, []
-        request = StepRequest(
-            losses=losses,
-            flags=(flags.nonfinite_weights, flags.nonfinite_buffers, flags.repeats_lost_batch),
-            norm_types=self._norm_types,
-            weights=any([member.wants_weight_norms(trainer) for member in self._weighing]),
-            units=self._wants_units,
-            loss_scale=lightning_api.scale_of_gradients(trainer, optimizer) if self._has_scaler else 1.0,
-            pending=torch.cat([sums for sums, _ in pending]) if pending else None,
-        )
-        measured = measure(selection, request)
-        if measured.pending is not None:
-            _deliver(pending, measured.pending)
+    def _checked_step(
+        self,
+        trainer: pl.Trainer,
+        optimizer: Optimizer,
+        selection: Selection,
+        measured: Measured,
+        flags: StepFlags,
+    ) -> Step:
+        """Returns a measured step with its verdict; `"accept"` while the check is deferred."""
         optimizers = trainer.optimizers
         index = optimizers.index(optimizer) if optimizer in optimizers else 0
         repeats = isinstance(optimizer, lightning_api.REPEATS_CLOSURE)
