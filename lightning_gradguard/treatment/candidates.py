@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
@@ -15,6 +15,8 @@ from lightning_gradguard.treatment.probe import Probe
 
 #: Candidates of a treatment at most.
 MAX_CANDIDATES = 8
+#: Changes of a candidate that is against several symptoms at once.
+MAX_TOGETHER = 3
 #: Ratio of an update to the weights at which a learning rate is tried.
 TRIED_UPDATE = 1e-2
 
@@ -26,10 +28,12 @@ class Candidate:
     Args:
         changes: None for the suite's callbacks alone.
         reason: What suggests them.
+        is_suggested: False for one that no symptom suggests.
     """
 
     changes: tuple[Change, ...]
     reason: str
+    is_suggested: bool = True
 
 
 def _of(kind: ChangeKind, **arguments: Argument) -> Change:
@@ -44,44 +48,51 @@ _ACTIVATE = (_of("replace_activation", to="relu"), *_INITIALIZE)
 _LEAKY = (_of("replace_activation", to="leaky_relu"), *_INITIALIZE)
 _LOWER, _LOWEST, _HIGHER, _HIGHEST = ((_of("learning_rate", scale=s),) for s in (0.1, 0.01, 10.0, 100.0))
 _ORTHOGONAL, _GATED, _GATES = (_of("orthogonal_recurrent"),), (_of("rnn_to_gru"),), (_of("gate_bias"),)
+_OPEN = (*_ORTHOGONAL, _of("gate_bias", value=3.0))
 _STANDARDIZE = (_of("standardize_input"),)
 _EPSILON = (_of("epsilon", value=1e-4),)
 _WARM_UP = (_of("warm_up", steps=50),)
 _MAX_NORM = (_of("weight_norm", max_norm=3.0),)
+_NO_DECAY = (_of("weight_decay", value=0.0),)
 _SUITE: tuple[Change, ...] = ()
 
 #: What helps against a cause, the likeliest first; the order of AUTOTRAINER's repairs where it has one.
 _BY_CAUSE: Mapping[tuple[str, str], Sequence[tuple[Change, ...]]] = {
-    ("vanishing_gradient", "small_weights"): (_INITIALIZE, _NORMALIZE, _ACTIVATE, _ACTIVATE + _NORMALIZE),
+    ("vanishing_gradient", "small_weights"): (
+        _INITIALIZE,
+        _INITIALIZE + _NORMALIZE,
+        _ACTIVATE,
+        _ACTIVATE + _NORMALIZE,
+    ),
     ("vanishing_gradient", "saturating_activations"): (
         _ACTIVATE,
         _ACTIVATE + _NORMALIZE,
         _NORMALIZE,
         _ACTIVATE + _RESIDUAL,
-        _INITIALIZE,
     ),
     ("vanishing_gradient", "depth"): (
         _RESIDUAL,
-        _NORMALIZE,
-        _ACTIVATE + _NORMALIZE,
+        _RESIDUAL + _NORMALIZE,
         _INITIALIZE,
+        _ACTIVATE + _NORMALIZE,
         _ACTIVATE + _RESIDUAL,
     ),
-    ("vanishing_gradient", "through_time"): (_ORTHOGONAL, _GATES, _GATED, _GATED + _HIGHER, _HIGHER),
-    ("exploding_gradient", "through_time"): (_ORTHOGONAL, _SUITE, _CLIP, _LOWER, _GATED),
-    ("exploding_gradient", "large_weights"): (_INITIALIZE, _NORMALIZE, _LOWER, _CLIP),
-    ("exploding_gradient", "depth"): (_NORMALIZE, _INITIALIZE, _RESIDUAL, _LOWER),
-    ("exploding_gradient", "input_scale"): (_STANDARDIZE, _LOWER, _LOWEST, _CLIP),
-    ("exploding_gradient", "update_too_large"): (_LOWER, _LOWEST, _SUITE, _CLIP, _WARM_UP, _MAX_NORM),
-    ("dead_units", "input_scale"): (_STANDARDIZE, _NORMALIZE, _LEAKY, _LOWER),
-    ("saturated_units", "input_scale"): (_STANDARDIZE, _NORMALIZE, _ACTIVATE),
+    ("vanishing_gradient", "through_time"): (_OPEN, _GATED, _GATED + _HIGHER, _OPEN + _HIGHER, _ORTHOGONAL),
+    ("exploding_gradient", "through_time"): (_ORTHOGONAL, _SUITE, _GATED, _CLIP, _LOWER),
+    ("exploding_gradient", "large_weights"): (_INITIALIZE, _INITIALIZE + _NORMALIZE, _NORMALIZE, _LOWER),
+    ("exploding_gradient", "depth"): (_NORMALIZE, _RESIDUAL, _INITIALIZE, _RESIDUAL + _NORMALIZE, _LOWER),
+    ("exploding_gradient", "input_scale"): (_STANDARDIZE, _STANDARDIZE + _INITIALIZE, _LOWER, _LOWEST),
+    ("exploding_gradient", "update_too_large"): (_LOWER, _LOWEST, _SUITE, _WARM_UP + _LOWER, _MAX_NORM),
+    ("dead_units", "input_scale"): (_STANDARDIZE, _STANDARDIZE + _INITIALIZE, _NORMALIZE, _LEAKY),
+    ("saturated_units", "input_scale"): (_STANDARDIZE, _STANDARDIZE + _INITIALIZE, _NORMALIZE, _ACTIVATE),
     ("weight_stagnation", "learning_rate_too_low"): (_HIGHER, _HIGHEST),
+    ("vanishing_weights", "weight_decay"): (_NO_DECAY, _NO_DECAY + _LOWER),
 }
 _BY_KIND: Mapping[str, Sequence[tuple[Change, ...]]] = {
-    "vanishing_gradient": (_ACTIVATE, _NORMALIZE, _INITIALIZE, _RESIDUAL),
+    "vanishing_gradient": (_ACTIVATE, _INITIALIZE, _RESIDUAL, _NORMALIZE, _ACTIVATE + _NORMALIZE),
     "exploding_gradient": (_LOWER, _INITIALIZE, _NORMALIZE, _CLIP),
-    "dead_units": (_LEAKY, _INITIALIZE, _NORMALIZE, _LOWER, _LEAKY + _LOWER),
-    "saturated_units": (_NORMALIZE, _INITIALIZE, _ACTIVATE, _LOWER),
+    "dead_units": (_INITIALIZE, _LEAKY, _NORMALIZE, _LEAKY + _LOWER, _LOWER),
+    "saturated_units": (_INITIALIZE, _INITIALIZE + _NORMALIZE, _ACTIVATE, _ORTHOGONAL, _LOWER),
     "weight_stagnation": (_ACTIVATE, _NORMALIZE, _HIGHER, _INITIALIZE),
     "stuck_loss": (_HIGHER, _LOWER, _NORMALIZE, _INITIALIZE, _ACTIVATE, _RESIDUAL, _STANDARDIZE),
     "nonfinite_gradient": (_SUITE, _LOWER, _INITIALIZE, _ACTIVATE, _NORMALIZE, _EPSILON, _LOWEST),
@@ -91,7 +102,7 @@ _BY_KIND: Mapping[str, Sequence[tuple[Change, ...]]] = {
 _BY_CRITERION: Mapping[str, Sequence[tuple[Change, ...]]] = {
     "gradient_gain": (_INITIALIZE, _ACTIVATE, _NORMALIZE),
     "layer_gain": (_INITIALIZE,),
-    "gain_through_time": (_ORTHOGONAL, _GATED),
+    "gain_through_time": (_OPEN, _GATED),
     "dead_units": (_INITIALIZE, _LEAKY),
     "saturated_units": (_INITIALIZE, _NORMALIZE),
     "symmetric_units": (_INITIALIZE,),
@@ -111,14 +122,22 @@ def candidates(found: Probe) -> list[Candidate]:
     # the first of each list, then the second of each: several symptoms share the trials
     longest = max(map(len, lists), default=0)
     ordered = [suggested[rank] for rank in range(longest) for suggested in lists if rank < len(suggested)]
+    ordered[len(lists) : len(lists)] = _together([suggested[0] for suggested in lists if suggested])
     reason = "the loss is stuck" if found.symptoms else "the loss is stuck, and no cause was found"
-    ordered += [Candidate(one, reason) for one in _BY_KIND["stuck_loss"]]
+    ordered += [Candidate(one, reason, not lists) for one in _BY_KIND["stuck_loss"]]
     chosen: dict[str, Candidate] = {}
     for candidate in ordered:
         fitting = _fitting(found, candidate.changes)
         if fitting is not None and not _contradicts(found, fitting):
-            chosen.setdefault(str(sorted(map(str, fitting))), Candidate(fitting, candidate.reason))
+            chosen.setdefault(str(sorted(map(str, fitting))), replace(candidate, changes=fitting))
     return list(chosen.values())[:MAX_CANDIDATES]
+
+
+def _together(firsts: Sequence[Candidate]) -> list[Candidate]:
+    """Returns what is likeliest against each of several symptoms as one candidate."""
+    by_kind = {change.kind: change for one in reversed(firsts) for change in one.changes}
+    reason = "; ".join(dict.fromkeys(one.reason for one in firsts))
+    return [Candidate(tuple(by_kind.values()), reason)] if 1 < len(by_kind) <= MAX_TOGETHER else []
 
 
 def _suggestions(found: Probe) -> Iterator[list[Candidate]]:

@@ -10,7 +10,7 @@ from lightning_gradguard.treatment.trials.trial import Trial
 #: Loss over that of the best constant answer, or over that with permuted targets, below which a run learns.
 LEARNS = 0.9
 #: The same for a run that has learned; docs/treat.md has the ratios of runs that do and do not.
-HAS_LEARNED, HAS_LEARNED_OVER_PERMUTED = 0.75, 0.5
+HAS_LEARNED, HAS_LEARNED_OVER_PERMUTED = 0.5, 1 / 3
 #: Final loss over the lowest of the run above which it rises again.
 RISES = 1.25
 
@@ -21,14 +21,12 @@ class Learning:
 
     Args:
         learns: True if the held-out loss is below that of a constant answer.
-        has_learned: True if it is well below, finite, and not on its way up.
-        is_certain: True if it is far below.
+        has_learned: True if it is far below, finite, and not on its way up.
         evidence: In words.
     """
 
     learns: bool
     has_learned: bool
-    is_certain: bool
     evidence: str
 
 
@@ -39,7 +37,7 @@ def learning_of(trial: Trial) -> Learning:
     network reaches that gives the same answer to each input; without targets, nothing is certain.
     """
     if not math.isfinite(trial.loss):
-        return Learning(False, False, False, trial.error or "the held-out loss is nonfinite")
+        return Learning(False, False, trial.error or "the held-out loss is nonfinite")
     is_known = math.isfinite(trial.over_constant)
     ratio = trial.over_constant if is_known else trial.over_permuted
     bound = HAS_LEARNED if is_known else HAS_LEARNED_OVER_PERMUTED
@@ -47,12 +45,10 @@ def learning_of(trial: Trial) -> Learning:
     if not math.isfinite(ratio):
         first = trial.curve[0][1]
         falls = math.isfinite(first) and trial.loss < LEARNS * first
-        return Learning(falls, False, False, f"the held-out loss goes from {first:.4g} to {trial.loss:.4g}")
+        return Learning(falls, False, f"the held-out loss goes from {first:.4g} to {trial.loss:.4g}")
     # a loss close to zero may rise by a factor and is no worse
     is_low = trial.loss <= RISES * trial.lowest or ratio < bound / 3
     evidence = f"the held-out loss is {trial.loss:.4g}, {ratio:.2f} times that {reference}"
     if not is_low:
         evidence += f", and has risen from {trial.lowest:.4g}"
-    return Learning(
-        ratio < LEARNS and is_low, ratio <= bound and is_low, ratio <= bound / 1.5 and is_low, evidence
-    )
+    return Learning(ratio < LEARNS and is_low, ratio <= bound and is_low, evidence)

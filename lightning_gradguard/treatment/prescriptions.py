@@ -20,6 +20,7 @@ from lightning_gradguard.core.remedies import advice_for_symptom
 from lightning_gradguard.core.remedies.changes import functional_activations
 from lightning_gradguard.core.remedies.surgery.data_flow import SATURATING_FUNCTIONS
 from lightning_gradguard.runtime.lightning_packages import FRAMEWORKS
+from lightning_gradguard.treatment.patches import patched_call
 
 #: Causes that lie in code or data, where no change of a module or of its training helps, and the calls or
 #: attributes whose line is named.
@@ -35,8 +36,15 @@ _IN_CODE: dict[str, tuple[str, ...]] = {
     "not_in_optimizer": ("SGD", "Adam", "AdamW", "RMSprop", "Adagrad", "parameters"),
     "replaced_parameters": ("SGD", "Adam", "AdamW", "RMSprop", "Adagrad", "parameters"),
     "detached": ("detach", "no_grad", "numpy", "data"),
+    "never_stepped": ("step",),
+    "cleared_gradients": ("zero_grad",),
+    "scaled_gradients_clipped": ("clip_gradients", "clip_grad_norm_", "clip_grad_value_"),
+    "clip_value_too_small": ("clip_gradients", "clip_grad_norm_", "clip_grad_value_"),
     "input_scale": ("train_dataloader",),
+    "target_scale": ("train_dataloader",),
 }
+#: Faults of which a part can be mended without the user: trials are made.
+_TREATABLE = frozenset({"input_scale", "target_scale", "bad_input", "saturating_activations"})
 #: Where a fault lies is searched in these functions first.
 _FUNCTIONS = ("training_step", "forward", "configure_optimizers", "__init__")
 
@@ -56,6 +64,11 @@ class Prescription:
     text: str
     place: str = ""
     patch: str = ""
+
+    @property
+    def is_blocking(self) -> bool:
+        """True for a fault beside which no other change helps, so that no trial is made."""
+        return self.fault not in _TREATABLE
 
 
 def prescriptions(
@@ -87,8 +100,14 @@ def _of_symptom(module: nn.Module, symptom: Symptom) -> Prescription | None:
     if names is None:
         return None
     text = advice_for_symptom(symptom.kind, symptom.cause, symptom.where, symptom.evidence)
-    line = next(_calls(module, names), None)
-    return Prescription(symptom.cause, text, line.place if line else "")
+    lines = list(_calls(module, names))
+    same = [line for line in lines if line.name == lines[0].name]
+    # a module is made where it runs, so that the last is the nearest to the loss
+    line = (same[-1] if same[0].name[0].isupper() else same[0]) if same else None
+    if line is None:
+        return Prescription(symptom.cause, text)
+    patch = "" if is_of_some else line.patch(patched_call(symptom.cause, line.node))
+    return Prescription(symptom.cause, text, line.place, patch)
 
 
 def _nonfinite_rows(batches: Sequence[object]) -> list[Prescription]:
@@ -112,12 +131,11 @@ def _functional(module: nn.Module, run_loss: Callable[[], Tensor]) -> list[Presc
     for line in _calls(module, SATURATING_FUNCTIONS, functions=("forward",)):
         if not any(f"{Path(line.file).name}:{line.number}" in place for place in places):
             continue
-        name = line.name
-        new = line.code.replace(f"{line.called}(", "torch.nn.functional.gelu(")
         text = (
-            f"{name} is called as a function, which no change can replace: use an activation that does not "
-            "saturate, and initialize the layers before it with torch.nn.init.kaiming_normal_."
+            f"{line.name} is called as a function, which no change can replace: use an activation that does "
+            "not saturate, and initialize the layers before it with torch.nn.init.kaiming_normal_."
         )
+        new = patched_call("saturating_activations", line.node)
         found.append(Prescription("saturating_activations", text, line.place, line.patch(new)))
     return found
 
@@ -128,7 +146,8 @@ class _Line:
     number: int
     code: str
     name: str
-    called: str
+    node: ast.Call
+    indent: int
 
     @property
     def place(self) -> str:
@@ -137,9 +156,13 @@ class _Line:
         return f"{self.file if relative.startswith('..') else relative}:{self.number}"
 
     def patch(self, new: str) -> str:
-        """Returns a unified diff that replaces the line."""
+        """Returns a unified diff that replaces the call; empty if nothing does, or it has several lines."""
+        if not new or self.node.end_lineno != self.node.lineno:
+            return ""
+        start, end = (self.indent + (n or 0) for n in (self.node.col_offset, self.node.end_col_offset))
+        changed = self.code[:start] + new + self.code[end:]
         file = self.place.rpartition(":")[0]
-        return f"--- {file}\n+++ {file}\n@@ -{self.number} +{self.number} @@\n-{self.code}\n+{new}"
+        return f"--- {file}\n+++ {file}\n@@ -{self.number} +{self.number} @@\n-{self.code}\n+{changed}"
 
 
 def _calls(module: nn.Module, names: Sequence[str], functions: Sequence[str] = _FUNCTIONS) -> Iterator[_Line]:
@@ -170,13 +193,13 @@ def _lines(kind: type, functions: tuple[str, ...]) -> list[_Line]:
         try:
             source, start = inspect.getsourcelines(function)  # type: ignore[arg-type]
             tree = ast.parse(textwrap.dedent("".join(source)))
+            indent = len(source[0]) - len(source[0].lstrip())
             file = inspect.getfile(kind)
         except (TypeError, OSError, SyntaxError):
             continue
         for node in ast.walk(tree):
             if isinstance(node, ast.Call):
-                called = ast.unparse(node.func)
                 code = source[node.lineno - 1].rstrip("\n")
-                last = called.rpartition(".")[2]
-                found.append(_Line(file, start + node.lineno - 1, code, last, called))
+                name = ast.unparse(node.func).rpartition(".")[2]
+                found.append(_Line(file, start + node.lineno - 1, code, name, node, indent))
     return found

@@ -57,7 +57,7 @@ class Probe:
     @property
     def is_healthy(self) -> bool:
         """True if the run learns, and nothing that was found in it hinders it."""
-        return self.learning.is_certain or (self.learning.learns and not self.ailments)
+        return self.learning.has_learned or (self.learning.learns and not self.ailments)
 
     @property
     def ailments(self) -> list[str]:

@@ -1,4 +1,4 @@
-"""Successive halving over candidates, and the combinations of the best."""
+"""Successive halving over candidates, combinations of the best, and the learning rate around the best."""
 
 from __future__ import annotations
 
@@ -21,7 +21,15 @@ from lightning_gradguard.treatment.trials.workers import outcomes
 MAX_COMBINED, MAX_COMBINATIONS, FINALISTS = 3, 3, 3
 #: Share of the first rung in the full length, and its least steps.
 FIRST_RUNG, LEAST_RUNG = 0.4, 60
-FASTER = Change("learning_rate", {"scale": 10.0})
+#: Factors of the learning rate that are tried around the best treatment: around one that learns, around one
+#: that does not; and times that one is taken.
+RATE_FACTORS, FAR_RATE_FACTORS, MAX_RATE_STEPS = (3.0, 1 / 3), (10.0, 0.1), 3
+#: Held-out loss over that of the best constant answer below which another learning rate is not searched.
+LEARNED_ENOUGH = 0.2
+#: Held-out loss over that of the best constant answer of a short trial that ends those that do not learn.
+DOMINATES = 0.75
+#: Share of the loss by which another learning rate must be better.
+BETTER_RATE = 0.05
 #: Noise between seeds is at least this share of the untreated loss.
 LEAST_NOISE = 0.02
 #: Share of what the best treatment gains by which a smaller change may be behind it.
@@ -48,6 +56,11 @@ class Laboratory:
     steps: int
     report: Callable[[str], None]
 
+    @property
+    def short_steps(self) -> int:
+        """Optimizer steps of a trial of the first rung."""
+        return min(max(round(FIRST_RUNG * self.steps), LEAST_RUNG), self.steps)
+
     def run(self, jobs: Iterable[Job], until: float) -> list[Trial]:
         """Runs jobs until a share of the budget is spent; returns their trials in the order of the jobs."""
         wanted = list({job.key: job for job in jobs}.values())
@@ -72,9 +85,10 @@ class Laboratory:
 def search(
     laboratory: Laboratory, candidates: Sequence[Candidate], untreated: float, until: float
 ) -> list[Trial]:
-    """Tries candidates for some steps, the best of them for more, and combinations of these.
+    """Tries candidates for some steps, the best of them for more, combinations, and rates around the best.
 
-    Candidates of which one learns well end the first rung: those behind it are less likely, and cost as much.
+    Candidates of which one has learned end the first rung: those behind it are less likely, and cost as much.
+    Those that no symptom suggests are tried only if none of the others learns.
 
     Args:
         laboratory: Runs the trials.
@@ -85,28 +99,77 @@ def search(
     Returns:
         Trials of full length that are better than the program as it is, the one to adopt first.
     """
+    bar = untreated - LEAST_NOISE * abs(untreated) if math.isfinite(untreated) else math.inf
+    ordered: list[Trial] = []
+    for is_suggested in (True, False):
+        group = [one for one in candidates if one.is_suggested == is_suggested]
+        full = [*ordered, *_halved(laboratory, group, until)]
+        ordered = _smallest_first([t for t in full if math.isfinite(t.loss)], bar)
+        if any(learning_of(trial).has_learned for trial in ordered):
+            break
+    ordered = [*_at_best_rate(laboratory, ordered[0], until), *ordered[1:]] if ordered else []
+    return [trial for trial in ordered if trial.loss < bar]
+
+
+def _halved(laboratory: Laboratory, candidates: Sequence[Candidate], until: float) -> list[Trial]:
+    """Returns trials of full length: of the candidates that are best after a short one, and combinations.
+
+    One that has learned enough in a short trial needs no longer one before it is verified.
+    """
     seed, steps = laboratory.program.seed, laboratory.steps
-    short = min(max(round(FIRST_RUNG * steps), LEAST_RUNG), steps)
-    wave = max(laboratory.processes, 2)
     first: list[Trial] = []
-    for start in range(0, len(candidates), wave):
-        jobs = [Job(one.changes, seed, short) for one in candidates[start : start + wave]]
-        first += laboratory.run(jobs, until)
-        if any(_is_certain(trial) for trial in first):
+    for start in range(0, len(candidates), laboratory.processes):
+        wave = candidates[start : start + laboratory.processes]
+        first += laboratory.run([Job(one.changes, seed, laboratory.short_steps) for one in wave], until)
+        if any(_has_learned(trial) for trial in first):
             break
     ranked = sorted((t for t in first if not t.error), key=lambda t: t.loss)[:FINALISTS]
-    if any(_is_certain(trial) for trial in ranked):
+    if any(_has_learned(trial) for trial in ranked):
+        ranked = [trial for trial in ranked if _has_learned(trial)]
+        if ranked[0].over_constant <= LEARNED_ENOUGH:
+            return ranked[:1]
+    elif ranked and ranked[0].over_constant <= DOMINATES:
         ranked = [trial for trial in ranked if learning_of(trial).learns]
     full = laboratory.run([Job(t.job.changes, seed, steps) for t in ranked], until)
-    if not any(_is_certain(trial) for trial in full):
+    if not any(_has_learned(trial) for trial in full):
         merged = _combined(sorted((t for t in full if not t.error), key=lambda t: t.loss))
         full += laboratory.run([Job(one, seed, steps) for one in merged], until)
-    bar = untreated - LEAST_NOISE * abs(untreated) if math.isfinite(untreated) else math.inf
-    return _smallest_first([t for t in full if t.loss < bar and not t.error], bar)
+    return full
 
 
-def _is_certain(trial: Trial) -> bool:
-    return learning_of(trial).is_certain and trial.is_undisturbed
+def _has_learned(trial: Trial) -> bool:
+    return learning_of(trial).has_learned and trial.is_undisturbed
+
+
+def _at_best_rate(laboratory: Laboratory, trial: Trial, until: float) -> list[Trial]:
+    """Returns a trial after one with a better learning rate, if there is one.
+
+    A change of the network moves the learning rate that fits it, and an estimated rate is one of its order.
+    """
+    if trial.over_constant <= LEARNED_ENOUGH:
+        return [trial]
+    best = trial
+    factors = list(RATE_FACTORS if learning_of(trial).learns else FAR_RATE_FACTORS)
+    for _ in range(MAX_RATE_STEPS):
+        wave = factors[: laboratory.processes]
+        if not wave:
+            break
+        jobs = [Job(_at_rate(best.job.changes or (), f), best.job.seed, best.job.steps) for f in wave]
+        found = dict(zip(wave, laboratory.run(jobs, until), strict=False))
+        factors = factors[len(wave) :]
+        for factor, other in found.items():
+            if other.loss < (1 - BETTER_RATE) * best.loss and other.is_undisturbed >= best.is_undisturbed:
+                best, factors = other, [factor]
+        if best.over_constant <= LEARNED_ENOUGH:
+            break
+    return [trial] if best is trial else [best, trial]
+
+
+def _at_rate(changes: Sequence[Change], factor: float) -> tuple[Change, ...]:
+    """Returns changes with a learning rate scaled by a factor, rounded to two digits."""
+    scale = math.prod(change["scale"] for change in changes if change.kind == "learning_rate") * factor
+    rest = tuple(change for change in changes if change.kind != "learning_rate")
+    return (*rest, Change("learning_rate", {"scale": float(f"{scale:.2g}")}))
 
 
 def noise_of(untreated: Sequence[Trial]) -> float:
@@ -125,9 +188,6 @@ def _combined(ranked: Sequence[Trial]) -> list[tuple[Change, ...]]:
     tried = {frozenset(map(str, t.job.changes or ())) for t in ranked}
     singles = [t.job.changes for t in ranked[:FINALISTS] if t.job.changes]
     found: list[tuple[Change, ...]] = []
-    best = singles[0] if singles else ()
-    if best and len(best) < MAX_COMBINED and all(change.kind != "learning_rate" for change in best):
-        found.append((*best, FASTER))  # what learns now may learn at a higher rate
     for n in (2, MAX_COMBINED):
         for parts in combinations(singles, n):
             by_kind: dict[str, Change] = {}

@@ -25,7 +25,14 @@ from lightning_gradguard.treatment.trials.program import Program, recorded_progr
 from lightning_gradguard.treatment.trials.trial import name_of
 from lightning_gradguard.treatment.trials.trial_log import TrialLog
 from lightning_gradguard.treatment.trials.workers import usable_processes
-from lightning_gradguard.treatment.verification import SeedResult, TreatmentVerdict, verdict_of, verify
+from lightning_gradguard.treatment.verification import (
+    SeedResult,
+    TreatmentVerdict,
+    share_of,
+    verdict_of,
+    verify,
+    whole_length,
+)
 
 #: Steps of a trial of full length: this share of the user's run, at least and at most so many.
 SHARE, LEAST_STEPS, MOST_STEPS, USUAL_STEPS = 0.25, 150, 2000, 400
@@ -35,8 +42,10 @@ TOO_FEW_STEPS = 30
 MOST_PROBED = 5000
 #: Trials of full length that a treatment costs, about: search and verification.
 COST_IN_TRIALS = 18
-#: Shares of the budget at which recording, probe, search and verification end.
-RECORDED, PROBED, SEARCHED, VERIFIED = 0.1, 0.35, 0.6, 0.93
+#: Shares of the budget at which recording, probe and verification end; the search ends between two of them,
+#: so that a verification at the whole length fits in.
+RECORDED, PROBED, VERIFIED = 0.1, 0.35, 0.93
+LEAST_SEARCHED, MOST_SEARCHED = 0.45, 0.75
 #: Treatments that are verified before none is found.
 MAX_VERIFIED = 3
 
@@ -152,18 +161,27 @@ class _Treatment:
                 f"give at least {self._least_budget():.0f} s"
             )
             return self._result("no_treatment_found", evidence)
+        blocking = [p for p in self.prescriptions if p.is_blocking]
+        if blocking:
+            evidence = (
+                f"{learning.evidence}; no trial was made, as no change of the network or of its training "
+                f"mends the cause: {blocking[0].fault.replace('_', ' ')}"
+            )
+            return self._result("no_treatment_found", evidence)
         suggested = candidates(self.found)
         self.report(
             f"{self._time}, probe: {learning.evidence}; "
             f"{len(suggested)} treatments to try: {', '.join(name_of(c.changes) for c in suggested)}"
         )
         laboratory = Laboratory(self.program, self.log, self.clock, self.processes, self.steps, self.report)
-        ranking = search(laboratory, suggested, self._untreated(), SEARCHED)
+        needed = share_of(laboratory, self._seconds_per_step())
+        until = min(max(VERIFIED - needed, LEAST_SEARCHED), MOST_SEARCHED)
+        ranking = search(laboratory, suggested, self._untreated(), until)
         best: tuple[TreatmentVerdict, str, tuple[Change, ...], list[SeedResult]] | None = None
         for trial in ranking[:MAX_VERIFIED]:
             changes = trial.job.changes or ()
             results = verify(laboratory, trial, VERIFIED)
-            verdict, evidence = verdict_of(results)
+            verdict, evidence = verdict_of(results, whole_length(laboratory))
             self.report(f"{self._time}, {verdict}: {name_of(changes)}")
             if verdict == "cured":
                 return self._result(verdict, evidence, changes, results, suggested)

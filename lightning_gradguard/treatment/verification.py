@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from lightning_gradguard.core.remedies.changes import Change
 from lightning_gradguard.treatment.learning import LEARNS, Learning, learning_of
 from lightning_gradguard.treatment.search import LEAST_RUNG, Laboratory, noise_of
 from lightning_gradguard.treatment.trials.trial import OUT_OF_TIME, Job, Trial
@@ -17,8 +16,6 @@ from lightning_gradguard.treatment.trials.trial import OUT_OF_TIME, Job, Trial
 N_SEEDS, FIRST_SEED = 3, 101
 #: Time that a run may take over what it took in the search.
 RESERVE = 1.2
-#: Length of the second verification over that of the first, at least.
-LONGER = 1.5
 
 TreatmentVerdict = Literal["healthy", "cured", "better", "no_treatment_found"]
 
@@ -49,44 +46,69 @@ class SeedResult:
         return learning_of(self.untreated).has_learned and self.treated.loss <= self.untreated.loss + noise
 
 
+def whole_length(laboratory: Laboratory) -> int:
+    """Returns the optimizer steps of the program's own run; those of a trial if they are unknown."""
+    return laboratory.program.planned or laboratory.steps
+
+
+def share_of(laboratory: Laboratory, seconds_per_step: float) -> float:
+    """Returns the share of the budget that a verification at the whole length takes."""
+    steps = whole_length(laboratory)
+    needed = (_LONG * steps + _SHORT * laboratory.short_steps) * seconds_per_step * RESERVE
+    return needed / _lanes(laboratory) / laboratory.clock.budget
+
+
 def verify(laboratory: Laboratory, trial: Trial, until: float) -> list[SeedResult]:
     """Runs the changes of a trial, and the program as it is, with fresh seeds.
 
-    They run for as many steps as the trial, or for fewer if the budget does not suffice for all. If the
-    treated runs are better then, and the program's own run is longer, all run again for as many steps as
-    that, or as the budget allows: what trains for a while may fail later.
+    The treated runs have the length of the program's own run, or what the budget allows of it: what trains
+    for a while may fail later. So has the program as it is with the first seed; with the others, which show
+    how far seeds are apart, it has that of a short trial. If the first treated run does not learn, the
+    others are omitted.
 
     Returns:
-        Fewer than three if the budget ends before.
+        Fewer than three if the budget ends before, or the first treated run does not learn.
     """
-    short = min(trial.job.steps, max(_affordable(laboratory, trial, until), LEAST_RUNG))
-    results = _run(laboratory, trial.job.changes, short, until)
-    steps = min(laboratory.program.planned, _affordable(laboratory, trial, until))
-    is_promising = all(r.beats(0.0) for r in results) and len(results) == N_SEEDS
-    if is_promising and steps >= LONGER * short:
-        longer = _run(laboratory, trial.job.changes, steps, until)
-        return longer if len(longer) == N_SEEDS else results
-    return results
+    steps = _length(laboratory, trial, until)
+    short = min(laboratory.short_steps, steps)
+    first, *others = (laboratory.program.seed + FIRST_SEED + i for i in range(N_SEEDS))
+    changes = trial.job.changes
+    jobs = [Job(changes, first, steps), Job(None, first, steps)]
+    n_first = min(laboratory.processes, 2)
+    found = _run(laboratory, jobs[:n_first], until)
+    if not any(learning_of(t).learns for t in found.values() if t.job == jobs[0]):
+        return []
+    jobs += [Job(changes, seed, steps) for seed in others] + [Job(None, seed, short) for seed in others]
+    found |= _run(laboratory, jobs[n_first:], until)
+    pairs = [(jobs[1], jobs[0]), *((Job(None, s, short), Job(changes, s, steps)) for s in others)]
+    return [SeedResult(found[a.key], found[b.key]) for a, b in pairs if a.key in found and b.key in found]
 
 
-def _affordable(laboratory: Laboratory, trial: Trial, until: float) -> int:
-    """Returns the steps for which all runs of a verification fit into the budget."""
+#: Runs of the whole length, and short ones.
+_LONG, _SHORT = N_SEEDS + 1, N_SEEDS - 1
+
+
+def _length(laboratory: Laboratory, trial: Trial, until: float) -> int:
+    """Returns the steps of the treated runs: the whole length, or what the budget allows."""
     left = laboratory.clock.share(until) - time.monotonic()
-    rounds = 2 * N_SEEDS / min(laboratory.processes, 2 * N_SEEDS)
-    return int(left / (rounds * trial.seconds / trial.job.steps * RESERVE))
-
-
-def _run(
-    laboratory: Laboratory, changes: tuple[Change, ...] | None, steps: int, until: float
-) -> list[SeedResult]:
-    seeds = [laboratory.program.seed + FIRST_SEED + i for i in range(N_SEEDS)]
-    known = {t.job.steps for t in laboratory.log.trials.values() if t.job.seed in seeds}
+    affordable = int(left * _lanes(laboratory) / (trial.seconds / trial.job.steps * RESERVE))
+    whole, short = whole_length(laboratory), laboratory.short_steps
+    if affordable >= _LONG * whole + _SHORT * short:
+        return whole
+    seed = laboratory.program.seed + FIRST_SEED
     # what was verified before the treatment was stopped is not run again for a few steps more or less
-    steps = next((n for n in known if 0.5 * steps <= n <= 1.5 * steps), steps)
-    jobs = [Job(one, seed, steps) for seed in seeds for one in (changes, None)]
-    found = {t.job.key: t for t in laboratory.run(jobs, until) if not is_unfinished(t)}
-    pairs = [(Job(None, s, steps).key, Job(changes, s, steps).key) for s in seeds]
-    return [SeedResult(found[a], found[b]) for a, b in pairs if a in found and b in found]
+    known = [t.job.steps for t in laboratory.log.trials.values() if t.job.seed == seed]
+    steps = max((affordable - _SHORT * short) // _LONG, LEAST_RUNG)
+    return next((n for n in known if 0.5 * steps <= n), min(steps, whole))
+
+
+def _lanes(laboratory: Laboratory) -> int:
+    """Returns how many of the runs are at once, with two or more processes."""
+    return min(laboratory.processes, 2)
+
+
+def _run(laboratory: Laboratory, jobs: Sequence[Job], until: float) -> dict[str, Trial]:
+    return {t.job.key: t for t in laboratory.run(jobs, until) if not is_unfinished(t)}
 
 
 def is_unfinished(trial: Trial) -> bool:
@@ -94,33 +116,39 @@ def is_unfinished(trial: Trial) -> bool:
     return trial.error == OUT_OF_TIME
 
 
-def verdict_of(results: Sequence[SeedResult]) -> tuple[TreatmentVerdict, str]:
+def verdict_of(results: Sequence[SeedResult], whole: int) -> tuple[TreatmentVerdict, str]:
     """Returns the verdict of a verification, and its evidence.
 
-    *Cured*: with each of three fresh seeds the held-out loss of the treated run is well below that of the
-    best constant answer, is not on its way up, and is below that of the untreated run by more than these
-    differ between seeds; with at most two seeds, it may equal that of an untreated run that learns as well.
-    *Better*: with each seed the treated run learns, and beats the untreated one by more than that, also if
-    the budget has allowed two seeds alone.
+    *Cured*: with each of three fresh seeds, in a run of the whole length, the held-out loss of the treated
+    run is far below that of the best constant answer, is not on its way up, and is below that of the
+    untreated run by more than these differ between seeds; with at most two seeds, it may equal that of an
+    untreated run that learns as well. *Better*: with each seed the treated run learns, and beats the
+    untreated one by more than that, also if the budget has allowed two seeds alone, or shorter runs.
+
+    Args:
+        results: Of the fresh seeds.
+        whole: Optimizer steps of the program's own run.
     """
     missing = N_SEEDS - len(results)
     if missing > 1:
-        return "no_treatment_found", f"the budget has allowed {len(results)} of {N_SEEDS} fresh seeds"
+        return "no_treatment_found", f"{len(results)} of {N_SEEDS} fresh seeds were run"
     failing = [r.untreated for r in results if not learning_of(r.untreated).has_learned]
     noise = noise_of(failing or [r.untreated for r in results])
     beats = [r.beats(noise) for r in results]
     learned = [r.learning.has_learned for r in results]
-    evidence = "; ".join(
+    steps = min(r.treated.job.steps for r in results)
+    each = "; ".join(
         f"seed {r.treated.job.seed}: {_loss(r.treated)} treated, {_loss(r.untreated)} untreated"
+        + (f" (after {r.untreated.job.steps} steps)" if r.untreated.job.steps != steps else "")
         for r in results
     )
-    steps = max((r.treated.job.steps for r in results), default=0)
-    evidence = f"held-out loss after {steps} steps: {evidence}; seed noise {noise:.2g}"
+    evidence = f"held-out loss after {steps} steps: {each}; seed noise {noise:.2g}"
     if missing:
         evidence += f"; the budget has allowed {len(results)} of {N_SEEDS} fresh seeds"
-    elif (
-        all(learned) and any(beats) and all(b or r.keeps(noise) for b, r in zip(beats, results, strict=True))
-    ):
+    if steps < whole:
+        evidence += f"; the budget has allowed {steps} of the {whole} steps of your run: better so far"
+    is_better = all(b or r.keeps(noise) for b, r in zip(beats, results, strict=True)) and any(beats)
+    if all(learned) and is_better and not missing and steps >= whole:
         return "cured", f"{evidence}. With the last seed, {results[-1].learning.evidence}"
     if all(beats) and not any(r.treated.over_constant >= LEARNS for r in results):
         return "better", evidence

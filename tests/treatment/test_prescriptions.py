@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import ast
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
 from lightning_gradguard.core.detectors.diagnosis import Symptom
+from lightning_gradguard.treatment.patches import patched_call
 from lightning_gradguard.treatment.prescriptions import Prescription, prescriptions
 from tests.treatment.programs import Net
 
@@ -40,6 +43,8 @@ def test_rate_of_zero_is_prescribed_at_the_optimizer() -> None:
     (one,) = prescriptions(Still(), [symptom], [], None)
     assert one.fault == "learning_rate_too_low"
     assert line_of(one) == "return torch.optim.SGD(self.parameters(), lr=0.0)"
+    assert one.patch.endswith("+        return torch.optim.SGD(self.parameters(), lr=1e-3)")
+    assert one.is_blocking
 
 
 def test_rate_that_a_factor_raises_is_not_prescribed() -> None:
@@ -66,3 +71,24 @@ def test_function_is_prescribed_as_a_patch() -> None:
         "-        hidden = torch.sigmoid(self.first(x))",
         "+        hidden = torch.nn.functional.gelu(self.first(x))",
     ]
+
+
+@pytest.mark.parametrize(
+    ("fault", "before", "after"),
+    [
+        ("softmax_before_loss", "F.softmax(self.net(x), dim=1)", "self.net(x)"),
+        ("softmax_before_loss", "torch.nn.Softmax(1)", "torch.nn.Identity()"),
+        ("softmax_before_loss", "F.cross_entropy(p, y)", ""),
+        ("unreachable_targets", "torch.tanh(self.head(h))", "self.head(h)"),
+        ("detached", "self.body(x).detach()", "self.body(x)"),
+        ("not_log_probabilities", "F.nll_loss(z, y)", "F.cross_entropy(z, y)"),
+        ("single_class", "nn.Softmax(dim=1)", "nn.Sigmoid()"),
+        ("broadcast_targets", "F.mse_loss(z, y)", "F.mse_loss(z, y.view_as(z))"),
+        ("not_in_optimizer", "SGD(self.head.parameters(), lr=0.1)", "SGD(self.parameters(), lr=0.1)"),
+        ("constant_loss", "z.round()", ""),
+    ],
+)
+def test_call_at_fault_is_replaced(fault: str, before: str, after: str) -> None:
+    call = ast.parse(before, mode="eval").body
+    assert isinstance(call, ast.Call)
+    assert patched_call(fault, call) == after

@@ -1,4 +1,4 @@
-"""Initialization of hidden layers for the activation after them."""
+"""Initialization of hidden layers for the activation after them, and of recurrence and attention."""
 
 from __future__ import annotations
 
@@ -11,25 +11,34 @@ from torch import Tensor, nn
 
 from lightning_gradguard.core.initialization.propagation import RECTIFIERS
 from lightning_gradguard.core.initialization.repair import draw_weights, scale_to_unit_variance
-from lightning_gradguard.core.remedies.surgery.data_flow import WEIGHTED, DataFlow, Layer
+from lightning_gradguard.core.remedies.surgery.data_flow import RECURRENT, WEIGHTED, DataFlow, Layer
 
 INITIALIZERS = ("kaiming", "xavier", "orthogonal", "lsuv")
+#: Modules of several weights, which are initialized as they are in torch's own recipes for any of the above.
+_WHOLE = (*RECURRENT, nn.MultiheadAttention)
 
 
 def initializable(module: nn.Module, flow: DataFlow, names: Collection[str]) -> list[Layer]:
-    """Returns hidden layers whose weight is trained and no other module's, or those that are named."""
+    """Returns hidden layers whose weights are trained and no other module's, or those that are named."""
     holders = Counter(id(p) for _, p in module.named_parameters(remove_duplicate=False))
     places = Counter(id(m) for _, m in module.named_modules(remove_duplicate=False))
     return [
         layer
-        for layer in (flow.named(module, names) if names else flow.weighted())
-        if isinstance(layer.module, WEIGHTED)
-        and (names or layer.is_hidden)
-        and (weight := layer.module._parameters.get("weight")) is not None
-        and weight.requires_grad
-        and not isinstance(weight, nn.parameter.UninitializedParameter)
-        and holders[id(weight)] == places[id(layer.module)]
+        for layer in (flow.named(module, names) if names else flow.layers.values())
+        if isinstance(layer.module, (*WEIGHTED, *_WHOLE))
+        and (names or layer.is_hidden or isinstance(layer.module, _WHOLE))
+        and (weights := _weights_of(layer.module))
+        and all(weight.requires_grad for weight in weights)
+        and not any(isinstance(weight, nn.parameter.UninitializedParameter) for weight in weights)
+        and all(holders[id(weight)] == places[id(layer.module)] for weight in weights)
     ]
+
+
+def _weights_of(layer: nn.Module) -> list[nn.Parameter]:
+    """Returns the weights of a layer; none for one whose weight is computed, as under a parametrization."""
+    if isinstance(layer, WEIGHTED):
+        return [weight] if (weight := layer._parameters.get("weight")) is not None else []
+    return [weight for weight in layer.parameters() if weight.ndim > 1]
 
 
 def initialize(
@@ -41,6 +50,8 @@ def initialize(
     run_loss: Callable[[], Tensor] | None,
 ) -> list[str]:
     """Draws weights anew, with biases of zero; `"lsuv"` also scales outputs to unit variance on a batch.
+
+    Recurrent modules get orthogonal recurrent weights and Xavier's for their inputs, attention Xavier's.
 
     Args:
         module: The network.
@@ -58,12 +69,14 @@ def initialize(
     generator = torch.Generator().manual_seed(seed)
     layers: list[Any] = [module.get_submodule(name) for name in names]
     for layer, activation in zip(layers, activations, strict=True):
-        if to == "lsuv":
+        if isinstance(layer, _WHOLE):
+            _draw_whole(layer, generator)
+        elif to == "lsuv":
             draw_weights(layer, activation, generator)
         else:
             _draw(layer, activation, to, generator)
     if run_loss is not None and to == "lsuv":
-        scale_to_unit_variance(module, run_loss, layers)
+        scale_to_unit_variance(module, run_loss, [x for x in layers if isinstance(x, WEIGHTED)])
     return list(names)
 
 
@@ -82,3 +95,24 @@ def _draw(layer: nn.Module, activation: str, to: str, generator: torch.Generator
     layer.weight.copy_(drawn)
     if layer.bias is not None:
         layer.bias.zero_()
+
+
+@torch.no_grad()
+def _draw_whole(layer: nn.Module, generator: torch.Generator) -> None:
+    """Initializes recurrence or attention, each gate or projection by itself."""
+    for name, parameter in layer.named_parameters():
+        if parameter.ndim < 2:
+            parameter.zero_()
+            continue
+        n_blocks = 1
+        if isinstance(layer, RECURRENT):
+            n_blocks = len(parameter) // layer.hidden_size
+        elif name == "in_proj_weight":
+            n_blocks = 3
+        for block in torch.split(parameter, len(parameter) // max(n_blocks, 1)):
+            drawn = torch.empty(block.shape)
+            if "weight_hh" in name:
+                nn.init.orthogonal_(drawn, generator=generator)
+            else:
+                nn.init.xavier_normal_(drawn, generator=generator)
+            block.copy_(drawn)
