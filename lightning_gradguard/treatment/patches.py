@@ -1,4 +1,4 @@
-"""What a call in the user's code becomes where it is at fault."""
+"""Replaces calls in the user's code that are at fault, for the patches that are prescribed."""
 
 from __future__ import annotations
 
