@@ -11,8 +11,8 @@ from lightning_gradguard.treatment.trials.trial import Trial
 LEARNS = 0.9
 #: The same for a run that has learned; docs/treat.md has the ratios of runs that do and do not.
 HAS_LEARNED, HAS_LEARNED_OVER_PERMUTED = 0.5, 1 / 3
-#: Final loss over the lowest of the run above which it rises again.
-RISES = 1.25
+#: Final loss over the lowest of the run above which it rises again: that of small batches varies by less.
+RISES = 1.5
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ def learning_of(trial: Trial) -> Learning:
         falls = math.isfinite(first) and trial.loss < LEARNS * first
         return Learning(falls, False, f"the held-out loss goes from {first:.4g} to {trial.loss:.4g}")
     # a loss close to zero may rise by a factor and is no worse
-    is_low = trial.loss <= RISES * trial.lowest or ratio < bound / 3
+    is_low = trial.loss <= RISES * trial.lowest or ratio < bound / 2
     evidence = f"the held-out loss is {trial.loss:.4g}, {ratio:.2f} times that {reference}"
     if not is_low:
         evidence += f", and has risen from {trial.lowest:.4g}"

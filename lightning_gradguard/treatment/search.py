@@ -11,7 +11,7 @@ from lightning_gradguard.core.remedies.changes import Change
 from lightning_gradguard.core.remedies.kinds import KINDS
 from lightning_gradguard.treatment.budget import Clock
 from lightning_gradguard.treatment.candidates import Candidate
-from lightning_gradguard.treatment.learning import learning_of
+from lightning_gradguard.treatment.learning import LEARNS, learning_of
 from lightning_gradguard.treatment.trials.program import Program
 from lightning_gradguard.treatment.trials.trial import Job, Trial, name_of
 from lightning_gradguard.treatment.trials.trial_log import TrialLog
@@ -129,7 +129,7 @@ def _halved(laboratory: Laboratory, candidates: Sequence[Candidate], until: floa
         if ranked[0].over_constant <= LEARNED_ENOUGH:
             return ranked[:1]
     elif ranked and ranked[0].over_constant <= DOMINATES:
-        ranked = [trial for trial in ranked if learning_of(trial).learns]
+        ranked = [trial for trial in ranked if trial.over_constant < LEARNS]
     full = laboratory.run([Job(t.job.changes, seed, steps) for t in ranked], until)
     if not any(_has_learned(trial) for trial in full):
         merged = _combined(sorted((t for t in full if not t.error), key=lambda t: t.loss))

@@ -76,7 +76,8 @@ def verify(laboratory: Laboratory, trial: Trial, until: float) -> list[SeedResul
     jobs = [Job(changes, first, steps), Job(None, first, steps)]
     n_first = min(laboratory.processes, 2)
     found = _run(laboratory, jobs[:n_first], until)
-    if not any(learning_of(t).learns for t in found.values() if t.job == jobs[0]):
+    treated = found.get(jobs[0].key)
+    if treated is None or not math.isfinite(treated.loss) or treated.over_constant >= LEARNS:
         return []
     jobs += [Job(changes, seed, steps) for seed in others] + [Job(None, seed, short) for seed in others]
     found |= _run(laboratory, jobs[n_first:], until)

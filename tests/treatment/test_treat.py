@@ -48,7 +48,9 @@ def test_deep_sigmoid_network_is_cured_on_fresh_seeds(deep: TreatmentResult) -> 
 
 
 def test_healthy_program_is_left_alone() -> None:
+    state = torch.get_rng_state()
     result = treated(Net)
+    assert torch.equal(state, torch.get_rng_state())
     assert result.verdict == "healthy"
     assert not result.changes
     assert not result.trials
@@ -113,12 +115,6 @@ def test_step_that_raises_on_nonfinite_values_is_treated() -> None:
     assert any("between 0 and 1" in ailment for ailment in result.ailments)
     assert result.is_treated, result.evidence
     assert "replace_activation" in [change.kind for change in result.changes]
-
-
-def test_global_random_numbers_are_as_before() -> None:
-    state = torch.get_rng_state()
-    treated(Net)
-    assert torch.equal(state, torch.get_rng_state())
 
 
 class TestBadInput:
@@ -216,15 +212,3 @@ def test_fault_of_code_is_prescribed_with_its_line() -> None:
     assert "+            return nn.functional.cross_entropy(self.net(batch[0]), batch[1])" in (
         result.prescriptions[0].patch
     )
-
-
-@pytest.mark.slow
-def test_cure_that_was_not_proved_at_the_length_of_the_run_is_better_so_far() -> None:
-    class Slow(Net):
-        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-            time.sleep(0.005)
-            return super().training_step(batch, batch_idx)
-
-    result = treated(partial(Slow, 6, nn.Sigmoid), budget=30, trainer={"max_steps": 5000})
-    assert result.verdict in ("better", "no_treatment_found")
-    assert "of the 5000 steps of your run: better so far" in result.evidence
