@@ -30,7 +30,7 @@ from lightning_gradguard.treatment.trials.program import Program, TreatmentError
 from lightning_gradguard.treatment.trials.trial import Job, Listener, Trial, logged, thinned
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Probe:
     """The outcome of a run without changes.
 

@@ -27,7 +27,7 @@ _HEADLINES: dict[TreatmentVerdict, str] = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TreatmentResult:
     """The outcome of a treatment: what ailed the program, what was tried, and what makes it train.
 

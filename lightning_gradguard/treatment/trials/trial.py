@@ -50,7 +50,7 @@ class Job:
         return json.dumps([changes, self.seed, self.steps], sort_keys=True)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Trial:
     """The outcome of a trial.
 

@@ -70,7 +70,7 @@ def trial_of(content: Mapping[str, Any]) -> Trial:
     for key in ("over_constant", "over_permuted", "seconds_per_step"):
         rest[key] = float(rest[key])
     rest["metrics"] = {name: float(value) for name, value in rest["metrics"].items()}
-    return Trial(job, **rest)
+    return Trial(job=job, **rest)
 
 
 def _decoded(line: str) -> Any:

@@ -57,7 +57,7 @@ def outcomes(program: Program, jobs: Sequence[Job], deadline: float, processes: 
                 try:
                     trial = connection.recv()
                 except EOFError:
-                    trial = Trial(job, error="its process has ended, as of too little memory")
+                    trial = Trial(job=job, error="its process has ended, as of too little memory")
                 process.join()
                 connection.close()
                 yield trial
