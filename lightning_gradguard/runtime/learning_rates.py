@@ -23,7 +23,7 @@ from lightning_gradguard.core.initialization.rate_trial import (
     optimizer_copy,
     rate_finding,
 )
-from lightning_gradguard.core.snapshots import rng_state, set_rng_state
+from lightning_gradguard.core.snapshots import preserve_randomness
 from lightning_gradguard.runtime.incidents.replay import training_loss, without_logging
 from lightning_gradguard.runtime.lightning_api import (
     REPEATS_CLOSURE,
@@ -176,17 +176,10 @@ def _further_batches(trainer: pl.Trainer, n: int) -> list[Any]:
     if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
         return []
     sampler = loader.sampler if loader.batch_sampler is None else loader.batch_sampler
-    inner = loader.sampler
-    generator = getattr(inner, "generator", None)
-    is_known = all(type(s).__module__ == "torch.utils.data.sampler" for s in (sampler, inner))
-    random_numbers, own = rng_state(), None if generator is None else generator.get_state()
-    try:
+    is_known = all(type(s).__module__ == "torch.utils.data.sampler" for s in (sampler, loader.sampler))
+    with preserve_randomness(loader.sampler):
         chosen = list(islice(sampler, n)) if is_known else []
         return [batch_on_device(trainer, _collated(loader, indices)) for indices in chosen]
-    finally:
-        set_rng_state(random_numbers)
-        if generator is not None:
-            generator.set_state(own)
 
 
 def _collated(loader: DataLoader[Any], indices: Any) -> Any:

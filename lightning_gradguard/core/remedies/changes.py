@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Any
@@ -33,7 +32,7 @@ from lightning_gradguard.core.remedies.surgery.recurrent import (
     set_gate_biases,
     ungated,
 )
-from lightning_gradguard.core.snapshots.preservation import rng_state, set_rng_state
+from lightning_gradguard.core.snapshots.preservation import preserve_randomness
 
 
 @dataclass(frozen=True)
@@ -211,7 +210,8 @@ def apply(
         return []
     if any(hasattr(child, "_orig_mod") for child in module.modules()):
         torch.compiler.reset()  # compiled code of before does not run the hooks that are added
-    with _seeded():
+    with preserve_randomness():
+        torch.manual_seed(0)  # the same numbers on every rank
         if change.kind == "replace_activation":
             return replace_activations(module, names, change["to"])
         if change.kind == "rnn_to_gru":
@@ -248,17 +248,6 @@ def functional_activations(module: nn.Module, run_loss: Callable[[], Tensor]) ->
     """
     functions = DataFlow.of(module, run_loss).functions()
     return [x.name for x in functions if x.saturates and x.is_hidden and not x.is_gate]
-
-
-@contextmanager
-def _seeded(seed: int = 0) -> Iterator[None]:
-    """Draws the same numbers on every rank, and restores the generators."""
-    state = rng_state()
-    torch.manual_seed(seed)
-    try:
-        yield
-    finally:
-        set_rng_state(state)
 
 
 def _check(kind: ChangeKind, name: str, value: Argument) -> None:

@@ -2,7 +2,14 @@
 
 from .buffers import BufferCopies
 from .nonfinite import any_nonfinite
-from .preservation import StepRandomness, preserve_state, preserve_weights, rng_state, set_rng_state
+from .preservation import (
+    StepRandomness,
+    preserve_randomness,
+    preserve_state,
+    preserve_weights,
+    rng_state,
+    set_rng_state,
+)
 from .ring import SnapshotRing
 from .snapshot import Snapshot
 from .statistics import SEEN, has_jumped, has_outlying_row, is_out_of_range, running_variances

@@ -97,6 +97,20 @@ class StepRandomness:
 
 
 @contextmanager
+def preserve_randomness(*owners: object) -> Iterator[None]:
+    """Restores on exit the global random number generators, and the `generator` that an owner may have."""
+    random_numbers = rng_state()
+    generators = [g for g in (getattr(owner, "generator", None) for owner in owners) if g is not None]
+    states = [generator.get_state() for generator in generators]
+    try:
+        yield
+    finally:
+        set_rng_state(random_numbers)
+        for generator, state in zip(generators, states, strict=True):
+            generator.set_state(state)
+
+
+@contextmanager
 def preserve_state(module: nn.Module) -> Iterator[None]:
     """Restores on exit the buffers, random numbers, training modes and plain attributes of a module.
 

@@ -15,7 +15,7 @@ from pytorch_lightning.utilities import CombinedLoader
 from torch import Tensor
 
 from lightning_gradguard.core.remedies.changes import Change, apply, in_order, resolve
-from lightning_gradguard.core.snapshots.preservation import rng_state, set_rng_state
+from lightning_gradguard.core.snapshots.preservation import preserve_randomness
 from lightning_gradguard.runtime.distributed import broadcast_tensors, gather_objects
 from lightning_gradguard.runtime.incidents.replay import training_loss_or_nan, without_logging
 from lightning_gradguard.runtime.lightning_api import train_dataloader_of_fit, weight_averages
@@ -173,18 +173,11 @@ def _run_of_first_batch(trainer: pl.Trainer, pl_module: pl.LightningModule) -> C
 
 def _first_batch(loader: Any, pl_module: pl.LightningModule) -> Any:
     """Returns a batch where the weights are, and leaves every random number generator as it is."""
-    state = rng_state()
     loaders = CombinedLoader(loader, "min_size")
     owners = [owner for x in loaders.flattened for owner in (x, getattr(x, "sampler", None))]
-    generators = [g for g in (getattr(owner, "generator", None) for owner in owners) if g is not None]
-    states = [generator.get_state() for generator in generators]
-    try:
+    with preserve_randomness(*owners):
         batch, *_ = next(iter(loaders))
         device = next((parameter.device for parameter in pl_module.parameters()), torch.device("cpu"))
         batch = pl_module.on_before_batch_transfer(batch, 0)
         batch = pl_module.transfer_batch_to_device(batch, device, 0)
         return pl_module.on_after_batch_transfer(batch, 0)
-    finally:
-        set_rng_state(state)
-        for generator, before in zip(generators, states, strict=True):
-            generator.set_state(before)
