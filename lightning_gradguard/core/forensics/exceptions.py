@@ -173,7 +173,7 @@ def _out_of_bounds(failed: FailedOperation, parts: Mapping[str, Tensor]) -> Orig
         return None
     values = ", ".join(map(str, sorted(set(indices[wrong].tolist()))[:5]))
     where = _part_with(indices[wrong], parts)
-    rows = _rows_with(wrong, parts)
+    rows = _rows_with(torch.isin(parts[where[0]], indices[wrong]) if where else wrong, parts)
     place = f" in row {', '.join(map(str, rows))}" if rows else ""
     holder = where[0] if where else "An index"
     sentence = f"{holder} holds {values}{place}, which is not within {lowest} to {bound - 1}"

@@ -134,7 +134,8 @@ _DIVISIONS = (
     ),
     Fault(
         ("div", "true_divide"),
-        "0 is divided by 0 (0/0): a mean over an empty selection, a standard deviation or a norm of 0",
+        "0 is divided by 0 (0/0): a mean over an empty selection, a standard deviation or a norm of 0 (under "
+        "the root, too, if it is a sqrt: torch.sqrt(x + 1e-6))",
         "x / y.clamp_min(1e-6)",
         argument=1,
         has_zero=True,
@@ -221,6 +222,12 @@ _TRIGONOMETRY = (
 )
 
 _STATISTICS = (
+    Fault(
+        ("mse_loss", "smooth_l1_loss", "huber_loss"),
+        "The loss of an empty selection is a mean of nothing",
+        "F.mse_loss(x, y, reduction='sum') / max(x.numel(), 1)",
+        is_empty=True,
+    ),
     Fault(
         ("mean", "median", "nanmedian"),
         "The mean or median of an empty selection is NaN: count what is selected",

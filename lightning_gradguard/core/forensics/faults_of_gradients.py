@@ -8,7 +8,7 @@ BACKWARD = (
     Fault(
         ("Log", "Log2", "Log10"),
         "The loss is finite, as torch.where or a product with 0 hides the value, but its gradient is 0/0: "
-        "replace the argument before the logarithm, too",
+        "replace the argument before the logarithm, too; of a softmax use log_softmax of the scores",
         "torch.log(torch.where(x > 0, x, 1.0))",
         phase="backward",
         argument=None,

@@ -83,6 +83,21 @@ REJECTIONS = (
         "y.clamp_min(1e-6) / y.clamp_min(1e-6).sum(-1, keepdim=True) (`y` are the targets)",
     ),
     Rejection(
+        r"within the support \((IndependentConstraint\()?(Integer(GreaterThan|LessThan)|NonnegativeInteger)",
+        "Targets of this distribution have to be counts, whole numbers of at least 0",
+        "y.round().clamp_min(0) (`y` are the targets)",
+    ),
+    Rejection(
+        r"within the support \((IndependentConstraint\()?(IntegerInterval|Boolean)",
+        "Targets are no class or count of this distribution: correct the labels, which count from 0, or give "
+        "the network an output for each",
+    ),
+    Rejection(
+        r"within the support \((IndependentConstraint\()?GreaterThan",
+        "Targets of this distribution have to be positive",
+        "y.clamp_min(1e-6) (`y` are the targets)",
+    ),
+    Rejection(
         "within the support",
         "log_prob got a value that the distribution cannot take: check the targets, and keep them inside its "
         "range, for Beta and others on 0..1",

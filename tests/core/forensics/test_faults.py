@@ -227,6 +227,7 @@ CASES: list[tuple[str, Program, Program, Callable[[Tensor], Any] | None, str]] =
     ),
     ("mean of nothing", lambda x: x.mean(), none, None, "empty"),
     ("median of nothing", lambda x: x.median(), none, None, "empty"),
+    ("squared error of nothing", F.mse_loss, none, lambda h: none(h).detach(), "mean of nothing"),
     ("std of nothing", lambda x: x.std(), none, None, "empty"),
     ("std of one sample", lambda x: x.std(0), lambda h: h[:1], None, "one sample"),
     ("var of one sample", lambda x: x.var(0), lambda h: h[:1], None, "one sample"),

@@ -119,6 +119,21 @@ CASES: list[tuple[str, Callable[[Tensor], Tensor], Program, Tensor, str]] = [
         "y",
     ),
     ("positive", positive, lambda x, y: d.Dirichlet(x, validate_args=True).entropy(), targets(0.5), "x"),
+    ("counts", torch.exp, lambda x, y: d.Poisson(x, validate_args=True).log_prob(y), targets(1.25) * 2, "y"),
+    (
+        "correct the labels",
+        lambda h: h,
+        lambda x, y: d.Categorical(logits=x, validate_args=True).log_prob(y),
+        alike(2, 4),
+        "",
+    ),
+    (
+        "to be positive",
+        torch.exp,
+        lambda x, y: d.LogNormal(x, 1.0, validate_args=True).log_prob(y),
+        targets(-1.0),
+        "y",
+    ),
     ("Targets are beyond", torch.sigmoid, lambda x, y: F.binary_cross_entropy(x, y), targets(255), "y"),
     ("Probabilities are beyond", positive, lambda x, y: F.binary_cross_entropy(x, y), targets(1), "call"),
     ("sampled", lambda h: positive(h).clamp_min(0), sampled, targets(1), "x first"),
@@ -178,6 +193,7 @@ def test_every_entry_has_a_case() -> None:
         ("gather", lambda h, y: h.gather(1, y[:, None]), "Correct the indices"),
         ("index", lambda h, y: h[torch.arange(len(y)), y], "Correct the indices"),
         ("embedding", lambda h, y: F.embedding(y, h.T), "num_embeddings"),
+        ("bags", lambda h, y: F.embedding_bag(y[:, None], h.T), "num_embeddings"),
     ],
 )
 def test_an_index_beyond_its_range_is_told_with_its_row(name: str, index: Program, words: str) -> None:
