@@ -26,16 +26,18 @@ from lightning_gradguard.core.incidents import Cause
 #: Operations that take indices: the place of the tensor that is indexed, the dimension of it (`None`: the one
 #: that the operation is given), and the place of the indices.
 _INDEXED = {
-    "aten::nll_loss_forward": (0, 1, 1),
-    "aten::nll_loss2d_forward": (0, 1, 1),
-    "aten::embedding": (0, 0, 1),
-    "aten::_embedding_bag": (0, 0, 1),
-    "aten::gather": (0, None, 2),
-    "aten::index_select": (0, None, 2),
-    "aten::scatter": (0, None, 2),
-    "aten::scatter_": (0, None, 2),
-    "aten::scatter_add_": (0, None, 2),
-    "aten::index_add_": (0, None, 2),
+    "nll_loss_forward": (0, 1, 1),
+    "nll_loss2d_forward": (0, 1, 1),
+    "multi_margin_loss": (0, 1, 1),
+    "embedding": (0, 0, 1),
+    "_embedding_bag": (0, 0, 1),
+    "gather": (0, None, 2),
+    "index_select": (0, None, 2),
+    "scatter": (0, None, 2),
+    "scatter_add": (0, None, 2),
+    "scatter_reduce": (0, None, 2),
+    "index_add": (0, None, 2),
+    "index_copy": (0, None, 2),
 }
 _INDEX_ADVICE = {
     "labels": (
@@ -147,13 +149,14 @@ def _rows_with(wrong: Tensor, parts: Mapping[str, Tensor]) -> tuple[int, ...]:
 
 def _indices(failed: FailedOperation) -> list[tuple[int, int, Tensor]]:
     """Returns the lowest index that an operation accepts, the first one that it does not, and the indices."""
-    if failed.name in ("aten::index", "aten::index_put_"):  # tensor[indices, ...], which may be negative
+    name = failed.name.rpartition("::")[2].rstrip("_")
+    if name in ("index", "index_put"):  # tensor[indices, ...], which may be negative
         source, given = failed.arguments[:2]
         used = ((n, i) for n, i in enumerate(given) if i is not None and i.dtype != torch.bool)
         return [(-source.shape[n], source.shape[n], indices) for n, indices in used]
-    if failed.name not in _INDEXED:
+    if name not in _INDEXED:
         return []
-    source_at, dimension, index_at = _INDEXED[failed.name]
+    source_at, dimension, index_at = _INDEXED[name]
     source, indices = failed.arguments[source_at], failed.arguments[index_at]
     if dimension is None:
         dimension = failed.arguments[1]
@@ -162,7 +165,7 @@ def _indices(failed: FailedOperation) -> list[tuple[int, int, Tensor]]:
 
 def _out_of_bounds(failed: FailedOperation, parts: Mapping[str, Tensor]) -> Origin | None:
     """Returns the part of the batch with an index out of bounds as the origin; `None` without one."""
-    is_label = "nll_loss" in failed.name
+    is_label = "_loss" in failed.name
     for lowest, bound, indices in _indices(failed):
         wrong = (indices < lowest) | (indices >= bound)
         if is_label:

@@ -60,10 +60,17 @@ MASKS = (
     ),
     Fault(
         ("sub", "add"),
-        "The -inf of a mask is subtracted from another (inf - inf): mask with a finite number, as in "
+        "The infinity of a mask is subtracted from another (inf - inf): mask with a finite number, as in "
         "masked_fill(mask, -1e9)",
         "torch.nan_to_num(x, neginf=-1e9) - torch.nan_to_num(y, neginf=-1e9)",
         argument=None,
         made="nan",
+    ),
+    Fault(
+        ("min", "max", "amin", "amax"),
+        "A row is masked throughout, its smallest or largest value the infinity of the mask: leave it out, "
+        "or mask with a finite number",
+        "torch.nan_to_num(x, posinf=1e4, neginf=-1e4).amin(-1)",
+        made="inf",
     ),
 )

@@ -100,6 +100,9 @@ def nonfinite_input(name: str, part: Tensor) -> Origin:
         nonfinite = (~part.detach().isfinite()).reshape(len(part), -1).any(dim=1)
         rows = tuple(nonfinite.nonzero().flatten()[:10].tolist())
     place = f" in row {', '.join(map(str, rows))}" if rows else ""
+    if len(rows) > 1 and part.ndim == 2:
+        columns = (~part.detach().isfinite()).all(dim=0).nonzero().flatten()[:10].tolist()
+        place = f" in column {', '.join(map(str, columns))} of every row" if columns else place
     why = " as float16, which holds at most 65504" if part.dtype == torch.float16 else ""
     detail = f"{name} holds nonfinite values{place}{why}."
     return Origin("bad_input", where=(name,), rows=rows, detail=detail)

@@ -153,6 +153,11 @@ REJECTIONS = (
         "x.max() if x.numel() else x.sum() (`x` is what is selected)",
     ),
     Rejection(
+        "selected index k out of range",
+        "topk asks for more values than there are",
+        "x.topk(min(k, x.shape[-1])) (`x` are the values)",
+    ),
+    Rejection(
         "Length of all samples has to be greater than 0",
         "A sequence is empty: leave such samples out, or give it a length of at least 1",
         "lengths.clamp(min=1)",

@@ -27,6 +27,7 @@ _MOVES = (
     "div",
     "addmm",
     "baddbmm",
+    "neg",
     "_log_softmax",
     "where",
     "cat",

@@ -202,6 +202,8 @@ CASES: list[tuple[str, Program, Program, Callable[[Tensor], Any] | None, str]] =
         lambda h: torch.full((ROWS,), COLUMNS - 1),
         "masked",
     ),
+    ("smallest of what is masked", lambda x: x.min(-1).values, lambda h: -masked(h), None, "throughout"),
+    ("largest of what is masked", lambda x: x.amax(-1), masked, None, "throughout"),
     (
         "attention of padding alone",
         attention,

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from lightning_gradguard.core.forensics import Origin, or_bad_input, out_of_range_elements
+from lightning_gradguard.core.forensics.origin import nonfinite_input
 
 NAN, INF = math.nan, math.inf
 
@@ -45,3 +46,11 @@ def test_a_part_of_zeros_has_no_outliers() -> None:
     part = torch.zeros(9, 1)
     part[3] = 1.0
     assert or_bad_input(Origin("forward_pass", detail="A"), {"batch[0]": part}).cause == "forward_pass"
+
+
+def test_a_column_that_is_never_finite_is_named() -> None:
+    part = torch.zeros(9, 3)
+    part[:, 1] = NAN
+    assert nonfinite_input("batch[0]", part).detail == (
+        "batch[0] holds nonfinite values in column 1 of every row."
+    )

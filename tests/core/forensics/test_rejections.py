@@ -142,6 +142,7 @@ CASES: list[tuple[str, Callable[[Tensor], Tensor], Program, Tensor, str]] = [
     ("one_hot", lambda h: h, one_hot, alike(2, -9), ""),
     ("empty", lambda h: h, packed, alike(2, 0), ""),
     ("goes beyond", lambda h: h, through_gru, alike(2, 9), ""),
+    ("more values", lambda h: h, lambda x, y: x.topk(9).values, targets(0.5), ""),
     ("empty selection", lambda h: h[h > 99], lambda x, y: x.max(), targets(0.5), "call"),
 ]
 
@@ -192,6 +193,8 @@ def test_every_entry_has_a_case() -> None:
         ("cross entropy", lambda h, y: F.cross_entropy(h, y), "subtract 1"),
         ("gather", lambda h, y: h.gather(1, y[:, None]), "Correct the indices"),
         ("index", lambda h, y: h[torch.arange(len(y)), y], "Correct the indices"),
+        ("margin", lambda h, y: F.multi_margin_loss(h, y), "Correct the labels"),
+        ("sum by index", lambda h, y: h.T.index_add(0, y, h), "Correct the indices"),
         ("embedding", lambda h, y: F.embedding(y, h.T), "num_embeddings"),
         ("bags", lambda h, y: F.embedding_bag(y[:, None], h.T), "num_embeddings"),
     ],
