@@ -37,7 +37,7 @@ BEHIND = 0.05
 
 
 @dataclass
-class Laboratory:
+class TrialRunner:
     """Runs jobs that the log does not have yet, within the budget.
 
     Args:
@@ -83,7 +83,7 @@ class Laboratory:
 
 
 def search(
-    laboratory: Laboratory, candidates: Sequence[Candidate], untreated: float, until: float
+    runner: TrialRunner, candidates: Sequence[Candidate], untreated: float, until: float
 ) -> list[Trial]:
     """Tries candidates for some steps, the best of them for more, combinations, and rates around the best.
 
@@ -91,7 +91,7 @@ def search(
     Those that no symptom suggests are tried only if none of the others learns.
 
     Args:
-        laboratory: Runs the trials.
+        runner: Runs the trials.
         candidates: The likeliest first.
         untreated: Held-out loss of the program as it is.
         until: Share of the budget at which the search ends.
@@ -103,24 +103,24 @@ def search(
     ordered: list[Trial] = []
     for is_suggested in (True, False):
         group = [one for one in candidates if one.is_suggested == is_suggested]
-        full = [*ordered, *_halved(laboratory, group, until)]
+        full = [*ordered, *_halved(runner, group, until)]
         ordered = _smallest_first([t for t in full if math.isfinite(t.loss)], bar)
         if any(learning_of(trial).has_learned for trial in ordered):
             break
-    ordered = [*_at_best_rate(laboratory, ordered[0], until), *ordered[1:]] if ordered else []
+    ordered = [*_at_best_rate(runner, ordered[0], until), *ordered[1:]] if ordered else []
     return [trial for trial in ordered if trial.loss < bar]
 
 
-def _halved(laboratory: Laboratory, candidates: Sequence[Candidate], until: float) -> list[Trial]:
+def _halved(runner: TrialRunner, candidates: Sequence[Candidate], until: float) -> list[Trial]:
     """Returns trials of full length: of the candidates that are best after a short one, and combinations.
 
     One that has learned enough in a short trial needs no longer one before it is verified.
     """
-    seed, steps = laboratory.program.seed, laboratory.steps
+    seed, steps = runner.program.seed, runner.steps
     first: list[Trial] = []
-    for start in range(0, len(candidates), laboratory.processes):
-        wave = candidates[start : start + laboratory.processes]
-        first += laboratory.run([Job(one.changes, seed, laboratory.short_steps) for one in wave], until)
+    for start in range(0, len(candidates), runner.processes):
+        wave = candidates[start : start + runner.processes]
+        first += runner.run([Job(one.changes, seed, runner.short_steps) for one in wave], until)
         if any(_has_learned(trial) for trial in first):
             break
     ranked = sorted((t for t in first if not t.error), key=lambda t: t.loss)[:FINALISTS]
@@ -130,10 +130,10 @@ def _halved(laboratory: Laboratory, candidates: Sequence[Candidate], until: floa
             return ranked[:1]
     elif ranked and ranked[0].over_constant <= DOMINATES:
         ranked = [trial for trial in ranked if trial.over_constant < LEARNS]
-    full = laboratory.run([Job(t.job.changes, seed, steps) for t in ranked], until)
+    full = runner.run([Job(t.job.changes, seed, steps) for t in ranked], until)
     if not any(_has_learned(trial) for trial in full):
         merged = _combined(sorted((t for t in full if not t.error), key=lambda t: t.loss))
-        full += laboratory.run([Job(one, seed, steps) for one in merged], until)
+        full += runner.run([Job(one, seed, steps) for one in merged], until)
     return full
 
 
@@ -141,7 +141,7 @@ def _has_learned(trial: Trial) -> bool:
     return learning_of(trial).has_learned and trial.is_undisturbed
 
 
-def _at_best_rate(laboratory: Laboratory, trial: Trial, until: float) -> list[Trial]:
+def _at_best_rate(runner: TrialRunner, trial: Trial, until: float) -> list[Trial]:
     """Returns a trial after one with a better learning rate, if there is one.
 
     A change of the network moves the learning rate that fits it, and an estimated rate is one of its order.
@@ -151,11 +151,11 @@ def _at_best_rate(laboratory: Laboratory, trial: Trial, until: float) -> list[Tr
     best = trial
     factors = list(RATE_FACTORS if learning_of(trial).learns else FAR_RATE_FACTORS)
     for _ in range(MAX_RATE_STEPS):
-        wave = factors[: laboratory.processes]
+        wave = factors[: runner.processes]
         if not wave:
             break
         jobs = [Job(_at_rate(best.job.changes or (), f), best.job.seed, best.job.steps) for f in wave]
-        found = dict(zip(wave, laboratory.run(jobs, until), strict=False))
+        found = dict(zip(wave, runner.run(jobs, until), strict=False))
         factors = factors[len(wave) :]
         for factor, other in found.items():
             if other.loss < (1 - BETTER_RATE) * best.loss and other.is_undisturbed >= best.is_undisturbed:

@@ -20,7 +20,7 @@ from lightning_gradguard.treatment.candidates import Candidate, candidates
 from lightning_gradguard.treatment.prescriptions import prescriptions
 from lightning_gradguard.treatment.probe import Probe, probe
 from lightning_gradguard.treatment.result import TreatmentResult
-from lightning_gradguard.treatment.search import Laboratory, search
+from lightning_gradguard.treatment.search import TrialRunner, search
 from lightning_gradguard.treatment.trials.program import Program, recorded_program
 from lightning_gradguard.treatment.trials.trial import name_of
 from lightning_gradguard.treatment.trials.trial_log import TrialLog
@@ -173,15 +173,15 @@ class _Treatment:
             f"{self._time}, probe: {learning.evidence}; "
             f"{len(suggested)} treatments to try: {', '.join(name_of(c.changes) for c in suggested)}"
         )
-        laboratory = Laboratory(self.program, self.log, self.clock, self.processes, self.steps, self.report)
-        needed = share_of(laboratory, self._seconds_per_step())
+        runner = TrialRunner(self.program, self.log, self.clock, self.processes, self.steps, self.report)
+        needed = share_of(runner, self._seconds_per_step())
         until = min(max(VERIFIED - needed, LEAST_SEARCHED), MOST_SEARCHED)
-        ranking = search(laboratory, suggested, self._untreated(), until)
+        ranking = search(runner, suggested, self._untreated(), until)
         best: tuple[TreatmentVerdict, str, tuple[Change, ...], list[SeedResult]] | None = None
         for trial in ranking[:MAX_VERIFIED]:
             changes = trial.job.changes or ()
-            results = verify(laboratory, trial, VERIFIED)
-            verdict, evidence = verdict_of(results, whole_length(laboratory))
+            results = verify(runner, trial, VERIFIED)
+            verdict, evidence = verdict_of(results, whole_length(runner))
             self.report(f"{self._time}, {verdict}: {name_of(changes)}")
             if verdict == "cured":
                 return self._result(verdict, evidence, changes, results, suggested)

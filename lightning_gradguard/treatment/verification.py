@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from lightning_gradguard.treatment.learning import LEARNS, Learning, learning_of
-from lightning_gradguard.treatment.search import LEAST_RUNG, Laboratory, noise_of
+from lightning_gradguard.treatment.search import LEAST_RUNG, TrialRunner, noise_of
 from lightning_gradguard.treatment.trials.trial import OUT_OF_TIME, Job, Trial
 
 #: Seeds of the verification, and how far they are from those of the search.
@@ -46,19 +46,19 @@ class SeedResult:
         return learning_of(self.untreated).has_learned and self.treated.loss <= self.untreated.loss + noise
 
 
-def whole_length(laboratory: Laboratory) -> int:
+def whole_length(runner: TrialRunner) -> int:
     """Returns the optimizer steps of the program's own run; those of a trial if they are unknown."""
-    return laboratory.program.planned or laboratory.steps
+    return runner.program.planned or runner.steps
 
 
-def share_of(laboratory: Laboratory, seconds_per_step: float) -> float:
+def share_of(runner: TrialRunner, seconds_per_step: float) -> float:
     """Returns the share of the budget that a verification at the whole length takes."""
-    steps = whole_length(laboratory)
-    needed = (_LONG * steps + _SHORT * laboratory.short_steps) * seconds_per_step * RESERVE
-    return needed / _lanes(laboratory) / laboratory.clock.budget
+    steps = whole_length(runner)
+    needed = (_LONG * steps + _SHORT * runner.short_steps) * seconds_per_step * RESERVE
+    return needed / _lanes(runner) / runner.clock.budget
 
 
-def verify(laboratory: Laboratory, trial: Trial, until: float) -> list[SeedResult]:
+def verify(runner: TrialRunner, trial: Trial, until: float) -> list[SeedResult]:
     """Runs the changes of a trial, and the program as it is, with fresh seeds.
 
     The treated runs have the length of the program's own run, or what the budget allows of it: what trains
@@ -69,18 +69,18 @@ def verify(laboratory: Laboratory, trial: Trial, until: float) -> list[SeedResul
     Returns:
         Fewer than three if the budget ends before, or the first treated run does not learn.
     """
-    steps = _length(laboratory, trial, until)
-    short = min(laboratory.short_steps, steps)
-    first, *others = (laboratory.program.seed + FIRST_SEED + i for i in range(N_SEEDS))
+    steps = _length(runner, trial, until)
+    short = min(runner.short_steps, steps)
+    first, *others = (runner.program.seed + FIRST_SEED + i for i in range(N_SEEDS))
     changes = trial.job.changes
     jobs = [Job(changes, first, steps), Job(None, first, steps)]
-    n_first = min(laboratory.processes, 2)
-    found = _run(laboratory, jobs[:n_first], until)
+    n_first = min(runner.processes, 2)
+    found = _run(runner, jobs[:n_first], until)
     treated = found.get(jobs[0].key)
     if treated is None or not math.isfinite(treated.loss) or treated.over_constant >= LEARNS:
         return []
     jobs += [Job(changes, seed, steps) for seed in others] + [Job(None, seed, short) for seed in others]
-    found |= _run(laboratory, jobs[n_first:], until)
+    found |= _run(runner, jobs[n_first:], until)
     pairs = [(jobs[1], jobs[0]), *((Job(None, s, short), Job(changes, s, steps)) for s in others)]
     return [SeedResult(found[a.key], found[b.key]) for a, b in pairs if a.key in found and b.key in found]
 
@@ -89,27 +89,27 @@ def verify(laboratory: Laboratory, trial: Trial, until: float) -> list[SeedResul
 _LONG, _SHORT = N_SEEDS + 1, N_SEEDS - 1
 
 
-def _length(laboratory: Laboratory, trial: Trial, until: float) -> int:
+def _length(runner: TrialRunner, trial: Trial, until: float) -> int:
     """Returns the steps of the treated runs: the whole length, or what the budget allows."""
-    left = laboratory.clock.share(until) - time.monotonic()
-    affordable = int(left * _lanes(laboratory) / (trial.seconds / trial.job.steps * RESERVE))
-    whole, short = whole_length(laboratory), laboratory.short_steps
+    left = runner.clock.share(until) - time.monotonic()
+    affordable = int(left * _lanes(runner) / (trial.seconds / trial.job.steps * RESERVE))
+    whole, short = whole_length(runner), runner.short_steps
     if affordable >= _LONG * whole + _SHORT * short:
         return whole
-    seed = laboratory.program.seed + FIRST_SEED
+    seed = runner.program.seed + FIRST_SEED
     # what was verified before the treatment was stopped is not run again for a few steps more or less
-    known = [t.job.steps for t in laboratory.log.trials.values() if t.job.seed == seed]
+    known = [t.job.steps for t in runner.log.trials.values() if t.job.seed == seed]
     steps = max((affordable - _SHORT * short) // _LONG, LEAST_RUNG)
     return next((n for n in known if 0.5 * steps <= n), min(steps, whole))
 
 
-def _lanes(laboratory: Laboratory) -> int:
+def _lanes(runner: TrialRunner) -> int:
     """Returns how many of the runs are at once, with two or more processes."""
-    return min(laboratory.processes, 2)
+    return min(runner.processes, 2)
 
 
-def _run(laboratory: Laboratory, jobs: Sequence[Job], until: float) -> dict[str, Trial]:
-    return {t.job.key: t for t in laboratory.run(jobs, until) if not is_unfinished(t)}
+def _run(runner: TrialRunner, jobs: Sequence[Job], until: float) -> dict[str, Trial]:
+    return {t.job.key: t for t in runner.run(jobs, until) if not is_unfinished(t)}
 
 
 def is_unfinished(trial: Trial) -> bool:
