@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import pytorch_lightning as pl
 import torch
+from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 from lightning_gradguard import (
@@ -75,6 +76,33 @@ def test_healthy_runs_are_not_changed(kind: str) -> None:
     bare, guarded, clipping = HEALTHY[kind](), HEALTHY[kind](), AdaptiveGradientClipping()
     fit(bare, clusters(100))
     fit(guarded, clusters(100), default_callbacks(adaptive_gradient_clipping=clipping))
+    assert clipping.final_counts() == {tags.CLIPPED_FRACTION: 0.0}
+    assert same(weights(bare), weights(guarded))
+
+
+class Convolutions(Classifier):
+    """Convolutions on digits, which leave a plateau at step 60 with norms a hundred times as large."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        layers: list[nn.Module] = []
+        for n_in in (1, 16, 16):
+            layers += [nn.Conv2d(n_in, 16, 3, padding=1), nn.ReLU()]
+        self.net = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(64, 10))
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), 0.1, momentum=0.9)
+
+
+def test_plateau_is_left_as_without_the_suite() -> None:
+    images, digits = (torch.as_tensor(part) for part in load_digits(return_X_y=True))
+    generator = torch.Generator().manual_seed(11)
+    chosen = [torch.randint(len(images), (32,), generator=generator) for _ in range(80)]
+    data = [(images[i].float().reshape(-1, 1, 8, 8) / 8 - 0.6, digits[i]) for i in chosen]
+    bare, guarded, clipping = Convolutions(), Convolutions(), AdaptiveGradientClipping()
+    fit(bare, data)
+    fit(guarded, data, default_callbacks(adaptive_gradient_clipping=clipping))
     assert clipping.final_counts() == {tags.CLIPPED_FRACTION: 0.0}
     assert same(weights(bare), weights(guarded))
 

@@ -33,6 +33,9 @@ FIRST_STEPS = 20
 LEVEL_GROWTH = 1.005
 #: A norm is no spike up to this multiple of the level, however small norms have become since.
 LEVEL_RATIO = 3.0
+#: A norm is no spike up to this multiple of the largest recent one, as where a plateau is left; with each
+#: later step a norm counts as this share of itself.
+RECENT_RATIO, RECENT_SHARE = 3.0, 0.9
 #: A norm above its bound is clipped only beyond this multiple of it, while the loss is at most twice the
 #: usual one.
 CALM_RATIO = 3.0
@@ -41,8 +44,8 @@ HARMLESS = 0.5
 #: Under optimizers that normalize gradients, a norm this many times the level is a spike if the loss is as
 #: many times the usual one.
 ADAPTIVE_RATIO = 3.0
-#: A loss this many times the highest level so far has risen.
-RISE = 1.2
+#: A loss this many times the highest level so far has risen; by less, momentum may carry a healthy run up.
+RISE = 2.0
 #: Ratio of predicted decrease and loss at which a step overshoots: with momentum accumulated, if the loss has
 #: risen; and without, if it has not, in the first steps and later.
 OVERSHOOT, OVERSHOOT_EARLY, OVERSHOOT_LATER = 4.0, 16.0, 32.0
@@ -68,6 +71,7 @@ class _State:
     losses: Recent
     seen: Scalar = 0.0
     level: Scalar = math.nan
+    recent: Scalar = math.nan
     lowest_loss: Scalar = math.inf
     highest_loss: Scalar = math.nan
     cap: Scalar = math.inf
@@ -88,7 +92,7 @@ class _State:
 
 _WINDOWS = ("norms", "losses")
 _NUMBERS = (
-    *("seen", "level", "lowest_loss", "highest_loss", "cap", "alarm", "weight_norm"),
+    *("seen", "level", "recent", "lowest_loss", "highest_loss", "cap", "alarm", "weight_norm"),
     *("usual_norm", "usual_loss"),
 )
 #: Medians of the windows, which a checkpoint does not hold.
@@ -102,17 +106,20 @@ class RelativeNormClipping(ClippingPolicy):
     with at most its bound. The *level* is the highest usual norm so far; after the first 20 steps it grows
     by at most 0.5 % a step, so that a slow explosion is not followed.
 
-    **Spikes**, under every optimizer: a norm above its bound, the larger of `max_ratio` times the usual one
-    and 3 times the level, is clipped to the level; up to 3 times the bound only if the loss is more than
-    twice the usual one, and under SGD not if the step is harmless (*p* < 0.5, see below). Under SGD without
-    the overshoot rule, the usual norm counts as at most the level. Under any other optimizer, a norm above 3
-    times the level with a loss above 3 times the usual one is a spike too.
+    **Spikes**, under every optimizer, rise at once: a norm above its bound, the largest of `max_ratio` times
+    the usual one, 3 times the level and 3 times the *recent* one, is clipped to the level; up to 3 times the
+    bound only if the loss is more than twice the usual one, and under SGD not if the step is harmless (*p* <
+    0.5, see below). The recent norm is the largest after clipping, 10 % less with each later step: norms that
+    rise step by step, as where a plateau is left, are no spikes. Under SGD without the overshoot rule, the
+    usual norm counts as at most the level, and so does the recent one unless the loss is at most the usual
+    one. Under any other optimizer, a norm above 3 times the level with a loss above 3 times the usual one is
+    a spike too.
 
     **Overshoot**, under SGD while no loss was negative: *p = rate × norm² / loss* compares the decrease that
     a step along the gradient promises with the loss, where *rate* is the learning rate divided by 1 -
     momentum, and *loss* that of the step, at least the usual and at most the highest usual one. On a
-    quadratic with minimum 0, plain SGD overshoots above 4. An *alarm* begins at *p* > 4 with a loss 1.2 times
-    the highest usual one; or, with the learning rate times 1 + momentum as *rate*, at *p* > 16 in the first
+    quadratic with minimum 0, plain SGD overshoots above 4. An *alarm* begins at *p* > 4 with a loss twice the
+    highest usual one; or, with the learning rate times 1 + momentum as *rate*, at *p* > 16 in the first
     20 steps, and at *p* > 32 later. It ends 300 steps after the last overshoot. Until then a step with *p* >
     4 is reduced to *p* = 0.5, and one with *p* > 2 that is longer than the norm of the weights to 0.02 of it.
     The reduced norm is the *cap* of later ones; it grows by 2 % with each step that it bounds.
@@ -153,7 +160,7 @@ class RelativeNormClipping(ClippingPolicy):
         self.max_ratio = positive("max_ratio", max_ratio)
         self.window = whole_number("window", window)
         self._state = _State([], [])
-        self._pending: tuple[_State, Scalar, Scalar, Scalar, Scalar, Tensor | bool]
+        self._pending: tuple[_State, Scalar, Scalar, Scalar, Scalar, Scalar, Tensor | bool]
         self._uses_weights = True
         self.wants_weight_norm = True
 
@@ -169,13 +176,14 @@ class RelativeNormClipping(ClippingPolicy):
         if context.weight_norm is not None:
             state = replace(state, weight_norm=as_like(norm, context.weight_norm))
         is_finite = (norm < math.inf) & (abs(loss) != math.inf)
-        usual, usual_loss = state.usual_norm, state.usual_loss
+        usual, usual_loss, recent = state.usual_norm, state.usual_loss, state.recent
         if rate is not None or gradients.context is None:
             # where the overshoot rule is at work, it bounds the growth, and a change of level is followed
             has_loss = fmin(state.lowest_loss, loss) >= 0
             can_overshoot = has_loss & (loss == loss) & (rate is not None)
             usual = where(can_overshoot, usual, fmin(usual, state.level))
-        bound = fmax(self.max_ratio * usual, LEVEL_RATIO * state.level)
+            recent = where(can_overshoot | (loss <= usual_loss), recent, usual)
+        bound = fmax(fmax(self.max_ratio * usual, LEVEL_RATIO * state.level), RECENT_RATIO * recent)
         usual_size = absolute(usual_loss)
         is_calm = (loss <= usual_loss + usual_size) & (norm <= CALM_RATIO * bound)
         is_spike = (norm > bound) & negate(is_calm)
@@ -192,7 +200,7 @@ class RelativeNormClipping(ClippingPolicy):
             cap = fmin(cap, reduced)
         allowed = fmin(allowed, cap)
         self.threshold = fmin(bound, cap)
-        self._pending = state, cap, alarm, fmin(norm, bound), loss, is_finite
+        self._pending = state, cap, alarm, allowed, fmin(norm, bound), loss, is_finite
         return where((norm > allowed) & is_finite, allowed / clamp_min(norm, _TINY), 1.0)
 
     def commit(self) -> None:
@@ -225,6 +233,7 @@ class RelativeNormClipping(ClippingPolicy):
         state: _State,
         cap: Scalar,
         alarm: Scalar,
+        allowed: Scalar,
         kept: Scalar,
         loss: Scalar,
         is_finite: Tensor | bool,
@@ -240,6 +249,7 @@ class RelativeNormClipping(ClippingPolicy):
             losses=losses,
             seen=state.seen + is_finite,
             level=where(is_finite, level, state.level),
+            recent=where(is_finite, fmax(RECENT_SHARE * state.recent, allowed), state.recent),
             lowest_loss=where(is_finite, fmin(state.lowest_loss, loss), state.lowest_loss),
             highest_loss=fmax(state.highest_loss, absolute(usual_loss)),
             cap=where(is_finite, cap, state.cap),

@@ -33,7 +33,7 @@ def test_spike_is_clipped_to_the_level() -> None:
     policy = RelativeNormClipping()
     norms = [1.0, 1.2, 0.8] * 10
     assert applied(policy, norms) == pytest.approx(norms)
-    assert applied(policy, [9.0, 11.0, 100.0, 1.1]) == pytest.approx([9.0, 1.0, 1.0, 1.1])
+    assert applied(policy, [11.0, 9.0, 100.0, 1.1]) == pytest.approx([1.0, 9.0, 1.0, 1.1])
 
 
 def test_spike_without_a_rise_of_the_loss_must_be_larger() -> None:
@@ -50,6 +50,33 @@ def test_harmless_step_of_sgd_is_no_spike() -> None:
     applied(policy, [1.0] * 30, loss=1.0, learning_rate=1e-5)
     assert applied(policy, [100.0], loss=1.0, learning_rate=1e-5) == pytest.approx([100.0])
     assert applied(policy, [100.0], loss=1.0, learning_rate=1e-3) == pytest.approx([1.0])
+
+
+def test_norms_that_rise_step_by_step_are_no_spikes() -> None:
+    policy, rate = RelativeNormClipping(), {"learning_rate": 0.05, "momentum": 0.9}
+    applied(policy, [0.1] * 30, loss=2.3, **rate)
+    rising, falling = [0.1 * 2.5**i for i in range(1, 6)], [2.3, 2.1, 1.9, 1.5, 1.0]
+    assert rising[-1] > 90 * 0.1
+    assert applied(policy, rising, losses=falling, **rate) == pytest.approx(rising)
+    # the level of the plateau has not grown: one that rises at once is clipped to it
+    (clipped,) = applied(policy, [900.0], loss=1.0, **rate)
+    assert clipped < 0.11
+
+
+def test_swing_of_momentum_is_no_overshoot() -> None:
+    policy, rate = RelativeNormClipping(), {"learning_rate": 0.1, "momentum": 0.9}
+    applied(policy, [0.1] * 30, loss=2.3, **rate)
+    swing, losses = [0.3, 0.9, 2.7, 8.0, 8.0, 2.0], [2.2, 1.8, 1.0, 2.0, 3.5, 1.5]
+    assert applied(policy, swing, losses=losses, **rate) == pytest.approx(swing)
+
+
+def test_without_a_usable_loss_only_a_falling_one_lets_norms_rise() -> None:
+    rising = [0.1 * 2.5**i for i in range(1, 6)]
+    for loss, is_followed in ((-2.0, True), (-0.5, False), (math.nan, False)):
+        policy = RelativeNormClipping()
+        applied(policy, [0.1] * 30, loss=-1.0, learning_rate=0.05)
+        found = applied(policy, rising, loss=loss, learning_rate=0.05)
+        assert (found == pytest.approx(rising)) is is_followed
 
 
 def test_slow_explosion_is_not_followed() -> None:
@@ -92,7 +119,7 @@ def test_momentum_lengthens_the_step_only_once_the_loss_has_risen() -> None:
     policy = RelativeNormClipping()
     norms = [2.5] * 40  # p = .1 * 2.5 ** 2 / .1 = 6.25 with momentum
     assert applied(policy, norms, loss=0.1, **usual) == pytest.approx(norms)
-    (clipped,) = applied(policy, [2.5], loss=0.13, **usual)
+    (clipped,) = applied(policy, [2.5], loss=0.21, **usual)
     assert clipped == pytest.approx(math.sqrt(0.5 * 0.1 / 0.1))
 
 
