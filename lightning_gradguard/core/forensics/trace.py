@@ -104,7 +104,7 @@ class OperationTrace(TorchDispatchMode):
         inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         node = torch._C._current_autograd_node()
         if node is None:
-            self._made_at.setdefault(_next_node() - 1, location := user_location(self._frameworks))
+            self._made_at.setdefault(_next_node() - 1, user_location(self._frameworks))
         elif not self._in_backward:
             self._entered_before.append(self._entered)
         self._in_backward = node is not None
@@ -128,34 +128,45 @@ class OperationTrace(TorchDispatchMode):
             if _covers_storage(tensor) and not any(tensor is t for t in notable):
                 self._records.pop(_storage(tensor), None)
         if notable:
-            if node is not None:
-                location = user_location(self._frameworks) or self._made_at.get(node._sequence_nr())
             arguments = self._inspect(inputs, name) if before is None else before
-            made_of = _describe_nonfinite(notable[0])
-            record = OperationRecord(
-                name=name,
-                node="" if node is None else node.name(),
-                module=self._inside[-1] if node is None else self._module_of(node._sequence_nr()),
-                dtype=str(notable[0].dtype).removeprefix("torch."),
-                made=made_of,
-                largest=max(map(_largest_finite, notable)),
-                entered=self._entered,
-                segment=len(self._entered_before),
-                is_intended=node is None
-                and made_of != "nan"
-                and (not inputs or _has_nonfinite_number(args, kwargs) or _passes_on(name, arguments)),
-                arguments=arguments,
-                location=location,
-                length=len(notable[0]) if notable[0].ndim else 0,
-                rows=_rows(notable[0]),
-                numbers=tuple(float(n) for n in tree_leaves((args, kwargs)) if type(n) in (int, float)),
-                is_custom=isinstance(node, torch.autograd.function.BackwardCFunction),
-            )
-            self._in_order.append(record)
-            for tensor in notable:
-                self._records[_storage(tensor)] = record
-                self._kept.append(tensor)
+            self._record(name, node, (args, kwargs), arguments, notable)
         return result
+
+    def _record(
+        self,
+        name: str,
+        node: torch.autograd.graph.Node | None,
+        given: tuple[Any, ...],
+        arguments: list[Argument],
+        notable: Sequence[Tensor],
+    ) -> None:
+        """Records an operation that returned notable values, the nonfinite ones first."""
+        made, location = _describe_nonfinite(notable[0]), user_location(self._frameworks)
+        if node is not None:
+            location = location or self._made_at.get(node._sequence_nr())
+        is_intended = node is None and made != "nan"
+        record = OperationRecord(
+            name=name,
+            node="" if node is None else node.name(),
+            module=self._inside[-1] if node is None else self._module_of(node._sequence_nr()),
+            dtype=str(notable[0].dtype).removeprefix("torch."),
+            made=made,
+            largest=max(map(_largest_finite, notable)),
+            entered=self._entered,
+            segment=len(self._entered_before),
+            is_intended=is_intended
+            and (not arguments or _has_nonfinite_number(given) or _passes_on(name, arguments)),
+            arguments=arguments,
+            location=location,
+            length=len(notable[0]) if notable[0].ndim else 0,
+            rows=_rows(notable[0]),
+            numbers=tuple(float(n) for n in tree_leaves(given) if type(n) in (int, float)),
+            is_custom=isinstance(node, torch.autograd.function.BackwardCFunction),
+        )
+        self._in_order.append(record)
+        for tensor in notable:
+            self._records[_storage(tensor)] = record
+            self._kept.append(tensor)
 
     def record_of(self, tensor: Tensor) -> OperationRecord | None:
         """Returns the operation that wrote a tensor; `None` if none was recorded."""
