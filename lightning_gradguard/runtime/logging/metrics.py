@@ -13,7 +13,7 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
-from lightning_gradguard.runtime.lightning_api import batches_that_stepped
+from lightning_gradguard.runtime.lightning_api import batches_that_stepped, set_callback_metric
 from lightning_gradguard.runtime.logging.loggers import write_hyperparameters, write_medium, write_scalars
 
 if TYPE_CHECKING:
@@ -149,10 +149,13 @@ def publish_metrics(
     if pl_module.trainer.barebones:
         return
     for tag, value in metrics.items():
+        if tag not in on_bar:
+            set_callback_metric(pl_module.trainer, tag, value)
+            continue
         pl_module.log(
             tag,
             torch.tensor(value),  # from a number, Lightning makes one on the device, and synchronizes
-            prog_bar=tag in on_bar,
+            prog_bar=True,
             on_step=True,
             on_epoch=False,
             logger=False,
