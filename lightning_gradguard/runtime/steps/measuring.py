@@ -96,6 +96,8 @@ class PackedMeasurement:
 
     def must_skip(self) -> Tensor:
         """1 where `Measurement.must_skip` will be true, else 0; shape `()`, float32, on the device."""
+        if self.is_on_host:
+            return torch.tensor(float(self.read(0).must_skip))
         totals = self._packed[8:]
         is_good = (self._packed.abs() <= _bounds(len(totals), self._packed.device)).all()
         if len(totals) > 1:
