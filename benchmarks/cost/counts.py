@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
+from unittest.mock import patch
 
 import torch
 
@@ -12,6 +13,7 @@ from benchmarks.cost.interleaved import fits
 from benchmarks.cost.meter import Meter
 from benchmarks.cost.networks import ELEMENTS, Counted
 from benchmarks.cost.peers import BARE, LOG_EVERY, VARIANTS
+from lightning_gradguard.runtime.steps.measuring import PackedMeasurement
 
 TENSORS = (2, 20, 200, 2000)
 #: Steps by the time of which everything has warmed up, and nothing is due but logging.
@@ -50,8 +52,9 @@ class Count:
 
 
 def metered(variant: str, tensors: int, *, fused: bool) -> dict[Kind, Meter]:
-    """A hot step and a logged one of a real fit."""
-    with fits({variant: Counted(tensors, fused=fused)}, VARIANTS) as running:
+    """A hot step and a logged one of a real fit, on a host that reads as from a device."""
+    on_device = patch.object(PackedMeasurement, "is_on_host", False)
+    with on_device, fits({variant: Counted(tensors, fused=fused)}, VARIANTS) as running:
         for _ in range(WARM):
             running[variant].step()
         with Meter() as hot:

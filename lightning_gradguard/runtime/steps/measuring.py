@@ -72,19 +72,20 @@ class PackedMeasurement:
             0, even if it is nonfinite); flags of nonfinite weights, of nonfinite buffers and of a repeated
             lost batch; gradient norms of the weight matrices, added up; squared norm of the weights, 0 if it
             was not requested; total norms by rank.
-
-    Attributes:
-        is_on_host: True if to read the numbers takes no synchronization.
     """
 
     def __init__(self, packed: Tensor) -> None:
         self._packed = self._host = packed
         self._copied: torch.cuda.Event | None = None
-        self.is_on_host = packed.device.type == "cpu"
         if packed.is_cuda:
             self._host = torch.empty_like(packed, device="cpu", pin_memory=True)
             self._host.copy_(packed, non_blocking=True)
             self._copied = torch.cuda.current_stream(packed.device).record_event()
+
+    @property
+    def is_on_host(self) -> bool:
+        """True if to read the numbers takes no synchronization."""
+        return self._packed.device.type == "cpu"
 
     def mean_loss(self) -> Tensor:
         """Mean of the finite losses, on the device; nonfinite without one."""
