@@ -70,7 +70,7 @@ def source_line(error: BaseException) -> str:
     """Returns the line of the user's own code that an exception comes from, in parentheses; empty if none."""
     frames = reversed(traceback.extract_tb(error.__traceback__))
     own = next((frame for frame in frames if not frame.filename.startswith(_INSTALLED)), None)
-    return f" ({_relative(own.filename)}, line {own.lineno})" if own else ""
+    return f" ({relative(own.filename)}, line {own.lineno})" if own else ""
 
 
 def is_raised_by_suite(error: BaseException) -> bool:
@@ -112,6 +112,7 @@ def failure_message(failures: Failures, error: Exception) -> str:
     return f"{subject}{type(cause).__name__}: {text}{source_line(cause)}"
 
 
-def _relative(path: str) -> str:
+def relative(path: str) -> str:
+    """Returns a path from the current folder, if it lies below that."""
     here = Path.cwd()
     return str(Path(path).relative_to(here)) if Path(path).is_relative_to(here) else path

@@ -9,7 +9,7 @@ from importlib import import_module
 from importlib.machinery import PathFinder
 from pathlib import Path
 
-from lightning_gradguard.cli.messages import UsageError, one_line, source_line
+from lightning_gradguard.cli.messages import UsageError, one_line, relative, source_line
 from lightning_gradguard.cli.parsing.preparse import config_files, find_option, named_path, read_config
 
 #: Calls that train, or run a network, when a script is imported.
@@ -67,12 +67,10 @@ def _source(module: str) -> tuple[str, ast.Module] | None:
             if spec is None:
                 return None
             search, file = [*(spec.submodule_search_locations or [])], spec.origin or ""
-        path = Path(file)
-        tree = ast.parse(path.read_text(encoding="utf-8"))
+        tree = ast.parse(Path(file).read_text(encoding="utf-8"))
     except (OSError, SyntaxError, ValueError, AttributeError):  # importing it has a better message
         return None
-    here = Path.cwd()
-    return str(path.relative_to(here) if path.is_relative_to(here) else path), tree
+    return relative(file), tree
 
 
 def _calls_on_import(node: ast.AST) -> Iterator[ast.Call]:
