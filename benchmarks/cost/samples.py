@@ -1,31 +1,31 @@
-"""Counts what `TrainingDiagnosis` adds to a run: steps that it samples, operations, hooks off these steps.
+"""Counts and times what `TrainingDiagnosis` adds to a run by the steps that it samples.
 
-`python -m benchmarks.cost.samples` trains a small GPT for 1,000 steps with the callback and without, which
-take turns, and prints the table of docs/diagnosis.md. All sampled steps are counted, and every tenth of the
-others. Operations do not depend on the machine; `--timed` adds the ratio of processor times of the same pair,
-in a run of its own without the counting.
+`python -m benchmarks.cost.samples --rounds 20` prints the tables of docs/diagnosis.md. Operations do not
+depend on the machine; times are of pairs of steps, one sampled and one not, that take turns in one process.
 """
 
 from __future__ import annotations
 
 import argparse
 import time
-from statistics import mean
+from collections.abc import Callable
+from statistics import mean, median
 from typing import Any
+from unittest import mock
 
 import pytorch_lightning as pl
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from benchmarks.casebook.parts import Gpt, characters, spell
-from benchmarks.cost.interleaved import fits
+from benchmarks.cost.interleaved import SAMPLE_EVERY, fits
 from benchmarks.cost.meter import Meter
+from benchmarks.cost.networks import GPT, ResNet
 from benchmarks.cost.peers import OURS, Variant
 from lightning_gradguard import TrainingDiagnosis
+from lightning_gradguard.callbacks import training_diagnosis
 from lightning_gradguard.runtime.sampled_step import is_sampled
 
-#: Of the steps that are not sampled, every how many-th one is counted.
-EVERY = 10
 VARIANTS = {
     "without": Variant("", "Lightning"),
     "with": Variant("names symptoms", OURS, lambda: [TrainingDiagnosis()]),
@@ -33,16 +33,15 @@ VARIANTS = {
 
 
 class Language(pl.LightningModule):
-    """A character model that counts the hooks on its modules in each training step."""
+    """A character model."""
 
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.net, self.batch, self.hooks = Gpt(2), characters(1)[0], 0
+        self.net, self.batch = Gpt(2), characters(1)[0]
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Returns the loss."""
-        self.hooks = sum(map(n_hooks, self.modules())) + ("training_step" in vars(self))
         return spell(self.net, batch)
 
     def configure_optimizers(self) -> Any:
@@ -50,68 +49,81 @@ class Language(pl.LightningModule):
         return torch.optim.AdamW(self.parameters(), 1e-3)
 
 
-def n_hooks(module: nn.Module) -> int:
-    """Returns the number of hooks on the calls of a module."""
-    return len(module._forward_hooks) + len(module._forward_pre_hooks) + len(module._backward_hooks)
+NETWORKS: dict[str, Callable[[], pl.LightningModule]] = {
+    "a GPT of two blocks": Language,
+    "GPT": GPT,
+    "ResNet-34": ResNet,
+}
 
 
-def counted(steps: int) -> dict[str, int | str]:
-    """Returns what the callback adds over a number of steps."""
-    modules = {name: Language() for name in VARIANTS}
+def counted(network: str, steps: int) -> dict[str, int | str]:
+    """Returns what the callback adds over a number of steps.
+
+    Operations of two sampled steps, the second and the third, and of two others are counted.
+    """
+    modules = {name: NETWORKS[network]() for name in VARIANTS}
     plain: list[int] = []
     added: dict[bool, list[int]] = {True: [], False: []}
-    hooks = 0
     with fits(modules, VARIANTS) as running:
-        for step in range(steps):
-            sampled = is_sampled(step, 100)
+        for step in range(5):
             counts = {}
             for name, fit in running.items():
-                if sampled or step % EVERY == 3:
-                    with Meter() as meter:
-                        fit.step()
-                    counts[name] = meter.ops
-                else:
+                with Meter() as meter:
                     fit.step()
-            if counts:
+                counts[name] = meter.ops
+            if step:
                 plain.append(counts["without"])
-                added[sampled].append(counts["with"] - counts["without"])
-            hooks += 0 if sampled else modules["with"].hooks
-    n = len(added[True])
-    total = sum(added[True]) + (steps - n) * mean(added[False])
+                added[is_sampled(step, SAMPLE_EVERY)].append(counts["with"] - counts["without"])
+    n = sum(is_sampled(step, SAMPLE_EVERY) for step in range(steps))
+    of_sample, of_other = mean(added[True]), mean(added[False])
     return {
-        "sampled steps": n,
         "operations of a step without it": round(mean(plain)),
-        "added to a sampled step": round(mean(added[True])),
-        "added to another step": round(mean(added[False])),
-        "added to the run, of its operations": f"{total / steps / mean(plain):.1%}",
-        "hooks on other steps": hooks,
+        "added to a sampled step": round(of_sample),
+        "added to another step": round(of_other),
+        f"added by {n} samples in {steps:,} steps": f"{n * (of_sample - of_other) / steps / mean(plain):.2%}",
     }
 
 
-def ratio(steps: int) -> float:
-    """Returns the processor time with the callback over that without, of steps that take turns."""
-    spent = dict.fromkeys(VARIANTS, 0.0)
-    with fits({name: Language() for name in VARIANTS}, VARIANTS) as running:
-        for _ in range(steps):
+def ratio(network: str, rounds: int) -> float:
+    """Returns the processor time of a sampled step over that of another, of steps that take turns.
+
+    The callback of one fit samples each step, that of the other none but the first.
+    """
+    variants = {"all": Variant("", OURS, lambda: [TrainingDiagnosis()]), "none": VARIANTS["with"]}
+    spent: dict[str, list[float]] = {name: [] for name in variants}
+    with fits({name: NETWORKS[network]() for name in variants}, variants) as running:
+        for step in range(4 + rounds):
             for name, fit in running.items():
-                start = time.process_time()
-                fit.step()
-                spent[name] += time.process_time() - start
-    return spent["with"] / spent["without"]
+                after = (lambda step, _: step) if name == "all" else (lambda *_: 10**9)
+                with mock.patch.object(training_diagnosis, "next_sample", after):
+                    start = time.process_time()
+                    fit.step()
+                    if step >= 4:
+                        spent[name].append(time.process_time() - start)
+    return median(a / b for a, b in zip(spent["all"], spent["none"], strict=True))
 
 
 def main() -> None:
     """Prints a table in Markdown."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.cost.samples", description=__doc__)
+    parser.add_argument("--networks", nargs="+", default=list(NETWORKS), choices=list(NETWORKS))
     parser.add_argument("--steps", type=int, default=1000)
-    parser.add_argument("--timed", action="store_true", help="add the ratio of processor times")
+    parser.add_argument(
+        "--rounds", type=int, default=0, help="pairs of steps whose processor times are compared"
+    )
     options = parser.parse_args()
     torch.set_num_threads(1)
-    print(f"| over {options.steps:,} steps | |\n|---|---|")
-    for name, number in counted(options.steps).items():
-        print(f"| {name} | {number} |")
-    if options.timed:
-        print(f"| processor time, with over without | {ratio(options.steps):.3f} |")
+    n = sum(is_sampled(step, SAMPLE_EVERY) for step in range(options.steps))
+    for network in options.networks:
+        print(f"\n| {network} | |\n|---|---|")
+        for name, number in counted(network, options.steps).items():
+            print(f"| {name} | {number} |")
+        if options.rounds:
+            times = ratio(network, options.rounds)
+            print(f"| processor time of a sampled step, over that of another | {times:.2f} |")
+            print(
+                f"| added by {n} samples in {options.steps:,} steps | {n * (times - 1) / options.steps:.2%} |"
+            )
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from lightning_gradguard.runtime import distributed, lightning_api
 from lightning_gradguard.runtime.incidents.journal import incident_now, publish
 from lightning_gradguard.runtime.incidents.present import present_in
 from lightning_gradguard.runtime.learning_rates import planned_steps
+from lightning_gradguard.runtime.logging import console
 from lightning_gradguard.runtime.logging.heat_map import GradientHistory
 from lightning_gradguard.runtime.logging.hyperparameters import non_defaults
 from lightning_gradguard.runtime.logging.metrics import log_figure
@@ -31,6 +32,7 @@ from lightning_gradguard.runtime.sampled_step import (
     SampledStep,
     decoded,
     encoded,
+    is_compiled,
     losses_of_permuted,
     next_sample,
 )
@@ -116,8 +118,15 @@ class TrainingDiagnosis(StepCallback):
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Reads the length of the run."""
+        """Reads the length of the run; says where layers are not diagnosed."""
         super().on_train_start(trainer, pl_module)
+        if is_compiled(pl_module):
+            console.print_message(
+                trainer,
+                "gradguard: Layers and losses are not diagnosed, because a part of the module is compiled, "
+                "and hooks would change what it computes; updates and optimizers are. Train some hundred "
+                "steps without torch.compile to have all diagnosed.",
+            )
         planned = planned_steps(trainer)
         self.diagnosis.plan(int(planned) if math.isfinite(planned) else 0)
         self._sampled = self._waiting = None
@@ -165,7 +174,7 @@ class TrainingDiagnosis(StepCallback):
             self._send(self._waiting)
             self._waiting = None
         if self._sampled is not None and step.gradients.names and not step.inside_closure:
-            self._sampled.add_update(self.suite, trainer, step)
+            self._sampled.add_update(self.suite, trainer, step, self.diagnosis.wants_largest)
 
     @override
     def on_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch_idx: int) -> None:
@@ -211,7 +220,11 @@ class TrainingDiagnosis(StepCallback):
     def on_training_incident(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, incident: Incident
     ) -> None:
-        """Takes note of a symptom that another callback has named."""
+        """Takes note of a symptom that another callback has named, and names why training has diverged."""
+        if incident.kind == "divergence" and incident.cause == "update_too_large":
+            evidence = incident.detail.rstrip(".") or "training has diverged"
+            symptoms = self.diagnosis.diverged(incident.where, evidence, incident.step)
+            self._publish(trainer, pl_module, symptoms, {"step": incident.step, "epoch": incident.epoch})
         is_symptom = incident.kind in SYMPTOMS and incident.kind != "constant_clipping"
         if not self._is_publishing and is_symptom:
             self.diagnosis.known(incident.kind, incident.where, incident.step)

@@ -15,7 +15,7 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.hooks import RemovableHandle
 
 from lightning_gradguard.core.detectors.diagnosis import (
@@ -46,6 +46,8 @@ DENSE_INTERVAL, DENSE_UNTIL = 25, 250
 MESSAGE_BYTES = 2048
 #: Permutations of the targets that are averaged.
 N_PERMUTATIONS = 3
+#: Rows of a batch below which all may be the same by chance.
+MIN_ROWS = 8
 #: Keys of targets in a batch that is a dictionary.
 _TARGET_KEYS = ("labels", "label", "targets", "target", "y")
 #: Optimizers whose update does not depend on the scale of the gradient.
@@ -117,9 +119,11 @@ class SampledStep:
     ) -> None:
         self.step = lightning_api.batches_that_stepped(trainer)
         self.now = {"step": trainer.global_step, "epoch": trainer.current_epoch}
-        self.uses_targets = False
+        self.uses_targets = self._uses_inputs = False
         self._pl_module = pl_module
         self._target = target_of(batch)
+        self._inputs = inputs_of(batch, self._target)
+        self._is_constant = is_constant(self._inputs, self._target)
         self._permuted = permuted
         self._trace: StepTrace | None = None
         self._numbers: Tensor | None = None
@@ -139,12 +143,16 @@ class SampledStep:
             steps: Of all optimizers; `None` if the fit has just begun.
         """
         if not lightning_api.flattens_parameters(trainer):
-            called = [] if self._trace is None else self._trace.layers
-            self._covered = coverage(self._pl_module, optimizer, trainer.optimizers, called, steps)
+            called, unregistered = (
+                ([], {}) if self._trace is None else (self._trace.layers, self._trace.unregistered)
+            )
+            self._covered = coverage(
+                self._pl_module, optimizer, trainer.optimizers, called, steps, unregistered
+            )
 
-    def add_update(self, suite: Suite, trainer: pl.Trainer, step: Step) -> None:
-        """Measures the update that an optimizer is about to make."""
-        self._logged.append(_SampledUpdate(suite, trainer, step))
+    def add_update(self, suite: Suite, trainer: pl.Trainer, step: Step, wants_largest: bool) -> None:
+        """Measures the update that an optimizer is about to make, and the largest element if wanted."""
+        self._logged.append(_SampledUpdate(suite, trainer, step, wants_largest))
 
     @property
     def has_stepped(self) -> bool:
@@ -164,7 +172,8 @@ class SampledStep:
             numbers = trace.close(self._pl_module.device)
             if self._target is not None:
                 self.uses_targets = trace.uses(self._target)
-            self._target = None
+            self._uses_inputs = any(trace.uses(tensor) for tensor in self._inputs)
+            self._target, self._inputs = None, []
             self._numbers = numbers
 
     def close(self) -> None:
@@ -176,6 +185,7 @@ class SampledStep:
         """Returns all numbers of the sample, on the device."""
         device = self._pl_module.device
         permuted = torch.full((2,), torch.nan, device=device) if self._permuted is None else self._permuted
+        permuted = torch.cat([permuted, self._is_constant.to(permuted)])
         traced = torch.zeros(0, device=device) if self._numbers is None else self._numbers
         # with tensor parallelism, numbers of sharded layers are replicated
         parts = [local_shard(part) for part in (permuted, traced, *(u.values() for u in self._logged))]
@@ -188,9 +198,10 @@ class SampledStep:
         for size in self._sizes:
             parts.append(host[start : start + size])
             start += size
-        (plain, permuted), traced, *updates = parts
+        (plain, permuted, constant), traced, *updates = parts
         sample = Sample(self.step) if self._trace is None else self._trace.sample(self.step, traced)
         sample.permuted = (permuted - plain) / permuted if permuted > 0 else math.nan
+        sample.inputs_are_constant = self._uses_inputs and constant > 0
         for update, numbers in zip(self._logged, updates, strict=True):
             update.read_into(sample, numbers)
         if self._covered is not None:
@@ -228,7 +239,7 @@ class SampledStep:
 class _SampledUpdate:
     """The update of one optimizer, and by how much clipping has scaled its gradients."""
 
-    def __init__(self, suite: Suite, trainer: pl.Trainer, step: Step) -> None:
+    def __init__(self, suite: Suite, trainer: pl.Trainer, step: Step, wants_largest: bool) -> None:
         self.logged = LoggedStep(suite, trainer, step, 2.0, update_ratio=True)
         self._rates = [float(group["lr"]) for group in step.optimizer.param_groups if "lr" in group]
         self._decay = max(float(group.get("weight_decay", 0)) for group in step.optimizer.param_groups)
@@ -237,7 +248,7 @@ class _SampledUpdate:
         self._loss_scale = 1.0 if scaler is None else scaler.get_scale()
         self._before = step.gradients.total_norm
         self._largest = torch.full_like(self._before, math.nan)
-        if step.accepted and not step.selection.is_cut:
+        if wants_largest and step.accepted and not step.selection.is_cut:
             largest = tensor_norms(step.gradients.tensors, math.inf).max().to(self._before)
             self._largest = largest / lightning_api.scale_of_gradients(trainer, step.optimizer)
         self._after: Tensor | None = None
@@ -293,6 +304,30 @@ def target_of(batch: Any) -> Tensor | None:
     else:
         found = batch[-1] if isinstance(batch, (tuple, list)) and len(batch) > 1 else None
     return found if isinstance(found, Tensor) and found.ndim > 0 and len(found) > 1 else None
+
+
+def inputs_of(batch: Any, target: Tensor | None) -> list[Tensor]:
+    """Returns the tensors of a batch that have a row for each target."""
+    leaves = [leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor) and leaf is not target]
+    return [leaf for leaf in leaves if target is not None and leaf.ndim > 0 and len(leaf) == len(target)]
+
+
+def is_constant(inputs: Sequence[Tensor], target: Tensor | None) -> Tensor:
+    """Returns 1 if all rows of all inputs are the same, and those of the target differ, else 0; shape `(1,)`.
+
+    Example:
+        >>> is_constant([torch.zeros(8, 3)], torch.arange(8)), is_constant([torch.eye(8)], torch.arange(8))
+        (tensor([1.]), tensor([0.]))
+    """
+    if target is None or not inputs or len(target) < MIN_ROWS or is_sparse_or_nested([*inputs, target]):
+        return torch.zeros(1)
+    alike = torch.stack([(tensor == tensor[:1]).all() for tensor in inputs]).all()
+    return (alike & (target != target[:1]).any()).float().reshape(1)
+
+
+def is_sparse_or_nested(tensors: Sequence[Tensor]) -> bool:
+    """True if one of the tensors has no rows that can be compared."""
+    return any(tensor.layout is not torch.strided or tensor.is_nested for tensor in tensors)
 
 
 def losses_of_permuted(

@@ -19,7 +19,7 @@ from torch.nn import functional
 from torch.optim.lr_scheduler import ExponentialLR
 from torch.utils.checkpoint import checkpoint
 
-from lightning_gradguard import Incident, TrainingDiagnosis
+from lightning_gradguard import Incident, TrainingDiagnosis, default_callbacks
 from lightning_gradguard.core.detectors.diagnosis import Diagnosis
 from lightning_gradguard.core.detectors.diagnosis.sample import LossSignal, Sample, UnitSignal
 from tests.launching import launch_on
@@ -146,7 +146,90 @@ FAILING: dict[str, tuple[str, str, str, Callable[[], Any], Any]] = {
                   lambda: Task(optimizer=lambda net: torch.optim.Adam(net[4:].parameters())), None),
     "rate of 0": ("weight_stagnation", "learning_rate_too_low", "net.0",
                   lambda: Task(optimizer=rate(0.0)), None),
+    "functional sigmoid": ("vanishing_gradient", "saturating_activations", "net.weights.0",
+                           lambda: Task(Functional(10, torch.sigmoid)), None),
+    "functional, dead": ("dead_units", "", "net.weights.0",
+                         lambda: Task(Functional(3, lambda x: torch.relu(x - 20))), None),
+    "a list of Python": ("weight_stagnation", "not_registered", "net.layers.0", lambda: Task(Listed()), None),
+    "position beside layers": ("weight_stagnation", "not_in_optimizer", "net.inner.body.0",
+                               lambda: Task(Positioned(), optimizer=lambda n: _adam(n.inner.head)), None),
+    "the same inputs": ("stuck_loss", "constant_input", "net.0", Task,
+                        [(torch.ones_like(x), y) for x, y in batches(12)]),
+    "stack of tiny weights": ("vanishing_gradient", "small_weights", "rnn",
+                              lambda: tiny(gated(nn.LSTM, slice(0), 0.0, num_layers=4)), None),
+    "no gradient of any weight": ("weight_stagnation", "zero_gradient", "net.0",
+                                  lambda: Task(nn.Sequential(nn.Linear(20, 32), nn.Dropout(1.0), nn.Linear(32, 4))),  # noqa: E501
+                                  None),
 }  # fmt: skip
+
+
+class Functional(nn.Module):
+    """Matrices in a list, and `functional.linear`."""
+
+    def __init__(self, depth: int, act: Any) -> None:
+        super().__init__()
+        widths = [20, *[32] * depth, 4]
+        torch.manual_seed(0)
+        self.weights = nn.ParameterList(
+            nn.init.xavier_uniform_(torch.empty(b, a)) for a, b in zip(widths, widths[1:], strict=False)
+        )
+        self.act = act
+
+    def forward(self, x: Tensor) -> Tensor:
+        for weight in self.weights[:-1]:
+            x = self.act(functional.linear(x, weight))
+        return x @ self.weights[-1].T
+
+
+class Listed(nn.Module):
+    """Hidden layers that no module has registered."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = [nn.Linear(20, 32), nn.Linear(32, 32)]
+        self.out = nn.Linear(32, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x).relu()
+        return self.out(x)  # type: ignore[no-any-return]
+
+
+class Positioned(nn.Module):
+    """A parameter beside layers; `inner` for a path of two names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Module()
+        self.inner.position = nn.Parameter(torch.zeros(1, 32))
+        self.inner.body, self.inner.head = nn.Sequential(nn.Linear(20, 32)), nn.Linear(32, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        inner: Any = self.inner
+        return inner.head((inner.body(x) + inner.position).relu())  # type: ignore[no-any-return]
+
+
+def test_layers_outside_of_modules_that_an_optimizer_holds_are_trained() -> None:
+    net = Listed()
+    own = [p for layer in [*net.layers, net.out] for p in layer.parameters()]
+    assert diagnosed(Task(net, optimizer=lambda _: torch.optim.Adam(own, 1e-3))) == []
+
+
+def test_divergence_at_a_rate_is_an_explosion_once() -> None:
+    def growing(net: nn.Module) -> Any:
+        optimizer = torch.optim.SGD(net.parameters(), 0.02, momentum=0.9)
+        rising = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: step + 1.0)
+        return [optimizer], [{"scheduler": rising, "interval": "step"}]
+
+    listener = Listener()
+    torch.manual_seed(0)
+    callbacks = [*default_callbacks(initialization_check=None), listener]
+    fit(Task(optimizer=growing), batches(60), callbacks)
+    kinds = [incident.kind for incident in listener.found]
+    assert "divergence" in kinds
+    assert kinds.count("exploding_gradient") == 1
+    (incident,) = [i for i in listener.found if i.kind == "exploding_gradient"]
+    assert incident.cause == "update_too_large"
 
 
 @pytest.mark.parametrize("name", FAILING)
@@ -302,6 +385,12 @@ class Bounded(nn.Module):
         return x / (1 + x.square()).sqrt()
 
 
+def tiny(module: Any) -> Any:
+    for weight in module.rnn.parameters():
+        nn.init.normal_(weight, 0, 0.02)
+    return module
+
+
 def gated(kind: Callable[..., nn.RNNBase], gates: slice, bias: float, **arguments: Any) -> Any:
     torch.manual_seed(0)
     module = Recurrent(kind, **arguments)
@@ -418,10 +507,12 @@ def test_step_that_raises_restores_the_module() -> None:
     assert "training_step" not in vars(module)
 
 
-def test_compiled_module_is_not_hooked() -> None:
+def test_compiled_module_is_not_hooked(caplog: pytest.LogCaptureFixture) -> None:
     module = Task(deep(nn.Sigmoid, 10))
     module.net[0].compile(backend="eager")
-    assert diagnosed(module, 4) == []
+    with caplog.at_level("INFO"):
+        assert diagnosed(module, 4) == []
+    assert "not diagnosed, because a part of the module is compiled" in caplog.text
 
 
 def test_restored_diagnosis_continues_with_what_it_has_seen() -> None:

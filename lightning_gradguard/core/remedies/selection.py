@@ -92,4 +92,8 @@ def _applied(
     """Returns a text without the parts that do not apply, and with the name of what is at fault."""
     name = where[0] if where else ""
     fitting = _CONDITIONAL.sub(lambda part: "" if part[1] in present else part[2], text)
-    return fitting.format(where=name or "the network", code=code_of(name, model))
+    code = code_of(name, model)
+    is_one = name in dict(model.named_parameters()) if model is not None else False
+    return fitting.format(
+        where=name or "the network", code=code, parameters=f"[{code}]" if is_one else f"{code}.parameters()"
+    )

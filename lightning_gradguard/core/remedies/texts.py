@@ -184,8 +184,13 @@ BY_CAUSE = {
         "detach, argmax or rounding in between."
     ),
     "not_in_optimizer": (
-        "Give them to an optimizer, optimizer.add_param_group({{'params': {code}.parameters()}}), or, if "
+        "Give them to an optimizer, optimizer.add_param_group({{'params': {parameters}}}), or, if "
         "they are not to be trained, {code}.requires_grad_(False)."
+    ),
+    "not_registered": (
+        "Keep them in torch.nn.ModuleList or ModuleDict (parameters in torch.nn.ParameterList), not in a "
+        "list or a dictionary of Python, so that parameters() has those of {where}; if they are not to be "
+        "trained, call them under torch.no_grad()."
     ),
     "replaced_parameters": (
         "Modules were replaced after the optimizer was made: make them in __init__, or make the optimizer "
@@ -206,6 +211,10 @@ BY_CAUSE = {
     "cleared_gradients": (
         "Call zero_grad() before the backward pass, not between it and step(), and check that the loss "
         "depends on {where}."
+    ),
+    "constant_input": (
+        "Look at what the data loader yields: an index that is not used, an unknown token for every word, a "
+        "scaling to 0, or a column that is filled with one value."
     ),
     "target_scale": (
         "Standardize the targets, (target - mean) / std, and scale the answers of {where} back where they "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from torch import nn
 from torch.optim import Optimizer
@@ -25,6 +26,8 @@ class Coverage:
             gradient; empty where they are few and not in the first layer, as an unused pooling layer.
         unstepped: Names of parameters to which a gradient arrives and whose optimizer has never stepped.
         cleared: Names of parameters whose optimizer steps, and never had a gradient at its steps.
+        unregistered: Names of parameters to which a gradient arrives, that no module has registered and no
+            optimizer holds.
     """
 
     unheld: tuple[str, ...] = ()
@@ -32,6 +35,7 @@ class Coverage:
     detached: tuple[str, ...] = ()
     unstepped: tuple[str, ...] = ()
     cleared: tuple[str, ...] = ()
+    unregistered: tuple[str, ...] = ()
 
 
 class Steps:
@@ -79,6 +83,7 @@ def coverage(
     optimizers: Iterable[Optimizer],
     called: Iterable[str] = (),
     steps: Steps | None = None,
+    unregistered: Mapping[str, nn.Parameter] = MappingProxyType({}),
 ) -> Coverage:
     """Returns the parameters that are not trained, right before an optimizer steps.
 
@@ -88,6 +93,7 @@ def coverage(
         optimizers: All optimizers.
         called: Names of the layers that were called, in order.
         steps: Of all optimizers since the start; `None` if that is too short ago.
+        unregistered: Parameters by name that took part in the step and that no module has registered.
 
     Example:
         >>> import torch
@@ -114,7 +120,9 @@ def coverage(
             unstepped += [named[p] for p in parameters if p.grad is not None]
         elif steps.is_blind(one):
             cleared += [named[p] for p in parameters]
-    return Coverage(unheld, sum(p not in named for p in held), detached, tuple(unstepped), tuple(cleared))
+    orphans = sum(p not in named for p in held)
+    unknown = tuple(name for name, p in unregistered.items() if p not in held and p.grad is not None)
+    return Coverage(unheld, orphans, detached, tuple(unstepped), tuple(cleared), unknown)
 
 
 def _detached(own: Mapping[nn.Parameter, str], called: list[str]) -> tuple[str, ...]:

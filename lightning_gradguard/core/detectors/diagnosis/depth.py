@@ -17,6 +17,10 @@ VANISHING, EXPLODING = -3.0, 2.5
 EXPLODING_IF_STUCK = 1.75
 MIN_LAYERS = 3
 TIME_VANISHING, TIME_VANISHING_EARLY, TIME_EXPLODING = -3.0, -6.0, 3.0
+#: Decades by which a gradient that explodes through time is larger than at the outputs.
+LARGER = 1.0
+#: Rms of inputs of tanh up to which it is nearly linear.
+LINEAR = 0.5
 #: Steps after which a network that is no better than a constant has learned nothing.
 STUCK_STEPS = 50
 
@@ -48,9 +52,10 @@ def through_layers(sample: Sample, progress: Progress) -> Iterator[Symptom]:
 
 
 def through_time(sample: Sample, progress: Progress) -> Iterator[Symptom]:
-    """Yields gradients that shrink or grow through time, in a network that does not learn."""
+    """Yields gradients that shrink or grow in a recurrent network that does not learn."""
     ratio = progress.over_constant
     is_flat = ratio > STUCK or (math.isnan(ratio) and not progress.over_first <= STUCK)
+    outputs = {layer.name: layer.gradient for layer in sample.layers if len(layer.gradients) == 1}
     for time in sample.times:
         if not time.largest > 0:
             continue
@@ -61,8 +66,16 @@ def through_time(sample: Sample, progress: Progress) -> Iterator[Symptom]:
                 f"the gradient shrinks by {-back:.1f} decades from the last step of {time.name} to the first"
             )
             yield _through_time("vanishing_gradient", time, -back, evidence)
+        output = outputs.get(time.name, math.nan)
+        through = _decades(time.largest, output)
+        if through <= VANISHING and sample.step > 0 and not progress.learns:
+            evidence = f"the gradient shrinks by {-through:.1f} decades from the outputs of {time.name}"
+            evidence += " to its inputs (usual: below 2)"
+            yield Symptom("vanishing_gradient", "small_weights", (time.name,), -through, evidence, "depth")
         forth = _decades(time.first, time.last)
-        if forth >= TIME_EXPLODING and not progress.learns:
+        # where each step has a loss, their gradients add up at the first one, and nothing explodes
+        is_larger = not _decades(time.first, output) < LARGER
+        if forth >= TIME_EXPLODING and is_larger and not progress.learns:
             evidence = (
                 f"the gradient grows by {forth:.1f} decades from the last step of {time.name} to the first"
             )
@@ -80,8 +93,12 @@ def _why(layers: Sequence[LayerSignal]) -> str:
         return "small_weights"
     if outputs and outputs[-1] - outputs[0] > 1:
         return "large_weights"
-    flat = sum(layer.activation in SATURATING for layer in layers)
-    return "saturating_activations" if flat > len(layers) / 2 else "depth"
+    flat = [layer for layer in layers if layer.activation in SATURATING]
+    if len(flat) <= len(layers) / 2:
+        return "depth"
+    # around 0, tanh and its like pass all of the gradient, a sigmoid a quarter
+    is_linear = all(not f.activation.endswith("sigmoid") and f.output < LINEAR for f in flat)
+    return "small_weights" if is_linear else "saturating_activations"
 
 
 def _steepest(layers: Sequence[LayerSignal], heights: Sequence[float]) -> tuple[tuple[str, ...], str]:
@@ -98,5 +115,5 @@ def _steepest(layers: Sequence[LayerSignal], heights: Sequence[float]) -> tuple[
 
 def _decades(value: float, reference: float) -> float:
     if not reference > 0:
-        return 0.0
+        return math.nan if math.isnan(reference) else 0.0
     return math.log10(max(value, 1e-45)) - math.log10(reference)

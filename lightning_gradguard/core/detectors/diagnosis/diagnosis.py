@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
 from typing import Any
@@ -21,7 +22,7 @@ NO_RATE = 1e-2
 #: Symptoms on the same sample: the first is the root.
 _ORDER = ("contract", "coverage", "units", "update", "depth", "stuck", "stagnation")
 _RULES = (
-    *(rules.contract, rules.coverage, rules.units, clipped.clipping, clipped.weights),
+    *(rules.contract, rules.inputs, rules.coverage, rules.units, clipped.clipping, clipped.weights),
     *(rules.update, depth.through_layers, depth.through_time),
 )
 _LATE_RULES = (rules.no_gradient, rules.stagnation)
@@ -52,6 +53,11 @@ class Diagnosis:
         """True if it is in doubt that the loss depends on the targets."""
         is_known = self._is_related or any(root.tier == "stuck" for root in self.roots)
         return step >= self.patience and not is_known and not self._progress.over_constant < rules.LEARNS_NOT
+
+    @property
+    def wants_largest(self) -> bool:
+        """True if the largest element of the gradients may show that others clip them."""
+        return self._progress.may_be_clipped_by_value
 
     def update(self, sample: Sample) -> list[Symptom]:
         """Adds a sample; returns the roots that it confirms, usually none."""
@@ -85,6 +91,14 @@ class Diagnosis:
                 return []
         self.roots.append(symptom)
         return [symptom]
+
+    def diverged(self, where: tuple[str, ...], evidence: str, step: int) -> list[Symptom]:
+        """Adds that training has diverged because an update was too large; returns it if it is new."""
+        places = rules.modules_of(where)
+        symptom = Symptom(
+            "exploding_gradient", "update_too_large", places, math.nan, evidence, "update", since=step
+        )
+        return [root for root in [self._add(symptom, step)] if root]
 
     def known(self, kind: str, where: tuple[str, ...], step: int) -> None:
         """Takes a symptom that another callback has published for a root."""
@@ -138,9 +152,15 @@ class Diagnosis:
 
     @staticmethod
     def _sorted(symptoms: list[Symptom]) -> list[Symptom]:
-        def since(symptom: Symptom) -> tuple[int, int, int]:
+        def since(symptom: Symptom) -> tuple[int, float, int]:
             is_cause = symptom.tier not in ("stuck", "stagnation")
-            return not is_cause, _ORDER.index(symptom.tier), symptom.since
+            # units that were alive before the first update are dead or saturated by it
+            late = symptom.tier == "units" and symptom.since > 0
+            return (
+                not is_cause,
+                _ORDER.index("update") + 0.5 if late else _ORDER.index(symptom.tier),
+                symptom.since,
+            )
 
         return sorted(symptoms, key=since)
 

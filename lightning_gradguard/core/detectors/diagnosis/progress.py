@@ -61,6 +61,11 @@ class Progress:
         """The `sizes` of an optimizer's update that are those of the sample before; NaN for the others."""
         return self._fixed.get(index, []) or [math.nan] * 3
 
+    @property
+    def may_be_clipped_by_value(self) -> bool:
+        """True until the largest elements of two samples differ."""
+        return not self._fixed or any(not math.isnan(fixed[1]) for fixed in self._fixed.values() if fixed)
+
     def shrunk(self, name: str, norm: float) -> float:
         """The norm of a weight relative to the largest that was sampled; 1 if that is unknown or 0."""
         largest = self._largest_weights.get(name, 0.0)

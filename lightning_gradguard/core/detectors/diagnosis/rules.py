@@ -25,6 +25,8 @@ UNRELATED = 0.02
 #: The same for a loss that is worse than a constant's, as under much noise.
 WORSE, UNRELATED_IF_WORSE = 1.0, 0.05
 LARGE_INPUT = 10.0
+#: Rms of the inputs below which they explain a loss that is stuck.
+SMALL_INPUT = 0.01
 #: Largest rms of a column over the median one beyond which columns have different units.
 UNEQUAL_COLUMNS = 50.0
 #: Rms of the targets, and its ratio to that of the answers, from which on they are too large for the network.
@@ -77,6 +79,14 @@ def contract(sample: Sample, progress: Progress) -> Iterator[Symptom]:
             yield Symptom("stuck_loss", "target_scale", head, call.target, evidence, "contract", 3)
 
 
+def inputs(sample: Sample, progress: Progress) -> Iterator[Symptom]:
+    """Yields inputs that are the same in every row of the batch, while the targets differ."""
+    if sample.inputs_are_constant:
+        where = tuple(layer.name for layer in sample.layers[:1])
+        evidence = "all rows of the inputs are the same, and their targets differ"
+        yield Symptom("stuck_loss", "constant_input", where, math.nan, evidence, "contract", 3)
+
+
 def coverage(sample: Sample, progress: Progress) -> Iterator[Symptom]:
     """Yields parameters that get a gradient and are held by no optimizer, or are held and get none."""
     found = sample.coverage
@@ -85,19 +95,20 @@ def coverage(sample: Sample, progress: Progress) -> Iterator[Symptom]:
         evidence = f"{len(found.unheld)} parameters get gradients, and no optimizer holds them"
         if found.orphans:
             evidence += f"; optimizers hold {found.orphans} that are no longer in the module"
-        where = _modules(found.unheld)
+        where = modules_of(found.unheld)
         yield Symptom("weight_stagnation", cause, where, len(found.unheld), evidence, "coverage")
     if found.detached:
         evidence = f"{len(found.detached)} parameters take part in the forward pass and get no gradient"
-        where = _modules(found.detached)
+        where = modules_of(found.detached)
         yield Symptom("weight_stagnation", "detached", where, len(found.detached), evidence, "coverage", 3)
     for cause, names, words in (
+        ("not_registered", found.unregistered, "get gradients, and no module has registered them"),
         ("never_stepped", found.unstepped, "get gradients, and their optimizer has never stepped"),
         ("cleared_gradients", found.cleared, "have no gradient whenever their optimizer steps"),
     ):
         if names:
             evidence = f"{len(names)} parameters {words}"
-            yield Symptom("weight_stagnation", cause, _modules(names), len(names), evidence, "coverage")
+            yield Symptom("weight_stagnation", cause, modules_of(names), len(names), evidence, "coverage")
 
 
 def units(sample: Sample, progress: Progress) -> Iterator[Symptom]:
@@ -182,7 +193,7 @@ def update(sample: Sample, progress: Progress) -> Iterator[Symptom]:
         is_certain = before > 1 or (sample.step >= 5 and progress.over_first > LEARNS_NOT)
         if before > LARGE_UPDATE and is_certain and (is_huge or after > CLIPPED_UPDATE):
             order = sorted(range(len(one.names)), key=lambda i: -one.gradients[i])
-            where = _modules([one.names[i] for i in order[:5]])
+            where = modules_of([one.names[i] for i in order[:5]])
             if one.decay * max(one.rates, default=0.0) > before / 2:
                 shrinks = f"shrinks weights by {before:.0%} in a step (usual: below 1 %)"
                 evidence = f"a weight decay of {one.decay:g} {shrinks}"
@@ -215,7 +226,7 @@ def stagnation(sample: Sample, progress: Progress) -> Iterator[Symptom]:
         return
     for one in sample.updates:
         if one.rates and not any(one.rates):
-            where, evidence = _modules(one.names[:3]), "the learning rate of every parameter group is 0"
+            where, evidence = modules_of(one.names[:3]), "the learning rate of every parameter group is 0"
             yield Symptom("weight_stagnation", "learning_rate_too_low", where, 0.0, evidence, "stagnation", 3)
             continue
         matrices = [i for i, is_matrix in enumerate(one.is_matrix) if is_matrix and one.weights[i] > 0]
@@ -223,7 +234,11 @@ def stagnation(sample: Sample, progress: Progress) -> Iterator[Symptom]:
             continue
         ratios = {i: one.ratios[i] for i in matrices}
         if max(ratios.values()) < SMALL_UPDATE and not progress.learns:
-            where = _modules([one.names[i] for i in matrices[:3]])
+            where = modules_of([one.names[i] for i in matrices[:3]])
+            if not any(one.gradients[i] for i in matrices):
+                evidence = "the gradient of every weight matrix is exactly zero"
+                yield Symptom("weight_stagnation", "zero_gradient", where, 0.0, evidence, "stagnation", 2)
+                continue
             evidence = (
                 f"updates are at most {max(ratios.values()):.1g} of any weight's norm (usual: about 1e-3)"
             )
@@ -243,7 +258,7 @@ def _some_stagnate(one: Update, ratios: dict[int, float]) -> Iterator[Symptom]:
     if still and max(ratios.values()) > SMALL_UPDATE:
         has_gradient = any(one.gradients[i] > 0 for i in still)
         cause = "learning_rate_too_low" if has_gradient else "zero_gradient"
-        where = _modules([one.names[i] for i in still[:5]])
+        where = modules_of([one.names[i] for i in still[:5]])
         value = max(ratios[i] for i in still)
         evidence = f"updates of {len(still)} of {len(ratios)} weights are at most {value:.1g} of their norm"
         yield Symptom("weight_stagnation", cause, where, value, evidence, "stagnation", 4)
@@ -276,7 +291,8 @@ def stuck(sample: Sample, progress: Progress, patience: int) -> Iterator[Symptom
     head = tuple(layer.name for layer in sample.layers if layer.is_last)
     has_range = any(call.flags.get("unreachable_targets", 0.0) > 0 for call in sample.calls)
     cause = "unreachable_targets" if sample.one_signed and has_range else "unknown"
-    if cause == "unknown" and input_cause(sample) != "unknown" and sample.layers:
+    is_far = input_cause(sample) != "unknown" or sample.input_rms < SMALL_INPUT
+    if cause == "unknown" and is_far and sample.layers:
         cause, head = "input_scale", (sample.layers[0].name,)
         facts += filter(None, [_inputs(sample).strip("; ")])
     is_bounded = any(layer.is_last and layer.activation for layer in sample.layers)
@@ -287,9 +303,10 @@ def stuck(sample: Sample, progress: Progress, patience: int) -> Iterator[Symptom
 
 
 def _inputs(sample: Sample) -> str:
-    """Returns the size of the inputs in words, if they are large."""
+    """Returns the size of the inputs in words, if they are large or small."""
     rms = sample.input_rms
-    return f"; inputs have an rms of {rms:.3g} (usual: about 1)" if rms > LARGE_INPUT else ""
+    is_usual = SMALL_INPUT <= rms <= LARGE_INPUT or math.isnan(rms)
+    return "" if is_usual else f"; inputs have an rms of {rms:.3g} (usual: about 1)"
 
 
 def is_related(permuted: float, ratio: float) -> bool:
@@ -302,8 +319,12 @@ def is_related(permuted: float, ratio: float) -> bool:
     return permuted >= (UNRELATED_IF_WORSE if ratio > WORSE else UNRELATED)
 
 
-def _modules(names: Sequence[str]) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(name.rpartition(".")[0] or name for name in names))[:5]
+def modules_of(names: Sequence[str]) -> tuple[str, ...]:
+    """Returns the modules of parameters; a parameter beside modules, such as positions, itself."""
+    owners = {name: name.rpartition(".")[0] or name for name in names}
+    outer = {o for o in owners.values() if any(other.startswith(f"{o}.") for other in owners.values())}
+    found = [name if owner in outer else owner for name, owner in owners.items()]
+    return tuple(dict.fromkeys(sorted(found, key=lambda name: name in owners)))[:5]
 
 
 def _first(found: Sequence[tuple[float, tuple[str, ...], str]]) -> tuple[float, tuple[str, ...], str]:

@@ -156,6 +156,7 @@ class Sample:
         coverage: Parameters that are not trained.
         input_rms: Rms of the largest floating-point tensor of the batch.
         columns: If that is a table, the largest rms of a column, the median one, the index of the largest.
+        inputs_are_constant: True if all rows of the inputs are the same, and those of the targets differ.
         one_signed: True if the gradient at the head has one sign for all samples.
         permuted: Relative rise of the loss if targets are permuted; NaN if not measured.
     """
@@ -170,6 +171,7 @@ class Sample:
     coverage: Coverage = field(default_factory=Coverage)
     input_rms: float = math.nan
     columns: tuple[float, ...] | None = None
+    inputs_are_constant: bool = False
     one_signed: bool = False
     permuted: float = math.nan
 

@@ -50,6 +50,8 @@ class Symptom:
             >>> dead.explains(stuck), stuck.explains(dead)
             (True, False)
         """
+        if self.cause == other.cause != "unknown":
+            return True
         if self.tier == "stuck" or self.tier == "stagnation":
             return other.tier in ("stuck", "stagnation")
         if self.tier == "coverage":

@@ -23,26 +23,51 @@ class DeviceScalars:
 
     def __init__(self) -> None:
         self._values: list[Tensor] = []
+        self._factors: list[float] = []
+        self._last: Tensor | None = None
         self._host: Sequence[float] = ()
 
-    def add(self, value: Tensor) -> int:
-        """Adds a scalar of any dtype; returns its index."""
-        self._values.append(value.detach().reshape(()).float())
+    def add(self, value: Tensor, factor: float = 1.0) -> int:
+        """Adds a scalar of any dtype, to be multiplied on the host; returns its index."""
+        value = value.detach()
+        value = value.reshape(()) if value.ndim else value
+        self._values.append(value if value.dtype == torch.float32 else value.float())
+        self._factors.append(factor)
         return len(self._values) - 1
 
+    def add_rms(self, tensor: Tensor) -> int:
+        """Adds the root mean square of a tensor, or of this rank's shard of it; returns its index."""
+        local = _plain(tensor)
+        return self.add(_norm(local), max(local.numel(), 1) ** -0.5)
+
+    def largest(self, indices: Sequence[int]) -> Tensor:
+        """Returns the largest of some of the numbers, shape `()`, on the device."""
+        chosen = torch.stack([self._values[i] for i in indices])
+        return (chosen * torch.tensor([self._factors[i] for i in indices], device=chosen.device)).max()
+
+    def add_last(self, values: Tensor) -> int:
+        """Adds numbers of shape `(n,)` after all others; returns the index of the first."""
+        self._last = values.float()
+        return len(self._values)
+
     def stacked(self, device: torch.device) -> Tensor:
-        """Returns all scalars, shape `(n,)`, and releases them."""
+        """Returns all numbers, shape `(n,)`, and releases them."""
         values, self._values = self._values, []
-        if not values:
-            return torch.zeros(0, device=device)
-        return torch.stack([value.to(device) for value in values])
+        last, self._last = self._last, None
+        parts = [torch.stack([value.to(device) for value in values])] if values else []
+        parts += [] if last is None else [last.to(device)]
+        if len(parts) == 1:
+            return parts[0]
+        return torch.cat(parts) if parts else torch.zeros(0, device=device)
 
     def read(self, host: Sequence[float]) -> None:
         """Takes the numbers from the host."""
         self._host = host
 
     def __getitem__(self, index: int | None) -> float:
-        return math.nan if index is None or index >= len(self._host) else self._host[index]
+        if index is None or index >= len(self._host):
+            return math.nan
+        return self._host[index] * (self._factors[index] if index < len(self._factors) else 1.0)
 
 
 def is_measurable(value: object) -> bool:
@@ -65,12 +90,20 @@ def accumulated_in(tensor: Tensor) -> torch.dtype:
 
 def rms(tensor: Tensor) -> Tensor:
     """Returns the root mean square of a tensor, or of this rank's shard of it; shape `()`."""
+    local = _plain(tensor)
+    scaled: Tensor = _norm(local) / max(local.numel(), 1) ** 0.5
+    return scaled
+
+
+def _plain(tensor: Tensor) -> Tensor:
     local = tensor.detach()
     local = local.to_local() if isinstance(local, DTensor) else local
-    local = local.abs() if local.is_complex() else local
+    return local.abs() if local.is_complex() else local
+
+
+def _norm(local: Tensor) -> Tensor:
     norm: Tensor = torch.linalg.vector_norm(local, dtype=accumulated_in(local))
-    scaled: Tensor = norm / max(local.numel(), 1) ** 0.5
-    return scaled
+    return norm
 
 
 def column_scales(table: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 from weakref import WeakValueDictionary
@@ -17,18 +16,23 @@ from torch.utils._pytree import tree_leaves
 
 from lightning_gradguard.core.detectors.diagnosis.sample import (
     LayerSignal,
-    LossSignal,
     Sample,
     TimeSignal,
     UnitSignal,
 )
 from lightning_gradguard.core.detectors.diagnosis.signals import attention, loss_calls, recurrences, units
 from lightning_gradguard.core.detectors.diagnosis.signals.loss_baseline import LossBaselines
+from lightning_gradguard.core.detectors.diagnosis.signals.matrices import (
+    PRODUCTS,
+    BareMatrices,
+    is_layer,
+    own_matrices,
+)
+from lightning_gradguard.core.detectors.diagnosis.signals.records import LayerRecord, LossRecord, UnitRecord
 from lightning_gradguard.core.detectors.diagnosis.signals.scalars import (
     DeviceScalars,
     column_scales,
     is_measurable,
-    rms,
 )
 from lightning_gradguard.core.parameter_names import plain_name
 
@@ -38,36 +42,6 @@ MAX_CALLS = 2048
 MIN_TIMES = 8
 #: Functions that are activations, whatever is measured of them.
 ACTIVATIONS = frozenset({*units.RECTIFIERS, *units.SMOOTH_RECTIFIERS, *units.SATURATING, "leaky_relu", "elu"})
-
-
-@dataclass
-class _Layer:
-    name: str
-    units: int
-    output: int | None
-    gradients: list[int] = field(default_factory=list)
-    blocked: list[tuple[int, int]] = field(default_factory=list)
-    calls: int = 0
-    activation: str = ""
-
-
-@dataclass
-class _Units:
-    layer: str
-    module: str
-    function: str
-    dead: int | None
-    saturated: int | None
-    after: int
-
-
-@dataclass
-class _Loss:
-    function: str
-    flags: dict[str, int]
-    value: int
-    constant: int | None
-    scales: tuple[int, int] | None = None
 
 
 class StepTrace(TorchFunctionMode):
@@ -90,26 +64,34 @@ class StepTrace(TorchFunctionMode):
         self._module = module
         self._baselines = baselines
         self._scalars = DeviceScalars()
-        self._layers: dict[str, _Layer] = {}
-        self._units: list[_Units] = []
+        self._layers: dict[str, LayerRecord] = {}
+        self._units: list[UnitRecord] = []
         self._times: dict[str, tuple[int, int, int]] = {}
-        self._losses: list[_Loss] = []
+        self._losses: list[LossRecord] = []
         self._one_signed: dict[str, int] = {}
         self._last = ""
         self._n_calls = 0
-        self._largest: Tensor | None = None
+        self._gradients: list[int] = []
+        self._blocked = units.UnitGradients()
+        self._shares: dict[int | None, tuple[int, int]] = {}
         self._modules: list[str] = []
         self._attention: list[str] = []
         self._hooks = ExitStack()
         self._is_open = True
+        self._bare = BareMatrices(module)
         leaves = [leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)]
         self._data: WeakValueDictionary[int, Tensor] = WeakValueDictionary({id(t): t for t in leaves})
         inputs = [leaf for leaf in leaves if is_measurable(leaf)]
         self._used: set[int] = set()
         largest = max(inputs, key=Tensor.numel) if inputs else None
-        self._input = None if largest is None else self._scalars.add(rms(largest))
+        self._input = None if largest is None else self._scalars.add_rms(largest)
         columns = None if largest is None else column_scales(largest)
         self._columns = None if columns is None else [self._scalars.add(number) for number in columns]
+
+    @property
+    def unregistered(self) -> dict[str, nn.Parameter]:
+        """Parameters that take part in the step and that no module has registered, by name."""
+        return self._bare.unregistered
 
     @property
     def layers(self) -> list[str]:
@@ -128,8 +110,10 @@ class StepTrace(TorchFunctionMode):
                     child.register_forward_pre_hook(lambda *_, name=name: self._attention.append(name))
                 )
                 self._hook(child.register_forward_hook(lambda *_: self._attention.clear()))
-            if any(p is not None and p.ndim > 1 for p in child._parameters.values()):
+            if is_layer(child):
                 self._hook(child.register_forward_hook(partial(self._after_layer, name)))
+            elif not child._modules and any(True for _ in own_matrices(child)):
+                self._hook(child.register_forward_hook(partial(self._after_own_layer, name)))
             elif not child._modules and not child._parameters:
                 self._hook(child.register_forward_pre_hook(lambda *_, name=name: self._modules.append(name)))
                 self._hook(child.register_forward_hook(lambda *_: self._modules.clear()))
@@ -148,6 +132,11 @@ class StepTrace(TorchFunctionMode):
         """Stops recording, and returns all numbers, shape `(n,)`, on the device."""
         self._is_open = False
         self._hooks.close()
+        if len(self._blocked):
+            with _silent(), torch.no_grad():
+                shares = self._blocked.blocked_shares(self._scalars.largest(self._gradients))
+                first = self._scalars.add_last(shares.flatten())
+                self._shares = {i: (first + i, first + i + shares.shape[1]) for i in range(shares.shape[1])}
         return self._scalars.stacked(device)
 
     def sample(self, step: int, host: Sequence[float]) -> Sample:
@@ -170,32 +159,23 @@ class StepTrace(TorchFunctionMode):
             )
             for u in self._units
         ]
-        found += [
-            UnitSignal(layer.name, "", "", numbers[dead], numbers[saturated], layer.name == self._last)
-            for layer in self._layers.values()
-            for dead, saturated in layer.blocked
-            if layer.activation not in units.SATURATING
-        ]
+        for layer in self._layers.values():
+            if layer.blocked in self._shares and layer.activation not in units.SATURATING:
+                dead, saturated = (numbers[i] for i in self._shares[layer.blocked])
+                is_last = layer.name == self._last
+                found.append(UnitSignal(layer.name, "", "", dead, saturated, is_last))
         times = [TimeSignal(name, *(numbers[i] for i in indices)) for name, indices in self._times.items()]
         times += [
             TimeSignal(layer.name, layer.gradients[-1], layer.gradients[0], max(layer.gradients))
-            for layer in layers_through_time(layers)
+            for layer in layers
+            if len(layer.gradients) >= MIN_TIMES  # cells of a recurrence; gradients arrive last step first
         ]
         return Sample(
             step,
             layers=layers,
             units=found,
             times=times,
-            calls=[
-                LossSignal(
-                    loss.function,
-                    {cause: numbers[i] for cause, i in loss.flags.items()},
-                    numbers[loss.value],
-                    numbers[loss.constant],
-                    *(() if loss.scales is None else (numbers[i] for i in loss.scales)),
-                )
-                for loss in self._losses
-            ],
+            calls=[loss.signal(numbers) for loss in self._losses],
             input_rms=numbers[self._input],
             columns=None if self._columns is None else tuple(numbers[i] for i in self._columns),
             one_signed=numbers[self._one_signed.get(self._last)] == 1,
@@ -235,7 +215,9 @@ class StepTrace(TorchFunctionMode):
         plain = name.strip("_")
         if plain == "hardtanh" and units.is_rectifier(function, args, kwargs):
             plain = "relu6"
-        if plain in ACTIVATIONS:
+        if plain in PRODUCTS and (layer := self._bare.name_of(given)):
+            self._add_call(layer, result, 1 - result.ndim if plain.startswith("conv") else -1)
+        elif plain in ACTIVATIONS:
             self._record_units(plain, result)
         elif plain in ("sub", "rsub", "subtract"):
             self._record_difference(args, result)
@@ -288,8 +270,14 @@ class StepTrace(TorchFunctionMode):
             return
         nothing = torch.full((), torch.nan, device=answer.device)
         index = add(nothing if value is None else value)
-        scales = (add(rms(target)), add(rms(answer))) if name in loss_calls.REGRESSION else None
-        self._losses.append(_Loss(name, flags, index, None if constant is None else add(constant), scales))
+        scales = (
+            (self._scalars.add_rms(target), self._scalars.add_rms(answer))
+            if name in loss_calls.REGRESSION
+            else None
+        )
+        self._losses.append(
+            LossRecord(name, flags, index, None if constant is None else add(constant), scales)
+        )
 
     def _record_attention(self, name: str, arguments: dict[str, Any], result: Any) -> None:
         where = self._attention[-1] if self._attention else self._last
@@ -311,25 +299,20 @@ class StepTrace(TorchFunctionMode):
         if dead is not None or saturated is not None:
             module = self._modules[-1] if self._modules else ""
             shares = [None if share is None else self._scalars.add(share) for share in (dead, saturated)]
-            self._units.append(_Units(layer.name, module, name, shares[0], shares[1], after=self._n_calls))
+            self._units.append(
+                UnitRecord(layer.name, module, name, shares[0], shares[1], after=self._n_calls)
+            )
 
     def _after_layer(self, name: str, module: nn.Module, inputs: Any, output: Any) -> None:
         if not self._records():
             return
         with _silent(), torch._C.DisableTorchFunction():
             tensor = next((leaf for leaf in _tensors(output) if is_measurable(leaf)), None)
-            if tensor is None or self._n_calls >= MAX_CALLS:
+            if tensor is None:
                 return
-            layer = self._layers.get(name)
+            layer = self._add_call(name, tensor, 1 - tensor.ndim if isinstance(module, _ConvNd) else -1)
             if layer is None:
-                dim = 1 - tensor.ndim if isinstance(module, _ConvNd) else -1
-                layer = self._layers[name] = _Layer(name, dim, self._scalars.add(rms(tensor)))
-            layer.calls += 1
-            self._last = name
-            self._n_calls += 1
-            if tensor.requires_grad:
-                extremes = units.extremes(tensor.detach(), layer.units) if layer.calls == 1 else None
-                tensor.register_hook(partial(self._on_gradient, layer, extremes))  # type: ignore[no-untyped-call]
+                return
             if isinstance(module, nn.RNNBase) and module.mode == "RNN_TANH":
                 self._add_saturated(name, "tanh", units.saturated_share(tensor.detach(), -1, "tanh"))
             # of the calls of a cell, the first, the second, the fourth, ...
@@ -337,20 +320,40 @@ class StepTrace(TorchFunctionMode):
                 for kind, share in recurrences.saturated_gates(module, _tensors(inputs), tensor):
                     self._add_saturated(name, kind, share)
 
+    def _after_own_layer(self, name: str, module: nn.Module, inputs: Any, output: Any) -> None:
+        """Records a layer that is written by hand, unless the functions that it calls were recorded."""
+        if not self._bare.has_seen(module):
+            self._after_layer(name, module, inputs, output)
+
+    def _add_call(self, name: str, output: Tensor, units_dim: int) -> LayerRecord | None:
+        if self._n_calls >= MAX_CALLS or not is_measurable(output):
+            return None
+        layer = self._layers.get(name)
+        if layer is None:
+            layer = self._layers[name] = LayerRecord(name, units_dim, self._scalars.add_rms(output))
+        layer.calls += 1
+        self._last = name
+        self._n_calls += 1
+        if output.requires_grad:
+            extremes = units.extremes(output.detach(), layer.units) if layer.calls == 1 else None
+            output.register_hook(partial(self._on_gradient, layer, extremes))  # type: ignore[no-untyped-call]
+        return layer
+
     def _add_saturated(self, name: str, kind: str, share: Tensor | None, after: int = -1) -> None:
         if share is not None and len(self._units) < MAX_CALLS:
-            self._units.append(_Units(name, name, kind, None, self._scalars.add(share), after))
+            self._units.append(UnitRecord(name, name, kind, None, self._scalars.add(share), after))
 
-    def _on_gradient(self, layer: _Layer, extremes: tuple[Tensor, Tensor] | None, gradient: Tensor) -> None:
+    def _on_gradient(
+        self, layer: LayerRecord, extremes: tuple[Tensor, Tensor] | None, gradient: Tensor
+    ) -> None:
         if not self._is_open:
             return
         with _silent(), torch._C.DisableTorchFunction(), torch.no_grad():
-            size = rms(gradient)
-            self._largest = size if self._largest is None else torch.maximum(self._largest, size)
-            layer.gradients.append(self._scalars.add(size))
+            index = self._scalars.add_rms(gradient)
+            self._gradients.append(index)
+            layer.gradients.append(index)
             if extremes is not None:
-                shares = units.blocked_shares(gradient, layer.units, *extremes, self._largest)
-                layer.blocked.append((self._scalars.add(shares[0]), self._scalars.add(shares[1])))
+                layer.blocked = self._blocked.add(gradient, layer.units, *extremes)
             if layer.name == self._last:
                 self._one_signed[layer.name] = self._scalars.add(loss_calls.is_one_signed(gradient))
 
@@ -376,16 +379,6 @@ class StepTrace(TorchFunctionMode):
 
 
 _ON_LABELS = ("cross_entropy", "nll_loss")
-
-
-def layers_through_time(layers: Sequence[LayerSignal]) -> Iterator[LayerSignal]:
-    """Yields the layers that one pass calls so often that they are cells of a recurrence.
-
-    Gradients arrive last step first.
-    """
-    for layer in layers:
-        if len(layer.gradients) >= MIN_TIMES:
-            yield layer
 
 
 def _tensors(output: Any) -> list[Tensor]:

@@ -76,35 +76,65 @@ def extremes(output: Tensor, dim: int) -> tuple[Tensor, Tensor] | None:
     return None if others is None else (output.amax(others), output.abs().amin(others))
 
 
-def blocked_shares(
-    gradient: Tensor, dim: int, highest: Tensor, nearest: Tensor, largest: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Returns the share of units that are dead, and of those that are saturated, by their gradients.
+class UnitGradients:
+    """Gradients of units; which units are blocked is computed for all layers at once.
 
     An activation that is no function of its own is known by its effect: no gradient passes for inputs that
     are all negative, or, on both sides, all far out.
 
-    Args:
-        gradient: At the output of a layer.
-        dim: Dimension of the units.
-        highest: Highest output of each unit.
-        nearest: Output of each unit that is nearest to 0, without its sign.
-        largest: Largest root mean square of a gradient, of all layers so far.
-
     Example:
         >>> x = torch.cat([torch.ones(16, 1), -torch.ones(16, 1)], 1)
-        >>> gradient = torch.cat([torch.ones(16, 1), torch.zeros(16, 1)], 1)
-        >>> blocked_shares(gradient, 1, *extremes(x, 1), torch.tensor(1.0))
-        (tensor(0.5000), tensor(0.))
+        >>> gradients = UnitGradients()
+        >>> gradients.add(torch.cat([torch.ones(16, 1), torch.zeros(16, 1)], 1), 1, *extremes(x, 1))
+        0
+        >>> gradients.blocked_shares(torch.tensor(1.0))
+        tensor([[0.5000],
+                [0.0000]])
     """
-    others = [d for d in range(gradient.ndim) if d != dim % gradient.ndim]
-    size = gradient.abs().amax(others)
-    negative = (size <= NO_GRADIENT * largest) & (largest > 0) & (highest <= 0)
-    far_out = (size <= HARDLY_ANY * largest) & (largest > 0) & (nearest > FAR_OUT)
-    positive = far_out & (highest > 0)
-    dead, both = negative.float().mean(), far_out.float().mean()
-    is_saturated = positive.sum() * 4 > negative.sum()
-    return torch.where(is_saturated, 0.0, dead), torch.where(is_saturated, both, 0.0)
+
+    def __init__(self) -> None:
+        self._sizes: list[Tensor] = []
+        self._highest: list[Tensor] = []
+        self._nearest: list[Tensor] = []
+
+    def __len__(self) -> int:
+        return len(self._sizes)
+
+    def add(self, gradient: Tensor, dim: int, highest: Tensor, nearest: Tensor) -> int:
+        """Adds a layer; returns its index.
+
+        Args:
+            gradient: At the output of the layer.
+            dim: Dimension of the units.
+            highest: Highest output of each unit.
+            nearest: Output of each unit that is nearest to 0, without its sign.
+        """
+        others = [d for d in range(gradient.ndim) if d != dim % gradient.ndim]
+        self._sizes.append(gradient.abs().amax(others))
+        self._highest.append(highest)
+        self._nearest.append(nearest)
+        return len(self._sizes) - 1
+
+    def blocked_shares(self, largest: Tensor) -> Tensor:
+        """Returns the shares of dead and of saturated units of each layer, shape `(2, layers)`.
+
+        Args:
+            largest: Largest root mean square of a gradient, of all layers.
+        """
+        device, n = largest.device, [len(sizes) for sizes in self._sizes]
+        size, highest, nearest = (
+            torch.cat([part.to(device) for part in parts])
+            for parts in (self._sizes, self._highest, self._nearest)
+        )
+        counts = torch.tensor(n, device=device)
+        layer = torch.arange(len(n), device=device).repeat_interleave(counts, output_size=sum(n))
+        negative = (size <= NO_GRADIENT * largest) & (highest <= 0)
+        far_out = (size <= HARDLY_ANY * largest) & (nearest > FAR_OUT)
+        masks = torch.stack([negative, far_out, far_out & (highest > 0)]).float()
+        sums = masks.new_zeros(3, len(n)).index_add_(1, layer, masks)
+        dead, both, positive = (sums / counts * (largest > 0)).unbind()
+        is_saturated = positive * 4 > dead
+        return torch.stack([torch.where(is_saturated, 0.0, dead), torch.where(is_saturated, both, 0.0)])
 
 
 def is_rectifier(function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:

@@ -1,0 +1,50 @@
+"""Records of a traced step: indices of numbers that are still on the device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from lightning_gradguard.core.detectors.diagnosis.sample import LossSignal
+from lightning_gradguard.core.detectors.diagnosis.signals.scalars import DeviceScalars
+
+
+@dataclass
+class LayerRecord:
+    """A layer: its name, the dimension of its units, rms of its output and gradients, blocked units."""
+
+    name: str
+    units: int
+    output: int | None
+    gradients: list[int] = field(default_factory=list)
+    blocked: int | None = None
+    calls: int = 0
+    activation: str = ""
+
+
+@dataclass
+class UnitRecord:
+    """An activation: its layer, shares of dead and saturated units, calls of layers before it."""
+
+    layer: str
+    module: str
+    function: str
+    dead: int | None
+    saturated: int | None
+    after: int
+
+
+@dataclass
+class LossRecord:
+    """A call of a loss: broken conditions, its value and a constant's, rms of targets and answers."""
+
+    function: str
+    flags: dict[str, int]
+    value: int
+    constant: int | None
+    scales: tuple[int, int] | None = None
+
+    def signal(self, numbers: DeviceScalars) -> LossSignal:
+        """Returns the call with its numbers, which are on the host."""
+        flags = {cause: numbers[i] for cause, i in self.flags.items()}
+        scales = () if self.scales is None else (numbers[self.scales[0]], numbers[self.scales[1]])
+        return LossSignal(self.function, flags, numbers[self.value], numbers[self.constant], *scales)
