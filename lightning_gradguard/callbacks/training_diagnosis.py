@@ -209,13 +209,7 @@ class TrainingDiagnosis(StepCallback):
         if where:
             symptom = Symptom("nonfinite_gradient", "unknown", where, share, "", "update", since=sample.step)
             symptoms = [*symptoms, *self.diagnosis.add_once(symptom)]
-        if distributed.world_size() == 1:
-            self._publish(trainer, pl_module, symptoms, record.now)
-            return
-        message = encoded(symptoms, pl_module.device)
-        if distributed.rank() > 0:
-            message.zero_()
-        self.suite.sum_in_next_step(message, self._receive)
+        self._publish_on_all_ranks(trainer, pl_module, symptoms, record.now)
 
     def on_training_incident(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, incident: Incident
@@ -224,7 +218,8 @@ class TrainingDiagnosis(StepCallback):
         if incident.kind == "divergence" and incident.cause == "update_too_large":
             evidence = incident.detail.rstrip(".") or "training has diverged"
             symptoms = self.diagnosis.diverged(incident.where, evidence, incident.step)
-            self._publish(trainer, pl_module, symptoms, {"step": incident.step, "epoch": incident.epoch})
+            now = {"step": incident.step, "epoch": incident.epoch}
+            self._publish_on_all_ranks(trainer, pl_module, symptoms, now)
         is_symptom = incident.kind in SYMPTOMS and incident.kind != "constant_clipping"
         if not self._is_publishing and is_symptom:
             self.diagnosis.known(incident.kind, incident.where, incident.step)
@@ -275,6 +270,22 @@ class TrainingDiagnosis(StepCallback):
 
     def _receive(self, message: Tensor) -> None:
         self.suite.metrics.add_numbers(self, None, message)
+
+    def _publish_on_all_ranks(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        symptoms: Sequence[Symptom],
+        now: dict[str, int],
+    ) -> None:
+        """Publishes what this process has found or, of several, what rank 0 has found."""
+        if distributed.world_size() == 1:
+            self._publish(trainer, pl_module, symptoms, now)
+            return
+        message = encoded(symptoms, pl_module.device)
+        if distributed.rank() > 0:
+            message.zero_()
+        self.suite.sum_in_next_step(message, self._receive)
 
     def _publish(
         self,

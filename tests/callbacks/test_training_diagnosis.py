@@ -178,7 +178,8 @@ class Functional(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         for weight in self.weights[:-1]:
             x = self.act(functional.linear(x, weight))
-        return x @ self.weights[-1].T
+        out: Tensor = x @ self.weights[-1].T
+        return out
 
 
 class Listed(nn.Module):
@@ -192,7 +193,8 @@ class Listed(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         for layer in self.layers:
             x = layer(x).relu()
-        return self.out(x)  # type: ignore[no-any-return]
+        out: Tensor = self.out(x)
+        return out
 
 
 class Positioned(nn.Module):

@@ -73,7 +73,8 @@ class StepTrace(TorchFunctionMode):
         self._n_calls = 0
         self._gradients: list[int] = []
         self._blocked = units.UnitGradients()
-        self._shares: dict[int | None, tuple[int, int]] = {}
+        self._dead = units.DeadShares()
+        self._first_share: int | None = None
         self._modules: list[str] = []
         self._attention: list[str] = []
         self._hooks = ExitStack()
@@ -132,11 +133,12 @@ class StepTrace(TorchFunctionMode):
         """Stops recording, and returns all numbers, shape `(n,)`, on the device."""
         self._is_open = False
         self._hooks.close()
-        if len(self._blocked):
-            with _silent(), torch.no_grad():
-                shares = self._blocked.blocked_shares(self._scalars.largest(self._gradients))
-                first = self._scalars.add_last(shares.flatten())
-                self._shares = {i: (first + i, first + i + shares.shape[1]) for i in range(shares.shape[1])}
+        with _silent(), torch.no_grad():
+            parts = [self._dead.values(device)] if len(self._dead) else []
+            if len(self._blocked):
+                largest = self._scalars.largest(self._gradients).to(device)
+                parts += self._blocked.blocked_shares(largest).unbind()
+            self._first_share = self._scalars.add_last(torch.cat(parts)) if parts else None
         return self._scalars.stacked(device)
 
     def sample(self, step: int, host: Sequence[float]) -> Sample:
@@ -155,15 +157,20 @@ class StepTrace(TorchFunctionMode):
         ]
         found = [
             UnitSignal(
-                u.layer, u.module, u.function, numbers[u.dead], numbers[u.saturated], u.after == self._n_calls
+                u.layer,
+                u.module,
+                u.function,
+                numbers[self._share(u.dead)],
+                numbers[u.saturated],
+                u.after == self._n_calls,
             )
             for u in self._units
         ]
         for layer in self._layers.values():
-            if layer.blocked in self._shares and layer.activation not in units.SATURATING:
-                dead, saturated = (numbers[i] for i in self._shares[layer.blocked])
-                is_last = layer.name == self._last
-                found.append(UnitSignal(layer.name, "", "", dead, saturated, is_last))
+            if layer.blocked is not None and layer.activation not in units.SATURATING:
+                first = len(self._dead) + layer.blocked
+                dead, saturated = (numbers[self._share(first + i)] for i in (0, len(self._blocked)))
+                found.append(UnitSignal(layer.name, "", "", dead, saturated, layer.name == self._last))
         times = [TimeSignal(name, *(numbers[i] for i in indices)) for name, indices in self._times.items()]
         times += [
             TimeSignal(layer.name, layer.gradients[-1], layer.gradients[0], max(layer.gradients))
@@ -180,6 +187,9 @@ class StepTrace(TorchFunctionMode):
             columns=None if self._columns is None else tuple(numbers[i] for i in self._columns),
             one_signed=numbers[self._one_signed.get(self._last)] == 1,
         )
+
+    def _share(self, index: int | None) -> int | None:
+        return None if index is None or self._first_share is None else self._first_share + index
 
     def __torch_function__(
         self, function: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
@@ -235,7 +245,11 @@ class StepTrace(TorchFunctionMode):
         is_data, target = self._is_data(target), target.detach()
         value, constant = result.detach().float().mean(), None
         if options.get("reduction", "mean") == "sum":
-            n = (target != options.get("ignore_index", -100)).sum() if name in _ON_LABELS else answer.numel()
+            n = (
+                (target != options.get("ignore_index", -100)).sum()
+                if name in ("cross_entropy", "nll_loss")
+                else answer.numel()
+            )
             value = value / n
         if is_data:
             key = f"{len(self._losses)}.{name}"
@@ -292,16 +306,17 @@ class StepTrace(TorchFunctionMode):
         layer.activation = layer.activation or name
         dim = layer.units if output.ndim > -layer.units else -1
         dead = saturated = None
-        if name in units.RECTIFIERS or name in units.SMOOTH_RECTIFIERS:
-            dead = units.dead_share(output.detach(), dim, smooth=name in units.SMOOTH_RECTIFIERS)
+        smooth = name in units.SMOOTH_RECTIFIERS
+        if smooth or name in units.RECTIFIERS:
+            found = units.heights(output.detach(), dim, smooth=smooth)
+            dead = None if found is None else self._dead.add(*found)
         if name in units.SATURATING:
-            saturated = units.saturated_share(output.detach(), dim, name)
+            share = units.saturated_share(output.detach(), dim, name)
+            saturated = None if share is None else self._scalars.add(share)
         if dead is not None or saturated is not None:
             module = self._modules[-1] if self._modules else ""
-            shares = [None if share is None else self._scalars.add(share) for share in (dead, saturated)]
-            self._units.append(
-                UnitRecord(layer.name, module, name, shares[0], shares[1], after=self._n_calls)
-            )
+            record = UnitRecord(layer.name, module, name, dead, saturated, after=self._n_calls)
+            self._units.append(record)
 
     def _after_layer(self, name: str, module: nn.Module, inputs: Any, output: Any) -> None:
         if not self._records():
@@ -376,9 +391,6 @@ class StepTrace(TorchFunctionMode):
 
     def _hook(self, handle: Any) -> None:
         self._hooks.callback(handle.remove)
-
-
-_ON_LABELS = ("cross_entropy", "nll_loss")
 
 
 def _tensors(output: Any) -> list[Tensor]:

@@ -28,22 +28,54 @@ MOST_SAMPLES = 0.95
 NEARLY_ALL = 0.85
 
 
-def dead_share(output: Tensor, dim: int, *, smooth: bool = False) -> Tensor | None:
-    """Returns the share of units that are zero for every sample; `None` for too few samples.
+def heights(output: Tensor, dim: int, *, smooth: bool = False) -> tuple[Tensor, float] | None:
+    """Returns the highest output of each unit, and the height up to which a unit is dead.
 
     Args:
         output: Of the activation.
         dim: Dimension of the units.
         smooth: True for an activation that is never exactly zero.
 
-    Example:
-        >>> dead_share(torch.eye(32)[:, :2].relu() * torch.tensor([1.0, 0.0]), 1)
-        tensor(0.5000)
+    Returns:
+        `None` for too few samples.
     """
     others = _others(output, dim)
     if others is None:
         return None
-    return ((output.abs().amax(others) < NEAR_ZERO) if smooth else (output.amax(others) <= 0)).float().mean()
+    return (output.abs().amax(others), NEAR_ZERO) if smooth else (output.amax(others), 0.0)
+
+
+class DeadShares:
+    """Shares of dead units, computed for all activations at once.
+
+    Example:
+        >>> shares = DeadShares()
+        >>> shares.add(*heights(torch.eye(32)[:, :2].relu() * torch.tensor([1.0, 0.0]), 1))
+        0
+        >>> shares.values(torch.device("cpu"))
+        tensor([0.5000])
+    """
+
+    def __init__(self) -> None:
+        self._highest: list[Tensor] = []
+        self._bounds: list[float] = []
+
+    def __len__(self) -> int:
+        return len(self._highest)
+
+    def add(self, highest: Tensor, bound: float) -> int:
+        """Adds the units of an activation; returns its index."""
+        self._highest.append(highest)
+        self._bounds.append(bound)
+        return len(self._highest) - 1
+
+    def values(self, device: torch.device) -> Tensor:
+        """Returns the share of units that are at most as high as the bound, by activation, shape `(n,)`."""
+        sizes = [len(part) for part in self._highest]
+        bounds = torch.tensor(self._bounds, device=device)
+        activation = _owners(sizes, device)
+        dead = torch.cat([part.to(device) for part in self._highest]) <= bounds[activation]
+        return _shares(dead[None], activation, sizes)[0]
 
 
 def saturated_share(output: Tensor, dim: int, function: str) -> Tensor | None:
@@ -93,7 +125,7 @@ class UnitGradients:
     """
 
     def __init__(self) -> None:
-        self._sizes: list[Tensor] = []
+        self._sizes: list[tuple[Tensor, Tensor]] = []
         self._highest: list[Tensor] = []
         self._nearest: list[Tensor] = []
 
@@ -110,7 +142,7 @@ class UnitGradients:
             nearest: Output of each unit that is nearest to 0, without its sign.
         """
         others = [d for d in range(gradient.ndim) if d != dim % gradient.ndim]
-        self._sizes.append(gradient.abs().amax(others))
+        self._sizes.append((gradient.amax(others), gradient.amin(others)))  # faster than that of `abs()`
         self._highest.append(highest)
         self._nearest.append(nearest)
         return len(self._sizes) - 1
@@ -121,18 +153,17 @@ class UnitGradients:
         Args:
             largest: Largest root mean square of a gradient, of all layers.
         """
-        device, n = largest.device, [len(sizes) for sizes in self._sizes]
-        size, highest, nearest = (
+        device, sizes = largest.device, [len(part) for part in self._highest]
+        high, low, highest, nearest = (
             torch.cat([part.to(device) for part in parts])
-            for parts in (self._sizes, self._highest, self._nearest)
+            for parts in (*zip(*self._sizes, strict=True), self._highest, self._nearest)
         )
-        counts = torch.tensor(n, device=device)
-        layer = torch.arange(len(n), device=device).repeat_interleave(counts, output_size=sum(n))
+        size = torch.maximum(high, -low)
         negative = (size <= NO_GRADIENT * largest) & (highest <= 0)
         far_out = (size <= HARDLY_ANY * largest) & (nearest > FAR_OUT)
-        masks = torch.stack([negative, far_out, far_out & (highest > 0)]).float()
-        sums = masks.new_zeros(3, len(n)).index_add_(1, layer, masks)
-        dead, both, positive = (sums / counts * (largest > 0)).unbind()
+        masks = torch.stack([negative, far_out, far_out & (highest > 0)])
+        shares = _shares(masks, _owners(sizes, device), sizes)
+        dead, both, positive = (shares * (largest > 0)).unbind()
         is_saturated = positive * 4 > dead
         return torch.stack([torch.where(is_saturated, 0.0, dead), torch.where(is_saturated, both, 0.0)])
 
@@ -147,3 +178,15 @@ def _others(output: Tensor, dim: int) -> list[int] | None:
     if isinstance(output, DTensor) or output.ndim < 2 or output.numel() / output.shape[dim] < MIN_ROWS:
         return None  # a shard of the units would need a collective
     return [d for d in range(output.ndim) if d != dim % output.ndim]
+
+
+def _owners(sizes: Sequence[int], device: torch.device) -> Tensor:
+    """Returns the index of the layer of each unit, for layers of some sizes."""
+    counts = torch.tensor(sizes, device=device)
+    return torch.arange(len(sizes), device=device).repeat_interleave(counts, output_size=sum(sizes))
+
+
+def _shares(masks: Tensor, owners: Tensor, sizes: Sequence[int]) -> Tensor:
+    """Returns the share of true values by layer, shape `(k, layers)`, of masks of shape `(k, units)`."""
+    sums = torch.zeros(len(masks), len(sizes), device=masks.device).index_add_(1, owners, masks.float())
+    return sums / torch.tensor(sizes, device=masks.device)
