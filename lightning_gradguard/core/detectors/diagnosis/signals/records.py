@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from lightning_gradguard.core.detectors.diagnosis.sample import LossSignal
+from lightning_gradguard.core.detectors.diagnosis.sample import LossSignal, UnitSignal
 from lightning_gradguard.core.detectors.diagnosis.signals.scalars import DeviceScalars
 
 
@@ -23,7 +23,7 @@ class LayerRecord:
 
 @dataclass
 class UnitRecord:
-    """An activation: its layer, shares of dead and saturated units, calls of layers before it."""
+    """An activation: its layer, dead units (by their place among all), saturated ones, calls before it."""
 
     layer: str
     module: str
@@ -31,6 +31,11 @@ class UnitRecord:
     dead: int | None
     saturated: int | None
     after: int
+
+    def signal(self, numbers: DeviceScalars, dead: int | None, *, is_head: bool) -> UnitSignal:
+        """Returns the activation with its numbers, which are on the host."""
+        names = self.layer, self.module, self.function
+        return UnitSignal(*names, numbers[dead], numbers[self.saturated], is_head)
 
 
 @dataclass

@@ -156,15 +156,7 @@ class StepTrace(TorchFunctionMode):
             for layer in self._layers.values()
         ]
         found = [
-            UnitSignal(
-                u.layer,
-                u.module,
-                u.function,
-                numbers[self._share(u.dead)],
-                numbers[u.saturated],
-                u.after == self._n_calls,
-            )
-            for u in self._units
+            u.signal(numbers, self._share(u.dead), is_head=u.after == self._n_calls) for u in self._units
         ]
         for layer in self._layers.values():
             if layer.blocked is not None and layer.activation not in units.SATURATING:
