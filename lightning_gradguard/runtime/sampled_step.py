@@ -27,6 +27,7 @@ from lightning_gradguard.core.detectors.diagnosis import (
     Symptom,
     Update,
     coverage,
+    is_constant,
 )
 from lightning_gradguard.core.norms import local_shard, power_sums, tensor_norms
 from lightning_gradguard.core.snapshots import preserve_state, rng_state, set_rng_state
@@ -46,8 +47,6 @@ DENSE_INTERVAL, DENSE_UNTIL = 25, 250
 MESSAGE_BYTES = 2048
 #: Permutations of the targets that are averaged.
 N_PERMUTATIONS = 3
-#: Rows of a batch below which all may be the same by chance.
-MIN_ROWS = 8
 #: Keys of targets in a batch that is a dictionary.
 _TARGET_KEYS = ("labels", "label", "targets", "target", "y")
 #: Optimizers whose update does not depend on the scale of the gradient.
@@ -310,24 +309,6 @@ def inputs_of(batch: Any, target: Tensor | None) -> list[Tensor]:
     """Returns the tensors of a batch that have a row for each target."""
     leaves = [leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor) and leaf is not target]
     return [leaf for leaf in leaves if target is not None and leaf.ndim > 0 and len(leaf) == len(target)]
-
-
-def is_constant(inputs: Sequence[Tensor], target: Tensor | None) -> Tensor:
-    """Returns 1 if all rows of all inputs are the same, and those of the target differ, else 0; shape `(1,)`.
-
-    Example:
-        >>> is_constant([torch.zeros(8, 3)], torch.arange(8)), is_constant([torch.eye(8)], torch.arange(8))
-        (tensor([1.]), tensor([0.]))
-    """
-    if target is None or not inputs or len(target) < MIN_ROWS or is_sparse_or_nested([*inputs, target]):
-        return torch.zeros(1)
-    alike = torch.stack([(tensor == tensor[:1]).all() for tensor in inputs]).all()
-    return (alike & (target != target[:1]).any()).float().reshape(1)
-
-
-def is_sparse_or_nested(tensors: Sequence[Tensor]) -> bool:
-    """True if one of the tensors has no rows that can be compared."""
-    return any(tensor.layout is not torch.strided or tensor.is_nested for tensor in tensors)
 
 
 def losses_of_permuted(

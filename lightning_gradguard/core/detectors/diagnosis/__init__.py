@@ -4,6 +4,7 @@ from .coverage import Coverage, Steps, coverage, has_gradient
 from .diagnosis import Diagnosis
 from .sample import Sample, Update
 from .signals.loss_baseline import LossBaselines
+from .signals.scalars import is_constant
 from .signals.trace import StepTrace
 from .symptom import Symptom
 
@@ -18,4 +19,5 @@ __all__ = [
     "Update",
     "coverage",
     "has_gradient",
+    "is_constant",
 ]

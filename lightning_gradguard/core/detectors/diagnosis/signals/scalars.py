@@ -9,6 +9,9 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+#: Rows of a batch below which all may be the same by chance.
+MIN_ROWS = 8
+
 
 class DeviceScalars:
     """Collects scalars on the device; a number that was not measured has index `None` and reads as NaN.
@@ -116,3 +119,20 @@ def column_scales(table: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
         return None
     columns = table.detach().float().square().mean(0).sqrt()
     return columns.max(), columns.median(), columns.argmax()
+
+
+def is_constant(inputs: Sequence[Tensor], target: Tensor | None) -> Tensor:
+    """Returns 1 if all rows of all inputs are the same, and those of the target differ, else 0; shape `(1,)`.
+
+    Example:
+        >>> is_constant([torch.zeros(8, 3)], torch.arange(8)), is_constant([torch.eye(8)], torch.arange(8))
+        (tensor([1.]), tensor([0.]))
+    """
+    if target is None or not inputs or len(target) < MIN_ROWS or not all(map(_has_rows, [*inputs, target])):
+        return torch.zeros(1)
+    alike = torch.stack([(tensor == tensor[:1]).all() for tensor in inputs]).all()
+    return (alike & (target != target[:1]).any()).float().reshape(1)
+
+
+def _has_rows(tensor: Tensor) -> bool:
+    return tensor.layout is torch.strided and not tensor.is_nested
