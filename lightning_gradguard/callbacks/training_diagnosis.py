@@ -118,7 +118,7 @@ class TrainingDiagnosis(StepCallback):
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Reads the length of the run; says where layers are not diagnosed."""
+        """Reads the length of the run, and reports where layers are not diagnosed."""
         super().on_train_start(trainer, pl_module)
         if is_compiled(pl_module):
             console.print_message(
