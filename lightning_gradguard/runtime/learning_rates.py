@@ -12,6 +12,7 @@ from typing import Any
 import pytorch_lightning as pl
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.utils._pytree import tree_leaves_with_path
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_gradguard.core.initialization import Finding
@@ -37,6 +38,8 @@ from lightning_gradguard.runtime.lightning_api import (
 MAX_SCHEDULED = 100_000
 #: Batches that are accumulated in a step of the trial, at most.
 MAX_ACCUMULATED = 8
+#: A part of a batch with a larger rms is to be standardized before a rate is judged: pixels have up to 255.
+LARGE_RMS = 100.0
 
 
 def reason_against_trial(trainer: pl.Trainer, pl_module: pl.LightningModule) -> str:
@@ -138,11 +141,28 @@ def try_rates(
     )
     if finding is None or factor is None:
         return [], values
+    part, rms = _largest_part(batch)
+    if finding.criterion == "learning_rate_too_high" and rms > LARGE_RMS:
+        # a lower rate would be stable, and too low for all that does not depend on the scale
+        cure = (
+            f"standardize {part}, (t - mean) / std: its rms is {rms:.3g} (usual: about 1); then check again"
+        )
+        return [replace(finding, cure=cure)], values
     # the best rate is well below the largest stable one
     factor /= 4 if finding.criterion == "learning_rate_too_high" else 30
     if trial.is_stable(factor):
         finding = replace(finding, cure=_cure(pl_module, trainer.optimizers[0], group, rates[group], factor))
     return [finding], values
+
+
+def _largest_part(batch: Any) -> tuple[str, float]:
+    """Returns the name and the rms of the floating-point tensor with the largest one."""
+    parts = {
+        "batch" + "".join(map(str, path)): float(leaf.detach().double().square().mean().sqrt())
+        for path, leaf in tree_leaves_with_path(batch)
+        if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.numel()
+    }
+    return max(parts.items(), key=lambda part: part[1], default=("", 0.0))
 
 
 def _cure(pl_module: pl.LightningModule, optimizer: Optimizer, group: int, peak: float, factor: float) -> str:

@@ -138,7 +138,7 @@ FAILING: dict[str, tuple[str, str, str, Callable[[], Any], Any]] = {
     "gates of a stack": ("saturated_units", "", "rnn",
                          lambda: gated(nn.GRU, slice(16, 32), 40.0, num_layers=2), None),
     "attention": ("saturated_units", "", "attend", lambda: Attending(), None),
-    "targets": ("exploding_gradient", "target_scale", "",
+    "targets": ("exploding_gradient", "target_scale", "net.2",
                 lambda: Task(one_unit(), functional.mse_loss, rate(0.1)), values(scale=1e5)),
     "a copy is trained": ("weight_stagnation", "replaced_parameters", "net.0",
                           lambda: Task(optimizer=lambda n: torch.optim.Adam(deepcopy(n).parameters())), None),

@@ -53,6 +53,28 @@ def test_a_rate_that_is_too_high_is_an_incident_with_a_cure(
     assert float(trainer.callback_metrics["train_loss_step"]) < 1.0
 
 
+class Millimetres(AtRate):
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        inputs, target = batch
+        return nn.functional.mse_loss(self.net(inputs)[:, 0], target)
+
+
+def test_targets_in_the_thousands_are_standardized_before_the_rate_is_lowered() -> None:
+    generator = torch.Generator().manual_seed(0)
+    data = []
+    for inputs, _ in batches(40):
+        depth = inputs[:, 0] + 0.1 * torch.randn(len(inputs), generator=generator)
+        data.append((inputs, 5000 + 2000 * depth))
+    check = InitializationCheck(rate_trial=True)
+    fit(Millimetres(0.05), data, [check], max_steps=1)
+    (finding,) = check.findings
+    assert finding.criterion == "learning_rate_too_high"
+    assert finding.cure.startswith("standardize batch[1], (t - mean) / std: its rms is 5")
+    cured = InitializationCheck(rate_trial=True)
+    fit(Millimetres(0.05), [(x, (y - 5000) / 2000) for x, y in data], [cured], max_steps=1)
+    assert cured.findings == []
+
+
 @pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.Adam])
 @pytest.mark.parametrize("rate", [1e-3, 0.05])
 def test_a_usual_rate_is_none_and_the_run_is_as_without_the_trial(kind: Any, rate: float) -> None:

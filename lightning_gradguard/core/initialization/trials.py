@@ -17,6 +17,9 @@ from lightning_gradguard.core.initialization.propagation import RECTIFIERS, SATU
 from lightning_gradguard.core.initialization.repair import holds_default_initialization, repair
 from lightning_gradguard.core.parameter_names import code_of
 
+#: Input gates are closed at most to 0.01, where their gradient has not vanished.
+MAX_CLOSED = 4.6
+
 
 def feed_forward_line(module: nn.Module, layer: Layer, *, bias: bool = False) -> str:
     """Returns the line that initializes a linear or convolutional layer for the activation after it.
@@ -246,7 +249,7 @@ class Gated:
         with torch.no_grad():
             for name, parameter in lstm.named_parameters():
                 if name.startswith("bias_hh"):
-                    parameter[: old.hidden_size] = -self._bias
+                    parameter[: old.hidden_size] = -self._closed
                     parameter[old.hidden_size : 2 * old.hidden_size] = self._bias
 
         def replaced(module: nn.Module, inputs: Any, output: Any) -> Any:
@@ -269,10 +272,14 @@ class Gated:
         for layer in range(old.num_layers):
             for direction in ("", "_reverse")[: 1 + old.bidirectional]:
                 bias, size = f"{target}.bias_hh_l{layer}{direction}", old.hidden_size
-                lines.append(f"nn.init.constant_({bias}[:{size}], -{self._bias})")
+                lines.append(f"nn.init.constant_({bias}[:{size}], -{self._closed})")
                 lines.append(f"nn.init.constant_({bias}[{size}:{2 * size}], {self._bias})")
         return f"{'; '.join(lines)}  # its state is a pair; use 3 to 10 times the learning rate; {change}"
 
     @property
     def _bias(self) -> float:
         return round(math.log(max(self.n_steps, 3)), 1)
+
+    @property
+    def _closed(self) -> float:
+        return min(self._bias, MAX_CLOSED)

@@ -205,6 +205,8 @@ def update(sample: Sample, progress: Progress) -> Iterator[Symptom]:
                 cause = "target_scale" if is_far else "update_too_large"
             if cause == "input_scale":  # a normalization is put before the first layer
                 where = tuple(dict.fromkeys([*(layer.name for layer in sample.layers[:1]), *where]))[:5]
+            if cause == "target_scale":  # its answers are scaled back
+                where = tuple(layer.name for layer in sample.layers if layer.is_last) or where
             evidence = f"an update of {before:.2g} of the norm of the weights (usual: below 0.1)"
             if one.unclipped > 1.01:
                 evidence += f", which clipping reduces to {after:.2g}"
