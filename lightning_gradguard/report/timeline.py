@@ -70,7 +70,7 @@ def _entry(members: Sequence[Incident]) -> TimelineEntry:
     else:
         counts = Counter((incident.kind, incident.action) for incident in members)
         text = "; ".join(
-            f"{label(kind)}{f' ({n} times)' if n > 1 else ''}{_action(kind, action)}"
+            f"{title(kind)}{f' ({n} times)' if n > 1 else ''}{_action(kind, action)}"
             for (kind, action), n in counts.items()
         )
     return TimelineEntry(members[0].step, members[-1].step, text[:1].upper() + text[1:])
@@ -83,7 +83,7 @@ def _event(incident: Incident) -> str:
         return f"learning rate scaled by {incident.value:.3g}"
     where = f" at {incident.where[0]}" if incident.where else ""
     cause = f"; cause: {label(incident.cause)}" if incident.cause else ""
-    return f"{label(incident.kind)}{where}{_action(incident.kind, incident.action)}{cause}"
+    return f"{title(incident.kind)}{where}{_action(incident.kind, incident.action)}{cause}"
 
 
 def _action(kind: str, action: str) -> str:

@@ -38,7 +38,7 @@ from lightning_gradguard.runtime.lightning_api import (
 MAX_SCHEDULED = 100_000
 #: Batches that are accumulated in a step of the trial, at most.
 MAX_ACCUMULATED = 8
-#: A part of a batch with a larger rms is to be standardized before a rate is judged: pixels have up to 255.
+#: Largest rms of what need not be standardized before the rate is changed; pixels have up to 255.
 LARGE_RMS = 100.0
 
 

@@ -130,7 +130,8 @@ BY_CAUSE = {
         "writes weights. If it repeats on one machine, exclude that machine."
     ),
     "update_too_large": (
-        "An update was too large: lower the learning rate or warm it up for longer,[clipping| clip gradients "
+        "An update was too large: lower the learning rate (InitializationCheck(rate_trial=True), or the "
+        "command check, measures how far) or warm it up for longer,[clipping| clip gradients "
         "(AdaptiveGradientClipping),] or bound the weights (weight_decay, a max-norm constraint)."
     ),
     "forward_pass": (
