@@ -72,6 +72,7 @@ SymptomCause = Literal[
     "replaced_parameters",
     "detached",
     "never_stepped",
+    "overwritten_weights",
     "cleared_gradients",
     "zero_gradient",
     "learning_rate_too_low",

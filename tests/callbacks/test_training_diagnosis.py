@@ -255,6 +255,18 @@ def test_optimizer_that_does_not_train_is_named(mistake: str, cause: str) -> Non
     assert (incident.kind, incident.cause, incident.where) == ("weight_stagnation", cause, ("net.4", "net.6"))
 
 
+def test_weights_that_are_loaded_before_each_batch_are_named() -> None:
+    class Loading(Task):
+        kept: Any = None
+
+        def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+            self.kept = self.kept or deepcopy(self.net.state_dict())
+            self.net.load_state_dict(self.kept)
+
+    (incident,) = diagnosed(Loading(), 30)
+    assert (incident.kind, incident.cause) == ("weight_stagnation", "overwritten_weights")
+
+
 def test_rate_that_falls_to_nothing_is_named() -> None:
     def falling(net: nn.Module) -> Any:
         optimizer = torch.optim.Adam(net.parameters(), 1e-3)

@@ -105,6 +105,18 @@ def test_pasted_advice_against_depth_mends_convolutions() -> None:
     assert fails(model) == []
 
 
+def test_pasted_advice_against_depth_mends_matrices_of_functional_code_and_recurrences() -> None:
+    model = nn.ModuleDict(
+        {"own": nn.ParameterList([torch.zeros(8, 8)]), "rnn": nn.LSTM(4, 4, 2), "head": nn.Linear(8, 2)}
+    )
+    for where in ("own.0", "rnn"):
+        (code,) = re.findall(r"\[torch.*?\]", advice_for_cause("small_weights", [where], model=model))
+        nn.init.zeros_(model["own"][0])  # type: ignore[index]
+        exec(code, {"torch": torch, "model": model})
+        assert all(p.std() > 0 for p in model.parameters() if p.ndim > 1)
+    assert "'params': [model['own'][0]]}" in advice_for_cause("not_in_optimizer", ["own.0"], model=model)
+
+
 @pytest.mark.parametrize("kind", ["vanishing_gradient", "exploding_gradient"])
 @pytest.mark.parametrize("value", [7.0, -7.0])
 def test_one_incident_has_one_usual_value(kind: IncidentKind, value: float) -> None:

@@ -15,6 +15,10 @@ if TYPE_CHECKING:
 #: What a run has, so that some advice does not apply; `feed_forward`: no recurrence.
 Present = Literal["clipping", "backoff", "rollback", "check", "feed_forward"]
 
+#: How a cure names all weights: those of layers or, for functional code and recurrent networks, all matrices.
+_OF_LAYERS = "for m in model.modules() if isinstance(m, (torch.nn.Linear, torch.nn.Conv2d))"
+_OF_MATRICES = "for p in model.parameters() if p.ndim > 1"
+
 _CONDITIONAL = re.compile(r"\[(\w+)\|([^]]*)\]")
 
 
@@ -92,8 +96,19 @@ def _applied(
     """Returns a text without the parts that do not apply, and with the name of what is at fault."""
     name = where[0] if where else ""
     fitting = _CONDITIONAL.sub(lambda part: "" if part[1] in present else part[2], text)
-    code = code_of(name, model)
-    is_one = name in dict(model.named_parameters()) if model is not None else False
+    code, found = code_of(name, model), None if model is None else _find(name, model)
+    is_bare = found is not None and getattr(found, "ndim", None) is not None
+    has_layers = found is None or type(found).__name__ in ("Linear", "Conv2d")
     return fitting.format(
-        where=name or "the network", code=code, parameters=f"[{code}]" if is_one else f"{code}.parameters()"
+        where=name or "the network",
+        code=code,
+        parameters=f"[{code}]" if is_bare else f"{code}.parameters()",
+        weight="m.weight" if has_layers else "p",
+        for_all=_OF_LAYERS if has_layers else _OF_MATRICES,
     )
+
+
+def _find(name: str, model: nn.Module) -> object:
+    """Returns the module or the parameter of a name; `None` if there is none."""
+    named = {**dict(model.named_parameters()), **dict(model.named_modules())}
+    return named.get(name)

@@ -209,6 +209,10 @@ BY_CAUSE = {
         "Call step() of the optimizer that holds the parameters of {where}, or, if they are not to be "
         "trained, {code}.requires_grad_(False)."
     ),
+    "overwritten_weights": (
+        "Something writes the weights of {where} back after each step: look for load_state_dict, copy_ or an "
+        "assignment to .data in a hook, a callback or the training step."
+    ),
     "cleared_gradients": (
         "Call zero_grad() before the backward pass, not between it and step(), and check that the loss "
         "depends on {where}."
@@ -230,20 +234,18 @@ BY_CAUSE = {
     ),
     "small_weights": (
         "Initialize all layers for their activation, not {where} alone: before tanh "
-        "[torch.nn.init.xavier_normal_(m.weight, gain=5 / 3) for m in model.modules() if isinstance(m, "
-        "(torch.nn.Linear, torch.nn.Conv2d))], before ReLU the same with kaiming_normal_(m.weight, "
-        "nonlinearity='relu')."
+        "[torch.nn.init.xavier_normal_({weight}, gain=5 / 3) {for_all}], before ReLU the same with "
+        "kaiming_normal_({weight}, nonlinearity='relu')."
     ),
     "large_weights": (
         "Initialize all layers for their activation, not {where} alone: before ReLU "
-        "[torch.nn.init.kaiming_normal_(m.weight, nonlinearity='relu') for m in model.modules() if "
-        "isinstance(m, (torch.nn.Linear, torch.nn.Conv2d))], before tanh the same with "
-        "xavier_normal_(m.weight, gain=5 / 3); or normalize after each."
+        "[torch.nn.init.kaiming_normal_({weight}, nonlinearity='relu') {for_all}], before tanh the same with "
+        "xavier_normal_({weight}, gain=5 / 3); or normalize after each."
     ),
     "saturating_activations": (
         "Use activations that do not saturate (ReLU, GELU), and initialize all layers for them: "
-        "[torch.nn.init.kaiming_normal_(m.weight, nonlinearity='relu') for m in model.modules() if "
-        "isinstance(m, (torch.nn.Linear, torch.nn.Conv2d))]; or normalization, or residual connections."
+        "[torch.nn.init.kaiming_normal_({weight}, nonlinearity='relu') {for_all}]; or normalization, or "
+        "residual connections."
     ),
     "depth": (
         "Use residual connections, and fewer layers without them; check the initialization from {where} on "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict, deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from statistics import mean
 from typing import Any
@@ -33,6 +33,8 @@ class Progress:
         self._sizes: dict[int, tuple[float, ...]] = {}
         self._fixed: dict[int, list[float]] = {}
         self._largest_weights: dict[str, float] = {}
+        self._weights: dict[int, Sequence[float]] = {}
+        self._unmoved: dict[int, bool] = {}
 
     def update(self, sample: Sample) -> None:
         """Adds a sample."""
@@ -53,6 +55,8 @@ class Progress:
                 now if now > 0 and math.isclose(now, then, rel_tol=CLIPPED_ALIKE) else math.nan
                 for then, now in zip(before, update.sizes, strict=False)
             ]
+            weights, self._weights[index] = self._weights.get(index), list(update.weights)
+            self._unmoved[index] = weights == list(update.weights)
             for name, norm in zip(update.names, update.weights, strict=False):
                 if math.isfinite(norm):
                     self._largest_weights[name] = max(norm, self._largest_weights.get(name, 0.0))
@@ -60,6 +64,10 @@ class Progress:
     def fixed_sizes(self, index: int) -> list[float]:
         """The `sizes` of an optimizer's update that are those of the sample before; NaN for the others."""
         return self._fixed.get(index, []) or [math.nan] * 3
+
+    def is_unmoved(self, index: int) -> bool:
+        """True if the norms of all weights of an optimizer are those of the sample before."""
+        return self._unmoved.get(index, False)
 
     @property
     def may_be_clipped_by_value(self) -> bool:

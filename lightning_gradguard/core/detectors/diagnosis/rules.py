@@ -226,7 +226,7 @@ def stagnation(sample: Sample, progress: Progress) -> Iterator[Symptom]:
     """Yields weights that do not move, or hardly, while their rate does not rise."""
     if sample.step < 5:
         return
-    for one in sample.updates:
+    for index, one in enumerate(sample.updates):
         if one.rates and not any(one.rates):
             where, evidence = modules_of(one.names[:3]), "the learning rate of every parameter group is 0"
             yield Symptom("weight_stagnation", "learning_rate_too_low", where, 0.0, evidence, "stagnation", 3)
@@ -235,6 +235,15 @@ def stagnation(sample: Sample, progress: Progress) -> Iterator[Symptom]:
         if not one.ratios or not matrices or not math.isfinite(one.total_norm) or one.total_norm == 0:
             continue
         ratios = {i: one.ratios[i] for i in matrices}
+        if progress.is_unmoved(index) and max(ratios.values()) > SMALL_UPDATE and not progress.learns:
+            where = modules_of([one.names[i] for i in matrices[:3]])
+            evidence = (
+                f"updates are up to {max(ratios.values()):.1g} of a weight's norm, and all weights are what "
+                "they were before"
+            )
+            value = max(ratios.values())
+            yield Symptom("weight_stagnation", "overwritten_weights", where, value, evidence, "coverage", 4)
+            continue
         if max(ratios.values()) < SMALL_UPDATE and not progress.learns:
             where = modules_of([one.names[i] for i in matrices[:3]])
             if not any(one.gradients[i] for i in matrices):
