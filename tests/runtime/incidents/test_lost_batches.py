@@ -264,7 +264,7 @@ def test_memory_stays_bounded_in_a_long_run(check: Any) -> None:
 
     rollback = NaNRollback(check=check, snapshot_every_n_steps=10, keep_snapshots=2, max_dossiers=0)
     look = Look()
-    fit(Classifier(), poisoned(batches(100, size=4), nan=[37, 70]), [rollback, look], max_epochs=2)
+    fit(Classifier(), poisoned(batches(200, size=4), nan=[77, 130]), [rollback, look], max_epochs=2)
     # the oldest snapshot may have four after it that are not trusted, a fifth that is, and a pending one
     assert look.most < (1 + PATIENCE + 1) * 11
 
