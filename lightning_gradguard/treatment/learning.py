@@ -13,6 +13,9 @@ LEARNS = 0.9
 HAS_LEARNED, HAS_LEARNED_OVER_PERMUTED = 0.5, 1 / 3
 #: Final loss over the lowest of the run above which it rises again: that of small batches varies by less.
 RISES = 1.5
+#: Loss over that at two thirds of the run below which it still falls, and share of the bound of a run that
+#: has learned above which that matters.
+FALLS, LITTLE_LEFT = 0.7, 0.5
 
 
 @dataclass(frozen=True)
@@ -22,11 +25,13 @@ class Learning:
     Args:
         learns: True if the held-out loss is below that of a constant answer.
         has_learned: True if it is far below, finite, and not on its way up.
+        is_settled: True if it has stopped falling, or has little left to fall.
         evidence: In words.
     """
 
     learns: bool
     has_learned: bool
+    is_settled: bool
     evidence: str
 
 
@@ -37,7 +42,7 @@ def learning_of(trial: Trial) -> Learning:
     network reaches that gives the same answer to each input; without targets, nothing is certain.
     """
     if not math.isfinite(trial.loss):
-        return Learning(False, False, trial.error or "the held-out loss is nonfinite")
+        return Learning(False, False, False, trial.error or "the held-out loss is nonfinite")
     is_known = math.isfinite(trial.over_constant)
     ratio = trial.over_constant if is_known else trial.over_permuted
     bound = HAS_LEARNED if is_known else HAS_LEARNED_OVER_PERMUTED
@@ -45,10 +50,14 @@ def learning_of(trial: Trial) -> Learning:
     if not math.isfinite(ratio):
         first = trial.curve[0][1]
         falls = math.isfinite(first) and trial.loss < LEARNS * first
-        return Learning(falls, False, f"the held-out loss goes from {first:.4g} to {trial.loss:.4g}")
+        return Learning(falls, False, False, f"the held-out loss goes from {first:.4g} to {trial.loss:.4g}")
     # a loss close to zero may rise by a factor and is no worse
     is_low = trial.loss <= RISES * trial.lowest or ratio < bound / 2
     evidence = f"the held-out loss is {trial.loss:.4g}, {ratio:.2f} times that {reference}"
     if not is_low:
         evidence += f", and has risen from {trial.lowest:.4g}"
-    return Learning(ratio < LEARNS and is_low, ratio <= bound and is_low, evidence)
+    before = next((loss for step, loss in trial.curve if 3 * step >= 2 * trial.curve[-1][0]), math.inf)
+    is_settled = ratio <= LITTLE_LEFT * bound or trial.loss > FALLS * before
+    if not is_settled:
+        evidence += f", and still falls, from {before:.4g} after two thirds of the run"
+    return Learning(ratio < LEARNS and is_low, ratio <= bound and is_low, is_settled, evidence)

@@ -43,6 +43,11 @@ _IN_CODE: dict[str, tuple[str, ...]] = {
     "input_scale": ("train_dataloader",),
     "target_scale": ("train_dataloader",),
 }
+#: Faults with which a loss may fall: of how it is called, and of what the optimizer holds.
+_BESIDE_LEARNING = frozenset(
+    {"single_class", "not_log_probabilities", "broadcast_targets", "targets_out_of_range"}
+    | {"replaced_parameters", "cleared_gradients"}
+)
 #: Faults of which a part can be mended without the user: trials are made.
 _TREATABLE = frozenset({"input_scale", "target_scale", "bad_input", "saturating_activations"})
 #: Where a fault lies is searched in these functions first.
@@ -64,6 +69,11 @@ class Prescription:
     text: str
     place: str = ""
     patch: str = ""
+
+    @property
+    def is_beside_learning(self) -> bool:
+        """True for a fault with which a program may seem to learn, and is not healthy."""
+        return self.fault in _BESIDE_LEARNING
 
     @property
     def is_blocking(self) -> bool:

@@ -152,7 +152,7 @@ class _Treatment:
     def run(self) -> TreatmentResult:
         """Searches and verifies."""
         learning = self.found.learning
-        if self.found.is_healthy:
+        if self.found.is_healthy and not any(one.is_beside_learning for one in self.prescriptions):
             return self._result("healthy", f"after {self._probed} steps {learning.evidence}")
         if self.steps < TOO_FEW_STEPS:
             evidence = (
@@ -187,6 +187,8 @@ class _Treatment:
                 return self._result(verdict, evidence, changes, results, suggested)
             if best is None or (verdict == "better" and best[0] != "better"):
                 best = verdict, evidence, changes, results
+            if results and results[0].treated.job.steps < whole_length(runner):
+                break  # what is left of the budget shows less of the next one
         if best is not None:
             verdict, evidence, changes, results = best
             kept = changes if verdict == "better" else ()

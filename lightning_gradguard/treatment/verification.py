@@ -121,8 +121,8 @@ def verdict_of(results: Sequence[SeedResult], whole: int) -> tuple[TreatmentVerd
     """Returns the verdict of a verification, and its evidence.
 
     *Cured*: with each of three fresh seeds, in a run of the whole length, the held-out loss of the treated
-    run is far below that of the best constant answer, is not on its way up, and is below that of the
-    untreated run by more than these differ between seeds; with at most two seeds, it may equal that of an
+    run is far below that of the best constant answer, is not on its way up, has settled, and is below that of
+    the untreated run by more than these differ between seeds; with at most two seeds, it may equal that of an
     untreated run that learns as well. *Better*: with each seed the treated run learns, and beats the
     untreated one by more than that, also if the budget has allowed two seeds alone, or shorter runs.
 
@@ -136,7 +136,7 @@ def verdict_of(results: Sequence[SeedResult], whole: int) -> tuple[TreatmentVerd
     failing = [r.untreated for r in results if not learning_of(r.untreated).has_learned]
     noise = noise_of(failing or [r.untreated for r in results])
     beats = [r.beats(noise) for r in results]
-    learned = [r.learning.has_learned for r in results]
+    learned = [r.learning.has_learned and r.learning.is_settled for r in results]
     steps = min(r.treated.job.steps for r in results)
     each = "; ".join(
         f"seed {r.treated.job.seed}: {_loss(r.treated)} treated, {_loss(r.untreated)} untreated"
@@ -146,8 +146,11 @@ def verdict_of(results: Sequence[SeedResult], whole: int) -> tuple[TreatmentVerd
     evidence = f"held-out loss after {steps} steps: {each}; seed noise {noise:.2g}"
     if missing:
         evidence += f"; the budget has allowed {len(results)} of {N_SEEDS} fresh seeds"
+    slow = next((r.learning for r in results if r.learning.has_learned and not r.learning.is_settled), None)
     if steps < whole:
         evidence += f"; the budget has allowed {steps} of the {whole} steps of your run: better so far"
+    elif slow is not None:
+        evidence += f"; {slow.evidence}: a longer run learns more"
     is_better = all(b or r.keeps(noise) for b, r in zip(beats, results, strict=True)) and any(beats)
     if all(learned) and is_better and not missing and steps >= whole:
         return "cured", f"{evidence}. With the last seed, {results[-1].learning.evidence}"

@@ -17,16 +17,18 @@ from torch import Tensor, nn
 import lightning_gradguard
 from lightning_gradguard import TreatmentError, TreatmentResult
 from lightning_gradguard.treatment.trials.trial import Trial
-from tests.treatment.programs import SHORT, Data, Net, treated
+from tests.treatment.programs import Data, Net, treated
 
 SCHEMA = Path(lightning_gradguard.__file__).parent / "treatment" / "schema.json"
+#: A run that is long enough for a cured network to settle.
+SETTLING = {"max_steps": 90}
 deep_sigmoid = partial(Net, 6, nn.Sigmoid)
 
 
 @pytest.fixture(scope="module")
 def deep(tmp_path_factory: pytest.TempPathFactory) -> TreatmentResult:
     """A whole treatment of a network whose gradients vanish, in one process."""
-    return treated(deep_sigmoid, out=tmp_path_factory.mktemp("deep"))
+    return treated(deep_sigmoid, out=tmp_path_factory.mktemp("deep"), trainer=SETTLING)
 
 
 @pytest.mark.slow
@@ -36,7 +38,7 @@ def test_deep_sigmoid_network_is_cured_on_fresh_seeds(deep: TreatmentResult) -> 
     assert len(deep.verification) == 3
     for seed in deep.verification:
         assert seed.treated.loss < 0.75 * seed.untreated.loss
-        assert seed.treated.curve[-1][0] == SHORT["max_steps"], "a cure is proved at the length of the run"
+        assert seed.treated.curve[-1][0] == SETTLING["max_steps"], "a cure is proved at the length of the run"
     assert "vanishing" in deep.ailments[0].lower()
     content = json.loads((deep.folder / "treatment.json").read_text())
     jsonschema.validate(content, json.loads(SCHEMA.read_text()))
@@ -62,7 +64,7 @@ def test_healthy_program_is_left_alone() -> None:
 
 @pytest.mark.slow
 def test_rate_a_hundred_times_too_high_is_lowered() -> None:
-    result = treated(partial(Net, 4, nn.ReLU, rate=1.0))
+    result = treated(partial(Net, 4, nn.ReLU, rate=1.0), trainer=SETTLING)
     assert result.verdict == "cured", result.evidence
     assert [change.kind for change in result.changes] == ["learning_rate"]
     assert result.changes[0]["scale"] <= 0.1
@@ -76,7 +78,7 @@ def test_treatment_that_was_killed_continues(deep: TreatmentResult) -> None:
     path = Path("again/trials.jsonl")
     path.parent.mkdir()
     path.write_text("\n".join(known) + '\n{"changes": [{"ki')  # the line that was being written
-    result = treated(deep_sigmoid, out="again")
+    result = treated(deep_sigmoid, out="again", trainer=SETTLING)
     assert result.verdict == "cured"
     assert result.notes[-1].startswith("Continued with 3 trials")
     assert path.read_text().splitlines()[:4] == known
@@ -89,7 +91,9 @@ def outcome(trial: Trial) -> Any:
 
 @pytest.mark.slow
 def test_trials_in_processes_are_those_of_one_process(deep: TreatmentResult) -> None:
-    alone, together = (dict(map(outcome, r.trials)) for r in (deep, treated(deep_sigmoid, processes=2)))
+    alone, together = (
+        dict(map(outcome, r.trials)) for r in (deep, treated(deep_sigmoid, processes=2, trainer=SETTLING))
+    )
     common = alone.keys() & together.keys()
     assert len(common) >= 6, "the verification at least"
     assert all(alone[key] == together[key] for key in common)
@@ -189,11 +193,24 @@ class Manual(Net):
 
 @pytest.mark.slow
 def test_manual_optimization_gets_rates_and_initialization_only() -> None:
-    result = treated(partial(Manual, 4, nn.ReLU, rate=1.0))
+    result = treated(partial(Manual, 4, nn.ReLU, rate=1.0), trainer=SETTLING)
     assert "several optimizers or manual optimization" in " ".join(result.notes)
     assert result.verdict == "cured", result.evidence
     kinds = {c.kind for candidate in result.candidates for c in candidate.changes}
     assert kinds <= {"learning_rate", "warm_up", "clipping", "weight_norm", "initialize"}
+
+
+def test_loss_that_falls_by_a_fault_of_code_is_not_healthy() -> None:
+    class Unnormalized(Net):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return nn.functional.nll_loss(self.net(batch[0]), batch[1])
+
+    result = treated(Unnormalized)
+    assert result.verdict == "no_treatment_found"
+    assert [one.fault for one in result.prescriptions] == ["not_log_probabilities"]
+    assert "+            return nn.functional.cross_entropy(self.net(batch[0]), batch[1])" in (
+        result.prescriptions[0].patch
+    )
 
 
 def test_fault_of_code_is_prescribed_with_its_line() -> None:

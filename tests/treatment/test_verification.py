@@ -12,20 +12,20 @@ CHANGES = (Change("initialize"),)
 WHOLE = 400
 
 
-def trial(seed: int, loss: float, steps: int, *, treated: bool, lowest: float | None = None) -> Trial:
-    """A run from a loss of 2.3, that of the best constant answer, past its lowest."""
-    curve = [(0, 2.3), (steps // 2, loss if lowest is None else lowest), (steps, loss)]
+def trial(seed: int, loss: float, steps: int, *, treated: bool, before: float | None = None) -> Trial:
+    """A run from a loss of 2.3, that of the best constant answer, past another after two thirds."""
+    curve = [(0, 2.3), (steps * 2 // 3 + 1, loss if before is None else before), (steps, loss)]
     return Trial(job=Job(CHANGES if treated else None, seed, steps), curve=curve, over_constant=loss / 2.3)
 
 
 def results(
-    treated: list[float], untreated: list[float], steps: int = WHOLE, lowest: float | None = None
+    treated: list[float], untreated: list[float], steps: int = WHOLE, before: float | None = None
 ) -> list[SeedResult]:
     return [
         SeedResult(
-            trial(seed, before, 60, treated=False), trial(seed, after, steps, treated=True, lowest=lowest)
+            trial(seed, bare, 60, treated=False), trial(seed, after, steps, treated=True, before=before)
         )
-        for seed, (after, before) in enumerate(zip(treated, untreated, strict=True))
+        for seed, (after, bare) in enumerate(zip(treated, untreated, strict=True))
     ]
 
 
@@ -47,7 +47,13 @@ def test_runs_shorter_than_the_own_are_better_so_far() -> None:
 
 
 def test_loss_that_has_risen_is_no_cure() -> None:
-    assert verdict_of(results([1.1] * 3, [2.3, 2.31, 2.29], lowest=0.5), WHOLE)[0] == "better"
+    assert verdict_of(results([1.1] * 3, [2.3, 2.31, 2.29], before=0.5), WHOLE)[0] == "better"
+
+
+def test_loss_that_still_falls_is_no_cure() -> None:
+    verdict, evidence = verdict_of(results([1.0] * 3, [2.3, 2.31, 2.29], before=1.6), WHOLE)
+    assert verdict == "better"
+    assert "still falls, from 1.6 after two thirds of the run: a longer run learns more" in evidence
 
 
 def test_seed_with_which_the_program_learns_by_itself_may_be_equalled() -> None:
