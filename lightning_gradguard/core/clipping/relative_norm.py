@@ -44,8 +44,8 @@ HARMLESS = 0.5
 #: Under optimizers that normalize gradients, a norm this many times the level is a spike if the loss is as
 #: many times the usual one.
 ADAPTIVE_RATIO = 3.0
-#: A loss this many times the highest level so far, times 1 + momentum, has risen: a healthy run swings with
-#: momentum.
+#: A loss this many times the highest level so far, times 1 + momentum / 2, has risen: a healthy run swings
+#: with momentum.
 RISE = 1.2
 #: Ratio of predicted decrease and loss at which a step overshoots: with momentum accumulated, if the loss has
 #: risen; and without, if it has not, in the first steps and later.
@@ -119,12 +119,12 @@ class RelativeNormClipping(ClippingPolicy):
     **Overshoot**, under SGD while no loss was negative: *p = rate × norm² / loss* compares the decrease that
     a step along the gradient promises with the loss, where *rate* is the learning rate divided by 1 -
     momentum, and *loss* that of the step, at least the usual and at most the highest usual one. On a
-    quadratic with minimum 0, plain SGD overshoots above 4. An *alarm* begins at *p* > 4 with a loss 1.2 (1 +
-    momentum) times the highest usual one; or, with the learning rate times 1 + momentum as *rate*, at *p* >
-    16 in the first 20 steps, and at *p* > 32 later. It ends 300 steps after the last overshoot. Until then a
-    step with *p* > 4 is reduced to *p* = 0.5, and one with *p* > 2 that is longer than the norm of the
-    weights to 0.02 of it. The reduced norm is the *cap* of later ones; it grows by 2 % with each step that it
-    bounds.
+    quadratic with minimum 0, plain SGD overshoots above 4. An *alarm* begins at *p* > 4 with a loss 1.2 (1
+    + momentum / 2) times the highest usual one; or, with the learning rate times 1 + momentum as *rate*, at
+    *p* > 16 in the first 20 steps, and at *p* > 32 later. It ends 300 steps after the last overshoot. Until
+    then a step with *p* > 4 is reduced to *p* = 0.5, and one with *p* > 2 that is longer than the norm of
+    the weights to 0.02 of it. The reduced norm is the *cap* of later ones; it grows by 2 % with each step
+    that it bounds.
 
     Without a loss, or after a negative one, only spikes are clipped. The norm of the weights is measured
     once in 50 steps. A nonfinite norm or loss changes nothing.
@@ -272,7 +272,7 @@ def _overshoot(
     is_positive = fmin(state.lowest_loss, loss) >= 0
     size = fmax(fmin(loss, state.highest_loss), usual_loss)
     highest = state.highest_loss
-    has_risen = (loss > RISE * (1 + momentum) * highest) & (decrease > OVERSHOOT * highest)
+    has_risen = (loss > RISE * (1 + momentum / 2) * highest) & (decrease > OVERSHOOT * highest)
     ratio = where(state.seen < FIRST_STEPS, as_like(norm, OVERSHOOT_EARLY), as_like(norm, OVERSHOOT_LATER))
     begins = has_risen | (first_step * norm * norm > ratio * size)
     is_alarmed = (begins | (state.alarm > 0)) & is_positive
