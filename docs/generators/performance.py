@@ -39,8 +39,8 @@ overhead seems small.
 
 REASONS = """## Why it is not less
 
-* *Python calls.* One healthy, unlogged batch of a network with batch normalization makes 186 calls of the
-  package, with 78 moves between its files (`python -m benchmarks.cost.calls`, Python 3.11; from 3.12 on list
+* *Python calls.* One healthy, unlogged batch of a network with batch normalization makes 189 calls of the
+  package, with 79 moves between its files (`python -m benchmarks.cost.calls`, Python 3.11; from 3.12 on list
   comprehensions make no calls). It was 273 and 114. No call takes more than a few percent of what is added
   to a step of the BoringModel. Lightning calls each hook of each callback in a context of its profiler,
   whether it is overridden or not: six callbacks that do nothing take as much as a third of it. One dispatch

@@ -127,12 +127,12 @@ class Suite:
     ) -> Step | None:
         """Measures and checks a step; `None` without a gradient: then there is no number either."""
         number = lightning_api.batches_that_stepped(trainer)
+        losses = [lightning_api.unscaled_loss(trainer, loss) for loss in self.losses]
+        self.losses = []
         self.is_logged = _is_due(number, trainer.log_every_n_steps)  # type: ignore[attr-defined]
         if self.totals is None:
             self.totals = RunTotals(number, number, checks_steps=bool(self._checkers))
         self.totals.last_step = number
-        losses = [lightning_api.unscaled_loss(trainer, loss) for loss in self.losses]
-        self.losses = []
         if self._overrides:
             self.end_overrides()
         if self._deferred is not None and self.resolve(trainer, pl_module) == "skip":
