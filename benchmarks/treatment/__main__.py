@@ -23,9 +23,10 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 
-from benchmarks.casebook import failing
+from benchmarks.casebook import failing, second_failing
 from benchmarks.quiet_trainer import QUIET
 from benchmarks.records import add_record, read_records, write_section
+from benchmarks.treatment import third_party
 from benchmarks.treatment.casebook import Case, case_of
 from benchmarks.treatment.programs import STEPS, Data, Network, Spec, specs
 from lightning_gradguard import treat
@@ -83,12 +84,14 @@ def outcome(case: Case, budget: str, processes: int) -> dict[str, Any]:
     }
 
 
-def cases(with_casebook: bool) -> Iterator[Case]:
-    """Yields the generated programs, and the failing ones of the casebook."""
+def cases(with_casebook: bool, with_at51: bool) -> Iterator[Case]:
+    """Yields the generated programs, and the failing ones of the casebook and of AT-51."""
     for spec in specs():
         yield _case(spec)
     if with_casebook:
-        yield from (case_of(one, twin) for one, twin in failing.pairs())
+        yield from (case_of(one, twin) for one, twin in [*failing.pairs(), *second_failing.pairs()])
+    if with_at51:
+        yield from third_party.cases()
 
 
 def _case(spec: Spec) -> Case:
@@ -162,12 +165,13 @@ def main() -> None:
     parser.add_argument("--budget", default="2m", help="of each treatment")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--casebook", action="store_true", help="the failing programs of the casebook, too")
+    parser.add_argument("--at51", action="store_true", help="AUTOTRAINER's failing networks, too")
     options = parser.parse_args()
     torch.set_num_threads(1)
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
     outcomes = {record["name"]: record for record in read_records(options.kept)}
-    chosen = [one for one in cases(options.casebook) if options.only in one.name]
+    chosen = [one for one in cases(options.casebook, options.at51) if options.only in one.name]
     chosen = chosen[:: options.every][: options.first]
     for one in chosen:
         if one.name in outcomes:
