@@ -55,7 +55,8 @@ IGNORED = -100
 
 #: Parts of the messages of `torch.distributions` without news.
 _DETAILS = re.compile(
-    r" \(Tensor of shape \([^)]*\)\)|\(\w+: torch\.Size.*?\)\)|, but found invalid values.*"
+    r" \(Tensor of shape \([^)]*\)\)|\(\w+: torch\.Size.*?\)\)|, but found invalid values.*|"
+    r"\(lower_bound=tensor\(.*"
 )
 
 

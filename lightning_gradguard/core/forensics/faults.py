@@ -57,9 +57,13 @@ _LOGARITHMS = (
         argument=None,
     ),
     Fault(
-        ("_log_softmax", "logsumexp"),
-        "A row is -inf throughout (all of it masked), or a score is +inf: log_softmax of it is NaN, "
-        "logsumexp -inf",
+        ("logsumexp",),
+        "A row is -inf throughout (all of it masked): its logsumexp is -inf",
+        "torch.nan_to_num(x, neginf=-1e4).logsumexp(-1)",
+    ),
+    Fault(
+        ("_log_softmax",),
+        "A row is -inf throughout (all of it masked), or a score is +inf: log_softmax of it is NaN",
         "torch.nan_to_num(x, neginf=torch.finfo(x.dtype).min).log_softmax(-1)",
     ),
     Fault(
@@ -71,9 +75,9 @@ _LOGARITHMS = (
 
 _EXPONENTIALS = (
     Fault(
-        ("pow", "square"),
+        ("pow",),
         "The power exceeds 65504, the largest number of float16: compute it in float32",
-        "x.float().pow(2)",
+        "x.float().pow(y)",
         dtypes=_HALF,
         made="inf",
     ),

@@ -38,11 +38,11 @@ FUNCTIONS = (
         made="nan",
     ),
     Fault(
-        ("div", "pow", "mul", "reciprocal"),
-        "The scale of the distribution is so small that its square or inverse leaves the range of the dtype: "
-        "bound it",
+        ("div", "pow", "mul", "reciprocal", "log"),
+        "The scale of the distribution is so small that its square, inverse or logarithm leaves the range of "
+        "the dtype: bound it",
         "torch.distributions.Normal(x, y.clamp_min(1e-3))",
-        called="Normal|LogNormal|Laplace|Cauchy|HalfNormal|StudentT|Gumbel|MultivariateNormal",
+        called="Normal|LogNormal|Laplace|Cauchy|HalfNormal|StudentT|Gumbel|MultivariateNormal|kl_divergence",
         argument=None,
         has_zero=True,
     ),

@@ -71,7 +71,8 @@ def user_location(frameworks: Sequence[str] = ()) -> Location | None:
     while frame is not None and frame.f_code.co_name not in _BOUNDARIES:
         file = frame.f_code.co_filename
         if file.startswith(_DISTRIBUTIONS):
-            called = type(frame.f_locals.get("self")).__name__
+            owner = frame.f_locals.get("self")
+            called = frame.f_code.co_name if owner is None else type(owner).__name__
         elif file == _FUNCTIONAL:
             called = frame.f_code.co_name
         if not file.startswith(("<", *_FRAMEWORKS, *frameworks)):

@@ -279,7 +279,17 @@ CASES: list[tuple[str, Program, Program, Callable[[Tensor], Any] | None, str]] =
     ("sum in half", lambda x: x.half().sum(), lambda h: h * 2e4, None, "accumulate"),
     ("cumulative sum in half", lambda x: x.half().cumsum(0), lambda h: h * 2e4, None, "accumulate"),
     ("product in half", lambda x: x.half() * 300, lambda h: h * 300, None, "accumulate"),
-    ("square in half", lambda x: x.half().square(), lambda h: h * 300, None, "float16"),
+    ("cube in half", lambda x, y: x.half() ** y, lambda h: h * 300, lambda h: 3, "float16"),
+    (
+        "divergence of a normal distribution",
+        lambda x, y: torch.distributions.kl_divergence(
+            torch.distributions.Normal(x, y, validate_args=False), torch.distributions.Normal(0.0, 1.0)
+        ),
+        lambda h: h,
+        zero,
+        "bound it",
+    ),
+    ("square in half", lambda x, y: x.half().square(), lambda h: h * 300, lambda h: 2, "float16"),
     ("a value too large for half", lambda x: x.half(), lambda h: h * 1e5, None, "does not fit"),
     ("matmul of 1e20", torch.matmul, lambda h: h * 1e20, lambda h: h.T * 1e20, "huge"),
     # the value is finite, its gradient is not
