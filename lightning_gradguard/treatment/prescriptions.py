@@ -34,6 +34,8 @@ _IN_CODE: dict[str, tuple[str, ...]] = {
     "unreachable_targets": ("Sigmoid", "sigmoid", "Tanh", "tanh", "ReLU", "relu", "Softmax", "softmax"),
     "constant_loss": ("detach", "argmax", "round", "item"),
     "not_in_optimizer": ("SGD", "Adam", "AdamW", "RMSprop", "Adagrad", "parameters"),
+    "not_registered": ("append", "Linear", "Conv2d"),
+    "overwritten_weights": ("load_state_dict", "copy_"),
     "replaced_parameters": ("SGD", "Adam", "AdamW", "RMSprop", "Adagrad", "parameters"),
     "detached": ("detach", "no_grad", "numpy", "data"),
     "never_stepped": ("step",),
@@ -41,6 +43,7 @@ _IN_CODE: dict[str, tuple[str, ...]] = {
     "scaled_gradients_clipped": ("clip_gradients", "clip_grad_norm_", "clip_grad_value_"),
     "clip_value_too_small": ("clip_gradients", "clip_grad_norm_", "clip_grad_value_"),
     "input_scale": ("train_dataloader",),
+    "constant_input": ("train_dataloader",),
     "target_scale": ("train_dataloader",),
 }
 #: Faults with which a loss may fall: of how it is called, and of what the optimizer holds.
