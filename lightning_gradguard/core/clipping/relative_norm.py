@@ -107,14 +107,14 @@ class RelativeNormClipping(ClippingPolicy):
     with at most its bound. The *level* is the highest usual norm so far; after the first 20 steps it grows
     by at most 0.5 % a step, so that a slow explosion is not followed.
 
-    **Spikes**, under every optimizer, rise at once: a norm above its bound, the largest of `max_ratio` times
-    the usual one, 3 times the level and 3 times the *recent* one, is clipped to the level; up to 3 times the
-    bound only if the loss is more than twice the usual one, and under SGD not if the step is harmless (*p* <
-    0.5, see below). The recent norm is the largest after clipping, 10 % less with each later step: norms that
-    rise step by step, as where a plateau is left, are no spikes. Under SGD without the overshoot rule, the
-    usual norm counts as at most the level, and so does the recent one unless the loss is at most the usual
-    one. Under any other optimizer, a norm above 3 times the level with a loss above 3 times the usual one is
-    a spike too.
+    **Spikes**, under every optimizer, rise at once: a norm above its bound, the largest of `max_ratio`
+    times the usual one, 3 times the level and 3 times the *recent* one, is clipped to the level; up to 3
+    times the bound only if the loss is more than twice the usual one, and under SGD not if the step is
+    harmless (*p* < 0.5, see below). The recent norm is the largest after clipping, 10 % less with each
+    later step: norms that rise step by step, as where a plateau is left, are no spikes. Under SGD without
+    the overshoot rule, the usual norm counts as at most the level, and so does the recent one unless the
+    loss is at most the usual one. Under any other optimizer, while no loss was negative, a norm above 3
+    times the level with a loss above 3 times the usual one is a spike too.
 
     **Overshoot**, under SGD while no loss was negative: *p = rate × norm² / loss* compares the decrease that
     a step along the gradient promises with the loss, where *rate* is the learning rate divided by 1 -
@@ -190,7 +190,8 @@ class RelativeNormClipping(ClippingPolicy):
         is_calm = (loss <= usual_loss + usual_size) & (norm <= CALM_RATIO * bound)
         is_spike = (norm > bound) & negate(is_calm)
         if rate is None:
-            rises = absolute(loss) > ADAPTIVE_RATIO * usual_size
+            is_ratio = fmin(state.lowest_loss, loss) >= 0  # losses around 0 have no ratio
+            rises = is_ratio & (loss > ADAPTIVE_RATIO * usual_loss)
             is_spike = is_spike | ((norm > ADAPTIVE_RATIO * state.level) & rises)
         else:
             decrease = rate / (1 - context.momentum) * norm * norm

@@ -45,6 +45,12 @@ def test_spike_without_a_rise_of_the_loss_must_be_larger() -> None:
     assert applied(policy, [40.0, 20.0], loss=1.0) == pytest.approx([1.0, 20.0])
 
 
+def test_losses_around_zero_have_no_ratio() -> None:
+    policy = RelativeNormClipping()
+    applied(policy, [1.0] * 30, losses=[-0.1, 0.1] * 15)
+    assert applied(policy, [4.0, 8.0], losses=[0.5, -0.9]) == pytest.approx([4.0, 8.0])
+
+
 def test_harmless_step_of_sgd_is_no_spike() -> None:
     policy = RelativeNormClipping()
     applied(policy, [1.0] * 30, loss=1.0, learning_rate=1e-5)
