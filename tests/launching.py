@@ -21,7 +21,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 
 
-def launch(arguments: Sequence[str], patience: float = 60) -> str:
+def launch(arguments: Sequence[str], patience: float = 150) -> str:
     """Runs Python with these arguments to its end; returns its output.
 
     Args:
@@ -52,7 +52,7 @@ def launch(arguments: Sequence[str], patience: float = 60) -> str:
     return output
 
 
-def launch_on(processes: int, module: str, *arguments: str, patience: float = 60) -> None:
+def launch_on(processes: int, module: str, *arguments: str, patience: float = 150) -> None:
     """Runs a module in a group of processes, with the environment that torchrun gives them."""
     launch(["-m", "tests.launching", str(processes), module, *arguments], patience)
 

@@ -559,7 +559,7 @@ def test_resumed_run_names_the_same_at_the_same_step(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(180)
 def test_rank_0_decides_and_both_ranks_publish(tmp_path: Path) -> None:
-    launch_on(2, "tests.callbacks.diagnosis_on_two_ranks", str(tmp_path), patience=150)
+    launch_on(2, "tests.callbacks.diagnosis_on_two_ranks", str(tmp_path))
     first, second = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1))
     assert first == second
     assert [(kind, where[0]) for kind, _, where in first] == [("dead_units", "net.2")]

@@ -72,7 +72,8 @@ class Progress:
     @property
     def may_be_clipped_by_value(self) -> bool:
         """True until the largest elements of two samples differ."""
-        return not self._fixed or any(not math.isnan(fixed[1]) for fixed in self._fixed.values() if fixed)
+        # after one sample there is none to compare it with
+        return not self._fixed or any(not (fixed and math.isnan(fixed[1])) for fixed in self._fixed.values())
 
     def shrunk(self, name: str, norm: float) -> float:
         """The norm of a weight relative to the largest that was sampled; 1 if that is unknown or 0."""
