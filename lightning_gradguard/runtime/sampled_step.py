@@ -29,7 +29,7 @@ from lightning_gradguard.core.detectors.diagnosis import (
     coverage,
     is_constant,
 )
-from lightning_gradguard.core.norms import local_shard, power_sums, tensor_norms
+from lightning_gradguard.core.norms import default_norm, local_shard, power_sums, tensor_norms
 from lightning_gradguard.core.snapshots import preserve_state, rng_state, set_rng_state
 from lightning_gradguard.runtime import lightning_api
 from lightning_gradguard.runtime.incidents.replay import training_loss, without_logging
@@ -245,6 +245,7 @@ class _SampledUpdate:
         self._clipper = describe_other_clipper(trainer)
         scaler = lightning_api.gradient_scaler(trainer)
         self._loss_scale = 1.0 if scaler is None else scaler.get_scale()
+        self._default_norm = default_norm(step.selection.parameters)
         self._before = step.gradients.total_norm
         self._largest = torch.full_like(self._before, math.nan)
         if wants_largest and step.accepted and not step.selection.is_cut:
@@ -276,6 +277,7 @@ class _SampledUpdate:
             is_matrix=self.logged.is_matrix,
             gradients=found.grad_norms,
             weights=found.weight_norms,
+            default_norm=self._default_norm,
             ratios=found.update_ratios,
             unclipped=factor if factor >= 1 and math.isfinite(factor) else 1.0,
             rates=self._rates,

@@ -133,3 +133,25 @@ def test_stopped_run_resumes_with_its_cuts_unless_the_rate_is_changed(tmp_path: 
         backoff = LearningRateBackoff()
         fit(Regression(rate), regression(16), [backoff, NaNRollback()], tmp_path / f"{rate}", ckpt_path=path)
         assert backoff.state_dict()["level"] == level
+
+
+class Classifier(Regression):
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        return nn.functional.cross_entropy(self.net(batch[0]) * torch.tensor([1.0, 0.0, -1.0]), batch[1])
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.01])
+def test_weights_that_grow_from_near_zero_are_neither_a_divergence_nor_an_explosion(
+    scale: float, tmp_path: Path
+) -> None:
+    module = Classifier(lr=0.1)
+    with torch.no_grad():
+        for weight in module.parameters():
+            weight.mul_(scale)
+    generator = torch.Generator().manual_seed(0)
+    unrelated = [(x, torch.randint(3, (16,), generator=generator)) for x, _ in regression(240)]
+    fit(module, unrelated, default_callbacks(), tmp_path)
+    text = (tmp_path / "incidents.jsonl").read_text()
+    found = {json.loads(line)["kind"] for line in text.splitlines()}
+    assert found
+    assert not found & {"divergence", "rollback", "exploding_gradient"}

@@ -4,6 +4,7 @@ from .buckets import CHUNK, MIN_STACKED, Buckets, largest_magnitudes, norms_from
 from .gradients import Gradients, StepContext, UnitNorms, measure_gradients, scale_gradients_, with_gradient
 from .measurement import DISAGREEMENT, OVERFLOW, Measurement
 from .norms import (
+    default_norm,
     power_sums,
     project_units_,
     tensor_norms,

@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from lightning_gradguard.core.norms.buckets import Buckets, norms_from_power_sums
 from lightning_gradguard.core.norms.sharding import local_shard, unit_places
+
+
+def default_norm(weights: Iterable[Tensor]) -> float:
+    """Returns the norm that torch's default initialization gives matrices of these shapes; others count 0.
+
+    The variance of a layer's weight is 1 / (3 x fan-in), so that its squared norm is a third of its rows.
+
+    Example:
+        >>> layer = nn.Linear(300, 1200)
+        >>> round(default_norm(layer.parameters())), round(float(layer.weight.norm().detach()))
+        (20, 20)
+    """
+    return math.sqrt(sum(len(weight) for weight in weights if weight.ndim > 1) / 3)
 
 
 @torch.no_grad()

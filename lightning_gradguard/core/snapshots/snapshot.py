@@ -11,9 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_gradguard.core.norms import local_shard
+from lightning_gradguard.core.norms import default_norm, local_shard
 from lightning_gradguard.core.snapshots.buffers import copy_tensors, module_buffers
 from lightning_gradguard.core.snapshots.nonfinite import MAX_MAGNITUDE
+
+#: Least norm of weights, relative to torch's default initialization, that is a unit of distance.
+SMALL_START = 0.03
 
 
 class Snapshot:
@@ -157,12 +160,14 @@ class Snapshot:
     def distance(self, optimizers: Sequence[Optimizer]) -> float:
         """Returns how far the trained weights are from the copy, in units of its norm. Synchronizes.
 
-        Weights that have not moved, or of which there is no copy, are at distance 0. Of sharded weights only
-        the shards of this rank are looked at.
+        The norm counts as at least a small share of that of torch's default initialization: weights that
+        start near 0 have no scale of their own. Weights that have not moved, or of which there is no copy,
+        are at distance 0. Of sharded weights only the shards of this rank are looked at.
         """
         if self._stream is not None:
             self._stream.synchronize()
         moved = norm = 0.0
+        copied: list[Tensor] = []
         for optimizer in optimizers:
             for weight in (weight for group in optimizer.param_groups for weight in group["params"]):
                 saved = self._memory.get(weight)
@@ -171,9 +176,11 @@ class Snapshot:
                     there = saved.to(now.device).double()
                     moved += float((now.double() - there).square().sum())
                     norm += float(there.square().sum())
+                    copied.append(there)
         if moved == 0.0:
             return 0.0
-        return math.sqrt(moved / norm) if norm > 0 else math.inf
+        unit = max(math.sqrt(norm), SMALL_START * default_norm(copied))
+        return math.sqrt(moved) / unit if unit > 0 else math.inf
 
     def n_bytes(self) -> int:
         """Returns the memory of the copy in bytes."""

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from lightning_gradguard.core.snapshots import BufferCopies, Snapshot, rng_state, set_rng_state
+from lightning_gradguard.core.snapshots.snapshot import SMALL_START
 from tests.core.snapshots.training import OPTIMIZERS, Net, steps
 from tests.tasks import copy_late
 
@@ -67,7 +68,17 @@ def test_distance_of_the_trained_weights() -> None:
     found = {module: snapshot.distance([optimizer]) for module, optimizer in optimizers.items()}
     assert found[layer] == pytest.approx(2.0)
     assert found[other] == 0.0  # there is no copy of it
-    assert found[zeros] == math.inf
+    assert found[zeros] == pytest.approx(2.0 / (SMALL_START * (2 / 3) ** 0.5))  # zeros have no scale
+
+
+def test_distance_from_nothing_is_infinite() -> None:
+    bias, snapshot = nn.Parameter(torch.zeros(2)), Snapshot()
+    optimizer = torch.optim.SGD([bias], lr=1.0)
+    module = nn.ParameterList([bias])
+    snapshot.capture([module], [])
+    with torch.no_grad():
+        bias.add_(1.0)
+    assert snapshot.distance([optimizer]) == math.inf
 
 
 def test_each_copy_is_of_one_device_and_dtype(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -188,13 +188,15 @@ def update(sample: Sample, progress: Progress) -> Iterator[Symptom]:
     if sample.step > UPDATE_STEPS or progress.learns:
         return
     for one in sample.updates:
-        after, before = one.ratio, one.ratio * one.unclipped
+        is_decay = one.decay * max(one.rates, default=0.0) > one.share * one.unclipped / 2
+        after = one.share if is_decay else one.ratio
+        before = after * one.unclipped
         is_huge = before > HUGE_UPDATE
         is_certain = before > 1 or (sample.step >= 5 and progress.over_first > LEARNS_NOT)
         if before > LARGE_UPDATE and is_certain and (is_huge or after > CLIPPED_UPDATE):
             order = sorted(range(len(one.names)), key=lambda i: -one.gradients[i])
             where = modules_of([one.names[i] for i in order[:5]])
-            if one.decay * max(one.rates, default=0.0) > before / 2:
+            if is_decay:
                 shrinks = f"shrinks weights by {before:.0%} in a step (usual: below 1 %)"
                 evidence = f"a weight decay of {one.decay:g} {shrinks}"
                 yield Symptom("vanishing_weights", "weight_decay", where, 1 - before, evidence, "update")

@@ -94,6 +94,10 @@ class LossSignal:
     answer: float = math.nan
 
 
+#: Norm of weights, relative to torch's default initialization, below which an update is compared with that.
+SMALL_WEIGHTS = 0.3
+
+
 @dataclass(frozen=True)
 class Update:
     """The change that an optimizer made to its weights in the sampled step.
@@ -103,6 +107,7 @@ class Update:
         is_matrix: By parameter.
         gradients: Norms before clipping.
         weights: Norms before the update.
+        default_norm: Norm of all weights after torch's default initialization.
         ratios: Norm of the update over that of the weight; empty if unknown.
         unclipped: Factor by which the gradient was larger before clipping, if the update depends on it.
         rates: Learning rate of each parameter group.
@@ -118,6 +123,7 @@ class Update:
     is_matrix: Sequence[bool]
     gradients: Sequence[float]
     weights: Sequence[float]
+    default_norm: float
     ratios: Sequence[float]
     unclipped: float
     rates: Sequence[float]
@@ -134,11 +140,20 @@ class Update:
         return self.total_norm * scale, self.largest * scale, self.total_norm / self.unclipped
 
     @property
-    def ratio(self) -> float:
+    def share(self) -> float:
         """Norm of the whole update over that of all weights; NaN if unknown."""
         total = math.hypot(*self.weights)
-        moved = math.hypot(*(r * w for r, w in zip(self.ratios, self.weights, strict=False)))
-        return moved / total if self.ratios and total > 0 else math.nan
+        return self._moved / total if self.ratios and total > 0 else math.nan
+
+    @property
+    def ratio(self) -> float:
+        """The `share`, or that of weights of a usual size where these are smaller; NaN if unknown."""
+        usual = max(math.hypot(*self.weights), SMALL_WEIGHTS * self.default_norm)
+        return self._moved / usual if self.ratios and usual > 0 else math.nan
+
+    @property
+    def _moved(self) -> float:
+        return math.hypot(*(r * w for r, w in zip(self.ratios, self.weights, strict=False)))
 
 
 @dataclass
