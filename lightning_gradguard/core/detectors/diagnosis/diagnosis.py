@@ -139,6 +139,7 @@ class Diagnosis:
             if not (rising and rule is rules.stagnation):
                 yield from rule(sample, self._progress)
         if not self._is_related:
+            yield from rules.far_targets(sample, self._progress, self.patience)
             yield from rules.stuck(sample, self._progress, self.patience)
 
     def _rises(self, sample: Sample) -> bool:

@@ -70,13 +70,6 @@ def contract(sample: Sample, progress: Progress) -> Iterator[Symptom]:
                 name = "a difference" if call.function == "difference" else call.function
                 evidence = f"{name}: {words} ({share:.0%} of the values)"
                 yield Symptom("stuck_loss", cause, head, share, evidence, "contract", needs)
-        learns_not = sample.step >= 20 and progress.over_constant > STUCK
-        if learns_not and call.target > LARGE_TARGET and call.target > FAR_TARGET * call.answer:
-            evidence = (
-                f"{call.function}: the rms of the targets is {call.target:.2g}, that of the answers "
-                f"{call.answer:.2g}, and the loss is {progress.over_constant:.2f} times that of a constant"
-            )
-            yield Symptom("stuck_loss", "target_scale", head, call.target, evidence, "contract", 3)
 
 
 def inputs(sample: Sample, progress: Progress) -> Iterator[Symptom]:
@@ -275,6 +268,21 @@ def _some_stagnate(one: Update, ratios: dict[int, float]) -> Iterator[Symptom]:
         value = max(ratios[i] for i in still)
         evidence = f"updates of {len(still)} of {len(ratios)} weights are at most {value:.1g} of their norm"
         yield Symptom("weight_stagnation", cause, where, value, evidence, "stagnation", 4)
+
+
+def far_targets(sample: Sample, progress: Progress, patience: int) -> Iterator[Symptom]:
+    """Yields targets that the answers do not come near, in a network that does not learn."""
+    falls = progress.over_first < LEARNS_NOT
+    if sample.step < patience or falls or not progress.over_constant > STUCK:
+        return
+    head = tuple(layer.name for layer in sample.layers if layer.is_last)
+    for call in sample.calls:
+        if call.target > LARGE_TARGET and call.target > FAR_TARGET * call.answer:
+            evidence = (
+                f"{call.function}: the rms of the targets is {call.target:.2g}, that of the answers "
+                f"{call.answer:.2g}, and the loss is {progress.over_constant:.2f} times that of a constant"
+            )
+            yield Symptom("stuck_loss", "target_scale", head, call.target, evidence, "contract", 2)
 
 
 def stuck(sample: Sample, progress: Progress, patience: int) -> Iterator[Symptom]:
