@@ -13,6 +13,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from typing import ParamSpec, TypeVar
 
 from benchmarks.cost import counts, gpu, memory, timings
@@ -34,8 +35,9 @@ Found = TypeVar("Found")
 def apart(function: Callable[P, Found], *args: P.args, **kwargs: P.kwargs) -> Found:
     """Calls a function in a fresh process, with memory and global switches of its own."""
     start = time.perf_counter()
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        found = pool.apply(function, args, kwargs)
+    # not `multiprocessing.Pool`, which ends its processes by a signal that Lightning handles
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        found = pool.submit(function, *args, **kwargs).result()
     print(f"{function.__name__} {args}: {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
     return found
 
