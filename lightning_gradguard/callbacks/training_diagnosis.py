@@ -123,7 +123,7 @@ class TrainingDiagnosis(StepCallback):
         if is_compiled(pl_module):
             console.print_message(
                 trainer,
-                "gradguard: Layers and losses are not diagnosed, because a part of the module is compiled, "
+                "Layers and losses are not diagnosed, because a part of the module is compiled, "
                 "and hooks would change what it computes; updates and optimizers are. Train some hundred "
                 "steps without torch.compile to have all diagnosed.",
             )

@@ -527,6 +527,7 @@ def test_compiled_module_is_not_hooked(caplog: pytest.LogCaptureFixture) -> None
     with caplog.at_level("INFO"):
         assert diagnosed(module, 4) == []
     assert "not diagnosed, because a part of the module is compiled" in caplog.text
+    assert caplog.text.count("gradguard: ") == len(caplog.records)
 
 
 def test_restored_diagnosis_continues_with_what_it_has_seen() -> None:
