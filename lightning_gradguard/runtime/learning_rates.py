@@ -12,9 +12,9 @@ from typing import Any
 import pytorch_lightning as pl
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.utils._pytree import tree_leaves_with_path
 from torch.utils.data import DataLoader, IterableDataset
 
+from lightning_gradguard.core.forensics import parts_of
 from lightning_gradguard.core.initialization import Finding
 from lightning_gradguard.core.initialization.rate_trial import (
     HELD_OUT,
@@ -158,9 +158,9 @@ def try_rates(
 def _largest_part(batch: Any) -> tuple[str, float]:
     """Returns the name and the rms of the floating-point tensor with the largest one."""
     parts = {
-        "batch" + "".join(map(str, path)): float(leaf.detach().double().square().mean().sqrt())
-        for path, leaf in tree_leaves_with_path(batch)
-        if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.numel()
+        name: float(part.detach().double().square().mean().sqrt())
+        for name, part in parts_of(batch).items()
+        if part.is_floating_point() and part.numel()
     }
     return max(parts.items(), key=lambda part: part[1], default=("", 0.0))
 

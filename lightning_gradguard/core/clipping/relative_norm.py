@@ -213,8 +213,7 @@ class RelativeNormClipping(ClippingPolicy):
         gradient.
         """
         self._state = self._updated(*self._pending)
-        is_due = self._state.steps_since_weights % WEIGHTS_EVERY_N_STEPS == 0
-        self.wants_weight_norm = self._uses_weights and is_due
+        self._plan_weight_norm()
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the history."""
@@ -228,6 +227,9 @@ class RelativeNormClipping(ClippingPolicy):
             norms, losses = (recent_like(0.0, state_dict[key], 0)[-self.window :] for key in _WINDOWS)
             usual = {"usual_norm": median(norms), "usual_loss": median(losses)}
             self._state = _State(**{**state_dict, "norms": norms, "losses": losses, **usual})
+        self._plan_weight_norm()
+
+    def _plan_weight_norm(self) -> None:
         is_due = self._state.steps_since_weights % WEIGHTS_EVERY_N_STEPS == 0
         self.wants_weight_norm = self._uses_weights and is_due
 

@@ -67,9 +67,7 @@ class BareMatrices:
         self._used: set[int] = set()
         self.unregistered: dict[str, nn.Parameter] = {}
         for path, owner in module.named_modules():
-            if is_layer(owner) or isinstance(
-                owner, (torch.jit.ScriptModule, parametrize.ParametrizationList)
-            ):
+            if is_layer(owner) or isinstance(owner, _OPAQUE):
                 continue
             found = list(own_matrices(owner))
             is_one = len(found) == 1 and path and not owner._modules and not isinstance(owner, _CONTAINERS)
