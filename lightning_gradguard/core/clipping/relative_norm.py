@@ -59,7 +59,7 @@ ALARM_STEPS = 300.0
 #: Growth of the cap in each step that it bounds.
 CAP_GROWTH = 1.02
 #: Steps between two measurements of the weights.
-WEIGHTS_EVERY_N_STEPS = 50
+WEIGHTS_EVERY = 50
 #: Lower bound of the weight norm and of divisors.
 _SMALL, _TINY = 1e-3, 1e-300
 
@@ -213,7 +213,7 @@ class RelativeNormClipping(ClippingPolicy):
         gradient.
         """
         self._state = self._updated(*self._pending)
-        self._plan_weight_norm()
+        self.wants_weight_norm = self._uses_weights and self._state.steps_since_weights % WEIGHTS_EVERY == 0
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the history."""
@@ -227,11 +227,7 @@ class RelativeNormClipping(ClippingPolicy):
             norms, losses = (recent_like(0.0, state_dict[key], 0)[-self.window :] for key in _WINDOWS)
             usual = {"usual_norm": median(norms), "usual_loss": median(losses)}
             self._state = _State(**{**state_dict, "norms": norms, "losses": losses, **usual})
-        self._plan_weight_norm()
-
-    def _plan_weight_norm(self) -> None:
-        is_due = self._state.steps_since_weights % WEIGHTS_EVERY_N_STEPS == 0
-        self.wants_weight_norm = self._uses_weights and is_due
+        self.wants_weight_norm = self._uses_weights and self._state.steps_since_weights % WEIGHTS_EVERY == 0
 
     def _updated(
         self,
