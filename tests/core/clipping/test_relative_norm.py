@@ -58,6 +58,14 @@ def test_harmless_step_of_sgd_is_no_spike() -> None:
     assert applied(policy, [100.0], loss=1.0, learning_rate=1e-5) == pytest.approx([100.0])
 
 
+def test_rate_of_zero_divides_nothing() -> None:
+    """A warm-up of SGD may begin at 0."""
+    context = StepContext(1.0, learning_rate=0.0)
+    known = dataclasses.replace(gradients_of([2.0]), known_norm=2.0, context=context)
+    assert RelativeNormClipping().coefficients(known) == 1.0
+    assert applied(RelativeNormClipping(), [2.0], loss=1.0, learning_rate=0.0) == pytest.approx([2.0])
+
+
 def test_norms_that_rise_step_by_step_are_no_spikes() -> None:
     policy, rate = RelativeNormClipping(), {"learning_rate": 0.05, "momentum": 0.9}
     applied(policy, [0.1] * 30, loss=2.3, **rate)
