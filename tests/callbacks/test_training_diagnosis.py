@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_gradguard import Incident, TrainingDiagnosis, default_callbacks
 from lightning_gradguard.core.detectors.diagnosis import Diagnosis
-from lightning_gradguard.core.detectors.diagnosis.sample import LossSignal, Sample, UnitSignal
+from lightning_gradguard.core.detectors.diagnosis.sample import LossSignal, Sample, UnitSignal, Update
 from tests.launching import launch_on
 from tests.runtime.logging.test_loggers import events_in
 from tests.tasks import Classifier, ResumableLoader, batches, fit, optimizer_state, same, weights
@@ -341,6 +341,29 @@ def test_gates_may_be_saturated_early_while_the_loss_falls(loss: float, step: in
     samples = [Sample(0, loss=4.6), *(Sample(step + i, loss, units=[gates], calls=calls) for i in range(4))]
     diagnosis = Diagnosis()
     assert sum(len(diagnosis.update(sample)) for sample in samples) == found
+
+
+@pytest.mark.parametrize(("n", "loss", "found"), [(16, 3.0, 1), (16, 2.0, 0), (4, 3.0, 0)])
+def test_gates_by_hand_may_be_other_ones_at_each_time(n: int, loss: float, found: int) -> None:
+    shares = [(0.0, 0.84), (0.9, 0.9)] * (n // 2)
+    gates = [UnitSignal("net.gates", "", "sigmoid", float("nan"), s, False, of_all) for s, of_all in shares]
+    calls = [LossSignal("mse_loss", value=loss, constant=3.0)]
+    diagnosis = Diagnosis()
+    samples = [Sample(step, loss, units=gates, calls=calls) for step in range(100, 104)]
+    assert sum(len(diagnosis.update(sample)) for sample in samples) == found
+
+
+@pytest.mark.parametrize(("loss", "decay", "found"), [(9.0, 0.0, 1), (9.0, 1.0, 1), (2.1, 0.0, 0)])
+def test_large_update_that_raises_the_loss_is_an_explosion_whatever_follows(
+    loss: float, decay: float, found: int
+) -> None:
+    def sample(step: int, value: float, ratio: float) -> Sample:
+        update = Update(["net.weight"], [True], [1.0], [1.0], 1.0, [ratio], 1.0, [0.3], 1.0, decay=decay)
+        return Sample(step, value, updates=[update])
+
+    diagnosis = Diagnosis()
+    samples = [sample(0, 2.0, 2.8), sample(1, 1.0, 0.6), sample(2, loss, 0.32), sample(5, 1.0, 0.05)]
+    assert [r.kind for s in samples for r in diagnosis.update(s)] == ["exploding_gradient"] * found
 
 
 def _adam(net: nn.Module) -> Any:

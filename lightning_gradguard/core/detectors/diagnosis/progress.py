@@ -91,6 +91,11 @@ class Progress:
         return mean(self._losses) / self.first if self._losses and self.first > 0 else math.nan
 
     @property
+    def rise(self) -> float:
+        """The last loss over the first one; NaN if unknown or not positive."""
+        return self._losses[-1] / self.first if self._losses and self.first > 0 else math.nan
+
+    @property
     def spread(self) -> float:
         """The highest sampled loss less the lowest one, over the first; NaN if unknown."""
         return (self._range[1] - self._range[0]) / abs(self.first) if self.first else math.nan

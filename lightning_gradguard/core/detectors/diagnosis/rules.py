@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from statistics import median
+from statistics import mean, median
 
 from lightning_gradguard.core.detectors.diagnosis.progress import STUCK, Progress
 from lightning_gradguard.core.detectors.diagnosis.sample import (
+    MIN_TIMES,
     Sample,
     UnitSignal,
     Update,
@@ -21,6 +22,8 @@ DEAD, SATURATED, SATURATED_ROWS = 0.9, 0.5, 0.8
 LARGE_UPDATE, HUGE_UPDATE, CLIPPED_UPDATE, SMALL_UPDATE, NO_UPDATE = 0.1, 0.3, 0.05, 1e-5, 1e-7
 #: Steps in which updates are examined, and in which gates may be saturated while the loss falls.
 UPDATE_STEPS, GATE_STEPS = 50, 100
+#: Loss over the first one from which on an update has made it worse.
+RISEN = 2.0
 UNRELATED = 0.02
 #: The same for a loss that is worse than a constant's, as under much noise.
 WORSE, UNRELATED_IF_WORSE = 1.0, 0.05
@@ -119,6 +122,8 @@ def units(sample: Sample, progress: Progress) -> Iterator[Symptom]:
             dead.append((share, names, "units"))
         share = min((s.saturated for s in members if s.saturated == s.saturated), default=0.0)
         noun = _NOUNS.get(function, "units")
+        if share <= SATURATED and len(members) >= MIN_TIMES:  # gates by hand: other ones at each time
+            share, noun = mean(s.outputs for s in members), "gates"
         is_harmless = is_head and not no_gradient and not progress.over_constant > LEARNS_NOT
         starts_well = sample.step < GATE_STEPS and progress.over_first < LEARNS_NOT
         is_harmless |= noun != "units" and (progress.learns or starts_well)
@@ -180,12 +185,15 @@ def update(sample: Sample, progress: Progress) -> Iterator[Symptom]:
     """Yields updates that are too large for the weights."""
     if sample.step > UPDATE_STEPS or progress.learns:
         return
+    is_rising = progress.rise > RISEN
     for one in sample.updates:
-        is_decay = one.decay * max(one.rates, default=0.0) > one.share * one.unclipped / 2
+        # decay alone does not raise a loss
+        is_decay = not is_rising and one.decay * max(one.rates, default=0.0) > one.share * one.unclipped / 2
         after = one.share if is_decay else one.ratio
         before = after * one.unclipped
         is_huge = before > HUGE_UPDATE
-        is_certain = before > 1 or (sample.step >= 5 and progress.over_first > LEARNS_NOT)
+        is_certain = before > 1 or (is_huge and is_rising)
+        is_certain |= sample.step >= 5 and progress.over_first > LEARNS_NOT
         if before > LARGE_UPDATE and is_certain and (is_huge or after > CLIPPED_UPDATE):
             order = sorted(range(len(one.names)), key=lambda i: -one.gradients[i])
             where = modules_of([one.names[i] for i in order[:5]])
@@ -205,6 +213,8 @@ def update(sample: Sample, progress: Progress) -> Iterator[Symptom]:
             evidence = f"an update of {before:.2g} of the norm of the weights (usual: below 0.1)"
             if one.unclipped > 1.01:
                 evidence += f", which clipping reduces to {after:.2g}"
+            if is_rising:
+                evidence += f"; the loss has risen to {progress.rise:.2g} times the first"
             evidence += _inputs(sample)
             yield Symptom("exploding_gradient", cause, where, before, evidence, "update", consecutive=False)
 

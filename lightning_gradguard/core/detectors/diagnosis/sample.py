@@ -9,6 +9,9 @@ from dataclasses import dataclass, field
 from lightning_gradguard.core import tags
 from lightning_gradguard.core.detectors.diagnosis.coverage import Coverage
 
+#: Calls of one layer in one pass from which on it is a recurrence.
+MIN_TIMES = 8
+
 
 @dataclass(frozen=True)
 class LayerSignal:
@@ -46,6 +49,7 @@ class UnitSignal:
         dead: Share of units that are zero for every sample; NaN if not measured.
         saturated: Share of units that are saturated for more than 95 % of samples; NaN if not measured.
         is_head: True if no layer follows.
+        outputs: Share of outputs that are saturated; NaN if not measured.
     """
 
     layer: str
@@ -54,6 +58,7 @@ class UnitSignal:
     dead: float
     saturated: float
     is_head: bool
+    outputs: float = math.nan
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,10 @@ class LayerRecord:
 
 @dataclass
 class UnitRecord:
-    """An activation: its layer, dead units (by their place among all), saturated ones, calls before it."""
+    """An activation: its layer, dead units (by their place among all), saturated ones and outputs.
+
+    `after` is the number of calls of layers before it.
+    """
 
     layer: str
     module: str
@@ -31,11 +34,12 @@ class UnitRecord:
     dead: int | None
     saturated: int | None
     after: int
+    outputs: int | None = None
 
     def signal(self, numbers: DeviceScalars, dead: int | None, *, is_head: bool) -> UnitSignal:
         """Returns the activation with its numbers, which are on the host."""
         names = self.layer, self.module, self.function
-        return UnitSignal(*names, numbers[dead], numbers[self.saturated], is_head)
+        return UnitSignal(*names, numbers[dead], numbers[self.saturated], is_head, numbers[self.outputs])
 
 
 @dataclass

@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from lightning_gradguard.core.detectors.diagnosis.sample import (
+    MIN_TIMES,
     LayerSignal,
     Sample,
     TimeSignal,
@@ -38,8 +39,6 @@ from lightning_gradguard.core.parameter_names import plain_name
 
 #: Calls of layers that are recorded; a long recurrence has more.
 MAX_CALLS = 2048
-#: Calls of one module from which on it is a recurrence.
-MIN_TIMES = 8
 #: Functions that are activations, whatever is measured of them.
 ACTIVATIONS = frozenset({*units.RECTIFIERS, *units.SMOOTH_RECTIFIERS, *units.SATURATING, "leaky_relu", "elu"})
 
@@ -297,18 +296,19 @@ class StepTrace(TorchFunctionMode):
             return
         layer.activation = layer.activation or name
         dim = layer.units if output.ndim > -layer.units else -1
-        dead = saturated = None
+        dead = saturated = outputs = None
         smooth = name in units.SMOOTH_RECTIFIERS
         if smooth or name in units.RECTIFIERS:
             found = units.heights(output.detach(), dim, smooth=smooth)
             dead = None if found is None else self._dead.add(*found)
         if name in units.SATURATING:
-            share = units.saturated_share(output.detach(), dim, name)
-            saturated = None if share is None else self._scalars.add(share)
+            shares = units.saturated_shares(output.detach(), dim, name)
+            if shares is not None:
+                saturated, outputs = map(self._scalars.add, shares)
         if dead is not None or saturated is not None:
             module = self._modules[-1] if self._modules else ""
-            record = UnitRecord(layer.name, module, name, dead, saturated, after=self._n_calls)
-            self._units.append(record)
+            place = layer.name, module, name
+            self._units.append(UnitRecord(*place, dead, saturated, self._n_calls, outputs))
 
     def _after_layer(self, name: str, module: nn.Module, inputs: Any, output: Any) -> None:
         if not self._records():
@@ -321,7 +321,8 @@ class StepTrace(TorchFunctionMode):
             if layer is None:
                 return
             if isinstance(module, nn.RNNBase) and module.mode == "RNN_TANH":
-                self._add_saturated(name, "tanh", units.saturated_share(tensor.detach(), -1, "tanh"))
+                shares = units.saturated_shares(tensor.detach(), -1, "tanh")
+                self._add_saturated(name, "tanh", None if shares is None else shares[0])
             # of the calls of a cell, the first, the second, the fourth, ...
             elif isinstance(module, (nn.RNNBase, nn.RNNCellBase)) and layer.calls.bit_count() == 1:
                 for kind, share in recurrences.saturated_gates(module, _tensors(inputs), tensor):

@@ -78,15 +78,18 @@ class DeadShares:
         return _shares(dead[None], activation, sizes)[0]
 
 
-def saturated_share(output: Tensor, dim: int, function: str) -> Tensor | None:
-    """Returns the share of units that are saturated for most samples; `None` for too few samples.
+def saturated_shares(output: Tensor, dim: int, function: str) -> tuple[Tensor, Tensor] | None:
+    """Returns the shares of units that are saturated for most samples, and of outputs that are saturated.
 
-    Where nearly all outputs are saturated, it is the share of these: units may change sides.
+    Where nearly all outputs are saturated, both are the share of these: units may change sides.
 
     Args:
         output: Of the activation.
         dim: Dimension of the units.
         function: Name of the activation.
+
+    Returns:
+        `None` for too few samples.
     """
     others = _others(output, dim)
     if others is None:
@@ -94,7 +97,7 @@ def saturated_share(output: Tensor, dim: int, function: str) -> Tensor | None:
     centred = 2 * output - 1 if function.endswith("sigmoid") else output
     flat = (centred.abs() > SATURATING[function]).float().mean(others)
     by_unit, by_output = (flat > MOST_SAMPLES).float().mean(), flat.mean()
-    return torch.where(by_output > NEARLY_ALL, by_output, by_unit)
+    return torch.where(by_output > NEARLY_ALL, by_output, by_unit), by_output
 
 
 def extremes(output: Tensor, dim: int) -> tuple[Tensor, Tensor] | None:
