@@ -266,6 +266,7 @@ def _overshoot(
     state: _State, norm: Scalar, loss: Scalar, usual_loss: Scalar, rate: Scalar, momentum: float
 ) -> tuple[Scalar, Scalar]:
     """Returns a bound on the norm of a step under SGD, and the alarm after it."""
+    rate = clamp_min(rate, _TINY)  # a warm-up may begin at 0
     step, first_step = rate / (1 - momentum), rate * (1 + momentum)
     decrease = step * norm * norm
     is_positive = fmin(state.lowest_loss, loss) >= 0
