@@ -35,7 +35,7 @@ from lightning_gradguard.core.parameter_names import match_names, warn_unmatched
 from lightning_gradguard.runtime import lightning_api
 from lightning_gradguard.runtime.incidents.journal import incident_now, publish
 from lightning_gradguard.runtime.logging.hyperparameters import non_defaults
-from lightning_gradguard.runtime.other_clipping import clip_norm
+from lightning_gradguard.runtime.other_clipping import clip_norm, clips_otherwise
 from lightning_gradguard.runtime.steps.step import Step
 from lightning_gradguard.runtime.steps.step_callback import StepCallback
 
@@ -266,10 +266,10 @@ class AdaptiveGradientClipping(StepCallback):
         values = {
             tags.CLIP_COEFFICIENT: smallest(coefficients),
             tags.CLIP_FRACTION: clipped / steps,
-            tags.CLIPPED_NORM_TOTAL: _at_most(
-                _clipped_norm(step.gradients, gradients, coefficients), clip_norm(trainer)
-            ),
         }
+        if not clips_otherwise(trainer):  # else `GradientNormMonitor` measures it
+            left = _clipped_norm(step.gradients, gradients, coefficients)
+            values[tags.CLIPPED_NORM_TOTAL] = _at_most(left, clip_norm(trainer))
         if threshold is not None:
             values[tags.CLIP_THRESHOLD] = threshold
         n = len(trainer.optimizers)

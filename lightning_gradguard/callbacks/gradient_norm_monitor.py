@@ -17,12 +17,11 @@ from lightning_gradguard.core.clipping import Scalar
 from lightning_gradguard.core.detectors import NormBand
 from lightning_gradguard.core.norms import total_norm_from_norms
 from lightning_gradguard.core.parameter_names import warn_unmatched
-from lightning_gradguard.runtime.lightning_packages import is_instance_by_name
 from lightning_gradguard.runtime.logging.chart_groups import ChartGroups, Level
 from lightning_gradguard.runtime.logging.heat_map_schedule import HeatMapSchedule
 from lightning_gradguard.runtime.logging.hyperparameters import non_defaults
 from lightning_gradguard.runtime.logging.metrics import log_scalars
-from lightning_gradguard.runtime.other_clipping import clip_norm
+from lightning_gradguard.runtime.other_clipping import clip_norm, clips_otherwise, suite_clips
 from lightning_gradguard.runtime.steps.logged_step import LoggedStep, log_gradient_histograms
 from lightning_gradguard.runtime.steps.step import Step
 from lightning_gradguard.runtime.steps.step_callback import StepCallback
@@ -60,7 +59,7 @@ class GradientNormMonitor(StepCallback):
     | tag | value |
     |---|---|
     | `grad_norm/total` | norm of all gradients together |
-    | `grad_norm_clipped/total` | what a `gradient_clip_val` of the Trainer leaves of it |
+    | `grad_norm_clipped/total` | what clipping by the Trainer, or by a hook of the module, leaves of it |
     | `grad_norm/<name>` | norm of the gradient of a parameter or module |
     | `grad_norm/nonfinite_fraction` | share of tensors with a nonfinite gradient since the last log |
     | `grad_norm_band/low` · `grad_norm_band/high` | the middle 90 % of the 100 logged total norms before |
@@ -168,7 +167,9 @@ class GradientNormMonitor(StepCallback):
         norms, is_logged = step.tensor_norms[self.norm_type], self.wants_weight_norms(trainer)
         self._fractions[index].add(norms, step.gradients.known_norm)
         if is_logged:
-            self._logged[index] = LoggedStep(self.suite, trainer, step, self.norm_type, self.update_ratio)
+            self._logged[index] = LoggedStep(
+                self.suite, trainer, step, self.norm_type, self.update_ratio, clips_otherwise(trainer)
+            )
             if self.histograms and step.accepted:
                 log_gradient_histograms(trainer, step.gradients, self._charts[index])
         elif trainer.is_last_batch and step.accepted:
@@ -262,10 +263,7 @@ class GradientNormMonitor(StepCallback):
             self._heat_map.append(trainer, logged.step, charts.norms(logged.names, numbers.grad_norms))
         scalars = logged.scalars(numbers, charts, band, len(trainer.optimizers))
         largest = clip_norm(trainer)
-        is_logged_elsewhere = any(
-            is_instance_by_name(member, "AdaptiveGradientClipping") for member in self.suite.members
-        )
-        if logged.accepted and largest is not None and not is_logged_elsewhere:
+        if logged.accepted and largest is not None and not suite_clips(trainer):
             tag = tags.tag(tags.CLIPPED_NORM_TOTAL, optimizer=index, of=len(trainer.optimizers))
             scalars[tag] = min(numbers.total_norm, largest)
         return scalars

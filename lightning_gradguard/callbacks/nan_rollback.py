@@ -12,10 +12,7 @@ from lightning_gradguard.core import arguments
 from lightning_gradguard.core.norms import Measurement
 from lightning_gradguard.core.recovery import RecoveryPolicy
 from lightning_gradguard.runtime import lightning_api
-from lightning_gradguard.runtime.incidents.invalid_batches import (
-    raise_on_invalid_batches,
-    skip_invalid_batches,
-)
+from lightning_gradguard.runtime.incidents.invalid_batches import skip_invalid_batches
 from lightning_gradguard.runtime.incidents.investigation import Investigation
 from lightning_gradguard.runtime.incidents.journal import open_journal
 from lightning_gradguard.runtime.logging import console
@@ -26,6 +23,7 @@ from lightning_gradguard.runtime.rollback.session import RollbackSession
 from lightning_gradguard.runtime.rollback.snapshot_schedule import SnapshotSchedule
 from lightning_gradguard.runtime.steps.step import Step, StepFlags, StepVerdict
 from lightning_gradguard.runtime.steps.step_callback import StepCallback
+from lightning_gradguard.runtime.training_step import TrainingStep, restore_step
 
 
 class NaNRollback(StepCallback):
@@ -160,6 +158,7 @@ class NaNRollback(StepCallback):
         )
         self._earlier_logs: list[str] = []
         self._own_logs: list[str] = []
+        self._skipping_step: TrainingStep | None = None
         self._session: RollbackSession = None  # type: ignore[assignment]  # until training starts
         self._unknown_averages: list[str] = []
         self._resumes_a_stop = False
@@ -231,7 +230,7 @@ class NaNRollback(StepCallback):
             keeps_batches=self._max_dossiers > 0,
         )
         if self._skips_invalid_batches and pl_module.automatic_optimization:
-            skip_invalid_batches(pl_module)
+            self._skipping_step = skip_invalid_batches(pl_module)
         before = None if self.defers_check else self
         self._unknown_averages = lightning_api.unknown_averages(trainer, before)
 
@@ -302,6 +301,7 @@ class NaNRollback(StepCallback):
         if self._session is not None:
             self._session.report_without_ranks()
             self._session.report_exception(exception)
+        self._restore_step(pl_module)
         lightning_api.resume_weight_averages(trainer)
         super().on_exception(trainer, pl_module, exception)
 
@@ -316,13 +316,19 @@ class NaNRollback(StepCallback):
         """Restores the Trainer."""
         super().teardown(trainer, pl_module, stage)
         if stage == "fit":
-            raise_on_invalid_batches(pl_module)
+            self._restore_step(pl_module)
             self._own_logs = self._log_folders()
             if self._session is not None:
                 self._session.indices.restore()
             self._session = None  # type: ignore[assignment]
             self._snapshots.end()
             lightning_api.stop_calling_before_checkpoints(trainer)
+
+    def _restore_step(self, pl_module: pl.LightningModule) -> None:
+        """Lets a step that raises on its values raise again."""
+        if self._skipping_step is not None:
+            restore_step(pl_module, self._skipping_step)
+            self._skipping_step = None
 
     @override
     def final_counts(self) -> dict[str, float]:

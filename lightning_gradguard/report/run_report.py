@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 
+from lightning_gradguard.report.analysis.gradient_symptoms import clipped_elsewhere
 from lightning_gradguard.report.analysis.run_log import GradientLog, Series
 from lightning_gradguard.report.analysis.verdict import RunVerdict, analyze_run, worst_layers
 from lightning_gradguard.report.readers.runs import Run
@@ -40,6 +41,7 @@ class Interventions:
     learning_rate_scale: float | None
     learning_rates: Mapping[str, float]
     clipped_share: float | None
+    clipped_elsewhere_share: float | None
 
 
 @dataclass(frozen=True)
@@ -113,6 +115,7 @@ def _layer_summary(name: str, gradients: GradientLog) -> LayerSummary:
 def _interventions(run: Run) -> Interventions:
     log = run.log
     fractions = [value for g in log.gradients for _, value in g.clip_fraction.finite()]
+    elsewhere = [is_clipped for g in log.gradients for is_clipped in clipped_elsewhere(g)]
     return Interventions(
         skips=_last_count(log.skips),
         rollbacks=_last_count(log.rollbacks),
@@ -121,6 +124,7 @@ def _interventions(run: Run) -> Interventions:
         learning_rate_scale=log.backoff_scale.values[-1] if len(log.backoff_scale) else None,
         learning_rates={group: series.values[-1] for group, series in run.rates.items()},
         clipped_share=sum(fractions) / len(fractions) if fractions else None,
+        clipped_elsewhere_share=sum(elsewhere) / len(elsewhere) if any(elsewhere) else None,
     )
 
 

@@ -27,7 +27,8 @@ else:
     Callback = callback_base_class()
 
 _AVERAGES = re.compile("EMA|SWA|Averag|Polyak")
-_PACKAGES = {"pytorch_lightning", "lightning"}
+#: The packages in which Lightning is found.
+PACKAGES = {"pytorch_lightning", "lightning"}
 _NO_HOOKS = {pl.Callback.__module__, "lightning.pytorch.callbacks.callback"}
 #: Optimizers of which one step evaluates the loss several times and updates in between.
 REPEATS_CLOSURE = (LBFGS,)
@@ -349,7 +350,7 @@ def _averaging_callbacks(trainer: pl.Trainer) -> Iterator[Any]:
 
 def writes_after_step(pl_module: pl.LightningModule) -> bool:
     """True if the module may write to its weights when a batch has ended."""
-    return _module_of_hook(pl_module, "on_train_batch_end").split(".")[0] not in _PACKAGES
+    return _module_of_hook(pl_module, "on_train_batch_end").split(".")[0] not in PACKAGES
 
 
 def _module_of_hook(owner: Any, hook: str) -> str:
@@ -367,18 +368,18 @@ def gradients_used_after_hook(trainer: pl.Trainer) -> bool:
         trainer.gradient_clip_val
         or gradient_scaler(trainer) is not None
         or overrides(module, "configure_gradient_clipping")
-        or packages - _PACKAGES - {__name__.split(".")[0]}
+        or packages - PACKAGES - {__name__.split(".")[0]}
     )
 
 
 def overrides(pl_module: pl.LightningModule, hook: str) -> bool:
     """True if the module, or its class, overrides a hook, such as `configure_gradient_clipping`."""
-    return hook in vars(pl_module) or getattr(type(pl_module), hook).__module__.split(".")[0] not in _PACKAGES
+    return hook in vars(pl_module) or getattr(type(pl_module), hook).__module__.split(".")[0] not in PACKAGES
 
 
 def is_plain_logger(logger: Any) -> bool:
     """True for a logger of a class of Lightning's own that puts no prefix before names."""
-    return type(logger).__module__.split(".")[0] in _PACKAGES and not logger._prefix
+    return type(logger).__module__.split(".")[0] in PACKAGES and not logger._prefix
 
 
 def train_iterator(trainer: pl.Trainer) -> Any:

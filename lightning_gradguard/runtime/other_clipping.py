@@ -1,29 +1,57 @@
-"""Clipping by the Trainer or the module, after that of the suite."""
+"""Clipping by the Trainer or the module, beside that of the suite."""
 
 from __future__ import annotations
+
+import inspect
 
 import pytorch_lightning as pl
 
 from lightning_gradguard.runtime import lightning_api
+from lightning_gradguard.runtime.lightning_packages import is_instance_by_name
+
+#: Functions that clip, of a module and of torch, by which code of the user's own clips.
+_CLIPPERS = {"clip_gradients", "clip_grad_norm_", "clip_grad_value_", "clip_grads_with_norm_"}
+
+
+def suite_clips(trainer: pl.Trainer) -> bool:
+    """True if the Trainer has an `AdaptiveGradientClipping`."""
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    return any(is_instance_by_name(callback, "AdaptiveGradientClipping") for callback in callbacks)
 
 
 def clip_norm(trainer: pl.Trainer) -> float | None:
     """Returns the norm to which the Trainer itself clips; `None` if it does not, or clips otherwise."""
     by_value = trainer.gradient_clip_algorithm == "value"
-    if (
-        not trainer.gradient_clip_val
-        or by_value
-        or lightning_api.overrides(trainer.lightning_module, "configure_gradient_clipping")
-    ):
+    if not trainer.gradient_clip_val or by_value or _clips_in_hook(trainer):
         return None
     return float(trainer.gradient_clip_val)
 
 
 def describe_other_clipper(trainer: pl.Trainer) -> str:
     """Returns the clipping that follows that of the suite, in words; empty if there is none."""
+    if _clips_in_hook(trainer):
+        return f"{type(trainer.lightning_module).__name__}.configure_gradient_clipping"
     if trainer.gradient_clip_val:
         how = " by value" if clip_norm(trainer) is None else ""
         return f"gradient_clip_val={trainer.gradient_clip_val:g}{how} of the Trainer"
-    if lightning_api.overrides(trainer.lightning_module, "configure_gradient_clipping"):
-        return f"{type(trainer.lightning_module).__name__}.configure_gradient_clipping"
     return ""
+
+
+def clips_otherwise(trainer: pl.Trainer) -> bool:
+    """True if gradients are clipped after the suite, and not to a known norm."""
+    return bool(describe_other_clipper(trainer)) and clip_norm(trainer) is None
+
+
+def clips_in_code(pl_module: pl.LightningModule) -> bool:
+    """True if a method of the module calls a function that clips, as under manual optimization."""
+    functions = (value for owner in type(pl_module).__mro__ for value in vars(owner).values())
+    return any(
+        inspect.isfunction(function)
+        and function.__module__.split(".")[0] not in lightning_api.PACKAGES
+        and not _CLIPPERS.isdisjoint(function.__code__.co_names)
+        for function in functions
+    )
+
+
+def _clips_in_hook(trainer: pl.Trainer) -> bool:
+    return lightning_api.overrides(trainer.lightning_module, "configure_gradient_clipping")

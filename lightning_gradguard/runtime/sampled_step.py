@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
@@ -34,10 +33,16 @@ from lightning_gradguard.core.snapshots import preserve_state, rng_state, set_rn
 from lightning_gradguard.runtime import lightning_api
 from lightning_gradguard.runtime.incidents.replay import training_loss, without_logging
 from lightning_gradguard.runtime.optimizer_hooks import after_step
-from lightning_gradguard.runtime.other_clipping import describe_other_clipper
+from lightning_gradguard.runtime.other_clipping import describe_other_clipper, suite_clips
 from lightning_gradguard.runtime.steps.logged_step import LoggedStep
 from lightning_gradguard.runtime.steps.step import Step
 from lightning_gradguard.runtime.steps.suite import Suite
+from lightning_gradguard.runtime.training_step import (
+    TrainingStep,
+    is_replaced_by_others,
+    replace_step,
+    restore_step,
+)
 
 #: Steps that are sampled, before every `every_n_steps`-th one.
 FIRST_STEPS = (0, 1, 2, 5, 10, 20, 35)
@@ -83,9 +88,9 @@ def is_compiled(pl_module: nn.Module) -> bool:
     )
 
 
-def is_wrapped(pl_module: nn.Module) -> bool:
+def is_wrapped(pl_module: pl.LightningModule) -> bool:
     """True if the `training_step` of the object has been replaced, by what may count its calls."""
-    return "training_step" in vars(pl_module) and not is_compiled(pl_module)
+    return is_replaced_by_others(pl_module) and not is_compiled(pl_module)
 
 
 def is_scale_free(optimizer: Optimizer) -> bool:
@@ -125,13 +130,13 @@ class SampledStep:
         self._is_constant = is_constant(self._inputs, self._target)
         self._permuted = permuted
         self._trace: StepTrace | None = None
+        self._traced: TrainingStep | None = None
         self._numbers: Tensor | None = None
         self._logged: list[_SampledUpdate] = []
         self._covered: Coverage | None = None
         if not is_compiled(pl_module):
             self._trace = StepTrace(pl_module, batch, baselines)
-            self._original = pl_module.__dict__.get("training_step")
-            pl_module.__dict__["training_step"] = self._traced(pl_module.training_step, self._trace)
+            self._traced = replace_step(pl_module, partial(self._tracing, self._trace))
 
     def cover(self, trainer: pl.Trainer, optimizer: Optimizer, steps: Steps | None) -> None:
         """Reads which parameters are trained, right before an optimizer steps.
@@ -218,8 +223,7 @@ class SampledStep:
         found = tuple(name for name, norm in norms.items() if not math.isfinite(norm))
         return found[:5], len(found) / max(len(norms), 1)
 
-    def _traced(self, training_step: Callable[..., Any], trace: StepTrace) -> Callable[..., Any]:
-        @functools.wraps(training_step)
+    def _tracing(self, trace: StepTrace, training_step: TrainingStep) -> TrainingStep:
         def traced(*args: Any, **kwargs: Any) -> Any:
             self._restore()  # a closure that is called again is not traced
             with trace:
@@ -228,11 +232,8 @@ class SampledStep:
         return traced
 
     def _restore(self) -> None:
-        own = self._pl_module.__dict__
-        if self._original is not None:
-            own["training_step"] = self._original
-        else:
-            own.pop("training_step", None)
+        if self._traced is not None:
+            restore_step(self._pl_module, self._traced)
 
 
 class _SampledUpdate:
@@ -243,6 +244,7 @@ class _SampledUpdate:
         self._rates = [float(group["lr"]) for group in step.optimizer.param_groups if "lr" in group]
         self._decay = max(float(group.get("weight_decay", 0)) for group in step.optimizer.param_groups)
         self._clipper = describe_other_clipper(trainer)
+        self._suite_clips = suite_clips(trainer)
         scaler = lightning_api.gradient_scaler(trainer)
         self._loss_scale = 1.0 if scaler is None else scaler.get_scale()
         self._default_norm = default_norm(step.selection.parameters)
@@ -286,6 +288,7 @@ class _SampledUpdate:
             loss_scale=self._loss_scale,
             decay=self._decay,
             clipper=self._clipper,
+            suite_clips=self._suite_clips,
         )
         if math.isnan(sample.loss):
             sample.loss = found.loss

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,13 @@ import torch
 from pytorch_lightning.loggers import CSVLogger
 from torch import Tensor, nn
 
-from lightning_gradguard import InitializationCheck, InitializationError, NaNRollback, default_callbacks
+from lightning_gradguard import (
+    InitializationCheck,
+    InitializationError,
+    NaNRollback,
+    TrainingDiagnosis,
+    default_callbacks,
+)
 from tests.tasks import Batch, Classifier, batches, fit, same, weights
 
 
@@ -258,3 +265,33 @@ def test_an_undefined_loss_is_called_that(tmp_path: Path) -> None:
     assert [finding.criterion for finding in check.findings if finding.severity == "fail"] == ["loss"]
     (record,) = map(json.loads, (Path(logger.log_dir) / "incidents.jsonl").read_text().splitlines())
     assert record["kind"] == "nonfinite_loss"
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_what_the_suite_puts_in_place_of_the_step_forbids_no_extra_pass(order: int) -> None:
+    check, rollback = InitializationCheck(), NaNRollback(skip_invalid_batches=True)
+    module = Deep()
+    fit(module, batches(1), [TrainingDiagnosis(), rollback, check][::order])
+    assert check.values
+    assert "training_step" not in vars(module)
+
+
+@pytest.mark.parametrize("raises", [False, True])
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_step_of_the_object_is_that_of_the_user_after_the_fit(order: int, raises: bool) -> None:
+    module = Deep()
+    step = module.training_step
+
+    def counted(batch: Batch, batch_idx: int) -> Any:
+        calls.append(batch_idx)
+        if raises and len(calls) == 3:
+            raise RuntimeError("of the user's")
+        return step(batch, batch_idx)
+
+    calls: list[int] = []
+    module.training_step = counted  # type: ignore[method-assign]
+    callbacks = [TrainingDiagnosis(), NaNRollback(skip_invalid_batches=True), InitializationCheck()]
+    with pytest.raises(RuntimeError, match="of the user") if raises else nullcontext():
+        fit(module, batches(4), callbacks[::order])
+    assert calls[:3] == [0, 1, 2]  # one that raises is run again, to be examined
+    assert module.training_step is counted

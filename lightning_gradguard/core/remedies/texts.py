@@ -96,7 +96,7 @@ BY_KIND = {
         "learning rate is above zero, and that weights are not kept in half precision."
     ),
     "stuck_loss": (
-        "Neither loss nor weights move: raise the learning rate, change saturating activations for ReLU or "
+        "The loss does not fall: raise the learning rate, change saturating activations for ReLU or "
         "GELU,[check| check the initialization (InitializationCheck)] and check that labels match their "
         "inputs."
     ),

@@ -106,7 +106,7 @@ def _collapse(gradients: GradientLog, outcome: Outcome) -> Iterator[RunSymptom]:
 def _constant_clipping(gradients: GradientLog, outcome: Outcome) -> Iterator[RunSymptom]:
     fractions = gradients.clip_fraction.last_half()
     coefficients = gradients.clip_coefficient.last_half()
-    if _trainer_clips(gradients):
+    if any(clipped_elsewhere(gradients)):
         yield from _clipping_by_trainer(gradients, outcome)
         return
     if not fractions:
@@ -121,11 +121,11 @@ def _constant_clipping(gradients: GradientLog, outcome: Outcome) -> Iterator[Run
     yield RunSymptom("constant_clipping", "serious" if is_sure else "minor", since, evidence, share)
 
 
-def _trainer_clips(gradients: GradientLog) -> bool:
-    """True if the optimizer got less than the suite's own clipping has left."""
+def clipped_elsewhere(gradients: GradientLog) -> list[bool]:
+    """Returns whether the optimizer got less than the suite's own clipping has left, by logged step."""
     own = dict(gradients.clip_coefficient.finite())
     left = _clipped_shares(gradients)
-    return any(share < SMALLEST_DIFFERENCE * own.get(step, 1.0) for step, share in left)
+    return [share < SMALLEST_DIFFERENCE * own.get(step, 1.0) for step, share in left]
 
 
 def _clipped_shares(gradients: GradientLog) -> list[tuple[int, float]]:

@@ -16,7 +16,7 @@ def present_in(log: RunLog) -> set[Present]:
     kinds = {incident.kind for incident in log.incidents}
     layers = [name for gradients in log.gradients for name in gradients.layers]
     found: dict[Present, bool] = {
-        "clipping": any(len(g.clip_fraction) for g in log.gradients),
+        "clipping": any(len(g.clip_fraction) or len(g.clipped) for g in log.gradients),
         "rollback": len(log.skips) > 0,
         "backoff": len(log.backoff_scale) > 0,
         "check": log.was_checked

@@ -43,7 +43,12 @@ def intervention_sentences(interventions: Interventions) -> list[str]:
         final = f"final learning rate {rates}," if rates else "learning rate"
         sentences.append(f"{final} scaled by {interventions.learning_rate_scale:.3g}")
     if interventions.clipped_share is not None:
-        sentences.append(f"{interventions.clipped_share:.0%} of the steps clipped")
+        sentences.append(
+            f"{interventions.clipped_share:.0%} of the steps clipped by AdaptiveGradientClipping"
+        )
+    if interventions.clipped_elsewhere_share is not None:
+        share = f"{interventions.clipped_elsewhere_share:.0%} of the logged steps clipped"
+        sentences.append(f"{share} by the Trainer or the module")
     return sentences or ["none: no callback that intervenes has logged anything"]
 
 

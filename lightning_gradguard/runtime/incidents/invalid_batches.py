@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import functools
 import re
-from collections.abc import Callable
 from typing import Any
 
 import pytorch_lightning as pl
@@ -12,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_gradguard.core.forensics import rejection
+from lightning_gradguard.runtime.training_step import TrainingStep, replace_step
 
 #: Errors with which checks of values end, in torch (`torch.distributions`, indices, linear algebra) and in
 #: the user's code.
@@ -40,33 +39,25 @@ def was_raised_in_step(error: BaseException) -> bool:
     return False
 
 
-def skip_invalid_batches(pl_module: pl.LightningModule) -> None:
-    """Lets a step that raises on its values return a NaN loss, so that it is skipped like any other NaN."""
-    step = pl_module.training_step
+def skip_invalid_batches(pl_module: pl.LightningModule) -> TrainingStep:
+    """Lets a step that raises on its values return a NaN loss, so that it is skipped like any other NaN.
 
-    @functools.wraps(step)
-    def training_step(*args: Any, **kwargs: Any) -> Any:
-        try:
-            return step(*args, **kwargs)
-        except Exception as error:
-            if not is_check_of_values(error):
-                raise
-            return _nan_loss(pl_module)
+    Returns:
+        What is in place of `training_step`, for `restore_step`.
+    """
 
-    training_step.before = step  # type: ignore[attr-defined]
-    pl_module.training_step = training_step  # type: ignore[method-assign]
+    def skipping(step: TrainingStep) -> TrainingStep:
+        def training_step(*args: Any, **kwargs: Any) -> Any:
+            try:
+                return step(*args, **kwargs)
+            except Exception as error:
+                if not is_check_of_values(error):
+                    raise
+                return _nan_loss(pl_module)
 
+        return training_step
 
-def raise_on_invalid_batches(pl_module: pl.LightningModule) -> None:
-    """Undoes `skip_invalid_batches`."""
-    if hasattr(pl_module.training_step, "before"):
-        del pl_module.training_step
-
-
-def original_step(pl_module: pl.LightningModule) -> Callable[..., Any]:
-    """Returns the module's own `training_step`, which raises."""
-    step: Callable[..., Any] = getattr(pl_module.training_step, "before", pl_module.training_step)
-    return step
+    return replace_step(pl_module, skipping)
 
 
 def _nan_loss(pl_module: pl.LightningModule) -> Tensor:

@@ -7,6 +7,7 @@ from torch import nn
 
 from lightning_gradguard.core.remedies import Present
 from lightning_gradguard.runtime.lightning_packages import is_instance_by_name
+from lightning_gradguard.runtime.other_clipping import clips_in_code, describe_other_clipper
 
 _CALLBACKS: dict[Present, str] = {
     "clipping": "AdaptiveGradientClipping",
@@ -23,9 +24,9 @@ def present_in(trainer: pl.Trainer) -> set[Present]:
         for name, known in _CALLBACKS.items()
         if any(is_instance_by_name(callback, known) for callback in trainer.callbacks)  # type: ignore[attr-defined]
     }
-    if trainer.gradient_clip_val:
+    module = trainer.lightning_module
+    if describe_other_clipper(trainer) or clips_in_code(module):
         present.add("clipping")
-    modules = trainer.lightning_module.modules()
-    if not any(isinstance(module, (nn.RNNBase, nn.RNNCellBase)) for module in modules):
+    if not any(isinstance(module, (nn.RNNBase, nn.RNNCellBase)) for module in module.modules()):
         present.add("feed_forward")
     return present

@@ -16,9 +16,10 @@ from lightning_gradguard.core.forensics import Origin, OutOfRange, investigate
 from lightning_gradguard.core.snapshots import StepRandomness, set_rng_state
 from lightning_gradguard.runtime import lightning_api
 from lightning_gradguard.runtime.distributed import world_size
-from lightning_gradguard.runtime.incidents.invalid_batches import is_check_of_values, original_step
+from lightning_gradguard.runtime.incidents.invalid_batches import is_check_of_values
 from lightning_gradguard.runtime.incidents.lost_batches import tensors_of
 from lightning_gradguard.runtime.lightning_packages import FRAMEWORKS
+from lightning_gradguard.runtime.training_step import own_step
 
 
 @dataclass(slots=True)
@@ -168,7 +169,7 @@ def loss_without_trace(pl_module: pl.LightningModule, batch: Any, batch_idx: int
 
 
 def _training_step(pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> Any:
-    step = original_step(pl_module)
+    step = own_step(pl_module)
     wants = inspect.signature(step).parameters
     return step(batch, batch_idx) if len(wants) > 1 else step(batch)
 

@@ -18,6 +18,7 @@ from lightning_gradguard.core.norms import (
     local_shard,
     norms_from_power_sums,
     power_sums,
+    tensor_norms,
     total_norm_from_norms,
 )
 from lightning_gradguard.runtime.lightning_api import batches_that_stepped
@@ -40,6 +41,7 @@ class LoggedNumbers:
         grad_norms: By parameter.
         weight_norms: By parameter; empty if unknown.
         update_ratios: By parameter; empty if unknown.
+        clipped_norm: Total norm that the optimizer got; `None` if it was not measured.
     """
 
     nonfinite_fraction: float
@@ -48,10 +50,19 @@ class LoggedNumbers:
     grad_norms: Sequence[float]
     weight_norms: Sequence[float]
     update_ratios: Sequence[float]
+    clipped_norm: float | None = None
 
 
 class LoggedStep:
     """Norms of one optimizer step, on the device until `values` are moved to the host.
+
+    Args:
+        suite: Of the Trainer.
+        trainer: The Trainer that fits.
+        step: The step.
+        norm_type: Of all norms.
+        update_ratio: Measure the update as well.
+        clipped_norm: Measure also the norm that the optimizer gets, where ranks hold whole gradients.
 
     Attributes:
         is_pending: True while the norms of the update are not yet summed over shards.
@@ -59,7 +70,13 @@ class LoggedStep:
     """
 
     def __init__(
-        self, suite: Suite, trainer: pl.Trainer, step: Step, norm_type: float, update_ratio: bool
+        self,
+        suite: Suite,
+        trainer: pl.Trainer,
+        step: Step,
+        norm_type: float,
+        update_ratio: bool,
+        clipped_norm: bool = False,
     ) -> None:
         self.step = batches_that_stepped(trainer)
         self.optimizer_index = step.optimizer_index
@@ -76,18 +93,22 @@ class LoggedStep:
         self._weight_norms = step.weight_norms if step.accepted else None
         self._nonfinite_fraction: Scalar = 0.0
         self._update_norms: Tensor | None = None
-        self._handle: RemovableHandle | None = None
+        self._clipped_norm: Tensor | None = None
+        self._handles: list[RemovableHandle] = []
         if step.accepted and update_ratio:
             # copies all weights in one operation
             before = list(torch._foreach_mul(_local(step.selection), 1.0))
-            self._handle = after_step(step.optimizer, partial(self._measure_updates, step.selection, before))
+            measure = partial(self._measure_updates, step.selection, before)
+            self._handles.append(after_step(step.optimizer, measure))
+        if step.accepted and clipped_norm and not step.selection.is_cut:
+            self._handles.append(after_step(step.optimizer, partial(self._measure_clipped, step.selection)))
 
     def close(self, nonfinite_fraction: Scalar) -> None:
-        """Removes the hook of the optimizer, which does not run where a GradScaler skips the step."""
+        """Removes the hooks of the optimizer, which do not run where a GradScaler skips the step."""
         self._nonfinite_fraction = nonfinite_fraction
         self.is_late = self.is_pending
-        if self._handle is not None:
-            self._handle.remove()
+        for handle in self._handles:
+            handle.remove()
 
     def total_norm(self) -> Tensor:
         """Returns the total norm of the gradients."""
@@ -102,13 +123,16 @@ class LoggedStep:
             parts.append(self._weight_norms)
             if self._update_norms is not None:
                 parts.append(self._update_norms / self._weight_norms.clamp(min=1e-300))
+        if self._clipped_norm is not None:
+            parts.append(self._clipped_norm.to(total).reshape(1))
         return torch.cat(parts)
 
     def read(self, host: Sequence[float]) -> LoggedNumbers:
         """Returns the numbers of the step, from its `values` on the host."""
         n = len(self.names)
         fraction, total, loss, *norms = host
-        return LoggedNumbers(fraction, total, loss, norms[:n], norms[n : 2 * n], norms[2 * n :])
+        clipped = None if self._clipped_norm is None else norms.pop()
+        return LoggedNumbers(fraction, total, loss, norms[:n], norms[n : 2 * n], norms[2 * n :], clipped)
 
     def scalars(
         self,
@@ -142,6 +166,8 @@ class LoggedStep:
             charted[tags.UPDATE_RATIO] = charts.norms(self.names, updates, numbers.weight_norms)
         for form, values in charted.items():
             scalars |= {tag(form, chart): value for chart, value in values.items()}
+        if numbers.clipped_norm is not None:
+            scalars[tag(tags.CLIPPED_NORM_TOTAL)] = numbers.clipped_norm
         scalars[tag(tags.GRAD_NORM_TOTAL)] = total  # also where a module is called `total`
         return scalars
 
@@ -149,6 +175,13 @@ class LoggedStep:
         torch._foreach_sub_(before, _local(selection))
         self.is_pending = True
         self._suite.reduce_over_shards(power_sums(before), selection, self._set_update_norms)
+
+    def _measure_clipped(self, selection: Selection) -> None:
+        gradients = [p.grad for p in selection.parameters if p.grad is not None]
+        if gradients:
+            self._clipped_norm = total_norm_from_norms(
+                tensor_norms(gradients, self._norm_type), self._norm_type
+            )
 
     def _set_update_norms(self, sums: Tensor) -> None:
         self.is_pending = False

@@ -212,7 +212,9 @@ def update(sample: Sample, progress: Progress) -> Iterator[Symptom]:
                 where = tuple(layer.name for layer in sample.layers if layer.is_last) or where
             evidence = f"an update of {before:.2g} of the norm of the weights (usual: below 0.1)"
             if one.unclipped > 1.01:
-                evidence += f", which clipping reduces to {after:.2g}"
+                clippers = [*["AdaptiveGradientClipping"] * one.suite_clips, *filter(None, [one.clipper])]
+                by = f" by {' and '.join(clippers)}" if clippers else ""
+                evidence += f", {after:.2g} after clipping{by}"
             if is_rising:
                 evidence += f"; the loss has risen to {progress.rise:.2g} times the first"
             evidence += _inputs(sample)

@@ -122,6 +122,7 @@ class Update:
         decay: Largest weight decay of a parameter group.
         clipper: What clips after the suite, such as `gradient_clip_val=0.01 of the Trainer`; empty if nothing
             does.
+        suite_clips: True if `AdaptiveGradientClipping` is there.
     """
 
     names: Sequence[str]
@@ -137,6 +138,7 @@ class Update:
     loss_scale: float = 1.0
     decay: float = 0.0
     clipper: str = ""
+    suite_clips: bool = False
 
     @property
     def sizes(self) -> tuple[float, float, float]:

@@ -1,0 +1,129 @@
+"""Clipping by the Trainer or by code of the module: advice does not propose it, and who clips is told."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pytorch_lightning.loggers import CSVLogger
+from torch import nn
+
+from lightning_gradguard import (
+    AdaptiveGradientClipping,
+    GradientNormMonitor,
+    Incident,
+    NaNRollback,
+    TrainingDiagnosis,
+    TrainingDivergedError,
+)
+from lightning_gradguard.report.render.text import to_text
+from tests.report.runs import report_of
+from tests.tasks import Classifier, batches, fit
+
+BY_NORM: dict[str, Any] = {"gradient_clip_val": 0.5}
+BY_VALUE: dict[str, Any] = {"gradient_clip_val": 0.05, "gradient_clip_algorithm": "value"}
+
+
+class Hot(Classifier):
+    """Diverges within a few steps, clipped or not."""
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=100.0, momentum=0.9)
+
+
+class ClipsInHook(Hot):
+    def configure_gradient_clipping(self, optimizer: Any, *_: Any, **__: Any) -> None:
+        self.clip_gradients(optimizer, gradient_clip_val=0.5, gradient_clip_algorithm="norm")
+
+
+class ClipsByHand(Hot):
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        optimizer: Any = self.optimizers()
+        loss = nn.functional.cross_entropy(self.net(batch[0]), batch[1])
+        self.log("train_loss", loss)
+        optimizer.zero_grad()
+        self.manual_backward(loss)
+        nn.utils.clip_grad_norm_(self.parameters(), 0.5)
+        optimizer.step()
+        return loss
+
+
+CLIPPED: dict[str, tuple[type[Hot], dict[str, Any], str]] = {
+    "by norm": (Hot, BY_NORM, "gradient_clip_val=0.5 of the Trainer"),
+    "by value": (Hot, BY_VALUE, "gradient_clip_val=0.05 by value of the Trainer"),
+    "in a hook": (ClipsInHook, {}, "ClipsInHook.configure_gradient_clipping"),
+    "by hand": (ClipsByHand, {}, ""),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Gradients are clipped twice")
+@pytest.mark.parametrize("with_own", [False, True], ids=["alone", "beside the suite's"])
+@pytest.mark.parametrize("name", CLIPPED)
+def test_advice_does_not_propose_what_is_there_and_says_who_clips(
+    name: str, with_own: bool, tmp_path: Path
+) -> None:
+    class Listener(TrainingDiagnosis):
+        def on_training_incident(self, trainer: Any, pl_module: Any, incident: Incident) -> None:
+            super().on_training_incident(trainer, pl_module, incident)
+            found.append(incident)
+
+    make, arguments, who = CLIPPED[name]
+    found: list[Incident] = []
+    own = [AdaptiveGradientClipping()] if with_own else []
+    callbacks = [GradientNormMonitor(), Listener(), NaNRollback(max_rollbacks=1), *own]
+    logger = CSVLogger(tmp_path, "", "run")
+    said = []
+    try:
+        fit(make(), batches(60), callbacks, logger=logger, log_every_n_steps=1, **arguments)
+    except TrainingDivergedError as error:
+        said.append(str(error))
+    said += [i.advice for i in found]
+    assert not [text for text in said if "clip gradients" in text.lower()]
+    exploding = [i.detail for i in found if i.kind == "exploding_gradient"]
+    assert exploding
+    if who:
+        assert f"after clipping by {'AdaptiveGradientClipping and ' * with_own}{who}" in exploding[0]
+    report = to_text([report_of(tmp_path / "run")], 500)
+    assert "clip gradients" not in report.lower()
+    assert ("by AdaptiveGradientClipping" in report) == with_own
+    if who and not with_own:
+        assert "of the logged steps clipped by the Trainer or the module" in report
+
+
+def test_of_healthy_gradients_nothing_is_said_to_be_clipped(tmp_path: Path) -> None:
+    logger = CSVLogger(tmp_path, "", "run")
+    callbacks = [GradientNormMonitor(), NaNRollback()]
+    arguments: dict[str, Any] = {**BY_VALUE, "gradient_clip_val": 100.0}
+    fit(Classifier(), batches(20), callbacks, logger=logger, log_every_n_steps=1, **arguments)
+    assert "clipped" not in to_text([report_of(tmp_path / "run")], 500)
+
+
+@pytest.mark.filterwarnings("ignore:Gradients are clipped twice")
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+@pytest.mark.parametrize("with_own", [False, True], ids=["alone", "beside the suite's"])
+def test_norm_after_clipping_is_that_which_the_optimizer_gets(
+    with_own: bool, precision: Any, tmp_path: Path
+) -> None:
+    class Spy(Classifier):
+        def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+            super().optimizer_step(*args, **kwargs)
+            norms.append(nn.utils.get_total_norm([p.grad for p in self.parameters() if p.grad is not None]))
+
+    norms: list[Any] = []
+    logger = CSVLogger(tmp_path, "", "run")
+    callbacks = [GradientNormMonitor(), *([AdaptiveGradientClipping()] if with_own else [])]
+    more: dict[str, Any] = {"precision": precision, "log_every_n_steps": 1, **BY_VALUE}
+    fit(Spy(), batches(10), callbacks, logger=logger, **more)
+    with (tmp_path / "run" / "metrics.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if row["grad_norm_clipped/total"]]
+    logged = [float(row["grad_norm_clipped/total"]) for row in rows]
+    assert logged == pytest.approx([float(norm) for norm in norms], rel=1e-5)
+    before = [float(row["grad_norm/total"]) for row in rows]
+    assert any(after < 0.99 * norm for after, norm in zip(logged, before, strict=True))
