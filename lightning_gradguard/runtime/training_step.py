@@ -1,4 +1,4 @@
-"""What the suite puts in place of the `training_step` of an object, and what is there without it."""
+"""Replacements of the `training_step` of an object by the suite, and the step of the user."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _BEFORE = "_gradguard_before"
 
 
 def replace_step(pl_module: pl.LightningModule, make: Callable[[TrainingStep], TrainingStep]) -> TrainingStep:
-    """Puts `make(step)` in place of `training_step`, and returns it for `restore_step`."""
+    """Replaces `training_step` by what `make` makes of it, and returns that for `restore_step`."""
     step, own = pl_module.training_step, vars(pl_module)
     replacement = functools.wraps(step)(make(step))
     setattr(replacement, _BEFORE, (step, own.get("training_step")))
@@ -40,7 +40,7 @@ def restore_step(pl_module: pl.LightningModule, replacement: TrainingStep) -> No
 
 
 def own_step(pl_module: pl.LightningModule) -> TrainingStep:
-    """Returns the step of the user's."""
+    """Returns the `training_step` that the user has written, or put on the object."""
     return _without_replacements(pl_module)[0]
 
 
