@@ -217,12 +217,12 @@ class TrainingDiagnosis(StepCallback):
         """Takes note of a symptom that another callback has named, and names why training has diverged."""
         if incident.kind == "divergence" and incident.cause == "update_too_large":
             evidence = incident.detail.rstrip(".") or "training has diverged"
-            symptoms = self.diagnosis.diverged(incident.where, evidence, incident.step)
+            symptoms = self.diagnosis.add_divergence(incident.where, evidence, incident.step)
             now = {"step": incident.step, "epoch": incident.epoch}
             self._publish_on_all_ranks(trainer, pl_module, symptoms, now)
-        is_symptom = incident.kind in SYMPTOMS and incident.kind != "constant_clipping"
-        if not self._is_publishing and is_symptom:
-            self.diagnosis.known(incident.kind, incident.where, incident.step)
+        kind = next((kind for kind in SYMPTOMS if kind == incident.kind != "constant_clipping"), None)
+        if not self._is_publishing and kind is not None:
+            self.diagnosis.add_published(kind, incident.where, incident.step)
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

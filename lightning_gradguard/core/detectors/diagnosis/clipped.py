@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import Literal
 
 from lightning_gradguard.core.detectors.constant_clipping import USUAL_UPDATE
 from lightning_gradguard.core.detectors.diagnosis.progress import Progress
 from lightning_gradguard.core.detectors.diagnosis.sample import Sample, Update
 from lightning_gradguard.core.detectors.diagnosis.symptom import Symptom
+from lightning_gradguard.core.incidents import SymptomCause
 
 #: Clipping to less than a tenth, with an update below the usual one, stops what does not learn.
 CLIPPED_FAR = 10.0
@@ -20,7 +22,7 @@ LARGEST_CLIP_VALUE = 100.0
 VANISHED, VANISHED_IF_STUCK = 1e-3, 1e-2
 
 
-def clipping(sample: Sample, progress: Progress) -> Iterator[Symptom]:
+def clipped_elsewhere(sample: Sample, progress: Progress) -> Iterator[Symptom]:
     """Yields gradients that code other than the suite has clipped to a value far below their norm."""
     for index, one in enumerate(sample.updates):
         scaled, largest, after = progress.fixed_sizes(index)
@@ -50,7 +52,7 @@ def _clipped_far(one: Update, before: float, after: float) -> Iterator[Symptom]:
         yield _symptom("clip_value_too_small", f"{evidence}them; {update}")
 
 
-def _symptom(cause: str, evidence: str) -> Symptom:
+def _symptom(cause: SymptomCause, evidence: str) -> Symptom:
     return Symptom("constant_clipping", cause, (), 1.0, evidence, "update", 3)
 
 
@@ -59,7 +61,7 @@ def _is_clip_value(size: float) -> bool:
     return size <= LARGEST_CLIP_VALUE and math.isclose(size, float(f"{size:.2g}"), rel_tol=1e-4)
 
 
-def weights(sample: Sample, progress: Progress) -> Iterator[Symptom]:
+def vanishing_weights(sample: Sample, progress: Progress) -> Iterator[Symptom]:
     """Yields weight matrices that have shrunk to a small share of their norm."""
     bound = VANISHED if progress.learns else VANISHED_IF_STUCK
     for one in sample.updates:
@@ -75,7 +77,9 @@ def weights(sample: Sample, progress: Progress) -> Iterator[Symptom]:
         steps = math.log(1 / max(share, 1e-45))
         decays = one.decay * max(one.rates, default=0.0) * sample.step > steps / 2
         dominates = one.decay * one.weights[found[0]] > one.gradients[found[0]]
-        cause = "weight_decay" if one.decay and (decays or dominates) else "unknown"
+        cause: SymptomCause | Literal["unknown"] = (
+            "weight_decay" if one.decay and (decays or dominates) else "unknown"
+        )
         where = tuple(dict.fromkeys(one.names[i].rpartition(".")[0] or one.names[i] for i in found))[:5]
         evidence = f"the weights of {where[0]} have shrunk to {share:.1g} of their norm"
         if cause == "weight_decay":

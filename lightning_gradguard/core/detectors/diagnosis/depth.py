@@ -10,8 +10,9 @@ from lightning_gradguard.core.detectors.diagnosis.progress import STUCK, Progres
 from lightning_gradguard.core.detectors.diagnosis.sample import LayerSignal, Sample, TimeSignal
 from lightning_gradguard.core.detectors.diagnosis.signals.units import SATURATING
 from lightning_gradguard.core.detectors.diagnosis.symptom import Symptom
+from lightning_gradguard.core.incidents import IncidentKind, SymptomCause
 
-# thresholds of docs/diagnosis.md, where their margins are, in decades
+# thresholds of docs/diagnosis.md, in decades
 VANISHING, EXPLODING = -3.0, 2.5
 #: Decades that explode in a network that has learned nothing by step 50.
 EXPLODING_IF_STUCK = 1.75
@@ -82,11 +83,11 @@ def through_time(sample: Sample, progress: Progress) -> Iterator[Symptom]:
             yield _through_time("exploding_gradient", time, forth, evidence)
 
 
-def _through_time(kind: str, time: TimeSignal, value: float, evidence: str) -> Symptom:
+def _through_time(kind: IncidentKind, time: TimeSignal, value: float, evidence: str) -> Symptom:
     return Symptom(kind, "through_time", (time.name,), value, f"{evidence} (usual: below 2)", "depth")
 
 
-def _why(layers: Sequence[LayerSignal]) -> str:
+def _why(layers: Sequence[LayerSignal]) -> SymptomCause:
     """Returns the likeliest cause of a gradient that shrinks or grows with depth."""
     outputs = [math.log10(layer.output) for layer in layers if layer.output > 0]
     if outputs and outputs[0] - outputs[-1] > 1:

@@ -10,7 +10,8 @@ from typing import Any
 from lightning_gradguard.core.detectors.diagnosis import clipped, depth, rules
 from lightning_gradguard.core.detectors.diagnosis.progress import Progress
 from lightning_gradguard.core.detectors.diagnosis.sample import Sample
-from lightning_gradguard.core.detectors.diagnosis.symptom import Symptom
+from lightning_gradguard.core.detectors.diagnosis.symptom import Symptom, Tier
+from lightning_gradguard.core.incidents import IncidentKind
 
 #: Steps before which a loss is not stuck but may start slowly, the share of the planned steps, and the steps
 #: for a run that ends soon.
@@ -22,10 +23,11 @@ NO_RATE = 1e-2
 #: Symptoms on the same sample: the first is the root.
 _ORDER = ("contract", "coverage", "units", "update", "depth", "stuck", "stagnation")
 _RULES = (
-    *(rules.contract, rules.inputs, rules.coverage, rules.units, clipped.clipping, clipped.weights),
-    *(rules.update, depth.through_layers, depth.through_time),
+    *(rules.broken_contracts, rules.constant_inputs, rules.untrained_parameters),
+    *(rules.dead_or_saturated_units, clipped.clipped_elsewhere, clipped.vanishing_weights),
+    *(rules.large_updates, depth.through_layers, depth.through_time),
 )
-_LATE_RULES = (rules.no_gradient, rules.stagnation)
+_LATE_RULES = (rules.constant_loss, rules.stagnation)
 
 
 class Diagnosis:
@@ -92,7 +94,7 @@ class Diagnosis:
         self.roots.append(symptom)
         return [symptom]
 
-    def diverged(self, where: tuple[str, ...], evidence: str, step: int) -> list[Symptom]:
+    def add_divergence(self, where: tuple[str, ...], evidence: str, step: int) -> list[Symptom]:
         """Adds that training has diverged because an update was too large; returns it if it is new."""
         places = rules.modules_of(where)
         symptom = Symptom(
@@ -100,10 +102,10 @@ class Diagnosis:
         )
         return [root for root in [self._add(symptom, step)] if root]
 
-    def known(self, kind: str, where: tuple[str, ...], step: int) -> None:
+    def add_published(self, kind: IncidentKind, where: tuple[str, ...], step: int) -> None:
         """Takes a symptom that another callback has published for a root."""
-        tier = "units" if kind.endswith("_units") else "depth"
-        self._add(Symptom(kind, "unknown", where, 0.0, "", tier, since=step), step)  # type: ignore[arg-type]
+        tier: Tier = "units" if kind.endswith("_units") else "depth"
+        self._add(Symptom(kind, "unknown", where, 0.0, "", tier, since=step), step)
 
     def state_dict(self) -> dict[str, Any]:
         """Returns samples and roots."""
@@ -117,16 +119,7 @@ class Diagnosis:
     def load_state_dict(self, state_dict: Mapping[str, Any], *, with_roots: bool = True) -> None:
         """Continues with saved samples, and with the saved roots unless these are to be kept."""
         if with_roots:
-            self.roots = [
-                Symptom(
-                    **{
-                        **root,
-                        "where": tuple(root["where"]),
-                        "followed_by": tuple(map(tuple, root["followed_by"])),
-                    }
-                )
-                for root in state_dict["roots"]
-            ]
+            self.roots = [Symptom.restored(root) for root in state_dict["roots"]]
         self._progress.load_state_dict(state_dict["progress"])
         self._shown = {(kind, tier): (times, since) for kind, tier, times, since in state_dict["shown"]}
         self._rates = {index: tuple(rates) for index, rates in state_dict["rates"].items()}
@@ -140,7 +133,7 @@ class Diagnosis:
                 yield from rule(sample, self._progress)
         if not self._is_related:
             yield from rules.far_targets(sample, self._progress, self.patience)
-            yield from rules.stuck(sample, self._progress, self.patience)
+            yield from rules.stuck_loss(sample, self._progress, self.patience)
 
     def _rises(self, sample: Sample) -> bool:
         """True if a learning rate rises, or falls and is not yet nearly zero: then updates may be small."""

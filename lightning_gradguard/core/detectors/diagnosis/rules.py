@@ -6,6 +6,7 @@ import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from statistics import mean, median
+from typing import Literal
 
 from lightning_gradguard.core.detectors.diagnosis.progress import STUCK, Progress
 from lightning_gradguard.core.detectors.diagnosis.sample import (
@@ -16,8 +17,9 @@ from lightning_gradguard.core.detectors.diagnosis.sample import (
 )
 from lightning_gradguard.core.detectors.diagnosis.signals.units import RECTIFIERS
 from lightning_gradguard.core.detectors.diagnosis.symptom import Symptom
+from lightning_gradguard.core.incidents import Cause, SymptomCause
 
-# thresholds of docs/diagnosis.md, where their margins are
+# thresholds of docs/diagnosis.md
 DEAD, SATURATED, SATURATED_ROWS = 0.9, 0.5, 0.8
 LARGE_UPDATE, HUGE_UPDATE, CLIPPED_UPDATE, SMALL_UPDATE, NO_UPDATE = 0.1, 0.3, 0.05, 1e-5, 1e-7
 #: Steps in which updates are examined, and in which gates may be saturated while the loss falls.
@@ -39,7 +41,7 @@ FLAT = 0.003
 #: Loss over that of the best constant above which a network has learned little.
 LEARNS_NOT = 0.9
 #: Shares of a loss call that break its contract.
-_CONTRACT = {
+_CONTRACT: dict[SymptomCause, tuple[float, str]] = {
     "softmax_before_loss": (0.9, "the loss expects logits and gets probabilities"),
     "single_class": (0.9, "a softmax over one output is always 1"),
     "not_log_probabilities": (0.9, "the loss expects log-probabilities (logsumexp 0) and gets other values"),
@@ -57,9 +59,8 @@ _NOUNS = {kind: kind for kind in ("input gates", "update gates", "output gates",
 SOME_UNREACHABLE = 0.05
 
 
-def contract(sample: Sample, progress: Progress) -> Iterator[Symptom]:
+def broken_contracts(sample: Sample, progress: Progress) -> Iterator[Symptom]:
     """Yields loss calls with inputs or targets that the loss does not expect."""
-    head = tuple(layer.name for layer in sample.layers if layer.is_last)
     for call in sample.calls:
         for cause, share in call.flags.items():
             bound, words = _CONTRACT[cause]
@@ -72,10 +73,10 @@ def contract(sample: Sample, progress: Progress) -> Iterator[Symptom]:
             if share >= bound:
                 name = "a difference" if call.function == "difference" else call.function
                 evidence = f"{name}: {words} ({share:.0%} of the values)"
-                yield Symptom("stuck_loss", cause, head, share, evidence, "contract", needs)
+                yield Symptom("stuck_loss", cause, sample.head, share, evidence, "contract", needs)
 
 
-def inputs(sample: Sample, progress: Progress) -> Iterator[Symptom]:
+def constant_inputs(sample: Sample, progress: Progress) -> Iterator[Symptom]:
     """Yields inputs that are the same in every row of the batch, while the targets differ."""
     if sample.inputs_are_constant:
         where = tuple(layer.name for layer in sample.layers[:1])
@@ -83,11 +84,11 @@ def inputs(sample: Sample, progress: Progress) -> Iterator[Symptom]:
         yield Symptom("stuck_loss", "constant_input", where, math.nan, evidence, "contract", 3)
 
 
-def coverage(sample: Sample, progress: Progress) -> Iterator[Symptom]:
+def untrained_parameters(sample: Sample, progress: Progress) -> Iterator[Symptom]:
     """Yields parameters that get a gradient and are held by no optimizer, or are held and get none."""
     found = sample.coverage
     if found.unheld:
-        cause = "replaced_parameters" if found.orphans else "not_in_optimizer"
+        cause: SymptomCause = "replaced_parameters" if found.orphans else "not_in_optimizer"
         evidence = f"{len(found.unheld)} parameters get gradients, and no optimizer holds them"
         if found.orphans:
             evidence += f"; optimizers hold {found.orphans} that are no longer in the module"
@@ -107,7 +108,7 @@ def coverage(sample: Sample, progress: Progress) -> Iterator[Symptom]:
             yield Symptom("weight_stagnation", cause, modules_of(names), len(names), evidence, "coverage")
 
 
-def units(sample: Sample, progress: Progress) -> Iterator[Symptom]:
+def dead_or_saturated_units(sample: Sample, progress: Progress) -> Iterator[Symptom]:
     """Yields layers whose units are dead or saturated."""
     no_gradient = has_no_gradient(sample, progress)
     groups: dict[tuple[str, str, str], list[UnitSignal]] = defaultdict(list)
@@ -145,7 +146,7 @@ def units(sample: Sample, progress: Progress) -> Iterator[Symptom]:
         yield Symptom("saturated_units", origin, where, share, evidence, "units")
 
 
-def input_cause(sample: Sample) -> str:
+def input_cause(sample: Sample) -> Literal["input_scale", "unknown"]:
     """Returns the cause that lies in the scale of the inputs, or `"unknown"`."""
     if sample.input_rms > LARGE_INPUT:
         return "input_scale"
@@ -181,7 +182,7 @@ def has_no_gradient(sample: Sample, progress: Progress) -> bool:
     return bool(gradients) and not any(gradients) and has_loss and sample.step > 0
 
 
-def update(sample: Sample, progress: Progress) -> Iterator[Symptom]:
+def large_updates(sample: Sample, progress: Progress) -> Iterator[Symptom]:
     """Yields updates that are too large for the weights."""
     if sample.step > UPDATE_STEPS or progress.learns:
         return
@@ -202,14 +203,14 @@ def update(sample: Sample, progress: Progress) -> Iterator[Symptom]:
                 evidence = f"a weight decay of {one.decay:g} {shrinks}"
                 yield Symptom("vanishing_weights", "weight_decay", where, 1 - before, evidence, "update")
                 continue
-            cause = input_cause(sample)
+            cause: Cause | SymptomCause = input_cause(sample)
             if cause == "unknown":
                 is_far = any(call.target > LARGE_TARGET for call in sample.calls)
                 cause = "target_scale" if is_far else "update_too_large"
             if cause == "input_scale":  # a normalization is put before the first layer
                 where = tuple(dict.fromkeys([*(layer.name for layer in sample.layers[:1]), *where]))[:5]
             if cause == "target_scale":  # its answers are scaled back
-                where = tuple(layer.name for layer in sample.layers if layer.is_last) or where
+                where = sample.head or where
             evidence = f"an update of {before:.2g} of the norm of the weights (usual: below 0.1)"
             if one.unclipped > 1.01:
                 clippers = [*["AdaptiveGradientClipping"] * one.suite_clips, *filter(None, [one.clipper])]
@@ -218,15 +219,14 @@ def update(sample: Sample, progress: Progress) -> Iterator[Symptom]:
             if is_rising:
                 evidence += f"; the loss has risen to {progress.rise:.2g} times the first"
             evidence += _inputs(sample)
-            yield Symptom("exploding_gradient", cause, where, before, evidence, "update", consecutive=False)
+            yield Symptom("exploding_gradient", cause, where, before, evidence, "update")
 
 
-def no_gradient(sample: Sample, progress: Progress) -> Iterator[Symptom]:
+def constant_loss(sample: Sample, progress: Progress) -> Iterator[Symptom]:
     """Yields a loss that does not depend on the network."""
     if has_no_gradient(sample, progress):
-        head = tuple(layer.name for layer in sample.layers if layer.is_last)
         evidence = "the gradient at the output of every layer is exactly zero, and the loss is not"
-        yield Symptom("stuck_loss", "constant_loss", head, sample.loss, evidence, "stuck", 3)
+        yield Symptom("stuck_loss", "constant_loss", sample.head, sample.loss, evidence, "stuck", 3)
 
 
 def stagnation(sample: Sample, progress: Progress) -> Iterator[Symptom]:
@@ -275,7 +275,7 @@ def _some_stagnate(one: Update, ratios: dict[int, float]) -> Iterator[Symptom]:
     still = [i for i in still if one.names[i].rpartition(".")[0] not in moving]  # a part is not needed
     if still and max(ratios.values()) > SMALL_UPDATE:
         has_gradient = any(one.gradients[i] > 0 for i in still)
-        cause = "learning_rate_too_low" if has_gradient else "zero_gradient"
+        cause: SymptomCause = "learning_rate_too_low" if has_gradient else "zero_gradient"
         where = modules_of([one.names[i] for i in still[:5]])
         value = max(ratios[i] for i in still)
         evidence = f"updates of {len(still)} of {len(ratios)} weights are at most {value:.1g} of their norm"
@@ -287,17 +287,16 @@ def far_targets(sample: Sample, progress: Progress, patience: int) -> Iterator[S
     falls = progress.over_first < LEARNS_NOT
     if sample.step < patience or falls or not progress.over_constant > STUCK:
         return
-    head = tuple(layer.name for layer in sample.layers if layer.is_last)
     for call in sample.calls:
         if call.target > LARGE_TARGET and call.target > FAR_TARGET * call.answer:
             evidence = (
                 f"{call.function}: the rms of the targets is {call.target:.2g}, that of the answers "
                 f"{call.answer:.2g}, and the loss is {progress.over_constant:.2f} times that of a constant"
             )
-            yield Symptom("stuck_loss", "target_scale", head, call.target, evidence, "contract", 2)
+            yield Symptom("stuck_loss", "target_scale", sample.head, call.target, evidence, "contract", 2)
 
 
-def stuck(sample: Sample, progress: Progress, patience: int) -> Iterator[Symptom]:
+def stuck_loss(sample: Sample, progress: Progress, patience: int) -> Iterator[Symptom]:
     """Yields a loss that is no better than that of the best constant, or does not depend on the targets."""
     ratio, permuted = progress.over_constant, sample.permuted
     if sample.step < patience or ratio <= STUCK or is_related(permuted, ratio):
@@ -308,9 +307,8 @@ def stuck(sample: Sample, progress: Progress, patience: int) -> Iterator[Symptom
         and progress.spread <= FLAT
         and not math.isclose(sample.loss, 0)
     ):
-        head = tuple(layer.name for layer in sample.layers if layer.is_last)
         evidence = f"all losses so far are within {progress.spread:.1%} of the first, {progress.first:.3g}"
-        yield Symptom("stuck_loss", "unknown", head, sample.loss, evidence, "stuck", 2)
+        yield Symptom("stuck_loss", "unknown", sample.head, sample.loss, evidence, "stuck", 2)
     is_whole = any(math.isclose(call.value, sample.loss, rel_tol=0.01) for call in sample.calls)
     if math.isnan(permuted) and (math.isnan(ratio) or not is_whole):
         return  # beside a second term, as in a VAE, a reconstruction may be no better than a constant
@@ -321,18 +319,18 @@ def stuck(sample: Sample, progress: Progress, patience: int) -> Iterator[Symptom
         facts.append(f"it rises by {permuted:.1%} if the targets are permuted")
     if sample.one_signed:
         facts.append("all answers lie on one side of their targets")
-    head = tuple(layer.name for layer in sample.layers if layer.is_last)
     has_range = any(call.flags.get("unreachable_targets", 0.0) > 0 for call in sample.calls)
-    cause = "unreachable_targets" if sample.one_signed and has_range else "unknown"
+    where = sample.head
+    cause: Cause | SymptomCause = "unreachable_targets" if sample.one_signed and has_range else "unknown"
     is_far = input_cause(sample) != "unknown" or sample.input_rms < SMALL_INPUT
     if cause == "unknown" and is_far and sample.layers:
-        cause, head = "input_scale", (sample.layers[0].name,)
+        cause, where = "input_scale", (sample.layers[0].name,)
         facts += filter(None, [_inputs(sample).strip("; ")])
     is_bounded = any(layer.is_last and layer.activation for layer in sample.layers)
     if cause == "unknown" and sample.one_signed and not is_bounded and progress.over_first < 1:
         cause = "learning_rate_too_low"  # the answers are on their way to the targets
     value = permuted if math.isnan(ratio) else ratio
-    yield Symptom("stuck_loss", cause, head, value, "; ".join(facts), "stuck", 2)
+    yield Symptom("stuck_loss", cause, where, value, "; ".join(facts), "stuck", 2)
 
 
 def _inputs(sample: Sample) -> str:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from lightning_gradguard.core import tags
 from lightning_gradguard.core.detectors.diagnosis.coverage import Coverage
+from lightning_gradguard.core.incidents import SymptomCause
 
 #: Calls of one layer in one pass from which on it is a recurrence.
 MIN_TIMES = 8
@@ -92,7 +93,7 @@ class LossSignal:
     """
 
     function: str
-    flags: dict[str, float] = field(default_factory=dict)
+    flags: dict[SymptomCause, float] = field(default_factory=dict)
     value: float = math.nan
     constant: float = math.nan
     target: float = math.nan
@@ -196,6 +197,11 @@ class Sample:
     inputs_are_constant: bool = False
     one_signed: bool = False
     permuted: float = math.nan
+
+    @property
+    def head(self) -> tuple[str, ...]:
+        """The name of the layer that was called last, if any was."""
+        return tuple(layer.name for layer in self.layers if layer.is_last)
 
     def output_gradients(self) -> dict[str, float]:
         """Returns the gradient at each layer's output, where one arrives."""

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Literal
+
+from lightning_gradguard.core.incidents import Cause, IncidentKind, SymptomCause
 
 #: What a symptom rests on, causes before their consequences.
 Tier = Literal["contract", "coverage", "units", "update", "depth", "stuck", "stagnation"]
@@ -14,28 +17,34 @@ class Symptom:
     """A symptom of training with its cause.
 
     Args:
-        kind: One of `core.incidents.KINDS`.
-        cause: One of `core.incidents.CAUSES`.
+        kind: The kind of the incident that reports it.
+        cause: `"unknown"` if no rule has found one.
         where: Names of layers, modules or parameters, the one at fault first.
         value: The measured number.
         evidence: The number in words, with what is usual.
         tier: What it rests on.
         needs: Samples that must show it.
-        consecutive: True if these must follow each other.
         since: The first step that showed it.
         followed_by: Symptoms that follow from it, and the steps of their own.
     """
 
-    kind: str
-    cause: str
+    kind: IncidentKind
+    cause: Cause | SymptomCause
     where: tuple[str, ...]
     value: float
     evidence: str
     tier: Tier
     needs: int = 2
-    consecutive: bool = True
     since: int = 0
     followed_by: tuple[tuple[str, int], ...] = field(default=())
+
+    @classmethod
+    def restored(cls, saved: Mapping[str, Any]) -> Symptom:
+        """Returns a symptom from its fields in a checkpoint, where older versions have more."""
+        known = {field.name: saved[field.name] for field in fields(cls)}
+        known["where"] = tuple(known["where"])
+        known["followed_by"] = tuple(map(tuple, known["followed_by"]))
+        return cls(**known)
 
     def shown_since(self, step: int) -> Symptom:
         """Returns the symptom with the first step that showed it."""
@@ -45,7 +54,7 @@ class Symptom:
         """True if another symptom follows from this one, or is the same.
 
         Example:
-            >>> dead = Symptom("dead_units", "large_update", ("net.0",), 1.0, "", "units")
+            >>> dead = Symptom("dead_units", "input_scale", ("net.0",), 1.0, "", "units")
             >>> stuck = Symptom("stuck_loss", "unknown", (), 1.0, "", "stuck")
             >>> dead.explains(stuck), stuck.explains(dead)
             (True, False)

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_gradguard.core.incidents import SymptomCause
+
 #: Loss functions whose calls are examined.
 LOSSES = frozenset(
     {
@@ -55,8 +57,8 @@ def _signature(function: Callable[..., Any]) -> inspect.Signature:
 
 def broken_conditions(
     function: str, answer: Tensor, target: Tensor, options: Mapping[str, Any]
-) -> Iterator[tuple[str, Tensor | bool]]:
-    """Yields, by cause, the share of a call that breaks a condition, or whether it does.
+) -> Iterator[tuple[SymptomCause, Tensor | bool]]:
+    """Yields, by cause, the share of a call that breaks a condition, or True if all of it does.
 
     Args:
         function: Name of the loss function; `"difference"` for a subtraction of targets.

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from lightning_gradguard.core.detectors.diagnosis.sample import LossSignal, UnitSignal
 from lightning_gradguard.core.detectors.diagnosis.signals.scalars import DeviceScalars
+from lightning_gradguard.core.incidents import SymptomCause
 
 
 @dataclass
@@ -47,7 +48,7 @@ class LossRecord:
     """A call of a loss: broken conditions, its value and a constant's, rms of targets and answers."""
 
     function: str
-    flags: dict[str, int]
+    flags: dict[SymptomCause, int]
     value: int
     constant: int | None
     scales: tuple[int, int] | None = None
