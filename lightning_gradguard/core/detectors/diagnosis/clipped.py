@@ -77,11 +77,10 @@ def vanishing_weights(sample: Sample, progress: Progress) -> Iterator[Symptom]:
         steps = math.log(1 / max(share, 1e-45))
         decays = one.decay * max(one.rates, default=0.0) * sample.step > steps / 2
         dominates = one.decay * one.weights[found[0]] > one.gradients[found[0]]
-        cause: SymptomCause | Literal["unknown"] = (
-            "weight_decay" if one.decay and (decays or dominates) else "unknown"
-        )
+        is_decay = one.decay and (decays or dominates)
+        cause: SymptomCause | Literal["unknown"] = "weight_decay" if is_decay else "unknown"
         where = tuple(dict.fromkeys(one.names[i].rpartition(".")[0] or one.names[i] for i in found))[:5]
         evidence = f"the weights of {where[0]} have shrunk to {share:.1g} of their norm"
-        if cause == "weight_decay":
+        if is_decay:
             evidence += f", by weight_decay={one.decay:g}"
         yield Symptom("vanishing_weights", cause, where, share, evidence, "units", 3)

@@ -40,7 +40,13 @@ class Symptom:
 
     @classmethod
     def restored(cls, saved: Mapping[str, Any]) -> Symptom:
-        """Returns a symptom from its fields in a checkpoint, where older versions have more."""
+        """Returns a symptom from its fields in a checkpoint, where older versions have more.
+
+        Example:
+            >>> symptom = Symptom("stuck_loss", "unknown", ("head",), 1.0, "flat", "stuck")
+            >>> Symptom.restored({**vars(symptom), "consecutive": True}) == symptom
+            True
+        """
         known = {field.name: saved[field.name] for field in fields(cls)}
         known["where"] = tuple(known["where"])
         known["followed_by"] = tuple(map(tuple, known["followed_by"]))
