@@ -19,7 +19,7 @@ TRIAL_STEPS = 60
 #: A search ends when the level that trains is at least this share of the lowest one that failed.
 SEARCH_PRECISION = 1 / 16
 #: Losses at the beginning of a trial, and at its end, whose medians are compared.
-EVIDENCE_STEPS = 10
+COMPARED_LOSSES = 10
 
 
 class Backoff:
@@ -202,8 +202,8 @@ class Backoff:
         self._trained = self._level
         if self._level >= self._failed * SEARCH_PRECISION:
             if self._cuts > 1:  # one cut may have been for a fault of one step
-                has_fallen = bool(losses) and median(losses[-EVIDENCE_STEPS:]) < median(
-                    losses[:EVIDENCE_STEPS]
+                has_fallen = bool(losses) and median(losses[-COMPARED_LOSSES:]) < median(
+                    losses[:COMPARED_LOSSES]
                 )
                 self._ceiling, self.has_found = self._level, has_fallen
             self._cuts = 0

@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any, Literal
 
-from lightning_gradguard.core.detectors import EVIDENCE_STEPS, Anomaly, OptimizerHealth
+from lightning_gradguard.core.detectors import Anomaly, OptimizerHealth
 
 #: Steps over which the share of skipped ones is taken.
 OUTCOMES = 100
@@ -19,7 +19,8 @@ MOVED = 1.0
 #: The same where the loss is not far above everything seen, but has made no progress since the start, by
 #: whether it is worse than there.
 MOVED_WITHOUT_PROGRESS = {"worse_than_first": 2.5, "no_progress": 10.0}
-
+#: Steps from one measurement of that distance to the next.
+DISTANCE_INTERVAL = 10
 #: Rollbacks that cannot help, before the run is stopped: no step was good yet, or eps is at fault.
 USELESS_ROLLBACKS = 2
 
@@ -74,7 +75,7 @@ class RecoveryPolicy:
         self._skipped_in_a_row: dict[int, int] = {}
         self._outcomes: deque[bool] = deque(maxlen=OUTCOMES)
         self._health: dict[int, OptimizerHealth] = {}
-        self._asked_ago = EVIDENCE_STEPS
+        self._asked_ago = DISTANCE_INTERVAL
 
     def on_skip(self, index: int, is_nonfinite: bool = True) -> Decision:
         """Counts a skipped step of optimizer `index`; a finite one was rejected by a callback."""
@@ -122,7 +123,7 @@ class RecoveryPolicy:
         self.is_spiking = any([health.spiking for health in self._health.values()])
         self._asked_ago += 1
         if anomaly in ("divergence", "worse_than_first", "no_progress", "lasting_spike"):
-            if self._asked_ago < EVIDENCE_STEPS:
+            if self._asked_ago < DISTANCE_INTERVAL:
                 return "continue", ""
             self._asked_ago = 0
             bound = MOVED_WITHOUT_PROGRESS.get(anomaly, MOVED)
@@ -217,5 +218,5 @@ class RecoveryPolicy:
         self._good_steps = state_dict["good_steps"]
         self._skipped_in_a_row = dict(state_dict["skipped_in_a_row"])
         self._outcomes = deque(state_dict["outcomes"], maxlen=OUTCOMES)
-        self._asked_ago = state_dict.get("asked_ago", EVIDENCE_STEPS)  # version 0.5 has none
+        self._asked_ago = state_dict.get("asked_ago", DISTANCE_INTERVAL)  # version 0.5 has none
         self.load_detector_state(state_dict["windows"])

@@ -18,7 +18,7 @@ from lightning_gradguard.core.forensics import parts_of
 from lightning_gradguard.core.initialization import Finding
 from lightning_gradguard.core.initialization.rate_trial import (
     HELD_OUT,
-    STEPS,
+    TRIAL_STEPS,
     RateTrial,
     largest_stable_factor,
     optimizer_copy,
@@ -118,10 +118,10 @@ def try_rates(
         pl_module.configure_gradient_clipping(copied, value, algorithm)
 
     per_step = min(trainer.accumulate_grad_batches, MAX_ACCUMULATED)
-    batches = [batch, *_further_batches(trainer, STEPS * per_step + HELD_OUT - 1)]
+    batches = [batch, *_further_batches(trainer, TRIAL_STEPS * per_step + HELD_OUT - 1)]
     n_held_out = min(HELD_OUT, max(len(batches) // 3, 1))
     held_out, rest = batches[-n_held_out:], batches[:-n_held_out] or batches
-    steps = [[rest[(i * per_step + j) % len(rest)] for j in range(per_step)] for i in range(STEPS)]
+    steps = [[rest[(i * per_step + j) % len(rest)] for j in range(per_step)] for i in range(TRIAL_STEPS)]
     trial = RateTrial(pl_module, trainer.optimizers[0], loss_of, steps, held_out, rates, clip)
     losses = trial.losses(1.0)
     if not math.isfinite(losses[0]):

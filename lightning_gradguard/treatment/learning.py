@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from lightning_gradguard.core.detectors.diagnosis.progress import LEARNS
 from lightning_gradguard.treatment.trials.trial import Trial
 
-#: Loss over that of the best constant answer, or over that with permuted targets, below which a run learns.
-LEARNS = 0.9
-#: The same for a run that has learned; docs/treat.md has the ratios of runs that do and do not.
+#: Loss over that of the best constant answer, and over that with permuted targets, below which a run has
+#: learned; docs/treat.md has the ratios of runs that do and do not.
 HAS_LEARNED, HAS_LEARNED_OVER_PERMUTED = 0.5, 1 / 3
 #: Final loss over the lowest of the run above which it rises again: that of small batches varies by less.
 RISES = 1.5

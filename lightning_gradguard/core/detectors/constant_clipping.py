@@ -11,7 +11,7 @@ CONSTANT_CLIPPING = 0.5
 #: Updates are usually about this share of the norm of the weights; clipping that leaves less may hinder.
 USUAL_UPDATE = 1e-3
 #: Steps over which the share is taken.
-EVIDENCE_STEPS = 100
+SHARE_STEPS = 100
 
 
 class ConstantClippingDetector:
@@ -38,7 +38,7 @@ class ConstantClippingDetector:
         """
         self._hard += hard
         self._steps += steps
-        if self._steps < EVIDENCE_STEPS:
+        if self._steps < SHARE_STEPS:
             return None
         share, was_constant = self._hard / self._steps, self._is_constant
         self._hard, self._steps, self._is_constant = 0.0, 0, share > CONSTANT_CLIPPING

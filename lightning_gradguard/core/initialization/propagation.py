@@ -128,7 +128,7 @@ def _ratio(first: Tensor, last: Tensor) -> float:
 
 
 def _decades(value: float) -> float:
-    return math.log10(max(value, 10**ZERO_GAIN)) if value == value else math.nan
+    return math.nan if math.isnan(value) else math.log10(max(value, 10**ZERO_GAIN))
 
 
 @dataclass

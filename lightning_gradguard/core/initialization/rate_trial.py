@@ -18,7 +18,7 @@ from lightning_gradguard.core.initialization.findings import Finding, Severity
 from lightning_gradguard.core.snapshots import preserve_state, preserve_weights
 
 #: Steps of a trial, and batches on which the loss is compared afterwards.
-STEPS, HELD_OUT = 12, 4
+TRIAL_STEPS, HELD_OUT = 12, 4
 #: Share of the loss by which it may rise: where there is nothing to learn in a few steps, any rate raises it.
 NOISE = 0.01
 #: Ratios of the configured to the largest stable rate from which on it is too high, warn and fail, if the
@@ -161,13 +161,13 @@ def rate_finding(
     if factor is None or factor == math.inf:
         return None
     before, after = losses
-    bound = f"about {rate * factor:.2g} ({STEPS} steps on a copy)"
+    bound = f"about {rate * factor:.2g} ({TRIAL_STEPS} steps on a copy)"
     warn, fail = (ratio * (WARMED_UP if warms_up else 1.0) for ratio in TOO_HIGH)
     rises = not after <= before + (RISE - 1) * abs(before)
     if rises and factor <= 1 / warn:
         severity: Severity = "fail" if factor <= 1 / fail else "warn"
         return Finding("learning_rate_too_high", name, rate, f"at most {bound}", severity)
-    progress = (before - after) * max(n_steps, FEW_STEPS) / STEPS
+    progress = (before - after) * max(n_steps, FEW_STEPS) / TRIAL_STEPS
     if factor >= 1 / TOO_LOW and progress < MIN_PROGRESS * abs(before):
         return Finding("learning_rate_too_low", name, rate, f"closer to {bound}", "warn")
     return None

@@ -7,7 +7,7 @@ from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Literal
 
 from lightning_gradguard.core.parameter_names import code_of
-from lightning_gradguard.core.remedies.texts import BY_CAUSE, BY_KIND, STEPS
+from lightning_gradguard.core.remedies.texts import BY_CAUSE, BY_KIND, REMEDIES
 
 if TYPE_CHECKING:
     from torch import nn
@@ -86,7 +86,7 @@ def remedies(kind: str, where: Sequence[str] = (), present: Collection[Present] 
         >>> remedies("stuck_loss")[0]
         'Raise the learning rate.'
     """
-    texts = STEPS.get(kind, (BY_KIND.get(kind, ""),))
+    texts = REMEDIES.get(kind, (BY_KIND.get(kind, ""),))
     return tuple(filter(None, (_applied(text, where, present) for text in texts)))
 
 

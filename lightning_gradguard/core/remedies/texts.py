@@ -279,7 +279,7 @@ BY_CAUSE = {
 }
 
 #: By symptom, one text for each remedy, the likeliest first.
-STEPS = {
+REMEDIES = {
     "exploding_gradient": (
         "[clipping|Clip gradients: AdaptiveGradientClipping(), or gradient_clip_val=1.0 of the Trainer.]",
         "Lower the learning rate, or warm it up for longer.",

@@ -52,7 +52,7 @@ def decades(scalars: Mapping[str, float]) -> dict[str, float]:
         {'log10/grad_norm/total': 2.0}
     """
     return {
-        copy: math.log10(max(value, _SMALLEST)) if value == value else math.nan
+        copy: math.nan if math.isnan(value) else math.log10(max(value, _SMALLEST))
         for tag, value in scalars.items()
         if (copy := t.log10_tag(tag))
     }

@@ -28,7 +28,7 @@ def clipped_elsewhere(sample: Sample, progress: Progress) -> Iterator[Symptom]:
         scaled, largest, after = progress.fixed_sizes(index)
         value = next((size for size in (scaled, largest) if _is_clip_value(size)), math.nan)
         hinders = one.ratio < USUAL_UPDATE and not progress.learns
-        if one.loss_scale > 1 and value == value and (hinders or one.ratio < USUAL_UPDATE / 10):
+        if one.loss_scale > 1 and not math.isnan(value) and (hinders or one.ratio < USUAL_UPDATE / 10):
             what = "norm" if value == scaled else "largest element"
             evidence = (
                 f"the {what} of the gradients times the loss scale {one.loss_scale:g} is {value:.3g} in "
@@ -42,12 +42,12 @@ def clipped_elsewhere(sample: Sample, progress: Progress) -> Iterator[Symptom]:
 def _clipped_far(one: Update, before: float, after: float) -> Iterator[Symptom]:
     """Yields gradients that are clipped to one value after the suite has measured them, or before."""
     update = f"updates are {one.ratio:.1g} of the norm of the weights (usual: about 1e-3)"
-    is_fixed = after == after or "value" in one.clipper
+    is_fixed = not math.isnan(after) or "value" in one.clipper
     if one.clipper and is_fixed and one.unclipped > CLIPPED_FAR:
         norm, clipped = one.total_norm, one.total_norm / one.unclipped
         evidence = f"gradients of norm {norm:.3g} are clipped to {clipped:.3g} by {one.clipper}; {update}"
         yield _symptom("clip_value_too_small", evidence)
-    elif before == before:
+    elif not math.isnan(before):
         evidence = f"the gradients have the size {before:.3g} in every sampled step, as code of yours clips "
         yield _symptom("clip_value_too_small", f"{evidence}them; {update}")
 

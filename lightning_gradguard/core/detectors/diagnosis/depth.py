@@ -28,7 +28,7 @@ STUCK_STEPS = 50
 
 def through_layers(sample: Sample, progress: Progress) -> Iterator[Symptom]:
     """Yields gradients that shrink or grow on the way from the last layer to the first."""
-    layers = [layer for layer in sample.layers if not layer.is_last and layer.gradient == layer.gradient]
+    layers = [layer for layer in sample.layers if not (layer.is_last or math.isnan(layer.gradient))]
     heights = [math.log10(max(layer.gradient, 1e-45)) for layer in layers]
     if len(layers) < MIN_LAYERS or max(heights) == -45:
         return

@@ -8,7 +8,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from lightning_gradguard.core.detectors.diagnosis import clipped, depth, rules
-from lightning_gradguard.core.detectors.diagnosis.progress import Progress
+from lightning_gradguard.core.detectors.diagnosis.progress import LEARNS, Progress
 from lightning_gradguard.core.detectors.diagnosis.sample import Sample
 from lightning_gradguard.core.detectors.diagnosis.symptom import Symptom, Tier
 from lightning_gradguard.core.incidents import IncidentKind
@@ -54,7 +54,7 @@ class Diagnosis:
     def wants_permutation(self, step: int) -> bool:
         """True if it is in doubt that the loss depends on the targets."""
         is_known = self._is_related or any(root.tier == "stuck" for root in self.roots)
-        return step >= self.patience and not is_known and not self._progress.over_constant < rules.LEARNS_NOT
+        return step >= self.patience and not is_known and not self._progress.over_constant < LEARNS
 
     @property
     def wants_largest(self) -> bool:

@@ -13,7 +13,8 @@ from lightning_gradguard.core.detectors.diagnosis.sample import Sample
 
 #: Sampled losses that are averaged.
 RECENT = 3
-#: Share of the loss of the best constant, or of the first loss, below which a network learns.
+#: Share of the loss of the best constant, or of the first loss, below which a network learns, here and in
+#: trials of a treatment.
 LEARNS = 0.9
 #: Loss over that of the best constant above which a network has learned nothing.
 STUCK = 0.95

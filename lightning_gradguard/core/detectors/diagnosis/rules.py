@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from statistics import mean, median
 from typing import Literal
 
-from lightning_gradguard.core.detectors.diagnosis.progress import STUCK, Progress
+from lightning_gradguard.core.detectors.diagnosis.progress import LEARNS, STUCK, Progress
 from lightning_gradguard.core.detectors.diagnosis.sample import (
     MIN_TIMES,
     Sample,
@@ -38,8 +38,6 @@ UNEQUAL_COLUMNS = 50.0
 LARGE_TARGET, FAR_TARGET = 100.0, 10.0
 #: Spread of all losses over the first one up to which a loss is flat.
 FLAT = 0.003
-#: Loss over that of the best constant above which a network has learned little.
-LEARNS_NOT = 0.9
 #: Shares of a loss call that break its contract.
 _CONTRACT: dict[SymptomCause, tuple[float, str]] = {
     "softmax_before_loss": (0.9, "the loss expects logits and gets probabilities"),
@@ -68,7 +66,7 @@ def broken_contracts(sample: Sample, progress: Progress) -> Iterator[Symptom]:
             if cause == "unreachable_targets":
                 if call.function == "difference" and not sample.one_signed:
                     continue
-                if sample.step >= 20 and share >= SOME_UNREACHABLE and progress.over_constant > LEARNS_NOT:
+                if sample.step >= 20 and share >= SOME_UNREACHABLE and progress.over_constant > LEARNS:
                     bound, needs = SOME_UNREACHABLE, 3
             if share >= bound:
                 name = "a difference" if call.function == "difference" else call.function
@@ -118,15 +116,15 @@ def dead_or_saturated_units(sample: Sample, progress: Progress) -> Iterator[Symp
     for (layer, module, function), members in groups.items():
         is_head = members[-1].is_head
         names = tuple(dict.fromkeys(filter(None, (layer, module))))
-        share = min((s.dead for s in members if s.dead == s.dead), default=0.0)
+        share = min((s.dead for s in members if not math.isnan(s.dead)), default=0.0)
         if share >= DEAD and (not is_head or no_gradient):
             dead.append((share, names, "units"))
-        share = min((s.saturated for s in members if s.saturated == s.saturated), default=0.0)
+        share = min((s.saturated for s in members if not math.isnan(s.saturated)), default=0.0)
         noun = _NOUNS.get(function, "units")
         if share <= SATURATED and len(members) >= MIN_TIMES:  # gates by hand: other ones at each time
             share, noun = mean(s.outputs for s in members), "gates"
-        is_harmless = is_head and not no_gradient and not progress.over_constant > LEARNS_NOT
-        starts_well = sample.step < GATE_STEPS and progress.over_first < LEARNS_NOT
+        is_harmless = is_head and not no_gradient and not progress.over_constant > LEARNS
+        starts_well = sample.step < GATE_STEPS and progress.over_first < LEARNS
         is_harmless |= noun != "units" and (progress.learns or starts_well)
         if share > (SATURATED if noun != _ROWS else SATURATED_ROWS) and not is_harmless:
             saturated.append((share, names, noun))
@@ -177,7 +175,7 @@ def inactive_output(sample: Sample, progress: Progress) -> Symptom | None:
 
 def has_no_gradient(sample: Sample, progress: Progress) -> bool:
     """True if the gradient at every layer's output is exactly zero, and the loss is not."""
-    gradients = [g for layer in sample.layers for g in layer.gradients if g == g]
+    gradients = [g for layer in sample.layers for g in layer.gradients if not math.isnan(g)]
     has_loss = not abs(sample.loss) <= 1e-3 * abs(progress.first)
     return bool(gradients) and not any(gradients) and has_loss and sample.step > 0
 
@@ -194,7 +192,7 @@ def large_updates(sample: Sample, progress: Progress) -> Iterator[Symptom]:
         before = after * one.unclipped
         is_huge = before > HUGE_UPDATE
         is_certain = before > 1 or (is_huge and is_rising)
-        is_certain |= sample.step >= 5 and progress.over_first > LEARNS_NOT
+        is_certain |= sample.step >= 5 and progress.over_first > LEARNS
         if before > LARGE_UPDATE and is_certain and (is_huge or after > CLIPPED_UPDATE):
             order = sorted(range(len(one.names)), key=lambda i: -one.gradients[i])
             where = modules_of([one.names[i] for i in order[:5]])
@@ -284,7 +282,7 @@ def _some_stagnate(one: Update, ratios: dict[int, float]) -> Iterator[Symptom]:
 
 def far_targets(sample: Sample, progress: Progress, patience: int) -> Iterator[Symptom]:
     """Yields targets that the answers do not come near, in a network that does not learn."""
-    falls = progress.over_first < LEARNS_NOT
+    falls = progress.over_first < LEARNS
     if sample.step < patience or falls or not progress.over_constant > STUCK:
         return
     for call in sample.calls:

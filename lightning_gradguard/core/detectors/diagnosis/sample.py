@@ -35,7 +35,7 @@ class LayerSignal:
     @property
     def gradient(self) -> float:
         """The largest of the gradients; NaN if none arrived."""
-        return max((g for g in self.gradients if g == g), default=math.nan)
+        return max((g for g in self.gradients if not math.isnan(g)), default=math.nan)
 
 
 @dataclass(frozen=True)
