@@ -20,7 +20,7 @@ README = (ROOT / "README.md").read_text()
 
 def test_public_names_are_sorted_and_importable() -> None:
     assert lightning_gradguard.__all__ == sorted(lightning_gradguard.__all__)
-    assert set(lightning_gradguard.__all__) == set(lightning_gradguard._HOME)
+    assert lightning_gradguard.__all__ == list(lightning_gradguard._HOME)
     for name in lightning_gradguard.__all__:
         assert getattr(lightning_gradguard, name).__name__ == name
     assert dir(lightning_gradguard) == lightning_gradguard.__all__

@@ -252,7 +252,7 @@ class NaNRollback(StepCallback):
 
     @override
     def check_step(self, trainer: pl.Trainer, measurement: Measurement) -> StepVerdict:
-        """Never accepts a nonfinite step."""
+        """Returns `"skip"` for a nonfinite step, or `"ignore"` where the GradScaler will deal with it."""
         if not measurement.must_skip:
             return "accept"
         scaler = lightning_api.gradient_scaler(trainer)
@@ -343,6 +343,7 @@ class NaNRollback(StepCallback):
             "amp_overflows": self._counts.amp_overflows,
             "overflows_at_floor": self._counts.overflows_at_floor,
             "recovery": self._policy.state_dict(),
+            # the names of version 0.5, whose checkpoints this one reads
             "has_given_up": self._counts.has_stopped,
             "examined": self._investigation.examined,
             "ledgers": self._log_folders(),

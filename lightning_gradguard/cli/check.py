@@ -95,7 +95,7 @@ class CheckResult:
 
     @property
     def verdict(self) -> str:
-        """`"fail"`, `"warn"` or `"pass"`."""
+        """The most severe finding: `"fail"`, `"warn"` or `"pass"`."""
         severities = {finding.severity for finding in self.findings}
         return "fail" if "fail" in severities else "warn" if "warn" in severities else "pass"
 

@@ -9,25 +9,29 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+#: Characters in a sample, and samples in a batch.
+LENGTH, BATCH_SIZE = 100, 32
+#: Units of the network, and the gain of its recurrent weight.
+WIDTH, GAIN = 128, 1.1
+
 
 class Characters(pl.LightningDataModule):
     """Samples from the documentation of Python, drawn at random places of half a million characters."""
 
-    def __init__(self, length: int = 100, batch_size: int = 32, n_batches: int = 300, seed: int = 0) -> None:
+    def __init__(self, n_batches: int, seed: int = 0) -> None:
         super().__init__()
         text = "\n".join(pydoc_data.topics.topics[key] for key in sorted(pydoc_data.topics.topics))
         self.alphabet = sorted(set(text))
         index = {character: i for i, character in enumerate(self.alphabet)}
         codes = torch.tensor([index[character] for character in text])
         generator = torch.Generator().manual_seed(seed)
-        starts = torch.randint(len(codes) - length - 1, (n_batches * batch_size,), generator=generator)
-        windows = torch.stack([codes[start : start + length + 1] for start in starts.tolist()])
+        starts = torch.randint(len(codes) - LENGTH - 1, (n_batches * BATCH_SIZE,), generator=generator)
+        windows = torch.stack([codes[start : start + LENGTH + 1] for start in starts.tolist()])
         self._samples = TensorDataset(windows[:, :-1], windows[:, 1:])
-        self._batch_size = batch_size
 
     def train_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
-        """Batches of text, and of the same text one character later; each `(batch_size, length)`."""
-        return DataLoader(self._samples, batch_size=self._batch_size)
+        """Batches of text, and of the same text one character later; each `(BATCH_SIZE, LENGTH)`."""
+        return DataLoader(self._samples, batch_size=BATCH_SIZE)
 
 
 class CharacterRNN(pl.LightningModule):
@@ -36,12 +40,12 @@ class CharacterRNN(pl.LightningModule):
     Above a gain of 1 of that weight the state, and its gradient, grow with time.
     """
 
-    def __init__(self, n_characters: int, width: int = 128, gain: float = 1.1, lr: float = 0.5) -> None:
+    def __init__(self, n_characters: int, lr: float = 0.5) -> None:
         super().__init__()
-        self.embedding = nn.Embedding(n_characters, width)
-        self.rnn = nn.RNN(width, width, nonlinearity="relu", batch_first=True)
-        self.head = nn.Linear(width, n_characters)
-        nn.init.orthogonal_(self.rnn.all_weights[0][1], gain=gain)
+        self.embedding = nn.Embedding(n_characters, WIDTH)
+        self.rnn = nn.RNN(WIDTH, WIDTH, nonlinearity="relu", batch_first=True)
+        self.head = nn.Linear(WIDTH, n_characters)
+        nn.init.orthogonal_(self.rnn.all_weights[0][1], gain=GAIN)
         self._lr = lr
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:

@@ -36,7 +36,12 @@ CLIPPED_FRACTION = "summary/clipped_fraction"
 LARGEST_NORM = "summary/largest_norm"
 LARGEST_LOGGED_NORM = "summary/largest_logged_norm"
 N_INCIDENTS = "summary/incidents"
-#: Texts, a figure and histograms.
+#: Losses of a treatment's runs.
+HELD_OUT_LOSS = "loss/held_out"
+TRAINING_LOSS = "loss/training"
+#: Settings of the callbacks among the hyperparameters of W&B and MLflow.
+SETTINGS = "gradguard"
+#: Texts, figures and histograms.
 INCIDENTS = "incidents"
 SUMMARY = "summary"
 HEAT_MAP = "grad_norm/layers"

@@ -272,7 +272,7 @@ class TrainingGuard:
             ranks_disagree=False,
             nonfinite_weights=bool(nonfinite_weights),
             nonfinite_buffers=bool(nonfinite_buffers),
-            was_lost=False,
+            repeats_lost_batch=False,
             weight_norm=weights,
         )
         return measurement, tuple(

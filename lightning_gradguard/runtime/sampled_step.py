@@ -132,7 +132,7 @@ class SampledStep:
         self._trace: StepTrace | None = None
         self._traced: TrainingStep | None = None
         self._numbers: Tensor | None = None
-        self._logged: list[_SampledUpdate] = []
+        self._updates: list[_SampledUpdate] = []
         self._covered: Coverage | None = None
         if not is_compiled(pl_module):
             self._trace = StepTrace(pl_module, batch, baselines)
@@ -156,17 +156,17 @@ class SampledStep:
 
     def add_update(self, suite: Suite, trainer: pl.Trainer, step: Step, wants_largest: bool) -> None:
         """Measures the update that an optimizer is about to make, and the largest element if wanted."""
-        self._logged.append(_SampledUpdate(suite, trainer, step, wants_largest))
+        self._updates.append(_SampledUpdate(suite, trainer, step, wants_largest))
 
     @property
     def has_stepped(self) -> bool:
         """True if an optimizer has stepped since the sample was begun."""
-        return self._covered is not None or bool(self._logged)
+        return self._covered is not None or bool(self._updates)
 
     @property
     def is_pending(self) -> bool:
         """True while the norms of an update are not yet summed over shards."""
-        return any(update.logged.is_pending for update in self._logged)
+        return any(update.logged.is_pending for update in self._updates)
 
     def end_batch(self) -> None:
         """Stops tracing; called at the end of the batch that was traced, or without one."""
@@ -182,7 +182,7 @@ class SampledStep:
 
     def close(self) -> None:
         """Stops measuring updates."""
-        for update in self._logged:
+        for update in self._updates:
             update.close()
 
     def values(self) -> Tensor:
@@ -192,7 +192,7 @@ class SampledStep:
         permuted = torch.cat([permuted, self._is_constant.to(permuted)])
         traced = torch.zeros(0, device=device) if self._numbers is None else self._numbers
         # with tensor parallelism, numbers of sharded layers are replicated
-        parts = [local_shard(part) for part in (permuted, traced, *(u.values() for u in self._logged))]
+        parts = [local_shard(part) for part in (permuted, traced, *(u.values() for u in self._updates))]
         self._sizes = [len(part) for part in parts]
         return torch.cat([part.to(device, torch.float64) for part in parts])
 
@@ -206,7 +206,7 @@ class SampledStep:
         sample = Sample(self.step) if self._trace is None else self._trace.sample(self.step, traced)
         sample.permuted = (permuted - plain) / permuted if permuted > 0 else math.nan
         sample.inputs_are_constant = self._uses_inputs and constant > 0
-        for update, numbers in zip(self._logged, updates, strict=True):
+        for update, numbers in zip(self._updates, updates, strict=True):
             update.read_into(sample, numbers)
         if self._covered is not None:
             sample.coverage = self._covered
@@ -217,9 +217,9 @@ class SampledStep:
 
         The sample has been read; updates with a nonfinite norm are not in it.
         """
-        if any(update.logged.was_checked for update in self._logged):
+        if any(update.logged.was_checked for update in self._updates):
             return (), 0.0
-        norms = {name: norm for update in self._logged for name, norm in update.norms.items()}
+        norms = {name: norm for update in self._updates for name, norm in update.norms.items()}
         found = tuple(name for name, norm in norms.items() if not math.isfinite(norm))
         return found[:5], len(found) / max(len(norms), 1)
 
@@ -250,14 +250,14 @@ class _SampledUpdate:
         self._default_norm = default_norm(step.selection.parameters)
         self._before = step.gradients.total_norm
         self._largest = torch.full_like(self._before, math.nan)
-        if wants_largest and step.accepted and not step.selection.is_cut:
+        if wants_largest and step.accepted and not step.selection.is_sharded:
             largest = tensor_norms(step.gradients.tensors, math.inf).max().to(self._before)
             self._largest = largest / lightning_api.scale_of_gradients(trainer, step.optimizer)
         self._after: Tensor | None = None
         #: Gradient norms by parameter, once they are read.
         self.norms: dict[str, float] = {}
         self._handle: RemovableHandle | None = None
-        if not (is_scale_free(step.optimizer) or step.selection.is_cut or scaler):
+        if not (is_scale_free(step.optimizer) or step.selection.is_sharded or scaler):
             # not before the step: the hook at which gradients are measured runs within its closure
             self._handle = after_step(step.optimizer, partial(self._measure_clipped, step))
 

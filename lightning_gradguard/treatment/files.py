@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from lightning_gradguard.core.remedies.changes import Change
+from lightning_gradguard.core.tags import HELD_OUT_LOSS, TRAINING_LOSS
 from lightning_gradguard.treatment.page import to_html
 from lightning_gradguard.treatment.result import TreatmentResult
 from lightning_gradguard.treatment.trials.trial import Trial, name_of
@@ -81,7 +82,7 @@ def _write_runs(folder: Path, trials: Sequence[Trial]) -> None:
     for i, trial in enumerate(trials):
         name = re.sub(r"[^\w.=-]+", "_", name_of(trial.job.changes)).strip("_")[:60]
         with SummaryWriter(str(folder / f"{i:02d}_{name}_seed{trial.job.seed}")) as writer:
-            for tag, curve in (("loss/held_out", trial.curve), ("loss/training", trial.training)):
+            for tag, curve in ((HELD_OUT_LOSS, trial.curve), (TRAINING_LOSS, trial.training)):
                 for step, value in curve:
                     if math.isfinite(value):
                         writer.add_scalar(tag, value, step)

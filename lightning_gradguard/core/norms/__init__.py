@@ -12,4 +12,4 @@ from .norms import (
     unit_power_sums,
     unitwise_norm,
 )
-from .sharding import FlatShard, is_sharded, local_shard, share, unit_places
+from .sharding import FlatShard, has_dtensors, local_shard, replica_factor, unit_places

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_gradguard.core.norms.norms import tensor_norms, total_norm_from_norms, unitwise_norm
-from lightning_gradguard.core.norms.sharding import is_sharded, local_shard, unit_places
+from lightning_gradguard.core.norms.sharding import has_dtensors, local_shard, unit_places
 
 #: Norms of the units of a gradient, and of the weights of the same units.
 UnitNorms = tuple[Tensor, Tensor]
@@ -77,7 +77,7 @@ class Gradients:
         """
         if self.units is not None:
             return self.units
-        if is_sharded(self.tensors):
+        if has_dtensors(self.tensors):
             raise ValueError(
                 "The units of sharded gradients were not summed over shards: a policy that calls "
                 "`unit_norms()` needs `by_unit = True` in its class."
@@ -185,7 +185,7 @@ def _local_coefficient(name: str, gradient: Tensor, coefficient: Tensor) -> Tens
         return coefficient
     if gradient.is_sparse:
         return coefficient[gradient._indices()[0]]
-    if not is_sharded([gradient]):
+    if not has_dtensors([gradient]):
         return coefficient
     places, start = unit_places(gradient)
     if coefficient.shape != (places, *(1,) * (gradient.ndim - 1)):

@@ -30,7 +30,7 @@ class Measurement:
             on some ranks only: they were written to after the reduction.
         nonfinite_weights: True if any rank has reported nonfinite weights since the step before.
         nonfinite_buffers: True if the forward passes of any rank left nonfinite buffers.
-        was_lost: True if the batch of any rank was lost by this run before it was resumed.
+        repeats_lost_batch: True if any rank has a batch that the run, before it was resumed, had lost.
         rejected_by: Names of the callbacks whose `check_step` has rejected the step, although it is finite.
         weight_norm: L2 norm of all weights with a gradient, before the step; 0 if it was not measured.
     """
@@ -43,7 +43,7 @@ class Measurement:
     ranks_disagree: bool
     nonfinite_weights: bool
     nonfinite_buffers: bool
-    was_lost: bool
+    repeats_lost_batch: bool
     rejected_by: tuple[str, ...] = ()
     weight_norm: float = 0.0
 
@@ -51,7 +51,7 @@ class Measurement:
     def is_corrupt(self) -> bool:
         """True if the step must be skipped for a reason other than the overflow of a loss scale."""
         seen = self.nonfinite_losses or self.nonfinite_weights or self.nonfinite_buffers
-        return bool(seen or self.ranks_disagree or self.was_lost)
+        return bool(seen or self.ranks_disagree or self.repeats_lost_batch)
 
     @property
     def must_skip(self) -> bool:
@@ -64,7 +64,7 @@ class Measurement:
         Args:
             has_scaler: True if a GradScaler scales gradients to the edge of overflow.
         """
-        if self.was_lost:
+        if self.repeats_lost_batch:
             return "lost_batch"
         if self.rejected_by:
             return "rejected_step"

@@ -20,8 +20,8 @@ class FlatShard:
     ndim: int
 
 
-def is_sharded(tensors: Sequence[Tensor]) -> bool:
-    """Returns True if any of the tensors is sharded."""
+def has_dtensors(tensors: Sequence[Tensor]) -> bool:
+    """Returns True if any of the tensors is a DTensor."""
     return any(isinstance(tensor, DTensor) for tensor in tensors)
 
 
@@ -30,7 +30,7 @@ def local_shard(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def share(tensor: Tensor, world_size: int) -> float:
+def replica_factor(tensor: Tensor, world_size: int) -> float:
     """Returns the factor for a sum over the local shard with which all ranks count each element once.
 
     Each of the ranks that hold the same shard adds its fraction, so that a nonfinite value on one of them

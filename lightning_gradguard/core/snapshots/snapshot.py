@@ -182,10 +182,6 @@ class Snapshot:
         unit = max(math.sqrt(norm), SMALL_START * default_norm(copied))
         return math.sqrt(moved) / unit if unit > 0 else math.inf
 
-    def n_bytes(self) -> int:
-        """Returns the memory of the copy in bytes."""
-        return sum(tensor.numel() * tensor.element_size() for tensor in self._memory.values())
-
     def _write(self, live: dict[Any, Tensor]) -> None:
         for key in self._memory.keys() - live.keys():
             del self._memory[key]

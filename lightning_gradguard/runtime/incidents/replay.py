@@ -221,7 +221,7 @@ class _Idle:
         return closure() if closure is not None else None
 
     def zero_grad(self, *_: Any, **__: Any) -> None:
-        """Nothing was accumulated."""
+        """Does nothing, as nothing was accumulated."""
 
 
 @contextmanager

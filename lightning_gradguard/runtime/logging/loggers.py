@@ -8,7 +8,7 @@ from html import escape
 from typing import TYPE_CHECKING, Any, Literal
 from weakref import WeakKeyDictionary
 
-from lightning_gradguard.core.tags import is_band
+from lightning_gradguard.core.tags import SETTINGS, is_band
 from lightning_gradguard.runtime import lightning_api
 from lightning_gradguard.runtime.lightning_packages import is_instance_by_name
 from lightning_gradguard.runtime.logging.tensorboard_layout import decades, layout
@@ -77,9 +77,9 @@ def write_hyperparameters(logger: Any, settings: Mapping[str, Any]) -> None:
     columns of several runs from one.
     """
     if is_instance_by_name(logger, "WandbLogger"):
-        logger.experiment.config.update({"gradguard": dict(settings)}, allow_val_change=True)
+        logger.experiment.config.update({SETTINGS: dict(settings)}, allow_val_change=True)
     elif is_instance_by_name(logger, "MLFlowLogger"):
-        logger.log_hyperparams({f"gradguard/{name}": value for name, value in settings.items()})
+        logger.log_hyperparams({f"{SETTINGS}/{name}": value for name, value in settings.items()})
 
 
 _seen_tags: WeakKeyDictionary[Any, set[str]] = WeakKeyDictionary()

@@ -295,7 +295,7 @@ class RollbackSession:
         self._outcome.before = window.before
         self._skipped.append(transaction)
         self.lost_batches.mark_skipped(window.n_batches, n_following)
-        if measurement.was_lost:
+        if measurement.repeats_lost_batch:
             self._counts.skips += window.repeats_skipped_batch
             return
         self._counts.skips += 1

@@ -88,15 +88,15 @@ class PackedMeasurement:
         return self._packed.device.type == "cpu"
 
     def mean_loss(self) -> Tensor:
-        """Mean of the finite losses, on the device; nonfinite without one."""
+        """Returns the mean of the finite losses, on the device; nonfinite without one."""
         return self._packed[0] / self._packed[1]
 
     def weight_norm(self) -> Tensor:
-        """Norm of all weights, on the device; 0 if it was not requested."""
+        """Returns the norm of all weights, on the device; 0 if it was not requested."""
         return self._packed[7].sqrt()
 
     def must_skip(self) -> Tensor:
-        """1 where `Measurement.must_skip` will be true, else 0; shape `()`, float32, on the device."""
+        """Returns 1 where `Measurement.must_skip` will be true, else 0; float32, shape `()`."""
         if self.is_on_host:
             return torch.tensor(float(self.read(0).must_skip))
         totals = self._packed[8:]
@@ -131,14 +131,14 @@ class PackedMeasurement:
             ranks_disagree=differ,
             nonfinite_weights=bool(weights),
             nonfinite_buffers=bool(buffers),
-            was_lost=bool(lost),
+            repeats_lost_batch=bool(lost),
             weight_norm=math.sqrt(squares),
         )
 
 
 @cache
 def _bounds(n_totals: int, device: torch.device) -> Tensor:
-    """Upper bounds on the packed numbers of a step that may take place."""
+    """Returns upper bounds on the packed numbers of a step that may take place."""
     largest = torch.finfo(torch.float64).max
     bounds = [largest, math.inf, 0, 0, 0, 0, math.inf, math.inf, *[OVERFLOW] * n_totals]
     return torch.tensor(bounds, dtype=torch.float64, device=device)
@@ -147,11 +147,11 @@ def _bounds(n_totals: int, device: torch.device) -> Tensor:
 @torch.no_grad()
 def measure(selection: Selection, request: StepRequest) -> Measured:
     """Measures the gradients of one step, and shares the result in at most one collective."""
-    return (_measure_shards if selection.is_cut else _measure_whole)(selection, request)
+    return (_measure_shards if selection.is_sharded else _measure_whole)(selection, request)
 
 
 def _measure_whole(selection: Selection, request: StepRequest) -> Measured:
-    """Every rank has all gradients, averaged: total norms are exchanged to detect ranks that disagree."""
+    """Measures gradients of which every rank has all, averaged; the total norms show ranks that disagree."""
     head, pending = _head(request, selection), request.pending
     tensors = selection.gradients()
     tensor_norms = {p: selection.norms(tensors, p) for p in request.norm_types}
@@ -187,9 +187,9 @@ def _measure_whole(selection: Selection, request: StepRequest) -> Measured:
 
 
 def _measure_shards(selection: Selection, request: StepRequest) -> Measured:
-    """Ranks have different parts of the gradients: sums over local shards add up to those over all."""
+    """Measures gradients of which ranks have different parts: sums over local shards are added up."""
     head = _head(request, selection)
-    parameters, device, shares = selection.parameters, selection.device, selection.shares
+    parameters, device, factors = selection.parameters, selection.device, selection.replica_factors
     scale = request.loss_scale
     tensors = selection.gradients()
     sums: dict[float | str, Tensor] = {}
@@ -199,14 +199,14 @@ def _measure_shards(selection: Selection, request: StepRequest) -> Measured:
     head.append(selection.zero)
     if request.weights:
         sums["weights"] = norms.power_sums(parameters).to(device)
-        head[-1] = torch.dot(sums["weights"], shares).nan_to_num(0.0)
+        head[-1] = torch.dot(sums["weights"], factors).nan_to_num(0.0)
     largest: dict[float | str, Tensor] = {p: sums.pop(p) for p in request.norm_types if p == math.inf}
-    parts: dict[float | str, Tensor] = {key: values * shares for key, values in sums.items()}
+    parts: dict[float | str, Tensor] = {key: values * factors for key, values in sums.items()}
     parts["head"] = torch.stack(head)
     if request.pending is not None:
         parts["pending"] = request.pending
     if request.units:
-        parts["units"] = _unit_sums(tensors, parameters, shares, scale)
+        parts["units"] = _unit_sums(tensors, parameters, factors, scale)
     seen = distributed.reduce_together(parts, largest)
     tensor_norms = {p: norms.norms_from_power_sums(seen[p], p) for p in request.norm_types}
     total_norm = norms.total_norm_from_norms(tensor_norms[2.0])
@@ -222,19 +222,19 @@ def _measure_shards(selection: Selection, request: StepRequest) -> Measured:
 
 
 def norms_over_shards(selection: Selection, *lists: Sequence[Tensor]) -> Tensor:
-    """L2 norms of lists of tensors that are sharded as the parameters are; one collective, if they are cut.
+    """Returns L2 norms of lists of tensors that are sharded as the parameters are, in at most one collective.
 
     Returns:
         Shape `(len(lists), n)`, float64.
     """
     sums = torch.stack([norms.power_sums(tensors) for tensors in lists])
-    if selection.is_cut:
-        sums = distributed.sum_over_ranks(sums * selection.shares)
+    if selection.is_sharded:
+        sums = distributed.sum_over_ranks(sums * selection.replica_factors)
     return norms.norms_from_power_sums(sums)
 
 
 def _head(request: StepRequest, selection: Selection) -> list[Tensor]:
-    """Sum of the finite losses, their number, that of others; flags. Scalars on the device, float64."""
+    """Returns sum and number of finite losses, number of others, flags: scalars on the device, float64."""
     zero, one, losses = selection.zero, selection.one, request.losses
     head = [zero, zero, zero]
     if len(losses) == 1 and selection.n_ranks == 1:
@@ -248,16 +248,16 @@ def _head(request: StepRequest, selection: Selection) -> list[Tensor]:
 
 
 def _unit_sums(
-    tensors: Sequence[Tensor], parameters: Sequence[nn.Parameter], shares: Tensor, loss_scale: float
+    tensors: Sequence[Tensor], parameters: Sequence[nn.Parameter], factors: Tensor, loss_scale: float
 ) -> Tensor:
-    """Squares by unit, of all gradients and then of all weights, one after the other."""
-    gradients = [norms.unit_power_sums(t) * s / loss_scale**2 for t, s in zip(tensors, shares, strict=True)]
-    weights = [norms.unit_power_sums(p.detach()) * s for p, s in zip(parameters, shares, strict=True)]
+    """Returns squares by unit, of all gradients and then of all weights, one after the other."""
+    gradients = [norms.unit_power_sums(t) * s / loss_scale**2 for t, s in zip(tensors, factors, strict=True)]
+    weights = [norms.unit_power_sums(p.detach()) * s for p, s in zip(parameters, factors, strict=True)]
     return torch.cat([*gradients, *weights])
 
 
 def _unit_norms(sums: Tensor, parameters: Sequence[nn.Parameter]) -> tuple[UnitNorms, ...]:
-    """The norms, from those squares."""
+    """Returns the norms, from those squares."""
     places = [unit_places(parameter)[0] for parameter in parameters]
     units = [
         part.sqrt().view(-1, *(1,) * (parameter.ndim - 1)) if parameter.ndim > 1 else part.sqrt().view(())

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_gradguard.core.norms import Buckets, FlatShard, is_sharded, share, tensor_norms
+from lightning_gradguard.core.norms import Buckets, FlatShard, has_dtensors, replica_factor, tensor_norms
 from lightning_gradguard.runtime import distributed
 
 CPU = torch.device("cpu")
@@ -23,13 +23,13 @@ class Selection:
 
     Args:
         named: The parameters.
-        flat: Those that FSDP1 flattened and cut.
+        flat: Those that FSDP1 flattened and sharded.
         device: Where numbers about them go.
 
     Attributes:
         is_matrix: By parameter.
-        is_sharded: True if any of them is a DTensor that ranks hold parts of.
-        is_cut: True if ranks hold different parts of any of them.
+        has_dtensors: True if any of them is a DTensor, of FSDP2 or tensor parallelism.
+        is_sharded: True if ranks hold different parts of any of them, also as FSDP1 flattens them.
         has_doubles: True if any of them is of float64.
         n_ranks: Number of ranks that train together.
     """
@@ -46,12 +46,12 @@ class Selection:
         self.device = self.parameters[0].device if self.parameters else device
         shapes = [flat.get(parameter, parameter) for parameter in self.parameters]
         self.is_matrix = [shape.ndim > 1 for shape in shapes]
-        self.is_sharded = is_sharded(self.parameters)
-        self.is_cut = self.is_sharded or any(parameter in flat for parameter in self.parameters)
+        self.has_dtensors = has_dtensors(self.parameters)
+        self.is_sharded = self.has_dtensors or any(parameter in flat for parameter in self.parameters)
         self.has_doubles = any(parameter.dtype == torch.float64 for parameter in self.parameters)
         self._flat = flat
         self.n_ranks = distributed.world_size()
-        self._is_plain = not self.is_sharded and not any(p.is_complex() for p in self.parameters)
+        self._is_plain = not self.has_dtensors and not any(p.is_complex() for p in self.parameters)
 
     @cached_property
     def matrices(self) -> Tensor:
@@ -59,11 +59,11 @@ class Selection:
         return torch.tensor(self.is_matrix, dtype=torch.float64, device=self.device)
 
     @cached_property
-    def shares(self) -> Tensor:
+    def replica_factors(self) -> Tensor:
         """Factors of the sums over local shards before ranks add them up, shape `(n,)`, float64."""
         ranks, flat = self.n_ranks, self._flat
-        shares = [flat[p].pieces / ranks if p in flat else share(p, ranks) for p in self.parameters]
-        return torch.tensor(shares, dtype=torch.float64, device=self.device)
+        factors = [flat[p].pieces / ranks if p in flat else replica_factor(p, ranks) for p in self.parameters]
+        return torch.tensor(factors, dtype=torch.float64, device=self.device)
 
     @cached_property
     def zero(self) -> Tensor:
@@ -76,11 +76,11 @@ class Selection:
         return torch.ones((), dtype=torch.float64, device=self.device)
 
     def gradients(self) -> tuple[Tensor, ...]:
-        """The gradients; an empty tensor where this rank holds no part of one."""
+        """Returns the gradients; an empty tensor where this rank holds no part of one."""
         return tuple([p.detach().new_zeros(0) if (grad := p.grad) is None else grad for p in self.parameters])
 
     def norms(self, tensors: Sequence[Tensor], norm_type: float = 2.0) -> Tensor:
-        """The norm of each of the gradients, or of the weights; shape `(n,)`, float64."""
+        """Returns the norm of each of the gradients, or of the weights; shape `(n,)`, float64."""
         if self._is_plain and tensors and {tensor.layout for tensor in tensors} <= {torch.strided}:
             return self._buckets.norms(tensors, norm_type).to(self.device)
         return tensor_norms(tensors, norm_type).to(self.device)
@@ -99,13 +99,13 @@ class ParameterLayout:
         self._by_optimizer: WeakKeyDictionary[Optimizer, _OptimizerParameters] = WeakKeyDictionary()
 
     def select(self, named: Iterable[tuple[str, nn.Parameter]]) -> Selection:
-        """Those of the parameters that have a gradient on any rank."""
+        """Selects those of the parameters that have a gradient on any rank."""
         parameters = dict(named)
         names = {parameter: name for name, parameter in parameters.items()}
         return _OptimizerParameters(list(names), names, self._flat, self._device).with_gradient()
 
     def with_gradient(self, optimizer: Optimizer, naming: Naming) -> Selection:
-        """Those parameters of an optimizer that have a gradient on any rank."""
+        """Selects those parameters of an optimizer that have a gradient on any rank."""
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         known = self._by_optimizer.get(optimizer)
         if known is None or known.ids != list(map(id, parameters)):

@@ -149,7 +149,7 @@ class SideEffects:
                 yield now
 
     def restore(self) -> None:
-        """The step does not take place: restores everything to the last `save`."""
+        """Restores everything to the last `save`, as the step does not take place."""
         self.buffers.restore()
         self.restore_forward_state(self.forward_state)
 

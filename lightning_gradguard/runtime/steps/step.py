@@ -97,5 +97,5 @@ class Step:
     def supports_fused_override(self) -> bool:
         """True if the optimizer's own kernel can scale the gradients (in float32), or skip the update."""
         selection = self.selection
-        is_plain = not (self.inside_closure or selection.is_cut or selection.has_doubles)
+        is_plain = not (self.inside_closure or selection.is_sharded or selection.has_doubles)
         return is_plain and supports_fused_override(self.optimizer)

@@ -140,7 +140,7 @@ class Suite:
         selection = self._layout.with_gradient(optimizer, partial(parameter_names, pl_module))
         if not selection.names and not losses:
             return None
-        if selection.is_sharded:
+        if selection.has_dtensors:
             distributed.complete_gradients(selection.parameters)
         found = [member.step_flags() for member in self._flagging]
         flags = found[0] if len(found) == 1 else StepFlags.merged(found)
@@ -203,9 +203,9 @@ class Suite:
         self._deferred = None
 
     def reduce_over_shards(self, sums: Tensor, selection: Selection, then: Callable[[Tensor], None]) -> None:
-        """Adds sums over local shards: in the next step's collective, or at once if no parameter is cut."""
-        if selection.is_cut:
-            self._pending.append((sums * selection.shares, then))
+        """Adds sums over local shards: in the next step's collective, or at once if none is sharded."""
+        if selection.is_sharded:
+            self._pending.append((sums * selection.replica_factors, then))
         else:
             then(sums)
 
@@ -251,12 +251,13 @@ class Suite:
         checks_now = bool(self._checkers) and is_exact
         measurement: Measurement | None = None
         verdict: StepVerdict = "accept"
-        if checks_now or measured.packed.is_on_host:
-            measurement = measured.packed.read(index)
-        if checks_now and measurement is not None:
-            measurement, verdict = self._check(trainer, measurement)
-        elif self._checkers:
-            self._deferred = (measured.packed, index)
+        if checks_now:
+            measurement, verdict = self._check(trainer, measured.packed.read(index))
+        else:
+            if measured.packed.is_on_host:
+                measurement = measured.packed.read(index)
+            if self._checkers:
+                self._deferred = (measured.packed, index)
         return Step(
             optimizer=optimizer,
             optimizer_index=index,

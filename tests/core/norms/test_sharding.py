@@ -18,8 +18,8 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from lightning_gradguard.core.norms import (
     Gradients,
     local_shard,
+    replica_factor,
     scale_gradients_,
-    share,
     unit_places,
     unit_power_sums,
     unitwise_norm,
@@ -52,7 +52,7 @@ def shards(tensor: Tensor, layout: Sequence[Shard | Replicate]) -> Iterator[DTen
 @given(shape=shapes, layout=layouts)
 def test_shares_count_every_element_once(shape: tuple[int, int], layout: Sequence[Shard | Replicate]) -> None:
     tensor = torch.rand(shape, dtype=torch.float64)
-    total = sum(float(local_shard(s).sum()) * share(s, WORLD_SIZE) for s in shards(tensor, layout))
+    total = sum(float(local_shard(s).sum()) * replica_factor(s, WORLD_SIZE) for s in shards(tensor, layout))
     assert total == pytest.approx(float(tensor.sum()))
 
 
@@ -61,7 +61,7 @@ def test_power_sums_of_sharded_units_add_up_at_their_places(
     shape: tuple[int, int], layout: Sequence[Shard | Replicate]
 ) -> None:
     tensor = torch.rand(shape, dtype=torch.float64) + 0.1
-    sums: Tensor = sum(unit_power_sums(s) * share(s, WORLD_SIZE) for s in shards(tensor, layout))  # type: ignore[assignment]
+    sums: Tensor = sum(unit_power_sums(s) * replica_factor(s, WORLD_SIZE) for s in shards(tensor, layout))  # type: ignore[assignment]
     expected = unitwise_norm(tensor).view(-1)
     torch.testing.assert_close(sums.sqrt().sort().values, expected.sort().values)
 
@@ -104,9 +104,9 @@ def piece(tensor: Tensor, pieces: int, index: int) -> Tensor:
 @given(shape=shapes)
 def test_strided_shards_count_like_other_shards(shape: tuple[int, int]) -> None:
     tensor = torch.rand(shape, dtype=torch.float64) + 0.1
-    total = sum(float(local_shard(s).sum()) * share(s, WORLD_SIZE) for s in strided_shards(tensor))
+    total = sum(float(local_shard(s).sum()) * replica_factor(s, WORLD_SIZE) for s in strided_shards(tensor))
     assert total == pytest.approx(float(tensor.sum()))
-    sums: Tensor = sum(unit_power_sums(s) * share(s, WORLD_SIZE) for s in strided_shards(tensor))  # type: ignore[assignment]
+    sums: Tensor = sum(unit_power_sums(s) * replica_factor(s, WORLD_SIZE) for s in strided_shards(tensor))  # type: ignore[assignment]
     torch.testing.assert_close(sums.sqrt().sort().values, unitwise_norm(tensor).view(-1).sort().values)
 
 
@@ -128,5 +128,7 @@ def test_without_excludes_units_with_their_gradient() -> None:
 
 def test_sharded_vector_is_one_unit() -> None:
     vector = torch.rand(5, dtype=torch.float64)
-    sums = [unit_power_sums(s) * share(s, WORLD_SIZE) for s in shards(vector, (Shard(0), Replicate()))]
+    sums = [
+        unit_power_sums(s) * replica_factor(s, WORLD_SIZE) for s in shards(vector, (Shard(0), Replicate()))
+    ]
     torch.testing.assert_close(sum(sums), vector.square().sum().view(1))

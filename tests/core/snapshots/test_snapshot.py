@@ -41,7 +41,6 @@ def test_memory_is_allocated_once() -> None:
     steps(net, optimizer, 1)
     snapshot.capture([net], [optimizer])
     assert memory == {key: tensor.data_ptr() for key, tensor in snapshot._memory.items()}
-    assert snapshot.n_bytes() == sum(t.numel() * t.element_size() for t in snapshot._memory.values())
 
 
 def test_compare_synchronizes_with_a_copy_in_progress(monkeypatch: pytest.MonkeyPatch) -> None:
