@@ -100,7 +100,7 @@ class LoggedStep:
             before = list(torch._foreach_mul(_local(step.selection), 1.0))
             measure = partial(self._measure_updates, step.selection, before)
             self._handles.append(after_step(step.optimizer, measure))
-        if step.accepted and clipped_norm and not step.selection.is_cut:
+        if step.accepted and clipped_norm and not step.selection.is_sharded:
             self._handles.append(after_step(step.optimizer, partial(self._measure_clipped, step.selection)))
 
     def close(self, nonfinite_fraction: Scalar) -> None:
