@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from lightning_gradguard import (
     TrainingDiagnosis,
     TrainingDivergedError,
 )
+from lightning_gradguard.report.analysis.present import present_in
+from lightning_gradguard.report.analysis.run_log import GradientLog, RunLog, Series
 from lightning_gradguard.report.render.text import to_text
 from tests.report.runs import report_of
 from tests.tasks import Classifier, batches, fit
@@ -92,6 +95,7 @@ def test_advice_does_not_propose_what_is_there_and_says_who_clips(
         assert f"after clipping by {'AdaptiveGradientClipping and ' * with_own}{who}" in exploding[0]
     report = to_text([report_of(tmp_path / "run")], 500)
     assert "clip gradients" not in report.lower()
+    assert "not at fault" not in report
     assert ("by AdaptiveGradientClipping" in report) == with_own
     if who and not with_own:
         assert "of the logged steps clipped by the Trainer or the module" in report
@@ -127,3 +131,21 @@ def test_norm_after_clipping_is_that_which_the_optimizer_gets(
     assert logged == pytest.approx([float(norm) for norm in norms], rel=1e-5)
     before = [float(row["grad_norm/total"]) for row in rows]
     assert any(after < 0.99 * norm for after, norm in zip(logged, before, strict=True))
+
+
+def test_weights_that_rest_because_of_clipping_are_blamed_on_it(tmp_path: Path) -> None:
+    logger = CSVLogger(tmp_path, "", "run")
+    arguments: dict[str, Any] = {**BY_VALUE, "gradient_clip_val": 1e-6}
+    fit(Classifier(), batches(20), [TrainingDiagnosis()], logger=logger, **arguments)
+    (incident,) = map(json.loads, (tmp_path / "run" / "incidents.jsonl").read_text().splitlines())
+    assert (incident["kind"], incident["cause"]) == ("weight_stagnation", "clip_value_too_small")
+    assert "by gradient_clip_val=1e-06 by value of the Trainer" in incident["detail"]
+    assert "Raise the value to which gradients are clipped" in incident["advice"]
+
+
+@pytest.mark.parametrize("clips", [False, True])
+def test_norms_that_reach_one_value_were_clipped_before_they_were_measured(clips: bool) -> None:
+    norms = [0.5 + (37 * step % 101) / 100 for step in range(100)]
+    total = Series(range(100), [min(norm, 1.0) if clips else norm for norm in norms])
+    present = present_in(RunLog(gradients=(GradientLog(total=total),)))
+    assert ("clipping" in present) == clips

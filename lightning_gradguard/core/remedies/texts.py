@@ -44,8 +44,8 @@ BY_KIND = {
     ),
     "constant_clipping": (
         "Clipping, not the learning rate, sets the length of most steps: lower the learning rate, or raise "
-        "the bound if the policy has an absolute one (max_norm), and find out why norms are large "
-        "(initialization, a sum where the loss needs a mean)."
+        "the bound if it is absolute (max_norm of a policy, gradient_clip_val of the Trainer), and find out "
+        "why norms are large (initialization, a sum where the loss needs a mean)."
     ),
     "gradient_collapse": (
         "Most of the network no longer gets gradients, as when all units of a layer are dead: lower the "

@@ -25,7 +25,6 @@ from lightning_gradguard.report.analysis.outcome import (
     MIN_POINTS,
     Outcome,
     RunSymptom,
-    SymptomSeverity,
     ends,
 )
 from lightning_gradguard.report.analysis.run_log import GradientLog, RunLog
@@ -144,14 +143,16 @@ def _clipping_by_trainer(gradients: GradientLog, outcome: Outcome) -> Iterator[R
     ratios = [median(known) for series in gradients.ratios.values() if (known := series.last_half())]
     evidence = (
         f"{hard:.0%} of the steps in the second half were clipped to less than half of their norm, by the "
-        f"Trainer: to {value:.3g}, from {usual:.3g} as a rule"
+        f"Trainer or the module: to {value:.3g}, from {usual:.3g} as a rule"
     )
     # without small updates, clipping hinders nothing: Adam divides it away
     is_sure = len(shares) >= MIN_POINTS and not outcome.has_learned
     is_sure = is_sure and bool(ratios) and median(ratios) < USUAL_UPDATE
-    severity: SymptomSeverity = "serious" if is_sure else "minor"
-    advice = advice_for_cause("clip_value_too_small")
     since = gradients.clipped.steps[len(gradients.clipped) // 2]
+    if not is_sure:
+        yield RunSymptom("constant_clipping", "minor", since, evidence, hard)
+        return
+    cause = "clip_value_too_small"
     yield RunSymptom(
-        "constant_clipping", severity, since, evidence, hard, (), (advice,), "clip_value_too_small"
+        "constant_clipping", "serious", since, evidence, hard, (), (advice_for_cause(cause),), cause
     )

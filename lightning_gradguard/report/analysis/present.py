@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 from lightning_gradguard.core.remedies import Present
-from lightning_gradguard.report.analysis.run_log import RunLog
+from lightning_gradguard.report.analysis.run_log import RunLog, Series
 
+#: Norms that differ by less are one clip value; at least so many, and such a share of all, are no accident.
+CAPPED, MIN_CAPPED, MIN_CAPPED_SHARE = 1e-4, 3, 0.1
 #: Parameters of recurrent modules, or modules that are called so.
 _RECURRENT = re.compile(r"weight_hh|(^|[._])(rnn|lstm|gru|cell)", re.IGNORECASE)
 
@@ -16,7 +19,7 @@ def present_in(log: RunLog) -> set[Present]:
     kinds = {incident.kind for incident in log.incidents}
     layers = [name for gradients in log.gradients for name in gradients.layers]
     found: dict[Present, bool] = {
-        "clipping": any(len(g.clip_fraction) or len(g.clipped) for g in log.gradients),
+        "clipping": any(len(g.clip_fraction) or len(g.clipped) or _is_capped(g.total) for g in log.gradients),
         "rollback": len(log.skips) > 0,
         "backoff": len(log.backoff_scale) > 0,
         "check": log.was_checked
@@ -24,3 +27,10 @@ def present_in(log: RunLog) -> set[Present]:
         "feed_forward": bool(layers) and not any(map(_RECURRENT.search, layers)),
     }
     return {name for name, is_present in found.items() if is_present}
+
+
+def _is_capped(norms: Series) -> bool:
+    """True if many norms are the largest one, as code that clips ahead of the measurement leaves them."""
+    values = [value for _, value in norms.finite()]
+    capped = sum(math.isclose(value, max(values), rel_tol=CAPPED) for value in values)
+    return capped >= max(MIN_CAPPED, MIN_CAPPED_SHARE * len(values))

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from statistics import mean, median
 from typing import Literal
 
+from lightning_gradguard.core.detectors.diagnosis.clipped import CLIPPED_FAR
 from lightning_gradguard.core.detectors.diagnosis.progress import LEARNS, STUCK, Progress
 from lightning_gradguard.core.detectors.diagnosis.sample import (
     MIN_TIMES,
@@ -211,9 +212,7 @@ def large_updates(sample: Sample, progress: Progress) -> Iterator[Symptom]:
                 where = sample.head or where
             evidence = f"an update of {before:.2g} of the norm of the weights (usual: below 0.1)"
             if one.unclipped > 1.01:
-                clippers = [*["AdaptiveGradientClipping"] * one.suite_clips, *filter(None, [one.clipper])]
-                by = f" by {' and '.join(clippers)}" if clippers else ""
-                evidence += f", {after:.2g} after clipping{by}"
+                evidence += f", {after:.2g} after clipping{one.by_clippers}"
             if is_rising:
                 evidence += f"; the loss has risen to {progress.rise:.2g} times the first"
             evidence += _inputs(sample)
@@ -258,10 +257,12 @@ def stagnation(sample: Sample, progress: Progress) -> Iterator[Symptom]:
             evidence = (
                 f"updates are at most {max(ratios.values()):.1g} of any weight's norm (usual: about 1e-3)"
             )
-            value = max(ratios.values())
-            yield Symptom(
-                "weight_stagnation", "learning_rate_too_low", where, value, evidence, "stagnation", 2
-            )
+            value, cause = max(ratios.values()), "learning_rate_too_low"
+            if one.unclipped > CLIPPED_FAR and value * one.unclipped > SMALL_UPDATE:
+                cause, clipped = "clip_value_too_small", one.total_norm / one.unclipped
+                evidence += f", as gradients of norm {one.total_norm:.3g} are clipped to {clipped:.3g}"
+                evidence += one.by_clippers
+            yield Symptom("weight_stagnation", cause, where, value, evidence, "stagnation", 2)
             continue
         yield from _some_stagnate(one, ratios)
 

@@ -142,6 +142,12 @@ class Update:
     suite_clips: bool = False
 
     @property
+    def by_clippers(self) -> str:
+        """Words for what clips, the suite first; empty if that is not known."""
+        names = [*["AdaptiveGradientClipping"] * self.suite_clips, *filter(None, [self.clipper])]
+        return f" by {' and '.join(names)}" if names else ""
+
+    @property
     def sizes(self) -> tuple[float, float, float]:
         """Norm and largest element as they were before they were unscaled, and the norm after clipping."""
         scale = self.loss_scale
