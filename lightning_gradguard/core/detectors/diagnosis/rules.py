@@ -257,12 +257,14 @@ def stagnation(sample: Sample, progress: Progress) -> Iterator[Symptom]:
             evidence = (
                 f"updates are at most {max(ratios.values()):.1g} of any weight's norm (usual: about 1e-3)"
             )
-            value, cause = max(ratios.values()), "learning_rate_too_low"
-            if one.unclipped > CLIPPED_FAR and value * one.unclipped > SMALL_UPDATE:
-                cause, clipped = "clip_value_too_small", one.total_norm / one.unclipped
+            value = max(ratios.values())
+            is_clipped = one.unclipped > CLIPPED_FAR and value * one.unclipped > SMALL_UPDATE
+            small: SymptomCause = "clip_value_too_small" if is_clipped else "learning_rate_too_low"
+            if is_clipped:
+                clipped = one.total_norm / one.unclipped
                 evidence += f", as gradients of norm {one.total_norm:.3g} are clipped to {clipped:.3g}"
                 evidence += one.by_clippers
-            yield Symptom("weight_stagnation", cause, where, value, evidence, "stagnation", 2)
+            yield Symptom("weight_stagnation", small, where, value, evidence, "stagnation", 2)
             continue
         yield from _some_stagnate(one, ratios)
 
