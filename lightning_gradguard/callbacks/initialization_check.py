@@ -42,6 +42,8 @@ _KINDS: dict[str, IncidentKind] = {
     "learning_rate_too_high": "exploding_gradient",
     "learning_rate_too_low": "weight_stagnation",
 }
+#: Kinds that have one cause where they are found together, the one that explains the others first.
+_OF_ONE_CAUSE: tuple[IncidentKind, ...] = ("dead_units", "poor_initialization", "saturated_units")
 #: Criteria that a trial of rates has measured, whose warnings are incidents.
 _RATES = ("learning_rate_too_high", "learning_rate_too_low")
 #: Causes of these incidents.
@@ -63,9 +65,11 @@ class InitializationCheck(Callback, Configured):
 
     The criteria are nonfinite, zero and copied weights, dead and saturated units, a loss above that of
     guessing, and the gradient's gain from the last hidden layer back to the first, which predicts best that
-    a network will train. A criterion that fails is an incident. A warning is advice and is only printed, as
-    healthy networks have some. A gradient that vanishes through time is advice too, unless the run is to be
-    stopped: whether the task needs its first steps is not measured.
+    a network will train. A criterion that fails is an incident. Those of one cause are one: a gain of
+    gradients is listed under the dead units that explain it, saturated units under `poor_initialization`. A
+    warning is advice and is only printed, as healthy networks have some. A gradient that vanishes through
+    time is advice too, unless the run is to be stopped: whether the task needs its first steps is not
+    measured.
 
     | tag | value |
     |---|---|
@@ -249,6 +253,21 @@ class InitializationCheck(Callback, Configured):
         publish(trainer, pl_module, incident)
         return findings
 
+    def _incidents(
+        self, findings: Sequence[Finding]
+    ) -> dict[IncidentKind, tuple[list[Finding], list[Finding]]]:
+        """Returns findings by the kind of their incident, and those that follow from them."""
+        found: dict[IncidentKind, list[Finding]] = {
+            kind: [] for kind in ("poor_initialization", *_KINDS.values())
+        }
+        for finding in findings:
+            found[_KINDS.get(finding.criterion, "poor_initialization")].append(finding)
+        of_inputs = self._input_rms > LARGE_INPUT and bool(found["saturated_units"])
+        kinds = _OF_ONE_CAUSE[::-1] if of_inputs and not found["dead_units"] else _OF_ONE_CAUSE
+        root, *others = [kind for kind in kinds if found[kind]] or kinds
+        following = [finding for kind in others for finding in found.pop(kind)]
+        return {kind: (members, following if kind == root else []) for kind, members in found.items()}
+
     def _report(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, findings: Sequence[Finding]
     ) -> None:
@@ -257,8 +276,7 @@ class InitializationCheck(Callback, Configured):
         self.findings = [*self.findings, *findings]
         shown = [*findings] if failed else [finding.as_advice() for finding in findings]
         serious = [f for f in shown if f.severity == "fail" or f.criterion in _RATES]
-        for kind in dict.fromkeys(("poor_initialization", *_KINDS.values())):
-            members = [f for f in serious if _KINDS.get(f.criterion, "poor_initialization") == kind]
+        for kind, (members, following) in self._incidents(serious).items():
             if members:
                 where = tuple(dict.fromkeys(f.module for f in members if f.module))
                 cure: dict[str, Any] = {"advice": f"Cure: {members[0].cure}"} if members[0].cure else {}
@@ -267,6 +285,8 @@ class InitializationCheck(Callback, Configured):
                 if kind in ("dead_units", "saturated_units") and self._input_rms > LARGE_INPUT:
                     cure = {"cause": "input_scale", "advice": advice_for_cause("input_scale", where)}
                     detail += f"; inputs have an rms of {self._input_rms:.3g} (usual: about 1)"
+                if following:
+                    detail += f"; with it {following[0].describe()}"
                 incident = incident_now(
                     trainer,
                     kind,

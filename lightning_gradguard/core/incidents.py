@@ -131,8 +131,6 @@ _VALUES = {
     "vanishing_gradient": "gradients shrink by {:.1f} decades from last layer to first, usual: within 3",
     "weight_stagnation": "smallest update {:.1g} of the weight norm, usual: above 1e-07",
     "stuck_loss": "loss {:.4g}",
-    "dead_units": "{:.0%} of the units zero for every sample, usual: below 90%",
-    "saturated_units": "{:.0%} of the outputs saturated, usual: below 70%",
     "vanishing_weights": "{:.1g} of their norm is left, usual: above 0.1",
     "exploding_gradient": "total gradient norm {:.4g}",
 }

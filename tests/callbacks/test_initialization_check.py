@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import pytorch_lightning as pl
 import torch
 from pytorch_lightning.loggers import CSVLogger
 from torch import Tensor, nn
 
 from lightning_gradguard import (
+    Incident,
     InitializationCheck,
     InitializationError,
     NaNRollback,
@@ -52,6 +54,33 @@ def test_warn_changes_nothing_and_reports_all_findings(
     header = (Path(logger.log_dir) / "metrics.csv").read_text().splitlines()[0]
     assert "init/gradient_gain" in header
     assert trainer.callback_metrics["train_loss_epoch"].isfinite()
+
+
+@pytest.mark.parametrize(
+    ("act", "bias", "scale", "kind", "cause", "following"),
+    [
+        (nn.ReLU, -20.0, 1.0, "dead_units", "", "gradient_gain"),
+        (nn.Tanh, 20.0, 1.0, "poor_initialization", "", "saturated_units"),
+        (nn.Tanh, 0.0, 1e4, "saturated_units", "input_scale", ""),
+    ],
+)
+def test_what_has_one_cause_is_one_incident(
+    act: Any, bias: float, scale: float, kind: str, cause: str, following: str
+) -> None:
+    class Listener(pl.Callback):
+        def on_training_incident(self, trainer: Any, pl_module: Any, incident: Incident) -> None:
+            found.append(incident)
+
+    found: list[Incident] = []
+    torch.manual_seed(0)
+    module = Classifier()
+    module.net = nn.Sequential(*(m for i in range(4) for m in (nn.Linear(20, 20), act())), nn.Linear(20, 4))
+    nn.init.constant_(module.net[2].bias, bias)  # type: ignore[arg-type]
+    data = [(x * scale, y) for x, y in batches(1)]
+    fit(module, data, [InitializationCheck(), Listener()])
+    (incident,) = found
+    assert (incident.kind, incident.cause) == (kind, cause)
+    assert f"with it {following}" in incident.detail or not following
 
 
 def test_raise_stops_before_the_first_step() -> None:
