@@ -255,9 +255,7 @@ class GradientNormMonitor(StepCallback):
         if logged.accepted and not logged.is_late:
             self._publish_total(trainer, index, numbers.total_norm)
         if logged.accepted and self.norm_type == 2 and math.isfinite(numbers.total_norm):
-            totals = self.suite.totals
-            if totals is not None:
-                totals.largest_norm = max(totals.largest_norm, numbers.total_norm)
+            self.suite.add_norm(numbers.total_norm)
         charts = self._charts[index]
         if index == 0:
             self._heat_map.append(trainer, logged.step, charts.norms(logged.names, numbers.grad_norms))

@@ -273,8 +273,7 @@ class StepCallback(lightning_api.Callback, Configured):
         return self is next((other for other in callbacks if isinstance(other, StepCallback)), None)
 
     def _end_run(self, trainer: pl.Trainer, suite: Suite) -> None:
-        suite.ended_run.add(id(self))
-        totals = suite.end_run() if len(suite.ended_run) == len(suite.members) else None
+        totals = suite.end_run(self)
         if totals is None or trainer.barebones or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         try:

@@ -53,10 +53,8 @@ class Suite:
         members: In the order in which they joined.
         open: The open step of each optimizer, by its id, and the ids of the members that have arrived.
         ended_batch: Ids of the members for which the running batch has ended.
-        ended_run: Ids of the members for which the run has ended.
         losses: Losses since the last step, as they are differentiated.
         metrics: Metrics of the running batch, on their way to the loggers.
-        totals: Totals of the run so far; `None` before its first step.
         is_running: True from the start of training to its end: outside, callbacks do nothing.
         is_over: True after the end.
         has_stepped: True if an optimizer stepped in the running batch, and gradients did not only accumulate.
@@ -67,10 +65,8 @@ class Suite:
         self.members: list[StepCallback] = []
         self.open: dict[int, tuple[Step | None, set[int]]] = {}
         self.ended_batch: set[int] = set()
-        self.ended_run: set[int] = set()
         self.losses: list[Tensor] = []
         self.metrics = MetricBuffer()
-        self.totals: RunTotals | None = None
         self.is_running = False
         self.is_over = False
         self.has_stepped = False
@@ -86,6 +82,8 @@ class Suite:
         self._overrides: list[FusedStepOverride] = []
         self._deferred: tuple[PackedMeasurement, int] | None = None
         self._pending: list[PendingSums] = []
+        self._totals: RunTotals | None = None
+        self._ended_run: set[int] = set()
 
     def has(self, member: StepCallback) -> bool:
         """True if a member has joined."""
@@ -130,9 +128,9 @@ class Suite:
         losses = [lightning_api.unscaled_loss(trainer, loss) for loss in self.losses]
         self.losses = []
         self.is_logged = _is_due(number, trainer.log_every_n_steps)  # type: ignore[attr-defined]
-        if self.totals is None:
-            self.totals = RunTotals(number, number, checks_steps=bool(self._checkers))
-        self.totals.last_step = number
+        if self._totals is None:
+            self._totals = RunTotals(number, number, checks_steps=bool(self._checkers))
+        self._totals.last_step = number
         if self._overrides:
             self.end_overrides()
         if self._deferred is not None and self.resolve(trainer, pl_module) == "skip":
@@ -168,9 +166,17 @@ class Suite:
         self.has_stepped = False
         self.metrics.flush(trainer, pl_module)
 
-    def end_run(self) -> RunTotals | None:
-        """Returns the totals of the run, once; `None` if it had no step."""
-        totals, self.totals = self.totals, None
+    def add_norm(self, total_norm: float) -> None:
+        """Takes the finite total norm of an accepted step into the totals of the run."""
+        if self._totals is not None:
+            self._totals.largest_norm = max(self._totals.largest_norm, total_norm)
+
+    def end_run(self, member: StepCallback) -> RunTotals | None:
+        """Returns the totals of the run when the last member ends it, once; `None` if it had no step."""
+        self._ended_run.add(id(member))
+        if len(self._ended_run) < len(self.members):
+            return None
+        totals, self._totals = self._totals, None
         return totals
 
     def override_fused_step(
@@ -230,8 +236,7 @@ class Suite:
             return measurement, "skip"
         if "ignore" in verdicts:
             return measurement, "ignore"
-        if self.totals is not None:
-            self.totals.largest_norm = max(self.totals.largest_norm, measurement.total_norm)
+        self.add_norm(measurement.total_norm)
         return measurement, "accept"
 
     def _checked_step(
