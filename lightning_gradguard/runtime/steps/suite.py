@@ -125,9 +125,10 @@ class Suite:
     ) -> Step | None:
         """Measures and checks a step; `None` without a gradient: then there is no number either."""
         number = lightning_api.batches_that_stepped(trainer)
+        every = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        self.is_logged = every > 0 and (number + 1) % every == 0
         losses = [lightning_api.unscaled_loss(trainer, loss) for loss in self.losses]
         self.losses = []
-        self.is_logged = _is_due(number, trainer.log_every_n_steps)  # type: ignore[attr-defined]
         if self._totals is None:
             self._totals = RunTotals(number, number, checks_steps=bool(self._checkers))
         self._totals.last_step = number
@@ -314,8 +315,4 @@ def forget_suite(trainer: pl.Trainer) -> None:
 def is_logging_step(trainer: pl.Trainer, every_n_steps: int | None = None) -> bool:
     """True if the running step is logged; `None` follows `trainer.log_every_n_steps`."""
     every = trainer.log_every_n_steps if every_n_steps is None else every_n_steps  # type: ignore[attr-defined]
-    return _is_due(lightning_api.batches_that_stepped(trainer), every)
-
-
-def _is_due(step: int, every_n_steps: int) -> bool:
-    return every_n_steps > 0 and (step + 1) % every_n_steps == 0
+    return every > 0 and (lightning_api.batches_that_stepped(trainer) + 1) % every == 0
