@@ -123,6 +123,8 @@ class LearningRateBackoff(StepCallback):
         """Backs off after a rollback; bad data is no reason to search for another rate."""
         if incident.kind != "rollback" or incident.value is None:
             return
+        if incident.cause == "optimizer_epsilon":  # which divides by 0 at any rate
+            return
         if self._backoff.on_rollback(int(incident.value), may_search=incident.cause != "bad_input"):
             self._found_rate = None
             facts = {"batch_idx": incident.batch_idx, "value": self._backoff.level, "action": "backed_off"}

@@ -182,6 +182,7 @@ def test_an_epsilon_of_0_in_half_precision(run: Any, make: Any) -> None:
     assert "optimizer epsilon" in told.headline
     assert not any("Give the optimizer a lower" in step for step in told.report.next_steps)
     assert not any("lower" in i["advice"] for i in told.incidents if i["kind"] == "rollback")
+    assert not any(i["kind"] == "learning_rate_backoff" for i in told.incidents)
 
 
 @pytest.mark.parametrize(("fill", "at"), [(1e20, 15), (1e9, 15), (-9999.0, 15), (1e9, 0)])

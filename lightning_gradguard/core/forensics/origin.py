@@ -169,31 +169,35 @@ def origin_in_weights(out_of_range: Mapping[str, OutOfRange]) -> Origin:
     """Returns the origin of a nonfinite value from a nonempty result of `out_of_range_elements`.
 
     An update moves all elements of a tensor. So one or two elements are corruption only if the others of
-    their tensor are in range, and if they grew by more than updates do.
+    their tensor are in range, and if they grew by more than updates do. Other tensors may follow: another
+    optimizer may have stepped since.
 
     Example:
         >>> origin_in_weights({"head.weight": OutOfRange(1, 64, 1e30)}).cause
         'corrupted_weights'
+        >>> origin_in_weights({"bias": OutOfRange(9, 9, 1e20), "head.weight": OutOfRange(1, 64, 1e30)}).where
+        ('head.weight',)
         >>> origin_in_weights({"head.weight": OutOfRange(50, 64, 1e30)}).cause
         'update_too_large'
         >>> origin_in_weights({"head.bias": OutOfRange(1, 1, 12.0)}).cause
         'update_too_large'
     """
-    where = tuple(sorted(out_of_range, key=lambda name: -out_of_range[name].n))
+    names = sorted(out_of_range, key=lambda name: -out_of_range[name].growth)
+    (n, of, growth), *others = (out_of_range[name] for name in names)
     total = sum(found.n for found in out_of_range.values())
-    growth = max(found.growth for found in out_of_range.values())
-    are_single = all(found.n < found.of for found in out_of_range.values())
-    if total <= MAX_CORRUPTED and are_single and growth >= FLIP:
+    are_single = total <= MAX_CORRUPTED and all(found.n < found.of for found in others)
+    are_far_smaller = all(found.growth * FLIP < growth for found in others)
+    if n <= MAX_CORRUPTED and n < of and growth >= FLIP and (are_single or are_far_smaller):
         return Origin(
             "corrupted_weights",
-            where=where,
-            detail=f"{total} of {out_of_range[where[0]].of} elements of {where[0]} are out of range, by "
-            f"a factor of {growth:.3g}; the others, which an update would have moved too, are not.",
+            where=tuple(names if are_single else names[:1]),
+            detail=f"{n} of {of} elements of {names[0]} are out of range, by a factor of {growth:.3g}; the "
+            "others, which an update would have moved too, are not.",
         )
+    where = tuple(sorted(out_of_range, key=lambda name: -out_of_range[name].n))
     detail = (
         f"{total} elements of {len(out_of_range)} tensors are nonfinite, or {RANGE_RATIO:g} times larger "
-        f"than "
-        "when the run was healthy."
+        "than when the run was healthy."
     )
     if total <= MAX_CORRUPTED and growth >= FLIP:
         detail += " In tensors with so few elements, corrupted memory looks the same."

@@ -284,6 +284,19 @@ def test_single_grown_elements_of_small_tensors_are_no_corruption() -> None:
     assert "corrupted memory looks the same" in both.detail
 
 
+@pytest.mark.parametrize(
+    ("growth", "cause"),
+    [(9.98e33, "corrupted_weights"), (1e29, "update_too_large"), (math.inf, "update_too_large")],
+)
+def test_one_element_is_corruption_where_other_tensors_follow_it(growth: float, cause: str) -> None:
+    from lightning_gradguard.core.forensics import OutOfRange, origin_in_weights
+
+    # a flipped moment of the critic, after which the generator stepped through it
+    followed = OutOfRange(25, 640, math.inf if growth == math.inf else 6.83e28)
+    critic = {"critic.weight": OutOfRange(1, 640, growth), "momentum_buffer": OutOfRange(1, 640, 743.0)}
+    assert origin_in_weights({"generator.weight": followed, **critic}).cause == cause
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 def test_index_in_the_data_set_is_told_where_the_sampler_has_it(tmp_path: Path, workers: int) -> None:
     x, y, mask = map(torch.cat, zip(*data(), strict=True))
