@@ -306,9 +306,7 @@ class TrainingDiagnosis(StepCallback):
                     value=None if math.isnan(symptom.value) else symptom.value,
                     cause=cause,
                     detail=f"Since step {symptom.since}: {symptom.evidence}." if symptom.evidence else "",
-                    advice=advice_for_symptom(
-                        symptom.kind, cause, symptom.where, symptom.evidence, present, pl_module
-                    ),
+                    advice=advice_for_symptom(symptom.kind, cause, symptom.where, present, pl_module),
                     **now,
                 )
                 publish(trainer, pl_module, incident)

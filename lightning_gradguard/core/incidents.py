@@ -134,8 +134,11 @@ _VALUES = {
     "vanishing_weights": "{:.1g} of their norm is left, usual: above 0.1",
     "exploding_gradient": "total gradient norm {:.4g}",
 }
-#: Kinds whose value is another number for each cause, which the detail names.
-_MEASURED_BY_CAUSE = ("vanishing_gradient", "exploding_gradient", "weight_stagnation")
+#: Kinds whose value is another number for each cause, which the detail has in words.
+_IN_DETAIL = (
+    *("vanishing_gradient", "exploding_gradient", "weight_stagnation", "stuck_loss"),
+    *("dead_units", "saturated_units", "vanishing_weights", "constant_clipping"),
+)
 #: A negative value of `exploding_gradient` is the profile over the layers.
 _GROWTH = "gradients grow by {:.1f} decades from last layer to first, usual: within 3"
 
@@ -180,12 +183,13 @@ class Incident:
             the step's own code, if the fault is there.
         value: The measured number.
         action: The intervention.
-        advice: Advice to the user.
+        advice: What a person can do.
         cause: The origin of a nonfinite value, if the batch was examined, or the cause of a symptom; empty if
             unknown.
-        detail: Result of the examination, in one sentence.
+        detail: Result of the examination, or the numbers that show a symptom, in one sentence.
         dossier: Folder of the dossier, within that of the run, if one was written.
         location: File, line and function of the user's code that ran the operation at fault, if it is known.
+        examined: False for a skipped batch that was not run again, as it follows one that was.
 
     Example:
         >>> incident = Incident("loss_spike", step=7, epoch=0, batch_idx=7, value=12.0)
@@ -205,15 +209,16 @@ class Incident:
     detail: str = ""
     dossier: str = ""
     location: str = ""
+    examined: bool = True
 
     @property
     def measured(self) -> str:
         """The value with its name and unit, or the detail that has them; empty for none."""
-        if self.value is None or (self.kind == "stuck_loss" and self.detail):
-            return ""  # a detail compares the loss with that of a constant
-        is_of_cause = self.kind in _MEASURED_BY_CAUSE and self.cause
-        if self.detail and (self.kind not in _VALUES or is_of_cause):
+        is_in_detail = self.kind in _IN_DETAIL or (self.kind not in _VALUES and self.value is not None)
+        if self.detail and is_in_detail:
             return self.detail.rstrip(".")
+        if self.value is None:
+            return ""
         if self.kind == "exploding_gradient" and self.value < 0:
             return _GROWTH.format(-self.value)
         return _VALUES.get(self.kind, "value {:.4g}").format(self.value)

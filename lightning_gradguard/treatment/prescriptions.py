@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from lightning_gradguard.core.detectors.diagnosis import Symptom
+from lightning_gradguard.core.incidents import sentence_case
 from lightning_gradguard.core.remedies import advice_for_symptom
 from lightning_gradguard.core.remedies.changes import functional_activations
 from lightning_gradguard.core.remedies.surgery.data_flow import SATURATING_FUNCTIONS
@@ -107,19 +108,19 @@ def prescriptions(
 
 def _of_symptom(module: nn.Module, symptom: Symptom) -> Prescription | None:
     names = _IN_CODE.get(symptom.cause)
-    is_of_some = symptom.evidence.startswith("updates of ")
-    if symptom.cause == "learning_rate_too_low" and (is_of_some or not symptom.value):
+    if symptom.cause == "learning_rate_too_low" and (symptom.is_partial or not symptom.value):
         names = _IN_CODE["not_in_optimizer"]  # a rate of 0, or of some groups: no factor of all rates helps
     if names is None:
         return None
-    text = advice_for_symptom(symptom.kind, symptom.cause, symptom.where, symptom.evidence)
+    advice = advice_for_symptom(symptom.kind, symptom.cause, symptom.where)
+    text = f"{sentence_case(symptom.evidence)}. {advice}" if symptom.evidence else advice
     lines = list(_calls(module, names))
     same = [line for line in lines if line.name == lines[0].name]
     # a module is made where it runs, so that the last is the nearest to the loss
     line = (same[-1] if same[0].name[0].isupper() else same[0]) if same else None
     if line is None:
         return Prescription(symptom.cause, text)
-    patch = "" if is_of_some else line.patch(patched_call(symptom.cause, line.node))
+    patch = "" if symptom.is_partial else line.patch(patched_call(symptom.cause, line.node))
     return Prescription(symptom.cause, text, line.place, patch)
 
 

@@ -242,7 +242,10 @@ def test_failing_program_is_named_with_cause_and_layer(name: str) -> None:
     assert incident.kind == kind
     assert not cause or incident.cause == cause
     assert any(where.startswith(layer) for where in incident.where[:3])
+    measured = incident.detail.partition(": ")[2]
     assert incident.detail.startswith("Since step ")
+    assert measured.rstrip(".") in incident.describe()
+    assert not incident.advice[1:].startswith(measured[1:10])
     assert incident.step < n
     assert "{code}" not in incident.advice
 

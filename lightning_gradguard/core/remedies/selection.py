@@ -60,18 +60,16 @@ def advice_for_symptom(
     kind: str,
     cause: str,
     where: Sequence[str],
-    evidence: str,
     present: Collection[Present] = (),
     model: nn.Module | None = None,
 ) -> str:
-    """Returns what a diagnosis measured, and what helps against its cause, or its symptom if that is unknown.
+    """Returns advice for the cause that a diagnosis found, or for its symptom if that is unknown.
 
     Example:
-        >>> advice_for_symptom("stuck_loss", "labels_ignored", (), "every label is ignored")
-        'Every label is ignored. Check the labels and ignore_index: none is left for the loss.'
+        >>> advice_for_symptom("stuck_loss", "labels_ignored", ())
+        'Check the labels and ignore_index: none is left for the loss.'
     """
-    remedy = advice_for_cause(cause, where, present, model, kind) or advice(kind, where, present)
-    return f"{evidence[:1].upper()}{evidence[1:]}. {remedy}" if evidence else remedy
+    return advice_for_cause(cause, where, present, model, kind) or advice(kind, where, present)
 
 
 def remedies(kind: str, where: Sequence[str] = (), present: Collection[Present] = ()) -> tuple[str, ...]:

@@ -105,7 +105,7 @@ def _with_causes(incidents: Sequence[Incident]) -> list[Incident]:
     found, first = [], None
     for incident in incidents:
         if incident.action == "skipped":
-            if incident.detail.startswith("Not examined") and first is not None:
+            if not incident.examined and first is not None:
                 incident = replace(incident, kind=first.kind, advice="")
             elif incident.cause:
                 first = incident
@@ -150,17 +150,11 @@ def _symptom(
         evidence += f": {'; '.join([*details][:MAX_DETAILS])}{more}" if details else ""
     value = math.nan if example.value is None else example.value
     # an examination knows more than the cause
-    own = tuple(dict.fromkeys(_remedy_of(i) for i in members if i.advice))[:MAX_DETAILS]
-    found = tuple(dict.fromkeys(_remedy_of(i) for i in members if i.advice and i.cause))[:MAX_DETAILS]
+    own = tuple(dict.fromkeys(i.advice for i in members if i.advice))[:MAX_DETAILS]
+    found = tuple(dict.fromkeys(i.advice for i in members if i.advice and i.cause))[:MAX_DETAILS]
     if kind in INITIALIZATION:  # what a trial on the batch has shown to help
         found = own
     advice = advice_for_cause(main, example.where, present, kind=kind)
     next_steps = found or ((advice,) if advice else remedies(kind, example.where, present) or own)
     is_tried = kind in INITIALIZATION and bool(own) and "nothing that was tried" not in own[0]
     return RunSymptom(kind, severity, first, evidence, value, example.where, next_steps, main, is_tried)
-
-
-def _remedy_of(incident: Incident) -> str:
-    """Returns the advice without the measurement that it begins with, if the detail has it."""
-    measured, _, remedy = incident.advice.partition(". ")
-    return remedy if remedy and measured.lower() in incident.detail.lower() else incident.advice

@@ -32,5 +32,6 @@ def present_in(log: RunLog) -> set[Present]:
 def _is_capped(norms: Series) -> bool:
     """True if many norms are the largest one, as code that clips ahead of the measurement leaves them."""
     values = [value for _, value in norms.finite()]
-    capped = sum(math.isclose(value, max(values), rel_tol=CAPPED) for value in values)
+    largest = max(values, default=0.0)
+    capped = sum(math.isclose(value, largest, rel_tol=CAPPED) for value in values)
     return capped >= max(MIN_CAPPED, MIN_CAPPED_SHARE * len(values))

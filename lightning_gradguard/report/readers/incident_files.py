@@ -32,7 +32,7 @@ def read_incidents(path: Path, notes: list[str]) -> Iterator[Incident]:
         return
     omitted = 0
     for record in _records(path, notes):
-        value = record.get("value")
+        value, detail = record.get("value"), str(record.get("detail") or "")
         try:
             yield Incident(
                 kind=str(record["kind"]),
@@ -40,10 +40,12 @@ def read_incidents(path: Path, notes: list[str]) -> Iterator[Incident]:
                 where=tuple(map(str, record.get("where") or ())),
                 value=None if value is None else float(value),
                 advice=str(record.get("advice") or ""),
-                detail=str(record.get("detail") or ""),
+                detail=detail,
                 dossier=str(record.get("dossier") or ""),
                 action=current_name(str(record.get("action") or "none")),
                 cause=current_name(str(record.get("cause") or "")),
+                # version 0.5 has written it in words
+                examined=bool(record.get("examined", not detail.startswith("Not examined"))),
             )
         except (KeyError, TypeError, ValueError, OverflowError):
             omitted += 1

@@ -152,11 +152,7 @@ def publish(trainer: pl.Trainer, pl_module: pl.LightningModule, incident: Incide
     if times <= MAX_PRINTED or times % LOGGED_EVERY == 0:
         log_incidents(trainer, batches_that_stepped(trainer))
     if times <= MAX_PRINTED:
-        described = incident.describe()
         advice = f" {incident.advice}" if times == 1 and incident.advice else ""
-        measured = incident.detail.partition(": ")[2].rstrip(".")
-        if measured and measured in described and incident.advice[1:].startswith(measured[1:]):
-            advice = advice.replace(incident.advice[: len(measured) + 2], "")  # a diagnosis begins with it
         page = ""
         if incident.dossier and journal.folder is not None:
             page = f" See {journal.folder / incident.dossier / 'index.html'}."
@@ -166,7 +162,7 @@ def publish(trainer: pl.Trainer, pl_module: pl.LightningModule, incident: Incide
             which = f"{title(incident.kind)}{of_cause if journal.has_several_causes(incident.kind) else ''}"
             more = f" Further incidents of {which} are only written to the file."
         level = logging.INFO if incident.action == "none" else logging.WARNING
-        console.print_message(trainer, f"{described}.{page}{advice}{more}", level)
+        console.print_message(trainer, f"{incident.describe()}.{page}{advice}{more}", level)
     for listener in (*trainer.callbacks, pl_module):  # type: ignore[attr-defined]
         on_training_incident = getattr(listener, "on_training_incident", None)
         if callable(on_training_incident):

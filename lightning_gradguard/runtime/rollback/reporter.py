@@ -88,6 +88,7 @@ class IncidentReporter:
             self._buffers.restore()  # the step may write frozen weights each time that it runs
             present = present_in(self._trainer)
             if result is None:
+                facts["examined"] = False
                 facts["detail"] = "Not examined: it follows a skipped step, or max_dossiers is used up."
                 facts.update(self._investigation.advice(present))
             else:

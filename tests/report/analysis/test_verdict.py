@@ -337,19 +337,6 @@ def test_a_rate_that_failed_after_it_was_found_is_not_advised() -> None:
     assert "lr=" not in advice[1]
 
 
-def test_a_measurement_is_quoted_once() -> None:
-    measured = "An update of 0.14 of the norm of the weights (usual: below 0.1)"
-    found = Incident(
-        "exploding_gradient",
-        5,
-        cause="update_too_large",
-        detail=f"Since step 0: an{measured[2:]}.",
-        advice=f"{measured}. An update was too large: lower the learning rate.",
-    )
-    (symptom,) = analyze_run(RunLog(series([2.0] * 60), incidents=[found])).symptoms
-    assert symptom.remedies == ("An update was too large: lower the learning rate.",)
-
-
 def test_a_cure_that_was_tried_on_the_batch_is_the_next_step() -> None:
     cure = "Cure: nn.init.kaiming_normal_(model.net[0].weight, nonlinearity='relu')"
     found = Incident("poor_initialization", 0, value=0.0, detail="std 0, usual: std > 0", advice=cure)

@@ -24,6 +24,7 @@ class Symptom:
         evidence: The number in words, with what is usual.
         tier: What it rests on.
         needs: Samples that must show it.
+        is_partial: True if it is of some weights, and others are as usual.
         since: The first step that showed it.
         followed_by: Symptoms that follow from it, and the steps of their own.
     """
@@ -35,19 +36,20 @@ class Symptom:
     evidence: str
     tier: Tier
     needs: int = 2
+    is_partial: bool = False
     since: int = 0
     followed_by: tuple[tuple[str, int], ...] = field(default=())
 
     @classmethod
     def restored(cls, saved: Mapping[str, Any]) -> Symptom:
-        """Returns a symptom from its fields in a checkpoint, where older versions have more.
+        """Returns a symptom from its fields in a checkpoint, of which other versions have more or fewer.
 
         Example:
             >>> symptom = Symptom("stuck_loss", "unknown", ("head",), 1.0, "flat", "stuck")
             >>> Symptom.restored({**vars(symptom), "consecutive": True}) == symptom
             True
         """
-        known = {field.name: saved[field.name] for field in fields(cls)}
+        known = {field.name: saved[field.name] for field in fields(cls) if field.name in saved}
         known["where"] = tuple(known["where"])
         known["followed_by"] = tuple(map(tuple, known["followed_by"]))
         return cls(**known)
