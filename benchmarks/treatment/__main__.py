@@ -69,7 +69,11 @@ def outcome(case: Case, budget: str, processes: int) -> dict[str, Any]:
     finally:
         shutil.rmtree(folder)
     after, _ = score(case, result.callbacks(), SEED) if result.is_treated else (before, 0.0)
-    steps = sum(trial.curve[-1][0] for trial in (result.probe, *result.trials) if trial.curve)
+    searched, verified = (
+        sum(trial.curve[-1][0] for trial in result.trials if trial.curve and (trial.job.seed == 0) == is_search)
+        for is_search in (True, False)
+    )
+    steps = {"probe": result.probe.curve[-1][0], "search": searched, "verification": verified}
     return {
         **record,
         "verdict": result.verdict,
@@ -135,7 +139,12 @@ def table(outcomes: Sequence[dict[str, Any]]) -> str:
 
     cured, better = of(treatable, "cured"), of(treatable, "better")
     changed = len(healthy) - len(of(healthy, "healthy")) - len(of(healthy, "no_treatment_found"))
-    costs = [o["steps"] / o["planned"] for o in outcomes if o["verdict"] != "healthy"]
+    costly = [o for o in outcomes if o["verdict"] != "healthy"]
+    costs = [sum(o["steps"].values()) / o["planned"] for o in costly]
+    parts = [
+        f"{name} {median([o['steps'][name] / o['planned'] for o in costly] or [0]):.1f}"
+        for name in ("probe", "search", "verification")
+    ]
     rows = [
         ("programs", f"{len(outcomes)}"),
         ("failing", f"{len(fails)}"),
@@ -149,6 +158,7 @@ def table(outcomes: Sequence[dict[str, Any]]) -> str:
             f"{changed} of {len(healthy)}",
         ),
         ("median steps of a treatment, over those of a run", f"{median(costs or [0]):.1f}"),
+        ("of its parts, in the median", ", ".join(parts)),
     ]
     return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)])
 

@@ -43,9 +43,7 @@ def learning_of(trial: Trial) -> Learning:
     """
     if not math.isfinite(trial.loss):
         return Learning(False, False, False, trial.error or "the held-out loss is nonfinite")
-    is_known = math.isfinite(trial.over_constant)
-    ratio = trial.over_constant if is_known else trial.over_permuted
-    bound = HAS_LEARNED if is_known else HAS_LEARNED_OVER_PERMUTED
+    is_known, ratio, bound = _ratio_and_bound(trial)
     reference = "of the best constant answer" if is_known else "with permuted targets"
     if not math.isfinite(ratio):
         first = trial.curve[0][1]
@@ -61,3 +59,16 @@ def learning_of(trial: Trial) -> Learning:
     if not is_settled:
         evidence += f", and still falls, from {before:.4g} after two thirds of the run"
     return Learning(ratio < LEARNS and is_low, ratio <= bound and is_low, is_settled, evidence)
+
+
+def settled_loss(trial: Trial) -> float | None:
+    """Returns the held-out loss at which a run like this one has learned, and has little left to fall."""
+    _, ratio, bound = _ratio_and_bound(trial)
+    return LITTLE_LEFT * bound * trial.loss / ratio if math.isfinite(trial.loss) and ratio > 0 else None
+
+
+def _ratio_and_bound(trial: Trial) -> tuple[bool, float, float]:
+    is_known = math.isfinite(trial.over_constant)
+    if is_known:
+        return is_known, trial.over_constant, HAS_LEARNED
+    return is_known, trial.over_permuted, HAS_LEARNED_OVER_PERMUTED

@@ -106,10 +106,20 @@ def prescriptions(
     return found
 
 
-def _of_symptom(module: nn.Module, symptom: Symptom) -> Prescription | None:
-    names = _IN_CODE.get(symptom.cause)
+def keeps_from_learning(symptom: Symptom) -> bool:
+    """True for a fault of code beside which no change of the network or of its training helps."""
+    return _names_of(symptom) is not None and symptom.cause not in _TREATABLE
+
+
+def _names_of(symptom: Symptom) -> Sequence[str] | None:
+    """Returns the calls and attributes of a fault of code; `None` for another symptom."""
     if symptom.cause == "learning_rate_too_low" and (symptom.is_partial or not symptom.value):
-        names = _IN_CODE["not_in_optimizer"]  # a rate of 0, or of some groups: no factor of all rates helps
+        return _IN_CODE["not_in_optimizer"]  # a rate of 0, or of some groups: no factor of all rates helps
+    return _IN_CODE.get(symptom.cause)
+
+
+def _of_symptom(module: nn.Module, symptom: Symptom) -> Prescription | None:
+    names = _names_of(symptom)
     if names is None:
         return None
     advice = advice_for_symptom(symptom.kind, symptom.cause, symptom.where)

@@ -25,6 +25,7 @@ from lightning_gradguard.runtime.incidents.invalid_batches import is_check_of_va
 from lightning_gradguard.runtime.incidents.replay import training_loss_or_nan, without_logging
 from lightning_gradguard.runtime.lightning_api import Callback
 from lightning_gradguard.treatment.learning import Learning, learning_of
+from lightning_gradguard.treatment.prescriptions import keeps_from_learning
 from lightning_gradguard.treatment.trials.held_out import HeldOutLoss
 from lightning_gradguard.treatment.trials.program import Program, TreatmentError, described, quiet
 from lightning_gradguard.treatment.trials.trial import Job, Listener, Trial, logged, thinned
@@ -73,7 +74,7 @@ class Probe:
 
 @dataclass(eq=False)
 class _Ending(Callback):
-    """Ends a probe once it has shown a failure and its cause, and after `least` batches."""
+    """Ends a probe of a program with a fault of code, after `least` batches; others may learn late."""
 
     least: int
     diagnosis: TrainingDiagnosis
@@ -82,9 +83,9 @@ class _Ending(Callback):
 
     @override
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
-        """Ends a run that does not learn, and of which a cause is known."""
+        """Ends a run that does not learn, as of a fault of code."""
         self.seen += 1
-        if self.seen >= self.least and self.diagnosis.diagnosis.roots:
+        if self.seen >= self.least and any(map(keeps_from_learning, self.diagnosis.diagnosis.roots)):
             trainer.should_stop = trainer.should_stop or self._is_stuck()
 
     def _is_stuck(self) -> bool:
@@ -97,7 +98,7 @@ def probe(program: Program, least: int, most: int, deadline: float) -> Probe:
 
     Args:
         program: What is trained.
-        least: Optimizer steps after which the run may end, if it has shown why it fails.
+        least: Optimizer steps after which the run may end, if it has a fault of code.
         most: Optimizer steps at most.
         deadline: When it ends, on the clock of `time.monotonic`.
 
@@ -107,7 +108,7 @@ def probe(program: Program, least: int, most: int, deadline: float) -> Probe:
     began = time.monotonic()
     job = Job(None, program.seed, most)
     held_out = HeldOutLoss(
-        program.batches.held_out, most * program.accumulate, deadline, every=least * program.accumulate // 8
+        program.batches.held_out, most * program.accumulate, deadline, every=least * program.accumulate // 4
     )
     diagnosis, check, listener = TrainingDiagnosis(), InitializationCheck(), Listener()
     ending = _Ending(least * program.accumulate, diagnosis, held_out)

@@ -1,4 +1,4 @@
-"""Successive halving over candidates, combinations of the best, and the learning rate around the best."""
+"""Successive halving over candidates, combinations of the best, and the learning rate around a treatment."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ class TrialRunner:
 def search(
     runner: TrialRunner, candidates: Sequence[Candidate], untreated: float, until: float
 ) -> list[Trial]:
-    """Tries candidates for some steps, the best of them for more, combinations, and rates around the best.
+    """Tries candidates for some steps, the best of them for more, and combinations.
 
     Candidates of which one has learned end the first rung: those behind it are less likely, and cost as much.
     Those that no symptom suggests are tried only if none of the others learns.
@@ -108,7 +108,6 @@ def search(
         ordered = _smallest_first([t for t in full if math.isfinite(t.loss)], bar)
         if any(learning_of(trial).has_learned for trial in ordered):
             break
-    ordered = [*_at_best_rate(runner, ordered[0], until), *ordered[1:]] if ordered else []
     return [trial for trial in ordered if trial.loss < bar]
 
 
@@ -142,7 +141,7 @@ def _has_learned(trial: Trial) -> bool:
     return learning_of(trial).has_learned and trial.is_undisturbed
 
 
-def _at_best_rate(runner: TrialRunner, trial: Trial, until: float) -> list[Trial]:
+def at_best_rate(runner: TrialRunner, trial: Trial, until: float) -> list[Trial]:
     """Returns a trial after one with a better learning rate, if there is one.
 
     A change of the network moves the learning rate that fits it, and an estimated rate is one of its order.

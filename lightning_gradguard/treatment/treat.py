@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,20 +17,20 @@ from lightning_gradguard.core.snapshots import rng_state, set_rng_state
 from lightning_gradguard.treatment import files
 from lightning_gradguard.treatment.budget import Clock, seconds
 from lightning_gradguard.treatment.candidates import Candidate, candidates
+from lightning_gradguard.treatment.learning import learning_of
 from lightning_gradguard.treatment.prescriptions import prescriptions
 from lightning_gradguard.treatment.probe import Probe, probe
 from lightning_gradguard.treatment.result import TreatmentResult
-from lightning_gradguard.treatment.search import TrialRunner, search
+from lightning_gradguard.treatment.search import LEARNED_ENOUGH, TrialRunner, at_best_rate, search
 from lightning_gradguard.treatment.trials.program import Program, recorded_program
-from lightning_gradguard.treatment.trials.trial import name_of
+from lightning_gradguard.treatment.trials.trial import Trial, name_of
 from lightning_gradguard.treatment.trials.trial_log import TrialLog
 from lightning_gradguard.treatment.trials.workers import usable_processes
 from lightning_gradguard.treatment.verification import (
     SeedResult,
     TreatmentVerdict,
-    share_of,
+    Verification,
     verdict_of,
-    verify,
     whole_length,
 )
 
@@ -173,22 +173,14 @@ class _Treatment:
             f"{self._time}, probe: {learning.evidence}; "
             f"{len(suggested)} treatments to try: {', '.join(name_of(c.changes) for c in suggested)}"
         )
-        runner = TrialRunner(self.program, self.log, self.clock, self.processes, self.steps, self.report)
-        needed = share_of(runner, self._seconds_per_step())
-        until = min(max(VERIFIED - needed, LEAST_SEARCHED), MOST_SEARCHED)
-        ranking = search(runner, suggested, self._untreated(), until)
-        best: tuple[TreatmentVerdict, str, tuple[Change, ...], list[SeedResult]] | None = None
-        for trial in ranking[:MAX_VERIFIED]:
+        best: tuple[TreatmentVerdict, str, tuple[Change, ...], Sequence[SeedResult]] | None = None
+        for trial, results, verdict, evidence in self._verified(suggested):
             changes = trial.job.changes or ()
-            results = verify(runner, trial, VERIFIED)
-            verdict, evidence = verdict_of(results, whole_length(runner))
             self.report(f"{self._time}, {verdict}: {name_of(changes)}")
             if verdict == "cured":
                 return self._result(verdict, evidence, changes, results, suggested)
             if best is None or (verdict == "better" and best[0] != "better"):
                 best = verdict, evidence, changes, results
-            if results and results[0].treated.job.steps < whole_length(runner):
-                break  # what is left of the budget shows less of the next one
         if best is not None:
             verdict, evidence, changes, results = best
             kept = changes if verdict == "better" else ()
@@ -196,6 +188,37 @@ class _Treatment:
         tried = ", ".join(dict.fromkeys(name_of(t.job.changes) for t in self.log.trials.values()))
         evidence = f"{learning.evidence}; none that was tried is better: {tried or 'no trial has ended'}"
         return self._result("no_treatment_found", evidence, (), (), suggested)
+
+    def _verified(
+        self, suggested: Sequence[Candidate]
+    ) -> Iterator[tuple[Trial, Sequence[SeedResult], TreatmentVerdict, str]]:
+        """Yields treatments as they are verified, with their verdicts.
+
+        The learning rate is searched around the first of them that does not learn, or that ends its own run
+        with little learned.
+        """
+        runner = TrialRunner(self.program, self.log, self.clock, self.processes, self.steps, self.report)
+        whole = whole_length(runner)
+        verification = Verification(runner, self.found.trial if self._is_probed(whole) else None, VERIFIED)
+        needed = verification.share(self._seconds_per_step())
+        until = min(max(VERIFIED - needed, LEAST_SEARCHED), MOST_SEARCHED)
+        waiting = search(runner, suggested, self._untreated(), until)[:MAX_VERIFIED]
+        has_rate = False
+        while waiting:
+            trial = waiting.pop(0)
+            first = verification.first(trial) if has_rate or learning_of(trial).has_learned else None
+            if not has_rate and (first is None or first.over_constant > LEARNED_ENOUGH):
+                has_rate = True
+                waiting = [*at_best_rate(runner, trial, until), *waiting]
+                continue
+            results = verification.others(first) if first is not None else []
+            yield trial, results, *verdict_of(results, whole)
+            if first is None or first.job.steps < whole:
+                break  # what is left of the budget shows less of the next one
+
+    def _is_probed(self, steps: int) -> bool:
+        """True if the probe shows what the program does in a number of optimizer steps."""
+        return self._probed >= steps or not math.isfinite(self.found.trial.loss)
 
     def _result(
         self,

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from lightning_gradguard.core.detectors.diagnosis.progress import LEARNS
-from lightning_gradguard.treatment.learning import Learning, learning_of
+from lightning_gradguard.treatment.learning import Learning, learning_of, settled_loss
 from lightning_gradguard.treatment.search import LEAST_RUNG, TrialRunner, noise_of
 from lightning_gradguard.treatment.trials.trial import OUT_OF_TIME, Job, Trial
 
@@ -26,7 +26,7 @@ class SeedResult:
     """Runs with one fresh seed.
 
     Args:
-        untreated: Without changes.
+        untreated: Without changes; beside the first seed it may be the probe, with the seed of the search.
         treated: With them.
     """
 
@@ -46,71 +46,113 @@ class SeedResult:
         """True if the untreated run learns with this seed, and the treated one as well."""
         return learning_of(self.untreated).has_learned and self.treated.loss <= self.untreated.loss + noise
 
+    def describe(self, steps: int) -> str:
+        """Returns both losses in words, with what differs from a run of `steps` steps with one seed."""
+        mine, bare = self.treated, self.untreated
+        has_ended = mine.job.enough is not None and mine.loss <= mine.job.enough
+        early = " (ended once it has learned)" if has_ended else ""
+        apart = [f"seed {bare.job.seed}"] if bare.job.seed != mine.job.seed else []
+        apart += [f"after {bare.job.steps} steps"] if bare.job.steps != steps else []
+        other = f" ({', '.join(apart)})" if apart else ""
+        return f"seed {mine.job.seed}: {_loss(mine)} treated{early}, {_loss(bare)} untreated{other}"
+
 
 def whole_length(runner: TrialRunner) -> int:
     """Returns the optimizer steps of the program's own run; those of a trial if they are unknown."""
     return runner.program.planned or runner.steps
 
 
-def share_of(runner: TrialRunner, seconds_per_step: float) -> float:
-    """Returns the share of the budget that a verification at the whole length takes."""
-    steps = whole_length(runner)
-    needed = (_LONG * steps + _SHORT * runner.short_steps) * seconds_per_step * RESERVE
-    return needed / _lanes(runner) / runner.clock.budget
+@dataclass(frozen=True)
+class Verification:
+    """Runs a treatment, and the program as it is, with fresh seeds.
 
+    The treated run with the first seed has the length of the program's own run, or what the budget allows of
+    it: what trains for a while may fail later. So has a run of the program as it is: the probe, if it was not
+    ended before. The treated runs with the other seeds end once they have learned; short runs of the program
+    as it is show how far these seeds are apart.
 
-def verify(runner: TrialRunner, trial: Trial, until: float) -> list[SeedResult]:
-    """Runs the changes of a trial, and the program as it is, with fresh seeds.
-
-    The treated runs have the length of the program's own run, or what the budget allows of it: what trains
-    for a while may fail later. So has the program as it is with the first seed; with the others, which show
-    how far seeds are apart, it has that of a short trial. If the first treated run does not learn, the
-    others are omitted.
-
-    Returns:
-        Fewer than three if the budget ends before, or the first treated run does not learn.
+    Args:
+        runner: Runs the trials.
+        probed: The program as it is in a run of the whole length; `None` if the probe was shorter.
+        until: Share of the budget at which it ends.
     """
-    steps = _length(runner, trial, until)
-    short = min(runner.short_steps, steps)
-    first, *others = (runner.program.seed + FIRST_SEED + i for i in range(N_SEEDS))
-    changes = trial.job.changes
-    jobs = [Job(changes, first, steps), Job(None, first, steps)]
-    n_first = min(runner.processes, 2)
-    found = _run(runner, jobs[:n_first], until)
-    treated = found.get(jobs[0].key)
-    if treated is None or not math.isfinite(treated.loss) or treated.over_constant >= LEARNS:
-        return []
-    jobs += [Job(changes, seed, steps) for seed in others] + [Job(None, seed, short) for seed in others]
-    found |= _run(runner, jobs[n_first:], until)
-    pairs = [(jobs[1], jobs[0]), *((Job(None, s, short), Job(changes, s, steps)) for s in others)]
-    return [SeedResult(found[a.key], found[b.key]) for a, b in pairs if a.key in found and b.key in found]
 
+    runner: TrialRunner
+    probed: Trial | None
+    until: float
 
-#: Runs of the whole length, and short ones.
-_LONG, _SHORT = N_SEEDS + 1, N_SEEDS - 1
+    def share(self, seconds_per_step: float) -> float:
+        """Returns the share of the budget that it takes."""
+        steps = self._n_long * whole_length(self.runner) + self._n_short * self.runner.short_steps
+        return steps * seconds_per_step * RESERVE / self._lanes / self.runner.clock.budget
 
+    def first(self, trial: Trial) -> Trial | None:
+        """Runs the changes of a trial with the first fresh seed; `None` if the budget ends before."""
+        job = Job(trial.job.changes, self._seeds[0], self._length(trial))
+        beside = self._untreated(job.steps) if self._lanes > 1 else []
+        return self._run([job, *beside]).get(job.key)
 
-def _length(runner: TrialRunner, trial: Trial, until: float) -> int:
-    """Returns the steps of the treated runs: the whole length, or what the budget allows."""
-    left = runner.clock.share(until) - time.monotonic()
-    affordable = int(left * _lanes(runner) / (trial.seconds / trial.job.steps * RESERVE))
-    whole, short = whole_length(runner), runner.short_steps
-    if affordable >= _LONG * whole + _SHORT * short:
-        return whole
-    seed = runner.program.seed + FIRST_SEED
-    # what was verified before the treatment was stopped is not run again for a few steps more or less
-    known = [t.job.steps for t in runner.log.trials.values() if t.job.seed == seed]
-    steps = max((affordable - _SHORT * short) // _LONG, LEAST_RUNG)
-    return next((n for n in known if 0.5 * steps <= n), min(steps, whole))
+    def others(self, first: Trial) -> list[SeedResult]:
+        """Runs the changes with the other seeds, and the program as it is.
 
+        Args:
+            first: The treated run with the first seed.
 
-def _lanes(runner: TrialRunner) -> int:
-    """Returns how many of the runs are at once, with two or more processes."""
-    return min(runner.processes, 2)
+        Returns:
+            Fewer than three if the budget ends before, or the first treated run does not learn.
+        """
+        if not math.isfinite(first.loss) or first.over_constant >= LEARNS:
+            return []
+        steps, enough = first.job.steps, settled_loss(first)
+        treated = [Job(first.job.changes, seed, steps, enough) for seed in self._seeds[1:]]
+        untreated = self._untreated(steps)
+        found = self._run([*treated, *untreated])
+        pairs = [] if self.probed is None else [SeedResult(self.probed, first)]
+        found[first.job.key] = first
+        of_seed = {job.seed: job for job in [first.job, *treated]}
+        for bare in untreated:
+            mine = of_seed[bare.seed]
+            if bare.key in found and mine.key in found:
+                pairs.append(SeedResult(found[bare.key], found[mine.key]))
+        return pairs
 
+    @property
+    def _seeds(self) -> list[int]:
+        return [self.runner.program.seed + FIRST_SEED + i for i in range(N_SEEDS)]
 
-def _run(runner: TrialRunner, jobs: Sequence[Job], until: float) -> dict[str, Trial]:
-    return {t.job.key: t for t in runner.run(jobs, until) if not is_unfinished(t)}
+    @property
+    def _n_long(self) -> int:
+        return N_SEEDS + (self.probed is None)
+
+    @property
+    def _n_short(self) -> int:
+        return N_SEEDS - 1
+
+    @property
+    def _lanes(self) -> int:
+        """Runs at once, with two or more processes."""
+        return min(self.runner.processes, 2)
+
+    def _untreated(self, steps: int) -> list[Job]:
+        first, *others = self._seeds
+        long = [Job(None, first, steps)] if self.probed is None else []
+        return [*long, *(Job(None, seed, min(self.runner.short_steps, steps)) for seed in others)]
+
+    def _length(self, trial: Trial) -> int:
+        """Returns the steps of the treated runs: the whole length, or what the budget allows."""
+        runner = self.runner
+        left = runner.clock.share(self.until) - time.monotonic()
+        affordable = int(left * self._lanes / (trial.seconds / trial.job.steps * RESERVE))
+        whole, short = whole_length(runner), self._n_short * runner.short_steps
+        if affordable >= self._n_long * whole + short:
+            return whole
+        # what was verified before the treatment was stopped is not run again for a few steps more or less
+        known = [t.job.steps for t in runner.log.trials.values() if t.job.seed == self._seeds[0]]
+        steps = max((affordable - short) // self._n_long, LEAST_RUNG)
+        return next((n for n in known if 0.5 * steps <= n), min(steps, whole))
+
+    def _run(self, jobs: Sequence[Job]) -> dict[str, Trial]:
+        return {t.job.key: t for t in self.runner.run(jobs, self.until) if not is_unfinished(t)}
 
 
 def is_unfinished(trial: Trial) -> bool:
@@ -121,11 +163,12 @@ def is_unfinished(trial: Trial) -> bool:
 def verdict_of(results: Sequence[SeedResult], whole: int) -> tuple[TreatmentVerdict, str]:
     """Returns the verdict of a verification, and its evidence.
 
-    *Cured*: with each of three fresh seeds, in a run of the whole length, the held-out loss of the treated
-    run is far below that of the best constant answer, is not on its way up, has settled, and is below that of
-    the untreated run by more than these differ between seeds; with at most two seeds, it may equal that of an
-    untreated run that learns as well. *Better*: with each seed the treated run learns, and beats the
-    untreated one by more than that, also if the budget has allowed two seeds alone, or shorter runs.
+    *Cured*: with each of three fresh seeds the held-out loss of the treated run is far below that of the best
+    constant answer, is not on its way up, has settled, and is below that of the untreated run by more than
+    these differ between seeds; with at most two seeds, it may equal that of an untreated run that learns as
+    well. The first treated run has the whole length, and so has an untreated run, which does not learn.
+    *Better*: with each seed the treated run learns, and beats the untreated one by more than that, also if
+    the budget has allowed two seeds alone, or shorter runs.
 
     Args:
         results: Of the fresh seeds.
@@ -139,12 +182,8 @@ def verdict_of(results: Sequence[SeedResult], whole: int) -> tuple[TreatmentVerd
     beats = [r.beats(noise) for r in results]
     learned = [r.learning.has_learned and r.learning.is_settled for r in results]
     steps = min(r.treated.job.steps for r in results)
-    each = "; ".join(
-        f"seed {r.treated.job.seed}: {_loss(r.treated)} treated, {_loss(r.untreated)} untreated"
-        + (f" (after {r.untreated.job.steps} steps)" if r.untreated.job.steps != steps else "")
-        for r in results
-    )
-    evidence = f"held-out loss after {steps} steps: {each}; seed noise {noise:.2g}"
+    evidence = f"held-out loss after {steps} steps: {'; '.join(r.describe(steps) for r in results)}"
+    evidence += f"; seed noise {noise:.2g}"
     if missing:
         evidence += f"; the budget has allowed {len(results)} of {N_SEEDS} fresh seeds"
     slow = next((r.learning for r in results if r.learning.has_learned and not r.learning.is_settled), None)
@@ -153,7 +192,8 @@ def verdict_of(results: Sequence[SeedResult], whole: int) -> tuple[TreatmentVerd
     elif slow is not None:
         evidence += f"; {slow.evidence}: a longer run learns more"
     is_better = all(b or r.keeps(noise) for b, r in zip(beats, results, strict=True)) and any(beats)
-    if all(learned) and is_better and not missing and steps >= whole:
+    fails = any(untreated.job.steps >= whole for untreated in failing)
+    if all(learned) and is_better and fails and not missing and steps >= whole:
         return "cured", f"{evidence}. With the last seed, {results[-1].learning.evidence}"
     if all(beats) and not any(r.treated.over_constant >= LEARNS for r in results):
         return "better", evidence

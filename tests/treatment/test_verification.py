@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 
 from lightning_gradguard import Change
+from lightning_gradguard.treatment.learning import settled_loss
 from lightning_gradguard.treatment.trials.trial import Job, Trial
 from lightning_gradguard.treatment.verification import SeedResult, verdict_of
 
@@ -12,27 +15,38 @@ CHANGES = (Change("initialize"),)
 WHOLE = 400
 
 
-def trial(seed: int, loss: float, steps: int, *, treated: bool, before: float | None = None) -> Trial:
+def trial(job: Job, loss: float, *, before: float | None = None) -> Trial:
     """A run from a loss of 2.3, that of the best constant answer, past another after two thirds."""
-    curve = [(0, 2.3), (steps * 2 // 3 + 1, loss if before is None else before), (steps, loss)]
-    return Trial(job=Job(CHANGES if treated else None, seed, steps), curve=curve, over_constant=loss / 2.3)
+    curve = [(0, 2.3), (job.steps * 2 // 3 + 1, loss if before is None else before), (job.steps, loss)]
+    return Trial(job=job, curve=curve, over_constant=loss / 2.3)
 
 
 def results(
-    treated: list[float], untreated: list[float], steps: int = WHOLE, before: float | None = None
+    treated: list[float],
+    untreated: list[float],
+    steps: int = WHOLE,
+    before: float | None = None,
+    probed: int = WHOLE,
 ) -> list[SeedResult]:
-    return [
-        SeedResult(
-            trial(seed, bare, 60, treated=False), trial(seed, after, steps, treated=True, before=before)
-        )
-        for seed, (after, bare) in enumerate(zip(treated, untreated, strict=True))
-    ]
+    """The first seed beside a probe of some steps; the others, which may end early, beside short runs."""
+    found = []
+    for seed, (after, bare) in enumerate(zip(treated, untreated, strict=True), 101):
+        job = Job(CHANGES, seed, steps, None if seed == 101 else 0.575)
+        beside = Job(None, 0, probed) if seed == 101 else Job(None, seed, 60)
+        found.append(SeedResult(trial(beside, bare), trial(job, after, before=before)))
+    return found
 
 
 def test_program_is_cured_that_learns_with_each_seed() -> None:
     verdict, evidence = verdict_of(results([0.3, 0.4, 0.2], [2.3, 2.31, 2.29]), WHOLE)
     assert verdict == "cured"
-    assert "after 400 steps: seed 0: 0.3 treated, 2.3 untreated (after 60 steps)" in evidence
+    assert "after 400 steps: seed 101: 0.3 treated, 2.3 untreated (seed 0); seed 102: 0.4 treated" in evidence
+    assert "seed 102: 0.4 treated (ended once it has learned), 2.31 untreated (after 60 steps)" in evidence
+
+
+def test_program_that_was_not_run_to_its_end_is_not_known_to_fail() -> None:
+    assert verdict_of(results([0.3, 0.4, 0.2], [2.3, 2.31, 2.29], probed=100), WHOLE)[0] == "better"
+    assert verdict_of(results([0.3, 0.4, 0.2], [0.3, 2.31, 2.29]), WHOLE)[0] != "cured"
 
 
 @pytest.mark.parametrize("treated", [[0.3, 0.4, 1.4], [0.3, 0.4, 2.3]])
@@ -66,3 +80,8 @@ def test_two_seeds_are_better_at_most_and_one_is_nothing() -> None:
     assert verdict_of(found, WHOLE)[0] == "better"
     assert verdict_of(found[:1], WHOLE)[0] == "no_treatment_found"
     assert verdict_of([], WHOLE)[0] == "no_treatment_found"
+
+
+def test_loss_that_is_low_enough_is_a_quarter_of_the_best_constant_answer() -> None:
+    assert settled_loss(trial(Job(CHANGES, 101, WHOLE), 0.3)) == pytest.approx(0.25 * 2.3)
+    assert settled_loss(trial(Job(CHANGES, 101, WHOLE), math.nan)) is None

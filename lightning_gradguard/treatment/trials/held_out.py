@@ -24,8 +24,8 @@ from lightning_gradguard.runtime.sampled_step import target_of
 
 #: Evaluations of a run, the last at its end.
 N_EVALUATIONS = 10
-#: Nonfinite evaluations in a row, and losses of batches, that end a run.
-MAX_NONFINITE = 3
+#: Nonfinite evaluations in a row, and losses of batches, that end a run; low evaluations in a row that do.
+MAX_NONFINITE, N_ENOUGH = 3, 2
 
 
 @dataclass(frozen=True)
@@ -90,6 +90,7 @@ class HeldOutLoss(Callback):
         steps: Batches of the run.
         deadline: On the clock of `time.monotonic`.
         every: Batches between evaluations; a tenth of the run if `None`.
+        enough: Held-out loss at which the run ends; `None` for a run of all its steps.
 
     Attributes:
         curve: Step and held-out loss.
@@ -98,7 +99,14 @@ class HeldOutLoss(Callback):
         is_out_of_time: True if the deadline has ended the run.
     """
 
-    def __init__(self, batches: Sequence[Any], steps: int, deadline: float, every: int | None = None) -> None:
+    def __init__(
+        self,
+        batches: Sequence[Any],
+        steps: int,
+        deadline: float,
+        every: int | None = None,
+        enough: float | None = None,
+    ) -> None:
         super().__init__()
         self.curve: list[tuple[int, float]] = []
         self.training: list[tuple[int, float]] = []
@@ -106,6 +114,7 @@ class HeldOutLoss(Callback):
         self.is_out_of_time = False
         self._batches = batches
         self._deadline = deadline
+        self._enough = enough
         self._steps = steps
         self._every = max(steps // N_EVALUATIONS if every is None else every, 1)
         self._seen = 0
@@ -139,6 +148,8 @@ class HeldOutLoss(Callback):
             self.training.append((self._seen, float(loss)))
         if self._seen % self._every == 0 and self._seen < self._steps:
             self._evaluate(trainer, pl_module)
+            if self._enough is not None and max(loss for _, loss in self.curve[-N_ENOUGH:]) <= self._enough:
+                trainer.should_stop = True
         # running statistics of normalization may need more steps than the loss in training mode
         recent = [value for curve in (self.curve, self.training) for _, value in curve[-MAX_NONFINITE:]]
         if len(self.curve) >= MAX_NONFINITE and not any(map(math.isfinite, recent)):

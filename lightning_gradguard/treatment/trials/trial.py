@@ -37,17 +37,20 @@ class Job:
         changes: Changes of the program, under the suite's guard; `None` for the program as it is, without.
         seed: Of the module, and of all that it draws.
         steps: Optimizer steps.
+        enough: Held-out loss at which it ends before; `None` for a run of all its steps.
     """
 
     changes: tuple[Change, ...] | None
     seed: int
     steps: int
+    enough: float | None = None
 
     @property
     def key(self) -> str:
         """A text that is equal for equal jobs."""
         changes = None if self.changes is None else [change.as_dict() for change in self.changes]
-        return json.dumps([changes, self.seed, self.steps], sort_keys=True)
+        until = [] if self.enough is None else [self.enough]
+        return json.dumps([changes, self.seed, self.steps, *until], sort_keys=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,7 +129,8 @@ def run(program: Program, job: Job, deadline: float) -> Trial:
         deadline: When it ends, on the clock of `time.monotonic`.
     """
     began = time.monotonic()
-    held_out = HeldOutLoss(program.batches.held_out, job.steps * program.accumulate, deadline)
+    steps = job.steps * program.accumulate
+    held_out = HeldOutLoss(program.batches.held_out, steps, deadline, enough=job.enough)
     listener = Listener()
     outcome: dict[str, Any] = {"error": ""}
     with quiet(), tempfile.TemporaryDirectory() as folder:
