@@ -70,7 +70,11 @@ def outcome(case: Case, budget: str, processes: int) -> dict[str, Any]:
         shutil.rmtree(folder)
     after, _ = score(case, result.callbacks(), SEED) if result.is_treated else (before, 0.0)
     searched, verified = (
-        sum(trial.curve[-1][0] for trial in result.trials if trial.curve and (trial.job.seed == 0) == is_search)
+        sum(
+            trial.curve[-1][0]
+            for trial in result.trials
+            if trial.curve and (trial.job.seed == 0) == is_search
+        )
         for is_search in (True, False)
     )
     steps = {"probe": result.probe.curve[-1][0], "search": searched, "verification": verified}

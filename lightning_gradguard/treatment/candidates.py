@@ -47,8 +47,10 @@ _CLIP = (_of("clipping", max_norm=1.0),)
 _ACTIVATE = (_of("replace_activation", to="relu"), *_INITIALIZE)
 _LEAKY = (_of("replace_activation", to="leaky_relu"), *_INITIALIZE)
 _LOWER, _LOWEST, _HIGHER, _HIGHEST = ((_of("learning_rate", scale=s),) for s in (0.1, 0.01, 10.0, 100.0))
-_ORTHOGONAL, _GATED, _GATES = (_of("orthogonal_recurrent"),), (_of("rnn_to_gru"),), (_of("gate_bias"),)
-_OPEN = (*_ORTHOGONAL, _of("gate_bias", value=3.0))
+_ORTHOGONAL = (_of("orthogonal_recurrent"),)
+# gates that forget a twentieth a step: over 60 steps, a GRU with a bias of 0 or 1 learns at no rate
+_KEEPS = (_of("gate_bias", value=3.0),)
+_OPEN, _GATED = _ORTHOGONAL + _KEEPS, (_of("rnn_to_gru"), *_KEEPS)
 _STANDARDIZE = (_of("standardize_input"),)
 _EPSILON = (_of("epsilon", value=1e-4),)
 _WARM_UP = (_of("warm_up", steps=50),)
@@ -174,8 +176,10 @@ def _fitting(found: Probe, changes: tuple[Change, ...]) -> tuple[Change, ...] | 
     if not changes:
         return changes
     allowed = [c for c in changes if found.is_automatic or not KINDS[c.kind].needs_one_optimizer]
-    applicable = tuple(c for c in allowed if applies(found.module, c, found.run_loss))
-    return applicable or None
+    applicable = [c for c in allowed if applies(found.module, c, found.run_loss)]
+    if any(c.kind == "rnn_to_gru" for c in applicable):  # which makes the gates
+        applicable += [c for c in allowed if c.kind == "gate_bias" and c not in applicable]
+    return tuple(applicable) or None
 
 
 def applies(module: nn.Module, change: Change, run_loss: Callable[[], Tensor] | None) -> bool:

@@ -114,7 +114,7 @@ def search(
 def _halved(runner: TrialRunner, candidates: Sequence[Candidate], until: float) -> list[Trial]:
     """Returns trials of full length: of the candidates that are best after a short one, and combinations.
 
-    One that has learned enough in a short trial needs no longer one before it is verified.
+    One that alone has learned in a short trial, or that has learned enough, is verified without a longer one.
     """
     seed, steps = runner.program.seed, runner.steps
     first: list[Trial] = []
@@ -126,7 +126,7 @@ def _halved(runner: TrialRunner, candidates: Sequence[Candidate], until: float) 
     ranked = sorted((t for t in first if not t.error), key=lambda t: t.loss)[:FINALISTS]
     if any(_has_learned(trial) for trial in ranked):
         ranked = [trial for trial in ranked if _has_learned(trial)]
-        if ranked[0].over_constant <= LEARNED_ENOUGH:
+        if len(ranked) == 1 or ranked[0].over_constant <= LEARNED_ENOUGH:
             return ranked[:1]
     elif ranked and ranked[0].over_constant <= DOMINATES:
         ranked = [trial for trial in ranked if trial.over_constant < LEARNS]
@@ -148,13 +148,15 @@ def at_best_rate(runner: TrialRunner, trial: Trial, until: float) -> list[Trial]
     """
     if trial.over_constant <= LEARNED_ENOUGH:
         return [trial]
-    best = trial
+    changes, seed, steps = trial.job.changes or (), trial.job.seed, runner.steps
+    # shorter trials prefer rates that are too high later
+    best = reference = next(iter(runner.run([Job(changes, seed, steps)], until)), trial)
     factors = list(RATE_FACTORS if learning_of(trial).learns else FAR_RATE_FACTORS)
     for _ in range(MAX_RATE_STEPS):
         wave = factors[: runner.processes]
         if not wave:
             break
-        jobs = [Job(_at_rate(best.job.changes or (), f), best.job.seed, best.job.steps) for f in wave]
+        jobs = [Job(_at_rate(best.job.changes or (), f), seed, steps) for f in wave]
         found = dict(zip(wave, runner.run(jobs, until), strict=False))
         factors = factors[len(wave) :]
         for factor, other in found.items():
@@ -162,7 +164,7 @@ def at_best_rate(runner: TrialRunner, trial: Trial, until: float) -> list[Trial]
                 best, factors = other, [factor]
         if best.over_constant <= LEARNED_ENOUGH:
             break
-    return [trial] if best is trial else [best, trial]
+    return [trial] if best is reference else [best, trial]
 
 
 def _at_rate(changes: Sequence[Change], factor: float) -> tuple[Change, ...]:

@@ -1,0 +1,45 @@
+"""What a diagnosis suggests: each candidate finds its place in the module."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from lightning_gradguard.core.detectors.diagnosis import Symptom
+from lightning_gradguard.treatment.candidates import Candidate, candidates
+from lightning_gradguard.treatment.learning import learning_of
+from lightning_gradguard.treatment.probe import Probe
+from lightning_gradguard.treatment.trials.trial import Job, Trial
+
+
+def suggested(module: nn.Module, kind: str, cause: str) -> Sequence[Candidate]:
+    """Candidates for a module whose probe has shown one symptom."""
+    trial = Trial(job=Job(None, 0, 100), curve=[(0, 2.3), (100, 2.3)], over_constant=1.0)
+    return candidates(
+        Probe(
+            trial=trial,
+            symptoms=[Symptom(kind, cause, ("rnn",), -5.0, "", 1)],
+            initialization=[],
+            incidents=[],
+            module=module,
+            is_automatic=True,
+            learning=learning_of(trial),
+            run_loss=lambda: module(torch.ones(2, 8, 4))[0].sum(),
+        )
+    )
+
+
+def test_gru_in_the_place_of_a_plain_recurrence_keeps_its_state() -> None:
+    found = suggested(nn.RNN(4, 8, batch_first=True), "vanishing_gradient", "through_time")
+    gated = [{c.kind: c for c in one.changes} for one in found]
+    gated = [one for one in gated if "rnn_to_gru" in one]
+    assert gated
+    assert all(one["gate_bias"]["value"] == 3.0 for one in gated)
+    assert any("learning_rate" in one for one in gated)
+
+
+def test_gates_are_opened_only_where_there_are_some() -> None:
+    found = suggested(nn.Sequential(nn.Linear(4, 8)), "vanishing_gradient", "through_time")
+    assert not {"rnn_to_gru", "gate_bias"} & {c.kind for one in found for c in one.changes}
