@@ -110,6 +110,7 @@ _BY_CRITERION: Mapping[str, Sequence[tuple[Change, ...]]] = {
     "symmetric_units": (_INITIALIZE,),
     "zero_weights": (_INITIALIZE,),
     "nonfinite_weights": (_INITIALIZE,),
+    "loss_over_guessing": (_INITIALIZE, _INITIALIZE + _NORMALIZE, _NORMALIZE),
     "loss": (_INITIALIZE, _ACTIVATE + _NORMALIZE, _NORMALIZE),
 }
 
@@ -125,7 +126,8 @@ def candidates(found: Probe) -> list[Candidate]:
     longest = max(map(len, lists), default=0)
     ordered = [suggested[rank] for rank in range(longest) for suggested in lists if rank < len(suggested)]
     ordered[len(lists) : len(lists)] = _together([suggested[0] for suggested in lists if suggested])
-    reason = "the loss is stuck" if found.symptoms else "the loss is stuck, and no cause was found"
+    reason = f"the loss {'falls little' if found.learning.learns else 'is stuck'}"
+    reason += "" if found.symptoms else ", and no cause was found"
     ordered += [Candidate(one, reason, not lists) for one in _BY_KIND["stuck_loss"]]
     chosen: dict[str, Candidate] = {}
     for candidate in ordered:

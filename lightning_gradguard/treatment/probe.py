@@ -56,9 +56,9 @@ class Probe:
     run_loss: Callable[[], Tensor] | None
 
     @property
-    def is_healthy(self) -> bool:
-        """True if the run learns, and nothing that was found in it hinders it."""
-        return self.learning.has_learned or (self.learning.learns and not self.ailments)
+    def learns_unhindered(self) -> bool:
+        """True if the run learns, if only little, and nothing was found in it that hinders it."""
+        return self.learning.learns and not self.ailments
 
     @property
     def ailments(self) -> list[str]:

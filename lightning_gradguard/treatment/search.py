@@ -98,32 +98,42 @@ def search(
         until: Share of the budget at which the search ends.
 
     Returns:
-        Trials of full length that are better than the program as it is, the one to adopt first.
+        Trials that are better than the program as it is, the one to adopt first.
     """
     bar = untreated - LEAST_NOISE * abs(untreated) if math.isfinite(untreated) else math.inf
+    short: list[Trial] = []
     ordered: list[Trial] = []
-    for is_suggested in (True, False):
-        group = [one for one in candidates if one.is_suggested == is_suggested]
-        full = [*ordered, *_halved(runner, group, until)]
-        ordered = _smallest_first([t for t in full if math.isfinite(t.loss)], bar)
+    guesses = [one for one in candidates if not one.is_suggested]
+    for group in ([one for one in candidates if one.is_suggested], guesses):
+        short += _first_rung(runner, group, until)
+        if group is not guesses and guesses and not any(learning_of(trial).learns for trial in short):
+            continue
+        longer = [t for t in _second_rung(runner, short, until) if math.isfinite(t.loss)]
+        ordered = _smallest_first(list({t.job.key: t for t in [*ordered, *longer]}.values()), bar)
         if any(learning_of(trial).has_learned for trial in ordered):
             break
     return [trial for trial in ordered if trial.loss < bar]
 
 
-def _halved(runner: TrialRunner, candidates: Sequence[Candidate], until: float) -> list[Trial]:
+def _first_rung(runner: TrialRunner, candidates: Sequence[Candidate], until: float) -> list[Trial]:
+    """Returns short trials of candidates, up to one that learns."""
+    first: list[Trial] = []
+    for start in range(0, len(candidates), runner.processes):
+        wave = candidates[start : start + runner.processes]
+        jobs = [Job(one.changes, runner.program.seed, runner.short_steps) for one in wave]
+        first += runner.run(jobs, until)
+        if any(_has_learned(trial) for trial in first):
+            break
+    return first
+
+
+def _second_rung(runner: TrialRunner, short: Sequence[Trial], until: float) -> list[Trial]:
     """Returns trials of full length: of the candidates that are best after a short one, and combinations.
 
     One that alone has learned in a short trial, or that has learned enough, is verified without a longer one.
     """
     seed, steps = runner.program.seed, runner.steps
-    first: list[Trial] = []
-    for start in range(0, len(candidates), runner.processes):
-        wave = candidates[start : start + runner.processes]
-        first += runner.run([Job(one.changes, seed, runner.short_steps) for one in wave], until)
-        if any(_has_learned(trial) for trial in first):
-            break
-    ranked = sorted((t for t in first if not t.error), key=lambda t: t.loss)[:FINALISTS]
+    ranked = sorted((t for t in short if not t.error), key=lambda t: t.loss)[:FINALISTS]
     if any(_has_learned(trial) for trial in ranked):
         ranked = [trial for trial in ranked if _has_learned(trial)]
         if len(ranked) == 1 or ranked[0].over_constant <= LEARNED_ENOUGH:

@@ -152,8 +152,12 @@ class _Treatment:
     def run(self) -> TreatmentResult:
         """Searches and verifies."""
         learning = self.found.learning
-        if self.found.is_healthy and not any(one.is_beside_learning for one in self.prescriptions):
-            return self._result("healthy", f"after {self._probed} steps {learning.evidence}")
+        healthy = f"after {self._probed} steps {learning.evidence}"
+        # a whole run that learns little may lack something, or be as good as its data allow
+        is_open = self.found.learns_unhindered and 0 < self.program.planned <= self._probed
+        is_healthy = learning.has_learned or (self.found.learns_unhindered and not is_open)
+        if is_healthy and not any(one.is_beside_learning for one in self.prescriptions):
+            return self._result("healthy", healthy)
         if self.steps < TOO_FEW_STEPS:
             evidence = (
                 f"a budget of {self.clock.budget:.0f} s is too small for two trials: a step takes "
@@ -181,6 +185,8 @@ class _Treatment:
                 return self._result(verdict, evidence, changes, results, suggested)
             if best is None or (verdict == "better" and best[0] != "better"):
                 best = verdict, evidence, changes, results
+        if is_open:
+            return self._result("healthy", f"{healthy}; no change that was tried learns far more")
         if best is not None:
             verdict, evidence, changes, results = best
             kept = changes if verdict == "better" else ()
