@@ -14,13 +14,13 @@ from lightning_gradguard.treatment.probe import Probe
 from lightning_gradguard.treatment.trials.trial import Job, Trial
 
 
-def suggested(module: nn.Module, kind: str, cause: str) -> Sequence[Candidate]:
-    """Candidates for a module whose probe has shown one symptom."""
+def against_vanishing_through_time(module: nn.Module) -> Sequence[Candidate]:
+    """Candidates for a module whose probe has shown that one symptom."""
     trial = Trial(job=Job(None, 0, 100), curve=[(0, 2.3), (100, 2.3)], over_constant=1.0)
     return candidates(
         Probe(
             trial=trial,
-            symptoms=[Symptom(kind, cause, ("rnn",), -5.0, "", 1)],
+            symptoms=[Symptom("vanishing_gradient", "through_time", ("rnn",), -5.0, "", "depth")],
             initialization=[],
             incidents=[],
             module=module,
@@ -32,7 +32,7 @@ def suggested(module: nn.Module, kind: str, cause: str) -> Sequence[Candidate]:
 
 
 def test_gru_in_the_place_of_a_plain_recurrence_keeps_its_state() -> None:
-    found = suggested(nn.RNN(4, 8, batch_first=True), "vanishing_gradient", "through_time")
+    found = against_vanishing_through_time(nn.RNN(4, 8, batch_first=True))
     gated = [{c.kind: c for c in one.changes} for one in found]
     gated = [one for one in gated if "rnn_to_gru" in one]
     assert gated
@@ -41,5 +41,5 @@ def test_gru_in_the_place_of_a_plain_recurrence_keeps_its_state() -> None:
 
 
 def test_gates_are_opened_only_where_there_are_some() -> None:
-    found = suggested(nn.Sequential(nn.Linear(4, 8)), "vanishing_gradient", "through_time")
+    found = against_vanishing_through_time(nn.Sequential(nn.Linear(4, 8)))
     assert not {"rnn_to_gru", "gate_bias"} & {c.kind for one in found for c in one.changes}
