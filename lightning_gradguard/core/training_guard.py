@@ -10,7 +10,6 @@ from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
 from torch.optim import Optimizer
 
 from lightning_gradguard.core.arguments import fraction, one_of, whole_number
@@ -32,7 +31,13 @@ from lightning_gradguard.core.norms import (
     total_norm_from_norms,
 )
 from lightning_gradguard.core.recovery import Decision, RecoveryPolicy
-from lightning_gradguard.core.snapshots import BufferCopies, Snapshot, SnapshotRing, any_nonfinite
+from lightning_gradguard.core.snapshots import (
+    BufferCopies,
+    FiniteBuffers,
+    Snapshot,
+    SnapshotRing,
+    any_nonfinite,
+)
 
 
 @dataclass(frozen=True)
@@ -152,12 +157,7 @@ class TrainingGuard:
         self.skips = 0
         self._learning_rate = ScaledLearningRate(optimizer)
         self._buffers = BufferCopies(self._module)
-        self._finite_buffers = [
-            (owner, name, buffer)
-            for owner in self._module.modules()
-            for name, buffer in owner.named_buffers(recurse=False)
-            if not bool(any_nonfinite([buffer]))  # a mask of -inf is nonfinite by nature
-        ]
+        self._finite_buffers = FiniteBuffers(self._module)
         self._snapshots = SnapshotRing(keep_snapshots, device=snapshot_device)
         self._start()
 
@@ -251,7 +251,7 @@ class TrainingGuard:
 
     def _read(self, loss: Tensor, gradients: Gradients) -> tuple[Measurement, tuple[str, ...]]:
         """Returns the numbers of the step, and names of nonfinite gradients: the one synchronization."""
-        buffers = list(self._checked_buffers())
+        buffers = list(self._finite_buffers)
         zero = gradients.norms.new_zeros(())  # one made on the host would have to be copied, and synchronize
         in_buffers = any_nonfinite(buffers) if buffers else zero
         in_state = zero if self._nonfinite_state is None else self._nonfinite_state
@@ -353,14 +353,7 @@ class TrainingGuard:
         """Flags nonfinite weights, buffers or optimizer state, without a host synchronization."""
         states = (value for state in self._optimizer.state.values() for value in state.values())
         squares = (value for value in states if isinstance(value, Tensor))
-        return any_nonfinite([*_weights(self._optimizer), *self._checked_buffers()], squares)
-
-    def _checked_buffers(self) -> Iterator[Tensor]:
-        """Yields buffers that were finite in the beginning, unless a mask has replaced them since."""
-        for owner, name, buffer in self._finite_buffers:
-            now = owner._buffers.get(name)
-            if now is not None and (now is buffer or isinstance(owner, _NormBase)):
-                yield now
+        return any_nonfinite([*_weights(self._optimizer), *self._finite_buffers], squares)
 
 
 def _weights(optimizer: Optimizer) -> Iterator[nn.Parameter]:

@@ -1,6 +1,6 @@
 """Copies of training state in memory, and their restoration in place."""
 
-from .buffers import BufferCopies
+from .buffers import BufferCopies, FiniteBuffers
 from .nonfinite import any_nonfinite
 from .preservation import (
     StepRandomness,

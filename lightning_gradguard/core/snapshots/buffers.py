@@ -1,9 +1,9 @@
-"""Copies of a module's buffers, refreshed at every step."""
+"""A module's buffers: copies that are refreshed at every step, and those that must stay finite."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import is_lazy
 
 from lightning_gradguard.core.norms import local_shard
+from lightning_gradguard.core.snapshots.nonfinite import any_nonfinite
 
 #: Size up to which a buffer is copied at every step. The version counter shows that a larger one was written;
 #: for small ones it is not reliable: torch writes the running statistics of batch normalization without
@@ -130,6 +131,41 @@ class BufferCopies:
     def written(self) -> Collection[nn.Parameter]:
         """Returns the frozen weights that have been written."""
         return self._written.keys()
+
+
+class FiniteBuffers:
+    """Buffers that are finite when training begins, as far as they are still the same tensors.
+
+    A mask of `-inf` is not among them, nor is a buffer that the first batch creates. Statistics of
+    normalization are, also where weight averaging has replaced them.
+
+    Args:
+        module: The module whose buffers, submodules included, are listed.
+
+    Example:
+        >>> norm = nn.BatchNorm1d(2)
+        >>> norm.register_buffer("mask", torch.tensor([0.0, -torch.inf]))
+        >>> len(list(FiniteBuffers(norm)))
+        3
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        found = module_buffers(module.modules())
+        self._finite = [(owner, name, b) for owner, name, b in found if not bool(any_nonfinite([b]))]
+
+    def __iter__(self) -> Iterator[Tensor]:
+        for owner, name, buffer in self._finite:
+            now = owner._buffers.get(name)
+            if now is not None and (now is buffer or isinstance(owner, _NormBase)):
+                yield now
+
+    def statistics(self) -> list[tuple[nn.Module, str]]:
+        """Returns owner and name of the running statistics of normalization among them."""
+        return [
+            (owner, name)
+            for owner, name, buffer in self._finite
+            if isinstance(owner, _NormBase) and buffer.is_floating_point() and buffer.numel()
+        ]
 
 
 def module_buffers(owners: Iterable[nn.Module]) -> list[tuple[nn.Module, str, Tensor]]:

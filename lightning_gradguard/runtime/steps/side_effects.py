@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import pytorch_lightning as pl
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.parameter import is_lazy
 from torchmetrics import Metric
 
 from lightning_gradguard.core.snapshots import (
     SEEN,
     BufferCopies,
-    any_nonfinite,
+    FiniteBuffers,
     has_jumped,
     has_outlying_row,
     is_out_of_range,
@@ -49,23 +47,15 @@ class SideEffects:
 
     Attributes:
         buffers: Copies of the buffers.
+        finite_buffers: Those that must stay finite.
         has_averages: True if a callback averages weights.
         forward_state: The other state from before the step.
     """
 
     def __init__(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.buffers = BufferCopies(pl_module)
-        self._finite = [
-            (module, name, buffer)
-            for module in pl_module.modules()
-            for name, buffer in module.named_buffers(recurse=False)
-            if not is_lazy(buffer) and not bool(any_nonfinite([buffer]))
-        ]
-        self._normalizing = [
-            (module, name)
-            for module, name, buffer in self._finite
-            if _is_norm(module) and buffer.is_floating_point() and buffer.numel()
-        ]
+        self.finite_buffers = FiniteBuffers(pl_module)
+        self._normalizing = self.finite_buffers.statistics()
         self._variances = running_variances(pl_module.modules())
         self._epoch_means = lightning_api.epoch_mean_metrics(trainer)
         self._had_jumped: Tensor | None = None
@@ -137,17 +127,6 @@ class SideEffects:
         had_jumped, self._had_jumped = self._had_jumped, jumped
         return flag | (jumped if had_jumped is None else jumped & ~had_jumped)
 
-    def finite_at_start(self) -> Iterator[Tensor]:
-        """Buffers that were finite when training began, as far as they are still the same tensors.
-
-        A mask of `-inf` is not among them, nor is a buffer that the first batch creates. Statistics of
-        normalization are, also where weight averaging has replaced them.
-        """
-        for module, name, buffer in self._finite:
-            now = module._buffers.get(name)
-            if now is not None and (now is buffer or _is_norm(module)):
-                yield now
-
     def restore(self) -> None:
         """Restores everything to the last `save`, as the step does not take place."""
         self.buffers.restore()
@@ -171,10 +150,6 @@ class SideEffects:
 
     def _all_metrics(self) -> list[Metric]:
         return [*self._metrics, *self._epoch_means.values()]
-
-
-def _is_norm(module: nn.Module) -> bool:
-    return isinstance(module, _NormBase)
 
 
 def _is_hidden(value: Any) -> bool:

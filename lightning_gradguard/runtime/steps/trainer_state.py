@@ -120,7 +120,7 @@ def state_is_nonfinite(trainer: pl.Trainer, side_effects: SideEffects) -> Tensor
     ]
     states = [s for optimizer in trainer.optimizers for s in optimizer.state.values()]
     own = [value for state in states for value in state.values() if isinstance(value, Tensor)]
-    others = [*averages, *side_effects.buffers.written(), *side_effects.finite_at_start()]
+    others = [*averages, *side_effects.buffers.written(), *side_effects.finite_buffers]
     return any_nonfinite([*weights, *others], squares=own)
 
 
