@@ -13,7 +13,7 @@ from benchmarks.cost.interleaved import fits
 from benchmarks.cost.meter import Meter
 from benchmarks.cost.networks import ELEMENTS, Counted
 from benchmarks.cost.peers import BARE, LOG_EVERY, VARIANTS
-from lightning_gradguard.runtime.steps.measuring import PackedMeasurement
+from lightning_gradguard.core.norms import PackedMeasurement
 
 TENSORS = (2, 20, 200, 2000)
 #: Steps by the time of which everything has warmed up, and nothing is due but logging.

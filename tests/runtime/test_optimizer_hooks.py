@@ -22,9 +22,9 @@ from lightning_gradguard import (
     NaNRollback,
     UnitwiseClipping,
 )
-from lightning_gradguard.core.norms import DISAGREEMENT, OVERFLOW, Gradients, Measurement
+from lightning_gradguard.core.norms import Gradients, Measurement, PackedMeasurement
+from lightning_gradguard.core.norms.measurement import DISAGREEMENT, OVERFLOW
 from lightning_gradguard.runtime.optimizer_hooks import FusedStepOverride
-from lightning_gradguard.runtime.steps.measuring import PackedMeasurement
 from tests.tasks import NOT_A_NUMBER, Classifier, batches, fit, insert, optimizer_state, same, weights
 
 FUSED: dict[str, Callable[[Any], Optimizer]] = {

@@ -1,10 +1,14 @@
-"""Numbers of one step on the host, and the bounds beyond which it is skipped."""
+"""The numbers of a step, on the device and on the host, and the bounds beyond which it is skipped."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from functools import cache
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from lightning_gradguard.core.incidents import IncidentKind
 
@@ -77,3 +81,117 @@ class Measurement:
         if self.ranks_disagree:
             return "corrupted_gradient"
         return "amp_overflow" if has_scaler else "nonfinite_gradient"
+
+
+class Head(NamedTuple):
+    """The numbers of a step that are packed ahead of the total norms of the ranks.
+
+    Args:
+        loss: Sum of the finite losses; a single loss itself, even if it is nonfinite.
+        finite_losses: Their number; 1 for a single loss.
+        nonfinite_losses: Number of the others; 0 for a single loss.
+        nonfinite_weights: The flag of `Measurement`, as a number, as the next two are.
+        nonfinite_buffers: Flag.
+        repeats_lost_batch: Flag.
+        matrices: Gradient norms of the weight matrices, added up.
+        squares: Squared norm of the weights, 0 if it was not requested.
+    """
+
+    loss: float
+    finite_losses: float
+    nonfinite_losses: float
+    nonfinite_weights: float
+    nonfinite_buffers: float
+    repeats_lost_batch: float
+    matrices: float
+    squares: float
+
+
+_N_HEAD = len(Head._fields)
+_LOSS, _FINITE_LOSSES, _SQUARES = map(Head._fields.index, ("loss", "finite_losses", "squares"))
+
+
+class PackedMeasurement:
+    """The numbers that checks of a step are based on, between the device and the host.
+
+    Args:
+        packed: A `Head`, then the total norms by rank; float64.
+    """
+
+    def __init__(self, packed: Tensor) -> None:
+        self._packed = self._host = packed
+        self._copied: torch.cuda.Event | None = None
+        if packed.is_cuda:
+            self._host = torch.empty_like(packed, device="cpu", pin_memory=True)
+            self._host.copy_(packed, non_blocking=True)
+            self._copied = torch.cuda.current_stream(packed.device).record_event()
+
+    @property
+    def is_on_host(self) -> bool:
+        """True if to read the numbers takes no synchronization."""
+        return self._packed.device.type == "cpu"
+
+    def mean_loss(self) -> Tensor:
+        """Returns the mean of the finite losses, on the device; nonfinite without one."""
+        return self._packed[_LOSS] / self._packed[_FINITE_LOSSES]
+
+    def weight_norm(self) -> Tensor:
+        """Returns the norm of all weights, on the device; 0 if it was not requested."""
+        return self._packed[_SQUARES].sqrt()
+
+    def must_skip(self) -> Tensor:
+        """Returns 1 where `Measurement.must_skip` will be true, else 0; float32, shape `()`."""
+        if self.is_on_host:
+            return torch.tensor(float(self.read(0).must_skip))
+        totals = self._packed[_N_HEAD:]
+        is_good = (self._packed.abs() <= _bounds(len(totals), self._packed.device)).all()
+        if len(totals) > 1:
+            lowest, highest = torch.aminmax(totals)
+            is_good &= highest <= DISAGREEMENT * lowest
+        return (~is_good).float()
+
+    def read(self, optimizer_index: int) -> Measurement:
+        """Moves the numbers to the host: the step's one host synchronization."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        numbers = self._host.tolist()
+        head, total_norms = Head(*numbers[:_N_HEAD]), numbers[_N_HEAD:]
+        nonfinite_losses, finite_losses = head.nonfinite_losses, head.finite_losses
+        if not math.isfinite(head.loss):
+            nonfinite_losses, finite_losses = 1, 0
+        is_finite = all(map(math.isfinite, total_norms))
+        if is_finite:
+            total_norm = max(total_norms)
+            differ = total_norm > DISAGREEMENT * min(total_norms)
+        else:
+            total_norm = next(norm for norm in total_norms if not math.isfinite(norm))
+            differ = any(map(math.isfinite, total_norms))
+        return Measurement(
+            optimizer_index=optimizer_index,
+            loss=head.loss / finite_losses if finite_losses else math.nan,
+            nonfinite_losses=int(nonfinite_losses),
+            total_norm=total_norm,
+            is_collapsed=not head.matrices and is_finite and total_norm > 0,
+            ranks_disagree=differ,
+            nonfinite_weights=bool(head.nonfinite_weights),
+            nonfinite_buffers=bool(head.nonfinite_buffers),
+            repeats_lost_batch=bool(head.repeats_lost_batch),
+            weight_norm=math.sqrt(head.squares),
+        )
+
+
+@cache
+def _bounds(n_totals: int, device: torch.device) -> Tensor:
+    """Returns upper bounds on the packed numbers of a step that may take place."""
+    largest = torch.finfo(torch.float64).max
+    bounds = Head(
+        loss=largest,
+        finite_losses=math.inf,
+        nonfinite_losses=0,
+        nonfinite_weights=0,
+        nonfinite_buffers=0,
+        repeats_lost_batch=0,
+        matrices=math.inf,
+        squares=math.inf,
+    )
+    return torch.tensor([*bounds, *[OVERFLOW] * n_totals], dtype=torch.float64, device=device)

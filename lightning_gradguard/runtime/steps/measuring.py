@@ -5,14 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 from torch import Tensor, nn
 
 from lightning_gradguard.core import norms
-from lightning_gradguard.core.norms import UnitNorms, unit_places
-from lightning_gradguard.core.norms.measurement import DISAGREEMENT, OVERFLOW, Measurement
+from lightning_gradguard.core.norms import PackedMeasurement, UnitNorms, unit_places
 from lightning_gradguard.runtime import distributed
 from lightning_gradguard.runtime.steps.parameters import Selection
 
@@ -62,86 +60,6 @@ class Measured:
     weight_norms: Tensor | None
     packed: PackedMeasurement
     pending: Tensor | None
-
-
-class PackedMeasurement:
-    """The numbers that checks of a step are based on, between the device and the host.
-
-    Args:
-        packed: Sum of the finite losses, their number, the number of others (of a single loss: itself, 1 and
-            0, even if it is nonfinite); flags of nonfinite weights, of nonfinite buffers and of a repeated
-            lost batch; gradient norms of the weight matrices, added up; squared norm of the weights, 0 if it
-            was not requested; total norms by rank.
-    """
-
-    def __init__(self, packed: Tensor) -> None:
-        self._packed = self._host = packed
-        self._copied: torch.cuda.Event | None = None
-        if packed.is_cuda:
-            self._host = torch.empty_like(packed, device="cpu", pin_memory=True)
-            self._host.copy_(packed, non_blocking=True)
-            self._copied = torch.cuda.current_stream(packed.device).record_event()
-
-    @property
-    def is_on_host(self) -> bool:
-        """True if to read the numbers takes no synchronization."""
-        return self._packed.device.type == "cpu"
-
-    def mean_loss(self) -> Tensor:
-        """Returns the mean of the finite losses, on the device; nonfinite without one."""
-        return self._packed[0] / self._packed[1]
-
-    def weight_norm(self) -> Tensor:
-        """Returns the norm of all weights, on the device; 0 if it was not requested."""
-        return self._packed[7].sqrt()
-
-    def must_skip(self) -> Tensor:
-        """Returns 1 where `Measurement.must_skip` will be true, else 0; float32, shape `()`."""
-        if self.is_on_host:
-            return torch.tensor(float(self.read(0).must_skip))
-        totals = self._packed[8:]
-        is_good = (self._packed.abs() <= _bounds(len(totals), self._packed.device)).all()
-        if len(totals) > 1:
-            lowest, highest = torch.aminmax(totals)
-            is_good &= highest <= DISAGREEMENT * lowest
-        return (~is_good).float()
-
-    def read(self, optimizer_index: int) -> Measurement:
-        """Moves the numbers to the host: the step's one host synchronization."""
-        if self._copied is not None:
-            self._copied.synchronize()
-        numbers = self._host.tolist()
-        head, total_norms = numbers[:8], numbers[8:]
-        loss, finite_losses, losses, weights, buffers, lost, alive, squares = head
-        if not math.isfinite(loss):
-            losses, finite_losses = 1, 0
-        is_finite = all(map(math.isfinite, total_norms))
-        if is_finite:
-            total_norm = max(total_norms)
-            differ = total_norm > DISAGREEMENT * min(total_norms)
-        else:
-            total_norm = next(norm for norm in total_norms if not math.isfinite(norm))
-            differ = any(map(math.isfinite, total_norms))
-        return Measurement(
-            optimizer_index=optimizer_index,
-            loss=loss / finite_losses if finite_losses else math.nan,
-            nonfinite_losses=int(losses),
-            total_norm=total_norm,
-            is_collapsed=not alive and is_finite and total_norm > 0,
-            ranks_disagree=differ,
-            nonfinite_weights=bool(weights),
-            nonfinite_buffers=bool(buffers),
-            repeats_lost_batch=bool(lost),
-            weight_norm=math.sqrt(squares),
-        )
-
-
-@cache
-def _bounds(n_totals: int, device: torch.device) -> Tensor:
-    """Returns upper bounds on the packed numbers of a step that may take place."""
-    largest = torch.finfo(torch.float64).max
-    bounds = [largest, math.inf, 0, 0, 0, 0, math.inf, math.inf, *[OVERFLOW] * n_totals]
-    return torch.tensor(bounds, dtype=torch.float64, device=device)
 
 
 @torch.no_grad()
@@ -234,7 +152,7 @@ def norms_over_shards(selection: Selection, *lists: Sequence[Tensor]) -> Tensor:
 
 
 def _head(request: StepRequest, selection: Selection) -> list[Tensor]:
-    """Returns sum and number of finite losses, number of others, flags: scalars on the device, float64."""
+    """Returns the numbers of a `Head` but the last two: scalars on the device, float64."""
     zero, one, losses = selection.zero, selection.one, request.losses
     head = [zero, zero, zero]
     if len(losses) == 1 and selection.n_ranks == 1:

@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_gradguard.core.norms import Gradients, Measurement
+from lightning_gradguard.core.norms import Gradients, Measurement, PackedMeasurement
 from lightning_gradguard.runtime.optimizer_hooks import supports_fused_override
-from lightning_gradguard.runtime.steps.measuring import PackedMeasurement
 from lightning_gradguard.runtime.steps.parameters import Selection
 
 #: `"accept"`: the step takes place and may enter histories. `"skip"`: it must not take place. `"ignore"`: it

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_gradguard.core.norms import Gradients, Measurement
+from lightning_gradguard.core.norms import Gradients, Measurement, PackedMeasurement
 from lightning_gradguard.core.parameter_names import parameter_names
 from lightning_gradguard.runtime import distributed, lightning_api
 from lightning_gradguard.runtime.logging.metrics import MetricBuffer
 from lightning_gradguard.runtime.optimizer_hooks import FusedStepOverride
-from lightning_gradguard.runtime.steps.measuring import Measured, PackedMeasurement, StepRequest, measure
+from lightning_gradguard.runtime.steps.measuring import Measured, StepRequest, measure
 from lightning_gradguard.runtime.steps.parameters import ParameterLayout, Selection
 from lightning_gradguard.runtime.steps.step import Step, StepFlags, StepVerdict
 
