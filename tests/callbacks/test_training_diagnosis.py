@@ -106,6 +106,8 @@ FAILING: dict[str, tuple[str, str, str, Callable[[], Any], Any]] = {
     "tiny weights": ("vanishing_gradient", "", "net.0", lambda: Task(deep(nn.ReLU, 8, 0.03)), None),
     "large weights": ("exploding_gradient", "large_weights", "net.0",
                       lambda: Task(deep(nn.ReLU, 8, 0.9)), None),
+    "large weights, many layers": ("exploding_gradient", "large_weights", "net.0",
+                                   lambda: Task(deep(nn.LeakyReLU, 12, 2.0), optimizer=_adam), None),
     "rate": ("exploding_gradient", "update_too_large", "", lambda: Task(optimizer=rate(100.0)), None),
     "softmax": ("stuck_loss", "softmax_before_loss", "net.6",
                 lambda: Task(loss=lambda z, y: functional.cross_entropy(z.softmax(1), y)), None),

@@ -43,10 +43,11 @@ class DeviceScalars:
         local = _plain(tensor)
         return self.add(_norm(local), max(local.numel(), 1) ** -0.5)
 
-    def largest(self, indices: Sequence[int]) -> Tensor:
-        """Returns the largest of some of the numbers, shape `()`, on the device."""
+    def largest_so_far(self, indices: Sequence[int]) -> Tensor:
+        """Returns for each of some numbers the largest of it and those before, shape `(n,)`, on the device."""
         chosen = torch.stack([self._values[i] for i in indices])
-        return (chosen * torch.tensor([self._factors[i] for i in indices], device=chosen.device)).max()
+        factors = torch.tensor([self._factors[i] for i in indices], device=chosen.device)
+        return (chosen * factors).cummax(0).values
 
     def add_last(self, values: Tensor) -> int:
         """Adds numbers of shape `(n,)` after all others; returns the index of the first."""

@@ -135,7 +135,8 @@ class StepTrace(TorchFunctionMode):
         with _silent(), torch.no_grad():
             parts = [self._dead.values(device)] if len(self._dead) else []
             if len(self._blocked):
-                largest = self._scalars.largest(self._gradients).to(device)
+                # gradients arrive from the loss on: a layer is compared with those between
+                largest = self._scalars.largest_so_far(self._gradients).to(device)
                 parts += self._blocked.blocked_shares(largest).unbind()
             self._first_share = self._scalars.add_last(torch.cat(parts)) if parts else None
         return self._scalars.stacked(device)
@@ -361,7 +362,8 @@ class StepTrace(TorchFunctionMode):
             self._gradients.append(index)
             layer.gradients.append(index)
             if extremes is not None:
-                layer.blocked = self._blocked.add(gradient, layer.units, *extremes)
+                arrived = len(self._gradients) - 1
+                layer.blocked = self._blocked.add(gradient, layer.units, *extremes, arrived)
             if layer.name == self._last:
                 self._one_signed[layer.name] = self._scalars.add(loss_calls.is_one_signed(gradient))
 

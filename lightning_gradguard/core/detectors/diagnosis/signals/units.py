@@ -120,9 +120,9 @@ class UnitGradients:
     Example:
         >>> x = torch.cat([torch.ones(16, 1), -torch.ones(16, 1)], 1)
         >>> gradients = UnitGradients()
-        >>> gradients.add(torch.cat([torch.ones(16, 1), torch.zeros(16, 1)], 1), 1, *extremes(x, 1))
+        >>> gradients.add(torch.cat([torch.ones(16, 1), torch.zeros(16, 1)], 1), 1, *extremes(x, 1), 0)
         0
-        >>> gradients.blocked_shares(torch.tensor(1.0))
+        >>> gradients.blocked_shares(torch.ones(1))
         tensor([[0.5000],
                 [0.0000]])
     """
@@ -131,11 +131,12 @@ class UnitGradients:
         self._sizes: list[tuple[Tensor, Tensor]] = []
         self._highest: list[Tensor] = []
         self._nearest: list[Tensor] = []
+        self._arrived: list[int] = []
 
     def __len__(self) -> int:
         return len(self._sizes)
 
-    def add(self, gradient: Tensor, dim: int, highest: Tensor, nearest: Tensor) -> int:
+    def add(self, gradient: Tensor, dim: int, highest: Tensor, nearest: Tensor, arrived: int) -> int:
         """Adds a layer; returns its index.
 
         Args:
@@ -143,18 +144,20 @@ class UnitGradients:
             dim: Dimension of the units.
             highest: Highest output of each unit.
             nearest: Output of each unit that is nearest to 0, without its sign.
+            arrived: Number of gradients that arrived at layers before.
         """
         others = [d for d in range(gradient.ndim) if d != dim % gradient.ndim]
         self._sizes.append((gradient.amax(others), gradient.amin(others)))  # faster than that of `abs()`
         self._highest.append(highest)
         self._nearest.append(nearest)
+        self._arrived.append(arrived)
         return len(self._sizes) - 1
 
     def blocked_shares(self, largest: Tensor) -> Tensor:
         """Returns the shares of dead and of saturated units of each layer, shape `(2, layers)`.
 
         Args:
-            largest: Largest root mean square of a gradient, of all layers.
+            largest: Largest root mean square of the gradients so far, for each that has arrived.
         """
         device, sizes = largest.device, [len(part) for part in self._highest]
         high, low, highest, nearest = (
@@ -162,11 +165,13 @@ class UnitGradients:
             for parts in (*zip(*self._sizes, strict=True), self._highest, self._nearest)
         )
         size = torch.maximum(high, -low)
-        negative = (size <= NO_GRADIENT * largest) & (highest <= 0)
-        far_out = (size <= HARDLY_ANY * largest) & (nearest > FAR_OUT)
+        layers = _owners(sizes, device)
+        arrives = largest[self._arrived]  # of those between the loss and each layer
+        negative = (size <= NO_GRADIENT * arrives[layers]) & (highest <= 0)
+        far_out = (size <= HARDLY_ANY * arrives[layers]) & (nearest > FAR_OUT)
         masks = torch.stack([negative, far_out, far_out & (highest > 0)])
-        shares = _shares(masks, _owners(sizes, device), sizes)
-        dead, both, positive = (shares * (largest > 0)).unbind()
+        shares = _shares(masks, layers, sizes)
+        dead, both, positive = (shares * (arrives > 0)).unbind()
         is_saturated = positive * 4 > dead
         return torch.stack([torch.where(is_saturated, 0.0, dead), torch.where(is_saturated, both, 0.0)])
 
