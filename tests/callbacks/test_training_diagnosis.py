@@ -342,7 +342,7 @@ def test_rare_positives_that_are_learned_slowly_are_no_stuck_loss() -> None:
 @pytest.mark.parametrize(("loss", "step", "found"), [(3.0, 25, 0), (4.5, 25, 1), (3.0, 125, 1)])
 def test_gates_may_be_saturated_early_while_the_loss_falls(loss: float, step: int, found: int) -> None:
     gates = UnitSignal("net.lstm", "net.lstm", "candidates", float("nan"), 0.7, is_head=False)
-    calls = [LossSignal("cross_entropy", value=loss, constant=3.0)]
+    calls = [LossSignal("cross_entropy", value=loss, constant_here=3.0)]
     samples = [Sample(0, loss=4.6), *(Sample(step + i, loss, units=[gates], calls=calls) for i in range(4))]
     diagnosis = Diagnosis()
     assert sum(len(diagnosis.update(sample)) for sample in samples) == found
@@ -352,7 +352,7 @@ def test_gates_may_be_saturated_early_while_the_loss_falls(loss: float, step: in
 def test_gates_by_hand_may_be_other_ones_at_each_time(n: int, loss: float, found: int) -> None:
     shares = [(0.0, 0.84), (0.9, 0.9)] * (n // 2)
     gates = [UnitSignal("net.gates", "", "sigmoid", float("nan"), s, False, of_all) for s, of_all in shares]
-    calls = [LossSignal("mse_loss", value=loss, constant=3.0)]
+    calls = [LossSignal("mse_loss", value=loss, constant_here=3.0)]
     diagnosis = Diagnosis()
     samples = [Sample(step, loss, units=gates, calls=calls) for step in range(100, 104)]
     assert sum(len(diagnosis.update(sample)) for sample in samples) == found

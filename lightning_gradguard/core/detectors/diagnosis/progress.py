@@ -28,7 +28,7 @@ class Progress:
     def __init__(self) -> None:
         self.first = math.nan
         self._losses: deque[float] = deque(maxlen=RECENT)
-        self._calls: dict[str, deque[float]] = defaultdict(partial(deque, maxlen=RECENT))
+        self._calls: dict[str, deque[tuple[float, float]]] = defaultdict(partial(deque, maxlen=RECENT))
         self._ratios: list[float] = []
         self._range = (math.inf, -math.inf)
         self._sizes: dict[int, tuple[float, ...]] = {}
@@ -46,10 +46,10 @@ class Progress:
         self._ratios = []
         for number, call in enumerate(sample.calls):
             recent = self._calls[f"{number}.{call.function}"]
-            recent.append(call.value)
-            ratio = mean(recent) / call.constant if call.constant > 0 else math.nan
-            if not math.isnan(ratio):
-                self._ratios.append(ratio)
+            recent.append((call.value, call.constant_here))
+            values, constants = map(mean, zip(*recent, strict=True))
+            if constants > 0 and not math.isnan(values):
+                self._ratios.append(values / constants)
         for index, update in enumerate(sample.updates):
             before, self._sizes[index] = self._sizes.get(index, ()), update.sizes
             self._fixed[index] = [
@@ -126,6 +126,6 @@ class Progress:
         self._range = tuple(state_dict.get("range", (math.inf, -math.inf)))
         self._calls.clear()
         for key, recent in state_dict["calls"].items():
-            self._calls[key] = deque(recent, maxlen=RECENT)
+            self._calls[key] = deque(map(tuple, recent), maxlen=RECENT)
         self._sizes = {index: tuple(sizes) for index, sizes in state_dict.get("sizes", {}).items()}
         self._largest_weights = dict(state_dict.get("weights", {}))

@@ -88,6 +88,7 @@ class LossSignal:
         flags: Share of the call, 0 to 1, that breaks a condition, by the cause.
         value: Mean loss.
         constant: Mean loss of the best constant answer to the targets so far; NaN if unknown.
+        constant_here: The same of that answer to the targets of this call.
         target: Root mean square of the targets of a regression.
         answer: The same of the answers.
     """
@@ -96,6 +97,7 @@ class LossSignal:
     flags: dict[SymptomCause, float] = field(default_factory=dict)
     value: float = math.nan
     constant: float = math.nan
+    constant_here: float = math.nan
     target: float = math.nan
     answer: float = math.nan
 

@@ -29,7 +29,7 @@ class LossBaselines:
     Example:
         >>> baselines = LossBaselines()
         >>> target = torch.arange(400) % 4
-        >>> answer = baselines.constant("0", "cross_entropy", torch.zeros(400, 4), target, {})
+        >>> answer, _ = baselines.constant("0", "cross_entropy", torch.zeros(400, 4), target, {})
         >>> round(answer.exp().item(), 6)
         4.0
     """
@@ -39,8 +39,8 @@ class LossBaselines:
 
     def constant(
         self, key: str, function: str, answer: Tensor, target: Tensor, options: Mapping[str, Any]
-    ) -> Tensor | None:
-        """Adds a call's targets; returns the mean loss of the best constant, shape `()`, or `None`.
+    ) -> tuple[Tensor, Tensor] | None:
+        """Adds a call's targets; returns the mean losses of the best constant, shape `()`, or `None`.
 
         Args:
             key: Of the call within the step.
@@ -50,6 +50,7 @@ class LossBaselines:
             options: Other arguments of the call.
 
         Returns:
+            Over all targets so far, and over those of this call, with which its loss shares their scatter.
             NaN, on the device, where the targets are too few or all alike.
         """
         if options.get("pos_weight") is not None:
@@ -59,8 +60,7 @@ class LossBaselines:
         if function == "cross_entropy" and answer.ndim == 2:
             total = self._pooled(key, torch.cat([target.sum(0), target.new_ones(1) * len(target)]))
             p = total[:-1] / total[-1]
-            entropy: Tensor = torch.special.entr(p).sum()
-            return entropy
+            return torch.special.entr(p).sum(), _cross_entropy(target.detach().double().mean(0), p).sum()
         if function == "kl_div":
             return self._divergence(key, target, options) if target.ndim == 2 else None
         if answer.shape != target.shape or len(target) < 2 or options.get("weight") is not None:
@@ -72,12 +72,14 @@ class LossBaselines:
             return self._variance(key, rows)
         if function in ("binary_cross_entropy", "binary_cross_entropy_with_logits"):
             total = self._pooled(key, torch.cat([rows.sum(0), rows.new_ones(1) * len(rows)]))
-            p = (total[:-1] / total[-1]).clamp(0, 1)
-            return _positive((torch.special.entr(p) + torch.special.entr(1 - p)).mean())
+            p, here = (total[:-1] / total[-1]).clamp(0, 1), rows.double().mean(0).clamp(0, 1)
+            entropy = (torch.special.entr(p) + torch.special.entr(1 - p)).mean()
+            return _positive(entropy, (_cross_entropy(here, p) + _cross_entropy(1 - here, 1 - p)).mean())
         if function in _ELEMENTWISE and len(rows) >= MIN_ROWS:
             best = rows.median(0).values.expand_as(rows)
             kept = {k: options[k] for k in ("beta", "delta") if k in options}
-            return _positive(_ELEMENTWISE[function](best, rows, **kept))
+            loss = _ELEMENTWISE[function](best, rows, **kept)
+            return _positive(loss, loss)
         return None
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -96,39 +98,47 @@ class LossBaselines:
         self._sums[key] = summand
         return summand
 
-    def _entropy(self, key: str, answer: Tensor, target: Tensor, options: Mapping[str, Any]) -> Tensor:
+    def _entropy(
+        self, key: str, answer: Tensor, target: Tensor, options: Mapping[str, Any]
+    ) -> tuple[Tensor, Tensor]:
         n_classes = answer.shape[1] if answer.ndim > 1 else len(answer)
         labels, ignored = target.reshape(-1), options.get("ignore_index", -100)
         counts = labels.new_zeros(n_classes)
         counts.scatter_add_(0, labels.clamp(0, n_classes - 1), (labels != ignored).to(counts))
         pooled = self._pooled(key, counts)
         enough = pooled.sum() >= MIN_PER_CLASS * (pooled > 0).sum()
-        weights = options.get("weight")
-        weighted = pooled if weights is None else pooled * weights.to(pooled)
-        p = weighted / weighted.sum()
-        smoothing = float(options.get("label_smoothing", 0.0))
-        p = (1 - smoothing) * p + smoothing / n_classes
-        entropy = _positive(torch.special.entr(p).sum())
-        return torch.where(enough, entropy, torch.nan)
+        weights, smoothing = options.get("weight"), float(options.get("label_smoothing", 0.0))
+        both = torch.stack([pooled, counts.to(pooled)])
+        both = both if weights is None else both * weights.to(pooled)
+        p, here = (1 - smoothing) * both / both.sum(1, keepdim=True) + smoothing / n_classes
+        entropy = torch.where(enough, torch.special.entr(p).sum(), torch.nan)
+        return _positive(entropy, _cross_entropy(here, p).sum())
 
-    def _divergence(self, key: str, target: Tensor, options: Mapping[str, Any]) -> Tensor:
+    def _divergence(self, key: str, target: Tensor, options: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
         """Divergence of the rows from their mean, by row for `reduction="batchmean"`, else by element."""
         rows = target.double().exp() if options.get("log_target") else target.double()
         entropies = torch.special.entr(rows).sum().reshape(1)
         total = self._pooled(key, torch.cat([rows.sum(0), entropies, rows.new_ones(1) * len(rows)]))
         mean, entropy = total[:-2] / total[-1], total[-2] / total[-1]
-        divergence = _positive(torch.special.entr(mean).sum() - entropy)
-        return divergence if options.get("reduction") == "batchmean" else divergence / target.shape[1]
+        here = _cross_entropy(rows.mean(0), mean).sum() - entropies[0] / len(rows)
+        n = 1 if options.get("reduction") == "batchmean" else target.shape[1]
+        return _positive((torch.special.entr(mean).sum() - entropy) / n, here / n)
 
-    def _variance(self, key: str, rows: Tensor) -> Tensor:
+    def _variance(self, key: str, rows: Tensor) -> tuple[Tensor, Tensor]:
         sums = torch.stack([rows.double().sum(0), rows.double().square().sum(0)]).reshape(-1)
         total = self._pooled(key, torch.cat([sums, sums.new_ones(1) * len(rows)]))
         n = total[-1]
         first, second = total[:-1].reshape(2, -1)
         variance = (second / n - (first / n).square()).clamp(min=0).mean() * n / (n - 1)
-        return torch.where(n >= MIN_ROWS, _positive(variance), torch.nan)
+        here = (rows.double() - first / n).square().mean() * n / (n - 1)
+        return _positive(torch.where(n >= MIN_ROWS, variance, torch.nan), here)
 
 
-def _positive(loss: Tensor) -> Tensor:
+def _cross_entropy(shares: Tensor, p: Tensor) -> Tensor:
+    """Returns the cross-entropy of probabilities by class, for the share of each class."""
+    return -torch.special.xlogy(shares, p)
+
+
+def _positive(loss: Tensor, here: Tensor) -> tuple[Tensor, Tensor]:
     """Returns NaN for targets that are all alike: a constant has no loss then."""
-    return torch.where(loss > 1e-9, loss, torch.nan)
+    return torch.where(loss > 1e-9, loss, torch.nan), torch.where(loss > 1e-9, here, torch.nan)

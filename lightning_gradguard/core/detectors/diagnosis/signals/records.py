@@ -45,16 +45,17 @@ class UnitRecord:
 
 @dataclass
 class LossRecord:
-    """A call of a loss: broken conditions, its value and a constant's, rms of targets and answers."""
+    """A call of a loss: broken conditions, its value and those of a constant, rms of targets and answers."""
 
     function: str
     flags: dict[SymptomCause, int]
     value: int
-    constant: int | None
+    constants: tuple[int | None, int | None]
     scales: tuple[int, int] | None = None
 
     def signal(self, numbers: DeviceScalars) -> LossSignal:
         """Returns the call with its numbers, which are on the host."""
         flags = {cause: numbers[i] for cause, i in self.flags.items()}
-        scales = () if self.scales is None else (numbers[self.scales[0]], numbers[self.scales[1]])
-        return LossSignal(self.function, flags, numbers[self.value], numbers[self.constant], *scales)
+        scales = (None, None) if self.scales is None else self.scales
+        rest = (numbers[i] for i in (self.value, *self.constants, *scales))
+        return LossSignal(self.function, flags, *rest)

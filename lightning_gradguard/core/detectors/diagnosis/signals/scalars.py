@@ -44,7 +44,7 @@ class DeviceScalars:
         return self.add(_norm(local), max(local.numel(), 1) ** -0.5)
 
     def largest_so_far(self, indices: Sequence[int]) -> Tensor:
-        """Returns for each of some numbers the largest of it and those before, shape `(n,)`, on the device."""
+        """Returns for each of some numbers the largest of it and those before, shape `(n,)`."""
         chosen = torch.stack([self._values[i] for i in indices])
         factors = torch.tensor([self._factors[i] for i in indices], device=chosen.device)
         return (chosen * factors).cummax(0).values

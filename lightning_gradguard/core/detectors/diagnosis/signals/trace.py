@@ -235,7 +235,7 @@ class StepTrace(TorchFunctionMode):
         if not (is_measurable(answer) and answer.requires_grad) or target.requires_grad:
             return
         is_data, target = self._is_data(target), target.detach()
-        value, constant = result.detach().float().mean(), None
+        value, constants = result.detach().float().mean(), None
         if options.get("reduction", "mean") == "sum":
             n = (
                 (target != options.get("ignore_index", -100)).sum()
@@ -245,8 +245,8 @@ class StepTrace(TorchFunctionMode):
             value = value / n
         if is_data:
             key = f"{len(self._losses)}.{name}"
-            constant = self._baselines.constant(key, name, answer.detach(), target, options)
-        self._add_loss(name, answer, target, options, value, constant)
+            constants = self._baselines.constant(key, name, answer.detach(), target, options)
+        self._add_loss(name, answer, target, options, value, constants)
 
     def _record_difference(self, args: Sequence[Any], result: Tensor) -> None:
         both = [arg for arg in args if isinstance(arg, Tensor)]
@@ -263,7 +263,7 @@ class StepTrace(TorchFunctionMode):
         target: Tensor,
         options: dict[str, Any],
         value: Tensor | None,
-        constant: Tensor | None,
+        constants: tuple[Tensor, Tensor] | None,
     ) -> None:
         if len(self._losses) >= 32:
             return
@@ -281,9 +281,8 @@ class StepTrace(TorchFunctionMode):
             if name in loss_calls.REGRESSION
             else None
         )
-        self._losses.append(
-            LossRecord(name, flags, index, None if constant is None else add(constant), scales)
-        )
+        best = (None, None) if constants is None else (add(constants[0]), add(constants[1]))
+        self._losses.append(LossRecord(name, flags, index, best, scales))
 
     def _record_attention(self, name: str, arguments: dict[str, Any], result: Any) -> None:
         where = self._attention[-1] if self._attention else self._last
