@@ -140,6 +140,7 @@ FAILING: dict[str, tuple[str, str, str, Callable[[], Any], Any]] = {
     "gates of a stack": ("saturated_units", "", "rnn",
                          lambda: gated(nn.GRU, slice(16, 32), 40.0, num_layers=2), None),
     "attention": ("saturated_units", "", "attend", lambda: Attending(), None),
+    "gates of experts": ("saturated_units", "", "net.gate", lambda: Task(Experts(1e4)), None),
     "targets": ("exploding_gradient", "target_scale", "net.2",
                 lambda: Task(one_unit(), functional.mse_loss, rate(0.1)), values(scale=1e5)),
     "a copy is trained": ("weight_stagnation", "replaced_parameters", "net.0",
@@ -181,6 +182,40 @@ class Functional(nn.Module):
         for weight in self.weights[:-1]:
             x = self.act(functional.linear(x, weight))
         out: Tensor = x @ self.weights[-1].T
+        return out
+
+
+class Experts(nn.Module):
+    """A softmax over four networks."""
+
+    def __init__(self, scale: float) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.gate, self.by = nn.Linear(20, 4), scale
+        self.experts: Any = nn.ModuleList(
+            nn.Sequential(nn.Linear(20, 32), nn.ReLU(), nn.Linear(32, 4)) for _ in range(4)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        shares: Tensor = (self.by * self.gate(x)).softmax(1)
+        out: Tensor = torch.stack([e(x) for e in self.experts], 2) @ shares[..., None]
+        return out[..., 0]
+
+
+class Scaled(nn.Module):
+    """A residual branch that is scaled by a small number at the start."""
+
+    def __init__(self, scale: float) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem, self.a, self.b, self.head = (
+            nn.Linear(n, m) for n, m in ((20, 32), (32, 64), (64, 32), (32, 4))
+        )
+        self.scale = nn.Parameter(torch.full((32,), scale))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        out: Tensor = self.head(x + self.scale * self.b(self.a(x).relu()))
         return out
 
 
@@ -304,6 +339,9 @@ HEALTHY: dict[str, tuple[Callable[[], Any], Any]] = {
     "regression": (lambda: Task(one_unit(), functional.mse_loss), linear_values()),
     "bounded regression": (lambda: Task(one_unit(nn.Sigmoid()), functional.mse_loss),
                            [(x, y.sigmoid()) for x, y in values()]),
+    "branch scaled by 1e-6": (lambda: Task(Scaled(1e-6)), None),
+    "branch of zeros": (lambda: Task(Scaled(0.0)), None),
+    "experts": (lambda: Task(Experts(1.0)), None),
     "log-softmax": (lambda: Task(loss=lambda z, y: functional.nll_loss(z.log_softmax(1), y)), None),
     "frozen body": (lambda: Task(_frozen(deep(nn.ReLU, 3))), None),
 }  # fmt: skip

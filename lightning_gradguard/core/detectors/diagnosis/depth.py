@@ -17,6 +17,8 @@ VANISHING, EXPLODING = -3.0, 2.5
 #: Decades that explode in a network that has learned nothing by step 50.
 EXPLODING_IF_STUCK = 1.75
 MIN_LAYERS = 3
+#: Share of the decades from which on most of them are won or lost at one layer.
+ONE_JUMP = 0.5
 TIME_VANISHING, TIME_VANISHING_EARLY, TIME_EXPLODING = -3.0, -6.0, 3.0
 #: Decades by which a gradient that explodes through time is larger than at the outputs.
 LARGER = 1.0
@@ -43,7 +45,7 @@ def through_layers(sample: Sample, progress: Progress) -> Iterator[Symptom]:
         yield Symptom("vanishing_gradient", _why(layers), where, -ends, evidence, "depth")
     is_stuck = sample.step >= STUCK_STEPS and progress.over_constant > STUCK
     bound = EXPLODING_IF_STUCK if is_stuck else EXPLODING
-    if ends >= bound and trend >= bound / 2:
+    if ends >= bound and trend >= bound / 2 and not _is_scaled_branch(layers, heights):
         where, rise = _steepest(layers, heights)
         evidence = (
             f"the gradient grows by {ends:.1f} decades from {layers[-1].name} back to {layers[0].name} "
@@ -102,13 +104,29 @@ def _why(layers: Sequence[LayerSignal]) -> SymptomCause:
     return "small_weights" if is_linear else "saturating_activations"
 
 
+def _is_scaled_branch(layers: Sequence[LayerSignal], heights: Sequence[float]) -> bool:
+    """True if most of a growth is at one layer whose output is no larger: little of it reaches the loss.
+
+    The end of a residual branch may be scaled by 1e-6, or 0, at the start. Where weights or a normalization
+    amplify the gradient, they amplify the output too.
+    """
+    share, at = _largest_jump(heights)
+    before, after = layers[at].output, layers[at + 1].output
+    jump = share * (heights[0] - heights[-1])
+    return share >= ONE_JUMP and not _decades(after, before) >= jump / 2
+
+
+def _largest_jump(heights: Sequence[float]) -> tuple[float, int]:
+    """Returns the largest share of the change that is between two layers, and the index of the first."""
+    ends = heights[0] - heights[-1]
+    return max(((heights[i] - heights[i + 1]) / ends, i) for i in range(len(heights) - 1))
+
+
 def _steepest(layers: Sequence[LayerSignal], heights: Sequence[float]) -> tuple[tuple[str, ...], str]:
     """Returns the layers at fault: the one at which most is lost or won, then the first ones."""
     names = [layer.name for layer in layers]
-    ends = heights[0] - heights[-1]
-    jumps = [(heights[i] - heights[i + 1]) / ends for i in range(len(heights) - 1)]
-    share, at = max((jump, i) for i, jump in enumerate(jumps))
-    if share < 0.5 or len(jumps) == 1:
+    share, at = _largest_jump(heights)
+    if share < ONE_JUMP or len(heights) == 2:
         return tuple(names[:3]), ""
     order = dict.fromkeys([names[at + 1], names[at], *names])
     return tuple(order)[:3], f", {share:.0%} of it at {names[at + 1]}"

@@ -47,9 +47,10 @@ class Progress:
         for number, call in enumerate(sample.calls):
             recent = self._calls[f"{number}.{call.function}"]
             recent.append((call.value, call.constant_here))
-            values, constants = map(mean, zip(*recent, strict=True))
-            if constants > 0 and not math.isnan(values):
-                self._ratios.append(values / constants)
+            known = [(value, constant) for value, constant in recent if constant > 0]
+            value, constant = (sum(column) for column in zip(*known, strict=True)) if known else (0, 0)
+            if constant > 0 and not math.isnan(value):
+                self._ratios.append(value / constant)
         for index, update in enumerate(sample.updates):
             before, self._sizes[index] = self._sizes.get(index, ()), update.sizes
             self._fixed[index] = [

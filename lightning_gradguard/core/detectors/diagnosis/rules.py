@@ -49,10 +49,12 @@ _CONTRACT: dict[SymptomCause, tuple[float, str]] = {
     "targets_out_of_range": (0.01, "targets are outside of the range that the loss expects"),
     "unreachable_targets": (0.5, "targets are outside of the range of the output's activation"),
 }
-_ROWS = "rows of the attention"
+#: Nouns of rows of weights, and of what gates.
+_ROWS, _GATES = "rows of the attention", "gates of the softmax"
 #: Units that are no outputs of an activation.
 _NOUNS = {kind: kind for kind in ("input gates", "update gates", "output gates", "candidates")} | {
-    "attention": _ROWS
+    "attention": _ROWS,
+    "softmax": _GATES,
 }
 #: The smallest share of targets out of reach that explains a loss that is stuck.
 SOME_UNREACHABLE = 0.05
@@ -127,7 +129,8 @@ def dead_or_saturated_units(sample: Sample, progress: Progress) -> Iterator[Symp
         is_harmless = is_head and not no_gradient and not progress.over_constant > LEARNS
         starts_well = sample.step < GATE_STEPS and progress.over_first < LEARNS
         is_harmless |= noun != "units" and (progress.learns or starts_well)
-        if share > (SATURATED if noun != _ROWS else SATURATED_ROWS) and not is_harmless:
+        is_harmless |= noun == _GATES and is_head  # probabilities of classes
+        if share > (SATURATED if noun not in (_ROWS, _GATES) else SATURATED_ROWS) and not is_harmless:
             saturated.append((share, names, noun))
     origin = input_cause(sample)
     inputs = _inputs(sample)

@@ -1,4 +1,4 @@
-"""Saturated attention: rows of weights of which one is nearly 1, whatever function has computed them."""
+"""Saturated attention and gates: rows of weights of which one is nearly 1, by any function."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from torch.distributed.tensor import DTensor
 
 #: Functions that apply a softmax to scores, with the scores or what they follow from among their arguments.
 FUNCTIONS = frozenset({"softmax", "scaled_dot_product_attention", "multi_head_attention_forward"})
-#: Keys below which a row is not examined, and samples of the batch that are.
-MIN_KEYS, MAX_SAMPLES = 4, 4
+#: Keys below which a row is not examined; samples of the batch that are, and those with one row each.
+MIN_KEYS, MAX_SAMPLES, MAX_ROWS = 4, 4, 256
 #: Largest weight of a row from which on no gradient passes the softmax.
 ONE_HOT = 0.999
 #: Score up to which a key is masked.
@@ -41,8 +41,8 @@ def saturated_rows(name: str, arguments: Mapping[str, Any], result: Any) -> Tens
         result: What it has returned.
 
     Returns:
-        `None` for what is no attention, a softmax of less than three dimensions or not over the last one,
-        and for sharded tensors; NaN for too few rows.
+        `None` for a softmax that is not over the last of two dimensions or more, and for sharded tensors;
+        NaN for too few rows.
 
     Example:
         >>> scores = 100 * torch.eye(8).repeat(2, 1, 1)
@@ -54,7 +54,7 @@ def saturated_rows(name: str, arguments: Mapping[str, Any], result: Any) -> Tens
     with torch.no_grad():
         if name == "softmax":
             scores = arguments["input"].detach()
-            if scores.ndim < 3 or arguments.get("dim") not in (-1, scores.ndim - 1):
+            if scores.ndim < 2 or arguments.get("dim") not in (-1, scores.ndim - 1):
                 return None
             weights = result.detach()
         else:
@@ -63,7 +63,8 @@ def saturated_rows(name: str, arguments: Mapping[str, Any], result: Any) -> Tens
             mask = _mask(arguments, scores)
             scores = scores if mask is None else scores + mask
             weights = scores.softmax(-1)
-        scores, weights = scores[:MAX_SAMPLES], weights[:MAX_SAMPLES]
+        n_samples = MAX_SAMPLES if scores.ndim > 2 else MAX_ROWS
+        scores, weights = scores[:n_samples], weights[:n_samples]
         several = (scores > MASKED).sum(-1) >= MIN_KEYS
         n = several.sum()
         share = ((weights.amax(-1) > ONE_HOT) & several).sum() / n

@@ -136,7 +136,8 @@ class LossBaselines:
 
 def _cross_entropy(shares: Tensor, p: Tensor) -> Tensor:
     """Returns the cross-entropy of probabilities by class, for the share of each class."""
-    return -torch.special.xlogy(shares, p)
+    entropy: Tensor = -torch.special.xlogy(shares, p)
+    return entropy
 
 
 def _positive(loss: Tensor, here: Tensor) -> tuple[Tensor, Tensor]:

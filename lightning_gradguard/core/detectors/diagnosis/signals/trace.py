@@ -288,7 +288,8 @@ class StepTrace(TorchFunctionMode):
         where = self._attention[-1] if self._attention else self._last
         if where and _tensors(result)[0].requires_grad:
             share = attention.saturated_rows(name, arguments, _tensors(result)[0])
-            self._add_saturated(where, "attention", share, after=self._n_calls)
+            kind = "attention" if _tensors(result)[0].ndim > 2 else "softmax"
+            self._add_saturated(where, kind, share, after=self._n_calls)
 
     def _record_units(self, name: str, output: Tensor) -> None:
         layer = self._layers.get(self._last)
