@@ -18,9 +18,11 @@ from lightning_gradguard.runtime.incidents.journal import open_journal
 from lightning_gradguard.runtime.logging import console
 from lightning_gradguard.runtime.logging.hyperparameters import non_defaults
 from lightning_gradguard.runtime.rollback.configured_rates import ConfiguredRates
+from lightning_gradguard.runtime.rollback.fit_context import FitContext
 from lightning_gradguard.runtime.rollback.outcome import Counts
 from lightning_gradguard.runtime.rollback.session import RollbackSession
 from lightning_gradguard.runtime.rollback.snapshot_schedule import SnapshotSchedule
+from lightning_gradguard.runtime.steps.side_effects import SideEffects
 from lightning_gradguard.runtime.steps.step import Step, StepFlags, StepVerdict
 from lightning_gradguard.runtime.steps.step_callback import StepCallback
 from lightning_gradguard.runtime.training_step import TrainingStep, restore_step
@@ -216,14 +218,10 @@ class NaNRollback(StepCallback):
                 f" configure_optimizers sets it, not with lr={rates[0]:g} as in the checkpoint.",
             )
         self._counts.has_stopped = False
+        side_effects = SideEffects(trainer, pl_module)
+        parts = self._policy, self._counts, self._snapshots, self._investigation
         self._session = RollbackSession(
-            trainer,
-            pl_module,
-            self.suite,
-            policy=self._policy,
-            counts=self._counts,
-            snapshots=self._snapshots,
-            investigation=self._investigation,
+            FitContext(trainer, pl_module, self.suite, side_effects, *parts),
             earlier_logs=self._earlier_logs,
             defers_check=self.defers_check,
             kernel_may_skip=type(self).check_step is NaNRollback.check_step,

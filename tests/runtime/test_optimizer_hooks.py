@@ -25,6 +25,7 @@ from lightning_gradguard import (
 from lightning_gradguard.core.norms import Gradients, Measurement, PackedMeasurement
 from lightning_gradguard.core.norms.measurement import DISAGREEMENT, OVERFLOW
 from lightning_gradguard.runtime.optimizer_hooks import FusedStepOverride
+from lightning_gradguard.runtime.steps.check_modes import DeferredCheck
 from tests.tasks import NOT_A_NUMBER, Classifier, batches, fit, insert, optimizer_state, same, weights
 
 FUSED: dict[str, Callable[[Any], Optimizer]] = {
@@ -127,8 +128,8 @@ def test_a_deferred_check_copies_no_weights_where_the_kernel_skips() -> None:
 
         class Look(pl.Callback):
             def on_train_end(self, *_: Any) -> None:
-                deferred = rollback._session._deferred  # noqa: B023
-                assert deferred is not None
+                deferred = rollback._session._mode  # noqa: B023
+                assert isinstance(deferred, DeferredCheck)
                 sizes[name] = sum(t.nbytes for t in deferred._before._memory.values())  # noqa: B023
 
         run(optimizer, [rollback, Look()])

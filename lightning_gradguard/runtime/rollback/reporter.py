@@ -6,19 +6,17 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
-import pytorch_lightning as pl
 import torch
 
 from lightning_gradguard.core.forensics import Origin
 from lightning_gradguard.core.incidents import IncidentKind
 from lightning_gradguard.core.remedies import Present, advice
-from lightning_gradguard.core.snapshots import BufferCopies
 from lightning_gradguard.runtime import lightning_api
-from lightning_gradguard.runtime.incidents.investigation import Investigation, Result, scan_batches
+from lightning_gradguard.runtime.incidents.investigation import Result, scan_batches
 from lightning_gradguard.runtime.incidents.journal import incident_now, publish, run_folder
 from lightning_gradguard.runtime.incidents.present import present_in
 from lightning_gradguard.runtime.incidents.replay import SeenBatch
-from lightning_gradguard.runtime.rollback.snapshot_schedule import SnapshotSchedule
+from lightning_gradguard.runtime.rollback.fit_context import FitContext
 from lightning_gradguard.runtime.steps.transaction import StepTransaction
 
 
@@ -29,38 +27,27 @@ class IncidentReporter:
         batch_idx: Index of the running batch in its epoch, also in an epoch that was resumed.
     """
 
-    def __init__(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        investigation: Investigation,
-        snapshots: SnapshotSchedule,
-        buffers: BufferCopies,
-    ) -> None:
-        self._trainer = trainer
-        self._pl_module = pl_module
-        self._investigation = investigation
-        self._snapshots = snapshots
-        self._buffers = buffers
+    def __init__(self, fit: FitContext) -> None:
+        self._fit = fit
         self.batch_idx = 0
 
     def publish(self, kind: str, **facts: Any) -> None:
         """Publishes an incident of the running batch."""
-        incident = incident_now(self._trainer, kind, **{"batch_idx": self.batch_idx, **facts})
-        publish(self._trainer, self._pl_module, incident)
+        incident = incident_now(self._fit.trainer, kind, **{"batch_idx": self.batch_idx, **facts})
+        publish(self._fit.trainer, self._fit.pl_module, incident)
 
     def report_anomaly(self, kind: str, loss: float, batches: Sequence[SeenBatch]) -> None:
         """Publishes what is wrong with committed steps, with its cause if weights or batches reveal it."""
-        origin = self._investigation.scan_weights(self._trainer, self._snapshots.newest())
+        origin = self._fit.investigation.scan_weights(self._fit.trainer, self._fit.snapshots.newest())
         if origin is None and kind == "loss_spike":
             origin = scan_batches(batches)
-        facts = origin_facts(origin, present_in(self._trainer)) if origin is not None else {}
+        facts = origin_facts(origin, present_in(self._fit.trainer)) if origin is not None else {}
         self.publish(kind, value=loss, **facts)
 
     def report_exception(self, error: Exception, result: Result, last_good: Path | None) -> None:
         """Publishes that a step has raised, with what is known of its batch."""
         kind = "exception_in_step"
-        present = present_in(self._trainer)
+        present = present_in(self._fit.trainer)
         facts = {**origin_facts(result.origin, present), "dossier": result.dossier}
         facts["advice"] = " ".join([*filter(None, [facts.get("advice")]), advice(kind, present=present)])
         if type(error).__name__ not in facts["detail"]:
@@ -72,25 +59,26 @@ class IncidentReporter:
 
     def report_skip(self, transaction: StepTransaction, *, examine: bool = True) -> None:
         """Publishes a skipped step, with its cause if a replay, in which all ranks take part, is possible."""
-        has_scaler = lightning_api.gradient_scaler(self._trainer) is not None
+        has_scaler = lightning_api.gradient_scaler(self._fit.trainer) is not None
         kind, facts = describe_skip(transaction, has_scaler=has_scaler)
         window = transaction.window
         if examine and window.batches and kind not in ("lost_batch", "rejected_step"):
-            result = self._investigation.examine(
-                self._trainer,
-                self._pl_module,
+            result = self._fit.investigation.examine(
+                self._fit.trainer,
+                self._fit.pl_module,
                 window.step,
                 window.batches,
-                self._snapshots.newest(),
-                run_folder(self._trainer),
+                self._fit.snapshots.newest(),
+                run_folder(self._fit.trainer),
                 weights_are_nonfinite=kind == "nonfinite_weights",
             )
-            self._buffers.restore()  # the step may write frozen weights each time that it runs
-            present = present_in(self._trainer)
+            # the step may write frozen weights each time that it runs
+            self._fit.side_effects.buffers.restore()
+            present = present_in(self._fit.trainer)
             if result is None:
                 facts["examined"] = False
                 facts["detail"] = "Not examined: it follows a skipped step, or max_dossiers is used up."
-                facts.update(self._investigation.advice(present))
+                facts.update(self._fit.investigation.advice(present))
             else:
                 found = origin_facts(result.origin, present, facts.get("where", ()))
                 facts.update(found, dossier=result.dossier)

@@ -5,28 +5,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import pytorch_lightning as pl
-
 from lightning_gradguard.core.norms import Measurement
-from lightning_gradguard.core.recovery import RecoveryPolicy
 from lightning_gradguard.core.snapshots import StepRandomness
 from lightning_gradguard.runtime import lightning_api
 from lightning_gradguard.runtime.distributed import any_rank, gather_objects, largest_of_ranks
 from lightning_gradguard.runtime.incidents.dataset_indices import DatasetIndices
-from lightning_gradguard.runtime.incidents.investigation import Investigation
 from lightning_gradguard.runtime.incidents.journal import run_folder
 from lightning_gradguard.runtime.incidents.lost_batches import LostBatches, Reason
 from lightning_gradguard.runtime.incidents.replay import SeenBatch, versions_of
-from lightning_gradguard.runtime.rollback.outcome import BatchOutcome, Counts
+from lightning_gradguard.runtime.rollback.fit_context import FitContext
+from lightning_gradguard.runtime.rollback.outcome import BatchOutcome
 from lightning_gradguard.runtime.rollback.reporter import IncidentReporter
 from lightning_gradguard.runtime.rollback.restoration import Restoration
-from lightning_gradguard.runtime.rollback.snapshot_schedule import SnapshotSchedule
 from lightning_gradguard.runtime.rollback.step_exception import report_step_exception
 from lightning_gradguard.runtime.steps import trainer_state
-from lightning_gradguard.runtime.steps.check_modes import ClosureCheck, DeferredCheck, ExactCheck
-from lightning_gradguard.runtime.steps.side_effects import SideEffects
+from lightning_gradguard.runtime.steps.check_modes import CheckMode, ClosureCheck, DeferredCheck, ExactCheck
 from lightning_gradguard.runtime.steps.step import Step, StepFlags, StepVerdict
-from lightning_gradguard.runtime.steps.suite import Suite
 from lightning_gradguard.runtime.steps.transaction import StepTransaction, Window
 
 
@@ -39,60 +33,33 @@ class RollbackSession:
 
     def __init__(
         self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        suite: Suite,
+        fit: FitContext,
         *,
-        policy: RecoveryPolicy,
-        counts: Counts,
-        snapshots: SnapshotSchedule,
-        investigation: Investigation,
         earlier_logs: Sequence[str],
         defers_check: bool,
         kernel_may_skip: bool,
         keeps_batches: bool,
     ) -> None:
-        self._trainer = trainer
-        self._pl_module = pl_module
-        self._suite = suite
-        self._policy = policy
-        self._counts = counts
-        self._snapshots = snapshots
-        self._investigation = investigation
+        self._fit = fit
         self._keeps_batches = keeps_batches
+        trainer, side_effects = fit.trainer, fit.side_effects
         self._randomness = StepRandomness()
         self.indices = DatasetIndices(trainer)
-        self._has_scaler = lightning_api.gradient_scaler(trainer) is not None
         self._is_sharded = lightning_api.shards_parameters(trainer)
-        self._takes_iterator = lightning_api.takes_iterator(pl_module)
-        self._side_effects = SideEffects(trainer, pl_module)
-        snapshots.begin(trainer, self._side_effects)
-        policy.is_adversarial = len(trainer.optimizers) > 1
-        self._exact: ExactCheck = ExactCheck(trainer, self._side_effects)
-        self._deferred: DeferredCheck | None = None
+        self._takes_iterator = lightning_api.takes_iterator(fit.pl_module)
+        fit.snapshots.begin(trainer, side_effects)
+        fit.policy.is_adversarial = len(trainer.optimizers) > 1
+        self._mode: CheckMode = ExactCheck(trainer, side_effects)
         if defers_check:
-            self._exact = self._deferred = DeferredCheck(
-                trainer, self._side_effects, suite, kernel_may_skip=kernel_may_skip
-            )
-        self._closure = ClosureCheck(trainer, self._side_effects)
-        self._has_closure = any(isinstance(o, lightning_api.REPEATS_CLOSURE) for o in trainer.optimizers)
-        self._reporter = IncidentReporter(
-            trainer, pl_module, investigation, snapshots, self._side_effects.buffers
-        )
+            self._mode = DeferredCheck(trainer, side_effects, fit.suite, kernel_may_skip=kernel_may_skip)
+        self._closure = ClosureCheck(trainer, side_effects)
+        has_closure = any(isinstance(o, lightning_api.REPEATS_CLOSURE) for o in trainer.optimizers)
+        has_scaler = lightning_api.gradient_scaler(trainer) is not None
+        self._around_steps: list[CheckMode] = [self._mode] * has_scaler + [self._closure] * has_closure
+        self._reporter = IncidentReporter(fit)
         self.lost_batches = LostBatches(run_folder(trainer), trainer.global_rank, earlier_logs)
-        self._restoration = Restoration(
-            trainer,
-            pl_module,
-            suite,
-            self._side_effects,
-            policy=policy,
-            counts=counts,
-            snapshots=snapshots,
-            investigation=investigation,
-            lost_batches=self.lost_batches,
-            reporter=self._reporter,
-        )
-        self._keeps_state = snapshots.restores_more_than_tensors or defers_check or self._has_closure
+        self._restoration = Restoration(fit, self.lost_batches, self._reporter)
+        self._keeps_state = fit.snapshots.restores_more_than_tensors or defers_check or has_closure
         self._transaction = StepTransaction(Window(trainer.global_step), state="discarded")
         self._outcome = BatchOutcome()
         self._skipped: list[StepTransaction] = []
@@ -104,7 +71,7 @@ class RollbackSession:
 
     def on_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Saves what the forward passes of a step are about to change."""
-        trainer = self._trainer
+        trainer = self._fit.trainer
         step, epoch = trainer.global_step, trainer.current_epoch
         if self._takes_iterator:  # what the hook got is of the step before
             batch, batch_idx = None, lightning_api.step_idx(trainer)
@@ -132,19 +99,21 @@ class RollbackSession:
         """Returns the flags for the next step's reduction; scans count once, the rest holds until a step."""
         flags, batches = self._flags, self._transaction.window.batches
         # the loss may be finite all the same
-        flags.nonfinite_buffers = self._side_effects.corrupted_statistics([seen.tensors for seen in batches])
+        flags.nonfinite_buffers = self._fit.side_effects.corrupted_statistics(
+            [seen.tensors for seen in batches]
+        )
         self._flags = StepFlags(repeats_lost_batch=flags.repeats_lost_batch, check_now=flags.check_now)
         return flags
 
     def on_step(self, step: Step) -> None:
         """Commits or skips a step, or defers that."""
-        if self._snapshots.is_empty:
+        if self._fit.snapshots.is_empty:
             # by now every callback had its chance to repair the weights that training starts from
             assert self._transaction.window.before is not None
-            self._snapshots.capture_first(self._trainer, self._transaction.window.before)
-        if self._snapshots.is_copying:
-            self._snapshots.wait()
-        mode = self._closure if step.inside_closure else self._exact
+            self._fit.snapshots.capture_first(self._fit.trainer, self._transaction.window.before)
+        if self._fit.snapshots.is_copying:
+            self._fit.snapshots.wait()
+        mode = self._closure if step.inside_closure else self._mode
         closed = mode.on_step(step, self._transaction)
         if closed is not None:
             self._transaction = closed
@@ -154,19 +123,19 @@ class RollbackSession:
         """Commits the deferred step, or undoes it along with the batches of the running one."""
         if verdict == "skip":  # what was scanned since is about to be restored
             self._flags.nonfinite_weights = None
-        if self._deferred is None or self._deferred.deferred is None:
+        deferred, self._mode.deferred = self._mode.deferred, None
+        if deferred is None:
             return
-        deferred, self._deferred.deferred = self._deferred.deferred, None
         deferred.measurement = measurement
         if verdict == "accept":
             deferred.state = "committed"
             self._record(deferred)
             return
         deferred.state = "skipped"
-        detectors = self._policy.detector_state()  # which include every step before the bad one
-        state = self._deferred.undo()
-        self._policy.load_detector_state(detectors)
-        self._snapshots.discard_after(state.step)
+        detectors = self._fit.policy.detector_state()  # which include every step before the bad one
+        state = self._mode.undo()
+        self._fit.policy.load_detector_state(detectors)
+        self._fit.snapshots.discard_after(state.step)
         n_following = 0
         if self._transaction.window is not deferred.window:
             n_following = self._transaction.window.n_batches
@@ -176,56 +145,54 @@ class RollbackSession:
 
     def on_batch_end(self, batch_idx: int) -> None:
         """Concludes the batch; resolves a deferred check ahead of validation and the end of an epoch."""
-        trainer = self._trainer
+        trainer = self._fit.trainer
         if self._randomness.is_probing:
             self._randomness.after_step()
         if self._takes_iterator:
             batch_idx = lightning_api.step_idx(trainer)
-        if not self._suite.has_stepped and lightning_api.is_swa_bn_update(trainer):
+        if not self._fit.suite.has_stepped and lightning_api.is_swa_bn_update(trainer):
             self._check_buffers()
-        if self._has_scaler:
-            self._exact.restore_scaler()
-        if self._has_closure:
-            closed = self._closure.on_batch_end(self._transaction)
+        for mode in self._around_steps:
+            closed = mode.on_batch_end(self._transaction)
             if closed is not None:
                 self._transaction = closed
                 self._record(closed)
-        if self._deferred is not None and self._deferred.deferred is not None:
+        if self._mode.deferred is not None:
             is_last = trainer.is_last_batch or trainer.should_stop or trainer.global_step == trainer.max_steps
             if is_last or lightning_api.validates_next(trainer, batch_idx):
-                self._suite.resolve(trainer, self._pl_module)
+                self._fit.suite.resolve(trainer, self._fit.pl_module)
         self._conclude()
-        if self._suite.has_stepped:
+        if self._fit.suite.has_stepped:
             self._flags.check_now = self._flags.repeats_lost_batch = False
-        elif self._pl_module.automatic_optimization and trainer.accumulate_grad_batches == 1:
+        elif self._fit.pl_module.automatic_optimization and trainer.accumulate_grad_batches == 1:
             self._transaction.state = "discarded"  # `training_step` returned nothing
-        if (self._suite.has_stepped and self._suite.is_logged) or trainer.is_last_batch:
-            self._counts.log(self._suite.metrics, self._policy.rollbacks)
+        if (self._fit.suite.has_stepped and self._fit.suite.is_logged) or trainer.is_last_batch:
+            self._fit.counts.log(self._fit.suite.metrics, self._fit.policy.rollbacks)
 
     def flush(self) -> None:
         """Resolves a deferred check and acts on it."""
-        self._suite.resolve(self._trainer, self._pl_module)
+        self._fit.suite.resolve(self._fit.trainer, self._fit.pl_module)
         self._conclude()
 
     def before_checkpoint(self) -> None:
         """Keeps nonfinite weights out of checkpoints: resolves, scans, and rolls back if necessary."""
-        if self._snapshots.is_empty or self._counts.has_stopped:
+        if self._fit.snapshots.is_empty or self._fit.counts.has_stopped:
             return
-        if self._trainer.interrupted:
+        if self._fit.trainer.interrupted:
             # no collective, as other ranks may be elsewhere, and no error on top of the first
-            self._suite.resolve(self._trainer, self._pl_module)
-            if self._restoration.state_is_nonfinite():
-                self._snapshots.restore_newest(self._trainer)
+            self._fit.suite.resolve(self._fit.trainer, self._fit.pl_module)
+            if self._fit.state_is_nonfinite():
+                self._fit.snapshots.restore_newest(self._fit.trainer)
             return
         self.flush()
-        if any_rank(self._restoration.state_is_nonfinite(), self._pl_module.device):
+        if any_rank(self._fit.state_is_nonfinite(), self._fit.pl_module.device):
             self._reporter.publish("nonfinite_weights")
-            self._outcome.decide(self._policy.escalate())
+            self._outcome.decide(self._fit.policy.escalate())
             self._conclude()
 
     def report_without_ranks(self) -> None:
         """Publishes skipped steps after an exception, when no other rank can be asked."""
-        self._suite.resolve(self._trainer, self._pl_module)
+        self._fit.suite.resolve(self._fit.trainer, self._fit.pl_module)
         skipped, self._skipped = self._skipped, []
         for transaction in skipped:
             self._reporter.report_skip(transaction, examine=False)
@@ -233,15 +200,14 @@ class RollbackSession:
     def report_exception(self, error: BaseException) -> None:
         """Examines the batch of the running step, if that has raised."""
         if self._transaction.state == "open":
-            found = (self._investigation, self._snapshots, self._side_effects, self._reporter)
-            window, is_first = self._transaction.window, not self._policy.has_good_step
-            report_step_exception(error, window, self._trainer, *found, may_be_mistake=is_first)
+            window, is_first = self._transaction.window, not self._fit.policy.has_good_step
+            report_step_exception(error, window, self._fit, self._reporter, may_be_mistake=is_first)
 
     def _open_transaction(self, step: int) -> None:
-        trainer, snapshots = self._trainer, self._snapshots
+        trainer, snapshots = self._fit.trainer, self._fit.snapshots
         if snapshots.is_copying:  # the batch before may have made no step
             snapshots.wait()
-        self._side_effects.save()
+        self._fit.side_effects.save()
         if snapshots.capture_if_due(trainer):
             self._scan_weights()
             self._randomness.probe_next_step()
@@ -252,16 +218,16 @@ class RollbackSession:
         needs_state = self._keeps_state or snapshots.is_empty
         window = Window(step, before=snapshots.state(trainer) if needs_state else None)
         self._transaction = StepTransaction(window)
-        if self._has_closure:
-            self._closure.on_window_start(window)
+        for mode in self._around_steps:
+            mode.on_window_start(window)
 
     def _record(self, transaction: StepTransaction, n_following: int = 0) -> None:
         """Counts a closed transaction, and takes the policy's decision on it."""
         if transaction.state == "overflowed":
-            scaler = lightning_api.gradient_scaler(self._trainer)
+            scaler = lightning_api.gradient_scaler(self._fit.trainer)
             at_floor = scaler is not None and scaler.get_scale() <= 1
-            self._counts.amp_overflows += 1
-            self._counts.overflows_at_floor = self._counts.overflows_at_floor + 1 if at_floor else 0
+            self._fit.counts.amp_overflows += 1
+            self._fit.counts.overflows_at_floor = self._fit.counts.overflows_at_floor + 1 if at_floor else 0
         elif transaction.state == "committed":
             self._on_commit(transaction)
         elif transaction.state == "skipped":
@@ -271,11 +237,11 @@ class RollbackSession:
         measurement = transaction.measurement
         assert measurement is not None
         self._outcome.committed_step = transaction.window.step
-        self._counts.overflows_at_floor = 0
-        if self._investigation.in_episode:
-            self._investigation.end_episode()
-        self._outcome.loss = None if self._policy.is_adversarial else measurement.loss
-        decision, anomaly = self._policy.on_good_step(
+        self._fit.counts.overflows_at_floor = 0
+        if self._fit.investigation.in_episode:
+            self._fit.investigation.end_episode()
+        self._outcome.loss = None if self._fit.policy.is_adversarial else measurement.loss
+        decision, anomaly = self._fit.policy.on_good_step(
             measurement.optimizer_index,
             measurement.loss,
             measurement.total_norm,
@@ -285,7 +251,7 @@ class RollbackSession:
         self._outcome.has_diverged |= decision != "continue"
         if decision != "continue":
             self._outcome.decide(decision)
-        if anomaly and not self._trainer.interrupted:  # other ranks may be elsewhere then
+        if anomaly and not self._fit.trainer.interrupted:  # other ranks may be elsewhere then
             self._reporter.report_anomaly(anomaly, measurement.loss, transaction.window.batches)
 
     def _on_skip(self, transaction: StepTransaction, n_following: int) -> None:
@@ -296,19 +262,21 @@ class RollbackSession:
         self._skipped.append(transaction)
         self.lost_batches.mark_skipped(window.n_batches, n_following)
         if measurement.repeats_lost_batch:
-            self._counts.skips += window.repeats_skipped_batch
+            self._fit.counts.skips += window.repeats_skipped_batch
             return
-        self._counts.skips += 1
-        self._outcome.decide(self._policy.on_skip(measurement.optimizer_index, not measurement.rejected_by))
+        self._fit.counts.skips += 1
+        self._outcome.decide(
+            self._fit.policy.on_skip(measurement.optimizer_index, not measurement.rejected_by)
+        )
         if measurement.nonfinite_weights:
-            self._outcome.decide(self._policy.escalate())
+            self._outcome.decide(self._fit.policy.escalate())
 
     def _check_buffers(self) -> None:
         self._transaction.state = "discarded"
-        if any_rank(self._restoration.state_is_nonfinite(), self._pl_module.device):
-            self._side_effects.restore()
+        if any_rank(self._fit.state_is_nonfinite(), self._fit.pl_module.device):
+            self._fit.side_effects.restore()
             self.lost_batches.mark_skipped(1)
-            self._counts.skips += 1
+            self._fit.counts.skips += 1
             self._reporter.publish("nonfinite_buffers", action="skipped")
 
     def _conclude(self) -> None:
@@ -318,14 +286,12 @@ class RollbackSession:
             self._reporter.report_skip(transaction)
         outcome = self._outcome
         decision, outcome.decision = outcome.decision, "continue"
-        if (
-            decision == "roll_back"
-            and self._policy.is_useless
-            and self._investigation.cause == "optimizer_epsilon"
-        ):
-            decision = self._policy.stop_for("the optimizer divides by an epsilon of 0 at any learning rate")
+        policy, cause = self._fit.policy, self._fit.investigation.cause
+        if decision == "roll_back" and policy.is_useless and cause == "optimizer_epsilon":
+            decision = policy.stop_for("the optimizer divides by an epsilon of 0 at any learning rate")
         if decision != "continue":
-            self._discard_deferred()
+            self._fit.suite.discard_deferred()
+            self._mode.deferred = None
         if decision == "stop":
             self._restoration.stop()
         if decision == "roll_back":
@@ -334,23 +300,20 @@ class RollbackSession:
             self._flags.nonfinite_weights = None
         elif skipped:
             if outcome.before is not None and outcome.committed_step is None:
-                outcome.before.rewind(self._trainer)
+                outcome.before.rewind(self._fit.trainer)
             self._scan_weights()
-        if outcome.committed_step is not None and not outcome.has_skipped and not self._policy.is_spiking:
-            self._snapshots.on_good_step(outcome.committed_step, outcome.loss)
+        if outcome.committed_step is not None and not outcome.has_skipped and not policy.is_spiking:
+            self._fit.snapshots.on_good_step(outcome.committed_step, outcome.loss)
         outcome.committed_step = None  # it is counted once, also if a checkpoint resolves it early
 
     def _distance(self) -> float:
         """The distance of the weights from the last trusted snapshot, the same on every rank."""
-        if self._snapshots.is_empty or self._trainer.interrupted:  # other ranks may be elsewhere
+        if self._fit.snapshots.is_empty or self._fit.trainer.interrupted:  # other ranks may be elsewhere
             return 0.0
-        return largest_of_ranks(self._snapshots.distance(self._trainer), self._pl_module.device)
-
-    def _discard_deferred(self) -> None:
-        self._suite.discard_deferred()
-        if self._deferred is not None:
-            self._deferred.deferred = None
+        return largest_of_ranks(self._fit.snapshots.distance(self._fit.trainer), self._fit.pl_module.device)
 
     def _scan_weights(self) -> None:
         """Scans the weights without a synchronization; the next step's reduction includes the flag."""
-        self._flags.nonfinite_weights = trainer_state.state_is_nonfinite(self._trainer, self._side_effects)
+        self._flags.nonfinite_weights = trainer_state.state_is_nonfinite(
+            self._fit.trainer, self._fit.side_effects
+        )

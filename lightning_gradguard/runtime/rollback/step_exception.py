@@ -2,31 +2,18 @@
 
 from __future__ import annotations
 
-import pytorch_lightning as pl
-
 from lightning_gradguard.core.incidents import OF_WEIGHTS
 from lightning_gradguard.runtime.distributed import world_size
 from lightning_gradguard.runtime.incidents.invalid_batches import is_check_of_values, was_raised_in_step
-from lightning_gradguard.runtime.incidents.investigation import Investigation
 from lightning_gradguard.runtime.incidents.journal import run_folder
 from lightning_gradguard.runtime.incidents.termination import save_last_good
+from lightning_gradguard.runtime.rollback.fit_context import FitContext
 from lightning_gradguard.runtime.rollback.reporter import IncidentReporter
-from lightning_gradguard.runtime.rollback.snapshot_schedule import SnapshotSchedule
-from lightning_gradguard.runtime.steps import trainer_state
-from lightning_gradguard.runtime.steps.side_effects import SideEffects
 from lightning_gradguard.runtime.steps.transaction import Window
 
 
 def report_step_exception(
-    error: BaseException,
-    window: Window,
-    trainer: pl.Trainer,
-    investigation: Investigation,
-    snapshots: SnapshotSchedule,
-    side_effects: SideEffects,
-    reporter: IncidentReporter,
-    *,
-    may_be_mistake: bool,
+    error: BaseException, window: Window, fit: FitContext, reporter: IncidentReporter, *, may_be_mistake: bool
 ) -> None:
     """Examines the batch whose step has raised, and writes the last good state. No other rank is asked.
 
@@ -35,7 +22,8 @@ def report_step_exception(
     """
     if not window.batches or not isinstance(error, Exception) or not was_raised_in_step(error):
         return
-    result = investigation.examine_exception(
+    trainer, snapshots = fit.trainer, fit.snapshots
+    result = fit.investigation.examine_exception(
         trainer,
         trainer.lightning_module,
         window.step,
@@ -44,13 +32,13 @@ def report_step_exception(
         run_folder(trainer),
         is_certain=not may_be_mistake and is_check_of_values(error),
     )
-    side_effects.restore()
+    fit.side_effects.restore()
     if result is None:
         return
     if snapshots.is_empty:  # the weights are those that training starts from
         reporter.report_exception(error, result, None)
         return
-    if result.origin.cause in OF_WEIGHTS or bool(trainer_state.state_is_nonfinite(trainer, side_effects)):
+    if result.origin.cause in OF_WEIGHTS or fit.state_is_nonfinite():
         snapshots.restore_newest(trainer)
     # a checkpoint of several ranks needs all of them
     last_good = save_last_good(trainer) if world_size() == 1 else None

@@ -1,4 +1,4 @@
-"""The ways in which a step is checked, and committed or skipped; chosen once at the start of a fit."""
+"""The ways in which a step is checked, and committed or skipped."""
 
 from __future__ import annotations
 
@@ -19,13 +19,45 @@ from lightning_gradguard.runtime.steps.trainer_state import TrainerState
 from lightning_gradguard.runtime.steps.transaction import StepTransaction, Window
 
 
-class ExactCheck:
-    """Checks each step before it takes place: one host synchronization a step."""
+class CheckMode:
+    """A way in which steps are checked, and committed or skipped.
+
+    Attributes:
+        deferred: A step that took place, and whose check is due.
+    """
 
     def __init__(self, trainer: pl.Trainer, side_effects: SideEffects) -> None:
         self._trainer = trainer
         self._side_effects = side_effects
-        self._scaler_state: dict[str, Any] | None = None
+        self.deferred: StepTransaction | None = None
+
+    def on_window_start(self, window: Window) -> None:
+        """Called before the first forward pass of a window."""
+
+    def on_step(self, step: Step, transaction: StepTransaction) -> StepTransaction | None:
+        """Called for each step of an optimizer; returns its transaction unless it stays open."""
+        raise NotImplementedError
+
+    def on_batch_end(self, transaction: StepTransaction) -> StepTransaction | None:
+        """Called after the optimizers have stepped; returns the transaction if it is closed by that."""
+        return None
+
+    def undo(self) -> TrainerState:
+        """Undoes the deferred step; returns the state from before it that is not tensors."""
+        raise NotImplementedError
+
+    def _commit(self) -> None:
+        if self._side_effects.has_averages:
+            lightning_api.resume_weight_averages(self._trainer)
+        if len(self._trainer.optimizers) > 1:
+            # a later step of the same batch may be skipped, this one stays
+            self._side_effects.save(within_step=True)
+
+
+class ExactCheck(CheckMode):
+    """Checks each step before it takes place: one host synchronization a step."""
+
+    _scaler_state: dict[str, Any] | None = None
 
     def on_step(self, step: Step, transaction: StepTransaction) -> StepTransaction:
         """Commits the step, skips it, or leaves it to the GradScaler."""
@@ -39,14 +71,15 @@ class ExactCheck:
         if step.verdict == "ignore":
             self._leave_to_scaler(step.optimizer)
             return transaction.close("overflowed", step)
-        _commit(self._trainer, self._side_effects)
+        self._commit()
         return transaction.close("committed", step)
 
-    def restore_scaler(self) -> None:
+    def on_batch_end(self, transaction: StepTransaction) -> StepTransaction | None:
         """Restores the GradScaler, which takes a skipped step for an overflow that a smaller scale cures."""
         state, self._scaler_state = self._scaler_state, None
         if state is not None:
             lightning_api.set_scaler_state(self._trainer, state)
+        return None
 
     def _leave_to_scaler(self, optimizer: Optimizer) -> None:
         self._scaler_state = None
@@ -69,7 +102,6 @@ class DeferredCheck(ExactCheck):
         self._suite = suite
         self._kernel_may_skip = kernel_may_skip
         self._before = Snapshot("same")
-        self.deferred: StepTransaction | None = None
 
     def on_step(self, step: Step, transaction: StepTransaction) -> StepTransaction:
         """Keeps what is needed to undo the step; less if the optimizer's kernel skips a bad one by itself."""
@@ -93,22 +125,21 @@ class DeferredCheck(ExactCheck):
         if kernel_skips:
             self._suite.override_fused_step(step, found_inf=step.packed.must_skip())
         self.deferred = transaction.close("deferred", step)
-        _commit(self._trainer, self._side_effects)
+        self._commit()
         return self.deferred
 
     def undo(self) -> TrainerState:
-        """Restores the state from before the deferred step; returns the part of it that is not tensors."""
+        """Restores the state from before the deferred step."""
         state = trainer_state.restore(self._trainer, self._before, self._side_effects)
         self._side_effects.save(within_step=True)
         return state
 
 
-class ClosureCheck:
+class ClosureCheck(CheckMode):
     """Checks a batch in which the optimizer evaluates its closure and updates repeatedly (LBFGS)."""
 
     def __init__(self, trainer: pl.Trainer, side_effects: SideEffects) -> None:
-        self._trainer = trainer
-        self._side_effects = side_effects
+        super().__init__(trainer, side_effects)
         self._before = Snapshot("same")
         self._first: Step | None = None
 
@@ -131,13 +162,5 @@ class ClosureCheck:
         if any_rank(nonfinite, self._trainer.lightning_module.device) or first.verdict == "skip":
             trainer_state.restore(self._trainer, self._before, self._side_effects)
             return transaction.close("skipped", first)
-        _commit(self._trainer, self._side_effects)
+        self._commit()
         return transaction.close("committed", first)
-
-
-def _commit(trainer: pl.Trainer, side_effects: SideEffects) -> None:
-    if side_effects.has_averages:
-        lightning_api.resume_weight_averages(trainer)
-    if len(trainer.optimizers) > 1:
-        # a later step of the same batch may be skipped, this one stays
-        side_effects.save(within_step=True)
