@@ -1,4 +1,4 @@
-"""What one fit of `NaNRollback` works with."""
+"""The objects with which one fit of `NaNRollback` works."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lightning_gradguard.runtime.steps.suite import Suite
 
 @dataclass(frozen=True)
 class FitContext:
-    """What one fit of `NaNRollback` works with.
+    """The objects with which one fit of `NaNRollback` works.
 
     Args:
         trainer: The Trainer that fits.
