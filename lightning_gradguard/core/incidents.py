@@ -128,19 +128,12 @@ _VALUES = {
     "learning_rate_found": "lr={:.3g}",
     "constant_clipping": "{:.0%} of the steps to less than half of their norm",
     "nonfinite_loss": "loss {:.4g}",
-    "vanishing_gradient": "gradients shrink by {:.1f} decades from last layer to first, usual: within 3",
-    "weight_stagnation": "smallest update {:.1g} of the weight norm, usual: above 1e-07",
-    "stuck_loss": "loss {:.4g}",
-    "vanishing_weights": "{:.1g} of their norm is left, usual: above 0.1",
-    "exploding_gradient": "total gradient norm {:.4g}",
 }
-#: Kinds whose value is another number for each cause, which the detail has in words.
+#: Kinds of a diagnosis, which has the number that shows one in words, as it is another one for each cause.
 _IN_DETAIL = (
     *("vanishing_gradient", "exploding_gradient", "weight_stagnation", "stuck_loss"),
     *("dead_units", "saturated_units", "vanishing_weights", "constant_clipping"),
 )
-#: A negative value of `exploding_gradient` is the profile over the layers.
-_GROWTH = "gradients grow by {:.1f} decades from last layer to first, usual: within 3"
 
 
 def current_name(value: str) -> Any:
@@ -219,8 +212,6 @@ class Incident:
             return self.detail.rstrip(".")
         if self.value is None:
             return ""
-        if self.kind == "exploding_gradient" and self.value < 0:
-            return _GROWTH.format(-self.value)
         return _VALUES.get(self.kind, "value {:.4g}").format(self.value)
 
     def describe(self) -> str:
