@@ -73,6 +73,7 @@ class LearningRateBackoff(StepCallback):
         self._saved_rates: list[float] = []
         self._found_rate: float | None = None
         self._is_first_batch = False
+        self._has_updated = False
         self._rates: list[ScaledLearningRate] = []
         self._scheduled: dict[int, list[float | Tensor]] = {}
 
@@ -89,7 +90,7 @@ class LearningRateBackoff(StepCallback):
             return
         self._rates = [ScaledLearningRate(optimizer) for optimizer in trainer.optimizers]
         self._backoff.begin(trainer.global_step)
-        self._is_first_batch = True
+        self._is_first_batch, self._has_updated = True, False
         if self.prog_bar:
             self.suite.metrics.show_on_bar(tags.LR_SCALE)
 
@@ -113,6 +114,7 @@ class LearningRateBackoff(StepCallback):
         """Counts a good step, once a batch; keeps the rates, which a schedule changes before its end."""
         if self.suite.is_logged:
             self._scheduled[step.optimizer_index] = self._rates[step.optimizer_index].scheduled()
+        self._has_updated |= step.accepted
         if step.accepted and not self._counted:
             self._counted = True
             self._backoff.step(float(step.loss) if self._backoff.is_searching else None)
@@ -123,7 +125,7 @@ class LearningRateBackoff(StepCallback):
         """Backs off after a rollback; bad data is no reason to search for another rate."""
         if incident.kind != "rollback" or incident.value is None:
             return
-        if incident.cause == "optimizer_epsilon":  # which divides by 0 at any rate
+        if incident.cause == "optimizer_epsilon" or not self._has_updated:  # it fails alike at any rate
             return
         if self._backoff.on_rollback(int(incident.value), may_search=incident.cause != "bad_input"):
             self._found_rate = None

@@ -168,6 +168,16 @@ def test_a_transcript_that_is_too_long(run: Any) -> None:
     assert told.headline == "recovered from nonfinite loss (cause: bad input)"
 
 
+@pytest.mark.parametrize("make", [torch.optim.Adamax, torch.optim.NAdam])
+def test_an_epsilon_of_0_in_float32(run: Any, make: Any) -> None:
+    x, y = columns(160)
+    x[:, 2] = 0  # a column whose weights get no gradient
+    told = run(Program(regression, mlp(6, 16, 1), lambda w: make(w, lr=1e-3, eps=0.0)), x, y)
+    found = next(i for i in told.incidents if i["cause"])
+    assert (found["cause"], found["where"]) == ("optimizer_epsilon", ["net.0.weight"])
+    assert "1e-8 is enough for weights in float32" in str(told.error)
+
+
 @pytest.mark.parametrize("make", [torch.optim.Adam, torch.optim.RMSprop])
 def test_an_epsilon_of_0_in_half_precision(run: Any, make: Any) -> None:
     x, y = columns(160)
@@ -348,6 +358,59 @@ def test_a_clip_value_that_is_too_small(run: Any, alone: bool) -> None:
     assert told.headline == "hard clipping of most steps (cause: clip value too small)"
     assert "Raise the value to which gradients are clipped" in " ".join(told.report.next_steps)
     assert "Raise the learning rate." not in told.report.next_steps
+
+
+def test_a_clip_value_of_the_modules_own_code(run: Any) -> None:
+    class Clipped(Program):
+        def configure_gradient_clipping(self, optimizer: Any, **_: Any) -> None:
+            nn.utils.clip_grad_norm_(self.parameters(), 1e-3)
+
+    x, y = columns(960)
+    with pytest.warns(UserWarning, match="then Clipped.configure_gradient_clipping"):
+        told = run(Clipped(regression, mlp(6, 16, 1, activation=nn.ReLU), sgd(0.02)), x, 3 * y + 2)
+    (found,) = told.incidents
+    assert "clipped to 0.001 by Clipped.configure_gradient_clipping" in found["detail"]
+    assert "or that of your own code" in found["advice"]
+
+
+@pytest.mark.filterwarnings("ignore:std")
+def test_a_rate_is_not_cut_before_any_update(run: Any) -> None:
+    told = run(Program(lambda m, b: m.net(b[0]).std(1).mean(), mlp(6, 8, 1)), *columns(160))
+    assert str(told.error).startswith("No step was ever finite. aten::std")
+    assert "of a dimension of one: leave it out" in told.first("training_diverged")["advice"]
+    assert not any(i["kind"] == "learning_rate_backoff" for i in told.incidents)
+
+
+def test_a_column_of_times_is_not_healthy(run: Any) -> None:
+    x, y = columns(1600)
+    x[:, 3] = 1.6e9 + 1e6 * x[:, 3]
+    told = run(Program(regression, mlp(6, 16, 16, 1, activation=nn.ReLU)), x, y)
+    assert told.headline == "stuck loss (cause: input scale)"
+
+
+def test_one_bad_batch_is_not_what_keeps_a_network_from_learning(run: Any) -> None:
+    x, y = columns(800)
+    x[BAD + 400, 1] = math.inf
+    net = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Dropout(1.0), nn.Linear(16, 1))
+    told = run(Program(regression, net), x, y)
+    assert told.first("nonfinite_loss")["cause"] == "bad_input"
+    assert "bad input" not in told.headline
+    assert "zero gradient" in " ".join(s.cause.replace("_", " ") for s in told.report.verdict.symptoms)
+    assert not any("Raise the learning rate" in step for step in told.report.next_steps)
+
+
+@pytest.mark.parametrize("schedule", [None, torch.optim.lr_scheduler.OneCycleLR])
+def test_the_rate_that_is_to_be_lowered_is_the_one_in_the_code(run: Any, schedule: Any) -> None:
+    def make(weights: Any) -> Any:
+        optimizer = torch.optim.SGD(weights, lr=3.0)
+        scheduler = schedule and schedule(optimizer, max_lr=30.0, total_steps=100)
+        return [optimizer], [{"scheduler": scheduler, "interval": "step"}] if schedule else []
+
+    x, y = columns(400)
+    limit = {"nan_rollback": NaNRollback(max_rollbacks=1), "adaptive_gradient_clipping": None}
+    callbacks = default_callbacks(**limit, learning_rate_backoff=None)
+    told = run(Program(regression, mlp(6, 16, 16, 1), make), 30 * x, 1e3 * y, callbacks=callbacks)
+    assert ("it was max_lr=30; try max_lr=3" if schedule else "it was lr=3; try lr=0.3") in str(told.error)
 
 
 def test_a_loss_module_of_ones_own(run: Any) -> None:

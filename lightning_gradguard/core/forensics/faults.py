@@ -253,9 +253,8 @@ _STATISTICS = (
     ),
     Fault(
         ("std", "var", "var_mean", "std_mean"),
-        "The standard deviation of one sample is NaN (it divides by n - 1). Give drop_last=True to the "
-        "DataLoader, or at "
-        "least two samples",
+        "The standard deviation of one value is NaN (it divides by n - 1). Of a batch of one sample: give "
+        "drop_last=True to the DataLoader, or at least two samples; of a dimension of one: leave it out",
         "x.std(0, unbiased=False)",
         made="nan",
     ),

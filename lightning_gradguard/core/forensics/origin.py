@@ -24,7 +24,7 @@ MAX_CORRUPTED = 2
 #: A flip of one of the three highest exponent bits of float32 changes a value at least by this factor.
 FLIP = 2.0**15
 #: Keys under which optimizers keep the mean of squared gradients that they divide by.
-_SECOND_MOMENTS = ("max_exp_avg_sq", "exp_avg_sq", "square_avg", "sum")
+_SECOND_MOMENTS = ("max_exp_avg_sq", "exp_avg_sq", "square_avg", "sum", "exp_inf")
 
 
 @dataclass(frozen=True)

@@ -147,9 +147,10 @@ BY_CAUSE = {
         "torch.where at {where}; move an epsilon inside."
     ),
     "optimizer_epsilon": (
-        "The update of {where} was divided by 0: give the optimizer eps=1e-4, as in "
-        "torch.optim.Adam(parameters, eps=1e-4), or keep the weights in float32 (precision='bf16-mixed' or "
-        "'16-mixed'). A lower learning rate and clipping do not help."
+        "The update of {where} was divided by 0: give the optimizer a larger eps, as in "
+        "torch.optim.Adam(parameters, eps=1e-4). 1e-8 is enough for weights in float32 (as of "
+        "precision='bf16-mixed' or '16-mixed'), and is 0 in float16. A lower learning rate and clipping do "
+        "not help."
     ),
     "compiled_code": (
         "The code that torch.compile made of the step differs from the step: train without "
@@ -262,8 +263,8 @@ BY_CAUSE = {
         "AdaptiveGradientClipping]."
     ),
     "clip_value_too_small": (
-        "Raise the value to which gradients are clipped (gradient_clip_val of the Trainer) to their usual "
-        "norm or above, or remove it. The learning rate is not at fault."
+        "Raise the value to which gradients are clipped (gradient_clip_val of the Trainer, or that of your "
+        "own code) to their usual norm or above, or remove it. The learning rate is not at fault."
     ),
     "weight_decay": "Lower weight_decay: it shrinks the weights of {where} faster than the loss moves them.",
     "vanishing_gradient: through_time": (

@@ -22,6 +22,10 @@ from lightning_gradguard.report.analysis.run_log import RunLog
 
 #: A learning-rate scale at or below this has not recovered.
 BACKED_OFF = 1 / 8
+#: Loss over that of the best constant above which a network has learned nothing, as a diagnosis has it.
+STUCK = 0.95
+#: Causes of a stuck loss whose incident has that ratio as its value.
+_MEASURED_RATIO = ("input_scale", "learning_rate_too_low")
 #: Details of one symptom that are quoted in full.
 MAX_DETAILS = 5
 
@@ -126,6 +130,9 @@ def _has_learned_since(kind: str, members: Sequence[Incident], log: RunLog, outc
     if not (outcome.has_learned and is_stuck and len(losses) >= MIN_POINTS):
         return outcome.has_learned
     first, final = ends(losses, share=3)
+    over_constant = members[0].value if members[0].cause in _MEASURED_RATIO else None
+    if kind == "stuck_loss" and over_constant and first > 0 and over_constant * final / first > STUCK:
+        return False  # it falls, and is still above that of the best constant
     return first - final > LEARNED * abs(first)
 
 

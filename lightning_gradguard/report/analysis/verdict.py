@@ -26,7 +26,7 @@ from lightning_gradguard.report.analysis.run_log import GradientLog, RunLog
 Status = Literal["healthy", "recovered", "unhealthy", "failed", "unknown"]
 
 _SEVERITIES = ("fatal", "serious", "handled", "minor")
-#: Symptoms of which incidents know more than logs do.
+#: Symptoms of which incidents know more than logs do; so they do of those whose cause is diagnosed.
 _DIAGNOSED = ("stuck_loss", "constant_clipping")
 #: Order among equally severe symptoms without a cause: causes before their consequences.
 _ORDER = (
@@ -98,7 +98,8 @@ def _symptoms_of(log: RunLog, outcome: Outcome) -> list[RunSymptom]:
     found = [] if outcome.failed_at is None else [failure_cause(outcome.failed_at, log)]
     found += gradient_symptoms(log, outcome)
     found += loss_symptoms(log, outcome)
-    recorded = [*incident_symptoms(log, outcome, {s.kind for s in found if s.kind not in _DIAGNOSED})]
+    diagnosed = {*_DIAGNOSED, *(i.kind for i in log.incidents if i.cause in SYMPTOM_CAUSES)}
+    recorded = [*incident_symptoms(log, outcome, {s.kind for s in found} - diagnosed)]
     known = {symptom.kind for symptom in recorded}
     if any(s.severity == "serious" and s.cause in SYMPTOM_CAUSES for s in (*found, *recorded)):
         known.add("stuck_loss")  # which follows from it
@@ -127,9 +128,12 @@ def _by_outcome(symptom: RunSymptom, outcome: Outcome, found: Sequence[RunSympto
     """Returns the severity that the outcome of the run leaves of a symptom."""
     severity = symptom.severity
     if severity == "handled" and outcome.has_improved is False:
-        return "serious"  # the suite intervened, and nothing was better afterwards
+        # the suite intervened, and nothing was better afterwards, unless that has a reason from before
+        earlier = [s for s in found if s.severity == "serious" and s.since <= symptom.since]
+        return severity if any(s.cause in SYMPTOM_CAUSES for s in earlier) else "serious"
     is_diagnosed = symptom.cause in SYMPTOM_CAUSES
-    lasts = symptom.kind == "divergence" or symptom.kind.startswith("nonfinite") or is_diagnosed
+    lasts = symptom.kind in ("divergence", "stuck_loss") or symptom.kind.startswith("nonfinite")
+    lasts |= is_diagnosed
     if severity == "serious" and outcome.has_learned and not lasts:
         return "minor"
     if is_diagnosed:

@@ -82,10 +82,11 @@ def _how_to_resume(trainer: pl.Trainer, last_good: Path, scale: float, causes: C
     if causes and all(cause in AT_ANY_RATE for cause in causes):
         return f"To resume, correct that and call {call}"
     group = trainer.optimizers[0].param_groups[0]
-    rate = float(group.get("initial_lr", group["lr"]))
+    name = "max_lr" if "max_lr" in group else "lr"  # OneCycleLR sets the others by it
+    rate = float(group.get("max_lr", group.get("initial_lr", group["lr"])))
     used = "" if scale == 1 else f", at last scaled by {scale:.3g}"
     return (
-        f"To resume at a lower learning rate, set it in configure_optimizers (it was lr={rate:g}{used}; try "
-        f"lr={rate * scale / 10:.2g}) and call {call}: "
+        f"To resume at a lower learning rate, set it in configure_optimizers (it was {name}={rate:g}{used}; "
+        f"try {name}={rate * scale / 10:.2g}) and call {call}: "
         "NaNRollback puts the rate of the code in place of that in the checkpoint."
     )

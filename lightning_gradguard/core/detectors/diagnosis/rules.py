@@ -295,7 +295,7 @@ def far_targets(sample: Sample, progress: Progress, patience: int) -> Iterator[S
         if call.target > LARGE_TARGET and call.target > FAR_TARGET * call.answer:
             evidence = (
                 f"{call.function}: the rms of the targets is {call.target:.2g}, that of the answers "
-                f"{call.answer:.2g}, and the loss is {progress.over_constant:.2f} times that of a constant"
+                f"{call.answer:.2g}, and the loss is {progress.over_constant:.3g} times that of a constant"
             )
             yield Symptom("stuck_loss", "target_scale", sample.head, call.target, evidence, "contract", 2)
 
@@ -318,9 +318,10 @@ def stuck_loss(sample: Sample, progress: Progress, patience: int) -> Iterator[Sy
         return  # beside a second term, as in a VAE, a reconstruction may be no better than a constant
     facts = []
     if not math.isnan(ratio):
-        facts.append(f"the loss is {ratio:.2f} times that of the best constant answer")
+        facts.append(f"the loss is {ratio:.3g} times that of the best constant answer")
     if not math.isnan(permuted):
-        facts.append(f"it rises by {permuted:.1%} if the targets are permuted")
+        rise = round(permuted, 3) + 0.0  # no "-0.0"
+        facts.append(f"it rises by {rise:.1%} if the targets are permuted")
     if sample.one_signed:
         facts.append("all answers lie on one side of their targets")
     has_range = any(call.flags.get("unreachable_targets", 0.0) > 0 for call in sample.calls)
