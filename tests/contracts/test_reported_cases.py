@@ -362,7 +362,7 @@ def test_a_clip_value_that_is_too_small(run: Any, alone: bool) -> None:
 
 def test_a_clip_value_of_the_modules_own_code(run: Any) -> None:
     class Clipped(Program):
-        def configure_gradient_clipping(self, optimizer: Any, **_: Any) -> None:
+        def configure_gradient_clipping(self, *_: Any, **__: Any) -> None:
             nn.utils.clip_grad_norm_(self.parameters(), 1e-3)
 
     x, y = columns(960)
@@ -407,8 +407,10 @@ def test_the_rate_that_is_to_be_lowered_is_the_one_in_the_code(run: Any, schedul
         return [optimizer], [{"scheduler": scheduler, "interval": "step"}] if schedule else []
 
     x, y = columns(400)
-    limit = {"nan_rollback": NaNRollback(max_rollbacks=1), "adaptive_gradient_clipping": None}
-    callbacks = default_callbacks(**limit, learning_rate_backoff=None)
+    limit = NaNRollback(max_rollbacks=1)
+    callbacks = default_callbacks(
+        nan_rollback=limit, adaptive_gradient_clipping=None, learning_rate_backoff=None
+    )
     told = run(Program(regression, mlp(6, 16, 16, 1), make), 30 * x, 1e3 * y, callbacks=callbacks)
     assert ("it was max_lr=30; try max_lr=3" if schedule else "it was lr=3; try lr=0.3") in str(told.error)
 

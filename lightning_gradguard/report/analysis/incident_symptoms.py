@@ -7,7 +7,7 @@ from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 
-from lightning_gradguard.core.incidents import SYMPTOM_CAUSES, Incident, label
+from lightning_gradguard.core.incidents import OF_WEIGHTS, SYMPTOM_CAUSES, Incident, label
 from lightning_gradguard.core.remedies import Present, advice_for_cause, remedies
 from lightning_gradguard.report.analysis.outcome import (
     LEARNED,
@@ -153,8 +153,9 @@ def _symptom(
         of_some = "" if counts[cause] == len(members) else f" of {counts[cause]}"
         evidence += f"; cause{of_some}: {label(cause)}" if cause else ""
         details = dict.fromkeys(i.detail.rstrip(".") for i in members if i.cause == cause and i.detail)
-        more = f"; and {len(details) - MAX_DETAILS} more" if len(details) > MAX_DETAILS else ""
-        evidence += f": {'; '.join([*details][:MAX_DETAILS])}{more}" if details else ""
+        quoted = 1 if cause in OF_WEIGHTS else MAX_DETAILS  # they differ by numbers of elements only
+        more = f"; and {len(details) - quoted} more" if len(details) > quoted else ""
+        evidence += f": {'; '.join([*details][:quoted])}{more}" if details else ""
     value = math.nan if example.value is None else example.value
     # an examination knows more than the cause
     own = tuple(dict.fromkeys(i.advice for i in members if i.advice))[:MAX_DETAILS]
