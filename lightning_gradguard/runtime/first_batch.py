@@ -27,6 +27,7 @@ from lightning_gradguard.core.initialization.propagation import SignalPropagatio
 from lightning_gradguard.core.initialization.repair import Repair
 from lightning_gradguard.core.parameter_names import plain_name
 from lightning_gradguard.core.remedies import advice
+from lightning_gradguard.core.snapshots import preserve_state
 from lightning_gradguard.runtime.distributed import (
     broadcast_tensors,
     complete_gradients,
@@ -76,6 +77,10 @@ class FirstBatch:
 
     def check(self) -> tuple[list[Finding], dict[str, float]]:
         """Returns findings and measured values, the same on every rank; none if there is a problem."""
+        with preserve_state(self._pl_module):  # to read a weight runs its parametrization, which may write
+            return self._check()
+
+    def _check(self) -> tuple[list[Finding], dict[str, float]]:
         findings, values, measured = self._measure()
         # on every rank, for the training step may communicate
         if any(gather_objects(not math.isfinite(values.get("loss", 0.0)))):
@@ -166,7 +171,8 @@ def check_weights_alone(trainer: pl.Trainer, pl_module: pl.LightningModule) -> l
     findings, _ = _worst_over_ranks(nonfinite_weights(pl_module), {})
     # FSDP1 shards within rows
     if not findings and not flattens_parameters(trainer):
-        findings = copied_units(pl_module, whole)
+        with preserve_state(pl_module):
+            findings = copied_units(pl_module, whole)
     return findings
 
 

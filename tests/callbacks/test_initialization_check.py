@@ -324,3 +324,26 @@ def test_a_step_of_the_object_is_that_of_the_user_after_the_fit(order: int, rais
         fit(module, batches(4), callbacks[::order])
     assert calls[:3] == [0, 1, 2]  # one that raises is run again, to be examined
     assert module.training_step is counted
+
+
+@pytest.mark.parametrize("automatic", [True, False])
+def test_a_parametrization_that_writes_a_buffer_is_as_without_the_check(automatic: bool) -> None:
+    class Spectral(Classifier):
+        def __init__(self) -> None:
+            super().__init__()
+            self.automatic_optimization = automatic
+            self.net[4] = nn.utils.parametrizations.spectral_norm(self.net[4])
+
+        def training_step(self, batch: Batch, batch_idx: int) -> Tensor | None:
+            loss = super().training_step(batch, batch_idx)
+            if not automatic:
+                optimizer: Any = self.optimizers()
+                optimizer.zero_grad()
+                self.manual_backward(loss)
+                optimizer.step()
+            return loss
+
+    bare, module = Spectral(), Spectral()
+    fit(bare, batches(5))
+    fit(module, batches(5), [InitializationCheck()])
+    assert same(weights(bare), weights(module))
