@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import pytorch_lightning as pl
@@ -93,8 +94,8 @@ class FirstBatch:
             findings, values = [], {}
         has_problem = any(gather_objects(self.problem is not None))
         findings, values = _worst_over_ranks(findings, values)
-        if findings and not has_problem:
-            findings = with_cures(self._pl_module, self._run_loss, findings, measured, self._measure_again)
+        if findings and not has_problem and _is_alike_on_ranks(measured):
+            findings = with_cures(self._pl_module, self._run_loss, findings, measured, self._measure_under)
         return findings, values
 
     def repair(self, names: Collection[str], seed: int, before: list[Finding]) -> Repair:
@@ -108,7 +109,7 @@ class FirstBatch:
             console.print_message(self._trainer, f"Repair did not finish: {error}")
         broadcast_tensors(parameters)
         try:
-            if improves(before, self._measure_again()):
+            if improves(before, self._measure_under(nullcontext())):
                 return done
         except RuntimeError as error:
             console.print_message(self._trainer, f"Not measured after the repair: {error}")
@@ -129,13 +130,19 @@ class FirstBatch:
             self.problem = error
         return findings, values_of(measured), measured
 
-    def _measure_again(self) -> list[Finding]:
-        """Returns the findings after a change, the same on every rank.
+    def _measure_under(self, change: AbstractContextManager[None]) -> list[Finding]:
+        """Returns the findings under a change, the same on every rank.
 
         Raises:
-            RuntimeError: On every rank if a rank could not measure.
+            RuntimeError: On every rank if a rank could not make the change, or could not measure.
         """
-        findings, values, _ = self._measure()
+        findings: list[Finding] = []
+        values: dict[str, float] = {}
+        try:
+            with change:
+                findings, values, _ = self._measure()
+        except Exception as error:
+            self.problem = error
         problems = gather_objects(None if self.problem is None else str(self.problem))
         self.problem = None
         if any(problems):
@@ -196,6 +203,15 @@ def check_first_step(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Find
 def fails(findings: Sequence[Finding]) -> bool:
     """True if a criterion failed."""
     return any(finding.severity == "fail" for finding in findings)
+
+
+def _is_alike_on_ranks(measured: SignalPropagation | None) -> bool:
+    """True if the batches of all ranks have run the same layers, for which the same changes are tried."""
+    ran: Any = None
+    if measured is not None:
+        ran = [(layer.name, layer.activation) for layer in measured.layers], list(measured.recurrent_steps)
+    by_rank = gather_objects(ran)
+    return all(other == by_rank[0] for other in by_rank)
 
 
 def _worst_over_ranks(

@@ -230,6 +230,55 @@ def test_ranks_that_see_different_things_do_the_same(tmp_path: Path) -> None:
     assert first["counts"] == second["counts"] == [1, 0, 15]
 
 
+ROUTES = """
+import sys
+from pathlib import Path
+
+import pytorch_lightning as pl
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from lightning_gradguard import InitializationCheck
+from tests.tasks import Classifier, batches, plain_loader
+
+
+class Routes(Classifier):
+    \"\"\"Sends the batch of one rank alone through layers in which gradients vanish.\"\"\"
+
+    def __init__(self):
+        super().__init__()
+        layers = [layer for _ in range(10) for layer in (nn.Linear(20, 20), nn.Sigmoid())]
+        self.net, self.head = nn.Sequential(*layers), nn.Linear(20, 4)
+
+    def training_step(self, batch, batch_idx):
+        unused = sum(0 * p.sum() for p in self.net.parameters())
+        inputs = batch[0] if dist.get_rank() == 1 else self.net(batch[0])
+        return nn.functional.cross_entropy(self.head(inputs), batch[1]) + unused
+
+
+torch.set_num_threads(1)
+check = InitializationCheck()
+trainer = pl.Trainer(
+    accelerator="cpu", devices=2, max_epochs=1, logger=False, enable_checkpointing=False,
+    strategy="ddp", enable_progress_bar=False, enable_model_summary=False, use_distributed_sampler=False,
+    callbacks=[check],
+)
+trainer.fit(Routes(), plain_loader(batches(3)))
+found = [(finding.criterion, finding.module) for finding in check.findings]
+torch.save({"found": found}, Path(sys.argv[1]) / f"rank{trainer.global_rank}.pt")
+dist.barrier()  # who leaves early takes the connection away from the other
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+def test_ranks_whose_batches_run_other_layers_try_the_same_cures(tmp_path: Path) -> None:
+    first, second = run(tmp_path, source=ROUTES)
+    assert first["found"] == second["found"]
+    assert ("gradient_gain", "") in first["found"]
+
+
 SPAWNED = """
 import sys
 from pathlib import Path

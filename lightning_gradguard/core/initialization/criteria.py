@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -84,9 +84,13 @@ def check(
         Schoenholz, Gilmer, Ganguli, Sohl-Dickstein, Deep Information Propagation, 2017,
         arXiv:1611.01232. He, Zhang, Ren, Sun, Delving Deep into Rectifiers, 2015, arXiv:1502.01852.
     """
+
+    def measure_under(change: AbstractContextManager[None]) -> list[Finding]:
+        with change:
+            return measure(module, run_loss, scale_free=scale_free)[0]
+
     findings, measured = measure(module, run_loss, scale_free=scale_free)
-    again = partial(measure, module, run_loss, scale_free=scale_free)
-    return with_cures(module, run_loss, findings, measured, lambda: again()[0]), values_of(measured)
+    return with_cures(module, run_loss, findings, measured, measure_under), values_of(measured)
 
 
 def measure(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 
 import torch
@@ -44,7 +45,7 @@ def with_cures(
     run_loss: Callable[[], Tensor],
     findings: Sequence[Finding],
     measured: SignalPropagation | None,
-    measure: Callable[[], Sequence[Finding]],
+    measure: Callable[[AbstractContextManager[None]], Sequence[Finding]],
 ) -> list[Finding]:
     """Returns the findings with the code that betters them, each found by a trial on the batch.
 
@@ -56,7 +57,7 @@ def with_cures(
         run_loss: Computes the training loss of the batch with it.
         findings: Findings of the network as it is.
         measured: Measurements of the batch; `None` if they could not be made.
-        measure: Measures again and returns the findings, the same on every rank.
+        measure: Measures under a change and returns the findings, the same on every rank.
     """
     uncured = [f for f in findings if not f.cure and _needs_cure(f)]
     best: dict[Finding, _Result] = {}
@@ -126,14 +127,13 @@ def _worst(findings: Sequence[Finding]) -> int:
 
 
 def _findings_of(
-    trial: Trial, module: nn.Module, measure: Callable[[], Sequence[Finding]]
+    trial: Trial, module: nn.Module, measure: Callable[[AbstractContextManager[None]], Sequence[Finding]]
 ) -> Sequence[Finding] | None:
     """Returns the findings under a trial; `None` if it does not fit the network."""
     with preserve_weights(module), preserve_state(module):
         torch.manual_seed(0)
         try:
-            with trial.applied():
-                return measure()
+            return measure(trial.applied())
         except Exception:  # the trial is ours, and its failure no fault of the network
             return None
 
