@@ -20,7 +20,7 @@ from benchmarks.faults.runs import quietly
 from benchmarks.faults.tasks import CLASSES, MODELS, OPTIMIZERS, SIZE, Batch, batches
 from benchmarks.quiet_trainer import QUIET
 from benchmarks.records import read_records
-from lightning_gradguard import default_callbacks
+from lightning_gradguard import NaNRollback, default_callbacks
 
 STEPS = 2000
 WARM_UP = 100
@@ -63,7 +63,7 @@ def run(case: tuple[str, int, str]) -> dict[str, int]:
             max_epochs=1,
             default_root_dir=folder,
             **QUIET,
-            callbacks=[WarmUp(), *default_callbacks()],
+            callbacks=[WarmUp(), *default_callbacks(nan_rollback=NaNRollback(incident_dir=folder))],
         )
         trainer.fit(module, DataLoader(noisy(seed), batch_size=None))  # type: ignore[arg-type]
         return Counter(r["kind"] for r in read_records(Path(folder) / "incidents.jsonl"))

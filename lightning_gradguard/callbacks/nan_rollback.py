@@ -80,7 +80,8 @@ class NaNRollback(StepCallback):
             rollback and on a skip; not schedules that advance once an epoch, as no epoch is repeated.
         max_skip_fraction: If more than this share of the last 100 steps was skipped, the run stops; in
             (0, 1].
-        incident_dir: Folder of `incidents.jsonl`, dossiers and lost batches; the run's own folder if `None`.
+        incident_dir: Folder of `incidents.jsonl`, dossiers and lost batches; the run's own folder if `None`,
+            where a Trainer without a logger gets no file before the first intervention.
         max_dossiers: Episodes that are examined in a run; 0 or more. While it is above 0, references to the
             batches of the running step are kept.
         on_nonfinite: `"skip"` goes on after a bad step, within the budgets. `"stop"` ends the run at the

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -206,14 +205,12 @@ def test_checkpoint_of_another_policy_starts_the_history_afresh(tmp_path: Path) 
     assert all(bool(torch.isfinite(tensor).all()) for tensor in weights(module))
 
 
-def test_clipping_of_most_steps_is_one_incident(tmp_path: Path) -> None:
+def test_clipping_of_most_steps_is_one_incident() -> None:
     incidents = Incidents()
     callbacks = [AdaptiveGradientClipping(GlobalNormClipping(1e-4)), incidents]
-    fit(Classifier(), clusters(350), callbacks, tmp_path)
+    fit(Classifier(), clusters(350), callbacks)
     (found,) = incidents.found
     assert (found.kind, found.step, found.action) == ("constant_clipping", 100, "none")
-    (file,) = tmp_path.rglob("incidents.jsonl")
-    assert json.loads(file.read_text())["advice"] == found.advice
     assert "lower the learning rate" in found.advice
     assert found.describe() == (
         "Hard clipping of most steps at step 100 (epoch 0): 100% of the steps to less than half of their norm"

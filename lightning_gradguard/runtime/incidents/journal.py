@@ -42,14 +42,23 @@ MAX_DETAILS = 5
 
 
 class _Journal:
-    """The incidents of one Trainer: counts, the latest, and the file."""
+    """The incidents of one Trainer: counts, the latest, and the file.
 
-    def __init__(self, folder: Path | None, writes: bool) -> None:
+    Args:
+        folder: Of the file; `None` for none.
+        writes: False on ranks that write no file.
+        waits: True to write nothing before the first intervention, or the first dossier: findings alone make
+            no file where nobody has asked for any.
+    """
+
+    def __init__(self, folder: Path | None, *, writes: bool, waits: bool = False) -> None:
         self.folder = folder
         self.counts: Counter[str] = Counter()
         self.published: Counter[tuple[str, str]] = Counter()
         self.recent: deque[Incident] = deque(maxlen=MAX_ROWS)
         self._writes = writes
+        self._waits = waits
+        self._unwritten: list[Incident] = []
 
     def has_several_causes(self, kind: str) -> bool:
         """True if incidents of a kind have different causes, or some have one and some do not."""
@@ -63,10 +72,15 @@ class _Journal:
         self.recent.appendleft(incident)
         if self.path is None:
             return
+        self._unwritten.append(incident)
+        self._waits = self._waits and incident.action == "none" and not incident.dossier
+        if self._waits:
+            return
+        unwritten, self._unwritten = self._unwritten, []
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a", encoding="utf-8") as file:
-                file.write(to_json(dataclasses.asdict(incident)) + "\n")
+                file.writelines(to_json(dataclasses.asdict(one)) + "\n" for one in unwritten)
         except OSError as error:
             warnings.warn(f"Incidents are no longer written to a file: {error}", stacklevel=4)
             self._writes = False
@@ -81,13 +95,17 @@ def open_journal(trainer: pl.Trainer, folder: str | None = None) -> None:
     Args:
         trainer: The Trainer about to fit.
         folder: The folder of `incidents.jsonl`, in place of that of an open journal; if `None`, the
-            run's own one where no journal is open.
+            run's own one where no journal is open. Without a logger, findings alone are not written there.
     """
     if folder is None and trainer in _journals:
         return
     path = _folder_of_run(trainer) if folder is None else Path(folder)
     is_real = not trainer.fast_dev_run  # type: ignore[attr-defined]
-    _journals[trainer] = _Journal(path if is_real else None, trainer.is_global_zero)
+    _journals[trainer] = _Journal(
+        path if is_real else None,
+        writes=trainer.is_global_zero,
+        waits=folder is None and not trainer.loggers,
+    )
 
 
 def _folder_of_run(trainer: pl.Trainer) -> Path:

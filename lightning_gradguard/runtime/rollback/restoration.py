@@ -6,7 +6,6 @@ from typing import Any, NoReturn
 
 from lightning_gradguard.core import tags
 from lightning_gradguard.core.incidents import AT_ANY_RATE
-from lightning_gradguard.runtime.distributed import any_rank
 from lightning_gradguard.runtime.incidents.lost_batches import LostBatches
 from lightning_gradguard.runtime.incidents.present import present_in
 from lightning_gradguard.runtime.incidents.termination import (
@@ -44,16 +43,14 @@ class Restoration:
         Raises:
             TrainingDivergedError: With the reason, and how to resume.
         """
-        if self._fit.policy.stopped_at_first and not self._fit.state_is_nonfinite():
+        if self._fit.policy.stopped_at_first and not self._fit.is_nonfinite_on_any_rank():
             step, which = self._fit.trainer.global_step, "without the bad step"  # it was skipped, or undone
         else:
             step, which = self._fit.snapshots.restore_newest(self._fit.trainer), "the last qualified ones"
             self._lost_batches.mark_undone(step)
         self._fit.counts.has_stopped = True
-        is_bad = any_rank(
-            self._fit.state_is_nonfinite(), self._fit.pl_module.device
-        )  # from the first step on
-        last_good = None if is_bad else save_last_good(self._fit.trainer)
+        is_bad_from_start = self._fit.is_nonfinite_on_any_rank()
+        last_good = None if is_bad_from_start else save_last_good(self._fit.trainer)
         found = self._fit.investigation.found
         self._reporter.publish(
             "training_diverged",

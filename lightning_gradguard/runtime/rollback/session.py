@@ -8,7 +8,7 @@ from typing import Any
 from lightning_gradguard.core.norms import Measurement
 from lightning_gradguard.core.snapshots import StepRandomness
 from lightning_gradguard.runtime import lightning_api
-from lightning_gradguard.runtime.distributed import any_rank, gather_objects, largest_of_ranks
+from lightning_gradguard.runtime.distributed import gather_objects, largest_of_ranks
 from lightning_gradguard.runtime.incidents.dataset_indices import DatasetIndices
 from lightning_gradguard.runtime.incidents.journal import run_folder
 from lightning_gradguard.runtime.incidents.lost_batches import LostBatches, Reason
@@ -185,7 +185,7 @@ class RollbackSession:
                 self._fit.snapshots.restore_newest(self._fit.trainer)
             return
         self.flush()
-        if any_rank(self._fit.state_is_nonfinite(), self._fit.pl_module.device):
+        if self._fit.is_nonfinite_on_any_rank():
             self._reporter.publish("nonfinite_weights")
             self._outcome.decide(self._fit.policy.escalate())
             self._conclude()
@@ -273,7 +273,7 @@ class RollbackSession:
 
     def _check_buffers(self) -> None:
         self._transaction.state = "discarded"
-        if any_rank(self._fit.state_is_nonfinite(), self._fit.pl_module.device):
+        if self._fit.is_nonfinite_on_any_rank():
             self._fit.side_effects.restore()
             self.lost_batches.mark_skipped(1)
             self._fit.counts.skips += 1
