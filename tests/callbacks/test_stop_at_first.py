@@ -43,7 +43,7 @@ def test_stops_at_the_first_bad_step(check: Any, optimizer: str, tmp_path: Path)
 def test_a_state_that_is_nonfinite_on_another_rank_alone_is_restored_on_all(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("lightning_gradguard.runtime.rollback.restoration.any_rank", lambda *_: True)
+    monkeypatch.setattr("lightning_gradguard.runtime.rollback.fit_context.any_rank", lambda *_: True)
     with pytest.raises(TrainingDivergedError, match="Weights are those of step 0, the last qualified ones"):
         fit(Classifier(), poisoned(batches(20), nan=[13]), [NaNRollback(on_nonfinite="stop")])
 

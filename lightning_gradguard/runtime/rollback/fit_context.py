@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import pytorch_lightning as pl
 
 from lightning_gradguard.core.recovery import RecoveryPolicy
+from lightning_gradguard.runtime.distributed import any_rank
 from lightning_gradguard.runtime.incidents.investigation import Investigation
 from lightning_gradguard.runtime.rollback.outcome import Counts
 from lightning_gradguard.runtime.rollback.snapshot_schedule import SnapshotSchedule
@@ -42,3 +43,7 @@ class FitContext:
     def state_is_nonfinite(self) -> bool:
         """Scans the training state, with a host synchronization."""
         return bool(trainer_state.state_is_nonfinite(self.trainer, self.side_effects))
+
+    def is_nonfinite_on_any_rank(self) -> bool:
+        """Scans the training state of all ranks. Collective."""
+        return any_rank(self.state_is_nonfinite(), self.pl_module.device)
