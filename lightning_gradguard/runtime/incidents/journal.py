@@ -48,7 +48,7 @@ class _Journal:
         folder: Of the file; `None` for none.
         writes: False on ranks that write no file.
         waits: True to write nothing before the first intervention, or the first dossier: findings alone make
-            no file where nobody has asked for any.
+            no file where none is asked for.
     """
 
     def __init__(self, folder: Path | None, *, writes: bool, waits: bool = False) -> None:
