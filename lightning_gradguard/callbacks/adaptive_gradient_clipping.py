@@ -109,11 +109,8 @@ class AdaptiveGradientClipping(StepCallback):
             )
 
     @override
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_begin(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Warns about optimizers that cannot be clipped, and about patterns that match nothing."""
-        super().on_train_start(trainer, pl_module)
-        if not self.suite.is_running:
-            return
         self._clipped, self._logged, self._hard = {}, {}, {}
         warn_unmatched("exclude", self.exclude, pl_module, trainer.optimizers)
         self._may_override = not lightning_api.gradients_used_after_hook(trainer)

@@ -133,11 +133,8 @@ class GradientNormMonitor(StepCallback):
         self._heat_map = HeatMapSchedule(figure_every_n_steps)
 
     @override
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_begin(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Discards pending steps of an earlier fit."""
-        super().on_train_start(trainer, pl_module)
-        if not self.suite.is_running:
-            return
         warn_unmatched("include", self.include, pl_module, trainer.optimizers)
         warn_unmatched("exclude", self.exclude, pl_module, trainer.optimizers)
         if self.prog_bar:

@@ -83,11 +83,8 @@ class LearningRateBackoff(StepCallback):
         return self._scale
 
     @override
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_begin(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Hooks into the optimizers of this fit."""
-        super().on_train_start(trainer, pl_module)
-        if not self.suite.is_running:
-            return
         self._rates = [ScaledLearningRate(optimizer) for optimizer in trainer.optimizers]
         self._backoff.begin(trainer.global_step)
         self._is_first_batch, self._has_updated = True, False

@@ -207,11 +207,8 @@ class NaNRollback(StepCallback):
         self._resumes_a_stop = False
 
     @override
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_begin(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Begins a fit."""
-        super().on_train_start(trainer, pl_module)
-        if not self.suite.is_running:
-            return
         if self._configured_rates is not None and (rates := self._configured_rates.restore(trainer)):
             console.print_message(
                 trainer,

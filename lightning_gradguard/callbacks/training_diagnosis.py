@@ -117,9 +117,8 @@ class TrainingDiagnosis(StepCallback):
         self._is_publishing = False
 
     @override
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_begin(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Reads the length of the run, and reports where layers are not diagnosed."""
-        super().on_train_start(trainer, pl_module)
         if is_compiled(pl_module):
             console.print_message(
                 trainer,

@@ -31,10 +31,10 @@ class StepCallback(lightning_api.Callback, Configured):
     """Takes part in the shared step: gradients are measured and checked once for all such callbacks.
 
     Subclass it for your own callback that reads or writes gradients. Declare what is to be measured
-    (`norm_types`, `wants_units`, `wants_weight_norms`), then override `on_step`, which is called for each
-    optimizer step after it was measured and checked and before it takes place, and `on_batch_end`. In any
-    order of the callbacks all of them get the same numbers. Where another hook of Lightning is overridden,
-    `super()` has to be called.
+    (`norm_types`, `wants_units`, `wants_weight_norms`), then override `on_begin`, `on_batch_end`, and
+    `on_step`, which is called for each optimizer step after it was measured and checked and before it takes place. In
+    any order of the callbacks all of them get the same numbers. Where another hook of Lightning is
+    overridden, `super()` has to be called.
 
     Attributes:
         suite: What the callbacks of the running fit share; read it, and call its methods. Outside of
@@ -65,6 +65,9 @@ class StepCallback(lightning_api.Callback, Configured):
     skips_steps: bool = False
     state_arguments: Mapping[str, Any] = {}
     suite: Suite = _NO_SUITE
+
+    def on_begin(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Called when training begins: checkpoints are restored and parameters sharded by now."""
 
     def on_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, step: Step) -> None:
         """Called when a step was measured and checked, and the optimizer has not stepped.
@@ -153,10 +156,12 @@ class StepCallback(lightning_api.Callback, Configured):
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Begins the fit: the strategy has sharded the parameters by now."""
+        """Begins the fit."""
         suite = self.suite
         if suite.members and self is suite.members[0] and not suite.is_over:
             suite.begin(trainer)
+        if suite.is_running:
+            self.on_begin(trainer, pl_module)
 
     @override
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
