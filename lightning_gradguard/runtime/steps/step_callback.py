@@ -32,8 +32,8 @@ class StepCallback(lightning_api.Callback, Configured):
 
     Subclass it for your own callback that reads or writes gradients. Declare what is to be measured
     (`norm_types`, `wants_units`, `wants_weight_norms`), then override `on_begin`, `on_batch_end`, and
-    `on_step`, which is called for each optimizer step after it was measured and checked and before it takes place. In
-    any order of the callbacks all of them get the same numbers. Where another hook of Lightning is
+    `on_step`, which is called for each optimizer step after it was measured and checked and before it takes
+    place. In any order of the callbacks all of them get the same numbers. Where another hook of Lightning is
     overridden, `super()` has to be called.
 
     Attributes:
