@@ -18,7 +18,7 @@ from greenlet import getcurrent, greenlet
 
 from benchmarks.cost.peers import LOG_EVERY, Variant
 from benchmarks.quiet_trainer import QUIET
-from lightning_gradguard.runtime.sampled_step import is_sampled
+from lightning_gradguard.runtime.diagnosis.schedule import is_sampled
 
 #: Reported length of an epoch, so that no step is the last.
 ENDLESS = 10**6

@@ -24,7 +24,7 @@ from benchmarks.cost.networks import GPT, ResNet
 from benchmarks.cost.peers import OURS, Variant
 from lightning_gradguard import TrainingDiagnosis
 from lightning_gradguard.callbacks import training_diagnosis
-from lightning_gradguard.runtime.sampled_step import is_sampled
+from lightning_gradguard.runtime.diagnosis.schedule import is_sampled
 
 VARIANTS = {
     "without": Variant("", "Lightning"),

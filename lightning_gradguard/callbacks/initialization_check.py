@@ -14,15 +14,15 @@ from lightning_gradguard.core.incidents import Cause, IncidentKind, SymptomCause
 from lightning_gradguard.core.initialization import Finding, InitializationError, table
 from lightning_gradguard.core.parameter_names import plain_name, warn_unknown
 from lightning_gradguard.core.remedies import advice_for_cause
-from lightning_gradguard.runtime.first_batch import (
+from lightning_gradguard.runtime.incidents.journal import incident_now, open_journal, publish
+from lightning_gradguard.runtime.initialization.first_batch import (
     FirstBatch,
     check_first_step,
     check_weights_alone,
     fails,
     reason_against_extra_pass,
 )
-from lightning_gradguard.runtime.incidents.journal import incident_now, open_journal, publish
-from lightning_gradguard.runtime.learning_rates import reason_against_trial, try_rates
+from lightning_gradguard.runtime.initialization.learning_rates import reason_against_trial, try_rates
 from lightning_gradguard.runtime.lightning_api import (
     Callback,
     batches_that_stepped,

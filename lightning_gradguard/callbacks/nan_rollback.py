@@ -12,12 +12,12 @@ from lightning_gradguard.core import arguments
 from lightning_gradguard.core.norms import Measurement
 from lightning_gradguard.core.recovery import RecoveryPolicy
 from lightning_gradguard.runtime import lightning_api
+from lightning_gradguard.runtime.configured_rates import ConfiguredRates
 from lightning_gradguard.runtime.incidents.invalid_batches import skip_invalid_batches
 from lightning_gradguard.runtime.incidents.investigation import Investigation
 from lightning_gradguard.runtime.incidents.journal import open_journal
 from lightning_gradguard.runtime.logging import console
 from lightning_gradguard.runtime.logging.hyperparameters import non_defaults
-from lightning_gradguard.runtime.rollback.configured_rates import ConfiguredRates
 from lightning_gradguard.runtime.rollback.fit_context import FitContext
 from lightning_gradguard.runtime.rollback.outcome import Counts
 from lightning_gradguard.runtime.rollback.session import RollbackSession

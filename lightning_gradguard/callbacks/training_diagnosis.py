@@ -21,21 +21,17 @@ from lightning_gradguard.core.detectors.diagnosis import (
 from lightning_gradguard.core.incidents import Incident, IncidentKind
 from lightning_gradguard.core.remedies import advice_for_symptom
 from lightning_gradguard.runtime import distributed, lightning_api
+from lightning_gradguard.runtime.diagnosis.messages import decoded, encoded
+from lightning_gradguard.runtime.diagnosis.permutation import losses_of_permuted
+from lightning_gradguard.runtime.diagnosis.sampled_step import SampledStep
+from lightning_gradguard.runtime.diagnosis.schedule import next_sample
 from lightning_gradguard.runtime.incidents.journal import incident_now, publish
 from lightning_gradguard.runtime.incidents.present import present_in
-from lightning_gradguard.runtime.learning_rates import planned_steps
+from lightning_gradguard.runtime.initialization.learning_rates import planned_steps
 from lightning_gradguard.runtime.logging import console
 from lightning_gradguard.runtime.logging.heat_map import GradientHistory
 from lightning_gradguard.runtime.logging.hyperparameters import non_defaults
 from lightning_gradguard.runtime.logging.metrics import log_figure
-from lightning_gradguard.runtime.sampled_step import (
-    SampledStep,
-    decoded,
-    encoded,
-    is_compiled,
-    losses_of_permuted,
-    next_sample,
-)
 from lightning_gradguard.runtime.steps.step import Step
 from lightning_gradguard.runtime.steps.step_callback import StepCallback
 
@@ -119,7 +115,7 @@ class TrainingDiagnosis(StepCallback):
     @override
     def on_begin(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Reads the length of the run, and reports where layers are not diagnosed."""
-        if is_compiled(pl_module):
+        if lightning_api.is_compiled(pl_module):
             console.print_message(
                 trainer,
                 "Layers and losses are not diagnosed, because a part of the module is compiled, "

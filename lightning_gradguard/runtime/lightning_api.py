@@ -75,6 +75,14 @@ def allows_extra_pass(trainer: pl.Trainer) -> bool:
     return type(trainer.strategy).__name__.startswith(("SingleDevice", "DDP", "SingleHPU", "SingleXLA"))
 
 
+def is_compiled(pl_module: nn.Module) -> bool:
+    """True if a part of the module is compiled: hooks would change what it computes."""
+    return getattr(pl_module, "_compiler_ctx", None) is not None or any(
+        hasattr(module, "_orig_mod") or module._compiled_call_impl is not None
+        for module in pl_module.modules()
+    )
+
+
 def takes_iterator(pl_module: pl.LightningModule) -> bool:
     """True for a `training_step(self, dataloader_iter)`, which takes its batches itself.
 
@@ -175,9 +183,8 @@ def gradients_are_scaled(trainer: pl.Trainer, optimizer: Optimizer) -> bool:
 
     A fused optimizer unscales inside its own kernel, so Lightning leaves its gradients scaled.
     """
-    return gradient_scaler(trainer) is not None and bool(
-        getattr(optimizer, "_step_supports_amp_scaling", False)
-    )
+    unscales_itself = getattr(optimizer, "_step_supports_amp_scaling", False)
+    return gradient_scaler(trainer) is not None and bool(unscales_itself)
 
 
 def scale_of_gradients(trainer: pl.Trainer, optimizer: Optimizer) -> float:
@@ -188,7 +195,7 @@ def scale_of_gradients(trainer: pl.Trainer, optimizer: Optimizer) -> float:
 
 def flattens_parameters(trainer: pl.Trainer) -> bool:
     """True if the strategy is FSDP1."""
-    return _is_strategy(trainer, "FSDPStrategy")
+    return is_instance_by_name(trainer.strategy, "FSDPStrategy")
 
 
 def flat_shards(trainer: pl.Trainer) -> dict[Tensor, FlatShard]:
@@ -208,7 +215,7 @@ def flat_shards(trainer: pl.Trainer) -> dict[Tensor, FlatShard]:
 
 def shards_parameters(trainer: pl.Trainer) -> bool:
     """True if the strategy is FSDP1 or FSDP2."""
-    return flattens_parameters(trainer) or _is_strategy(trainer, "ModelParallelStrategy")
+    return flattens_parameters(trainer) or is_instance_by_name(trainer.strategy, "ModelParallelStrategy")
 
 
 def reshard_parameters(trainer: pl.Trainer) -> None:
@@ -221,15 +228,10 @@ def reshard_parameters(trainer: pl.Trainer) -> None:
         # before the first pass there is nothing to reshard, and no memory for it either
         if unit._is_root is not None and unit._handle.uses_sharded_strategy:
             unit._handle.reshard(True)
-    if _is_strategy(trainer, "ModelParallelStrategy"):
+    if is_instance_by_name(trainer.strategy, "ModelParallelStrategy"):
         for module in trainer.lightning_module.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
-
-
-def _is_strategy(trainer: pl.Trainer, name: str) -> bool:
-    """True if the strategy is of this class, of either package, or of a subclass."""
-    return is_instance_by_name(trainer.strategy, name)
 
 
 def _fsdp1_units(trainer: pl.Trainer) -> list[Any]:

@@ -13,6 +13,8 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_gradguard.core.backoff import ScaledLearningRate
 
+#: Optimizers whose update does not depend on the scale of the gradient.
+_SCALE_FREE = ("Ada", "NAdam", "RAdam", "RMSprop", "Rprop", "Lion", "Muon", "Shampoo", "SOAP")
 #: Modules whose hooks on a step do not write to weights.
 _WITHOUT_WRITES = {__name__, ScaledLearningRate.__module__}
 
@@ -115,3 +117,8 @@ def skip_is_exact(optimizer: Optimizer, parameters: Iterable[Tensor]) -> bool:
     stateless = all(group.get("momentum", 1) == 0 for group in optimizer.param_groups)
     states = (optimizer.state.get(parameter) or {"": None} for parameter in parameters)
     return stateless or all(value is not None for state in states for value in state.values())
+
+
+def is_scale_free(optimizer: Optimizer) -> bool:
+    """True if the update of an optimizer does not depend on the scale of the gradient, as far as is known."""
+    return type(optimizer).__name__.startswith(_SCALE_FREE)

@@ -9,6 +9,8 @@ from typing import Any
 
 import pytorch_lightning as pl
 
+from lightning_gradguard.runtime.lightning_api import is_compiled
+
 TrainingStep = Callable[..., Any]
 
 #: The attribute of a replacement with the step before it, and with what the object itself had as its step.
@@ -45,8 +47,8 @@ def own_step(pl_module: pl.LightningModule) -> TrainingStep:
 
 
 def is_replaced_by_others(pl_module: pl.LightningModule) -> bool:
-    """True if the `training_step` of the object is neither that of its class nor put there by the suite."""
-    return _without_replacements(pl_module)[1] is not None
+    """True if neither torch.compile nor the suite has replaced `training_step`, but what may count calls."""
+    return _without_replacements(pl_module)[1] is not None and not is_compiled(pl_module)
 
 
 def _without_replacements(pl_module: pl.LightningModule) -> tuple[TrainingStep, Any]:

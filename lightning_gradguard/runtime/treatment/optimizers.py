@@ -9,8 +9,8 @@ from torch.optim import Optimizer
 
 from lightning_gradguard.core.backoff import ScaledLearningRate
 from lightning_gradguard.core.remedies.changes import Change
+from lightning_gradguard.runtime.configured_rates import scale_rates
 from lightning_gradguard.runtime.optimizer_hooks import after_step
-from lightning_gradguard.runtime.rollback.configured_rates import scale_rates
 
 
 def change_optimizers(configured: Any, changes: Sequence[Change]) -> list[str]:

@@ -18,9 +18,9 @@ from typing_extensions import override
 
 from lightning_gradguard.core.detectors.diagnosis import LossBaselines, Sample, StepTrace
 from lightning_gradguard.core.snapshots import preserve_state
+from lightning_gradguard.runtime.diagnosis.permutation import target_of
 from lightning_gradguard.runtime.incidents.replay import loss_without_trace, without_logging
 from lightning_gradguard.runtime.lightning_api import Callback
-from lightning_gradguard.runtime.sampled_step import target_of
 
 #: Evaluations of a run, the last at its end.
 N_EVALUATIONS = 10

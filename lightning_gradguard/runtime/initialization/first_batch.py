@@ -44,9 +44,10 @@ from lightning_gradguard.runtime.lightning_api import (
     takes_iterator,
 )
 from lightning_gradguard.runtime.logging import console
-from lightning_gradguard.runtime.sampled_step import is_scale_free, is_wrapped
+from lightning_gradguard.runtime.optimizer_hooks import is_scale_free
 from lightning_gradguard.runtime.steps.measuring import norms_over_shards
 from lightning_gradguard.runtime.steps.parameters import ParameterLayout
+from lightning_gradguard.runtime.training_step import is_replaced_by_others
 
 
 class FirstBatch:
@@ -168,7 +169,7 @@ def reason_against_extra_pass(trainer: pl.Trainer, pl_module: pl.LightningModule
         return f"{type(trainer.strategy).__name__} communicates in each pass"
     if not pl_module.automatic_optimization:
         return "a training_step under manual optimization steps the optimizers"
-    if is_wrapped(pl_module):
+    if is_replaced_by_others(pl_module):
         return "what has replaced the training_step of this object may count its calls"
     return ""
 

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import itertools
-import json
 import math
 from collections.abc import Sequence
-from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
-from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.hooks import RemovableHandle
 
 from lightning_gradguard.core.detectors.diagnosis import (
@@ -23,79 +19,23 @@ from lightning_gradguard.core.detectors.diagnosis import (
     Sample,
     Steps,
     StepTrace,
-    Symptom,
     Update,
     coverage,
     is_constant,
 )
 from lightning_gradguard.core.norms import default_norm, local_shard, power_sums, tensor_norms
-from lightning_gradguard.core.snapshots import preserve_state, rng_state, set_rng_state
 from lightning_gradguard.runtime import lightning_api
-from lightning_gradguard.runtime.incidents.replay import training_loss, without_logging
-from lightning_gradguard.runtime.optimizer_hooks import after_step
+from lightning_gradguard.runtime.diagnosis.permutation import inputs_of, target_of
+from lightning_gradguard.runtime.optimizer_hooks import after_step, is_scale_free
 from lightning_gradguard.runtime.other_clipping import describe_other_clipper, suite_clips
 from lightning_gradguard.runtime.steps.logged_step import LoggedStep
 from lightning_gradguard.runtime.steps.step import Step
 from lightning_gradguard.runtime.steps.suite import Suite
 from lightning_gradguard.runtime.training_step import (
     TrainingStep,
-    is_replaced_by_others,
     replace_step,
     restore_step,
 )
-
-#: Steps that are sampled, before every `every_n_steps`-th one.
-FIRST_STEPS = (0, 1, 2, 5, 10, 20, 35)
-#: Interval at the start of training, and the step at which it ends.
-DENSE_INTERVAL, DENSE_UNTIL = 25, 250
-#: Bytes in which the symptoms of rank 0 reach the other ranks.
-MESSAGE_BYTES = 2048
-#: Permutations of the targets that are averaged.
-N_PERMUTATIONS = 3
-#: Keys of targets in a batch that is a dictionary.
-_TARGET_KEYS = ("labels", "label", "targets", "target", "y")
-#: Optimizers whose update does not depend on the scale of the gradient.
-_SCALE_FREE = ("Ada", "NAdam", "RAdam", "RMSprop", "Rprop", "Lion", "Muon", "Shampoo", "SOAP")
-
-
-def is_sampled(step: int, every_n_steps: int) -> bool:
-    """True for the steps of which samples are taken: dense at the start, then at an interval.
-
-    Example:
-        >>> [step for step in range(400) if is_sampled(step, 100)]
-        [0, 1, 2, 5, 10, 20, 25, 35, 50, 75, 100, 125, 150, 175, 200, 225, 250, 300]
-    """
-    if step <= DENSE_UNTIL:
-        return step in FIRST_STEPS or (step > 0 and step % DENSE_INTERVAL == 0)
-    return step % every_n_steps == 0
-
-
-def next_sample(step: int, every_n_steps: int) -> int:
-    """Returns the first of the sampled steps from a step on.
-
-    Example:
-        >>> next_sample(36, 100), next_sample(50, 100)
-        (50, 50)
-    """
-    return next(later for later in itertools.count(step) if is_sampled(later, every_n_steps))
-
-
-def is_compiled(pl_module: nn.Module) -> bool:
-    """True if a part of the module is compiled: hooks would change what it computes."""
-    return getattr(pl_module, "_compiler_ctx", None) is not None or any(
-        hasattr(module, "_orig_mod") or module._compiled_call_impl is not None
-        for module in pl_module.modules()
-    )
-
-
-def is_wrapped(pl_module: pl.LightningModule) -> bool:
-    """True if the `training_step` of the object has been replaced, by what may count its calls."""
-    return is_replaced_by_others(pl_module) and not is_compiled(pl_module)
-
-
-def is_scale_free(optimizer: Optimizer) -> bool:
-    """True if the update of an optimizer does not depend on the scale of the gradient, as far as is known."""
-    return type(optimizer).__name__.startswith(_SCALE_FREE)
 
 
 class SampledStep:
@@ -134,7 +74,7 @@ class SampledStep:
         self._numbers: Tensor | None = None
         self._updates: list[_SampledUpdate] = []
         self._covered: Coverage | None = None
-        if not is_compiled(pl_module):
+        if not lightning_api.is_compiled(pl_module):
             self._trace = StepTrace(pl_module, batch, baselines)
             self._traced = replace_step(pl_module, partial(self._tracing, self._trace))
 
@@ -299,92 +239,3 @@ class _SampledUpdate:
         gradients = [local_shard(p.grad) for p in step.selection.parameters if p.grad is not None]
         if gradients:
             self._after = power_sums(gradients).sum().sqrt().to(self._before)
-
-
-def target_of(batch: Any) -> Tensor | None:
-    """Returns the targets of a batch that is a pair or has a key for them; `None` if unknown."""
-    if isinstance(batch, dict):
-        found = next((batch[key] for key in _TARGET_KEYS if key in batch), None)
-    else:
-        found = batch[-1] if isinstance(batch, (tuple, list)) and len(batch) > 1 else None
-    return found if isinstance(found, Tensor) and found.ndim > 0 and len(found) > 1 else None
-
-
-def inputs_of(batch: Any, target: Tensor | None) -> list[Tensor]:
-    """Returns the tensors of a batch that have a row for each target."""
-    leaves = [leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor) and leaf is not target]
-    return [leaf for leaf in leaves if target is not None and leaf.ndim > 0 and len(leaf) == len(target)]
-
-
-def losses_of_permuted(
-    trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
-) -> Tensor | None:
-    """Returns the loss, and the mean loss with permuted targets: alike if they do not depend on each other.
-
-    The passes leave no trace: weights, buffers, random numbers, attributes and logs are as before.
-
-    Returns:
-        Shape `(2,)`; `None` where it cannot be measured, NaN for targets that are all alike.
-    """
-    target = target_of(batch)
-    if target is None or not lightning_api.allows_extra_pass(trainer):
-        return None
-    if is_compiled(pl_module) or is_wrapped(pl_module):
-        return None
-    generator = torch.Generator().manual_seed(0)
-    orders = [torch.randperm(len(target), generator=generator) for _ in range(N_PERMUTATIONS)]
-    is_alike = torch.stack([(target[order] == target).float().mean() > 0.95 for order in orders]).any()
-    weights = [(p, p._version, p.detach().clone()) for p in pl_module.parameters()]
-    rng = rng_state()
-
-    def loss(order: Tensor | None) -> Tensor:
-        copied = tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, batch)
-        if order is not None:
-            chosen = target_of(copied)
-            assert chosen is not None
-            chosen.copy_(target[order])
-        set_rng_state(rng)
-        return training_loss(pl_module, copied, batch_idx).detach()
-
-    try:
-        with ExitStack() as stack:
-            for context in (preserve_state(pl_module), without_logging(pl_module), torch.no_grad()):
-                stack.enter_context(context)
-            stack.enter_context(trainer.precision_plugin.train_step_context())
-            plain = loss(None)
-            permuted = torch.stack([loss(order) for order in orders]).mean()
-    except Exception:  # a step that needs gradients, or a batch that is no pair
-        return None
-    finally:
-        with torch.no_grad():
-            for weight, version, saved in weights:
-                if weight._version != version:
-                    weight.copy_(saved)
-    return torch.where(is_alike, torch.nan, torch.stack([plain, permuted]).float())
-
-
-def encoded(symptoms: Sequence[Symptom], device: torch.device) -> Tensor:
-    """Returns symptoms as a vector of fixed length, for the other ranks."""
-    message: list[Any] = []
-    for symptom in symptoms:
-        fields = [symptom.kind, symptom.cause, symptom.where, symptom.value, symptom.evidence]
-        fields += [symptom.tier, symptom.since]
-        if len(json.dumps([*message, fields]).encode()) <= MESSAGE_BYTES:
-            message.append(fields)
-    raw = json.dumps(message).encode().ljust(MESSAGE_BYTES)
-    return torch.tensor(list(raw), dtype=torch.float64, device=device)
-
-
-def decoded(numbers: Sequence[float]) -> list[Symptom]:
-    """Returns the symptoms of a vector.
-
-    Example:
-        >>> symptom = Symptom("stuck_loss", "unknown", ("head",), 1.0, "flat", "stuck", since=7)
-        >>> decoded(encoded([symptom], torch.device("cpu")).tolist()) == [symptom]
-        True
-    """
-    message = json.loads(bytes(int(round(number)) for number in numbers))
-    return [
-        Symptom(kind, cause, tuple(where), value, evidence, tier, since=since)
-        for kind, cause, where, value, evidence, tier, since in message
-    ]
