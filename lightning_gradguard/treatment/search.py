@@ -155,10 +155,12 @@ def at_best_rate(runner: TrialRunner, trial: Trial, until: float) -> list[Trial]
     """Returns a trial after one with a better learning rate, if there is one.
 
     A change of the network moves the learning rate that fits it, and an estimated rate is one of its order.
+    What has learned enough in a trial, and has lost it in a whole run, is returned at a lower rate.
     """
-    if trial.over_constant <= LEARNED_ENOUGH:
-        return [trial]
     changes, seed, steps = trial.job.changes or (), trial.job.seed, runner.steps
+    if trial.over_constant <= LEARNED_ENOUGH:
+        lower = runner.run([Job(_at_rate(changes, min(FAR_RATE_FACTORS)), seed, steps)], until)
+        return [*(t for t in lower if learning_of(t).learns), trial]
     # shorter trials prefer rates that are too high later
     best = reference = next(iter(runner.run([Job(changes, seed, steps)], until)), trial)
     factors = list(RATE_FACTORS if learning_of(trial).learns else FAR_RATE_FACTORS)
