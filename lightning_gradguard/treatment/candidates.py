@@ -19,6 +19,9 @@ MAX_CANDIDATES = 8
 MAX_TOGETHER = 3
 #: Ratio of an update to the weights at which a learning rate is tried.
 TRIED_UPDATE = 1e-2
+#: Distance that a weight goes in a run, over its norm, below which the learning rate is raised, and that at
+#: which it is tried: a trial, which is shorter, must show something.
+LITTLE_MOVED, TRIED_MOVED = 0.05, 10.0
 
 
 @dataclass(frozen=True)
@@ -145,8 +148,14 @@ def _together(firsts: Sequence[Candidate]) -> list[Candidate]:
 
 
 def _suggestions(found: Probe) -> Iterator[list[Candidate]]:
+    if 0 < found.moved < LITTLE_MOVED:
+        scale = 10.0 ** round(math.log10(TRIED_MOVED / found.moved))
+        reason = f"no weight has gone further than {found.moved:.2g} of its norm in the whole run"
+        yield [Candidate((_of("learning_rate", scale=s),), reason) for s in (scale, scale / 10)]
     for symptom in found.symptoms:
         changes = _BY_CAUSE.get((symptom.kind, symptom.cause)) or _BY_KIND.get(symptom.kind, ())
+        if changes is _BY_KIND["stuck_loss"]:
+            continue  # what helps against a loss that is stuck for no known reason is tried after all else
         reason = f"{symptom.kind}: {symptom.evidence or symptom.cause}"
         yield [Candidate(one, reason) for one in [*_estimated(symptom), *changes]]
     for criterion in dict.fromkeys(f.criterion for f in found.initialization if f.severity == "fail"):
@@ -160,7 +169,8 @@ def _contradicts(found: Probe, changes: tuple[Change, ...]) -> bool:
     """True for a learning rate that is changed against what was measured."""
     causes = {symptom.cause for symptom in found.symptoms}
     rates = [change["scale"] for change in changes if change.kind == "learning_rate"]
-    too_high, too_low = "update_too_large" in causes, "learning_rate_too_low" in causes
+    too_high = "update_too_large" in causes
+    too_low = "learning_rate_too_low" in causes or found.moved < LITTLE_MOVED
     return any((rate > 1 and too_high) or (rate < 1 and too_low) for rate in rates)
 
 

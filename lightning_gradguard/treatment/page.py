@@ -91,8 +91,8 @@ def _figures(result: TreatmentResult) -> dict[str, str]:
     # matplotlib takes longer to import than a command line without charts takes
     from lightning_gradguard.report.render.charts import curves
 
-    mine = [t for t in result.trials if t.job.changes == result.changes and t.job.seed == result.seed]
-    best = max(mine, key=lambda t: t.job.steps, default=None) if result.is_treated else None
+    mine = [t for t in result.trials if t.job.changes == result.changes and t.curve]
+    best = max(mine, key=lambda t: t.curve[-1][0], default=None) if result.is_treated else None
     lines = {"untreated": _series(result.probe)}
     if best is not None:
         lines[name_of(best.job.changes)] = _series(best)

@@ -43,6 +43,7 @@ class Probe:
         module: The module, as it was initialized.
         is_automatic: False under manual optimization, or with several optimizers.
         learning: Whether it learns.
+        moved: Distance that a weight has gone, over its norm, the largest of all; NaN if unknown.
         run_loss: Runs `module` on the first batch; `None` if it cannot be run outside of a fit.
     """
 
@@ -53,6 +54,7 @@ class Probe:
     module: nn.Module
     is_automatic: bool
     learning: Learning
+    moved: float
     run_loss: Callable[[], Tensor] | None
 
     @property
@@ -146,8 +148,22 @@ def probe(program: Program, least: int, most: int, deadline: float) -> Probe:
         module=untrained,
         is_automatic=is_automatic,
         learning=learning_of(trial),
+        moved=_moved(untrained, module),
         run_loss=_runnable(untrained, program.batches.epochs[0][0]),
     )
+
+
+def _moved(before: nn.Module, after: nn.Module) -> float:
+    """Returns how far a weight has gone, over its norm, the largest of all; NaN if no two can be compared."""
+    trained = dict(after.named_parameters())
+    ratios = []
+    for name, old in before.named_parameters():
+        new = trained.get(name)
+        if new is not None and new.shape == old.shape and old.ndim > 1 and old.requires_grad:
+            distance = float((new.detach().cpu() - old.detach().cpu()).norm())
+            norm = float(old.detach().norm())
+            ratios.append(distance / norm if norm else math.inf)
+    return max(ratios, default=math.nan)
 
 
 def _runnable(module: pl.LightningModule, batch: Any) -> Callable[[], Tensor] | None:

@@ -140,7 +140,12 @@ def _second_rung(runner: TrialRunner, short: Sequence[Trial], until: float) -> l
             return ranked[:1]
     elif ranked and ranked[0].over_constant <= DOMINATES:
         ranked = [trial for trial in ranked if trial.over_constant < LEARNS]
-    full = runner.run([Job(t.job.changes, seed, steps) for t in ranked], until)
+    full: list[Trial] = []
+    for start in range(0, len(ranked), runner.processes):
+        wave = ranked[start : start + runner.processes]
+        full += runner.run([Job(t.job.changes, seed, steps) for t in wave], until)
+        if any(_has_learned(trial) for trial in full):
+            break
     if not any(_has_learned(trial) for trial in full):
         merged = _combined(sorted((t for t in full if not t.error), key=lambda t: t.loss))
         full += runner.run([Job(one, seed, steps) for one in merged], until)

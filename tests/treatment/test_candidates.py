@@ -14,7 +14,7 @@ from lightning_gradguard.treatment.probe import Probe
 from lightning_gradguard.treatment.trials.trial import Job, Trial
 
 
-def against_vanishing_through_time(module: nn.Module) -> Sequence[Candidate]:
+def against_vanishing_through_time(module: nn.Module, moved: float = 1.0) -> Sequence[Candidate]:
     """Candidates for a module whose probe has shown that one symptom."""
     trial = Trial(job=Job(None, 0, 100), curve=[(0, 2.3), (100, 2.3)], over_constant=1.0)
     return candidates(
@@ -26,6 +26,7 @@ def against_vanishing_through_time(module: nn.Module) -> Sequence[Candidate]:
             module=module,
             is_automatic=True,
             learning=learning_of(trial),
+            moved=moved,
             run_loss=lambda: module(torch.ones(2, 8, 4))[0].sum(),
         )
     )
@@ -43,3 +44,10 @@ def test_gru_in_the_place_of_a_plain_recurrence_keeps_its_state() -> None:
 def test_gates_are_opened_only_where_there_are_some() -> None:
     found = against_vanishing_through_time(nn.Sequential(nn.Linear(4, 8)))
     assert not {"rnn_to_gru", "gate_bias"} & {c.kind for one in found for c in one.changes}
+
+
+def test_rate_is_raised_by_what_the_weights_lack() -> None:
+    found = against_vanishing_through_time(nn.Sequential(nn.Linear(4, 8)), moved=0.004)
+    rates = [c["scale"] for one in found[:2] for c in one.changes if c.kind == "learning_rate"]
+    assert rates == [1000.0, 100.0]
+    assert "no weight has gone further than 0.004 of its norm" in found[0].reason
