@@ -124,7 +124,7 @@ def candidates(found: Probe) -> list[Candidate]:
     Args:
         found: What its probe has shown.
     """
-    lists = list(_suggestions(found))
+    lists = list(_suggestions(found)) or list(_rates_to_move(found))
     # the first of each list, then the second of each: several symptoms share the trials
     longest = max(map(len, lists), default=0)
     ordered = [suggested[rank] for rank in range(longest) for suggested in lists if rank < len(suggested)]
@@ -148,10 +148,6 @@ def _together(firsts: Sequence[Candidate]) -> list[Candidate]:
 
 
 def _suggestions(found: Probe) -> Iterator[list[Candidate]]:
-    if 0 < found.moved < LITTLE_MOVED:
-        scale = 10.0 ** round(math.log10(TRIED_MOVED / found.moved))
-        reason = f"no weight has gone further than {found.moved:.2g} of its norm in the whole run"
-        yield [Candidate((_of("learning_rate", scale=s),), reason) for s in (scale, scale / 10)]
     for symptom in found.symptoms:
         changes = _BY_CAUSE.get((symptom.kind, symptom.cause)) or _BY_KIND.get(symptom.kind, ())
         if changes is _BY_KIND["stuck_loss"]:
@@ -163,6 +159,14 @@ def _suggestions(found: Probe) -> Iterator[list[Candidate]]:
         yield [Candidate(one, unmet.describe()) for one in _BY_CRITERION.get(criterion, ())]
     if not math.isfinite(found.trial.loss):
         yield [Candidate(one, "the loss is nonfinite") for one in _BY_KIND["nonfinite_loss"]]
+
+
+def _rates_to_move(found: Probe) -> Iterator[list[Candidate]]:
+    """Yields rates at which weights move that have not moved; gradients that vanish have the same effect."""
+    if 0 < found.moved < LITTLE_MOVED:
+        scale = 10.0 ** round(math.log10(TRIED_MOVED / found.moved))
+        reason = f"no weight has gone further than {found.moved:.2g} of its norm in the whole run"
+        yield [Candidate((_of("learning_rate", scale=s),), reason) for s in (scale, scale / 10)]
 
 
 def _contradicts(found: Probe, changes: tuple[Change, ...]) -> bool:

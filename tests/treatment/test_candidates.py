@@ -13,14 +13,16 @@ from lightning_gradguard.treatment.learning import learning_of
 from lightning_gradguard.treatment.probe import Probe
 from lightning_gradguard.treatment.trials.trial import Job, Trial
 
+VANISHING = Symptom("vanishing_gradient", "through_time", ("rnn",), -5.0, "", "depth")
 
-def against_vanishing_through_time(module: nn.Module, moved: float = 1.0) -> Sequence[Candidate]:
-    """Candidates for a module whose probe has shown that one symptom."""
+
+def suggested(module: nn.Module, *symptoms: Symptom, moved: float = 1.0) -> Sequence[Candidate]:
+    """Candidates for a module that does not learn."""
     trial = Trial(job=Job(None, 0, 100), curve=[(0, 2.3), (100, 2.3)], over_constant=1.0)
     return candidates(
         Probe(
             trial=trial,
-            symptoms=[Symptom("vanishing_gradient", "through_time", ("rnn",), -5.0, "", "depth")],
+            symptoms=symptoms,
             initialization=[],
             incidents=[],
             module=module,
@@ -33,7 +35,7 @@ def against_vanishing_through_time(module: nn.Module, moved: float = 1.0) -> Seq
 
 
 def test_gru_in_the_place_of_a_plain_recurrence_keeps_its_state() -> None:
-    found = against_vanishing_through_time(nn.RNN(4, 8, batch_first=True))
+    found = suggested(nn.RNN(4, 8, batch_first=True), VANISHING)
     gated = [{c.kind: c for c in one.changes} for one in found]
     gated = [one for one in gated if "rnn_to_gru" in one]
     assert gated
@@ -42,12 +44,18 @@ def test_gru_in_the_place_of_a_plain_recurrence_keeps_its_state() -> None:
 
 
 def test_gates_are_opened_only_where_there_are_some() -> None:
-    found = against_vanishing_through_time(nn.Sequential(nn.Linear(4, 8)))
+    found = suggested(nn.Sequential(nn.Linear(4, 8)), VANISHING)
     assert not {"rnn_to_gru", "gate_bias"} & {c.kind for one in found for c in one.changes}
 
 
 def test_rate_is_raised_by_what_the_weights_lack() -> None:
-    found = against_vanishing_through_time(nn.Sequential(nn.Linear(4, 8)), moved=0.004)
+    stuck = Symptom("stuck_loss", "unknown", ("head",), 1.0, "", "stuck")
+    found = suggested(nn.Sequential(nn.Linear(4, 8)), stuck, moved=0.004)
     rates = [c["scale"] for one in found[:2] for c in one.changes if c.kind == "learning_rate"]
     assert rates == [1000.0, 100.0]
     assert "no weight has gone further than 0.004 of its norm" in found[0].reason
+
+
+def test_gradients_that_vanish_are_no_matter_of_the_rate() -> None:
+    found = suggested(nn.RNN(4, 8, batch_first=True), VANISHING, moved=0.004)
+    assert found[0].changes[0].kind == "orthogonal_recurrent"
