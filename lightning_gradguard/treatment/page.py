@@ -26,7 +26,7 @@ def to_html(result: TreatmentResult, command: str) -> str:
     sections = [
         Section("Verdict", result.evidence),
         Section("Train with it", command=command),
-        Section("Found in the program", items=result.ailments),
+        Section("Found in the program", items=result.problems),
         *_prescribed(result),
         Section("Changes", rows={c.describe(): result.reason for c in result.changes}),
         Section("Held-out loss", figures=_figures(result)),
@@ -117,7 +117,7 @@ def _training(trial: Trial) -> Series:
 def text_of(result: TreatmentResult) -> str:
     """Returns a result for the console."""
     lines = [result.headline, f"  {result.evidence}"]
-    lines += [f"  found: {ailment}" for ailment in result.ailments[:3]]
+    lines += [f"  found: {problem}" for problem in result.problems[:3]]
     for one in result.prescriptions:
         lines.append(f"  prescribed{f', {one.place}' if one.place else ''}: {one.text}")
     if result.is_treated:

@@ -60,10 +60,10 @@ class Probe:
     @property
     def learns_unhindered(self) -> bool:
         """True if the run learns, if only little, and nothing was found in it that hinders it."""
-        return self.learning.learns and not self.ailments
+        return self.learning.learns and not self.problems
 
     @property
-    def ailments(self) -> list[str]:
+    def problems(self) -> list[str]:
         """Symptoms and unmet criteria in words."""
         found = [
             f"{title(f.kind)}{f' at {f.where[0]}' if f.where else ''}: {f.evidence or f.cause}"

@@ -35,7 +35,7 @@ class TreatmentResult:
         verdict: `"healthy"`, `"cured"`, `"better"` or `"no_treatment_found"`.
         evidence: What the verdict rests on.
         program: Name of the module's class.
-        ailments: What the probe has found.
+        problems: What the probe has found.
         changes: The changes that make it train; none if there are none, or the suite's callbacks suffice.
         reason: What suggested them.
         prescriptions: What only the user can change.
@@ -55,7 +55,7 @@ class TreatmentResult:
     verdict: TreatmentVerdict
     evidence: str
     program: str
-    ailments: Sequence[str]
+    problems: Sequence[str]
     changes: tuple[Change, ...]
     reason: str
     prescriptions: Sequence[Prescription]
@@ -112,7 +112,7 @@ class TreatmentResult:
             "program": self.program,
             "verdict": self.verdict,
             "evidence": self.evidence,
-            "ailments": list(self.ailments),
+            "ailments": list(self.problems),
             "changes": [change.as_dict() for change in self.changes],
             "reason": self.reason,
             "prescriptions": [vars(p) for p in self.prescriptions],

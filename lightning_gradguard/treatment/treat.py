@@ -240,7 +240,7 @@ class _Treatment:
             verdict=verdict,
             evidence=evidence,
             program=f"{kind.__module__}.{kind.__qualname__}",
-            ailments=self.found.ailments,
+            problems=self.found.problems,
             changes=changes,
             reason=reasons[0] if reasons else "",
             prescriptions=self.prescriptions,

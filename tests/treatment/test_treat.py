@@ -39,7 +39,7 @@ def test_deep_sigmoid_network_is_cured_on_fresh_seeds(deep: TreatmentResult) -> 
     for seed in deep.verification:
         assert seed.treated.loss < 0.75 * seed.untreated.loss
         assert seed.treated.curve[-1][0] == SETTLING["max_steps"], "a cure is proved at the length of the run"
-    assert "vanishing" in deep.ailments[0].lower()
+    assert "vanishing" in deep.problems[0].lower()
     content = json.loads((deep.folder / "treatment.json").read_text())
     jsonschema.validate(content, json.loads(SCHEMA.read_text()))
     page = (deep.folder / "report.html").read_text()
@@ -116,7 +116,7 @@ def test_step_that_raises_on_nonfinite_values_is_treated() -> None:
             )
 
     result = treated(partial(Checked, 6, Exponential))
-    assert any("between 0 and 1" in ailment for ailment in result.ailments)
+    assert any("between 0 and 1" in problem for problem in result.problems)
     assert result.is_treated, result.evidence
     assert "replace_activation" in [change.kind for change in result.changes]
 

@@ -217,19 +217,7 @@ class StepCallback(lightning_api.Callback, Configured):
         if self._is_first_of(trainer):
             self._evaluation.on_batch_end(trainer, outputs, batch_idx, dataloader_idx)
 
-    @override
-    def on_test_batch_end(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Watches for nonfinite metrics, once for all callbacks."""
-        if self._is_first_of(trainer):
-            self._evaluation.on_batch_end(trainer, outputs, batch_idx, dataloader_idx)
+    on_test_batch_end = on_validation_batch_end
 
     @override
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

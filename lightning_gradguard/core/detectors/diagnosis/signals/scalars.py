@@ -7,7 +7,8 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+
+from lightning_gradguard.core.norms import local_shard
 
 #: Rows of a batch below which all may be the same by chance.
 MIN_ROWS = 8
@@ -40,8 +41,10 @@ class DeviceScalars:
 
     def add_rms(self, tensor: Tensor) -> int:
         """Adds the root mean square of a tensor, or of this rank's shard of it; returns its index."""
-        local = _plain(tensor)
-        return self.add(_norm(local), max(local.numel(), 1) ** -0.5)
+        local = local_shard(tensor.detach())
+        local = local.abs() if local.is_complex() else local
+        norm = torch.linalg.vector_norm(local, dtype=accumulated_in(local))
+        return self.add(norm, max(local.numel(), 1) ** -0.5)
 
     def largest_so_far(self, indices: Sequence[int]) -> Tensor:
         """Returns for each of some numbers the largest of it and those before, shape `(n,)`."""
@@ -90,24 +93,6 @@ def is_measurable(value: object) -> bool:
 def accumulated_in(tensor: Tensor) -> torch.dtype:
     """Returns the dtype in which a norm of a tensor is computed: float32, or float64 for float64."""
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
-
-
-def rms(tensor: Tensor) -> Tensor:
-    """Returns the root mean square of a tensor, or of this rank's shard of it; shape `()`."""
-    local = _plain(tensor)
-    scaled: Tensor = _norm(local) / max(local.numel(), 1) ** 0.5
-    return scaled
-
-
-def _plain(tensor: Tensor) -> Tensor:
-    local = tensor.detach()
-    local = local.to_local() if isinstance(local, DTensor) else local
-    return local.abs() if local.is_complex() else local
-
-
-def _norm(local: Tensor) -> Tensor:
-    norm: Tensor = torch.linalg.vector_norm(local, dtype=accumulated_in(local))
-    return norm
 
 
 def column_scales(table: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
