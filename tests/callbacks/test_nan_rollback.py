@@ -61,10 +61,10 @@ class Watched(Classifier):
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_a_skipped_step_leaves_no_trace(optimizer: str) -> None:
     clean = batches(30)
-    sick = [*clean[:10], poisoned(clean, nan=[3])[3], *clean[10:]]
+    bad = [*clean[:10], poisoned(clean, nan=[3])[3], *clean[10:]]
     expected, module = Watched(optimizer=optimizer), Watched(optimizer=optimizer)
     twin = fit(expected, clean, [*exponential_averages(), NaNRollback()])
-    trainer = fit(module, sick, [*exponential_averages(), NaNRollback()])
+    trainer = fit(module, bad, [*exponential_averages(), NaNRollback()])
     assert same(weights(expected), weights(module))
     assert same(optimizer_state(twin), optimizer_state(trainer))
     assert torch.equal(expected.mean_input.compute(), module.mean_input.compute())
@@ -89,10 +89,10 @@ def test_batch_norm_validates_as_without_the_nan_batch() -> None:
 
 def test_accumulation_loses_its_window_only() -> None:
     clean = batches(24)
-    sick = [*clean[:8], *poisoned(clean, nan=[9])[8:12], *clean[8:]]
+    bad = [*clean[:8], *poisoned(clean, nan=[9])[8:12], *clean[8:]]
     expected, module, rollback = Classifier(norm=True), Classifier(norm=True), NaNRollback()
     fit(expected, clean, accumulate_grad_batches=4)
-    fit(module, sick, [rollback], accumulate_grad_batches=4)
+    fit(module, bad, [rollback], accumulate_grad_batches=4)
     assert rollback.skips == 1
     assert same(weights(expected), weights(module))
 
@@ -100,7 +100,7 @@ def test_accumulation_loses_its_window_only() -> None:
 def test_rollback_is_exact() -> None:
     """After three lost batches the run goes on as if it had never seen what followed the snapshot."""
     clean = batches(60)
-    sick = [*clean[:31], *[poisoned(clean, nan=[0])[0]] * 3, *clean[31:]]
+    bad = [*clean[:31], *[poisoned(clean, nan=[0])[0]] * 3, *clean[31:]]
 
     class Dropout(Classifier):
         def __init__(self) -> None:
@@ -114,7 +114,7 @@ def test_rollback_is_exact() -> None:
     rollback = NaNRollback(snapshot_every_n_steps=10, restore_rng=True, rewind_schedulers=True)
     module, expected = Dropout(), Dropout()
     torch.manual_seed(1)
-    trainer = fit(module, sick, [rollback, AdaptiveGradientClipping()])
+    trainer = fit(module, bad, [rollback, AdaptiveGradientClipping()])
     assert (rollback.skips, rollback.rollbacks) == (3, 1)
     # the newest snapshot with ten good steps behind it is that of step 20
     torch.manual_seed(1)
@@ -170,12 +170,12 @@ def test_optimizer_with_closure_synchronizes_with_the_copy(monkeypatch: pytest.M
             return torch.optim.LBFGS(self.parameters(), lr=0.1, max_iter=4)
 
     clean = batches(30, size=128)
-    sick = [*clean[:12], *poisoned(clean, nan=range(3))[:3], *clean[12:]]
+    bad = [*clean[:12], *poisoned(clean, nan=range(3))[:3], *clean[12:]]
     at_once, late = Lbfgs(), Lbfgs()
     rollbacks = [NaNRollback(snapshot_every_n_steps=5) for _ in range(2)]
-    fit(at_once, sick, rollbacks[:1])
+    fit(at_once, bad, rollbacks[:1])
     copy_late(monkeypatch)
-    fit(late, sick, rollbacks[1:])
+    fit(late, bad, rollbacks[1:])
     assert [rollback.rollbacks for rollback in rollbacks] == [1, 1]
     assert same(weights(at_once), weights(late))
 
@@ -237,7 +237,7 @@ def test_weights_unfrozen_later_are_rolled_back() -> None:
 
 def test_without_rewinding_the_schedule_moves_on() -> None:
     clean = batches(30)
-    sick = [*clean[:20], *[poisoned(clean, nan=[0])[0]] * 3, *clean[20:]]
+    bad = [*clean[:20], *[poisoned(clean, nan=[0])[0]] * 3, *clean[20:]]
 
     class Scheduled(Classifier):
         def configure_optimizers(self) -> Any:
@@ -246,7 +246,7 @@ def test_without_rewinding_the_schedule_moves_on() -> None:
                 {"scheduler": torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.9), "interval": "step"}
             ]
 
-    trainer = fit(Scheduled(), sick, [NaNRollback()])
+    trainer = fit(Scheduled(), bad, [NaNRollback()])
     assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.1 * 0.9**33)
 
 
@@ -450,10 +450,10 @@ def mildly_scaled() -> MixedPrecision:
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw fused"])
 def test_the_scale_of_a_scaler_outlives_a_skip(optimizer: str) -> None:
     clean = batches(30)
-    sick = [*clean[:10], poisoned(clean, nan=[3])[3], *clean[10:]]
+    bad = [*clean[:10], poisoned(clean, nan=[3])[3], *clean[10:]]
     expected, module = Watched(optimizer=optimizer), Watched(optimizer=optimizer)
     twin = fit(expected, clean, [NaNRollback()], plugins=mildly_scaled())
-    trainer = fit(module, sick, [NaNRollback()], plugins=mildly_scaled())
+    trainer = fit(module, bad, [NaNRollback()], plugins=mildly_scaled())
     assert same(weights(expected), weights(module))
     assert same(optimizer_state(twin), optimizer_state(trainer))
     assert trainer.precision_plugin.scaler.get_scale() == 1024  # type: ignore[attr-defined]

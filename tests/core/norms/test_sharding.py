@@ -50,7 +50,9 @@ def shards(tensor: Tensor, layout: Sequence[Shard | Replicate]) -> Iterator[DTen
 
 
 @given(shape=shapes, layout=layouts)
-def test_shares_count_every_element_once(shape: tuple[int, int], layout: Sequence[Shard | Replicate]) -> None:
+def test_replica_factors_count_every_element_once(
+    shape: tuple[int, int], layout: Sequence[Shard | Replicate]
+) -> None:
     tensor = torch.rand(shape, dtype=torch.float64)
     total = sum(float(local_shard(s).sum()) * replica_factor(s, WORLD_SIZE) for s in shards(tensor, layout))
     assert total == pytest.approx(float(tensor.sum()))

@@ -75,8 +75,8 @@ def test_nan_without_growth_is_no_explosion() -> None:
 
 
 def test_nonfinite_layer_next_to_the_output_is_named() -> None:
-    n, sick = 30, [*falling(29), NAN]
-    layers = {"a.weight": series(sick), "b.weight": series(sick), "head.weight": series(falling(n))}
+    n, broken = 30, [*falling(29), NAN]
+    layers = {"a.weight": series(broken), "b.weight": series(broken), "head.weight": series(falling(n))}
     log = GradientLog(series([*falling(29), NAN]), layers)
     losses = [*falling(n), NAN]
     (symptom,) = analyze_run(RunLog(series(losses), [log])).symptoms
@@ -121,8 +121,8 @@ def test_vanishing_gradients_must_last_and_prevent_learning() -> None:
 
 
 def test_vanishing_gradients_of_the_first_steps_are_not_reported() -> None:
-    sick, well = profile(1.0, 40), profile(0.1, 120)
-    layers = {name: series([*sick.layers[name].values, *well.layers[name].values]) for name in sick.layers}
+    bad, good = profile(1.0, 40), profile(0.1, 120)
+    layers = {name: series([*bad.layers[name].values, *good.layers[name].values]) for name in bad.layers}
     log = GradientLog(series([1.0] * 160), layers)
     assert kinds(analyze_run(RunLog(series(falling(160)), [log]))) == {}
 

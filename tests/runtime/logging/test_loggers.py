@@ -34,7 +34,7 @@ from lightning_gradguard.runtime.logging.loggers import write_medium
 from lightning_gradguard.runtime.logging.metrics import log_scalars
 from tests.tasks import Classifier, batches, fit, poisoned
 
-#: Two lone sick batches, a storm that needs a rollback; the last step is not one that is logged.
+#: Two lone bad batches, a storm that needs a rollback; the last step is not one that is logged.
 STORM = poisoned(batches(33), nan=[4, 12, 17, 18, 19], spikes=[9])
 LAST = 32
 TREES = ("pytorch_lightning", "lightning.pytorch")
