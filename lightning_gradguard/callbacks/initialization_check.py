@@ -11,7 +11,7 @@ from typing_extensions import override
 
 from lightning_gradguard.core import arguments, tags
 from lightning_gradguard.core.incidents import Cause, IncidentKind, SymptomCause, first_names
-from lightning_gradguard.core.initialization import Finding, InitializationError, table
+from lightning_gradguard.core.initialization import Finding, InitializationError, one_line, table
 from lightning_gradguard.core.parameter_names import plain_name, warn_unknown
 from lightning_gradguard.core.remedies import advice_for_cause
 from lightning_gradguard.runtime.incidents.journal import incident_now, open_journal, publish
@@ -248,7 +248,7 @@ class InitializationCheck(Callback, Configured):
             value=serious[0].value,
             action="repaired",
             detail=f"{serious[0].describe()}, before the repair",
-            advice="",
+            advice="The check has initialized them as it prints. To train without it, do so in __init__.",
         )
         publish(trainer, pl_module, incident)
         return findings
@@ -279,7 +279,9 @@ class InitializationCheck(Callback, Configured):
         for kind, (members, following) in self._incidents(serious).items():
             if members:
                 where = tuple(dict.fromkeys(f.module for f in members if f.module))
-                cure: dict[str, Any] = {"advice": f"Cure: {members[0].cure}"} if members[0].cure else {}
+                first = members[0].criterion
+                cures = [*dict.fromkeys(f.cure for f in members if f.cure and f.criterion == first)]
+                cure: dict[str, Any] = {"advice": f"Cure: {one_line(cures)}"} if cures else {}
                 cure["cause"] = _CAUSES.get(kind, "")
                 detail = members[0].describe()
                 if kind in ("dead_units", "saturated_units") and self._input_rms > LARGE_INPUT:

@@ -22,6 +22,7 @@ from lightning_gradguard import (
     TrainingDiagnosis,
     default_callbacks,
 )
+from tests.report.runs import report_of
 from tests.tasks import Batch, Classifier, batches, fit, same, weights
 
 
@@ -347,3 +348,26 @@ def test_a_parametrization_that_writes_a_buffer_is_as_without_the_check(automati
     fit(bare, batches(5))
     fit(module, batches(5), [InitializationCheck()])
     assert same(weights(bare), weights(module))
+
+
+@pytest.mark.parametrize("repairs", [False, True])
+def test_the_cure_of_several_layers_is_that_of_all(repairs: bool, tmp_path: Path) -> None:
+    module, cured = Deep(), Deep()
+    for network in (module, cured):
+        for layer in network.modules():
+            if isinstance(layer, nn.Linear):
+                nn.init.zeros_(layer.weight)
+    names = [name for name, layer in module.named_modules() if isinstance(layer, nn.Linear)]
+    arguments: dict[str, Any] = {"on_failure": "repair", "repair_modules": names} if repairs else {}
+    logger = CSVLogger(tmp_path, "", "run")
+    fit(module, batches(3), [InitializationCheck(**arguments)], logger=logger)
+    incident = json.loads((tmp_path / "run" / "incidents.jsonl").read_text().splitlines()[0])
+    assert incident["action"] == ("repaired" if repairs else "none")
+    steps = report_of(tmp_path / "run").next_steps
+    if repairs:
+        assert [step.partition(" as")[0] for step in steps] == ["The check has initialized them"]
+        return
+    exec(steps[0].removeprefix("Cure: "), {"model": cured, "nn": nn})
+    check = InitializationCheck()
+    fit(cured, batches(1), [check])
+    assert not [finding for finding in check.findings if finding.severity != "info"]

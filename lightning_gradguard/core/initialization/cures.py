@@ -33,6 +33,10 @@ _NOT_FOUND = (
 #: What remains for criteria that none of these is for.
 _NOT_FOUND_FOR = {
     "gain_through_time": "nothing that was tried betters it (initializers, an LSTM); try shorter sequences",
+    "loss_over_guessing": (
+        "smaller weights of the last layer do not better it; compare the scale of the answers with that of "
+        "the targets"
+    ),
     "nonfinite_input": (
         "no initialization helps, the values are nonfinite before this layer: check the batch, and the code "
         "before it for a division by 0, a log or root of 0, or exp of a large number"
