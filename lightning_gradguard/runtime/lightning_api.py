@@ -27,7 +27,6 @@ else:
     Callback = callback_base_class()
 
 _AVERAGES = re.compile("EMA|SWA|Averag|Polyak")
-#: The packages in which Lightning is found.
 PACKAGES = {"pytorch_lightning", "lightning"}
 _NO_HOOKS = {pl.Callback.__module__, "lightning.pytorch.callbacks.callback"}
 #: Optimizers of which one step evaluates the loss several times and updates in between.
@@ -141,17 +140,21 @@ def set_callback_metric(trainer: pl.Trainer, name: str, value: float) -> None:
 def evaluation_sums(trainer: pl.Trainer) -> dict[str, Tensor]:
     """Returns what `self.log` has added up of each metric in this validation or test, on the device."""
     results = getattr(trainer, "_results", None) or {}
-    return {
-        key: metric.value
-        for key, metric in results.items()
-        if getattr(metric, "is_tensor", False) and isinstance(metric.value, Tensor)
-    }
+    metrics = {key: metric for key, metric in results.items() if getattr(metric, "is_tensor", False)}
+    return {key: metric.value for key, metric in metrics.items() if isinstance(metric.value, Tensor)}
 
 
 def evaluation_metrics(trainer: pl.Trainer) -> dict[str, float]:
     """Returns the metrics of a validation or a test, at its end, by the names that callbacks monitor."""
     results = getattr(trainer, "_results", None)
-    metrics = trainer.callback_metrics if results is None else results.metrics(False)["callback"]
+    metrics: dict[str, Any] = {}
+    if results is None:
+        metrics |= trainer.callback_metrics
+    else:  # it gives the metrics of one data loader at a time, at the end those that are of none
+        for index in [None, *{metric.meta.dataloader_idx for metric in results.values()}]:
+            results.dataloader_idx = index
+            metrics |= results.metrics(False)["callback"]
+        results.dataloader_idx = None
     return {name: float(value) for name, value in metrics.items()}
 
 

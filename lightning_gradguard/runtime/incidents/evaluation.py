@@ -17,6 +17,13 @@ from lightning_gradguard.runtime.distributed import gather_objects
 from lightning_gradguard.runtime.incidents.journal import incident_now, open_journal, publish
 from lightning_gradguard.runtime.lightning_packages import is_instance_by_name
 
+#: Advice on a metric that is nonfinite although no batch was.
+_AT_END = (
+    "No step has returned or logged a nonfinite value: look at how the metric is computed at the end, for a "
+    "mean of nothing, a division by 0, or the value it starts with; or return what it is computed from, to "
+    "have the batch named."
+)
+
 
 class EvaluationWatch:
     """Watches one pass over the validation or test data, without a synchronization until its end."""
@@ -58,7 +65,7 @@ class EvaluationWatch:
             where=tuple(metrics),
             value=next(iter(metrics.values()), None),
             detail=_place(bool(metrics), first, rank if len(by_rank) > 1 else None),
-            advice=f"{_consequence(trainer, metrics)}{advice(kind)}",
+            advice=f"{_consequence(trainer, metrics)}{advice(kind) if first is not None else _AT_END}",
         )
         publish(trainer, pl_module, incident)
 
@@ -81,7 +88,12 @@ def _place(in_metrics: bool, first: tuple[int, int] | None, rank: int | None) ->
 
 
 def _consequence(trainer: pl.Trainer, metrics: Collection[str]) -> str:
-    """Returns what `EarlyStopping` does about it, in sentences that end with a space."""
+    """Returns what `EarlyStopping` does about it, in sentences that end with a space.
+
+    It does nothing in the sanity check ahead of training, nor outside of a fit.
+    """
+    if trainer.sanity_checking or trainer.state.fn != "fit":
+        return ""
     watching = [
         callback
         for callback in trainer.callbacks  # type: ignore[attr-defined]

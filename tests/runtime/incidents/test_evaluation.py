@@ -78,3 +78,50 @@ def test_outside_of_a_fit(verb: str) -> None:
     (incident,) = module.incidents
     kind = "nonfinite_validation" if verb == "validate" else "nonfinite_test"
     assert (incident.kind, incident.batch_idx, incident.where) == (kind, 2, ("val_loss",))
+
+
+def test_metrics_of_several_loaders_are_named_as_callbacks_monitor_them() -> None:
+    class Several(Evaluated):
+        def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+            super().validation_step(batch, batch_idx)
+
+        def on_validation_epoch_end(self) -> None:
+            self.log("at_the_end", 1.0)
+
+    module, name = Several("logs"), "val_loss/dataloader_idx_1"
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        logger=False,
+        max_epochs=3,
+        enable_progress_bar=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        callbacks=[*default_callbacks(), EarlyStopping(name)],
+    )
+    loaders = [plain_loader(batches(2, seed=2)), plain_loader(HELD_OUT)]
+    trainer.fit(module, plain_loader(batches(4)), loaders)
+    (first,) = module.incidents  # not of the sanity check, which sees two batches of each loader
+    assert (first.where, first.batch_idx) == ((name,), 2)
+    assert "the first such batch is batch 2 of data loader 1" in first.detail
+    assert f"EarlyStopping(monitor={name!r}) stops training." in first.advice
+
+
+@pytest.mark.parametrize("n_sanity", [0, 2])
+def test_a_metric_that_is_nonfinite_at_the_end_alone_is_of_no_batch(n_sanity: int) -> None:
+    class AtTheEnd(Evaluated):
+        def on_validation_epoch_end(self) -> None:
+            self.log("val_loss", torch.tensor(0.0) / 0)
+
+    module = AtTheEnd("returns")
+    stopping = EarlyStopping("val_loss")
+    fit(
+        module,
+        batches(4),
+        [*default_callbacks(), stopping],
+        validation=batches(2, seed=1),
+        num_sanity_val_steps=n_sanity,
+    )
+    assert [incident.batch_idx for incident in module.incidents] == [None] * (2 if n_sanity else 1)
+    assert not any("that batch" in incident.advice for incident in module.incidents)
+    # not in the sanity check, in which it does nothing
+    assert ["EarlyStopping" in i.advice for i in module.incidents] == [*[False] * bool(n_sanity), True]
