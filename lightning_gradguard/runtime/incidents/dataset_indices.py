@@ -7,9 +7,17 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytorch_lightning as pl
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Subset
 
 from lightning_gradguard.runtime import lightning_api
+
+
+def behind_subsets(loader: Any, index: int) -> int:
+    """Returns the index in the data set that a `Subset`, as `random_split` makes it, is of."""
+    dataset = getattr(loader, "dataset", None)
+    while type(dataset) is Subset:
+        index, dataset = int(dataset.indices[index]), dataset.dataset
+    return index
 
 
 class DatasetIndices:

@@ -26,6 +26,7 @@ from lightning_gradguard.core.remedies import Present
 from lightning_gradguard.core.snapshots import Snapshot
 from lightning_gradguard.runtime import lightning_api
 from lightning_gradguard.runtime.distributed import gather_objects, world_size
+from lightning_gradguard.runtime.incidents.dataset_indices import behind_subsets
 from lightning_gradguard.runtime.incidents.dossier import Dossier, versions, write_dossier
 from lightning_gradguard.runtime.incidents.lost_batches import sample_ids
 from lightning_gradguard.runtime.incidents.replay import SeenBatch, replay
@@ -178,10 +179,17 @@ def scan_batches(batches: Sequence[SeenBatch]) -> Origin | None:
 
 def _with_samples(trainer: pl.Trainer, seen: SeenBatch, origin: Origin) -> str:
     """The detail with the samples at fault, if the batch or its sampler names them, and the rank."""
-    named = {"sample": sample_ids(seen.batch), "index in the data set:": seen.indices}
+    samples, indices = sample_ids(seen.batch), seen.indices
+    named = {
+        "sample": [samples[row] for row in origin.rows if row < len(samples)],
+        "index in the data set:": [
+            behind_subsets(trainer.train_dataloader, indices[row])
+            for row in origin.rows
+            if row < len(indices)
+        ],
+    }
     places = []
-    for name, known in named.items():
-        ids = [known[row] for row in origin.rows if row < len(known)]
+    for name, ids in named.items():
         places += [f"{name} {', '.join(map(str, ids))}"] if ids else []
     places += [f"rank {trainer.global_rank}"] if world_size() > 1 else []
     return f"{origin.detail.rstrip('.')} ({', '.join(places)})." if places else origin.detail

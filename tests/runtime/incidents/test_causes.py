@@ -13,7 +13,7 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Subset, TensorDataset, random_split
 
 from lightning_gradguard import LearningRateBackoff, NaNRollback, TrainingDivergedError
 from tests.tasks import Classifier, batches, fit, poisoned, weights
@@ -295,6 +295,18 @@ def test_one_element_is_corruption_where_other_tensors_follow_it(growth: float, 
     followed = OutOfRange(25, 640, math.inf if growth == math.inf else 6.83e28)
     critic = {"critic.weight": OutOfRange(1, 640, growth), "momentum_buffer": OutOfRange(1, 640, 743.0)}
     assert origin_in_weights({"generator.weight": followed, **critic}).cause == cause
+
+
+def test_index_of_a_subset_is_that_in_its_data_set(tmp_path: Path) -> None:
+    x, y, mask = map(torch.cat, zip(*data(), strict=True))
+    x[21, 3] = math.nan
+    half = random_split(TensorDataset(x, y, mask), [0.5, 0.5], torch.Generator().manual_seed(0))
+    nested = Subset(next(part for part in half if 21 in part.indices), range(len(x) // 2))
+    fit(
+        Network(squares), [], [NaNRollback()], tmp_path, loader=DataLoader(nested, batch_size=8, shuffle=True)
+    )
+    (incident,) = incidents(tmp_path)
+    assert "(index in the data set: 21)" in incident["detail"]
 
 
 @pytest.mark.parametrize("workers", [0, 1])
