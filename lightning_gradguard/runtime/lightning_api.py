@@ -147,14 +147,12 @@ def evaluation_sums(trainer: pl.Trainer) -> dict[str, Tensor]:
 def evaluation_metrics(trainer: pl.Trainer) -> dict[str, float]:
     """Returns the metrics of a validation or a test, at its end, by the names that callbacks monitor."""
     results = getattr(trainer, "_results", None)
-    metrics: dict[str, Any] = {}
-    if results is None:
-        metrics |= trainer.callback_metrics
-    else:  # it gives the metrics of one data loader at a time, at the end those that are of none
-        for index in [None, *{metric.meta.dataloader_idx for metric in results.values()}]:
-            results.dataloader_idx = index
-            metrics |= results.metrics(False)["callback"]
-        results.dataloader_idx = None
+    metrics: dict[str, Any] = {**trainer.callback_metrics} if results is None else {}
+    # those of one data loader at a time, as at the end it gives those that are of none
+    loaders = [] if results is None else [*{m.meta.dataloader_idx for m in results.values()} - {None}, None]
+    for loader in loaders:
+        results.dataloader_idx = loader
+        metrics |= results.metrics(False)["callback"]
     return {name: float(value) for name, value in metrics.items()}
 
 
