@@ -146,7 +146,7 @@ def evaluation_sums(trainer: pl.Trainer) -> dict[str, Tensor]:
 
 def evaluation_metrics(trainer: pl.Trainer) -> dict[str, float]:
     """Returns the metrics of a validation or a test, at its end, by the names that callbacks monitor."""
-    results = getattr(trainer, "_results", None)
+    results: Any = getattr(trainer, "_results", None)
     metrics: dict[str, Any] = {**trainer.callback_metrics} if results is None else {}
     # those of one data loader at a time, as at the end it gives those that are of none
     loaders = [] if results is None else [*{m.meta.dataloader_idx for m in results.values()} - {None}, None]
