@@ -92,7 +92,7 @@ def test_advice_does_not_propose_what_is_there_and_says_who_clips(
     exploding = [i.detail for i in found if i.kind == "exploding_gradient"]
     assert exploding
     if who:
-        assert f"after clipping by {'AdaptiveGradientClipping and ' * with_own}{who}" in exploding[0]
+        assert f"after clipping by {'AdaptiveGradientClipping or ' * with_own}{who}" in exploding[0]
     report = to_text([report_of(tmp_path / "run")], 500)
     assert "clip gradients" not in report.lower()
     assert "not at fault" not in report

@@ -37,7 +37,8 @@ class Outcome:
         was_stopped: True if the suite stopped the run.
         first_loss: Median of the first tenth; `None` if unknown.
         final_loss: Median of the last tenth; NaN if the run failed, `None` if unknown.
-        has_learned: True if the loss fell by at least a fifth; by more than its noise if it may be negative.
+        has_learned: True if the loss fell by at least a fifth, and by more than its noise; by the
+            latter alone if it may be negative.
         has_improved: True if it has learned, or if the loss after the first intervention is below that
             before; `None` if no loss was logged.
     """
@@ -131,7 +132,8 @@ def _has_learned(losses: Sequence[float], first: float | None, final: float | No
     if first is None or final is None or math.isnan(final):
         return False
     if min(losses) > 0:
-        return first - final > LEARNED * first
+        noise = noise_of(losses) / math.sqrt(max(len(losses) // 10, 1))  # of a median
+        return first - final > max(LEARNED * first, NOISE_FACTOR * noise)
     # a loss that may be negative has no zero to measure its fall against
     return first - final > NOISE_FACTOR * noise_of(losses)
 

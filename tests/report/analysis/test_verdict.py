@@ -642,3 +642,12 @@ def test_clipping_is_the_headline_only_where_nothing_else_is_wrong() -> None:
     assert kinds(verdict)["constant_clipping"] == "minor"
     learned = analyze_run(RunLog(series(falling()), [clipped]))
     assert (learned.status, kinds(learned)["constant_clipping"]) == ("healthy", "minor")
+
+
+def test_a_loss_that_is_lower_by_chance_has_not_learned() -> None:
+    noisy = [12.0 + 6.0 * (-1) ** i * (i % 7) / 6 - (3.0 if i >= 180 else 0.0) for i in range(200)]
+    stagnation = Incident("weight_stagnation", 10, cause="clip_value_too_small", where=("net.0",))
+    verdict = analyze_run(RunLog(series(noisy), incidents=[stagnation]))
+    assert not verdict.outcome.has_learned
+    assert verdict.headline == "weight stagnation (cause: clip value too small)"
+    assert analyze_run(RunLog(series(falling()))).outcome.has_learned

@@ -145,9 +145,9 @@ class Update:
 
     @property
     def by_clippers(self) -> str:
-        """Words for what clips, the suite first; empty if that is not known."""
+        """Words for what may have clipped, the suite first; empty if that is not known."""
         names = [*["AdaptiveGradientClipping"] * self.suite_clips, *filter(None, [self.clipper])]
-        return f" by {' and '.join(names)}" if names else ""
+        return f" by {' or '.join(names)}" if names else ""
 
     @property
     def sizes(self) -> tuple[float, float, float]:
