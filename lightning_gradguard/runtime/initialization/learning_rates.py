@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import warnings
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import islice
 from typing import Any
@@ -108,21 +109,7 @@ def try_rates(
     rates = peak_rates(trainer, pl_module)
     if not max(rates, default=0.0) > 0:
         return [], {}
-
-    def loss_of(one: Any) -> Tensor:
-        with without_logging(pl_module), trainer.precision_plugin.train_step_context():
-            return training_loss(pl_module, one, batch_idx)
-
-    def clip(copied: Optimizer) -> None:
-        value, algorithm = trainer.gradient_clip_val, trainer.gradient_clip_algorithm
-        pl_module.configure_gradient_clipping(copied, value, algorithm)
-
-    per_step = min(trainer.accumulate_grad_batches, MAX_ACCUMULATED)
-    batches = [batch, *_further_batches(trainer, TRIAL_STEPS * per_step + HELD_OUT - 1)]
-    n_held_out = min(HELD_OUT, max(len(batches) // 3, 1))
-    held_out, rest = batches[-n_held_out:], batches[:-n_held_out] or batches
-    steps = [[rest[(i * per_step + j) % len(rest)] for j in range(per_step)] for i in range(TRIAL_STEPS)]
-    trial = RateTrial(pl_module, trainer.optimizers[0], loss_of, steps, held_out, rates, clip)
+    trial = _trial(trainer, pl_module, batch, batch_idx, rates)
     losses = trial.losses(1.0)
     if not math.isfinite(losses[0]):
         return [], {}
@@ -153,6 +140,27 @@ def try_rates(
     if trial.is_stable(factor):
         finding = replace(finding, cure=_cure(pl_module, trainer.optimizers[0], group, rates[group], factor))
     return [finding], values
+
+
+def _trial(
+    trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, rates: Sequence[float]
+) -> RateTrial:
+    """Returns a trial on the first batch and those that follow, clipped as in training."""
+
+    def loss_of(one: Any) -> Tensor:
+        with without_logging(pl_module), trainer.precision_plugin.train_step_context():
+            return training_loss(pl_module, one, batch_idx)
+
+    def clip(copied: Optimizer) -> None:
+        value, algorithm = trainer.gradient_clip_val, trainer.gradient_clip_algorithm
+        pl_module.configure_gradient_clipping(copied, value, algorithm)
+
+    per_step = min(trainer.accumulate_grad_batches, MAX_ACCUMULATED)
+    batches = [batch, *_further_batches(trainer, TRIAL_STEPS * per_step + HELD_OUT - 1)]
+    n_held_out = min(HELD_OUT, max(len(batches) // 3, 1))
+    held_out, rest = batches[-n_held_out:], batches[:-n_held_out] or batches
+    steps = [[rest[(i * per_step + j) % len(rest)] for j in range(per_step)] for i in range(TRIAL_STEPS)]
+    return RateTrial(pl_module, trainer.optimizers[0], loss_of, steps, held_out, rates, clip)
 
 
 def _largest_part(batch: Any) -> tuple[str, float]:

@@ -86,20 +86,14 @@ def draw_heat_map(
     exponents = [[_exponent(cell) for cell in row] for row in cells.values()]
     image = axes.imshow(exponents, vmin=low, vmax=high, **as_map)
     nonfinite = [[not math.isfinite(0.0 if cell is None else cell) for cell in row] for row in cells.values()]
-    if any(map(any, nonfinite)):
+    marked = [(y, x) for y, row in enumerate(nonfinite) for x, it in enumerate(row) if it]
+    if marked:
         red = ListedColormap(["red"])
         axes.imshow([[1.0 if it else math.nan for it in row] for row in nonfinite], cmap=red, **as_map)
         # marks as well, because a cell may be narrower than a pixel
         width = (last - first) / len(nonfinite[0])
-        marks = [
-            (first + (x + 0.5) * width, y)
-            for y, row in enumerate(nonfinite)
-            for x, it in enumerate(row)
-            if it
-        ]
-        axes.scatter(
-            [x for x, _ in marks], [y for _, y in marks], marker="s", s=8, color="red", rasterized=True
-        )
+        rows, columns = [y for y, _ in marked], [first + (x + 0.5) * width for _, x in marked]
+        axes.scatter(columns, rows, marker="s", s=8, color="red", rasterized=True)
         axes.set_title("red: NaN or infinite", fontsize=9, color="red")
     labels = _without_common_parts(names)
     labelled = range(0, len(names), math.ceil(len(names) / max_names))
