@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import pytorch_lightning as pl
-from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
@@ -263,9 +263,6 @@ class TrainingDiagnosis(StepCallback):
     def _send(self, sampled: SampledStep) -> None:
         self.suite.metrics.add_numbers(self, sampled, sampled.values())
 
-    def _receive(self, message: Tensor) -> None:
-        self.suite.metrics.add_numbers(self, None, message)
-
     def _publish_on_all_ranks(
         self,
         trainer: pl.Trainer,
@@ -280,7 +277,7 @@ class TrainingDiagnosis(StepCallback):
         message = encoded(symptoms, pl_module.device)
         if distributed.rank() > 0:
             message.zero_()
-        self.suite.sum_in_next_step(message, self._receive)
+        self.suite.sum_in_next_step(message, partial(self.suite.metrics.add_numbers, self, None))
 
     def _publish(
         self,

@@ -183,15 +183,6 @@ class PackedMeasurement:
 @cache
 def _bounds(n_totals: int, device: torch.device) -> Tensor:
     """Returns upper bounds on the packed numbers of a step that may take place."""
-    largest = torch.finfo(torch.float64).max
-    bounds = Head(
-        loss=largest,
-        finite_losses=math.inf,
-        nonfinite_losses=0,
-        nonfinite_weights=0,
-        nonfinite_buffers=0,
-        repeats_lost_batch=0,
-        matrices=math.inf,
-        squares=math.inf,
-    )
-    return torch.tensor([*bounds, *[OVERFLOW] * n_totals], dtype=torch.float64, device=device)
+    bounds = dict.fromkeys(Head._fields, 0.0) | {"loss": torch.finfo(torch.float64).max}
+    bounds |= dict.fromkeys(("finite_losses", "matrices", "squares"), math.inf)
+    return torch.tensor([*bounds.values(), *[OVERFLOW] * n_totals], dtype=torch.float64, device=device)

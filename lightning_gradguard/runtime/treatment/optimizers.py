@@ -80,7 +80,7 @@ class WarmUp:
         self._rate = ScaledLearningRate(optimizer)
         self._steps = steps
         self.set_done(done)
-        self._handle = after_step(optimizer, self._advance)
+        self._handle = after_step(optimizer, lambda: self.set_done(self.done + 1))
 
     def set_done(self, done: int) -> None:
         """Continues from a number of steps."""
@@ -91,6 +91,3 @@ class WarmUp:
         """Removes the hooks."""
         self._handle.remove()
         self._rate.remove()
-
-    def _advance(self) -> None:
-        self.set_done(self.done + 1)
