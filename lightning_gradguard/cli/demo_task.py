@@ -49,7 +49,7 @@ class CharacterRNN(pl.LightningModule):
         self._lr = lr
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        """Cross-entropy of the next character, in nats."""
+        """Returns the cross-entropy of the next character, in nats."""
         text, target = batch
         states, _ = self.rnn(self.embedding(text))
         loss = nn.functional.cross_entropy(self.head(states).transpose(1, 2), target)
@@ -57,5 +57,5 @@ class CharacterRNN(pl.LightningModule):
         return loss
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Plain SGD."""
+        """Returns plain SGD."""
         return torch.optim.SGD(self.parameters(), lr=self._lr)

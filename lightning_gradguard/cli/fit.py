@@ -81,7 +81,7 @@ def parser_beside_fit(
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Trains; exits with code 1 if training diverged, or was not started because of the initialization."""
+    """Trains a module; exits with code 1 if training diverged, or the initialization forbids to start it."""
     if {"-h", "--help"} & set(arguments):
         options = MODULE_OPTIONS.format(checkpoint="resume from it")
         callbacks = "\n".join(_callback_help(name, kind) for name, kind in DEFAULTS.items())

@@ -238,7 +238,7 @@ class ScaledLearningRate:
         self._hooks.scaled.append(self)
 
     def scheduled(self) -> list[float | Tensor]:
-        """The learning rate of each parameter group, as a schedule or the user has set it.
+        """Returns the learning rate of each parameter group, as a schedule or the user has set it.
 
         One that is a tensor is copied, without a host synchronization.
         """
@@ -250,7 +250,7 @@ class ScaledLearningRate:
         return self._hooks.factor
 
     def initial(self) -> list[float]:
-        """The learning rate of each parameter group before any schedule; synchronizes if they are tensors."""
+        """Returns the learning rate of each parameter group before any schedule; synchronizes for tensors."""
         groups = self._hooks.optimizer.param_groups
         pairs = zip(groups, self.scheduled(), strict=True)
         return [float(group.get("initial_lr", rate)) for group, rate in pairs]

@@ -14,17 +14,17 @@ Key = TypeVar("Key")
 
 
 def world_size() -> int:
-    """Number of processes that train together; 1 without a process group."""
+    """Returns the number of processes that train together; 1 without a process group."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def rank() -> int:
-    """Index of this process among them."""
+    """Returns the index of this process among them."""
     return dist.get_rank() if world_size() > 1 else 0
 
 
 def sum_over_ranks(vector: Tensor) -> Tensor:
-    """The sum of `vector` over all ranks; `vector` itself where there is one rank."""
+    """Returns the sum of `vector` over all ranks; `vector` itself where there is one rank."""
     if world_size() == 1:
         return vector
     dist.all_reduce(vector, op=dist.ReduceOp.SUM)
@@ -62,7 +62,7 @@ def any_rank(flag: bool, device: torch.device) -> bool:
 
 
 def largest_of_ranks(value: float, device: torch.device) -> float:
-    """The largest of the values of all ranks. Synchronizes."""
+    """Returns the largest of the values of all ranks. Synchronizes."""
     vector = torch.tensor([value], dtype=torch.float32, device=device)
     if world_size() > 1:
         dist.all_reduce(vector, op=dist.ReduceOp.MAX)
@@ -70,7 +70,7 @@ def largest_of_ranks(value: float, device: torch.device) -> float:
 
 
 def gather_objects(value: Any) -> list[Any]:
-    """The value of every rank, by rank. Synchronizes."""
+    """Returns the value of every rank, by rank. Synchronizes."""
     if world_size() == 1:
         return [value]
     values: list[Any] = [None] * world_size()
@@ -79,14 +79,14 @@ def gather_objects(value: Any) -> list[Any]:
 
 
 def broadcast_tensors(tensors: Sequence[Tensor]) -> None:
-    """Overwrite tensors in place with those of rank 0."""
+    """Overwrites tensors in place with those of rank 0."""
     if world_size() > 1:
         for tensor in tensors:
             dist.broadcast(tensor.detach(), src=0)
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """A tensor of which ranks hold parts, put together on each of them; any other as it is."""
+    """Returns a tensor of which ranks hold parts, put together on each of them; any other as it is."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 

@@ -91,22 +91,22 @@ def takes_iterator(pl_module: pl.LightningModule) -> bool:
 
 
 def train_dataloader_of_fit(trainer: pl.Trainer) -> Any:
-    """The training data of a fit that has not begun."""
+    """Returns the training data of a fit that has not begun."""
     return trainer.fit_loop._data_source.dataloader()
 
 
 def step_idx(trainer: pl.Trainer) -> int:
-    """The number of calls of `training_step` in this epoch before the running one."""
+    """Returns the number of calls of `training_step` in this epoch before the running one."""
     return int(trainer.fit_loop.epoch_loop.batch_idx)
 
 
 def batches_that_stepped(trainer: pl.Trainer) -> int:
-    """The step on the loggers' horizontal axis, the one that `self.log` uses."""
+    """Returns the step on the loggers' horizontal axis, the one that `self.log` uses."""
     return int(trainer.fit_loop.epoch_loop._batches_that_stepped)
 
 
 def resumed_batch_idx_offset(trainer: pl.Trainer) -> int:
-    """The number to add to `batch_idx` for the rest of the epoch, at the start of a resumed fit.
+    """Returns the number to add to `batch_idx` for the rest of the epoch, at the start of a resumed fit.
 
     Lightning before 2.5 repeats the index of the batch at whose end the checkpoint was written.
     """
@@ -123,7 +123,7 @@ def has_weight_averages(trainer: pl.Trainer) -> bool:
 
 
 def epoch_mean_metrics(trainer: pl.Trainer) -> Mapping[str, Metric]:
-    """The metrics in which `self.log(..., on_epoch=True)` accumulates during training; it grows with them."""
+    """Returns the metrics in which `self.log(..., on_epoch=True)` accumulates in training, later ones too."""
     results: Mapping[str, Metric] = getattr(trainer.fit_loop.epoch_loop, "_results", {})
     return results
 
@@ -169,7 +169,7 @@ def attach_for_replay(trainer: pl.Trainer, pl_module: pl.LightningModule, *, ste
 
 
 def gradient_scaler(trainer: pl.Trainer) -> torch.amp.GradScaler | None:
-    """The GradScaler of 16-bit mixed precision, if there is one."""
+    """Returns the GradScaler of 16-bit mixed precision, if there is one."""
     return getattr(trainer.precision_plugin, "scaler", None)
 
 
@@ -189,7 +189,7 @@ def gradients_are_scaled(trainer: pl.Trainer, optimizer: Optimizer) -> bool:
 
 
 def scale_of_gradients(trainer: pl.Trainer, optimizer: Optimizer) -> float:
-    """The factor that gradients still carry when the optimizer is about to step."""
+    """Returns the factor that gradients still carry when the optimizer is about to step."""
     scaler = gradient_scaler(trainer)
     return scaler.get_scale() if scaler is not None and gradients_are_scaled(trainer, optimizer) else 1.0
 
@@ -200,7 +200,7 @@ def flattens_parameters(trainer: pl.Trainer) -> bool:
 
 
 def flat_shards(trainer: pl.Trainer) -> dict[Tensor, FlatShard]:
-    """The parameters that FSDP1 has flattened and cut, once it has wrapped the module."""
+    """Returns the parameters that FSDP1 has flattened and sharded, once it has wrapped the module."""
     found: dict[Tensor, FlatShard] = {}
     for unit in _fsdp1_units(trainer):
         whole = unit.sharding_strategy is ShardingStrategy.NO_SHARD
@@ -236,7 +236,7 @@ def reshard_parameters(trainer: pl.Trainer) -> None:
 
 
 def _fsdp1_units(trainer: pl.Trainer) -> list[Any]:
-    """The FSDP1 modules that own parameters."""
+    """Returns the FSDP1 modules that own parameters."""
     if not flattens_parameters(trainer) or trainer.strategy.model is None:
         return []
     units: list[Any] = FullyShardedDataParallel.fsdp_modules(trainer.strategy.model)
@@ -244,7 +244,7 @@ def _fsdp1_units(trainer: pl.Trainer) -> list[Any]:
 
 
 def unscaled_loss(trainer: pl.Trainer, loss: Tensor) -> Tensor:
-    """The loss that a module returned, from the one that is about to be differentiated."""
+    """Returns the loss that a module returned, from the one that is about to be differentiated."""
     plain = loss.detach().float()
     if plain.ndim:
         plain = plain.mean()
@@ -297,7 +297,7 @@ def stop_calling_before_checkpoints(trainer: pl.Trainer) -> None:
 
 
 def weight_averages(trainer: pl.Trainer) -> list[nn.Module]:
-    """The averaged models that Lightning's `WeightAveraging` callbacks keep."""
+    """Returns the averaged models that Lightning's `WeightAveraging` callbacks keep."""
     return [
         average
         for callback in trainer.callbacks  # type: ignore[attr-defined]
@@ -306,7 +306,7 @@ def weight_averages(trainer: pl.Trainer) -> list[nn.Module]:
 
 
 def average_counts(trainer: pl.Trainer) -> list[Tensor]:
-    """The numbers of models that `StochasticWeightAveraging` has averaged."""
+    """Returns the numbers of models that `StochasticWeightAveraging` has averaged."""
     return [
         count
         for callback in trainer.callbacks  # type: ignore[attr-defined]
@@ -357,7 +357,7 @@ def writes_after_step(pl_module: pl.LightningModule) -> bool:
 
 
 def _module_of_hook(owner: Any, hook: str) -> str:
-    """The Python module that defines a hook, or the class, where that makes its hooks up, as a mock does."""
+    """Returns the Python module that defines a hook; that of the class if hooks are made up, as by a mock."""
     defined = getattr(type(owner), hook, None)
     return getattr(defined, "__module__", None) or type(owner).__module__
 

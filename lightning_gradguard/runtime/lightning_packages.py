@@ -24,7 +24,7 @@ FRAMEWORKS = (
 
 
 def lightning_package_of(module_class: Any) -> ModuleType:
-    """The package whose Trainer a LightningModule needs: `lightning.pytorch`, or `pytorch_lightning`."""
+    """Returns the package whose Trainer a module needs: `lightning.pytorch` or `pytorch_lightning`."""
     other = sys.modules.get("lightning.pytorch")
     if other is None or not isinstance(module_class, type):
         return pl
@@ -37,7 +37,7 @@ def is_instance_by_name(thing: object, name: str) -> bool:
 
 
 def callback_base_class() -> type[pl.Callback]:
-    """The class for callbacks to inherit: that of both packages where both are loaded by now.
+    """Returns the class for callbacks to inherit: that of both packages where both are loaded by now.
 
     The command line of each package accepts only its own callbacks.
     """

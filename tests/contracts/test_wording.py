@@ -28,6 +28,8 @@ WORDS = re.compile(rf"(?<![a-z])({'|'.join(FORBIDDEN)})(?![a-z])".replace(" ", r
 #: Keys of checkpoints and fields of files that version 0.5 wrote.
 KEYS_OF_FILES = re.compile(r"\b(has_given_up|ledgers|left_out)\b")
 FIRST_WORDS = ("How", "What", "Where", "Whether", "Which", "Who", "Whose")
+#: Of a function, beside verbs in the third person.
+FIRST_WORDS_OF_FUNCTIONS = ("True", "Called")
 
 
 def hits(path: Path) -> Iterator[str]:
@@ -37,10 +39,23 @@ def hits(path: Path) -> Iterator[str]:
         yield f"{path.relative_to(ROOT)}:{line}: {' '.join(match[0].split())}"
 
 
-def docstrings(path: Path) -> Iterator[tuple[int, str]]:
+def docstrings(path: Path) -> Iterator[tuple[int, bool, str]]:
+    """Yields line, kind and text: a property is described by a noun, a function by a verb."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            yield getattr(node, "lineno", 1), ast.get_docstring(node) or ""
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and (
+            text := ast.get_docstring(node)
+        ):
+            is_function = isinstance(node, ast.FunctionDef) and not any(
+                ast.unparse(decorator).endswith("property") for decorator in node.decorator_list
+            )
+            yield getattr(node, "lineno", 1), is_function, text
+
+
+def begins_well(text: str, is_function: bool) -> bool:
+    first = text.split()[0].rstrip(",;")
+    if is_function:
+        return first.endswith("s") or first in FIRST_WORDS_OF_FUNCTIONS
+    return first not in FIRST_WORDS
 
 
 @pytest.mark.parametrize("paths", [MODULES, PAGES], ids=["package", "documentation"])
@@ -53,7 +68,7 @@ def test_docstrings_begin_with_a_verb_or_a_noun() -> None:
     found = [
         f"{path.relative_to(ROOT)}:{line}: {text.splitlines()[0]}"
         for path in MODULES
-        for line, text in docstrings(path)
-        if text.partition(" ")[0] in FIRST_WORDS
+        for line, is_function, text in docstrings(path)
+        if not begins_well(text, is_function)
     ]
     assert not found, "\n".join(["docstrings to rewrite:", *found])

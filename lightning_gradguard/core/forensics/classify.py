@@ -123,14 +123,14 @@ def _source(record: OperationRecord | None) -> OperationRecord | str | None:
 
 
 def _raised(error: Exception, origin: Origin) -> Origin:
-    """The origin of a nonfinite value that made the step raise."""
+    """Returns the origin of a nonfinite value that made the step raise."""
     return replace(
         origin, detail=f"{origin.detail.rstrip('.')}; the step then raised {type(error).__name__}."
     )
 
 
 def _finite(module: nn.Module, run: Run, *, repeats: bool) -> Origin:
-    """The origin if nothing is nonfinite in the trace: code may run otherwise without one."""
+    """Returns the origin if nothing is nonfinite in the trace: code may run otherwise without one."""
     numbers: tuple[Tensor, ...] = ()
     if repeats:
         with preserve_state(module), torch.enable_grad():

@@ -90,7 +90,7 @@ def read_dossiers(folder: Path) -> Iterator[DossierEntry]:
 
 
 def natural_order(path: Path) -> list[tuple[str, int]]:
-    """Sort key that puts `version_10` behind `version_9`."""
+    """Returns a sort key that puts `version_10` behind `version_9`."""
     return [(text, int(number or 0)) for text, number in re.findall(r"(\D*)(\d*)", str(path))]
 
 

@@ -159,7 +159,7 @@ def read_dossier(path: str | Path) -> Dossier:
 
 
 def versions() -> dict[str, str]:
-    """Of Python, torch, Lightning and this package, and the device's name."""
+    """Returns those of Python, torch, Lightning and this package, and the device's name."""
     return {
         "lightning_gradguard": metadata.version("lightning-gradguard"),
         "pytorch_lightning": metadata.version("pytorch_lightning"),
@@ -201,7 +201,7 @@ def _plain(dossier: Dossier) -> Dossier:
 
 
 def _plain_data(value: Any) -> Any:
-    """The same data without classes that reading would have to import: subclasses become their base class."""
+    """Returns the data without classes that reading would have to import: as those of their base classes."""
     if _is_plain_tensor(value):
         return value.detach().as_subclass(Tensor).cpu().clone()
     if isinstance(value, np.ndarray):
@@ -240,7 +240,7 @@ def _from_plain(value: Any) -> Any:
 
 
 def _within(dossier: Dossier, limit: float) -> Dossier:
-    """The dossier without what does not fit."""
+    """Returns the dossier without what does not fit."""
     left_out = list(dossier.left_out)
     kept: dict[str, Any] = {}
     remaining = limit

@@ -71,7 +71,7 @@ class EvaluationWatch:
 
 
 def _is_nonfinite(leaf: Any) -> Tensor | None:
-    """A flag on the device: one number that is nonfinite, or NaN in more; masks may well hold `-inf`."""
+    """Returns a flag on the device: one number that is nonfinite, or NaN in more; masks may hold `-inf`."""
     if not isinstance(leaf, Tensor) or not leaf.is_floating_point() or not leaf.numel():
         return None
     plain = leaf.detach()

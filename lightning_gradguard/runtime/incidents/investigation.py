@@ -66,7 +66,7 @@ class Investigation:
         self.in_episode = False
 
     def advice(self, present: Collection[Present]) -> dict[str, str]:
-        """Advice on a skipped step that was not examined, from the first one of its episode."""
+        """Returns advice on a skipped step that was not examined, from the first one of its episode."""
         advice = self.found[self.cause].remedy(present) if self.cause else ""
         return {"advice": advice} if advice else {}
 
@@ -178,7 +178,7 @@ def scan_batches(batches: Sequence[SeenBatch]) -> Origin | None:
 
 
 def _with_samples(trainer: pl.Trainer, seen: SeenBatch, origin: Origin) -> str:
-    """The detail with the samples at fault, if the batch or its sampler names them, and the rank."""
+    """Returns the detail with the samples at fault, if the batch or its sampler names them, and the rank."""
     samples, indices = sample_ids(seen.batch), seen.indices
     named = {
         "sample": [samples[row] for row in origin.rows if row < len(samples)],
@@ -264,7 +264,7 @@ def _in_weights(trainer: pl.Trainer, out_of_range: dict[str, OutOfRange]) -> Ori
 
 
 def _importable(module: str) -> str:
-    """The name under which a module can be imported; `__main__` is not one."""
+    """Returns the name under which a module can be imported; `__main__` is not one."""
     file = getattr(sys.modules.get("__main__"), "__file__", None)
     return Path(file).stem if module == "__main__" and file else module
 

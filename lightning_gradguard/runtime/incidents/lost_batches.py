@@ -83,7 +83,7 @@ class LostBatches:
         return list(dict.fromkeys([*self._folders, *own]))
 
     def earlier(self) -> dict[tuple[int, int], Reason]:
-        """Epoch and index of the batches that earlier runs had lost, and the reasons."""
+        """Returns epoch and index of the batches that earlier runs had lost, and the reasons."""
         return {place: lost.reason for place, lost in self._earlier.items()}
 
     def record(self, step: int, epoch: int, batch_idx: int, batch: Any) -> list[Tensor]:
@@ -157,7 +157,7 @@ def _read(path: Path) -> dict[tuple[int, int], LostBatch]:
 
 
 def tensors_of(batch: Any) -> list[Tensor]:
-    """The tensors in a batch, in order."""
+    """Returns the tensors in a batch, in order."""
     if isinstance(batch, Tensor):
         return [batch]
     leaves = tree_leaves(dict(batch) if isinstance(batch, Mapping) else batch)

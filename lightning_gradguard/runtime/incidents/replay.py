@@ -53,7 +53,7 @@ class SeenBatch:
 
 
 def versions_of(tensors: Sequence[Tensor]) -> Sequence[int]:
-    """The version counters of tensors, as far as they have one."""
+    """Returns the version counters of tensors, as far as they have one."""
     return [tensor._version for tensor in tensors if not tensor.is_inference()]
 
 
@@ -123,7 +123,7 @@ def without_logging(pl_module: pl.LightningModule) -> Iterator[None]:
 
 
 def training_loss(pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> Tensor:
-    """The one loss that `training_step` returns for a batch, shape `()`.
+    """Returns the one loss that `training_step` returns for a batch, shape `()`.
 
     Raises:
         TypeError: If it returns something else.
@@ -136,7 +136,7 @@ def training_loss(pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> 
 
 
 def training_loss_or_nan(pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> Tensor:
-    """The loss of a batch, shape `()`; NaN if a function rejects what the network gives it.
+    """Returns the loss of a batch, shape `()`; NaN if a function rejects what the network gives it.
 
     The layers have run by then, so that what follows which layer can be traced.
 
@@ -152,7 +152,7 @@ def training_loss_or_nan(pl_module: pl.LightningModule, batch: Any, batch_idx: i
 
 
 def loss_without_trace(pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> Tensor:
-    """The loss of a batch, shape `()`, under manual optimization the sum of those that are differentiated.
+    """Returns the loss of a batch, shape `()`; under manual optimization the sum of those differentiated.
 
     Nothing steps; buffers, random numbers and logs are the caller's to preserve.
 

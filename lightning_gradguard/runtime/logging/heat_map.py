@@ -26,7 +26,7 @@ class GradientHistory:
         self._columns: deque[Mapping[str, float]] = deque(maxlen=MAX_COLUMNS)
 
     def __len__(self) -> int:
-        """Number of steps in the history."""
+        """Returns the number of steps in the history."""
         return len(self._steps)
 
     @property

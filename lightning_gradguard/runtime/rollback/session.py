@@ -307,7 +307,7 @@ class RollbackSession:
         outcome.committed_step = None  # it is counted once, also if a checkpoint resolves it early
 
     def _distance(self) -> float:
-        """The distance of the weights from the last trusted snapshot, the same on every rank."""
+        """Returns the distance of the weights from the last trusted snapshot, the same on every rank."""
         if self._fit.snapshots.is_empty or self._fit.trainer.interrupted:  # other ranks may be elsewhere
             return 0.0
         return largest_of_ranks(self._fit.snapshots.distance(self._fit.trainer), self._fit.pl_module.device)

@@ -57,7 +57,7 @@ class SnapshotSchedule:
         return self._rng or self._schedules
 
     def state(self, trainer: pl.Trainer) -> TrainerState:
-        """The state besides tensors that is restored along with them, at the start of a step."""
+        """Returns the state besides tensors that is restored along with them, at the start of a step."""
         return TrainerState.of(trainer, self._side_effects, rng=self._rng, schedules=self._schedules)
 
     def capture_if_due(self, trainer: pl.Trainer) -> bool:
@@ -124,11 +124,11 @@ class SnapshotSchedule:
         return self._restore(trainer, self._ring.newest())
 
     def newest(self) -> Snapshot:
-        """The newest qualified snapshot."""
+        """Returns the newest qualified snapshot."""
         return self._ring.newest()
 
     def oldest_step(self) -> int:
-        """`trainer.global_step` of the oldest snapshot."""
+        """Returns `trainer.global_step` of the oldest snapshot."""
         return int(self._ring.oldest().extra_state.step)
 
     def _capture(self, trainer: pl.Trainer, state: TrainerState, *, qualified: bool = False) -> None:

@@ -298,7 +298,7 @@ _suites: WeakKeyDictionary[pl.Trainer, Suite] = WeakKeyDictionary()
 
 
 def suite_of(trainer: pl.Trainer) -> Suite:
-    """The suite of a Trainer, a new one if it has none."""
+    """Returns the suite of a Trainer, a new one if it has none."""
     suite = _suites.get(trainer)
     if suite is None:
         suite = _suites[trainer] = Suite()

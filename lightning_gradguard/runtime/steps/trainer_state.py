@@ -39,7 +39,7 @@ class TrainerState:
     def of(
         cls, trainer: pl.Trainer, side_effects: SideEffects, *, rng: bool, schedules: bool
     ) -> TrainerState:
-        """The present state of the Trainer; metrics are those from the start of the step."""
+        """Returns the present state of the Trainer; metrics are those from the start of the step."""
         return cls(
             step=trainer.global_step,
             callbacks={

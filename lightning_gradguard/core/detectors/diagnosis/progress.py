@@ -64,7 +64,7 @@ class Progress:
                     self._largest_weights[name] = max(norm, self._largest_weights.get(name, 0.0))
 
     def fixed_sizes(self, index: int) -> list[float]:
-        """The `sizes` of an optimizer's update that are those of the sample before; NaN for the others."""
+        """Returns the `sizes` of an update that are those of the sample before; NaN for the others."""
         return self._fixed.get(index, []) or [math.nan] * 3
 
     def is_unmoved(self, index: int) -> bool:
@@ -78,7 +78,7 @@ class Progress:
         return not self._fixed or any(not (fixed and math.isnan(fixed[1])) for fixed in self._fixed.values())
 
     def shrunk(self, name: str, norm: float) -> float:
-        """The norm of a weight relative to the largest that was sampled; 1 if that is unknown or 0."""
+        """Returns the norm of a weight over the largest that was sampled; 1 if that is unknown or 0."""
         largest = self._largest_weights.get(name, 0.0)
         return norm / largest if largest > 0 else 1.0
 

@@ -155,11 +155,11 @@ class DataFlow:
         return [self.layers.get(name) or Layer(name, module.get_submodule(name)) for name in names]
 
     def weighted(self) -> list[Layer]:
-        """Linear and convolutional layers, in the order of the forward pass."""
+        """Returns linear and convolutional layers, in the order of the forward pass."""
         return [layer for layer in self.layers.values() if isinstance(layer.module, WEIGHTED)]
 
     def functions(self) -> list[Layer]:
-        """Activation functions that the user's code calls."""
+        """Returns activation functions that the user's code calls."""
         return [layer for layer in self.layers.values() if layer.function]
 
 

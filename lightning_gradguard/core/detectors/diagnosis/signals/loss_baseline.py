@@ -115,7 +115,7 @@ class LossBaselines:
         return _positive(entropy, _cross_entropy(here, p).sum())
 
     def _divergence(self, key: str, target: Tensor, options: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-        """Divergence of the rows from their mean, by row for `reduction="batchmean"`, else by element."""
+        """Returns how far rows diverge from their mean: by row for `reduction="batchmean"`, or by element."""
         rows = target.double().exp() if options.get("log_target") else target.double()
         entropies = torch.special.entr(rows).sum().reshape(1)
         total = self._pooled(key, torch.cat([rows.sum(0), entropies, rows.new_ones(1) * len(rows)]))
