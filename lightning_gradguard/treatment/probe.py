@@ -76,19 +76,30 @@ class Probe:
 
 @dataclass(eq=False)
 class _Ending(Callback):
-    """Ends a probe of a program with a fault of code, after `least` batches; others may learn late."""
+    """Ends a probe that does not learn, after `least` batches: with a fault of code; others may learn late.
+
+    With another cause it ends if the deadline does not allow `most` batches, so that time is left for trials.
+    """
 
     least: int
+    most: int
+    deadline: float
     diagnosis: TrainingDiagnosis
     held_out: HeldOutLoss
+    began: float = field(default_factory=time.monotonic, init=False)
     seen: int = field(default=0, init=False)
 
     @override
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
-        """Ends a run that does not learn, as of a fault of code."""
+        """Ends a run that does not learn, and of which a cause is known."""
         self.seen += 1
-        if self.seen >= self.least and any(map(keeps_from_learning, self.diagnosis.diagnosis.roots)):
+        roots = self.diagnosis.diagnosis.roots if self.seen >= self.least else []
+        if any(map(keeps_from_learning, roots)) or (roots and self._is_too_long()):
             trainer.should_stop = trainer.should_stop or self._is_stuck()
+
+    def _is_too_long(self) -> bool:
+        elapsed = time.monotonic() - self.began
+        return self.began + elapsed * self.most / self.seen > self.deadline
 
     def _is_stuck(self) -> bool:
         losses = [loss for _, loss in self.held_out.curve]
@@ -100,7 +111,7 @@ def probe(program: Program, least: int, most: int, deadline: float) -> Probe:
 
     Args:
         program: What is trained.
-        least: Optimizer steps after which the run may end, if it has a fault of code.
+        least: Optimizer steps after which the run may end, if it has shown why it fails.
         most: Optimizer steps at most.
         deadline: When it ends, on the clock of `time.monotonic`.
 
@@ -113,7 +124,8 @@ def probe(program: Program, least: int, most: int, deadline: float) -> Probe:
         program.batches.held_out, most * program.accumulate, deadline, every=least * program.accumulate // 4
     )
     diagnosis, check, listener = TrainingDiagnosis(), InitializationCheck(), Listener()
-    ending = _Ending(least * program.accumulate, diagnosis, held_out)
+    n_least, n_most = least * program.accumulate, most * program.accumulate
+    ending = _Ending(n_least, n_most, deadline, diagnosis, held_out)
     raised = ""
     untrained = program.module(program.seed)
     module = program.module(program.seed)
