@@ -84,7 +84,11 @@ class TrialRunner:
 
 
 def search(
-    runner: TrialRunner, candidates: Sequence[Candidate], untreated: float, until: float
+    runner: TrialRunner,
+    candidates: Sequence[Candidate],
+    untreated: float,
+    until: float,
+    promising: float = math.inf,
 ) -> list[Trial]:
     """Tries candidates for some steps, the best of them for more, and combinations.
 
@@ -96,6 +100,7 @@ def search(
         candidates: The likeliest first.
         untreated: Held-out loss of the program as it is.
         until: Share of the budget at which the search ends.
+        promising: Held-out loss of a short trial below which a longer one is made.
 
     Returns:
         Trials that are better than the program as it is, the one to adopt first.
@@ -108,7 +113,8 @@ def search(
         short += _first_rung(runner, group, until)
         if group is not guesses and guesses and not any(learning_of(trial).learns for trial in short):
             continue
-        longer = [t for t in _second_rung(runner, short, until) if math.isfinite(t.loss)]
+        kept = [trial for trial in short if trial.loss < promising]
+        longer = [t for t in _second_rung(runner, kept, until) if math.isfinite(t.loss)]
         ordered = _smallest_first(list({t.job.key: t for t in [*ordered, *longer]}.values()), bar)
         if any(learning_of(trial).has_learned for trial in ordered):
             break

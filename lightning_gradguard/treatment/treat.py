@@ -46,6 +46,8 @@ COST_IN_TRIALS = 18
 #: so that a verification at the whole length fits in.
 RECORDED, PROBED, VERIFIED = 0.1, 0.35, 0.93
 LEAST_SEARCHED, MOST_SEARCHED = 0.45, 0.75
+#: Share of the loss of a program that learns at which a short trial shows that it may learn far more.
+PROMISING = 0.9
 #: Treatments that are verified before none is found.
 MAX_VERIFIED = 3
 
@@ -154,7 +156,8 @@ class _Treatment:
         learning = self.found.learning
         healthy = f"after {self._probed} steps {learning.evidence}"
         # a whole run that learns little may lack something, or be as good as its data allow
-        is_open = self.found.learns_unhindered and 0 < self.program.planned <= self._probed
+        is_long = 0 < self.program.planned <= self._probed and self.steps >= TOO_FEW_STEPS
+        is_open = self.found.learns_unhindered and is_long
         is_healthy = learning.has_learned or (self.found.learns_unhindered and not is_open)
         if is_healthy and not any(one.is_beside_learning for one in self.prescriptions):
             return self._result("healthy", healthy)
@@ -208,7 +211,9 @@ class _Treatment:
         verification = Verification(runner, self.found.trial if self._is_probed(whole) else None, VERIFIED)
         needed = verification.share(self._seconds_per_step())
         until = min(max(VERIFIED - needed, LEAST_SEARCHED), MOST_SEARCHED)
-        waiting = search(runner, suggested, self._untreated(), until)[:MAX_VERIFIED]
+        learns, bare = self.found.learns_unhindered, self._untreated(runner.short_steps)
+        promising = PROMISING * bare if learns and bare > 0 else math.inf
+        waiting = search(runner, suggested, self._untreated(self.steps), until, promising)[:MAX_VERIFIED]
         has_rate = False
         while waiting:
             trial = waiting.pop(0)
@@ -265,10 +270,10 @@ class _Treatment:
     def _time(self) -> str:
         return f"{self.clock.spent:4.0f} s of {self.clock.budget:.0f} s"
 
-    def _untreated(self) -> float:
-        """Returns the held-out loss of the probe at the length of a trial."""
+    def _untreated(self, steps: int) -> float:
+        """Returns the held-out loss of the probe after the steps of a trial."""
         curve: Sequence[tuple[int, float]] = self.found.trial.curve
-        reached = [loss for step, loss in curve if step <= self.steps * self.program.accumulate]
+        reached = [loss for step, loss in curve if step <= steps * self.program.accumulate]
         return reached[-1] if math.isfinite(reached[-1]) else math.inf
 
     def _seconds_per_step(self) -> float:

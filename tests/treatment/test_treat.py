@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import lightning_gradguard
 from lightning_gradguard import TreatmentError, TreatmentResult
+from lightning_gradguard.treatment.candidates import MAX_CANDIDATES
 from lightning_gradguard.treatment.trials.trial import Trial
 from tests.treatment.programs import Data, Net, treated
 
@@ -229,3 +230,18 @@ def test_fault_of_code_is_prescribed_with_its_line() -> None:
     assert "+            return nn.functional.cross_entropy(self.net(batch[0]), batch[1])" in (
         result.prescriptions[0].patch
     )
+
+
+def test_program_as_good_as_its_data_allow_is_healthy() -> None:
+    class Noisy(Data):
+        def __init__(self) -> None:
+            super().__init__()
+            for part in (self.training, self.validation):
+                x, y = part.tensors
+                drawn = torch.rand(len(y), generator=torch.Generator().manual_seed(1))
+                part.tensors = x, torch.where(drawn < 0.4, (y + 1) % 4, y)
+
+    result = treated(Net, Noisy())
+    assert result.verdict == "healthy", result.evidence
+    assert result.evidence.endswith("no change that was tried learns far more")
+    assert len(result.trials) <= MAX_CANDIDATES, "nothing that promises little goes beyond a short trial"
