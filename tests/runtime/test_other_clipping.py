@@ -136,11 +136,18 @@ def test_norm_after_clipping_is_that_which_the_optimizer_gets(
 def test_weights_that_rest_because_of_clipping_are_blamed_on_it(tmp_path: Path) -> None:
     logger = CSVLogger(tmp_path, "", "run")
     arguments: dict[str, Any] = {**BY_VALUE, "gradient_clip_val": 1e-6}
-    fit(Classifier(), batches(20), [TrainingDiagnosis()], logger=logger, **arguments)
+    fit(
+        Classifier(),
+        batches(20),
+        [GradientNormMonitor(every_n_steps=1), TrainingDiagnosis()],
+        logger=logger,
+        **arguments,
+    )
     (incident,) = map(json.loads, (tmp_path / "run" / "incidents.jsonl").read_text().splitlines())
     assert (incident["kind"], incident["cause"]) == ("weight_stagnation", "clip_value_too_small")
     assert "by gradient_clip_val=1e-06 by value of the Trainer" in incident["detail"]
     assert "Raise the value to which gradients are clipped" in incident["advice"]
+    assert "lower the learning rate" not in " ".join(report_of(tmp_path / "run").next_steps)
 
 
 @pytest.mark.parametrize("clips", [False, True])

@@ -13,7 +13,9 @@ if TYPE_CHECKING:
     from torch import nn
 
 #: What a run has, so that some advice does not apply; `feed_forward`: no recurrence.
-Present = Literal["clipping", "backoff", "rollback", "check", "feed_forward"]
+Present = Literal[
+    "clipping", "backoff", "rollback", "check", "feed_forward", "no_attention", "normalized", "residual"
+]
 
 #: How a cure names all weights: those of layers or, for functional code and recurrent networks, all matrices.
 _OF_LAYERS = "for m in model.modules() if isinstance(m, (torch.nn.Linear, torch.nn.Conv2d))"

@@ -81,10 +81,11 @@ BY_KIND = {
         "omits such batches and continues."
     ),
     "vanishing_gradient": (
-        "Gradients vanish before they reach {where}: use non-saturating activations (ReLU, GELU) with He "
-        "initialization (torch.nn.init.kaiming_normal_), residual connections and batch or layer "
-        "normalization;[feed_forward| in a recurrent network LSTM or GRU gating or an orthogonal recurrent "
-        "weight;] layer-wise pre-training as a last resort."
+        "Gradients vanish before they reach {where}:[no_attention| in a transformer normalize ahead of each "
+        "layer (norm_first=True) and warm the learning rate up;] use non-saturating activations (ReLU, GELU) "
+        "with He initialization (torch.nn.init.kaiming_normal_)[residual|, residual connections]"
+        "[normalized|, batch or layer normalization];[feed_forward| in a recurrent network LSTM or GRU "
+        "gating or an orthogonal recurrent weight;] layer-wise pre-training as a last resort."
     ),
     "exploding_gradient": (
         "Gradients explode at {where}:[clipping| clip them (AdaptiveGradientClipping),] lower the learning "
@@ -291,9 +292,12 @@ REMEDIES = {
         "[feed_forward|In a recurrent network use gated cells (LSTM or GRU), and truncated BPTT.]",
     ),
     "vanishing_gradient": (
+        "[no_attention|In a transformer normalize ahead of each layer (norm_first=True), and warm the "
+        "learning rate up.]",
         "Use activations that do not saturate (ReLU, GELU) with He initialization "
         "(torch.nn.init.kaiming_normal_); InitializationCheck(on_failure='repair') does it.",
-        "Add residual connections, and batch or layer normalization.",
+        "[residual|Add residual connections.]",
+        "[normalized|Add batch or layer normalization.]",
         "[feed_forward|In a recurrent network use gated cells (LSTM or GRU), or an orthogonal recurrent "
         "weight.]",
         "As a last resort train layer by layer.",

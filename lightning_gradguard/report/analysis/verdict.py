@@ -105,6 +105,8 @@ def _symptoms_of(log: RunLog, outcome: Outcome) -> list[RunSymptom]:
         known.add("stuck_loss")  # which follows from it
     if any(s.severity == "serious" and s.kind in INITIALIZATION for s in recorded):
         known |= {"stuck_loss", "weight_stagnation"}  # which follow from it, and have other remedies
+    if any(s.cause == "clip_value_too_small" for s in recorded):
+        known.add("constant_clipping")  # which is measured from charts alone
     if any(s.severity == "fatal" and s.cause in AT_ANY_RATE for s in recorded):
         recorded = [s for s in recorded if s.kind != "falling_learning_rate"]
     outliers = {s.since for s in recorded if s.kind == "loss_spike" and s.cause == "bad_input"}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytorch_lightning as pl
 from torch import nn
 
@@ -15,6 +17,8 @@ _CALLBACKS: dict[Present, str] = {
     "rollback": "NaNRollback",
     "check": "InitializationCheck",
 }
+#: Classes with attention, whose layers are added to what they get, and others that do so.
+_ATTENTION, _RESIDUAL = re.compile("Attention|Transformer"), re.compile("Resid|ResNet|BasicBlock|Bottleneck")
 
 
 def present_in(trainer: pl.Trainer) -> set[Present]:
@@ -27,6 +31,14 @@ def present_in(trainer: pl.Trainer) -> set[Present]:
     module = trainer.lightning_module
     if describe_other_clipper(trainer) or clips_in_code(module):
         present.add("clipping")
-    if not any(isinstance(module, (nn.RNNBase, nn.RNNCellBase)) for module in module.modules()):
+    layers = [*module.modules()]
+    if not any(isinstance(layer, (nn.RNNBase, nn.RNNCellBase)) for layer in layers):
         present.add("feed_forward")
+    # by name, as many are not torch's; a name that begins with _ is that of a parametrization
+    names = [name for layer in layers if not (name := type(layer).__name__).startswith("_")]
+    if any("Norm" in name for name in names):
+        present.add("normalized")
+    present.add("residual" if any(map(_ATTENTION.search, names)) else "no_attention")
+    if any(map(_RESIDUAL.search, names)):
+        present.add("residual")
     return present
