@@ -183,6 +183,9 @@ class _SampledUpdate:
         self.logged = LoggedStep(suite, trainer, step, 2.0, update_ratio=True)
         self._rates = [float(group["lr"]) for group in step.optimizer.param_groups if "lr" in group]
         self._decay = max(float(group.get("weight_decay", 0)) for group in step.optimizer.param_groups)
+        is_sgd = isinstance(step.optimizer, torch.optim.SGD)
+        momenta = [float(group["momentum"]) for group in step.optimizer.param_groups if is_sgd]
+        self._momentum = max(momenta, default=math.nan)
         self._clipper = describe_other_clipper(trainer)
         self._suite_clips = suite_clips(trainer)
         scaler = lightning_api.gradient_scaler(trainer)
@@ -227,6 +230,7 @@ class _SampledUpdate:
             largest=largest,
             loss_scale=self._loss_scale,
             decay=self._decay,
+            momentum=self._momentum,
             clipper=self._clipper,
             suite_clips=self._suite_clips,
         )

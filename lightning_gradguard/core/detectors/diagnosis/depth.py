@@ -78,11 +78,16 @@ def through_time(sample: Sample, progress: Progress) -> Iterator[Symptom]:
         forth = _decades(time.first, time.last)
         # where each step has a loss, their gradients add up at the first one, and nothing explodes
         is_larger = not _decades(time.first, output) < LARGER
-        if forth >= TIME_EXPLODING and is_larger and not progress.learns:
+        if grows(time) and is_larger and not progress.learns:
             evidence = (
                 f"the gradient grows by {forth:.1f} decades from the last step of {time.name} to the first"
             )
             yield _through_time("exploding_gradient", time, forth, evidence)
+
+
+def grows(time: TimeSignal) -> bool:
+    """True if the gradient grows back through time, as where the states grow."""
+    return _decades(time.first, time.last) >= TIME_EXPLODING
 
 
 def _through_time(kind: IncidentKind, time: TimeSignal, value: float, evidence: str) -> Symptom:

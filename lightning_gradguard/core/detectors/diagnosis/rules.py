@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from statistics import mean, median
 from typing import Literal
 
+from lightning_gradguard.core.detectors.diagnosis import depth
 from lightning_gradguard.core.detectors.diagnosis.clipped import CLIPPED_FAR
 from lightning_gradguard.core.detectors.diagnosis.progress import LEARNS, STUCK, Progress
 from lightning_gradguard.core.detectors.diagnosis.sample import (
@@ -112,6 +113,7 @@ def untrained_parameters(sample: Sample, progress: Progress) -> Iterator[Symptom
 def dead_or_saturated_units(sample: Sample, progress: Progress) -> Iterator[Symptom]:
     """Yields layers whose units are dead or saturated."""
     no_gradient = has_no_gradient(sample, progress)
+    grows = any(depth.grows(time) for time in sample.times)
     groups: dict[tuple[str, str, str], list[UnitSignal]] = defaultdict(list)
     for signal in sample.units:
         groups[signal.layer, signal.module, signal.function].append(signal)
@@ -124,8 +126,8 @@ def dead_or_saturated_units(sample: Sample, progress: Progress) -> Iterator[Symp
             dead.append((share, names, "units"))
         share = min((s.saturated for s in members if not math.isnan(s.saturated)), default=0.0)
         noun = _NOUNS.get(function, "units")
-        if share <= SATURATED and len(members) >= MIN_TIMES:  # gates by hand: other ones at each time
-            share, noun = mean(s.outputs for s in members), "gates"
+        if share <= SATURATED and len(members) >= MIN_TIMES and not grows:
+            share, noun = mean(s.outputs for s in members), "gates"  # by hand: other ones at each time
         is_harmless = is_head and not no_gradient and not progress.over_constant > LEARNS
         starts_well = sample.step < GATE_STEPS and progress.over_first < LEARNS
         is_harmless |= noun != "units" and (progress.learns or starts_well)
@@ -195,7 +197,7 @@ def large_updates(sample: Sample, progress: Progress) -> Iterator[Symptom]:
         after = one.share if is_decay else one.ratio
         before = after * one.unclipped
         is_huge = before > HUGE_UPDATE
-        is_certain = before > 1 or (is_huge and is_rising)
+        is_certain = before > 1 or (is_huge and (is_rising or input_cause(sample) != "unknown"))
         is_certain |= sample.step >= 5 and progress.over_first > LEARNS
         if before > LARGE_UPDATE and is_certain and (is_huge or after > CLIPPED_UPDATE):
             order = sorted(range(len(one.names)), key=lambda i: -one.gradients[i])

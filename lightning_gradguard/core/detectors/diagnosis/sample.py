@@ -123,6 +123,7 @@ class Update:
         largest: Largest magnitude of an element of these gradients; NaN if unknown.
         loss_scale: The GradScaler's; 1 without one.
         decay: Largest weight decay of a parameter group.
+        momentum: Of SGD; NaN for other optimizers, whose step is no multiple of the gradient.
         clipper: What clips after the suite, such as `gradient_clip_val=0.01 of the Trainer`; empty if nothing
             does.
         suite_clips: True if `AdaptiveGradientClipping` is there.
@@ -140,6 +141,7 @@ class Update:
     largest: float = math.nan
     loss_scale: float = 1.0
     decay: float = 0.0
+    momentum: float = math.nan
     clipper: str = ""
     suite_clips: bool = False
 
@@ -154,6 +156,14 @@ class Update:
         """Norm and largest element as they were before they were unscaled, and the norm after clipping."""
         scale = self.loss_scale
         return self.total_norm * scale, self.largest * scale, self.total_norm / self.unclipped
+
+    def promise(self, loss: float) -> float:
+        """The decrease that the first step along the gradient promises, relative to the loss; NaN if unknown.
+
+        Where the loss is a parabola above 0, steps are stable up to 4 times (1 + momentum) squared.
+        """
+        step = min(self.rates, default=math.nan) * (1 + self.momentum)
+        return step * self.total_norm**2 / loss if loss > 0 else math.nan
 
     @property
     def share(self) -> float:
