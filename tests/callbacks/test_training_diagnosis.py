@@ -396,13 +396,64 @@ def test_gates_by_hand_may_be_other_ones_at_each_time(n: int, loss: float, found
     assert sum(len(diagnosis.update(sample)) for sample in samples) == found
 
 
+def _update(**numbers: Any) -> Update:
+    plain = {
+        "names": ["net.0.weight", "net.2.weight"],
+        "is_matrix": [True, True],
+        "gradients": [1.0, 1.0],
+        "weights": [1.0, 1.0],
+        "default_norm": 1.0,
+        "ratios": [1e-3, 1e-3],
+        "unclipped": 1.0,
+        "rates": [0.1],
+        "total_norm": 1.0,
+    }
+    return Update(**{**plain, **numbers})
+
+
+@pytest.mark.parametrize(("first", "found"), [(1.0, []), (1e-5, ["weight_stagnation"])])
+def test_weights_may_stand_still_once_no_loss_is_left(first: float, found: list[str]) -> None:
+    ratios = [1e-9, 1e-3]
+    updates = [_update(ratios=ratios, weights=[1.0, 2.0 + i], total_norm=1.0 + i / 7) for i in range(8)]
+    samples = [Sample(0, first), *(Sample(50 + i, 1e-5, updates=[one]) for i, one in enumerate(updates))]
+    diagnosis = Diagnosis()
+    assert [root.kind for sample in samples for root in diagnosis.update(sample)] == found
+
+
+@pytest.mark.parametrize(
+    ("norm", "unclipped", "step", "found"),
+    [(40.0, 15.0, 0, 1), (40.0, 2.0, 0, 0), (10.0, 15.0, 0, 0), (40.0, 15.0, 20, 0)],
+)
+def test_first_step_that_clipping_alone_keeps_from_overshooting(
+    norm: float, unclipped: float, step: int, found: int
+) -> None:
+    update = _update(total_norm=norm, unclipped=unclipped, rates=[0.03], momentum=0.9)
+    roots = Diagnosis().update(Sample(step, 5.0, updates=[update]))
+    assert [(root.kind, root.cause) for root in roots] == [("exploding_gradient", "update_too_large")] * found
+
+
+def test_what_is_nonfinite_follows_from_answers_that_explode_and_not_the_reverse() -> None:
+    calls = [LossSignal("mse_loss", target=2.0, answer=1e5)]
+    for since, found in ((0, ["exploding_gradient"]), (2, [])):
+        diagnosis = Diagnosis()
+        samples = [Sample(step, 1e9, calls=calls) for step in range(since, since + 3)]
+        diagnosis.update(samples[0])
+        diagnosis.add_published("nonfinite_gradient", (), 1)
+        assert [root.kind for sample in samples[1:] for root in diagnosis.update(sample)] == found
+
+
+def test_loss_that_is_zero_from_the_start_is_constant() -> None:
+    (incident,) = diagnosed(Task(loss=lambda z, y: (z - z.mean(1, keepdim=True) - z + z).sum() * 0), 12)
+    assert (incident.kind, incident.cause) == ("stuck_loss", "constant_loss")
+    assert "0 since the start" in incident.detail
+
+
 @pytest.mark.parametrize(("loss", "decay", "found"), [(9.0, 0.0, 1), (9.0, 1.0, 1), (2.1, 0.0, 0)])
 def test_large_update_that_raises_the_loss_is_an_explosion_whatever_follows(
     loss: float, decay: float, found: int
 ) -> None:
     def sample(step: int, value: float, ratio: float) -> Sample:
-        update = Update(["net.weight"], [True], [1.0], [1.0], 1.0, [ratio], 1.0, [0.3], 1.0, decay=decay)
-        return Sample(step, value, updates=[update])
+        return Sample(step, value, updates=[_update(ratios=[ratio, ratio], rates=[0.3], decay=decay)])
 
     diagnosis = Diagnosis()
     samples = [sample(0, 2.0, 2.8), sample(1, 1.0, 0.6), sample(2, loss, 0.32), sample(5, 1.0, 0.05)]

@@ -25,7 +25,13 @@ _ORDER = ("contract", "coverage", "units", "update", "depth", "stuck", "stagnati
 _RULES = (
     *(rules.broken_contracts, rules.constant_inputs, rules.untrained_parameters),
     *(rules.dead_or_saturated_units, clipped.clipped_elsewhere, clipped.vanishing_weights),
-    *(rules.large_updates, depth.through_layers, depth.through_time),
+    *(
+        rules.large_updates,
+        rules.overshooting_steps,
+        rules.far_answers,
+        depth.through_layers,
+        depth.through_time,
+    ),
 )
 _LATE_RULES = (rules.constant_loss, rules.stagnation)
 

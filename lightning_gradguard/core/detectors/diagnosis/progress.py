@@ -18,6 +18,8 @@ RECENT = 3
 LEARNS = 0.9
 #: Loss over that of the best constant above which a network has learned nothing.
 STUCK = 0.95
+#: The same below which it has converged.
+CONVERGED = 0.02
 #: Two sizes of gradients differ by more than this share, unless both were clipped to one value.
 CLIPPED_ALIKE = 1e-4
 
@@ -98,15 +100,29 @@ class Progress:
         return self._losses[-1] / self.first if self._losses and self.first > 0 else math.nan
 
     @property
+    def is_constant(self) -> bool:
+        """True if all losses so far are the same."""
+        return self._range[0] == self._range[1]
+
+    @property
     def spread(self) -> float:
         """The highest sampled loss less the lowest one, over the first; NaN if unknown."""
         return (self._range[1] - self._range[0]) / abs(self.first) if self.first else math.nan
 
     @property
+    def has_converged(self) -> bool:
+        """True if hardly any loss is left, with which gradients are small: nothing has to move."""
+        return self._best < CONVERGED
+
+    @property
     def learns(self) -> bool:
         """True if the loss is clearly below that of the best constant or, if unknown, below its start."""
+        return self._best < LEARNS
+
+    @property
+    def _best(self) -> float:
         ratio = self.over_constant
-        return (self.over_first if math.isnan(ratio) else ratio) < LEARNS
+        return self.over_first if math.isnan(ratio) else ratio
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the recent losses."""

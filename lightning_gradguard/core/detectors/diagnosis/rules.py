@@ -26,6 +26,9 @@ DEAD, SATURATED, SATURATED_ROWS = 0.9, 0.5, 0.8
 LARGE_UPDATE, HUGE_UPDATE, CLIPPED_UPDATE, SMALL_UPDATE, NO_UPDATE = 0.1, 0.3, 0.05, 1e-5, 1e-7
 #: Steps in which updates are examined, and in which gates may be saturated while the loss falls.
 UPDATE_STEPS, GATE_STEPS = 50, 100
+#: Steps of a network that is nearly as it was initialized, and a decrease of the loss, relative to itself,
+#: that is far beyond that of stable steps.
+FIRST_STEPS, OVERSHOOT = 3, 16.0
 #: Loss over the first one from which on an update has made it worse.
 RISEN = 2.0
 UNRELATED = 0.02
@@ -38,6 +41,8 @@ SMALL_INPUT = 0.01
 UNEQUAL_COLUMNS = 50.0
 #: Rms of the targets, and its ratio to that of the answers, from which on they are too large for the network.
 LARGE_TARGET, FAR_TARGET = 100.0, 10.0
+#: Ratio of the answers to the targets from which on the forward pass explodes.
+FAR_ANSWER = 1e3
 #: Spread of all losses over the first one up to which a loss is flat.
 FLAT = 0.003
 #: Shares of a loss call that break its contract.
@@ -182,7 +187,7 @@ def inactive_output(sample: Sample, progress: Progress) -> Symptom | None:
 def has_no_gradient(sample: Sample, progress: Progress) -> bool:
     """True if the gradient at every layer's output is exactly zero, and the loss is not."""
     gradients = [g for layer in sample.layers for g in layer.gradients if not math.isnan(g)]
-    has_loss = not abs(sample.loss) <= 1e-3 * abs(progress.first)
+    has_loss = progress.is_constant or not abs(sample.loss) <= 1e-3 * abs(progress.first)
     return bool(gradients) and not any(gradients) and has_loss and sample.step > 0
 
 
@@ -200,8 +205,7 @@ def large_updates(sample: Sample, progress: Progress) -> Iterator[Symptom]:
         is_certain = before > 1 or (is_huge and (is_rising or input_cause(sample) != "unknown"))
         is_certain |= sample.step >= 5 and progress.over_first > LEARNS
         if before > LARGE_UPDATE and is_certain and (is_huge or after > CLIPPED_UPDATE):
-            order = sorted(range(len(one.names)), key=lambda i: -one.gradients[i])
-            where = modules_of([one.names[i] for i in order[:5]])
+            where = modules_of(one.steepest)
             if is_decay:
                 shrinks = f"shrinks weights by {before:.0%} in a step (usual: below 1 %)"
                 evidence = f"a weight decay of {one.decay:g} {shrinks}"
@@ -224,10 +228,35 @@ def large_updates(sample: Sample, progress: Progress) -> Iterator[Symptom]:
             yield Symptom("exploding_gradient", cause, where, before, evidence, "update")
 
 
+def overshooting_steps(sample: Sample, progress: Progress) -> Iterator[Symptom]:
+    """Yields first steps of SGD that clipping alone keeps from going far beyond where they lower the loss."""
+    for one in sample.updates:
+        promised = one.promise(sample.loss)
+        if sample.step < FIRST_STEPS and promised > OVERSHOOT and one.unclipped > CLIPPED_FAR:
+            evidence = (
+                f"a step along the gradient, of norm {one.total_norm:.3g}, promises to lower the loss by "
+                f"{promised:.2g} times itself (stable: below {4 * (1 + one.momentum) ** 2:.3g}); clipping "
+                f"makes it {one.unclipped:.2g} times smaller"
+            )
+            where = modules_of(one.steepest)
+            yield Symptom("exploding_gradient", "update_too_large", where, promised, evidence, "update", 1)
+
+
+def far_answers(sample: Sample, progress: Progress) -> Iterator[Symptom]:
+    """Yields answers that are decades larger than the targets of a regression."""
+    for call in sample.calls:
+        if call.answer > max(LARGE_TARGET, FAR_ANSWER * call.target) and not progress.learns:
+            sizes = f"answers is {call.answer:.2g}, that of the targets {call.target:.2g}"
+            evidence = f"{call.function}: the rms of the {sizes} (usual: alike)"
+            ratio = call.answer / max(call.target, 1e-45)
+            yield Symptom("exploding_gradient", "unknown", sample.head, ratio, evidence, "update")
+
+
 def constant_loss(sample: Sample, progress: Progress) -> Iterator[Symptom]:
     """Yields a loss that does not depend on the network."""
     if has_no_gradient(sample, progress):
-        evidence = "the gradient at the output of every layer is exactly zero, and the loss is not"
+        evidence = "the gradient at the output of every layer is exactly zero, and the loss is "
+        evidence += "not" if sample.loss else "0 since the start"
         yield Symptom("stuck_loss", "constant_loss", sample.head, sample.loss, evidence, "stuck", 3)
 
 
@@ -271,7 +300,8 @@ def stagnation(sample: Sample, progress: Progress) -> Iterator[Symptom]:
                 evidence += one.by_clippers
             yield Symptom("weight_stagnation", small, where, value, evidence, "stagnation", 2)
             continue
-        yield from _some_stagnate(one, ratios)
+        if not progress.has_converged:
+            yield from _some_stagnate(one, ratios)
 
 
 def _some_stagnate(one: Update, ratios: dict[int, float]) -> Iterator[Symptom]:

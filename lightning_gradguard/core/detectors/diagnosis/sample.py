@@ -157,6 +157,12 @@ class Update:
         scale = self.loss_scale
         return self.total_norm * scale, self.largest * scale, self.total_norm / self.unclipped
 
+    @property
+    def steepest(self) -> list[str]:
+        """The five parameters with the largest gradients."""
+        order = sorted(range(len(self.names)), key=lambda i: -self.gradients[i])
+        return [self.names[i] for i in order[:5]]
+
     def promise(self, loss: float) -> float:
         """The decrease that the first step along the gradient promises, relative to the loss; NaN if unknown.
 

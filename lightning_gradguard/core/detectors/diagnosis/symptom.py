@@ -67,6 +67,8 @@ class Symptom:
             >>> dead.explains(stuck), stuck.explains(dead)
             (True, False)
         """
+        if self.kind == "nonfinite_gradient" and other.kind == "exploding_gradient":
+            return self.since <= other.since  # large numbers come before those that overflow
         if self.cause == other.cause != "unknown":
             return True
         if self.tier == "stuck" or self.tier == "stagnation":
