@@ -42,6 +42,20 @@ def test_what_was_tried_on_the_batch_is_the_first_step() -> None:
     assert found.next_steps == ["Cure: nn.init.zeros_(model.head.weight)", "Use fewer layers."]
 
 
+def test_advice_that_was_not_tried_comes_after_that_for_the_worst() -> None:
+    folder = write_events("run", {"train_loss": [2.0] * 60})
+    told = [
+        {"kind": "saturated_units", "step": 25, "advice": "Use smaller inputs."},
+        {
+            **{"kind": "nonfinite_loss", "step": 59, "action": "skipped", "cause": "update_too_large"},
+            "advice": "Lower the learning rate.",
+        },
+        {"kind": "training_diverged", "step": 60, "action": "stopped"},
+    ]
+    (folder / "incidents.jsonl").write_text("".join(f"{json.dumps(record)}\n" for record in told))
+    assert report_of(folder).next_steps[:2] == ["Lower the learning rate.", "Use smaller inputs."]
+
+
 def test_hundred_thousand_steps() -> None:
     path = write_long("run", ["grad_norm/total", "grad_norm/a.weight", "train_loss"], 100_000)
     found = report_of(path)

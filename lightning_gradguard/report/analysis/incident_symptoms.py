@@ -31,6 +31,8 @@ MAX_DETAILS = 5
 
 #: Kinds that record an intervention, not a symptom.
 _RESPONSES = ("rollback", "learning_rate_backoff", "learning_rate_found", "training_diverged", "lost_batch")
+#: Beginning of advice that the check of the initialization has tried on a batch.
+CURE = "Cure: "
 #: Kinds that the check of the initialization finds.
 INITIALIZATION = ("poor_initialization", "dead_units", "saturated_units")
 
@@ -164,5 +166,6 @@ def _symptom(
         found = own
     advice = advice_for_cause(main, example.where, present, kind=kind)
     next_steps = found or ((advice,) if advice else remedies(kind, example.where, present) or own)
-    is_tried = kind in INITIALIZATION and bool(own) and "nothing that was tried" not in own[0]
+    is_tried = kind in INITIALIZATION and bool(own) and own[0].startswith(CURE)
+    is_tried = is_tried and "nothing that was tried" not in own[0]
     return RunSymptom(kind, severity, first, evidence, value, example.where, next_steps, main, is_tried)

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from itertools import zip_longest
 
 from lightning_gradguard.core.incidents import label, title
+from lightning_gradguard.report.analysis.incident_symptoms import CURE
 from lightning_gradguard.report.render.wording import (
     comparison_table,
     intervention_sentences,
@@ -21,8 +22,6 @@ from lightning_gradguard.report.run_report import RunReport
 MAX_LAYERS = 5
 #: Next steps for one run, and for each of several.
 MAX_STEPS, MAX_STEPS_EACH = 8, 3
-#: Begins the advice of a finding of the initialization check.
-CURE = "Cure: "
 #: Smallest width of a shortened column; a table that needs less is printed one value a line.
 MIN_WIDTH = 12
 
