@@ -173,9 +173,9 @@ def gradient_scaler(trainer: pl.Trainer) -> torch.amp.GradScaler | None:
     return getattr(trainer.precision_plugin, "scaler", None)
 
 
-def set_scaler_state(trainer: pl.Trainer, state: dict[str, Any]) -> None:
-    """Restores the GradScaler's scale and its count of good steps."""
-    if (scaler := gradient_scaler(trainer)) is not None:
+def set_scaler_state(trainer: pl.Trainer, state: dict[str, Any] | None) -> None:
+    """Restores the GradScaler's scale and its count of good steps, if there is a state."""
+    if state is not None and (scaler := gradient_scaler(trainer)) is not None:
         scaler.load_state_dict(state)
 
 
@@ -298,20 +298,16 @@ def stop_calling_before_checkpoints(trainer: pl.Trainer) -> None:
 
 def weight_averages(trainer: pl.Trainer) -> list[nn.Module]:
     """Returns the averaged models that Lightning's `WeightAveraging` callbacks keep."""
-    return [
-        average
-        for callback in trainer.callbacks  # type: ignore[attr-defined]
-        if isinstance(average := getattr(callback, "_average_model", None), nn.Module)
-    ]
+    return [average for average in _kept(trainer, "_average_model") if isinstance(average, nn.Module)]
 
 
 def average_counts(trainer: pl.Trainer) -> list[Tensor]:
     """Returns the numbers of models that `StochasticWeightAveraging` has averaged."""
-    return [
-        count
-        for callback in trainer.callbacks  # type: ignore[attr-defined]
-        if isinstance(count := getattr(callback, "n_averaged", None), Tensor)
-    ]
+    return [count for count in _kept(trainer, "n_averaged") if isinstance(count, Tensor)]
+
+
+def _kept(trainer: pl.Trainer, attribute: str) -> Iterator[Any]:
+    return (getattr(callback, attribute, None) for callback in trainer.callbacks)  # type: ignore[attr-defined]
 
 
 def unknown_averages(trainer: pl.Trainer, before: Callback | None = None) -> list[str]:

@@ -77,8 +77,7 @@ class ExactCheck(CheckMode):
     def on_batch_end(self, transaction: StepTransaction) -> StepTransaction | None:
         """Restores the GradScaler, which takes a skipped step for an overflow that a smaller scale cures."""
         state, self._scaler_state = self._scaler_state, None
-        if state is not None:
-            lightning_api.set_scaler_state(self._trainer, state)
+        lightning_api.set_scaler_state(self._trainer, state)
         return None
 
     def _leave_to_scaler(self, optimizer: Optimizer) -> None:

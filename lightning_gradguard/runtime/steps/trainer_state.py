@@ -161,5 +161,4 @@ def _restore_schedules(trainer: pl.Trainer, schedules: list[Any]) -> None:
     for config, by in zip(configs, by_epoch, strict=True):
         if not by and (state := schedulers.get(id(config.scheduler))) is not None:
             config.scheduler.load_state_dict(state)
-    if scaler is not None:
-        lightning_api.set_scaler_state(trainer, scaler)
+    lightning_api.set_scaler_state(trainer, scaler)
