@@ -164,7 +164,7 @@ class Update:
         return [self.names[i] for i in order[:5]]
 
     def promise(self, loss: float) -> float:
-        """The decrease that the first step along the gradient promises, relative to the loss; NaN if unknown.
+        """Returns the decrease that a first step along the gradient promises, over the loss; NaN if unknown.
 
         Where the loss is a parabola above 0, steps are stable up to 4 times (1 + momentum) squared.
         """
