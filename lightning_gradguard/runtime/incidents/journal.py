@@ -202,7 +202,8 @@ def incident_table(incidents: Collection[Incident], counts: Mapping[str, int]) -
         '| 7 | **Loss spike** |  | loss 12 | none |  |'
     """
     rows = _like_ones_together(incidents)
-    detailed = [i for i in incidents if i.detail or i.dossier or len(i.where) > 1]
+    known = [i for i in incidents if not _is_bare(i)]
+    detailed = [i for i in known if i.detail or i.dossier or len(i.where) > 1]
     advised = {incident.kind: incident.advice for incident in incidents if incident.advice}
     return "\n".join(
         [
@@ -239,7 +240,8 @@ def _like_ones_together(incidents: Collection[Incident]) -> list[list[Incident]]
 
 def _is_bare(incident: Incident) -> bool:
     """True if there is nothing to read about an incident but its kind, as if it was not examined."""
-    return not (incident.where or incident.cause or incident.detail) and incident.action == "skipped"
+    is_known = incident.where or incident.cause or (incident.detail and incident.examined)
+    return incident.action == "skipped" and not is_known
 
 
 def _row(members: Sequence[Incident]) -> str:

@@ -10,7 +10,9 @@ import pytest
 from pytorch_lightning.loggers import CSVLogger
 
 from lightning_gradguard import AdaptiveGradientClipping, GlobalNormClipping, NaNRollback
-from tests.tasks import Classifier, clusters, fit, poisoned
+from lightning_gradguard.report.readers.incident_files import read_incidents
+from lightning_gradguard.runtime.incidents.journal import incident_table
+from tests.tasks import Classifier, batches, clusters, fit, poisoned
 
 
 def kinds(folder: Path, *, nan_at: int, rollback: NaNRollback, **arguments: Any) -> list[str]:
@@ -45,3 +47,15 @@ def test_findings_are_written_where_files_are_asked_for(asks: str, tmp_path: Pat
     rollback = NaNRollback(incident_dir=str(tmp_path) if asks == "incident_dir" else None)
     logger = CSVLogger(tmp_path) if asks == "logger" else False
     assert kinds(tmp_path, nan_at=200, rollback=rollback, logger=logger) == ["constant_clipping"]
+
+
+def test_incidents_that_were_not_examined_are_last_in_the_table_and_without_details(tmp_path: Path) -> None:
+    data = poisoned(batches(12), nan=[1, 4, 7, 8, 11])
+    fit(Classifier(), data, [NaNRollback(max_dossiers=2)], tmp_path)
+    incidents = [*read_incidents(tmp_path / "incidents.jsonl", [])]
+    lines = incident_table([*reversed(incidents)], {"nonfinite_loss": 5}).splitlines()
+    rows = [line for line in lines if line.startswith(("| ", "* "))][1:]
+    assert [row.split()[1] for row in rows] == ["1", "7", "Step", "Step"]
+    assert "2 times" in rows[0] and "3 times" in rows[1]
+    assert "not examined" in rows[1]
+    assert not any("Not examined" in row for row in rows)
