@@ -132,10 +132,15 @@ def _has_learned(losses: Sequence[float], first: float | None, final: float | No
     if first is None or final is None or math.isnan(final):
         return False
     if min(losses) > 0:
-        noise = noise_of(losses) / math.sqrt(max(len(losses) // 10, 1))  # of a median
-        return first - final > max(LEARNED * first, NOISE_FACTOR * noise)
+        return first - final > LEARNED * first and any(_falls(losses, share) for share in (10, 3))
     # a loss that may be negative has no zero to measure its fall against
     return first - final > NOISE_FACTOR * noise_of(losses)
+
+
+def _falls(losses: Sequence[float], share: int) -> bool:
+    """Returns whether the median of the last part is below that of the first by more than their noise."""
+    first, final = ends(losses, share)
+    return first - final > NOISE_FACTOR * noise_of(losses) / math.sqrt(max(len(losses) // share, 1))
 
 
 def _fell_after_intervention(log: RunLog) -> bool:

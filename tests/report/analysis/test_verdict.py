@@ -651,3 +651,11 @@ def test_a_loss_that_is_lower_by_chance_has_not_learned() -> None:
     assert not verdict.outcome.has_learned
     assert verdict.headline == "weight stagnation (cause: clip value too small)"
     assert analyze_run(RunLog(series(falling()))).outcome.has_learned
+
+
+def test_a_short_run_whose_loss_falls_to_a_fifth_has_learned() -> None:
+    losses = [0.645, 0.369, 0.527, 0.516, 0.447, 0.243, 0.359, 0.354, 0.245, 0.264, 0.129, 0.141]
+    repair = Incident("poor_initialization", 0, action="repaired", where=("net.0",))
+    verdict = analyze_run(RunLog(series(losses), incidents=[repair]))
+    assert verdict.outcome.has_learned
+    assert verdict.headline == "recovered from poor initialization"
