@@ -19,7 +19,7 @@ from torch.nn import functional
 from torch.optim.lr_scheduler import ExponentialLR
 from torch.utils.checkpoint import checkpoint
 
-from lightning_gradguard import Incident, TrainingDiagnosis, default_callbacks
+from lightning_gradguard import Incident, InitializationCheck, TrainingDiagnosis, default_callbacks
 from lightning_gradguard.core.detectors.diagnosis import Diagnosis
 from lightning_gradguard.core.detectors.diagnosis.sample import LossSignal, Sample, UnitSignal, Update
 from tests.launching import launch_on
@@ -200,6 +200,37 @@ class Experts(nn.Module):
         shares: Tensor = (self.by * self.gate(x)).softmax(1)
         out: Tensor = torch.stack([e(x) for e in self.experts], 2) @ shares[..., None]
         return out[..., 0]
+
+
+class Gated(nn.Module):
+    """A recurrence by hand; a bias of its gate keeps the state, or forgets it."""
+
+    def __init__(self, keeps: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.gate, self.reset, self.new = nn.Linear(33, 32), nn.Linear(33, 32), nn.Linear(33, 32)
+        self.out, self.keeps = nn.Linear(32, 4), keeps
+        nn.init.constant_(self.gate.bias, 5.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = x.new_zeros(len(x), 32)
+        for t in range(x.shape[1]):
+            now = torch.cat([x[:, t : t + 1], h], 1)
+            z, r = self.gate(now).sigmoid(), self.reset(now).sigmoid()
+            new = self.new(torch.cat([x[:, t : t + 1], r * h], 1)).tanh()
+            h = z * h + (1 - z) * new if self.keeps else z * new + (1 - z) * h
+        out: Tensor = self.out(h)
+        return out
+
+
+@pytest.mark.parametrize(("keeps", "found"), [(True, []), (False, ["vanishing_gradient"])])
+def test_gates_by_hand_that_keep_the_state_are_no_fault(keeps: bool, found: list[str]) -> None:
+    data = [(x, y.roll(1)) for x, y in batches(26)]  # nothing can be learned
+    listener = Listener()
+    callbacks = [InitializationCheck(), TrainingDiagnosis(), listener]
+    fit(Task(Gated(keeps), optimizer=_adam), data, callbacks)
+    assert [i.kind for i in listener.found if i.kind != "poor_initialization"] == found
+    assert keeps is not any(i.kind == "poor_initialization" for i in listener.found)
 
 
 class Scaled(nn.Module):

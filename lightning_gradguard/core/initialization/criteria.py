@@ -165,8 +165,9 @@ def _check_activations(measured: SignalPropagation) -> list[Finding]:
         ):
             if value is not None and value > warn:
                 severity: Severity = "fail" if value >= fail else "warn"
-                if criterion == "saturated_units" and severity == "warn" and layer is measured.layers[0]:
-                    severity = "info"  # no gradient has to pass the first layer on its way to others
+                is_first = severity == "warn" and layer is measured.layers[0]
+                if criterion == "saturated_units" and (is_first or layer.is_gate):
+                    severity = "info"  # no gradient has to pass it on its way to other layers
                 findings.append(Finding(criterion, layer.name, value, f"< {warn:.0%}", severity))
     return findings
 

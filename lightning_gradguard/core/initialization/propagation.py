@@ -145,6 +145,7 @@ class Layer:
         saturated: Share of outputs in the flat part of a saturating activation.
         gain: log10 of the rms of a random vector of unit rms, propagated back from the last hidden layer to
             the output of this one; `None` without a path between them.
+        calls: Number of its calls in one pass.
     """
 
     name: str
@@ -155,6 +156,12 @@ class Layer:
     dead: float | None = None
     saturated: float | None = None
     gain: float | None = None
+    calls: int = 1
+
+    @property
+    def is_gate(self) -> bool:
+        """True for a sigmoid in a recurrence: it may be saturated so that the state passes."""
+        return self.calls > 2 and self.activation == "sigmoid"
 
 
 class ForwardTrace(TorchFunctionMode):
@@ -209,7 +216,10 @@ class ForwardTrace(TorchFunctionMode):
         self._hooks.callback(handle.remove)
 
     def _record_layer(self, module: WeightedLayer, inputs: Any, output: Any, name: str) -> None:
-        if output.requires_grad and all(layer.module is not module for layer in self.layers):
+        known = next((layer for layer in self.layers if layer.module is module), None)
+        if known is not None:
+            known.calls += 1
+        elif output.requires_grad:
             is_finite = not inputs or bool(torch.isfinite(inputs[0].detach()).all())
             self.layers.append(Layer(name, module, output, is_finite))
             self.last_input = inputs[0] if inputs and inputs[0].requires_grad else self.last_input

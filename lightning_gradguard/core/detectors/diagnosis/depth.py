@@ -59,10 +59,16 @@ def through_time(sample: Sample, progress: Progress) -> Iterator[Symptom]:
     ratio = progress.over_constant
     is_flat = ratio > STUCK or (math.isnan(ratio) and not progress.over_first <= STUCK)
     outputs = {layer.name: layer.gradient for layer in sample.layers if len(layer.gradients) == 1}
+    n_calls = {layer.name: len(layer.gradients) for layer in sample.layers}
+    recurrences: dict[int, float] = {}  # by their length: what passes at one layer of a cell, passes
+    for time in sample.times:
+        n = n_calls.get(time.name, 1)
+        recurrences[n] = max(_back(time), recurrences.get(n, -math.inf))
     for time in sample.times:
         if not time.largest > 0:
             continue
-        back = _decades(time.first, time.largest)
+        n = n_calls.get(time.name, 1)
+        back = recurrences[n] if n > 1 else _back(time)
         early = back <= TIME_VANISHING_EARLY and sample.step >= 10
         if is_flat and (early or (back <= TIME_VANISHING and sample.step >= 50)):
             evidence = (
@@ -83,6 +89,11 @@ def through_time(sample: Sample, progress: Progress) -> Iterator[Symptom]:
                 f"the gradient grows by {forth:.1f} decades from the last step of {time.name} to the first"
             )
             yield _through_time("exploding_gradient", time, forth, evidence)
+
+
+def _back(time: TimeSignal) -> float:
+    """Returns the decades by which the gradient is smaller at the first step than at any."""
+    return _decades(time.first, time.largest)
 
 
 def grows(time: TimeSignal) -> bool:

@@ -303,7 +303,8 @@ class StepTrace(TorchFunctionMode):
             found = units.heights(output.detach(), dim, smooth=smooth)
             dead = None if found is None else self._dead.add(*found)
         if name in units.SATURATING:
-            shares = units.saturated_shares(output.detach(), dim, name)
+            is_gate = layer.calls > 2 and name.endswith("sigmoid")
+            shares = units.saturated_shares(output.detach(), dim, name, is_gate=is_gate)
             if shares is not None:
                 saturated, outputs = map(self._scalars.add, shares)
         if dead is not None or saturated is not None:

@@ -26,6 +26,8 @@ NEAR_ZERO = 1e-3
 MOST_SAMPLES = 0.95
 #: Share of the outputs from which on the activation is saturated, whatever single units do.
 NEARLY_ALL = 0.85
+#: Share of the saturated outputs on the other side up to which gates are saturated on one side.
+ONE_SIDED = 0.1
 
 
 def heights(output: Tensor, dim: int, *, smooth: bool = False) -> tuple[Tensor, float] | None:
@@ -78,7 +80,9 @@ class DeadShares:
         return _shares(dead[None], activation, sizes)[0]
 
 
-def saturated_shares(output: Tensor, dim: int, function: str) -> tuple[Tensor, Tensor] | None:
+def saturated_shares(
+    output: Tensor, dim: int, function: str, *, is_gate: bool = False
+) -> tuple[Tensor, Tensor] | None:
     """Returns the shares of units that are saturated for most samples, and of outputs that are saturated.
 
     Where nearly all outputs are saturated, both are the share of these: units may change sides.
@@ -87,6 +91,8 @@ def saturated_shares(output: Tensor, dim: int, function: str) -> tuple[Tensor, T
         output: Of the activation.
         dim: Dimension of the units.
         function: Name of the activation.
+        is_gate: True for gates, which do no harm if all of the saturated ones are on one side: the state
+            passes or, if it does not, the gradient through time shows it.
 
     Returns:
         `None` for too few samples.
@@ -97,6 +103,10 @@ def saturated_shares(output: Tensor, dim: int, function: str) -> tuple[Tensor, T
     centred = 2 * output - 1 if function.endswith("sigmoid") else output
     flat = (centred.abs() > SATURATING[function]).float().mean(others)
     by_unit, by_output = (flat > MOST_SAMPLES).float().mean(), flat.mean()
+    if is_gate:
+        low = (centred < -SATURATING[function]).float().mean()
+        counts = torch.minimum(low, by_output - low) > ONE_SIDED * by_output
+        by_unit, by_output = by_unit * counts, by_output * counts
     return torch.where(by_output > NEARLY_ALL, by_output, by_unit), by_output
 
 
