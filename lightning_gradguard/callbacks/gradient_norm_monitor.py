@@ -205,7 +205,10 @@ class GradientNormMonitor(StepCallback):
     def on_exception(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
     ) -> None:
-        """Logs a pending step without its update, which needs the other ranks."""
+        """Logs a pending step without its update, which needs the other ranks; drops the one that raised."""
+        for logged in self._logged.values():
+            logged.close(nonfinite_fraction=0.0)
+        self._logged = {}
         pending, self._pending = self._pending, []
         for logged in pending:
             scalars = self._process(trainer, logged, logged.values().tolist())

@@ -297,6 +297,7 @@ class NaNRollback(StepCallback):
         if self._session is not None:
             self._session.report_without_ranks()
             self._session.report_exception(exception)
+            self._session.end()
         self._restore_step(pl_module)
         lightning_api.resume_weight_averages(trainer)
         super().on_exception(trainer, pl_module, exception)
@@ -315,7 +316,7 @@ class NaNRollback(StepCallback):
             self._restore_step(pl_module)
             self._own_logs = self._log_folders()
             if self._session is not None:
-                self._session.indices.restore()
+                self._session.end()
             self._session = None  # type: ignore[assignment]
             self._snapshots.end()
             lightning_api.stop_calling_before_checkpoints(trainer)

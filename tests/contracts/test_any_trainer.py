@@ -16,7 +16,7 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.utilities import CombinedLoader
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, TensorDataset
 
 from lightning_gradguard import NaNRollback, default_callbacks
 from lightning_gradguard.callbacks.defaults import DEFAULTS
@@ -357,7 +357,7 @@ RAISED_IN = [
     ("hook", "first"), [*((hook, True) for hook in RAISED_IN), *((hook, False) for hook in RAISED_IN[::4])]
 )
 def test_an_exception_in_a_hook(hook: str, first: bool) -> None:
-    """It reaches the user as it is, and the next fit of the same Trainer is guarded."""
+    """It reaches the user as it is, leaves no hook, and the next fit of the same Trainer is guarded."""
 
     class Raises(pl.Callback):
         is_armed = True
@@ -369,10 +369,14 @@ def test_an_exception_in_a_hook(hook: str, first: bool) -> None:
     setattr(Raises, hook, act)
     raises, rollback = Raises(), NaNRollback()
     own = default_callbacks(nan_rollback=rollback)
-    trainer = pl.Trainer(max_epochs=4, callbacks=[raises, *own] if first else [*own, raises], **QUIET)
-    module = Validated()
+    callbacks = [raises, *own] if first else [*own, raises]
+    trainer = pl.Trainer(max_epochs=4, callbacks=callbacks, log_every_n_steps=1, **QUIET)
+    module, data = Validated(), DataLoader(TensorDataset(*batches(1, size=128)[0]), batch_size=32)
     with pytest.raises(ZeroDivisionError, match=f"^{hook}$"):
-        trainer.fit(module, plain_loader(batches(4)), loader(2))
+        trainer.fit(module, data, loader(2))
+    assert type(data.batch_sampler) is BatchSampler
+    hooks = [(o._optimizer_step_pre_hooks, o._optimizer_step_post_hooks) for o in trainer.optimizers]
+    assert not any(before or after for before, after in hooks)
     raises.is_armed = False
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

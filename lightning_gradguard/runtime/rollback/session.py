@@ -28,7 +28,7 @@ class RollbackSession:
     """One fit of `NaNRollback`.
 
     Attributes:
-        lost_batches, indices: The log of lost batches; the samples of each batch where its sampler has them.
+        lost_batches: The log of lost batches.
     """
 
     def __init__(
@@ -41,10 +41,9 @@ class RollbackSession:
         keeps_batches: bool,
     ) -> None:
         self._fit = fit
-        self._keeps_batches = keeps_batches
         trainer, side_effects = fit.trainer, fit.side_effects
         self._randomness = StepRandomness()
-        self.indices = DatasetIndices(trainer)
+        self._indices = DatasetIndices(trainer) if keeps_batches else None
         self._is_sharded = lightning_api.shards_parameters(trainer)
         self._takes_iterator = lightning_api.takes_iterator(fit.pl_module)
         fit.snapshots.begin(trainer, side_effects)
@@ -86,14 +85,19 @@ class RollbackSession:
         window = self._transaction.window
         window.n_batches += 1
         tensors = self.lost_batches.record(step, epoch, batch_in_epoch, batch)
-        if self._keeps_batches:
-            indices, rng = self.indices.next_batch(), self._randomness.before_step()
+        if self._indices is not None:
+            indices, rng = self._indices.next_batch(), self._randomness.before_step()
             seen = SeenBatch(batch, batch_idx, rng, indices, tensors, versions_of(tensors))
             window.batches.append(seen)
         if (reason := self._lost_earlier.get((epoch, batch_in_epoch))) is not None:
             window.repeats_skipped_batch |= reason == "skipped"
             self._flags.check_now = True
             self._flags.repeats_lost_batch |= self.lost_batches.repeats_lost_batch()
+
+    def end(self) -> None:
+        """Leaves the data loader as it was."""
+        if self._indices is not None:
+            self._indices.restore()
 
     def take_flags(self) -> StepFlags:
         """Returns the flags for the next step's reduction; scans count once, the rest holds until a step."""

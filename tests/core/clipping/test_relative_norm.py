@@ -45,6 +45,22 @@ def test_spike_without_a_rise_of_the_loss_must_be_larger() -> None:
     assert applied(policy, [40.0, 20.0], loss=1.0) == pytest.approx([1.0, 20.0])
 
 
+def test_spike_enters_the_history_with_at_most_its_bound() -> None:
+    policy = RelativeNormClipping()
+    applied(policy, [1.0] * 4)
+    assert applied(policy, [1e6] * 4)[-1] == pytest.approx(1.0)
+    history = policy.state_dict()["norms"]
+    assert history[~history.isnan()].tolist() == pytest.approx([1.0] * 4 + [10.0] * 4)
+
+
+def test_resumed_policy_knows_the_usual_norm_and_loss() -> None:
+    policy, resumed = RelativeNormClipping(), RelativeNormClipping()
+    applied(policy, [1.0] * 30, loss=1.0)
+    resumed.load_state_dict(policy.state_dict())
+    norms, losses = [4.0, 20.0, 40.0, 20.0], [3.1, 2.1, 1.0, 1.0]
+    assert applied(resumed, norms, losses=losses) == applied(policy, norms, losses=losses)
+
+
 def test_losses_around_zero_have_no_ratio() -> None:
     policy = RelativeNormClipping()
     applied(policy, [1.0] * 30, losses=[-0.1, 0.1] * 15)
