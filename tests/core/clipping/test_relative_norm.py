@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 from collections.abc import Sequence
@@ -41,6 +42,7 @@ def test_spike_without_a_rise_of_the_loss_must_be_larger() -> None:
     applied(policy, [1.0] * 30, loss=1.0)
     # of an optimizer that normalizes gradients, less is one if the loss has tripled
     assert applied(policy, [4.0], loss=3.1) == pytest.approx([1.0])
+    assert applied(policy, [4.0], loss=2.9) == pytest.approx([4.0])
     assert applied(policy, [20.0], loss=2.1) == pytest.approx([1.0])
     assert applied(policy, [40.0, 20.0], loss=1.0) == pytest.approx([1.0, 20.0])
 
@@ -53,12 +55,24 @@ def test_spike_enters_the_history_with_at_most_its_bound() -> None:
     assert history[~history.isnan()].tolist() == pytest.approx([1.0] * 4 + [10.0] * 4)
 
 
-def test_resumed_policy_knows_the_usual_norm_and_loss() -> None:
+@pytest.mark.parametrize(("norm", "loss"), [(8.0, 2.5), (4.0, 3.1)])
+def test_resumed_policy_knows_the_usual_norm_and_loss(norm: float, loss: float) -> None:
     policy, resumed = RelativeNormClipping(), RelativeNormClipping()
     applied(policy, [1.0] * 30, loss=1.0)
     resumed.load_state_dict(policy.state_dict())
-    norms, losses = [4.0, 20.0, 40.0, 20.0], [3.1, 2.1, 1.0, 1.0]
-    assert applied(resumed, norms, losses=losses) == applied(policy, norms, losses=losses)
+    assert applied(resumed, [norm], loss=loss) == applied(policy, [norm], loss=loss)
+
+
+def test_spike_is_above_three_times_the_level_however_small_norms_are() -> None:
+    policy = RelativeNormClipping()
+    applied(policy, [1.0] * 30 + [0.01] * 120)
+    assert applied(policy, [3.1, 2.9]) == pytest.approx([1.0, 2.9])
+
+
+def test_recent_norm_falls_by_a_tenth_a_step() -> None:
+    policy = RelativeNormClipping()
+    applied(policy, [1.0] * 30 + [4.0] + [1.0] * 3)
+    assert float(policy.state_dict()["recent"]) == pytest.approx(4 * 0.9**3)
 
 
 def test_losses_around_zero_have_no_ratio() -> None:
@@ -151,6 +165,43 @@ def test_momentum_lengthens_the_step_only_once_the_loss_has_risen() -> None:
     assert applied(policy, norms, loss=0.1, **usual) == pytest.approx(norms)
     (clipped,) = applied(policy, [2.5], loss=0.18, **usual)
     assert clipped == pytest.approx(math.sqrt(0.5 * 0.1 / 0.1))
+
+
+@pytest.mark.parametrize(("n_before", "usual", "overshoots"), [(19, 15.0, 17.0), (25, 30.0, 34.0)])
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_overshoot_is_found_earlier_in_the_first_steps(
+    n_before: int, usual: float, overshoots: float, momentum: float
+) -> None:
+    """By p of the first step, the rate times 1 + momentum, as norm and loss are 1."""
+    policy = RelativeNormClipping()
+    applied(policy, [1.0] * n_before, loss=1.0, learning_rate=SLOW)
+    for p, reduced in ((usual, False), (overshoots, True)):
+        rate = p / (1 + momentum)
+        expected = math.sqrt(0.5 * (1 - momentum) / rate) if reduced else 1.0
+        found = applied(copy.deepcopy(policy), [1.0], loss=1.0, learning_rate=rate, momentum=momentum)
+        assert found == pytest.approx([expected])
+
+
+def test_loss_counts_as_at_most_the_highest_usual_one() -> None:
+    policy = RelativeNormClipping()
+    applied(policy, [1.0] * 240, losses=[10.0] * 30 + [1.0] * 210, learning_rate=SLOW)
+    assert applied(policy, [1.0], loss=8.0, learning_rate=40.0) == [1.0]
+
+
+def test_alarm_lasts_300_finite_steps() -> None:
+    policy = RelativeNormClipping()
+    applied(policy, [1.0] * 5, loss=1.0, learning_rate=SLOW, weight_norm=100.0)
+    applied(policy, [1.0], loss=1.0, learning_rate=17.0)
+    assert float(policy.state_dict()["alarm"]) == 300
+    before = {key: float(policy.state_dict()[key]) for key in ("alarm", "cap", "lowest_loss", "weight_norm")}
+    applied(policy, [math.inf, math.nan, 1.0], losses=[1.0, 1.0, -math.inf], learning_rate=SLOW)
+    assert {key: float(policy.state_dict()[key]) for key in before} == before
+    applied(policy, [1.0] * 299, loss=1.0, learning_rate=SLOW, weight_norm=1.0)
+    # up to 2, p is no reason to shorten a step that is longer than the weights
+    assert applied(copy.deepcopy(policy), [1.0], loss=1.0, learning_rate=1.5) == pytest.approx([1.0])
+    assert applied(copy.deepcopy(policy), [1.0], loss=1.0, learning_rate=2.5) == pytest.approx([0.02 / 2.5])
+    applied(policy, [1.0], loss=1.0, learning_rate=SLOW)
+    assert applied(policy, [1.0], loss=1.0, learning_rate=2.5) == pytest.approx([1.0])
 
 
 def test_negative_losses_leave_the_spike_rule_alone() -> None:
