@@ -18,6 +18,7 @@ from lightning_gradguard.runtime.incidents.investigation import Investigation
 from lightning_gradguard.runtime.incidents.journal import open_journal
 from lightning_gradguard.runtime.logging import console
 from lightning_gradguard.runtime.logging.hyperparameters import non_defaults
+from lightning_gradguard.runtime.other_clipping import allow_steps_without_gradients, restore_clipping
 from lightning_gradguard.runtime.rollback.fit_context import FitContext
 from lightning_gradguard.runtime.rollback.outcome import Counts
 from lightning_gradguard.runtime.rollback.session import RollbackSession
@@ -196,6 +197,7 @@ class NaNRollback(StepCallback):
         if stage == "fit":
             if self.incident_dir is not None:
                 open_journal(trainer, self.incident_dir)
+            allow_steps_without_gradients(trainer)
             lightning_api.call_before_checkpoints(
                 trainer, lambda: self._session.before_checkpoint() if self._session is not None else None
             )
@@ -319,6 +321,7 @@ class NaNRollback(StepCallback):
                 self._session.end()
             self._session = None  # type: ignore[assignment]
             self._snapshots.end()
+            restore_clipping(trainer)
             lightning_api.stop_calling_before_checkpoints(trainer)
 
     def _restore_step(self, pl_module: pl.LightningModule) -> None:

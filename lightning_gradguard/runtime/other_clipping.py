@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 
 import pytorch_lightning as pl
+from torch.optim import Optimizer
 
 from lightning_gradguard.runtime import lightning_api
 from lightning_gradguard.runtime.lightning_packages import is_instance_by_name
@@ -40,6 +42,24 @@ def describe_other_clipper(trainer: pl.Trainer) -> str:
 def clips_otherwise(trainer: pl.Trainer) -> bool:
     """True if gradients are clipped after the suite, and not to a known norm."""
     return bool(describe_other_clipper(trainer)) and clip_norm(trainer) is None
+
+
+def allow_steps_without_gradients(trainer: pl.Trainer) -> None:
+    """Lets the Trainer clip a skipped step by value, at which torch raises: it has no gradient."""
+    plugin = trainer.precision_plugin
+    clip = plugin.clip_grad_by_value
+
+    @functools.wraps(clip)
+    def clip_present(optimizer: Optimizer, clip_val: int | float) -> None:
+        if any(p.grad is not None for group in optimizer.param_groups for p in group["params"]):
+            clip(optimizer, clip_val)
+
+    vars(plugin)["clip_grad_by_value"] = clip_present
+
+
+def restore_clipping(trainer: pl.Trainer) -> None:
+    """Undoes `allow_steps_without_gradients`."""
+    vars(trainer.precision_plugin).pop("clip_grad_by_value", None)
 
 
 def clips_in_code(pl_module: pl.LightningModule) -> bool:

@@ -24,7 +24,7 @@ from lightning_gradguard.report.analysis.present import present_in
 from lightning_gradguard.report.analysis.run_log import GradientLog, RunLog, Series
 from lightning_gradguard.report.render.text import to_text
 from tests.report.runs import report_of
-from tests.tasks import Classifier, batches, fit
+from tests.tasks import Classifier, batches, fit, poisoned, same, weights
 
 BY_NORM: dict[str, Any] = {"gradient_clip_val": 0.5}
 BY_VALUE: dict[str, Any] = {"gradient_clip_val": 0.05, "gradient_clip_algorithm": "value"}
@@ -156,3 +156,24 @@ def test_norms_that_reach_one_value_were_clipped_before_they_were_measured(clips
     total = Series(range(100), [min(norm, 1.0) if clips else norm for norm in norms])
     present = present_in(RunLog(gradients=(GradientLog(total=total),)))
     assert ("clipping" in present) == clips
+
+
+@pytest.mark.parametrize("how", ["by norm", "by value", "in a hook", "in a hook by value"])
+@pytest.mark.parametrize("check", ["exact", "deferred"])
+def test_a_skipped_step_has_nothing_to_clip(how: str, check: Any) -> None:
+    class InHook(Classifier):
+        def configure_gradient_clipping(self, optimizer: Any, *_: Any, **__: Any) -> None:
+            algorithm = "value" if "value" in how else "norm"
+            self.clip_gradients(optimizer, gradient_clip_val=0.05, gradient_clip_algorithm=algorithm)
+
+    arguments = {"by norm": BY_NORM, "by value": BY_VALUE}.get(how, {})
+    data = batches(8)
+    twin, module = (InHook() if "hook" in how else Classifier() for _ in range(2))
+    rollback = NaNRollback(check=check)
+    fit(twin, data[:3] + data[4:], [], **arguments)
+    trainer = fit(module, poisoned(data, nan=[3]), [rollback], **arguments)
+    assert rollback.skips == 1
+    assert all(weight.isfinite().all() for weight in weights(module))
+    if check == "exact":  # a deferred check loses the next step as well
+        assert same(weights(twin), weights(module))
+    assert "clip_grad_by_value" not in vars(trainer.precision_plugin)
