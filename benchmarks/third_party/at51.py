@@ -54,7 +54,8 @@ FAILING = {
 _PARTS: dict[str, tuple[Callable[[], nn.Module], Init, frozenset[str]]] = {
     "exponential": (Exponential, he_uniform, EXPLODING),
     "sigmoid": (nn.Sigmoid, he_uniform, VANISHING),
-    "small ReLU": (nn.ReLU, small_uniform, VANISHING),
+    # with biases of 0 a layer may have no unit that is above 0
+    "small ReLU": (nn.ReLU, small_uniform, VANISHING | {"dead_units"}),
     "deep ReLU": (nn.ReLU, he_uniform, DYING),
 }
 
