@@ -39,6 +39,21 @@ with the rules of 0.6.0 on seeds 0 and 1, and on 0 to 4 where it harms:
 epoch, which ends these runs: it equals no guard.
 """
 
+#: Programs that are no scenarios, as they were written to attack the rules.
+OTHERS = """## Programs that are clipped more
+
+Four programs of another collection, whose script is not kept, have more than 1 % of their steps clipped by
+the suite with one seed at least. Scores with seeds 0, 1 and 2, higher is better: none is harmed beyond the
+noise of seeds.
+
+| program | no guard | the suite by defaults | clipped |
+|---|---|---|---|
+| DQN on a pole, Adam .001: return | 96.8, 59.2, 61.1 | 70.4, 70.8, 66.0 | 1.1, 1.1, 1.7 % |
+| the same with a Huber loss, Adam .002 | 104.7, 34.6, 76.2 | 74.8, 70.2, 108.3 | 1.9, 3.0, 2.5 % |
+| PPO on a pole, Adam .003: return | 186.4, 183.2, 137.8 | 193.4, 178.4, 175.7 | 1.5, 0, 0 % |
+| Gaussian likelihood, SGD .003, momentum .9 | .99, 1.23, 1.61 | 2.08, 1.32, 1.71 | 12.5, 32.3, 8.5 % |
+"""
+
 
 def page(records: Iterable[Record], environment: Mapping[str, str]) -> str:
     """Returns the page as Markdown."""
@@ -51,6 +66,7 @@ def page(records: Iterable[Record], environment: Mapping[str, str]) -> str:
     parts += [
         "## Healthy programs\n",
         _healthy(runs, guards),
+        OTHERS,
         "## Failing programs\n",
         _failing(runs, guards),
     ]

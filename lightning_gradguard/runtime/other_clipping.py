@@ -67,7 +67,7 @@ def clips_in_code(pl_module: pl.LightningModule) -> bool:
     functions = (value for owner in type(pl_module).__mro__ for value in vars(owner).values())
     return any(
         inspect.isfunction(function)
-        and function.__module__.split(".")[0] not in lightning_api.PACKAGES
+        and str(function.__module__).split(".")[0] not in lightning_api.PACKAGES
         and not _CLIPPERS.isdisjoint(function.__code__.co_names)
         for function in functions
     )
