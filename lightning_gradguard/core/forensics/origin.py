@@ -187,7 +187,9 @@ def origin_in_weights(out_of_range: Mapping[str, OutOfRange]) -> Origin:
     total = sum(found.n for found in out_of_range.values())
     are_single = total <= MAX_CORRUPTED and all(found.n < found.of for found in others)
     are_far_smaller = all(found.growth * FLIP < growth for found in others)
-    if n <= MAX_CORRUPTED and n < of and growth >= FLIP and (are_single or are_far_smaller):
+    # the range of optimizer state, "exp_avg of ...", ends where only corruption gets
+    is_flip = growth >= FLIP or (are_single and " of " in names[0])
+    if n <= MAX_CORRUPTED and n < of and is_flip and (are_single or are_far_smaller):
         return Origin(
             "corrupted_weights",
             where=tuple(names if are_single else names[:1]),

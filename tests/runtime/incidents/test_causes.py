@@ -280,6 +280,9 @@ def test_single_grown_elements_of_small_tensors_are_no_corruption() -> None:
 
     assert origin_in_weights({"bias": OutOfRange(1, 1, 14.0)}).cause == "update_too_large"
     assert origin_in_weights({"head.weight": OutOfRange(2, 64, 14.0)}).cause == "update_too_large"
+    # the range of optimizer state is far above what updates reach
+    assert origin_in_weights({"sum of weight": OutOfRange(1, 640, 16.7)}).cause == "corrupted_weights"
+    assert origin_in_weights({"sum of weight": OutOfRange(9, 640, 16.7)}).cause == "update_too_large"
     both = origin_in_weights({"bias": OutOfRange(1, 1, math.inf)})
     assert "corrupted memory looks the same" in both.detail
 
