@@ -53,10 +53,11 @@ class EvaluationWatch:
             if not math.isfinite(value)
         }
         by_rank: list[tuple[dict[str, float], tuple[int, int] | None]] = gather_objects((metrics, first))
-        rank = next((r for r, (bad, place) in enumerate(by_rank) if bad or place), None)
-        if rank is None:
+        # a metric that is summed over ranks is nonfinite on all, the batch on one
+        metrics = next((bad for bad, _ in by_rank if bad), {})
+        rank, first = next(((r, place) for r, (_, place) in enumerate(by_rank) if place), (0, None))
+        if not (metrics or first):
             return
-        metrics, first = by_rank[rank]
         open_journal(trainer)
         incident = incident_now(
             trainer,

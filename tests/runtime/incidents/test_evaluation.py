@@ -11,6 +11,7 @@ from pytorch_lightning.callbacks import EarlyStopping
 from torch import Tensor, nn
 
 from lightning_gradguard import Incident, LearningRateBackoff, default_callbacks
+from lightning_gradguard.runtime.incidents import evaluation
 from tests.tasks import Batch, Classifier, batches, fit, plain_loader, poisoned
 
 HELD_OUT = poisoned(batches(5, seed=1), nan=[2, 4])
@@ -125,3 +126,18 @@ def test_a_metric_that_is_nonfinite_at_the_end_alone_is_of_no_batch(n_sanity: in
     assert not any("that batch" in incident.advice for incident in module.incidents)
     # not in the sanity check, in which it does nothing
     assert ["EarlyStopping" in i.advice for i in module.incidents] == [*[False] * bool(n_sanity), True]
+
+
+def test_a_metric_that_is_nonfinite_on_all_ranks_is_of_the_rank_with_the_batch(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def of_two_ranks(own: Any) -> list[Any]:
+        metrics, _ = own
+        return [(metrics, None), (metrics, (3, 0))]  # a mean over ranks, of which the second has NaN
+
+    monkeypatch.setattr(evaluation, "gather_objects", of_two_ranks)
+    module = Evaluated("logs")
+    fit(module, batches(4), default_callbacks(), validation=HELD_OUT, num_sanity_val_steps=0)
+    (incident,) = module.incidents
+    assert (incident.where, incident.batch_idx) == (("val_loss",), 3)
+    assert "batch 3 of data loader 0 on rank 1" in incident.detail
