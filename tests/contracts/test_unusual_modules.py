@@ -51,6 +51,31 @@ def test_target_network_is_as_without_the_batch(check: Any) -> None:
     assert same(weights(expected), weights(module))
 
 
+class Recurrent(Classifier):
+    """Carries a hidden state from batch to batch as a plain attribute."""
+
+    def __init__(self) -> None:
+        super().__init__("adam")
+        self.cell = nn.GRUCell(20, 20)
+        self.hidden: Tensor | None = None
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor | None:
+        hidden = self.cell(batch[0], self.hidden)
+        self.hidden = hidden.detach()
+        return super().training_step((hidden, batch[1]), batch_idx)
+
+
+@pytest.mark.parametrize("check", ["exact", "deferred"])
+def test_hidden_state_is_as_without_the_batch(check: Any) -> None:
+    clean = batches(12)
+    lost = 5 if check == "exact" else 6
+    expected, module = Recurrent(), Recurrent()
+    bad = insert(clean, 5, NOT_A_NUMBER)
+    fit(expected, [*clean[:5], *bad[lost + 1 :]], [NaNRollback(check=check)])
+    fit(module, bad, [NaNRollback(check=check)])
+    assert same(weights(expected), weights(module))
+
+
 def test_target_network_is_rolled_back_with_the_network() -> None:
     clean = batches(60)
     bad = [*clean[:31], *[poisoned(clean, nan=[0])[0]] * 3, *clean[31:]]

@@ -29,6 +29,23 @@ def test_exploding_tanh_network_without_nan_diverges() -> None:
     assert feed(detector, 9.08, 2e10) > DIVERGENCE_RATIO
 
 
+def test_losses_of_a_narrow_range_around_zero_rise_by_the_size_of_the_first() -> None:
+    detector = DivergenceDetector()
+    assert feed(detector, -1.0, 1.0, steps=130) == 0.0
+    assert feed(detector, 0.4, 1.0) == 0.0
+    assert feed(detector, 1.0, 1.0) == pytest.approx(2.0 * 2.0)
+
+
+def test_steps_after_a_rollback_fill_a_whole_window() -> None:
+    detector = DivergenceDetector()
+    feed(detector, 1.0, 1.0, steps=16)
+    detector.forget()
+    feed(detector, 1.0, 1.0, steps=4)
+    assert detector.state_dict()["recent"] == [(1.0, 1.0)]
+    feed(detector, 2.0, 1.0, steps=6)
+    assert detector.state_dict()["recent"] == [(1.0, 1.0), (2.0, 1.0)]
+
+
 def test_saturated_network_diverges_by_its_loss_alone() -> None:
     detector = DivergenceDetector()
     feed(detector, 1.4, 4.6)

@@ -9,7 +9,8 @@ from collections.abc import Iterable
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_gradguard.core.detectors import SpikeDetector
+from lightning_gradguard.core.detectors import SpikeAlarm, SpikeDetector
+from lightning_gradguard.core.detectors.spike import CALM_STEPS, QUIET_STEPS
 
 
 def alarms(values: Iterable[float], gap: int = 10) -> list[int]:
@@ -93,3 +94,11 @@ def test_resumed_detector_gives_the_same_results() -> None:
     resumed.load_state_dict(first.state_dict())
     assert [resumed.update(value) for value in values[150:]] == expected[150:]
     assert any(expected[150:])
+
+
+def test_a_calm_run_undoes_one_doubling_of_the_quiet_time() -> None:
+    alarm = SpikeAlarm()
+    assert alarm.update(True)
+    assert not any(alarm.update(False) for _ in range(CALM_STEPS))
+    raised = [alarm.update(True) for _ in range(QUIET_STEPS + 1)]
+    assert [i for i, is_alarm in enumerate(raised) if is_alarm] == [0, QUIET_STEPS]
