@@ -97,10 +97,15 @@ def natural_order(path: Path) -> list[tuple[str, int]]:
 def _records(path: Path, notes: list[str]) -> Iterator[dict[str, Any]]:
     """Yields the lines of a file that are JSON objects."""
     broken = 0
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError as error:
+        notes.append(f"{path.name} cannot be read: {error.strerror or error}")
+        return
+    for line in lines:
         try:
             record = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             record = None
         if isinstance(record, dict):
             yield record

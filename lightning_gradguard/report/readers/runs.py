@@ -58,6 +58,8 @@ def find_runs(paths: Iterable[Path]) -> dict[str, Path]:
     for path in paths:
         if not path.is_dir():
             raise FileNotFoundError(_not_a_folder(path))
+        if not _is_readable(path):
+            raise FileNotFoundError(f"{path} cannot be read: this user has no permission.")
         runs = sorted(_runs_in(path), key=natural_order)
         if not runs:
             raise FileNotFoundError(_without_runs(path))
@@ -121,6 +123,10 @@ def read_run(name: str, path: Path) -> Run:
     )
 
 
+def _is_readable(folder: Path) -> bool:
+    return os.access(folder, os.R_OK | os.X_OK)
+
+
 def _is_run(path: Path) -> bool:
     return bool(scalar_files(path)) or (path / INCIDENTS).is_file()
 
@@ -142,6 +148,7 @@ def _runs_in(path: Path) -> list[Path]:
         run
         for folder in path.iterdir()
         if folder.is_dir() and not folder.is_symlink() and not folder.name.startswith(".")
+        if _is_readable(folder)
         for run in _runs_in(folder)
     ]
     return below or ([path] if is_run else [])

@@ -68,3 +68,13 @@ def test_lost_batches_of_all_ranks_are_counted() -> None:
         "6 steps skipped, 0 rollbacks",
         "12 lost batches on 2 ranks (12 skipped): lost_batches.rank*.jsonl",
     ]
+
+
+def test_what_cannot_be_read_is_noted(tmp_path: Path) -> None:
+    nested = "[" * 100_000
+    (tmp_path / "incidents.jsonl").write_text(f'{nested}\n{{"kind": "loss_spike", "step": 3}}\n')
+    (tmp_path / "lost_batches.rank1.jsonl").mkdir()
+    found = report_of(tmp_path)
+    assert dict(found.incidents) == {"loss_spike": 1}
+    assert "1 line of incidents.jsonl could not be read" in found.notes
+    assert "lost_batches.rank1.jsonl cannot be read: Is a directory" in found.notes

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
+
+import pytest
 
 from lightning_gradguard.report.readers.runs import find_runs
 from tests.report.runs import write_events
@@ -16,6 +19,16 @@ def test_stray_file_does_not_hide_the_runs_below_it() -> None:
     # a run of its own is one
     write_events("top", {"train_loss": [1.0]}, first_step=1)
     assert list(find_runs([Path("top")])) == ["top"]
+
+
+def test_a_folder_without_permission_hides_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("top/run", "top/secret"):
+        write_events(name, {"train_loss": [1.0] * 5})
+    # not by the mode of the folder: tests may run as root
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "secret")
+    assert [*find_runs([Path("top")]).values()] == [Path("top/run")]
+    with pytest.raises(FileNotFoundError, match="top/secret cannot be read: this user has no permission"):
+        find_runs([Path("top/secret")])
 
 
 def test_runs_without_a_logger_in_one_folder_are_two() -> None:
