@@ -29,8 +29,9 @@ RATE_FACTORS, FAR_RATE_FACTORS, MAX_RATE_STEPS = (3.0, 1 / 3), (10.0, 0.1), 3
 LEARNED_ENOUGH = 0.2
 #: Held-out loss over that of the best constant answer of a short trial that ends those that do not learn.
 DOMINATES = 0.75
-#: Share of the loss by which another learning rate must be better.
-BETTER_RATE = 0.05
+#: Share of the loss by which another learning rate must be better, and the same for one that has learned:
+#: another whole run costs more than a little is worth.
+BETTER_RATE, FAR_BETTER_RATE = 0.05, 0.2
 #: Noise between seeds is at least this share of the untreated loss.
 LEAST_NOISE = 0.02
 #: Share of what the best treatment gains by which a smaller change may be behind it.
@@ -175,6 +176,7 @@ def at_best_rate(runner: TrialRunner, trial: Trial, until: float) -> list[Trial]
     # shorter trials prefer rates that are too high later
     best = reference = next(iter(runner.run([Job(changes, seed, steps)], until)), trial)
     factors = list(RATE_FACTORS if learning_of(trial).learns else FAR_RATE_FACTORS)
+    better = 1 - (FAR_BETTER_RATE if learning_of(reference).has_learned else BETTER_RATE)
     for _ in range(MAX_RATE_STEPS):
         wave = factors[: runner.processes]
         if not wave:
@@ -183,7 +185,7 @@ def at_best_rate(runner: TrialRunner, trial: Trial, until: float) -> list[Trial]
         found = dict(zip(wave, runner.run(jobs, until), strict=False))
         factors = factors[len(wave) :]
         for factor, other in found.items():
-            if other.loss < (1 - BETTER_RATE) * best.loss and other.is_undisturbed >= best.is_undisturbed:
+            if other.loss < better * best.loss and other.is_undisturbed >= best.is_undisturbed:
                 best, factors = other, [factor]
         if best.over_constant <= LEARNED_ENOUGH:
             break
