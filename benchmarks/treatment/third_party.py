@@ -15,8 +15,8 @@ from benchmarks.treatment.casebook import Case
 
 #: Healthy networks of the archive that stand for those that fail, by data set.
 _TWINS = {"Circle": "Circle simplednn", "Blob": "Blob simplednn_blob"}
-#: Times that the batches of the rebuilt networks are gone through: the archive trains for 300 epochs, not 60.
-_TIMES = 5
+#: Times that the batches of the rebuilt networks are gone through: the archive trains for 300 epochs.
+_TIMES = 300 // at51.EPOCHS
 
 
 def cases() -> Iterator[Case]:
