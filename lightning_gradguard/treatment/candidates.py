@@ -192,6 +192,7 @@ def _fitting(found: Probe, changes: tuple[Change, ...]) -> tuple[Change, ...] | 
     if not changes:
         return changes
     allowed = [c for c in changes if found.is_automatic or not KINDS[c.kind].needs_one_optimizer]
+    allowed = [c for c in allowed if found.has_epsilon or c.kind != "epsilon"]
     applicable = [c for c in allowed if applies(found.module, c, found.run_loss)]
     if any(c.kind == "rnn_to_gru" for c in applicable):  # which makes the gates
         applicable += [c for c in allowed if c.kind == "gate_bias" and c not in applicable]

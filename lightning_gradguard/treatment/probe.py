@@ -42,6 +42,7 @@ class Probe:
         incidents: All that was published.
         module: The module, as it was initialized.
         is_automatic: False under manual optimization, or with several optimizers.
+        has_epsilon: True if an optimizer divides by a sum with an epsilon.
         learning: Whether it learns.
         moved: Distance that a weight has gone, over its norm, the largest of all; NaN if unknown.
         run_loss: Runs `module` on the first batch; `None` if it cannot be run outside of a fit.
@@ -53,6 +54,7 @@ class Probe:
     incidents: Sequence[Incident]
     module: nn.Module
     is_automatic: bool
+    has_epsilon: bool
     learning: Learning
     moved: float
     run_loss: Callable[[], Tensor] | None
@@ -159,6 +161,7 @@ def probe(program: Program, least: int, most: int, deadline: float) -> Probe:
         incidents=list(listener.incidents),
         module=untrained,
         is_automatic=is_automatic,
+        has_epsilon=any("eps" in group for one in trainer.optimizers for group in one.param_groups),
         learning=learning_of(trial),
         moved=_moved(untrained, module),
         run_loss=_runnable(untrained, program.batches.epochs[0][0]),

@@ -27,6 +27,7 @@ def suggested(module: nn.Module, *symptoms: Symptom, moved: float = 1.0) -> Sequ
             incidents=[],
             module=module,
             is_automatic=True,
+            has_epsilon=False,
             learning=learning_of(trial),
             moved=moved,
             run_loss=lambda: module(torch.ones(2, 8, 4))[0].sum(),
@@ -59,3 +60,10 @@ def test_rate_is_raised_by_what_the_weights_lack() -> None:
 def test_gradients_that_vanish_are_no_matter_of_the_rate() -> None:
     found = suggested(nn.RNN(4, 8, batch_first=True), VANISHING, moved=0.004)
     assert found[0].changes[0].kind == "orthogonal_recurrent"
+
+
+def test_optimizer_without_an_epsilon_gets_none() -> None:
+    nonfinite = Symptom("nonfinite_loss", "loss", ("head",), 1.0, "", "contract")
+    found = suggested(nn.Sequential(nn.Linear(4, 8)), nonfinite)
+    assert found
+    assert "epsilon" not in {c.kind for one in found for c in one.changes}
