@@ -88,6 +88,7 @@ SymptomCause = Literal[
     "scaled_gradients_clipped",
     "clip_value_too_small",
     "weight_decay",
+    "unbounded_loss",
 ]
 KINDS: tuple[IncidentKind, ...] = get_args(IncidentKind)
 CAUSES: tuple[Cause, ...] = get_args(Cause)

@@ -46,6 +46,7 @@ _IN_CODE: dict[str, tuple[str, ...]] = {
     "input_scale": ("train_dataloader",),
     "constant_input": ("train_dataloader",),
     "target_scale": ("train_dataloader",),
+    "unbounded_loss": ("log_prob",),
 }
 #: Faults with which a loss may fall: of how it is called, and of what the optimizer holds.
 _BESIDE_LEARNING = frozenset(

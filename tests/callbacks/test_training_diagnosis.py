@@ -345,6 +345,20 @@ def test_rate_that_falls_to_nothing_is_named() -> None:
 
     (incident,) = diagnosed(Task(optimizer=falling), 40)
     assert (incident.kind, incident.cause) == ("weight_stagnation", "learning_rate_too_low")
+    assert "a schedule has lowered the learning rate from 0.001 to" in incident.detail
+
+
+def test_loss_that_falls_without_bound_is_named() -> None:
+    def mean_likelihood(output: Tensor, target: Tensor) -> Tensor:
+        spread = functional.softplus(output[:, 1]) + 1e-3
+        likelihood: Tensor = torch.distributions.Normal(output[:, 0], spread).log_prob(target.float())
+        return likelihood.mean()
+
+    (incident,) = diagnosed(
+        Task(loss=mean_likelihood, optimizer=lambda net: torch.optim.Adam(net.parameters(), 1e-2)), 60
+    )
+    assert (incident.kind, incident.cause) == ("exploding_gradient", "unbounded_loss")
+    assert not diagnosed(Task(loss=lambda output, target: -mean_likelihood(output, target)), 60)
 
 
 def test_flat_loss_without_a_target_is_stuck() -> None:

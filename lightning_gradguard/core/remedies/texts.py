@@ -173,7 +173,8 @@ BY_CAUSE = {
         "Use one output for each class, or binary_cross_entropy_with_logits on the one output of {where}."
     ),
     "not_log_probabilities": (
-        "Apply torch.nn.functional.log_softmax(output, 1) after {where}, or use cross_entropy on its output."
+        "Use cross_entropy on the output of {where}, without a softmax, or give nll_loss "
+        "torch.nn.functional.log_softmax(output, 1) of it: over the classes, not the batch."
     ),
     "broadcast_targets": "Give both one shape: {code}(hidden).squeeze(1), or target.unsqueeze(1).",
     "labels_ignored": "Check the labels and ignore_index: none is left for the loss.",
@@ -266,6 +267,10 @@ BY_CAUSE = {
     "clip_value_too_small": (
         "Raise the value to which gradients are clipped (gradient_clip_val of the Trainer, or that of your "
         "own code) to their usual norm or above, or remove it. The learning rate is not at fault."
+    ),
+    "unbounded_loss": (
+        "Check the sign of the loss: of a likelihood, the negative logarithm is minimized. What it rewards "
+        "has to be bounded, such as the scale of a distribution from below."
     ),
     "weight_decay": "Lower weight_decay: it shrinks the weights of {where} faster than the loss moves them.",
     "vanishing_gradient: through_time": (

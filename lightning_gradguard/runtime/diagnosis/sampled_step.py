@@ -181,7 +181,9 @@ class _SampledUpdate:
 
     def __init__(self, suite: Suite, trainer: pl.Trainer, step: Step, wants_largest: bool) -> None:
         self.logged = LoggedStep(suite, trainer, step, 2.0, update_ratio=True)
-        self._rates = [float(group["lr"]) for group in step.optimizer.param_groups if "lr" in group]
+        groups = [group for group in step.optimizer.param_groups if "lr" in group]
+        self._rates = [float(group["lr"]) for group in groups]
+        self._initial_rates = [float(group.get("initial_lr", group["lr"])) for group in groups]
         self._decay = max(float(group.get("weight_decay", 0)) for group in step.optimizer.param_groups)
         is_sgd = isinstance(step.optimizer, torch.optim.SGD)
         momenta = [float(group["momentum"]) for group in step.optimizer.param_groups if is_sgd]
@@ -226,6 +228,7 @@ class _SampledUpdate:
             ratios=found.update_ratios,
             unclipped=factor if factor >= 1 and math.isfinite(factor) else 1.0,
             rates=self._rates,
+            initial_rates=self._initial_rates,
             total_norm=found.total_norm,
             largest=largest,
             loss_scale=self._loss_scale,

@@ -10,6 +10,7 @@ from typing import Any
 from lightning_gradguard.core.detectors.diagnosis import clipped, depth, rules
 from lightning_gradguard.core.detectors.diagnosis.progress import LEARNS, Progress
 from lightning_gradguard.core.detectors.diagnosis.sample import Sample
+from lightning_gradguard.core.detectors.diagnosis.stagnation import stagnation
 from lightning_gradguard.core.detectors.diagnosis.symptom import Symptom, Tier
 from lightning_gradguard.core.incidents import IncidentKind
 
@@ -29,11 +30,12 @@ _RULES = (
         rules.large_updates,
         rules.overshooting_steps,
         rules.far_answers,
+        rules.unbounded_loss,
         depth.through_layers,
         depth.through_time,
     ),
 )
-_LATE_RULES = (rules.constant_loss, rules.stagnation)
+_LATE_RULES = (rules.constant_loss, stagnation)
 
 
 class Diagnosis:
@@ -135,7 +137,7 @@ class Diagnosis:
         for rule in _RULES:
             yield from rule(sample, self._progress)
         for rule in _LATE_RULES:
-            if not (rising and rule is rules.stagnation):
+            if not (rising and rule is stagnation):
                 yield from rule(sample, self._progress)
         if not self._is_related:
             yield from rules.far_targets(sample, self._progress, self.patience)

@@ -6,6 +6,7 @@ import math
 from collections import defaultdict, deque
 from collections.abc import Mapping, Sequence
 from functools import partial
+from itertools import pairwise
 from statistics import mean
 from typing import Any
 
@@ -20,6 +21,9 @@ LEARNS = 0.9
 STUCK = 0.95
 #: The same below which it has converged.
 CONVERGED = 0.02
+#: Loss below 0, over the size of the first one or 1, and its growth from one sample to the next, of a loss
+#: that falls without bound.
+UNBOUNDED, UNBOUNDED_GROWTH = 1e4, 2.0
 #: Two sizes of gradients differ by more than this share, unless both were clipped to one value.
 CLIPPED_ALIKE = 1e-4
 
@@ -98,6 +102,13 @@ class Progress:
     def rise(self) -> float:
         """The last loss over the first one; NaN if unknown or not positive."""
         return self._losses[-1] / self.first if self._losses and self.first > 0 else math.nan
+
+    @property
+    def is_unbounded(self) -> bool:
+        """True if the recent losses are far below 0, and each falls by a multiple of the one before."""
+        losses = list(self._losses)
+        falls = all(now < UNBOUNDED_GROWTH * before < 0 for before, now in pairwise(losses))
+        return len(losses) == RECENT and falls and losses[-1] < -UNBOUNDED * max(abs(self.first), 1.0)
 
     @property
     def is_constant(self) -> bool:

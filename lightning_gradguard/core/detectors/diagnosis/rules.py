@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from statistics import mean, median
+from statistics import mean
 from typing import Literal
 
 from lightning_gradguard.core.detectors.diagnosis import depth
@@ -15,7 +15,6 @@ from lightning_gradguard.core.detectors.diagnosis.sample import (
     MIN_TIMES,
     Sample,
     UnitSignal,
-    Update,
 )
 from lightning_gradguard.core.detectors.diagnosis.signals.units import RECTIFIERS
 from lightning_gradguard.core.detectors.diagnosis.symptom import Symptom
@@ -23,7 +22,7 @@ from lightning_gradguard.core.incidents import Cause, SymptomCause
 
 # thresholds of docs/diagnosis.md
 DEAD, SATURATED, SATURATED_ROWS = 0.9, 0.5, 0.8
-LARGE_UPDATE, HUGE_UPDATE, CLIPPED_UPDATE, SMALL_UPDATE, NO_UPDATE = 0.1, 0.3, 0.05, 1e-5, 1e-7
+LARGE_UPDATE, HUGE_UPDATE, CLIPPED_UPDATE = 0.1, 0.3, 0.05
 #: Steps in which updates are examined, and in which gates may be saturated while the loss falls.
 UPDATE_STEPS, GATE_STEPS = 50, 100
 #: Steps of a network that is nearly as it was initialized, and a decrease of the loss, relative to itself,
@@ -252,70 +251,19 @@ def far_answers(sample: Sample, progress: Progress) -> Iterator[Symptom]:
             yield Symptom("exploding_gradient", "unknown", sample.head, ratio, evidence, "update")
 
 
+def unbounded_loss(sample: Sample, progress: Progress) -> Iterator[Symptom]:
+    """Yields a loss that falls without bound, as one whose sign is wrong."""
+    if progress.is_unbounded:
+        evidence = f"the loss falls without bound, from {progress.first:.3g} to {sample.loss:.3g}"
+        yield Symptom("exploding_gradient", "unbounded_loss", sample.head, sample.loss, evidence, "update")
+
+
 def constant_loss(sample: Sample, progress: Progress) -> Iterator[Symptom]:
     """Yields a loss that does not depend on the network."""
     if has_no_gradient(sample, progress):
         evidence = "the gradient at the output of every layer is exactly zero, and the loss is "
         evidence += "not" if sample.loss else "0 since the start"
         yield Symptom("stuck_loss", "constant_loss", sample.head, sample.loss, evidence, "stuck", 3)
-
-
-def stagnation(sample: Sample, progress: Progress) -> Iterator[Symptom]:
-    """Yields weights that do not move, or hardly, while their rate does not rise."""
-    if sample.step < 5:
-        return
-    for index, one in enumerate(sample.updates):
-        if one.rates and not any(one.rates):
-            where, evidence = modules_of(one.names[:3]), "the learning rate of every parameter group is 0"
-            yield Symptom("weight_stagnation", "learning_rate_too_low", where, 0.0, evidence, "stagnation", 3)
-            continue
-        matrices = [i for i, is_matrix in enumerate(one.is_matrix) if is_matrix and one.weights[i] > 0]
-        if not one.ratios or not matrices or not math.isfinite(one.total_norm) or one.total_norm == 0:
-            continue
-        ratios = {i: one.ratios[i] for i in matrices}
-        if progress.is_unmoved(index) and max(ratios.values()) > SMALL_UPDATE and not progress.learns:
-            where = modules_of([one.names[i] for i in matrices[:3]])
-            evidence = (
-                f"updates are up to {max(ratios.values()):.1g} of a weight's norm, and all weights are what "
-                "they were before"
-            )
-            value = max(ratios.values())
-            yield Symptom("weight_stagnation", "overwritten_weights", where, value, evidence, "coverage", 4)
-            continue
-        if max(ratios.values()) < SMALL_UPDATE and not progress.learns:
-            where = modules_of([one.names[i] for i in matrices[:3]])
-            if not any(one.gradients[i] for i in matrices):
-                evidence = "the gradient of every weight matrix is exactly zero"
-                yield Symptom("weight_stagnation", "zero_gradient", where, 0.0, evidence, "stagnation", 2)
-                continue
-            evidence = (
-                f"updates are at most {max(ratios.values()):.1g} of any weight's norm (usual: about 1e-3)"
-            )
-            value = max(ratios.values())
-            is_clipped = one.unclipped > CLIPPED_FAR and value * one.unclipped > SMALL_UPDATE
-            small: SymptomCause = "clip_value_too_small" if is_clipped else "learning_rate_too_low"
-            if is_clipped:
-                clipped = one.total_norm / one.unclipped
-                evidence += f", as gradients of norm {one.total_norm:.3g} are clipped to {clipped:.3g}"
-                evidence += one.by_clippers
-            yield Symptom("weight_stagnation", small, where, value, evidence, "stagnation", 2)
-            continue
-        if not progress.has_converged:
-            yield from _some_stagnate(one, ratios)
-
-
-def _some_stagnate(one: Update, ratios: dict[int, float]) -> Iterator[Symptom]:
-    usual = median(ratios.values())
-    still = [i for i, r in ratios.items() if r < NO_UPDATE or (r < SMALL_UPDATE / 10 and r < usual / 1e3)]
-    moving = {one.names[i].rpartition(".")[0] for i in ratios if i not in still}
-    still = [i for i in still if one.names[i].rpartition(".")[0] not in moving]  # a part is not needed
-    if still and max(ratios.values()) > SMALL_UPDATE:
-        has_gradient = any(one.gradients[i] > 0 for i in still)
-        cause: SymptomCause = "learning_rate_too_low" if has_gradient else "zero_gradient"
-        where = modules_of([one.names[i] for i in still[:5]])
-        value = max(ratios[i] for i in still)
-        evidence = f"updates of {len(still)} of {len(ratios)} weights are at most {value:.1g} of their norm"
-        yield Symptom("weight_stagnation", cause, where, value, evidence, "stagnation", 4, is_partial=True)
 
 
 def far_targets(sample: Sample, progress: Progress, patience: int) -> Iterator[Symptom]:

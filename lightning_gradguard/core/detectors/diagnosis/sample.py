@@ -104,6 +104,8 @@ class LossSignal:
 
 #: Norm of weights, relative to torch's default initialization, below which an update is compared with that.
 SMALL_WEIGHTS = 0.3
+#: Share of its initial value below which a schedule has lowered a learning rate to nothing.
+DECAYED = 1e-3
 
 
 @dataclass(frozen=True)
@@ -119,6 +121,7 @@ class Update:
         ratios: Norm of the update over that of the weight; empty if unknown.
         unclipped: Factor by which the gradient was larger before clipping, if the update depends on it.
         rates: Learning rate of each parameter group.
+        initial_rates: The same before any schedule.
         total_norm: Norm of all gradients before clipping.
         largest: Largest magnitude of an element of these gradients; NaN if unknown.
         loss_scale: The GradScaler's; 1 without one.
@@ -144,6 +147,18 @@ class Update:
     momentum: float = math.nan
     clipper: str = ""
     suite_clips: bool = False
+    initial_rates: Sequence[float] = ()
+
+    @property
+    def decayed(self) -> str:
+        """Words for a schedule that has ended; empty while it has left a thousandth of a rate."""
+        rate, initial = max(self.rates, default=0.0), max(self.initial_rates, default=0.0)
+        if not rate < DECAYED * initial:
+            return ""
+        return (
+            f", as a schedule has lowered the learning rate from {initial:.3g} to {rate:.3g}: check its "
+            "length, and whether it is to step once a batch or once an epoch"
+        )
 
     @property
     def by_clippers(self) -> str:

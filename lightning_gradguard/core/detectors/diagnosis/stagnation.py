@@ -1,0 +1,77 @@
+"""The rule on weights that their optimizer hardly moves."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from statistics import median
+
+from lightning_gradguard.core.detectors.diagnosis.clipped import CLIPPED_FAR
+from lightning_gradguard.core.detectors.diagnosis.progress import Progress
+from lightning_gradguard.core.detectors.diagnosis.rules import modules_of
+from lightning_gradguard.core.detectors.diagnosis.sample import Sample, Update
+from lightning_gradguard.core.detectors.diagnosis.symptom import Symptom
+from lightning_gradguard.core.incidents import SymptomCause
+
+#: Update over weight below which weights hardly move, and below which one does not; see docs/diagnosis.md.
+SMALL_UPDATE, NO_UPDATE = 1e-5, 1e-7
+
+
+def stagnation(sample: Sample, progress: Progress) -> Iterator[Symptom]:
+    """Yields weights that do not move, or hardly, while their rate does not rise."""
+    if sample.step < 5:
+        return
+    for index, one in enumerate(sample.updates):
+        if one.rates and not any(one.rates):
+            where = modules_of(one.names[:3])
+            evidence = f"the learning rate of every parameter group is 0{one.decayed}"
+            yield Symptom("weight_stagnation", "learning_rate_too_low", where, 0.0, evidence, "stagnation", 3)
+            continue
+        matrices = [i for i, is_matrix in enumerate(one.is_matrix) if is_matrix and one.weights[i] > 0]
+        if not one.ratios or not matrices or not math.isfinite(one.total_norm) or one.total_norm == 0:
+            continue
+        ratios = {i: one.ratios[i] for i in matrices}
+        if progress.is_unmoved(index) and max(ratios.values()) > SMALL_UPDATE and not progress.learns:
+            where = modules_of([one.names[i] for i in matrices[:3]])
+            evidence = (
+                f"updates are up to {max(ratios.values()):.1g} of a weight's norm, and all weights are what "
+                "they were before"
+            )
+            value = max(ratios.values())
+            yield Symptom("weight_stagnation", "overwritten_weights", where, value, evidence, "coverage", 4)
+            continue
+        if max(ratios.values()) < SMALL_UPDATE and not progress.learns:
+            where = modules_of([one.names[i] for i in matrices[:3]])
+            if not any(one.gradients[i] for i in matrices):
+                evidence = "the gradient of every weight matrix is exactly zero"
+                yield Symptom("weight_stagnation", "zero_gradient", where, 0.0, evidence, "stagnation", 2)
+                continue
+            evidence = (
+                f"updates are at most {max(ratios.values()):.1g} of any weight's norm (usual: about 1e-3)"
+                f"{one.decayed}"
+            )
+            value = max(ratios.values())
+            is_clipped = one.unclipped > CLIPPED_FAR and value * one.unclipped > SMALL_UPDATE
+            small: SymptomCause = "clip_value_too_small" if is_clipped else "learning_rate_too_low"
+            if is_clipped:
+                clipped = one.total_norm / one.unclipped
+                evidence += f", as gradients of norm {one.total_norm:.3g} are clipped to {clipped:.3g}"
+                evidence += one.by_clippers
+            yield Symptom("weight_stagnation", small, where, value, evidence, "stagnation", 2)
+            continue
+        if not progress.has_converged:
+            yield from _some_stagnate(one, ratios)
+
+
+def _some_stagnate(one: Update, ratios: dict[int, float]) -> Iterator[Symptom]:
+    usual = median(ratios.values())
+    still = [i for i, r in ratios.items() if r < NO_UPDATE or (r < SMALL_UPDATE / 10 and r < usual / 1e3)]
+    moving = {one.names[i].rpartition(".")[0] for i in ratios if i not in still}
+    still = [i for i in still if one.names[i].rpartition(".")[0] not in moving]  # a part is not needed
+    if still and max(ratios.values()) > SMALL_UPDATE:
+        has_gradient = any(one.gradients[i] > 0 for i in still)
+        cause: SymptomCause = "learning_rate_too_low" if has_gradient else "zero_gradient"
+        where = modules_of([one.names[i] for i in still[:5]])
+        value = max(ratios[i] for i in still)
+        evidence = f"updates of {len(still)} of {len(ratios)} weights are at most {value:.1g} of their norm"
+        yield Symptom("weight_stagnation", cause, where, value, evidence, "stagnation", 4, is_partial=True)
