@@ -346,6 +346,7 @@ class NaNRollback(StepCallback):
             # the names of version 0.5, whose checkpoints this one reads
             "has_given_up": self._counts.has_stopped,
             "examined": self._investigation.examined,
+            "last_examined": self._investigation.last,
             "ledgers": self._log_folders(),
         }
 
@@ -360,6 +361,7 @@ class NaNRollback(StepCallback):
             self._policy.reset_budgets()  # the user has changed something, and wants it tried
             self._resumes_a_stop = True
         self._investigation.examined = state_dict["examined"]
+        self._investigation.last = state_dict.get("last_examined", "")  # 0.5 has not saved it
         self._earlier_logs, self._own_logs = state_dict["ledgers"], []
 
     def snapshot_state_dict(self) -> dict[int, Any]:

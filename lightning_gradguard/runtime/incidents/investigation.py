@@ -21,7 +21,7 @@ from lightning_gradguard.core.forensics import (
     out_of_range_elements,
     parts_of,
 )
-from lightning_gradguard.core.incidents import Cause
+from lightning_gradguard.core.incidents import Cause, first_names, label
 from lightning_gradguard.core.remedies import Present
 from lightning_gradguard.core.snapshots import Snapshot
 from lightning_gradguard.runtime import lightning_api
@@ -50,6 +50,7 @@ class Investigation:
         found: The causes that were found, with the last origin of each.
         cause: Cause of the running episode; `None` outside of one, or if it was not examined.
         in_episode: True from a skipped step to the next good one.
+        last: What the last examination has found, as the end of a sentence; empty before one.
     """
 
     def __init__(self, max_dossiers: int, megabytes: float) -> None:
@@ -59,16 +60,23 @@ class Investigation:
         self._megabytes = megabytes
         self.cause: Cause | None = None
         self.in_episode = False
+        self.last = ""
 
     def end_episode(self) -> None:
         """Called after a good step: the next skipped one begins an episode."""
         self.cause = None
         self.in_episode = False
 
-    def advice(self, present: Collection[Present]) -> dict[str, str]:
-        """Returns advice on a skipped step that was not examined, from the first one of its episode."""
-        advice = self.found[self.cause].remedy(present) if self.cause else ""
-        return {"advice": advice} if advice else {}
+    def facts_unexamined(self, present: Collection[Present]) -> dict[str, Any]:
+        """Returns the facts of a skipped step that was not examined: why, and what is known of others."""
+        if self.cause is None and self.examined >= self._max_dossiers:
+            number = f"NaNRollback(max_dossiers={self._max_dossiers})"
+            why = f"Not examined: {number} is used up; raise it to have more steps of a run examined."
+            why += f" The last one{self.last}" if self.last else ""
+            return {"examined": False, "detail": why, "advice": why}
+        remedy = self.found[self.cause].remedy(present) if self.cause else ""
+        facts = {"examined": False, "detail": "Not examined: it follows a skipped step."}
+        return {**facts, "advice": remedy} if remedy else facts
 
     def scan_weights(self, trainer: pl.Trainer, snapshot: Snapshot) -> Origin | None:
         """Compares the weights with a snapshot, without a replay. Collective.
@@ -102,7 +110,9 @@ class Investigation:
         self.in_episode = True
         self.examined += 1
         if (obstacle := _obstacle(trainer, pl_module)) is not None:
-            return Result(Origin("unknown", detail=obstacle))
+            origin = Origin("unknown", detail=obstacle)
+            self.last = _in_words(origin, step)
+            return Result(origin)
         out_of_range = _out_of_range(trainer, snapshot)
         origin, seen = _first_origin(trainer, pl_module, window, out_of_range)
         is_finite = weights_are_nonfinite and origin.cause == "transient"
@@ -118,6 +128,7 @@ class Investigation:
             )
         self.cause = origins[rank].cause
         self.found[self.cause] = origins[rank]
+        self.last = _in_words(origins[rank], step)
         return Result(origins[rank], gather_objects(path)[rank])
 
     def examine_exception(
@@ -175,6 +186,13 @@ def scan_batches(batches: Sequence[SeenBatch]) -> Origin | None:
         found += [origin] if origin.cause == "bad_input" else []
     origins: list[Origin | None] = gather_objects(next(iter(found), None))
     return next((origin for origin in origins if origin is not None), None)
+
+
+def _in_words(origin: Origin, step: int) -> str:
+    """Returns what an examination has found, as the end of a sentence."""
+    place = origin.location or first_names(1, origin.where)
+    found = f"cause: {label(origin.cause)}" + (f", at {place}" if place else "")
+    return f" (step {step}): {origin.detail.rstrip('.') if origin.cause == 'unknown' else found}."
 
 
 def _with_samples(trainer: pl.Trainer, seen: SeenBatch, origin: Origin) -> str:

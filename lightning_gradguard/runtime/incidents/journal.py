@@ -64,6 +64,12 @@ class _Journal:
         """True if incidents of a kind have different causes, or some have one and some do not."""
         return sum(known == kind for known, _ in self.published) > 1
 
+    def restart(self) -> None:
+        """Counts and prints as from the first incident on, in the same file."""
+        self.counts.clear()
+        self.published.clear()
+        self.recent.clear()
+
     @property
     def path(self) -> Path | None:
         return self.folder / "incidents.jsonl" if self.folder and self._writes else None
@@ -108,13 +114,23 @@ def open_journal(trainer: pl.Trainer, folder: str | None = None) -> None:
     )
 
 
+def begin_journal(trainer: pl.Trainer) -> None:
+    """Opens the journal of a fit: its counts begin, while its file is that of a fit before. Collective."""
+    open_journal(trainer)
+    _journals[trainer].restart()
+
+
 def _folder_of_run(trainer: pl.Trainer) -> Path:
-    """Returns Lightning's folder of the run; for loggers that share one between runs, that of checkpoints."""
-    log_dir: Any = trainer.log_dir
+    """Returns the folder of the run, of the logger whose metrics `report` finds there if there is one.
+
+    Of other loggers, which share one folder between runs, it is that of checkpoints.
+    """
+    logger = next((own for own in trainer.loggers if _has_folder(own)), None)
+    log_dir: Any = trainer.log_dir if logger is None else trainer.strategy.broadcast(logger.log_dir)
     is_path = log_dir and isinstance(log_dir, (str, os.PathLike))  # a logger may be a mock
     folder = Path(log_dir if is_path else trainer.default_root_dir)
     # on every rank, with any loggers: a service names a run on rank 0 only
-    own = gather_objects(_name_of_run(trainer.logger) or _own_subfolder(trainer, folder))[0]
+    own = gather_objects(_name_of_run(logger or trainer.logger) or _own_subfolder(trainer, folder))[0]
     return folder.joinpath(*own)
 
 
@@ -130,8 +146,13 @@ def _has_content(file: Path) -> bool:
     return file.is_file() and file.stat().st_size > 0
 
 
+def _has_folder(logger: Any) -> bool:
+    """True if each run has a folder of its own, with its metrics."""
+    return any(is_instance_by_name(logger, own) for own in ("TensorBoardLogger", "CSVLogger"))
+
+
 def _name_of_run(logger: Any) -> tuple[str, ...]:
-    if logger is None or any(is_instance_by_name(logger, own) for own in ("TensorBoardLogger", "CSVLogger")):
+    if logger is None or _has_folder(logger):
         return ()
     try:
         name, version = logger.name, logger.version

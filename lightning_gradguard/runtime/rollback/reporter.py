@@ -76,9 +76,7 @@ class IncidentReporter:
             self._fit.side_effects.buffers.restore()
             present = present_in(self._fit.trainer)
             if result is None:
-                facts["examined"] = False
-                facts["detail"] = "Not examined: it follows a skipped step, or max_dossiers is used up."
-                facts.update(self._fit.investigation.advice(present))
+                facts.update(self._fit.investigation.facts_unexamined(present))
             else:
                 found = origin_facts(result.origin, present, facts.get("where", ()))
                 facts.update(found, dossier=result.dossier)

@@ -17,7 +17,7 @@ from lightning_gradguard.core import tags
 from lightning_gradguard.core.norms import Measurement
 from lightning_gradguard.runtime import lightning_api
 from lightning_gradguard.runtime.incidents.evaluation import EvaluationWatch
-from lightning_gradguard.runtime.incidents.journal import open_journal
+from lightning_gradguard.runtime.incidents.journal import begin_journal
 from lightning_gradguard.runtime.incidents.run_summary import summarize
 from lightning_gradguard.runtime.logging.hyperparameters import Configured
 from lightning_gradguard.runtime.steps.step import Step, StepFlags, StepVerdict
@@ -152,7 +152,7 @@ class StepCallback(lightning_api.Callback, Configured):
             self.suite = suite_of(trainer)
             if not self.suite.has(self):
                 self.suite.join(self)
-            open_journal(trainer)
+            begin_journal(trainer)
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -7,12 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from pytorch_lightning.loggers import CSVLogger
+from pytorch_lightning.loggers import CSVLogger, Logger
 
-from lightning_gradguard import AdaptiveGradientClipping, GlobalNormClipping, NaNRollback
+from lightning_gradguard import (
+    AdaptiveGradientClipping,
+    GlobalNormClipping,
+    GradientNormMonitor,
+    NaNRollback,
+)
 from lightning_gradguard.report.readers.incident_files import read_incidents
-from lightning_gradguard.runtime.incidents.journal import incident_table
-from tests.tasks import Classifier, batches, clusters, fit, poisoned
+from lightning_gradguard.runtime.incidents.journal import MAX_PRINTED, incident_table
+from tests.tasks import Classifier, batches, clusters, fit, plain_loader, poisoned
 
 
 def kinds(folder: Path, *, nan_at: int, rollback: NaNRollback, **arguments: Any) -> list[str]:
@@ -60,3 +65,56 @@ def test_incidents_that_were_not_examined_are_last_in_the_table_and_without_deta
     assert "3 times" in rows[1]
     assert "not examined" in rows[1]
     assert not any("Not examined" in row for row in rows)
+
+
+def test_message_of_a_batch_beyond_max_dossiers_says_so_and_gives_no_advice_on_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rollback = NaNRollback(max_dossiers=1)
+    trainer = fit(Classifier(), poisoned(batches(12), nan=[1, 5, 6]), [rollback], tmp_path)
+    trainer.save_checkpoint(tmp_path / "run.ckpt")
+    printed = [line for line in capsys.readouterr().err.splitlines() if "Not examined" in line]
+    (message,) = printed
+    assert "skipped. Not examined: NaNRollback(max_dossiers=1) is used up; raise it to have more" in message
+    assert "The last one (step 1): cause: bad input, at batch[0]" in message
+    assert "float32" not in message
+    resumed = {"max_epochs": 2, "ckpt_path": str(tmp_path / "run.ckpt")}
+    fit(
+        Classifier(), poisoned(batches(12), nan=[3]), [NaNRollback(max_dossiers=1)], tmp_path / "2", **resumed
+    )
+    assert "The last one (step 1): cause: bad input" in capsys.readouterr().err
+
+
+class Service(Logger):
+    """Keeps metrics elsewhere, such as W&B, and names its runs."""
+
+    name, version, save_dir = "project", "run-7", "service"
+
+    def log_metrics(self, *_: Any, **__: Any) -> None: ...
+
+    def log_hyperparams(self, *_: Any, **__: Any) -> None: ...
+
+
+def test_incidents_are_beside_metrics_whatever_logger_is_first(tmp_path: Path) -> None:
+    logger = CSVLogger(tmp_path)
+    callbacks = [GradientNormMonitor(), NaNRollback()]
+    fit(Classifier(), poisoned(batches(12), nan=[4]), callbacks, tmp_path, logger=[Service(), logger])
+    assert {"incidents.jsonl", "metrics.csv"} <= {file.name for file in Path(logger.log_dir).iterdir()}
+    assert [*tmp_path.rglob("incidents.jsonl")] == [Path(logger.log_dir) / "incidents.jsonl"]
+
+
+def test_second_fit_prints_and_counts_from_the_start(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    module, data = Classifier(), poisoned(batches(20), nan=range(0, 14, 2))
+    trainer = fit(module, data, [NaNRollback(max_dossiers=100)], tmp_path)
+    first = capsys.readouterr().err
+    trainer.fit_loop.max_epochs = 2
+    trainer.fit(module, plain_loader(data))
+    second = capsys.readouterr().err
+    assert (
+        first.count("gradguard: Nonfinite loss") == second.count("gradguard: Nonfinite loss") == MAX_PRINTED
+    )
+    assert "nonfinite loss (7)" in first
+    assert "nonfinite loss (7)" in second
+    assert len((tmp_path / "incidents.jsonl").read_text().splitlines()) == 14
