@@ -138,6 +138,22 @@ def _has_learned_since(kind: str, members: Sequence[Incident], log: RunLog, outc
     return first - final > LEARNED * abs(first)
 
 
+def _details(members: Sequence[Incident]) -> list[str]:
+    """Returns different details; of those at one line of code, which differ by their numbers, the first."""
+    details: dict[str, str] = {}
+    counts: Counter[str] = Counter()
+    for incident in members:
+        detail = incident.detail.rstrip(".")
+        # details of a batch name its samples
+        place = detail if incident.cause == "bad_input" else incident.location or detail
+        details.setdefault(place, detail)
+        counts[place] += 1
+    return [
+        detail if place == detail or counts[place] == 1 else f"{detail} (the first of {counts[place]} there)"
+        for place, detail in details.items()
+    ]
+
+
 def _symptom(
     kind: str, severity: SymptomSeverity, members: Sequence[Incident], present: Collection[Present]
 ) -> RunSymptom:
@@ -154,10 +170,10 @@ def _symptom(
     for cause in causes or [""]:
         of_some = "" if counts[cause] == len(members) else f" of {counts[cause]}"
         evidence += f"; cause{of_some}: {label(cause)}" if cause else ""
-        details = dict.fromkeys(i.detail.rstrip(".") for i in members if i.cause == cause and i.detail)
+        details = _details([i for i in members if i.cause == cause and i.detail])
         quoted = 1 if cause in OF_WEIGHTS else MAX_DETAILS  # they differ by numbers of elements only
         more = f"; and {len(details) - quoted} more" if len(details) > quoted else ""
-        evidence += f": {'; '.join([*details][:quoted])}{more}" if details else ""
+        evidence += f": {'; '.join(details[:quoted])}{more}" if details else ""
     value = math.nan if example.value is None else example.value
     # an examination knows more than the cause
     own = tuple(dict.fromkeys(i.advice for i in members if i.advice))[:MAX_DETAILS]

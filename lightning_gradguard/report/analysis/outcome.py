@@ -40,7 +40,8 @@ class Outcome:
         has_learned: True if the loss fell by at least a fifth, and by more than its noise; by the
             latter alone if it may be negative.
         has_improved: True if it has learned, or if the loss after the first intervention is below that
-            before; `None` if no loss was logged.
+            before; `None` if no loss was logged, or of a resumed run, which may have learned before, whose
+            loss has not risen.
     """
 
     steps: int
@@ -60,8 +61,8 @@ class RunSymptom:
     Args:
         kind: Its name, as `core.incidents.title` takes it.
         severity: `"fatal"`: it ended the run. `"serious"`: it lasted to the end, or the loss was no better
-            after the interventions. `"handled"`: a callback intervened, and the loss fell afterwards.
-            `"minor"`: the run learned without an intervention.
+            after the interventions. `"handled"`: a callback intervened, and the loss fell afterwards, or in
+            a resumed run did not rise. `"minor"`: the run learned without an intervention.
         since: The first step that shows it.
         evidence: The measurement in one sentence.
         value: The measured number.
@@ -108,6 +109,8 @@ def outcome_of(log: RunLog) -> Outcome:
         final = math.nan if len(log.loss) else None
     has_learned = _has_learned(losses, first, final)
     has_improved = (has_learned or _fell_after_intervention(log)) if losses else None
+    if has_improved is False and _is_resumed(everything) and not _falls(losses[::-1], share=3):
+        has_improved = None
     return Outcome(steps, survived, failed_at, was_stopped, first, final, has_learned, has_improved)
 
 
@@ -171,6 +174,11 @@ def _is_overflow(totals: Series) -> bool:
     """True if only the last norm is infinite: a loss scaler of float16 skips such a step."""
     values = totals.values
     return len(values) > 1 and math.isinf(values[-1]) and math.isfinite(values[-2])
+
+
+def _is_resumed(everything: Sequence[Series]) -> bool:
+    """True if the first logged step is further from step 0 than logged steps are from each other."""
+    return all(len(s) > 1 and s.steps[0] > s.steps[1] - s.steps[0] for s in everything)
 
 
 def _steps_made(series: Series) -> int:

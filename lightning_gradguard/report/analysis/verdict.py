@@ -50,9 +50,9 @@ class RunVerdict:
     """The verdict on a run.
 
     Args:
-        status: `"healthy"`; `"recovered"`: the suite intervened, and the loss fell afterwards; `"unhealthy"`:
-            a serious symptom lasts to the end; `"failed"`: nonfinite at the end, or stopped; `"unknown"`:
-            too few steps were logged.
+        status: `"healthy"`; `"recovered"`: the suite intervened, and the loss fell afterwards, or in a
+            resumed run did not rise; `"unhealthy"`: a serious symptom lasts to the end; `"failed"`: nonfinite
+            at the end, or stopped; `"unknown"`: too few steps were logged.
         headline: The same in a few words.
         outcome: The end of the run.
         symptoms: The worst first.

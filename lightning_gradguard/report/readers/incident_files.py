@@ -44,6 +44,7 @@ def read_incidents(path: Path, notes: list[str]) -> Iterator[Incident]:
                 dossier=str(record.get("dossier") or ""),
                 action=current_name(str(record.get("action") or "none")),
                 cause=current_name(str(record.get("cause") or "")),
+                location=str(record.get("location") or ""),
                 # version 0.5 has written it in words
                 examined=bool(record.get("examined", not detail.startswith("Not examined"))),
             )

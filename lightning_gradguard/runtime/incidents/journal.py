@@ -32,7 +32,8 @@ from lightning_gradguard.runtime.lightning_packages import is_instance_by_name
 from lightning_gradguard.runtime.logging import console, metrics
 from lightning_gradguard.strict_json import to_json
 
-#: Incidents of one kind and cause that are printed; later ones are only written to the file.
+#: Incidents of one kind and cause that are printed, one of those that were not examined for one reason; later
+#: ones are only written to the file.
 MAX_PRINTED = 5
 #: From then on, one table of incidents in so many is logged, and one at the end of the run.
 LOGGED_EVERY = 50
@@ -185,18 +186,22 @@ def publish(trainer: pl.Trainer, pl_module: pl.LightningModule, incident: Incide
     """Publishes an incident to file, loggers, console, callbacks and module. Called on all ranks alike."""
     journal = _journals.setdefault(trainer, _Journal(None, writes=False))
     journal.counts[incident.kind] += 1
-    journal.published[incident.kind, incident.cause] += 1
+    group = incident.kind, incident.cause or ("" if incident.examined else incident.detail)
+    journal.published[group] += 1
     journal.write(incident)
-    times = journal.published[incident.kind, incident.cause]
+    times, at_most = journal.published[group], MAX_PRINTED if incident.examined else 1
     if times <= MAX_PRINTED or times % LOGGED_EVERY == 0:
         log_incidents(trainer, batches_that_stepped(trainer))
-    if times <= MAX_PRINTED:
+    if times <= at_most:
         advice = f" {incident.advice}" if times == 1 and incident.advice else ""
         page = ""
         if incident.dossier and journal.folder is not None:
             page = f" See {journal.folder / incident.dossier / 'index.html'}."
         more = ""
-        if times == MAX_PRINTED:
+        if not incident.examined:
+            advice = f" {incident.detail}"  # the advice is that of the step which it follows
+            more = " Further ones like it are only written to the file."
+        elif times == at_most:
             of_cause = f" of cause {label(incident.cause)}" if incident.cause else " without a cause"
             which = f"{title(incident.kind)}{of_cause if journal.has_several_causes(incident.kind) else ''}"
             more = f" Further incidents of {which} are only written to the file."

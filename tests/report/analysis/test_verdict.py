@@ -510,6 +510,34 @@ def test_skipped_batches_are_handled_and_their_cause_is_reported() -> None:
     assert "batch[0]" in symptom.remedies[0]
 
 
+def test_faults_of_one_line_are_told_once() -> None:
+    line = "net.py:12 in distance"
+    faults = [
+        replace(
+            incident("nonfinite_gradient", step, "skipped"),
+            cause="backward_pass",
+            detail=f"sqrt given {step} returned nan, at {line}: `d.sqrt()`.",
+            location=line,
+        )
+        for step in (8, 18, 29)
+    ]
+    (symptom,) = analyze_run(RunLog(series(falling()), incidents=faults)).symptoms
+    assert symptom.evidence.count(line) == 1
+    assert "sqrt given 8 returned nan" in symptom.evidence
+    assert symptom.evidence.endswith("(the first of 3 there)")
+
+
+@pytest.mark.parametrize(
+    ("first", "rise", "severity"), [(85, 0.0, "handled"), (85, 1.0, "serious"), (4, 0, "serious")]
+)
+def test_a_fault_in_a_resumed_run_is_handled_unless_the_loss_rises(
+    first: int, rise: float, severity: str
+) -> None:
+    losses = Series(range(first, first + 200, 5), [0.05 + 0.01 * (i % 3) + rise * i for i in range(40)])
+    faults = [incident("nonfinite_loss", first + 20, "skipped")]
+    assert kinds(analyze_run(RunLog(losses, incidents=faults)))["nonfinite_loss"] == severity
+
+
 def test_guarded_run_does_not_fail_by_a_last_nonfinite_batch() -> None:
     losses = [*falling(99), NAN]
     guarded = analyze_run(RunLog(series(losses), skips=series([0.0] * 100)))

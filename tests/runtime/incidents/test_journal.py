@@ -78,10 +78,9 @@ def test_message_of_a_batch_beyond_max_dossiers_says_so_and_gives_no_advice_on_i
     assert "skipped. Not examined: NaNRollback(max_dossiers=1) is used up; raise it to have more" in message
     assert "The last one (step 1): cause: bad input, at batch[0]" in message
     assert "float32" not in message
-    resumed = {"max_epochs": 2, "ckpt_path": str(tmp_path / "run.ckpt")}
-    fit(
-        Classifier(), poisoned(batches(12), nan=[3]), [NaNRollback(max_dossiers=1)], tmp_path / "2", **resumed
-    )
+    again, path = NaNRollback(max_dossiers=1), str(tmp_path / "run.ckpt")
+    data = poisoned(batches(12), nan=[3])
+    fit(Classifier(), data, [again], tmp_path / "2", ckpt_path=path, max_epochs=2)
     assert "The last one (step 1): cause: bad input" in capsys.readouterr().err
 
 
