@@ -34,6 +34,7 @@ from lightning_gradguard.core.norms import (
 from lightning_gradguard.core.parameter_names import match_names, warn_unmatched
 from lightning_gradguard.runtime import lightning_api
 from lightning_gradguard.runtime.incidents.journal import incident_now, publish
+from lightning_gradguard.runtime.logging import console
 from lightning_gradguard.runtime.logging.hyperparameters import non_defaults
 from lightning_gradguard.runtime.other_clipping import clip_norm, clips_otherwise
 from lightning_gradguard.runtime.steps.step import Step
@@ -90,7 +91,7 @@ class AdaptiveGradientClipping(StepCallback):
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Joins the suite; warns about a second clipper."""
+        """Joins the suite; prints that there is a second clipper."""
         super().setup(trainer, pl_module, stage)
         if stage != "fit":
             return
@@ -102,10 +103,11 @@ class AdaptiveGradientClipping(StepCallback):
         if lightning_api.overrides(pl_module, "configure_gradient_clipping"):
             others.append(f"{type(pl_module).__name__}.configure_gradient_clipping")
         if others:
-            warnings.warn(
-                f"Gradients are clipped twice: AdaptiveGradientClipping acts first, then "
-                f"{' and '.join(others)}. Remove one of them.",
-                stacklevel=2,
+            console.print_message(
+                trainer,
+                f"Gradients may be clipped twice: AdaptiveGradientClipping acts first, then "
+                f"{' and '.join(others)}. One is enough: remove the latter, or give "
+                "default_callbacks(adaptive_gradient_clipping=None).",
             )
 
     @override

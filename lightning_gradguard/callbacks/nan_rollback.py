@@ -174,6 +174,12 @@ class NaNRollback(StepCallback):
         return self._counts.skips
 
     @property
+    @override
+    def counts_since(self) -> int:
+        """Step from which on skips and rollbacks are counted."""
+        return self._counts.since or 0
+
+    @property
     def rollbacks(self) -> int:
         """Rollbacks so far."""
         return self._policy.rollbacks
@@ -218,6 +224,7 @@ class NaNRollback(StepCallback):
                 f" configure_optimizers sets it, not with lr={rates[0]:g} as in the checkpoint.",
             )
         self._counts.has_stopped = False
+        self._counts.since = trainer.global_step if self._counts.since is None else self._counts.since
         side_effects = SideEffects(trainer, pl_module)
         parts = self._policy, self._counts, self._snapshots, self._investigation
         self._session = RollbackSession(
@@ -340,6 +347,7 @@ class NaNRollback(StepCallback):
         """Returns counts, detectors and the folders of lost batches; snapshots are not part of it."""
         return {
             "skips": self._counts.skips,
+            "counted_since": self._counts.since,
             "amp_overflows": self._counts.amp_overflows,
             "overflows_at_floor": self._counts.overflows_at_floor,
             "recovery": self._policy.state_dict(),
@@ -353,6 +361,7 @@ class NaNRollback(StepCallback):
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continues with saved counts and detectors."""
+        self._counts.since = state_dict.get("counted_since", 0)  # 0.5 has not saved it
         self._counts.skips = state_dict["skips"]
         self._counts.amp_overflows = state_dict["amp_overflows"]
         self._counts.overflows_at_floor = state_dict["overflows_at_floor"]

@@ -134,16 +134,19 @@ def test_precisions(precision: Any) -> None:
     assert finite(module)
 
 
-def test_second_clipper_is_reported_and_acts_after() -> None:
+def test_second_clipper_is_reported_and_acts_after(caplog: pytest.LogCaptureFixture) -> None:
     class Own(Classifier):
         def configure_gradient_clipping(self, optimizer: Any, *_: Any, **__: Any) -> None:
             self.norm = nn.utils.get_total_norm([p.grad for p in self.parameters() if p.grad is not None])
 
-    with pytest.warns(UserWarning, match="clipped twice.*gradient_clip_val=0.5"):
-        fit(Classifier(), batches(3), [AdaptiveGradientClipping()], gradient_clip_val=0.5)
+    fit(Classifier(), batches(3), [AdaptiveGradientClipping()], gradient_clip_val=0.5)
+    (first,) = (record for record in caplog.records if "clipped twice" in record.getMessage())
+    assert first.levelname == "INFO"
+    assert "then Trainer(gradient_clip_val=0.5). One is enough" in first.getMessage()
+    assert "default_callbacks(adaptive_gradient_clipping=None)" in first.getMessage()
     module = Own()
-    with pytest.warns(UserWarning, match="clipped twice.*Own.configure_gradient_clipping"):
-        fit(module, batches(3), [AdaptiveGradientClipping(GlobalNormClipping(0.01))])
+    fit(module, batches(3), [AdaptiveGradientClipping(GlobalNormClipping(0.01))])
+    assert "then Own.configure_gradient_clipping. One is enough" in caplog.text
     assert module.norm.item() == pytest.approx(0.01, rel=1e-4)
 
 

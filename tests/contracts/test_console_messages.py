@@ -204,7 +204,7 @@ def test_a_table_at_the_end(bar: Any, bar_first: bool, capsys: pytest.CaptureFix
         "report": "lightning-gradguard report logs/storm/version_0",
         "charts": "tensorboard --logdir logs/storm",
     }
-    assert float(norm) > 0
+    assert float(norm.removesuffix(" of accepted steps")) > 0
     assert float(scale) < 1
     assert share.endswith("%")
 
@@ -217,7 +217,9 @@ def test_a_run_that_was_clipped_all_the_time_is_not_called_clean(capsys: pytest.
     assert rows["incidents"] == "none"
     assert rows["unusual"] == "100.0% of the steps were clipped, usual: up to 50%"
     assert "written to" not in rows
-    assert table(printed, "Next steps")["report"] == "lightning-gradguard report logs/all/version_0"
+    next_steps = table(printed, "Next steps")
+    assert next_steps["report"] == "lightning-gradguard report logs/all/version_0"
+    assert "multiply the learning rate by the usual clip/coefficient" in next_steps["clipping"]
 
 
 class Steep(Classifier):
@@ -424,7 +426,12 @@ def test_resumed_run_prints_its_counts(tmp_path: Path, capsys: pytest.CaptureFix
     rows = table(lines(capsys))
     assert rows["steps skipped"] == "2"
     assert rows["incidents"] == "nonfinite loss (1)"
-    assert rows["resumed"] == "at step 10; skips, rollbacks and scale are of the whole run"
+    assert rows["resumed"] == "at step 10; skips and rollbacks are of the whole run"
+    with pytest.warns(UserWarning, match="NaNRollback{'patience': 3}"):
+        fit_with_bar([NaNRollback(patience=5)], data, ckpt_path=path, max_epochs=2)
+    rows = table(lines(capsys))
+    assert rows["steps skipped"] == "1", "the state of a callback with another patience is not restored"
+    assert rows["resumed"] == "at step 10; skips and rollbacks are counted since step 10"
 
 
 def test_table_of_incidents_is_rewritten_at_intervals() -> None:

@@ -347,7 +347,6 @@ def test_scaled_gradients_that_are_clipped(run: Any, clip: Any) -> None:
 
 
 @pytest.mark.parametrize("alone", [False, True])
-@pytest.mark.filterwarnings("ignore:Gradients are clipped twice")
 def test_a_clip_value_that_is_too_small(run: Any, alone: bool) -> None:
     callbacks = [GradientNormMonitor()] if alone else None
     program = Program(regression, mlp(6, 16, 1, activation=nn.ReLU), sgd(0.02))
@@ -495,7 +494,6 @@ def healthy() -> Sequence[tuple[nn.Module, Any]]:
 
 
 @pytest.mark.parametrize(("net", "optimizer"), healthy())
-@pytest.mark.filterwarnings("ignore:Gradients are clipped twice")
 def test_a_healthy_run_has_no_incident(run: Any, net: nn.Module, optimizer: Any) -> None:
     x = draw(800, 6)
     told = run(Program(regression, net, optimizer), x, x[:, :1], gradient_clip_val=1.0)

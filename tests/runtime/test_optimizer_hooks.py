@@ -167,7 +167,6 @@ class _Clips(Fused):
         "64",
     ],
 )
-@pytest.mark.filterwarnings("ignore:Gradients are clipped twice")
 def test_no_override_where_other_code_is_affected(module: Any, callbacks: Any, arguments: Any) -> None:
     network = module(FUSED["adamw"])
     double = "precision" in arguments

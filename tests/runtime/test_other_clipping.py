@@ -66,7 +66,6 @@ CLIPPED: dict[str, tuple[type[Hot], dict[str, Any], str]] = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:Gradients are clipped twice")
 @pytest.mark.parametrize("with_own", [False, True], ids=["alone", "beside the suite's"])
 @pytest.mark.parametrize("name", CLIPPED)
 def test_advice_does_not_propose_what_is_there_and_says_who_clips(
@@ -109,7 +108,6 @@ def test_of_healthy_gradients_nothing_is_said_to_be_clipped(tmp_path: Path) -> N
     assert "clipped" not in to_text([report_of(tmp_path / "run")], 500)
 
 
-@pytest.mark.filterwarnings("ignore:Gradients are clipped twice")
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 @pytest.mark.parametrize("with_own", [False, True], ids=["alone", "beside the suite's"])
 def test_norm_after_clipping_is_that_which_the_optimizer_gets(

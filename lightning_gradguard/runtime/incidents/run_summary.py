@@ -44,6 +44,7 @@ def summarize(
     first_step: int,
     step: int,
     last_logged: Mapping[str, tuple[int, float]],
+    counts_since: int = 0,
 ) -> None:
     """Prints and logs the summary of a run. Local: needs no other rank."""
     incidents = count_incidents(trainer)
@@ -60,18 +61,20 @@ def summarize(
         "incidents": describe_counts(most_frequent_first) or "none",
     }
     if unusual := _unusual(counts):
-        rows["unusual"] = "; ".join(unusual)
+        rows["unusual"] = "; ".join(text for text, _ in unusual.values())
     if first_step > 0:
         # counts in checkpoints are of the whole run, the others of this part of it
-        rows["resumed"] = f"at step {first_step}; skips, rollbacks and scale are of the whole run"
+        counted = f"counted since step {counts_since}" if counts_since else "of the whole run"
+        rows["resumed"] = f"at step {first_step}; skips and rollbacks are {counted}"
     metrics.log_text(trainer, tags.SUMMARY, _markdown({**rows, **settings}), step)
-    is_clean = not incidents and not _unusual(counts)
+    is_clean = not incidents and not unusual
     if not is_clean:
         if incidents:
             log_incidents(trainer, step)
         lines = [TITLE, *_aligned({**rows, **_folders(trainer)})]
-        if commands := _commands(trainer):
-            lines += ["Next steps", *_aligned(commands)]
+        next_steps = {name: next_step for name, (_, next_step) in unusual.items()}
+        if next_steps := {**next_steps, **_commands(trainer)}:
+            lines += ["Next steps", *_aligned(next_steps)]
         console.print_last_message(trainer, "\n".join(lines))
     else:
         final_only = {tag: count for tag, count in counts.items() if tag.startswith(f"{tags.SUMMARY}/")}
@@ -80,22 +83,33 @@ def summarize(
         console.print_last_message(trainer, f"No incident{since}; {', '.join(facts)}.")
 
 
-def _unusual(counts: Mapping[str, float]) -> list[str]:
-    """Returns numbers of the whole run that are no incident, and not those of a healthy run either."""
-    found = []
+def _unusual(counts: Mapping[str, float]) -> dict[str, tuple[str, str]]:
+    """Returns numbers of the whole run that are no incident, and not those of a healthy run either.
+
+    Each is named, and has what to do about it.
+    """
+    found = {}
     clipped, largest = counts.get(tags.CLIPPED_FRACTION, 0.0), counts.get(tags.LARGEST_NORM, 0.0)
     if clipped > USUAL_CLIPPED_FRACTION:
-        found.append(f"{clipped:.1%} of the steps were clipped, usual: up to {USUAL_CLIPPED_FRACTION:.0%}")
+        found["clipping"] = (
+            f"{clipped:.1%} of the steps were clipped, usual: up to {USUAL_CLIPPED_FRACTION:.0%}",
+            "if the loss does not fall as expected, multiply the learning rate by the usual "
+            "clip/coefficient, or raise the bound of a policy that has one (max_norm)",
+        )
     largest = max(largest, counts.get(tags.LARGEST_LOGGED_NORM, 0.0))
     if largest > USUAL_LARGEST_NORM:
-        found.append(
-            f"largest gradient norm {largest:.3g}, usual: below {USUAL_LARGEST_NORM:g} for a mean loss"
+        found["norms"] = (
+            f"largest gradient norm {largest:.3g}, usual: below {USUAL_LARGEST_NORM:g} for a mean loss",
+            "look for a sum where the loss needs a mean, and at the initialization and the scale of the data",
         )
     return found
 
 
 def _formatted(counts: Mapping[str, float]) -> dict[str, str]:
-    return {name: form.format(counts[tag]) for tag, (name, form) in _ROWS.items() if counts.get(tag)}
+    rows = {name: form.format(counts[tag]) for tag, (name, form) in _ROWS.items() if counts.get(tag)}
+    if "steps skipped" in rows and "largest norm" in rows:
+        rows["largest norm"] += " of accepted steps"
+    return rows
 
 
 def _folders(trainer: pl.Trainer) -> dict[str, str]:

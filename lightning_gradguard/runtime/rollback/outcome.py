@@ -15,12 +15,15 @@ class Counts:
     """Counts over the whole run, resumed parts included.
 
     Args:
+        since: Step from which on they are counted: above 0 where a run was resumed without these counts;
+            `None` before the first fit.
         skips: Steps skipped.
         amp_overflows: Steps that the GradScaler skipped.
         overflows_at_floor: The last ones of these in a row at a loss scale of 1 or less.
         has_stopped: True if this fit was stopped because a budget was used up.
     """
 
+    since: int | None = None
     skips: int = 0
     amp_overflows: int = 0
     overflows_at_floor: int = 0

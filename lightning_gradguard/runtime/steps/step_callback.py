@@ -122,8 +122,17 @@ class StepCallback(lightning_api.Callback, Configured):
         raise NotImplementedError
 
     def final_counts(self) -> Mapping[str, float]:
-        """Returns counts of the run, by tag; called at its end, on each rank."""
+        """Returns counts of the run, by tag; called at its end, on each rank.
+
+        They are logged at the last step, to all loggers; a table and a line on the console have those of the
+        suite. A tag that begins with `summary/` names a result, not a series.
+        """
         return {}
+
+    @property
+    def counts_since(self) -> int:
+        """Step from which on `final_counts` has counted: above 0 after a resume without its state."""
+        return 0
 
     def overrides(self, hook: str) -> bool:
         """True if the callback implements an optional hook."""
@@ -277,6 +286,7 @@ class StepCallback(lightning_api.Callback, Configured):
             for tag in (tags.SKIPS, tags.ROLLBACKS):
                 if tag in counts:  # the last batch was published only if it ended
                     lightning_api.set_callback_metric(trainer, tag, counts[tag])
-            summarize(trainer, counts, totals.first_step, totals.last_step, suite.metrics.last_logged)
+            since = max(member.counts_since for member in suite.members)
+            summarize(trainer, counts, totals.first_step, totals.last_step, suite.metrics.last_logged, since)
         except Exception as error:  # of a device that an exception has left unusable, for one
             warnings.warn(f"the run summary could not be written: {error!r}", stacklevel=2)
