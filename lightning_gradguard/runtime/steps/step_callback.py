@@ -124,8 +124,7 @@ class StepCallback(lightning_api.Callback, Configured):
     def final_counts(self) -> Mapping[str, float]:
         """Returns counts of the run, by tag; called at its end, on each rank.
 
-        They are logged at the last step, to all loggers; a table and a line on the console have those of the
-        suite. A tag that begins with `summary/` names a result, not a series.
+        They are logged to the loggers, once, at the last step.
         """
         return {}
 
