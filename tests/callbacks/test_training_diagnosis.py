@@ -477,6 +477,14 @@ def test_first_step_that_clipping_alone_keeps_from_overshooting(
     assert [(root.kind, root.cause) for root in roots] == [("exploding_gradient", "update_too_large")] * found
 
 
+def test_saturated_units_explain_a_first_step_that_overshoots() -> None:
+    update = _update(total_norm=40.0, unclipped=15.0, rates=[0.03], momentum=0.9)
+    rows = [UnitSignal("net.q", "", "attention", float("nan"), 1.0, is_head=False)]
+    diagnosis = Diagnosis()
+    samples = [Sample(step, 5.0, units=rows, updates=[update]) for step in range(3)]
+    assert [root.kind for sample in samples for root in diagnosis.update(sample)] == ["saturated_units"]
+
+
 def test_what_is_nonfinite_follows_from_answers_that_explode_and_not_the_reverse() -> None:
     calls = [LossSignal("mse_loss", target=2.0, answer=1e5)]
     for since, found in ((0, ["exploding_gradient"]), (2, [])):

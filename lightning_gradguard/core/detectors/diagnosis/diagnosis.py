@@ -83,6 +83,9 @@ class Diagnosis:
             shown[key] = times + 1, since
             if times + 1 >= symptom.needs:
                 confirmed.append(symptom.shown_since(since))
+        if any(tier == "units" for _, tier in shown):
+            # units that are dead or saturated so early explain the step, once another sample shows them
+            confirmed = [symptom for symptom in confirmed if symptom.tier != "update" or symptom.needs > 1]
         lasting = {("exploding_gradient", "update"), ("constant_clipping", "update")}
         self._shown = {**{key: seen for key, seen in self._shown.items() if key in lasting}, **shown}
         return [root for symptom in self._sorted(confirmed) if (root := self._add(symptom, sample.step))]
