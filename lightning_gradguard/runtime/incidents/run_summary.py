@@ -94,7 +94,7 @@ def _unusual(counts: Mapping[str, float]) -> dict[str, tuple[str, str]]:
         found["clipping"] = (
             f"{clipped:.1%} of the steps were clipped, usual: up to {USUAL_CLIPPED_FRACTION:.0%}",
             "if the loss does not fall as expected, multiply the learning rate by the usual "
-            "clip/coefficient, or raise the bound of a policy that has one (max_norm, clipping)",
+            f"{tags.CLIP_COEFFICIENT}, or raise the bound of a policy that has one (max_norm, clipping)",
         )
     largest = max(largest, counts.get(tags.LARGEST_LOGGED_NORM, 0.0))
     if largest > USUAL_LARGEST_NORM:

@@ -242,7 +242,9 @@ def overshooting_steps(sample: Sample, progress: Progress) -> Iterator[Symptom]:
 
 
 def far_answers(sample: Sample, progress: Progress) -> Iterator[Symptom]:
-    """Yields answers that are decades larger than the targets of a regression."""
+    """Yields answers of a regression far beyond its targets, and of what the inputs explain."""
+    if input_cause(sample) != "unknown":
+        return
     for call in sample.calls:
         if call.answer > max(LARGE_TARGET, FAR_ANSWER * call.target) and not progress.learns:
             sizes = f"answers is {call.answer:.2g}, that of the targets {call.target:.2g}"
