@@ -1,4 +1,4 @@
-"""Learning rates as the module configures them, kept where a checkpoint would restore others."""
+"""Learning rates as the module configures them, before a schedule or a checkpoint changes them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class ConfiguredRates:
     """
 
     def __init__(self, trainer: pl.Trainer) -> None:
-        self._rates = [[_initial(group) for group in o.param_groups] for o in trainer.optimizers]
+        self._rates = [[initial_rate(group) for group in o.param_groups] for o in trainer.optimizers]
 
     def restore(self, trainer: pl.Trainer) -> tuple[float, float] | None:
         """Scales restored rates and schedules to those of the code; where schedules are in time stays.
@@ -39,7 +39,7 @@ class ConfiguredRates:
         for optimizer, rates in zip(trainer.optimizers, self._rates, strict=True):
             ratios = []
             for group, rate in zip(optimizer.param_groups, rates, strict=False):
-                saved = _initial(group)
+                saved = initial_rate(group)
                 ratios.append(rate / saved if saved else 1.0)
                 if rate != saved:
                     first = first or (saved, rate)
@@ -56,7 +56,8 @@ def scale_rates(optimizer: Optimizer, schedules: Iterable[Any], ratios: Sequence
         _scale_schedule(schedule, ratios)
 
 
-def _initial(group: dict[str, Any]) -> float:
+def initial_rate(group: dict[str, Any]) -> float:
+    """Returns the learning rate of a parameter group before any schedule."""
     return float(group.get("initial_lr", group["lr"]))
 
 

@@ -25,6 +25,7 @@ from lightning_gradguard.core.detectors.diagnosis import (
 )
 from lightning_gradguard.core.norms import default_norm, local_shard, power_sums, tensor_norms
 from lightning_gradguard.runtime import lightning_api
+from lightning_gradguard.runtime.configured_rates import initial_rate
 from lightning_gradguard.runtime.diagnosis.permutation import inputs_of, target_of
 from lightning_gradguard.runtime.optimizer_hooks import after_step, is_scale_free
 from lightning_gradguard.runtime.other_clipping import describe_other_clipper, suite_clips
@@ -183,7 +184,7 @@ class _SampledUpdate:
         self.logged = LoggedStep(suite, trainer, step, 2.0, update_ratio=True)
         groups = [group for group in step.optimizer.param_groups if "lr" in group]
         self._rates = [float(group["lr"]) for group in groups]
-        self._initial_rates = [float(group.get("initial_lr", group["lr"])) for group in groups]
+        self._initial_rates = [initial_rate(group) for group in groups]
         self._decay = max(float(group.get("weight_decay", 0)) for group in step.optimizer.param_groups)
         is_sgd = isinstance(step.optimizer, torch.optim.SGD)
         momenta = [float(group["momentum"]) for group in step.optimizer.param_groups if is_sgd]

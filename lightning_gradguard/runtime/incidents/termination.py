@@ -11,6 +11,7 @@ from lightning_gradguard.core.forensics import Origin
 from lightning_gradguard.core.incidents import AT_ANY_RATE, Cause, TrainingDivergedError, label
 from lightning_gradguard.core.recovery import RecoveryPolicy
 from lightning_gradguard.core.remedies import Present, advice
+from lightning_gradguard.runtime.configured_rates import initial_rate
 from lightning_gradguard.runtime.incidents.journal import incidents_file, run_folder
 from lightning_gradguard.runtime.incidents.present import present_in
 from lightning_gradguard.runtime.logging import console
@@ -83,7 +84,7 @@ def _how_to_resume(trainer: pl.Trainer, last_good: Path, scale: float, causes: C
         return f"To resume, correct that and call {call}"
     group = trainer.optimizers[0].param_groups[0]
     name = "max_lr" if "max_lr" in group else "lr"  # OneCycleLR sets the others by it
-    rate = float(group.get("max_lr", group.get("initial_lr", group["lr"])))
+    rate = float(group.get("max_lr", initial_rate(group)))
     used = "" if scale == 1 else f", at last scaled by {scale:.3g}"
     return (
         f"To resume at a lower learning rate, set it in configure_optimizers (it was {name}={rate:g}{used}; "

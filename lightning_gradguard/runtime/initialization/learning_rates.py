@@ -26,6 +26,7 @@ from lightning_gradguard.core.initialization.rate_trial import (
     rate_finding,
 )
 from lightning_gradguard.core.snapshots import preserve_randomness
+from lightning_gradguard.runtime.configured_rates import initial_rate
 from lightning_gradguard.runtime.incidents.replay import training_loss, without_logging
 from lightning_gradguard.runtime.lightning_api import (
     REPEATS_CLOSURE,
@@ -178,7 +179,7 @@ def _cure(pl_module: pl.LightningModule, optimizer: Optimizer, group: int, peak:
     of_group = optimizer.param_groups[group]
     if "max_lr" in of_group:
         return f"max_lr={peak * factor:.1g}  # of the scheduler, in place of {peak:g}"
-    rate = float(of_group.get("initial_lr", of_group["lr"]))
+    rate = initial_rate(of_group)
     named = (
         name for name, value in pl_module.hparams.items() if value == rate and not isinstance(value, bool)
     )

@@ -24,16 +24,18 @@ NO_RATE = 1e-2
 #: Symptoms on the same sample: the first is the root.
 _ORDER = ("contract", "coverage", "units", "update", "depth", "stuck", "stagnation")
 _RULES = (
-    *(rules.broken_contracts, rules.constant_inputs, rules.untrained_parameters),
-    *(rules.dead_or_saturated_units, clipped.clipped_elsewhere, clipped.vanishing_weights),
-    *(
-        rules.large_updates,
-        rules.overshooting_steps,
-        rules.far_answers,
-        rules.unbounded_loss,
-        depth.through_layers,
-        depth.through_time,
-    ),
+    rules.broken_contracts,
+    rules.constant_inputs,
+    rules.untrained_parameters,
+    rules.dead_or_saturated_units,
+    clipped.clipped_elsewhere,
+    clipped.vanishing_weights,
+    rules.large_updates,
+    rules.overshooting_steps,
+    rules.far_answers,
+    rules.unbounded_loss,
+    depth.through_layers,
+    depth.through_time,
 )
 _LATE_RULES = (rules.constant_loss, stagnation)
 

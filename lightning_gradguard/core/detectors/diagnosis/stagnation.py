@@ -31,33 +31,27 @@ def stagnation(sample: Sample, progress: Progress) -> Iterator[Symptom]:
         if not one.ratios or not matrices or not math.isfinite(one.total_norm) or one.total_norm == 0:
             continue
         ratios = {i: one.ratios[i] for i in matrices}
-        if progress.is_unmoved(index) and max(ratios.values()) > SMALL_UPDATE and not progress.learns:
-            where = modules_of([one.names[i] for i in matrices[:3]])
-            evidence = (
-                f"updates are up to {max(ratios.values()):.1g} of a weight's norm, and all weights are what "
-                "they were before"
-            )
-            value = max(ratios.values())
-            yield Symptom("weight_stagnation", "overwritten_weights", where, value, evidence, "coverage", 4)
+        largest, where = max(ratios.values()), modules_of([one.names[i] for i in matrices[:3]])
+        if progress.is_unmoved(index) and largest > SMALL_UPDATE and not progress.learns:
+            evidence = f"updates are up to {largest:.1g} of a weight's norm, and all weights are what they "
+            evidence += "were before"
+            yield Symptom("weight_stagnation", "overwritten_weights", where, largest, evidence, "coverage", 4)
             continue
-        if max(ratios.values()) < SMALL_UPDATE and not progress.learns:
-            where = modules_of([one.names[i] for i in matrices[:3]])
+        if largest < SMALL_UPDATE and not progress.learns:
             if not any(one.gradients[i] for i in matrices):
                 evidence = "the gradient of every weight matrix is exactly zero"
                 yield Symptom("weight_stagnation", "zero_gradient", where, 0.0, evidence, "stagnation", 2)
                 continue
             evidence = (
-                f"updates are at most {max(ratios.values()):.1g} of any weight's norm (usual: about 1e-3)"
-                f"{one.decayed}"
+                f"updates are at most {largest:.1g} of any weight's norm (usual: about 1e-3){one.decayed}"
             )
-            value = max(ratios.values())
-            is_clipped = one.unclipped > CLIPPED_FAR and value * one.unclipped > SMALL_UPDATE
+            is_clipped = one.unclipped > CLIPPED_FAR and largest * one.unclipped > SMALL_UPDATE
             small: SymptomCause = "clip_value_too_small" if is_clipped else "learning_rate_too_low"
             if is_clipped:
                 clipped = one.total_norm / one.unclipped
                 evidence += f", as gradients of norm {one.total_norm:.3g} are clipped to {clipped:.3g}"
                 evidence += one.by_clippers
-            yield Symptom("weight_stagnation", small, where, value, evidence, "stagnation", 2)
+            yield Symptom("weight_stagnation", small, where, largest, evidence, "stagnation", 2)
             continue
         if not progress.has_converged:
             yield from _some_stagnate(one, ratios)
