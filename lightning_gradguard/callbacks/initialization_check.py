@@ -15,6 +15,7 @@ from lightning_gradguard.core.initialization import Finding, InitializationError
 from lightning_gradguard.core.parameter_names import plain_name, warn_unknown
 from lightning_gradguard.core.remedies import advice_for_cause
 from lightning_gradguard.runtime.incidents.journal import incident_now, open_journal, publish
+from lightning_gradguard.runtime.incidents.present import present_in
 from lightning_gradguard.runtime.initialization.first_batch import (
     FirstBatch,
     check_first_step,
@@ -37,6 +38,7 @@ LARGE_INPUT = 10.0
 _KINDS: dict[str, IncidentKind] = {
     "loss": "nonfinite_loss",
     "nonfinite_input": "nonfinite_loss",
+    "nonfinite_gradients": "nonfinite_gradient",
     "dead_units": "dead_units",
     "saturated_units": "saturated_units",
     "learning_rate_too_high": "exploding_gradient",
@@ -63,13 +65,13 @@ class InitializationCheck(Callback, Configured):
     weights are checked, and the gradients of the first step. A resumed run is not checked, nor is a network
     whose first batch is nonfinite.
 
-    The criteria are nonfinite, zero and copied weights, dead and saturated units, a loss above that of
-    guessing, and the gradient's gain from the last hidden layer back to the first, which predicts best that
-    a network will train. A criterion that fails is an incident. Those of one cause are one: a gain of
-    gradients is listed under the dead units that explain it, saturated units under `poor_initialization`. A
-    warning is advice and is only printed, as healthy networks have some. A gradient that vanishes through
-    time is advice too, unless the run is to be stopped: whether the task needs its first steps is not
-    measured.
+    The criteria are nonfinite, zero and copied weights, a nonfinite loss or gradient, dead and saturated
+    units, a loss above that of guessing, and the gradient's gain from the last hidden layer back to the
+    first, which predicts best that a network will train. A criterion that fails is an incident. Those of one
+    cause are one: a gain of gradients is listed under the dead units that explain it, saturated units under
+    `poor_initialization`. A warning is advice and is only printed, as healthy networks have some. A gradient
+    that vanishes through time is advice too, unless the run is to be stopped: whether the task needs its
+    first steps is not measured.
 
     | tag | value |
     |---|---|
@@ -276,13 +278,17 @@ class InitializationCheck(Callback, Configured):
         self.findings = [*self.findings, *findings]
         shown = [*findings] if failed else [finding.as_advice() for finding in findings]
         serious = [f for f in shown if f.severity == "fail" or f.criterion in _RATES]
+        present = present_in(trainer)
         for kind, (members, following) in self._incidents(serious).items():
-            if members:
+            # the first step reports what is nonfinite, with its dossier
+            if members and (failed or not (kind.startswith("nonfinite") and "rollback" in present)):
                 where = tuple(dict.fromkeys(f.module for f in members if f.module))
                 first = members[0].criterion
                 cures = [*dict.fromkeys(f.cure for f in members if f.cure and f.criterion == first)]
                 cure: dict[str, Any] = {"advice": f"Cure: {one_line(cures)}"} if cures else {}
                 cure["cause"] = _CAUSES.get(kind, "")
+                if origin := next((f for f in members if f.cause), None):
+                    cure = {"cause": origin.cause, "advice": origin.cure}
                 detail = members[0].describe()
                 if kind in ("dead_units", "saturated_units") and self._input_rms > LARGE_INPUT:
                     cure = {"cause": "input_scale", "advice": advice_for_cause("input_scale", where)}

@@ -282,6 +282,40 @@ def test_a_network_is_not_blamed_for_a_bad_batch(on_failure: Any, capsys: pytest
     assert "Initialization not checked: batch[0] holds nonfinite values in row 3" in printed.out + printed.err
 
 
+@pytest.mark.parametrize("reported_by_step", [False, True])
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda x, y: (x - y).square().sum(1).sqrt().mean(),
+        lambda x, y: (x - y).abs().sum(1).pow(0.5).mean(),
+        lambda x, y: torch.where(x < y, (y - x).log(), x - y).mean(),
+    ],
+)
+def test_a_gradient_that_is_nonfinite_from_the_start_fails(loss: Any, reported_by_step: bool) -> None:
+    class Listener(pl.Callback):
+        def on_training_incident(self, trainer: Any, pl_module: Any, incident: Incident) -> None:
+            found.append(incident)
+
+    class Siamese(Classifier):
+        def training_step(self, batch: Batch, batch_idx: int) -> Tensor | None:
+            value: Tensor = loss(self.net(batch[0]), self.net(batch[0]))
+            return value
+
+    found: list[Incident] = []
+    check, module = InitializationCheck(), Siamese()
+    before = weights(module)
+    others = [NaNRollback()] if reported_by_step else []
+    fit(module, batches(1), [check, *others, Listener()], max_steps=1)
+    assert same(before, weights(module)) or not reported_by_step
+    (finding,) = (f for f in check.findings if f.severity == "fail")
+    assert (finding.criterion, finding.measured) == ("nonfinite_gradients", "100% of the tensors")
+    assert re.search(r"test_initialization_check.py:\d+ in <lambda>: `lambda x, y: ", finding.cure)
+    (incident,) = found  # that of the step where a callback reports it
+    assert (incident.kind, incident.cause) == ("nonfinite_gradient", "backward_pass")
+    assert "test_initialization_check.py" in incident.where[0]
+    assert incident.action == ("skipped" if reported_by_step else "none")
+
+
 def test_an_undefined_loss_is_called_that(tmp_path: Path) -> None:
     class Undefined(Classifier):
         def training_step(self, batch: Batch, batch_idx: int) -> Tensor | None:

@@ -104,9 +104,10 @@ def measure(
     findings += _check_constant(measured)
     bounds = BOUNDS[scale_free]
     findings += _check_activations(measured)
-    if all(finding.criterion != "nonfinite_input" for finding in findings):
-        findings += _check_gains(measured, bounds)  # behind nonfinite values it is unknown
-    findings += _check_recurrence(measured, bounds, scale_free=scale_free)
+    findings += _check_gradients(measured)
+    if not any(finding.criterion in ("nonfinite_input", "nonfinite_gradients") for finding in findings):
+        findings += _check_gains(measured, bounds)  # behind nonfinite values they are unknown
+        findings += _check_recurrence(measured, bounds, scale_free=scale_free)
     findings += _check_loss(measured, bounds)
     return sorted(findings, key=lambda f: SEVERITIES.index(f.severity)), measured
 
@@ -126,6 +127,17 @@ def _check_constant(measured: SignalPropagation) -> list[Finding]:
             severity: Severity = "fail" if is_blocked and not last else "info"
             findings.append(Finding("zero_weights", layer.name, 0.0, "std > 0", severity))
     return findings
+
+
+def _check_gradients(measured: SignalPropagation) -> list[Finding]:
+    """Finds gradients that are nonfinite although the loss is finite."""
+    found = [
+        bool(gradient.isfinite().all()) for gradient in measured.gradients.values() if gradient is not None
+    ]
+    if all(found) or not math.isfinite(measured.loss):
+        return []
+    share, cure = found.count(False) / len(found), "check the loss for a root, a norm or a log of 0"
+    return [Finding("nonfinite_gradients", "", share, "0%", "fail", cure)]
 
 
 def _check_loss(measured: SignalPropagation, bounds: Bounds) -> list[Finding]:

@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Literal
 
+from lightning_gradguard.core.incidents import Cause
+
 Severity = Literal["info", "warn", "fail"]
 #: The most severe first.
 SEVERITIES: tuple[Severity, ...] = ("fail", "warn", "info")
@@ -23,6 +25,7 @@ _UNITS = {
     "dead_units": "{:.0%} of the units",
     "saturated_units": "{:.0%} of the outputs",
     "nonfinite_weights": "{:.2g} of them",
+    "nonfinite_gradients": "{:.0%} of the tensors",
     "symmetric_units": "{:.0f} copies",
     "zero_weights": "std {:.3g}",
     "loss_over_guessing": "{:.3g} times",
@@ -44,6 +47,7 @@ class Finding:
         expected: Values of healthy networks.
         severity: `"fail"` if the network will not train, `"warn"` if it may not, else `"info"`.
         cure: Code that cures it, after a trial on the batch; else the advice that remains.
+        cause: Of nonfinite values; empty if it is not known.
 
     Example:
         >>> Finding("gradient_gain", "", -9.31, "-2 .. 2", "fail", "").measured
@@ -56,6 +60,7 @@ class Finding:
     expected: str
     severity: Severity
     cure: str = ""
+    cause: Cause | Literal[""] = ""
 
     @property
     def measured(self) -> str:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import pytorch_lightning as pl
@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from lightning_gradguard.core.detectors import DEPTH_DECADES, depth_profile
 from lightning_gradguard.core.forensics import investigate
+from lightning_gradguard.core.incidents import first_names
 from lightning_gradguard.core.initialization import (
     Finding,
     copied_units,
@@ -43,11 +44,15 @@ from lightning_gradguard.runtime.lightning_api import (
     flattens_parameters,
     takes_iterator,
 )
+from lightning_gradguard.runtime.lightning_packages import FRAMEWORKS
 from lightning_gradguard.runtime.logging import console
 from lightning_gradguard.runtime.optimizer_hooks import is_scale_free
 from lightning_gradguard.runtime.steps.measuring import norms_over_shards
 from lightning_gradguard.runtime.steps.parameters import ParameterLayout
 from lightning_gradguard.runtime.training_step import is_replaced_by_others
+
+#: Criteria that a nonfinite value breaks, whose origin is looked for.
+NONFINITE = ("loss", "nonfinite_gradients")
 
 
 class FirstBatch:
@@ -85,9 +90,9 @@ class FirstBatch:
     def _check(self) -> tuple[list[Finding], dict[str, float]]:
         findings, values, measured = self._measure()
         # on every rank, for the training step may communicate
-        if any(gather_objects(not math.isfinite(values.get("loss", 0.0)))):
+        if any(gather_objects(any(f.criterion in NONFINITE for f in findings))):
             try:
-                self._reject_bad_input()
+                findings = self._explained(findings)
             except Exception as error:
                 self.problem = self.problem or error
         if self.problem is not None:
@@ -154,11 +159,30 @@ class FirstBatch:
         with without_logging(self._pl_module):
             return training_loss(self._pl_module, self._batch, self._batch_idx)
 
-    def _reject_bad_input(self) -> None:
-        """Raises if the batch is nonfinite, which is no fault of the network."""
-        origin = investigate(self._pl_module, lambda: ([self._run_loss()], []), self._batch)
+    def _explained(self, findings: Sequence[Finding]) -> list[Finding]:
+        """Returns the findings with the operation that made the first nonfinite value.
+
+        Raises:
+            ValueError: If the batch is nonfinite, which is no fault of the network.
+        """
+        parameters = [p for p in self._pl_module.parameters() if p.requires_grad]
+
+        def run() -> tuple[list[Tensor], Sequence[Tensor]]:
+            loss = self._run_loss()
+            found = torch.autograd.grad(loss, parameters, allow_unused=True)
+            return [loss], [gradient for gradient in found if gradient is not None]
+
+        origin = investigate(self._pl_module, run, self._batch, repeats_finite=False, frameworks=FRAMEWORKS)
         if origin.cause == "bad_input":
             raise ValueError(origin.detail)
+        explained = []
+        for finding in findings:
+            if finding.criterion in NONFINITE and origin.phase:
+                cure = f"{origin.remedy()} {origin.detail}".strip()
+                place = finding.module or first_names(1, origin.where)
+                finding = replace(finding, module=place, cure=cure, cause=origin.cause)
+            explained.append(finding)
+        return explained
 
 
 def reason_against_extra_pass(trainer: pl.Trainer, pl_module: pl.LightningModule) -> str:
