@@ -36,7 +36,7 @@ from lightning_gradguard.runtime import lightning_api
 from lightning_gradguard.runtime.incidents.journal import incident_now, publish
 from lightning_gradguard.runtime.logging import console
 from lightning_gradguard.runtime.logging.hyperparameters import non_defaults
-from lightning_gradguard.runtime.other_clipping import clip_norm, clips_otherwise
+from lightning_gradguard.runtime.other_clipping import clip_norm, clips_otherwise, describe_other_clipper
 from lightning_gradguard.runtime.steps.step import Step
 from lightning_gradguard.runtime.steps.step_callback import StepCallback
 
@@ -97,17 +97,11 @@ class AdaptiveGradientClipping(StepCallback):
             return
         if self.policy.by_unit:
             lightning_api.reject_flattened_parameters(trainer, type(self.policy).__name__)
-        others = []
-        if trainer.gradient_clip_val:
-            others.append(f"Trainer(gradient_clip_val={trainer.gradient_clip_val})")
-        if lightning_api.overrides(pl_module, "configure_gradient_clipping"):
-            others.append(f"{type(pl_module).__name__}.configure_gradient_clipping")
-        if others:
+        if other := describe_other_clipper(trainer):
             console.print_message(
                 trainer,
-                f"Gradients may be clipped twice: AdaptiveGradientClipping acts first, then "
-                f"{' and '.join(others)}. One is enough: remove the latter, or give "
-                "default_callbacks(adaptive_gradient_clipping=None).",
+                f"Gradients may be clipped twice: AdaptiveGradientClipping acts first, then {other}. One is "
+                "enough: remove the latter, or give default_callbacks(adaptive_gradient_clipping=None).",
             )
 
     @override

@@ -284,8 +284,10 @@ class InitializationCheck(Callback, Configured):
             if members and (failed or not (kind.startswith("nonfinite") and "rollback" in present)):
                 where = tuple(dict.fromkeys(f.module for f in members if f.module))
                 first = members[0].criterion
-                cures = [*dict.fromkeys(f.cure for f in members if f.cure and f.criterion == first)]
-                cure: dict[str, Any] = {"advice": f"Cure: {one_line(cures)}"} if cures else {}
+                of_first = [f for f in members if f.cure and f.criterion == first]
+                cures = one_line([*dict.fromkeys(f.cure for f in of_first)])
+                is_tried = any(f.is_tried for f in of_first)
+                cure: dict[str, Any] = {"advice": f"Cure: {cures}" if is_tried else cures} if cures else {}
                 cure["cause"] = _CAUSES.get(kind, "")
                 if origin := next((f for f in members if f.cause), None):
                     cure = {"cause": origin.cause, "advice": origin.cure}

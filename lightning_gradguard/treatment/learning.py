@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from lightning_gradguard.core.detectors.diagnosis.progress import LEARNS
+from lightning_gradguard.core.detectors.best_constant import LEARNS
 from lightning_gradguard.treatment.trials.trial import Trial
 
 #: Loss over that of the best constant answer, and over that with permuted targets, below which a run has

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
-from lightning_gradguard.core.detectors.diagnosis.progress import LEARNS
+from lightning_gradguard.core.detectors.best_constant import LEARNS
 from lightning_gradguard.core.remedies.changes import Change
 from lightning_gradguard.core.remedies.kinds import KINDS
 from lightning_gradguard.treatment.budget import Clock

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from lightning_gradguard.core.detectors.diagnosis.progress import LEARNS
+from lightning_gradguard.core.detectors.best_constant import LEARNS
 from lightning_gradguard.treatment.learning import Learning, learning_of, settled_loss
 from lightning_gradguard.treatment.search import LEAST_RUNG, TrialRunner, noise_of
 from lightning_gradguard.treatment.trials.trial import OUT_OF_TIME, Job, Trial

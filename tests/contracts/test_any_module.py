@@ -142,7 +142,7 @@ def test_second_clipper_is_reported_and_acts_after(caplog: pytest.LogCaptureFixt
     fit(Classifier(), batches(3), [AdaptiveGradientClipping()], gradient_clip_val=0.5)
     (first,) = (record for record in caplog.records if "clipped twice" in record.getMessage())
     assert first.levelname == "INFO"
-    assert "then Trainer(gradient_clip_val=0.5). One is enough" in first.getMessage()
+    assert "then gradient_clip_val=0.5 of the Trainer. One is enough" in first.getMessage()
     assert "default_callbacks(adaptive_gradient_clipping=None)" in first.getMessage()
     module = Own()
     fit(module, batches(3), [AdaptiveGradientClipping(GlobalNormClipping(0.01))])

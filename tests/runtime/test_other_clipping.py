@@ -1,4 +1,4 @@
-"""Clipping by the Trainer or by code of the module: advice does not propose it, and who clips is told."""
+"""Clipping by the Trainer or by code of the module: advice does not propose it, and who clips is named."""
 
 from __future__ import annotations
 

@@ -77,12 +77,17 @@ def with_cures(
                 best[finding] = result
     # the gains of layers are parts of that of the network: they have the same cure
     whole = next((best[f] for f in uncured if f.criterion == "gradient_gain" and f in best), None)
-    cures = {}
-    for finding in uncured:
+    cured = []
+    for finding in findings:
         result = whole if finding.criterion == "layer_gain" else best.get(finding)
-        missing = _NOT_FOUND_FOR.get(finding.criterion, _NOT_FOUND)
-        cures[finding] = result.trial.describe(finding, result.change) if result else missing
-    return [replace(f, cure=f.cure or cures.get(f, "none needed")) for f in findings]
+        if finding not in uncured:
+            cured.append(replace(finding, cure=finding.cure or "none needed"))
+        elif result is None:
+            cured.append(replace(finding, cure=_NOT_FOUND_FOR.get(finding.criterion, _NOT_FOUND)))
+        else:
+            line = result.trial.describe(finding, result.change)
+            cured.append(replace(finding, cure=line, is_tried=True))
+    return cured
 
 
 @dataclass(frozen=True)

@@ -46,7 +46,8 @@ class Finding:
         value: Measured value.
         expected: Values of healthy networks.
         severity: `"fail"` if the network will not train, `"warn"` if it may not, else `"info"`.
-        cure: Code that cures it, after a trial on the batch; else the advice that remains.
+        cure: Code that betters it; else the advice that remains.
+        is_tried: True if the cure is code that was tried on the batch.
         cause: Of nonfinite values; empty if it is not known.
 
     Example:
@@ -61,6 +62,7 @@ class Finding:
     severity: Severity
     cure: str = ""
     cause: Cause | Literal[""] = ""
+    is_tried: bool = False
 
     @property
     def measured(self) -> str:

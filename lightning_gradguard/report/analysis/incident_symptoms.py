@@ -7,6 +7,7 @@ from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 
+from lightning_gradguard.core.detectors.best_constant import STUCK
 from lightning_gradguard.core.incidents import OF_WEIGHTS, SYMPTOM_CAUSES, Incident, label
 from lightning_gradguard.core.remedies import Present, advice_for_cause, remedies
 from lightning_gradguard.report.analysis.outcome import (
@@ -22,8 +23,6 @@ from lightning_gradguard.report.analysis.run_log import RunLog
 
 #: A learning-rate scale at or below this has not recovered.
 BACKED_OFF = 1 / 8
-#: Loss over that of the best constant above which a network has learned nothing, as a diagnosis has it.
-STUCK = 0.95
 #: Causes of a stuck loss whose incident has that ratio as its value.
 _MEASURED_RATIO = ("input_scale", "learning_rate_too_low")
 #: Details of one symptom that are quoted in full.
@@ -183,5 +182,4 @@ def _symptom(
     advice = advice_for_cause(main, example.where, present, kind=kind)
     next_steps = found or ((advice,) if advice else remedies(kind, example.where, present) or own)
     is_tried = kind in INITIALIZATION and bool(own) and own[0].startswith(CURE)
-    is_tried = is_tried and "nothing that was tried" not in own[0]
     return RunSymptom(kind, severity, first, evidence, value, example.where, next_steps, main, is_tried)

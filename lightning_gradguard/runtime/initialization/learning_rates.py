@@ -139,7 +139,8 @@ def try_rates(
     # the best rate is well below the largest stable one
     factor /= 4 if finding.criterion == "learning_rate_too_high" else 30
     if trial.is_stable(factor):
-        finding = replace(finding, cure=_cure(pl_module, trainer.optimizers[0], group, rates[group], factor))
+        cure = _cure(pl_module, trainer.optimizers[0], group, rates[group], factor)
+        finding = replace(finding, cure=cure, is_tried=True)
     return [finding], values
 
 

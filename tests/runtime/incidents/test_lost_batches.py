@@ -30,7 +30,7 @@ from tests.tasks import (
     weights,
 )
 
-LEDGER = "lost_batches.rank0.jsonl"
+LOG = "lost_batches.rank0.jsonl"
 FAST: dict[str, Any] = {"snapshot_every_n_steps": 5, "max_dossiers": 0}
 
 
@@ -46,7 +46,7 @@ def named(data: Sequence[Batch], key: str = "id") -> list[Any]:
 
 
 def records(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / LEDGER).read_text().splitlines()]
+    return [json.loads(line) for line in (folder / LOG).read_text().splitlines()]
 
 
 def test_skipped_batch_is_logged_with_its_samples(tmp_path: Path) -> None:
@@ -69,12 +69,12 @@ def test_rollback_loses_the_batches_since_the_snapshot(tmp_path: Path) -> None:
     rollback = NaNRollback(snapshot_every_n_steps=10)
     fit(ByName(), data, [rollback], tmp_path)
     assert rollback.rollbacks == 1
-    told = {(r["batch_idx"], r["reason"]): r["samples"] for r in records(tmp_path)}
+    logged = {(r["batch_idx"], r["reason"]): r["samples"] for r in records(tmp_path)}
     # the newest snapshot with ten good steps behind it is that of step 10
     skipped = {(i, "skipped") for i in (25, 26, 27)}
-    assert set(told) == skipped | {(i, "undone") for i in range(10, 25)}
-    assert len(records(tmp_path)) == len(told)
-    assert all(samples == list(range(100 * i, 100 * i + 32)) for (i, _), samples in told.items())
+    assert set(logged) == skipped | {(i, "undone") for i in range(10, 25)}
+    assert len(records(tmp_path)) == len(logged)
+    assert all(samples == list(range(100 * i, 100 * i + 32)) for (i, _), samples in logged.items())
 
 
 def test_batches_of_later_epochs_are_distinguished(tmp_path: Path) -> None:
@@ -155,7 +155,7 @@ def test_resumed_run_omits_lost_batches(tmp_path: Path, check: Any) -> None:
     # as if only the others had been served
     expected = Classifier("adam", norm=True, seed=3)
     kept = [b for i, b in enumerate(clean) if i not in later]
-    (tmp_path / LEDGER).unlink()
+    (tmp_path / LOG).unlink()
     fit(
         expected,
         kept,
@@ -181,9 +181,9 @@ def test_other_data_under_the_same_index_are_trained_on(tmp_path: Path) -> None:
 def test_a_lost_batch_in_another_epoch_is_trained_on(tmp_path: Path) -> None:
     """What is lost is one serving of it, not the samples."""
     data = batches(12)
-    ledger = LostBatches(tmp_path, rank=0)
-    ledger.record(3, 0, 3, data[3])
-    ledger.mark_skipped(1)
+    log = LostBatches(tmp_path, rank=0)
+    log.record(3, 0, 3, data[3])
+    log.mark_skipped(1)
     again = LostBatches(None, rank=0, earlier=[str(tmp_path)])
     again.record(15, 1, 3, data[3])
     assert not again.repeats_lost_batch()
@@ -208,11 +208,11 @@ def test_a_lost_batch_in_another_epoch_is_trained_on(tmp_path: Path) -> None:
     ],
 )
 def test_invalid_line_is_ignored(tmp_path: Path, torn: str) -> None:
-    ledger = LostBatches(tmp_path, rank=0)
+    log = LostBatches(tmp_path, rank=0)
     data = batches(40)
-    ledger.record(30, 0, 30, data[30])
-    ledger.mark_skipped(1)
-    with (tmp_path / LEDGER).open("a") as file:
+    log.record(30, 0, 30, data[30])
+    log.mark_skipped(1)
+    with (tmp_path / LOG).open("a") as file:
         file.write(torn)
     again = LostBatches(None, rank=0, earlier=[str(tmp_path)])
     again.record(30, 0, 30, data[30])
@@ -223,21 +223,21 @@ def test_invalid_line_is_ignored(tmp_path: Path, torn: str) -> None:
 
 def test_what_follows_a_torn_line_is_not_lost(tmp_path: Path) -> None:
     """A killed process leaves half a line; the resumed one writes on in the same file."""
-    (tmp_path / LEDGER).write_text('{"epoch": 0, "batch_idx": 1, "rea')
-    ledger, data = LostBatches(tmp_path, rank=0), batches(1)
-    ledger.record(5, 0, 5, data[0])
-    ledger.mark_skipped(1)
+    (tmp_path / LOG).write_text('{"epoch": 0, "batch_idx": 1, "rea')
+    log, data = LostBatches(tmp_path, rank=0), batches(1)
+    log.record(5, 0, 5, data[0])
+    log.mark_skipped(1)
     assert LostBatches(None, rank=0, earlier=[str(tmp_path)]).earlier() == {(0, 5): "skipped"}
 
 
 @pytest.mark.parametrize("content", [None, b"\xff\xfe\x00rubbish\xff\n", "a folder"])
 def test_unreadable_log_is_no_error(tmp_path: Path, content: Any) -> None:
     first_run(tmp_path, poisoned(batches(25), nan=[22]))
-    (tmp_path / LEDGER).unlink()
+    (tmp_path / LOG).unlink()
     if content == "a folder":
-        (tmp_path / LEDGER).mkdir()
+        (tmp_path / LOG).mkdir()
     elif content is not None:
-        (tmp_path / LEDGER).write_bytes(content)
+        (tmp_path / LOG).write_bytes(content)
     _, rollback = resume(tmp_path, batches(25))
     assert rollback.skips == 0
 
@@ -251,7 +251,7 @@ def test_log_of_a_reused_folder_is_continued(tmp_path: Path) -> None:
 
 def test_healthy_run_writes_no_log(tmp_path: Path) -> None:
     fit(Classifier(), batches(5), [NaNRollback()], tmp_path)
-    assert not (tmp_path / LEDGER).exists()
+    assert not (tmp_path / LOG).exists()
 
 
 @pytest.mark.parametrize("check", ["exact", "deferred"])
@@ -271,19 +271,19 @@ def test_memory_stays_bounded_in_a_long_run(check: Any) -> None:
 
 def test_no_references_to_batches_are_kept() -> None:
     data = batches(5)
-    ledger = LostBatches(None, rank=0)
+    log = LostBatches(None, rank=0)
     for i, batch in enumerate(data):
-        ledger.record(i, 0, i, batch)
-    for served in ledger._seen:
+        log.record(i, 0, i, batch)
+    for served in log._seen:
         values = (getattr(served, field.name) for field in fields(served))
         tensors = [value for value in values if isinstance(value, Tensor)]
         assert sum(t.untyped_storage().nbytes() for t in tensors) <= 16
 
 
 def is_recognized(lost: Any, served: Any, folder: Path) -> bool:
-    ledger = LostBatches(folder, rank=0)
-    ledger.record(0, 0, 0, lost)
-    ledger.mark_skipped(1)
+    log = LostBatches(folder, rank=0)
+    log.record(0, 0, 0, lost)
+    log.mark_skipped(1)
     again = LostBatches(None, rank=0, earlier=[str(folder)])
     again.record(0, 0, 0, served)
     return again.repeats_lost_batch()
@@ -335,39 +335,39 @@ def test_batch_without_a_fingerprint_is_never_omitted(tmp_path: Path, batch: Any
     ],
 )
 def test_samples_are_logged_where_the_batch_has_them(tmp_path: Path, batch: Any, samples: list[Any]) -> None:
-    ledger = LostBatches(tmp_path, rank=0)
-    ledger.record(0, 0, 0, batch)
-    ledger.mark_skipped(1)
+    log = LostBatches(tmp_path, rank=0)
+    log.record(0, 0, 0, batch)
+    log.mark_skipped(1)
     assert records(tmp_path)[0]["samples"] == samples
 
 
 def test_each_rank_has_its_own_log(tmp_path: Path) -> None:
     for rank in (0, 3):
-        ledger = LostBatches(tmp_path, rank=rank)
-        ledger.record(0, 0, rank, torch.ones(2))
-        ledger.mark_skipped(1)
-    assert {f.name for f in tmp_path.iterdir()} == {LEDGER, "lost_batches.rank3.jsonl"}
+        log = LostBatches(tmp_path, rank=rank)
+        log.record(0, 0, rank, torch.ones(2))
+        log.mark_skipped(1)
+    assert {f.name for f in tmp_path.iterdir()} == {LOG, "lost_batches.rank3.jsonl"}
     assert LostBatches(None, rank=3, earlier=[str(tmp_path)]).earlier().keys() == {(0, 3)}
     assert LostBatches(None, rank=1, earlier=[str(tmp_path)]).earlier() == {}
 
 
 def test_no_batch_is_logged_twice(tmp_path: Path) -> None:
-    ledger = LostBatches(tmp_path, rank=0)
+    log = LostBatches(tmp_path, rank=0)
     for i in range(4):
-        ledger.record(i, 0, i, torch.ones(2))
-    ledger.mark_skipped(1)
-    ledger.mark_skipped(2)
-    ledger.mark_undone(1)
-    ledger.mark_undone(0)
-    told = [(r["batch_idx"], r["reason"]) for r in records(tmp_path)]
-    assert told == [(3, "skipped"), (2, "skipped"), (1, "undone"), (0, "undone")]
+        log.record(i, 0, i, torch.ones(2))
+    log.mark_skipped(1)
+    log.mark_skipped(2)
+    log.mark_undone(1)
+    log.mark_undone(0)
+    logged = [(r["batch_idx"], r["reason"]) for r in records(tmp_path)]
+    assert logged == [(3, "skipped"), (2, "skipped"), (1, "undone"), (0, "undone")]
 
 
 def test_losing_none_is_not_losing_all(tmp_path: Path) -> None:
-    ledger = LostBatches(tmp_path, rank=0)
-    ledger.record(0, 0, 0, torch.ones(2))
-    ledger.mark_skipped(0)
-    assert not (tmp_path / LEDGER).exists()
+    log = LostBatches(tmp_path, rank=0)
+    log.record(0, 0, 0, torch.ones(2))
+    log.mark_skipped(0)
+    assert not (tmp_path / LOG).exists()
 
 
 def test_training_continues_without_a_folder_for_the_log(tmp_path: Path) -> None:

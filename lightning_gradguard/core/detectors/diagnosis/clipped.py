@@ -9,7 +9,7 @@ from typing import Literal
 from lightning_gradguard.core.detectors.constant_clipping import USUAL_UPDATE
 from lightning_gradguard.core.detectors.diagnosis.progress import Progress
 from lightning_gradguard.core.detectors.diagnosis.sample import Sample, Update
-from lightning_gradguard.core.detectors.diagnosis.symptom import Symptom
+from lightning_gradguard.core.detectors.diagnosis.symptom import Symptom, modules_of
 from lightning_gradguard.core.incidents import SymptomCause
 
 #: Clipping to less than a tenth, with an update below the usual one, stops what does not learn.
@@ -79,7 +79,7 @@ def vanishing_weights(sample: Sample, progress: Progress) -> Iterator[Symptom]:
         dominates = one.decay * one.weights[found[0]] > one.gradients[found[0]]
         is_decay = one.decay and (decays or dominates)
         cause: SymptomCause | Literal["unknown"] = "weight_decay" if is_decay else "unknown"
-        where = tuple(dict.fromkeys(one.names[i].rpartition(".")[0] or one.names[i] for i in found))[:5]
+        where = modules_of([one.names[i] for i in found])
         evidence = f"the weights of {where[0]} have shrunk to {share:.1g} of their norm"
         if is_decay:
             evidence += f", by weight_decay={one.decay:g}"

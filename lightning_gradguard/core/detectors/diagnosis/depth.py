@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 
+from lightning_gradguard.core.detectors.best_constant import STUCK
 from lightning_gradguard.core.detectors.depth import slope
-from lightning_gradguard.core.detectors.diagnosis.progress import STUCK, Progress
+from lightning_gradguard.core.detectors.diagnosis.progress import Progress
 from lightning_gradguard.core.detectors.diagnosis.sample import LayerSignal, Sample, TimeSignal
 from lightning_gradguard.core.detectors.diagnosis.signals.units import SATURATING
 from lightning_gradguard.core.detectors.diagnosis.symptom import Symptom

@@ -7,11 +7,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
 from typing import Any
 
+from lightning_gradguard.core.detectors.best_constant import LEARNS
 from lightning_gradguard.core.detectors.diagnosis import clipped, depth, rules
-from lightning_gradguard.core.detectors.diagnosis.progress import LEARNS, Progress
+from lightning_gradguard.core.detectors.diagnosis.progress import Progress
 from lightning_gradguard.core.detectors.diagnosis.sample import Sample
 from lightning_gradguard.core.detectors.diagnosis.stagnation import stagnation
-from lightning_gradguard.core.detectors.diagnosis.symptom import Symptom, Tier
+from lightning_gradguard.core.detectors.diagnosis.symptom import Symptom, Tier, modules_of
 from lightning_gradguard.core.incidents import IncidentKind
 
 #: Steps before which a loss is not stuck but may start slowly, the share of the planned steps, and the steps
@@ -109,7 +110,7 @@ class Diagnosis:
 
     def add_divergence(self, where: tuple[str, ...], evidence: str, step: int) -> list[Symptom]:
         """Adds that training has diverged because an update was too large; returns it if it is new."""
-        places = rules.modules_of(where)
+        places = modules_of(where)
         symptom = Symptom(
             "exploding_gradient", "update_too_large", places, math.nan, evidence, "update", since=step
         )

@@ -10,17 +10,11 @@ from itertools import pairwise
 from statistics import mean
 from typing import Any
 
+from lightning_gradguard.core.detectors.best_constant import CONVERGED, LEARNS
 from lightning_gradguard.core.detectors.diagnosis.sample import Sample
 
 #: Sampled losses that are averaged.
 RECENT = 3
-#: Share of the loss of the best constant, or of the first loss, below which a network learns, here and in
-#: trials of a treatment.
-LEARNS = 0.9
-#: Loss over that of the best constant above which a network has learned nothing.
-STUCK = 0.95
-#: The same below which it has converged.
-CONVERGED = 0.02
 #: Loss below 0, over the size of the first one or 1, and its growth from one sample to the next, of a loss
 #: that falls without bound.
 UNBOUNDED, UNBOUNDED_GROWTH = 1e4, 2.0

@@ -8,16 +8,17 @@ from collections.abc import Iterator, Sequence
 from statistics import mean
 from typing import Literal
 
+from lightning_gradguard.core.detectors.best_constant import LEARNS, STUCK
 from lightning_gradguard.core.detectors.diagnosis import depth
 from lightning_gradguard.core.detectors.diagnosis.clipped import CLIPPED_FAR
-from lightning_gradguard.core.detectors.diagnosis.progress import LEARNS, STUCK, Progress
+from lightning_gradguard.core.detectors.diagnosis.progress import Progress
 from lightning_gradguard.core.detectors.diagnosis.sample import (
     MIN_TIMES,
     Sample,
     UnitSignal,
 )
 from lightning_gradguard.core.detectors.diagnosis.signals.units import RECTIFIERS
-from lightning_gradguard.core.detectors.diagnosis.symptom import Symptom
+from lightning_gradguard.core.detectors.diagnosis.symptom import Symptom, modules_of
 from lightning_gradguard.core.incidents import Cause, SymptomCause
 
 # thresholds of docs/diagnosis.md
@@ -335,14 +336,6 @@ def is_related(permuted: float, ratio: float) -> bool:
         ratio: The loss over that of the best constant; NaN if unknown.
     """
     return permuted >= (UNRELATED_IF_WORSE if ratio > WORSE else UNRELATED)
-
-
-def modules_of(names: Sequence[str]) -> tuple[str, ...]:
-    """Returns the modules of parameters; a parameter beside modules, such as positions, itself."""
-    owners = {name: name.rpartition(".")[0] or name for name in names}
-    outer = {o for o in owners.values() if any(other.startswith(f"{o}.") for other in owners.values())}
-    found = [name if owner in outer else owner for name, owner in owners.items()]
-    return tuple(dict.fromkeys(sorted(found, key=lambda name: name in owners)))[:5]
 
 
 def _first(found: Sequence[tuple[float, tuple[str, ...], str]]) -> tuple[float, tuple[str, ...], str]:

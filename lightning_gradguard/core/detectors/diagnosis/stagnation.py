@@ -8,9 +8,8 @@ from statistics import median
 
 from lightning_gradguard.core.detectors.diagnosis.clipped import CLIPPED_FAR
 from lightning_gradguard.core.detectors.diagnosis.progress import Progress
-from lightning_gradguard.core.detectors.diagnosis.rules import modules_of
 from lightning_gradguard.core.detectors.diagnosis.sample import Sample, Update
-from lightning_gradguard.core.detectors.diagnosis.symptom import Symptom
+from lightning_gradguard.core.detectors.diagnosis.symptom import Symptom, modules_of
 from lightning_gradguard.core.incidents import SymptomCause
 
 #: Update over weight below which weights hardly move, and below which one does not; see docs/diagnosis.md.

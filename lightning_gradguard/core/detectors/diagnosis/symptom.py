@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
@@ -10,6 +10,14 @@ from lightning_gradguard.core.incidents import Cause, IncidentKind, SymptomCause
 
 #: What a symptom rests on, causes before their consequences.
 Tier = Literal["contract", "coverage", "units", "update", "depth", "stuck", "stagnation"]
+
+
+def modules_of(names: Sequence[str]) -> tuple[str, ...]:
+    """Returns the modules of parameters; a parameter beside modules, such as positions, itself."""
+    owners = {name: name.rpartition(".")[0] or name for name in names}
+    outer = {o for o in owners.values() if any(other.startswith(f"{o}.") for other in owners.values())}
+    found = [name if owner in outer else owner for name, owner in owners.items()]
+    return tuple(dict.fromkeys(sorted(found, key=lambda name: name in owners)))[:5]
 
 
 @dataclass(frozen=True)
