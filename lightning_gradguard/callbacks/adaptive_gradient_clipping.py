@@ -183,7 +183,6 @@ class AdaptiveGradientClipping(StepCallback):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restores the histories."""
         self._policies.clear()
         for index, state in state_dict["histories"].items():
             self._policies[index].load_state_dict(copy.deepcopy(state))

@@ -174,7 +174,6 @@ class GradientNormMonitor(StepCallback):
 
     @override
     def on_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch_idx: int) -> None:
-        """Adds the measured numbers to the buffer."""
         steps, self._logged = self._logged, {}
         for index, logged in steps.items():
             logged.close(self._fractions.pop(index).value())
@@ -223,7 +222,6 @@ class GradientNormMonitor(StepCallback):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restores the bands of usual norms."""
         self.load_snapshot_state_dict(state_dict)
 
     def snapshot_state_dict(self) -> dict[str, Any]:

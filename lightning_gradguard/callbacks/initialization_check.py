@@ -204,7 +204,6 @@ class InitializationCheck(Callback, Configured):
     def on_exception(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
     ) -> None:
-        """Ends the check."""
         self._is_due = self._checks_first_step = False
 
     def _print_reason_against_trial(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> bool:

@@ -155,13 +155,11 @@ class LearningRateBackoff(StepCallback):
     def on_exception(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
     ) -> None:
-        """Restores the learning rates."""
         self._remove_hooks()
         super().on_exception(trainer, pl_module, exception)
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Removes the hooks from the optimizers."""
         super().on_train_end(trainer, pl_module)
         self._remove_hooks()
 
@@ -181,7 +179,6 @@ class LearningRateBackoff(StepCallback):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restores the scale and its counters."""
         self._backoff.load_state_dict(state_dict)
         self._saved_rates = state_dict.get("initial_rates", [])  # version 0.5 has neither
         self._found_rate = state_dict.get("found_rate")

@@ -216,7 +216,6 @@ class NaNRollback(StepCallback):
 
     @override
     def on_begin(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Begins a fit."""
         if self._configured_rates is not None and (rates := self._configured_rates.restore(trainer)):
             console.print_message(
                 trainer,
@@ -267,7 +266,6 @@ class NaNRollback(StepCallback):
 
     @override
     def on_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, step: Step) -> None:
-        """Commits or skips the step."""
         self._session.on_step(step)
 
     @override
@@ -313,13 +311,11 @@ class NaNRollback(StepCallback):
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Restores other callbacks."""
         super().on_train_end(trainer, pl_module)
         lightning_api.resume_weight_averages(trainer)
 
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Restores the Trainer."""
         super().teardown(trainer, pl_module, stage)
         if stage == "fit":
             self._restore_step(pl_module)
@@ -339,7 +335,6 @@ class NaNRollback(StepCallback):
 
     @override
     def final_counts(self) -> dict[str, float]:
-        """Returns skips, rollbacks and overflows so far."""
         return self._counts.by_tag(self._policy.rollbacks)
 
     @override
@@ -360,7 +355,6 @@ class NaNRollback(StepCallback):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continues with saved counts and detectors."""
         self._counts.since = state_dict.get("counted_since", 0)  # 0.5 has not saved it
         self._counts.skips = state_dict["skips"]
         self._counts.amp_overflows = state_dict["amp_overflows"]

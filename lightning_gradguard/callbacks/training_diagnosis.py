@@ -173,7 +173,6 @@ class TrainingDiagnosis(StepCallback):
 
     @override
     def on_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch_idx: int) -> None:
-        """Ends a sample."""
         sampled = self._sampled
         if sampled is None:
             return
@@ -248,7 +247,6 @@ class TrainingDiagnosis(StepCallback):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continues with saved samples and symptoms."""
         self.diagnosis.load_state_dict(state_dict["diagnosis"])
         self._baselines.load_state_dict(state_dict["baselines"])
 

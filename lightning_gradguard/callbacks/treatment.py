@@ -104,7 +104,6 @@ class Treatment(Callback, Configured):
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Restores hooks of the module that were not called."""
         stop_calling_after(pl_module, *_HOOKS)
 
     @override
@@ -121,12 +120,10 @@ class Treatment(Callback, Configured):
     def on_exception(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
     ) -> None:
-        """Removes the hooks from the optimizers."""
         self._remove_hooks()
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Removes the hooks from the optimizers."""
         self._remove_hooks()
 
     @override
@@ -136,7 +133,6 @@ class Treatment(Callback, Configured):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restores the steps of the warm-up."""
         self.load_snapshot_state_dict(state_dict)
 
     def snapshot_state_dict(self) -> dict[str, Any]:

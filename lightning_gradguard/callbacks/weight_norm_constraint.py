@@ -64,7 +64,6 @@ class WeightNormConstraint(Callback):
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Rejects flattened weights."""
         if stage == "fit":
             lightning_api.reject_flattened_parameters(trainer, type(self).__name__)
 
@@ -84,12 +83,10 @@ class WeightNormConstraint(Callback):
     def on_exception(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
     ) -> None:
-        """Removes the hooks."""
         self._remove_hooks()
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Removes the hooks."""
         self._remove_hooks()
 
     def _constrained(self, pl_module: nn.Module) -> list[nn.Parameter]:

@@ -61,15 +61,7 @@ argument_parser = fit_parser
 def parser_beside_fit(
     verb: str, usage: str, description: str, epilog: str, *, checkpoint: str
 ) -> argparse.ArgumentParser:
-    """Returns a parser for the options of a command that `fit` does not have.
-
-    Args:
-        verb: The command.
-        usage: Its arguments.
-        description: Printed above the options of the module.
-        epilog: Printed below all options.
-        checkpoint: What the command does with one.
-    """
+    """Returns a parser for the options of a command that `fit` does not have."""
     return argparse.ArgumentParser(
         prog=f"lightning-gradguard {verb}",
         usage=f"lightning-gradguard {verb} {usage}",

@@ -119,11 +119,7 @@ _BY_CRITERION: Mapping[str, Sequence[tuple[Change, ...]]] = {
 
 
 def candidates(found: Probe) -> list[Candidate]:
-    """Returns what to try for a program that fails, at most `MAX_CANDIDATES`, each fit for its module.
-
-    Args:
-        found: What its probe has shown.
-    """
+    """Returns what to try for a program that fails, at most `MAX_CANDIDATES`, each fit for its module."""
     lists = list(_suggestions(found)) or list(_rates_to_move(found))
     # the first of each list, then the second of each: several symptoms share the trials
     longest = max(map(len, lists), default=0)

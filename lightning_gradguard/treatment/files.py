@@ -22,13 +22,7 @@ CONFIGURATION, REPORT, CONTENT, RUNS = "treatment.yaml", "report.html", "treatme
 
 
 def write(result: TreatmentResult, command: str, callbacks: Sequence[Any]) -> None:
-    """Writes all files of a result into its folder; the configuration only if there is a treatment.
-
-    Args:
-        result: Of the treatment.
-        command: Trains with the configuration.
-        callbacks: Configuration of the user's callbacks.
-    """
+    """Writes all files of a result into its folder; the configuration only if there is a treatment."""
     folder = result.folder
     _replace(folder / CONTENT, result.as_json() + "\n")
     path = folder / CONFIGURATION
@@ -43,12 +37,7 @@ def write(result: TreatmentResult, command: str, callbacks: Sequence[Any]) -> No
 
 
 def configuration(changes: Sequence[Change], callbacks: Sequence[Any]) -> dict[str, Any]:
-    """Returns what LightningCLI needs to train with changes.
-
-    Args:
-        changes: As they were tried, under the callbacks that `fit` adds by itself.
-        callbacks: Configuration of callbacks of the user's.
-    """
+    """Returns what LightningCLI needs to train with changes, beside the callbacks that `fit` adds itself."""
     of_treatment = [c.as_dict() for c in changes if c.is_of_treatment]
     added = [*callbacks, _class("Treatment", changes=of_treatment)] if of_treatment else [*callbacks]
     trainer: dict[str, Any] = {"callbacks": added}

@@ -15,12 +15,7 @@ _STYLE = "body{max-width:62rem}"
 
 
 def to_html(result: TreatmentResult, command: str) -> str:
-    """Returns the page: the verdict, what ailed the program, what was tried, and what to do.
-
-    Args:
-        result: Of the treatment.
-        command: Trains with it; empty if there is none.
-    """
+    """Returns the page: the verdict, what ailed the program, what was tried, and what to do."""
     before, after = (f"{n:,}" for n in result.costs["parameters"])
     slow, slower = (f"{1e3 * s:.3g} ms" for s in result.costs["seconds_per_step"])
     sections = [

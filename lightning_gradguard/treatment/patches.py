@@ -13,10 +13,6 @@ _NAMESPACES = ("torch", "F", "functional", "nn")
 def patched_call(fault: str, call: ast.Call) -> str:
     """Returns the code of a call without its fault; empty if only a text describes the remedy.
 
-    Args:
-        fault: Cause of a finding.
-        call: The call that is at fault.
-
     Example:
         >>> call = ast.parse("self.net(x).softmax(1)", mode="eval").body
         >>> patched_call("softmax_before_loss", call)

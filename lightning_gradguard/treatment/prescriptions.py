@@ -92,14 +92,7 @@ def prescriptions(
     batches: Sequence[object],
     run_loss: Callable[[], Tensor] | None,
 ) -> list[Prescription]:
-    """Returns what to change in the user's code or data.
-
-    Args:
-        module: The module, as it was initialized.
-        symptoms: Of the diagnosis.
-        batches: Recorded batches of training.
-        run_loss: Runs the module on a batch; `None` if it cannot be run.
-    """
+    """Returns what to change in the user's code or data."""
     found = [p for symptom in symptoms if (p := _of_symptom(module, symptom)) is not None]
     found += _nonfinite_rows(batches)
     if any(f.cause == "saturating_activations" for f in symptoms) and run_loss is not None:

@@ -95,11 +95,7 @@ class Verification:
     def others(self, first: Trial) -> list[SeedResult]:
         """Runs the changes with the other seeds, and the program as it is.
 
-        Args:
-            first: The treated run with the first seed.
-
-        Returns:
-            Fewer than three if the budget ends before, or the first treated run does not learn.
+        The results are fewer than three if the budget ends before, or the first treated run does not learn.
         """
         if not math.isfinite(first.loss) or first.over_constant >= LEARNS:
             return []

@@ -14,13 +14,7 @@ from lightning_gradguard.core.norms import Gradients, StepContext
 def step_context(
     optimizer: Optimizer, gradients: Gradients, *, loss: Scalar, weight_norm: Scalar | None
 ) -> StepContext:
-    """Returns the context of a step, without a host synchronization.
-
-    Args:
-        optimizer: About to step.
-        gradients: That the policy gets.
-        loss: Mean loss of the step; NaN if none was seen.
-        weight_norm: Norm of the weights, if it was measured.
+    """Returns the context of a step with a mean loss, NaN if none was seen, without a synchronization.
 
     Example:
         >>> from lightning_gradguard.core.norms import measure_gradients

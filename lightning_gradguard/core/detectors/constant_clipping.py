@@ -31,11 +31,7 @@ class ConstantClippingDetector:
         self._is_constant = False
 
     def update(self, hard: float, steps: int) -> float | None:
-        """Adds steps, and how many of them were clipped hard.
-
-        Returns:
-            The share of hard ones if an episode begins, else `None`.
-        """
+        """Adds steps; returns the share of those that were clipped hard if an episode begins, else `None`."""
         self._hard += hard
         self._steps += steps
         if self._steps < SHARE_STEPS:

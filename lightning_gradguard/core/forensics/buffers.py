@@ -21,13 +21,7 @@ def buffers_of(module: nn.Module) -> dict[str, Tensor]:
 def corrupted_buffers(
     module: nn.Module, before: Mapping[str, Tensor], parts: Iterable[Tensor] = ()
 ) -> dict[str, str]:
-    """Returns by name what has become of buffers that the forward pass has corrupted.
-
-    Args:
-        module: After the forward pass.
-        before: From `buffers_of`, before it.
-        parts: Of the batch.
-    """
+    """Returns by name what has become of buffers, from `buffers_of`, that the forward pass has corrupted."""
     has_outlier = bool(has_outlying_row(parts))
     buffers = {name: buffer for name, buffer in module.named_buffers() if name in before}
     found = {

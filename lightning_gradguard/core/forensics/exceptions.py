@@ -69,13 +69,6 @@ def origin_of_exception(
 ) -> Origin:
     """Finds the values behind an exception of a step in which no operation made a nonfinite value.
 
-    Args:
-        error: What the step raised.
-        failed: The operation that raised it; `None` if it was raised elsewhere.
-        parts: Tensors of the batch, by name.
-        out_of_range: Weights with elements out of range.
-        frameworks: As `investigate` takes them.
-
     Returns:
         The origin: an index beyond its range, a nonfinite part of the batch, weights, or an operation that
         does not accept its argument; else its cause is `"unknown"`.

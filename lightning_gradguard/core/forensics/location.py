@@ -56,15 +56,9 @@ class Location:
 
 
 def user_location(frameworks: Sequence[str] = ()) -> Location | None:
-    """Returns the innermost line of the user's code that is running now.
+    """Returns the innermost line of the user's code that is running now; `None` if frameworks alone are.
 
     A library of others counts as the user's code only if nothing else called the operation.
-
-    Args:
-        frameworks: Further folders with code that is never the user's.
-
-    Returns:
-        The line; `None` if frameworks alone called the operation.
     """
     frame: FrameType | None = sys._getframe(1)
     in_library, called = None, ""

@@ -111,9 +111,8 @@ JUMP = 1e3
 def what_made_it_large(record: OperationRecord, faults: Iterable[OperationFault]) -> OperationRecord:
     """Follows large values back from an operation that overflows to the first one that made them large.
 
-    Returns:
-        The first operation with a jump and a known fault, such as `exp` where its square overflows; else the
-        operation itself.
+    That is the first one with a jump and a known fault, such as `exp` where its square overflows; else the
+    operation itself.
     """
     known = list(faults)
     before = [r for r in largest_first(record) if r.growth >= JUMP and known_fault(r, known)]

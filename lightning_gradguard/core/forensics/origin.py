@@ -142,10 +142,7 @@ class OutOfRange(NamedTuple):
 
 
 def out_of_range_elements(named: Iterable[tuple[str, Tensor, Tensor]]) -> dict[str, OutOfRange]:
-    """Finds the elements that are out of range, by the name of each tensor that has any.
-
-    Args:
-        named: Name, current tensor, and the tensor in a healthy state.
+    """Finds the elements out of range, beside a healthy state, by the name of each tensor that has any.
 
     Example:
         >>> out_of_range_elements([("weight", torch.tensor([0.2, 1e30]), torch.tensor([0.1, 1.0]))])
@@ -211,12 +208,7 @@ def origin_in_epsilon(
 ) -> Origin | None:
     """Finds nonfinite weights whose update was divided by a second moment and an epsilon that are 0.
 
-    Args:
-        named: Parameters by name.
-        optimizers: With the state that made the update.
-
-    Returns:
-        The origin; `None` unless this explains at least half of the nonfinite elements.
+    `None` unless this explains at least half of the nonfinite elements.
 
     Example:
         >>> weight = torch.nn.Parameter(torch.tensor([0.5, 0.5], dtype=torch.float16))

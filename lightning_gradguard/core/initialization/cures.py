@@ -55,13 +55,6 @@ def with_cures(
 
     Trials in turn: initializers for the kind of each layer and the activation after it, scaling to unit
     variance (LSUV), a change of architecture. The weights are restored bit for bit.
-
-    Args:
-        module: The network.
-        run_loss: Computes the training loss of the batch with it.
-        findings: Findings of the network as it is.
-        measured: Measurements of the batch; `None` if they could not be made.
-        measure: Measures under a change and returns the findings, the same on every rank.
     """
     uncured = [f for f in findings if not f.cure and _needs_cure(f)]
     best: dict[Finding, _Result] = {}

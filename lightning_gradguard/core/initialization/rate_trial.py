@@ -105,13 +105,8 @@ def largest_stable_factor(is_stable: Callable[[float], bool]) -> float | None:
     """Returns about the largest factor that is stable, from a few trials.
 
     Gaps double until an answer differs from that for 1; then they are halved, down to a factor of 2. The
-    geometric mean of the last stable and the first unstable factor is returned.
-
-    Args:
-        is_stable: Answers for a factor.
-
-    Returns:
-        The factor; infinity if all are stable, and `None` if none is.
+    geometric mean of the last stable and the first unstable factor is returned; infinity if all are stable,
+    and `None` if none is.
 
     Example:
         >>> f"{largest_stable_factor(lambda factor: factor < 100):.3g}"

@@ -24,11 +24,6 @@ MAX_CLOSED = 4.6
 def feed_forward_line(module: nn.Module, layer: Layer, *, bias: bool = False) -> str:
     """Returns the line that initializes a linear or convolutional layer for the activation after it.
 
-    Args:
-        module: The network.
-        layer: One of its layers.
-        bias: Set the bias to zero as well.
-
     References:
         He, Zhang, Ren, Sun, Delving Deep into Rectifiers, 2015, arXiv:1502.01852. Glorot, Bengio,
         Understanding the difficulty of training deep feedforward neural networks, 2010.

@@ -147,11 +147,6 @@ def places(module: nn.Module, change: Change, run_loss: Callable[[], Tensor] | N
 def resolve(module: nn.Module, change: Change, run_loss: Callable[[], Tensor] | None = None) -> Change:
     """Returns a change with the names of the modules that it alters, which needs no batch to be applied.
 
-    Args:
-        module: The network, unchanged afterwards.
-        change: One of the module.
-        run_loss: As in `places`.
-
     Raises:
         ValueError: If the change names a module that the network does not have.
     """
@@ -238,13 +233,8 @@ def in_order(changes: Sequence[Change]) -> list[Change]:
 def functional_activations(module: nn.Module, run_loss: Callable[[], Tensor]) -> list[str]:
     """Returns saturating activations that the user's code calls as functions, which no change can replace.
 
-    Args:
-        module: The network.
-        run_loss: Runs it on a batch.
-
-    Returns:
-        Each function and the line that calls it, such as `sigmoid at model.py:12 in forward`; none that is a
-        gate or the output of the network.
+    Each with the line that calls it, such as `sigmoid at model.py:12 in forward`; none that is a gate or the
+    output of the network.
     """
     functions = DataFlow.of(module, run_loss).functions()
     return [x.name for x in functions if x.saturates and x.is_hidden and not x.is_gate]

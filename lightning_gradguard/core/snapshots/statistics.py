@@ -36,11 +36,7 @@ def running_variances(modules: Iterable[nn.Module]) -> list[tuple[nn.Module, str
 def is_out_of_range(statistics: Sequence[Tensor]) -> Tensor:
     """Returns without a host synchronization what `any_nonfinite` does, in a tenth of its time.
 
-    Args:
-        statistics: Floating-point tensors that are small, dense and not sharded; one of them is not empty.
-
-    Returns:
-        A flag of shape `()`.
+    The tensors are of floating point, small, dense and not sharded; one of them is not empty.
 
     Example:
         >>> is_out_of_range([torch.ones(2), torch.tensor([torch.nan])])
@@ -54,12 +50,7 @@ def is_out_of_range(statistics: Sequence[Tensor]) -> Tensor:
 def has_jumped(now: Sequence[Tensor], before: Sequence[Tensor]) -> Tensor:
     """Returns without a host synchronization if a batch was an outlier for running variances.
 
-    Args:
-        now: The variances after the forward pass of the batch; at least one, none of them sharded.
-        before: The same from before it.
-
-    Returns:
-        A flag of shape `()`.
+    There is at least one variance, and none is sharded.
 
     Example:
         >>> norm = nn.BatchNorm1d(1)
@@ -74,13 +65,7 @@ def has_jumped(now: Sequence[Tensor], before: Sequence[Tensor]) -> Tensor:
 
 @torch.no_grad()
 def has_outlying_row(tensors: Iterable[Tensor]) -> Tensor:
-    """Returns without a host synchronization if a row of a tensor is far larger than its median row.
-
-    Args:
-        tensors: Parts of a batch, on one device.
-
-    Returns:
-        A flag of shape `()`.
+    """Returns, on the device, if a row of a tensor of a batch is far larger than its median row.
 
     Example:
         >>> has_outlying_row([torch.tensor([[1.0], [1.0], [1e9]])])

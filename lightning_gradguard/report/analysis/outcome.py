@@ -84,11 +84,7 @@ class RunSymptom:
 
 
 def outcome_of(log: RunLog) -> Outcome:
-    """Returns the end of a run.
-
-    Args:
-        log: Logged values of the run.
-    """
+    """Returns the end of a run."""
     everything = [s for s in (log.loss, *(g.total for g in log.gradients), log.skips) if len(s)]
     steps = max((_steps_made(series) for series in everything), default=0)
     last = max((series.steps[-1] for series in everything), default=0)

@@ -67,9 +67,6 @@ class RunVerdict:
 def analyze_run(log: RunLog) -> RunVerdict:
     """Finds the symptoms of a run and what they amount to.
 
-    Args:
-        log: Logged values of the run.
-
     Example:
         >>> from lightning_gradguard.report.analysis.run_log import Series
         >>> norms = Series(range(4), [1.0, 1.7, 8e15, float("nan")])

@@ -80,13 +80,7 @@ class SampledStep:
             self._traced = replace_step(pl_module, partial(self._tracing, self._trace))
 
     def cover(self, trainer: pl.Trainer, optimizer: Optimizer, steps: Steps | None) -> None:
-        """Reads which parameters are trained, right before an optimizer steps.
-
-        Args:
-            trainer: The Trainer that fits.
-            optimizer: About to step.
-            steps: Of all optimizers; `None` if the fit has just begun.
-        """
+        """Reads which parameters are trained, right before an optimizer steps; `steps` are of all of them."""
         if not lightning_api.flattens_parameters(trainer):
             called, unregistered = (
                 ([], {}) if self._trace is None else (self._trace.layers, self._trace.unregistered)

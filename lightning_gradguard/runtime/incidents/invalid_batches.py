@@ -40,11 +40,7 @@ def was_raised_in_step(error: BaseException) -> bool:
 
 
 def skip_invalid_batches(pl_module: pl.LightningModule) -> TrainingStep:
-    """Lets a step that raises on its values return a NaN loss, so that it is skipped like any other NaN.
-
-    Returns:
-        What is in place of `training_step`, for `restore_step`.
-    """
+    """Lets a step that raises on its values return a NaN loss; returns what `restore_step` takes."""
 
     def skipping(step: TrainingStep) -> TrainingStep:
         def training_step(*args: Any, **kwargs: Any) -> Any:

@@ -79,11 +79,7 @@ class Investigation:
         return {**facts, "advice": remedy} if remedy else facts
 
     def scan_weights(self, trainer: pl.Trainer, snapshot: Snapshot) -> Origin | None:
-        """Compares the weights with a snapshot, without a replay. Collective.
-
-        Returns:
-            The origin, the same on every rank; `None` if no rank has weights out of range.
-        """
+        """Finds weights out of range of a snapshot's, if any rank has some, without a replay. Collective."""
         out_of_range = _out_of_range(trainer, snapshot)
         origins = gather_objects(_in_weights(trainer, out_of_range) if out_of_range else None)
         return next((origin for origin in origins if origin is not None), None)
@@ -99,10 +95,9 @@ class Investigation:
         *,
         weights_are_nonfinite: bool,
     ) -> Result | None:
-        """Runs the batches of a skipped step again. Collective: called on every rank.
+        """Runs the batches of a skipped step again. Collective: called on every rank, with the same result.
 
-        Returns:
-            The result, the same on every rank; `None` within an episode, or when the budget is used up.
+        `None` within an episode, or when the budget is used up.
         """
         if self.in_episode or self.examined >= self._max_dossiers:
             self.in_episode = True
@@ -175,11 +170,7 @@ class Investigation:
 
 
 def scan_batches(batches: Sequence[SeenBatch]) -> Origin | None:
-    """Finds rows of finite batches that are far out of range. Collective.
-
-    Returns:
-        The origin, the same on every rank; `None` if no rank has such rows.
-    """
+    """Finds rows of finite batches that are far out of range, if any rank has some. Collective."""
     found = []
     for seen in batches:
         origin = or_bad_input(Origin("unknown", detail="The step is finite"), parts_of(seen.batch))

@@ -65,10 +65,8 @@ def replay(
 ) -> Origin:
     """Runs a batch again, forward and backward, and finds the origin of its first nonfinite value.
 
-    Nothing is logged, no optimizer steps, and weights, gradients, buffers and random numbers are restored.
-
-    Returns:
-        The origin; `"unknown"`, with the reason, if the step could not be run.
+    Nothing is logged, no optimizer steps, and weights, gradients, buffers and random numbers are restored. If
+    the step could not be run, the origin is `"unknown"`, with the reason.
     """
     if not seen.is_unchanged:
         return Origin("unknown", detail="The step changes its batch in place: it could not be run again.")

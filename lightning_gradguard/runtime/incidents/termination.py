@@ -23,8 +23,7 @@ LAST_GOOD = "last_good.ckpt"
 def save_last_good(trainer: pl.Trainer) -> Path | None:
     """Writes a checkpoint of the present state into the run's folder. Collective: called on every rank.
 
-    Returns:
-        The file; `None` if there is no folder, or it cannot be written.
+    Returns the file; `None` if there is no folder, or it cannot be written.
     """
     folder = run_folder(trainer)
     if folder is None:

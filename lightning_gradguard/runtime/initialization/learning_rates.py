@@ -100,12 +100,6 @@ def try_rates(
     """Tries rates before the first step; returns findings, and the peak and the largest stable rate by name.
 
     Weights, optimizer, buffers and random numbers are as before afterwards.
-
-    Args:
-        trainer: The Trainer, ahead of its first step.
-        pl_module: The module.
-        batch: The first batch.
-        batch_idx: Its index.
     """
     rates = peak_rates(trainer, pl_module)
     if not max(rates, default=0.0) > 0:

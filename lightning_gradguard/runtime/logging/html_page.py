@@ -45,12 +45,7 @@ class Section:
 
 
 def render_page(title: str, sections: Sequence[Section], style: str = "") -> str:
-    """Renders a page; everything but figures and style is escaped.
-
-    Args:
-        title: Title of the page, and its first heading.
-        sections: In order.
-        style: Additional CSS.
+    """Renders a page; everything but figures and the additional style is escaped.
 
     Example:
         >>> "<h1>1 &lt; 2</h1>" in render_page("1 < 2", [Section("Why", "It is.")])

@@ -18,11 +18,7 @@ _LOGGERS = (
 
 @contextmanager
 def messages_silenced(level: int) -> Iterator[None]:
-    """Suppresses warnings, and messages of Lightning and the suite below a level.
-
-    Args:
-        level: One of `logging`.
-    """
+    """Suppresses warnings, and messages of Lightning and the suite below a level of `logging`."""
     loggers = [logging.getLogger(name) for name in _LOGGERS]
     levels = [logger.level for logger in loggers]
     for logger in loggers:

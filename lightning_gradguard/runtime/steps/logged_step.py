@@ -141,14 +141,7 @@ class LoggedStep:
         band: tuple[float, float] | None,
         n_optimizers: int,
     ) -> dict[str, float]:
-        """Returns the scalars of the step, by tag; a skipped step has no norm.
-
-        Args:
-            numbers: Its numbers on the host.
-            charts: Charts of the parameters of its optimizer.
-            band: Low and high end of the usual total norms; `None` if too few were logged.
-            n_optimizers: Number of optimizers.
-        """
+        """Returns the scalars of the step, by tag; a skipped step has no norm."""
         tag = partial(tags.tag, optimizer=self.optimizer_index, of=n_optimizers)
         scalars = {tag(tags.NONFINITE_FRACTION): numbers.nonfinite_fraction}
         if not self.accepted:

@@ -140,10 +140,9 @@ def _measure_shards(selection: Selection, request: StepRequest) -> Measured:
 
 
 def norms_over_shards(selection: Selection, *lists: Sequence[Tensor]) -> Tensor:
-    """Returns L2 norms of lists of tensors that are sharded as the parameters are, in at most one collective.
+    """Returns L2 norms of lists of tensors that are sharded as the parameters are; float64.
 
-    Returns:
-        Shape `(len(lists), n)`, float64.
+    The shape is `(len(lists), n)`. It takes at most one collective.
     """
     sums = torch.stack([norms.power_sums(tensors) for tensors in lists])
     if selection.is_sharded:

@@ -164,7 +164,6 @@ class StepCallback(lightning_api.Callback, Configured):
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Begins the fit."""
         suite = self.suite
         if suite.members and self is suite.members[0] and not suite.is_over:
             suite.begin(trainer)
@@ -235,7 +234,6 @@ class StepCallback(lightning_api.Callback, Configured):
 
     @override
     def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Publishes nonfinite metrics."""
         if self._is_first_of(trainer):
             self._evaluation.publish(trainer, pl_module, "nonfinite_test")
 

@@ -58,11 +58,7 @@ class StepTransaction:
     norms: Tensor | None = None
 
     def close(self, state: TransactionState, step: Step) -> StepTransaction:
-        """Ends the transaction with a step; a further optimizer's step on the same batches begins another.
-
-        Returns:
-            The closed transaction: this one, or that of a further optimizer.
-        """
+        """Returns the closed transaction: this one, or that of a further optimizer on the same batches."""
         closed = self if self.state == "open" else replace(self)
         closed.state = state
         closed.measurement = step.measurement

@@ -12,12 +12,7 @@ def call_after(pl_module: pl.LightningModule, hook: str, act: Callable[..., None
     """Calls `act` after the module's hook, with its result and arguments, the next time that it is called.
 
     Hooks of the callbacks come too early, before the module has its layers, or too late, after its optimizers
-    are restored.
-
-    Args:
-        pl_module: The module.
-        hook: Name of the hook.
-        act: A function, and no bound method, so that a copy of the module copies nothing else.
+    are restored. `act` is a function, and no bound method, so that a copy of the module copies nothing else.
     """
     stop_calling_after(pl_module, hook)  # a run that ended with an exception before the hook was called
     vars(pl_module)[hook] = _Once(pl_module, hook, act)

@@ -33,10 +33,7 @@ def change_module(
     """Makes the changes of a module that were not made of it before, the same ones on every rank.
 
     A change that does not name what it alters is fitted to the module by running a training batch. Without a
-    fit, it is left to `change_as_saved`.
-
-    Returns:
-        The changes that were made now.
+    fit, it is left to `change_as_saved`. Returns the changes that were made now.
     """
     asked_for = [change for change in in_order(changes) if change.is_of_module]
     if not asked_for:

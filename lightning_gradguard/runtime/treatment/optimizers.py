@@ -16,14 +16,8 @@ from lightning_gradguard.runtime.optimizer_hooks import after_step
 def change_optimizers(configured: Any, changes: Sequence[Change]) -> list[str]:
     """Makes changes of what `configure_optimizers` returns, before a checkpoint restores what it has saved.
 
-    Groups without weight decay are left without, where others have some.
-
-    Args:
-        configured: Optimizers and schedules, in any form that Lightning takes.
-        changes: Changes of kind `learning_rate`, `weight_decay` or `epsilon`; others are ignored.
-
-    Returns:
-        A line for each change that was made.
+    Groups without weight decay are left without, where others have some. Changes of other kinds than
+    `learning_rate`, `weight_decay` and `epsilon` are ignored. Returns a line for each change that was made.
     """
     parts = list(_flat(configured))
     optimizers = [part for part in parts if isinstance(part, Optimizer)]

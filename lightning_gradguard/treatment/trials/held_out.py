@@ -49,11 +49,7 @@ def evaluate(
 ) -> Evaluation:
     """Returns the mean loss of `training_step` on held-out batches, in evaluation mode and without a trace.
 
-    Args:
-        trainer: The Trainer that fits.
-        pl_module: Its module.
-        batches: As loaders give them.
-        in_full: True to compare with the best constant answer and with permuted targets.
+    In full, it is compared with the best constant answer and with permuted targets.
     """
     baselines, samples, losses, permuted = LossBaselines(), [], [], []
     with ExitStack() as stack:

@@ -121,13 +121,7 @@ def _seeded(changes: Sequence[Change], seed: int) -> list[Change]:
 
 
 def run(program: Program, job: Job, deadline: float) -> Trial:
-    """Runs a trial; an exception of the program is its outcome.
-
-    Args:
-        program: What is trained.
-        job: How.
-        deadline: When it ends, on the clock of `time.monotonic`.
-    """
+    """Runs a trial; an exception of the program is its outcome."""
     began = time.monotonic()
     steps = job.steps * program.accumulate
     held_out = HeldOutLoss(program.batches.held_out, steps, deadline, enough=job.enough)

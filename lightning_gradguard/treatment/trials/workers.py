@@ -29,11 +29,7 @@ def usable_processes() -> int:
 def outcomes(program: Program, jobs: Sequence[Job], deadline: float, processes: int) -> Iterator[Trial]:
     """Yields the outcomes of jobs as they come; jobs for which no time is left are omitted.
 
-    Args:
-        program: What is trained.
-        jobs: In the order in which they begin.
-        deadline: When all end, on the clock of `time.monotonic`.
-        processes: How many run at once; 1 runs them in this process.
+    They begin in order, several at once in processes, or one after another in this one.
     """
     waiting = list(jobs)
     if processes == 1 or len(waiting) == 1:

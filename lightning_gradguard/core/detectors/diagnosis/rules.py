@@ -329,12 +329,7 @@ def _inputs(sample: Sample) -> str:
 
 
 def is_related(permuted: float, ratio: float) -> bool:
-    """True if permuted targets raise the loss so much that it depends on them.
-
-    Args:
-        permuted: Relative rise of the loss; NaN if not measured.
-        ratio: The loss over that of the best constant; NaN if unknown.
-    """
+    """True if permuted targets raise the loss so much that it depends on them; NaN is unknown."""
     return permuted >= (UNRELATED_IF_WORSE if ratio > WORSE else UNRELATED)
 
 

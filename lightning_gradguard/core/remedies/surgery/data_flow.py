@@ -138,12 +138,7 @@ class DataFlow:
 
     @classmethod
     def of(cls, module: nn.Module, run: Callable[[], object] | None) -> DataFlow:
-        """Follows a batch through a network, which is unchanged afterwards; by its structure without one.
-
-        Args:
-            module: The network.
-            run: Runs it on a batch.
-        """
+        """Follows a batch through a network, which is unchanged afterwards; by its structure without one."""
         if run is None:
             return cls(_by_structure(module), is_measured=False)
         with preserve_state(module), torch.enable_grad(), _Tracer(module) as tracer:

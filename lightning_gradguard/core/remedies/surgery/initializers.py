@@ -52,14 +52,7 @@ def initialize(
     """Draws weights anew, with biases of zero; `"lsuv"` also scales outputs to unit variance on a batch.
 
     Recurrent modules get orthogonal recurrent weights and Xavier's for their inputs, attention Xavier's.
-
-    Args:
-        module: The network.
-        names: Names of its layers.
-        activations: Name of the activation function after each; empty for none.
-        to: One of `INITIALIZERS`.
-        seed: Seed of the weights.
-        run_loss: Runs the network on a batch.
+    `activations` are the functions after each layer, empty for none.
 
     Raises:
         ValueError: If `"lsuv"` has no batch.

@@ -35,11 +35,6 @@ def arguments_of(
 def saturated_rows(name: str, arguments: Mapping[str, Any], result: Any) -> Tensor | None:
     """Returns the share of rows whose largest weight is nearly 1, of those with several keys; shape `()`.
 
-    Args:
-        name: Name of the function, one of `FUNCTIONS`.
-        arguments: Of its call, by name.
-        result: What it has returned.
-
     Returns:
         `None` for a softmax that is not over the last of two dimensions or more, and for sharded tensors;
         NaN for too few rows.

@@ -42,13 +42,6 @@ class LossBaselines:
     ) -> tuple[Tensor, Tensor] | None:
         """Adds a call's targets; returns the mean losses of the best constant, shape `()`, or `None`.
 
-        Args:
-            key: Of the call within the step.
-            function: Name of the loss function.
-            answer: Input of the loss.
-            target: Its targets.
-            options: Other arguments of the call.
-
         Returns:
             Over all targets so far, and over those of this call, with which its loss shares their scatter.
             NaN, on the device, where the targets are too few or all alike.

@@ -60,11 +60,7 @@ def broken_conditions(
 ) -> Iterator[tuple[SymptomCause, Tensor | bool]]:
     """Yields, by cause, the share of a call that breaks a condition, or True if all of it does.
 
-    Args:
-        function: Name of the loss function; `"difference"` for a subtraction of targets.
-        answer: What the network gives it, attached to the graph.
-        target: The targets.
-        options: Other arguments of the call.
+    A subtraction of targets is the function `"difference"`; the answer is attached to the graph.
     """
     head = head_node(answer)
     values = answer.detach()

@@ -30,11 +30,6 @@ def saturated_gates(
     The first layer's forward direction is examined: its gates follow from inputs and outputs, for a stack
     after the first layer has been computed again.
 
-    Args:
-        module: The module.
-        inputs: Its tensors: the sequence, or the input and the last hidden state of a cell.
-        output: Of the module.
-
     Example:
         >>> cell = nn.GRUCell(2, 4)
         >>> _ = cell.bias_ih.data[4:8].fill_(40.0)
@@ -111,11 +106,8 @@ def with_watched_input(
 ) -> tuple[Any, ...] | None:
     """Returns a module's inputs with a view of the sequence whose gradient is recorded, or `None`.
 
-    Args:
-        module: The module.
-        inputs: Of its call.
-        record: Called in the backward pass with the dimension of the time, the sequences at each time if they
-            are packed, and the gradient.
+    The backward pass calls `record` with the dimension of the time, the sequences at each time if they are
+    packed, and the gradient.
     """
     first, *rest = inputs
     packed = first if isinstance(first, PackedSequence) else None
@@ -131,13 +123,7 @@ def with_watched_input(
 
 
 def through_time(gradient: Tensor, dim: int, sizes: list[int] | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns the norm of a gradient at the first time, at the last one that has any, and the largest.
-
-    Args:
-        gradient: At the inputs of a recurrent module.
-        dim: Dimension of the time.
-        sizes: Sequences at each time, if they are packed.
-    """
+    """Returns the norm of a gradient at the first time, at the last one that has any, and the largest."""
     if sizes is None:
         others = [d for d in range(gradient.ndim) if d != dim]
         norms = torch.linalg.vector_norm(gradient, dim=others, dtype=accumulated_in(gradient))

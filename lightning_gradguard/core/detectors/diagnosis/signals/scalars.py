@@ -96,10 +96,9 @@ def accumulated_in(tensor: Tensor) -> torch.dtype:
 
 
 def column_scales(table: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
-    """Returns the largest root mean square of a column, the median one, and the index of the largest.
+    """Returns the largest rms of a column of a table, the median one, and the index of the largest.
 
-    Args:
-        table: Inputs of shape `(n, columns)`; `None` is returned for other shapes.
+    Inputs of another shape than `(n, columns)` have none.
     """
     if table.ndim != 2 or table.shape[1] < 2:
         return None

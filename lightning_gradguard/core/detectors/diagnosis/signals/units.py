@@ -33,13 +33,7 @@ ONE_SIDED = 0.1
 def heights(output: Tensor, dim: int, *, smooth: bool = False) -> tuple[Tensor, float] | None:
     """Returns the highest output of each unit, and the height up to which a unit is dead.
 
-    Args:
-        output: Of the activation.
-        dim: Dimension of the units.
-        smooth: True for an activation that is never exactly zero.
-
-    Returns:
-        `None` for too few samples.
+    `None` for too few samples. A smooth activation is never exactly zero.
     """
     others = _others(output, dim)
     if others is None:
@@ -85,17 +79,9 @@ def saturated_shares(
 ) -> tuple[Tensor, Tensor] | None:
     """Returns the shares of units that are saturated for most samples, and of outputs that are saturated.
 
-    Where nearly all outputs are saturated, both are the share of these: units may change sides.
-
-    Args:
-        output: Of the activation.
-        dim: Dimension of the units.
-        function: Name of the activation.
-        is_gate: True for gates, which do no harm if all of the saturated ones are on one side: the state
-            passes or, if it does not, the gradient through time shows it.
-
-    Returns:
-        `None` for too few samples.
+    Where nearly all outputs are saturated, both are the share of these: units may change sides. `None` for
+    too few samples. Gates do no harm if all of the saturated ones are on one side: the state passes or, if it
+    does not, the gradient through time shows it.
     """
     others = _others(output, dim)
     if others is None:
@@ -111,12 +97,7 @@ def saturated_shares(
 
 
 def extremes(output: Tensor, dim: int) -> tuple[Tensor, Tensor] | None:
-    """Returns the highest output of each unit and the one nearest to 0; `None` for too few samples.
-
-    Args:
-        output: Of a layer, before the activation.
-        dim: Dimension of the units.
-    """
+    """Returns the highest output of each unit and the one nearest to 0; `None` for too few samples."""
     others = _others(output, dim)
     return None if others is None else (output.amax(others), output.abs().amin(others))
 
@@ -147,14 +128,9 @@ class UnitGradients:
         return len(self._sizes)
 
     def add(self, gradient: Tensor, dim: int, highest: Tensor, nearest: Tensor, arrived: int) -> int:
-        """Adds a layer; returns its index.
+        """Adds a layer, with the gradient at its output and the extremes of its units; returns its index.
 
-        Args:
-            gradient: At the output of the layer.
-            dim: Dimension of the units.
-            highest: Highest output of each unit.
-            nearest: Output of each unit that is nearest to 0, without its sign.
-            arrived: Number of gradients that arrived at layers before.
+        So many gradients had `arrived` at layers before.
         """
         others = [d for d in range(gradient.ndim) if d != dim % gradient.ndim]
         self._sizes.append((gradient.amax(others), gradient.amin(others)))  # faster than that of `abs()`
@@ -166,8 +142,7 @@ class UnitGradients:
     def blocked_shares(self, largest: Tensor) -> Tensor:
         """Returns the shares of dead and of saturated units of each layer, shape `(2, layers)`.
 
-        Args:
-            largest: Largest root mean square of the gradients so far, for each that has arrived.
+        `largest` is the largest rms of the gradients so far, for each that has arrived.
         """
         device, sizes = largest.device, [len(part) for part in self._highest]
         high, low, highest, nearest = (
