@@ -255,10 +255,7 @@ class AdaptiveGradientClipping(StepCallback):
         clipped, steps = self._clipped.pop(index)
         before, steps_before = self._logged.get(index, (0, 0))
         self._logged[index] = (before + clipped, steps_before + steps)
-        values = {
-            tags.CLIP_COEFFICIENT: smallest(coefficients),
-            tags.CLIP_FRACTION: clipped / steps,
-        }
+        values = {tags.CLIP_COEFFICIENT: smallest(coefficients), tags.CLIP_FRACTION: clipped / steps}
         if not clips_otherwise(trainer):  # else `GradientNormMonitor` measures it
             left = _clipped_norm(step.gradients, gradients, coefficients)
             values[tags.CLIPPED_NORM_TOTAL] = _at_most(left, clip_norm(trainer))

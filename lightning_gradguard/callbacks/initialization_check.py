@@ -24,11 +24,7 @@ from lightning_gradguard.runtime.initialization.first_batch import (
     reason_against_extra_pass,
 )
 from lightning_gradguard.runtime.initialization.learning_rates import reason_against_trial, try_rates
-from lightning_gradguard.runtime.lightning_api import (
-    Callback,
-    batches_that_stepped,
-    reject_unsupported,
-)
+from lightning_gradguard.runtime.lightning_api import Callback, batches_that_stepped, reject_unsupported
 from lightning_gradguard.runtime.logging import console, metrics
 from lightning_gradguard.runtime.logging.hyperparameters import Configured, non_defaults
 

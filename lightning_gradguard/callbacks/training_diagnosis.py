@@ -12,12 +12,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_gradguard.core import arguments, tags
-from lightning_gradguard.core.detectors.diagnosis import (
-    Diagnosis,
-    LossBaselines,
-    Steps,
-    Symptom,
-)
+from lightning_gradguard.core.detectors.diagnosis import Diagnosis, LossBaselines, Steps, Symptom
 from lightning_gradguard.core.incidents import Incident, IncidentKind
 from lightning_gradguard.core.remedies import advice_for_symptom
 from lightning_gradguard.runtime import distributed, lightning_api

@@ -28,13 +28,7 @@ PROGRESS = 0.9
 NO_PROGRESS_STEPS = 50
 #: Faults of steps whose numbers are finite.
 Anomaly = Literal[
-    "",
-    "loss_spike",
-    "lasting_spike",
-    "divergence",
-    "worse_than_first",
-    "no_progress",
-    "gradient_collapse",
+    "", "loss_spike", "lasting_spike", "divergence", "worse_than_first", "no_progress", "gradient_collapse"
 ]
 
 

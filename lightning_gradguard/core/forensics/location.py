@@ -19,11 +19,7 @@ _FRAMEWORKS = (os.path.dirname(torch.__file__), str(Path(__file__).parents[1]))
 #: Files with functions of torch that consist of several operations.
 _DISTRIBUTIONS = os.path.dirname(torch.distributions.__file__)
 _FUNCTIONAL = torch.nn.functional.__file__
-_LIBRARIES = (
-    *site.getsitepackages(),
-    site.getusersitepackages(),
-    sysconfig.get_paths()["stdlib"],
-)
+_LIBRARIES = (*site.getsitepackages(), site.getusersitepackages(), sysconfig.get_paths()["stdlib"])
 #: Functions in which a run of a batch begins, and the backward pass: frames outside of them ran no operation.
 _BOUNDARIES = ("investigate", "_engine_run_backward")
 

@@ -20,13 +20,7 @@ from lightning_gradguard.report.analysis.lasting_symptoms import (
     layers_at,
     thinned,
 )
-from lightning_gradguard.report.analysis.outcome import (
-    EXPLOSION,
-    MIN_POINTS,
-    Outcome,
-    RunSymptom,
-    ends,
-)
+from lightning_gradguard.report.analysis.outcome import EXPLOSION, MIN_POINTS, Outcome, RunSymptom, ends
 from lightning_gradguard.report.analysis.run_log import GradientLog, RunLog
 
 #: A spike of the norm counts only above this many times the norm at the start: late in a run norms are small.

@@ -32,11 +32,7 @@ from lightning_gradguard.runtime.other_clipping import describe_other_clipper, s
 from lightning_gradguard.runtime.steps.logged_step import LoggedStep
 from lightning_gradguard.runtime.steps.step import Step
 from lightning_gradguard.runtime.steps.suite import Suite
-from lightning_gradguard.runtime.training_step import (
-    TrainingStep,
-    replace_step,
-    restore_step,
-)
+from lightning_gradguard.runtime.training_step import TrainingStep, replace_step, restore_step
 
 
 class SampledStep:

@@ -109,9 +109,7 @@ def open_journal(trainer: pl.Trainer, folder: str | None = None) -> None:
     path = _folder_of_run(trainer) if folder is None else Path(folder)
     is_real = not trainer.fast_dev_run  # type: ignore[attr-defined]
     _journals[trainer] = _Journal(
-        path if is_real else None,
-        writes=trainer.is_global_zero,
-        waits=folder is None and not trainer.loggers,
+        path if is_real else None, writes=trainer.is_global_zero, waits=folder is None and not trainer.loggers
     )
 
 

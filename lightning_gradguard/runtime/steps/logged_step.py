@@ -135,11 +135,7 @@ class LoggedStep:
         return LoggedNumbers(fraction, total, loss, norms[:n], norms[n : 2 * n], norms[2 * n :], clipped)
 
     def scalars(
-        self,
-        numbers: LoggedNumbers,
-        charts: ChartGroups,
-        band: tuple[float, float] | None,
-        n_optimizers: int,
+        self, numbers: LoggedNumbers, charts: ChartGroups, band: tuple[float, float] | None, n_optimizers: int
     ) -> dict[str, float]:
         """Returns the scalars of the step, by tag; a skipped step has no norm."""
         tag = partial(tags.tag, optimizer=self.optimizer_index, of=n_optimizers)

@@ -12,11 +12,7 @@ from lightning_gradguard.core.detectors.best_constant import LEARNS, STUCK
 from lightning_gradguard.core.detectors.diagnosis import depth
 from lightning_gradguard.core.detectors.diagnosis.clipped import CLIPPED_FAR
 from lightning_gradguard.core.detectors.diagnosis.progress import Progress
-from lightning_gradguard.core.detectors.diagnosis.sample import (
-    MIN_TIMES,
-    Sample,
-    UnitSignal,
-)
+from lightning_gradguard.core.detectors.diagnosis.sample import MIN_TIMES, Sample, UnitSignal
 from lightning_gradguard.core.detectors.diagnosis.signals.units import RECTIFIERS
 from lightning_gradguard.core.detectors.diagnosis.symptom import Symptom, modules_of
 from lightning_gradguard.core.incidents import Cause, SymptomCause
