@@ -56,7 +56,9 @@ def with_cures(
     Trials in turn: initializers for the kind of each layer and the activation after it, scaling to unit
     variance (LSUV), a change of architecture. The weights are restored bit for bit.
     """
-    uncured = [f for f in findings if not f.cure and _needs_cure(f)]
+    uncured = [
+        f for f in findings if not f.cure and (f.severity != "info" or f.criterion == "loss_over_guessing")
+    ]
     best: dict[Finding, _Result] = {}
     for trial in _trials(module, run_loss, uncured, measured):
         if all(f in best and best[f].passes for f in uncured):
@@ -118,10 +120,6 @@ def improves(before: Sequence[Finding], after: Sequence[Finding]) -> bool:
     worst = {f.criterion: abs(f.value) for f in after}
     gains = [f for f in before if f.criterion in ("gradient_gain", "gain_through_time")]
     return any(worst.get(f.criterion, 0.0) <= _BETTER * abs(f.value) for f in gains)
-
-
-def _needs_cure(finding: Finding) -> bool:
-    return finding.severity != "info" or finding.criterion == "loss_over_guessing"
 
 
 def _worst(findings: Sequence[Finding]) -> int:

@@ -86,7 +86,7 @@ class RunSymptom:
 def outcome_of(log: RunLog) -> Outcome:
     """Returns the end of a run."""
     everything = [s for s in (log.loss, *(g.total for g in log.gradients), log.skips) if len(s)]
-    steps = max((_steps_made(series) for series in everything), default=0)
+    steps = max((series.steps[-1] + 1 - _first_number(series) for series in everything), default=0)
     last = max((series.steps[-1] for series in everything), default=0)
     # a stop followed by further steps was that of a run which has been resumed
     was_stopped = any(
@@ -175,10 +175,6 @@ def _is_overflow(totals: Series) -> bool:
 def _is_resumed(everything: Sequence[Series]) -> bool:
     """True if the first logged step is further from step 0 than logged steps are from each other."""
     return all(len(s) > 1 and s.steps[0] > s.steps[1] - s.steps[0] for s in everything)
-
-
-def _steps_made(series: Series) -> int:
-    return series.steps[-1] + 1 - _first_number(series)
 
 
 def _first_number(series: Series) -> int:
