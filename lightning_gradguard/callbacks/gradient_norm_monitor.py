@@ -218,21 +218,16 @@ class GradientNormMonitor(StepCallback):
     @override
     def state_dict(self) -> dict[str, Any]:
         """Returns the bands of usual norms."""
-        return self.snapshot_state_dict()
+        return {"detectors": {i: band.state_dict() for i, band in self._bands.items()}}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.load_snapshot_state_dict(state_dict)
-
-    def snapshot_state_dict(self) -> dict[str, Any]:
-        """Returns the state that `NaNRollback` rolls back with the weights."""
-        return {"detectors": {i: band.state_dict() for i, band in self._bands.items()}}
-
-    def load_snapshot_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Rolls the bands back with the weights."""
         self._bands.clear()
         for index, state in state_dict["detectors"].items():
             self._bands[index].load_state_dict(state)
+
+    #: A rollback restores them with the weights.
+    snapshot_state_dict, load_snapshot_state_dict = state_dict, load_state_dict
 
     def _add_pending(self) -> None:
         pending, self._pending = self._pending, []

@@ -129,22 +129,17 @@ class Treatment(Callback, Configured):
     @override
     def state_dict(self) -> dict[str, Any]:
         """Returns the steps of the warm-up; the changes of the module are in its own part of a checkpoint."""
-        return self.snapshot_state_dict()
-
-    @override
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.load_snapshot_state_dict(state_dict)
-
-    def snapshot_state_dict(self) -> dict[str, Any]:
-        """Returns the steps of the warm-up, which a rollback restores with the weights."""
         self._steps = [warm_up.done for warm_up in self._warm_ups] or self._steps
         return {"steps": list(self._steps)}
 
-    def load_snapshot_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restores the steps of the warm-up."""
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._steps = list(state_dict["steps"])
         for warm_up, done in zip(self._warm_ups, self._steps, strict=False):
             warm_up.set_done(done)
+
+    #: A rollback restores them with the weights.
+    snapshot_state_dict, load_snapshot_state_dict = state_dict, load_state_dict
 
     @staticmethod
     def load_from_checkpoint(
@@ -175,7 +170,7 @@ class Treatment(Callback, Configured):
             console.print_message(trainer, f"Changed the optimizers: {'; '.join(lines)}")
 
     def _remove_hooks(self) -> None:
-        self.snapshot_state_dict()
+        self.state_dict()
         for warm_up in self._warm_ups:
             warm_up.remove()
         self._warm_ups = []
