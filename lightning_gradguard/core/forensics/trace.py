@@ -21,25 +21,8 @@ _UNINITIALIZED = ("aten::empty", "aten::new_empty", "aten::resize", "aten::set_"
 _ADDS = ("add", "sub", "addmm", "baddbmm", "_scaled_dot_product_flash_attention_for_cpu")
 #: Operations through which the infinities of a mask remain a mask.
 _MOVES = (
-    "add",
-    "sub",
-    "mul",
-    "div",
-    "addmm",
-    "baddbmm",
-    "neg",
-    "_log_softmax",
-    "where",
-    "cat",
-    "stack",
-    "expand",
-    "clone",
-    "_to_copy",
-    "copy",
-    "masked_fill",
-    "repeat",
-    "triu",
-    "tril",
+    *("add", "sub", "mul", "div", "addmm", "baddbmm", "neg", "_log_softmax", "where", "cat", "stack"),
+    *("expand", "clone", "_to_copy", "copy", "masked_fill", "repeat", "triu", "tril"),
 )
 
 

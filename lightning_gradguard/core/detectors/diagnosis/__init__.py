@@ -7,17 +7,3 @@ from .signals.loss_baseline import LossBaselines
 from .signals.scalars import is_constant
 from .signals.trace import StepTrace
 from .symptom import Symptom
-
-__all__ = [
-    "Coverage",
-    "Diagnosis",
-    "Symptom",
-    "LossBaselines",
-    "Sample",
-    "StepTrace",
-    "Steps",
-    "Update",
-    "coverage",
-    "has_gradient",
-    "is_constant",
-]
