@@ -23,6 +23,7 @@ from lightning_gradguard import (
     GradientNormMonitor,
     Incident,
     InitializationCheck,
+    TrainingDiagnosis,
     default_callbacks,
 )
 from lightning_gradguard.cli.demo_task import Characters
@@ -146,8 +147,9 @@ def train(
 
 
 def watched(*callbacks: pl.Callback) -> Callbacks:
-    """The monitor and other callbacks."""
-    return [GradientNormMonitor(level="parameter", figure_every_n_steps=0), *callbacks]
+    """The monitor, the diagnosis, and other callbacks."""
+    monitor = GradientNormMonitor(level="parameter", figure_every_n_steps=0)
+    return [monitor, TrainingDiagnosis(), *callbacks]
 
 
 def suite() -> Callbacks:
@@ -159,7 +161,7 @@ def suite() -> Callbacks:
 
 
 def clipped() -> Callbacks:
-    """The monitor and clipping to a global norm of 1."""
+    """The same with clipping to a global norm of 1."""
     return watched(AdaptiveGradientClipping(GlobalNormClipping(1.0)))
 
 

@@ -30,9 +30,8 @@ class ConfiguredRates:
     def restore(self, trainer: pl.Trainer) -> tuple[float, float] | None:
         """Scales restored rates and schedules to those of the code; where schedules are in time stays.
 
-        Returns:
-            The rate of the checkpoint and that of the code for the first parameter group in which they
-            differ; `None` if they are the same.
+        Returns the rate of the checkpoint and that of the code for the first parameter group in which they
+        differ; `None` if they are the same.
         """
         first = None
         schedules = [config.scheduler for config in trainer.lr_scheduler_configs]

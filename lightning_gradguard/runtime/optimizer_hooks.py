@@ -32,12 +32,9 @@ def after_step(optimizer: Optimizer, act: Callable[[], None]) -> RemovableHandle
 def drop_gradients(optimizer: Optimizer, *, unscales_itself: bool) -> None:
     """Prevents the optimizer's next update.
 
-    Gradients become `None`, never zero: with zeros, momentum and weight decay would still move weights.
-
-    Args:
-        optimizer: The optimizer about to step.
-        unscales_itself: True if the optimizer scans its gradients in its own kernel, under a GradScaler that
-            requires some; they are made nonfinite for it to find.
+    Gradients become `None`, never zero: with zeros, momentum and weight decay would still move weights. An
+    optimizer that unscales itself scans its gradients in its own kernel, under a GradScaler that requires
+    some; they are made nonfinite for it to find.
     """
     gradients = []
     for group in optimizer.param_groups:

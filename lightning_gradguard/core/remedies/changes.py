@@ -130,16 +130,11 @@ class Change:
 
 
 def places(module: nn.Module, change: Change, run_loss: Callable[[], Tensor] | None = None) -> list[str]:
-    """Returns the submodules that a change would alter, and alters nothing.
+    """Returns names of the submodules that a change would alter, and alters nothing.
 
-    Args:
-        module: The network.
-        change: One of the module; others have no places.
-        run_loss: Runs the network on a batch, which shows what follows each layer, also in functional code.
-            Without it, only what lies in an `nn.Sequential` is known.
-
-    Returns:
-        Names of submodules; blocks of a residual addition as `first:last`. Empty if the change does not fit.
+    Blocks of a residual addition are named as `first:last`. There are none if the change does not fit.
+    `run_loss` shows what follows each layer, also in functional code; without it, only what lies in an
+    `nn.Sequential` is known.
     """
     return resolve(module, change, run_loss).modules if change.is_of_module else []
 
@@ -177,19 +172,11 @@ def resolve(module: nn.Module, change: Change, run_loss: Callable[[], Tensor] | 
 def apply(
     module: nn.Module, change: Change, run_loss: Callable[[], Tensor] | None = None, *, resolved: bool = False
 ) -> list[str]:
-    """Makes a change of the module in place.
+    """Makes a change of the module in place; returns the names of what was altered.
 
     Parameters that the change does not concern are the same tensors as before; new ones have the dtype and
-    the device of their neighbours. The global random number generators are as before.
-
-    Args:
-        module: The network.
-        change: One of the module.
-        run_loss: As in `places`; `initialize` with `to="lsuv"` needs it.
-        resolved: True for a change that `resolve` has returned.
-
-    Returns:
-        Names of what was altered.
+    the device of their neighbours. The global random number generators are as before. A change is `resolved`
+    if `resolve` has returned it; to initialize by LSUV takes a `run_loss`.
 
     Raises:
         ValueError: If the change names a module that the network does not have, or needs a batch.

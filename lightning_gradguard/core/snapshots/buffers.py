@@ -68,11 +68,7 @@ class BufferCopies:
 
     @torch.no_grad()
     def refresh(self, *, within_step: bool = False) -> None:
-        """Copies the current buffers.
-
-        Args:
-            within_step: True if weights may require no gradient only because another optimizer is toggled on.
-        """
+        """Copies the current buffers; `within_step`, weights may be frozen by `toggle_optimizer` alone."""
         old, self._copies = self._copies, {}
         pairs = []
         for weight, copy_ in self._written.items():

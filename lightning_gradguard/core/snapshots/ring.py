@@ -42,11 +42,9 @@ class SnapshotRing:
         self._untrusted_in_a_row = 0
 
     def capture(self, fill: Callable[[Snapshot], None], *, qualified: bool = False) -> None:
-        """Takes a snapshot, which replaces the pending one.
+        """Takes a snapshot, which `fill` writes and which replaces the pending one.
 
-        Args:
-            fill: Writes the state into the given snapshot.
-            qualified: True if it is qualified by definition, as the state at the first training batch is.
+        It is qualified by definition as the state at the first training batch.
         """
         self.discard_pending()
         snapshot = self._free.pop() if self._free else Snapshot(self._device)

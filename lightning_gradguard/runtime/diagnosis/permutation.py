@@ -41,10 +41,8 @@ def losses_of_permuted(
 ) -> Tensor | None:
     """Returns the loss, and the mean loss with permuted targets: alike if they do not depend on each other.
 
-    The passes leave no trace: weights, buffers, random numbers, attributes and logs are as before.
-
-    Returns:
-        Shape `(2,)`; `None` where it cannot be measured, NaN for targets that are all alike.
+    The shape is `(2,)`; `None` where it cannot be measured, NaN for targets that are all alike. The passes
+    leave no trace: weights, buffers, random numbers, attributes and logs are as before.
     """
     target = target_of(batch)
     if target is None or not lightning_api.allows_extra_pass(trainer):

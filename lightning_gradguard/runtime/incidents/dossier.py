@@ -85,17 +85,10 @@ class Dossier:
 
 
 def write_dossier(folder: Path, dossier: Dossier, *, megabytes: float) -> Path:
-    """Writes `dossier.pt`, `finding.json` and `index.html` into a folder of their own.
+    """Writes `dossier.pt`, `finding.json` and `index.html` into a folder of their own, which is returned.
 
-    The folder appears complete or not at all.
-
-    Args:
-        folder: Where dossiers are kept; it is made if it is missing.
-        dossier: What to write. Parts that are not plain data, or too large, are omitted and listed.
-        megabytes: Limit of its size; weights are omitted first, then the batch.
-
-    Returns:
-        The folder that was made, named after the step.
+    The folder is named after the step, and appears complete or not at all. Parts that are not plain data, or
+    too large, are omitted and listed: weights first, then the batch.
 
     Raises:
         OSError: If it cannot be written.

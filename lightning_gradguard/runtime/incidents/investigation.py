@@ -139,9 +139,8 @@ class Investigation:
     ) -> Result | None:
         """Runs the batch again whose step has raised. Not collective: other ranks may be elsewhere.
 
-        Returns:
-            The result; `None` if the batch cannot be run again, or if nothing is found out about its values
-            and it is not certain that they are at fault.
+        `None` if the batch cannot be run again, or if nothing is found out about its values and it is not
+        certain that they are at fault.
         """
         if _obstacle(trainer, pl_module) is not None:
             return None

@@ -99,10 +99,8 @@ _journals: WeakKeyDictionary[pl.Trainer, _Journal] = WeakKeyDictionary()
 def open_journal(trainer: pl.Trainer, folder: str | None = None) -> None:
     """Chooses the folder that incidents are written to. Collective: called on every rank.
 
-    Args:
-        trainer: The Trainer about to fit.
-        folder: The folder of `incidents.jsonl`, in place of that of an open journal; if `None`, the
-            run's own one where no journal is open. Without a logger, findings alone are not written there.
+    A given one takes the place of that of an open journal; `None` is the run's own one where no journal is
+    open. Without a logger, findings alone are not written there.
     """
     if folder is None and trainer in _journals:
         return

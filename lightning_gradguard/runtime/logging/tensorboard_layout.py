@@ -42,10 +42,9 @@ _CHARTS: dict[str, dict[str, tuple[str, ...]]] = {
 
 
 def decades(scalars: Mapping[str, float]) -> dict[str, float]:
-    """Returns the log10 copies of the scalars that share a chart on a logarithmic axis.
+    """Returns the log10 copies, by tag, of the scalars that share a chart on a logarithmic axis.
 
-    Returns:
-        `log10/<tag>` to log10; of 0 that of the smallest positive float32.
+    The log10 of 0 is that of the smallest positive float32.
 
     Example:
         >>> decades({"grad_norm/total": 100.0, "clip/fraction": 0.5})
@@ -61,10 +60,8 @@ def decades(scalars: Mapping[str, float]) -> dict[str, float]:
 def layout(tags: Iterable[str]) -> dict[str, dict[str, list[object]]]:
     """Returns the charts that these tags fill, as `SummaryWriter.add_custom_scalars` takes them.
 
-    A chart is the same in every run that has it, so that TensorBoard shows several runs in one.
-
-    Returns:
-        Category to title to the chart; without those that would be empty.
+    A chart is the same in every run that has it, so that TensorBoard shows several runs in one. Those that
+    would be empty are omitted.
 
     Example:
         >>> list(layout(["rollback/skips"]))

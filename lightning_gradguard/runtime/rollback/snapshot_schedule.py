@@ -104,10 +104,8 @@ class SnapshotSchedule:
     def roll_back(self, trainer: pl.Trainer, *, again: bool, trusted: bool) -> int:
         """Restores the newest qualified snapshot, or the one before if that was tried; returns its step.
 
-        Args:
-            trainer: The Trainer that runs.
-            again: True to restore the newest even if it was tried.
-            trusted: True to take the newest trusted one for the newest.
+        `again` restores the newest even if it was tried, `trusted` takes the newest trusted one for the
+        newest.
         """
         return (
             self.restore_newest(trainer)

@@ -81,11 +81,7 @@ class SideEffects:
         self._children = self._find_children()
 
     def save(self, *, within_step: bool = False) -> None:
-        """Saves the state ahead of the forward passes of a step.
-
-        Args:
-            within_step: True between the steps of two optimizers on the same batch.
-        """
+        """Saves the state ahead of the forward passes of a step, or between two steps on one batch."""
         if self._find_children() != self._children:
             self.rescan()
         self.forward_state = ForwardState(
@@ -100,17 +96,11 @@ class SideEffects:
         self.buffers.refresh(within_step=within_step)
 
     def corrupted_statistics(self, batches: Sequence[Sequence[Tensor]]) -> Tensor | None:
-        """Scans running statistics of normalization, without a host synchronization.
+        """Scans running statistics of normalization, without a host synchronization; `None` without any.
 
         They are corrupted if they are nonfinite, or if the batches of this step have raised a variance out of
-        proportion and those of the one before have not: what lasts is the data.
-
-        Args:
-            batches: Tensors in those of the forward passes; without them, no variance is out of proportion in
-                the first steps.
-
-        Returns:
-            A flag of shape `()`; `None` if there are no statistics.
+        proportion and those of the one before have not: what lasts is the data. Without the tensors of the
+        batches, no variance is out of proportion in the first steps.
         """
         statistics, _ = self.buffers.now_and_saved(self._normalizing)
         if not statistics:

@@ -81,15 +81,10 @@ def capture(
     *,
     stepped: bool = True,
 ) -> None:
-    """Copies the Trainer's state into a snapshot.
+    """Copies the Trainer's state into a snapshot, with what optimizers write if it is `stepped`.
 
-    Args:
-        trainer: The Trainer that runs.
-        snapshot: Overwritten.
-        state: From the same moment.
-        side_effects: Hold buffers and frozen weights from the start of the step: the forward pass may write
-            them while a snapshot is still being copied.
-        stepped: True if what the optimizers write is part of it.
+    `side_effects` hold buffers and frozen weights from the start of the step: the forward pass may write them
+    while a snapshot is still being copied.
     """
     buffers = side_effects.buffers
     written, saved = buffers.written(), buffers.saved()
@@ -108,10 +103,9 @@ def restore(trainer: pl.Trainer, snapshot: Snapshot, side_effects: SideEffects) 
 
 
 def state_is_nonfinite(trainer: pl.Trainer, side_effects: SideEffects) -> Tensor:
-    """Scans weights, averages, buffers that began finite, and optimizer state for nonfinite values.
+    """Scans weights, averages, buffers that began finite, and optimizer state; returns a flag, on the device.
 
-    Returns:
-        A flag on the device. Optimizer state may hold squares, and so has a bound of its own.
+    Optimizer state may hold squares, and so has a bound of its own.
     """
     groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
     weights = [weight for group in groups for weight in group["params"]]

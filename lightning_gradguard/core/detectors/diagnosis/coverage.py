@@ -87,13 +87,8 @@ def coverage(
 ) -> Coverage:
     """Returns the parameters that are not trained, right before an optimizer steps.
 
-    Args:
-        module: The module that is trained.
-        optimizer: The optimizer about to step.
-        optimizers: All optimizers.
-        called: Names of the layers that were called, in order.
-        steps: Of all optimizers since the start; `None` if that is too short ago.
-        unregistered: Parameters by name that took part in the step and that no module has registered.
+    `called` are the layers in the order of their calls, `steps` those of all optimizers since the start,
+    `None` if that is too short ago, and `unregistered` parameters that took part in the step.
 
     Example:
         >>> import torch
