@@ -128,6 +128,7 @@ class OperationTrace(TorchDispatchMode):
         if node is not None:
             location = location or self._made_at.get(node._sequence_nr())
         is_intended = node is None and made != "nan"
+        numbers = tuple(float(n) for n in tree_leaves(given) if type(n) in (int, float))
         record = OperationRecord(
             name=name,
             node="" if node is None else node.name(),
@@ -138,12 +139,12 @@ class OperationTrace(TorchDispatchMode):
             entered=self._entered,
             segment=len(self._entered_before),
             is_intended=is_intended
-            and (not arguments or _has_nonfinite_number(given) or _passes_on(name, arguments)),
+            and (not arguments or any(not math.isfinite(n) for n in numbers) or _passes_on(name, arguments)),
             arguments=arguments,
             location=location,
             length=len(notable[0]) if notable[0].ndim else 0,
             rows=_rows(notable[0]),
-            numbers=tuple(float(n) for n in tree_leaves(given) if type(n) in (int, float)),
+            numbers=numbers,
             is_custom=isinstance(node, torch.autograd.function.BackwardCFunction),
         )
         self._in_order.append(record)
@@ -260,10 +261,6 @@ def _magnitude(tensor: Tensor) -> float:
 def _largest_finite(tensor: Tensor) -> float:
     values = _values(tensor.detach())
     return float(values.nan_to_num(0.0, 0.0, 0.0).abs().amax())
-
-
-def _has_nonfinite_number(*arguments: Any) -> bool:
-    return any(isinstance(n, float) and not math.isfinite(n) for n in tree_leaves(arguments))
 
 
 def _passes_on(name: str, arguments: Sequence[Argument]) -> bool:

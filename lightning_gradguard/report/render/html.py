@@ -54,10 +54,11 @@ def _sections(report: RunReport, folder: Path, level: int) -> list[Section]:
     # matplotlib takes longer to import than a report without charts takes
     from lightning_gradguard.report.render.charts import charts
 
+    severities = {title(symptom.kind): _SEVERITY[symptom.severity] for symptom in report.verdict.symptoms}
     dossiers = {f"step {d.step}: {label(d.cause)}": d for d in report.run.dossiers}
     sections = [
         Section("Run summary", outcome_sentence(report), level=level),
-        Section("Symptoms", rows=_symptoms(report), colours=_severities(report), level=level),
+        Section("Symptoms", rows=_symptoms(report), colours=severities, level=level),
         Section("Next steps", items=report.next_steps, is_ordered=True, level=level),
         Section("Charts", figures=charts(report), level=level),
         Section("Timeline", rows=_timeline(report), level=level),
@@ -83,10 +84,6 @@ def _symptoms(report: RunReport) -> dict[str, str]:
         details = f"{symptom.severity}, from step {symptom.since}{where}"
         rows[title(symptom.kind)] = f"{symptom.evidence} ({details})"
     return rows
-
-
-def _severities(report: RunReport) -> dict[str, str]:
-    return {title(symptom.kind): _SEVERITY[symptom.severity] for symptom in report.verdict.symptoms}
 
 
 def _timeline(report: RunReport) -> dict[str, str]:
