@@ -135,7 +135,7 @@ class NaNRollback(StepCallback):
         arguments.one_of("snapshot_device", snapshot_device, "cpu", "same")
         arguments.one_of("check", check, "exact", "deferred")
         arguments.one_of("on_nonfinite", on_nonfinite, "skip", "stop")
-        arguments.fraction("max_skip_fraction", max_skip_fraction)
+        arguments.within("max_skip_fraction", max_skip_fraction, "(0, 1]")
         arguments.number("max_dossier_megabytes", max_dossier_megabytes, at_least=0)
         arguments.flag("restore_rng", restore_rng)
         arguments.flag("rewind_schedulers", rewind_schedulers)

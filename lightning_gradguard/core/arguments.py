@@ -31,31 +31,19 @@ def positive(name: str, value: float) -> float:
     return value
 
 
-def decay_rate(name: str, value: float) -> float:
-    """Returns a number in [0, 1), as the decay of a running mean."""
-    if not (_is_number(value) and 0 <= value < 1):
-        raise ValueError(f"{name}={value!r} must be in [0, 1).")
-    return value
+def within(name: str, value: float, interval: str) -> float:
+    """Returns a number in an interval, to which its ends belong by its brackets.
 
-
-def fraction(name: str, value: float) -> float:
-    """Returns a number in (0, 1]."""
-    if not (_is_number(value) and 0 < value <= 1):
-        raise ValueError(f"{name}={value!r} must be in (0, 1].")
-    return value
-
-
-def open_fraction(name: str, value: float) -> float:
-    """Returns a number in (0, 1)."""
-    if not (_is_number(value) and 0 < value < 1):
-        raise ValueError(f"{name}={value!r} must be in (0, 1).")
-    return value
-
-
-def percentage(name: str, value: float) -> float:
-    """Returns a number in [0, 100]."""
-    if not (_is_number(value) and 0 <= value <= 100):
-        raise ValueError(f"{name}={value!r} must be in [0, 100].")
+    Example:
+        >>> within("decay", 1.0, "[0, 1)")
+        Traceback (most recent call last):
+        ...
+        ValueError: decay=1.0 must be in [0, 1).
+    """
+    low, high = map(float, interval[1:-1].split(","))
+    outside = (low if interval[0] == "(" else None, high if interval[-1] == ")" else None)
+    if not (_is_number(value) and low <= value <= high) or value in outside:
+        raise ValueError(f"{name}={value!r} must be in {interval}.")
     return value
 
 

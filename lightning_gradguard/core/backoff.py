@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from lightning_gradguard.core.arguments import fraction, open_fraction, whole_number
+from lightning_gradguard.core.arguments import whole_number, within
 
 #: Share of the level at which re-warming begins.
 REWARM_START = 0.1
@@ -65,8 +65,8 @@ class Backoff:
         rewarm_steps: int = 50,
         recover_after_steps: int = 2000,
     ) -> None:
-        self._factor = open_fraction("factor", factor)
-        self._min_scale = fraction("min_scale", min_scale)
+        self._factor = within("factor", factor, "(0, 1)")
+        self._min_scale = within("min_scale", min_scale, "(0, 1]")
         self._cooldown_steps = whole_number("cooldown_steps", cooldown_steps, at_least=0)
         self._rewarm_steps = whole_number("rewarm_steps", rewarm_steps, at_least=0)
         self._recover_after_steps = whole_number("recover_after_steps", recover_after_steps)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_gradguard.core.arguments import fraction, one_of, whole_number
+from lightning_gradguard.core.arguments import one_of, whole_number, within
 from lightning_gradguard.core.backoff import Backoff, ScaledLearningRate
 from lightning_gradguard.core.clipping import (
     ClippingPolicy,
@@ -134,7 +134,7 @@ class TrainingGuard:
         whole_number("patience", patience)
         whole_number("max_rollbacks", max_rollbacks, at_least=0)
         whole_number("keep_snapshots", keep_snapshots)
-        fraction("max_skip_fraction", max_skip_fraction)
+        within("max_skip_fraction", max_skip_fraction, "(0, 1]")
         one_of("snapshot_device", snapshot_device, "cpu", "same")
         if policy is not None and not isinstance(policy, ClippingPolicy):
             raise ValueError(f"policy={policy!r} is not a ClippingPolicy.")

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_gradguard.core.arguments import decay_rate, number, positive, whole_number
+from lightning_gradguard.core.arguments import number, positive, whole_number, within
 from lightning_gradguard.core.clipping.policy import ClippingPolicy, HistoryPolicy
 from lightning_gradguard.core.clipping.scalars import EPS
 from lightning_gradguard.core.norms import Gradients
@@ -35,7 +35,7 @@ class PerTensorClipping(HistoryPolicy[dict[str, Tensor]]):
         self, max_ratio: float = 1.05, decay: float = 0.98, warmup_steps: int = 100, max_norm: float = 1.0
     ) -> None:
         self.max_ratio = number("max_ratio", max_ratio, at_least=1)
-        self.decay = decay_rate("decay", decay)
+        self.decay = within("decay", decay, "[0, 1)")
         self.warmup_steps = whole_number("warmup_steps", warmup_steps)
         self.max_norm = positive("max_norm", max_norm)
         self._names: list[str] = []

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_gradguard.core.arguments import decay_rate, percentage, positive, whole_number
+from lightning_gradguard.core.arguments import positive, whole_number, within
 from lightning_gradguard.core.clipping.policy import ClippingPolicy, HistoryPolicy, reject_other_size
 from lightning_gradguard.core.clipping.scalars import (
     EPS,
@@ -84,7 +84,7 @@ class PercentileClipping(HistoryPolicy[dict[str, Tensor]]):
     """
 
     def __init__(self, percentile: float = 10.0, window: int = 1000) -> None:
-        self.percentile = percentage("percentile", percentile)
+        self.percentile = within("percentile", percentile, "[0, 100]")
         self.window = whole_number("window", window)
         self._state = self._pending = {}
 
@@ -149,7 +149,7 @@ class ZScoreClipping(HistoryPolicy[dict[str, Any]]):
         max_norm: float | None = 1.0,
     ) -> None:
         self.z_threshold = positive("z_threshold", z_threshold)
-        self.decay = decay_rate("decay", decay)
+        self.decay = within("decay", decay, "[0, 1)")
         self.warmup_steps = whole_number("warmup_steps", warmup_steps)
         self.max_norm = math.inf if max_norm is None else positive("max_norm", max_norm)
         self._state = self._pending = {
