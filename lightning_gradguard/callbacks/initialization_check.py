@@ -63,11 +63,9 @@ class InitializationCheck(Callback, Configured):
 
     The criteria are nonfinite, zero and copied weights, a nonfinite loss or gradient, dead and saturated
     units, a loss above that of guessing, and the gradient's gain from the last hidden layer back to the
-    first, which predicts best that a network will train. A criterion that fails is an incident. Those of one
-    cause are one: a gain of gradients is listed under the dead units that explain it, saturated units under
-    `poor_initialization`. A warning is advice and is only printed, as healthy networks have some. A gradient
-    that vanishes through time is advice too, unless the run is to be stopped: whether the task needs its
-    first steps is not measured.
+    first, which predicts best that a network will train. A criterion that fails is an incident, and those of
+    one cause are one. A warning is advice and is only printed, as healthy networks have some; so is a
+    gradient that vanishes through time, unless the run is to be stopped.
 
     | tag | value |
     |---|---|

@@ -26,9 +26,8 @@ class LearningRateBackoff(StepCallback):
     no reason to train slower.
 
     A run that is rolled back to its start, or again to the same snapshot, has a rate that does not train it
-    (unless the data was found to be bad). Then each cut is the square of the one before, and the rate is
-    raised again to the highest that trains, within a factor of 16; it is kept, logged, and reported as the
-    rate to train with.
+    (unless the data was found to be bad). Then the highest rate that trains is searched, within a factor of
+    16; it is kept, logged, and reported as the rate to train with.
 
     | tag | value |
     |---|---|
