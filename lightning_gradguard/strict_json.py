@@ -10,11 +10,6 @@ from typing import Any
 def to_json(content: Any, *, indent: int | None = None, digits: int | None = None) -> str:
     """Returns plain data as strict JSON, with `"nan"`, `"inf"` and `"-inf"` for nonfinite numbers.
 
-    Args:
-        content: Dictionaries, lists, tuples, strings and numbers.
-        indent: Spaces of each level; one line if `None`.
-        digits: Significant digits of numbers; all if `None`.
-
     Example:
         >>> to_json({"loss": [1, float("nan")]})
         '{"loss": [1, "nan"]}'

@@ -94,17 +94,9 @@ def search(
     """Tries candidates for some steps, the best of them for more, and combinations.
 
     Candidates of which one has learned end the first rung: those behind it are less likely, and cost as much.
-    Those that no symptom suggests are tried only if none of the others learns.
-
-    Args:
-        runner: Runs the trials.
-        candidates: The likeliest first.
-        untreated: Held-out loss of the program as it is.
-        until: Share of the budget at which the search ends.
-        promising: Held-out loss of a short trial below which a longer one is made.
-
-    Returns:
-        Trials that are better than the program as it is, the one to adopt first.
+    Those that no symptom suggests are tried only if none of the others learns. `until` is the share of the
+    budget at which the search ends; a longer trial is made below a `promising` held-out loss of a short one.
+    Returns trials that are better than the program as it is, the one to adopt first.
     """
     bar = untreated - LEAST_NOISE * abs(untreated) if math.isfinite(untreated) else math.inf
     short: list[Trial] = []

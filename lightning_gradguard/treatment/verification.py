@@ -165,10 +165,6 @@ def verdict_of(results: Sequence[SeedResult], whole: int) -> tuple[TreatmentVerd
     well. The first treated run has the whole length, and so has an untreated run, which does not learn.
     *Better*: with each seed the treated run learns, and beats the untreated one by more than that, also if
     the budget has allowed two seeds alone, or shorter runs.
-
-    Args:
-        results: Of the fresh seeds.
-        whole: Optimizer steps of the program's own run.
     """
     missing = N_SEEDS - len(results)
     if missing > 1:

@@ -59,15 +59,9 @@ def draw_heat_map(
 ) -> Figure:
     """Draws norms by colour: a row for each layer, columns of equally many steps.
 
-    Nonfinite norms have a red mark; a layer without a gradient leaves its cell grey.
-
-    Args:
-        cells: Norms by name, first layer first; `None` without a gradient.
-        steps: Begin of the first column and end of the last.
-        size: Width and height in inches.
-        max_names: Rows with a name.
-        max_letters: Letters of a name.
-        limits: Lowest and highest norm on the scale, as exponents of ten; `None` takes them from the norms.
+    Nonfinite norms have a red mark; a layer without a gradient, `None`, leaves its cell grey. `steps` are the
+    begin of the first column and the end of the last. The limits of the scale are exponents of ten; `None`
+    takes them from the norms.
     """
     from matplotlib.colors import ListedColormap
     from matplotlib.figure import Figure

@@ -138,15 +138,9 @@ def recorded_program(
     wanted: int,
     deadline: float,
 ) -> Program:
-    """Builds a module twice, and records the batches of its training.
+    """Builds a module twice, and records the `wanted` number of batches of its training.
 
-    Args:
-        make_module: Builds the module anew.
-        datamodule: A LightningDataModule, or `None`.
-        trainer: Arguments of the user's Trainer.
-        seed: Of module and data.
-        wanted: Batches of training that are needed.
-        deadline: When recording ends with fewer, on the clock of `time.monotonic`.
+    There are fewer at the deadline, on the clock of `time.monotonic`.
 
     Raises:
         TreatmentError: If the module cannot be built twice, or there are no batches.
