@@ -80,23 +80,25 @@ def holds_default_initialization(layer: nn.Module) -> bool:
     return largest <= bound * (1 + 1e-5) and largest > bound * (1 - tolerance) and uniform
 
 
-def draw_weights(layer: WeightedLayer, activation: str | None, generator: torch.Generator) -> str:
-    """Draws the weights of a layer for the activation after it; returns the name of the initialization."""
-    weight = layer.weight.data
-    drawn = torch.empty(weight.shape)
-    if activation in RECTIFIERS:
-        nn.init.kaiming_normal_(drawn, nonlinearity="relu", generator=generator)
-        scheme = "He normal"
-    elif activation == "tanh":
-        nn.init.orthogonal_(drawn, gain=nn.init.calculate_gain("tanh"), generator=generator)
-        scheme = "orthogonal"
+def draw_weights(
+    layer: WeightedLayer, activation: str | None, generator: torch.Generator, scheme: str | None = None
+) -> str:
+    """Draws the weights of a layer by a scheme, or by that for the activation after it; returns its name."""
+    if scheme is None:
+        scheme = "kaiming" if activation in RECTIFIERS else "orthogonal" if activation == "tanh" else "xavier"
+    drawn = torch.empty(layer.weight.shape)
+    gain = nn.init.calculate_gain("tanh") if activation == "tanh" else 1.0
+    if scheme == "kaiming":
+        nonlinearity = "relu" if activation in RECTIFIERS else "linear"
+        nn.init.kaiming_normal_(drawn, nonlinearity=nonlinearity, generator=generator)  # type: ignore[arg-type]
+    elif scheme == "xavier":
+        nn.init.xavier_normal_(drawn, gain=gain, generator=generator)
     else:
-        nn.init.xavier_normal_(drawn, generator=generator)
-        scheme = "Xavier normal"
-    weight.copy_(drawn)
+        nn.init.orthogonal_(drawn, gain=gain, generator=generator)
+    layer.weight.data.copy_(drawn)
     if layer.bias is not None:
         layer.bias.data.zero_()
-    return scheme
+    return {"kaiming": "He normal", "xavier": "Xavier normal"}.get(scheme, scheme)
 
 
 def scale_to_unit_variance(

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_gradguard.core.initialization.propagation import RECTIFIERS
 from lightning_gradguard.core.initialization.repair import draw_weights, scale_to_unit_variance
 from lightning_gradguard.core.remedies.surgery.data_flow import RECURRENT, WEIGHTED, DataFlow, Layer
 
@@ -64,30 +63,11 @@ def initialize(
     for layer, activation in zip(layers, activations, strict=True):
         if isinstance(layer, _WHOLE):
             _draw_whole(layer, generator)
-        elif to == "lsuv":
-            draw_weights(layer, activation, generator)
         else:
-            _draw(layer, activation, to, generator)
+            draw_weights(layer, activation, generator, None if to == "lsuv" else to)
     if run_loss is not None and to == "lsuv":
         scale_to_unit_variance(module, run_loss, [x for x in layers if isinstance(x, WEIGHTED)])
     return list(names)
-
-
-@torch.no_grad()
-def _draw(layer: nn.Module, activation: str, to: str, generator: torch.Generator) -> None:
-    assert isinstance(layer, WEIGHTED)
-    drawn = torch.empty(layer.weight.shape)
-    gain = nn.init.calculate_gain("tanh") if activation == "tanh" else 1.0
-    if to == "kaiming":
-        nonlinearity = "relu" if activation in RECTIFIERS else "linear"
-        nn.init.kaiming_normal_(drawn, nonlinearity=nonlinearity, generator=generator)  # type: ignore[arg-type]
-    elif to == "xavier":
-        nn.init.xavier_normal_(drawn, gain=gain, generator=generator)
-    else:
-        nn.init.orthogonal_(drawn, gain=gain, generator=generator)
-    layer.weight.copy_(drawn)
-    if layer.bias is not None:
-        layer.bias.zero_()
 
 
 @torch.no_grad()
