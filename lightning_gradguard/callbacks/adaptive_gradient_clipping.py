@@ -24,6 +24,7 @@ from lightning_gradguard.core.clipping import (
     step_context,
 )
 from lightning_gradguard.core.detectors import HARD_CLIPPING, ConstantClippingDetector
+from lightning_gradguard.core.incidents import Incident, IncidentKind
 from lightning_gradguard.core.norms import (
     Gradients,
     StepContext,
@@ -39,6 +40,9 @@ from lightning_gradguard.runtime.logging.hyperparameters import non_defaults
 from lightning_gradguard.runtime.other_clipping import clip_norm, clips_otherwise, describe_other_clipper
 from lightning_gradguard.runtime.steps.step import Step
 from lightning_gradguard.runtime.steps.step_callback import StepCallback
+
+#: Symptoms that make gradients so large that most steps are clipped hard.
+_EXPLAIN: tuple[IncidentKind, ...] = ("exploding_gradient", "poor_initialization", "saturated_units")
 
 
 class AdaptiveGradientClipping(StepCallback):
@@ -88,11 +92,13 @@ class AdaptiveGradientClipping(StepCallback):
         self._hard: dict[int, tuple[Scalar, int]] = {}
         self._detectors: dict[int, ConstantClippingDetector] = defaultdict(ConstantClippingDetector)
         self._may_override = False
+        self._is_explained = False
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Joins the suite; prints that there is a second clipper."""
         super().setup(trainer, pl_module, stage)
+        self._is_explained = False
         if stage != "fit":
             return
         if self.policy.by_unit:
@@ -164,8 +170,14 @@ class AdaptiveGradientClipping(StepCallback):
         """Publishes an incident once clipping sets the length of most steps."""
         index, steps = record
         share = self._detectors[index].update(numbers[0], steps)
-        if share is not None:
+        if share is not None and not self._is_explained:
             publish(trainer, pl_module, incident_now(trainer, "constant_clipping", value=share))
+
+    def on_training_incident(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, incident: Incident
+    ) -> None:
+        """Takes note of a symptom from which hard clipping follows."""
+        self._is_explained |= incident.kind in _EXPLAIN
 
     @override
     def final_counts(self) -> dict[str, float]:

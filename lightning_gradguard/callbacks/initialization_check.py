@@ -259,6 +259,8 @@ class InitializationCheck(Callback, Configured):
             found[_KINDS.get(finding.criterion, "poor_initialization")].append(finding)
         of_inputs = self._input_rms > LARGE_INPUT and bool(found["saturated_units"])
         kinds = _OF_ONE_CAUSE[::-1] if of_inputs and not found["dead_units"] else _OF_ONE_CAUSE
+        if any(finding.criterion == "zero_weights" for finding in found["poor_initialization"]):
+            kinds = ("poor_initialization", "dead_units", "saturated_units")
         root, *others = [kind for kind in kinds if found[kind]] or kinds
         following = [finding for kind in others for finding in found.pop(kind)]
         return {kind: (members, following if kind == root else []) for kind, members in found.items()}

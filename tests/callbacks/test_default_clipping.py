@@ -23,6 +23,7 @@ from lightning_gradguard import (
     default_callbacks,
 )
 from lightning_gradguard.core import tags
+from lightning_gradguard.runtime.incidents.journal import incident_now, publish
 from tests.tasks import Batch, Classifier, accuracy, batches, clusters, fit, same, weights
 
 
@@ -215,6 +216,20 @@ def test_clipping_of_most_steps_is_one_incident() -> None:
     assert found.describe() == (
         "Hard clipping of most steps at step 100 (epoch 0): 100% of the steps to less than half of their norm"
     )
+
+
+def test_clipping_that_follows_from_a_symptom_is_not_named_beside_it() -> None:
+    class Symptom(pl.Callback):
+        def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+            publish(trainer, pl_module, incident_now(trainer, "exploding_gradient"))
+
+    incidents = Incidents()
+    fit(
+        Classifier(),
+        clusters(150),
+        [AdaptiveGradientClipping(GlobalNormClipping(1e-4)), Symptom(), incidents],
+    )
+    assert [incident.kind for incident in incidents.found] == ["exploding_gradient"]
 
 
 def test_usual_clipping_is_no_incident() -> None:

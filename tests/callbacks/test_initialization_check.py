@@ -61,12 +61,13 @@ def test_warn_changes_nothing_and_reports_all_findings(
     ("act", "bias", "scale", "kind", "cause", "following"),
     [
         (nn.ReLU, -20.0, 1.0, "dead_units", "", "gradient_gain"),
+        (nn.ReLU, None, 1.0, "poor_initialization", "", "dead_units"),
         (nn.Tanh, 20.0, 1.0, "poor_initialization", "", "saturated_units"),
         (nn.Tanh, 0.0, 1e4, "saturated_units", "input_scale", ""),
     ],
 )
 def test_what_has_one_cause_is_one_incident(
-    act: Any, bias: float, scale: float, kind: str, cause: str, following: str
+    act: Any, bias: float | None, scale: float, kind: str, cause: str, following: str
 ) -> None:
     class Listener(pl.Callback):
         def on_training_incident(self, trainer: Any, pl_module: Any, incident: Incident) -> None:
@@ -76,7 +77,11 @@ def test_what_has_one_cause_is_one_incident(
     torch.manual_seed(0)
     module = Classifier()
     module.net = nn.Sequential(*(m for i in range(4) for m in (nn.Linear(20, 20), act())), nn.Linear(20, 4))
-    nn.init.constant_(module.net[2].bias, bias)  # type: ignore[arg-type]
+    if bias is None:
+        module.net.requires_grad_(False).apply(lambda m: [p.zero_() for p in m.parameters()])
+        module.net.requires_grad_(True)
+    else:
+        nn.init.constant_(module.net[2].bias, bias)  # type: ignore[arg-type]
     data = [(x * scale, y) for x, y in batches(1)]
     fit(module, data, [InitializationCheck(), Listener()])
     (incident,) = found

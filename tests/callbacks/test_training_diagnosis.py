@@ -21,7 +21,13 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_gradguard import Incident, InitializationCheck, TrainingDiagnosis, default_callbacks
 from lightning_gradguard.core.detectors.diagnosis import Diagnosis
-from lightning_gradguard.core.detectors.diagnosis.sample import LossSignal, Sample, UnitSignal, Update
+from lightning_gradguard.core.detectors.diagnosis.sample import (
+    LayerSignal,
+    LossSignal,
+    Sample,
+    UnitSignal,
+    Update,
+)
 from tests.launching import launch_on
 from tests.runtime.logging.test_loggers import events_in
 from tests.tasks import Classifier, ResumableLoader, batches, fit, optimizer_state, same, weights
@@ -361,6 +367,43 @@ def test_loss_that_falls_without_bound_is_named() -> None:
     assert not diagnosed(Task(loss=lambda output, target: -mean_likelihood(output, target)), 60)
 
 
+def test_loss_with_the_wrong_sign_is_named_long_before_it_is_far() -> None:
+    def negated(output: Tensor, target: Tensor) -> Tensor:
+        return -functional.cross_entropy(output, target)
+
+    (incident,) = diagnosed(Task(loss=negated, optimizer=_adam_at(3e-2)), 60)
+    assert (incident.kind, incident.cause) == ("exploding_gradient", "unbounded_loss")
+    assert "the loss is minus cross_entropy, which rises" in incident.detail
+    assert incident.step <= 25
+
+
+class _Cut(nn.Module):
+    """A cell in a loop, whose state is detached after each step or not; the class is in the first symbol."""
+
+    def __init__(self, is_cut: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.cell, self.head, self.is_cut = nn.GRUCell(2, 16), nn.Linear(16, 4), is_cut
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        hidden = inputs.new_zeros(len(inputs), 16)
+        for part in inputs.chunk(10, 1):
+            hidden = self.cell(part, hidden.detach() if self.is_cut else hidden)
+        output: Tensor = self.head(hidden)
+        return output
+
+
+@pytest.mark.parametrize(("is_cut", "found"), [(True, [("vanishing_gradient", "detached")]), (False, [])])
+def test_state_that_is_detached_after_each_step_is_named(is_cut: bool, found: list[tuple[str, str]]) -> None:
+    torch.manual_seed(0)
+    data = [(torch.randn(32, 20), torch.randint(4, (32,))) for _ in range(80)]  # nothing to be learned
+    incidents = diagnosed(Task(_Cut(is_cut)), data=data)
+    assert [(i.kind, i.cause) for i in incidents if i.kind != "stuck_loss"] == found
+    if found:
+        assert incidents[0].where[0] == "net.cell"
+        assert "of 10 calls of net.cell in one pass, 1 get a gradient" in incidents[0].detail
+
+
 def test_flat_loss_without_a_target_is_stuck() -> None:
     def views(net: Any, batch: Any) -> Tensor:
         a, b = (functional.normalize(net(batch[0] + 0.1 * torch.randn_like(batch[0]))) for _ in range(2))
@@ -501,6 +544,27 @@ def test_loss_that_is_zero_from_the_start_is_constant() -> None:
     assert "0 since the start" in incident.detail
 
 
+@pytest.mark.parametrize(
+    ("share", "since", "kind"),
+    [(0.3, 5, "exploding_gradient"), (0.3, 1, "vanishing_gradient"), (0.01, 5, "vanishing_gradient")],
+)
+def test_gradient_that_vanishes_after_updates_that_were_too_large_follows_from_them(
+    share: float, since: int, kind: str
+) -> None:
+    def layers(vanish: bool) -> list[LayerSignal]:
+        gradients = [1e-9, 1e-6, 1e-3] if vanish else [1e-3] * 3
+        return [LayerSignal(str(i), False, 1.0, [gradient]) for i, gradient in enumerate(gradients)]
+
+    diagnosis = Diagnosis()
+    samples = [
+        Sample(step, 2.0, layers=layers(step >= since), updates=[_update(ratios=[size, size])])
+        for step, size in ((0, share), (1, 0.01), (2, 0.01), (5, 0.01), (10, 0.01), (20, 0.01))
+    ]
+    (root,) = (root for sample in samples for root in diagnosis.update(sample))
+    assert root.kind == kind
+    assert (root.cause == "update_too_large") == (kind == "exploding_gradient")
+
+
 @pytest.mark.parametrize(("loss", "decay", "found"), [(9.0, 0.0, 1), (9.0, 1.0, 1), (2.1, 0.0, 0)])
 def test_large_update_that_raises_the_loss_is_an_explosion_whatever_follows(
     loss: float, decay: float, found: int
@@ -515,6 +579,10 @@ def test_large_update_that_raises_the_loss_is_an_explosion_whatever_follows(
 
 def _adam(net: nn.Module) -> Any:
     return torch.optim.Adam(net.parameters(), 1e-3)
+
+
+def _adam_at(rate: float) -> Any:
+    return lambda net: torch.optim.Adam(net.parameters(), rate)
 
 
 def _nll_by_hand(logits: Tensor, target: Tensor) -> Tensor:

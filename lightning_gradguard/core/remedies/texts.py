@@ -167,7 +167,7 @@ BY_CAUSE = {
     ),
     "softmax_before_loss": (
         "The loss applies the softmax or sigmoid itself: remove it after {where}, and give the loss logits, "
-        "as in torch.nn.functional.cross_entropy({code}(hidden), target)."
+        "the output of {code}."
     ),
     "single_class": (
         "Use one output for each class, or binary_cross_entropy_with_logits on the one output of {where}."

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from lightning_gradguard.core.detectors.best_constant import STUCK
 from lightning_gradguard.core.detectors.depth import slope
 from lightning_gradguard.core.detectors.diagnosis.progress import Progress
-from lightning_gradguard.core.detectors.diagnosis.sample import LayerSignal, Sample, TimeSignal
+from lightning_gradguard.core.detectors.diagnosis.sample import MIN_TIMES, LayerSignal, Sample, TimeSignal
 from lightning_gradguard.core.detectors.diagnosis.signals.units import SATURATING
 from lightning_gradguard.core.detectors.diagnosis.symptom import Symptom
 from lightning_gradguard.core.incidents import IncidentKind, SymptomCause
@@ -53,6 +53,19 @@ def through_layers(sample: Sample, progress: Progress) -> Iterator[Symptom]:
             f"(usual: below 2){rise}"
         )
         yield Symptom("exploding_gradient", _why(layers), where, ends, evidence, "depth")
+
+
+def cut_recurrences(sample: Sample, progress: Progress) -> Iterator[Symptom]:
+    """Yields cells in a loop that get a gradient at few steps alone, in a network that does not learn."""
+    if sample.step < STUCK_STEPS or not progress.over_constant > STUCK:
+        return
+    cut = [one for one in sample.layers if 0 < len(one.gradients) * MIN_TIMES <= one.n_attached]
+    if cut:
+        where, cell = tuple(layer.name for layer in cut[::-1])[:3], cut[-1]
+        evidence = (
+            f"of {cell.n_attached} calls of {cell.name} in one pass, {len(cell.gradients)} get a gradient"
+        )
+        yield Symptom("vanishing_gradient", "detached", where, len(cell.gradients), evidence, "depth")
 
 
 def through_time(sample: Sample, progress: Progress) -> Iterator[Symptom]:

@@ -36,6 +36,7 @@ _RULES = (
     rules.far_answers,
     rules.unbounded_loss,
     depth.through_layers,
+    depth.cut_recurrences,
     depth.through_time,
 )
 _LATE_RULES = (rules.constant_loss, stagnation)
@@ -85,7 +86,7 @@ class Diagnosis:
             times, since = self._shown.get(key, (0, sample.step))
             shown[key] = times + 1, since
             if times + 1 >= symptom.needs:
-                confirmed.append(symptom.shown_since(since))
+                confirmed.append(self._by_update(symptom.shown_since(since)))
         if any(tier == "units" for _, tier in shown):
             # units that are dead or saturated so early explain the step, once another sample shows them
             confirmed = [symptom for symptom in confirmed if symptom.tier != "update" or symptom.needs > 1]
@@ -148,6 +149,29 @@ class Diagnosis:
         if not self._is_related:
             yield from rules.far_targets(sample, self._progress, self.patience)
             yield from rules.stuck_loss(sample, self._progress, self.patience)
+
+    def _by_update(self, symptom: Symptom) -> Symptom:
+        """Returns a symptom, or the explosion from which it follows.
+
+        Where gradients vanish later than in the first two steps, and updates were too large before, it is not
+        the initialization that is at fault.
+        """
+        largest = self._progress.largest_update
+        is_late = symptom.since > 1 and symptom.cause not in ("through_time", "detached")
+        if symptom.kind != "vanishing_gradient" or not is_late or largest <= rules.LARGE_UPDATE:
+            return symptom
+        evidence = (
+            f"updates were up to {largest:.2g} of the norm of the weights (usual: below 0.1), and then "
+        )
+        return replace(
+            symptom,
+            kind="exploding_gradient",
+            cause="update_too_large",
+            value=largest,
+            evidence=evidence + symptom.evidence,
+            tier="update",
+            followed_by=((symptom.kind, symptom.since),),
+        )
 
     def _rises(self, sample: Sample) -> bool:
         """True if a learning rate rises, or falls and is not yet nearly zero: then updates may be small."""

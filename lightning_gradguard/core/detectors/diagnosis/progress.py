@@ -23,10 +23,16 @@ CLIPPED_ALIKE = 1e-4
 
 
 class Progress:
-    """Keeps the losses of the sampled steps."""
+    """Keeps the losses of the sampled steps.
+
+    Attributes:
+        first: The first loss.
+        largest_update: Largest norm of an update over that of all weights.
+    """
 
     def __init__(self) -> None:
         self.first = math.nan
+        self.largest_update = 0.0
         self._losses: deque[float] = deque(maxlen=RECENT)
         self._calls: dict[str, deque[tuple[float, float]]] = defaultdict(partial(deque, maxlen=RECENT))
         self._ratios: list[float] = []
@@ -52,6 +58,7 @@ class Progress:
             if constant > 0 and not math.isnan(value):
                 self._ratios.append(value / constant)
         for index, update in enumerate(sample.updates):
+            self.largest_update = max(self.largest_update, update.share)  # NaN, if it is second, is left out
             before, self._sizes[index] = self._sizes.get(index, ()), update.sizes
             self._fixed[index] = [
                 now if now > 0 and math.isclose(now, then, rel_tol=CLIPPED_ALIKE) else math.nan
@@ -139,6 +146,7 @@ class Progress:
             "range": list(self._range),
             "sizes": {index: list(sizes) for index, sizes in self._sizes.items()},
             "weights": dict(self._largest_weights),
+            "update": self.largest_update,
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -151,3 +159,4 @@ class Progress:
             self._calls[key] = deque(map(tuple, recent), maxlen=RECENT)
         self._sizes = {index: tuple(sizes) for index, sizes in state_dict.get("sizes", {}).items()}
         self._largest_weights = dict(state_dict.get("weights", {}))
+        self.largest_update = state_dict.get("update", 0.0)

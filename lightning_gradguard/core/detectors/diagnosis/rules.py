@@ -252,6 +252,14 @@ def far_answers(sample: Sample, progress: Progress) -> Iterator[Symptom]:
 
 def unbounded_loss(sample: Sample, progress: Progress) -> Iterator[Symptom]:
     """Yields a loss that falls without bound, as one whose sign is wrong."""
+    for call in sample.calls:
+        is_negated = math.isclose(sample.loss, -call.value, rel_tol=0.01) and call.value > 0
+        if is_negated and call.value > RISEN * call.constant_here:
+            evidence = f"the loss is minus {call.function}, which rises: {call.value:.3g}, or "
+            evidence += f"{call.value / call.constant_here:.3g} times that of the best constant answer"
+            yield Symptom(
+                "exploding_gradient", "unbounded_loss", sample.head, sample.loss, evidence, "update"
+            )
     if progress.is_unbounded:
         evidence = f"the loss falls without bound, from {progress.first:.3g} to {sample.loss:.3g}"
         yield Symptom("exploding_gradient", "unbounded_loss", sample.head, sample.loss, evidence, "update")

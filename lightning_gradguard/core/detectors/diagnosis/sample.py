@@ -24,6 +24,7 @@ class LayerSignal:
         output: Rms of its output at the first call.
         gradients: Rms of the gradient that arrives at the output of each call; NaN where none arrives.
         activation: Name of the function applied to its output, if it is a known activation.
+        n_attached: Number of calls whose output takes part in the backward pass.
     """
 
     name: str
@@ -31,6 +32,7 @@ class LayerSignal:
     output: float
     gradients: Sequence[float]
     activation: str = ""
+    n_attached: int = 0
 
     @property
     def gradient(self) -> float:

@@ -67,4 +67,6 @@ def _some_stagnate(one: Update, ratios: dict[int, float]) -> Iterator[Symptom]:
         where = modules_of([one.names[i] for i in still[:5]])
         value = max(ratios[i] for i in still)
         evidence = f"updates of {len(still)} of {len(ratios)} weights are at most {value:.1g} of their norm"
+        if not all(one.rates):
+            evidence += "; the learning rate of a parameter group is 0"
         yield Symptom("weight_stagnation", cause, where, value, evidence, "stagnation", 4, is_partial=True)

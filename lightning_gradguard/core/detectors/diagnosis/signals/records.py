@@ -20,6 +20,7 @@ class LayerRecord:
     blocked: int | None = None
     calls: int = 0
     activation: str = ""
+    n_attached: int = 0
 
 
 @dataclass

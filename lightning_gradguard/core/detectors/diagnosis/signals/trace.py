@@ -152,6 +152,7 @@ class StepTrace(TorchFunctionMode):
                 output=numbers[layer.output],
                 gradients=[numbers[i] for i in layer.gradients],
                 activation=layer.activation,
+                n_attached=layer.n_attached,
             )
             for layer in self._layers.values()
         ]
@@ -345,6 +346,7 @@ class StepTrace(TorchFunctionMode):
         self._last = name
         self._n_calls += 1
         if output.requires_grad:
+            layer.n_attached += 1
             extremes = units.extremes(output.detach(), layer.units) if layer.calls == 1 else None
             output.register_hook(partial(self._on_gradient, layer, extremes))  # type: ignore[no-untyped-call]
         return layer
