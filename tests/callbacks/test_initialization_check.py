@@ -78,8 +78,8 @@ def test_what_has_one_cause_is_one_incident(
     module = Classifier()
     module.net = nn.Sequential(*(m for i in range(4) for m in (nn.Linear(20, 20), act())), nn.Linear(20, 4))
     if bias is None:
-        module.net.requires_grad_(False).apply(lambda m: [p.zero_() for p in m.parameters()])
-        module.net.requires_grad_(True)
+        for parameter in module.parameters():
+            nn.init.zeros_(parameter)
     else:
         nn.init.constant_(module.net[2].bias, bias)  # type: ignore[arg-type]
     data = [(x * scale, y) for x, y in batches(1)]

@@ -520,6 +520,14 @@ def test_first_step_that_clipping_alone_keeps_from_overshooting(
     assert [(root.kind, root.cause) for root in roots] == [("exploding_gradient", "update_too_large")] * found
 
 
+@pytest.mark.parametrize(("output", "found"), [(0.3, ["dead_units"]), (0.0, [])])
+def test_units_behind_weights_of_zero_are_not_dead(output: float, found: list[str]) -> None:
+    unit = UnitSignal("net.0", "net.1", "relu", 1.0, float("nan"), is_head=False)
+    sample = Sample(0, 2.0, layers=[LayerSignal("net.0", False, output, [0.0])], units=[unit])
+    diagnosis = Diagnosis()
+    assert [root.kind for _ in range(2) for root in diagnosis.update(sample)] == found
+
+
 def test_saturated_units_explain_a_first_step_that_overshoots() -> None:
     update = _update(total_norm=40.0, unclipped=15.0, rates=[0.03], momentum=0.9)
     rows = [UnitSignal("net.q", "", "attention", float("nan"), 1.0, is_head=False)]

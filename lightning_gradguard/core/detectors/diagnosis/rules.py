@@ -115,6 +115,8 @@ def dead_or_saturated_units(sample: Sample, progress: Progress) -> Iterator[Symp
     """Yields layers whose units are dead or saturated."""
     no_gradient = has_no_gradient(sample, progress)
     grows = any(depth.grows(time) for time in sample.times)
+    # behind weights that are zero, or units that are dead, nothing dies of itself
+    silent = {layer.name for layer in sample.layers if layer.output == 0}
     groups: dict[tuple[str, str, str], list[UnitSignal]] = defaultdict(list)
     for signal in sample.units:
         groups[signal.layer, signal.module, signal.function].append(signal)
@@ -123,7 +125,7 @@ def dead_or_saturated_units(sample: Sample, progress: Progress) -> Iterator[Symp
         is_head = members[-1].is_head
         names = tuple(dict.fromkeys(filter(None, (layer, module))))
         share = min((s.dead for s in members if not math.isnan(s.dead)), default=0.0)
-        if share >= DEAD and (not is_head or no_gradient):
+        if share >= DEAD and layer not in silent and (not is_head or no_gradient):
             dead.append((share, names, "units"))
         share = min((s.saturated for s in members if not math.isnan(s.saturated)), default=0.0)
         noun = _NOUNS.get(function, "units")
