@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from lightning_gradguard.core.detectors.diagnosis.sample import LossSignal, UnitSignal
+from lightning_gradguard.core.detectors.diagnosis.sample import LayerSignal, LossSignal, UnitSignal
 from lightning_gradguard.core.detectors.diagnosis.signals.scalars import DeviceScalars
 from lightning_gradguard.core.incidents import SymptomCause
 
@@ -21,6 +21,12 @@ class LayerRecord:
     calls: int = 0
     activation: str = ""
     n_attached: int = 0
+
+    def signal(self, numbers: DeviceScalars, *, is_last: bool) -> LayerSignal:
+        """Returns the layer with its numbers, which are on the host."""
+        gradients = [numbers[i] for i in self.gradients]
+        rest = gradients, self.activation, self.n_attached
+        return LayerSignal(self.name, is_last, numbers[self.output], *rest)
 
 
 @dataclass

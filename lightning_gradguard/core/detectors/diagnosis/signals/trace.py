@@ -16,7 +16,6 @@ from torch.utils._pytree import tree_leaves
 
 from lightning_gradguard.core.detectors.diagnosis.sample import (
     MIN_TIMES,
-    LayerSignal,
     Sample,
     TimeSignal,
     UnitSignal,
@@ -145,17 +144,7 @@ class StepTrace(TorchFunctionMode):
         """Returns the signals of the step, from its numbers on the host."""
         numbers = self._scalars
         numbers.read(host)
-        layers = [
-            LayerSignal(
-                layer.name,
-                is_last=layer.name == self._last,
-                output=numbers[layer.output],
-                gradients=[numbers[i] for i in layer.gradients],
-                activation=layer.activation,
-                n_attached=layer.n_attached,
-            )
-            for layer in self._layers.values()
-        ]
+        layers = [layer.signal(numbers, is_last=layer.name == self._last) for layer in self._layers.values()]
         found = [
             u.signal(numbers, self._share(u.dead), is_head=u.after == self._n_calls) for u in self._units
         ]
