@@ -552,6 +552,16 @@ def test_loss_that_is_zero_from_the_start_is_constant() -> None:
     assert "0 since the start" in incident.detail
 
 
+@pytest.mark.parametrize(("steps", "found"), [((0, 1, 2, 5, 10), 1), ((0, 4, 8, 12), 0)])
+def test_first_steps_are_counted_where_a_module_accumulates_by_itself(
+    steps: tuple[int, ...], found: int
+) -> None:
+    diagnosis = Diagnosis()
+    updates = [_update(ratios=[0.13, 0.13])]
+    roots = [root for step in steps for root in diagnosis.update(Sample(step, 2.0, updates=updates))]
+    assert [root.kind for root in roots] == ["exploding_gradient"] * found
+
+
 @pytest.mark.parametrize(
     ("share", "since", "kind"),
     [(0.3, 5, "exploding_gradient"), (0.3, 1, "vanishing_gradient"), (0.01, 5, "vanishing_gradient")],
