@@ -11,7 +11,7 @@ from typing import Literal
 from lightning_gradguard.core.detectors.best_constant import LEARNS, STUCK
 from lightning_gradguard.core.detectors.diagnosis import depth
 from lightning_gradguard.core.detectors.diagnosis.clipped import CLIPPED_FAR
-from lightning_gradguard.core.detectors.diagnosis.progress import Progress
+from lightning_gradguard.core.detectors.diagnosis.progress import FIRST_SAMPLES, Progress
 from lightning_gradguard.core.detectors.diagnosis.sample import MIN_TIMES, Sample, UnitSignal
 from lightning_gradguard.core.detectors.diagnosis.signals.units import RECTIFIERS
 from lightning_gradguard.core.detectors.diagnosis.symptom import Symptom, modules_of
@@ -115,7 +115,7 @@ def dead_or_saturated_units(sample: Sample, progress: Progress) -> Iterator[Symp
     """Yields layers whose units are dead or saturated."""
     no_gradient = has_no_gradient(sample, progress)
     grows = any(depth.grows(time) for time in sample.times)
-    # behind weights that are zero, or units that are dead, nothing dies of itself
+    # behind weights of zero, or dead units, units are not dead of themselves
     silent = {layer.name for layer in sample.layers if layer.output == 0}
     groups: dict[tuple[str, str, str], list[UnitSignal]] = defaultdict(list)
     for signal in sample.units:
@@ -201,7 +201,7 @@ def large_updates(sample: Sample, progress: Progress) -> Iterator[Symptom]:
         before = after * one.unclipped
         is_huge = before > HUGE_UPDATE
         is_certain = before > 1 or (is_huge and (is_rising or input_cause(sample) != "unknown"))
-        is_certain |= sample.step >= 5 and progress.over_first > LEARNS
+        is_certain |= progress.n_samples > FIRST_SAMPLES and progress.over_first > LEARNS
         if before > LARGE_UPDATE and is_certain and (is_huge or after > CLIPPED_UPDATE):
             where = modules_of(one.steepest)
             if is_decay:
