@@ -11,7 +11,7 @@ from typing_extensions import override
 
 from lightning_gradguard.core import arguments, tags
 from lightning_gradguard.core.backoff import Backoff, ScaledLearningRate
-from lightning_gradguard.core.incidents import AT_ANY_RATE, Incident
+from lightning_gradguard.core.incidents import AT_ANY_RATE, OF_ARGUMENTS, Incident
 from lightning_gradguard.runtime.incidents.journal import incident_now, publish
 from lightning_gradguard.runtime.logging.hyperparameters import non_defaults
 from lightning_gradguard.runtime.steps.step import Step
@@ -22,12 +22,12 @@ class LearningRateBackoff(StepCallback):
     """Lowers the learning rate after a rollback, re-warms it, and lets it recover.
 
     The rate is scaled only while an optimizer steps and restored right after, so that schedulers are not
-    affected. A rollback multiplies the scale by `factor`; a skipped batch changes nothing, for bad data is
-    no reason to train slower.
+    affected. A rollback multiplies the scale by `factor`, unless bad data has caused it, which is no reason
+    to train slower; nor is a skipped batch.
 
-    A run that is rolled back to its start, or again to the same snapshot, has a rate that does not train it
-    (unless the data was found to be bad). Then the highest rate that trains is searched, within a factor of
-    16; it is kept, logged, and reported as the rate to train with.
+    A run that is rolled back to its start, or again to the same snapshot, has a rate that does not train it.
+    Then the highest rate that trains is searched, within a factor of 16; it is kept, logged, and reported as
+    the rate to train with.
 
     | tag | value |
     |---|---|
@@ -118,12 +118,13 @@ class LearningRateBackoff(StepCallback):
     def on_training_incident(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, incident: Incident
     ) -> None:
-        """Backs off after a rollback; bad data is no reason to search for another rate."""
+        """Backs off after a rollback; bad data is no reason to train slower."""
         if incident.kind != "rollback" or incident.value is None:
             return
-        if incident.cause == "optimizer_epsilon" or not self._has_updated:  # it fails alike at any rate
+        # what the data or the optimizer's arguments cause fails alike at any rate
+        if incident.cause in ("bad_input", *OF_ARGUMENTS) or not self._has_updated:
             return
-        if self._backoff.on_rollback(int(incident.value), may_search=incident.cause != "bad_input"):
+        if self._backoff.on_rollback(int(incident.value)):
             self._found_rate = None
             facts = {"batch_idx": incident.batch_idx, "value": self._backoff.level, "action": "backed_off"}
             if incident.cause in AT_ANY_RATE:

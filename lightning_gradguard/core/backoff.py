@@ -112,17 +112,16 @@ class Backoff:
         warmed = 1 - self._rewarm_left / self._rewarm_steps
         return self._level * (REWARM_START + (1 - REWARM_START) * warmed)
 
-    def on_rollback(self, position: int, *, may_search: bool = True) -> bool:
+    def on_rollback(self, position: int) -> bool:
         """Cuts the scale; searches it if the run was rolled back to here or before already, or began here.
 
         Args:
             position: That of the snapshot, as in `begin`.
-            may_search: False if the rate is known not to be at fault.
 
         Returns:
             True unless the last cut is within the cooldown.
         """
-        search = may_search and position <= self._returned_to
+        search = position <= self._returned_to
         self._returned_to = position
         # a rate that fails at once is tried as it is: re-warming would hide that it fails
         return self.reduce(search=search, rewarm=not (search and position == 0))

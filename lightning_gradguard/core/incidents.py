@@ -47,15 +47,21 @@ Cause = Literal[
     "loss",
     "backward_pass",
     "optimizer_epsilon",
+    "nonfinite_learning_rate",
     "compiled_code",
     "transient",
     "unknown",
 ]
 #: Causes that lie in the weights, which a rollback replaces.
-OF_WEIGHTS: tuple[Cause, ...] = ("corrupted_weights", "update_too_large", "optimizer_epsilon")
+OF_WEIGHTS: tuple[Cause, ...] = (
+    *("corrupted_weights", "update_too_large", "optimizer_epsilon", "nonfinite_learning_rate"),
+)
+#: Causes in the optimizer's arguments, by which every update fails alike.
+OF_ARGUMENTS: tuple[Cause, ...] = ("optimizer_epsilon", "nonfinite_learning_rate")
 #: Causes of nonfinite values that no learning rate avoids.
 AT_ANY_RATE: tuple[Cause, ...] = (
-    *("bad_input", "forward_pass", "loss", "backward_pass", "optimizer_epsilon", "compiled_code"),
+    *("bad_input", "forward_pass", "loss", "backward_pass", "compiled_code"),
+    *OF_ARGUMENTS,
 )
 #: The cause of a symptom, as a diagnosis finds it.
 SymptomCause = Literal[
@@ -76,6 +82,8 @@ SymptomCause = Literal[
     "cleared_gradients",
     "zero_gradient",
     "learning_rate_too_low",
+    "learning_rate_schedule",
+    "rounded_updates",
     "input_scale",
     "constant_input",
     "target_scale",

@@ -350,8 +350,27 @@ def test_rate_that_falls_to_nothing_is_named() -> None:
         return [optimizer], [{"scheduler": ExponentialLR(optimizer, 0.2), "interval": "step"}]
 
     (incident,) = diagnosed(Task(optimizer=falling), 40)
-    assert (incident.kind, incident.cause) == ("weight_stagnation", "learning_rate_too_low")
+    assert (incident.kind, incident.cause) == ("weight_stagnation", "learning_rate_schedule")
     assert "a schedule has lowered the learning rate from 0.001 to" in incident.detail
+
+
+def test_updates_that_are_lost_by_rounding_are_not_a_rate_that_is_too_low() -> None:
+    module = Task(optimizer=rate(1e-4))
+    with torch.no_grad():
+        for weight in module.parameters():
+            weight.add_(weight.sign())
+    (incident,) = diagnosed(module, 12, precision="bf16-true")
+    assert (incident.kind, incident.cause) == ("weight_stagnation", "rounded_updates")
+    assert "bf16-mixed" in incident.advice
+
+
+def test_loss_that_is_made_anew_does_not_depend_on_the_network() -> None:
+    class Wrapped(Task):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return torch.tensor(super().training_step(batch, batch_idx).item(), requires_grad=True)
+
+    (incident,) = diagnosed(Wrapped(), 26)
+    assert (incident.kind, incident.cause) == ("weight_stagnation", "constant_loss")
 
 
 def test_loss_that_falls_without_bound_is_named() -> None:

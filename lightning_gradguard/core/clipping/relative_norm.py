@@ -76,6 +76,7 @@ class _State:
     lowest_loss: Scalar = math.inf
     highest_loss: Scalar = math.nan
     cap: Scalar = math.inf
+    cap_rate: Scalar = math.nan
     alarm: Scalar = 0.0
     weight_norm: Scalar = math.nan
     steps_since_weights: int = 0
@@ -93,7 +94,7 @@ class _State:
 
 _WINDOWS = ("norms", "losses")
 _NUMBERS = (
-    *("seen", "level", "recent", "lowest_loss", "highest_loss", "cap", "alarm", "weight_norm"),
+    *("seen", "level", "recent", "lowest_loss", "highest_loss", "cap", "cap_rate", "alarm", "weight_norm"),
     *("usual_norm", "usual_loss"),
 )
 #: Medians of the windows, which a checkpoint does not hold.
@@ -124,7 +125,7 @@ class RelativeNormClipping(ClippingPolicy):
     *p* > 16 in the first 20 steps, and at *p* > 32 later. It ends 300 steps after the last overshoot. Until
     then a step with *p* > 4 is reduced to *p* = 0.5, and one with *p* > 2 that is longer than the norm of
     the weights to 0.02 of it. The reduced norm is the *cap* of later ones; it grows by 2 % with each step
-    that it bounds.
+    that it bounds, and is as many times larger as the learning rate is lower than when it was set.
 
     Without a loss, or after a negative one, only spikes are clipped. The norm of the weights is measured
     once in 50 steps. A nonfinite norm or loss changes nothing.
@@ -197,12 +198,16 @@ class RelativeNormClipping(ClippingPolicy):
             decrease = rate / (1 - context.momentum) * norm * norm
             is_spike = is_spike & negate(decrease < HARMLESS * usual_loss)
         allowed = where(is_spike, fmin(state.level, norm), norm)
-        cap, alarm = where(norm > state.cap, CAP_GROWTH * state.cap, state.cap), state.alarm
+        one = as_like(norm, 1.0)
+        relief = one if rate is None else fmax(state.cap_rate / clamp_min(rate, _TINY), one)
+        cap, alarm = where(norm > relief * state.cap, CAP_GROWTH * state.cap, state.cap), state.alarm
         if rate is not None:
             reduced, alarm = _overshoot(state, allowed, loss, usual_loss, rate, context.momentum)
-            cap = fmin(cap, reduced)
-        allowed = fmin(allowed, cap)
-        self.threshold = fmin(bound, cap)
+            is_lower, rate = reduced < relief * cap, as_like(norm, rate)
+            cap, relief = where(is_lower, reduced, cap), where(is_lower, one, relief)
+            state = replace(state, cap_rate=where(is_lower & is_finite, rate, state.cap_rate))
+        allowed = fmin(allowed, relief * cap)
+        self.threshold = fmin(bound, relief * cap)
         self._pending = state, cap, alarm, allowed, fmin(norm, bound), loss, is_finite
         return where((norm > allowed) & is_finite, allowed / clamp_min(norm, _TINY), 1.0)
 
@@ -254,6 +259,7 @@ class RelativeNormClipping(ClippingPolicy):
             lowest_loss=where(is_finite, fmin(state.lowest_loss, loss), state.lowest_loss),
             highest_loss=fmax(state.highest_loss, absolute(usual_loss)),
             cap=where(is_finite, cap, state.cap),
+            cap_rate=state.cap_rate,
             alarm=where(is_finite, alarm, state.alarm),
             weight_norm=state.weight_norm,
             steps_since_weights=state.steps_since_weights + 1,

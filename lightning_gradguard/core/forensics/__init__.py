@@ -2,5 +2,12 @@
 
 from .classify import investigate
 from .inputs import or_bad_input, parts_of
-from .origin import Origin, OutOfRange, origin_in_epsilon, origin_in_weights, out_of_range_elements
+from .origin import (
+    Origin,
+    OutOfRange,
+    origin_in_epsilon,
+    origin_in_learning_rate,
+    origin_in_weights,
+    out_of_range_elements,
+)
 from .rejections import rejection

@@ -203,7 +203,7 @@ def _origin_of_operation(
         high=source.high,
         detail=sentence,
         rows=rows,
-        advice=_advice(source, fault),
+        advice=_advice(source, fault, trace),
     )
     origin = located(origin, source.location)
     # an infinite part would have been the source, unless it is a mask
@@ -219,7 +219,7 @@ def _origin_of_operation(
     return origin
 
 
-def _advice(record: OperationRecord, fault: OperationFault | None) -> str:
+def _advice(record: OperationRecord, fault: OperationFault | None, trace: OperationTrace) -> str:
     given = record.given_nonfinite
     if given is not None:
         return (
@@ -229,6 +229,13 @@ def _advice(record: OperationRecord, fault: OperationFault | None) -> str:
         )
     if fault is None:
         return ""
+    names = (a.leaf for a in record.arguments[fault.argument or 0 :][:1] if "clamp" in fault.cure)
+    name = next((name for name in names if name and isinstance(trace.leaf(name), nn.Parameter)), None)
+    if name is not None:
+        return (
+            f"{fault.why}. `{name}` is trained, and a step has moved it there, where a clamp has no "
+            f"gradient: train its logarithm, and use torch.exp(self.{name}) in place of self.{name}."
+        )
     if record.is_custom:
         name = record.node.removesuffix("Backward")
         return f"The backward pass of your own autograd.Function {name}: {fault.advice(short_name(record))}"

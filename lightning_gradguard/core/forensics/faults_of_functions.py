@@ -38,6 +38,14 @@ FUNCTIONS = (
         made="nan",
     ),
     Fault(
+        ("_weight_norm_interface",),
+        "A row of a weight is 0 throughout, and weight_norm divides by its norm: initialize the direction "
+        "(parametrizations.weight.original1) otherwise. To begin with outputs of 0, set the lengths, "
+        "original0, to 0",
+        "torch.nn.init.normal_(x, std=0.05)",
+        made="nan",
+    ),
+    Fault(
         ("div", "pow", "mul", "reciprocal", "log"),
         "The scale of the distribution is so small that its square, inverse or logarithm leaves the range of "
         "the dtype: bound it",
@@ -52,8 +60,8 @@ FUNCTIONS = (
 MASKS = (
     Fault(
         ("mul",),
-        "0 times the -inf of a mask is NaN: mask with a finite number, as in masked_fill(mask, -1e9)",
-        "torch.nan_to_num(x, neginf=-1e9) * torch.nan_to_num(y, neginf=-1e9)",
+        "0 times the -inf of a mask is NaN: mask with a finite number, as in masked_fill(mask, -1e4)",
+        "torch.nan_to_num(x, neginf=-1e4) * torch.nan_to_num(y, neginf=-1e4)",
         argument=None,
         has_zero=True,
         made="nan",
@@ -61,8 +69,8 @@ MASKS = (
     Fault(
         ("sub", "add"),
         "The infinity of a mask is subtracted from another (inf - inf): mask with a finite number, as in "
-        "masked_fill(mask, -1e9)",
-        "torch.nan_to_num(x, neginf=-1e9) - torch.nan_to_num(y, neginf=-1e9)",
+        "masked_fill(mask, -1e4)",
+        "torch.nan_to_num(x, neginf=-1e4) - torch.nan_to_num(y, neginf=-1e4)",
         argument=None,
         made="nan",
     ),

@@ -6,6 +6,24 @@ from lightning_gradguard.core.forensics.operations import OperationFault as Faul
 
 BACKWARD = (
     Fault(
+        ("Div",),
+        "The -inf of a mask meets a divisor that is trained: its gradient is 0 times infinity. Divide ahead "
+        "of the mask, or mask with a finite number, as in masked_fill(mask, -1e4)",
+        "torch.nan_to_num(x, neginf=-1e4) / y",
+        phase="backward",
+        argument=None,
+        is_infinite=True,
+    ),
+    Fault(
+        ("Mul",),
+        "The -inf of a mask meets a factor that is trained: its gradient is 0 times infinity. Multiply ahead "
+        "of the mask, or mask with a finite number, as in masked_fill(mask, -1e4)",
+        "torch.nan_to_num(x, neginf=-1e4) * y",
+        phase="backward",
+        argument=None,
+        is_infinite=True,
+    ),
+    Fault(
         ("Log", "Log2", "Log10"),
         "The loss is finite, as torch.where or a product with 0 hides the value, but its gradient is 0/0: "
         "replace the argument before the logarithm, too; of a softmax use log_softmax of the scores",
@@ -75,11 +93,17 @@ BACKWARD = (
         phase="backward",
     ),
     Fault(
-        ("LinalgSvd", "LinalgEigh", "LinalgEig"),
-        "Singular values or eigenvalues are equal: the gradient of their vectors divides by their "
-        "difference. Use the "
-        "values only (torch.linalg.svdvals, eigvalsh), or make them differ",
-        "torch.linalg.eigvalsh(x)",
+        ("LinalgSvd",),
+        "Singular values are equal: the gradient of their vectors divides by their difference. Use the "
+        "values only (torch.linalg.svdvals), or make them differ",
+        "torch.linalg.svd(x + torch.eye(*x.shape[-2:]).to(x) * torch.arange(1, x.shape[-1] + 1).to(x) / 100)",
+        phase="backward",
+    ),
+    Fault(
+        ("LinalgEigh", "LinalgEig"),
+        "Eigenvalues are equal: the gradient of their vectors divides by their difference. Use the values "
+        "only (torch.linalg.eigvalsh), or make them differ",
+        "torch.linalg.eigh(x + 0.01 * torch.arange(1, x.shape[-1] + 1).to(x).diag())",
         phase="backward",
     ),
     Fault(

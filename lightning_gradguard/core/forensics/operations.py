@@ -29,6 +29,7 @@ class OperationFault:
         at_least: That argument has a value at or above this.
         has_zero: That argument has a zero.
         is_empty: That argument has no elements.
+        is_infinite: That argument has the infinity of a mask.
         numbers: One of the operation's number arguments is one of these.
         dtypes: Of the result; empty for all.
         called: Regular expression of the function or distribution that the user's line calls.
@@ -45,6 +46,7 @@ class OperationFault:
     at_least: float | None = None
     has_zero: bool = False
     is_empty: bool = False
+    is_infinite: bool = False
     numbers: tuple[float, ...] = ()
     dtypes: tuple[str, ...] = ()
     called: str = ""
@@ -70,11 +72,14 @@ class OperationFault:
 
     @property
     def _is_bounded(self) -> bool:
-        return self.has_zero or self.is_empty or self.at_most is not None or self.at_least is not None
+        is_bounded = self.at_most is not None or self.at_least is not None
+        return is_bounded or self.has_zero or self.is_empty or self.is_infinite
 
     def _is_in_range(self, argument: Argument) -> bool:
         if self.is_empty:
             return 0 in argument.shape
+        if self.is_infinite:
+            return argument.is_nonfinite and not argument.has_nan
         if argument.low is None or argument.high is None:
             return False
         return (

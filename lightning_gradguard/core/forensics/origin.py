@@ -203,6 +203,33 @@ def origin_in_weights(out_of_range: Mapping[str, OutOfRange]) -> Origin:
     return Origin("update_too_large", where=where, detail=detail)
 
 
+def origin_in_learning_rate(
+    optimizers: Iterable[torch.optim.Optimizer], schedules: Iterable[object]
+) -> Origin | None:
+    """Finds a nonfinite learning rate, and the function of a schedule that has set it.
+
+    Returns:
+        The origin; `None` if all rates are finite.
+
+    Example:
+        >>> sgd = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1)
+        >>> schedule = torch.optim.lr_scheduler.LambdaLR(sgd, lambda step: float("nan"))
+        >>> origin_in_learning_rate([sgd], [schedule]).cause
+        'nonfinite_learning_rate'
+    """
+    rates = [float(group["lr"]) for o in optimizers for group in o.param_groups if "lr" in group]
+    rate = next((rate for rate in rates if not math.isfinite(rate)), None)
+    if rate is None:
+        return None
+    schedules = list(schedules)
+    functions = [f for schedule in schedules for f in getattr(schedule, "lr_lambdas", ())]
+    code = next((f.__code__ for f in functions if hasattr(f, "__code__")), None)
+    names = [type(schedule).__name__ for schedule in schedules] or ["the code that sets lr"]
+    detail = f"The learning rate is {rate}, and so are the weights that it has updated."
+    origin = Origin("nonfinite_learning_rate", where=() if code else tuple(names), detail=detail)
+    return located(origin, Location(code.co_filename, code.co_firstlineno, code.co_name) if code else None)
+
+
 def origin_in_epsilon(
     named: Iterable[tuple[str, Tensor]], optimizers: Iterable[torch.optim.Optimizer]
 ) -> Origin | None:

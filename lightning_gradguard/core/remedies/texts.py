@@ -153,6 +153,10 @@ BY_CAUSE = {
         "precision='bf16-mixed' or '16-mixed'), and is 0 in float16. A lower learning rate and clipping do "
         "not help."
     ),
+    "nonfinite_learning_rate": (
+        "Look at {where}, for a division by a number of steps of 0, as of a warm-up that lasts for the whole "
+        "run: max(1, total - warmup). A lower learning rate and clipping do not help."
+    ),
     "compiled_code": (
         "The code that torch.compile made of the step differs from the step: train without "
         "torch.compile, or leave "
@@ -185,7 +189,7 @@ BY_CAUSE = {
     ),
     "constant_loss": (
         "The loss does not depend on {where}: check that it is computed from the network's output, without "
-        "detach, argmax or rounding in between."
+        "detach, item, argmax or rounding in between."
     ),
     "not_in_optimizer": (
         "Give them to an optimizer, optimizer.add_param_group({{'params': {parameters}}}), or, if "
@@ -230,6 +234,14 @@ BY_CAUSE = {
     ),
     "learning_rate_too_low": (
         "Raise the learning rate of {where}: updates of about 1e-3 of the weights are usual."
+    ),
+    "learning_rate_schedule": (
+        "Correct the schedule: its length, whether it steps once a batch ({{'scheduler': ..., 'interval': "
+        "'step'}}) or once an epoch, the default, and a warm-up that begins at 0, (step + 1) / warmup."
+    ),
+    "rounded_updates": (
+        "Keep the weights of {where} in float32: precision='bf16-mixed' or '16-mixed', in place of "
+        "'bf16-true' or '16-true'. A higher learning rate helps only where updates come above that bound."
     ),
     "input_scale": (
         "Scale the inputs to zero mean and unit variance, (x - x.mean(0)) / x.std(0), or begin with a "

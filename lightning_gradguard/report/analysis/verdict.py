@@ -11,7 +11,11 @@ from lightning_gradguard.core.incidents import AT_ANY_RATE, CAUSES, SYMPTOM_CAUS
 from lightning_gradguard.core.remedies import remedies
 from lightning_gradguard.report.analysis.failure import failure_cause
 from lightning_gradguard.report.analysis.gradient_symptoms import gradient_symptoms
-from lightning_gradguard.report.analysis.incident_symptoms import INITIALIZATION, incident_symptoms
+from lightning_gradguard.report.analysis.incident_symptoms import (
+    INITIALIZATION,
+    found_rate,
+    incident_symptoms,
+)
 from lightning_gradguard.report.analysis.loss_symptoms import loss_symptoms
 from lightning_gradguard.report.analysis.outcome import (
     MIN_POINTS,
@@ -95,7 +99,10 @@ def _symptoms_of(log: RunLog, outcome: Outcome) -> list[RunSymptom]:
         known |= {"stuck_loss", "weight_stagnation"}  # which follow from it, and have other remedies
     if any(s.cause == "clip_value_too_small" for s in recorded):
         known.add("constant_clipping")  # which is measured from charts alone
-    if any(s.severity == "fatal" and s.cause in AT_ANY_RATE for s in recorded):
+    rolled_back = [i.cause in AT_ANY_RATE for i in log.incidents if i.kind == "rollback"]
+    if any(s.severity == "fatal" and s.cause in AT_ANY_RATE for s in recorded) or (
+        rolled_back and all(rolled_back) and found_rate(log) is None
+    ):
         recorded = [s for s in recorded if s.kind != "falling_learning_rate"]
     outliers = {s.since for s in recorded if s.kind == "loss_spike" and s.cause == "bad_input"}
     found = [

@@ -183,6 +183,7 @@ class _SampledUpdate:
         self._suite_clips = suite_clips(trainer)
         scaler = lightning_api.gradient_scaler(trainer)
         self._loss_scale = 1.0 if scaler is None else scaler.get_scale()
+        self._resolution = min(torch.finfo(p.dtype).eps / 2 for p in step.selection.parameters)
         self._default_norm = default_norm(step.selection.parameters)
         self._before = step.gradients.total_norm
         self._largest = torch.full_like(self._before, math.nan)
@@ -220,6 +221,7 @@ class _SampledUpdate:
             unclipped=factor if factor >= 1 and math.isfinite(factor) else 1.0,
             rates=self._rates,
             initial_rates=self._initial_rates,
+            resolution=self._resolution,
             total_norm=found.total_norm,
             largest=largest,
             loss_scale=self._loss_scale,

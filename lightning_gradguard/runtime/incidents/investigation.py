@@ -17,6 +17,7 @@ from lightning_gradguard.core.forensics import (
     OutOfRange,
     or_bad_input,
     origin_in_epsilon,
+    origin_in_learning_rate,
     origin_in_weights,
     out_of_range_elements,
     parts_of,
@@ -186,7 +187,7 @@ def _in_words(origin: Origin, step: int) -> str:
 
 
 def _with_samples(trainer: pl.Trainer, seen: SeenBatch, origin: Origin) -> str:
-    """Returns the detail with the samples at fault, if the batch or its sampler names them, and the rank."""
+    """Returns the detail with the samples at fault, if they have names, what changed them, and the rank."""
     samples, indices = sample_ids(seen.batch), seen.indices
     named = {
         "sample": [samples[row] for row in origin.rows if row < len(samples)],
@@ -199,6 +200,9 @@ def _with_samples(trainer: pl.Trainer, seen: SeenBatch, origin: Origin) -> str:
     places = []
     for name, ids in named.items():
         places += [f"{name} {', '.join(map(str, ids))}"] if ids else []
+    hooks = ("on_after_batch_transfer", "on_before_batch_transfer") if origin.cause == "bad_input" else ()
+    changed = (hook for hook in hooks if lightning_api.overrides(trainer.lightning_module, hook))
+    places += [f"as {hook} of the module returned it" for hook in changed][:1]
     places += [f"rank {trainer.global_rank}"] if world_size() > 1 else []
     return f"{origin.detail.rstrip('.')} ({', '.join(places)})." if places else origin.detail
 
@@ -268,7 +272,9 @@ def _out_of_range(trainer: pl.Trainer, snapshot: Snapshot | None) -> dict[str, O
 
 def _in_weights(trainer: pl.Trainer, out_of_range: dict[str, OutOfRange]) -> Origin:
     named = trainer.lightning_module.named_parameters()
-    return origin_in_epsilon(named, trainer.optimizers) or origin_in_weights(out_of_range)
+    schedules = [config.scheduler for config in trainer.lr_scheduler_configs]
+    found = origin_in_learning_rate(trainer.optimizers, schedules)
+    return found or origin_in_epsilon(named, trainer.optimizers) or origin_in_weights(out_of_range)
 
 
 def _importable(module: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from lightning_gradguard.core.incidents import OF_ARGUMENTS, label
 from lightning_gradguard.core.norms import Measurement
 from lightning_gradguard.core.snapshots import StepRandomness
 from lightning_gradguard.runtime import lightning_api
@@ -291,8 +292,8 @@ class RollbackSession:
         outcome = self._outcome
         decision, outcome.decision = outcome.decision, "continue"
         policy, cause = self._fit.policy, self._fit.investigation.cause
-        if decision == "roll_back" and policy.is_useless and cause == "optimizer_epsilon":
-            decision = policy.stop_for("the optimizer divides by an epsilon of 0 at any learning rate")
+        if decision == "roll_back" and policy.is_useless and cause in OF_ARGUMENTS:
+            decision = policy.stop_for(f"every update fails alike ({label(cause)})")
         if decision != "continue":
             self._fit.suite.discard_deferred()
             self._mode.deferred = None

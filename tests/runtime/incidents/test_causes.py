@@ -13,6 +13,7 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, Subset, TensorDataset, random_split
 
 from lightning_gradguard import LearningRateBackoff, NaNRollback, TrainingDivergedError
@@ -134,7 +135,7 @@ def test_epsilon_of_adam_in_half_precision(tmp_path: Path) -> None:
         return loss
 
     batch: Any = [[t.half() for t in batch[:2]] for batch in data(20)]
-    with pytest.raises(TrainingDivergedError, match=r"epsilon of 0.*eps=1e-4"):
+    with pytest.raises(TrainingDivergedError, match=r"fails alike \(optimizer epsilon\).*eps=1e-4"):
         fit(Network(regression), batch, [NaNRollback(), LearningRateBackoff()], tmp_path, precision="16-true")
     found = incidents(tmp_path)
     causes = {i["cause"] for i in found if i["cause"]}
@@ -143,6 +144,56 @@ def test_epsilon_of_adam_in_half_precision(tmp_path: Path) -> None:
     assert "eps=1e-08 is 0 in float16" in found[0]["detail"]
     fit(module := Network(regression, eps=1e-4), batch, [NaNRollback()], precision="16-true")
     assert all(bool(w.isfinite().all()) for w in weights(module))
+
+
+def test_schedule_that_is_nonfinite(tmp_path: Path) -> None:
+    def factor(step: int) -> float:
+        return 1.0 if step < 10 else math.nan
+
+    class Scheduled(Network):
+        def configure_optimizers(self) -> Any:
+            optimizer = torch.optim.Adam(self.parameters())
+            return [optimizer], [{"scheduler": LambdaLR(optimizer, factor), "interval": "step"}]
+
+    with pytest.raises(TrainingDivergedError, match="every update fails alike"):
+        fit(Scheduled(squares), data(40), [NaNRollback(), LearningRateBackoff()], tmp_path)
+    found = incidents(tmp_path)
+    assert {i["cause"] for i in found if i["cause"]} == {"nonfinite_learning_rate"}
+    assert found[0]["where"][0].endswith(f"{FILE}:{factor.__code__.co_firstlineno} in factor")
+    assert [i["kind"] for i in found].count("learning_rate_backoff") == 0
+
+
+def test_parameter_at_the_edge_of_a_domain_is_trained_as_its_logarithm(tmp_path: Path) -> None:
+    def likelihood(module: Any, batch: Any) -> Tensor:
+        loss: Tensor = module.net(batch[0]).abs().mean() + (module.scale.log() + batch[1].sum() * 0)
+        return loss
+
+    def cured(module: Any, batch: Any) -> Tensor:
+        loss: Tensor = module.net(batch[0]).abs().mean() + torch.exp(module.scale).log()
+        return loss
+
+    def with_scale(step: Step) -> Network:
+        module = Network(step, lr=1e-1)
+        module.scale = nn.Parameter(torch.tensor(0.15))
+        return module
+
+    fit(with_scale(likelihood), data(), [NaNRollback()], tmp_path)
+    found = incidents(tmp_path)[0]
+    assert "`scale` is trained" in found["advice"]
+    assert "torch.exp(self.scale)" in found["advice"]
+    fit(module := with_scale(cured), data(), [rollback := NaNRollback()])
+    assert (rollback.skips, bool(module.scale < 0)) == (0, True)
+
+
+def test_hook_that_changes_the_batch_is_named(tmp_path: Path) -> None:
+    class Standardizing(Network):
+        def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+            return [batch[0] / batch[2][:, :1], *batch[1:]]
+
+    fit(Standardizing(squares), data(), [NaNRollback()], tmp_path)
+    (found,) = incidents(tmp_path)
+    assert found["cause"] == "bad_input"
+    assert "as on_after_batch_transfer of the module returned it" in found["detail"]
 
 
 def test_loss_that_is_never_finite_stops_with_its_reason(tmp_path: Path) -> None:

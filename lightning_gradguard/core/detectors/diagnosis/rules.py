@@ -107,6 +107,8 @@ def untrained_parameters(sample: Sample, progress: Progress) -> Iterator[Symptom
         ("cleared_gradients", found.cleared, "have no gradient whenever their optimizer steps"),
     ):
         if names:
+            if cause == "cleared_gradients" and all(math.isnan(layer.gradient) for layer in sample.layers):
+                cause, words = "constant_loss", "get no gradient, nor does the output of any layer"
             evidence = f"{len(names)} parameters {words}"
             yield Symptom("weight_stagnation", cause, modules_of(names), len(names), evidence, "coverage")
 

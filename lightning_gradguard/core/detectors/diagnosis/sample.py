@@ -124,6 +124,7 @@ class Update:
         unclipped: Factor by which the gradient was larger before clipping, if the update depends on it.
         rates: Learning rate of each parameter group.
         initial_rates: The same before any schedule.
+        resolution: Update of a weight, relative to it, that its dtype rounds away.
         total_norm: Norm of all gradients before clipping.
         largest: Largest magnitude of an element of these gradients; NaN if unknown.
         loss_scale: The GradScaler's; 1 without one.
@@ -150,6 +151,7 @@ class Update:
     clipper: str = ""
     suite_clips: bool = False
     initial_rates: Sequence[float] = ()
+    resolution: float = 0.0
 
     @property
     def decayed(self) -> str:
@@ -157,10 +159,7 @@ class Update:
         rate, initial = max(self.rates, default=0.0), max(self.initial_rates, default=0.0)
         if not rate < DECAYED * initial:
             return ""
-        return (
-            f", as a schedule has lowered the learning rate from {initial:.3g} to {rate:.3g}: check its "
-            "length, and whether it is to step once a batch or once an epoch"
-        )
+        return f", as a schedule has lowered the learning rate from {initial:.3g} to {rate:.3g}"
 
     @property
     def by_clippers(self) -> str:

@@ -24,7 +24,7 @@ def stagnation(sample: Sample, progress: Progress) -> Iterator[Symptom]:
         if one.rates and not any(one.rates):
             where = modules_of(one.names[:3])
             evidence = f"the learning rate of every parameter group is 0{one.decayed}"
-            yield Symptom("weight_stagnation", "learning_rate_too_low", where, 0.0, evidence, "stagnation", 3)
+            yield Symptom("weight_stagnation", _too_low(one), where, 0.0, evidence, "stagnation", 3)
             continue
         matrices = [i for i, is_matrix in enumerate(one.is_matrix) if is_matrix and one.weights[i] > 0]
         if not one.ratios or not matrices or not math.isfinite(one.total_norm) or one.total_norm == 0:
@@ -45,7 +45,9 @@ def stagnation(sample: Sample, progress: Progress) -> Iterator[Symptom]:
                 f"updates are at most {largest:.1g} of any weight's norm (usual: about 1e-3){one.decayed}"
             )
             is_clipped = one.unclipped > CLIPPED_FAR and largest * one.unclipped > SMALL_UPDATE
-            small: SymptomCause = "clip_value_too_small" if is_clipped else "learning_rate_too_low"
+            small = "clip_value_too_small" if is_clipped else _too_low(one)
+            if small == "rounded_updates":
+                evidence += f", and those below {one.resolution:.1g} of a weight are lost by rounding"
             if is_clipped:
                 clipped = one.total_norm / one.unclipped
                 evidence += f", as gradients of norm {one.total_norm:.3g} are clipped to {clipped:.3g}"
@@ -56,6 +58,13 @@ def stagnation(sample: Sample, progress: Progress) -> Iterator[Symptom]:
             yield from _some_stagnate(one, ratios)
 
 
+def _too_low(one: Update) -> SymptomCause:
+    """Returns why a learning rate moves no weight."""
+    if one.decayed:
+        return "learning_rate_schedule"
+    return "rounded_updates" if one.resolution > SMALL_UPDATE and any(one.rates) else "learning_rate_too_low"
+
+
 def _some_stagnate(one: Update, ratios: dict[int, float]) -> Iterator[Symptom]:
     usual = median(ratios.values())
     still = [i for i, r in ratios.items() if r < NO_UPDATE or (r < SMALL_UPDATE / 10 and r < usual / 1e3)]
@@ -63,7 +72,7 @@ def _some_stagnate(one: Update, ratios: dict[int, float]) -> Iterator[Symptom]:
     still = [i for i in still if one.names[i].rpartition(".")[0] not in moving]  # a part is not needed
     if still and max(ratios.values()) > SMALL_UPDATE:
         has_gradient = any(one.gradients[i] > 0 for i in still)
-        cause: SymptomCause = "learning_rate_too_low" if has_gradient else "zero_gradient"
+        cause = _too_low(one) if has_gradient else "zero_gradient"
         where = modules_of([one.names[i] for i in still[:5]])
         value = max(ratios[i] for i in still)
         evidence = f"updates of {len(still)} of {len(ratios)} weights are at most {value:.1g} of their norm"
