@@ -134,7 +134,10 @@ def test_backoff_follows_rollbacks_but_not_skips() -> None:
     fit(Classifier(), lone, [backoff, NaNRollback()])
     assert backoff.scale == 1.0
     storm = poisoned(batches(40), nan=[20, 21, 22])
+    fit(Classifier(), storm, [backoff := LearningRateBackoff(), rollback := NaNRollback()])
+    assert (rollback.rollbacks, backoff.scale) == (1, 1.0), "the data are at fault"
     backoff = LearningRateBackoff(factor=0.25, rewarm_steps=10)
+    unexamined = NaNRollback(max_dossiers=0, snapshot_every_n_steps=5)
     module = Classifier()
     used: list[float] = []
 
@@ -148,7 +151,7 @@ def test_backoff_follows_rollbacks_but_not_skips() -> None:
         def on_training_incident(self, trainer: pl.Trainer, pl_module: Any, incident: Incident) -> None:
             said.append(incident)
 
-    trainer = fit(module, storm, [backoff, NaNRollback(), Spy()])
+    trainer = fit(module, storm, [backoff, unexamined, Spy()])
     assert [i.value for i in said if i.kind == "learning_rate_backoff"] == [0.25]  # not where it re-warms
     assert used[:23] == [0.05] * 23
     assert used[23] == pytest.approx(0.05 * 0.25 * 0.1)
@@ -160,7 +163,7 @@ def test_backoff_follows_rollbacks_but_not_skips() -> None:
 def test_tensor_rate_is_restored_bit_for_bit_in_a_fit(optimizer: str) -> None:
     backoff = LearningRateBackoff(factor=0.3, rewarm_steps=5)
     spy, asked = RateSpy(backoff), OPTIMIZERS[optimizer]([nn.Parameter(torch.zeros(1))]).param_groups[0]["lr"]
-    fit(Classifier(optimizer), poisoned(batches(31), nan=[15]), [NaNRollback(patience=1), backoff, spy])
+    fit(Classifier(optimizer), poisoned(batches(31), nan=[15]), [NaNRollback(patience=1, max_dossiers=0), backoff, spy])
     assert len(spy.used) == len(spy.scheduled) == 31
     assert spy.scales[:16] == [1.0] * 16
     assert spy.scales[-1] == 0.3

@@ -70,8 +70,9 @@ class Used(pl.Callback):
 @pytest.mark.parametrize("tensors", [False, True])
 def test_learning_rates_scheduled_and_used(tensors: bool) -> None:
     logger, used = Memory(), Used()
-    data = poisoned(batches(40), nan=[10, 11, 12])
-    callbacks = [NaNRollback(), LearningRateBackoff(rewarm_steps=5), used]
+    data = poisoned(batches(40), nan=[20, 21, 22])
+    rollback = NaNRollback(max_dossiers=0, snapshot_every_n_steps=5)
+    callbacks = [rollback, LearningRateBackoff(rewarm_steps=5), used]
     fit(TwoGroups(tensors), data, callbacks, logger=logger, log_every_n_steps=1)
     assert len({*logger.scalars["lr_backoff/scale"].values()}) > 3, "lowered, and warmed up again"
     for group, first in enumerate((0.1, 0.02)):

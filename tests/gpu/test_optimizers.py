@@ -42,7 +42,7 @@ def test_the_suite_leaves_a_healthy_run_as_it_is(optimizer: str) -> None:
 def test_rate_on_the_device_is_scaled_and_restored_bit_for_bit(optimizer: str) -> None:
     backoff = LearningRateBackoff(factor=0.3, rewarm_steps=5)
     spy = RateSpy(backoff)
-    suite = [NaNRollback(patience=1), backoff, spy]
+    suite = [NaNRollback(patience=1, max_dossiers=0), backoff, spy]
     fit_there(Network(optimizer), insert(batches(30), 15, NOT_A_NUMBER), suite)
     assert len(spy.used) == len(spy.scheduled) == 31
     assert spy.scales[:16] == [1.0] * 16

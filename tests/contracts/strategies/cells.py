@@ -89,12 +89,6 @@ class Cell:
     callbacks: Literal["all", "watching", "none"] = "all"
     validates: bool = False
 
-    @property
-    def is_plain(self) -> bool:
-        """True for one run of a strategy in a precision, in which the lost batches are examined too."""
-        others = (self.accumulate, self.manual, self.policy, self.norm_type, self.validates)
-        return others == (1, False, "z-score", 2.0, False)
-
     def __str__(self) -> str:
         mode = "manual" if self.manual else "automatic"
         return (
@@ -374,9 +368,8 @@ def run(cell: Cell, folder: Path) -> Seen:
     module = Network(cell)
     listener = Listener(seen)
     policy: ClippingPolicy = POLICIES[cell.policy]()
-    rollback = NaNRollback(
-        snapshot_every_n_steps=4, incident_dir=str(folder), max_dossiers=10 if cell.is_plain else 0
-    )
+    # a rollback for bad data would leave the rate as it is
+    rollback = NaNRollback(snapshot_every_n_steps=4, incident_dir=str(folder), max_dossiers=0)
     backoff = LearningRateBackoff(cooldown_steps=2, rewarm_steps=3)
     suite = default_callbacks(
         gradient_norm_monitor=GradientNormMonitor(level="parameter", norm_type=cell.norm_type),

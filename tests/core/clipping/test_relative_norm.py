@@ -150,6 +150,15 @@ def test_overshoot_is_reduced_and_remembered() -> None:
     assert later == pytest.approx([1.02, 0.5, 1.02**2])
 
 
+def test_cap_of_a_step_at_a_rate_that_lasts_for_one_step_does_not_last() -> None:
+    policy = RelativeNormClipping()
+    applied(policy, [1.0] * 3, loss=1.0, learning_rate=SLOW)
+    (capped,) = applied(policy, [1.0], loss=1.0, learning_rate=1e4 * SLOW)
+    assert capped < 0.1
+    assert applied(policy, [1.0] * 3, loss=1.0, learning_rate=SLOW) == [1.0] * 3
+    assert applied(policy, [1.0], loss=1.0, learning_rate=1e4 * SLOW) == pytest.approx([capped], rel=0.03)
+
+
 def test_step_longer_than_the_weights_is_reduced_further() -> None:
     policy = RelativeNormClipping()
     context = {"learning_rate": 1.0, "loss": 2.0}
