@@ -196,7 +196,7 @@ def test_a_table_at_the_end(bar: Any, bar_first: bool, capsys: pytest.CaptureFix
         "steps": "30",
         "steps skipped": "4",
         "rollbacks": "1",
-        "incidents": "nonfinite loss (4), rollback (1), learning rate backoff (1)",
+        "incidents": "nonfinite loss (4), rollback (1)",
         "written to": "logs/storm/version_0/incidents.jsonl",
         "pages": "logs/storm/version_0/incidents, one for the first skip of each episode",
     }
@@ -205,7 +205,7 @@ def test_a_table_at_the_end(bar: Any, bar_first: bool, capsys: pytest.CaptureFix
         "charts": "tensorboard --logdir logs/storm",
     }
     assert float(norm.removesuffix(" of accepted steps")) > 0
-    assert float(scale) < 1
+    assert scale == "1"
     assert share.endswith("%")
 
 
