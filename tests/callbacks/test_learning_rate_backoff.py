@@ -163,7 +163,8 @@ def test_backoff_follows_rollbacks_but_not_skips() -> None:
 def test_tensor_rate_is_restored_bit_for_bit_in_a_fit(optimizer: str) -> None:
     backoff = LearningRateBackoff(factor=0.3, rewarm_steps=5)
     spy, asked = RateSpy(backoff), OPTIMIZERS[optimizer]([nn.Parameter(torch.zeros(1))]).param_groups[0]["lr"]
-    fit(Classifier(optimizer), poisoned(batches(31), nan=[15]), [NaNRollback(patience=1, max_dossiers=0), backoff, spy])
+    rollback = NaNRollback(patience=1, max_dossiers=0)
+    fit(Classifier(optimizer), poisoned(batches(31), nan=[15]), [rollback, backoff, spy])
     assert len(spy.used) == len(spy.scheduled) == 31
     assert spy.scales[:16] == [1.0] * 16
     assert spy.scales[-1] == 0.3
