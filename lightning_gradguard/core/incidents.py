@@ -86,9 +86,12 @@ SymptomCause = Literal[
     "rounded_updates",
     "input_scale",
     "constant_input",
+    "constant_target",
+    "same_answers",
     "target_scale",
     "small_weights",
     "large_weights",
+    "large_answers",
     "saturating_activations",
     "depth",
     "through_time",
@@ -118,6 +121,7 @@ _TITLES = {
     "constant_clipping": "hard clipping of most steps",
     "exception_in_step": "exception in the step",
     "falling_learning_rate": "a learning rate that keeps falling",
+    "large_norm": "a gradient norm out of scale",
 }
 #: Interventions on the console, with the value of the incident.
 _INTERVENTIONS = {

@@ -35,6 +35,8 @@ OUTPUT_GRADIENT = "output_gradient/<name>"
 CLIPPED_FRACTION = "summary/clipped_fraction"
 LARGEST_NORM = "summary/largest_norm"
 LARGEST_LOGGED_NORM = "summary/largest_logged_norm"
+#: Largest norm of a run above which it is not called clean: that of an explosion, or of data out of scale.
+USUAL_LARGEST_NORM = 1e3
 N_INCIDENTS = "summary/incidents"
 #: Losses of a treatment's runs.
 HELD_OUT_LOSS = "loss/held_out"

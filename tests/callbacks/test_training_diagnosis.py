@@ -93,6 +93,16 @@ def one_unit(*head: nn.Module) -> nn.Sequential:
     return nn.Sequential(nn.Linear(20, 32), nn.ReLU(), nn.Linear(32, 1), *head)
 
 
+def scaled(net: nn.Sequential, layer: int, by: float) -> nn.Sequential:
+    with torch.no_grad():
+        net[layer].weight.mul_(by)  # type: ignore[operator]
+    return net
+
+
+def attracted(embeddings: Tensor, labels: Tensor) -> Tensor:
+    return -functional.cosine_similarity(embeddings, embeddings.flip(0)).mean()
+
+
 def values(n: int = 12, scale: float = 1.0, shift: float = 0.0, flat: bool = False) -> Any:
     found = [(x, x[:, :1] * scale + shift) for x, _ in batches(n)]
     return [(x, y.squeeze(1)) for x, y in found] if flat else found
@@ -153,8 +163,16 @@ FAILING: dict[str, tuple[str, str, str, Callable[[], Any], Any]] = {
                           lambda: Task(optimizer=lambda n: torch.optim.Adam(deepcopy(n).parameters())), None),
     "forgotten": ("weight_stagnation", "not_in_optimizer", "net.0",
                   lambda: Task(optimizer=lambda net: torch.optim.Adam(net[4:].parameters())), None),
+    "raw prices": ("stuck_loss", "target_scale", "net.2",
+                   lambda: Task(one_unit(), functional.mse_loss, _adam), values(160, 1e4, 1e5)),
+    "labels of one class": ("stuck_loss", "constant_target", "net.6", Task,
+                            [(x, y * 0 + 2) for x, y in batches(101)]),
+    "large logits": ("exploding_gradient", "large_answers", "net.6",
+                     lambda: Task(scaled(deep(nn.ReLU, 3), 6, 1e3), optimizer=_adam), batches(26)),
+    "collapsed embeddings": ("stuck_loss", "same_answers", "net.3",
+                             lambda: Task(one_unit(nn.Linear(1, 16)), attracted, _adam), batches(160)),
     "rate of 0": ("weight_stagnation", "learning_rate_too_low", "net.0",
-                  lambda: Task(optimizer=rate(0.0)), None),
+                  lambda: Task(optimizer=rate(0.0)), batches(25)),
     "functional sigmoid": ("vanishing_gradient", "saturating_activations", "net.weights.0",
                            lambda: Task(Functional(10, torch.sigmoid)), None),
     "functional, dead": ("dead_units", "", "net.weights.0",
@@ -311,7 +329,7 @@ def test_divergence_at_a_rate_is_an_explosion_once() -> None:
 @pytest.mark.parametrize("name", FAILING)
 def test_failing_program_is_named_with_cause_and_layer(name: str) -> None:
     kind, cause, layer, make, data = FAILING[name]
-    n = {"rate of 0": 25, "on the way": 180}.get(name, 12)
+    n = 12 if data is None else len(data)
     (incident,) = diagnosed(make(), n, data)
     assert incident.kind == kind
     assert not cause or incident.cause == cause

@@ -71,10 +71,13 @@ def propagate(module: nn.Module, run_loss: Callable[[], Tensor]) -> SignalPropag
         if trace.last_input is not None and len(trace.layers) > 1:
             hidden = trace.layers[:-1]
             outputs = [layer.output for layer in hidden]
-            for layer, gain in zip(hidden, _gains(trace.last_input, outputs, generator), strict=True):
+            gains, gradients = _gains(trace.last_input, outputs, generator)
+            for layer, gain, gradient in zip(hidden, gains, gradients, strict=True):
                 layer.gain = gain
+                if layer.dead is None and layer.activation not in SATURATING and gradient is not None:
+                    layer.dead = _blocked_share(layer, gradient)
             blocks = trace.blocks if len(trace.blocks) > 2 else outputs
-            (result.block_gain,) = _gains(trace.last_input, blocks[:1], generator)
+            (result.block_gain,), _ = _gains(trace.last_input, blocks[:1], generator)
         for name, recurrence in trace.recurrent.items():
             outputs_over_time, time = recurrence[1:]
             result.recurrent_gains[name] = _gain_through_time(*recurrence, generator)
@@ -99,8 +102,11 @@ def propagate(module: nn.Module, run_loss: Callable[[], Tensor]) -> SignalPropag
         return result
 
 
-def _gains(source: Tensor, targets: Sequence[Tensor], generator: torch.Generator) -> list[float | None]:
-    """Returns log10 of the rms at each target of two random unit-rms vectors, propagated back."""
+def _gains(
+    source: Tensor, targets: Sequence[Tensor], generator: torch.Generator
+) -> tuple[list[float | None], Sequence[Tensor | None]]:
+    """Returns log10 of the rms at each target of two random unit-rms vectors, and the second, propagated."""
+    found: Sequence[Tensor | None] = ()
     squares: list[float | None] = [None] * len(targets)
     for _ in range(2):
         vector = torch.randn(source.shape, generator=generator).to(source)
@@ -108,7 +114,17 @@ def _gains(source: Tensor, targets: Sequence[Tensor], generator: torch.Generator
         for i, gradient in enumerate(found):
             if gradient is not None:
                 squares[i] = (squares[i] or 0.0) + float(gradient.double().square().mean())
-    return [None if s is None else _decades((s / 2) ** 0.5) for s in squares]
+    return [None if s is None else _decades((s / 2) ** 0.5) for s in squares], found
+
+
+def _blocked_share(layer: Layer, gradient: Tensor) -> float | None:
+    """Returns the share of units that no gradient passes as all are negative, as behind `clamp(min=0)`."""
+    output = layer.output.detach()
+    if output.ndim < 2:
+        return None
+    others = layer.dims_beside_units(output)
+    blocked = (output.amax(others) <= 0) & (gradient.abs().amax(others) == 0)
+    return float(blocked.float().mean())
 
 
 def _gain_through_time(inputs: Tensor, outputs: Tensor, time: int, generator: torch.Generator) -> float:
@@ -157,6 +173,11 @@ class Layer:
     saturated: float | None = None
     gain: float | None = None
     calls: int = 1
+
+    def dims_beside_units(self, output: Tensor) -> list[int]:
+        """Returns the dimensions of its output, or of that of its activation, but that of the units."""
+        units = -1 if isinstance(self.module, nn.Linear) else 1
+        return [d for d in range(output.ndim) if d != units % output.ndim]
 
     @property
     def is_gate(self) -> bool:
@@ -248,9 +269,7 @@ class ForwardTrace(TorchFunctionMode):
             flat = SATURATING[name] if name == "tanh" else 2 * SATURATING[name] - 1
             layer.saturated = float((centred.abs() > flat).float().mean())
         elif name == "relu" and output.ndim > 1:
-            units = -1 if isinstance(layer.module, nn.Linear) else 1
-            others = [d for d in range(output.ndim) if d != units % output.ndim]
-            layer.dead = float((output.amax(dim=others) <= 0).float().mean())
+            layer.dead = float((output.amax(dim=layer.dims_beside_units(output)) <= 0).float().mean())
 
 
 def _with_gradient_of_input(module: nn.Module, inputs: Any) -> Any:

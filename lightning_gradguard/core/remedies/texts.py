@@ -228,6 +228,18 @@ BY_CAUSE = {
         "Look at what the data loader yields: an index that is not used, an unknown token for every word, a "
         "scaling to 0, or a column that is filled with one value."
     ),
+    "constant_target": (
+        "Look at the labels that the data loader yields: a column that is filled with one value, files that "
+        "are sorted by class and need shuffle=True, or a class that is rare and is to be drawn more often "
+        "(torch.utils.data.WeightedRandomSampler)."
+    ),
+    "same_answers": (
+        "What the loss asks for is met by one answer to all inputs: of a triplet or contrastive loss, lower "
+        "the learning rate, normalize the embeddings (torch.nn.functional.normalize), and begin with random "
+        "instead of the hardest negatives; of a VAE, lower the weight of the divergence or raise it "
+        "from 0, and take the mean or the sum of both terms alike; of two views, keep negatives, or the "
+        "predictor and stop-gradient of one side."
+    ),
     "target_scale": (
         "Standardize the targets, (target - mean) / std, and scale the answers of {where} back where they "
         "are used."
@@ -256,6 +268,11 @@ BY_CAUSE = {
         "Initialize all layers for their activation, not {where} alone: before ReLU "
         "[torch.nn.init.kaiming_normal_({weight}, nonlinearity='relu') {for_all}], before tanh the same with "
         "xavier_normal_({weight}, gain=5 / 3); or normalize after each."
+    ),
+    "large_answers": (
+        "The answers of {where} are far larger than the targets ask for: initialize it for unit variance, "
+        "nn.init.normal_({code}.weight, 0, n ** -0.5) for n inputs, and with it an embedding that is tied to "
+        "it, and normalize before it."
     ),
     "saturating_activations": (
         "Use activations that do not saturate (ReLU, GELU), and initialize all layers for them: "
@@ -340,6 +357,9 @@ REMEDIES = {
         "Change saturating activations for ReLU or GELU[check|, and check the initialization "
         "(InitializationCheck)].",
         "Check that labels match their inputs: can the network learn one batch by heart?",
+    ),
+    "large_norm": (
+        "Look for a sum where the loss needs a mean, and at the initialization and the scale of the data.",
     ),
     "falling_learning_rate": (
         "Give the optimizer a lower learning rate or a longer warm-up; the scale shows by how much.",

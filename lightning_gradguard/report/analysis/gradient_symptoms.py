@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 from statistics import median
 
+from lightning_gradguard.core import tags
 from lightning_gradguard.core.detectors import (
     CONSTANT_CLIPPING,
     HARD_CLIPPING,
@@ -36,6 +37,7 @@ def gradient_symptoms(log: RunLog, outcome: Outcome) -> Iterator[RunSymptom]:
         yield from lasting_symptoms(gradients, outcome)
         yield from _collapse(gradients, outcome)
         yield from _constant_clipping(gradients, outcome)
+    yield from _large_norm(log)
 
 
 def _explosion(log: RunLog, gradients: GradientLog, outcome: Outcome) -> Iterator[RunSymptom]:
@@ -77,6 +79,17 @@ def _explosion(log: RunLog, gradients: GradientLog, outcome: Outcome) -> Iterato
         value,
         where,
     )
+
+
+def _large_norm(log: RunLog) -> Iterator[RunSymptom]:
+    """Yields a largest norm that a mean loss of data of unit scale does not have."""
+    logged = [point for gradients in log.gradients for point in gradients.total.finite()]
+    since, largest = max(logged, key=lambda point: point[1], default=(0, 0.0))
+    largest = max(largest, log.largest_norm or 0.0)
+    if largest > tags.USUAL_LARGEST_NORM:
+        usual = f"usual: below {tags.USUAL_LARGEST_NORM:g} for a mean loss"
+        evidence = f"the largest gradient norm is {largest:.3g}, {usual}"
+        yield RunSymptom("large_norm", "minor", since, evidence, largest)
 
 
 def _collapse(gradients: GradientLog, outcome: Outcome) -> Iterator[RunSymptom]:

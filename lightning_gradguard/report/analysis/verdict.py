@@ -104,6 +104,8 @@ def _symptoms_of(log: RunLog, outcome: Outcome) -> list[RunSymptom]:
         rolled_back and all(rolled_back) and found_rate(log) is None
     ):
         recorded = [s for s in recorded if s.kind != "falling_learning_rate"]
+    if any(s.severity != "minor" or s.kind == "exploding_gradient" for s in (*found, *recorded)):
+        known.add("large_norm")  # of which it is the number
     outliers = {s.since for s in recorded if s.kind == "loss_spike" and s.cause == "bad_input"}
     found = [
         s
@@ -173,6 +175,8 @@ def _headline(status: Status, symptoms: Sequence[RunSymptom]) -> str:
         large = [s.cause for s in symptoms if s.cause in ("update_too_large", "input_scale")]
         if large and "constant_clipping" in kinds:
             return f"healthy, with {title('constant_clipping')} (cause: {label(large[0])})"
+        if "large_norm" in kinds:
+            return f"healthy, with {title('large_norm')}"
         return "healthy"
     if status == "unknown":
         return "not enough logged steps for a verdict"

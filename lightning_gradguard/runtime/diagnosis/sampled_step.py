@@ -171,7 +171,7 @@ class _SampledUpdate:
     """The update of one optimizer, and by how much clipping has scaled its gradients."""
 
     def __init__(self, suite: Suite, trainer: pl.Trainer, step: Step, wants_largest: bool) -> None:
-        self.logged = LoggedStep(suite, trainer, step, 2.0, update_ratio=True)
+        self.logged = LoggedStep(suite, trainer, step, 2.0, update_ratio=True, exact=False)
         groups = [group for group in step.optimizer.param_groups if "lr" in group]
         self._rates = [float(group["lr"]) for group in groups]
         self._initial_rates = [initial_rate(group) for group in groups]

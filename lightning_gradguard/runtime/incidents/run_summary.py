@@ -8,6 +8,7 @@ from pathlib import Path
 import pytorch_lightning as pl
 
 from lightning_gradguard.core import tags
+from lightning_gradguard.core.remedies import remedies
 from lightning_gradguard.runtime.incidents.journal import (
     count_incidents,
     describe_counts,
@@ -20,10 +21,8 @@ from lightning_gradguard.runtime.logging import console, metrics
 from lightning_gradguard.runtime.logging.console import relative_to_cwd, shell_command
 from lightning_gradguard.runtime.logging.hyperparameters import hyperparameters_of
 
-#: Above these, a run without an incident is not called one: clipping acts on most steps, or the norm is that
-#: of an explosion.
+#: Above this, a run without an incident is not called clean: clipping acts on most steps.
 USUAL_CLIPPED_FRACTION = 0.5
-USUAL_LARGEST_NORM = 1e3
 TITLE = "Run summary"
 #: Final counts in the order of the table: name and format.
 _ROWS = {
@@ -97,10 +96,10 @@ def _unusual(counts: Mapping[str, float]) -> dict[str, tuple[str, str]]:
             f"{tags.CLIP_COEFFICIENT}, or raise the bound of a policy that has one (max_norm, clipping)",
         )
     largest = max(largest, counts.get(tags.LARGEST_LOGGED_NORM, 0.0))
-    if largest > USUAL_LARGEST_NORM:
+    if largest > tags.USUAL_LARGEST_NORM:
         found["norms"] = (
-            f"largest gradient norm {largest:.3g}, usual: below {USUAL_LARGEST_NORM:g} for a mean loss",
-            "look for a sum where the loss needs a mean, and at the initialization and the scale of the data",
+            f"largest gradient norm {largest:.3g}, usual: below {tags.USUAL_LARGEST_NORM:g} for a mean loss",
+            remedies("large_norm", ())[0],
         )
     return found
 

@@ -29,6 +29,9 @@ from lightning_gradguard.runtime.steps.parameters import Selection
 from lightning_gradguard.runtime.steps.step import Step
 from lightning_gradguard.runtime.steps.suite import Suite
 
+#: Elements beyond which a matrix is large, and the interval of its columns from which an update is estimated.
+LARGE_MATRIX, EVERY_COLUMN = 2**16, 16
+
 
 @dataclass(frozen=True)
 class LoggedNumbers:
@@ -63,6 +66,7 @@ class LoggedStep:
         norm_type: Of all norms.
         update_ratio: Measure the update as well.
         clipped_norm: Measure also the norm that the optimizer gets, where ranks hold whole gradients.
+        exact: False to estimate the update of a large matrix from some of its columns, without a copy of all.
 
     Attributes:
         is_pending: True while the norms of the update are not yet summed over shards.
@@ -77,6 +81,7 @@ class LoggedStep:
         norm_type: float,
         update_ratio: bool,
         clipped_norm: bool = False,
+        exact: bool = True,
     ) -> None:
         self.step = batches_that_stepped(trainer)
         self.optimizer_index = step.optimizer_index
@@ -97,8 +102,8 @@ class LoggedStep:
         self._handles: list[RemovableHandle] = []
         if step.accepted and update_ratio:
             # copies all weights in one operation
-            before = list(torch._foreach_mul(_local(step.selection), 1.0))
-            measure = partial(self._measure_updates, step.selection, before)
+            before = list(torch._foreach_mul(_weights(step.selection, exact), 1.0))
+            measure = partial(self._measure_updates, step.selection, exact, before)
             self._handles.append(after_step(step.optimizer, measure))
         if step.accepted and clipped_norm and not step.selection.is_sharded:
             self._handles.append(after_step(step.optimizer, partial(self._measure_clipped, step.selection)))
@@ -160,10 +165,16 @@ class LoggedStep:
         scalars[tag(tags.GRAD_NORM_TOTAL)] = total  # also where a module is called `total`
         return scalars
 
-    def _measure_updates(self, selection: Selection, before: list[Tensor]) -> None:
-        torch._foreach_sub_(before, _local(selection))
+    def _measure_updates(self, selection: Selection, exact: bool, before: list[Tensor]) -> None:
+        torch._foreach_sub_(before, _weights(selection, exact))
         self.is_pending = True
-        self._suite.reduce_over_shards(power_sums(before), selection, self._set_update_norms)
+        sums = power_sums(before)
+        if not exact:
+            of_all = [weight.numel() for weight in _weights(selection, exact=True)]
+            sums *= sums.new_tensor(
+                [n / max(part.numel(), 1) for n, part in zip(of_all, before, strict=True)]
+            )
+        self._suite.reduce_over_shards(sums, selection, self._set_update_norms)
 
     def _measure_clipped(self, selection: Selection) -> None:
         gradients = [p.grad for p in selection.parameters if p.grad is not None]
@@ -177,8 +188,16 @@ class LoggedStep:
         self._update_norms = norms_from_power_sums(sums)
 
 
-def _local(selection: Selection) -> list[Tensor]:
-    return [local_shard(parameter.detach()) for parameter in selection.parameters]
+def _weights(selection: Selection, exact: bool) -> list[Tensor]:
+    weights = [local_shard(parameter.detach()) for parameter in selection.parameters]
+    return weights if exact else [_some_columns(weight) for weight in weights]
+
+
+def _some_columns(weight: Tensor) -> Tensor:
+    """Returns evenly spread columns of a large matrix, at least 8, so that each row is seen."""
+    if weight.ndim < 2 or weight.numel() <= LARGE_MATRIX:
+        return weight
+    return weight[:, :: min(EVERY_COLUMN, max(weight.shape[1] // 8, 1))]
 
 
 def log_gradient_histograms(trainer: pl.Trainer, gradients: Gradients, charts: ChartGroups) -> None:

@@ -157,3 +157,26 @@ def test_values_that_are_nonfinite_before_a_layer_are_no_fault_of_the_network(at
     assert [(f.criterion, f.module) for f in findings] == [("nonfinite_input", str(at + 1)), ("loss", "")]
     assert "division by 0" in findings[0].cure
     assert "residual" not in findings[0].cure
+
+
+@pytest.mark.parametrize(
+    "rectify",
+    [
+        lambda x: x.clamp(min=0),
+        lambda x: torch.maximum(x, torch.zeros_like(x)),
+        lambda x: torch.where(x > 0, x, 0.0),
+        lambda x: x * (x > 0),
+        torch.relu_,
+        nn.functional.relu6,
+    ],
+)
+def test_units_that_are_dead_behind_any_rectifier_are_found_in_their_layer(
+    rectify: Callable[[Tensor], Tensor],
+) -> None:
+    class Rectified(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return rectify(x)
+
+    network = planted(mlp(3, Rectified, he), lambda n: n[2].bias.fill_(-20.0))
+    assert ("dead_units", "2") in [(f.criterion, f.module) for f in fails(network)]
+    assert fails(mlp(3, Rectified, he)) == []

@@ -50,6 +50,16 @@ def test_learning_run_is_healthy() -> None:
     assert verdict.outcome.has_learned
 
 
+def test_a_norm_out_of_scale_is_named_as_at_the_end_of_the_run() -> None:
+    log = RunLog(series(falling(start=5e10)), [gradients(falling(start=1e11))])
+    verdict = analyze_run(log)
+    assert (verdict.status, verdict.headline) == ("healthy", "healthy, with a gradient norm out of scale")
+    assert "1e+11, usual: below 1000 for a mean loss" in verdict.symptoms[0].evidence
+    assert "the scale of the data" in verdict.symptoms[0].remedies[0]
+    unlogged = replace(log, gradients=[gradients(falling())], largest_norm=2e5)
+    assert [*kinds(analyze_run(unlogged))] == ["large_norm"]
+
+
 def test_norms_that_grow_over_decades_into_nan_are_exploding_gradients() -> None:
     norms = [1.2, 1.7, 30.0, 8e6, NAN, NAN]
     verdict = analyze_run(RunLog(series([4.6, 3.9, 3.8, 1e4, NAN, NAN]), [gradients(norms)]))

@@ -27,6 +27,7 @@ _ORDER = ("contract", "coverage", "units", "update", "depth", "stuck", "stagnati
 _RULES = (
     rules.broken_contracts,
     rules.constant_inputs,
+    rules.labels_of_one_class,
     rules.untrained_parameters,
     rules.dead_or_saturated_units,
     clipped.clipped_elsewhere,
@@ -146,8 +147,9 @@ class Diagnosis:
         for rule in _LATE_RULES:
             if not (rising and rule is stagnation):
                 yield from rule(sample, self._progress)
+        yield from rules.far_targets(sample, self._progress, self.patience)
+        yield from rules.same_answers(sample, self._progress, self.patience)
         if not self._is_related:
-            yield from rules.far_targets(sample, self._progress, self.patience)
             yield from rules.stuck_loss(sample, self._progress, self.patience)
 
     def _by_update(self, symptom: Symptom) -> Symptom:

@@ -46,6 +46,7 @@ class Progress:
         self._largest_weights: dict[str, float] = {}
         self._weights: dict[int, Sequence[float]] = {}
         self._unmoved: dict[int, bool] = {}
+        self._spreads = (math.nan, math.nan)
 
     def update(self, sample: Sample) -> None:
         """Adds a sample."""
@@ -54,6 +55,7 @@ class Progress:
             self.first = sample.loss if math.isnan(self.first) else self.first
             self._losses.append(sample.loss)
             self._range = min(self._range[0], sample.loss), max(self._range[1], sample.loss)
+        self._spreads = self._spreads[1], sample.spread
         self._ratios = []
         for number, call in enumerate(sample.calls):
             recent = self._calls[f"{number}.{call.function}"]
@@ -117,6 +119,11 @@ class Progress:
         return len(losses) == RECENT and falls and losses[-1] < -UNBOUNDED * max(abs(self.first), 1.0)
 
     @property
+    def spreads_out(self) -> bool:
+        """True if answers differ more than in the sample before."""
+        return self._spreads[1] > self._spreads[0]
+
+    @property
     def is_constant(self) -> bool:
         """True if all losses so far are the same."""
         return self._range[0] == self._range[1]
@@ -149,6 +156,7 @@ class Progress:
             "losses": list(self._losses),
             "calls": calls,
             "range": list(self._range),
+            "spreads": list(self._spreads),
             "sizes": {index: list(sizes) for index, sizes in self._sizes.items()},
             "weights": dict(self._largest_weights),
             "update": self.largest_update,
@@ -160,6 +168,7 @@ class Progress:
         self.first = state_dict["first"]
         self._losses = deque(state_dict["losses"], maxlen=RECENT)
         self._range = tuple(state_dict.get("range", (math.inf, -math.inf)))
+        self._spreads = tuple(state_dict.get("spreads", (math.nan, math.nan)))
         self._calls.clear()
         for key, recent in state_dict["calls"].items():
             self._calls[key] = deque(map(tuple, recent), maxlen=RECENT)

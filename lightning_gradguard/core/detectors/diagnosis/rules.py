@@ -37,8 +37,14 @@ SMALL_INPUT = 0.01
 UNEQUAL_COLUMNS = 50.0
 #: Rms of the targets, and its ratio to that of the answers, from which on they are too large for the network.
 LARGE_TARGET, FAR_TARGET = 100.0, 10.0
-#: Ratio of the answers to the targets from which on the forward pass explodes.
-FAR_ANSWER = 1e3
+#: Ratio of the answers to the targets from which on the forward pass explodes; that of the loss of classes
+#: to that of guessing, and the steps in which a network may come back from there.
+FAR_ANSWER, FAR_GUESS, FIRST_GUESSES = 1e3, 5.0, 20
+#: Spread of the answers over their size below which they are nearly the same, and that of answers that are no
+#: better than a constant.
+SAME_ANSWERS, SAME_BESIDE = 0.05, 0.15
+#: Steps before which labels of one class may be those of the first files alone.
+LABEL_STEPS = 50
 #: Spread of all losses over the first one up to which a loss is flat.
 FLAT = 0.003
 #: Shares of a loss call that break its contract.
@@ -85,6 +91,14 @@ def constant_inputs(sample: Sample, progress: Progress) -> Iterator[Symptom]:
         where = tuple(layer.name for layer in sample.layers[:1])
         evidence = "all rows of the inputs are the same, and their targets differ"
         yield Symptom("stuck_loss", "constant_input", where, math.nan, evidence, "contract", 3)
+
+
+def labels_of_one_class(sample: Sample, progress: Progress) -> Iterator[Symptom]:
+    """Yields labels that have all been of one class."""
+    for call in sample.calls:
+        if call.constant == 0 and sample.step >= LABEL_STEPS:
+            evidence = f"{call.function}: all labels of the sampled steps are of one class"
+            yield Symptom("stuck_loss", "constant_target", sample.head, math.nan, evidence, "contract", 3)
 
 
 def untrained_parameters(sample: Sample, progress: Progress) -> Iterator[Symptom]:
@@ -243,7 +257,7 @@ def overshooting_steps(sample: Sample, progress: Progress) -> Iterator[Symptom]:
 
 
 def far_answers(sample: Sample, progress: Progress) -> Iterator[Symptom]:
-    """Yields answers of a regression far beyond its targets, and of what the inputs explain."""
+    """Yields answers far beyond targets, or what classes need, unless the inputs explain it."""
     if input_cause(sample) != "unknown":
         return
     for call in sample.calls:
@@ -251,7 +265,11 @@ def far_answers(sample: Sample, progress: Progress) -> Iterator[Symptom]:
             sizes = f"answers is {call.answer:.2g}, that of the targets {call.target:.2g}"
             evidence = f"{call.function}: the rms of the {sizes} (usual: alike)"
             ratio = call.answer / max(call.target, 1e-45)
-            yield Symptom("exploding_gradient", "unknown", sample.head, ratio, evidence, "update")
+            yield Symptom("exploding_gradient", "large_answers", sample.head, ratio, evidence, "update")
+        if call.value > FAR_GUESS * call.guess and sample.step >= FIRST_GUESSES:
+            ratio = call.value / call.guess
+            evidence = f"{call.function}: the loss is {ratio:.2g} times that of guessing (usual: below 1.2)"
+            yield Symptom("exploding_gradient", "large_answers", sample.head, ratio, evidence, "update")
 
 
 def unbounded_loss(sample: Sample, progress: Progress) -> Iterator[Symptom]:
@@ -278,17 +296,35 @@ def constant_loss(sample: Sample, progress: Progress) -> Iterator[Symptom]:
 
 
 def far_targets(sample: Sample, progress: Progress, patience: int) -> Iterator[Symptom]:
-    """Yields targets that the answers do not come near, in a network that does not learn."""
-    falls = progress.over_first < LEARNS
-    if sample.step < patience or falls or not progress.over_constant > STUCK:
+    """Yields targets that the answers have not come near."""
+    if sample.step < patience:
         return
     for call in sample.calls:
         if call.target > LARGE_TARGET and call.target > FAR_TARGET * call.answer:
             evidence = (
                 f"{call.function}: the rms of the targets is {call.target:.2g}, that of the answers "
-                f"{call.answer:.2g}, and the loss is {progress.over_constant:.3g} times that of a constant"
+                f"{call.answer:.2g}, and the loss is {progress.over_first:.3g} times the first"
             )
             yield Symptom("stuck_loss", "target_scale", sample.head, call.target, evidence, "contract", 2)
+
+
+def same_answers(sample: Sample, progress: Progress, patience: int) -> Iterator[Symptom]:
+    """Yields a network that answers all inputs alike under a loss that does not show it.
+
+    It is one of distances between answers, or has a second term beside that of the targets, as in a VAE.
+    """
+    if sample.step < patience or progress.spreads_out:
+        return
+    is_whole = any(math.isclose(call.value, sample.loss, rel_tol=0.01) for call in sample.calls)
+    is_worse = progress.over_constant > STUCK and not is_whole
+    is_alone = math.isnan(progress.over_constant) and not sample.meets_data
+    if sample.spread < (SAME_BESIDE if is_worse else SAME_ANSWERS if is_alone else 0):
+        name, spread = ", ".join(sample.head), f"{sample.spread:.1g} of their size"
+        evidence = f"the rows of the output of {name} differ by {spread}: all inputs get nearly one answer"
+        if is_worse:
+            evidence += f", and its loss is {progress.over_constant:.3g} times that of the best constant"
+        needs = 3 if is_worse else 2  # most autoencoders begin with the mean of all inputs
+        yield Symptom("stuck_loss", "same_answers", sample.head, sample.spread, evidence, "stuck", needs)
 
 
 def stuck_loss(sample: Sample, progress: Progress, patience: int) -> Iterator[Symptom]:

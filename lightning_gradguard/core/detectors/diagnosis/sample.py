@@ -89,10 +89,12 @@ class LossSignal:
         function: Its name.
         flags: Share of the call, 0 to 1, that breaks a condition, by the cause.
         value: Mean loss.
-        constant: Mean loss of the best constant answer to the targets so far; NaN if unknown.
+        constant: Mean loss of the best constant answer to the targets so far; NaN if unknown, 0 if all of
+            many labels were the same.
         constant_here: The same of that answer to the targets of this call.
         target: Root mean square of the targets of a regression.
         answer: The same of the answers.
+        guess: Loss of a classification that gives all classes one probability; NaN if unknown.
     """
 
     function: str
@@ -102,6 +104,7 @@ class LossSignal:
     constant_here: float = math.nan
     target: float = math.nan
     answer: float = math.nan
+    guess: float = math.nan
 
 
 #: Norm of weights, relative to torch's default initialization, below which an update is compared with that.
@@ -222,6 +225,8 @@ class Sample:
         inputs_are_constant: True if all rows of the inputs are the same, and those of the targets differ.
         one_signed: True if the gradient at the head has one sign for all samples.
         permuted: Relative rise of the loss if targets are permuted; NaN if not measured.
+        spread: Distance of the last layer's output, in rows of unit norm, from its mean; NaN if unknown.
+        meets_data: True if what the network gives is compared, or combined, with the batch.
     """
 
     step: int
@@ -237,6 +242,8 @@ class Sample:
     inputs_are_constant: bool = False
     one_signed: bool = False
     permuted: float = math.nan
+    spread: float = math.nan
+    meets_data: bool = False
 
     @property
     def head(self) -> tuple[str, ...]:

@@ -13,6 +13,8 @@ from torch.nn import functional
 MAX_COLUMNS = 65_536
 #: Labels for each class that was seen, below which an entropy is too uncertain.
 MIN_PER_CLASS = 10
+#: Labels of which one class alone is no chance; with fewer, a constant has no known loss.
+MIN_ALIKE = 256
 #: Rows below which a variance or a median is too uncertain.
 MIN_ROWS = 16
 
@@ -44,7 +46,7 @@ class LossBaselines:
 
         Returns:
             Over all targets so far, and over those of this call, with which its loss shares their scatter.
-            NaN, on the device, where the targets are too few or all alike.
+            NaN, on the device, where the targets are too few or all alike; 0 for many labels of one class.
         """
         if options.get("pos_weight") is not None:
             return None
@@ -67,7 +69,8 @@ class LossBaselines:
             total = self._pooled(key, torch.cat([rows.sum(0), rows.new_ones(1) * len(rows)]))
             p, here = (total[:-1] / total[-1]).clamp(0, 1), rows.double().mean(0).clamp(0, 1)
             entropy = (torch.special.entr(p) + torch.special.entr(1 - p)).mean()
-            return _positive(entropy, (_cross_entropy(here, p) + _cross_entropy(1 - here, 1 - p)).mean())
+            loss = (_cross_entropy(here, p) + _cross_entropy(1 - here, 1 - p)).mean()
+            return _positive(entropy, loss, ((p == 0) | (p == 1)).all() & (total[-1] >= MIN_ALIKE))
         if function in _ELEMENTWISE and len(rows) >= MIN_ROWS:
             best = rows.median(0).values.expand_as(rows)
             kept = {k: options[k] for k in ("beta", "delta") if k in options}
@@ -105,7 +108,8 @@ class LossBaselines:
         both = both if weights is None else both * weights.to(pooled)
         p, here = (1 - smoothing) * both / both.sum(1, keepdim=True) + smoothing / n_classes
         entropy = torch.where(enough, torch.special.entr(p).sum(), torch.nan)
-        return _positive(entropy, _cross_entropy(here, p).sum())
+        is_single = ((pooled > 0).sum() == 1) & (pooled.sum() >= MIN_ALIKE)
+        return _positive(entropy, _cross_entropy(here, p).sum(), is_single)
 
     def _divergence(self, key: str, target: Tensor, options: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
         """Returns how far rows diverge from their mean: by row for `reduction="batchmean"`, or by element."""
@@ -133,6 +137,9 @@ def _cross_entropy(shares: Tensor, p: Tensor) -> Tensor:
     return entropy
 
 
-def _positive(loss: Tensor, here: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns NaN for targets that are all alike: a constant has no loss then."""
-    return torch.where(loss > 1e-9, loss, torch.nan), torch.where(loss > 1e-9, here, torch.nan)
+def _positive(loss: Tensor, here: Tensor, is_single: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Returns NaN for targets that are all alike, as a constant has no loss then; 0 for many of one class."""
+    nothing = (
+        torch.full_like(loss, torch.nan) if is_single is None else torch.where(is_single, 0.0, torch.nan)
+    )
+    return torch.where(loss > 1e-9, loss, nothing), torch.where(loss > 1e-9, here, torch.nan)

@@ -98,6 +98,15 @@ def broken_conditions(
         yield "unreachable_targets", ((target < low - _OUTSIDE) | (target > high + _OUTSIDE)).float().mean()
 
 
+def loss_of_guessing(function: str, answer: Tensor, options: Mapping[str, Any]) -> float:
+    """Returns the loss of giving all classes one probability; NaN for a regression or weighted classes."""
+    if options.get("weight") is not None or options.get("pos_weight") is not None:
+        return math.nan
+    if function in ("cross_entropy", "nll_loss") and answer.ndim > 1 and answer.shape[1] > 1:
+        return math.log(answer.shape[1])
+    return math.log(2) if function == "binary_cross_entropy_with_logits" else math.nan
+
+
 def broadcasts(answer: Tensor, target: Tensor) -> bool:
     """True for shapes `(n, 1)` and `(n,)`, n > 1, which broadcast to `(n, n)`."""
     one, other = sorted((answer, target), key=lambda tensor: tensor.ndim)

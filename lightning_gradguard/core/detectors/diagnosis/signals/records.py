@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 from lightning_gradguard.core.detectors.diagnosis.sample import LayerSignal, LossSignal, UnitSignal
@@ -52,17 +53,18 @@ class UnitRecord:
 
 @dataclass
 class LossRecord:
-    """A call of a loss: broken conditions, its value and those of a constant, rms of targets and answers."""
+    """A call of a loss: broken conditions, value, those of a constant and of guessing, rms of both sides."""
 
     function: str
     flags: dict[SymptomCause, int]
     value: int
     constants: tuple[int | None, int | None]
     scales: tuple[int, int] | None = None
+    guess: float = math.nan
 
     def signal(self, numbers: DeviceScalars) -> LossSignal:
         """Returns the call with its numbers, which are on the host."""
         flags = {cause: numbers[i] for cause, i in self.flags.items()}
         scales = (None, None) if self.scales is None else self.scales
-        rest = (numbers[i] for i in (self.value, *self.constants, *scales))
-        return LossSignal(self.function, flags, *rest)
+        value, best, here, *sizes = (numbers[i] for i in (self.value, *self.constants, *scales))
+        return LossSignal(self.function, flags, value, best, here, sizes[0], sizes[1], self.guess)

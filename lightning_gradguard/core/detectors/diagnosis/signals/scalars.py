@@ -10,6 +10,8 @@ from torch import Tensor
 
 from lightning_gradguard.core.norms import local_shard
 
+#: Numbers of an answer from which on it has a direction: of fewer, a loss may leave the offset open.
+MIN_COLUMNS = 8
 #: Rows of a batch below which all may be the same by chance.
 MIN_ROWS = 8
 
@@ -104,6 +106,19 @@ def column_scales(table: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
         return None
     columns = table.detach().float().square().mean(0).sqrt()
     return columns.max(), columns.median(), columns.argmax()
+
+
+def spread_over_rows(tensor: Tensor) -> Tensor:
+    """Returns how far normalized rows are from their mean, over the root mean square: 0 for one direction.
+
+    Example:
+        >>> spread_over_rows(torch.tensor([[2.0, 1.0], [4.0, 2.0]])).item()
+        0.0
+    """
+    rows = torch.nn.functional.normalize(tensor.detach().float().flatten(1))
+    size = torch.linalg.vector_norm(rows).clamp(min=torch.finfo(torch.float32).tiny)
+    spread: Tensor = torch.linalg.vector_norm(rows - rows.mean(0)) / size
+    return spread
 
 
 def is_constant(inputs: Sequence[Tensor], target: Tensor | None) -> Tensor:

@@ -22,18 +22,23 @@ from lightning_gradguard.core.detectors.diagnosis.sample import (
 )
 from lightning_gradguard.core.detectors.diagnosis.signals import attention, loss_calls, recurrences, units
 from lightning_gradguard.core.detectors.diagnosis.signals.loss_baseline import LossBaselines
+from lightning_gradguard.core.detectors.diagnosis.signals.loss_trace import LossTrace
 from lightning_gradguard.core.detectors.diagnosis.signals.matrices import (
     PRODUCTS,
     BareMatrices,
     is_layer,
     own_matrices,
 )
-from lightning_gradguard.core.detectors.diagnosis.signals.records import LayerRecord, LossRecord, UnitRecord
+from lightning_gradguard.core.detectors.diagnosis.signals.records import LayerRecord, UnitRecord
 from lightning_gradguard.core.detectors.diagnosis.signals.scalars import (
+    MIN_COLUMNS,
+    MIN_ROWS,
     DeviceScalars,
     column_scales,
     is_measurable,
+    spread_over_rows,
 )
+from lightning_gradguard.core.norms import local_shard
 from lightning_gradguard.core.parameter_names import plain_name
 
 #: Calls of layers that are recorded; a long recurrence has more.
@@ -60,14 +65,16 @@ class StepTrace(TorchFunctionMode):
     def __init__(self, module: nn.Module, batch: Any, baselines: LossBaselines) -> None:
         super().__init__()
         self._module = module
-        self._baselines = baselines
         self._scalars = DeviceScalars()
         self._layers: dict[str, LayerRecord] = {}
         self._units: list[UnitRecord] = []
         self._times: dict[str, tuple[int, int, int]] = {}
-        self._losses: list[LossRecord] = []
+        self._losses = LossTrace(self._scalars, baselines)
         self._one_signed: dict[str, int] = {}
         self._last = ""
+        self._answer: Tensor | None = None
+        self._spread: int | None = None
+        self._meets_data = False
         self._n_calls = 0
         self._gradients: list[int] = []
         self._blocked = units.UnitGradients()
@@ -75,6 +82,8 @@ class StepTrace(TorchFunctionMode):
         self._first_share: int | None = None
         self._modules: list[str] = []
         self._attention: list[str] = []
+        self._sigmoids: WeakValueDictionary[int, Tensor] = WeakValueDictionary()
+        self._of_sigmoid: dict[int, UnitRecord] = {}
         self._hooks = ExitStack()
         self._is_open = True
         self._bare = BareMatrices(module)
@@ -122,6 +131,10 @@ class StepTrace(TorchFunctionMode):
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)  # type: ignore[no-untyped-call]
         self._hooks.close()
+        answer, self._answer = self._answer, None
+        if answer is not None and len(answer) >= MIN_ROWS and answer[0].numel() >= MIN_COLUMNS:
+            with _silent():
+                self._spread = self._scalars.add(spread_over_rows(local_shard(answer)))
 
     def uses(self, tensor: Tensor) -> bool:
         """True if a function was called with a tensor of the batch."""
@@ -164,10 +177,12 @@ class StepTrace(TorchFunctionMode):
             layers=layers,
             units=found,
             times=times,
-            calls=[loss.signal(numbers) for loss in self._losses],
+            calls=[loss.signal(numbers) for loss in self._losses.records],
             input_rms=numbers[self._input],
             columns=None if self._columns is None else tuple(numbers[i] for i in self._columns),
             one_signed=numbers[self._one_signed.get(self._last)] == 1,
+            spread=numbers[self._spread],
+            meets_data=self._meets_data,
         )
 
     def _share(self, index: int | None) -> int | None:
@@ -196,9 +211,11 @@ class StepTrace(TorchFunctionMode):
     ) -> None:
         given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         self._used.update(map(id, given))
+        if not self._meets_data and any(tensor.grad_fn is not None for tensor in given):
+            self._meets_data = any(map(self._is_data, given))
         if name in loss_calls.LOSSES:
             answer, target, options = loss_calls.arguments_of(function, args, kwargs)
-            self._record_loss(name, answer, target, options, result)
+            self._losses.add(name, answer, target, options, result, is_data=self._is_data(target))
             return
         if name in attention.FUNCTIONS:
             self._record_attention(name, attention.arguments_of(function, args, kwargs), result)
@@ -212,67 +229,22 @@ class StepTrace(TorchFunctionMode):
         elif plain in ACTIVATIONS:
             self._record_units(plain, result)
         elif plain in ("sub", "rsub", "subtract"):
-            self._record_difference(args, result)
+            self._record_difference(args)
+        elif plain in ("mul", "rmul", "multiply"):
+            self._record_gate(given)
         if not result.requires_grad and given and all(self._is_data(tensor) for tensor in given):
             self._data[id(result)] = result
 
     def _is_data(self, tensor: Tensor) -> bool:
         return self._data.get(id(tensor)) is tensor
 
-    def _record_loss(
-        self, name: str, answer: Tensor, target: Tensor, options: dict[str, Any], result: Tensor
-    ) -> None:
-        if not (is_measurable(answer) and answer.requires_grad) or target.requires_grad:
-            return
-        is_data, target = self._is_data(target), target.detach()
-        value, constants = result.detach().float().mean(), None
-        if options.get("reduction", "mean") == "sum":
-            n = (
-                (target != options.get("ignore_index", -100)).sum()
-                if name in ("cross_entropy", "nll_loss")
-                else answer.numel()
-            )
-            value = value / n
-        if is_data:
-            key = f"{len(self._losses)}.{name}"
-            constants = self._baselines.constant(key, name, answer.detach(), target, options)
-        self._add_loss(name, answer, target, options, value, constants)
-
-    def _record_difference(self, args: Sequence[Any], result: Tensor) -> None:
+    def _record_difference(self, args: Sequence[Any]) -> None:
         both = [arg for arg in args if isinstance(arg, Tensor)]
         if len(both) != 2 or both[0].requires_grad == both[1].requires_grad:
             return
         answer, target = sorted(both, key=lambda tensor: not tensor.requires_grad)
         if is_measurable(answer) and is_measurable(target) and self._is_data(target) and self._n_calls:
-            self._add_loss("difference", answer, target, {}, None, None)
-
-    def _add_loss(
-        self,
-        name: str,
-        answer: Tensor,
-        target: Tensor,
-        options: dict[str, Any],
-        value: Tensor | None,
-        constants: tuple[Tensor, Tensor] | None,
-    ) -> None:
-        if len(self._losses) >= 32:
-            return
-        add = self._scalars.add
-        flags = {
-            cause: add(torch.as_tensor(flag, device=answer.device))
-            for cause, flag in loss_calls.broken_conditions(name, answer, target, options)
-        }
-        if name == "difference" and not flags:
-            return
-        nothing = torch.full((), torch.nan, device=answer.device)
-        index = add(nothing if value is None else value)
-        scales = (
-            (self._scalars.add_rms(target), self._scalars.add_rms(answer))
-            if name in loss_calls.REGRESSION
-            else None
-        )
-        best = (None, None) if constants is None else (add(constants[0]), add(constants[1]))
-        self._losses.append(LossRecord(name, flags, index, best, scales))
+            self._losses.add_difference(answer, target)
 
     def _record_attention(self, name: str, arguments: dict[str, Any], result: Any) -> None:
         where = self._attention[-1] if self._attention else self._last
@@ -301,6 +273,20 @@ class StepTrace(TorchFunctionMode):
             module = self._modules[-1] if self._modules else ""
             place = layer.name, module, name
             self._units.append(UnitRecord(*place, dead, saturated, self._n_calls, outputs))
+            if saturated is not None and name.endswith("sigmoid"):
+                self._sigmoids[id(output)], self._of_sigmoid[id(output)] = output, self._units[-1]
+
+    def _record_gate(self, factors: Sequence[Tensor]) -> None:
+        """Examines sigmoids again, as gates, that something is multiplied by."""
+        for factor in factors:
+            if self._sigmoids.get(id(factor)) is factor:
+                units_of = self._of_sigmoid[id(factor)]
+                shares = units.saturated_shares(
+                    factor.detach(), self._layers[units_of.layer].units, units_of.function, is_gate=True
+                )
+                if shares is not None:
+                    units_of.saturated, units_of.outputs = map(self._scalars.add, shares)
+                del self._sigmoids[id(factor)]
 
     def _after_layer(self, name: str, module: nn.Module, inputs: Any, output: Any) -> None:
         if not self._records():
@@ -336,6 +322,7 @@ class StepTrace(TorchFunctionMode):
         self._n_calls += 1
         if output.requires_grad:
             layer.n_attached += 1
+            self._answer = output
             extremes = units.extremes(output.detach(), layer.units) if layer.calls == 1 else None
             output.register_hook(partial(self._on_gradient, layer, extremes))  # type: ignore[no-untyped-call]
         return layer

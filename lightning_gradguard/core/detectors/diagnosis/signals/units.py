@@ -12,6 +12,8 @@ from torch.distributed.tensor import DTensor
 
 #: Values per unit below which a share over the batch means nothing.
 MIN_ROWS = 16
+#: Values per unit of which more do not make it surer that all are negative, or far out.
+ENOUGH = 1024
 #: Activations by the name of the function; forms that end in `_` work in place.
 RECTIFIERS = frozenset({"relu", "relu6", "threshold"})
 SMOOTH_RECTIFIERS = frozenset({"gelu", "silu", "mish", "hardswish", "softplus", "hardshrink", "softshrink"})
@@ -97,9 +99,16 @@ def saturated_shares(
 
 
 def extremes(output: Tensor, dim: int) -> tuple[Tensor, Tensor] | None:
-    """Returns the highest output of each unit and the one nearest to 0; `None` for too few samples."""
+    """Returns the highest output of each unit and the one nearest to 0; `None` for too few samples.
+
+    Of many values, those of evenly spread rows are read: the gradients, which are read in whole, decide too.
+    """
     others = _others(output, dim)
-    return None if others is None else (output.amax(others), output.abs().amin(others))
+    if others is None:
+        return None
+    if 0 in others:
+        output = output[:: max(output.numel() // output.shape[dim] // ENOUGH, 1)]
+    return output.amax(others), output.abs().amin(others)
 
 
 class UnitGradients:
