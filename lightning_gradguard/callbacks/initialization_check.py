@@ -302,7 +302,8 @@ class InitializationCheck(Callback, Configured):
                     detail=detail,
                     **cure,
                 )
-                publish(trainer, pl_module, incident)
+                is_cured = incident.advice.startswith("Cure: ")  # which the table has
+                publish(trainer, pl_module, incident, prints_advice=not is_cured)
         if failed:
             raise InitializationError("The network, as it is initialized, will not train:\n" + table(serious))
         if shown:

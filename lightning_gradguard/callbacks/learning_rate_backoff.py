@@ -73,6 +73,7 @@ class LearningRateBackoff(StepCallback):
         self._found_rate: float | None = None
         self._is_first_batch = False
         self._has_updated = False
+        self._has_ended = False
         self._rates: list[ScaledLearningRate] = []
         self._scheduled: dict[int, list[float | Tensor]] = {}
 
@@ -85,6 +86,10 @@ class LearningRateBackoff(StepCallback):
     def on_begin(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Hooks into the optimizers of this fit."""
         self._rates = [ScaledLearningRate(optimizer) for optimizer in trainer.optimizers]
+        if trainer.global_step == 0 and self._has_ended:
+            self._backoff.reset()  # the run before was another one
+            self._found_rate = None
+        self._has_ended = False
         self._backoff.begin(trainer.global_step)
         self._is_first_batch, self._has_updated = True, False
         if self.prog_bar:
@@ -180,6 +185,7 @@ class LearningRateBackoff(StepCallback):
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._backoff.load_state_dict(state_dict)
+        self._has_ended = False
         self._saved_rates = state_dict.get("initial_rates", [])  # version 0.5 has neither
         self._found_rate = state_dict.get("found_rate")
 
@@ -188,6 +194,7 @@ class LearningRateBackoff(StepCallback):
         return [rate for scaled in self._rates for rate in scaled.initial()]
 
     def _remove_hooks(self) -> None:
+        self._has_ended |= bool(self._rates)
         for rate in self._rates:
             rate.remove()
         self._rates = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any, Literal
 
 import pytorch_lightning as pl
@@ -167,6 +168,7 @@ class NaNRollback(StepCallback):
         self._unknown_averages: list[str] = []
         self._resumes_a_stop = False
         self._configured_rates: ConfiguredRates | None = None
+        self._initial_state = self.state_dict()
 
     @property
     def skips(self) -> int:
@@ -222,6 +224,8 @@ class NaNRollback(StepCallback):
                 f"Resumed from a run that was stopped: training continues with lr={rates[1]:g}, as"
                 f" configure_optimizers sets it, not with lr={rates[0]:g} as in the checkpoint.",
             )
+        if trainer.global_step == 0 and self._counts.has_ended:
+            self.load_state_dict(copy.deepcopy(self._initial_state))  # the run before was another one
         self._counts.has_stopped = False
         self._counts.since = trainer.global_step if self._counts.since is None else self._counts.since
         side_effects = SideEffects(trainer, pl_module)
@@ -320,6 +324,7 @@ class NaNRollback(StepCallback):
         if stage == "fit":
             self._restore_step(pl_module)
             self._own_logs = self._log_folders()
+            self._counts.has_ended = True
             if self._session is not None:
                 self._session.end()
             self._session = None  # type: ignore[assignment]
@@ -355,10 +360,8 @@ class NaNRollback(StepCallback):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._counts.since = state_dict.get("counted_since", 0)  # 0.5 has not saved it
-        self._counts.skips = state_dict["skips"]
-        self._counts.amp_overflows = state_dict["amp_overflows"]
-        self._counts.overflows_at_floor = state_dict["overflows_at_floor"]
+        counts = (state_dict[name] for name in ("skips", "amp_overflows", "overflows_at_floor"))
+        self._counts = Counts(state_dict.get("counted_since", 0), *counts)  # 0.5 has not saved the step
         self._policy.load_state_dict(state_dict["recovery"])
         if state_dict["has_given_up"]:
             self._policy.reset_budgets()  # the user has changed something, and wants it tried

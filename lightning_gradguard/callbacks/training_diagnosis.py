@@ -291,7 +291,9 @@ class TrainingDiagnosis(StepCallback):
                     value=None if math.isnan(symptom.value) else symptom.value,
                     cause=cause,
                     detail=f"Since step {symptom.since}: {symptom.evidence}." if symptom.evidence else "",
-                    advice=advice_for_symptom(symptom.kind, cause, symptom.where, present, pl_module),
+                    advice=advice_for_symptom(
+                        symptom.kind, cause, symptom.where, present, pl_module, symptom.n_times
+                    ),
                     **now,
                 )
                 publish(trainer, pl_module, incident)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import functools
 import logging
+import re
 import sys
 import sysconfig
 import traceback
@@ -104,6 +105,11 @@ def instantiate(kind: Callable[..., Instance], /, *args: Any, **kwargs: Any) -> 
 
 def failure_message(failures: Failures, error: Exception) -> str:
     """Describes why a class could not be instantiated; `error` is what jsonargparse has raised in the end."""
+    if (taken := re.search(r"got multiple values for argument '(\w+)'", str(error))) and not failures:
+        return (
+            f"an argument of __init__ is named {taken[1]}, a name that jsonargparse, which parses the "
+            "command line, uses itself: rename it."
+        )
     kind, cause = failures[-1] if failures else (type(None), error)
     text = one_line(str(cause))
     if kind.__module__.startswith("lightning_gradguard.") and isinstance(cause, ValueError):

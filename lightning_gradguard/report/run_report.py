@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from statistics import median
 
 from lightning_gradguard.report.analysis.gradient_symptoms import clipped_elsewhere
-from lightning_gradguard.report.analysis.run_log import GradientLog, Series
+from lightning_gradguard.report.analysis.run_log import GradientLog, RunLog, Series
 from lightning_gradguard.report.analysis.verdict import RunVerdict, analyze_run, worst_layers
 from lightning_gradguard.report.readers.runs import Run
 from lightning_gradguard.report.timeline import TimelineEntry, timeline
@@ -35,6 +35,7 @@ class Interventions:
     """Interventions of the suite, as `schema.json` describes them; `None` without the callback."""
 
     skips: int | None
+    earlier_skips: int
     rollbacks: int | None
     lost_batches: Mapping[str, int]
     ranks: int
@@ -118,6 +119,7 @@ def _interventions(run: Run) -> Interventions:
     elsewhere = [is_clipped for g in log.gradients for is_clipped in clipped_elsewhere(g)]
     return Interventions(
         skips=_last_count(log.skips),
+        earlier_skips=_earlier_skips(log),
         rollbacks=_last_count(log.rollbacks),
         lost_batches=dict(run.lost_batches),
         ranks=run.ranks,
@@ -126,6 +128,14 @@ def _interventions(run: Run) -> Interventions:
         clipped_share=sum(fractions) / len(fractions) if fractions else None,
         clipped_elsewhere_share=sum(elsewhere) / len(elsewhere) if any(elsewhere) else None,
     )
+
+
+def _earlier_skips(log: RunLog) -> int:
+    """Returns the skips before a run was resumed: they are counted, and have no incident in its folder."""
+    counts = [int(count) for _, count in log.skips.finite()]
+    here = sum(incident.action == "skipped" for incident in log.incidents)
+    # without the file of incidents, those that were counted while it was logged are of this part
+    return max(counts[-1] - (here or counts[-1] - counts[0]), 0) if counts else 0
 
 
 def _last_count(series: Series) -> int | None:

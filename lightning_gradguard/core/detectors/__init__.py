@@ -2,7 +2,7 @@
 
 from .constant_clipping import CONSTANT_CLIPPING, HARD_CLIPPING, USUAL_UPDATE, ConstantClippingDetector
 from .depth import DEPTH_DECADES, depth_profile
-from .norm_band import NormBand
+from .norm_band import ABOVE_START, EXPLOSION, Explosion, NormBand
 from .optimizer_health import (
     ADVERSARIAL_DIVERGENCE_RATIO,
     DIVERGENCE_RATIO,

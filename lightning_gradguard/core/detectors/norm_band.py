@@ -1,14 +1,18 @@
-"""The band that most total norms are in."""
+"""The band that most total norms are in, and norms far above it."""
 
 from __future__ import annotations
 
 import math
 from collections import deque
-from statistics import quantiles
+from statistics import median, quantiles
 from typing import Any
 
 #: Logged steps whose norms are kept.
 WINDOW = 100
+#: A total norm, or a loss, explodes if it is this many times the median before it.
+EXPLOSION = 100.0
+#: A norm that explodes is also above this many times the norm at the start: late in a run norms are small.
+ABOVE_START = 10.0
 
 
 class NormBand:
@@ -36,3 +40,32 @@ class NormBand:
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continues with a saved window; checkpoints from before 0.5 have none."""
         self._totals = deque(state_dict.get("totals", ()), maxlen=WINDOW)
+
+
+class Explosion:
+    """The largest total norm that explodes.
+
+    Attributes:
+        largest: That norm, and the median of those before it; `None` if there is none.
+
+    Example:
+        >>> explosion = Explosion()
+        >>> for norm in (1.0, 2.0, 1.0, 500.0):
+        ...     explosion.add(norm)
+        >>> explosion.largest
+        (500.0, 1.0)
+    """
+
+    def __init__(self) -> None:
+        self.largest: tuple[float, float] | None = None
+        self._recent: deque[float] = deque(maxlen=WINDOW)
+        self._start = 0.0
+
+    def add(self, total_norm: float) -> None:
+        """Adds the norm of a step."""
+        self._start = self._start or total_norm
+        if total_norm > max(ABOVE_START * self._start, (self.largest or (0.0,))[0]):
+            usual = median(self._recent)
+            if 0 < EXPLOSION * usual < total_norm:
+                self.largest = total_norm, usual
+        self._recent.append(total_norm)

@@ -14,6 +14,8 @@ Severity = Literal["info", "warn", "fail"]
 #: The most severe first.
 SEVERITIES: tuple[Severity, ...] = ("fail", "warn", "info")
 
+#: How the code of cures is used.
+PASTED = "Code of a cure is pasted at the end of __init__, below `from torch import nn` and `model = self`."
 #: An index in brackets, as in `model.net[2]`.
 _INDEX = r"(?<=\[)\d+(?=\])"
 #: Measured values with their unit.
@@ -84,7 +86,7 @@ class Finding:
 
 
 def table(findings: Sequence[Finding]) -> str:
-    """Formats findings as a table: severity, layer, criterion, measured, expected; the cure on a line below.
+    """Formats findings as a table: severity, layer, criterion, measured, expected; the cure below, once.
 
     Neighbours with the same criterion and cure share a row.
 
@@ -101,6 +103,7 @@ def table(findings: Sequence[Finding]) -> str:
               layer              criterion   measured       expected
         FAIL  2 to 6 (3 layers)  layer_gain  -0.84 decades  -0.2 .. 0.2
               cure: for i in range(2, 7, 2): nn.init.xavier_normal_(model[i].weight)
+        Code of a cure is pasted at the end of __init__, below `from torch import nn` and `model = self`.
     """
     head = ("", "layer", "criterion", "measured", "expected")
     grouped = [[*members] for _, members in groupby(findings, key=_likeness)]
@@ -110,12 +113,16 @@ def table(findings: Sequence[Finding]) -> str:
         cures = ["" if g[0].criterion == "layer_gain" else c for g, c in zip(grouped, cures, strict=True)]
     rows = [_row(members) for members in grouped]
     widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
-    lines = []
+    lines: list[str] = []
+    printed: set[str] = set()
     for row, cure in zip((head, *rows), ("", *cures), strict=True):
         lines.append("  ".join(map(str.ljust, row, widths)).rstrip())
-        if cure:
-            lines.append(f"{' ' * (widths[0] + 2)}cure: {cure}")
-    return "\n".join(lines)
+        code = cure.partition("  #")[0]
+        if cure and code not in printed:
+            words = f"{' ' * (widths[0] + 2)}cure: "
+            lines.append(words + cure.replace("\n", "\n" + " " * len(words)))
+            printed.add(code)
+    return "\n".join([*lines, PASTED] if any("model." in c or "model[" in c for c in printed) else lines)
 
 
 def _likeness(finding: Finding) -> tuple[object, ...]:

@@ -16,9 +16,7 @@ from lightning_gradguard.core.initialization.findings import Finding, one_line
 from lightning_gradguard.core.initialization.propagation import RECTIFIERS, SATURATING, Layer
 from lightning_gradguard.core.initialization.repair import holds_default_initialization, repair
 from lightning_gradguard.core.parameter_names import code_of
-
-#: Input gates are closed at most to 0.01, where their gradient has not vanished.
-MAX_CLOSED = 4.6
+from lightning_gradguard.core.remedies.gates import forget_bias, input_bias, lstm_code
 
 
 def feed_forward_line(module: nn.Module, layer: Layer, *, bias: bool = False) -> str:
@@ -147,7 +145,8 @@ class Rectified:
         is_linear = isinstance(self.layers[0].module, nn.Linear)
         norm = f" behind a normalization such as nn.{'LayerNorm' if is_linear else 'GroupNorm'}"
         norm = norm if self.normalized else ""
-        return f"nn.ReLU(){norm} in place of {kind}, and {one_line(self._lines())}  # {change}"
+        words = f"nn.ReLU(){norm} in place of {kind}, and at the end of __init__, with model = self:"
+        return f"{words}\n{one_line(self._lines())}  # {change}"
 
     def _lines(self) -> list[str]:
         return [_initializer(f"{code_of(x.name, self.module)}.weight", "relu") for x in self.layers]
@@ -244,8 +243,8 @@ class Gated:
         with torch.no_grad():
             for name, parameter in lstm.named_parameters():
                 if name.startswith("bias_hh"):
-                    parameter[: old.hidden_size] = -self._closed
-                    parameter[old.hidden_size : 2 * old.hidden_size] = self._bias
+                    parameter[: old.hidden_size] = input_bias(self.n_steps)
+                    parameter[old.hidden_size : 2 * old.hidden_size] = forget_bias(self.n_steps)
 
         def replaced(module: nn.Module, inputs: Any, output: Any) -> Any:
             outputs, (hidden, _) = lstm(inputs[0])
@@ -258,23 +257,6 @@ class Gated:
             handle.remove()
 
     def describe(self, finding: Finding, change: str) -> str:
-        """Returns lines that make the LSTM and open its gates, to be pasted at the end of `__init__`."""
-        old, target = self.recurrent, code_of(self.name, self.module)
-        options = f", num_layers={old.num_layers}" if old.num_layers > 1 else ""
-        options += ", batch_first=True" if old.batch_first else ""
-        options += ", bidirectional=True" if old.bidirectional else ""
-        lines = [f"{target} = nn.LSTM({old.input_size}, {old.hidden_size}{options})"]
-        for layer in range(old.num_layers):
-            for direction in ("", "_reverse")[: 1 + old.bidirectional]:
-                bias, size = f"{target}.bias_hh_l{layer}{direction}", old.hidden_size
-                lines.append(f"nn.init.constant_({bias}[:{size}], -{self._closed})")
-                lines.append(f"nn.init.constant_({bias}[{size}:{2 * size}], {self._bias})")
-        return f"{'; '.join(lines)}  # its state is a pair; use 3 to 10 times the learning rate; {change}"
-
-    @property
-    def _bias(self) -> float:
-        return round(math.log(max(self.n_steps, 3)), 1)
-
-    @property
-    def _closed(self) -> float:
-        return min(self._bias, MAX_CLOSED)
+        """Returns the code that makes the LSTM."""
+        code = lstm_code(code_of(self.name, self.module), self.recurrent, self.n_steps)
+        return f"{code}; {change}"

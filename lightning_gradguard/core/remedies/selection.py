@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from lightning_gradguard.core.parameter_names import code_of
+from lightning_gradguard.core.remedies.gates import lstm_code
 from lightning_gradguard.core.remedies.texts import BY_CAUSE, BY_KIND, REMEDIES
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ def advice_for_cause(
     present: Collection[Present] = (),
     model: nn.Module | None = None,
     kind: str = "",
+    n_steps: int = 0,
 ) -> str:
     """Returns advice for the cause that a replay found, in one or two sentences; empty for `"unknown"`.
 
@@ -54,8 +56,10 @@ def advice_for_cause(
         present: What the run has.
         model: The module that the names are of, so that the first is spelled as Python.
         kind: The symptom, where a cause has more than one.
+        n_steps: Length of the sequences, where it is known.
     """
-    return _applied(BY_CAUSE.get(f"{kind}: {cause}", BY_CAUSE.get(cause, "")), where, present, model)
+    text = BY_CAUSE.get(f"{kind}: {cause}", BY_CAUSE.get(cause, ""))
+    return _applied(text, where, present, model, n_steps)
 
 
 def advice_for_symptom(
@@ -64,14 +68,17 @@ def advice_for_symptom(
     where: Sequence[str],
     present: Collection[Present] = (),
     model: nn.Module | None = None,
+    n_steps: int = 0,
 ) -> str:
     """Returns advice for the cause that a diagnosis found, or for its symptom if that is unknown.
+
+    `n_steps` is the length of the sequences, where the cause is one of a recurrent module.
 
     Example:
         >>> advice_for_symptom("stuck_loss", "labels_ignored", ())
         'Check the labels and ignore_index: none is left for the loss.'
     """
-    return advice_for_cause(cause, where, present, model, kind) or advice(kind, where, present)
+    return advice_for_cause(cause, where, present, model, kind, n_steps) or advice(kind, where, present)
 
 
 def remedies(kind: str, where: Sequence[str] = (), present: Collection[Present] = ()) -> tuple[str, ...]:
@@ -91,7 +98,11 @@ def remedies(kind: str, where: Sequence[str] = (), present: Collection[Present] 
 
 
 def _applied(
-    text: str, where: Sequence[str], present: Collection[Present], model: nn.Module | None = None
+    text: str,
+    where: Sequence[str],
+    present: Collection[Present],
+    model: nn.Module | None = None,
+    n_steps: int = 0,
 ) -> str:
     """Returns a text without the parts that do not apply, and with the name of what is at fault."""
     name = where[0] if where else ""
@@ -102,9 +113,20 @@ def _applied(
     return fitting.format(
         where=name or "the network",
         code=code,
+        gated=_gated(name, code, found, n_steps),
         parameters=f"[{code}]" if is_bare else f"{code}.parameters()",
         weight="m.weight" if has_layers else "p",
         for_all=_OF_LAYERS if has_layers else _OF_MATRICES,
+    )
+
+
+def _gated(name: str, code: str, recurrent: Any, n_steps: int) -> str:
+    """Returns how to put an LSTM in the place of a module; as code, where its arguments are known."""
+    if getattr(recurrent, "mode", "").startswith("RNN") and n_steps > 0:
+        return f"paste at the end of __init__, with model = self:\n{lstm_code(code, recurrent, n_steps)}"
+    return (
+        f"use an LSTM for {name or 'the network'} whose forget gates are open at the start (a bias of log(n) "
+        "for n steps) and whose input gates are closed (-log(n)), and 3 to 10 times the learning rate."
     )
 
 

@@ -43,9 +43,10 @@ BY_KIND = {
         "[check|, check the initialization (InitializationCheck)]."
     ),
     "constant_clipping": (
-        "Clipping, not the learning rate, sets the length of most steps: lower the learning rate, or raise "
-        "the bound if it is absolute (max_norm of a policy, gradient_clip_val of the Trainer), and find out "
-        "why norms are large (initialization, a sum where the loss needs a mean)."
+        "Multiply the learning rate by the usual clip/coefficient: steps are as long then, without clipping. "
+        "If the loss falls too slowly, raise the bound instead, where clipping has one (max_norm, clipping, "
+        "gradient_clip_val). Find out why norms are large (initialization, a sum where the loss needs a "
+        "mean)."
     ),
     "gradient_collapse": (
         "Most of the network no longer gets gradients, as when all units of a layer are dead: lower the "
@@ -303,10 +304,8 @@ BY_CAUSE = {
     ),
     "weight_decay": "Lower weight_decay: it shrinks the weights of {where} faster than the loss moves them.",
     "vanishing_gradient: through_time": (
-        "Nothing has to be done if the task does not need the first steps. Else use nn.LSTM for {where} with "
-        "forget gates that are open at the start, nn.init.constant_({code}.bias_hh_l0[h : 2 * h], "
-        "math.log(n)) for h units and n steps, closed input gates, [:h] and -math.log(n), and 3 to 10 times "
-        "the learning rate; or shorten the sequences."
+        "Nothing has to be done if the task does not need the first steps. Else shorten the sequences, or "
+        "{gated}"
     ),
     "through_time": (
         "[clipping|Clip gradients (AdaptiveGradientClipping). ]Use an orthogonal recurrent weight, "

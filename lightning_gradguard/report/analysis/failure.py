@@ -6,8 +6,9 @@ import math
 from collections.abc import Iterator
 from statistics import median
 
+from lightning_gradguard.core.detectors import EXPLOSION
 from lightning_gradguard.core.remedies import remedies
-from lightning_gradguard.report.analysis.outcome import EXPLOSION, RunSymptom, ends
+from lightning_gradguard.report.analysis.outcome import RunSymptom, ends
 from lightning_gradguard.report.analysis.present import present_in
 from lightning_gradguard.report.analysis.run_log import GradientLog, RunLog
 

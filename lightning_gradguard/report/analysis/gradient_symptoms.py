@@ -8,7 +8,9 @@ from statistics import median
 
 from lightning_gradguard.core import tags
 from lightning_gradguard.core.detectors import (
+    ABOVE_START,
     CONSTANT_CLIPPING,
+    EXPLOSION,
     HARD_CLIPPING,
     USUAL_UPDATE,
     CollapseDetector,
@@ -21,11 +23,9 @@ from lightning_gradguard.report.analysis.lasting_symptoms import (
     layers_at,
     thinned,
 )
-from lightning_gradguard.report.analysis.outcome import EXPLOSION, MIN_POINTS, Outcome, RunSymptom, ends
+from lightning_gradguard.report.analysis.outcome import MIN_POINTS, Outcome, RunSymptom, ends
 from lightning_gradguard.report.analysis.run_log import GradientLog, RunLog
 
-#: A spike of the norm counts only above this many times the norm at the start: late in a run norms are small.
-ABOVE_START = 10.0
 #: A coefficient is smaller than another one below this share of it.
 SMALLEST_DIFFERENCE = 0.99
 

@@ -19,8 +19,6 @@ MIN_POINTS = 10
 LEARNED = 0.2
 #: Changes of the loss up to this many times its noise are noise.
 NOISE_FACTOR = 5.0
-#: A total norm or a loss explodes if it is this many times the median before it.
-EXPLOSION = 100.0
 #: Relative updates below it do not change a weight: float32 resolves about 1.2e-7.
 STAGNANT = 1e-7
 

@@ -147,12 +147,10 @@ def _numbered(texts: Iterable[str], width: int) -> list[str]:
     """Numbers texts; code is left in one line at the margin, since it is pasted."""
     lines = []
     for i, text in enumerate(texts, 1):
-        code, change = text.removeprefix(CURE), ""
-        if code != text and not _is_code(code):  # a change of the architecture first
-            change, _, code = code.partition(", and ")
-        if code not in ("", text) and _is_code(code):
-            paste = f"{change}, and paste" if change else "Paste"
-            lines += _wrapped(f"{i}. {paste} at the end of __init__, with model = self:", width, 2, 5)
+        words, _, code = text.removeprefix(CURE).rpartition("\n")
+        if (words or code != text) and _is_code(code):
+            words = words or "Paste at the end of __init__, with model = self:"
+            lines += _wrapped(f"{i}. {words}", width, 2, 5)
             lines.append(code)
         else:
             lines += _wrapped(f"{i}. {text}", width, indent=2, hanging=5)

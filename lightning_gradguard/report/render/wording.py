@@ -32,7 +32,11 @@ def intervention_sentences(interventions: Interventions) -> list[str]:
     sentences = []
     if interventions.skips is not None:
         rollbacks = interventions.rollbacks or 0
-        sentences.append(f"{_count(interventions.skips, 'step')} skipped, {_count(rollbacks, 'rollback')}")
+        before = interventions.earlier_skips
+        earlier = f" ({before} of them before this part of a resumed run)" if before else ""
+        sentences.append(
+            f"{_count(interventions.skips, 'step')} skipped{earlier}, {_count(rollbacks, 'rollback')}"
+        )
     if interventions.lost_batches:
         reasons = ", ".join(f"{n} {reason}" for reason, n in interventions.lost_batches.items())
         total = _count(sum(interventions.lost_batches.values()), "lost batch", "lost batches")

@@ -13,7 +13,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from lightning_gradguard.core import tags
 from lightning_gradguard.core.detectors.diagnosis import (
+    CLIPPED_AT_ALL,
     Coverage,
     LossBaselines,
     Sample,
@@ -28,7 +30,7 @@ from lightning_gradguard.runtime import lightning_api
 from lightning_gradguard.runtime.configured_rates import initial_rate
 from lightning_gradguard.runtime.diagnosis.permutation import inputs_of, target_of
 from lightning_gradguard.runtime.optimizer_hooks import after_step, is_scale_free
-from lightning_gradguard.runtime.other_clipping import describe_other_clipper, suite_clips
+from lightning_gradguard.runtime.other_clipping import clips_in_code, describe_other_clipper
 from lightning_gradguard.runtime.steps.logged_step import LoggedStep
 from lightning_gradguard.runtime.steps.step import Step
 from lightning_gradguard.runtime.steps.suite import Suite
@@ -179,8 +181,9 @@ class _SampledUpdate:
         is_sgd = isinstance(step.optimizer, torch.optim.SGD)
         momenta = [float(group["momentum"]) for group in step.optimizer.param_groups if is_sgd]
         self._momentum = max(momenta, default=math.nan)
+        self._suite = suite
         self._clipper = describe_other_clipper(trainer)
-        self._suite_clips = suite_clips(trainer)
+        self._clips_in_code = clips_in_code(trainer.lightning_module)
         scaler = lightning_api.gradient_scaler(trainer)
         self._loss_scale = 1.0 if scaler is None else scaler.get_scale()
         self._resolution = min(torch.finfo(p.dtype).eps / 2 for p in step.selection.parameters)
@@ -211,6 +214,11 @@ class _SampledUpdate:
         factor, largest, *rest = numbers
         found = self.logged.read(rest)
         self.norms = dict(zip(self.logged.names, found.grad_norms, strict=True))
+        unclipped = factor if factor >= 1 and math.isfinite(factor) else 1.0
+        is_clipped, clipper = unclipped > CLIPPED_AT_ALL, self._clipper
+        suite_clips = is_clipped and self._suite_has_clipped()
+        if is_clipped and not clipper and (self._clips_in_code or not suite_clips):
+            clipper = "code of yours"
         update = Update(
             names=self.logged.names,
             is_matrix=self.logged.is_matrix,
@@ -218,7 +226,7 @@ class _SampledUpdate:
             weights=found.weight_norms,
             default_norm=self._default_norm,
             ratios=found.update_ratios,
-            unclipped=factor if factor >= 1 and math.isfinite(factor) else 1.0,
+            unclipped=unclipped,
             rates=self._rates,
             initial_rates=self._initial_rates,
             resolution=self._resolution,
@@ -227,13 +235,16 @@ class _SampledUpdate:
             loss_scale=self._loss_scale,
             decay=self._decay,
             momentum=self._momentum,
-            clipper=self._clipper,
-            suite_clips=self._suite_clips,
+            clipper=clipper,
+            suite_clips=suite_clips,
         )
         if math.isnan(sample.loss):
             sample.loss = found.loss
         if found.weight_norms and math.isfinite(found.total_norm):
             sample.updates.append(update)
+
+    def _suite_has_clipped(self) -> bool:
+        return any(member.final_counts().get(tags.CLIPPED_FRACTION, 0) > 0 for member in self._suite.members)
 
     def _measure_clipped(self, step: Step) -> None:
         gradients = [local_shard(p.grad) for p in step.selection.parameters if p.grad is not None]

@@ -178,8 +178,17 @@ def count_incidents(trainer: pl.Trainer) -> dict[str, int]:
     return dict(journal.counts) if journal else {}
 
 
-def publish(trainer: pl.Trainer, pl_module: pl.LightningModule, incident: Incident) -> None:
-    """Publishes an incident to file, loggers, console, callbacks and module. Called on all ranks alike."""
+def publish(
+    trainer: pl.Trainer, pl_module: pl.LightningModule, incident: Incident, *, prints_advice: bool = True
+) -> None:
+    """Publishes an incident to file, loggers, console, callbacks and module. Called on all ranks alike.
+
+    Args:
+        trainer: The Trainer.
+        pl_module: The module.
+        incident: The incident.
+        prints_advice: False if what is printed next has the advice.
+    """
     journal = _journals.setdefault(trainer, _Journal(None, writes=False))
     journal.counts[incident.kind] += 1
     group = incident.kind, incident.cause or ("" if incident.examined else incident.detail)
@@ -189,7 +198,7 @@ def publish(trainer: pl.Trainer, pl_module: pl.LightningModule, incident: Incide
     if times <= MAX_PRINTED or times % LOGGED_EVERY == 0:
         log_incidents(trainer, batches_that_stepped(trainer))
     if times <= at_most:
-        advice = f" {incident.advice}" if times == 1 and incident.advice else ""
+        advice = f" {incident.advice}" if times == 1 and incident.advice and prints_advice else ""
         page = ""
         if incident.dossier and journal.folder is not None:
             page = f" See {journal.folder / incident.dossier / 'index.html'}."

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytorch_lightning as pl
 
 from lightning_gradguard.core import tags
-from lightning_gradguard.core.remedies import remedies
+from lightning_gradguard.core.remedies import advice, remedies
 from lightning_gradguard.runtime.incidents.journal import (
     count_incidents,
     describe_counts,
@@ -40,13 +40,22 @@ _ROWS = {
 def summarize(
     trainer: pl.Trainer,
     counts: Mapping[str, float],
-    first_step: int,
-    step: int,
+    steps: tuple[int, int],
     last_logged: Mapping[str, tuple[int, float]],
     counts_since: int = 0,
+    explosion: tuple[float, float] | None = None,
 ) -> None:
-    """Prints and logs the summary of a run. Local: needs no other rank."""
-    incidents = count_incidents(trainer)
+    """Prints and logs the summary of a run. Local: needs no other rank.
+
+    Args:
+        trainer: The Trainer.
+        counts: Final counts, by tag.
+        steps: The first step and the last one.
+        last_logged: The last step and value that were logged, by tag.
+        counts_since: Step from which on skips and rollbacks are counted.
+        explosion: The largest norm that was far above those before it, and their median.
+    """
+    (first_step, step), incidents = steps, count_incidents(trainer)
     settings = hyperparameters_of(trainer.callbacks)  # type: ignore[attr-defined]
     final = {**counts, tags.N_INCIDENTS: sum(incidents.values())}
     # counts that are logged at the last step already are not logged again
@@ -59,7 +68,7 @@ def summarize(
         **_formatted(counts),
         "incidents": describe_counts(most_frequent_first) or "none",
     }
-    if unusual := _unusual(counts):
+    if unusual := _unusual(counts, explosion):
         rows["unusual"] = "; ".join(text for text, _ in unusual.values())
     if first_step > 0:
         # counts in checkpoints are of the whole run, the others of this part of it
@@ -82,7 +91,9 @@ def summarize(
         console.print_last_message(trainer, f"No incident{since}; {', '.join(facts)}.")
 
 
-def _unusual(counts: Mapping[str, float]) -> dict[str, tuple[str, str]]:
+def _unusual(
+    counts: Mapping[str, float], explosion: tuple[float, float] | None
+) -> dict[str, tuple[str, str]]:
     """Returns numbers of the whole run that are no incident, and not those of a healthy run either.
 
     Each is named, and has what to do about it.
@@ -92,8 +103,12 @@ def _unusual(counts: Mapping[str, float]) -> dict[str, tuple[str, str]]:
     if clipped > USUAL_CLIPPED_FRACTION:
         found["clipping"] = (
             f"{clipped:.1%} of the steps were clipped, usual: up to {USUAL_CLIPPED_FRACTION:.0%}",
-            "if the loss does not fall as expected, multiply the learning rate by the usual "
-            f"{tags.CLIP_COEFFICIENT}, or raise the bound of a policy that has one (max_norm, clipping)",
+            advice("constant_clipping"),
+        )
+    if explosion is not None and tags.CLIPPED_FRACTION not in counts:
+        found["explosion"] = (
+            f"a gradient norm of {explosion[0]:.3g}, after a median of {explosion[1]:.3g}",
+            "AdaptiveGradientClipping() clips such steps; if the loss does not fall, lower the learning rate",
         )
     largest = max(largest, counts.get(tags.LARGEST_LOGGED_NORM, 0.0))
     if largest > tags.USUAL_LARGEST_NORM:

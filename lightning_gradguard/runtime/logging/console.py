@@ -45,8 +45,13 @@ def _prints(logger: logging.Logger) -> bool:
 
 
 LOGGER.addHandler(_AboveBar())
-if LOGGER.level == logging.NOTSET:
-    LOGGER.setLevel(logging.INFO)
+
+
+def _is_shown(level: int) -> bool:
+    """True for the level of the logger or, if it has none, for that of a root logger that prints, or INFO."""
+    if LOGGER.level == logging.NOTSET and not _prints(logging.getLogger()):
+        return level >= logging.INFO and level > logging.root.manager.disable
+    return LOGGER.isEnabledFor(level)
 
 
 def shell_command(command: str) -> str:
@@ -79,10 +84,11 @@ def print_message(trainer: pl.Trainer, message: str, level: int = logging.INFO) 
     """
     callbacks: Sequence[object] = trainer.callbacks  # type: ignore[attr-defined]
     is_quiet = any(isinstance(callback, Configured) and not callback.verbose for callback in callbacks)
-    if trainer.is_global_zero and not (is_quiet and level < logging.WARNING):
+    if trainer.is_global_zero and _is_shown(level) and not (is_quiet and level < logging.WARNING):
         bar = trainer.progress_bar_callback
         shown = bar if bar is not None and getattr(bar, "is_enabled", True) else None
-        LOGGER.log(level, "gradguard: %s", message, extra={"progress_bar": shown})
+        text, extra = "gradguard: %s", {"progress_bar": shown}
+        LOGGER.handle(LOGGER.makeRecord(LOGGER.name, level, "", 0, text, (message,), None, extra=extra))
 
 
 def print_last_message(trainer: pl.Trainer, message: str) -> None:

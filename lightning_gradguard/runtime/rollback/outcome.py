@@ -21,6 +21,7 @@ class Counts:
         amp_overflows: Steps that the GradScaler skipped.
         overflows_at_floor: The last ones of these in a row at a loss scale of 1 or less.
         has_stopped: True if this fit was stopped because a budget was used up.
+        has_ended: True after a fit.
     """
 
     since: int | None = None
@@ -28,6 +29,7 @@ class Counts:
     amp_overflows: int = 0
     overflows_at_floor: int = 0
     has_stopped: bool = False
+    has_ended: bool = False
 
     def by_tag(self, rollbacks: int) -> dict[str, float]:
         """Returns the counts as they are logged."""

@@ -34,7 +34,8 @@ class IncidentReporter:
     def publish(self, kind: str, **facts: Any) -> None:
         """Publishes an incident of the running batch."""
         incident = incident_now(self._fit.trainer, kind, **{"batch_idx": self.batch_idx, **facts})
-        publish(self._fit.trainer, self._fit.pl_module, incident)
+        is_raised = kind == "training_diverged"  # whose error has the advice
+        publish(self._fit.trainer, self._fit.pl_module, incident, prints_advice=not is_raised)
 
     def report_anomaly(self, kind: str, loss: float, batches: Sequence[SeenBatch]) -> None:
         """Publishes what is wrong with committed steps, with its cause if weights or batches reveal it."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_gradguard.core.detectors import Explosion
 from lightning_gradguard.core.norms import Gradients, Measurement, PackedMeasurement
 from lightning_gradguard.core.parameter_names import parameter_names
 from lightning_gradguard.runtime import distributed, lightning_api
@@ -38,12 +39,14 @@ class RunTotals:
         last_step: The last one.
         largest_norm: The largest total norm of accepted gradients that reached the host.
         checks_steps: True if every step's norm reached the host, and not that of logged steps alone.
+        explosion: The largest of these norms that was far above those before it.
     """
 
     first_step: int
     last_step: int
     largest_norm: float = 0.0
     checks_steps: bool = False
+    explosion: Explosion = field(default_factory=Explosion)
 
 
 class Suite:
@@ -171,6 +174,7 @@ class Suite:
         """Takes the finite total norm of an accepted step into the totals of the run."""
         if self._totals is not None:
             self._totals.largest_norm = max(self._totals.largest_norm, total_norm)
+            self._totals.explosion.add(total_norm)
 
     def end_run(self, member: StepCallback) -> RunTotals | None:
         """Returns the totals of the run when the last member ends it, once; `None` if it had no step."""

@@ -51,6 +51,26 @@ def test_levels(bar: bool, capsys: pytest.CaptureFixture[str]) -> None:
     assert "gradguard" not in printed(capsys, enable_progress_bar=bar)
 
 
+def test_the_level_of_a_root_that_prints(capsys: pytest.CaptureFixture[str]) -> None:
+    """As after `logging.basicConfig(level=WARNING)`; a level of this logger comes first."""
+    root, screen = logging.getLogger(), logging.StreamHandler(sys.stderr)
+    root.addHandler(screen)
+    before = root.level
+    try:
+        root.setLevel(logging.WARNING)
+        text = printed(capsys)
+        assert "Rolled back" in text
+        assert "Run summary" not in text
+        root.setLevel(logging.INFO)
+        assert "Run summary" in printed(capsys)
+        root.setLevel(logging.WARNING)
+        LOGGER.setLevel(logging.INFO)
+        assert "Run summary" in printed(capsys)
+    finally:
+        root.removeHandler(screen)
+        root.setLevel(before)
+
+
 def test_a_trainer_that_is_not_verbose_prints_interventions_alone(capsys: pytest.CaptureFixture[str]) -> None:
     quiet = default_callbacks(nan_rollback=NaNRollback(patience=2), verbose=False)
     fit(Classifier(), DATA, quiet)

@@ -25,8 +25,8 @@ VANISHED, VANISHED_IF_STUCK = 1e-3, 1e-2
 def clipped_elsewhere(sample: Sample, progress: Progress) -> Iterator[Symptom]:
     """Yields gradients that code other than the suite has clipped to a value far below their norm."""
     for index, one in enumerate(sample.updates):
-        scaled, largest, after = progress.fixed_sizes(index)
-        value = next((size for size in (scaled, largest) if _is_clip_value(size)), math.nan)
+        scaled, _, after = progress.fixed_sizes(index)
+        value = clipped_before(index, progress)
         hinders = one.ratio < USUAL_UPDATE and not progress.learns
         if one.loss_scale > 1 and not math.isnan(value) and (hinders or one.ratio < USUAL_UPDATE / 10):
             what = "norm" if value == scaled else "largest element"
@@ -48,8 +48,17 @@ def _clipped_far(one: Update, before: float, after: float) -> Iterator[Symptom]:
         evidence = f"gradients of norm {norm:.3g} are clipped to {clipped:.3g} by {one.clipper}; {update}"
         yield _symptom("clip_value_too_small", evidence)
     elif not math.isnan(before):
-        evidence = f"the gradients have the size {before:.3g} in every sampled step, as code of yours clips "
-        yield _symptom("clip_value_too_small", f"{evidence}them; {update}")
+        yield _symptom("clip_value_too_small", f"{of_one_size(before)}; {update}")
+
+
+def clipped_before(index: int, progress: Progress) -> float:
+    """Returns the value to which gradients were clipped before they were measured; NaN if they were not."""
+    return next((size for size in progress.fixed_sizes(index)[:2] if _is_clip_value(size)), math.nan)
+
+
+def of_one_size(size: float) -> str:
+    """Returns words for gradients that are clipped to one value."""
+    return f"the gradients have the size {size:.3g} in every sampled step, as code of yours clips them"
 
 
 def _symptom(cause: SymptomCause, evidence: str) -> Symptom:

@@ -116,7 +116,8 @@ def grows(time: TimeSignal) -> bool:
 
 
 def _through_time(kind: IncidentKind, time: TimeSignal, value: float, evidence: str) -> Symptom:
-    return Symptom(kind, "through_time", (time.name,), value, f"{evidence} (usual: below 2)", "depth")
+    found = f"{evidence} (usual: below 2)"
+    return Symptom(kind, "through_time", (time.name,), value, found, "depth", n_times=time.n_times)
 
 
 def _why(layers: Sequence[LayerSignal]) -> SymptomCause:

@@ -12,7 +12,7 @@ from lightning_gradguard.core.detectors.best_constant import LEARNS, STUCK
 from lightning_gradguard.core.detectors.diagnosis import depth
 from lightning_gradguard.core.detectors.diagnosis.clipped import CLIPPED_FAR
 from lightning_gradguard.core.detectors.diagnosis.progress import FIRST_SAMPLES, Progress
-from lightning_gradguard.core.detectors.diagnosis.sample import MIN_TIMES, Sample, UnitSignal
+from lightning_gradguard.core.detectors.diagnosis.sample import CLIPPED_AT_ALL, MIN_TIMES, Sample, UnitSignal
 from lightning_gradguard.core.detectors.diagnosis.signals.units import RECTIFIERS
 from lightning_gradguard.core.detectors.diagnosis.symptom import Symptom, modules_of
 from lightning_gradguard.core.incidents import Cause, SymptomCause
@@ -234,7 +234,7 @@ def large_updates(sample: Sample, progress: Progress) -> Iterator[Symptom]:
             if cause == "target_scale":  # its answers are scaled back
                 where = sample.head or where
             evidence = f"an update of {before:.2g} of the norm of the weights (usual: below 0.1)"
-            if one.unclipped > 1.01:
+            if one.unclipped > CLIPPED_AT_ALL:
                 evidence += f", {after:.2g} after clipping{one.by_clippers}"
             if is_rising:
                 evidence += f"; the loss has risen to {progress.rise:.2g} times the first"

@@ -12,6 +12,8 @@ from lightning_gradguard.core.incidents import SymptomCause
 
 #: Calls of one layer in one pass from which on it is a recurrence.
 MIN_TIMES = 8
+#: Norm before over that after clipping from which on it was clipped, and not rounded.
+CLIPPED_AT_ALL = 1.01
 
 
 @dataclass(frozen=True)
@@ -73,12 +75,14 @@ class TimeSignal:
         first: Rms of the gradient at the first step of the sequence.
         last: That at the last step to which a gradient arrives.
         largest: The largest at any step.
+        n_times: Length of the sequence.
     """
 
     name: str
     first: float
     last: float
     largest: float
+    n_times: int = 0
 
 
 @dataclass(frozen=True)
@@ -133,9 +137,8 @@ class Update:
         loss_scale: The GradScaler's; 1 without one.
         decay: Largest weight decay of a parameter group.
         momentum: Of SGD; NaN for other optimizers, whose step is no multiple of the gradient.
-        clipper: What clips after the suite, such as `gradient_clip_val=0.01 of the Trainer`; empty if nothing
-            does.
-        suite_clips: True if `AdaptiveGradientClipping` is there.
+        clipper: What else clips, such as `gradient_clip_val=0.01 of the Trainer`; empty if nothing does.
+        suite_clips: True if `AdaptiveGradientClipping` has clipped a step so far.
     """
 
     names: Sequence[str]

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 from statistics import median
 
-from lightning_gradguard.core.detectors.diagnosis.clipped import CLIPPED_FAR
+from lightning_gradguard.core.detectors.diagnosis.clipped import CLIPPED_FAR, clipped_before, of_one_size
 from lightning_gradguard.core.detectors.diagnosis.progress import Progress
 from lightning_gradguard.core.detectors.diagnosis.sample import Sample, Update
 from lightning_gradguard.core.detectors.diagnosis.symptom import Symptom, modules_of
@@ -45,13 +45,17 @@ def stagnation(sample: Sample, progress: Progress) -> Iterator[Symptom]:
                 f"updates are at most {largest:.1g} of any weight's norm (usual: about 1e-3){one.decayed}"
             )
             is_clipped = one.unclipped > CLIPPED_FAR and largest * one.unclipped > SMALL_UPDATE
-            small = "clip_value_too_small" if is_clipped else _too_low(one)
+            size = clipped_before(index, progress)
+            is_of_clipping = is_clipped or not math.isnan(size)
+            small = "clip_value_too_small" if is_of_clipping else _too_low(one)
             if small == "rounded_updates":
                 evidence += f", and those below {one.resolution:.1g} of a weight are lost by rounding"
             if is_clipped:
                 clipped = one.total_norm / one.unclipped
                 evidence += f", as gradients of norm {one.total_norm:.3g} are clipped to {clipped:.3g}"
                 evidence += one.by_clippers
+            elif is_of_clipping:
+                evidence += f"; {of_one_size(size)}"
             yield Symptom("weight_stagnation", small, where, largest, evidence, "stagnation", 2)
             continue
         if not progress.has_converged:

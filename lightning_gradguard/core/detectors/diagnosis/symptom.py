@@ -33,6 +33,7 @@ class Symptom:
         tier: What it rests on.
         needs: Samples that must show it.
         is_partial: True if it is of some weights, and others are as usual.
+        n_times: Length of the sequences of a recurrent module, where it is of one.
         since: The first step that showed it.
         followed_by: Symptoms that follow from it, and the steps of their own.
     """
@@ -45,6 +46,7 @@ class Symptom:
     tier: Tier
     needs: int = 2
     is_partial: bool = False
+    n_times: int = 0
     since: int = 0
     followed_by: tuple[tuple[str, int], ...] = field(default=())
 
