@@ -524,3 +524,15 @@ def test_a_run_that_was_stopped_and_resumed_has_its_budgets_anew(tmp_path: Path)
     fit(module, again, [rollback], tmp_path, ckpt_path=str(tmp_path / "last_good.ckpt"))
     assert rollback.rollbacks == 2  # one before the stop
     assert all(bool(torch.isfinite(tensor).all()) for tensor in weights(module))
+
+
+def test_another_run_with_the_same_callbacks_counts_from_0() -> None:
+    """As in cross-validation: neither counts nor budgets nor a lowered rate are those of the run before."""
+    rollback, backoff = NaNRollback(patience=2, max_rollbacks=1), LearningRateBackoff()
+    data = poisoned(batches(20), nan=[6, 7])
+    for _ in range(2):
+        fit(Classifier(), data, [rollback, backoff])
+        assert (rollback.skips, rollback.rollbacks) == (2, 1)
+        assert 0 < backoff.final_counts()["lr_backoff/scale"] < 1
+    fit(Classifier(), batches(3), [rollback, backoff])
+    assert (rollback.skips, backoff.scale) == (0, 1.0)

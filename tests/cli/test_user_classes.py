@@ -50,6 +50,17 @@ def test_arguments_have_any_name(mine: Path, command: Command, verb: str) -> Non
         assert saved()["model"]["init_args"]["kind"] == ARGUMENTS["kind"]
 
 
+def test_a_name_that_jsonargparse_uses_itself_is_named(mine: Path, command: Command) -> None:
+    Path("taken.py").write_text(
+        "from mine import Own\nclass Taken(Own):\n    def __init__(self, class_type: int = 1):\n"
+        "        super().__init__()\n"
+    )
+    code, _, err = command("check", "--model", "taken.Taken", "--data", "mine.Data")
+    assert code == 2
+    assert "an argument of __init__ is named class_type" in err
+    assert "rename it" in err
+
+
 def test_instantiators_have_no_names_of_their_own() -> None:
     def build(kind: type, /, **kwargs: object) -> dict[str, object]:
         return kwargs

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import sys
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -219,7 +220,7 @@ def test_a_run_that_was_clipped_all_the_time_is_not_called_clean(capsys: pytest.
     assert "written to" not in rows
     next_steps = table(printed, "Next steps")
     assert next_steps["report"] == "lightning-gradguard report logs/all/version_0"
-    assert "multiply the learning rate by the usual clip/coefficient" in next_steps["clipping"]
+    assert "Multiply the learning rate by the usual clip/coefficient" in next_steps["clipping"]
 
 
 class Steep(Classifier):
@@ -231,6 +232,23 @@ class Steep(Classifier):
 def test_a_run_with_a_huge_norm_is_not_called_clean(capsys: pytest.CaptureFixture[str]) -> None:
     fit_with_bar([GradientNormMonitor()], batches(3), module=Steep(optimizer="adam"), log_every_n_steps=1)
     assert table(lines(capsys))["unusual"].endswith("usual: below 1000 for a mean loss")
+
+
+class Spiking(Classifier):
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor | None:
+        loss = super().training_step(batch, batch_idx)
+        return None if loss is None else loss * (300 if batch_idx == 8 else 1)
+
+
+def test_a_spike_that_nothing_has_clipped_is_not_called_clean(capsys: pytest.CaptureFixture[str]) -> None:
+    """As `report` calls it exploding gradients."""
+    module = Spiking(optimizer="adam")
+    fit_with_bar([GradientNormMonitor()], batches(12), module=module, log_every_n_steps=1)
+    rows = table(lines(capsys))
+    assert rows["incidents"] == "none"
+    assert re.fullmatch(r"a gradient norm of \d+(\.\d)?, after a median of 0\.\d+", rows["unusual"])
+    fit_with_bar([GradientNormMonitor(), AdaptiveGradientClipping()], batches(12), module=Spiking())
+    assert "unusual" not in "".join(lines(capsys))
 
 
 def test_the_last_printed_line_names_the_kind_that_is_no_longer_printed(

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import re
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 import torch
 from torch import nn
 
 from lightning_gradguard.core.incidents import CAUSES, KINDS, SYMPTOM_CAUSES, Incident, IncidentKind
-from lightning_gradguard.core.remedies import Present, advice, advice_for_cause, remedies
+from lightning_gradguard.core.remedies import Present, advice, advice_for_cause, advice_for_symptom, remedies
+from lightning_gradguard.core.remedies.gates import lstm_code
 from tests.core.initialization.networks import fails, mlp
 
 
@@ -84,10 +85,22 @@ def test_advice_on_time_is_that_of_the_symptom() -> None:
         advice_for_cause("through_time", ["rnn"], kind=kind)
         for kind in ("vanishing_gradient", "exploding_gradient")
     )
-    assert "nn.init.constant_(model.rnn.bias_hh_l0[h : 2 * h], math.log(n))" in vanishing
+    assert "use an LSTM for rnn" in vanishing
     assert "Clip gradients" in exploding
     assert "Clip" not in vanishing
     assert "LSTM" not in exploding
+
+
+def test_an_lstm_is_advised_as_code_with_its_sizes() -> None:
+    """As `InitializationCheck` prints it, where the length of the sequences is known."""
+    old = nn.RNN(4, 8, batch_first=True)
+    model: Any = nn.Sequential(old)
+    code = lstm_code("model[0]", old, 80)
+    found = advice_for_symptom("vanishing_gradient", "through_time", ["0"], (), model, 80)
+    assert found.endswith(f"with model = self:\n{code}")
+    exec(code, {"nn": nn, "model": model})
+    assert isinstance(model[0], nn.LSTM)
+    assert model[0].bias_hh_l0[8:16].tolist() == pytest.approx([4.4] * 8)
 
 
 @pytest.mark.parametrize("cause", [*CAUSES, *SYMPTOM_CAUSES])

@@ -42,6 +42,19 @@ def test_what_was_tried_on_the_batch_is_the_first_step() -> None:
     assert found.next_steps == ["Cure: nn.init.zeros_(model.head.weight)", "Use fewer layers."]
 
 
+@pytest.mark.parametrize(("here", "earlier"), [(2, 3), (0, 5), (5, 0)])
+def test_skips_before_a_resume_are_told_apart(
+    here: int, earlier: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They are counted in checkpoints, and their incidents are in another folder."""
+    folder = write_events("run", {"train_loss": [2.0] * 60, "rollback/skips": [float(5 - here)] + [5.0] * 59})
+    told = [{"kind": "nonfinite_loss", "step": 7 + i, "action": "skipped"} for i in range(here)]
+    (folder / "incidents.jsonl").write_text("".join(f"{json.dumps(record)}\n" for record in told))
+    text = " ".join(printed(capsys, "run").split())
+    before = f" ({earlier} of them before this part of a resumed run)" if earlier else ""
+    assert f"5 steps skipped{before}, 0 rollbacks" in text
+
+
 def test_advice_that_was_not_tried_comes_after_that_for_the_worst() -> None:
     folder = write_events("run", {"train_loss": [2.0] * 60})
     told = [

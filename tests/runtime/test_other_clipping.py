@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from lightning_gradguard import (
     NaNRollback,
     TrainingDiagnosis,
     TrainingDivergedError,
+    default_callbacks,
 )
 from lightning_gradguard.report.analysis.present import present_in
 from lightning_gradguard.report.analysis.run_log import GradientLog, RunLog, Series
@@ -175,3 +177,38 @@ def test_a_skipped_step_has_nothing_to_clip(how: str, check: Any) -> None:
     if check == "exact":  # a deferred check loses the next step as well
         assert same(weights(twin), weights(module))
     assert "clip_grad_by_value" not in vars(trainer.precision_plugin)
+
+
+class InHook(Classifier):
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        nn.utils.clip_grad_norm_(self.parameters(), 1e-4)
+
+
+class AfterBackward(Classifier):
+    def on_after_backward(self) -> None:
+        nn.utils.clip_grad_norm_(self.parameters(), 1e-4)
+
+
+@pytest.mark.parametrize(
+    ("make", "arguments", "who"),
+    [
+        (InHook, {}, "are clipped to 0.0001 by code of yours"),
+        (
+            AfterBackward,
+            {},
+            "have the size 0.0001 in every sampled step, as code of yours clips them",
+        ),
+        (Classifier, {"gradient_clip_val": 1e-4}, "by gradient_clip_val=0.0001 of the Trainer"),
+    ],
+)
+def test_only_what_has_clipped_is_named(
+    make: Callable[[], Classifier], arguments: dict[str, Any], who: str, tmp_path: Path
+) -> None:
+    """The suite's own clipping is there, and has not acted."""
+    logger = CSVLogger(tmp_path, "", "run")
+    fit(make(), batches(20), default_callbacks(), logger=logger, log_every_n_steps=1, **arguments)
+    lines = (tmp_path / "run" / "incidents.jsonl").read_text().splitlines()
+    found = [one for one in map(json.loads, lines) if one["kind"] == "weight_stagnation"]
+    assert [one["cause"] for one in found] == ["clip_value_too_small"]
+    assert who in found[0]["detail"]
+    assert "AdaptiveGradientClipping" not in found[0]["detail"]

@@ -122,7 +122,7 @@ def _applied(
 
 def _gated(name: str, code: str, recurrent: Any, n_steps: int) -> str:
     """Returns how to put an LSTM in the place of a module; as code, where its arguments are known."""
-    if getattr(recurrent, "mode", "").startswith("RNN") and n_steps > 0:
+    if getattr(recurrent, "mode", None) in ("RNN_TANH", "RNN_RELU") and n_steps > 0:
         return f"paste at the end of __init__, with model = self:\n{lstm_code(code, recurrent, n_steps)}"
     return (
         f"use an LSTM for {name or 'the network'} whose forget gates are open at the start (a bias of log(n) "

@@ -78,14 +78,15 @@ def test_code_of_a_cure_is_pasted_as_it_is_printed(
         "; ".join(f"nn.init.zeros_(model.net[{i}].bias)" for i in range(6)) + "  # gradient_gain is as usual"
     )
     cures = {"code": f"Cure: {code}", "prose": "nothing that was tried betters it; try fewer layers"}
-    cures["change"] = f"Cure: nn.ReLU() in place of sigmoid, and {code}"
+    cures["change"] = f"Cure: nn.ReLU() in place of sigmoid, and at the end of __init__:\n{code}"
     for name, cure in cures.items():
         write_events(name, {"train_loss": [2.0] * 50})
         incident = {"kind": "dead_units", "step": 0, "value": 1.0, "advice": cure}
         Path(f"{name}/incidents.jsonl").write_text(json.dumps(incident))
     assert code in printed(capsys, "code").splitlines()
     changed = printed(capsys, "change").splitlines()
-    assert changed[changed.index(code) - 2].startswith(
-        "  1. nn.ReLU() in place of sigmoid, and paste at the end"
+    above = changed[changed.index(code) - 2 : changed.index(code)]
+    assert (
+        " ".join(" ".join(above).split()) == "1. nn.ReLU() in place of sigmoid, and at the end of __init__:"
     )
     assert "  1. nothing that was tried betters it" in printed(capsys, "prose")

@@ -68,8 +68,7 @@ class StepTrace(TorchFunctionMode):
         self._scalars = DeviceScalars()
         self._layers: dict[str, LayerRecord] = {}
         self._units: list[UnitRecord] = []
-        self._times: dict[str, tuple[int, int, int]] = {}
-        self._n_times: dict[str, int] = {}
+        self._times: dict[str, tuple[int, int, int, int]] = {}
         self._losses = LossTrace(self._scalars, baselines)
         self._one_signed: dict[str, int] = {}
         self._last = ""
@@ -168,8 +167,8 @@ class StepTrace(TorchFunctionMode):
                 dead, saturated = (numbers[self._share(first + i)] for i in (0, len(self._blocked)))
                 found.append(UnitSignal(layer.name, "", "", dead, saturated, layer.name == self._last))
         times = [
-            TimeSignal(name, numbers[first], numbers[last], numbers[largest], self._n_times[name])
-            for name, (first, last, largest) in self._times.items()
+            TimeSignal(name, numbers[first], numbers[last], numbers[largest], n_times)
+            for name, (first, last, largest, n_times) in self._times.items()
         ]
         times += [
             TimeSignal(layer.name, layer.gradients[-1], layer.gradients[0], max(layer.gradients))
@@ -365,8 +364,7 @@ class StepTrace(TorchFunctionMode):
         if self._is_open and name not in self._times:
             with _silent(), torch._C.DisableTorchFunction(), torch.no_grad():
                 first, last, largest = map(self._scalars.add, recurrences.through_time(gradient, dim, sizes))
-                self._times[name] = first, last, largest
-                self._n_times[name] = gradient.shape[dim] if sizes is None else len(sizes)
+                self._times[name] = first, last, largest, gradient.shape[dim] if sizes is None else len(sizes)
 
     def _hook(self, handle: Any) -> None:
         self._hooks.callback(handle.remove)
