@@ -302,8 +302,8 @@ class InitializationCheck(Callback, Configured):
                     detail=detail,
                     **cure,
                 )
-                is_cured = incident.advice.startswith("Cure: ")  # which the table has
-                publish(trainer, pl_module, incident, prints_advice=not is_cured)
+                in_table = bool(cures) and cures in incident.advice
+                publish(trainer, pl_module, incident, prints_advice=not in_table)
         if failed:
             raise InitializationError("The network, as it is initialized, will not train:\n" + table(serious))
         if shown:

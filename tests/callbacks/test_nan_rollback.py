@@ -528,7 +528,7 @@ def test_a_run_that_was_stopped_and_resumed_has_its_budgets_anew(tmp_path: Path)
 
 def test_another_run_with_the_same_callbacks_counts_from_0() -> None:
     """As in cross-validation: neither counts nor budgets nor a lowered rate are those of the run before."""
-    rollback, backoff = NaNRollback(patience=2, max_rollbacks=1), LearningRateBackoff()
+    rollback, backoff = NaNRollback(patience=2, max_rollbacks=1, max_dossiers=0), LearningRateBackoff()
     data = poisoned(batches(20), nan=[6, 7])
     for _ in range(2):
         fit(Classifier(), data, [rollback, backoff])

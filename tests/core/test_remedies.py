@@ -93,14 +93,14 @@ def test_advice_on_time_is_that_of_the_symptom() -> None:
 
 def test_an_lstm_is_advised_as_code_with_its_sizes() -> None:
     """As `InitializationCheck` prints it, where the length of the sequences is known."""
-    old = nn.RNN(4, 8, batch_first=True)
+    old: nn.RNNBase = nn.RNN(4, 8, batch_first=True)
     model: Any = nn.Sequential(old)
     code = lstm_code("model[0]", old, 80)
     found = advice_for_symptom("vanishing_gradient", "through_time", ["0"], (), model, 80)
     assert found.endswith(f"with model = self:\n{code}")
     exec(code, {"nn": nn, "model": model})
     assert isinstance(model[0], nn.LSTM)
-    assert model[0].bias_hh_l0[8:16].tolist() == pytest.approx([4.4] * 8)
+    assert model.get_parameter("0.bias_hh_l0")[8:16].tolist() == pytest.approx([4.4] * 8)
 
 
 @pytest.mark.parametrize("cause", [*CAUSES, *SYMPTOM_CAUSES])
