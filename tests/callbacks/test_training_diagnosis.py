@@ -258,6 +258,27 @@ def test_gates_by_hand_that_keep_the_state_are_no_fault(keeps: bool, found: list
     assert keeps is not any(i.kind == "poor_initialization" for i in listener.found)
 
 
+class Highway(nn.Module):
+    """A gate chooses between a transformed input and the input."""
+
+    def __init__(self, bias: float) -> None:
+        super().__init__()
+        self.h, self.t = nn.Linear(32, 32), nn.Linear(32, 32)
+        nn.init.constant_(self.t.bias, bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        t: Tensor = self.t(x).sigmoid()
+        out: Tensor = t * self.h(x).tanh() + (1 - t) * x
+        return out
+
+
+def test_gates_that_are_all_open_are_named_by_what_vanishes_behind_them() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(20, 32), *(Highway(8.0) for _ in range(30)), nn.Linear(32, 4))
+    (incident,) = diagnosed(Task(net))
+    assert incident.kind == "vanishing_gradient"
+
+
 class Scaled(nn.Module):
     """A residual branch that is scaled by a small number at the start."""
 

@@ -42,7 +42,7 @@ LARGE_TARGET, FAR_TARGET = 100.0, 10.0
 FAR_ANSWER, FAR_GUESS, FIRST_GUESSES = 1e3, 5.0, 20
 #: Spread of the answers over their size below which they are nearly the same, and that of answers that are no
 #: better than a constant.
-SAME_ANSWERS, SAME_BESIDE = 0.05, 0.15
+SAME_ANSWERS, SAME_BESIDE = 0.03, 0.15
 #: Steps before which labels of one class may be those of the first files alone.
 LABEL_STEPS = 50
 #: Spread of all losses over the first one up to which a loss is flat.
