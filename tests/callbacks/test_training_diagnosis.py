@@ -579,6 +579,25 @@ def test_first_step_that_clipping_alone_keeps_from_overshooting(
     assert [(root.kind, root.cause) for root in roots] == [("exploding_gradient", "update_too_large")] * found
 
 
+def test_loss_that_has_risen_by_a_larger_update_before_is_an_explosion() -> None:
+    diagnosis = Diagnosis()
+    samples = [
+        Sample(step, loss, updates=[_update(ratios=[size, size])])
+        for step, loss, size in ((0, 2.0, 0.9), (1, 1.9, 0.4), (2, 9.0, 0.29), (5, 4.0, 0.12))
+    ]
+    (root,) = (root for sample in samples for root in diagnosis.update(sample))
+    assert (root.kind, root.since) == ("exploding_gradient", 2)
+
+
+@pytest.mark.parametrize(("size", "cause"), [(5e-5, "learning_rate_too_low"), (1e-3, "unknown")])
+def test_loss_is_stuck_by_a_rate_at_which_updates_are_small(size: float, cause: str) -> None:
+    diagnosis = Diagnosis()
+    one, calls = _update(ratios=[size, size]), [LossSignal("mse_loss", {}, 2.0, 2.0, 2.0)]
+    samples = [Sample(step, 2.0, calls=calls, updates=[one], permuted=0.0) for step in (0, 150, 175)]
+    (root,) = (root for sample in samples for root in diagnosis.update(sample))
+    assert (root.kind, root.cause) == ("stuck_loss", cause)
+
+
 @pytest.mark.parametrize(("output", "found"), [(0.3, ["dead_units"]), (0.0, [])])
 def test_units_behind_weights_of_zero_are_not_dead(output: float, found: list[str]) -> None:
     unit = UnitSignal("net.0", "net.1", "relu", 1.0, float("nan"), is_head=False)
@@ -611,13 +630,11 @@ def test_loss_that_is_zero_from_the_start_is_constant() -> None:
     assert "0 since the start" in incident.detail
 
 
-@pytest.mark.parametrize(("steps", "found"), [((0, 1, 2, 5, 10), 1), ((0, 4, 8, 12), 0)])
-def test_first_steps_are_counted_where_a_module_accumulates_by_itself(
-    steps: tuple[int, ...], found: int
-) -> None:
-    diagnosis = Diagnosis()
-    updates = [_update(ratios=[0.13, 0.13])]
-    roots = [root for step in steps for root in diagnosis.update(Sample(step, 2.0, updates=updates))]
+@pytest.mark.parametrize(("accumulated", "found"), [(1, 1), (4, 0)])
+def test_first_updates_are_counted_where_a_module_accumulates_by_itself(accumulated: int, found: int) -> None:
+    diagnosis, updates = Diagnosis(), [_update(ratios=[0.13, 0.13])]
+    samples = [Sample(step, 2.0, updates=updates, n_updates=step // accumulated) for step in (0, 4, 8, 12)]
+    roots = [root for sample in samples for root in diagnosis.update(sample)]
     assert [root.kind for root in roots] == ["exploding_gradient"] * found
 
 

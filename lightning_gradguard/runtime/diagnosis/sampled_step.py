@@ -138,6 +138,7 @@ class SampledStep:
         (plain, permuted, constant), traced, *updates = parts
         sample = Sample(self.step) if self._trace is None else self._trace.sample(self.step, traced)
         sample.permuted = (permuted - plain) / permuted if permuted > 0 else math.nan
+        sample.n_updates = self.now["step"]
         sample.inputs_are_constant = self._uses_inputs and constant > 0
         for update, numbers in zip(self._updates, updates, strict=True):
             update.read_into(sample, numbers)

@@ -15,8 +15,6 @@ from lightning_gradguard.core.detectors.diagnosis.sample import Sample
 
 #: Sampled losses that are averaged.
 RECENT = 3
-#: Samples of the first steps, in which updates may be large.
-FIRST_SAMPLES = 3
 #: Loss below 0, over the size of the first one or 1, and its growth from one sample to the next, of a loss
 #: that falls without bound.
 UNBOUNDED, UNBOUNDED_GROWTH = 1e4, 2.0
@@ -30,13 +28,11 @@ class Progress:
     Attributes:
         first: The first loss.
         largest_update: Largest norm of an update over that of all weights.
-        n_samples: Number of samples so far.
     """
 
     def __init__(self) -> None:
         self.first = math.nan
         self.largest_update = 0.0
-        self.n_samples = 0
         self._losses: deque[float] = deque(maxlen=RECENT)
         self._calls: dict[str, deque[tuple[float, float]]] = defaultdict(partial(deque, maxlen=RECENT))
         self._ratios: list[float] = []
@@ -50,7 +46,6 @@ class Progress:
 
     def update(self, sample: Sample) -> None:
         """Adds a sample."""
-        self.n_samples += 1
         if math.isfinite(sample.loss):
             self.first = sample.loss if math.isnan(self.first) else self.first
             self._losses.append(sample.loss)
@@ -160,7 +155,6 @@ class Progress:
             "sizes": {index: list(sizes) for index, sizes in self._sizes.items()},
             "weights": dict(self._largest_weights),
             "update": self.largest_update,
-            "samples": self.n_samples,
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -175,4 +169,3 @@ class Progress:
         self._sizes = {index: tuple(sizes) for index, sizes in state_dict.get("sizes", {}).items()}
         self._largest_weights = dict(state_dict.get("weights", {}))
         self.largest_update = state_dict.get("update", 0.0)
-        self.n_samples = state_dict.get("samples", FIRST_SAMPLES)

@@ -11,7 +11,7 @@ from typing import Literal
 from lightning_gradguard.core.detectors.best_constant import LEARNS, STUCK
 from lightning_gradguard.core.detectors.diagnosis import depth
 from lightning_gradguard.core.detectors.diagnosis.clipped import CLIPPED_FAR
-from lightning_gradguard.core.detectors.diagnosis.progress import FIRST_SAMPLES, Progress
+from lightning_gradguard.core.detectors.diagnosis.progress import Progress
 from lightning_gradguard.core.detectors.diagnosis.sample import CLIPPED_AT_ALL, MIN_TIMES, Sample, UnitSignal
 from lightning_gradguard.core.detectors.diagnosis.signals.units import RECTIFIERS
 from lightning_gradguard.core.detectors.diagnosis.symptom import Symptom, modules_of
@@ -25,6 +25,8 @@ UPDATE_STEPS, GATE_STEPS = 50, 100
 #: Steps of a network that is nearly as it was initialized, and a decrease of the loss, relative to itself,
 #: that is far beyond that of stable steps.
 FIRST_STEPS, OVERSHOOT = 3, 16.0
+#: Size of an update below which it explains a loss that is stuck.
+LOW_UPDATE = 1e-4
 #: Loss over the first one from which on an update has made it worse.
 RISEN = 2.0
 UNRELATED = 0.02
@@ -216,8 +218,9 @@ def large_updates(sample: Sample, progress: Progress) -> Iterator[Symptom]:
         after = one.share if is_decay else one.ratio
         before = after * one.unclipped
         is_huge = before > HUGE_UPDATE
-        is_certain = before > 1 or (is_huge and (is_rising or input_cause(sample) != "unknown"))
-        is_certain |= progress.n_samples > FIRST_SAMPLES and progress.over_first > LEARNS
+        has_risen = is_rising and max(before, progress.largest_update) > HUGE_UPDATE
+        is_certain = before > 1 or has_risen or (is_huge and input_cause(sample) != "unknown")
+        is_certain |= min(sample.step, sample.n_updates) >= 5 and progress.over_first > LEARNS
         if before > LARGE_UPDATE and is_certain and (is_huge or after > CLIPPED_UPDATE):
             where = modules_of(one.steepest)
             if is_decay:
@@ -361,6 +364,10 @@ def stuck_loss(sample: Sample, progress: Progress, patience: int) -> Iterator[Sy
     is_bounded = any(layer.is_last and layer.activation for layer in sample.layers)
     if cause == "unknown" and sample.one_signed and not is_bounded and progress.over_first < 1:
         cause = "learning_rate_too_low"  # the answers are on their way to the targets
+    largest = max((one.ratio for one in sample.updates), default=math.nan)
+    if cause == "unknown" and largest < LOW_UPDATE:
+        cause = "learning_rate_too_low"
+        facts.append(f"updates are {largest:.1g} of the norm of the weights (usual: about 1e-3)")
     value = permuted if math.isnan(ratio) else ratio
     yield Symptom("stuck_loss", cause, where, value, "; ".join(facts), "stuck", 2)
 

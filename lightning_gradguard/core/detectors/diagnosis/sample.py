@@ -230,6 +230,8 @@ class Sample:
         permuted: Relative rise of the loss if targets are permuted; NaN if not measured.
         spread: Distance of the last layer's output, in rows of unit norm, from its mean; NaN if unknown.
         meets_data: True if what the network gives is compared, or combined, with the batch.
+        n_updates: Number of steps that optimizers have taken, fewer than those of the run where a module
+            accumulates by itself.
     """
 
     step: int
@@ -247,6 +249,7 @@ class Sample:
     permuted: float = math.nan
     spread: float = math.nan
     meets_data: bool = False
+    n_updates: float = math.inf
 
     @property
     def head(self) -> tuple[str, ...]:
