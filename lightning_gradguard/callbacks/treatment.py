@@ -46,8 +46,9 @@ class Treatment(Callback, Configured):
     the fit, without a trace.
 
     Args:
-        changes: Changes of the module, and of kind `learning_rate`, `warm_up`, `weight_decay` or `epsilon`;
-            as `Change` or as a dictionary of its arguments. `callbacks_of` returns the callbacks for others.
+        changes: Changes of the module, and of kind `learning_rate`, `constant_rate`, `warm_up`,
+            `weight_decay` or `epsilon`; as `Change` or as a dictionary of its arguments. `callbacks_of`
+            returns the callbacks for others.
 
     Raises:
         ValueError: If a change is wrong, or is none that this callback makes.

@@ -56,6 +56,7 @@ _KEEPS = (_of("gate_bias", value=3.0),)
 _OPEN, _GATED = _ORTHOGONAL + _KEEPS, (_of("rnn_to_gru"), *_KEEPS)
 _STANDARDIZE = (_of("standardize_input"),)
 _EPSILON = (_of("epsilon", value=1e-4),)
+_CONSTANT = (_of("constant_rate"),)
 _WARM_UP = (_of("warm_up", steps=50),)
 _MAX_NORM = (_of("weight_norm", max_norm=3.0),)
 _NO_DECAY = (_of("weight_decay", value=0.0),)
@@ -121,6 +122,8 @@ _BY_CRITERION: Mapping[str, Sequence[tuple[Change, ...]]] = {
 def candidates(found: Probe) -> list[Candidate]:
     """Returns what to try for a program that fails, at most `MAX_CANDIDATES`, each fit for its module."""
     lists = list(_suggestions(found)) or list(_rates_to_move(found))
+    # no factor of the rates makes good what a schedule takes away
+    always = _CONSTANT if found.decay else ()
     # the first of each list, then the second of each: several symptoms share the trials
     longest = max(map(len, lists), default=0)
     ordered = [suggested[rank] for rank in range(longest) for suggested in lists if rank < len(suggested)]
@@ -130,7 +133,7 @@ def candidates(found: Probe) -> list[Candidate]:
     ordered += [Candidate(one, reason, not lists) for one in _BY_KIND["stuck_loss"]]
     chosen: dict[str, Candidate] = {}
     for candidate in ordered:
-        fitting = _fitting(found, candidate.changes)
+        fitting = _fitting(found, tuple(dict.fromkeys([*always, *candidate.changes])))
         if fitting is not None and not _contradicts(found, fitting):
             chosen.setdefault(str(sorted(map(str, fitting))), replace(candidate, changes=fitting))
     return list(chosen.values())[:MAX_CANDIDATES]
@@ -144,7 +147,11 @@ def _together(firsts: Sequence[Candidate]) -> list[Candidate]:
 
 
 def _suggestions(found: Probe) -> Iterator[list[Candidate]]:
+    if found.decay:
+        yield [Candidate(_CONSTANT, found.decay)]
     for symptom in found.symptoms:
+        if found.decay and symptom.cause == "learning_rate_too_low":
+            continue  # what it measures is what the schedule has left
         changes = _BY_CAUSE.get((symptom.kind, symptom.cause)) or _BY_KIND.get(symptom.kind, ())
         if changes is _BY_KIND["stuck_loss"]:
             continue  # what helps against a loss that is stuck for no known reason is tried after all else
@@ -170,7 +177,7 @@ def _contradicts(found: Probe, changes: tuple[Change, ...]) -> bool:
     causes = {symptom.cause for symptom in found.symptoms}
     rates = [change["scale"] for change in changes if change.kind == "learning_rate"]
     too_high = "update_too_large" in causes
-    too_low = "learning_rate_too_low" in causes or found.moved < LITTLE_MOVED
+    too_low = not found.decay and ("learning_rate_too_low" in causes or found.moved < LITTLE_MOVED)
     return any((rate > 1 and too_high) or (rate < 1 and too_low) for rate in rates)
 
 

@@ -21,6 +21,7 @@ from lightning_gradguard.core import initialization
 from lightning_gradguard.core.detectors.diagnosis import Symptom
 from lightning_gradguard.core.incidents import Incident, title
 from lightning_gradguard.core.snapshots import preserve_state
+from lightning_gradguard.runtime.configured_rates import initial_rate
 from lightning_gradguard.runtime.incidents.invalid_batches import is_check_of_values
 from lightning_gradguard.runtime.incidents.replay import training_loss_or_nan, without_logging
 from lightning_gradguard.runtime.lightning_api import Callback
@@ -29,6 +30,11 @@ from lightning_gradguard.treatment.prescriptions import keeps_from_learning
 from lightning_gradguard.treatment.trials.held_out import HeldOutLoss
 from lightning_gradguard.treatment.trials.program import Program, TreatmentError, described, quiet
 from lightning_gradguard.treatment.trials.trial import Job, Listener, Trial, logged, thinned
+
+#: Mean learning rate of a run, over that before any schedule, below which a schedule takes it away: one that
+#: falls to 0 along a line or a cosine leaves 0.5, a tenfold fall at 30, 60 and 80 % 0.33, an exponential fall
+#: to 1e-4 0.11.
+LEAST_MEAN_RATE = 0.1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +51,8 @@ class Probe:
         has_epsilon: True if an optimizer divides by a sum with an epsilon.
         learning: Whether it learns.
         moved: Distance that a weight has gone, over its norm, the largest of all; NaN if unknown.
+        mean_rate: Learning rate of the first parameter group in the mean of the run, over that before any
+            schedule.
         run_loss: Runs `module` on the first batch; `None` if it cannot be run outside of a fit.
     """
 
@@ -57,6 +65,7 @@ class Probe:
     has_epsilon: bool
     learning: Learning
     moved: float
+    mean_rate: float
     run_loss: Callable[[], Tensor] | None
 
     @property
@@ -71,9 +80,20 @@ class Probe:
             f"{title(f.kind)}{f' at {f.where[0]}' if f.where else ''}: {f.evidence or f.cause}"
             for f in self.symptoms
         ]
+        found += [self.decay] if self.decay else []
         severe = [f for f in self.initialization if f.severity == "fail"]
         found += [f"a training step fails: {self.trial.error}"] if self.trial.error else []
         return [*found, *(f"initialization: {f.describe()}" for f in severe[:3])]
+
+    @property
+    def decay(self) -> str:
+        """What a schedule leaves of the learning rate, in words; empty while it leaves enough."""
+        if not self.mean_rate < LEAST_MEAN_RATE:
+            return ""
+        return (
+            f"learning rate: the schedule leaves {self.mean_rate:.2g} of it in the mean of the run (usual: "
+            f"above {LEAST_MEAN_RATE}): check its length, and whether it is to step once a batch or an epoch"
+        )
 
 
 @dataclass(eq=False)
@@ -90,11 +110,15 @@ class _Ending(Callback):
     held_out: HeldOutLoss
     began: float = field(default_factory=time.monotonic, init=False)
     seen: int = field(default=0, init=False)
+    rates: float = field(default=0.0, init=False)
 
     @override
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
         """Ends a run that does not learn, and of which a cause is known."""
         self.seen += 1
+        for schedule in trainer.lr_scheduler_configs[:1]:
+            group = schedule.scheduler.optimizer.param_groups[0]
+            self.rates += float(group["lr"]) / (initial_rate(group) or math.inf)
         roots = self.diagnosis.diagnosis.roots if self.seen >= self.least else []
         if any(map(keeps_from_learning, roots)) or (roots and self._is_too_long()):
             trainer.should_stop = trainer.should_stop or self._is_stuck()
@@ -164,6 +188,7 @@ def probe(program: Program, least: int, most: int, deadline: float) -> Probe:
         has_epsilon=any("eps" in group for one in trainer.optimizers for group in one.param_groups),
         learning=learning_of(trial),
         moved=_moved(untrained, module),
+        mean_rate=ending.rates / max(ending.seen, 1) if trainer.lr_scheduler_configs else 1.0,
         run_loss=_runnable(untrained, program.batches.epochs[0][0]),
     )
 

@@ -12,13 +12,14 @@ from typing import Any
 
 import pytorch_lightning as pl
 
+from lightning_gradguard.core.incidents import sentence_case
 from lightning_gradguard.core.remedies.changes import Change
 from lightning_gradguard.core.snapshots import rng_state, set_rng_state
 from lightning_gradguard.treatment import files
 from lightning_gradguard.treatment.budget import Clock, seconds
 from lightning_gradguard.treatment.candidates import Candidate, candidates
 from lightning_gradguard.treatment.learning import learning_of
-from lightning_gradguard.treatment.prescriptions import prescriptions
+from lightning_gradguard.treatment.prescriptions import Prescription, prescriptions
 from lightning_gradguard.treatment.probe import Probe, probe
 from lightning_gradguard.treatment.result import TreatmentResult
 from lightning_gradguard.treatment.search import LEARNED_ENOUGH, TrialRunner, at_best_rate, search
@@ -150,6 +151,8 @@ class _Treatment:
         self.prescriptions = prescriptions(
             found.module, found.symptoms, program.batches.epochs[0], found.run_loss
         )
+        if found.decay and not found.is_automatic:
+            self.prescriptions.append(Prescription("schedule", f"{sentence_case(found.decay)}."))
 
     def run(self) -> TreatmentResult:
         """Searches and verifies."""

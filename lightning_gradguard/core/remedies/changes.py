@@ -50,6 +50,7 @@ class Change:
     | `orthogonal_recurrent` | `gain`, `seed` |
     | `gate_bias` | `value` |
     | `learning_rate` | `scale` |
+    | `constant_rate`, without schedules | |
     | `warm_up` | `steps` |
     | `clipping` | `max_norm` |
     | `weight_norm` | `max_norm` |

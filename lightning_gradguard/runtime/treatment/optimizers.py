@@ -1,8 +1,9 @@
-"""Changes of optimizers: rates, weight decay and epsilon as they are configured, and a warm-up."""
+"""Changes of optimizers: rates, schedules, weight decay, epsilon as configured, and a warm-up."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import compress
 from typing import Any
 
 from torch.optim import Optimizer
@@ -17,7 +18,7 @@ def change_optimizers(configured: Any, changes: Sequence[Change]) -> list[str]:
     """Makes changes of what `configure_optimizers` returns, before a checkpoint restores what it has saved.
 
     Groups without weight decay are left without, where others have some. Changes of other kinds than
-    `learning_rate`, `weight_decay` and `epsilon` are ignored. Returns a line for each change that was made.
+    `learning_rate`, `constant_rate`, `weight_decay` and `epsilon` are ignored. Returns a line for each change.
     """
     parts = list(_flat(configured))
     optimizers = [part for part in parts if isinstance(part, Optimizer)]
@@ -30,6 +31,11 @@ def change_optimizers(configured: Any, changes: Sequence[Change]) -> list[str]:
             for optimizer in optimizers:
                 scale_rates(optimizer, schedules, [change["scale"]] * len(optimizer.param_groups))
             lines += [_line("lr", before, [float(group["lr"]) for group in groups])]
+        elif change.kind == "constant_rate":
+            _remove_schedules(configured)
+            for group in groups:
+                group["lr"] = group.get("initial_lr", group["lr"])
+            lines += [f"{len(schedules)} schedules of the learning rate are removed"]
         elif change.kind in ("weight_decay", "epsilon"):
             key = "weight_decay" if change.kind == "weight_decay" else "eps"
             have = [group for group in groups if key in group]
@@ -57,6 +63,20 @@ def _flat(configured: Any) -> Iterator[Any]:
             yield from _flat(part)
     elif isinstance(configured, Optimizer) or isinstance(getattr(configured, "optimizer", None), Optimizer):
         yield configured
+
+
+def _remove_schedules(configured: Any) -> None:
+    if isinstance(configured, dict):
+        configured.pop("lr_scheduler", None)
+    elif isinstance(configured, (list, tuple)):
+        for part in configured:
+            _remove_schedules(part)
+        if isinstance(configured, list):
+            is_kept = [
+                isinstance(part, list) or isinstance(next(_flat(part), None), Optimizer)
+                for part in configured
+            ]
+            configured[:] = compress(configured, is_kept)
 
 
 class WarmUp:
