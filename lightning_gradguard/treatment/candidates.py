@@ -150,8 +150,6 @@ def _suggestions(found: Probe) -> Iterator[list[Candidate]]:
     if found.decay:
         yield [Candidate(_CONSTANT, found.decay)]
     for symptom in found.symptoms:
-        if found.decay and symptom.cause == "learning_rate_too_low":
-            continue  # what it measures is what the schedule has left
         changes = _BY_CAUSE.get((symptom.kind, symptom.cause)) or _BY_KIND.get(symptom.kind, ())
         if changes is _BY_KIND["stuck_loss"]:
             continue  # what helps against a loss that is stuck for no known reason is tried after all else

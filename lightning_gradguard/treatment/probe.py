@@ -43,6 +43,7 @@ class Probe:
 
     Args:
         trial: The run.
+        steps: Its optimizer steps.
         symptoms: Of the diagnosis, causes first.
         initialization: Criteria that the network does not meet as it is initialized.
         incidents: All that was published.
@@ -57,6 +58,7 @@ class Probe:
     """
 
     trial: Trial
+    steps: int
     symptoms: Sequence[Symptom]
     initialization: Sequence[initialization.Finding]
     incidents: Sequence[Incident]
@@ -146,11 +148,9 @@ def probe(program: Program, least: int, most: int, deadline: float) -> Probe:
     """
     began = time.monotonic()
     job = Job(None, program.seed, most)
-    held_out = HeldOutLoss(
-        program.batches.held_out, most * program.accumulate, deadline, every=least * program.accumulate // 4
-    )
+    n_least, n_most = program.n_batches(least), program.n_batches(most)
+    held_out = HeldOutLoss(program.batches.held_out, n_most, deadline, every=n_least // 4)
     diagnosis, check, listener = TrainingDiagnosis(), InitializationCheck(), Listener()
-    n_least, n_most = least * program.accumulate, most * program.accumulate
     ending = _Ending(n_least, n_most, deadline, diagnosis, held_out)
     raised = ""
     untrained = program.module(program.seed)
@@ -177,10 +177,15 @@ def probe(program: Program, least: int, most: int, deadline: float) -> Probe:
         seconds=time.monotonic() - began,
         error=raised,
     )
+    mean_rate = ending.rates / max(ending.seen, 1) if trainer.lr_scheduler_configs else 1.0
+    roots = diagnosis.diagnosis.roots
+    if mean_rate < LEAST_MEAN_RATE:  # a rate that is too low is what the schedule has left
+        roots = [root for root in roots if root.cause != "learning_rate_too_low"]
     is_automatic = module.automatic_optimization and len(trainer.optimizers) == 1
     return Probe(
         trial=trial,
-        symptoms=list(diagnosis.diagnosis.roots),
+        steps=trainer.global_step,
+        symptoms=list(roots),
         initialization=[f for f in check.findings if f.severity != "info"],
         incidents=list(listener.incidents),
         module=untrained,
@@ -188,7 +193,7 @@ def probe(program: Program, least: int, most: int, deadline: float) -> Probe:
         has_epsilon=any("eps" in group for one in trainer.optimizers for group in one.param_groups),
         learning=learning_of(trial),
         moved=_moved(untrained, module),
-        mean_rate=ending.rates / max(ending.seen, 1) if trainer.lr_scheduler_configs else 1.0,
+        mean_rate=mean_rate,
         run_loss=_runnable(untrained, program.batches.epochs[0][0]),
     )
 

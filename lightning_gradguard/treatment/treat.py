@@ -107,6 +107,8 @@ def treat(
         least = _length(program.planned)
         most = max(min(program.planned or least, MOST_PROBED), least)
         found = probe(program, least, most, clock.share(PROBED))
+        if not found.is_automatic and found.steps:
+            program = program.with_manual_steps(found.trial.curve[-1][0], found.steps)
         treatment = _Treatment(program, found, clock, folder, report, processes or usable_processes(), least)
         result = treatment.run()
     finally:
@@ -157,9 +159,9 @@ class _Treatment:
     def run(self) -> TreatmentResult:
         """Searches and verifies."""
         learning = self.found.learning
-        healthy = f"after {self._probed} steps {learning.evidence}"
+        healthy = f"after {self.found.steps} steps {learning.evidence}"
         # a whole run that learns little may lack something, or be as good as its data allow
-        is_long = 0 < self.program.planned <= self._probed and self.steps >= TOO_FEW_STEPS
+        is_long = 0 < self.program.planned <= self.found.steps and self.steps >= TOO_FEW_STEPS
         is_open = self.found.learns_unhindered and is_long
         is_healthy = learning.has_learned or (self.found.learns_unhindered and not is_open)
         if is_healthy and not any(one.is_beside_learning for one in self.prescriptions):
@@ -232,7 +234,7 @@ class _Treatment:
 
     def _is_probed(self, steps: int) -> bool:
         """True if the probe shows what the program does in a number of optimizer steps."""
-        return self._probed >= steps or not math.isfinite(self.found.trial.loss)
+        return self.found.steps >= steps or not math.isfinite(self.found.trial.loss)
 
     def _result(
         self,
@@ -266,22 +268,18 @@ class _Treatment:
         )
 
     @property
-    def _probed(self) -> int:
-        return self.found.trial.curve[-1][0] // self.program.accumulate
-
-    @property
     def _time(self) -> str:
         return f"{self.clock.spent:4.0f} s of {self.clock.budget:.0f} s"
 
     def _untreated(self, steps: int) -> float:
         """Returns the held-out loss of the probe after the steps of a trial."""
         curve: Sequence[tuple[int, float]] = self.found.trial.curve
-        reached = [loss for step, loss in curve if step <= steps * self.program.accumulate]
+        reached = [loss for step, loss in curve if step <= self.program.n_batches(steps)]
         return reached[-1] if math.isfinite(reached[-1]) else math.inf
 
     def _seconds_per_step(self) -> float:
         """Returns the duration of a step in a trial, with its share of evaluations."""
-        return self.found.trial.seconds / max(self._probed, 1)
+        return self.found.trial.seconds / max(self.found.steps, 1)
 
     def _affordable(self) -> int:
         total = COST_IN_TRIALS * self._seconds_per_step() / min(self.processes, 4)

@@ -112,6 +112,30 @@ def test_what_is_done_to_the_optimizers() -> None:
     assert not trainer.optimizers[0]._optimizer_step_pre_hooks
 
 
+@pytest.mark.parametrize(
+    "form",
+    [
+        lambda optimizer, schedule: {"optimizer": optimizer, "lr_scheduler": schedule},
+        lambda optimizer, schedule: ([optimizer], [{"scheduler": schedule, "interval": "step"}]),
+        lambda optimizer, schedule: [[optimizer], [schedule]],
+    ],
+)
+def test_a_constant_rate_is_that_before_the_schedule(form: Any) -> None:
+    rates = []
+
+    class Scheduled(Trained):
+        def configure_optimizers(self) -> Any:
+            optimizer = torch.optim.SGD(self.parameters(), 0.1)
+            return form(optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1e-3))
+
+        def on_train_batch_end(self, *_: Any) -> None:
+            rates.append(self.trainer.optimizers[0].param_groups[0]["lr"])
+
+    trainer = fit(Scheduled(), batches(2), [Treatment([Change("constant_rate")])])
+    assert rates == [0.1, 0.1]
+    assert not trainer.lr_scheduler_configs
+
+
 def test_the_warm_up_is_of_steps() -> None:
     def weight_after_one_step(changes: list[Change]) -> Tensor:
         trained = module()

@@ -22,6 +22,7 @@ def suggested(module: nn.Module, *symptoms: Symptom, moved: float = 1.0) -> Sequ
     return candidates(
         Probe(
             trial=trial,
+            steps=60,
             symptoms=symptoms,
             initialization=[],
             incidents=[],

@@ -178,6 +178,24 @@ class TestBadInput:
         assert "give other batches each time" in result.notes[0]
 
 
+class Decayed(Net):
+    """A schedule that is meant for epochs is stepped once a batch."""
+
+    def configure_optimizers(self) -> Any:
+        optimizer = super().configure_optimizers()
+        schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.6)
+        return [optimizer], [{"scheduler": schedule, "interval": "step"}]
+
+
+@pytest.mark.slow
+def test_schedule_that_takes_the_rate_away_is_removed() -> None:
+    result = treated(Decayed, trainer=SETTLING)
+    assert result.verdict == "cured", result.evidence
+    assert [change.kind for change in result.changes] == ["constant_rate"]
+    assert any("the schedule leaves 0.0" in problem for problem in result.problems)
+    assert all(c.changes[0].kind == "constant_rate" for c in result.candidates), "no rate makes up for it"
+
+
 class Manual(Net):
     """Steps by hand."""
 
@@ -199,6 +217,36 @@ def test_manual_optimization_gets_rates_and_initialization_only() -> None:
     assert result.verdict == "cured", result.evidence
     kinds = {c.kind for candidate in result.candidates for c in candidate.changes}
     assert kinds <= {"learning_rate", "warm_up", "clipping", "weight_norm", "initialize"}
+
+
+@pytest.mark.parametrize("trainer", [{"max_steps": 120}, {"max_epochs": 3}])
+def test_batches_with_two_optimizer_steps_are_counted(trainer: dict[str, int]) -> None:
+    class Twice(Manual):
+        def configure_optimizers(self) -> Any:
+            halves = self.net[:2], self.net[2:]
+            return [torch.optim.Adam(half.parameters(), 1e-2) for half in halves]
+
+        def training_step(self, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
+            self.manual_backward(Net.training_step(self, batch, batch_idx))
+            for optimizer in self.optimizers():  # type: ignore[union-attr]
+                optimizer.step()
+                optimizer.zero_grad()
+
+    result = treated(Twice, trainer=trainer)
+    assert result.verdict == "healthy"
+    assert "after 120 steps" in result.evidence
+
+
+def test_schedule_that_the_step_itself_steps_is_prescribed() -> None:
+    class ByHand(Manual, Decayed):
+        def training_step(self, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
+            super().training_step(batch, batch_idx)
+            self.lr_schedulers().step()  # type: ignore[union-attr]
+
+    result = treated(ByHand)
+    assert result.verdict == "no_treatment_found"
+    assert [one.fault for one in result.prescriptions] == ["schedule"]
+    assert not result.trials
 
 
 def test_loss_that_falls_by_a_fault_of_code_is_not_healthy() -> None:

@@ -9,7 +9,7 @@ import random
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -48,6 +48,7 @@ class Program:
         trainer: Arguments of the user's Trainer.
         batches: What the trials train on.
         planned: Optimizer steps of the user's run; 0 if unknown.
+        batches_per_step: Batches of an optimizer step; below 1 where several optimizers step in each.
         seed: Of the search.
     """
 
@@ -56,6 +57,7 @@ class Program:
     trainer: Mapping[str, Any]
     batches: RecordedBatches
     planned: int
+    batches_per_step: float
     seed: int
 
     def module(self, seed: int) -> pl.LightningModule:
@@ -74,17 +76,23 @@ class Program:
             **{name: value for name, value in self.trainer.items() if name in OF_USER and value is not None},
             **more,
         }
-        if len(self.batches.epochs[0]) * 1.0 > steps * self.accumulate:
-            arguments["val_check_interval"] = steps * self.accumulate
+        if len(self.batches.epochs[0]) > self.n_batches(steps):
+            arguments["val_check_interval"] = self.n_batches(steps)
         trainer: pl.Trainer = package.Trainer(
             **arguments, max_steps=steps, max_epochs=-1, callbacks=list(callbacks)
         )
         return trainer
 
-    @property
-    def accumulate(self) -> int:
-        """Batches of an optimizer step."""
-        return int(self.trainer.get("accumulate_grad_batches") or 1)
+    def n_batches(self, steps: int) -> int:
+        """Returns the batches of a number of optimizer steps."""
+        return max(round(steps * self.batches_per_step), 1)
+
+    def with_manual_steps(self, batches: int, steps: int) -> Program:
+        """Returns the program as a run of it has shown how many steps of its own it makes in its batches."""
+        ratio = batches / steps
+        is_of_steps = self.trainer.get("max_steps") not in (None, -1)
+        planned = self.planned if is_of_steps else round(self.planned / ratio)
+        return replace(self, planned=planned, batches_per_step=ratio)
 
     def fit(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Trains on the recorded batches."""
@@ -171,7 +179,8 @@ def recorded_program(
         raise TreatmentError("there is no training batch.")
     is_given = any(trainer.get(name) not in (None, -1) for name in ("max_epochs", "max_steps"))
     planned = int(recorder.steps) if is_given and math.isfinite(recorder.steps) else 0
-    return Program(make_module, datamodule, trainer, recorder.result(), planned, seed)
+    accumulated = int(trainer.get("accumulate_grad_batches") or 1)
+    return Program(make_module, datamodule, trainer, recorder.result(), planned, accumulated, seed)
 
 
 def quiet() -> AbstractContextManager[None]:

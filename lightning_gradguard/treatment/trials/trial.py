@@ -123,7 +123,7 @@ def _seeded(changes: Sequence[Change], seed: int) -> list[Change]:
 def run(program: Program, job: Job, deadline: float) -> Trial:
     """Runs a trial; an exception of the program is its outcome."""
     began = time.monotonic()
-    steps = job.steps * program.accumulate
+    steps = program.n_batches(job.steps)
     held_out = HeldOutLoss(program.batches.held_out, steps, deadline, enough=job.enough)
     listener = Listener()
     outcome: dict[str, Any] = {"error": ""}
