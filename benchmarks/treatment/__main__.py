@@ -50,9 +50,8 @@ def score(case: Case, callbacks: Sequence[Any], seed: int) -> tuple[float, float
         return 0.0, time.monotonic() - began
 
 
-def outcome(case: Case, budget: str, processes: int) -> dict[str, Any]:
-    """Runs a program, its twin and, if it fails, its treatment."""
-    reference, _ = score(case.twin, (), SEED)
+def outcome(case: Case, reference: float, budget: str, processes: int) -> dict[str, Any]:
+    """Runs a program whose twin has a score and, if it fails, its treatment."""
     before, seconds = score(case, (), SEED)
     record = {"name": case.name, "reference": reference, "untreated": before, "seconds": seconds}
     folder = tempfile.mkdtemp()
@@ -187,10 +186,13 @@ def main() -> None:
     outcomes = {record["name"]: record for record in read_records(options.kept)}
     chosen = [one for one in cases(options.casebook, options.at51) if options.only in one.name]
     chosen = chosen[:: options.every][: options.first]
+    references: dict[str, float] = {}
     for one in chosen:
         if one.name in outcomes:
             continue
-        outcomes[one.name] = outcome(one, options.budget, options.processes)
+        twin = one.twin.name
+        references[twin] = references[twin] if twin in references else score(one.twin, (), SEED)[0]
+        outcomes[one.name] = outcome(one, references[twin], options.budget, options.processes)
         add_record(options.kept, outcomes[one.name])
         print(json.dumps(outcomes[one.name]), flush=True)
     text = table([*outcomes.values()])

@@ -22,8 +22,8 @@ from lightning_gradguard.runtime.diagnosis.permutation import target_of
 from lightning_gradguard.runtime.incidents.replay import loss_without_trace, without_logging
 from lightning_gradguard.runtime.lightning_api import Callback
 
-#: Evaluations of a run, the last at its end.
-N_EVALUATIONS = 10
+#: Evaluations of a run, the last at its end, and of one that ends once it has learned.
+N_EVALUATIONS, N_EVALUATIONS_UNTIL_ENOUGH = 10, 20
 #: Nonfinite evaluations in a row, and losses of batches, that end a run; low evaluations in a row that do.
 MAX_NONFINITE, N_ENOUGH = 3, 2
 
@@ -85,7 +85,7 @@ class HeldOutLoss(Callback):
         batches: The held-out batches.
         steps: Batches of the run.
         deadline: On the clock of `time.monotonic`.
-        every: Batches between evaluations; a tenth of the run if `None`.
+        every: Batches between evaluations; a tenth of the run, or a twentieth with `enough`, if `None`.
         enough: Held-out loss at which the run ends; `None` for a run of all its steps.
 
     Attributes:
@@ -112,7 +112,8 @@ class HeldOutLoss(Callback):
         self._deadline = deadline
         self._enough = enough
         self._steps = steps
-        self._every = max(steps // N_EVALUATIONS if every is None else every, 1)
+        n = N_EVALUATIONS if enough is None else N_EVALUATIONS_UNTIL_ENOUGH
+        self._every = max(steps // n if every is None else every, 1)
         self._seen = 0
         self._began = 0.0
         self._durations: list[float] = []
