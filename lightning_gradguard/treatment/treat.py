@@ -23,7 +23,7 @@ from lightning_gradguard.treatment.prescriptions import Prescription, prescripti
 from lightning_gradguard.treatment.probe import Probe, probe
 from lightning_gradguard.treatment.result import TreatmentResult
 from lightning_gradguard.treatment.search import LEARNED_ENOUGH, TrialRunner, at_best_rate, search
-from lightning_gradguard.treatment.trials.program import Program, recorded_program
+from lightning_gradguard.treatment.trials.program import OF_USER, Program, recorded_program
 from lightning_gradguard.treatment.trials.trial import Trial, name_of
 from lightning_gradguard.treatment.trials.trial_log import TrialLog
 from lightning_gradguard.treatment.trials.workers import usable_processes
@@ -191,7 +191,7 @@ class _Treatment:
             self.report(f"{self._time}, {verdict}: {name_of(changes)}")
             if verdict == "cured":
                 return self._result(verdict, evidence, changes, results, suggested)
-            if best is None or (verdict == "better" and best[0] != "better"):
+            if results and (best is None or (verdict == "better" and best[0] != "better")):
                 best = verdict, evidence, changes, results
         if is_open:
             return self._result("healthy", f"{healthy}; no change that was tried learns far more")
@@ -291,7 +291,14 @@ class _Treatment:
 
 def _identity(program: Program, found: Probe) -> dict[str, Any]:
     """Returns what trials of the same program have in common."""
-    losses = [f"{loss:.6g}" for _, loss in found.trial.curve[:3]]
-    content = [str(found.module), program.batches.fingerprint, program.seed, losses]
+    losses = [f"{loss:.6g}" for _, loss in found.trial.curve[:5]]
+    arguments = {name: str(value) for name, value in program.trainer.items() if name in OF_USER}
+    content = [
+        str(found.module),
+        program.batches.fingerprint,
+        program.seed,
+        losses,
+        sorted(arguments.items()),
+    ]
     digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
     return {"module": type(found.module).__qualname__, "digest": digest}

@@ -75,6 +75,12 @@ def test_seed_with_which_the_program_learns_by_itself_may_be_equalled() -> None:
     assert verdict_of(results([0.3, 0.4, 0.2], [0.3, 0.4, 0.2]), WHOLE)[0] == "no_treatment_found"
 
 
+def test_how_far_untreated_runs_diverge_is_no_noise_between_seeds() -> None:
+    verdict, evidence = verdict_of(results([0.3, 0.4, 0.2], [14.0, 5.0, 3.0]), WHOLE)
+    assert verdict == "cured"
+    assert "seed noise 0.046" in evidence
+
+
 def test_two_seeds_are_better_at_most_and_one_is_nothing() -> None:
     found = results([0.3, 0.4], [2.3, 2.31])
     assert verdict_of(found, WHOLE)[0] == "better"
