@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import lightning_gradguard
 from lightning_gradguard import TreatmentError, TreatmentResult
 from lightning_gradguard.treatment.candidates import MAX_CANDIDATES
+from lightning_gradguard.treatment.trials.program import Program
 from lightning_gradguard.treatment.trials.trial import Trial
 from tests.treatment.programs import Data, Net, treated
 
@@ -219,8 +220,14 @@ def test_manual_optimization_gets_rates_and_initialization_only() -> None:
     assert kinds <= {"learning_rate", "warm_up", "clipping", "weight_norm", "initialize"}
 
 
-@pytest.mark.parametrize("trainer", [{"max_steps": 120}, {"max_epochs": 3}])
-def test_batches_with_two_optimizer_steps_are_counted(trainer: dict[str, int]) -> None:
+@pytest.mark.parametrize(("trainer", "planned"), [({"max_steps": 60}, 60), ({"max_epochs": 3}, 120)])
+def test_a_run_of_epochs_has_all_steps_that_its_batches_make(trainer: dict[str, int], planned: int) -> None:
+    program = Program(Net, None, trainer, Any, 60, 1.0, 0).with_manual_steps(batches=30, steps=60)  # type: ignore[arg-type]
+    assert program.planned == planned
+    assert program.n_batches(planned) == planned / 2
+
+
+def test_batches_with_two_optimizer_steps_are_counted() -> None:
     class Twice(Manual):
         def configure_optimizers(self) -> Any:
             halves = self.net[:2], self.net[2:]
@@ -232,7 +239,7 @@ def test_batches_with_two_optimizer_steps_are_counted(trainer: dict[str, int]) -
                 optimizer.step()
                 optimizer.zero_grad()
 
-    result = treated(Twice, trainer=trainer)
+    result = treated(Twice, trainer={"max_steps": 120})
     assert result.verdict == "healthy"
     assert "after 120 steps" in result.evidence
 
