@@ -9,6 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from statistics import fmean
 from typing import Any
 
 import pytorch_lightning as pl
@@ -33,8 +34,8 @@ from lightning_gradguard.treatment.trials.trial import Job, Listener, Trial, log
 
 #: Mean learning rate of a run, over that before any schedule, below which a schedule takes it away: one that
 #: falls to 0 along a line or a cosine leaves 0.5, a tenfold fall at 30, 60 and 80 % 0.33, an exponential fall
-#: to 1e-4 0.11.
-LEAST_MEAN_RATE = 0.1
+#: to 1e-3 0.145. Where no rate comes near that before the schedule, it is no rate to train with.
+LEAST_MEAN_RATE, NEAR_INITIAL = 0.14, 0.5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,7 +113,7 @@ class _Ending(Callback):
     held_out: HeldOutLoss
     began: float = field(default_factory=time.monotonic, init=False)
     seen: int = field(default=0, init=False)
-    rates: float = field(default=0.0, init=False)
+    rates: list[float] = field(default_factory=list, init=False)
 
     @override
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
@@ -120,7 +121,7 @@ class _Ending(Callback):
         self.seen += 1
         for schedule in trainer.lr_scheduler_configs[:1]:
             group = schedule.scheduler.optimizer.param_groups[0]
-            self.rates += float(group["lr"]) / (initial_rate(group) or math.inf)
+            self.rates.append(float(group["lr"]) / (initial_rate(group) or math.inf))
         roots = self.diagnosis.diagnosis.roots if self.seen >= self.least else []
         if any(map(keeps_from_learning, roots)) or (roots and self._is_too_long()):
             trainer.should_stop = trainer.should_stop or self._is_stuck()
@@ -177,7 +178,7 @@ def probe(program: Program, least: int, most: int, deadline: float) -> Probe:
         seconds=time.monotonic() - began,
         error=raised,
     )
-    mean_rate = ending.rates / max(ending.seen, 1) if trainer.lr_scheduler_configs else 1.0
+    mean_rate = fmean(ending.rates) if max(ending.rates, default=0.0) > NEAR_INITIAL else 1.0
     roots = diagnosis.diagnosis.roots
     if mean_rate < LEAST_MEAN_RATE:  # a rate that is too low is what the schedule has left
         roots = [root for root in roots if root.cause != "learning_rate_too_low"]

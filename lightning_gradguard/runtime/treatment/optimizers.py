@@ -18,7 +18,8 @@ def change_optimizers(configured: Any, changes: Sequence[Change]) -> list[str]:
     """Makes changes of what `configure_optimizers` returns, before a checkpoint restores what it has saved.
 
     Groups without weight decay are left without, where others have some. Changes of other kinds than
-    `learning_rate`, `constant_rate`, `weight_decay` and `epsilon` are ignored. Returns a line for each change.
+    `learning_rate`, `constant_rate`, `weight_decay` and `epsilon` are ignored. Returns a line for each that
+    was made.
     """
     parts = list(_flat(configured))
     optimizers = [part for part in parts if isinstance(part, Optimizer)]
