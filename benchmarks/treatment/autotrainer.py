@@ -126,7 +126,7 @@ def run(spec: Spec, setting: Setting, seed: int) -> tuple[float, str]:
             x = x + 0.1 * torch.randn_like(x) if "noise" in kinds else x
             optimizer.zero_grad()
             answers = module(x)
-            nn.functional.cross_entropy(answers, y).backward()  # type: ignore[no-untyped-call]
+            nn.functional.cross_entropy(answers, y).backward()
             gradients = [w.grad for w in weights if w.grad is not None]
             norms = [float(g.norm()) for g in gradients]
             history.is_finite = history.is_finite and all(map(math.isfinite, norms))
