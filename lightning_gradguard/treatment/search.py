@@ -194,7 +194,7 @@ def _at_rate(changes: Sequence[Change], factor: float) -> tuple[Change, ...]:
 def noise_of(untreated: Sequence[Trial]) -> float:
     """Returns how far the held-out losses of runs with different seeds are apart.
 
-    A run that is worse than the best constant answer counts as that: how far it diverges says nothing.
+    A run that is worse than the best constant answer counts as that: how far it diverges has no meaning.
     """
     finite = [t.loss / max(1.0, t.over_constant) for t in untreated if math.isfinite(t.loss)]
     return max(max(finite) - min(finite), LEAST_NOISE * abs(min(finite))) if finite else 0.0
