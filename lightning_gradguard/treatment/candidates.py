@@ -121,7 +121,7 @@ _BY_CRITERION: Mapping[str, Sequence[tuple[Change, ...]]] = {
 
 def candidates(found: Probe) -> list[Candidate]:
     """Returns what to try for a program that fails, at most `MAX_CANDIDATES`, each fit for its module."""
-    lists = list(_suggestions(found)) or list(_rates_to_move(found))
+    lists = [*_suggestions(found), *_rates_to_move(found)]
     # no factor of the rates makes good what a schedule takes away
     always = _CONSTANT if found.decay else ()
     # the first of each list, then the second of each: several symptoms share the trials
@@ -163,7 +163,7 @@ def _suggestions(found: Probe) -> Iterator[list[Candidate]]:
 
 
 def _rates_to_move(found: Probe) -> Iterator[list[Candidate]]:
-    """Yields rates at which weights move that have not moved; gradients that vanish have the same effect."""
+    """Yields rates at which weights move that have not moved, after what helps if gradients vanish."""
     if 0 < found.moved < LITTLE_MOVED:
         scale = 10.0 ** round(math.log10(TRIED_MOVED / found.moved))
         reason = f"no weight has gone further than {found.moved:.2g} of its norm in the whole run"

@@ -90,7 +90,7 @@ class Probe:
 
     @property
     def decay(self) -> str:
-        """What a schedule leaves of the learning rate, in words; empty while it leaves enough."""
+        """Words for what a schedule leaves of the learning rate; empty while it leaves enough."""
         if not self.mean_rate < LEAST_MEAN_RATE:
             return ""
         return (

@@ -59,9 +59,11 @@ def test_rate_is_raised_by_what_the_weights_lack() -> None:
     assert "no weight has gone further than 0.004 of its norm" in found[0].reason
 
 
-def test_gradients_that_vanish_are_no_matter_of_the_rate() -> None:
-    found = suggested(nn.RNN(4, 8, batch_first=True), VANISHING, moved=0.004)
-    assert found[0].changes[0].kind == "orthogonal_recurrent"
+def test_what_helps_if_gradients_vanish_is_tried_before_a_higher_rate() -> None:
+    first, second, both, *_ = suggested(nn.RNN(4, 8, batch_first=True), VANISHING, moved=0.004)
+    assert [change.kind for change in first.changes] == ["orthogonal_recurrent"]
+    assert [change["scale"] for change in second.changes] == [1000.0]
+    assert {*both.changes} == {*first.changes, *second.changes}
 
 
 def test_optimizer_without_an_epsilon_gets_none() -> None:
