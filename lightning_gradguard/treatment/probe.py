@@ -179,10 +179,10 @@ def probe(program: Program, least: int, most: int, deadline: float) -> Probe:
         error=raised,
     )
     mean_rate = fmean(ending.rates) if max(ending.rates, default=0.0) > NEAR_INITIAL else 1.0
-    roots = diagnosis.diagnosis.roots
-    if mean_rate < LEAST_MEAN_RATE:  # a rate that is too low is what the schedule has left
-        roots = [root for root in roots if root.cause != "learning_rate_too_low"]
     is_automatic = module.automatic_optimization and len(trainer.optimizers) == 1
+    roots = diagnosis.diagnosis.roots
+    if is_automatic and mean_rate < LEAST_MEAN_RATE:  # trials are made without the schedule
+        roots = [r for r in roots if r.cause not in ("learning_rate_too_low", "learning_rate_schedule")]
     return Probe(
         trial=trial,
         steps=trainer.global_step,

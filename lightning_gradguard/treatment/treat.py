@@ -153,8 +153,10 @@ class _Treatment:
         self.prescriptions = prescriptions(
             found.module, found.symptoms, program.batches.epochs[0], found.run_loss
         )
-        if found.decay and not found.is_automatic:
-            self.prescriptions.append(Prescription("schedule", f"{sentence_case(found.decay)}."))
+        if found.decay and not (found.is_automatic or self.prescriptions):
+            self.prescriptions.append(
+                Prescription("learning_rate_schedule", f"{sentence_case(found.decay)}.")
+            )
 
     def run(self) -> TreatmentResult:
         """Searches and verifies."""

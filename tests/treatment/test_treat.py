@@ -252,7 +252,7 @@ def test_schedule_that_the_step_itself_steps_is_prescribed() -> None:
 
     result = treated(ByHand)
     assert result.verdict == "no_treatment_found"
-    assert [one.fault for one in result.prescriptions] == ["schedule"]
+    assert [one.fault for one in result.prescriptions] == ["learning_rate_schedule"]
     assert not result.trials
 
 
