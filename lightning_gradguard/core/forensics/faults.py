@@ -33,7 +33,7 @@ _LOGARITHMS = (
     Fault(
         ("log", "log2", "log10"),
         "The logarithm of 0 is -inf; of a softmax or sigmoid use log_softmax or logsigmoid of the scores "
-        "instead",
+        "instead, of a product the sum of logarithms",
         "torch.log(x.clamp_min(1e-6))",
         has_zero=True,
     ),
@@ -271,7 +271,7 @@ _LOSSES = (
         ("nll_loss_forward", "nll_loss2d_forward", "gather", "index"),
         "The class of the target is masked: its score is -inf, and so is its log-probability. Leave out such "
         "samples, or mask with a finite number",
-        "F.nll_loss(torch.nan_to_num(x, neginf=-1e4), y)",
+        "F.cross_entropy(torch.nan_to_num(x, neginf=-1e4), y)",
         made="inf",
     ),
     Fault(

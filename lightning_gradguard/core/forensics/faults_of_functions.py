@@ -38,6 +38,14 @@ FUNCTIONS = (
         made="nan",
     ),
     Fault(
+        ("log",),
+        "A rate is negative, whose logarithm the loss takes: make it positive, or give its logarithm, with "
+        "log_input=True",
+        "F.poisson_nll_loss(F.softplus(x), y, log_input=False)",
+        called="poisson_nll_loss",
+        at_most=-1e-45,
+    ),
+    Fault(
         ("_weight_norm_interface",),
         "A row of a weight is 0 throughout, and weight_norm divides by its norm: initialize the direction "
         "(parametrizations.weight.original1) otherwise. To begin with outputs of 0, set the lengths, "

@@ -104,6 +104,11 @@ REJECTIONS = (
         "y.clamp(1e-6, 1 - 1e-6) (`y` are the targets)",
     ),
     Rejection(
+        "cannot be converted to type .* without overflow",
+        "A number does not fit into the dtype, as -1e9 in float16: mask with the smallest number of it",
+        "x.masked_fill(mask, torch.finfo(x.dtype).min) (`x` are the scores)",
+    ),
+    Rejection(
         "elements of target should be between 0 and 1",
         "Targets are beyond 0..1: correct or scale them, as labels of 0 and 255",
         "y / 255 (`y` are the targets)",

@@ -200,13 +200,21 @@ def _with_samples(trainer: pl.Trainer, seen: SeenBatch, origin: Origin) -> str:
     places = []
     for name, ids in named.items():
         places += [f"{name} {', '.join(map(str, ids))}"] if ids else []
-    hooks = ("on_after_batch_transfer", "on_before_batch_transfer") if origin.cause == "bad_input" else ()
-    changed = (hook for hook in hooks if lightning_api.overrides(trainer.lightning_module, hook))
-    places += [f"as {hook} of the module returned it" for hook in changed][:1]
+    hooks, words = _HOOKS.get(origin.cause, ((), ""))
+    own = (hook for hook in hooks if lightning_api.overrides(trainer.lightning_module, hook))
+    places += [words.format(hook) for hook in own][:1]
     places += [f"rank {trainer.global_rank}"] if world_size() > 1 else []
     return f"{origin.detail.rstrip('.')} ({', '.join(places)})." if places else origin.detail
 
 
+#: By cause, hooks of the module that may have made the value, and how to say it.
+_HOOKS = {
+    "bad_input": (
+        ("on_after_batch_transfer", "on_before_batch_transfer"),
+        "as {} of the module returned it",
+    ),
+    "transient": (("on_after_backward",), "without {} of the module, which may have written gradients"),
+}
 _VAGUE = {"transient": 1, "unknown": 2}
 
 

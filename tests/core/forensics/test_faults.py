@@ -83,6 +83,10 @@ def mean(h: Tensor) -> Tensor:
     return h.mean()
 
 
+def rated(x: Tensor, y: Tensor) -> Tensor:
+    return F.poisson_nll_loss(x, y, log_input=False)
+
+
 def column(h: Tensor) -> Tensor:
     return h[:, :1]
 
@@ -347,6 +351,7 @@ CASES: list[tuple[str, Program, Program, Callable[[Tensor], Any] | None, str]] =
     ),
     ("masked scores over a temperature", lambda x, y: (x / y).softmax(-1), scores, mean, "divisor"),
     ("masked scores times a scale", lambda x, y: (x * y).softmax(-1), scores, mean, "factor"),
+    ("negative rate", rated, lambda h: shifted(h, -5), lambda h: torch.ones_like(h), "log_input=True"),
     ("weight_norm of a row of zeros", lambda x, y: torch._weight_norm(x, y), zero, column, "weight_norm"),
     ("gradient of QR", lambda x: torch.linalg.qr(x)[1], lambda h: 0 * h[:COLUMNS], None, "inverse"),
 ]

@@ -142,6 +142,7 @@ CASES: list[tuple[str, Callable[[Tensor], Tensor], Program, Tensor, str]] = [
     ("one_hot", lambda h: h, one_hot, alike(2, -9), ""),
     ("empty", lambda h: h, packed, alike(2, 0), ""),
     ("goes beyond", lambda h: h, through_gru, alike(2, 9), ""),
+    ("float16", lambda h: h.half(), lambda x, y: x.masked_fill(y > 0, -1e9), targets(0.5), ""),
     ("more values", lambda h: h, lambda x, y: x.topk(9).values, targets(0.5), ""),
     ("empty selection", lambda h: h[h > 99], lambda x, y: x.max(), targets(0.5), "call"),
 ]

@@ -185,15 +185,27 @@ def test_parameter_at_the_edge_of_a_domain_is_trained_as_its_logarithm(tmp_path:
     assert (rollback.skips, bool(module.state_dict()["scale"] < 0)) == (0, True)
 
 
-def test_hook_that_changes_the_batch_is_named(tmp_path: Path) -> None:
+def test_hook_that_changes_the_batch_or_gradients_is_named(tmp_path: Path) -> None:
     class Standardizing(Network):
         def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
             return [batch[0] / batch[2][:, :1], *batch[1:]]
 
-    fit(Standardizing(squares), data(), [NaNRollback()], tmp_path)
-    (found,) = incidents(tmp_path)
-    assert found["cause"] == "bad_input"
-    assert "as on_after_batch_transfer of the module returned it" in found["detail"]
+    class Normalizing(Network):
+        def on_after_backward(self) -> None:
+            for p in self.parameters():
+                p.grad = None if p.grad is None else p.grad / p.grad.norm()
+
+    def partial(module: Any, batch: Any) -> Tensor:
+        return squares(module, batch) * batch[2].all()
+
+    for module, cause, words in (
+        (Standardizing(squares), "bad_input", "as on_after_batch_transfer of the module returned it"),
+        (Normalizing(partial), "transient", "without on_after_backward of the module"),
+    ):
+        fit(module, data(), [NaNRollback(incident_dir=str(tmp_path / cause))], tmp_path)
+        (found,) = incidents(tmp_path / cause)
+        assert found["cause"] == cause
+        assert words in found["detail"]
 
 
 def test_loss_that_is_never_finite_stops_with_its_reason(tmp_path: Path) -> None:
