@@ -196,7 +196,8 @@ def test_hook_that_changes_the_batch_or_gradients_is_named(tmp_path: Path) -> No
                 p.grad = None if p.grad is None else p.grad / p.grad.norm()
 
     def partial(module: Any, batch: Any) -> Tensor:
-        return squares(module, batch) * batch[2].all()
+        loss: Tensor = squares(module, batch) * batch[2].all()
+        return loss
 
     for module, cause, words in (
         (Standardizing(squares), "bad_input", "as on_after_batch_transfer of the module returned it"),
