@@ -207,7 +207,7 @@ def _with_samples(trainer: pl.Trainer, seen: SeenBatch, origin: Origin) -> str:
     return f"{origin.detail.rstrip('.')} ({', '.join(places)})." if places else origin.detail
 
 
-#: By cause, hooks of the module that may have made the value, and how to say it.
+#: By cause, hooks of the module that may have made the value, and the words for them.
 _HOOKS = {
     "bad_input": (
         ("on_after_batch_transfer", "on_before_batch_transfer"),
