@@ -491,7 +491,13 @@ HEALTHY: dict[str, tuple[Callable[[], Any], Any]] = {
     "experts": (lambda: Task(Experts(1.0)), None),
     "log-softmax": (lambda: Task(loss=lambda z, y: functional.nll_loss(z.log_softmax(1), y)), None),
     "frozen body": (lambda: Task(_frozen(deep(nn.ReLU, 3))), None),
+    "adversary that wins": (lambda: Task(loss=_and_against_an_adversary), batches(30)),
 }  # fmt: skip
+
+
+def _and_against_an_adversary(output: Tensor, target: Tensor) -> Tensor:
+    fooled = functional.binary_cross_entropy_with_logits(output[:, 0] - 8, torch.ones(len(output)))
+    return functional.cross_entropy(output, target) + 1e-3 * fooled
 
 
 def _frozen(net: nn.Sequential) -> nn.Sequential:
@@ -577,6 +583,14 @@ def test_first_step_that_clipping_alone_keeps_from_overshooting(
     update = _update(total_norm=norm, unclipped=unclipped, rates=[0.03], momentum=0.9)
     roots = Diagnosis().update(Sample(step, 5.0, updates=[update]))
     assert [(root.kind, root.cause) for root in roots] == [("exploding_gradient", "update_too_large")] * found
+
+
+@pytest.mark.parametrize(("decay", "found"), [(1.0, "vanishing_weights"), (0.01, "exploding_gradient")])
+def test_weights_that_decay_under_momentum_do_not_explode(decay: float, found: str) -> None:
+    one = _update(ratios=[0.25, 0.25], rates=[0.05], momentum=0.9, decay=decay)
+    diagnosis = Diagnosis()
+    (root,) = (root for step in (5, 10) for root in diagnosis.update(Sample(step, 2.0, updates=[one])))
+    assert root.kind == found
 
 
 def test_loss_that_has_risen_by_a_larger_update_before_is_an_explosion() -> None:

@@ -214,7 +214,9 @@ def large_updates(sample: Sample, progress: Progress) -> Iterator[Symptom]:
     is_rising = progress.rise > RISEN
     for one in sample.updates:
         # decay alone does not raise a loss
-        is_decay = not is_rising and one.decay * max(one.rates, default=0.0) > one.share * one.unclipped / 2
+        gain = 1 / (1 - one.momentum) if one.momentum < 1 else 1.0  # momentum adds up what decay takes
+        decayed = one.decay * max(one.rates, default=0.0) * gain
+        is_decay = not is_rising and decayed > one.share * one.unclipped / 2
         after = one.share if is_decay else one.ratio
         before = after * one.unclipped
         is_huge = before > HUGE_UPDATE

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -98,5 +99,6 @@ class LossTrace:
             else None
         )
         best = (None, None) if constants is None else (add(constants[0]), add(constants[1]))
-        guess = loss_calls.loss_of_guessing(name, answer, options)
+        # against labels that are made up, as by a generator or between views, a large loss may be usual
+        guess = math.nan if constants is None else loss_calls.loss_of_guessing(name, answer, options)
         self.records.append(LossRecord(name, flags, index, best, scales, guess))
