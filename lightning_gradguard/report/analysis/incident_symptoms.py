@@ -25,6 +25,8 @@ from lightning_gradguard.report.analysis.run_log import RunLog
 BACKED_OFF = 1 / 8
 #: Causes of a stuck loss whose incident has that ratio as its value.
 _MEASURED_RATIO = ("input_scale", "learning_rate_too_low")
+#: A run whose last steps, as many as this, were skipped has not recovered.
+ENDING = 3
 #: Details of one symptom that are quoted in full.
 MAX_DETAILS = 5
 
@@ -99,7 +101,10 @@ def _recorded(log: RunLog, outcome: Outcome, known: set[str]) -> Iterator[RunSym
         if (outcome.was_stopped and kind == last) or kind == "exception_in_step":
             severity = "fatal"
         elif handled:
-            severity = "handled"
+            skipped = {i.step for i in members if i.action == "skipped"}
+            severity = (
+                "serious" if skipped.issuperset(range(outcome.steps - ENDING, outcome.steps)) else "handled"
+            )
         elif _is_diagnosed(kind, members) and not _has_learned_since(kind, members, log, outcome):
             severity = "serious"
         yield _symptom(kind, severity, members, present)

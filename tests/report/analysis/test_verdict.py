@@ -317,6 +317,17 @@ def test_all_details_are_reported() -> None:
     assert symptom.evidence.endswith("(sample 4); and 3 more")
 
 
+@pytest.mark.parametrize(("last", "status"), [(60, "unhealthy"), (40, "recovered")])
+def test_a_run_whose_last_steps_were_skipped_has_not_recovered(last: int, status: str) -> None:
+    rolled = Incident("rollback", last - 5, cause="forward_pass", action="rolled_back", value=0.0)
+    found = [
+        Incident("nonfinite_loss", s, cause="forward_pass", action="skipped") for s in range(last - 9, last)
+    ]
+    verdict = analyze_run(RunLog(series([]), [gradients(falling(60))], incidents=[*found, rolled]))
+    assert verdict.status == status
+    assert "nonfinite loss (cause: forward pass)" in verdict.headline
+
+
 def test_incident_of_an_unknown_kind_keeps_its_advice() -> None:
     own = Incident("odd_weather", 5, advice="Wait for sunshine.")
     (symptom,) = analyze_run(RunLog(series(falling()), incidents=[own])).symptoms
