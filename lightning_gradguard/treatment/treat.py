@@ -195,6 +195,10 @@ class _Treatment:
                 return self._result(verdict, evidence, changes, results, suggested)
             if results and (best is None or (verdict == "better" and best[0] != "better")):
                 best = verdict, evidence, changes, results
+        is_over = self.clock.spent >= VERIFIED * self.clock.budget
+        unfinished = f"{learning.evidence}; the budget has ended before a treatment was verified"
+        if is_open and is_over:
+            return self._result("no_treatment_found", unfinished, (), (), suggested)
         if is_open:
             return self._result("healthy", f"{healthy}; no change that was tried learns far more")
         if best is not None:
@@ -203,7 +207,7 @@ class _Treatment:
             return self._result(verdict, evidence, kept, results, suggested)
         tried = ", ".join(dict.fromkeys(name_of(t.job.changes) for t in self.log.trials.values()))
         evidence = f"{learning.evidence}; none that was tried is better: {tried or 'no trial has ended'}"
-        return self._result("no_treatment_found", evidence, (), (), suggested)
+        return self._result("no_treatment_found", unfinished if is_over else evidence, (), (), suggested)
 
     def _verified(
         self, suggested: Sequence[Candidate]
