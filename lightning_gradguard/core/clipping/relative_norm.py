@@ -16,8 +16,10 @@ from lightning_gradguard.core.clipping.scalars import (
     absolute,
     as_like,
     clamp_min,
+    emptied,
     fmax,
     fmin,
+    last,
     median,
     negate,
     pushed,
@@ -58,6 +60,15 @@ OUT_OF_REGION, REGION = 2.0, 0.02
 ALARM_STEPS = 300.0
 #: Growth of the cap in each step that it bounds.
 CAP_GROWTH = 1.02
+#: A loss this many times the usual one and that of the last step jumps, as where a new task begins.
+JUMP = 5.0
+#: A loss below this share of the highest usual one is no new task, but noise of a task that is learned.
+NOTABLE = 0.1
+#: Steps in a row with a spike or a risen loss that are a new task, and the factor between their losses.
+TASK_STEPS, TASK_SPREAD = 3.0, 20.0
+#: First steps of a new task: the level follows the norms, overshoot is not looked for, and a spike is above
+#: `max_ratio` times the recent norm.
+GRACE = 20.0
 #: Steps between two measurements of the weights.
 WEIGHTS_EVERY = 50
 #: Lower bound of the weight norm and of divisors.
@@ -78,6 +89,8 @@ class _State:
     cap: Scalar = math.inf
     cap_rate: Scalar = math.nan
     alarm: Scalar = 0.0
+    unusual: Scalar = 0.0
+    unusual_loss: Scalar = math.nan
     weight_norm: Scalar = math.nan
     steps_since_weights: int = 0
     usual_norm: Scalar = math.nan
@@ -95,7 +108,7 @@ class _State:
 _WINDOWS = ("norms", "losses")
 _NUMBERS = (
     *("seen", "level", "recent", "lowest_loss", "highest_loss", "cap", "cap_rate", "alarm", "weight_norm"),
-    *("usual_norm", "usual_loss"),
+    *("unusual", "unusual_loss", "usual_norm", "usual_loss"),
 )
 #: Medians of the windows, which a checkpoint does not hold.
 _DERIVED = ("usual_norm", "usual_loss")
@@ -126,6 +139,14 @@ class RelativeNormClipping(ClippingPolicy):
     then a step with *p* > 4 is reduced to *p* = 0.5, and one with *p* > 2 that is longer than the norm of
     the weights to 0.02 of it. The reduced norm is the *cap* of later ones; it grows by 2 % with each step
     that it bounds, and is as many times larger as the learning rate is lower than when it was set.
+
+    **A new task**, as in a curriculum or on other data, is no explosion: three steps in a row that are
+    spikes, or have a loss above twice the usual one, all within 20 times the loss of the first. The loss of
+    the first is 5 times the usual one and that of the step before, and at least a tenth of the highest usual
+    one, after recent norms of at most 3 times the usual ones: such a jump was not caused by the steps
+    before. Under SGD it may be any spike. Usual norm and loss are then those of the new task, the cap is
+    lifted, and for 20 steps the level follows the norms, overshoot is not looked for, and only norms above
+    `max_ratio` times the recent one are spikes. No new task begins in the first 20 steps, or in an alarm.
 
     Without a loss, or after a negative one, only spikes are clipped. The norm of the weights is measured
     once in 50 steps. A nonfinite norm or loss changes nothing.
@@ -197,6 +218,9 @@ class RelativeNormClipping(ClippingPolicy):
         else:
             decrease = rate / (1 - context.momentum) * norm * norm
             is_spike = is_spike & negate(decrease < HARMLESS * usual_loss)
+        state = _followed(state, loss, is_spike, is_finite, rate is not None)
+        stands_out = (state.unusual > -GRACE) & (norm > self.max_ratio * recent)
+        is_spike = is_spike & ((state.unusual >= 0) | stands_out)
         allowed = where(is_spike, fmin(state.level, norm), norm)
         one = as_like(norm, 1.0)
         relief = one if rate is None else fmax(state.cap_rate / clamp_min(rate, _TINY), one)
@@ -249,7 +273,8 @@ class RelativeNormClipping(ClippingPolicy):
         losses = pushed(state.losses, loss, is_finite & (loss == loss), self.window)
         usual, usual_loss = median(norms), median(losses)
         highest = fmax(state.level, fmin(usual, LEVEL_GROWTH * state.level))
-        level = where(state.seen < FIRST_STEPS, usual, highest)
+        level = where(state.unusual < 0, fmax(state.level, usual), highest)
+        level = where(state.seen < FIRST_STEPS, usual, level)
         return _State(
             norms=norms,
             losses=losses,
@@ -258,6 +283,8 @@ class RelativeNormClipping(ClippingPolicy):
             recent=where(is_finite, fmax(RECENT_SHARE * state.recent, allowed), state.recent),
             lowest_loss=where(is_finite, fmin(state.lowest_loss, loss), state.lowest_loss),
             highest_loss=fmax(state.highest_loss, absolute(usual_loss)),
+            unusual=state.unusual,
+            unusual_loss=state.unusual_loss,
             cap=where(is_finite, cap, state.cap),
             cap_rate=state.cap_rate,
             alarm=where(is_finite, alarm, state.alarm),
@@ -266,6 +293,36 @@ class RelativeNormClipping(ClippingPolicy):
             usual_norm=usual,
             usual_loss=usual_loss,
         )
+
+
+def _followed(
+    state: _State, loss: Scalar, is_spike: Tensor | bool, is_finite: Tensor | bool, has_rate: bool
+) -> _State:
+    """Returns the state after a look for a new task, without usual norm and loss where one has begun."""
+    usual = absolute(state.usual_loss)
+    is_calm = state.recent <= CALM_RATIO * fmax(state.level, state.usual_norm)
+    is_notable = (loss > NOTABLE * state.highest_loss) & (loss > JUMP * absolute(last(state.losses)))
+    jumps = is_calm & (loss > JUMP * usual) & is_notable
+    begins = ((is_spike & has_rate) | jumps) & (state.seen >= FIRST_STEPS) & (state.alarm == 0)
+    first, size = absolute(state.unusual_loss), absolute(loss)
+    is_near = (size < TASK_SPREAD * first) & (TASK_SPREAD * size > first)
+    goes_on = (state.unusual > 0) & (is_spike | (loss > 2 * usual)) & is_near
+    count = where(goes_on, state.unusual + 1, where(begins, as_like(loss, 1.0), as_like(loss, 0.0)))
+    count = where(state.unusual < 0, state.unusual + 1, count)
+    count = where(is_finite, count, state.unusual)
+    is_new = count >= TASK_STEPS
+    nan = as_like(loss, math.nan)
+    return replace(
+        state,
+        norms=emptied(state.norms, is_new),
+        losses=emptied(state.losses, is_new),
+        usual_norm=where(is_new, nan, state.usual_norm),
+        usual_loss=where(is_new, nan, state.usual_loss),
+        cap=where(is_new, as_like(loss, math.inf), state.cap),
+        alarm=where(is_new, as_like(loss, 0.0), state.alarm),
+        unusual=where(is_new, as_like(loss, -GRACE), count),
+        unusual_loss=where(goes_on | negate(is_finite), state.unusual_loss, loss),
+    )
 
 
 def _overshoot(
@@ -281,6 +338,7 @@ def _overshoot(
     has_risen = (loss > RISE * (1 + momentum / 2) * highest) & (decrease > OVERSHOOT * highest)
     ratio = where(state.seen < FIRST_STEPS, as_like(norm, OVERSHOOT_EARLY), as_like(norm, OVERSHOOT_LATER))
     begins = has_risen | (first_step * norm * norm > ratio * size)
+    begins = begins & (state.unusual >= 0)
     is_alarmed = (begins | (state.alarm > 0)) & is_positive
     overshoots = is_alarmed & (decrease > OVERSHOOT * size)
     leaves = is_alarmed & (decrease > OUT_OF_REGION * size) & (step * norm > state.weight_norm)

@@ -126,6 +126,18 @@ def pushed(recent: Recent, value: Scalar, is_finite: Tensor | bool, size: int) -
     return [*recent[-size + 1 :], float(value)] if is_finite else recent
 
 
+def emptied(recent: Recent, condition: Tensor | bool) -> Recent:
+    """Returns no numbers if the condition holds, else the same ones."""
+    if isinstance(recent, Tensor):
+        return recent.masked_fill(torch.as_tensor(condition, device=recent.device), torch.nan)
+    return [] if condition else recent
+
+
+def last(recent: Recent) -> Scalar:
+    """Returns the newest number; NaN without one."""
+    return recent[-1] if len(recent) else math.nan
+
+
 def median(recent: Recent) -> Scalar:
     """Returns the median, the lower of two; NaN without a number."""
     if isinstance(recent, Tensor):

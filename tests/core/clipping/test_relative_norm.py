@@ -42,8 +42,8 @@ def test_spike_without_a_rise_of_the_loss_must_be_larger() -> None:
     applied(policy, [1.0] * 30, loss=1.0)
     # of an optimizer that normalizes gradients, less is one if the loss has tripled
     assert applied(policy, [4.0], loss=3.1) == pytest.approx([1.0])
-    assert applied(policy, [4.0], loss=2.9) == pytest.approx([4.0])
-    assert applied(policy, [20.0], loss=2.1) == pytest.approx([1.0])
+    assert applied(policy, [1.0, 4.0, 1.0], losses=[1.0, 2.9, 1.0]) == pytest.approx([1.0, 4.0, 1.0])
+    assert applied(policy, [20.0, 1.0], losses=[2.1, 1.0]) == pytest.approx([1.0, 1.0])
     assert applied(policy, [40.0, 20.0], loss=1.0) == pytest.approx([1.0, 20.0])
 
 
@@ -133,6 +133,30 @@ def test_slow_explosion_is_not_followed() -> None:
     assert max(with_loss) < 10
     # Adam normalizes it by itself
     assert applied(RelativeNormClipping(), norms) == pytest.approx(norms)
+
+
+@pytest.mark.parametrize("rate", [{"learning_rate": 0.01, "momentum": 0.9}, {}], ids=["sgd", "adam"])
+def test_new_task_is_clipped_for_two_steps(rate: dict[str, Any]) -> None:
+    policy = RelativeNormClipping()
+    applied(policy, [2.0] * 30 + [0.5] * 120, losses=[5.0] * 30 + [0.05] * 120, **rate)
+    norms, losses = [22.0, 45.0, 22.0, 193.0, 75.0] + [30.0] * 60, [6.0, 12.0, 7.0, 76.0, 30.0] + [9.0] * 60
+    assert applied(policy, norms, losses=losses, **rate) == pytest.approx([2.0, 2.0, *norms[2:]])
+    # which has a level of its own
+    assert applied(policy, [4e4], losses=[1e4], **rate)[0] < 100
+
+
+def test_bad_batches_are_no_new_task() -> None:
+    policy, rate = RelativeNormClipping(), {"learning_rate": 0.05, "momentum": 0.9}
+    applied(policy, [0.5] * 150, loss=0.05, **rate)
+    hit, then = [2e3, 0.5, 2e3, 2e3, 0.5], [2e3, 0.3, 2e3, 2e3, 0.3]
+    assert max(applied(policy, hit, losses=then, **rate)) == pytest.approx(0.5)
+    assert applied(policy, [2e3], loss=2e3, **rate) == pytest.approx([0.5])
+
+
+def test_loss_that_jumps_during_an_alarm_is_no_new_task() -> None:
+    policy, rate = RelativeNormClipping(), {"learning_rate": 0.5}
+    applied(policy, [0.5] * 30 + [1.5, 4.5, 13.0], losses=[1.0] * 32 + [2.0], **rate)
+    assert max(applied(policy, [40.0] * 4, losses=[30.0, 40.0, 50.0, 60.0], **rate)) < 4
 
 
 def test_norms_that_fall_by_decades_are_not_clipped() -> None:
