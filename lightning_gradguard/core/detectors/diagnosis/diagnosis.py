@@ -159,7 +159,7 @@ class Diagnosis:
         the initialization that is at fault.
         """
         largest = self._progress.largest_update
-        is_late = symptom.since > 1 and symptom.cause not in ("through_time", "detached")
+        is_late = symptom.since > 1 and symptom.cause not in ("through_time", "detached", "small_weights")
         if symptom.kind != "vanishing_gradient" or not is_late or largest <= rules.LARGE_UPDATE:
             return symptom
         evidence = (
