@@ -612,6 +612,14 @@ def test_loss_is_stuck_by_a_rate_at_which_updates_are_small(size: float, cause: 
     assert (root.kind, root.cause) == ("stuck_loss", cause)
 
 
+@pytest.mark.parametrize(("permuted", "found"), [(0.0, ["stuck_loss"]), (-0.13, [])])
+def test_loss_that_falls_with_permuted_targets_depends_on_them(permuted: float, found: list[str]) -> None:
+    """As of a Q-network, whose batches have the ends of episodes in the place of targets."""
+    diagnosis = Diagnosis()
+    samples = [Sample(step, 2.0, permuted=permuted) for step in (0, 150, 175)]
+    assert [root.kind for sample in samples for root in diagnosis.update(sample)] == found
+
+
 @pytest.mark.parametrize(("output", "found"), [(0.3, ["dead_units"]), (0.0, [])])
 def test_units_behind_weights_of_zero_are_not_dead(output: float, found: list[str]) -> None:
     unit = UnitSignal("net.0", "net.1", "relu", 1.0, float("nan"), is_head=False)

@@ -348,12 +348,14 @@ def stuck_loss(sample: Sample, progress: Progress, patience: int) -> Iterator[Sy
     is_whole = any(math.isclose(call.value, sample.loss, rel_tol=0.01) for call in sample.calls)
     if math.isnan(permuted) and (math.isnan(ratio) or not is_whole):
         return  # beside a second term, as in a VAE, a reconstruction may be no better than a constant
+    if math.isnan(ratio) and permuted < -UNRELATED:
+        return  # the loss depends on them, or they are flags, such as the ends of episodes
     facts = []
     if not math.isnan(ratio):
         facts.append(f"the loss is {ratio:.3g} times that of the best constant answer")
     if not math.isnan(permuted):
-        rise = round(permuted, 3) + 0.0  # no "-0.0"
-        facts.append(f"it rises by {rise:.1%} if the targets are permuted")
+        rise = round(permuted, 3)
+        facts.append(f"it {'falls' if rise < 0 else 'rises'} by {abs(rise):.1%} if the targets are permuted")
     if sample.one_signed:
         facts.append("all answers lie on one side of their targets")
     has_range = any(call.flags.get("unreachable_targets", 0.0) > 0 for call in sample.calls)
