@@ -300,6 +300,9 @@ def _followed(
 ) -> _State:
     """Returns the state after a look for a new task, without usual norm and loss where one has begun."""
     usual = absolute(state.usual_loss)
+    has_tensors = isinstance(is_spike, Tensor) or isinstance(loss, Tensor)
+    if not has_tensors and not is_spike and state.unusual == 0 and not loss > JUMP * usual:
+        return state  # the arithmetic below would change nothing
     is_calm = state.recent <= CALM_RATIO * fmax(state.level, state.usual_norm)
     is_notable = (loss > NOTABLE * state.highest_loss) & (loss > JUMP * absolute(last(state.losses)))
     jumps = is_calm & (loss > JUMP * usual) & is_notable
@@ -321,7 +324,7 @@ def _followed(
         cap=where(is_new, as_like(loss, math.inf), state.cap),
         alarm=where(is_new, as_like(loss, 0.0), state.alarm),
         unusual=where(is_new, as_like(loss, -GRACE), count),
-        unusual_loss=where(goes_on | negate(is_finite), state.unusual_loss, loss),
+        unusual_loss=where(begins & negate(goes_on) & is_finite, loss, state.unusual_loss),
     )
 
 
