@@ -20,7 +20,7 @@ from torch.optim.lr_scheduler import ExponentialLR
 from torch.utils.checkpoint import checkpoint
 
 from lightning_gradguard import Incident, InitializationCheck, TrainingDiagnosis, default_callbacks
-from lightning_gradguard.core.detectors.diagnosis import Diagnosis
+from lightning_gradguard.core.detectors.diagnosis import Diagnosis, LossBaselines
 from lightning_gradguard.core.detectors.diagnosis.sample import (
     LayerSignal,
     LossSignal,
@@ -480,6 +480,25 @@ def linear_values(n: int = 12) -> Any:
     return values(n, 0.5)
 
 
+class Penalized(nn.Module):
+    """A penalty x' A x of one number for the batch is computed last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net, self.metric = deep(nn.ReLU, 2), nn.Parameter(torch.eye(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.net(x)
+        return out + 1e-3 * torch.einsum("bi,ij,bj->", out, self.metric, out)
+
+
+def one_hot() -> list[tuple[Tensor, Tensor]]:
+    """256 positions of 16 letters, of which the first is a padding that never occurs."""
+    torch.manual_seed(0)
+    letters = [torch.randint(1, 16, (32, 256)) for _ in range(12)]
+    return [(functional.one_hot(x, 16).float().flatten(1), x[:, 0] % 4) for x in letters]
+
+
 HEALTHY: dict[str, tuple[Callable[[], Any], Any]] = {
     "classifier": (Classifier, None),
     "batch normalization and dropout": (lambda: Classifier("adam", norm=True, dropout=0.2), None),
@@ -492,11 +511,15 @@ HEALTHY: dict[str, tuple[Callable[[], Any], Any]] = {
     "log-softmax": (lambda: Task(loss=lambda z, y: functional.nll_loss(z.log_softmax(1), y)), None),
     "frozen body": (lambda: Task(_frozen(deep(nn.ReLU, 3))), None),
     "adversary that wins": (lambda: Task(loss=_and_against_an_adversary), batches(30)),
+    "a number after the last layer": (lambda: Task(Penalized()), None),
+    "one-hot columns": (lambda: Task(nn.Sequential(nn.Linear(4096, 32), nn.ReLU(), nn.Linear(32, 4))),
+                        one_hot()),
 }  # fmt: skip
 
 
 def _and_against_an_adversary(output: Tensor, target: Tensor) -> Tensor:
-    fooled = functional.binary_cross_entropy_with_logits(output[:, 0] - 8, torch.ones(len(output)))
+    labels = torch.ones_like(target, dtype=torch.float)
+    fooled = functional.binary_cross_entropy_with_logits(output[:, 0] - 8, labels)
     return functional.cross_entropy(output, target) + 1e-3 * fooled
 
 
@@ -509,6 +532,15 @@ def _frozen(net: nn.Sequential) -> nn.Sequential:
 def test_healthy_program_has_no_incident(name: str) -> None:
     make, data = HEALTHY[name]
     assert diagnosed(make(), 60, data and data * 5) == []
+
+
+@pytest.mark.parametrize(("n_images", "is_constant"), [(36, False), (256, True)])
+def test_labels_of_one_class_are_counted_by_images(n_images: int, is_constant: bool) -> None:
+    baselines, labels = LossBaselines(), torch.zeros(4, 8, 8, dtype=torch.long)
+    for _ in range(n_images // 4):
+        found = baselines.constant("0", "cross_entropy", torch.zeros(4, 2, 8, 8), labels, {})
+    assert found is not None
+    assert (found[0].item() == 0) is is_constant
 
 
 def test_labels_that_say_nothing_are_a_stuck_loss() -> None:

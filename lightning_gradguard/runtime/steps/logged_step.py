@@ -30,7 +30,7 @@ from lightning_gradguard.runtime.steps.step import Step
 from lightning_gradguard.runtime.steps.suite import Suite
 
 #: Elements beyond which a matrix is large, and the interval of its columns from which an update is estimated.
-LARGE_MATRIX, EVERY_COLUMN = 2**16, 16
+LARGE_MATRIX, EVERY_COLUMN = 2**16, 17
 
 
 @dataclass(frozen=True)
@@ -197,7 +197,8 @@ def _some_columns(weight: Tensor) -> Tensor:
     """Returns evenly spread columns of a large matrix, at least 8, so that each row is seen."""
     if weight.ndim < 2 or weight.numel() <= LARGE_MATRIX:
         return weight
-    return weight[:, :: min(EVERY_COLUMN, max(weight.shape[1] // 8, 1))]
+    every = min(EVERY_COLUMN, max(weight.shape[1] // 8, 1))
+    return weight[:, :: (every - 1) | 1]  # odd, as the columns of one-hot inputs repeat in powers of two
 
 
 def log_gradient_histograms(trainer: pl.Trainer, gradients: Gradients, charts: ChartGroups) -> None:

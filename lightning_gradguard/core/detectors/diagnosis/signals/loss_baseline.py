@@ -13,7 +13,7 @@ from torch.nn import functional
 MAX_COLUMNS = 65_536
 #: Labels for each class that was seen, below which an entropy is too uncertain.
 MIN_PER_CLASS = 10
-#: Labels of which one class alone is no chance; with fewer, a constant has no known loss.
+#: Samples whose labels are of one class by no chance; with fewer, a constant has no known loss.
 MIN_ALIKE = 256
 #: Rows below which a variance or a median is too uncertain.
 MIN_ROWS = 16
@@ -108,7 +108,8 @@ class LossBaselines:
         both = both if weights is None else both * weights.to(pooled)
         p, here = (1 - smoothing) * both / both.sum(1, keepdim=True) + smoothing / n_classes
         entropy = torch.where(enough, torch.special.entr(p).sum(), torch.nan)
-        is_single = ((pooled > 0).sum() == 1) & (pooled.sum() >= MIN_ALIKE)
+        of_sample = labels.numel() / max(len(target), 1)  # pixels of one image are of one class more often
+        is_single = ((pooled > 0).sum() == 1) & (pooled.sum() >= MIN_ALIKE * of_sample)
         return _positive(entropy, _cross_entropy(here, p).sum(), is_single)
 
     def _divergence(self, key: str, target: Tensor, options: Mapping[str, Any]) -> tuple[Tensor, Tensor]:

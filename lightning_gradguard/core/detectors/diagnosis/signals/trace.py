@@ -45,6 +45,8 @@ from lightning_gradguard.core.parameter_names import plain_name
 MAX_CALLS = 2048
 #: Functions that are activations, whatever is measured of them.
 ACTIVATIONS = frozenset({*units.RECTIFIERS, *units.SMOOTH_RECTIFIERS, *units.SATURATING, "leaky_relu", "elu"})
+#: Functions whose result has nothing but the shape of a tensor, such as the labels of a discriminator.
+CONSTANTS = frozenset({"zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full"})
 
 
 class StepTrace(TorchFunctionMode):
@@ -132,7 +134,8 @@ class StepTrace(TorchFunctionMode):
         super().__exit__(*error)  # type: ignore[no-untyped-call]
         self._hooks.close()
         answer, self._answer = self._answer, None
-        if answer is not None and len(answer) >= MIN_ROWS and answer[0].numel() >= MIN_COLUMNS:
+        n_rows = len(answer) if answer is not None and answer.ndim else 0
+        if answer is not None and n_rows >= MIN_ROWS and answer[0].numel() >= MIN_COLUMNS:
             with _silent():
                 self._spread = self._scalars.add(spread_over_rows(local_shard(answer)))
 
@@ -235,7 +238,8 @@ class StepTrace(TorchFunctionMode):
             self._record_difference(args)
         elif plain in ("mul", "rmul", "multiply"):
             self._record_gate(given)
-        if not result.requires_grad and given and all(self._is_data(tensor) for tensor in given):
+        is_of_data = bool(given) and all(map(self._is_data, given)) and name not in CONSTANTS
+        if is_of_data and not result.requires_grad:
             self._data[id(result)] = result
 
     def _is_data(self, tensor: Tensor) -> bool:
