@@ -6,6 +6,7 @@ import json
 import warnings
 from collections.abc import Callable
 from copy import deepcopy
+from math import nan
 from pathlib import Path
 from typing import Any
 
@@ -532,6 +533,57 @@ def _frozen(net: nn.Sequential) -> nn.Sequential:
 def test_healthy_program_has_no_incident(name: str) -> None:
     make, data = HEALTHY[name]
     assert diagnosed(make(), 60, data and data * 5) == []
+
+
+class Autoencoder(Task):
+    """A variational one."""
+
+    def __init__(self, weight: float) -> None:
+        torch.manual_seed(0)
+        super().__init__(
+            nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 20)), optimizer=_adam_at(3e-3)
+        )
+        self.encode, self.weight = nn.Linear(20, 16), weight
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        x = batch[0][:, :2].repeat(1, 10) + 1
+        mean, log_variance = self.encode(x).chunk(2, 1)
+        out = self.net(mean + torch.randn_like(mean) * (log_variance / 2).exp())
+        divergence = (mean.square() + log_variance.exp() - log_variance - 1).sum(1).mean() / 2
+        loss: Tensor = functional.mse_loss(out, x) + self.weight * divergence
+        return loss
+
+    def configure_optimizers(self) -> Any:
+        return self.make(self)
+
+
+@pytest.mark.parametrize(("weight", "found"), [(10.0, ["same_answers"]), (1e-3, [])])
+def test_answers_of_an_autoencoder_that_are_all_the_mean_are_named(weight: float, found: list[str]) -> None:
+    assert [i.cause for i in diagnosed(Autoencoder(weight), 226)] == found
+
+
+@pytest.mark.parametrize(
+    ("over_constant", "permuted", "found"), [(1.0, nan, 1), (2.6, nan, 0), (1.0, 0.1, 0)]
+)
+def test_answers_on_the_way_to_a_far_mean_are_not_stuck(
+    over_constant: float, permuted: float, found: int
+) -> None:
+    calls = [LossSignal("mse_loss", value=over_constant, constant=1.0, constant_here=1.0)]
+    samples = [
+        Sample(step, over_constant + 1, calls=calls, spread=0.02, permuted=permuted)
+        for step in range(150, 154)
+    ]
+    diagnosis = Diagnosis()
+    assert sum(len(diagnosis.update(sample)) for sample in samples) == found
+
+
+def test_number_of_rare_positives_tells_no_constant() -> None:
+    baselines, answers, labels = LossBaselines(), torch.zeros(512, 1), torch.zeros(512, 1)
+    labels[0] = 1.0
+    found = [baselines.constant("0", "binary_cross_entropy", answers, labels, {}) for _ in range(10)]
+    assert [constants is not None and constants[0].isnan().item() for constants in found] == [True] * 9 + [
+        False
+    ]
 
 
 @pytest.mark.parametrize(("n_images", "is_constant"), [(36, False), (256, True)])

@@ -148,8 +148,8 @@ class Diagnosis:
             if not (rising and rule is stagnation):
                 yield from rule(sample, self._progress)
         yield from rules.far_targets(sample, self._progress, self.patience)
-        yield from rules.same_answers(sample, self._progress, self.patience)
         if not self._is_related:
+            yield from rules.same_answers(sample, self._progress, self.patience)
             yield from rules.stuck_loss(sample, self._progress, self.patience)
 
     def _by_update(self, symptom: Symptom) -> Symptom:

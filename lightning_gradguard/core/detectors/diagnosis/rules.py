@@ -43,8 +43,8 @@ LARGE_TARGET, FAR_TARGET = 100.0, 10.0
 #: to that of guessing, and the steps in which a network may come back from there.
 FAR_ANSWER, FAR_GUESS, FIRST_GUESSES = 1e3, 5.0, 20
 #: Spread of the answers over their size below which they are nearly the same, and that of answers that are no
-#: better than a constant.
-SAME_ANSWERS, SAME_BESIDE = 0.03, 0.15
+#: better than a constant, with the loss over that of the constant up to which they have come to it.
+SAME_ANSWERS, SAME_BESIDE, AT_CONSTANT = 0.03, 0.15, 1.2
 #: Steps before which labels of one class may be those of the first files alone.
 LABEL_STEPS = 50
 #: Spread of all losses over the first one up to which a loss is flat.
@@ -321,7 +321,7 @@ def same_answers(sample: Sample, progress: Progress, patience: int) -> Iterator[
     if sample.step < patience or progress.spreads_out:
         return
     is_whole = any(math.isclose(call.value, sample.loss, rel_tol=0.01) for call in sample.calls)
-    is_worse = progress.over_constant > STUCK and not is_whole
+    is_worse = STUCK < progress.over_constant < AT_CONSTANT and not is_whole
     is_alone = math.isnan(progress.over_constant) and not sample.meets_data
     if sample.spread < (SAME_BESIDE if is_worse else SAME_ANSWERS if is_alone else 0):
         name, spread = ", ".join(sample.head), f"{sample.spread:.1g} of their size"

@@ -69,6 +69,8 @@ class LossBaselines:
             total = self._pooled(key, torch.cat([rows.sum(0), rows.new_ones(1) * len(rows)]))
             p, here = (total[:-1] / total[-1]).clamp(0, 1), rows.double().mean(0).clamp(0, 1)
             entropy = (torch.special.entr(p) + torch.special.entr(1 - p)).mean()
+            enough = torch.minimum(total[:-1], total[-1] - total[:-1]).sum() >= MIN_PER_CLASS
+            entropy = torch.where(enough, entropy, torch.nan)
             loss = (_cross_entropy(here, p) + _cross_entropy(1 - here, 1 - p)).mean()
             return _positive(entropy, loss, ((p == 0) | (p == 1)).all() & (total[-1] >= MIN_ALIKE))
         if function in _ELEMENTWISE and len(rows) >= MIN_ROWS:
