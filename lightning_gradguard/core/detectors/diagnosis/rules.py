@@ -43,7 +43,7 @@ LARGE_TARGET, FAR_TARGET = 100.0, 10.0
 #: to that of guessing, and the steps in which a network may come back from there.
 FAR_ANSWER, FAR_GUESS, FIRST_GUESSES = 1e3, 5.0, 20
 #: Spread of the answers over their size below which they are nearly the same, and that of answers that are no
-#: better than a constant, with the loss over that of the constant up to which they have come to it.
+#: better than a constant, and the loss over that of the constant up to which it is one.
 SAME_ANSWERS, SAME_BESIDE, AT_CONSTANT = 0.03, 0.15, 1.2
 #: Steps before which labels of one class may be those of the first files alone.
 LABEL_STEPS = 50
