@@ -174,6 +174,19 @@ def test_overshoot_is_reduced_and_remembered() -> None:
     assert later == pytest.approx([1.02, 0.5, 1.02**2])
 
 
+def test_overshoot_is_reduced_also_where_a_cap_is_lifted_by_a_lower_rate() -> None:
+    policy = RelativeNormClipping()
+    applied(policy, [100.0], loss=2.0, learning_rate=1.0)
+    # the cap of 1 is one of 100 at a hundredth of the rate, and p = .5 a norm of 10
+    assert applied(policy, [100.0], loss=2.0, learning_rate=0.01) == pytest.approx([10.0])
+
+
+def test_cap_is_lifted_for_a_new_task() -> None:
+    policy = RelativeNormClipping()
+    applied(policy, [100.0, *[0.5] * 310], loss=2.0, learning_rate=1.0)
+    assert applied(policy, [5.0] * 4, loss=20.0, learning_rate=1.0) == pytest.approx([1.0, 1.0, 5.0, 5.0])
+
+
 def test_cap_of_a_step_at_a_rate_that_lasts_for_one_step_does_not_last() -> None:
     policy = RelativeNormClipping()
     applied(policy, [1.0] * 3, loss=1.0, learning_rate=SLOW)
