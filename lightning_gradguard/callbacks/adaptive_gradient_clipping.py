@@ -191,14 +191,19 @@ class AdaptiveGradientClipping(StepCallback):
     def state_dict(self) -> dict[str, Any]:
         """Returns the histories of the policies, and the counts of hard clipping, by optimizer."""
         detectors = {index: detector.state_dict() for index, detector in self._detectors.items()}
-        return {**self.snapshot_state_dict(), "constant_clipping": detectors}
+        return {
+            **self.snapshot_state_dict(),
+            "constant_clipping": detectors,
+            "is_explained": self._is_explained,
+        }
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._policies.clear()
         for index, state in state_dict["histories"].items():
             self._policies[index].load_state_dict(copy.deepcopy(state))
-        # checkpoints of 0.5 have none
+        # checkpoints of 0.5 have neither
+        self._is_explained = state_dict.get("is_explained", False)
         for index, state in state_dict.get("constant_clipping", {}).items():
             self._detectors[index].load_state_dict(state)
 

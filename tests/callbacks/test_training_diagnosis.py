@@ -577,6 +577,20 @@ def test_answers_on_the_way_to_a_far_mean_are_not_stuck(
     assert sum(len(diagnosis.update(sample)) for sample in samples) == found
 
 
+@pytest.mark.parametrize(("first", "growth", "found"), [(150, 0.0, 1), (150, 0.001, 0), (20, 0.0, 0)])
+def test_answers_that_spread_out_are_not_the_same(first: int, growth: float, found: int) -> None:
+    diagnosis = Diagnosis()
+    samples = [Sample(first + i, 1 / (i + 1), spread=0.01 + growth * i) for i in range(4)]
+    assert sum(len(diagnosis.update(sample)) for sample in samples) == found
+
+
+@pytest.mark.parametrize(("first", "found"), [(10, 0), (50, 1)])
+def test_first_labels_may_be_of_one_class(first: int, found: int) -> None:
+    diagnosis, calls = Diagnosis(), [LossSignal("cross_entropy", value=1.0, constant=0.0)]
+    samples = [Sample(first + i, 1.0 / (i + 1), calls=calls) for i in range(4)]
+    assert sum(len(diagnosis.update(sample)) for sample in samples) == found
+
+
 def test_number_of_rare_positives_tells_no_constant() -> None:
     baselines, answers, labels = LossBaselines(), torch.zeros(512, 1), torch.zeros(512, 1)
     labels[0] = 1.0
