@@ -102,7 +102,10 @@ def comparison(dossier: Dossier, found: Origin, notes: Sequence[str] = ()) -> st
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
     details = [f"found: {found.detail}"]
-    if found.detail != recorded.detail:
+    same_place = recorded.detail.replace(recorded.location or found.location, found.location)
+    if same_place.startswith(f"{found.detail.rstrip('.')} ("):
+        details = [f"found: {same_place}"]  # the run has added samples, and the rank
+    elif found.detail != recorded.detail:
         details = [f"recorded: {recorded.detail}", *details]
     if found.cause == "transient" != recorded.cause:
         details.append("With the module and the weights as they are now, nothing goes wrong.")

@@ -95,7 +95,7 @@ def argument_parser() -> argparse.ArgumentParser:
         nargs="?",
         const=Path("report.html"),
         type=Path,
-        help="write a page with charts as well, report.html if no FILE is named",
+        help="write a page with charts as well, report.html in the current folder if no FILE is named",
     )
     parser.add_argument(
         "--json",

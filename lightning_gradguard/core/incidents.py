@@ -116,6 +116,7 @@ _TITLES = {
     "nonfinite_gradient": "nonfinite gradients",
     "nonfinite_validation": "nonfinite validation metric",
     "nonfinite_test": "nonfinite test metric",
+    "training_diverged": "training stopped",
     "nonfinite_buffers": "corrupted buffers",
     "amp_overflow": "float16 overflow",
     "constant_clipping": "hard clipping of most steps",
@@ -130,7 +131,7 @@ _INTERVENTIONS = {
     "learning_rate_found": "Found a learning rate that trains: train with lr={:.3g}",
 }
 _VALUES = {
-    "nonfinite_gradient": "{:.0%} of the tensors",
+    "nonfinite_gradient": "{:.0%} of the gradients",
     "loss_spike": "loss {:.4g}",
     "divergence": "loss {:.4g}",
     "gradient_collapse": "loss {:.4g}",
@@ -196,6 +197,7 @@ class Incident:
         dossier: Folder of the dossier, within that of the run, if one was written.
         location: File, line and function of the user's code that ran the operation at fault, if it is known.
         examined: False for a skipped batch that was not run again, as it follows one that was.
+        samples: The first rows of the batch at fault, with their names or indices in the data set, if known.
 
     Example:
         >>> incident = Incident("loss_spike", step=7, epoch=0, batch_idx=7, value=12.0)
@@ -216,6 +218,7 @@ class Incident:
     dossier: str = ""
     location: str = ""
     examined: bool = True
+    samples: str = ""
 
     @property
     def measured(self) -> str:
@@ -240,6 +243,8 @@ class Incident:
             facts.append(first_names(3, self.where))
         if self.location and self.location not in self.where and self.location not in "".join(facts):
             facts.append(self.location)
+        if self.samples and self.cause != "bad_input":
+            facts.append(self.samples)
         if self.measured and self.measured not in facts:
             facts.append(self.measured)
         if self.cause:

@@ -316,7 +316,7 @@ def test_a_gradient_that_is_nonfinite_from_the_start_fails(loss: Any, reported_b
     fit(module, batches(1), [check, *others, Listener()], max_steps=1)
     assert same(before, weights(module)) or not reported_by_step
     (finding,) = (f for f in check.findings if f.severity == "fail")
-    assert (finding.criterion, finding.measured) == ("nonfinite_gradients", "100% of the tensors")
+    assert (finding.criterion, finding.measured) == ("nonfinite_gradients", "100% of the gradients")
     assert re.search(r"test_initialization_check.py:\d+ in <lambda>: `lambda x, y: ", finding.cure)
     (incident,) = found  # that of the step where a callback reports it
     assert (incident.kind, incident.cause) == ("nonfinite_gradient", "backward_pass")

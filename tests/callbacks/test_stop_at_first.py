@@ -40,6 +40,20 @@ def test_stops_at_the_first_bad_step(check: Any, optimizer: str, tmp_path: Path)
     ]
 
 
+def test_a_stop_is_told_once(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """On the line of the bad step, and with advice in the error; nothing has diverged."""
+    with pytest.raises(TrainingDivergedError, match="stopped after 6 steps") as raised:
+        fit(Classifier(), poisoned(batches(9), nan=[5]), [NaNRollback(on_nonfinite="stop")], tmp_path)
+    printed = capsys.readouterr()
+    (line,) = [line for line in printed.err.splitlines() if "at step" in line]
+    assert "Nonfinite loss at step 5 (epoch 0, batch 5)" in line
+    assert "skipped; the run stops." in line
+    (record, _) = [json.loads(line) for line in (tmp_path / "incidents.jsonl").read_text().splitlines()]
+    assert record["advice"] in str(raised.value)
+    assert record["advice"] not in printed.err + printed.out
+    assert "diverged" not in printed.err + printed.out
+
+
 def test_a_state_that_is_nonfinite_on_another_rank_alone_is_restored_on_all(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -86,7 +100,7 @@ def test_counts_agree_after_a_lost_run(check: Any, why: str, capsys: pytest.Capt
     assert rollback.skips == (4 if check == "exact" else 3)
     assert trainer.callback_metrics["rollback/skips"] == rollback.skips
     assert trainer.callback_metrics["rollback/rollbacks"] == 0
-    assert re.search(rf"steps skipped +{rollback.skips}\n", capsys.readouterr().out)
+    assert re.search(rf"steps skipped +{rollback.skips} of ", capsys.readouterr().out)
 
 
 def test_runs_in_one_folder_do_not_mix(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lightning_gradguard import Change, NaNRollback, Treatment
 from lightning_gradguard.cli.main import main
+from lightning_gradguard.cli.replay import comparison
 from lightning_gradguard.core.forensics import Origin
 from lightning_gradguard.runtime.incidents.dossier import read_dossier, write_dossier
 from tests.tasks import Batch, Classifier, batches, fit, poisoned
@@ -122,6 +123,19 @@ def test_nan_batch_is_reproduced(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "at fault  batch[0]   batch[0]" in printed
     assert "\nreproduced\n" in printed
     assert "Look at batch[0]" in printed
+
+
+def test_a_detail_to_which_the_run_has_added_samples_is_printed_once(tmp_path: Path) -> None:
+    """Also from another folder, from which the path of the line is a longer one."""
+    found = Origin(
+        "loss", location="step.py:7", detail="aten::log returned nan, in row 4, at step.py:7: `x`."
+    )
+    detail = "aten::log returned nan, in row 4, at /code/step.py:7: `x` (index in the data set: 42)."
+    recorded = dataclasses.replace(found, location="/code/step.py:7", detail=detail)
+    dossier = read_dossier(record(Classifier(), poisoned(batches(4), nan=[2]), tmp_path))
+    printed = comparison(dataclasses.replace(dossier, origin=recorded), found)
+    assert printed.count("aten::log") == 1
+    assert "at step.py:7: `x` (index in the data set: 42)." in printed
 
 
 @pytest.mark.parametrize(

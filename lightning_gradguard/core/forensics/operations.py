@@ -96,6 +96,9 @@ class OperationFault:
                 cure = re.sub(rf"torch\.({'|'.join(alike)})\(", f"torch.{failed}(", cure)
         used = [name for name in ("x", "y") if re.search(rf"\b{name}\b", cure)]
         names = ("", " (`x` is its argument)", " (`x` and `y` are its arguments)")[len(used)]
+        if used == ["x"] and not self.called:
+            name = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", function).strip("_").lower()
+            return f"{self.why}. In place of {name}(x) use {cure}."
         return f"{self.why}. Use {cure}{names}."
 
 

@@ -48,6 +48,7 @@ class Origin:
         location: File, line and function of the user's code that ran the operation.
         code: That line.
         advice: Advice on the operation, if it is known.
+        samples: The first of those rows, with their names or indices in the data set.
     """
 
     cause: Cause
@@ -63,6 +64,7 @@ class Origin:
     location: str = ""
     code: str = ""
     advice: str = ""
+    samples: str = ""
 
     def remedy(self, present: Collection[Present] = ()) -> str:
         """Returns advice in one or two sentences for a run with `present`; empty for an unknown cause."""

@@ -27,7 +27,7 @@ _UNITS = {
     "dead_units": "{:.0%} of the units",
     "saturated_units": "{:.0%} of the outputs",
     "nonfinite_weights": "{:.2g} of them",
-    "nonfinite_gradients": "{:.0%} of the tensors",
+    "nonfinite_gradients": "{:.0%} of the gradients",
     "symmetric_units": "{:.0f} copies",
     "zero_weights": "std {:.3g}",
     "loss_over_guessing": "{:.3g} times",

@@ -76,7 +76,9 @@ class Investigation:
             why += f" The last one{self.last}" if self.last else ""
             return {"examined": False, "detail": why, "advice": why}
         remedy = self.found[self.cause].remedy(present) if self.cause else ""
-        facts = {"examined": False, "detail": "Not examined: it follows a skipped step."}
+        facts: dict[str, Any] = {"examined": False, "detail": "Not examined: it follows a skipped step."}
+        if self.cause and self.cause not in _VAGUE:
+            facts["where"] = ()  # it has the place of the step that it follows, not that of its gradients
         return {**facts, "advice": remedy} if remedy else facts
 
     def scan_weights(self, trainer: pl.Trainer, snapshot: Snapshot) -> Origin | None:
@@ -114,7 +116,7 @@ class Investigation:
         is_finite = weights_are_nonfinite and origin.cause == "transient"
         if out_of_range and (is_finite or origin.cause in ("update_too_large", "corrupted_weights")):
             origin = _in_weights(trainer, out_of_range)
-        origin = dataclasses.replace(origin, detail=_with_samples(trainer, seen, origin))
+        origin = _with_samples(trainer, seen, origin)
         origins: list[Origin] = gather_objects(origin)
         rank = min(range(len(origins)), key=lambda r: (_VAGUE.get(origins[r].cause, 0), r))
         path = ""
@@ -151,7 +153,7 @@ class Investigation:
             return None
         if out_of_range and origin.cause in ("update_too_large", "corrupted_weights"):
             origin = _in_weights(trainer, out_of_range)
-        origin = dataclasses.replace(origin, detail=_with_samples(trainer, seen, origin))
+        origin = _with_samples(trainer, seen, origin)
         path = self._write(
             trainer, folder, lambda: _dossier(trainer, step, origin, seen, out_of_range, snapshot)
         )
@@ -186,8 +188,8 @@ def _in_words(origin: Origin, step: int) -> str:
     return f" (step {step}): {origin.detail.rstrip('.') if origin.cause == 'unknown' else found}."
 
 
-def _with_samples(trainer: pl.Trainer, seen: SeenBatch, origin: Origin) -> str:
-    """Returns the detail with the samples at fault, if they have names, what changed them, and the rank."""
+def _with_samples(trainer: pl.Trainer, seen: SeenBatch, origin: Origin) -> Origin:
+    """Returns the origin with the samples at fault, if they have names, what changed them, and the rank."""
     samples, indices = sample_ids(seen.batch), seen.indices
     named = {
         "sample": [samples[row] for row in origin.rows if row < len(samples)],
@@ -197,6 +199,12 @@ def _with_samples(trainer: pl.Trainer, seen: SeenBatch, origin: Origin) -> str:
             if row < len(indices)
         ],
     }
+    rows = {"row": origin.rows, **named}
+    first = [
+        f"{name} {', '.join(map(str, ids[:3]))}{' and more' * (len(ids) > 3)}"
+        for name, ids in rows.items()
+        if ids
+    ]
     places = []
     for name, ids in named.items():
         places += [f"{name} {', '.join(map(str, ids))}"] if ids else []
@@ -204,7 +212,8 @@ def _with_samples(trainer: pl.Trainer, seen: SeenBatch, origin: Origin) -> str:
     own = (hook for hook in hooks if lightning_api.overrides(trainer.lightning_module, hook))
     places += [words.format(hook) for hook in own][:1]
     places += [f"rank {trainer.global_rank}"] if world_size() > 1 else []
-    return f"{origin.detail.rstrip('.')} ({', '.join(places)})." if places else origin.detail
+    detail = f"{origin.detail.rstrip('.')} ({', '.join(places)})." if places else origin.detail
+    return dataclasses.replace(origin, detail=detail, samples=", ".join(first))
 
 
 #: By cause, hooks of the module that may have made the value, and the words for them.

@@ -32,8 +32,8 @@ from lightning_gradguard.runtime.lightning_packages import is_instance_by_name
 from lightning_gradguard.runtime.logging import console, metrics
 from lightning_gradguard.strict_json import to_json
 
-#: Incidents of one kind and cause that are printed, one of those that were not examined for one reason; later
-#: ones are only written to the file.
+#: Incidents of one kind and cause that are printed; later ones are only written to the file. One that was not
+#: examined is printed once for its reason, and not after those of its kind.
 MAX_PRINTED = 5
 #: From then on, one table of incidents in so many is logged, and one at the end of the run.
 LOGGED_EVERY = 50
@@ -55,20 +55,22 @@ class _Journal:
     def __init__(self, folder: Path | None, *, writes: bool, waits: bool = False) -> None:
         self.folder = folder
         self.counts: Counter[str] = Counter()
-        self.published: Counter[tuple[str, str]] = Counter()
+        self.published: Counter[tuple[str, str, str]] = Counter()  # by kind, cause, why it was not examined
+        self.no_longer_printed: set[str] = set()
         self.recent: deque[Incident] = deque(maxlen=MAX_ROWS)
         self._writes = writes
         self._waits = waits
         self._unwritten: list[Incident] = []
 
     def has_several_causes(self, kind: str) -> bool:
-        """True if incidents of a kind have different causes, or some have one and some do not."""
-        return sum(known == kind for known, _ in self.published) > 1
+        """True if examined incidents of a kind have different causes, or some have one and some do not."""
+        return sum(known == kind and not why for known, _, why in self.published) > 1
 
     def restart(self) -> None:
         """Counts and prints as from the first incident on, in the same file."""
         self.counts.clear()
         self.published.clear()
+        self.no_longer_printed.clear()
         self.recent.clear()
 
     @property
@@ -179,7 +181,12 @@ def count_incidents(trainer: pl.Trainer) -> dict[str, int]:
 
 
 def publish(
-    trainer: pl.Trainer, pl_module: pl.LightningModule, incident: Incident, *, prints_advice: bool = True
+    trainer: pl.Trainer,
+    pl_module: pl.LightningModule,
+    incident: Incident,
+    *,
+    prints_advice: bool = True,
+    ends_run: bool = False,
 ) -> None:
     """Publishes an incident to file, loggers, console, callbacks and module. Called on all ranks alike.
 
@@ -188,17 +195,21 @@ def publish(
         pl_module: The module.
         incident: The incident.
         prints_advice: False if what is printed next has the advice.
+        ends_run: True if it stops the run, with an error that has the advice.
     """
     journal = _journals.setdefault(trainer, _Journal(None, writes=False))
     journal.counts[incident.kind] += 1
-    group = incident.kind, incident.cause or ("" if incident.examined else incident.detail)
+    group = incident.kind, incident.cause, "" if incident.examined else incident.detail
     journal.published[group] += 1
     journal.write(incident)
     times, at_most = journal.published[group], MAX_PRINTED if incident.examined else 1
     if times <= MAX_PRINTED or times % LOGGED_EVERY == 0:
         log_incidents(trainer, batches_that_stepped(trainer))
-    if times <= at_most:
-        advice = f" {incident.advice}" if times == 1 and incident.advice and prints_advice else ""
+    if not incident.examined and incident.kind in journal.no_longer_printed:
+        at_most = 0
+    if times <= at_most and incident.kind != "training_diverged":  # its error is what a person reads
+        has_advice = times == 1 and incident.advice and prints_advice and not ends_run
+        advice = f" {incident.advice}" if has_advice else ""
         page = ""
         if incident.dossier and journal.folder is not None:
             page = f" See {journal.folder / incident.dossier / 'index.html'}."
@@ -207,11 +218,16 @@ def publish(
             advice = f" {incident.detail}"  # the advice is that of the step which it follows
             more = " Further ones like it are only written to the file."
         elif times == at_most:
+            journal.no_longer_printed.add(incident.kind)
             of_cause = f" of cause {label(incident.cause)}" if incident.cause else " without a cause"
             which = f"{title(incident.kind)}{of_cause if journal.has_several_causes(incident.kind) else ''}"
             more = f" Further incidents of {which} are only written to the file."
         level = logging.INFO if incident.action == "none" else logging.WARNING
-        console.print_message(trainer, f"{incident.describe()}.{page}{advice}{more}", level)
+        console.print_message(
+            trainer,
+            f"{incident.describe()}{'; the run stops' if ends_run else ''}.{page}{advice}{more}",
+            level,
+        )
     for listener in (*trainer.callbacks, pl_module):  # type: ignore[attr-defined]
         on_training_incident = getattr(listener, "on_training_incident", None)
         if callable(on_training_incident):

@@ -65,7 +65,7 @@ def summarize(
     most_frequent_first = dict(sorted(incidents.items(), key=lambda item: -item[1]))
     rows = {
         "steps": str(trainer.global_step),
-        **_formatted(counts),
+        **_formatted(counts, trainer.global_step - counts_since),
         "incidents": describe_counts(most_frequent_first) or "none",
     }
     if unusual := _unusual(counts, explosion):
@@ -86,7 +86,7 @@ def summarize(
         console.print_last_message(trainer, "\n".join(lines))
     else:
         final_only = {tag: count for tag, count in counts.items() if tag.startswith(f"{tags.SUMMARY}/")}
-        facts = [f"{rows['steps']} steps", *(f"{k} {v}" for k, v in _formatted(final_only).items())]
+        facts = [f"{rows['steps']} steps", *(f"{k} {v}" for k, v in _formatted(final_only, 0).items())]
         since = f" since step {first_step}, where it was resumed" if first_step > 0 else ""
         console.print_last_message(trainer, f"No incident{since}; {', '.join(facts)}.")
 
@@ -119,8 +119,13 @@ def _unusual(
     return found
 
 
-def _formatted(counts: Mapping[str, float]) -> dict[str, str]:
+def _formatted(counts: Mapping[str, float], steps: int) -> dict[str, str]:
+    """Returns the rows of final counts, of which those of skips are of so many steps."""
     rows = {name: form.format(counts[tag]) for tag, (name, form) in _ROWS.items() if counts.get(tag)}
+    if counts.get(tags.LR_SCALE) == 1:
+        del rows["learning rate scale"]  # of the configured rate, as if there was no backoff
+    if 0 < (skips := counts.get(tags.SKIPS, 0)) <= steps:
+        rows["steps skipped"] += f" of {steps} ({skips / steps:.1%}); a skip does not mend its cause"
     if "steps skipped" in rows and "largest norm" in rows:
         rows["largest norm"] += " of accepted steps"
     return rows

@@ -65,7 +65,7 @@ def divergence_error(
     headline = "" if was_finite else f"No step was ever finite. {found}".rstrip() + "\n"
     left = [str(path) for path in (incidents_file(trainer), last_good) if path]
     return TrainingDivergedError(
-        f"{headline}Training was stopped at step {trainer.global_step}: {policy.stop_reason}."
+        f"{headline}Training was stopped after {trainer.global_step} steps: {policy.stop_reason}."
         + (f" Causes: {causes_text}." if causes_text else "")
         + f" {combined_advice(causes, present_in(trainer))} Weights are those of step {step}, {which}."
         + (f" Incidents and checkpoint to resume from: {', '.join(left)}" if left else "")

@@ -31,11 +31,10 @@ class IncidentReporter:
         self._fit = fit
         self.batch_idx = 0
 
-    def publish(self, kind: str, **facts: Any) -> None:
-        """Publishes an incident of the running batch."""
+    def publish(self, kind: str, *, ends_run: bool = False, **facts: Any) -> None:
+        """Publishes an incident of the running batch; where it ends the run, an error has the advice."""
         incident = incident_now(self._fit.trainer, kind, **{"batch_idx": self.batch_idx, **facts})
-        is_raised = kind == "training_diverged"  # whose error has the advice
-        publish(self._fit.trainer, self._fit.pl_module, incident, prints_advice=not is_raised)
+        publish(self._fit.trainer, self._fit.pl_module, incident, ends_run=ends_run)
 
     def report_anomaly(self, kind: str, loss: float, batches: Sequence[SeenBatch]) -> None:
         """Publishes what is wrong with committed steps, with its cause if weights or batches reveal it."""
@@ -58,7 +57,9 @@ class IncidentReporter:
             facts["advice"] += f" Training can be resumed from {last_good}."
         self.publish(kind, **facts)
 
-    def report_skip(self, transaction: StepTransaction, *, examine: bool = True) -> None:
+    def report_skip(
+        self, transaction: StepTransaction, *, examine: bool = True, ends_run: bool = False
+    ) -> None:
         """Publishes a skipped step, with its cause if a replay, in which all ranks take part, is possible."""
         has_scaler = lightning_api.gradient_scaler(self._fit.trainer) is not None
         kind, facts = describe_skip(transaction, has_scaler=has_scaler)
@@ -81,7 +82,7 @@ class IncidentReporter:
             else:
                 found = origin_facts(result.origin, present, facts.get("where", ()))
                 facts.update(found, dossier=result.dossier)
-        self.publish(kind, **facts)
+        self.publish(kind, ends_run=ends_run, **facts)
 
 
 def describe_skip(transaction: StepTransaction, *, has_scaler: bool) -> tuple[IncidentKind, dict[str, Any]]:
@@ -114,6 +115,7 @@ def origin_facts(origin: Origin, present: Collection[Present], where: tuple[str,
         # parameters whose gradients are nonfinite are no place of a fault that is known
         "where": where if origin.cause in ("transient", "unknown") else origin.where,
         "location": origin.location,
+        "samples": origin.samples,
     }
     remedy = origin.remedy(present)
     return {**facts, "advice": remedy} if remedy else facts

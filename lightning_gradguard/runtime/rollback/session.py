@@ -287,9 +287,9 @@ class RollbackSession:
     def _conclude(self) -> None:
         """Publishes skipped steps, and carries out the decision."""
         skipped, self._skipped = self._skipped, []
-        for transaction in skipped:
-            self._reporter.report_skip(transaction)
         outcome = self._outcome
+        for transaction in skipped:
+            self._reporter.report_skip(transaction, ends_run=outcome.decision == "stop")
         decision, outcome.decision = outcome.decision, "continue"
         policy, cause = self._fit.policy, self._fit.investigation.cause
         if decision == "roll_back" and policy.is_useless and cause in OF_ARGUMENTS:

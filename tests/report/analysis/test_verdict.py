@@ -583,7 +583,7 @@ def test_stopped_run_without_incidents_has_remedies() -> None:
     verdict = analyze_run(RunLog(series(falling(60)), skips=series([0.0] * 60), incidents=stop))
     assert (verdict.status, verdict.headline, kinds(verdict)) == (
         "failed",
-        "training diverged",
+        "training stopped",
         {"training_diverged": "fatal"},
     )
     assert "Lower the learning rate" in verdict.symptoms[0].remedies[0]

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from pytorch_lightning.loggers import CSVLogger, Logger
+from torch import Tensor
 
 from lightning_gradguard import (
     AdaptiveGradientClipping,
@@ -17,7 +19,7 @@ from lightning_gradguard import (
 )
 from lightning_gradguard.report.readers.incident_files import read_incidents
 from lightning_gradguard.runtime.incidents.journal import MAX_PRINTED, incident_table
-from tests.tasks import Classifier, batches, clusters, fit, plain_loader, poisoned
+from tests.tasks import Batch, Classifier, batches, clusters, fit, plain_loader, poisoned
 
 
 def kinds(folder: Path, *, nan_at: int, rollback: NaNRollback, **arguments: Any) -> list[str]:
@@ -82,6 +84,34 @@ def test_message_of_a_batch_beyond_max_dossiers_says_so_and_gives_no_advice_on_i
     data = poisoned(batches(12), nan=[3])
     fit(Classifier(), data, [again], tmp_path / "2", ckpt_path=path, max_epochs=2)
     assert "The last one (step 1): cause: bad input" in capsys.readouterr().err
+
+
+class Duplicates(Classifier):
+    """The gradient of a distance of 0 is NaN, in two rows of two batches of three."""
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        loss = super().training_step(batch, batch_idx)
+        assert loss is not None
+        is_far = torch.ones(len(batch[0]), 1)
+        is_far[2:4] = batch_idx % 3 == 0
+        return loss + (self.net(batch[0]) * is_far).pow(2).sum(1).sqrt().mean()
+
+
+def test_skips_of_one_line_are_told_in_one_way(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Rows are on the line, steps that were not examined name no other place, and the end is said once."""
+    fit(Duplicates(), batches(24), [NaNRollback(max_skip_fraction=1.0)], tmp_path)
+    output = capsys.readouterr().err
+    printed = [line for line in output.splitlines() if "at step" in line]
+    examined = [line for line in printed if "Not examined" not in line]
+    assert len(examined) == 5
+    assert all(
+        "test_journal.py:" in line and "; row 2, 3; 100% of the gradients" in line for line in examined
+    )
+    assert "In place of sqrt(x) use torch.sqrt(x + 1e-6)." in examined[0]
+    (other,) = set(printed) - set(examined)
+    assert "(epoch 0, batch 2): 100% of the gradients; skipped. Not examined: it follows" in other
+    assert "Further incidents of nonfinite gradients are only written to the file." in printed[-1]
+    assert "16 of 24 (66.7%)" in output
 
 
 class Service(Logger):
