@@ -94,7 +94,8 @@ class Duplicates(Classifier):
         assert loss is not None
         is_far = torch.ones(len(batch[0]), 1)
         is_far[2:4] = batch_idx % 3 == 0
-        return loss + (self.net(batch[0]) * is_far).pow(2).sum(1).sqrt().mean()
+        distance: Tensor = (self.net(batch[0]) * is_far).pow(2).sum(1).sqrt()
+        return loss + distance.mean()
 
 
 def test_skips_of_one_line_are_told_in_one_way(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
