@@ -577,10 +577,19 @@ def test_answers_on_the_way_to_a_far_mean_are_not_stuck(
     assert sum(len(diagnosis.update(sample)) for sample in samples) == found
 
 
-@pytest.mark.parametrize(("first", "growth", "found"), [(150, 0.0, 1), (150, 0.001, 0), (20, 0.0, 0)])
-def test_answers_that_spread_out_are_not_the_same(first: int, growth: float, found: int) -> None:
+@pytest.mark.parametrize(
+    ("first", "growth", "meets_data", "found"),
+    [(150, 0.0, False, 1), (150, 0.001, False, 0), (20, 0.0, False, 0), (150, 0.0, True, 0)],
+)
+def test_answers_that_spread_out_or_meet_data_are_not_the_same(
+    first: int, growth: float, meets_data: bool, found: int
+) -> None:
     diagnosis = Diagnosis()
-    samples = [Sample(first + i, 1 / (i + 1), spread=0.01 + growth * i) for i in range(4)]
+    spreads = [0.01 + growth * i for i in range(4)]
+    samples = [
+        Sample(first + i, 1 / (i + 1), spread=spread, meets_data=meets_data)
+        for i, spread in enumerate(spreads)
+    ]
     assert sum(len(diagnosis.update(sample)) for sample in samples) == found
 
 
