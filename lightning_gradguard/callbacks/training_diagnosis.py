@@ -106,6 +106,7 @@ class TrainingDiagnosis(StepCallback):
         self._steps = Steps()
         self._started = 0
         self._is_publishing = False
+        self._is_poorly_initialized = False
 
     @override
     def on_begin(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -209,6 +210,8 @@ class TrainingDiagnosis(StepCallback):
             symptoms = self.diagnosis.add_divergence(incident.where, evidence, incident.step)
             now = {"step": incident.step, "epoch": incident.epoch}
             self._publish_on_all_ranks(trainer, pl_module, symptoms, now)
+        if incident.kind == "poor_initialization":
+            self._is_poorly_initialized = incident.action == "none"
         kind = next((kind for kind in SYMPTOMS if kind == incident.kind != "constant_clipping"), None)
         if not self._is_publishing and kind is not None:
             self.diagnosis.add_published(kind, incident.where, incident.step)
@@ -281,18 +284,28 @@ class TrainingDiagnosis(StepCallback):
     ) -> None:
         self._is_publishing = True
         present = present_in(trainer)
+        # a schedule that has left a rate is not to step more often
+        present.update(("has_rate", "by_batch") if self.diagnosis.has_rate else ("no_rate",))
         for symptom in symptoms:
             if symptom.kind in self.symptoms:
                 cause = "" if symptom.cause == "unknown" else symptom.cause
+                detail = f"Since step {symptom.since}: {symptom.evidence}." if symptom.evidence else ""
+                if self._is_poorly_initialized and symptom.is_of_initialization:
+                    detail += " It follows from the poor initialization that the check reports."
                 incident = incident_now(
                     trainer,
                     symptom.kind,
                     where=symptom.where,
                     value=None if math.isnan(symptom.value) else symptom.value,
                     cause=cause,
-                    detail=f"Since step {symptom.since}: {symptom.evidence}." if symptom.evidence else "",
+                    detail=detail,
                     advice=advice_for_symptom(
-                        symptom.kind, cause, symptom.where, present, pl_module, symptom.n_times
+                        symptom.kind,
+                        cause,
+                        symptom.where,
+                        present.union(("untrained",) if symptom.since == 0 else ()),
+                        pl_module,
+                        symptom.n_times,
                     ),
                     **now,
                 )

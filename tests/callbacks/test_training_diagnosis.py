@@ -393,6 +393,42 @@ def test_rate_that_falls_to_nothing_is_named() -> None:
     (incident,) = diagnosed(Task(optimizer=falling), 40)
     assert (incident.kind, incident.cause) == ("weight_stagnation", "learning_rate_schedule")
     assert "a schedule has lowered the learning rate from 0.001 to" in incident.detail
+    assert incident.advice.startswith("Give the schedule the length of the run")
+
+
+def test_warm_up_that_begins_at_0_and_steps_once_an_epoch_is_told_to_step_once_a_batch() -> None:
+    def warm_up(interval: str) -> Any:
+        def make(net: nn.Module) -> Any:
+            optimizer = torch.optim.Adam(net.parameters(), 1e-3)
+            rising = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, step / 10))
+            return [optimizer], [{"scheduler": rising, "interval": interval}]
+
+        return make
+
+    (incident,) = diagnosed(Task(optimizer=warm_up("epoch")), 40)
+    assert (incident.kind, incident.cause) == ("weight_stagnation", "learning_rate_schedule")
+    assert incident.detail.startswith(
+        "Since step 0: the learning rate of every parameter group is 0, as the "
+    )
+    assert incident.detail.endswith("schedule of a learning rate of 0.001 begins at 0.")
+    advice = "Let a warm-up over batches step once a batch, in configure_optimizers: return {'optimizer': "
+    assert incident.advice.startswith(advice)
+    assert "length of the run" not in incident.advice
+    assert diagnosed(Task(optimizer=warm_up("step")), 40) == []
+
+
+def test_small_outputs_are_no_dead_units_and_follow_from_the_initialization() -> None:
+    listener = Listener()
+    module = Task(deep(nn.GELU, 14, 0.02))
+    fit(module, batches(12), [InitializationCheck(), TrainingDiagnosis(), listener])
+    assert [i.kind for i in listener.found] == ["poor_initialization", "vanishing_gradient"]
+    assert listener.found[1].detail.endswith(
+        "It follows from the poor initialization that the check reports."
+    )
+    (dead,) = diagnosed(Task(biased(deep(nn.GELU, 4), 2, -20.0)))
+    assert dead.kind == "dead_units"
+    assert "GELU" not in dead.advice
+    assert "rate" not in dead.advice, "before the first update, it is not at fault"
 
 
 def test_updates_that_are_lost_by_rounding_are_not_a_rate_that_is_too_low() -> None:

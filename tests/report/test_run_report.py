@@ -38,7 +38,7 @@ def test_what_was_tried_on_the_batch_is_the_first_step() -> None:
     ]
     (folder / "incidents.jsonl").write_text("".join(f"{json.dumps(record)}\n" for record in told))
     found = report_of(folder)
-    assert [s.kind for s in found.verdict.symptoms] == ["vanishing_gradient", "poor_initialization"]
+    assert [s.kind for s in found.verdict.symptoms] == ["poor_initialization", "vanishing_gradient"]
     assert found.next_steps == ["Cure: nn.init.zeros_(model.head.weight)", "Use fewer layers."]
 
 

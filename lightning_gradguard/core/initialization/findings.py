@@ -16,6 +16,7 @@ SEVERITIES: tuple[Severity, ...] = ("fail", "warn", "info")
 
 #: How the code of cures is used.
 PASTED = "Code of a cure is pasted at the end of __init__, below `from torch import nn` and `model = self`."
+_OF_RECTIFIERS = " He's gain, of 'relu', is that for GELU and SiLU too."
 #: An index in brackets, as in `model.net[2]`.
 _INDEX = r"(?<=\[)\d+(?=\])"
 #: Measured values with their unit.
@@ -122,7 +123,9 @@ def table(findings: Sequence[Finding]) -> str:
             words = f"{' ' * (widths[0] + 2)}cure: "
             lines.append(words + cure.replace("\n", "\n" + " " * len(words)))
             printed.add(code)
-    return "\n".join([*lines, PASTED] if any("model." in c or "model[" in c for c in printed) else lines)
+    if any("model." in code or "model[" in code for code in printed):
+        lines.append(PASTED + _OF_RECTIFIERS * any("nonlinearity='relu'" in code for code in printed))
+    return "\n".join(lines)
 
 
 def _likeness(finding: Finding) -> tuple[object, ...]:

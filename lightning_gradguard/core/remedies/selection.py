@@ -13,9 +13,21 @@ from lightning_gradguard.core.remedies.texts import BY_CAUSE, BY_KIND, REMEDIES
 if TYPE_CHECKING:
     from torch import nn
 
-#: What a run has, so that some advice does not apply; `feed_forward`: no recurrence.
+#: What a run has, so that some advice does not apply; `feed_forward`: no recurrence; `untrained`: what is
+#: found was there before the first update; `by_batch`: no schedule that steps once an epoch is at fault.
 Present = Literal[
-    "clipping", "backoff", "rollback", "check", "feed_forward", "no_attention", "normalized", "residual"
+    "clipping",
+    "backoff",
+    "rollback",
+    "check",
+    "feed_forward",
+    "no_attention",
+    "normalized",
+    "residual",
+    "untrained",
+    "by_batch",
+    "has_rate",
+    "no_rate",
 ]
 
 #: How a cure names all weights: those of layers or, for functional code and recurrent networks, all matrices.
@@ -106,11 +118,11 @@ def _applied(
 ) -> str:
     """Returns a text without the parts that do not apply, and with the name of what is at fault."""
     name = where[0] if where else ""
-    fitting = _CONDITIONAL.sub(lambda part: "" if part[1] in present else part[2], text)
+    fitting = _CONDITIONAL.sub(lambda part: "" if part[1] in present else part[2], text).lstrip()
     code, found = code_of(name, model), None if model is None else _find(name, model)
     is_bare = found is not None and getattr(found, "ndim", None) is not None
     has_layers = found is None or type(found).__name__ in ("Linear", "Conv2d")
-    return fitting.format(
+    applied = fitting.format(
         where=name or "the network",
         code=code,
         gated=_gated(name, code, found, n_steps),
@@ -118,6 +130,8 @@ def _applied(
         weight="m.weight" if has_layers else "p",
         for_all=_OF_LAYERS if has_layers else _OF_MATRICES,
     )
+    is_named = re.search(r"\bmodel[.\[]", applied) and "model = self" not in applied
+    return f"{applied} Here model is the LightningModule, self in its methods." if is_named else applied
 
 
 def _gated(name: str, code: str, recurrent: Any, n_steps: int) -> str:

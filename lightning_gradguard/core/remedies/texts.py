@@ -103,8 +103,8 @@ BY_KIND = {
         "inputs."
     ),
     "dead_units": (
-        "Most units of {where} are zero for every sample: lower the learning rate, use LeakyReLU or GELU, "
-        "He initialization, and normalization before the activation."
+        "Most units of {where} are zero for every sample: [untrained|lower the learning rate, ]use LeakyReLU "
+        "after it, He initialization[normalized|, and normalization before the activation]."
     ),
     "saturated_units": (
         "Units of {where} saturate: use Xavier initialization (torch.nn.init.xavier_uniform_), smaller "
@@ -249,8 +249,11 @@ BY_CAUSE = {
         "Raise the learning rate of {where}: updates of about 1e-3 of the weights are usual."
     ),
     "learning_rate_schedule": (
-        "Correct the schedule: its length, whether it steps once a batch ({{'scheduler': ..., 'interval': "
-        "'step'}}) or once an epoch, the default, and a warm-up that begins at 0, (step + 1) / warmup."
+        "[by_batch|Let a warm-up over batches step once a batch, in configure_optimizers: return "
+        "{{'optimizer': optimizer, 'lr_scheduler': {{'scheduler': scheduler, 'interval': 'step'}}}}.]"
+        "[has_rate| Begin the warm-up above 0, as (step + 1) / warmup does, or make it shorter.]"
+        "[no_rate| Give the schedule the length of the run, in batches if it steps once a batch, else in "
+        "epochs.]"
     ),
     "rounded_updates": (
         "Keep the weights of {where} in float32: precision='bf16-mixed' or '16-mixed', in place of "
@@ -262,8 +265,8 @@ BY_CAUSE = {
     ),
     "small_weights": (
         "Initialize all layers for their activation, not {where} alone: before tanh "
-        "[torch.nn.init.xavier_normal_({weight}, gain=5 / 3) {for_all}], before ReLU the same with "
-        "kaiming_normal_({weight}, nonlinearity='relu')."
+        "[torch.nn.init.xavier_normal_({weight}, gain=5 / 3) {for_all}], before ReLU and GELU the "
+        "same with kaiming_normal_({weight}, nonlinearity='relu')."
     ),
     "large_weights": (
         "Initialize all layers for their activation, not {where} alone: before ReLU "
@@ -327,8 +330,8 @@ REMEDIES = {
     "vanishing_gradient": (
         "[no_attention|In a transformer normalize ahead of each layer (norm_first=True), and warm the "
         "learning rate up.]",
-        "Use activations that do not saturate (ReLU, GELU) with He initialization "
-        "(torch.nn.init.kaiming_normal_); InitializationCheck(on_failure='repair') does it.",
+        "Use He initialization (torch.nn.init.kaiming_normal_) with ReLU or GELU, in place of activations "
+        "that saturate (tanh, sigmoid)[check|; InitializationCheck() measures it before step 1].",
         "[residual|Add residual connections.]",
         "[normalized|Add batch or layer normalization.]",
         "[feed_forward|In a recurrent network use gated cells (LSTM or GRU), or an orthogonal recurrent "

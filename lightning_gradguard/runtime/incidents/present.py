@@ -31,6 +31,8 @@ def present_in(trainer: pl.Trainer) -> set[Present]:
     module = trainer.lightning_module
     if describe_other_clipper(trainer) or clips_in_code(module):
         present.add("clipping")
+    if any(config.interval == "step" for config in trainer.lr_scheduler_configs):
+        present.add("by_batch")
     layers = [*module.modules()]
     if not any(isinstance(layer, (nn.RNNBase, nn.RNNCellBase)) for layer in layers):
         present.add("feed_forward")

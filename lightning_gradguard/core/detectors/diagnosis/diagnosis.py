@@ -70,6 +70,11 @@ class Diagnosis:
         return step >= self.patience and not is_known and not self._progress.over_constant < LEARNS
 
     @property
+    def has_rate(self) -> bool:
+        """True once a schedule has left a learning rate."""
+        return self._progress.has_rate
+
+    @property
     def wants_largest(self) -> bool:
         """True if the largest element of the gradients may show that others clip them."""
         return self._progress.may_be_clipped_by_value
@@ -85,6 +90,8 @@ class Diagnosis:
             if key in shown:
                 continue
             times, since = self._shown.get(key, (0, sample.step))
+            if symptom.cause == "learning_rate_schedule" and not self.has_rate:
+                since = 0  # the rate was so before it is examined
             shown[key] = times + 1, since
             if times + 1 >= symptom.needs:
                 confirmed.append(self._by_update(symptom.shown_since(since)))

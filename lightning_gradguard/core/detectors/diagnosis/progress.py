@@ -18,6 +18,8 @@ RECENT = 3
 #: Loss below 0, over the size of the first one or 1, and its growth from one sample to the next, of a loss
 #: that falls without bound.
 UNBOUNDED, UNBOUNDED_GROWTH = 1e4, 2.0
+#: Step up to which the first update is that of a fresh run, of which a GradScaler skips some.
+STARTED_BY = 5
 #: Two sizes of gradients differ by more than this share, unless both were clipped to one value.
 CLIPPED_ALIKE = 1e-4
 
@@ -28,11 +30,13 @@ class Progress:
     Attributes:
         first: The first loss.
         largest_update: Largest norm of an update over that of all weights.
+        has_rate: True once a schedule has left a rate.
     """
 
     def __init__(self) -> None:
         self.first = math.nan
         self.largest_update = 0.0
+        self.has_rate = False
         self._losses: deque[float] = deque(maxlen=RECENT)
         self._calls: dict[str, deque[tuple[float, float]]] = defaultdict(partial(deque, maxlen=RECENT))
         self._ratios: list[float] = []
@@ -61,6 +65,9 @@ class Progress:
                 self._ratios.append(value / constant)
         for index, update in enumerate(sample.updates):
             self.largest_update = max(self.largest_update, update.share)  # as before if the share is NaN
+            # of a run that is resumed without this state, the start is not known
+            is_resumed = not self._weights and sample.step > STARTED_BY
+            self.has_rate = self.has_rate or is_resumed or not update.has_no_rate
             before, self._sizes[index] = self._sizes.get(index, ()), update.sizes
             self._fixed[index] = [
                 now if now > 0 and math.isclose(now, then, rel_tol=CLIPPED_ALIKE) else math.nan
@@ -155,6 +162,7 @@ class Progress:
             "sizes": {index: list(sizes) for index, sizes in self._sizes.items()},
             "weights": dict(self._largest_weights),
             "update": self.largest_update,
+            "has_rate": self.has_rate,
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -169,3 +177,4 @@ class Progress:
         self._sizes = {index: tuple(sizes) for index, sizes in state_dict.get("sizes", {}).items()}
         self._largest_weights = dict(state_dict.get("weights", {}))
         self.largest_update = state_dict.get("update", 0.0)
+        self.has_rate = state_dict.get("has_rate", True)

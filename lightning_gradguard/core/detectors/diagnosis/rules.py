@@ -13,7 +13,7 @@ from lightning_gradguard.core.detectors.diagnosis import depth
 from lightning_gradguard.core.detectors.diagnosis.clipped import CLIPPED_FAR
 from lightning_gradguard.core.detectors.diagnosis.progress import Progress
 from lightning_gradguard.core.detectors.diagnosis.sample import CLIPPED_AT_ALL, MIN_TIMES, Sample, UnitSignal
-from lightning_gradguard.core.detectors.diagnosis.signals.units import RECTIFIERS
+from lightning_gradguard.core.detectors.diagnosis.signals.units import PASS_SMALL, RECTIFIERS
 from lightning_gradguard.core.detectors.diagnosis.symptom import Symptom, modules_of
 from lightning_gradguard.core.incidents import Cause, SymptomCause
 
@@ -32,6 +32,8 @@ RISEN = 2.0
 UNRELATED = 0.02
 #: The same for a loss that is worse than a constant's, as under much noise.
 WORSE, UNRELATED_IF_WORSE = 1.0, 0.05
+#: Rms of a layer's output up to which units after it that pass small inputs are small and not dead.
+SMALL_OUTPUT = 0.1
 LARGE_INPUT = 10.0
 #: Rms of the inputs below which they explain a loss that is stuck.
 SMALL_INPUT = 0.01
@@ -134,7 +136,7 @@ def dead_or_saturated_units(sample: Sample, progress: Progress) -> Iterator[Symp
     no_gradient = has_no_gradient(sample, progress)
     grows = any(depth.grows(time) for time in sample.times)
     # behind weights of zero, or dead units, units are not dead of themselves
-    silent = {layer.name for layer in sample.layers if layer.output == 0}
+    outputs = {layer.name: layer.output for layer in sample.layers}
     groups: dict[tuple[str, str, str], list[UnitSignal]] = defaultdict(list)
     for signal in sample.units:
         groups[signal.layer, signal.module, signal.function].append(signal)
@@ -143,7 +145,8 @@ def dead_or_saturated_units(sample: Sample, progress: Progress) -> Iterator[Symp
         is_head = members[-1].is_head
         names = tuple(dict.fromkeys(filter(None, (layer, module))))
         share = min((s.dead for s in members if not math.isnan(s.dead)), default=0.0)
-        if share >= DEAD and layer not in silent and (not is_head or no_gradient):
+        is_silent = outputs.get(layer, 1.0) <= (SMALL_OUTPUT if function in PASS_SMALL else 0)
+        if share >= DEAD and not is_silent and (not is_head or no_gradient):
             dead.append((share, names, "units"))
         share = min((s.saturated for s in members if not math.isnan(s.saturated)), default=0.0)
         noun = _NOUNS.get(function, "units")

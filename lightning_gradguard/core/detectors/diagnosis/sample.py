@@ -160,12 +160,18 @@ class Update:
     resolution: float = 0.0
 
     @property
-    def decayed(self) -> str:
-        """Words for a schedule that has ended; empty while it has left a thousandth of a rate."""
+    def has_no_rate(self) -> bool:
+        """True if a schedule leaves less than a thousandth of the initial rate."""
+        return max(self.rates, default=0.0) < DECAYED * max(self.initial_rates, default=0.0)
+
+    def scheduled(self, *, has_begun: bool) -> str:
+        """Returns words for a schedule that leaves no rate, by whether there has been one; else nothing."""
         rate, initial = max(self.rates, default=0.0), max(self.initial_rates, default=0.0)
-        if not rate < DECAYED * initial:
+        if not self.has_no_rate:
             return ""
-        return f", as a schedule has lowered the learning rate from {initial:.3g} to {rate:.3g}"
+        if has_begun:
+            return f", as a schedule has lowered the learning rate from {initial:.3g} to {rate:.3g}"
+        return f", as the schedule of a learning rate of {initial:.3g} begins at {rate:.3g}"
 
     @property
     def by_clippers(self) -> str:

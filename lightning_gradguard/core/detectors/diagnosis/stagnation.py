@@ -21,9 +21,10 @@ def stagnation(sample: Sample, progress: Progress) -> Iterator[Symptom]:
     if sample.step < 5:
         return
     for index, one in enumerate(sample.updates):
+        scheduled = one.scheduled(has_begun=progress.has_rate)
         if one.rates and not any(one.rates):
             where = modules_of(one.names[:3])
-            evidence = f"the learning rate of every parameter group is 0{one.decayed}"
+            evidence = f"the learning rate of every parameter group is 0{scheduled}"
             yield Symptom("weight_stagnation", _too_low(one), where, 0.0, evidence, "stagnation", 3)
             continue
         matrices = [i for i, is_matrix in enumerate(one.is_matrix) if is_matrix and one.weights[i] > 0]
@@ -42,7 +43,7 @@ def stagnation(sample: Sample, progress: Progress) -> Iterator[Symptom]:
                 yield Symptom("weight_stagnation", "zero_gradient", where, 0.0, evidence, "stagnation", 2)
                 continue
             evidence = (
-                f"updates are at most {largest:.1g} of any weight's norm (usual: about 1e-3){one.decayed}"
+                f"updates are at most {largest:.1g} of any weight's norm (usual: about 1e-3){scheduled}"
             )
             is_clipped = one.unclipped > CLIPPED_FAR and largest * one.unclipped > SMALL_UPDATE
             size = clipped_before(index, progress)
@@ -64,7 +65,7 @@ def stagnation(sample: Sample, progress: Progress) -> Iterator[Symptom]:
 
 def _too_low(one: Update) -> SymptomCause:
     """Returns why a learning rate moves no weight."""
-    if one.decayed:
+    if one.has_no_rate:
         return "learning_rate_schedule"
     return "rounded_updates" if one.resolution > SMALL_UPDATE and any(one.rates) else "learning_rate_too_low"
 

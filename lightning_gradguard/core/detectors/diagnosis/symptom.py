@@ -64,6 +64,12 @@ class Symptom:
         known["followed_by"] = tuple(map(tuple, known["followed_by"]))
         return cls(**known)
 
+    @property
+    def is_of_initialization(self) -> bool:
+        """True for what the first weights explain: gradients through layers, and units, before they move."""
+        is_of_weights = self.cause in ("small_weights", "large_weights", "saturating_activations", "depth")
+        return self.since <= 1 and (is_of_weights or (self.tier == "units" and self.cause == "unknown"))
+
     def shown_since(self, step: int) -> Symptom:
         """Returns the symptom with the first step that showed it."""
         return replace(self, since=step)

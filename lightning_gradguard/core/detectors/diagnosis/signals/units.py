@@ -17,6 +17,8 @@ ENOUGH = 1024
 #: Activations by the name of the function; forms that end in `_` work in place.
 RECTIFIERS = frozenset({"relu", "relu6", "threshold"})
 SMOOTH_RECTIFIERS = frozenset({"gelu", "silu", "mish", "hardswish", "softplus", "hardshrink", "softshrink"})
+#: Those that pass a part of small inputs: their units are dead only where inputs are far below zero.
+PASS_SMALL = frozenset({"gelu", "silu", "mish", "hardswish"})
 #: Value beyond which an output is saturated, after sigmoids are scaled to -1 .. 1.
 SATURATING = {"tanh": 0.97, "hardtanh": 0.99, "softsign": 0.85, "sigmoid": 0.97, "hardsigmoid": 0.99}
 #: Share of the largest gradient below which a unit gets none, or hardly any, and the distance from 0 beyond
