@@ -56,11 +56,13 @@ class Count(pl.Callback):
         dist.all_reduce = self.reduce
 
 
-def main(folder, optimizer, on_failure):
+def main(folder, optimizer, on_failure, max_dossiers):
     torch.set_num_threads(1)
     module = Sharded(optimizer, norm=True)
     count = Count()
-    rollback = NaNRollback(snapshot_every_n_steps=5, incident_dir=str(folder))
+    rollback = NaNRollback(
+        snapshot_every_n_steps=5, incident_dir=str(folder), max_dossiers=max_dossiers
+    )
     clipping, backoff = AdaptiveGradientClipping(), LearningRateBackoff()
     suite = default_callbacks(
         nan_rollback=rollback,
@@ -91,7 +93,7 @@ def main(folder, optimizer, on_failure):
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2], sys.argv[3])
+    main(Path(sys.argv[1]), sys.argv[2], sys.argv[3], int(sys.argv[4]))
 '''
 
 
@@ -103,14 +105,18 @@ def run(tmp_path: Path, *arguments: str, source: str = SCRIPT) -> list[dict[str,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("optimizer", "on_failure"), [("sgd", "warn"), ("adam", "repair")])
-def test_one_decision_on_every_rank(tmp_path: Path, optimizer: str, on_failure: str) -> None:
-    first, second = run(tmp_path, optimizer, on_failure)
+@pytest.mark.parametrize(
+    ("optimizer", "on_failure", "max_dossiers"), [("sgd", "warn", 0), ("adam", "repair", 5)]
+)
+def test_one_decision_on_every_rank(
+    tmp_path: Path, optimizer: str, on_failure: str, max_dossiers: int
+) -> None:
+    first, second = run(tmp_path, optimizer, on_failure, str(max_dossiers))
     assert first["counts"] == second["counts"]
     skips, rollbacks, scale = first["counts"]
     assert skips == 8
     assert rollbacks == 2
-    assert scale < 1
+    assert (scale < 1) is (max_dossiers == 0), "bad data that were examined cut no rate"
     assert first["policy"] == second["policy"]
     for name, tensor in first["weights"].items():
         assert torch.equal(tensor, second["weights"][name]), name
