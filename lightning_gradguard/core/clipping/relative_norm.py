@@ -77,7 +77,10 @@ _SMALL, _TINY = 1e-3, 1e-300
 
 @dataclass(slots=True)
 class _State:
-    """The history, which is never written to; numbers are all on the host or all on the device."""
+    """The history, which is never written to; numbers are all on the host or all on the device.
+
+    `unusual` counts the steps that may begin a new task; below 0, those that are left of its first ones.
+    """
 
     norms: Recent
     losses: Recent
