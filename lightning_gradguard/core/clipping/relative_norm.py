@@ -221,12 +221,15 @@ class RelativeNormClipping(ClippingPolicy):
         else:
             decrease = rate / (1 - context.momentum) * norm * norm
             is_spike = is_spike & negate(decrease < HARMLESS * usual_loss)
-        state = _followed(state, loss, is_spike, is_finite, rate is not None)
+        if isinstance(norm, Tensor) or is_spike or state.unusual != 0 or loss > JUMP * usual_size:
+            state = _followed(state, loss, is_spike, is_finite, rate is not None)
         stands_out = (state.unusual > -GRACE) & (norm > self.max_ratio * recent)
         is_spike = is_spike & ((state.unusual >= 0) | stands_out)
         allowed = where(is_spike, fmin(state.level, norm), norm)
-        one = as_like(norm, 1.0)
-        relief = one if rate is None else fmax(state.cap_rate / clamp_min(rate, _TINY), one)
+        relief: Scalar = 1.0
+        if rate is not None:
+            one = as_like(norm, 1.0)
+            relief = fmax(state.cap_rate / clamp_min(rate, _TINY), one)
         cap, alarm = where(norm > relief * state.cap, CAP_GROWTH * state.cap, state.cap), state.alarm
         if rate is not None:
             reduced, alarm = _overshoot(state, allowed, loss, usual_loss, rate, context.momentum)
@@ -303,9 +306,6 @@ def _followed(
 ) -> _State:
     """Returns the state after a look for a new task, without usual norm and loss where one has begun."""
     usual = absolute(state.usual_loss)
-    has_tensors = isinstance(is_spike, Tensor) or isinstance(loss, Tensor)
-    if not has_tensors and not is_spike and state.unusual == 0 and not loss > JUMP * usual:
-        return state  # the arithmetic below would change nothing
     is_calm = state.recent <= CALM_RATIO * fmax(state.level, state.usual_norm)
     is_notable = (loss > NOTABLE * state.highest_loss) & (loss > JUMP * absolute(last(state.losses)))
     jumps = is_calm & (loss > JUMP * usual) & is_notable
