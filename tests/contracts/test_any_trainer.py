@@ -308,12 +308,12 @@ def test_validation_alone() -> None:
 
 
 def test_one_set_of_callbacks_in_several_fits() -> None:
-    callbacks = default_callbacks()
+    rollback = NaNRollback()
+    callbacks = default_callbacks(nan_rollback=rollback)
     for seed in range(2):
         trainer = fit(Classifier(seed=seed), BAD, callbacks)
         assert trainer.global_step == 12
-    (rollback,) = (callback for callback in callbacks if isinstance(callback, NaNRollback))
-    assert rollback.skips == 8
+        assert rollback.skips == 4, "the counts of a run are its own"
 
 
 class Stops(pl.Callback):

@@ -90,10 +90,10 @@ class _State:
     lowest_loss: Scalar = math.inf
     highest_loss: Scalar = math.nan
     cap: Scalar = math.inf
-    cap_rate: Scalar = math.nan
+    cap_rate: Scalar = 0.0
     alarm: Scalar = 0.0
     unusual: Scalar = 0.0
-    unusual_loss: Scalar = math.nan
+    unusual_loss: Scalar = 0.0
     weight_norm: Scalar = math.nan
     steps_since_weights: int = 0
     usual_norm: Scalar = math.nan
