@@ -222,7 +222,7 @@ class RelativeNormClipping(ClippingPolicy):
             decrease = rate / (1 - context.momentum) * norm * norm
             is_spike = is_spike & negate(decrease < HARMLESS * usual_loss)
         if isinstance(norm, Tensor) or is_spike or state.unusual != 0 or loss > JUMP * usual_size:
-            state = _followed(state, loss, is_spike, is_finite, rate is not None)
+            state = _followed(state, loss, usual_size, is_spike, is_finite, rate is not None)
         stands_out = (state.unusual > -GRACE) & (norm > self.max_ratio * recent)
         is_spike = is_spike & ((state.unusual >= 0) | stands_out)
         allowed = where(is_spike, fmin(state.level, norm), norm)
@@ -302,10 +302,17 @@ class RelativeNormClipping(ClippingPolicy):
 
 
 def _followed(
-    state: _State, loss: Scalar, is_spike: Tensor | bool, is_finite: Tensor | bool, has_rate: bool
+    state: _State,
+    loss: Scalar,
+    usual: Scalar,
+    is_spike: Tensor | bool,
+    is_finite: Tensor | bool,
+    has_rate: bool,
 ) -> _State:
-    """Returns the state after a look for a new task, without usual norm and loss where one has begun."""
-    usual = absolute(state.usual_loss)
+    """Returns the state after a look for a new task, without usual norm and loss where one has begun.
+
+    `usual` is the size of the usual loss.
+    """
     is_calm = state.recent <= CALM_RATIO * fmax(state.level, state.usual_norm)
     is_notable = (loss > NOTABLE * state.highest_loss) & (loss > JUMP * absolute(last(state.losses)))
     jumps = is_calm & (loss > JUMP * usual) & is_notable

@@ -34,6 +34,17 @@ from lightning_gradguard.runtime.incidents.replay import SeenBatch, replay
 from lightning_gradguard.runtime.logging import console
 from lightning_gradguard.runtime.treatment.module import changes_made
 
+#: Causes that exclude few others, by how few.
+_VAGUE = {"transient": 1, "unknown": 2}
+#: By cause, hooks of the module that may have made the value, and the words for them.
+_HOOKS = {
+    "bad_input": (
+        ("on_after_batch_transfer", "on_before_batch_transfer"),
+        "as {} of the module returned it",
+    ),
+    "transient": (("on_after_backward",), "without {} of the module, which may have written gradients"),
+}
+
 
 @dataclass(frozen=True)
 class Result:
@@ -214,17 +225,6 @@ def _with_samples(trainer: pl.Trainer, seen: SeenBatch, origin: Origin) -> Origi
     places += [f"rank {trainer.global_rank}"] if world_size() > 1 else []
     detail = f"{origin.detail.rstrip('.')} ({', '.join(places)})." if places else origin.detail
     return dataclasses.replace(origin, detail=detail, samples=", ".join(first))
-
-
-#: By cause, hooks of the module that may have made the value, and the words for them.
-_HOOKS = {
-    "bad_input": (
-        ("on_after_batch_transfer", "on_before_batch_transfer"),
-        "as {} of the module returned it",
-    ),
-    "transient": (("on_after_backward",), "without {} of the module, which may have written gradients"),
-}
-_VAGUE = {"transient": 1, "unknown": 2}
 
 
 def _obstacle(trainer: pl.Trainer, pl_module: pl.LightningModule) -> str | None:
