@@ -746,6 +746,16 @@ def test_loss_that_has_risen_by_a_larger_update_before_is_an_explosion() -> None
     assert (root.kind, root.since) == ("exploding_gradient", 2)
 
 
+@pytest.mark.parametrize(("second", "found"), [(4321.0, []), (5000.0, ["input_scale"])])
+def test_weights_far_from_their_values_move_far_while_the_loss_falls(second: float, found: list[str]) -> None:
+    diagnosis = Diagnosis()
+    samples = [
+        Sample(step, loss, updates=[_update(ratios=[size, size])], input_rms=14.0)
+        for step, loss, size in ((0, 4634.0, 0.83), (1, second, 0.36), (2, 3752.0, 0.21))
+    ]
+    assert [root.cause for sample in samples for root in diagnosis.update(sample)] == found
+
+
 @pytest.mark.parametrize(("size", "cause"), [(5e-5, "learning_rate_too_low"), (1e-3, "unknown")])
 def test_loss_is_stuck_by_a_rate_at_which_updates_are_small(size: float, cause: str) -> None:
     diagnosis = Diagnosis()

@@ -224,7 +224,9 @@ def large_updates(sample: Sample, progress: Progress) -> Iterator[Symptom]:
         before = after * one.unclipped
         is_huge = before > HUGE_UPDATE
         has_risen = is_rising and max(before, progress.largest_update) > HUGE_UPDATE
-        is_certain = before > 1 or has_risen or (is_huge and input_cause(sample) != "unknown")
+        is_certain = before > 1 or has_risen
+        # of few weights that are far from their values, updates are large while the loss falls
+        is_certain |= is_huge and progress.rise >= 1 and input_cause(sample) != "unknown"
         is_certain |= min(sample.step, sample.n_updates) >= 5 and progress.over_first > LEARNS
         if before > LARGE_UPDATE and is_certain and (is_huge or after > CLIPPED_UPDATE):
             where = modules_of(one.steepest)
