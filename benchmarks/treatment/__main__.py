@@ -26,7 +26,7 @@ import torch
 from benchmarks.casebook import failing, second_failing
 from benchmarks.quiet_trainer import QUIET
 from benchmarks.records import add_record, read_records, write_section
-from benchmarks.treatment import third_party
+from benchmarks.treatment import third_party, written, written_held_out
 from benchmarks.treatment.casebook import Case, case_of
 from benchmarks.treatment.programs import STEPS, Data, Network, Spec, specs
 from lightning_gradguard import treat
@@ -91,10 +91,13 @@ def outcome(case: Case, reference: float, budget: str, processes: int) -> dict[s
     }
 
 
-def cases(with_casebook: bool, with_at51: bool) -> Iterator[Case]:
-    """Yields the generated programs, and the failing ones of the casebook and of AT-51."""
+def cases(with_casebook: bool, with_at51: bool, with_written: bool) -> Iterator[Case]:
+    """Yields the generated programs, and the failing ones of the casebook, of AT-51 and written by hand."""
     for spec in specs():
         yield _case(spec)
+    if with_written:
+        yield from written.cases(written.PROGRAMS)
+        yield from written.cases(written_held_out.PROGRAMS, "written, held out")
     if with_casebook:
         yield from (case_of(one, twin) for one, twin in [*failing.pairs(), *second_failing.pairs()])
     if with_at51:
@@ -179,12 +182,14 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--casebook", action="store_true", help="the failing programs of the casebook, too")
     parser.add_argument("--at51", action="store_true", help="AUTOTRAINER's failing networks, too")
+    parser.add_argument("--written", action="store_true", help="failing programs written by hand, too")
     options = parser.parse_args()
     torch.set_num_threads(1)
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
     outcomes = {record["name"]: record for record in read_records(options.kept)}
-    chosen = [one for one in cases(options.casebook, options.at51) if options.only in one.name]
+    offered = cases(options.casebook, options.at51, options.written)
+    chosen = [one for one in offered if options.only in one.name]
     chosen = chosen[:: options.every][: options.first]
     references: dict[str, float] = {}
     for one in chosen:

@@ -16,6 +16,12 @@ RISES = 1.5
 #: Loss over that at two thirds of the run below which it still falls, and share of the bound of a run that
 #: has learned above which that matters.
 FALLS, LITTLE_LEFT = 0.7, 0.5
+#: Held-out loss over that of the best constant answer above which more may be learned.
+LEARNED_ENOUGH = 0.2
+#: Shares of a run of what another one reaches, below which it is far behind: of its loss that is left, of the
+#: probability of the right class, and of the explained part of the loss of the best constant answer. At .91
+#: of two classes a run is no less healthy for one at .98, and at .68 of ten it fails beside one at .97.
+LEFT_BY_OTHER, FAR_BEHIND = 0.5, 0.75
 
 
 @dataclass(frozen=True)
@@ -55,16 +61,30 @@ def learning_of(trial: Trial) -> Learning:
     if not is_low:
         evidence += f", and has risen from {trial.lowest:.4g}"
     before = next((loss for step, loss in trial.curve if 3 * step >= 2 * trial.curve[-1][0]), math.inf)
-    is_settled = ratio <= LITTLE_LEFT * bound or trial.loss > FALLS * before
+    has_ended = trial.job.enough is not None and trial.loss <= trial.job.enough
+    is_settled = has_ended or ratio <= LITTLE_LEFT * bound or trial.loss > FALLS * before
     if not is_settled:
         evidence += f", and still falls, from {before:.4g} after two thirds of the run"
     return Learning(ratio < LEARNS and is_low, ratio <= bound and is_low, is_settled, evidence)
 
 
 def settled_loss(trial: Trial) -> float | None:
-    """Returns the held-out loss at which a run like this one has learned, and has little left to fall."""
+    """Returns the held-out loss at which a run has learned as much as this one, or has little left."""
     _, ratio, bound = _ratio_and_bound(trial)
-    return LITTLE_LEFT * bound * trial.loss / ratio if math.isfinite(trial.loss) and ratio > 0 else None
+    return (
+        max(LITTLE_LEFT * bound / ratio, 1) * trial.loss if math.isfinite(trial.loss) and ratio > 0 else None
+    )
+
+
+def fails_beside(trial: Trial, other: Trial) -> bool:
+    """True if a run has not learned, or far less, at its lowest, than another shows to be reachable."""
+    if not learning_of(trial).has_learned:
+        return True
+    if not other.loss <= LEFT_BY_OTHER * trial.lowest:
+        return False
+    if trial.is_likelihood:
+        return math.exp(other.loss - trial.lowest) < FAR_BEHIND
+    return 1 - trial.over_constant * trial.lowest / trial.loss < FAR_BEHIND * (1 - other.over_constant)
 
 
 def _ratio_and_bound(trial: Trial) -> tuple[bool, float, float]:

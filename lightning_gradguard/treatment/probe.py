@@ -53,8 +53,7 @@ class Probe:
         has_epsilon: True if an optimizer divides by a sum with an epsilon.
         learning: Whether it learns.
         moved: Distance that a weight has gone, over its norm, the largest of all; NaN if unknown.
-        mean_rate: Learning rate of the first parameter group in the mean of the run, over that before any
-            schedule.
+        decay: Words for what a schedule leaves of the learning rate; empty while it leaves enough.
         run_loss: Runs `module` on the first batch; `None` if it cannot be run outside of a fit.
     """
 
@@ -68,7 +67,7 @@ class Probe:
     has_epsilon: bool
     learning: Learning
     moved: float
-    mean_rate: float
+    decay: str
     run_loss: Callable[[], Tensor] | None
 
     @property
@@ -87,16 +86,6 @@ class Probe:
         severe = [f for f in self.initialization if f.severity == "fail"]
         found += [f"a training step fails: {self.trial.error}"] if self.trial.error else []
         return [*found, *(f"initialization: {f.describe()}" for f in severe[:3])]
-
-    @property
-    def decay(self) -> str:
-        """Words for what a schedule leaves of the learning rate; empty while it leaves enough."""
-        if not self.mean_rate < LEAST_MEAN_RATE:
-            return ""
-        return (
-            f"learning rate: the schedule leaves {self.mean_rate:.2g} of it in the mean of the run (usual: "
-            f"above {LEAST_MEAN_RATE}): check its length, and whether it is to step once a batch or an epoch"
-        )
 
 
 @dataclass(eq=False)
@@ -171,6 +160,7 @@ def probe(program: Program, least: int, most: int, deadline: float) -> Probe:
         training=thinned(held_out.training),
         over_constant=held_out.last.over_constant,
         over_permuted=held_out.last.over_permuted,
+        is_likelihood=held_out.last.is_likelihood,
         metrics=metrics,
         incidents=dict(Counter(incident.kind for incident in listener.incidents)),
         parameters=sum(p.numel() for p in module.parameters()),
@@ -178,10 +168,10 @@ def probe(program: Program, least: int, most: int, deadline: float) -> Probe:
         seconds=time.monotonic() - began,
         error=raised,
     )
-    mean_rate = fmean(ending.rates) if max(ending.rates, default=0.0) > NEAR_INITIAL else 1.0
+    decay = _decay(ending.rates)
     is_automatic = module.automatic_optimization and len(trainer.optimizers) == 1
     roots = diagnosis.diagnosis.roots
-    if is_automatic and mean_rate < LEAST_MEAN_RATE:  # trials are made without the schedule
+    if is_automatic and decay:  # trials are made without the schedule
         roots = [r for r in roots if r.cause not in ("learning_rate_too_low", "learning_rate_schedule")]
     return Probe(
         trial=trial,
@@ -194,8 +184,18 @@ def probe(program: Program, least: int, most: int, deadline: float) -> Probe:
         has_epsilon=any("eps" in group for one in trainer.optimizers for group in one.param_groups),
         learning=learning_of(trial),
         moved=_moved(untrained, module),
-        mean_rate=mean_rate,
+        decay=decay,
         run_loss=_runnable(untrained, program.batches.epochs[0][0]),
+    )
+
+
+def _decay(rates: Sequence[float]) -> str:
+    """Returns words for learning rates over those before any schedule that are too low in their mean."""
+    if not max(rates, default=0.0) > NEAR_INITIAL or not fmean(rates) < LEAST_MEAN_RATE:
+        return ""
+    return (
+        f"learning rate: the schedule leaves {fmean(rates):.2g} of it in the mean of the run (usual: "
+        f"above {LEAST_MEAN_RATE}): check its length, and whether it is to step once a batch or an epoch"
     )
 
 

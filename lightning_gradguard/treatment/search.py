@@ -12,7 +12,7 @@ from lightning_gradguard.core.remedies.changes import Change
 from lightning_gradguard.core.remedies.kinds import KINDS
 from lightning_gradguard.treatment.budget import Clock
 from lightning_gradguard.treatment.candidates import Candidate
-from lightning_gradguard.treatment.learning import learning_of
+from lightning_gradguard.treatment.learning import LEARNED_ENOUGH, learning_of
 from lightning_gradguard.treatment.trials.program import Program
 from lightning_gradguard.treatment.trials.trial import Job, Trial, name_of
 from lightning_gradguard.treatment.trials.trial_log import TrialLog
@@ -25,8 +25,6 @@ FIRST_RUNG, LEAST_RUNG = 0.4, 60
 #: Factors of the learning rate that are tried around the best treatment: around one that learns, around one
 #: that does not; and times that one is taken.
 RATE_FACTORS, FAR_RATE_FACTORS, MAX_RATE_STEPS = (3.0, 1 / 3), (10.0, 0.1), 3
-#: Held-out loss over that of the best constant answer below which another learning rate is not searched.
-LEARNED_ENOUGH = 0.2
 #: Held-out loss over that of the best constant answer of a short trial that ends those that do not learn.
 DOMINATES = 0.75
 #: Share of the loss by which another learning rate must be better, and the same for one that has learned:
@@ -63,6 +61,10 @@ class TrialRunner:
         """Optimizer steps of a trial of the first rung."""
         return min(max(round(FIRST_RUNG * self.steps), LEAST_RUNG), self.steps)
 
+    def short_job(self, changes: tuple[Change, ...] | None, seed: int) -> Job:
+        """Returns a trial of the first rung, which ends at half of it if nothing is learned."""
+        return Job(changes, seed, self.short_steps, patience=self.short_steps // 2)
+
     def run(self, jobs: Iterable[Job], until: float) -> list[Trial]:
         """Runs jobs until a share of the budget is spent; returns their trials in the order of the jobs."""
         wanted = list({job.key: job for job in jobs}.values())
@@ -76,7 +78,7 @@ class TrialRunner:
         seed = self.program.seed
         known = [t for t in self.log.trials.values() if t.job.changes is not None and t.job.seed == seed]
         best = min(known, key=lambda t: (-t.job.steps, t.loss), default=None)
-        outcome = trial.error or f"held-out loss {trial.loss:.4g} at step {trial.job.steps}"
+        outcome = trial.error or f"held-out loss {trial.loss:.4g} after {trial.curve[-1][0]} batches"
         line = f"{self.clock.spent:4.0f} s of {self.clock.budget:.0f} s, trial {len(self.log.trials)}: "
         line += f"{name_of(trial.job.changes)}: {outcome}"
         if best is not None:
@@ -95,46 +97,52 @@ def search(
 
     Candidates of which one has learned end the first rung: those behind it are less likely, and cost as much.
     Those that no symptom suggests are tried only if none of the others learns. `until` is the share of the
-    budget at which the search ends; a longer trial is made below a `promising` held-out loss of a short one.
+    budget at which the search ends. Of a program that learns by itself, only short trials with a held-out
+    loss below `promising` are followed, and one ends a rung that has learned enough.
     Returns trials that are better than the program as it is, the one to adopt first.
     """
     bar = untreated - LEAST_NOISE * abs(untreated) if math.isfinite(untreated) else math.inf
+    ends = _has_learned if promising == math.inf else _has_learned_enough
     short: list[Trial] = []
     ordered: list[Trial] = []
     guesses = [one for one in candidates if not one.is_suggested]
     for group in ([one for one in candidates if one.is_suggested], guesses):
-        short += _first_rung(runner, group, until)
+        short += _first_rung(runner, group, until, ends)
         if group is not guesses and guesses and not any(learning_of(trial).learns for trial in short):
             continue
         kept = [trial for trial in short if trial.loss < promising]
-        longer = [t for t in _second_rung(runner, kept, until) if math.isfinite(t.loss)]
+        longer = [t for t in _second_rung(runner, kept, until, ends) if math.isfinite(t.loss)]
         ordered = _smallest_first(list({t.job.key: t for t in [*ordered, *longer]}.values()), bar)
         if any(learning_of(trial).has_learned for trial in ordered):
             break
     return [trial for trial in ordered if trial.loss < bar]
 
 
-def _first_rung(runner: TrialRunner, candidates: Sequence[Candidate], until: float) -> list[Trial]:
-    """Returns short trials of candidates, up to one that learns."""
+def _first_rung(
+    runner: TrialRunner, candidates: Sequence[Candidate], until: float, ends: Callable[[Trial], bool]
+) -> list[Trial]:
+    """Returns short trials of candidates, up to one that ends them."""
     first: list[Trial] = []
     for start in range(0, len(candidates), runner.processes):
         wave = candidates[start : start + runner.processes]
-        jobs = [Job(one.changes, runner.program.seed, runner.short_steps) for one in wave]
+        jobs = [runner.short_job(one.changes, runner.program.seed) for one in wave]
         first += runner.run(jobs, until)
-        if any(_has_learned(trial) for trial in first):
+        if any(map(ends, first)):
             break
     return first
 
 
-def _second_rung(runner: TrialRunner, short: Sequence[Trial], until: float) -> list[Trial]:
+def _second_rung(
+    runner: TrialRunner, short: Sequence[Trial], until: float, ends: Callable[[Trial], bool]
+) -> list[Trial]:
     """Returns trials of full length: of the candidates that are best after a short one, and combinations.
 
     One that alone has learned in a short trial, or that has learned enough, is verified without a longer one.
     """
     seed, steps = runner.program.seed, runner.steps
     ranked = sorted((t for t in short if not t.error), key=lambda t: t.loss)[:FINALISTS]
-    if any(_has_learned(trial) for trial in ranked):
-        ranked = [trial for trial in ranked if _has_learned(trial)]
+    if any(map(ends, ranked)):
+        ranked = list(filter(ends, ranked))
         if len(ranked) == 1 or ranked[0].over_constant <= LEARNED_ENOUGH:
             return ranked[:1]
     elif ranked and ranked[0].over_constant <= DOMINATES:
@@ -143,9 +151,9 @@ def _second_rung(runner: TrialRunner, short: Sequence[Trial], until: float) -> l
     for start in range(0, len(ranked), runner.processes):
         wave = ranked[start : start + runner.processes]
         full += runner.run([Job(t.job.changes, seed, steps) for t in wave], until)
-        if any(_has_learned(trial) for trial in full):
+        if any(map(ends, full)):
             break
-    if not any(_has_learned(trial) for trial in full):
+    if not any(map(ends, full)):
         merged = _combined(sorted((t for t in full if not t.error), key=lambda t: t.loss))
         full += runner.run([Job(one, seed, steps) for one in merged], until)
     return full
@@ -153,6 +161,10 @@ def _second_rung(runner: TrialRunner, short: Sequence[Trial], until: float) -> l
 
 def _has_learned(trial: Trial) -> bool:
     return learning_of(trial).has_learned and trial.is_undisturbed
+
+
+def _has_learned_enough(trial: Trial) -> bool:
+    return _has_learned(trial) and trial.over_constant <= LEARNED_ENOUGH
 
 
 def at_best_rate(runner: TrialRunner, trial: Trial, until: float) -> list[Trial]:
@@ -192,11 +204,14 @@ def _at_rate(changes: Sequence[Change], factor: float) -> tuple[Change, ...]:
 
 
 def noise_of(untreated: Sequence[Trial]) -> float:
-    """Returns how far the held-out losses of runs with different seeds are apart.
+    """Returns how far the held-out losses of runs with different seeds are apart after the same steps.
 
     A run that is worse than the best constant answer counts as that: how far it diverges has no meaning.
     """
-    finite = [t.loss / max(1.0, t.over_constant) for t in untreated if math.isfinite(t.loss)]
+    steps = min((t.job.steps for t in untreated), default=0)
+    # of an unknown constant, NaN, the minimum is the loss
+    losses = [min(t.loss_at(steps), t.loss / t.over_constant) for t in untreated if math.isfinite(t.loss)]
+    finite = [loss for loss in losses if math.isfinite(loss)]
     return max(max(finite) - min(finite), LEAST_NOISE * abs(min(finite))) if finite else 0.0
 
 

@@ -18,11 +18,11 @@ from lightning_gradguard.core.snapshots import rng_state, set_rng_state
 from lightning_gradguard.treatment import files
 from lightning_gradguard.treatment.budget import Clock, seconds
 from lightning_gradguard.treatment.candidates import Candidate, candidates
-from lightning_gradguard.treatment.learning import learning_of
+from lightning_gradguard.treatment.learning import LEARNED_ENOUGH, fails_beside, learning_of
 from lightning_gradguard.treatment.prescriptions import Prescription, prescriptions
 from lightning_gradguard.treatment.probe import Probe, probe
 from lightning_gradguard.treatment.result import TreatmentResult
-from lightning_gradguard.treatment.search import LEARNED_ENOUGH, TrialRunner, at_best_rate, search
+from lightning_gradguard.treatment.search import TrialRunner, at_best_rate, search
 from lightning_gradguard.treatment.trials.program import OF_USER, Program, recorded_program
 from lightning_gradguard.treatment.trials.trial import Trial, name_of
 from lightning_gradguard.treatment.trials.trial_log import TrialLog
@@ -162,11 +162,9 @@ class _Treatment:
         """Searches and verifies."""
         learning = self.found.learning
         healthy = f"after {self.found.steps} steps {learning.evidence}"
-        # a whole run that learns little may lack something, or be as good as its data allow
-        is_long = 0 < self.program.planned <= self.found.steps and self.steps >= TOO_FEW_STEPS
-        is_open = self.found.learns_unhindered and is_long
-        is_healthy = learning.has_learned or (self.found.learns_unhindered and not is_open)
-        if is_healthy and not any(one.is_beside_learning for one in self.prescriptions):
+        is_open = self._is_open
+        is_healthy = learning.has_learned or self.found.learns_unhindered
+        if is_healthy and not is_open and not any(one.is_beside_learning for one in self.prescriptions):
             return self._result("healthy", healthy)
         if self.steps < TOO_FEW_STEPS:
             evidence = (
@@ -222,9 +220,12 @@ class _Treatment:
         verification = Verification(runner, self.found.trial if self._is_probed(whole) else None, VERIFIED)
         needed = verification.share(self._seconds_per_step())
         until = min(max(VERIFIED - needed, LEAST_SEARCHED), MOST_SEARCHED)
-        learns, bare = self.found.learns_unhindered, self._untreated(runner.short_steps)
-        promising = PROMISING * bare if learns and bare > 0 else math.inf
-        waiting = search(runner, suggested, self._untreated(self.steps), until, promising)[:MAX_VERIFIED]
+        short, full = self._untreated(runner.short_steps), self._untreated(self.steps)
+        if self._is_open and min(short, full) > 0:
+            promising, full = PROMISING * short, PROMISING * full
+        else:
+            promising = math.inf
+        waiting = search(runner, suggested, full, until, promising)[:MAX_VERIFIED]
         has_rate = False
         while waiting:
             trial = waiting.pop(0)
@@ -233,10 +234,19 @@ class _Treatment:
                 has_rate = True
                 waiting = [*at_best_rate(runner, trial, until), *waiting]
                 continue
-            results = verification.others(first) if first is not None else []
+            is_better = first is not None and fails_beside(self.found.trial, first)
+            results = verification.others(first) if first is not None and is_better else []
             yield trial, results, *verdict_of(results, whole)
             if first is None or first.job.steps < whole:
                 break  # what is left of the budget shows less of the next one
+
+    @property
+    def _is_open(self) -> bool:
+        """True for a whole run that learns a part: it may lack something, or be as good as its data allow."""
+        is_long = 0 < self.program.planned <= self.found.steps and self.steps >= TOO_FEW_STEPS
+        if self.found.learning.has_learned:
+            return is_long and self.found.trial.over_constant > LEARNED_ENOUGH
+        return is_long and self.found.learns_unhindered
 
     def _is_probed(self, steps: int) -> bool:
         """True if the probe shows what the program does in a number of optimizer steps."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from lightning_gradguard.core.detectors.best_constant import LEARNS
-from lightning_gradguard.treatment.learning import Learning, learning_of, settled_loss
+from lightning_gradguard.treatment.learning import Learning, fails_beside, learning_of, settled_loss
 from lightning_gradguard.treatment.search import LEAST_RUNG, TrialRunner, noise_of
 from lightning_gradguard.treatment.trials.trial import OUT_OF_TIME, Job, Trial
 
@@ -38,9 +38,10 @@ class SeedResult:
         """The extent to which the treated run has learned."""
         return learning_of(self.treated)
 
-    def beats(self, noise: float) -> bool:
-        """True if the treated run is better by more than a difference between seeds."""
-        return self.treated.loss < self.untreated.loss - noise
+    @property
+    def fails(self) -> bool:
+        """True if the untreated run fails beside the treated one."""
+        return fails_beside(self.untreated, self.treated)
 
     def keeps(self, noise: float) -> bool:
         """True if the untreated run learns with this seed, and the treated one as well."""
@@ -69,7 +70,7 @@ class Verification:
     The treated run with the first seed has the length of the program's own run, or what the budget allows of
     it: what trains for a while may fail later. So has a run of the program as it is: the probe, if it was not
     ended before. The treated runs with the other seeds end once they have learned; short runs of the program
-    as it is show how far these seeds are apart.
+    as it is show how far these seeds are apart, or whole ones, if it learns with the first.
 
     Args:
         runner: Runs the trials.
@@ -83,7 +84,7 @@ class Verification:
 
     def share(self, seconds_per_step: float) -> float:
         """Returns the share of the budget that it takes."""
-        steps = self._n_long * whole_length(self.runner) + self._n_short * self.runner.short_steps
+        steps = self._n_long * whole_length(self.runner) + self._n_beside * self._beside
         return steps * seconds_per_step * RESERVE / self._lanes / self.runner.clock.budget
 
     def first(self, trial: Trial) -> Trial | None:
@@ -99,7 +100,9 @@ class Verification:
         """
         if not math.isfinite(first.loss) or first.over_constant >= LEARNS:
             return []
-        steps, enough = first.job.steps, settled_loss(first)
+        steps = first.job.steps
+        # beside a run that learns, another must show how much more can be learned
+        enough = first.loss if self._is_halfway else settled_loss(first)
         treated = [Job(first.job.changes, seed, steps, enough) for seed in self._seeds[1:]]
         untreated = self._untreated(steps)
         found = self._run([*treated, *untreated])
@@ -121,8 +124,17 @@ class Verification:
         return N_SEEDS + (self.probed is None)
 
     @property
-    def _n_short(self) -> int:
+    def _n_beside(self) -> int:
         return N_SEEDS - 1
+
+    @property
+    def _is_halfway(self) -> bool:
+        return self.probed is not None and learning_of(self.probed).has_learned
+
+    @property
+    def _beside(self) -> int:
+        """Steps of the untreated runs with the other seeds."""
+        return whole_length(self.runner) if self._is_halfway else self.runner.short_steps
 
     @property
     def _lanes(self) -> int:
@@ -132,19 +144,19 @@ class Verification:
     def _untreated(self, steps: int) -> list[Job]:
         first, *others = self._seeds
         long = [Job(None, first, steps)] if self.probed is None else []
-        return [*long, *(Job(None, seed, min(self.runner.short_steps, steps)) for seed in others)]
+        return [*long, *(Job(None, seed, min(self._beside, steps)) for seed in others)]
 
     def _length(self, trial: Trial) -> int:
         """Returns the steps of the treated runs: the whole length, or what the budget allows."""
         runner = self.runner
         left = runner.clock.share(self.until) - time.monotonic()
         affordable = int(left * self._lanes / (trial.seconds / trial.job.steps * RESERVE))
-        whole, short = whole_length(runner), self._n_short * runner.short_steps
-        if affordable >= self._n_long * whole + short:
+        whole, beside = whole_length(runner), self._n_beside * self._beside
+        if affordable >= self._n_long * whole + beside:
             return whole
         # what was verified before the treatment was stopped is not run again for a few steps more or less
         known = [t.job.steps for t in runner.log.trials.values() if t.job.seed == self._seeds[0]]
-        steps = max((affordable - short) // self._n_long, LEAST_RUNG)
+        steps = max((affordable - beside) // self._n_long, LEAST_RUNG)
         return next((n for n in known if 0.5 * steps <= n), min(steps, whole))
 
     def _run(self, jobs: Sequence[Job]) -> dict[str, Trial]:
@@ -162,16 +174,19 @@ def verdict_of(results: Sequence[SeedResult], whole: int) -> tuple[TreatmentVerd
     *Cured*: with each of three fresh seeds the held-out loss of the treated run is far below that of the best
     constant answer, is not on its way up, has settled, and is below that of the untreated run by more than
     these differ between seeds; with at most two seeds, it may equal that of an untreated run that learns as
-    well. The first treated run has the whole length, and so has an untreated run, which does not learn.
+    well. The first treated run has the whole length, and of the untreated runs of that length, one at least,
+    most have not learned, or far less.
     *Better*: with each seed the treated run learns, and beats the untreated one by more than that, also if
     the budget has allowed two seeds alone, or shorter runs.
     """
     missing = N_SEEDS - len(results)
     if missing > 1:
         return "no_treatment_found", f"{len(results)} of {N_SEEDS} fresh seeds were run"
-    failing = [r.untreated for r in results if not learning_of(r.untreated).has_learned]
+    failing = [r.untreated for r in results if r.fails]
     noise = noise_of(failing or [r.untreated for r in results])
-    beats = [r.beats(noise) for r in results]
+    # a short run may have lost less after the whole length, as one of these has
+    lowest = min((t.loss for t in failing), default=math.inf) - noise
+    beats = [r.treated.loss < min(r.untreated.loss - noise, lowest) for r in results]
     learned = [r.learning.has_learned and r.learning.is_settled for r in results]
     steps = min(r.treated.job.steps for r in results)
     evidence = f"held-out loss after {steps} steps: {'; '.join(r.describe(steps) for r in results)}"
@@ -184,7 +199,8 @@ def verdict_of(results: Sequence[SeedResult], whole: int) -> tuple[TreatmentVerd
     elif slow is not None:
         evidence += f"; {slow.evidence}: a longer run learns more"
     is_better = all(b or r.keeps(noise) for b, r in zip(beats, results, strict=True)) and any(beats)
-    fails = any(untreated.job.steps >= whole for untreated in failing)
+    long = [r.fails for r in results if r.untreated.job.steps >= whole]
+    fails = 2 * sum(long) > len(long)
     if all(learned) and is_better and fails and not missing and steps >= whole:
         return "cured", f"{evidence}. With the last seed, {results[-1].learning.evidence}"
     if all(beats) and not any(r.treated.over_constant >= LEARNS for r in results):

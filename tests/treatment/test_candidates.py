@@ -31,7 +31,7 @@ def suggested(module: nn.Module, *symptoms: Symptom, moved: float = 1.0) -> Sequ
             has_epsilon=False,
             learning=learning_of(trial),
             moved=moved,
-            mean_rate=1.0,
+            decay="",
             run_loss=lambda: module(torch.ones(2, 8, 4))[0].sum(),
         )
     )

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import lightning_gradguard
 from lightning_gradguard import TreatmentError, TreatmentResult
 from lightning_gradguard.treatment.candidates import MAX_CANDIDATES
+from lightning_gradguard.treatment.learning import learning_of
 from lightning_gradguard.treatment.trials.program import Program
 from lightning_gradguard.treatment.trials.trial import Trial
 from tests.treatment.programs import Data, Net, treated
@@ -72,6 +73,26 @@ def test_rate_a_hundred_times_too_high_is_lowered() -> None:
     assert result.changes[0]["scale"] <= 0.1
     before, after = result.costs["parameters"]
     assert before == after
+
+
+class Saturated(Net):
+    """A network of large weights, which learns a half."""
+
+    def __init__(self) -> None:
+        super().__init__(4, nn.Tanh)
+        for layer in self.net[:-1]:
+            if isinstance(layer, nn.Linear):
+                nn.init.normal_(layer.weight)
+
+
+@pytest.mark.slow
+def test_program_that_learns_halfway_is_cured() -> None:
+    result = treated(Saturated, trainer=SETTLING)
+    assert learning_of(result.probe).has_learned, "it might pass for a healthy one"
+    assert result.verdict == "cured", result.evidence
+    for one in result.verification:
+        assert one.untreated.curve[-1][0] == SETTLING["max_steps"], "it learns: a short run shows little"
+        assert one.treated.loss < 0.75 * one.untreated.loss
 
 
 @pytest.mark.slow

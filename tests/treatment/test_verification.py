@@ -15,10 +15,10 @@ CHANGES = (Change("initialize"),)
 WHOLE = 400
 
 
-def trial(job: Job, loss: float, *, before: float | None = None) -> Trial:
+def trial(job: Job, loss: float, *, before: float | None = None, is_likelihood: bool = False) -> Trial:
     """A run from a loss of 2.3, that of the best constant answer, past another after two thirds."""
     curve = [(0, 2.3), (job.steps * 2 // 3 + 1, loss if before is None else before), (job.steps, loss)]
-    return Trial(job=job, curve=curve, over_constant=loss / 2.3)
+    return Trial(job=job, curve=curve, over_constant=loss / 2.3, is_likelihood=is_likelihood)
 
 
 def results(
@@ -75,6 +75,40 @@ def test_seed_with_which_the_program_learns_by_itself_may_be_equalled() -> None:
     assert verdict_of(results([0.3, 0.4, 0.2], [0.3, 0.4, 0.2]), WHOLE)[0] == "no_treatment_found"
 
 
+def halfway(treated: list[float], untreated: list[float], is_likelihood: bool = True) -> list[SeedResult]:
+    """Whole runs with each seed of a program that learns, and of the same with changes."""
+    return [
+        SeedResult(
+            trial(Job(None, seed, WHOLE), bare, is_likelihood=is_likelihood),
+            trial(Job(CHANGES, seed, WHOLE), after, is_likelihood=is_likelihood),
+        )
+        for seed, (after, bare) in enumerate(zip(treated, untreated, strict=True), 101)
+    ]
+
+
+@pytest.mark.parametrize("is_likelihood", [True, False])
+def test_program_that_learns_halfway_is_cured_by_what_leaves_far_less(is_likelihood: bool) -> None:
+    assert verdict_of(halfway([0.2] * 3, [0.8, 0.82, 0.79], is_likelihood), WHOLE)[0] == "cured"
+    assert verdict_of(halfway([0.5] * 3, [0.8, 0.82, 0.79], is_likelihood), WHOLE)[0] != "cured"
+
+
+def test_program_that_is_right_as_often_is_not_cured_by_a_lower_loss() -> None:
+    assert verdict_of(halfway([0.1] * 3, [0.3, 0.31, 0.29]), WHOLE)[0] != "cured"
+
+
+def test_one_seed_of_three_that_learns_halfway_is_chance() -> None:
+    assert verdict_of(halfway([0.2] * 3, [0.8, 0.2, 0.2]), WHOLE)[0] != "cured"
+    assert verdict_of(halfway([0.2] * 3, [0.8, 0.2, 0.8]), WHOLE)[0] == "cured"
+
+
+def test_noise_is_measured_after_the_same_steps() -> None:
+    probed = trial(Job(None, 0, WHOLE), 1.6)  # at 2.3 after 60 steps, as the others are
+    found = results([0.3, 0.4, 0.2], [2.3, 2.31, 2.29])
+    verdict, evidence = verdict_of([SeedResult(probed, found[0].treated), *found[1:]], WHOLE)
+    assert verdict == "cured"
+    assert "seed noise 0.046" in evidence
+
+
 def test_how_far_untreated_runs_diverge_is_no_noise_between_seeds() -> None:
     verdict, evidence = verdict_of(results([0.3, 0.4, 0.2], [14.0, 5.0, 3.0]), WHOLE)
     assert verdict == "cured"
@@ -88,6 +122,7 @@ def test_two_seeds_are_better_at_most_and_one_is_nothing() -> None:
     assert verdict_of([], WHOLE)[0] == "no_treatment_found"
 
 
-def test_loss_that_is_low_enough_is_a_quarter_of_the_best_constant_answer() -> None:
+def test_loss_that_is_low_enough_is_that_of_the_first_seed_or_a_quarter_of_the_best_constant_answer() -> None:
     assert settled_loss(trial(Job(CHANGES, 101, WHOLE), 0.3)) == pytest.approx(0.25 * 2.3)
+    assert settled_loss(trial(Job(CHANGES, 101, WHOLE), 0.9)) == pytest.approx(0.9)
     assert settled_loss(trial(Job(CHANGES, 101, WHOLE), math.nan)) is None

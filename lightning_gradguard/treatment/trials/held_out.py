@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_gradguard.core.detectors.best_constant import STUCK
 from lightning_gradguard.core.detectors.diagnosis import LossBaselines, Sample, StepTrace
 from lightning_gradguard.core.snapshots import preserve_state
 from lightning_gradguard.runtime.diagnosis.permutation import target_of
@@ -23,9 +24,13 @@ from lightning_gradguard.runtime.incidents.replay import loss_without_trace, wit
 from lightning_gradguard.runtime.lightning_api import Callback
 
 #: Evaluations of a run, the last at its end, and of one that ends once it has learned.
-N_EVALUATIONS, N_EVALUATIONS_UNTIL_ENOUGH = 10, 20
+N_EVALUATIONS, N_EVALUATIONS_UNTIL_ENOUGH = 10, 30
 #: Nonfinite evaluations in a row, and losses of batches, that end a run; low evaluations in a row that do.
 MAX_NONFINITE, N_ENOUGH = 3, 2
+#: Losses whose exponential is one over the probability of the right class.
+LIKELIHOODS = frozenset(
+    {"cross_entropy", "nll_loss", "binary_cross_entropy", "binary_cross_entropy_with_logits"}
+)
 
 
 @dataclass(frozen=True)
@@ -37,11 +42,13 @@ class Evaluation:
         over_constant: Loss over that of the best constant answer, the largest of several losses; NaN if
             unknown.
         over_permuted: Loss over that with permuted targets; NaN if unknown.
+        is_likelihood: True if all of the losses are negative logarithms of probabilities of classes.
     """
 
     loss: float
     over_constant: float = math.nan
     over_permuted: float = math.nan
+    is_likelihood: bool = False
 
 
 def evaluate(
@@ -75,7 +82,9 @@ def evaluate(
                 target.copy_(target[order.to(target.device)])
                 permuted.append(float(loss_without_trace(pl_module, on_device, i)))
     loss = _mean(losses)
-    return Evaluation(loss, _over_constant(samples, loss), _ratio(loss, _mean(permuted)))
+    functions = {call.function for sample in samples for call in sample.calls}
+    is_likelihood = bool(functions) and functions <= LIKELIHOODS
+    return Evaluation(loss, _over_constant(samples, loss), _ratio(loss, _mean(permuted)), is_likelihood)
 
 
 class HeldOutLoss(Callback):
@@ -85,8 +94,9 @@ class HeldOutLoss(Callback):
         batches: The held-out batches.
         steps: Batches of the run.
         deadline: On the clock of `time.monotonic`.
-        every: Batches between evaluations; a tenth of the run, or a twentieth with `enough`, if `None`.
+        every: Batches between evaluations; a tenth of the run, or a thirtieth with `enough`, if `None`.
         enough: Held-out loss at which the run ends; `None` for a run of all its steps.
+        patience: Batches after which the run ends if the held-out loss has not fallen; `None` for all.
 
     Attributes:
         curve: Step and held-out loss.
@@ -102,6 +112,7 @@ class HeldOutLoss(Callback):
         deadline: float,
         every: int | None = None,
         enough: float | None = None,
+        patience: int | None = None,
     ) -> None:
         super().__init__()
         self.curve: list[tuple[int, float]] = []
@@ -111,6 +122,7 @@ class HeldOutLoss(Callback):
         self._batches = batches
         self._deadline = deadline
         self._enough = enough
+        self._patience = math.inf if patience is None else patience
         self._steps = steps
         n = N_EVALUATIONS if enough is None else N_EVALUATIONS_UNTIL_ENOUGH
         self._every = max(steps // n if every is None else every, 1)
@@ -146,6 +158,8 @@ class HeldOutLoss(Callback):
         if self._seen % self._every == 0 and self._seen < self._steps:
             self._evaluate(trainer, pl_module)
             if self._enough is not None and max(loss for _, loss in self.curve[-N_ENOUGH:]) <= self._enough:
+                trainer.should_stop = True
+            if self._seen >= self._patience and self.curve[-1][1] > STUCK * self.curve[0][1]:
                 trainer.should_stop = True
         # running statistics of normalization may need more steps than the loss in training mode
         recent = [value for curve in (self.curve, self.training) for _, value in curve[-MAX_NONFINITE:]]

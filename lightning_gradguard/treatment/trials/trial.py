@@ -38,19 +38,22 @@ class Job:
         seed: Of the module, and of all that it draws.
         steps: Optimizer steps.
         enough: Held-out loss at which it ends before; `None` for a run of all its steps.
+        patience: Optimizer steps after which it ends if the held-out loss has not fallen; `None` for a run of
+            all its steps.
     """
 
     changes: tuple[Change, ...] | None
     seed: int
     steps: int
     enough: float | None = None
+    patience: int | None = None
 
     @property
     def key(self) -> str:
         """A text that is equal for equal jobs."""
         changes = None if self.changes is None else [change.as_dict() for change in self.changes]
-        until = [] if self.enough is None else [self.enough]
-        return json.dumps([changes, self.seed, self.steps, *until], sort_keys=True)
+        ends = [] if self.enough is self.patience is None else [self.enough, self.patience]
+        return json.dumps([changes, self.seed, self.steps, *ends], sort_keys=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +66,7 @@ class Trial:
         training: Step and loss of the batch.
         over_constant: Final held-out loss over that of the best constant answer; NaN if unknown.
         over_permuted: Final held-out loss over that with permuted targets; NaN if unknown.
+        is_likelihood: True if the loss is the negative logarithm of probabilities of classes.
         metrics: What the program has logged, at the end.
         incidents: Incidents of the run, by kind.
         parameters: Parameters of the module.
@@ -76,6 +80,7 @@ class Trial:
     training: Sequence[tuple[int, float]] = ()
     over_constant: float = math.nan
     over_permuted: float = math.nan
+    is_likelihood: bool = False
     metrics: Mapping[str, float] = field(default_factory=dict)
     incidents: Mapping[str, int] = field(default_factory=dict)
     parameters: int = 0
@@ -93,6 +98,12 @@ class Trial:
     def is_undisturbed(self) -> bool:
         """True if no rollback was needed."""
         return not self.incidents.get("rollback")
+
+    def loss_at(self, steps: int) -> float:
+        """Returns the held-out loss after a number of optimizer steps; infinite where it is nonfinite."""
+        reached = self.curve[-1][0] * steps / self.job.steps if self.curve else 0.0
+        losses = [loss for step, loss in self.curve if step <= reached]
+        return losses[-1] if losses and math.isfinite(losses[-1]) and not self.error else math.inf
 
     @property
     def lowest(self) -> float:
@@ -124,7 +135,8 @@ def run(program: Program, job: Job, deadline: float) -> Trial:
     """Runs a trial; an exception of the program is its outcome."""
     began = time.monotonic()
     steps = program.n_batches(job.steps)
-    held_out = HeldOutLoss(program.batches.held_out, steps, deadline, enough=job.enough)
+    patience = None if job.patience is None else program.n_batches(job.patience)
+    held_out = HeldOutLoss(program.batches.held_out, steps, deadline, enough=job.enough, patience=patience)
     listener = Listener()
     outcome: dict[str, Any] = {"error": ""}
     with quiet(), tempfile.TemporaryDirectory() as folder:
@@ -140,6 +152,7 @@ def run(program: Program, job: Job, deadline: float) -> Trial:
                 "parameters": sum(p.numel() for p in module.parameters()),
                 "over_constant": held_out.last.over_constant,
                 "over_permuted": held_out.last.over_permuted,
+                "is_likelihood": held_out.last.is_likelihood,
             }
         except torch.OutOfMemoryError:
             outcome["error"] = "the device is out of memory"

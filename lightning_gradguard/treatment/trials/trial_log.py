@@ -56,7 +56,8 @@ def content_of(trial: Trial) -> dict[str, Any]:
     fields = {field.name: getattr(trial, field.name) for field in dataclasses.fields(trial)}
     job = fields.pop("job")
     changes = None if job.changes is None else [change.as_dict() for change in job.changes]
-    return {"changes": changes, "seed": job.seed, "steps": job.steps, "enough": job.enough, **fields}
+    asked = {"seed": job.seed, "steps": job.steps, "enough": job.enough, "patience": job.patience}
+    return {"changes": changes, **asked, **fields}
 
 
 def trial_of(content: Mapping[str, Any]) -> Trial:
@@ -64,7 +65,8 @@ def trial_of(content: Mapping[str, Any]) -> Trial:
     rest = dict(content)
     changes = rest.pop("changes")
     known = None if changes is None else tuple(Change(c["kind"], c["arguments"]) for c in changes)
-    job = Job(known, rest.pop("seed"), rest.pop("steps"), rest.pop("enough", None))
+    ends = rest.pop("enough", None), rest.pop("patience", None)
+    job = Job(known, rest.pop("seed"), rest.pop("steps"), *ends)
     for key in ("curve", "training"):
         rest[key] = [(step, float(loss)) for step, loss in rest[key]]
     for key in ("over_constant", "over_permuted", "seconds_per_step"):
