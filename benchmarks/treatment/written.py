@@ -137,7 +137,8 @@ def _started(layers: list[nn.Module], start: Callable[[Tensor], Any] | None) -> 
     for layer in layers:
         if start is not None and isinstance(layer, nn.Linear | nn.Conv2d):
             start(layer.weight.data)
-            nn.init.zeros_(layer.bias)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
     return layers
 
 

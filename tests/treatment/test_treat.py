@@ -81,7 +81,7 @@ class Saturated(Net):
 
     def __init__(self) -> None:
         super().__init__(4, nn.Tanh)
-        for layer in self.net[:-1]:
+        for layer in list(self.net)[:-1]:
             if isinstance(layer, nn.Linear):
                 nn.init.normal_(layer.weight)
 
