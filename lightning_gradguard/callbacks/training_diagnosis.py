@@ -16,6 +16,7 @@ from lightning_gradguard.core.detectors.diagnosis import Diagnosis, LossBaseline
 from lightning_gradguard.core.incidents import Incident, IncidentKind
 from lightning_gradguard.core.remedies import advice_for_symptom
 from lightning_gradguard.runtime import distributed, lightning_api
+from lightning_gradguard.runtime.diagnosis.followed_steps import FollowedSteps
 from lightning_gradguard.runtime.diagnosis.messages import decoded, encoded
 from lightning_gradguard.runtime.diagnosis.permutation import losses_of_permuted
 from lightning_gradguard.runtime.diagnosis.sampled_step import SampledStep
@@ -101,6 +102,7 @@ class TrainingDiagnosis(StepCallback):
         self._baselines = LossBaselines()
         self._sampled: SampledStep | None = None
         self._waiting: SampledStep | None = None
+        self._followed = FollowedSteps()
         self._uses_targets = False
         self._next_sample = 0
         self._steps = Steps()
@@ -121,6 +123,7 @@ class TrainingDiagnosis(StepCallback):
         planned = planned_steps(trainer)
         self.diagnosis.plan(int(planned) if math.isfinite(planned) else 0)
         self._sampled = self._waiting = None
+        self._followed.close()
         self._steps = Steps()
         self._started = lightning_api.batches_that_stepped(trainer)
         self._next_sample = next_sample(self._started, self.every_n_steps)
@@ -153,9 +156,12 @@ class TrainingDiagnosis(StepCallback):
         if self.suite.is_running:
             if id(optimizer) not in self._steps.updated:
                 self._steps.add(optimizer)
+            self._followed.end(optimizer)
             if self._sampled is not None:
                 is_late = self._sampled.step - self._started >= STEPPED_BY
                 self._sampled.cover(trainer, optimizer, self._steps if is_late else None)
+                if not (lightning_api.flattens_parameters(trainer) or lightning_api.is_compiled(pl_module)):
+                    self._followed.begin(optimizer)
         super().on_before_optimizer_step(trainer, pl_module, optimizer)
 
     @override
@@ -178,6 +184,8 @@ class TrainingDiagnosis(StepCallback):
             return  # gradients accumulate
         self._sampled = None
         sampled.close()
+        sampled.left = self._followed.found
+        self._followed.end_batch()
         if sampled.is_pending:
             self._waiting = sampled
         else:
@@ -220,6 +228,7 @@ class TrainingDiagnosis(StepCallback):
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Publishes what is on its way."""
         super().on_train_end(trainer, pl_module)
+        self._followed.close()
         if self._waiting is not None and not self._waiting.is_pending:
             self._send(self._waiting)
         self._waiting = None
@@ -236,6 +245,7 @@ class TrainingDiagnosis(StepCallback):
             self._sampled.end_batch()
             self._sampled.close()
         self._sampled = self._waiting = None
+        self._followed.close()
         super().on_exception(trainer, pl_module, exception)
 
     @override

@@ -80,6 +80,7 @@ SymptomCause = Literal[
     "never_stepped",
     "overwritten_weights",
     "cleared_gradients",
+    "gradients_not_cleared",
     "zero_gradient",
     "learning_rate_too_low",
     "learning_rate_schedule",

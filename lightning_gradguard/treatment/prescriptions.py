@@ -41,6 +41,7 @@ _IN_CODE: dict[str, tuple[str, ...]] = {
     "detached": ("detach", "no_grad", "numpy", "data"),
     "never_stepped": ("step",),
     "cleared_gradients": ("zero_grad",),
+    "gradients_not_cleared": ("manual_backward", "optimizer_zero_grad"),
     "learning_rate_schedule": ("LambdaLR", "StepLR", "MultiStepLR", "ExponentialLR", "CosineAnnealingLR"),
     "scaled_gradients_clipped": ("clip_gradients", "clip_grad_norm_", "clip_grad_value_"),
     "clip_value_too_small": ("clip_gradients", "clip_grad_norm_", "clip_grad_value_"),
@@ -52,7 +53,7 @@ _IN_CODE: dict[str, tuple[str, ...]] = {
 #: Faults with which a loss may fall: of how it is called, and of what the optimizer holds.
 _BESIDE_LEARNING = frozenset(
     {"single_class", "not_log_probabilities", "broadcast_targets", "targets_out_of_range"}
-    | {"replaced_parameters", "cleared_gradients"}
+    | {"replaced_parameters", "cleared_gradients", "gradients_not_cleared"}
 )
 #: Faults of which a part can be mended without the user: trials are made.
 _TREATABLE = frozenset({"input_scale", "target_scale", "bad_input", "saturating_activations"})

@@ -373,7 +373,35 @@ def test_optimizer_that_does_not_train_is_named(mistake: str, cause: str) -> Non
     assert (incident.kind, incident.cause, incident.where) == ("weight_stagnation", cause, ("net.4", "net.6"))
 
 
-def test_weights_that_are_loaded_before_each_batch_are_named() -> None:
+def test_gradients_that_are_never_cleared_are_named() -> None:
+    class Overriding(Task):
+        def optimizer_zero_grad(self, *arguments: Any) -> None:
+            pass
+
+    for module in (Manual("kept"), Overriding()):
+        (incident,) = diagnosed(module)
+        assert (incident.kind, incident.cause) == ("exploding_gradient", "gradients_not_cleared")
+        assert incident.step <= 4
+        assert "optimizer.zero_grad() before" in incident.advice
+
+
+def test_gradients_that_accumulate_by_hand_are_not_named() -> None:
+    class Accumulating(Manual):
+        """The first optimizer steps every second batch, and gets what the loss of the other sends back."""
+
+        def training_step(self, batch: Any, batch_idx: int) -> None:
+            one, two = self.optimizers()  # type: ignore[attr-defined]
+            two.zero_grad(set_to_none=False)
+            self.manual_backward(functional.cross_entropy(self.net(batch[0]), batch[1]))
+            two.step()
+            if batch_idx % 2:
+                one.step()
+                one.zero_grad()
+
+    assert diagnosed(Accumulating(), 30) == []
+
+
+def test_weights_that_are_written_back_are_named() -> None:
     class Loading(Task):
         kept: Any = None
 
@@ -381,8 +409,18 @@ def test_weights_that_are_loaded_before_each_batch_are_named() -> None:
             self.kept = self.kept or deepcopy(self.net.state_dict())
             self.net.load_state_dict(self.kept)
 
-    (incident,) = diagnosed(Loading(), 30)
-    assert (incident.kind, incident.cause) == ("weight_stagnation", "overwritten_weights")
+    class Averaging(Task):
+        kept: Any = None
+
+        def on_train_batch_end(self, *arguments: Any) -> None:
+            self.kept = self.kept or deepcopy(self.net.state_dict())
+            for name, value in self.net.state_dict().items():
+                self.kept[name].lerp_(value, 1e-3)
+            self.net.load_state_dict(self.kept)
+
+    for module in (Loading(), Averaging()):
+        (incident,) = diagnosed(module, 30)
+        assert (incident.kind, incident.cause) == ("weight_stagnation", "overwritten_weights")
 
 
 def test_rate_that_falls_to_nothing_is_named() -> None:
@@ -954,7 +992,8 @@ class Manual(Classifier):
     def training_step(self, batch: Any, batch_idx: int) -> None:
         for i, optimizer in enumerate(self.optimizers()):
             loss = functional.cross_entropy(self.net(batch[0]), batch[1])
-            optimizer.zero_grad()
+            if self.mistake != "kept":
+                optimizer.zero_grad()
             self.manual_backward(loss)
             if i == 1 and self.mistake == "cleared":
                 optimizer.zero_grad()

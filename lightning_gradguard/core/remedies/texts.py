@@ -225,6 +225,10 @@ BY_CAUSE = {
         "Call zero_grad() before the backward pass, not between it and step(), and check that the loss "
         "depends on {where}."
     ),
+    "gradients_not_cleared": (
+        "Call optimizer.zero_grad() before self.manual_backward(loss), once for each step; where "
+        "optimizer_zero_grad is overridden, it has to clear the gradients too."
+    ),
     "constant_input": (
         "Look at what the data loader yields: an index that is not used, an unknown token for every word, a "
         "scaling to 0, or a column that is filled with one value."

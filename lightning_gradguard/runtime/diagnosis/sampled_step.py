@@ -43,6 +43,7 @@ class SampledStep:
     Attributes:
         now: Step and epoch for incidents.
         uses_targets: True if the training step has used the targets of the batch.
+        left: If gradients and weights are as the step before had left them, as `FollowedSteps` has found.
 
     Args:
         trainer: The Trainer that fits.
@@ -63,6 +64,7 @@ class SampledStep:
         self.step = lightning_api.batches_that_stepped(trainer)
         self.now = {"step": trainer.global_step, "epoch": trainer.current_epoch}
         self.uses_targets = self._uses_inputs = False
+        self.left = torch.zeros(2)
         self._pl_module = pl_module
         self._target = target_of(batch)
         self._inputs = inputs_of(batch, self._target)
@@ -122,7 +124,7 @@ class SampledStep:
         """Returns all numbers of the sample, on the device."""
         device = self._pl_module.device
         permuted = torch.full((2,), torch.nan, device=device) if self._permuted is None else self._permuted
-        permuted = torch.cat([permuted, self._is_constant.to(permuted)])
+        permuted = torch.cat([permuted, self._is_constant.to(permuted), self.left.to(permuted)])
         traced = torch.zeros(0, device=device) if self._numbers is None else self._numbers
         # with tensor parallelism, numbers of sharded layers are replicated
         parts = [local_shard(part) for part in (permuted, traced, *(u.values() for u in self._updates))]
@@ -135,10 +137,11 @@ class SampledStep:
         for size in self._sizes:
             parts.append(host[start : start + size])
             start += size
-        (plain, permuted, constant), traced, *updates = parts
+        (plain, permuted, constant, keeps, undone), traced, *updates = parts
         sample = Sample(self.step) if self._trace is None else self._trace.sample(self.step, traced)
         sample.permuted = (permuted - plain) / permuted if permuted > 0 else math.nan
         sample.n_updates = self.now["step"]
+        sample.keeps_gradients, sample.updates_are_undone = keeps > 0, undone > 0
         sample.inputs_are_constant = self._uses_inputs and constant > 0
         for update, numbers in zip(self._updates, updates, strict=True):
             update.read_into(sample, numbers)

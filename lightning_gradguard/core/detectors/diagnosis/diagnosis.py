@@ -8,7 +8,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from lightning_gradguard.core.detectors.best_constant import LEARNS
-from lightning_gradguard.core.detectors.diagnosis import clipped, depth, rules
+from lightning_gradguard.core.detectors.diagnosis import clipped, contracts, depth, rules
 from lightning_gradguard.core.detectors.diagnosis.progress import Progress
 from lightning_gradguard.core.detectors.diagnosis.sample import Sample
 from lightning_gradguard.core.detectors.diagnosis.stagnation import stagnation
@@ -25,10 +25,11 @@ NO_RATE = 1e-2
 #: Symptoms on the same sample: the first is the root.
 _ORDER = ("contract", "coverage", "units", "update", "depth", "stuck", "stagnation")
 _RULES = (
-    rules.broken_contracts,
-    rules.constant_inputs,
-    rules.labels_of_one_class,
-    rules.untrained_parameters,
+    contracts.broken_contracts,
+    contracts.constant_inputs,
+    contracts.labels_of_one_class,
+    contracts.untrained_parameters,
+    contracts.kept_gradients,
     rules.dead_or_saturated_units,
     clipped.clipped_elsewhere,
     clipped.vanishing_weights,

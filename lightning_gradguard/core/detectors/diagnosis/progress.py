@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict, deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 from itertools import pairwise
 from statistics import mean
@@ -44,8 +44,6 @@ class Progress:
         self._sizes: dict[int, tuple[float, ...]] = {}
         self._fixed: dict[int, list[float]] = {}
         self._largest_weights: dict[str, float] = {}
-        self._weights: dict[int, Sequence[float]] = {}
-        self._unmoved: dict[int, bool] = {}
         self._spreads = (math.nan, math.nan)
 
     def update(self, sample: Sample) -> None:
@@ -66,15 +64,13 @@ class Progress:
         for index, update in enumerate(sample.updates):
             self.largest_update = max(self.largest_update, update.share)  # as before if the share is NaN
             # of a run that is resumed without this state, the start is not known
-            is_resumed = not self._weights and sample.step > STARTED_BY
+            is_resumed = not self._sizes and sample.step > STARTED_BY
             self.has_rate = self.has_rate or is_resumed or not update.has_no_rate
             before, self._sizes[index] = self._sizes.get(index, ()), update.sizes
             self._fixed[index] = [
                 now if now > 0 and math.isclose(now, then, rel_tol=CLIPPED_ALIKE) else math.nan
                 for then, now in zip(before, update.sizes, strict=False)
             ]
-            weights, self._weights[index] = self._weights.get(index), list(update.weights)
-            self._unmoved[index] = weights == list(update.weights)
             for name, norm in zip(update.names, update.weights, strict=False):
                 if math.isfinite(norm):
                     self._largest_weights[name] = max(norm, self._largest_weights.get(name, 0.0))
@@ -82,10 +78,6 @@ class Progress:
     def fixed_sizes(self, index: int) -> list[float]:
         """Returns the `sizes` of an update that are those of the sample before; NaN for the others."""
         return self._fixed.get(index, []) or [math.nan] * 3
-
-    def is_unmoved(self, index: int) -> bool:
-        """True if the norms of all weights of an optimizer are those of the sample before."""
-        return self._unmoved.get(index, False)
 
     @property
     def may_be_clipped_by_value(self) -> bool:

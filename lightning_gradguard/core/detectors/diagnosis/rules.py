@@ -11,6 +11,7 @@ from typing import Literal
 from lightning_gradguard.core.detectors.best_constant import LEARNS, STUCK
 from lightning_gradguard.core.detectors.diagnosis import depth
 from lightning_gradguard.core.detectors.diagnosis.clipped import CLIPPED_FAR
+from lightning_gradguard.core.detectors.diagnosis.contracts import SOME_UNREACHABLE
 from lightning_gradguard.core.detectors.diagnosis.progress import Progress
 from lightning_gradguard.core.detectors.diagnosis.sample import CLIPPED_AT_ALL, MIN_TIMES, Sample, UnitSignal
 from lightning_gradguard.core.detectors.diagnosis.signals.units import PASS_SMALL, RECTIFIERS
@@ -47,20 +48,8 @@ FAR_ANSWER, FAR_GUESS, FIRST_GUESSES = 1e3, 5.0, 20
 #: Spread of the answers over their size below which they are nearly the same, and that of answers that are no
 #: better than a constant, and the loss over that of the constant up to which it is one.
 SAME_ANSWERS, SAME_BESIDE, AT_CONSTANT = 0.03, 0.15, 1.2
-#: Steps before which labels of one class may be those of the first files alone.
-LABEL_STEPS = 50
 #: Spread of all losses over the first one up to which a loss is flat.
 FLAT = 0.003
-#: Shares of a loss call that break its contract.
-_CONTRACT: dict[SymptomCause, tuple[float, str]] = {
-    "softmax_before_loss": (0.9, "the loss expects logits and gets probabilities"),
-    "single_class": (0.9, "a softmax over one output is always 1"),
-    "not_log_probabilities": (0.9, "the loss expects log-probabilities (logsumexp 0) and gets other values"),
-    "broadcast_targets": (0.9, "shapes (n, 1) and (n,) broadcast to (n, n): all answers meet all targets"),
-    "labels_ignored": (0.9, "every label is ignored"),
-    "targets_out_of_range": (0.01, "targets are outside of the range that the loss expects"),
-    "unreachable_targets": (0.5, "targets are outside of the range of the output's activation"),
-}
 #: Nouns of rows of weights, and of what gates.
 _ROWS, _GATES = "rows of the attention", "gates of the softmax"
 #: Units that are no outputs of an activation.
@@ -68,67 +57,6 @@ _NOUNS = {kind: kind for kind in ("input gates", "update gates", "output gates",
     "attention": _ROWS,
     "softmax": _GATES,
 }
-#: The smallest share of targets out of reach that explains a loss that is stuck.
-SOME_UNREACHABLE = 0.05
-
-
-def broken_contracts(sample: Sample, progress: Progress) -> Iterator[Symptom]:
-    """Yields loss calls with inputs or targets that the loss does not expect."""
-    for call in sample.calls:
-        for cause, share in call.flags.items():
-            bound, words = _CONTRACT[cause]
-            needs = 2
-            if cause == "unreachable_targets":
-                if call.function == "difference" and not sample.one_signed:
-                    continue
-                if sample.step >= 20 and share >= SOME_UNREACHABLE and progress.over_constant > LEARNS:
-                    bound, needs = SOME_UNREACHABLE, 3
-            if share >= bound:
-                name = "a difference" if call.function == "difference" else call.function
-                evidence = f"{name}: {words} ({share:.0%} of the values)"
-                yield Symptom("stuck_loss", cause, sample.head, share, evidence, "contract", needs)
-
-
-def constant_inputs(sample: Sample, progress: Progress) -> Iterator[Symptom]:
-    """Yields inputs that are the same in every row of the batch, while the targets differ."""
-    if sample.inputs_are_constant:
-        where = tuple(layer.name for layer in sample.layers[:1])
-        evidence = "all rows of the inputs are the same, and their targets differ"
-        yield Symptom("stuck_loss", "constant_input", where, math.nan, evidence, "contract", 3)
-
-
-def labels_of_one_class(sample: Sample, progress: Progress) -> Iterator[Symptom]:
-    """Yields labels that have all been of one class."""
-    for call in sample.calls:
-        if call.constant == 0 and sample.step >= LABEL_STEPS:
-            evidence = f"{call.function}: all labels of the sampled steps are of one class"
-            yield Symptom("stuck_loss", "constant_target", sample.head, math.nan, evidence, "contract", 3)
-
-
-def untrained_parameters(sample: Sample, progress: Progress) -> Iterator[Symptom]:
-    """Yields parameters that get a gradient and are held by no optimizer, or are held and get none."""
-    found = sample.coverage
-    if found.unheld:
-        cause: SymptomCause = "replaced_parameters" if found.orphans else "not_in_optimizer"
-        evidence = f"{len(found.unheld)} parameters get gradients, and no optimizer holds them"
-        if found.orphans:
-            evidence += f"; optimizers hold {found.orphans} that are no longer in the module"
-        where = modules_of(found.unheld)
-        yield Symptom("weight_stagnation", cause, where, len(found.unheld), evidence, "coverage")
-    if found.detached:
-        evidence = f"{len(found.detached)} parameters take part in the forward pass and get no gradient"
-        where = modules_of(found.detached)
-        yield Symptom("weight_stagnation", "detached", where, len(found.detached), evidence, "coverage", 3)
-    for cause, names, words in (
-        ("not_registered", found.unregistered, "get gradients, and no module has registered them"),
-        ("never_stepped", found.unstepped, "get gradients, and their optimizer has never stepped"),
-        ("cleared_gradients", found.cleared, "have no gradient whenever their optimizer steps"),
-    ):
-        if names:
-            if cause == "cleared_gradients" and all(math.isnan(layer.gradient) for layer in sample.layers):
-                cause, words = "constant_loss", "get no gradient, nor does the output of any layer"
-            evidence = f"{len(names)} parameters {words}"
-            yield Symptom("weight_stagnation", cause, modules_of(names), len(names), evidence, "coverage")
 
 
 def dead_or_saturated_units(sample: Sample, progress: Progress) -> Iterator[Symptom]:

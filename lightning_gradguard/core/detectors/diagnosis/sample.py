@@ -231,6 +231,8 @@ class Sample:
         coverage: Parameters that are not trained.
         input_rms: Rms of the largest floating-point tensor of the batch.
         columns: If that is a table, the largest rms of a column, the median one, the index of the largest.
+        keeps_gradients: True if a step has had the gradients of the one before in its own.
+        updates_are_undone: True if weights were nearly the same before a step and before the next one.
         inputs_are_constant: True if all rows of the inputs are the same, and those of the targets differ.
         one_signed: True if the gradient at the head has one sign for all samples.
         permuted: Relative rise of the loss if targets are permuted; NaN if not measured.
@@ -250,6 +252,8 @@ class Sample:
     coverage: Coverage = field(default_factory=Coverage)
     input_rms: float = math.nan
     columns: tuple[float, ...] | None = None
+    keeps_gradients: bool = False
+    updates_are_undone: bool = False
     inputs_are_constant: bool = False
     one_signed: bool = False
     permuted: float = math.nan

@@ -32,9 +32,11 @@ def stagnation(sample: Sample, progress: Progress) -> Iterator[Symptom]:
             continue
         ratios = {i: one.ratios[i] for i in matrices}
         largest, where = max(ratios.values()), modules_of([one.names[i] for i in matrices[:3]])
-        if progress.is_unmoved(index) and largest > SMALL_UPDATE and not progress.learns:
-            evidence = f"updates are up to {largest:.1g} of a weight's norm, and all weights are what they "
-            evidence += "were before"
+        if sample.updates_are_undone and largest > SMALL_UPDATE and not progress.learns:
+            evidence = (
+                f"updates are up to {largest:.1g} of a weight's norm, and before the next step, weights "
+            )
+            evidence += "are nearly what they were before"
             yield Symptom("weight_stagnation", "overwritten_weights", where, largest, evidence, "coverage", 4)
             continue
         if largest < SMALL_UPDATE and not progress.learns:

@@ -1,0 +1,95 @@
+"""Rules about mistakes in code and data: how a loss is called, which parameters are trained, and how."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+from lightning_gradguard.core.detectors.best_constant import LEARNS
+from lightning_gradguard.core.detectors.diagnosis.progress import Progress
+from lightning_gradguard.core.detectors.diagnosis.sample import Sample
+from lightning_gradguard.core.detectors.diagnosis.symptom import Symptom, modules_of
+from lightning_gradguard.core.incidents import SymptomCause
+
+#: Steps before which labels of one class may be those of the first files alone.
+LABEL_STEPS = 50
+#: The smallest share of targets out of reach that explains a loss that is stuck.
+SOME_UNREACHABLE = 0.05
+#: Shares of a loss call that break its contract.
+_CONTRACT: dict[SymptomCause, tuple[float, str]] = {
+    "softmax_before_loss": (0.9, "the loss expects logits and gets probabilities"),
+    "single_class": (0.9, "a softmax over one output is always 1"),
+    "not_log_probabilities": (0.9, "the loss expects log-probabilities (logsumexp 0) and gets other values"),
+    "broadcast_targets": (0.9, "shapes (n, 1) and (n,) broadcast to (n, n): all answers meet all targets"),
+    "labels_ignored": (0.9, "every label is ignored"),
+    "targets_out_of_range": (0.01, "targets are outside of the range that the loss expects"),
+    "unreachable_targets": (0.5, "targets are outside of the range of the output's activation"),
+}
+
+
+def broken_contracts(sample: Sample, progress: Progress) -> Iterator[Symptom]:
+    """Yields loss calls with inputs or targets that the loss does not expect."""
+    for call in sample.calls:
+        for cause, share in call.flags.items():
+            bound, words = _CONTRACT[cause]
+            needs = 2
+            if cause == "unreachable_targets":
+                if call.function == "difference" and not sample.one_signed:
+                    continue
+                if sample.step >= 20 and share >= SOME_UNREACHABLE and progress.over_constant > LEARNS:
+                    bound, needs = SOME_UNREACHABLE, 3
+            if share >= bound:
+                name = "a difference" if call.function == "difference" else call.function
+                evidence = f"{name}: {words} ({share:.0%} of the values)"
+                yield Symptom("stuck_loss", cause, sample.head, share, evidence, "contract", needs)
+
+
+def constant_inputs(sample: Sample, progress: Progress) -> Iterator[Symptom]:
+    """Yields inputs that are the same in every row of the batch, while the targets differ."""
+    if sample.inputs_are_constant:
+        where = tuple(layer.name for layer in sample.layers[:1])
+        evidence = "all rows of the inputs are the same, and their targets differ"
+        yield Symptom("stuck_loss", "constant_input", where, math.nan, evidence, "contract", 3)
+
+
+def labels_of_one_class(sample: Sample, progress: Progress) -> Iterator[Symptom]:
+    """Yields labels that have all been of one class."""
+    for call in sample.calls:
+        if call.constant == 0 and sample.step >= LABEL_STEPS:
+            evidence = f"{call.function}: all labels of the sampled steps are of one class"
+            yield Symptom("stuck_loss", "constant_target", sample.head, math.nan, evidence, "contract", 3)
+
+
+def untrained_parameters(sample: Sample, progress: Progress) -> Iterator[Symptom]:
+    """Yields parameters that get a gradient and are held by no optimizer, or are held and get none."""
+    found = sample.coverage
+    if found.unheld:
+        cause: SymptomCause = "replaced_parameters" if found.orphans else "not_in_optimizer"
+        evidence = f"{len(found.unheld)} parameters get gradients, and no optimizer holds them"
+        if found.orphans:
+            evidence += f"; optimizers hold {found.orphans} that are no longer in the module"
+        where = modules_of(found.unheld)
+        yield Symptom("weight_stagnation", cause, where, len(found.unheld), evidence, "coverage")
+    if found.detached:
+        evidence = f"{len(found.detached)} parameters take part in the forward pass and get no gradient"
+        where = modules_of(found.detached)
+        yield Symptom("weight_stagnation", "detached", where, len(found.detached), evidence, "coverage", 3)
+    for cause, names, words in (
+        ("not_registered", found.unregistered, "get gradients, and no module has registered them"),
+        ("never_stepped", found.unstepped, "get gradients, and their optimizer has never stepped"),
+        ("cleared_gradients", found.cleared, "have no gradient whenever their optimizer steps"),
+    ):
+        if names:
+            if cause == "cleared_gradients" and all(math.isnan(layer.gradient) for layer in sample.layers):
+                cause, words = "constant_loss", "get no gradient, nor does the output of any layer"
+            evidence = f"{len(names)} parameters {words}"
+            yield Symptom("weight_stagnation", cause, modules_of(names), len(names), evidence, "coverage")
+
+
+def kept_gradients(sample: Sample, progress: Progress) -> Iterator[Symptom]:
+    """Yields steps whose gradients still have those of the steps before in them."""
+    if sample.keeps_gradients:
+        names = [name for one in sample.updates for name in one.steepest]
+        evidence = "the gradients of a step are its own plus those of the step before: they are never cleared"
+        where = modules_of(names)
+        yield Symptom("exploding_gradient", "gradients_not_cleared", where, math.nan, evidence, "contract")
