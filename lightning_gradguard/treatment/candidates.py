@@ -94,6 +94,7 @@ _BY_CAUSE: Mapping[tuple[str, str], Sequence[tuple[Change, ...]]] = {
     ("weight_stagnation", "learning_rate_too_low"): (_HIGHER, _HIGHEST),
     ("vanishing_weights", "weight_decay"): (_NO_DECAY, _NO_DECAY + _LOWER),
 }
+_NONFINITE = (_SUITE, _LOWER, _STANDARDIZE, _INITIALIZE, _ACTIVATE, _NORMALIZE)
 _BY_KIND: Mapping[str, Sequence[tuple[Change, ...]]] = {
     "vanishing_gradient": (_ACTIVATE, _INITIALIZE, _RESIDUAL, _NORMALIZE, _ACTIVATE + _NORMALIZE),
     "exploding_gradient": (_LOWER, _INITIALIZE, _NORMALIZE, _CLIP),
@@ -101,8 +102,8 @@ _BY_KIND: Mapping[str, Sequence[tuple[Change, ...]]] = {
     "saturated_units": (_INITIALIZE, _INITIALIZE + _NORMALIZE, _ACTIVATE, _ORTHOGONAL, _LOWER),
     "weight_stagnation": (_ACTIVATE, _NORMALIZE, _HIGHER, _INITIALIZE),
     "stuck_loss": (_HIGHER, _LOWER, _NORMALIZE, _INITIALIZE, _ACTIVATE, _RESIDUAL, _STANDARDIZE),
-    "nonfinite_gradient": (_SUITE, _LOWER, _INITIALIZE, _ACTIVATE, _NORMALIZE, _EPSILON, _LOWEST),
-    "nonfinite_loss": (_SUITE, _LOWER, _INITIALIZE, _ACTIVATE, _NORMALIZE, _ACTIVATE + _NORMALIZE, _LOWEST),
+    "nonfinite_gradient": (*_NONFINITE, _EPSILON, _LOWEST),
+    "nonfinite_loss": (*_NONFINITE, _ACTIVATE + _NORMALIZE, _LOWEST),
 }
 #: What a network with a failing criterion of the initialization needs.
 _BY_CRITERION: Mapping[str, Sequence[tuple[Change, ...]]] = {

@@ -68,6 +68,13 @@ def learning_of(trial: Trial) -> Learning:
     return Learning(ratio < LEARNS and is_low, ratio <= bound and is_low, is_settled, evidence)
 
 
+def learned_at_lowest(trial: Trial) -> bool:
+    """True if a run has learned at some time, if not at its end."""
+    _, ratio, bound = _ratio_and_bound(trial)
+    reference = trial.loss / ratio if math.isfinite(trial.loss) else trial.curve[0][1]
+    return trial.lowest <= bound * reference
+
+
 def settled_loss(trial: Trial) -> float | None:
     """Returns the held-out loss at which a run has learned as much as this one, or has little left."""
     _, ratio, bound = _ratio_and_bound(trial)

@@ -227,13 +227,17 @@ class _Treatment:
             promising = math.inf
         waiting = search(runner, suggested, full, until, promising)[:MAX_VERIFIED]
         has_rate = False
+        verified: set[str] = set()
         while waiting:
             trial = waiting.pop(0)
+            if str(trial.job.changes) in verified or (verified and not learning_of(trial).learns):
+                continue
             first = verification.first(trial) if has_rate or learning_of(trial).has_learned else None
             if not has_rate and (first is None or first.over_constant > LEARNED_ENOUGH):
                 has_rate = True
                 waiting = [*at_best_rate(runner, trial, until), *waiting]
                 continue
+            verified.add(str(trial.job.changes))
             is_better = first is not None and fails_beside(self.found.trial, first)
             results = verification.others(first) if first is not None and is_better else []
             yield trial, results, *verdict_of(results, whole)

@@ -9,7 +9,13 @@ from dataclasses import dataclass
 from typing import Literal
 
 from lightning_gradguard.core.detectors.best_constant import LEARNS
-from lightning_gradguard.treatment.learning import Learning, fails_beside, learning_of, settled_loss
+from lightning_gradguard.treatment.learning import (
+    Learning,
+    fails_beside,
+    learned_at_lowest,
+    learning_of,
+    settled_loss,
+)
 from lightning_gradguard.treatment.search import LEAST_RUNG, TrialRunner, noise_of
 from lightning_gradguard.treatment.trials.trial import OUT_OF_TIME, Job, Trial
 
@@ -70,7 +76,7 @@ class Verification:
     The treated run with the first seed has the length of the program's own run, or what the budget allows of
     it: what trains for a while may fail later. So has a run of the program as it is: the probe, if it was not
     ended before. The treated runs with the other seeds end once they have learned; short runs of the program
-    as it is show how far these seeds are apart, or whole ones, if it learns with the first.
+    as it is show how far these seeds are apart, or whole ones, if it learns, or has learned and lost it.
 
     Args:
         runner: Runs the trials.
@@ -102,7 +108,7 @@ class Verification:
             return []
         steps = first.job.steps
         # beside a run that learns, another must show how much more can be learned
-        enough = first.loss if self._is_halfway else settled_loss(first)
+        enough = first.loss if self._learns else settled_loss(first)
         treated = [Job(first.job.changes, seed, steps, enough) for seed in self._seeds[1:]]
         untreated = self._untreated(steps)
         found = self._run([*treated, *untreated])
@@ -128,13 +134,13 @@ class Verification:
         return N_SEEDS - 1
 
     @property
-    def _is_halfway(self) -> bool:
-        return self.probed is not None and learning_of(self.probed).has_learned
+    def _learns(self) -> bool:
+        return self.probed is not None and learned_at_lowest(self.probed)
 
     @property
     def _beside(self) -> int:
         """Steps of the untreated runs with the other seeds."""
-        return whole_length(self.runner) if self._is_halfway else self.runner.short_steps
+        return whole_length(self.runner) if self._learns else self.runner.short_steps // 2
 
     @property
     def _lanes(self) -> int:
