@@ -1,4 +1,4 @@
-"""What is left of an optimizer's step when the next one begins: gradients not cleared, undone updates."""
+"""Examines what is left of an optimizer's step at the next one: gradients not cleared, undone updates."""
 
 from __future__ import annotations
 
