@@ -13,6 +13,7 @@ from typing_extensions import override
 
 from lightning_gradguard.core import arguments, tags
 from lightning_gradguard.core.detectors.diagnosis import Diagnosis, LossBaselines, Steps, Symptom
+from lightning_gradguard.core.forensics import advice_on_schedules
 from lightning_gradguard.core.incidents import Incident, IncidentKind
 from lightning_gradguard.core.remedies import advice_for_symptom
 from lightning_gradguard.runtime import distributed, lightning_api
@@ -296,12 +297,16 @@ class TrainingDiagnosis(StepCallback):
         present = present_in(trainer)
         # a schedule that has left a rate is not to step more often
         present.update(("has_rate", "by_batch") if self.diagnosis.has_rate else ("no_rate",))
+        schedules = [config.scheduler for config in trainer.lr_scheduler_configs]
         for symptom in symptoms:
             if symptom.kind in self.symptoms:
                 cause = "" if symptom.cause == "unknown" else symptom.cause
                 detail = f"Since step {symptom.since}: {symptom.evidence}." if symptom.evidence else ""
                 if self._is_poorly_initialized and symptom.is_of_initialization:
                     detail += " It follows from the poor initialization that the check reports."
+                raised = ""
+                if cause == "update_too_large":
+                    raised, _ = advice_on_schedules(trainer.optimizers, schedules)
                 incident = incident_now(
                     trainer,
                     symptom.kind,
@@ -309,7 +314,8 @@ class TrainingDiagnosis(StepCallback):
                     value=None if math.isnan(symptom.value) else symptom.value,
                     cause=cause,
                     detail=detail,
-                    advice=advice_for_symptom(
+                    advice=raised
+                    or advice_for_symptom(
                         symptom.kind,
                         cause,
                         symptom.where,

@@ -413,6 +413,36 @@ def test_the_rate_that_is_to_be_lowered_is_the_one_in_the_code(run: Any, schedul
     assert ("it was max_lr=30; try max_lr=3" if schedule else "it was lr=3; try lr=0.3") in str(told.error)
 
 
+def one_cycle(optimizer: Any, top: float) -> Any:
+    return torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=top, total_steps=90)
+
+
+def by_function(optimizer: Any, top: float) -> Any:
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0 if step < 30 else 100 * top)
+
+
+@pytest.mark.parametrize("schedule", [one_cycle, by_function])
+def test_a_schedule_that_raises_the_rate_too_far(run: Any, schedule: Any) -> None:
+    def configured(top: float) -> Any:
+        def make(weights: Any) -> Any:
+            optimizer = torch.optim.SGD(weights, lr=0.01, momentum=0.9)
+            return [optimizer], [{"scheduler": schedule(optimizer, top), "interval": "step"}]
+
+        return make
+
+    net = mlp(6, 32, 32, 1, activation=nn.ReLU)
+    told = run(Program(regression, net, configured(20.0)), *columns(), max_epochs=3)
+    raised = [i for i in told.incidents if i["cause"] == "update_too_large"]
+    assert raised
+    assert all("has raised the learning rate from" in i["advice"] for i in raised)
+    name = "OneCycleLR" if schedule is one_cycle else "LambdaLR"
+    what = "max_lr" if schedule is one_cycle else f"{FILE}:"
+    assert any(name in step and what in step for step in told.report.next_steps)
+    cured = Program(regression, mlp(6, 32, 32, 1, activation=nn.ReLU), configured(0.01))
+    assert run(cured, *columns(), max_epochs=3, logger=False).error is None
+    assert regression(cured, columns()) < 0.8 * regression(told.module, columns())
+
+
 def test_a_loss_module_of_ones_own(run: Any) -> None:
     class Selected(nn.Module):
         def forward(self, scores: Tensor, mask: Tensor) -> Tensor:

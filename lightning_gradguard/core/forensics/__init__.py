@@ -5,6 +5,7 @@ from .inputs import or_bad_input, parts_of
 from .origin import (
     Origin,
     OutOfRange,
+    advice_on_schedules,
     origin_in_epsilon,
     origin_in_learning_rate,
     origin_in_weights,

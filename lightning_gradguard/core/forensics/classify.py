@@ -181,16 +181,19 @@ def _origin_of_operation(
     fault = known_fault(source, FAULTS)
     given = "" if source.low is None else f" given {source.low:.4g} to {source.high:.4g}"
     place = f"module `{source.module}`" if source.module else "the step's own code"
+    writes_gradients = trace.follows_backward(source)
+    place = "code that writes gradients" if writes_gradients else place
     returned = f"returned {source.made}"
     if source is not overflowing:
         returned = f"returned values up to {source.largest:.3g}, so that {overflowing.operation} overflowed"
     called = f" of {source.called}" if source.called else ""
     sentence = f"{source.operation}{called} in {place}{given} {returned} ({source.dtype})"
+    sentence += _underflow_of(source, fault)
     rows = _rows_at_fault(source, parts)
     sentence += f", in row {', '.join(map(str, rows))}" if rows else ""
     sentence += "".join(f"; {outlier}" for outlier in outliers(rows, parts))
     cause: Cause = "loss" if trace.computes_loss(source) else "forward_pass"
-    cause = "backward_pass" if source.phase == "backward" else cause
+    cause = "backward_pass" if source.phase == "backward" or writes_gradients else cause
     cause = (fault.cause if fault is not None else "") or cause
     origin = Origin(
         cause,
@@ -217,6 +220,17 @@ def _origin_of_operation(
         # the cure of the operation would hide bad data
         return replace(origin, cause="bad_input", where=tuple(huge), rows=rows, detail=detail, advice="")
     return origin
+
+
+def _underflow_of(record: OperationRecord, fault: OperationFault | None) -> str:
+    """Returns where the zeros at fault come from, as the end of a sentence."""
+    is_of_zeros = fault is not None and (fault.has_zero or fault.underflow)
+    found = (a.underflow for a in record.arguments if is_of_zeros)
+    underflow = next((u for u in found if u is not None), None)
+    if underflow is None:
+        return ""
+    place = f" at {underflow.location}" if underflow.location not in (None, record.location) else ""
+    return f"; its 0 comes from {underflow.operation}{place}, which underflows"
 
 
 def _advice(record: OperationRecord, fault: OperationFault | None, trace: OperationTrace) -> str:

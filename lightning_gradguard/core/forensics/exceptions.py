@@ -178,6 +178,11 @@ def _out_of_bounds(failed: FailedOperation, parts: Mapping[str, Tensor]) -> Orig
     smallest = int(indices.min())
     if is_label and smallest < 0:
         advice += f" Labels that are to be ignored need ignore_index={smallest}."
+    elif smallest == IGNORED:
+        advice = (
+            f"{IGNORED} marks labels that cross_entropy ignores: index with y.clamp(min=0), and leave these "
+            f"rows out of the loss (y != {IGNORED}); of inputs, give padding an index."
+        )
     elif is_label and smallest == 1 and int(indices.max()) == bound:
         advice += " Classes count from 0: if these begin at 1, subtract 1."
     return Origin("bad_input", "forward", "", failed.name, where, detail=sentence, rows=rows, advice=advice)

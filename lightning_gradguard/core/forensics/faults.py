@@ -7,7 +7,7 @@ entries are first.
 
 from __future__ import annotations
 
-from lightning_gradguard.core.forensics.faults_of_functions import FUNCTIONS, MASKS
+from lightning_gradguard.core.forensics.faults_of_functions import FUNCTIONS, MASKS, UNDERFLOW
 from lightning_gradguard.core.forensics.faults_of_gradients import BACKWARD
 from lightning_gradguard.core.forensics.operations import OperationFault as Fault
 
@@ -32,8 +32,7 @@ _LOGARITHMS = (
     ),
     Fault(
         ("log", "log2", "log10"),
-        "The logarithm of 0 is -inf; of a softmax or sigmoid use log_softmax or logsigmoid of the scores "
-        "instead, of a product the sum of logarithms",
+        "The logarithm of 0 is -inf",
         "torch.log(x.clamp_min(1e-6))",
         has_zero=True,
     ),
@@ -355,6 +354,7 @@ _OVERFLOWS = (
 #: Of operations that return nonfinite values.
 FAULTS = (
     *FUNCTIONS,
+    *UNDERFLOW,
     *_LOGARITHMS,
     *_EXPONENTIALS,
     *_DIVISIONS,

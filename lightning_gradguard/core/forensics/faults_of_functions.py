@@ -46,6 +46,20 @@ FUNCTIONS = (
         at_most=-1e-45,
     ),
     Fault(
+        ("xlogy",),
+        "Targets are negative, as log-probabilities are, and the loss takes their logarithm: give log_target=True",
+        "F.kl_div(x, y, reduction='batchmean', log_target=True)",
+        called="kl_div",
+        at_most=-1e-45,
+    ),
+    Fault(
+        ("atanh", "log", "log1p", "logit"),
+        "A value at the bound of what the distribution can give, -1 or 1 after a tanh, is at infinity ahead "
+        "of its transform: give log_prob values inside",
+        "y.clamp(-1 + 1e-6, 1 - 1e-6)",
+        called="TransformedDistribution|TanhTransform",
+    ),
+    Fault(
         ("_weight_norm_interface",),
         "A row of a weight is 0 throughout, and weight_norm divides by its norm: initialize the direction "
         "(parametrizations.weight.original1) otherwise. To begin with outputs of 0, set the lengths, "
@@ -86,7 +100,48 @@ MASKS = (
         ("min", "max", "amin", "amax"),
         "A row is masked throughout, its smallest or largest value the infinity of the mask: leave it out, "
         "or mask with a finite number",
-        "torch.nan_to_num(x, posinf=1e4, neginf=-1e4).amin(-1)",
+        "torch.amin(torch.nan_to_num(x, posinf=1e4, neginf=-1e4), -1)",
         made="inf",
+    ),
+)
+
+_LOG = ("log", "log2", "log10")
+_UNDERFLOW = (
+    (
+        ("prod", "cumprod"),
+        "The product of the factors `x` underflows to 0, and the logarithm of 0 is -inf: add their "
+        "logarithms",
+        "torch.log(x).sum(-1)",
+    ),
+    (
+        ("exp",),
+        "exp(x) underflows to 0 below -103, and the logarithm of 0 (or of a sum of zeros) is -inf: stay with "
+        "`x`, to which the logarithms of factors are added",
+        "torch.logsumexp(x, -1)",
+    ),
+    (
+        ("sigmoid",),
+        "sigmoid(x) underflows to 0, and the logarithm of 0 is -inf: take both at once",
+        "torch.nn.functional.logsigmoid(x)",
+    ),
+    (
+        ("softmax",),
+        "softmax(x) underflows to 0, and the logarithm of 0 is -inf: take both at once",
+        "torch.log_softmax(x, -1)",
+    ),
+    (
+        ("mul",),
+        "The product of `x` and `y` underflows to 0, and the logarithm of 0 is -inf: add logarithms, or, in "
+        "a recursion, divide by the sum after each step and add the logarithms of these sums",
+        "torch.log(x) + torch.log(y)",
+    ),
+)
+#: Of logarithms whose argument is 0 as an operation before them underflows, or whose gradient overflows then.
+UNDERFLOW = (
+    *(Fault(_LOG, why, cure, underflow=names) for names, why, cure in _UNDERFLOW),
+    *(
+        Fault(("Log", "Log2", "Log10"), why, cure, phase="backward", argument=None, underflow=names)
+        for names, why, cure in _UNDERFLOW
+        if names != ("sigmoid",)  # which is 0 where its logarithm's gradient would overflow
     ),
 )

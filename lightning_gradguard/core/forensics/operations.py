@@ -11,7 +11,7 @@ from lightning_gradguard.core.forensics.records import Argument, OperationRecord
 from lightning_gradguard.core.incidents import Cause
 
 #: Functions with one cure.
-_ALIKE = (("log", "log2", "log10"), ("sinh", "cosh"), ("acos", "asin"))
+_ALIKE = (("log", "log2", "log10"), ("sinh", "cosh"), ("acos", "asin"), ("amin", "amax", "min", "max"))
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,7 @@ class OperationFault:
         has_zero: That argument has a zero.
         is_empty: That argument has no elements.
         is_infinite: That argument has the infinity of a mask.
+        underflow: Its zeros come from one of these operations, which underflowed; `x` is that one's argument.
         numbers: One of the operation's number arguments is one of these.
         dtypes: Of the result; empty for all.
         called: Regular expression of the function or distribution that the user's line calls.
@@ -47,6 +48,7 @@ class OperationFault:
     has_zero: bool = False
     is_empty: bool = False
     is_infinite: bool = False
+    underflow: tuple[str, ...] = ()
     numbers: tuple[float, ...] = ()
     dtypes: tuple[str, ...] = ()
     called: str = ""
@@ -73,13 +75,15 @@ class OperationFault:
     @property
     def _is_bounded(self) -> bool:
         is_bounded = self.at_most is not None or self.at_least is not None
-        return is_bounded or self.has_zero or self.is_empty or self.is_infinite
+        return is_bounded or self.has_zero or self.is_empty or self.is_infinite or bool(self.underflow)
 
     def _is_in_range(self, argument: Argument) -> bool:
         if self.is_empty:
             return 0 in argument.shape
         if self.is_infinite:
             return argument.is_nonfinite and not argument.has_nan
+        if self.underflow:
+            return argument.underflow is not None and argument.underflow.operation in self.underflow
         if argument.low is None or argument.high is None:
             return False
         return (
@@ -94,6 +98,8 @@ class OperationFault:
         for alike in _ALIKE:
             if failed in alike:
                 cure = re.sub(rf"torch\.({'|'.join(alike)})\(", f"torch.{failed}(", cure)
+        if self.underflow:
+            return f"{self.why}. Use {cure}."
         used = [name for name in ("x", "y") if re.search(rf"\b{name}\b", cure)]
         names = ("", " (`x` is its argument)", " (`x` and `y` are its arguments)")[len(used)]
         if used == ["x"] and not self.called:

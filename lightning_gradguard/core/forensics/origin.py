@@ -224,12 +224,47 @@ def origin_in_learning_rate(
     if rate is None:
         return None
     schedules = list(schedules)
-    functions = [f for schedule in schedules for f in getattr(schedule, "lr_lambdas", ())]
-    code = next((f.__code__ for f in functions if hasattr(f, "__code__")), None)
+    function = _function_of(schedules)
     names = [type(schedule).__name__ for schedule in schedules] or ["the code that sets lr"]
     detail = f"The learning rate is {rate}, and so are the weights that it has updated."
-    origin = Origin("nonfinite_learning_rate", where=() if code else tuple(names), detail=detail)
-    return located(origin, Location(code.co_filename, code.co_firstlineno, code.co_name) if code else None)
+    origin = Origin("nonfinite_learning_rate", where=() if function else tuple(names), detail=detail)
+    return located(origin, function)
+
+
+def advice_on_schedules(
+    optimizers: Iterable[torch.optim.Optimizer], schedules: Iterable[object]
+) -> tuple[str, Location | None]:
+    """Returns what to do about schedules that have raised a learning rate, and where their function is.
+
+    Example:
+        >>> sgd = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1)
+        >>> schedule = torch.optim.lr_scheduler.OneCycleLR(sgd, max_lr=50.0, total_steps=4)
+        >>> sgd.param_groups[0]["lr"] = 50.0
+        >>> advice_on_schedules([sgd], [schedule])[0]
+        'OneCycleLR has raised the learning rate from 2 to 50: lower its max_lr.'
+    """
+    schedules = list(schedules)
+    rates = [(float(g.get("initial_lr", 0)), float(g["lr"]), g) for o in optimizers for g in o.param_groups]
+    raised = [found for found in rates if 0 < found[0] < found[1] < math.inf]
+    if not schedules or not raised:
+        return "", None
+    start, rate, group = max(raised, key=lambda found: found[1] / found[0])
+    function = _function_of(schedules)
+    name = " and ".join(dict.fromkeys(type(schedule).__name__ for schedule in schedules))
+    what = "what its function returns" if function else "its factors"
+    what = "its max_lr" if "max_lr" in group else what
+    place = f", at {function}" if function else ""
+    return (
+        f"{name} has raised the learning rate from {start:.3g} to {rate:.3g}: lower {what}{place}.",
+        function,
+    )
+
+
+def _function_of(schedules: Iterable[object]) -> Location | None:
+    """Returns where the function is that a schedule calls, if one does."""
+    functions = (f for schedule in schedules for f in getattr(schedule, "lr_lambdas", ()))
+    code = next((f.__code__ for f in functions if hasattr(f, "__code__")), None)
+    return Location(code.co_filename, code.co_firstlineno, code.co_name) if code else None
 
 
 def origin_in_epsilon(

@@ -14,6 +14,19 @@ LARGE = 1e4
 
 
 @dataclass(frozen=True)
+class Underflow:
+    """An operation that returned 0, or a number next to it, of numbers that are none.
+
+    Args:
+        operation: Such as `prod`.
+        location: The user's line that ran it.
+    """
+
+    operation: str
+    location: Location | None
+
+
+@dataclass(frozen=True)
 class Argument:
     """A tensor that an operation is given.
 
@@ -28,6 +41,7 @@ class Argument:
         record: The operation that made it, if it is recorded.
         leaf: Name of the parameter, buffer or part of the batch that it is a view of.
         is_mask: True if it is a mask that is added to scores: infinite in some places, 0 in all others.
+        underflow: The operation that its zeros come from, if that underflowed.
     """
 
     is_floating: bool
@@ -40,6 +54,7 @@ class Argument:
     record: OperationRecord | None
     leaf: str | None
     is_mask: bool = False
+    underflow: Underflow | None = None
 
     @property
     def largest(self) -> float:

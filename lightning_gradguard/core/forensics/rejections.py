@@ -153,7 +153,7 @@ REJECTIONS = (
         extreme="largest",
     ),
     Rejection(
-        r"input.numel\(\) == 0|on tensor with no elements|must be non-empty|zero-size",
+        r"input.numel\(\) == 0|to have non-zero size|on tensor with no elements|must be non-empty|zero-size",
         "The largest or smallest value of an empty selection does not exist: leave it out",
         "x.max() if x.numel() else x.sum() (`x` is what is selected)",
     ),

@@ -14,7 +14,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lightning_gradguard.core.forensics.location import Location, user_location
-from lightning_gradguard.core.forensics.records import LARGE, Argument, FailedOperation, OperationRecord
+from lightning_gradguard.core.forensics.records import (
+    LARGE,
+    Argument,
+    FailedOperation,
+    OperationRecord,
+    Underflow,
+)
 
 _UNINITIALIZED = ("aten::empty", "aten::new_empty", "aten::resize", "aten::set_")
 #: Operations that add a mask to scores.
@@ -24,6 +30,8 @@ _MOVES = (
     *("add", "sub", "mul", "div", "addmm", "baddbmm", "neg", "_log_softmax", "where", "cat", "stack"),
     *("expand", "clone", "_to_copy", "copy", "masked_fill", "repeat", "triu", "tril"),
 )
+#: Operations that return 0 of numbers that are none.
+_UNDERFLOW = ("prod", "cumprod", "exp", "sigmoid", "_softmax", "mul")
 
 
 class OperationTrace(TorchDispatchMode):
@@ -44,6 +52,7 @@ class OperationTrace(TorchDispatchMode):
         self._module = module
         self._leaves = leaves
         self._records: dict[int, OperationRecord] = {}
+        self._underflows: dict[int, Underflow] = {}
         self._in_order: list[OperationRecord] = []
         self._kept: list[Tensor] = []  # freed memory could be reused under the same address
         self._inside: list[str] = [""]
@@ -96,6 +105,7 @@ class OperationTrace(TorchDispatchMode):
         # the target of a copy is not read: it may be uninitialized memory
         read = inputs[1:] if name == "aten::copy_" else inputs
         before = self._inspect(read, name) if overwrites else None
+        underflow = self._underflow(name, inputs) if node is None else None
         try:
             result = function(*args, **(kwargs or {}))
         except Exception:
@@ -110,6 +120,10 @@ class OperationTrace(TorchDispatchMode):
         for tensor in made if overwrites else ():
             if _covers_storage(tensor) and not any(tensor is t for t in notable):
                 self._records.pop(_storage(tensor), None)
+        if underflow is not None:
+            zeros = [t for t in made if _has_zero(t)]
+            self._underflows.update((_storage(t), underflow) for t in zeros)
+            self._kept += zeros
         if notable:
             arguments = self._inspect(inputs, name) if before is None else before
             self._record(name, node, (args, kwargs), arguments, notable)
@@ -152,6 +166,16 @@ class OperationTrace(TorchDispatchMode):
             self._records[_storage(tensor)] = record
             self._kept.append(tensor)
 
+    def _underflow(self, name: str, inputs: Sequence[Tensor]) -> Underflow | None:
+        """Returns the operation that zeros of a result come from: an earlier one, or this one."""
+        earlier = (self._underflows.get(_storage(t)) for t in inputs)
+        found = next((u for u in earlier if u is not None), None)
+        if found is not None or _short(name) not in _UNDERFLOW or not inputs:
+            return found
+        if any(is_nonfinite(t) or _has_zero(t) for t in inputs):  # a zero is of a mask, or of a ReLU
+            return None
+        return Underflow(_short(name).lstrip("_"), user_location(self._frameworks))
+
     def record_of(self, tensor: Tensor) -> OperationRecord | None:
         """Returns the operation that wrote a tensor; `None` if none was recorded."""
         return self._records.get(_storage(tensor))
@@ -164,6 +188,10 @@ class OperationTrace(TorchDispatchMode):
         """Returns the last operation that returned unintended nonfinite values."""
         found = (r for r in reversed(self._in_order) if r.made != "large" and not r.is_intended)
         return next(found, None)
+
+    def follows_backward(self, record: OperationRecord) -> bool:
+        """Checks that an operation is neither part of a backward pass nor ahead of one."""
+        return not record.node and record.segment == len(self._entered_before) > 0
 
     def computes_loss(self, record: OperationRecord) -> bool:
         """Checks that an operation belongs to the loss.
@@ -184,6 +212,7 @@ class OperationTrace(TorchDispatchMode):
         values = _values(tensor) if is_floating else _stored(tensor).double()
         finite = values[values.isfinite()]
         record, nonfinite = self.record_of(tensor), finite.numel() < values.numel()
+        underflow = self._underflows.get(_storage(tensor))
         has_nan = nonfinite and bool(values.isnan().any())
         is_zero = bool(finite.numel()) and not bool(finite.any())
         return Argument(
@@ -197,6 +226,7 @@ class OperationTrace(TorchDispatchMode):
             record=record,
             leaf=None if record else self._leaf_of(tensor, nonfinite),
             is_mask=may_be_mask and nonfinite and is_zero and not has_nan,
+            underflow=underflow if underflow is not None and _has_zero(tensor) else None,
         )
 
     def _leaf_of(self, tensor: Tensor, nonfinite: bool) -> str | None:
@@ -256,6 +286,13 @@ def _magnitude(tensor: Tensor) -> float:
         return 0.0
     values = _values(tensor.detach())
     return float(values.abs().amax()) if values.numel() else 0.0
+
+
+def _has_zero(tensor: Tensor) -> bool:
+    """Returns True if a value is 0, or next to it: the gradient of its logarithm may overflow."""
+    values = _values(tensor.detach())
+    is_zero = values.abs() < torch.finfo(values.dtype).tiny if values.is_floating_point() else values == 0
+    return bool(is_zero.any())
 
 
 def _largest_finite(tensor: Tensor) -> float:

@@ -15,6 +15,7 @@ from torch import nn
 from lightning_gradguard.core.forensics import (
     Origin,
     OutOfRange,
+    advice_on_schedules,
     or_bad_input,
     origin_in_epsilon,
     origin_in_learning_rate,
@@ -36,14 +37,8 @@ from lightning_gradguard.runtime.treatment.module import changes_made
 
 #: Causes that exclude few others, by how few.
 _VAGUE = {"transient": 1, "unknown": 2}
-#: By cause, hooks of the module that may have made the value, and the words for them.
-_HOOKS = {
-    "bad_input": (
-        ("on_after_batch_transfer", "on_before_batch_transfer"),
-        "as {} of the module returned it",
-    ),
-    "transient": (("on_after_backward",), "without {} of the module, which may have written gradients"),
-}
+#: Hooks of the module that may have made a bad batch.
+_HOOKS = ("on_after_batch_transfer", "on_before_batch_transfer")
 
 
 @dataclass(frozen=True)
@@ -219,9 +214,8 @@ def _with_samples(trainer: pl.Trainer, seen: SeenBatch, origin: Origin) -> Origi
     places = []
     for name, ids in named.items():
         places += [f"{name} {', '.join(map(str, ids))}"] if ids else []
-    hooks, words = _HOOKS.get(origin.cause, ((), ""))
-    own = (hook for hook in hooks if lightning_api.overrides(trainer.lightning_module, hook))
-    places += [words.format(hook) for hook in own][:1]
+    own = (hook for hook in _HOOKS if lightning_api.overrides(trainer.lightning_module, hook))
+    places += [f"as {hook} of the module returned it" for hook in own if origin.cause == "bad_input"][:1]
     places += [f"rank {trainer.global_rank}"] if world_size() > 1 else []
     detail = f"{origin.detail.rstrip('.')} ({', '.join(places)})." if places else origin.detail
     return dataclasses.replace(origin, detail=detail, samples=", ".join(first))
@@ -291,7 +285,13 @@ def _in_weights(trainer: pl.Trainer, out_of_range: dict[str, OutOfRange]) -> Ori
     named = trainer.lightning_module.named_parameters()
     schedules = [config.scheduler for config in trainer.lr_scheduler_configs]
     found = origin_in_learning_rate(trainer.optimizers, schedules)
-    return found or origin_in_epsilon(named, trainer.optimizers) or origin_in_weights(out_of_range)
+    found = found or origin_in_epsilon(named, trainer.optimizers) or origin_in_weights(out_of_range)
+    if found.cause != "update_too_large":
+        return found
+    advice, function = advice_on_schedules(trainer.optimizers, schedules)
+    return dataclasses.replace(
+        found, advice=advice, location=str(function or ""), code=function.code if function else ""
+    )
 
 
 def _importable(module: str) -> str:

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_gradguard.core.forensics import Origin, OutOfRange, investigate
-from lightning_gradguard.core.snapshots import StepRandomness, set_rng_state
+from lightning_gradguard.core.forensics.trace import is_nonfinite
+from lightning_gradguard.core.snapshots import StepRandomness, preserve_weights, set_rng_state
 from lightning_gradguard.runtime import lightning_api
 from lightning_gradguard.runtime.distributed import world_size
 from lightning_gradguard.runtime.incidents.invalid_batches import is_check_of_values
@@ -83,14 +84,18 @@ def replay(
         return results
 
     def run_step() -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+        for parameter in parameters:
+            parameter.grad = None
         with trainer.precision_plugin.train_step_context():
             if pl_module.automatic_optimization:
                 loss = training_loss(pl_module, seen.batch, seen.batch_idx)
-                return [loss], _gradients(loss * scale, parameters)
-            with _manual_optimization(pl_module, scale) as recorded:
+                gradients = _accumulate(loss * scale, parameters)
+                if not any(map(is_nonfinite, gradients)):
+                    pl_module.on_after_backward()  # which may write gradients
+                return [loss], [*gradients, *_accumulated(parameters)]
+            with _manual_optimization(pl_module, scale) as (losses, gradients):
                 _training_step(pl_module, seen.batch, seen.batch_idx)
-            losses, gradients = recorded
-            return losses, [*gradients, *(p.grad for p in parameters if p.grad is not None)]
+                return losses, [*gradients, *_accumulated(parameters)]
 
     try:
         with without_logging(pl_module), _gradients_restored(pl_module):
@@ -172,17 +177,28 @@ def _training_step(pl_module: pl.LightningModule, batch: Any, batch_idx: int) ->
     return step(batch, batch_idx) if len(wants) > 1 else step(batch)
 
 
-def _gradients(loss: Tensor, parameters: Sequence[nn.Parameter], **options: Any) -> list[Tensor]:
+def _accumulate(loss: Tensor, parameters: Sequence[nn.Parameter], **options: Any) -> list[Tensor]:
+    """Adds the gradients of a loss to those of the parameters, and returns them."""
     # not `backward`, which would trigger the hooks of DistributedDataParallel
     found = torch.autograd.grad(loss, parameters, allow_unused=True, **options)
+    for parameter, gradient in zip(parameters, found, strict=True):
+        if gradient is not None:
+            parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
     return [gradient for gradient in found if gradient is not None]
+
+
+def _accumulated(parameters: Sequence[nn.Parameter]) -> list[Tensor]:
+    return [p.grad for p in parameters if p.grad is not None]
 
 
 @contextmanager
 def _manual_optimization(
     pl_module: pl.LightningModule, scale: float
 ) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
-    """Runs manual optimization in which losses are differentiated and nothing steps."""
+    """Runs manual optimization in which losses are differentiated and nothing steps.
+
+    Weights that the step itself writes, and gradients, are restored.
+    """
     losses: list[Tensor] = []
     gradients: list[Tensor] = []
 
@@ -190,18 +206,21 @@ def _manual_optimization(
         options = {k: v for k, v in options.items() if k in ("retain_graph", "create_graph")}
         losses.append(loss)
         trained = [p for p in pl_module.parameters() if p.requires_grad]
-        gradients.extend(_gradients(loss * scale, trained, **options))
+        gradients.extend(_accumulate(loss * scale, trained, **options))
 
     def idle(found: Any) -> Any:
         return [_Idle(one) for one in found] if isinstance(found, list) else _Idle(found)
 
     optimizers, schedulers = pl_module.optimizers, pl_module.lr_schedulers
-    with _patched(
-        pl_module,
-        manual_backward=manual_backward,
-        optimizers=lambda *a, **k: idle(optimizers(*a, **k)),
-        lr_schedulers=lambda *a, **k: idle(schedulers(*a, **k)),
-        clip_gradients=lambda *_, **__: None,
+    with (
+        preserve_weights(pl_module),
+        _patched(
+            pl_module,
+            manual_backward=manual_backward,
+            optimizers=lambda *a, **k: idle(optimizers(*a, **k)),
+            lr_schedulers=lambda *a, **k: idle(schedulers(*a, **k)),
+            clip_gradients=lambda *_, **__: None,
+        ),
     ):
         yield losses, gradients
 
@@ -218,15 +237,10 @@ class _Idle:
     def step(self, closure: Callable[[], Any] | None = None, **_: Any) -> Any:
         return closure() if closure is not None else None
 
-    def zero_grad(self, *_: Any, **__: Any) -> None:
-        """Does nothing, as nothing was accumulated."""
-
 
 @contextmanager
 def _gradients_restored(pl_module: nn.Module) -> Iterator[None]:
     before = [(p, p.grad, p.requires_grad) for p in pl_module.parameters()]
-    for parameter, _, _ in before:
-        parameter.grad = None
     try:
         yield
     finally:

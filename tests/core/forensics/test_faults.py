@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch import distributions as d
 from torch.nn import functional as F
 
 from lightning_gradguard.core.forensics.faults import FAULTS
@@ -102,14 +104,6 @@ CASES: list[tuple[str, Program, Program, Callable[[Tensor], Any] | None, str]] =
     ("log of 0", torch.log, zero, None, "logarithm of 0"),
     ("log2 of 0", torch.log2, zero, None, "logarithm of 0"),
     ("log10 of 0", torch.log10, zero, None, "logarithm of 0"),
-    (
-        "log of softmax",
-        lambda x: x.softmax(-1).log(),
-        lambda h: h * torch.tensor([1.0, 1, 1, 1e3]),
-        None,
-        "log_softmax",
-    ),
-    ("log of sigmoid", lambda x: x.sigmoid().log(), lambda h: shifted(h, -200), None, "logsigmoid"),
     ("entropy", lambda x: -(x * x.log()), zero, None, "logarithm of 0"),
     ("log of a negative", torch.log, lambda h: shifted(h, -5), None, "negative"),
     ("log with an epsilon in half", lambda x: (x.half() + 1e-8).log(), zero, None, "float16"),
@@ -355,6 +349,41 @@ CASES: list[tuple[str, Program, Program, Callable[[Tensor], Any] | None, str]] =
     ("weight_norm of a row of zeros", lambda x, y: torch._weight_norm(x, y), zero, column, "weight_norm"),
     ("gradient of QR", lambda x: torch.linalg.qr(x)[1], lambda h: 0 * h[:COLUMNS], None, "inverse"),
 ]
+CASES += [("log of sigmoid", lambda x: x.sigmoid().log(), lambda h: shifted(h, -200), None, "logsigmoid")]
+#: Logarithms of what underflows to 0, or next to it, where their gradient overflows.
+for place, by, small in (("log", -200.0, 1e-15), ("gradient of log", -95.0, 1e-10)):
+    squared = partial(torch.mul, other=small**2)
+    tiny, low, far = partial(torch.mul, other=small), partial(torch.add, other=by), by * torch.eye(COLUMNS)[0]
+    CASES += [
+        (f"{place} of a product", lambda x: x.prod(-1).log(), tiny, None, "factors"),
+        (f"{place} of exp", lambda x: x.exp().sum(-1).log(), low, None, "logsumexp"),
+        (
+            f"{place} of softmax",
+            lambda x: x.softmax(-1).log(),
+            partial(torch.sub, other=far),
+            None,
+            "log_softmax",
+        ),
+        (f"{place} of x * y", lambda x, y: (x * y).log(), squared, squared, "recursion"),
+    ]
+CASES += [
+    (
+        "log-probabilities as targets",
+        lambda x, y: F.kl_div(x, y, reduction="batchmean"),
+        lambda h: h.log_softmax(-1),
+        lambda h: h.detach().log_softmax(-1),
+        "log_target",
+    ),
+    (
+        "an action at its bound",
+        lambda x, y: d.TransformedDistribution(
+            d.Normal(x, 1.0), [d.TanhTransform()], validate_args=False
+        ).log_prob(y),
+        lambda h: h,
+        lambda h: one(h.detach()),
+        "ahead of its transform",
+    ),
+]
 NAMES = [case[0] for case in CASES]
 
 
@@ -404,6 +433,8 @@ def test_a_fault_is_told_and_its_cure_trains(
             result = result.log_prob(torch.zeros(()))
         elif result.dtype == torch.bool:
             result = f(result, other)
+        elif fault.cure.startswith("y."):
+            result = f(given, result)
         loss: Tensor = result
         return loss
 

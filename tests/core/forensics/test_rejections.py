@@ -145,6 +145,7 @@ CASES: list[tuple[str, Callable[[Tensor], Tensor], Program, Tensor, str]] = [
     ("float16", lambda h: h.half(), lambda x, y: x.masked_fill(y > 0, -1e9), targets(0.5), ""),
     ("more values", lambda h: h, lambda x, y: x.topk(9).values, targets(0.5), ""),
     ("empty selection", lambda h: h[h > 99], lambda x, y: x.max(), targets(0.5), "call"),
+    ("empty selection", lambda h: h[:, :0], lambda x, y: x.max(1).values, targets(0.5), "call"),
 ]
 
 
@@ -205,3 +206,11 @@ def test_an_index_beyond_its_range_is_told_with_its_row(name: str, index: Progra
     origin = examine(net, lambda: index(net(data), y).float().mean(), (data, y))
     assert (origin.cause, origin.where, origin.rows) == ("bad_input", ("batch[1]",), (BAD,))
     assert words in origin.advice
+
+
+def test_a_label_that_losses_ignore_is_no_index() -> None:
+    net, data, y = network(), torch.ones(ROWS, 3), alike(1, -100)
+    origin = examine(net, lambda: net(data).scatter(1, y[:, None], 1.0).mean(), (data, y))
+    assert (origin.cause, origin.where, origin.rows) == ("bad_input", ("batch[1]",), (BAD,))
+    assert "index with y.clamp(min=0)" in origin.advice
+    net(data).scatter(1, y.clamp(min=0)[:, None], 1.0).mean().backward()

@@ -199,14 +199,45 @@ def test_hook_that_changes_the_batch_or_gradients_is_named(tmp_path: Path) -> No
         loss: Tensor = squares(module, batch) * batch[2].all()
         return loss
 
+    line = Normalizing.on_after_backward.__code__.co_firstlineno + 2
     for module, cause, words in (
         (Standardizing(squares), "bad_input", "as on_after_batch_transfer of the module returned it"),
-        (Normalizing(partial), "transient", "without on_after_backward of the module"),
+        (Normalizing(partial), "backward_pass", f"{FILE}:{line} in on_after_backward: `p.grad = None"),
     ):
         fit(module, data(), [NaNRollback(incident_dir=str(tmp_path / cause))], tmp_path)
         (found,) = incidents(tmp_path / cause)
         assert found["cause"] == cause
         assert words in found["detail"]
+
+
+class Normalizing(Network):
+    """Divides each gradient by its norm, which is 0 in a bad batch, under manual optimization."""
+
+    bound = 0.0
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        optimizer: Any = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward(squares(self, batch) * batch[2].all())
+        for p in self.net.parameters():
+            assert p.grad is not None
+            p.grad /= p.grad.norm().clamp_min(self.bound)
+        optimizer.step()
+
+
+@pytest.mark.parametrize("bound", [0.0, 1e-6])
+def test_gradients_that_a_step_divides_by_their_norm(tmp_path: Path, bound: float) -> None:
+    module = Normalizing(squares)
+    module.automatic_optimization, module.bound = False, bound
+    fit(module, data(), [NaNRollback()], tmp_path)
+    if bound:
+        assert not (tmp_path / "incidents.jsonl").exists()
+        return
+    (found,) = incidents(tmp_path)
+    assert (found["cause"], found["where"]) == ("backward_pass", [found["location"]])
+    assert "`p.grad /= p.grad.norm().clamp_min(self.bound)`" in found["detail"]
+    assert "x / y.clamp_min(1e-6)" in found["advice"]
+    assert all(bool(p.isfinite().all()) for p in module.parameters())
 
 
 def test_loss_that_is_never_finite_stops_with_its_reason(tmp_path: Path) -> None:
