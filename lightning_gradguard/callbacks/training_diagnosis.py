@@ -306,7 +306,7 @@ class TrainingDiagnosis(StepCallback):
                     detail += " It follows from the poor initialization that the check reports."
                 raised = ""
                 if cause == "update_too_large":
-                    raised, _ = advice_on_schedules(trainer.optimizers, schedules)
+                    raised, _ = advice_on_schedules(schedules)
                 incident = incident_now(
                     trainer,
                     symptom.kind,

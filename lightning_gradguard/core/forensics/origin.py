@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -231,33 +231,31 @@ def origin_in_learning_rate(
     return located(origin, function)
 
 
-def advice_on_schedules(
-    optimizers: Iterable[torch.optim.Optimizer], schedules: Iterable[object]
-) -> tuple[str, Location | None]:
-    """Returns what to do about schedules that have raised a learning rate, and where their function is.
+def advice_on_schedules(schedules: Iterable[Any]) -> tuple[str, Location | None]:
+    """Returns what to do about a schedule that has raised a learning rate, and where its function is.
 
     Example:
         >>> sgd = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1)
-        >>> schedule = torch.optim.lr_scheduler.OneCycleLR(sgd, max_lr=50.0, total_steps=4)
-        >>> sgd.param_groups[0]["lr"] = 50.0
-        >>> advice_on_schedules([sgd], [schedule])[0]
-        'OneCycleLR has raised the learning rate from 2 to 50: lower its max_lr.'
+        >>> schedule = torch.optim.lr_scheduler.LambdaLR(sgd, [lambda step: 10.0 ** (step + 1)])
+        >>> advice_on_schedules([schedule])[0].partition(", at ")[0]
+        'LambdaLR has raised the learning rate from 0.1 to 1: lower what its function returns'
     """
-    schedules = list(schedules)
-    rates = [(float(g.get("initial_lr", 0)), float(g["lr"]), g) for o in optimizers for g in o.param_groups]
-    raised = [found for found in rates if 0 < found[0] < found[1] < math.inf]
-    if not schedules or not raised:
-        return "", None
-    start, rate, group = max(raised, key=lambda found: found[1] / found[0])
-    function = _function_of(schedules)
-    name = " and ".join(dict.fromkeys(type(schedule).__name__ for schedule in schedules))
-    what = "what its function returns" if function else "its factors"
-    what = "its max_lr" if "max_lr" in group else what
-    place = f", at {function}" if function else ""
-    return (
-        f"{name} has raised the learning rate from {start:.3g} to {rate:.3g}: lower {what}{place}.",
-        function,
-    )
+    for schedule in schedules:
+        rates = map(float, schedule.get_last_lr()) if hasattr(schedule, "get_last_lr") else ()
+        for group, rate in zip(schedule.optimizer.param_groups, rates, strict=False):
+            start = float(group.get("initial_lr", rate))
+            if not start < rate < math.inf:
+                continue
+            function = _function_of([schedule])
+            what = "what its function returns" if function else "its factors"
+            what = "its max_lr" if "max_lr" in group else what
+            what += f", at {function}" if function else ""
+            name = type(schedule).__name__
+            return (
+                f"{name} has raised the learning rate from {start:.3g} to {rate:.3g}: lower {what}.",
+                function,
+            )
+    return "", None
 
 
 def _function_of(schedules: Iterable[object]) -> Location | None:

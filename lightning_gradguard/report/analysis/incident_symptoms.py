@@ -72,8 +72,8 @@ def _falling_learning_rate(log: RunLog, outcome: Outcome) -> RunSymptom | None:
     evidence = f"lowered {len(cuts)} times since step {cuts[0]}, to {level:.2g} of the configured rate"
     severity: SymptomSeverity = "minor" if outcome.has_learned else "serious"
     if rate is None:
-        reasons = dict.fromkeys(i.advice for i in log.incidents if i.cause == "update_too_large" and i.advice)
-        next_steps = (*reasons, *remedies("falling_learning_rate"))
+        reasons = [i.advice for i in log.incidents if i.cause == "update_too_large" and i.advice]
+        next_steps = (*reasons[:1], *remedies("falling_learning_rate"))
         return RunSymptom("falling_learning_rate", severity, cuts[0], evidence, level, remedies=next_steps)
     evidence += f"; the run trained at lr={rate:.3g}"
     next_steps = (f"Train with lr={rate:.3g}, which the run has found to train.",)

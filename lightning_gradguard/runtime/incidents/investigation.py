@@ -288,7 +288,7 @@ def _in_weights(trainer: pl.Trainer, out_of_range: dict[str, OutOfRange]) -> Ori
     found = found or origin_in_epsilon(named, trainer.optimizers) or origin_in_weights(out_of_range)
     if found.cause != "update_too_large":
         return found
-    advice, function = advice_on_schedules(trainer.optimizers, schedules)
+    advice, function = advice_on_schedules(schedules)
     return dataclasses.replace(
         found, advice=advice, location=str(function or ""), code=function.code if function else ""
     )
