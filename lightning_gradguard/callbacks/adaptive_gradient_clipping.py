@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import warnings
 from collections import defaultdict
 from collections.abc import Sequence
@@ -33,6 +34,7 @@ from lightning_gradguard.core.norms import (
     total_norm_from_norms,
 )
 from lightning_gradguard.core.parameter_names import match_names, warn_unmatched
+from lightning_gradguard.core.remedies import advice
 from lightning_gradguard.runtime import lightning_api
 from lightning_gradguard.runtime.incidents.journal import incident_now, publish
 from lightning_gradguard.runtime.logging import console
@@ -89,7 +91,8 @@ class AdaptiveGradientClipping(StepCallback):
         self._policies: dict[int, ClippingPolicy] = defaultdict(partial(copy.deepcopy, self.policy))
         self._clipped: dict[int, tuple[Scalar, int]] = {}
         self._logged: dict[int, tuple[Scalar, int]] = {}
-        self._hard: dict[int, tuple[Scalar, int]] = {}
+        self._hard: dict[int, tuple[Scalar, int, Scalar]] = {}
+        self._factors = (0.0, 0)  # sum of logarithms of coefficients below 1, and their number
         self._detectors: dict[int, ConstantClippingDetector] = defaultdict(ConstantClippingDetector)
         self._may_override = False
         self._is_explained = False
@@ -114,6 +117,7 @@ class AdaptiveGradientClipping(StepCallback):
     def on_begin(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Warns about optimizers that cannot be clipped, and about patterns that match nothing."""
         self._clipped, self._logged, self._hard = {}, {}, {}
+        self._factors = (0.0, 0)
         warn_unmatched("exclude", self.exclude, pl_module, trainer.optimizers)
         self._may_override = not lightning_api.gradients_used_after_hook(trainer)
         for optimizer in trainer.optimizers:
@@ -143,19 +147,21 @@ class AdaptiveGradientClipping(StepCallback):
         clipped, steps = self._clipped.get(step.optimizer_index, (0, 0))
         self._clipped[step.optimizer_index] = (clipped + (lowest < 1), steps + 1)
         if not isinstance(coefficients, list):
-            hard, steps = self._hard.get(step.optimizer_index, (0, 0))
-            self._hard[step.optimizer_index] = (hard + (coefficients < HARD_CLIPPING), steps + 1)
+            hard, steps, _ = self._hard.get(step.optimizer_index, (0, 0, 1.0))
+            counted = (hard + (coefficients < HARD_CLIPPING), steps + 1, coefficients)
+            self._hard[step.optimizer_index] = counted
         if self.suite.is_logged:
             self._log(trainer, step, gradients, policy.threshold, coefficients)
 
     @override
     def on_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch_idx: int) -> None:
         """Adds the counts of hard clipping: at once if they are on the host, else with the logged numbers."""
-        for index, (hard, steps) in list(self._hard.items()):
-            if not isinstance(hard, Tensor):
-                self.on_host_numbers(trainer, pl_module, (index, steps), [float(hard)])
+        for index, (hard, steps, last) in list(self._hard.items()):
+            if not isinstance(last, Tensor):
+                self.on_host_numbers(trainer, pl_module, (index, steps), [float(hard), last])
             elif self.suite.is_logged:
-                self.suite.metrics.add_numbers(self, (index, steps), hard.reshape(1))
+                numbers = torch.stack([torch.as_tensor(hard).to(last), last])
+                self.suite.metrics.add_numbers(self, (index, steps), numbers)
             else:
                 continue
             del self._hard[index]
@@ -169,9 +175,14 @@ class AdaptiveGradientClipping(StepCallback):
     ) -> None:
         """Publishes an incident once clipping sets the length of most steps."""
         index, steps = record
-        share = self._detectors[index].update(numbers[0], steps)
+        hard, last = numbers
+        if 0 < last < 1:
+            self._factors = (self._factors[0] + math.log(last), self._factors[1] + 1)
+        share = self._detectors[index].update(hard, steps)
         if share is not None and not self._is_explained:
-            publish(trainer, pl_module, incident_now(trainer, "constant_clipping", value=share))
+            text = advice("constant_clipping", coefficient=self._usual_coefficient())
+            incident = incident_now(trainer, "constant_clipping", value=share, advice=text)
+            publish(trainer, pl_module, incident)
 
     def on_training_incident(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, incident: Incident
@@ -181,11 +192,13 @@ class AdaptiveGradientClipping(StepCallback):
 
     @override
     def final_counts(self) -> dict[str, float]:
-        """Returns the share of steps that were clipped."""
+        """Returns the share of steps that were clipped, and by how much."""
         counts = [*self._logged.values(), *self._clipped.values()]
         steps = sum(n for _, n in counts)
         clipped = sum(float(n) for n, _ in counts)
-        return {tags.CLIPPED_FRACTION: clipped / steps} if steps else {}
+        usual = self._usual_coefficient()
+        found = {} if usual is None else {tags.USUAL_COEFFICIENT: usual}
+        return {tags.CLIPPED_FRACTION: clipped / steps, **found} if steps else {}
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -223,6 +236,11 @@ class AdaptiveGradientClipping(StepCallback):
         """True if the policy of any optimizer wants them, or may, as the optimizer has not stepped yet."""
         indices = range(len(trainer.optimizers))
         return any([self._policies[index].wants_weight_norm for index in indices])
+
+    def _usual_coefficient(self) -> float | None:
+        """Returns the geometric mean of the coefficients of clipped steps; `None` if it is not known."""
+        total, n = self._factors
+        return math.exp(total / n) if n else None
 
     def _context(self, step: Step, policy: ClippingPolicy) -> StepContext:
         measurement = step.measurement

@@ -108,6 +108,7 @@ class TrainingDiagnosis(StepCallback):
         self._next_sample = 0
         self._steps = Steps()
         self._started = 0
+        self._finite_at = -1
         self._is_publishing = False
         self._is_poorly_initialized = False
 
@@ -206,8 +207,12 @@ class TrainingDiagnosis(StepCallback):
         symptoms = self.diagnosis.update(sample)
         where, share = record.nonfinite()
         if where:
-            symptom = Symptom("nonfinite_gradient", "unknown", where, share, "", "update", since=sample.step)
+            last = self._finite_at
+            text = f"step {last}, the one sampled before, was finite" if last >= 0 else ""
+            symptom = Symptom("nonfinite_gradient", "unknown", where, share, text, "update", since=last + 1)
             symptoms = [*symptoms, *self.diagnosis.add_once(symptom)]
+        else:
+            self._finite_at = sample.step
         self._publish_on_all_ranks(trainer, pl_module, symptoms, record.now)
 
     def on_training_incident(
@@ -296,7 +301,7 @@ class TrainingDiagnosis(StepCallback):
         self._is_publishing = True
         present = present_in(trainer)
         # a schedule that has left a rate is not to step more often
-        present.update(("has_rate", "by_batch") if self.diagnosis.has_rate else ("no_rate",))
+        present |= {"sampled", *(("has_rate", "by_batch") if self.diagnosis.has_rate else ("no_rate",))}
         schedules = [config.scheduler for config in trainer.lr_scheduler_configs]
         for symptom in symptoms:
             if symptom.kind in self.symptoms:

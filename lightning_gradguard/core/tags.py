@@ -33,6 +33,7 @@ SATURATED_SHARE = "saturated_share/<name>"
 OUTPUT_GRADIENT = "output_gradient/<name>"
 #: Final numbers of a run.
 CLIPPED_FRACTION = "summary/clipped_fraction"
+USUAL_COEFFICIENT = "summary/clip_coefficient"
 LARGEST_NORM = "summary/largest_norm"
 LARGEST_LOGGED_NORM = "summary/largest_logged_norm"
 #: Largest norm of a run above which it is not called clean: that of an explosion, or of data out of scale.

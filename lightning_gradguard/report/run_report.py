@@ -8,11 +8,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 
+from lightning_gradguard.core.incidents import SYMPTOM_CAUSES
 from lightning_gradguard.report.analysis.gradient_symptoms import clipped_elsewhere
+from lightning_gradguard.report.analysis.outcome import RunSymptom
 from lightning_gradguard.report.analysis.run_log import GradientLog, RunLog, Series
 from lightning_gradguard.report.analysis.verdict import RunVerdict, analyze_run, worst_layers
 from lightning_gradguard.report.readers.runs import Run
 from lightning_gradguard.report.timeline import TimelineEntry, timeline
+
+#: Symptoms that one cause has together.
+OF_NETWORKS = (
+    *("vanishing_gradient", "exploding_gradient", "gradient_collapse", "weight_stagnation"),
+    *("dead_units", "saturated_units", "stuck_loss"),
+)
 
 
 @dataclass(frozen=True)
@@ -144,13 +152,26 @@ def _last_count(series: Series) -> int | None:
 
 
 def _next_steps(verdict: RunVerdict) -> list[str]:
-    """Returns the remedies of all symptoms, tried ones first; of those that begin alike, the first."""
+    """Returns the remedies of all symptoms, tried ones first; of those that begin alike, the first.
+
+    What is said of a symptom in general is left out where one that is as severe has a known cause.
+    """
     symptoms = sorted(verdict.symptoms, key=lambda symptom: not symptom.is_tried)
-    remedies = (remedy for symptom in symptoms for remedy in symptom.remedies)
+    known = {symptom.severity for symptom in symptoms if _is_explained(symptom)}
+    remedies = (
+        remedy
+        for symptom in symptoms
+        if _is_explained(symptom) or symptom.kind not in OF_NETWORKS or symptom.severity not in known
+        for remedy in symptom.remedies
+    )
     by_start: dict[str, str] = {}
     for remedy in remedies:
         by_start.setdefault(re.split(r"[:,;(]", remedy)[0], remedy)
     return [*by_start.values()]
+
+
+def _is_explained(symptom: RunSymptom) -> bool:
+    return symptom.is_tried or symptom.cause in SYMPTOM_CAUSES
 
 
 def _missing(run: Run, verdict: RunVerdict) -> list[str]:
@@ -168,8 +189,8 @@ def _missing(run: Run, verdict: RunVerdict) -> list[str]:
         notes.append(f"{alone}; add GradientNormMonitor()")
     elif not any(g.layers for g in run.log.gradients):
         notes.append("only the total norm was logged; GradientNormMonitor() logs the norm of each layer")
-    elif not len(run.log.loss):
+    if run.log.gradients and not len(run.log.loss):
         notes.append("no training loss was logged; add self.log('train_loss', loss)")
-    if verdict.status == "unknown" and verdict.outcome.steps:
+    elif verdict.status == "unknown" and verdict.outcome.steps:
         notes.append("for a verdict log more often, Trainer(log_every_n_steps=10), or train for longer")
     return notes

@@ -17,7 +17,7 @@ def test_short_run_has_no_verdict_but_symptoms(capsys: pytest.CaptureFixture[str
     tags = {"grad_norm/total": [3e6] * 3, "train_loss": [2.0] * 3, "clip/coefficient": [1e-6] * 3}
     write_events("run", {**tags, "clip/fraction": [1.0] * 3})
     text = " ".join(printed(capsys, "run").split())
-    assert "not enough logged steps for a verdict" in text
+    assert "too little was logged for a verdict" in text
     assert "for a verdict log more often, Trainer(log_every_n_steps=10), or train for longer" in text
     assert "hard clipping of most steps (minor, from step 1)" in text
     assert "largest gradient norm 3e+06" in text
@@ -40,6 +40,17 @@ def test_what_was_tried_on_the_batch_is_the_first_step() -> None:
     found = report_of(folder)
     assert [s.kind for s in found.verdict.symptoms] == ["poor_initialization", "vanishing_gradient"]
     assert found.next_steps == ["Cure: nn.init.zeros_(model.head.weight)", "Use fewer layers."]
+
+
+def test_general_remedies_give_way_to_those_of_a_known_cause() -> None:
+    norms = {f"grad_norm/net.{i}.weight": [10.0 ** (i - 9)] * 60 for i in range(10)}
+    folder = write_events("run", {"train_loss": [2.0] * 60, **norms})
+    assert "Add residual connections." in report_of(folder).next_steps
+    told = {"kind": "poor_initialization", "step": 0, "advice": "Cure: nn.init.zeros_(model.head.weight)"}
+    (folder / "incidents.jsonl").write_text(f"{json.dumps(told)}\n")
+    found = report_of(folder)
+    assert {s.kind for s in found.verdict.symptoms} == {"poor_initialization", "vanishing_gradient"}
+    assert found.next_steps == ["Cure: nn.init.zeros_(model.head.weight)"]
 
 
 @pytest.mark.parametrize(("here", "earlier"), [(2, 3), (0, 5), (5, 0)])

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from torch import nn
 
 #: What a run has, so that some advice does not apply; `feed_forward`: no recurrence; `untrained`: what is
-#: found was there before the first update; `by_batch`: no schedule that steps once an epoch is at fault.
+#: found was there before the first update; `by_batch`: no schedule that steps once an epoch is at fault;
+#: `sampled`: it was found on a step that is sampled, and may have begun before.
 Present = Literal[
     "clipping",
     "backoff",
@@ -28,6 +29,7 @@ Present = Literal[
     "by_batch",
     "has_rate",
     "no_rate",
+    "sampled",
 ]
 
 #: How a cure names all weights: those of layers or, for functional code and recurrent networks, all matrices.
@@ -37,19 +39,22 @@ _OF_MATRICES = "for p in model.parameters() if p.ndim > 1"
 _CONDITIONAL = re.compile(r"\[(\w+)\|([^]]*)\]")
 
 
-def advice(kind: str, where: Sequence[str] = (), present: Collection[Present] = ()) -> str:
+def advice(
+    kind: str, where: Sequence[str] = (), present: Collection[Present] = (), coefficient: float | None = None
+) -> str:
     """Returns advice for an incident, in one or two sentences; empty for an unknown kind.
 
     Args:
         kind: One of `core.incidents.KINDS`.
         where: Names of the parameters or modules at fault, the worst first; the first is named.
         present: What the run has: advice to add it is left away.
+        coefficient: That of most clipped steps, if it is known.
 
     Example:
         >>> advice("rollback", present=["backoff"])
         'The weights are those of an earlier step; lower the learning rate if it happens again.'
     """
-    return _applied(BY_KIND.get(kind, ""), where, present)
+    return _applied(BY_KIND.get(kind, ""), where, present, coefficient=coefficient)
 
 
 def advice_for_cause(
@@ -115,6 +120,7 @@ def _applied(
     present: Collection[Present],
     model: nn.Module | None = None,
     n_steps: int = 0,
+    coefficient: float | None = None,
 ) -> str:
     """Returns a text without the parts that do not apply, and with the name of what is at fault."""
     name = where[0] if where else ""
@@ -128,6 +134,7 @@ def _applied(
         gated=_gated(name, code, found, n_steps),
         parameters=f"[{code}]" if is_bare else f"{code}.parameters()",
         weight="m.weight" if has_layers else "p",
+        coefficient="the usual clip/coefficient" if coefficient is None else f"{coefficient:.2g}",
         for_all=_OF_LAYERS if has_layers else _OF_MATRICES,
     )
     is_named = re.search(r"\bmodel[.\[]", applied) and "model = self" not in applied

@@ -7,8 +7,10 @@
 #: By kind of incident.
 BY_KIND = {
     "nonfinite_gradient": (
-        "Look for log(0), division by zero or sqrt at 0 before {where};[clipping| clip gradients "
-        "(AdaptiveGradientClipping) and] lower the learning rate if it repeats."
+        "[rollback|Such a step leaves NaN in the weights: add NaNRollback(), which skips it and names the "
+        "batch, the operation and the line of your code; NaNRollback(on_nonfinite='stop') stops there.]"
+        "[sampled|Look for log(0), division by zero or sqrt at 0 before {where}; lower the learning rate if "
+        "it repeats.]"
     ),
     "nonfinite_loss": (
         "Check this batch for nonfinite or huge inputs and bad labels, and compute the loss in float32 "
@@ -43,10 +45,9 @@ BY_KIND = {
         "[check|, check the initialization (InitializationCheck)]."
     ),
     "constant_clipping": (
-        "Multiply the learning rate by the usual clip/coefficient: steps are as long then, without clipping. "
-        "If the loss falls too slowly, raise the bound instead, where clipping has one (max_norm, clipping, "
-        "gradient_clip_val). Find out why norms are large (initialization, a sum where the loss needs a "
-        "mean)."
+        "With SGD, multiply the learning rate by {coefficient}: steps are as long then, without clipping. "
+        "Else raise the bound, where clipping has one (max_norm, clipping, gradient_clip_val). Find out why "
+        "norms are large (initialization, a sum where the loss needs a mean)."
     ),
     "gradient_collapse": (
         "Most of the network no longer gets gradients, as when all units of a layer are dead: lower the "
@@ -343,13 +344,13 @@ REMEDIES = {
         "As a last resort train layer by layer.",
     ),
     "nonfinite_loss": (
+        "[rollback|Add NaNRollback(): it skips such batches, and names the cause, rows and line of code.]",
         "Check the batch of that step for nonfinite or huge inputs and bad labels.",
         "Compute the loss in float32 and on logits: cross_entropy rather than log of softmax.",
-        "[rollback|Skip such batches: NaNRollback() leaves no trace of them and reports the cause.]",
     ),
     "nonfinite_gradient": (
+        "[rollback|Add NaNRollback(): it skips such steps, and names the cause, rows and line of code.]",
         "Look for log(0), division by zero, or sqrt and norm at 0 before {where}.",
-        "[rollback|Skip such steps: NaNRollback() leaves no trace of them and names the operation.]",
         "Lower the learning rate if it repeats[clipping|, and clip gradients (AdaptiveGradientClipping)].",
     ),
     "divergence": (

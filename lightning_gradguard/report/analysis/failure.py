@@ -59,10 +59,12 @@ def _sudden_failure(failed_at: int, log: RunLog) -> RunSymptom:
     if unlogged:
         # a sudden NaN points to the batch; but in steps that were not logged norms can have exploded
         present = present_in(log)
+        of_kind = remedies(kind, where, present)
         next_steps = (
-            *remedies("divergence", present=present)[:3],
+            *of_kind[:1],
             "Log the steps before it: Trainer(log_every_n_steps=1).",
-            *remedies(kind, where, present),
+            *remedies("divergence", present=present)[:3],
+            *of_kind[1:],
         )
     evidence, own = f"{what} {before}", tuple(dict.fromkeys(next_steps))
     return RunSymptom(kind, "fatal", failed_at, evidence, math.nan, where, own)

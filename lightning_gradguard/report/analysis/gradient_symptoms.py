@@ -15,7 +15,7 @@ from lightning_gradguard.core.detectors import (
     USUAL_UPDATE,
     CollapseDetector,
 )
-from lightning_gradguard.core.remedies import advice_for_cause
+from lightning_gradguard.core.remedies import advice, advice_for_cause
 from lightning_gradguard.report.analysis.failure import largest_layers_at
 from lightning_gradguard.report.analysis.lasting_symptoms import (
     are_matrices,
@@ -23,7 +23,7 @@ from lightning_gradguard.report.analysis.lasting_symptoms import (
     layers_at,
     thinned,
 )
-from lightning_gradguard.report.analysis.outcome import MIN_POINTS, Outcome, RunSymptom, ends
+from lightning_gradguard.report.analysis.outcome import MIN_POINTS, Outcome, RunSymptom, SymptomSeverity, ends
 from lightning_gradguard.report.analysis.run_log import GradientLog, RunLog
 
 #: A coefficient is smaller than another one below this share of it.
@@ -124,7 +124,9 @@ def _constant_clipping(gradients: GradientLog, outcome: Outcome) -> Iterator[Run
     evidence = f"{share:.0%} of the steps in the second half were clipped, to {usual:.2g} of their norm"
     is_sure = len(fractions) >= MIN_POINTS and not outcome.has_learned
     since = gradients.clip_fraction.steps[len(gradients.clip_fraction) // 2]
-    yield RunSymptom("constant_clipping", "serious" if is_sure else "minor", since, evidence, share)
+    next_steps = (advice("constant_clipping", coefficient=usual or None),)
+    severity: SymptomSeverity = "serious" if is_sure else "minor"
+    yield RunSymptom("constant_clipping", severity, since, evidence, share, remedies=next_steps)
 
 
 def clipped_elsewhere(gradients: GradientLog) -> list[bool]:

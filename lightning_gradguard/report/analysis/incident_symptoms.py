@@ -187,6 +187,9 @@ def _symptom(
     if kind in INITIALIZATION:  # what a trial on the batch has shown to help
         found = own
     advice = advice_for_cause(main, example.where, present, kind=kind)
-    next_steps = found or ((advice,) if advice else remedies(kind, example.where, present) or own)
+    listed = remedies(kind, example.where, present)
+    if len(listed) < 2:  # the advice of its kind alone, which the run has with its numbers
+        listed = own or listed
+    next_steps = found or ((advice,) if advice else listed)
     is_tried = kind in INITIALIZATION and bool(own) and own[0].startswith(CURE)
     return RunSymptom(kind, severity, first, evidence, value, example.where, next_steps, main, is_tried)

@@ -38,8 +38,8 @@ class Outcome:
         has_learned: True if the loss fell by at least a fifth, and by more than its noise; by the
             latter alone if it may be negative.
         has_improved: True if it has learned, or if the loss after the first intervention is below that
-            before; `None` if no loss was logged, or of a resumed run, which may have learned before, whose
-            loss has not risen.
+            before; `None` if no loss was logged, or too few for a verdict, or of a resumed run, which may
+            have learned before, whose loss has not risen.
     """
 
     steps: int
@@ -103,6 +103,8 @@ def outcome_of(log: RunLog) -> Outcome:
         final = math.nan if len(log.loss) else None
     has_learned = _has_learned(losses, first, final)
     has_improved = (has_learned or _fell_after_intervention(log)) if losses else None
+    if has_improved is False and len(losses) < MIN_POINTS:
+        has_improved = None
     if has_improved is False and _is_resumed(everything) and not _falls(losses[::-1], share=3):
         has_improved = None
     return Outcome(steps, survived, failed_at, was_stopped, first, final, has_learned, has_improved)

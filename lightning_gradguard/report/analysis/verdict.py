@@ -47,7 +47,7 @@ class RunVerdict:
     Args:
         status: `"healthy"`; `"recovered"`: the suite intervened, and the loss fell afterwards, or in a
             resumed run did not rise; `"unhealthy"`: a serious symptom lasts to the end; `"failed"`: nonfinite
-            at the end, or stopped; `"unknown"`: too few steps were logged.
+            at the end, or stopped; `"unknown"`: too few steps, or no loss after an intervention, were logged.
         headline: The same in a few words.
         outcome: The end of the run.
         symptoms: The worst first.
@@ -157,6 +157,8 @@ def _status(log: RunLog, outcome: Outcome, symptoms: Sequence[RunSymptom]) -> St
         return "unhealthy"
     intervened = any(len(s) and s.values[-1] > 0 for s in (log.skips, log.rollbacks))
     if "handled" in severities or intervened:
+        if outcome.has_improved is None and len(log.loss.finite()) < MIN_POINTS:
+            return "unknown"
         return "unhealthy" if outcome.has_improved is False else "recovered"
     points = max([len(log.loss), *(len(g.total) for g in log.gradients)])
     return "healthy" if points >= MIN_POINTS else "unknown"
@@ -179,7 +181,7 @@ def _headline(status: Status, symptoms: Sequence[RunSymptom]) -> str:
             return f"healthy, with {title('large_norm')}"
         return "healthy"
     if status == "unknown":
-        return "not enough logged steps for a verdict"
+        return "too little was logged for a verdict"
     if status == "recovered":
         return f"recovered from {worst}" if worst else "recovered"
     if status == "unhealthy":

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lightning_gradguard.core.incidents import Incident, current_name
+from lightning_gradguard.core.incidents import RUN_FOLDER, Incident, current_name
 from lightning_gradguard.report.analysis.run_log import MAX_DELAY
 from lightning_gradguard.report.readers.scalars import Abandoned
 
@@ -78,12 +78,21 @@ def read_lost_batches(path: Path, notes: list[str]) -> tuple[Counter[str], int]:
     return Counter(reasons), len(logs)
 
 
-def read_dossiers(folder: Path) -> Iterator[DossierEntry]:
-    """Yields the summaries of the dossiers in a folder, by step."""
-    for file in sorted(folder.glob("*/finding.json"), key=natural_order):
+def folder_of_incidents(path: Path) -> Path:
+    """Returns the folder with the incidents of a run: its own, or that which the suite has named there."""
+    try:
+        named = (path / RUN_FOLDER).read_text(encoding="utf-8").strip()
+    except (OSError, ValueError):
+        return path
+    return path / named
+
+
+def read_dossiers(path: Path, run: Path) -> Iterator[DossierEntry]:
+    """Yields the summaries of the dossiers of a run, by step, with paths from its own folder."""
+    for file in sorted(path.glob("incidents/*/finding.json"), key=natural_order):
         try:
             found = json.loads(file.read_text(encoding="utf-8"))
-            page = os.path.join(folder.name, file.parent.name, "index.html")
+            page = os.path.relpath(file.with_name("index.html"), run)
             cause = current_name(str(found["cause"]))
             yield DossierEntry(int(found["step"]), cause, str(found["detail"]), page)
         except (OSError, KeyError, TypeError, ValueError):

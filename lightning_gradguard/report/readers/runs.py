@@ -16,6 +16,7 @@ from lightning_gradguard.core.tags import Meaning, Role, meaning_of
 from lightning_gradguard.report.analysis.run_log import GradientLog, RunLog, Series
 from lightning_gradguard.report.readers.incident_files import (
     DossierEntry,
+    folder_of_incidents,
     natural_order,
     read_dossiers,
     read_incidents,
@@ -64,6 +65,13 @@ def find_runs(paths: Iterable[Path]) -> dict[str, Path]:
         if not runs:
             raise FileNotFoundError(_without_runs(path))
         found += [(path.resolve().name if run == path else str(run.relative_to(path)), run) for run in runs]
+    # the folder of a second logger is of the same run
+    folders = {run.resolve() for _, run in found}
+    found = [
+        (name, run)
+        for name, run in found
+        if (there := folder_of_incidents(run).resolve()) == run.resolve() or there not in folders
+    ]
     if len(found) == 1:
         return dict(found)
     runs = list(dict.fromkeys(run for _, run in found))
@@ -93,9 +101,10 @@ def read_run(name: str, path: Path) -> Run:
         notes.append(
             f"steps from {abandoned.first} on were logged again, as after a resume; the later values are used"
         )
+    there = folder_of_incidents(path)
     if not scalar_files(path):
         notes.append("there is neither an event file nor a metrics.csv, only incidents.jsonl")
-    incidents = list(read_incidents(path / INCIDENTS, notes))
+    incidents = list(read_incidents(there / INCIDENTS, notes))
     tags = _SeriesByRole(series)
     loss_tag = tags.loss_tag()
     log = RunLog(
@@ -108,7 +117,7 @@ def read_run(name: str, path: Path) -> Run:
         was_checked=bool(tags.every("initialization")),
         largest_norm=max((v for s in tags.every("largest").values() for _, v in s.finite()), default=None),
     )
-    lost_batches, ranks = read_lost_batches(path, notes)
+    lost_batches, ranks = read_lost_batches(there, notes)
     return Run(
         name=name,
         path=path,
@@ -117,7 +126,7 @@ def read_run(name: str, path: Path) -> Run:
         loss_tag=loss_tag,
         lost_batches=lost_batches,
         ranks=ranks,
-        dossiers=tuple(read_dossiers(path / "incidents")),
+        dossiers=tuple(read_dossiers(there, path)),
         hparams=_read_hparams(path / "hparams.yaml", notes),
         notes=tuple(notes),
     )

@@ -39,6 +39,7 @@ def _run(report: RunReport) -> dict[str, Any]:
         "largest_norm_of_all": run.log.largest_norm,
         "worst_layer": report.worst_layer,
         "symptoms": [{**dataclasses.asdict(s), "title": title(s.kind)} for s in verdict.symptoms],
+        "next_steps": list(report.next_steps),
         "timeline": [dataclasses.asdict(entry) for entry in report.timeline],
         "incidents": dict(report.incidents),
         "layers": [dataclasses.asdict(layer) for layer in report.layers],

@@ -17,6 +17,7 @@ import pytorch_lightning as pl
 
 from lightning_gradguard.core import tags
 from lightning_gradguard.core.incidents import (
+    RUN_FOLDER,
     Incident,
     IncidentKind,
     first_names,
@@ -50,9 +51,12 @@ class _Journal:
         writes: False on ranks that write no file.
         waits: True to write nothing before the first intervention, or the first dossier: findings alone make
             no file where none is asked for.
+        others: Folders of loggers with metrics of the same run; each gets a file that names the folder.
     """
 
-    def __init__(self, folder: Path | None, *, writes: bool, waits: bool = False) -> None:
+    def __init__(
+        self, folder: Path | None, *, writes: bool, waits: bool = False, others: Sequence[Path] = ()
+    ) -> None:
         self.folder = folder
         self.counts: Counter[str] = Counter()
         self.published: Counter[tuple[str, str, str]] = Counter()  # by kind, cause, why it was not examined
@@ -60,6 +64,7 @@ class _Journal:
         self.recent: deque[Incident] = deque(maxlen=MAX_ROWS)
         self._writes = writes
         self._waits = waits
+        self._others = others
         self._unwritten: list[Incident] = []
 
     def has_several_causes(self, kind: str) -> bool:
@@ -90,6 +95,11 @@ class _Journal:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a", encoding="utf-8") as file:
                 file.writelines(to_json(dataclasses.asdict(one)) + "\n" for one in unwritten)
+            others, self._others = self._others, ()
+            for folder in others:
+                folder.mkdir(parents=True, exist_ok=True)
+                there = os.path.relpath(self.path.parent, folder)
+                (folder / RUN_FOLDER).write_text(f"{there}\n", encoding="utf-8")
         except OSError as error:
             warnings.warn(f"Incidents are no longer written to a file: {error}", stacklevel=4)
             self._writes = False
@@ -108,8 +118,13 @@ def open_journal(trainer: pl.Trainer, folder: str | None = None) -> None:
         return
     path = _folder_of_run(trainer) if folder is None else Path(folder)
     is_real = not trainer.fast_dev_run  # type: ignore[attr-defined]
+    writes = trainer.is_global_zero
+    folders = [Path(own.log_dir) for own in trainer.loggers if _has_folder(own)] if writes else []
     _journals[trainer] = _Journal(
-        path if is_real else None, writes=trainer.is_global_zero, waits=folder is None and not trainer.loggers
+        path if is_real else None,
+        writes=writes,
+        waits=folder is None and not trainer.loggers,
+        others=[other for other in folders if other.resolve() != path.resolve()],
     )
 
 

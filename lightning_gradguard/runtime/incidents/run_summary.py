@@ -103,7 +103,7 @@ def _unusual(
     if clipped > USUAL_CLIPPED_FRACTION:
         found["clipping"] = (
             f"{clipped:.1%} of the steps were clipped, usual: up to {USUAL_CLIPPED_FRACTION:.0%}",
-            advice("constant_clipping"),
+            advice("constant_clipping", coefficient=counts.get(tags.USUAL_COEFFICIENT)),
         )
     if explosion is not None and tags.CLIPPED_FRACTION not in counts:
         found["explosion"] = (

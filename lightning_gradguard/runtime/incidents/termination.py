@@ -48,13 +48,14 @@ def divergence_error(
     step: int,
     causes: Mapping[Cause, Origin],
     last_good: Path | None,
-    which: str,
+    weights: str,
     learning_rate_scale: float,
 ) -> TrainingDivergedError:
     """Makes the error that ends the run.
 
-    Its first line gives the reason if no step was ever finite. The rates of the run were multiplied by
-    `learning_rate_scale` at last.
+    Its first line gives the reason if no step was ever finite. It happens at `step`, counted as in incidents;
+    `weights` says which the module has now. The rates of the run were multiplied by `learning_rate_scale` at
+    last.
     """
     causes_text = "; ".join(
         f"{label(cause)} ({', '.join(origin.where[:3])})" if origin.where else label(cause)
@@ -65,9 +66,9 @@ def divergence_error(
     headline = "" if was_finite else f"No step was ever finite. {found}".rstrip() + "\n"
     left = [str(path) for path in (incidents_file(trainer), last_good) if path]
     return TrainingDivergedError(
-        f"{headline}Training was stopped after {trainer.global_step} steps: {policy.stop_reason}."
+        f"{headline}Training was stopped at step {step}: {policy.stop_reason}."
         + (f" Causes: {causes_text}." if causes_text else "")
-        + f" {combined_advice(causes, present_in(trainer))} Weights are those of step {step}, {which}."
+        + f" {combined_advice(causes, present_in(trainer))} The weights are {weights}."
         + (f" Incidents and checkpoint to resume from: {', '.join(left)}" if left else "")
         + (
             f". {_how_to_resume(trainer, last_good, learning_rate_scale, causes)}"

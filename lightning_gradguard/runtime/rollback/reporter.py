@@ -24,16 +24,18 @@ class IncidentReporter:
     """Publishes the incidents of one fit.
 
     Attributes:
+        step: `trainer.global_step` at the start of the running batch.
         batch_idx: Index of the running batch in its epoch, also in an epoch that was resumed.
     """
 
     def __init__(self, fit: FitContext) -> None:
         self._fit = fit
-        self.batch_idx = 0
+        self.step = self.batch_idx = 0
 
     def publish(self, kind: str, *, ends_run: bool = False, **facts: Any) -> None:
         """Publishes an incident of the running batch; where it ends the run, an error has the advice."""
-        incident = incident_now(self._fit.trainer, kind, **{"batch_idx": self.batch_idx, **facts})
+        now = {"step": self.step, "batch_idx": self.batch_idx}
+        incident = incident_now(self._fit.trainer, kind, **{**now, **facts})
         publish(self._fit.trainer, self._fit.pl_module, incident, ends_run=ends_run)
 
     def report_anomaly(self, kind: str, loss: float, batches: Sequence[SeenBatch]) -> None:

@@ -44,9 +44,10 @@ class Restoration:
             TrainingDivergedError: With the reason, and how to resume.
         """
         if self._fit.policy.stopped_at_first and not self._fit.is_nonfinite_on_any_rank():
-            step, which = self._fit.trainer.global_step, "without the bad step"  # it was skipped, or undone
+            weights = "those without the bad step"  # it was skipped, or undone
         else:
-            step, which = self._fit.snapshots.restore_newest(self._fit.trainer), "the last qualified ones"
+            step = self._fit.snapshots.restore_newest(self._fit.trainer)
+            weights = f"the last qualified ones, from before step {step}"
             self._lost_batches.mark_undone(step)
         self._fit.counts.has_stopped = True
         is_bad_from_start = self._fit.is_nonfinite_on_any_rank()
@@ -61,4 +62,7 @@ class Restoration:
         self._fit.suite.metrics.flush(self._fit.trainer, self._fit.pl_module)
         counts = {tag: n for member in self._fit.suite.members for tag, n in member.final_counts().items()}
         scale = counts.get(tags.LR_SCALE, 1.0)
-        raise divergence_error(self._fit.trainer, self._fit.policy, step, found, last_good, which, scale)
+        stopped_at = self._reporter.step
+        raise divergence_error(
+            self._fit.trainer, self._fit.policy, stopped_at, found, last_good, weights, scale
+        )

@@ -79,7 +79,7 @@ class RollbackSession:
             lightning_api.reshard_parameters(trainer)
         self._outcome = BatchOutcome()
         batch_in_epoch = batch_idx + self._batch_idx_offset.get(epoch, 0)
-        self._reporter.batch_idx = batch_in_epoch
+        self._reporter.step, self._reporter.batch_idx = step, batch_in_epoch
         if self._transaction.state != "open" or lightning_api.is_swa_bn_update(trainer):
             self._open_transaction(step)
         self._transaction.batch_idx = batch_in_epoch
@@ -290,6 +290,8 @@ class RollbackSession:
         outcome = self._outcome
         for transaction in skipped:
             self._reporter.report_skip(transaction, ends_run=outcome.decision == "stop")
+            # a deferred check finds it in the next batch
+            self._reporter.step, self._reporter.batch_idx = transaction.window.step, transaction.batch_idx
         decision, outcome.decision = outcome.decision, "continue"
         policy, cause = self._fit.policy, self._fit.investigation.cause
         if decision == "roll_back" and policy.is_useless and cause in OF_ARGUMENTS:

@@ -253,15 +253,13 @@ def test_failure_before_the_first_logged_step_is_not_blamed_on_the_batch() -> No
     assert (verdict.status, verdict.outcome.survived, verdict.outcome.failed_at) == ("failed", None, 49)
     (symptom,) = verdict.symptoms
     assert "at the first logged step, 49; the 49 steps before were not logged" in symptom.evidence
-    first = symptom.remedies[:3]
-    assert [
-        word in text
-        for word, text in zip(("learning rate", "Clip", "InitializationCheck"), first, strict=True)
-    ] == [True] * 3
+    words = ("NaNRollback()", "Log the steps", "learning rate", "Clip", "InitializationCheck")
+    first = symptom.remedies[: len(words)]
+    assert all(word in text for word, text in zip(words, first, strict=True))
     # the first step was logged: nothing is hidden
     seen = analyze_run(RunLog(Series([0, 50], [NAN] * 2)))
     assert seen.outcome.survived == 0
-    assert "batch" in seen.symptoms[0].remedies[0]
+    assert "batch" in seen.symptoms[0].remedies[1]
 
 
 def test_values_that_were_not_logged_are_not_reported() -> None:
@@ -323,7 +321,7 @@ def test_a_run_whose_last_steps_were_skipped_has_not_recovered(last: int, status
     found = [
         Incident("nonfinite_loss", s, cause="forward_pass", action="skipped") for s in range(last - 9, last)
     ]
-    verdict = analyze_run(RunLog(series([]), [gradients(falling(60))], incidents=[*found, rolled]))
+    verdict = analyze_run(RunLog(series(falling(60)), [gradients(falling(60))], incidents=[*found, rolled]))
     assert verdict.status == status
     assert "nonfinite loss (cause: forward pass)" in verdict.headline
 
@@ -708,3 +706,19 @@ def test_a_short_run_whose_loss_falls_to_a_fifth_has_learned() -> None:
     verdict = analyze_run(RunLog(series(losses), incidents=[repair]))
     assert verdict.outcome.has_learned
     assert verdict.headline == "recovered from poor initialization"
+
+
+def test_a_short_run_after_a_repair_has_no_verdict() -> None:
+    """Six losses do not tell if it learns."""
+    repair = Incident("poor_initialization", 0, action="repaired", where=("net.0",))
+    losses = [1.41, 1.38, 1.4, 1.37, 1.39, 1.36]
+    verdict = analyze_run(RunLog(series(losses, every=5), incidents=[repair]))
+    assert (verdict.status, kinds(verdict)) == ("unknown", {"poor_initialization": "handled"})
+    stuck = analyze_run(RunLog(series(losses * 2, every=5), incidents=[repair]))
+    assert (stuck.status, kinds(stuck)) == ("unhealthy", {"poor_initialization": "serious"})
+
+
+def test_recovery_needs_a_logged_loss() -> None:
+    skipped = [incident("nonfinite_loss", 30, "skipped")]
+    assert analyze_run(RunLog(series([]), [gradients(falling())], incidents=skipped)).status == "unknown"
+    assert analyze_run(RunLog(series(falling()), incidents=skipped)).status == "recovered"

@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 
 import pytest
-from pytorch_lightning.loggers import CSVLogger
+from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 
 from lightning_gradguard import default_callbacks
 from lightning_gradguard.report.readers.runs import find_runs
@@ -46,6 +46,20 @@ def test_run_of_a_csv_logger() -> None:
     )
     assert found.interventions.skips == 1
     assert list(find_runs([Path()])) == ["run"]
+
+
+def test_folder_of_a_second_logger_is_of_the_same_run() -> None:
+    """Incidents, dossiers and lost batches are in the folder of the first."""
+    loggers = [TensorBoardLogger(".", "", "board"), CSVLogger(".", "", "table")]
+    arguments = {"logger": loggers, "log_every_n_steps": 1}
+    fit(Classifier(), poisoned(clusters(40), nan=[30]), default_callbacks(), **arguments)
+    board, table = (json.loads(to_json([report_of(name, "run")]))["runs"][0] for name in ("board", "table"))
+    for part in ("headline", "symptoms", "incidents", "interventions", "next_steps", "timeline"):
+        assert board[part] == table[part], part
+    pages = [Path(run["path"], run["dossiers"][0]["path"]) for run in (board, table)]
+    assert pages[0].samefile(pages[1])
+    assert [*find_runs([Path()])] == ["board"]
+    assert [*find_runs([Path("table")])] == ["table"]
 
 
 @pytest.mark.parametrize(

@@ -37,6 +37,6 @@ def test_json_follows_its_schema(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_json_to_a_file_and_before_the_folder(capsys: pytest.CaptureFixture[str]) -> None:
     write_events("run", {"train_loss": [1.0] * 5})
-    assert "run: not enough logged steps for a verdict" in printed(capsys, "run", "--json", "report.json")
+    assert "run: too little was logged for a verdict" in printed(capsys, "run", "--json", "report.json")
     written = json.loads(Path("report.json").read_text())
     assert json.loads(printed(capsys, "--json", "run")) == written
