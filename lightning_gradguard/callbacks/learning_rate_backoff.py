@@ -131,7 +131,7 @@ class LearningRateBackoff(StepCallback):
             return
         if self._backoff.on_rollback(int(incident.value)):
             self._found_rate = None
-            facts = {"step": incident.step, "batch_idx": incident.batch_idx}
+            facts: dict[str, Any] = {"step": incident.step, "batch_idx": incident.batch_idx}
             facts |= {"value": self._backoff.level, "action": "backed_off"}
             if incident.cause in AT_ANY_RATE:
                 facts["advice"] = ""  # the rate is not at fault

@@ -54,10 +54,10 @@ def load_weights(module: pl.LightningModule, weights: Mapping[str, Any]) -> None
         problems += [f"the module has no {name}" for name in keys.unexpected_keys]
     except RuntimeError as error:
         shapes = ((n, w.shape, own[n].shape) for n, w in weights.items() if n in own)
-        problems = [f"{n} is {tuple(w)}, the module's {tuple(o)}" for n, w, o in shapes if w != o]
+        problems = [f"{n} is {tuple(w)} there, {tuple(o)} in the module" for n, w, o in shapes if w != o]
         problems = problems or [one_line(str(error))]
     if problems:
-        more = f" and {len(problems) - 1} more" if len(problems) > 1 else ""
+        more = f"; and {len(problems) - 1} more" if len(problems) > 1 else ""
         raise UsageError(
             f"the weights do not fit {type(module).__name__}: {problems[0]}{more}. Give the arguments that "
             "the run's module was built with, as --model.NAME VALUE or --config."

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
-import shlex
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -33,7 +31,7 @@ from lightning_gradguard.core.forensics import Origin, OutOfRange, out_of_range_
 from lightning_gradguard.core.incidents import label, title
 from lightning_gradguard.report.readers.incident_files import read_incidents
 from lightning_gradguard.runtime import lightning_api
-from lightning_gradguard.runtime.incidents.dossier import Dossier, DossierError, read_dossier
+from lightning_gradguard.runtime.incidents.dossier import Dossier, DossierError, model_options, read_dossier
 from lightning_gradguard.runtime.incidents.replay import SeenBatch, replay
 from lightning_gradguard.runtime.lightning_packages import lightning_package_of
 from lightning_gradguard.runtime.treatment.module import KEY, change_as_saved
@@ -87,37 +85,41 @@ def is_reproduced(recorded: Origin, found: Origin) -> bool:
 
 
 def comparison(dossier: Dossier, found: Origin, notes: Sequence[str] = ()) -> str:
-    """Describes the recorded origin, beside the one that was found, and the remedy."""
+    """Says whether an origin is the recorded one: once with the remedy if it is, else beside that."""
     recorded = dossier.origin
     reproduced = is_reproduced(recorded, found)
+    same_place = recorded.detail.replace(recorded.location or found.location, found.location)
+    if same_place.startswith(f"{found.detail.rstrip('.')} ("):
+        found = replace(found, detail=same_place)  # the run has added samples, and the rank
+    columns = {"found": found} if reproduced else {"recorded": recorded, "found now": found}
+    origins = columns.values()
     table = (
-        ("", "recorded", "found again"),
-        ("cause", label(recorded.cause), label(found.cause)),
-        ("module", recorded.module, found.module),
-        ("operation", recorded.operation, found.operation),
-        ("line", recorded.location, found.location),
-        ("at fault", ", ".join(recorded.where[:3]), ", ".join(found.where[:3])),
+        ("", *columns) if len(columns) > 1 else ("",),
+        ("cause", *(label(origin.cause) for origin in origins)),
+        ("module", *(origin.module for origin in origins)),
+        ("operation", *(origin.operation for origin in origins)),
+        ("line", *(origin.location for origin in origins)),
+        ("at fault", *(", ".join(origin.where[:3]) for origin in origins)),
     )
     rows = [row for row in table if any(row[1:])]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
-    details = [f"found: {found.detail}"]
-    same_place = recorded.detail.replace(recorded.location or found.location, found.location)
-    if same_place.startswith(f"{found.detail.rstrip('.')} ("):
-        details = [f"found: {same_place}"]  # the run has added samples, and the rank
-    elif found.detail != recorded.detail:
-        details = [f"recorded: {recorded.detail}", *details]
-    if found.cause == "transient" != recorded.cause:
-        details.append("With the module and the weights as they are now, nothing goes wrong.")
+    lines = ["  ".join(["", *map(str.ljust, row, widths)]).rstrip() for row in rows]
+    batch = (
+        f"the batch of step {dossier.step} (epoch {dossier.epoch}, batch {dossier.batch_idx}, rank "
+        f"{dossier.rank}, {dossier.precision})"
+    )
+    head = f"Reproduced: {batch} fails as it did in the run."
+    if not reproduced:
+        fails = "does not fail" if found.cause == "transient" else "does not fail as it did in the run"
+        head = f"Not reproduced: with this module, {batch} {fails}."
+    details = {name: origin.detail for name, origin in columns.items() if origin.detail}
     return "\n".join(
         [
-            f"Step {dossier.step}, epoch {dossier.epoch}, batch {dossier.batch_idx}, rank {dossier.rank}, "
-            f"{dossier.precision}:",
+            head,
             *lines,
-            *details,
+            *(f"{name}: {detail}" for name, detail in details.items()),
             *(f"note: {note}" for note in notes),
-            "reproduced" if reproduced else "not reproduced",
-            *([found.remedy()] if reproduced else []),
+            *([f"what to do: {remedy}"] if reproduced and (remedy := found.remedy()) else []),
         ]
     )
 
@@ -160,7 +162,7 @@ def _prepared(arguments: Sequence[str]) -> tuple[Dossier, pl.LightningModule, Ma
 
 
 def _dossiers_near(path: Path) -> str:
-    """Lists the dossiers near a path that leads to none."""
+    """Lists the dossiers near a path that leads to none, each as `replay` takes it."""
     if path.is_file() or (path / "dossier.pt").is_file():
         return ""
     folder = next(place for place in (path, *path.parents) if place.is_dir())
@@ -168,8 +170,7 @@ def _dossiers_near(path: Path) -> str:
     found = [str(file.parent) for place in places for file in sorted(folder.glob(f"{place}/dossier.pt"))]
     why = _why_none(path)
     more = f" and {len(found) - 3} more" if len(found) > 3 else ""
-    verb = "is" if len(found) == 1 else "are"
-    return why + (f" There {verb} {', '.join(found[:3])}{more}." if found else "")
+    return why + (f" Name one of a step: {', '.join(found[:3])}{more}." if found else "")
 
 
 def _why_none(path: Path) -> str:
@@ -210,16 +211,12 @@ def _build_module(
 
 
 def _hint(message: str, recorded: Mapping[str, str]) -> str:
-    """Names the class of the run, or the arguments that it was built with, where they are missing."""
-    if " needs --model." in message:
-        names = re.findall(r"--model\.(\w+)", message)
-        values = {name: recorded[f"hparams.{name}"] for name in names if f"hparams.{name}" in recorded}
-        if values:
-            flags = " ".join(f"--model.{name} {shlex.quote(value)}" for name, value in values.items())
-            return f" The run had: {flags}"
+    """Returns the options of the run, as far as it is known, where some are missing or wrong."""
+    if " needs --model." in message and not any(name.startswith("hparams.") for name in recorded):
         return " Give them as the run did, or as --config with the file that `fit` saved."
-    known = recorded.get("module", "")
-    return f" The run's module was {known}." if known and "--model" in message else ""
+    if "module" in recorded and "--model" in message:
+        return f" The run had: {model_options(recorded)}"
+    return ""
 
 
 def _model_config(config: str) -> Any:
@@ -275,7 +272,10 @@ def _trainer(dossier: Dossier, module: pl.LightningModule, weights: Mapping[str,
         raise UsageError(
             f"the module could not be set up: {type(error).__name__}: {one_line(str(error))}"
         ) from None
-    load_weights(module, weights)
+    try:
+        load_weights(module, weights)
+    except UsageError as error:
+        raise UsageError(f"{error}{_hint(str(error), dossier.configuration)}") from None
     for name, submodule in module.named_modules():
         submodule.training = name not in dossier.evaluating
     for name, parameter in module.named_parameters():

@@ -42,8 +42,11 @@ def test_weights_are_loaded() -> None:
     [
         ({"head.weight": torch.zeros(2)}, "do not fit Net: the module has no head.weight. Give"),
         ({"layer.bias": None}, "do not fit Net: layer.bias is missing in them. Give"),
-        ({"layer.bias": torch.zeros(3)}, r"do not fit Net: layer.bias is \(3,\), the module's \(2,\). Give"),
-        ({"layer.bias": None, "a": torch.zeros(1)}, "layer.bias is missing in them and 1 more. Give"),
+        (
+            {"layer.bias": torch.zeros(3)},
+            r"layer.bias is \(3,\) there, \(2,\) in the module. Give",
+        ),
+        ({"layer.bias": None, "a": torch.zeros(1)}, "layer.bias is missing in them; and 1 more. Give"),
     ],
 )
 def test_weights_that_do_not_fit(changed: dict[str, Any], message: str) -> None:

@@ -69,8 +69,7 @@ def test_command_in_folder_of_user(own_dossier: Path, tmp_path: Path) -> None:
         env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
     )
     assert (done.returncode, done.stderr) == (0, "")
-    assert "cause     bad input  bad input" in done.stdout
-    assert "\nreproduced\n" in done.stdout
+    assert done.stdout.startswith("Reproduced: ")
 
 
 @pytest.mark.parametrize(
@@ -97,7 +96,7 @@ def test_command_in_folder_of_user(own_dossier: Path, tmp_path: Path) -> None:
         (["--model", "own_modules.Mine", "--cofnig", "x"], "there is no --cofnig. Did you mean --config?"),
         (
             [],
-            "name the module with --model my.Module, or in a file that --config names. The run's module was",
+            "or in a file that --config names. The run had: --model own_modules.Mine",
         ),
         (["--config", "none.yaml"], "--config none.yaml cannot be read: "),
         (["--config", "broken.py"], "--config broken.py holds no options"),
@@ -105,7 +104,7 @@ def test_command_in_folder_of_user(own_dossier: Path, tmp_path: Path) -> None:
         (["--config", "bad.yaml"], "--config bad.yaml, line 2 is no YAML: "),
         (
             ["--model", "own_modules.Mine"],
-            "do not fit Mine: net.0.weight is (5, 20), the module's (3, 20) and",
+            "do not fit Mine: net.0.weight is (5, 20) there, (3, 20) in the module; ",
         ),
         (["--model", "tests.tasks.Classifier"], "the weights do not fit Classifier: net."),
         (["--model", "own_modules.Mine", "--checkpoint", "none.ckpt"], "none.ckpt cannot be opened: No such"),
@@ -129,7 +128,7 @@ def test_without_a_dossier(capsys: pytest.CaptureFixture[str], tmp_path: Path) -
         code, printed = replayed(capsys, *arguments)
         assert (code, "the dossier comes first" in printed) == (2, True)
     code, printed = replayed(capsys, tmp_path / "none", *model)
-    assert (code, "cannot be opened: No such file" in printed) == (2, True)
+    assert (code, "there is no dossier in" in printed) == (2, True)
 
 
 def test_wrong_folder_lists_dossiers_nearby(
@@ -143,15 +142,16 @@ def test_wrong_folder_lists_dossiers_nearby(
     missing = run / "incidents" / "7"
     for wrong in (missing, missing / "dossier.pt", missing.parent, run, "logs"):
         code, printed = replayed(capsys, wrong, *model)
-        assert (code, printed.endswith(" There is logs/version_0/incidents/6.\n")) == (2, True), printed
+        assert code == 2
+        assert printed.endswith(" Name one of a step: logs/version_0/incidents/6.\n")
     for step in range(10, 13):
         write_dossier(run / "incidents", dataclasses.replace(recorded, step=step), megabytes=1)
     _, printed = replayed(capsys, run, *model)
     named = (f"{run}/incidents/{step}" for step in (10, 11, 12))
-    assert printed.endswith(f" There are {', '.join(named)} and 1 more.\n")
+    assert printed.endswith(f" Name one of a step: {', '.join(named)} and 1 more.\n")
     # others are not listed if the file itself is corrupt
     (run / "incidents" / "6" / "dossier.pt").write_bytes(b"torn")
-    assert "There" not in replayed(capsys, run / "incidents" / "6", *model)[1]
+    assert "Name one" not in replayed(capsys, run / "incidents" / "6", *model)[1]
 
 
 class _Touches:

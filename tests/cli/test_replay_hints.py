@@ -63,6 +63,6 @@ def test_a_step_without_a_dossier(tmp_path: Path, capsys: pytest.CaptureFixture[
     code, error = replayed(capsys, tmp_path / "incidents" / "7", "--model", f"{__name__}.Forgets")
     assert code == 2
     assert "Step 7 (nonfinite loss) has none: Not examined: it follows a skipped step" in error
-    assert f"There is {tmp_path / 'incidents' / '6'}." in error
+    assert f"Name one of a step: {tmp_path / 'incidents' / '6'}." in error
     _, error = replayed(capsys, tmp_path / "incidents" / "3", "--model", f"{__name__}.Forgets")
     assert "No incident was published at step 3." in error

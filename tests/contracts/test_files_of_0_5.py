@@ -49,7 +49,7 @@ def test_dossier_is_read_and_reproduced(step: int, cause: str, capsys: pytest.Ca
     folder = FILES / "run" / "incidents" / str(step)
     assert read_dossier(folder).origin.cause == cause
     main(["replay", str(folder), "--model", "tests.tasks.Classifier"])
-    assert "reproduced" in capsys.readouterr().out
+    assert "Reproduced: " in capsys.readouterr().out
 
 
 def test_checkpoint_resumes_as_under_0_5(tmp_path: Path) -> None:

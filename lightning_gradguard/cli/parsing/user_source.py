@@ -26,8 +26,8 @@ def reject_script(class_path: str) -> None:
     if call is not None:
         name = class_path.rpartition(".")[2]
         raise UsageError(
-            f"{path}, line {call.lineno}, calls {ast.unparse(call.func)}() when it is imported: put that "
-            f'under `if __name__ == "__main__":`, or {name} into a file of its own. It was not imported.'
+            f"{path} was not imported, as that calls {ast.unparse(call.func).rpartition('.')[2]}() in line "
+            f'{call.lineno}: put that under `if __name__ == "__main__":`, or {name} into a file of its own.'
         )
 
 
@@ -43,6 +43,9 @@ def import_once(arguments: Sequence[str]) -> None:
     module = class_path.rpartition(".")[0]
     if not module:
         return
+    if class_path.endswith(".py"):
+        named = f"{Path(module).name}.MyModule"
+        raise UsageError(f"--model {class_path} is a file: name the class in it, as {named}.")
     reject_script(class_path)
     try:
         import_module(module)

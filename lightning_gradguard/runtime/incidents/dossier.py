@@ -122,6 +122,8 @@ def read_dossier(path: str | Path) -> Dossier:
     file = file / "dossier.pt" if file.is_dir() else file
     try:
         opened = file.open("rb")
+    except FileNotFoundError:
+        raise DossierError(f"there is no dossier in {path}.") from None
     except OSError as error:
         raise DossierError(f"{file} cannot be opened: {error.strerror or error}.") from None
     try:
@@ -281,7 +283,8 @@ def _page(dossier: Dossier, folder: Path) -> str:
         Section(
             "Reproduce",
             "Run this command where the module can be imported:",
-            command=_replay_command(dossier, folder),
+            command=f"lightning-gradguard replay {shlex.quote(relative_to_cwd(folder))} "
+            + model_options(dossier.configuration),
         ),
         Section("Configuration", rows=dossier.configuration),
         Section("Versions", rows=dossier.versions),
@@ -289,17 +292,15 @@ def _page(dossier: Dossier, folder: Path) -> str:
     return render_page(f"Step {dossier.step}: {label(origin.cause)}", sections)
 
 
-def _replay_command(dossier: Dossier, folder: Path) -> str:
-    known = dossier.configuration
+def model_options(configuration: Mapping[str, str]) -> str:
+    """Returns the options with which the command line builds the module of a run."""
     prefix = "hparams."
     arguments = [
         f" --model.{name.removeprefix(prefix)} {shlex.quote(value)}"
-        for name, value in known.items()
+        for name, value in configuration.items()
         if name.startswith(prefix)
     ]
-    model = known.get("module", "your.package.Module")
-    place = shlex.quote(relative_to_cwd(folder))
-    return f"lightning-gradguard replay {place} --model {model}" + "".join(arguments)
+    return f"--model {configuration.get('module', 'your.package.Module')}" + "".join(arguments)
 
 
 def _describe(batch: Any) -> list[tuple[str, str]]:

@@ -119,7 +119,8 @@ def open_journal(trainer: pl.Trainer, folder: str | None = None) -> None:
     path = _folder_of_run(trainer) if folder is None else Path(folder)
     is_real = not trainer.fast_dev_run  # type: ignore[attr-defined]
     writes = trainer.is_global_zero
-    folders = [Path(own.log_dir) for own in trainer.loggers if _has_folder(own)] if writes else []
+    names = [own.log_dir for own in trainer.loggers if _has_folder(own)] if writes else []
+    folders = [Path(name) for name in names if name is not None]
     _journals[trainer] = _Journal(
         path if is_real else None,
         writes=writes,
