@@ -164,7 +164,7 @@ def test_one_line_for_an_intervention(bar: Any, capsys: pytest.CaptureFixture[st
     printed = " ".join(lines(capsys))  # Rich folds lines that are long
     assert printed.count("gradguard: Nonfinite loss at step") == 3, "of 4: the last follows another one"
     assert "Not examined: it follows a skipped step. Further ones like it are only written" in printed
-    assert printed.count("gradguard: Rolled back to step 0 at step 20 (epoch 0, batch 19)") == 1
+    assert printed.count("gradguard: Rolled back to step 0 at step 19 (epoch 0, batch 19)") == 1
 
 
 def table(printed: Sequence[str], title: str = TITLE) -> dict[str, str]:
