@@ -51,8 +51,8 @@ def test_run_of_a_csv_logger() -> None:
 def test_folder_of_a_second_logger_is_of_the_same_run() -> None:
     """Incidents, dossiers and lost batches are in the folder of the first."""
     loggers = [TensorBoardLogger(".", "", "board"), CSVLogger(".", "", "table")]
-    arguments = {"logger": loggers, "log_every_n_steps": 1}
-    fit(Classifier(), poisoned(clusters(40), nan=[30]), default_callbacks(), **arguments)
+    data = poisoned(clusters(40), nan=[30])
+    fit(Classifier(), data, default_callbacks(), logger=loggers, log_every_n_steps=1)
     board, table = (json.loads(to_json([report_of(name, "run")]))["runs"][0] for name in ("board", "table"))
     for part in ("headline", "symptoms", "incidents", "interventions", "next_steps", "timeline"):
         assert board[part] == table[part], part
