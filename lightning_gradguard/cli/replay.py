@@ -85,7 +85,7 @@ def is_reproduced(recorded: Origin, found: Origin) -> bool:
 
 
 def comparison(dossier: Dossier, found: Origin, notes: Sequence[str] = ()) -> str:
-    """Says whether an origin is the recorded one: once with the remedy if it is, else beside that."""
+    """Describes an origin, with the remedy if it is the recorded one, else beside that."""
     recorded = dossier.origin
     reproduced = is_reproduced(recorded, found)
     same_place = recorded.detail.replace(recorded.location or found.location, found.location)

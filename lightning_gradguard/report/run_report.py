@@ -154,7 +154,7 @@ def _last_count(series: Series) -> int | None:
 def _next_steps(verdict: RunVerdict) -> list[str]:
     """Returns the remedies of all symptoms, tried ones first; of those that begin alike, the first.
 
-    What is said of a symptom in general is left out where one that is as severe has a known cause.
+    General remedies of a symptom are omitted where one that is as severe has a known cause.
     """
     symptoms = sorted(verdict.symptoms, key=lambda symptom: not symptom.is_tried)
     known = {symptom.severity for symptom in symptoms if _is_explained(symptom)}

@@ -54,7 +54,7 @@ def divergence_error(
     """Makes the error that ends the run.
 
     Its first line gives the reason if no step was ever finite. It happens at `step`, counted as in incidents;
-    `weights` says which the module has now. The rates of the run were multiplied by `learning_rate_scale` at
+    `weights` are those of the module now. The rates of the run were multiplied by `learning_rate_scale` at
     last.
     """
     causes_text = "; ".join(
