@@ -316,7 +316,7 @@ def test_kernel_skips_the_steps_that_the_check_skips(
     loss: float, told: list[float], totals: list[float]
 ) -> None:
     asked = PackedMeasurement(torch.tensor([loss, 1.0, *told, 1.0, 0.0, *totals], dtype=torch.float64))
-    assert bool(asked.must_skip()) == asked.read(0).must_skip
+    assert bool(asked.must_skip()) == asked.measurement(0).must_skip
 
 
 def test_ranks_disagree_from_a_thousandfold_on() -> None:
@@ -324,5 +324,5 @@ def test_ranks_disagree_from_a_thousandfold_on() -> None:
         totals = [1.0, factor * DISAGREEMENT]
         packed = [1.0, 1.0, 0, 0, 0, 0, 1.0, 0.0, *totals]
         asked = PackedMeasurement(torch.tensor(packed, dtype=torch.float64))
-        assert bool(asked.must_skip()) == asked.read(0).must_skip == expected
+        assert bool(asked.must_skip()) == asked.measurement(0).must_skip == expected
     assert OVERFLOW > 3e38

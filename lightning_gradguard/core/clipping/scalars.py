@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from statistics import median_low
+from typing import overload
 
 import torch
 from torch import Tensor
@@ -37,6 +37,8 @@ def clip_coefficient(max_norm: Scalar, norm: Scalar, is_finite: Tensor | bool) -
 def where(condition: Tensor | bool, one: Scalar, other: Scalar) -> Scalar:
     """Returns one number if the condition holds, else the other."""
     if isinstance(condition, Tensor):
+        if not isinstance(one, Tensor) and not isinstance(other, Tensor):
+            one = as_like(condition, one)  # two numbers would be float32
         return torch.where(condition, one, other)
     return one if condition else other
 
@@ -46,17 +48,37 @@ def negate(condition: Tensor | bool) -> Tensor | bool:
     return ~condition if isinstance(condition, Tensor) else not condition
 
 
+@overload
+def fmax(one: float, other: float) -> float: ...
+
+
+@overload
+def fmax(one: Scalar, other: Scalar) -> Scalar: ...
+
+
 def fmax(one: Scalar, other: Scalar) -> Scalar:
-    """Returns the larger of two numbers of one kind; the other if one is NaN."""
-    if isinstance(one, Tensor) and isinstance(other, Tensor):
-        return torch.fmax(one, other)
+    """Returns the larger of two numbers; the other if one is NaN."""
+    if isinstance(one, Tensor):
+        return torch.fmax(one, torch.as_tensor(as_like(one, other)))
+    if isinstance(other, Tensor):
+        return fmax(other, one)
     return one if one > other or other != other else other
 
 
+@overload
+def fmin(one: float, other: float) -> float: ...
+
+
+@overload
+def fmin(one: Scalar, other: Scalar) -> Scalar: ...
+
+
 def fmin(one: Scalar, other: Scalar) -> Scalar:
-    """Returns the smaller of two numbers of one kind; the other if one is NaN."""
-    if isinstance(one, Tensor) and isinstance(other, Tensor):
-        return torch.fmin(one, other)
+    """Returns the smaller of two numbers; the other if one is NaN."""
+    if isinstance(one, Tensor):
+        return torch.fmin(one, torch.as_tensor(as_like(one, other)))
+    if isinstance(other, Tensor):
+        return fmin(other, one)
     return one if one < other or other != other else other
 
 
@@ -72,11 +94,6 @@ def clamp_max(value: Scalar, bound: float) -> Scalar:
     if isinstance(value, Tensor):
         return value.clamp(max=bound)
     return bound if value > bound else value
-
-
-def absolute(value: Scalar) -> Scalar:
-    """Returns the absolute value."""
-    return value.abs() if isinstance(value, Tensor) else abs(value)
 
 
 def square_root(value: Scalar) -> Scalar:
@@ -100,46 +117,3 @@ def as_like(norm: Scalar, value: Scalar) -> Scalar:
             return torch.full((), value, dtype=torch.float64, device=norm.device)
         return value.to(norm.device, torch.float64)
     return float(value)
-
-
-#: The last numbers of a series, the newest last; NaN where there is none yet if it is on the device.
-Recent = list[float] | Tensor
-
-
-def recent_like(norm: Scalar, recent: Recent, size: int) -> Recent:
-    """Returns last numbers in the form of a norm: a list, or a tensor of shape `(size,)` on its device."""
-    if isinstance(norm, Tensor):
-        if isinstance(recent, Tensor):
-            return recent.to(norm.device)
-        values = torch.full((size,), torch.nan, dtype=torch.float64)
-        if recent:
-            values[-len(recent) :] = torch.tensor(recent, dtype=torch.float64)
-        return values.to(norm.device)
-    return [value for value in recent.tolist() if value == value] if isinstance(recent, Tensor) else recent
-
-
-def pushed(recent: Recent, value: Scalar, is_finite: Tensor | bool, size: int) -> Recent:
-    """Returns last numbers with one more, if that is finite, and at most `size` numbers."""
-    if isinstance(recent, Tensor):
-        longer = torch.cat((recent[1:], torch.as_tensor(value).view(1)))
-        return torch.where(torch.as_tensor(is_finite), longer, recent)
-    return [*recent[-size + 1 :], float(value)] if is_finite else recent
-
-
-def emptied(recent: Recent, condition: Tensor | bool) -> Recent:
-    """Returns no numbers if the condition holds, else the same ones."""
-    if isinstance(recent, Tensor):
-        return recent.masked_fill(torch.as_tensor(condition, device=recent.device), torch.nan)
-    return [] if condition else recent
-
-
-def last(recent: Recent) -> Scalar:
-    """Returns the newest number; NaN without one."""
-    return recent[-1] if len(recent) else math.nan
-
-
-def median(recent: Recent) -> Scalar:
-    """Returns the median, the lower of two; NaN without a number."""
-    if isinstance(recent, Tensor):
-        return recent.nanmedian()
-    return median_low(recent) if recent else math.nan

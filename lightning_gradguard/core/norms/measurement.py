@@ -111,50 +111,63 @@ _N_HEAD = len(Head._fields)
 _LOSS, _FINITE_LOSSES, _SQUARES = map(Head._fields.index, ("loss", "finite_losses", "squares"))
 
 
-class PackedMeasurement:
-    """The numbers that checks of a step are based on, between the device and the host.
+class Sent:
+    """Numbers on their way to the host, which can be read without a synchronization a step later.
 
     Args:
-        packed: A `Head`, then the total norms by rank; float64.
+        values: Of shape `(n,)`.
     """
 
-    def __init__(self, packed: Tensor) -> None:
-        self._packed = self._host = packed
+    def __init__(self, values: Tensor) -> None:
+        self.values = self._host = values
         self._copied: torch.cuda.Event | None = None
-        if packed.is_cuda:
-            self._host = torch.empty_like(packed, device="cpu", pin_memory=True)
-            self._host.copy_(packed, non_blocking=True)
-            self._copied = torch.cuda.current_stream(packed.device).record_event()
+        if values.is_cuda:
+            self._host = torch.empty_like(values, device="cpu", pin_memory=True)
+            self._host.copy_(values, non_blocking=True)
+            self._copied = torch.cuda.current_stream(values.device).record_event()
 
     @property
     def is_on_host(self) -> bool:
         """True if to read the numbers takes no synchronization."""
-        return self._packed.device.type == "cpu"
+        return self.values.device.type == "cpu"
+
+    def read(self) -> list[float]:
+        """Returns the numbers, once they have arrived."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        numbers: list[float] = self._host.tolist()
+        return numbers
+
+
+class PackedMeasurement(Sent):
+    """The numbers that checks of a step are based on, between the device and the host.
+
+    Args:
+        values: A `Head`, then the total norms by rank; float64.
+    """
 
     def mean_loss(self) -> Tensor:
         """Returns the mean of the finite losses, on the device; nonfinite without one."""
-        return self._packed[_LOSS] / self._packed[_FINITE_LOSSES]
+        return self.values[_LOSS] / self.values[_FINITE_LOSSES]
 
     def weight_norm(self) -> Tensor:
         """Returns the norm of all weights, on the device; 0 if it was not requested."""
-        return self._packed[_SQUARES].sqrt()
+        return self.values[_SQUARES].sqrt()
 
     def must_skip(self) -> Tensor:
         """Returns 1 where `Measurement.must_skip` will be true, else 0; float32, shape `()`."""
         if self.is_on_host:
-            return torch.tensor(float(self.read(0).must_skip))
-        totals = self._packed[_N_HEAD:]
-        is_good = (self._packed.abs() <= _bounds(len(totals), self._packed.device)).all()
+            return torch.tensor(float(self.measurement(0).must_skip))
+        totals = self.values[_N_HEAD:]
+        is_good = (self.values.abs() <= _bounds(len(totals), self.values.device)).all()
         if len(totals) > 1:
             lowest, highest = torch.aminmax(totals)
             is_good &= highest <= DISAGREEMENT * lowest
         return (~is_good).float()
 
-    def read(self, optimizer_index: int) -> Measurement:
+    def measurement(self, optimizer_index: int) -> Measurement:
         """Moves the numbers to the host: the step's one host synchronization."""
-        if self._copied is not None:
-            self._copied.synchronize()
-        numbers = self._host.tolist()
+        numbers = self.read()
         head, total_norms = Head(*numbers[:_N_HEAD]), numbers[_N_HEAD:]
         nonfinite_losses, finite_losses = head.nonfinite_losses, head.finite_losses
         if not math.isfinite(head.loss):

@@ -202,7 +202,7 @@ class Suite:
         if deferred is None:
             return "accept"
         packed, index = deferred
-        measurement, verdict = self._check(trainer, packed.read(index))
+        measurement, verdict = self._check(trainer, packed.measurement(index))
         if verdict == "skip":  # losses since then are of weights that are about to be restored
             self.losses = []
         for checker in self._checkers:
@@ -262,10 +262,10 @@ class Suite:
         measurement: Measurement | None = None
         verdict: StepVerdict = "accept"
         if checks_now:
-            measurement, verdict = self._check(trainer, measured.packed.read(index))
+            measurement, verdict = self._check(trainer, measured.packed.measurement(index))
         else:
             if measured.packed.is_on_host:
-                measurement = measured.packed.read(index)
+                measurement = measured.packed.measurement(index)
             if self._checkers:
                 self._deferred = (measured.packed, index)
         return Step(
