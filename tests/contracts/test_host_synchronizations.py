@@ -91,10 +91,13 @@ def expect(n: int, kind: Kind, seen: Iterable[Interaction], at: Iterable[int] = 
         assert len(found) == n, "\n".join(["", *dict.fromkeys(found)])
 
 
-def expect_of(check: str, seen: Sequence[Interaction], at: Iterable[int] = HOT, logged: int = 0) -> None:
+def expect_of(
+    check: str, seen: Sequence[Interaction], at: Iterable[int] = HOT, logged: int = 0, sent: int = 2
+) -> None:
     """Asserts no synchronization for a deferred step, one for an exact one, and those of logging.
 
-    A deferred step sends its values once, and reads them a whole batch later. Snapshots are copied on a
+    A deferred step sends the values of its check and those of the default clipping policy, and reads them
+    a whole batch later. Snapshots are copied on a
     stream of their own, without a synchronization.
     """
     at = list(at)
@@ -103,8 +106,8 @@ def expect_of(check: str, seen: Sequence[Interaction], at: Iterable[int] = HOT, 
         expect(0, "late sync", seen, at)
     else:
         expect(logged, "sync", seen, at)
-        expect(1, "late sync", seen, at)
-        expect(1, "send", [sight for sight in seen if not sight.aside], at)
+        expect(sent, "late sync", seen, at)
+        expect(sent, "send", [sight for sight in seen if not sight.aside], at)
 
 
 @pytest.mark.parametrize("check", CHECKS)
@@ -129,7 +132,7 @@ def others(seen: Iterable[Interaction]) -> list[str]:
     "policy", [GlobalNormClipping, ZScoreClipping, PercentileClipping, UnitwiseClipping, PerTensorClipping]
 )
 def test_synchronizations_with_any_policy(policy: Callable[[], ClippingPolicy], check: str) -> None:
-    expect_of(check, seen_of(suite(check, policy()), Classifier("sgd")))
+    expect_of(check, seen_of(suite(check, policy()), Classifier("sgd")), sent=1)
 
 
 @pytest.mark.parametrize("check", CHECKS)
@@ -149,7 +152,7 @@ def test_logged_step_takes_one_transfer(check: str) -> None:
 @pytest.mark.parametrize("device", ["cpu", "same"])
 def test_nan_rollback_alone(device: Any, check: Any) -> None:
     rollback = NaNRollback(check=check, snapshot_every_n_steps=4, snapshot_device=device)
-    expect_of(check, seen_of([rollback]))
+    expect_of(check, seen_of([rollback]), sent=1)
 
 
 @pytest.mark.parametrize(
@@ -158,7 +161,7 @@ def test_nan_rollback_alone(device: Any, check: Any) -> None:
 def test_others_alone(callback: Callable[[], pl.Callback]) -> None:
     seen = seen_of([callback()])
     expect(0, "sync", seen)
-    expect(0, "late sync", seen)
+    expect(int(callback is AdaptiveGradientClipping), "late sync", seen)
 
 
 # The rest tests the simulated device itself: no synchronization is missed.
