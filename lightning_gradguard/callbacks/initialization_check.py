@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_gradguard.core import arguments, tags
-from lightning_gradguard.core.incidents import Cause, IncidentKind, SymptomCause, first_names
+from lightning_gradguard.core.incidents import CURE, Cause, IncidentKind, SymptomCause, first_names
 from lightning_gradguard.core.initialization import Finding, InitializationError, one_line, table
 from lightning_gradguard.core.parameter_names import plain_name, warn_unknown
 from lightning_gradguard.core.remedies import advice_for_cause
@@ -282,7 +282,7 @@ class InitializationCheck(Callback, Configured):
                 of_first = [f for f in members if f.cure and f.criterion == first]
                 cures = one_line([*dict.fromkeys(f.cure for f in of_first)])
                 is_tried = any(f.is_tried for f in of_first)
-                cure: dict[str, Any] = {"advice": f"Cure: {cures}" if is_tried else cures} if cures else {}
+                cure: dict[str, Any] = {"advice": f"{CURE}{cures}" if is_tried else cures} if cures else {}
                 cure["cause"] = _CAUSES.get(kind, "")
                 if origin := next((f for f in members if f.cause), None):
                     cure = {"cause": origin.cause, "advice": origin.cure}

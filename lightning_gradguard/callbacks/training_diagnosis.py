@@ -14,7 +14,7 @@ from typing_extensions import override
 from lightning_gradguard.core import arguments, tags
 from lightning_gradguard.core.detectors.diagnosis import Diagnosis, LossBaselines, Steps, Symptom
 from lightning_gradguard.core.forensics import advice_on_schedules
-from lightning_gradguard.core.incidents import Incident, IncidentKind
+from lightning_gradguard.core.incidents import CURE, Incident, IncidentKind
 from lightning_gradguard.core.remedies import advice_for_symptom
 from lightning_gradguard.runtime import distributed, lightning_api
 from lightning_gradguard.runtime.diagnosis.followed_steps import FollowedSteps
@@ -110,7 +110,7 @@ class TrainingDiagnosis(StepCallback):
         self._started = 0
         self._finite_at = -1
         self._is_publishing = False
-        self._is_poorly_initialized = False
+        self._poor_initialization: Incident | None = None
 
     @override
     def on_begin(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -225,7 +225,7 @@ class TrainingDiagnosis(StepCallback):
             now = {"step": incident.step, "epoch": incident.epoch}
             self._publish_on_all_ranks(trainer, pl_module, symptoms, now)
         if incident.kind == "poor_initialization":
-            self._is_poorly_initialized = incident.action == "none"
+            self._poor_initialization = incident if incident.action == "none" else None
         kind = next((kind for kind in SYMPTOMS if kind == incident.kind != "constant_clipping"), None)
         if not self._is_publishing and kind is not None:
             self.diagnosis.add_published(kind, incident.where, incident.step)
@@ -307,11 +307,14 @@ class TrainingDiagnosis(StepCallback):
             if symptom.kind in self.symptoms:
                 cause = "" if symptom.cause == "unknown" else symptom.cause
                 detail = f"Since step {symptom.since}: {symptom.evidence}." if symptom.evidence else ""
-                if self._is_poorly_initialized and symptom.is_of_initialization:
-                    detail += " It follows from the poor initialization that the check reports."
-                raised = ""
+                own = ""
                 if cause == "update_too_large":
-                    raised, _ = advice_on_schedules(schedules)
+                    own, _ = advice_on_schedules(schedules)
+                initialization = self._poor_initialization if symptom.is_of_initialization else None
+                if initialization is not None:
+                    detail += " It follows from the poor initialization that the check reports."
+                    if initialization.advice.startswith(CURE):
+                        own = initialization.advice
                 incident = incident_now(
                     trainer,
                     symptom.kind,
@@ -319,7 +322,7 @@ class TrainingDiagnosis(StepCallback):
                     value=None if math.isnan(symptom.value) else symptom.value,
                     cause=cause,
                     detail=detail,
-                    advice=raised
+                    advice=own
                     or advice_for_symptom(
                         symptom.kind,
                         cause,
@@ -330,5 +333,6 @@ class TrainingDiagnosis(StepCallback):
                     ),
                     **now,
                 )
-                publish(trainer, pl_module, incident)
+                # a cure is printed with its finding
+                publish(trainer, pl_module, incident, prints_advice=not own.startswith(CURE))
         self._is_publishing = False

@@ -106,6 +106,8 @@ KINDS: tuple[IncidentKind, ...] = get_args(IncidentKind)
 CAUSES: tuple[Cause, ...] = get_args(Cause)
 SYMPTOM_CAUSES: tuple[SymptomCause, ...] = get_args(SymptomCause)
 
+#: Beginning of advice that the check of the initialization has tried on a batch.
+CURE = "Cure: "
 #: File in the folder of a second logger, with the path from there to the folder that has the incidents.
 RUN_FOLDER = "run_folder.txt"
 #: Values in files of 0.5 and before that are renamed since.

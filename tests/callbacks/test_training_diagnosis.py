@@ -463,6 +463,7 @@ def test_small_outputs_are_no_dead_units_and_follow_from_the_initialization() ->
     assert listener.found[1].detail.endswith(
         "It follows from the poor initialization that the check reports."
     )
+    assert listener.found[1].advice == listener.found[0].advice
     (dead,) = diagnosed(Task(biased(deep(nn.GELU, 4), 2, -20.0)))
     assert dead.kind == "dead_units"
     assert "GELU" not in dead.advice

@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 
 from lightning_gradguard.core.detectors.best_constant import STUCK
-from lightning_gradguard.core.incidents import OF_WEIGHTS, SYMPTOM_CAUSES, Incident, label
+from lightning_gradguard.core.incidents import CURE, OF_WEIGHTS, SYMPTOM_CAUSES, Incident, label
 from lightning_gradguard.core.remedies import Present, advice_for_cause, remedies
 from lightning_gradguard.report.analysis.outcome import (
     LEARNED,
@@ -32,8 +32,6 @@ MAX_DETAILS = 5
 
 #: Kinds that record an intervention, not a symptom.
 _RESPONSES = ("rollback", "learning_rate_backoff", "learning_rate_found", "training_diverged", "lost_batch")
-#: Beginning of advice that the check of the initialization has tried on a batch.
-CURE = "Cure: "
 #: Kinds that the check of the initialization finds.
 INITIALIZATION = ("poor_initialization", "dead_units", "saturated_units")
 

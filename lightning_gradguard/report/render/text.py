@@ -8,8 +8,7 @@ import textwrap
 from collections.abc import Iterable, Sequence
 from itertools import zip_longest
 
-from lightning_gradguard.core.incidents import label, title
-from lightning_gradguard.report.analysis.incident_symptoms import CURE
+from lightning_gradguard.core.incidents import CURE, label, title
 from lightning_gradguard.report.render.wording import (
     comparison_table,
     intervention_sentences,
