@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import warnings
 from collections.abc import Callable
 from copy import deepcopy
@@ -1111,3 +1112,20 @@ def test_rank_0_decides_and_both_ranks_publish(tmp_path: Path) -> None:
     first, second = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1))
     assert first == second
     assert [(kind, where[0]) for kind, _, where in first] == [("dead_units", "net.2")]
+
+
+def test_a_step_may_copy_its_layers() -> None:
+    """As for an average of weights: the copies have no hook that records."""
+
+    class Copies(Task):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            loss = super().training_step(batch, batch_idx)
+            self.__dict__["copied"] = deepcopy(self.net)
+            return loss
+
+    bare, module = Copies(), Copies()
+    fit(bare, batches(4))
+    fit(module, batches(4), default_callbacks())
+    assert same(weights(bare), weights(module))
+    pickle.dumps(module.__dict__["copied"])
+    module.__dict__["copied"](batches(1)[0][0])

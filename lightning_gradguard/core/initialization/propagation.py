@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.overrides import TorchFunctionMode
 
+from lightning_gradguard.core.detectors.module_hooks import UncopiedHook
 from lightning_gradguard.core.snapshots import preserve_state
 
 #: log10 of a gain of zero.
@@ -233,7 +234,7 @@ class ForwardTrace(TorchFunctionMode):
         return result
 
     def _on_forward(self, module: nn.Module, record: Callable[..., None], *facts: Any) -> None:
-        handle = module.register_forward_hook(lambda m, i, o: record(m, i, o, *facts))
+        handle = module.register_forward_hook(UncopiedHook(lambda m, i, o: record(m, i, o, *facts)))
         self._hooks.callback(handle.remove)
 
     def _record_layer(self, module: WeightedLayer, inputs: Any, output: Any, name: str) -> None:

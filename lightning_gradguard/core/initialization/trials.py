@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from lightning_gradguard.core.detectors.module_hooks import UncopiedHook
 from lightning_gradguard.core.initialization.findings import Finding, one_line
 from lightning_gradguard.core.initialization.propagation import RECTIFIERS, SATURATING, Layer
 from lightning_gradguard.core.initialization.repair import holds_default_initialization, repair
@@ -163,7 +164,7 @@ class _Substitution(TorchFunctionMode):
 
     def __enter__(self) -> _Substitution:
         for layer in self._layers:
-            self._hooks.callback(layer.register_forward_hook(self._expect).remove)
+            self._hooks.callback(layer.register_forward_hook(UncopiedHook(self._expect)).remove)
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from typing import Any
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.hooks import RemovableHandle
 
 from lightning_gradguard.core.detectors.diagnosis.sample import (
     MIN_TIMES,
@@ -38,6 +39,7 @@ from lightning_gradguard.core.detectors.diagnosis.signals.scalars import (
     is_measurable,
     spread_over_rows,
 )
+from lightning_gradguard.core.detectors.module_hooks import UncopiedHook
 from lightning_gradguard.core.norms import local_shard
 from lightning_gradguard.core.parameter_names import plain_name
 
@@ -114,19 +116,19 @@ class StepTrace(TorchFunctionMode):
                 continue
             name = plain_name(name)
             if isinstance(child, nn.RNNBase):
-                self._hook(child.register_forward_pre_hook(partial(self._before_recurrence, name)))
+                self._hook(child.register_forward_pre_hook, partial(self._before_recurrence, name))
             if isinstance(child, nn.MultiheadAttention):
                 self._hook(
-                    child.register_forward_pre_hook(lambda *_, name=name: self._attention.append(name))
+                    child.register_forward_pre_hook, lambda *_, name=name: self._attention.append(name)
                 )
-                self._hook(child.register_forward_hook(lambda *_: self._attention.clear()))
+                self._hook(child.register_forward_hook, lambda *_: self._attention.clear())
             if is_layer(child):
-                self._hook(child.register_forward_hook(partial(self._after_layer, name)))
+                self._hook(child.register_forward_hook, partial(self._after_layer, name))
             elif not child._modules and any(True for _ in own_matrices(child)):
-                self._hook(child.register_forward_hook(partial(self._after_own_layer, name)))
+                self._hook(child.register_forward_hook, partial(self._after_own_layer, name))
             elif not child._modules and not child._parameters:
-                self._hook(child.register_forward_pre_hook(lambda *_, name=name: self._modules.append(name)))
-                self._hook(child.register_forward_hook(lambda *_: self._modules.clear()))
+                self._hook(child.register_forward_pre_hook, lambda *_, name=name: self._modules.append(name))
+                self._hook(child.register_forward_hook, lambda *_: self._modules.clear())
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
@@ -370,8 +372,8 @@ class StepTrace(TorchFunctionMode):
                 first, last, largest = map(self._scalars.add, recurrences.through_time(gradient, dim, sizes))
                 self._times[name] = first, last, largest, gradient.shape[dim] if sizes is None else len(sizes)
 
-    def _hook(self, handle: Any) -> None:
-        self._hooks.callback(handle.remove)
+    def _hook(self, register: Callable[[UncopiedHook], RemovableHandle], hook: Callable[..., Any]) -> None:
+        self._hooks.callback(register(UncopiedHook(hook)).remove)
 
 
 def _tensors(output: Any) -> list[Tensor]:
