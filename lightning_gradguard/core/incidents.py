@@ -81,6 +81,7 @@ SymptomCause = Literal[
     "overwritten_weights",
     "cleared_gradients",
     "gradients_not_cleared",
+    "frozen_weights",
     "zero_gradient",
     "learning_rate_too_low",
     "learning_rate_schedule",

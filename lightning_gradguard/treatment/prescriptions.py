@@ -41,6 +41,7 @@ _IN_CODE: dict[str, tuple[str, ...]] = {
     "detached": ("detach", "no_grad", "numpy", "data"),
     "never_stepped": ("step",),
     "cleared_gradients": ("zero_grad",),
+    "frozen_weights": ("requires_grad_", "requires_grad", "freeze"),
     "gradients_not_cleared": ("manual_backward", "optimizer_zero_grad"),
     "learning_rate_schedule": ("LambdaLR", "StepLR", "MultiStepLR", "ExponentialLR", "CosineAnnealingLR"),
     "scaled_gradients_clipped": ("clip_gradients", "clip_grad_norm_", "clip_grad_value_"),

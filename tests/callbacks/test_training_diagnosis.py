@@ -701,6 +701,15 @@ def test_labels_that_say_nothing_are_a_stuck_loss() -> None:
     assert "permuted" in incident.detail
 
 
+def test_random_layers_that_are_frozen_are_named_where_nothing_is_learned() -> None:
+    net = deep(nn.ReLU, 8)  # by which hardly anything is left of what differs between the samples
+    net[:16].requires_grad_(False)
+    (incident,) = diagnosed(Task(net), 160)
+    assert (incident.kind, incident.cause) == ("weight_stagnation", "frozen_weights")
+    assert incident.where[0] == "net.0"
+    assert "requires_grad_(True)" in incident.advice
+
+
 def test_rare_positives_that_are_learned_slowly_are_no_stuck_loss() -> None:
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(20, 32), nn.ReLU(), nn.Linear(32, 1))

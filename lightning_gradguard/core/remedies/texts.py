@@ -226,6 +226,10 @@ BY_CAUSE = {
         "Call zero_grad() before the backward pass, not between it and step(), and check that the loss "
         "depends on {where}."
     ),
+    "frozen_weights": (
+        "Load trained weights into {where}, or train them: {code}.requires_grad_(True) before the optimizer "
+        "is made."
+    ),
     "gradients_not_cleared": (
         "Call optimizer.zero_grad() before self.manual_backward(loss), once for each step; where "
         "optimizer_zero_grad is overridden, it has to clear the gradients too."

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -59,9 +59,14 @@ class Diagnosis:
         self._shown: dict[tuple[str, str], tuple[int, int]] = {}
         self._rates: dict[int, tuple[float, ...]] = {}
         self._is_related = False
+        self._frozen: tuple[str, ...] = ()
 
-    def plan(self, steps: int) -> None:
-        """Takes the number of steps of the run, 0 if unknown, by which a slow start is measured."""
+    def plan(self, steps: int, frozen: Sequence[str] = ()) -> None:
+        """Takes the number of steps of the run, 0 if unknown, by which a slow start is measured.
+
+        `frozen` are layers with random weights that are not trained.
+        """
+        self._frozen = tuple(frozen)
         patience = max(PATIENCE, int(PATIENT_SHARE * steps), min(SLOW_STEPS, int(SLOW_SHARE * steps)))
         self.patience = min(patience, max(MIN_PATIENCE, 2 * steps // 3)) if steps else patience
 
@@ -158,7 +163,7 @@ class Diagnosis:
         yield from rules.far_targets(sample, self._progress, self.patience)
         if not self._is_related:
             yield from rules.same_answers(sample, self._progress, self.patience)
-            yield from rules.stuck_loss(sample, self._progress, self.patience)
+            yield from rules.stuck_loss(sample, self._progress, self.patience, self._frozen)
 
     def _by_update(self, symptom: Symptom) -> Symptom:
         """Returns a symptom, or the explosion from which it follows.

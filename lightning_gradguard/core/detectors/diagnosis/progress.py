@@ -18,6 +18,8 @@ RECENT = 3
 #: Loss below 0, over the size of the first one or 1, and its growth from one sample to the next, of a loss
 #: that falls without bound.
 UNBOUNDED, UNBOUNDED_GROWTH = 1e4, 2.0
+#: Spread of the answers over that in the sample before, from which on it is more than noise of the batch.
+SPREADING = 1.1
 #: Step up to which the first update is that of a fresh run, of which a GradScaler skips some.
 STARTED_BY = 5
 #: Two sizes of gradients differ by more than this share, unless both were clipped to one value.
@@ -114,8 +116,8 @@ class Progress:
 
     @property
     def spreads_out(self) -> bool:
-        """True if answers differ more than in the sample before."""
-        return self._spreads[1] > self._spreads[0]
+        """True if answers differ clearly more than in the sample before."""
+        return self._spreads[1] > SPREADING * self._spreads[0]
 
     @property
     def is_constant(self) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from statistics import mean
 from typing import Literal
 
@@ -87,7 +87,7 @@ def dead_or_saturated_units(sample: Sample, progress: Progress) -> Iterator[Symp
         if share > (SATURATED if noun not in (_ROWS, _GATES) else SATURATED_ROWS) and not is_harmless:
             saturated.append((share, names, noun))
     origin = input_cause(sample)
-    inputs = _inputs(sample)
+    inputs = size_of_inputs(sample)
     if dead:
         share, where, _ = _first(dead)
         evidence = (
@@ -176,7 +176,7 @@ def large_updates(sample: Sample, progress: Progress) -> Iterator[Symptom]:
                 evidence += f", {after:.2g} after clipping{one.by_clippers}"
             if is_rising:
                 evidence += f"; the loss has risen to {progress.rise:.2g} times the first"
-            evidence += _inputs(sample)
+            evidence += size_of_inputs(sample)
             yield Symptom("exploding_gradient", cause, where, before, evidence, "update")
 
 
@@ -265,7 +265,9 @@ def same_answers(sample: Sample, progress: Progress, patience: int) -> Iterator[
         yield Symptom("stuck_loss", "same_answers", sample.head, sample.spread, evidence, "stuck", needs)
 
 
-def stuck_loss(sample: Sample, progress: Progress, patience: int) -> Iterator[Symptom]:
+def stuck_loss(
+    sample: Sample, progress: Progress, patience: int, frozen: Collection[str]
+) -> Iterator[Symptom]:
     """Yields a loss that is no better than that of the best constant, or does not depend on the targets."""
     ratio, permuted = progress.over_constant, sample.permuted
     if sample.step < patience or ratio <= STUCK or is_related(permuted, ratio):
@@ -297,7 +299,7 @@ def stuck_loss(sample: Sample, progress: Progress, patience: int) -> Iterator[Sy
     is_far = input_cause(sample) != "unknown" or sample.input_rms < SMALL_INPUT
     if cause == "unknown" and is_far and sample.layers:
         cause, where = "input_scale", (sample.layers[0].name,)
-        facts += filter(None, [_inputs(sample).strip("; ")])
+        facts += filter(None, [size_of_inputs(sample).strip("; ")])
     is_bounded = any(layer.is_last and layer.activation for layer in sample.layers)
     if cause == "unknown" and sample.one_signed and not is_bounded and progress.over_first < 1:
         cause = "learning_rate_too_low"  # the answers are on their way to the targets
@@ -306,10 +308,16 @@ def stuck_loss(sample: Sample, progress: Progress, patience: int) -> Iterator[Sy
         cause = "learning_rate_too_low"
         facts.append(f"updates are {largest:.1g} of the norm of the weights (usual: about 1e-3)")
     value = permuted if math.isnan(ratio) else ratio
+    untrained = tuple(layer.name for layer in sample.layers if layer.name in frozen)
+    if cause == "unknown" and untrained[:1] == (sample.layers[0].name,):
+        facts.append("the weights of the first layers are random, and have requires_grad=False")
+        evidence = "; ".join(facts)
+        yield Symptom("weight_stagnation", "frozen_weights", untrained[:5], value, evidence, "stuck", 2)
+        return
     yield Symptom("stuck_loss", cause, where, value, "; ".join(facts), "stuck", 2)
 
 
-def _inputs(sample: Sample) -> str:
+def size_of_inputs(sample: Sample) -> str:
     """Returns the size of the inputs in words, if they are large or small."""
     rms = sample.input_rms
     is_usual = SMALL_INPUT <= rms <= LARGE_INPUT or math.isnan(rms)

@@ -6,14 +6,18 @@ import math
 from collections.abc import Iterator
 from statistics import median
 
+from lightning_gradguard.core.detectors.best_constant import STUCK
 from lightning_gradguard.core.detectors.diagnosis.clipped import CLIPPED_FAR, clipped_before, of_one_size
 from lightning_gradguard.core.detectors.diagnosis.progress import Progress
+from lightning_gradguard.core.detectors.diagnosis.rules import SMALL_INPUT, size_of_inputs
 from lightning_gradguard.core.detectors.diagnosis.sample import Sample, Update
 from lightning_gradguard.core.detectors.diagnosis.symptom import Symptom, modules_of
 from lightning_gradguard.core.incidents import SymptomCause
 
 #: Update over weight below which weights hardly move, and below which one does not; see docs/diagnosis.md.
 SMALL_UPDATE, NO_UPDATE = 1e-5, 1e-7
+#: Share of the smallest update that a dtype keeps, below which most are lost, and steps of a slow start.
+ROUNDED, ROUNDED_STEPS = 0.1, 100
 
 
 def stagnation(sample: Sample, progress: Progress) -> Iterator[Symptom]:
@@ -39,7 +43,9 @@ def stagnation(sample: Sample, progress: Progress) -> Iterator[Symptom]:
             evidence += "are nearly what they were before"
             yield Symptom("weight_stagnation", "overwritten_weights", where, largest, evidence, "coverage", 4)
             continue
-        if largest < SMALL_UPDATE and not progress.learns:
+        is_late = sample.step >= ROUNDED_STEPS and progress.over_constant > STUCK
+        bound = max(SMALL_UPDATE, ROUNDED * one.resolution) if is_late else SMALL_UPDATE
+        if largest < bound and not progress.learns:
             if not any(one.gradients[i] for i in matrices):
                 evidence = "the gradient of every weight matrix is exactly zero"
                 yield Symptom("weight_stagnation", "zero_gradient", where, 0.0, evidence, "stagnation", 2)
@@ -59,6 +65,10 @@ def stagnation(sample: Sample, progress: Progress) -> Iterator[Symptom]:
                 evidence += one.by_clippers
             elif is_of_clipping:
                 evidence += f"; {of_one_size(size)}"
+            if small == "learning_rate_too_low" and sample.input_rms < SMALL_INPUT and sample.layers:
+                first, evidence = (sample.layers[0].name,), evidence + size_of_inputs(sample)
+                yield Symptom("weight_stagnation", "input_scale", first, largest, evidence, "contract", 2)
+                continue
             yield Symptom("weight_stagnation", small, where, largest, evidence, "stagnation", 2)
             continue
         if not progress.has_converged:
