@@ -20,6 +20,8 @@ from lightning_gradguard.core.incidents import IncidentKind
 PATIENCE, PATIENT_SHARE, MIN_PATIENCE = 150, 0.2, 100
 #: The share of a short run in which a deep narrow network may only start slowly, and its steps at most.
 SLOW_SHARE, SLOW_STEPS = 0.6, 300
+#: Share of the planned steps in which a schedule that leaves no rate has the length of another run.
+EARLY_SHARE = 0.6
 #: Share of a learning rate, from one sample to the next, below which it falls for good.
 NO_RATE = 1e-2
 #: Symptoms on the same sample: the first is the root.
@@ -67,6 +69,7 @@ class Diagnosis:
         `frozen` are layers with random weights that are not trained.
         """
         self._frozen = tuple(frozen)
+        self._progress.ends_early = EARLY_SHARE * steps
         patience = max(PATIENCE, int(PATIENT_SHARE * steps), min(SLOW_STEPS, int(SLOW_SHARE * steps)))
         self.patience = min(patience, max(MIN_PATIENCE, 2 * steps // 3)) if steps else patience
 

@@ -20,6 +20,8 @@ RECENT = 3
 UNBOUNDED, UNBOUNDED_GROWTH = 1e4, 2.0
 #: Spread of the answers over that in the sample before, from which on it is more than noise of the batch.
 SPREADING = 1.1
+#: Share of the loss that is left of one that a network has learned halfway.
+HALFWAY = 0.5
 #: Step up to which the first update is that of a fresh run, of which a GradScaler skips some.
 STARTED_BY = 5
 #: Two sizes of gradients differ by more than this share, unless both were clipped to one value.
@@ -33,12 +35,14 @@ class Progress:
         first: The first loss.
         largest_update: Largest norm of an update over that of all weights.
         has_rate: True once a schedule has left a rate.
+        ends_early: Step before which no schedule of a run of this length takes the rate away.
     """
 
     def __init__(self) -> None:
         self.first = math.nan
         self.largest_update = 0.0
         self.has_rate = False
+        self.ends_early = 0.0
         self._losses: deque[float] = deque(maxlen=RECENT)
         self._calls: dict[str, deque[tuple[float, float]]] = defaultdict(partial(deque, maxlen=RECENT))
         self._ratios: list[float] = []
@@ -133,6 +137,11 @@ class Progress:
     def has_converged(self) -> bool:
         """True if hardly any loss is left, with which gradients are small: nothing has to move."""
         return self._best < CONVERGED
+
+    @property
+    def is_halfway(self) -> bool:
+        """True if more than half of the loss is left."""
+        return self._best > HALFWAY
 
     @property
     def learns(self) -> bool:

@@ -45,7 +45,8 @@ def stagnation(sample: Sample, progress: Progress) -> Iterator[Symptom]:
             continue
         is_late = sample.step >= ROUNDED_STEPS and progress.over_constant > STUCK
         bound = max(SMALL_UPDATE, ROUNDED * one.resolution) if is_late else SMALL_UPDATE
-        if largest < bound and not progress.learns:
+        is_cut_short = bool(scheduled) and sample.step < progress.ends_early and progress.is_halfway
+        if largest < bound and (is_cut_short or not progress.learns):
             if not any(one.gradients[i] for i in matrices):
                 evidence = "the gradient of every weight matrix is exactly zero"
                 yield Symptom("weight_stagnation", "zero_gradient", where, 0.0, evidence, "stagnation", 2)
