@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Iterator
 from statistics import median
 
@@ -11,13 +12,15 @@ from lightning_gradguard.core.detectors.diagnosis.clipped import CLIPPED_FAR, cl
 from lightning_gradguard.core.detectors.diagnosis.progress import Progress
 from lightning_gradguard.core.detectors.diagnosis.rules import SMALL_INPUT, size_of_inputs
 from lightning_gradguard.core.detectors.diagnosis.sample import Sample, Update
-from lightning_gradguard.core.detectors.diagnosis.symptom import Symptom, modules_of
+from lightning_gradguard.core.detectors.diagnosis.symptom import Symptom, Tier, modules_of
 from lightning_gradguard.core.incidents import SymptomCause
 
 #: Update over weight below which weights hardly move, and below which one does not; see docs/diagnosis.md.
 SMALL_UPDATE, NO_UPDATE = 1e-5, 1e-7
 #: Share of the smallest update that a dtype keeps, below which most are lost, and steps of a slow start.
-ROUNDED, ROUNDED_STEPS = 0.1, 100
+ROUNDED, ROUNDED_STEPS = 0.25, 100
+#: Tiny inputs explain what units and gradients show, too.
+_TIER: dict[SymptomCause, Tier] = defaultdict(lambda: "stagnation", {"input_scale": "contract"})
 
 
 def stagnation(sample: Sample, progress: Progress) -> Iterator[Symptom]:
@@ -29,7 +32,7 @@ def stagnation(sample: Sample, progress: Progress) -> Iterator[Symptom]:
         if one.rates and not any(one.rates):
             where = modules_of(one.names[:3])
             evidence = f"the learning rate of every parameter group is 0{scheduled}"
-            yield Symptom("weight_stagnation", _too_low(one), where, 0.0, evidence, "stagnation", 3)
+            yield Symptom("weight_stagnation", _too_low(one, sample), where, 0.0, evidence, "stagnation", 3)
             continue
         matrices = [i for i, is_matrix in enumerate(one.is_matrix) if is_matrix and one.weights[i] > 0]
         if not one.ratios or not matrices or not math.isfinite(one.total_norm) or one.total_norm == 0:
@@ -57,7 +60,7 @@ def stagnation(sample: Sample, progress: Progress) -> Iterator[Symptom]:
             is_clipped = one.unclipped > CLIPPED_FAR and largest * one.unclipped > SMALL_UPDATE
             size = clipped_before(index, progress)
             is_of_clipping = is_clipped or not math.isnan(size)
-            small = "clip_value_too_small" if is_of_clipping else _too_low(one)
+            small = "clip_value_too_small" if is_of_clipping else _too_low(one, sample)
             if small == "rounded_updates":
                 evidence += f", and those below {one.resolution:.1g} of a weight are lost by rounding"
             if is_clipped:
@@ -66,34 +69,34 @@ def stagnation(sample: Sample, progress: Progress) -> Iterator[Symptom]:
                 evidence += one.by_clippers
             elif is_of_clipping:
                 evidence += f"; {of_one_size(size)}"
-            if small == "learning_rate_too_low" and sample.input_rms < SMALL_INPUT and sample.layers:
-                first, evidence = (sample.layers[0].name,), evidence + size_of_inputs(sample)
-                yield Symptom("weight_stagnation", "input_scale", first, largest, evidence, "contract", 2)
-                continue
-            yield Symptom("weight_stagnation", small, where, largest, evidence, "stagnation", 2)
+            evidence += size_of_inputs(sample)
+            yield Symptom("weight_stagnation", small, where, largest, evidence, _TIER[small], 2)
             continue
         if not progress.has_converged:
-            yield from _some_stagnate(one, ratios)
+            yield from _some_stagnate(one, sample, ratios)
 
 
-def _too_low(one: Update) -> SymptomCause:
+def _too_low(one: Update, sample: Sample) -> SymptomCause:
     """Returns why a learning rate moves no weight."""
     if one.has_no_rate:
         return "learning_rate_schedule"
+    if sample.input_rms < SMALL_INPUT and any(one.rates):
+        return "input_scale"
     return "rounded_updates" if one.resolution > SMALL_UPDATE and any(one.rates) else "learning_rate_too_low"
 
 
-def _some_stagnate(one: Update, ratios: dict[int, float]) -> Iterator[Symptom]:
+def _some_stagnate(one: Update, sample: Sample, ratios: dict[int, float]) -> Iterator[Symptom]:
     usual = median(ratios.values())
     still = [i for i, r in ratios.items() if r < NO_UPDATE or (r < SMALL_UPDATE / 10 and r < usual / 1e3)]
     moving = {one.names[i].rpartition(".")[0] for i in ratios if i not in still}
     still = [i for i in still if one.names[i].rpartition(".")[0] not in moving]  # a part is not needed
     if still and max(ratios.values()) > SMALL_UPDATE:
         has_gradient = any(one.gradients[i] > 0 for i in still)
-        cause = _too_low(one) if has_gradient else "zero_gradient"
+        cause = _too_low(one, sample) if has_gradient else "zero_gradient"
         where = modules_of([one.names[i] for i in still[:5]])
         value = max(ratios[i] for i in still)
         evidence = f"updates of {len(still)} of {len(ratios)} weights are at most {value:.1g} of their norm"
         if not all(one.rates):
             evidence += "; the learning rate of a parameter group is 0"
-        yield Symptom("weight_stagnation", cause, where, value, evidence, "stagnation", 4, is_partial=True)
+        evidence += size_of_inputs(sample)
+        yield Symptom("weight_stagnation", cause, where, value, evidence, _TIER[cause], 4, is_partial=True)
