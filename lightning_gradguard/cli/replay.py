@@ -64,7 +64,7 @@ def main(arguments: Sequence[str]) -> None:
         dossier, module, weights, notes = _prepared(arguments)
         trainer = _trainer(dossier, module, weights)
     rng = {**dossier.rng, "cuda": []}  # this machine may have other GPUs, and none is used
-    batch = SeenBatch(dossier.batch, dossier.batch_idx, rng)
+    batch = SeenBatch(dossier.batch, dossier.batch_idx, rng, dossier.step)
     found = replay(trainer, module, batch, _out_of_range(dossier, module))
     print(comparison(dossier, found, notes))
     if not is_reproduced(dossier.origin, found):
@@ -261,7 +261,7 @@ def _trainer(dossier: Dossier, module: pl.LightningModule, weights: Mapping[str,
             enable_model_summary=False,
             **arguments,
         )
-    lightning_api.attach_for_replay(trainer, module, step=dossier.step, epoch=dossier.epoch)
+    lightning_api.attach_for_replay(trainer, module, dossier.epoch)
     try:
         module.configure_model()
         change_as_saved(module, {KEY: dossier.changes})

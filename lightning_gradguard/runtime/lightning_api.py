@@ -83,10 +83,7 @@ def is_compiled(pl_module: nn.Module) -> bool:
 
 
 def takes_iterator(pl_module: pl.LightningModule) -> bool:
-    """True for a `training_step(self, dataloader_iter)`, which takes its batches itself.
-
-    Its batch is unknown before it has run: hooks get the batch before.
-    """
+    """True for a `training_step(self, dataloader_iter)`: hooks get the batch before the one that it takes."""
     return bool(is_param_in_hook_signature(pl_module.training_step, "dataloader_iter", explicit=True))
 
 
@@ -156,16 +153,23 @@ def evaluation_metrics(trainer: pl.Trainer) -> dict[str, float]:
     return {name: float(value) for name, value in metrics.items()}
 
 
-def attach_for_replay(trainer: pl.Trainer, pl_module: pl.LightningModule, *, step: int, epoch: int) -> None:
+def attach_for_replay(trainer: pl.Trainer, pl_module: pl.LightningModule, epoch: int) -> None:
     """Attaches a fresh Trainer to a module as if it were fitting it."""
     pl_module.trainer = trainer
     trainer.strategy.connect(pl_module)
     trainer.state.fn = TrainerFn.FITTING
     trainer.training = True
-    loop = trainer.fit_loop.epoch_loop
     trainer.fit_loop.epoch_progress.current.processed = epoch  # type: ignore[attr-defined]
-    loop.automatic_optimization.optim_progress.optimizer.step.total.completed = step
-    loop.manual_optimization.optim_step_progress.total.completed = step
+
+
+def set_global_step(trainer: pl.Trainer, step: int) -> int:
+    """Sets `trainer.global_step`; returns what it was."""
+    loop: Any = trainer.fit_loop.epoch_loop
+    progress = loop.manual_optimization.optim_step_progress
+    if trainer.lightning_module.automatic_optimization:
+        progress = loop.automatic_optimization.optim_progress.optimizer.step
+    before, progress.total.completed = progress.total.completed, step
+    return int(before)
 
 
 def gradient_scaler(trainer: pl.Trainer) -> torch.amp.GradScaler | None:
@@ -360,13 +364,12 @@ def _module_of_hook(owner: Any, hook: str) -> str:
 
 def gradients_used_after_hook(trainer: pl.Trainer) -> bool:
     """True if other code than the suite reads or writes gradients ahead of the update."""
-    module = trainer.lightning_module
-    owners = [module, *trainer.callbacks]  # type: ignore[attr-defined]
+    owners = [trainer.lightning_module, *trainer.callbacks]  # type: ignore[attr-defined]
     packages = {_module_of_hook(owner, "on_before_optimizer_step").split(".")[0] for owner in owners}
     return bool(
         trainer.gradient_clip_val
         or gradient_scaler(trainer) is not None
-        or overrides(module, "configure_gradient_clipping")
+        or overrides(trainer.lightning_module, "configure_gradient_clipping")
         or packages - PACKAGES - {__name__.split(".")[0]}
     )
 

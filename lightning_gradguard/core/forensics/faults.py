@@ -304,6 +304,13 @@ _LINEAR_ALGEBRA = (
         "torch.linalg.inv(x + 1e-3 * x.new_ones(x.shape[-1]).diag())",
     ),
     Fault(
+        ("scalar_tensor",),
+        "torch.logdet of a matrix whose determinant is negative is NaN, as is a NaN in the code itself",
+        "torch.linalg.slogdet(x)[1]",
+        argument=None,
+        made="nan",
+    ),
+    Fault(
         ("_linalg_slogdet", "_linalg_det"),
         "The matrix is singular: the logarithm of its determinant is -inf",
         "torch.linalg.slogdet(x + 1e-3 * x.new_ones(x.shape[-1]).diag())[1]",

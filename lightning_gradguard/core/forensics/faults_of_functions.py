@@ -61,6 +61,22 @@ FUNCTIONS = (
         called="TransformedDistribution|TanhTransform",
     ),
     Fault(
+        ("xlogy",),
+        "A target at the bound of the distribution, 0 or 1, has an infinite density: keep targets inside",
+        "y.clamp(1e-6, 1 - 1e-6)",
+        called="Beta|Dirichlet",
+        argument=1,
+        has_zero=True,
+    ),
+    Fault(
+        ("xlogy",),
+        "A target of 0 has an infinite density: keep targets above 0",
+        "y.clamp_min(1e-6)",
+        called="Gamma|InverseGamma|Chi2",
+        argument=1,
+        has_zero=True,
+    ),
+    Fault(
         ("_weight_norm_interface",),
         "A row of a weight is 0 throughout, and weight_norm divides by its norm: initialize the direction "
         "(parametrizations.weight.original1) otherwise. To begin with outputs of 0, set the lengths, "
@@ -137,6 +153,10 @@ _UNDERFLOW = (
         "torch.log(x) + torch.log(y)",
     ),
 )
+_DIVISOR = (
+    "exp(x) underflows to 0 below -103, and is divided by: keep its argument above -80 (divide it by a "
+    "larger temperature or regularization), or stay with logarithms"
+)
 #: Of logarithms whose argument is 0 as an operation before them underflows, or whose gradient overflows then.
 UNDERFLOW = (
     *(Fault(_LOG, why, cure, underflow=names) for names, why, cure in _UNDERFLOW),
@@ -145,4 +165,6 @@ UNDERFLOW = (
         for names, why, cure in _UNDERFLOW
         if names != ("sigmoid",)  # which is 0 where its logarithm's gradient would overflow
     ),
+    Fault(("div", "true_divide"), _DIVISOR, "x.clamp_min(-80)", argument=1, underflow=("exp",)),
+    Fault(("reciprocal",), _DIVISOR, "x.clamp_min(-80)", underflow=("exp",)),
 )

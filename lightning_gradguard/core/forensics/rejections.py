@@ -44,6 +44,11 @@ REJECTIONS = (
         "use LayerNorm or GroupNorm",
     ),
     Rejection(
+        "more than 1 spatial element",
+        "InstanceNorm gets one position of each channel, of which there is no variance: leave it out there, "
+        "or use GroupNorm",
+    ),
+    Rejection(
         r"constraint (IndependentConstraint\()?GreaterThan(Eq)?\(lower_bound=0|var has negative entry",
         "A scale, variance or concentration has to be positive",
         f"torch.nn.functional.softplus(x) + 1e-3 {_OUTPUT}",

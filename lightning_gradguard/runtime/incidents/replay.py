@@ -31,6 +31,7 @@ class SeenBatch:
         batch: From the data loader, on the device.
         batch_idx: Its place in the epoch.
         rng: State of the random number generators just before, from `core.snapshots.StepRandomness`.
+        step: `trainer.global_step` then.
         indices: Of its samples in the data set; empty if unknown.
         tensors: In the batch; empty if unknown.
         versions: Their version counters.
@@ -39,6 +40,7 @@ class SeenBatch:
     batch: Any
     batch_idx: int
     rng: dict[str, Any]
+    step: int
     indices: Sequence[int] = ()
     tensors: Sequence[Tensor] = ()
     versions: Sequence[int] = ()
@@ -98,7 +100,7 @@ def replay(
                 return losses, [*gradients, *_accumulated(parameters)]
 
     try:
-        with without_logging(pl_module), _gradients_restored(pl_module):
+        with without_logging(pl_module), _gradients_restored(pl_module), _at_step(trainer, seen.step):
             # of several ranks, only those with finite batches would run theirs once more
             origin = investigate(
                 pl_module,
@@ -236,6 +238,15 @@ class _Idle:
 
     def step(self, closure: Callable[[], Any] | None = None, **_: Any) -> Any:
         return closure() if closure is not None else None
+
+
+@contextmanager
+def _at_step(trainer: pl.Trainer, step: int) -> Iterator[None]:
+    before = lightning_api.set_global_step(trainer, step)
+    try:
+        yield
+    finally:
+        lightning_api.set_global_step(trainer, before)
 
 
 @contextmanager

@@ -88,7 +88,7 @@ class RollbackSession:
         tensors = self.lost_batches.record(step, epoch, batch_in_epoch, batch)
         if self._indices is not None:
             indices, rng = self._indices.next_batch(), self._randomness.before_step()
-            seen = SeenBatch(batch, batch_idx, rng, indices, tensors, versions_of(tensors))
+            seen = SeenBatch(batch, batch_idx, rng, step, indices, tensors, versions_of(tensors))
             window.batches.append(seen)
         if (reason := self._lost_earlier.get((epoch, batch_in_epoch))) is not None:
             window.repeats_skipped_batch |= reason == "skipped"

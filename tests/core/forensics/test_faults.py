@@ -375,6 +375,23 @@ CASES += [
         "log_target",
     ),
     (
+        "a target at its bound",
+        lambda x, y: d.Beta(x, x, validate_args=False).log_prob(y),
+        lambda h: h,
+        lambda h: zero(0.5 * h.detach()),
+        "keep targets inside",
+    ),
+    (
+        "a waiting time of 0",
+        lambda x, y: d.Gamma(x, x, validate_args=False).log_prob(y),
+        lambda h: h,
+        lambda h: zero(h.detach()),
+        "above 0",
+    ),
+    ("a divisor of exp", lambda x: 2 / x.exp(), lambda h: h - 200, None, "temperature"),
+    ("divided by exp", lambda x: x / x.exp(), lambda h: h - 200, None, "temperature"),
+    ("negative determinant", torch.logdet, lambda h: -h[0].diag()[:3, :3], None, "slogdet"),
+    (
         "an action at its bound",
         lambda x, y: d.TransformedDistribution(
             d.Normal(x, 1.0), [d.TanhTransform()], validate_args=False
@@ -435,6 +452,8 @@ def test_a_fault_is_told_and_its_cure_trains(
             result = f(result, other)
         elif fault.cure.startswith("y."):
             result = f(given, result)
+        elif fault.cure.startswith("x.clamp_min(-80"):
+            result = f(result)
         loss: Tensor = result
         return loss
 

@@ -79,6 +79,7 @@ def sampled(w: Tensor, y: Tensor) -> Tensor:
 #: of cure: of `x`, of `y`, of the call, or none.
 CASES: list[tuple[str, Callable[[Tensor], Tensor], Program, Tensor, str]] = [
     ("one sample", lambda h: h, normed, torch.zeros(ROWS), ""),
+    ("one position", lambda h: h[..., None], lambda x, y: F.instance_norm(x), torch.zeros(ROWS), ""),
     ("positive", positive, lambda x, y: d.Normal(0.0, x, validate_args=True).log_prob(y), targets(0.5), "x"),
     ("variance", positive, lambda x, y: F.gaussian_nll_loss(x, y, x), targets(0.5), "x"),
     ("interval", positive, lambda x, y: d.Bernoulli(x, validate_args=True).entropy(), targets(0.5), "x"),

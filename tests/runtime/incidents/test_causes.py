@@ -210,6 +210,19 @@ def test_hook_that_changes_the_batch_or_gradients_is_named(tmp_path: Path) -> No
         assert words in found["detail"]
 
 
+def test_a_fault_of_one_step_alone_is_found_again(tmp_path: Path) -> None:
+    """The batch runs again at the step that it was served at."""
+
+    def warmed_up(module: Any, batch: Any) -> Tensor:
+        loss: Tensor = squares(module, batch) / module.global_step
+        return loss
+
+    fit(Network(warmed_up), data(), [NaNRollback()], tmp_path)
+    (found,) = incidents(tmp_path)
+    assert (found["step"], found["cause"]) == (0, "loss")
+    assert "The divisor is 0" in found["advice"]
+
+
 class Normalizing(Network):
     """Divides each gradient by its norm, which is 0 in a bad batch, under manual optimization."""
 
