@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_gradguard.core.clipping.scalars import Scalar, clamp_min, fmax, fmin
+from lightning_gradguard.core.clipping.scalars import Scalar, clamp_min, fmax
 
 #: Steps in which the level follows the norms freely, and overshoot is found earlier.
 FIRST_STEPS = 20
@@ -50,16 +50,6 @@ class Step:
     rate: Scalar
     weight_norm: Scalar
     momentum: float
-
-    @property
-    def is_known(self) -> bool:
-        """True if the host knows all numbers."""
-        return not any(isinstance(x, Tensor) for x in (self.norm, self.loss, self.rate, self.weight_norm))
-
-    @property
-    def has_rate(self) -> bool:
-        """True under an optimizer whose steps are along the gradient."""
-        return is_given(self.rate)
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,11 +99,6 @@ class History:
     usual_norm: float = math.nan
     usual_loss: float = math.nan
 
-    @property
-    def has_ratio(self) -> bool:
-        """True if losses have a ratio: none was negative."""
-        return self.lowest_loss >= 0
-
     def state_dict(self) -> dict[str, Any]:
         """Returns all numbers but those that follow from others."""
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in _DERIVED}
@@ -134,7 +119,8 @@ class History:
 
     def relief(self, rate: Scalar) -> Scalar:
         """Returns how many times the cap is larger, as the rate is lower than when it was set."""
-        return fmax(self.cap_rate / clamp_min(rate, TINY), 1.0) if is_given(rate) else 1.0
+        has_rate = isinstance(rate, Tensor) or rate == rate
+        return fmax(self.cap_rate / clamp_min(rate, TINY), 1.0) if has_rate else 1.0
 
     def goes_on(self, loss: Scalar) -> Tensor | bool:
         """True if a loss is that of a task which the steps before may have begun."""
@@ -145,41 +131,45 @@ class History:
     def updated(self, step: Step, decision: Decision, window: int) -> History:
         """Returns the history with a step in it, whose numbers the host knows."""
         norm, loss, rate = float(step.norm), float(step.loss), float(step.rate)
-        history = replace(self, weight_norm=float(step.weight_norm)) if is_given(step.weight_norm) else self
+        weight_norm, steps = float(step.weight_norm), self.steps_since_weights + 1
+        if math.isnan(weight_norm):
+            weight_norm = self.weight_norm
         if not norm < math.inf or math.isinf(loss):
-            return history
+            return replace(self, weight_norm=weight_norm, steps_since_weights=steps)
         norms, losses, cap, cap_rate = self.norms, self.losses, self.cap, self.cap_rate
         unusual, unusual_loss, calm_loss = self._followed(loss)
         alarm = ALARM_STEPS if decision.has_alarm else max(self.alarm - 1, 0)
-        relief = float(self.relief(rate))
-        if norm > relief * cap:
-            cap *= CAP_GROWTH
-        if decision.reduced < relief * cap:
-            cap, cap_rate = float(decision.reduced), rate
-        kept = fmin(norm, decision.bound)
+        reduced, kept = float(decision.reduced), decision.bound if norm > decision.bound else norm
+        if cap < math.inf or reduced < math.inf:
+            relief = float(self.relief(rate))
+            if norm > relief * cap:
+                cap *= CAP_GROWTH
+            if reduced < relief * cap:
+                cap, cap_rate = reduced, rate
         if decision.is_new:
             norms, losses, kept, cap, alarm = [], [], norm, math.inf, 0
         norms = [*norms, kept][-window:]
         if loss == loss:
             losses = [*losses, loss][-window:]
         usual, usual_loss = _median(norms), _median(losses)
-        level = fmax(self.level, usual if unusual < 0 else min(usual, LEVEL_GROWTH * self.level))
+        # of two numbers, the first stays if the other is NaN
+        level = max(usual if unusual < 0 else min(usual, LEVEL_GROWTH * self.level), self.level)
         return History(
             norms=norms,
             losses=losses,
             seen=self.seen + 1,
             level=usual if self.seen < FIRST_STEPS else level,
-            recent=fmax(RECENT_SHARE * self.recent, float(decision.allowed)),
-            lowest_loss=fmin(self.lowest_loss, loss),
-            highest_loss=fmax(self.highest_loss, abs(usual_loss)),
+            recent=max(float(decision.allowed), RECENT_SHARE * self.recent),
+            lowest_loss=min(self.lowest_loss, loss),
+            highest_loss=max(abs(usual_loss), self.highest_loss),
             cap=cap,
             cap_rate=cap_rate,
             alarm=alarm,
             unusual=unusual,
             unusual_loss=unusual_loss,
             calm_loss=calm_loss,
-            weight_norm=history.weight_norm,
-            steps_since_weights=self.steps_since_weights,
+            weight_norm=weight_norm,
+            steps_since_weights=steps,
             usual_norm=usual,
             usual_loss=usual_loss,
         )
@@ -192,14 +182,14 @@ class History:
         if self.unusual > 0 and self.goes_on(loss):
             return (1 - GRACE if unusual == TASK_STEPS else unusual), *before
         calm_loss = min(max(map(abs, self.losses[-JUMP_STEPS:]), default=math.nan), abs(self.usual_loss))
-        jumps = loss > JUMP * calm_loss and loss > NOTABLE * self.highest_loss
-        is_calm = self.recent <= CALM_RATIO * fmax(self.level, self.usual_norm) and self.alarm == 0
-        return (1, loss, calm_loss) if jumps and is_calm and self.seen >= FIRST_STEPS else (0, *before)
-
-
-def is_given(number: Scalar) -> bool:
-    """Returns false for a NaN of the host."""
-    return isinstance(number, Tensor) or number == number
+        begins = (
+            loss > JUMP * calm_loss
+            and loss > NOTABLE * self.highest_loss
+            and self.recent <= CALM_RATIO * max(self.level, self.usual_norm)
+            and self.seen >= FIRST_STEPS
+            and self.alarm == 0
+        )
+        return (1, loss, calm_loss) if begins else (0, *before)
 
 
 def _median(numbers: list[float]) -> float:

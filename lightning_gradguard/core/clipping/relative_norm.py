@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,7 +19,6 @@ from lightning_gradguard.core.clipping.history import (
     Decision,
     History,
     Step,
-    is_given,
 )
 from lightning_gradguard.core.clipping.policy import ClippingPolicy
 from lightning_gradguard.core.clipping.scalars import (
@@ -31,7 +29,6 @@ from lightning_gradguard.core.clipping.scalars import (
     fmin,
     negate,
     square_root,
-    total_norm,
     where,
 )
 from lightning_gradguard.core.norms import Gradients, Sent, StepContext
@@ -132,16 +129,18 @@ class RelativeNormClipping(ClippingPolicy):
         self._history = History()
         self._pending: tuple[Step, Decision]
         self._late: Sent | None = None
-        self._uses_weights = True
+        self._has_rate = True
         self.wants_weight_norm = True
 
     def coefficients(self, gradients: Gradients) -> Scalar:
         """Returns one coefficient, by the spike rule and the overshoot rule."""
-        self._settle()
         context = gradients.context or StepContext()
         rate, weight_norm = context.learning_rate, context.weight_norm
-        self._uses_weights = rate is not None
-        norm = gradients.total_norm if isinstance(rate, Tensor) else total_norm(gradients)
+        self._has_rate = rate is not None
+        self._settle()
+        norm: Scalar = gradients.total_norm
+        if gradients.known_norm is not None and not isinstance(rate, Tensor):
+            norm = gradients.known_norm
         step = Step(
             norm=norm,
             loss=context.loss,
@@ -162,15 +161,14 @@ class RelativeNormClipping(ClippingPolicy):
         wanted once in 50 steps, under an optimizer whose steps are along the gradient.
         """
         step, decision = self._pending
-        if step.is_known:
-            self._history = self._history.updated(step, decision, self.window)
-        else:
-            numbers = (step.norm, step.loss, step.rate, step.weight_norm, step.momentum)
-            on_device = next(number for number in numbers if isinstance(number, Tensor))
-            self._late = Sent(torch.stack([torch.as_tensor(as_like(on_device, n)) for n in numbers]))
         steps = self._history.steps_since_weights + 1
-        self._history = replace(self._history, steps_since_weights=steps)
-        self.wants_weight_norm = self._uses_weights and steps % WEIGHTS_EVERY == 0
+        self.wants_weight_norm = self._has_rate and steps % WEIGHTS_EVERY == 0
+        numbers = (step.norm, step.loss, step.rate, step.weight_norm, step.momentum)
+        for number in numbers:
+            if isinstance(number, Tensor):
+                self._late = Sent(torch.stack([torch.as_tensor(as_like(number, n)) for n in numbers]))
+                return
+        self._history = self._history.updated(step, decision, self.window)
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the history, and the numbers of a step that may not have arrived."""
@@ -183,7 +181,8 @@ class RelativeNormClipping(ClippingPolicy):
         """Continues with a saved history, also one of another `window`."""
         self._late = Sent(state_dict["late"]) if "late" in state_dict else None
         self._history = History.from_state_dict(state_dict, self.window)
-        self.wants_weight_norm = self._uses_weights and self._history.steps_since_weights % WEIGHTS_EVERY == 0
+        steps = self._history.steps_since_weights + (self._late is not None)
+        self.wants_weight_norm = self._has_rate and steps % WEIGHTS_EVERY == 0
 
     def _settle(self) -> None:
         """Adds the step before to the history, if its numbers were on a device; they have arrived by now."""
@@ -195,6 +194,7 @@ class RelativeNormClipping(ClippingPolicy):
     def _decide(self, step: Step) -> Decision:
         """Returns what is allowed in a step."""
         history, norm, loss = self._history, step.norm, step.loss
+        has_ratio = history.lowest_loss >= 0  # losses around 0 have none
         usual, recent, usual_loss = history.usual_norm, history.recent, history.usual_loss
         if usual_loss != usual_loss:
             # a slow explosion is not followed where no loss shows it
@@ -206,10 +206,10 @@ class RelativeNormClipping(ClippingPolicy):
             level_bound = fmax(level_bound, self.max_ratio * recent)
         is_calm = (loss <= usual_loss + abs(usual_loss)) & (norm <= CALM_RATIO * bound)
         is_spike = (norm > bound) & negate(is_calm)
-        if not step.has_rate:
-            if history.has_ratio:
+        if not self._has_rate:
+            if has_ratio:
                 is_spike = is_spike | ((norm > level_bound) & (loss > ADAPTIVE_RATIO * usual_loss))
-        elif history.has_ratio:
+        elif has_ratio:
             first_decrease = step.rate * (1 + step.momentum) * norm * norm
             is_spike = is_spike & negate(first_decrease < OVERSHOOT * fmax(loss, usual_loss))
         is_new: Tensor | bool = False
@@ -219,7 +219,7 @@ class RelativeNormClipping(ClippingPolicy):
         allowed = where(is_spike, history.level, norm)
         reduced: Scalar = math.inf
         has_alarm: Tensor | bool = False
-        if step.has_rate and history.has_ratio and history.unusual >= 0:
+        if self._has_rate and has_ratio and history.unusual >= 0:
             reduced, has_alarm = _overshoot(history, step, allowed)
         cap = reduced
         if history.cap < math.inf:
@@ -247,7 +247,9 @@ def _overshoot(history: History, step: Step, norm: Scalar) -> tuple[Scalar, Tens
         begins = first_decrease > ratio * own_size
     is_alarmed = begins | (history.alarm > 0)
     overshoots = is_alarmed & (decrease > OVERSHOOT * size)
-    weight_norm = step.weight_norm if is_given(step.weight_norm) else history.weight_norm
+    weight_norm = step.weight_norm
+    if not isinstance(weight_norm, Tensor) and weight_norm != weight_norm:
+        weight_norm = history.weight_norm
     leaves = is_alarmed & (decrease > OUT_OF_REGION * size) & (length * norm > weight_norm)
     reduced = where(overshoots, square_root(REDUCED * size / length), math.inf)
     region = REGION * fmax(weight_norm, _SMALL) / length
