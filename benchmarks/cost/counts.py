@@ -17,7 +17,7 @@ from lightning_gradguard.core.norms import PackedMeasurement
 
 TENSORS = (2, 20, 200, 2000)
 #: Steps by the time of which everything has warmed up, and nothing is due but logging.
-WARM = 2 * LOG_EVERY + 1
+WARM = 2 * LOG_EVERY + 2
 
 Kind = Literal["hot", "logged"]
 
