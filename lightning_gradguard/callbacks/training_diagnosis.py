@@ -168,7 +168,8 @@ class TrainingDiagnosis(StepCallback):
         if self.suite.is_running:
             if id(optimizer) not in self._steps.updated:
                 self._steps.add(optimizer)
-            self._followed.end(optimizer)
+            if self._followed.followed:
+                self._followed.end(optimizer)
             if self._sampled is not None:
                 is_late = self._sampled.step - self._started >= STEPPED_BY
                 self._sampled.cover(trainer, optimizer, self._steps if is_late else None)

@@ -23,6 +23,7 @@ class FollowedSteps:
     Attributes:
         found: On the device, shape `(2,)`: if a step has had the gradients of the one before in its own, and
             if weights are nearly what they were before the step. Zeros until it is known.
+        followed: The steps that are followed, by the id of their optimizer.
 
     Example:
         >>> weight = torch.nn.Parameter(torch.zeros(2))
@@ -40,33 +41,34 @@ class FollowedSteps:
 
     def __init__(self) -> None:
         self.found = torch.zeros(2, dtype=torch.bool)
-        self._steps: dict[int, _FollowedStep] = {}
+        self.followed: dict[int, _FollowedStep] = {}
 
     def begin(self, optimizer: Optimizer) -> None:
         """Begins with a step that an optimizer is about to make."""
         held = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         fitting = [p for p in held if 1 < p.numel() <= MAX_ELEMENTS and type(p.grad) is Tensor]
         if fitting:
-            self._steps[id(optimizer)] = _FollowedStep(max(fitting, key=torch.numel))
+            self.followed[id(optimizer)] = _FollowedStep(max(fitting, key=torch.numel))
 
     def end_batch(self) -> None:
         """Takes note of what the steps have left."""
         self.found = torch.zeros(2, dtype=torch.bool)
-        for step in self._steps.values():
-            step.end_batch()
+        for step in self.followed.values():
+            if step.handle is None:  # not one whose optimizer steps rarely
+                step.end_batch()
 
     def end(self, optimizer: Optimizer) -> None:
         """Compares the step that an optimizer is about to make with the one before."""
-        step = self._steps.pop(id(optimizer), None)
+        step = self.followed.pop(id(optimizer), None)
         if step is not None and step.handle is not None:
             self.found = self.found.to(step.parameter.device) | step.compare()
 
     def close(self) -> None:
         """Stops following."""
-        for step in self._steps.values():
+        for step in self.followed.values():
             if step.handle is not None:
                 step.handle.remove()
-        self._steps = {}
+        self.followed = {}
 
 
 class _FollowedStep:
