@@ -101,9 +101,11 @@ class OperationFault:
         if self.underflow:
             return f"{self.why}. Use {cure}."
         used = [name for name in ("x", "y") if re.search(rf"\b{name}\b", cure)]
-        names = ("", " (`x` is its argument)", " (`x` and `y` are its arguments)")[len(used)]
+        given = " and ".join(f"`{name}`" for name in used)
+        names = ("", f" ({given} is its argument)", f" ({given} are its arguments)")[len(used)]
         if used == ["x"] and not self.called:
             name = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", function).strip("_").lower()
+            name = "logdet" if name == "scalar_tensor" else name  # which makes the NaN that logdet returns
             return f"{self.why}. In place of {name}(x) use {cure}."
         return f"{self.why}. Use {cure}{names}."
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -437,7 +438,9 @@ def test_a_fault_is_told_and_its_cure_trains(
     record = examined(call(f, x, y))
     fault = known_fault(record, FAULTS)
     assert fault is not None, record
-    assert word in fault.advice(short_name(record))
+    advice = fault.advice(short_name(record))
+    assert word in advice
+    assert "(`x` is" not in advice or re.search(r"\bx\b", fault.cure)
     assert record.location is not None
     assert record.location.file == __file__
 
