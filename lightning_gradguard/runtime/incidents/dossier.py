@@ -293,12 +293,16 @@ def _page(dossier: Dossier, folder: Path) -> str:
 
 
 def model_options(configuration: Mapping[str, str]) -> str:
-    """Returns the options with which the command line builds the module of a run."""
-    prefix = "hparams."
+    """Returns the options with which the command line builds the module of a run.
+
+    Example:
+        >>> model_options({"module": "my.Net", "hparams.width": "5", "hparams._class_path": "my.Net"})
+        '--model my.Net --model.width 5'
+    """
     arguments = [
-        f" --model.{name.removeprefix(prefix)} {shlex.quote(value)}"
+        f" --model.{name.removeprefix('hparams.')} {shlex.quote(value)}"
         for name, value in configuration.items()
-        if name.startswith(prefix)
+        if name.startswith("hparams.") and not name.startswith("hparams._")  # those of LightningCLI
     ]
     return f"--model {configuration.get('module', 'your.package.Module')}" + "".join(arguments)
 
