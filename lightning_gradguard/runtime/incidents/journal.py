@@ -93,6 +93,7 @@ class _Journal:
         unwritten, self._unwritten = self._unwritten, []
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
+            (self.path.parent / RUN_FOLDER).unlink(missing_ok=True)  # of an earlier run in this folder
             with self.path.open("a", encoding="utf-8") as file:
                 file.writelines(to_json(dataclasses.asdict(one)) + "\n" for one in unwritten)
             others, self._others = self._others, ()

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 
-from lightning_gradguard import default_callbacks
+from lightning_gradguard import NaNRollback, default_callbacks
 from lightning_gradguard.report.readers.runs import find_runs
 from lightning_gradguard.report.render.json import to_json
 from tests.report.runs import report_of, write_events, write_table
@@ -60,6 +60,8 @@ def test_folder_of_a_second_logger_is_of_the_same_run() -> None:
     assert pages[0].samefile(pages[1])
     assert [*find_runs([Path()])] == ["board"]
     assert [*find_runs([Path("table")])] == ["table"]
+    fit(Classifier(), poisoned(clusters(4), nan=[2]), [NaNRollback()], logger=loggers[1])
+    assert report_of("table").run.log.incidents[-1].step == 2
 
 
 @pytest.mark.parametrize(
