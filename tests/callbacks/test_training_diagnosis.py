@@ -1029,6 +1029,79 @@ class Manual(Classifier):
         return [torch.optim.Adam(self.net[:4].parameters()), torch.optim.SGD(self.net[4:].parameters(), 0.1)]
 
 
+class Freezing(Manual):
+    """Trains parameters that are frozen between its steps, as a discriminator is in the generator's step."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        self.net.requires_grad_(True)
+        super().training_step(batch, batch_idx)
+        self.net.requires_grad_(False)
+
+
+class Momentum(Manual):
+    """Has momentum by hand: gradients decay, and are not cleared."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        self.manual_backward(0.01 * functional.cross_entropy(self.net(batch[0]), batch[1]))
+        for optimizer in self.optimizers():
+            optimizer.step()
+        for parameter in self.parameters():
+            assert parameter.grad is not None
+            parameter.grad.mul_(0.99)
+
+
+class Perturbing(Manual):
+    """Takes the gradient at weights that another optimizer has perturbed, and has written back."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        kept = deepcopy(self.net.state_dict())
+        for optimizer in self.optimizers():
+            optimizer.zero_grad()
+            self.manual_backward(functional.cross_entropy(self.net(batch[0]), batch[1]))
+            self.net.load_state_dict(kept)
+            optimizer.step()
+
+    def configure_optimizers(self) -> Any:
+        ascent = torch.optim.SGD(self.parameters(), 0.1, maximize=True)
+        return [ascent, torch.optim.SGD(self.parameters(), 1e-3)]
+
+
+class Embedded(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.head = nn.Embedding(40, 32, sparse=True), nn.Linear(32, 4)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        rows: Tensor = self.table((10 * inputs).long().clamp(-20, 19) + 20)
+        return self.head(rows.mean(1))
+
+
+class Complex(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(20, 32, dtype=torch.cfloat), nn.Linear(32, 4)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.head(self.body(inputs.cfloat()).abs())
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        Freezing,
+        Momentum,
+        Perturbing,
+        lambda: Task(Embedded(), optimizer=lambda net: torch.optim.SGD(net.parameters(), 0.1)),
+        lambda: Task(Complex(), optimizer=lambda net: torch.optim.SGD(net.parameters(), 0.1)),
+    ],
+    ids=["frozen", "momentum", "perturbed", "sparse", "complex"],
+)
+def test_gradients_of_unusual_steps_are_not_named(make: Callable[[], Any]) -> None:
+    module = make()
+    assert diagnosed(module, 40) == []
+    assert not any(parameter._backward_hooks for parameter in module.parameters())
+
+
 class Checkpointed(Classifier):
     """Computes its body again in the backward pass; has scripted, shared and `vmap` parts."""
 

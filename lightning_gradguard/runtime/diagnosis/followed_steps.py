@@ -6,13 +6,17 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 from torch.optim import Optimizer
-from torch.utils.hooks import RemovableHandle
+
+from lightning_gradguard.runtime.optimizer_hooks import after_step
 
 #: Elements of the parameter that is followed, at most.
 MAX_ELEMENTS = 65_536
 #: Cosine distance below which two gradients are the same but for their length, which clipping changes, and
 #: from which on they differ.
 SAME, OTHER = 1e-4, 1e-2
+#: Relative difference of the share of the gradients before from that of the new ones, above which they decay,
+#: as where momentum is written by hand.
+DECAYS = 5e-3
 #: Share of an update that is left, below which it was undone.
 UNDONE = 0.1
 
@@ -22,7 +26,8 @@ class FollowedSteps:
 
     Attributes:
         found: On the device, shape `(2,)`: if a step has had the gradients of the one before in its own, and
-            if weights are nearly what they were before the step. Zeros until it is known.
+            if the first gradient after it is of weights nearly as they were before the step. Zeros until it
+            is known.
         followed: The steps that are followed, by the id of their optimizer.
 
     Example:
@@ -45,60 +50,87 @@ class FollowedSteps:
 
     def begin(self, optimizer: Optimizer) -> None:
         """Begins with a step that an optimizer is about to make."""
-        held = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        fitting = [p for p in held if 1 < p.numel() <= MAX_ELEMENTS and type(p.grad) is Tensor]
-        if fitting:
-            self.followed[id(optimizer)] = _FollowedStep(max(fitting, key=torch.numel))
+        held = [p for group in optimizer.param_groups for p in group["params"] if _is_fitting(p)]
+        if held:
+            self.followed[id(optimizer)] = _FollowedStep(max(held, key=torch.numel), optimizer)
 
     def end_batch(self) -> None:
         """Takes note of what the steps have left."""
         self.found = torch.zeros(2, dtype=torch.bool)
         for step in self.followed.values():
-            if step.handle is None:  # not one whose optimizer steps rarely
-                step.end_batch()
+            step.end_batch()
 
     def end(self, optimizer: Optimizer) -> None:
-        """Compares the step that an optimizer is about to make with the one before."""
+        """Compares the step that an optimizer is about to make with the one before, of an earlier batch."""
         step = self.followed.pop(id(optimizer), None)
-        if step is not None and step.handle is not None:
-            self.found = self.found.to(step.parameter.device) | step.compare()
+        if step is not None:
+            step.close()
+            if step.after is not None:
+                self.found = self.found.to(step.after.device) | step.compare(step.after)
 
     def close(self) -> None:
         """Stops following."""
         for step in self.followed.values():
-            if step.handle is not None:
-                step.handle.remove()
+            step.close()
         self.followed = {}
 
 
 class _FollowedStep:
     """A parameter before and after a step, the gradient of the step, and the sum of what arrives after it."""
 
-    def __init__(self, parameter: Tensor) -> None:
+    def __init__(self, parameter: Tensor, optimizer: Optimizer) -> None:
         self.parameter = parameter
+        self.after: Tensor | None = None
         self._before = parameter.detach().clone()
-        self.handle: RemovableHandle | None = None
+        self._left: Tensor | None = None
+        self._used = torch.zeros_like(parameter, dtype=torch.float32)
+        self._arrived = torch.zeros_like(self._used)
+        self._handles = (
+            parameter.register_hook(self._add),  # type: ignore[no-untyped-call]
+            after_step(optimizer, self._take_gradient),
+        )
 
     def end_batch(self) -> None:
-        self._after = self.parameter.detach().clone()
-        gradient = self.parameter.grad
-        self._used = torch.zeros_like(self._after) if gradient is None else gradient.detach().clone()
-        self._arrived = torch.zeros_like(self._used)
-        self.handle = self.parameter.register_hook(self._add)  # type: ignore[no-untyped-call]
+        if self.after is None:
+            self.after = self.parameter.detach().clone()
 
-    def compare(self) -> Tensor:
-        assert self.handle is not None
-        self.handle.remove()
-        gradient = self.parameter.grad
-        now = torch.zeros_like(self._used) if gradient is None else gradient.detach()
-        both = torch.stack([self._used + self._arrived, self._arrived]).flatten(1)
-        whole, alone = 1 - cosine_similarity(both, now.flatten()[None])
-        left = (self.parameter.detach() - self._before).norm()
-        keeps, is_undone = (
-            (whole < SAME) & (alone > OTHER),
-            left < UNDONE * (self._after - self._before).norm(),
-        )
-        return torch.stack([keeps, is_undone])
+    def close(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def compare(self, after: Tensor) -> Tensor:
+        used, arrived = self._used.flatten(), self._arrived.flatten()
+        now = _gradient(self.parameter).flatten()
+        whole, alone = 1 - cosine_similarity(torch.stack([used + arrived, arrived]), now[None])
+        # the shares of both in what is there now, by least squares
+        one, both, other = used.dot(used), used.dot(arrived), arrived.dot(arrived)
+        share_used = now.dot(used) * other - now.dot(arrived) * both
+        share_arrived = now.dot(arrived) * one - now.dot(used) * both
+        decays = (share_used - share_arrived).abs() > DECAYS * share_arrived.abs()
+        update = (after - self._before).norm()
+        left = update if self._left is None else self._left
+        return torch.stack([(whole < SAME) & (alone > OTHER) & ~decays, left < UNDONE * update])
 
     def _add(self, gradient: Tensor) -> None:
         self._arrived += gradient.detach()
+        # not right before the next step: where weights are perturbed for its gradient, they still are
+        if self.after is not None and self._left is None:
+            self._left = (self.parameter.detach() - self._before).norm()
+
+    def _take_gradient(self) -> None:
+        self._used = _gradient(self.parameter).clone()
+        self._arrived = torch.zeros_like(self._used)
+
+
+def _gradient(parameter: Tensor) -> Tensor:
+    """Returns the gradient of a parameter in float32, 0 without one."""
+    gradient = parameter.grad
+    return torch.zeros_like(parameter, dtype=torch.float32) if gradient is None else gradient.detach().float()
+
+
+def _is_fitting(parameter: Tensor) -> bool:
+    """Returns true for a dense, real and trained parameter that is small enough to be kept."""
+    gradient = parameter.grad
+    is_small = 1 < parameter.numel() <= MAX_ELEMENTS
+    is_dense = type(gradient) is Tensor and gradient.layout is torch.strided
+    return is_small and is_dense and parameter.is_floating_point() and parameter.requires_grad
