@@ -14,7 +14,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.overrides import TorchFunctionMode
 
 from lightning_gradguard.core.detectors.module_hooks import UncopiedHook
-from lightning_gradguard.core.snapshots import preserve_state
+from lightning_gradguard.core.snapshots import preserve_state, preserve_weights
 
 #: log10 of a gain of zero.
 ZERO_GAIN = -45.0
@@ -65,7 +65,7 @@ def propagate(module: nn.Module, run_loss: Callable[[], Tensor]) -> SignalPropag
     Returns:
         The measurements. Weights, gradients, buffers, modes and random numbers are unchanged.
     """
-    with preserve_state(module), torch.enable_grad(), ForwardTrace(module) as trace:
+    with preserve_weights(module), preserve_state(module), torch.enable_grad(), ForwardTrace(module) as trace:
         loss = run_loss()
         result = SignalPropagation(float(loss.detach()), trace.n_classes, trace.layers)
         generator = torch.Generator().manual_seed(0)

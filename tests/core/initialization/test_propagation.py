@@ -28,6 +28,8 @@ def test_probe_changes_nothing() -> None:
             self.running += 1
             self.extra = x
             self.eval()
+            with torch.no_grad():  # as of a perturbation, or of an average of weights
+                self.net[3].bias.add_(1.0)
             output: Tensor = self.net(x)
             return output
 
