@@ -93,7 +93,7 @@ class History:
     alarm: int = 0
     unusual: int = 0
     unusual_loss: float = 0.0
-    calm_loss: float = math.nan
+    calm_loss: float = 0.0
     weight_norm: float = math.nan
     steps_since_weights: int = 0
     usual_norm: float = math.nan
