@@ -171,12 +171,8 @@ def at_best_rate(runner: TrialRunner, trial: Trial, until: float) -> list[Trial]
     """Returns a trial after one with a better learning rate, if there is one.
 
     A change of the network moves the learning rate that fits it, and an estimated rate is one of its order.
-    What has learned enough in a trial, and has lost it in a whole run, is returned at a lower rate.
     """
     changes, seed, steps = trial.job.changes or (), trial.job.seed, runner.steps
-    if trial.over_constant <= LEARNED_ENOUGH:
-        lower = runner.run([Job(_at_rate(changes, min(FAR_RATE_FACTORS)), seed, steps)], until)
-        return [*(t for t in lower if learning_of(t).learns), trial]
     # shorter trials prefer rates that are too high later
     best = reference = next(iter(runner.run([Job(changes, seed, steps)], until)), trial)
     factors = list(RATE_FACTORS if learning_of(trial).learns else FAR_RATE_FACTORS)
@@ -194,6 +190,13 @@ def at_best_rate(runner: TrialRunner, trial: Trial, until: float) -> list[Trial]
         if best.over_constant <= LEARNED_ENOUGH:
             break
     return [trial] if best is reference else [best, trial]
+
+
+def at_lower_rate(runner: TrialRunner, trial: Trial, until: float) -> list[Trial]:
+    """Returns what has learned in a trial, and not in each longer run, at a lower rate, if it learns."""
+    changes = _at_rate(trial.job.changes or (), min(FAR_RATE_FACTORS))
+    lower = runner.run([Job(changes, trial.job.seed, runner.steps)], until)
+    return [t for t in lower if learning_of(t).learns]
 
 
 def _at_rate(changes: Sequence[Change], factor: float) -> tuple[Change, ...]:

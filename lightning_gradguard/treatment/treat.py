@@ -22,7 +22,7 @@ from lightning_gradguard.treatment.learning import LEARNED_ENOUGH, fails_beside,
 from lightning_gradguard.treatment.prescriptions import Prescription, prescriptions
 from lightning_gradguard.treatment.probe import Probe, probe
 from lightning_gradguard.treatment.result import TreatmentResult
-from lightning_gradguard.treatment.search import TrialRunner, at_best_rate, search
+from lightning_gradguard.treatment.search import TrialRunner, at_best_rate, at_lower_rate, search
 from lightning_gradguard.treatment.trials.program import OF_USER, Program, recorded_program
 from lightning_gradguard.treatment.trials.trial import Trial, name_of
 from lightning_gradguard.treatment.trials.trial_log import TrialLog
@@ -213,7 +213,7 @@ class _Treatment:
         """Yields treatments as they are verified, with their verdicts.
 
         The learning rate is searched around the first of them that does not learn, or that ends its own run
-        with little learned.
+        with little learned; it is lowered for the first that does not learn with each seed.
         """
         runner = TrialRunner(self.program, self.log, self.clock, self.processes, self.steps, self.report)
         whole = whole_length(runner)
@@ -235,7 +235,10 @@ class _Treatment:
             first = verification.first(trial) if has_rate or learning_of(trial).has_learned else None
             if not has_rate and (first is None or first.over_constant > LEARNED_ENOUGH):
                 has_rate = True
-                waiting = [*at_best_rate(runner, trial, until), *waiting]
+                if first is not None and trial.over_constant <= LEARNED_ENOUGH:  # and has lost it
+                    waiting = [*at_lower_rate(runner, trial, until), trial, *waiting]
+                else:
+                    waiting = [*at_best_rate(runner, trial, until), *waiting]
                 continue
             verified.add(str(trial.job.changes))
             is_better = first is not None and fails_beside(self.found.trial, first)
@@ -243,6 +246,9 @@ class _Treatment:
             yield trial, results, *verdict_of(results, whole)
             if first is None or first.job.steps < whole:
                 break  # what is left of the budget shows less of the next one
+            if not has_rate and not all(r.learning.has_learned for r in results):
+                has_rate = True
+                waiting = [*at_lower_rate(runner, trial, until), *waiting]
 
     @property
     def _is_open(self) -> bool:

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_gradguard.core.detectors.best_constant import STUCK
 from lightning_gradguard.core.detectors.diagnosis import LossBaselines, Sample, StepTrace
 from lightning_gradguard.core.snapshots import preserve_state
 from lightning_gradguard.runtime.diagnosis.permutation import target_of
@@ -27,6 +26,8 @@ from lightning_gradguard.runtime.lightning_api import Callback
 N_EVALUATIONS, N_EVALUATIONS_UNTIL_ENOUGH = 10, 30
 #: Nonfinite evaluations in a row, and losses of batches, that end a run; low evaluations in a row that do.
 MAX_NONFINITE, N_ENOUGH = 3, 2
+#: Share of the first held-out loss above which little is learned: with momentum, the first steps are slow.
+LITTLE_FALLEN = 0.98
 #: Losses whose exponential is one over the probability of the right class.
 LIKELIHOODS = frozenset(
     {"cross_entropy", "nll_loss", "binary_cross_entropy", "binary_cross_entropy_with_logits"}
@@ -159,7 +160,7 @@ class HeldOutLoss(Callback):
             self._evaluate(trainer, pl_module)
             if self._enough is not None and max(loss for _, loss in self.curve[-N_ENOUGH:]) <= self._enough:
                 trainer.should_stop = True
-            if self._seen >= self._patience and self.curve[-1][1] > STUCK * self.curve[0][1]:
+            if self._seen >= self._patience and self.curve[-1][1] > LITTLE_FALLEN * self.curve[0][1]:
                 trainer.should_stop = True
         # running statistics of normalization may need more steps than the loss in training mode
         recent = [value for curve in (self.curve, self.training) for _, value in curve[-MAX_NONFINITE:]]
