@@ -309,7 +309,7 @@ def stuck_loss(
         facts.append(f"updates are {largest:.1g} of the norm of the weights (usual: about 1e-3)")
     value = permuted if math.isnan(ratio) else ratio
     untrained = tuple(layer.name for layer in sample.layers if layer.name in frozen)
-    if cause == "unknown" and untrained[:1] == (sample.layers[0].name,):
+    if cause == "unknown" and untrained and untrained[0] == sample.layers[0].name:
         facts.append("the weights of the first layers are random, and have requires_grad=False")
         evidence = "; ".join(facts)
         yield Symptom("weight_stagnation", "frozen_weights", untrained[:5], value, evidence, "stuck", 2)
