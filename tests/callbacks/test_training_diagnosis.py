@@ -669,7 +669,7 @@ def test_answers_on_the_way_to_a_far_mean_are_not_stuck(
 
 @pytest.mark.parametrize(
     ("first", "growth", "meets_data", "found"),
-    [(150, 0.0, False, 1), (150, 0.001, False, 0), (20, 0.0, False, 0), (150, 0.0, True, 0)],
+    [(150, 0.0, False, 1), (150, 0.002, False, 0), (20, 0.0, False, 0), (150, 0.0, True, 0)],
 )
 def test_answers_that_spread_out_or_meet_data_are_not_the_same(
     first: int, growth: float, meets_data: bool, found: int
