@@ -12,6 +12,7 @@ import contextlib
 import io
 import json
 import logging
+import tempfile
 import warnings
 from collections import defaultdict
 from pathlib import Path
@@ -75,15 +76,14 @@ def run(one: Case, bare: bool, whole: bool = False) -> dict[str, Any]:
     omitted = ("initialization_check", "nan_rollback", "adaptive_gradient_clipping", "learning_rate_backoff")
     nothing: dict[str, Any] = dict.fromkeys(omitted if bare else () if whole else omitted[:1])
     suite = default_callbacks(**nothing)
-    trainer = pl.Trainer(
-        **{**QUIET, "max_steps": -1, "max_epochs": 1, **one.trainer}, callbacks=[*suite, listener]
-    )
     error = ""
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):
+    with contextlib.redirect_stdout(io.StringIO()), tempfile.TemporaryDirectory() as folder:
+        options = {**QUIET, "max_steps": -1, "max_epochs": 1, "default_root_dir": folder, **one.trainer}
+        trainer = pl.Trainer(**options, callbacks=[*suite, listener])
+        try:
             trainer.fit(module, DataLoader(one.data(STEPS), batch_size=None))  # type: ignore[arg-type]
-    except Exception as caught:
-        error = repr(caught)
+        except Exception as caught:
+            error = repr(caught)
     return {"name": one.name, "incidents": listener.found, "error": error}
 
 
