@@ -12,7 +12,7 @@ from lightning_gradguard.core.incidents import SYMPTOM_CAUSES
 from lightning_gradguard.report.analysis.gradient_symptoms import clipped_elsewhere
 from lightning_gradguard.report.analysis.outcome import RunSymptom
 from lightning_gradguard.report.analysis.run_log import GradientLog, RunLog, Series
-from lightning_gradguard.report.analysis.verdict import RunVerdict, analyze_run, worst_layers
+from lightning_gradguard.report.analysis.verdict import RunVerdict, analyze_run, is_within, order_layers
 from lightning_gradguard.report.readers.runs import Run
 from lightning_gradguard.report.timeline import TimelineEntry, timeline
 
@@ -87,7 +87,7 @@ def report_on(run: Run) -> RunReport:
         worst_layer=_worst_layer(run, verdict),
         timeline=timeline(log, verdict),
         incidents=Counter(incident.kind for incident in log.incidents),
-        layers=[_layer_summary(name, g) for g in log.gradients for name in worst_layers(g, verdict)],
+        layers=[_layer_summary(name, g) for g in log.gradients for name in order_layers(g, verdict)],
         interventions=_interventions(run),
         next_steps=_next_steps(verdict),
         notes=[*run.notes, *_missing(run, verdict)],
@@ -98,7 +98,7 @@ def _worst_layer(run: Run, verdict: RunVerdict) -> str:
     """Returns the first layer that a symptom names; a symptom may also name a batch, which is no layer."""
     layers = [name for g in run.log.gradients for name in g.layers]
     named = (name for symptom in verdict.symptoms for name in symptom.where)
-    return next((n for n in named if any(f"{layer}.".startswith(f"{n}.") for layer in layers)), "")
+    return next((n for n in named if any(is_within(layer, n) for layer in layers)), "")
 
 
 def _layer_summary(name: str, gradients: GradientLog) -> LayerSummary:

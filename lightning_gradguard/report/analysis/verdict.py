@@ -76,14 +76,20 @@ def analyze_run(log: RunLog) -> RunVerdict:
     return RunVerdict(status, _headline(status, symptoms), outcome, symptoms)
 
 
-def worst_layers(gradients: GradientLog, verdict: RunVerdict) -> list[str]:
+def order_layers(gradients: GradientLog, verdict: RunVerdict) -> list[str]:
     """Returns names of layers: first those that a symptom names, then those with the largest norms."""
 
     def largest(name: str) -> float:
         return max((v for _, v in gradients.layers[name].finite()), default=math.inf)
 
-    named = dict.fromkeys(n for s in verdict.symptoms for n in s.where if n in gradients.layers)
+    where = [name for symptom in verdict.symptoms for name in symptom.where]
+    named = [layer for name in where for layer in gradients.layers if is_within(layer, name)]
     return list(dict.fromkeys([*named, *sorted(gradients.layers, key=lambda n: -largest(n))]))
+
+
+def is_within(layer: str, name: str) -> bool:
+    """True if a layer is, or is within, the parameter or module of a name; that of a batch has none."""
+    return f"{layer}.".startswith(f"{name}.")
 
 
 def _symptoms_of(log: RunLog, outcome: Outcome) -> list[RunSymptom]:

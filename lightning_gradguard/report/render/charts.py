@@ -119,9 +119,9 @@ def curves(lines: Mapping[str, Series], others: Sequence[Series]) -> str:
 
 
 def layer_heat_map(report: RunReport, gradients: GradientLog) -> Figure:
-    """Draws the worst layers of an optimizer that fit, in the order of the network."""
-    worst = [layer.name for layer in report.layers if layer.optimizer == gradients.optimizer][:MAX_ROWS]
-    layers = {name: series for name, series in gradients.layers.items() if name in set(worst)}
+    """Draws the first layers of a report that fit, of one optimizer, in the order of the network."""
+    drawn = [layer.name for layer in report.layers if layer.optimizer == gradients.optimizer][:MAX_ROWS]
+    layers = {name: series for name, series in gradients.layers.items() if name in set(drawn)}
     steps = sorted({step for series in layers.values() for step in series.steps})
     columns = min(len(steps), MAX_COLUMNS)
     # the last column is as wide as the others

@@ -10,6 +10,7 @@ from urllib.parse import quote
 
 from lightning_gradguard.core.incidents import label, title
 from lightning_gradguard.report.render.wording import (
+    LAYERS_TITLE,
     comparison_table,
     intervention_sentences,
     layer_table,
@@ -62,7 +63,7 @@ def _sections(report: RunReport, folder: Path, level: int) -> list[Section]:
         Section("Next steps", items=report.next_steps, is_ordered=True, level=level),
         Section("Charts", figures=charts(report), level=level),
         Section("Timeline", rows=_timeline(report), level=level),
-        Section("Worst layers", table=layer_table(report, MAX_LAYERS), level=level),
+        Section(LAYERS_TITLE, table=layer_table(report, MAX_LAYERS), level=level),
         Section("Incidents", rows={k: str(n) for k, n in report.incidents.items()}, level=level),
         Section("Interventions", items=intervention_sentences(report.interventions), level=level),
         Section(

@@ -10,6 +10,7 @@ from itertools import zip_longest
 
 from lightning_gradguard.core.incidents import CURE, label, title
 from lightning_gradguard.report.render.wording import (
+    LAYERS_TITLE,
     comparison_table,
     intervention_sentences,
     layer_table,
@@ -107,7 +108,7 @@ def _full(report: RunReport, width: int) -> list[str]:
     layers = layer_table(report, MAX_LAYERS)
     if layers:
         more = len(report.layers) - MAX_LAYERS
-        lines += ["", "Worst layers" + (f" ({more} more)" if more > 0 else "")]
+        lines += ["", LAYERS_TITLE + (f" ({more} more)" if more > 0 else "")]
         lines += [f"  {line}" for line in text_table(layers, width - 2)]
     if report.incidents:
         counts = ", ".join(f"{kind} {n}" for kind, n in report.incidents.items())

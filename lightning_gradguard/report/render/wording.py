@@ -7,6 +7,8 @@ from collections.abc import Sequence
 
 from lightning_gradguard.report.run_report import Interventions, RunReport
 
+LAYERS_TITLE = "Layers, those of symptoms first, then by largest norm"
+
 
 def outcome_sentence(report: RunReport) -> str:
     """Returns the end of the run in one line."""
@@ -58,12 +60,12 @@ def intervention_sentences(interventions: Interventions) -> list[str]:
 
 def comparison_table(reports: Sequence[RunReport]) -> list[tuple[str, ...]]:
     """Returns several runs side by side: a head, and a row for each."""
-    head = ("run", "verdict", "survived", "final loss", "max norm", "skips", "rollbacks", "worst layer")
+    head = ("run", "verdict", "survived", "final loss", "largest norm", "skips", "rollbacks", "worst layer")
     return [head, *map(_row, reports)]
 
 
 def layer_table(report: RunReport, at_most: int) -> list[tuple[str, ...]]:
-    """Returns the worst layers: a head, and a row for each."""
+    """Returns the first layers of a report: a head, and a row for each."""
     head = ("layer", "median norm", "max norm", "at step", "nonfinite", "update ratio")
     several = len(report.run.log.gradients) > 1
     rows = [
@@ -92,11 +94,15 @@ def short_number(value: float | None) -> str:
 
 def _largest_norm(report: RunReport) -> str:
     logged = f"{short_number(report.largest_norm)}{{}} at step {report.largest_norm_at}"
-    of_all = report.run.log.largest_norm
-    largest = report.largest_norm or 0.0
-    if of_all is None or of_all <= largest or short_number(of_all) == short_number(largest):
+    of_all = short_number(_largest_of_all(report))
+    if of_all == short_number(report.largest_norm):
         return logged.format("")
-    return f"{short_number(of_all)} ({logged.format(' among logged steps,')})"
+    return f"{of_all} ({logged.format(' among logged steps,')})"
+
+
+def _largest_of_all(report: RunReport) -> float | None:
+    """Returns the largest norm of all steps or, where only that is known, of the logged ones."""
+    return max(report.largest_norm or 0.0, report.run.log.largest_norm or 0.0) or report.largest_norm
 
 
 def _row(report: RunReport) -> tuple[str, ...]:
@@ -106,7 +112,7 @@ def _row(report: RunReport) -> tuple[str, ...]:
         report.verdict.headline,
         "-" if outcome.survived is None else f"{outcome.survived} of {outcome.steps}",
         short_number(outcome.final_loss),
-        short_number(report.largest_norm),
+        short_number(_largest_of_all(report)),
         "-" if interventions.skips is None else str(interventions.skips),
         "-" if interventions.rollbacks is None else str(interventions.rollbacks),
         report.worst_layer or "-",

@@ -11,7 +11,7 @@ import pytest
 
 from lightning_gradguard.core.incidents import Action, Incident
 from lightning_gradguard.report.analysis.run_log import GradientLog, RunLog, Series
-from lightning_gradguard.report.analysis.verdict import RunVerdict, analyze_run, worst_layers
+from lightning_gradguard.report.analysis.verdict import RunVerdict, analyze_run, order_layers
 
 NAN = math.nan
 LAYERS = [f"net.{i}.weight" for i in range(0, 12, 2)]
@@ -650,11 +650,13 @@ def test_steps_are_counted_as_logged() -> None:
     assert analyze_run(RunLog(Series([10, 20, 30], [1.0] * 3))).outcome.steps == 30
 
 
-def test_worst_layer_is_first() -> None:
+def test_layers_of_symptoms_are_first() -> None:
     log = profile(1.0)
     verdict = analyze_run(RunLog(series([2.3] * 100), [log]))
-    assert worst_layers(log, verdict)[0] == LAYERS[0]
-    assert worst_layers(log, analyze_run(RunLog(series(falling()))))[0] == "head.weight"
+    assert order_layers(log, verdict)[0] == LAYERS[0]
+    assert order_layers(log, analyze_run(RunLog(series(falling()))))[0] == "head.weight"
+    of_module = replace(verdict, symptoms=[replace(verdict.symptoms[0], where=["net.4"])])
+    assert order_layers(log, of_module)[0] == "net.4.weight"
 
 
 def test_a_rescue_is_measured_by_the_loss_afterwards() -> None:
