@@ -253,7 +253,7 @@ def _advice(record: OperationRecord, fault: OperationFault | None, trace: Operat
     if record.is_custom:
         name = record.node.removesuffix("Backward")
         return f"The backward pass of your own autograd.Function {name}: {fault.advice(short_name(record))}"
-    return fault.advice(short_name(record))
+    return fault.advice(short_name(record), record.location.code if record.location else "")
 
 
 def _rows_at_fault(source: OperationRecord, parts: Mapping[str, Tensor]) -> tuple[int, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import linecache
 import os
 import site
@@ -22,6 +23,10 @@ _FUNCTIONAL = torch.nn.functional.__file__
 _LIBRARIES = (*site.getsitepackages(), site.getusersitepackages(), sysconfig.get_paths()["stdlib"])
 #: Functions in which a run of a batch begins, and the backward pass: frames outside of them ran no operation.
 _BOUNDARIES = ("investigate", "_engine_run_backward")
+#: What functions of torch are called on, and no argument of theirs.
+_NAMESPACES = ("torch", "nn.", "F", "functional")
+#: Characters of an argument, beyond which advice is easier to read without it.
+MAX_ARGUMENT = 40
 
 
 @dataclass(frozen=True)
@@ -49,6 +54,33 @@ class Location:
     def code(self) -> str:
         """The line itself; empty if the file cannot be read."""
         return linecache.getline(self.file, self.line).strip()
+
+
+def argument_in(code: str, function: str) -> str:
+    """Returns the only argument of the only call of a function in a line, ready to be used in an expression.
+
+    Empty if the line is no statement by itself, calls the function more than once, or has a long argument.
+
+    Example:
+        >>> argument_in("loss = -torch.log(rate).mean()", "log"), argument_in("y = (p + q).sqrt()", "sqrt")
+        ('rate', '(p + q)')
+    """
+    try:
+        nodes = list(ast.walk(ast.parse(code)))
+    except SyntaxError:
+        return ""
+    found: list[ast.expr] = []
+    for call in nodes:
+        match call:
+            case ast.Call(func=ast.Attribute(value, name)) if name.rstrip("_") == function:
+                is_method = not ast.unparse(value).startswith(_NAMESPACES)
+                found += [value] if is_method and not call.args else [] if is_method else call.args
+            case ast.Call(func=ast.Name(name), args=arguments) if name.rstrip("_") == function:
+                found += arguments
+    if len(found) != 1 or len(ast.unparse(found[0])) > MAX_ARGUMENT:
+        return ""
+    text = ast.unparse(found[0])
+    return text if isinstance(found[0], ast.Name | ast.Attribute | ast.Call | ast.Subscript) else f"({text})"
 
 
 def user_location(frameworks: Sequence[str] = ()) -> Location | None:

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
+from lightning_gradguard.core.forensics.location import argument_in
 from lightning_gradguard.core.forensics.records import Argument, OperationRecord, largest_first
 from lightning_gradguard.core.incidents import Cause
 
@@ -92,8 +93,11 @@ class OperationFault:
             and (not self.has_zero or argument.smallest == 0)
         )
 
-    def advice(self, function: str) -> str:
-        """Returns the cause and the cure in words, with the function that failed in place of its like."""
+    def advice(self, function: str, code: str = "") -> str:
+        """Returns the cause and the cure in words, with the function that failed in place of its like.
+
+        `code` is the line that calls it: its argument takes the place of `x`.
+        """
         cure, failed = self.cure, function.lower()
         for alike in _ALIKE:
             if failed in alike:
@@ -106,7 +110,9 @@ class OperationFault:
         if used == ["x"] and not self.called:
             name = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", function).strip("_").lower()
             name = "logdet" if name == "scalar_tensor" else name  # which makes the NaN that logdet returns
-            return f"{self.why}. In place of {name}(x) use {cure}."
+            argument = argument_in(code, name) or "x"
+            cure = re.sub(r"\bx\b", lambda _: argument, cure)
+            return f"{self.why}. In place of {name}({argument}) use {cure}."
         return f"{self.why}. Use {cure}{names}."
 
 
