@@ -655,7 +655,7 @@ def test_layers_of_symptoms_are_first() -> None:
     verdict = analyze_run(RunLog(series([2.3] * 100), [log]))
     assert order_layers(log, verdict)[0] == LAYERS[0]
     assert order_layers(log, analyze_run(RunLog(series(falling()))))[0] == "head.weight"
-    of_module = replace(verdict, symptoms=[replace(verdict.symptoms[0], where=["net.4"])])
+    of_module = replace(verdict, symptoms=(replace(verdict.symptoms[0], where=("net.4",)),))
     assert order_layers(log, of_module)[0] == "net.4.weight"
 
 
