@@ -29,6 +29,12 @@ def after_step(optimizer: Optimizer, act: Callable[[], None]) -> RemovableHandle
     return optimizer.register_step_post_hook(hook)
 
 
+def after_next_step(optimizer: Optimizer, act: Callable[[], None]) -> RemovableHandle:
+    """Runs `act` like `after_step`, but once: an optimizer may step several times in a batch."""
+    left = [act]
+    return after_step(optimizer, lambda: left.pop()() if left else None)
+
+
 def drop_gradients(optimizer: Optimizer, *, unscales_itself: bool) -> None:
     """Prevents the optimizer's next update.
 

@@ -1050,6 +1050,14 @@ class Momentum(Manual):
             parameter.grad.mul_(0.99)
 
 
+class Repeating(Manual):
+    """Has optimizers that step several times on each batch."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        for _ in range(2):
+            super().training_step(batch, batch_idx)
+
+
 class Perturbed(Task):
     """Takes the gradient at perturbed weights (sharpness-aware minimization), and writes back the others."""
 
@@ -1094,11 +1102,12 @@ class Complex(nn.Module):
     [
         Freezing,
         Momentum,
+        Repeating,
         Perturbed,
         lambda: Task(Embedded(), optimizer=lambda net: torch.optim.SGD(net.parameters(), 0.1)),
         lambda: Task(Complex(), optimizer=lambda net: torch.optim.SGD(net.parameters(), 0.1)),
     ],
-    ids=["frozen", "momentum", "perturbed", "sparse", "complex"],
+    ids=["frozen", "momentum", "repeated", "perturbed", "sparse", "complex"],
 )
 def test_gradients_of_unusual_steps_are_not_named(make: Callable[[], Any]) -> None:
     module = make()

@@ -29,7 +29,7 @@ from lightning_gradguard.core.norms import default_norm, local_shard, power_sums
 from lightning_gradguard.runtime import lightning_api
 from lightning_gradguard.runtime.configured_rates import initial_rate
 from lightning_gradguard.runtime.diagnosis.permutation import inputs_of, target_of
-from lightning_gradguard.runtime.optimizer_hooks import after_step, is_scale_free
+from lightning_gradguard.runtime.optimizer_hooks import after_next_step, is_scale_free
 from lightning_gradguard.runtime.other_clipping import clips_in_code, describe_other_clipper
 from lightning_gradguard.runtime.steps.logged_step import LoggedStep
 from lightning_gradguard.runtime.steps.step import Step
@@ -203,7 +203,7 @@ class _SampledUpdate:
         self._handle: RemovableHandle | None = None
         if not (is_scale_free(step.optimizer) or step.selection.is_sharded or scaler):
             # not before the step: the hook at which gradients are measured runs within its closure
-            self._handle = after_step(step.optimizer, partial(self._measure_clipped, step))
+            self._handle = after_next_step(step.optimizer, partial(self._measure_clipped, step))
 
     def close(self) -> None:
         self.logged.close(0.0)

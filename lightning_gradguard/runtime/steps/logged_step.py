@@ -24,7 +24,7 @@ from lightning_gradguard.core.norms import (
 from lightning_gradguard.runtime.lightning_api import batches_that_stepped
 from lightning_gradguard.runtime.logging.chart_groups import ChartGroups
 from lightning_gradguard.runtime.logging.metrics import log_histogram
-from lightning_gradguard.runtime.optimizer_hooks import after_step
+from lightning_gradguard.runtime.optimizer_hooks import after_next_step
 from lightning_gradguard.runtime.steps.parameters import Selection
 from lightning_gradguard.runtime.steps.step import Step
 from lightning_gradguard.runtime.steps.suite import Suite
@@ -104,9 +104,11 @@ class LoggedStep:
             # copies all weights in one operation
             before = list(torch._foreach_mul(_weights(step.selection, exact), 1.0))
             measure = partial(self._measure_updates, step.selection, exact, before)
-            self._handles.append(after_step(step.optimizer, measure))
+            self._handles.append(after_next_step(step.optimizer, measure))
         if step.accepted and clipped_norm and not step.selection.is_sharded:
-            self._handles.append(after_step(step.optimizer, partial(self._measure_clipped, step.selection)))
+            self._handles.append(
+                after_next_step(step.optimizer, partial(self._measure_clipped, step.selection))
+            )
 
     def close(self, nonfinite_fraction: Scalar) -> None:
         """Removes the hooks of the optimizer, which do not run where a GradScaler skips the step."""
