@@ -76,7 +76,11 @@ class TrialRunner:
 
     def _progress(self, trial: Trial) -> str:
         seed = self.program.seed
-        known = [t for t in self.log.trials.values() if t.job.changes is not None and t.job.seed == seed]
+        known = [
+            t
+            for t in self.log.trials.values()
+            if t.job.changes is not None and t.job.seed == seed and math.isfinite(t.loss)
+        ]
         best = min(known, key=lambda t: (-t.job.steps, t.loss), default=None)
         outcome = trial.error or f"held-out loss {trial.loss:.4g} after {trial.curve[-1][0]} batches"
         line = f"{self.clock.spent:4.0f} s of {self.clock.budget:.0f} s, trial {len(self.log.trials)}: "

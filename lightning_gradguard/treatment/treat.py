@@ -31,6 +31,7 @@ from lightning_gradguard.treatment.verification import (
     SeedResult,
     TreatmentVerdict,
     Verification,
+    unverified,
     verdict_of,
     whole_length,
 )
@@ -195,6 +196,12 @@ class _Treatment:
                 best = verdict, evidence, changes, results
         is_over = self.clock.spent >= VERIFIED * self.clock.budget
         unfinished = f"{learning.evidence}; the budget has ended before a treatment was verified"
+        ahead = unverified(self.log.trials.values(), self.found.trial)
+        if ahead is not None:
+            name, steps = name_of(ahead.job.changes), ahead.job.steps
+            unfinished += f". {name} has a held-out loss of {ahead.loss:.4g} after {steps} steps of a trial: "
+            unfinished += "run the command again with a larger budget to verify it"
+            is_over = is_over or not is_open
         if is_open and is_over:
             return self._result("no_treatment_found", unfinished, (), (), suggested)
         if is_open:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -16,7 +16,7 @@ from lightning_gradguard.treatment.learning import (
     learning_of,
     settled_loss,
 )
-from lightning_gradguard.treatment.search import LEAST_RUNG, TrialRunner, noise_of
+from lightning_gradguard.treatment.search import LEAST_NOISE, LEAST_RUNG, TrialRunner, noise_of
 from lightning_gradguard.treatment.trials.trial import OUT_OF_TIME, Job, Trial
 
 #: Seeds of the verification, and how far they are from those of the search.
@@ -167,6 +167,14 @@ class Verification:
 
     def _run(self, jobs: Sequence[Job]) -> dict[str, Trial]:
         return {t.job.key: t for t in self.runner.run(jobs, self.until) if not is_unfinished(t)}
+
+
+def unverified(trials: Iterable[Trial], probed: Trial) -> Trial | None:
+    """Returns the best trial that is better than the program as it is, and was run with no fresh seed."""
+    ended = [t for t in trials if t.job.changes is not None and math.isfinite(t.loss)]
+    fresh = {str(t.job.changes) for t in ended if t.job.seed != probed.job.seed}
+    better = [t for t in ended if t.loss < (1 - LEAST_NOISE) * probed.lowest]
+    return min((t for t in better if str(t.job.changes) not in fresh), key=lambda t: t.loss, default=None)
 
 
 def is_unfinished(trial: Trial) -> bool:

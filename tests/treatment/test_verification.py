@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 
 from lightning_gradguard import Change
 from lightning_gradguard.treatment.learning import settled_loss
-from lightning_gradguard.treatment.trials.trial import Job, Trial
-from lightning_gradguard.treatment.verification import SeedResult, verdict_of
+from lightning_gradguard.treatment.trials.trial import OUT_OF_TIME, Job, Trial
+from lightning_gradguard.treatment.verification import SeedResult, unverified, verdict_of
 
 CHANGES = (Change("initialize"),)
 WHOLE = 400
@@ -126,3 +127,10 @@ def test_loss_that_is_low_enough_is_that_of_the_first_seed_or_a_quarter_of_the_b
     assert settled_loss(trial(Job(CHANGES, 101, WHOLE), 0.3)) == pytest.approx(0.25 * 2.3)
     assert settled_loss(trial(Job(CHANGES, 101, WHOLE), 0.9)) == pytest.approx(0.9)
     assert settled_loss(trial(Job(CHANGES, 101, WHOLE), math.nan)) is None
+
+
+def test_a_better_trial_is_unverified_until_it_was_run_with_a_fresh_seed() -> None:
+    probed, short = trial(Job(None, 0, WHOLE), 2.2), trial(Job(CHANGES, 0, 60), 0.4)
+    cut = replace(trial(Job(CHANGES, 0, 150), 0.3), error=OUT_OF_TIME)
+    assert unverified([trial(Job((), 0, 60), 2.19), short, cut], probed) is short
+    assert unverified([short, trial(Job(CHANGES, 101, WHOLE), 2.2)], probed) is None

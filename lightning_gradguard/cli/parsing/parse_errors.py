@@ -37,7 +37,7 @@ def parse_error_message(
     missing, unknown = _MISSING.search(block), _UNKNOWN.search(block)
     if not key:
         if missing and (missing[1] or missing[2]).endswith("model"):
-            return "name the module with --model my.Module, or in a file that --config names."
+            return "add --model my.Module: neither the command nor a file of --config names a module."
         if not unknown:
             return one_line(error)
         return _unknown_option(unknown[1] or "", unknown[2] or "", contents, options)

@@ -193,7 +193,7 @@ def test_policy_in_list_in_file(mine: Path, command: Command, percentile: object
 
 def test_missing_module_and_data(mine: Path, command: Command) -> None:
     assert usage_error(command, "--data=mine.Data") == (
-        "name the module with --model my.Module, or in a file that --config names."
+        "add --model my.Module: neither the command nor a file of --config names a module."
     )
     assert usage_error(command, *MODULE[:2], "--seed_everything=0") == (
         "name the data with --data my.Data: Net has no train_dataloader of its own."
