@@ -148,13 +148,12 @@ class InitializationCheck(Callback, Configured):
             self._checks_first_step = True
             console.print_message(
                 trainer,
-                f"Initialization: no extra pass, for {reason}; the weights and the first "
-                "gradients are checked.",
+                f"Initialization: checked by its weights and first gradients, without a pass of its own: {reason}.",
             )
             if self.on_failure == "repair":
                 console.print_message(
                     trainer,
-                    f"No repair, for {reason}; run InitializationCheck(on_failure='repair') "
+                    f"No repair, as {reason}; run InitializationCheck(on_failure='repair') "
                     "first, on one device and with a step that gets its batch.",
                 )
             self._report(trainer, pl_module, check_weights_alone(trainer, pl_module))
