@@ -148,7 +148,7 @@ class InitializationCheck(Callback, Configured):
             self._checks_first_step = True
             console.print_message(
                 trainer,
-                f"Initialization: checked by the weights and the first gradients, with no extra pass: {reason}.",
+                f"Initialization: checked by weights and first gradients, with no extra pass: {reason}.",
             )
             if self.on_failure == "repair":
                 console.print_message(
