@@ -212,10 +212,7 @@ class RelativeNormClipping(ClippingPolicy):
         elif has_ratio:
             first_decrease = step.rate * (1 + step.momentum) * norm * norm
             is_spike = is_spike & negate(first_decrease < OVERSHOOT * fmax(loss, usual_loss))
-        is_new: Tensor | bool = False
-        if history.unusual == TASK_STEPS - 1:
-            is_new = history.goes_on(loss)
-            is_spike = is_spike & negate(is_new)
+        is_new = history.unusual == TASK_STEPS - 1 and history.goes_on(loss)
         allowed = where(is_spike, history.level, norm)
         reduced: Scalar = math.inf
         has_alarm: Tensor | bool = False

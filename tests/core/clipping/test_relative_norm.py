@@ -171,6 +171,7 @@ def test_bad_batches_are_no_new_task() -> None:
 def test_loss_that_jumps_during_an_alarm_is_no_new_task() -> None:
     policy, rate = RelativeNormClipping(), {"learning_rate": 0.5}
     applied(policy, [0.5] * 30 + [1.5, 4.5, 13.0], losses=[1.0] * 32 + [2.0], **rate)
+    applied(policy, [0.5] * 30, loss=1.0, **rate)
     assert max(applied(policy, [40.0] * 4, losses=[30.0, 40.0, 50.0, 60.0], **rate)) < 4
 
 
