@@ -1,7 +1,8 @@
 """A small GPT on the text of Python's own documentation, at a learning rate too large without the suite.
 
-SGD at 0.3 trains with and without it, to about the same loss; at 1.0 the bare run is NaN, the guarded one
-learns as much as at 0.3. Run it as `python examples/language_model.py`.
+SGD at 0.3 trains with and without it, to the same loss; at 0.7 the bare run is NaN, and the guarded one
+learns, later. The text differs between versions of Python: the guarded loss at 0.7 is 2.2 in 3.11.7, and
+3.3 in 3.11.2. Run it as `python examples/language_model.py`.
 """
 
 import pydoc_data.topics
@@ -92,7 +93,7 @@ def train(lr: float, callbacks: list[pl.Callback], max_steps: int) -> float:
 
 def main(max_steps: int = 200) -> dict[float, tuple[float, float]]:
     losses = {}
-    for lr in (0.3, 1.0):
+    for lr in (0.3, 0.7):
         bare, guarded = train(lr, [], max_steps), train(lr, default_callbacks(), max_steps)
         print(f"SGD at {lr}: loss on unseen text {bare:.2f} bare, {guarded:.2f} guarded")
         losses[lr] = bare, guarded

@@ -96,7 +96,7 @@ def test_command_in_folder_of_user(own_dossier: Path, tmp_path: Path) -> None:
         (["--model", "own_modules.Mine", "--cofnig", "x"], "there is no --cofnig. Did you mean --config?"),
         (
             [],
-            "or in a file that --config names. The run had: --model own_modules.Mine",
+            "nor a file of --config names a module. The run had: --model own_modules.Mine",
         ),
         (["--config", "none.yaml"], "--config none.yaml cannot be read: "),
         (["--config", "broken.py"], "--config broken.py holds no options"),

@@ -38,6 +38,7 @@ PUBLISHED = {
     tags.OUTPUT_GRADIENT: "output_gradient/<name>",
     tags.OUTPUT_HEAT_MAP: "output_gradient/layers",
     tags.CLIPPED_FRACTION: "summary/clipped_fraction",
+    tags.USUAL_COEFFICIENT: "summary/clip_coefficient",
     tags.LARGEST_NORM: "summary/largest_norm",
     tags.LARGEST_LOGGED_NORM: "summary/largest_logged_norm",
     tags.N_INCIDENTS: "summary/incidents",

@@ -107,7 +107,7 @@ class History:
     def from_state_dict(cls, state_dict: dict[str, Any], window: int) -> History:
         """Returns a saved history, also one of another `window`."""
         values: dict[str, Any] = {
-            f.name: float(state_dict[f.name])
+            f.name: type(f.default)(state_dict[f.name])
             for f in fields(cls)
             if f.name in state_dict and f.name not in ("norms", "losses")
         }

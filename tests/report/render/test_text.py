@@ -13,19 +13,7 @@ from lightning_gradguard.report.render.text import text_table
 from tests.report.runs import printed, write_events
 
 NAN = math.nan
-HEAD = [
-    "run",
-    "verdict",
-    "survived",
-    "final",
-    "loss",
-    "largest",
-    "norm",
-    "skips",
-    "rollbacks",
-    "worst",
-    "layer",
-]
+HEAD = ["run", "verdict", "survived", "final", "loss", "max", "norm", "skips", "rollbacks", "worst", "layer"]
 TRANSPOSED = ["run      first_of_the_runs", "verdict  exploding", "         gradients", "loss     1.0"]
 
 
