@@ -106,10 +106,11 @@ class History:
     @classmethod
     def from_state_dict(cls, state_dict: dict[str, Any], window: int) -> History:
         """Returns a saved history, also one of another `window`."""
+        known = {f.name: getattr(cls(), f.name) for f in fields(cls)}
         values: dict[str, Any] = {
-            f.name: type(f.default)(state_dict[f.name])
-            for f in fields(cls)
-            if f.name in state_dict and f.name not in ("norms", "losses")
+            name: type(number)(state_dict[name])
+            for name, number in known.items()
+            if name in state_dict and name not in ("norms", "losses")
         }
         for name, usual in (("norms", "usual_norm"), ("losses", "usual_loss")):
             numbers = [float(number) for number in state_dict.get(name, ())]
