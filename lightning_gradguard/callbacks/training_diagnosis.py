@@ -8,7 +8,6 @@ from functools import partial
 from typing import Any
 
 import pytorch_lightning as pl
-from torch import nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
@@ -16,7 +15,7 @@ from lightning_gradguard.core import arguments, tags
 from lightning_gradguard.core.detectors.diagnosis import Diagnosis, LossBaselines, Steps, Symptom
 from lightning_gradguard.core.forensics import advice_on_schedules
 from lightning_gradguard.core.incidents import CURE, Incident, IncidentKind
-from lightning_gradguard.core.initialization import holds_default_initialization
+from lightning_gradguard.core.initialization import frozen_layers
 from lightning_gradguard.core.remedies import advice_for_symptom
 from lightning_gradguard.runtime import distributed, lightning_api
 from lightning_gradguard.runtime.diagnosis.followed_steps import FollowedSteps
@@ -50,12 +49,6 @@ SYMPTOMS: tuple[IncidentKind, ...] = (
 
 #: Steps of a fit by which each optimizer has stepped, if it ever will.
 STEPPED_BY = 20
-
-
-def is_frozen(layer: nn.Module) -> bool:
-    """True if a layer has parameters of its own, and none is trained."""
-    parameters = list(layer.parameters(recurse=False))
-    return bool(parameters) and not any(parameter.requires_grad for parameter in parameters)
 
 
 class TrainingDiagnosis(StepCallback):
@@ -131,9 +124,7 @@ class TrainingDiagnosis(StepCallback):
                 "steps without torch.compile to have all diagnosed.",
             )
         planned = planned_steps(trainer)
-        modules = pl_module.named_modules()
-        frozen = [name for name, layer in modules if is_frozen(layer) and holds_default_initialization(layer)]
-        self.diagnosis.plan(int(planned) if math.isfinite(planned) else 0, frozen)
+        self.diagnosis.plan(int(planned) if math.isfinite(planned) else 0, frozen_layers(pl_module))
         self._sampled = self._waiting = None
         self._followed.close()
         self._steps = Steps()

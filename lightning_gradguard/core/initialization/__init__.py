@@ -4,4 +4,4 @@ from .criteria import check, check_weights, copied_units, measure, nonfinite_wei
 from .cures import improves, with_cures
 from .findings import Finding, InitializationError, one_line, table
 from .propagation import propagate
-from .repair import holds_default_initialization, repair
+from .repair import frozen_layers, holds_default_initialization, repair

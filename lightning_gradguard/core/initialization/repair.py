@@ -80,6 +80,17 @@ def holds_default_initialization(layer: nn.Module) -> bool:
     return largest <= bound * (1 + 1e-5) and largest > bound * (1 - tolerance) and uniform
 
 
+def frozen_layers(module: nn.Module) -> list[str]:
+    """Returns names of layers that hold their default initialization, of which no parameter is trained."""
+    return [
+        name
+        for name, layer in module.named_modules()
+        if (own := list(layer.parameters(recurse=False)))
+        and not any(parameter.requires_grad for parameter in own)
+        and holds_default_initialization(layer)
+    ]
+
+
 def draw_weights(
     layer: WeightedLayer, activation: str | None, generator: torch.Generator, scheme: str | None = None
 ) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from collections.abc import Iterator
 from statistics import median
 
@@ -19,8 +18,6 @@ from lightning_gradguard.core.incidents import SymptomCause
 SMALL_UPDATE, NO_UPDATE = 1e-5, 1e-7
 #: Share of the smallest update that a dtype keeps, below which most are lost, and steps of a slow start.
 ROUNDED, ROUNDED_STEPS = 0.25, 100
-#: Tiny inputs explain what units and gradients show, too.
-_TIER: dict[SymptomCause, Tier] = defaultdict(lambda: "stagnation", {"input_scale": "contract"})
 
 
 def stagnation(sample: Sample, progress: Progress) -> Iterator[Symptom]:
@@ -40,10 +37,8 @@ def stagnation(sample: Sample, progress: Progress) -> Iterator[Symptom]:
         ratios = {i: one.ratios[i] for i in matrices}
         largest, where = max(ratios.values()), modules_of([one.names[i] for i in matrices[:3]])
         if sample.updates_are_undone and largest > SMALL_UPDATE and not progress.learns:
-            evidence = (
-                f"updates are up to {largest:.1g} of a weight's norm, and before the next step, weights "
-            )
-            evidence += "are nearly what they were before"
+            evidence = f"updates are up to {largest:.1g} of a weight's norm, and before the next step, "
+            evidence += "weights are nearly what they were before"
             yield Symptom("weight_stagnation", "overwritten_weights", where, largest, evidence, "coverage", 4)
             continue
         is_late = sample.step >= ROUNDED_STEPS and progress.over_constant > STUCK
@@ -70,7 +65,7 @@ def stagnation(sample: Sample, progress: Progress) -> Iterator[Symptom]:
             elif is_of_clipping:
                 evidence += f"; {of_one_size(size)}"
             evidence += size_of_inputs(sample)
-            yield Symptom("weight_stagnation", small, where, largest, evidence, _TIER[small], 2)
+            yield Symptom("weight_stagnation", small, where, largest, evidence, _tier(small), 2)
             continue
         if not progress.has_converged:
             yield from _some_stagnate(one, sample, ratios)
@@ -83,6 +78,11 @@ def _too_low(one: Update, sample: Sample) -> SymptomCause:
     if sample.input_rms < SMALL_INPUT and any(one.rates):
         return "input_scale"
     return "rounded_updates" if one.resolution > SMALL_UPDATE and any(one.rates) else "learning_rate_too_low"
+
+
+def _tier(cause: SymptomCause) -> Tier:
+    """Returns the tier of a cause: tiny inputs explain what units and gradients show, too."""
+    return "contract" if cause == "input_scale" else "stagnation"
 
 
 def _some_stagnate(one: Update, sample: Sample, ratios: dict[int, float]) -> Iterator[Symptom]:
@@ -99,4 +99,4 @@ def _some_stagnate(one: Update, sample: Sample, ratios: dict[int, float]) -> Ite
         if not all(one.rates):
             evidence += "; the learning rate of a parameter group is 0"
         evidence += size_of_inputs(sample)
-        yield Symptom("weight_stagnation", cause, where, value, evidence, _TIER[cause], 4, is_partial=True)
+        yield Symptom("weight_stagnation", cause, where, value, evidence, _tier(cause), 4, is_partial=True)
