@@ -1,4 +1,4 @@
-"""The base class with which a callback takes part in the shared step."""
+"""The base class of callbacks in the shared step: their place in a Trainer, and their turns."""
 
 from __future__ import annotations
 
@@ -14,35 +14,30 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_gradguard.core import tags
-from lightning_gradguard.core.norms import Measurement
 from lightning_gradguard.runtime import lightning_api
 from lightning_gradguard.runtime.incidents.evaluation import EvaluationWatch
 from lightning_gradguard.runtime.incidents.journal import begin_journal
 from lightning_gradguard.runtime.incidents.run_summary import summarize
 from lightning_gradguard.runtime.logging.hyperparameters import Configured
-from lightning_gradguard.runtime.steps.step import Step, StepFlags, StepVerdict
+from lightning_gradguard.runtime.steps.step_member import StepMember
 from lightning_gradguard.runtime.steps.suite import Suite, forget_suite, suite_of
 
 #: Of a callback whose Trainer does not fit; nothing is written to it.
 _NO_SUITE = Suite()
 
 
-class StepCallback(lightning_api.Callback, Configured):
+class StepCallback(StepMember, lightning_api.Callback, Configured):
     """Takes part in the shared step: gradients are measured and checked once for all such callbacks.
 
     Subclass it for your own callback that reads or writes gradients. Declare what is to be measured
-    (`norm_types`, `wants_units`, `wants_weight_norms`), then override `on_begin`, `on_batch_end`, and
-    `on_step`, which is called for each optimizer step after it was measured and checked and before it takes
-    place. In any order of the callbacks all of them get the same numbers. Where another hook of Lightning is
+    (`norm_types`, `wants_units`, `wants_weight_norms`), then override hooks of `StepMember`: `on_begin`,
+    `on_batch_end`, and `on_step`, which is called for each optimizer step after it was measured and checked
+    and before it takes place. In any order of the callbacks all of them get the same numbers. Where another hook of Lightning is
     overridden, `super()` has to be called.
 
     Attributes:
         suite: What the callbacks of the running fit share; read it, and call its methods. Outside of
             training, where `suite.is_running` is false, no hook acts.
-        norm_types: Norm types to measure in addition to 2.
-        wants_units: True if norms of single units (rows) are to be measured.
-        defers_check: True if `check_step` may be called one step late, without a host synchronization.
-        skips_steps: True if the callback carries out the verdict to skip a step, as `NaNRollback` does.
         state_arguments: Arguments that distinguish two instances in a checkpoint.
         verbose: False to print only interventions of the Trainer's callbacks, none of their findings.
 
@@ -59,83 +54,8 @@ class StepCallback(lightning_api.Callback, Configured):
         'LargestNorm{}'
     """
 
-    norm_types: tuple[float, ...] = ()
-    wants_units: bool = False
-    defers_check: bool = False
-    skips_steps: bool = False
     state_arguments: Mapping[str, Any] = {}
     suite: Suite = _NO_SUITE
-
-    def on_begin(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Called when training begins: checkpoints are restored and parameters sharded by now."""
-
-    def on_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, step: Step) -> None:
-        """Called when a step was measured and checked, and the optimizer has not stepped.
-
-        Args:
-            trainer: The Trainer that runs.
-            pl_module: The module in training.
-            step: The step; `step.gradients` has names, tensors, norms, and the total norm.
-        """
-
-    def on_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch_idx: int) -> None:
-        """Called after the optimizers stepped, before checkpoints and validation."""
-
-    def check_step(self, trainer: pl.Trainer, measurement: Measurement) -> StepVerdict:
-        """Returns the callback's verdict on a step; called only if overridden, and has no side effect.
-
-        A finite step that is rejected is published as `rejected_step`, with the name of the callback. It
-        counts as a skipped step: `patience` of them in a row are a rollback.
-
-        Args:
-            trainer: The Trainer that runs.
-            measurement: Loss and total norm of the step, on the host, the same on every rank.
-
-        Returns:
-            `"accept"`; `"skip"`; or `"ignore"` for a step that a GradScaler skips.
-        """
-        raise NotImplementedError
-
-    def on_deferred_verdict(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        measurement: Measurement,
-        verdict: StepVerdict,
-    ) -> None:
-        """Called with the verdict on the step before, if every check of it was deferred.
-
-        Args:
-            trainer: The Trainer that runs.
-            pl_module: The module in training.
-            measurement: Measurement of the step before.
-            verdict: On the step before, which has taken place. If it is `"skip"`, a step that is
-                about to be measured does not take place either: its gradients are those of bad weights.
-        """
-
-    def step_flags(self) -> StepFlags:
-        """Returns flags for the reduction of the next step; called only if overridden."""
-        raise NotImplementedError
-
-    def wants_weight_norms(self, trainer: pl.Trainer) -> bool:
-        """True if the next step is to be measured for norms of the weights; called only if overridden."""
-        raise NotImplementedError
-
-    def final_counts(self) -> Mapping[str, float]:
-        """Returns counts of the run, by tag; called at its end, on each rank.
-
-        They are logged to the loggers, once, at the last step.
-        """
-        return {}
-
-    @property
-    def counts_since(self) -> int:
-        """Step from which on `final_counts` has counted: above 0 after a resume without its state."""
-        return 0
-
-    def overrides(self, hook: str) -> bool:
-        """True if the callback implements an optional hook."""
-        return getattr(type(self), hook) is not getattr(StepCallback, hook)
 
     @cached_property
     def state_key(self) -> str:

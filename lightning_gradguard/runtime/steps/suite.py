@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
 import pytorch_lightning as pl
@@ -22,9 +21,7 @@ from lightning_gradguard.runtime.optimizer_hooks import FusedStepOverride
 from lightning_gradguard.runtime.steps.measuring import Measured, StepRequest, measure
 from lightning_gradguard.runtime.steps.parameters import ParameterLayout, Selection
 from lightning_gradguard.runtime.steps.step import Step, StepFlags, StepVerdict
-
-if TYPE_CHECKING:
-    from lightning_gradguard.runtime.steps.step_callback import StepCallback
+from lightning_gradguard.runtime.steps.step_member import StepMember
 
 #: Sums over local shards, and what takes the sums over all shards.
 PendingSums = tuple[Tensor, Callable[[Tensor], None]]
@@ -65,7 +62,7 @@ class Suite:
     """
 
     def __init__(self) -> None:
-        self.members: list[StepCallback] = []
+        self.members: list[StepMember] = []
         self.open: dict[int, tuple[Step | None, set[int]]] = {}
         self.ended_batch: set[int] = set()
         self.losses: list[Tensor] = []
@@ -74,9 +71,9 @@ class Suite:
         self.is_over = False
         self.has_stepped = False
         self.is_logged = False
-        self._checkers: list[StepCallback] = []
-        self._flagging: list[StepCallback] = []
-        self._weighing: list[StepCallback] = []
+        self._checkers: list[StepMember] = []
+        self._flagging: list[StepMember] = []
+        self._weighing: list[StepMember] = []
         self._may_defer = True
         self._wants_units = False
         self._norm_types: tuple[float, ...] = (2.0,)
@@ -88,11 +85,11 @@ class Suite:
         self._totals: RunTotals | None = None
         self._ended_run: set[int] = set()
 
-    def has(self, member: StepCallback) -> bool:
+    def has(self, member: StepMember) -> bool:
         """True if a member has joined."""
         return any(member is other for other in self.members)
 
-    def join(self, member: StepCallback) -> None:
+    def join(self, member: StepMember) -> None:
         """Adds a member; what it declares is measured from now on."""
         self.members.append(member)
         for hook, group in (
@@ -176,7 +173,7 @@ class Suite:
             self._totals.largest_norm = max(self._totals.largest_norm, total_norm)
             self._totals.explosion.add(total_norm)
 
-    def end_run(self, member: StepCallback) -> RunTotals | None:
+    def end_run(self, member: StepMember) -> RunTotals | None:
         """Returns the totals of the run when the last member ends it, once; `None` if it had no step."""
         self._ended_run.add(id(member))
         if len(self._ended_run) < len(self.members):
