@@ -31,9 +31,9 @@ class StepCallback(StepMember, lightning_api.Callback, Configured):
 
     Subclass it for your own callback that reads or writes gradients. Declare what is to be measured
     (`norm_types`, `wants_units`, `wants_weight_norms`), then override hooks of `StepMember`: `on_begin`,
-    `on_batch_end`, and `on_step`, which is called for each optimizer step after it was measured and checked
-    and before it takes place. In any order of the callbacks all of them get the same numbers. Where another hook of Lightning is
-    overridden, `super()` has to be called.
+    `on_batch_end`, and `on_step`, which is called for each optimizer step after it was measured and
+    checked and before it takes place. In any order of the callbacks all of them get the same numbers.
+    Where another hook of Lightning is overridden, `super()` has to be called.
 
     Attributes:
         suite: What the callbacks of the running fit share; read it, and call its methods. Outside of
