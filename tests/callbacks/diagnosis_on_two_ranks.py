@@ -1,4 +1,4 @@
-"""A program of two processes: a failing network under DDP, diagnosed; rank 0 decides, and both publish.
+"""A program of two processes: failing networks under DDP, diagnosed; rank 0 decides, and both publish.
 
 Run by `launch_on`; each rank writes the incidents of its callbacks into the folder.
 """
@@ -14,17 +14,18 @@ from pytorch_lightning.strategies import DDPStrategy
 from torch import nn
 
 from lightning_gradguard import TrainingDiagnosis
-from tests.callbacks.test_training_diagnosis import Listener, Task, biased, deep
+from tests.callbacks.test_training_diagnosis import Keeping, Listener, Task, biased, deep
 from tests.tasks import batches, fit
 
 
 def main(folder: Path) -> None:
     """Trains, and writes what was published on this rank."""
-    listener = Listener()
-    strategy = DDPStrategy(process_group_backend="gloo")
-    module = Task(biased(deep(nn.ReLU, 4), 2, -20.0))
-    fit(module, batches(8), [TrainingDiagnosis(), listener], devices=2, strategy=strategy)
-    found = [(incident.kind, incident.step, list(incident.where)) for incident in listener.found]
+    found = []
+    for module in (Task(biased(deep(nn.ReLU, 4), 2, -20.0)), Keeping()):
+        listener = Listener()
+        strategy = DDPStrategy(process_group_backend="gloo")
+        fit(module, batches(8), [TrainingDiagnosis(), listener], devices=2, strategy=strategy)
+        found += [(one.kind, one.cause, one.step, one.where[0]) for one in listener.found]
     (folder / f"rank{os.environ['RANK']}.json").write_text(json.dumps(found))
 
 

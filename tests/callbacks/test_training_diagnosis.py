@@ -378,11 +378,7 @@ def test_optimizer_that_does_not_train_is_named(mistake: str, cause: str) -> Non
 
 
 def test_gradients_that_are_never_cleared_are_named() -> None:
-    class Overriding(Task):
-        def optimizer_zero_grad(self, *arguments: Any) -> None:
-            pass
-
-    for module in (Manual("kept"), Overriding()):
+    for module in (Manual("kept"), Keeping()):
         (incident,) = diagnosed(module)
         assert (incident.kind, incident.cause) == ("exploding_gradient", "gradients_not_cleared")
         assert incident.step <= 4
@@ -1029,6 +1025,28 @@ class Manual(Classifier):
         return [torch.optim.Adam(self.net[:4].parameters()), torch.optim.SGD(self.net[4:].parameters(), 0.1)]
 
 
+class Keeping(Task):
+    """Never clears its gradients."""
+
+    def optimizer_zero_grad(self, *arguments: Any) -> None:
+        pass
+
+
+class Assigning(Task):
+    """Writes its gradients by hand, over those of the step before."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        loss = super().training_step(batch, batch_idx)
+        parameters = [*self.net.parameters()]
+        gradients = torch.autograd.grad(loss, parameters)
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient if parameter.grad is None else parameter.grad.copy_(gradient)
+        return loss.detach().requires_grad_()
+
+    def optimizer_zero_grad(self, *arguments: Any) -> None:
+        pass
+
+
 class Freezing(Manual):
     """Trains parameters that are frozen between its steps, as a discriminator is in the generator's step."""
 
@@ -1104,10 +1122,11 @@ class Complex(nn.Module):
         Momentum,
         Repeating,
         Perturbed,
+        Assigning,
         lambda: Task(Embedded(), optimizer=lambda net: torch.optim.SGD(net.parameters(), 0.1)),
         lambda: Task(Complex(), optimizer=lambda net: torch.optim.SGD(net.parameters(), 0.1)),
     ],
-    ids=["frozen", "momentum", "repeated", "perturbed", "sparse", "complex"],
+    ids=["frozen", "momentum", "repeated", "perturbed", "by hand", "sparse", "complex"],
 )
 def test_gradients_of_unusual_steps_are_not_named(make: Callable[[], Any]) -> None:
     module = make()
@@ -1221,7 +1240,11 @@ def test_rank_0_decides_and_both_ranks_publish(tmp_path: Path) -> None:
     launch_on(2, "tests.callbacks.diagnosis_on_two_ranks", str(tmp_path))
     first, second = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1))
     assert first == second
-    assert [(kind, where[0]) for kind, _, where in first] == [("dead_units", "net.2")]
+    assert [(kind, cause) for kind, cause, _, _ in first] == [
+        ("dead_units", ""),
+        ("exploding_gradient", "gradients_not_cleared"),
+    ]
+    assert first[0][3] == "net.2"
 
 
 def test_a_step_may_copy_its_layers() -> None:

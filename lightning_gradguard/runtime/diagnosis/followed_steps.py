@@ -11,12 +11,9 @@ from lightning_gradguard.runtime.optimizer_hooks import after_step
 
 #: Elements of the parameter that is followed, at most.
 MAX_ELEMENTS = 65_536
-#: Cosine distance below which two gradients are the same but for their length, which clipping changes, and
-#: from which on they differ.
-SAME, OTHER = 1e-4, 1e-2
-#: Relative difference of the share of the gradients before from that of the new ones, above which they decay,
-#: as where momentum is written by hand.
-DECAYS = 5e-3
+#: Relative distance up to which gradients are those that were left, and not decayed, as where momentum is
+#: written by hand; cosine distance up to which they are those of the new step alone.
+SAME, ALONE = 1e-4, 1e-2
 #: Share of an update that is left, below which it was undone.
 UNDONE = 0.1
 
@@ -83,6 +80,7 @@ class _FollowedStep:
         self.after: Tensor | None = None
         self._before = parameter.detach().clone()
         self._left: Tensor | None = None
+        self._kept = torch.zeros((), dtype=torch.bool, device=parameter.device)
         self._used = torch.zeros_like(parameter, dtype=torch.float32)
         self._arrived = torch.zeros_like(self._used)
         self._handles = (
@@ -99,23 +97,22 @@ class _FollowedStep:
             handle.remove()
 
     def compare(self, after: Tensor) -> Tensor:
-        used, arrived = self._used.flatten(), self._arrived.flatten()
-        now = _gradient(self.parameter).flatten()
-        whole, alone = 1 - cosine_similarity(torch.stack([used + arrived, arrived]), now[None])
-        # the shares of both in what is there now, by least squares
-        one, both, other = used.dot(used), used.dot(arrived), arrived.dot(arrived)
-        share_used = now.dot(used) * other - now.dot(arrived) * both
-        share_arrived = now.dot(arrived) * one - now.dot(used) * both
-        decays = (share_used - share_arrived).abs() > DECAYS * share_arrived.abs()
+        # where gradients were written by hand, those that were left are gone
+        distance = 1 - cosine_similarity(_gradient(self.parameter).flatten(), self._arrived.flatten(), dim=0)
         update = (after - self._before).norm()
         left = update if self._left is None else self._left
-        return torch.stack([(whole < SAME) & (alone > OTHER) & ~decays, left < UNDONE * update])
+        return torch.stack([self._kept & (distance > ALONE), left < UNDONE * update])
 
     def _add(self, gradient: Tensor) -> None:
+        if self.after is not None:
+            # before it is averaged over ranks, with which the sum could not be compared
+            then = self._used + self._arrived
+            kept = (_gradient(self.parameter) - then).norm() < SAME * then.norm()
+            self._kept = kept if self._left is None else self._kept & kept
+            # not right before the next step: where weights are perturbed for its gradient, they still are
+            if self._left is None:
+                self._left = (self.parameter.detach() - self._before).norm()
         self._arrived += gradient.detach()
-        # not right before the next step: where weights are perturbed for its gradient, they still are
-        if self.after is not None and self._left is None:
-            self._left = (self.parameter.detach() - self._before).norm()
 
     def _take_gradient(self) -> None:
         self._used = _gradient(self.parameter).clone()
