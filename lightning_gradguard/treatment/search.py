@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import combinations
 
 from lightning_gradguard.core.detectors.best_constant import LEARNS
@@ -14,7 +14,7 @@ from lightning_gradguard.treatment.budget import Clock
 from lightning_gradguard.treatment.candidates import Candidate
 from lightning_gradguard.treatment.learning import LEARNED_ENOUGH, learning_of
 from lightning_gradguard.treatment.trials.program import Program
-from lightning_gradguard.treatment.trials.trial import Job, Trial, name_of
+from lightning_gradguard.treatment.trials.trial import OUT_OF_TIME, Job, Trial, name_of
 from lightning_gradguard.treatment.trials.trial_log import TrialLog
 from lightning_gradguard.treatment.trials.workers import outcomes
 
@@ -47,6 +47,9 @@ class TrialRunner:
         processes: Trials at once.
         steps: Optimizer steps of a trial of full length.
         report: Takes a line on the progress.
+
+    Attributes:
+        was_cut: True if the budget has kept a trial from its steps.
     """
 
     program: Program
@@ -55,6 +58,7 @@ class TrialRunner:
     processes: int
     steps: int
     report: Callable[[str], None]
+    was_cut: bool = field(default=False, init=False)
 
     @property
     def short_steps(self) -> int:
@@ -72,7 +76,9 @@ class TrialRunner:
         for trial in outcomes(self.program, missing, self.clock.share(until), self.processes):
             self.log.add(trial)
             self.report(self._progress(trial))
-        return [self.log.trials[job.key] for job in wanted if job.key in self.log.trials]
+        ran = [self.log.trials[job.key] for job in wanted if job.key in self.log.trials]
+        self.was_cut |= len(ran) < len(wanted) or any(trial.error == OUT_OF_TIME for trial in ran)
+        return ran
 
     def _progress(self, trial: Trial) -> str:
         seed = self.program.seed

@@ -139,10 +139,10 @@ class _Treatment:
         steps: int,
     ) -> None:
         self.program, self.found, self.clock, self.folder, self.report = program, found, clock, folder, report
-        self.processes = processes
         identity = _identity(program, found)
-        self.log = TrialLog(folder / "trials.jsonl", identity, min(steps, self._affordable()))
+        self.log = TrialLog(folder / "trials.jsonl", identity, min(steps, self._affordable(processes)))
         self.steps = self.log.steps
+        self.runner = TrialRunner(program, self.log, clock, processes, self.steps, report)
         self.notes = list(program.batches.notes)
         if self.log.was_resumed:
             self.notes.append(f"Continued with {len(self.log.trials)} trials of {self.log.path}.")
@@ -163,9 +163,8 @@ class _Treatment:
         """Searches and verifies."""
         learning = self.found.learning
         healthy = f"after {self.found.steps} steps {learning.evidence}"
-        is_open = self._is_open
         is_healthy = learning.has_learned or self.found.learns_unhindered
-        if is_healthy and not is_open and not any(one.is_beside_learning for one in self.prescriptions):
+        if is_healthy and not self._is_open and not any(one.is_beside_learning for one in self.prescriptions):
             return self._result("healthy", healthy)
         if self.steps < TOO_FEW_STEPS:
             evidence = (
@@ -194,25 +193,27 @@ class _Treatment:
                 return self._result(verdict, evidence, changes, results, suggested)
             if results and (best is None or (verdict == "better" and best[0] != "better")):
                 best = verdict, evidence, changes, results
-        is_over = self.clock.spent >= VERIFIED * self.clock.budget
-        unfinished = f"{learning.evidence}; the budget has ended before a treatment was verified"
-        ahead = unverified(self.log.trials.values(), self.found.trial)
-        if ahead is not None:
-            name, steps = name_of(ahead.job.changes), ahead.job.steps
-            unfinished += f". {name} has a held-out loss of {ahead.loss:.4g} after {steps} steps of a trial: "
-            unfinished += "run the command again with a larger budget to verify it"
-            is_over = is_over or not is_open
-        if is_open and is_over:
-            return self._result("no_treatment_found", unfinished, (), (), suggested)
-        if is_open:
+        if self._is_open and not self.runner.was_cut:
             return self._result("healthy", f"{healthy}; no change that was tried learns far more")
-        if best is not None:
+        if best is not None and not self._is_open:
             verdict, evidence, changes, results = best
             kept = changes if verdict == "better" else ()
             return self._result(verdict, evidence, kept, results, suggested)
-        tried = ", ".join(dict.fromkeys(name_of(t.job.changes) for t in self.log.trials.values()))
-        evidence = f"{learning.evidence}; none that was tried is better: {tried or 'no trial has ended'}"
-        return self._result("no_treatment_found", unfinished if is_over else evidence, (), (), suggested)
+        return self._result("no_treatment_found", self._shortfall(), (), (), suggested)
+
+    def _shortfall(self) -> str:
+        """Returns why no treatment is known: none has proved better, or the budget has ended before."""
+        probed, trials = self.found.trial, self.log.trials.values()
+        if not self.runner.was_cut:
+            tried = ", ".join(dict.fromkeys(name_of(t.job.changes) for t in trials))
+            return f"{self.found.learning.evidence}; none that was tried has proved better: {tried}"
+        evidence = f"{self.found.learning.evidence}; the budget has ended before a treatment was verified"
+        ahead = unverified(trials, probed)
+        if ahead is not None:
+            name, steps = name_of(ahead.job.changes), ahead.job.steps
+            evidence += f". {name} has a held-out loss of {ahead.loss:.4g} after {steps} steps of a trial: "
+            evidence += "run the command again with a larger budget to verify it"
+        return evidence
 
     def _verified(
         self, suggested: Sequence[Candidate]
@@ -222,7 +223,7 @@ class _Treatment:
         The learning rate is searched around the first of them that does not learn, or that ends its own run
         with little learned; it is lowered for the first that does not learn with each seed.
         """
-        runner = TrialRunner(self.program, self.log, self.clock, self.processes, self.steps, self.report)
+        runner = self.runner
         whole = whole_length(runner)
         verification = Verification(runner, self.found.trial if self._is_probed(whole) else None, VERIFIED)
         needed = verification.share(self._seconds_per_step())
@@ -314,8 +315,8 @@ class _Treatment:
         """Returns the duration of a step in a trial, with its share of evaluations."""
         return self.found.trial.seconds / max(self.found.steps, 1)
 
-    def _affordable(self) -> int:
-        total = COST_IN_TRIALS * self._seconds_per_step() / min(self.processes, 4)
+    def _affordable(self, processes: int) -> int:
+        total = COST_IN_TRIALS * self._seconds_per_step() / min(processes, 4)
         return int(max(self.clock.left, 0.0) * VERIFIED / max(total, 1e-9))
 
     def _least_budget(self) -> float:

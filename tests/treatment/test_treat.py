@@ -19,10 +19,11 @@ from lightning_gradguard import TreatmentError, TreatmentResult
 from lightning_gradguard.treatment.candidates import MAX_CANDIDATES
 from lightning_gradguard.treatment.learning import learning_of
 from lightning_gradguard.treatment.trials.program import Program
-from lightning_gradguard.treatment.trials.trial import Trial
+from lightning_gradguard.treatment.trials.trial import Job, Trial
+from lightning_gradguard.treatment.trials.trial_log import content_of
 from tests.treatment.programs import Data, Net, treated
 
-SCHEMA = Path(lightning_gradguard.__file__).parent / "treatment" / "schema.json"
+SCHEMA = json.loads((Path(lightning_gradguard.__file__).parent / "treatment" / "schema.json").read_text())
 #: A run that is long enough for a cured network to settle.
 SETTLING = {"max_steps": 90}
 deep_sigmoid = partial(Net, 6, nn.Sigmoid)
@@ -45,12 +46,17 @@ def test_deep_sigmoid_network_is_cured_on_fresh_seeds(deep: TreatmentResult) -> 
     assert reached == SETTLING["max_steps"], "a cure is proved at the length of the run"
     assert "vanishing" in deep.problems[0].lower()
     content = json.loads((deep.folder / "treatment.json").read_text())
-    jsonschema.validate(content, json.loads(SCHEMA.read_text()))
+    jsonschema.validate(content, SCHEMA)
     page = (deep.folder / "report.html").read_text()
     assert "<svg" in page
     assert deep.evidence.split(";")[0] in page
     trials = {path.name for path in (deep.folder / "runs").iterdir()}
     assert len(trials) == len(deep.trials) + 1
+
+
+def test_schema_has_each_field_of_a_trial() -> None:
+    fields = content_of(Trial(job=Job(None, 0, 1)))
+    assert set(fields) == set(SCHEMA["$defs"]["trial"]["properties"])
 
 
 def test_healthy_program_is_left_alone() -> None:
