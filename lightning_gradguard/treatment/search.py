@@ -153,8 +153,9 @@ def _second_rung(
     ranked = sorted((t for t in short if not t.error), key=lambda t: t.loss)[:FINALISTS]
     if any(map(ends, ranked)):
         ranked = list(filter(ends, ranked))
-        if len(ranked) == 1 or ranked[0].over_constant <= LEARNED_ENOUGH:
-            return ranked[:1]
+        enough = [trial for trial in ranked if trial.over_constant <= LEARNED_ENOUGH]
+        if enough or len(ranked) == 1:
+            return [_lowest_rate(enough or ranked)]
     elif ranked and ranked[0].over_constant <= DOMINATES:
         ranked = [trial for trial in ranked if trial.over_constant < LEARNS]
     full: list[Trial] = []
@@ -177,6 +178,12 @@ def _has_learned_enough(trial: Trial) -> bool:
     return _has_learned(trial) and trial.over_constant <= LEARNED_ENOUGH
 
 
+def _lowest_rate(ranked: Sequence[Trial]) -> Trial:
+    """Returns the best trial, or one with a lower rate and else the same: what is too high may fail later."""
+    _, rest = _rate_and_rest(ranked[0])
+    return min((t for t in ranked if _rate_and_rest(t)[1] == rest), key=lambda t: _rate_and_rest(t)[0])
+
+
 def at_best_rate(runner: TrialRunner, trial: Trial, until: float) -> list[Trial]:
     """Returns a trial after one with a better learning rate, if there is one.
 
@@ -191,7 +198,7 @@ def at_best_rate(runner: TrialRunner, trial: Trial, until: float) -> list[Trial]
         wave = factors[: runner.processes]
         if not wave:
             break
-        jobs = [Job(_at_rate(best.job.changes or (), f), seed, steps) for f in wave]
+        jobs = [Job(_at_rate(best, f), seed, steps) for f in wave]
         found = dict(zip(wave, runner.run(jobs, until), strict=False))
         factors = factors[len(wave) :]
         for factor, other in found.items():
@@ -204,16 +211,22 @@ def at_best_rate(runner: TrialRunner, trial: Trial, until: float) -> list[Trial]
 
 def at_lower_rate(runner: TrialRunner, trial: Trial, until: float) -> list[Trial]:
     """Returns what has learned in a trial, and not in each longer run, at a lower rate, if it learns."""
-    changes = _at_rate(trial.job.changes or (), min(FAR_RATE_FACTORS))
+    changes = _at_rate(trial, min(FAR_RATE_FACTORS))
     lower = runner.run([Job(changes, trial.job.seed, runner.steps)], until)
     return [t for t in lower if learning_of(t).learns]
 
 
-def _at_rate(changes: Sequence[Change], factor: float) -> tuple[Change, ...]:
-    """Returns changes with a learning rate scaled by a factor, rounded to two digits."""
-    scale = math.prod(change["scale"] for change in changes if change.kind == "learning_rate") * factor
-    rest = tuple(change for change in changes if change.kind != "learning_rate")
-    return (*rest, Change("learning_rate", {"scale": float(f"{scale:.2g}")}))
+def _at_rate(trial: Trial, factor: float) -> tuple[Change, ...]:
+    """Returns the changes of a trial with a learning rate scaled by a factor, rounded to two digits."""
+    scale, rest = _rate_and_rest(trial)
+    return (*rest, Change("learning_rate", {"scale": float(f"{scale * factor:.2g}")}))
+
+
+def _rate_and_rest(trial: Trial) -> tuple[float, tuple[Change, ...]]:
+    """Returns by what the changes of a trial scale the learning rate, and the other changes."""
+    changes = trial.job.changes or ()
+    scale = math.prod(change["scale"] for change in changes if change.kind == "learning_rate")
+    return scale, tuple(change for change in changes if change.kind != "learning_rate")
 
 
 def noise_of(untreated: Sequence[Trial]) -> float:

@@ -241,9 +241,10 @@ class _Treatment:
             if str(trial.job.changes) in verified or (verified and not learning_of(trial).learns):
                 continue
             first = verification.first(trial) if has_rate or learning_of(trial).has_learned else None
-            if not has_rate and (first is None or first.over_constant > LEARNED_ENOUGH):
+            explodes = first is not None and not first.is_undisturbed
+            if not has_rate and (first is None or first.over_constant > LEARNED_ENOUGH or explodes):
                 has_rate = True
-                if first is not None and trial.over_constant <= LEARNED_ENOUGH:  # and has lost it
+                if first is not None and (trial.over_constant <= LEARNED_ENOUGH or explodes):
                     waiting = [*at_lower_rate(runner, trial, until), trial, *waiting]
                 else:
                     waiting = [*at_best_rate(runner, trial, until), *waiting]

@@ -15,6 +15,7 @@ import pytorch_lightning as pl
 import torch
 
 from lightning_gradguard.callbacks.defaults import callbacks_of, default_callbacks
+from lightning_gradguard.callbacks.training_diagnosis import TrainingDiagnosis
 from lightning_gradguard.core import tags
 from lightning_gradguard.core.incidents import Incident
 from lightning_gradguard.core.remedies.changes import Change
@@ -96,8 +97,8 @@ class Trial:
 
     @property
     def is_undisturbed(self) -> bool:
-        """True if no rollback was needed."""
-        return not self.incidents.get("rollback")
+        """True if no rollback was needed, and nothing has exploded in a run of all its steps."""
+        return not any(map(self.incidents.get, ("rollback", "exploding_gradient")))
 
     def loss_at(self, steps: int) -> float:
         """Returns the held-out loss after a number of optimizer steps; infinite where it is nonfinite."""
@@ -145,6 +146,8 @@ def run(program: Program, job: Job, deadline: float) -> Trial:
             callbacks = [] if job.changes is None else treated(_seeded(job.changes, job.seed))
             arguments = {c.kind: c["value"] for c in job.changes or () if c.alters == "trainer"}
             watching = [listener, held_out]
+            if job.enough is job.patience is None:
+                watching.append(TrainingDiagnosis())
             trainer = program.trainer_of(module, [*callbacks, *watching], job.steps, folder, **arguments)
             program.fit(trainer, module)
             outcome |= {
