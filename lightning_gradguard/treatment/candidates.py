@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lightning_gradguard.core.detectors.diagnosis import Symptom
 from lightning_gradguard.core.remedies.changes import Change, places
 from lightning_gradguard.core.remedies.kinds import KINDS, Argument, ChangeKind
-from lightning_gradguard.treatment.probe import Probe
+from lightning_gradguard.treatment.probe import Probe, in_words
 
 #: Candidates of a treatment at most.
 MAX_CANDIDATES = 8
@@ -154,8 +154,7 @@ def _suggestions(found: Probe) -> Iterator[list[Candidate]]:
         changes = _BY_CAUSE.get((symptom.kind, symptom.cause)) or _BY_KIND.get(symptom.kind, ())
         if changes is _BY_KIND["stuck_loss"]:
             continue  # what helps against a loss that is stuck for no known reason is tried after all else
-        reason = f"{symptom.kind}: {symptom.evidence or symptom.cause}"
-        yield [Candidate(one, reason) for one in [*_estimated(symptom), *changes]]
+        yield [Candidate(one, in_words(symptom)) for one in [*_estimated(symptom), *changes]]
     for criterion in dict.fromkeys(f.criterion for f in found.initialization if f.severity == "fail"):
         unmet = next(f for f in found.initialization if f.criterion == criterion)
         yield [Candidate(one, unmet.describe()) for one in _BY_CRITERION.get(criterion, ())]

@@ -78,14 +78,18 @@ class Probe:
     @property
     def problems(self) -> list[str]:
         """Symptoms and unmet criteria in words."""
-        found = [
-            f"{title(f.kind)}{f' at {f.where[0]}' if f.where else ''}: {f.evidence or f.cause}"
-            for f in self.symptoms
-        ]
+        found = [in_words(symptom) for symptom in self.symptoms]
         found += [self.decay] if self.decay else []
         severe = [f for f in self.initialization if f.severity == "fail"]
         found += [f"a training step fails: {self.trial.error}"] if self.trial.error else []
         return [*found, *(f"initialization: {f.describe()}" for f in severe[:3])]
+
+
+def in_words(symptom: Symptom) -> str:
+    """Returns a symptom with its place, and what is known of it."""
+    cause = "" if symptom.cause == "unknown" else symptom.cause.replace("_", " ")
+    place = f" at {symptom.where[0]}" if symptom.where else ""
+    return ": ".join(filter(None, [f"{title(symptom.kind)}{place}", symptom.evidence or cause]))
 
 
 @dataclass(eq=False)

@@ -147,7 +147,7 @@ def _second_rung(
 ) -> list[Trial]:
     """Returns trials of full length: of the candidates that are best after a short one, and combinations.
 
-    One that alone has learned in a short trial, or that has learned enough, is verified without a longer one.
+    One that alone has learned in a short trial, and those that have learned enough, need no longer one.
     """
     seed, steps = runner.program.seed, runner.steps
     ranked = sorted((t for t in short if not t.error), key=lambda t: t.loss)[:FINALISTS]
@@ -155,7 +155,7 @@ def _second_rung(
         ranked = list(filter(ends, ranked))
         enough = [trial for trial in ranked if trial.over_constant <= LEARNED_ENOUGH]
         if enough or len(ranked) == 1:
-            return [_lowest_rate(enough or ranked)]
+            return enough or ranked
     elif ranked and ranked[0].over_constant <= DOMINATES:
         ranked = [trial for trial in ranked if trial.over_constant < LEARNS]
     full: list[Trial] = []
@@ -176,12 +176,6 @@ def _has_learned(trial: Trial) -> bool:
 
 def _has_learned_enough(trial: Trial) -> bool:
     return _has_learned(trial) and trial.over_constant <= LEARNED_ENOUGH
-
-
-def _lowest_rate(ranked: Sequence[Trial]) -> Trial:
-    """Returns the best trial, or one with a lower rate and else the same: what is too high may fail later."""
-    _, rest = _rate_and_rest(ranked[0])
-    return min((t for t in ranked if _rate_and_rest(t)[1] == rest), key=lambda t: _rate_and_rest(t)[0])
 
 
 def at_best_rate(runner: TrialRunner, trial: Trial, until: float) -> list[Trial]:
@@ -264,13 +258,18 @@ def _combined(ranked: Sequence[Trial]) -> list[tuple[Change, ...]]:
 
 
 def _smallest_first(better: Sequence[Trial], bar: float) -> list[Trial]:
-    """Returns trials as they are adopted: the smallest change among those near the best is first."""
+    """Returns trials as they are adopted: the smallest change among those near the best is first.
+
+    So it is among those that have learned enough: in a short trial, rates are best that are too high later.
+    """
     if not better:
         return []
     best = min(t.loss for t in better)
     reference = bar if math.isfinite(bar) else max(t.curve[0][1] for t in better)
     reach = best + BEHIND * max(reference - best, 0.0) if math.isfinite(reference) else 1.1 * best
-    near = [t for t in better if t.loss <= reach]
-    near.sort(key=lambda t: (not t.is_undisturbed, size_of(t.job.changes or ()), t.loss))
-    rest = sorted((t for t in better if t.loss > reach), key=lambda t: t.loss)
+    near = [t for t in better if t.loss <= reach or t.over_constant <= LEARNED_ENOUGH]
+    near.sort(
+        key=lambda t: (not t.is_undisturbed, size_of(t.job.changes or ()), _rate_and_rest(t)[0], t.loss)
+    )
+    rest = sorted((t for t in better if t not in near), key=lambda t: t.loss)
     return [*near, *rest]

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import pytest
 import torch
 from torch import nn
 
 from lightning_gradguard.core.detectors.diagnosis import Symptom
+from lightning_gradguard.core.incidents import SymptomCause
 from lightning_gradguard.treatment.candidates import Candidate, candidates
 from lightning_gradguard.treatment.learning import learning_of
-from lightning_gradguard.treatment.probe import Probe
+from lightning_gradguard.treatment.probe import Probe, in_words
 from lightning_gradguard.treatment.trials.trial import Job, Trial
 
 VANISHING = Symptom("vanishing_gradient", "through_time", ("rnn",), -5.0, "", "depth")
@@ -71,3 +73,11 @@ def test_optimizer_without_an_epsilon_gets_none() -> None:
     found = suggested(nn.Sequential(nn.Linear(4, 8)), nonfinite)
     assert found
     assert "epsilon" not in {c.kind for one in found for c in one.changes}
+
+
+@pytest.mark.parametrize(
+    ("cause", "words"),
+    [("unknown", "dead units at net.0"), ("input_scale", "dead units at net.0: input scale")],
+)
+def test_symptom_without_evidence_is_named_by_its_place(cause: SymptomCause, words: str) -> None:
+    assert in_words(Symptom("dead_units", cause, ("net.0",), 0.0, "", "units")).lower() == words

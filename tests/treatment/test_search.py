@@ -27,17 +27,25 @@ def test_budget_has_ended_only_if_a_trial_was_cut(tmp_path: Path, until: float, 
     assert runner.was_cut == is_cut
 
 
-def test_of_two_rates_with_which_a_program_learns_the_lower_is_adopted(tmp_path: Path) -> None:
+LOWER, LOWEST = ((Change("learning_rate", {"scale": scale}),) for scale in (0.1, 0.01))
+INITIALIZED = (Change("initialize"),)
+
+
+@pytest.mark.parametrize(
+    ("best", "adopted"), [(LOWER, LOWEST), ((*INITIALIZED, Change("add_normalization")), INITIALIZED)]
+)
+def test_of_changes_that_have_learned_enough_the_smallest_is_adopted(
+    tmp_path: Path, best: tuple[Change, ...], adopted: tuple[Change, ...]
+) -> None:
     """A short trial is best at a rate that is too high for a whole run."""
     log = TrialLog(tmp_path / "trials.jsonl", {}, 150)
     program = recorded_program(Net, Data(), SHORT, 0, 4, math.inf)
     runner = TrialRunner(program, log, Clock(60.0), 2, 150, lambda _: None)
-    tried = [(Change("learning_rate", {"scale": scale}),) for scale in (0.1, 0.01)]
-    for changes, loss in zip(tried, (0.08, 0.3), strict=True):
+    for changes, loss in ((best, 0.08), (adopted, 0.3)):
         job = runner.short_job(changes, 0)
         log.add(Trial(job=job, curve=[(0, 2.3), (60, loss)], over_constant=loss / 2.3))
-    found = search(runner, [Candidate(changes, "") for changes in tried], 2.3, 1.0)
-    assert [trial.job.changes for trial in found] == [tried[1]]
+    found = search(runner, [Candidate(changes, "") for changes in (best, adopted)], 2.3, 1.0)
+    assert [trial.job.changes for trial in found] == [adopted, best]
 
 
 def test_whole_run_in_which_updates_are_too_large_is_not_undisturbed() -> None:
