@@ -17,7 +17,7 @@ RISES = 1.5
 #: has learned above which that matters.
 FALLS, LITTLE_LEFT = 0.7, 0.5
 #: Held-out loss over that of the best constant answer above which more may be learned.
-LEARNED_ENOUGH = 0.2
+LEARNED_ENOUGH = LITTLE_LEFT * HAS_LEARNED
 #: Shares of a run of what another one reaches, below which it is far behind: of its loss that is left, of the
 #: probability of the right class, and of the explained part of the loss of the best constant answer. At .91
 #: of two classes a run is no less healthy for one at .98, and at .68 of ten it fails beside one at .97.
