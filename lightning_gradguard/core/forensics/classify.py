@@ -37,7 +37,7 @@ from lightning_gradguard.core.forensics.origin import (
     nonfinite_input,
     origin_in_weights,
 )
-from lightning_gradguard.core.forensics.records import OperationRecord, first_nonfinite
+from lightning_gradguard.core.forensics.records import OperationRecord, Underflow, first_nonfinite
 from lightning_gradguard.core.forensics.trace import OperationTrace, is_nonfinite
 from lightning_gradguard.core.incidents import Cause
 from lightning_gradguard.core.norms import tensor_norms, total_norm_from_norms
@@ -179,6 +179,7 @@ def _origin_of_operation(
 ) -> Origin:
     source = what_made_it_large(overflowing, FAULTS)
     fault = known_fault(source, FAULTS)
+    underflow = _underflow(source, fault)
     given = "" if source.low is None else f" given {source.low:.4g} to {source.high:.4g}"
     place = f"module `{source.module}`" if source.module else "the step's own code"
     writes_gradients = trace.follows_backward(source)
@@ -188,7 +189,9 @@ def _origin_of_operation(
         returned = f"returned values up to {source.largest:.3g}, so that {overflowing.operation} overflowed"
     called = f" of {source.called}" if source.called else ""
     sentence = f"{source.operation}{called} in {place}{given} {returned} ({source.dtype})"
-    sentence += _underflow_of(source, fault)
+    if underflow is not None:
+        elsewhere = f" at {underflow.location}" if underflow.location not in (None, source.location) else ""
+        sentence += f"; its 0 comes from {underflow.operation}{elsewhere}, which underflows"
     rows = _rows_at_fault(source, parts)
     sentence += f", in row {', '.join(map(str, rows))}" if rows else ""
     sentence += "".join(f"; {outlier}" for outlier in outliers(rows, parts))
@@ -222,15 +225,10 @@ def _origin_of_operation(
     return origin
 
 
-def _underflow_of(record: OperationRecord, fault: OperationFault | None) -> str:
-    """Returns where the zeros at fault come from, as the end of a sentence."""
+def _underflow(record: OperationRecord, fault: OperationFault | None) -> Underflow | None:
+    """Returns the operation that the zeros at fault come from, if it underflows."""
     is_of_zeros = fault is not None and (fault.has_zero or fault.underflow)
-    found = (a.underflow for a in record.arguments if is_of_zeros)
-    underflow = next((u for u in found if u is not None), None)
-    if underflow is None:
-        return ""
-    place = f" at {underflow.location}" if underflow.location not in (None, record.location) else ""
-    return f"; its 0 comes from {underflow.operation}{place}, which underflows"
+    return next((a.underflow for a in record.arguments if is_of_zeros and a.underflow is not None), None)
 
 
 def _advice(record: OperationRecord, fault: OperationFault | None, trace: OperationTrace) -> str:
@@ -253,7 +251,11 @@ def _advice(record: OperationRecord, fault: OperationFault | None, trace: Operat
     if record.is_custom:
         name = record.node.removesuffix("Backward")
         return f"The backward pass of your own autograd.Function {name}: {fault.advice(short_name(record))}"
-    return fault.advice(short_name(record), record.location.code if record.location else "")
+    failed, location = record.called if fault.called else short_name(record), record.location
+    underflow = _underflow(record, fault)
+    if fault.underflow and underflow is not None:
+        failed, location = underflow.operation, underflow.location
+    return fault.advice(failed, (location.expression or location.code) if location else "")
 
 
 def _rows_at_fault(source: OperationRecord, parts: Mapping[str, Tensor]) -> tuple[int, ...]:

@@ -343,8 +343,9 @@ _OVERFLOWS = (
     ),
     Fault(
         ("_to_copy", "copy"),
-        "A value above 65504 does not fit into float16: use bfloat16, or scale it down before",
-        "(x / 1e3).half()",
+        "A value above 65504 does not fit into float16: stay with float32, use bfloat16, or scale it down "
+        "before",
+        "x.float()",
         argument=None,
         dtypes=_HALF,
     ),

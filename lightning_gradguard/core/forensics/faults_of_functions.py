@@ -165,6 +165,6 @@ UNDERFLOW = (
         for names, why, cure in _UNDERFLOW
         if names != ("sigmoid",)  # which is 0 where its logarithm's gradient would overflow
     ),
-    Fault(("div", "true_divide"), _DIVISOR, "x.clamp_min(-80)", argument=1, underflow=("exp",)),
-    Fault(("reciprocal",), _DIVISOR, "x.clamp_min(-80)", underflow=("exp",)),
+    Fault(("div", "true_divide"), _DIVISOR, "torch.exp(x.clamp_min(-80))", argument=1, underflow=("exp",)),
+    Fault(("reciprocal",), _DIVISOR, "torch.exp(x.clamp_min(-80))", underflow=("exp",)),
 )

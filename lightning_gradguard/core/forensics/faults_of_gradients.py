@@ -51,6 +51,12 @@ BACKWARD = (
         phase="backward",
     ),
     Fault(
+        ("LinalgVectorNorm",),
+        "The second derivative of a norm at 0 is 0/0",
+        "torch.sqrt(x.square().sum(-1, keepdim=True) + 1e-6)",
+        phase="backward",
+    ),
+    Fault(
         ("Pow",),
         "The gradient of a power below 1 is infinite at 0",
         "(x.abs() + 1e-6).pow(y)",

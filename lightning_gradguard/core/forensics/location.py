@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import linecache
 import os
 import site
@@ -10,6 +9,7 @@ import sys
 import sysconfig
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from types import FrameType, TracebackType
 
@@ -23,10 +23,6 @@ _FUNCTIONAL = torch.nn.functional.__file__
 _LIBRARIES = (*site.getsitepackages(), site.getusersitepackages(), sysconfig.get_paths()["stdlib"])
 #: Functions in which a run of a batch begins, and the backward pass: frames outside of them ran no operation.
 _BOUNDARIES = ("investigate", "_engine_run_backward")
-#: What functions of torch are called on, and no argument of theirs.
-_NAMESPACES = ("torch", "nn.", "F", "functional")
-#: Characters of an argument, beyond which advice is easier to read without it.
-MAX_ARGUMENT = 40
 
 
 @dataclass(frozen=True)
@@ -39,12 +35,14 @@ class Location:
         function: The function that it is in.
         called: The function or distribution of torch that it calls and that is written in Python, such as
             `gumbel_softmax` or `Categorical`; empty for any other.
+        expression: The call or operator in it that ran; empty where Python does not know it.
     """
 
     file: str
     line: int
     function: str
     called: str = ""
+    expression: str = ""
 
     def __str__(self) -> str:
         inside = "" if self.function == "<module>" else f" in {self.function}"
@@ -54,33 +52,6 @@ class Location:
     def code(self) -> str:
         """The line itself; empty if the file cannot be read."""
         return linecache.getline(self.file, self.line).strip()
-
-
-def argument_in(code: str, function: str) -> str:
-    """Returns the only argument of the only call of a function in a line, ready to be used in an expression.
-
-    Empty if the line is no statement by itself, calls the function more than once, or has a long argument.
-
-    Example:
-        >>> argument_in("loss = -torch.log(rate).mean()", "log"), argument_in("y = (p + q).sqrt()", "sqrt")
-        ('rate', '(p + q)')
-    """
-    try:
-        nodes = list(ast.walk(ast.parse(code)))
-    except SyntaxError:
-        return ""
-    found: list[ast.expr] = []
-    for call in nodes:
-        match call:
-            case ast.Call(func=ast.Attribute(value, name)) if name.rstrip("_") == function:
-                is_method = not ast.unparse(value).startswith(_NAMESPACES)
-                found += [value] if is_method and not call.args else [] if is_method else call.args
-            case ast.Call(func=ast.Name(name), args=arguments) if name.rstrip("_") == function:
-                found += arguments
-    if len(found) != 1 or len(ast.unparse(found[0])) > MAX_ARGUMENT:
-        return ""
-    text = ast.unparse(found[0])
-    return text if isinstance(found[0], ast.Name | ast.Attribute | ast.Call | ast.Subscript) else f"({text})"
 
 
 def user_location(frameworks: Sequence[str] = ()) -> Location | None:
@@ -98,7 +69,7 @@ def user_location(frameworks: Sequence[str] = ()) -> Location | None:
         elif file == _FUNCTIONAL:
             called = frame.f_code.co_name
         if not file.startswith(("<", *_FRAMEWORKS, *frameworks)):
-            here = Location(file, frame.f_lineno, frame.f_code.co_name, called)
+            here = Location(file, frame.f_lineno, frame.f_code.co_name, called, _expression(frame))
             if not file.startswith(_LIBRARIES):
                 return here
             in_library = in_library or here
@@ -117,6 +88,21 @@ def innermost_of_traceback(
             found = Location(code.co_filename, traceback.tb_lineno, code.co_name)
         traceback = traceback.tb_next
     return found
+
+
+def _expression(frame: FrameType) -> str:
+    """Returns the source of the call or operator that a frame is at; empty ahead of Python 3.11."""
+    if not hasattr(frame.f_code, "co_positions"):
+        return ""
+    line, end, column, end_column = next(islice(frame.f_code.co_positions(), frame.f_lasti // 2, None))
+    if line is None or end is None or column is None or end_column is None:
+        return ""
+    lines = [text.encode() for text in linecache.getlines(frame.f_code.co_filename)[line - 1 : end]]
+    if len(lines) <= end - line:
+        return ""
+    lines[-1] = lines[-1][:end_column]
+    lines[0] = lines[0][column:]
+    return b"".join(lines).decode(errors="replace")
 
 
 def _shortened(file: str) -> str:

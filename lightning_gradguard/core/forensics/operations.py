@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-from lightning_gradguard.core.forensics.location import argument_in
+from lightning_gradguard.core.forensics.arguments import replacement
 from lightning_gradguard.core.forensics.records import Argument, OperationRecord, largest_first
 from lightning_gradguard.core.incidents import Cause
 
@@ -96,23 +96,24 @@ class OperationFault:
     def advice(self, function: str, code: str = "") -> str:
         """Returns the cause and the cure in words, with the function that failed in place of its like.
 
-        `code` is the line that calls it: its argument takes the place of `x`.
+        `code` calls it: its arguments take the places of `x` and `y`.
         """
         cure, failed = self.cure, function.lower()
         for alike in _ALIKE:
             if failed in alike:
                 cure = re.sub(rf"torch\.({'|'.join(alike)})\(", f"torch.{failed}(", cure)
-        if self.underflow:
-            return f"{self.why}. Use {cure}."
-        used = [name for name in ("x", "y") if re.search(rf"\b{name}\b", cure)]
-        given = " and ".join(f"`{name}`" for name in used)
-        names = ("", f" ({given} is its argument)", f" ({given} are its arguments)")[len(used)]
-        if used == ["x"] and not self.called:
+        name = function
+        if not self.called:
             name = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", function).strip("_").lower()
             name = "logdet" if name == "scalar_tensor" else name  # which makes the NaN that logdet returns
-            argument = argument_in(code, name) or "x"
-            cure = re.sub(r"\bx\b", lambda _: argument, cure)
-            return f"{self.why}. In place of {name}({argument}) use {cure}."
+        replaced = replacement(code, name, cure, is_inside=bool(self.called))
+        if replaced is not None:
+            return f"{self.why}. In place of {replaced[0]} use {replaced[1]}."
+        used = [name for name in ("x", "y") if re.search(rf"\b{name}\b", cure)]
+        if used == ["x"] and not (self.called or self.underflow):
+            return f"{self.why}. In place of {name}(x) use {cure}."
+        given = " and ".join(f"`{name}`" for name in used)
+        names = ("", f" ({given} is its argument)", f" ({given} are its arguments)")[len(used)]
         return f"{self.why}. Use {cure}{names}."
 
 

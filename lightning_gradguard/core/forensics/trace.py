@@ -58,8 +58,9 @@ class OperationTrace(TorchDispatchMode):
         self._inside: list[str] = [""]
         #: The number of the next autograd node at each change of the module, and the module.
         self._begun: list[tuple[int, str]] = [(-1, "")]
-        #: The line that made an autograd node, by the number of the node.
-        self._made_at: dict[int, Location | None] = {}
+        #: The line that made an autograd node, by the number of the node, and the name of the node if it is
+        #: one of a backward pass, whose gradient is a second derivative.
+        self._made_at: dict[int, tuple[Location | None, str]] = {}
         #: Calls of modules with parameters up to each backward pass, and in all.
         self._entered = 0
         self._entered_before: list[int] = []
@@ -93,11 +94,13 @@ class OperationTrace(TorchDispatchMode):
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         name = function._schema.name
-        inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        inputs = _with_memory((args, kwargs))
         node = torch._C._current_autograd_node()
-        if node is None:
-            self._made_at.setdefault(_next_node() - 1, user_location(self._frameworks))
-        elif not self._in_backward:
+        # the user's code runs in a backward pass too: that of a checkpoint, or of an autograd.Function
+        here = user_location(self._frameworks)
+        made_at = (here, "") if here is not None or node is None else self._made_by(node)
+        self._made_at.setdefault(_next_node() - 1, made_at)
+        if node is not None and not self._in_backward:
             self._entered_before.append(self._entered)
         self._in_backward = node is not None
         # an in-place operation overwrites its inputs; batch normalization too, against its schema
@@ -111,7 +114,7 @@ class OperationTrace(TorchDispatchMode):
         except Exception:
             self.failed = FailedOperation(name, args, user_location(self._frameworks))
             raise
-        outputs = [t for t in tree_leaves(result) if isinstance(t, Tensor)]
+        outputs = _with_memory(result)
         known = set() if overwrites else {_storage(t) for t in inputs}
         made = [t for t in outputs if _storage(t) not in known]
         if name.startswith(_UNINITIALIZED):
@@ -139,13 +142,15 @@ class OperationTrace(TorchDispatchMode):
     ) -> None:
         """Records an operation that returned notable values, the nonfinite ones first."""
         made, location = _describe_nonfinite(notable[0]), user_location(self._frameworks)
+        node_name = ""
         if node is not None:
-            location = location or self._made_at.get(node._sequence_nr())
+            made_at, node_name = self._made_by(node)
+            location = location or made_at
         is_intended = node is None and made != "nan"
         numbers = tuple(float(n) for n in tree_leaves(given) if type(n) in (int, float))
         record = OperationRecord(
             name=name,
-            node="" if node is None else node.name(),
+            node=node_name,
             module=self._inside[-1] if node is None else self._module_of(node._sequence_nr()),
             dtype=str(notable[0].dtype).removeprefix("torch."),
             made=made,
@@ -165,6 +170,11 @@ class OperationTrace(TorchDispatchMode):
         for tensor in notable:
             self._records[_storage(tensor)] = record
             self._kept.append(tensor)
+
+    def _made_by(self, node: torch.autograd.graph.Node) -> tuple[Location | None, str]:
+        """Returns the line that made a node, and the name of the node whose backward pass it belongs to."""
+        location, name = self._made_at.get(node._sequence_nr(), (None, ""))
+        return location, name or node.name()
 
     def _underflow(self, name: str, inputs: Sequence[Tensor]) -> Underflow | None:
         """Returns the operation that zeros of a result come from: an earlier one, or this one."""
@@ -253,6 +263,12 @@ class OperationTrace(TorchDispatchMode):
 def is_nonfinite(tensor: Tensor) -> bool:
     """Returns True if any element of a tensor is nonfinite."""
     return not math.isfinite(_magnitude(tensor.detach()))
+
+
+def _with_memory(tree: Any) -> list[Tensor]:
+    """Returns the tensors with values: second derivatives have some without, as zeros of autograd."""
+    tensors = (t for t in tree_leaves(tree) if isinstance(t, Tensor))
+    return [t for t in tensors if not (t.is_meta or t._is_zerotensor())]
 
 
 def _next_node() -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -123,6 +124,33 @@ def test_norm_at_zero_under_where_is_in_the_backward_pass() -> None:
     assert bool(net(x).isfinite().all())
     origin = examine(net, lambda: net(x).mean(), (x,))
     assert (origin.cause, origin.phase, origin.module) == ("backward_pass", "backward", "1")
+
+
+@pytest.mark.parametrize("function", ["norm(dim=-1)", "abs().pow(1.5).sum(-1)", "square().sum(-1).sqrt()"])
+def test_a_second_derivative_is_told_by_the_line_of_the_function(function: str) -> None:
+    layer = nn.Linear(3, 1)
+
+    def run(radius_of: str) -> tuple[list[Tensor], Sequence[Tensor]]:
+        points = torch.tensor([[0.0, 0.0], [1.0, 2.0]], requires_grad=True)
+        if radius_of.startswith("norm"):
+            radius = points.norm(dim=-1)
+        elif radius_of.startswith("abs"):
+            radius = points.abs().pow(1.5).sum(-1)
+        elif radius_of.startswith("square"):
+            radius = points.square().sum(-1).sqrt()
+        else:
+            radius = eval(radius_of, {"torch": torch, "points": points}).reshape(2, -1).sum(-1)
+        value = layer(torch.stack([radius, *points.T], -1)).tanh()
+        slope = torch.autograd.grad(value.sum(), points, create_graph=True)[0]
+        curvature = torch.autograd.grad(slope.sum(), points, create_graph=True)[0]
+        loss = curvature.square().mean()
+        return [loss], torch.autograd.grad(loss, list(layer.parameters()))
+
+    origin = investigate(layer, lambda: run(function), None)
+    assert (origin.cause, origin.code) == ("backward_pass", f"radius = points.{function}")
+    replaced, cure = re.findall(r"In place of (.*) use (.*)\.$", origin.advice)[0]
+    assert replaced in origin.code
+    assert investigate(layer, lambda: run(cure), None).cause == "transient"
 
 
 def test_mean_over_no_labels_is_the_loss() -> None:

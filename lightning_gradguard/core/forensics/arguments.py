@@ -1,0 +1,148 @@
+"""The arguments of the call or operator of the user's code that ran an operation, as source code."""
+
+from __future__ import annotations
+
+import ast
+import re
+from typing import NamedTuple
+
+#: Characters of an argument, beyond which advice is easier to read without it.
+MAX_ARGUMENT = 40
+#: What functions of torch are called on, and no argument of theirs.
+_NAMESPACES = ("torch", "nn", "F", "functional", "linalg", "special")
+#: Names of functions whose operation has another one.
+_NAMES = {"to_copy": ("half", "to", "type"), "linalg_vector_norm": ("norm", "vector_norm")}
+_OPERATORS: dict[type[ast.operator], tuple[str, ...]] = {
+    ast.Div: ("div", "true_divide", "reciprocal"),
+    ast.Pow: ("pow", "float_power"),
+    ast.Mult: ("mul",),
+    ast.Add: ("add",),
+    ast.Sub: ("sub",),
+    ast.MatMult: ("mm", "addmm", "bmm", "mv", "dot", "matmul"),
+}
+
+
+class Call(NamedTuple):
+    """A call or operator.
+
+    Args:
+        code: All of it.
+        arguments: Its arguments, each ready to be used in an expression; that of a method begin with what it
+            is called on. Empty for those that are long.
+        keywords: Its keyword arguments.
+    """
+
+    code: str
+    arguments: tuple[str, ...]
+    keywords: dict[str, str]
+
+
+def call_in(code: str, function: str) -> Call | None:
+    """Returns the call of a function of torch, any one if its name is empty, that code is.
+
+    Else, as a line, the code has to have that one and no other.
+
+    Example:
+        >>> call_in("loss = -torch.log(rate).mean()", "log")
+        Call(code='torch.log(rate)', arguments=('rate',), keywords={})
+        >>> call_in("(p + q) / n", "div").arguments
+        ('(p + q)', 'n')
+    """
+    try:
+        tree = ast.parse(code.strip())
+    except SyntaxError:
+        return None
+    whole = [statement.value for statement in tree.body if isinstance(statement, ast.Expr)]
+    for nodes in (whole, list(ast.walk(tree)) if function else []):
+        found = [call for node in nodes if (call := _call(node, function)) is not None]
+        if found:
+            return found[0] if len(found) == 1 else None
+    return None
+
+
+def replacement(code: str, function: str, cure: str, *, is_inside: bool = False) -> tuple[str, str] | None:
+    """Returns what to replace in code that calls a function, and by what: a cure of its arguments.
+
+    Args:
+        code: Of the user.
+        function: Name of the function.
+        cure: Code for the arguments `x` and `y`, or for one of its name.
+        is_inside: True if the code may call something else that calls the function.
+
+    Returns:
+        Code to replace and the cure; `None` if the cure does not fit.
+
+    Example:
+        >>> replacement("a / b", "div", "x / y.clamp_min(1e-6)")
+        ('a / b', 'a / b.clamp_min(1e-6)')
+        >>> replacement("d.Beta(a, b).log_prob(rate)", "Beta", "y.clamp(1e-6, 1 - 1e-6)", is_inside=True)
+        ('rate', 'rate.clamp(1e-6, 1 - 1e-6)')
+        >>> replacement("scores.softmax(1)", "softmax", "torch.softmax(torch.nan_to_num(x), -1)")
+        ('scores.softmax(1)', 'torch.softmax(torch.nan_to_num(scores), 1)')
+    """
+    call, whole = call_in(code, function), call_in(code, "") if is_inside else None
+    placeholders = set(re.findall(r"\b[xy]\b(?!=)", cure))
+    takes_value = whole is not None and ".log_prob(" in whole.code and placeholders == {"y"}
+    is_caller = takes_value or call is None
+    call = whole if is_caller else call
+    if call is None:
+        return None
+    given = call.arguments
+    if function == "reciprocal" and len(given) == 2:
+        cure, given = cure.replace("1 /", f"{given[0]} /"), given[1:]
+    named = {} if is_caller and not takes_value else dict(zip(("x", "y"), given, strict=False))
+    named |= call.keywords
+    used = [name for name in named if re.search(rf"\b{name}\b(?!=)", cure)]
+    if not used or placeholders - set(used) or not all(named[name] for name in used):
+        return None
+    if any(_is_number(named[n]) and re.search(rf"\b{n}\.|nan_to_num\({n}", cure) for n in used):
+        return None
+    if not is_caller:
+        extra = [*given[len(used) :], *filter(None, [call.keywords.get("dim")])]
+        if not all(re.fullmatch(r"-?\d", a) for a in extra) or len(extra) > 1:
+            return None
+        has_dimension = _with_dimension(cure, "9") != cure
+        if extra and not has_dimension:
+            return None
+        cure = _with_dimension(cure, extra[0] if extra else "")
+        cure = cure if "keepdim" in call.keywords else cure.replace(", keepdim=True", "")
+    text = re.sub(rf"\b({'|'.join(used)})\b(?!=)", lambda name: named[name[0]], cure)
+    return named[used[0]] if is_caller else call.code, text
+
+
+def _with_dimension(cure: str, dimension: str) -> str:
+    """Returns a cure along another dimension, over all of them if it is empty."""
+    if dimension:
+        return re.sub(r"(?<=[(, =])(-1|0)(?=[),])", dimension, cure)
+    return re.sub(r"(?<=\()(-1|0)(, )?(?=\)|unbiased|keepdim)", "", cure)
+
+
+def _is_number(text: str) -> bool:
+    return bool(re.fullmatch(r"-?[\d.e-]+", text))
+
+
+def _call(node: ast.AST, function: str) -> Call | None:
+    match node:
+        case ast.BinOp(left, operator, right) if function in _OPERATORS.get(type(operator), ()):
+            given, keywords = [left, right], []
+        case ast.Call(ast.Attribute(value, name), given, keywords) if _is(name, function):
+            given = given if ast.unparse(value).partition(".")[0] in _NAMESPACES else [value, *given]
+        case ast.Call(ast.Name(name), given, keywords) if _is(name, function):
+            pass
+        case _:
+            return None
+    named = {keyword.arg: _text(keyword.value) for keyword in keywords if keyword.arg}
+    return Call(ast.unparse(node), tuple(map(_text, given)), named)
+
+
+def _is(name: str, function: str) -> bool:
+    names = (function, function.removeprefix("linalg_"), function.removeprefix("special_"))
+    return not function or name.rstrip("_") in _NAMES.get(function, names)
+
+
+def _text(node: ast.expr) -> str:
+    text = ast.unparse(node)
+    if len(text) > MAX_ARGUMENT or isinstance(node, ast.Starred):
+        return ""
+    is_atom = isinstance(node, ast.Name | ast.Attribute | ast.Call | ast.Subscript)
+    return text if is_atom or _is_number(text) else f"({text})"

@@ -1,0 +1,73 @@
+"""Code is read for the arguments that a cure is to be applied to."""
+
+from __future__ import annotations
+
+import pytest
+
+from lightning_gradguard.core.forensics.arguments import replacement
+
+MASK = "key_padding_mask & ~key_padding_mask.all(-1)"
+LOG = "torch.log(x.clamp_min(1e-6))"
+
+
+@pytest.mark.parametrize(
+    ("code", "function", "cure", "place", "text"),
+    [
+        ("log_rate = torch.log(rate)", "log", LOG, "torch.log(rate)", "torch.log(rate.clamp_min(1e-6))"),
+        ("return F.relu(f(x).log_())", "log", LOG, "f(x).log_()", "torch.log(f(x).clamp_min(1e-6))"),
+        ("y = (p - q).log() + exp(z)", "log", LOG, "(p - q).log()", "torch.log((p - q).clamp_min(1e-6))"),
+        ("log(-log(u))", "log", LOG, "log(-log(u))", "torch.log((-log(u)).clamp_min(1e-6))"),
+        ("(1 - p) ** g", "pow", "(x.abs() + 1e-6).pow(y)", "(1 - p) ** g", "((1 - p).abs() + 1e-6).pow(g)"),
+        ("loss / 0", "div", "x / max(y, 1e-6)", "loss / 0", "loss / max(0, 1e-6)"),
+        ("2 / std", "reciprocal", "1 / x.clamp_min(1e-6)", "2 / std", "2 / std.clamp_min(1e-6)"),
+        ("linalg.eigh(c)", "linalg_eigh", "eigh(x + 1)", "linalg.eigh(c)", "eigh(c + 1)"),
+        ("h.std(dim=1)", "std", "x.std(0, unbiased=False)", "h.std(dim=1)", "h.std(1, unbiased=False)"),
+        ("h.std()", "std", "x.std(0, unbiased=False)", "h.std()", "h.std(unbiased=False)"),
+        ("h.norm(-1)", "linalg_vector_norm", "x.sum(-1, keepdim=True)", "h.norm(-1)", "h.sum(-1)"),
+    ],
+)
+def test_a_cure_of_the_arguments_of_a_call(
+    code: str, function: str, cure: str, place: str, text: str
+) -> None:
+    assert replacement(code, function, cure) == (place, text)
+
+
+@pytest.mark.parametrize(
+    ("code", "function", "cure"),
+    [
+        ("x.pow(3)", "pow", "x.clamp(-1e3, 1e3).pow(2)"),
+        ("y = torch.log(torch.log(x))", "log", LOG),
+        ("2 ** -h", "pow", "(x.abs() + 1e-6).pow(y)"),
+        ("torch.log(first_of_all_the_values + second_of_all_the_values)", "log", LOG),
+        ("if torch.log(x) > 0:", "log", LOG),
+        ("", "log", LOG),
+    ],
+)
+def test_a_cure_that_does_not_fit_the_call(code: str, function: str, cure: str) -> None:
+    assert replacement(code, function, cure) is None
+
+
+@pytest.mark.parametrize(
+    ("code", "function", "cure", "place", "text"),
+    [
+        ("Gamma(a, b).log_prob(t)", "Gamma", "y.clamp_min(1)", "t", "t.clamp_min(1)"),
+        ("Normal(a, b).log_prob(t)", "Normal", "Normal(x, y + 1)", "Normal(a, b)", "Normal(a, b + 1)"),
+        (
+            "F.kl_div(p, q)",
+            "kl_div",
+            "F.kl_div(x, y, log_target=True)",
+            "F.kl_div(p, q)",
+            "F.kl_div(p, q, log_target=True)",
+        ),
+        ("self.att(h, h, h, key_padding_mask=pad)", "forward", MASK, "pad", "pad & ~pad.all(-1)"),
+    ],
+)
+def test_a_cure_of_what_another_function_is_given(
+    code: str, function: str, cure: str, place: str, text: str
+) -> None:
+    assert replacement(code, function, cure, is_inside=True) == (place, text)
+
+
+def test_a_cure_does_not_fit_another_function_with_other_arguments() -> None:
+    assert replacement("self.att(h, h, h, pad)", "forward", MASK, is_inside=True) is None
+    assert replacement("self.p.log_prob(t)", "Normal", "Normal(x, y + 1)", is_inside=True) is None
