@@ -122,9 +122,10 @@ def _is_number(text: str) -> bool:
 
 
 def _call(node: ast.AST, function: str) -> Call | None:
+    keywords: list[ast.keyword] = []
     match node:
         case ast.BinOp(left, operator, right) if function in _OPERATORS.get(type(operator), ()):
-            given, keywords = [left, right], []
+            given = [left, right]
         case ast.Call(ast.Attribute(value, name), given, keywords) if _is(name, function):
             given = given if ast.unparse(value).partition(".")[0] in _NAMESPACES else [value, *given]
         case ast.Call(ast.Name(name), given, keywords) if _is(name, function):
