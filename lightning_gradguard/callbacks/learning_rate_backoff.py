@@ -11,7 +11,7 @@ from typing_extensions import override
 
 from lightning_gradguard.core import arguments, tags
 from lightning_gradguard.core.backoff import Backoff, ScaledLearningRate
-from lightning_gradguard.core.incidents import AT_ANY_RATE, OF_ARGUMENTS, Incident
+from lightning_gradguard.core.incidents import AT_ANY_RATE, OF_OPTIMIZER, Incident
 from lightning_gradguard.runtime.incidents.journal import incident_now, publish
 from lightning_gradguard.runtime.logging.hyperparameters import non_defaults
 from lightning_gradguard.runtime.steps.step import Step
@@ -127,7 +127,7 @@ class LearningRateBackoff(StepCallback):
         if incident.kind != "rollback" or incident.value is None:
             return
         # what the data or the optimizer's arguments cause fails alike at any rate
-        if incident.cause in ("bad_input", *OF_ARGUMENTS) or not self._has_updated:
+        if incident.cause in ("bad_input", *OF_OPTIMIZER) or not self._has_updated:
             return
         if self._backoff.on_rollback(int(incident.value)):
             self._found_rate = None

@@ -47,21 +47,20 @@ Cause = Literal[
     "loss",
     "backward_pass",
     "optimizer_epsilon",
+    "optimizer_step",
     "nonfinite_learning_rate",
     "compiled_code",
     "transient",
     "unknown",
 ]
+#: Causes in the optimizer, or in code around its step, by which updates fail alike at any rate.
+OF_OPTIMIZER: tuple[Cause, ...] = ("optimizer_epsilon", "optimizer_step", "nonfinite_learning_rate")
 #: Causes that lie in the weights, which a rollback replaces.
-OF_WEIGHTS: tuple[Cause, ...] = (
-    *("corrupted_weights", "update_too_large", "optimizer_epsilon", "nonfinite_learning_rate"),
-)
-#: Causes in the optimizer's arguments, by which every update fails alike.
-OF_ARGUMENTS: tuple[Cause, ...] = ("optimizer_epsilon", "nonfinite_learning_rate")
+OF_WEIGHTS: tuple[Cause, ...] = ("corrupted_weights", "update_too_large", *OF_OPTIMIZER)
 #: Causes of nonfinite values that no learning rate avoids.
 AT_ANY_RATE: tuple[Cause, ...] = (
     *("bad_input", "forward_pass", "loss", "backward_pass", "compiled_code"),
-    *OF_ARGUMENTS,
+    *OF_OPTIMIZER,
 )
 #: The cause of a symptom, as a diagnosis finds it.
 SymptomCause = Literal[

@@ -2,6 +2,7 @@
 
 from .classify import investigate
 from .inputs import or_bad_input, parts_of
+from .optimizer_step import origin_in_optimizer_step
 from .origin import (
     Origin,
     OutOfRange,

@@ -155,6 +155,10 @@ BY_CAUSE = {
         "precision='bf16-mixed' or '16-mixed'), and is 0 in float16. A lower learning rate and clipping do "
         "not help."
     ),
+    "optimizer_step": (
+        "The optimizer's own step makes {where} NaN where gradients are 0: look for a division by a norm of "
+        "0 in it. A lower learning rate does not help."
+    ),
     "nonfinite_learning_rate": (
         "Look at {where}, for a division by a number of steps of 0, as of a warm-up that lasts for the whole "
         "run: max(1, total - warmup). A lower learning rate and clipping do not help."

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 from torch import nn
+from torch.optim import Optimizer
 
 from lightning_gradguard.core.forensics import (
     Origin,
@@ -19,6 +20,7 @@ from lightning_gradguard.core.forensics import (
     or_bad_input,
     origin_in_epsilon,
     origin_in_learning_rate,
+    origin_in_optimizer_step,
     origin_in_weights,
     out_of_range_elements,
     parts_of,
@@ -31,7 +33,8 @@ from lightning_gradguard.runtime.distributed import gather_objects, world_size
 from lightning_gradguard.runtime.incidents.dataset_indices import behind_subsets
 from lightning_gradguard.runtime.incidents.dossier import Dossier, versions, write_dossier
 from lightning_gradguard.runtime.incidents.lost_batches import sample_ids
-from lightning_gradguard.runtime.incidents.replay import SeenBatch, replay
+from lightning_gradguard.runtime.incidents.replay import SeenBatch, replay, without_logging
+from lightning_gradguard.runtime.lightning_packages import FRAMEWORKS
 from lightning_gradguard.runtime.logging import console
 from lightning_gradguard.runtime.treatment.module import changes_made
 
@@ -90,7 +93,7 @@ class Investigation:
     def scan_weights(self, trainer: pl.Trainer, snapshot: Snapshot) -> Origin | None:
         """Finds weights out of range of a snapshot's, if any rank has some, without a replay. Collective."""
         out_of_range = _out_of_range(trainer, snapshot)
-        origins = gather_objects(_in_weights(trainer, out_of_range) if out_of_range else None)
+        origins = gather_objects(_in_weights(trainer, out_of_range, snapshot) if out_of_range else None)
         return next((origin for origin in origins if origin is not None), None)
 
     def examine(
@@ -121,7 +124,7 @@ class Investigation:
         origin, seen = _first_origin(trainer, pl_module, window, out_of_range)
         is_finite = weights_are_nonfinite and origin.cause == "transient"
         if out_of_range and (is_finite or origin.cause in ("update_too_large", "corrupted_weights")):
-            origin = _in_weights(trainer, out_of_range)
+            origin = _in_weights(trainer, out_of_range, snapshot)
         origin = _with_samples(trainer, seen, origin)
         origins: list[Origin] = gather_objects(origin)
         rank = min(range(len(origins)), key=lambda r: (_VAGUE.get(origins[r].cause, 0), r))
@@ -158,7 +161,7 @@ class Investigation:
         if origin.cause in _VAGUE and not is_certain:
             return None
         if out_of_range and origin.cause in ("update_too_large", "corrupted_weights"):
-            origin = _in_weights(trainer, out_of_range)
+            origin = _in_weights(trainer, out_of_range, snapshot)
         origin = _with_samples(trainer, seen, origin)
         path = self._write(
             trainer, folder, lambda: _dossier(trainer, step, origin, seen, out_of_range, snapshot)
@@ -281,17 +284,37 @@ def _out_of_range(trainer: pl.Trainer, snapshot: Snapshot | None) -> dict[str, O
     return out_of_range_elements(snapshot.compare(named, trainer.optimizers))
 
 
-def _in_weights(trainer: pl.Trainer, out_of_range: dict[str, OutOfRange]) -> Origin:
-    named = trainer.lightning_module.named_parameters()
+def _in_weights(
+    trainer: pl.Trainer, out_of_range: dict[str, OutOfRange], snapshot: Snapshot | None
+) -> Origin:
+    named = list(trainer.lightning_module.named_parameters())
+    healthy = () if snapshot is None else snapshot.compare(named, ())
     schedules = [config.scheduler for config in trainer.lr_scheduler_configs]
     found = origin_in_learning_rate(trainer.optimizers, schedules)
-    found = found or origin_in_epsilon(named, trainer.optimizers) or origin_in_weights(out_of_range)
+    found = found or origin_in_epsilon(named, trainer.optimizers)
+    if found is None:
+        with without_logging(trainer.lightning_module):
+            hooks = _hooks_before_step(trainer)
+            found = origin_in_optimizer_step(healthy, trainer.optimizers, hooks, FRAMEWORKS)
+    found = found or origin_in_weights(out_of_range)
     if found.cause != "update_too_large":
         return found
     advice, function = advice_on_schedules(schedules)
     return dataclasses.replace(
         found, advice=advice, location=str(function or ""), code=function.code if function else ""
     )
+
+
+def _hooks_before_step(trainer: pl.Trainer) -> dict[str, Callable[[Optimizer], Any]]:
+    """Returns the module's own hooks that may write gradients, by name."""
+    module = trainer.lightning_module
+    clipping = trainer.gradient_clip_val, trainer.gradient_clip_algorithm
+    hooks: dict[str, Callable[[Optimizer], Any]] = {
+        "on_before_optimizer_step": module.on_before_optimizer_step,
+        "configure_gradient_clipping": lambda o: module.configure_gradient_clipping(o, *clipping),
+    }
+    name = type(module).__name__
+    return {f"{name}.{k}": hook for k, hook in hooks.items() if lightning_api.overrides(module, k)}
 
 
 def _importable(module: str) -> str:

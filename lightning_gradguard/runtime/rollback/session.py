@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from lightning_gradguard.core.incidents import OF_ARGUMENTS, label
+from lightning_gradguard.core.incidents import OF_OPTIMIZER, label
 from lightning_gradguard.core.norms import Measurement
 from lightning_gradguard.core.snapshots import StepRandomness
 from lightning_gradguard.runtime import lightning_api
@@ -294,7 +294,7 @@ class RollbackSession:
             self._reporter.step, self._reporter.batch_idx = transaction.window.step, transaction.batch_idx
         decision, outcome.decision = outcome.decision, "continue"
         policy, cause = self._fit.policy, self._fit.investigation.cause
-        if decision == "roll_back" and policy.is_useless and cause in OF_ARGUMENTS:
+        if decision == "roll_back" and policy.is_useless and cause in OF_OPTIMIZER:
             decision = policy.stop_for(f"every update fails alike ({label(cause)})")
         if decision != "continue":
             self._fit.suite.discard_deferred()

@@ -13,6 +13,7 @@ from lightning_gradguard.runtime.distributed import any_rank
 from lightning_gradguard.runtime.optimizer_hooks import drop_gradients, skip_is_exact
 from lightning_gradguard.runtime.steps import trainer_state
 from lightning_gradguard.runtime.steps.side_effects import SideEffects
+from lightning_gradguard.runtime.steps.skipped_hooks import suppress_errors_of_hooks
 from lightning_gradguard.runtime.steps.step import Step
 from lightning_gradguard.runtime.steps.suite import Suite
 from lightning_gradguard.runtime.steps.trainer_state import TrainerState
@@ -66,6 +67,7 @@ class ExactCheck(CheckMode):
                 self._scaler_state = scaler.state_dict()
             unscales_itself = lightning_api.gradients_are_scaled(self._trainer, step.optimizer)
             drop_gradients(step.optimizer, unscales_itself=unscales_itself)
+            suppress_errors_of_hooks(self._trainer.lightning_module)
             self._side_effects.restore()
             return transaction.close("skipped", step)
         if step.verdict == "ignore":
@@ -85,6 +87,7 @@ class ExactCheck(CheckMode):
         if not lightning_api.gradients_are_scaled(self._trainer, optimizer):
             # the scaler does not know of what was written to gradients after it had unscaled them
             drop_gradients(optimizer, unscales_itself=False)
+            suppress_errors_of_hooks(self._trainer.lightning_module)
         lightning_api.pause_weight_averages(self._trainer)
 
 

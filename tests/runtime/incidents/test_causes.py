@@ -163,6 +163,64 @@ def test_schedule_that_is_nonfinite(tmp_path: Path) -> None:
     assert [i["kind"] for i in found].count("learning_rate_backoff") == 0
 
 
+def gated(module: Any, batch: Any) -> Tensor:
+    """A loss of 0, with gradients of 0, in the bad batch."""
+    loss: Tensor = squares(module, batch) * batch[2].all()
+    return loss
+
+
+class Normed(torch.optim.Optimizer):
+    """An optimizer of one's own that normalizes gradients."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        loss = closure()
+        for p in self.param_groups[0]["params"]:
+            p.sub_(p.grad / p.grad.norm() * self.defaults["lr"] if p.grad is not None else 0.0)
+        return loss
+
+
+class WithOwnOptimizer(Network):
+    def configure_optimizers(self) -> Any:
+        return Normed(self.parameters(), {"lr": 1e-3})
+
+
+class WithHook(Network):
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        for p in self.parameters():
+            p.grad.div_(p.grad.norm())  # type: ignore[union-attr]
+
+
+class WithClipping(Network):
+    def configure_gradient_clipping(self, optimizer: Any, *arguments: Any, **options: Any) -> None:
+        for p in self.parameters():
+            p.grad = p.grad / p.grad.norm()  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("kind", [WithOwnOptimizer, WithHook, WithClipping])
+def test_code_around_the_optimizers_step_that_divides_by_a_gradient_of_0_is_named(
+    kind: type[Network], tmp_path: Path
+) -> None:
+    fit(module := kind(gated), data(), [NaNRollback(patience=2), LearningRateBackoff()], tmp_path)
+    found = incidents(tmp_path)
+    assert (found[0]["cause"], found[0]["step"]) == ("optimizer_step", 6)
+    assert FILE in found[0]["location"]
+    assert "p.grad.norm().clamp_min(1e-6)" in found[0]["advice"]
+    assert {i["kind"] for i in found[1:]} == {"nonfinite_weights", "rollback"}
+    assert all(bool(w.isfinite().all()) for w in weights(module))
+
+
+@pytest.mark.parametrize("kind", [WithHook, WithClipping])
+def test_hooks_that_need_gradients_do_not_end_the_run_in_a_skipped_step(kind: type[Network]) -> None:
+    def undefined(module: Any, batch: Any) -> Tensor:
+        loss: Tensor = squares(module, batch) / batch[2].any()
+        return loss
+
+    fit(module := kind(undefined), data(), [rollback := NaNRollback()])
+    assert rollback.skips == 1
+    assert not {"on_before_optimizer_step", "configure_gradient_clipping"} & vars(module).keys()
+
+
 def test_parameter_at_the_edge_of_a_domain_is_trained_as_its_logarithm(tmp_path: Path) -> None:
     def likelihood(module: Any, batch: Any) -> Tensor:
         loss: Tensor = module.net(batch[0]).abs().mean() + (module.scale.log() + batch[1].sum() * 0)

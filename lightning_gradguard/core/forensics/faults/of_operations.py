@@ -1,4 +1,4 @@
-"""The table of operations that make nonfinite values of finite ones, with causes and cures.
+"""The part of the table for single operations of the forward pass, and the whole table.
 
 A cure is Python code that works when it is pasted: `x` is the operation's argument, `y` the second one. For
 each entry, a test runs a program that has the fault, and trains the same program with the cure. More specific
@@ -7,8 +7,8 @@ entries are first.
 
 from __future__ import annotations
 
-from lightning_gradguard.core.forensics.faults_of_functions import FUNCTIONS, MASKS, UNDERFLOW
-from lightning_gradguard.core.forensics.faults_of_gradients import BACKWARD
+from lightning_gradguard.core.forensics.faults.of_functions import FUNCTIONS, MASKS, UNDERFLOW
+from lightning_gradguard.core.forensics.faults.of_gradients import BACKWARD
 from lightning_gradguard.core.forensics.operations import OperationFault as Fault
 
 _HALF = ("float16",)
