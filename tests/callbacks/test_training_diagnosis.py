@@ -188,12 +188,19 @@ FAILING: dict[str, tuple[str, str, str, Callable[[], Any], Any]] = {
                                lambda: Task(Positioned(), optimizer=lambda n: _adam(n.inner.head)), None),
     "the same inputs": ("stuck_loss", "constant_input", "net.0", Task,
                         [(torch.ones_like(x), y) for x, y in batches(12)]),
+    "rounded code": ("weight_stagnation", "zero_gradient", "net.2",
+                     lambda: Task(deep(nn.ReLU, 4).insert(4, Round())), None),
     "stack of tiny weights": ("vanishing_gradient", "small_weights", "rnn",
                               lambda: tiny(gated(nn.LSTM, slice(0), 0.0, num_layers=4)), None),
     "no gradient of any weight": ("weight_stagnation", "zero_gradient", "net.0",
                                   lambda: Task(nn.Sequential(nn.Linear(20, 32), nn.Dropout(1.0), nn.Linear(32, 4))),  # noqa: E501
                                   None),
 }  # fmt: skip
+
+
+class Round(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mul(4).round()
 
 
 class Functional(nn.Module):
@@ -720,6 +727,16 @@ def test_random_layers_that_are_frozen_are_named_where_nothing_is_learned() -> N
     assert "requires_grad_(True)" in incident.advice
 
 
+def test_random_layers_that_pass_a_little_are_named_where_next_to_nothing_is_learned() -> None:
+    calls = [LossSignal("cross_entropy", value=0.99, constant=1.0, constant_here=1.0)]
+    layers = [LayerSignal("net.0", False, 1.0, [1.0]), LayerSignal("net.2", True, 1.0, [1.0])]
+    for frozen, found in (("net.0", ["frozen_weights"]), ("net.2", [])):
+        diagnosis = Diagnosis()
+        diagnosis.plan(400, [frozen])
+        samples = [Sample(s, 0.99, layers, calls=calls, permuted=0.03) for s in (225, 240, 250, 300)]
+        assert [root.cause for sample in samples for root in diagnosis.update(sample)] == found
+
+
 def test_rare_positives_that_are_learned_slowly_are_no_stuck_loss() -> None:
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(20, 32), nn.ReLU(), nn.Linear(32, 1))
@@ -730,6 +747,15 @@ def test_rare_positives_that_are_learned_slowly_are_no_stuck_loss() -> None:
     callback = TrainingDiagnosis()
     fit(Task(net, functional.binary_cross_entropy_with_logits, _adam), data, [callback])
     assert callback.diagnosis.roots == []
+
+
+@pytest.mark.parametrize(("loss", "found"), [(0.001, []), (0.5, ["saturated_units"])])
+def test_units_may_saturate_in_a_network_that_has_learned_all(loss: float, found: list[str]) -> None:
+    units = [UnitSignal("net.0", "net.1", "tanh", float("nan"), 0.95, is_head=False, outputs=0.95)]
+    calls = [LossSignal("cross_entropy", value=loss, constant=1.0, constant_here=1.0)]
+    diagnosis = Diagnosis()
+    samples = [Sample(step, loss, units=units, calls=calls) for step in range(20, 24)]
+    assert [root.kind for sample in samples for root in diagnosis.update(sample)] == found
 
 
 @pytest.mark.parametrize(("loss", "step", "found"), [(3.0, 25, 0), (4.5, 25, 1), (3.0, 125, 1)])
@@ -922,7 +948,7 @@ def test_what_follows_from_a_cause_is_listed_under_it() -> None:
     fit(Task(biased(deep(nn.ReLU, 4), 2, -20.0)), batches(60), [diagnosis])
     (root,) = diagnosis.diagnosis.roots
     assert root.kind == "dead_units"
-    assert ("weight_stagnation", 25) in root.followed_by
+    assert ("weight_stagnation", 2) in root.followed_by
 
 
 def test_charts_show_units_and_gradients_at_outputs(tmp_path: Path) -> None:

@@ -10,7 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from lightning_gradguard.core.initialization.findings import SEVERITIES, Finding
-from lightning_gradguard.core.initialization.propagation import SATURATING, Layer, SignalPropagation
+from lightning_gradguard.core.initialization.propagation import (
+    SATURATING,
+    ZERO_GAIN,
+    Layer,
+    SignalPropagation,
+)
 from lightning_gradguard.core.initialization.trials import (
     Gated,
     Initializers,
@@ -29,6 +34,10 @@ _BETTER = 0.5
 _NOT_FOUND = (
     "nothing that was tried betters it (initializers, LSUV, ReLU, normalization); try fewer layers "
     "or residual connections"
+)
+_NO_GRADIENT = (
+    "no initialization betters it, the gradient is exactly zero: look for an operation that passes none, "
+    "such as round, sign, argmax or a comparison, or a factor of 0"
 )
 #: What remains for criteria that none of these is for.
 _NOT_FOUND_FOR = {
@@ -78,7 +87,9 @@ def with_cures(
         if finding not in uncured:
             cured.append(replace(finding, cure=finding.cure or "none needed"))
         elif result is None:
-            cured.append(replace(finding, cure=_NOT_FOUND_FOR.get(finding.criterion, _NOT_FOUND)))
+            is_zero = finding.criterion.endswith("_gain") and finding.value < ZERO_GAIN / 2
+            text = _NO_GRADIENT if is_zero else _NOT_FOUND_FOR.get(finding.criterion, _NOT_FOUND)
+            cured.append(replace(finding, cure=text))
         else:
             line = result.trial.describe(finding, result.change)
             cured.append(replace(finding, cure=line, is_tried=True))

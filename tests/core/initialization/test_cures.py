@@ -130,6 +130,17 @@ def test_another_activation_is_advised_where_no_initializer_betters_a_sigmoid() 
     assert check(network, loss_of(network))[0] == []
 
 
+def test_an_operation_without_a_gradient_is_advised_to_be_looked_for() -> None:
+    class Sign(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.sign()
+
+    network = mlp(3, nn.ReLU).insert(4, Sign())
+    findings = [f for f in check(network, loss_of(network))[0] if f.severity == "fail"]
+    assert findings
+    assert all("an operation that passes none" in finding.cure for finding in findings)
+
+
 def test_scaling_is_advised_where_inputs_saturate_the_first_layer() -> None:
     network = mlp(3, nn.Tanh)
     inputs, target = digits()

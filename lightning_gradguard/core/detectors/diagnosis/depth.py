@@ -20,6 +20,8 @@ EXPLODING_IF_STUCK = 1.75
 MIN_LAYERS = 3
 #: Share of the decades from which on most of them are won or lost at one layer.
 ONE_JUMP = 0.5
+#: Decades of a gradient of exactly zero, and of that of the next layer where no underflow explains it.
+ZERO, FAR_FROM_ZERO = -45, -12
 TIME_VANISHING, TIME_VANISHING_EARLY, TIME_EXPLODING = -3.0, -6.0, 3.0
 #: Decades by which a gradient that explodes through time is larger than at the outputs.
 LARGER = 1.0
@@ -33,11 +35,21 @@ def through_layers(sample: Sample, progress: Progress) -> Iterator[Symptom]:
     """Yields gradients that shrink or grow on the way from the last layer to the first."""
     layers = [layer for layer in sample.layers if not (layer.is_last or math.isnan(layer.gradient))]
     heights = [math.log10(max(layer.gradient, 1e-45)) for layer in layers]
-    if len(layers) < MIN_LAYERS or max(heights) == -45:
+    if len(layers) < MIN_LAYERS or max(heights) == ZERO:
         return
     ends = heights[0] - heights[-1]
     trend = -slope(list(enumerate(heights))) * (len(heights) - 1)
     if ends <= VANISHING and trend <= VANISHING / 2 and sample.step > 0:
+        if zero := _cut_at(heights):
+            names = [layer.name for layer in layers]
+            evidence = (
+                f"the gradient at {names[zero]} is {layers[zero].gradient:.2g}, and exactly zero before"
+            )
+            where = tuple(names[:zero][::-1])[:5]
+            yield Symptom(
+                "weight_stagnation", "zero_gradient", where, 0.0, evidence, "depth", is_partial=True
+            )
+            return
         where, drop = _steepest(layers, heights)
         evidence = (
             f"the gradient shrinks by {-ends:.1f} decades from {layers[-1].name} back to {layers[0].name} "
@@ -133,6 +145,12 @@ def _why(layers: Sequence[LayerSignal]) -> SymptomCause:
     # around 0, tanh and its like pass all of the gradient, a sigmoid a quarter
     is_linear = all(not f.activation.endswith("sigmoid") and f.output < LINEAR for f in flat)
     return "small_weights" if is_linear else "saturating_activations"
+
+
+def _cut_at(heights: Sequence[float]) -> int:
+    """Returns the index of the layer before which no gradient is left, 0 if it only shrinks."""
+    n_zero = next(i for i, height in enumerate(heights) if height > ZERO)
+    return n_zero if heights[n_zero] > FAR_FROM_ZERO and ZERO not in heights[n_zero:] else 0
 
 
 def _is_scaled_branch(layers: Sequence[LayerSignal], heights: Sequence[float]) -> bool:

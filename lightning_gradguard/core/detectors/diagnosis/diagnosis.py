@@ -43,7 +43,6 @@ _RULES = (
     depth.cut_recurrences,
     depth.through_time,
 )
-_LATE_RULES = (rules.constant_loss, stagnation)
 
 
 class Diagnosis:
@@ -160,13 +159,14 @@ class Diagnosis:
         rising = self._rises(sample)
         for rule in _RULES:
             yield from rule(sample, self._progress)
-        for rule in _LATE_RULES:
-            if not (rising and rule is stagnation):
-                yield from rule(sample, self._progress)
+        yield from rules.constant_loss(sample, self._progress)
+        if not rising:
+            yield from stagnation(sample, self._progress)
         yield from rules.far_targets(sample, self._progress, self.patience)
+        yield from rules.random_layers(sample, self._progress, self.patience, self._frozen)
         if not self._is_related:
             yield from rules.same_answers(sample, self._progress, self.patience)
-            yield from rules.stuck_loss(sample, self._progress, self.patience, self._frozen)
+            yield from rules.stuck_loss(sample, self._progress, self.patience)
 
     def _by_update(self, symptom: Symptom) -> Symptom:
         """Returns a symptom, or the explosion from which it follows.
@@ -176,7 +176,8 @@ class Diagnosis:
         """
         largest = self._progress.largest_update
         is_late = symptom.since > 1 and symptom.cause not in ("through_time", "detached", "small_weights")
-        if symptom.kind != "vanishing_gradient" or not is_late or largest <= rules.LARGE_UPDATE:
+        vanishes = symptom.tier == "depth" and symptom.kind != "exploding_gradient"
+        if not (vanishes and is_late) or largest <= rules.LARGE_UPDATE:
             return symptom
         evidence = (
             f"updates were up to {largest:.2g} of the norm of the weights (usual: below 0.1), and then "

@@ -84,6 +84,7 @@ def dead_or_saturated_units(sample: Sample, progress: Progress) -> Iterator[Symp
         starts_well = sample.step < GATE_STEPS and progress.over_first < LEARNS
         is_harmless |= noun != "units" and (progress.learns or starts_well)
         is_harmless |= noun == _GATES and is_head  # probabilities of classes
+        is_harmless |= progress.has_converged
         if share > (SATURATED if noun not in (_ROWS, _GATES) else SATURATED_ROWS) and not is_harmless:
             saturated.append((share, names, noun))
     origin = input_cause(sample)
@@ -265,9 +266,7 @@ def same_answers(sample: Sample, progress: Progress, patience: int) -> Iterator[
         yield Symptom("stuck_loss", "same_answers", sample.head, sample.spread, evidence, "stuck", needs)
 
 
-def stuck_loss(
-    sample: Sample, progress: Progress, patience: int, frozen: Collection[str]
-) -> Iterator[Symptom]:
+def stuck_loss(sample: Sample, progress: Progress, patience: int) -> Iterator[Symptom]:
     """Yields a loss that is no better than that of the best constant, or does not depend on the targets."""
     ratio, permuted = progress.over_constant, sample.permuted
     if sample.step < patience or ratio <= STUCK or is_related(permuted, ratio):
@@ -280,8 +279,7 @@ def stuck_loss(
     ):
         evidence = f"all losses so far are within {progress.spread:.1%} of the first, {progress.first:.3g}"
         yield Symptom("stuck_loss", "unknown", sample.head, sample.loss, evidence, "stuck", 2)
-    is_whole = any(math.isclose(call.value, sample.loss, rel_tol=0.01) for call in sample.calls)
-    if math.isnan(permuted) and (math.isnan(ratio) or not is_whole):
+    if math.isnan(permuted) and (math.isnan(ratio) or not _is_whole(sample)):
         return  # beside a second term, as in a VAE, a reconstruction may be no better than a constant
     if math.isnan(ratio) and permuted < -UNRELATED:
         return  # the loss depends on them, or they are flags, such as the ends of episodes
@@ -308,13 +306,31 @@ def stuck_loss(
         cause = "learning_rate_too_low"
         facts.append(f"updates are {largest:.1g} of the norm of the weights (usual: about 1e-3)")
     value = permuted if math.isnan(ratio) else ratio
-    untrained = tuple(layer.name for layer in sample.layers if layer.name in frozen)
-    if cause == "unknown" and untrained and untrained[0] == sample.layers[0].name:
-        facts.append("the weights of the first layers are random, and have requires_grad=False")
-        evidence = "; ".join(facts)
-        yield Symptom("weight_stagnation", "frozen_weights", untrained[:5], value, evidence, "stuck", 2)
-        return
     yield Symptom("stuck_loss", cause, where, value, "; ".join(facts), "stuck", 2)
+
+
+def random_layers(
+    sample: Sample, progress: Progress, patience: int, frozen: Collection[str]
+) -> Iterator[Symptom]:
+    """Yields first layers with random weights that are not trained, in a network that learns next to nothing.
+
+    What passes them may depend a little on the targets.
+    """
+    ratio, untrained = progress.over_constant, tuple(one.name for one in sample.layers if one.name in frozen)
+    if sample.step < patience or not ratio > STUCK or not untrained:
+        return
+    is_explained = input_cause(sample) != "unknown" or sample.input_rms < SMALL_INPUT
+    if untrained[0] == sample.layers[0].name and _is_whole(sample) and not is_explained:
+        evidence = (
+            f"the loss is {ratio:.3g} times that of the best constant answer; the weights of the first "
+            "layers are random, and have requires_grad=False"
+        )
+        yield Symptom("weight_stagnation", "frozen_weights", untrained[:5], ratio, evidence, "stuck", 2)
+
+
+def _is_whole(sample: Sample) -> bool:
+    """True if a known loss is all of that of the step."""
+    return any(math.isclose(call.value, sample.loss, rel_tol=0.01) for call in sample.calls)
 
 
 def size_of_inputs(sample: Sample) -> str:
