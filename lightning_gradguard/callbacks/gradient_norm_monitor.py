@@ -247,7 +247,7 @@ class GradientNormMonitor(StepCallback):
             self._bands[index].add(numbers.total_norm)
         if logged.accepted and not logged.is_late:
             self._publish_total(trainer, index, numbers.total_norm)
-        if logged.accepted and self.norm_type == 2 and math.isfinite(numbers.total_norm):
+        if logged.accepted and self.norm_type == 2:
             self.suite.add_norm(numbers.total_norm)
         charts = self._charts[index]
         if index == 0:

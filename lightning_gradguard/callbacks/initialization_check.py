@@ -228,7 +228,8 @@ class InitializationCheck(Callback, Configured):
             return before
         findings, self.values = first_batch.check()
         gain = next((f.value for f in before if f.criterion == "gradient_gain"), None)
-        lines = [f"Repaired {len(done.lines)} layers:", *(f"  {line}" for line in done.lines)]
+        count = "1 layer" if len(done.lines) == 1 else f"{len(done.lines)} layers"
+        lines = [f"Repaired {count}:", *(f"  {line}" for line in done.summary)]
         after = self.values.get("gradient_gain")
         if gain is not None and after is not None:
             lines.append(f"  gradient gain: {gain:.2f} decades before, {after:.2f} now")
@@ -242,7 +243,8 @@ class InitializationCheck(Callback, Configured):
             value=serious[0].value,
             action="repaired",
             detail=f"{serious[0].describe()}, before the repair",
-            advice="The check has initialized them as it prints. To train without it, do so in __init__.",
+            advice=f"The check has initialized {'; '.join(done.summary)}. To train without it, do so in "
+            "__init__.",
         )
         publish(trainer, pl_module, incident)
         return findings

@@ -15,7 +15,7 @@ from lightning_gradguard.report.analysis.verdict import RunVerdict
 MAX_ENTRIES = 12
 
 #: Kinds that are interventions themselves, so that their action adds nothing.
-_INTERVENTIONS = ("rollback", "learning_rate_backoff")
+_INTERVENTIONS = ("rollback", "learning_rate_backoff", "training_diverged")
 
 
 @dataclass(frozen=True)

@@ -286,6 +286,15 @@ def test_one_line_where_nothing_happened(capsys: pytest.CaptureFixture[str]) -> 
     assert "gradguard: No incident; 10 steps." in lines(capsys)
 
 
+def test_nonfinite_gradients_are_unusual_where_nothing_checks_steps(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    fit_with_bar([GradientNormMonitor()], poisoned(batches(10), nan=[4]), log_every_n_steps=1)
+    printed = lines(capsys)
+    assert table(printed)["unusual"] == "gradients of 6 steps were not finite"
+    assert any(line.startswith("  nonfinite  Add NaNRollback()") for line in printed)
+
+
 class Stopped(Classifier):
     """Raises an exception at the tenth batch."""
 

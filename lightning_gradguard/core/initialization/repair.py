@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +30,17 @@ class Repair:
     def changed(self) -> tuple[str, ...]:
         """Names of the layers that were changed."""
         return tuple(line.partition(":")[0] for line in self.lines)
+
+    @property
+    def summary(self) -> tuple[str, ...]:
+        """The lines, of which neighbours with the same initialization are one."""
+        runs = [[*run] for _, run in groupby(self.lines, key=lambda line: line.partition(":")[2])]
+        return tuple(
+            run[0]
+            if len(run) == 1
+            else f"{run[0].partition(':')[0]} to {run[-1].replace(':', f' ({len(run)} layers):', 1)}"
+            for run in runs
+        )
 
 
 def repair(

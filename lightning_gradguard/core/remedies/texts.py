@@ -321,8 +321,8 @@ BY_CAUSE = {
     ),
     "weight_decay": "Lower weight_decay: it shrinks the weights of {where} faster than the loss moves them.",
     "vanishing_gradient: through_time": (
-        "Nothing has to be done if the task does not need the first steps. Else shorten the sequences, or "
-        "{gated}"
+        "Hardly any gradient reaches the first steps of a sequence. Where the task needs them (else nothing "
+        "has to be done), shorten the sequences, or {gated}"
     ),
     "through_time": (
         "[clipping|Clip gradients (AdaptiveGradientClipping). ]Use an orthogonal recurrent weight, "
@@ -376,6 +376,10 @@ REMEDIES = {
     ),
     "large_norm": (
         "Look for a sum where the loss needs a mean, and at the initialization and the scale of the data.",
+    ),
+    "rising_loss": (
+        "Nothing has to be done where targets move, as in reinforcement learning: the return counts. "
+        "Else lower the learning rate.",
     ),
     "falling_learning_rate": (
         "Give the optimizer a lower learning rate or a longer warm-up; the scale shows by how much.",

@@ -21,6 +21,8 @@ def failure_cause(failed_at: int, log: RunLog) -> RunSymptom:
     explosions = [found for g in log.gradients for found in _explosion_before(failed_at, g)]
     if explosions:
         return max(explosions, key=lambda symptom: symptom.value)
+    if diagnosed := _diagnosed_explosion(failed_at, log):
+        return diagnosed
     losses = [(step, value) for step, value in log.loss.finite() if step < failed_at]
     if losses and losses[-1][1] > EXPLOSION * abs(median(value for _, value in losses[:-1] or losses)):
         (start, first), (last, value) = losses[0], losses[-1]
@@ -28,6 +30,18 @@ def failure_cause(failed_at: int, log: RunLog) -> RunSymptom:
         evidence = f"the loss grew {growth} and was nonfinite from step {failed_at} on"
         return RunSymptom("divergence", "fatal", last, evidence, value)
     return _sudden_failure(failed_at, log)
+
+
+def _diagnosed_explosion(failed_at: int, log: RunLog) -> RunSymptom | None:
+    """Returns an explosion that was diagnosed at a step after which nothing finite was logged."""
+    logged = (log.loss, *(g.total for g in log.gradients))
+    last = max((step for s in logged for step, _ in s.finite() if step < failed_at), default=-1)
+    for i in log.incidents:
+        if i.kind == "exploding_gradient" and last <= i.step <= failed_at:
+            evidence = f"{i.detail.rstrip('.')}; nonfinite from step {failed_at} on, or before"
+            steps = (i.advice,) if i.advice else ()
+            return RunSymptom(i.kind, "fatal", i.step, evidence, i.value or math.inf, i.where, steps, i.cause)
+    return None
 
 
 def _sudden_failure(failed_at: int, log: RunLog) -> RunSymptom:
@@ -63,7 +77,7 @@ def _sudden_failure(failed_at: int, log: RunLog) -> RunSymptom:
         next_steps = (
             *of_kind[:1],
             "Log the steps before it: Trainer(log_every_n_steps=1).",
-            *remedies("divergence", present=present)[:3],
+            *remedies("divergence", present={*present, "rollback"})[:3],
             *of_kind[1:],
         )
     evidence, own = f"{what} {before}", tuple(dict.fromkeys(next_steps))

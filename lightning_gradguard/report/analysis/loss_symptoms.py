@@ -71,7 +71,12 @@ def _divergence(log: RunLog, outcome: Outcome) -> Iterator[RunSymptom]:
     evidence = f"the loss began at {first:.3g} and ended at {final:.3g}"
     if had_learned:
         evidence = f"the loss had fallen from {first:.3g} to {best:.3g} (step {at}) and ended at {final:.3g}"
-    yield RunSymptom("divergence", "serious", since, evidence, final)
+    acted = any(i.kind in ("divergence", "rollback", "training_diverged") for i in log.incidents)
+    if len(log.skips) and not acted:
+        evidence += "; NaNRollback, which sees every step, has found no divergence"
+        yield RunSymptom("rising_loss", "minor", since, evidence, final)
+    else:
+        yield RunSymptom("divergence", "serious", since, evidence, final)
 
 
 def _is_far_above(high: float, low: float, losses: Sequence[float], share: int) -> bool:

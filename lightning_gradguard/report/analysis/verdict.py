@@ -183,6 +183,11 @@ def _headline(status: Status, symptoms: Sequence[RunSymptom]) -> str:
         large = [s.cause for s in symptoms if s.cause in ("update_too_large", "input_scale")]
         if large and "constant_clipping" in kinds:
             return f"healthy, with {title('constant_clipping')} (cause: {label(large[0])})"
+        exploding = [s for s in symptoms if s.kind == "exploding_gradient" and s.cause in SYMPTOM_CAUSES]
+        if exploding:
+            return f"healthy, with {title('exploding_gradient')} (cause: {label(exploding[0].cause)})"
+        if "rising_loss" in kinds:
+            return f"healthy, with {title('rising_loss')}"
         if "large_norm" in kinds:
             return f"healthy, with {title('large_norm')}"
         return "healthy"

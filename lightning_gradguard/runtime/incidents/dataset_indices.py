@@ -31,20 +31,24 @@ class DatasetIndices:
         self._served: deque[list[int]] = deque()
         self._unknown = 0
         self._loader: DataLoader[Any] | None = None
+        self._iterator: Any = None
         loader = trainer.train_dataloader
         # a subclass may draw its batches otherwise
         if type(loader) is DataLoader and loader.batch_sampler is not None:
             self._loader = loader
             self._sampler = loader.batch_sampler
+            recorder = _Recorder(loader.batch_sampler, self)
             # the attribute itself cannot be set once a loader is made
-            vars(loader)["batch_sampler"] = _Recorder(loader.batch_sampler, self)
-            self._record_running(lightning_api.train_iterator(trainer))
+            vars(loader)["batch_sampler"] = recorder
+            self._record_running(lightning_api.train_iterator(trainer), recorder)
 
-    def _record_running(self, iterator: Any) -> None:
+    def _record_running(self, iterator: Any, recorder: _Recorder) -> None:
         """Records the iterator of the first epoch, which exists before any callback is asked."""
         self._unknown = getattr(iterator, "_send_idx", 0)
         if hasattr(iterator, "_sampler_iter"):
             iterator._sampler_iter = self.recorded(iterator._sampler_iter)
+            # persistent workers begin each epoch with the sampler of their iterator
+            iterator._index_sampler, self._iterator = recorder, iterator
 
     def recorded(self, indices: Iterator[list[int]]) -> Iterator[list[int]]:
         """Yields the same indices, and keeps those of batches that are not served yet."""
@@ -69,6 +73,8 @@ class DatasetIndices:
         """Puts the batch sampler back."""
         if self._loader is not None:
             vars(self._loader)["batch_sampler"] = self._sampler
+        if self._iterator is not None:
+            self._iterator._index_sampler = self._sampler
 
 
 class _Recorder:

@@ -65,8 +65,13 @@ class EvaluationWatch:
             batch_idx=None if first is None else first[0],
             where=tuple(metrics),
             value=next(iter(metrics.values()), None),
-            detail=_place(bool(metrics), first, rank if len(by_rank) > 1 else None),
-            advice=f"{_consequence(trainer, metrics)}{advice(kind) if first is not None else _AT_END}",
+            detail="; ".join(
+                [
+                    *_place(bool(metrics), first, rank if len(by_rank) > 1 else None),
+                    *_consequences(trainer, metrics),
+                ]
+            ),
+            advice=advice(kind) if first is not None else _AT_END,
         )
         publish(trainer, pl_module, incident)
 
@@ -79,26 +84,26 @@ def _is_nonfinite(leaf: Any) -> Tensor | None:
     return (plain.isnan().any() if plain.numel() > 1 else ~plain.isfinite().all()).reshape(())
 
 
-def _place(in_metrics: bool, first: tuple[int, int] | None, rank: int | None) -> str:
+def _place(in_metrics: bool, first: tuple[int, int] | None, rank: int | None) -> list[str]:
     if first is None:
-        return ""
+        return []
     place = f"batch {first[0]} of data loader {first[1]}" + ("" if rank is None else f" on rank {rank}")
     if not in_metrics:
-        return f"what the step returns is nonfinite, no metric is; the first such batch is {place}"
-    return f"the first such batch is {place}"
+        return [f"what the step returns is nonfinite, no metric is; the first such batch is {place}"]
+    return [f"the first such batch is {place}"]
 
 
-def _consequence(trainer: pl.Trainer, metrics: Collection[str]) -> str:
-    """Returns what `EarlyStopping` does about it, in sentences that end with a space.
+def _consequences(trainer: pl.Trainer, metrics: Collection[str]) -> list[str]:
+    """Returns what each `EarlyStopping` does about it.
 
     It does nothing in the sanity check ahead of training, nor outside of a fit.
     """
     if trainer.sanity_checking or trainer.state.fn != "fit":
-        return ""
+        return []
     watching = [
         callback
         for callback in trainer.callbacks  # type: ignore[attr-defined]
         if is_instance_by_name(callback, "EarlyStopping") and callback.monitor in metrics
     ]
     does = {True: "stops training", False: "counts that as no improvement"}
-    return "".join(f"EarlyStopping(monitor={c.monitor!r}) {does[bool(c.check_finite)]}. " for c in watching)
+    return [f"EarlyStopping(monitor={c.monitor!r}) {does[bool(c.check_finite)]}" for c in watching]

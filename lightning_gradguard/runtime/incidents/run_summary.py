@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytorch_lightning as pl
 
 from lightning_gradguard.core import tags
+from lightning_gradguard.core.detectors import Explosion
 from lightning_gradguard.core.remedies import advice, remedies
+from lightning_gradguard.runtime import lightning_api
 from lightning_gradguard.runtime.incidents.journal import (
     count_incidents,
     describe_counts,
@@ -37,25 +40,44 @@ _ROWS = {
 }
 
 
+@dataclass
+class RunTotals:
+    """Totals of a run, reported when it ends.
+
+    Args:
+        first_step: The first step, on the loggers' axis.
+        last_step: The last one.
+        largest_norm: The largest total norm of accepted gradients that reached the host.
+        checks_steps: True if every step's norm reached the host, and not that of logged steps alone.
+        explosion: The largest of these norms that was far above those before it.
+        nonfinite: Accepted gradients whose total norm reached the host, and was not finite.
+    """
+
+    first_step: int
+    last_step: int
+    largest_norm: float = 0.0
+    checks_steps: bool = False
+    explosion: Explosion = field(default_factory=Explosion)
+    nonfinite: int = 0
+
+
 def summarize(
     trainer: pl.Trainer,
     counts: Mapping[str, float],
-    steps: tuple[int, int],
+    totals: RunTotals,
     last_logged: Mapping[str, tuple[int, float]],
     counts_since: int = 0,
-    explosion: tuple[float, float] | None = None,
 ) -> None:
     """Prints and logs the summary of a run. Local: needs no other rank.
 
     Args:
         trainer: The Trainer.
         counts: Final counts, by tag.
-        steps: The first step and the last one.
+        totals: Totals of the run.
         last_logged: The last step and value that were logged, by tag.
         counts_since: Step from which on skips and rollbacks are counted.
-        explosion: The largest norm that was far above those before it, and their median.
     """
-    (first_step, step), incidents = steps, count_incidents(trainer)
+    first_step, step, incidents = totals.first_step, totals.last_step, count_incidents(trainer)
     settings = hyperparameters_of(trainer.callbacks)  # type: ignore[attr-defined]
     final = {**counts, tags.N_INCIDENTS: sum(incidents.values())}
     # counts that are logged at the last step already are not logged again
@@ -68,7 +90,10 @@ def summarize(
         **_formatted(counts, trainer.global_step - counts_since),
         "incidents": describe_counts(most_frequent_first) or "none",
     }
-    if unusual := _unusual(counts, explosion):
+    # a GradScaler overflows, and skips such a step
+    was_watched = tags.SKIPS in counts or lightning_api.gradient_scaler(trainer) is not None
+    nonfinite = 0 if was_watched or "nonfinite_gradient" in incidents else totals.nonfinite
+    if unusual := _unusual(counts, totals.explosion.largest, nonfinite):
         rows["unusual"] = "; ".join(text for text, _ in unusual.values())
     if first_step > 0:
         # counts in checkpoints are of the whole run, the others of this part of it
@@ -92,13 +117,18 @@ def summarize(
 
 
 def _unusual(
-    counts: Mapping[str, float], explosion: tuple[float, float] | None
+    counts: Mapping[str, float], explosion: tuple[float, float] | None, nonfinite: int
 ) -> dict[str, tuple[str, str]]:
     """Returns numbers of the whole run that are no incident, and not those of a healthy run either.
 
     Each is named, and has what to do about it.
     """
     found = {}
+    if nonfinite:
+        found["nonfinite"] = (
+            f"gradients of {nonfinite} {'step was' if nonfinite == 1 else 'steps were'} not finite",
+            remedies("nonfinite_gradient")[0],
+        )
     clipped, largest = counts.get(tags.CLIPPED_FRACTION, 0.0), counts.get(tags.LARGEST_NORM, 0.0)
     if clipped > USUAL_CLIPPED_FRACTION:
         found["clipping"] = (

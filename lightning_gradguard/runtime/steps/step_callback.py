@@ -204,7 +204,6 @@ class StepCallback(StepMember, lightning_api.Callback, Configured):
                 if tag in counts:  # the last batch was published only if it ended
                     lightning_api.set_callback_metric(trainer, tag, counts[tag])
             since = max(member.counts_since for member in suite.members)
-            steps, explosion = (totals.first_step, totals.last_step), totals.explosion.largest
-            summarize(trainer, counts, steps, suite.metrics.last_logged, since, explosion)
+            summarize(trainer, counts, totals, suite.metrics.last_logged, since)
         except Exception as error:  # of a device that an exception has left unusable, for one
             warnings.warn(f"the run summary could not be written: {error!r}", stacklevel=2)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from weakref import WeakKeyDictionary
 
@@ -12,10 +13,10 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_gradguard.core.detectors import Explosion
 from lightning_gradguard.core.norms import Gradients, Measurement, PackedMeasurement
 from lightning_gradguard.core.parameter_names import parameter_names
 from lightning_gradguard.runtime import distributed, lightning_api
+from lightning_gradguard.runtime.incidents.run_summary import RunTotals
 from lightning_gradguard.runtime.logging.metrics import MetricBuffer
 from lightning_gradguard.runtime.optimizer_hooks import FusedStepOverride
 from lightning_gradguard.runtime.steps.measuring import Measured, StepRequest, measure
@@ -25,25 +26,6 @@ from lightning_gradguard.runtime.steps.step_member import StepMember
 
 #: Sums over local shards, and what takes the sums over all shards.
 PendingSums = tuple[Tensor, Callable[[Tensor], None]]
-
-
-@dataclass
-class RunTotals:
-    """Totals of a run, reported when it ends.
-
-    Args:
-        first_step: The first step, on the loggers' axis.
-        last_step: The last one.
-        largest_norm: The largest total norm of accepted gradients that reached the host.
-        checks_steps: True if every step's norm reached the host, and not that of logged steps alone.
-        explosion: The largest of these norms that was far above those before it.
-    """
-
-    first_step: int
-    last_step: int
-    largest_norm: float = 0.0
-    checks_steps: bool = False
-    explosion: Explosion = field(default_factory=Explosion)
 
 
 class Suite:
@@ -168,8 +150,12 @@ class Suite:
         self.metrics.flush(trainer, pl_module)
 
     def add_norm(self, total_norm: float) -> None:
-        """Takes the finite total norm of an accepted step into the totals of the run."""
-        if self._totals is not None:
+        """Takes the total norm of an accepted step into the totals of the run."""
+        if self._totals is None:
+            return
+        if not math.isfinite(total_norm):
+            self._totals.nonfinite += 1
+        else:
             self._totals.largest_norm = max(self._totals.largest_norm, total_norm)
             self._totals.explosion.add(total_norm)
 

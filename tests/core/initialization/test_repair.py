@@ -33,9 +33,9 @@ def test_default_initialization_fails_and_trains_after_repair() -> None:
     assert findings[1].cure == "nn.init.kaiming_normal_(model[2].weight, nonlinearity='relu')"
     accuracy = train(network)
     cured = mlp()
-    done = repair(cured, loss_of(cured)).lines
-    assert len(done) == 12
-    assert "0: He normal" in done[0]
+    done = repair(cured, loss_of(cured))
+    assert len(done.lines) == 12
+    assert done.summary == ("0 to 22 (12 layers): He normal, scaled to unit variance",)
     assert fails(cured) == []
     assert train(cured) > 0.8 > accuracy
 

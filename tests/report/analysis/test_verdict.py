@@ -215,6 +215,42 @@ def test_negative_loss_can_diverge() -> None:
     assert kinds(analyze_run(RunLog(series([-1 + 0.001 * i for i in range(100)])))) == {}
 
 
+def test_an_explosion_that_was_diagnosed_ahead_of_nan_is_the_cause() -> None:
+    nothing = Series([9, 19, 29], [NAN] * 3)
+    found = Incident(
+        "exploding_gradient",
+        1,
+        where=("net.0",),
+        value=1.9e3,
+        cause="update_too_large",
+        detail="Since step 0: an update of 1.9e+03 of the norm of the weights.",
+        advice="Lower the rate.",
+    )
+    verdict = analyze_run(RunLog(nothing, [GradientLog(nothing, {"net.0": nothing})], incidents=[found]))
+    assert verdict.headline == "exploding gradients (cause: update too large)"
+    (symptom,) = verdict.symptoms
+    assert (symptom.severity, symptom.since, symptom.remedies) == ("fatal", 1, ("Lower the rate.",))
+    # finite values after it: something else has failed
+    later = RunLog(Series([4, 9, 19], [2.0, NAN, NAN]), incidents=[found])
+    assert analyze_run(later).headline == "nonfinite loss"
+
+
+def test_a_rise_that_the_rollback_has_judged_is_no_divergence() -> None:
+    losses = series([0.01 * math.exp(i / 50) for i in range(100)])
+    assert kinds(analyze_run(RunLog(losses))) == {"divergence": "serious"}
+    watched = RunLog(losses, skips=series([0.0] * 100))
+    verdict = analyze_run(watched)
+    assert (verdict.status, verdict.headline) == ("healthy", "healthy, with a loss that rises")
+    acted = replace(watched, incidents=[Incident("rollback", 90, value=80.0, action="rolled_back")])
+    assert "divergence" in kinds(analyze_run(acted))
+
+
+def test_explosion_with_a_known_cause_is_in_the_headline_of_a_run_that_learns() -> None:
+    found = Incident("exploding_gradient", 1, where=("net.0",), cause="large_weights", detail="It grows.")
+    verdict = analyze_run(RunLog(series(falling()), [gradients(falling())], incidents=[found]))
+    assert verdict.headline == "healthy, with exploding gradients (cause: large weights)"
+
+
 def test_slow_rise_among_noise_is_divergence() -> None:
     noise = random.Random(0)
     losses = [math.exp(noise.gauss(0, 0.3) + i / 20) for i in range(40)]
@@ -256,6 +292,9 @@ def test_failure_before_the_first_logged_step_is_not_blamed_on_the_batch() -> No
     words = ("NaNRollback()", "Log the steps", "learning rate", "Clip", "InitializationCheck")
     first = symptom.remedies[: len(words)]
     assert all(word in text for word, text in zip(words, first, strict=True))
+    watched = RunLog(nothing, [GradientLog(nothing, {"head.weight": nothing})], was_checked=True)
+    (symptom,) = analyze_run(watched).symptoms
+    assert " ".join(symptom.remedies).count("NaNRollback") == 1
     # the first step was logged: nothing is hidden
     seen = analyze_run(RunLog(Series([0, 50], [NAN] * 2)))
     assert seen.outcome.survived == 0

@@ -478,11 +478,14 @@ def test_index_of_a_subset_is_that_in_its_data_set(tmp_path: Path) -> None:
     assert "(index in the data set: 21)" in incident["detail"]
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_index_in_the_data_set_is_told_where_the_sampler_has_it(tmp_path: Path, workers: int) -> None:
+@pytest.mark.parametrize(("workers", "persists"), [(0, False), (1, False), (1, True)])
+def test_index_in_the_data_set_is_told_where_the_sampler_has_it(
+    tmp_path: Path, workers: int, persists: bool
+) -> None:
     x, y, mask = map(torch.cat, zip(*data(), strict=True))
     x[21, 3] = math.nan
-    loader = DataLoader(TensorDataset(x, y, mask), batch_size=8, shuffle=True, num_workers=workers)
+    options: dict[str, Any] = {"num_workers": workers, "persistent_workers": persists}
+    loader = DataLoader(TensorDataset(x, y, mask), batch_size=8, shuffle=True, **options)
     sampler = loader.batch_sampler
     module, rollback = Network(squares), NaNRollback()
     fit(module, [], [rollback], tmp_path, loader=loader, max_epochs=3)
@@ -492,6 +495,6 @@ def test_index_in_the_data_set_is_told_where_the_sampler_has_it(tmp_path: Path, 
     assert all("(index in the data set: 21)" in detail for detail in details[workers:])
     assert loader.batch_sampler is sampler
     twin = Network(squares)
-    loader = DataLoader(TensorDataset(x, y, mask), batch_size=8, shuffle=True, num_workers=workers)
+    loader = DataLoader(TensorDataset(x, y, mask), batch_size=8, shuffle=True, **options)
     fit(twin, [], [NaNRollback(max_dossiers=0)], loader=loader, max_epochs=3)
     assert all(map(torch.equal, weights(module), weights(twin)))

@@ -65,7 +65,7 @@ def test_early_stopping_is_explained(first: bool, check_finite: bool) -> None:
     callbacks: list[Any] = [stopping, *own] if first else [*own, stopping]
     trainer = fit(module, batches(4), callbacks, validation=HELD_OUT, max_epochs=3, num_sanity_val_steps=0)
     says = "stops training" if check_finite else "counts that as no improvement"
-    assert f"EarlyStopping(monitor='val_loss') {says}." in module.incidents[0].advice
+    assert f"EarlyStopping(monitor='val_loss') {says}" in module.incidents[0].describe()
     assert trainer.current_epoch == (1 if check_finite else 3)
 
 
@@ -104,7 +104,7 @@ def test_metrics_of_several_loaders_are_named_as_callbacks_monitor_them() -> Non
     (first,) = module.incidents  # not of the sanity check, which sees two batches of each loader
     assert (first.where, first.batch_idx) == ((name,), 2)
     assert "the first such batch is batch 2 of data loader 1" in first.detail
-    assert f"EarlyStopping(monitor={name!r}) stops training." in first.advice
+    assert f"EarlyStopping(monitor={name!r}) stops training" in first.describe()
 
 
 @pytest.mark.parametrize("n_sanity", [0, 2])
@@ -125,7 +125,7 @@ def test_a_metric_that_is_nonfinite_at_the_end_alone_is_of_no_batch(n_sanity: in
     assert [incident.batch_idx for incident in module.incidents] == [None] * (2 if n_sanity else 1)
     assert not any("that batch" in incident.advice for incident in module.incidents)
     # not in the sanity check, in which it does nothing
-    assert ["EarlyStopping" in i.advice for i in module.incidents] == [*[False] * bool(n_sanity), True]
+    assert ["EarlyStopping" in i.describe() for i in module.incidents] == [*[False] * bool(n_sanity), True]
 
 
 def test_a_metric_that_is_nonfinite_on_all_ranks_is_of_the_rank_with_the_batch(

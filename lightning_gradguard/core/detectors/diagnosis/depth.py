@@ -128,7 +128,7 @@ def grows(time: TimeSignal) -> bool:
 
 
 def _through_time(kind: IncidentKind, time: TimeSignal, value: float, evidence: str) -> Symptom:
-    found = f"{evidence} (usual: below 2)"
+    found = f"{evidence} (usual: below {TIME_EXPLODING:g})"
     return Symptom(kind, "through_time", (time.name,), value, found, "depth", n_times=time.n_times)
 
 
