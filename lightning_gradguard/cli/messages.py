@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import difflib
 import functools
+import inspect
 import logging
 import re
 import sys
 import sysconfig
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,8 +23,8 @@ _PACKAGE = str(Path(lightning_gradguard.__file__).parent)
 _INSTALLED = (*(sysconfig.get_paths()[key] for key in ("stdlib", "purelib", "platlib")), _PACKAGE, "<")
 
 Instance = TypeVar("Instance")
-#: Classes that could not be instantiated, and their exceptions.
-Failures = list[tuple[type, Exception]]
+#: Classes that could not be instantiated, their exceptions, and their arguments without a value.
+Failures = list[tuple[type, Exception, list[str]]]
 
 
 class UsageError(Exception):
@@ -92,7 +93,7 @@ def recording_failures(instantiator: Callable[..., Instance], failures: Failures
         try:
             return instantiator(kind, *args, **kwargs)
         except Exception as error:  # the user's own code
-            failures.append((kind, error))
+            failures.append((kind, error, _without_value(kind, kwargs)))
             raise
 
     return instantiate_recorded
@@ -103,19 +104,34 @@ def instantiate(kind: Callable[..., Instance], /, *args: Any, **kwargs: Any) -> 
     return kind(*args, **kwargs)
 
 
+def _without_value(kind: type, given: Mapping[str, Any]) -> list[str]:
+    """Returns the arguments for which jsonargparse, which has no type for them, has put `None`."""
+    try:
+        parameters = inspect.signature(kind).parameters.values()
+    except ValueError:  # of a class that is not written in Python
+        return []
+    return [p.name for p in parameters if p.default is p.empty and given.get(p.name, p) is None]
+
+
 def failure_message(failures: Failures, error: Exception) -> str:
     """Describes why a class could not be instantiated; `error` is what jsonargparse has raised in the end."""
     if (taken := re.search(r"got multiple values for argument '(\w+)'", str(error))) and not failures:
-        return (
-            f"an argument of __init__ is named {taken[1]}, a name that jsonargparse, which parses the "
-            "command line, uses itself: rename it."
-        )
-    kind, cause = failures[-1] if failures else (type(None), error)
+        return taken_name(taken[1])
+    kind, cause, unset = failures[-1] if failures else (type(None), error, [])
     text = one_line(str(cause))
     if kind.__module__.startswith("lightning_gradguard.") and isinstance(cause, ValueError):
         return f"{kind.__name__}: {text}"
     subject = f"{kind.__module__}.{kind.__qualname__} could not be built: " if failures else ""
-    return f"{subject}{type(cause).__name__}: {text}{source_line(cause)}"
+    needs = f"; it needs {', '.join(unset)}, which no option gives." if unset else ""
+    return f"{subject}{type(cause).__name__}: {text}{source_line(cause)}{needs}"
+
+
+def taken_name(name: str) -> str:
+    """Describes that an argument of a user's class has a name that no option can have."""
+    return (
+        f"an argument of __init__ is named {name}, a name that jsonargparse, which parses the command line, "
+        "uses itself: rename it."
+    )
 
 
 def relative(path: str) -> str:

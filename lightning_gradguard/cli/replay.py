@@ -207,14 +207,16 @@ def _build_module(
     except UsageError:
         raise
     except Exception as error:  # the user's own code
-        raise UsageError(failure_message(failures, error)) from None
+        message = failure_message(failures, error)
+        raise UsageError(message + _hint(message, recorded)) from None
 
 
 def _hint(message: str, recorded: Mapping[str, str]) -> str:
     """Returns the options of the run, as far as it is known, where some are missing or wrong."""
-    if " needs --model." in message and not any(name.startswith("hparams.") for name in recorded):
+    is_missing = " needs " in message
+    if is_missing and not any(name.startswith("hparams.") for name in recorded):
         return " Give them as the run did, or as --config with the file that `fit` saved."
-    if "module" in recorded and "--model" in message:
+    if "module" in recorded and ("--model" in message or is_missing):
         return f" The run had: {model_options(recorded)}"
     return ""
 

@@ -17,7 +17,7 @@ _STYLE = "body{max-width:62rem}"
 def to_html(result: TreatmentResult, command: str) -> str:
     """Returns the page: the verdict, what ailed the program, what was tried, and what to do."""
     before, after = (f"{n:,}" for n in result.costs["parameters"])
-    slow, slower = (f"{1e3 * s:.3g} ms" for s in result.costs["seconds_per_step"])
+    slow, slower = (f"{1e3 * s:.2g} ms" for s in result.costs["seconds_per_step"])
     sections = [
         Section("Verdict", result.evidence),
         Section("Train with it", command=command),
@@ -35,7 +35,9 @@ def to_html(result: TreatmentResult, command: str) -> str:
                 "Steps": f"{result.steps} optimizer steps for a trial of full length",
                 "Seed": str(result.seed),
                 "Parameters": before if before == after else f"{before}, with the treatment {after}",
-                "Time of a step": f"{slow}, with the treatment {slower}" if result.verification else slow,
+                "Time of a step, in one trial": (
+                    f"{slow}, with the treatment {slower}" if result.verification else slow
+                ),
             },
         ),
         Section("Notes", items=result.notes),
@@ -50,8 +52,7 @@ def row_of(trial: Trial) -> tuple[str, ...]:
     loss = f"{trial.loss:.4g}" if math.isfinite(trial.loss) else "nonfinite"
     logged = ", ".join(f"{name} {value:.4g}" for name, value in list(trial.metrics.items())[:3])
     time = f"{1e3 * trial.seconds_per_step:.3g} ms" if math.isfinite(trial.seconds_per_step) else "-"
-    reached = min(trial.curve[-1][0], trial.job.steps) if trial.curve else 0
-    parts = [name_of(trial.job.changes), str(trial.job.seed), str(reached)]
+    parts = [name_of(trial.job.changes), str(trial.job.seed), str(trial.reached)]
     return (*parts, "-" if trial.error else loss, ratio, f"{trial.parameters:,}", time, trial.error or logged)
 
 
@@ -119,8 +120,9 @@ def text_of(result: TreatmentResult) -> str:
         before, after = result.costs["parameters"]
         slow, slower = result.costs["seconds_per_step"]
         lines.append(
-            f"  {before:,} parameters before, {after:,} with it; {1e3 * slow:.3g} ms a step before, "
-            f"{1e3 * slower:.3g} ms with it and the suite's callbacks"
+            f"  {before:,} parameters before, {after:,} with it; in one trial each, a step took "
+            f"{1e3 * slow:.2g} ms before, {1e3 * slower:.2g} ms with it and the suite's callbacks, and "
+            "whatever else the machine had to do"
         )
     evidence = learning_of(result.probe).evidence
     lines.append(f"  untreated: {evidence}" if result.verdict != "healthy" else "")

@@ -40,6 +40,8 @@ from lightning_gradguard.treatment.verification import (
 SHARE, LEAST_STEPS, MOST_STEPS, USUAL_STEPS = 0.25, 150, 2000, 400
 #: Steps below which a trial shows nothing.
 TOO_FEW_STEPS = 30
+#: Steps below which a run logs too little for a report by default, and the points that it then logs.
+FEW_STEPS, LOGGED = 500, 30
 #: Steps of a probe at most, and batches that are recorded.
 MOST_PROBED = 5000
 #: Trials of full length that a treatment costs, about: search and verification.
@@ -114,7 +116,10 @@ def treat(
         result = treatment.run()
     finally:
         set_rng_state(random_numbers)
-    files.write(result, command.replace("CONFIGURATION", str(folder / files.CONFIGURATION)), callbacks)
+    trains = command.replace("CONFIGURATION", str(folder / files.CONFIGURATION))
+    if 0 < program.planned < FEW_STEPS and "log_every_n_steps" not in (trainer or {}):
+        trains += f" --trainer.log_every_n_steps {max(program.planned // LOGGED, 1)}"
+    files.write(result, trains, callbacks)
     return result
 
 

@@ -53,15 +53,13 @@ class SeedResult:
         """True if the untreated run learns with this seed, and the treated one as well."""
         return learning_of(self.untreated).has_learned and self.treated.loss <= self.untreated.loss + noise
 
-    def describe(self, steps: int) -> str:
-        """Returns both losses in words, with what differs from a run of `steps` steps with one seed."""
+    def describe(self) -> str:
+        """Returns both losses in words, each with its steps."""
         mine, bare = self.treated, self.untreated
         has_ended = mine.job.enough is not None and mine.loss <= mine.job.enough
-        early = " (ended once it has learned)" if has_ended else ""
-        apart = [f"seed {bare.job.seed}"] if bare.job.seed != mine.job.seed else []
-        apart += [f"after {bare.job.steps} steps"] if bare.job.steps != steps else []
-        other = f" ({', '.join(apart)})" if apart else ""
-        return f"seed {mine.job.seed}: {_loss(mine)} treated{early}, {_loss(bare)} untreated{other}"
+        early = ", when it had learned" if has_ended else ""
+        other = f" (seed {bare.job.seed})" if bare.job.seed != mine.job.seed else ""
+        return f"seed {mine.job.seed}: treated {_loss(mine)}{early}, untreated {_loss(bare)}{other}"
 
 
 def whole_length(runner: TrialRunner) -> int:
@@ -204,7 +202,7 @@ def verdict_of(results: Sequence[SeedResult], whole: int) -> tuple[TreatmentVerd
     beats = [r.treated.loss < min(r.untreated.loss - noise, lowest) for r in results]
     learned = [r.learning.has_learned and r.learning.is_settled for r in results]
     steps = min(r.treated.job.steps for r in results)
-    evidence = f"held-out loss after {steps} steps: {'; '.join(r.describe(steps) for r in results)}"
+    evidence = f"held-out losses: {'; '.join(r.describe() for r in results)}"
     evidence += f"; seed noise {noise:.2g}"
     if missing:
         evidence += f"; the budget has allowed {len(results)} of {N_SEEDS} fresh seeds"
@@ -224,4 +222,5 @@ def verdict_of(results: Sequence[SeedResult], whole: int) -> tuple[TreatmentVerd
 
 
 def _loss(trial: Trial) -> str:
-    return f"{trial.loss:.4g}" if math.isfinite(trial.loss) else "nonfinite"
+    loss = f"{trial.loss:.4g}" if math.isfinite(trial.loss) else "nonfinite"
+    return f"{loss} after {trial.reached} steps"

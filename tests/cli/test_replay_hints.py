@@ -40,14 +40,19 @@ def test_arguments_that_are_needed(
     module = import_module(name).Needs(5, name="a b")
     dossier = record(module, poisoned(batches(12), nan=[6]), tmp_path / "run")
     monkeypatch.delitem(sys.modules, name)
-    code, error = replayed(capsys, dossier, "--model", f"{name}.Needs")
-    assert code == 2
-    assert f"{name}.Needs needs --model." in error
-    if saves:
-        assert "The run had: " in error
-        assert "--model.width 5" in error or "--model.name 'a b'" in error
-    else:
-        assert "--config with the file that `fit` saved" in error
+    # an argument without a type is none that jsonargparse requires
+    for some, needs in (
+        ((), " needs --model."),
+        (("--model.name", "x"), "; it needs width, which no option"),
+    ):
+        code, error = replayed(capsys, dossier, "--model", f"{name}.Needs", *some)
+        assert code == 2
+        assert needs in error
+        if saves:
+            assert "The run had: " in error
+            assert "--model.width 5" in error or "--model.name 'a b'" in error
+        else:
+            assert "--config with the file that `fit` saved" in error
     given = ("--model.width", "5", "--model.name", "a b")
     code, _ = replayed(capsys, dossier, "--model", f"{name}.Needs", *given)
     assert code == 0

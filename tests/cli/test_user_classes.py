@@ -50,14 +50,16 @@ def test_arguments_have_any_name(mine: Path, command: Command, verb: str) -> Non
         assert saved()["model"]["init_args"]["kind"] == ARGUMENTS["kind"]
 
 
-def test_a_name_that_jsonargparse_uses_itself_is_named(mine: Path, command: Command) -> None:
-    Path("taken.py").write_text(
-        "from mine import Own\nclass Taken(Own):\n    def __init__(self, class_type: int = 1):\n"
+@pytest.mark.parametrize("name", ["class_type", "help", "_width"])
+def test_a_name_that_jsonargparse_uses_itself_is_named(mine: Path, command: Command, name: str) -> None:
+    Path(f"taken{name}.py").write_text(
+        f"from mine import Own\nclass Taken(Own):\n    def __init__(self, {name}: int = 1):\n"
         "        super().__init__()\n"
     )
-    code, _, err = command("check", "--model", "taken.Taken", "--data", "mine.Data")
+    given = [f"--model.{name}=2"] if name == "_width" else []
+    code, _, err = command("check", "--model", f"taken{name}.Taken", *given, "--data", "mine.Data")
     assert code == 2
-    assert "an argument of __init__ is named class_type" in err
+    assert f"an argument of __init__ is named {name}" in err
     assert "rename it" in err
 
 
@@ -71,15 +73,16 @@ def test_instantiators_have_no_names_of_their_own() -> None:
 
 
 def test_failures_are_recorded() -> None:
-    failures: list[tuple[type, Exception]] = []
+    failures: list[tuple[type, Exception, list[str]]] = []
 
     class Fails:
-        def __init__(self) -> None:
+        def __init__(self, width, depth=None) -> None:  # type: ignore[no-untyped-def]
             raise KeyError("label")
 
     with pytest.raises(KeyError) as raised:
-        recording_failures(instantiate, failures)(Fails)
-    assert failures == [(Fails, raised.value)]
+        recording_failures(instantiate, failures)(Fails, width=None, depth=None)
+    assert failures == [(Fails, raised.value, ["width"])]
     message = failure_message(failures, RuntimeError("of jsonargparse"))
     assert message.startswith(f"{__name__}.")
     assert "Fails could not be built: KeyError: 'label' (" in message
+    assert message.endswith("; it needs width, which no option gives.")

@@ -41,8 +41,8 @@ def results(
 def test_program_is_cured_that_learns_with_each_seed() -> None:
     verdict, evidence = verdict_of(results([0.3, 0.4, 0.2], [2.3, 2.31, 2.29]), WHOLE)
     assert verdict == "cured"
-    assert "after 400 steps: seed 101: 0.3 treated, 2.3 untreated (seed 0); seed 102: 0.4 treated" in evidence
-    assert "seed 102: 0.4 treated (ended once it has learned), 2.31 untreated (after 60 steps)" in evidence
+    assert "seed 101: treated 0.3 after 400 steps, untreated 2.3 after 400 steps (seed 0); " in evidence
+    assert "seed 102: treated 0.4 after 400 steps, when it had learned, untreated 2.31 after 60" in evidence
 
 
 def test_program_that_was_not_run_to_its_end_is_not_known_to_fail() -> None:

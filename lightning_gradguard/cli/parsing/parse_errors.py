@@ -14,7 +14,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from lightning_gradguard.callbacks.defaults import DEFAULTS
-from lightning_gradguard.cli.messages import nearest, one_line, source_line
+from lightning_gradguard.cli.messages import nearest, one_line, source_line, taken_name
 from lightning_gradguard.cli.parsing.preparse import find_option, read_config, values_at
 
 # jsonargparse nests what is wrong by indentation; the wording differs between the supported versions
@@ -22,6 +22,7 @@ _KEY = re.compile(r'Parser key "([\w.]+)"')
 _CLASS = re.compile(r"given class_path '([^']+)'|dot import path string: (\S+)")
 _BASE = re.compile(r"Subtypes: .*?(?:<class '|\w\[)((?:\w+\.)+\w+)[\]']")
 _OWNER = re.compile(rf"given class_path '([^']+)'|{_BASE.pattern}")
+_TAKEN = re.compile(r"Unable to add parameter '(\w+)'")
 _NESTED = re.compile(r"NestedArg\(key='(\w+)")
 _MISSING = re.compile(r"""arguments are required: (.+)|[Kk]ey "([\w.]+)" is required""")
 _UNKNOWN = re.compile(r"nrecognized arguments: (\S+)|(?:[Oo]ption|[Kk]ey) '([\w.]+)'")
@@ -32,6 +33,8 @@ def parse_error_message(
     error: str, arguments: Sequence[str], files: Sequence[str], options: Collection[str]
 ) -> str:
     """Describes an error of jsonargparse in one line; `options` are those of the command."""
+    if taken := _TAKEN.search(error):
+        return taken_name(taken[1])
     contents = {path: read_config(path) for path in files}
     key, owner, block = _innermost(error)
     missing, unknown = _MISSING.search(block), _UNKNOWN.search(block)
@@ -116,6 +119,8 @@ def _unknown_argument(
         kind = typing.get_type_hints(kind.__init__)[part]
         path = f"{kind.__module__}.{kind.__qualname__}"
     valid = tuple(inspect.signature(kind).parameters)
+    if argument in valid:  # as one that begins with an underscore
+        return taken_name(argument)
     near = nearest(argument, valid, name.removesuffix(argument).rpartition(": ")[2])
     known = near or f" There are: {', '.join(valid) or 'none'}."
     return f"{name}: {path} takes no such argument.{known}"

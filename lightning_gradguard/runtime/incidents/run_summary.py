@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -174,10 +175,10 @@ def _commands(trainer: pl.Trainer) -> dict[str, str]:
     commands = {}
     if (file := incidents_file(trainer)) is not None and (trainer.loggers or file.is_file()):
         command = shell_command("lightning-gradguard")
-        commands["report"] = f"{command} report {relative_to_cwd(file.parent)}"
+        commands["report"] = f"{command} report {shlex.quote(relative_to_cwd(file.parent))}"
     for logger in trainer.loggers:
         if is_instance_by_name(logger, "TensorBoardLogger"):
-            folder = relative_to_cwd(Path(str(logger.root_dir)))
+            folder = shlex.quote(relative_to_cwd(Path(str(logger.root_dir))))
             commands["charts"] = f"{shell_command('tensorboard')} --logdir {folder}"
     return commands
 

@@ -96,6 +96,11 @@ class Trial:
         return final if math.isfinite(final) else math.inf
 
     @property
+    def reached(self) -> int:
+        """Optimizer steps that were made."""
+        return min(self.curve[-1][0], self.job.steps) if self.curve else 0
+
+    @property
     def is_undisturbed(self) -> bool:
         """True if no rollback was needed, and nothing has exploded in a run of all its steps."""
         return not any(map(self.incidents.get, ("rollback", "exploding_gradient")))
