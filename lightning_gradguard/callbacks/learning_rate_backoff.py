@@ -52,6 +52,8 @@ class LearningRateBackoff(StepCallback):
         >>> backoff = LearningRateBackoff(factor=0.5, recover_after_steps=1000)
     """
 
+    is_single = True
+
     def __init__(
         self,
         factor: float = 0.5,

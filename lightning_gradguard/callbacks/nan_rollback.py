@@ -6,7 +6,6 @@ import copy
 from typing import Any, Literal
 
 import pytorch_lightning as pl
-from lightning_fabric.utilities.exceptions import MisconfigurationException
 from typing_extensions import override
 
 from lightning_gradguard.core import arguments
@@ -108,6 +107,7 @@ class NaNRollback(StepCallback):
     """
 
     skips_steps = True
+    is_single = True
 
     def __init__(
         self,
@@ -144,8 +144,6 @@ class NaNRollback(StepCallback):
         self.incident_dir = incident_dir
         self.defers_check = check == "deferred"
         self.state_arguments = {"patience": patience}
-        # until `setup`: Lightning would reject two with one key, and `setup` has a better message
-        self.state_key = f"NaNRollback {id(self):x}"
         self._patience = patience
         self._skips_invalid_batches = arguments.flag("skip_invalid_batches", skip_invalid_batches)
         self._max_dossiers = max_dossiers
@@ -194,13 +192,6 @@ class NaNRollback(StepCallback):
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Joins the suite, chooses where incidents are written, and is called ahead of every checkpoint."""
-        own = [c for c in trainer.callbacks if isinstance(c, NaNRollback)]  # type: ignore[attr-defined]
-        if any(other is not self for other in own):
-            raise MisconfigurationException(
-                f"The Trainer has {len(own)} NaNRollback callbacks, which would undo each other's steps: "
-                "keep one of them. default_callbacks(nan_rollback=...) takes yours in place of its own."
-            )
-        vars(self).pop("state_key", None)
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
             if self.incident_dir is not None:

@@ -87,6 +87,8 @@ class TrainingDiagnosis(StepCallback):
         Behavior, 2021. Zhang, Zhai, Ma, Shen, AUTOTRAINER, 2021, for symptoms of training.
     """
 
+    is_single = True
+
     def __init__(
         self, every_n_steps: int = 100, symptoms: Sequence[str] | None = None, charts: bool = False
     ) -> None:

@@ -12,7 +12,14 @@ import pytorch_lightning as pl
 import torch
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 
-from lightning_gradguard import LearningRateBackoff, NaNRollback, TrainingDivergedError, default_callbacks
+from lightning_gradguard import (
+    LearningRateBackoff,
+    NaNRollback,
+    StepCallback,
+    TrainingDiagnosis,
+    TrainingDivergedError,
+    default_callbacks,
+)
 from tests.tasks import Classifier, batches, fit, poisoned, same, weights
 
 
@@ -70,9 +77,18 @@ def test_a_healthy_run_is_not_stopped() -> None:
     assert same(weights(bare), weights(module))
 
 
-@pytest.mark.parametrize("other", [NaNRollback(), NaNRollback(patience=5)])
-def test_a_second_one_is_rejected_in_our_own_words(other: NaNRollback) -> None:
-    with pytest.raises(MisconfigurationException, match="has 2 NaNRollback callbacks.*keep one"):
+@pytest.mark.parametrize(
+    ("other", "keyword"),
+    [
+        (NaNRollback(), "nan_rollback"),
+        (NaNRollback(patience=5), "nan_rollback"),
+        (LearningRateBackoff(factor=0.3), "learning_rate_backoff"),
+        (TrainingDiagnosis(), "training_diagnosis"),
+    ],
+)
+def test_a_second_one_is_rejected_in_our_own_words(other: StepCallback, keyword: str) -> None:
+    words = rf"has 2 {type(other).__name__} callbacks.*keep one.*default_callbacks\({keyword}="
+    with pytest.raises(MisconfigurationException, match=words):
         fit(Classifier(), batches(2), [*default_callbacks(), other])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -38,6 +39,7 @@ class StepCallback(StepMember, lightning_api.Callback, Configured):
     Attributes:
         suite: What the callbacks of the running fit share; read it, and call its methods. Outside of
             training, where `suite.is_running` is false, no hook acts.
+        is_single: True if a second one in a Trainer, with any arguments, is rejected.
         state_arguments: Arguments that distinguish two instances in a checkpoint.
         verbose: False to print only interventions of the Trainer's callbacks, none of their findings.
 
@@ -54,17 +56,23 @@ class StepCallback(StepMember, lightning_api.Callback, Configured):
         'LargestNorm{}'
     """
 
+    is_single: bool = False
     state_arguments: Mapping[str, Any] = {}
     suite: Suite = _NO_SUITE
+    _is_set_up: bool = False
 
-    @cached_property
+    @property
     def state_key(self) -> str:
         """Key of the callback's state in a checkpoint."""
-        return f"{type(self).__qualname__}{dict(self.state_arguments)!r}"
+        key = f"{type(self).__qualname__}{dict(self.state_arguments)!r}"
+        # until `setup`: Lightning would reject two with one key, and `setup` has a better message
+        return f"{key} {id(self):x}" if self.is_single and not self._is_set_up else key
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Joins the suite of this Trainer, and opens the journal of its incidents."""
+        self._reject_second(trainer)
+        self._is_set_up = True
         if stage == "fit":
             lightning_api.reject_unsupported(trainer, self)
             callbacks: Sequence[Any] = trainer.callbacks  # type: ignore[attr-defined]
@@ -186,6 +194,16 @@ class StepCallback(StepMember, lightning_api.Callback, Configured):
     @cached_property
     def _evaluation(self) -> EvaluationWatch:
         return EvaluationWatch()
+
+    def _reject_second(self, trainer: pl.Trainer) -> None:
+        kind = next((base for base in type(self).__mro__ if "is_single" in vars(base)), StepCallback)
+        alike = [c for c in trainer.callbacks if isinstance(c, kind)]  # type: ignore[attr-defined]
+        if self.is_single and any(other is not self for other in alike):
+            keyword = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", kind.__name__.replace("NaN", "Nan")).lower()
+            raise MisconfigurationException(
+                f"The Trainer has {len(alike)} {kind.__name__} callbacks, which would act on each other: "
+                f"keep one of them. default_callbacks({keyword}=...) takes yours in place of its own."
+            )
 
     def _is_first_of(self, trainer: pl.Trainer) -> bool:
         callbacks: Sequence[Any] = trainer.callbacks  # type: ignore[attr-defined]
