@@ -158,7 +158,7 @@ def _classify(
 ) -> Origin:
     if isinstance(source, str):
         if source in parts:
-            return nonfinite_input(source, parts[source])
+            return _masked_input(nonfinite_input(source, parts[source]), trace.masked)
         leaf = trace.leaf(source)
         if not isinstance(leaf, nn.Parameter):
             return nonfinite_buffer(source, leaf)
@@ -168,6 +168,19 @@ def _classify(
     if source is None or isinstance(source, str):
         return Origin("unknown", detail="No traced operation made the nonfinite value.")
     return _origin_of_operation(source, parts, trace)
+
+
+def _masked_input(origin: Origin, product: OperationRecord | None) -> Origin:
+    """Returns the origin in a part of the batch, with the product by which a mask was to hide its NaN."""
+    if product is None:
+        return origin
+    name = origin.where[0]
+    advice = (
+        f"The NaN of {name} meet the 0 of a mask, and NaN times 0 is NaN; torch.where has a gradient of NaN "
+        f"there too. Keep the mask, and replace them before: torch.nan_to_num(y) (`y` is {name})."
+    )
+    detail = f"{origin.detail.rstrip('.')}, which a mask multiplies by 0"
+    return located(replace(origin, detail=detail, advice=advice), product.location)
 
 
 def _nonfinite_elements(tensor: Tensor) -> OutOfRange:

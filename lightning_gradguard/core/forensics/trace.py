@@ -39,6 +39,7 @@ class OperationTrace(TorchDispatchMode):
 
     Attributes:
         failed: The operation that raised, if one did.
+        masked: The first product in which all NaN of a factor meet the 0 of a mask, if there is one.
     """
 
     def __init__(
@@ -47,6 +48,7 @@ class OperationTrace(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self._frameworks = frameworks
         self.failed: FailedOperation | None = None
+        self.masked: OperationRecord | None = None
         self._losses: set[str] = set()
         self._return_numbers: set[str] = set()
         self._module = module
@@ -130,6 +132,8 @@ class OperationTrace(TorchDispatchMode):
         if notable:
             arguments = self._inspect(inputs, name) if before is None else before
             self._record(name, node, (args, kwargs), arguments, notable)
+            if self.masked is None and _short(name) == "mul" and _is_masked(inputs):
+                self.masked = self._in_order[-1]
         return result
 
     def _record(
@@ -327,6 +331,15 @@ def _passes_on(name: str, arguments: Sequence[Argument]) -> bool:
 def _takes_mask(name: str, position: int) -> bool:
     """Checks that an operation adds this argument to others."""
     return _short(name) in _ADDS and (position == 0 or "mm" not in name)
+
+
+def _is_masked(factors: Sequence[Tensor]) -> bool:
+    """Checks that one factor is 0 wherever the other is NaN, as a mask is that is to hide it."""
+    if len(factors) != 2:
+        return False
+    one, other = torch.broadcast_tensors(*(f.detach() for f in factors))  # type: ignore[no-untyped-call]
+    pairs = ((one.isnan(), other), (other.isnan(), one))
+    return any(bool(nan.any()) and not bool(factor[nan].any()) for nan, factor in pairs)
 
 
 def _short(name: str) -> str:

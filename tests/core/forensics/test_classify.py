@@ -43,6 +43,29 @@ def test_nonfinite_inputs_are_found_through_views() -> None:
     assert (origin.cause, origin.where) == ("bad_input", ("batch[0]",))
 
 
+@pytest.mark.parametrize("kind", ["product", "where", "weights", "no mask"])
+def test_nan_that_a_mask_is_to_hide_are_told_as_that(kind: str) -> None:
+    module, x = network(), inputs()
+    targets = torch.zeros(6, 3)
+    targets[2, 1] = math.nan
+    mask = targets.isfinite()
+
+    def loss(y: Tensor) -> Tensor:
+        error: Tensor = (module(x) - y).square()
+        if kind == "where":
+            return torch.where(mask, error, 0.0).sum()
+        if kind == "weights":
+            return (error * mask.all(1, keepdim=True).float()).mean()
+        return (error * mask).mean() if kind == "product" else error.mean()
+
+    origin = examine(module, lambda: loss(targets), (x, targets))
+    assert (origin.cause, origin.where, origin.rows) == ("bad_input", ("batch[1]",), (2,))
+    assert ("torch.nan_to_num(y) (`y` is batch[1])" in origin.advice) == (kind != "no mask")
+    assert (kind == "no mask") or "error" in origin.code
+    cured = examine(module, lambda: loss(torch.nan_to_num(targets)), (x, targets))
+    assert cured.cause == "transient"
+
+
 def test_unread_nonfinite_part_of_the_batch_is_not_blamed() -> None:
     x, unread, net = inputs(), inputs(NAN), network()
     origin = examine(net, lambda: net(x).mean().sub(net(x).mean()).log().sum(), (unread, x))
