@@ -7,7 +7,7 @@ import re
 from typing import NamedTuple
 
 #: Characters of an argument, beyond which advice is easier to read without it.
-MAX_ARGUMENT = 40
+MAX_ARGUMENT = 60
 #: What functions of torch are called on, and no argument of theirs.
 _NAMESPACES = ("torch", "nn", "F", "functional", "linalg", "special")
 #: Names of functions whose operation has another one.
@@ -48,13 +48,14 @@ def call_in(code: str, function: str) -> Call | None:
         >>> call_in("(p + q) / n", "div").arguments
         ('(p + q)', 'n')
     """
+    code = code.strip()
     try:
-        tree = ast.parse(code.strip())
+        tree = ast.parse(code)
     except SyntaxError:
         return None
     whole = [statement.value for statement in tree.body if isinstance(statement, ast.Expr)]
     for nodes in (whole, list(ast.walk(tree)) if function else []):
-        found = [call for node in nodes if (call := _call(node, function)) is not None]
+        found = [call for node in nodes if (call := _call(code, node, function)) is not None]
         if found:
             return found[0] if len(found) == 1 else None
     return None
@@ -121,19 +122,19 @@ def _is_number(text: str) -> bool:
     return bool(re.fullmatch(r"-?[\d.e-]+", text))
 
 
-def _call(node: ast.AST, function: str) -> Call | None:
+def _call(code: str, node: ast.AST, function: str) -> Call | None:
     keywords: list[ast.keyword] = []
     match node:
         case ast.BinOp(left, operator, right) if function in _OPERATORS.get(type(operator), ()):
             given = [left, right]
         case ast.Call(ast.Attribute(value, name), given, keywords) if _is(name, function):
-            given = given if ast.unparse(value).partition(".")[0] in _NAMESPACES else [value, *given]
+            given = given if _is_namespace(value) else [value, *given]
         case ast.Call(ast.Name(name), given, keywords) if _is(name, function):
             pass
         case _:
             return None
-    named = {keyword.arg: _text(keyword.value) for keyword in keywords if keyword.arg}
-    return Call(ast.unparse(node), tuple(map(_text, given)), named)
+    named = {keyword.arg: _argument(code, keyword.value) for keyword in keywords if keyword.arg}
+    return Call(_source(code, node), tuple(_argument(code, part) for part in given), named)
 
 
 def _is(name: str, function: str) -> bool:
@@ -141,9 +142,19 @@ def _is(name: str, function: str) -> bool:
     return not function or name.rstrip("_") in _NAMES.get(function, names)
 
 
-def _text(node: ast.expr) -> str:
-    text = ast.unparse(node)
+def _is_namespace(node: ast.expr) -> bool:
+    while isinstance(node, ast.Attribute):
+        node = node.value
+    return isinstance(node, ast.Name) and node.id in _NAMESPACES
+
+
+def _argument(code: str, node: ast.expr) -> str:
+    text = _source(code, node)
     if len(text) > MAX_ARGUMENT or isinstance(node, ast.Starred):
         return ""
     is_atom = isinstance(node, ast.Name | ast.Attribute | ast.Call | ast.Subscript)
     return text if is_atom or _is_number(text) else f"({text})"
+
+
+def _source(code: str, node: ast.AST) -> str:
+    return " ".join((ast.get_source_segment(code, node) or "").split())

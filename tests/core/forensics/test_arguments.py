@@ -18,6 +18,7 @@ LOG = "torch.log(x.clamp_min(1e-6))"
         ("y = (p - q).log() + exp(z)", "log", LOG, "(p - q).log()", "torch.log((p - q).clamp_min(1e-6))"),
         ("log(-log(u))", "log", LOG, "log(-log(u))", "torch.log((-log(u)).clamp_min(1e-6))"),
         ("(1 - p) ** g", "pow", "(x.abs() + 1e-6).pow(y)", "(1 - p) ** g", "((1 - p).abs() + 1e-6).pow(g)"),
+        ("a / (b + 1e-8)", "div", "x / y.clamp_min(1)", "a / (b + 1e-8)", "a / (b + 1e-8).clamp_min(1)"),
         ("loss / 0", "div", "x / max(y, 1e-6)", "loss / 0", "loss / max(0, 1e-6)"),
         ("2 / std", "reciprocal", "1 / x.clamp_min(1e-6)", "2 / std", "2 / std.clamp_min(1e-6)"),
         ("linalg.eigh(c)", "linalg_eigh", "eigh(x + 1)", "linalg.eigh(c)", "eigh(c + 1)"),
@@ -38,7 +39,7 @@ def test_a_cure_of_the_arguments_of_a_call(
         ("x.pow(3)", "pow", "x.clamp(-1e3, 1e3).pow(2)"),
         ("y = torch.log(torch.log(x))", "log", LOG),
         ("2 ** -h", "pow", "(x.abs() + 1e-6).pow(y)"),
-        ("torch.log(first_of_all_the_values + second_of_all_the_values)", "log", LOG),
+        ("torch.log(first_of_all_the_many_values + second_of_all_the_many_values + 1)", "log", LOG),
         ("if torch.log(x) > 0:", "log", LOG),
         ("", "log", LOG),
     ],
@@ -51,6 +52,7 @@ def test_a_cure_that_does_not_fit_the_call(code: str, function: str, cure: str) 
     ("code", "function", "cure", "place", "text"),
     [
         ("Gamma(a, b).log_prob(t)", "Gamma", "y.clamp_min(1)", "t", "t.clamp_min(1)"),
+        ("torch.Gamma(a, b).log_prob(t)", "Gamma", "y.clamp_min(1)", "t", "t.clamp_min(1)"),
         ("Normal(a, b).log_prob(t)", "Normal", "Normal(x, y + 1)", "Normal(a, b)", "Normal(a, b + 1)"),
         (
             "F.kl_div(p, q)",

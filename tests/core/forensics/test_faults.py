@@ -402,6 +402,13 @@ CASES += [
         "ahead of its transform",
     ),
     (
+        "label smoothing over masked classes",
+        lambda x, y: F.cross_entropy(x, y, label_smoothing=0.1),
+        lambda h: h.masked_fill(torch.arange(COLUMNS) == 1, -INF),
+        lambda h: torch.zeros(ROWS, dtype=torch.long),
+        "label_smoothing",
+    ),
+    (
         "a second derivative of a norm",
         lambda x: torch.autograd.grad(x.norm(dim=-1).exp().sum(), x, create_graph=True)[0],
         zero,

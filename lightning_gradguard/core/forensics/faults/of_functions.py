@@ -15,6 +15,14 @@ FUNCTIONS = (
         made="nan",
     ),
     Fault(
+        ("sum",),
+        "label_smoothing gives a part of the target to every class, also to those that a mask has set to "
+        "-inf: leave it out, or mask with a finite number, as in masked_fill(mask, -20)",
+        "F.cross_entropy(x, y)",
+        called="cross_entropy",
+        made="inf",
+    ),
+    Fault(
         ("div",),
         "The temperature tau is 0",
         "F.gumbel_softmax(x, tau=max(y, 0.1))",
