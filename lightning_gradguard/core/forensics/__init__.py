@@ -6,6 +6,7 @@ from .optimizer_step import origin_in_optimizer_step
 from .origin import (
     Origin,
     OutOfRange,
+    advice_on_decay,
     advice_on_schedules,
     origin_in_epsilon,
     origin_in_learning_rate,

@@ -258,6 +258,26 @@ def advice_on_schedules(schedules: Iterable[Any]) -> tuple[str, Location | None]
     return "", None
 
 
+def advice_on_decay(optimizers: Iterable[torch.optim.Optimizer]) -> str:
+    """Returns what to do about a weight decay that enlarges weights by itself; empty if none does.
+
+    Example:
+        >>> sgd = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1, weight_decay=30)
+        >>> advice_on_decay([sgd]).partition(":")[0]
+        'Lower weight_decay'
+    """
+    for optimizer in optimizers:
+        if isinstance(optimizer, torch.optim.SGD | torch.optim.AdamW):  # others divide by its size
+            for group in optimizer.param_groups:
+                rate, decay = float(group["lr"]), float(group["weight_decay"])
+                if rate * decay > 2 * (1 + group.get("momentum", 0.0)):
+                    return (
+                        f"Lower weight_decay: {decay:g} at a learning rate of {rate:g} multiplies weights by "
+                        f"{1 - rate * decay:.3g} in each step (usual: 0.99 to 1), whatever the loss is."
+                    )
+    return ""
+
+
 def _function_of(schedules: Iterable[object]) -> Location | None:
     """Returns where the function is that a schedule calls, if one does."""
     functions = (f for schedule in schedules for f in getattr(schedule, "lr_lambdas", ()))

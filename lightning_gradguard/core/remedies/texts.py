@@ -319,7 +319,7 @@ BY_CAUSE = {
         "Check the sign of the loss: of a likelihood, the negative logarithm is minimized. What it rewards "
         "has to be bounded, such as the scale of a distribution from below."
     ),
-    "weight_decay": "Lower weight_decay: it shrinks the weights of {where} faster than the loss moves them.",
+    "weight_decay": "Lower weight_decay: it moves the weights of {where} more than the loss does.",
     "vanishing_gradient: through_time": (
         "Hardly any gradient reaches the first steps of a sequence. Where the task needs them (else nothing "
         "has to be done), shorten the sequences, or {gated}"

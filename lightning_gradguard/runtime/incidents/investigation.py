@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from lightning_gradguard.core.forensics import (
     Origin,
     OutOfRange,
+    advice_on_decay,
     advice_on_schedules,
     or_bad_input,
     origin_in_epsilon,
@@ -300,6 +301,7 @@ def _in_weights(
     if found.cause != "update_too_large":
         return found
     advice, function = advice_on_schedules(schedules)
+    advice = advice_on_decay(trainer.optimizers) or advice
     return dataclasses.replace(
         found, advice=advice, location=str(function or ""), code=function.code if function else ""
     )

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, Subset, TensorDataset, random_split
 
-from lightning_gradguard import LearningRateBackoff, NaNRollback, TrainingDivergedError
+from lightning_gradguard import LearningRateBackoff, NaNRollback, TrainingDiagnosis, TrainingDivergedError
 from tests.tasks import Classifier, batches, fit, poisoned, weights
 
 Step = Callable[[pl.LightningModule, Any], Tensor]
@@ -219,6 +219,20 @@ def test_hooks_that_need_gradients_do_not_end_the_run_in_a_skipped_step(kind: ty
     fit(module := kind(undefined), data(), [rollback := NaNRollback()])
     assert rollback.skips == 1
     assert not {"on_before_optimizer_step", "configure_gradient_clipping"} & vars(module).keys()
+
+
+def test_weight_decay_that_enlarges_weights_is_named(tmp_path: Path) -> None:
+    class Decaying(Network):
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), lr=0.1, weight_decay=50.0)
+
+    fit(module := Decaying(squares), data(40, bad=99), [NaNRollback(), TrainingDiagnosis()], tmp_path)
+    found = incidents(tmp_path)
+    named = {i["kind"]: i for i in found}
+    assert "multiplies weights by -4 in each step" in named["divergence"]["advice"]
+    assert named["exploding_gradient"]["cause"] == "weight_decay"
+    assert "vanishing_weights" not in named
+    assert all(bool(w.isfinite().all()) for w in weights(module))
 
 
 def test_parameter_at_the_edge_of_a_domain_is_trained_as_its_logarithm(tmp_path: Path) -> None:

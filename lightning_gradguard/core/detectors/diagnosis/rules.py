@@ -16,7 +16,7 @@ from lightning_gradguard.core.detectors.diagnosis.progress import Progress
 from lightning_gradguard.core.detectors.diagnosis.sample import CLIPPED_AT_ALL, MIN_TIMES, Sample, UnitSignal
 from lightning_gradguard.core.detectors.diagnosis.signals.units import PASS_SMALL, RECTIFIERS
 from lightning_gradguard.core.detectors.diagnosis.symptom import Symptom, modules_of
-from lightning_gradguard.core.incidents import Cause, SymptomCause
+from lightning_gradguard.core.incidents import Cause, IncidentKind, SymptomCause
 
 # thresholds of docs/diagnosis.md
 DEAD, SATURATED, SATURATED_ROWS = 0.9, 0.5, 0.8
@@ -145,10 +145,11 @@ def large_updates(sample: Sample, progress: Progress) -> Iterator[Symptom]:
         return
     is_rising = progress.rise > RISEN
     for one in sample.updates:
-        # decay alone does not raise a loss
+        # decay alone does not raise a loss, unless it enlarges weights
         gain = 1 / (1 - one.momentum) if one.momentum < 1 else 1.0  # momentum adds up what decay takes
         decayed = one.decay * max(one.rates, default=0.0) * gain
-        is_decay = not is_rising and decayed > one.share * one.unclipped / 2
+        enlarges = min(decayed, one.share * one.unclipped) > 2
+        is_decay = (enlarges or not is_rising) and decayed > one.share * one.unclipped / 2
         after = one.share if is_decay else one.ratio
         before = after * one.unclipped
         is_huge = before > HUGE_UPDATE
@@ -160,9 +161,12 @@ def large_updates(sample: Sample, progress: Progress) -> Iterator[Symptom]:
         if before > LARGE_UPDATE and is_certain and (is_huge or after > CLIPPED_UPDATE):
             where = modules_of(one.steepest)
             if is_decay:
-                shrinks = f"shrinks weights by {before:.0%} in a step (usual: below 1 %)"
-                evidence = f"a weight decay of {one.decay:g} {shrinks}"
-                yield Symptom("vanishing_weights", "weight_decay", where, 1 - before, evidence, "update")
+                does = f"shrinks weights by {before:.0%} in a step (usual: below 1 %)"
+                if enlarges:
+                    does = f"multiplies weights by {1 - before:.2g} in a step (usual: above 0.99)"
+                evidence = f"a weight decay of {one.decay:g} {does}"
+                kind: IncidentKind = "exploding_gradient" if enlarges else "vanishing_weights"
+                yield Symptom(kind, "weight_decay", where, 1 - before, evidence, "update")
                 continue
             cause: Cause | SymptomCause = input_cause(sample)
             if cause == "unknown":
