@@ -261,8 +261,13 @@ class Incident:
 
 
 def sentence_case(text: str) -> str:
-    """Returns a text with a capital first letter, and the others unchanged."""
-    return text[:1].upper() + text[1:]
+    """Returns a text with a capital first letter, but for the name of a function, and the others unchanged.
+
+    Example:
+        >>> sentence_case("the loss is flat"), sentence_case("mse_loss: targets are large")
+        ('The loss is flat', 'mse_loss: targets are large')
+    """
+    return text if "_" in text.partition(" ")[0] else text[:1].upper() + text[1:]
 
 
 def first_names(n: int, names: Sequence[str]) -> str:

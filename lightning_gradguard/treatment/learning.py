@@ -16,8 +16,9 @@ RISES = 1.5
 #: Loss over that at two thirds of the run below which it still falls, and share of the bound of a run that
 #: has learned above which that matters.
 FALLS, LITTLE_LEFT = 0.7, 0.5
-#: Held-out loss over that of the best constant answer above which more may be learned.
-LEARNED_ENOUGH = LITTLE_LEFT * HAS_LEARNED
+#: Held-out loss over that of the best constant answer above which more may be learned: of classes, and of
+#: values, of which that is the share of the variance that is not explained.
+LEARNED_ENOUGH, LEARNED_ENOUGH_OF_VALUES = LITTLE_LEFT * HAS_LEARNED, 0.1
 #: Shares of a run of what another one reaches, below which it is far behind: of its loss that is left, of the
 #: probability of the right class, and of the explained part of the loss of the best constant answer. At .91
 #: of two classes a run is no less healthy for one at .98, and at .68 of ten it fails beside one at .97.
@@ -66,6 +67,11 @@ def learning_of(trial: Trial) -> Learning:
     if not is_settled:
         evidence += f", and still falls, from {before:.4g} after two thirds of the run"
     return Learning(ratio < LEARNS and is_low, ratio <= bound and is_low, is_settled, evidence)
+
+
+def enough_of(trial: Trial) -> float:
+    """Returns the loss over that of the best constant answer at which no more is searched for."""
+    return LEARNED_ENOUGH if trial.is_likelihood else LEARNED_ENOUGH_OF_VALUES
 
 
 def learned_at_lowest(trial: Trial) -> bool:

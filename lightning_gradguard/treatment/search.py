@@ -12,7 +12,7 @@ from lightning_gradguard.core.remedies.changes import Change
 from lightning_gradguard.core.remedies.kinds import KINDS
 from lightning_gradguard.treatment.budget import Clock
 from lightning_gradguard.treatment.candidates import Candidate
-from lightning_gradguard.treatment.learning import LEARNED_ENOUGH, learning_of
+from lightning_gradguard.treatment.learning import enough_of, learning_of
 from lightning_gradguard.treatment.trials.program import Program
 from lightning_gradguard.treatment.trials.trial import OUT_OF_TIME, Job, Trial, name_of
 from lightning_gradguard.treatment.trials.trial_log import TrialLog
@@ -153,7 +153,7 @@ def _second_rung(
     ranked = sorted((t for t in short if not t.error), key=lambda t: t.loss)[:FINALISTS]
     if any(map(ends, ranked)):
         ranked = list(filter(ends, ranked))
-        enough = [trial for trial in ranked if trial.over_constant <= LEARNED_ENOUGH]
+        enough = [trial for trial in ranked if trial.over_constant <= enough_of(trial)]
         if enough or len(ranked) == 1:
             return enough or ranked
     elif ranked and ranked[0].over_constant <= DOMINATES:
@@ -175,7 +175,7 @@ def _has_learned(trial: Trial) -> bool:
 
 
 def _has_learned_enough(trial: Trial) -> bool:
-    return _has_learned(trial) and trial.over_constant <= LEARNED_ENOUGH
+    return _has_learned(trial) and trial.over_constant <= enough_of(trial)
 
 
 def at_best_rate(runner: TrialRunner, trial: Trial, until: float) -> list[Trial]:
@@ -198,7 +198,7 @@ def at_best_rate(runner: TrialRunner, trial: Trial, until: float) -> list[Trial]
         for factor, other in found.items():
             if other.loss < better * best.loss and other.is_undisturbed >= best.is_undisturbed:
                 best, factors = other, [factor]
-        if best.over_constant <= LEARNED_ENOUGH:
+        if best.over_constant <= enough_of(best):
             break
     return [trial] if best is reference else [best, trial]
 
@@ -267,7 +267,7 @@ def _smallest_first(better: Sequence[Trial], bar: float) -> list[Trial]:
     best = min(t.loss for t in better)
     reference = bar if math.isfinite(bar) else max(t.curve[0][1] for t in better)
     reach = best + BEHIND * max(reference - best, 0.0) if math.isfinite(reference) else 1.1 * best
-    near = [t for t in better if t.loss <= reach or t.over_constant <= LEARNED_ENOUGH]
+    near = [t for t in better if t.loss <= reach or t.over_constant <= enough_of(t)]
     near.sort(
         key=lambda t: (not t.is_undisturbed, size_of(t.job.changes or ()), _rate_and_rest(t)[0], t.loss)
     )

@@ -18,7 +18,7 @@ from lightning_gradguard.core.snapshots import rng_state, set_rng_state
 from lightning_gradguard.treatment import files
 from lightning_gradguard.treatment.budget import Clock, seconds
 from lightning_gradguard.treatment.candidates import Candidate, candidates
-from lightning_gradguard.treatment.learning import LEARNED_ENOUGH, fails_beside, learning_of
+from lightning_gradguard.treatment.learning import LEARNED_ENOUGH, enough_of, fails_beside, learning_of
 from lightning_gradguard.treatment.prescriptions import Prescription, prescriptions
 from lightning_gradguard.treatment.probe import Probe, probe
 from lightning_gradguard.treatment.result import TreatmentResult
@@ -247,9 +247,9 @@ class _Treatment:
                 continue
             first = verification.first(trial) if has_rate or learning_of(trial).has_learned else None
             explodes = first is not None and not first.is_undisturbed
-            if not has_rate and (first is None or first.over_constant > LEARNED_ENOUGH or explodes):
+            if not has_rate and (first is None or first.over_constant > enough_of(first) or explodes):
                 has_rate = True
-                if first is not None and (trial.over_constant <= LEARNED_ENOUGH or explodes):
+                if first is not None and (trial.over_constant <= enough_of(trial) or explodes):
                     waiting = [*at_lower_rate(runner, trial, until), trial, *waiting]
                 else:
                     waiting = [*at_best_rate(runner, trial, until), *waiting]
@@ -259,7 +259,9 @@ class _Treatment:
             results = verification.others(first) if first is not None and is_better else []
             yield trial, results, *verdict_of(results, whole)
             if first is None or first.job.steps < whole:
-                break  # what is left of the budget shows less of the next one
+                # what is left of the budget shows less of the next ones, which are open if the program fails
+                runner.was_cut |= bool(waiting) and not self._is_open
+                break
             if not has_rate and not all(r.learning.has_learned for r in results):
                 has_rate = True
                 waiting = [*at_lower_rate(runner, trial, until), *waiting]

@@ -158,7 +158,6 @@ class Verification:
         whole, beside = whole_length(runner), self._n_beside * self._beside
         if affordable >= self._n_long * whole + beside:
             return whole
-        runner.was_cut = True
         # what was verified before the treatment was stopped is not run again for a few steps more or less
         known = [t.job.steps for t in runner.log.trials.values() if t.job.seed == self._seeds[0]]
         steps = max((affordable - beside) // self._n_long, LEAST_RUNG)

@@ -43,7 +43,7 @@ def test_of_changes_that_have_learned_enough_the_smallest_is_adopted(
     runner = TrialRunner(program, log, Clock(60.0), 2, 150, lambda _: None)
     for changes, loss in ((best, 0.08), (adopted, 0.3)):
         job = runner.short_job(changes, 0)
-        log.add(Trial(job=job, curve=[(0, 2.3), (60, loss)], over_constant=loss / 2.3))
+        log.add(Trial(job=job, curve=[(0, 2.3), (60, loss)], over_constant=loss / 2.3, is_likelihood=True))
     found = search(runner, [Candidate(changes, "") for changes in (best, adopted)], 2.3, 1.0)
     assert [trial.job.changes for trial in found] == [adopted, best]
 

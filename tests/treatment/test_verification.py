@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from lightning_gradguard import Change
-from lightning_gradguard.treatment.learning import settled_loss
+from lightning_gradguard.treatment.learning import enough_of, settled_loss
 from lightning_gradguard.treatment.trials.trial import OUT_OF_TIME, Job, Trial
 from lightning_gradguard.treatment.verification import SeedResult, unverified, verdict_of
 
@@ -127,6 +127,15 @@ def test_loss_that_is_low_enough_is_that_of_the_first_seed_or_a_quarter_of_the_b
     assert settled_loss(trial(Job(CHANGES, 101, WHOLE), 0.3)) == pytest.approx(0.25 * 2.3)
     assert settled_loss(trial(Job(CHANGES, 101, WHOLE), 0.9)) == pytest.approx(0.9)
     assert settled_loss(trial(Job(CHANGES, 101, WHOLE), math.nan)) is None
+
+
+@pytest.mark.parametrize(("is_likelihood", "is_enough"), [(True, True), (False, False)])
+def test_fifth_of_the_loss_is_enough_for_classes_and_not_for_values(
+    is_likelihood: bool, is_enough: bool
+) -> None:
+    """It is nine of ten classes that are right, and four fifths of the variance."""
+    run = trial(Job(CHANGES, 0, WHOLE), 0.2 * 2.3, is_likelihood=is_likelihood)
+    assert (run.over_constant <= enough_of(run)) == is_enough
 
 
 def test_a_better_trial_is_unverified_until_it_was_run_with_a_fresh_seed() -> None:
