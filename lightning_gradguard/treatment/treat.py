@@ -198,22 +198,22 @@ class _Treatment:
                 return self._result(verdict, evidence, changes, results, suggested)
             if results and (best is None or (verdict == "better" and best[0] != "better")):
                 best = verdict, evidence, changes, results
-        if self._is_open and not self.runner.was_cut:
-            return self._result("healthy", f"{healthy}; no change that was tried learns far more")
+        ahead = unverified(self.log.trials.values(), self.found.trial)
+        if self._is_open and not (self.runner.was_cut and ahead):
+            rest = "; the budget has ended before more was tried" if self.runner.was_cut else ""
+            return self._result("healthy", f"{healthy}; no change that was tried learns far more{rest}")
         if best is not None and not self._is_open:
             verdict, evidence, changes, results = best
             kept = changes if verdict == "better" else ()
             return self._result(verdict, evidence, kept, results, suggested)
-        return self._result("no_treatment_found", self._shortfall(), (), (), suggested)
+        return self._result("no_treatment_found", self._shortfall(ahead), (), (), suggested)
 
-    def _shortfall(self) -> str:
+    def _shortfall(self, ahead: Trial | None) -> str:
         """Returns why no treatment is known: none has proved better, or the budget has ended before."""
-        probed, trials = self.found.trial, self.log.trials.values()
         if not self.runner.was_cut:
-            tried = ", ".join(dict.fromkeys(name_of(t.job.changes) for t in trials))
+            tried = ", ".join(dict.fromkeys(name_of(t.job.changes) for t in self.log.trials.values()))
             return f"{self.found.learning.evidence}; none that was tried has proved better: {tried}"
         evidence = f"{self.found.learning.evidence}; the budget has ended before a treatment was verified"
-        ahead = unverified(trials, probed)
         if ahead is not None:
             name, steps = name_of(ahead.job.changes), ahead.job.steps
             evidence += f". {name} has a held-out loss of {ahead.loss:.4g} after {steps} steps of a trial: "
