@@ -656,14 +656,15 @@ def test_answers_of_an_autoencoder_that_are_all_the_mean_are_named(weight: float
 
 
 @pytest.mark.parametrize(
-    ("over_constant", "permuted", "found"), [(1.0, nan, 1), (2.6, nan, 0), (1.0, 0.1, 0)]
+    ("over_constant", "permuted", "spread", "found"),
+    [(1.0, nan, 0.02, 1), (2.6, nan, 0.02, 0), (1.0, 0.1, 0.02, 0), (1.0, nan, 0.3, 0)],
 )
-def test_answers_on_the_way_to_a_far_mean_are_not_stuck(
-    over_constant: float, permuted: float, found: int
+def test_answers_on_the_way_to_a_far_mean_or_that_differ_are_not_stuck(
+    over_constant: float, permuted: float, spread: float, found: int
 ) -> None:
     calls = [LossSignal("mse_loss", value=over_constant, constant=1.0, constant_here=1.0)]
     samples = [
-        Sample(step, over_constant + 1, calls=calls, spread=0.02, permuted=permuted)
+        Sample(step, over_constant + 1, calls=calls, spread=spread, permuted=permuted)
         for step in range(150, 154)
     ]
     diagnosis = Diagnosis()
@@ -691,6 +692,26 @@ def test_first_labels_may_be_of_one_class(first: int, found: int) -> None:
     diagnosis, calls = Diagnosis(), [LossSignal("cross_entropy", value=1.0, constant=0.0)]
     samples = [Sample(first + i, 1.0 / (i + 1), calls=calls) for i in range(4)]
     assert sum(len(diagnosis.update(sample)) for sample in samples) == found
+
+
+@pytest.mark.parametrize(("n", "found"), [(1, ["detached"]), (8, [])])
+def test_a_state_may_be_detached_a_few_times_in_a_sequence(n: int, found: list[str]) -> None:
+    layers = [LayerSignal("net.cell", False, 1.0, [1.0] * n, n_attached=16)]
+    calls = [LossSignal("cross_entropy", value=1.0, constant=1.0, constant_here=1.0)]
+    diagnosis = Diagnosis()
+    samples = [Sample(step, 1.0, layers, calls=calls) for step in (50, 75)]
+    assert [root.cause for sample in samples for root in diagnosis.update(sample)] == found
+
+
+@pytest.mark.parametrize(("first", "found"), [(200, ["learning_rate_schedule"]), (300, [])])
+def test_a_schedule_may_end_late_in_the_run(first: int, found: list[str]) -> None:
+    calls = [LossSignal("cross_entropy", value=0.7, constant=1.0, constant_here=1.0)]
+    numbers: Any = {"ratios": [1e-6, 1e-6], "rates": [1e-6], "initial_rates": [1e-2]}
+    updates = [_update(**numbers, total_norm=1.0 + i / 7) for i in range(4)]
+    samples = [Sample(first + i, 0.7, calls=calls, updates=[one]) for i, one in enumerate(updates)]
+    diagnosis = Diagnosis()
+    diagnosis.plan(400)
+    assert [root.cause for sample in samples for root in diagnosis.update(sample)] == found
 
 
 def test_number_of_rare_positives_tells_no_constant() -> None:

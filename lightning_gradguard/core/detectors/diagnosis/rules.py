@@ -258,8 +258,7 @@ def same_answers(sample: Sample, progress: Progress, patience: int) -> Iterator[
     """
     if sample.step < patience or progress.spreads_out:
         return
-    is_whole = any(math.isclose(call.value, sample.loss, rel_tol=0.01) for call in sample.calls)
-    is_worse = STUCK < progress.over_constant < AT_CONSTANT and not is_whole
+    is_worse = STUCK < progress.over_constant < AT_CONSTANT and not _is_whole(sample)
     is_alone = math.isnan(progress.over_constant) and not sample.meets_data
     if sample.spread < (SAME_BESIDE if is_worse else SAME_ANSWERS if is_alone else 0):
         name, spread = ", ".join(sample.head), f"{sample.spread:.1g} of their size"
