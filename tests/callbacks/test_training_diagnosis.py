@@ -27,9 +27,12 @@ from lightning_gradguard.core.detectors.diagnosis.sample import (
     LayerSignal,
     LossSignal,
     Sample,
+    TimeSignal,
     UnitSignal,
     Update,
 )
+from lightning_gradguard.core.detectors.diagnosis.signals.recurrences import saturated_gates
+from lightning_gradguard.core.detectors.diagnosis.signals.units import UnitGradients, extremes
 from tests.launching import launch_on
 from tests.runtime.logging.test_loggers import events_in
 from tests.tasks import Classifier, ResumableLoader, batches, fit, optimizer_state, same, weights
@@ -820,6 +823,91 @@ def test_weights_may_stand_still_once_no_loss_is_left(first: float, found: list[
     samples = [Sample(0, first), *(Sample(50 + i, 1e-5, updates=[one]) for i, one in enumerate(updates))]
     diagnosis = Diagnosis()
     assert [root.kind for sample in samples for root in diagnosis.update(sample)] == found
+
+
+def _found(samples: Any) -> list[str]:
+    """Returns the causes, or else the kinds, of what samples show."""
+    diagnosis = Diagnosis()
+    roots = [root for sample in samples for root in diagnosis.update(sample)]
+    return [root.kind if root.cause == "unknown" else root.cause for root in roots]
+
+
+def _whole_loss(value: float) -> list[LossSignal]:
+    return [LossSignal("cross_entropy", value=value, constant=1.0, constant_here=1.0)]
+
+
+@pytest.mark.parametrize(
+    ("numbers", "loss", "found"),
+    [
+        ({"names": ["net.0.weight", "net.2.weight"], "ratios": [1e-9, 1e-3]}, 0.5, ["learning_rate_too_low"]),
+        ({"names": ["rnn.weight_ih", "rnn.weight_hh"], "ratios": [1e-9, 1e-3]}, 0.5, []),
+        ({"ratios": [9e-6, 9e-6], "unclipped": 2.0}, 1.0, ["learning_rate_too_low"]),
+        ({"ratios": [9e-6, 9e-6], "unclipped": 20.0}, 1.0, ["clip_value_too_small"]),
+    ],
+    ids=["a layer", "a part of a layer", "clipped a little", "clipped far"],
+)
+def test_weights_that_stand_still_have_a_cause(numbers: Any, loss: float, found: list[str]) -> None:
+    updates = [_update(**numbers, total_norm=1.0 + i / 7) for i in range(6)]
+    calls = _whole_loss(loss)
+    assert _found(Sample(40 + i, loss, calls=calls, updates=[u]) for i, u in enumerate(updates)) == found
+
+
+@pytest.mark.parametrize(("ratio", "found"), [(5e-4, []), (5e-5, ["scaled_gradients_clipped"])])
+def test_scaled_gradients_may_be_clipped_where_a_network_learns(ratio: float, found: list[str]) -> None:
+    update = _update(ratios=[ratio, ratio], loss_scale=1024.0, total_norm=0.5 / 1024)
+    assert _found(Sample(10 + i, 0.5, calls=_whole_loss(0.5), updates=[update]) for i in range(5)) == found
+
+
+@pytest.mark.parametrize(("gradient", "found"), [(1e-6, ["weight_decay"]), (1e-3, ["vanishing_weights"])])
+def test_weights_shrink_by_a_decay_that_is_larger_than_gradients(gradient: float, found: list[str]) -> None:
+    updates = [
+        _update(weights=[w, w], gradients=[gradient] * 2, decay=0.1, rates=[1e-3], total_norm=1.0 + w)
+        for w in (1.0, 1.1e-4, 1.05e-4, 1e-4)
+    ]
+    calls = _whole_loss(1.0)
+    assert _found(Sample(90 + i, 1.0, calls=calls, updates=[u]) for i, u in enumerate(updates)) == found
+
+
+@pytest.mark.parametrize(("one_signed", "found"), [(True, ["unreachable_targets"]), (False, [])])
+def test_a_difference_to_far_targets_is_wrong_where_all_answers_are_on_one_side(
+    one_signed: bool, found: list[str]
+) -> None:
+    calls = [LossSignal("difference", flags={"unreachable_targets": 0.8})]
+    assert _found(Sample(i, 1 / (i + 1), calls=calls, one_signed=one_signed) for i in range(3)) == found
+
+
+@pytest.mark.parametrize(("steps", "found"), [((1, 2, 5), []), ((5, 10, 20), ["through_time"])])
+def test_gradients_may_vanish_through_time_in_the_first_steps(steps: Any, found: list[str]) -> None:
+    times = [TimeSignal("rnn", 1e-9, 1e-1, 1e-1, 20)]
+    assert _found(Sample(step, 1.0, times=times, calls=_whole_loss(1.0)) for step in steps) == found
+
+
+def test_updates_that_are_too_large_need_not_be_so_in_samples_on_end() -> None:
+    ratios = (2.0, 0.01, 2.0)
+    samples = [Sample(i, 2.0, updates=[_update(ratios=[r, r])]) for i, r in enumerate(ratios)]
+    assert _found(samples) == ["update_too_large"]
+
+
+@pytest.mark.parametrize(("last", "found"), [(-1e3, []), (-1e5, ["unbounded_loss"])])
+def test_a_loss_may_fall_far_below_0(last: float, found: list[str]) -> None:
+    losses = (1.0, *(last / 3 ** (3 - i) for i in range(5)))
+    assert _found(Sample(i, loss) for i, loss in enumerate(losses)) == found
+
+
+@pytest.mark.parametrize(("size", "saturated"), [(3.0, 0.0), (6.0, 1.0)])
+def test_units_without_a_gradient_are_saturated_by_inputs_far_out(size: float, saturated: float) -> None:
+    found, gradients = extremes(torch.full((16, 2), size), 1), UnitGradients()
+    assert found is not None
+    gradients.add(torch.zeros(16, 2), 1, *found, 0)
+    assert gradients.blocked_shares(torch.ones(1)).flatten().tolist() == [0.0, saturated]
+
+
+@pytest.mark.parametrize(("bias", "share"), [(4.0, 0.0), (8.0, 1.0)])
+def test_gates_are_saturated_close_to_1(bias: float, share: float) -> None:
+    cell, x, state = nn.GRUCell(2, 4), torch.zeros(16, 2), torch.zeros(16, 4)
+    nn.init.zeros_(cell.bias_hh)
+    nn.init.constant_(cell.bias_ih[4:8], bias)
+    assert dict(saturated_gates(cell, (x, state), cell(x, state)))["update gates"] == share
 
 
 @pytest.mark.parametrize(
