@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+from collections.abc import Sequence
 from typing import NamedTuple
 
 #: Characters of an argument, beyond which advice is easier to read without it.
@@ -12,6 +13,7 @@ MAX_ARGUMENT = 60
 _NAMESPACES = ("torch", "nn", "F", "functional", "linalg", "special")
 #: Names of functions whose operation has another one.
 _NAMES = {"to_copy": ("half", "to", "type"), "linalg_vector_norm": ("norm", "vector_norm")}
+_ATOMS = (ast.Constant, ast.Name, ast.Attribute, ast.Call, ast.Subscript)
 _OPERATORS: dict[type[ast.operator], tuple[str, ...]] = {
     ast.Div: ("div", "true_divide", "reciprocal"),
     ast.Pow: ("pow", "float_power"),
@@ -91,6 +93,7 @@ def replacement(code: str, function: str, cure: str, *, is_inside: bool = False)
     given = call.arguments
     if function == "reciprocal" and len(given) == 2:
         cure, given = cure.replace("1 /", f"{given[0]} /"), given[1:]
+        call = call._replace(arguments=given)
     named = {} if is_caller and not takes_value else dict(zip(("x", "y"), given, strict=False))
     named |= call.keywords
     used = [name for name in named if re.search(rf"\b{name}\b(?!=)", cure)]
@@ -98,17 +101,46 @@ def replacement(code: str, function: str, cure: str, *, is_inside: bool = False)
         return None
     if any(_is_number(named[n]) and re.search(rf"\b{n}\.|nan_to_num\({n}", cure) for n in used):
         return None
-    if not is_caller:
-        extra = [*given[len(used) :], *filter(None, [call.keywords.get("dim")])]
-        if not all(re.fullmatch(r"-?\d", a) for a in extra) or len(extra) > 1:
-            return None
-        has_dimension = _with_dimension(cure, "9") != cure
-        if extra and not has_dimension:
-            return None
-        cure = _with_dimension(cure, extra[0] if extra else "")
-        cure = cure if "keepdim" in call.keywords else cure.replace(", keepdim=True", "")
+    fitting = (cure, "") if is_caller else _with_options(cure, function, call, used)
+    if fitting is None:
+        return None
+    cure, others = fitting
     text = re.sub(rf"\b({'|'.join(used)})\b(?!=)", lambda name: named[name[0]], cure)
-    return named[used[0]] if is_caller else call.code, text
+    text = f"{text[:-1]}{others})" if others else text
+    return (named[used[0]], text) if is_caller else (call.code, _enclosed(text, call.code))
+
+
+def _with_options(cure: str, function: str, call: Call, used: Sequence[str]) -> tuple[str, str] | None:
+    """Returns a cure with the dimension of a call, and its other options, which are to be the last arguments.
+
+    `None` if there is no place for them.
+    """
+    options = {name: value for name, value in call.keywords.items() if name not in used}
+    extra = list(call.arguments[sum(name in used for name in ("x", "y")) :])
+    if function == "linalg_vector_norm":  # the order is ahead of the dimension
+        orders = [*extra[:1], *(options.pop(name) for name in ("p", "ord") if name in options)]
+        extra = extra[1:]
+        if set(orders) - {"2"}:
+            return None
+    extra += [options.pop("dim")] if "dim" in options else []
+    has_dimension = _with_dimension(cure, "9") != cure
+    if len(extra) > has_dimension or not all(re.fullmatch(r"-?\d", a) for a in extra):
+        return None
+    if ", keepdim=True" in cure and options.pop("keepdim", "False") == "False":
+        cure = cure.replace(", keepdim=True", "")
+    cure = _with_dimension(cure, extra[0] if extra else "")
+    whole = ast.parse(cure, mode="eval").body
+    is_alike = isinstance(whole, ast.Call) and _call(cure, whole, function) is not None
+    if options and not (is_alike and all(options.values())):
+        return None
+    return cure, "".join(f", {name}={value}" for name, value in options.items() if f"{name}=" not in cure)
+
+
+def _enclosed(text: str, code: str) -> str:
+    """Returns an expression that can take the place of another one within a third."""
+    new, old = (ast.parse(expression, mode="eval").body for expression in (text, code))
+    is_alike = isinstance(new, ast.BinOp) and isinstance(old, ast.BinOp) and type(new.op) is type(old.op)
+    return text if is_alike or isinstance(new, _ATOMS) else f"({text})"
 
 
 def _with_dimension(cure: str, dimension: str) -> str:
@@ -128,12 +160,13 @@ def _call(code: str, node: ast.AST, function: str) -> Call | None:
         case ast.BinOp(left, operator, right) if function in _OPERATORS.get(type(operator), ()):
             given = [left, right]
         case ast.Call(ast.Attribute(value, name), given, keywords) if _is(name, function):
-            given = given if _is_namespace(value) else [value, *given]
+            is_method = not (_is_namespace(value) or name[:1].isupper())
+            given = [value, *given] if is_method else given
         case ast.Call(ast.Name(name), given, keywords) if _is(name, function):
             pass
         case _:
             return None
-    named = {keyword.arg: _argument(code, keyword.value) for keyword in keywords if keyword.arg}
+    named = {str(k.arg): _argument(code, k.value) if k.arg else "" for k in keywords}
     return Call(_source(code, node), tuple(_argument(code, part) for part in given), named)
 
 
@@ -152,8 +185,7 @@ def _argument(code: str, node: ast.expr) -> str:
     text = _source(code, node)
     if len(text) > MAX_ARGUMENT or isinstance(node, ast.Starred):
         return ""
-    is_atom = isinstance(node, ast.Name | ast.Attribute | ast.Call | ast.Subscript)
-    return text if is_atom or _is_number(text) else f"({text})"
+    return text if isinstance(node, _ATOMS) or _is_number(text) else f"({text})"
 
 
 def _source(code: str, node: ast.AST) -> str:

@@ -22,6 +22,7 @@ from lightning_gradguard.core.forensics.inputs import (
     outlying_rows,
     parts_of,
 )
+from lightning_gradguard.core.forensics.location import Location
 from lightning_gradguard.core.forensics.operations import (
     JUMP,
     OperationFault,
@@ -264,11 +265,15 @@ def _advice(record: OperationRecord, fault: OperationFault | None, trace: Operat
     if record.is_custom:
         name = record.node.removesuffix("Backward")
         return f"The backward pass of your own autograd.Function {name}: {fault.advice(short_name(record))}"
-    failed, location = record.called if fault.called else short_name(record), record.location
+    failed, code = record.called if fault.called else short_name(record), _code(record.location)
     underflow = _underflow(record, fault)
     if fault.underflow and underflow is not None:
-        failed, location = underflow.operation, underflow.location
-    return fault.advice(failed, (location.expression or location.code) if location else "")
+        return fault.advice(underflow.operation, _code(underflow.location), logarithm=code)
+    return fault.advice(failed, code)
+
+
+def _code(location: Location | None) -> str:
+    return "" if location is None else location.expression or location.code
 
 
 def _rows_at_fault(source: OperationRecord, parts: Mapping[str, Tensor]) -> tuple[int, ...]:

@@ -7,12 +7,16 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-from lightning_gradguard.core.forensics.arguments import replacement
+from lightning_gradguard.core.forensics.arguments import call_in, replacement
 from lightning_gradguard.core.forensics.records import Argument, OperationRecord, largest_first
 from lightning_gradguard.core.incidents import Cause
 
 #: Functions with one cure.
-_ALIKE = (("log", "log2", "log10"), ("sinh", "cosh"), ("acos", "asin"), ("amin", "amax", "min", "max"))
+_ALIKE = (
+    *(("log", "log2", "log10"), ("exp", "exp2", "expm1", "sinh", "cosh"), ("acos", "asin"), ("std", "var")),
+    *(("amin", "amax", "min", "max"), ("remainder", "fmod"), ("lgamma", "digamma")),
+    ("mse_loss", "smooth_l1_loss", "huber_loss"),
+)
 
 
 @dataclass(frozen=True)
@@ -93,28 +97,44 @@ class OperationFault:
             and (not self.has_zero or argument.smallest == 0)
         )
 
-    def advice(self, function: str, code: str = "") -> str:
+    def advice(self, function: str, code: str = "", logarithm: str = "") -> str:
         """Returns the cause and the cure in words, with the function that failed in place of its like.
 
-        `code` calls it: its arguments take the places of `x` and `y`.
+        `code` calls it: its arguments take the places of `x` and `y`. If the cure takes the place of the
+        logarithm of an underflow, too, `logarithm` is the code of that.
         """
         cure, failed = self.cure, function.lower()
         for alike in _ALIKE:
             if failed in alike:
-                cure = re.sub(rf"torch\.({'|'.join(alike)})\(", f"torch.{failed}(", cure)
-        name = function
-        if not self.called:
-            name = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", function).strip("_").lower()
-            name = "logdet" if name == "scalar_tensor" else name  # which makes the NaN that logdet returns
-        replaced = replacement(code, name, cure, is_inside=bool(self.called))
+                cure = re.sub(rf"(?<=\.)({'|'.join(alike)})\(", f"{failed}(", cure)
+        usual = (self.called.split("|") if self.called else self.underflow or self.operations)[0]
+        name, usual = (n if self.called else _called_name(n) for n in (function, usual))
+        used = [name for name in ("x", "y") if re.search(rf"\b{name}\b", cure)]
+        is_alike = name == usual or used == ["y"] or call_in(cure, name) is not None
+        replaced = replacement(code, name, cure, is_inside=bool(self.called)) if is_alike else None
+        if replaced is not None and self.underflow and "div" not in map(_called_name, self.operations):
+            replaced = _with_logarithm(*replaced, logarithm)
         if replaced is not None:
             return f"{self.why}. In place of {replaced[0]} use {replaced[1]}."
-        used = [name for name in ("x", "y") if re.search(rf"\b{name}\b", cure)]
-        if used == ["x"] and not (self.called or self.underflow):
+        if used == ["x"] and is_alike and not (self.called or self.underflow):
             return f"{self.why}. In place of {name}(x) use {cure}."
         given = " and ".join(f"`{name}`" for name in used)
         names = ("", f" ({given} is its argument)", f" ({given} are its arguments)")[len(used)]
-        return f"{self.why}. Use {cure}{names}."
+        return f"{self.why}. {'Use' if is_alike else f'For {usual}, use'} {cure}{names}."
+
+
+def _called_name(operation: str) -> str:
+    """Returns the name of the function of torch that consists of an operation, or made an autograd node."""
+    name = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", operation).strip("_").lower()
+    return "logdet" if name == "scalar_tensor" else name  # which makes the NaN that logdet returns
+
+
+def _with_logarithm(underflow: str, cure: str, code: str) -> tuple[str, str] | None:
+    """Returns the logarithm of an underflow in code, and its cure; `None` if it is not of that alone."""
+    call = call_in(code, "log")
+    inner = f"{underflow}.sum(-1)" if "logsumexp" in cure else underflow
+    is_alone = call is not None and not call.keywords and call.arguments in ((inner,), (f"({inner})",))
+    return (call.code, cure) if call is not None and is_alone else None
 
 
 def short_name(record: OperationRecord) -> str:

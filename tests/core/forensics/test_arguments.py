@@ -24,7 +24,17 @@ LOG = "torch.log(x.clamp_min(1e-6))"
         ("linalg.eigh(c)", "linalg_eigh", "eigh(x + 1)", "linalg.eigh(c)", "eigh(c + 1)"),
         ("h.std(dim=1)", "std", "x.std(0, unbiased=False)", "h.std(dim=1)", "h.std(1, unbiased=False)"),
         ("h.std()", "std", "x.std(0, unbiased=False)", "h.std()", "h.std(unbiased=False)"),
-        ("h.norm(-1)", "linalg_vector_norm", "x.sum(-1, keepdim=True)", "h.norm(-1)", "h.sum(-1)"),
+        ("h.norm(2, 1)", "linalg_vector_norm", "x.sum(-1, keepdim=True)", "h.norm(2, 1)", "h.sum(1)"),
+        ("norm(h, p=2)", "linalg_vector_norm", "x.sum(-1, keepdim=True)", "norm(h, p=2)", "h.sum()"),
+        ("h.std(1, keepdim=True)", "std", "x.std(0)", "h.std(1, keepdim=True)", "h.std(1, keepdim=True)"),
+        (
+            "torch.cat(h).log()",
+            "log",
+            "torch.log(x + 1)",
+            "torch.cat(h).log()",
+            "torch.log(torch.cat(h) + 1)",
+        ),
+        ("h.mean() ** 2", "mean", "x.sum() / len(x)", "h.mean()", "(h.sum() / len(h))"),
     ],
 )
 def test_a_cure_of_the_arguments_of_a_call(
@@ -41,6 +51,10 @@ def test_a_cure_of_the_arguments_of_a_call(
         ("2 ** -h", "pow", "(x.abs() + 1e-6).pow(y)"),
         ("torch.log(first_of_all_the_many_values + second_of_all_the_many_values + 1)", "log", LOG),
         ("if torch.log(x) > 0:", "log", LOG),
+        ("h.norm(1)", "linalg_vector_norm", "x.sum(-1)"),
+        ("h.norm(-1)", "linalg_vector_norm", "x.sum(-1)"),
+        ("h.norm(dim=1, dtype=torch.half)", "linalg_vector_norm", "x.sum(-1)"),
+        ("h.softmax(1, **options)", "softmax", "torch.softmax(x + 1, -1)"),
         ("", "log", LOG),
     ],
 )
@@ -73,3 +87,8 @@ def test_a_cure_of_what_another_function_is_given(
 def test_a_cure_does_not_fit_another_function_with_other_arguments() -> None:
     assert replacement("self.att(h, h, h, pad)", "forward", MASK, is_inside=True) is None
     assert replacement("self.p.log_prob(t)", "Normal", "Normal(x, y + 1)", is_inside=True) is None
+
+
+def test_a_class_of_a_module_is_no_method() -> None:
+    replaced = replacement("d.Normal(a, b).log_prob(t)", "Normal", "Normal(x, y + 1)", is_inside=True)
+    assert replaced == ("d.Normal(a, b)", "Normal(a, b + 1)")

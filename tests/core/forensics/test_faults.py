@@ -165,6 +165,8 @@ CASES: list[tuple[str, Program, Program, Callable[[Tensor], Any] | None, str]] =
         "empty selection",
     ),
     ("division by 0", lambda x, y: x / y, lambda h: h, zero, "divisor is 0"),
+    ("division by a signed 0", lambda x, y: x / y, lambda h: h, lambda h: first(-h, 0), "either sign"),
+    ("reciprocal of a signed 0", torch.reciprocal, lambda h: first(-h, 0), None, "either sign"),
     ("division by the number 0", lambda x, y: x / y, lambda h: h, lambda h: 0, "divisor is 0"),
     ("division by 1e-38", lambda x, y: x * 9 / y, lambda h: h, lambda h: first(h, 1e-38), "far below 1"),
     ("reciprocal", torch.reciprocal, zero, None, "divisor is 0"),
@@ -444,7 +446,7 @@ def call(
     return lambda h: f(x(h)) if y is None else f(x(h), y(h))
 
 
-@pytest.mark.filterwarnings("ignore:.*degrees of freedom")
+@pytest.mark.filterwarnings("ignore:.*degrees of freedom", "ignore:reduction")
 @pytest.mark.parametrize(("name", "f", "x", "y", "word"), CASES, ids=NAMES)
 def test_a_fault_is_told_and_its_cure_trains(
     name: str, f: Program, x: Program, y: Callable[[Tensor], Any] | None, word: str
@@ -502,3 +504,49 @@ def test_a_cure_has_the_function_that_failed(function: str) -> None:
     fault = known_fault(record, FAULTS)
     assert fault is not None
     assert f"torch.{function}(x.clamp(-1 + 1e-6, 1 - 1e-6))" in fault.advice(short_name(record))
+
+
+@pytest.mark.filterwarnings("ignore:.*degrees of freedom")
+@pytest.mark.parametrize(
+    ("code", "x"),
+    [
+        ("9 / h.reciprocal()", zero),
+        ("torch.div(h, h).sum() ** 2", zero),
+        ("1 / h.mean()", none),
+        ("h.mean() ** 2", none),
+        ("h.std() * h.sum()", none),
+        ("2 * F.mse_loss(h, h + 1) ** 2", none),
+        ("h - torch.logsumexp(h, -1, keepdim=True)", masked),
+        ("torch.fmod(h, h)", zero),
+        ("torch.digamma(h)", zero),
+        ("torch.log(h.prod(1)).exp()", lambda h: h * 1e-15),
+        ("torch.log(h * h).exp()", lambda h: h * 1e-30),
+        ("torch.log(torch.softmax(h, 0))", lambda h: shifted(h, 500)),
+        ("torch.linalg.slogdet(h[:4]).logabsdet", zero),
+    ],
+)
+def test_a_cure_pasted_into_a_line_gives_the_number_of_the_line(code: str, x: Program) -> None:
+    def run(line: str, h: Tensor) -> Tensor:
+        result: Tensor = eval(line, {"torch": torch, "F": F, "h": h})
+        return result
+
+    record = examined(lambda h: run(code, x(h)))
+    fault = known_fault(record, FAULTS)
+    assert fault is not None
+    underflow = next((a.underflow for a in record.arguments if fault.underflow and a.underflow), None)
+    function = underflow.operation if underflow else short_name(record)
+    advice = fault.advice(function, code, logarithm=code)
+    replaced, cure = re.findall(r"In place of (.*) use (.*)\.$", advice)[0]
+    assert replaced in code
+    h = outputs(network()).detach() + torch.eye(ROWS, COLUMNS)
+    torch.testing.assert_close(run(code.replace(replaced, cure), h), run(code, h), rtol=0.05, atol=0.0)
+
+
+@pytest.mark.parametrize(
+    ("function", "other"), [("var_mean", "std"), ("mul", "mm"), ("prod", "pow"), ("LinalgInvEx", "linalg_qr")]
+)
+def test_the_cure_of_another_function_is_not_that_of_the_line(function: str, other: str) -> None:
+    fault = next(
+        f for f in reversed(FAULTS) if function in f.operations and not f.dtypes and len(f.operations) > 1
+    )
+    assert f"For {other}, use " in fault.advice(function, f"a.{function}(b)")

@@ -137,6 +137,21 @@ _DIVISIONS = (
     ),
     Fault(
         ("div", "true_divide"),
+        "A divisor of either sign is 0",
+        "x / torch.where(y.abs() < 1e-6, 1e-6, y)",
+        argument=1,
+        has_zero=True,
+        at_most=-1e-45,
+    ),
+    Fault(
+        ("reciprocal",),
+        "A divisor of either sign is 0",
+        "1 / torch.where(x.abs() < 1e-6, 1e-6, x)",
+        has_zero=True,
+        at_most=-1e-45,
+    ),
+    Fault(
+        ("div", "true_divide"),
         "0 is divided by 0 (0/0): a mean over an empty selection, a standard deviation or a norm of 0 (under "
         "the root, too, if it is a sqrt: torch.sqrt(x + 1e-6))",
         "x / y.clamp_min(1e-6)",
@@ -244,7 +259,7 @@ _STATISTICS = (
         is_empty=True,
     ),
     Fault(
-        ("std", "var", "var_mean", "std_mean"),
+        ("var", "std", "var_mean", "std_mean"),
         "Variance and standard deviation overflow float16: compute them in float32",
         "x.float().var(0)",
         dtypes=_HALF,
@@ -313,7 +328,7 @@ _LINEAR_ALGEBRA = (
     Fault(
         ("_linalg_slogdet", "_linalg_det"),
         "The matrix is singular: the logarithm of its determinant is -inf",
-        "torch.linalg.slogdet(x + 1e-3 * x.new_ones(x.shape[-1]).diag())[1]",
+        "torch.linalg.slogdet(x + 1e-3 * x.new_ones(x.shape[-1]).diag())",
     ),
 )
 
