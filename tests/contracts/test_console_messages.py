@@ -295,6 +295,28 @@ def test_nonfinite_gradients_are_unusual_where_nothing_checks_steps(
     assert any(line.startswith("  nonfinite  Add NaNRollback()") for line in printed)
 
 
+class Accumulating(Classifier):
+    """Steps at every fourth batch, by hand."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Batch, batch_idx: int) -> None:
+        loss = super().training_step(batch, batch_idx)
+        assert loss is not None
+        self.manual_backward(loss)
+        if batch_idx % 4 == 3:
+            optimizer: Any = self.optimizers()
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+def test_a_run_whose_first_step_is_late_was_not_resumed(capsys: pytest.CaptureFixture[str]) -> None:
+    fit_with_bar([NaNRollback()], batches(12), module=Accumulating())
+    assert "gradguard: No incident; 3 steps, " in " ".join(lines(capsys))
+
+
 class Stopped(Classifier):
     """Raises an exception at the tenth batch."""
 

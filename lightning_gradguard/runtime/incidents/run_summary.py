@@ -46,7 +46,7 @@ class RunTotals:
     """Totals of a run, reported when it ends.
 
     Args:
-        first_step: The first step, on the loggers' axis.
+        first_step: That at which the fit began, on the loggers' axis: above 0 if it was resumed.
         last_step: The last one.
         largest_norm: The largest total norm of accepted gradients that reached the host.
         checks_steps: True if every step's norm reached the host, and not that of logged steps alone.

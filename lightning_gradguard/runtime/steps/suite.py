@@ -65,6 +65,7 @@ class Suite:
         self._deferred: tuple[PackedMeasurement, int] | None = None
         self._pending: list[PendingSums] = []
         self._totals: RunTotals | None = None
+        self._began_at = 0
         self._ended_run: set[int] = set()
 
     def has(self, member: StepMember) -> bool:
@@ -89,6 +90,7 @@ class Suite:
         """Reads the constants of a fit: the sharding of parameters, the GradScaler."""
         self._layout = ParameterLayout(lightning_api.flat_shards(trainer), trainer.lightning_module.device)
         self._has_scaler = lightning_api.gradient_scaler(trainer) is not None
+        self._began_at = lightning_api.batches_that_stepped(trainer)
         self.is_running = True
 
     def end(self) -> None:
@@ -112,7 +114,7 @@ class Suite:
         losses = [lightning_api.unscaled_loss(trainer, loss) for loss in self.losses]
         self.losses = []
         if self._totals is None:
-            self._totals = RunTotals(number, number, checks_steps=bool(self._checkers))
+            self._totals = RunTotals(self._began_at, number, checks_steps=bool(self._checkers))
         self._totals.last_step = number
         if self._overrides:
             self.end_overrides()
