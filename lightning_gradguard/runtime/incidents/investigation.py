@@ -28,9 +28,9 @@ from lightning_gradguard.core.forensics import (
 )
 from lightning_gradguard.core.incidents import Cause, first_names, label
 from lightning_gradguard.core.remedies import Present
-from lightning_gradguard.core.snapshots import Snapshot
+from lightning_gradguard.core.snapshots import Snapshot, preserve_weights
 from lightning_gradguard.runtime import lightning_api
-from lightning_gradguard.runtime.distributed import gather_objects, world_size
+from lightning_gradguard.runtime.distributed import any_rank, gather_objects, world_size
 from lightning_gradguard.runtime.incidents.dataset_indices import behind_subsets
 from lightning_gradguard.runtime.incidents.dossier import Dossier, versions, write_dossier
 from lightning_gradguard.runtime.incidents.lost_batches import sample_ids
@@ -126,6 +126,10 @@ class Investigation:
         is_finite = weights_are_nonfinite and origin.cause == "transient"
         if out_of_range and (is_finite or origin.cause in ("update_too_large", "corrupted_weights")):
             origin = _in_weights(trainer, out_of_range, snapshot)
+        are_large = origin.cause == "update_too_large" and not weights_are_nonfinite
+        if any_rank(are_large, pl_module.device):
+            healthy = _origin_at_healthy_weights(trainer, pl_module, seen, snapshot)
+            origin = healthy if are_large and healthy.cause not in _VAGUE else origin
         origin = _with_samples(trainer, seen, origin)
         origins: list[Origin] = gather_objects(origin)
         rank = min(range(len(origins)), key=lambda r: (_VAGUE.get(origins[r].cause, 0), r))
@@ -244,6 +248,19 @@ def _first_origin(
     # all of them, on every rank: the step may contain collectives
     found = [(replay(trainer, pl_module, seen, out_of_range), seen) for seen in window]
     return next((pair for pair in found if pair[0].cause != "transient"), found[-1])
+
+
+def _origin_at_healthy_weights(
+    trainer: pl.Trainer, pl_module: pl.LightningModule, seen: SeenBatch, snapshot: Snapshot
+) -> Origin:
+    """Returns the origin that a batch has at the weights of a snapshot: one that it has there is not theirs.
+
+    Weights become larger in healthy runs, too, as a bias does that begins at 0.
+    """
+    with preserve_weights(pl_module):
+        for _, now, before in snapshot.compare(list(pl_module.named_parameters()), ()):
+            now.detach().copy_(before)
+        return replay(trainer, pl_module, seen, {})
 
 
 def _dossier(

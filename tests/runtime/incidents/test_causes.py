@@ -163,6 +163,14 @@ def test_schedule_that_is_nonfinite(tmp_path: Path) -> None:
     assert [i["kind"] for i in found].count("learning_rate_backoff") == 0
 
 
+def test_weights_that_have_grown_are_not_blamed_for_a_batch_that_fails_without_it(tmp_path: Path) -> None:
+    fit(Network(masked, lr=1.0), data(), [NaNRollback()], tmp_path)
+    (found,) = incidents(tmp_path)
+    assert (found["where"], found["cause"]) == (["criterion"], "loss"), found
+    assert "empty selection" in found["advice"]
+    assert "learning rate" not in found["advice"]
+
+
 def gated(module: Any, batch: Any) -> Tensor:
     """A loss of 0, with gradients of 0, in the bad batch."""
     loss: Tensor = squares(module, batch) * batch[2].all()
