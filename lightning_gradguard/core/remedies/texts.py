@@ -195,7 +195,7 @@ BY_CAUSE = {
     ),
     "constant_loss": (
         "The loss does not depend on {where}: check that it is computed from the network's output, without "
-        "detach, item, argmax or rounding in between."
+        "detach, item, argmax or rounding in between, and in float32: gradients below 6e-8 are 0 in float16."
     ),
     "not_in_optimizer": (
         "Give them to an optimizer, optimizer.add_param_group({{'params': {parameters}}}), or, if "
