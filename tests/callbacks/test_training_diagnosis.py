@@ -999,6 +999,13 @@ def test_loss_that_is_zero_from_the_start_is_constant() -> None:
     assert "0 since the start" in incident.detail
 
 
+def test_outputs_that_a_rectifier_has_cut_off_have_lost_their_gradient() -> None:
+    rectified = lambda z, y: (functional.relu(z[:, 0] + 1.0) + 5.0).square().mean()  # noqa: E731
+    module = Task(loss=rectified, optimizer=lambda net: torch.optim.SGD(net.parameters(), 1.0))
+    (incident,) = (found for found in diagnosed(module, 40) if found.kind == "stuck_loss")
+    assert (incident.cause, "a factor of 0" in incident.advice) == ("zero_gradient", True)
+
+
 @pytest.mark.parametrize(("accumulated", "found"), [(1, 1), (4, 0)])
 def test_first_updates_are_counted_where_a_module_accumulates_by_itself(accumulated: int, found: int) -> None:
     diagnosis, updates = Diagnosis(), [_update(ratios=[0.13, 0.13])]

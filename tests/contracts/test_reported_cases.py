@@ -512,6 +512,7 @@ def test_an_outlier_of_the_targets(run: Any) -> None:
     found = told.first("loss_spike")
     assert (found["cause"], found["where"]) == ("bad_input", ["batch[1]"])
     assert "in row 5" in found["detail"]
+    assert f"(index in the data set: {BAD + 80})" in found["detail"]
     assert "exploding" not in told.headline
 
 

@@ -79,8 +79,8 @@ BY_KIND = {
         "The run lost this batch before it was resumed (lost_batches.rank0.jsonl); it is skipped again."
     ),
     "exception_in_step": (
-        "The step raised on the values of this batch; skip_invalid_batches=True[rollback| of NaNRollback] "
-        "omits such batches and continues."
+        "The step raised on the values of this batch; NaNRollback(skip_invalid_batches=True) omits such "
+        "batches and continues."
     ),
     "vanishing_gradient": (
         "Gradients vanish before they reach {where}:[no_attention| in a transformer normalize ahead of each "

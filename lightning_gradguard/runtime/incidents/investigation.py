@@ -185,12 +185,12 @@ class Investigation:
         return str(written.relative_to(folder))
 
 
-def scan_batches(batches: Sequence[SeenBatch]) -> Origin | None:
+def scan_batches(trainer: pl.Trainer, batches: Sequence[SeenBatch]) -> Origin | None:
     """Finds rows of finite batches that are far out of range, if any rank has some. Collective."""
     found = []
     for seen in batches:
         origin = or_bad_input(Origin("unknown", detail="The step is finite"), parts_of(seen.batch))
-        found += [origin] if origin.cause == "bad_input" else []
+        found += [_with_samples(trainer, seen, origin)] if origin.cause == "bad_input" else []
     origins: list[Origin | None] = gather_objects(next(iter(found), None))
     return next((origin for origin in origins if origin is not None), None)
 

@@ -131,7 +131,7 @@ def _unusual(
             remedies("nonfinite_gradient")[0],
         )
     clipped, largest = counts.get(tags.CLIPPED_FRACTION, 0.0), counts.get(tags.LARGEST_NORM, 0.0)
-    if clipped > USUAL_CLIPPED_FRACTION:
+    if clipped > USUAL_CLIPPED_FRACTION and tags.FOUND_LR not in counts:
         found["clipping"] = (
             f"{clipped:.1%} of the steps were clipped, usual: up to {USUAL_CLIPPED_FRACTION:.0%}",
             advice("constant_clipping", coefficient=counts.get(tags.USUAL_COEFFICIENT)),

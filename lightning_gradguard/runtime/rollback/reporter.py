@@ -42,7 +42,7 @@ class IncidentReporter:
         """Publishes what is wrong with committed steps, with its cause if weights or batches reveal it."""
         origin = self._fit.investigation.scan_weights(self._fit.trainer, self._fit.snapshots.newest())
         if origin is None and kind == "loss_spike":
-            origin = scan_batches(batches)
+            origin = scan_batches(self._fit.trainer, batches)
         facts = origin_facts(origin, present_in(self._fit.trainer)) if origin is not None else {}
         self.publish(kind, value=loss, **facts)
 

@@ -149,7 +149,7 @@ def test_scaling_is_advised_where_inputs_saturate_the_first_layer() -> None:
         return nn.functional.cross_entropy(network(inputs[:128] * 255), target[:128])
 
     (finding,) = check(network, loss)[0]
-    made = eval(finding.cure.partition("#")[0], {"InitializationCheck": InitializationCheck})
+    made = eval(finding.cure.splitlines()[1], {"InitializationCheck": InitializationCheck})
     assert (made.on_failure, made.repair_modules) == ("repair", ())
     repair(network, loss, names=made.repair_modules)
     assert check(network, loss)[0] == []

@@ -35,6 +35,7 @@ class Progress:
         first: The first loss.
         largest_update: Largest norm of an update over that of all weights.
         has_rate: True once a schedule has left a rate.
+        had_gradient: True once a layer's output has had a gradient.
         ends_early: Step before which no schedule of a run of this length takes the rate away.
     """
 
@@ -42,6 +43,7 @@ class Progress:
         self.first = math.nan
         self.largest_update = 0.0
         self.has_rate = False
+        self.had_gradient = False
         self.ends_early = 0.0
         self._losses: deque[float] = deque(maxlen=RECENT)
         self._calls: dict[str, deque[tuple[float, float]]] = defaultdict(partial(deque, maxlen=RECENT))
@@ -59,6 +61,7 @@ class Progress:
             self._losses.append(sample.loss)
             self._range = min(self._range[0], sample.loss), max(self._range[1], sample.loss)
         self._spreads = self._spreads[1], sample.spread
+        self.had_gradient |= any(gradient > 0 for layer in sample.layers for gradient in layer.gradients)
         self._ratios = []
         for number, call in enumerate(sample.calls):
             recent = self._calls[f"{number}.{call.function}"]
@@ -166,6 +169,7 @@ class Progress:
             "weights": dict(self._largest_weights),
             "update": self.largest_update,
             "has_rate": self.has_rate,
+            "had_gradient": self.had_gradient,
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -181,3 +185,4 @@ class Progress:
         self._largest_weights = dict(state_dict.get("weights", {}))
         self.largest_update = state_dict.get("update", 0.0)
         self.has_rate = state_dict.get("has_rate", True)
+        self.had_gradient = state_dict.get("had_gradient", False)

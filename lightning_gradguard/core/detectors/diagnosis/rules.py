@@ -231,11 +231,12 @@ def unbounded_loss(sample: Sample, progress: Progress) -> Iterator[Symptom]:
 
 
 def constant_loss(sample: Sample, progress: Progress) -> Iterator[Symptom]:
-    """Yields a loss that does not depend on the network."""
+    """Yields a loss that does not depend on the network, from the start or any more."""
     if has_no_gradient(sample, progress):
         evidence = "the gradient at the output of every layer is exactly zero, and the loss is "
         evidence += "not" if sample.loss else "0 since the start"
-        yield Symptom("stuck_loss", "constant_loss", sample.head, sample.loss, evidence, "stuck", 3)
+        cause: SymptomCause = "zero_gradient" if progress.had_gradient else "constant_loss"
+        yield Symptom("stuck_loss", cause, sample.head, sample.loss, evidence, "stuck", 3)
 
 
 def far_targets(sample: Sample, progress: Progress, patience: int) -> Iterator[Symptom]:
