@@ -291,7 +291,7 @@ def test_nonfinite_gradients_are_unusual_where_nothing_checks_steps(
 ) -> None:
     fit_with_bar([GradientNormMonitor()], poisoned(batches(10), nan=[4]), log_every_n_steps=1)
     printed = lines(capsys)
-    assert table(printed)["unusual"] == "gradients of 6 steps were not finite"
+    assert table(printed)["unusual"] == "gradients of 6 logged steps were not finite"
     assert any(line.startswith("  nonfinite  Add NaNRollback()") for line in printed)
 
 

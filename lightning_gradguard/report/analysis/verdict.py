@@ -133,7 +133,10 @@ def _by_outcome(symptom: RunSymptom, outcome: Outcome, found: Sequence[RunSympto
     """Returns the severity that the outcome of the run leaves of a symptom."""
     severity = symptom.severity
     if severity == "handled" and outcome.has_improved is False:
-        # the suite intervened, and nothing was better afterwards, unless that has a reason from before
+        # the suite intervened, and nothing was better afterwards, unless that has a reason from before, or
+        # what was repaired is followed by something else
+        if symptom.kind in INITIALIZATION and any(s.severity == "serious" for s in found):
+            return severity
         earlier = [s for s in found if s.severity == "serious" and s.since <= symptom.since]
         return severity if any(s.cause in SYMPTOM_CAUSES for s in earlier) else "serious"
     is_diagnosed = symptom.cause in SYMPTOM_CAUSES

@@ -127,7 +127,7 @@ def _unusual(
     found = {}
     if nonfinite:
         found["nonfinite"] = (
-            f"gradients of {nonfinite} {'step was' if nonfinite == 1 else 'steps were'} not finite",
+            f"gradients of {nonfinite} logged {'step was' if nonfinite == 1 else 'steps were'} not finite",
             remedies("nonfinite_gradient")[0],
         )
     clipped, largest = counts.get(tags.CLIPPED_FRACTION, 0.0), counts.get(tags.LARGEST_NORM, 0.0)

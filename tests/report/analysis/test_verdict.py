@@ -245,6 +245,16 @@ def test_a_rise_that_the_rollback_has_judged_is_no_divergence() -> None:
     assert "divergence" in kinds(analyze_run(acted))
 
 
+def test_a_repair_after_which_something_else_fails_is_not_the_headline() -> None:
+    repaired = Incident("poor_initialization", 0, where=("net.0",), action="repaired")
+    stuck = Incident("stuck_loss", 60, where=("head",), detail="The loss is that of the best constant.")
+    flat = series([2.0] * 100)
+    verdict = analyze_run(RunLog(flat, skips=series([0.0] * 100), incidents=[repaired, stuck]))
+    assert (verdict.headline, kinds(verdict)["poor_initialization"]) == ("stuck loss", "handled")
+    alone = analyze_run(RunLog(flat, skips=series([0.0] * 100), incidents=[repaired]))
+    assert kinds(alone)["poor_initialization"] == "serious"
+
+
 def test_explosion_with_a_known_cause_is_in_the_headline_of_a_run_that_learns() -> None:
     found = Incident("exploding_gradient", 1, where=("net.0",), cause="large_weights", detail="It grows.")
     verdict = analyze_run(RunLog(series(falling()), [gradients(falling())], incidents=[found]))
