@@ -76,16 +76,19 @@ def page(records: Iterable[Record], environment: Mapping[str, str]) -> str:
 
 
 def is_harmed(scenario: Scenario, bare: Sequence[Record], guarded: Sequence[Record]) -> bool:
-    """True if the mean score with a guard is worse than without by more than seeds differ, and by 2 %."""
+    """True if the mean score with a guard is worse than without by more than seeds differ, and by 2 %.
+
+    Means are over the seeds that both have; seeds differ as all of those without a guard do.
+    """
     if any(record.score is None for record in guarded):
         return True
-    seeds = {record.seed for record in guarded}
-    without = [r.score for r in bare if r.score is not None and r.seed in seeds]
-    scores = [r.score for r in guarded if r.score is not None]
-    if not without:
+    by_seed = {record.seed: record.score for record in bare if record.score is not None}
+    pairs = [(by_seed[r.seed], r.score) for r in guarded if r.score is not None and r.seed in by_seed]
+    if not pairs:
         return False
+    without, scores = zip(*pairs, strict=True)
     worse = mean(without) - mean(scores) if scenario.higher else mean(scores) - mean(without)
-    noise = stdev(without) if len(without) > 1 else 0.0
+    noise = stdev(by_seed.values()) if len(by_seed) > 1 else 0.0
     return worse > max(noise, RELATIVE_TOLERANCE * abs(mean(without)))
 
 
