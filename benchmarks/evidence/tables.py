@@ -85,10 +85,10 @@ def is_harmed(scenario: Scenario, bare: Sequence[Record], guarded: Sequence[Reco
     pairs = [(by_seed[r.seed], r.score) for r in guarded if r.score is not None and r.seed in by_seed]
     if not pairs:
         return False
-    without, scores = zip(*pairs, strict=True)
-    worse = mean(without) - mean(scores) if scenario.higher else mean(scores) - mean(without)
+    without = mean(score for score, _ in pairs)
+    worse = mean(before - score if scenario.higher else score - before for before, score in pairs)
     noise = stdev(by_seed.values()) if len(by_seed) > 1 else 0.0
-    return worse > max(noise, RELATIVE_TOLERANCE * abs(mean(without)))
+    return worse > max(noise, RELATIVE_TOLERANCE * abs(without))
 
 
 def is_solved(scenario: Scenario, record: Record) -> bool:
