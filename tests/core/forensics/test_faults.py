@@ -471,7 +471,7 @@ def test_a_fault_is_told_and_its_cure_trains(
             result = f(result, other)
         elif fault.cure.startswith("y."):
             result = f(given, result)
-        elif fault.cure.startswith("torch.exp(x.clamp_min(-80"):
+        elif fault.cure.startswith("torch.exp(x.clamp_min(-40"):
             result = f(result.log())
         loss: Tensor = result
         return loss
@@ -550,3 +550,20 @@ def test_the_cure_of_another_function_is_not_that_of_the_line(function: str, oth
         f for f in reversed(FAULTS) if function in f.operations and not f.dtypes and len(f.operations) > 1
     )
     assert f"For {other}, use " in fault.advice(function, f"a.{function}(b)")
+
+
+def test_the_floor_of_a_kernel_trains_through_many_divisions() -> None:
+    fault = next(fault for fault in FAULTS if fault.underflow == ("exp",) and "div" in fault.operations)
+
+    def scaled(h: Tensor, kernel_of: Callable[[Tensor], Tensor]) -> Tensor:
+        """The iterations of Sinkhorn, where one row of the kernel underflows."""
+        kernel = kernel_of(shifted(-h, -150.0))
+        v = torch.ones(h.shape[1])
+        for _ in range(3):
+            u = 1 / (kernel @ v)
+            v = 1 / (kernel.mT @ u)
+        return u[:, None] * kernel * v
+
+    record = examined(lambda h: scaled(h, torch.exp))
+    assert known_fault(record, FAULTS) is not None
+    trains(lambda h: scaled(h, lambda x: eval(fault.cure, {"torch": torch, "x": x})))

@@ -162,7 +162,7 @@ _UNDERFLOW = (
     ),
 )
 _DIVISOR = (
-    "exp(x) underflows to 0 below -103, and is divided by: keep its argument above -80 (divide it by a "
+    "exp(x) underflows to 0 below -103, and is divided by: keep its argument above -40 (divide it by a "
     "larger temperature or regularization), or stay with logarithms"
 )
 #: Of logarithms whose argument is 0 as an operation before them underflows, or whose gradient overflows then.
@@ -173,6 +173,6 @@ UNDERFLOW = (
         for names, why, cure in _UNDERFLOW
         if names != ("sigmoid",)  # which is 0 where its logarithm's gradient would overflow
     ),
-    Fault(("div", "true_divide"), _DIVISOR, "torch.exp(x.clamp_min(-80))", argument=1, underflow=("exp",)),
-    Fault(("reciprocal",), _DIVISOR, "torch.exp(x.clamp_min(-80))", underflow=("exp",)),
+    Fault(("div", "true_divide"), _DIVISOR, "torch.exp(x.clamp_min(-40))", argument=1, underflow=("exp",)),
+    Fault(("reciprocal",), _DIVISOR, "torch.exp(x.clamp_min(-40))", underflow=("exp",)),
 )
