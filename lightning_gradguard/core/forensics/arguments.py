@@ -107,6 +107,12 @@ def replacement(code: str, function: str, cure: str, *, is_inside: bool = False)
     cure, others = fitting
     text = re.sub(rf"\b({'|'.join(used)})\b(?!=)", lambda name: named[name[0]], cure)
     text = f"{text[:-1]}{others})" if others else text
+    if not is_caller and isinstance(statement := ast.parse(call.code).body[0], ast.AugAssign):
+        target = ast.get_source_segment(call.code, statement.target) or ""
+        operator = call.code[len(target) :].partition("=")[0].strip()
+        start = f"{target} {operator} "  # in place, as the line does it
+        kept = f"{target} {operator}= {text.removeprefix(start)}"
+        return (call.code, kept) if text.startswith(start) else None
     return (named[used[0]], text) if is_caller else (call.code, _enclosed(text, call.code))
 
 
@@ -158,6 +164,8 @@ def _call(code: str, node: ast.AST, function: str) -> Call | None:
     keywords: list[ast.keyword] = []
     match node:
         case ast.BinOp(left, operator, right) if function in _OPERATORS.get(type(operator), ()):
+            given = [left, right]
+        case ast.AugAssign(left, operator, right) if function in _OPERATORS.get(type(operator), ()):
             given = [left, right]
         case ast.Call(ast.Attribute(value, name), given, keywords) if _is(name, function):
             is_method = not (_is_namespace(value) or name[:1].isupper())

@@ -110,7 +110,7 @@ class OperationTrace(TorchDispatchMode):
         # the target of a copy is not read: it may be uninitialized memory
         read = inputs[1:] if name == "aten::copy_" else inputs
         before = self._inspect(read, name) if overwrites else None
-        underflow = self._underflow(name, inputs) if node is None else None
+        underflow = self._underflow(name, inputs, args) if node is None else None
         try:
             result = function(*args, **(kwargs or {}))
         except Exception:
@@ -180,13 +180,15 @@ class OperationTrace(TorchDispatchMode):
         location, name = self._made_at.get(node._sequence_nr(), (None, ""))
         return location, name or node.name()
 
-    def _underflow(self, name: str, inputs: Sequence[Tensor]) -> Underflow | None:
+    def _underflow(self, name: str, inputs: Sequence[Tensor], args: Sequence[Any]) -> Underflow | None:
         """Returns the operation that zeros of a result come from: an earlier one, or this one."""
         earlier = (self._underflows.get(_storage(t)) for t in inputs)
         found = next((u for u in earlier if u is not None), None)
         if found is not None or _short(name) not in _UNDERFLOW or not inputs:
             return found
         if any(is_nonfinite(t) or _has_zero(t) for t in inputs):  # a zero is of a mask, or of a ReLU
+            return None
+        if _short(name) == "mul" and any(type(arg) in (int, float, bool) and arg == 0 for arg in args):
             return None
         return Underflow(_short(name).lstrip("_"), user_location(self._frameworks))
 

@@ -295,7 +295,7 @@ class RollbackSession:
         decision, outcome.decision = outcome.decision, "continue"
         policy, cause = self._fit.policy, self._fit.investigation.cause
         if decision == "roll_back" and policy.is_useless and cause in OF_OPTIMIZER:
-            decision = policy.stop_for(f"every update fails alike ({label(cause)})")
+            decision = policy.stop_for(f"a rollback does not help against its cause ({label(cause)})")
         if decision != "continue":
             self._fit.suite.discard_deferred()
             self._mode.deferred = None

@@ -176,6 +176,13 @@ def test_a_second_derivative_is_told_by_the_line_of_the_function(function: str) 
     assert investigate(layer, lambda: run(cure), None).cause == "transient"
 
 
+def test_a_product_with_the_number_0_does_not_underflow() -> None:
+    net = network()
+    origin = examine(net, lambda: (net(inputs()).exp() * 0).log().mean(), None)
+    assert "underflow" not in f"{origin.detail} {origin.advice}"
+    assert "The logarithm of 0 is -inf" in origin.advice
+
+
 def test_mean_over_no_labels_is_the_loss() -> None:
     x, y, net = inputs(), torch.full((6,), -100), network()
     origin = examine(net, lambda: F.cross_entropy(net(x), y), (x, y))
