@@ -207,7 +207,7 @@ def verdict_of(results: Sequence[SeedResult], whole: int) -> tuple[TreatmentVerd
         evidence += f"; the budget has allowed {len(results)} of {N_SEEDS} fresh seeds"
     slow = next((r.learning for r in results if r.learning.has_learned and not r.learning.is_settled), None)
     if steps < whole:
-        evidence += f"; the budget has allowed {steps} of the {whole} steps of your run: better so far"
+        evidence += f"; the budget has allowed {steps} of the {whole} steps of your run"
     elif slow is not None:
         evidence += f"; {slow.evidence}: a longer run learns more"
     is_better = all(b or r.keeps(noise) for b, r in zip(beats, results, strict=True)) and any(beats)
@@ -216,7 +216,7 @@ def verdict_of(results: Sequence[SeedResult], whole: int) -> tuple[TreatmentVerd
     if all(learned) and is_better and fails and not missing and steps >= whole:
         return "cured", f"{evidence}. With the last seed, {results[-1].learning.evidence}"
     if all(beats) and not any(r.treated.over_constant >= LEARNS for r in results):
-        return "better", evidence
+        return "better", f"{evidence}: better so far" if steps < whole else evidence
     return "no_treatment_found", evidence
 
 

@@ -59,6 +59,9 @@ def test_runs_shorter_than_the_own_are_better_so_far() -> None:
     verdict, evidence = verdict_of(results([0.3, 0.4, 0.2], [2.3, 2.31, 2.29], steps=150), WHOLE)
     assert verdict == "better"
     assert "the budget has allowed 150 of the 400 steps of your run: better so far" in evidence
+    verdict, evidence = verdict_of(results([2.2, 0.4, 0.2], [2.3, 2.31, 2.29], steps=150), WHOLE)
+    assert verdict == "no_treatment_found"
+    assert evidence.endswith("the budget has allowed 150 of the 400 steps of your run")
 
 
 def test_loss_that_has_risen_is_no_cure() -> None:
