@@ -81,8 +81,8 @@ class AdaptiveGradientClipping(StepCallback):
         self.settings = non_defaults(AdaptiveGradientClipping, locals())
         if policy is not None and not isinstance(policy, ClippingPolicy):
             raise ValueError(
-                f"policy={policy!r} is not a ClippingPolicy: subclass lightning_gradguard.ClippingPolicy "
-                "and write its method `coefficients(gradients)`."
+                f"policy={policy!r} is not a ClippingPolicy: pass one, such as GlobalNormClipping(1.0), or "
+                "one of your own subclass with the method `coefficients(gradients)`."
             )
         self.policy = RelativeNormClipping() if policy is None else policy
         self.exclude = arguments.names("exclude", exclude)

@@ -136,8 +136,15 @@ class TrainingGuard:
         whole_number("keep_snapshots", keep_snapshots)
         within("max_skip_fraction", max_skip_fraction, "(0, 1]")
         one_of("snapshot_device", snapshot_device, "cpu", "same")
+        if not isinstance(optimizer, Optimizer):
+            raise ValueError(
+                f"optimizer is a {type(optimizer).__name__}, no torch optimizer: modules come first, as in "
+                "TrainingGuard(network, optimizer)."
+            )
         if policy is not None and not isinstance(policy, ClippingPolicy):
-            raise ValueError(f"policy={policy!r} is not a ClippingPolicy.")
+            raise ValueError(
+                f"policy={policy!r} is not a ClippingPolicy: pass one, such as GlobalNormClipping(1.0)."
+            )
         if backoff is not None and not isinstance(backoff, Backoff):
             raise ValueError(f"backoff={backoff!r} is not a Backoff.")
         if isinstance(optimizer, torch.optim.LBFGS):

@@ -376,6 +376,8 @@ def test_unsupported_optimizers_and_weights_are_rejected() -> None:
     with pytest.raises(ValueError, match="LBFGS is unsupported"):
         TrainingGuard(layer, torch.optim.LBFGS(layer.parameters()))
     optimizer = torch.optim.SGD(layer.parameters(), 0.1)
+    with pytest.raises(ValueError, match=r"optimizer is a Linear.*TrainingGuard\(network, optimizer\)"):
+        TrainingGuard(optimizer, layer)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="2 parameters of the optimizer are not in `modules`"):
         TrainingGuard(nn.Linear(2, 1), optimizer)
     layer.weight.data[0, 0] = torch.nan
