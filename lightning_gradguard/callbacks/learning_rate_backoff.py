@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from functools import partial
 from typing import Any
 
@@ -88,6 +89,12 @@ class LearningRateBackoff(StepCallback):
     def on_begin(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Hooks into the optimizers of this fit."""
         self._rates = [ScaledLearningRate(optimizer) for optimizer in trainer.optimizers]
+        if not self._initial_rates():
+            names = ", ".join(type(optimizer).__name__ for optimizer in trainer.optimizers)
+            warnings.warn(
+                f"LearningRateBackoff does not act: the parameter groups of {names} have no 'lr'.",
+                stacklevel=2,
+            )
         if trainer.global_step == 0 and self._has_ended:
             self._backoff.reset()  # the run before was another one
             self._found_rate = None
@@ -130,6 +137,8 @@ class LearningRateBackoff(StepCallback):
             return
         # what the data or the optimizer's arguments cause fails alike at any rate
         if incident.cause in ("bad_input", *OF_OPTIMIZER) or not self._has_updated:
+            return
+        if not self._initial_rates():
             return
         if self._backoff.on_rollback(int(incident.value)):
             self._found_rate = None

@@ -237,7 +237,7 @@ class ScaledLearningRate:
         self._hooks.scaled.append(self)
 
     def scheduled(self) -> list[float | Tensor]:
-        """Returns the learning rate of each parameter group, as a schedule or the user has set it.
+        """Returns the learning rates of groups that have one, as a schedule or the user has set them.
 
         One that is a tensor is copied, without a host synchronization.
         """
@@ -250,8 +250,7 @@ class ScaledLearningRate:
 
     def initial(self) -> list[float]:
         """Returns the learning rate of each parameter group before any schedule; synchronizes for tensors."""
-        groups = self._hooks.optimizer.param_groups
-        pairs = zip(groups, self.scheduled(), strict=True)
+        pairs = zip(self._hooks.groups(), self.scheduled(), strict=True)
         return [float(group.get("initial_lr", rate)) for group, rate in pairs]
 
     def remove(self) -> None:
@@ -277,6 +276,10 @@ class _RateHooks:
             optimizer.register_step_post_hook(self._undo),
         ]
 
+    def groups(self) -> list[dict[str, Any]]:
+        # an optimizer of the user's own may have no rate, or another name for it
+        return [group for group in self.optimizer.param_groups if "lr" in group]
+
     @property
     def factor(self) -> float:
         factor = 1.0
@@ -286,9 +289,7 @@ class _RateHooks:
 
     def scheduled(self) -> list[float | Tensor]:
         # Lightning's closure runs within the step, while rates are scaled
-        rates = [scheduled for scheduled, _ in self._scheduled] or [
-            group["lr"] for group in self.optimizer.param_groups
-        ]
+        rates = [scheduled for scheduled, _ in self._scheduled] or [group["lr"] for group in self.groups()]
         return [rate.detach().clone() if isinstance(rate, Tensor) else float(rate) for rate in rates]
 
     def remove(self, rate: ScaledLearningRate) -> None:
@@ -305,7 +306,7 @@ class _RateHooks:
         factor = self.factor
         if factor == 1.0:
             return
-        for group in self.optimizer.param_groups:
+        for group in self.groups():
             scheduled = group["lr"]
             if isinstance(scheduled, Tensor):
                 self._scheduled.append((scheduled.clone(), None))
@@ -315,7 +316,7 @@ class _RateHooks:
                 self._scheduled.append((scheduled, group["lr"]))
 
     def _undo(self, *_: Any) -> None:
-        for group, (scheduled, scaled) in zip(self.optimizer.param_groups, self._scheduled, strict=False):
+        for group, (scheduled, scaled) in zip(self.groups(), self._scheduled, strict=False):
             if isinstance(scheduled, Tensor):
                 group["lr"].copy_(scheduled)
             elif group["lr"] == scaled:  # else the closure has set a rate of its own

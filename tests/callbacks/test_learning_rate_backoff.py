@@ -208,3 +208,29 @@ def test_several_scales_of_one_optimizer_multiply_and_leave_the_rate_as_it_was()
     assert pending_rate_scale(optimizer) == 0.5
     rates[0].remove()
     assert not optimizer._optimizer_step_pre_hooks
+
+
+def test_an_optimizer_without_a_rate_is_left_alone_and_named() -> None:
+    class Descent(torch.optim.Optimizer):
+        def step(self, closure: Any = None) -> Any:
+            loss = closure()
+            for parameter in self.param_groups[0]["params"]:
+                if parameter.grad is not None:
+                    parameter.data -= 0.05 * parameter.grad
+            return loss
+
+    class Module(Classifier):
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return Descent(self.parameters(), {"step_size": 0.05})
+
+    seen: list[str] = []
+
+    class Spy(pl.Callback):
+        def on_training_incident(self, trainer: pl.Trainer, pl_module: Any, incident: Incident) -> None:
+            seen.append(incident.kind)
+
+    callbacks = [LearningRateBackoff(), NaNRollback(max_dossiers=0, snapshot_every_n_steps=5), Spy()]
+    with pytest.warns(UserWarning, match="LearningRateBackoff does not act: the parameter groups of Descent"):
+        fit(Module(), poisoned(batches(40), nan=[20, 21, 22]), callbacks)
+    assert "rollback" in seen
+    assert "learning_rate_backoff" not in seen
