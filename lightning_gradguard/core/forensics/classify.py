@@ -16,11 +16,13 @@ from lightning_gradguard.core.forensics.exceptions import origin_of_exception
 from lightning_gradguard.core.forensics.faults import FAULTS
 from lightning_gradguard.core.forensics.inputs import (
     HUGE_INPUT,
+    Rescaled,
     huge_inputs,
     or_bad_input,
     outliers,
     outlying_rows,
     parts_of,
+    parts_out_of_scale,
 )
 from lightning_gradguard.core.forensics.location import Location
 from lightning_gradguard.core.forensics.operations import (
@@ -69,7 +71,7 @@ def investigate(
         batch: Input of `run`, in which the origin may be; any nesting of tensors.
         out_of_range: Tensors of weights or optimizer state with elements out of range; see
             `out_of_range_elements`.
-        repeats_finite: True to run a batch that turns out finite once more, without the checks. False if
+        repeats_finite: True to run a batch that turns out finite, or is out of scale, once more. False if
             `run` may communicate with ranks whose batches are not finite.
         frameworks: Folders with code that is never the user's, beside that of torch.
 
@@ -101,7 +103,9 @@ def investigate(
         return origin_of_exception(error, trace.failed, parts, out_of_range, frameworks)
     nonfinite = next((t for t in (*losses, *gradients) if is_nonfinite(t)), None)
     if nonfinite is not None:
-        return _classify(_source(trace.record_of(nonfinite)), out_of_range, parts, trace)
+        origin = _classify(_source(trace.record_of(nonfinite)), out_of_range, parts, trace)
+        is_of_code = origin.operation and origin.phase == "forward" and origin.cause != "bad_input"
+        return _with_scale(origin, module, run, parts) if is_of_code and repeats_finite else origin
     overflows = _total_norm_overflows(gradients)
     if not (overflows or corrupted):
         return _finite(module, run, repeats=repeats_finite)
@@ -117,6 +121,22 @@ def _run(run: Run) -> tuple[Sequence[Tensor], Sequence[Tensor], Exception | None
         return *run(), None
     except Exception as error:  # of the step's own code, or of torch
         return [], [], error
+
+
+def _with_scale(origin: Origin, module: nn.Module, run: Run, parts: Mapping[str, Tensor]) -> Origin:
+    """Returns the origin, advised to standardize a part of the batch first if that alone makes it finite."""
+    for name, rms in parts_out_of_scale(parts).items():
+        if outlying_rows(parts[name]):  # bad data, which scaling would hide
+            continue
+        with preserve_state(module), torch.enable_grad(), Rescaled(parts[name], 1 / rms):
+            losses, gradients, error = _run(run)
+        if error is None and not any(map(is_nonfinite, (*losses, *gradients))):
+            first = (
+                f"First standardize {name}, (x - x.mean(0)) / x.std(0): its rms is {rms:.3g} (usual: about "
+                "1), and the step is finite where it is scaled to 1."
+            )
+            return replace(origin, advice=f"{first} {origin.advice}".strip())
+    return origin
 
 
 def _source(record: OperationRecord | None) -> OperationRecord | str | None:

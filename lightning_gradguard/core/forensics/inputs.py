@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves_with_path
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves_with_path, tree_map
 
 from lightning_gradguard.core.forensics.origin import Origin
 
@@ -16,6 +18,8 @@ from lightning_gradguard.core.forensics.origin import Origin
 HUGE_INPUT = 1e6
 #: A row of the batch this many times larger than the median row is an outlier.
 OUTLIER = 30.0
+#: Largest rms of what need not be standardized before all else; pixels have up to 255.
+LARGE_RMS = 100.0
 
 
 def parts_of(batch: Any) -> dict[str, Tensor]:
@@ -35,6 +39,40 @@ def huge_inputs(parts: Mapping[str, Tensor]) -> dict[str, float]:
     floating = {name: part for name, part in parts.items() if part.is_floating_point() and part.numel()}
     highest = ((name, float(part.detach().abs().amax())) for name, part in floating.items())
     return dict(sorted(((n, high) for n, high in highest if high > HUGE_INPUT), key=lambda item: -item[1]))
+
+
+def parts_out_of_scale(parts: Mapping[str, Tensor]) -> dict[str, float]:
+    """Returns the rms of the parts of the batch that are to be standardized, the largest first.
+
+    Example:
+        >>> parts_out_of_scale({"batch[0]": torch.full((8, 2), 2000.0), "batch[1]": torch.ones(8)})
+        {'batch[0]': 2000.0}
+    """
+    floating = {name: part for name, part in parts.items() if part.is_floating_point() and part.numel()}
+    sizes = ((name, float(part.detach().double().square().mean().sqrt())) for name, part in floating.items())
+    found = sorted(((name, rms) for name, rms in sizes if rms > LARGE_RMS), key=lambda item: -item[1])
+    return {name: rms for name, rms in found if math.isfinite(rms)}
+
+
+class Rescaled(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Operations are given a multiple of a tensor in place of it; the tensor itself is left as it is.
+
+    Example:
+        >>> x = torch.ones(2)
+        >>> with Rescaled(x, 0.5):
+        ...     print((x + 1).tolist())
+        [1.5, 1.5]
+    """
+
+    def __init__(self, part: Tensor, factor: float) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._part, self._multiple = part, part.detach() * factor
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        given = tree_map(lambda leaf: self._multiple if leaf is self._part else leaf, (args, kwargs or {}))
+        return function(*given[0], **given[1])
 
 
 def outliers(rows: Sequence[int], parts: Mapping[str, Tensor]) -> list[str]:

@@ -37,7 +37,8 @@ _NOT_FOUND = (
 )
 _NO_GRADIENT = (
     "no initialization betters it, the gradient is exactly zero: look for an operation that passes none, "
-    "such as round, sign, argmax or a comparison, or a factor of 0"
+    "such as a clamp whose argument lies beyond its bounds, round, sign, argmax or a comparison, or a factor "
+    "of 0"
 )
 #: What remains for criteria that none of these is for.
 _NOT_FOUND_FOR = {

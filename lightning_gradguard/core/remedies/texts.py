@@ -215,9 +215,9 @@ BY_CAUSE = {
         "trained, {code}.requires_grad_(False)."
     ),
     "zero_gradient": (
-        "The gradient of {where} is exactly zero: look for what passes none after it, such as round, sign, "
-        "argmax or a comparison (x + (x.round() - x).detach() passes it), dead or saturated units, or a "
-        "factor of 0."
+        "The gradient of {where} is exactly zero: look for what passes none after it, such as a clamp whose "
+        "argument lies beyond its bounds, round, sign, argmax or a comparison (x + (x.round() - x).detach() "
+        "passes it), dead or saturated units, or a factor of 0."
     ),
     "never_stepped": (
         "Call step() of the optimizer that holds the parameters of {where}, or, if they are not to be "

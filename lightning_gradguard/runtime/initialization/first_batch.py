@@ -35,6 +35,7 @@ from lightning_gradguard.runtime.distributed import (
     complete_gradients,
     gather_objects,
     whole,
+    world_size,
 )
 from lightning_gradguard.runtime.incidents.present import present_in
 from lightning_gradguard.runtime.incidents.replay import training_loss, without_logging
@@ -172,7 +173,10 @@ class FirstBatch:
             found = torch.autograd.grad(loss, parameters, allow_unused=True)
             return [loss], [gradient for gradient in found if gradient is not None]
 
-        origin = investigate(self._pl_module, run, self._batch, repeats_finite=False, frameworks=FRAMEWORKS)
+        is_alone = world_size() == 1
+        origin = investigate(
+            self._pl_module, run, self._batch, repeats_finite=is_alone, frameworks=FRAMEWORKS
+        )
         if origin.cause == "bad_input":
             raise ValueError(origin.detail)
         explained = []

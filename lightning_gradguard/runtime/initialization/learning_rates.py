@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, IterableDataset
 
-from lightning_gradguard.core.forensics import parts_of
+from lightning_gradguard.core.forensics import parts_of, parts_out_of_scale
 from lightning_gradguard.core.initialization import Finding
 from lightning_gradguard.core.initialization.rate_trial import (
     HELD_OUT,
@@ -40,8 +40,6 @@ from lightning_gradguard.runtime.lightning_api import (
 MAX_SCHEDULED = 100_000
 #: Batches that are accumulated in a step of the trial, at most.
 MAX_ACCUMULATED = 8
-#: Largest rms of what need not be standardized before the rate is changed; pixels have up to 255.
-LARGE_RMS = 100.0
 
 
 def reason_against_trial(trainer: pl.Trainer, pl_module: pl.LightningModule) -> str:
@@ -123,9 +121,8 @@ def try_rates(
     )
     if finding is None or factor is None:
         return [], values
-    part, rms = _largest_part(batch)
-    if finding.criterion == "learning_rate_too_high" and rms > LARGE_RMS:
-        # a lower rate would be stable, and too low for all that does not depend on the scale
+    for part, rms in parts_out_of_scale(parts_of(batch)).items():
+        # a rate that fits this scale does not fit all that does not depend on it
         cure = (
             f"standardize {part}, (t - mean) / std: its rms is {rms:.3g} (usual: about 1); then check again"
         )
@@ -157,16 +154,6 @@ def _trial(
     held_out, rest = batches[-n_held_out:], batches[:-n_held_out] or batches
     steps = [[rest[(i * per_step + j) % len(rest)] for j in range(per_step)] for i in range(TRIAL_STEPS)]
     return RateTrial(pl_module, trainer.optimizers[0], loss_of, steps, held_out, rates, clip)
-
-
-def _largest_part(batch: Any) -> tuple[str, float]:
-    """Returns the name and the rms of the floating-point tensor with the largest one."""
-    parts = {
-        name: float(part.detach().double().square().mean().sqrt())
-        for name, part in parts_of(batch).items()
-        if part.is_floating_point() and part.numel()
-    }
-    return max(parts.items(), key=lambda part: part[1], default=("", 0.0))
 
 
 def _cure(pl_module: pl.LightningModule, optimizer: Optimizer, group: int, peak: float, factor: float) -> str:

@@ -80,6 +80,24 @@ def test_huge_inputs_are_bad_input() -> None:
     assert "3e+30" in origin.detail
 
 
+@pytest.mark.parametrize(
+    ("kind", "is_named"),
+    [("raw", True), ("usual", False), ("not read", False), ("one row", False), ("its own fault", False)],
+)
+def test_inputs_far_from_unit_scale_are_named_before_the_operation(kind: str, is_named: bool) -> None:
+    net, x = network(), inputs() * (1.0 if kind in ("usual", "not read") else 3e3)
+    if kind == "one row":
+        x = torch.cat([inputs()[:5], torch.full((1, 4), 5e4)])
+    y = torch.full((6, 1), 700.0)
+    shift = 0.0 if kind in ("raw", "one row") else 200.0
+    before = x.clone()
+    origin = examine(net, lambda: (net(x).abs() + shift).exp().mean() + y.mean(), (x, y))
+    assert (origin.operation, origin.cause) == ("aten::exp", "loss")
+    assert origin.advice.startswith("First standardize batch[0], (x - x.mean(0)) / x.std(0)") == is_named
+    assert "exp overflows float32 above 88" in origin.advice
+    assert torch.equal(x, before)
+
+
 def test_harmless_huge_inputs_are_not_blamed() -> None:
     x, time, net = inputs(), torch.full((6,), 1.7e9), network()
     origin = examine(net, lambda: net(x).relu().mul(0.0).log().mean(), (x, time))
