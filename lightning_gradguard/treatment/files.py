@@ -16,9 +16,25 @@ from lightning_gradguard.core.remedies.changes import Change
 from lightning_gradguard.core.tags import HELD_OUT_LOSS, TRAINING_LOSS
 from lightning_gradguard.treatment.page import to_html
 from lightning_gradguard.treatment.result import TreatmentResult
+from lightning_gradguard.treatment.trials.program import TreatmentError
 from lightning_gradguard.treatment.trials.trial import Trial, name_of
 
 CONFIGURATION, REPORT, CONTENT, RUNS = "treatment.yaml", "report.html", "treatment.json", "runs"
+TRIALS = "trials.jsonl"
+
+
+def require_no_others(folder: Path) -> None:
+    """Raises an error if a folder has files, of the names that a treatment writes, that are of no treatment.
+
+    Raises:
+        TreatmentError: With the names.
+    """
+    names = [name for name in (CONFIGURATION, REPORT, CONTENT, RUNS) if (folder / name).exists()]
+    if names and not (folder / TRIALS).exists():
+        raise TreatmentError(
+            f"{folder} has {', '.join(names)} but no {TRIALS}: they may be yours, and would be replaced. "
+            "Give another folder with --out (out=), or delete them."
+        )
 
 
 def write(result: TreatmentResult, command: str, callbacks: Sequence[Any]) -> None:

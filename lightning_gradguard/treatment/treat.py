@@ -80,7 +80,7 @@ def treat(
         datamodule: A LightningDataModule; `None` if the module has a `train_dataloader`.
         budget: Time that it may take, such as `"10m"`, `"90s"`, or seconds. Kept strictly.
         out: Folder for `treatment.yaml`, `report.html`, `treatment.json`, `trials.jsonl`, and TensorBoard's
-            `runs`. One with trials of the same program is continued.
+            `runs`. One with trials of the same program is continued; one with those of another is refused.
         trainer: Arguments of your Trainer: `max_epochs`, `precision`, `gradient_clip_val` and the like.
         seed: Of the search.
         processes: Trials at once; as many as there are cores, up to four, by default, and one on a GPU.
@@ -90,7 +90,8 @@ def treat(
 
     Raises:
         ValueError: If the budget is no time.
-        TreatmentError: If the program cannot be treated: it cannot be built twice, or a step raises.
+        TreatmentError: If the program cannot be treated: it cannot be built twice, a step raises, or the
+            folder has trials of another program, or files that are of no treatment.
 
     Example:
         >>> from lightning_gradguard import treat
@@ -100,6 +101,7 @@ def treat(
     """
     clock = Clock(seconds(budget))
     folder = Path(out)
+    files.require_no_others(folder)
     folder.mkdir(parents=True, exist_ok=True)
     report = progress or (lambda line: print(line, file=sys.stderr, flush=True))
     random_numbers = rng_state()
@@ -145,7 +147,7 @@ class _Treatment:
     ) -> None:
         self.program, self.found, self.clock, self.folder, self.report = program, found, clock, folder, report
         identity = _identity(program, found)
-        self.log = TrialLog(folder / "trials.jsonl", identity, min(steps, self._affordable(processes)))
+        self.log = TrialLog(folder / files.TRIALS, identity, min(steps, self._affordable(processes)))
         self.steps = self.log.steps
         self.runner = TrialRunner(program, self.log, clock, processes, self.steps, report)
         self.notes = list(program.batches.notes)

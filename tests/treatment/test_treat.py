@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import lightning_gradguard
 from lightning_gradguard import TreatmentError, TreatmentResult
+from lightning_gradguard.strict_json import to_json
 from lightning_gradguard.treatment.candidates import MAX_CANDIDATES
 from lightning_gradguard.treatment.learning import learning_of
 from lightning_gradguard.treatment.trials.program import Program
@@ -168,6 +169,29 @@ class TestBadInput:
 
         with pytest.raises(TreatmentError, match=r"training step.*fails: RuntimeError.*test_treat.py"):
             treated(Wrong)
+
+    @pytest.mark.parametrize("name", ["treatment.yaml", "runs/own"])
+    def test_folder_with_files_of_the_user(self, name: str) -> None:
+        path = Path("own") / name
+        path.parent.mkdir(parents=True)
+        path.write_text("mine")
+        with pytest.raises(TreatmentError, match=r"own has .* but no trials.jsonl.*another folder"):
+            treated(Net, out="own")
+        assert path.read_text() == "mine"
+
+    def test_folder_with_a_treatment_of_another_program(self) -> None:
+        folder = Path("other")
+        treated(Net, out=folder, trainer={"max_steps": 40})
+        log = folder / "trials.jsonl"
+        head = log.read_text()
+        log.write_text(head + to_json(content_of(Trial(job=Job(None, 0, 1)))) + "\n")
+        (folder / "treatment.yaml").write_text("trainer: {}")
+        files = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+        with pytest.raises(
+            TreatmentError, match=r"other/trials.jsonl has the trials of another.*--out.*delete"
+        ):
+            treated(Net, out=folder)
+        assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == files
 
     def test_no_data(self) -> None:
         with pytest.raises(TreatmentError, match="data could not be read"):

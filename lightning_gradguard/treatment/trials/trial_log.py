@@ -10,13 +10,14 @@ from typing import Any
 
 from lightning_gradguard.core.remedies.changes import Change
 from lightning_gradguard.strict_json import to_json
+from lightning_gradguard.treatment.trials.program import TreatmentError
 from lightning_gradguard.treatment.trials.trial import Job, Trial
 
 
 class TrialLog:
     """Appends trials to `trials.jsonl`, and returns those that are in it already.
 
-    The first line identifies the program and its batches; trials of another one are discarded.
+    The first line identifies the program and its batches.
 
     Args:
         path: The file.
@@ -26,6 +27,9 @@ class TrialLog:
     Attributes:
         trials: By the keys of their jobs.
         was_resumed: True if the file had trials of this program.
+
+    Raises:
+        TreatmentError: If the file has trials of another one; nothing is written then.
     """
 
     def __init__(self, path: Path, identity: Mapping[str, Any], steps: int) -> None:
@@ -39,6 +43,11 @@ class TrialLog:
             found = [trial_of(content) for line in lines[1:] if (content := _decoded(line))]
             # what an exception or the budget has ended is run again
             self.trials = {trial.job.key: trial for trial in found if not trial.error}
+        elif len(lines) > 1:
+            raise TreatmentError(
+                f"{path} has the trials of another program, or of yours with other code, data or settings. "
+                f"Give another folder with --out (out=), or delete {path.parent} if you need it no more."
+            )
         self.was_resumed = bool(self.trials)
         first = json.dumps({**identity, "steps": self.steps})
         kept = [first, *(to_json(content_of(trial)) for trial in self.trials.values())]
