@@ -69,6 +69,12 @@ def learning_of(trial: Trial) -> Learning:
     return Learning(ratio < LEARNS and is_low, ratio <= bound and is_low, is_settled, evidence)
 
 
+def exceeds_constant(trial: Trial) -> bool:
+    """True if the final held-out loss is not below that of a constant answer, or with permuted targets."""
+    _, ratio, _ = _ratio_and_bound(trial)
+    return ratio >= LEARNS
+
+
 def enough_of(trial: Trial) -> float:
     """Returns the loss over that of the best constant answer at which no more is searched for."""
     return LEARNED_ENOUGH if trial.is_likelihood else LEARNED_ENOUGH_OF_VALUES

@@ -48,7 +48,9 @@ def to_html(result: TreatmentResult, command: str) -> str:
 
 def row_of(trial: Trial) -> tuple[str, ...]:
     """Returns the row of a trial: changes, seed, steps, loss, ratio, parameters, time of a step, remarks."""
-    ratio = f"{trial.over_constant:.2f}" if math.isfinite(trial.over_constant) else "-"
+    is_known = math.isfinite(trial.over_constant)
+    over = trial.over_constant if is_known else trial.over_permuted
+    ratio = f"{over:.2f}{'' if is_known else ' (permuted)'}" if math.isfinite(over) else "-"
     loss = f"{trial.loss:.4g}" if math.isfinite(trial.loss) else "nonfinite"
     logged = ", ".join(f"{name} {value:.4g}" for name, value in list(trial.metrics.items())[:3])
     time = f"{1e3 * trial.seconds_per_step:.3g} ms" if math.isfinite(trial.seconds_per_step) else "-"

@@ -8,9 +8,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from lightning_gradguard.core.detectors.best_constant import LEARNS
 from lightning_gradguard.treatment.learning import (
     Learning,
+    exceeds_constant,
     fails_beside,
     learned_at_lowest,
     learning_of,
@@ -102,7 +102,7 @@ class Verification:
 
         The results are fewer than three if the budget ends before, or the first treated run does not learn.
         """
-        if not math.isfinite(first.loss) or first.over_constant >= LEARNS:
+        if not math.isfinite(first.loss) or exceeds_constant(first):
             return []
         steps = first.job.steps
         # beside a run that learns, another must show how much more can be learned
@@ -188,7 +188,8 @@ def verdict_of(results: Sequence[SeedResult], whole: int) -> tuple[TreatmentVerd
     these differ between seeds; with at most two seeds, it may equal that of an untreated run that learns as
     well. The first treated run has the whole length, and of the untreated runs of that length, one at least,
     most have not learned, or far less.
-    *Better*: with each seed the treated run learns, and beats the untreated one by more than that, also if
+    *Better*: with each seed the treated run learns, by its loss beside that of the best constant answer, or
+    with permuted targets where that is unknown, and beats the untreated one by more than that, also if
     the budget has allowed two seeds alone, or shorter runs.
     """
     missing = N_SEEDS - len(results)
@@ -215,7 +216,7 @@ def verdict_of(results: Sequence[SeedResult], whole: int) -> tuple[TreatmentVerd
     fails = 2 * sum(long) > len(long)
     if all(learned) and is_better and fails and not missing and steps >= whole:
         return "cured", f"{evidence}. With the last seed, {results[-1].learning.evidence}"
-    if all(beats) and not any(r.treated.over_constant >= LEARNS for r in results):
+    if all(beats) and not any(exceeds_constant(r.treated) for r in results):
         return "better", f"{evidence}: better so far" if steps < whole else evidence
     return "no_treatment_found", evidence
 

@@ -64,6 +64,15 @@ def test_runs_shorter_than_the_own_are_better_so_far() -> None:
     assert evidence.endswith("the budget has allowed 150 of the 400 steps of your run")
 
 
+@pytest.mark.parametrize(("ratio", "verdict"), [(0.94, "no_treatment_found"), (0.75, "better")])
+def test_loss_of_ones_own_is_compared_with_that_of_permuted_targets(ratio: float, verdict: str) -> None:
+    found = [
+        SeedResult(r.untreated, replace(r.treated, over_constant=math.nan, over_permuted=ratio))
+        for r in results([6.3, 11.0, 9.6], [math.inf] * 3)
+    ]
+    assert verdict_of(found, WHOLE)[0] == verdict
+
+
 def test_loss_that_has_risen_is_no_cure() -> None:
     assert verdict_of(results([1.1] * 3, [2.3, 2.31, 2.29], before=0.5), WHOLE)[0] == "better"
 
