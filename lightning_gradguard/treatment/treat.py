@@ -80,7 +80,7 @@ def treat(
         datamodule: A LightningDataModule; `None` if the module has a `train_dataloader`.
         budget: Time that it may take, such as `"10m"`, `"90s"`, or seconds. Kept strictly.
         out: Folder for `treatment.yaml`, `report.html`, `treatment.json`, `trials.jsonl`, and TensorBoard's
-            `runs`. One with trials of the same program is continued; one with those of another is refused.
+            `runs`. One with trials of the same program is continued; one with those of another is an error.
         trainer: Arguments of your Trainer: `max_epochs`, `precision`, `gradient_clip_val` and the like.
         seed: Of the search.
         processes: Trials at once; as many as there are cores, up to four, by default, and one on a GPU.
