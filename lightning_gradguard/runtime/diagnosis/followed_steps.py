@@ -103,7 +103,7 @@ class _FollowedStep:
         left = update if self._left is None else self._left
         return torch.stack([self._kept & (distance > ALONE), left < UNDONE * update])
 
-    def _add(self, gradient: Tensor) -> None:
+    def _add(self, gradient: Tensor | None) -> None:
         if self.after is not None:
             # before it is averaged over ranks, with which the sum could not be compared
             then = self._used + self._arrived
@@ -112,7 +112,8 @@ class _FollowedStep:
             # not right before the next step: where weights are perturbed for its gradient, they still are
             if self._left is None:
                 self._left = (self.parameter.detach() - self._before).norm()
-        self._arrived += gradient.detach()
+        if gradient is not None:  # a backward pass of the user's own may return none
+            self._arrived += gradient.detach()
 
     def _take_gradient(self) -> None:
         self._used = _gradient(self.parameter).clone()
