@@ -395,6 +395,26 @@ def test_gradients_that_are_never_cleared_are_named() -> None:
         assert "optimizer.zero_grad() before" in incident.advice
 
 
+def test_a_backward_pass_may_return_no_gradient_for_a_weight() -> None:
+    class Dropped(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, weight: Tensor, keep: bool) -> Tensor:
+            ctx.keep = keep
+            return weight.clone()
+
+        @staticmethod
+        def backward(ctx: Any, *gradients: Any) -> Any:
+            return (gradients[0] if ctx.keep else None), None
+
+    class Dropping(Task):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            weight = Dropped.apply(self.net[0].weight, batch_idx % 3 > 0)  # type: ignore[no-untyped-call]
+            hidden = functional.linear(batch[0], weight, self.net[0].bias)
+            return functional.cross_entropy(self.net[1:](hidden), batch[1])
+
+    assert diagnosed(Dropping(), 30) == []
+
+
 def test_gradients_that_accumulate_by_hand_are_not_named() -> None:
     class Accumulating(Manual):
         """The first optimizer steps every second batch, and gets what the loss of the other sends back."""
