@@ -312,6 +312,8 @@ class TrainingDiagnosis(StepCallback):
                 cause = "" if symptom.cause == "unknown" else symptom.cause
                 detail = f"Since step {symptom.since}: {symptom.evidence}." if symptom.evidence else ""
                 own = ""
+                # how gradients pass is measured from the first update on
+                is_first = symptom.since <= (symptom.tier == "depth")
                 if cause == "update_too_large":
                     own, _ = advice_on_schedules(schedules)
                 initialization = self._poor_initialization if symptom.is_of_initialization else None
@@ -331,7 +333,7 @@ class TrainingDiagnosis(StepCallback):
                         symptom.kind,
                         cause,
                         symptom.where,
-                        present.union(("untrained",) if symptom.since == 0 else ()),
+                        present.union(("untrained",) if is_first else ()),
                         pl_module,
                         symptom.n_times,
                     ),

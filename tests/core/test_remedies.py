@@ -146,3 +146,14 @@ def test_one_incident_has_one_usual_value(kind: IncidentKind, value: float) -> N
     incident = Incident(kind, 2, 0, None, ("rnn",), value, cause="through_time", detail=detail)
     assert incident.describe().count("usual") == 1
     assert "last layer" not in incident.describe()
+
+
+def test_advice_on_depth_names_nothing_that_is_there() -> None:
+    kind, where = "vanishing_gradient", ["embed"]
+    late = advice_for_symptom(kind, "depth", where, ["residual", "check"])
+    assert late.startswith("Lower the learning rate, or warm it up for longer")
+    assert not re.search("residual|InitializationCheck", late)
+    early = advice_for_symptom(kind, "depth", where, ["untrained"])
+    assert early.startswith("Use residual connections")
+    assert "InitializationCheck" in early
+    assert advice_for_symptom(kind, "depth", where, ["untrained", "residual", "check"])

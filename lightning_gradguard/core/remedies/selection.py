@@ -124,7 +124,7 @@ def _applied(
 ) -> str:
     """Returns a text without the parts that do not apply, and with the name of what is at fault."""
     name = where[0] if where else ""
-    fitting = _CONDITIONAL.sub(lambda part: "" if part[1] in present else part[2], text).lstrip()
+    fitting = _CONDITIONAL.sub(lambda part: "" if part[1] in present else part[2], text).strip()
     code, found = code_of(name, model), None if model is None else _find(name, model)
     is_bare = found is not None and getattr(found, "ndim", None) is not None
     has_layers = found is None or type(found).__name__ in ("Linear", "Conv2d")

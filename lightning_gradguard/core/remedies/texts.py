@@ -298,8 +298,9 @@ BY_CAUSE = {
         "residual connections."
     ),
     "depth": (
-        "Use residual connections, and fewer layers without them; check the initialization from {where} on "
-        "(InitializationCheck)."
+        "[untrained|Lower the learning rate, or warm it up for longer, if this begins only after updates. ]"
+        "[residual|Use residual connections, and fewer layers without them. ]"
+        "[check|Check the initialization from {where} on (InitializationCheck).]"
     ),
     "inactive_output": (
         "The output is 0 where the target is higher, and gets no gradient there: use LeakyReLU after "
