@@ -408,9 +408,10 @@ def test_a_backward_pass_may_return_no_gradient_for_a_weight() -> None:
 
     class Dropping(Task):
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-            weight = Dropped.apply(self.net[0].weight, batch_idx % 3 > 0)  # type: ignore[no-untyped-call]
-            hidden = functional.linear(batch[0], weight, self.net[0].bias)
-            return functional.cross_entropy(self.net[1:](hidden), batch[1])
+            layer: Any = self.net[4]
+            weight = Dropped.apply(layer.weight, batch_idx % 3 > 0)
+            hidden = functional.linear(self.net[:4](batch[0]), weight, layer.bias)
+            return functional.cross_entropy(self.net[5:](hidden), batch[1])
 
     assert diagnosed(Dropping(), 30) == []
 
