@@ -169,6 +169,8 @@ def _call(code: str, node: ast.AST, function: str) -> Call | None:
             given = [left, right]
         case ast.Call(ast.Attribute(value, name), given, keywords) if _is(name, function):
             is_method = not (_is_namespace(value) or name[:1].isupper())
+            if is_method and name.endswith("_") and not isinstance(value, ast.Call):
+                return None  # in place: a cure would leave the tensor as it is
             given = [value, *given] if is_method else given
         case ast.Call(ast.Name(name), given, keywords) if _is(name, function):
             pass
@@ -197,4 +199,5 @@ def _argument(code: str, node: ast.expr) -> str:
 
 
 def _source(code: str, node: ast.AST) -> str:
-    return " ".join((ast.get_source_segment(code, node) or "").split())
+    segment = ast.get_source_segment(code, node) or ""
+    return ast.unparse(node) if "\n" in segment else " ".join(segment.split())  # lines may have comments

@@ -10,6 +10,11 @@ MASK = "key_padding_mask & ~key_padding_mask.all(-1)"
 LOG = "torch.log(x.clamp_min(1e-6))"
 
 
+def test_comments_between_the_lines_of_a_call_are_left_out() -> None:
+    code = "torch.log(\n    p\n    - 1.0  # shift\n)"
+    assert replacement(code, "log", LOG) == ("torch.log(p - 1.0)", LOG.replace("x.", "(p - 1.0)."))
+
+
 @pytest.mark.parametrize(
     ("code", "function", "cure", "place", "text"),
     [
@@ -55,6 +60,7 @@ def test_a_cure_of_the_arguments_of_a_call(
         ("if torch.log(x) > 0:", "log", LOG),
         ("g /= g.norm()", "div", "torch.nan_to_num(x) / y"),
         ("g *= a / b", "mul", "torch.nan_to_num(x) * y"),
+        ("q.log_()", "log", LOG),  # the cure would leave q as it is
         ("h.norm(1)", "linalg_vector_norm", "x.sum(-1)"),
         ("h.norm(-1)", "linalg_vector_norm", "x.sum(-1)"),
         ("h.norm(dim=1, dtype=torch.half)", "linalg_vector_norm", "x.sum(-1)"),
