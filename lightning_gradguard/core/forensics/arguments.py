@@ -107,7 +107,15 @@ def replacement(code: str, function: str, cure: str, *, is_inside: bool = False)
     cure, others = fitting
     text = re.sub(rf"\b({'|'.join(used)})\b(?!=)", lambda name: named[name[0]], cure)
     text = f"{text[:-1]}{others})" if others else text
-    if not is_caller and isinstance(statement := ast.parse(call.code).body[0], ast.AugAssign):
+    statement = ast.parse(call.code).body[0]
+    match statement:
+        case ast.Expr(ast.Call(ast.Attribute(value, name))) if name.endswith("_") and not is_caller:
+            if not isinstance(value, ast.Call):  # in place, which an expression would not be
+                target = _source(call.code, value)
+                start = f"{target} / "
+                kept = f"{target}.{name}({text.removeprefix(start)})"
+                return (call.code, kept) if text.startswith(start) else None
+    if not is_caller and isinstance(statement, ast.AugAssign):
         target = ast.get_source_segment(call.code, statement.target) or ""
         operator = call.code[len(target) :].partition("=")[0].strip()
         start = f"{target} {operator} "  # in place, as the line does it
@@ -169,8 +177,6 @@ def _call(code: str, node: ast.AST, function: str) -> Call | None:
             given = [left, right]
         case ast.Call(ast.Attribute(value, name), given, keywords) if _is(name, function):
             is_method = not (_is_namespace(value) or name[:1].isupper())
-            if is_method and name.endswith("_") and not isinstance(value, ast.Call):
-                return None  # in place: a cure would leave the tensor as it is
             given = [value, *given] if is_method else given
         case ast.Call(ast.Name(name), given, keywords) if _is(name, function):
             pass

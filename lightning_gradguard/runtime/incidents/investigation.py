@@ -30,7 +30,7 @@ from lightning_gradguard.core.incidents import Cause, first_names, label
 from lightning_gradguard.core.remedies import Present
 from lightning_gradguard.core.snapshots import Snapshot, preserve_weights
 from lightning_gradguard.runtime import lightning_api
-from lightning_gradguard.runtime.distributed import any_rank, gather_objects, world_size
+from lightning_gradguard.runtime.distributed import gather_objects, world_size
 from lightning_gradguard.runtime.incidents.dataset_indices import behind_subsets
 from lightning_gradguard.runtime.incidents.dossier import Dossier, versions, write_dossier
 from lightning_gradguard.runtime.incidents.lost_batches import sample_ids
@@ -127,7 +127,7 @@ class Investigation:
         if out_of_range and (is_finite or origin.cause in ("update_too_large", "corrupted_weights")):
             origin = _in_weights(trainer, out_of_range, snapshot)
         are_large = origin.cause == "update_too_large" and not weights_are_nonfinite
-        if any_rank(are_large, pl_module.device):
+        if any(gather_objects(are_large)):
             healthy = _origin_at_healthy_weights(trainer, pl_module, seen, snapshot)
             origin = healthy if are_large and healthy.cause not in _VAGUE else origin
         origin = _with_samples(trainer, seen, origin)

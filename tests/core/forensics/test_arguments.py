@@ -10,6 +10,11 @@ MASK = "key_padding_mask & ~key_padding_mask.all(-1)"
 LOG = "torch.log(x.clamp_min(1e-6))"
 
 
+def test_a_method_that_writes_in_place_still_does() -> None:
+    cured = replacement("p.grad.div_(n)", "div", "x / y.clamp_min(1e-6)")
+    assert cured == ("p.grad.div_(n)", "p.grad.div_(n.clamp_min(1e-6))")
+
+
 def test_comments_between_the_lines_of_a_call_are_left_out() -> None:
     code = "torch.log(\n    p\n    - 1.0  # shift\n)"
     assert replacement(code, "log", LOG) == ("torch.log(p - 1.0)", LOG.replace("x.", "(p - 1.0)."))
