@@ -107,21 +107,30 @@ def replacement(code: str, function: str, cure: str, *, is_inside: bool = False)
     cure, others = fitting
     text = re.sub(rf"\b({'|'.join(used)})\b(?!=)", lambda name: named[name[0]], cure)
     text = f"{text[:-1]}{others})" if others else text
-    statement = ast.parse(call.code).body[0]
-    match statement:
-        case ast.Expr(ast.Call(ast.Attribute(value, name))) if name.endswith("_") and not is_caller:
-            if not isinstance(value, ast.Call):  # in place, which an expression would not be
-                target = _source(call.code, value)
-                start = f"{target} / "
-                kept = f"{target}.{name}({text.removeprefix(start)})"
-                return (call.code, kept) if text.startswith(start) else None
-    if not is_caller and isinstance(statement, ast.AugAssign):
-        target = ast.get_source_segment(call.code, statement.target) or ""
-        operator = call.code[len(target) :].partition("=")[0].strip()
-        start = f"{target} {operator} "  # in place, as the line does it
-        kept = f"{target} {operator}= {text.removeprefix(start)}"
-        return (call.code, kept) if text.startswith(start) else None
-    return (named[used[0]], text) if is_caller else (call.code, _enclosed(text, call.code))
+    if is_caller:
+        return named[used[0]], text
+    parts = _in_place(call.code)
+    if parts is None:
+        return call.code, _enclosed(text, call.code)
+    start, before, after = parts
+    return (call.code, f"{before}{text.removeprefix(start)}{after}") if text.startswith(start) else None
+
+
+def _in_place(code: str) -> tuple[str, str, str] | None:
+    """Returns how code that writes in place begins as an expression, and what encloses its other operand.
+
+    `None` for any other code: an expression can take its place.
+    """
+    match ast.parse(code).body[0]:
+        case ast.AugAssign(target):
+            written = _source(code, target)
+            sign = code[len(written) :].partition("=")[0].strip()
+            return f"{written} {sign} ", f"{written} {sign}= ", ""
+        case ast.Expr(ast.Call(ast.Attribute(value, name))) if name.endswith("_"):
+            if not isinstance(value, ast.Call):  # what a call returns is in no other's hands
+                written = _source(code, value)
+                return f"{written} / ", f"{written}.{name}(", ")"
+    return None
 
 
 def _with_options(cure: str, function: str, call: Call, used: Sequence[str]) -> tuple[str, str] | None:
