@@ -313,7 +313,7 @@ class TrainingDiagnosis(StepCallback):
                 detail = f"Since step {symptom.since}: {symptom.evidence}." if symptom.evidence else ""
                 own = ""
                 # how gradients pass is measured from the first update on
-                is_first = symptom.since <= (symptom.tier == "depth")
+                is_first = symptom.since <= (1 if symptom.tier == "depth" else 0)
                 if cause == "update_too_large":
                     own, _ = advice_on_schedules(schedules)
                 initialization = self._poor_initialization if symptom.is_of_initialization else None

@@ -24,7 +24,6 @@ from lightning_gradguard.core.forensics.inputs import (
     parts_of,
     parts_out_of_scale,
 )
-from lightning_gradguard.core.forensics.location import Location
 from lightning_gradguard.core.forensics.operations import (
     JUMP,
     OperationFault,
@@ -285,15 +284,13 @@ def _advice(record: OperationRecord, fault: OperationFault | None, trace: Operat
     if record.is_custom:
         name = record.node.removesuffix("Backward")
         return f"The backward pass of your own autograd.Function {name}: {fault.advice(short_name(record))}"
-    failed, code = record.called if fault.called else short_name(record), _code(record.location)
+    failed = record.called if fault.called else short_name(record)
+    code = record.location.called_code if record.location else ""
     underflow = _underflow(record, fault)
     if fault.underflow and underflow is not None:
-        return fault.advice(underflow.operation, _code(underflow.location), logarithm=code)
+        underflowed = underflow.location.called_code if underflow.location else ""
+        return fault.advice(underflow.operation, underflowed, logarithm=code)
     return fault.advice(failed, code)
-
-
-def _code(location: Location | None) -> str:
-    return "" if location is None else location.expression or location.code
 
 
 def _rows_at_fault(source: OperationRecord, parts: Mapping[str, Tensor]) -> tuple[int, ...]:

@@ -49,6 +49,11 @@ class Location:
         return f"{_shortened(self.file)}:{self.line}{inside}"
 
     @property
+    def called_code(self) -> str:
+        """The source of the call or operator that ran, or the whole line where Python does not know it."""
+        return self.expression or self.code
+
+    @property
     def code(self) -> str:
         """The line itself; empty if the file cannot be read."""
         return linecache.getline(self.file, self.line).strip()

@@ -122,7 +122,7 @@ def _origin(source: OperationRecord, step: str, where: tuple[str, ...]) -> Origi
     fault, location = known_fault(source, FAULTS), source.location
     advice = "Correct it for gradients of 0; a lower learning rate does not help."
     if fault is not None:
-        code = (location.expression or location.code) if location else ""
+        code = location.called_code if location else ""
         advice = f"{fault.advice(short_name(source), code)} A lower learning rate does not help."
     detail = f"{step} makes NaN where gradients are 0, as a trial of it shows: {source.operation} "
     detail += "" if source.low is None else f"given {source.low:.4g} to {source.high:.4g} "

@@ -110,11 +110,11 @@ class OperationTrace(TorchDispatchMode):
         # the target of a copy is not read: it may be uninitialized memory
         read = inputs[1:] if name == "aten::copy_" else inputs
         before = self._inspect(read, name) if overwrites else None
-        underflow = self._underflow(name, inputs, args) if node is None else None
+        underflow = self._underflow(name, inputs, args, here) if node is None else None
         try:
             result = function(*args, **(kwargs or {}))
         except Exception:
-            self.failed = FailedOperation(name, args, user_location(self._frameworks))
+            self.failed = FailedOperation(name, args, here)
             raise
         outputs = _with_memory(result)
         known = set() if overwrites else {_storage(t) for t in inputs}
@@ -131,7 +131,7 @@ class OperationTrace(TorchDispatchMode):
             self._kept += zeros
         if notable:
             arguments = self._inspect(inputs, name) if before is None else before
-            self._record(name, node, (args, kwargs), arguments, notable)
+            self._record(name, node, here, (args, kwargs), arguments, notable)
             if self.masked is None and _short(name) == "mul" and _is_masked(inputs):
                 self.masked = self._in_order[-1]
         return result
@@ -140,13 +140,13 @@ class OperationTrace(TorchDispatchMode):
         self,
         name: str,
         node: torch.autograd.graph.Node | None,
+        location: Location | None,
         given: tuple[Any, ...],
         arguments: list[Argument],
         notable: Sequence[Tensor],
     ) -> None:
         """Records an operation that returned notable values, the nonfinite ones first."""
-        made, location = _describe_nonfinite(notable[0]), user_location(self._frameworks)
-        node_name = ""
+        made, node_name = _describe_nonfinite(notable[0]), ""
         if node is not None:
             made_at, node_name = self._made_by(node)
             location = location or made_at
@@ -180,7 +180,9 @@ class OperationTrace(TorchDispatchMode):
         location, name = self._made_at.get(node._sequence_nr(), (None, ""))
         return location, name or node.name()
 
-    def _underflow(self, name: str, inputs: Sequence[Tensor], args: Sequence[Any]) -> Underflow | None:
+    def _underflow(
+        self, name: str, inputs: Sequence[Tensor], args: Sequence[Any], location: Location | None
+    ) -> Underflow | None:
         """Returns the operation that zeros of a result come from: an earlier one, or this one."""
         earlier = (self._underflows.get(_storage(t)) for t in inputs)
         found = next((u for u in earlier if u is not None), None)
@@ -190,7 +192,7 @@ class OperationTrace(TorchDispatchMode):
             return None
         if _short(name) == "mul" and any(type(arg) in (int, float, bool) and arg == 0 for arg in args):
             return None
-        return Underflow(_short(name).lstrip("_"), user_location(self._frameworks))
+        return Underflow(_short(name).lstrip("_"), location)
 
     def record_of(self, tensor: Tensor) -> OperationRecord | None:
         """Returns the operation that wrote a tensor; `None` if none was recorded."""
