@@ -33,8 +33,8 @@ three minutes and prints a part of it. The records are in `benchmarks/evidence/r
 
 Constants of [`RelativeNormClipping`](callbacks/policies.md) were chosen on seed 0 of the scenarios marked
 with \\*; others were seen in development too, and no constant was set by them alone. All seeds that were run
-are counted: 0 and 1, and for the curriculum (a GRU adds 5 numbers, then 30) 0 to 4; on healthy programs,
-other guards with seed 0 alone. The suite was measured with the rules of 0.6.0, with that of
+are counted: 0 and 1, and for the curriculum (a GRU adds 5 numbers, then 30) 0 to 4. The suite was measured
+with the rules of 0.6.0, with that of
 [a step's own loss](decisions.md#a-step-that-does-not-overshoot-its-own-loss) throughout.
 `EarlyStopping` acts at the end of an epoch, which ends these runs: it equals no guard.
 """
