@@ -330,12 +330,7 @@ class TrainingDiagnosis(StepCallback):
                     detail=detail,
                     advice=own
                     or advice_for_symptom(
-                        symptom.kind,
-                        cause,
-                        symptom.where,
-                        present.union(("untrained",) if is_first else ()),
-                        pl_module,
-                        symptom.n_times,
+                        symptom, present.union(("untrained",) if is_first else ()), pl_module
                     ),
                     **now,
                 )

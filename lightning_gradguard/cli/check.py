@@ -27,7 +27,10 @@ from lightning_gradguard.cli.messages import (
 )
 from lightning_gradguard.cli.parsing.lightning_cli import command_line, fit_argv, fit_parser, trainer_alone
 from lightning_gradguard.cli.parsing.preparse import named_class
-from lightning_gradguard.core.initialization import Finding, table
+from lightning_gradguard.core.detectors.diagnosis import LossBaselines
+from lightning_gradguard.core.initialization import SEVERITIES, Finding, table
+from lightning_gradguard.runtime.diagnosis.sampled_step import SampledStep
+from lightning_gradguard.runtime.initialization.losses import findings_of_losses
 from lightning_gradguard.runtime.lightning_api import Callback
 from lightning_gradguard.runtime.treatment.module import change_as_saved
 from lightning_gradguard.strict_json import to_json
@@ -169,7 +172,10 @@ def _check(arguments: Sequence[str]) -> CheckResult:
     if check.problem is not None:
         raise _batch_error(check.problem)
     name = f"{type(model).__module__}.{type(model).__qualname__}"
-    findings = [finding.as_advice() for finding in check.findings]
+    findings = sorted(
+        [*end.findings, *(finding.as_advice() for finding in check.findings)],
+        key=lambda finding: SEVERITIES.index(finding.severity),
+    )
     return CheckResult(name, str(path or ""), findings, check.values)
 
 
@@ -185,9 +191,11 @@ class _CheckDone(Exception):
 
 
 class _EndBeforeStep(Callback):
-    """Loads the weights, and ends the fit after the check, ahead of the first optimizer step."""
+    """Loads the weights, and ends the fit ahead of the first optimizer step, in which it reads the losses."""
 
     checkpoint: dict[str, Any] | None = None
+    findings: Sequence[Finding] = ()
+    _sampled: SampledStep | None = None
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.checkpoint is not None:
@@ -198,11 +206,18 @@ class _EndBeforeStep(Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        if pl_module.automatic_optimization:
-            raise _CheckDone
+        self._sampled = SampledStep(trainer, pl_module, batch, LossBaselines(), None)
 
-    def on_before_optimizer_step(self, *_: Any) -> None:
-        raise _CheckDone  # of manual optimization, whose first gradients are checked
+    def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        self._end(pl_module)
 
-    def on_train_batch_end(self, *_: Any) -> None:
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        self._end(pl_module)
+
+    def _end(self, pl_module: pl.LightningModule) -> None:
+        """Ends the fit, with what the losses of the step show."""
+        if self._sampled is not None:
+            self._sampled.end_batch()
+            sample = self._sampled.read(self._sampled.values().tolist())
+            self.findings = findings_of_losses(sample, pl_module)
         raise _CheckDone

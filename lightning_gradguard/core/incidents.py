@@ -90,6 +90,7 @@ SymptomCause = Literal[
     "constant_target",
     "same_answers",
     "target_scale",
+    "data_scale",
     "small_weights",
     "large_weights",
     "large_answers",

@@ -151,7 +151,8 @@ def _suggestions(found: Probe) -> Iterator[list[Candidate]]:
     if found.decay:
         yield [Candidate(_CONSTANT, found.decay)]
     for symptom in found.symptoms:
-        changes = _BY_CAUSE.get((symptom.kind, symptom.cause)) or _BY_KIND.get(symptom.kind, ())
+        cause = "input_scale" if symptom.cause == "data_scale" else symptom.cause
+        changes = _BY_CAUSE.get((symptom.kind, cause)) or _BY_KIND.get(symptom.kind, ())
         if changes is _BY_KIND["stuck_loss"]:
             continue  # what helps against a loss that is stuck for no known reason is tried after all else
         yield [Candidate(one, in_words(symptom)) for one in [*_estimated(symptom), *changes]]

@@ -49,6 +49,7 @@ _IN_CODE: dict[str, tuple[str, ...]] = {
     "input_scale": ("train_dataloader",),
     "constant_input": ("train_dataloader",),
     "target_scale": ("train_dataloader",),
+    "data_scale": ("train_dataloader",),
     "unbounded_loss": ("log_prob",),
 }
 #: Faults with which a loss may fall: of how it is called, and of what the optimizer holds.
@@ -57,7 +58,7 @@ _BESIDE_LEARNING = frozenset(
     | {"replaced_parameters", "cleared_gradients", "gradients_not_cleared"}
 )
 #: Faults of which a part can be mended without the user: trials are made.
-_TREATABLE = frozenset({"input_scale", "target_scale", "bad_input", "saturating_activations"})
+_TREATABLE = frozenset({"input_scale", "target_scale", "data_scale", "bad_input", "saturating_activations"})
 #: Where a fault lies is searched in these functions first.
 _FUNCTIONS = ("training_step", "forward", "configure_optimizers", "__init__")
 
@@ -119,7 +120,7 @@ def _of_symptom(module: nn.Module, symptom: Symptom) -> Prescription | None:
     names = _names_of(symptom)
     if names is None:
         return None
-    advice = advice_for_symptom(symptom.kind, symptom.cause, symptom.where)
+    advice = advice_for_symptom(symptom)
     text = f"{sentence_case(symptom.evidence)}. {advice}" if symptom.evidence else advice
     lines = list(_calls(module, names))
     same = [line for line in lines if line.name == lines[0].name]

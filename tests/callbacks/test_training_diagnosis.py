@@ -113,6 +113,10 @@ def values(n: int = 12, scale: float = 1.0, shift: float = 0.0, flat: bool = Fal
     return [(x, y.squeeze(1)) for x, y in found] if flat else found
 
 
+def raw(n: int) -> Any:
+    return [(x * 300, y * 3000) for x, y in values(n)]
+
+
 def by_hand(answer: Tensor, target: Tensor) -> Tensor:
     return (answer - target).square().mean()
 
@@ -179,6 +183,10 @@ FAILING: dict[str, tuple[str, str, str, Callable[[], Any], Any]] = {
                              batches(160)),
     "rate of 0": ("weight_stagnation", "learning_rate_too_low", "net.0",
                   lambda: Task(optimizer=rate(0.0)), batches(25)),
+    "raw inputs and targets": ("exploding_gradient", "data_scale", "net.0",
+                               lambda: Task(one_unit(), functional.mse_loss, rate(0.01)), raw(12)),
+    "raw inputs and targets, slow": ("stuck_loss", "data_scale", "net.0",
+                                     lambda: Task(one_unit(), functional.mse_loss, _adam_at(1e-5)), raw(160)),
     "tiny inputs": ("weight_stagnation", "input_scale", "net.0",
                     lambda: Task(optimizer=lambda n: torch.optim.SGD(n.parameters(), 0.1)),
                     [(x * 1e-5, y) for x, y in batches(26)]),

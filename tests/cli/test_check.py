@@ -111,6 +111,63 @@ def test_manual_optimization_without_a_step(mine: Path, command: Command) -> Non
     assert "gradient_profile" in out
 
 
+REGRESSION = """
+import torch
+from mine import Own
+from torch.nn.functional import mse_loss
+from torch.utils.data import DataLoader
+
+class Raw(Own):
+    def __init__(self, size: float = 3000.0, rate: float = 0.01):
+        super().__init__()
+        self.size, self.rate = size, rate
+        self.net[-1] = torch.nn.Linear(8, 1)
+
+    def train_dataloader(self):
+        inputs = torch.rand(256, 20, generator=torch.Generator().manual_seed(0))
+        targets = inputs.sum(1) - 10
+        if self.size == 1:
+            return DataLoader([*zip(inputs, targets)], 32)
+        return DataLoader([*zip(inputs * self.size / 10, targets[:, None] * self.size)], 32)
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        return mse_loss(self.net(x), y)
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), self.rate)
+
+class Manual(Raw):
+    automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        self.manual_backward(super().training_step(batch, batch_idx))
+        self.optimizers().step()
+"""
+
+
+@pytest.mark.parametrize("model", ["Raw", "Manual"])
+def test_targets_that_broadcast_fail_with_the_line_and_its_expressions(
+    mine: Path, command: Command, model: str
+) -> None:
+    Path("regression.py").write_text(REGRESSION)
+    code, out, _ = command("check", f"--model=regression.{model}", "--model.size=1", "--seed_everything=0")
+    assert code == 1
+    assert re.search(r"FAIL  net.4 +broadcast_targets +100% of the values", out)
+    assert re.search(r"mse_loss at \S*regression.py:22 in training_step", out)
+    assert "Give both one shape: self.net(x).view_as(y) in place of self.net(x)." in out
+
+
+@pytest.mark.parametrize("rate", [0.01, 1e-6])
+def test_raw_inputs_and_raw_targets_are_both_named(mine: Path, command: Command, rate: float) -> None:
+    Path("regression.py").write_text(REGRESSION)
+    code, out, _ = command("check", "--model=regression.Raw", f"--model.rate={rate}", "--seed_everything=0")
+    assert code == (rate == 0.01)
+    assert re.search(r"WARN  net.0 +data_scale", out)
+    assert "Standardize inputs x and targets y" in out
+    assert ("standardize batch[0] and batch[1], (t - t.mean(0)) / t.std(0)" in out) == (rate == 0.01)
+
+
 def test_json(mine: Path, command: Command) -> None:
     code, out, _ = command("check", "--model", "mine.Own", *DEEP, "--json")
     found = json.loads(out, parse_constant=reject_constant)

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import re
+from math import nan
 from typing import Any, get_args
 
 import pytest
 import torch
 from torch import nn
 
+from lightning_gradguard.core.detectors.diagnosis import Symptom
 from lightning_gradguard.core.incidents import CAUSES, KINDS, SYMPTOM_CAUSES, Incident, IncidentKind
 from lightning_gradguard.core.remedies import Present, advice, advice_for_cause, advice_for_symptom, remedies
 from lightning_gradguard.core.remedies.gates import lstm_code
 from tests.core.initialization.networks import fails, mlp
+
+
+def symptom(cause: Any, where: tuple[str, ...], **known: Any) -> Symptom:
+    return Symptom("vanishing_gradient", cause, where, nan, "", "depth", **known)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -97,7 +103,7 @@ def test_an_lstm_is_advised_as_code_with_its_sizes() -> None:
     old: nn.RNNBase = nn.RNN(4, 8, batch_first=True)
     model: Any = nn.Sequential(old)
     code = lstm_code("model[0]", old, 80)
-    found = advice_for_symptom("vanishing_gradient", "through_time", ["0"], (), model, 80)
+    found = advice_for_symptom(symptom("through_time", ("0",), n_times=80), (), model)
     assert found.endswith(f"with model = self:\n{code}")
     exec(code, {"nn": nn, "model": model})
     assert isinstance(model[0], nn.LSTM)
@@ -149,11 +155,11 @@ def test_one_incident_has_one_usual_value(kind: IncidentKind, value: float) -> N
 
 
 def test_advice_on_depth_names_nothing_that_is_there() -> None:
-    kind, where = "vanishing_gradient", ["embed"]
-    late = advice_for_symptom(kind, "depth", where, ["residual", "check"])
+    of_depth = symptom("depth", ("embed",))
+    late = advice_for_symptom(of_depth, ["residual", "check"])
     assert late.startswith("Lower the learning rate, or warm it up for longer")
     assert not re.search("residual|InitializationCheck", late)
-    early = advice_for_symptom(kind, "depth", where, ["untrained"])
+    early = advice_for_symptom(of_depth, ["untrained"])
     assert early.startswith("Use residual connections")
     assert "InitializationCheck" in early
-    assert advice_for_symptom(kind, "depth", where, ["untrained", "residual", "check"])
+    assert advice_for_symptom(of_depth, ["untrained", "residual", "check"])

@@ -1,7 +1,7 @@
 """The operation of a batch that made the first nonfinite value, and its cause."""
 
 from .classify import investigate
-from .inputs import or_bad_input, parts_of, parts_out_of_scale
+from .inputs import or_bad_input, parts_of, parts_out_of_scale, standardizing
 from .optimizer_step import origin_in_optimizer_step
 from .origin import (
     Origin,

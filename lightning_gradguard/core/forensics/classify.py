@@ -23,6 +23,7 @@ from lightning_gradguard.core.forensics.inputs import (
     outlying_rows,
     parts_of,
     parts_out_of_scale,
+    standardizing,
 )
 from lightning_gradguard.core.forensics.operations import (
     JUMP,
@@ -123,19 +124,18 @@ def _run(run: Run) -> tuple[Sequence[Tensor], Sequence[Tensor], Exception | None
 
 
 def _with_scale(origin: Origin, module: nn.Module, run: Run, parts: Mapping[str, Tensor]) -> Origin:
-    """Returns the origin, advised to standardize a part of the batch first if that alone makes it finite."""
-    for name, rms in parts_out_of_scale(parts).items():
-        if outlying_rows(parts[name]):  # bad data, which scaling would hide
-            continue
-        with preserve_state(module), torch.enable_grad(), Rescaled(parts[name], 1 / rms):
-            losses, gradients, error = _run(run)
-        if error is None and not any(map(is_nonfinite, (*losses, *gradients))):
-            first = (
-                f"First standardize {name}, (x - x.mean(0)) / x.std(0): its rms is {rms:.3g} (usual: about "
-                "1), and the step is finite where it is scaled to 1."
-            )
-            return replace(origin, advice=f"{first} {origin.advice}".strip())
-    return origin
+    """Returns the origin, advised to standardize parts of the batch first if that alone makes it finite."""
+    # of bad data, scaling would hide it
+    scales = {n: rms for n, rms in parts_out_of_scale(parts).items() if not outlying_rows(parts[n])}
+    if not scales:
+        return origin
+    factors = [(parts[name], 1 / rms) for name, rms in scales.items()]
+    with preserve_state(module), torch.enable_grad(), Rescaled(factors):
+        losses, gradients, error = _run(run)
+    if error is not None or any(map(is_nonfinite, (*losses, *gradients))):
+        return origin
+    first = f"First {standardizing(scales)}, and the step is finite with an rms of 1."
+    return replace(origin, advice=f"{first} {origin.advice}".strip())
 
 
 def _source(record: OperationRecord | None) -> OperationRecord | str | None:

@@ -18,8 +18,8 @@ from lightning_gradguard.core.forensics.origin import Origin
 HUGE_INPUT = 1e6
 #: A row of the batch this many times larger than the median row is an outlier.
 OUTLIER = 30.0
-#: Largest rms of what need not be standardized before all else; pixels have up to 255.
-LARGE_RMS = 100.0
+#: Largest rms of what need not be standardized before all else, as pixels have up to 255, and beside it.
+LARGE_RMS, LARGE_BESIDE = 100.0, 10.0
 
 
 def parts_of(batch: Any) -> dict[str, Tensor]:
@@ -42,7 +42,7 @@ def huge_inputs(parts: Mapping[str, Tensor]) -> dict[str, float]:
 
 
 def parts_out_of_scale(parts: Mapping[str, Tensor]) -> dict[str, float]:
-    """Returns the rms of the parts of the batch that are to be standardized, the largest first.
+    """Returns the rms of the parts of the batch that are to be standardized, none unless one is far out.
 
     Example:
         >>> parts_out_of_scale({"batch[0]": torch.full((8, 2), 2000.0), "batch[1]": torch.ones(8)})
@@ -50,28 +50,39 @@ def parts_out_of_scale(parts: Mapping[str, Tensor]) -> dict[str, float]:
     """
     floating = {name: part for name, part in parts.items() if part.is_floating_point() and part.numel()}
     sizes = ((name, float(part.detach().double().square().mean().sqrt())) for name, part in floating.items())
-    found = sorted(((name, rms) for name, rms in sizes if rms > LARGE_RMS), key=lambda item: -item[1])
-    return {name: rms for name, rms in found if math.isfinite(rms)}
+    found = {name: rms for name, rms in sizes if LARGE_BESIDE < rms < math.inf}
+    return found if max(found.values(), default=0.0) > LARGE_RMS else {}
+
+
+def standardizing(scales: Mapping[str, float]) -> str:
+    """Returns the advice to standardize parts of the batch, by their rms.
+
+    Example:
+        >>> standardizing({"batch[0]": 255.0, "batch[1]": 2000.0})
+        'standardize batch[0] and batch[1], (t - t.mean(0)) / t.std(0): rms 255 and 2e+03 (usual: about 1)'
+    """
+    sizes = " and ".join(f"{rms:.3g}" for rms in scales.values())
+    return f"standardize {' and '.join(scales)}, (t - t.mean(0)) / t.std(0): rms {sizes} (usual: about 1)"
 
 
 class Rescaled(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Operations are given a multiple of a tensor in place of it; the tensor itself is left as it is.
+    """Operations are given multiples of tensors in place of them, which are left as they are.
 
     Example:
         >>> x = torch.ones(2)
-        >>> with Rescaled(x, 0.5):
+        >>> with Rescaled([(x, 0.5)]):
         ...     print((x + 1).tolist())
         [1.5, 1.5]
     """
 
-    def __init__(self, part: Tensor, factor: float) -> None:
+    def __init__(self, factors: Sequence[tuple[Tensor, float]]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._part, self._multiple = part, part.detach() * factor
+        self._multiples = {id(part): (part, part.detach() * factor) for part, factor in factors}
 
     def __torch_dispatch__(
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        given = tree_map(lambda leaf: self._multiple if leaf is self._part else leaf, (args, kwargs or {}))
+        given = tree_map(lambda leaf: self._multiples.get(id(leaf), (leaf, leaf))[1], (args, kwargs or {}))
         return function(*given[0], **given[1])
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Literal
 
+from lightning_gradguard.core.detectors.diagnosis.contracts import CONTRACT
 from lightning_gradguard.core.incidents import Cause
 
 Severity = Literal["info", "warn", "fail"]
@@ -20,7 +21,7 @@ _OF_RECTIFIERS = " He's gain, of 'relu', is that for GELU and SiLU too."
 #: An index in brackets, as in `model.net[2]`.
 _INDEX = r"(?<=\[)\d+(?=\])"
 #: Measured values with their unit.
-_UNITS = {
+_UNITS: dict[str, str] = {
     "gradient_gain": "{:.3g} decades",
     "layer_gain": "{:.2g} decades",
     "gain_through_time": "{:.3g} decades",
@@ -32,6 +33,7 @@ _UNITS = {
     "symmetric_units": "{:.0f} copies",
     "zero_weights": "std {:.3g}",
     "loss_over_guessing": "{:.3g} times",
+    **dict.fromkeys(map(str, CONTRACT), "{:.0%} of the values"),
 }
 
 

@@ -13,6 +13,8 @@ from lightning_gradguard.core.remedies.texts import BY_CAUSE, BY_KIND, REMEDIES
 if TYPE_CHECKING:
     from torch import nn
 
+    from lightning_gradguard.core.detectors.diagnosis.symptom import Symptom
+
 #: What a run has, so that some advice does not apply; `feed_forward`: no recurrence; `untrained`: what is
 #: found was there before the first update; `by_batch`: no schedule that steps once an epoch is at fault;
 #: `sampled`: it was found on a step that is sampled, and may have begun before.
@@ -64,6 +66,7 @@ def advice_for_cause(
     model: nn.Module | None = None,
     kind: str = "",
     n_steps: int = 0,
+    arguments: Sequence[str] = (),
 ) -> str:
     """Returns advice for the cause that a replay found, in one or two sentences; empty for `"unknown"`.
 
@@ -74,28 +77,25 @@ def advice_for_cause(
         model: The module that the names are of, so that the first is spelled as Python.
         kind: The symptom, where a cause has more than one.
         n_steps: Length of the sequences, where it is known.
+        arguments: Answer and target of a loss in the user's code, where they are known.
     """
     text = BY_CAUSE.get(f"{kind}: {cause}", BY_CAUSE.get(cause, ""))
-    return _applied(text, where, present, model, n_steps)
+    return _applied(text, where, present, model, n_steps, arguments=arguments)
 
 
 def advice_for_symptom(
-    kind: str,
-    cause: str,
-    where: Sequence[str],
-    present: Collection[Present] = (),
-    model: nn.Module | None = None,
-    n_steps: int = 0,
+    symptom: Symptom, present: Collection[Present] = (), model: nn.Module | None = None
 ) -> str:
     """Returns advice for the cause that a diagnosis found, or for its symptom if that is unknown.
 
-    `n_steps` is the length of the sequences, where the cause is one of a recurrent module.
-
     Example:
-        >>> advice_for_symptom("stuck_loss", "labels_ignored", ())
+        >>> from lightning_gradguard.core.detectors.diagnosis import Symptom
+        >>> advice_for_symptom(Symptom("stuck_loss", "labels_ignored", (), 1.0, "", "contract"))
         'Check the labels and ignore_index: none is left for the loss.'
     """
-    return advice_for_cause(cause, where, present, model, kind, n_steps) or advice(kind, where, present)
+    where, n_steps, arguments = symptom.where, symptom.n_times, symptom.arguments
+    known = advice_for_cause(symptom.cause, where, present, model, symptom.kind, n_steps, arguments)
+    return known or advice(symptom.kind, where, present)
 
 
 def remedies(kind: str, where: Sequence[str] = (), present: Collection[Present] = ()) -> tuple[str, ...]:
@@ -121,6 +121,7 @@ def _applied(
     model: nn.Module | None = None,
     n_steps: int = 0,
     coefficient: float | None = None,
+    arguments: Sequence[str] = (),
 ) -> str:
     """Returns a text without the parts that do not apply, and with the name of what is at fault."""
     name = where[0] if where else ""
@@ -128,7 +129,10 @@ def _applied(
     code, found = code_of(name, model), None if model is None else _find(name, model)
     is_bare = found is not None and getattr(found, "ndim", None) is not None
     has_layers = found is None or type(found).__name__ in ("Linear", "Conv2d")
+    answer, target = arguments or (f"{code}(inputs)", "target")
     applied = fitting.format(
+        answer=answer,
+        target=target,
         where=name or "the network",
         code=code,
         gated=_gated(name, code, found, n_steps),

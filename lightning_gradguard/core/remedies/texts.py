@@ -186,7 +186,7 @@ BY_CAUSE = {
         "Use cross_entropy on the output of {where}, without a softmax, or give nll_loss "
         "torch.nn.functional.log_softmax(output, 1) of it: over the classes, not the batch."
     ),
-    "broadcast_targets": "Give both one shape: {code}(hidden).squeeze(1), or target.unsqueeze(1).",
+    "broadcast_targets": "Give both one shape: {answer}.view_as({target}) in place of {answer}.",
     "labels_ignored": "Check the labels and ignore_index: none is left for the loss.",
     "targets_out_of_range": "Scale the targets to 0 .. 1, or use a loss for regression or for classes.",
     "unreachable_targets": (
@@ -276,6 +276,11 @@ BY_CAUSE = {
     "input_scale": (
         "Scale the inputs to zero mean and unit variance, (x - x.mean(0)) / x.std(0), or begin with a "
         "normalization layer before {where}."
+    ),
+    "data_scale": (
+        "Standardize inputs x and targets y, both by the training data and before they are batched: "
+        "x, y = [(t - t.mean(0)) / t.std(0) for t in (x, y)]; scale answers back where they are used. "
+        "For pixels, one mean and std of all is usual."
     ),
     "small_weights": (
         "Initialize all layers for their activation, not {where} alone: before tanh "

@@ -24,7 +24,7 @@ from lightning_gradguard.report.analysis.run_log import RunLog
 #: A learning-rate scale at or below this has not recovered.
 BACKED_OFF = 1 / 8
 #: Causes of a stuck loss whose incident has that ratio as its value.
-_MEASURED_RATIO = ("input_scale", "learning_rate_too_low")
+_MEASURED_RATIO = ("input_scale", "data_scale", "learning_rate_too_low")
 #: A run whose last steps, as many as this, were skipped has not recovered.
 ENDING = 3
 #: Details of one symptom that are quoted in full.

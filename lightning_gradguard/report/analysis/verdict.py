@@ -183,7 +183,7 @@ def _headline(status: Status, symptoms: Sequence[RunSymptom]) -> str:
         kinds = {symptom.kind for symptom in symptoms}
         if "stuck_loss" in kinds:
             return "healthy, with a flat loss"
-        large = [s.cause for s in symptoms if s.cause in ("update_too_large", "input_scale")]
+        large = [s.cause for s in symptoms if s.cause in ("update_too_large", "input_scale", "data_scale")]
         if large and "constant_clipping" in kinds:
             return f"healthy, with {title('constant_clipping')} (cause: {label(large[0])})"
         exploding = [s for s in symptoms if s.kind == "exploding_gradient" and s.cause in SYMPTOM_CAUSES]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -19,8 +20,7 @@ def encoded(symptoms: Sequence[Symptom], device: torch.device) -> Tensor:
     """Returns symptoms as a vector of fixed length, for the other ranks."""
     message: list[Any] = []
     for symptom in symptoms:
-        fields = [symptom.kind, symptom.cause, symptom.where, symptom.value, symptom.evidence]
-        fields += [symptom.tier, symptom.since]
+        fields = asdict(symptom)
         if len(json.dumps([*message, fields]).encode()) <= MESSAGE_BYTES:
             message.append(fields)
     raw = json.dumps(message).encode().ljust(MESSAGE_BYTES)
@@ -36,7 +36,4 @@ def decoded(numbers: Sequence[float]) -> list[Symptom]:
         True
     """
     message = json.loads(bytes(int(round(number)) for number in numbers))
-    return [
-        Symptom(kind, cause, tuple(where), value, evidence, tier, since=since)
-        for kind, cause, where, value, evidence, tier, since in message
-    ]
+    return [Symptom.restored(fields) for fields in message]

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, IterableDataset
 
-from lightning_gradguard.core.forensics import parts_of, parts_out_of_scale
+from lightning_gradguard.core.forensics import parts_of, parts_out_of_scale, standardizing
 from lightning_gradguard.core.initialization import Finding
 from lightning_gradguard.core.initialization.rate_trial import (
     HELD_OUT,
@@ -121,12 +121,9 @@ def try_rates(
     )
     if finding is None or factor is None:
         return [], values
-    for part, rms in parts_out_of_scale(parts_of(batch)).items():
+    if scales := parts_out_of_scale(parts_of(batch)):
         # a rate that fits this scale does not fit all that does not depend on it
-        cure = (
-            f"standardize {part}, (t - mean) / std: its rms is {rms:.3g} (usual: about 1); then check again"
-        )
-        return [replace(finding, cure=cure)], values
+        return [replace(finding, cure=f"{standardizing(scales)}; then check again")], values
     # the best rate is well below the largest stable one
     factor /= 4 if finding.criterion == "learning_rate_too_high" else 30
     if trial.is_stable(factor):

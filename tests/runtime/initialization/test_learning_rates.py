@@ -69,7 +69,7 @@ def test_targets_in_the_thousands_are_standardized_before_the_rate_is_lowered() 
     fit(Millimetres(0.05), data, [check], max_steps=1)
     (finding,) = check.findings
     assert finding.criterion == "learning_rate_too_high"
-    assert finding.cure.startswith("standardize batch[1], (t - mean) / std: its rms is 5")
+    assert finding.cure.startswith("standardize batch[1], (t - t.mean(0)) / t.std(0): rms 5")
     cured = InitializationCheck(rate_trial=True)
     fit(Millimetres(0.05), [(x, (y - 5000) / 2000) for x, y in data], [cured], max_steps=1)
     assert cured.findings == []

@@ -16,7 +16,7 @@ LABEL_STEPS = 50
 #: The smallest share of targets out of reach that explains a loss that is stuck.
 SOME_UNREACHABLE = 0.05
 #: Shares of a loss call that break its contract.
-_CONTRACT: dict[SymptomCause, tuple[float, str]] = {
+CONTRACT: dict[SymptomCause, tuple[float, str]] = {
     "softmax_before_loss": (0.9, "the loss expects logits and gets probabilities"),
     "single_class": (0.9, "a softmax over one output is always 1"),
     "not_log_probabilities": (0.9, "the loss expects log-probabilities (logsumexp 0) and gets other values"),
@@ -31,7 +31,7 @@ def broken_contracts(sample: Sample, progress: Progress) -> Iterator[Symptom]:
     """Yields loss calls with inputs or targets that the loss does not expect."""
     for call in sample.calls:
         for cause, share in call.flags.items():
-            bound, words = _CONTRACT[cause]
+            bound, words = CONTRACT[cause]
             needs = 2
             if cause == "unreachable_targets":
                 if call.function == "difference" and not sample.one_signed:
@@ -40,8 +40,19 @@ def broken_contracts(sample: Sample, progress: Progress) -> Iterator[Symptom]:
                     bound, needs = SOME_UNREACHABLE, 3
             if share >= bound:
                 name = "a difference" if call.function == "difference" else call.function
-                evidence = f"{name}: {words} ({share:.0%} of the values)"
-                yield Symptom("stuck_loss", cause, sample.head, share, evidence, "contract", needs)
+                place = "" if call.location is None else f" at {call.location}"
+                of_some = f" ({share:.0%} of the values)" if share < 1 else ""
+                evidence = f"{name}{place}: {words}{of_some}"
+                yield Symptom(
+                    "stuck_loss",
+                    cause,
+                    sample.head,
+                    share,
+                    evidence,
+                    "contract",
+                    needs,
+                    arguments=call.arguments,
+                )
 
 
 def constant_inputs(sample: Sample, progress: Progress) -> Iterator[Symptom]:

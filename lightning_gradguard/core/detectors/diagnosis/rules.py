@@ -11,7 +11,7 @@ from typing import Literal
 from lightning_gradguard.core.detectors.best_constant import LEARNS, STUCK
 from lightning_gradguard.core.detectors.diagnosis import depth
 from lightning_gradguard.core.detectors.diagnosis.clipped import CLIPPED_FAR
-from lightning_gradguard.core.detectors.diagnosis.contracts import SOME_UNREACHABLE
+from lightning_gradguard.core.detectors.diagnosis.contracts import SOME_UNREACHABLE, broken_contracts
 from lightning_gradguard.core.detectors.diagnosis.progress import Progress
 from lightning_gradguard.core.detectors.diagnosis.sample import CLIPPED_AT_ALL, MIN_TIMES, Sample, UnitSignal
 from lightning_gradguard.core.detectors.diagnosis.signals.units import PASS_SMALL, RECTIFIERS
@@ -88,7 +88,7 @@ def dead_or_saturated_units(sample: Sample, progress: Progress) -> Iterator[Symp
         if share > (SATURATED if noun not in (_ROWS, _GATES) else SATURATED_ROWS) and not is_harmless:
             saturated.append((share, names, noun))
     origin = input_cause(sample)
-    inputs = size_of_inputs(sample)
+    inputs = size_of_data(sample)
     if dead:
         share, where, _ = _first(dead)
         evidence = (
@@ -103,12 +103,18 @@ def dead_or_saturated_units(sample: Sample, progress: Progress) -> Iterator[Symp
         yield Symptom("saturated_units", origin, where, share, evidence, "units")
 
 
-def input_cause(sample: Sample) -> Literal["input_scale", "unknown"]:
-    """Returns the cause that lies in the scale of the inputs, or `"unknown"`."""
-    if sample.input_rms > LARGE_INPUT:
-        return "input_scale"
+def input_cause(sample: Sample) -> Literal["input_scale", "data_scale", "unknown"]:
+    """Returns the cause that lies in the scale of the inputs, alone or with the targets; or `"unknown"`."""
     largest, usual, _ = sample.columns or (0.0, 0.0, 0.0)
-    return "input_scale" if largest > LARGE_INPUT and largest > UNEQUAL_COLUMNS * usual else "unknown"
+    is_unequal = largest > LARGE_INPUT and largest > UNEQUAL_COLUMNS * usual
+    if not (sample.input_rms > LARGE_INPUT or is_unequal):
+        return "unknown"
+    return "data_scale" if largest_target(sample) > LARGE_TARGET else "input_scale"
+
+
+def largest_target(sample: Sample) -> float:
+    """Returns the largest rms of the targets of a regression; 0 without one."""
+    return max((call.target for call in sample.calls if not math.isnan(call.target)), default=0.0)
 
 
 def inactive_output(sample: Sample, progress: Progress) -> Symptom | None:
@@ -170,9 +176,8 @@ def large_updates(sample: Sample, progress: Progress) -> Iterator[Symptom]:
                 continue
             cause: Cause | SymptomCause = input_cause(sample)
             if cause == "unknown":
-                is_far = any(call.target > LARGE_TARGET for call in sample.calls)
-                cause = "target_scale" if is_far else "update_too_large"
-            if cause == "input_scale":  # a normalization is put before the first layer
+                cause = "target_scale" if largest_target(sample) > LARGE_TARGET else "update_too_large"
+            if cause in ("input_scale", "data_scale"):  # a normalization is put before the first layer
                 where = tuple(dict.fromkeys([*(layer.name for layer in sample.layers[:1]), *where]))[:5]
             if cause == "target_scale":  # its answers are scaled back
                 where = sample.head or where
@@ -181,7 +186,7 @@ def large_updates(sample: Sample, progress: Progress) -> Iterator[Symptom]:
                 evidence += f", {after:.2g} after clipping{one.by_clippers}"
             if is_rising:
                 evidence += f"; the loss has risen to {progress.rise:.2g} times the first"
-            evidence += size_of_inputs(sample)
+            evidence += size_of_data(sample)
             yield Symptom("exploding_gradient", cause, where, before, evidence, "update")
 
 
@@ -247,9 +252,24 @@ def far_targets(sample: Sample, progress: Progress, patience: int) -> Iterator[S
         if call.target > LARGE_TARGET and call.target > FAR_TARGET * call.answer:
             evidence = (
                 f"{call.function}: the rms of the targets is {call.target:.2g}, that of the answers "
-                f"{call.answer:.2g}, and the loss is {progress.over_first:.3g} times the first"
+                f"{call.answer:.2g}"
             )
-            yield Symptom("stuck_loss", "target_scale", sample.head, call.target, evidence, "contract", 2)
+            if not math.isnan(progress.over_first):
+                evidence += f", and the loss is {progress.over_first:.3g} times the first"
+            cause: SymptomCause = "target_scale"
+            where, value = sample.head, call.target
+            if input_cause(sample) != "unknown":
+                cause = "data_scale"
+                value = value if math.isnan(progress.over_constant) else progress.over_constant
+                where = (*(layer.name for layer in sample.layers[:1]), *where)
+                evidence += size_of_data(sample)
+            yield Symptom("stuck_loss", cause, where, value, evidence, "contract", 2)
+
+
+def of_first_losses(sample: Sample) -> Iterator[Symptom]:
+    """Yields what the first sample alone shows of losses: how they are called, the scale of targets."""
+    yield from broken_contracts(sample, Progress())
+    yield from far_targets(sample, Progress(), patience=0)
 
 
 def same_answers(sample: Sample, progress: Progress, patience: int) -> Iterator[Symptom]:
@@ -300,8 +320,10 @@ def stuck_loss(sample: Sample, progress: Progress, patience: int) -> Iterator[Sy
     cause: Cause | SymptomCause = "unreachable_targets" if sample.one_signed and has_range else "unknown"
     is_far = input_cause(sample) != "unknown" or sample.input_rms < SMALL_INPUT
     if cause == "unknown" and is_far and sample.layers:
-        cause, where = "input_scale", (sample.layers[0].name,)
-        facts += filter(None, [size_of_inputs(sample).strip("; ")])
+        # of tiny inputs, too
+        cause = "data_scale" if largest_target(sample) > LARGE_TARGET else "input_scale"
+        where = (sample.layers[0].name,)
+        facts += filter(None, [size_of_data(sample).strip("; ")])
     is_bounded = any(layer.is_last and layer.activation for layer in sample.layers)
     if cause == "unknown" and sample.one_signed and not is_bounded and progress.over_first < 1:
         cause = "learning_rate_too_low"  # the answers are on their way to the targets
@@ -337,11 +359,13 @@ def _is_whole(sample: Sample) -> bool:
     return any(math.isclose(call.value, sample.loss, rel_tol=0.01) for call in sample.calls)
 
 
-def size_of_inputs(sample: Sample) -> str:
-    """Returns the size of the inputs in words, if they are large or small."""
-    rms = sample.input_rms
+def size_of_data(sample: Sample) -> str:
+    """Returns the size of the inputs in words, if they are large or small, and of targets that are large."""
+    rms, target = sample.input_rms, largest_target(sample)
     is_usual = SMALL_INPUT <= rms <= LARGE_INPUT or math.isnan(rms)
-    return "" if is_usual else f"; inputs have an rms of {rms:.3g} (usual: about 1)"
+    sizes = [] if is_usual else [f"inputs have an rms of {rms:.3g}"]
+    sizes += [f"targets have an rms of {target:.3g}"] if target > LARGE_TARGET else []
+    return f"; {', '.join(sizes)} (usual: about 1)" if sizes else ""
 
 
 def is_related(permuted: float, ratio: float) -> bool:

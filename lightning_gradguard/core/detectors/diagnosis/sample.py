@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 
 from lightning_gradguard.core import tags
 from lightning_gradguard.core.detectors.diagnosis.coverage import Coverage
+from lightning_gradguard.core.forensics.arguments import Call, call_in
+from lightning_gradguard.core.forensics.location import Location
 from lightning_gradguard.core.incidents import SymptomCause
 
 #: Calls of one layer in one pass from which on it is a recurrence.
@@ -99,6 +101,7 @@ class LossSignal:
         target: Root mean square of the targets of a regression.
         answer: The same of the answers.
         guess: Loss of a classification that gives all classes one probability; NaN if unknown.
+        location: The line of the user's code that calls it; `None` if unknown.
     """
 
     function: str
@@ -109,6 +112,16 @@ class LossSignal:
     target: float = math.nan
     answer: float = math.nan
     guess: float = math.nan
+    location: Location | None = None
+
+    @property
+    def arguments(self) -> tuple[str, ...]:
+        """Answer and target as the user's code has them; empty if unknown."""
+        code = "" if self.location is None else self.location.called_code
+        call = call_in(code, "sub" if self.function == "difference" else "") or Call("", (), {})
+        by_name = [call.keywords[name] for name in ("input", "target") if name in call.keywords]
+        found = (*call.arguments, *by_name)[-2:]
+        return found if len(found) == 2 and all(found) else ()
 
 
 #: Norm of weights, relative to torch's default initialization, below which an update is compared with that.

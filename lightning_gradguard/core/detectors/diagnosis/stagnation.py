@@ -9,7 +9,7 @@ from statistics import median
 from lightning_gradguard.core.detectors.best_constant import STUCK
 from lightning_gradguard.core.detectors.diagnosis.clipped import CLIPPED_FAR, clipped_before, of_one_size
 from lightning_gradguard.core.detectors.diagnosis.progress import Progress
-from lightning_gradguard.core.detectors.diagnosis.rules import SMALL_INPUT, size_of_inputs
+from lightning_gradguard.core.detectors.diagnosis.rules import SMALL_INPUT, size_of_data
 from lightning_gradguard.core.detectors.diagnosis.sample import Sample, Update
 from lightning_gradguard.core.detectors.diagnosis.symptom import Symptom, Tier, modules_of
 from lightning_gradguard.core.incidents import SymptomCause
@@ -64,7 +64,7 @@ def stagnation(sample: Sample, progress: Progress) -> Iterator[Symptom]:
                 evidence += one.by_clippers
             elif is_of_clipping:
                 evidence += f"; {of_one_size(size)}"
-            evidence += size_of_inputs(sample)
+            evidence += size_of_data(sample)
             yield Symptom("weight_stagnation", small, where, largest, evidence, _tier(small), 2)
             continue
         if not progress.has_converged:
@@ -98,5 +98,5 @@ def _some_stagnate(one: Update, sample: Sample, ratios: dict[int, float]) -> Ite
         evidence = f"updates of {len(still)} of {len(ratios)} weights are at most {value:.1g} of their norm"
         if not all(one.rates):
             evidence += "; the learning rate of a parameter group is 0"
-        evidence += size_of_inputs(sample)
+        evidence += size_of_data(sample)
         yield Symptom("weight_stagnation", cause, where, value, evidence, _tier(cause), 4, is_partial=True)

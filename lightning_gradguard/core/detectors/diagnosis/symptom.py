@@ -34,6 +34,7 @@ class Symptom:
         needs: Samples that must show it.
         is_partial: True if it is of some weights, and others are as usual.
         n_times: Length of the sequences of a recurrent module, where it is of one.
+        arguments: Answer and target of a loss as the user's code has them, where it is of one.
         since: The first step that showed it.
         followed_by: Symptoms that follow from it, and the steps of their own.
     """
@@ -47,6 +48,7 @@ class Symptom:
     needs: int = 2
     is_partial: bool = False
     n_times: int = 0
+    arguments: tuple[str, ...] = ()
     since: int = 0
     followed_by: tuple[tuple[str, int], ...] = field(default=())
 
@@ -60,7 +62,8 @@ class Symptom:
             True
         """
         known = {field.name: saved[field.name] for field in fields(cls) if field.name in saved}
-        known["where"] = tuple(known["where"])
+        for name in ("where", "arguments"):
+            known[name] = tuple(known.get(name, ()))
         known["followed_by"] = tuple(map(tuple, known["followed_by"]))
         return cls(**known)
 

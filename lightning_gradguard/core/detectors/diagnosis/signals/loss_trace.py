@@ -12,6 +12,7 @@ from lightning_gradguard.core.detectors.diagnosis.signals import loss_calls
 from lightning_gradguard.core.detectors.diagnosis.signals.loss_baseline import LossBaselines
 from lightning_gradguard.core.detectors.diagnosis.signals.records import LossRecord
 from lightning_gradguard.core.detectors.diagnosis.signals.scalars import DeviceScalars, is_measurable
+from lightning_gradguard.core.forensics.location import user_location
 
 #: Calls of losses that are recorded.
 MAX_CALLS = 32
@@ -101,4 +102,5 @@ class LossTrace:
         best = (None, None) if constants is None else (add(constants[0]), add(constants[1]))
         # against labels that are made up, as by a generator or between views, a large loss may be usual
         guess = math.nan if constants is None else loss_calls.loss_of_guessing(name, answer, options)
-        self.records.append(LossRecord(name, flags, index, best, scales, guess))
+        location = user_location() if flags else None
+        self.records.append(LossRecord(name, flags, index, best, scales, guess, location))

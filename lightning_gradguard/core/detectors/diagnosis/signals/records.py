@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from lightning_gradguard.core.detectors.diagnosis.sample import LayerSignal, LossSignal, UnitSignal
 from lightning_gradguard.core.detectors.diagnosis.signals.scalars import DeviceScalars
+from lightning_gradguard.core.forensics.location import Location
 from lightning_gradguard.core.incidents import SymptomCause
 
 
@@ -53,7 +54,7 @@ class UnitRecord:
 
 @dataclass
 class LossRecord:
-    """A call of a loss: broken conditions, value, those of a constant and of guessing, rms of both sides."""
+    """A call of a loss: broken conditions, value, those of a constant and of guessing, rms, its line."""
 
     function: str
     flags: dict[SymptomCause, int]
@@ -61,10 +62,11 @@ class LossRecord:
     constants: tuple[int | None, int | None]
     scales: tuple[int, int] | None = None
     guess: float = math.nan
+    location: Location | None = None
 
     def signal(self, numbers: DeviceScalars) -> LossSignal:
         """Returns the call with its numbers, which are on the host."""
         flags = {cause: numbers[i] for cause, i in self.flags.items()}
         scales = (None, None) if self.scales is None else self.scales
-        value, best, here, *sizes = (numbers[i] for i in (self.value, *self.constants, *scales))
-        return LossSignal(self.function, flags, value, best, here, sizes[0], sizes[1], self.guess)
+        value, best, here, target, given = (numbers[i] for i in (self.value, *self.constants, *scales))
+        return LossSignal(self.function, flags, value, best, here, target, given, self.guess, self.location)
