@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
+from operator import attrgetter
 from typing import Any, Literal
 
 from lightning_gradguard.core.detectors import Anomaly, OptimizerHealth
@@ -23,6 +24,7 @@ MOVED_WITHOUT_PROGRESS = {"worse_than_first": 2.5, "no_progress": 10.0}
 DISTANCE_INTERVAL = 10
 #: Rollbacks that cannot help, before the run is stopped: no step was good yet, or eps is at fault.
 USELESS_ROLLBACKS = 2
+_SPIKING = attrgetter("spiking")
 
 Decision = Literal["continue", "roll_back", "stop"]
 
@@ -120,7 +122,7 @@ class RecoveryPolicy:
         if index not in self._health:
             self._health[index] = OptimizerHealth(self.is_adversarial)
         anomaly = self._health[index].update(loss, total_norm, is_collapsed)
-        self.is_spiking = any([health.spiking for health in self._health.values()])
+        self.is_spiking = any(map(_SPIKING, self._health.values()))
         self._asked_ago += 1
         if anomaly in ("divergence", "worse_than_first", "no_progress", "lasting_spike"):
             if self._asked_ago < DISTANCE_INTERVAL:
@@ -195,7 +197,7 @@ class RecoveryPolicy:
         self._health = {index: OptimizerHealth(self.is_adversarial) for index in detector_state}
         for index, state in detector_state.items():
             self._health[index].load_state_dict(state)
-        self.is_spiking = any([health.spiking for health in self._health.values()])
+        self.is_spiking = any(map(_SPIKING, self._health.values()))
 
     def state_dict(self) -> dict[str, Any]:
         """Returns everything with which a resumed run decides alike."""

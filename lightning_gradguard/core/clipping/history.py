@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, fields, replace
-from statistics import median_low
-from typing import Any
+from collections.abc import Mapping
+from itertools import islice
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from lightning_gradguard.core.clipping.scalars import Scalar, clamp_min, fmax
+from lightning_gradguard.core.sorted_window import SortedWindow
 
 #: Steps in which the level follows the norms freely, and overshoot is found earlier.
 FIRST_STEPS = 20
@@ -37,12 +38,9 @@ TASK_STEPS, TASK_RISE, TASK_SPREAD = 3, 2.0, 20.0
 GRACE = 20
 #: Lower bound of divisors.
 TINY = 1e-300
-#: Medians of the windows, which a checkpoint does not hold.
-_DERIVED = ("usual_norm", "usual_loss")
 
 
-@dataclass(frozen=True, slots=True)
-class Step:
+class Step(NamedTuple):
     """The numbers of a step, on the host or on the device; rate and weight norm are NaN if there is none."""
 
     norm: Scalar
@@ -52,8 +50,7 @@ class Step:
     momentum: float
 
 
-@dataclass(frozen=True, slots=True)
-class Decision:
+class Decision(NamedTuple):
     """The decision on a step, on the host or on the device.
 
     Args:
@@ -73,50 +70,48 @@ class Decision:
     is_new: Tensor | bool
 
 
-@dataclass(frozen=True, slots=True)
 class History:
-    """Numbers of the host, which are never written to.
+    """Numbers of past steps, on the host.
 
-    `unusual` counts the steps that may begin a new task, and below 0 those that are left of its first ones;
-    `unusual_loss` is the loss of the first, `calm_loss` that before it.
+    Args:
+        window: Steps of which norm and loss are kept.
+        state_dict: A saved history, also one of another `window` or of an older version.
+
+    Attributes:
+        norms: With at most their bound.
+        losses: Without NaN.
+        usual_norm: The median of the norms; NaN without any, as the next one.
+        usual_loss: The median of the losses.
+        unusual: Number of steps that may begin a new task; below 0, of those that are left of its first ones.
+        unusual_loss: Loss of the first of them.
+        calm_loss: Loss before it.
     """
 
-    norms: list[float] = field(default_factory=list)
-    losses: list[float] = field(default_factory=list)
-    seen: int = 0
-    level: float = math.nan
-    recent: float = math.nan
-    lowest_loss: float = math.inf
-    highest_loss: float = math.nan
-    cap: float = math.inf
-    cap_rate: float = 0.0
-    alarm: int = 0
-    unusual: int = 0
-    unusual_loss: float = 0.0
-    calm_loss: float = 0.0
-    weight_norm: float = math.nan
-    steps_since_weights: int = 0
-    usual_norm: float = math.nan
-    usual_loss: float = math.nan
+    def __init__(self, window: int, state_dict: Mapping[str, Any] | None = None) -> None:
+        self.seen = 0
+        self.level = math.nan
+        self.recent = math.nan
+        self.lowest_loss = math.inf
+        self.highest_loss = math.nan
+        self.cap = math.inf
+        self.cap_rate = 0.0
+        self.alarm = 0
+        self.unusual = 0
+        self.unusual_loss = 0.0
+        self.calm_loss = 0.0
+        self.weight_norm = math.nan
+        self.steps_since_weights = 0
+        saved, known = state_dict or {}, vars(self)
+        known |= {name: type(number)(saved.get(name, number)) for name, number in known.items()}
+        norms, losses = (map(float, saved.get(name, ())) for name in ("norms", "losses"))
+        self.norms = SortedWindow(window, (norm for norm in norms if norm == norm))
+        self.losses = SortedWindow(window, (loss for loss in losses if loss == loss))
+        self.usual_norm, self.usual_loss = self.norms.median(), self.losses.median()
 
     def state_dict(self) -> dict[str, Any]:
         """Returns all numbers but those that follow from others."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in _DERIVED}
-
-    @classmethod
-    def from_state_dict(cls, state_dict: dict[str, Any], window: int) -> History:
-        """Returns a saved history, also one of another `window`."""
-        known = {f.name: getattr(cls(), f.name) for f in fields(cls)}
-        values: dict[str, Any] = {
-            name: type(number)(state_dict[name])
-            for name, number in known.items()
-            if name in state_dict and name not in ("norms", "losses")
-        }
-        for name, usual in (("norms", "usual_norm"), ("losses", "usual_loss")):
-            numbers = [float(number) for number in state_dict.get(name, ())]
-            values[name] = [number for number in numbers if number == number][-window:]
-            values[usual] = _median(values[name])
-        return cls(**values)
+        plain = {name: number for name, number in vars(self).items() if not name.startswith("usual_")}
+        return plain | {"norms": list(self.norms.values), "losses": list(self.losses.values)}
 
     def relief(self, rate: Scalar) -> Scalar:
         """Returns how many times the cap is larger, as the rate is lower than when it was set."""
@@ -129,70 +124,60 @@ class History:
         is_near = (loss < TASK_SPREAD * first) & (TASK_SPREAD * loss > first)
         return is_near & (loss > TASK_RISE * self.calm_loss)
 
-    def updated(self, step: Step, decision: Decision, window: int) -> History:
-        """Returns the history with a step in it, whose numbers the host knows."""
+    def add(self, step: Step, decision: Decision) -> None:
+        """Adds a step, whose numbers the host knows; a nonfinite one changes no more than the weight norm."""
         norm, loss, rate = float(step.norm), float(step.loss), float(step.rate)
-        weight_norm, steps = float(step.weight_norm), self.steps_since_weights + 1
-        if math.isnan(weight_norm):
-            weight_norm = self.weight_norm
+        if step.weight_norm == step.weight_norm:
+            self.weight_norm = float(step.weight_norm)
+        self.steps_since_weights += 1
         if not norm < math.inf or math.isinf(loss):
-            return replace(self, weight_norm=weight_norm, steps_since_weights=steps)
-        norms, losses, cap, cap_rate = self.norms, self.losses, self.cap, self.cap_rate
-        unusual, unusual_loss, calm_loss = self._followed(loss)
-        alarm = ALARM_STEPS if decision.has_alarm else max(self.alarm - 1, 0)
-        reduced, kept = float(decision.reduced), decision.bound if norm > decision.bound else norm
-        if cap < math.inf or reduced < math.inf:
+            return
+        kept, reduced = decision.bound if norm > decision.bound else norm, float(decision.reduced)
+        self._follow(loss)
+        self.alarm = ALARM_STEPS if decision.has_alarm else max(self.alarm - 1, 0)
+        if self.cap < math.inf or reduced < math.inf:
             relief = float(self.relief(rate))
-            if norm > relief * cap:
-                cap *= CAP_GROWTH
-            if reduced < relief * cap:
-                cap, cap_rate = reduced, rate
+            if norm > relief * self.cap:
+                self.cap *= CAP_GROWTH
+            if reduced < relief * self.cap:
+                self.cap, self.cap_rate = reduced, rate
         if decision.is_new:
-            norms, losses, kept, cap, alarm = [], [], norm, math.inf, 0
-        norms = [*norms, kept][-window:]
+            self.norms.clear()
+            self.losses.clear()
+            kept, self.cap, self.alarm = norm, math.inf, 0
+        self.norms.append(kept)
         if loss == loss:
-            losses = [*losses, loss][-window:]
-        usual, usual_loss = _median(norms), _median(losses)
-        # of two numbers, the first stays if the other is NaN
-        level = max(usual if unusual < 0 else min(usual, LEVEL_GROWTH * self.level), self.level)
-        return History(
-            norms=norms,
-            losses=losses,
-            seen=self.seen + 1,
-            level=usual if self.seen < FIRST_STEPS else level,
-            recent=max(float(decision.allowed), RECENT_SHARE * self.recent),
-            lowest_loss=min(self.lowest_loss, loss),
-            highest_loss=max(abs(usual_loss), self.highest_loss),
-            cap=cap,
-            cap_rate=cap_rate,
-            alarm=alarm,
-            unusual=unusual,
-            unusual_loss=unusual_loss,
-            calm_loss=calm_loss,
-            weight_norm=weight_norm,
-            steps_since_weights=steps,
-            usual_norm=usual,
-            usual_loss=usual_loss,
-        )
+            self.losses.append(loss)
+        usual, usual_loss = self.norms.median(), self.losses.median()
+        if self.seen < FIRST_STEPS:
+            self.level = usual
+        else:
+            # of two numbers, the first stays if the other is NaN
+            self.level = max(usual if self.unusual < 0 else min(usual, LEVEL_GROWTH * self.level), self.level)
+        self.seen += 1
+        self.recent = max(float(decision.allowed), RECENT_SHARE * self.recent)
+        self.lowest_loss = min(self.lowest_loss, loss)
+        self.highest_loss = max(abs(usual_loss), self.highest_loss)
+        self.usual_norm, self.usual_loss = usual, usual_loss
 
-    def _followed(self, loss: float) -> tuple[int, float, float]:
-        """Returns `unusual`, `unusual_loss` and `calm_loss` after a step."""
-        unusual, before = self.unusual + 1, (self.unusual_loss, self.calm_loss)
+    def _follow(self, loss: float) -> None:
+        """Counts the steps that may begin a new task, or are its first."""
         if self.unusual < 0:
-            return unusual, *before
+            self.unusual += 1
+            return
         if self.unusual > 0 and self.goes_on(loss):
-            return (1 - GRACE if unusual == TASK_STEPS else unusual), *before
-        calm_loss = min(max(map(abs, self.losses[-JUMP_STEPS:]), default=math.nan), abs(self.usual_loss))
-        begins = (
-            loss > JUMP * calm_loss
-            and loss > NOTABLE * self.highest_loss
-            and self.recent <= CALM_RATIO * max(self.level, self.usual_norm)
-            and self.seen >= FIRST_STEPS
-            and self.alarm == 0
-        )
-        return (1, loss, calm_loss) if begins else (0, *before)
-
-
-def _median(numbers: list[float]) -> float:
-    """Returns the median, the lower of two; NaN without a number."""
-    return median_low(numbers) if numbers else math.nan
+            self.unusual = 1 - GRACE if self.unusual + 1 == TASK_STEPS else self.unusual + 1
+            return
+        self.unusual = 0
+        losses = self.losses
+        if losses.ordered and loss > JUMP * losses.ordered[0]:  # else it is no jump from the others either
+            last = islice(reversed(losses.values), JUMP_STEPS)
+            calm_loss = min(max(map(abs, last)), abs(self.usual_loss))
+            if (
+                loss > JUMP * calm_loss
+                and loss > NOTABLE * self.highest_loss
+                and self.recent <= CALM_RATIO * max(self.level, self.usual_norm)
+                and self.seen >= FIRST_STEPS
+                and self.alarm == 0
+            ):
+                self.unusual, self.unusual_loss, self.calm_loss = 1, loss, calm_loss

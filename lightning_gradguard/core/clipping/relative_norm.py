@@ -126,7 +126,7 @@ class RelativeNormClipping(ClippingPolicy):
     def __init__(self, max_ratio: float = 10.0, window: int = 100) -> None:
         self.max_ratio = positive("max_ratio", max_ratio)
         self.window = whole_number("window", window)
-        self._history = History()
+        self._history = History(self.window)
         self._pending: tuple[Step, Decision]
         self._late: Sent | None = None
         self._has_rate = True
@@ -151,6 +151,8 @@ class RelativeNormClipping(ClippingPolicy):
         decision = self._decide(step)
         allowed, self._pending = decision.allowed, (step, decision)
         self.threshold = fmin(decision.bound, decision.cap)
+        if allowed is norm:
+            return 1.0
         is_clipped = (norm > allowed) & (norm < math.inf) & (abs(context.loss) != math.inf)
         return where(is_clipped, allowed / clamp_min(norm, TINY), 1.0)
 
@@ -168,7 +170,7 @@ class RelativeNormClipping(ClippingPolicy):
             if isinstance(number, Tensor):
                 self._late = Sent(torch.stack([torch.as_tensor(as_like(number, n)) for n in numbers]))
                 return
-        self._history = self._history.updated(step, decision, self.window)
+        self._history.add(step, decision)
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the history, and the numbers of a step that may not have arrived."""
@@ -180,7 +182,7 @@ class RelativeNormClipping(ClippingPolicy):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continues with a saved history, also one of another `window`."""
         self._late = Sent(state_dict["late"]) if "late" in state_dict else None
-        self._history = History.from_state_dict(state_dict, self.window)
+        self._history = History(self.window, state_dict)
         steps = self._history.steps_since_weights + (self._late is not None)
         self.wants_weight_norm = self._has_rate and steps % WEIGHTS_EVERY == 0
 
@@ -189,7 +191,7 @@ class RelativeNormClipping(ClippingPolicy):
         if self._late is not None:
             step = Step(*self._late.read())
             self._late = None
-            self._history = self._history.updated(step, self._decide(step), self.window)
+            self._history.add(step, self._decide(step))
 
     def _decide(self, step: Step) -> Decision:
         """Returns what is allowed in a step."""
@@ -198,31 +200,37 @@ class RelativeNormClipping(ClippingPolicy):
         usual, recent, usual_loss = history.usual_norm, history.recent, history.usual_loss
         if usual_loss != usual_loss:
             # a slow explosion is not followed where no loss shows it
-            usual = recent = fmin(usual, history.level)
-        bound = fmax(fmax(self.max_ratio * usual, LEVEL_RATIO * history.level), RECENT_RATIO * recent)
+            usual = recent = min(usual, history.level)
+        bound = max(self.max_ratio * usual, LEVEL_RATIO * history.level, RECENT_RATIO * recent)
         level_bound = ADAPTIVE_RATIO * history.level
         if history.unusual < 0:
-            bound = fmax(bound, self.max_ratio * recent)
-            level_bound = fmax(level_bound, self.max_ratio * recent)
-        is_calm = (loss <= usual_loss + abs(usual_loss)) & (norm <= CALM_RATIO * bound)
-        is_spike = (norm > bound) & negate(is_calm)
-        if not self._has_rate:
-            if has_ratio:
-                is_spike = is_spike | ((norm > level_bound) & (loss > ADAPTIVE_RATIO * usual_loss))
-        elif has_ratio:
+            bound = max(bound, self.max_ratio * recent)
+            level_bound = max(level_bound, self.max_ratio * recent)
+        # what is false on the host needs no further look
+        is_spike = norm > bound
+        if is_spike is not False:
+            is_calm = (loss <= usual_loss + abs(usual_loss)) & (norm <= CALM_RATIO * bound)
+            is_spike = is_spike & negate(is_calm)
+        if has_ratio and not self._has_rate:
+            stands_out = norm > level_bound
+            if stands_out is not False:
+                is_spike = is_spike | (stands_out & (loss > ADAPTIVE_RATIO * usual_loss))
+        elif has_ratio and is_spike is not False:
             first_decrease = step.rate * (1 + step.momentum) * norm * norm
             is_spike = is_spike & negate(first_decrease < OVERSHOOT * fmax(loss, usual_loss))
         is_new = history.unusual == TASK_STEPS - 1 and history.goes_on(loss)
-        allowed = where(is_spike, history.level, norm)
+        allowed = norm if is_spike is False else where(is_spike, history.level, norm)
+        cap: Scalar = math.inf
         reduced: Scalar = math.inf
         has_alarm: Tensor | bool = False
         if self._has_rate and has_ratio and history.unusual >= 0:
-            reduced, has_alarm = _overshoot(history, step, allowed)
-        cap = reduced
+            cap, has_alarm = _overshoot(history, step, allowed)
+            reduced = cap
         if history.cap < math.inf:
             earlier = history.relief(step.rate) * history.cap
             cap = fmin(reduced, where(norm > earlier, CAP_GROWTH * earlier, earlier))
-        allowed = fmin(allowed, cap)
+        if isinstance(cap, Tensor) or cap < math.inf:
+            allowed = fmin(allowed, cap)
         if is_new is not False:
             allowed = where(is_new, norm, allowed)
         return Decision(bound, allowed, cap, reduced, has_alarm, is_new)

@@ -78,11 +78,14 @@ class DivergenceDetector:
         self._losses.append(loss)
         self._norms.append(total_norm)
         self._n_steps += 1
-        if len(self._losses) < EVIDENCE_STEPS:
+        is_due = self._n_steps % EVIDENCE_STEPS == 0
+        # no median is above the largest
+        may_rise = is_due or self._ratio(max(self._losses), 0.0, *self._highest) > 0
+        if len(self._losses) < EVIDENCE_STEPS or not may_rise:
             return 0.0
         now = (median(self._losses), median(self._norms))
         ratio = self._ratio(*now, *self._highest)
-        if self._n_steps % EVIDENCE_STEPS == 0:
+        if is_due:
             self._lowest = min(self._lowest, now[0])
             self.made_progress |= now[0] < self._first - (1 - PROGRESS) * abs(self._first)
             self._recent.append(now)

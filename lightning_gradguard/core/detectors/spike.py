@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from bisect import bisect_left, insort
 from collections import deque
 from typing import Any
+
+from lightning_gradguard.core.sorted_window import SortedWindow
 
 #: While the history is too short for a spread, a spike is this many times the largest value so far.
 EARLY_SPIKE_RATIO = 100.0
@@ -59,11 +60,10 @@ class SpikeDetector:
 
     def __init__(self, threshold: float = 3.0) -> None:
         self._threshold = threshold
-        self._window: deque[float] = deque(maxlen=WINDOW)
-        self._sorted: list[float] = []
+        self._window = SortedWindow(WINDOW)
         self._delayed: deque[float] = deque()
         self._highest = 0.0
-        self._risen: deque[bool] = deque(maxlen=PERSISTENT_VALUES)
+        self._risen_in_a_row = 0
         self.is_persistent = False
 
     def update(self, value: float) -> bool:
@@ -71,23 +71,24 @@ class SpikeDetector:
         if not math.isfinite(value):
             return False
         centre, bound, persistent_bound = self._bounds()
-        self._risen.append(value > persistent_bound)
-        self.is_persistent = sum(self._risen) == PERSISTENT_VALUES
+        self._risen_in_a_row = self._risen_in_a_row + 1 if value > persistent_bound else 0
+        self.is_persistent = self._risen_in_a_row >= PERSISTENT_VALUES
         is_spike = value > bound or self.is_persistent
-        if not is_spike:
-            self._highest = max(self._highest, value)
-        self._delayed.append(min(value, centre + ENTERS_AT_MOST * (bound - centre)))
+        if value > self._highest and not is_spike:
+            self._highest = value
+        highest = centre + ENTERS_AT_MOST * (bound - centre)
+        self._delayed.append(highest if value > highest else value)
         if len(self._delayed) > DELAY:
-            self._enter(self._delayed.popleft())
+            self._window.append(self._delayed.popleft())
         return is_spike
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the window, the delayed values, and the largest that was no spike."""
         return {
-            "values": list(self._window),
+            "values": list(self._window.values),
             "delayed": list(self._delayed),
             "largest": self._highest,
-            "risen": list(self._risen),
+            "risen": [True] * min(self._risen_in_a_row, PERSISTENT_VALUES),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -96,30 +97,25 @@ class SpikeDetector:
             window, delayed = ([math.exp(v) for v in state_dict[key]] for key in ("window", "waiting"))
             largest = math.exp(state_dict["highest"])
             state_dict = {"values": window, "delayed": delayed, "largest": largest, "risen": []}
-        self._window = deque(state_dict["values"], maxlen=WINDOW)
-        self._sorted = sorted(self._window)
+        self._window = SortedWindow(WINDOW, state_dict["values"])
         self._delayed = deque(state_dict["delayed"])
         self._highest = state_dict["largest"]
-        self._risen = deque(state_dict["risen"], maxlen=PERSISTENT_VALUES)
+        risen = list(state_dict["risen"])
+        self._risen_in_a_row = (risen[::-1] + [False]).index(False)
 
     def _bounds(self) -> tuple[float, float, float]:
         """Returns the median, the largest value that is no spike, and the same for a rise that lasts."""
-        n = len(self._sorted)
+        ordered = self._window.ordered
+        n = len(ordered)
         if n < MIN_HISTORY:
             bound = EARLY_SPIKE_RATIO * self._highest if self._highest > 0 else math.inf
             return 0.0, bound, math.inf
-        centre = self._sorted[n // 2]
-        upper = self._sorted[int(UPPER_QUANTILE * (n - 1))]
-        spread = max((upper + self._sorted[-1]) / 2 - centre, MIN_RELATIVE_SPREAD * abs(centre))
+        centre = ordered[n // 2]
+        upper = ordered[int(UPPER_QUANTILE * (n - 1))]
+        spread = max((upper + ordered[-1]) / 2 - centre, MIN_RELATIVE_SPREAD * abs(centre))
         # a steady rise is not to be taken for a level that changes: the window must be long enough to show it
         lasts = PERSISTENT_THRESHOLD * spread if 2 * n >= WINDOW else math.inf
         return centre, centre + self._threshold * spread, centre + lasts
-
-    def _enter(self, value: float) -> None:
-        if len(self._window) == WINDOW:
-            del self._sorted[bisect_left(self._sorted, self._window[0])]
-        self._window.append(value)
-        insort(self._sorted, value)
 
 
 class SpikeAlarm:

@@ -25,6 +25,7 @@ from lightning_gradguard.runtime.steps.suite import Suite, forget_suite, suite_o
 
 #: Of a callback whose Trainer does not fit; nothing is written to it.
 _NO_SUITE = Suite()
+_UNOPENED: tuple[None, set[int]] = None, set()
 
 
 class StepCallback(StepMember, lightning_api.Callback, Configured):
@@ -59,20 +60,19 @@ class StepCallback(StepMember, lightning_api.Callback, Configured):
     is_single: bool = False
     state_arguments: Mapping[str, Any] = {}
     suite: Suite = _NO_SUITE
-    _is_set_up: bool = False
+    _state_key: str = ""
 
     @property
     def state_key(self) -> str:
-        """Key of the callback's state in a checkpoint."""
-        key = f"{type(self).__qualname__}{dict(self.state_arguments)!r}"
+        """Key of the callback's state in a checkpoint; Lightning asks for it ahead of every hook."""
         # until `setup`: Lightning would reject two with one key, and `setup` has a better message
-        return f"{key} {id(self):x}" if self.is_single and not self._is_set_up else key
+        return self._state_key or self._new_state_key() + f" {id(self):x}" * self.is_single
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Joins the suite of this Trainer, and opens the journal of its incidents."""
         self._reject_second(trainer)
-        self._is_set_up = True
+        self._state_key = self._new_state_key()
         if stage == "fit":
             lightning_api.reject_unsupported(trainer, self)
             callbacks: Sequence[Any] = trainer.callbacks  # type: ignore[attr-defined]
@@ -113,13 +113,13 @@ class StepCallback(StepMember, lightning_api.Callback, Configured):
         suite = self.suite
         if not suite.is_running:  # a loop driven by hand, before or after the fit
             return
-        step, arrived = suite.open.get(id(optimizer), (None, None))
-        if arrived is None or id(self) in arrived:  # the first to arrive, or the first that arrives again
-            step, arrived = suite.open_step(trainer, pl_module, optimizer), set()
-            suite.open[id(optimizer)] = step, arrived
-        arrived.add(id(self))
+        key, me = id(optimizer), id(self)
+        step, arrived = suite.open.get(key, _UNOPENED)
+        if not arrived or me in arrived:  # the first to arrive, or the first that arrives again
+            step, arrived = suite.open[key] = suite.open_step(trainer, pl_module, optimizer), set()
+        arrived.add(me)
         if len(arrived) == len(suite.members):  # no other member needs it
-            del suite.open[id(optimizer)]
+            del suite.open[key]
         if step is not None:
             self.on_step(trainer, pl_module, step)
 
@@ -132,10 +132,7 @@ class StepCallback(StepMember, lightning_api.Callback, Configured):
         if not suite.is_running:
             return
         self.on_batch_end(trainer, pl_module, batch_idx)
-        suite.open.clear()
-        suite.ended_batch.add(id(self))
-        if len(suite.ended_batch) == len(suite.members):
-            suite.ended_batch.clear()
+        if self is suite.members[-1]:
             suite.end_batch(trainer, pl_module)
 
     @override
@@ -194,6 +191,9 @@ class StepCallback(StepMember, lightning_api.Callback, Configured):
     @cached_property
     def _evaluation(self) -> EvaluationWatch:
         return EvaluationWatch()
+
+    def _new_state_key(self) -> str:
+        return f"{type(self).__qualname__}{dict(self.state_arguments)!r}"
 
     def _reject_second(self, trainer: pl.Trainer) -> None:
         kind = next((base for base in type(self).__mro__ if "is_single" in vars(base)), StepCallback)

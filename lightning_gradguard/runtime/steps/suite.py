@@ -34,7 +34,6 @@ class Suite:
     Attributes:
         members: In the order in which they joined.
         open: The open step of each optimizer, by its id, and the ids of the members that have arrived.
-        ended_batch: Ids of the members for which the running batch has ended.
         losses: Losses since the last step, as they are differentiated.
         metrics: Metrics of the running batch, on their way to the loggers.
         is_running: True from the start of training to its end: outside, callbacks do nothing.
@@ -46,7 +45,6 @@ class Suite:
     def __init__(self) -> None:
         self.members: list[StepMember] = []
         self.open: dict[int, tuple[Step | None, set[int]]] = {}
-        self.ended_batch: set[int] = set()
         self.losses: list[Tensor] = []
         self.metrics = MetricBuffer()
         self.is_running = False
@@ -148,6 +146,7 @@ class Suite:
         """Logs the metrics of the batch, after the last member has ended it."""
         if self._overrides:
             self.end_overrides()
+        self.open.clear()
         self.has_stepped = False
         self.metrics.flush(trainer, pl_module)
 
