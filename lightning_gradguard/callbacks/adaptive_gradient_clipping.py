@@ -7,7 +7,6 @@ import math
 import warnings
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -133,8 +132,9 @@ class AdaptiveGradientClipping(StepCallback):
         """Scales the gradients of an accepted step, and adds it to the history."""
         if not step.accepted or step.inside_closure:
             return
-        policy = self._policies[step.optimizer_index]
-        gradients = replace(step.gradients, context=self._context(step, policy))
+        index, gradients = step.optimizer_index, step.gradients
+        policy = self._policies[index]
+        gradients.context = self._context(step, policy)
         if self.exclude:
             gradients = gradients.without(match_names(gradients.names, self.exclude))
         if not gradients.names:
@@ -144,12 +144,11 @@ class AdaptiveGradientClipping(StepCallback):
         if isinstance(lowest, Tensor) or lowest != 1:
             self._scale(step, gradients, coefficients)
         policy.commit()
-        clipped, steps = self._clipped.get(step.optimizer_index, (0, 0))
-        self._clipped[step.optimizer_index] = (clipped + (lowest < 1), steps + 1)
+        clipped, steps = self._clipped.get(index, (0, 0))
+        self._clipped[index] = (clipped + (lowest < 1), steps + 1)
         if not isinstance(coefficients, list):
-            hard, steps, _ = self._hard.get(step.optimizer_index, (0, 0, 1.0))
-            counted = (hard + (coefficients < HARD_CLIPPING), steps + 1, coefficients)
-            self._hard[step.optimizer_index] = counted
+            hard, steps, _ = self._hard.get(index, (0, 0, 1.0))
+            self._hard[index] = (hard + (coefficients < HARD_CLIPPING), steps + 1, coefficients)
         if self.suite.is_logged:
             self._log(trainer, step, gradients, policy.threshold, coefficients)
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from lightning_gradguard.core.clipping.scalars import Scalar, clamp_min, fmax
-from lightning_gradguard.core.sorted_window import SortedWindow
+from lightning_gradguard.core.detectors.sorted_window import SortedWindow
 
 #: Steps in which the level follows the norms freely, and overshoot is found earlier.
 FIRST_STEPS = 20

@@ -6,7 +6,7 @@ import math
 from collections import deque
 from typing import Any
 
-from lightning_gradguard.core.sorted_window import SortedWindow
+from lightning_gradguard.core.detectors.sorted_window import SortedWindow
 
 #: While the history is too short for a spread, a spike is this many times the largest value so far.
 EARLY_SPIKE_RATIO = 100.0

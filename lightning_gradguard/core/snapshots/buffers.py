@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -19,6 +21,7 @@ from lightning_gradguard.core.snapshots.nonfinite import any_nonfinite
 #: for small ones it is not reliable: torch writes the running statistics of batch normalization without
 #: counting.
 MAX_ALWAYS_COPIED_NUMEL = 65_536
+_SHAPE = attrgetter("shape")
 
 
 @dataclass
@@ -60,36 +63,63 @@ class BufferCopies:
         self._frozen: dict[nn.Parameter, int] = {}
         self._written: dict[nn.Parameter, _Copy] = {}
         self.rescan()
-        self.refresh()
+        self._find_written()
 
     def rescan(self) -> None:
         """Lists the submodules again, after some were added or replaced."""
         self._owners = list(self._module.modules())
+        self._buffers_of = [owner._buffers for owner in self._owners]
+        self._weights_of = [owner._parameters for owner in self._owners]
+        self._list_buffers()
 
-    @torch.no_grad()
     def refresh(self, *, within_step: bool = False) -> None:
         """Copies the current buffers; `within_step`, weights may be frozen by `toggle_optimizer` alone."""
+        if not within_step:
+            self._find_written()
+        present = list(map(id, chain.from_iterable(map(dict.values, self._buffers_of))))
+        if present != self._present or list(map(_SHAPE, self._buffers)) != self._shapes:
+            self._list_buffers()
+        if self._copies or self._written:
+            self._copy()
+
+    def _find_written(self) -> None:
+        weights = chain.from_iterable(map(dict.values, self._weights_of))
+        for weight in [weight for weight in weights if weight is not None and not weight.requires_grad]:
+            before = self._frozen.get(weight, weight._version)
+            self._frozen[weight] = weight._version
+            if weight._version != before and weight not in self._written:
+                self._written[weight] = _Copy.of(weight)
+
+    @torch.no_grad()
+    def _list_buffers(self) -> None:
+        """Lists the buffers; from then on they are the same ones as long as identities and shapes are."""
         old, self._copies = self._copies, {}
-        pairs = []
-        for weight, copy_ in self._written.items():
-            pairs.append((copy_.saved, local_shard(weight)))
-        for owner in self._owners:
-            for parameter in owner._parameters.values():
-                if parameter is None or parameter.requires_grad or within_step or parameter in self._written:
-                    continue
-                before = self._frozen.get(parameter, parameter._version)
-                self._frozen[parameter] = parameter._version
-                if parameter._version != before:
-                    self._written[parameter] = _Copy.of(parameter)
         for owner, name, buffer in module_buffers(self._owners):
             known = old.get((owner, name))
             if known is None or known.buffer is not buffer or known.saved.shape != buffer.shape:
                 known = _Copy.of(buffer)
-            elif known.is_small or buffer._version != known.version:
-                pairs.append((known.saved, known.local))
-                known.version = buffer._version
             self._copies[owner, name] = known
-        copy_tensors(pairs)
+        copies = self._copies.values()
+        self._buffers = [copy_.buffer for copy_ in copies]
+        self._shapes = [buffer.shape for buffer in self._buffers]
+        self._small = grouped((copy_.saved, copy_.local) for copy_ in copies if copy_.is_small)
+        self._large = [copy_ for copy_ in copies if not copy_.is_small]
+        present = [buffer for buffers in self._buffers_of for buffer in buffers.values()]
+        # a lazy buffer keeps its identity when it gets a shape
+        has_lazy = any(buffer is not None and is_lazy(buffer) for buffer in present)
+        self._present = [] if has_lazy else list(map(id, present))
+
+    @torch.no_grad()
+    def _copy(self) -> None:
+        pairs = [(copy_.saved, local_shard(weight)) for weight, copy_ in self._written.items()]
+        for copy_ in self._large:
+            if copy_.buffer._version != copy_.version:
+                copy_.version = copy_.buffer._version
+                pairs.append((copy_.saved, copy_.local))
+        for targets, sources in self._small:
+            torch._foreach_copy_(targets, sources)
+        if pairs:
+            copy_tensors(pairs)
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -174,12 +204,17 @@ def module_buffers(owners: Iterable[nn.Module]) -> list[tuple[nn.Module, str, Te
     ]
 
 
+def grouped(pairs: Iterable[tuple[Tensor, Tensor]]) -> list[tuple[list[Tensor], list[Tensor]]]:
+    """Returns targets and sources by their devices and dtypes: torch copies others one by one."""
+    groups: dict[Any, tuple[list[Tensor], list[Tensor]]] = defaultdict(lambda: ([], []))
+    for target, source in pairs:
+        targets, sources = groups[target.device, target.dtype, source.device, source.dtype]
+        targets.append(target)
+        sources.append(source)
+    return list(groups.values())
+
+
 def copy_tensors(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
     """Copies to each target its source, in one operation for each pair of devices and dtypes."""
-    groups: dict[Any, list[tuple[Tensor, Tensor]]] = defaultdict(list)
-    for target, source in pairs:
-        groups[target.device, target.dtype, source.device, source.dtype].append((target, source))
-    # torch copies one by one if a list has several devices or dtypes
-    for alike in groups.values():
-        targets, sources = zip(*alike, strict=True)
+    for targets, sources in grouped(pairs):
         torch._foreach_copy_(targets, sources)

@@ -29,7 +29,7 @@ def rng_state() -> dict[str, Any]:
 
 def _torch_rng_state() -> dict[str, Any]:
     return {
-        "torch": torch.get_rng_state(),
+        "torch": torch.default_generator.get_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],  # type: ignore[no-untyped-call]
     }
 

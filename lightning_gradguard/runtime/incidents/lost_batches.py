@@ -89,7 +89,8 @@ class LostBatches:
     def record(self, step: int, epoch: int, batch_idx: int, batch: Any) -> list[Tensor]:
         """Records a batch that is about to be trained on; returns its tensors."""
         tensors = tensors_of(batch)
-        self._seen.append(_Seen(step, epoch, batch_idx, _fingerprint(tensors), _samples(batch)))
+        samples = [] if isinstance(batch, (Tensor, tuple, list)) else _samples(batch)
+        self._seen.append(_Seen(step, epoch, batch_idx, _fingerprint(tensors), samples))
         return tensors
 
     def repeats_lost_batch(self) -> bool:
@@ -160,6 +161,8 @@ def tensors_of(batch: Any) -> list[Tensor]:
     """Returns the tensors in a batch, in order."""
     if isinstance(batch, Tensor):
         return [batch]
+    if isinstance(batch, (tuple, list)) and {*map(type, batch)} <= {Tensor}:
+        return list(batch)
     leaves = tree_leaves(dict(batch) if isinstance(batch, Mapping) else batch)
     return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
 
@@ -172,15 +175,17 @@ def _fingerprint(tensors: Sequence[Tensor]) -> Tensor | list[Tensor]:
         of a lost batch; the fingerprint itself, of shape `()`, if there are more than `KEPT_NUMEL`.
     """
     spread: list[Tensor] = []
-    numel = 0
+    kept = 0
     for tensor in tensors:
-        if len(spread) < TENSORS and _is_dense(tensor):
+        is_dense = tensor.layout is torch.strided and not tensor.is_nested and not tensor.is_complex()
+        if len(spread) < TENSORS and is_dense and (numel := tensor.numel()):
             values = tensor.detach()
-            if (stride := values.numel() // RECOGNIZED_BY) > 1:
+            if (stride := numel // RECOGNIZED_BY) > 1:
                 values = values.reshape(-1)[::stride]
+                numel = values.numel()
             spread.append(values)
-            numel += values.numel()
-    return _reduce(spread) if numel > KEPT_NUMEL else [values.clone() for values in spread]
+            kept += numel
+    return _reduce(spread) if kept > KEPT_NUMEL else list(map(Tensor.clone, spread))
 
 
 def _number(fingerprint: Tensor | list[Tensor]) -> float | None:
@@ -204,15 +209,6 @@ def _places(lengths: tuple[int, ...], device: torch.device) -> Tensor:
         for place, length in enumerate(lengths, 1)
     ]
     return torch.cat(ramps)
-
-
-def _is_dense(tensor: Tensor) -> bool:
-    return (
-        tensor.layout == torch.strided
-        and not tensor.is_nested
-        and not tensor.is_complex()
-        and tensor.numel() > 0
-    )
 
 
 def _samples(batch: Any) -> Any:

@@ -44,7 +44,7 @@ class Counts:
             metrics.publish_total(tag, counts[tag])
 
 
-@dataclass
+@dataclass(slots=True)
 class BatchOutcome:
     """The outcome of the running batch so far."""
 

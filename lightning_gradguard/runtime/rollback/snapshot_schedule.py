@@ -144,4 +144,8 @@ class SnapshotSchedule:
 
 
 def _count_trained(trainer: pl.Trainer) -> int:
-    return sum([len(group["params"]) for optimizer in trainer.optimizers for group in optimizer.param_groups])
+    n = 0
+    for optimizer in trainer.strategy.optimizers:
+        for group in optimizer.param_groups:
+            n += len(group["params"])
+    return n

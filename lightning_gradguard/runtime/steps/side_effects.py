@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import pytorch_lightning as pl
@@ -38,8 +38,8 @@ class ForwardState:
     """
 
     epoch: int
-    metrics: dict[int, dict[str, Any]]
-    hidden: list[tuple[nn.Module, str, Any]]
+    metrics: dict[int, dict[str, Any]] = field(default_factory=dict)
+    hidden: list[tuple[nn.Module, str, Any]] = field(default_factory=list)
 
 
 class SideEffects:
@@ -78,21 +78,21 @@ class SideEffects:
         self.buffers.rescan()
         self._modules = list(self._module.modules())
         self._metrics = [module for module in self._modules if isinstance(module, Metric)]
-        self._children = self._find_children()
+        self._children_of = [module._modules for module in self._modules]
+        self._children = list(map(id, chain.from_iterable(map(dict.values, self._children_of))))
 
     def save(self, *, within_step: bool = False) -> None:
         """Saves the state ahead of the forward passes of a step, or between two steps on one batch."""
-        if self._find_children() != self._children:
+        # by identity: to compare metrics makes another metric
+        if list(map(id, chain.from_iterable(map(dict.values, self._children_of)))) != self._children:
             self.rescan()
-        self.forward_state = ForwardState(
-            epoch=self._trainer.current_epoch,
-            metrics={id(metric): _metric_state(metric) for metric in self._all_metrics()},
-            hidden=[
-                (module, name, value)
-                for module, name in self._carriers
-                if _is_hidden(value := getattr(module, name, None))
-            ],
-        )
+        state = ForwardState(self._trainer.current_epoch)
+        if self._metrics or self._epoch_means:
+            state.metrics = {id(metric): _metric_state(metric) for metric in self._all_metrics()}
+        for module, name in self._carriers:
+            if _is_hidden(value := getattr(module, name, None)):
+                state.hidden.append((module, name, value))
+        self.forward_state = state
         self.buffers.refresh(within_step=within_step)
 
     def corrupted_statistics(self, batches: Sequence[Sequence[Tensor]]) -> Tensor | None:
@@ -112,7 +112,7 @@ class SideEffects:
             return flag
         jumped = has_jumped(variances, before)
         if self._n_scans <= SEEN:
-            parts = itertools.chain.from_iterable(batches)
+            parts = chain.from_iterable(batches)
             jumped = jumped & has_outlying_row(parts).to(jumped.device)
         had_jumped, self._had_jumped = self._had_jumped, jumped
         return flag | (jumped if had_jumped is None else jumped & ~had_jumped)
@@ -133,10 +133,6 @@ class SideEffects:
         for module, name, value in saved.hidden:
             setattr(module, name, value)
         lightning_api.pause_weight_averages(self._trainer)
-
-    def _find_children(self) -> list[int]:
-        # by identity: to compare metrics makes another metric
-        return [id(child) for module in self._modules for child in module._modules.values()]
 
     def _all_metrics(self) -> list[Metric]:
         return [*self._metrics, *self._epoch_means.values()]

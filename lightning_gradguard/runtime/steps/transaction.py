@@ -18,7 +18,7 @@ from lightning_gradguard.runtime.steps.trainer_state import TrainerState
 TransactionState = Literal["open", "deferred", "committed", "skipped", "overflowed", "discarded"]
 
 
-@dataclass
+@dataclass(slots=True)
 class Window:
     """The batches that lead to one step of each optimizer.
 
@@ -37,7 +37,7 @@ class Window:
     repeats_skipped_batch: bool = False
 
 
-@dataclass
+@dataclass(slots=True)
 class StepTransaction:
     """One optimizer step: it is committed, or leaves no trace.
 

@@ -98,5 +98,5 @@ def test_each_copy_is_of_one_device_and_dtype(monkeypatch: pytest.MonkeyPatch) -
     snapshot.restore([net], [optimizer])
     copies.refresh()
     copies.restore()
-    assert [len(kind) for kind in kinds] == [1] * 8
+    assert [len(kind) for kind in kinds] == [1] * 9
     assert len(set.union(*kinds)) == 2
