@@ -33,7 +33,7 @@ from benchmarks.faults.tasks import MODELS, Batch, Task, batches
 from benchmarks.quiet_trainer import QUIET
 from benchmarks.records import read_records
 from lightning_gradguard import NaNRollback, default_callbacks
-from lightning_gradguard.runtime.lightning_api import unscaled_loss
+from lightning_gradguard.runtime.lightning_api import gradient_scaler, unscaled_losses
 
 EPOCHS = 2
 BATCHES = 60
@@ -163,7 +163,8 @@ class Losses(pl.Callback):
         self._running: list[float] = []
 
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
-        self._running.append(float(unscaled_loss(trainer, loss)))
+        (plain,) = unscaled_losses(trainer, [loss.detach()], gradient_scaler(trainer))
+        self._running.append(float(plain))
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int

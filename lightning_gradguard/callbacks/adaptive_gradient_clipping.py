@@ -233,8 +233,10 @@ class AdaptiveGradientClipping(StepCallback):
     @override
     def wants_weight_norms(self, trainer: pl.Trainer) -> bool:
         """True if the policy of any optimizer wants them, or may, as the optimizer has not stepped yet."""
-        indices = range(len(trainer.optimizers))
-        return any([self._policies[index].wants_weight_norm for index in indices])
+        wants = False
+        for index in range(len(trainer.optimizers)):
+            wants |= self._policies[index].wants_weight_norm
+        return wants
 
     def _usual_coefficient(self) -> float | None:
         """Returns the geometric mean of the coefficients of clipped steps; `None` if it is not known."""

@@ -316,6 +316,8 @@ class _RateHooks:
                 self._scheduled.append((scheduled, group["lr"]))
 
     def _undo(self, *_: Any) -> None:
+        if not self._scheduled:
+            return
         for group, (scheduled, scaled) in zip(self.groups(), self._scheduled, strict=False):
             if isinstance(scheduled, Tensor):
                 group["lr"].copy_(scheduled)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -247,15 +247,16 @@ def _fsdp1_units(trainer: pl.Trainer) -> list[Any]:
     return [unit for unit in units if unit._handle is not None]
 
 
-def unscaled_loss(trainer: pl.Trainer, loss: Tensor) -> Tensor:
-    """Returns the loss that a module returned, from the one that is about to be differentiated."""
-    plain = loss.detach().float()
-    if plain.ndim:
-        plain = plain.mean()
-    if (scaler := gradient_scaler(trainer)) is not None:
-        plain = plain / scaler.get_scale()
-    accumulates = trainer.lightning_module.automatic_optimization and trainer.accumulate_grad_batches > 1
-    return plain * trainer.accumulate_grad_batches if accumulates else plain
+def unscaled_losses(
+    trainer: pl.Trainer, losses: Sequence[Tensor], scaler: torch.amp.GradScaler | None
+) -> list[Tensor]:
+    """Returns the losses that a module returned, from those that were differentiated, detached."""
+    plain = [loss.float().mean() if loss.ndim else loss.float() for loss in losses]
+    if scaler is not None:
+        plain = [loss / scaler.get_scale() for loss in plain]
+    if (n := trainer.accumulate_grad_batches) > 1 and trainer.lightning_module.automatic_optimization:
+        plain = [loss * n for loss in plain]
+    return plain
 
 
 def validates_next(trainer: pl.Trainer, batch_idx: int) -> bool:

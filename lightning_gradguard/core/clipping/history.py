@@ -106,7 +106,7 @@ class History:
         norms, losses = (map(float, saved.get(name, ())) for name in ("norms", "losses"))
         self.norms = SortedWindow(window, (norm for norm in norms if norm == norm))
         self.losses = SortedWindow(window, (loss for loss in losses if loss == loss))
-        self.usual_norm, self.usual_loss = self.norms.median(), self.losses.median()
+        self.usual_norm, self.usual_loss = self.norms.median, self.losses.median
 
     def state_dict(self) -> dict[str, Any]:
         """Returns all numbers but those that follow from others."""
@@ -148,7 +148,7 @@ class History:
         self.norms.append(kept)
         if loss == loss:
             self.losses.append(loss)
-        usual, usual_loss = self.norms.median(), self.losses.median()
+        usual, usual_loss = self.norms.median, self.losses.median
         if self.seen < FIRST_STEPS:
             self.level = usual
         else:

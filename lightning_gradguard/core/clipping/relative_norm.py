@@ -137,7 +137,8 @@ class RelativeNormClipping(ClippingPolicy):
         context = gradients.context or StepContext()
         rate, weight_norm = context.learning_rate, context.weight_norm
         self._has_rate = rate is not None
-        self._settle()
+        if self._late is not None:
+            self._settle(self._late)
         norm: Scalar = gradients.total_norm
         if gradients.known_norm is not None and not isinstance(rate, Tensor):
             norm = gradients.known_norm
@@ -175,7 +176,7 @@ class RelativeNormClipping(ClippingPolicy):
     def state_dict(self) -> dict[str, Any]:
         """Returns the history, and the numbers of a step that may not have arrived."""
         if self._late is not None and self._late.is_on_host:
-            self._settle()
+            self._settle(self._late)
         late = {} if self._late is None else {"late": self._late.values}
         return self._history.state_dict() | late
 
@@ -186,12 +187,11 @@ class RelativeNormClipping(ClippingPolicy):
         steps = self._history.steps_since_weights + (self._late is not None)
         self.wants_weight_norm = self._has_rate and steps % WEIGHTS_EVERY == 0
 
-    def _settle(self) -> None:
-        """Adds the step before to the history, if its numbers were on a device; they have arrived by now."""
-        if self._late is not None:
-            step = Step(*self._late.read())
-            self._late = None
-            self._history.add(step, self._decide(step))
+    def _settle(self, late: Sent) -> None:
+        """Adds the step before, whose numbers were on a device, to the history: they have arrived by now."""
+        step = Step(*late.read())
+        self._late = None
+        self._history.add(step, self._decide(step))
 
     def _decide(self, step: Step) -> Decision:
         """Returns what is allowed in a step."""

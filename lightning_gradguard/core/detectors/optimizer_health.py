@@ -205,8 +205,8 @@ class OptimizerHealth:
             return "gradient_collapse"
         if ratio >= self._bound:
             return "divergence"
-        if not self._is_adversarial and self._divergence.suspicion:
-            return self._divergence.suspicion
+        if not self._is_adversarial and (suspicion := self._divergence.suspicion):
+            return suspicion
         if self.spiking >= SPIKE_PATIENCE:
             return "lasting_spike"
         return "loss_spike" if is_new_spike else ""

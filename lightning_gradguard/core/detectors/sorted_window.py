@@ -18,31 +18,31 @@ class SortedWindow:
     Attributes:
         values: In the order of time.
         ordered: The same in the order of size.
+        median: The lower of two; NaN without a number.
 
     Example:
         >>> window = SortedWindow(3, [5.0, 1.0, 4.0])
         >>> window.append(3.0)
-        >>> list(window.values), window.ordered, window.median()
+        >>> list(window.values), window.ordered, window.median
         ([1.0, 4.0, 3.0], [1.0, 3.0, 4.0], 3.0)
     """
 
     def __init__(self, size: int, values: Iterable[float] = ()) -> None:
         self.values = deque(values, maxlen=size)
         self.ordered = sorted(self.values)
+        self.median = self.ordered[(len(self.ordered) - 1) // 2] if self.ordered else math.nan
 
     def append(self, value: float) -> None:
         """Adds a number in place of the oldest, once the window is full."""
-        if len(self.ordered) == self.values.maxlen:
-            del self.ordered[bisect_left(self.ordered, self.values[0])]
-        self.values.append(value)
-        insort(self.ordered, value)
+        ordered, values = self.ordered, self.values
+        if len(ordered) == values.maxlen:
+            del ordered[bisect_left(ordered, values[0])]
+        values.append(value)
+        insort(ordered, value)
+        self.median = ordered[(len(ordered) - 1) // 2]
 
     def clear(self) -> None:
         """Removes all numbers."""
         self.values.clear()
         self.ordered.clear()
-
-    def median(self) -> float:
-        """Returns the median, the lower of two; NaN without a number."""
-        ordered = self.ordered
-        return ordered[(len(ordered) - 1) // 2] if ordered else math.nan
+        self.median = math.nan

@@ -19,17 +19,22 @@ MIN_STACKED = 8
 
 @dataclass(frozen=True)
 class _Bucket:
-    """Tensors of one device and dtype, which are measured together."""
+    """Tensors of one device and dtype, which are measured together, and the dtype to sum in.
 
-    dtype: torch.dtype
+    All are measured as a whole if it `takes_all`.
+    """
+
+    wide: torch.dtype | None
+    takes_all: bool
     whole: list[int]
     by_rows: list[int]
     stacked: list[list[int]]
 
     def norms(self, tensors: Sequence[Tensor], norm_type: float) -> Tensor:
         """Returns the norms of tensors measured as a whole, then of the rows of the others."""
-        wide = _accumulator(self.dtype, norm_type)
-        parts = [tensors[index] for index in self.whole]
+        # only the kernels of the two usual norms are accurate in float32
+        wide = self.wide if norm_type in (2.0, math.inf) else torch.float64
+        parts = list(tensors) if self.takes_all else [tensors[index] for index in self.whole]
         if norm_type == math.inf:
             others = (index for group in (self.by_rows, *self.stacked) for index in group)
             return largest_magnitudes([*parts, *(tensors[index] for index in others)])
@@ -44,7 +49,10 @@ class _Bucket:
             if end < len(flat):
                 parts.append(flat[end:])
         if parts:
-            rows.insert(0, torch.stack(torch._foreach_norm(parts, norm_type, dtype=wide)))
+            whole = torch.stack(torch._foreach_norm(parts, norm_type, dtype=wide))
+            if not rows:
+                return whole
+            rows.insert(0, whole)
         return torch.cat(rows) if len(rows) > 1 else rows[0]
 
     def owners(self, numels: Sequence[int], norm_type: float) -> list[int]:
@@ -81,7 +89,9 @@ class Buckets:
             by_size: tuple[list[int], list[int]] = ([], [])
             for index in others:
                 by_size[on_host and tensors[index].numel() > CHUNK].append(index)
-            self._buckets.append(_Bucket(dtype, *by_size, stacked))
+            takes_all = by_size[0] == list(range(len(tensors)))
+            wide = torch.float32 if dtype in (torch.float16, torch.bfloat16) else None
+            self._buckets.append(_Bucket(wide, takes_all, *by_size, stacked))
         self._owners: dict[bool, Tensor | None] = {}
 
     def norms(self, tensors: Sequence[Tensor], norm_type: float) -> Tensor:
@@ -98,9 +108,9 @@ class Buckets:
 
     def _norms(self, tensors: Sequence[Tensor], norm_type: float) -> Tensor:
         device = tensors[0].device
+        if len(self._buckets) == 1:
+            return self._buckets[0].norms(tensors, norm_type).to(device, torch.float64)
         parts = [bucket.norms(tensors, norm_type).to(device, torch.float64) for bucket in self._buckets]
-        if len(parts) == 1:
-            return parts[0]
         return torch.cat([torch.zeros(0, dtype=torch.float64, device=device), *parts])
 
     def _sums(self, norms: Tensor, norm_type: float) -> Tensor | None:
@@ -138,13 +148,6 @@ def _flat(tensor: Tensor) -> Tensor:
         strides = tensor.stride()
         tensor = tensor.permute(sorted(range(tensor.ndim), key=lambda dim: -strides[dim])).contiguous()
     return tensor.view(-1)
-
-
-def _accumulator(dtype: torch.dtype, norm_type: float) -> torch.dtype | None:
-    """Returns the dtype to sum in: only the kernels of the two usual norms are accurate in float32."""
-    if norm_type not in (2.0, math.inf):
-        return torch.float64
-    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else None
 
 
 def stack_small(tensors: list[Tensor]) -> list[Tensor]:

@@ -167,11 +167,10 @@ class PackedMeasurement(Sent):
 
     def measurement(self, optimizer_index: int) -> Measurement:
         """Moves the numbers to the host: the step's one host synchronization."""
-        numbers = self.read()
-        head, total_norms = Head(*numbers[:_N_HEAD]), numbers[_N_HEAD:]
-        nonfinite_losses, finite_losses = head.nonfinite_losses, head.finite_losses
-        if not math.isfinite(head.loss):
-            nonfinite_losses, finite_losses = 1, 0
+        # in the order of a `Head`
+        loss, finite, nonfinite, weights, buffers, repeats, matrices, squares, *total_norms = self.read()
+        if not math.isfinite(loss):
+            nonfinite, finite = 1, 0
         is_finite = all(map(math.isfinite, total_norms))
         if is_finite:
             total_norm = max(total_norms)
@@ -181,15 +180,15 @@ class PackedMeasurement(Sent):
             differ = any(map(math.isfinite, total_norms))
         return Measurement(
             optimizer_index=optimizer_index,
-            loss=head.loss / finite_losses if finite_losses else math.nan,
-            nonfinite_losses=int(nonfinite_losses),
+            loss=loss / finite if finite else math.nan,
+            nonfinite_losses=int(nonfinite),
             total_norm=total_norm,
-            is_collapsed=not head.matrices and is_finite and total_norm > 0,
+            is_collapsed=not matrices and is_finite and total_norm > 0,
             ranks_disagree=differ,
-            nonfinite_weights=bool(head.nonfinite_weights),
-            nonfinite_buffers=bool(head.nonfinite_buffers),
-            repeats_lost_batch=bool(head.repeats_lost_batch),
-            weight_norm=math.sqrt(head.squares),
+            nonfinite_weights=bool(weights),
+            nonfinite_buffers=bool(buffers),
+            repeats_lost_batch=bool(repeats),
+            weight_norm=math.sqrt(squares),
         )
 
 

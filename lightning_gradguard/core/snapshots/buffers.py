@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, filterfalse
 from operator import attrgetter
 from typing import Any
 
@@ -21,7 +21,7 @@ from lightning_gradguard.core.snapshots.nonfinite import any_nonfinite
 #: for small ones it is not reliable: torch writes the running statistics of batch normalization without
 #: counting.
 MAX_ALWAYS_COPIED_NUMEL = 65_536
-_SHAPE = attrgetter("shape")
+_SHAPE, _IS_TRAINED = attrgetter("shape"), attrgetter("requires_grad")
 
 
 @dataclass
@@ -68,31 +68,31 @@ class BufferCopies:
     def rescan(self) -> None:
         """Lists the submodules again, after some were added or replaced."""
         self._owners = list(self._module.modules())
-        self._buffers_of = [owner._buffers for owner in self._owners]
-        self._weights_of = [owner._parameters for owner in self._owners]
-        self._list_buffers()
+        self._tensors_of: list[dict[str, Any]] = []
+        for owner in self._owners:
+            self._tensors_of += [owner._buffers, owner._parameters]
+        self._list_tensors()
 
     def refresh(self, *, within_step: bool = False) -> None:
         """Copies the current buffers; `within_step`, weights may be frozen by `toggle_optimizer` alone."""
-        if not within_step:
-            self._find_written()
-        present = list(map(id, chain.from_iterable(map(dict.values, self._buffers_of))))
+        present = list(map(id, chain.from_iterable(map(dict.values, self._tensors_of))))
         if present != self._present or list(map(_SHAPE, self._buffers)) != self._shapes:
-            self._list_buffers()
+            self._list_tensors()
+        if not (within_step or all(map(_IS_TRAINED, self._weights))):
+            self._find_written()
         if self._copies or self._written:
             self._copy()
 
     def _find_written(self) -> None:
-        weights = chain.from_iterable(map(dict.values, self._weights_of))
-        for weight in [weight for weight in weights if weight is not None and not weight.requires_grad]:
+        for weight in filterfalse(_IS_TRAINED, self._weights):
             before = self._frozen.get(weight, weight._version)
             self._frozen[weight] = weight._version
             if weight._version != before and weight not in self._written:
                 self._written[weight] = _Copy.of(weight)
 
     @torch.no_grad()
-    def _list_buffers(self) -> None:
-        """Lists the buffers; from then on they are the same ones as long as identities and shapes are."""
+    def _list_tensors(self) -> None:
+        """Lists buffers and weights, which are the same ones as long as identities and shapes are."""
         old, self._copies = self._copies, {}
         for owner, name, buffer in module_buffers(self._owners):
             known = old.get((owner, name))
@@ -104,20 +104,23 @@ class BufferCopies:
         self._shapes = [buffer.shape for buffer in self._buffers]
         self._small = grouped((copy_.saved, copy_.local) for copy_ in copies if copy_.is_small)
         self._large = [copy_ for copy_ in copies if not copy_.is_small]
-        present = [buffer for buffers in self._buffers_of for buffer in buffers.values()]
+        self._weights = [w for owner in self._owners for w in owner._parameters.values() if w is not None]
+        present = list(chain.from_iterable(map(dict.values, self._tensors_of)))
         # a lazy buffer keeps its identity when it gets a shape
-        has_lazy = any(buffer is not None and is_lazy(buffer) for buffer in present)
+        has_lazy = any(tensor is not None and is_lazy(tensor) for tensor in present)
         self._present = [] if has_lazy else list(map(id, present))
 
     @torch.no_grad()
     def _copy(self) -> None:
-        pairs = [(copy_.saved, local_shard(weight)) for weight, copy_ in self._written.items()]
+        for targets, sources in self._small:
+            torch._foreach_copy_(targets, sources)
+        pairs = []
+        for weight, copy_ in self._written.items():
+            pairs.append((copy_.saved, local_shard(weight)))
         for copy_ in self._large:
             if copy_.buffer._version != copy_.version:
                 copy_.version = copy_.buffer._version
                 pairs.append((copy_.saved, copy_.local))
-        for targets, sources in self._small:
-            torch._foreach_copy_(targets, sources)
         if pairs:
             copy_tensors(pairs)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from operator import methodcaller
 
 import torch
 from torch import Tensor, nn
@@ -81,5 +82,5 @@ def has_outlying_row(tensors: Iterable[Tensor]) -> Tensor:
 
 def _joined(tensors: Sequence[Tensor]) -> Tensor:
     """Returns all elements as float32, on the device of the first tensor."""
-    device = tensors[0].device
-    return torch.cat([tensor.to(device, torch.float32).flatten() for tensor in tensors])
+    alike = map(methodcaller("to", tensors[0].device, torch.float32), tensors)
+    return torch.cat([*map(Tensor.flatten, alike)])

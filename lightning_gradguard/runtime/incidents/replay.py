@@ -6,6 +6,8 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import filterfalse
+from operator import attrgetter
 from typing import Any
 
 import pytorch_lightning as pl
@@ -21,6 +23,8 @@ from lightning_gradguard.runtime.incidents.invalid_batches import is_check_of_va
 from lightning_gradguard.runtime.incidents.lost_batches import tensors_of
 from lightning_gradguard.runtime.lightning_packages import FRAMEWORKS
 from lightning_gradguard.runtime.training_step import own_step
+
+_VERSION = attrgetter("_version")
 
 
 @dataclass(slots=True)
@@ -57,7 +61,7 @@ class SeenBatch:
 
 def versions_of(tensors: Sequence[Tensor]) -> Sequence[int]:
     """Returns the version counters of tensors, as far as they have one."""
-    return [tensor._version for tensor in tensors if not tensor.is_inference()]
+    return list(map(_VERSION, filterfalse(Tensor.is_inference, tensors)))
 
 
 def replay(

@@ -102,12 +102,12 @@ class RollbackSession:
 
     def take_flags(self) -> StepFlags:
         """Returns the flags for the next step's reduction; scans count once, the rest holds until a step."""
-        flags, batches = self._flags, self._transaction.window.batches
-        # the loss may be finite all the same
-        flags.nonfinite_buffers = self._fit.side_effects.corrupted_statistics(
-            [seen.tensors for seen in batches]
-        )
-        self._flags = StepFlags(repeats_lost_batch=flags.repeats_lost_batch, check_now=flags.check_now)
+        flags, side_effects = self._flags, self._fit.side_effects
+        if side_effects.has_statistics:  # which may be nonfinite where the loss is finite
+            batches = [seen.tensors for seen in self._transaction.window.batches]
+            flags.nonfinite_buffers = side_effects.corrupted_statistics(batches)
+        if flags.nonfinite_buffers is not None or flags.nonfinite_weights is not None:
+            self._flags = StepFlags(repeats_lost_batch=flags.repeats_lost_batch, check_now=flags.check_now)
         return flags
 
     def on_step(self, step: Step) -> None:
@@ -213,7 +213,8 @@ class RollbackSession:
         if snapshots.is_copying:  # the batch before may have made no step
             snapshots.wait()
         self._fit.side_effects.save()
-        if snapshots.capture_if_due(trainer):
+        if snapshots.is_due:
+            snapshots.capture(trainer)
             self._scan_weights()
             self._randomness.probe_next_step()
             self.lost_batches.forget_before(snapshots.oldest_step())

@@ -19,6 +19,7 @@ class SnapshotSchedule:
     Attributes:
         is_empty: True if there is no qualified snapshot.
         is_copying: True while the weights must not be written before `wait`.
+        is_due: True if a snapshot is to be taken at the start of the next step.
     """
 
     def __init__(self, keep: int, every_n_steps: int, device: str, *, rng: bool, schedules: bool) -> None:
@@ -30,12 +31,13 @@ class SnapshotSchedule:
         self._schedules = schedules
         self.is_empty = True
         self.is_copying = False
+        self.is_due = False
 
     def begin(self, trainer: pl.Trainer, side_effects: SideEffects) -> None:
         """Discards snapshots of another fit."""
         self._side_effects = side_effects
         self._good_steps = 0
-        self._is_due = False
+        self.is_due = False
         self.reset(trainer)
 
     def end(self) -> None:
@@ -60,12 +62,10 @@ class SnapshotSchedule:
         """Returns the state besides tensors that is restored along with them, at the start of a step."""
         return TrainerState.of(trainer, self._side_effects, rng=self._rng, schedules=self._schedules)
 
-    def capture_if_due(self, trainer: pl.Trainer) -> bool:
+    def capture(self, trainer: pl.Trainer) -> None:
         """Takes a snapshot at the start of a step, when all callbacks have processed the step before."""
-        due, self._is_due = self._is_due, False
-        if due:
-            self._capture(trainer, self.state(trainer))
-        return due
+        self.is_due = False
+        self._capture(trainer, self.state(trainer))
 
     def capture_first(self, trainer: pl.Trainer, state: TrainerState) -> None:
         """Takes the state that training starts from, ahead of the first step: qualified by definition."""
@@ -92,11 +92,11 @@ class SnapshotSchedule:
         self._good_steps += 1
         if self._good_steps >= self._every_n_steps and self._ring.pending is None:
             self._good_steps = 0
-            self._is_due = True
+            self.is_due = True
 
     def discard_after(self, step: int) -> None:
         """Discards a pending snapshot from after the bad step at `trainer.global_step == step`."""
-        self._is_due = False
+        self.is_due = False
         pending = self._ring.pending
         if pending is not None and pending.extra_state.step > step:
             self._ring.discard_pending()
@@ -138,7 +138,7 @@ class SnapshotSchedule:
 
     def _restore(self, trainer: pl.Trainer, snapshot: Snapshot) -> int:
         self._good_steps = 0
-        self._is_due = False
+        self.is_due = False
         lightning_api.reshard_parameters(trainer)
         return trainer_state.restore(trainer, snapshot, self._side_effects).step
 

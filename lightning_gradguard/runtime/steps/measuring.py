@@ -31,7 +31,7 @@ class StepRequest:
     """
 
     losses: Sequence[Tensor]
-    flags: tuple[Tensor | bool | None, Tensor | bool | None, bool]
+    flags: tuple[Tensor | None, Tensor | None, bool]
     norm_types: Sequence[float] = (2.0,)
     weights: bool = False
     units: bool = False
@@ -72,9 +72,10 @@ def _measure_whole(selection: Selection, request: StepRequest) -> Measured:
     """Measures gradients of which every rank has all, averaged; the total norms show ranks that disagree."""
     head, pending = _head(request, selection), request.pending
     tensors = selection.gradients()
-    tensor_norms = {p: selection.norms(tensors, p) for p in request.norm_types}
-    if request.loss_scale != 1:
-        tensor_norms = {p: values / request.loss_scale for p, values in tensor_norms.items()}
+    tensor_norms = {}
+    for p in request.norm_types:
+        values = selection.norms(tensors, p)
+        tensor_norms[p] = values if request.loss_scale == 1 else values / request.loss_scale
     total_norm = norms.total_norm_from_norms(tensor_norms[2.0])
     head.append(torch.dot(tensor_norms[2.0], selection.matrices))
     weights = selection.parameters
@@ -155,13 +156,16 @@ def _head(request: StepRequest, selection: Selection) -> list[Tensor]:
     zero, one, losses = selection.zero, selection.one, request.losses
     head = [zero, zero, zero]
     if len(losses) == 1 and selection.n_ranks == 1:
-        head = [losses[0].to(zero), one, zero]  # `PackedMeasurement.read` finds out if it is finite
+        head = [losses[0].to(zero), one, zero]  # `PackedMeasurement.measurement` finds out if it is finite
     elif losses:
         loss = torch.stack(tuple(losses)).to(zero)
         finite = loss.nan_to_num(0.0, 0.0, 0.0)
         head = [values.to(zero).sum() for values in (finite, finite == loss, finite != loss)]
-    flags = [flag.to(zero) if isinstance(flag, Tensor) else one if flag else zero for flag in request.flags]
-    return [*head, *flags]
+    weights, buffers, repeats = request.flags
+    head.append(zero if weights is None else weights.to(zero))
+    head.append(zero if buffers is None else buffers.to(zero))
+    head.append(one if repeats else zero)
+    return head
 
 
 def _unit_sums(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
-from weakref import WeakKeyDictionary
+from itertools import chain
+from operator import attrgetter, itemgetter
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from lightning_gradguard.core.norms import Buckets, FlatShard, has_dtensors, rep
 from lightning_gradguard.runtime import distributed
 
 CPU = torch.device("cpu")
+_GRADIENT, _LAYOUT, _PARAMETERS = attrgetter("grad"), attrgetter("layout"), itemgetter("params")
 #: Gives parameters their names.
 Naming = Callable[[Sequence[nn.Parameter]], Mapping[nn.Parameter, str]]
 
@@ -77,11 +79,13 @@ class Selection:
 
     def gradients(self) -> tuple[Tensor, ...]:
         """Returns the gradients; an empty tensor where this rank holds no part of one."""
+        if not self._flat:
+            return tuple(map(_GRADIENT, self.parameters))
         return tuple([p.detach().new_zeros(0) if (grad := p.grad) is None else grad for p in self.parameters])
 
     def norms(self, tensors: Sequence[Tensor], norm_type: float = 2.0) -> Tensor:
         """Returns the norm of each of the gradients, or of the weights; shape `(n,)`, float64."""
-        if self._is_plain and tensors and {tensor.layout for tensor in tensors} <= {torch.strided}:
+        if self._is_plain and {*map(_LAYOUT, tensors)} == {torch.strided}:
             return self._buckets.norms(tensors, norm_type).to(self.device)
         return tensor_norms(tensors, norm_type).to(self.device)
 
@@ -96,7 +100,7 @@ class ParameterLayout:
     def __init__(self, flat: Mapping[Tensor, FlatShard], device: torch.device = CPU) -> None:
         self._flat = flat
         self._device = device
-        self._by_optimizer: WeakKeyDictionary[Optimizer, _OptimizerParameters] = WeakKeyDictionary()
+        self._by_optimizer: dict[Optimizer, _OptimizerParameters] = {}
 
     def select(self, named: Iterable[tuple[str, nn.Parameter]]) -> Selection:
         """Selects those of the parameters that have a gradient on any rank."""
@@ -106,7 +110,7 @@ class ParameterLayout:
 
     def with_gradient(self, optimizer: Optimizer, naming: Naming) -> Selection:
         """Selects those parameters of an optimizer that have a gradient on any rank."""
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        parameters = list(chain.from_iterable(map(_PARAMETERS, optimizer.param_groups)))
         known = self._by_optimizer.get(optimizer)
         if known is None or known.ids != list(map(id, parameters)):
             known = _OptimizerParameters(parameters, naming(parameters), self._flat, self._device)

@@ -48,6 +48,7 @@ class SideEffects:
     Attributes:
         buffers: Copies of the buffers.
         finite_buffers: Those that must stay finite.
+        has_statistics: True if there are running statistics of normalization.
         has_averages: True if a callback averages weights.
         forward_state: The other state from before the step.
     """
@@ -56,6 +57,7 @@ class SideEffects:
         self.buffers = BufferCopies(pl_module)
         self.finite_buffers = FiniteBuffers(pl_module)
         self._normalizing = self.finite_buffers.statistics()
+        self.has_statistics = bool(self._normalizing)
         self._variances = running_variances(pl_module.modules())
         self._epoch_means = lightning_api.epoch_mean_metrics(trainer)
         self._had_jumped: Tensor | None = None

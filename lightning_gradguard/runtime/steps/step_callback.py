@@ -60,19 +60,18 @@ class StepCallback(StepMember, lightning_api.Callback, Configured):
     is_single: bool = False
     state_arguments: Mapping[str, Any] = {}
     suite: Suite = _NO_SUITE
-    _state_key: str = ""
 
-    @property
+    @cached_property
     def state_key(self) -> str:
         """Key of the callback's state in a checkpoint; Lightning asks for it ahead of every hook."""
         # until `setup`: Lightning would reject two with one key, and `setup` has a better message
-        return self._state_key or self._new_state_key() + f" {id(self):x}" * self.is_single
+        return self._state_key() + f" {id(self):x}" * self.is_single
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Joins the suite of this Trainer, and opens the journal of its incidents."""
         self._reject_second(trainer)
-        self._state_key = self._new_state_key()
+        self.state_key = self._state_key()
         if stage == "fit":
             lightning_api.reject_unsupported(trainer, self)
             callbacks: Sequence[Any] = trainer.callbacks  # type: ignore[attr-defined]
@@ -192,7 +191,7 @@ class StepCallback(StepMember, lightning_api.Callback, Configured):
     def _evaluation(self) -> EvaluationWatch:
         return EvaluationWatch()
 
-    def _new_state_key(self) -> str:
+    def _state_key(self) -> str:
         return f"{type(self).__qualname__}{dict(self.state_arguments)!r}"
 
     def _reject_second(self, trainer: pl.Trainer) -> None:

@@ -109,8 +109,8 @@ class Suite:
         number = lightning_api.batches_that_stepped(trainer)
         every = trainer.log_every_n_steps  # type: ignore[attr-defined]
         self.is_logged = every > 0 and (number + 1) % every == 0
-        losses = [lightning_api.unscaled_loss(trainer, loss) for loss in self.losses]
-        self.losses = []
+        scaler = lightning_api.gradient_scaler(trainer) if self._has_scaler else None
+        losses, self.losses = lightning_api.unscaled_losses(trainer, self.losses, scaler), []
         if self._totals is None:
             self._totals = RunTotals(self._began_at, number, checks_steps=bool(self._checkers))
         self._totals.last_step = number
@@ -123,14 +123,19 @@ class Suite:
             return None
         if selection.has_dtensors:
             distributed.complete_gradients(selection.parameters)
-        found = [member.step_flags() for member in self._flagging]
-        flags = found[0] if len(found) == 1 else StepFlags.merged(found)
+        flags = StepFlags()
+        for i, member in enumerate(self._flagging):
+            found = member.step_flags()
+            flags = found if i == 0 else StepFlags.merged([flags, found])
+        weights = False
+        for member in self._weighing:
+            weights |= member.wants_weight_norms(trainer)
         pending, self._pending = self._pending, []
         request = StepRequest(
             losses=losses,
             flags=(flags.nonfinite_weights, flags.nonfinite_buffers, flags.repeats_lost_batch),
             norm_types=self._norm_types,
-            weights=any([member.wants_weight_norms(trainer) for member in self._weighing]),
+            weights=weights,
             units=self._wants_units,
             loss_scale=lightning_api.scale_of_gradients(trainer, optimizer) if self._has_scaler else 1.0,
             pending=torch.cat([sums for sums, _ in pending]) if pending else None,
@@ -216,17 +221,19 @@ class Suite:
 
     def _check(self, trainer: pl.Trainer, measurement: Measurement) -> tuple[Measurement, StepVerdict]:
         """Returns the strictest verdict; the measurement has the names of those who reject a finite step."""
-        verdicts = [checker.check_step(trainer, measurement) for checker in self._checkers]
-        if "skip" in verdicts:
-            if not measurement.must_skip:
-                pairs = zip(self._checkers, verdicts, strict=True)
-                names = tuple(type(checker).__name__ for checker, verdict in pairs if verdict == "skip")
-                measurement = replace(measurement, rejected_by=names)
-            return measurement, "skip"
-        if "ignore" in verdicts:
-            return measurement, "ignore"
-        self.add_norm(measurement.total_norm)
-        return measurement, "accept"
+        verdict: StepVerdict = "accept"
+        rejected_by: tuple[str, ...] = ()
+        for checker in self._checkers:
+            own = checker.check_step(trainer, measurement)
+            if own == "skip":
+                verdict, rejected_by = own, (*rejected_by, type(checker).__name__)
+            elif own == "ignore" and verdict == "accept":
+                verdict = own
+        if verdict == "accept":
+            self.add_norm(measurement.total_norm)
+        elif rejected_by and not measurement.must_skip:
+            measurement = replace(measurement, rejected_by=rejected_by)
+        return measurement, verdict
 
     def _checked_step(
         self,
