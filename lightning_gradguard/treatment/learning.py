@@ -75,9 +75,11 @@ def exceeds_constant(trial: Trial) -> bool:
     return ratio >= LEARNS
 
 
-def enough_of(trial: Trial) -> float:
-    """Returns the loss over that of the best constant answer at which no more is searched for."""
-    return LEARNED_ENOUGH if trial.is_likelihood else LEARNED_ENOUGH_OF_VALUES
+def learned_enough(trial: Trial) -> bool:
+    """True if a run leaves so little of the loss that no more is searched for."""
+    is_known, ratio, bound = _ratio_and_bound(trial)
+    of_values = is_known and not trial.is_likelihood
+    return ratio <= (LEARNED_ENOUGH_OF_VALUES if of_values else LITTLE_LEFT * bound)
 
 
 def learned_at_lowest(trial: Trial) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import combinations
 
 from lightning_gradguard.core.detectors.best_constant import LEARNS
@@ -12,7 +12,7 @@ from lightning_gradguard.core.remedies.changes import Change
 from lightning_gradguard.core.remedies.kinds import KINDS
 from lightning_gradguard.treatment.budget import Clock
 from lightning_gradguard.treatment.candidates import Candidate
-from lightning_gradguard.treatment.learning import enough_of, learning_of
+from lightning_gradguard.treatment.learning import learned_enough, learning_of
 from lightning_gradguard.treatment.trials.program import Program
 from lightning_gradguard.treatment.trials.trial import OUT_OF_TIME, Job, Trial, name_of
 from lightning_gradguard.treatment.trials.trial_log import TrialLog
@@ -153,7 +153,7 @@ def _second_rung(
     ranked = sorted((t for t in short if not t.error), key=lambda t: t.loss)[:FINALISTS]
     if any(map(ends, ranked)):
         ranked = list(filter(ends, ranked))
-        enough = [trial for trial in ranked if trial.over_constant <= enough_of(trial)]
+        enough = [trial for trial in ranked if learned_enough(trial)]
         if enough or len(ranked) == 1:
             return enough or ranked
     elif ranked and ranked[0].over_constant <= DOMINATES:
@@ -175,7 +175,7 @@ def _has_learned(trial: Trial) -> bool:
 
 
 def _has_learned_enough(trial: Trial) -> bool:
-    return _has_learned(trial) and trial.over_constant <= enough_of(trial)
+    return _has_learned(trial) and learned_enough(trial)
 
 
 def at_best_rate(runner: TrialRunner, trial: Trial, until: float) -> list[Trial]:
@@ -198,7 +198,7 @@ def at_best_rate(runner: TrialRunner, trial: Trial, until: float) -> list[Trial]
         for factor, other in found.items():
             if other.loss < better * best.loss and other.is_undisturbed >= best.is_undisturbed:
                 best, factors = other, [factor]
-        if best.over_constant <= enough_of(best):
+        if learned_enough(best):
             break
     return [trial] if best is reference else [best, trial]
 
@@ -221,6 +221,24 @@ def _rate_and_rest(trial: Trial) -> tuple[float, tuple[Change, ...]]:
     changes = trial.job.changes or ()
     scale = math.prod(change["scale"] for change in changes if change.kind == "learning_rate")
     return scale, tuple(change for change in changes if change.kind != "learning_rate")
+
+
+def with_needed_changes(runner: TrialRunner, trial: Trial, bar: float, until: float) -> Trial:
+    """Returns the trial with those changes of another one alone without which it is worse.
+
+    Without the last one there is the suite alone. `bar` is the held-out loss of what is no better than the
+    program as it is.
+    """
+    parts = sorted(trial.job.changes or (), key=lambda change: -size_of([change]))
+    while parts:
+        part = parts.pop(0)
+        rest = tuple(change for change in trial.job.changes or () if change is not part)
+        for fewer in runner.run([replace(trial.job, changes=rest)], until):
+            learns = learning_of(fewer).has_learned or not learning_of(trial).has_learned
+            if learns and fewer.loss < bar and _smallest_first([trial, fewer], bar)[0] is fewer:
+                # without it, one that was needed may be so no more
+                trial, parts = fewer, sorted(rest, key=lambda change: -size_of([change]))
+    return trial
 
 
 def noise_of(untreated: Sequence[Trial]) -> float:
@@ -267,7 +285,7 @@ def _smallest_first(better: Sequence[Trial], bar: float) -> list[Trial]:
     best = min(t.loss for t in better)
     reference = bar if math.isfinite(bar) else max(t.curve[0][1] for t in better)
     reach = best + BEHIND * max(reference - best, 0.0) if math.isfinite(reference) else 1.1 * best
-    near = [t for t in better if t.loss <= reach or t.over_constant <= enough_of(t)]
+    near = [t for t in better if t.loss <= reach or learned_enough(t)]
     near.sort(
         key=lambda t: (not t.is_undisturbed, size_of(t.job.changes or ()), _rate_and_rest(t)[0], t.loss)
     )

@@ -7,6 +7,7 @@ import json
 import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,17 @@ from lightning_gradguard.core.snapshots import rng_state, set_rng_state
 from lightning_gradguard.treatment import files
 from lightning_gradguard.treatment.budget import Clock, seconds
 from lightning_gradguard.treatment.candidates import Candidate, candidates
-from lightning_gradguard.treatment.learning import LEARNED_ENOUGH, enough_of, fails_beside, learning_of
+from lightning_gradguard.treatment.learning import LEARNED_ENOUGH, fails_beside, learned_enough, learning_of
 from lightning_gradguard.treatment.prescriptions import Prescription, prescriptions
 from lightning_gradguard.treatment.probe import Probe, probe
 from lightning_gradguard.treatment.result import TreatmentResult
-from lightning_gradguard.treatment.search import TrialRunner, at_best_rate, at_lower_rate, search
+from lightning_gradguard.treatment.search import (
+    TrialRunner,
+    at_best_rate,
+    at_lower_rate,
+    search,
+    with_needed_changes,
+)
 from lightning_gradguard.treatment.trials.program import OF_USER, Program, recorded_program
 from lightning_gradguard.treatment.trials.trial import Trial, name_of
 from lightning_gradguard.treatment.trials.trial_log import TrialLog
@@ -247,11 +254,15 @@ class _Treatment:
             trial = waiting.pop(0)
             if str(trial.job.changes) in verified or (verified and not learning_of(trial).learns):
                 continue
+            if has_rate or learning_of(trial).has_learned:
+                fewer = with_needed_changes(runner, trial, full, until)
+                if fewer is not trial and str(fewer.job.changes) not in verified:
+                    trial, waiting = fewer, [trial, *waiting]
             first = verification.first(trial) if has_rate or learning_of(trial).has_learned else None
             explodes = first is not None and not first.is_undisturbed
-            if not has_rate and (first is None or first.over_constant > enough_of(first) or explodes):
+            if not has_rate and (first is None or not learned_enough(first) or explodes):
                 has_rate = True
-                if first is not None and (trial.over_constant <= enough_of(trial) or explodes):
+                if first is not None and (learned_enough(trial) or explodes):
                     waiting = [*at_lower_rate(runner, trial, until), trial, *waiting]
                 else:
                     waiting = [*at_best_rate(runner, trial, until), *waiting]
@@ -259,7 +270,15 @@ class _Treatment:
             verified.add(str(trial.job.changes))
             is_better = first is not None and fails_beside(self.found.trial, first)
             results = verification.others(first) if first is not None and is_better else []
-            yield trial, results, *verdict_of(results, whole)
+            verdict, evidence = verdict_of(results, whole)
+            if verdict == "cured" and not (beats := verification.beats_suite(results)):
+                verdict = "better"
+                reason = "their comparison ended with the budget" if beats is None else "do as much"
+                evidence += f"; the suite's callbacks alone: {reason}"
+                if beats is False:
+                    alone, has_rate = replace(trial, job=replace(trial.job, changes=())), True
+                    waiting = [alone, *waiting]
+            yield trial, results, verdict, evidence
             if first is None or first.job.steps < whole:
                 # what is left of the budget shows less of the next ones, which are open if the program fails
                 runner.was_cut |= bool(waiting) and not self._is_open

@@ -21,6 +21,8 @@ from lightning_gradguard.treatment.trials.trial import OUT_OF_TIME, Job, Trial
 
 #: Seeds of the verification, and how far they are from those of the search.
 N_SEEDS, FIRST_SEED = 3, 101
+#: Relative difference of losses that are equal but for rounding.
+EQUAL = 1e-3
 #: Time that a run may take over what it took in the search.
 RESERVE = 1.2
 
@@ -119,13 +121,30 @@ class Verification:
                 pairs.append(SeedResult(found[bare.key], found[mine.key]))
         return pairs
 
+    def beats_suite(self, results: Sequence[SeedResult]) -> bool | None:
+        """True if the treated run with the first seed ends below one with the suite's callbacks alone.
+
+        A short trial that goes as the probe does shows that they change nothing. `None` if the budget ends
+        before it is known.
+        """
+        first = results[0].treated
+        if not first.job.changes:
+            return True
+        short = self.runner.run([self.runner.short_job((), self.runner.program.seed)], self.until)
+        if short and self.probed is not None and _is_equal(short[0], self.probed):
+            return True
+        near = first.loss + noise_of([r.untreated for r in results])
+        job = Job((), first.job.seed, first.job.steps, near, first.job.steps // 3)
+        alone = self._run([job]).get(job.key)
+        return None if alone is None else alone.loss > near
+
     @property
     def _seeds(self) -> list[int]:
         return [self.runner.program.seed + FIRST_SEED + i for i in range(N_SEEDS)]
 
     @property
     def _n_long(self) -> int:
-        return N_SEEDS + (self.probed is None)
+        return N_SEEDS + 1 + (self.probed is None)
 
     @property
     def _n_beside(self) -> int:
@@ -178,6 +197,14 @@ def unverified(trials: Iterable[Trial], probed: Trial) -> Trial | None:
 def is_unfinished(trial: Trial) -> bool:
     """True if the budget has ended a trial."""
     return trial.error == OUT_OF_TIME
+
+
+def _is_equal(trial: Trial, other: Trial) -> bool:
+    """True if two runs are equal in the losses of batches, as far as both go, and nothing explodes later."""
+    losses = dict(other.training)
+    pairs = [(loss, losses[step]) for step, loss in trial.training if step in losses]
+    is_quiet = math.isfinite(other.loss) and other.is_undisturbed
+    return is_quiet and bool(pairs) and all(math.isclose(a, b, rel_tol=EQUAL) for a, b in pairs)
 
 
 def verdict_of(results: Sequence[SeedResult], whole: int) -> tuple[TreatmentVerdict, str]:

@@ -11,7 +11,7 @@ import pytest
 from lightning_gradguard import Change
 from lightning_gradguard.treatment.budget import Clock
 from lightning_gradguard.treatment.candidates import Candidate
-from lightning_gradguard.treatment.search import TrialRunner, search
+from lightning_gradguard.treatment.search import TrialRunner, search, with_needed_changes
 from lightning_gradguard.treatment.trials.program import recorded_program
 from lightning_gradguard.treatment.trials.trial import Job, Trial, run
 from lightning_gradguard.treatment.trials.trial_log import TrialLog
@@ -46,6 +46,21 @@ def test_of_changes_that_have_learned_enough_the_smallest_is_adopted(
         log.add(Trial(job=job, curve=[(0, 2.3), (60, loss)], over_constant=loss / 2.3, is_likelihood=True))
     found = search(runner, [Candidate(changes, "") for changes in (best, adopted)], 2.3, 1.0)
     assert [trial.job.changes for trial in found] == [adopted, best]
+
+
+@pytest.mark.parametrize(("alone", "kept"), [(2.3, INITIALIZED), (0.31, ())])
+def test_change_without_an_effect_of_its_own_is_omitted(
+    tmp_path: Path, alone: float, kept: tuple[Change, ...]
+) -> None:
+    """Where clipping sets the length of the steps, a learning rate changes nothing."""
+    log = TrialLog(tmp_path / "trials.jsonl", {}, 150)
+    program = recorded_program(Net, Data(), SHORT, 0, 4, math.inf)
+    runner = TrialRunner(program, log, Clock(60.0), 1, 150, lambda _: None)
+    for changes, loss in (((*INITIALIZED, *LOWER), 0.3), (INITIALIZED, 0.3), (LOWER, 2.3), ((), alone)):
+        job = runner.short_job(changes, 0)
+        log.add(Trial(job=job, curve=[(0, 2.3), (60, loss)], over_constant=loss / 2.3, is_likelihood=True))
+    best = log.trials[runner.short_job((*INITIALIZED, *LOWER), 0).key]
+    assert with_needed_changes(runner, best, 2.25, 1.0).job.changes == kept
 
 
 def test_whole_run_in_which_updates_are_too_large_is_not_undisturbed() -> None:

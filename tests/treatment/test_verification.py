@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from lightning_gradguard import Change
-from lightning_gradguard.treatment.learning import enough_of, settled_loss
+from lightning_gradguard.treatment.budget import Clock
+from lightning_gradguard.treatment.learning import learned_enough, settled_loss
+from lightning_gradguard.treatment.search import TrialRunner, noise_of
+from lightning_gradguard.treatment.trials.program import recorded_program
 from lightning_gradguard.treatment.trials.trial import OUT_OF_TIME, Job, Trial
-from lightning_gradguard.treatment.verification import SeedResult, unverified, verdict_of
+from lightning_gradguard.treatment.trials.trial_log import TrialLog
+from lightning_gradguard.treatment.verification import SeedResult, Verification, unverified, verdict_of
+from tests.treatment.programs import Data, Net
 
 CHANGES = (Change("initialize"),)
 WHOLE = 400
@@ -135,6 +141,25 @@ def test_two_seeds_are_better_at_most_and_one_is_nothing() -> None:
     assert verdict_of([], WHOLE)[0] == "no_treatment_found"
 
 
+@pytest.mark.parametrize(
+    ("alone", "moved", "beats"), [(0.3, 0.5, False), (1.6, 0.5, True), (None, 0.5, None), (None, 0.0, True)]
+)
+def test_cure_is_compared_with_the_callbacks_of_the_suite_alone(
+    tmp_path: Path, alone: float | None, moved: float, beats: bool | None
+) -> None:
+    """Where these change no loss of a batch, the probe shows what they do."""
+    log = TrialLog(tmp_path / "trials.jsonl", {}, 150)
+    program = recorded_program(Net, Data(), {"max_steps": WHOLE}, 0, 4, math.inf)
+    runner = TrialRunner(program, log, Clock(60.0), 1, 150, lambda _: None)
+    found = results([0.3, 0.4, 0.2], [2.3, 2.31, 2.29])
+    probed = replace(found[0].untreated, training=[(1, 2.3), (2, 2.2)])
+    log.add(replace(trial(runner.short_job((), 0), 2.2), training=[(1, 2.3), (2, 2.2 - moved)]))
+    near = 0.3 + noise_of([one.untreated for one in found])
+    if alone is not None:
+        log.add(trial(Job((), 101, WHOLE, near, WHOLE // 3), alone))
+    assert Verification(runner, probed, 1.0 if alone else 0.0).beats_suite(found) is beats
+
+
 def test_loss_that_is_low_enough_is_that_of_the_first_seed_or_a_quarter_of_the_best_constant_answer() -> None:
     assert settled_loss(trial(Job(CHANGES, 101, WHOLE), 0.3)) == pytest.approx(0.25 * 2.3)
     assert settled_loss(trial(Job(CHANGES, 101, WHOLE), 0.9)) == pytest.approx(0.9)
@@ -147,7 +172,7 @@ def test_fifth_of_the_loss_is_enough_for_classes_and_not_for_values(
 ) -> None:
     """It is nine of ten classes that are right, and four fifths of the variance."""
     run = trial(Job(CHANGES, 0, WHOLE), 0.2 * 2.3, is_likelihood=is_likelihood)
-    assert (run.over_constant <= enough_of(run)) == is_enough
+    assert learned_enough(run) == is_enough
 
 
 def test_a_better_trial_is_unverified_until_it_was_run_with_a_fresh_seed() -> None:
