@@ -41,11 +41,12 @@ examples:
   lightning-gradguard treat -c config.yaml --trainer.max_epochs 20 --processes 2
   lightning-gradguard fit -c treatment/treatment.yaml --model my.Module --data my.Data
 
-Exit code 0: healthy, cured or better; 1: no treatment found; 2: wrong input."""
+Exit code 0: healthy, cured or better; 1: no treatment found; 2: wrong input, or a budget that is too small
+for any trial."""
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Treats a module; exits with code 1 if no treatment is found."""
+    """Treats a module; exits with code 1 if no treatment is found, with 2 if the budget allows no trial."""
     options, rest = _own_parser().parse_known_args(arguments)
     stdout = sys.stdout
     # standard output holds nothing but the result; progress goes to standard error
@@ -53,8 +54,9 @@ def main(arguments: Sequence[str]) -> None:
     with usage_errors_reported("treat"), fit_argv(rest), silence_lightning(), redirected:
         result = _treat(options, rest)
     print(text_of(result), file=stdout)
-    if result.verdict == "no_treatment_found":
-        raise SystemExit(1)
+    code = {"no_treatment_found": 1, "budget_too_small": 2}.get(result.verdict, 0)
+    if code:
+        raise SystemExit(code)
 
 
 def argument_parser() -> ArgumentParser:

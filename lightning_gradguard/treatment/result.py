@@ -24,6 +24,7 @@ _HEADLINES: dict[TreatmentVerdict, str] = {
     "cured": "cured",
     "better": "better, not cured",
     "no_treatment_found": "no treatment found",
+    "budget_too_small": "no trial was made, as the budget is too small",
 }
 
 
@@ -32,7 +33,7 @@ class TreatmentResult:
     """The outcome of a treatment: what ailed the program, what was tried, and what makes it train.
 
     Args:
-        verdict: `"healthy"`, `"cured"`, `"better"` or `"no_treatment_found"`.
+        verdict: `"healthy"`, `"cured"`, `"better"`, `"no_treatment_found"` or `"budget_too_small"`.
         evidence: What the verdict rests on.
         program: Name of the module's class.
         problems: What the probe has found.

@@ -31,6 +31,7 @@ from lightning_gradguard.treatment.search import (
     with_needed_changes,
 )
 from lightning_gradguard.treatment.trials.program import OF_USER, Program, recorded_program
+from lightning_gradguard.treatment.trials.reachable import reachable_loss
 from lightning_gradguard.treatment.trials.trial import Trial, name_of
 from lightning_gradguard.treatment.trials.trial_log import TrialLog
 from lightning_gradguard.treatment.trials.workers import usable_processes
@@ -121,6 +122,12 @@ def treat(
         found = probe(program, least, most, clock.share(PROBED))
         if not found.is_automatic and found.steps:
             program = program.with_manual_steps(found.trial.curve[-1][0], found.steps)
+        if not learned_enough(found.trial):
+            reachable = reachable_loss(
+                [*program.batches.epochs[0], *program.batches.held_out], clock.share(PROBED)
+            )
+            program = replace(program, reachable=reachable)
+            found = found.with_reachable(reachable)
         treatment = _Treatment(program, found, clock, folder, report, processes or usable_processes(), least)
         result = treatment.run()
     finally:
@@ -182,11 +189,10 @@ class _Treatment:
             return self._result("healthy", healthy)
         if self.steps < TOO_FEW_STEPS:
             evidence = (
-                f"a budget of {self.clock.budget:.0f} s is too small for two trials: a step takes "
-                f"{1e3 * self._seconds_per_step():.3g} ms, and {TOO_FEW_STEPS} steps a trial are the least; "
-                f"give at least {self._least_budget():.0f} s"
+                f"{self.clock.budget:.0f} s do not allow {TOO_FEW_STEPS} steps a trial, the least, of "
+                f"{1e3 * self._seconds_per_step():.3g} ms each; give at least {self._least_budget():.0f} s"
             )
-            return self._result("no_treatment_found", evidence)
+            return self._result("budget_too_small", evidence)
         blocking = [p for p in self.prescriptions if p.is_blocking]
         if blocking:
             evidence = (
@@ -342,7 +348,10 @@ class _Treatment:
 
     def _seconds_per_step(self) -> float:
         """Returns the duration of a step in a trial, with its share of evaluations."""
-        return self.found.trial.seconds / max(self.found.steps, 1)
+        # before the first few, a run spends its time on its start
+        of_steps = self.found.steps < TOO_FEW_STEPS and math.isfinite(self.found.trial.seconds_per_step)
+        total = self.found.trial.seconds / max(self.found.steps, 1)
+        return self.found.trial.seconds_per_step if of_steps else total
 
     def _affordable(self, processes: int) -> int:
         total = COST_IN_TRIALS * self._seconds_per_step() / min(processes, 4)

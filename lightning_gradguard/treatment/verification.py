@@ -26,7 +26,7 @@ EQUAL = 1e-3
 #: Time that a run may take over what it took in the search.
 RESERVE = 1.2
 
-TreatmentVerdict = Literal["healthy", "cured", "better", "no_treatment_found"]
+TreatmentVerdict = Literal["healthy", "cured", "better", "no_treatment_found", "budget_too_small"]
 
 
 @dataclass(frozen=True)

@@ -51,6 +51,12 @@ def test_wrong_budget_is_one_line(command: Command) -> None:
     )
 
 
+def test_budget_that_allows_no_trial_has_a_headline_and_an_exit_code_of_its_own(command: Command) -> None:
+    code, out, _ = command("treat", *PROGRAM, "--trainer.max_steps=2000", "--budget=1s", "--processes=1")
+    assert code == 2
+    assert out.startswith("tests.treatment.programs.Deep: no trial was made, as the budget is too small\n")
+
+
 def test_program_that_cannot_be_treated_is_one_line(command: Command) -> None:
     code, _, error = command("treat", "--model", "tests.treatment.programs.Net", "--model.rate=-1", *SHORT)
     assert code == 2

@@ -210,8 +210,9 @@ class TestBadInput:
         began = time.monotonic()
         result = treated(partial(Slow, 6, nn.Sigmoid), budget=2, trainer={"max_steps": 2000})
         assert time.monotonic() - began < 30
-        assert result.verdict == "no_treatment_found"
-        assert "too small for two trials" in result.evidence
+        assert result.verdict == "budget_too_small"
+        assert result.headline.endswith("no trial was made, as the budget is too small")
+        assert "give at least" in result.evidence
         assert json.loads(Path("treatment/treatment.json").read_text())["ailments"]
 
     def test_no_validation_data(self) -> None:
