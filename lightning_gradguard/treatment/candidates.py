@@ -72,9 +72,9 @@ _BY_CAUSE: Mapping[tuple[str, str], Sequence[tuple[Change, ...]]] = {
     ),
     ("vanishing_gradient", "saturating_activations"): (
         _ACTIVATE,
+        _ACTIVATE + _RESIDUAL,
         _ACTIVATE + _NORMALIZE,
         _NORMALIZE,
-        _ACTIVATE + _RESIDUAL,
     ),
     ("vanishing_gradient", "depth"): (
         _RESIDUAL,
@@ -94,7 +94,7 @@ _BY_CAUSE: Mapping[tuple[str, str], Sequence[tuple[Change, ...]]] = {
     ("weight_stagnation", "learning_rate_too_low"): (_HIGHER, _HIGHEST),
     ("vanishing_weights", "weight_decay"): (_NO_DECAY, _NO_DECAY + _LOWER),
 }
-_NONFINITE = (_SUITE, _LOWER, _STANDARDIZE, _INITIALIZE, _ACTIVATE, _NORMALIZE)
+_NONFINITE = (_SUITE, _LOWER, _ACTIVATE + _RESIDUAL, _STANDARDIZE, _INITIALIZE, _ACTIVATE, _NORMALIZE)
 _BY_KIND: Mapping[str, Sequence[tuple[Change, ...]]] = {
     "vanishing_gradient": (_ACTIVATE, _INITIALIZE, _RESIDUAL, _NORMALIZE, _ACTIVATE + _NORMALIZE),
     "exploding_gradient": (_LOWER, _INITIALIZE, _NORMALIZE, _CLIP),

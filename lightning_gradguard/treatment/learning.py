@@ -23,6 +23,9 @@ LEARNED_ENOUGH, LEARNED_ENOUGH_OF_VALUES = LITTLE_LEFT * HAS_LEARNED, 0.1
 #: probability of the right class, and of the explained part of the loss of the best constant answer. At .91
 #: of two classes a run is no less healthy for one at .98, and at .68 of ten it fails beside one at .97.
 LEFT_BY_OTHER, FAR_BEHIND = 0.5, 0.75
+#: Loss over that of the best constant answer above which plain learners show nothing of what can be learned:
+#: of parities, they learn as little as of noise.
+LITTLE_REACHED = 0.7
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,8 @@ def learning_of(trial: Trial) -> Learning:
     # a loss close to zero may rise by a factor and is no worse
     is_low = trial.loss <= RISES * trial.lowest or ratio < bound / 2
     evidence = f"the held-out loss is {trial.loss:.4g}, {ratio:.2f} times that {reference}"
+    if is_known and bound > HAS_LEARNED:
+        evidence += f" (plain learners: {trial.reachable:.2f})"
     if not is_low:
         evidence += f", and has risen from {trial.lowest:.4g}"
     before = next((loss for step, loss in trial.curve if 3 * step >= 2 * trial.curve[-1][0]), math.inf)
@@ -79,7 +84,8 @@ def learned_enough(trial: Trial) -> bool:
     """True if a run leaves so little of the loss that no more is searched for."""
     is_known, ratio, bound = _ratio_and_bound(trial)
     of_values = is_known and not trial.is_likelihood
-    return ratio <= (LEARNED_ENOUGH_OF_VALUES if of_values else LITTLE_LEFT * bound)
+    enough = LEARNED_ENOUGH_OF_VALUES if of_values else max(LITTLE_LEFT * bound, _reachable(trial))
+    return ratio <= enough
 
 
 def learned_at_lowest(trial: Trial) -> bool:
@@ -108,8 +114,14 @@ def fails_beside(trial: Trial, other: Trial) -> bool:
     return 1 - trial.over_constant * trial.lowest / trial.loss < FAR_BEHIND * (1 - other.over_constant)
 
 
+def _reachable(trial: Trial) -> float:
+    """Returns the loss over that of the best constant answer that data with noise allow; 0 if unknown."""
+    return trial.reachable if trial.is_likelihood and trial.reachable <= LITTLE_REACHED else 0.0
+
+
 def _ratio_and_bound(trial: Trial) -> tuple[bool, float, float]:
     is_known = math.isfinite(trial.over_constant)
     if is_known:
-        return is_known, trial.over_constant, HAS_LEARNED
+        explained = FAR_BEHIND * (1 - _reachable(trial))
+        return is_known, trial.over_constant, max(HAS_LEARNED, 1 - explained)
     return is_known, trial.over_permuted, HAS_LEARNED_OVER_PERMUTED

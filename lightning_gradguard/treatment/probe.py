@@ -8,7 +8,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import fmean
 from typing import Any
 
@@ -69,6 +69,11 @@ class Probe:
     moved: float
     decay: str
     run_loss: Callable[[], Tensor] | None
+
+    def with_reachable(self, reachable: float) -> Probe:
+        """Returns the outcome beside what plain learners reach on the same data."""
+        trial = replace(self.trial, reachable=reachable)
+        return replace(self, trial=trial, learning=learning_of(trial))
 
     @property
     def learns_unhindered(self) -> bool:

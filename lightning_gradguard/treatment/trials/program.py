@@ -50,6 +50,7 @@ class Program:
         planned: Optimizer steps of the user's run; 0 if unknown.
         batches_per_step: Batches of an optimizer step; below 1 where several optimizers step in each.
         seed: Of the search.
+        reachable: Loss over that of the best constant answer that plain learners reach; NaN if unknown.
     """
 
     make_module: Callable[[], pl.LightningModule]
@@ -59,6 +60,7 @@ class Program:
     planned: int
     batches_per_step: float
     seed: int
+    reachable: float = math.nan
 
     def module(self, seed: int) -> pl.LightningModule:
         """Builds the module with a seed; callbacks of its own are omitted."""

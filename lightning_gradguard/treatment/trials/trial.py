@@ -68,6 +68,7 @@ class Trial:
         over_constant: Final held-out loss over that of the best constant answer; NaN if unknown.
         over_permuted: Final held-out loss over that with permuted targets; NaN if unknown.
         is_likelihood: True if the loss is the negative logarithm of probabilities of classes.
+        reachable: Loss over that of the best constant answer that plain learners reach; NaN if unknown.
         metrics: What the program has logged, at the end.
         incidents: Incidents of the run, by kind.
         parameters: Parameters of the module.
@@ -82,6 +83,7 @@ class Trial:
     over_constant: float = math.nan
     over_permuted: float = math.nan
     is_likelihood: bool = False
+    reachable: float = math.nan
     metrics: Mapping[str, float] = field(default_factory=dict)
     incidents: Mapping[str, int] = field(default_factory=dict)
     parameters: int = 0
@@ -161,6 +163,7 @@ def run(program: Program, job: Job, deadline: float) -> Trial:
                 "over_constant": held_out.last.over_constant,
                 "over_permuted": held_out.last.over_permuted,
                 "is_likelihood": held_out.last.is_likelihood,
+                "reachable": program.reachable,
             }
         except torch.OutOfMemoryError:
             outcome["error"] = "the device is out of memory"

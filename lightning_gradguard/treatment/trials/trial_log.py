@@ -78,7 +78,7 @@ def trial_of(content: Mapping[str, Any]) -> Trial:
     job = Job(known, rest.pop("seed"), rest.pop("steps"), *ends)
     for key in ("curve", "training"):
         rest[key] = [(step, float(loss)) for step, loss in rest[key]]
-    for key in ("over_constant", "over_permuted", "seconds_per_step"):
+    for key in ("over_constant", "over_permuted", "reachable", "seconds_per_step"):
         rest[key] = float(rest[key])
     rest["metrics"] = {name: float(value) for name, value in rest["metrics"].items()}
     return Trial(job=job, **rest)
