@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lightning_gradguard.core.detectors.diagnosis import Symptom
 from lightning_gradguard.core.remedies.changes import Change, places
 from lightning_gradguard.core.remedies.kinds import KINDS, Argument, ChangeKind
+from lightning_gradguard.core.remedies.surgery.data_flow import ACTIVATIONS
 from lightning_gradguard.treatment.probe import Probe, in_words
 
 #: Candidates of a treatment at most.
@@ -48,6 +49,8 @@ _NORMALIZE = (_of("add_normalization"),)
 _RESIDUAL = (_of("add_residual"),)
 _CLIP = (_of("clipping", max_norm=1.0),)
 _ACTIVATE = (_of("replace_activation", to="relu"), *_INITIALIZE)
+# narrow networks of 10 to 17 layers, of whatever activation and weights, train with these three
+_WHOLE = (_ACTIVATE[0], *_NORMALIZE, *_RESIDUAL)
 _LEAKY = (_of("replace_activation", to="leaky_relu"), *_INITIALIZE)
 _LOWER, _LOWEST, _HIGHER, _HIGHEST = ((_of("learning_rate", scale=s),) for s in (0.1, 0.01, 10.0, 100.0))
 _ORTHOGONAL = (_of("orthogonal_recurrent"),)
@@ -67,12 +70,14 @@ _BY_CAUSE: Mapping[tuple[str, str], Sequence[tuple[Change, ...]]] = {
     ("vanishing_gradient", "small_weights"): (
         _INITIALIZE,
         _INITIALIZE + _NORMALIZE,
+        _WHOLE,
         _ACTIVATE,
         _ACTIVATE + _NORMALIZE,
     ),
     ("vanishing_gradient", "saturating_activations"): (
         _ACTIVATE,
         _ACTIVATE + _RESIDUAL,
+        _WHOLE,
         _ACTIVATE + _NORMALIZE,
         _NORMALIZE,
     ),
@@ -80,7 +85,7 @@ _BY_CAUSE: Mapping[tuple[str, str], Sequence[tuple[Change, ...]]] = {
         _RESIDUAL,
         _RESIDUAL + _NORMALIZE,
         _INITIALIZE,
-        _ACTIVATE + _NORMALIZE,
+        _WHOLE,
         _ACTIVATE + _RESIDUAL,
     ),
     ("vanishing_gradient", "through_time"): (_OPEN, _GATED, _GATED + _HIGHER, _OPEN + _HIGHER, _ORTHOGONAL),
@@ -94,14 +99,14 @@ _BY_CAUSE: Mapping[tuple[str, str], Sequence[tuple[Change, ...]]] = {
     ("weight_stagnation", "learning_rate_too_low"): (_HIGHER, _HIGHEST),
     ("vanishing_weights", "weight_decay"): (_NO_DECAY, _NO_DECAY + _LOWER),
 }
-_NONFINITE = (_SUITE, _LOWER, _ACTIVATE + _RESIDUAL, _STANDARDIZE, _INITIALIZE, _ACTIVATE, _NORMALIZE)
+_NONFINITE = (_SUITE, _LOWER, _ACTIVATE, _WHOLE, _STANDARDIZE, _INITIALIZE, _NORMALIZE)
 _BY_KIND: Mapping[str, Sequence[tuple[Change, ...]]] = {
     "vanishing_gradient": (_ACTIVATE, _INITIALIZE, _RESIDUAL, _NORMALIZE, _ACTIVATE + _NORMALIZE),
     "exploding_gradient": (_LOWER, _INITIALIZE, _NORMALIZE, _CLIP),
-    "dead_units": (_INITIALIZE, _LEAKY, _NORMALIZE, _LEAKY + _LOWER, _LOWER),
+    "dead_units": (_INITIALIZE, _LEAKY, _WHOLE, _NORMALIZE, _LEAKY + _LOWER, _LOWER),
     "saturated_units": (_INITIALIZE, _INITIALIZE + _NORMALIZE, _ACTIVATE, _ORTHOGONAL, _LOWER),
     "weight_stagnation": (_ACTIVATE, _NORMALIZE, _HIGHER, _INITIALIZE),
-    "stuck_loss": (_HIGHER, _LOWER, _NORMALIZE, _INITIALIZE, _ACTIVATE, _RESIDUAL, _STANDARDIZE),
+    "stuck_loss": (_HIGHER, _LOWER, _NORMALIZE, _INITIALIZE, _ACTIVATE, _WHOLE, _STANDARDIZE),
     "nonfinite_gradient": (*_NONFINITE, _EPSILON, _LOWEST),
     "nonfinite_loss": (*_NONFINITE, _ACTIVATE + _NORMALIZE, _LOWEST),
 }
@@ -165,7 +170,8 @@ def _suggestions(found: Probe) -> Iterator[list[Candidate]]:
 
 def _rates_to_move(found: Probe) -> Iterator[list[Candidate]]:
     """Yields rates at which weights move that have not moved, after what helps if gradients vanish."""
-    if 0 < found.moved < LITTLE_MOVED:
+    is_dead = any(symptom.kind == "dead_units" for symptom in found.symptoms)
+    if 0 < found.moved < LITTLE_MOVED and not is_dead:  # without a gradient nothing moves at any rate
         scale = 10.0 ** round(math.log10(TRIED_MOVED / found.moved))
         reason = f"no weight has gone further than {found.moved:.2g} of its norm in the whole run"
         yield [Candidate((_of("learning_rate", scale=s),), reason) for s in (scale, scale / 10)]
@@ -196,9 +202,19 @@ def _fitting(found: Probe, changes: tuple[Change, ...]) -> tuple[Change, ...] | 
     allowed = [c for c in changes if found.is_automatic or not KINDS[c.kind].needs_one_optimizer]
     allowed = [c for c in allowed if found.has_epsilon or c.kind != "epsilon"]
     applicable = [c for c in allowed if applies(found.module, c, found.run_loss)]
-    if any(c.kind == "rnn_to_gru" for c in applicable):  # which makes the gates
-        applicable += [c for c in allowed if c.kind == "gate_bias" and c not in applicable]
+    applicable += [c for c in allowed if c not in applicable and _is_made_to_fit(found, c, applicable)]
     return tuple(applicable) or None
+
+
+def _is_made_to_fit(found: Probe, change: Change, others: Sequence[Change]) -> bool:
+    """True for a change that finds its place once others are made: gates, and known activations of blocks."""
+    kinds = {other.kind: other for other in others}
+    if change.kind == "gate_bias":
+        return "rnn_to_gru" in kinds
+    if change.kind != "add_residual" or "replace_activation" not in kinds:
+        return False
+    replaced = places(found.module, kinds["replace_activation"], found.run_loss)
+    return any(not isinstance(found.module.get_submodule(name), ACTIVATIONS) for name in replaced)
 
 
 def applies(module: nn.Module, change: Change, run_loss: Callable[[], Tensor] | None) -> bool:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_gradguard.core.detectors.diagnosis import Symptom
 from lightning_gradguard.core.incidents import SymptomCause
@@ -66,6 +66,31 @@ def test_what_helps_if_gradients_vanish_is_tried_before_a_higher_rate() -> None:
     assert [change.kind for change in first.changes] == ["orthogonal_recurrent"]
     assert [change["scale"] for change in second.changes] == [1000.0]
     assert {*both.changes} == {*first.changes, *second.changes}
+
+
+class Exponential(nn.Module):
+    """An activation of the user's own."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Returns the exponentials."""
+        return inputs.exp()
+
+
+def test_blocks_with_an_activation_of_ones_own_get_residuals_once_it_is_replaced() -> None:
+    layers = [part for n in (4, 8, 8) for part in (nn.Linear(n, 8), Exponential())]
+    nonfinite = Symptom("nonfinite_loss", "loss", ("head",), 1.0, "", "contract")
+    kinds = [
+        {c.kind for c in one.changes} for one in suggested(nn.Sequential(*layers, nn.Linear(8, 2)), nonfinite)
+    ]
+    assert {"replace_activation", "add_normalization", "add_residual"} in kinds
+    assert {"add_residual"} not in kinds
+
+
+def test_rate_is_not_raised_where_units_are_dead() -> None:
+    dead = Symptom("dead_units", "unknown", ("0",), 1.0, "", "units")
+    found = suggested(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), dead, moved=0.004)
+    rates = [c["scale"] for one in found for c in one.changes if c.kind == "learning_rate"]
+    assert all(rate <= 10 for rate in rates)
 
 
 def test_optimizer_without_an_epsilon_gets_none() -> None:
