@@ -170,7 +170,7 @@ class InitializationCheck(Callback, Configured):
             )
             findings, self.values = [*findings, *of_rates], {**self.values, **values}
         # of single layers, only what is found: a network has as many numbers as layers
-        self._input_rms = first_batch.input_rms()
+        self._input_rms = first_batch.input_rms(LARGE_INPUT)
         found = {f"{f.criterion}/{f.module}" for f in findings}
         values = {name: v for name, v in self.values.items() if "/" not in name or name in found}
         scalars = {tags.tag(tags.INITIALIZATION, name): value for name, value in values.items()}

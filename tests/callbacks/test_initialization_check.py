@@ -89,6 +89,23 @@ def test_what_has_one_cause_is_one_incident(
     assert f"with it {following}" in incident.detail or not following
 
 
+@pytest.mark.parametrize(("first", "cause"), [(nn.Identity(), "input_scale"), (nn.BatchNorm1d(20), "")])
+def test_inputs_that_the_network_standardizes_are_no_cause(first: nn.Module, cause: str) -> None:
+    class Listener(pl.Callback):
+        def on_training_incident(self, trainer: Any, pl_module: Any, incident: Incident) -> None:
+            found.append(incident)
+
+    found: list[Incident] = []
+    torch.manual_seed(0)
+    module = Classifier()
+    layers = [m for i in range(4) for m in (nn.Linear(20, 20), nn.Tanh())]
+    nn.init.normal_(layers[0].weight, std=100.0 if cause == "" else 0.2)  # type: ignore[arg-type]
+    module.net = nn.Sequential(first, *layers, nn.Linear(20, 4))
+    fit(module, [(x * 1e4, y) for x, y in batches(1)], [InitializationCheck(), Listener()])
+    assert any(one.cause == "input_scale" for one in found) == bool(cause)
+    assert found
+
+
 def test_raise_stops_before_the_first_step() -> None:
     module = Deep()
     before = weights(module)

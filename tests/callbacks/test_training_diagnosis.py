@@ -22,7 +22,7 @@ from torch.optim.lr_scheduler import ExponentialLR
 from torch.utils.checkpoint import checkpoint
 
 from lightning_gradguard import Incident, InitializationCheck, TrainingDiagnosis, default_callbacks
-from lightning_gradguard.core.detectors.diagnosis import Diagnosis, LossBaselines
+from lightning_gradguard.core.detectors.diagnosis import Diagnosis, LossBaselines, StepTrace
 from lightning_gradguard.core.detectors.diagnosis.sample import (
     LayerSignal,
     LossSignal,
@@ -967,6 +967,34 @@ def test_loss_that_has_risen_by_a_larger_update_before_is_an_explosion() -> None
     ]
     (root,) = (root for sample in samples for root in diagnosis.update(sample))
     assert (root.kind, root.since) == ("exploding_gradient", 2)
+
+
+class Standardizing(nn.Module):
+    """Standardizes its inputs, which are far from zero."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Linear(8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns values for the standardized inputs."""
+        values: Tensor = self.net((x - 5000) / 1000)
+        return values
+
+
+@pytest.mark.parametrize(
+    ("module", "rms"), [(Standardizing(), 1.0), (nn.Sequential(nn.Linear(8, 1)), 5100.0)]
+)
+def test_inputs_are_measured_as_the_first_layer_gets_them(module: nn.Module, rms: float) -> None:
+    batch = 1000 * torch.randn(64, 8) + 5000, torch.randn(64, 1)
+    trace = StepTrace(module, batch, LossBaselines())
+    with trace:
+        loss = functional.mse_loss(module(batch[0]), batch[1])
+    loss.backward()
+    sample = trace.sample(0, trace.close(torch.device("cpu")).tolist())
+    assert sample.input_rms == pytest.approx(rms, rel=0.1)
+    assert sample.columns is not None
+    assert sample.columns[0] == pytest.approx(rms, rel=0.3)
 
 
 @pytest.mark.parametrize(("second", "found"), [(4321.0, []), (5000.0, ["input_scale"])])

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from lightning_gradguard.core.detectors import DEPTH_DECADES, depth_profile
+from lightning_gradguard.core.detectors.diagnosis import LossBaselines, StepTrace
 from lightning_gradguard.core.forensics import investigate
 from lightning_gradguard.core.incidents import first_names
 from lightning_gradguard.core.initialization import (
@@ -72,16 +73,24 @@ class FirstBatch:
         self._batch = batch
         self._batch_idx = batch_idx
 
-    def input_rms(self) -> float:
+    def input_rms(self, large: float) -> float:
         """Returns the rms of the largest floating-point tensor of the batch, the largest of all ranks.
 
-        It is 0 without one.
+        It is 0 without one. If it is `large`, a further pass shows the rms that the first layer gets, as the
+        network may standardize its inputs.
         """
         leaves = [t for t in tree_leaves(self._batch) if isinstance(t, Tensor) and t.is_floating_point()]
         largest = max(leaves, key=Tensor.numel, default=None)
         own = 0.0 if largest is None else float(largest.detach().double().square().mean().sqrt())
-        of_ranks: list[float] = gather_objects(own)
-        return max(of_ranks)
+        of_batch: float = max(gather_objects(own))
+        if not of_batch > large or any(gather_objects(self.problem is not None)):
+            return of_batch
+        trace = StepTrace(self._pl_module, self._batch, LossBaselines())
+        with preserve_state(self._pl_module), trace:
+            self._run_loss()
+        sample = trace.sample(0, trace.close(self._pl_module.device).tolist())
+        of_layers: list[float] = gather_objects(sample.input_rms)
+        return max(of_layers)
 
     def check(self) -> tuple[list[Finding], dict[str, float]]:
         """Returns findings and measured values, the same on every rank; none if there is a problem."""

@@ -242,7 +242,7 @@ class Sample:
         calls: One for each loss.
         updates: One for each optimizer that stepped.
         coverage: Parameters that are not trained.
-        input_rms: Rms of the largest floating-point tensor of the batch.
+        input_rms: Rms of the largest floating-point tensor of the batch, as the first layer gets it.
         columns: If that is a table, the largest rms of a column, the median one, the index of the largest.
         keeps_gradients: True if a step has had the gradients of the one before in its own.
         updates_are_undone: True if weights were nearly the same before a step and before the next one.

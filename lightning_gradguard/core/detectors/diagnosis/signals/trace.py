@@ -95,10 +95,9 @@ class StepTrace(TorchFunctionMode):
         self._data: WeakValueDictionary[int, Tensor] = WeakValueDictionary({id(t): t for t in leaves})
         inputs = [leaf for leaf in leaves if is_measurable(leaf)]
         self._used: set[int] = set()
-        largest = max(inputs, key=Tensor.numel) if inputs else None
-        self._input = None if largest is None else self._scalars.add_rms(largest)
-        columns = None if largest is None else column_scales(largest)
-        self._columns = None if columns is None else [self._scalars.add(number) for number in columns]
+        self._largest = max(inputs, key=Tensor.numel) if inputs else None
+        self._input: int | None = None
+        self._columns: list[int] | None = None
 
     @property
     def unregistered(self) -> dict[str, nn.Parameter]:
@@ -150,6 +149,9 @@ class StepTrace(TorchFunctionMode):
         self._is_open = False
         self._hooks.close()
         with _silent(), torch.no_grad():
+            if self._largest is not None:
+                self._measure_input(self._largest)
+                self._largest = None
             parts = [self._dead.values(device)] if len(self._dead) else []
             if len(self._blocked):
                 # gradients arrive from the loss on: a layer is compared with those between
@@ -192,6 +194,13 @@ class StepTrace(TorchFunctionMode):
             spread=numbers[self._spread],
             meets_data=self._meets_data,
         )
+
+    def _measure_input(self, tensor: Tensor) -> None:
+        """Measures what a layer gets of the largest tensor of the batch: the network may standardize it."""
+        if self._input is None and self._largest is not None and tensor.numel() == self._largest.numel():
+            self._input = self._scalars.add_rms(tensor)
+            columns = column_scales(tensor)
+            self._columns = None if columns is None else [self._scalars.add(number) for number in columns]
 
     def _share(self, index: int | None) -> int | None:
         return None if index is None or self._first_share is None else self._first_share + index
@@ -301,6 +310,9 @@ class StepTrace(TorchFunctionMode):
         if not self._records():
             return
         with _silent(), torch._C.DisableTorchFunction():
+            given = next((leaf for leaf in _tensors(inputs) if is_measurable(leaf)), None)
+            if given is not None:
+                self._measure_input(given)
             tensor = next((leaf for leaf in _tensors(output) if is_measurable(leaf)), None)
             if tensor is None:
                 return
