@@ -139,9 +139,9 @@ class RelativeNormClipping(ClippingPolicy):
         self._has_rate = rate is not None
         if self._late is not None:
             self._settle(self._late)
-        norm: Scalar = gradients.total_norm
-        if gradients.known_norm is not None and not isinstance(rate, Tensor):
-            norm = gradients.known_norm
+        norm: Scalar | None = None if isinstance(rate, Tensor) else gradients.known_norm
+        if norm is None:
+            norm = gradients.total_norm
         step = Step(
             norm=norm,
             loss=context.loss,

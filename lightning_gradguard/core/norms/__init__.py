@@ -2,7 +2,7 @@
 
 from .buckets import CHUNK, MIN_STACKED, Buckets, largest_magnitudes, norms_from_power_sums, stack_small
 from .gradients import Gradients, StepContext, UnitNorms, measure_gradients, scale_gradients_, with_gradient
-from .measurement import Measurement, PackedMeasurement, Sent
+from .measurement import Measurement, OwnMeasurement, PackedMeasurement, Sent
 from .norms import (
     default_norm,
     power_sums,

@@ -42,7 +42,22 @@ class StepContext:
     weight_norm: float | Tensor | None = None
 
 
-@dataclass(slots=True)
+class _FromNorms:
+    """The total norm: where it was not given, it is computed when it is first read."""
+
+    def __get__(self, owner: Gradients | None, _: type) -> Tensor:
+        if owner is None:
+            raise AttributeError("total_norm")  # there is no default
+        values = vars(owner)
+        if values["total_norm"] is None:
+            values["total_norm"] = total_norm_from_norms(owner.norms)
+        return values["total_norm"]  # type: ignore[no-any-return]
+
+    def __set__(self, owner: Gradients, total_norm: Tensor | None) -> None:
+        vars(owner)["total_norm"] = total_norm
+
+
+@dataclass
 class Gradients:
     """Gradients of one optimizer step with their norms, as a clipping policy receives them.
 
@@ -51,7 +66,7 @@ class Gradients:
         parameters: The parameters.
         tensors: Their gradients.
         norms: L2 norm of each gradient, shape `(n,)`, float64.
-        total_norm: L2 norm of all of them together, a scalar, float64.
+        total_norm: L2 norm of all of them together, a scalar, float64; `None` computes it from `norms`.
         units: The result of `unit_norms`, where it was summed over shards.
         known_norm: The total norm as a number, if the host has read it: decisions from it cost no operation
             on the device.
@@ -62,7 +77,7 @@ class Gradients:
     parameters: tuple[Tensor, ...]
     tensors: tuple[Tensor, ...]
     norms: Tensor
-    total_norm: Tensor
+    total_norm: _FromNorms = _FromNorms()
     units: tuple[UnitNorms, ...] | None = None
     known_norm: float | None = None
     context: StepContext | None = None
@@ -101,7 +116,7 @@ class Gradients:
             parameters=tuple(self.parameters[i] for i in kept),
             tensors=tuple(self.tensors[i] for i in kept),
             norms=norms,
-            total_norm=total_norm_from_norms(norms),
+            total_norm=None,
             units=None if self.units is None else tuple(self.units[i] for i in kept),
             known_norm=None,
         )

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
+from itertools import compress
 from typing import NamedTuple
 
 import torch
@@ -146,20 +148,25 @@ class PackedMeasurement(Sent):
         values: A `Head`, then the total norms by rank; float64.
     """
 
+    @property
+    def head(self) -> Tensor:
+        """The same as `values`."""
+        return self.values
+
     def mean_loss(self) -> Tensor:
         """Returns the mean of the finite losses, on the device; nonfinite without one."""
-        return self.values[_LOSS] / self.values[_FINITE_LOSSES]
+        return self.head[_LOSS] / self.head[_FINITE_LOSSES]
 
     def weight_norm(self) -> Tensor:
         """Returns the norm of all weights, on the device; 0 if it was not requested."""
-        return self.values[_SQUARES].sqrt()
+        return self.head[_SQUARES].sqrt()
 
     def must_skip(self) -> Tensor:
         """Returns 1 where `Measurement.must_skip` will be true, else 0; float32, shape `()`."""
         if self.is_on_host:
             return torch.tensor(float(self.measurement(0).must_skip))
-        totals = self.values[_N_HEAD:]
-        is_good = (self.values.abs() <= _bounds(len(totals), self.values.device)).all()
+        totals = self.head[_N_HEAD:]
+        is_good = (self.head.abs() <= _bounds(len(totals), totals.device)).all()
         if len(totals) > 1:
             lowest, highest = torch.aminmax(totals)
             is_good &= highest <= DISAGREEMENT * lowest
@@ -190,6 +197,65 @@ class PackedMeasurement(Sent):
             repeats_lost_batch=bool(repeats),
             weight_norm=math.sqrt(squares),
         )
+
+
+class OwnMeasurement(PackedMeasurement):
+    """The same of one process, which sends what it has measured: the host adds it up.
+
+    Args:
+        losses: Of the step, each of shape `()`.
+        norms: L2 norms of the gradients, float64.
+        is_matrix: By gradient, true for those of weight matrices.
+        flags: Nonfinite weights and buffers, if they were scanned, and a repeated lost batch.
+        squares: Squared norm of the weights, if it was requested.
+        head: Returns a `Head` and the total norm, on the device, for checks that take place there.
+    """
+
+    def __init__(
+        self,
+        losses: Sequence[Tensor],
+        norms: Tensor,
+        is_matrix: Sequence[bool],
+        flags: tuple[Tensor | None, Tensor | None, bool],
+        squares: Tensor | None,
+        head: Callable[[], Tensor],
+    ) -> None:
+        weights, buffers, self._repeats = flags
+        parts = [norms]
+        for number in (*losses, weights, buffers, squares):
+            if number is not None:
+                parts.append(number.to(norms.device).reshape(1))
+        super().__init__(torch.cat(parts))
+        self._n_losses, self._is_matrix = len(losses), is_matrix
+        self._has = weights is not None, buffers is not None, squares is not None
+        self._make_head = head
+
+    @cached_property
+    def head(self) -> Tensor:
+        """A `Head` and the total norm, on the device."""
+        return self._make_head()
+
+    def read(self) -> list[float]:
+        """Returns a `Head` and the total norm, once the numbers have arrived."""
+        numbers, n = super().read(), len(self._is_matrix)
+        norms, losses, rest = (
+            numbers[:n],
+            numbers[n : n + self._n_losses],
+            iter(numbers[n + self._n_losses :]),
+        )
+        finite = losses if len(losses) == 1 else list(filter(math.isfinite, losses))
+        has_weights, has_buffers, has_squares = self._has
+        return [
+            sum(finite),
+            len(finite),
+            len(losses) - len(finite),
+            next(rest) if has_weights else 0.0,
+            next(rest) if has_buffers else 0.0,
+            self._repeats,
+            any(compress(norms, self._is_matrix)),
+            next(rest) if has_squares else 0.0,
+            math.hypot(*norms),
+        ]
 
 
 @cache

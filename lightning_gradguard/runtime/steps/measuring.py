@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from lightning_gradguard.core import norms
-from lightning_gradguard.core.norms import PackedMeasurement, UnitNorms, unit_places
+from lightning_gradguard.core.norms import OwnMeasurement, PackedMeasurement, UnitNorms, unit_places
 from lightning_gradguard.runtime import distributed
 from lightning_gradguard.runtime.steps.parameters import Selection
 
@@ -46,7 +47,7 @@ class Measured:
     Args:
         tensors: The gradients, before any callback writes to them.
         tensor_norms: Norm of each gradient by norm type.
-        total_norm: L2 norm of all of them together.
+        total_norm: L2 norm of all of them together; `None` where it follows from the others.
         units: The value of `Gradients.unit_norms`, if it was requested and is a sum over shards.
         weight_norms: L2 norm of each weight, if it was requested.
         packed: The numbers that checks are based on, on their way to the host.
@@ -55,7 +56,7 @@ class Measured:
 
     tensors: tuple[Tensor, ...]
     tensor_norms: Mapping[float, Tensor]
-    total_norm: Tensor
+    total_norm: Tensor | None
     units: tuple[UnitNorms, ...] | None
     weight_norms: Tensor | None
     packed: PackedMeasurement
@@ -70,37 +71,36 @@ def measure(selection: Selection, request: StepRequest) -> Measured:
 
 def _measure_whole(selection: Selection, request: StepRequest) -> Measured:
     """Measures gradients of which every rank has all, averaged; the total norms show ranks that disagree."""
-    head, pending = _head(request, selection), request.pending
     tensors = selection.gradients()
     tensor_norms = {}
     for p in request.norm_types:
         values = selection.norms(tensors, p)
         tensor_norms[p] = values if request.loss_scale == 1 else values / request.loss_scale
-    total_norm = norms.total_norm_from_norms(tensor_norms[2.0])
-    head.append(torch.dot(tensor_norms[2.0], selection.matrices))
-    weights = selection.parameters
-    weight_norms = None
+    weight_norms = squares = None
     if request.weights:
-        weight_norms = selection.norms(weights)
-        squares = weight_norms.square().sum().nan_to_num(0.0)
-        head.append(squares.to(selection.device) / selection.n_ranks)
-    else:
-        head.append(selection.zero)
+        weight_norms = selection.norms(selection.parameters)
+        squares = weight_norms.square().sum().nan_to_num(0.0).to(selection.device)
+    total_norm, pending = None, request.pending
+    head = partial(_whole_head, request, selection, tensor_norms[2.0], squares)
+    packed: PackedMeasurement
     if selection.n_ranks == 1:
-        packed = torch.stack([*head, total_norm])
+        norms_2, is_matrix = tensor_norms[2.0], selection.is_matrix
+        packed = OwnMeasurement(request.losses, norms_2, is_matrix, request.flags, squares, head)
     else:
+        *numbers, total_norm = head().unbind()
         total_norms = total_norm.new_zeros(selection.n_ranks)
         total_norms[distributed.rank()] = total_norm
-        parts = {"head": torch.stack(head), "total_norms": total_norms}
+        parts = {"head": torch.stack(numbers), "total_norms": total_norms}
         seen = distributed.reduce_together(parts if pending is None else {**parts, "pending": pending}, {})
-        packed, pending = torch.cat([seen["head"], seen["total_norms"]]), seen.get("pending")
+        packed = PackedMeasurement(torch.cat([seen["head"], seen["total_norms"]]))
+        pending = seen.get("pending")
     return Measured(
         tensors=tensors,
         tensor_norms=tensor_norms,
         total_norm=total_norm,
         units=None,
         weight_norms=weight_norms,
-        packed=PackedMeasurement(packed),
+        packed=packed,
         pending=pending,
     )
 
@@ -149,6 +149,17 @@ def norms_over_shards(selection: Selection, *lists: Sequence[Tensor]) -> Tensor:
     if selection.is_sharded:
         sums = distributed.sum_over_ranks(sums * selection.replica_factors)
     return norms.norms_from_power_sums(sums)
+
+
+@torch.no_grad()
+def _whole_head(
+    request: StepRequest, selection: Selection, tensor_norms: Tensor, squares: Tensor | None
+) -> Tensor:
+    """Returns a `Head` of one process and its total norm, float64."""
+    head = _head(request, selection)
+    head.append(torch.dot(tensor_norms, selection.matrices))
+    head.append(selection.zero if squares is None else squares / selection.n_ranks)
+    return torch.stack([*head, norms.total_norm_from_norms(tensor_norms)])
 
 
 def _head(request: StepRequest, selection: Selection) -> list[Tensor]:
