@@ -23,6 +23,10 @@ TRIED_UPDATE = 1e-2
 #: Distance that a weight goes in a run, over its norm, below which the learning rate is raised, and that at
 #: which it is tried: a trial, which is shorter, must show something.
 LITTLE_MOVED, TRIED_MOVED = 0.05, 10.0
+#: Learning rate without momentum that is tried where inputs and targets are standardized.
+TRIED_PLAIN_RATE = 0.05
+#: Factor from a scale of 1 at which values that are predicted are scaled.
+FAR_FROM_UNIT = 10.0
 
 
 @dataclass(frozen=True)
@@ -155,6 +159,7 @@ def _together(firsts: Sequence[Candidate]) -> list[Candidate]:
 def _suggestions(found: Probe) -> Iterator[list[Candidate]]:
     if found.decay:
         yield [Candidate(_CONSTANT, found.decay)]
+    yield from _of_scales(found)
     for symptom in found.symptoms:
         cause = "input_scale" if symptom.cause == "data_scale" else symptom.cause
         changes = _BY_CAUSE.get((symptom.kind, cause)) or _BY_KIND.get(symptom.kind, ())
@@ -166,6 +171,29 @@ def _suggestions(found: Probe) -> Iterator[list[Candidate]]:
         yield [Candidate(one, unmet.describe()) for one in _BY_CRITERION.get(criterion, ())]
     if not math.isfinite(found.trial.loss):
         yield [Candidate(one, "the loss is nonfinite") for one in _BY_KIND["nonfinite_loss"]]
+
+
+def _of_scales(found: Probe) -> Iterator[list[Candidate]]:
+    """Yields what helps if inputs, or the values that are predicted, are far from a scale of 1."""
+    changes: tuple[Change, ...] = ()
+    reason = ""
+    if found.has_large_inputs:
+        changes, reason = _STANDARDIZE, "inputs of the first layer are far from a scale of 1"
+    if found.targets is not None and has_far_targets(found):
+        mean, std = (float(f"{number:.4g}") for number in found.targets)
+        changes = (_of("scale_output", mean=mean, std=std), *_STANDARDIZE)
+        reason = f"targets have a mean of {mean:g} and a standard deviation of {std:g} (usual: 0 and 1)"
+        orders = round(math.log10(TRIED_PLAIN_RATE / found.plain_rate)) if found.plain_rate > 0 else 0
+        if orders:  # the rate that did for large values does not for standardized ones
+            changes = (*changes, _of("learning_rate", scale=10.0**orders))
+    if changes:
+        yield [Candidate(one, reason) for one in dict.fromkeys((changes, changes[:2], changes[:1]))]
+
+
+def has_far_targets(found: Probe) -> bool:
+    """True if the values that are predicted are far from what a network gives as it is initialized."""
+    mean, std = found.targets or (0.0, 1.0)
+    return std > 0 and not (1 / FAR_FROM_UNIT < std < FAR_FROM_UNIT and abs(mean) < FAR_FROM_UNIT * std)
 
 
 def _rates_to_move(found: Probe) -> Iterator[list[Candidate]]:

@@ -13,23 +13,28 @@ from statistics import fmean
 from typing import Any
 
 import pytorch_lightning as pl
+import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_gradguard.callbacks.initialization_check import InitializationCheck
 from lightning_gradguard.callbacks.training_diagnosis import TrainingDiagnosis
 from lightning_gradguard.core import initialization
-from lightning_gradguard.core.detectors.diagnosis import Symptom
+from lightning_gradguard.core.detectors.diagnosis import LossBaselines, StepTrace, Symptom
+from lightning_gradguard.core.detectors.diagnosis.rules import input_cause
 from lightning_gradguard.core.incidents import Incident, title
 from lightning_gradguard.core.snapshots import preserve_state
 from lightning_gradguard.runtime.configured_rates import initial_rate
+from lightning_gradguard.runtime.diagnosis.permutation import target_of
 from lightning_gradguard.runtime.incidents.invalid_batches import is_check_of_values
 from lightning_gradguard.runtime.incidents.replay import training_loss_or_nan, without_logging
 from lightning_gradguard.runtime.lightning_api import Callback
+from lightning_gradguard.runtime.optimizer_hooks import is_scale_free
 from lightning_gradguard.treatment.learning import Learning, learning_of
 from lightning_gradguard.treatment.prescriptions import keeps_from_learning
 from lightning_gradguard.treatment.trials.held_out import HeldOutLoss
 from lightning_gradguard.treatment.trials.program import Program, TreatmentError, described, quiet
+from lightning_gradguard.treatment.trials.recording import RecordedBatches
 from lightning_gradguard.treatment.trials.trial import Job, Listener, Trial, logged, thinned
 
 #: Mean learning rate of a run, over that before any schedule, below which a schedule takes it away: one that
@@ -53,6 +58,9 @@ class Probe:
         has_epsilon: True if an optimizer divides by a sum with an epsilon.
         learning: Whether it learns.
         moved: Distance that a weight has gone, over its norm, the largest of all; NaN if unknown.
+        targets: Mean and standard deviation of the values that are predicted; `None` if there are none.
+        plain_rate: Learning rate, as without momentum, if steps scale with the gradients; NaN for others.
+        has_large_inputs: True if the first layer gets inputs far from a scale of 1.
         decay: Words for what a schedule leaves of the learning rate; empty while it leaves enough.
         run_loss: Runs `module` on the first batch; `None` if it cannot be run outside of a fit.
     """
@@ -68,6 +76,9 @@ class Probe:
     learning: Learning
     moved: float
     decay: str
+    targets: tuple[float, float] | None = None
+    plain_rate: float = math.nan
+    has_large_inputs: bool = False
     run_loss: Callable[[], Tensor] | None
 
     def with_reachable(self, reachable: float) -> Probe:
@@ -178,6 +189,7 @@ def probe(program: Program, least: int, most: int, deadline: float) -> Probe:
         error=raised,
     )
     decay = _decay(ending.rates)
+    run_loss = _runnable(untrained, program.batches.epochs[0][0])
     is_automatic = module.automatic_optimization and len(trainer.optimizers) == 1
     roots = diagnosis.diagnosis.roots
     if is_automatic and decay:  # trials are made without the schedule
@@ -194,7 +206,10 @@ def probe(program: Program, least: int, most: int, deadline: float) -> Probe:
         learning=learning_of(trial),
         moved=_moved(untrained, module),
         decay=decay,
-        run_loss=_runnable(untrained, program.batches.epochs[0][0]),
+        targets=None if trial.is_likelihood else _scale_of_targets(program.batches.epochs[0]),
+        plain_rate=_plain_rate(trainer.optimizers[0]) if is_automatic else math.nan,
+        has_large_inputs=run_loss is not None and _has_large_inputs(untrained, program.batches, run_loss),
+        run_loss=run_loss,
     )
 
 
@@ -219,6 +234,34 @@ def _moved(before: nn.Module, after: nn.Module) -> float:
             norm = float(old.detach().norm())
             ratios.append(distance / norm if norm else math.inf)
     return max(ratios, default=math.nan)
+
+
+def _scale_of_targets(batches: Sequence[Any]) -> tuple[float, float] | None:
+    """Returns mean and standard deviation of targets that are one value of each sample."""
+    found = [target_of(batch) for batch in batches]
+    values = [t.detach().flatten().double() for t in found if t is not None and t.is_floating_point()]
+    if not values or any(t is None or t.numel() != len(t) for t in found):
+        return None
+    every = torch.cat(values)
+    return float(every.mean()), float(every.std())
+
+
+def _plain_rate(optimizer: torch.optim.Optimizer) -> float:
+    """Returns the rate of an optimizer without a scale of its own, as it is for steps without momentum."""
+    group = optimizer.param_groups[0]
+    rate = initial_rate(group)
+    if is_scale_free(optimizer) or not rate:
+        return math.nan
+    return float(rate) / (1 - float(group.get("momentum", 0.0)))
+
+
+def _has_large_inputs(
+    module: pl.LightningModule, batches: RecordedBatches, run_loss: Callable[[], Tensor]
+) -> bool:
+    trace = StepTrace(module, batches.epochs[0][0], LossBaselines())
+    with trace:
+        run_loss()
+    return input_cause(trace.sample(0, trace.close(module.device).tolist())) != "unknown"
 
 
 def _runnable(module: pl.LightningModule, batch: Any) -> Callable[[], Tensor] | None:

@@ -14,11 +14,12 @@ from typing import Any
 import pytorch_lightning as pl
 
 from lightning_gradguard.core.incidents import sentence_case
+from lightning_gradguard.core.remedies import advice_for_cause
 from lightning_gradguard.core.remedies.changes import Change
 from lightning_gradguard.core.snapshots import rng_state, set_rng_state
 from lightning_gradguard.treatment import files
 from lightning_gradguard.treatment.budget import Clock, seconds
-from lightning_gradguard.treatment.candidates import Candidate, candidates
+from lightning_gradguard.treatment.candidates import Candidate, applies, candidates, has_far_targets
 from lightning_gradguard.treatment.learning import LEARNED_ENOUGH, fails_beside, learned_enough, learning_of
 from lightning_gradguard.treatment.prescriptions import Prescription, prescriptions
 from lightning_gradguard.treatment.probe import Probe, probe
@@ -175,6 +176,10 @@ class _Treatment:
         self.prescriptions = prescriptions(
             found.module, found.symptoms, program.batches.epochs[0], found.run_loss
         )
+        fits = applies(found.module, Change("scale_output"), found.run_loss)
+        if has_far_targets(found) and not (fits or found.learning.has_learned or self.prescriptions):
+            advice = advice_for_cause("target_scale", ("the network",))
+            self.prescriptions.append(Prescription("target_scale", advice))
         if found.decay and not (found.is_automatic or self.prescriptions):
             self.prescriptions.append(
                 Prescription("learning_rate_schedule", f"{sentence_case(found.decay)}.")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +20,7 @@ from lightning_gradguard.treatment.trials.trial import Job, Trial
 VANISHING = Symptom("vanishing_gradient", "through_time", ("rnn",), -5.0, "", "depth")
 
 
-def suggested(module: nn.Module, *symptoms: Symptom, moved: float = 1.0) -> Sequence[Candidate]:
+def suggested(module: nn.Module, *symptoms: Symptom, moved: float = 1.0, **facts: Any) -> Sequence[Candidate]:
     """Candidates for a module that does not learn."""
     trial = Trial(job=Job(None, 0, 100), curve=[(0, 2.3), (100, 2.3)], over_constant=1.0)
     return candidates(
@@ -35,6 +37,7 @@ def suggested(module: nn.Module, *symptoms: Symptom, moved: float = 1.0) -> Sequ
             moved=moved,
             decay="",
             run_loss=lambda: module(torch.ones(2, 8, 4))[0].sum(),
+            **facts,
         )
     )
 
@@ -91,6 +94,24 @@ def test_rate_is_not_raised_where_units_are_dead() -> None:
     found = suggested(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), dead, moved=0.004)
     rates = [c["scale"] for one in found for c in one.changes if c.kind == "learning_rate"]
     assert all(rate <= 10 for rate in rates)
+
+
+@pytest.mark.parametrize(
+    ("targets", "rate", "kinds"),
+    [
+        ((4000.0, 1000.0), 1e-3, ["scale_output", "standardize_input", "learning_rate"]),
+        ((4000.0, 1000.0), math.nan, ["scale_output", "standardize_input"]),
+        ((0.5, 1.0), 1e-3, ["learning_rate"]),
+    ],
+)
+def test_targets_of_thousands_are_scaled_with_a_rate_that_fits(
+    targets: tuple[float, float], rate: float, kinds: list[str]
+) -> None:
+    network = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 1))
+    first, *_ = suggested(network, targets=targets, plain_rate=rate)
+    assert [change.kind for change in first.changes] == kinds
+    if kinds[-1] == "learning_rate" and len(kinds) > 1:
+        assert first.changes[-1]["scale"] == 100.0
 
 
 def test_optimizer_without_an_epsilon_gets_none() -> None:

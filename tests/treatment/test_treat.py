@@ -13,6 +13,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
+from torch.utils.data import TensorDataset
 
 import lightning_gradguard
 from lightning_gradguard import TreatmentError, TreatmentResult
@@ -101,6 +102,41 @@ def test_program_that_learns_halfway_is_cured() -> None:
     for one in result.verification:
         assert one.untreated.curve[-1][0] == SETTLING["max_steps"], "it learns: a short run shows little"
         assert one.treated.loss < 0.75 * one.untreated.loss
+
+
+class Prices(Data):
+    """Values in the thousands of inputs in the hundreds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in ("training", "validation"):
+            x, _ = getattr(self, name).tensors
+            y = 4000 + 1000 * torch.tanh(x[:, :1] + x[:, 1:2] * x[:, 2:3])
+            setattr(self, name, TensorDataset(100 * x + 300, y))
+
+
+class Values(pl.LightningModule):
+    """Predicts values as they are, by SGD, at a rate for standardized ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 1))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return nn.functional.mse_loss(self.net(batch[0]), batch[1])
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), 1e-2)
+
+
+@pytest.mark.slow
+def test_raw_inputs_and_targets_are_scaled_together() -> None:
+    result = treated(Values, Prices(), trainer={"max_steps": 200})
+    assert result.verdict == "cured", result.evidence
+    kinds = {change.kind for change in result.changes}
+    assert {"scale_output", "standardize_input"} <= kinds
+    alone = [t for t in result.trials if t.job.changes == ()]
+    assert all(one.treated.loss < min(t.loss for t in alone) for one in result.verification)
 
 
 @pytest.mark.slow

@@ -18,8 +18,10 @@ from lightning_gradguard.core.remedies.surgery.additions import (
     add_residuals,
     blocks,
     fitting_norm,
+    heads,
     inputs,
     normalizable,
+    scale_outputs,
     standardize_inputs,
 )
 from lightning_gradguard.core.remedies.surgery.data_flow import DataFlow
@@ -46,6 +48,7 @@ class Change:
     | `add_normalization` | `norm` before activations: `batch`, `layer` (group for convolutions), `auto` |
     | `add_residual` | `weight` of the block in `x + weight * f(x)`; `1 / sqrt(n_blocks)` by default |
     | `standardize_input` | of the layers that get the network's inputs |
+    | `scale_output` | `mean` and `std` of the targets, of the layer that gives the values |
     | `initialize` | `to`: `kaiming`, `xavier`, `orthogonal`, `lsuv`; `seed` |
     | `orthogonal_recurrent` | `gain`, `seed` |
     | `gate_bias` | `value` |
@@ -163,6 +166,8 @@ def resolve(module: nn.Module, change: Change, run_loss: Callable[[], Tensor] | 
         found = names if any(":" in name for name in names) else blocks(module, flow, names)
     elif change.kind == "standardize_input":
         found = inputs(module, flow, names)
+    elif change.kind == "scale_output":
+        found = heads(module, flow, names)
     else:
         fitting = {"rnn_to_gru": ungated, "gate_bias": gated}
         found = fitting[change.kind](module) if change.kind in fitting else recurrent(module, flow)
@@ -205,6 +210,8 @@ def apply(
             return add_residuals(module, names, change["weight"])
         if change.kind == "standardize_input":
             return standardize_inputs(module, names)
+        if change.kind == "scale_output":
+            return scale_outputs(module, names, change["mean"], change["std"])
         if change.kind == "gate_bias":
             return set_gate_biases(module, names, change["value"])
         if change.kind == "orthogonal_recurrent":

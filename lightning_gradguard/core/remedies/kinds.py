@@ -15,6 +15,7 @@ ChangeKind = Literal[
     "add_normalization",
     "add_residual",
     "standardize_input",
+    "scale_output",
     "initialize",
     "orthogonal_recurrent",
     "gate_bias",
@@ -63,6 +64,9 @@ KINDS: Mapping[ChangeKind, KindOfChange] = {
     ),
     "add_residual": KindOfChange("structure", 4, {"weight": None, "modules": None}, needs_one_optimizer=True),
     "standardize_input": KindOfChange("structure", 2, {"modules": None}, needs_one_optimizer=True),
+    "scale_output": KindOfChange(
+        "structure", 2, {"mean": 0.0, "std": 1.0, "modules": None}, needs_one_optimizer=True
+    ),
     "initialize": KindOfChange(
         "weights", 2, {"to": "kaiming", "seed": 0, "modules": None, "activations": None}
     ),

@@ -59,6 +59,12 @@ EXPECTED: dict[ChangeKind, dict[str, list[str]]] = {
         "residual": ["embed"],
         "gated": ["embed"],
     },
+    "scale_output": {
+        "mlp": ["10"],
+        **dict.fromkeys(
+            ("loop", "recurrent", "lstm", "transformer", "blocks", "residual", "gated"), ["head"]
+        ),
+    },
     "orthogonal_recurrent": {"loop": ["state"], "recurrent": ["rnn"], "lstm": ["rnn"]},
     "gate_bias": {"lstm": ["rnn"]},
 }
@@ -110,6 +116,20 @@ def test_a_change_is_made_once(kind: ChangeKind) -> None:
     for module, inputs in networks().values():
         apply(module, Change(kind), loss_of(module, inputs))
         assert not places(module, Change(kind), loss_of(module, inputs))
+
+
+def test_scaled_output_trains_as_with_standardized_targets() -> None:
+    torch.manual_seed(0)
+    x, y = torch.randn(16, 4), 1000 * torch.randn(16, 1) + 4000
+    plain = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1))
+    scaled = copy.deepcopy(plain)
+    scaling = Change("scale_output", {"mean": 4000.0, "std": 1000.0})
+    assert apply(scaled, scaling, lambda: scaled(x).sum()) == ["2"]
+    assert torch.allclose(scaled(x), 1000 * plain(x) + 4000)
+    nn.functional.mse_loss(scaled(x), y).backward()
+    nn.functional.mse_loss(plain(x), (y - 4000) / 1000).backward()
+    for mine, other in zip(scaled.parameters(), plain.parameters(), strict=True):
+        assert torch.allclose(mine.grad, other.grad, rtol=1e-4)  # type: ignore[arg-type]
 
 
 def test_all_changes_of_one_module_together() -> None:

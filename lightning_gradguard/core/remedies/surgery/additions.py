@@ -21,6 +21,7 @@ from lightning_gradguard.core.remedies.surgery.modules import (
     RESIDUAL,
     STANDARDIZATION,
     ResidualAddition,
+    ScaledOutput,
     StandardizedInput,
     normalize_output,
     standardize_input,
@@ -103,6 +104,24 @@ def _features(layer: nn.Module) -> tuple[int, int]:
         return layer.in_channels, -1 - len(layer.kernel_size)
     assert isinstance(layer, (nn.Linear, *RECURRENT))
     return (layer.in_features if isinstance(layer, nn.Linear) else layer.input_size), -1
+
+
+def heads(module: nn.Module, flow: DataFlow, names: Collection[str]) -> list[str]:
+    """Returns the one layer that gives the network's values, or those that are named."""
+    last = [
+        layer.name
+        for layer in (flow.named(module, names) if names else flow.weighted())
+        if isinstance(layer.module, WEIGHTED)
+        and (names or not (layer.is_hidden or layer.activation or layer.is_frozen))
+    ]
+    return last if names or len(last) == 1 else []
+
+
+def scale_outputs(module: nn.Module, names: Collection[str], mean: float, std: float) -> list[str]:
+    """Scales what layers give to the mean and the deviation of the targets."""
+    for name in names:
+        module.get_submodule(name).register_forward_hook(ScaledOutput(mean, std))
+    return list(names)
 
 
 def blocks(module: nn.Module, flow: DataFlow, names: Collection[str]) -> list[str]:
