@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -15,6 +16,8 @@ from lightning_gradguard.core.backoff import ScaledLearningRate
 
 #: Optimizers whose update does not depend on the scale of the gradient.
 _SCALE_FREE = ("Ada", "NAdam", "RAdam", "RMSprop", "Rprop", "Lion", "Muon", "Shampoo", "SOAP")
+#: Largest usual rates over the default one: of optimizers that divide by the gradient, and of others.
+LARGEST = (30.0, 300.0)
 #: Modules whose hooks on a step do not write to weights.
 _WITHOUT_WRITES = {__name__, ScaledLearningRate.__module__}
 
@@ -125,3 +128,18 @@ def skip_is_exact(optimizer: Optimizer, parameters: Iterable[Tensor]) -> bool:
 def is_scale_free(optimizer: Optimizer) -> bool:
     """True if the update of an optimizer does not depend on the scale of the gradient, as far as is known."""
     return type(optimizer).__name__.startswith(_SCALE_FREE)
+
+
+def largest_usual_rate(optimizer: Optimizer) -> float:
+    """Returns about the largest learning rate that is in use for an optimizer, by the default of its class.
+
+    Example:
+        >>> weights = [torch.zeros(1, requires_grad=True)]
+        >>> f"{largest_usual_rate(torch.optim.Adam(weights)):g}"
+        '0.03'
+        >>> f"{largest_usual_rate(torch.optim.Adadelta(weights)):g}"
+        '1'
+    """
+    named = inspect.signature(type(optimizer)).parameters.get("lr")
+    default = 1e-3 if named is None or not isinstance(named.default, float) else named.default
+    return max(default, min(1.0, default * (LARGEST[0] if is_scale_free(optimizer) else LARGEST[1])))

@@ -123,7 +123,7 @@ def stopped(folder: Path, backoff: LearningRateBackoff | None = None, gamma: flo
 def test_stopped_run_resumes_at_the_rate_of_the_code(gamma: float | None, tmp_path: Path) -> None:
     message = stopped(tmp_path / "first", gamma=gamma)
     path = tmp_path / "first" / "last_good.ckpt"
-    assert f"it was lr=30; try lr=3) and call trainer.fit(module, ckpt_path='{path}')" in message
+    assert f"it was lr=30; try lr=0.3) and call trainer.fit(module, ckpt_path='{path}')" in message
     module = Regression(0.03, gamma)
     trainer = fit(module, regression(100), [NaNRollback()], tmp_path / "second", ckpt_path=str(path))
     steps = trainer.global_step

@@ -923,6 +923,19 @@ def test_a_loss_may_fall_far_below_0(last: float, found: list[str]) -> None:
     assert _found(Sample(i, loss) for i, loss in enumerate(losses)) == found
 
 
+@pytest.mark.parametrize(
+    ("output", "n_optimizers", "found"), [(50.0, 1, ["unbounded_loss"]), (10.0, 1, []), (50.0, 2, [])]
+)
+def test_a_loss_that_falls_slowly_is_unbounded_where_answers_grow(
+    output: float, n_optimizers: int, found: list[str]
+) -> None:
+    samples = []
+    for i, loss in enumerate([1.0, -100.0, -120.0, -150.0, -200.0, -250.0]):
+        layers = [LayerSignal("head", True, output if i else 1.0, [1.0])]
+        samples.append(Sample(100 * i, loss, layers=layers, updates=[_update()] * n_optimizers))
+    assert _found(samples) == found
+
+
 @pytest.mark.parametrize(("size", "saturated"), [(3.0, 0.0), (6.0, 1.0)])
 def test_units_without_a_gradient_are_saturated_by_inputs_far_out(size: float, saturated: float) -> None:
     found, gradients = extremes(torch.full((16, 2), size), 1), UnitGradients()

@@ -410,7 +410,7 @@ def test_the_rate_that_is_to_be_lowered_is_the_one_in_the_code(run: Any, schedul
         nan_rollback=limit, adaptive_gradient_clipping=None, learning_rate_backoff=None
     )
     told = run(Program(regression, mlp(6, 16, 16, 1), make), 30 * x, 1e3 * y, callbacks=callbacks)
-    assert ("it was max_lr=30; try max_lr=3" if schedule else "it was lr=3; try lr=0.3") in str(told.error)
+    assert ("it was max_lr=30; try max_lr=0.3" if schedule else "it was lr=3; try lr=0.3") in str(told.error)
 
 
 def one_cycle(optimizer: Any, top: float) -> Any:

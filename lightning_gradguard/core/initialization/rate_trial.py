@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,7 +31,12 @@ WARMED_UP = 3.0
 #: the loss by less than this share.
 TOO_LOW, MIN_PROGRESS, FEW_STEPS = 1e-3, 0.01, 1000
 #: Rates are tried within so many powers of 2 of the configured one.
-MAX_EXPONENT = 40
+MAX_EXPONENT = 130
+#: Shares of the largest stable rate that are tried for one that is too high, and too low.
+SHARES_BELOW, SHARES_ABOVE = (1 / 4, 1 / 40), (1 / 30, 1 / 300, 1 / 3000)
+#: Decades by which the steps of a trial shrink the gradient at the first layer, relative to that at the last,
+#: where the rate is too high; those at a tenth of it, where that helps; and the share of the loss left.
+SHRUNK, USUAL_SHRUNK, LEFT = 1.0, 0.5, 0.9
 
 
 @dataclass(frozen=True)
@@ -73,26 +78,53 @@ class RateTrial:
         before, after = self.losses(factor)
         return after <= before + NOISE * abs(before)
 
-    def losses(self, factor: float) -> tuple[float, float]:
-        """Returns the mean loss of the held-out batches before and after the steps; NaN if it diverged."""
+    def best(self, factors: Iterable[float]) -> tuple[float, float] | None:
+        """Returns the largest factor whose loss is the lowest but for noise, and by how much it changes.
+
+        `None` if all raise it.
+        """
+        tried = ((self.losses(factor), factor) for factor in factors)
+        ends = [(a, f, b) for (b, a), f in tried if a <= b + NOISE * abs(b)]
+        if not ends:
+            return None
+        lowest = min(after for after, _, _ in ends)
+        after, factor, before = max(
+            (e for e in ends if e[0] <= lowest + NOISE * abs(e[2])), key=lambda e: e[1]
+        )
+        return factor, (after - before) / max(abs(before), 1e-45)
+
+    def losses(self, factor: float, watch: Callable[[], None] = lambda: None) -> tuple[float, float]:
+        """Returns the mean loss of the held-out batches before and after the steps; NaN if it diverged.
+
+        `watch` runs before the steps, and after them before all is restored.
+        """
         with preserve_weights(self.module), preserve_state(self.module), torch.enable_grad():
-            before = self._held_out_loss()
-            optimizer = optimizer_copy(self.optimizer)
-            for group, rate in zip(optimizer.param_groups, self.rates, strict=True):
-                is_tensor = isinstance(group["lr"], Tensor)
-                group["lr"] = torch.full_like(group["lr"], rate * factor) if is_tensor else rate * factor
-            torch.manual_seed(0)
-            for batches in self.batches:
-                for parameter in self.module.parameters():
-                    parameter.grad = None
-                for batch in batches:
-                    loss = self.loss_of(_fresh(batch)) / len(batches)
-                    if not bool(loss.isfinite()):
-                        return before, math.nan
-                    loss.backward()  # type: ignore[no-untyped-call]
-                self.clip(optimizer)
-                _step_of(optimizer)(optimizer)
-            return before, self._held_out_loss()
+            before = math.nan
+            try:
+                before = self._held_out_loss()
+                watch()
+                return before, self._loss_after_steps(factor, watch)
+            except Exception:  # of code that does not take what weights at this rate give
+                return before, math.nan
+
+    def _loss_after_steps(self, factor: float, watch: Callable[[], None]) -> float:
+        optimizer = optimizer_copy(self.optimizer)
+        for group, rate in zip(optimizer.param_groups, self.rates, strict=True):
+            is_tensor = isinstance(group["lr"], Tensor)
+            group["lr"] = torch.full_like(group["lr"], rate * factor) if is_tensor else rate * factor
+        torch.manual_seed(0)
+        for batches in self.batches:
+            for parameter in self.module.parameters():
+                parameter.grad = None
+            for batch in batches:
+                loss = self.loss_of(_fresh(batch)) / len(batches)
+                if not bool(loss.isfinite()):
+                    return math.nan
+                loss.backward()  # type: ignore[no-untyped-call]
+            self.clip(optimizer)
+            _step_of(optimizer)(optimizer)
+        watch()
+        return self._held_out_loss()
 
     def _held_out_loss(self) -> float:
         """Returns the mean loss of the held-out batches, with the same random numbers at each call."""
@@ -166,6 +198,24 @@ def rate_finding(
     if factor >= 1 / TOO_LOW and progress < MIN_PROGRESS * abs(before):
         return Finding("learning_rate_too_low", name, rate, f"closer to {bound}", "warn")
     return None
+
+
+def shrunk(before: Mapping[str, float], after: Mapping[str, float]) -> float:
+    """Returns by how many decades steps have shrunk the gradient at the first layer more than at the last.
+
+    Args:
+        before: Gradient at each layer's output, in the order of their calls.
+        after: The same after the steps.
+
+    Example:
+        >>> shrunk({"first": 1e-3, "last": 1e-2}, {"first": 1e-6, "last": 1e-3})
+        2.0
+    """
+    common = [name for name in before if before[name] > 0 and after.get(name, math.nan) > 0]
+    if len(common) < 2:
+        return 0.0
+    first, last = (math.log10(before[name] / after[name]) for name in (common[0], common[-1]))
+    return round(first - last, 6)
 
 
 def optimizer_copy(optimizer: Optimizer) -> Optimizer:

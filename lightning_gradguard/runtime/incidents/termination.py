@@ -15,6 +15,7 @@ from lightning_gradguard.runtime.configured_rates import initial_rate
 from lightning_gradguard.runtime.incidents.journal import incidents_file, run_folder
 from lightning_gradguard.runtime.incidents.present import present_in
 from lightning_gradguard.runtime.logging import console
+from lightning_gradguard.runtime.optimizer_hooks import largest_usual_rate
 
 #: Name of the checkpoint.
 LAST_GOOD = "last_good.ckpt"
@@ -86,8 +87,9 @@ def _how_to_resume(trainer: pl.Trainer, last_good: Path, scale: float, causes: C
     name = "max_lr" if "max_lr" in group else "lr"  # OneCycleLR sets the others by it
     rate = float(group.get("max_lr", initial_rate(group)))
     used = "" if scale == 1 else f", at last scaled by {scale:.3g}"
+    lower = min(rate * scale / 10, largest_usual_rate(trainer.optimizers[0]))
     return (
         f"To resume at a lower learning rate, set it in configure_optimizers (it was {name}={rate:g}{used}; "
-        f"try {name}={rate * scale / 10:.2g}) and call {call}: "
+        f"try {name}={lower:.2g}) and call {call}: "
         "NaNRollback puts the rate of the code in place of that in the checkpoint."
     )

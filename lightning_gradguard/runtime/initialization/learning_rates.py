@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -15,15 +16,23 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, IterableDataset
 
+from lightning_gradguard.core.detectors.diagnosis import LossBaselines, StepTrace
 from lightning_gradguard.core.forensics import parts_of, parts_out_of_scale, standardizing
 from lightning_gradguard.core.initialization import Finding
 from lightning_gradguard.core.initialization.rate_trial import (
     HELD_OUT,
+    LEFT,
+    NOISE,
+    SHARES_ABOVE,
+    SHARES_BELOW,
+    SHRUNK,
     TRIAL_STEPS,
+    USUAL_SHRUNK,
     RateTrial,
     largest_stable_factor,
     optimizer_copy,
     rate_finding,
+    shrunk,
 )
 from lightning_gradguard.core.snapshots import preserve_randomness
 from lightning_gradguard.runtime.configured_rates import initial_rate
@@ -32,9 +41,11 @@ from lightning_gradguard.runtime.lightning_api import (
     REPEATS_CLOSURE,
     allows_extra_pass,
     batch_on_device,
+    is_compiled,
     overrides,
     takes_iterator,
 )
+from lightning_gradguard.runtime.optimizer_hooks import largest_usual_rate
 
 #: Steps of a schedule that are followed.
 MAX_SCHEDULED = 100_000
@@ -103,33 +114,79 @@ def try_rates(
     if not max(rates, default=0.0) > 0:
         return [], {}
     trial = _trial(trainer, pl_module, batch, batch_idx, rates)
-    losses = trial.losses(1.0)
+    gradients: list[dict[str, float]] = []
+    watch = partial(_watch, trainer, pl_module, trial, gradients)
+    losses = trial.losses(1.0, watch)
     if not math.isfinite(losses[0]):
         return [], {}
     factor = largest_stable_factor(trial.is_stable)
     group = max(range(len(rates)), key=lambda i: rates[i])
-    values = {"learning_rate": rates[group]}
+    name, rate = f"optimizer.param_groups[{group}]", rates[group]
+    values = {"learning_rate": rate}
     if factor is not None and factor < math.inf:
-        values["largest_stable_rate"] = rates[group] * factor
-    finding = rate_finding(
-        f"optimizer.param_groups[{group}]",
-        rates[group],
-        factor,
-        losses,
-        planned_steps(trainer),
-        warms_up=_rates(trainer.optimizers[0])[group] < rates[group] / 2,
-    )
-    if finding is None or factor is None:
-        return [], values
+        values["largest_stable_rate"] = rate * factor
+    warms_up = _rates(trainer.optimizers[0])[group] < rate / 2
+    steps = planned_steps(trainer)
+    finding = rate_finding(name, rate, factor, losses, steps, warms_up=warms_up)
+    if finding is None:
+        finding = None if warms_up else _shrinking(trial, gradients, losses, name, rate, watch)
+        if finding is None:
+            return [], values
+        values.pop("largest_stable_rate", None)  # at which the loss does not rise either
+        factor = 4 / 10
     if scales := parts_out_of_scale(parts_of(batch)):
         # a rate that fits this scale does not fit all that does not depend on it
         return [replace(finding, cure=f"{standardizing(scales)}; then check again")], values
-    # the best rate is well below the largest stable one
-    factor /= 4 if finding.criterion == "learning_rate_too_high" else 30
-    if trial.is_stable(factor):
-        cure = _cure(pl_module, trainer.optimizers[0], group, rates[group], factor)
-        finding = replace(finding, cure=cure, is_tried=True)
+    is_high = finding.criterion == "learning_rate_too_high"
+    factors = [share * (factor or 1.0) for share in (SHARES_BELOW if is_high else SHARES_ABOVE)]
+    usual = largest_usual_rate(trainer.optimizers[0]) / rate
+    # a rate that is not usual has to be better than those that are
+    best = trial.best(f for f in {*factors, usual} if f <= usual and (is_high or f > 1))
+    if best is None or not best[1] < -NOISE:
+        best = trial.best(factors) or best
+    if not is_high and (best is None or not best[1] < -NOISE):
+        return [], values  # a higher rate does not help either
+    if best is not None:
+        finding = replace(
+            finding,
+            expected=f"about {rate * best[0]:.1g} ({TRIAL_STEPS} steps on a copy)",
+            cure=_cure(pl_module, trainer.optimizers[0], group, rate, best[0]),
+            is_tried=True,
+        )
     return [finding], values
+
+
+def _shrinking(
+    trial: RateTrial,
+    gradients: list[dict[str, float]],
+    losses: tuple[float, float],
+    name: str,
+    rate: float,
+    watch: Callable[[], None],
+) -> Finding | None:
+    """Returns a finding if the steps shrink the gradient at the first layer, and those at a tenth do not."""
+    before, after = losses
+    if len(gradients) < 2 or after < LEFT * before or shrunk(*gradients) < SHRUNK:
+        return None
+    gradients.clear()
+    trial.losses(0.1, watch)
+    if len(gradients) < 2 or shrunk(*gradients) > USUAL_SHRUNK:
+        return None
+    return Finding("learning_rate_too_high", name, rate, f"at most about {rate / 10:.1g}", "warn")
+
+
+def _watch(
+    trainer: pl.Trainer, pl_module: pl.LightningModule, trial: RateTrial, found: list[dict[str, float]]
+) -> None:
+    """Adds the gradient at each layer's output on a held-out batch; nothing of compiled code."""
+    if is_compiled(pl_module):
+        return
+    batch = trial.held_out[0]
+    trace = StepTrace(pl_module, batch, LossBaselines())
+    with trace:
+        loss = trial.loss_of(batch)
+    loss.backward()  # type: ignore[no-untyped-call]
+    found.append(trace.sample(0, trace.close(pl_module.device).tolist()).output_gradients())
 
 
 def _trial(

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim import lr_scheduler
 
 from lightning_gradguard import InitializationCheck
+from lightning_gradguard.runtime.optimizer_hooks import largest_usual_rate
 from tests.tasks import Batch, Classifier, batches, fit, same, weights
 
 
@@ -115,6 +116,64 @@ def test_a_rate_that_moves_nothing_is_too_low() -> None:
     fit(AtRate(1e-9), batches(20), [check])
     assert [(f.criterion, f.severity) for f in check.findings] == [("learning_rate_too_low", "warn")]
     assert check.findings[0].cure.startswith("lr=")
+    assert check.findings[0].expected.startswith(f"about {check.findings[0].cure.split()[0][3:]} (")
+
+
+@pytest.mark.parametrize(("kind", "rate"), [(torch.optim.Adam, 1e6), (torch.optim.SGD, 1e30)])
+def test_the_rate_that_is_advised_is_one_that_is_in_use_and_lowers_the_loss(kind: Any, rate: float) -> None:
+    check = InitializationCheck(rate_trial=True)
+    fit(AtRate(rate, kind=kind), batches(20), [check], max_steps=1)
+    (finding,) = check.findings
+    advised = float(finding.cure.split()[0].removeprefix("lr="))
+    assert finding.expected == f"about {advised:g} (12 steps on a copy)"
+    assert 1e-4 < advised <= largest_usual_rate(kind([nn.Parameter(torch.zeros(1))]))
+
+
+def test_a_higher_rate_is_not_advised_where_none_lowers_the_loss() -> None:
+    check = InitializationCheck(rate_trial=True)
+    data = [(torch.zeros_like(x), torch.arange(len(y)) % 4) for x, y in batches(20)]
+    fit(AtRate(1e-9), data, [check], max_steps=1)
+    assert not [f for f in check.findings if f.criterion.startswith("learning_rate")]
+
+
+class PostNorm(AtRate):
+    """Normalizes after each layer of a transformer, which a high rate without warm-up kills."""
+
+    def __init__(self, rate: float) -> None:
+        super().__init__(rate, kind=torch.optim.Adam)
+        torch.manual_seed(0)
+        self.embed = nn.Linear(1, 16)
+        layer = nn.TransformerEncoderLayer(16, 2, 32, 0.0, batch_first=True)
+        self.body = nn.TransformerEncoder(layer, 6, enable_nested_tensor=False)
+        self.head = nn.Linear(16, 4)
+        self.net = nn.Identity()  # type: ignore[assignment]
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        answers = self.head(self.body(self.embed(batch[0].unsqueeze(2))).mean(1))
+        return nn.functional.cross_entropy(answers, batch[1])
+
+
+@pytest.mark.parametrize(("rate", "found"), [(0.03, ["learning_rate_too_high"]), (1e-3, [])])
+def test_a_rate_that_cuts_the_first_layers_off_is_too_high(rate: float, found: list[str]) -> None:
+    check = InitializationCheck(rate_trial=True)
+    fit(PostNorm(rate), batches(20), [check], max_steps=1)
+    findings = [f for f in check.findings if f.criterion.startswith("learning_rate")]
+    assert [f.criterion for f in findings] == found
+    assert all(f.severity == "warn" and float(f.cure.split()[0][3:]) <= rate / 10 for f in findings)
+
+
+class Sampling(AtRate):
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        answers = torch.distributions.Categorical(logits=self.net(batch[0]))
+        loss: Tensor = -answers.log_prob(batch[1]).mean()
+        return loss
+
+
+def test_a_step_that_raises_at_a_high_rate_is_unstable_there() -> None:
+    check = InitializationCheck(rate_trial=True)
+    fit(Sampling(0.1), batches(20), [check], max_steps=1)
+    assert check.findings == []
+    assert 0.1 < check.values["largest_stable_rate"] < 1e3
 
 
 class Manual(Classifier):

@@ -18,6 +18,9 @@ RECENT = 3
 #: Loss below 0, over the size of the first one or 1, and its growth from one sample to the next, of a loss
 #: that falls without bound.
 UNBOUNDED, UNBOUNDED_GROWTH = 1e4, 2.0
+#: The same of one that falls more slowly, where the rms of the answers has grown so many times from 1, or
+#: from the first if that is larger.
+SLOWLY, SLOW_GROWTH, GROWN = 1e2, 1.1, 30.0
 #: Spread of the answers over that in the sample before, from which on it is more than noise of the batch.
 SPREADING = 1.1
 #: Share of the loss that is left of one that a network has learned halfway.
@@ -53,6 +56,8 @@ class Progress:
         self._fixed: dict[int, list[float]] = {}
         self._largest_weights: dict[str, float] = {}
         self._spreads = (math.nan, math.nan)
+        self._outputs = (math.nan, math.nan)
+        self._is_alone = False
 
     def update(self, sample: Sample) -> None:
         """Adds a sample."""
@@ -61,6 +66,10 @@ class Progress:
             self._losses.append(sample.loss)
             self._range = min(self._range[0], sample.loss), max(self._range[1], sample.loss)
         self._spreads = self._spreads[1], sample.spread
+        last = next((layer.output for layer in sample.layers if layer.is_last), math.nan)
+        self._outputs = last if math.isnan(self._outputs[0]) else self._outputs[0], last
+        # of several optimizers, one may follow what another one moves, as a policy does its critic
+        self._is_alone = len(sample.updates) == 1
         self.had_gradient |= any(gradient > 0 for layer in sample.layers for gradient in layer.gradients)
         self._ratios = []
         for number, call in enumerate(sample.calls):
@@ -116,10 +125,12 @@ class Progress:
 
     @property
     def is_unbounded(self) -> bool:
-        """True if the recent losses are far below 0, and each falls by a multiple of the one before."""
-        losses = list(self._losses)
-        falls = all(now < UNBOUNDED_GROWTH * before < 0 for before, now in pairwise(losses))
-        return len(losses) == RECENT and falls and losses[-1] < -UNBOUNDED * max(abs(self.first), 1.0)
+        """True if the recent losses are far below 0, and each falls by far, or answers have grown with it."""
+        losses, (first, last) = list(self._losses), self._outputs
+        has_grown = self._is_alone and last > GROWN * max(first, 1.0)
+        bound, growth = (SLOWLY, SLOW_GROWTH) if has_grown else (UNBOUNDED, UNBOUNDED_GROWTH)
+        falls = all(now < growth * before < 0 for before, now in pairwise(losses))
+        return len(losses) == RECENT and falls and losses[-1] < -bound * max(abs(self.first), 1.0)
 
     @property
     def spreads_out(self) -> bool:
@@ -165,6 +176,7 @@ class Progress:
             "calls": calls,
             "range": list(self._range),
             "spreads": list(self._spreads),
+            "outputs": list(self._outputs),
             "sizes": {index: list(sizes) for index, sizes in self._sizes.items()},
             "weights": dict(self._largest_weights),
             "update": self.largest_update,
@@ -178,6 +190,7 @@ class Progress:
         self._losses = deque(state_dict["losses"], maxlen=RECENT)
         self._range = tuple(state_dict.get("range", (math.inf, -math.inf)))
         self._spreads = tuple(state_dict.get("spreads", (math.nan, math.nan)))
+        self._outputs = tuple(state_dict.get("outputs", (math.nan, math.nan)))
         self._calls.clear()
         for key, recent in state_dict["calls"].items():
             self._calls[key] = deque(map(tuple, recent), maxlen=RECENT)
