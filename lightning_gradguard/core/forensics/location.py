@@ -8,7 +8,7 @@ import site
 import sys
 import sysconfig
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -36,6 +36,7 @@ class Location:
         called: The function or distribution of torch that it calls and that is written in Python, such as
             `gumbel_softmax` or `Categorical`; empty for any other.
         expression: The call or operator in it that ran; empty where Python does not know it.
+        generated: Code without a file that this line runs, and in which the operation is; empty as a rule.
     """
 
     file: str
@@ -43,15 +44,20 @@ class Location:
     function: str
     called: str = ""
     expression: str = ""
+    generated: str = ""
 
     def __str__(self) -> str:
         inside = "" if self.function == "<module>" else f" in {self.function}"
-        return f"{_shortened(self.file)}:{self.line}{inside}"
+        within = f", which runs {self.generated} of code without a file" if self.generated else ""
+        return f"{_shortened(self.file)}:{self.line}{inside}{within}"
 
     @property
     def called_code(self) -> str:
-        """The source of the call or operator that ran, or the whole line where Python does not know it."""
-        return self.expression or self.code
+        """The source of the call or operator that ran, or the whole line where Python does not know it.
+
+        Empty where the line only runs the code that has it.
+        """
+        return self.expression or ("" if self.generated else self.code)
 
     @property
     def code(self) -> str:
@@ -65,7 +71,7 @@ def user_location(frameworks: Sequence[str] = ()) -> Location | None:
     A library of others counts as the user's code only if nothing else called the operation.
     """
     frame: FrameType | None = sys._getframe(1)
-    in_library, called = None, ""
+    in_library, called, generated = None, "", ""
     while frame is not None and frame.f_code.co_name not in _BOUNDARIES:
         file = frame.f_code.co_filename
         if file.startswith(_DISTRIBUTIONS):
@@ -73,8 +79,11 @@ def user_location(frameworks: Sequence[str] = ()) -> Location | None:
             called = frame.f_code.co_name if owner is None else type(owner).__name__
         elif file == _FUNCTIONAL:
             called = frame.f_code.co_name
-        if not file.startswith(("<", *_FRAMEWORKS, *frameworks)):
-            here = Location(file, frame.f_lineno, frame.f_code.co_name, called, _expression(frame))
+        if file.startswith("<") and not (_is_cell(file) or file.startswith("<frozen")):
+            generated = generated or f"{file}:{frame.f_lineno} in {frame.f_code.co_name}"
+        elif not file.startswith(("<frozen", *_FRAMEWORKS, *frameworks)):
+            name, expression = frame.f_code.co_name, "" if generated else _expression(frame)
+            here = Location(file, frame.f_lineno, name, called, expression, generated)
             if not file.startswith(_LIBRARIES):
                 return here
             in_library = in_library or here
@@ -89,10 +98,19 @@ def innermost_of_traceback(
     found = None
     while traceback is not None:
         code = traceback.tb_frame.f_code
-        if not code.co_filename.startswith(("<", *_FRAMEWORKS, *frameworks, *_LIBRARIES)):
-            found = Location(code.co_filename, traceback.tb_lineno, code.co_name)
+        file, name = code.co_filename, code.co_name
+        if file.startswith("<") and not (_is_cell(file) or file.startswith("<frozen")):
+            generated = f"{file}:{traceback.tb_lineno} in {name}"
+            found = replace(found, generated=generated) if found and not found.generated else found
+        elif not file.startswith(("<frozen", *_FRAMEWORKS, *frameworks, *_LIBRARIES)):
+            found = Location(file, traceback.tb_lineno, name)
         traceback = traceback.tb_next
     return found
+
+
+def _is_cell(file: str) -> bool:
+    """True for what was typed at a prompt or in a notebook, whose lines Python keeps."""
+    return file.startswith(("<ipython-input", "<python-input")) and file in linecache.cache
 
 
 def _expression(frame: FrameType) -> str:
@@ -116,4 +134,4 @@ def _shortened(file: str) -> str:
         relative = os.path.relpath(file)
     except ValueError:  # on another drive
         return file
-    return file if relative.startswith("..") else relative
+    return file if relative.startswith("..") or file.startswith("<") else relative

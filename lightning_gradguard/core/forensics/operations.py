@@ -103,6 +103,12 @@ class OperationFault:
         `code` calls it: its arguments take the places of `x` and `y`. If the cure takes the place of the
         logarithm of an underflow, too, `logarithm` is the code of that.
         """
+        try:
+            return self._advice(function, code, logarithm)
+        except Exception:  # of code that no rule for it foresees: the operation and its line are known
+            return f"{self.why}."
+
+    def _advice(self, function: str, code: str, logarithm: str) -> str:
         cure, failed = self.cure, function.lower()
         for alike in _ALIKE:
             if failed in alike:

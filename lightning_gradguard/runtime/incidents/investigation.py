@@ -28,7 +28,7 @@ from lightning_gradguard.core.forensics import (
 )
 from lightning_gradguard.core.incidents import Cause, first_names, label
 from lightning_gradguard.core.remedies import Present
-from lightning_gradguard.core.snapshots import Snapshot, preserve_weights
+from lightning_gradguard.core.snapshots import Snapshot, preserve_state, preserve_weights
 from lightning_gradguard.runtime import lightning_api
 from lightning_gradguard.runtime.distributed import gather_objects, world_size
 from lightning_gradguard.runtime.incidents.dataset_indices import behind_subsets
@@ -311,7 +311,8 @@ def _in_weights(
     found = origin_in_learning_rate(trainer.optimizers, schedules)
     found = found or origin_in_epsilon(named, trainer.optimizers)
     if found is None:
-        with without_logging(trainer.lightning_module):
+        module = trainer.lightning_module
+        with without_logging(module), preserve_state(module):  # hooks may count, or average weights
             hooks = _hooks_before_step(trainer)
             found = origin_in_optimizer_step(healthy, trainer.optimizers, hooks, FRAMEWORKS)
     found = found or origin_in_weights(out_of_range)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import linecache
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_gradguard.core.forensics import OutOfRange, investigate, out_of_range_elements
+from lightning_gradguard.core.forensics import OutOfRange, investigate, operations, out_of_range_elements
 from lightning_gradguard.core.snapshots import rng_state, set_rng_state
 from tests.core.forensics.cases import examine, inputs, network, summary
 
@@ -481,3 +482,39 @@ def test_second_run_with_the_same_random_numbers_has_the_same_origin() -> None:
         torch.manual_seed(1000)
         # all four inputs were kept: the difference is zero
         assert (examine(net, loss, (x,)).cause != "transient") == is_nonfinite
+
+
+@pytest.mark.parametrize("file", ["<ipython-input-3-4f2a>", "<string>"])
+def test_code_without_a_file_is_placed_at_its_cell_or_at_the_line_that_runs_it(
+    file: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = "def loss(net, x):\n    return torch.log(net(x) * 0).mean()\n"
+    names: dict[str, Any] = {"torch": torch}
+    net = network()
+    exec(compile(source, file, "exec"), names)
+    if file != "<string>":
+        lines = source.splitlines(keepends=True)
+        monkeypatch.setitem(linecache.cache, file, (len(source), None, lines, file))
+    origin = examine(net, lambda: names["loss"](net, inputs()))
+    assert origin.operation == "aten::log"
+    if file == "<string>":
+        assert re.fullmatch(
+            r".*test_classify.py:\d+ in <lambda>, which runs <string>:2 in loss of code without a file",
+            origin.location,
+        )
+        assert "In place of log(x)" in origin.advice
+    else:
+        assert origin.location == f"{file}:2 in loss"
+        assert "In place of torch.log(net(x) * 0) use torch.log((net(x) * 0).clamp_min(" in origin.advice
+
+
+def test_a_failure_of_the_advice_leaves_the_origin(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: Any, **__: Any) -> None:
+        raise IndexError("no such argument")
+
+    monkeypatch.setattr(operations, "replacement", fails)
+    net = network()
+    origin = examine(net, lambda: (net(inputs()) * 0).log().mean())
+    assert (origin.operation, origin.cause) == ("aten::log", "loss")
+    assert "test_classify.py" in origin.location
+    assert "log" in origin.advice

@@ -220,6 +220,25 @@ def test_code_around_the_optimizers_step_that_divides_by_a_gradient_of_0_is_name
     assert all(bool(w.isfinite().all()) for w in weights(module))
 
 
+class Counting(WithHook):
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.register_buffer("steps", torch.zeros(()))
+        self.calls: list[int] = []
+
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        self.steps += 1
+        self.calls.append(len(self.calls))
+        super().on_before_optimizer_step(optimizer)
+
+
+def test_a_trial_of_a_hook_leaves_nothing_of_what_it_writes() -> None:
+    fit(module := Counting(gated), data(), [NaNRollback()])
+    fit(twin := Counting(gated), data(), [NaNRollback(max_dossiers=0)])
+    assert module.calls == twin.calls
+    assert module.steps == twin.steps
+
+
 @pytest.mark.parametrize("kind", [WithHook, WithClipping])
 def test_hooks_that_need_gradients_do_not_end_the_run_in_a_skipped_step(kind: type[Network]) -> None:
     def undefined(module: Any, batch: Any) -> Tensor:
