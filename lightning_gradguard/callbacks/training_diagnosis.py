@@ -112,6 +112,7 @@ class TrainingDiagnosis(StepCallback):
         self._steps = Steps()
         self._started = 0
         self._finite_at = -1
+        self._has_residuals = False
         self._is_publishing = False
         self._poor_initialization: Incident | None = None
 
@@ -205,6 +206,7 @@ class TrainingDiagnosis(StepCallback):
             self._publish(trainer, pl_module, decoded(numbers), {})
             return
         sample = record.read(numbers)
+        self._has_residuals = sample.has_residuals
         if self.charts:
             self.suite.metrics.add_scalars_at(sample.step, sample.scalars())
             self._history.append(sample.step, sample.output_gradients())
@@ -306,6 +308,7 @@ class TrainingDiagnosis(StepCallback):
         present = present_in(trainer)
         # a schedule that has left a rate is not to step more often
         present |= {"sampled", *(("has_rate", "by_batch") if self.diagnosis.has_rate else ("no_rate",))}
+        present |= {"residual"} if self._has_residuals else set()
         schedules = [config.scheduler for config in trainer.lr_scheduler_configs]
         for symptom in symptoms:
             if symptom.kind in self.symptoms:

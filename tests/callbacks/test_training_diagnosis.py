@@ -562,6 +562,29 @@ def test_loss_with_the_wrong_sign_is_named_long_before_it_is_far() -> None:
     assert incident.step <= 25
 
 
+class Block(nn.Module):
+    """A block that loses most of the gradient, with its input added or not."""
+
+    def __init__(self, is_residual: bool) -> None:
+        super().__init__()
+        self.inner, self.is_residual = nn.Linear(32, 32), is_residual
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.inner(x).relu()
+        return (x + out if self.is_residual else out) * 0.05
+
+
+@pytest.mark.parametrize("is_residual", [False, True])
+def test_residual_connections_are_not_advised_where_blocks_have_them(is_residual: bool) -> None:
+    torch.manual_seed(0)
+    blocks = [Block(is_residual) for _ in range(5)]
+    net = nn.Sequential(nn.Linear(20, 32), *blocks, nn.LayerNorm(32), nn.Linear(32, 4))
+    listener = Listener()
+    fit(Task(net, optimizer=rate(1e-3)), batches(30), [TrainingDiagnosis(), listener])
+    found = next(incident for incident in listener.found if incident.kind == "vanishing_gradient")
+    assert ("residual connections" in found.advice) is not is_residual, found
+
+
 class _Cut(nn.Module):
     """A cell in a loop, whose state is detached after each step or not; the class is in the first symbol."""
 

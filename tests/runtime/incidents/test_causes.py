@@ -223,6 +223,7 @@ def test_code_around_the_optimizers_step_that_divides_by_a_gradient_of_0_is_name
 class Counting(WithHook):
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
+        self.steps: Any
         self.register_buffer("steps", torch.zeros(()))
         self.calls: list[int] = []
 

@@ -18,9 +18,9 @@ RECENT = 3
 #: Loss below 0, over the size of the first one or 1, and its growth from one sample to the next, of a loss
 #: that falls without bound.
 UNBOUNDED, UNBOUNDED_GROWTH = 1e4, 2.0
-#: The same of one that falls more slowly, where the rms of the answers has grown so many times from 1, or
+#: The same of one that falls more slowly, where the rms of the answers has risen so many times from 1, or
 #: from the first if that is larger.
-SLOWLY, SLOW_GROWTH, GROWN = 1e2, 1.1, 30.0
+SLOWLY, SLOW_GROWTH, RISEN_OUTPUT = 1e2, 1.1, 30.0
 #: Spread of the answers over that in the sample before, from which on it is more than noise of the batch.
 SPREADING = 1.1
 #: Share of the loss that is left of one that a network has learned halfway.
@@ -125,10 +125,10 @@ class Progress:
 
     @property
     def is_unbounded(self) -> bool:
-        """True if the recent losses are far below 0, and each falls by far, or answers have grown with it."""
+        """True if the recent losses are far below 0, and each falls by far, or answers rise with it."""
         losses, (first, last) = list(self._losses), self._outputs
-        has_grown = self._is_alone and last > GROWN * max(first, 1.0)
-        bound, growth = (SLOWLY, SLOW_GROWTH) if has_grown else (UNBOUNDED, UNBOUNDED_GROWTH)
+        has_risen = self._is_alone and last > RISEN_OUTPUT * max(first, 1.0)
+        bound, growth = (SLOWLY, SLOW_GROWTH) if has_risen else (UNBOUNDED, UNBOUNDED_GROWTH)
         falls = all(now < growth * before < 0 for before, now in pairwise(losses))
         return len(losses) == RECENT and falls and losses[-1] < -bound * max(abs(self.first), 1.0)
 

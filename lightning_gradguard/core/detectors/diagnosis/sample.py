@@ -251,6 +251,7 @@ class Sample:
         permuted: Relative rise of the loss if targets are permuted; NaN if not measured.
         spread: Distance of the last layer's output, in rows of unit norm, from its mean; NaN if unknown.
         meets_data: True if what the network gives is compared, or combined, with the batch.
+        has_residuals: True if something is added to what was computed from it by a layer.
         n_updates: Number of steps that optimizers have taken, fewer than those of the run where a module
             accumulates by itself.
     """
@@ -272,6 +273,7 @@ class Sample:
     permuted: float = math.nan
     spread: float = math.nan
     meets_data: bool = False
+    has_residuals: bool = False
     n_updates: float = math.inf
 
     @property

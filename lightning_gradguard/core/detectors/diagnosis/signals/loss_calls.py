@@ -21,6 +21,8 @@ LOSSES = frozenset(
     }
 )
 REGRESSION = frozenset({"mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss", "difference"})
+#: Functions whose result has nothing but the shape of a tensor, such as the labels of a discriminator.
+CONSTANTS = frozenset({"zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full"})
 #: Nodes of a graph that change the shape of a tensor and not its values.
 _SHAPE_ONLY = (
     *("View", "UnsafeView", "Squeeze", "Unsqueeze", "Select", "Slice", "Transpose", "Permute", "T", "Clone"),
@@ -35,6 +37,8 @@ _RANGES = {
     **{"Elu": (-1.0, math.inf), "Gelu": (-0.17, math.inf), "Silu": (-0.28, math.inf)},
     "LogSoftmax": (-math.inf, 0.0),
 }
+#: Nodes of a graph that are searched for the input of a block, and calls of layers after which none is.
+MAX_NODES, MAX_SEARCHED = 200, 32
 #: Names of the first two arguments.
 _NAMES = (("input", "target"), ("log_probs", "targets"))
 #: How far outside of the range targets are not reached, in absolute terms.
@@ -135,6 +139,32 @@ def has_single_softmax(answer: Tensor) -> bool:
             if result.ndim and result.shape[dim] == 1:
                 return True
         nodes.extend(following for following, _ in node.next_functions)
+    return False
+
+
+def adds_its_input(summands: Sequence[Tensor]) -> bool:
+    """True if one of two summands was computed from the other by a layer, as in a residual block.
+
+    Example:
+        >>> x, layer = torch.ones(2, 2, requires_grad=True) * 1, torch.nn.Linear(2, 2)
+        >>> adds_its_input([x, layer(x)]), adds_its_input([x, x * 2])
+        (True, False)
+    """
+    nodes = [tensor.grad_fn for tensor in summands]
+    is_pair = len(nodes) == 2 and None not in nodes
+    return is_pair and (_leads_to(*nodes) or _leads_to(*nodes[::-1]))
+
+
+def _leads_to(node: Any, origin: Any) -> bool:
+    """True if a path of a few nodes back from one node to another passes a layer."""
+    paths, seen = [(node, False)], 0
+    while paths and seen < MAX_NODES:
+        now, passes = paths.pop(0)
+        seen += 1
+        if now is origin and passes:
+            return True
+        passes = passes or _name(now) in _LAYERS
+        paths += [(following, passes) for following, _ in now.next_functions if following is not None]
     return False
 
 

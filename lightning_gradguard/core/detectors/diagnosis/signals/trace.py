@@ -45,10 +45,6 @@ from lightning_gradguard.core.parameter_names import plain_name
 
 #: Calls of layers that are recorded; a long recurrence has more.
 MAX_CALLS = 2048
-#: Functions that are activations, whatever is measured of them.
-ACTIVATIONS = frozenset({*units.RECTIFIERS, *units.SMOOTH_RECTIFIERS, *units.SATURATING, "leaky_relu", "elu"})
-#: Functions whose result has nothing but the shape of a tensor, such as the labels of a discriminator.
-CONSTANTS = frozenset({"zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full"})
 
 
 class StepTrace(TorchFunctionMode):
@@ -78,7 +74,7 @@ class StepTrace(TorchFunctionMode):
         self._last = ""
         self._answer: Tensor | None = None
         self._spread: int | None = None
-        self._meets_data = False
+        self._meets_data = self._has_residuals = False
         self._n_calls = 0
         self._gradients: list[int] = []
         self._blocked = units.UnitGradients()
@@ -193,6 +189,7 @@ class StepTrace(TorchFunctionMode):
             one_signed=numbers[self._one_signed.get(self._last)] == 1,
             spread=numbers[self._spread],
             meets_data=self._meets_data,
+            has_residuals=self._has_residuals,
         )
 
     def _measure_input(self, tensor: Tensor) -> None:
@@ -243,13 +240,17 @@ class StepTrace(TorchFunctionMode):
             plain = "relu6"
         if plain in PRODUCTS and (layer := self._bare.name_of(given)):
             self._add_call(layer, result, 1 - result.ndim if plain.startswith("conv") else -1)
-        elif plain in ACTIVATIONS:
+        elif plain in units.ACTIVATIONS:
             self._record_units(plain, result)
         elif plain in ("sub", "rsub", "subtract"):
             self._record_difference(args)
         elif plain in ("mul", "rmul", "multiply"):
             self._record_gate(given)
-        is_of_data = bool(given) and all(map(self._is_data, given)) and name not in CONSTANTS
+        elif plain in ("add", "radd", "iadd") and not self._has_residuals:
+            self._has_residuals = self._n_calls <= loss_calls.MAX_SEARCHED and loss_calls.adds_its_input(
+                given
+            )
+        is_of_data = bool(given) and all(map(self._is_data, given)) and name not in loss_calls.CONSTANTS
         if is_of_data and not result.requires_grad:
             self._data[id(result)] = result
 

@@ -21,6 +21,8 @@ SMOOTH_RECTIFIERS = frozenset({"gelu", "silu", "mish", "hardswish", "softplus", 
 PASS_SMALL = frozenset({"gelu", "silu", "mish", "hardswish"})
 #: Value beyond which an output is saturated, after sigmoids are scaled to -1 .. 1.
 SATURATING = {"tanh": 0.97, "hardtanh": 0.99, "softsign": 0.85, "sigmoid": 0.97, "hardsigmoid": 0.99}
+#: All of them, and those of which nothing is measured.
+ACTIVATIONS = frozenset({*RECTIFIERS, *SMOOTH_RECTIFIERS, *SATURATING, "leaky_relu", "elu"})
 #: Share of the largest gradient below which a unit gets none, or hardly any, and the distance from 0 beyond
 #: which its inputs are far out.
 NO_GRADIENT, HARDLY_ANY, FAR_OUT = 1e-12, 1e-6, 5.0
