@@ -152,6 +152,9 @@ FAILING: dict[str, tuple[str, str, str, Callable[[], Any], Any]] = {
     "logits": ("stuck_loss", "softmax_before_loss", "net.2",
                lambda: Task(one_unit(nn.Sigmoid()), functional.binary_cross_entropy_with_logits),
                [(x, (y > 0).float()) for x, y in values()]),
+    "sigmoid twice": ("stuck_loss", "unreachable_targets", "net.2",
+                      lambda: Task(one_unit(nn.Sigmoid()), lambda p, y: functional.binary_cross_entropy(p.sigmoid(), y)),  # noqa: E501
+                      [(x, (y > 0).float()) for x, y in values()]),
     "dead": ("dead_units", "", "net.2", lambda: Task(biased(deep(nn.ReLU, 4), 2, -20.0)), None),
     "saturated": ("saturated_units", "", "net.2", lambda: Task(biased(deep(nn.Tanh, 4), 2, 20.0)), None),
     "dead, by hand": ("dead_units", "", "net.2", lambda: Task(biased(deep(Clamped, 4), 2, -20.0)), None),

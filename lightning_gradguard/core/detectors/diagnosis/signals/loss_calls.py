@@ -39,6 +39,8 @@ _RANGES = {
 }
 #: Nodes of a graph that are searched for the input of a block, and calls of layers after which none is.
 MAX_NODES, MAX_SEARCHED = 200, 32
+#: Range of a sigmoid of what is between 0 and 1.
+_OF_TWO_SIGMOIDS = (0.5, 0.7311)
 #: Names of the first two arguments.
 _NAMES = (("input", "target"), ("log_probs", "targets"))
 #: How far outside of the range targets are not reached, in absolute terms.
@@ -97,8 +99,9 @@ def broken_conditions(
         yield "single_class", True
     if function in REGRESSION and broadcasts(values, target):
         yield "broadcast_targets", True
-    if function in REGRESSION and head in _RANGES:
-        low, high = _RANGES[head]
+    is_twice = head == "Sigmoid" and _name_before(answer) in ("Sigmoid", "Softmax")
+    if (function in REGRESSION and head in _RANGES) or (function == "binary_cross_entropy" and is_twice):
+        low, high = _OF_TWO_SIGMOIDS if is_twice else _RANGES[head]
         yield "unreachable_targets", ((target < low - _OUTSIDE) | (target > high + _OUTSIDE)).float().mean()
 
 
@@ -122,6 +125,13 @@ def head_node(answer: Tensor) -> str:
     """Returns the name of the operation that gave a tensor its values, such as `Sigmoid`."""
     node = _values_of(answer.grad_fn)
     return "" if node is None else _name(node)
+
+
+def _name_before(answer: Tensor) -> str:
+    """Returns the name of the operation that gave the argument of the last one its values."""
+    node = _values_of(answer.grad_fn)
+    before = _values_of(node.next_functions[0][0]) if node is not None and node.next_functions else None
+    return "" if before is None else _name(before)
 
 
 def has_single_softmax(answer: Tensor) -> bool:
