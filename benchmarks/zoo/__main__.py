@@ -27,24 +27,29 @@ from lightning_gradguard.core.initialization.propagation import SignalPropagatio
 PAGE = Path("docs/zoo.md")
 PARTS = ("tuning half", "held-out half", "held-out families")
 CHECK = "InitializationCheck"
+VERDICTS = ("", "warn", "fail")
 
 
 def score(measured: SignalPropagation | None, findings: Sequence[Finding], scale_free: bool) -> float:
-    """Returns the largest measured number in units of the bound of a warning; other failures count 10."""
-    others = {"gradient_gain", "layer_gain", "gain_through_time", "loss_over_guessing"}
-    if measured is None or any(f.severity == "fail" and f.criterion not in others for f in findings):
-        return 10.0
-    bounds = BOUNDS[scale_free]
+    """Returns the largest number in units of the bound of a warning, above those of a lesser verdict."""
     found = [0.0]
-    if measured.block_gain is not None:
+    bounds = BOUNDS[scale_free]
+    if measured is not None and measured.block_gain is not None:
         side = bounds.vanishing if measured.block_gain < 0 else bounds.exploding
         found.append(measured.block_gain / side[0])
-    for name, gain in measured.recurrent_gains.items():
-        of_loss = max(gain, measured.recurrent_losses.get(name, gain)) if gain < 0 else -gain
-        found.append(of_loss / bounds.through_time[0])
-    if measured.n_classes is not None and math.isfinite(measured.loss):
-        found.append(math.log(measured.loss / math.log(measured.n_classes)) / math.log(bounds.loss[0]))
-    return max(found)
+    if measured is not None:
+        for name, gain in measured.recurrent_gains.items():
+            of_loss = max(gain, measured.recurrent_losses.get(name, gain)) if gain < 0 else -gain
+            found.append(of_loss / bounds.through_time[0])
+        if measured.n_classes is not None and math.isfinite(measured.loss):
+            found.append(math.log(measured.loss / math.log(measured.n_classes)) / math.log(bounds.loss[0]))
+    return 100.0 * VERDICTS.index(verdict(findings)) + min(max(found), 99.0)
+
+
+def verdict(findings: Sequence[Finding]) -> str:
+    """Returns the worst severity, if it is a failure or a warning."""
+    severities = {finding.severity for finding in findings}
+    return next((s for s in ("fail", "warn") if s in severities), "")
 
 
 def judged(entry: Entry) -> dict[str, Any]:
@@ -57,9 +62,7 @@ def judged(entry: Entry) -> dict[str, Any]:
         findings, measured = measure(
             network, lambda: functional.cross_entropy(network(x), y), scale_free=is_free
         )
-        severities = {finding.severity for finding in findings}
-        verdict = next((s for s in ("fail", "warn") if s in severities), "")
-        record[optimizer] = {"verdict": verdict, CHECK: score(measured, findings, is_free)}
+        record[optimizer] = {"verdict": verdict(findings), CHECK: score(measured, findings, is_free)}
     seen = numbers(network, x, y)
     return {**record, "rivals": {name: rule(seen) for name, rule in RIVALS.items()}}
 

@@ -30,18 +30,23 @@ class Bounds:
         exploding: The same, at least.
         through_time: Decades back through time, at most.
         loss: The loss over that of a uniform guess, at least.
+        variation: Vanishing gradients fail only if the last layer's input varies less than this,
+        lost: or at so many decades.
     """
 
     vanishing: tuple[float, float]
     exploding: tuple[float, float]
     through_time: tuple[float, float]
     loss: tuple[float, float]
+    variation: float = math.inf
+    lost: float = ZERO_GAIN
 
 
-#: By whether the optimizer divides gradients by their size: docs/zoo.md has what they give.
+#: By whether the optimizer divides gradients by their size: docs/zoo.md has what they give. One that does
+#: makes up for small gradients, but not for samples that a constant part of the signal makes alike.
 BOUNDS = {
-    False: Bounds((-2.0, -3.0), (2.0, 4.0), (-3.0, -4.0), (20.0, 40.0)),
-    True: Bounds((-2.5, -4.0), (2.0, math.inf), (-3.0, -5.0), (100.0, math.inf)),
+    False: Bounds((-2.0, -3.0), (2.0, 4.0), (-2.25, -4.0), (20.0, 40.0)),
+    True: Bounds((-2.5, -4.0), (2.0, math.inf), (-3.0, -7.0), (100.0, math.inf), 1e-5, -12.0),
 }
 #: Decades back to the first layer within a block.
 HEALTHY_LAYER_GAIN = (-5.0, 3.0)
@@ -53,6 +58,8 @@ DEAD_SHARES = (0.9, 1.0)
 SATURATED_SHARES = (0.7, 0.9)
 #: A single layer is at fault if it changes gradients by more than this many decades.
 MAX_LAYER_CHANGE = 0.2
+#: Gradients that differ by less than this share are equal.
+EQUAL = 1e-3
 #: Ratio to the loss of a uniform guess above which the loss is a finding.
 MAX_LOSS_RATIO = 1.2
 
@@ -101,32 +108,48 @@ def measure(
     if any(finding.criterion == "nonfinite_weights" for finding in findings):
         return findings, None
     measured = propagate(module, run_loss)
-    findings += _check_constant(measured)
+    constant = _check_constant(measured, scale_free=scale_free)
+    findings += constant
     bounds = BOUNDS[scale_free]
     findings += _check_activations(measured)
     findings += _check_gradients(measured)
     if not any(finding.criterion in ("nonfinite_input", "nonfinite_gradients") for finding in findings):
-        findings += _check_gains(measured, bounds)  # behind nonfinite values they are unknown
+        # behind nonfinite values they are unknown
+        findings += _check_gains(measured, bounds, passes_later=any(f.severity == "warn" for f in constant))
         findings += _check_recurrence(measured, bounds, scale_free=scale_free)
     findings += _check_loss(measured, bounds)
     return sorted(findings, key=lambda f: SEVERITIES.index(f.severity)), measured
 
 
-def _check_constant(measured: SignalPropagation) -> list[Finding]:
-    """Finds weights that are all zero, a failure except at the end of a residual branch or a network."""
+def _check_constant(measured: SignalPropagation, *, scale_free: bool) -> list[Finding]:
+    """Finds weights that are all zero, a failure except at the end of a residual branch or a network.
+
+    It is a warning where steps do not shrink with gradients, and biases give the last layer an input: each
+    step then moves one layer more.
+    """
     findings = []
     first = next((g for g in measured.gradients.values() if g is not None), None)
     is_head_zero = bool(measured.layers) and not bool(measured.layers[-1].module.weight.detach().any())
     # a head of zeros moves in the first step, and lets gradients pass from then on
     passes_later = is_head_zero and measured.block_gain is not None and measured.block_gain > ZERO_GAIN
     is_blocked = first is not None and not bool(first.any()) and not passes_later
+    blocked: Severity = "warn" if scale_free and _last_inputs_differ(measured) else "fail"
     for layer in measured.layers:
         weight = layer.module.weight.detach()
         if weight.numel() > 1 and bool((weight == 0).all()):
             last = layer is measured.layers[-1]
-            severity: Severity = "fail" if is_blocked and not last else "info"
+            severity = blocked if is_blocked and not last else "info"
             findings.append(Finding("zero_weights", layer.name, 0.0, "std > 0", severity))
     return findings
+
+
+def _last_inputs_differ(measured: SignalPropagation) -> bool:
+    """True if gradients of the last layer differ from one of its inputs to another."""
+    gradient = measured.gradients.get(f"{measured.layers[-1].name}.weight") if measured.layers else None
+    if gradient is None:
+        return False
+    sizes = gradient.transpose(0, 1).flatten(1).norm(dim=1)
+    return float(sizes.max() - sizes.min()) > EQUAL * float(sizes.max())
 
 
 def _check_gradients(measured: SignalPropagation) -> list[Finding]:
@@ -184,7 +207,7 @@ def _check_activations(measured: SignalPropagation) -> list[Finding]:
     return findings
 
 
-def _check_gains(measured: SignalPropagation, bounds: Bounds) -> list[Finding]:
+def _check_gains(measured: SignalPropagation, bounds: Bounds, *, passes_later: bool) -> list[Finding]:
     layers = [layer for layer in measured.layers if layer.gain is not None]
     if len(layers) < 2 or measured.block_gain is None:
         return []
@@ -193,8 +216,11 @@ def _check_gains(measured: SignalPropagation, bounds: Bounds) -> list[Finding]:
     if gain <= ZERO_GAIN:
         gain = block  # a zero branch propagates nothing back; the path around it counts
     severity = _severity(block, bounds.vanishing if block < 0 else bounds.exploding)
-    if not (math.isfinite(gain) and math.isfinite(block)) or gain <= MIN_LAYER_GAIN:
+    is_lost = measured.variation < bounds.variation or min(block, gain) <= bounds.lost
+    if not (math.isfinite(gain) and math.isfinite(block)):
         severity = "fail"
+    elif block < 0 and (severity == "fail" or gain <= MIN_LAYER_GAIN):
+        severity = "fail" if is_lost and not passes_later else "warn"
     elif severity == "info":
         if HEALTHY_LAYER_GAIN[0] < gain < HEALTHY_LAYER_GAIN[1]:
             return []
@@ -212,7 +238,7 @@ def _check_gains(measured: SignalPropagation, bounds: Bounds) -> list[Finding]:
 
 
 def _check_recurrence(measured: SignalPropagation, bounds: Bounds, *, scale_free: bool) -> list[Finding]:
-    findings = []
+    findings, expected = [], f"{bounds.through_time[0]:g} .. {MAX_RECURRENT_GAIN:g}"
     for name, gain in measured.recurrent_gains.items():
         if math.isfinite(gain) and bounds.through_time[0] <= gain <= MAX_RECURRENT_GAIN:
             continue
@@ -221,7 +247,7 @@ def _check_recurrence(measured: SignalPropagation, bounds: Bounds, *, scale_free
             # the first steps may reach the loss otherwise, as where it has a term for each step
             of_loss = max(gain, measured.recurrent_losses.get(name, gain))
             severity = _severity(of_loss, bounds.through_time)
-        findings.append(Finding("gain_through_time", name, gain, "-3 .. 3", severity))
+        findings.append(Finding("gain_through_time", name, gain, expected, severity))
     return findings
 
 

@@ -38,6 +38,7 @@ class SignalPropagation:
         n_classes: Number of classes, if a classification loss was called that is a mean.
         layers: Weighted layers with a gradient, in the order of the forward pass: frozen ones have none.
         block_gain: Like `Layer.gain`, at the output of the first repeated block.
+        variation: By how much the last layer's input differs from sample to sample, in units of its rms.
         recurrent_gains: For each recurrent module, log10 of the ratio of gradient norms at its first and its
             last input.
         recurrent_losses: The same ratio for the gradient of the loss, which also takes other paths.
@@ -49,6 +50,7 @@ class SignalPropagation:
     n_classes: int | None = None
     layers: list[Layer] = field(default_factory=list)
     block_gain: float | None = None
+    variation: float = 1.0
     recurrent_gains: dict[str, float] = field(default_factory=dict)
     recurrent_losses: dict[str, float] = field(default_factory=dict)
     recurrent_steps: dict[str, int] = field(default_factory=dict)
@@ -79,6 +81,7 @@ def propagate(module: nn.Module, run_loss: Callable[[], Tensor]) -> SignalPropag
                     layer.dead = _blocked_share(layer, gradient)
             blocks = trace.blocks if len(trace.blocks) > 2 else outputs
             (result.block_gain,), _ = _gains(trace.last_input, blocks[:1], generator)
+            result.variation = _variation(trace.last_input.detach())
         for name, recurrence in trace.recurrent.items():
             outputs_over_time, time = recurrence[1:]
             result.recurrent_gains[name] = _gain_through_time(*recurrence, generator)
@@ -116,6 +119,14 @@ def _gains(
             if gradient is not None:
                 squares[i] = (squares[i] or 0.0) + float(gradient.double().square().mean())
     return [None if s is None else _decades((s / 2) ** 0.5) for s in squares], found
+
+
+def _variation(value: Tensor) -> float:
+    """Returns the rms of what differs from the mean over samples, relative to the rms; 1 if unknown."""
+    value = value.double()
+    if len(value) < 2 or not bool(value.any()):
+        return 1.0
+    return float((value - value.mean(0)).norm() / value.norm())
 
 
 def _blocked_share(layer: Layer, gradient: Tensor) -> float | None:

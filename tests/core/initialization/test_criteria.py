@@ -79,6 +79,30 @@ def test_explosion_is_a_warning_for_a_scale_free_optimizer() -> None:
     assert "Adam may" in findings[0].expected
 
 
+@pytest.mark.parametrize(("bias", "severity"), [(0.0, "warn"), (1.0, "fail")])
+def test_a_scale_free_optimizer_makes_up_for_small_gradients_but_not_for_equal_samples(
+    bias: float, severity: str
+) -> None:
+    network = mlp(12, initialize=lambda w: nn.init.normal_(w, 0, 0.02))
+    for layer in network[::2]:
+        nn.init.constant_(layer.bias, bias)
+    for scale_free, expected in ((False, "fail"), (True, severity)):
+        findings, _ = check(network, loss_of(network), scale_free=scale_free)
+        assert [f.severity for f in findings if f.criterion == "gradient_gain"] == [expected]
+
+
+@pytest.mark.parametrize(("has_bias", "severity"), [(True, "warn"), (False, "fail")])
+def test_weights_of_zero_move_layer_by_layer_under_a_scale_free_optimizer(
+    has_bias: bool, severity: str
+) -> None:
+    network = mlp(3, initialize=nn.init.zeros_)
+    for layer in network[::2]:
+        layer.bias.data.mul_(has_bias)
+    for scale_free, expected in ((False, "fail"), (True, severity)):
+        findings, _ = check(network, loss_of(network), scale_free=scale_free)
+        assert findings[0].severity == expected
+
+
 def test_saturation_of_the_first_layer_is_reported_only() -> None:
     network = planted(mlp(4, nn.Tanh), lambda n: n[0].weight.mul_(30))
     found = [f for f in check(network, loss_of(network))[0] if f.criterion == "saturated_units"]

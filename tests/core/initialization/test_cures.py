@@ -102,7 +102,7 @@ def test_pasted_gates_better_a_recurrent_network_that_no_initializer_betters() -
     (finding,) = check(network, network.loss)[0]
     assert finding.cure.startswith("model.cells['time-wise'] = nn.LSTM(4, 32, batch_first=True); nn.init.")
     assert finding.cure.endswith(
-        "use 3 to 10 times the learning rate; gain_through_time is as usual, -3 .. 3"
+        "use 3 to 10 times the learning rate; gain_through_time is as usual, -2.25 .. 3"
     )
     pasted(table([finding]), network)
     assert check(network, network.loss)[0] == []
