@@ -35,11 +35,11 @@ class _NonfiniteFraction:
         self._finite: Scalar = 0
         self._seen = 0
 
-    def add(self, norms: Tensor, total_norm: float | None) -> None:
+    def add(self, step: Step, norm_type: float) -> None:
         """Counts the tensors of a step, on the host if their total norm is known there."""
-        n = norms.numel()
+        n, total_norm = len(step.gradients.names), step.gradients.known_norm
         is_finite = total_norm is not None and math.isfinite(total_norm)
-        self._finite = self._finite + (n if is_finite else (norms < math.inf).sum())
+        self._finite = self._finite + (n if is_finite else (step.tensor_norms[norm_type] < math.inf).sum())
         self._seen += n
 
     def value(self) -> Scalar:
@@ -161,15 +161,15 @@ class GradientNormMonitor(StepCallback):
         index = step.optimizer_index
         if index in self._logged or not step.gradients.names:
             return
-        norms, is_logged = step.tensor_norms[self.norm_type], self.wants_weight_norms(trainer)
-        self._fractions[index].add(norms, step.gradients.known_norm)
-        if is_logged:
+        self._fractions[index].add(step, self.norm_type)
+        if self.wants_weight_norms(trainer):
             self._logged[index] = LoggedStep(
                 self.suite, trainer, step, self.norm_type, self.update_ratio, clips_otherwise(trainer)
             )
             if self.histograms and step.accepted:
                 log_gradient_histograms(trainer, step.gradients, self._charts[index])
         elif trainer.is_last_batch and step.accepted:
+            norms = step.tensor_norms[self.norm_type]
             self._publish_total(trainer, index, total_norm_from_norms(norms, self.norm_type))
 
     @override

@@ -1,7 +1,15 @@
 """Norms of gradients, measured in few operations, also for sharded tensors."""
 
 from .buckets import CHUNK, MIN_STACKED, Buckets, largest_magnitudes, norms_from_power_sums, stack_small
-from .gradients import Gradients, StepContext, UnitNorms, measure_gradients, scale_gradients_, with_gradient
+from .gradients import (
+    Gradients,
+    StepContext,
+    UnitNorms,
+    measure_gradients,
+    scale_gradients_,
+    total_norm_of,
+    with_gradient,
+)
 from .measurement import Measurement, OwnMeasurement, PackedMeasurement, Sent
 from .norms import (
     default_norm,

@@ -100,6 +100,13 @@ class Buckets:
         sums = self._sums(norms, norm_type)
         return norms if sums is None else norms_from_power_sums(sums, norm_type)
 
+    def norms_and(self, tensors: Sequence[Tensor], numbers: Sequence[Tensor]) -> Tensor:
+        """Returns the L2 norm of each tensor, and then other numbers, each of shape `()`, in one tensor."""
+        bucket = self._buckets[0]
+        if bucket.takes_all:
+            return torch.stack([*torch._foreach_norm(list(tensors), 2.0, dtype=bucket.wide), *numbers])
+        return torch.cat([self.norms(tensors, 2.0), *[number.reshape(1) for number in numbers]])
+
     def power_sums(self, tensors: Sequence[Tensor], norm_type: float) -> Tensor:
         """Returns the power sum of each tensor; see the function `power_sums`."""
         norms = self._norms(tensors, norm_type)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -42,19 +42,22 @@ class StepContext:
     weight_norm: float | Tensor | None = None
 
 
-class _FromNorms:
-    """The total norm: where it was not given, it is computed when it is first read."""
+class _WhenRead:
+    """A tensor, or a function that makes it from the gradients when it is first read."""
+
+    def __set_name__(self, _: type, name: str) -> None:
+        self._name = name
 
     def __get__(self, owner: Gradients | None, _: type) -> Tensor:
         if owner is None:
-            raise AttributeError("total_norm")  # there is no default
-        values = vars(owner)
-        if values["total_norm"] is None:
-            values["total_norm"] = total_norm_from_norms(owner.norms)
-        return values["total_norm"]  # type: ignore[no-any-return]
+            raise AttributeError(self._name)  # there is no default
+        value: Tensor | Callable[[Gradients], Tensor] = vars(owner)[self._name]
+        if not isinstance(value, Tensor):
+            value = vars(owner)[self._name] = value(owner)
+        return value
 
-    def __set__(self, owner: Gradients, total_norm: Tensor | None) -> None:
-        vars(owner)["total_norm"] = total_norm
+    def __set__(self, owner: Gradients, value: Tensor | Callable[[Gradients], Tensor]) -> None:
+        vars(owner)[self._name] = value
 
 
 @dataclass
@@ -66,7 +69,7 @@ class Gradients:
         parameters: The parameters.
         tensors: Their gradients.
         norms: L2 norm of each gradient, shape `(n,)`, float64.
-        total_norm: L2 norm of all of them together, a scalar, float64; `None` computes it from `norms`.
+        total_norm: L2 norm of all of them together, a scalar, float64.
         units: The result of `unit_norms`, where it was summed over shards.
         known_norm: The total norm as a number, if the host has read it: decisions from it cost no operation
             on the device.
@@ -76,8 +79,8 @@ class Gradients:
     names: tuple[str, ...]
     parameters: tuple[Tensor, ...]
     tensors: tuple[Tensor, ...]
-    norms: Tensor
-    total_norm: _FromNorms = _FromNorms()
+    norms: _WhenRead = _WhenRead()
+    total_norm: _WhenRead = _WhenRead()
     units: tuple[UnitNorms, ...] | None = None
     known_norm: float | None = None
     context: StepContext | None = None
@@ -116,10 +119,15 @@ class Gradients:
             parameters=tuple(self.parameters[i] for i in kept),
             tensors=tuple(self.tensors[i] for i in kept),
             norms=norms,
-            total_norm=None,
+            total_norm=total_norm_from_norms(norms),
             units=None if self.units is None else tuple(self.units[i] for i in kept),
             known_norm=None,
         )
+
+
+def total_norm_of(gradients: Gradients) -> Tensor:
+    """Computes the total norm from the norms."""
+    return total_norm_from_norms(gradients.norms)
 
 
 def with_gradient(named_parameters: Iterable[tuple[str, nn.Parameter]]) -> list[tuple[str, nn.Parameter]]:

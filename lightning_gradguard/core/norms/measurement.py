@@ -203,37 +203,36 @@ class OwnMeasurement(PackedMeasurement):
     """The same of one process, which sends what it has measured: the host adds it up.
 
     Args:
-        losses: Of the step, each of shape `()`.
-        norms: L2 norms of the gradients, float64.
+        values: Norms of the gradients, losses, nonfinite weights and nonfinite buffers if they were scanned,
+            and the squared norm of the weights if it was requested.
+        n_losses: Number of losses.
         is_matrix: By gradient, true for those of weight matrices.
-        flags: Nonfinite weights and buffers, if they were scanned, and a repeated lost batch.
-        squares: Squared norm of the weights, if it was requested.
-        head: Returns a `Head` and the total norm, on the device, for checks that take place there.
+        has: Which of the last three there are.
+        repeats: True for a repeated lost batch.
+        make_head: Returns a `Head` and the total norm, on the device, from the norms.
     """
 
     def __init__(
         self,
-        losses: Sequence[Tensor],
-        norms: Tensor,
+        values: Tensor,
+        n_losses: int,
         is_matrix: Sequence[bool],
-        flags: tuple[Tensor | None, Tensor | None, bool],
-        squares: Tensor | None,
-        head: Callable[[], Tensor],
+        has: tuple[bool, bool, bool],
+        repeats: bool,
+        make_head: Callable[[Tensor], Tensor],
     ) -> None:
-        weights, buffers, self._repeats = flags
-        parts = [norms]
-        for number in (*losses, weights, buffers, squares):
-            if number is not None:
-                parts.append(number.to(norms.device).reshape(1))
-        super().__init__(torch.cat(parts))
-        self._n_losses, self._is_matrix = len(losses), is_matrix
-        self._has = weights is not None, buffers is not None, squares is not None
-        self._make_head = head
+        super().__init__(values)
+        self._n_losses, self._is_matrix = n_losses, is_matrix
+        self._has, self._repeats, self._make_head = has, repeats, make_head
+
+    def norms(self, _: object = None) -> Tensor:
+        """Returns the norms of the gradients, float64."""
+        return self.values[: len(self._is_matrix)].double()
 
     @cached_property
     def head(self) -> Tensor:
         """A `Head` and the total norm, on the device."""
-        return self._make_head()
+        return self._make_head(self.norms())
 
     def read(self) -> list[float]:
         """Returns a `Head` and the total norm, once the numbers have arrived."""

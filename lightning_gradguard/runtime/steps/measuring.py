@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -11,7 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from lightning_gradguard.core import norms
-from lightning_gradguard.core.norms import OwnMeasurement, PackedMeasurement, UnitNorms, unit_places
+from lightning_gradguard.core.norms import (
+    Gradients,
+    OwnMeasurement,
+    PackedMeasurement,
+    UnitNorms,
+    unit_places,
+)
 from lightning_gradguard.runtime import distributed
 from lightning_gradguard.runtime.steps.parameters import Selection
 
@@ -46,8 +52,9 @@ class Measured:
 
     Args:
         tensors: The gradients, before any callback writes to them.
-        tensor_norms: Norm of each gradient by norm type.
-        total_norm: L2 norm of all of them together; `None` where it follows from the others.
+        norms: L2 norm of each gradient, or a function that returns them, as the next one.
+        other_norms: Norm of each gradient by norm type, other than 2.
+        total_norm: L2 norm of all of them together.
         units: The value of `Gradients.unit_norms`, if it was requested and is a sum over shards.
         weight_norms: L2 norm of each weight, if it was requested.
         packed: The numbers that checks are based on, on their way to the host.
@@ -55,8 +62,9 @@ class Measured:
     """
 
     tensors: tuple[Tensor, ...]
-    tensor_norms: Mapping[float, Tensor]
-    total_norm: Tensor | None
+    norms: Tensor | Callable[[Gradients], Tensor]
+    other_norms: Mapping[float, Tensor]
+    total_norm: Tensor | Callable[[Gradients], Tensor]
     units: tuple[UnitNorms, ...] | None
     weight_norms: Tensor | None
     packed: PackedMeasurement
@@ -72,31 +80,40 @@ def measure(selection: Selection, request: StepRequest) -> Measured:
 def _measure_whole(selection: Selection, request: StepRequest) -> Measured:
     """Measures gradients of which every rank has all, averaged; the total norms show ranks that disagree."""
     tensors = selection.gradients()
-    tensor_norms = {}
-    for p in request.norm_types:
-        values = selection.norms(tensors, p)
-        tensor_norms[p] = values if request.loss_scale == 1 else values / request.loss_scale
+    scale = request.loss_scale
     weight_norms = squares = None
     if request.weights:
         weight_norms = selection.norms(selection.parameters)
         squares = weight_norms.square().sum().nan_to_num(0.0).to(selection.device)
-    total_norm, pending = None, request.pending
-    head = partial(_whole_head, request, selection, tensor_norms[2.0], squares)
+    make_head = partial(_whole_head, request, selection, squares)
+    pending = request.pending
+    others = [p for p in request.norm_types if p != 2]
     packed: PackedMeasurement
+    norms_2: Tensor | Callable[[Gradients], Tensor]
+    total_norm: Tensor | Callable[[Gradients], Tensor]
     if selection.n_ranks == 1:
-        norms_2, is_matrix = tensor_norms[2.0], selection.is_matrix
-        packed = OwnMeasurement(request.losses, norms_2, is_matrix, request.flags, squares, head)
+        weights, buffers, repeats = request.flags
+        numbers = [*request.losses, *[n for n in (weights, buffers, squares) if n is not None]]
+        values = selection.norms_and(tensors, numbers)
+        if scale != 1:
+            values = torch.cat([values[: len(tensors)] / scale, values[len(tensors) :]])
+        has = weights is not None, buffers is not None, squares is not None
+        n_losses, is_matrix = len(request.losses), selection.is_matrix
+        packed = own = OwnMeasurement(values, n_losses, is_matrix, has, repeats, make_head)
+        norms_2, total_norm = own.norms, norms.total_norm_of
     else:
-        *numbers, total_norm = head().unbind()
-        total_norms = total_norm.new_zeros(selection.n_ranks)
-        total_norms[distributed.rank()] = total_norm
-        parts = {"head": torch.stack(numbers), "total_norms": total_norms}
+        norms_2 = selection.norms(tensors) / scale
+        *head, own_norm = make_head(norms_2).unbind()
+        total_norms = own_norm.new_zeros(selection.n_ranks)
+        total_norm = total_norms[distributed.rank()] = own_norm
+        parts = {"head": torch.stack(head), "total_norms": total_norms}
         seen = distributed.reduce_together(parts if pending is None else {**parts, "pending": pending}, {})
         packed = PackedMeasurement(torch.cat([seen["head"], seen["total_norms"]]))
         pending = seen.get("pending")
     return Measured(
         tensors=tensors,
-        tensor_norms=tensor_norms,
+        norms=norms_2,
+        other_norms={p: selection.norms(tensors, p) / scale for p in others} if others else {},
         total_norm=total_norm,
         units=None,
         weight_norms=weight_norms,
@@ -131,7 +148,8 @@ def _measure_shards(selection: Selection, request: StepRequest) -> Measured:
     total_norm = norms.total_norm_from_norms(tensor_norms[2.0])
     return Measured(
         tensors=tensors,
-        tensor_norms=tensor_norms,
+        norms=tensor_norms.pop(2.0),
+        other_norms=tensor_norms,
         total_norm=total_norm,
         units=_unit_norms(seen["units"], parameters) if request.units else None,
         weight_norms=norms.norms_from_power_sums(seen["weights"]) if request.weights else None,
@@ -153,7 +171,7 @@ def norms_over_shards(selection: Selection, *lists: Sequence[Tensor]) -> Tensor:
 
 @torch.no_grad()
 def _whole_head(
-    request: StepRequest, selection: Selection, tensor_norms: Tensor, squares: Tensor | None
+    request: StepRequest, selection: Selection, squares: Tensor | None, tensor_norms: Tensor
 ) -> Tensor:
     """Returns a `Head` of one process and its total norm, float64."""
     head = _head(request, selection)

@@ -89,6 +89,12 @@ class Selection:
             return self._buckets.norms(tensors, norm_type).to(self.device)
         return tensor_norms(tensors, norm_type).to(self.device)
 
+    def norms_and(self, tensors: Sequence[Tensor], numbers: Sequence[Tensor]) -> Tensor:
+        """Returns the L2 norm of each of the gradients, and then other numbers, in one tensor."""
+        if self._is_plain and {*map(_LAYOUT, tensors)} == {torch.strided}:
+            return self._buckets.norms_and(tensors, numbers)
+        return torch.cat([self.norms(tensors), *[number.reshape(1) for number in numbers]])
+
     @cached_property
     def _buckets(self) -> Buckets:
         return Buckets(self.gradients())

@@ -60,7 +60,7 @@ class Step:
         optimizer_index: Its position in `trainer.optimizers`.
         gradients: As measured, before any callback writes to them.
         selection: The parameters that were measured.
-        tensor_norms: Norm of each gradient by `norm_type`.
+        other_norms: Norm of each gradient by `norm_type`, other than 2.
         weight_norms: L2 norm of each weight before the step, if a callback asked for it.
         is_checked: True if a callback checks the step, now or before the next one.
         is_deferred: True if the check takes place before the next step.
@@ -77,7 +77,7 @@ class Step:
     optimizer_index: int
     gradients: Gradients
     selection: Selection
-    tensor_norms: Mapping[float, Tensor]
+    other_norms: Mapping[float, Tensor]
     weight_norms: Tensor | None
     is_checked: bool
     is_deferred: bool
@@ -86,6 +86,11 @@ class Step:
     verdict: StepVerdict
     accepted: bool
     inside_closure: bool
+
+    @property
+    def tensor_norms(self) -> Mapping[float, Tensor]:
+        """Norm of each gradient by `norm_type`."""
+        return {2.0: self.gradients.norms, **self.other_norms}
 
     @property
     def loss(self) -> Tensor:
