@@ -53,7 +53,7 @@ def default_callbacks(
             summary at the end of the run are then not printed; files and loggers get them all the same.
 
     Raises:
-        ValueError: If an argument is of another class.
+        ValueError: If an argument is no instance of its class, such as the class itself, or False.
 
     Example:
         >>> from lightning_gradguard import NaNRollback, default_callbacks
@@ -79,7 +79,9 @@ def default_callbacks(
         elif callback == "default":
             callbacks.append(default())
         elif callback is not None:
-            raise ValueError(f"{name}={callback!r} must be of class {default.__name__}, or None to omit it.")
+            raise ValueError(
+                f"{name}={callback!r}: pass an instance, {default.__name__}(...), or None to omit it."
+            )
     if not verbose:
         for configured in callbacks:
             configured.verbose = False  # type: ignore[attr-defined]

@@ -122,7 +122,14 @@ class GradientNormMonitor(StepCallback):
         self.update_ratio = update_ratio
         self.histograms = histograms
         self.prog_bar = prog_bar
-        self.state_arguments = {"norm_type": self.norm_type, "level": level}
+        chosen = {
+            "include": self.include,
+            "exclude": self.exclude,
+        }  # no part of the key in checkpoints of 0.5
+        self.state_arguments = {
+            **{"norm_type": self.norm_type, "level": level},
+            **{name: names for name, names in chosen.items() if names},
+        }
         self._charts: dict[int, ChartGroups] = defaultdict(
             partial(ChartGroups, level, self.include, self.exclude, self.norm_type)
         )
@@ -247,8 +254,6 @@ class GradientNormMonitor(StepCallback):
             self._bands[index].add(numbers.total_norm)
         if logged.accepted and not logged.is_late:
             self._publish_total(trainer, index, numbers.total_norm)
-        if logged.accepted and self.norm_type == 2:
-            self.suite.add_norm(numbers.total_norm)
         charts = self._charts[index]
         if index == 0:
             self._heat_map.append(trainer, logged.step, charts.norms(logged.names, numbers.grad_norms))

@@ -307,5 +307,9 @@ class InitializationCheck(Callback, Configured):
                 publish(trainer, pl_module, incident, prints_advice=not in_table)
         if failed:
             raise InitializationError("The network, as it is initialized, will not train:\n" + table(serious))
-        if shown:
-            console.print_message(trainer, "Initialization\n" + table(shown))
+        healthy = [f for f in shown if f.severity == "info" and not f.is_tried]
+        if rows := [f for f in shown if f not in healthy]:
+            console.print_message(trainer, "Initialization\n" + table(rows))
+        if healthy:
+            seen = first_names(3, [f.describe() for f in healthy])
+            console.print_message(trainer, f"Initialization: {seen}; healthy networks have that too.")

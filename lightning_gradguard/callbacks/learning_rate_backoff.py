@@ -77,6 +77,7 @@ class LearningRateBackoff(StepCallback):
         self._is_first_batch = False
         self._has_updated = False
         self._has_ended = False
+        self._unscaled = 0
         self._rates: list[ScaledLearningRate] = []
         self._scheduled: dict[int, list[float | Tensor]] = {}
 
@@ -101,6 +102,7 @@ class LearningRateBackoff(StepCallback):
         self._has_ended = False
         self._backoff.begin(trainer.global_step)
         self._is_first_batch, self._has_updated = True, False
+        self._unscaled = 0
         if self.prog_bar:
             self.suite.metrics.show_on_bar(tags.LR_SCALE)
 
@@ -139,6 +141,7 @@ class LearningRateBackoff(StepCallback):
         if incident.cause in ("bad_input", *OF_OPTIMIZER) or not self._has_updated:
             return
         if not self._initial_rates():
+            self._unscaled += 1
             return
         if self._backoff.on_rollback(int(incident.value)):
             self._found_rate = None
@@ -186,6 +189,8 @@ class LearningRateBackoff(StepCallback):
         counts = {tags.LR_SCALE: self._backoff.scale}
         if self._found_rate is not None:
             counts[tags.FOUND_LR] = self._found_rate
+        if self._unscaled:
+            counts[tags.UNSCALED_ROLLBACKS] = self._unscaled
         return counts
 
     @override

@@ -36,7 +36,7 @@ IncidentKind = Literal[
     "nonfinite_validation",
     "nonfinite_test",
 ]
-#: The intervention of the suite.
+#: The intervention of the suite; `stopped` is also that of an `EarlyStopping`.
 Action = Literal["none", "skipped", "rolled_back", "backed_off", "repaired", "stopped"]
 #: The origin of the first nonfinite value, as a replay finds it.
 Cause = Literal[
@@ -236,6 +236,11 @@ class Incident:
         if self.value is None:
             return ""
         return _VALUES.get(self.kind, "value {:.4g}").format(self.value)
+
+    @property
+    def is_explained(self) -> bool:
+        """True if its cause is known, or its advice has been tried."""
+        return self.cause not in ("", "transient", "unknown") or self.advice.startswith(CURE)
 
     def describe(self) -> str:
         """Returns the incident in one line."""

@@ -25,6 +25,7 @@ ROLLBACKS = "rollback/rollbacks"
 AMP_OVERFLOWS = "rollback/amp_overflows"
 LR_SCALE = "lr_backoff/scale"
 FOUND_LR = "summary/found_lr"
+UNSCALED_ROLLBACKS = "summary/unscaled_rollbacks"
 LR = "lr_backoff/lr/<name>"
 SCHEDULED_LR = "lr_backoff/scheduled_lr/<name>"
 INITIALIZATION = "init/<name>"
@@ -71,6 +72,8 @@ Role = Literal[
     "scale",
     "rate",
     "largest",
+    "run_fraction",
+    "run_coefficient",
     "initialization",
     "loss",
 ]
@@ -91,6 +94,8 @@ _OWN: dict[str, Role] = {
     LR: "rate",
     LARGEST_NORM: "largest",
     LARGEST_LOGGED_NORM: "largest",
+    CLIPPED_FRACTION: "run_fraction",
+    USUAL_COEFFICIENT: "run_coefficient",
     INITIALIZATION: "initialization",
 }
 _NAME = r"(?P<name>.+?)"

@@ -133,7 +133,11 @@ def _interventions(run: Run) -> Interventions:
         ranks=run.ranks,
         learning_rate_scale=log.backoff_scale.values[-1] if len(log.backoff_scale) else None,
         learning_rates={group: series.values[-1] for group, series in run.rates.items()},
-        clipped_share=sum(fractions) / len(fractions) if fractions else None,
+        clipped_share=(
+            log.clipped_fraction
+            if log.clipped_fraction is not None or not fractions
+            else sum(fractions) / len(fractions)
+        ),
         clipped_elsewhere_share=sum(elsewhere) / len(elsewhere) if any(elsewhere) else None,
     )
 

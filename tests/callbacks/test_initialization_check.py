@@ -212,6 +212,27 @@ def test_a_gain_through_time_is_advice_and_no_incident(
     assert not (Path(logger.log_dir) / "incidents.jsonl").exists()
 
 
+def test_what_is_no_fault_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    class EachStep(Classifier):
+        """The first steps reach the loss at once, and not through time alone."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.net: Any = nn.LSTM(1, 16, batch_first=True)
+            self.head = nn.Linear(16, 1)
+
+        def training_step(self, batch: Batch, batch_idx: int) -> Tensor | None:
+            inputs = batch[0].repeat(1, 4)
+            return nn.functional.mse_loss(
+                self.head(self.net(inputs[..., None])[0])[..., 0], inputs.cumsum(1) / 6
+            )
+
+    fit(EachStep(), batches(1), [InitializationCheck()], enable_progress_bar=True)
+    printed = capsys.readouterr()
+    (line,) = [line for line in (printed.out + printed.err).splitlines() if "gradguard" in line]
+    assert re.search("Initialization: gain_through_time of net: -.* decades, usual: -3 .. 3; healthy", line)
+
+
 def test_a_plain_convolutional_network_has_advice_and_no_incident(tmp_path: Path) -> None:
     class Plain(Classifier):
         def __init__(self) -> None:

@@ -229,8 +229,13 @@ def test_an_optimizer_without_a_rate_is_left_alone_and_named() -> None:
         def on_training_incident(self, trainer: pl.Trainer, pl_module: Any, incident: Incident) -> None:
             seen.append(incident.kind)
 
-    callbacks = [LearningRateBackoff(), NaNRollback(max_dossiers=0, snapshot_every_n_steps=5), Spy()]
+    callbacks: list[Any] = [
+        LearningRateBackoff(),
+        NaNRollback(max_dossiers=0, snapshot_every_n_steps=5),
+        Spy(),
+    ]
     with pytest.warns(UserWarning, match="LearningRateBackoff does not act: the parameter groups of Descent"):
         fit(Module(), poisoned(batches(40), nan=[20, 21, 22]), callbacks)
     assert "rollback" in seen
     assert "learning_rate_backoff" not in seen
+    assert dict(callbacks[0].final_counts())["summary/unscaled_rollbacks"] == seen.count("rollback")

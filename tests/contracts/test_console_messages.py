@@ -14,7 +14,7 @@ import pytest
 import pytorch_lightning as pl
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.callbacks import RichProgressBar, TQDMProgressBar
-from pytorch_lightning.loggers import TensorBoardLogger
+from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
@@ -28,6 +28,9 @@ from lightning_gradguard import (
     TrainingDivergedError,
     default_callbacks,
 )
+from lightning_gradguard.cli.main import main
+from lightning_gradguard.core.incidents import CURE
+from lightning_gradguard.runtime.incidents.journal import incident_now, publish
 from lightning_gradguard.runtime.logging.console import print_message, shell_command
 from tests.fake_cuda import BatchTracker, fake_cuda, strategy
 from tests.launching import launch
@@ -202,6 +205,10 @@ def test_a_table_at_the_end(bar: Any, bar_first: bool, capsys: pytest.CaptureFix
         "pages": "logs/storm/version_0/incidents, one for the first skip of each episode",
     }
     assert table(printed, "Next steps") == {
+        "nonfinite loss": (
+            "Look at batch[0]: the data holds nonfinite or huge values. Clean or exclude the samples, and "
+            "normalize inputs."
+        ),
         "report": "lightning-gradguard report logs/storm/version_0",
         "charts": "tensorboard --logdir logs/storm",
     }
@@ -215,11 +222,15 @@ def test_a_run_that_was_clipped_all_the_time_is_not_called_clean(capsys: pytest.
     printed = lines(capsys)
     rows = table(printed)
     assert rows["incidents"] == "none"
-    assert rows["unusual"] == "100.0% of the steps were clipped, usual: up to 50%"
+    clipped = re.fullmatch(r"(100% .* clipped, to (\S+) of their norm), usual: up to 50%", rows["unusual"])
+    assert clipped is not None
     assert "written to" not in rows
     next_steps = table(printed, "Next steps")
     assert next_steps["report"] == "lightning-gradguard report logs/all/version_0"
-    assert re.search(r"multiply the learning rate by \d[\d.e-]+: steps", next_steps["clipping"])
+    assert f"multiply the learning rate by {clipped[2]}: steps" in next_steps["clipping"]
+    capsys.readouterr()
+    main(["report", "logs/all/version_0"])
+    assert clipped[1] in " ".join(capsys.readouterr().out.split()), "the report has the same figures"
 
 
 class Steep(Classifier):
@@ -283,16 +294,38 @@ def test_one_line_where_nothing_happened(capsys: pytest.CaptureFixture[str]) -> 
     assert line.startswith("gradguard: No incident; 10 steps, ")
     assert "largest norm 0." in line
     fit_with_bar([LearningRateBackoff()], batches(10))
-    assert "gradguard: No incident; 10 steps." in lines(capsys)
+    assert any(line.startswith("gradguard: No incident; 10 steps, largest norm 0.") for line in lines(capsys))
 
 
-def test_nonfinite_gradients_are_unusual_where_nothing_checks_steps(
-    capsys: pytest.CaptureFixture[str],
+@pytest.mark.parametrize("callback", [GradientNormMonitor, AdaptiveGradientClipping, LearningRateBackoff])
+def test_nonfinite_gradients_are_an_incident_where_nothing_checks_steps(
+    callback: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    fit_with_bar([GradientNormMonitor()], poisoned(batches(10), nan=[4]), log_every_n_steps=1)
+    fit_with_bar([callback()], poisoned(batches(10), nan=[4]), logger=CSVLogger("logs", "nan"))
     printed = lines(capsys)
-    assert table(printed)["unusual"] == "gradients of 6 logged steps were not finite"
-    assert any(line.startswith("  nonfinite  Add NaNRollback()") for line in printed)
+    assert table(printed)["incidents"] == "nonfinite gradients (1)"
+    assert any("Nonfinite gradients at step 4" in line and "add NaNRollback()" in line for line in printed)
+    (written,) = Path("logs/nan/version_0/incidents.jsonl").read_text().splitlines()
+    assert (json.loads(written)["kind"], json.loads(written)["step"]) == ("nonfinite_gradient", 4)
+
+
+def test_the_remedy_of_a_known_cause_is_a_next_step(capsys: pytest.CaptureFixture[str]) -> None:
+    class Found(pl.Callback):
+        def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+            for kind in ("exploding_gradient", "divergence"):
+                facts = {"cause": "update_too_large", "advice": "Lower the learning rate."}
+                publish(trainer, pl_module, incident_now(trainer, kind, **facts))
+            cure = CURE + "nn.init.xavier_normal_(model.net[0].weight)\n" * 3
+            publish(trainer, pl_module, incident_now(trainer, "dead_units", advice=cure))
+
+    fit_with_bar([Found(), AdaptiveGradientClipping(GlobalNormClipping(1e-3))], batches(30), logger=False)
+    next_steps = table(lines(capsys), "Next steps")
+    assert "a sum where the loss needs a mean" not in next_steps.pop("clipping")
+    assert next_steps == {
+        "exploding gradients": "Lower the learning rate.",
+        "dead units": "the cure printed above, at step 0",
+        "report": "give the Trainer a logger: lightning-gradguard report reads what it writes",
+    }
 
 
 class Accumulating(Classifier):
@@ -472,7 +505,7 @@ def test_resumed_run_prints_its_counts(tmp_path: Path, capsys: pytest.CaptureFix
     data = poisoned(batches(10), nan=[7])
     fit_with_bar([rollback], data, ckpt_path=path, max_epochs=2)
     rows = table(lines(capsys))
-    assert rows["steps skipped"].startswith("2 of 20 (10.0%)")
+    assert rows["steps skipped"].startswith("2 of 20 (10%)")
     assert rows["incidents"] == "nonfinite loss (1)"
     assert rows["resumed"] == "at step 10; skips and rollbacks are of the whole run"
     with pytest.warns(UserWarning, match="NaNRollback{'patience': 3}"):

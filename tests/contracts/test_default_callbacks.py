@@ -216,5 +216,5 @@ def test_replacements() -> None:
     ]
     with pytest.raises(TypeError, match="'rollback'"):
         default_callbacks(rollback=None)  # type: ignore[call-arg]
-    with pytest.raises(ValueError, match="must be of class NaNRollback"):
+    with pytest.raises(ValueError, match=r"pass an instance, NaNRollback\(...\), or None to omit it"):
         default_callbacks(nan_rollback=LearningRateBackoff())  # type: ignore[arg-type]

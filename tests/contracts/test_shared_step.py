@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import pytorch_lightning as pl
 import torch
+from lightning_fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
 from lightning_gradguard import (
@@ -296,3 +297,21 @@ def test_of_two_clippers_the_value_on_the_host_is_logged() -> None:
     ]
     fit(Classifier(), batches(4), [*clippers, NaNRollback()], logger=logged, log_every_n_steps=1)
     assert logged.coefficients == pytest.approx(Coefficients.seen)
+
+
+def test_two_callbacks_whose_states_have_one_name_are_rejected() -> None:
+    for callbacks in (
+        [GradientNormMonitor(), GradientNormMonitor(every_n_steps=3)],
+        [AdaptiveGradientClipping(), AdaptiveGradientClipping()],
+    ):
+        keyword = "gradient_norm_monitor" if isinstance(callbacks[0], GradientNormMonitor) else "adaptive"
+        words = f"The Trainer has 2 {type(callbacks[0]).__name__} callbacks, .*keep one of them.*{keyword}"
+        with pytest.raises(MisconfigurationException, match=words):
+            fit(Classifier(), batches(1), callbacks)
+    total = GradientNormMonitor(level="total", every_n_steps=1)
+    parts = [GradientNormMonitor(include=[name]) for name in ("net.0", "net.6")]
+    fit(Classifier(), batches(1), [total, GradientNormMonitor(level="module"), *parts, _Plain(), _Plain()])
+
+
+class _Plain(StepCallback):
+    """Has no state."""

@@ -30,6 +30,7 @@ PUBLISHED = {
     tags.AMP_OVERFLOWS: "rollback/amp_overflows",
     tags.LR_SCALE: "lr_backoff/scale",
     tags.FOUND_LR: "summary/found_lr",
+    tags.UNSCALED_ROLLBACKS: "summary/unscaled_rollbacks",
     tags.LR: "lr_backoff/lr/<name>",
     tags.SCHEDULED_LR: "lr_backoff/scheduled_lr/<name>",
     tags.INITIALIZATION: "init/<name>",

@@ -8,10 +8,34 @@ from typing import Any
 HARD_CLIPPING = 0.5
 #: Clipping is constant if it is hard in more than this share of the steps.
 CONSTANT_CLIPPING = 0.5
+#: A run is not healthy if more than this share of its steps is clipped to less than this share of their norm;
+#: the latter is higher where updates are known to be too large without clipping.
+NEARLY_ALL, FAR_CLIPPING, FAR_IF_TOO_LARGE = 0.9, 1e-4, 0.1
 #: Updates are usually about this share of the norm of the weights; clipping that leaves less may hinder.
 USUAL_UPDATE = 1e-3
 #: Steps over which the share is taken.
 SHARE_STEPS = 100
+
+
+def describe_clipping(share: float, coefficient: float | None = None) -> str:
+    """Returns the clipping of a run in words, the same wherever it is named.
+
+    Example:
+        >>> describe_clipping(0.1264), describe_clipping(1.0, 9.42e-10)
+        ('12.6% of the steps were clipped', '100% of the steps were clipped, to 9.4e-10 of their norm')
+    """
+    left = "" if coefficient is None else f", to {coefficient:.2g} of their norm"
+    return f"{percent(share)} of the steps were clipped{left}"
+
+
+def percent(share: float) -> str:
+    """Returns a share in percent, with three digits.
+
+    Example:
+        >>> percent(0.12345), percent(1.0)
+        ('12.3%', '100%')
+    """
+    return f"{100 * share:.3g}%"
 
 
 class ConstantClippingDetector:

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
 #: What a run has, so that some advice does not apply; `feed_forward`: no recurrence; `untrained`: what is
 #: found was there before the first update; `by_batch`: no schedule that steps once an epoch is at fault;
-#: `sampled`: it was found on a step that is sampled, and may have begun before.
+#: `sampled`: it was found on a step that is sampled, and may have begun before; `explained`: its cause is
+#: known.
 Present = Literal[
     "clipping",
     "backoff",
@@ -32,6 +33,7 @@ Present = Literal[
     "has_rate",
     "no_rate",
     "sampled",
+    "explained",
 ]
 
 #: How a cure names all weights: those of layers or, for functional code and recurrent networks, all matrices.

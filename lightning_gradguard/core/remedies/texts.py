@@ -46,8 +46,8 @@ BY_KIND = {
     ),
     "constant_clipping": (
         "With SGD, multiply the learning rate by {coefficient}: steps are as long then, without clipping. "
-        "Else raise the bound, where clipping has one (max_norm, clipping, gradient_clip_val). Find out why "
-        "norms are large (initialization, a sum where the loss needs a mean)."
+        "Else raise the bound, where clipping has one (max_norm, clipping, gradient_clip_val)."
+        "[explained| Find out why norms are large (initialization, a sum where the loss needs a mean).]"
     ),
     "gradient_collapse": (
         "Most of the network no longer gets gradients, as when all units of a layer are dead: lower the "

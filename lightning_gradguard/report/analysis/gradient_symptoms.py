@@ -11,11 +11,15 @@ from lightning_gradguard.core.detectors import (
     ABOVE_START,
     CONSTANT_CLIPPING,
     EXPLOSION,
+    FAR_CLIPPING,
+    FAR_IF_TOO_LARGE,
     HARD_CLIPPING,
+    NEARLY_ALL,
     USUAL_UPDATE,
     CollapseDetector,
+    describe_clipping,
 )
-from lightning_gradguard.core.remedies import advice, advice_for_cause
+from lightning_gradguard.core.remedies import Present, advice, advice_for_cause
 from lightning_gradguard.report.analysis.failure import largest_layers_at
 from lightning_gradguard.report.analysis.lasting_symptoms import (
     are_matrices,
@@ -26,6 +30,8 @@ from lightning_gradguard.report.analysis.lasting_symptoms import (
 from lightning_gradguard.report.analysis.outcome import MIN_POINTS, Outcome, RunSymptom, SymptomSeverity, ends
 from lightning_gradguard.report.analysis.run_log import GradientLog, RunLog
 
+#: Causes by which updates are too large without clipping.
+TOO_LARGE = ("update_too_large", "input_scale", "data_scale", "target_scale")
 #: A coefficient is smaller than another one below this share of it.
 SMALLEST_DIFFERENCE = 0.99
 
@@ -36,7 +42,7 @@ def gradient_symptoms(log: RunLog, outcome: Outcome) -> Iterator[RunSymptom]:
         yield from _explosion(log, gradients, outcome)
         yield from lasting_symptoms(gradients, outcome)
         yield from _collapse(gradients, outcome)
-        yield from _constant_clipping(gradients, outcome)
+        yield from _constant_clipping(log, gradients, outcome)
     yield from _large_norm(log)
 
 
@@ -109,7 +115,7 @@ def _collapse(gradients: GradientLog, outcome: Outcome) -> Iterator[RunSymptom]:
         yield RunSymptom("gradient_collapse", "serious", since, evidence, 0.0)
 
 
-def _constant_clipping(gradients: GradientLog, outcome: Outcome) -> Iterator[RunSymptom]:
+def _constant_clipping(log: RunLog, gradients: GradientLog, outcome: Outcome) -> Iterator[RunSymptom]:
     fractions = gradients.clip_fraction.last_half()
     coefficients = gradients.clip_coefficient.last_half()
     if any(clipped_elsewhere(gradients)):
@@ -121,12 +127,21 @@ def _constant_clipping(gradients: GradientLog, outcome: Outcome) -> Iterator[Run
     usual = median(coefficients) if coefficients else 0.0
     if share <= CONSTANT_CLIPPING or usual > HARD_CLIPPING:
         return
-    evidence = f"{share:.0%} of the steps in the second half were clipped, to {usual:.2g} of their norm"
-    is_sure = len(fractions) >= MIN_POINTS and not outcome.has_learned
+    of_run = log.clipped_fraction or 0.0
+    if of_run > CONSTANT_CLIPPING and len(log.gradients) == 1:  # the numbers that the end of the run has
+        share, usual = of_run, log.clip_coefficient or usual
+        evidence = describe_clipping(share, usual)
+    else:
+        evidence = f"{describe_clipping(share, usual)}, in the second half of the run"
+    cause = next((i.cause for i in log.incidents if i.cause in TOO_LARGE), "")
+    is_far = share > NEARLY_ALL and usual < (FAR_IF_TOO_LARGE if cause else FAR_CLIPPING)
+    is_sure = len(fractions) >= MIN_POINTS and (is_far or not outcome.has_learned)
     since = gradients.clip_fraction.steps[len(gradients.clip_fraction) // 2]
-    next_steps = (advice("constant_clipping", coefficient=usual or None),)
+    present: tuple[Present, ...] = ("explained",) if cause else ()
+    next_steps = (advice("constant_clipping", present=present, coefficient=usual or None),)
     severity: SymptomSeverity = "serious" if is_sure else "minor"
-    yield RunSymptom("constant_clipping", severity, since, evidence, share, remedies=next_steps)
+    cause = cause if is_far else ""
+    yield RunSymptom("constant_clipping", severity, since, evidence, share, (), next_steps, cause)
 
 
 def clipped_elsewhere(gradients: GradientLog) -> list[bool]:

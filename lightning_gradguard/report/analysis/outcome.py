@@ -32,7 +32,7 @@ class Outcome:
         survived: Number of steps before the first from which on all values were nonfinite; `None` if nothing
             finite was logged and the first steps were not logged.
         failed_at: That step; `None` if there is none.
-        was_stopped: True if the suite stopped the run.
+        was_stopped: True if the suite stopped the run, or `EarlyStopping` at a nonfinite metric.
         first_loss: Median of the first tenth; `None` if unknown.
         final_loss: Median of the last tenth; NaN if the run failed, `None` if unknown.
         has_learned: True if the loss fell by at least a fifth, and by more than its noise; by the

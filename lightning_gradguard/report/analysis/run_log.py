@@ -87,6 +87,8 @@ class RunLog:
         backoff_scale: Factor on the learning rates.
         incidents: In the order of the file.
         largest_norm: Largest norm of all measured steps, logged or not; `None` if it was not logged.
+        clipped_fraction: Share of all steps that the suite has clipped, likewise.
+        clip_coefficient: Geometric mean of the coefficients of these, likewise.
         was_checked: True if the initialization was checked.
     """
 
@@ -97,4 +99,6 @@ class RunLog:
     backoff_scale: Series = Series()
     incidents: Sequence[Incident] = ()
     largest_norm: float | None = None
+    clipped_fraction: float | None = None
+    clip_coefficient: float | None = None
     was_checked: bool = False

@@ -10,7 +10,7 @@ from typing import Literal
 from lightning_gradguard.core.incidents import AT_ANY_RATE, CAUSES, SYMPTOM_CAUSES, label, title
 from lightning_gradguard.core.remedies import remedies
 from lightning_gradguard.report.analysis.failure import failure_cause
-from lightning_gradguard.report.analysis.gradient_symptoms import gradient_symptoms
+from lightning_gradguard.report.analysis.gradient_symptoms import TOO_LARGE, gradient_symptoms
 from lightning_gradguard.report.analysis.incident_symptoms import (
     INITIALIZATION,
     found_rate,
@@ -31,7 +31,7 @@ Status = Literal["healthy", "recovered", "unhealthy", "failed", "unknown"]
 
 _SEVERITIES = ("fatal", "serious", "handled", "minor")
 #: Symptoms of which incidents know more than logs do; so they do of those whose cause is diagnosed.
-_DIAGNOSED = ("stuck_loss", "constant_clipping")
+_DIAGNOSED = ("stuck_loss",)
 #: Order among equally severe symptoms without a cause: causes before their consequences.
 _ORDER = (
     *("exploding_gradient", "nonfinite_weights", "nonfinite_loss", "nonfinite_gradient", "divergence"),
@@ -140,7 +140,9 @@ def _by_outcome(symptom: RunSymptom, outcome: Outcome, found: Sequence[RunSympto
         earlier = [s for s in found if s.severity == "serious" and s.since <= symptom.since]
         return severity if any(s.cause in SYMPTOM_CAUSES for s in earlier) else "serious"
     is_diagnosed = symptom.cause in SYMPTOM_CAUSES
-    lasts = symptom.kind in ("divergence", "stuck_loss") or symptom.kind.startswith("nonfinite")
+    lasts = symptom.kind in ("divergence", "stuck_loss", "constant_clipping") or symptom.kind.startswith(
+        "nonfinite"
+    )
     lasts |= is_diagnosed
     if severity == "serious" and outcome.has_learned and not lasts:
         return "minor"
@@ -148,7 +150,8 @@ def _by_outcome(symptom: RunSymptom, outcome: Outcome, found: Sequence[RunSympto
         return severity
     causes = [s for s in found if s.kind != "constant_clipping" and s.severity != "minor"]
     # hard clipping is what kept a bad run alive, unless there is nothing else
-    return "minor" if symptom.kind == "constant_clipping" and causes else severity
+    hinders = symptom.kind == "constant_clipping" and not outcome.has_learned
+    return "minor" if hinders and causes else severity
 
 
 def _rank(symptom: RunSymptom) -> tuple[int, bool, int]:
@@ -183,7 +186,7 @@ def _headline(status: Status, symptoms: Sequence[RunSymptom]) -> str:
         kinds = {symptom.kind for symptom in symptoms}
         if "stuck_loss" in kinds:
             return "healthy, with a flat loss"
-        large = [s.cause for s in symptoms if s.cause in ("update_too_large", "input_scale", "data_scale")]
+        large = [s.cause for s in symptoms if s.cause in TOO_LARGE]
         if large and "constant_clipping" in kinds:
             return f"healthy, with {title('constant_clipping')} (cause: {label(large[0])})"
         exploding = [s for s in symptoms if s.kind == "exploding_gradient" and s.cause in SYMPTOM_CAUSES]

@@ -116,6 +116,8 @@ def read_run(name: str, path: Path) -> Run:
         incidents=tuple(without_abandoned(incidents, abandoned) if abandoned else incidents),
         was_checked=bool(tags.every("initialization")),
         largest_norm=max((v for s in tags.every("largest").values() for _, v in s.finite()), default=None),
+        clipped_fraction=next(reversed(tags.one("run_fraction").values), None),
+        clip_coefficient=next(reversed(tags.one("run_coefficient").values), None),
     )
     lost_batches, ranks = read_lost_batches(there, notes)
     return Run(

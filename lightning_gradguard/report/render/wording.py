@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from lightning_gradguard.core.detectors import describe_clipping
 from lightning_gradguard.report.run_report import Interventions, RunReport
 
 LAYERS_TITLE = "Layers, those of symptoms first, then by largest norm"
@@ -49,9 +50,8 @@ def intervention_sentences(interventions: Interventions) -> list[str]:
         final = f"final learning rate {rates}," if rates else "learning rate"
         sentences.append(f"{final} scaled by {interventions.learning_rate_scale:.3g}")
     if interventions.clipped_share is not None:
-        sentences.append(
-            f"{interventions.clipped_share:.0%} of the steps clipped by AdaptiveGradientClipping"
-        )
+        clipped = describe_clipping(interventions.clipped_share)
+        sentences.append(f"{clipped} by AdaptiveGradientClipping")
     if interventions.clipped_elsewhere_share is not None:
         share = f"{interventions.clipped_elsewhere_share:.0%} of the logged steps clipped"
         sentences.append(f"{share} by the Trainer or the module")

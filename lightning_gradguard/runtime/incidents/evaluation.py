@@ -72,6 +72,7 @@ class EvaluationWatch:
                 ]
             ),
             advice=advice(kind) if first is not None else _AT_END,
+            action="stopped" if any(c.check_finite for c in _watching(trainer, metrics)) else "none",
         )
         publish(trainer, pl_module, incident)
 
@@ -93,17 +94,19 @@ def _place(in_metrics: bool, first: tuple[int, int] | None, rank: int | None) ->
     return [f"the first such batch is {place}"]
 
 
-def _consequences(trainer: pl.Trainer, metrics: Collection[str]) -> list[str]:
-    """Returns what each `EarlyStopping` does about it.
-
-    It does nothing in the sanity check ahead of training, nor outside of a fit.
-    """
+def _watching(trainer: pl.Trainer, metrics: Collection[str]) -> list[Any]:
+    """Returns each `EarlyStopping` of a metric, which acts in a fit alone, after its sanity check."""
     if trainer.sanity_checking or trainer.state.fn != "fit":
         return []
-    watching = [
+    return [
         callback
         for callback in trainer.callbacks  # type: ignore[attr-defined]
         if is_instance_by_name(callback, "EarlyStopping") and callback.monitor in metrics
     ]
+
+
+def _consequences(trainer: pl.Trainer, metrics: Collection[str]) -> list[str]:
+    """Returns what each `EarlyStopping` does about it."""
+    watching = _watching(trainer, metrics)
     does = {True: "stops training", False: "counts that as no improvement"}
     return [f"EarlyStopping(monitor={c.monitor!r}) {does[bool(c.check_finite)]}" for c in watching]

@@ -41,6 +41,8 @@ LOGGED_EVERY = 50
 #: Rows of that table, and rows with a sentence below it.
 MAX_ROWS = 30
 MAX_DETAILS = 5
+#: Remedies that are repeated at the end of the run; a longer one is not.
+MAX_REMEDIES, LONGEST_ADVICE = 3, 300
 
 
 class _Journal:
@@ -61,6 +63,7 @@ class _Journal:
         self.counts: Counter[str] = Counter()
         self.published: Counter[tuple[str, str, str]] = Counter()  # by kind, cause, why it was not examined
         self.no_longer_printed: set[str] = set()
+        self.explained: dict[str, Incident] = {}  # the first of each cause
         self.recent: deque[Incident] = deque(maxlen=MAX_ROWS)
         self._writes = writes
         self._waits = waits
@@ -76,6 +79,7 @@ class _Journal:
         self.counts.clear()
         self.published.clear()
         self.no_longer_printed.clear()
+        self.explained.clear()
         self.recent.clear()
 
     @property
@@ -197,6 +201,17 @@ def count_incidents(trainer: pl.Trainer) -> dict[str, int]:
     return dict(journal.counts) if journal else {}
 
 
+def known_remedies(trainer: pl.Trainer) -> dict[str, str]:
+    """Returns the first remedy of each known cause, by the title of its incident; a long one by its place."""
+    journal = _journals.get(trainer)
+    remedies: dict[str, str] = {}
+    for incident in journal.explained.values() if journal else ():
+        is_short = "\n" not in incident.advice and len(incident.advice) <= LONGEST_ADVICE
+        at = f"the cure printed above, at step {incident.step}"
+        remedies.setdefault(title(incident.kind), incident.advice if is_short else at)
+    return dict([*remedies.items()][:MAX_REMEDIES])
+
+
 def publish(
     trainer: pl.Trainer,
     pl_module: pl.LightningModule,
@@ -218,6 +233,8 @@ def publish(
     journal.counts[incident.kind] += 1
     group = incident.kind, incident.cause, "" if incident.examined else incident.detail
     journal.published[group] += 1
+    if incident.advice and incident.is_explained:
+        journal.explained.setdefault(incident.cause or incident.kind, incident)
     journal.write(incident)
     times, at_most = journal.published[group], MAX_PRINTED if incident.examined else 1
     if times <= MAX_PRINTED or times % LOGGED_EVERY == 0:

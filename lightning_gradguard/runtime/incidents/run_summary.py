@@ -10,16 +10,20 @@ from pathlib import Path
 import pytorch_lightning as pl
 
 from lightning_gradguard.core import tags
-from lightning_gradguard.core.detectors import Explosion
+from lightning_gradguard.core.detectors import Explosion, describe_clipping, percent
 from lightning_gradguard.core.remedies import advice, remedies
 from lightning_gradguard.runtime import lightning_api
 from lightning_gradguard.runtime.incidents.journal import (
     count_incidents,
     describe_counts,
+    incident_now,
     incidents_file,
+    known_remedies,
     log_incidents,
     markdown_cell,
+    publish,
 )
+from lightning_gradguard.runtime.incidents.present import present_in
 from lightning_gradguard.runtime.lightning_packages import is_instance_by_name
 from lightning_gradguard.runtime.logging import console, metrics
 from lightning_gradguard.runtime.logging.console import relative_to_cwd, shell_command
@@ -28,16 +32,17 @@ from lightning_gradguard.runtime.logging.hyperparameters import hyperparameters_
 #: Above this, a run without an incident is not called clean: clipping acts on most steps.
 USUAL_CLIPPED_FRACTION = 0.5
 TITLE = "Run summary"
-#: Final counts in the order of the table: name and format.
+#: Final counts in the order of the table: name and how it is printed.
 _ROWS = {
-    tags.SKIPS: ("steps skipped", "{:.0f}"),
-    tags.ROLLBACKS: ("rollbacks", "{:.0f}"),
-    tags.AMP_OVERFLOWS: ("AMP overflows", "{:.0f}"),
-    tags.LR_SCALE: ("learning rate scale", "{:.3g}"),
-    tags.FOUND_LR: ("train with", "lr={:.3g}"),
-    tags.CLIPPED_FRACTION: ("steps clipped", "{:.1%}"),
-    tags.LARGEST_NORM: ("largest norm", "{:.3g}"),
-    tags.LARGEST_LOGGED_NORM: ("largest logged norm", "{:.3g}"),
+    tags.SKIPS: ("steps skipped", "{:.0f}".format),
+    tags.ROLLBACKS: ("rollbacks", "{:.0f}".format),
+    tags.AMP_OVERFLOWS: ("AMP overflows", "{:.0f}".format),
+    tags.LR_SCALE: ("learning rate scale", "{:.3g}".format),
+    tags.UNSCALED_ROLLBACKS: ("learning rate", "as it was, after {:.0f} rollbacks: no group has 'lr'".format),
+    tags.FOUND_LR: ("train with", "lr={:.3g}".format),
+    tags.CLIPPED_FRACTION: ("steps clipped", percent),
+    tags.LARGEST_NORM: ("largest norm", "{:.3g}".format),
+    tags.LARGEST_LOGGED_NORM: ("largest logged norm", "{:.3g}".format),
 }
 
 
@@ -49,17 +54,17 @@ class RunTotals:
         first_step: That at which the fit began, on the loggers' axis: above 0 if it was resumed.
         last_step: The last one.
         largest_norm: The largest total norm of accepted gradients that reached the host.
-        checks_steps: True if every step's norm reached the host, and not that of logged steps alone.
+        has_all_norms: True if every step's norm reached the host, and not that of logged steps alone.
         explosion: The largest of these norms that was far above those before it.
-        nonfinite: Accepted gradients whose total norm reached the host, and was not finite.
+        nonfinite_since: Step and epoch of the first accepted gradients whose norm was seen not to be finite.
     """
 
     first_step: int
     last_step: int
     largest_norm: float = 0.0
-    checks_steps: bool = False
+    has_all_norms: bool = False
     explosion: Explosion = field(default_factory=Explosion)
-    nonfinite: int = 0
+    nonfinite_since: dict[str, int] | None = None
 
 
 def summarize(
@@ -78,7 +83,9 @@ def summarize(
         last_logged: The last step and value that were logged, by tag.
         counts_since: Step from which on skips and rollbacks are counted.
     """
-    first_step, step, incidents = totals.first_step, totals.last_step, count_incidents(trainer)
+    first_step, step = totals.first_step, totals.last_step
+    _publish_nonfinite(trainer, counts, totals)
+    incidents, known = count_incidents(trainer), known_remedies(trainer)
     settings = hyperparameters_of(trainer.callbacks)  # type: ignore[attr-defined]
     final = {**counts, tags.N_INCIDENTS: sum(incidents.values())}
     # counts that are logged at the last step already are not logged again
@@ -91,10 +98,7 @@ def summarize(
         **_formatted(counts, trainer.global_step - counts_since),
         "incidents": describe_counts(most_frequent_first) or "none",
     }
-    # a GradScaler overflows, and skips such a step
-    was_watched = tags.SKIPS in counts or lightning_api.gradient_scaler(trainer) is not None
-    nonfinite = 0 if was_watched or "nonfinite_gradient" in incidents else totals.nonfinite
-    if unusual := _unusual(counts, totals.explosion.largest, nonfinite):
+    if unusual := _unusual(counts, totals.explosion.largest, is_explained=bool(known)):
         rows["unusual"] = "; ".join(text for text, _ in unusual.values())
     if first_step > 0:
         # counts in checkpoints are of the whole run, the others of this part of it
@@ -106,8 +110,9 @@ def summarize(
         if incidents:
             log_incidents(trainer, step)
         lines = [TITLE, *_aligned({**rows, **_folders(trainer)})]
-        next_steps = {name: next_step for name, (_, next_step) in unusual.items()}
-        if next_steps := {**next_steps, **_commands(trainer)}:
+        # what is known explains a large norm
+        of_unusual = {k: next_step for k, (_, next_step) in unusual.items() if k == "clipping" or not known}
+        if next_steps := {**known, **of_unusual, **_commands(trainer)}:
             lines += ["Next steps", *_aligned(next_steps)]
         console.print_last_message(trainer, "\n".join(lines))
     else:
@@ -117,24 +122,31 @@ def summarize(
         console.print_last_message(trainer, f"No incident{since}; {', '.join(facts)}.")
 
 
+def _publish_nonfinite(trainer: pl.Trainer, counts: Mapping[str, float], totals: RunTotals) -> None:
+    """Publishes nonfinite gradients of a run in which no callback has skipped, or found, them."""
+    # a GradScaler overflows, and skips such a step
+    was_watched = tags.SKIPS in counts or lightning_api.gradient_scaler(trainer) is not None
+    is_known = {"nonfinite_gradient", "nonfinite_loss"}.intersection(count_incidents(trainer))
+    if totals.nonfinite_since is not None and not (was_watched or is_known):
+        text = advice("nonfinite_gradient", present={*present_in(trainer), "sampled"})
+        incident = incident_now(trainer, "nonfinite_gradient", advice=text, **totals.nonfinite_since)
+        publish(trainer, trainer.lightning_module, incident)
+
+
 def _unusual(
-    counts: Mapping[str, float], explosion: tuple[float, float] | None, nonfinite: int
+    counts: Mapping[str, float], explosion: tuple[float, float] | None, *, is_explained: bool
 ) -> dict[str, tuple[str, str]]:
     """Returns numbers of the whole run that are no incident, and not those of a healthy run either.
 
     Each is named, and has what to do about it.
     """
     found = {}
-    if nonfinite:
-        found["nonfinite"] = (
-            f"gradients of {nonfinite} logged {'step was' if nonfinite == 1 else 'steps were'} not finite",
-            remedies("nonfinite_gradient")[0],
-        )
     clipped, largest = counts.get(tags.CLIPPED_FRACTION, 0.0), counts.get(tags.LARGEST_NORM, 0.0)
+    coefficient = counts.get(tags.USUAL_COEFFICIENT)
     if clipped > USUAL_CLIPPED_FRACTION and tags.FOUND_LR not in counts:
         found["clipping"] = (
-            f"{clipped:.1%} of the steps were clipped, usual: up to {USUAL_CLIPPED_FRACTION:.0%}",
-            advice("constant_clipping", coefficient=counts.get(tags.USUAL_COEFFICIENT)),
+            f"{describe_clipping(clipped, coefficient)}, usual: up to {percent(USUAL_CLIPPED_FRACTION)}",
+            advice("constant_clipping", (), ["explained"] if is_explained else [], coefficient),
         )
     if explosion is not None and tags.CLIPPED_FRACTION not in counts:
         found["explosion"] = (
@@ -152,11 +164,11 @@ def _unusual(
 
 def _formatted(counts: Mapping[str, float], steps: int) -> dict[str, str]:
     """Returns the rows of final counts, of which those of skips are of so many steps."""
-    rows = {name: form.format(counts[tag]) for tag, (name, form) in _ROWS.items() if counts.get(tag)}
+    rows = {name: printed(counts[tag]) for tag, (name, printed) in _ROWS.items() if counts.get(tag)}
     if counts.get(tags.LR_SCALE) == 1:
         del rows["learning rate scale"]  # of the configured rate, as if there was no backoff
     if 0 < (skips := counts.get(tags.SKIPS, 0)) <= steps:
-        rows["steps skipped"] += f" of {steps} ({skips / steps:.1%}); a skip does not mend its cause"
+        rows["steps skipped"] += f" of {steps} ({percent(skips / steps)}); a skip does not mend its cause"
     if "steps skipped" in rows and "largest norm" in rows:
         rows["largest norm"] += " of accepted steps"
     return rows
@@ -173,9 +185,11 @@ def _folders(trainer: pl.Trainer) -> dict[str, str]:
 
 def _commands(trainer: pl.Trainer) -> dict[str, str]:
     commands = {}
+    command = shell_command("lightning-gradguard")
     if (file := incidents_file(trainer)) is not None and (trainer.loggers or file.is_file()):
-        command = shell_command("lightning-gradguard")
         commands["report"] = f"{command} report {shlex.quote(relative_to_cwd(file.parent))}"
+    elif not trainer.loggers:
+        commands["report"] = f"give the Trainer a logger: {command} report reads what it writes"
     for logger in trainer.loggers:
         if is_instance_by_name(logger, "TensorBoardLogger"):
             folder = shlex.quote(relative_to_cwd(Path(str(logger.root_dir))))

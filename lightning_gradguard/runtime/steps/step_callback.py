@@ -40,7 +40,8 @@ class StepCallback(StepMember, lightning_api.Callback, Configured):
     Attributes:
         suite: What the callbacks of the running fit share; read it, and call its methods. Outside of
             training, where `suite.is_running` is false, no hook acts.
-        is_single: True if a second one in a Trainer, with any arguments, is rejected.
+        is_single: True if a second one in a Trainer is rejected with any arguments; one that has a state
+            always is if it has the same `state_arguments`.
         state_arguments: Arguments that distinguish two instances in a checkpoint.
         verbose: False to print only interventions of the Trainer's callbacks, none of their findings.
 
@@ -65,7 +66,7 @@ class StepCallback(StepMember, lightning_api.Callback, Configured):
     def state_key(self) -> str:
         """Key of the callback's state in a checkpoint; Lightning asks for it ahead of every hook."""
         # until `setup`: Lightning would reject two with one key, and `setup` has a better message
-        return self._state_key() + f" {id(self):x}" * self.is_single
+        return self._state_key() + f" {id(self):x}" * self._has_state
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -194,14 +195,25 @@ class StepCallback(StepMember, lightning_api.Callback, Configured):
     def _state_key(self) -> str:
         return f"{type(self).__qualname__}{dict(self.state_arguments)!r}"
 
+    @property
+    def _has_state(self) -> bool:
+        return type(self).state_dict is not lightning_api.Callback.state_dict
+
     def _reject_second(self, trainer: pl.Trainer) -> None:
         kind = next((base for base in type(self).__mro__ if "is_single" in vars(base)), StepCallback)
-        alike = [c for c in trainer.callbacks if isinstance(c, kind)]  # type: ignore[attr-defined]
-        if self.is_single and any(other is not self for other in alike):
+        kind = kind if self.is_single else type(self)
+        callbacks: Sequence[Any] = trainer.callbacks  # type: ignore[attr-defined]
+        alike: list[Any] = [c for c in callbacks if isinstance(c, kind)]
+        why = "which would act on each other"
+        if not self.is_single:
+            alike = [c for c in alike if c._has_state and c.state_arguments == self.state_arguments]
+            why = "whose states have one name in a checkpoint"
+        if any(other is not self for other in alike):
             keyword = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", kind.__name__.replace("NaN", "Nan")).lower()
+            of_suite = f" default_callbacks({keyword}=...) takes yours in place of its own."
             raise MisconfigurationException(
-                f"The Trainer has {len(alike)} {kind.__name__} callbacks, which would act on each other: "
-                f"keep one of them. default_callbacks({keyword}=...) takes yours in place of its own."
+                f"The Trainer has {len(alike)} {kind.__name__} callbacks, {why}: keep one of them."
+                + of_suite * type(self).__module__.startswith("lightning_gradguard.")
             )
 
     def _is_first_of(self, trainer: pl.Trainer) -> bool:
@@ -215,7 +227,7 @@ class StepCallback(StepMember, lightning_api.Callback, Configured):
         try:
             counts = {tag: n for member in suite.members for tag, n in member.final_counts().items()}
             if totals.largest_norm:
-                tag = tags.LARGEST_NORM if totals.checks_steps else tags.LARGEST_LOGGED_NORM
+                tag = tags.LARGEST_NORM if totals.has_all_norms else tags.LARGEST_LOGGED_NORM
                 counts[tag] = totals.largest_norm
             for tag in (tags.SKIPS, tags.ROLLBACKS):
                 if tag in counts:  # the last batch was published only if it ended

@@ -112,7 +112,7 @@ class Suite:
         scaler = lightning_api.gradient_scaler(trainer) if self._has_scaler else None
         losses, self.losses = lightning_api.unscaled_losses(trainer, self.losses, scaler), []
         if self._totals is None:
-            self._totals = RunTotals(self._began_at, number, checks_steps=bool(self._checkers))
+            self._totals = RunTotals(self._began_at, number, has_all_norms=bool(self._checkers))
         self._totals.last_step = number
         if self._overrides:
             self.end_overrides()
@@ -155,15 +155,11 @@ class Suite:
         self.has_stepped = False
         self.metrics.flush(trainer, pl_module)
 
-    def add_norm(self, total_norm: float) -> None:
-        """Takes the total norm of an accepted step into the totals of the run."""
-        if self._totals is None:
-            return
-        if not math.isfinite(total_norm):
-            self._totals.nonfinite += 1
-        else:
-            self._totals.largest_norm = max(self._totals.largest_norm, total_norm)
-            self._totals.explosion.add(total_norm)
+    def on_host_numbers(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, record: None, numbers: list[float]
+    ) -> None:
+        """Takes the total norm of a logged step that no member checks into the totals of the run."""
+        self._add_norm(trainer, numbers[0])
 
     def end_run(self, member: StepMember) -> RunTotals | None:
         """Returns the totals of the run when the last member ends it, once; `None` if it had no step."""
@@ -230,10 +226,20 @@ class Suite:
             elif own == "ignore" and verdict == "accept":
                 verdict = own
         if verdict == "accept":
-            self.add_norm(measurement.total_norm)
+            self._add_norm(trainer, measurement.total_norm)
         elif rejected_by and not measurement.must_skip:
             measurement = replace(measurement, rejected_by=rejected_by)
         return measurement, verdict
+
+    def _add_norm(self, trainer: pl.Trainer, total_norm: float) -> None:
+        """Takes the total norm of an accepted step into the totals of the run."""
+        if self._totals is None:
+            return
+        if math.isfinite(total_norm):
+            self._totals.largest_norm = max(self._totals.largest_norm, total_norm)
+            self._totals.explosion.add(total_norm)
+        elif self._totals.nonfinite_since is None:
+            self._totals.nonfinite_since = {"step": self._totals.last_step, "epoch": trainer.current_epoch}
 
     def _checked_step(
         self,
@@ -259,7 +265,7 @@ class Suite:
                 measurement = measured.packed.measurement(index)
             if self._checkers:
                 self._deferred = (measured.packed, index)
-        return Step(
+        step = Step(
             optimizer=optimizer,
             optimizer_index=index,
             gradients=Gradients(
@@ -282,6 +288,13 @@ class Suite:
             accepted=verdict == "accept",
             inside_closure=repeats,
         )
+        if not self._checkers and self._totals is not None:
+            self._totals.has_all_norms = measurement is not None
+            if measurement is not None:
+                self._add_norm(trainer, measurement.total_norm)
+            elif self.is_logged:
+                self.metrics.add_numbers(self, None, step.gradients.total_norm.reshape(1))
+        return step
 
 
 def _deliver(pending: Sequence[PendingSums], total: Tensor) -> None:

@@ -742,6 +742,26 @@ def test_clipping_is_the_headline_only_where_nothing_else_is_wrong() -> None:
     assert (learned.status, kinds(learned)["constant_clipping"]) == ("healthy", "minor")
 
 
+@pytest.mark.parametrize("share", [1e-9, 0.05])
+@pytest.mark.parametrize("is_too_large", [True, False])
+def test_a_run_whose_every_step_is_clipped_far_is_not_healthy(share: float, is_too_large: bool) -> None:
+    ones = [1.0] * 100
+    clipped = replace(gradients(ones), clip_fraction=series(ones), clip_coefficient=series([share] * 100))
+    found = [Incident("exploding_gradient", 1, cause="update_too_large")] * is_too_large
+    verdict = analyze_run(RunLog(series(falling()), [clipped], incidents=found))
+    is_healthy = share > 0.01 and not is_too_large
+    assert (verdict.status == "healthy") == is_healthy
+    cause = " (cause: update too large)" * is_too_large
+    assert is_healthy or verdict.headline == f"hard clipping of most steps{cause}"
+
+
+def test_early_stopping_at_nan_has_ended_the_run() -> None:
+    stopped = Incident("nonfinite_validation", 99, where=("val_loss",), action="stopped")
+    verdict = analyze_run(RunLog(series(falling()), [gradients([1.0] * 100)], incidents=[stopped]))
+    assert (verdict.status, verdict.headline) == ("failed", "nonfinite validation metric")
+    assert kinds(verdict) == {"nonfinite_validation": "fatal"}
+
+
 def test_a_loss_that_is_lower_by_chance_has_not_learned() -> None:
     noisy = [12.0 + 6.0 * (-1) ** i * (i % 7) / 6 - (3.0 if i >= 180 else 0.0) for i in range(200)]
     stagnation = Incident("weight_stagnation", 10, cause="clip_value_too_small", where=("net.0",))

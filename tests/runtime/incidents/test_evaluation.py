@@ -67,6 +67,7 @@ def test_early_stopping_is_explained(first: bool, check_finite: bool) -> None:
     says = "stops training" if check_finite else "counts that as no improvement"
     assert f"EarlyStopping(monitor='val_loss') {says}" in module.incidents[0].describe()
     assert trainer.current_epoch == (1 if check_finite else 3)
+    assert module.incidents[0].action == ("stopped" if check_finite else "none")
 
 
 @pytest.mark.parametrize("verb", ["validate", "test"])
