@@ -316,14 +316,15 @@ def test_the_remedy_of_a_known_cause_is_a_next_step(capsys: pytest.CaptureFixtur
                 facts = {"cause": "update_too_large", "advice": "Lower the learning rate."}
                 publish(trainer, pl_module, incident_now(trainer, kind, **facts))
             cure = CURE + "nn.init.xavier_normal_(model.net[0].weight)\n" * 3
-            publish(trainer, pl_module, incident_now(trainer, "dead_units", advice=cure))
+            for kind in ("dead_units", "stuck_loss"):
+                publish(trainer, pl_module, incident_now(trainer, kind, advice=cure))
 
     fit_with_bar([Found(), AdaptiveGradientClipping(GlobalNormClipping(1e-3))], batches(30), logger=False)
     next_steps = table(lines(capsys), "Next steps")
     assert "a sum where the loss needs a mean" not in next_steps.pop("clipping")
     assert next_steps == {
         "exploding gradients": "Lower the learning rate.",
-        "dead units": "the cure printed above, at step 0",
+        "dead units, stuck loss": "the cure printed above, at step 0",
         "report": "give the Trainer a logger: lightning-gradguard report reads what it writes",
     }
 

@@ -202,14 +202,18 @@ def count_incidents(trainer: pl.Trainer) -> dict[str, int]:
 
 
 def known_remedies(trainer: pl.Trainer) -> dict[str, str]:
-    """Returns the first remedy of each known cause, by the title of its incident; a long one by its place."""
+    """Returns the first remedy of each known cause, by the titles of its incidents; a long one by place."""
     journal = _journals.get(trainer)
-    remedies: dict[str, str] = {}
+    by_advice: dict[str, list[Incident]] = {}
     for incident in journal.explained.values() if journal else ():
-        is_short = "\n" not in incident.advice and len(incident.advice) <= LONGEST_ADVICE
-        at = f"the cure printed above, at step {incident.step}"
-        remedies.setdefault(title(incident.kind), incident.advice if is_short else at)
-    return dict([*remedies.items()][:MAX_REMEDIES])
+        by_advice.setdefault(incident.advice, []).append(incident)
+    remedies: dict[str, str] = {}
+    for text, incidents in [*by_advice.items()][:MAX_REMEDIES]:
+        is_short = "\n" not in text and len(text) <= LONGEST_ADVICE
+        titles = ", ".join(dict.fromkeys(title(incident.kind) for incident in incidents))
+        at = f"the cure printed above, at step {incidents[0].step}"
+        remedies.setdefault(titles, text if is_short else at)
+    return remedies
 
 
 def publish(
