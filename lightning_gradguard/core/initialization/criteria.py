@@ -114,31 +114,36 @@ def measure(
     findings += _check_activations(measured)
     findings += _check_gradients(measured)
     if not any(finding.criterion in ("nonfinite_input", "nonfinite_gradients") for finding in findings):
-        # behind nonfinite values they are unknown
-        findings += _check_gains(measured, bounds, passes_later=any(f.severity == "warn" for f in constant))
+        # behind nonfinite values they are unknown, and behind zeros that move until these have moved
+        if not (constant and _is_blocked(measured) and all(f.severity == "info" for f in constant)):
+            later = any(f.severity == "warn" for f in constant)
+            findings += _check_gains(measured, bounds, passes_later=later)
         findings += _check_recurrence(measured, bounds, scale_free=scale_free)
     findings += _check_loss(measured, bounds)
     return sorted(findings, key=lambda f: SEVERITIES.index(f.severity)), measured
 
 
 def _check_constant(measured: SignalPropagation, *, scale_free: bool) -> list[Finding]:
-    """Finds weights that are all zero, a failure except at the end of a residual branch or a network.
+    """Finds weights that are all zero, a failure where they get no gradient and the first layer gets none.
 
-    It is a warning where steps do not shrink with gradients, and biases give the last layer an input: each
-    step then moves one layer more.
+    Those that get one move in the first step, and let gradients pass from then on, as in an adapter. It is a
+    warning where steps do not shrink with gradients, and biases give the last layer an input: each step then
+    moves one layer more.
     """
     findings = []
     first = next((g for g in measured.gradients.values() if g is not None), None)
     is_head_zero = bool(measured.layers) and not bool(measured.layers[-1].module.weight.detach().any())
     # a head of zeros moves in the first step, and lets gradients pass from then on
-    passes_later = is_head_zero and measured.block_gain is not None and measured.block_gain > ZERO_GAIN
+    passes_later = is_head_zero and measured.block_gain is not None and not _is_blocked(measured)
     is_blocked = first is not None and not bool(first.any()) and not passes_later
     blocked: Severity = "warn" if scale_free and _last_inputs_differ(measured) else "fail"
     for layer in measured.layers:
         weight = layer.module.weight.detach()
         if weight.numel() > 1 and bool((weight == 0).all()):
+            gradient = measured.gradients.get(f"{layer.name}.weight")
+            moves = gradient is not None and bool(gradient.any())
             last = layer is measured.layers[-1]
-            severity = blocked if is_blocked and not last else "info"
+            severity = blocked if is_blocked and not (last or moves) else "info"
             findings.append(Finding("zero_weights", layer.name, 0.0, "std > 0", severity))
     return findings
 
@@ -150,6 +155,11 @@ def _last_inputs_differ(measured: SignalPropagation) -> bool:
         return False
     sizes = gradient.transpose(0, 1).flatten(1).norm(dim=1)
     return float(sizes.max() - sizes.min()) > EQUAL * float(sizes.max())
+
+
+def _is_blocked(measured: SignalPropagation) -> bool:
+    """True if nothing gets from the last layer back to the first."""
+    return measured.block_gain is not None and measured.block_gain <= ZERO_GAIN
 
 
 def _check_gradients(measured: SignalPropagation) -> list[Finding]:

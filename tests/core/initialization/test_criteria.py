@@ -24,6 +24,12 @@ from tests.core.initialization.networks import (
 )
 
 
+def zeroed(layer: nn.Module) -> None:
+    """Sets the parameters of a layer to zero."""
+    for parameter in layer.parameters():
+        nn.init.zeros_(parameter)
+
+
 @pytest.mark.parametrize(
     "make",
     [
@@ -52,7 +58,7 @@ def test_healthy_networks_pass(make: Callable[[], nn.Module]) -> None:
             "symmetric_units",
             "4",
         ),
-        (lambda: planted(mlp(4, initialize=he), lambda n: n[2].weight.zero_()), "zero_weights", "2"),
+        (lambda: planted(mlp(4, initialize=he), lambda n: n[2].apply(zeroed)), "zero_weights", "2"),
         (lambda: planted(mlp(4, initialize=he), lambda n: n[2].bias.fill_(-100)), "dead_units", "2"),
         (
             lambda: planted(mlp(4, nn.Tanh), lambda n: n[2].weight.mul_(1000)),
@@ -114,6 +120,36 @@ def test_zero_head_and_zero_residual_branches_pass() -> None:
     for block in network[:3]:
         nn.init.zeros_(block.down.weight)
     nn.init.zeros_(network[3].weight)
+    assert fails(network) == []
+
+
+class LowRank(nn.Module):
+    """A frozen layer with a product of two matrices beside it, the second of which begins with zeros."""
+
+    def __init__(self, n_in: int, n_out: int) -> None:
+        super().__init__()
+        self.base = nn.Linear(n_in, n_out).requires_grad_(False)
+        self.down, self.up = nn.Linear(n_in, 4, bias=False), nn.Linear(4, n_out, bias=False)
+        nn.init.zeros_(self.up.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.base(x) + self.up(self.down(x))
+        return out
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: nn.Sequential(LowRank(64, 32), nn.ReLU(), LowRank(32, 32), nn.ReLU(), nn.Linear(32, 10)),
+        lambda: planted(mlp(4, initialize=he), lambda n: n[2].weight.zero_()),
+    ],
+    ids=["adapters", "biases pass the activation"],
+)
+def test_zero_weights_with_a_gradient_pass(make: Callable[[], nn.Module]) -> None:
+    # they move in the first step, and let gradients pass from then on
+    torch.manual_seed(0)
+    network = make()
+    assert [f for f in check(network, loss_of(network))[0] if f.criterion == "zero_weights"]
     assert fails(network) == []
 
 
