@@ -161,14 +161,18 @@ def time_in_turn(
 
 
 def is_hot(step: int) -> bool:
-    """True if a step is not logged, not sampled by the diagnosis, and not near one of the snapshots."""
-    is_diagnosed = is_sampled(step - 1, SAMPLE_EVERY)  # steps are counted from 1 here
-    return step % LOG_EVERY != 0 and not is_diagnosed and not _is_near_snapshot(step)
+    """True if a step is not logged, not near a sample of the diagnosis, and not near one of the snapshots."""
+    return step % LOG_EVERY != 0 and not _is_near_sample(step) and not _is_near_snapshot(step)
 
 
 def is_logged(step: int) -> bool:
     """True if a step is logged, and not near a snapshot."""
     return step % LOG_EVERY == 0 and not _is_near_snapshot(step)
+
+
+def _is_near_sample(step: int) -> bool:
+    """A sample of the diagnosis is followed into the next step; steps are counted from 1 here."""
+    return is_sampled(step - 1, SAMPLE_EVERY) or is_sampled(step - 2, SAMPLE_EVERY)
 
 
 def _is_near_snapshot(step: int) -> bool:
