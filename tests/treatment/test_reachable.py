@@ -39,6 +39,8 @@ def test_unknown_of_other_samples_and_after_the_deadline() -> None:
     x, y = samples(0.0)
     assert math.isnan(reachable_loss([(x.reshape(1000, 1, 2), y)]))
     assert math.isnan(reachable_loss([(x, x[:, :1])]))
+    assert math.isnan(reachable_loss([(x, y), (x[:, :1], y)])), "vectors of two lengths"
+    assert math.isnan(reachable_loss([(x[:, :0], y)]))
     assert math.isnan(reachable_loss([(x.fill_(math.nan), y)]))
     assert math.isnan(reachable_loss([samples(0.0)], deadline=0.0))
 

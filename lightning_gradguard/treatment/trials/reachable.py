@@ -29,7 +29,8 @@ def reachable_loss(batches: Sequence[Any], deadline: float = math.inf) -> float:
     on the clock of `time.monotonic`.
     """
     found = [samples for batch in batches if (samples := _samples(batch)) is not None]
-    if len(found) < len(batches) or not found:
+    widths = {inputs.shape[1] for inputs, _ in found}
+    if len(found) < len(batches) or len(widths) != 1 or 0 in widths:
         return math.nan
     inputs, classes = _without_repetitions(*(torch.cat(parts) for parts in zip(*found, strict=True)))
     n_classes = int(classes.max()) + 1
