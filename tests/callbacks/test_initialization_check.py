@@ -274,6 +274,24 @@ def test_replaced_training_step_is_called_by_training_alone() -> None:
     assert len(calls) == 5
 
 
+@pytest.mark.parametrize("writes", ["pop", "in_place"])
+def test_a_step_may_write_to_its_batch(writes: str) -> None:
+    class Writing(Classifier):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            target = batch.pop("target")
+            if writes == "in_place":
+                batch["x"].sub_(batch["x"].mean(0)).mul_(0.5)
+            return nn.functional.cross_entropy(self.net(batch["x"]), target)
+
+    def data() -> Any:
+        return [{"x": x, "target": y} for x, y in batches(5)]
+
+    bare, module = Writing(), Writing()
+    fit(bare, data())
+    fit(module, data(), default_callbacks())
+    assert same(weights(bare), weights(module))
+
+
 def test_manual_optimization_is_checked_in_the_first_step() -> None:
     class Manual(Deep):
         def __init__(self) -> None:

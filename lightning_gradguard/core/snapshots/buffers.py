@@ -134,6 +134,8 @@ class BufferCopies:
         pairs = [(local_shard(weight), copy_.saved) for weight, copy_ in self._written.items()]
         for (owner, name), copy_ in self._copies.items():
             owner._buffers[name] = copy_.buffer  # a forward pass may have replaced or removed it
+            if copy_.local.shape != copy_.saved.shape:  # or have given it other memory, as a queue that grows
+                copy_.local.data = copy_.saved.clone()
             if copy_.is_small or copy_.buffer._version != copy_.version:
                 target = copy_.local
                 # hidden from autograd: a graph holds running statistics but does not use them backward

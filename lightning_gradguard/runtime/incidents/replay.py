@@ -13,6 +13,7 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from lightning_gradguard.core.forensics import Origin, OutOfRange, investigate
 from lightning_gradguard.core.forensics.trace import is_nonfinite
@@ -180,6 +181,7 @@ def loss_without_trace(pl_module: pl.LightningModule, batch: Any, batch_idx: int
 def _training_step(pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> Any:
     step = own_step(pl_module)
     wants = inspect.signature(step).parameters
+    batch = tree_map(lambda leaf: leaf, batch)  # a step may take entries out of a batch that is run again
     return step(batch, batch_idx) if len(wants) > 1 else step(batch)
 
 

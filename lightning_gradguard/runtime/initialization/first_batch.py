@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -85,9 +86,10 @@ class FirstBatch:
         of_batch: float = max(gather_objects(own))
         if not of_batch > large or any(gather_objects(self.problem is not None)):
             return of_batch
-        trace = StepTrace(self._pl_module, self._batch, LossBaselines())
+        batch = copy.deepcopy(self._batch)
+        trace = StepTrace(self._pl_module, batch, LossBaselines())
         with preserve_state(self._pl_module), trace:
-            self._run_loss()
+            self._loss_of(batch)
         sample = trace.sample(0, trace.close(self._pl_module.device).tolist())
         of_layers: list[float] = gather_objects(sample.input_rms)
         return max(of_layers)
@@ -166,8 +168,11 @@ class FirstBatch:
         return _worst_over_ranks(findings, values)[0]
 
     def _run_loss(self) -> Tensor:
+        return self._loss_of(copy.deepcopy(self._batch))  # the step may write to its batch
+
+    def _loss_of(self, batch: Any) -> Tensor:
         with without_logging(self._pl_module):
-            return training_loss(self._pl_module, self._batch, self._batch_idx)
+            return training_loss(self._pl_module, batch, self._batch_idx)
 
     def _explained(self, findings: Sequence[Finding]) -> list[Finding]:
         """Returns the findings with the operation that made the first nonfinite value.
@@ -176,16 +181,15 @@ class FirstBatch:
             ValueError: If the batch is nonfinite, which is no fault of the network.
         """
         parameters = [p for p in self._pl_module.parameters() if p.requires_grad]
+        batch = copy.deepcopy(self._batch)
 
         def run() -> tuple[list[Tensor], Sequence[Tensor]]:
-            loss = self._run_loss()
+            loss = self._loss_of(batch)
             found = torch.autograd.grad(loss, parameters, allow_unused=True)
             return [loss], [gradient for gradient in found if gradient is not None]
 
         is_alone = world_size() == 1
-        origin = investigate(
-            self._pl_module, run, self._batch, repeats_finite=is_alone, frameworks=FRAMEWORKS
-        )
+        origin = investigate(self._pl_module, run, batch, repeats_finite=is_alone, frameworks=FRAMEWORKS)
         if origin.cause == "bad_input":
             raise ValueError(origin.detail)
         explained = []

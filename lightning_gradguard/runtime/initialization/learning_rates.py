@@ -181,7 +181,7 @@ def _watch(
     """Adds the gradient at each layer's output on a held-out batch; nothing of compiled code."""
     if is_compiled(pl_module):
         return
-    batch = trial.held_out[0]
+    batch = copy.deepcopy(trial.held_out[0])
     trace = StepTrace(pl_module, batch, LossBaselines())
     with trace:
         loss = trial.loss_of(batch)

@@ -24,3 +24,19 @@ def test_buffers_are_restored_after_writes_and_replacement() -> None:
     assert not bool(net.large.any())
     assert net.body[1].running_var is replaced
     assert torch.equal(replaced, torch.ones(8))
+
+
+def test_buffer_that_gets_other_memory_is_restored() -> None:
+    net: Any = torch.nn.Module()
+    net.register_buffer("queue", torch.ones(2, 3))
+    queue = net.queue
+    copies = BufferCopies(net)
+    queue.data = torch.zeros(5, 3)
+    copies.restore()
+    assert net.queue is queue
+    assert torch.equal(queue, torch.ones(2, 3))
+    queue.data = torch.zeros(4, 3)
+    copies.refresh()
+    queue += 1
+    copies.restore()
+    assert torch.equal(queue, torch.zeros(4, 3))
