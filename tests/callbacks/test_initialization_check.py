@@ -230,7 +230,9 @@ def test_what_is_no_fault_is_one_line(capsys: pytest.CaptureFixture[str]) -> Non
     fit(EachStep(), batches(1), [InitializationCheck()], enable_progress_bar=True)
     printed = capsys.readouterr()
     (line,) = [line for line in (printed.out + printed.err).splitlines() if "gradguard" in line]
-    assert re.search("Initialization: gain_through_time of net: -.* decades, usual: -3 .. 3; healthy", line)
+    assert re.search(
+        "Initialization: gain_through_time of net: -.* decades, usual: -2.25 .. 3; healthy", line
+    )
 
 
 def test_a_plain_convolutional_network_has_advice_and_no_incident(tmp_path: Path) -> None:
