@@ -114,8 +114,10 @@ def measure(
     findings += _check_activations(measured)
     findings += _check_gradients(measured)
     if not any(finding.criterion in ("nonfinite_input", "nonfinite_gradients") for finding in findings):
-        # behind nonfinite values they are unknown, and behind zeros that move until these have moved
-        if not (constant and _is_blocked(measured) and all(f.severity == "info" for f in constant)):
+        # behind nonfinite values they are unknown, and behind zeros that move until these have moved; a head
+        # of zeros is behind none of what is measured
+        zeros = [f for f in constant if f.module != measured.layers[-1].name]
+        if not (zeros and _is_blocked(measured) and all(f.severity == "info" for f in zeros)):
             later = any(f.severity == "warn" for f in constant)
             findings += _check_gains(measured, bounds, passes_later=later)
         findings += _check_recurrence(measured, bounds, scale_free=scale_free)

@@ -153,6 +153,17 @@ def test_zero_weights_with_a_gradient_pass(make: Callable[[], nn.Module]) -> Non
     assert fails(network) == []
 
 
+class Rounded(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.round()
+
+
+def test_a_gradient_that_is_cut_off_fails_also_below_a_head_of_zeros() -> None:
+    network = planted(mlp(4, initialize=he), lambda n: n[-1].weight.zero_())
+    network.insert(3, Rounded())
+    assert "gradient_gain" in [f.criterion for f in fails(network)]
+
+
 def test_loss_above_guessing_is_a_finding() -> None:
     network = mlp(3, initialize=lambda w: nn.init.normal_(w, 0, 0.5))
     criteria = [f.criterion for f in check(network, loss_of(network))[0]]
