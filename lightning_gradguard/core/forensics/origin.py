@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -241,7 +242,9 @@ def advice_on_schedules(schedules: Iterable[Any]) -> tuple[str, Location | None]
         'LambdaLR has raised the learning rate from 0.1 to 1: lower what its function returns'
     """
     for schedule in schedules:
-        rates = map(float, schedule.get_last_lr()) if hasattr(schedule, "get_last_lr") else ()
+        rates: list[float] = []
+        with contextlib.suppress(Exception):  # one of the user's has no rates, or none before it steps
+            rates = [*map(float, schedule.get_last_lr())]
         for group, rate in zip(schedule.optimizer.param_groups, rates, strict=False):
             start = float(group.get("initial_lr", rate))
             if not start < rate < math.inf:

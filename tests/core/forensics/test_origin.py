@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lightning_gradguard.core.forensics import Origin, or_bad_input, out_of_range_elements
-from lightning_gradguard.core.forensics.origin import nonfinite_input
+from lightning_gradguard.core.forensics.origin import advice_on_schedules, nonfinite_input
 
 NAN, INF = math.nan, math.inf
 
@@ -54,3 +54,12 @@ def test_a_column_that_is_never_finite_is_named() -> None:
     assert nonfinite_input("batch[0]", part).detail == (
         "batch[0] holds nonfinite values in column 1 of every row."
     )
+
+
+def test_a_schedule_whose_rates_cannot_be_read_gives_no_advice() -> None:
+    class Unstepped(torch.optim.lr_scheduler.StepLR):
+        def step(self, epoch: int | None = None) -> None:
+            """Does not set the rates that `get_last_lr` returns."""
+
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1)
+    assert advice_on_schedules([Unstepped(optimizer, 1)]) == ("", None)
