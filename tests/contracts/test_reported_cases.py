@@ -498,6 +498,32 @@ def test_raw_pixels(run: Any, activation: Any) -> None:
     assert re.search(r"rms of 1\d\d", told.incidents[0]["detail"])
 
 
+class Churn(nn.Module):
+    """A category, by its embedding, beside columns of numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.plan, self.mlp = nn.Embedding(30, 4), mlp(6, 16, 1, activation=nn.ReLU)
+
+    def forward(self, plan: Tensor, numbers: Tensor) -> Tensor:
+        answers: Tensor = self.mlp(torch.cat([self.plan(plan), numbers], 1))
+        return answers.squeeze(1)
+
+
+def churn(module: Any, batch: Any) -> Tensor:
+    return F.binary_cross_entropy_with_logits(module.net(*batch[:2]), batch[2])
+
+
+def test_a_time_in_seconds_beside_a_category(run: Any) -> None:
+    z = draw(3200, 2)
+    times = torch.stack([1.7e9 + 5e6 * z[:, 0], 120 + 40 * z[:, 1]], 1)
+    plans = torch.randint(30, (3200,), generator=torch.Generator().manual_seed(0))
+    told = run(Program(churn, Churn()), plans, times, (z[:, 0] > 0).float(), batch_size=16)
+    found = told.incidents[0]
+    assert (found["cause"], found["where"]) == ("input_scale", ["net.mlp.0"])
+    assert "a normalization layer before net.mlp.0" in found["advice"]
+
+
 def test_weights_that_go_to_zero(run: Any) -> None:
     decays = lambda weights: torch.optim.AdamW(weights, lr=1e-2, weight_decay=20.0)  # noqa: E731
     told = run(Program(regression, mlp(6, 16, 1), decays), *columns(400))

@@ -178,7 +178,7 @@ def large_updates(sample: Sample, progress: Progress) -> Iterator[Symptom]:
             if cause == "unknown":
                 cause = "target_scale" if largest_target(sample) > LARGE_TARGET else "update_too_large"
             if cause in ("input_scale", "data_scale"):  # a normalization is put before the first layer
-                where = tuple(dict.fromkeys([*(layer.name for layer in sample.layers[:1]), *where]))[:5]
+                where = tuple(dict.fromkeys([*sample.entry, *where]))[:5]
             if cause == "target_scale":  # its answers are scaled back
                 where = sample.head or where
             evidence = f"an update of {before:.2g} of the norm of the weights (usual: below 0.1)"
@@ -261,7 +261,7 @@ def far_targets(sample: Sample, progress: Progress, patience: int) -> Iterator[S
             if input_cause(sample) != "unknown":
                 cause = "data_scale"
                 value = value if math.isnan(progress.over_constant) else progress.over_constant
-                where = (*(layer.name for layer in sample.layers[:1]), *where)
+                where = (*sample.entry, *where)
                 evidence += size_of_data(sample)
             yield Symptom("stuck_loss", cause, where, value, evidence, "contract", 2)
 
@@ -322,7 +322,7 @@ def stuck_loss(sample: Sample, progress: Progress, patience: int) -> Iterator[Sy
     if cause == "unknown" and is_far and sample.layers:
         # of tiny inputs, too
         cause = "data_scale" if largest_target(sample) > LARGE_TARGET else "input_scale"
-        where = (sample.layers[0].name,)
+        where = sample.entry
         facts += filter(None, [size_of_data(sample).strip("; ")])
     is_bounded = any(layer.is_last and layer.activation for layer in sample.layers)
     if cause == "unknown" and sample.one_signed and not is_bounded and progress.over_first < 1:

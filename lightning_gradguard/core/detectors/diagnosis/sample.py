@@ -29,6 +29,7 @@ class LayerSignal:
         gradients: Rms of the gradient that arrives at the output of each call; NaN where none arrives.
         activation: Name of the function applied to its output, if it is a known activation.
         n_attached: Number of calls whose output takes part in the backward pass.
+        is_lookup: True if it gets integers alone, as an embedding does.
     """
 
     name: str
@@ -37,6 +38,7 @@ class LayerSignal:
     gradients: Sequence[float]
     activation: str = ""
     n_attached: int = 0
+    is_lookup: bool = False
 
     @property
     def gradient(self) -> float:
@@ -280,6 +282,11 @@ class Sample:
     def head(self) -> tuple[str, ...]:
         """The name of the layer that was called last, if any was."""
         return tuple(layer.name for layer in self.layers if layer.is_last)
+
+    @property
+    def entry(self) -> tuple[str, ...]:
+        """The name of the first layer that a normalization can be put before, if any was called."""
+        return tuple(layer.name for layer in sorted(self.layers, key=lambda one: one.is_lookup)[:1])
 
     def output_gradients(self) -> dict[str, float]:
         """Returns the gradient at each layer's output, where one arrives."""

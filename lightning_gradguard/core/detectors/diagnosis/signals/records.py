@@ -23,11 +23,12 @@ class LayerRecord:
     calls: int = 0
     activation: str = ""
     n_attached: int = 0
+    is_lookup: bool = False
 
     def signal(self, numbers: DeviceScalars, *, is_last: bool) -> LayerSignal:
         """Returns the layer with its numbers, which are on the host."""
         gradients = [numbers[i] for i in self.gradients]
-        rest = gradients, self.activation, self.n_attached
+        rest = gradients, self.activation, self.n_attached, self.is_lookup
         return LayerSignal(self.name, is_last, numbers[self.output], *rest)
 
 

@@ -314,12 +314,12 @@ class StepTrace(TorchFunctionMode):
             given = next((leaf for leaf in _tensors(inputs) if is_measurable(leaf)), None)
             if given is not None:
                 self._measure_input(given)
-            tensor = next((leaf for leaf in _tensors(output) if is_measurable(leaf)), None)
-            if tensor is None:
+            if (tensor := next((leaf for leaf in _tensors(output) if is_measurable(leaf)), None)) is None:
                 return
             layer = self._add_call(name, tensor, 1 - tensor.ndim if isinstance(module, _ConvNd) else -1)
             if layer is None:
                 return
+            layer.is_lookup = given is None and bool(_tensors(inputs))
             if isinstance(module, nn.RNNBase) and module.mode == "RNN_TANH":
                 shares = units.saturated_shares(tensor.detach(), -1, "tanh")
                 self._add_saturated(name, "tanh", None if shares is None else shares[0])
