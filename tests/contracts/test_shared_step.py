@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import pickle
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -311,6 +313,14 @@ def test_two_callbacks_whose_states_have_one_name_are_rejected() -> None:
     total = GradientNormMonitor(level="total", every_n_steps=1)
     parts = [GradientNormMonitor(include=[name]) for name in ("net.0", "net.6")]
     fit(Classifier(), batches(1), [total, GradientNormMonitor(level="module"), *parts, _Plain(), _Plain()])
+
+
+def test_a_copy_of_a_callback_that_has_been_in_a_trainer_is_rejected_likewise() -> None:
+    rollback = NaNRollback()
+    pl.Trainer(callbacks=[rollback], accelerator="cpu", logger=False, enable_checkpointing=False)
+    for other in (copy.deepcopy(rollback), pickle.loads(pickle.dumps(rollback))):
+        with pytest.raises(MisconfigurationException, match="The Trainer has 2 NaNRollback callbacks"):
+            fit(Classifier(), batches(1), [rollback, other])
 
 
 class _Plain(StepCallback):

@@ -68,6 +68,10 @@ class StepCallback(StepMember, lightning_api.Callback, Configured):
         # until `setup`: Lightning would reject two with one key, and `setup` has a better message
         return self._state_key() + f" {id(self):x}" * self._has_state
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Returns what a copy has of this callback; the key that `state_key` made is of one object."""
+        return {name: value for name, value in vars(self).items() if name != "state_key"}
+
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Joins the suite of this Trainer, and opens the journal of its incidents."""
