@@ -250,7 +250,7 @@ def _check_gains(measured: SignalPropagation, bounds: Bounds, *, passes_later: b
 
 
 def _check_recurrence(measured: SignalPropagation, bounds: Bounds, *, scale_free: bool) -> list[Finding]:
-    findings, expected = [], f"{bounds.through_time[0]:g} .. {MAX_RECURRENT_GAIN:g}"
+    findings, usual = [], f"{bounds.through_time[0]:g} .. {MAX_RECURRENT_GAIN:g}"
     for name, gain in measured.recurrent_gains.items():
         if math.isfinite(gain) and bounds.through_time[0] <= gain <= MAX_RECURRENT_GAIN:
             continue
@@ -259,7 +259,8 @@ def _check_recurrence(measured: SignalPropagation, bounds: Bounds, *, scale_free
             # the first steps may reach the loss otherwise, as where it has a term for each step
             of_loss = max(gain, measured.recurrent_losses.get(name, gain))
             severity = _severity(of_loss, bounds.through_time)
-        findings.append(Finding("gain_through_time", name, gain, expected, severity))
+        why = " (here the loss reaches the first steps by other paths, too)" if severity == "info" else ""
+        findings.append(Finding("gain_through_time", name, gain, usual + why, severity))
     return findings
 
 
