@@ -47,6 +47,8 @@ from lightning_gradguard.runtime.lightning_api import (
 )
 from lightning_gradguard.runtime.optimizer_hooks import largest_usual_rate
 
+#: Factor on the largest usual rate from which on numbers may overflow before a loss rises.
+OVERFLOWS = 1e3
 #: Steps of a schedule that are followed.
 MAX_SCHEDULED = 100_000
 #: Batches that are accumulated in a step of the trial, at most.
@@ -123,7 +125,8 @@ def try_rates(
     group = max(range(len(rates)), key=lambda i: rates[i])
     name, rate = f"optimizer.param_groups[{group}]", rates[group]
     values = {"learning_rate": rate}
-    if factor is not None and factor < math.inf:
+    usual = largest_usual_rate(trainer.optimizers[0]) / rate
+    if factor is not None and factor < math.inf and not _ends_in_overflow(trial, factor, usual):
         values["largest_stable_rate"] = rate * factor
     warms_up = _rates(trainer.optimizers[0])[group] < rate / 2
     steps = planned_steps(trainer)
@@ -139,7 +142,6 @@ def try_rates(
         return [replace(finding, cure=f"{standardizing(scales)}; then check again")], values
     is_high = finding.criterion == "learning_rate_too_high"
     factors = [share * (factor or 1.0) for share in (SHARES_BELOW if is_high else SHARES_ABOVE)]
-    usual = largest_usual_rate(trainer.optimizers[0]) / rate
     # a rate that is not usual has to be better than those that are
     best = trial.best(f for f in {*factors, usual} if f <= usual and (is_high or f > 1))
     if best is None or not best[1] < -NOISE:
@@ -154,6 +156,11 @@ def try_rates(
             is_tried=True,
         )
     return [finding], values
+
+
+def _ends_in_overflow(trial: RateTrial, factor: float, usual: float) -> bool:
+    """True if beyond the largest stable factor, far from usual, the loss does not rise but is nonfinite."""
+    return factor > OVERFLOWS * usual and not math.isfinite(trial.losses(factor * 2**0.5)[1])
 
 
 def _shrinking(

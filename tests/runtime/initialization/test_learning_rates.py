@@ -215,3 +215,15 @@ def test_where_no_trial_is_possible_one_line_has_the_reason(
     printed = capsys.readouterr()
     assert f"Learning rates were not tried, because of {reason}" in printed.out + printed.err
     assert "largest_stable_rate" not in check.values
+
+
+class Bounded(AtRate):
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        return torch.exp(-self.net(batch[0]).square().sum(1)).mean()
+
+
+def test_where_the_numbers_end_is_no_stable_rate_of_a_loss_that_no_rate_raises() -> None:
+    check = InitializationCheck(rate_trial=True)
+    fit(Bounded(0.1), batches(20), [check], max_steps=1)
+    assert "learning_rate" in check.values
+    assert "largest_stable_rate" not in check.values
