@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from torch import Tensor
 
 from lightning_gradguard import NaNRollback
@@ -39,3 +40,18 @@ def test_a_step_that_draws_from_numpy(draws_from: int, tmp_path: Path) -> None:
     assert rollback.skips >= 3
     assert causes
     assert set(causes) == {"loss"}
+
+
+class Popping(Classifier):
+    """Takes the target out of its batch."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:
+        return super().training_step((batch["inputs"], batch.pop("target")), batch_idx)
+
+
+def test_a_step_that_takes_an_entry_out_of_its_batch(tmp_path: Path) -> None:
+    data: Any = [{"inputs": inputs, "target": target} for inputs, target in batches(6)]
+    data[3]["inputs"][0, 0] = torch.nan
+    fit(Popping(), data, [NaNRollback()], tmp_path)
+    (incident,) = map(json.loads, (tmp_path / "incidents.jsonl").read_text().splitlines())
+    assert incident["cause"] == "bad_input"
