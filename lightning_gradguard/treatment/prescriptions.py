@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import inspect
 import os
+import re
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,8 +17,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from lightning_gradguard.core.detectors.diagnosis import Symptom
-from lightning_gradguard.core.incidents import sentence_case
-from lightning_gradguard.core.remedies import advice_for_symptom
+from lightning_gradguard.core.incidents import Incident, sentence_case
+from lightning_gradguard.core.remedies import advice_for_cause, advice_for_symptom
 from lightning_gradguard.core.remedies.changes import functional_activations
 from lightning_gradguard.core.remedies.surgery.data_flow import SATURATING_FUNCTIONS
 from lightning_gradguard.runtime.lightning_packages import FRAMEWORKS
@@ -57,8 +58,16 @@ _BESIDE_LEARNING = frozenset(
     {"single_class", "not_log_probabilities", "broadcast_targets", "targets_out_of_range"}
     | {"replaced_parameters", "cleared_gradients", "gradients_not_cleared"}
 )
+#: Where an operation of the user's code makes nonfinite values of finite ones.
+_OPERATIONS = frozenset({"forward_pass", "loss", "backward_pass"})
 #: Faults of which a part can be mended without the user: trials are made.
-_TREATABLE = frozenset({"input_scale", "target_scale", "data_scale", "bad_input", "saturating_activations"})
+_TREATABLE = _OPERATIONS | {
+    "input_scale",
+    "target_scale",
+    "data_scale",
+    "bad_input",
+    "saturating_activations",
+}
 #: Where a fault lies is searched in these functions first.
 _FUNCTIONS = ("training_step", "forward", "configure_optimizers", "__init__")
 
@@ -85,6 +94,11 @@ class Prescription:
         return self.fault in _BESIDE_LEARNING
 
     @property
+    def remains(self) -> bool:
+        """True for a gradient that is nonfinite at a finite value, which a change can avoid and not mend."""
+        return self.fault == "backward_pass"
+
+    @property
     def is_blocking(self) -> bool:
         """True for a fault beside which no other change helps, so that no trial is made."""
         return self.fault not in _TREATABLE
@@ -95,9 +109,12 @@ def prescriptions(
     symptoms: Sequence[Symptom],
     batches: Sequence[object],
     run_loss: Callable[[], Tensor] | None,
+    incidents: Sequence[Incident] = (),
 ) -> list[Prescription]:
-    """Returns what to change in the user's code or data."""
-    found = [p for symptom in symptoms if (p := _of_symptom(module, symptom)) is not None]
+    """Returns what to change in the user's code or data, operations with nonfinite results first."""
+    operations = {p.place: p for incident in incidents if (p := _of_operation(incident)) is not None}
+    found = [*operations.values()]
+    found += [p for symptom in symptoms if (p := _of_symptom(module, symptom)) is not None]
     found += _nonfinite_rows(batches)
     if any(f.cause == "saturating_activations" for f in symptoms) and run_loss is not None:
         found += _functional(module, run_loss)
@@ -130,6 +147,17 @@ def _of_symptom(module: nn.Module, symptom: Symptom) -> Prescription | None:
         return Prescription(symptom.cause, text)
     patch = "" if symptom.is_partial else line.patch(patched_call(symptom.cause, line.node))
     return Prescription(symptom.cause, text, line.place, patch)
+
+
+def _of_operation(incident: Incident) -> Prescription | None:
+    """Returns the remedy of a known operation that has made a nonfinite value in the user's code."""
+    if incident.cause not in _OPERATIONS:
+        return None
+    line = re.search(r"(\S+\.py):(\d+) in ", f"{incident.location} in {incident.advice}")
+    usual = advice_for_cause(incident.cause, incident.where).partition(": ")[2]
+    if line is None or usual in incident.advice:
+        return None  # the operation is not known
+    return Prescription(incident.cause, incident.advice, f"{_relative(line[1])}:{line[2]}")
 
 
 def _nonfinite_rows(batches: Sequence[object]) -> list[Prescription]:
@@ -174,8 +202,7 @@ class _Line:
     @property
     def place(self) -> str:
         """The file from the current folder, and the line."""
-        relative = os.path.relpath(self.file)
-        return f"{self.file if relative.startswith('..') else relative}:{self.number}"
+        return f"{_relative(self.file)}:{self.number}"
 
     def patch(self, new: str) -> str:
         """Returns a unified diff that replaces the call; empty if nothing does, or it has several lines."""
@@ -185,6 +212,11 @@ class _Line:
         changed = self.code[:start] + new + self.code[end:]
         file = self.place.rpartition(":")[0]
         return f"--- {file}\n+++ {file}\n@@ -{self.number} +{self.number} @@\n-{self.code}\n+{changed}"
+
+
+def _relative(file: str) -> str:
+    relative = os.path.relpath(file)
+    return file if relative.startswith("..") else relative
 
 
 def _calls(module: nn.Module, names: Sequence[str], functions: Sequence[str] = _FUNCTIONS) -> Iterator[_Line]:

@@ -174,7 +174,7 @@ class _Treatment:
                 "initialization are tried, no change of its architecture."
             )
         self.prescriptions = prescriptions(
-            found.module, found.symptoms, program.batches.epochs[0], found.run_loss
+            found.module, found.symptoms, program.batches.epochs[0], found.run_loss, found.incidents
         )
         fits = applies(found.module, Change("scale_output"), found.run_loss)
         if has_far_targets(found) and not (fits or found.learning.has_learned or self.prescriptions):
@@ -213,8 +213,12 @@ class _Treatment:
         best: tuple[TreatmentVerdict, str, tuple[Change, ...], Sequence[SeedResult]] | None = None
         for trial, results, verdict, evidence in self._verified(suggested):
             changes = trial.job.changes or ()
+            left = next((one.place for one in self.prescriptions if one.remains), "")
+            ends = verdict == "cured"
+            if ends and left:
+                verdict, evidence = "better", f"{evidence}. The fault of the code at {left} remains"
             self.report(f"{self._time}, {verdict}: {name_of(changes)}")
-            if verdict == "cured":
+            if ends:
                 return self._result(verdict, evidence, changes, results, suggested)
             if results and (best is None or (verdict == "better" and best[0] != "better")):
                 best = verdict, evidence, changes, results

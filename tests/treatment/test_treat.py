@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 import lightning_gradguard
-from lightning_gradguard import TreatmentError, TreatmentResult
+from lightning_gradguard import Change, TreatmentError, TreatmentResult
 from lightning_gradguard.strict_json import to_json
-from lightning_gradguard.treatment.candidates import MAX_CANDIDATES
+from lightning_gradguard.treatment.candidates import MAX_CANDIDATES, Candidate
 from lightning_gradguard.treatment.learning import learning_of
 from lightning_gradguard.treatment.trials.program import Program
 from lightning_gradguard.treatment.trials.trial import Job, Trial
@@ -389,3 +389,26 @@ def test_program_as_good_as_its_data_allow_is_healthy() -> None:
     assert result.verdict == "healthy", result.evidence
     assert result.evidence.endswith("no change that was tried learns far more")
     assert len(result.trials) <= MAX_CANDIDATES, "nothing that promises little goes beyond a short trial"
+
+
+def test_operation_with_a_nonfinite_gradient_is_prescribed_and_no_change_cures_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Distances(Net):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            x, labels = batch
+            other = torch.cat([x[:1], -x[1:]])  # normalization over the batch keeps the equal rows apart
+            gap = torch.sqrt((self.net(x) - self.net(other)).square().sum(1))
+            return nn.functional.cross_entropy(self.net(x), labels) + 1e-3 * gap.mean()
+
+    normalize = Candidate((Change("add_normalization"),), "a test")
+    monkeypatch.setattr("lightning_gradguard.treatment.treat.candidates", lambda _: [normalize])
+    result = treated(Distances)
+    assert result.verdict == "better"
+    assert result.changes == normalize.changes
+    first = result.prescriptions[0]
+    assert result.evidence.endswith(f". The fault of the code at {first.place} remains")
+    place, _, line = first.place.rpartition(":")
+    assert place.endswith("test_treat.py")
+    assert "gap = torch.sqrt(" in Path(__file__).read_text().splitlines()[int(line) - 1]
+    assert "use torch.sqrt((self.net(x) - self.net(other)).square().sum(1) + 1e-6)" in first.text
