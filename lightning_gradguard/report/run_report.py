@@ -190,7 +190,10 @@ def _missing(run: Run, verdict: RunVerdict) -> list[str]:
         pass  # of a run that had no finite step, or has incidents alone
     elif not run.log.gradients:
         alone = f"no gradient norms were logged, the verdict rests on {run.loss_tag} alone"
-        notes.append(f"{alone}; add GradientNormMonitor()")
+        cure = "add GradientNormMonitor()"
+        if run.log.was_checked or run.log.incidents or run.log.largest_norm is not None:  # by the suite
+            cure = f"lower log_every_n_steps of the Trainer, or {cure} if it was not there"
+        notes.append(f"{alone}; {cure}")
     elif not any(g.layers for g in run.log.gradients):
         notes.append("only the total norm was logged; GradientNormMonitor() logs the norm of each layer")
     if run.log.gradients and not len(run.log.loss):
