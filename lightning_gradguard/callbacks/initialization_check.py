@@ -11,7 +11,7 @@ from typing_extensions import override
 
 from lightning_gradguard.core import arguments, tags
 from lightning_gradguard.core.incidents import CURE, Cause, IncidentKind, SymptomCause, first_names
-from lightning_gradguard.core.initialization import Finding, InitializationError, one_line, table
+from lightning_gradguard.core.initialization import Finding, InitializationError, fails, one_line, table
 from lightning_gradguard.core.parameter_names import plain_name, warn_unknown
 from lightning_gradguard.core.remedies import advice_for_cause
 from lightning_gradguard.runtime.incidents.journal import incident_now, open_journal, publish
@@ -20,7 +20,6 @@ from lightning_gradguard.runtime.initialization.first_batch import (
     FirstBatch,
     check_first_step,
     check_weights_alone,
-    fails,
     reason_against_extra_pass,
 )
 from lightning_gradguard.runtime.initialization.learning_rates import reason_against_trial, try_rates

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from lightning_gradguard.core.initialization.findings import SEVERITIES, Finding
+from lightning_gradguard.core.initialization.findings import SEVERITIES, Finding, fails
 from lightning_gradguard.core.initialization.propagation import (
     SATURATING,
     ZERO_GAIN,
@@ -182,7 +182,9 @@ def _trials(
         chosen = hidden
         yield Initializers(module, {x.name: feed_forward_line(module, x, bias=True) for x in hidden})
     if chosen := [layer for layer in chosen if layer in hidden]:
-        yield from _larger_changes(module, run_loss, chosen)
+        if fails([f for f in findings if f.criterion != "loss_over_guessing"]):  # else nothing is repaired
+            yield Repaired(module, run_loss, [layer.name for layer in chosen])
+        yield from _changes_of_architecture(module, chosen)
     for name, n_steps in measured.recurrent_steps.items():
         if name in named:
             recurrent = module.get_submodule(name)
@@ -198,10 +200,7 @@ def _trials(
                 yield from gated
 
 
-def _larger_changes(
-    module: nn.Module, run_loss: Callable[[], Tensor], layers: Sequence[Layer]
-) -> Iterator[Trial]:
-    yield Repaired(module, run_loss, [layer.name for layer in layers])
+def _changes_of_architecture(module: nn.Module, layers: Sequence[Layer]) -> Iterator[Trial]:
     if saturating := [layer for layer in layers if layer.activation in SATURATING]:
         yield Rectified(module, saturating)
         yield Rectified(module, saturating, normalized=True)

@@ -88,6 +88,11 @@ class Finding:
         return f"{self.criterion} of {self.module or 'the network'}: {self.measured}, usual: {self.expected}"
 
 
+def fails(findings: Sequence[Finding]) -> bool:
+    """True if a criterion failed."""
+    return any(finding.severity == "fail" for finding in findings)
+
+
 def table(findings: Sequence[Finding]) -> str:
     """Formats findings as a table: severity, layer, criterion, measured, expected; the cure below, once.
 

@@ -20,6 +20,7 @@ from lightning_gradguard.core.incidents import first_names
 from lightning_gradguard.core.initialization import (
     Finding,
     copied_units,
+    fails,
     improves,
     measure,
     nonfinite_weights,
@@ -240,11 +241,6 @@ def check_first_step(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Find
     symptom = "vanishing_gradient" if profile > 0 else "exploding_gradient"
     cure = advice(symptom, [first], present_in(trainer))
     return Finding("gradient_profile", first, profile, "-3 .. 3", "warn", cure)
-
-
-def fails(findings: Sequence[Finding]) -> bool:
-    """True if a criterion failed."""
-    return any(finding.severity == "fail" for finding in findings)
 
 
 def _is_alike_on_ranks(measured: SignalPropagation | None) -> bool:

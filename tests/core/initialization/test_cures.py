@@ -155,6 +155,18 @@ def test_scaling_is_advised_where_inputs_saturate_the_first_layer() -> None:
     assert check(network, loss)[0] == []
 
 
+def test_a_repair_is_not_advised_where_it_does_nothing() -> None:
+    class Times4(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return 4 * x
+
+    layers = [[layer, Times4()] if isinstance(layer, nn.ReLU) else [layer] for layer in mlp(10, nn.ReLU)]
+    network = nn.Sequential(*(layer for pair in layers for layer in pair))
+    findings = {f.criterion: f for f in check(network, loss_of(network))[0]}
+    assert {f.severity for f in findings.values()} == {"warn"}
+    assert findings["gradient_gain"].cure.startswith("normalization before each activation")
+
+
 def test_like_rows_share_one() -> None:
     network = mlp(20, nn.Sigmoid)
     lines = table(check(network, loss_of(network))[0]).splitlines()
