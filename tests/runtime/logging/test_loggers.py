@@ -82,7 +82,8 @@ def test_csv_gets_every_scalar(tmp_path: Path) -> None:
     assert (last["rollback/skips"], last["rollback/rollbacks"]) == ("5.0", "1.0")
     assert 0 < float(last["lr_backoff/scale"]) < 1
     assert 0 < float(last["summary/clipped_fraction"]) < 1
-    assert float(last["summary/largest_norm"]) == float(rows[9]["grad_norm/total"])
+    largest = float(rows[9]["grad_norm/total"])  # added up on the device; the decision's on the host
+    assert float(last["summary/largest_norm"]) == pytest.approx(largest, rel=1e-12)
     written = Path(logger.log_dir, "incidents.jsonl").read_text().splitlines()
     assert float(last["summary/incidents"]) == len(written) > 6
 
