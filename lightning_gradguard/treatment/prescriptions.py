@@ -128,8 +128,8 @@ def keeps_from_learning(symptom: Symptom) -> bool:
 
 def _names_of(symptom: Symptom) -> Sequence[str] | None:
     """Returns the calls and attributes of a fault of code; `None` for another symptom."""
-    if symptom.cause == "learning_rate_too_low" and (symptom.is_partial or not symptom.value):
-        return _IN_CODE["not_in_optimizer"]  # a rate of 0, or of some groups: no factor of all rates helps
+    if symptom.cause == "learning_rate_too_low" and not symptom.value:
+        return _IN_CODE["not_in_optimizer"]  # a rate of 0: no factor helps
     return _IN_CODE.get(symptom.cause)
 
 
