@@ -208,6 +208,16 @@ def accuracy(module: Classifier) -> float:
     return float((module.eval().net(inputs).argmax(1) == target).float().mean())
 
 
+class Listener(pl.Callback):
+    """Keeps the incidents of a run."""
+
+    def __init__(self) -> None:
+        self.found: list[Incident] = []
+
+    def on_training_incident(self, trainer: Any, pl_module: Any, incident: Incident) -> None:
+        self.found.append(incident)
+
+
 class RateSpy(pl.Callback):
     """Records learning rates that are tensors: in use, and scheduled. Comes after the backoff."""
 

@@ -122,14 +122,11 @@ class GradientNormMonitor(StepCallback):
         self.update_ratio = update_ratio
         self.histograms = histograms
         self.prog_bar = prog_bar
-        chosen = {
-            "include": self.include,
-            "exclude": self.exclude,
-        }  # no part of the key in checkpoints of 0.5
-        self.state_arguments = {
-            **{"norm_type": self.norm_type, "level": level},
-            **{name: names for name, names in chosen.items() if names},
-        }
+        self.state_arguments = {"norm_type": self.norm_type, "level": level}
+        if self.include:  # no part of the key in checkpoints of 0.5, as the next one
+            self.state_arguments["include"] = self.include
+        if self.exclude:
+            self.state_arguments["exclude"] = self.exclude
         self._charts: dict[int, ChartGroups] = defaultdict(
             partial(ChartGroups, level, self.include, self.exclude, self.norm_type)
         )

@@ -20,12 +20,13 @@ from typing_extensions import override
 from lightning_gradguard.callbacks.initialization_check import InitializationCheck
 from lightning_gradguard.callbacks.training_diagnosis import TrainingDiagnosis
 from lightning_gradguard.core import initialization
-from lightning_gradguard.core.detectors.diagnosis import LossBaselines, StepTrace, Symptom
+from lightning_gradguard.core.detectors.diagnosis import Symptom
 from lightning_gradguard.core.detectors.diagnosis.rules import input_cause
 from lightning_gradguard.core.incidents import Incident, title
 from lightning_gradguard.core.snapshots import preserve_state
 from lightning_gradguard.runtime.configured_rates import initial_rate
 from lightning_gradguard.runtime.diagnosis.permutation import target_of
+from lightning_gradguard.runtime.diagnosis.traced_pass import traced_pass
 from lightning_gradguard.runtime.incidents.invalid_batches import is_check_of_values
 from lightning_gradguard.runtime.incidents.replay import training_loss_or_nan, without_logging
 from lightning_gradguard.runtime.lightning_api import Callback
@@ -258,10 +259,7 @@ def _plain_rate(optimizer: torch.optim.Optimizer) -> float:
 def _has_large_inputs(
     module: pl.LightningModule, batches: RecordedBatches, run_loss: Callable[[], Tensor]
 ) -> bool:
-    trace = StepTrace(module, batches.epochs[0][0], LossBaselines())
-    with trace:
-        run_loss()
-    return input_cause(trace.sample(0, trace.close(module.device).tolist())) != "unknown"
+    return input_cause(traced_pass(module, batches.epochs[0][0], run_loss)) != "unknown"
 
 
 def _runnable(module: pl.LightningModule, batch: Any) -> Callable[[], Tensor] | None:

@@ -14,8 +14,8 @@ from pytorch_lightning.strategies import DDPStrategy
 from torch import nn
 
 from lightning_gradguard import TrainingDiagnosis
-from tests.callbacks.test_training_diagnosis import Keeping, Listener, Task, biased, deep
-from tests.tasks import batches, fit
+from tests.callbacks.test_training_diagnosis import Keeping, Task, biased, deep
+from tests.tasks import Listener, batches, fit
 
 
 def main(folder: Path) -> None:

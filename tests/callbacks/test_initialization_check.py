@@ -9,13 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import pytorch_lightning as pl
 import torch
 from pytorch_lightning.loggers import CSVLogger
 from torch import Tensor, nn
 
 from lightning_gradguard import (
-    Incident,
     InitializationCheck,
     InitializationError,
     NaNRollback,
@@ -23,7 +21,7 @@ from lightning_gradguard import (
     default_callbacks,
 )
 from tests.report.runs import report_of
-from tests.tasks import Batch, Classifier, batches, fit, same, weights
+from tests.tasks import Batch, Classifier, Listener, batches, fit, same, weights
 
 
 class Deep(Classifier):
@@ -69,11 +67,7 @@ def test_warn_changes_nothing_and_reports_all_findings(
 def test_what_has_one_cause_is_one_incident(
     act: Any, bias: float | None, scale: float, kind: str, cause: str, following: str
 ) -> None:
-    class Listener(pl.Callback):
-        def on_training_incident(self, trainer: Any, pl_module: Any, incident: Incident) -> None:
-            found.append(incident)
-
-    found: list[Incident] = []
+    listener = Listener()
     torch.manual_seed(0)
     module = Classifier()
     module.net = nn.Sequential(*(m for i in range(4) for m in (nn.Linear(20, 20), act())), nn.Linear(20, 4))
@@ -83,27 +77,23 @@ def test_what_has_one_cause_is_one_incident(
     else:
         nn.init.constant_(module.net[2].bias, bias)  # type: ignore[arg-type]
     data = [(x * scale, y) for x, y in batches(1)]
-    fit(module, data, [InitializationCheck(), Listener()])
-    (incident,) = found
+    fit(module, data, [InitializationCheck(), listener])
+    (incident,) = listener.found
     assert (incident.kind, incident.cause) == (kind, cause)
     assert f"with it {following}" in incident.detail or not following
 
 
 @pytest.mark.parametrize(("first", "cause"), [(nn.Identity(), "input_scale"), (nn.BatchNorm1d(20), "")])
 def test_inputs_that_the_network_standardizes_are_no_cause(first: nn.Module, cause: str) -> None:
-    class Listener(pl.Callback):
-        def on_training_incident(self, trainer: Any, pl_module: Any, incident: Incident) -> None:
-            found.append(incident)
-
-    found: list[Incident] = []
+    listener = Listener()
     torch.manual_seed(0)
     module = Classifier()
     layers = [m for i in range(4) for m in (nn.Linear(20, 20), nn.Tanh())]
     nn.init.normal_(layers[0].weight, std=100.0 if cause == "" else 0.2)  # type: ignore[arg-type]
     module.net = nn.Sequential(first, *layers, nn.Linear(20, 4))
-    fit(module, [(x * 1e4, y) for x, y in batches(1)], [InitializationCheck(), Listener()])
-    assert any(one.cause == "input_scale" for one in found) == bool(cause)
-    assert found
+    fit(module, [(x * 1e4, y) for x, y in batches(1)], [InitializationCheck(), listener])
+    assert any(one.cause == "input_scale" for one in listener.found) == bool(cause)
+    assert listener.found
 
 
 def test_raise_stops_before_the_first_step() -> None:
@@ -357,25 +347,21 @@ def test_a_network_is_not_blamed_for_a_bad_batch(on_failure: Any, capsys: pytest
     ],
 )
 def test_a_gradient_that_is_nonfinite_from_the_start_fails(loss: Any, reported_by_step: bool) -> None:
-    class Listener(pl.Callback):
-        def on_training_incident(self, trainer: Any, pl_module: Any, incident: Incident) -> None:
-            found.append(incident)
-
     class Siamese(Classifier):
         def training_step(self, batch: Batch, batch_idx: int) -> Tensor | None:
             value: Tensor = loss(self.net(batch[0]), self.net(batch[0]))
             return value
 
-    found: list[Incident] = []
+    listener = Listener()
     check, module = InitializationCheck(), Siamese()
     before = weights(module)
     others = [NaNRollback()] if reported_by_step else []
-    fit(module, batches(1), [check, *others, Listener()], max_steps=1)
+    fit(module, batches(1), [check, *others, listener], max_steps=1)
     assert same(before, weights(module)) or not reported_by_step
     (finding,) = (f for f in check.findings if f.severity == "fail")
     assert (finding.criterion, finding.measured) == ("nonfinite_gradients", "100% of the gradients")
     assert re.search(r"test_initialization_check.py:\d+ in <lambda>: `lambda x, y: ", finding.cure)
-    (incident,) = found  # that of the step where a callback reports it
+    (incident,) = listener.found  # that of the step where a callback reports it
     assert (incident.kind, incident.cause) == ("nonfinite_gradient", "backward_pass")
     assert not incident.advice.startswith("Cure: ")
     assert "test_initialization_check.py" in incident.where[0]

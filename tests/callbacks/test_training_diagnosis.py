@@ -35,17 +35,9 @@ from lightning_gradguard.core.detectors.diagnosis.signals.recurrences import sat
 from lightning_gradguard.core.detectors.diagnosis.signals.units import UnitGradients, extremes
 from tests.launching import launch_on
 from tests.runtime.logging.test_loggers import events_in
-from tests.tasks import Classifier, ResumableLoader, batches, fit, optimizer_state, same, weights
+from tests.tasks import Classifier, Listener, ResumableLoader, batches, fit, optimizer_state, same, weights
 
 Change = Callable[[Any], Any]
-
-
-class Listener(pl.Callback):
-    def __init__(self) -> None:
-        self.found: list[Incident] = []
-
-    def on_training_incident(self, trainer: Any, pl_module: Any, incident: Incident) -> None:
-        self.found.append(incident)
 
 
 class Task(Classifier):

@@ -14,7 +14,6 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from lightning_gradguard.core.detectors import DEPTH_DECADES, depth_profile
-from lightning_gradguard.core.detectors.diagnosis import LossBaselines, StepTrace
 from lightning_gradguard.core.forensics import investigate
 from lightning_gradguard.core.incidents import first_names
 from lightning_gradguard.core.initialization import (
@@ -33,6 +32,7 @@ from lightning_gradguard.core.initialization.repair import Repair
 from lightning_gradguard.core.parameter_names import plain_name
 from lightning_gradguard.core.remedies import advice
 from lightning_gradguard.core.snapshots import preserve_state
+from lightning_gradguard.runtime.diagnosis.traced_pass import traced_pass
 from lightning_gradguard.runtime.distributed import (
     broadcast_tensors,
     complete_gradients,
@@ -88,10 +88,8 @@ class FirstBatch:
         if not of_batch > large or any(gather_objects(self.problem is not None)):
             return of_batch
         batch = copy.deepcopy(self._batch)
-        trace = StepTrace(self._pl_module, batch, LossBaselines())
-        with preserve_state(self._pl_module), trace:
-            self._loss_of(batch)
-        sample = trace.sample(0, trace.close(self._pl_module.device).tolist())
+        with preserve_state(self._pl_module):
+            sample = traced_pass(self._pl_module, batch, lambda: self._loss_of(batch))
         of_layers: list[float] = gather_objects(sample.input_rms)
         return max(of_layers)
 

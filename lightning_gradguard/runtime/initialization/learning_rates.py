@@ -16,7 +16,6 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, IterableDataset
 
-from lightning_gradguard.core.detectors.diagnosis import LossBaselines, StepTrace
 from lightning_gradguard.core.forensics import parts_of, parts_out_of_scale, standardizing
 from lightning_gradguard.core.initialization import Finding
 from lightning_gradguard.core.initialization.rate_trial import (
@@ -36,6 +35,7 @@ from lightning_gradguard.core.initialization.rate_trial import (
 )
 from lightning_gradguard.core.snapshots import preserve_randomness
 from lightning_gradguard.runtime.configured_rates import initial_rate
+from lightning_gradguard.runtime.diagnosis.traced_pass import traced_pass
 from lightning_gradguard.runtime.incidents.replay import training_loss, without_logging
 from lightning_gradguard.runtime.lightning_api import (
     REPEATS_CLOSURE,
@@ -189,11 +189,8 @@ def _watch(
     if is_compiled(pl_module):
         return
     batch = copy.deepcopy(trial.held_out[0])
-    trace = StepTrace(pl_module, batch, LossBaselines())
-    with trace:
-        loss = trial.loss_of(batch)
-    loss.backward()  # type: ignore[no-untyped-call]
-    found.append(trace.sample(0, trace.close(pl_module.device).tolist()).output_gradients())
+    sample = traced_pass(pl_module, batch, lambda: trial.loss_of(batch), backward=True)
+    found.append(sample.output_gradients())
 
 
 def _trial(
