@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from statistics import fmean
 
 from lightning_gradguard.core.detectors.best_constant import LEARNS
 from lightning_gradguard.treatment.trials.trial import Trial
@@ -23,6 +24,8 @@ LEARNED_ENOUGH, LEARNED_ENOUGH_OF_VALUES = LITTLE_LEFT * HAS_LEARNED, 0.1
 #: probability of the right class, and of the explained part of the loss of the best constant answer. At .91
 #: of two classes a run is no less healthy for one at .98, and at .68 of ten it fails beside one at .97.
 LEFT_BY_OTHER, FAR_BEHIND = 0.5, 0.75
+#: Recorded losses of batches, of which the mean is compared with that of another time of the run.
+N_COMPARED = 10
 #: Loss over that of the best constant answer above which plain learners show nothing of what can be learned:
 #: of parities, they learn as little as of noise.
 LITTLE_REACHED = 0.7
@@ -64,14 +67,17 @@ def learning_of(trial: Trial) -> Learning:
     evidence = f"the held-out loss is {trial.loss:.4g}, {ratio:.2f} times that {reference}"
     if is_known and bound > HAS_LEARNED:
         evidence += f" (plain learners: {trial.reachable:.2f})"
-    if not is_low:
+    learns = ratio < LEARNS and is_low
+    is_overfit = not learns and overfits(trial)
+    if is_overfit or not is_low:
         evidence += f", and has risen from {trial.lowest:.4g}"
+        evidence += ", while that of training batches falls: it overfits" if is_overfit else ""
     before = next((loss for step, loss in trial.curve if 3 * step >= 2 * trial.curve[-1][0]), math.inf)
     has_ended = trial.job.enough is not None and trial.loss <= trial.job.enough
     is_settled = has_ended or ratio <= LITTLE_LEFT * bound or trial.loss > FALLS * before
     if not is_settled:
         evidence += f", and still falls, from {before:.4g} after two thirds of the run"
-    return Learning(ratio < LEARNS and is_low, ratio <= bound and is_low, is_settled, evidence)
+    return Learning(learns, ratio <= bound and is_low, is_settled, evidence)
 
 
 def exceeds_constant(trial: Trial) -> bool:
@@ -93,6 +99,17 @@ def learned_at_lowest(trial: Trial) -> bool:
     _, ratio, bound = _ratio_and_bound(trial)
     reference = trial.loss / ratio if math.isfinite(trial.loss) else trial.curve[0][1]
     return trial.lowest <= bound * reference
+
+
+def overfits(trial: Trial) -> bool:
+    """True if a run has learned, and loses it on held-out batches alone: those of training are learned on."""
+    if not math.isfinite(trial.loss):
+        return False
+    has_learned = trial.lowest * _ratio_and_bound(trial)[1] < LEARNS * trial.loss
+    lowest = min(trial.curve, key=lambda point: point[1] if math.isfinite(point[1]) else math.inf)[0]
+    then = [loss for step, loss in trial.training if step <= lowest][-N_COMPARED:]
+    now = [loss for _, loss in trial.training][-N_COMPARED:]
+    return has_learned and bool(then) and fmean(now) < LEARNS * fmean(then)
 
 
 def settled_loss(trial: Trial) -> float | None:

@@ -20,7 +20,7 @@ def to_html(result: TreatmentResult, command: str) -> str:
     slow, slower = (f"{1e3 * s:.2g} ms" for s in result.costs["seconds_per_step"])
     sections = [
         Section("Verdict", result.evidence),
-        Section("Train with it", command=command),
+        Section("Train with it", "" if command else "No treatment.yaml was written.", command=command),
         Section("Found in the program", items=result.problems),
         *_prescribed(result),
         Section("Changes", rows={c.describe(): result.reason for c in result.changes}),
@@ -130,4 +130,7 @@ def text_of(result: TreatmentResult) -> str:
     lines.append(f"  untreated: {evidence}" if result.verdict != "healthy" else "")
     lines += [f"  note: {note}" for note in result.notes]
     spent = f"{result.spent:.0f} s of {result.budget:.0f} s, {len(result.trials)} trials"
-    return "\n".join([*filter(None, lines), f"  {spent}; {result.folder / 'report.html'}"])
+    written = (
+        f"{result.folder / 'report.html'}{'' if result.is_treated else '; no treatment.yaml was written'}"
+    )
+    return "\n".join([*filter(None, lines), f"  {spent}; {written}"])

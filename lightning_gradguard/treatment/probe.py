@@ -31,7 +31,7 @@ from lightning_gradguard.runtime.incidents.invalid_batches import is_check_of_va
 from lightning_gradguard.runtime.incidents.replay import training_loss_or_nan, without_logging
 from lightning_gradguard.runtime.lightning_api import Callback
 from lightning_gradguard.runtime.optimizer_hooks import is_scale_free
-from lightning_gradguard.treatment.learning import Learning, learning_of
+from lightning_gradguard.treatment.learning import Learning, learning_of, overfits
 from lightning_gradguard.treatment.prescriptions import keeps_from_learning
 from lightning_gradguard.treatment.trials.held_out import HeldOutLoss
 from lightning_gradguard.treatment.trials.program import Program, TreatmentError, described, quiet
@@ -89,8 +89,14 @@ class Probe:
 
     @property
     def learns_unhindered(self) -> bool:
-        """True if the run learns, if only little, and nothing was found in it that hinders it."""
-        return self.learning.learns and not self.problems
+        """True if the run learns, if only little, or overfits, and nothing was found that hinders it."""
+        return (self.learning.learns or overfits(self.trial)) and not self.problems
+
+    @property
+    def is_unexplained(self) -> bool:
+        """True if nothing was found that hinders it, but that the loss is stuck for no known reason."""
+        known = [s for s in self.symptoms if (s.kind, s.cause) != ("stuck_loss", "unknown")]
+        return len(self.problems) == len(self.symptoms) and not known and math.isfinite(self.trial.loss)
 
     @property
     def problems(self) -> list[str]:

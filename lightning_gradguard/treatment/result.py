@@ -23,7 +23,7 @@ _HEADLINES: dict[TreatmentVerdict, str] = {
     "healthy": "healthy: nothing is changed",
     "cured": "cured",
     "better": "better, not cured",
-    "no_treatment_found": "no treatment found",
+    "no_treatment_found": "no treatment found: nothing is changed",
     "budget_too_small": "no trial was made, as the budget is too small",
 }
 
@@ -81,6 +81,8 @@ class TreatmentResult:
     def headline(self) -> str:
         """The verdict in one line."""
         by = f" by {name_of(self.changes)}" if self.is_treated else ""
+        if self.verdict == "no_treatment_found" and not (self.problems or self.prescriptions):
+            return f"{self.program}: nothing was found that ails it, nor what helps: nothing is changed"
         return f"{self.program}: {_HEADLINES[self.verdict]}{by}"
 
     @property

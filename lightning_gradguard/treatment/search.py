@@ -72,7 +72,8 @@ class TrialRunner:
     def run(self, jobs: Iterable[Job], until: float) -> list[Trial]:
         """Runs jobs until a share of the budget is spent; returns their trials in the order of the jobs."""
         wanted = list({job.key: job for job in jobs}.values())
-        missing = [job for job in wanted if job.key not in self.log.trials]
+        known = {key for key, trial in self.log.trials.items() if trial.error != OUT_OF_TIME}
+        missing = [job for job in wanted if job.key not in known]
         for trial in outcomes(self.program, missing, self.clock.share(until), self.processes):
             self.log.add(trial)
             self.report(self._progress(trial))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,6 +11,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 
+from lightning_gradguard.core.detectors.best_constant import LEARNS
 from lightning_gradguard.core.incidents import sentence_case
 from lightning_gradguard.core.remedies import advice_for_cause
 from lightning_gradguard.core.remedies.changes import Change
@@ -31,10 +30,10 @@ from lightning_gradguard.treatment.search import (
     search,
     with_needed_changes,
 )
-from lightning_gradguard.treatment.trials.program import OF_USER, Program, recorded_program
+from lightning_gradguard.treatment.trials.program import Program, recorded_program
 from lightning_gradguard.treatment.trials.reachable import reachable_loss
 from lightning_gradguard.treatment.trials.trial import Trial, name_of
-from lightning_gradguard.treatment.trials.trial_log import TrialLog
+from lightning_gradguard.treatment.trials.trial_log import TrialLog, identity_of
 from lightning_gradguard.treatment.trials.workers import usable_processes
 from lightning_gradguard.treatment.verification import (
     SeedResult,
@@ -161,7 +160,7 @@ class _Treatment:
         steps: int,
     ) -> None:
         self.program, self.found, self.clock, self.folder, self.report = program, found, clock, folder, report
-        identity = _identity(program, found)
+        identity = identity_of(program, found.module, found.trial)
         self.log = TrialLog(folder / files.TRIALS, identity, min(steps, self._affordable(processes)))
         self.steps = self.log.steps
         self.runner = TrialRunner(program, self.log, clock, processes, self.steps, report)
@@ -224,7 +223,7 @@ class _Treatment:
                 best = verdict, evidence, changes, results
         ahead = unverified(self.log.trials.values(), self.found.trial)
         if self._is_open and not (self.runner.was_cut and ahead):
-            rest = "; the budget has ended before more was tried" if self.runner.was_cut else ""
+            rest = f"; {self._cut} before more was tried" if self.runner.was_cut else ""
             return self._result("healthy", f"{healthy}; no change that was tried learns far more{rest}")
         if best is not None and not self._is_open:
             verdict, evidence, changes, results = best
@@ -236,8 +235,13 @@ class _Treatment:
         """Returns why no treatment is known: none has proved better, or the budget has ended before."""
         if not self.runner.was_cut:
             tried = ", ".join(dict.fromkeys(name_of(t.job.changes) for t in self.log.trials.values()))
-            return f"{self.found.learning.evidence}; none that was tried has proved better: {tried}"
-        evidence = f"{self.found.learning.evidence}; the budget has ended before a treatment was verified"
+            evidence = f"{self.found.learning.evidence}; none that was tried has proved better: {tried}"
+            reached = self.program.reachable
+            if self.found.is_unexplained and not reached < LEARNS:
+                evidence += "; no cause was found, and its data may allow no more"
+                evidence += f" (plain learners: {reached:.2f})" if math.isfinite(reached) else ""
+            return evidence
+        evidence = f"{self.found.learning.evidence}; {self._cut} before a treatment was verified"
         if ahead is not None:
             name, steps = name_of(ahead.job.changes), ahead.job.steps
             evidence += f". {name} has a held-out loss of {ahead.loss:.4g} after {steps} steps of a trial: "
@@ -263,6 +267,9 @@ class _Treatment:
         else:
             promising = math.inf
         waiting = search(runner, suggested, full, until, promising)[:MAX_VERIFIED]
+        if runner.was_cut and not waiting:  # there is nothing yet to verify in the time that was kept
+            runner.was_cut, until = False, MOST_SEARCHED
+            waiting = search(runner, suggested, full, until, promising)[:MAX_VERIFIED]
         has_rate = False
         verified: set[str] = set()
         while waiting:
@@ -346,6 +353,14 @@ class _Treatment:
         )
 
     @property
+    def _cut(self) -> str:
+        """Words for what has ended: the budget, or the part of it that a search may take."""
+        spent = f"{self.clock.spent:.0f} s of {self.clock.budget:.0f} s"
+        if self.clock.spent > VERIFIED * self.clock.budget:
+            return "the budget has ended"
+        return f"the time for a search has ended, {spent}, as the rest is for a verification,"
+
+    @property
     def _time(self) -> str:
         return f"{self.clock.spent:4.0f} s of {self.clock.budget:.0f} s"
 
@@ -368,18 +383,3 @@ class _Treatment:
 
     def _least_budget(self) -> float:
         return self.clock.spent + TOO_FEW_STEPS * COST_IN_TRIALS * self._seconds_per_step() / VERIFIED
-
-
-def _identity(program: Program, found: Probe) -> dict[str, Any]:
-    """Returns what trials of the same program have in common."""
-    losses = [f"{loss:.6g}" for _, loss in found.trial.curve[:5]]
-    arguments = {name: str(value) for name, value in program.trainer.items() if name in OF_USER}
-    content = [
-        str(found.module),
-        program.batches.fingerprint,
-        program.seed,
-        losses,
-        sorted(arguments.items()),
-    ]
-    digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
-    return {"module": type(found.module).__qualname__, "digest": digest}

@@ -20,6 +20,8 @@ from lightning_gradguard import Change, TreatmentError, TreatmentResult
 from lightning_gradguard.strict_json import to_json
 from lightning_gradguard.treatment.candidates import MAX_CANDIDATES, Candidate
 from lightning_gradguard.treatment.learning import learning_of
+from lightning_gradguard.treatment.page import text_of
+from lightning_gradguard.treatment.search import TrialRunner
 from lightning_gradguard.treatment.trials.program import Program
 from lightning_gradguard.treatment.trials.trial import Job, Trial
 from lightning_gradguard.treatment.trials.trial_log import content_of
@@ -389,6 +391,53 @@ def test_program_as_good_as_its_data_allow_is_healthy() -> None:
     assert result.verdict == "healthy", result.evidence
     assert result.evidence.endswith("no change that was tried learns far more")
     assert len(result.trials) <= MAX_CANDIDATES, "nothing that promises little goes beyond a short trial"
+
+
+def test_network_that_nothing_ails_has_no_treatment_and_no_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Weak(Data):
+        """Values that are nearly noise."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            for part in (self.training, self.validation):
+                x, _ = part.tensors
+                drawn = torch.randn(len(x), generator=torch.Generator().manual_seed(len(x)))
+                part.tensors = x, 0.3 * x[:, 0] + drawn
+
+    class Line(Net):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return nn.functional.mse_loss(self.net(batch[0])[:, 0], batch[1])
+
+    lower = Candidate((Change("learning_rate", {"scale": 0.1}),), "a test")
+    monkeypatch.setattr("lightning_gradguard.treatment.treat.candidates", lambda _: [lower])
+    result = treated(partial(Line, rate=1e-3), Weak())
+    assert result.verdict == "no_treatment_found"
+    assert result.headline.endswith(
+        "Line: nothing was found that ails it, nor what helps: nothing is changed"
+    )
+    assert result.evidence.endswith("; no cause was found, and its data may allow no more")
+    assert text_of(result).endswith("report.html; no treatment.yaml was written")
+    assert not (result.folder / "treatment.yaml").exists()
+    assert "No treatment.yaml was written." in (result.folder / "report.html").read_text()
+
+
+def test_search_goes_on_in_the_time_of_a_verification_that_has_nothing_to_verify(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ends: list[float] = []
+
+    def nothing(runner: TrialRunner, *args: Any) -> list[Trial]:
+        runner.was_cut = True
+        ends.append(args[2])
+        return []
+
+    monkeypatch.setattr("lightning_gradguard.treatment.treat.search", nothing)
+    result = treated(deep_sigmoid, trainer={"max_steps": 40}, budget="10m")
+    assert len(ends) == 2
+    assert "the time for a search has ended, " in result.evidence
+    assert (
+        " s of 600 s, as the rest is for a verification, before a treatment was verified" in result.evidence
+    )
 
 
 def test_operation_with_a_nonfinite_gradient_is_prescribed_and_no_change_cures_it(

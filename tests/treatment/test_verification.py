@@ -10,7 +10,7 @@ import pytest
 
 from lightning_gradguard import Change
 from lightning_gradguard.treatment.budget import Clock
-from lightning_gradguard.treatment.learning import learned_enough, settled_loss
+from lightning_gradguard.treatment.learning import learned_enough, learning_of, overfits, settled_loss
 from lightning_gradguard.treatment.search import TrialRunner, noise_of
 from lightning_gradguard.treatment.trials.program import recorded_program
 from lightning_gradguard.treatment.trials.trial import OUT_OF_TIME, Job, Trial
@@ -180,3 +180,18 @@ def test_a_better_trial_is_unverified_until_it_was_run_with_a_fresh_seed() -> No
     cut = replace(trial(Job(CHANGES, 0, 150), 0.3), error=OUT_OF_TIME)
     assert unverified([trial(Job((), 0, 60), 2.19), short, cut], probed) is short
     assert unverified([short, trial(Job(CHANGES, 101, WHOLE), 2.2)], probed) is None
+
+
+@pytest.mark.parametrize(("training", "is_overfit"), [(0.2, True), (2.2, False)])
+def test_loss_that_rises_on_held_out_batches_alone_is_that_of_a_run_that_overfits(
+    training: float, is_overfit: bool
+) -> None:
+    """A run that diverges loses it on the batches of training, too."""
+    run = replace(
+        trial(Job(None, 0, 400), 2.4, before=1.7),
+        training=[(step, 1.0 if step <= 300 else training) for step in range(10, 410, 10)],
+    )
+    assert overfits(run) == is_overfit
+    assert (
+        "has risen from 1.7, while that of training batches falls: it overfits" in learning_of(run).evidence
+    ) == is_overfit

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from lightning_gradguard.core.remedies.changes import Change
 from lightning_gradguard.strict_json import to_json
-from lightning_gradguard.treatment.trials.program import TreatmentError
+from lightning_gradguard.treatment.trials.program import OF_USER, Program, TreatmentError
 from lightning_gradguard.treatment.trials.trial import Job, Trial
 
 
@@ -58,6 +61,15 @@ class TrialLog:
         self.trials[trial.job.key] = trial
         with self.path.open("a", encoding="utf-8") as file:
             file.write(to_json(content_of(trial)) + "\n")
+
+
+def identity_of(program: Program, module: nn.Module, probed: Trial) -> dict[str, Any]:
+    """Returns what trials of the same program have in common."""
+    losses = [f"{loss:.6g}" for _, loss in probed.curve[:5]]
+    arguments = {name: str(value) for name, value in program.trainer.items() if name in OF_USER}
+    content = [str(module), program.batches.fingerprint, program.seed, losses, sorted(arguments.items())]
+    digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+    return {"module": type(module).__qualname__, "digest": digest}
 
 
 def content_of(trial: Trial) -> dict[str, Any]:
