@@ -126,9 +126,9 @@ def _interventions(run: Run) -> Interventions:
     fractions = [value for g in log.gradients for _, value in g.clip_fraction.finite()]
     elsewhere = [is_clipped for g in log.gradients for is_clipped in clipped_elsewhere(g)]
     return Interventions(
-        skips=_last_count(log.skips),
+        skips=_count_of(log, log.skips, "skipped"),
         earlier_skips=_earlier_skips(log),
-        rollbacks=_last_count(log.rollbacks),
+        rollbacks=_count_of(log, log.rollbacks, "rolled_back"),
         lost_batches=dict(run.lost_batches),
         ranks=run.ranks,
         learning_rate_scale=log.backoff_scale.values[-1] if len(log.backoff_scale) else None,
@@ -150,9 +150,10 @@ def _earlier_skips(log: RunLog) -> int:
     return max(counts[-1] - (here or counts[-1] - counts[0]), 0) if counts else 0
 
 
-def _last_count(series: Series) -> int | None:
+def _count_of(log: RunLog, series: Series, action: str) -> int | None:
+    """Returns the last count that was logged or, without any, that of the incidents."""
     counts = series.finite()
-    return int(counts[-1][1]) if counts else None
+    return int(counts[-1][1]) if counts else sum(i.action == action for i in log.incidents) or None
 
 
 def _next_steps(verdict: RunVerdict) -> list[str]:

@@ -20,12 +20,13 @@ _NORMALIZATION = re.compile(r"(^|[._])(\w*norm\d*|bn\d*|ln(_?\w)?)([._]|$)", re.
 def present_in(log: RunLog) -> set[Present]:
     """Returns what a run had in place: callbacks that logged or acted, and a network without recurrence."""
     kinds = {incident.kind for incident in log.incidents}
+    actions = {incident.action for incident in log.incidents}
     layers = [name for gradients in log.gradients for name in gradients.layers]
     has_attention = any(map(_ATTENTION.search, layers))
     found: dict[Present, bool] = {
         "clipping": any(len(g.clip_fraction) or len(g.clipped) or _is_capped(g.total) for g in log.gradients),
-        "rollback": len(log.skips) > 0,
-        "backoff": len(log.backoff_scale) > 0,
+        "rollback": len(log.skips) > 0 or not actions.isdisjoint(("skipped", "rolled_back")),
+        "backoff": len(log.backoff_scale) > 0 or "backed_off" in actions,
         "check": log.was_checked
         or not kinds.isdisjoint(("poor_initialization", "dead_units", "saturated_units")),
         "feed_forward": bool(layers) and not any(map(_RECURRENT.search, layers)),

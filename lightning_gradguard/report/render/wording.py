@@ -14,14 +14,15 @@ LAYERS_TITLE = "Layers, those of symptoms first, then by largest norm"
 def outcome_sentence(report: RunReport) -> str:
     """Returns the end of the run in one line."""
     outcome = report.verdict.outcome
-    facts = [f"{outcome.steps} steps"]
+    facts = [f"{outcome.steps} steps" if outcome.steps else "no steps were logged"]
     if outcome.failed_at is not None:
         facts = [f"failed after {outcome.survived} of {outcome.steps} steps"]
         if outcome.survived is None:
             unlogged = f"the first {outcome.failed_at} of {outcome.steps} steps, which were not logged"
             facts = [f"failed within {unlogged}"]
     elif outcome.was_stopped:
-        facts = [f"stopped after {outcome.steps} steps"]
+        at = f"at step {max(incident.step for incident in report.run.log.incidents)}"
+        facts = [f"stopped after {outcome.steps} steps" if outcome.steps else f"stopped {at}"]
     if outcome.first_loss is not None and outcome.final_loss is not None:
         final = f"{outcome.final_loss:.4g}" if math.isfinite(outcome.final_loss) else "nonfinite"
         facts.append(f"loss {outcome.first_loss:.4g} to {final}")

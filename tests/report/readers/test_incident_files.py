@@ -28,6 +28,24 @@ def test_incidents_without_scalars_are_reported(capsys: pytest.CaptureFixture[st
     text = printed(capsys, "run")
     assert "there is neither an event file nor a metrics.csv, only incidents.jsonl" in " ".join(text.split())
     assert "loss_spike 1" in text
+    assert "no steps were logged" in text
+
+
+def test_interventions_without_scalars_are_counted(capsys: pytest.CaptureFixture[str]) -> None:
+    """A lost run with `logger=False`: its incidents have what it did, and when it ended."""
+    Path("run").mkdir()
+    done = [
+        ("nonfinite_loss", 7, "skipped"),
+        ("nonfinite_loss", 8, "skipped"),
+        ("rollback", 8, "rolled_back"),
+    ]
+    done += [("learning_rate_backoff", 8, "backed_off"), ("training_diverged", 9, "stopped")]
+    lines = [json.dumps({"kind": kind, "step": step, "action": action}) for kind, step, action in done]
+    Path("run/incidents.jsonl").write_text("\n".join(lines))
+    text = printed(capsys, "run")
+    assert "stopped at step 9" in text
+    assert "2 steps skipped, 1 rollback" in text
+    assert "add LearningRateBackoff" not in text
 
 
 def test_incidents_of_abandoned_steps_are_omitted() -> None:
