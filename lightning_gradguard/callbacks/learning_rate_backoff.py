@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from functools import partial
 from typing import Any
 
@@ -24,7 +25,7 @@ class LearningRateBackoff(StepCallback):
 
     The rate is scaled only while an optimizer steps and restored right after, so that schedulers are not
     affected. A rollback multiplies the scale by `factor`, unless bad data has caused it, which is no reason
-    to train slower; nor is a skipped batch.
+    to train slower; nor is a skipped batch, nor an operation of your code that fails again after one cut.
 
     A run that is rolled back to its start, or again to the same snapshot, has a rate that does not train it.
     Then the highest rate that trains is searched, within a factor of 16; it is kept, logged, and reported as
@@ -77,7 +78,7 @@ class LearningRateBackoff(StepCallback):
         self._is_first_batch = False
         self._has_updated = False
         self._has_ended = False
-        self._unscaled = 0
+        self._left: Counter[str] = Counter()
         self._rates: list[ScaledLearningRate] = []
         self._scheduled: dict[int, list[float | Tensor]] = {}
 
@@ -102,7 +103,7 @@ class LearningRateBackoff(StepCallback):
         self._has_ended = False
         self._backoff.begin(trainer.global_step)
         self._is_first_batch, self._has_updated = True, False
-        self._unscaled = 0
+        self._left.clear()
         if self.prog_bar:
             self.suite.metrics.show_on_bar(tags.LR_SCALE)
 
@@ -134,14 +135,18 @@ class LearningRateBackoff(StepCallback):
     def on_training_incident(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, incident: Incident
     ) -> None:
-        """Backs off after a rollback; bad data is no reason to train slower."""
+        """Backs off after a rollback, unless its cause is one that no rate avoids."""
+        if incident.kind == "training_diverged":
+            self._found_rate = None  # the run has ended at it
         if incident.kind != "rollback" or incident.value is None:
             return
-        # what the data or the optimizer's arguments cause fails alike at any rate
-        if incident.cause in ("bad_input", *OF_OPTIMIZER) or not self._has_updated:
-            return
         if not self._initial_rates():
-            self._unscaled += 1
+            self._left[tags.UNSCALED_ROLLBACKS] += 1
+            return
+        # one cut may keep numbers where an operation is finite; data and the optimizer's arguments fail alike
+        fails_alike = AT_ANY_RATE if self._backoff.level < 1 else ("bad_input", *OF_OPTIMIZER)
+        if incident.cause in fails_alike or not self._has_updated:
+            self._left[tags.ROLLBACKS_AT_ANY_RATE] += 1
             return
         if self._backoff.on_rollback(int(incident.value)):
             self._found_rate = None
@@ -185,12 +190,10 @@ class LearningRateBackoff(StepCallback):
 
     @override
     def final_counts(self) -> dict[str, float]:
-        """Returns the final scale, with the change of the last batch; the rate that was found to train."""
-        counts = {tags.LR_SCALE: self._backoff.scale}
+        """Returns the final scale, with the last change, a rate found, and the rollbacks without a cut."""
+        counts = {tags.LR_SCALE: self._backoff.scale, **self._left}
         if self._found_rate is not None:
             counts[tags.FOUND_LR] = self._found_rate
-        if self._unscaled:
-            counts[tags.UNSCALED_ROLLBACKS] = self._unscaled
         return counts
 
     @override

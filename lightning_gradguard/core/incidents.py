@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+from lightning_gradguard.core.backoff import TRIAL_STEPS
+
 #: The kinds that the suite publishes; other callbacks may publish others.
 IncidentKind = Literal[
     "nonfinite_gradient",
@@ -109,6 +111,8 @@ SYMPTOM_CAUSES: tuple[SymptomCause, ...] = get_args(SymptomCause)
 
 #: Beginning of advice that the check of the initialization has tried on a batch.
 CURE = "Cure: "
+#: What was measured of a learning rate that a run has found, and not rolled back since.
+HELD = f"at which the loss fell over {TRIAL_STEPS} steps, and no rollback followed"
 #: File in the folder of a second logger, with the path from there to the folder that has the incidents.
 RUN_FOLDER = "run_folder.txt"
 #: Values in files of 0.5 and before that are renamed since.
@@ -135,7 +139,7 @@ _TITLES = {
 _INTERVENTIONS = {
     "rollback": "Rolled back to step {:.0f}",
     "learning_rate_backoff": "Learning rate backed off to {:.4g}x the configured rate",
-    "learning_rate_found": "Found a learning rate that trains: train with lr={:.3g}",
+    "learning_rate_found": f"The loss fell over {TRIAL_STEPS} steps with lr={{:.3g}},",
 }
 _VALUES = {
     "nonfinite_gradient": "{:.0%} of the gradients",

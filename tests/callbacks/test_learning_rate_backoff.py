@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim import lr_scheduler as schedulers
 
 from lightning_gradguard import Incident, LearningRateBackoff, NaNRollback
+from lightning_gradguard.core import tags
 from lightning_gradguard.core.backoff import ScaledLearningRate, pending_rate_scale
 from tests.tasks import OPTIMIZERS, Batch, Classifier, RateSpy, batches, fit, poisoned
 
@@ -239,3 +240,23 @@ def test_an_optimizer_without_a_rate_is_left_alone_and_named() -> None:
     assert "rollback" in seen
     assert "learning_rate_backoff" not in seen
     assert dict(callbacks[0].final_counts())["summary/unscaled_rollbacks"] == seen.count("rollback")
+
+
+def test_an_operation_that_fails_again_after_one_cut_costs_no_further_one(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    class Roots(Classifier):
+        def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+            loss = super().training_step(batch, batch_idx)
+            assert loss is not None
+            return loss + (0 * loss if batch_idx % 10 > 6 else loss).sqrt()
+
+    rollback, backoff = NaNRollback(snapshot_every_n_steps=5), LearningRateBackoff()
+    fit(Roots(), batches(60), [rollback, backoff])
+    assert rollback.rollbacks > 3
+    assert backoff.state_dict()["level"] == 0.5
+    counts = dict(backoff.final_counts())
+    assert counts[tags.ROLLBACKS_AT_ANY_RATE] == rollback.rollbacks - 1
+    summary = capsys.readouterr().err
+    assert f"as it was after {rollback.rollbacks - 1} of the rollbacks, which no rate avoids" in summary
+    assert "Learning rate backed off to 0.5x" in summary

@@ -98,7 +98,9 @@ def test_rate_two_hundred_times_too_high_is_brought_to_one_that_trains(
     (backoff,) = (c for c in suite if isinstance(c, LearningRateBackoff))
     assert backoff.final_counts()[tags.FOUND_LR] == rate  # in the table at the end
     main(["report", str(tmp_path)])
-    assert f"1. Train with lr={rate:.3g}" in capsys.readouterr().out
+    printed = capsys.readouterr()
+    assert f"1. Train with lr={rate:.3g}" in printed.out
+    assert f"The loss fell over 60 steps with lr={rate:.3g}, at step " in printed.err
     assert len(recorded(tmp_path, "rollback")) == len(recorded(tmp_path, "learning_rate_backoff")) <= 5
 
 

@@ -31,6 +31,7 @@ PUBLISHED = {
     tags.LR_SCALE: "lr_backoff/scale",
     tags.FOUND_LR: "summary/found_lr",
     tags.UNSCALED_ROLLBACKS: "summary/unscaled_rollbacks",
+    tags.ROLLBACKS_AT_ANY_RATE: "summary/rollbacks_at_any_rate",
     tags.LR: "lr_backoff/lr/<name>",
     tags.SCHEDULED_LR: "lr_backoff/scheduled_lr/<name>",
     tags.INITIALIZATION: "init/<name>",

@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 
 from lightning_gradguard.core.detectors.best_constant import STUCK
-from lightning_gradguard.core.incidents import CURE, OF_WEIGHTS, SYMPTOM_CAUSES, Incident, label
+from lightning_gradguard.core.incidents import CURE, HELD, OF_WEIGHTS, SYMPTOM_CAUSES, Incident, label
 from lightning_gradguard.core.remedies import Present, advice_for_cause, remedies
 from lightning_gradguard.report.analysis.outcome import (
     LEARNED,
@@ -32,6 +32,8 @@ MAX_DETAILS = 5
 
 #: Kinds that record an intervention, not a symptom.
 _RESPONSES = ("rollback", "learning_rate_backoff", "learning_rate_found", "training_diverged", "lost_batch")
+#: Those that end a learning rate, and that which finds one.
+_OF_RATE = ("learning_rate_backoff", "training_diverged", "learning_rate_found")
 #: Kinds that the check of the initialization finds.
 INITIALIZATION = ("poor_initialization", "dead_units", "saturated_units")
 
@@ -47,8 +49,8 @@ def incident_symptoms(log: RunLog, outcome: Outcome, known: set[str]) -> Iterato
 
 def found_rate(log: RunLog) -> float | None:
     """Returns the learning rate that a run has found to train; `None` if there is none, or it failed."""
-    changes = [i for i in log.incidents if i.kind in ("learning_rate_backoff", "learning_rate_found")]
-    return changes[-1].value if changes and changes[-1].kind == "learning_rate_found" else None
+    found = [i for i in log.incidents if i.kind in _OF_RATE]
+    return found[-1].value if found and found[-1].kind == "learning_rate_found" else None
 
 
 def _falling_learning_rate(log: RunLog, outcome: Outcome) -> RunSymptom | None:
@@ -73,8 +75,8 @@ def _falling_learning_rate(log: RunLog, outcome: Outcome) -> RunSymptom | None:
         reasons = [i.advice for i in log.incidents if i.cause == "update_too_large" and i.advice]
         next_steps = (*reasons[:1], *remedies("falling_learning_rate"))
         return RunSymptom("falling_learning_rate", severity, cuts[0], evidence, level, remedies=next_steps)
-    evidence += f"; the run trained at lr={rate:.3g}"
-    next_steps = (f"Train with lr={rate:.3g}, which the run has found to train.",)
+    evidence += f"; the last one was lr={rate:.3g}, {HELD}"
+    next_steps = (f"Train with lr={rate:.3g}, {HELD}.",)
     return RunSymptom(
         "falling_learning_rate", severity, cuts[0], evidence, level, remedies=next_steps, is_tried=True
     )

@@ -11,6 +11,7 @@ import pytorch_lightning as pl
 
 from lightning_gradguard.core import tags
 from lightning_gradguard.core.detectors import Explosion, describe_clipping, percent
+from lightning_gradguard.core.incidents import HELD
 from lightning_gradguard.core.remedies import advice, remedies
 from lightning_gradguard.runtime import lightning_api
 from lightning_gradguard.runtime.incidents.journal import (
@@ -38,8 +39,15 @@ _ROWS = {
     tags.ROLLBACKS: ("rollbacks", "{:.0f}".format),
     tags.AMP_OVERFLOWS: ("AMP overflows", "{:.0f}".format),
     tags.LR_SCALE: ("learning rate scale", "{:.3g}".format),
-    tags.UNSCALED_ROLLBACKS: ("learning rate", "as it was, after {:.0f} rollbacks: no group has 'lr'".format),
-    tags.FOUND_LR: ("train with", "lr={:.3g}".format),
+    tags.UNSCALED_ROLLBACKS: (
+        "learning rate",
+        "as it was after {:.0f} of the rollbacks: no group has 'lr'".format,
+    ),
+    tags.ROLLBACKS_AT_ANY_RATE: (
+        "learning rate",
+        "as it was after {:.0f} of the rollbacks, which no rate avoids".format,
+    ),
+    tags.FOUND_LR: ("train with", f"lr={{:.3g}}, {HELD}".format),
     tags.CLIPPED_FRACTION: ("steps clipped", percent),
     tags.LARGEST_NORM: ("largest norm", "{:.3g}".format),
     tags.LARGEST_LOGGED_NORM: ("largest logged norm", "{:.3g}".format),

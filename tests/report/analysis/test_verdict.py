@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 
-from lightning_gradguard.core.incidents import Action, Incident
+from lightning_gradguard.core.incidents import HELD, Action, Incident
 from lightning_gradguard.report.analysis.run_log import GradientLog, RunLog, Series
 from lightning_gradguard.report.analysis.verdict import RunVerdict, analyze_run, order_layers
 
@@ -398,11 +398,14 @@ def test_one_cut_is_no_falling_learning_rate() -> None:
 
 def test_a_rate_that_failed_after_it_was_found_is_not_advised() -> None:
     cuts = [Incident("learning_rate_backoff", 24 + i, value=0.5 ** (i + 1)) for i in range(4)]
-    found = Incident("learning_rate_found", 40, value=0.01)
-    told = [RunLog(series([2.0] * 60), incidents=[*cuts, *more]) for more in ([found], [found, cuts[-1]])]
-    advice = [analyze_run(log).symptoms[0].remedies[0] for log in told]
-    assert advice[0] == "Train with lr=0.01, which the run has found to train."
-    assert "lr=" not in advice[1]
+    found, end = Incident("learning_rate_found", 40, value=0.01), Incident("training_diverged", 42)
+    told = [
+        RunLog(series([2.0] * 60), incidents=[*cuts, *more])
+        for more in ([found], [found, cuts[-1]], [found, end])
+    ]
+    falling = [s for log in told for s in analyze_run(log).symptoms if s.kind == "falling_learning_rate"]
+    assert falling[0].remedies == (f"Train with lr=0.01, {HELD}.",)
+    assert not any("lr=" in s.remedies[0] for s in falling[1:])
 
 
 def test_a_cure_that_was_tried_on_the_batch_is_the_next_step() -> None:
