@@ -41,6 +41,7 @@ _KINDS: dict[str, IncidentKind] = {
 }
 #: Kinds that have one cause where they are found together, the one that explains the others first.
 _OF_ONE_CAUSE: tuple[IncidentKind, ...] = ("dead_units", "poor_initialization", "saturated_units")
+_NOT_TRIED = "Learning rates were not tried, because of {}."
 #: Criteria that a trial of rates has measured, whose warnings are incidents.
 _RATES = ("learning_rate_too_high", "learning_rate_too_low")
 #: Causes of these incidents.
@@ -114,6 +115,7 @@ class InitializationCheck(Callback, Configured):
         self.rate_trial = arguments.flag("rate_trial", rate_trial)
         self.findings: list[Finding] = []
         self.values: dict[str, float] = {}
+        self.notes: list[str] = []
         self.problem: Exception | None = None
         self._is_due = False
         self._checks_first_step = False
@@ -145,10 +147,8 @@ class InitializationCheck(Callback, Configured):
         reason = reason_against_extra_pass(trainer, pl_module)
         if reason:
             self._checks_first_step = True
-            console.print_message(
-                trainer,
-                f"Initialization: checked by weights and first gradients, with no extra pass: {reason}.",
-            )
+            text = f"Initialization: checked by weights and first gradients, with no extra pass: {reason}."
+            self._note(trainer, text)
             if self.on_failure == "repair":
                 console.print_message(
                     trainer,
@@ -156,18 +156,23 @@ class InitializationCheck(Callback, Configured):
                     "first, on one device and with a step that gets its batch.",
                 )
             self._report(trainer, pl_module, check_weights_alone(trainer, pl_module))
-            self._print_reason_against_trial(trainer, pl_module)
+            if self.rate_trial and (reason := reason_against_trial(trainer, pl_module)):
+                self._note(trainer, _NOT_TRIED.format(reason))
             return
         first_batch = FirstBatch(trainer, pl_module, batch, batch_idx)
         findings, self.values = first_batch.check()
         if fails(findings) and self.on_failure == "repair":
             findings = self._repair(trainer, pl_module, first_batch, findings)
         self.problem = first_batch.problem
-        if not (fails(findings) or self.problem or self._print_reason_against_trial(trainer, pl_module)):
-            of_rates, values = (
-                try_rates(trainer, pl_module, batch, batch_idx) if self.rate_trial else ([], {})
-            )
-            findings, self.values = [*findings, *of_rates], {**self.values, **values}
+        if self.rate_trial and not self.problem:
+            reason = "criteria that fail" if fails(findings) else reason_against_trial(trainer, pl_module)
+            text = _NOT_TRIED
+            if not reason:
+                text = "There is no largest stable learning rate: {}."
+                of_rates, values, reason = try_rates(trainer, pl_module, batch, batch_idx)
+                findings, self.values = [*findings, *of_rates], {**self.values, **values}
+            if reason:
+                self._note(trainer, text.format(reason))
         # of single layers, only what is found: a network has as many numbers as layers
         self._input_rms = first_batch.input_rms(LARGE_INPUT)
         found = {f"{f.criterion}/{f.module}" for f in findings}
@@ -198,12 +203,10 @@ class InitializationCheck(Callback, Configured):
     ) -> None:
         self._is_due = self._checks_first_step = False
 
-    def _print_reason_against_trial(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> bool:
-        """Returns True, and prints the reason, if a trial of rates was asked for and is not possible."""
-        reason = reason_against_trial(trainer, pl_module) if self.rate_trial else ""
-        if reason:
-            console.print_message(trainer, f"Learning rates were not tried, because of {reason}.")
-        return bool(reason)
+    def _note(self, trainer: pl.Trainer, text: str) -> None:
+        """Prints and keeps why something was not measured."""
+        self.notes.append(text)
+        console.print_message(trainer, text)
 
     def _repair(
         self,

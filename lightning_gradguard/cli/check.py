@@ -88,13 +88,14 @@ def _own_parser() -> argparse.ArgumentParser:
 class CheckResult:
     """Findings, the most severe first, and all measurements by `<criterion>/<module>`.
 
-    `checkpoint` is the file of the weights; empty for a fresh network.
+    `checkpoint` is the file of the weights; empty for a fresh network. `notes` are why others were not made.
     """
 
     model: str
     checkpoint: str
     findings: Sequence[Finding]
     values: Mapping[str, float]
+    notes: Sequence[str] = ()
 
     @property
     def verdict(self) -> str:
@@ -116,7 +117,7 @@ def as_text(result: CheckResult) -> str:
     verdicts = {"pass": "it can train", "warn": "it may not train", "fail": "it will not train"}
     text = f"{result.model}{origin}: {verdicts[result.verdict] if result.findings else 'nothing found'}; "
     text += measured or "only weights, and the first gradients, were checked"
-    return f"{text}\n{table(result.findings)}" if result.findings else text
+    return "\n".join([text, *([table(result.findings)] if result.findings else []), *result.notes])
 
 
 def as_json(result: CheckResult) -> str:
@@ -128,6 +129,7 @@ def as_json(result: CheckResult) -> str:
         "verdict": result.verdict,
         "findings": [dataclasses.asdict(finding) for finding in result.findings],
         "values": result.values,
+        "notes": result.notes,
     }
     return to_json(content, indent=2)
 
@@ -176,7 +178,7 @@ def _check(arguments: Sequence[str]) -> CheckResult:
         [*end.findings, *(finding.as_advice() for finding in check.findings)],
         key=lambda finding: SEVERITIES.index(finding.severity),
     )
-    return CheckResult(name, str(path or ""), findings, check.values)
+    return CheckResult(name, str(path or ""), findings, check.values, check.notes)
 
 
 def _batch_error(error: Exception) -> UsageError:

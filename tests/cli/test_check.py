@@ -109,6 +109,7 @@ def test_manual_optimization_without_a_step(mine: Path, command: Command) -> Non
     assert code == 0
     assert out.startswith("mine.Manual: it may not train; only weights, and the first gradients, were check")
     assert "gradient_profile" in out
+    assert "Learning rates were not tried, because of manual optimization." in out
 
 
 REGRESSION = """

@@ -49,6 +49,8 @@ from lightning_gradguard.runtime.optimizer_hooks import largest_usual_rate
 
 #: Factor on the largest usual rate from which on numbers may overflow before a loss rises.
 OVERFLOWS = 1e3
+#: The same below which a rate is no cure: an update that small moves no weight of a usual network.
+NO_CURE = 1e-6
 #: Steps of a schedule that are followed.
 MAX_SCHEDULED = 100_000
 #: Batches that are accumulated in a step of the trial, at most.
@@ -107,26 +109,28 @@ def peak_rates(trainer: pl.Trainer, pl_module: pl.LightningModule) -> list[float
 
 def try_rates(
     trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
-) -> tuple[list[Finding], dict[str, float]]:
+) -> tuple[list[Finding], dict[str, float], str]:
     """Tries rates before the first step; returns findings, and the peak and the largest stable rate by name.
 
-    Weights, optimizer, buffers and random numbers are as before afterwards.
+    Weights, optimizer, buffers and random numbers are as before afterwards. The third is the reason if there
+    is no largest stable rate.
     """
     rates = peak_rates(trainer, pl_module)
     if not max(rates, default=0.0) > 0:
-        return [], {}
+        return [], {}, "the learning rate is 0"
     trial = _trial(trainer, pl_module, batch, batch_idx, rates)
     gradients: list[dict[str, float]] = []
     watch = partial(_watch, trainer, pl_module, trial, gradients)
     losses = trial.losses(1.0, watch)
     if not math.isfinite(losses[0]):
-        return [], {}
+        return [], {}, "the loss of the next batches is nonfinite, or cannot be computed"
     factor = largest_stable_factor(trial.is_stable)
     group = max(range(len(rates)), key=lambda i: rates[i])
     name, rate = f"optimizer.param_groups[{group}]", rates[group]
     values = {"learning_rate": rate}
     usual = largest_usual_rate(trainer.optimizers[0]) / rate
-    if factor is not None and factor < math.inf and not _ends_in_overflow(trial, factor, usual):
+    reason = _without_end(trial, factor, usual)
+    if factor is not None and not reason:
         values["largest_stable_rate"] = rate * factor
     warms_up = _rates(trainer.optimizers[0])[group] < rate / 2
     steps = planned_steps(trainer)
@@ -134,20 +138,28 @@ def try_rates(
     if finding is None:
         finding = None if warms_up else _shrinking(trial, gradients, losses, name, rate, watch)
         if finding is None:
-            return [], values
-        values.pop("largest_stable_rate", None)  # at which the loss does not rise either
+            return [], values, reason
+        values.pop("largest_stable_rate", None)
+        reason = "the loss does not rise at those that cut the first layers off either"
         factor = 4 / 10
     if scales := parts_out_of_scale(parts_of(batch)):
         # a rate that fits this scale does not fit all that does not depend on it
-        return [replace(finding, cure=f"{standardizing(scales)}; then check again")], values
+        return [replace(finding, cure=f"{standardizing(scales)}; then check again")], values, reason
     is_high = finding.criterion == "learning_rate_too_high"
+    if factor is not None and factor < NO_CURE * usual:
+        cure = (
+            f"no rate as low as that: the loss ({losses[0]:.3g}) or its gradient is out of scale; look for a "
+            "sum where the loss needs a mean, for a power, exp or division in it, and for what the step "
+            "multiplies"
+        )
+        return [replace(finding, cure=cure)], values, reason
     factors = [share * (factor or 1.0) for share in (SHARES_BELOW if is_high else SHARES_ABOVE)]
     # a rate that is not usual has to be better than those that are
-    best = trial.best(f for f in {*factors, usual} if f <= usual and (is_high or f > 1))
+    best = trial.best(f for f in {*factors, usual} if f <= usual and (f < 1 if is_high else f > 1))
     if best is None or not best[1] < -NOISE:
         best = trial.best(factors) or best
     if not is_high and (best is None or not best[1] < -NOISE):
-        return [], values  # a higher rate does not help either
+        return [], values, reason  # a higher rate does not help either
     if best is not None:
         finding = replace(
             finding,
@@ -155,12 +167,17 @@ def try_rates(
             cure=_cure(pl_module, trainer.optimizers[0], group, rate, best[0]),
             is_tried=True,
         )
-    return [finding], values
+    return [finding], values, reason
 
 
-def _ends_in_overflow(trial: RateTrial, factor: float, usual: float) -> bool:
-    """True if beyond the largest stable factor, far from usual, the loss does not rise but is nonfinite."""
-    return factor > OVERFLOWS * usual and not math.isfinite(trial.losses(factor * 2**0.5)[1])
+def _without_end(trial: RateTrial, factor: float | None, usual: float) -> str:
+    """Returns why rates are not stable up to a factor and unstable beyond; empty if they are."""
+    if factor is None:
+        return "the loss rises at all that were tried"
+    if factor == math.inf:
+        return "the loss rises at none that was tried"
+    is_overflow = factor > OVERFLOWS * usual and not math.isfinite(trial.losses(factor * 2**0.5)[1])
+    return "numbers overflow before the loss rises" if is_overflow else ""
 
 
 def _shrinking(

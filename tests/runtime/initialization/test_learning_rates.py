@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -222,8 +223,53 @@ class Bounded(AtRate):
         return torch.exp(-self.net(batch[0]).square().sum(1)).mean()
 
 
-def test_where_the_numbers_end_is_no_stable_rate_of_a_loss_that_no_rate_raises() -> None:
+class Far(AtRate):
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        return 1e12 * nn.functional.cross_entropy(self.net(batch[0]), batch[1])
+
+
+@pytest.mark.parametrize(
+    ("module", "reason"),
+    [
+        (Bounded(0.1), "There is no largest stable learning rate: numbers overflow before the loss rises."),
+        (AtRate(0.0), "There is no largest stable learning rate: the learning rate is 0."),
+        (Far(0.1), "Learning rates were not tried, because of criteria that fail."),
+    ],
+)
+def test_without_a_largest_stable_rate_one_line_has_the_reason(
+    module: AtRate, reason: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     check = InitializationCheck(rate_trial=True)
-    fit(Bounded(0.1), batches(20), [check], max_steps=1)
-    assert "learning_rate" in check.values
+    fit(module, batches(20), [check], max_steps=1)
     assert "largest_stable_rate" not in check.values
+    assert reason in capsys.readouterr().err
+
+
+class Huge(AtRate):
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        loss = super().training_step(batch, batch_idx)
+        return loss + 1e12 * (loss - loss.detach())  # type: ignore[operator, union-attr]
+
+
+def test_a_rate_that_no_network_trains_with_is_no_cure_of_a_loss_out_of_scale() -> None:
+    check = InitializationCheck(rate_trial=True)
+    fit(Huge(0.1), batches(20), [check], max_steps=1)
+    (finding,) = check.findings
+    assert finding.criterion == "learning_rate_too_high"
+    assert "lr=" not in finding.cure
+    assert "or its gradient is out of scale" in finding.cure
+    assert not finding.is_tried
+
+
+class Reciprocal(AtRate):
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        loss: Tensor = (1 / (self.net(batch[0]).square() + 1e-12)).mean()
+        return loss
+
+
+def test_a_higher_rate_is_no_cure_of_one_that_is_too_high() -> None:
+    check = InitializationCheck(rate_trial=True)
+    fit(Reciprocal(1e-3, kind=torch.optim.Adam), batches(20), [check], max_steps=1)
+    for finding in check.findings:
+        advised = re.match(r"lr=(\S+)", finding.cure)
+        assert advised is None or (float(advised[1]) < 1e-3) == finding.criterion.endswith("too_high")
