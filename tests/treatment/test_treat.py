@@ -245,13 +245,11 @@ class TestBadInput:
                 time.sleep(0.01)
                 return super().training_step(batch, batch_idx)
 
-        began = time.monotonic()
         result = treated(partial(Slow, 6, nn.Sigmoid), budget=2, trainer={"max_steps": 2000})
-        assert time.monotonic() - began < 30
         assert result.verdict == "budget_too_small"
         assert result.headline.endswith("no trial was made, as the budget is too small")
         assert "give at least" in result.evidence
-        assert json.loads(Path("treatment/treatment.json").read_text())["ailments"]
+        assert json.loads(Path("treatment/treatment.json").read_text())["evidence"] == result.evidence
 
     def test_no_validation_data(self) -> None:
         result = treated(Net, Data(has_validation=False))
