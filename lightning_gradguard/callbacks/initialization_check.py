@@ -288,7 +288,7 @@ class InitializationCheck(Callback, Configured):
                 cure: dict[str, Any] = {"advice": f"{CURE}{cures}" if is_tried else cures} if cures else {}
                 cure["cause"] = _CAUSES.get(kind, "")
                 if origin := next((f for f in members if f.cause), None):
-                    cure = {"cause": origin.cause, "advice": origin.cure}
+                    cure = {"cause": origin.cause, "advice": origin.cure, "location": origin.location}
                 detail = members[0].describe()
                 if kind in ("dead_units", "saturated_units") and self._input_rms > LARGE_INPUT:
                     cure = {"cause": "input_scale", "advice": advice_for_cause("input_scale", where)}

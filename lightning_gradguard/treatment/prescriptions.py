@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import inspect
 import os
-import re
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -151,13 +150,10 @@ def _of_symptom(module: nn.Module, symptom: Symptom) -> Prescription | None:
 
 def _of_operation(incident: Incident) -> Prescription | None:
     """Returns the remedy of a known operation that has made a nonfinite value in the user's code."""
-    if incident.cause not in _OPERATIONS:
-        return None
-    line = re.search(r"(\S+\.py):(\d+) in ", f"{incident.location} in {incident.advice}")
     usual = advice_for_cause(incident.cause, incident.where).partition(": ")[2]
-    if line is None or usual in incident.advice:
+    if incident.cause not in _OPERATIONS or not incident.location or usual in incident.advice:
         return None  # the operation is not known
-    return Prescription(incident.cause, incident.advice, f"{_relative(line[1])}:{line[2]}")
+    return Prescription(incident.cause, incident.advice, incident.location.partition(" in ")[0])
 
 
 def _nonfinite_rows(batches: Sequence[object]) -> list[Prescription]:

@@ -365,6 +365,7 @@ def test_a_gradient_that_is_nonfinite_from_the_start_fails(loss: Any, reported_b
     assert (incident.kind, incident.cause) == ("nonfinite_gradient", "backward_pass")
     assert not incident.advice.startswith("Cure: ")
     assert "test_initialization_check.py" in incident.where[0]
+    assert incident.location == incident.where[0]
     assert incident.action == ("skipped" if reported_by_step else "none")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_gradguard.core.detectors.diagnosis import Symptom
+from lightning_gradguard.core.incidents import Incident
 from lightning_gradguard.treatment.patches import patched_call
 from lightning_gradguard.treatment.prescriptions import Prescription, prescriptions
 from tests.treatment.programs import Net
@@ -81,6 +83,20 @@ def test_function_is_prescribed_as_a_patch() -> None:
         "-        hidden = torch.sigmoid(self.first(x))",
         "+        hidden = torch.nn.functional.gelu(self.first(x))",
     ]
+
+
+@pytest.mark.parametrize("file", ["model.py", "lightning_logs/own (1).py", "<ipython-input-3>"])
+def test_operation_is_prescribed_at_the_location_of_its_incident(file: str) -> None:
+    incident = Incident(
+        "nonfinite_gradient",
+        0,
+        cause="backward_pass",
+        advice="use torch.sqrt(x + 1e-6), as other.py:3 in forward does",
+        location=f"{file}:12 in training_step",
+    )
+    (one,) = prescriptions(Net(), [], [], None, [incident])
+    assert one.place == f"{file}:12"
+    assert not prescriptions(Net(), [], [], None, [replace(incident, location="")])
 
 
 @pytest.mark.parametrize(

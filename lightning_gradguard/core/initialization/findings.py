@@ -54,6 +54,7 @@ class Finding:
         cure: Code that betters it; else the advice that remains.
         is_tried: True if the cure is code that was tried on the batch.
         cause: Of nonfinite values; empty if it is not known.
+        location: File, line and function of the user's code that makes them; empty if unknown.
 
     Example:
         >>> Finding("gradient_gain", "", -9.31, "-2 .. 2", "fail", "").measured
@@ -68,6 +69,7 @@ class Finding:
     cure: str = ""
     cause: Cause | Literal[""] = ""
     is_tried: bool = False
+    location: str = ""
 
     @property
     def measured(self) -> str:

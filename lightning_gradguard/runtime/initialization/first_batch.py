@@ -196,7 +196,9 @@ class FirstBatch:
             if finding.criterion in NONFINITE and origin.phase:
                 cure = f"{origin.remedy()} {origin.detail}".strip()
                 place = finding.module or first_names(1, origin.where)
-                finding = replace(finding, module=place, cure=cure, cause=origin.cause)
+                finding = replace(
+                    finding, module=place, cure=cure, cause=origin.cause, location=origin.location
+                )
             explained.append(finding)
         return explained
 
