@@ -134,6 +134,25 @@ def found(name: str, kind: Any, **arguments: Any) -> list[str]:
     return places(module, Change(kind, arguments), loss_of(module, inputs_of(module)))
 
 
+class Table(nn.Module):
+    """Numbers beside the embedding of a category."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.first, self.head = nn.Embedding(4, 3), nn.Linear(13, 8), nn.Linear(11, 3)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        category = self.embed((inputs[:, 0] > 0).long())
+        hidden = self.first(torch.cat([category, inputs], 1)).relu()
+        output: Tensor = self.head(torch.cat([category, hidden], 1))
+        return output
+
+
+def test_numbers_that_are_joined_to_an_embedding_are_inputs() -> None:
+    module = Table()
+    assert places(module, Change("standardize_input"), loss_of(module, INPUTS)) == ["first"]
+
+
 def test_what_is_shared_or_frozen() -> None:
     assert found("shared", "replace_activation") == ["encoder.1", "encoder.3"]
     assert found("shared", "orthogonal_recurrent") == []

@@ -38,6 +38,7 @@ _MIXING = frozenset(
     | {"rnn_tanh", "rnn_relu", "lstm", "gru", "rnn_tanh_cell", "rnn_relu_cell", "lstm_cell", "gru_cell"}
     | {"multi_head_attention_forward", "scaled_dot_product_attention"}
 )
+_JOINING = frozenset({"cat", "concat", "concatenate", "hstack", "column_stack"})
 _ADDING = frozenset({"add", "add_", "__add__", "__radd__", "__iadd__"})
 _MULTIPLYING = frozenset({"mul", "mul_", "__mul__", "__rmul__", "__imul__"})
 
@@ -58,7 +59,7 @@ class Layer:
         is_hidden: True if its output reaches another layer.
         is_gate: True if the activation multiplies another tensor.
         is_residual: Of a block, True if its input is added to its output.
-        takes_input: True if what it is given comes from no layer.
+        takes_input: True if what it is given comes from no layer, or a part of it, joined to others.
         shapes: Shapes of its first input and of its output, if both are tensors.
         overwrites_input: True if it writes to its input.
         is_recurrent: Of a layer, True if what it is given comes from an earlier output of its own.
@@ -204,6 +205,8 @@ class _Origin:
     blocks: frozenset[str] = frozenset()
     #: All layers that it comes from.
     ancestors: frozenset[str] = frozenset()
+    #: True if a part of it is input of the network, beside embeddings or what layers give.
+    has_input: bool = False
 
 
 class _Tracer(TorchFunctionMode):
@@ -264,7 +267,8 @@ class _Tracer(TorchFunctionMode):
         self._versions.append((given, 0 if given is None else given._version))
         if given is not None and given.is_floating_point():
             origin = self._origin([given])
-            layer.takes_input = not (given.requires_grad or origin.ancestors)
+            is_input = not (given.requires_grad or origin.ancestors)
+            layer.takes_input = is_input or (origin.has_input and name not in origin.ancestors)
             layer.is_recurrent |= isinstance(child, WEIGHTED) and name in origin.ancestors
             origin.blocks |= {name}
             self._origins[id(given)] = origin
@@ -295,8 +299,10 @@ class _Tracer(TorchFunctionMode):
     ) -> Any:
         result = function(*args, **(kwargs or {}))
         given = list(_tensors([*args, *(kwargs or {}).values()]))
-        if given and any(id(tensor) in self._origins for tensor in given):
-            name = getattr(function, "__name__", "")
+        name = getattr(function, "__name__", "")
+        if name in _JOINING and any(map(self._is_input, given)):
+            self._derive(result, replace(self._origin(given), has_input=True))
+        elif given and any(id(tensor) in self._origins for tensor in given):
             self._record(name, given, args[0] if name == "__setitem__" else result)
         return result
 
@@ -345,6 +351,9 @@ class _Tracer(TorchFunctionMode):
             for name in first ^ second:
                 self.layers[name].is_residual = True
 
+    def _is_input(self, tensor: Tensor) -> bool:
+        return tensor.is_floating_point() and not (tensor.requires_grad or self._origin([tensor]).ancestors)
+
     def _origin(self, tensors: Sequence[Tensor]) -> _Origin:
         """Returns where any of the tensors come from."""
         found = [self._origins[id(tensor)] for tensor in tensors if id(tensor) in self._origins]
@@ -354,6 +363,7 @@ class _Tracer(TorchFunctionMode):
             whole.pending = {**whole.pending, **origin.pending}
             whole.blocks |= origin.blocks
             whole.ancestors |= origin.ancestors
+            whole.has_input |= origin.has_input
         return whole
 
 
