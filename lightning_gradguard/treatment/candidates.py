@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lightning_gradguard.core.detectors.diagnosis import Symptom
 from lightning_gradguard.core.remedies.changes import Change, places
+from lightning_gradguard.core.remedies.gates import forget_bias, input_bias
 from lightning_gradguard.core.remedies.kinds import KINDS, Argument, ChangeKind
 from lightning_gradguard.core.remedies.surgery.data_flow import ACTIVATIONS
 from lightning_gradguard.treatment.probe import Probe, in_words
@@ -61,6 +62,8 @@ _ORTHOGONAL = (_of("orthogonal_recurrent"),)
 # gates that forget a twentieth a step: over 60 steps, a GRU with a bias of 0 or 1 learns at no rate
 _KEEPS = (_of("gate_bias", value=3.0),)
 _OPEN, _GATED = _ORTHOGONAL + _KEEPS, (_of("rnn_to_gru"), *_KEEPS)
+# closed input gates keep what comes later from adding up, and slow down what is learned
+_SHUT = (*_ORTHOGONAL, _of("gate_bias", value=3.0, input_value=-3.0), *_HIGHER)
 _STANDARDIZE = (_of("standardize_input"),)
 _EPSILON = (_of("epsilon", value=1e-4),)
 _CONSTANT = (_of("constant_rate"),)
@@ -92,7 +95,7 @@ _BY_CAUSE: Mapping[tuple[str, str], Sequence[tuple[Change, ...]]] = {
         _WHOLE,
         _ACTIVATE + _RESIDUAL,
     ),
-    ("vanishing_gradient", "through_time"): (_OPEN, _GATED, _GATED + _HIGHER, _OPEN + _HIGHER, _ORTHOGONAL),
+    ("vanishing_gradient", "through_time"): (_OPEN, _GATED, _GATED + _HIGHER, _SHUT, _ORTHOGONAL),
     ("exploding_gradient", "through_time"): (_ORTHOGONAL, _SUITE, _GATED, _CLIP, _LOWER),
     ("exploding_gradient", "large_weights"): (_INITIALIZE, _INITIALIZE + _NORMALIZE, _NORMALIZE, _LOWER),
     ("exploding_gradient", "depth"): (_NORMALIZE, _RESIDUAL, _INITIALIZE, _RESIDUAL + _NORMALIZE, _LOWER),
@@ -165,12 +168,24 @@ def _suggestions(found: Probe) -> Iterator[list[Candidate]]:
         changes = _BY_CAUSE.get((symptom.kind, cause)) or _BY_KIND.get(symptom.kind, ())
         if changes is _BY_KIND["stuck_loss"]:
             continue  # what helps against a loss that is stuck for no known reason is tried after all else
-        yield [Candidate(one, in_words(symptom)) for one in [*_estimated(symptom), *changes]]
+        fitted = [_for_length(one, symptom.n_times) for one in changes]
+        yield [Candidate(one, in_words(symptom)) for one in [*_estimated(symptom), *fitted]]
     for criterion in dict.fromkeys(f.criterion for f in found.initialization if f.severity == "fail"):
         unmet = next(f for f in found.initialization if f.criterion == criterion)
         yield [Candidate(one, unmet.describe()) for one in _BY_CRITERION.get(criterion, ())]
     if not math.isfinite(found.trial.loss):
         yield [Candidate(one, "the loss is nonfinite") for one in _BY_KIND["nonfinite_loss"]]
+
+
+def _for_length(changes: tuple[Change, ...], n_steps: int) -> tuple[Change, ...]:
+    """Returns changes with gates for sequences of a length, if it is known."""
+    of_gates = {"value": forget_bias(n_steps), "input_value": input_bias(n_steps)}
+    return tuple(
+        Change(c.kind, {name: of_gates[name] for name in c.arguments})
+        if n_steps and c.kind == "gate_bias"
+        else c
+        for c in changes
+    )
 
 
 def _of_scales(found: Probe) -> Iterator[list[Candidate]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -49,6 +50,13 @@ def test_gru_in_the_place_of_a_plain_recurrence_keeps_its_state() -> None:
     assert gated
     assert all(one["gate_bias"]["value"] == 3.0 for one in gated)
     assert any("learning_rate" in one for one in gated)
+
+
+def test_gates_are_set_for_the_length_of_the_sequences() -> None:
+    found = suggested(nn.LSTM(4, 8, batch_first=True), replace(VANISHING, n_times=80))
+    gates = [c for one in found for c in one.changes if c.kind == "gate_bias"]
+    assert {c["value"] for c in gates} == {4.4}
+    assert {c["input_value"] for c in gates} == {None, -4.4}
 
 
 def test_gates_are_opened_only_where_there_are_some() -> None:

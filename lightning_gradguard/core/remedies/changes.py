@@ -51,7 +51,7 @@ class Change:
     | `scale_output` | `mean` and `std` of the targets, of the layer that gives the values |
     | `initialize` | `to`: `kaiming`, `xavier`, `orthogonal`, `lsuv`; `seed` |
     | `orthogonal_recurrent` | `gain`, `seed` |
-    | `gate_bias` | `value` |
+    | `gate_bias` | `value` of forget and update gates, `input_value` of the input gates of an LSTM |
     | `learning_rate` | `scale` |
     | `constant_rate`, without schedules | |
     | `warm_up` | `steps` |
@@ -213,7 +213,7 @@ def apply(
         if change.kind == "scale_output":
             return scale_outputs(module, names, change["mean"], change["std"])
         if change.kind == "gate_bias":
-            return set_gate_biases(module, names, change["value"])
+            return set_gate_biases(module, names, change["value"], change["input_value"])
         if change.kind == "orthogonal_recurrent":
             return make_orthogonal(module, names, change["gain"], change["seed"])
         return initialize(module, names, change["activations"], change["to"], change["seed"], run_loss)

@@ -71,7 +71,7 @@ KINDS: Mapping[ChangeKind, KindOfChange] = {
         "weights", 2, {"to": "kaiming", "seed": 0, "modules": None, "activations": None}
     ),
     "orthogonal_recurrent": KindOfChange("weights", 2, {"gain": 1.0, "seed": 0, "modules": None}),
-    "gate_bias": KindOfChange("weights", 2, {"value": 1.0, "modules": None}),
+    "gate_bias": KindOfChange("weights", 2, {"value": 1.0, "input_value": None, "modules": None}),
     "learning_rate": KindOfChange("optimizer", 1, {"scale": 1.0}),
     "constant_rate": KindOfChange("optimizer", 1, {}, needs_one_optimizer=True),
     "warm_up": KindOfChange("optimizer", 1, {"steps": 100}),

@@ -52,15 +52,23 @@ def replace_by_gru(module: nn.Module, names: Collection[str]) -> list[str]:
 
 
 @torch.no_grad()
-def set_gate_biases(module: nn.Module, names: Collection[str], value: float) -> list[str]:
-    """Sets the biases of the gates that keep the state: forget gates of an LSTM, update gates of a GRU."""
+def set_gate_biases(
+    module: nn.Module, names: Collection[str], value: float, input_value: float | None
+) -> list[str]:
+    """Sets the biases of the gates that keep the state: forget gates of an LSTM, update gates of a GRU.
+
+    The input gates of an LSTM keep theirs without an `input_value`.
+    """
     for name in names:
         child = module.get_submodule(name)
         assert isinstance(child, _GATED)
         size = child.hidden_size
         for parameter_name, parameter in child.named_parameters():
             if parameter_name.startswith("bias"):  # the second block of rows in both
-                parameter[size : 2 * size] = value if parameter_name.startswith("bias_hh") else 0.0
+                is_set = float(parameter_name.startswith("bias_hh"))
+                parameter[size : 2 * size] = value * is_set
+                if input_value is not None and isinstance(child, (nn.LSTM, nn.LSTMCell)):
+                    parameter[:size] = input_value * is_set
     return list(names)
 
 
