@@ -272,9 +272,16 @@ class _Treatment:
             waiting = search(runner, suggested, full, until, promising)[:MAX_VERIFIED]
         has_rate = False
         verified: set[str] = set()
-        while waiting:
+        late: list[tuple[float, Trial]] = []
+        while waiting or late:
+            if is_late := not waiting:
+                waiting, late = [min(late, key=lambda pair: pair[0])[1]], []
             trial = waiting.pop(0)
-            if str(trial.job.changes) in verified or (verified and not learning_of(trial).learns):
+            if (
+                not is_late
+                and str(trial.job.changes) in verified
+                or (verified and not learning_of(trial).learns)
+            ):
                 continue
             if has_rate or learning_of(trial).has_learned:
                 fewer = with_needed_changes(runner, trial, full, until)
@@ -291,15 +298,20 @@ class _Treatment:
                 continue
             verified.add(str(trial.job.changes))
             is_better = first is not None and fails_beside(self.found.trial, first)
+            if first is not None and is_better and not is_late and first.job.steps >= whole:
+                has_learned = learning_of(first).has_learned
+                if not has_learned or verification.beats_suite(first) is False:
+                    # no cure: it gets its other seeds if nothing else is one
+                    late.append((first.loss, trial))
+                    alone, has_rate = replace(trial, job=replace(trial.job, changes=())), True
+                    waiting = [alone, *waiting] if has_learned else waiting
+                    continue
             results = verification.others(first) if first is not None and is_better else []
             verdict, evidence = verdict_of(results, whole)
-            if verdict == "cured" and not (beats := verification.beats_suite(results)):
+            if verdict == "cured" and not (beats := verification.beats_suite(results[0].treated, results)):
                 verdict = "better"
                 reason = "their comparison ended with the budget" if beats is None else "do as much"
                 evidence += f"; the suite's callbacks alone: {reason}"
-                if beats is False:
-                    alone, has_rate = replace(trial, job=replace(trial.job, changes=())), True
-                    waiting = [alone, *waiting]
             yield trial, results, verdict, evidence
             if first is None or first.job.steps < whole:
                 # what is left of the budget shows less of the next ones, which are open if the program fails

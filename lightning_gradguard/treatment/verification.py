@@ -121,22 +121,20 @@ class Verification:
                 pairs.append(SeedResult(found[bare.key], found[mine.key]))
         return pairs
 
-    def beats_suite(self, results: Sequence[SeedResult]) -> bool | None:
+    def beats_suite(self, first: Trial, results: Sequence[SeedResult] = ()) -> bool | None:
         """True if the treated run with the first seed ends below one with the suite's callbacks alone.
 
-        A short trial that goes as the probe does shows that they change nothing. `None` if the budget ends
-        before it is known.
+        It does so by more than seeds differ, once there are `results`. A short trial that goes as the probe
+        does shows that the callbacks change nothing. `None` if the budget ends before it is known.
         """
-        first = results[0].treated
         if not first.job.changes:
             return True
         short = self.runner.run([self.runner.short_job((), self.runner.program.seed)], self.until)
         if short and self.probed is not None and _is_equal(short[0], self.probed):
             return True
-        near = first.loss + noise_of([r.untreated for r in results])
-        job = Job((), first.job.seed, first.job.steps, near, first.job.steps // 3)
+        job = Job((), first.job.seed, first.job.steps, first.loss, first.job.steps // 3)
         alone = self._run([job]).get(job.key)
-        return None if alone is None else alone.loss > near
+        return None if alone is None else alone.loss > first.loss + noise_of([r.untreated for r in results])
 
     @property
     def _seeds(self) -> list[int]:

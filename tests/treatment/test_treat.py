@@ -25,6 +25,7 @@ from lightning_gradguard.treatment.search import TrialRunner
 from lightning_gradguard.treatment.trials.program import Program
 from lightning_gradguard.treatment.trials.trial import Job, Trial
 from lightning_gradguard.treatment.trials.trial_log import content_of
+from lightning_gradguard.treatment.verification import SeedResult, Verification
 from tests.treatment.programs import Data, Net, treated
 
 SCHEMA = json.loads((Path(lightning_gradguard.__file__).parent / "treatment" / "schema.json").read_text())
@@ -436,6 +437,43 @@ def test_search_goes_on_in_the_time_of_a_verification_that_has_nothing_to_verify
     assert (
         " s of 600 s, as the rest is for a verification, before a treatment was verified" in result.evidence
     )
+
+
+@pytest.mark.parametrize("fails_by", ["seed", "suite"])
+def test_other_seeds_are_run_of_what_may_be_a_cure(monkeypatch: pytest.MonkeyPatch, fails_by: str) -> None:
+    """They cost as much as all else: what fails with the first seed has them if nothing else is a cure."""
+    failing, curing = (Change("add_residual"),), (Change("add_normalization"),)
+
+    def run(changes: tuple[Change, ...], seed: int, loss: float) -> Trial:
+        curve = [(0, 1.4), (60, loss), (90, loss)]
+        return Trial(job=Job(changes, seed, 90), curve=curve, over_constant=loss / 1.4, is_likelihood=True)
+
+    def first(_: Verification, trial: Trial) -> Trial:
+        fails = trial.job.changes == failing and fails_by == "seed"
+        return run(trial.job.changes or (), 101, 1.2 if fails else 0.2)
+
+    verified: list[tuple[Change, ...]] = []
+
+    def others(_: Verification, trial: Trial) -> list[SeedResult]:
+        verified.append(trial.job.changes or ())
+        return []
+
+    found = [run(changes, 0, 0.3) for changes in (failing, curing)]
+    replaced: dict[str, Any] = {
+        "search": lambda *_: found,
+        "with_needed_changes": lambda _, trial, *__: trial,
+        "at_best_rate": lambda *_: [],
+        "at_lower_rate": lambda *_: [],
+    }
+    for name, function in replaced.items():
+        monkeypatch.setattr(f"lightning_gradguard.treatment.treat.{name}", function)
+    for method in (first, others):
+        monkeypatch.setattr(Verification, method.__name__, method)
+    monkeypatch.setattr(
+        Verification, "beats_suite", lambda _, one, *__: one.job.changes != failing or fails_by == "seed"
+    )
+    treated(deep_sigmoid, trainer=SETTLING)
+    assert verified == ([curing, failing] if fails_by == "seed" else [(), curing, failing])
 
 
 def test_operation_with_a_nonfinite_gradient_is_prescribed_and_no_change_cures_it(

@@ -11,7 +11,7 @@ import pytest
 from lightning_gradguard import Change
 from lightning_gradguard.treatment.budget import Clock
 from lightning_gradguard.treatment.learning import learned_enough, learning_of, overfits, settled_loss
-from lightning_gradguard.treatment.search import TrialRunner, noise_of
+from lightning_gradguard.treatment.search import TrialRunner
 from lightning_gradguard.treatment.trials.program import recorded_program
 from lightning_gradguard.treatment.trials.trial import OUT_OF_TIME, Job, Trial
 from lightning_gradguard.treatment.trials.trial_log import TrialLog
@@ -154,10 +154,11 @@ def test_cure_is_compared_with_the_callbacks_of_the_suite_alone(
     found = results([0.3, 0.4, 0.2], [2.3, 2.31, 2.29])
     probed = replace(found[0].untreated, training=[(1, 2.3), (2, 2.2)])
     log.add(replace(trial(runner.short_job((), 0), 2.2), training=[(1, 2.3), (2, 2.2 - moved)]))
-    near = 0.3 + noise_of([one.untreated for one in found])
+    first = found[0].treated
     if alone is not None:
-        log.add(trial(Job((), 101, WHOLE, near, WHOLE // 3), alone))
-    assert Verification(runner, probed, 1.0 if alone else 0.0).beats_suite(found) is beats
+        log.add(trial(Job((), 101, WHOLE, first.loss, WHOLE // 3), alone))
+    for known in ([], found):
+        assert Verification(runner, probed, 1.0 if alone else 0.0).beats_suite(first, known) is beats
 
 
 def test_loss_that_is_low_enough_is_that_of_the_first_seed_or_a_quarter_of_the_best_constant_answer() -> None:
