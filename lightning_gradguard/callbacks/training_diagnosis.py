@@ -15,7 +15,7 @@ from lightning_gradguard.core import arguments, tags
 from lightning_gradguard.core.detectors.diagnosis import Diagnosis, LossBaselines, Steps, Symptom
 from lightning_gradguard.core.forensics import advice_on_schedules
 from lightning_gradguard.core.incidents import CURE, Incident, IncidentKind
-from lightning_gradguard.core.initialization import frozen_layers
+from lightning_gradguard.core.initialization import frozen_layers, tried_cure
 from lightning_gradguard.core.remedies import advice_for_symptom
 from lightning_gradguard.runtime import distributed, lightning_api
 from lightning_gradguard.runtime.diagnosis.followed_steps import FollowedSteps
@@ -24,7 +24,7 @@ from lightning_gradguard.runtime.diagnosis.permutation import losses_of_permuted
 from lightning_gradguard.runtime.diagnosis.sampled_step import SampledStep
 from lightning_gradguard.runtime.diagnosis.schedule import next_sample
 from lightning_gradguard.runtime.incidents.journal import incident_now, publish
-from lightning_gradguard.runtime.incidents.present import present_in
+from lightning_gradguard.runtime.incidents.present import findings_of_check, present_in
 from lightning_gradguard.runtime.initialization.learning_rates import planned_steps
 from lightning_gradguard.runtime.logging import console
 from lightning_gradguard.runtime.logging.heat_map import GradientHistory
@@ -114,7 +114,6 @@ class TrainingDiagnosis(StepCallback):
         self._finite_at = -1
         self._has_residuals = False
         self._is_publishing = False
-        self._poor_initialization: Incident | None = None
 
     @override
     def on_begin(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -230,8 +229,6 @@ class TrainingDiagnosis(StepCallback):
             symptoms = self.diagnosis.add_divergence(incident.where, evidence, incident.step)
             now = {"step": incident.step, "epoch": incident.epoch}
             self._publish_on_all_ranks(trainer, pl_module, symptoms, now)
-        if incident.kind == "poor_initialization":
-            self._poor_initialization = incident if incident.action == "none" else None
         kind = next((kind for kind in SYMPTOMS if kind == incident.kind != "constant_clipping"), None)
         if not self._is_publishing and kind is not None:
             self.diagnosis.add_published(kind, incident.where, incident.step)
@@ -319,11 +316,9 @@ class TrainingDiagnosis(StepCallback):
                 is_first = symptom.since <= (1 if symptom.tier == "depth" else 0)
                 if cause == "update_too_large":
                     own, _ = advice_on_schedules(schedules)
-                initialization = self._poor_initialization if symptom.is_of_initialization else None
-                if initialization is not None:
+                if found := findings_of_check(trainer, symptom):
                     detail += " It follows from the poor initialization that the check reports."
-                    if initialization.advice.startswith(CURE):
-                        own = initialization.advice
+                    own = tried_cure(found) or own
                 incident = incident_now(
                     trainer,
                     symptom.kind,

@@ -96,6 +96,7 @@ _BY_CAUSE: Mapping[tuple[str, str], Sequence[tuple[Change, ...]]] = {
         _ACTIVATE + _RESIDUAL,
     ),
     ("vanishing_gradient", "through_time"): (_OPEN, _GATED, _GATED + _HIGHER, _SHUT, _ORTHOGONAL),
+    ("vanishing_gradient", "padding"): (_OPEN, _GATED, _GATED + _HIGHER, _SHUT, _ORTHOGONAL),
     ("exploding_gradient", "through_time"): (_ORTHOGONAL, _SUITE, _GATED, _CLIP, _LOWER),
     ("exploding_gradient", "large_weights"): (_INITIALIZE, _INITIALIZE + _NORMALIZE, _NORMALIZE, _LOWER),
     ("exploding_gradient", "depth"): (_NORMALIZE, _RESIDUAL, _INITIALIZE, _RESIDUAL + _NORMALIZE, _LOWER),

@@ -33,6 +33,7 @@ from lightning_gradguard.core.detectors.diagnosis.sample import (
 )
 from lightning_gradguard.core.detectors.diagnosis.signals.recurrences import saturated_gates
 from lightning_gradguard.core.detectors.diagnosis.signals.units import UnitGradients, extremes
+from lightning_gradguard.core.remedies import advice_for_cause
 from tests.launching import launch_on
 from tests.runtime.logging.test_loggers import events_in
 from tests.tasks import Classifier, Listener, ResumableLoader, batches, fit, optimizer_state, same, weights
@@ -159,7 +160,7 @@ FAILING: dict[str, tuple[str, str, str, Callable[[], Any], Any]] = {
     "input gates": ("saturated_units", "", "rnn", lambda: gated(nn.LSTM, slice(0, 16), -20.0), None),
     "gates of a stack": ("saturated_units", "", "rnn",
                          lambda: gated(nn.GRU, slice(16, 32), 40.0, num_layers=2), None),
-    "attention": ("saturated_units", "", "attend", lambda: Attending(), None),
+    "attention": ("saturated_units", "large_logits", "attend", lambda: Attending(), None),
     "gates of experts": ("saturated_units", "", "net.gate", lambda: Task(Experts(1e4)), None),
     "targets": ("exploding_gradient", "target_scale", "net.2",
                 lambda: Task(one_unit(), functional.mse_loss, rate(0.1)), values(scale=1e5)),
@@ -971,6 +972,16 @@ def test_gates_are_saturated_close_to_1(bias: float, share: float) -> None:
     assert dict(saturated_gates(cell, (x, state), cell(x, state)))["update gates"] == share
 
 
+@pytest.mark.parametrize(("opened", "share"), [(8.0, 0.0), (0.0, 1.0)])
+def test_input_gates_may_be_closed_where_forget_gates_are_open(opened: float, share: float) -> None:
+    """The state then is a sum over many steps, as intended."""
+    cell, x, state = nn.LSTMCell(2, 4), torch.zeros(16, 2), torch.zeros(16, 4)
+    nn.init.zeros_(cell.bias_ih)
+    nn.init.constant_(cell.bias_hh[:4], -8.0)
+    nn.init.constant_(cell.bias_hh[4:8], opened)
+    assert dict(saturated_gates(cell, (x, state), state))["input gates"] == share
+
+
 @pytest.mark.parametrize(
     ("norm", "unclipped", "step", "found"),
     [(40.0, 15.0, 0, 1), (40.0, 2.0, 0, 0), (10.0, 15.0, 0, 0), (40.0, 15.0, 20, 0)],
@@ -1222,6 +1233,31 @@ class Attending(Classifier):
         return functional.cross_entropy(self.head(self.attend(x, x, x)[0].mean(1)), batch[1])
 
 
+class AttendingByHand(Classifier):
+    """Products of queries and keys that nothing divides."""
+
+    def __init__(self) -> None:
+        super().__init__("adam")
+        torch.manual_seed(0)
+        self.query, self.key, self.head = nn.Linear(4, 64), nn.Linear(4, 64), nn.Linear(4, 4)
+        for layer in (self.query, self.key):
+            nn.init.normal_(layer.weight, std=4.0)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        x = batch[0].view(-1, 5, 4)
+        logits = self.query(x) @ self.key(x).transpose(1, 2)
+        return functional.cross_entropy(self.head((logits.softmax(-1) @ x).mean(1)), batch[1])
+
+
+@pytest.mark.parametrize("kind", [Attending, AttendingByHand])
+def test_pasted_weights_of_attention_are_not_saturated(kind: Any) -> None:
+    (incident,) = diagnosed(kind())
+    assert incident.cause == "large_logits"
+    model = kind()
+    exec(incident.advice.rpartition("\n")[2], {"torch": torch, "model": model})
+    assert diagnosed(model) == []
+
+
 class Recurrent(Classifier):
     def __init__(self, kind: Callable[..., nn.RNNBase], **arguments: Any) -> None:
         super().__init__("adam")
@@ -1231,6 +1267,32 @@ class Recurrent(Classifier):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         out = self.rnn(batch[0].view(-1, 5, 4))[0]
         return functional.cross_entropy(self.head(out[:, -1]), batch[1])
+
+
+class _Padded(Classifier):
+    """Five steps that are read behind so many of padding."""
+
+    def __init__(self, kind: Callable[..., nn.RNNBase], is_cured: bool = False) -> None:
+        super().__init__("adam")
+        self.rnn, self.head = kind(4, 16, batch_first=True), nn.Linear(16, 4)
+        self.is_cured = is_cured
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        x = functional.pad(batch[0].view(-1, 5, 4), (0, 0, 0, 60))
+        state = self.rnn(x)[0][:, -1]
+        if self.is_cured:
+            code = advice_for_cause("padding", ["rnn"], model=self).rpartition("\n")[2]
+            exec(code, values := {"torch": torch, "nn": nn, "model": self, "x": x})
+            state = values["state"]
+        return functional.cross_entropy(self.head(state), batch[1])
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+def test_sequences_that_are_read_behind_their_padding_are_packed(kind: Any) -> None:
+    (incident,) = diagnosed(_Padded(kind), 25)
+    assert (incident.kind, incident.cause, incident.where) == ("vanishing_gradient", "padding", ("rnn",))
+    assert "; 92% of its steps, at the end, are all the same" in incident.detail
+    assert diagnosed(_Padded(kind, is_cured=True), 25) == []
 
 
 class Manual(Classifier):

@@ -13,7 +13,7 @@ from torch import nn
 from lightning_gradguard.core.detectors.diagnosis import Symptom
 from lightning_gradguard.core.incidents import CAUSES, KINDS, SYMPTOM_CAUSES, Incident, IncidentKind
 from lightning_gradguard.core.remedies import Present, advice, advice_for_cause, advice_for_symptom, remedies
-from lightning_gradguard.core.remedies.gates import lstm_code
+from lightning_gradguard.core.remedies.gates import gated_code
 from tests.core.initialization.networks import fails, mlp
 
 
@@ -98,16 +98,35 @@ def test_advice_on_time_is_that_of_the_symptom() -> None:
     assert "LSTM" not in exploding
 
 
-def test_an_lstm_is_advised_as_code_with_its_sizes() -> None:
+@pytest.mark.parametrize("kind", [nn.RNN, nn.LSTM, nn.GRU])
+def test_gates_that_keep_a_state_are_advised_as_code(kind: Any) -> None:
     """As `InitializationCheck` prints it, where the length of the sequences is known."""
-    old: nn.RNNBase = nn.RNN(4, 8, batch_first=True)
-    model: Any = nn.Sequential(old)
-    code = lstm_code("model[0]", old, 80)
+    model: Any = nn.Sequential(kind(4, 8, batch_first=True))
+    code = gated_code("model[0]", model[0], 80)
     found = advice_for_symptom(symptom("through_time", ("0",), n_times=80), (), model)
     assert found.endswith(f"with model = self:\n{code}")
     exec(code, {"nn": nn, "model": model})
     assert isinstance(model[0], nn.LSTM)
     assert model.get_parameter("0.bias_hh_l0")[8:16].tolist() == pytest.approx([4.4] * 8)
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize("bidirectional", [True, False])
+@pytest.mark.parametrize("kind", [nn.RNN, nn.LSTM, nn.GRU])
+def test_pasted_packing_reads_the_state_before_the_padding(
+    kind: Any, bidirectional: bool, batch_first: bool
+) -> None:
+    model: Any = nn.Sequential(kind(4, 8, batch_first=batch_first, bidirectional=bidirectional))
+    words, _, code = advice_for_symptom(symptom("padding", ("0",)), (), model).rpartition("\n")
+    assert words.endswith("with model = self and x for what model[0] gets:")
+    short = torch.randn(2, 5, 4)
+    x = torch.cat([short, torch.zeros(2, 9, 4)], 1)
+    values: Any = {"nn": nn, "torch": torch, "model": model, "x": x if batch_first else x.transpose(0, 1)}
+    exec(code, values)
+    hidden = model[0](short if batch_first else short.transpose(0, 1))[1]
+    hidden = hidden[0] if kind is nn.LSTM else hidden
+    expected = torch.cat([hidden[-2], hidden[-1]], -1) if bidirectional else hidden[-1]
+    torch.testing.assert_close(values["state"], expected)
 
 
 @pytest.mark.parametrize("cause", [*CAUSES, *SYMPTOM_CAUSES])

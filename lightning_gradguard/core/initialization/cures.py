@@ -25,6 +25,7 @@ from lightning_gradguard.core.initialization.trials import (
     Trial,
     feed_forward_line,
     recurrent_lines,
+    zero_line,
 )
 from lightning_gradguard.core.parameter_names import code_of
 from lightning_gradguard.core.snapshots import preserve_state, preserve_weights
@@ -174,6 +175,8 @@ def _trials(
     chosen = [layer for layer in layers.values() if layer.name in named]
     if "gradient_gain" in criteria and len(chosen) > len(hidden) / 2:
         chosen = hidden
+    if measured.branches and any(f.criterion == "gradient_gain" and f.value > 0 for f in findings):
+        yield Initializers(module, {x.name: zero_line(module, x) for x in measured.branches})
     for bias in (False, True):
         if chosen:
             lines = {layer.name: feed_forward_line(module, layer, bias=bias) for layer in chosen}
@@ -189,8 +192,10 @@ def _trials(
         if name in named:
             recurrent = module.get_submodule(name)
             vanishes = any(f.criterion == "gain_through_time" and f.value < 0 for f in findings)
-            assert isinstance(recurrent, nn.RNNBase)
-            gated = [Gated(module, name, recurrent, n_steps)] if recurrent.mode.startswith("RNN") else []
+            assert isinstance(recurrent, (nn.RNNBase, nn.RNNCellBase))
+            gated = []
+            if isinstance(recurrent, (nn.RNN, nn.GRU)):
+                gated.append(Gated(module, name, recurrent, n_steps))
             # of the two, an LSTM learns in fewer steps: docs/callbacks/initialization_check.md
             if vanishes:
                 yield from gated

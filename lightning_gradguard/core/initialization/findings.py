@@ -9,7 +9,7 @@ from itertools import groupby
 from typing import Literal
 
 from lightning_gradguard.core.detectors.diagnosis.contracts import CONTRACT
-from lightning_gradguard.core.incidents import Cause
+from lightning_gradguard.core.incidents import CURE, Cause
 
 Severity = Literal["info", "warn", "fail"]
 #: The most severe first.
@@ -88,6 +88,12 @@ class Finding:
     def describe(self) -> str:
         """Returns the finding in one line: where, what was measured, and what is usual."""
         return f"{self.criterion} of {self.module or 'the network'}: {self.measured}, usual: {self.expected}"
+
+
+def tried_cure(findings: Sequence[Finding]) -> str:
+    """Returns the code that was tried for the first of the findings, and its like, as advice; or none."""
+    tried = [f.cure for f in findings if f.criterion == findings[0].criterion and f.is_tried]
+    return f"{CURE}{one_line([*dict.fromkeys(tried)])}" if tried else ""
 
 
 def fails(findings: Sequence[Finding]) -> bool:

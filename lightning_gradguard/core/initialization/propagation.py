@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.overrides import TorchFunctionMode
 
+from lightning_gradguard.core.detectors.diagnosis.signals.loss_calls import adds_its_input
 from lightning_gradguard.core.detectors.module_hooks import UncopiedHook
 from lightning_gradguard.core.snapshots import preserve_state, preserve_weights
 
@@ -37,6 +38,7 @@ class SignalPropagation:
         loss: The loss.
         n_classes: Number of classes, if a classification loss was called that is a mean.
         layers: Weighted layers with a gradient, in the order of the forward pass: frozen ones have none.
+        branches: The last layer of each residual branch.
         block_gain: Like `Layer.gain`, at the output of the first repeated block.
         variation: By how much the last layer's input differs from sample to sample, in units of its rms.
         recurrent_gains: For each recurrent module, log10 of the ratio of gradient norms at its first and its
@@ -49,6 +51,7 @@ class SignalPropagation:
     loss: float
     n_classes: int | None = None
     layers: list[Layer] = field(default_factory=list)
+    branches: list[Layer] = field(default_factory=list)
     block_gain: float | None = None
     variation: float = 1.0
     recurrent_gains: dict[str, float] = field(default_factory=dict)
@@ -69,7 +72,7 @@ def propagate(module: nn.Module, run_loss: Callable[[], Tensor]) -> SignalPropag
     """
     with preserve_weights(module), preserve_state(module), torch.enable_grad(), ForwardTrace(module) as trace:
         loss = run_loss()
-        result = SignalPropagation(float(loss.detach()), trace.n_classes, trace.layers)
+        result = SignalPropagation(float(loss.detach()), trace.n_classes, trace.layers, trace.branches)
         generator = torch.Generator().manual_seed(0)
         if trace.last_input is not None and len(trace.layers) > 1:
             hidden = trace.layers[:-1]
@@ -94,6 +97,7 @@ def propagate(module: nn.Module, run_loss: Callable[[], Tensor]) -> SignalPropag
                 vector = torch.randn(calls[-1].shape, generator=generator).to(calls[-1])
                 (first,) = torch.autograd.grad(calls[-1], calls[:1], vector, retain_graph=True)
                 result.recurrent_gains[name] = _decades(float((first.norm() / vector.norm()).double()))
+                result.recurrent_steps[name] = len(calls)
                 ends = torch.autograd.grad(loss, [calls[0], calls[-1]], retain_graph=True, allow_unused=True)
                 if ends[0] is not None and ends[1] is not None:
                     result.recurrent_losses[name] = _ratio(*ends)
@@ -203,6 +207,7 @@ class ForwardTrace(TorchFunctionMode):
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
         self.layers: list[Layer] = []
+        self.branches: list[Layer] = []
         self.blocks: list[Tensor] = []
         self.cells: dict[str, list[Tensor]] = {}
         self.recurrent: dict[str, tuple[Tensor, Tensor, int]] = {}
@@ -236,12 +241,14 @@ class ForwardTrace(TorchFunctionMode):
     def __torch_function__(
         self, function: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        name = getattr(function, "__name__", "").rstrip("_")
+        name = getattr(function, "__name__", "").strip("_")
         result = function(*args, **(kwargs or {}))
         if name in LOSSES and args and (kwargs or {}).get("reduction", "mean") == "mean":
             self.n_classes = args[0].shape[1] if args[0].ndim > 1 else None
         elif self.layers and (name in RECTIFIERS or name in SATURATING) and result.requires_grad:
             self._record_activation(self.layers[-1], name, result)
+        elif self.layers and name in ("add", "radd", "iadd") and adds_its_input(_tensors(args)):
+            self.branches.append(self.layers[-1])
         return result
 
     def _on_forward(self, module: nn.Module, record: Callable[..., None], *facts: Any) -> None:
@@ -282,6 +289,10 @@ class ForwardTrace(TorchFunctionMode):
             layer.saturated = float((centred.abs() > flat).float().mean())
         elif name == "relu" and output.ndim > 1:
             layer.dead = float((output.amax(dim=layer.dims_beside_units(output)) <= 0).float().mean())
+
+
+def _tensors(args: Sequence[Any]) -> list[Tensor]:
+    return [arg for arg in args if isinstance(arg, Tensor)]
 
 
 def _with_gradient_of_input(module: nn.Module, inputs: Any) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from lightning_gradguard.core.initialization.findings import Finding, one_line
 from lightning_gradguard.core.initialization.propagation import RECTIFIERS, SATURATING, Layer
 from lightning_gradguard.core.initialization.repair import holds_default_initialization, repair
 from lightning_gradguard.core.parameter_names import code_of
-from lightning_gradguard.core.remedies.gates import forget_bias, input_bias, lstm_code
+from lightning_gradguard.core.remedies.gates import gate_lines, gated_code
 
 
 def feed_forward_line(module: nn.Module, layer: Layer, *, bias: bool = False) -> str:
@@ -32,6 +31,18 @@ def feed_forward_line(module: nn.Module, layer: Layer, *, bias: bool = False) ->
     return f"{line}; nn.init.zeros_({target}.bias)" if bias and layer.module.bias is not None else line
 
 
+def zero_line(module: nn.Module, layer: Layer) -> str:
+    """Returns the line that begins with a residual branch of zero, of which a layer is the last.
+
+    References:
+        Zhang, Dauphin, Ma, Fixup Initialization: Residual Learning Without Normalization, 2019,
+        arXiv:1901.09321.
+    """
+    target = code_of(layer.name, module)
+    line = f"nn.init.zeros_({target}.weight)"
+    return line if layer.module.bias is None else f"{line}; nn.init.zeros_({target}.bias)"
+
+
 def _initializer(weight: str, activation: str | None) -> str:
     if activation in RECTIFIERS:
         return f"nn.init.kaiming_normal_({weight}, nonlinearity='relu')"
@@ -40,33 +51,26 @@ def _initializer(weight: str, activation: str | None) -> str:
     return f"nn.init.xavier_normal_({weight})"
 
 
-def recurrent_lines(module: nn.Module, name: str, recurrent: nn.RNNBase, n_steps: int) -> Iterator[str]:
+def recurrent_lines(
+    module: nn.Module, name: str, recurrent: nn.RNNBase | nn.RNNCellBase, n_steps: int
+) -> Iterator[str]:
     """Yields lines that initialize a recurrent module, one after the other if the first do not better it.
 
-    Orthogonal recurrent weights; of gated modules also the bias of the gate that keeps the state, by 1 and
-    by the logarithm of the number of steps.
+    Of gated modules the biases of gates, then orthogonal recurrent weights; else these in three sizes.
 
     References:
         Le, Jaitly, Hinton, A Simple Way to Initialize Recurrent Networks of Rectified Linear Units, 2015,
-        arXiv:1504.00941. Jozefowicz, Zaremba, Sutskever, An Empirical Exploration of Recurrent Network
-        Architectures, 2015. Tallec, Ollivier, Can recurrent neural networks warp time?, 2018,
-        arXiv:1804.11188.
+        arXiv:1504.00941.
     """
     target = code_of(name, module)
     weights = [n for n, _ in recurrent.named_parameters() if n.startswith("weight_hh")]
-    if recurrent.mode.startswith("RNN"):
-        for gain in ("", ", gain=1.1", ", gain=1.2"):
-            yield "; ".join(f"nn.init.orthogonal_({target}.{n}{gain})" for n in weights)
-        return
-    size = recurrent.hidden_size
-    orthogonal = "; ".join(f"nn.init.orthogonal_({target}.{n})" for n in weights)
-    for value in (1.0, round(math.log(max(n_steps, 3)), 1), round(math.log(max(n_steps, 3)) + 2, 1)):
-        biases = (n.replace("weight", "bias") for n in weights)
-        open_gates = (f"nn.init.constant_({target}.{n}[{size}:{2 * size}], {value})" for n in biases)
-        if recurrent.bias:
-            # the forget gate of an LSTM, and the update gate of a GRU, are the second block
-            yield "; ".join(open_gates)
-    yield orthogonal
+    gains = [""]
+    if type(recurrent) in (nn.RNN, nn.RNNCell):
+        gains += [", gain=1.1", ", gain=1.2"]
+    elif recurrent.bias:
+        yield "; ".join(gate_lines(target, recurrent, n_steps))
+    for gain in gains:
+        yield "; ".join(f"nn.init.orthogonal_({target}.{n}{gain})" for n in weights)
 
 
 class Trial(Protocol):
@@ -217,9 +221,8 @@ def _normalize(layer: nn.Module, inputs: Any, output: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Gated:
-    """An LSTM whose forget gates are open, and input gates closed, in place of a module without gates.
+    """An LSTM whose forget gates are open in place of a module without such gates, or of a GRU.
 
-    Closed input gates keep the inputs of all steps from adding up in a state that forgets nothing.
     docs/callbacks/initialization_check.md has what this trains, and at which rates.
 
     References:
@@ -242,11 +245,7 @@ class Gated:
             batch_first=old.batch_first,
             bidirectional=old.bidirectional,
         ).to(weight)
-        with torch.no_grad():
-            for name, parameter in lstm.named_parameters():
-                if name.startswith("bias_hh"):
-                    parameter[: old.hidden_size] = input_bias(self.n_steps)
-                    parameter[old.hidden_size : 2 * old.hidden_size] = forget_bias(self.n_steps)
+        exec("; ".join(gate_lines("lstm", lstm, self.n_steps)), {"nn": nn, "lstm": lstm})
 
         def replaced(module: nn.Module, inputs: Any, output: Any) -> Any:
             outputs, (hidden, _) = lstm(inputs[0])
@@ -260,5 +259,5 @@ class Gated:
 
     def describe(self, finding: Finding, change: str) -> str:
         """Returns the code that makes the LSTM."""
-        code = lstm_code(code_of(self.name, self.module), self.recurrent, self.n_steps)
+        code = gated_code(code_of(self.name, self.module), self.recurrent, self.n_steps)
         return f"{code}; {change}"

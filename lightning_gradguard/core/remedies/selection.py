@@ -7,8 +7,9 @@ from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from lightning_gradguard.core.parameter_names import code_of
-from lightning_gradguard.core.remedies.gates import lstm_code
-from lightning_gradguard.core.remedies.texts import BY_CAUSE, BY_KIND, REMEDIES
+from lightning_gradguard.core.remedies.gates import gated_code, packed_code
+from lightning_gradguard.core.remedies.ranked import REMEDIES
+from lightning_gradguard.core.remedies.texts import BY_CAUSE, BY_KIND
 
 if TYPE_CHECKING:
     from torch import nn
@@ -138,6 +139,8 @@ def _applied(
         where=name or "the network",
         code=code,
         gated=_gated(name, code, found, n_steps),
+        packed=packed_code(code, found),
+        small=_small(where, model),
         parameters=f"[{code}]" if is_bare else f"{code}.parameters()",
         weight="m.weight" if has_layers else "p",
         coefficient="the usual clip/coefficient" if coefficient is None else f"{coefficient:.2g}",
@@ -148,13 +151,24 @@ def _applied(
 
 
 def _gated(name: str, code: str, recurrent: Any, n_steps: int) -> str:
-    """Returns how to put an LSTM in the place of a module; as code, where its arguments are known."""
-    if getattr(recurrent, "mode", None) in ("RNN_TANH", "RNN_RELU") and n_steps > 0:
-        return f"paste at the end of __init__, with model = self:\n{lstm_code(code, recurrent, n_steps)}"
+    """Returns how to keep a state over many steps; as code, where the module and its arguments are known."""
+    if n_steps > 0 and (lines := gated_code(code, recurrent, n_steps)):
+        return f"paste at the end of __init__, with model = self:\n{lines}"
     return (
         f"use an LSTM for {name or 'the network'} whose forget gates are open at the start (a bias of log(n) "
-        "for n steps) and whose input gates are closed (-log(n)), and 3 to 10 times the learning rate."
+        "for n steps)."
     )
+
+
+def _small(names: Sequence[str], model: nn.Module | None) -> str:
+    """Returns statements that initialize modules, or parameters, with small weights."""
+    lines = []
+    for name in names:
+        found, code = None if model is None else _find(name, model), code_of(name, model)
+        weight = "in_proj_weight" if hasattr(found, "in_proj_weight") else "weight"
+        code = code if hasattr(found, "ndim") else f"{code}.{weight}"
+        lines.append(f"torch.nn.init.normal_({code}, std=0.02)")
+    return "; ".join(lines)
 
 
 def _find(name: str, model: nn.Module) -> object:

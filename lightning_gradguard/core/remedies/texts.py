@@ -19,14 +19,11 @@ BY_KIND = {
     "rejected_step": (
         "The step is finite: `check_step` of that callback has rejected it, and decides when that is right."
     ),
-    "nonfinite_validation": (
-        "Look at that batch for NaN or inf in its inputs, and at the validation step for a log, a division "
-        "or a root of 0."
-    ),
-    "nonfinite_test": (
-        "Look at that batch for NaN or inf in its inputs, and at the test step for a log, a division or a "
-        "root of 0."
-    ),
+    **{
+        f"nonfinite_{stage}": "Look at that batch for NaN or inf in its inputs, and at the "
+        f"{stage} step for a log, a division or a root of 0."
+        for stage in ("validation", "test")
+    },
     "nonfinite_weights": (
         "An update was too large: lower the learning rate,[clipping| clip gradients "
         "(AdaptiveGradientClipping),] or bound the weights (weight_decay, a max-norm constraint)."
@@ -303,6 +300,11 @@ BY_CAUSE = {
         "[torch.nn.init.kaiming_normal_({weight}, nonlinearity='relu') {for_all}]; or normalization, or "
         "residual connections."
     ),
+    "large_logits": (
+        "The products of queries and keys are too large for the softmax. Divide them by the root of their "
+        "width, q @ k.transpose(-2, -1) / q.shape[-1] ** 0.5, and begin with small weights: paste at the end "
+        "of __init__, with model = self:\n{small}"
+    ),
     "depth": (
         "[untrained|Lower the learning rate, or warm it up for longer, if this begins only after updates. ]"
         "[residual|Use residual connections, and fewer layers without them. ]"
@@ -331,65 +333,12 @@ BY_CAUSE = {
         "Hardly any gradient reaches the first steps of a sequence. Where the task needs them (else nothing "
         "has to be done), shorten the sequences, or {gated}"
     ),
+    "padding": (
+        "Most sequences of {where} end in padding, steps that are all the same. Read the answer before them, "
+        "with model = self and x for what {code} gets:\n{packed}"
+    ),
     "through_time": (
         "[clipping|Clip gradients (AdaptiveGradientClipping). ]Use an orthogonal recurrent weight, "
         "nn.init.orthogonal_({code}.weight_hh_l0), gated cells or truncated BPTT."
-    ),
-}
-
-#: By symptom, one text for each remedy, the likeliest first.
-REMEDIES = {
-    "exploding_gradient": (
-        "[clipping|Clip gradients: AdaptiveGradientClipping(), or gradient_clip_val=1.0 of the Trainer.]",
-        "Lower the learning rate, or warm it up for longer.",
-        "Fit the initialization: Xavier before tanh, He before ReLU"
-        "[feed_forward|, orthogonal for recurrent weights]"
-        "[check|; InitializationCheck() measures it before step 1].",
-        "Bound the weights: weight_decay, or a max-norm constraint.",
-        "[feed_forward|In a recurrent network use gated cells (LSTM or GRU), and truncated BPTT.]",
-    ),
-    "vanishing_gradient": (
-        "[no_attention|In a transformer normalize ahead of each layer (norm_first=True), and warm the "
-        "learning rate up.]",
-        "Use He initialization (torch.nn.init.kaiming_normal_) with ReLU or GELU, in place of activations "
-        "that saturate (tanh, sigmoid)[check|; InitializationCheck() measures it before step 1].",
-        "[residual|Add residual connections.]",
-        "[normalized|Add batch or layer normalization.]",
-        "[feed_forward|In a recurrent network use gated cells (LSTM or GRU), or an orthogonal recurrent "
-        "weight.]",
-        "As a last resort train layer by layer.",
-    ),
-    "nonfinite_loss": (
-        "[rollback|Add NaNRollback(): it skips such batches, and names the cause, rows and line of code.]",
-        "Check the batch of that step for nonfinite or huge inputs and bad labels.",
-        "Compute the loss in float32 and on logits: cross_entropy rather than log of softmax.",
-    ),
-    "nonfinite_gradient": (
-        "[rollback|Add NaNRollback(): it skips such steps, and names the cause, rows and line of code.]",
-        "Look for log(0), division by zero, or sqrt and norm at 0 before {where}.",
-        "Lower the learning rate if it repeats[clipping|, and clip gradients (AdaptiveGradientClipping)].",
-    ),
-    "divergence": (
-        "Lower the learning rate, or warm it up for longer.",
-        "[clipping|Clip gradients: AdaptiveGradientClipping(), or gradient_clip_val=1.0 of the Trainer.]",
-        "[check|Check the initialization: InitializationCheck() measures it before step 1.]",
-        "[rollback|Roll back automatically: NaNRollback() with LearningRateBackoff().]",
-    ),
-    "stuck_loss": (
-        "Raise the learning rate.",
-        "Change saturating activations for ReLU or GELU[check|, and check the initialization "
-        "(InitializationCheck)].",
-        "Check that labels match their inputs: can the network learn one batch by heart?",
-    ),
-    "large_norm": (
-        "Look for a sum where the loss needs a mean, and at the initialization and the scale of the data.",
-    ),
-    "rising_loss": (
-        "Nothing has to be done where targets move, as in reinforcement learning: the return counts. "
-        "Else lower the learning rate.",
-    ),
-    "falling_learning_rate": (
-        "Give the optimizer a lower learning rate or a longer warm-up; the scale shows by how much.",
-        "Check the reasons of the rollbacks: each of them lowered it.",
     ),
 }

@@ -1,4 +1,4 @@
-"""Finds out what a Trainer has, so that advice does not name it."""
+"""Finds out what a Trainer has, so that advice fits it."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import re
 import pytorch_lightning as pl
 from torch import nn
 
+from lightning_gradguard.core.detectors.diagnosis import Symptom
+from lightning_gradguard.core.initialization import Finding
 from lightning_gradguard.core.remedies import Present
 from lightning_gradguard.runtime.lightning_packages import is_instance_by_name
 from lightning_gradguard.runtime.other_clipping import clips_in_code, describe_other_clipper
@@ -44,3 +46,14 @@ def present_in(trainer: pl.Trainer) -> set[Present]:
     if any(map(_RESIDUAL.search, names)):
         present.add("residual")
     return present
+
+
+def findings_of_check(trainer: pl.Trainer, symptom: Symptom) -> list[Finding]:
+    """Returns what the check of the initialization has found of a symptom that the first weights explain."""
+    criterion = "gradient_gain" if symptom.tier == "depth" else symptom.kind
+    sign = {"vanishing_gradient": -1, "exploding_gradient": 1}.get(symptom.kind, 0)
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    checks = [callback for callback in callbacks if is_instance_by_name(callback, "InitializationCheck")]
+    found = [f for check in checks for f in check.findings if symptom.is_of_initialization]
+    fitting = [f for f in found if f.criterion == criterion and f.severity != "info" and f.value * sign >= 0]
+    return fitting or [f for f in found if f.severity == "fail"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 from lightning_gradguard.core.detectors.best_constant import STUCK
 from lightning_gradguard.core.detectors.depth import slope
@@ -27,6 +28,8 @@ TIME_VANISHING, TIME_VANISHING_EARLY, TIME_EXPLODING = -3.0, -6.0, 3.0
 LARGER = 1.0
 #: Rms of inputs of tanh up to which it is nearly linear.
 LINEAR = 0.5
+#: Share of the steps at the end of sequences that are all the same, as padding is.
+PADDED = 0.25
 #: Steps after which a network that is no better than a constant has learned nothing.
 STUCK_STEPS = 50
 
@@ -100,7 +103,11 @@ def through_time(sample: Sample, progress: Progress) -> Iterator[Symptom]:
             evidence = (
                 f"the gradient shrinks by {-back:.1f} decades from the last step of {time.name} to the first"
             )
-            yield _through_time("vanishing_gradient", time, -back, evidence)
+            symptom = _through_time("vanishing_gradient", time, -back, evidence)
+            if time.padded >= PADDED:
+                evidence = f"{symptom.evidence}; {time.padded:.0%} of its steps, at the end, are all the same"
+                symptom = replace(symptom, cause="padding", evidence=evidence)
+            yield symptom
         output = outputs.get(time.name, math.nan)
         through = _decades(time.largest, output)
         if through <= VANISHING and sample.step > 0 and not progress.learns:

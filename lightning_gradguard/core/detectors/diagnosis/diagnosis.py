@@ -24,6 +24,8 @@ SLOW_SHARE, SLOW_STEPS = 0.6, 300
 EARLY_SHARE = 0.6
 #: Share of a learning rate, from one sample to the next, below which it falls for good.
 NO_RATE = 1e-2
+#: Causes of a gradient that vanishes which no update brings about.
+_OF_ANY_STEP = ("through_time", "padding", "detached", "small_weights")
 #: Symptoms on the same sample: the first is the root.
 _ORDER = ("contract", "coverage", "units", "update", "depth", "stuck", "stagnation")
 _RULES = (
@@ -175,7 +177,7 @@ class Diagnosis:
         the initialization that is at fault.
         """
         largest = self._progress.largest_update
-        is_late = symptom.since > 1 and symptom.cause not in ("through_time", "detached", "small_weights")
+        is_late = symptom.since > 1 and symptom.cause not in _OF_ANY_STEP
         vanishes = symptom.tier == "depth" and symptom.kind != "exploding_gradient"
         if not (vanishes and is_late) or largest <= rules.LARGE_UPDATE:
             return symptom

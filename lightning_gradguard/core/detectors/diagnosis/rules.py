@@ -100,7 +100,8 @@ def dead_or_saturated_units(sample: Sample, progress: Progress) -> Iterator[Symp
     if saturated:
         share, where, noun = _first(saturated)
         evidence = f"{share:.0%} of the {noun} of {where[0]} are saturated (usual: below 25 %){inputs}"
-        yield Symptom("saturated_units", origin, where, share, evidence, "units")
+        cause = "large_logits" if noun == _ROWS and origin == "unknown" else origin
+        yield Symptom("saturated_units", cause, where, share, evidence, "units")
 
 
 def input_cause(sample: Sample) -> Literal["input_scale", "data_scale", "unknown"]:

@@ -80,6 +80,7 @@ class TimeSignal:
         last: That at the last step to which a gradient arrives.
         largest: The largest at any step.
         n_times: Length of the sequence.
+        padded: Share of the steps that are, up to the last one, all the same; NaN if unknown.
     """
 
     name: str
@@ -87,6 +88,7 @@ class TimeSignal:
     last: float
     largest: float
     n_times: int = 0
+    padded: float = math.nan
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,8 @@ from lightning_gradguard.core.detectors.diagnosis.signals.units import MIN_ROWS,
 
 #: Distance of a gate from 0 or 1, and of a candidate from -1 or 1, below which it is saturated.
 GATE, CANDIDATE = 0.005, 0.03
+#: Share of what a forget gate loses at a step that an input gate adds to the state at least.
+ADDED = 0.1
 #: Gates in the order of the weights. A gate that stays at the value in parentheses lets everything pass, so
 #: that it does no harm; a forget gate at 0 shows as a gradient that vanishes through time.
 _LSTM = (("input gates", 1), ("", None), ("candidates", None), ("output gates", 1))
@@ -52,17 +54,19 @@ def saturated_gates(
             return
         if not kinds or len(hidden) < MIN_ROWS:
             return
-        parts = zip(
-            *(
-                functional.linear(
-                    value,
-                    getattr(module, f"weight_{of}{suffix}"),
-                    getattr(module, f"bias_{of}{suffix}", None),
-                ).chunk(len(kinds), 1)
-                for value, of in ((x, "ih"), (hidden, "hh"))
-            ),
-            strict=True,
-        )
+        parts = [
+            *zip(
+                *(
+                    functional.linear(
+                        value,
+                        getattr(module, f"weight_{of}{suffix}"),
+                        getattr(module, f"bias_{of}{suffix}", None),
+                    ).chunk(len(kinds), 1)
+                    for value, of in ((x, "ih"), (hidden, "hh"))
+                ),
+                strict=True,
+            )
+        ]
         reset: Tensor | float = 1.0
         for i, ((name, harmless), (a, b)) in enumerate(zip(kinds, parts, strict=True)):
             if kinds is _GRU and i == 0:
@@ -70,7 +74,11 @@ def saturated_gates(
             if name == "candidates":
                 yield name, _share((a + reset * b).tanh() / 2 + 0.5, CANDIDATE / 2, harmless)
             elif name:
-                yield name, _share((a + b).sigmoid(), GATE, harmless)
+                gate = (a + b).sigmoid()
+                if name == "input gates":  # one that is closed adds up where the forget gate is as open
+                    lost = -(parts[1][0] + parts[1][1])
+                    gate = torch.where(gate > ADDED * lost.sigmoid(), gate.clamp(min=GATE), gate)
+                yield name, _share(gate, GATE, harmless)
 
 
 def _hidden_states(module: nn.RNNBase, x: Tensor, output: Tensor) -> Tensor:
@@ -99,6 +107,19 @@ def _share(gate: Tensor, margin: float, harmless: int | None) -> Tensor:
         low, high = low & ~passes, high & ~passes
     flat = (low | high).float().mean(0)
     return torch.maximum((flat > MOST_SAMPLES).float().mean(), flat.mean())
+
+
+def padded_share(module: nn.RNNBase, sequences: Tensor | PackedSequence) -> Tensor:
+    """Returns the share of the steps of sequences that are, up to the last one, all the same.
+
+    Example:
+        >>> padded_share(nn.GRU(3, 1), torch.cat([torch.randn(4, 2, 3), torch.zeros(12, 2, 3)]))
+        tensor(0.7500)
+    """
+    if isinstance(sequences, PackedSequence):
+        return torch.zeros(())
+    steps = sequences.detach().movedim(1 if module.batch_first else 0, 0)
+    return (steps == steps[-1]).all(-1).flip(0).cumprod(0).float().mean()
 
 
 def with_watched_input(

@@ -68,7 +68,7 @@ class StepTrace(TorchFunctionMode):
         self._scalars = DeviceScalars()
         self._layers: dict[str, LayerRecord] = {}
         self._units: list[UnitRecord] = []
-        self._times: dict[str, tuple[int, int, int, int]] = {}
+        self._times: dict[str, tuple[int, ...]] = {}
         self._losses = LossTrace(self._scalars, baselines)
         self._one_signed: dict[str, int] = {}
         self._last = ""
@@ -170,14 +170,12 @@ class StepTrace(TorchFunctionMode):
                 dead, saturated = (numbers[self._share(first + i)] for i in (0, len(self._blocked)))
                 found.append(UnitSignal(layer.name, "", "", dead, saturated, layer.name == self._last))
         times = [
-            TimeSignal(name, numbers[first], numbers[last], numbers[largest], n_times)
-            for name, (first, last, largest, n_times) in self._times.items()
+            TimeSignal(name, numbers[first], numbers[last], numbers[largest], n_times, numbers[padded])
+            for name, (first, last, largest, padded, n_times) in self._times.items()
         ]
-        times += [
-            TimeSignal(layer.name, layer.gradients[-1], layer.gradients[0], max(layer.gradients))
-            for layer in layers
-            if len(layer.gradients) >= MIN_TIMES  # cells of a recurrence; gradients arrive last step first
-        ]
+        # cells of a recurrence; gradients arrive last step first
+        by_call = [(x.name, x.gradients) for x in layers if len(x.gradients) >= MIN_TIMES]
+        times += [TimeSignal(name, back[-1], back[0], max(back), len(back)) for name, back in by_call]
         return Sample(
             step,
             layers=layers,
@@ -370,20 +368,20 @@ class StepTrace(TorchFunctionMode):
 
     def _before_recurrence(self, name: str, module: nn.RNNBase, inputs: Any) -> Any:
         """Has the gradient at the module's input recorded, by a view of it."""
-        if not self._records() or not torch.is_grad_enabled():
-            return None
-        with _silent(), torch._C.DisableTorchFunction():
-            record = partial(self._on_gradient_through_time, name)
-            return recurrences.with_watched_input(module, inputs, record)
+        if self._records() and torch.is_grad_enabled():
+            with _silent(), torch._C.DisableTorchFunction():
+                padded = self._scalars.add(recurrences.padded_share(module, inputs[0]))
+                record = partial(self._on_gradient_through_time, name, padded)
+                return recurrences.with_watched_input(module, inputs, record)
         return None
 
     def _on_gradient_through_time(
-        self, name: str, dim: int, sizes: list[int] | None, gradient: Tensor
+        self, name: str, padded: int, dim: int, sizes: list[int] | None, gradient: Tensor
     ) -> None:
         if self._is_open and name not in self._times:
             with _silent(), torch._C.DisableTorchFunction(), torch.no_grad():
-                first, last, largest = map(self._scalars.add, recurrences.through_time(gradient, dim, sizes))
-                self._times[name] = first, last, largest, gradient.shape[dim] if sizes is None else len(sizes)
+                norms = map(self._scalars.add, recurrences.through_time(gradient, dim, sizes))
+                self._times[name] = *norms, padded, gradient.shape[dim] if sizes is None else len(sizes)
 
     def _hook(self, register: Callable[[UncopiedHook], RemovableHandle], hook: Callable[..., Any]) -> None:
         self._hooks.callback(register(UncopiedHook(hook)).remove)
