@@ -88,7 +88,10 @@ def _recorded(log: RunLog, outcome: Outcome, known: set[str]) -> Iterator[RunSym
     for incident in _with_causes(log.incidents):
         by_kind[incident.kind].append(incident)
     reported = [kind for kind in by_kind if kind not in _RESPONSES and kind not in known]
-    last = next((i.kind for i in reversed(_with_causes(log.incidents)) if i.kind in reported), None)
+    last = pending = ""  # before the run was stopped: tests and validation may follow
+    for incident in _with_causes(log.incidents):
+        pending = incident.kind if incident.kind in reported else pending
+        last = pending if incident.action == "stopped" else last
     on_rollback = {step for i in by_kind["rollback"] for step in (i.step - 1, i.step)}
     stops = by_kind["training_diverged"]
     present = present_in(log)

@@ -763,6 +763,10 @@ def test_early_stopping_at_nan_has_ended_the_run() -> None:
     verdict = analyze_run(RunLog(series(falling()), [gradients([1.0] * 100)], incidents=[stopped]))
     assert (verdict.status, verdict.headline) == ("failed", "nonfinite validation metric")
     assert kinds(verdict) == {"nonfinite_validation": "fatal"}
+    tested = Incident("nonfinite_test", 100, where=("accuracy",))  # after the fit
+    verdict = analyze_run(RunLog(series(falling()), [gradients([1.0] * 100)], incidents=[stopped, tested]))
+    assert verdict.headline == "nonfinite validation metric"
+    assert kinds(verdict) == {"nonfinite_validation": "fatal", "nonfinite_test": "minor"}
 
 
 def test_a_loss_that_is_lower_by_chance_has_not_learned() -> None:
