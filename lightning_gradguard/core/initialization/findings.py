@@ -20,6 +20,10 @@ PASTED = "Code of a cure is pasted at the end of __init__, below `from torch imp
 _OF_RECTIFIERS = " He's gain, of 'relu', is that for GELU and SiLU too."
 #: An index in brackets, as in `model.net[2]`.
 _INDEX = r"(?<=\[)\d+(?=\])"
+#: The module of a parameter, as `model.fc1` in `model.fc1.weight`.
+_MODULE = r"\bmodel(?:\.\w+|\[[^]]+\])+(?=\.\w+\b)"
+#: Statements on so many modules are written as a loop over them.
+_MIN_LOOPED = 3
 #: Measured values with their unit.
 _UNITS: dict[str, str] = {
     "gradient_gain": "{:.3g} decades",
@@ -145,7 +149,7 @@ def table(findings: Sequence[Finding]) -> str:
 
 def _likeness(finding: Finding) -> tuple[object, ...]:
     """Returns what neighbours in one row have in common: all but the numbers in their names and cures."""
-    names = re.sub(r"\d+", "#", finding.module), re.sub(_INDEX, "#", finding.cure)
+    names = re.sub(r"\d+", "#", finding.module), re.sub(_INDEX, "#", re.sub(_MODULE, "#", finding.cure))
     return finding.criterion, finding.severity, finding.expected, *names
 
 
@@ -161,40 +165,49 @@ def _row(members: Sequence[Finding]) -> tuple[str, ...]:
 
 
 def one_line(lines: Sequence[str]) -> str:
-    """Joins statements to one line, in a loop where they differ in one index alone.
+    """Joins statements to one line, in a loop where they differ in one index, or one module, alone.
 
     Example:
         >>> one_line(["f(model[0])", "f(model[2])", "f(model[4])"])
         'for i in range(0, 5, 2): f(model[i])'
         >>> one_line(["f(model[0])", "f(model[1])", "g(model[2])"])
         '[f(model[i]) for i in range(0, 2)]; g(model[2])'
+        >>> one_line([f"f(model.fc{i}.weight)" for i in (1, 2, 3)])
+        'for layer in (model.fc1, model.fc2, model.fc3): f(layer.weight)'
     """
     groups: dict[str, list[str]] = {}
     for line in lines:
         groups.setdefault(re.sub(_INDEX, "#", line), []).append(line)
-    if len(groups) == 1:
-        statement, values = _loop(lines)
-        return f"for i in {values}: {statement}" if values else statement
-    parts = []
+    alike: dict[str, list[str]] = {}
     for members in groups.values():
-        statement, values = _loop(members)
-        items = f"({statement.replace('; ', ', ')})" if "; " in statement else statement
-        parts.append(f"[{items} for i in {values}]" if values else statement)
+        key = re.sub(_MODULE, "#", members[0]) if len(members) == 1 else members[0]
+        alike.setdefault(key, []).extend(members)
+    parts = []
+    for members in alike.values():
+        statement, loop = _loop(members)
+        if not loop or len(alike) == 1:
+            parts.append(f"for {loop}: {statement}" if loop else statement)
+        else:
+            items = f"({statement.replace('; ', ', ')})" if "; " in statement else statement
+            parts.append(f"[{items} for {loop}]")
     return "; ".join(parts)
 
 
 def _loop(lines: Sequence[str]) -> tuple[str, str]:
-    """Returns a statement and the values of its index; no values if there is no such index."""
+    """Returns a statement and what it is repeated for, by index or by module; empty if it is not."""
     parts = [re.split(f"({_INDEX})", line) for line in lines]
-    columns = [*zip(*parts, strict=True)]
+    columns = [*zip(*parts, strict=False)]
     differing = [k for k, column in enumerate(columns) if len(set(column)) > 1]
     if not differing:
         return lines[0], ""
-    if any(columns[k] != columns[differing[0]] for k in differing):
-        return "; ".join(lines), ""
+    if any(columns[k] != columns[differing[0]] for k in differing) or not differing[0] % 2:
+        modules = [{*re.findall(_MODULE, line)} for line in lines]
+        if len(lines) < _MIN_LOOPED or any(len(found) != 1 for found in modules):
+            return "; ".join(lines), ""
+        return re.sub(_MODULE, "layer", lines[0]), f"layer in ({', '.join(min(found) for found in modules)})"
     indices = [*map(int, columns[differing[0]])]
     start, end, step = indices[0], indices[-1] + 1, indices[1] - indices[0]
     statement = "".join("i" if k in differing else text for k, text in enumerate(parts[0]))
     if step > 0 and indices == [*range(start, end, step)]:
-        return statement, f"range({start}, {end}{f', {step}' if step > 1 else ''})"
-    return statement, f"({', '.join(map(str, indices))})"
+        return statement, f"i in range({start}, {end}{f', {step}' if step > 1 else ''})"
+    return statement, f"i in ({', '.join(map(str, indices))})"

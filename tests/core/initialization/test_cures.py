@@ -178,3 +178,24 @@ def test_statements_join_to_one_line() -> None:
     assert one_line(["f(m[0])", "f(m[3])", "f(m[4])"]) == "for i in (0, 3, 4): f(m[i])"
     assert one_line(["f(m[0].a[1])", "f(m[1].a[2])"]) == "f(m[0].a[1]); f(m[1].a[2])"
     assert one_line(["f(m.a)", "f(m.b)"]) == "f(m.a); f(m.b)"
+    lines = [f"f(model.{name}.weight); g(model.{name}.bias)" for name in ("fc1", "d['a.b']", "at[0].q")]
+    looped = "for layer in (model.fc1, model.d['a.b'], model.at[0].q): f(layer.weight); g(layer.bias)"
+    assert one_line(lines) == looped
+    in_brackets = "[(f(layer.weight), g(layer.bias)) for layer in (model.fc1, model.d['a.b'], model.at[0].q)]"
+    assert one_line([*lines, "g(model[3])"]) == f"{in_brackets}; g(model[3])"
+
+
+def test_layers_of_any_name_share_a_row_and_a_cure() -> None:
+    """The cure of twelve attributes is one loop, which works as it is printed."""
+    network = mlp(12, nn.Tanh)
+    named = nn.ModuleDict(
+        {f"fc{i}": layer for i, layer in enumerate(network) if isinstance(layer, nn.Linear)}
+    )
+    findings = [
+        Finding("layer_gain", name, -0.8, "-0.2 .. 0.2", "fail", f"nn.init.zeros_(model.{name}.weight)")
+        for name in named
+    ]
+    _, row, cure, *_ = table(findings).splitlines()
+    assert f"fc0 to fc{2 * len(named) - 2} ({len(named)} layers)" in row
+    exec(cure.partition("cure: ")[2], {"nn": nn, "model": named})
+    assert not any(weight.any() for name, weight in named.named_parameters() if name.endswith("weight"))
