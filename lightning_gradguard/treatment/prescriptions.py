@@ -66,6 +66,7 @@ _TREATABLE = _OPERATIONS | {
     "data_scale",
     "bad_input",
     "saturating_activations",
+    "exception_in_step",
 }
 #: Where a fault lies is searched in these functions first.
 _FUNCTIONS = ("training_step", "forward", "configure_optimizers", "__init__")
@@ -149,11 +150,14 @@ def _of_symptom(module: nn.Module, symptom: Symptom) -> Prescription | None:
 
 
 def _of_operation(incident: Incident) -> Prescription | None:
-    """Returns the remedy of a known operation that has made a nonfinite value in the user's code."""
+    """Returns the remedy of an operation that has made a nonfinite value, or the line that has raised."""
+    place = incident.location.partition(" in ")[0]
+    if incident.kind == "exception_in_step" and incident.cause == "unknown" and place:
+        return Prescription(incident.kind, f"In batch {incident.batch_idx}: {incident.detail}", place)
     usual = advice_for_cause(incident.cause, incident.where).partition(": ")[2]
     if incident.cause not in _OPERATIONS or not incident.location or usual in incident.advice:
         return None  # the operation is not known
-    return Prescription(incident.cause, incident.advice, incident.location.partition(" in ")[0])
+    return Prescription(incident.cause, incident.advice, place)
 
 
 def _nonfinite_rows(batches: Sequence[object]) -> list[Prescription]:

@@ -22,15 +22,19 @@ from lightning_gradguard.callbacks.training_diagnosis import TrainingDiagnosis
 from lightning_gradguard.core import initialization
 from lightning_gradguard.core.detectors.diagnosis import Symptom
 from lightning_gradguard.core.detectors.diagnosis.rules import input_cause
-from lightning_gradguard.core.incidents import Incident, title
-from lightning_gradguard.core.snapshots import preserve_state
+from lightning_gradguard.core.incidents import Incident, IncidentKind, title
+from lightning_gradguard.core.norms import tensor_norms
+from lightning_gradguard.core.snapshots import Snapshot, preserve_state, rng_state
 from lightning_gradguard.runtime.configured_rates import initial_rate
 from lightning_gradguard.runtime.diagnosis.permutation import target_of
 from lightning_gradguard.runtime.diagnosis.traced_pass import traced_pass
-from lightning_gradguard.runtime.incidents.invalid_batches import is_check_of_values
-from lightning_gradguard.runtime.incidents.replay import training_loss_or_nan, without_logging
+from lightning_gradguard.runtime.incidents.invalid_batches import is_check_of_values, was_raised_in_step
+from lightning_gradguard.runtime.incidents.investigation import Investigation
+from lightning_gradguard.runtime.incidents.present import present_in
+from lightning_gradguard.runtime.incidents.replay import SeenBatch, training_loss_or_nan, without_logging
 from lightning_gradguard.runtime.lightning_api import Callback
 from lightning_gradguard.runtime.optimizer_hooks import is_scale_free
+from lightning_gradguard.runtime.rollback.reporter import origin_facts
 from lightning_gradguard.treatment.learning import Learning, learning_of, overfits
 from lightning_gradguard.treatment.prescriptions import keeps_from_learning
 from lightning_gradguard.treatment.trials.held_out import HeldOutLoss
@@ -42,6 +46,8 @@ from lightning_gradguard.treatment.trials.trial import Job, Listener, Trial, log
 #: falls to 0 along a line or a cosine leaves 0.5, a tenfold fall at 30, 60 and 80 % 0.33, an exponential fall
 #: to 1e-3 0.145. Where no rate comes near that before the schedule, it is no rate to train with.
 LEAST_MEAN_RATE, NEAR_INITIAL = 0.14, 0.5
+#: Batches that are examined at most.
+MAX_EXAMINED = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,6 +157,60 @@ class _Ending(Callback):
         return not (math.isfinite(losses[-1]) and losses[-1] < 0.7 * losses[0])
 
 
+class _Examination(Callback):
+    """Examines the first batches with nonfinite gradients, or with which the step raises, before an update.
+
+    Attributes:
+        incidents: What was found.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.incidents: list[Incident] = []
+        self._investigation = Investigation(MAX_EXAMINED, 0.0)
+        self._initial = Snapshot()
+        self._seen: SeenBatch | None = None
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Keeps the weights: what has moved far from them is at fault before any operation is."""
+        self._initial.capture([pl_module], ())
+
+    @override
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Keeps the batch."""
+        kept = copy.copy(batch) if isinstance(batch, dict) else batch  # the step may take entries out
+        self._seen = SeenBatch(kept, batch_idx, rng_state(), trainer.global_step)
+
+    @override
+    def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Examines the batch if a gradient is nonfinite."""
+        gradients = [p.grad for p in pl_module.parameters() if p.grad is not None]
+        if gradients and not bool(tensor_norms(gradients).isfinite().all()):
+            self._examine(trainer, "nonfinite_gradient")
+
+    @override
+    def on_exception(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
+    ) -> None:
+        """Examines the batch with which the step has raised on its values."""
+        if is_check_of_values(exception) and was_raised_in_step(exception):
+            self._examine(trainer, "exception_in_step")
+
+    def _examine(self, trainer: pl.Trainer, kind: IncidentKind) -> None:
+        if self._seen is None or len(self.incidents) >= MAX_EXAMINED:
+            return
+        module, step = trainer.lightning_module, trainer.global_step
+        result = self._investigation.examine_exception(
+            trainer, module, step, self._seen, self._initial, None, is_certain=True
+        )
+        if result is not None:
+            facts = origin_facts(result.origin, present_in(trainer))
+            self.incidents.append(Incident(kind, step, batch_idx=self._seen.batch_idx, **facts))
+
+
 def probe(program: Program, least: int, most: int, deadline: float) -> Probe:
     """Runs a program as it is, and diagnoses it.
 
@@ -168,12 +228,15 @@ def probe(program: Program, least: int, most: int, deadline: float) -> Probe:
     n_least, n_most = program.n_batches(least), program.n_batches(most)
     held_out = HeldOutLoss(program.batches.held_out, n_most, deadline, every=n_least // 4)
     diagnosis, check, listener = TrainingDiagnosis(), InitializationCheck(), Listener()
+    examination = _Examination()
     ending = _Ending(n_least, n_most, deadline, diagnosis, held_out)
     raised = ""
     untrained = program.module(program.seed)
     module = program.module(program.seed)
     with quiet(), tempfile.TemporaryDirectory() as folder:
-        trainer = program.trainer_of(module, [check, diagnosis, listener, held_out, ending], most, folder)
+        trainer = program.trainer_of(
+            module, [check, diagnosis, listener, examination, held_out, ending], most, folder
+        )
         try:
             program.fit(trainer, module)
         except Exception as error:  # the user's own code
@@ -206,7 +269,7 @@ def probe(program: Program, least: int, most: int, deadline: float) -> Probe:
         steps=trainer.global_step,
         symptoms=list(roots),
         initialization=[f for f in check.findings if f.severity != "info"],
-        incidents=list(listener.incidents),
+        incidents=[*listener.incidents, *examination.incidents],
         module=untrained,
         is_automatic=is_automatic,
         has_epsilon=any("eps" in group for one in trainer.optimizers for group in one.param_groups),

@@ -439,6 +439,58 @@ def test_search_goes_on_in_the_time_of_a_verification_that_has_nothing_to_verify
     )
 
 
+class Late(Data):
+    """A batch after the first has a sample of zeros."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        x, _ = self.training.tensors
+        x[100] = 0.0
+
+    def train_dataloader(self) -> Any:
+        return torch.utils.data.DataLoader(self.training, 32)
+
+
+class Angles(Net):
+    """Inputs of length 1, by a division that has no value at 0."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        x, labels = batch
+        unit = x / x.norm(dim=1, keepdim=True)
+        return nn.functional.cross_entropy(self.net(unit), labels)
+
+
+class Asserting(Net):
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        assert batch[0].any(dim=1).all(), "a sample of zeros"
+        return super().training_step(batch, batch_idx)
+
+
+@pytest.mark.parametrize(
+    ("make", "fault", "line", "words"),
+    [
+        (Angles, "forward_pass", "unit = x / x.norm(", "x.norm(dim=1, keepdim=True)"),
+        (
+            Asserting,
+            "exception_in_step",
+            "assert batch[0]",
+            "In batch 3: The step raised AssertionError: a sample of zeros",
+        ),
+    ],
+)
+def test_fault_that_a_later_batch_shows_is_prescribed_with_its_line(
+    monkeypatch: pytest.MonkeyPatch, make: type[Net], fault: str, line: str, words: str
+) -> None:
+    monkeypatch.setattr("lightning_gradguard.treatment.treat.candidates", lambda _: [])
+    result = treated(make, Late())
+    found = result.prescriptions[0]
+    assert found.fault == fault
+    assert words in found.text
+    place, _, number = found.place.rpartition(":")
+    assert place.endswith("test_treat.py")
+    assert line in Path(__file__).read_text().splitlines()[int(number) - 1]
+
+
 @pytest.mark.parametrize("fails_by", ["seed", "suite"])
 def test_other_seeds_are_run_of_what_may_be_a_cure(monkeypatch: pytest.MonkeyPatch, fails_by: str) -> None:
     """They cost as much as all else: what fails with the first seed has them if nothing else is a cure."""
