@@ -126,6 +126,8 @@ def search(
         ordered = _smallest_first(list({t.job.key: t for t in [*ordered, *longer]}.values()), bar)
         if any(learning_of(trial).has_learned for trial in ordered):
             break
+    else:  # a whole run of one after the other costs more than what a smaller change is worth
+        ordered.sort(key=lambda trial: (not trial.is_undisturbed, trial.loss))
     return [trial for trial in ordered if trial.loss < bar]
 
 

@@ -95,7 +95,8 @@ class Verification:
 
     def first(self, trial: Trial) -> Trial | None:
         """Runs the changes of a trial with the first fresh seed; `None` if the budget ends before."""
-        job = Job(trial.job.changes, self._seeds[0], self._length(trial))
+        steps = self._length(trial)
+        job = Job(trial.job.changes, self._seeds[0], steps, patience=steps // 2)
         beside = self._untreated(job.steps) if self._lanes > 1 else []
         return self._run([job, *beside]).get(job.key)
 
@@ -109,7 +110,7 @@ class Verification:
         steps = first.job.steps
         # beside a run that learns, another must show how much more can be learned
         enough = first.loss if self._learns else settled_loss(first)
-        treated = [Job(first.job.changes, seed, steps, enough) for seed in self._seeds[1:]]
+        treated = [Job(first.job.changes, seed, steps, enough, steps // 2) for seed in self._seeds[1:]]
         untreated = self._untreated(steps)
         found = self._run([*treated, *untreated])
         pairs = [] if self.probed is None else [SeedResult(self.probed, first)]

@@ -48,6 +48,21 @@ def test_of_changes_that_have_learned_enough_the_smallest_is_adopted(
     assert [trial.job.changes for trial in found] == [adopted, best]
 
 
+def test_of_changes_that_have_not_learned_the_best_is_verified_first(tmp_path: Path) -> None:
+    """Narrow networks learn little in a trial: smaller changes, with more, took a whole run each."""
+    log = TrialLog(tmp_path / "trials.jsonl", {}, 60)
+    program = recorded_program(Net, Data(), SHORT, 0, 4, math.inf)
+    runner = TrialRunner(program, log, Clock(60.0), 2, 60, lambda _: None)
+    larger, smaller = (Change("add_normalization"), Change("add_residual")), INITIALIZED
+    for changes, loss in ((larger, 1.70), (smaller, 1.71), ((*larger, *INITIALIZED), 1.8)):
+        for job in (runner.short_job(changes, 0), Job(changes, 0, 60)):
+            log.add(
+                Trial(job=job, curve=[(0, 2.3), (60, loss)], over_constant=loss / 2.3, is_likelihood=True)
+            )
+    found = search(runner, [Candidate(changes, "") for changes in (larger, smaller)], 2.3, 1.0)
+    assert [trial.job.changes for trial in found][:2] == [larger, smaller]
+
+
 @pytest.mark.parametrize(("alone", "kept"), [(2.3, INITIALIZED), (0.31, ())])
 def test_change_without_an_effect_of_its_own_is_omitted(
     tmp_path: Path, alone: float, kept: tuple[Change, ...]

@@ -153,7 +153,8 @@ def run(program: Program, job: Job, deadline: float) -> Trial:
             callbacks = [] if job.changes is None else treated(_seeded(job.changes, job.seed))
             arguments = {c.kind: c["value"] for c in job.changes or () if c.alters == "trainer"}
             watching = [listener, held_out]
-            if job.enough is job.patience is None:
+            # what explodes in a long run is no treatment; short ones of the search end before
+            if job.enough is None and (job.patience is None or job.seed != program.seed):
                 watching.append(TrainingDiagnosis())
             trainer = program.trainer_of(module, [*callbacks, *watching], job.steps, folder, **arguments)
             program.fit(trainer, module)
