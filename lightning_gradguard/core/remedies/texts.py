@@ -162,16 +162,14 @@ BY_CAUSE = {
         "run: max(1, total - warmup). A lower learning rate and clipping do not help."
     ),
     "compiled_code": (
-        "The code that torch.compile made of the step differs from the step: train without "
-        "torch.compile, or leave "
-        "out the module at fault (torch.compiler.disable), and report it to PyTorch with the dossier's batch."
+        "The code that torch.compile made of the step differs from the step: train without torch.compile, or "
+        "leave out the module at fault (torch.compiler.disable), and report it to PyTorch with the dossier's "
+        "batch."
     ),
     "transient": (
-        "The same batch on the same weights is finite the second time: suspect code that writes "
-        "gradients after "
-        "backward (hooks, on_after_backward), a race, or the hardware. If it repeats on one machine "
-        "only, exclude "
-        "that machine."
+        "The same batch on the same weights is finite the second time: suspect code that writes gradients "
+        "after backward (hooks, on_after_backward), a race, or the hardware. If it repeats on one machine "
+        "only, exclude that machine."
     ),
     "softmax_before_loss": (
         "The loss applies the softmax or sigmoid itself: remove it after {where}, and give the loss logits, "
@@ -190,6 +188,13 @@ BY_CAUSE = {
     "unreachable_targets": (
         "Remove the activation after {where}, or scale the targets into its range (sigmoid 0 .. 1, "
         "tanh -1 .. 1)."
+    ),
+    "single_value": "Normalize over more values, as over channels or in fewer groups, or remove {where}.",
+    "softmax_over_batch": "Take the softmax over the classes or the steps of a sample, dim=1, not 0.",
+    "batch_as_time": "Make {where} with batch_first=True, or give it x.transpose(0, 1).",
+    "inverted_mask": (
+        "Invert the mask of {where}: True means to ignore a key in nn.MultiheadAttention and nn.Transformer, "
+        "and to attend to it in scaled_dot_product_attention; masked_fill fills where the mask is True."
     ),
     "constant_loss": (
         "The loss does not depend on {where}: check that it is computed from the network's output, without "

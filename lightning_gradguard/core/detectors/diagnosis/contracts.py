@@ -13,6 +13,8 @@ from lightning_gradguard.core.incidents import SymptomCause
 
 #: Steps before which labels of one class may be those of the first files alone.
 LABEL_STEPS = 50
+#: Steps after which a mask of later steps alone is inverted, if nothing is learned, and the share of one.
+MASK_STEPS, HALF = 20, 0.5
 #: The smallest share of targets out of reach that explains a loss that is stuck.
 SOME_UNREACHABLE = 0.05
 #: Shares of a loss call that break its contract.
@@ -24,6 +26,13 @@ CONTRACT: dict[SymptomCause, tuple[float, str]] = {
     "labels_ignored": (0.9, "every label is ignored"),
     "targets_out_of_range": (0.01, "targets are outside of the range that the loss expects"),
     "unreachable_targets": (0.5, "targets are outside of the range of the output's activation"),
+    "single_value": (1, "statistics of one value normalize it to 0, whatever it is"),
+    "softmax_over_batch": (1, "a softmax over the batch, not over the classes or the steps of a sample"),
+    "batch_as_time": (1, "the first dimension is the batch, and the module takes it for the time"),
+    "inverted_mask": (
+        1,
+        "attention is to padding alone, or to later steps and to no earlier one",
+    ),
 }
 
 
@@ -53,6 +62,17 @@ def broken_contracts(sample: Sample, progress: Progress) -> Iterator[Symptom]:
                     needs,
                     arguments=call.arguments,
                 )
+
+
+def wrong_dimensions(sample: Sample, progress: Progress) -> Iterator[Symptom]:
+    """Yields what is computed over another dimension than is meant, and masks that are inverted."""
+    for cause, name, share in sample.mistakes:
+        bound, words = CONTRACT[cause]
+        if cause == "inverted_mask" and sample.step >= MASK_STEPS and not progress.learns:
+            bound = HALF  # where the next token is not asked for, a network may read backwards
+        if share >= bound:
+            evidence = f"{name}: {words}"
+            yield Symptom("stuck_loss", cause, (name,), share, evidence, "contract")
 
 
 def constant_inputs(sample: Sample, progress: Progress) -> Iterator[Symptom]:

@@ -30,6 +30,7 @@ _OF_ANY_STEP = ("through_time", "padding", "detached", "small_weights")
 _ORDER = ("contract", "coverage", "units", "update", "depth", "stuck", "stagnation")
 _RULES = (
     contracts.broken_contracts,
+    contracts.wrong_dimensions,
     contracts.constant_inputs,
     contracts.labels_of_one_class,
     contracts.untrained_parameters,

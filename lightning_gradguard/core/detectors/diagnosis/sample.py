@@ -244,6 +244,7 @@ class Sample:
         units: One for each activation.
         times: One for each recurrence.
         calls: One for each loss.
+        mistakes: Causes, layers and shares of calls that compute over another dimension than is meant.
         updates: One for each optimizer that stepped.
         coverage: Parameters that are not trained.
         input_rms: Rms of the largest floating-point tensor of the batch, as the first layer gets it.
@@ -266,6 +267,7 @@ class Sample:
     units: Sequence[UnitSignal] = ()
     times: Sequence[TimeSignal] = ()
     calls: Sequence[LossSignal] = ()
+    mistakes: Sequence[tuple[SymptomCause, str, float]] = ()
     updates: list[Update] = field(default_factory=list)
     coverage: Coverage = field(default_factory=Coverage)
     input_rms: float = math.nan

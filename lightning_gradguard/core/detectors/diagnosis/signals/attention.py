@@ -1,4 +1,4 @@
-"""Saturated attention and gates: rows of weights of which one is nearly 1, by any function."""
+"""Attention and gates: rows of weights of which one is nearly 1, by any function, and inverted masks."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ MIN_KEYS, MAX_SAMPLES, MAX_ROWS = 4, 4, 256
 ONE_HOT = 0.999
 #: Score up to which a key is masked.
 MASKED = -1e8
+#: Range of tokens beyond which they are no flags.
+FLAGS = 3
 #: Rows below which a share means nothing.
 MIN_ROWS = 16
 
@@ -65,6 +67,59 @@ def saturated_rows(name: str, arguments: Mapping[str, Any], result: Any) -> Tens
         share = ((weights.amax(-1) > ONE_HOT) & several).sum() / n
         found: Tensor = torch.where(n < MIN_ROWS, torch.nan, share)
         return found
+
+
+def attended(name: str, arguments: Mapping[str, Any]) -> Tensor | None:
+    """Returns which keys a query may attend to, shape `(n, queries, keys)`, of some samples.
+
+    A mask that is the same for all samples, or queries, has size 1 there. `None` without a mask.
+    """
+    if name == "softmax":
+        scores = arguments["input"].detach()[:MAX_SAMPLES]
+        is_over_keys = scores.ndim > 2 and arguments.get("dim") in (-1, scores.ndim - 1)
+        return _of_any_head(scores > MASKED) if is_over_keys else None
+    # True means "attend" to one function and "do not attend" to the others
+    sign = name == "scaled_dot_product_attention"
+    found = None
+    if (mask := arguments.get("attn_mask")) is not None:
+        may = mask == sign if mask.dtype == torch.bool else mask > MASKED
+        if may.ndim == 3 and not sign:
+            may = may.reshape(-1, arguments["num_heads"], *may.shape[1:])
+        found = may[None] if may.ndim == 2 else _of_any_head(may[:MAX_SAMPLES])
+    if (padding := arguments.get("key_padding_mask")) is not None:
+        may = ~padding if padding.dtype == torch.bool else padding > MASKED
+        may = may[:MAX_SAMPLES, None]
+        found = may if found is None else found & may
+    return found
+
+
+def _of_any_head(may: Tensor) -> Tensor:
+    return may if may.ndim == 3 else may.flatten(1, -3).any(1)
+
+
+def inverted(attended: Tensor, tokens: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Returns if attention is to the padding of tokens alone, and if it is to later keys alone, shape `()`.
+
+    Example:
+        >>> inverted(torch.ones(1, 4, 4, dtype=torch.bool).triu(), [])
+        (tensor(0.), tensor(1.))
+        >>> tokens = torch.tensor([[5, 9, 3, 0, 0]])
+        >>> [inverted(attended[:, None], [tokens])[0].item() for attended in (tokens == 0, tokens > 0)]
+        [1.0, 0.0]
+    """
+    n_queries, n_keys = attended.shape[-2:]
+    to_padding = to_later = attended.new_zeros((), dtype=torch.bool)
+    if n_queries == n_keys >= MIN_KEYS:
+        to_later = attended.triu(1).any() & ~attended.tril(-1).any()
+    may = attended.any(1)
+    for each in tokens:
+        each = each[:MAX_SAMPLES]
+        if each.shape == may.shape:
+            low, high = each.min(), each.max()
+            is_one = torch.where(may, each, low).max() == torch.where(may, each, high).min()
+            apart = torch.where(may, low, each).max() - torch.where(may, high, each).min()
+            to_padding = to_padding | (is_one & (apart >= FLAGS))
+    return to_padding.float(), to_later.float()
 
 
 def _pair(arguments: Mapping[str, Any]) -> tuple[Tensor, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -70,9 +71,14 @@ class LossTrace:
             constants = self._baselines.constant(key, name, answer.detach(), target, options)
         self._add(name, answer, target, options, value, constants)
 
-    def add_difference(self, answer: Tensor, target: Tensor) -> None:
+    def add_difference(self, args: Sequence[Any], is_data: Callable[[Tensor], bool]) -> None:
         """Adds a subtraction of targets, as in a loss that is written by hand, if it breaks a condition."""
-        self._add("difference", answer, target, {}, None, None)
+        both = [arg for arg in args if isinstance(arg, Tensor)]
+        if len(both) != 2 or both[0].requires_grad == both[1].requires_grad:
+            return
+        answer, target = sorted(both, key=lambda tensor: not tensor.requires_grad)
+        if is_measurable(answer) and is_measurable(target) and is_data(target):
+            self._add("difference", answer, target, {}, None, None)
 
     def _add(
         self,

@@ -22,6 +22,7 @@ from lightning_gradguard.core.detectors.diagnosis.sample import (
     UnitSignal,
 )
 from lightning_gradguard.core.detectors.diagnosis.signals import attention, loss_calls, recurrences, units
+from lightning_gradguard.core.detectors.diagnosis.signals.dimensions import Dimensions
 from lightning_gradguard.core.detectors.diagnosis.signals.loss_baseline import LossBaselines
 from lightning_gradguard.core.detectors.diagnosis.signals.loss_trace import LossTrace
 from lightning_gradguard.core.detectors.diagnosis.signals.matrices import (
@@ -88,6 +89,7 @@ class StepTrace(TorchFunctionMode):
         self._is_open = True
         self._bare = BareMatrices(module)
         leaves = [leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)]
+        self._dimensions = Dimensions(self._scalars, leaves)
         self._data: WeakValueDictionary[int, Tensor] = WeakValueDictionary({id(t): t for t in leaves})
         inputs = [leaf for leaf in leaves if is_measurable(leaf)]
         self._used: set[int] = set()
@@ -121,7 +123,7 @@ class StepTrace(TorchFunctionMode):
                 self._hook(child.register_forward_hook, partial(self._after_layer, name))
             elif not child._modules and any(True for _ in own_matrices(child)):
                 self._hook(child.register_forward_hook, partial(self._after_own_layer, name))
-            elif not child._modules and not child._parameters:
+            elif not child._modules:
                 self._hook(child.register_forward_pre_hook, lambda *_, name=name: self._modules.append(name))
                 self._hook(child.register_forward_hook, lambda *_: self._modules.clear())
         super().__enter__()  # type: ignore[no-untyped-call]
@@ -182,6 +184,7 @@ class StepTrace(TorchFunctionMode):
             units=found,
             times=times,
             calls=[loss.signal(numbers) for loss in self._losses.records],
+            mistakes=self._dimensions.mistakes(self._n_calls),
             input_rms=numbers[self._input],
             columns=None if self._columns is None else tuple(numbers[i] for i in self._columns),
             one_signed=numbers[self._one_signed.get(self._last)] == 1,
@@ -234,14 +237,16 @@ class StepTrace(TorchFunctionMode):
         if not isinstance(result, Tensor):
             return
         plain = name.strip("_")
+        place = self._modules[-1] if self._modules else self._last
+        self._dimensions.add_call(plain, args, kwargs, result, place, self._n_calls)
         if plain == "hardtanh" and units.is_rectifier(function, args, kwargs):
             plain = "relu6"
         if plain in PRODUCTS and (layer := self._bare.name_of(given)):
             self._add_call(layer, result, 1 - result.ndim if plain.startswith("conv") else -1)
         elif plain in units.ACTIVATIONS:
             self._record_units(plain, result)
-        elif plain in ("sub", "rsub", "subtract"):
-            self._record_difference(args)
+        elif plain in ("sub", "rsub", "subtract") and self._n_calls:
+            self._losses.add_difference(args, self._is_data)
         elif plain in ("mul", "rmul", "multiply"):
             self._record_gate(given)
         elif plain in ("add", "radd", "iadd") and not self._has_residuals:
@@ -255,16 +260,9 @@ class StepTrace(TorchFunctionMode):
     def _is_data(self, tensor: Tensor) -> bool:
         return self._data.get(id(tensor)) is tensor
 
-    def _record_difference(self, args: Sequence[Any]) -> None:
-        both = [arg for arg in args if isinstance(arg, Tensor)]
-        if len(both) != 2 or both[0].requires_grad == both[1].requires_grad:
-            return
-        answer, target = sorted(both, key=lambda tensor: not tensor.requires_grad)
-        if is_measurable(answer) and is_measurable(target) and self._is_data(target) and self._n_calls:
-            self._losses.add_difference(answer, target)
-
     def _record_attention(self, name: str, arguments: dict[str, Any], result: Any) -> None:
         where = self._attention[-1] if self._attention else self._last
+        self._dimensions.add_attention(name, arguments, where)
         if where and _tensors(result)[0].requires_grad:
             share = attention.saturated_rows(name, arguments, _tensors(result)[0])
             kind = "attention" if _tensors(result)[0].ndim > 2 else "softmax"
@@ -370,6 +368,8 @@ class StepTrace(TorchFunctionMode):
         """Has the gradient at the module's input recorded, by a view of it."""
         if self._records() and torch.is_grad_enabled():
             with _silent(), torch._C.DisableTorchFunction():
+                if not module.batch_first:
+                    self._dimensions.add_sequence(name, inputs[0])
                 padded = self._scalars.add(recurrences.padded_share(module, inputs[0]))
                 record = partial(self._on_gradient_through_time, name, padded)
                 return recurrences.with_watched_input(module, inputs, record)

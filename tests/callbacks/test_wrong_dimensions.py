@@ -1,0 +1,142 @@
+"""What is computed over another dimension than is meant is named at step 1, what only looks like it never."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from tests.callbacks.test_training_diagnosis import Task, diagnosed
+from tests.tasks import batches
+
+Batches = list[tuple[Tensor, Tensor]]
+
+
+class Sequences(nn.Module):
+    """A recurrent or an attention layer over sequences of eight numbers."""
+
+    def __init__(self, layer: nn.Module, transposed: bool = False) -> None:
+        super().__init__()
+        self.layer, self.head, self.transposed = layer, nn.Linear(8, 4), transposed
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.layer(x.transpose(0, 1) if self.transposed else x)
+        out = out[0] if isinstance(out, tuple) else out
+        logits: Tensor = self.head(out[-1] if self.transposed else out[:, -1])
+        return logits
+
+
+class Tokens(nn.Module):
+    """One layer of attention over tokens, of which 0 is padding."""
+
+    def __init__(self, mask: Tensor | None = None, ignores: Callable[[Tensor], Tensor] | None = None) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(12, 8), nn.Linear(8, 12)
+        self.attend = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.mask, self.ignores = mask, ignores
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embed(tokens)
+        padding = None if self.ignores is None else self.ignores(tokens)
+        out: Tensor = self.head(x + self.attend(x, x, x, key_padding_mask=padding, attn_mask=self.mask)[0])
+        return out
+
+
+class ByHand(Tokens):
+    """The same by a softmax of masked scores."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embed(tokens)
+        scores = x @ x.transpose(1, 2)
+        weights = scores.masked_fill(self.mask, -1e9).softmax(-1)
+        out: Tensor = self.head(x + weights @ x)
+        return out
+
+
+def sequences(transposed: bool = False) -> Batches:
+    found = [(torch.randn(16, 6, 8), torch.randint(4, (16,))) for _ in range(4)]
+    return [(x.transpose(0, 1) if transposed else x, y) for x, y in found]
+
+
+def texts(backwards: bool = False) -> Batches:
+    found = [torch.randint(1, 12, (16, 7)) for _ in range(4)]
+    return [(t[:, 1:], t[:, :-1]) if backwards else (t[:, :-1], t[:, 1:]) for t in found]
+
+
+def padded() -> Batches:
+    found = [torch.randint(1, 12, (16, 6)) for _ in range(4)]
+    return [(t * (torch.arange(6) < 4), t[:, 0]) for t in found]
+
+
+def of_tokens(logits: Tensor, target: Tensor) -> Tensor:
+    return functional.cross_entropy(logits.flatten(0, 1), target.flatten())
+
+
+def of_first(logits: Tensor, target: Tensor) -> Tensor:
+    return functional.cross_entropy(logits[:, 0], target)
+
+
+def over_batch(logits: Tensor, target: Tensor) -> Tensor:
+    return -logits.softmax(0).log().gather(1, target[:, None]).mean()
+
+
+def over_batch_by_hand(logits: Tensor, target: Tensor) -> Tensor:
+    shares = logits.exp() / logits.exp().sum(0)
+    return (shares - functional.one_hot(target, 4)).square().mean()
+
+
+def normalized(norm: nn.Module) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(20, 16), norm, nn.ReLU(), nn.Linear(16, 4))
+
+
+LATER = torch.ones(6, 6, dtype=torch.bool).tril(-1)
+FAULTY: dict[str, tuple[str, str, Callable[[], Any], Batches | None]] = {
+    "one channel in a group": ("single_value", "net.1", lambda: Task(normalized(nn.GroupNorm(16, 16))), None),
+    "one number": ("single_value", "net.2",
+                   lambda: Task(nn.Sequential(nn.Linear(20, 1), nn.Flatten(), nn.LayerNorm(1)),
+                                functional.mse_loss),
+                   [(x, x[:, :1]) for x, _ in batches(4)]),
+    "softmax": ("softmax_over_batch", "net.6", lambda: Task(loss=over_batch), None),
+    "softmax by hand": ("softmax_over_batch", "net.6", lambda: Task(loss=over_batch_by_hand), None),
+    "recurrent": ("batch_as_time", "net.layer", lambda: Task(Sequences(nn.LSTM(8, 8))), sequences()),
+    "transformer": ("batch_as_time", "net.layer.self_attn",
+                    lambda: Task(Sequences(nn.TransformerEncoderLayer(8, 2, 8))), sequences()),
+    "text": ("batch_as_time", "net.1", lambda: Task(nn.Sequential(nn.Embedding(12, 8), nn.RNN(8, 12)),
+                                                    lambda out, y: of_tokens(out[0], y)), texts()),
+    "padding": ("inverted_mask", "net.attend",
+                lambda: Task(Tokens(ignores=lambda t: t > 0), of_first), padded()),
+    "later steps": ("inverted_mask", "net.attend", lambda: Task(Tokens(LATER), of_tokens), texts()),
+    "later steps by hand": ("inverted_mask", "net.embed", lambda: Task(ByHand(LATER), of_tokens), texts()),
+}  # fmt: skip
+HEALTHY: dict[str, tuple[Callable[[], Any], Batches | None]] = {
+    "two channels in a group": (lambda: Task(normalized(nn.GroupNorm(8, 16))), None),
+    "transposed": (lambda: Task(Sequences(nn.LSTM(8, 8), transposed=True)), sequences()),
+    "between samples": (lambda: Task(nn.Sequential(nn.Unflatten(0, (1, -1)), nn.TransformerEncoderLayer(
+        20, 2, 8, batch_first=True), nn.Flatten(0, 1), nn.Linear(20, 4))), None),
+    "text": (lambda: Task(nn.Sequential(nn.Embedding(12, 8), nn.RNN(8, 12)),
+                          lambda out, y: of_tokens(out[0], y)),
+             [(x.T, y.T) for x, y in texts()]),
+    "padding": (lambda: Task(Tokens(ignores=lambda t: t == 0), of_first), padded()),
+    "earlier steps": (lambda: Task(Tokens(LATER.T), of_tokens), texts()),
+    "backwards": (lambda: Task(Tokens(LATER), of_tokens), texts(backwards=True)),
+    "pairs": (lambda: Task(loss=lambda z, y: -(z @ z.T).softmax(0).log().diag().mean()), None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FAULTY)
+def test_wrong_dimension_is_named_at_once_with_the_layer(name: str) -> None:
+    cause, where, make, data = FAULTY[name]
+    torch.manual_seed(0)
+    first, *_ = diagnosed(make(), 4, data)
+    assert (first.kind, first.step, first.cause, first.where) == ("stuck_loss", 1, cause, (where,))
+
+
+@pytest.mark.parametrize("name", HEALTHY)
+def test_right_dimension_is_not_named(name: str) -> None:
+    make, data = HEALTHY[name]
+    torch.manual_seed(0)
+    assert diagnosed(make(), 4, data) == []
