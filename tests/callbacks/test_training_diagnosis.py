@@ -917,6 +917,21 @@ def test_weights_shrink_by_a_decay_that_is_larger_than_gradients(gradient: float
     assert _found(Sample(90 + i, 1.0, calls=calls, updates=[u]) for i, u in enumerate(updates)) == found
 
 
+@pytest.mark.parametrize(
+    ("decay", "loss", "found"), [(3.0, 1.0, ["weight_decay"]), (0.01, 1.0, []), (3.0, 0.5, [])]
+)
+def test_weights_that_decay_are_named_long_before_they_are_gone_if_nothing_is_learned(
+    decay: float, loss: float, found: list[str]
+) -> None:
+    """Adam shrinks them by its rate in each step, however large the decay is."""
+    updates = [
+        _update(weights=[w, w], gradients=[0.05] * 2, decay=decay, rates=[1e-3], total_norm=1.0 + w)
+        for w in (1.0, 0.79, 0.7, 0.6)
+    ]
+    steps = zip((0, 20, 25, 35), updates, strict=True)
+    assert _found(Sample(i, loss, calls=_whole_loss(loss), updates=[u]) for i, u in steps) == found
+
+
 @pytest.mark.parametrize(("one_signed", "found"), [(True, ["unreachable_targets"]), (False, [])])
 def test_a_difference_to_far_targets_is_wrong_where_all_answers_are_on_one_side(
     one_signed: bool, found: list[str]

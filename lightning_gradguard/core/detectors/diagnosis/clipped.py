@@ -20,6 +20,9 @@ CLIPPED_STEPS = 50
 LARGEST_CLIP_VALUE = 100.0
 #: Share of their norm below which weights vanish: of a network that learns, and of another one.
 VANISHED, VANISHED_IF_STUCK = 1e-3, 1e-2
+#: The same by weight decay alone, in a network that learns nothing, with the steps from which on it should,
+#: and the ratio of the decay to the gradient.
+DECAYED, DECAY_STEPS, DOMINATES = 0.8, 20, 10.0
 
 
 def clipped_elsewhere(sample: Sample, progress: Progress) -> Iterator[Symptom]:
@@ -71,25 +74,30 @@ def _is_clip_value(size: float) -> bool:
 
 
 def vanishing_weights(sample: Sample, progress: Progress) -> Iterator[Symptom]:
-    """Yields weight matrices that have shrunk to a small share of their norm."""
+    """Yields weight matrices that have shrunk to a small share of their norm, or shrink by decay alone."""
     bound = VANISHED if progress.learns else VANISHED_IF_STUCK
+    is_stuck = sample.step >= DECAY_STEPS and not progress.learns
     for one in sample.updates:
         left = {
             i: progress.shrunk(name, one.weights[i])
             for i, name in enumerate(one.names)
             if one.is_matrix[i] and i < len(one.weights)
         }
-        found = sorted((i for i, share in left.items() if share < bound), key=lambda i: left[i])
+        bounds = {i: DECAYED if is_stuck and _decays(one, i, left[i], sample.step) else bound for i in left}
+        found = sorted((i for i, share in left.items() if share < bounds[i]), key=lambda i: left[i])
         if not found:
             continue
         share = left[found[0]]
-        steps = math.log(1 / max(share, 1e-45))
-        decays = one.decay * max(one.rates, default=0.0) * sample.step > steps / 2
-        dominates = one.decay * one.weights[found[0]] > one.gradients[found[0]]
-        is_decay = one.decay and (decays or dominates)
+        is_decay = _decays(one, found[0], share, sample.step, 1.0)
         cause: SymptomCause | Literal["unknown"] = "weight_decay" if is_decay else "unknown"
         where = modules_of([one.names[i] for i in found])
         evidence = f"the weights of {where[0]} have shrunk to {share:.1g} of their norm"
         if is_decay:
             evidence += f", by weight_decay={one.decay:g}"
         yield Symptom("vanishing_weights", cause, where, share, evidence, "units", 3)
+
+
+def _decays(one: Update, i: int, share: float, step: int, at_least: float = DOMINATES) -> bool:
+    """True if weights shrink by decay: it is larger than their gradient, or explains half of the decrease."""
+    explained = one.decay * max(one.rates, default=0.0) * step > math.log(1 / max(share, 1e-45)) / 2
+    return one.decay > 0 and (explained or one.decay * one.weights[i] > at_least * one.gradients[i])
