@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 import pytorch_lightning as pl
+import torch
 from torch.optim import Optimizer
 from typing_extensions import override
 
@@ -18,6 +19,7 @@ from lightning_gradguard.core.incidents import CURE, Incident, IncidentKind
 from lightning_gradguard.core.initialization import frozen_layers, tried_cure
 from lightning_gradguard.core.remedies import advice_for_symptom
 from lightning_gradguard.runtime import distributed, lightning_api
+from lightning_gradguard.runtime.diagnosis.epoch_ends import EpochEnds
 from lightning_gradguard.runtime.diagnosis.followed_steps import FollowedSteps
 from lightning_gradguard.runtime.diagnosis.messages import decoded, encoded
 from lightning_gradguard.runtime.diagnosis.permutation import losses_of_permuted
@@ -67,7 +69,7 @@ class TrainingDiagnosis(StepCallback):
 
     Args:
         every_n_steps: Interval of the samples after step 250. Before, steps 0, 1, 2, 5, 10, 20, 35 and every
-            25th one are sampled.
+            25th one are sampled, and the first step of up to four more epochs.
         symptoms: Kinds to publish; all if `None`.
         charts: True to log, on sampled steps, `dead_share/<layer>`, `saturated_share/<layer>`, and the rms of
             the gradient at each layer's output, `output_gradient/<layer>`, with a heat map of it at the end.
@@ -107,6 +109,7 @@ class TrainingDiagnosis(StepCallback):
         self._sampled: SampledStep | None = None
         self._waiting: SampledStep | None = None
         self._followed = FollowedSteps()
+        self._epoch_ends = EpochEnds()
         self._uses_targets = False
         self._next_sample = 0
         self._steps = Steps()
@@ -129,6 +132,7 @@ class TrainingDiagnosis(StepCallback):
         self.diagnosis.plan(int(planned) if math.isfinite(planned) else 0, frozen_layers(pl_module))
         self._sampled = self._waiting = None
         self._followed.close()
+        self._epoch_ends = EpochEnds()
         self._steps = Steps()
         self._started = lightning_api.batches_that_stepped(trainer)
         self._next_sample = next_sample(self._started, self.every_n_steps)
@@ -139,7 +143,8 @@ class TrainingDiagnosis(StepCallback):
     ) -> None:
         """Begins a sample where one is due."""
         step = lightning_api.batches_that_stepped(trainer)
-        if step < self._next_sample or self._sampled is not None or lightning_api.is_swa_bn_update(trainer):
+        is_due = step >= self._next_sample or self._epoch_ends.wants_sample
+        if not is_due or self._sampled is not None or lightning_api.is_swa_bn_update(trainer):
             return
         self._next_sample = next_sample(step + 1, self.every_n_steps)
         permuted = None
@@ -163,6 +168,8 @@ class TrainingDiagnosis(StepCallback):
                 self._steps.add(optimizer)
             if self._followed.followed:
                 self._followed.end(optimizer)
+            if self._epoch_ends.is_pending:
+                self._epoch_ends.begin_epoch(pl_module, trainer.optimizers)
             if self._sampled is not None:
                 is_late = self._sampled.step - self._started >= STEPPED_BY
                 self._sampled.cover(trainer, optimizer, self._steps if is_late else None)
@@ -182,6 +189,8 @@ class TrainingDiagnosis(StepCallback):
     @override
     def on_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch_idx: int) -> None:
         sampled = self._sampled
+        if trainer.is_last_batch:
+            self._epoch_ends.end_epoch(pl_module)
         if sampled is None:
             return
         sampled.end_batch()
@@ -190,7 +199,7 @@ class TrainingDiagnosis(StepCallback):
             return  # gradients accumulate
         self._sampled = None
         sampled.close()
-        sampled.left = self._followed.found
+        sampled.left = torch.cat([self._followed.found, self._epoch_ends.in_a_row.reshape(1)])
         self._followed.end_batch()
         if sampled.is_pending:
             self._waiting = sampled

@@ -40,7 +40,7 @@ _IN_CODE: dict[str, tuple[str, ...]] = {
     "constant_loss": ("detach", "argmax", "round", "item"),
     "not_in_optimizer": ("SGD", "Adam", "AdamW", "RMSprop", "Adagrad", "parameters"),
     "not_registered": ("append", "Linear", "Conv2d"),
-    "overwritten_weights": ("load_state_dict", "copy_"),
+    "overwritten_weights": ("load_state_dict", "copy_", "reset_parameters"),
     "replaced_parameters": ("SGD", "Adam", "AdamW", "RMSprop", "Adagrad", "parameters"),
     "detached": ("detach", "no_grad", "numpy", "data"),
     "never_stepped": ("step",),

@@ -856,7 +856,7 @@ def _update(**numbers: Any) -> Update:
         "is_matrix": [True, True],
         "gradients": [1.0, 1.0],
         "weights": [1.0, 1.0],
-        "default_norm": 1.0,
+        "default_norms": [0.5**0.5] * 2,
         "ratios": [1e-3, 1e-3],
         "unclipped": 1.0,
         "rates": [0.1],
@@ -1353,6 +1353,37 @@ class Assigning(Task):
 
     def optimizer_zero_grad(self, *arguments: Any) -> None:
         pass
+
+
+class Resetting(Task):
+    """Begins each epoch with new weights of some layers, or with those of the start."""
+
+    def __init__(self, layers: slice | None) -> None:
+        super().__init__(deep(nn.ReLU, 2), optimizer=_adam_at(0.01))
+        self.layers, self.start = layers, deepcopy(self.net.state_dict())
+
+    def on_train_epoch_start(self) -> None:
+        if self.layers is None:
+            self.net.load_state_dict(self.start)
+        for layer in [*self.net][self.layers or slice(0)]:
+            if isinstance(layer, nn.Linear):
+                layer.reset_parameters()
+
+
+@pytest.mark.parametrize(
+    ("layers", "found"),
+    [
+        (slice(None), [("stuck_loss", "overwritten_weights", 12)]),
+        (None, [("stuck_loss", "overwritten_weights", 12)]),
+        (slice(-1, None), []),
+        (slice(0), []),
+    ],
+)
+def test_weights_that_are_reset_in_each_epoch_are_named_at_the_third(
+    layers: slice | None, found: list[tuple[str, str, int]]
+) -> None:
+    incidents = diagnosed(Resetting(layers), 6, max_epochs=4, max_steps=-1)
+    assert [(i.kind, i.cause, i.step) for i in incidents] == found
 
 
 class Freezing(Manual):

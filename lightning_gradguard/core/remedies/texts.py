@@ -227,8 +227,8 @@ BY_CAUSE = {
         "trained, {code}.requires_grad_(False)."
     ),
     "overwritten_weights": (
-        "Something writes the weights of {where} back after each step: look for load_state_dict, copy_ or an "
-        "assignment to .data in a hook, a callback or the training step."
+        "Something besides the optimizer writes the weights of {where}: look for load_state_dict, copy_, "
+        "reset_parameters, or .data in a hook, a callback or the training step, and a network made anew."
     ),
     "cleared_gradients": (
         "Call zero_grad() before the backward pass, not between it and step(), and check that the loss "

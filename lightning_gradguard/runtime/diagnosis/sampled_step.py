@@ -43,7 +43,8 @@ class SampledStep:
     Attributes:
         now: Step and epoch for incidents.
         uses_targets: True if the training step has used the targets of the batch.
-        left: If gradients and weights are as the step before had left them, as `FollowedSteps` has found.
+        left: If gradients and weights are as the step before had left them, as `FollowedSteps` has found, and
+            the ends of epochs in a row at which weights were reset.
 
     Args:
         trainer: The Trainer that fits.
@@ -64,7 +65,7 @@ class SampledStep:
         self.step = lightning_api.batches_that_stepped(trainer)
         self.now = {"step": trainer.global_step, "epoch": trainer.current_epoch}
         self.uses_targets = self._uses_inputs = False
-        self.left = torch.zeros(2)
+        self.left = torch.zeros(3)
         self._pl_module = pl_module
         self._target = target_of(batch)
         self._inputs = inputs_of(batch, self._target)
@@ -137,10 +138,11 @@ class SampledStep:
         for size in self._sizes:
             parts.append(host[start : start + size])
             start += size
-        (plain, permuted, constant, keeps, undone), traced, *updates = parts
+        (plain, permuted, constant, keeps, undone, resets), traced, *updates = parts
         sample = Sample(self.step) if self._trace is None else self._trace.sample(self.step, traced)
         sample.permuted = (permuted - plain) / permuted if permuted > 0 else math.nan
         sample.n_updates = self.now["step"]
+        sample.n_resets = int(resets)
         sample.keeps_gradients, sample.updates_are_undone = keeps > 0, undone > 0
         sample.inputs_are_constant = self._uses_inputs and constant > 0
         for update, numbers in zip(self._updates, updates, strict=True):

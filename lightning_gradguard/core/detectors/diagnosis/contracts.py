@@ -117,6 +117,19 @@ def untrained_parameters(sample: Sample, progress: Progress) -> Iterator[Symptom
             yield Symptom("weight_stagnation", cause, modules_of(names), len(names), evidence, "coverage")
 
 
+def reset_weights(sample: Sample, progress: Progress) -> Iterator[Symptom]:
+    """Yields weights that are others in each epoch, whereby the loss is back at the first."""
+    if sample.n_resets > 1 and progress.rise > LEARNS:
+        where = tuple(layer.name for layer in sample.layers)[:5]
+        evidence = (
+            f"at the ends of {sample.n_resets} epochs, most weights have changed by more than half of their "
+            f"norm, and the loss is back at {progress.rise:.3g} times the first"
+        )
+        yield Symptom(
+            "stuck_loss", "overwritten_weights", where, sample.n_resets, evidence, "coverage", needs=1
+        )
+
+
 def kept_gradients(sample: Sample, progress: Progress) -> Iterator[Symptom]:
     """Yields steps whose gradients still have those of the steps before in them."""
     if sample.keeps_gradients:

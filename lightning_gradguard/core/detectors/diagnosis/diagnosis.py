@@ -34,6 +34,7 @@ _RULES = (
     contracts.constant_inputs,
     contracts.labels_of_one_class,
     contracts.untrained_parameters,
+    contracts.reset_weights,
     contracts.kept_gradients,
     rules.dead_or_saturated_units,
     clipped.clipped_elsewhere,

@@ -251,6 +251,7 @@ class Sample:
         columns: If that is a table, the largest rms of a column, the median one, the index of the largest.
         keeps_gradients: True if a step has had the gradients of the one before in its own.
         updates_are_undone: True if weights were nearly the same before a step and before the next one.
+        n_resets: Ends of epochs in a row at which most weights were replaced, besides any update.
         inputs_are_constant: True if all rows of the inputs are the same, and those of the targets differ.
         one_signed: True if the gradient at the head has one sign for all samples.
         permuted: Relative rise of the loss if targets are permuted; NaN if not measured.
@@ -274,6 +275,7 @@ class Sample:
     columns: tuple[float, ...] | None = None
     keeps_gradients: bool = False
     updates_are_undone: bool = False
+    n_resets: int = 0
     inputs_are_constant: bool = False
     one_signed: bool = False
     permuted: float = math.nan
