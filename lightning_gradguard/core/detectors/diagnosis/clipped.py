@@ -15,7 +15,7 @@ from lightning_gradguard.core.incidents import SymptomCause
 #: Clipping to less than a tenth, with an update below the usual one, stops what does not learn.
 CLIPPED_FAR = 10.0
 #: Steps before which a loss that is high may only start slowly.
-CLIPPED_STEPS = 50
+CLIPPED_STEPS = 25
 #: Values to which people clip; the norm of gradients that are still scaled is far above.
 LARGEST_CLIP_VALUE = 100.0
 #: Share of their norm below which weights vanish: of a network that learns, and of another one.

@@ -12,7 +12,7 @@ from lightning_gradguard.core.detectors.diagnosis.symptom import Symptom, module
 from lightning_gradguard.core.incidents import SymptomCause
 
 #: Steps before which labels of one class may be those of the first files alone.
-LABEL_STEPS = 50
+LABEL_STEPS = 25
 #: Steps after which a mask of later steps alone is inverted, if nothing is learned, and the share of one.
 MASK_STEPS, HALF = 20, 0.5
 #: The smallest share of targets out of reach that explains a loss that is stuck.

@@ -233,7 +233,9 @@ def unbounded_loss(sample: Sample, progress: Progress) -> Iterator[Symptom]:
             )
     if progress.is_unbounded:
         evidence = f"the loss falls without bound, from {progress.first:.3g} to {sample.loss:.3g}"
-        yield Symptom("exploding_gradient", "unbounded_loss", sample.head, sample.loss, evidence, "update")
+        yield Symptom(
+            "exploding_gradient", "unbounded_loss", sample.head, sample.loss, evidence, "update", needs=1
+        )
 
 
 def constant_loss(sample: Sample, progress: Progress) -> Iterator[Symptom]:
