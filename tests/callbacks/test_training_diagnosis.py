@@ -536,6 +536,15 @@ def test_loss_that_is_made_anew_does_not_depend_on_the_network() -> None:
     assert (incident.kind, incident.cause) == ("weight_stagnation", "constant_loss")
 
 
+@pytest.mark.parametrize(("size", "cause"), [(0.4, "small_weights"), (1.0, "depth")])
+def test_small_weights_explain_a_gradient_that_vanishes_where_biases_keep_up_outputs(
+    size: float, cause: str
+) -> None:
+    layers = [LayerSignal(f"net.{i}", False, 1.0, [10.0 ** (i - 4)], "relu") for i in range(5)]
+    update = _update(names=["net.0.weight", "net.1.weight"], default_norms=[1.0 / size] * 2)
+    assert _found(Sample(i, 1.0, layers, updates=[update]) for i in (1, 2)) == [cause]
+
+
 def test_loss_that_falls_without_bound_is_named() -> None:
     def mean_likelihood(output: Tensor, target: Tensor) -> Tensor:
         spread = functional.softplus(output[:, 1]) + 1e-3

@@ -193,7 +193,7 @@ class _SampledUpdate:
         scaler = lightning_api.gradient_scaler(trainer)
         self._loss_scale = 1.0 if scaler is None else scaler.get_scale()
         self._resolution = min(torch.finfo(p.dtype).eps / 2 for p in step.selection.parameters)
-        self._default_norm = default_norm(step.selection.parameters)
+        self._default_norms = [default_norm([p]) for p in step.selection.parameters]
         self._before = step.gradients.total_norm
         self._largest = torch.full_like(self._before, math.nan)
         if wants_largest and step.accepted and not step.selection.is_sharded:
@@ -230,7 +230,7 @@ class _SampledUpdate:
             is_matrix=self.logged.is_matrix,
             gradients=found.grad_norms,
             weights=found.weight_norms,
-            default_norm=self._default_norm,
+            default_norms=self._default_norms,
             ratios=found.update_ratios,
             unclipped=unclipped,
             rates=self._rates,

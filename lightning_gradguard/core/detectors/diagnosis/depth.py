@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from statistics import median
 
 from lightning_gradguard.core.detectors.best_constant import STUCK
 from lightning_gradguard.core.detectors.depth import slope
@@ -30,6 +31,8 @@ LARGER = 1.0
 LINEAR = 0.5
 #: Share of the steps at the end of sequences that are all the same, as padding is.
 PADDED = 0.25
+#: Norm of weights over that of the default initialization, below which they explain a gradient that vanishes.
+SMALL = 0.5
 #: Steps after which a network that is no better than a constant has learned nothing.
 STUCK_STEPS = 50
 
@@ -58,7 +61,7 @@ def through_layers(sample: Sample, progress: Progress) -> Iterator[Symptom]:
             f"the gradient shrinks by {-ends:.1f} decades from {layers[-1].name} back to {layers[0].name} "
             f"(usual: below 2){drop}"
         )
-        yield Symptom("vanishing_gradient", _why(layers), where, -ends, evidence, "depth")
+        yield Symptom("vanishing_gradient", _why(layers, sample), where, -ends, evidence, "depth")
     is_stuck = sample.step >= STUCK_STEPS and progress.over_constant > STUCK
     bound = EXPLODING_IF_STUCK if is_stuck else EXPLODING
     if ends >= bound and trend >= bound / 2 and not _is_scaled_branch(layers, heights):
@@ -67,7 +70,7 @@ def through_layers(sample: Sample, progress: Progress) -> Iterator[Symptom]:
             f"the gradient grows by {ends:.1f} decades from {layers[-1].name} back to {layers[0].name} "
             f"(usual: below 2){rise}"
         )
-        yield Symptom("exploding_gradient", _why(layers), where, ends, evidence, "depth")
+        yield Symptom("exploding_gradient", _why(layers, sample), where, ends, evidence, "depth")
 
 
 def cut_recurrences(sample: Sample, progress: Progress) -> Iterator[Symptom]:
@@ -139,7 +142,7 @@ def _through_time(kind: IncidentKind, time: TimeSignal, value: float, evidence: 
     return Symptom(kind, "through_time", (time.name,), value, found, "depth", n_times=time.n_times)
 
 
-def _why(layers: Sequence[LayerSignal]) -> SymptomCause:
+def _why(layers: Sequence[LayerSignal], sample: Sample) -> SymptomCause:
     """Returns the likeliest cause of a gradient that shrinks or grows with depth."""
     outputs = [math.log10(layer.output) for layer in layers if layer.output > 0]
     if outputs and outputs[0] - outputs[-1] > 1:
@@ -148,10 +151,23 @@ def _why(layers: Sequence[LayerSignal]) -> SymptomCause:
         return "large_weights"
     flat = [layer for layer in layers if layer.activation in SATURATING]
     if len(flat) <= len(layers) / 2:
-        return "depth"
+        # biases may keep up outputs
+        return "small_weights" if _size_of_weights(layers, sample) < SMALL else "depth"
     # around 0, tanh and its like pass all of the gradient, a sigmoid a quarter
     is_linear = all(not f.activation.endswith("sigmoid") and f.output < LINEAR for f in flat)
     return "small_weights" if is_linear else "saturating_activations"
+
+
+def _size_of_weights(layers: Sequence[LayerSignal], sample: Sample) -> float:
+    """Returns the median norm of the layers' weights over that of the default initialization."""
+    names = {layer.name for layer in layers}
+    sizes = [
+        weight / default
+        for one in sample.updates
+        for name, weight, default in zip(one.names, one.weights, one.default_norms, strict=False)
+        if default > 0 and name.rpartition(".")[0] in names
+    ]
+    return median(sizes) if sizes else math.nan
 
 
 def _cut_at(heights: Sequence[float]) -> int:

@@ -143,7 +143,7 @@ class Update:
         is_matrix: By parameter.
         gradients: Norms before clipping.
         weights: Norms before the update.
-        default_norm: Norm of all weights after torch's default initialization.
+        default_norms: Norms after torch's default initialization, 0 for what is no matrix.
         ratios: Norm of the update over that of the weight; empty if unknown.
         unclipped: Factor by which the gradient was larger before clipping, if the update depends on it.
         rates: Learning rate of each parameter group.
@@ -162,7 +162,7 @@ class Update:
     is_matrix: Sequence[bool]
     gradients: Sequence[float]
     weights: Sequence[float]
-    default_norm: float
+    default_norms: Sequence[float]
     ratios: Sequence[float]
     unclipped: float
     rates: Sequence[float]
@@ -225,7 +225,7 @@ class Update:
     @property
     def ratio(self) -> float:
         """The `share`, or that of weights of a usual size where these are smaller; NaN if unknown."""
-        usual = max(math.hypot(*self.weights), SMALL_WEIGHTS * self.default_norm)
+        usual = max(math.hypot(*self.weights), SMALL_WEIGHTS * math.hypot(*self.default_norms))
         return self._moved / usual if self.ratios and usual > 0 else math.nan
 
     @property
