@@ -259,7 +259,7 @@ def probe(program: Program, least: int, most: int, deadline: float) -> Probe:
         error=raised,
     )
     decay = _decay(ending.rates)
-    run_loss = _runnable(untrained, program.batches.epochs[0][0])
+    run_loss = _runnable(untrained, program.batches.epochs[0][0], trainer)
     is_automatic = module.automatic_optimization and len(trainer.optimizers) == 1
     roots = diagnosis.diagnosis.roots
     if is_automatic and decay:  # trials are made without the schedule
@@ -331,13 +331,15 @@ def _has_large_inputs(
     return input_cause(traced_pass(module, batches.epochs[0][0], run_loss)) != "unknown"
 
 
-def _runnable(module: pl.LightningModule, batch: Any) -> Callable[[], Tensor] | None:
+def _runnable(module: pl.LightningModule, batch: Any, trainer: pl.Trainer) -> Callable[[], Tensor] | None:
     def run_loss() -> Tensor:
+        # a step may ask its Trainer for the epoch; one by hand would step the optimizers of the probe
+        module.trainer = trainer if module.automatic_optimization else None
         with preserve_state(module), without_logging(module):
             return training_loss_or_nan(module, copy.deepcopy(batch), 0)
 
     try:
         run_loss()
-    except Exception:  # a step that needs its Trainer
+    except Exception:  # a step that needs a running fit
         return None
     return run_loss

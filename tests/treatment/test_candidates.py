@@ -13,10 +13,14 @@ from torch import Tensor, nn
 
 from lightning_gradguard.core.detectors.diagnosis import Symptom
 from lightning_gradguard.core.incidents import SymptomCause
+from lightning_gradguard.core.remedies.changes import Change, places
+from lightning_gradguard.core.remedies.kinds import ChangeKind
 from lightning_gradguard.treatment.candidates import Candidate, candidates
 from lightning_gradguard.treatment.learning import learning_of
-from lightning_gradguard.treatment.probe import Probe, in_words
+from lightning_gradguard.treatment.probe import Probe, in_words, probe
+from lightning_gradguard.treatment.trials.program import recorded_program
 from lightning_gradguard.treatment.trials.trial import Job, Trial
+from tests.treatment.programs import SHORT, Data, Net
 
 VANISHING = Symptom("vanishing_gradient", "through_time", ("rnn",), -5.0, "", "depth")
 
@@ -135,3 +139,30 @@ def test_optimizer_without_an_epsilon_gets_none() -> None:
 )
 def test_symptom_without_evidence_is_named_by_its_place(cause: SymptomCause, words: str) -> None:
     assert in_words(Symptom("dead_units", cause, ("net.0",), 0.0, "", "units")).lower() == words
+
+
+class Functional(Net):
+    """Functions between layers, and a step that asks its Trainer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(m for m in self.net if isinstance(m, nn.Linear))
+        del self.net
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        """Validates nothing."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        x, labels = batch
+        for layer in self.layers[:-1]:
+            x = nn.functional.relu(layer(x))
+        loss = nn.functional.cross_entropy(self.layers[-1](x), labels)
+        return loss * (1.0 if self.trainer.current_epoch >= 0 else 0.0)
+
+
+@pytest.mark.parametrize("kind", ["add_normalization", "initialize", "standardize_input"])
+def test_layers_before_functions_are_found_where_the_step_asks_its_trainer(kind: ChangeKind) -> None:
+    program = recorded_program(Functional, Data(), SHORT, 0, 4, math.inf)
+    found = probe(program, 4, 4, math.inf)
+    names = ["layers.0"] if kind == "standardize_input" else ["layers.0", "layers.1"]
+    assert places(found.module, Change(kind), found.run_loss)[:2] == names
