@@ -29,6 +29,8 @@ from lightning_gradguard.runtime.logging.hyperparameters import Configured, non_
 
 #: Rms of the inputs above which they, not the weights, saturate units or leave them dead.
 LARGE_INPUT = 10.0
+#: Rms of the inputs from which on no initialization makes up for it.
+HUGE_INPUT = 1e4
 #: Incidents by criterion; other criteria are of a poor initialization.
 _KINDS: dict[str, IncidentKind] = {
     "loss": "nonfinite_loss",
@@ -175,6 +177,8 @@ class InitializationCheck(Callback, Configured):
                 self._note(trainer, text.format(reason))
         # of single layers, only what is found: a network has as many numbers as layers
         self._input_rms = first_batch.input_rms(LARGE_INPUT)
+        if self._input_rms > HUGE_INPUT:
+            findings = first_batch.with_huge_inputs(findings, self._input_rms)
         found = {f"{f.criterion}/{f.module}" for f in findings}
         values = {name: v for name, v in self.values.items() if "/" not in name or name in found}
         scalars = {tags.tag(tags.INITIALIZATION, name): value for name, value in values.items()}

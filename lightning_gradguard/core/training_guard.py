@@ -260,7 +260,7 @@ class TrainingGuard:
         """Returns the numbers of the step, and names of nonfinite gradients: the one synchronization."""
         buffers = list(self._finite_buffers)
         zero = gradients.norms.new_zeros(())  # one made on the host would have to be copied, and synchronize
-        in_buffers = any_nonfinite(buffers) if buffers else zero
+        in_buffers = any_nonfinite([], buffers) if buffers else zero
         in_state = zero if self._nonfinite_state is None else self._nonfinite_state
         self._nonfinite_state = None
         weight_norm = zero
@@ -360,7 +360,7 @@ class TrainingGuard:
         """Flags nonfinite weights, buffers or optimizer state, without a host synchronization."""
         states = (value for state in self._optimizer.state.values() for value in state.values())
         squares = (value for value in states if isinstance(value, Tensor))
-        return any_nonfinite([*_weights(self._optimizer), *self._finite_buffers], squares)
+        return any_nonfinite(_weights(self._optimizer), [*self._finite_buffers, *squares])
 
 
 def _weights(optimizer: Optimizer) -> Iterator[nn.Parameter]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import pytorch_lightning as pl
 import torch
 from pytorch_lightning.loggers import CSVLogger
 from torch import Tensor, nn
@@ -200,6 +201,37 @@ def test_a_gain_through_time_is_advice_and_no_incident(
     assert text.count("cure: ") == 1
     assert "Poor initialization" not in text
     assert not (Path(logger.log_dir) / "incidents.jsonl").exists()
+
+
+@pytest.mark.parametrize("is_normalized", [False, True])
+def test_the_part_of_the_batch_that_is_huge_is_named(
+    is_normalized: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Mixed(pl.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            norm = nn.BatchNorm1d(4) if is_normalized else nn.Identity()
+            self.embed, self.numeric = nn.Embedding(9, 8), nn.Sequential(norm, nn.Linear(4, 8))
+            self.head = nn.Linear(16, 3)
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            parts = self.embed(batch["class"]), self.numeric(batch["age"])
+            return nn.functional.cross_entropy(self.head(torch.cat(parts, 1)), batch["y"])
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.Adam(self.parameters())
+
+    data: Any = [
+        {"class": torch.randint(9, (16,)), "age": torch.randn(16, 4) * 1e9, "y": torch.arange(16) % 3}
+    ]
+    check = InitializationCheck()
+    fit(Mixed(), data, [check], enable_progress_bar=True)
+    printed = capsys.readouterr()
+    text = printed.out + printed.err
+    expected = [] if is_normalized else ["loss_over_guessing", "input_rms"]
+    assert [f.criterion for f in check.findings] == expected
+    assert text.count("cure: standardize batch['age'], (t - t.mean(0)) / t.std(0): rms ") == len(expected[:1])
+    assert "cure: nn.init" not in text
 
 
 def test_what_is_no_fault_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:

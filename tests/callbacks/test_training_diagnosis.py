@@ -205,6 +205,23 @@ FAILING: dict[str, tuple[str, str, str, Callable[[], Any], Any]] = {
 }  # fmt: skip
 
 
+def test_the_part_of_the_batch_that_is_huge_is_named() -> None:
+    class Mixed(Classifier):
+        def __init__(self) -> None:
+            super().__init__("adam")
+            self.embed, self.net = nn.Embedding(4, 8), nn.Sequential(nn.Linear(28, 4))
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            embedded = self.embed(batch["class"])
+            return functional.cross_entropy(self.net(torch.cat([embedded, batch["age"]], 1)), batch["y"])
+
+    data = [{"class": y, "age": x * 1e9, "y": y} for x, y in batches(30)]
+    (incident,) = diagnosed(Mixed(), data=data)
+    assert (incident.kind, incident.cause) == ("exploding_gradient", "input_scale")
+    assert "inputs batch['age'] have an rms of" in incident.detail
+    assert "Scale the inputs" in incident.advice
+
+
 class Round(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x.mul(4).round()

@@ -210,6 +210,14 @@ def test_a_fill_value_leaves_statistics_alone(run: Any, fill: float, at: int) ->
     assert told.headline == "recovered from corrupted buffers (cause: bad input)"
 
 
+def test_inputs_that_a_normalization_scales_are_accepted(run: Any) -> None:
+    x, y = columns()
+    net = nn.Sequential(nn.BatchNorm1d(6), *mlp(6, 16, 1, activation=nn.ReLU))
+    told = run(Program(regression, net), x * 1e9, y)
+    assert told.incidents == []
+    assert told.module.net[0].running_var.max() > 1e17
+
+
 def test_data_of_another_scale_are_accepted(run: Any) -> None:
     x, y = columns()
     x[120:] *= 1e4

@@ -14,9 +14,10 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from lightning_gradguard.core.detectors import DEPTH_DECADES, depth_profile
-from lightning_gradguard.core.forensics import investigate
+from lightning_gradguard.core.forensics import investigate, parts_of, parts_out_of_scale, standardizing
 from lightning_gradguard.core.incidents import first_names
 from lightning_gradguard.core.initialization import (
+    SEVERITIES,
     Finding,
     copied_units,
     fails,
@@ -92,6 +93,19 @@ class FirstBatch:
             sample = traced_pass(self._pl_module, batch, lambda: self._loss_of(batch))
         of_layers: list[float] = gather_objects(sample.input_rms)
         return max(of_layers)
+
+    def with_huge_inputs(self, findings: Sequence[Finding], rms: float) -> list[Finding]:
+        """Returns the findings and, among them, that of inputs so large that no initialization helps."""
+        scales = parts_out_of_scale(parts_of(self._batch))
+        if not scales:
+            return [*findings]
+        cure = standardizing(scales)
+        of_inputs = ("loss_over_guessing", "dead_units", "saturated_units")
+        explained = [
+            replace(f, cure=cure, is_tried=False) if f.criterion in of_inputs else f for f in findings
+        ]
+        explained.append(Finding("input_rms", "", rms, "about 1", "warn", cure))
+        return sorted(explained, key=lambda f: SEVERITIES.index(f.severity))
 
     def check(self) -> tuple[list[Finding], dict[str, float]]:
         """Returns findings and measured values, the same on every rank; none if there is a problem."""

@@ -105,7 +105,7 @@ def restore(trainer: pl.Trainer, snapshot: Snapshot, side_effects: SideEffects) 
 def state_is_nonfinite(trainer: pl.Trainer, side_effects: SideEffects) -> Tensor:
     """Scans weights, averages, buffers that began finite, and optimizer state; returns a flag, on the device.
 
-    Optimizer state may hold squares, and so has a bound of its own.
+    Optimizer state and variances of normalization are squares, and so have a bound of their own.
     """
     groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
     weights = [weight for group in groups for weight in group["params"]]
@@ -114,8 +114,8 @@ def state_is_nonfinite(trainer: pl.Trainer, side_effects: SideEffects) -> Tensor
     ]
     states = [s for optimizer in trainer.optimizers for s in optimizer.state.values()]
     own = [value for state in states for value in state.values() if isinstance(value, Tensor)]
-    others = [*averages, *side_effects.buffers.written(), *side_effects.finite_buffers]
-    return any_nonfinite([*weights, *others], squares=own)
+    written = [*averages, *side_effects.buffers.written()]
+    return any_nonfinite([*weights, *written], squares=[*own, *side_effects.finite_buffers])
 
 
 def _modules(trainer: pl.Trainer) -> list[nn.Module]:

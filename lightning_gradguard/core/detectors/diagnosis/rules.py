@@ -206,19 +206,21 @@ def overshooting_steps(sample: Sample, progress: Progress) -> Iterator[Symptom]:
 
 
 def far_answers(sample: Sample, progress: Progress) -> Iterator[Symptom]:
-    """Yields answers far beyond targets, or what classes need, unless the inputs explain it."""
-    if input_cause(sample) != "unknown":
-        return
+    """Yields answers far beyond targets, or what classes need; large inputs explain them."""
+    origin = input_cause(sample)
+    cause: SymptomCause = "large_answers" if origin == "unknown" else origin
+    where = sample.head if origin == "unknown" else (*sample.entry, *sample.head)
     for call in sample.calls:
         if call.answer > max(LARGE_TARGET, FAR_ANSWER * call.target) and not progress.learns:
             sizes = f"answers is {call.answer:.2g}, that of the targets {call.target:.2g}"
-            evidence = f"{call.function}: the rms of the {sizes} (usual: alike)"
+            evidence = f"{call.function}: the rms of the {sizes} (usual: alike){size_of_data(sample)}"
             ratio = call.answer / max(call.target, 1e-45)
-            yield Symptom("exploding_gradient", "large_answers", sample.head, ratio, evidence, "update")
+            yield Symptom("exploding_gradient", cause, where, ratio, evidence, "update")
         if call.value > FAR_GUESS * call.guess and sample.step >= FIRST_GUESSES:
             ratio = call.value / call.guess
             evidence = f"{call.function}: the loss is {ratio:.2g} times that of guessing (usual: below 1.2)"
-            yield Symptom("exploding_gradient", "large_answers", sample.head, ratio, evidence, "update")
+            evidence += size_of_data(sample)
+            yield Symptom("exploding_gradient", cause, where, ratio, evidence, "update")
 
 
 def unbounded_loss(sample: Sample, progress: Progress) -> Iterator[Symptom]:
@@ -366,7 +368,8 @@ def size_of_data(sample: Sample) -> str:
     """Returns the size of the inputs in words, if they are large or small, and of targets that are large."""
     rms, target = sample.input_rms, largest_target(sample)
     is_usual = SMALL_INPUT <= rms <= LARGE_INPUT or math.isnan(rms)
-    sizes = [] if is_usual else [f"inputs have an rms of {rms:.3g}"]
+    named = "" if sample.input_name in ("", "batch", "batch[0]") else f" {sample.input_name}"
+    sizes = [] if is_usual else [f"inputs{named} have an rms of {rms:.3g}"]
     sizes += [f"targets have an rms of {target:.3g}"] if target > LARGE_TARGET else []
     return f"; {', '.join(sizes)} (usual: about 1)" if sizes else ""
 

@@ -248,6 +248,7 @@ class Sample:
         updates: One for each optimizer that stepped.
         coverage: Parameters that are not trained.
         input_rms: Rms of the largest floating-point tensor of the batch, as the first layer gets it.
+        input_name: Place of that tensor in the batch, such as `batch[0]['age']`, where it has others.
         columns: If that is a table, the largest rms of a column, the median one, the index of the largest.
         keeps_gradients: True if a step has had the gradients of the one before in its own.
         updates_are_undone: True if weights were nearly the same before a step and before the next one.
@@ -272,6 +273,7 @@ class Sample:
     updates: list[Update] = field(default_factory=list)
     coverage: Coverage = field(default_factory=Coverage)
     input_rms: float = math.nan
+    input_name: str = ""
     columns: tuple[float, ...] | None = None
     keeps_gradients: bool = False
     updates_are_undone: bool = False

@@ -41,6 +41,7 @@ from lightning_gradguard.core.detectors.diagnosis.signals.scalars import (
     spread_over_rows,
 )
 from lightning_gradguard.core.detectors.module_hooks import UncopiedHook
+from lightning_gradguard.core.forensics.inputs import parts_of
 from lightning_gradguard.core.norms import local_shard
 from lightning_gradguard.core.parameter_names import plain_name
 
@@ -58,9 +59,6 @@ class StepTrace(TorchFunctionMode):
         module: The module that is trained.
         batch: The batch of the step, by which targets are recognized.
         baselines: Sums over the targets, to which those of this step are added.
-
-    Attributes:
-        layers: Names of the layers that were called, in the order of their first calls.
     """
 
     def __init__(self, module: nn.Module, batch: Any, baselines: LossBaselines) -> None:
@@ -88,12 +86,13 @@ class StepTrace(TorchFunctionMode):
         self._hooks = ExitStack()
         self._is_open = True
         self._bare = BareMatrices(module)
-        leaves = [leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)]
-        self._dimensions = Dimensions(self._scalars, leaves)
-        self._data: WeakValueDictionary[int, Tensor] = WeakValueDictionary({id(t): t for t in leaves})
-        inputs = [leaf for leaf in leaves if is_measurable(leaf)]
+        parts = parts_of(batch)
+        self._dimensions = Dimensions(self._scalars, list(parts.values()))
+        self._data = WeakValueDictionary({id(tensor): tensor for tensor in parts.values()})
         self._used: set[int] = set()
-        self._largest = max(inputs, key=Tensor.numel) if inputs else None
+        inputs = [name for name, part in parts.items() if is_measurable(part)]
+        self._input_name = max(inputs, key=lambda name: parts[name].numel(), default="")
+        self._largest = parts.get(self._input_name)
         self._input: int | None = None
         self._columns: list[int] | None = None
 
@@ -186,6 +185,7 @@ class StepTrace(TorchFunctionMode):
             calls=[loss.signal(numbers) for loss in self._losses.records],
             mistakes=self._dimensions.mistakes(self._n_calls),
             input_rms=numbers[self._input],
+            input_name=self._input_name,
             columns=None if self._columns is None else tuple(numbers[i] for i in self._columns),
             one_signed=numbers[self._one_signed.get(self._last)] == 1,
             spread=numbers[self._spread],
