@@ -22,11 +22,11 @@ def reject_script(class_path: str) -> None:
     if found is None:
         return
     path, tree = found
-    call = next(_calls_on_import(tree), None)
+    call = next(_calls_on_import(tree, _starting(tree)), None)
     if call is not None:
         name = class_path.rpartition(".")[2]
         raise UsageError(
-            f"{path} was not imported, as that calls {ast.unparse(call.func).rpartition('.')[2]}() in line "
+            f"{path} was not imported, as that calls {_name(call)}() in line "
             f'{call.lineno}: put that under `if __name__ == "__main__":`, or {name} into a file of its own.'
         )
 
@@ -76,13 +76,30 @@ def _source(module: str) -> tuple[str, ast.Module] | None:
     return relative(file), tree
 
 
-def _calls_on_import(node: ast.AST) -> Iterator[ast.Call]:
-    """Yields the calls of `_RUNS` outside of functions, classes and the guard of a script."""
+def _starting(tree: ast.Module) -> set[str]:
+    """Returns `_RUNS`, and the functions of a module that make a Trainer, themselves or by another."""
+    starting = {"Trainer", "LightningCLI"}
+    functions = [node for node in tree.body if isinstance(node, ast.FunctionDef)]
+    for _ in functions:  # each may call the one below it
+        starting |= {f.name for f in functions if any(_name(call) in starting for call in _calls_in(f))}
+    return starting - {"Trainer"} | {*_RUNS}
+
+
+def _calls_in(node: ast.AST) -> list[ast.Call]:
+    return [call for call in ast.walk(node) if isinstance(call, ast.Call)]
+
+
+def _name(call: ast.Call) -> str:
+    return ast.unparse(call.func).rpartition(".")[2]
+
+
+def _calls_on_import(node: ast.AST, names: set[str]) -> Iterator[ast.Call]:
+    """Yields the calls of some names outside of functions, classes and the guard of a script."""
     for child in ast.iter_child_nodes(node):
         if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef | ast.Lambda):
             continue
         if isinstance(child, ast.If) and "__name__" in ast.unparse(child.test):
             continue
-        if isinstance(child, ast.Call) and ast.unparse(child.func).rpartition(".")[2] in _RUNS:
+        if isinstance(child, ast.Call) and _name(child) in names:
             yield child
-        yield from _calls_on_import(child)
+        yield from _calls_on_import(child, names)

@@ -25,6 +25,7 @@ RUNS = {
     "if True:\n    pl.Trainer().fit(Net())": "fit()",
     "from pytorch_lightning.cli import LightningCLI\ncli = LightningCLI(Net)": "LightningCLI()",
     "def main(): ...\nmain()": "main()",
+    "def a():\n    b()\ndef b():\n    pl.Trainer().fit(Net())\nif True:\n    a()": "a()",
 }
 
 
