@@ -61,6 +61,7 @@ wheel-test:
 	rm -rf build/wheel
 	python3 -m venv build/wheel/venv
 	build/wheel/venv/bin/python -m pip wheel --quiet --disable-pip-version-check --no-deps -w build/wheel .
+	! build/wheel/venv/bin/python -m zipfile -l build/wheel/*.whl | grep ruff.toml
 	build/wheel/venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt build/wheel/*.whl
 	cd build/wheel && venv/bin/python -m pip check && venv/bin/lightning-gradguard --version
 	cd build/wheel && venv/bin/lightning-gradguard demo && venv/bin/lightning-gradguard report runs --html
