@@ -13,7 +13,13 @@ import docstring_parser
 
 import lightning_gradguard
 from lightning_gradguard.callbacks.defaults import DEFAULTS
-from lightning_gradguard.cli.messages import UsageError, one_line, source_line, usage_errors_reported
+from lightning_gradguard.cli.messages import (
+    UsageError,
+    is_raised_by_suite,
+    one_line,
+    source_line,
+    usage_errors_reported,
+)
 from lightning_gradguard.cli.parsing.lightning_cli import command_line, fit_argv, fit_parser
 
 _HELP = """\
@@ -89,7 +95,8 @@ def main(arguments: Sequence[str]) -> None:
             raise SystemExit(1) from None
         except Exception as error:
             # each package of Lightning has this class; with the user's code in it, the traceback is shown
-            if type(error).__name__ == "MisconfigurationException" and not source_line(error):
+            is_input = type(error).__name__ == "MisconfigurationException" or is_raised_by_suite(error)
+            if is_input and not source_line(error):
                 raise UsageError(one_line(str(error))) from None
             raise
 

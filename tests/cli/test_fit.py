@@ -131,3 +131,12 @@ def test_changes_of_a_configuration_are_made_and_resumed(mine: Path, command: Co
     (path,) = Path("lightning_logs/version_0/checkpoints").iterdir()
     assert command(*fit, "--trainer.max_epochs=2", "--ckpt_path", path)[0] == 0
     assert weights(1).keys() == weights().keys()
+
+
+def test_a_mistake_that_a_fit_finds_has_a_line_and_no_traceback(mine: Path, command: Command) -> None:
+    change = {"kind": "add_normalization", "arguments": {"modules": ["nowhere"]}}
+    callback = {"class_path": "lightning_gradguard.Treatment", "init_args": {"changes": [change]}}
+    Path("treatment.yaml").write_text(yaml.safe_dump({"trainer": {"callbacks": [callback]}}))
+    code, _, err = command("fit", "-c", "treatment.yaml", "--model", "mine.Own", *QUIET)
+    assert code == 2
+    assert "lightning-gradguard fit: add_normalization: the module has no 'nowhere'." in err
