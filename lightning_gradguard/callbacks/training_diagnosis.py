@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_gradguard.core import arguments, tags
+from lightning_gradguard.core.detectors.best_constant import STUCK
 from lightning_gradguard.core.detectors.diagnosis import Diagnosis, LossBaselines, Steps, Symptom
 from lightning_gradguard.core.forensics import advice_on_schedules
 from lightning_gradguard.core.incidents import CURE, Incident, IncidentKind
@@ -265,6 +266,12 @@ class TrainingDiagnosis(StepCallback):
         self._sampled = self._waiting = None
         self._followed.close()
         super().on_exception(trainer, pl_module, exception)
+
+    @override
+    def final_counts(self) -> dict[str, float]:
+        """Returns the loss over that of the best constant answer, if it is no better."""
+        over = self.diagnosis.over_constant
+        return {tags.OVER_CONSTANT: over} if over > STUCK else {}
 
     @override
     def state_dict(self) -> dict[str, Any]:

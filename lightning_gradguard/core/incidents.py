@@ -139,6 +139,7 @@ _TITLES = {
     "exception_in_step": "exception in the step",
     "falling_learning_rate": "a learning rate that keeps falling",
     "large_norm": "a gradient norm out of scale",
+    "little_learned": "little or nothing learned",
     "rising_loss": "a loss that rises",
 }
 #: Interventions on the console, with the value of the incident.

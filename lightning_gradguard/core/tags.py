@@ -41,6 +41,7 @@ LARGEST_LOGGED_NORM = "summary/largest_logged_norm"
 #: Largest norm of a run above which it is not called clean: that of an explosion, or of data out of scale.
 USUAL_LARGEST_NORM = 1e3
 N_INCIDENTS = "summary/incidents"
+OVER_CONSTANT = "summary/over_constant"
 #: Losses of a treatment's runs.
 HELD_OUT_LOSS = "loss/held_out"
 TRAINING_LOSS = "loss/training"
@@ -75,6 +76,7 @@ Role = Literal[
     "largest",
     "run_fraction",
     "run_coefficient",
+    "run_over_constant",
     "initialization",
     "loss",
 ]
@@ -97,6 +99,7 @@ _OWN: dict[str, Role] = {
     LARGEST_LOGGED_NORM: "largest",
     CLIPPED_FRACTION: "run_fraction",
     USUAL_COEFFICIENT: "run_coefficient",
+    OVER_CONSTANT: "run_over_constant",
     INITIALIZATION: "initialization",
 }
 _NAME = r"(?P<name>.+?)"

@@ -22,6 +22,7 @@ from torch.optim.lr_scheduler import ExponentialLR
 from torch.utils.checkpoint import checkpoint
 
 from lightning_gradguard import Incident, InitializationCheck, TrainingDiagnosis, default_callbacks
+from lightning_gradguard.cli.main import main
 from lightning_gradguard.core.detectors.diagnosis import Diagnosis, LossBaselines, StepTrace
 from lightning_gradguard.core.detectors.diagnosis.sample import (
     LayerSignal,
@@ -815,6 +816,24 @@ def test_labels_that_say_nothing_are_a_stuck_loss() -> None:
     (incident,) = diagnosed(Task(loss=_nll_by_hand), data=data)
     assert (incident.kind, incident.cause, incident.step) == ("stuck_loss", "", 150)
     assert "permuted" in incident.detail
+
+
+def test_a_loss_that_ends_near_that_of_a_constant_is_told_at_the_end(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weak = [(x, 0.15 * x[:, :1] + torch.randn(64, 1, generator=generator)) for x, _ in batches(160, 64)]
+    for data, is_told in ((weak, True), ([(x, x[:, :1]) for x, _ in weak], False)):
+        task = Task(
+            nn.Linear(20, 1), functional.mse_loss, lambda net: torch.optim.SGD(net.parameters(), 0.02)
+        )
+        logger = TensorBoardLogger(tmp_path, name="", version=str(is_told))
+        fit(task, data, [TrainingDiagnosis()], logger=logger, log_every_n_steps=10)
+        printed = capsys.readouterr().err
+        assert ("the loss, as last sampled, is 0.9" in printed) == is_told
+        assert ("No incident" in printed) != is_told
+        main(["report", logger.log_dir])
+        assert ("little or nothing learned" in capsys.readouterr().out.splitlines()[0]) == is_told
 
 
 def test_random_layers_that_are_frozen_are_named_where_nothing_is_learned() -> None:

@@ -44,6 +44,7 @@ PUBLISHED = {
     tags.LARGEST_NORM: "summary/largest_norm",
     tags.LARGEST_LOGGED_NORM: "summary/largest_logged_norm",
     tags.N_INCIDENTS: "summary/incidents",
+    tags.OVER_CONSTANT: "summary/over_constant",
     tags.HELD_OUT_LOSS: "loss/held_out",
     tags.TRAINING_LOSS: "loss/training",
     tags.SETTINGS: "gradguard",

@@ -6,3 +6,13 @@ LEARNS = 0.9
 STUCK = 0.95
 #: Below this share it has converged.
 CONVERGED = 0.02
+
+
+def describe_loss(over_constant: float) -> str:
+    """Returns the loss at the end of a run in words, the same wherever it is named.
+
+    Example:
+        >>> describe_loss(0.9712)
+        'the loss, as last sampled, is 0.971 times that of the best constant answer'
+    """
+    return f"the loss, as last sampled, is {over_constant:.3g} times that of the best constant answer"

@@ -43,6 +43,11 @@ REMEDIES = {
         "(InitializationCheck)].",
         "Check that labels match their inputs: can the network learn one batch by heart?",
     ),
+    "little_learned": (
+        "Check that labels match their inputs, also where a view or reshape stands for a transpose: can the "
+        "network learn one batch by heart?",
+        "Train for longer, where the loss still falls, or raise the learning rate.",
+    ),
     "large_norm": (
         "Look for a sum where the loss needs a mean, and at the initialization and the scale of the data.",
     ),

@@ -127,12 +127,10 @@ def _constant_clipping(log: RunLog, gradients: GradientLog, outcome: Outcome) ->
     usual = median(coefficients) if coefficients else 0.0
     if share <= CONSTANT_CLIPPING or usual > HARD_CLIPPING:
         return
-    of_run = log.clipped_fraction or 0.0
-    if of_run > CONSTANT_CLIPPING and len(log.gradients) == 1:  # the numbers that the end of the run has
-        share, usual = of_run, log.clip_coefficient or usual
+    evidence = f"{describe_clipping(share, usual)}, in the second half of the run"
+    if log.clipped_fraction is not None:  # the numbers that the end of the run has
+        share, usual = log.clipped_fraction, log.clip_coefficient or usual
         evidence = describe_clipping(share, usual)
-    else:
-        evidence = f"{describe_clipping(share, usual)}, in the second half of the run"
     cause = next((i.cause for i in log.incidents if i.cause in TOO_LARGE), "")
     is_far = share > NEARLY_ALL and usual < (FAR_IF_TOO_LARGE if cause else FAR_CLIPPING)
     is_sure = len(fractions) >= MIN_POINTS and (is_far or not outcome.has_learned)

@@ -11,6 +11,7 @@ from lightning_gradguard.core.detectors import (
     MIN_LOSS_RATIO,
     DivergenceDetector,
     SpikeDetector,
+    best_constant,
 )
 from lightning_gradguard.report.analysis.outcome import (
     MIN_POINTS,
@@ -113,6 +114,12 @@ def _last_rise(points: Sequence[tuple[int, float]], level: float) -> int:
 
 def _stuck_loss(log: RunLog, outcome: Outcome) -> Iterator[RunSymptom]:
     points = log.loss.finite()
+    if outcome.failed_at is None and log.over_constant is not None:
+        then, final = ends([value for _, value in points[len(points) // 2 :]], 3) if points else (1.0, 1.0)
+        if log.over_constant * min(final / then if then > 0 else 1.0, 1.0) > best_constant.STUCK:
+            since, evidence = points[-1][0] if points else 0, best_constant.describe_loss(log.over_constant)
+            yield RunSymptom("little_learned", "serious", since, evidence, log.over_constant)
+            return
     is_long = len(points) >= STUCK_POINTS and points[-1][0] - points[0][0] >= STUCK_STEPS
     if outcome.failed_at is not None or not is_long or len(log.gradients) > 1:
         return

@@ -89,6 +89,7 @@ class RunLog:
         largest_norm: Largest norm of all measured steps, logged or not; `None` if it was not logged.
         clipped_fraction: Share of all steps that the suite has clipped, likewise.
         clip_coefficient: Geometric mean of the coefficients of these, likewise.
+        over_constant: The last loss over that of the best constant answer, if it is known to be no better.
         was_checked: True if the initialization was checked.
     """
 
@@ -101,4 +102,5 @@ class RunLog:
     largest_norm: float | None = None
     clipped_fraction: float | None = None
     clip_coefficient: float | None = None
+    over_constant: float | None = None
     was_checked: bool = False

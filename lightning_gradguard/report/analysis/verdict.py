@@ -105,6 +105,8 @@ def _symptoms_of(log: RunLog, outcome: Outcome) -> list[RunSymptom]:
         known |= {"stuck_loss", "weight_stagnation"}  # which follow from it, and have other remedies
     if any(s.cause == "clip_value_too_small" for s in recorded):
         known.add("constant_clipping")  # which is measured from charts alone
+    if any(s.severity == "serious" and s.kind != "little_learned" for s in (*found, *recorded)):
+        known.add("little_learned")  # which follows from it
     rolled_back = [i.cause in AT_ANY_RATE for i in log.incidents if i.kind == "rollback"]
     if any(s.severity == "fatal" and s.cause in AT_ANY_RATE for s in recorded) or (
         rolled_back and all(rolled_back) and found_rate(log) is None
@@ -140,10 +142,8 @@ def _by_outcome(symptom: RunSymptom, outcome: Outcome, found: Sequence[RunSympto
         earlier = [s for s in found if s.severity == "serious" and s.since <= symptom.since]
         return severity if any(s.cause in SYMPTOM_CAUSES for s in earlier) else "serious"
     is_diagnosed = symptom.cause in SYMPTOM_CAUSES
-    lasts = symptom.kind in ("divergence", "stuck_loss", "constant_clipping") or symptom.kind.startswith(
-        "nonfinite"
-    )
-    lasts |= is_diagnosed
+    lasts = symptom.kind in ("divergence", "stuck_loss", "little_learned", "constant_clipping")
+    lasts |= is_diagnosed or symptom.kind.startswith("nonfinite")
     if severity == "serious" and outcome.has_learned and not lasts:
         return "minor"
     if is_diagnosed:

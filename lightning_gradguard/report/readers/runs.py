@@ -118,6 +118,7 @@ def read_run(name: str, path: Path) -> Run:
         largest_norm=max((v for s in tags.every("largest").values() for _, v in s.finite()), default=None),
         clipped_fraction=next(reversed(tags.one("run_fraction").values), None),
         clip_coefficient=next(reversed(tags.one("run_coefficient").values), None),
+        over_constant=next(reversed(tags.one("run_over_constant").values), None),
     )
     lost_batches, ranks = read_lost_batches(there, notes)
     return Run(

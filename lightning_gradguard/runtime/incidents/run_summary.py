@@ -11,6 +11,7 @@ import pytorch_lightning as pl
 
 from lightning_gradguard.core import tags
 from lightning_gradguard.core.detectors import Explosion, describe_clipping, percent
+from lightning_gradguard.core.detectors.best_constant import describe_loss
 from lightning_gradguard.core.incidents import HELD
 from lightning_gradguard.core.remedies import advice, remedies
 from lightning_gradguard.runtime import lightning_api
@@ -106,7 +107,7 @@ def summarize(
         **_formatted(counts, trainer.global_step - counts_since),
         "incidents": describe_counts(most_frequent_first) or "none",
     }
-    if unusual := _unusual(counts, totals.explosion.largest, is_explained=bool(known)):
+    if unusual := _unusual(counts, totals.explosion.largest, incidents, is_explained=bool(known)):
         rows["unusual"] = "; ".join(text for text, _ in unusual.values())
     if first_step > 0:
         # counts in checkpoints are of the whole run, the others of this part of it
@@ -142,13 +143,20 @@ def _publish_nonfinite(trainer: pl.Trainer, counts: Mapping[str, float], totals:
 
 
 def _unusual(
-    counts: Mapping[str, float], explosion: tuple[float, float] | None, *, is_explained: bool
+    counts: Mapping[str, float],
+    explosion: tuple[float, float] | None,
+    incidents: Mapping[str, int],
+    *,
+    is_explained: bool,
 ) -> dict[str, tuple[str, str]]:
     """Returns numbers of the whole run that are no incident, and not those of a healthy run either.
 
     Each is named, and has what to do about it.
     """
     found = {}
+    over = counts.get(tags.OVER_CONSTANT)
+    if over is not None and "stuck_loss" not in incidents:
+        found["loss"] = describe_loss(over), remedies("little_learned", ())[0]
     clipped, largest = counts.get(tags.CLIPPED_FRACTION, 0.0), counts.get(tags.LARGEST_NORM, 0.0)
     coefficient = counts.get(tags.USUAL_COEFFICIENT)
     if clipped > USUAL_CLIPPED_FRACTION and tags.FOUND_LR not in counts:

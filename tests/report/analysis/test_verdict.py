@@ -171,6 +171,27 @@ def test_flat_loss_may_have_converged() -> None:
     assert (verdict.status, verdict.headline) == ("healthy", "healthy, with a flat loss")
 
 
+@pytest.mark.parametrize(
+    ("losses", "over", "status"),
+    [
+        ([1.61 - 5e-4 * i for i in range(100)], 0.97, "unhealthy"),
+        ([900.0 - 5 * i for i in range(100)], 441.0, "unhealthy"),  # on its way to the mean of the targets
+        ([*[1.6] * 80, *[1.6 - 0.05 * i for i in range(20)]], 0.97, "recovered"),  # has fallen since
+    ],
+)
+def test_a_run_that_ends_at_the_loss_of_a_constant_has_not_recovered(
+    losses: list[float], over: float, status: str
+) -> None:
+    skip = Incident("nonfinite_loss", 10, action="skipped", cause="bad_input")
+    log = RunLog(series(losses), skips=series([1.0] * 100), incidents=[skip])
+    assert analyze_run(log).status == "recovered"
+    verdict = analyze_run(replace(log, over_constant=over))
+    assert verdict.status == status
+    if status == "unhealthy":
+        assert verdict.headline == "little or nothing learned"
+        assert f"{over:g} times that of the best constant answer" in verdict.symptoms[0].evidence
+
+
 def test_adversarial_optimizers_are_not_stuck() -> None:
     assert "stuck_loss" not in kinds(analyze_run(RunLog(series([2.3] * 150), [still(1e-9), still(1e-9)])))
 
@@ -478,6 +499,11 @@ def test_constant_hard_clipping_is_found() -> None:
     assert kinds(analyze_run(RunLog(series([2.0] * 4), [few]))) == {"constant_clipping": "minor"}
     seldom = replace(hard, clip_fraction=series([0.4] * 60))
     assert kinds(analyze_run(RunLog(series([2.0] * 60), [seldom]))) == {}
+    for n, fraction in ((1, 0.9), (1, 0.4), (2, 0.9)):  # the numbers that the console has at the end
+        log = RunLog(series([2.0] * 60), [hard] * n, clipped_fraction=fraction, clip_coefficient=2.6e-4)
+        found = next(s for s in analyze_run(log).symptoms if s.kind == "constant_clipping")
+        assert f"{fraction:.0%} of the steps were clipped, to 0.00026 of their norm" in found.evidence
+        assert "multiply the learning rate by 0.00026" in found.remedies[0]
     soft = replace(hard, clip_coefficient=series([0.9] * 60))
     assert kinds(analyze_run(RunLog(series([2.0] * 60), [soft]))) == {}
 

@@ -55,10 +55,13 @@ class Diagnosis:
     Attributes:
         roots: The symptoms so far, with what followed from each.
         patience: Steps before which a loss that is high may only start slowly.
+        over_constant: The loss of the last sample over that of the best constant answer; NaN before these
+            steps, where it is unknown, and of several optimizers.
     """
 
     def __init__(self) -> None:
         self.patience = PATIENCE
+        self.over_constant = math.nan
         self.roots: list[Symptom] = []
         self._progress = Progress()
         self._shown: dict[tuple[str, str], tuple[int, int]] = {}
@@ -94,6 +97,8 @@ class Diagnosis:
     def update(self, sample: Sample) -> list[Symptom]:
         """Adds a sample; returns the roots that it confirms, usually none."""
         self._progress.update(sample)
+        is_known = sample.step >= self.patience and rules.is_whole(sample) and len(sample.updates) == 1
+        self.over_constant = self._progress.over_constant_now if is_known else math.nan
         self._is_related = self._is_related or rules.is_related(sample.permuted, self._progress.over_constant)
         confirmed = []
         shown: dict[tuple[str, str], tuple[int, int]] = {}

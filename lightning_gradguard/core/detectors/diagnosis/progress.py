@@ -39,6 +39,7 @@ class Progress:
         largest_update: Largest norm of an update over that of all weights.
         has_rate: True once a schedule has left a rate.
         had_gradient: True once a layer's output has had a gradient.
+        over_constant_now: As `over_constant`, or that of the last sample alone if it is lower.
         ends_early: Step before which no schedule of a run of this length takes the rate away.
     """
 
@@ -51,6 +52,7 @@ class Progress:
         self._losses: deque[float] = deque(maxlen=RECENT)
         self._calls: dict[str, deque[tuple[float, float]]] = defaultdict(partial(deque, maxlen=RECENT))
         self._ratios: list[float] = []
+        self.over_constant_now = math.nan
         self._range = (math.inf, -math.inf)
         self._sizes: dict[int, tuple[float, ...]] = {}
         self._fixed: dict[int, list[float]] = {}
@@ -79,6 +81,8 @@ class Progress:
             value, constant = (sum(column) for column in zip(*known, strict=True)) if known else (0, 0)
             if constant > 0 and not math.isnan(value):
                 self._ratios.append(value / constant)
+        now = [call.value / call.constant_here for call in sample.calls if call.constant_here > 0]
+        self.over_constant_now = min([*now, self.over_constant]) if now else math.nan
         for index, update in enumerate(sample.updates):
             self.largest_update = max(self.largest_update, update.share)  # as before if the share is NaN
             # of a run that is resumed without this state, the start is not known

@@ -284,7 +284,7 @@ def same_answers(sample: Sample, progress: Progress, patience: int) -> Iterator[
     """
     if sample.step < patience or progress.spreads_out:
         return
-    is_worse = STUCK < progress.over_constant < AT_CONSTANT and not _is_whole(sample)
+    is_worse = STUCK < progress.over_constant < AT_CONSTANT and not is_whole(sample)
     is_alone = math.isnan(progress.over_constant) and not sample.meets_data
     if sample.spread < (SAME_BESIDE if is_worse else SAME_ANSWERS if is_alone else 0):
         name, spread = ", ".join(sample.head), f"{sample.spread:.1g} of their size"
@@ -308,7 +308,7 @@ def stuck_loss(sample: Sample, progress: Progress, patience: int) -> Iterator[Sy
     ):
         evidence = f"all losses so far are within {progress.spread:.1%} of the first, {progress.first:.3g}"
         yield Symptom("stuck_loss", "unknown", sample.head, sample.loss, evidence, "stuck", 2)
-    if math.isnan(permuted) and (math.isnan(ratio) or not _is_whole(sample)):
+    if math.isnan(permuted) and (math.isnan(ratio) or not is_whole(sample)):
         return  # beside a second term, as in a VAE, a reconstruction may be no better than a constant
     if math.isnan(ratio) and permuted < -UNRELATED:
         return  # the loss depends on them, or they are flags, such as the ends of episodes
@@ -351,17 +351,12 @@ def random_layers(
     if sample.step < patience or not ratio > STUCK or not untrained:
         return
     is_explained = input_cause(sample) != "unknown" or sample.input_rms < SMALL_INPUT
-    if untrained[0] == sample.layers[0].name and _is_whole(sample) and not is_explained:
+    if untrained[0] == sample.layers[0].name and is_whole(sample) and not is_explained:
         evidence = (
             f"the loss is {ratio:.3g} times that of the best constant answer; the weights of the first "
             "layers are random, and have requires_grad=False"
         )
         yield Symptom("weight_stagnation", "frozen_weights", untrained[:5], ratio, evidence, "stuck", 2)
-
-
-def _is_whole(sample: Sample) -> bool:
-    """True if a known loss is all of that of the step."""
-    return any(math.isclose(call.value, sample.loss, rel_tol=0.01) for call in sample.calls)
 
 
 def size_of_data(sample: Sample) -> str:
@@ -372,6 +367,11 @@ def size_of_data(sample: Sample) -> str:
     sizes = [] if is_usual else [f"inputs{named} have an rms of {rms:.3g}"]
     sizes += [f"targets have an rms of {target:.3g}"] if target > LARGE_TARGET else []
     return f"; {', '.join(sizes)} (usual: about 1)" if sizes else ""
+
+
+def is_whole(sample: Sample) -> bool:
+    """True if a known loss is all of that of the step."""
+    return any(math.isclose(call.value, sample.loss, rel_tol=0.01) for call in sample.calls)
 
 
 def is_related(permuted: float, ratio: float) -> bool:
