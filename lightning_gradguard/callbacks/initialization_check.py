@@ -14,7 +14,7 @@ from lightning_gradguard.core.incidents import CURE, Cause, IncidentKind, Sympto
 from lightning_gradguard.core.initialization import Finding, InitializationError, fails, one_line, table
 from lightning_gradguard.core.parameter_names import plain_name, warn_unknown
 from lightning_gradguard.core.remedies import advice_for_cause
-from lightning_gradguard.runtime.incidents.journal import incident_now, open_journal, publish
+from lightning_gradguard.runtime.incidents.journal import incident_now, open_journal, publish, remember_cures
 from lightning_gradguard.runtime.incidents.present import present_in
 from lightning_gradguard.runtime.initialization.first_batch import (
     FirstBatch,
@@ -316,6 +316,7 @@ class InitializationCheck(Callback, Configured):
         healthy = [f for f in shown if f.severity == "info" and not f.is_tried]
         if rows := [f for f in shown if f not in healthy]:
             console.print_message(trainer, "Initialization\n" + table(rows))
+            remember_cures(trainer, [f.cure for f in rows if f.is_tried])
         if healthy:
             seen = first_names(3, [f.describe() for f in healthy])
             console.print_message(trainer, f"Initialization: {seen}; healthy networks have that too.")

@@ -201,6 +201,11 @@ def test_a_gain_through_time_is_advice_and_no_incident(
     assert text.count("cure: ") == 1
     assert "Poor initialization" not in text
     assert not (Path(logger.log_dir) / "incidents.jsonl").exists()
+    fit(Long(), batches(25), [InitializationCheck(), TrainingDiagnosis()])
+    text = capsys.readouterr().err
+    assert "Vanishing gradients at step" in text
+    assert "paste at the end of __init__, with model = self, what the table of the check has." in text
+    assert text.count("model.net = nn.LSTM(") == 1  # the cure, which both have found
 
 
 @pytest.mark.parametrize("is_normalized", [False, True])

@@ -7,7 +7,7 @@ import logging
 import os
 import warnings
 from collections import Counter, deque
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from itertools import chain, count, groupby
 from pathlib import Path
 from typing import Any
@@ -65,6 +65,7 @@ class _Journal:
         self.no_longer_printed: set[str] = set()
         self.explained: dict[str, Incident] = {}  # the first of each cause
         self.recent: deque[Incident] = deque(maxlen=MAX_ROWS)
+        self.in_table: set[str] = set()  # code of cures
         self._writes = writes
         self._waits = waits
         self._others = others
@@ -81,6 +82,7 @@ class _Journal:
         self.no_longer_printed.clear()
         self.explained.clear()
         self.recent.clear()
+        self.in_table.clear()
 
     @property
     def path(self) -> Path | None:
@@ -247,7 +249,10 @@ def publish(
         at_most = 0
     if times <= at_most and incident.kind != "training_diverged":  # its error is what a person reads
         has_advice = times == 1 and incident.advice and prints_advice and not ends_run
-        advice = f" {incident.advice}" if has_advice else ""
+        text, _, code = incident.advice.partition("\n")
+        is_known = code and _statement(code) in journal.in_table
+        text = f"{text.rstrip(':')}, what the table of the check has." if is_known else incident.advice
+        advice = f" {text}" if has_advice else ""
         page = ""
         if incident.dossier and journal.folder is not None:
             page = f" See {journal.folder / incident.dossier / 'index.html'}."
@@ -270,6 +275,16 @@ def publish(
         on_training_incident = getattr(listener, "on_training_incident", None)
         if callable(on_training_incident):
             on_training_incident(trainer, pl_module, incident)
+
+
+def remember_cures(trainer: pl.Trainer, cures: Iterable[str]) -> None:
+    """Takes note of code that a table has printed, so that an incident with the same code names the table."""
+    _journals.setdefault(trainer, _Journal(None, writes=False)).in_table.update(map(_statement, cures))
+
+
+def _statement(cure: str) -> str:
+    """Returns the code of a cure without the comment behind it."""
+    return cure.partition("  #")[0]
 
 
 def log_incidents(trainer: pl.Trainer, step: int) -> None:
