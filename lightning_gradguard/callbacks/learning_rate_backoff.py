@@ -16,6 +16,7 @@ from lightning_gradguard.core.backoff import Backoff, ScaledLearningRate
 from lightning_gradguard.core.incidents import AT_ANY_RATE, OF_OPTIMIZER, Incident
 from lightning_gradguard.runtime.incidents.journal import incident_now, publish
 from lightning_gradguard.runtime.logging.hyperparameters import non_defaults
+from lightning_gradguard.runtime.optimizer_hooks import NO_CURE, largest_usual_rate
 from lightning_gradguard.runtime.steps.step import Step
 from lightning_gradguard.runtime.steps.step_callback import StepCallback
 
@@ -160,9 +161,11 @@ class LearningRateBackoff(StepCallback):
     def on_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch_idx: int) -> None:
         """Reports a rate that was found to train; logs the scale, and the rates that were used."""
         if self._counted and self._backoff.has_found:
-            self._found_rate = self._initial_rates()[0] * self._backoff.level
-            found = incident_now(trainer, "learning_rate_found", batch_idx=batch_idx, value=self._found_rate)
-            publish(trainer, pl_module, found)
+            found_rate = self._initial_rates()[0] * self._backoff.level
+            if found_rate > NO_CURE * largest_usual_rate(trainer.optimizers[0]):
+                self._found_rate = found_rate
+                found = incident_now(trainer, "learning_rate_found", batch_idx=batch_idx, value=found_rate)
+                publish(trainer, pl_module, found)
         if not (self.suite.has_stepped and self.suite.is_logged):
             return
         values: dict[str, float | Tensor] = {tags.LR_SCALE: self._scale}

@@ -18,6 +18,8 @@ from lightning_gradguard.core.backoff import ScaledLearningRate
 _SCALE_FREE = ("Ada", "NAdam", "RAdam", "RMSprop", "Rprop", "Lion", "Muon", "Shampoo", "SOAP")
 #: Largest usual rates over the default one: of optimizers that divide by the gradient, and of others.
 LARGEST = (30.0, 300.0)
+#: Share of the largest usual rate below which a rate is no cure, as the loss or its gradient is out of scale.
+NO_CURE = 1e-6
 #: Modules whose hooks on a step do not write to weights.
 _WITHOUT_WRITES = {__name__, ScaledLearningRate.__module__}
 

@@ -104,6 +104,20 @@ def test_rate_two_hundred_times_too_high_is_brought_to_one_that_trains(
     assert len(recorded(tmp_path, "rollback")) == len(recorded(tmp_path, "learning_rate_backoff")) <= 5
 
 
+class Summed(Regression):
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        return 1e9 * super().training_step(batch, batch_idx)
+
+
+def test_a_rate_that_fits_a_loss_out_of_scale_is_none_to_train_with(tmp_path: Path) -> None:
+    module, backoff = Summed(lr=1e-8), LearningRateBackoff()
+    fit(module, regression(240), [NaNRollback(), backoff], tmp_path)
+    assert backoff.scale < 0.1
+    assert sum(module.losses[-10:]) / 10 < 12.0  # it trains
+    assert not recorded(tmp_path, "learning_rate_found")
+    assert tags.FOUND_LR not in backoff.final_counts()
+
+
 def test_harder_data_causes_no_rollback_and_no_cut(tmp_path: Path) -> None:
     module, backoff, rollback = Regression(lr=0.001), LearningRateBackoff(), NaNRollback()
     data = [batch for stage in range(3) for batch in regression(80, level=3.0**stage)]

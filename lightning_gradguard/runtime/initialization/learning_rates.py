@@ -45,12 +45,10 @@ from lightning_gradguard.runtime.lightning_api import (
     overrides,
     takes_iterator,
 )
-from lightning_gradguard.runtime.optimizer_hooks import largest_usual_rate
+from lightning_gradguard.runtime.optimizer_hooks import NO_CURE, largest_usual_rate
 
 #: Factor on the largest usual rate from which on numbers may overflow before a loss rises.
 OVERFLOWS = 1e3
-#: The same below which a rate is no cure: an update that small moves no weight of a usual network.
-NO_CURE = 1e-6
 #: Steps of a schedule that are followed.
 MAX_SCHEDULED = 100_000
 #: Batches that are accumulated in a step of the trial, at most.
