@@ -77,6 +77,7 @@ SymptomCause = Literal[
     "softmax_over_batch",
     "batch_as_time",
     "inverted_mask",
+    "view_for_transpose",
     "constant_loss",
     "not_in_optimizer",
     "not_registered",

@@ -36,6 +36,7 @@ _IN_CODE: dict[str, tuple[str, ...]] = {
     "single_value": ("LayerNorm", "RMSNorm", "GroupNorm", "layer_norm", "rms_norm", "group_norm"),
     "softmax_over_batch": ("softmax", "Softmax", "log_softmax", "LogSoftmax", "sum"),
     "batch_as_time": ("LSTM", "GRU", "RNN", "TransformerEncoderLayer", "MultiheadAttention", "Transformer"),
+    "view_for_transpose": ("view", "reshape"),
     "inverted_mask": ("masked_fill", "scaled_dot_product_attention", "triu", "tril", "where"),
     "constant_loss": ("detach", "argmax", "round", "item"),
     "not_in_optimizer": ("SGD", "Adam", "AdamW", "RMSprop", "Adagrad", "parameters"),

@@ -57,6 +57,22 @@ class ByHand(Tokens):
         return out
 
 
+class Channels(nn.Module):
+    """A convolution of images whose channels come last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(3, 4, 3), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.conv(x.view(len(x), 3, 5, 6)).mean((2, 3)))
+        return logits
+
+
+def images() -> Batches:
+    return [(torch.randn(16, 5, 6, 3), torch.randint(4, (16,))) for _ in range(4)]
+
+
 def sequences(transposed: bool = False) -> Batches:
     found = [(torch.randn(16, 6, 8), torch.randint(4, (16,))) for _ in range(4)]
     return [(x.transpose(0, 1) if transposed else x, y) for x, y in found]
@@ -74,6 +90,10 @@ def padded() -> Batches:
 
 def of_tokens(logits: Tensor, target: Tensor) -> Tensor:
     return functional.cross_entropy(logits.flatten(0, 1), target.flatten())
+
+
+def by_class(logits: Tensor, target: Tensor) -> Tensor:
+    return functional.cross_entropy(logits.transpose(1, 2).reshape(16, 12, 6), target)
 
 
 def of_first(logits: Tensor, target: Tensor) -> Tensor:
@@ -107,6 +127,10 @@ FAULTY: dict[str, tuple[str, str, Callable[[], Any], Batches | None]] = {
                     lambda: Task(Sequences(nn.TransformerEncoderLayer(8, 2, 8))), sequences()),
     "text": ("batch_as_time", "net.1", lambda: Task(nn.Sequential(nn.Embedding(12, 8), nn.RNN(8, 12)),
                                                     lambda out, y: of_tokens(out[0], y)), texts()),
+    "classes": ("view_for_transpose", "net.1",
+                lambda: Task(nn.Sequential(nn.Embedding(12, 8), nn.Linear(8, 12)),
+                             lambda out, y: functional.cross_entropy(out.view(16, 12, 6), y)), texts()),
+    "channels": ("view_for_transpose", "net.conv", lambda: Task(Channels()), images()),
     "padding": ("inverted_mask", "net.attend",
                 lambda: Task(Tokens(ignores=lambda t: t > 0), of_first), padded()),
     "later steps": ("inverted_mask", "net.attend", lambda: Task(Tokens(LATER), of_tokens), texts()),
@@ -122,6 +146,8 @@ HEALTHY: dict[str, tuple[Callable[[], Any], Batches | None]] = {
              [(x.T, y.T) for x, y in texts()]),
     "padding": (lambda: Task(Tokens(ignores=lambda t: t == 0), of_first), padded()),
     "earlier steps": (lambda: Task(Tokens(LATER.T), of_tokens), texts()),
+    "transposed classes": (lambda: Task(nn.Sequential(nn.Embedding(12, 8), nn.Linear(8, 12)), by_class),
+                           texts()),
     "backwards": (lambda: Task(Tokens(LATER), of_tokens), texts(backwards=True)),
     "pairs": (lambda: Task(loss=lambda z, y: -(z @ z.T).softmax(0).log().diag().mean()), None),
 }  # fmt: skip

@@ -192,6 +192,7 @@ BY_CAUSE = {
     "single_value": "Normalize over more values, as over channels or in fewer groups, or remove {where}.",
     "softmax_over_batch": "Take the softmax over the classes or the steps of a sample, dim=1, not 0.",
     "batch_as_time": "Make {where} with batch_first=True, or give it x.transpose(0, 1).",
+    "view_for_transpose": "Exchange dimensions by transpose or permute, not by view or reshape.",
     "inverted_mask": (
         "Invert the mask of {where}: True means to ignore a key in nn.MultiheadAttention and nn.Transformer, "
         "and to attend to it in scaled_dot_product_attention; masked_fill fills where the mask is True."

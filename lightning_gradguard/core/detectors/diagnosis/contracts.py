@@ -29,6 +29,10 @@ CONTRACT: dict[SymptomCause, tuple[float, str]] = {
     "single_value": (1, "statistics of one value normalize it to 0, whatever it is"),
     "softmax_over_batch": (1, "a softmax over the batch, not over the classes or the steps of a sample"),
     "batch_as_time": (1, "the first dimension is the batch, and the module takes it for the time"),
+    "view_for_transpose": (
+        1,
+        "a view exchanges dimensions and keeps the order of the numbers: it mixes them",
+    ),
     "inverted_mask": (
         1,
         "attention is to padding alone, or to later steps and to no earlier one",
@@ -71,8 +75,9 @@ def wrong_dimensions(sample: Sample, progress: Progress) -> Iterator[Symptom]:
         if cause == "inverted_mask" and sample.step >= MASK_STEPS and not progress.learns:
             bound = HALF  # where the next token is not asked for, a network may read backwards
         if share >= bound:
-            evidence = f"{name}: {words}"
-            yield Symptom("stuck_loss", cause, (name,), share, evidence, "contract")
+            where = (name,) if name else sample.entry
+            evidence = f"{', '.join(where)}: {words}"
+            yield Symptom("stuck_loss", cause, where, share, evidence, "contract")
 
 
 def constant_inputs(sample: Sample, progress: Progress) -> Iterator[Symptom]:

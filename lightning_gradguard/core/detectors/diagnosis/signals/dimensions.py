@@ -1,9 +1,9 @@
-"""Mistakes in dimensions: statistics of one value, batch and time exchanged, a softmax over the batch."""
+"""Mistakes in dimensions: statistics of one value, batch and time exchanged, a view in place of transpose."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -33,18 +33,21 @@ class Dimensions:
     Args:
         scalars: To which numbers are added.
         batch: Tensors of the batch, by which samples and steps of a sequence differ.
+        is_data: True for a tensor that is of the batch, or computed from it alone.
 
     Example:
         >>> scalars = DeviceScalars()
-        >>> dimensions = Dimensions(scalars, [torch.ones(4, 7, 3), torch.arange(4)])
+        >>> dimensions = Dimensions(scalars, [torch.ones(4, 7, 3), torch.arange(4)], lambda _: True)
         >>> dimensions.add_sequence("rnn", torch.ones(4, 7, 3))
         >>> scalars.read(scalars.stacked(torch.device("cpu")).tolist())
         >>> dimensions.mistakes(n_calls=1)
         [('batch_as_time', 'rnn', 1.0)]
     """
 
-    def __init__(self, scalars: DeviceScalars, batch: Sequence[Tensor]) -> None:
-        self._scalars = scalars
+    def __init__(
+        self, scalars: DeviceScalars, batch: Sequence[Tensor], is_data: Callable[[Tensor], bool]
+    ) -> None:
+        self._scalars, self._is_data = scalars, is_data
         self._found: list[tuple[SymptomCause, str, int, int]] = []
         self._tokens = [t for t in batch if t.ndim == 2 and not (t.is_floating_point() or t.is_complex())]
         labels = {len(t) for t in batch if t.ndim > 0 and t.numel() == len(t)}
@@ -77,6 +80,10 @@ class Dimensions:
             over = args[1] if len(args) > 1 else kwargs[_NORMALIZATIONS[name]]
             if (result[0].numel() // over if isinstance(over, int) else math.prod(over)) == 1:
                 self._add("single_value", where)
+        elif name in ("view", "reshape"):
+            before, now = list(args[0].shape), list(result.shape)
+            if sorted(before) == sorted(now) and len(_long(now)) > 2 and _long(before) != _long(now):
+                self._add("view_for_transpose", where, after=ANYWHERE if self._is_data(args[0]) else after)
         elif result.requires_grad and 0 < self._n == len(result) < result.numel():
             if name.endswith("softmax"):
                 dim = args[1] if len(args) > 1 else kwargs.get("dim")
@@ -116,3 +123,7 @@ class Dimensions:
 
 def _size(divisor: Any) -> int:
     return divisor.numel() if isinstance(divisor, Tensor) else 1
+
+
+def _long(shape: Sequence[int]) -> list[int]:
+    return [size for size in shape if size > 1]

@@ -87,7 +87,7 @@ class StepTrace(TorchFunctionMode):
         self._is_open = True
         self._bare = BareMatrices(module)
         parts = parts_of(batch)
-        self._dimensions = Dimensions(self._scalars, list(parts.values()))
+        self._dimensions = Dimensions(self._scalars, list(parts.values()), self._is_data)
         self._data = WeakValueDictionary({id(tensor): tensor for tensor in parts.values()})
         self._used: set[int] = set()
         inputs = [name for name, part in parts.items() if is_measurable(part)]
