@@ -138,6 +138,11 @@ class Raw(Own):
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), self.rate)
 
+class Normed(Raw):
+    def __init__(self, size: float = 2.0):
+        super().__init__(size)
+        self.net[-1] = torch.nn.Sequential(self.net[-1], torch.nn.LayerNorm(1))
+
 class Manual(Raw):
     automatic_optimization = False
 
@@ -157,6 +162,14 @@ def test_targets_that_broadcast_fail_with_the_line_and_its_expressions(
     assert re.search(r"FAIL  net.4 +broadcast_targets +100% of the values", out)
     assert re.search(r"mse_loss at \S*regression.py:22 in training_step", out)
     assert "Give both one shape: self.net(x).view_as(y) in place of self.net(x)." in out
+
+
+def test_statistics_of_one_value_fail(mine: Path, command: Command) -> None:
+    Path("regression.py").write_text(REGRESSION)
+    code, out, _ = command("check", "--model=regression.Normed", "--seed_everything=0")
+    assert code == 1
+    assert re.search(r"FAIL  net.4.1 +single_value", out)
+    assert "remove net.4.1" in out
 
 
 @pytest.mark.parametrize("rate", [0.01, 1e-6])

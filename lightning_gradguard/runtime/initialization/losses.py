@@ -1,4 +1,4 @@
-"""Findings about the losses of a first step: how they are called, and the scale of their targets."""
+"""Findings about a first step: how losses are called, wrong dimensions, and the scale of targets."""
 
 from __future__ import annotations
 
@@ -11,11 +11,14 @@ from lightning_gradguard.core.remedies import advice_for_symptom
 
 #: Causes in the scale of the data, and those with which a network may train.
 _OF_SCALE = ("target_scale", "data_scale")
-_MAY_TRAIN = ("softmax_before_loss", "labels_ignored", *_OF_SCALE)
+_MAY_TRAIN = (
+    *("softmax_before_loss", "labels_ignored", "softmax_over_batch", "inverted_mask", "view_for_transpose"),
+    *_OF_SCALE,
+)
 
 
 def findings_of_losses(sample: Sample, module: nn.Module) -> list[Finding]:
-    """Returns what the losses of one step show, as findings with their advice."""
+    """Returns what one step shows of its losses and dimensions, as findings with their advice."""
     return [
         Finding(
             symptom.cause,

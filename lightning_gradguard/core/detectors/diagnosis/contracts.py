@@ -69,12 +69,14 @@ def broken_contracts(sample: Sample, progress: Progress) -> Iterator[Symptom]:
 
 
 def wrong_dimensions(sample: Sample, progress: Progress) -> Iterator[Symptom]:
-    """Yields what is computed over another dimension than is meant, and masks that are inverted."""
+    """Yields what is computed over another dimension than is meant, the first place of each cause."""
+    found = set()
     for cause, name, share in sample.mistakes:
         bound, words = CONTRACT[cause]
         if cause == "inverted_mask" and sample.step >= MASK_STEPS and not progress.learns:
             bound = HALF  # where the next token is not asked for, a network may read backwards
-        if share >= bound:
+        if share >= bound and cause not in found:
+            found.add(cause)
             where = (name,) if name else sample.entry
             evidence = f"{', '.join(where)}: {words}"
             yield Symptom("stuck_loss", cause, where, share, evidence, "contract")

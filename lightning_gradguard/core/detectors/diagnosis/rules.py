@@ -11,7 +11,11 @@ from typing import Literal
 from lightning_gradguard.core.detectors.best_constant import LEARNS, STUCK
 from lightning_gradguard.core.detectors.diagnosis import depth
 from lightning_gradguard.core.detectors.diagnosis.clipped import CLIPPED_FAR
-from lightning_gradguard.core.detectors.diagnosis.contracts import SOME_UNREACHABLE, broken_contracts
+from lightning_gradguard.core.detectors.diagnosis.contracts import (
+    SOME_UNREACHABLE,
+    broken_contracts,
+    wrong_dimensions,
+)
 from lightning_gradguard.core.detectors.diagnosis.progress import Progress
 from lightning_gradguard.core.detectors.diagnosis.sample import CLIPPED_AT_ALL, MIN_TIMES, Sample, UnitSignal
 from lightning_gradguard.core.detectors.diagnosis.signals.units import PASS_SMALL, RECTIFIERS
@@ -272,8 +276,9 @@ def far_targets(sample: Sample, progress: Progress, patience: int) -> Iterator[S
 
 
 def of_first_losses(sample: Sample) -> Iterator[Symptom]:
-    """Yields what the first sample alone shows of losses: how they are called, the scale of targets."""
+    """Yields what the first sample alone shows: how losses are called, wrong dimensions, far targets."""
     yield from broken_contracts(sample, Progress())
+    yield from wrong_dimensions(sample, Progress())
     yield from far_targets(sample, Progress(), patience=0)
 
 
