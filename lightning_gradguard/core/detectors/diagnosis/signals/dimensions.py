@@ -84,12 +84,12 @@ class Dimensions:
             before, now = list(args[0].shape), list(result.shape)
             if sorted(before) == sorted(now) and len(_long(now)) > 2 and _long(before) != _long(now):
                 self._add("view_for_transpose", where, after=ANYWHERE if self._is_data(args[0]) else after)
-        elif result.requires_grad and 0 < self._n == len(result) < result.numel():
+        elif result.requires_grad and result.ndim > 1 and 0 < self._n == len(result) < result.numel():
             if name.endswith("softmax"):
                 dim = args[1] if len(args) > 1 else kwargs.get("dim")
                 if dim is not None and dim % result.ndim == 0 and result.shape[1] % self._n:
                     self._add("softmax_over_batch", where, after=after if result.ndim == 2 else ANYWHERE)
-            elif name.endswith("div") and result.ndim == 2 and _size(args[1]) == result.shape[1]:
+            elif name.endswith("div") and result.ndim == 2 and _size(args[-1]) == result.shape[1]:
                 result = result.detach()
                 is_over_batch = (result >= 0).all() & ((result.sum(0) - 1).abs() < SUMS_TO_ONE).all()
                 self._add("softmax_over_batch", where, is_over_batch, after)
