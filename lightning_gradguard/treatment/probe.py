@@ -168,13 +168,8 @@ class _Examination(Callback):
         super().__init__()
         self.incidents: list[Incident] = []
         self._investigation = Investigation(MAX_EXAMINED, 0.0)
-        self._initial = Snapshot()
+        self._initial: Snapshot | None = None
         self._seen: SeenBatch | None = None
-
-    @override
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Keeps the weights: what has moved far from them is at fault before any operation is."""
-        self._initial.capture([pl_module], ())
 
     @override
     def on_train_batch_start(
@@ -186,7 +181,14 @@ class _Examination(Callback):
 
     @override
     def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Examines the batch if a gradient is nonfinite."""
+        """Examines the batch if a gradient is nonfinite.
+
+        The weights before the first update are kept: what has moved far from them is at fault before any
+        operation is. Lazy ones exist by now.
+        """
+        if self._initial is None:
+            self._initial = Snapshot()
+            self._initial.capture([pl_module], ())
         gradients = [p.grad for p in pl_module.parameters() if p.grad is not None]
         if gradients and not bool(tensor_norms(gradients).isfinite().all()):
             self._examine(trainer, "nonfinite_gradient")

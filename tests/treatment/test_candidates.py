@@ -166,3 +166,16 @@ def test_layers_before_functions_are_found_where_the_step_asks_its_trainer(kind:
     found = probe(program, 4, 4, math.inf)
     names = ["layers.0"] if kind == "standardize_input" else ["layers.0", "layers.1"]
     assert places(found.module, Change(kind), found.run_loss)[:2] == names
+
+
+class Lazy(Net):
+    """Weights get their shapes from the first batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.LazyLinear(16), nn.ReLU(), nn.LazyLinear(4))
+
+
+def test_lazy_module_is_probed() -> None:
+    program = recorded_program(Lazy, Data(), SHORT, 0, 4, math.inf)
+    assert not probe(program, 4, 8, math.inf).trial.error
