@@ -225,7 +225,8 @@ class _Treatment:
         if self._is_open and not (self.runner.was_cut and ahead):
             rest = f"; {self._cut} before more was tried" if self.runner.was_cut else ""
             return self._result("healthy", f"{healthy}; no change that was tried learns far more{rest}")
-        if best is not None and not self._is_open:
+        is_known = best is not None and (best[0] == "better" or not self.runner.was_cut)
+        if best is not None and is_known and not self._is_open:
             verdict, evidence, changes, results = best
             kept = changes if verdict == "better" else ()
             return self._result(verdict, evidence, kept, results, suggested)

@@ -439,6 +439,18 @@ def test_search_goes_on_in_the_time_of_a_verification_that_has_nothing_to_verify
     )
 
 
+def test_budget_that_ends_in_a_verification_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def cut(treatment: Any, _: Any) -> Any:
+        treatment.runner.was_cut = True
+        one = Trial(job=Job((Change("initialize"),), 101, 40), curve=[(0, 1.4), (40, 0.4)])
+        yield one, [SeedResult(one, one)], "no_treatment_found", "1 of 3 fresh seeds were run"
+
+    monkeypatch.setattr("lightning_gradguard.treatment.treat._Treatment._verified", cut)
+    result = treated(deep_sigmoid, trainer={"max_steps": 40})
+    assert "has ended, " in result.evidence
+    assert result.evidence.endswith("before a treatment was verified")
+
+
 class Late(Data):
     """A batch after the first has a sample of zeros."""
 
