@@ -48,6 +48,16 @@ def test_of_changes_that_have_learned_enough_the_smallest_is_adopted(
     assert [trial.job.changes for trial in found] == [adopted, best]
 
 
+def test_at_a_deadline_the_note_counts_what_was_recorded() -> None:
+    class Alone(Data):
+        val_dataloader = None  # type: ignore[assignment]
+
+    program = recorded_program(Net, Alone(), SHORT, 0, 4, -math.inf)
+    assert program.batches.notes == (
+        "One batch was recorded and no validation data: its own loss is measured.",
+    )
+
+
 def test_of_changes_that_have_not_learned_the_best_is_verified_first(tmp_path: Path) -> None:
     """Narrow networks learn little in a trial: smaller changes, with more, took a whole run each."""
     log = TrialLog(tmp_path / "trials.jsonl", {}, 60)

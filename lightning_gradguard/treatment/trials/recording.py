@@ -138,7 +138,7 @@ class Recorder(Callback):
             notes.append(f"There are {why}: {n} of {len(first)} batches of training are held out.")
         else:
             epochs, held_out, source = self.epochs, first, "training"
-            notes.append("There are one batch and no validation data: its own loss is measured.")
+            notes.append("One batch was recorded and no validation data: its own loss is measured.")
         return RecordedBatches(
             epochs, self.validation, held_out, source, fingerprint([*first[:2], *held_out[:1]]), tuple(notes)
         )
