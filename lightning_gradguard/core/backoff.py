@@ -11,11 +11,10 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from lightning_gradguard.core.arguments import whole_number, within
+from lightning_gradguard.core.incidents import TRIAL_STEPS
 
 #: Share of the level at which re-warming begins.
 REWARM_START = 0.1
-#: Good steps after which a level that a search tries counts as one that trains.
-TRIAL_STEPS = 60
 #: A search ends when the level that trains is at least this share of the lowest one that failed.
 SEARCH_PRECISION = 1 / 16
 #: Losses at the beginning of a trial, and at its end, whose medians are compared.

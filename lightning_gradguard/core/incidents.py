@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from lightning_gradguard.core.backoff import TRIAL_STEPS
-
 #: The kinds that the suite publishes; other callbacks may publish others.
 IncidentKind = Literal[
     "nonfinite_gradient",
@@ -118,6 +116,8 @@ SYMPTOM_CAUSES: tuple[SymptomCause, ...] = get_args(SymptomCause)
 
 #: Beginning of advice that the check of the initialization has tried on a batch.
 CURE = "Cure: "
+#: Good steps after which a level that a search tries counts as one that trains.
+TRIAL_STEPS = 60
 #: What was measured of a learning rate that a run has found, and not rolled back since.
 HELD = f"at which the loss fell over {TRIAL_STEPS} steps, and no rollback followed"
 #: File in the folder of a second logger, with the path from there to the folder that has the incidents.

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_gradguard.core.backoff import TRIAL_STEPS, Backoff
+from lightning_gradguard.core.backoff import Backoff
+from lightning_gradguard.core.incidents import TRIAL_STEPS
 
 EVENTS = st.lists(st.sampled_from(["reduce", "step"]), max_size=300)
 
