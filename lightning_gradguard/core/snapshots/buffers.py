@@ -48,6 +48,9 @@ class BufferCopies:
     Args:
         module: The module whose buffers, submodules included, are kept.
 
+    Attributes:
+        modules: The module and its submodules; another list once some were added or replaced.
+
     Example:
         >>> norm = nn.BatchNorm1d(2)
         >>> copies = BufferCopies(norm)
@@ -62,22 +65,14 @@ class BufferCopies:
         self._copies: dict[tuple[nn.Module, str], _Copy] = {}
         self._frozen: dict[nn.Parameter, int] = {}
         self._written: dict[nn.Parameter, _Copy] = {}
-        self.rescan()
+        self._list()
         self._find_written()
-
-    def rescan(self) -> None:
-        """Lists the submodules again, after some were added or replaced."""
-        self._owners = list(self._module.modules())
-        self._tensors_of: list[dict[str, Any]] = []
-        for owner in self._owners:
-            self._tensors_of += [owner._buffers, owner._parameters]
-        self._list_tensors()
 
     def refresh(self, *, within_step: bool = False) -> None:
         """Copies the current buffers; `within_step`, weights may be frozen by `toggle_optimizer` alone."""
-        present = list(map(id, chain.from_iterable(map(dict.values, self._tensors_of))))
+        present = list(map(id, chain.from_iterable(map(dict.values, self._contents))))
         if present != self._present or list(map(_SHAPE, self._buffers)) != self._shapes:
-            self._list_tensors()
+            self._list()
         if not (within_step or all(map(_IS_TRAINED, self._weights))):
             self._find_written()
         if self._copies or self._written:
@@ -91,10 +86,14 @@ class BufferCopies:
                 self._written[weight] = _Copy.of(weight)
 
     @torch.no_grad()
-    def _list_tensors(self) -> None:
-        """Lists buffers and weights, which are the same ones as long as identities and shapes are."""
+    def _list(self) -> None:
+        """Lists submodules, buffers and weights, the same ones as long as identities and shapes are."""
+        self.modules = list(self._module.modules())
+        self._contents: list[dict[str, Any]] = []
+        for owner in self.modules:
+            self._contents += [owner._modules, owner._buffers, owner._parameters]
         old, self._copies = self._copies, {}
-        for owner, name, buffer in module_buffers(self._owners):
+        for owner, name, buffer in module_buffers(self.modules):
             known = old.get((owner, name))
             if known is None or known.buffer is not buffer or known.saved.shape != buffer.shape:
                 known = _Copy.of(buffer)
@@ -104,11 +103,10 @@ class BufferCopies:
         self._shapes = [buffer.shape for buffer in self._buffers]
         self._small = grouped((copy_.saved, copy_.local) for copy_ in copies if copy_.is_small)
         self._large = [copy_ for copy_ in copies if not copy_.is_small]
-        self._weights = [w for owner in self._owners for w in owner._parameters.values() if w is not None]
-        present = list(chain.from_iterable(map(dict.values, self._tensors_of)))
+        self._weights = [w for owner in self.modules for w in owner._parameters.values() if w is not None]
+        present = list(chain.from_iterable(map(dict.values, self._contents)))
         # a lazy buffer keeps its identity when it gets a shape
-        has_lazy = any(tensor is not None and is_lazy(tensor) for tensor in present)
-        self._present = [] if has_lazy else list(map(id, present))
+        self._present = [] if any(map(is_lazy, present)) else list(map(id, present))
 
     @torch.no_grad()
     def _copy(self) -> None:

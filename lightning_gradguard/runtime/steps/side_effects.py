@@ -64,8 +64,8 @@ class SideEffects:
         self._n_scans = 0
         self.has_averages = lightning_api.has_weight_averages(trainer)
         self._trainer = trainer
-        self._module = pl_module
-        self.rescan()
+        self._modules: list[nn.Module] = []
+        self._metrics: list[Metric] = []
         self._carriers = [
             (module, name)
             for module in pl_module.modules()
@@ -73,29 +73,23 @@ class SideEffects:
             for name, value in vars(module).items()
             if name not in _INTERNAL and _is_hidden(value)
         ]
+        self.forward_state = ForwardState(trainer.current_epoch)
         self.save()
-
-    def rescan(self) -> None:
-        """Lists the submodules again, as there may be others by now."""
-        self.buffers.rescan()
-        self._modules = list(self._module.modules())
-        self._metrics = [module for module in self._modules if isinstance(module, Metric)]
-        self._children_of = [module._modules for module in self._modules]
-        self._children = list(map(id, chain.from_iterable(map(dict.values, self._children_of))))
 
     def save(self, *, within_step: bool = False) -> None:
         """Saves the state ahead of the forward passes of a step, or between two steps on one batch."""
+        self.buffers.refresh(within_step=within_step)
+        if self.buffers.modules is not self._modules:
+            self._modules = self.buffers.modules
+            self._metrics = [module for module in self._modules if isinstance(module, Metric)]
+        if not (self._metrics or self._epoch_means or self._carriers):
+            return
+        state = self.forward_state = ForwardState(self._trainer.current_epoch)
         # by identity: to compare metrics makes another metric
-        if list(map(id, chain.from_iterable(map(dict.values, self._children_of)))) != self._children:
-            self.rescan()
-        state = ForwardState(self._trainer.current_epoch)
-        if self._metrics or self._epoch_means:
-            state.metrics = {id(metric): _metric_state(metric) for metric in self._all_metrics()}
+        state.metrics = {id(metric): _metric_state(metric) for metric in self._all_metrics()}
         for module, name in self._carriers:
             if _is_hidden(value := getattr(module, name, None)):
                 state.hidden.append((module, name, value))
-        self.forward_state = state
-        self.buffers.refresh(within_step=within_step)
 
     def corrupted_statistics(self, batches: Sequence[Sequence[Tensor]]) -> Tensor | None:
         """Scans running statistics of normalization, without a host synchronization; `None` without any.
