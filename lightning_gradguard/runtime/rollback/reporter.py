@@ -89,9 +89,8 @@ class IncidentReporter:
 
 def describe_skip(transaction: StepTransaction, *, has_scaler: bool) -> tuple[IncidentKind, dict[str, Any]]:
     """Returns the kind of incident that a skipped step is, and its facts."""
-    measurement, norms = transaction.measurement, transaction.norms
+    measurement = transaction.measurement
     assert measurement is not None
-    assert norms is not None
     kind = measurement.incident_kind(has_scaler=has_scaler)
     facts: dict[str, Any] = {
         "step": transaction.window.step,
@@ -103,7 +102,8 @@ def describe_skip(transaction: StepTransaction, *, has_scaler: bool) -> tuple[In
     if kind == "rejected_step":
         facts["where"] = measurement.rejected_by
     if kind == "nonfinite_gradient":
-        nonfinite = (~torch.isfinite(norms)).tolist()
+        assert transaction.norms is not None
+        nonfinite = (~torch.isfinite(transaction.norms)).tolist()
         facts["where"] = tuple(n for n, is_it in zip(transaction.names, nonfinite, strict=True) if is_it)
         facts["value"] = len(facts["where"]) / max(len(nonfinite), 1)
     return kind, facts

@@ -124,7 +124,7 @@ class DeferredCheck(ExactCheck):
             self._side_effects,
             stepped=not kernel_skips,
         )
-        if kernel_skips:
+        if kernel_skips and (step.measurement is None or step.measurement.must_skip):
             self._suite.override_fused_step(step, found_inf=step.packed.must_skip())
         self.deferred = transaction.close("deferred", step)
         self._commit()

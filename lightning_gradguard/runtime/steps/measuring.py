@@ -51,30 +51,28 @@ class Measured:
     """One step's numbers on the device, the same on every rank.
 
     Args:
-        tensors: The gradients, before any callback writes to them.
-        norms: L2 norm of each gradient, or a function that returns them, as the next one.
+        gradients: Before any callback writes to them; units, if requested, where they are sums over shards.
         other_norms: Norm of each gradient by norm type, other than 2.
-        total_norm: L2 norm of all of them together.
-        units: The value of `Gradients.unit_norms`, if it was requested and is a sum over shards.
         weight_norms: L2 norm of each weight, if it was requested.
         packed: The numbers that checks are based on, on their way to the host.
         pending: The pending sums over all shards; `None` without any.
     """
 
-    tensors: tuple[Tensor, ...]
-    norms: Tensor | Callable[[Gradients], Tensor]
+    gradients: Gradients
     other_norms: Mapping[float, Tensor]
-    total_norm: Tensor | Callable[[Gradients], Tensor]
-    units: tuple[UnitNorms, ...] | None
     weight_norms: Tensor | None
     packed: PackedMeasurement
     pending: Tensor | None
 
 
-@torch.no_grad()
 def measure(selection: Selection, request: StepRequest) -> Measured:
     """Measures the gradients of one step, and shares the result in at most one collective."""
-    return (_measure_shards if selection.is_sharded else _measure_whole)(selection, request)
+    was_enabled = torch.is_grad_enabled()
+    torch._C._set_grad_enabled(False)  # which `torch.no_grad` does in ten calls
+    try:
+        return (_measure_shards if selection.is_sharded else _measure_whole)(selection, request)
+    finally:
+        torch._C._set_grad_enabled(was_enabled)
 
 
 def _measure_whole(selection: Selection, request: StepRequest) -> Measured:
@@ -87,7 +85,6 @@ def _measure_whole(selection: Selection, request: StepRequest) -> Measured:
         squares = weight_norms.square().sum().nan_to_num(0.0).to(selection.device)
     make_head = partial(_whole_head, request, selection, squares)
     pending = request.pending
-    others = [p for p in request.norm_types if p != 2]
     packed: PackedMeasurement
     norms_2: Tensor | Callable[[Gradients], Tensor]
     total_norm: Tensor | Callable[[Gradients], Tensor]
@@ -110,12 +107,12 @@ def _measure_whole(selection: Selection, request: StepRequest) -> Measured:
         seen = distributed.reduce_together(parts if pending is None else {**parts, "pending": pending}, {})
         packed = PackedMeasurement(torch.cat([seen["head"], seen["total_norms"]]))
         pending = seen.get("pending")
+    others: dict[float, Tensor] = {}
+    if len(request.norm_types) > 1:
+        others = {p: selection.norms(tensors, p) / scale for p in request.norm_types if p != 2}
     return Measured(
-        tensors=tensors,
-        norms=norms_2,
-        other_norms={p: selection.norms(tensors, p) / scale for p in others} if others else {},
-        total_norm=total_norm,
-        units=None,
+        gradients=Gradients(selection.names, selection.parameters, tensors, norms_2, total_norm),
+        other_norms=others,
         weight_norms=weight_norms,
         packed=packed,
         pending=pending,
@@ -146,12 +143,10 @@ def _measure_shards(selection: Selection, request: StepRequest) -> Measured:
     seen = distributed.reduce_together(parts, largest)
     tensor_norms = {p: norms.norms_from_power_sums(seen[p], p) for p in request.norm_types}
     total_norm = norms.total_norm_from_norms(tensor_norms[2.0])
+    units = _unit_norms(seen["units"], parameters) if request.units else None
     return Measured(
-        tensors=tensors,
-        norms=tensor_norms.pop(2.0),
+        gradients=Gradients(selection.names, parameters, tensors, tensor_norms.pop(2.0), total_norm, units),
         other_norms=tensor_norms,
-        total_norm=total_norm,
-        units=_unit_norms(seen["units"], parameters) if request.units else None,
         weight_norms=norms.norms_from_power_sums(seen["weights"]) if request.weights else None,
         packed=PackedMeasurement(torch.cat([seen["head"], total_norm.view(1)])),
         pending=seen.get("pending"),

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_gradguard.core.norms import Gradients, Measurement, PackedMeasurement
+from lightning_gradguard.core.norms import Measurement
 from lightning_gradguard.core.parameter_names import parameter_names
 from lightning_gradguard.runtime import distributed, lightning_api
 from lightning_gradguard.runtime.incidents.run_summary import RunTotals
@@ -60,7 +60,7 @@ class Suite:
         self._layout = ParameterLayout({})
         self._has_scaler = True
         self._overrides: list[FusedStepOverride] = []
-        self._deferred: tuple[PackedMeasurement, int] | None = None
+        self._deferred: Measurement | Callable[[], Measurement] | None = None
         self._pending: list[PendingSums] = []
         self._totals: RunTotals | None = None
         self._began_at = 0
@@ -186,8 +186,8 @@ class Suite:
         deferred, self._deferred = self._deferred, None
         if deferred is None:
             return "accept"
-        packed, index = deferred
-        measurement, verdict = self._check(trainer, packed.measurement(index))
+        found = deferred if isinstance(deferred, Measurement) else deferred()
+        measurement, verdict = self._check(trainer, found)
         if verdict == "skip":  # losses since then are of weights that are about to be restored
             self.losses = []
         for checker in self._checkers:
@@ -264,19 +264,13 @@ class Suite:
             if measured.packed.is_on_host:
                 measurement = measured.packed.measurement(index)
             if self._checkers:
-                self._deferred = (measured.packed, index)
+                self._deferred = measurement or partial(measured.packed.measurement, index)
+        if measurement is not None:
+            measured.gradients.known_norm = measurement.total_norm
         step = Step(
             optimizer=optimizer,
             optimizer_index=index,
-            gradients=Gradients(
-                names=selection.names,
-                parameters=selection.parameters,
-                tensors=measured.tensors,
-                norms=measured.norms,
-                total_norm=measured.total_norm,
-                units=measured.units,
-                known_norm=None if measurement is None else measurement.total_norm,
-            ),
+            gradients=measured.gradients,
             selection=selection,
             other_norms=measured.other_norms,
             weight_norms=measured.weight_norms,

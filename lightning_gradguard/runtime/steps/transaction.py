@@ -46,8 +46,8 @@ class StepTransaction:
         batch_idx: The last of the batches.
         state: Where the transaction stands.
         measurement: Its numbers; `None` until they are on the host.
-        names: Names of the parameters with a gradient.
-        norms: Norms of these gradients, shape `(n,)`.
+        names: Names of the parameters with a gradient; empty if the host knows that all are finite.
+        norms: Norms of these gradients, shape `(n,)`; `None` if the host knows that all are finite.
     """
 
     window: Window
@@ -62,5 +62,7 @@ class StepTransaction:
         closed = self if self.state == "open" else replace(self)
         closed.state = state
         closed.measurement = step.measurement
-        closed.names, closed.norms = step.gradients.names, step.gradients.norms
+        # to read the norms takes two operations
+        if state != "committed" and (step.measurement is None or step.measurement.must_skip):
+            closed.names, closed.norms = step.gradients.names, step.gradients.norms
         return closed
