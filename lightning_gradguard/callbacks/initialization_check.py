@@ -26,6 +26,7 @@ from lightning_gradguard.runtime.initialization.learning_rates import reason_aga
 from lightning_gradguard.runtime.lightning_api import Callback, batches_that_stepped, reject_unsupported
 from lightning_gradguard.runtime.logging import console, metrics
 from lightning_gradguard.runtime.logging.hyperparameters import Configured, non_defaults
+from lightning_gradguard.runtime.steps.dispatch import pass_over, separate
 
 #: Rms of the inputs above which they, not the weights, saturate units or leave them dead.
 LARGE_INPUT = 10.0
@@ -135,6 +136,7 @@ class InitializationCheck(Callback, Configured):
         """Schedules the check of a fresh run."""
         self._is_due = trainer.global_step == 0
         self._checks_first_step = False
+        separate(self)
         layers = {plain_name(name).rpartition(".")[0] for name, _ in pl_module.named_parameters()}
         warn_unknown("repair_modules", [n for n in self.repair_modules if n not in layers], layers)
 
@@ -144,6 +146,8 @@ class InitializationCheck(Callback, Configured):
     ) -> None:
         """Checks the network on the first batch, or its weights alone where no extra pass is possible."""
         if not self._is_due:
+            if not self._checks_first_step:
+                pass_over(trainer, self, InitializationCheck)
             return
         self._is_due = False
         reason = reason_against_extra_pass(trainer, pl_module)
@@ -199,13 +203,17 @@ class InitializationCheck(Callback, Configured):
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Ends the check: a step taken by hand after the fit is none of its business."""
-        self._is_due = self._checks_first_step = False
+        self._end()
 
     @override
     def on_exception(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
     ) -> None:
+        self._end()
+
+    def _end(self) -> None:
         self._is_due = self._checks_first_step = False
+        separate(self)
 
     def _note(self, trainer: pl.Trainer, text: str) -> None:
         """Prints and keeps why something was not measured."""

@@ -20,6 +20,7 @@ from lightning_gradguard.runtime.incidents.evaluation import EvaluationWatch
 from lightning_gradguard.runtime.incidents.journal import begin_journal
 from lightning_gradguard.runtime.incidents.run_summary import summarize
 from lightning_gradguard.runtime.logging.hyperparameters import Configured
+from lightning_gradguard.runtime.steps import dispatch
 from lightning_gradguard.runtime.steps.step_member import StepMember
 from lightning_gradguard.runtime.steps.suite import Suite, forget_suite, suite_of
 
@@ -70,7 +71,7 @@ class StepCallback(StepMember, lightning_api.Callback, Configured):
 
     def __getstate__(self) -> dict[str, Any]:
         """Returns what a copy has of this callback; the key that `state_key` made is of one object."""
-        return {name: value for name, value in vars(self).items() if name != "state_key"}
+        return {name: value for name, value in dispatch.own_attributes(self).items() if name != "state_key"}
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -99,6 +100,7 @@ class StepCallback(StepMember, lightning_api.Callback, Configured):
         suite = self.suite
         if suite.members and self is suite.members[0] and not suite.is_over:
             suite.begin(trainer)
+            dispatch.join(trainer, suite.members, of_first=StepCallback.on_before_backward)
         if suite.is_running:
             self.on_begin(trainer, pl_module)
 
@@ -117,13 +119,13 @@ class StepCallback(StepMember, lightning_api.Callback, Configured):
         suite = self.suite
         if not suite.is_running:  # a loop driven by hand, before or after the fit
             return
-        key, me = id(optimizer), id(self)
-        step, arrived = suite.open.get(key, _UNOPENED)
-        if not arrived or me in arrived:  # the first to arrive, or the first that arrives again
-            step, arrived = suite.open[key] = suite.open_step(trainer, pl_module, optimizer), set()
-        arrived.add(me)
-        if len(arrived) == len(suite.members):  # no other member needs it
-            del suite.open[key]
+        step, waiting = suite.open.get(id(optimizer), _UNOPENED)
+        if id(self) not in waiting:  # the first to arrive, or the first that arrives again
+            step, waiting = suite.open_step(trainer, pl_module, optimizer), set(map(id, suite.members))
+            suite.open[id(optimizer)] = step, waiting
+        waiting.discard(id(self))
+        if not waiting:  # no other member needs it
+            del suite.open[id(optimizer)]
         if step is not None:
             self.on_step(trainer, pl_module, step)
 

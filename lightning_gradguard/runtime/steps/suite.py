@@ -19,6 +19,7 @@ from lightning_gradguard.runtime import distributed, lightning_api
 from lightning_gradguard.runtime.incidents.run_summary import RunTotals
 from lightning_gradguard.runtime.logging.metrics import MetricBuffer
 from lightning_gradguard.runtime.optimizer_hooks import FusedStepOverride
+from lightning_gradguard.runtime.steps import dispatch
 from lightning_gradguard.runtime.steps.measuring import Measured, StepRequest, measure
 from lightning_gradguard.runtime.steps.parameters import ParameterLayout, Selection
 from lightning_gradguard.runtime.steps.step import Step, StepFlags, StepVerdict
@@ -33,7 +34,7 @@ class Suite:
 
     Attributes:
         members: In the order in which they joined.
-        open: The open step of each optimizer, by its id, and the ids of the members that have arrived.
+        open: The open step of each optimizer, by its id, and the ids of the members that it waits for.
         losses: Losses since the last step, as they are differentiated.
         metrics: Metrics of the running batch, on their way to the loggers.
         is_running: True from the start of training to its end: outside, callbacks do nothing.
@@ -96,6 +97,8 @@ class Suite:
         self.is_running = False
         self.is_over = True
         self.end_overrides()
+        for member in self.members:
+            dispatch.separate(member)
 
     @property
     def has_one_checker(self) -> bool:
