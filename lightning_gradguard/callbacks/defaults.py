@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 from lightning_gradguard.callbacks.adaptive_gradient_clipping import AdaptiveGradientClipping
 from lightning_gradguard.callbacks.gradient_norm_monitor import GradientNormMonitor
@@ -13,6 +13,7 @@ from lightning_gradguard.callbacks.nan_rollback import NaNRollback
 from lightning_gradguard.callbacks.training_diagnosis import TrainingDiagnosis
 from lightning_gradguard.callbacks.treatment import Treatment
 from lightning_gradguard.callbacks.weight_norm_constraint import WeightNormConstraint
+from lightning_gradguard.core.arguments import with_known_names
 from lightning_gradguard.core.clipping import GlobalNormClipping
 from lightning_gradguard.core.remedies.changes import Change
 from lightning_gradguard.runtime.lightning_api import Callback
@@ -28,6 +29,17 @@ DEFAULTS: dict[str, type[Callback]] = {
 }
 
 
+class _Callbacks(list[Callback]):
+    """A list that explains what is wrong where a Trainer takes it for one callback."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(
+            f"a list has no {name!r}: default_callbacks() is a list of callbacks, for "
+            "Trainer(callbacks=default_callbacks()), or callbacks=[*default_callbacks(), another]"
+        )
+
+
+@with_known_names
 def default_callbacks(
     *,
     initialization_check: InitializationCheck | Literal["default"] | None = "default",
@@ -71,7 +83,7 @@ def default_callbacks(
         "adaptive_gradient_clipping": adaptive_gradient_clipping,
         "learning_rate_backoff": learning_rate_backoff,
     }
-    callbacks: list[Callback] = []
+    callbacks = _Callbacks()
     for name, callback in chosen.items():
         default = DEFAULTS[name]
         if isinstance(callback, default):
@@ -79,8 +91,9 @@ def default_callbacks(
         elif callback == "default":
             callbacks.append(default())
         elif callback is not None:
+            given = f"{type(callback).__name__}(...)" if isinstance(callback, Callback) else repr(callback)
             raise ValueError(
-                f"{name}={callback!r}: pass an instance, {default.__name__}(...), or None to omit it."
+                f"{name}={given}: pass an instance, {default.__name__}(...), or None to omit it."
             )
     if not verbose:
         for configured in callbacks:

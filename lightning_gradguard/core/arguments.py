@@ -2,11 +2,41 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from difflib import get_close_matches
+from functools import wraps
 from numbers import Real
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def with_known_names(function: Callable[P, T]) -> Callable[P, T]:
+    """Has a function name the nearest of its arguments where it is called with one that it does not have.
+
+    Example:
+        >>> with_known_names(number)("eps", 1.0, at_lest=0)
+        Traceback (most recent call last):
+        ...
+        TypeError: number() has no argument 'at_lest': did you mean 'at_least'?
+    """
+    parameters = inspect.signature(function).parameters
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    owner = function.__qualname__.removesuffix(".__init__")
+
+    @wraps(function)
+    def checked(*args: P.args, **kwargs: P.kwargs) -> T:
+        for name in () if takes_any else kwargs.keys() - parameters.keys():
+            nearest = [f"did you mean {known!r}?" for known in get_close_matches(name, parameters, n=1)]
+            known = f"it has {', '.join(n for n in parameters if n != 'self')}."
+            raise TypeError(f"{owner}() has no argument {name!r}: {(*nearest, known)[0]}")
+        return function(*args, **kwargs)
+
+    return checked
 
 
 def number(name: str, value: float, *, at_least: float = -math.inf) -> float:

@@ -7,6 +7,7 @@ import textwrap
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
+from lightning_gradguard.core.arguments import with_known_names
 from lightning_gradguard.core.clipping import ClippingPolicy
 
 Plain = str | int | float | bool
@@ -20,6 +21,11 @@ class Configured:
 
     settings: Mapping[str, Plain] = {}
     verbose: bool = True
+
+    def __init_subclass__(cls, **options: object) -> None:
+        super().__init_subclass__(**options)
+        if "__init__" in vars(cls):
+            cls.__init__ = with_known_names(cls.__init__)  # type: ignore[method-assign]
 
 
 def non_defaults(callback: type, arguments: Mapping[str, object]) -> dict[str, Plain]:
