@@ -85,28 +85,29 @@ def test_numbers_on_the_bar(bar: Any, capsys: pytest.CaptureFixture[str]) -> Non
     assert shown.scales[9] == 1
 
 
+class TwoOptimizers(Classifier):
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Batch, batch_idx: int) -> None:
+        loss = self.net(batch[0]).square().mean()
+        self.manual_backward(loss)
+        for optimizer in self.optimizers():  # type: ignore[union-attr]
+            optimizer.step()
+
+    def configure_optimizers(self) -> Any:
+        return super().configure_optimizers(), super().configure_optimizers()
+
+
 def test_two_optimizers_and_two_monitors(capsys: pytest.CaptureFixture[str]) -> None:
     """A number that one of two monitors wants on the bar is on it; Lightning gets it from both."""
-
-    class Two(Classifier):
-        def __init__(self) -> None:
-            super().__init__()
-            self.automatic_optimization = False
-
-        def training_step(self, batch: Batch, batch_idx: int) -> None:
-            loss = self.net(batch[0]).square().mean()
-            self.manual_backward(loss)
-            for optimizer in self.optimizers():  # type: ignore[union-attr]
-                optimizer.step()
-
-        def configure_optimizers(self) -> Any:
-            return super().configure_optimizers(), super().configure_optimizers()
 
     monitors = [
         GradientNormMonitor(every_n_steps=2),
         GradientNormMonitor(every_n_steps=3, level="total", prog_bar=True),
     ]
-    trainer = fit_with_bar(monitors, batches(6), module=Two())
+    trainer = fit_with_bar(monitors, batches(6), module=TwoOptimizers())
     assert trainer.progress_bar_metrics.keys() == {"grad_norm.0/total", "grad_norm.1/total"}
 
 
@@ -280,6 +281,11 @@ def test_advice_does_not_name_what_is_there(capsys: pytest.CaptureFixture[str]) 
     assert "Rolled back to step 0" in printed
     assert "add LearningRateBackoff" not in printed
     assert "lower the learning rate" not in printed  # no rate avoids a NaN of the data
+
+
+def test_steps_of_several_optimizers_are_those_of_all(capsys: pytest.CaptureFixture[str]) -> None:
+    fit(TwoOptimizers(), batches(4), [NaNRollback()], enable_progress_bar=True)
+    assert any("No incident; 8 steps of 2 optimizers, in 4 batches" in line for line in lines(capsys))
 
 
 @pytest.mark.parametrize("order", range(4))

@@ -14,7 +14,9 @@ LAYERS_TITLE = "Layers, those of symptoms first, then by largest norm"
 def outcome_sentence(report: RunReport) -> str:
     """Returns the end of the run in one line."""
     outcome = report.verdict.outcome
-    facts = [f"{outcome.steps} steps" if outcome.steps else "no steps were logged"]
+    n_optimizers = len(report.run.log.gradients)
+    by_each = f", of {n_optimizers} optimizers each" * (n_optimizers > 1)
+    facts = [f"{outcome.steps} steps{by_each}" if outcome.steps else "no steps were logged"]
     if outcome.failed_at is not None:
         facts = [f"failed after {outcome.survived} of {outcome.steps} steps"]
         if outcome.survived is None:

@@ -102,8 +102,11 @@ def summarize(
     metrics.log_scalars(trainer, scalars, step)
     metrics.log_hyperparameters(trainer, settings)
     most_frequent_first = dict(sorted(incidents.items(), key=lambda item: -item[1]))
+    n_optimizers = len(trainer.optimizers)
+    batches = lightning_api.batches_that_stepped(trainer)
+    by_each = f" of {n_optimizers} optimizers, in {batches} batches" * (n_optimizers > 1)
     rows = {
-        "steps": str(trainer.global_step),
+        "steps": f"{trainer.global_step}{by_each}",
         **_formatted(counts, trainer.global_step - counts_since),
         "incidents": describe_counts(most_frequent_first) or "none",
     }
@@ -126,7 +129,10 @@ def summarize(
         console.print_last_message(trainer, "\n".join(lines))
     else:
         final_only = {tag: count for tag, count in counts.items() if tag.startswith(f"{tags.SUMMARY}/")}
-        facts = [f"{rows['steps']} steps", *(f"{k} {v}" for k, v in _formatted(final_only, 0).items())]
+        facts = [
+            f"{trainer.global_step} steps{by_each}",
+            *(f"{k} {v}" for k, v in _formatted(final_only, 0).items()),
+        ]
         since = f" since step {first_step}, where it was resumed" if first_step > 0 else ""
         console.print_last_message(trainer, f"No incident{since}; {', '.join(facts)}.")
 

@@ -31,6 +31,16 @@ def test_unknown_values_are_dashes(
     assert (second["final_loss"], second["first_loss"], first["survived"]) == (None, None, None)
 
 
+@pytest.mark.parametrize(
+    ("family", "words"), [("grad_norm", "20 steps, "), ("grad_norm.1", "20 steps, of 2 ")]
+)
+def test_steps_are_those_of_each_optimizer(
+    family: str, words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_events("run", {"grad_norm/total": [1.0] * 20, f"{family}/total": [1.0] * 20})
+    assert words in printed(capsys, "run")
+
+
 def test_runs_side_by_side(capsys: pytest.CaptureFixture[str]) -> None:
     write_events("runs/version_10", {"train_loss": [2.0 * 0.9**i for i in range(30)]})
     write_events(
