@@ -94,6 +94,7 @@ SymptomCause = Literal[
     "constant_input",
     "constant_target",
     "same_answers",
+    "second_term",
     "target_scale",
     "data_scale",
     "small_weights",

@@ -729,9 +729,21 @@ class Autoencoder(Task):
         return self.make(self)
 
 
-@pytest.mark.parametrize(("weight", "found"), [(10.0, ["same_answers"]), (1e-3, [])])
+@pytest.mark.parametrize(("weight", "found"), [(10.0, ["second_term"]), (1e-3, [])])
 def test_answers_of_an_autoencoder_that_are_all_the_mean_are_named(weight: float, found: list[str]) -> None:
     assert [i.cause for i in diagnosed(Autoencoder(weight), 226)] == found
+
+
+@pytest.mark.parametrize(
+    ("first", "ratio", "found"), [(18, 1.0, ["second_term"]), (3, 1.0, []), (18, 0.8, [])]
+)
+def test_a_term_that_outweighs_the_reconstruction_is_named(
+    first: float, ratio: float, found: list[str]
+) -> None:
+    """As the divergence of a VAE, which is summed over the batch; the mean of the data may be 0."""
+    calls = [LossSignal("mse_loss", value=ratio, constant=1.0, constant_here=1.0)]
+    steps = {0: first, 250: 1.4, 300: 1.3, 400: 1.2}
+    assert _found(Sample(s, loss, calls=calls, spread=0.9) for s, loss in steps.items()) == found
 
 
 @pytest.mark.parametrize(

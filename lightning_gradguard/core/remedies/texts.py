@@ -259,6 +259,12 @@ BY_CAUSE = {
         "from 0, and take the mean or the sum of both terms alike; of two views, keep negatives, or the "
         "predictor and stop-gradient of one side."
     ),
+    "second_term": (
+        "The other terms of the loss outweigh the one that compares the answers of {where}: take the mean or "
+        "the sum of all alike, then a smaller weight of the others, or one that rises from 0. Beside a mean "
+        "over samples and features x, the divergence of a VAE is (-0.5 * (1 + logvar - mu**2 - "
+        "logvar.exp())).sum(1).mean() / x[0].numel(); beside a mean over samples alone, without the division."
+    ),
     "target_scale": (
         "Standardize the targets, (target - mean) / std, and scale the answers of {where} back where they "
         "are used."

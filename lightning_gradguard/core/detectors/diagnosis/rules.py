@@ -52,6 +52,8 @@ FAR_ANSWER, FAR_GUESS, FIRST_GUESSES = 1e3, 5.0, 20
 #: Spread of the answers over their size below which they are nearly the same, and that of answers that are no
 #: better than a constant, and the loss over that of the constant up to which it is one.
 SAME_ANSWERS, SAME_BESIDE, AT_CONSTANT = 0.03, 0.15, 1.2
+#: The first loss over that of a constant, for one of its terms, from which on the other terms outweigh it.
+OUTWEIGHED = 5.0
 #: Spread of all losses over the first one up to which a loss is flat.
 FLAT = 0.003
 #: Nouns of rows of weights, and of what gates.
@@ -287,9 +289,17 @@ def same_answers(sample: Sample, progress: Progress, patience: int) -> Iterator[
 
     It is one of distances between answers, or has a second term beside that of the targets, as in a VAE.
     """
-    if sample.step < patience or progress.spreads_out:
+    if sample.step < patience:
         return
     is_worse = STUCK < progress.over_constant < AT_CONSTANT and not is_whole(sample)
+    outweighed = [call for call in sample.calls if progress.first > OUTWEIGHED * call.constant > 0]
+    if is_worse and outweighed:
+        name, ratio = outweighed[0].function, progress.over_constant
+        evidence = f"{name} is {ratio:.3g} times that of the best constant answer; the loss has other terms, "
+        evidence += f"and began at {progress.first / outweighed[0].constant:.3g} times that"
+        yield Symptom("stuck_loss", "second_term", sample.head, ratio, evidence, "stuck", 3)
+    if progress.spreads_out:
+        return
     is_alone = math.isnan(progress.over_constant) and not sample.meets_data
     if sample.spread < (SAME_BESIDE if is_worse else SAME_ANSWERS if is_alone else 0):
         name, spread = ", ".join(sample.head), f"{sample.spread:.1g} of their size"
