@@ -333,8 +333,14 @@ class TrainingDiagnosis(StepCallback):
                 if cause == "update_too_large":
                     own, _ = advice_on_schedules(schedules)
                 if found := findings_of_check(trainer, symptom):
-                    detail += " It follows from the poor initialization that the check reports."
-                    own = tried_cure(found) or own
+                    is_stuck = symptom.kind == "stuck_loss"
+                    detail += (
+                        f" The check of the initialization reports: {found[0].describe()}."
+                        if is_stuck
+                        else " It follows from the poor initialization that the check reports."
+                    )
+                    own = tried_cure(found) or (found[0].cure if is_stuck else own)
+                    cause = "" if is_stuck else cause
                 incident = incident_now(
                     trainer,
                     symptom.kind,

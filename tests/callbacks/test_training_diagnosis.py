@@ -34,6 +34,7 @@ from lightning_gradguard.core.detectors.diagnosis.sample import (
 )
 from lightning_gradguard.core.detectors.diagnosis.signals.recurrences import saturated_gates
 from lightning_gradguard.core.detectors.diagnosis.signals.units import UnitGradients, extremes
+from lightning_gradguard.core.incidents import CURE
 from lightning_gradguard.core.remedies import advice_for_cause
 from tests.launching import launch_on
 from tests.runtime.logging.test_loggers import events_in
@@ -533,6 +534,16 @@ def test_small_outputs_are_no_dead_units_and_follow_from_the_initialization() ->
     assert dead.kind == "dead_units"
     assert "GELU" not in dead.advice
     assert "rate" not in dead.advice, "before the first update, it is not at fault"
+
+
+def test_a_stuck_loss_has_what_the_check_has_found() -> None:
+    """Gradients that vanish a little less than is named in training, and updates that are small for it."""
+    listener = Listener()
+    module = Task(deep(nn.Tanh, 10, 0.1), optimizer=lambda net: torch.optim.SGD(net.parameters(), 0.01))
+    fit(module, batches(230), [InitializationCheck(), TrainingDiagnosis(), listener])
+    assert [(i.kind, i.cause) for i in listener.found] == [("stuck_loss", "")]
+    assert "The check of the initialization reports: gradient_gain of the network" in listener.found[0].detail
+    assert listener.found[0].advice.startswith(f"{CURE}for i in range(")
 
 
 def test_updates_that_are_lost_by_rounding_are_not_a_rate_that_is_too_low() -> None:

@@ -41,6 +41,11 @@ _NO_GRADIENT = (
     "such as a clamp whose argument lies beyond its bounds, round, sign, argmax or a comparison, or a factor "
     "of 0"
 )
+#: Normalizing what comes beside it betters a gain, and does not train such a network.
+_KEPT = (
+    "no initialization betters it: residual blocks multiply what passes them by {:.3g}; return x + f(x) from "
+    "forward, without a factor of x and of the sum, and begin with branches of zero"
+)
 #: What remains for criteria that none of these is for.
 _NOT_FOUND_FOR = {
     "gain_through_time": "nothing that was tried betters it (initializers, an LSTM); try shorter sequences",
@@ -88,6 +93,10 @@ def with_cures(
         result = whole if finding.criterion == "layer_gain" else best.get(finding)
         if finding not in uncured:
             cured.append(replace(finding, cure=finding.cure or "none needed"))
+        elif (
+            measured is not None and measured.kept < 1 and "_gain" in finding.criterion and finding.value < 0
+        ):
+            cured.append(replace(finding, cure=_KEPT.format(measured.kept)))
         elif result is None:
             is_zero = finding.criterion.endswith("_gain") and finding.value < ZERO_GAIN / 2
             text = _NO_GRADIENT if is_zero else _NOT_FOUND_FOR.get(finding.criterion, _NOT_FOUND)

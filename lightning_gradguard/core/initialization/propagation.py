@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,7 @@ ZERO_GAIN = -45.0
 RECTIFIERS = frozenset({"relu", "leaky_relu", "elu", "selu", "gelu", "silu", "mish", "relu6", "celu"})
 SATURATING = {"tanh": 0.97, "sigmoid": 0.985}
 LOSSES = frozenset({"cross_entropy", "nll_loss"})
+_FACTORS = ("mul", "rmul", "div", "truediv")
 #: Calls in one pass from which on a cell counts as a loop through time.
 MIN_CALLS = 4
 #: Layers whose weights are checked.
@@ -39,6 +41,7 @@ class SignalPropagation:
         n_classes: Number of classes, if a classification loss was called that is a mean.
         layers: Weighted layers with a gradient, in the order of the forward pass: frozen ones have none.
         branches: The last layer of each residual branch.
+        kept: Share of its input that a residual block passes on, below 1 where it is multiplied by a number.
         block_gain: Like `Layer.gain`, at the output of the first repeated block.
         variation: By how much the last layer's input differs from sample to sample, in units of its rms.
         recurrent_gains: For each recurrent module, log10 of the ratio of gradient norms at its first and its
@@ -52,6 +55,7 @@ class SignalPropagation:
     n_classes: int | None = None
     layers: list[Layer] = field(default_factory=list)
     branches: list[Layer] = field(default_factory=list)
+    kept: float = 1.0
     block_gain: float | None = None
     variation: float = 1.0
     recurrent_gains: dict[str, float] = field(default_factory=dict)
@@ -72,7 +76,8 @@ def propagate(module: nn.Module, run_loss: Callable[[], Tensor]) -> SignalPropag
     """
     with preserve_weights(module), preserve_state(module), torch.enable_grad(), ForwardTrace(module) as trace:
         loss = run_loss()
-        result = SignalPropagation(float(loss.detach()), trace.n_classes, trace.layers, trace.branches)
+        facts = trace.n_classes, trace.layers, trace.branches, trace.kept
+        result = SignalPropagation(float(loss.detach()), *facts)
         generator = torch.Generator().manual_seed(0)
         if trace.last_input is not None and len(trace.layers) > 1:
             hidden = trace.layers[:-1]
@@ -208,6 +213,9 @@ class ForwardTrace(TorchFunctionMode):
         super().__init__()
         self.layers: list[Layer] = []
         self.branches: list[Layer] = []
+        self.kept = 1.0
+        self._sums: WeakValueDictionary[int, Tensor] = WeakValueDictionary()
+        self._products: dict[int, tuple[Tensor, Tensor, float]] = {}
         self.blocks: list[Tensor] = []
         self.cells: dict[str, list[Tensor]] = {}
         self.recurrent: dict[str, tuple[Tensor, Tensor, int]] = {}
@@ -247,9 +255,30 @@ class ForwardTrace(TorchFunctionMode):
             self.n_classes = args[0].shape[1] if args[0].ndim > 1 else None
         elif self.layers and (name in RECTIFIERS or name in SATURATING) and result.requires_grad:
             self._record_activation(self.layers[-1], name, result)
-        elif self.layers and name in ("add", "radd", "iadd") and adds_its_input(_tensors(args)):
-            self.branches.append(self.layers[-1])
+        elif self.layers and name in ("add", "radd", "iadd"):
+            self._record_sum(_tensors(args), result)
+        elif self.layers and name in _FACTORS and len(args) == 2:
+            self._record_product(args, result, is_quotient=name in ("div", "truediv"))
         return result
+
+    def _record_sum(self, summands: Sequence[Tensor], result: Tensor) -> None:
+        known = [self._products.get(id(summand)) for summand in summands]
+        originals = [s if found is None else found[1] for s, found in zip(summands, known, strict=True)]
+        if adds_its_input(summands):
+            self.branches.append(self.layers[-1])
+        elif adds_its_input(originals):  # what passes the branch is multiplied
+            self.kept = min([self.kept, *(found[2] for found in known if found is not None)])
+        else:
+            return
+        self._sums[id(result)] = result
+
+    def _record_product(self, args: Sequence[Any], result: Any, *, is_quotient: bool) -> None:
+        tensors, numbers = _tensors(args), [abs(a) for a in args if isinstance(a, (int, float)) and a]
+        if len(tensors) == len(numbers) == 1 and tensors[0].requires_grad:
+            factor = 1 / numbers[0] if is_quotient else numbers[0]
+            self._products[id(result)] = result, tensors[0], factor
+            if self._sums.get(id(tensors[0])) is tensors[0]:
+                self.kept = min(self.kept, factor)
 
     def _on_forward(self, module: nn.Module, record: Callable[..., None], *facts: Any) -> None:
         handle = module.register_forward_hook(UncopiedHook(lambda m, i, o: record(m, i, o, *facts)))

@@ -210,7 +210,7 @@ class Normalized:
         kind = "nn.LayerNorm({})" if isinstance(layer.module, nn.Linear) else "nn.GroupNorm(1, {})"
         where = code_of(layer.name, self.module)
         made = kind.format(layer.module.weight.shape[0])
-        return f"normalization before each activation, such as {made} after {where}  # {change}"
+        return f"normalization after each layer but the last, such as {made} after {where}  # {change}"
 
 
 def _normalize(layer: nn.Module, inputs: Any, output: Tensor) -> Tensor:

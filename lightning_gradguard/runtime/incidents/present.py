@@ -50,10 +50,12 @@ def present_in(trainer: pl.Trainer) -> set[Present]:
 
 def findings_of_check(trainer: pl.Trainer, symptom: Symptom) -> list[Finding]:
     """Returns what the check of the initialization has found of a symptom that the first weights explain."""
-    criterion = "gradient_gain" if symptom.tier == "depth" else symptom.kind
+    # updates are small where gradients vanish
+    is_stuck = symptom.kind == "stuck_loss" and symptom.cause in ("unknown", "learning_rate_too_low")
+    criterion = "gradient_gain" if symptom.tier == "depth" or is_stuck else symptom.kind
     sign = {"vanishing_gradient": -1, "exploding_gradient": 1}.get(symptom.kind, 0)
     callbacks = trainer.callbacks  # type: ignore[attr-defined]
     checks = [callback for callback in callbacks if is_instance_by_name(callback, "InitializationCheck")]
-    found = [f for check in checks for f in check.findings if symptom.is_of_initialization]
+    found = [f for check in checks for f in check.findings if symptom.is_of_initialization or is_stuck]
     fitting = [f for f in found if f.criterion == criterion and f.severity != "info" and f.value * sign >= 0]
     return fitting or [f for f in found if f.severity == "fail"]

@@ -116,6 +116,47 @@ def test_pasted_gates_are_those_of_all_layers_and_directions() -> None:
     assert [p[8:16].mean().item() for p in biases] == pytest.approx([4.6] * 4)
 
 
+class Residual(nn.Module):
+    """Residual blocks that multiply what passes them, and their sum, by a number."""
+
+    def __init__(self, of_input: float, of_sum: float) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.head, self.blocks = nn.Linear(64, 10), nn.ModuleList()
+        for _ in range(24):
+            self.blocks.append(nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64)))
+        for weight in [p for p in self.blocks.parameters() if p.ndim > 1]:
+            he(weight)
+        self.first, self.of_input, self.of_sum = nn.Linear(64, 64), of_input, of_sum
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        for block in self.blocks:
+            x = (x if self.of_input == 1 else self.of_input * x) + block(x)
+            x = x if self.of_sum == 1 else x / self.of_sum
+        out: Tensor = self.head(x)
+        return out
+
+
+def test_pasted_branches_of_zero_cure_a_residual_network_that_explodes() -> None:
+    network = Residual(1, 1)
+    findings = check(network, loss_of(network))[0]
+    assert findings[0].cure.startswith("for i in range(0, 24): nn.init.zeros_(model.blocks[i][")
+    pasted(table(findings[:1]), network)
+    assert [f for f in check(network, loss_of(network))[0] if f.severity != "info"] == []
+
+
+@pytest.mark.parametrize(("of_input", "of_sum"), [(0.5, 1), (1, 4.0)])
+def test_what_residual_blocks_multiply_is_told(of_input: float, of_sum: float) -> None:
+    network = Residual(of_input, of_sum)
+    for block in network.blocks:
+        assert isinstance(block, nn.Sequential)
+        nn.init.normal_(block.get_parameter("2.weight"), std=0.01)
+    found = check(network, loss_of(network))[0]
+    told = f"residual blocks multiply what passes them by {of_input / of_sum:.3g}; return x + f(x)"
+    assert [told in f.cure for f in found if f.criterion == "gradient_gain"] == [True]
+
+
 def test_another_activation_is_advised_where_no_initializer_betters_a_sigmoid() -> None:
     network = mlp(20, nn.Sigmoid)
     findings, _ = check(network, loss_of(network))
@@ -161,7 +202,7 @@ def test_a_repair_is_not_advised_where_it_does_nothing() -> None:
     network = nn.Sequential(*(layer for pair in layers for layer in pair))
     findings = {f.criterion: f for f in check(network, loss_of(network))[0]}
     assert {f.severity for f in findings.values()} == {"warn"}
-    assert findings["gradient_gain"].cure.startswith("normalization before each activation")
+    assert findings["gradient_gain"].cure.startswith("normalization after each layer but the last")
 
 
 def test_like_rows_share_one() -> None:
