@@ -215,11 +215,12 @@ def far_answers(sample: Sample, progress: Progress) -> Iterator[Symptom]:
     """Yields answers far beyond targets, or what classes need; large inputs explain them."""
     origin = input_cause(sample)
     cause: SymptomCause = "large_answers" if origin == "unknown" else origin
-    where = sample.head if origin == "unknown" else (*sample.entry, *sample.head)
+    where = sample.head if origin == "unknown" else sample.entry
     for call in sample.calls:
-        if call.answer > max(LARGE_TARGET, FAR_ANSWER * call.target) and not progress.learns:
+        is_far = call.answer > max(LARGE_TARGET, FAR_ANSWER * call.target) and not progress.learns
+        if is_far and origin == "unknown":  # else the loss that is stuck has the inputs as its cause
             sizes = f"answers is {call.answer:.2g}, that of the targets {call.target:.2g}"
-            evidence = f"{call.function}: the rms of the {sizes} (usual: alike){size_of_data(sample)}"
+            evidence = f"{call.function}: the rms of the {sizes} (usual: alike)"
             ratio = call.answer / max(call.target, 1e-45)
             yield Symptom("exploding_gradient", cause, where, ratio, evidence, "update")
         if call.value > FAR_GUESS * call.guess and sample.step >= FIRST_GUESSES:
