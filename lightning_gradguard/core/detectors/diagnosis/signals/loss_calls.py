@@ -6,20 +6,13 @@ import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from lightning_gradguard.core.incidents import SymptomCause
 
-#: Loss functions whose calls are examined.
-LOSSES = frozenset(
-    {
-        *("cross_entropy", "nll_loss", "binary_cross_entropy", "binary_cross_entropy_with_logits"),
-        *("mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss", "kl_div", "ctc_loss"),
-    }
-)
 REGRESSION = frozenset({"mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss", "difference"})
 #: Functions whose result has nothing but the shape of a tensor, such as the labels of a discriminator.
 CONSTANTS = frozenset({"zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full"})
@@ -61,48 +54,124 @@ def _signature(function: Callable[..., Any]) -> inspect.Signature:
     return inspect.signature(function)
 
 
+class _Call(NamedTuple):
+    answer: Tensor  # attached to the graph
+    target: Tensor
+    options: Mapping[str, Any]
+
+    @property
+    def values(self) -> Tensor:
+        return self.answer.detach()
+
+    @property
+    def head(self) -> str:
+        return head_node(self.answer)
+
+    def share_out_of(self, low: float, high: float) -> Tensor:
+        return ((self.target < low) | (self.target > high)).float().mean()
+
+
+_Conditions = Iterator[tuple[SymptomCause, Tensor | bool]]
+
+
+def _of_logits(call: _Call) -> _Conditions:
+    values = call.values
+    if values.ndim > 1 and values.shape[1] > 1:
+        is_simplex = (values >= 0).all(1) & ((values.sum(1) - 1).abs() < 1e-3)
+        yield (
+            "softmax_before_loss",
+            True if call.head in ("Softmax", "Sigmoid") else is_simplex.float().mean(),
+        )
+
+
+def _of_labels(call: _Call) -> _Conditions:
+    if call.answer.ndim > 1 and call.answer.shape[1] == 1:
+        yield "single_class", True
+    if not call.target.is_floating_point():
+        yield "labels_ignored", (call.target == call.options.get("ignore_index", -100)).all()
+
+
+def _of_log_probabilities(call: _Call) -> _Conditions:
+    if call.answer.ndim > 1:
+        yield "not_log_probabilities", _share_unnormalized(call.values, 1)
+
+
+def _of_divergences(call: _Call) -> _Conditions:
+    values = call.values
+    outside = (values > 1e-4).float().mean()
+    if values.ndim == 2 and values.shape[1] > 1:
+        outside = torch.maximum(outside, _share_unnormalized(values, 1))
+    yield "not_log_probabilities", outside
+    if not call.options.get("log_target", False):
+        yield "targets_out_of_range", call.share_out_of(-1e-4, math.inf)
+
+
+def _of_alignments(call: _Call) -> _Conditions:
+    yield "not_log_probabilities", _share_unnormalized(call.values, -1)
+
+
+def _of_flags(call: _Call) -> _Conditions:
+    yield "targets_out_of_range", call.share_out_of(0, 1)
+
+
+def _of_flag_logits(call: _Call) -> _Conditions:
+    if call.head in ("Sigmoid", "Softmax"):
+        yield "softmax_before_loss", True
+    if call.head == "Relu":
+        yield "unreachable_targets", (call.target < 0.5).float().mean()
+
+
+def _of_regression(call: _Call) -> _Conditions:
+    if broadcasts(call.answer, call.target):
+        yield "broadcast_targets", True
+    if call.head in _RANGES and not _is_sigmoid_twice(call):
+        low, high = _RANGES[call.head]
+        yield "unreachable_targets", call.share_out_of(low - _OUTSIDE, high + _OUTSIDE)
+
+
+def _of_sigmoids(call: _Call) -> _Conditions:
+    if _is_sigmoid_twice(call):
+        low, high = _OF_TWO_SIGMOIDS
+        yield "unreachable_targets", call.share_out_of(low - _OUTSIDE, high + _OUTSIDE)
+
+
+def _of_all(call: _Call) -> _Conditions:
+    if has_single_softmax(call.answer):
+        yield "single_class", True
+
+
+_CONDITIONS: dict[str, tuple[Callable[[_Call], _Conditions], ...]] = {
+    "cross_entropy": (_of_logits, _of_labels),
+    "nll_loss": (_of_labels, _of_log_probabilities),
+    "kl_div": (_of_divergences,),
+    "ctc_loss": (_of_alignments,),
+    "binary_cross_entropy": (_of_flags, _of_sigmoids),
+    "binary_cross_entropy_with_logits": (_of_flags, _of_flag_logits),
+    **dict.fromkeys(REGRESSION, (_of_regression, _of_sigmoids)),
+}
+#: Loss functions whose calls are examined.
+LOSSES = frozenset(_CONDITIONS) - {"difference"}
+
+
 def broken_conditions(
     function: str, answer: Tensor, target: Tensor, options: Mapping[str, Any]
-) -> Iterator[tuple[SymptomCause, Tensor | bool]]:
+) -> _Conditions:
     """Yields, by cause, the share of a call that breaks a condition, or True if all of it does.
 
     A subtraction of targets is the function `"difference"`; the answer is attached to the graph.
     """
-    head = head_node(answer)
-    values = answer.detach()
-    if function == "cross_entropy" and values.ndim > 1 and values.shape[1] > 1:
-        sums = values.sum(1)
-        is_simplex = ((values >= 0).all(1) & ((sums - 1).abs() < 1e-3)).float().mean()
-        yield "softmax_before_loss", True if head in ("Softmax", "Sigmoid") else is_simplex
-    if function in ("cross_entropy", "nll_loss") and values.ndim > 1 and values.shape[1] == 1:
-        yield "single_class", True
-    if function in ("cross_entropy", "nll_loss") and not target.is_floating_point():
-        yield "labels_ignored", (target == options.get("ignore_index", -100)).all()
-    if function == "nll_loss" and values.ndim > 1:
-        yield "not_log_probabilities", (values.logsumexp(1).abs() > 0.01).float().mean()
-    if function == "kl_div":
-        outside = (values > 1e-4).float().mean()
-        if values.ndim == 2 and values.shape[1] > 1:
-            outside = torch.maximum(outside, (values.logsumexp(1).abs() > 0.01).float().mean())
-        yield "not_log_probabilities", outside
-        if not options.get("log_target", False):
-            yield "targets_out_of_range", (target < -1e-4).float().mean()
-    if function == "ctc_loss":
-        yield "not_log_probabilities", (values.logsumexp(-1).abs() > 0.01).float().mean()
-    if function == "binary_cross_entropy_with_logits" and head in ("Sigmoid", "Softmax"):
-        yield "softmax_before_loss", True
-    if function.startswith("binary_cross_entropy"):
-        yield "targets_out_of_range", ((target < 0) | (target > 1)).float().mean()
-    if function == "binary_cross_entropy_with_logits" and head == "Relu":
-        yield "unreachable_targets", (target < 0.5).float().mean()
-    if has_single_softmax(answer):
-        yield "single_class", True
-    if function in REGRESSION and broadcasts(values, target):
-        yield "broadcast_targets", True
-    is_twice = head == "Sigmoid" and _name_before(answer) in ("Sigmoid", "Softmax")
-    if (function in REGRESSION and head in _RANGES) or (function == "binary_cross_entropy" and is_twice):
-        low, high = _OF_TWO_SIGMOIDS if is_twice else _RANGES[head]
-        yield "unreachable_targets", ((target < low - _OUTSIDE) | (target > high + _OUTSIDE)).float().mean()
+    call = _Call(answer, target, options)
+    for conditions in (*_CONDITIONS[function], _of_all):
+        yield from conditions(call)
+
+
+def _share_unnormalized(values: Tensor, dim: int) -> Tensor:
+    """Returns the share of rows whose probabilities do not sum to 1, of their logarithms."""
+    return (values.logsumexp(dim).abs() > 0.01).float().mean()
+
+
+def _is_sigmoid_twice(call: _Call) -> bool:
+    return call.head == "Sigmoid" and _name_before(call.answer) in ("Sigmoid", "Softmax")
 
 
 def loss_of_guessing(function: str, answer: Tensor, options: Mapping[str, Any]) -> float:
