@@ -62,7 +62,7 @@ class StepTransaction:
         closed = self if self.state == "open" else replace(self)
         closed.state = state
         closed.measurement = step.measurement
-        # to read the norms takes two operations
-        if state != "committed" and (step.measurement is None or step.measurement.must_skip):
+        is_good = state == "deferred" and step.measurement is not None and not step.measurement.must_skip
+        if state != "committed" and not is_good:  # to read the norms takes two operations
             closed.names, closed.norms = step.gradients.names, step.gradients.norms
         return closed
