@@ -30,7 +30,7 @@ class LearningRateBackoff(StepCallback):
 
     A run that is rolled back to its start, or again to the same snapshot, has a rate that does not train it.
     Then the highest rate that trains is searched, within a factor of 16; it is kept, logged, and reported as
-    the rate to train with.
+    the rate to train with. If the weights have diverged from the start, the search begins with a sixteenth.
 
     | tag | value |
     |---|---|
@@ -78,6 +78,7 @@ class LearningRateBackoff(StepCallback):
         self._found_rate: float | None = None
         self._is_first_batch = False
         self._has_updated = False
+        self._has_diverged = False
         self._has_ended = False
         self._left: Counter[str] = Counter()
         self._rates: list[ScaledLearningRate] = []
@@ -119,7 +120,7 @@ class LearningRateBackoff(StepCallback):
                 self._backoff.reset()  # the rates were changed by hand since they were cut
                 self._found_rate = None
         self._scale = self._backoff.scale
-        self._counted = False
+        self._counted = self._has_diverged = False
         for rate in self._rates:
             rate.scale = self._scale
 
@@ -139,6 +140,7 @@ class LearningRateBackoff(StepCallback):
         """Backs off after a rollback, unless its cause is one that no rate avoids."""
         if incident.kind == "training_diverged":
             self._found_rate = None  # the run has ended at it
+        self._has_diverged |= incident.kind in ("divergence", "gradient_collapse")
         if incident.kind != "rollback" or incident.value is None:
             return
         if not self._initial_rates():
@@ -149,7 +151,7 @@ class LearningRateBackoff(StepCallback):
         if incident.cause in fails_alike or not self._has_updated:
             self._left[tags.ROLLBACKS_AT_ANY_RATE] += 1
             return
-        if self._backoff.on_rollback(int(incident.value)):
+        if self._backoff.on_rollback(int(incident.value), has_diverged=self._has_diverged):
             self._found_rate = None
             facts: dict[str, Any] = {"step": incident.step, "batch_idx": incident.batch_idx}
             facts |= {"value": self._backoff.level, "action": "backed_off"}

@@ -17,6 +17,8 @@ from lightning_gradguard.core.incidents import TRIAL_STEPS
 REWARM_START = 0.1
 #: A search ends when the level that trains is at least this share of the lowest one that failed.
 SEARCH_PRECISION = 1 / 16
+#: Squarings by which a search is ahead whose run has diverged from its very first step.
+AHEAD = 2
 #: Losses at the beginning of a trial, and at its end, whose medians are compared.
 COMPARED_LOSSES = 10
 
@@ -28,9 +30,9 @@ class Backoff:
 
     A run that is rolled back to where it began, or to where it was rolled back to before, has a rate that
     does not train it. Then the scale is *searched*: each cut is the square of the one before (1/2, 1/4, 1/16,
-    ...), and a level that lasts for 60 good steps is raised to the geometric mean of itself and the lowest
-    level that has failed, until they are within a factor of 16. What was found is kept, and recovers no
-    further.
+    ...; from 1/16 on where the run has diverged from its first step), and a level that lasts for 60 good
+    steps is raised to the geometric mean of itself and the lowest level that has failed, until they are
+    within a factor of 16. What was found is kept, and recovers no further.
 
     Args:
         factor: A cut multiplies the scale by it; in (0, 1).
@@ -111,19 +113,23 @@ class Backoff:
         warmed = 1 - self._rewarm_left / self._rewarm_steps
         return self._level * (REWARM_START + (1 - REWARM_START) * warmed)
 
-    def on_rollback(self, position: int) -> bool:
+    def on_rollback(self, position: int, *, has_diverged: bool = False) -> bool:
         """Cuts the scale; searches it if the run was rolled back to here or before already, or began here.
 
         Args:
             position: That of the snapshot, as in `begin`.
+            has_diverged: True if the weights were bad, and not a step alone.
 
         Returns:
             True unless the last cut is within the cooldown.
         """
         search = position <= self._returned_to
         self._returned_to = position
+        is_from_start = search and position == 0
+        if is_from_start and has_diverged:
+            self._cuts = max(self._cuts, AHEAD)  # half of such a rate seldom trains
         # a rate that fails at once is tried as it is: re-warming would hide that it fails
-        return self.reduce(search=search, rewarm=not (search and position == 0))
+        return self.reduce(search=search, rewarm=not is_from_start)
 
     def reduce(self, *, search: bool = False, rewarm: bool = True) -> bool:
         """Cuts the scale; at `min_scale` it is only re-warmed.

@@ -8,6 +8,7 @@ from operator import attrgetter
 from typing import Any, Literal
 
 from lightning_gradguard.core.detectors import Anomaly, OptimizerHealth
+from lightning_gradguard.core.detectors.optimizer_health import EARLY_RISE
 
 #: Steps over which the share of skipped ones is taken.
 OUTCOMES = 100
@@ -20,6 +21,9 @@ MOVED = 1.0
 #: The same where the loss is not far above everything seen, but has made no progress since the start, by
 #: whether it is worse than there.
 MOVED_WITHOUT_PROGRESS = {"worse_than_first": 2.5, "no_progress": 10.0}
+#: The same, at least, for each step where the loss rises in the first ones: rates that are too high move the
+#: weights by 0.07 and more, a curriculum of which only the data get harder by 0.03 (docs/evidence_rates.md).
+MOVED_EARLY = 0.04
 #: Steps from one measurement of that distance to the next.
 DISTANCE_INTERVAL = 10
 #: Rollbacks that cannot help, before the run is stopped: no step was good yet, or eps is at fault.
@@ -108,7 +112,7 @@ class RecoveryPolicy:
             total_norm: Finite.
             is_collapsed: See above.
             distance: Measures how far the weights are from the last trusted snapshot, in units of their norm
-                there; called at most once in ten steps. Without it no divergence is found.
+                there; called at most once in ten steps after the first 20. Without it no divergence is found.
 
         Returns:
             The decision, and the anomaly that begins with this step.
@@ -124,11 +128,14 @@ class RecoveryPolicy:
         anomaly = self._health[index].update(loss, total_norm, is_collapsed)
         self.is_spiking = any(map(_SPIKING, self._health.values()))
         self._asked_ago += 1
-        if anomaly in ("divergence", "worse_than_first", "no_progress", "lasting_spike"):
-            if self._asked_ago < DISTANCE_INTERVAL:
+        if anomaly in ("divergence", "early_rise", "worse_than_first", "no_progress", "lasting_spike"):
+            bound = MOVED_WITHOUT_PROGRESS.get(anomaly, MOVED)
+            if anomaly == "early_rise":
+                health = self._health[index]
+                bound = max(EARLY_RISE / health.early_rise, MOVED_EARLY * health.n_steps)
+            elif self._asked_ago < DISTANCE_INTERVAL:
                 return "continue", ""
             self._asked_ago = 0
-            bound = MOVED_WITHOUT_PROGRESS.get(anomaly, MOVED)
             if distance is None or not distance() >= bound:
                 return "continue", ""
             return self.escalate(), "" if anomaly == "lasting_spike" else "divergence"  # a spike was reported

@@ -176,7 +176,7 @@ def test_optimizer_with_closure_synchronizes_with_the_copy(monkeypatch: pytest.M
     fit(at_once, bad, rollbacks[:1])
     copy_late(monkeypatch)
     fit(late, bad, rollbacks[1:])
-    assert [rollback.rollbacks for rollback in rollbacks] == [1, 1]
+    assert rollbacks[0].rollbacks == rollbacks[1].rollbacks >= 1
     assert same(weights(at_once), weights(late))
 
 

@@ -180,3 +180,24 @@ def test_weights_that_grow_from_near_zero_are_neither_a_divergence_nor_an_explos
     found = set(kinds.found)
     assert found
     assert not found & {"divergence", "rollback", "exploding_gradient"}
+
+
+class DeepClassifier(Regression):
+    def __init__(self, lr: float) -> None:
+        super().__init__(lr)
+        torch.manual_seed(1)
+        layers = [nn.Linear(10 if i == 0 else 64, 64) for i in range(8)]
+        for layer in layers:
+            nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+        self.net = nn.Sequential(*(part for layer in layers for part in (layer, nn.ReLU())), nn.Linear(64, 1))
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.Adam(self.parameters(), self.lr)
+
+
+def test_first_update_of_adam_that_blows_the_loss_up_is_undone(tmp_path: Path) -> None:
+    module = DeepClassifier(lr=0.1)
+    fit(module, regression(100), default_callbacks(initialization_check=None), tmp_path)
+    assert recorded(tmp_path, "rollback") == [0]
+    assert recorded(tmp_path, "learning_rate_found") == [0.1 / 16]
+    assert len([loss for loss in module.losses if loss > 2 * module.losses[0]]) <= 3

@@ -68,6 +68,14 @@ def test_search_cuts_by_squares_and_raises_what_lasts() -> None:
     assert not backoff.is_searching
 
 
+def test_search_from_a_divergence_at_the_start_begins_with_a_sixteenth() -> None:
+    for has_diverged, level in ((True, 2**-4), (False, 2**-1)):
+        backoff = Backoff()
+        backoff.begin(0)
+        assert backoff.on_rollback(0, has_diverged=has_diverged)
+        assert (backoff.level, backoff.scale) == (level, level)
+
+
 def test_found_level_is_kept_and_returned_to_if_a_higher_one_fails() -> None:
     backoff = Backoff(rewarm_steps=0, recover_after_steps=100)
     for _ in range(4):

@@ -88,6 +88,27 @@ def test_run_without_progress_has_diverged_if_its_weights_are_far_away() -> None
         assert found == decisions
 
 
+def test_loss_that_rises_in_the_first_steps_with_its_weights_is_a_divergence() -> None:
+    """A bad batch is none, nor is a rise once the task is learned, or with the weights in place."""
+    for losses, distance, expected in [
+        ([2.3, 5.0, 3.0], 1.0, {"continue", "roll_back"}),
+        ([2.3, 80.0, 3.0], 0.15, {"continue", "roll_back"}),
+        ([2.3, 5.0, 3.0], 0.15, {"continue"}),
+        ([2.3, 80.0, 3.0], 0.05, {"continue"}),
+        ([2.3, 80.0, 2.2], 1.0, {"continue"}),
+        ([2.3, 0.4, 80.0, 80.0], 1.0, {"continue"}),
+        ([2.3] * 9 + [80.0] * 4, 0.3, {"continue"}),  # the data get harder, as in a curriculum
+        ([2.3] * 9 + [80.0] * 4, 0.6, {"continue", "roll_back"}),
+        ([2.3] * 20 + [80.0] * 4, 1.0, {"continue"}),
+    ]:
+        policy = recovery()
+        found = {
+            policy.on_good_step(0, loss, loss**4, distance=lambda: distance)[0]  # noqa: B023
+            for loss in losses
+        }
+        assert found == expected, (losses, distance)
+
+
 def test_weights_are_measured_once_in_ten_steps_at_most() -> None:
     policy, asked = recovery(), []
     for step in range(300):

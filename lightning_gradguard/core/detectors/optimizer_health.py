@@ -26,9 +26,22 @@ ADVERSARIAL_DIVERGENCE_RATIO = 1e6
 PROGRESS = 0.9
 #: Steps after which a run without progress is suspected, and again after as many.
 NO_PROGRESS_STEPS = 50
+#: First steps, in which a loss is compared with the very first one until it was once below this share of it,
+#: and the ratio below which it has not risen.
+FIRST_STEPS, LEARNED, EARLY_LOSS_RATIO = 20, 0.2, 1.2
+#: Ratio of loss times norm, times the distance of the weights (1 at most), from which on that is a
+#: divergence; docs/evidence_rates.md has those of healthy programs.
+EARLY_RISE = 20.0
 #: Faults of steps whose numbers are finite.
 Anomaly = Literal[
-    "", "loss_spike", "lasting_spike", "divergence", "worse_than_first", "no_progress", "gradient_collapse"
+    "",
+    "loss_spike",
+    "lasting_spike",
+    "divergence",
+    "early_rise",
+    "worse_than_first",
+    "no_progress",
+    "gradient_collapse",
 ]
 
 
@@ -42,8 +55,13 @@ class DivergenceDetector:
     slowly, as those of a Q network do along with its values, raise what they are compared with. Where losses
     fall to 0 or below, they are measured from the lowest, in units of the range seen so far.
 
+    In the first 20 steps, until the loss has once fallen to a fifth, the ratio of a single step to the first
+    one is an early rise if the next loss is above the first one, too: after one bad batch it is not.
+
     Attributes:
+        n_steps: Steps so far.
         made_progress: True if the loss was ever a tenth lower than at the first step.
+        early_rise: That ratio; 0 without an early rise.
 
     Example:
         >>> detector = DivergenceDetector()
@@ -60,13 +78,16 @@ class DivergenceDetector:
         self._highest: tuple[float, float] | None = None
         self._lowest = math.inf
         self._first = 0.0
-        self._n_steps = 0
+        self.n_steps = 0
+        self._rise = 0.0
+        self._has_learned = False
+        self.early_rise = 0.0
         self.made_progress = False
 
     @property
     def suspicion(self) -> Anomaly:
         """Suspicion after each 50 steps without progress."""
-        is_due = self._n_steps > 0 and self._n_steps % NO_PROGRESS_STEPS == 0
+        is_due = self.n_steps > 0 and self.n_steps % NO_PROGRESS_STEPS == 0
         if not is_due or self.made_progress or self._first <= 0:
             return ""
         return "worse_than_first" if median(self._losses) > MIN_LOSS_RATIO * self._first else "no_progress"
@@ -77,8 +98,12 @@ class DivergenceDetector:
             self._highest, self._first = (loss, total_norm), loss
         self._losses.append(loss)
         self._norms.append(total_norm)
-        self._n_steps += 1
-        is_due = self._n_steps % EVIDENCE_STEPS == 0
+        self.n_steps += 1
+        self._has_learned |= loss < LEARNED * self._first
+        is_first = self.n_steps <= FIRST_STEPS and self._first > 0 and not self._has_learned
+        self.early_rise = self._rise if loss > self._first else 0.0
+        self._rise = self._ratio(loss, total_norm, *self._highest, EARLY_LOSS_RATIO) if is_first else 0.0
+        is_due = self.n_steps % EVIDENCE_STEPS == 0
         # no median is above the largest
         may_rise = is_due or self._ratio(max(self._losses), 0.0, *self._highest) > 0
         if len(self._losses) < EVIDENCE_STEPS or not may_rise:
@@ -98,7 +123,7 @@ class DivergenceDetector:
         """Discards the last steps after a rollback: they were made with other weights."""
         self._losses.clear()
         self._norms.clear()
-        self._n_steps -= self._n_steps % EVIDENCE_STEPS
+        self.n_steps -= self.n_steps % EVIDENCE_STEPS
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the last steps, and what they are compared with."""
@@ -109,8 +134,10 @@ class DivergenceDetector:
             "start": self._highest,
             "lowest": self._lowest,
             "first": self._first,
-            "n_steps": self._n_steps,
+            "n_steps": self.n_steps,
             "made_progress": self.made_progress,
+            "rise": self._rise,
+            "has_learned": self._has_learned,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -121,10 +148,18 @@ class DivergenceDetector:
         self._highest = state_dict["start"]
         self._lowest = state_dict.get("lowest", math.inf)
         self._first = state_dict.get("first", 0.0)
-        self._n_steps = state_dict.get("n_steps", len(self._losses))
+        self.n_steps = state_dict.get("n_steps", len(self._losses))
         self.made_progress = state_dict.get("made_progress", True)
+        self._rise, self._has_learned = state_dict.get("rise", 0.0), state_dict.get("has_learned", True)
 
-    def _ratio(self, loss: float, total_norm: float, highest_loss: float, highest_norm: float) -> float:
+    def _ratio(
+        self,
+        loss: float,
+        total_norm: float,
+        highest_loss: float,
+        highest_norm: float,
+        least: float = MIN_LOSS_RATIO,
+    ) -> float:
         if min(self._lowest, highest_loss) > 0:
             loss_ratio = loss / highest_loss
         else:
@@ -132,7 +167,7 @@ class DivergenceDetector:
             scale = max(highest_loss - lowest, abs(self._first))
             loss_ratio = (loss - lowest) / scale if scale > 0 else 0.0
         norm_ratio = total_norm / highest_norm if highest_norm > 0 else 0.0
-        return loss_ratio * max(norm_ratio, loss_ratio) if loss_ratio >= MIN_LOSS_RATIO else 0.0
+        return loss_ratio * max(norm_ratio, loss_ratio) if loss_ratio >= least else 0.0
 
 
 class CollapseDetector:
@@ -189,6 +224,16 @@ class OptimizerHealth:
         self._collapse = CollapseDetector()
         self.spiking = 0
 
+    @property
+    def early_rise(self) -> float:
+        """That of `DivergenceDetector`; 0 for adversarial optimizers."""
+        return 0.0 if self._is_adversarial else self._divergence.early_rise
+
+    @property
+    def n_steps(self) -> int:
+        """Steps since the start of the run."""
+        return self._divergence.n_steps
+
     def update(self, loss: float, total_norm: float, is_collapsed: bool) -> Anomaly:
         """Adds a step; returns its anomaly, the most certain first.
 
@@ -205,6 +250,8 @@ class OptimizerHealth:
             return "gradient_collapse"
         if ratio >= self._bound:
             return "divergence"
+        if self.early_rise > EARLY_RISE:
+            return "early_rise"
         if not self._is_adversarial and (suspicion := self._divergence.suspicion):
             return suspicion
         if self.spiking >= SPIKE_PATIENCE:
