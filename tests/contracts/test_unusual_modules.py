@@ -250,6 +250,22 @@ def test_normalization_that_is_built_by_the_first_batch() -> None:
     assert all(bool(torch.isfinite(tensor).all()) for tensor in weights(module))
 
 
+def test_layer_that_no_batch_builds() -> None:
+    class Unused(Classifier):
+        def __init__(self) -> None:
+            super().__init__()
+            self.unused = nn.LazyLinear(3)
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.net.parameters(), 0.05)
+
+    rollback = NaNRollback()
+    module = Unused()
+    fit(module, poisoned(batches(8), nan=[6]), [rollback])
+    assert rollback.skips == 1
+    assert all(bool(torch.isfinite(weight).all()) for weight in module.net.parameters())
+
+
 def test_values_of_a_skipped_step_reach_no_other_callback() -> None:
     data = poisoned(batches(20), nan=[19])
     stop = EarlyStopping("train_loss_step", patience=100, check_on_train_epoch_end=True)

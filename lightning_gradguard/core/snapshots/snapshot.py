@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from lightning_gradguard.core.norms import default_norm, local_shard
@@ -214,10 +215,11 @@ class Snapshot:
 def _live_tensors(
     modules: Sequence[nn.Module], optimizers: Sequence[Optimizer]
 ) -> Iterator[tuple[Any, Tensor]]:
-    """Yields weights, buffers and dense tensors of optimizer states, each with the key of its copy."""
+    """Yields materialized weights and buffers, and dense optimizer states, each with the key of its copy."""
     for module in modules:
         for weight in module.parameters():
-            yield weight, weight
+            if not is_lazy(weight):
+                yield weight, weight
         for owner, name, buffer in module_buffers(module.modules()):
             yield (owner, name), buffer
     for index, optimizer in enumerate(optimizers):
