@@ -46,6 +46,18 @@ class Tokens(nn.Module):
         return out
 
 
+class Relative(Tokens):
+    """Attention whose scores are of distances, by the shift of Transformer-XL."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embed(tokens)
+        values, (n, length) = self.head(x), tokens.shape
+        distances = functional.pad(x @ self.head.weight[:length].T, (1, 0))
+        scores = distances.view(n, length + 1, length)[:, 1:].view(n, length, length)
+        out: Tensor = scores.masked_fill(LATER.T, -1e9).softmax(-1) @ values
+        return out
+
+
 class ByHand(Tokens):
     """The same by a softmax of masked scores."""
 
@@ -81,6 +93,13 @@ def sequences(transposed: bool = False) -> Batches:
 def texts(backwards: bool = False) -> Batches:
     found = [torch.randint(1, 12, (16, 7)) for _ in range(4)]
     return [(t[:, 1:], t[:, :-1]) if backwards else (t[:, :-1], t[:, 1:]) for t in found]
+
+
+def windows() -> Batches:
+    """Windows of one text in the order of their starts, with the time first."""
+    text = torch.randint(12, (100,))
+    places = torch.arange(6)[:, None] + torch.arange(16)
+    return [(text[places + i * 16], text[places + i * 16 + 1]) for i in range(4)]
 
 
 def padded() -> Batches:
@@ -144,6 +163,9 @@ HEALTHY: dict[str, tuple[Callable[[], Any], Batches | None]] = {
     "text": (lambda: Task(nn.Sequential(nn.Embedding(12, 8), nn.RNN(8, 12)),
                           lambda out, y: of_tokens(out[0], y)),
              [(x.T, y.T) for x, y in texts()]),
+    "windows": (lambda: Task(nn.Sequential(nn.Embedding(12, 8), nn.RNN(8, 12)),
+                             lambda out, y: of_tokens(out[0], y)), windows()),
+    "distances": (lambda: Task(Relative(), of_tokens), texts()),
     "padding": (lambda: Task(Tokens(ignores=lambda t: t == 0), of_first), padded()),
     "earlier steps": (lambda: Task(Tokens(LATER.T), of_tokens), texts()),
     "transposed classes": (lambda: Task(nn.Sequential(nn.Embedding(12, 8), nn.Linear(8, 12)), by_class),

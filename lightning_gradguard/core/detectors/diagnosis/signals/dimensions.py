@@ -56,7 +56,10 @@ class Dimensions:
         self._asks_for_next: Tensor | None = None
         if len(self._tokens) == 2 and self._tokens[0].shape == self._tokens[1].shape:
             given, asked = self._tokens
-            self._asks_for_next = ((given[:, 1:] == asked[:, :-1]).float().mean() > SHIFTED).float()
+            # of windows in the order of their starts, the next one asks for the same
+            by_sample, by_window = given[:, 1:] == asked[:, :-1], given[1:] == asked[:-1]
+            shifted = [(same.float().mean() > SHIFTED) for same in (by_sample, by_window)]
+            self._asks_for_next = (shifted[0] & ~shifted[1]).float()
 
     def mistakes(self, n_calls: int) -> list[tuple[SymptomCause, str, float]]:
         """Returns causes, layers and the shares of calls at fault, of a step with so many calls of layers."""
@@ -82,7 +85,9 @@ class Dimensions:
                 self._add("single_value", where)
         elif name in ("view", "reshape"):
             before, now = list(args[0].shape), list(result.shape)
-            if sorted(before) == sorted(now) and len(_long(now)) > 2 and _long(before) != _long(now):
+            # relative attention shifts scores by a view whose last sizes differ by one
+            is_other = any(abs(a - b) > 1 for a, b in zip(_long(before), _long(now), strict=False))
+            if sorted(before) == sorted(now) and len(_long(now)) > 2 and is_other:
                 self._add("view_for_transpose", where, after=ANYWHERE if self._is_data(args[0]) else after)
         elif result.requires_grad and result.ndim > 1 and 0 < self._n == len(result) < result.numel():
             if name.endswith("softmax"):
