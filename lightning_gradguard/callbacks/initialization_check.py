@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import nan
 from typing import Any, Literal
 
 import pytorch_lightning as pl
@@ -45,6 +46,11 @@ _KINDS: dict[str, IncidentKind] = {
 #: Kinds that have one cause where they are found together, the one that explains the others first.
 _OF_ONE_CAUSE: tuple[IncidentKind, ...] = ("dead_units", "poor_initialization", "saturated_units")
 _NOT_TRIED = "Learning rates were not tried, because of {}."
+#: The trial is right within a factor of 3: docs/stable_rate.md.
+_RISES = (
+    "The loss rises within 12 steps at the learning rate, {:.3g}, and at none up to {:.3g}: little above, it "
+    "may train all the same. Lower it if the loss rises in training."
+)
 #: Criteria that a trial of rates has measured, whose warnings are incidents.
 _RATES = ("learning_rate_too_high", "learning_rate_too_low")
 #: Causes of these incidents.
@@ -179,6 +185,9 @@ class InitializationCheck(Callback, Configured):
                 findings, self.values = [*findings, *of_rates], {**self.values, **values}
             if reason:
                 self._note(trainer, text.format(reason))
+            rate, largest = (self.values.get(name, nan) for name in ("learning_rate", "largest_stable_rate"))
+            if largest < rate and not any(finding.criterion in _RATES for finding in findings):
+                self._note(trainer, _RISES.format(rate, largest))
         # of single layers, only what is found: a network has as many numbers as layers
         self._input_rms = first_batch.input_rms(LARGE_INPUT)
         if self._input_rms > HUGE_INPUT:

@@ -242,16 +242,20 @@ def test_an_optimizer_without_a_rate_is_left_alone_and_named() -> None:
     assert dict(callbacks[0].final_counts())["summary/unscaled_rollbacks"] == seen.count("rollback")
 
 
+@pytest.mark.parametrize("max_dossiers", [10, 1])
 def test_an_operation_that_fails_again_after_one_cut_costs_no_further_one(
-    capsys: pytest.CaptureFixture[str],
+    max_dossiers: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """Nor once no further step is examined, if all before had one cause."""
+
     class Roots(Classifier):
         def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
             loss = super().training_step(batch, batch_idx)
             assert loss is not None
             return loss + (0 * loss if batch_idx % 10 > 6 else loss).sqrt()
 
-    rollback, backoff = NaNRollback(snapshot_every_n_steps=5), LearningRateBackoff()
+    rollback = NaNRollback(snapshot_every_n_steps=5, max_dossiers=max_dossiers)
+    backoff = LearningRateBackoff()
     fit(Roots(), batches(60), [rollback, backoff])
     assert rollback.rollbacks > 3
     assert backoff.state_dict()["level"] == 0.5

@@ -773,6 +773,16 @@ def test_answers_on_the_way_to_a_far_mean_or_that_differ_are_not_stuck(
     assert sum(len(diagnosis.update(sample)) for sample in samples) == found
 
 
+@pytest.mark.parametrize(("losses", "found"), [((25, 20, 18, 16), 0), ((18, 18, 18, 18), 1), ((45,) * 4, 1)])
+def test_a_loss_on_its_way_down_to_a_constant_is_not_stuck(losses: tuple[float, ...], found: int) -> None:
+    """As of embeddings whose products are far above the targets at first."""
+    diagnosis = Diagnosis()
+    for step, loss in zip((0, 125, 150, 175, 200), (49, *losses), strict=True):
+        calls = [LossSignal("mse_loss", value=loss, constant=1.2, constant_here=1.2)]
+        found -= len(diagnosis.update(Sample(step, loss, calls=calls, permuted=0.0)))
+    assert not found
+
+
 @pytest.mark.parametrize(
     ("first", "growth", "meets_data", "found"),
     [(150, 0.0, False, 1), (150, 0.002, False, 0), (20, 0.0, False, 0), (150, 0.0, True, 0)],

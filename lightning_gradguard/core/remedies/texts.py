@@ -270,7 +270,8 @@ BY_CAUSE = {
         "are used."
     ),
     "learning_rate_too_low": (
-        "Raise the learning rate of {where}: updates of about 1e-3 of the weights are usual."
+        "Raise the learning rate, for all layers or at least for {where}: updates of about 1e-3 of the "
+        "weights are usual."
     ),
     "learning_rate_schedule": (
         "[by_batch|Let a warm-up over batches step once a batch, in configure_optimizers: return "

@@ -73,6 +73,12 @@ class Investigation:
         self.in_episode = False
         self.last = ""
 
+    @property
+    def likely_cause(self) -> Cause | None:
+        """Cause of the running episode; once the budget is used up, that of all before if they had one."""
+        is_used_up = self.examined >= self._max_dossiers and len(self.found) == 1
+        return next(iter(self.found)) if self.cause is None and is_used_up else self.cause
+
     def end_episode(self) -> None:
         """Called after a good step: the next skipped one begins an episode."""
         self.cause = None

@@ -27,13 +27,12 @@ class Restoration:
 
     def roll_back(self, *, has_diverged: bool) -> None:
         """Restores a snapshot; bad data, without a divergence, is no reason to doubt the newest one."""
-        cause = self._fit.investigation.cause
-        is_bad_data = cause == "bad_input" and not has_diverged
+        is_bad_data = self._fit.investigation.cause == "bad_input" and not has_diverged
         step = self._fit.snapshots.roll_back(self._fit.trainer, again=is_bad_data, trusted=has_diverged)
         self._fit.policy.on_rollback()
         self._lost_batches.mark_undone(step)
         facts: dict[str, Any] = {"value": step, "action": "rolled_back"}
-        if cause in AT_ANY_RATE and not has_diverged:
+        if (cause := self._fit.investigation.likely_cause) in AT_ANY_RATE and not has_diverged:
             facts |= {"cause": cause, "advice": "The weights are those of an earlier step."}
         self._reporter.publish("rollback", **facts)
 

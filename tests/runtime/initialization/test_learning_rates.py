@@ -245,6 +245,22 @@ def test_without_a_largest_stable_rate_one_line_has_the_reason(
     assert reason in capsys.readouterr().err
 
 
+def test_a_rate_little_above_the_largest_stable_one_is_no_finding_and_has_a_line(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    check = InitializationCheck(rate_trial=True)
+    fit(AtRate(0.1), batches(20), [check], max_steps=1)
+    assert "The loss rises within 12 steps" not in capsys.readouterr().err
+    check = InitializationCheck(rate_trial=True)
+    fit(AtRate(2.0), batches(20), [check], max_steps=1)
+    assert check.findings == []
+    assert check.values["largest_stable_rate"] < 2
+    assert (
+        "The loss rises within 12 steps at the learning rate, 2, and at none up to 1.41"
+        in capsys.readouterr().err
+    )
+
+
 class Huge(AtRate):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         loss = super().training_step(batch, batch_idx)

@@ -123,6 +123,15 @@ class Progress:
         return mean(self._losses) / self.first if self._losses and self.first > 0 else math.nan
 
     @property
+    def falls(self) -> bool:
+        """True if the loss is on its way to that of the best constant, as of answers that begin large.
+
+        It is twice that at least, a fifth below the first one, and has fallen by a twentieth recently.
+        """
+        falls = self.over_first < 0.8 and self._losses[-1] < 0.95 * self._losses[0]
+        return falls and self.over_constant > 2
+
+    @property
     def rise(self) -> float:
         """The last loss over the first one; NaN if unknown or not positive."""
         return self._losses[-1] / self.first if self._losses and self.first > 0 else math.nan

@@ -314,7 +314,7 @@ def same_answers(sample: Sample, progress: Progress, patience: int) -> Iterator[
 def stuck_loss(sample: Sample, progress: Progress, patience: int) -> Iterator[Symptom]:
     """Yields a loss that is no better than that of the best constant, or does not depend on the targets."""
     ratio, permuted = progress.over_constant, sample.permuted
-    if sample.step < patience or ratio <= STUCK or is_related(permuted, ratio):
+    if sample.step < patience or ratio <= STUCK or progress.falls or is_related(permuted, ratio):
         return
     if (
         math.isnan(ratio)
