@@ -20,7 +20,7 @@ class TrainerState:
 
     Args:
         step: `trainer.global_step` at the time.
-        callbacks: State of every callback that has `snapshot_state_dict`, by position.
+        callbacks: Every callback that has `snapshot_state_dict`, with its state.
         rng: Random number generators, or `None` if they are not restored.
         schedules: State of every learning rate scheduler with its optimizers' hyperparameters, or `None`
             if they are not restored.
@@ -29,7 +29,7 @@ class TrainerState:
     """
 
     step: int
-    callbacks: dict[int, Any]
+    callbacks: list[tuple[Any, Any]]
     rng: dict[str, Any] | None
     schedules: list[Any] | None
     forward: ForwardState
@@ -42,11 +42,11 @@ class TrainerState:
         """Returns the present state of the Trainer; metrics are those from the start of the step."""
         return cls(
             step=trainer.global_step,
-            callbacks={
-                index: callback.snapshot_state_dict()
-                for index, callback in enumerate(trainer.callbacks)  # type: ignore[attr-defined]
+            callbacks=[
+                (callback, callback.snapshot_state_dict())
+                for callback in trainer.callbacks  # type: ignore[attr-defined]
                 if hasattr(callback, "snapshot_state_dict")
-            },
+            ],
             rng=rng_state() if rng else None,
             schedules=_schedules(trainer) if schedules else None,
             forward=side_effects.forward_state,
@@ -55,8 +55,8 @@ class TrainerState:
 
     def restore(self, trainer: pl.Trainer, side_effects: SideEffects) -> None:
         """Restores the state."""
-        for index, state in self.callbacks.items():
-            trainer.callbacks[index].load_snapshot_state_dict(state)  # type: ignore[attr-defined]
+        for callback, state in self.callbacks:  # of which one may have another place by now
+            callback.load_snapshot_state_dict(state)
         for index, count in enumerate(lightning_api.average_counts(trainer)):
             if index < len(self.average_counts):
                 count.copy_(self.average_counts[index])

@@ -96,6 +96,20 @@ def test_neighbours_are_joined_anew_after_one_was_removed(place: int) -> None:
     assert all(callable(getattr(c, hook)) for c in suite if c not in removed for hook in HOOKS)
 
 
+def test_rollback_after_another_callback_has_come_to_the_front() -> None:
+    class Comes(pl.Callback):
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, i: int) -> None:
+            if i == 3:
+                trainer.callbacks = [pl.Callback(), *trainer.callbacks]
+                next(pl_module.parameters()).data.fill_(float("nan"))
+
+    suite, module = default_callbacks(), Classifier()
+    rollback = next(callback for callback in suite if isinstance(callback, NaNRollback))
+    fit(module, batches(8), [*suite, Comes()])
+    assert rollback.rollbacks == 1
+    assert all(bool(weight.isfinite().all()) for weight in module.parameters())
+
+
 def test_a_profiler_sees_every_hook() -> None:
     callbacks, profiler = default_callbacks(), SimpleProfiler()
     fit(Classifier(), batches(3), callbacks, profiler=profiler)
