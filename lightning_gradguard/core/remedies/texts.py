@@ -66,8 +66,8 @@ BY_KIND = {
         "If the scale keeps falling, give the optimizer a lower learning rate or a longer warm-up."
     ),
     "learning_rate_found": (
-        "If no rollback follows, give the optimizer this learning rate and train from the start; higher ones "
-        "diverged."
+        "If no rollback follows, give the optimizer this learning rate, keep the clipping, and train from "
+        "the start; a higher one diverged."
     ),
     "training_diverged": (
         "Lower the learning rate,[clipping| clip gradients (AdaptiveGradientClipping),][check| check the "
