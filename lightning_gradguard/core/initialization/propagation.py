@@ -38,7 +38,7 @@ class SignalPropagation:
 
     Args:
         loss: The loss.
-        n_classes: Number of classes, if a classification loss was called that is a mean.
+        n_classes: Number of classes, if a classification loss was called that is a mean and most of the loss.
         layers: Weighted layers with a gradient, in the order of the forward pass: frozen ones have none.
         branches: The last layer of each residual branch.
         kept: Share of its input that a residual block passes on, below 1 where it is multiplied by a number.
@@ -76,7 +76,9 @@ def propagate(module: nn.Module, run_loss: Callable[[], Tensor]) -> SignalPropag
     """
     with preserve_weights(module), preserve_state(module), torch.enable_grad(), ForwardTrace(module) as trace:
         loss = run_loss()
-        facts = trace.n_classes, trace.layers, trace.branches, trace.kept
+        is_of_classes = abs(loss.detach() - trace.class_loss) <= abs(loss.detach()) / 2
+        n_classes = trace.n_classes if is_of_classes else None  # or other terms make up most of the loss
+        facts = n_classes, trace.layers, trace.branches, trace.kept
         result = SignalPropagation(float(loss.detach()), *facts)
         generator = torch.Generator().manual_seed(0)
         if trace.last_input is not None and len(trace.layers) > 1:
@@ -221,6 +223,7 @@ class ForwardTrace(TorchFunctionMode):
         self.recurrent: dict[str, tuple[Tensor, Tensor, int]] = {}
         self.last_input: Tensor | None = None
         self.n_classes: int | None = None
+        self.class_loss: Tensor | float = 0.0
         self._module = module
         self._hooks = ExitStack()
 
@@ -253,6 +256,7 @@ class ForwardTrace(TorchFunctionMode):
         result = function(*args, **(kwargs or {}))
         if name in LOSSES and args and (kwargs or {}).get("reduction", "mean") == "mean":
             self.n_classes = args[0].shape[1] if args[0].ndim > 1 else None
+            self.class_loss = result.detach()
         elif self.layers and (name in RECTIFIERS or name in SATURATING) and result.requires_grad:
             self._record_activation(self.layers[-1], name, result)
         elif self.layers and name in ("add", "radd", "iadd"):

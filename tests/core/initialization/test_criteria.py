@@ -177,6 +177,17 @@ def test_a_sum_of_losses_is_not_compared_with_guessing() -> None:
     assert check(network, lambda: summed(network(inputs[:64]), target[:64]))[0] == []
 
 
+def test_another_term_of_the_loss_is_not_compared_with_guessing() -> None:
+    network = mlp(3)
+    inputs, target = digits()
+
+    def run_loss() -> Tensor:
+        answers = network(inputs[:64])
+        return nn.functional.cross_entropy(answers, target[:64]) + (answers - 5).square().sum()
+
+    assert [f.criterion for f in check(network, run_loss)[0]] == []
+
+
 class Steps(nn.Module):
     """A loop over a cell, or a recurrent module, whose last output or each output is classified."""
 
