@@ -36,7 +36,7 @@ with \\*; others were seen in development too, and no constant was set by them a
 are counted: 0 and 1, and for the curriculum (a GRU adds 5 numbers, then 30) 0 to 4. The suite was measured
 with the rules of 0.6.0, with that of
 [a step's own loss](decisions.md#a-step-that-does-not-overshoot-its-own-loss) throughout.
-The rows of failing programs precede the rule for
+All runs of the suite have the rule for
 [a loss that rises in the first steps](evidence_rates.md#a-loss-that-rises-in-the-first-steps).
 `EarlyStopping` acts at the end of an epoch, which ends these runs: it equals no guard.
 """

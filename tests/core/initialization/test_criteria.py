@@ -183,7 +183,8 @@ def test_another_term_of_the_loss_is_not_compared_with_guessing() -> None:
 
     def run_loss() -> Tensor:
         answers = network(inputs[:64])
-        return nn.functional.cross_entropy(answers, target[:64]) + (answers - 5).square().sum()
+        loss: Tensor = nn.functional.cross_entropy(answers, target[:64]) + (answers - 5).square().sum()
+        return loss
 
     assert [f.criterion for f in check(network, run_loss)[0]] == []
 
