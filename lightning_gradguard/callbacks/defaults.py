@@ -92,9 +92,8 @@ def default_callbacks(
             callbacks.append(default())
         elif callback is not None:
             given = f"{type(callback).__name__}(...)" if isinstance(callback, Callback) else repr(callback)
-            raise ValueError(
-                f"{name}={given}: pass an instance, {default.__name__}(...), or None to omit it."
-            )
+            needed = f"{default.__name__}(...) or one of a subclass, or None to omit it"
+            raise ValueError(f"{name}={given} is no {default.__name__}: pass an instance, {needed}.")
     if not verbose:
         for configured in callbacks:
             configured.verbose = False  # type: ignore[attr-defined]

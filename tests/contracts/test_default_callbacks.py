@@ -226,7 +226,7 @@ def test_mistaken_arguments_are_told_what_is_meant(tmp_path: Path) -> None:
         NaNRollback(patienc=3)  # type: ignore[call-arg]
     with pytest.raises(TypeError, match=r"LearningRateBackoff\(\) has no argument 'q': it has factor, "):
         LearningRateBackoff(q=3)  # type: ignore[call-arg]
-    wrong = r"nan_rollback=LearningRateBackoff\(...\): pass an instance, NaNRollback\(...\), or None"
+    wrong = r"nan_rollback=LearningRateBackoff\(...\) is no NaNRollback: pass an instance, NaNRollback"
     with pytest.raises(ValueError, match=wrong):
         default_callbacks(nan_rollback=LearningRateBackoff())  # type: ignore[arg-type]
     nested: Any = [default_callbacks()]

@@ -121,7 +121,8 @@ class FirstBatch:
             except Exception as error:
                 self.problem = self.problem or error
         if self.problem is not None:
-            console.print_message(self._trainer, f"Initialization not checked: {self.problem}")
+            reason = str(self.problem).partition("\n")[0]  # torch may list all its kernels
+            console.print_message(self._trainer, f"Initialization not checked: {reason}")
             findings, values = [], {}
         has_problem = any(gather_objects(self.problem is not None))
         findings, values = _worst_over_ranks(findings, values)
