@@ -126,10 +126,10 @@ class Progress:
     def falls(self) -> bool:
         """True if the loss is on its way to that of the best constant, as of answers that begin large.
 
-        It is twice that at least, a fifth below the first one, and has fallen by a twentieth recently.
+        It is 2 to 100 times that, a fifth below the first one, and has fallen by a twentieth recently.
         """
         falls = self.over_first < 0.8 and self._losses[-1] < 0.95 * self._losses[0]
-        return falls and self.over_constant > 2
+        return falls and 2 < self.over_constant < 100
 
     @property
     def rise(self) -> float:
