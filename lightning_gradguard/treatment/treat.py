@@ -278,11 +278,8 @@ class _Treatment:
             if is_late := not waiting:
                 waiting, late = [min(late, key=lambda pair: pair[0])[1]], []
             trial = waiting.pop(0)
-            if (
-                not is_late
-                and str(trial.job.changes) in verified
-                or (verified and not learning_of(trial).learns)
-            ):
+            is_known = str(trial.job.changes) in verified and not is_late
+            if is_known or (verified and not learning_of(trial).learns):
                 continue
             if has_rate or learning_of(trial).has_learned:
                 fewer = with_needed_changes(runner, trial, full, until)

@@ -78,10 +78,8 @@ def _of_logits(call: _Call) -> _Conditions:
     values = call.values
     if values.ndim > 1 and values.shape[1] > 1:
         is_simplex = (values >= 0).all(1) & ((values.sum(1) - 1).abs() < 1e-3)
-        yield (
-            "softmax_before_loss",
-            True if call.head in ("Softmax", "Sigmoid") else is_simplex.float().mean(),
-        )
+        is_given = call.head in ("Softmax", "Sigmoid")
+        yield "softmax_before_loss", is_given or is_simplex.float().mean()
 
 
 def _of_labels(call: _Call) -> _Conditions:
