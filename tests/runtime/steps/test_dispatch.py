@@ -130,6 +130,21 @@ def test_a_callback_that_another_one_calls_keeps_its_hooks() -> None:
     assert monitor.n == 2 * 3
 
 
+@pytest.mark.parametrize("name", HOOKS)
+def test_a_hook_that_is_set_on_an_object_stays_and_is_called(name: str) -> None:
+    callbacks, calls = default_callbacks(), []
+    hook = getattr(callbacks[2], name)
+
+    def counting(*arguments: Any, **named: Any) -> None:
+        calls.append(name)
+        hook(*arguments, **named)
+
+    setattr(callbacks[2], name, counting)
+    fit(Classifier(), batches(4), callbacks)
+    assert calls == [name] * 4
+    assert vars(callbacks[2])[name] is counting
+
+
 def test_hooks_are_called_again_after_an_exception() -> None:
     class Raises(pl.Callback):
         def on_train_batch_end(self, *_: Any) -> None:
