@@ -21,6 +21,7 @@ OF_NETWORKS = (
     *("vanishing_gradient", "exploding_gradient", "gradient_collapse", "weight_stagnation"),
     *("dead_units", "saturated_units", "stuck_loss"),
 )
+_MONITOR_LOGS = "GradientNormMonitor() logs norms, once in log_every_n_steps of the Trainer"
 
 
 @dataclass(frozen=True)
@@ -183,18 +184,13 @@ def _missing(run: Run, verdict: RunVerdict) -> list[str]:
     notes = []
     is_unlogged = not run.log.gradients and not len(run.log.loss)
     if is_unlogged and verdict.status == "unknown":
-        notes.append(
-            "neither a loss nor a gradient norm was logged; GradientNormMonitor() logs norms, once in "
-            "log_every_n_steps of the Trainer"
-        )
+        notes.append(f"neither a loss nor a gradient norm was logged; {_MONITOR_LOGS}")
     elif is_unlogged:
         pass  # of a run that had no finite step, or has incidents alone
     elif not run.log.gradients:
-        alone = f"no gradient norms were logged, the verdict rests on {run.loss_tag} alone"
-        cure = "add GradientNormMonitor()"
-        if run.log.was_checked or run.log.incidents or run.log.largest_norm is not None:  # by the suite
-            cure = f"lower log_every_n_steps of the Trainer, or {cure} if it was not there"
-        notes.append(f"{alone}; {cure}")
+        notes.append(
+            f"no gradient norms were logged, the verdict rests on {run.loss_tag} alone; {_MONITOR_LOGS}"
+        )
     elif not any(g.layers for g in run.log.gradients):
         notes.append("only the total norm was logged; GradientNormMonitor() logs the norm of each layer")
     if run.log.gradients and not len(run.log.loss):

@@ -97,6 +97,7 @@ def _counted(log: RunLog) -> list[TimelineEntry]:
         points = list(zip(series.steps, series.values, strict=True))
         increases = [(s, b - a) for (_, a), (s, b) in zip(points, points[1:], strict=False) if b > a]
         if increases:
-            times = f"{sum(n for _, n in increases):.0f} times"
-            entries.append(TimelineEntry(increases[0][0], increases[-1][0], f"{name} {times}"))
+            total = sum(n for _, n in increases)
+            times = f" {total:.0f} times" if total > 1 else ""
+            entries.append(TimelineEntry(increases[0][0], increases[-1][0], f"{name}{times}"))
     return entries

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from lightning_gradguard.core.detectors.diagnosis import Symptom
+from lightning_gradguard.core.forensics.origin import in_rows
 from lightning_gradguard.core.incidents import Incident, sentence_case
 from lightning_gradguard.core.remedies import advice_for_cause, advice_for_symptom
 from lightning_gradguard.core.remedies.changes import functional_activations
@@ -171,7 +172,7 @@ def _nonfinite_rows(batches: Sequence[object]) -> list[Prescription]:
             if isinstance(leaf, Tensor) and leaf.is_floating_point() and not bool(torch.isfinite(leaf).all()):
                 rows = (~torch.isfinite(leaf.reshape(len(leaf), -1)).all(1)).nonzero().flatten().tolist()
                 text = (
-                    f"Batch {i} of training has nonfinite values in rows {', '.join(map(str, rows[:5]))} "
+                    f"Batch {i} of training has nonfinite values{in_rows(rows[:5])} "
                     f"of a tensor of shape {tuple(leaf.shape)}: clean or exclude these samples, as by "
                     "x = x[torch.isfinite(x).all(1)]."
                 )

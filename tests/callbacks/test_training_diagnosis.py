@@ -1150,6 +1150,7 @@ def test_loss_is_stuck_by_a_rate_at_which_updates_are_small(size: float, cause: 
     samples = [Sample(step, 2.0, calls=calls, updates=[one], permuted=0.0) for step in (0, 150, 175)]
     (root,) = (root for sample in samples for root in diagnosis.update(sample))
     assert (root.kind, root.cause) == ("stuck_loss", cause)
+    assert "it changes by 0.0% if the targets are permuted" in root.evidence
 
 
 @pytest.mark.parametrize(("permuted", "found"), [(0.0, ["stuck_loss"]), (-0.13, [])])

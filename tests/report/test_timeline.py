@@ -29,3 +29,5 @@ def test_skips_without_incidents_come_from_counters() -> None:
     path = write_events("run", {"rollback/skips": skips, "train_loss": [0.97**i for i in range(72)]})
     (entry,) = report_of(path).timeline
     assert (entry.first_step, entry.last_step, entry.text) == (40, 51, "Skipped 12 times")
+    path = write_events("once", {"rollback/skips": [0.0] * 9 + [1.0] * 9, "train_loss": [1.0] * 18})
+    assert [entry.text for entry in report_of(path).timeline] == ["Skipped"]

@@ -35,6 +35,7 @@ from lightning_gradguard.core.forensics.operations import (
 from lightning_gradguard.core.forensics.origin import (
     Origin,
     OutOfRange,
+    in_rows,
     located,
     nonfinite_buffer,
     nonfinite_input,
@@ -226,7 +227,7 @@ def _origin_of_operation(
         elsewhere = f" at {underflow.location}" if underflow.location not in (None, source.location) else ""
         sentence += f"; its 0 comes from {underflow.operation}{elsewhere}, which underflows"
     rows = _rows_at_fault(source, parts)
-    sentence += f", in row {', '.join(map(str, rows))}" if rows else ""
+    sentence += f",{in_rows(rows)}" if rows else ""
     sentence += "".join(f"; {outlier}" for outlier in outliers(rows, parts))
     cause: Cause = "loss" if trace.computes_loss(source) else "forward_pass"
     cause = "backward_pass" if source.phase == "backward" or writes_gradients else cause
@@ -252,7 +253,7 @@ def _origin_of_operation(
         name, high = next(iter(huge.items()))
         rows = rows or tuple(outlying_rows(parts[name]))
         detail = f"{origin.detail.rstrip('.')}; {name} holds values up to {high:.4g}"
-        detail += f" in row {', '.join(map(str, rows))}." if rows else "."
+        detail += f"{in_rows(rows)}."
         # the cure of the operation would hide bad data
         return replace(origin, cause="bad_input", where=tuple(huge), rows=rows, detail=detail, advice="")
     return origin

@@ -14,6 +14,7 @@ from lightning_gradguard.core.forensics.location import innermost_of_traceback
 from lightning_gradguard.core.forensics.origin import (
     Origin,
     OutOfRange,
+    in_rows,
     located,
     nonfinite_input,
     origin_in_weights,
@@ -89,7 +90,7 @@ def origin_of_exception(
     rows, where = ((), ()) if known is None else _rejected(known, failed, parts)
     if not rows:
         rows, where = _invalid_sample(error, parts)
-    detail = f"The step raised {message}" + (f", in row {', '.join(map(str, rows))}" if rows else "")
+    detail = f"The step raised {message}" + (f",{in_rows(rows)}" if rows else "")
     detail += f" of {where[0]}" if where else ""
     if known is None:
         detail += "".join(f"; {outlier}" for outlier in described_outliers(parts))
@@ -171,9 +172,8 @@ def _out_of_bounds(failed: FailedOperation, parts: Mapping[str, Tensor]) -> Orig
     values = ", ".join(map(str, sorted(set(indices[wrong].tolist()))[:5]))
     where = _part_with(indices[wrong], parts)
     rows = _rows_with(torch.isin(parts[where[0]], indices[wrong]) if where else wrong, parts)
-    place = f" in row {', '.join(map(str, rows))}" if rows else ""
     holder = where[0] if where else "An index"
-    sentence = f"{holder} holds {values}{place}, which is not within {lowest} to {bound - 1}"
+    sentence = f"{holder} holds {values}{in_rows(rows)}, which is not within {lowest} to {bound - 1}"
     advice = _INDEX_ADVICE["labels" if is_label else "indices"].format(bound=bound)
     smallest = int(indices.min())
     if is_label and smallest < 0:

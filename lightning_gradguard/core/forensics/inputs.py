@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves_with_path, tree_map
 
-from lightning_gradguard.core.forensics.origin import Origin
+from lightning_gradguard.core.forensics.origin import Origin, in_rows
 
 #: Inputs this large overflow float32 when they are squared and summed a few times.
 HUGE_INPUT = 1e6
@@ -117,8 +117,7 @@ def or_bad_input(origin: Origin, parts: Mapping[str, Tensor]) -> Origin:
     detail = f"{origin.detail}: {name} holds values up to {high:.4g}"
     found = rows.get(name, {})
     if found:
-        detail += f" in row {', '.join(map(str, found))}, where it is {max(found.values()):.3g} times larger "
-        detail += "than as a rule"
+        detail += f"{in_rows(found)}, where it is {max(found.values()):.3g} times larger than as a rule"
     where = tuple(huge) or (name,)
     return replace(origin, cause="bad_input", where=where, rows=tuple(found), detail=f"{detail}.")
 
@@ -127,8 +126,7 @@ def described_outliers(parts: Mapping[str, Tensor]) -> list[str]:
     """Describes the rows of the batch that are far larger than the median row."""
     found = {name: outlying_rows(part) for name, part in parts.items() if part.is_floating_point()}
     return [
-        f"row {', '.join(map(str, rows))} of {name} is up to {max(rows.values()):.3g} times larger than the "
-        "median row"
+        f"{name} is up to {max(rows.values()):.3g} times larger{in_rows(rows)} than in the median row"
         for name, rows in found.items()
         if rows
     ]

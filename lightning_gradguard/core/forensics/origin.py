@@ -91,6 +91,17 @@ def located(origin: Origin, location: Location | None) -> Origin:
     )
 
 
+def in_rows(rows: Iterable[int]) -> str:
+    """Returns the place of an error in a batch, to be appended; empty for no rows.
+
+    Example:
+        >>> in_rows([3]), in_rows([3, 5])
+        (' in row 3', ' in rows 3, 5')
+    """
+    numbers = [*map(str, rows)]
+    return f" in row{'s' * (len(numbers) > 1)} {', '.join(numbers)}" if numbers else ""
+
+
 def nonfinite_input(name: str, part: Tensor) -> Origin:
     """Returns the origin of a nonfinite value that is in a part of the batch.
 
@@ -102,7 +113,7 @@ def nonfinite_input(name: str, part: Tensor) -> Origin:
     if part.ndim and part.layout == torch.strided:
         nonfinite = (~part.detach().isfinite()).reshape(len(part), -1).any(dim=1)
         rows = tuple(nonfinite.nonzero().flatten()[:10].tolist())
-    place = f" in row {', '.join(map(str, rows))}" if rows else ""
+    place = in_rows(rows)
     if len(rows) > 1 and part.ndim == 2:
         columns = (~part.detach().isfinite()).all(dim=0).nonzero().flatten()[:10].tolist()
         place = f" in column {', '.join(map(str, columns))} of every row" if columns else place

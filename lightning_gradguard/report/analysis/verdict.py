@@ -184,8 +184,8 @@ def _headline(status: Status, symptoms: Sequence[RunSymptom]) -> str:
         worst = title(symptoms[0].kind) + (f" (cause: {label(cause)})" if is_known else "")
     if status == "healthy":
         kinds = {symptom.kind for symptom in symptoms}
-        if "stuck_loss" in kinds:
-            return "healthy, with a flat loss"
+        if flat := [s.value for s in symptoms if s.kind == "stuck_loss"]:
+            return f"healthy, with a flat loss of {flat[0]:.3g}"
         large = [s.cause for s in symptoms if s.cause in TOO_LARGE]
         if large and "constant_clipping" in kinds:
             return f"healthy, with {title('constant_clipping')} (cause: {label(large[0])})"

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 
 from lightning_gradguard.core.detectors import describe_clipping
+from lightning_gradguard.report.analysis.outcome import Outcome
 from lightning_gradguard.report.run_report import Interventions, RunReport
 
 LAYERS_TITLE = "Layers, those of symptoms first, then by largest norm"
@@ -113,13 +114,19 @@ def _row(report: RunReport) -> tuple[str, ...]:
     return (
         report.run.name,
         report.verdict.headline,
-        "-" if outcome.survived is None else f"{outcome.survived} of {outcome.steps}",
+        _survived(outcome),
         short_number(outcome.final_loss),
         short_number(_largest_of_all(report)),
         "-" if interventions.skips is None else str(interventions.skips),
         "-" if interventions.rollbacks is None else str(interventions.rollbacks),
         report.worst_layer or "-",
     )
+
+
+def _survived(outcome: Outcome) -> str:
+    if outcome.failed_at is None and outcome.was_stopped:
+        return f"{outcome.steps}, stopped"  # of a number of steps that was not logged
+    return "-" if outcome.survived is None else f"{outcome.survived} of {outcome.steps}"
 
 
 def _count(n: int, singular: str, plural: str = "") -> str:

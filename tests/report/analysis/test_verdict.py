@@ -168,7 +168,7 @@ def test_flat_loss_may_have_converged() -> None:
         assert "or had converged before" in next(
             s.evidence for s in verdict.symptoms if s.kind == "stuck_loss"
         )
-    assert (verdict.status, verdict.headline) == ("healthy", "healthy, with a flat loss")
+    assert (verdict.status, verdict.headline) == ("healthy", "healthy, with a flat loss of 2.3")
 
 
 @pytest.mark.parametrize(

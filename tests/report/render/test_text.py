@@ -53,6 +53,15 @@ def test_runs_side_by_side(capsys: pytest.CaptureFixture[str]) -> None:
     assert "exploding gradients  3 of 4" in rows[1]
 
 
+def test_a_stopped_run_has_not_survived_all_of_its_steps(capsys: pytest.CaptureFixture[str]) -> None:
+    write_events("runs/whole", {"train_loss": [2.0 * 0.9**i for i in range(30)]})
+    stopped = write_events("runs/stopped", {"train_loss": [2.0] * 20})
+    record = {"kind": "training_diverged", "step": 19, "action": "stopped"}
+    (stopped / "incidents.jsonl").write_text(json.dumps(record) + "\n")
+    rows = printed(capsys, "runs").splitlines()[1:3]
+    assert ["20, stopped" in row for row in rows] == ["stopped  " in row for row in rows]
+
+
 @pytest.mark.parametrize("width", [40, 60, 80, 120])
 def test_no_line_is_wider_than_the_terminal(
     width: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch

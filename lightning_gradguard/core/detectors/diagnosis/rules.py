@@ -332,8 +332,7 @@ def stuck_loss(sample: Sample, progress: Progress, patience: int) -> Iterator[Sy
     if not math.isnan(ratio):
         facts.append(f"the loss is {ratio:.3g} times that of the best constant answer")
     if not math.isnan(permuted):
-        rise = round(permuted, 3)
-        facts.append(f"it {'falls' if rise < 0 else 'rises'} by {abs(rise):.1%} if the targets are permuted")
+        facts.append(f"it changes by {round(permuted, 3) + 0.0:.1%} if the targets are permuted")
     if sample.one_signed:
         facts.append("all answers lie on one side of their targets")
     has_range = any(call.flags.get("unreachable_targets", 0.0) > 0 for call in sample.calls)
