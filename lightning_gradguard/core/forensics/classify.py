@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -41,7 +41,7 @@ from lightning_gradguard.core.forensics.origin import (
     nonfinite_input,
     origin_in_weights,
 )
-from lightning_gradguard.core.forensics.records import OperationRecord, Underflow, first_nonfinite
+from lightning_gradguard.core.forensics.records import OperationRecord, Underflow, nonfinite_sources
 from lightning_gradguard.core.forensics.trace import OperationTrace, is_nonfinite
 from lightning_gradguard.core.incidents import Cause
 from lightning_gradguard.core.norms import tensor_norms, total_norm_from_norms
@@ -98,13 +98,13 @@ def investigate(
         losses, gradients, error = _run(run)
         corrupted = corrupted_buffers(module, before, parts.values())
     if error is not None:
-        source = _source(trace.last_nonfinite())
-        if source is not None:
-            return _raised(error, _classify(source, out_of_range, parts, trace))
+        last = trace.last_nonfinite()
+        if last is not None:
+            return _raised(error, _classify(last, out_of_range, parts, trace))
         return origin_of_exception(error, trace.failed, parts, out_of_range, frameworks)
     nonfinite = next((t for t in (*losses, *gradients) if is_nonfinite(t)), None)
     if nonfinite is not None:
-        origin = _classify(_source(trace.record_of(nonfinite)), out_of_range, parts, trace)
+        origin = _classify(trace.record_of(nonfinite), out_of_range, parts, trace)
         is_of_code = origin.operation and origin.phase == "forward" and origin.cause != "bad_input"
         return _with_scale(origin, module, run, parts) if is_of_code and repeats_finite else origin
     overflows = _total_norm_overflows(gradients)
@@ -139,10 +139,6 @@ def _with_scale(origin: Origin, module: nn.Module, run: Run, parts: Mapping[str,
     return replace(origin, advice=f"{first} {origin.advice}".strip())
 
 
-def _source(record: OperationRecord | None) -> OperationRecord | str | None:
-    return None if record is None else first_nonfinite(record)
-
-
 def _raised(error: Exception, origin: Origin) -> Origin:
     """Returns the origin of a nonfinite value that made the step raise."""
     return replace(
@@ -172,11 +168,13 @@ def _has_compiled_code() -> bool:
 
 
 def _classify(
-    source: OperationRecord | str | None,
+    nonfinite: OperationRecord | None,
     out_of_range: Mapping[str, OutOfRange],
     parts: Mapping[str, Tensor],
     trace: OperationTrace,
 ) -> Origin:
+    sources = [] if nonfinite is None else nonfinite_sources(nonfinite)
+    source = next(iter(sources), None)
     if isinstance(source, str):
         if source in parts:
             return _masked_input(nonfinite_input(source, parts[source]), trace.masked)
@@ -188,7 +186,21 @@ def _classify(
         return origin_in_weights(out_of_range)
     if source is None or isinstance(source, str):
         return Origin("unknown", detail="No traced operation made the nonfinite value.")
-    return _origin_of_operation(source, parts, trace)
+    origin = _origin_of_operation(source, parts, trace)
+    others = (r for r in sources[1:] if isinstance(r, OperationRecord) and r.phase == source.phase)
+    return (
+        replace(origin, advice=origin.advice + _likewise(source, others, trace)) if origin.advice else origin
+    )
+
+
+def _likewise(source: OperationRecord, others: Iterable[OperationRecord], trace: OperationTrace) -> str:
+    """Returns the other lines with the fault of the first, whose cure alone leaves nonfinite values."""
+    fault = known_fault(source, FAULTS)
+    by_line = {str(r.location): r for r in others if r.location and known_fault(r, FAULTS) == fault}
+    by_line.pop(str(source.location), None)
+    why = "" if fault is None else f"{fault.why}. "
+    cures = {place: _advice(r, fault, trace).removeprefix(why) for place, r in by_line.items()}
+    return "".join(f" Also at {place}: {cure[:1].lower()}{cure[1:]}" for place, cure in cures.items())
 
 
 def _masked_input(origin: Origin, product: OperationRecord | None) -> Origin:

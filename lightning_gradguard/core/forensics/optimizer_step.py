@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from lightning_gradguard.core.forensics.faults import FAULTS
 from lightning_gradguard.core.forensics.operations import known_fault, short_name
 from lightning_gradguard.core.forensics.origin import Origin, located
-from lightning_gradguard.core.forensics.records import OperationRecord, first_nonfinite
+from lightning_gradguard.core.forensics.records import OperationRecord, nonfinite_sources
 from lightning_gradguard.core.forensics.trace import OperationTrace, is_nonfinite
 from lightning_gradguard.core.snapshots import preserve_weights, rng_state, set_rng_state
 
@@ -80,7 +80,7 @@ def _nonfinite_source(
         set_rng_state(states)
     made = next((result for result in results if result is not None and is_nonfinite(result)), None)
     record = None if made is None else trace.record_of(made)
-    source = None if record is None else first_nonfinite(record)
+    source = None if record is None else nonfinite_sources(record)[0]
     return source if isinstance(source, OperationRecord) else None
 
 

@@ -90,6 +90,8 @@ class OperationRecord:
     numbers: tuple[float, ...] = ()
     #: True if a `torch.autograd.Function` of the user's ran it in its backward pass.
     is_custom: bool = False
+    #: Its place among the recorded ones.
+    index: int = 0
 
     @property
     def operation(self) -> str:
@@ -138,24 +140,31 @@ class FailedOperation:
     location: Location | None
 
 
-def first_nonfinite(record: OperationRecord) -> OperationRecord | str:
-    """Follows nonfinite values back to the operation, or the name of the tensor, that they began with."""
-    while True:
+def nonfinite_sources(record: OperationRecord) -> list[OperationRecord | str]:
+    """Follows nonfinite values back to the operations, or the names of tensors, that they began with.
+
+    The operations are in the order in which they ran. If the first arguments lead to a tensor, it is first.
+    """
+    found: list[OperationRecord | str] = []
+    seen: set[int] = set()
+    ahead = [record]
+    while ahead:
+        record = ahead.pop()
+        if id(record) in seen:
+            continue
+        seen.add(id(record))
         nonfinite = [a for a in record.arguments if a.is_nonfinite]
         nan = [a for a in nonfinite if a.has_nan]
         if record.made == "nan" and not nan:
             # NaN was made here, perhaps of an infinity that was not intended
-            nonfinite = [
-                a for a in nonfinite if (a.record and not a.record.is_intended) or (a.leaf and not a.is_mask)
-            ]
-        first = next(iter(nan or nonfinite), None)
-        if first is None:
-            return record
-        if first.leaf is not None:
-            return first.leaf
-        if first.record is None or first.record.is_intended:
-            return record
-        record = first.record
+            nonfinite = [a for a in nonfinite if not (a.is_mask and a.leaf)]
+        leaves = [a.leaf for a in nan or nonfinite if a.leaf is not None]
+        made = [a.record for a in nan or nonfinite if a.record is not None and not a.record.is_intended]
+        found += leaves or ([] if made else [record])
+        ahead += reversed(made)  # the first argument's is followed first
+    operations = sorted((r for r in found if isinstance(r, OperationRecord)), key=lambda r: r.index)
+    tensors = [name for name in found if isinstance(name, str)]
+    return [*tensors, *operations] if isinstance(found[0], str) else [*operations, *tensors]
 
 
 def largest_first(record: OperationRecord) -> Iterator[OperationRecord]:

@@ -169,6 +169,7 @@ class OperationTrace(TorchDispatchMode):
             rows=_rows(notable[0]),
             numbers=numbers,
             is_custom=isinstance(node, torch.autograd.function.BackwardCFunction),
+            index=len(self._in_order),
         )
         self._in_order.append(record)
         for tensor in notable:

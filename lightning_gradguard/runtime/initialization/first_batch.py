@@ -208,6 +208,8 @@ class FirstBatch:
             raise ValueError(origin.detail)
         explained = []
         for finding in findings:
+            if finding.criterion == "nonfinite_input" and origin.phase:
+                continue  # it follows from what is found
             if finding.criterion in NONFINITE and origin.phase:
                 cure = f"{origin.remedy()} {origin.detail}".strip()
                 place = finding.module or first_names(1, origin.where)

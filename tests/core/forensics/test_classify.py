@@ -241,6 +241,38 @@ def test_fully_masked_attention_row_names_softmax() -> None:
     assert summary(origin) == ("forward_pass", "forward", "attention", "aten::_softmax")
 
 
+def test_every_softmax_of_masked_rows_is_listed_the_first_one_of_the_forward_pass_first() -> None:
+    cured: set[str] = set()
+
+    def before(projected: Tensor, mask: Tensor) -> Tensor:
+        q, k, v = projected.chunk(3, dim=-1)
+        att = (q @ k.transpose(-1, -2)).masked_fill(~mask, -INF)
+        att = att.clamp(-1e4, 1e4) if "before" in cured else att
+        return att.softmax(dim=-1) @ v
+
+    def after(projected: Tensor, mask: Tensor) -> Tensor:
+        q, k, v = projected.chunk(3, dim=-1)
+        scores = (q @ k.transpose(-1, -2)).masked_fill(~mask, -INF)
+        scores = scores.clamp(-1e4, 1e4) if "after" in cured else scores
+        return torch.softmax(scores, -1) @ v
+
+    torch.manual_seed(0)
+    net = nn.ModuleDict({"before": nn.Linear(4, 12), "after": nn.Linear(4, 12)})
+    x, mask = torch.randn(2, 5, 4), torch.ones(2, 1, 5).bool()
+    mask[1] = False
+
+    def loss() -> Tensor:
+        return after(net["after"](before(net["before"](x), mask)), mask).mean()
+
+    first, later = examine(net, loss, (x, mask)).advice.split(" Also at ")
+    assert "In place of att.softmax(dim=-1) use torch.softmax(att.clamp(-1e4, 1e4), -1)." in first
+    assert "in place of torch.softmax(scores, -1) use torch.softmax(scores.clamp(-1e4, 1e4), -1)." in later
+    cured.add("before")
+    assert "torch.softmax(scores" in examine(net, loss, (x, mask)).advice
+    cured.add("after")
+    assert examine(net, loss, (x, mask)).cause == "transient"
+
+
 @pytest.mark.parametrize("kind", ["fill", "buffer", "batch", "attribute", "attention"])
 def test_a_row_that_is_masked_twice_is_told_as_that(kind: str) -> None:
     class Masked(nn.Module):

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from lightning_gradguard.core.forensics.faults import FAULTS
 from lightning_gradguard.core.forensics.operations import known_fault, short_name, what_made_it_large
-from lightning_gradguard.core.forensics.records import OperationRecord, first_nonfinite
+from lightning_gradguard.core.forensics.records import OperationRecord, nonfinite_sources
 from lightning_gradguard.core.forensics.trace import OperationTrace, is_nonfinite
 
 INF = math.inf
@@ -429,7 +429,7 @@ def examined(program: Callable[[Tensor], Tensor]) -> OperationRecord:
     nonfinite = next(t for t in (loss, *gradients) if is_nonfinite(t))
     record = trace.record_of(nonfinite)
     assert record is not None
-    found = first_nonfinite(record)
+    found = nonfinite_sources(record)[0]
     assert isinstance(found, OperationRecord)
     return what_made_it_large(found, FAULTS)
 

@@ -63,12 +63,12 @@ _LOGARITHMS = (
     Fault(
         ("_log_softmax",),
         "A row is -inf throughout (all of it masked), or a score is +inf: log_softmax of it is NaN",
-        "torch.nan_to_num(x, neginf=torch.finfo(x.dtype).min).log_softmax(-1)",
+        "x.clamp(-1e4, 1e4).log_softmax(-1)",
     ),
     Fault(
         ("_softmax",),
         "A row is -inf throughout (a mask that hides all positions), or a score is +inf: its softmax is 0/0",
-        "torch.softmax(torch.nan_to_num(x, neginf=torch.finfo(x.dtype).min), -1)",
+        "torch.softmax(x.clamp(-1e4, 1e4), -1)",
     ),
 )
 
