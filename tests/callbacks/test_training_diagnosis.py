@@ -1465,6 +1465,10 @@ def test_weights_that_are_reset_in_each_epoch_are_named_at_the_third(
     assert [(i.kind, i.cause, i.step) for i in incidents] == found
 
 
+def test_weights_that_are_reset_for_each_fold_are_not_named() -> None:
+    assert diagnosed(Resetting(slice(None)), data=batches(4) * 15, max_epochs=4, max_steps=-1) == []
+
+
 class Freezing(Manual):
     """Trains parameters that are frozen between its steps, as a discriminator is in the generator's step."""
 

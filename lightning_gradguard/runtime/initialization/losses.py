@@ -19,13 +19,15 @@ _MAY_TRAIN = (
 
 def findings_of_losses(sample: Sample, module: nn.Module) -> list[Finding]:
     """Returns what one step shows of its losses and dimensions, as findings with their advice."""
+    # beside a side branch that is normalized to 0, the first layer gets a gradient
+    passes = {"single_value"} if any(layer.gradient > 0 for layer in sample.layers[:1]) else set()
     return [
         Finding(
             symptom.cause,
             ", ".join(symptom.where[:1]),
             symptom.value,
             "about 1" if symptom.cause in _OF_SCALE else "0",
-            "warn" if symptom.cause in _MAY_TRAIN else "fail",
+            "warn" if symptom.cause in _MAY_TRAIN or symptom.cause in passes else "fail",
             f"{sentence_case(symptom.evidence)}. {advice_for_symptom(symptom, (), module)}",
         )
         for symptom in of_first_losses(sample)

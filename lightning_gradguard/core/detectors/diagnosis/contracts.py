@@ -13,8 +13,15 @@ from lightning_gradguard.core.incidents import SymptomCause
 
 #: Steps before which labels of one class may be those of the first files alone.
 LABEL_STEPS = 25
-#: Steps after which a mask of later steps alone is inverted, if nothing is learned, and the share of one.
-MASK_STEPS, HALF = 20, 0.5
+#: Steps after which what may be meant, as in a side branch, is a mistake if nothing is learned.
+MEANT_STEPS = 20
+#: The causes of these, of which an inverted mask is certain where it shows what is asked for; and the share
+#: of one of later steps in other networks, which may read backwards.
+MAY_BE_MEANT, HALF = ("single_value", "softmax_over_batch", "inverted_mask"), 0.5
+#: Change of the loss by permuted targets up to which the network answers all inputs alike, but for rounding.
+ALIKE = 1e-6
+#: Lowest loss over the first one down to which epochs have trained weights that are reset on purpose.
+TRAINED = 0.7
 #: The smallest share of targets out of reach that explains a loss that is stuck.
 SOME_UNREACHABLE = 0.05
 #: Shares of a loss call that break its contract.
@@ -34,7 +41,7 @@ CONTRACT: dict[SymptomCause, tuple[float, str]] = {
         "a view exchanges dimensions and keeps the order of the numbers: it mixes them",
     ),
     "inverted_mask": (
-        1,
+        0.75,
         "attention is to padding alone, or to later steps and to no earlier one",
     ),
 }
@@ -69,13 +76,28 @@ def broken_contracts(sample: Sample, progress: Progress) -> Iterator[Symptom]:
 
 
 def wrong_dimensions(sample: Sample, progress: Progress) -> Iterator[Symptom]:
-    """Yields what is computed over another dimension than is meant, the first place of each cause."""
+    """Yields what is computed over another dimension than is meant, the first place of each cause.
+
+    What may be meant is yielded once the loss does not fall, or the network is seen to answer all alike.
+    """
+    is_late = sample.step >= MEANT_STEPS
+    for symptom in mistakes(sample, HALF if is_late else CONTRACT["inverted_mask"][0]):
+        is_stuck = is_late and not progress.learns
+        if symptom.cause == "softmax_over_batch":  # a loss by hand falls, as samples compete for a class
+            is_stuck = is_late and not progress.over_constant < LEARNS
+        if symptom.cause == "single_value" and not math.isnan(sample.permuted):
+            is_stuck &= abs(sample.permuted) < ALIKE  # in a side branch, it does no harm
+        is_leak = symptom.cause == "inverted_mask" and symptom.value >= 1
+        if symptom.cause not in MAY_BE_MEANT or is_leak or is_stuck:
+            yield symptom
+
+
+def mistakes(sample: Sample, of_masks: float) -> Iterator[Symptom]:
+    """Yields what may be computed over another dimension than is meant; masks from a share on."""
     found = set()
     for cause, name, share in sample.mistakes:
         bound, words = CONTRACT[cause]
-        if cause == "inverted_mask" and sample.step >= MASK_STEPS and not progress.learns:
-            bound = HALF  # where the next token is not asked for, a network may read backwards
-        if share >= bound and cause not in found:
+        if share >= (of_masks if cause == "inverted_mask" else bound) and cause not in found:
             found.add(cause)
             where = (name,) if name else sample.entry
             evidence = f"{', '.join(where)}: {words}"
@@ -125,8 +147,11 @@ def untrained_parameters(sample: Sample, progress: Progress) -> Iterator[Symptom
 
 
 def reset_weights(sample: Sample, progress: Progress) -> Iterator[Symptom]:
-    """Yields weights that are others in each epoch, whereby the loss is back at the first."""
-    if sample.n_resets > 1 and progress.rise > LEARNS:
+    """Yields weights that are others in each epoch, whereby the loss is back at the first.
+
+    Where it falls in between, they are those of folds, or of a network that is pruned.
+    """
+    if sample.n_resets > 1 and progress.rise > LEARNS and progress.lowest > TRAINED:
         where = tuple(layer.name for layer in sample.layers)[:5]
         evidence = (
             f"at the ends of {sample.n_resets} epochs, most weights have changed by more than half of their "

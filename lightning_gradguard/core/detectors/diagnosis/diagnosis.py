@@ -66,7 +66,7 @@ class Diagnosis:
         self._progress = Progress()
         self._shown: dict[tuple[str, str], tuple[int, int]] = {}
         self._rates: dict[int, tuple[float, ...]] = {}
-        self._is_related = False
+        self._is_related = self._may_be_constant = False
         self._frozen: tuple[str, ...] = ()
 
     def plan(self, steps: int, frozen: Sequence[str] = ()) -> None:
@@ -81,6 +81,8 @@ class Diagnosis:
 
     def wants_permutation(self, step: int) -> bool:
         """True if it is in doubt that the loss depends on the targets."""
+        if self._may_be_constant and step >= contracts.MEANT_STEPS:
+            return True
         is_known = self._is_related or any(root.tier == "stuck" for root in self.roots)
         return step >= self.patience and not is_known and not self._progress.over_constant < LEARNS
 
@@ -99,6 +101,8 @@ class Diagnosis:
         self._progress.update(sample)
         is_known = sample.step >= self.patience and rules.is_whole(sample) and len(sample.updates) == 1
         self.over_constant = self._progress.over_constant_now if is_known else math.nan
+        causes = {cause for cause, *_ in sample.mistakes} - {root.cause for root in self.roots}
+        self._may_be_constant = "single_value" in causes and not self._is_related
         self._is_related = self._is_related or rules.is_related(sample.permuted, self._progress.over_constant)
         confirmed = []
         shown: dict[tuple[str, str], tuple[int, int]] = {}

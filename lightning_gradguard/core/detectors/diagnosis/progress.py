@@ -137,6 +137,11 @@ class Progress:
         return self._losses[-1] / self.first if self._losses and self.first > 0 else math.nan
 
     @property
+    def lowest(self) -> float:
+        """The lowest loss over the first one; NaN if unknown or not positive."""
+        return self._range[0] / self.first if self.first > 0 else math.nan
+
+    @property
     def is_unbounded(self) -> bool:
         """True if the recent losses are far below 0, and each falls by far, or answers rise with it."""
         losses, (first, last) = list(self._losses), self._outputs

@@ -12,9 +12,10 @@ from lightning_gradguard.core.detectors.best_constant import LEARNS, STUCK
 from lightning_gradguard.core.detectors.diagnosis import depth
 from lightning_gradguard.core.detectors.diagnosis.clipped import CLIPPED_FAR
 from lightning_gradguard.core.detectors.diagnosis.contracts import (
+    CONTRACT,
     SOME_UNREACHABLE,
     broken_contracts,
-    wrong_dimensions,
+    mistakes,
 )
 from lightning_gradguard.core.detectors.diagnosis.progress import Progress
 from lightning_gradguard.core.detectors.diagnosis.sample import CLIPPED_AT_ALL, MIN_TIMES, Sample, UnitSignal
@@ -281,7 +282,7 @@ def far_targets(sample: Sample, progress: Progress, patience: int) -> Iterator[S
 def of_first_losses(sample: Sample) -> Iterator[Symptom]:
     """Yields what the first sample alone shows: how losses are called, wrong dimensions, far targets."""
     yield from broken_contracts(sample, Progress())
-    yield from wrong_dimensions(sample, Progress())
+    yield from mistakes(sample, CONTRACT["inverted_mask"][0])
     yield from far_targets(sample, Progress(), patience=0)
 
 

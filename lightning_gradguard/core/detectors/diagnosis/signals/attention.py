@@ -97,20 +97,21 @@ def _of_any_head(may: Tensor) -> Tensor:
     return may if may.ndim == 3 else may.flatten(1, -3).any(1)
 
 
-def inverted(attended: Tensor, tokens: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Returns if attention is to the padding of tokens alone, and if it is to later keys alone, shape `()`.
+def inverted(attended: Tensor, tokens: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns if attention is to padding alone, to later keys alone, and to earlier ones alone, shape `()`.
 
     Example:
         >>> inverted(torch.ones(1, 4, 4, dtype=torch.bool).triu(), [])
-        (tensor(0.), tensor(1.))
+        (tensor(0.), tensor(1.), tensor(0.))
         >>> tokens = torch.tensor([[5, 9, 3, 0, 0]])
         >>> [inverted(attended[:, None], [tokens])[0].item() for attended in (tokens == 0, tokens > 0)]
         [1.0, 0.0]
     """
     n_queries, n_keys = attended.shape[-2:]
-    to_padding = to_later = attended.new_zeros((), dtype=torch.bool)
+    to_padding = to_later = to_earlier = attended.new_zeros((), dtype=torch.bool)
     if n_queries == n_keys >= MIN_KEYS:
-        to_later = attended.triu(1).any() & ~attended.tril(-1).any()
+        later, earlier = attended.triu(1).any(), attended.tril(-1).any()
+        to_later, to_earlier = later & ~earlier, earlier & ~later
     may = attended.any(1)
     for each in tokens:
         each = each[:MAX_SAMPLES]
@@ -119,7 +120,7 @@ def inverted(attended: Tensor, tokens: Sequence[Tensor]) -> tuple[Tensor, Tensor
             is_one = torch.where(may, each, low).max() == torch.where(may, each, high).min()
             apart = torch.where(may, low, each).max() - torch.where(may, high, each).min()
             to_padding = to_padding | (is_one & (apart >= FLAGS))
-    return to_padding.float(), to_later.float()
+    return to_padding.float(), to_later.float(), to_earlier.float()
 
 
 def _pair(arguments: Mapping[str, Any]) -> tuple[Tensor, Tensor]:

@@ -23,6 +23,8 @@ _NORMALIZATIONS = {
 SHIFTED = 0.95
 #: Distance from 1 up to which positive numbers over the batch sum to 1, as those of a softmax.
 SUMS_TO_ONE = 1e-3
+#: Share of attention to padding alone: queries may look at marks of one kind on purpose.
+PADDING = 0.75
 #: Mistakes that are kept, and the place of one that is a mistake wherever it is, not after all layers alone.
 MAX_FOUND, ANYWHERE = 64, -1
 
@@ -54,6 +56,8 @@ class Dimensions:
         is_one = len(labels) == 1 and all(t.ndim > 0 and {len(t)} == labels for t in batch)
         self._n = labels.pop() if is_one else 0
         self._asks_for_next: Tensor | None = None
+        self._looks_back: list[int] = []
+        self._normalizes_rows = False
         if len(self._tokens) == 2 and self._tokens[0].shape == self._tokens[1].shape:
             given, asked = self._tokens
             # of windows in the order of their starts, the next one asks for the same
@@ -62,11 +66,17 @@ class Dimensions:
             self._asks_for_next = (shifted[0] & ~shifted[1]).float()
 
     def mistakes(self, n_calls: int) -> list[tuple[SymptomCause, str, float]]:
-        """Returns causes, layers and the shares of calls at fault, of a step with so many calls of layers."""
+        """Returns causes, layers and the shares of calls at fault, of a step with so many calls of layers.
+
+        Softmaxes over the batch and over classes are those of Sinkhorn, attention to later keys beside one to
+        earlier ones that of a network that reads in both directions.
+        """
+        looks_back = any(self._scalars[index] == 1 for index in self._looks_back)
+        is_meant = {"softmax_over_batch": self._normalizes_rows, "inverted_mask": looks_back}
         return [
             (cause, where, self._scalars[index])
             for cause, where, index, after in self._found
-            if after in (ANYWHERE, n_calls)
+            if after in (ANYWHERE, n_calls) and not is_meant.get(cause)
         ]
 
     def add_call(
@@ -92,8 +102,11 @@ class Dimensions:
         elif result.requires_grad and result.ndim > 1 and 0 < self._n == len(result) < result.numel():
             if name.endswith("softmax"):
                 dim = args[1] if len(args) > 1 else kwargs.get("dim")
+                self._normalizes_rows |= dim is not None and result.ndim == 2 and dim % 2 == 1
                 if dim is not None and dim % result.ndim == 0 and result.shape[1] % self._n:
                     self._add("softmax_over_batch", where, after=after if result.ndim == 2 else ANYWHERE)
+            elif name.endswith("div") and result.ndim == 2 and _size(args[-1]) == self._n:
+                self._normalizes_rows = True
             elif name.endswith("div") and result.ndim == 2 and _size(args[-1]) == result.shape[1]:
                 result = result.detach()
                 is_over_batch = (result >= 0).all() & ((result.sum(0) - 1).abs() < SUMS_TO_ONE).all()
@@ -114,9 +127,10 @@ class Dimensions:
         if name == "multi_head_attention_forward":
             self.add_sequence(where, arguments["query"])
         if (attended := attention.attended(name, arguments)) is not None:
-            padding, causal = attention.inverted(attended, self._tokens)
+            padding, later, earlier = attention.inverted(attended, self._tokens)
             asked = 0.5 if self._asks_for_next is None else (0.5 + self._asks_for_next / 2)
-            self._add("inverted_mask", where, torch.maximum(padding, causal * asked))
+            self._add("inverted_mask", where, torch.maximum(PADDING * padding, later * asked))
+            self._looks_back.append(self._scalars.add(earlier))
 
     def _add(
         self, cause: SymptomCause, where: str, share: Tensor | None = None, after: int = ANYWHERE
