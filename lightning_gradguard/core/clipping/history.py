@@ -125,12 +125,12 @@ class History:
         return is_near & (loss > TASK_RISE * self.calm_loss)
 
     def add(self, step: Step, decision: Decision) -> None:
-        """Adds a step, whose numbers the host knows; a nonfinite one changes no more than the weight norm."""
+        """Adds a step, whose numbers the host knows; one that is nonfinite, or of norm 0, is ignored."""
         norm, loss, rate = float(step.norm), float(step.loss), float(step.rate)
         if step.weight_norm == step.weight_norm:
             self.weight_norm = float(step.weight_norm)
         self.steps_since_weights += 1
-        if not norm < math.inf or math.isinf(loss):
+        if not 0 < norm < math.inf or math.isinf(loss):
             return
         kept, reduced = decision.bound if norm > decision.bound else norm, float(decision.reduced)
         self._follow(loss)

@@ -91,8 +91,9 @@ class RelativeNormClipping(ClippingPolicy):
     or in an alarm.
 
     Without a loss, or after a negative one, only spikes are clipped. The norm of the weights is measured
-    once in 50 steps. A nonfinite norm or loss changes nothing. Numbers on a device enter the history a step
-    later, when they have arrived on the host: decisions are the same, without a synchronization.
+    once in 50 steps. A norm of 0 or a nonfinite number changes nothing. Numbers on a device enter the
+    history a step later, when they have arrived on the host: decisions are the same, without a
+    synchronization.
 
     Args:
         max_ratio: Of a norm to the usual one; positive.

@@ -99,9 +99,9 @@ class PercentileClipping(HistoryPolicy[dict[str, Tensor]]):
             }
         state = self._state = {key: value.to(norm.device) for key, value in self._state.items()}
         slot = torch.arange(self.window, device=norm.device) == state["seen"] % self.window
-        finite = torch.isfinite(norm)
-        norms = torch.where(slot & finite, norm, state["norms"])
-        self._pending = {"norms": norms, "seen": state["seen"] + finite}
+        counts = (norm > 0) & (norm < math.inf)
+        norms = torch.where(slot & counts, norm, state["norms"])
+        self._pending = {"norms": norms, "seen": state["seen"] + counts}
         self.threshold = as_like(known, norms.nanquantile(self.percentile / 100))
         return clip_coefficient(self.threshold, known, known < math.inf)
 
@@ -123,9 +123,9 @@ class PercentileClipping(HistoryPolicy[dict[str, Tensor]]):
 class ZScoreClipping(HistoryPolicy[dict[str, Any]]):
     """Clips norms that stand out from a running mean, and caps all of them.
 
-    The rule is ZClip with four defects fixed: nonfinite norms never enter the history (in the warm-up, one
-    leaves its slot empty), an outlier within the warm-up is clipped to the median and so cannot inflate it,
-    the standard deviation has a lower bound, and the history is saved.
+    The rule is ZClip with four defects fixed: norms of 0 and nonfinite ones never enter the history (in the
+    warm-up, one leaves its slot empty), an outlier within the warm-up is clipped to the median and so cannot
+    inflate it, the standard deviation has a lower bound, and the history is saved.
 
     Args:
         z_threshold: A norm this many standard deviations above the mean is clipped; positive.
@@ -162,19 +162,19 @@ class ZScoreClipping(HistoryPolicy[dict[str, Any]]):
     def coefficients(self, gradients: Gradients) -> Scalar:
         """Returns one coefficient, by the z-score of the norm; an outlier enters the history softened."""
         norm = total_norm(gradients)
-        is_finite = norm < math.inf
+        counts = (norm > 0) & (norm < math.inf)
         is_warming = self._state["seen"] < self.warmup_steps
-        effective = self._warm_up(norm) if is_warming else self._compare(norm, is_finite)
-        return clip_coefficient(clamp_max(effective, self.max_norm), norm, is_finite)
+        effective = self._warm_up(norm, counts) if is_warming else self._compare(norm, counts)
+        return clip_coefficient(clamp_max(effective, self.max_norm), norm, counts)
 
-    def _warm_up(self, norm: Scalar) -> Scalar:
+    def _warm_up(self, norm: Scalar, counts: Tensor | bool) -> Scalar:
         """Collects norms; an outlier counts as the median of those before it."""
         present = torch.as_tensor(norm, dtype=torch.float64)
         warmup, seen = self._state["warmup"].to(present.device, copy=True), self._state["seen"]
         median = warmup.nanquantile(0.5)
         bound = OUTLIER_RATIO * median if seen >= 3 else torch.full_like(present, torch.inf)
         effective = torch.where(present > bound, median, present)
-        warmup[seen] = torch.where(present < torch.inf, effective, torch.nan)
+        warmup[seen] = torch.where(torch.as_tensor(counts, device=present.device), effective, torch.nan)
         self.threshold = as_like(norm, bound.clamp(max=self.max_norm))
         self._pending = {**self._state, "warmup": warmup, "seen": seen + 1}
         if seen + 1 == self.warmup_steps:
@@ -183,10 +183,10 @@ class ZScoreClipping(HistoryPolicy[dict[str, Any]]):
             self._pending["variance"] = as_like(norm, (warmup - mean).square().nanmean().nan_to_num(0.0))
         return as_like(norm, effective)
 
-    def _compare(self, norm: Scalar, is_finite: Tensor | bool) -> Scalar:
+    def _compare(self, norm: Scalar, counts: Tensor | bool) -> Scalar:
         """Compares with the running mean; the larger an outlier is, the less it counts."""
         mean, variance = (as_like(norm, self._state[key]) for key in ("mean", "variance"))
-        before, mean = mean, where(mean == mean, mean, norm)  # no norm of the warm-up was finite
+        before, mean = mean, where(mean == mean, mean, norm)  # no norm of the warm-up counts
         std = fmax(variance**0.5, MIN_RELATIVE_STD * mean)
         z = (norm - mean) / (std + EPS)
         bound = mean + self.z_threshold * std
@@ -199,8 +199,8 @@ class ZScoreClipping(HistoryPolicy[dict[str, Any]]):
         self.threshold = clamp_max(bound, self.max_norm)
         self._pending = {
             **self._state,
-            "mean": where(is_finite, new_mean, before),
-            "variance": where(is_finite, new_variance, variance),
+            "mean": where(counts, new_mean, before),
+            "variance": where(counts, new_variance, variance),
         }
         return effective
 

@@ -122,6 +122,15 @@ def test_nonfinite_gradients_are_unchanged_and_enter_no_history(policy: Callable
             assert applied(clipper, [norm]) == applied(twin, [norm])
 
 
+@pytest.mark.parametrize("n_zeros", [1, 5, 30])
+@pytest.mark.parametrize("policy", POLICIES)
+def test_gradients_of_zero_bound_no_later_ones(policy: Callable[[], ClippingPolicy], n_zeros: int) -> None:
+    """As those of a loss that is switched on later, or of a reward that is seen later."""
+    clipper = policy()
+    assert applied(clipper, [0.0] * n_zeros) == [0.0] * n_zeros
+    assert applied(clipper, [0.5] * 40)[-1] == pytest.approx(applied(policy(), [0.5] * 40)[-1])
+
+
 @pytest.mark.parametrize("policy", POLICIES)
 @given(cut=st.integers(0, 30))
 @settings(deadline=None, max_examples=10)
