@@ -13,7 +13,7 @@ from lightning_gradguard.callbacks.nan_rollback import NaNRollback
 from lightning_gradguard.callbacks.training_diagnosis import TrainingDiagnosis
 from lightning_gradguard.callbacks.treatment import Treatment
 from lightning_gradguard.callbacks.weight_norm_constraint import WeightNormConstraint
-from lightning_gradguard.core.arguments import with_known_names
+from lightning_gradguard.core.arguments import flag, with_known_names
 from lightning_gradguard.core.clipping import GlobalNormClipping
 from lightning_gradguard.core.remedies.changes import Change
 from lightning_gradguard.runtime.lightning_api import Callback
@@ -94,7 +94,7 @@ def default_callbacks(
             given = f"{type(callback).__name__}(...)" if isinstance(callback, Callback) else repr(callback)
             needed = f"{default.__name__}(...) or one of a subclass, or None to omit it"
             raise ValueError(f"{name}={given} is no {default.__name__}: pass an instance, {needed}.")
-    if not verbose:
+    if not flag("verbose", verbose):
         for configured in callbacks:
             configured.verbose = False  # type: ignore[attr-defined]
     return callbacks

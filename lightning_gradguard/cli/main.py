@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from lightning_gradguard import __version__
-from lightning_gradguard.cli.messages import nearest, usage_errors_reported
+from lightning_gradguard.cli.messages import usage_errors_reported
+from lightning_gradguard.core.arguments import nearest
 
 VERBS = {
     "fit": "train your own module with the suite in place (LightningCLI)",

@@ -1,8 +1,7 @@
-"""Messages of a command: one short line for wrong input, with the nearest valid name; none of Lightning's."""
+"""Messages of a command: one short line for wrong input; none of Lightning's."""
 
 from __future__ import annotations
 
-import difflib
 import functools
 import inspect
 import logging
@@ -10,7 +9,7 @@ import re
 import sys
 import sysconfig
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -55,17 +54,6 @@ def one_line(text: str) -> str:
     """
     line = " ".join(text.split())
     return line if len(line) <= 300 else line[:297] + "..."
-
-
-def nearest(name: str, known: Iterable[str], before: str = "") -> str:
-    """Suggests the nearest of the valid names; empty if none is near.
-
-    Example:
-        >>> nearest("patienc", ["patience", "check"], "--nan_rollback.")
-        ' Did you mean --nan_rollback.patience?'
-    """
-    near = difflib.get_close_matches(name, list(known), n=1)
-    return f" Did you mean {before}{near[0]}?" if near else ""
 
 
 def source_line(error: BaseException) -> str:

@@ -9,7 +9,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from lightning_gradguard.cli.messages import UsageError, nearest, usage_errors_reported
+from lightning_gradguard.cli.messages import UsageError, usage_errors_reported
+from lightning_gradguard.core.arguments import nearest
 from lightning_gradguard.report.readers.runs import find_runs, read_run
 from lightning_gradguard.report.render.html import to_html
 from lightning_gradguard.report.render.json import to_json

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from difflib import get_close_matches
 from functools import wraps
 from numbers import Real
@@ -15,6 +15,17 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
+def nearest(name: str, known: Iterable[str], before: str = "") -> str:
+    """Suggests the nearest of the valid names; empty if none is near.
+
+    Example:
+        >>> nearest("patienc", ["patience", "check"], "--nan_rollback.")
+        ' Did you mean --nan_rollback.patience?'
+    """
+    near = get_close_matches(name, [*known], n=1)
+    return f" Did you mean {before}{near[0]}?" if near else ""
+
+
 def with_known_names(function: Callable[P, T]) -> Callable[P, T]:
     """Has a function name the nearest of its arguments where it is called with one that it does not have.
 
@@ -22,7 +33,7 @@ def with_known_names(function: Callable[P, T]) -> Callable[P, T]:
         >>> with_known_names(number)("eps", 1.0, at_lest=0)
         Traceback (most recent call last):
         ...
-        TypeError: number() has no argument 'at_lest': did you mean 'at_least'?
+        TypeError: number() has no argument 'at_lest'. Did you mean at_least?
     """
     parameters = inspect.signature(function).parameters
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
@@ -31,9 +42,8 @@ def with_known_names(function: Callable[P, T]) -> Callable[P, T]:
     @wraps(function)
     def checked(*args: P.args, **kwargs: P.kwargs) -> T:
         for name in () if takes_any else kwargs.keys() - parameters.keys():
-            nearest = [f"did you mean {known!r}?" for known in get_close_matches(name, parameters, n=1)]
-            known = f"it has {', '.join(n for n in parameters if n != 'self')}."
-            raise TypeError(f"{owner}() has no argument {name!r}: {(*nearest, known)[0]}")
+            known = f" It has {', '.join(n for n in parameters if n != 'self')}."
+            raise TypeError(f"{owner}() has no argument {name!r}.{nearest(name, parameters) or known}")
         return function(*args, **kwargs)
 
     return checked

@@ -5,9 +5,10 @@ from __future__ import annotations
 import keyword
 import warnings
 from collections.abc import Iterable, Sequence
-from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
+
+from lightning_gradguard.core.arguments import nearest
 
 if TYPE_CHECKING:  # reports spell names without torch
     from torch import nn
@@ -100,5 +101,5 @@ def warn_unknown(argument: str, unknown: Iterable[str], valid: Iterable[str]) ->
     """Warns about each unknown name, with the valid name that is nearest."""
     valid = sorted(valid)
     for name in unknown:
-        nearest = "".join(f" Did you mean {n!r}?" for n in get_close_matches(name, valid, n=1, cutoff=0))
-        warnings.warn(f"{argument}: {name!r} matches nothing in the module.{nearest}", stacklevel=3)
+        message = f"{argument}: {name!r} matches nothing in the module.{nearest(name, valid)}"
+        warnings.warn(message, stacklevel=3)

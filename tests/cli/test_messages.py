@@ -10,7 +10,6 @@ from lightning_gradguard import NaNRollback
 from lightning_gradguard.cli.messages import (
     UsageError,
     is_raised_by_suite,
-    nearest,
     one_line,
     source_line,
     usage_errors_reported,
@@ -28,11 +27,6 @@ def test_long_message_is_cut() -> None:
     assert one_line("a " * 150) == "a " * 149 + "a"
     assert one_line("a" * 300) == "a" * 300
     assert one_line("a" * 301) == "a" * 297 + "..."
-
-
-def test_nearest_is_empty_without_a_near_name() -> None:
-    assert nearest("patienc", ["patience"]) == " Did you mean patience?"
-    assert nearest("xyz", ["patience"]) == ""
 
 
 def test_source_line_is_the_innermost_of_the_user() -> None:

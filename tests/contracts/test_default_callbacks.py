@@ -217,18 +217,18 @@ def test_replacements() -> None:
 
 
 def test_mistaken_arguments_are_told_what_is_meant(tmp_path: Path) -> None:
-    known = r"\(\) has no argument 'nan_rolback': did you mean 'nan_rollback'\?"
+    known = r"\(\) has no argument 'nan_rolback'. Did you mean nan_rollback\?"
     with pytest.raises(TypeError, match=known):
         default_callbacks(nan_rolback=None)  # type: ignore[call-arg]
-    with pytest.raises(
-        TypeError, match=r"NaNRollback\(\) has no argument 'patienc': did you mean 'patience'"
-    ):
+    with pytest.raises(TypeError, match=r"NaNRollback\(\) has no argument 'patienc'. Did you mean patience"):
         NaNRollback(patienc=3)  # type: ignore[call-arg]
-    with pytest.raises(TypeError, match=r"LearningRateBackoff\(\) has no argument 'q': it has factor, "):
+    with pytest.raises(TypeError, match=r"LearningRateBackoff\(\) has no argument 'q'. It has factor, "):
         LearningRateBackoff(q=3)  # type: ignore[call-arg]
     wrong = r"nan_rollback=LearningRateBackoff\(...\) is no NaNRollback: pass an instance, NaNRollback"
     with pytest.raises(ValueError, match=wrong):
         default_callbacks(nan_rollback=LearningRateBackoff())  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="verbose='yes' must be True or False"):
+        default_callbacks(verbose="yes")  # type: ignore[arg-type]
     nested: Any = [default_callbacks()]
     with pytest.raises(AttributeError, match=r"or callbacks=\[\*default_callbacks\(\), another\]"):
         fit(Classifier(), batches(1), nested, default_root_dir=tmp_path)

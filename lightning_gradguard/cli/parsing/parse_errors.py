@@ -14,8 +14,9 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from lightning_gradguard.callbacks.defaults import DEFAULTS
-from lightning_gradguard.cli.messages import nearest, one_line, source_line, taken_name
+from lightning_gradguard.cli.messages import one_line, source_line, taken_name
 from lightning_gradguard.cli.parsing.preparse import find_option, read_config, values_at
+from lightning_gradguard.core.arguments import nearest
 
 # jsonargparse nests what is wrong by indentation; the wording differs between the supported versions
 _KEY = re.compile(r'Parser key "([\w.]+)"')
@@ -43,7 +44,7 @@ def parse_error_message(
             return "add --model my.Module: neither the command nor a file of --config names a module."
         if not unknown:
             return one_line(error)
-        return _unknown_option(unknown[1] or "", unknown[2] or "", contents, options)
+        return _unknown_option(unknown[1] or "", unknown[2] or "", arguments, contents, options)
     path = next((match[1] or match[2] for match in _CLASS.finditer(block)), "")
     bases = _BASE.findall(block)
     kind = path or next(iter(bases), owner)
@@ -89,7 +90,9 @@ def _shown(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, default=str)
 
 
-def _unknown_option(flag: str, key: str, contents: Mapping[str, Any], options: Collection[str]) -> str:
+def _unknown_option(
+    flag: str, key: str, arguments: Sequence[str], contents: Mapping[str, Any], options: Collection[str]
+) -> str:
     """Describes an option that the command does not have, given as a flag or as a key in a file."""
     if flag and not flag.startswith("-"):
         return f"{flag} belongs to no option."
@@ -100,9 +103,21 @@ def _unknown_option(flag: str, key: str, contents: Mapping[str, Any], options: C
     wrong = next((p for p in prefixes if not any(part[: len(p)] == p for part in parts)), names)
     before = flag[: len(flag) - len(flag.lstrip("-"))]
     siblings = {".".join(part[: len(wrong)]) for part in parts}
-    near = nearest(".".join(wrong), siblings, before) or flag and nearest(".".join(names), known, before)
+    of_classes = _arguments_of_classes(arguments, contents) if flag else ()
+    near = next((f" Did you mean {before}{n}?" for n in of_classes if n.partition(".")[2] == names[0]), "")
+    near = near or nearest(".".join(wrong), siblings, before)
+    near = near or flag and nearest(".".join(names), known, before)
     file = next((f"{file}: " for file, content in contents.items() if [*values_at(content, wrong)]), "")
     return f"{'' if flag else file or '--config: '}there is no {before}{'.'.join(wrong)}.{near}"
+
+
+def _arguments_of_classes(arguments: Sequence[str], contents: Mapping[str, Any]) -> Iterator[str]:
+    """Yields the options of the module and of the data, as far as their classes exist."""
+    for key in ("model", "data"):
+        for path in _class_paths(find_option(arguments, contents, key)[1]):
+            if _import_problem(path, object) is None:
+                names = inspect.signature(pkgutil.resolve_name(path)).parameters
+                yield from (f"{key}.{name}" for name in names)
 
 
 def _unknown_argument(
@@ -167,6 +182,8 @@ def _class_paths(value: Any) -> Iterator[str]:
 def _import_problem(path: str, base: type) -> str | None:
     """Describes why a path leads to no subclass of `base`, with the nearest name; `None` if it does."""
     package, _, name = path.rpartition(".")
+    if ":" in path:
+        return f"a dot is before the name of a class. Did you mean {path.replace(':', '.')}?"
     if not package:
         near = "" if base is object else nearest(name, [heir.__name__ for heir in _concrete(base)])
         return f"there is no such class.{near or ' Name it together with its module, as my.Module.'}"

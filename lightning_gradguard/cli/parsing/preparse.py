@@ -10,7 +10,8 @@ from typing import Any
 
 import yaml
 
-from lightning_gradguard.cli.messages import UsageError, nearest, one_line
+from lightning_gradguard.cli.messages import UsageError, one_line
+from lightning_gradguard.core.arguments import nearest
 
 
 def named_class(arguments: Sequence[str]) -> Any:

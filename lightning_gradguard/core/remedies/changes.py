@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lightning_gradguard.core.arguments import nearest
 from lightning_gradguard.core.remedies.kinds import CHOICES, FOUND, KINDS, Alters, Argument, ChangeKind
 from lightning_gradguard.core.remedies.surgery.activations import replace_activations, replaceable
 from lightning_gradguard.core.remedies.surgery.additions import (
@@ -254,5 +254,4 @@ def _check_names(module: nn.Module, change: Change) -> None:
     for name in (part for entry in change.modules for part in entry.split(":")):
         parent, _, attribute = name.rpartition(".")
         if name not in known and not (parent in known and hasattr(module.get_submodule(parent), attribute)):
-            nearest = "".join(f" Did you mean {n!r}?" for n in get_close_matches(name, known, n=1))
-            raise ValueError(f"{change.kind}: the module has no {name!r}.{nearest}")
+            raise ValueError(f"{change.kind}: the module has no {name!r}.{nearest(name, known)}")

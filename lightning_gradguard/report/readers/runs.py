@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 import os
 from collections import defaultdict
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import yaml
 
+from lightning_gradguard.core.arguments import nearest
 from lightning_gradguard.core.tags import Meaning, Role, meaning_of
 from lightning_gradguard.report.analysis.run_log import GradientLog, RunLog, Series
 from lightning_gradguard.report.readers.incident_files import (
@@ -172,8 +172,7 @@ def _not_a_folder(path: Path) -> str:
     parent = path.parent
     known = [child.name for child in parent.iterdir() if child.is_dir()] if parent.is_dir() else []
     before = "" if parent == Path() else f"{parent}{os.sep}"
-    near = difflib.get_close_matches(path.name, known, n=1)
-    return f"there is no folder {path}." + (f" Did you mean {before}{near[0]}?" if near else "")
+    return f"there is no folder {path}.{nearest(path.name, known, before)}"
 
 
 def _without_runs(path: Path) -> str:

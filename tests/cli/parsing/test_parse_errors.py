@@ -34,6 +34,8 @@ def usage_error(command: Command, *arguments: str) -> str:
     ("arguments", "message"),
     [
         ("--model mine.Nett", "--model mine.Nett: mine.Nett does not exist. Did you mean mine.Net?"),
+        ("--model mine:Net", "--model mine:Net: a dot is before the name of a class. Did you mean mine.Net?"),
+        ("--model mine.Net --width 3", "there is no --width. Did you mean --model.width?"),
         ("--model mime.Net", "--model mime.Net: there is no module mime. Did you mean mine?"),
         ("--model=mine.Data", "--model mine.Data: mine.Data is no LightningModule."),
         ("--data mine.Dat", "--data mine.Dat: mine.Dat does not exist. Did you mean mine.Data?"),

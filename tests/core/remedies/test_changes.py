@@ -174,7 +174,7 @@ def test_wrong_changes(arguments: dict[str, Any], message: str) -> None:
 def test_unknown_modules_are_named_with_the_nearest() -> None:
     module, _ = networks()["blocks"]
     change = Change("replace_activation", {"modules": ["blocks.0.funtion"]})
-    with pytest.raises(ValueError, match=r"the module has no 'blocks.0.funtion'\. Did you mean 'blocks"):
+    with pytest.raises(ValueError, match=r"the module has no 'blocks.0.funtion'\. Did you mean blocks"):
         apply(module, change)
 
 
