@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import linecache
 import os
 import warnings
 from collections.abc import Mapping, Sequence
@@ -91,11 +92,14 @@ def comparison(dossier: Dossier, found: Origin, notes: Sequence[str] = ()) -> st
     same_place = recorded.detail.replace(recorded.location or found.location, found.location)
     if same_place.startswith(f"{found.detail.rstrip('.')} ("):
         found = replace(found, detail=same_place)  # the run has added samples, and the rank
+    is_finite = found.cause == "transient" and not reproduced
+    if is_finite:
+        found = replace(found, detail=_what_is_finite(recorded))
     columns = {"found": found} if reproduced else {"recorded": recorded, "found now": found}
     origins = columns.values()
     table = (
         ("", *columns) if len(columns) > 1 else ("",),
-        ("cause", *(label(origin.cause) for origin in origins)),
+        ("cause", *("none" if is_finite and o is found else label(o.cause) for o in origins)),
         ("module", *(origin.module for origin in origins)),
         ("operation", *(origin.operation for origin in origins)),
         ("line", *(origin.location for origin in origins)),
@@ -110,7 +114,7 @@ def comparison(dossier: Dossier, found: Origin, notes: Sequence[str] = ()) -> st
     )
     head = f"Reproduced: {batch} fails as it did in the run."
     if not reproduced:
-        fails = "does not fail" if found.cause == "transient" else "does not fail as it did in the run"
+        fails = "does not fail" if is_finite else "does not fail as it did in the run"
         head = f"Not reproduced: with this module, {batch} {fails}."
     details = {name: origin.detail for name, origin in columns.items() if origin.detail}
     return "\n".join(
@@ -122,6 +126,14 @@ def comparison(dossier: Dossier, found: Origin, notes: Sequence[str] = ()) -> st
             *([f"what to do: {remedy}"] if reproduced and (remedy := found.remedy()) else []),
         ]
     )
+
+
+def _what_is_finite(recorded: Origin) -> str:
+    """Returns that a batch is finite by now, and whether the line that failed in the run is still there."""
+    file = recorded.location.rpartition(":")[0]
+    is_there = recorded.code in map(str.strip, linecache.getlines(file)) or not linecache.getlines(file)
+    why = "" if is_there else f": `{recorded.code}` of the run is no longer in {file}"
+    return f"All numbers of the batch are finite with this module, on the CPU{why}."
 
 
 def _prepared(arguments: Sequence[str]) -> tuple[Dossier, pl.LightningModule, Mapping[str, Any], list[str]]:

@@ -176,7 +176,8 @@ def test_every_pass_and_precision(
     code, printed = replayed(capsys, dossier, "--model", f"{HERE}.Logarithm", "--model.fails_in", "nowhere")
     assert code == 1
     assert printed.startswith("Not reproduced: ")
-    assert "transient" in printed
+    assert "transient" not in printed
+    assert "found now: All numbers of the batch are finite with this module, on the CPU." in printed
 
 
 def test_overflow_depends_on_the_loss_scale(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -238,6 +239,16 @@ class Huge(Corrupted):
     value = 1e38  # finite, and too much for the layers above
 
 
+def test_a_line_that_is_mended_is_no_longer_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recorded = read_dossier(record(Logarithm(fails_in="loss"), marked(), tmp_path))
+    before = dataclasses.replace(recorded.origin, code="loss = loss + loss.log()")
+    path = write_dossier(tmp_path / "mended", dataclasses.replace(recorded, origin=before), megabytes=1)
+    arguments = ("--model", f"{HERE}.Logarithm", "--model.fails_in", "nowhere")
+    code, printed = replayed(capsys, path, *arguments)
+    assert code == 1
+    assert "on the CPU: `loss = loss + loss.log()` of the run is no longer in " in printed
+
+
 @pytest.mark.parametrize(
     ("kind", "cause"),
     [(Corrupted, "corrupted_weights"), (Overwritten, "update_too_large"), (Huge, "corrupted_weights")],
@@ -256,7 +267,7 @@ def test_causes_in_weights_are_found_again(
     path = write_dossier(tmp_path / "sound", sound, megabytes=1)
     code, printed = replayed(capsys, path, "--model", f"{HERE}.{kind.__name__}")
     assert code == 1
-    assert "transient" in printed
+    assert "found now: All numbers of the batch are finite" in printed
 
 
 def test_optimizer_state_is_not_in_dossier(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
