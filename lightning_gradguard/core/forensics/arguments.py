@@ -12,7 +12,11 @@ MAX_ARGUMENT = 60
 #: What functions of torch are called on, and no argument of theirs.
 _NAMESPACES = ("torch", "nn", "F", "functional", "linalg", "special")
 #: Names of functions whose operation has another one.
-_NAMES = {"to_copy": ("half", "to", "type"), "linalg_vector_norm": ("norm", "vector_norm")}
+_NAMES = {
+    "to_copy": ("half", "to", "type"),
+    "linalg_vector_norm": ("norm", "vector_norm"),
+    "nll_loss_forward": ("cross_entropy",),
+}
 _ATOMS = (ast.Constant, ast.Name, ast.Attribute, ast.Call, ast.Subscript)
 _OPERATORS: dict[type[ast.operator], tuple[str, ...]] = {
     ast.Div: ("div", "true_divide", "reciprocal"),

@@ -237,7 +237,8 @@ def _origin_of_operation(
     sentence = f"{source.operation}{called} in {place}{given} {returned} ({source.dtype})"
     if underflow is not None:
         elsewhere = f" at {underflow.location}" if underflow.location not in (None, source.location) else ""
-        sentence += f"; its 0 comes from {underflow.operation}{elsewhere}, which underflows"
+        why = "a root of 0" if underflow.operation in ("sqrt", "pow") else "which underflows"
+        sentence += f"; its 0 comes from {underflow.operation}{elsewhere}, {why}"
     rows = _rows_at_fault(source, parts)
     sentence += f",{in_rows(rows)}" if rows else ""
     sentence += "".join(f"; {outlier}" for outlier in outliers(rows, parts))
@@ -294,16 +295,17 @@ def _advice(record: OperationRecord, fault: OperationFault | None, trace: Operat
             f"{fault.why}. `{name}` is trained, and a step has moved it there, where a clamp has no "
             f"gradient: train its logarithm, and use torch.exp(self.{name}) in place of self.{name}."
         )
+    whose = ""
     if record.is_custom:
         name = record.node.removesuffix("Backward")
-        return f"The backward pass of your own autograd.Function {name}: {fault.advice(short_name(record))}"
+        whose = f"The backward pass of your own autograd.Function {name}: "
     failed = record.called if fault.called else short_name(record)
     code = record.location.called_code if record.location else ""
     underflow = _underflow(record, fault)
     if fault.underflow and underflow is not None:
         underflowed = underflow.location.called_code if underflow.location else ""
-        return fault.advice(underflow.operation, underflowed, logarithm=code)
-    return fault.advice(failed, code)
+        return whose + fault.advice(underflow.operation, underflowed, logarithm=code)
+    return whose + fault.advice(failed, code)
 
 
 def _rows_at_fault(source: OperationRecord, parts: Mapping[str, Tensor]) -> tuple[int, ...]:

@@ -15,7 +15,15 @@ from lightning_gradguard.core.incidents import Cause
 _ALIKE = (
     *(("log", "log2", "log10"), ("exp", "exp2", "expm1", "sinh", "cosh"), ("acos", "asin"), ("std", "var")),
     *(("amin", "amax", "min", "max"), ("remainder", "fmod"), ("lgamma", "digamma")),
-    ("mse_loss", "smooth_l1_loss", "huber_loss"),
+    (
+        *("mse_loss", "smooth_l1_loss", "huber_loss", "binary_cross_entropy", "soft_margin_loss"),
+        "binary_cross_entropy_with_logits",
+    ),
+    (
+        *("l1_loss", "kl_div", "poisson_nll_loss", "gaussian_nll_loss", "hinge_embedding_loss"),
+        *("cosine_embedding_loss", "margin_ranking_loss", "triplet_margin_loss"),
+    ),
+    ("sum", "cumsum"),
 )
 
 

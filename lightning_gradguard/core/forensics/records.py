@@ -15,10 +15,10 @@ LARGE = 1e4
 
 @dataclass(frozen=True)
 class Underflow:
-    """An operation that returned 0, or a number next to it, of numbers that are none.
+    """An operation that returned 0, or a number next to it, of numbers that are none; or a root of 0.
 
     Args:
-        operation: Such as `prod`.
+        operation: Such as `prod`, or `sqrt`.
         location: The user's line that ran it.
     """
 

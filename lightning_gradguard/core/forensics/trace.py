@@ -32,6 +32,8 @@ _MOVES = (
 )
 #: Operations that return 0 of numbers that are none.
 _UNDERFLOW = ("prod", "cumprod", "exp", "sigmoid", "_softmax", "mul")
+#: Operations that return 0 of 0, where their gradient is infinite.
+_ROOTS = ("sqrt", "pow")
 
 
 class OperationTrace(TorchDispatchMode):
@@ -186,7 +188,12 @@ class OperationTrace(TorchDispatchMode):
     ) -> Underflow | None:
         """Returns the operation that zeros of a result come from: an earlier one, or this one."""
         earlier = (self._underflows.get(_storage(t)) for t in inputs)
-        found = next((u for u in earlier if u is not None), None)
+        passed = (
+            u for u in earlier if u is not None and (_short(name) == "mul" or u.operation not in _ROOTS)
+        )
+        found = next(passed, None)
+        if found is None and inputs and _is_root(name, args) and _has_zero(inputs[0]):
+            return Underflow(_short(name), location)
         if found is not None or _short(name) not in _UNDERFLOW or not inputs:
             return found
         if any(is_nonfinite(t) or _has_zero(t) for t in inputs):  # a zero is of a mask, or of a ReLU
@@ -323,6 +330,11 @@ def _has_zero(tensor: Tensor) -> bool:
 def _largest_finite(tensor: Tensor) -> float:
     values = _values(tensor.detach())
     return float(values.nan_to_num(0.0, 0.0, 0.0).abs().amax())
+
+
+def _is_root(name: str, args: Sequence[Any]) -> bool:
+    exponent = args[1] if len(args) > 1 and _short(name) == "pow" else 0.5
+    return _short(name) in _ROOTS and type(exponent) is float and 0 < exponent < 1
 
 
 def _passes_on(name: str, arguments: Sequence[Argument]) -> bool:

@@ -110,6 +110,8 @@ CASES: list[tuple[str, Program, Program, Callable[[Tensor], Any] | None, str]] =
     ("log with an epsilon in half", lambda x: (x.half() + 1e-8).log(), zero, None, "float16"),
     ("log1p of -1", torch.log1p, lambda h: first(h, -1), None, "log1p"),
     ("xlogy", lambda x, y: torch.xlogy(x, y), lambda h: h, zero, "xlogy"),
+    ("xlogy of a number", lambda x, y: torch.xlogy(0.3, y), lambda h: h, zero, "xlogy"),
+    ("xlog1py", torch.special.xlog1py, lambda h: h, lambda h: first(h, -1.0), "xlog1py"),
     ("logit of 1", torch.logit, one, None, "logit"),
     ("logit of 0", torch.logit, lambda h: zero(h) * 0.5, None, "logit"),
     ("softmax of a masked row", lambda x: x.softmax(-1), masked, None, "all positions"),
@@ -164,6 +166,11 @@ CASES: list[tuple[str, Program, Program, Callable[[Tensor], Any] | None, str]] =
         lambda h: h > 9,
         "empty selection",
     ),
+    ("unit vector by hand", lambda x: x / x.square().sum(-1, True).sqrt(), zero, None, "root of 0"),
+    ("unit of a power", lambda x, y: x / x**y, zero, lambda h: 0.5, "root of 0"),
+    ("inverse of a power", lambda x, y: 1 / x**y, zero, lambda h: 0.5, "root of 0"),
+    ("reciprocal of a root", lambda x: x.sqrt().reciprocal(), zero, None, "root of 0"),
+    ("reciprocal of a power", lambda x, y: (x**y).reciprocal(), zero, lambda h: 0.5, "root of 0"),
     ("division by 0", lambda x, y: x / y, lambda h: h, zero, "divisor is 0"),
     ("division by a signed 0", lambda x, y: x / y, lambda h: h, lambda h: first(-h, 0), "either sign"),
     ("reciprocal of a signed 0", torch.reciprocal, lambda h: first(-h, 0), None, "either sign"),
@@ -239,6 +246,21 @@ CASES: list[tuple[str, Program, Program, Callable[[Tensor], Any] | None, str]] =
     ("mean of nothing", lambda x: x.mean(), none, None, "empty"),
     ("median of nothing", lambda x: x.median(), none, None, "empty"),
     ("squared error of nothing", F.mse_loss, none, lambda h: none(h).detach(), "mean of nothing"),
+    ("absolute error of nothing", F.l1_loss, none, lambda h: none(h).detach(), "mean of nothing"),
+    (
+        "BCE of nothing",
+        F.binary_cross_entropy_with_logits,
+        none,
+        lambda h: none(h).detach(),
+        "mean of nothing",
+    ),
+    (
+        "cross entropy of nothing",
+        F.cross_entropy,
+        lambda h: h[:0],
+        lambda h: torch.zeros(0, dtype=torch.long),
+        "no sample is left",
+    ),
     ("std of nothing", lambda x: x.std(), none, None, "empty"),
     ("std of one sample", lambda x: x.std(0), lambda h: h[:1], None, "one sample"),
     ("var of one sample", lambda x: x.var(0), lambda h: h[:1], None, "one sample"),
@@ -287,7 +309,11 @@ CASES: list[tuple[str, Program, Program, Callable[[Tensor], Any] | None, str]] =
     ),
     ("sum in half", lambda x: x.half().sum(), lambda h: h * 2e4, None, "accumulate"),
     ("cumulative sum in half", lambda x: x.half().cumsum(0), lambda h: h * 2e4, None, "accumulate"),
-    ("product in half", lambda x: x.half() * 300, lambda h: h * 300, None, "accumulate"),
+    ("error in half", F.mse_loss, lambda h: (h * 3e3).half(), lambda h: (h * 0).half(), "error exceeds"),
+    ("error of 1e20", F.mse_loss, lambda h: h * 1e20, lambda h: h * 0, "huge"),
+    ("sum of two in half", torch.add, lambda h: (h * 3e4).half(), lambda h: (h * 3e4).half(), "accumulate"),
+    ("difference in half", torch.sub, lambda h: (h * 3e4).half(), lambda h: (-h * 3e4).half(), "accumulate"),
+    ("product in half", torch.mul, lambda h: (h * 300).half(), lambda h: (h * 300).half(), "accumulate"),
     ("cube in half", lambda x, y: x.half() ** y, lambda h: h * 300, lambda h: 3, "float16"),
     (
         "divergence of a normal distribution",
@@ -318,6 +344,8 @@ CASES: list[tuple[str, Program, Program, Callable[[Tensor], Any] | None, str]] =
     ("gradient of a clamped acos", lambda x: x.clamp(-1, 1).acos(), one, None, "acos"),
     ("gradient of acosh", torch.acosh, lambda h: first(h + 1, 1.0), None, "acosh"),
     ("gradient of log", torch.log, lambda h: zero(h) + 1e-45, None, "next to 0"),
+    ("entropy by xlogy", torch.xlogy, zero, zero, "xlogy"),
+    ("entropy by entr", torch.special.entr, zero, None, "entr"),
     ("gradient of hypot", torch.hypot, zero, zero, "hypot"),
     ("where over log", lambda x: torch.where(x > 0, x.log(), 0.0), zero, None, "torch.where"),
     ("where over a division", lambda x: torch.where(x > 0, 1 / x, 0.0), zero, None, "divisor is 0"),
@@ -511,6 +539,9 @@ def test_a_cure_has_the_function_that_failed(function: str) -> None:
     ("code", "x"),
     [
         ("9 / h.reciprocal()", zero),
+        ("h / h.square().sqrt()", zero),
+        ("2 * F.l1_loss(h, h + 1) ** 2", none),
+        ("2 * F.cross_entropy(h, h.argmax(1)) ** 2", lambda h: h[:0]),
         ("torch.div(h, h).sum() ** 2", zero),
         ("1 / h.mean()", none),
         ("h.mean() ** 2", none),
@@ -534,7 +565,8 @@ def test_a_cure_pasted_into_a_line_gives_the_number_of_the_line(code: str, x: Pr
     fault = known_fault(record, FAULTS)
     assert fault is not None
     underflow = next((a.underflow for a in record.arguments if fault.underflow and a.underflow), None)
-    function = underflow.operation if underflow else short_name(record)
+    function = record.called if fault.called else short_name(record)
+    function = underflow.operation if underflow else function
     advice = fault.advice(function, code, logarithm=code)
     replaced, cure = re.findall(r"In place of (.*) use (.*)\.$", advice)[0]
     assert replaced in code

@@ -1,9 +1,10 @@
-"""The part of the table for masks, and for functions of torch that consist of several operations."""
+"""The part of the table for masks, losses, and functions of torch that consist of several operations."""
 
 from __future__ import annotations
 
 from lightning_gradguard.core.forensics.operations import OperationFault as Fault
 
+_ERRORS = ("mse_loss", "smooth_l1_loss", "huber_loss")
 #: Of functions that consist of several operations; their cures replace the function.
 FUNCTIONS = (
     Fault(
@@ -21,6 +22,14 @@ FUNCTIONS = (
         "F.cross_entropy(x, y)",
         called="cross_entropy",
         made="inf",
+    ),
+    Fault(
+        ("mean",),
+        "The loss of an empty selection is a mean of nothing",
+        "F.l1_loss(x, y, reduction='sum') / max(x.numel(), 1)",
+        called="l1_loss|kl_div|poisson_nll_loss|gaussian_nll_loss|hinge_embedding_loss|soft_margin_loss"
+        "|cosine_embedding_loss|margin_ranking_loss|triplet_margin_loss",
+        is_empty=True,
     ),
     Fault(
         ("div",),
@@ -103,6 +112,61 @@ FUNCTIONS = (
     ),
 )
 
+#: Of losses that are one operation.
+LOSSES = (
+    Fault(
+        (*_ERRORS, "soft_margin_loss", "binary_cross_entropy", "binary_cross_entropy_with_logits"),
+        "The loss of an empty selection is a mean of nothing",
+        "F.mse_loss(x, y, reduction='sum') / max(x.numel(), 1)",
+        is_empty=True,
+    ),
+    Fault(
+        _ERRORS,
+        "The square of the error exceeds 65504, the largest number of float16: compute the loss in float32",
+        "F.mse_loss(x.float(), y.float())",
+        argument=None,
+        dtypes=("float16",),
+        made="inf",
+    ),
+    Fault(
+        _ERRORS,
+        "The square of the error overflows float32: answers, or targets, are huge",
+        "F.mse_loss(x.clamp(-1e3, 1e3), y.clamp(-1e3, 1e3))",
+        argument=None,
+        made="inf",
+    ),
+    Fault(
+        ("nll_loss_forward", "nll_loss2d_forward", "gather", "index"),
+        "The class of the target is masked: its score is -inf, and so is its log-probability. Leave out such "
+        "samples, or mask with a finite number",
+        "F.cross_entropy(torch.nan_to_num(x, neginf=-1e4), y)",
+        made="inf",
+    ),
+    Fault(
+        ("_ctc_loss", "_cudnn_ctc_loss"),
+        "A target is longer than its input (each pair of equal neighbours needs one frame more): leave "
+        "out such "
+        "samples, comparing target_lengths with input_lengths after subsampling, or ignore them with "
+        "CTCLoss(zero_infinity=True)",
+        "F.ctc_loss(x, *y, zero_infinity=True)",
+        made="inf",
+        cause="bad_input",
+    ),
+    Fault(
+        ("nll_loss_forward", "nll_loss2d_forward"),
+        "The loss is a mean of nothing: no sample is left, all labels are ignored (ignore_index), or their "
+        "class weights are 0",
+        "F.cross_entropy(x, y, reduction='sum') / (y != -100).sum().clamp_min(1)",
+        made="nan",
+    ),
+    Fault(
+        ("binary_cross_entropy_with_logits", "binary_cross_entropy"),
+        "A target is not finite, or beyond 0..1",
+        "F.binary_cross_entropy_with_logits(x, torch.nan_to_num(y, posinf=1.0, neginf=0.0).clamp(0, 1))",
+        argument=None,
+    ),
+)
+
 #: Of the -inf of a mask that meets another value than a finite score.
 MASKS = (
     Fault(
@@ -165,6 +229,7 @@ _DIVISOR = (
     "exp(x) underflows to 0 below -103, and is divided by: keep its argument above -40 (divide it by a "
     "larger temperature or regularization), or stay with logarithms"
 )
+_ROOT = "The divisor is a root of 0, whose gradient is infinite, too: a bound after the root does not help"
 #: Of logarithms whose argument is 0 as an operation before them underflows, or whose gradient overflows then.
 UNDERFLOW = (
     *(Fault(_LOG, why, cure, underflow=names) for names, why, cure in _UNDERFLOW),
@@ -175,4 +240,9 @@ UNDERFLOW = (
     ),
     Fault(("div", "true_divide"), _DIVISOR, "torch.exp(x.clamp_min(-40))", argument=1, underflow=("exp",)),
     Fault(("reciprocal",), _DIVISOR, "torch.exp(x.clamp_min(-40))", underflow=("exp",)),
+    *(
+        Fault(names, _ROOT, cure, argument=argument, underflow=(root,))
+        for names, argument in ((("div", "true_divide"), 1), (("reciprocal",), 0))
+        for root, cure in (("sqrt", "torch.sqrt(x + 1e-6)"), ("pow", "(x.abs() + 1e-6).pow(y)"))
+    ),
 )

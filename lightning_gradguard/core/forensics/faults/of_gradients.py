@@ -93,6 +93,19 @@ BACKWARD = (
         phase="backward",
     ),
     Fault(
+        ("Xlogy",),
+        "The gradient of xlogy at 0 is infinite, or 0/0, where the value is 0",
+        "torch.xlogy(x, y.clamp_min(1e-6))",
+        phase="backward",
+        argument=None,
+    ),
+    Fault(
+        ("SpecialEntr",),
+        "The gradient of entr is infinite at 0, where the value is 0",
+        "torch.special.entr(x.clamp_min(1e-6))",
+        phase="backward",
+    ),
+    Fault(
         ("Hypot",),
         "The gradient of hypot is 0/0 at (0, 0)",
         "torch.sqrt(x * x + y * y + 1e-6)",

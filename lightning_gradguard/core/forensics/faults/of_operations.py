@@ -7,7 +7,7 @@ entries are first.
 
 from __future__ import annotations
 
-from lightning_gradguard.core.forensics.faults.of_functions import FUNCTIONS, MASKS, UNDERFLOW
+from lightning_gradguard.core.forensics.faults.of_functions import FUNCTIONS, LOSSES, MASKS, UNDERFLOW
 from lightning_gradguard.core.forensics.faults.of_gradients import BACKWARD
 from lightning_gradguard.core.forensics.operations import OperationFault as Fault
 
@@ -46,8 +46,13 @@ _LOGARITHMS = (
         ("xlogy",),
         "xlogy with a second argument of 0 is -inf",
         "torch.xlogy(x, y.clamp_min(1e-6))",
-        argument=1,
-        at_most=0.0,
+        argument=None,
+    ),
+    Fault(
+        ("special_xlog1py",),
+        "xlog1py with a second argument of -1 is -inf",
+        "torch.special.xlog1py(x, y.clamp_min(-1 + 1e-6))",
+        argument=None,
     ),
     Fault(
         ("logit",),
@@ -152,8 +157,7 @@ _DIVISIONS = (
     ),
     Fault(
         ("div", "true_divide"),
-        "0 is divided by 0 (0/0): a mean over an empty selection, a standard deviation or a norm of 0 (under "
-        "the root, too, if it is a sqrt: torch.sqrt(x + 1e-6))",
+        "0 is divided by 0 (0/0): a mean over an empty selection, a standard deviation or a norm of 0",
         "x / y.clamp_min(1e-6)",
         argument=1,
         has_zero=True,
@@ -241,12 +245,6 @@ _TRIGONOMETRY = (
 
 _STATISTICS = (
     Fault(
-        ("mse_loss", "smooth_l1_loss", "huber_loss"),
-        "The loss of an empty selection is a mean of nothing",
-        "F.mse_loss(x, y, reduction='sum') / max(x.numel(), 1)",
-        is_empty=True,
-    ),
-    Fault(
         ("mean", "median", "nanmedian"),
         "The mean or median of an empty selection is NaN: count what is selected",
         "x.sum() / max(x.numel(), 1)",
@@ -277,38 +275,6 @@ _STATISTICS = (
         "All values to be normalized are equal and eps is 0: 0/0",
         "F.layer_norm(x, x.shape[-1:], eps=1e-5)",
         made="nan",
-    ),
-)
-
-_LOSSES = (
-    Fault(
-        ("nll_loss_forward", "nll_loss2d_forward", "gather", "index"),
-        "The class of the target is masked: its score is -inf, and so is its log-probability. Leave out such "
-        "samples, or mask with a finite number",
-        "F.cross_entropy(torch.nan_to_num(x, neginf=-1e4), y)",
-        made="inf",
-    ),
-    Fault(
-        ("_ctc_loss", "_cudnn_ctc_loss"),
-        "A target is longer than its input (each pair of equal neighbours needs one frame more): leave "
-        "out such "
-        "samples, comparing target_lengths with input_lengths after subsampling, or ignore them with "
-        "CTCLoss(zero_infinity=True)",
-        "F.ctc_loss(x, *y, zero_infinity=True)",
-        made="inf",
-        cause="bad_input",
-    ),
-    Fault(
-        ("nll_loss_forward", "nll_loss2d_forward"),
-        "All labels of the batch are ignored (ignore_index), or their class weights are 0: a mean of nothing",
-        "F.cross_entropy(x, y, reduction='sum') / (y != -100).sum().clamp_min(1)",
-        made="nan",
-    ),
-    Fault(
-        ("binary_cross_entropy_with_logits", "binary_cross_entropy"),
-        "A target is not finite, or beyond 0..1",
-        "F.binary_cross_entropy_with_logits(x, torch.nan_to_num(y, posinf=1.0, neginf=0.0).clamp(0, 1))",
-        argument=None,
     ),
 )
 
@@ -349,12 +315,20 @@ _OVERFLOWS = (
         argument=None,
         dtypes=_HALF,
     ),
-    Fault(
-        ("sum", "mean", "cumsum", "mul", "add", "sub", "var"),
-        "The result exceeds 65504, the largest number of float16: accumulate in float32",
-        "x.float().sum()",
-        argument=None,
-        dtypes=_HALF,
+    *(
+        Fault(
+            operations,
+            "The result exceeds 65504, the largest number of float16: accumulate in float32",
+            cure,
+            argument=None,
+            dtypes=_HALF,
+        )
+        for operations, cure in (
+            (("sum", "cumsum"), "x.float().sum(-1)"),
+            (("mul",), "x.float() * y.float()"),
+            (("add",), "x.float() + y.float()"),
+            (("sub",), "x.float() - y.float()"),
+        )
     ),
     Fault(
         ("_to_copy", "copy"),
@@ -385,7 +359,7 @@ FAULTS = (
     *_TRIGONOMETRY,
     *MASKS,
     *_STATISTICS,
-    *_LOSSES,
+    *LOSSES,
     *_LINEAR_ALGEBRA,
     *_OVERFLOWS,
     *BACKWARD,
