@@ -91,7 +91,7 @@ def located(origin: Origin, location: Location | None) -> Origin:
     )
 
 
-def in_rows(rows: Iterable[int]) -> str:
+def in_rows(rows: Iterable[int], name: str = "row") -> str:
     """Returns the place of an error in a batch, to be appended; empty for no rows.
 
     Example:
@@ -99,7 +99,7 @@ def in_rows(rows: Iterable[int]) -> str:
         (' in row 3', ' in rows 3, 5')
     """
     numbers = [*map(str, rows)]
-    return f" in row{'s' * (len(numbers) > 1)} {', '.join(numbers)}" if numbers else ""
+    return f" in {name}{'s' * (len(numbers) > 1)} {', '.join(numbers)}" if numbers else ""
 
 
 def nonfinite_input(name: str, part: Tensor) -> Origin:
@@ -116,7 +116,7 @@ def nonfinite_input(name: str, part: Tensor) -> Origin:
     place = in_rows(rows)
     if len(rows) > 1 and part.ndim == 2:
         columns = (~part.detach().isfinite()).all(dim=0).nonzero().flatten()[:10].tolist()
-        place = f" in column {', '.join(map(str, columns))} of every row" if columns else place
+        place = f"{in_rows(columns, 'column')} of every row" if columns else place
     why = " as float16, which holds at most 65504" if part.dtype == torch.float16 else ""
     detail = f"{name} holds nonfinite values{place}{why}."
     return Origin("bad_input", where=(name,), rows=rows, detail=detail)

@@ -87,9 +87,10 @@ def folder_of_incidents(path: Path) -> Path:
     return path / named
 
 
-def read_dossiers(path: Path, run: Path) -> Iterator[DossierEntry]:
-    """Yields the summaries of the dossiers of a run, by step, with paths from its own folder."""
-    for file in sorted(path.glob("incidents/*/finding.json"), key=natural_order):
+def read_dossiers(path: Path, run: Path, incidents: Iterable[Incident]) -> Iterator[DossierEntry]:
+    """Yields the summaries of the dossiers of incidents, by step, with paths from the folder of the run."""
+    files = {path / incident.dossier / "finding.json" for incident in incidents if incident.dossier}
+    for file in sorted(files, key=natural_order):
         try:
             found = json.loads(file.read_text(encoding="utf-8"))
             page = os.path.relpath(file.with_name("index.html"), run)

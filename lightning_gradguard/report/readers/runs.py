@@ -129,7 +129,7 @@ def read_run(name: str, path: Path) -> Run:
         loss_tag=loss_tag,
         lost_batches=lost_batches,
         ranks=ranks,
-        dossiers=tuple(read_dossiers(there, path)),
+        dossiers=tuple(read_dossiers(there, path, log.incidents)),
         hparams=_read_hparams(path / "hparams.yaml", notes),
         notes=tuple(notes),
     )

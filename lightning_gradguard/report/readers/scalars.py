@@ -55,8 +55,8 @@ def to_series(
     A step that is logged again after later ones replaces them, as a resumed run continues from there.
 
     Example:
-        >>> to_series([(0, "loss", 2.0), (1, "loss", 9.0), (0, "loss", 3.0)], lambda tag: True)
-        ({'loss': Series(steps=[0], values=[3.0])}, Abandoned(first=0, last=1))
+        >>> to_series([(0, "loss", 2.0), (2, "loss", 9.0), (1, "loss", 3.0)], lambda tag: True)
+        ({'loss': Series(steps=[0, 1], values=[2.0, 3.0])}, Abandoned(first=1, last=2))
     """
     wanted: dict[str, tuple[list[int], list[float]] | None] = {}
     replaced: list[Abandoned] = []
@@ -66,11 +66,12 @@ def to_series(
         if (logged := wanted[tag]) is None:
             continue
         steps, values = logged
-        if steps and step < steps[-1]:
-            replaced.append(Abandoned(step, steps[-1]))
+        last = steps[-1] if steps else step
         while steps and step <= steps[-1]:
             steps.pop()
             values.pop()
+        if steps and step < last:  # else another run has begun in the folder
+            replaced.append(Abandoned(step, last))
         steps.append(step)
         values.append(number)
     abandoned = Abandoned(min(replaced).first, max(a.last for a in replaced)) if replaced else None

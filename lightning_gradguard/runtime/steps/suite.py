@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from lightning_gradguard.core.norms import Measurement
 from lightning_gradguard.core.parameter_names import parameter_names
 from lightning_gradguard.runtime import distributed, lightning_api
+from lightning_gradguard.runtime.incidents.earlier_run import set_aside_earlier_run
 from lightning_gradguard.runtime.incidents.run_summary import RunTotals
 from lightning_gradguard.runtime.logging.metrics import MetricBuffer
 from lightning_gradguard.runtime.optimizer_hooks import FusedStepOverride
@@ -87,6 +88,7 @@ class Suite:
 
     def begin(self, trainer: pl.Trainer) -> None:
         """Reads the constants of a fit: the sharding of parameters, the GradScaler."""
+        set_aside_earlier_run(trainer)
         self._layout = ParameterLayout(lightning_api.flat_shards(trainer), trainer.lightning_module.device)
         self._has_scaler = lightning_api.gradient_scaler(trainer) is not None
         self._began_at = lightning_api.batches_that_stepped(trainer)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from pytorch_lightning.loggers import CSVLogger, Logger
+from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger
 from torch import Tensor
 
 from lightning_gradguard import (
@@ -18,6 +18,7 @@ from lightning_gradguard import (
     NaNRollback,
 )
 from lightning_gradguard.report.readers.incident_files import read_incidents
+from lightning_gradguard.report.readers.runs import read_run
 from lightning_gradguard.runtime.incidents.journal import MAX_PRINTED, incident_table
 from tests.tasks import Batch, Classifier, batches, clusters, fit, plain_loader, poisoned
 
@@ -134,6 +135,27 @@ def test_incidents_are_beside_metrics_whatever_logger_is_first(tmp_path: Path) -
     fit(Classifier(), poisoned(batches(12), nan=[4]), callbacks, tmp_path, logger=[Service(), logger])
     assert {"incidents.jsonl", "metrics.csv"} <= {file.name for file in Path(logger.log_dir).iterdir()}
     assert [*tmp_path.rglob("incidents.jsonl")] == [Path(logger.log_dir) / "incidents.jsonl"]
+
+
+@pytest.mark.filterwarnings("ignore:Experiment logs directory")  # metrics.csv is deleted
+@pytest.mark.parametrize("logger", [CSVLogger, TensorBoardLogger])
+def test_records_are_those_of_the_run_that_began_last_and_of_one_that_resumes_it(
+    logger: type[CSVLogger | TensorBoardLogger], tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    data = poisoned(batches(12), nan=[4])
+
+    def train(**more: Any) -> tuple[int, int, int]:
+        own = logger(tmp_path, name="", version="run")
+        trainer = fit(Classifier(), data, [NaNRollback()], folder, logger=own, log_every_n_steps=1, **more)
+        trainer.save_checkpoint(tmp_path / "last.ckpt")
+        run = read_run("run", folder)
+        return len(run.log.incidents), sum(run.lost_batches.values()), len(run.dossiers)
+
+    assert train() == train() == (1, 1, 1)
+    assert (folder / "incidents.jsonl.1").exists()
+    resumed = train(max_epochs=2, ckpt_path=str(tmp_path / "last.ckpt"))
+    assert resumed[:2] == (2, 2)
 
 
 def test_second_fit_prints_and_counts_from_the_start(
