@@ -176,7 +176,7 @@ class RecoveryPolicy:
                 f"(max_skip_fraction={self._max_skip_fraction:g})"
             )
         limit = f"max_rollbacks={self._max_rollbacks}"
-        return f"after {self.rollbacks} rollbacks another one is necessary ({limit})"
+        return f"after {self._spent} rollbacks another one is necessary ({limit})"
 
     def on_rollback(self) -> None:
         """Counts a rollback."""

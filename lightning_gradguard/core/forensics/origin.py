@@ -147,7 +147,7 @@ class OutOfRange(NamedTuple):
         n: Their number.
         of: Number of elements of the tensor.
         growth: Largest of them relative to the largest element of a healthy state; infinite if one is
-            nonfinite.
+            nonfinite; NaN if that state is nonfinite itself, as at the start of a run.
     """
 
     n: int
@@ -166,7 +166,10 @@ def out_of_range_elements(named: Iterable[tuple[str, Tensor, Tensor]]) -> dict[s
     for name, now, before in named:
         now = local_shard(now.detach())
         if now.is_floating_point() and now.numel():
-            healthy = max(float(before.abs().amax()), MIN_LARGEST)
+            healthy = max(MIN_LARGEST, float(before.abs().nan_to_num(math.inf).amax()))
+            if healthy == math.inf and (n := int((~now.isfinite()).sum())):
+                found[name] = OutOfRange(n, now.numel(), math.nan)
+                continue
             # a bound that the dtype cannot hold would become infinity, and infinity would pass
             bound = min(RANGE_RATIO * healthy, torch.finfo(now.dtype).max)
             beyond = now[~(now.abs() <= bound)].abs().double()
@@ -192,7 +195,19 @@ def origin_in_weights(out_of_range: Mapping[str, OutOfRange]) -> Origin:
         'update_too_large'
         >>> origin_in_weights({"head.bias": OutOfRange(1, 1, 12.0)}).cause
         'update_too_large'
+        >>> origin_in_weights({"head.bias": OutOfRange(1, 1, math.nan)}).detail
+        '1 of 1 elements of head.bias were nonfinite before the first step.'
     """
+    at_start = tuple(name for name, found in out_of_range.items() if math.isnan(found.growth))
+    if at_start:
+        name, (n, of, _) = at_start[0], out_of_range[at_start[0]]
+        return Origin(
+            "corrupted_weights",
+            where=at_start,
+            detail=f"{n} of {of} elements of {name} were nonfinite before the first step.",
+            advice=f"Give {name} values before training: torch.empty holds what was in memory. If they come "
+            "from a checkpoint, take an earlier one.",
+        )
     names = sorted(out_of_range, key=lambda name: -out_of_range[name].growth)
     (n, of, growth), *others = (out_of_range[name] for name in names)
     total = sum(found.n for found in out_of_range.values())
@@ -275,6 +290,8 @@ def advice_on_schedules(schedules: Iterable[Any]) -> tuple[str, Location | None]
 def advice_on_decay(optimizers: Iterable[torch.optim.Optimizer]) -> str:
     """Returns what to do about a weight decay that enlarges weights by itself; empty if none does.
 
+    One of at most 1, as usual ones are, does so at a learning rate alone that is far too high.
+
     Example:
         >>> sgd = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1, weight_decay=30)
         >>> advice_on_decay([sgd]).partition(":")[0]
@@ -284,7 +301,7 @@ def advice_on_decay(optimizers: Iterable[torch.optim.Optimizer]) -> str:
         if isinstance(optimizer, torch.optim.SGD | torch.optim.AdamW):  # others divide by its size
             for group in optimizer.param_groups:
                 rate, decay = float(group["lr"]), float(group["weight_decay"])
-                if rate * decay > 2 * (1 + group.get("momentum", 0.0)):
+                if decay > 1 and rate * decay > 2 * (1 + group.get("momentum", 0.0)):
                     return (
                         f"Lower weight_decay: {decay:g} at a learning rate of {rate:g} multiplies weights by "
                         f"{1 - rate * decay:.3g} in each step (usual: 0.99 to 1), whatever the loss is."

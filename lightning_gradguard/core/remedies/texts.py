@@ -167,9 +167,9 @@ BY_CAUSE = {
         "batch."
     ),
     "transient": (
-        "The same batch on the same weights is finite the second time: suspect code that writes gradients "
-        "after backward (hooks, on_after_backward), a race, or the hardware. If it repeats on one machine "
-        "only, exclude that machine."
+        "The same batch on the same weights is finite the second time: suspect an attribute that the step "
+        "itself changes, code that writes gradients after backward (hooks, on_after_backward), a race, or "
+        "the hardware. If it repeats on one machine only, exclude that machine."
     ),
     "softmax_before_loss": (
         "The loss applies the softmax or sigmoid itself: remove it after {where}, and give the loss logits, "

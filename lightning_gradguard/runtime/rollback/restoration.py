@@ -34,6 +34,8 @@ class Restoration:
         facts: dict[str, Any] = {"value": step, "action": "rolled_back"}
         if (cause := self._fit.investigation.likely_cause) in AT_ANY_RATE and not has_diverged:
             facts |= {"cause": cause, "advice": "The weights are those of an earlier step."}
+        elif not self._fit.policy.has_good_step:  # no update has made it so
+            facts["advice"] = "The weights are those of the start."
         self._reporter.publish("rollback", **facts)
 
     def stop(self) -> NoReturn:

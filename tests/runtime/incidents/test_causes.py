@@ -265,6 +265,28 @@ def test_weight_decay_that_enlarges_weights_is_named(tmp_path: Path) -> None:
     assert all(bool(w.isfinite().all()) for w in weights(module))
 
 
+def test_usual_weight_decay_at_a_rate_far_too_high_is_not_at_fault(tmp_path: Path) -> None:
+    class Fast(Network):
+        def configure_optimizers(self) -> Any:
+            return torch.optim.AdamW(self.parameters(), lr=1e6)
+
+    with pytest.raises(TrainingDivergedError, match="Lower the learning rate") as error:
+        fit(Fast(squares), data(20, bad=99), [NaNRollback(max_rollbacks=1)], tmp_path)
+    assert "weight_decay:" not in str(error.value)
+
+
+def test_weights_that_are_nonfinite_from_the_start_are_no_update(tmp_path: Path) -> None:
+    module = Network(squares)
+    with torch.no_grad():
+        module.get_parameter("net.2.bias").fill_(torch.nan)
+    with pytest.raises(TrainingDivergedError, match="were nonfinite before the first step") as error:
+        fit(module, data(20, bad=99), [NaNRollback()], tmp_path)
+    assert "Give net.2.bias values before training" in str(error.value)
+    found = incidents(tmp_path)
+    assert found[0]["cause"] == "corrupted_weights"
+    assert not [i for i in found if "learning rate" in i["advice"]]
+
+
 def test_parameter_at_the_edge_of_a_domain_is_trained_as_its_logarithm(tmp_path: Path) -> None:
     def likelihood(module: Any, batch: Any) -> Tensor:
         loss: Tensor = module.net(batch[0]).abs().mean() + (module.scale.log() + batch[1].sum() * 0)
