@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import nan
 from typing import Any, Literal
 
@@ -46,6 +46,7 @@ _KINDS: dict[str, IncidentKind] = {
 #: Kinds that have one cause where they are found together, the one that explains the others first.
 _OF_ONE_CAUSE: tuple[IncidentKind, ...] = ("dead_units", "poor_initialization", "saturated_units")
 _NOT_TRIED = "Learning rates were not tried, because of {}."
+_NO_LARGEST = "There is no largest stable learning rate: {}."
 #: The trial is right within a factor of 3: docs/stable_rate.md.
 _RISES = (
     "The loss rises within 12 steps at the learning rate, {:.3g}, and at none up to {:.3g}: little above, it "
@@ -58,6 +59,17 @@ _CAUSES: dict[IncidentKind, SymptomCause | Cause] = {
     "exploding_gradient": "update_too_large",
     "weight_stagnation": "learning_rate_too_low",
 }
+
+
+def _with_cure(findings: Sequence[Finding], values: Mapping[str, float], reason: str) -> str:
+    """Returns what rates do once the criteria that fail are cured."""
+    text = "With the cure of what fails in place, "
+    if findings:
+        return f"{text}train with {findings[0].cure}"
+    if "largest_stable_rate" not in values:
+        return text + _NO_LARGEST[0].lower() + _NO_LARGEST[1:].format(reason)
+    rate, largest = values["learning_rate"], values["largest_stable_rate"]
+    return f"{text}learning rates are stable up to about {largest:.2g}; that of the run is {rate:.3g}."
 
 
 class InitializationCheck(Callback, Configured):
@@ -177,17 +189,20 @@ class InitializationCheck(Callback, Configured):
             findings = self._repair(trainer, pl_module, first_batch, findings)
         self.problem = first_batch.problem
         if self.rate_trial and not self.problem:
-            reason = "criteria that fail" if fails(findings) else reason_against_trial(trainer, pl_module)
-            text = _NOT_TRIED
-            if not reason:
-                text = "There is no largest stable learning rate: {}."
+            if reason := reason_against_trial(trainer, pl_module):
+                self._note(trainer, _NOT_TRIED.format(reason))
+            elif fails(findings):
+                with first_batch.cured() as passes:
+                    tried = try_rates(trainer, pl_module, batch, batch_idx) if passes else None
+                self._note(trainer, _with_cure(*tried) if tried else _NOT_TRIED.format("criteria that fail"))
+            else:
                 of_rates, values, reason = try_rates(trainer, pl_module, batch, batch_idx)
                 findings, self.values = [*findings, *of_rates], {**self.values, **values}
-            if reason:
-                self._note(trainer, text.format(reason))
-            rate, largest = (self.values.get(name, nan) for name in ("learning_rate", "largest_stable_rate"))
-            if largest < rate and not any(finding.criterion in _RATES for finding in findings):
-                self._note(trainer, _RISES.format(rate, largest))
+                if reason:
+                    self._note(trainer, _NO_LARGEST.format(reason))
+                rate, largest = (values.get(name, nan) for name in ("learning_rate", "largest_stable_rate"))
+                if largest < rate and not of_rates:
+                    self._note(trainer, _RISES.format(rate, largest))
         # of single layers, only what is found: a network has as many numbers as layers
         self._input_rms = first_batch.input_rms(LARGE_INPUT)
         if self._input_rms > HUGE_INPUT:

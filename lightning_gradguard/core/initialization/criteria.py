@@ -97,7 +97,7 @@ def check(
             return measure(module, run_loss, scale_free=scale_free)[0]
 
     findings, measured = measure(module, run_loss, scale_free=scale_free)
-    return with_cures(module, run_loss, findings, measured, measure_under), values_of(measured)
+    return with_cures(module, run_loss, findings, measured, measure_under)[0], values_of(measured)
 
 
 def measure(

@@ -66,11 +66,12 @@ def with_cures(
     findings: Sequence[Finding],
     measured: SignalPropagation | None,
     measure: Callable[[AbstractContextManager[None]], Sequence[Finding]],
-) -> list[Finding]:
+) -> tuple[list[Finding], list[Trial]]:
     """Returns the findings with the code that betters them, each found by a trial on the batch.
 
-    Trials in turn: initializers for the kind of each layer and the activation after it, scaling to unit
-    variance (LSUV), a change of architecture. The weights are restored bit for bit.
+    The second are the trials of those that fail. Trials in turn: initializers for the kind of each layer and
+    the activation after it, scaling to unit variance (LSUV), a change of architecture. The weights are
+    restored bit for bit.
     """
     uncured = [
         f for f in findings if not f.cure and (f.severity != "info" or f.criterion == "loss_over_guessing")
@@ -88,7 +89,8 @@ def with_cures(
                 best[finding] = result
     # the gains of layers are parts of that of the network: they have the same cure
     whole = next((best[f] for f in uncured if f.criterion == "gradient_gain" and f in best), None)
-    cured = []
+    cured: list[Finding] = []
+    trials: dict[int, Trial] = {}
     for finding in findings:
         result = whole if finding.criterion == "layer_gain" else best.get(finding)
         if finding not in uncured:
@@ -103,8 +105,10 @@ def with_cures(
             cured.append(replace(finding, cure=text))
         else:
             line = result.trial.describe(finding, result.change)
+            if finding.severity == "fail" and not isinstance(result.trial, Gated):  # no optimizer has that
+                trials[id(result.trial)] = result.trial
             cured.append(replace(finding, cure=line, is_tried=True))
-    return cured
+    return cured, [*trials.values()]
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from typing import Any
 
@@ -30,9 +30,10 @@ from lightning_gradguard.core.initialization import (
 )
 from lightning_gradguard.core.initialization.propagation import SignalPropagation
 from lightning_gradguard.core.initialization.repair import Repair
+from lightning_gradguard.core.initialization.trials import Trial
 from lightning_gradguard.core.parameter_names import plain_name
 from lightning_gradguard.core.remedies import advice
-from lightning_gradguard.core.snapshots import preserve_state
+from lightning_gradguard.core.snapshots import preserve_state, preserve_weights
 from lightning_gradguard.runtime.diagnosis.traced_pass import traced_pass
 from lightning_gradguard.runtime.distributed import (
     broadcast_tensors,
@@ -75,6 +76,7 @@ class FirstBatch:
         self._pl_module = pl_module
         self._batch = batch
         self._batch_idx = batch_idx
+        self._cures: list[Trial] = []
 
     def input_rms(self, large: float) -> float:
         """Returns the rms of the largest floating-point tensor of the batch, the largest of all ranks.
@@ -127,8 +129,22 @@ class FirstBatch:
         has_problem = any(gather_objects(self.problem is not None))
         findings, values = _worst_over_ranks(findings, values)
         if findings and not has_problem and _is_alike_on_ranks(measured):
-            findings = with_cures(self._pl_module, self._run_loss, findings, measured, self._measure_under)
+            findings, self._cures = with_cures(
+                self._pl_module, self._run_loss, findings, measured, self._measure_under
+            )
         return findings, values
+
+    @contextmanager
+    def cured(self) -> Iterator[bool]:
+        """Makes the changes by which criteria that fail are cured; True if then none fails."""
+        with preserve_weights(self._pl_module), preserve_state(self._pl_module), ExitStack() as changes:
+            torch.manual_seed(0)
+            passes = False
+            with suppress(Exception):  # changes that do not fit together
+                for cure in self._cures:
+                    changes.enter_context(cure.applied())
+                passes = bool(self._cures) and not fails(self._measure_under(nullcontext()))
+            yield passes
 
     def repair(self, names: Collection[str], seed: int, before: list[Finding]) -> Repair:
         """Initializes layers, the same on every rank; undone if the findings are no better afterwards."""

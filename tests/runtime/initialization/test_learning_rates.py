@@ -223,10 +223,16 @@ class Bounded(AtRate):
         return torch.exp(-self.net(batch[0]).square().sum(1)).mean()
 
 
-class Large(AtRate):
+class Round(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.round()
+
+
+class Rounded(AtRate):
     def __init__(self, rate: float) -> None:
         super().__init__(rate)
-        nn.init.constant_(next(self.net.parameters()), 1e6)
+        layers = [nn.Linear(20, 16), nn.ReLU(), nn.Linear(16, 16), Round(), nn.Linear(16, 16), nn.ReLU()]
+        self.net = nn.Sequential(*layers, nn.Linear(16, 4))
 
 
 @pytest.mark.parametrize(
@@ -234,7 +240,7 @@ class Large(AtRate):
     [
         (Bounded(0.1), "There is no largest stable learning rate: numbers overflow before the loss rises."),
         (AtRate(0.0), "There is no largest stable learning rate: the learning rate is 0."),
-        (Large(0.1), "Learning rates were not tried, because of criteria that fail."),
+        (Rounded(0.1), "Learning rates were not tried, because of criteria that fail."),
     ],
 )
 def test_without_a_largest_stable_rate_one_line_has_the_reason(
@@ -244,6 +250,32 @@ def test_without_a_largest_stable_rate_one_line_has_the_reason(
     fit(module, batches(20), [check], max_steps=1)
     assert "largest_stable_rate" not in check.values
     assert reason in capsys.readouterr().err
+
+
+class Sigmoids(AtRate):
+    def __init__(self, rate: float) -> None:
+        super().__init__(rate)
+        torch.manual_seed(0)
+        hidden = [layer for _ in range(9) for layer in (nn.Linear(16, 16), nn.Sigmoid())]
+        self.net = nn.Sequential(nn.Linear(20, 16), nn.Sigmoid(), *hidden, nn.Linear(16, 4))
+
+
+@pytest.mark.parametrize(
+    ("rate", "text"),
+    [
+        (0.05, "learning rates are stable up to about 0."),
+        (1e4, r"train with lr=[\d.]+  # of SGD, in place of 1"),
+    ],
+)
+def test_rates_are_tried_with_the_cure_of_criteria_that_fail(rate: float, text: str) -> None:
+    check, module, bare = InitializationCheck(rate_trial=True), Sigmoids(rate), Sigmoids(rate)
+    fit(module, batches(20), [check], max_steps=1)
+    fit(bare, batches(20), max_steps=1)
+    assert check.findings[0].severity == "fail"
+    (note,) = check.notes
+    assert re.match(f"With the cure of what fails in place, {text}", note)
+    assert not [f for f in check.findings if f.criterion.startswith("learning_rate")]
+    assert same(weights(module), weights(bare))
 
 
 def test_a_rate_little_above_the_largest_stable_one_is_no_finding_and_has_a_line(
