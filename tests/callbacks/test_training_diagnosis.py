@@ -647,6 +647,26 @@ def test_state_that_is_detached_after_each_step_is_named(is_cut: bool, found: li
         assert "of 10 calls of net.cell in one pass, 1 get a gradient" in incidents[0].detail
 
 
+def test_a_call_whose_result_has_no_use_is_no_gradient_that_vanishes_through_time() -> None:
+    class Extra(_Cut):
+        def forward(self, inputs: Tensor) -> Tensor:
+            output, unused = super().forward(inputs), self.cell(inputs[:, :2])
+            result: Tensor = output + 0 * unused.sum()
+            return result
+
+    class First(_Cut):
+        def forward(self, inputs: Tensor) -> Tensor:
+            unused, output = self.cell(inputs[:, :2]), super().forward(inputs)
+            result: Tensor = output + 0 * unused.sum()
+            return result
+
+    torch.manual_seed(0)
+    data = [(torch.randn(32, 20), torch.randint(4, (32,))) for _ in range(80)]  # nothing to be learned
+    for net in (Extra(False), First(False)):
+        found = diagnosed(Task(net), data=data)
+        assert [i.kind for i in found if i.kind != "stuck_loss"] == [], found
+
+
 def test_flat_loss_without_a_target_is_stuck() -> None:
     def views(net: Any, batch: Any) -> Tensor:
         a, b = (functional.normalize(net(batch[0] + 0.1 * torch.randn_like(batch[0]))) for _ in range(2))

@@ -16,6 +16,8 @@ from lightning_gradguard.core.detectors.diagnosis.signals.units import MIN_ROWS,
 
 #: Distance of a gate from 0 or 1, and of a candidate from -1 or 1, below which it is saturated.
 GATE, CANDIDATE = 0.005, 0.03
+#: Share of the calls of a cell that may have no use.
+UNUSED = 0.15
 #: Share of what a forget gate loses at a step that an input gate adds to the state at least.
 ADDED = 0.1
 #: Gates in the order of the weights. A gate that stays at the value in parentheses lets everything pass, so
@@ -152,3 +154,14 @@ def through_time(gradient: Tensor, dim: int, sizes: list[int] | None) -> tuple[T
         norms = torch.stack([part[: sizes[-1]].float().norm() for part in torch.split(gradient, sizes)])
     times = torch.arange(len(norms), device=norms.device)
     return norms[0], norms[(times * (norms > 0)).argmax()], norms.max()
+
+
+def of_used_calls(gradients: Sequence[float]) -> Sequence[float]:
+    """Returns the gradients of a cell's calls without few that are 0, as of calls whose result is not used.
+
+    Example:
+        >>> of_used_calls([0.3, 0.2, 0.3, 0.2, 0.3, 0.2, 0.3, 0.2, 0.1, 0.0])
+        [0.3, 0.2, 0.3, 0.2, 0.3, 0.2, 0.3, 0.2, 0.1]
+    """
+    used = [gradient for gradient in gradients if gradient != 0]
+    return used if len(gradients) - len(used) <= len(gradients) * UNUSED else gradients

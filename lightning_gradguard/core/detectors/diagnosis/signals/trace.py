@@ -175,8 +175,9 @@ class StepTrace(TorchFunctionMode):
             for name, (first, last, largest, padded, n_times) in self._times.items()
         ]
         # cells of a recurrence; gradients arrive last step first
-        by_call = [(x.name, x.gradients) for x in layers if len(x.gradients) >= MIN_TIMES]
-        times += [TimeSignal(name, back[-1], back[0], max(back), len(back)) for name, back in by_call]
+        by_call = [(x.name, recurrences.of_used_calls(x.gradients)) for x in layers]
+        called = [(name, back) for name, back in by_call if len(back) >= MIN_TIMES]
+        times += [TimeSignal(name, back[-1], back[0], max(back), len(back)) for name, back in called]
         return Sample(
             step,
             layers=layers,
