@@ -343,7 +343,11 @@ def by_value(module: Any, optimizer: Any) -> None:
     nn.utils.clip_grad_value_(module.parameters(), 0.5)
 
 
-@pytest.mark.parametrize("clip", [by_lightning, by_value])
+def by_small_value(module: Any, optimizer: Any) -> None:
+    nn.utils.clip_grad_value_(module.parameters(), 0.005)
+
+
+@pytest.mark.parametrize("clip", [by_lightning, by_value, by_small_value])
 def test_scaled_gradients_that_are_clipped(run: Any, clip: Any) -> None:
     scaler = torch.amp.GradScaler("cpu")
     told = run(Manual(clip), *columns(), plugins=[MixedPrecision("16-mixed", "cpu", scaler=scaler)])

@@ -45,9 +45,13 @@ _INDEX_ADVICE = {
         "Correct the labels, which have to be within the {bound} outputs of the network, or give its last "
         "layer an output for each class."
     ),
-    "indices": (
+    "embedding": (
         "Correct the indices, or give the layer a row for each of them: an nn.Embedding needs num_embeddings "
         "above its largest index."
+    ),
+    "indices": (
+        "Correct the indices, which have to be below {bound}, or give what they select from an entry for "
+        "each, as an output of the network for each class."
     ),
 }
 #: Labels of the losses that are no class, by default.
@@ -174,7 +178,8 @@ def _out_of_bounds(failed: FailedOperation, parts: Mapping[str, Tensor]) -> Orig
     rows = _rows_with(torch.isin(parts[where[0]], indices[wrong]) if where else wrong, parts)
     holder = where[0] if where else "An index"
     sentence = f"{holder} holds {values}{in_rows(rows)}, which is not within {lowest} to {bound - 1}"
-    advice = _INDEX_ADVICE["labels" if is_label else "indices"].format(bound=bound)
+    whose = "labels" if is_label else "embedding" if "embedding" in failed.name else "indices"
+    advice = _INDEX_ADVICE[whose].format(bound=bound)
     smallest = int(indices.min())
     if is_label and smallest < 0:
         advice += f" Labels that are to be ignored need ignore_index={smallest}."

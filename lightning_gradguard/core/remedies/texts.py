@@ -329,8 +329,9 @@ BY_CAUSE = {
         "not help."
     ),
     "scaled_gradients_clipped": (
-        "Clip after unscaling: move self.clip_gradients into on_before_optimizer_step(self, optimizer) of "
-        "the module, where gradients are unscaled, or remove it[clipping| and leave clipping to "
+        "Clip after unscaling: move the clipping (self.clip_gradients, or clip_grad_norm_) into "
+        "on_before_optimizer_step(self, optimizer) of the module, where gradients are unscaled, or remove "
+        "it[clipping| and leave clipping to "
         "AdaptiveGradientClipping]."
     ),
     "clip_value_too_small": (

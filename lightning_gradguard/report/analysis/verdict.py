@@ -35,8 +35,8 @@ _DIAGNOSED = ("stuck_loss",)
 #: Order among equally severe symptoms without a cause: causes before their consequences.
 _ORDER = (
     *("exploding_gradient", "nonfinite_weights", "nonfinite_loss", "nonfinite_gradient", "divergence"),
-    *("poor_initialization", "gradient_collapse", "dead_units", "saturated_units", "vanishing_weights"),
-    *("vanishing_gradient", "stuck_loss", "weight_stagnation"),
+    *("poor_initialization", "dead_units", "saturated_units", "gradient_collapse", "vanishing_weights"),
+    *("vanishing_gradient", "stuck_loss", "constant_clipping", "weight_stagnation"),
 )
 
 

@@ -194,7 +194,7 @@ def test_every_entry_has_a_case() -> None:
     ("name", "index", "words"),
     [
         ("cross entropy", lambda h, y: F.cross_entropy(h, y), "subtract 1"),
-        ("gather", lambda h, y: h.gather(1, y[:, None]), "Correct the indices"),
+        ("gather", lambda h, y: h.gather(1, y[:, None]), "an output of the network for each class"),
         ("index", lambda h, y: h[torch.arange(len(y)), y], "Correct the indices"),
         ("margin", lambda h, y: F.multi_margin_loss(h, y), "Correct the labels"),
         ("sum by index", lambda h, y: h.T.index_add(0, y, h), "Correct the indices"),

@@ -487,6 +487,16 @@ def test_collapsed_gradients_are_found() -> None:
     assert verdict.symptoms[0].since == 20
 
 
+def test_dead_units_are_ahead_of_the_gradients_that_collapse_behind_them() -> None:
+    layers = {"body.weight": series([0.0] * 60), "head.bias": series([0.1] * 60)}
+    dead = Incident("dead_units", 0, where=("body",))
+    verdict = analyze_run(
+        RunLog(series([2.3] * 60), [GradientLog(series([0.1] * 60), layers)], incidents=[dead])
+    )
+    assert kinds(verdict) == {"dead_units": "serious", "gradient_collapse": "serious"}
+    assert verdict.headline == "dead units"
+
+
 def test_constant_hard_clipping_is_found() -> None:
     hard = replace(
         gradients([100.0] * 60),
