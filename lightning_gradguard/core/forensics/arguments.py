@@ -16,8 +16,11 @@ _NAMES = {
     "to_copy": ("half", "to", "type"),
     "linalg_vector_norm": ("norm", "vector_norm"),
     "nll_loss_forward": ("cross_entropy",),
+    "linalg_inv": ("inv", "inverse"),
 }
-_ATOMS = (ast.Constant, ast.Name, ast.Attribute, ast.Call, ast.Subscript)
+_ATOMS = (ast.Constant, ast.Name, ast.Attribute, ast.Call, ast.Subscript, ast.Tuple, ast.List)
+#: One dimension, or several.
+_DIMENSIONS = r"-?\d|[\[(]-?\d(, -?\d)*,?[\])]"
 _OPERATORS: dict[type[ast.operator], tuple[str, ...]] = {
     ast.Div: ("div", "true_divide", "reciprocal"),
     ast.Pow: ("pow", "float_power"),
@@ -143,6 +146,8 @@ def _with_options(cure: str, function: str, call: Call, used: Sequence[str]) -> 
     `None` if there is no place for them.
     """
     options = {name: value for name, value in call.keywords.items() if name not in used}
+    if "unbiased=" in cure:
+        options.pop("correction", "")  # another name of it
     extra = list(call.arguments[sum(name in used for name in ("x", "y")) :])
     if function == "linalg_vector_norm":  # the order is ahead of the dimension
         orders = [*extra[:1], *(options.pop(name) for name in ("p", "ord") if name in options)]
@@ -151,7 +156,7 @@ def _with_options(cure: str, function: str, call: Call, used: Sequence[str]) -> 
             return None
     extra += [options.pop("dim")] if "dim" in options else []
     has_dimension = _with_dimension(cure, "9") != cure
-    if len(extra) > has_dimension or not all(re.fullmatch(r"-?\d", a) for a in extra):
+    if len(extra) > has_dimension or not all(re.fullmatch(_DIMENSIONS, a) for a in extra):
         return None
     if ", keepdim=True" in cure and options.pop("keepdim", "False") == "False":
         cure = cure.replace(", keepdim=True", "")
@@ -195,7 +200,8 @@ def _call(code: str, node: ast.AST, function: str) -> Call | None:
             pass
         case _:
             return None
-    named = {str(k.arg): _argument(code, k.value) if k.arg else "" for k in keywords}
+    given += [k.value for name in ("input", "other")[len(given) :] for k in keywords if k.arg == name]
+    named = {str(k.arg): _argument(code, k.value) if k.arg else "" for k in keywords if k.value not in given}
     return Call(_source(code, node), tuple(_argument(code, part) for part in given), named)
 
 

@@ -139,7 +139,7 @@ class OperationFault:
 
 def _called_name(operation: str) -> str:
     """Returns the name of the function of torch that consists of an operation, or made an autograd node."""
-    name = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", operation).strip("_").lower()
+    name = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", operation).strip("_").lower().removesuffix("_ex")
     return "logdet" if name == "scalar_tensor" else name  # which makes the NaN that logdet returns
 
 

@@ -7,6 +7,7 @@ import pytest
 from lightning_gradguard.core.forensics.arguments import replacement
 
 MASK = "key_padding_mask & ~key_padding_mask.all(-1)"
+STD = "x.std(0, unbiased=False)"
 LOG = "torch.log(x.clamp_min(1e-6))"
 
 
@@ -32,6 +33,16 @@ def test_comments_between_the_lines_of_a_call_are_left_out() -> None:
         ("loss / 0", "div", "x / max(y, 1e-6)", "loss / 0", "loss / max(0, 1e-6)"),
         ("2 / std", "reciprocal", "1 / x.clamp_min(1e-6)", "2 / std", "2 / std.clamp_min(1e-6)"),
         ("linalg.eigh(c)", "linalg_eigh", "eigh(x + 1)", "linalg.eigh(c)", "eigh(c + 1)"),
+        ("torch.log(input=p)", "log", LOG, "torch.log(input=p)", "torch.log(p.clamp_min(1e-6))"),
+        ("h.std(1, correction=1)", "std", STD, "h.std(1, correction=1)", "h.std(1, unbiased=False)"),
+        ("h.std(dim=(0, 2))", "std", STD, "h.std(dim=(0, 2))", "h.std((0, 2), unbiased=False)"),
+        (
+            "torch.inverse(c)",
+            "linalg_inv",
+            "torch.linalg.inv(x + 1)",
+            "torch.inverse(c)",
+            "torch.linalg.inv(c + 1)",
+        ),
         ("h.std(dim=1)", "std", "x.std(0, unbiased=False)", "h.std(dim=1)", "h.std(1, unbiased=False)"),
         ("h.std()", "std", "x.std(0, unbiased=False)", "h.std()", "h.std(unbiased=False)"),
         ("g /= g.norm()", "div", "x / y.clamp_min(1)", "g /= g.norm()", "g /= g.norm().clamp_min(1)"),

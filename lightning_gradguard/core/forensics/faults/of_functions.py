@@ -49,6 +49,28 @@ FUNCTIONS = (
     ),
     Fault(
         ("div",),
+        "A vector is 0, and so is the eps of normalize",
+        "F.normalize(x, dim=-1, eps=1e-6)",
+        called="normalize",
+        argument=1,
+        has_zero=True,
+    ),
+    Fault(
+        ("rsqrt",),
+        "All values of a row are 0, and so is the eps of rms_norm",
+        "F.rms_norm(x, y, eps=1e-6)",
+        called="rms_norm",
+        has_zero=True,
+    ),
+    Fault(
+        ("exp",),
+        "The rate, exp of the answer, overflows float32: bound its logarithm",
+        "F.poisson_nll_loss(x.clamp(max=20), y)",
+        called="poisson_nll_loss",
+        at_least=20.0,
+    ),
+    Fault(
+        ("div",),
         "Probabilities are 0 throughout a row",
         "torch.distributions.Categorical(probs=x + 1e-6)",
         called="Categorical|OneHotCategorical|Multinomial|RelaxedOneHotCategorical",
@@ -184,6 +206,16 @@ MASKS = (
         "torch.nan_to_num(x, neginf=-1e4) - torch.nan_to_num(y, neginf=-1e4)",
         argument=None,
         made="nan",
+    ),
+    *(
+        Fault(
+            (name,),
+            "The infinity of a mask is among the values: leave it out, or mask with a finite number",
+            f"torch.nan_to_num(x, posinf=1e4, neginf=-1e4).{name}(-1)",
+            is_infinite=True,
+            made="inf",
+        )
+        for name in ("mean", "sum")
     ),
     Fault(
         ("min", "max", "amin", "amax"),
