@@ -14,7 +14,13 @@ from typing_extensions import override
 
 from lightning_gradguard.core import arguments, tags
 from lightning_gradguard.core.detectors.best_constant import STUCK
-from lightning_gradguard.core.detectors.diagnosis import Diagnosis, LossBaselines, Steps, Symptom
+from lightning_gradguard.core.detectors.diagnosis import (
+    Diagnosis,
+    LossBaselines,
+    Steps,
+    Symptom,
+    TargetDependence,
+)
 from lightning_gradguard.core.forensics import advice_on_schedules
 from lightning_gradguard.core.incidents import CURE, Incident, IncidentKind
 from lightning_gradguard.core.initialization import frozen_layers, tried_cure
@@ -106,7 +112,7 @@ class TrainingDiagnosis(StepCallback):
         self.charts = arguments.flag("charts", charts)
         self._history = GradientHistory()
         self.diagnosis = Diagnosis()
-        self._baselines = LossBaselines()
+        self._baselines, self._dependence = LossBaselines(), TargetDependence()
         self._sampled: SampledStep | None = None
         self._waiting: SampledStep | None = None
         self._followed = FollowedSteps()
@@ -152,7 +158,8 @@ class TrainingDiagnosis(StepCallback):
         wants = self._uses_targets and self.diagnosis.wants_permutation(step)
         if wants and pl_module.automatic_optimization and distributed.world_size() == 1:
             permuted = losses_of_permuted(trainer, pl_module, batch, batch_idx)
-        self._sampled = SampledStep(trainer, pl_module, batch, self._baselines, permuted)
+        self._dependence.is_wanted = self.diagnosis.wants_dependence(step)
+        self._sampled = SampledStep(trainer, pl_module, batch, self._baselines, self._dependence, permuted)
 
     @override
     def wants_weight_norms(self, trainer: pl.Trainer) -> bool:

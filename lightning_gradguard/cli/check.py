@@ -27,7 +27,7 @@ from lightning_gradguard.cli.messages import (
 )
 from lightning_gradguard.cli.parsing.lightning_cli import command_line, fit_argv, fit_parser, trainer_alone
 from lightning_gradguard.cli.parsing.preparse import named_class
-from lightning_gradguard.core.detectors.diagnosis import LossBaselines
+from lightning_gradguard.core.detectors.diagnosis import LossBaselines, TargetDependence
 from lightning_gradguard.core.initialization import SEVERITIES, Finding, table
 from lightning_gradguard.runtime.diagnosis.sampled_step import SampledStep
 from lightning_gradguard.runtime.initialization.losses import findings_of_losses
@@ -208,7 +208,7 @@ class _EndBeforeStep(Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        self._sampled = SampledStep(trainer, pl_module, batch, LossBaselines(), None)
+        self._sampled = SampledStep(trainer, pl_module, batch, LossBaselines(), TargetDependence(), None)
 
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         self._end(pl_module)

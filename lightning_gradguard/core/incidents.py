@@ -93,6 +93,7 @@ SymptomCause = Literal[
     "input_scale",
     "constant_input",
     "constant_target",
+    "unrelated_targets",
     "same_answers",
     "second_term",
     "target_scale",

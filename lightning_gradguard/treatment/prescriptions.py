@@ -54,6 +54,7 @@ _IN_CODE: dict[str, tuple[str, ...]] = {
     "clip_value_too_small": ("clip_gradients", "clip_grad_norm_", "clip_grad_value_"),
     "input_scale": ("train_dataloader",),
     "constant_input": ("train_dataloader",),
+    "unrelated_targets": ("train_dataloader",),
     "target_scale": ("train_dataloader",),
     "data_scale": ("train_dataloader",),
     "unbounded_loss": ("log_prob",),

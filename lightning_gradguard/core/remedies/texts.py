@@ -252,6 +252,10 @@ BY_CAUSE = {
         "are sorted by class and need shuffle=True, or a class that is rare and is to be drawn more often "
         "(torch.utils.data.WeightedRandomSampler)."
     ),
+    "unrelated_targets": (
+        "Look at what the data loader yields: inputs or targets that are shuffled or sorted without the "
+        "other, or an index that is off by one."
+    ),
     "same_answers": (
         "What the loss asks for is met by one answer to all inputs: of a triplet or contrastive loss, lower "
         "the learning rate, normalize the embeddings (torch.nn.functional.normalize), and begin with random "

@@ -11,6 +11,7 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
 from lightning_gradguard.core import tags
@@ -21,6 +22,7 @@ from lightning_gradguard.core.detectors.diagnosis import (
     Sample,
     Steps,
     StepTrace,
+    TargetDependence,
     Update,
     coverage,
     is_constant,
@@ -51,6 +53,7 @@ class SampledStep:
         pl_module: Its module.
         batch: The batch that is about to be trained on.
         baselines: Sums over targets.
+        dependence: Rows of the batches so far.
         permuted: Losses with the targets, and with permuted ones; `None` if they were not measured.
     """
 
@@ -60,6 +63,7 @@ class SampledStep:
         pl_module: pl.LightningModule,
         batch: Any,
         baselines: LossBaselines,
+        dependence: TargetDependence,
         permuted: Tensor | None,
     ) -> None:
         self.step = lightning_api.batches_that_stepped(trainer)
@@ -69,7 +73,9 @@ class SampledStep:
         self._pl_module = pl_module
         self._target = target_of(batch)
         self._inputs = inputs_of(batch, self._target)
-        self._is_constant = is_constant(self._inputs, self._target)
+        # of more tensors, the last may be a weight or an index
+        known = self._inputs if len(tree_leaves(batch)) == 2 else []
+        self._of_data = is_constant(self._inputs, self._target), dependence.add(known, self._target)
         self._permuted = permuted
         self._trace: StepTrace | None = None
         self._traced: TrainingStep | None = None
@@ -125,7 +131,7 @@ class SampledStep:
         """Returns all numbers of the sample, on the device."""
         device = self._pl_module.device
         permuted = torch.full((2,), torch.nan, device=device) if self._permuted is None else self._permuted
-        permuted = torch.cat([permuted, self._is_constant.to(permuted), self.left.to(permuted)])
+        permuted = torch.cat([permuted, *(part.to(permuted) for part in (*self._of_data, self.left))])
         traced = torch.zeros(0, device=device) if self._numbers is None else self._numbers
         # with tensor parallelism, numbers of sharded layers are replicated
         parts = [local_shard(part) for part in (permuted, traced, *(u.values() for u in self._updates))]
@@ -138,13 +144,15 @@ class SampledStep:
         for size in self._sizes:
             parts.append(host[start : start + size])
             start += size
-        (plain, permuted, constant, keeps, undone, resets), traced, *updates = parts
+        (plain, permuted, constant, depends, n_rows, keeps, undone, resets), traced, *updates = parts
         sample = Sample(self.step) if self._trace is None else self._trace.sample(self.step, traced)
         sample.permuted = (permuted - plain) / permuted if permuted > 0 else math.nan
         sample.n_updates = self.now["step"]
         sample.n_resets = int(resets)
         sample.keeps_gradients, sample.updates_are_undone = keeps > 0, undone > 0
         sample.inputs_are_constant = self._uses_inputs and constant > 0
+        if self._uses_inputs and self.uses_targets and math.isfinite(depends):
+            sample.dependence = depends, n_rows
         for update, numbers in zip(self._updates, updates, strict=True):
             update.read_into(sample, numbers)
         if self._covered is not None:

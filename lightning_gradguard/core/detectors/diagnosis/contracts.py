@@ -13,6 +13,8 @@ from lightning_gradguard.core.incidents import SymptomCause
 
 #: Steps before which labels of one class may be those of the first files alone.
 LABEL_STEPS = 25
+#: Step from which on targets that do not depend on the inputs explain a loss that does not fall.
+DATA_STEPS = 25
 #: Steps after which what may be meant, as in a side branch, is a mistake if nothing is learned.
 MEANT_STEPS = 20
 #: The causes of these, of which an inverted mask is certain where it shows what is asked for; and the share
@@ -118,6 +120,15 @@ def labels_of_one_class(sample: Sample, progress: Progress) -> Iterator[Symptom]
         if call.constant == 0 and sample.step >= LABEL_STEPS:
             evidence = f"{call.function}: all labels of the sampled steps are of one class"
             yield Symptom("stuck_loss", "constant_target", sample.head, math.nan, evidence, "contract", 3)
+
+
+def unrelated_targets(sample: Sample, progress: Progress) -> Iterator[Symptom]:
+    """Yields targets that do not depend on the inputs, in a network that learns nothing."""
+    if progress.may_be_unrelated and progress.is_unrelated:
+        evidence = (
+            "the loss does not fall, and rows that are alike have targets that are as far apart as others"
+        )
+        yield Symptom("stuck_loss", "unrelated_targets", sample.head, math.nan, evidence, "stuck", 2)
 
 
 def untrained_parameters(sample: Sample, progress: Progress) -> Iterator[Symptom]:

@@ -33,6 +33,7 @@ _RULES = (
     contracts.wrong_dimensions,
     contracts.constant_inputs,
     contracts.labels_of_one_class,
+    contracts.unrelated_targets,
     contracts.untrained_parameters,
     contracts.reset_weights,
     contracts.kept_gradients,
@@ -85,6 +86,10 @@ class Diagnosis:
             return True
         is_known = self._is_related or any(root.tier == "stuck" for root in self.roots)
         return step >= self.patience and not is_known and not self._progress.over_constant < LEARNS
+
+    def wants_dependence(self, step: int) -> bool:
+        """True if it is in doubt that the targets depend on the inputs."""
+        return step >= contracts.DATA_STEPS and self._progress.may_be_unrelated
 
     @property
     def has_rate(self) -> bool:

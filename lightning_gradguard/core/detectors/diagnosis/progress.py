@@ -10,7 +10,7 @@ from itertools import pairwise
 from statistics import mean
 from typing import Any
 
-from lightning_gradguard.core.detectors.best_constant import CONVERGED, LEARNS
+from lightning_gradguard.core.detectors.best_constant import CONVERGED, LEARNS, STUCK
 from lightning_gradguard.core.detectors.diagnosis.sample import Sample
 
 #: Sampled losses that are averaged.
@@ -25,6 +25,9 @@ SLOWLY, SLOW_GROWTH, RISEN_OUTPUT = 1e2, 1.1, 30.0
 SPREADING = 1.1
 #: Share of the loss that is left of one that a network has learned halfway.
 HALFWAY = 0.5
+#: Rows by which it is known if targets depend on inputs, standard deviations up to which it is chance, and
+#: from which on it is none.
+KNOWN_ROWS, CHANCE, CERTAIN = 192, 1.3, 3.0
 #: Step up to which the first update is that of a fresh run, of which a GradScaler skips some.
 STARTED_BY = 5
 #: Two sizes of gradients differ by more than this share, unless both were clipped to one value.
@@ -60,6 +63,7 @@ class Progress:
         self._spreads = (math.nan, math.nan)
         self._outputs = (math.nan, math.nan)
         self._is_alone = False
+        self._dependence = (math.nan, 0.0)
 
     def update(self, sample: Sample) -> None:
         """Adds a sample."""
@@ -67,6 +71,8 @@ class Progress:
             self.first = sample.loss if math.isnan(self.first) else self.first
             self._losses.append(sample.loss)
             self._range = min(self._range[0], sample.loss), max(self._range[1], sample.loss)
+        if not math.isnan(sample.dependence[0]):
+            self._dependence = sample.dependence
         self._spreads = self._spreads[1], sample.spread
         last = next((layer.output for layer in sample.layers if layer.is_last), math.nan)
         self._outputs = last if math.isnan(self._outputs[0]) else self._outputs[0], last
@@ -140,6 +146,17 @@ class Progress:
     def lowest(self) -> float:
         """The lowest loss over the first one; NaN if unknown or not positive."""
         return self._range[0] / self.first if self.first > 0 else math.nan
+
+    @property
+    def may_be_unrelated(self) -> bool:
+        """True if the loss does not fall, and targets have not been seen to depend on the inputs."""
+        is_stuck = self.is_halfway and not (self.over_constant <= STUCK or self.falls)
+        return is_stuck and not self._dependence[0] >= CERTAIN
+
+    @property
+    def is_unrelated(self) -> bool:
+        """True if the targets do not depend on the inputs, by a measure of the data alone."""
+        return self._dependence[1] >= KNOWN_ROWS and self._dependence[0] < CHANCE
 
     @property
     def is_unbounded(self) -> bool:

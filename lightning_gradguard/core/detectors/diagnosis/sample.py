@@ -254,6 +254,8 @@ class Sample:
         updates_are_undone: True if weights were nearly the same before a step and before the next one.
         n_resets: Ends of epochs in a row at which most weights were replaced, besides any update.
         inputs_are_constant: True if all rows of the inputs are the same, and those of the targets differ.
+        dependence: By how many standard deviations targets depend on the inputs, NaN if unknown, and the
+            number of rows of which that is known.
         one_signed: True if the gradient at the head has one sign for all samples.
         permuted: Relative rise of the loss if targets are permuted; NaN if not measured.
         spread: Distance of the last layer's output, in rows of unit norm, from its mean; NaN if unknown.
@@ -279,6 +281,7 @@ class Sample:
     updates_are_undone: bool = False
     n_resets: int = 0
     inputs_are_constant: bool = False
+    dependence: tuple[float, float] = (math.nan, 0.0)
     one_signed: bool = False
     permuted: float = math.nan
     spread: float = math.nan

@@ -128,11 +128,12 @@ def is_constant(inputs: Sequence[Tensor], target: Tensor | None) -> Tensor:
         >>> is_constant([torch.zeros(8, 3)], torch.arange(8)), is_constant([torch.eye(8)], torch.arange(8))
         (tensor([1.]), tensor([0.]))
     """
-    if target is None or not inputs or len(target) < MIN_ROWS or not all(map(_has_rows, [*inputs, target])):
+    if target is None or not inputs or len(target) < MIN_ROWS or not all(map(has_rows, [*inputs, target])):
         return torch.zeros(1)
     alike = torch.stack([(tensor == tensor[:1]).all() for tensor in inputs]).all()
     return (alike & (target != target[:1]).any()).float().reshape(1)
 
 
-def _has_rows(tensor: Tensor) -> bool:
+def has_rows(tensor: Tensor) -> bool:
+    """True for a dense tensor that is no nested one."""
     return tensor.layout is torch.strided and not tensor.is_nested

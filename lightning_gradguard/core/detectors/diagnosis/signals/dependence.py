@@ -1,0 +1,78 @@
+"""The dependence of targets on inputs, by the data alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lightning_gradguard.core.detectors.diagnosis.signals.scalars import MIN_ROWS, has_rows, is_measurable
+
+#: Rows of a batch, of all batches, and columns that are kept.
+MAX_ROWS, MAX_ALL, MAX_COLUMNS = 64, 512, 256
+
+
+class TargetDependence:
+    """Keeps some rows of the batches, and measures by how much targets depend on inputs.
+
+    Attributes:
+        is_wanted: True if it is to be measured, and not kept alone.
+
+    Example:
+        >>> x = torch.randn(64, 3, generator=torch.Generator().manual_seed(0))
+        >>> TargetDependence().add([x], x[:, 0] > 0)[0] > 5
+        tensor(True)
+        >>> TargetDependence().add([x], x[:, 0].roll(1) > 0)[0] > 1
+        tensor(False)
+    """
+
+    def __init__(self) -> None:
+        self.is_wanted = True
+        self._kept: list[tuple[Tensor, Tensor]] = []
+
+    def add(self, inputs: Sequence[Tensor], target: Tensor | None) -> Tensor:
+        """Adds a batch; returns by how many standard deviations targets depend, and of how many rows.
+
+        The shape is `(2,)`. The first is the correlation of distances between rows, without bias (Székely and
+        Rizzo, 2013); NaN for other inputs than a table or images, as sequences, of which one place may be all
+        that counts, for few rows, and for rows that are the same.
+        """
+        if sum(len(target) for _, target in self._kept) < MAX_ALL and _is_fitting(inputs, target):
+            assert target is not None
+            kept = _some(inputs[0]), _some(target)
+            if any(a.shape[1:] != b.shape[1:] for a, b in zip(kept, (self._kept or [kept])[0], strict=True)):
+                self._kept = []
+            self._kept.append(kept)
+        if not (self._kept and self.is_wanted):
+            return torch.full((2,), torch.nan)
+        a, b = (_centered_distances(torch.cat(parts)) for parts in zip(*self._kept, strict=True))
+        n = len(a)
+        found = math.sqrt(n * (n - 3) / 2) * (a * b).sum() / (a.norm() * b.norm())
+        return torch.stack([found, torch.full_like(found, n)])
+
+
+def _is_fitting(inputs: Sequence[Tensor], target: Tensor | None) -> bool:
+    if target is None or len(inputs) != 1 or inputs[0].ndim not in (2, 4) or len(target) < MIN_ROWS:
+        return False
+    is_dense = has_rows(inputs[0]) and has_rows(target) and is_measurable(inputs[0])
+    return is_dense and (is_measurable(target) or target.numel() == len(target))
+
+
+def _some(tensor: Tensor) -> Tensor:
+    rows = tensor[:MAX_ROWS].detach().reshape(min(len(tensor), MAX_ROWS), -1)
+    return rows[:, :: -(-rows.shape[1] // MAX_COLUMNS)].clone()
+
+
+def _centered_distances(rows: Tensor) -> Tensor:
+    """Returns distances between rows of standardized columns, or if labels differ, less their means."""
+    n, found = len(rows), (rows != rows.T).float() if rows.shape[1] == 1 else rows
+    if rows.is_floating_point():
+        rows, least = rows.float(), torch.finfo(torch.float32)
+        scale = rows.std(0).clamp(min=least.eps * rows.abs().max().clamp(min=least.tiny / least.eps))
+        rows = (rows - rows.mean(0)) / scale
+        found = torch.cdist(rows, rows, compute_mode="donot_use_mm_for_euclid_dist")
+    means = found.sum(0) / (n - 2)
+    centered = found - means - means[:, None] + found.sum() / ((n - 1) * (n - 2))
+    return centered.fill_diagonal_(0)
