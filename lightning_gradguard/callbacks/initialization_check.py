@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from math import nan
 from typing import Any, Literal
 
@@ -309,10 +310,15 @@ class InitializationCheck(Callback, Configured):
     ) -> None:
         """Publishes the findings, and stops the run if that is requested."""
         failed = fails(findings) and self.on_failure == "raise"
+        present = present_in(trainer)
+        if "treatment" in present and not failed:  # a cure would change what its trials have trained
+            findings = [
+                replace(f, cure="", is_tried=False, severity="info" if f.severity == "info" else "warn")
+                for f in findings
+            ]
         self.findings = [*self.findings, *findings]
         shown = [*findings] if failed else [finding.as_advice() for finding in findings]
         serious = [f for f in shown if f.severity == "fail" or f.criterion in _RATES]
-        present = present_in(trainer)
         for kind, (members, following) in self._incidents(serious).items():
             # the first step reports what is nonfinite, with its dossier
             if members and (failed or not (kind.startswith("nonfinite") and "rollback" in present)):

@@ -120,12 +120,8 @@ def text_of(result: TreatmentResult) -> str:
         lines.append(f"  prescribed{f', {one.place}' if one.place else ''}: {one.text}")
     if result.is_treated:
         before, after = result.costs["parameters"]
-        slow, slower = result.costs["seconds_per_step"]
-        lines.append(
-            f"  {before:,} parameters before, {after:,} with it; in one trial each, a step took "
-            f"{1e3 * slow:.2g} ms before, {1e3 * slower:.2g} ms with it and the suite's callbacks, and "
-            "whatever else the machine had to do"
-        )
+        if before != after:
+            lines.append(f"  {before:,} parameters before, {after:,} with it")
     evidence = learning_of(result.probe).evidence
     lines.append(f"  untreated: {evidence}" if result.verdict != "healthy" else "")
     lines += [f"  note: {note}" for note in result.notes]

@@ -101,6 +101,7 @@ def test_rate_two_hundred_times_too_high_is_brought_to_one_that_trains(
     printed = capsys.readouterr()
     assert f"1. Train with lr={rate:.3g}" in printed.out
     assert f"The loss fell over 60 steps with lr={rate:.3g}, at step " in printed.err
+    assert ("followed, and with the clipping of this run" in printed.err) == clips
     assert len(recorded(tmp_path, "rollback")) == len(recorded(tmp_path, "learning_rate_backoff")) <= 5
 
 

@@ -12,7 +12,14 @@ import torch
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
-from lightning_gradguard import Change, LearningRateBackoff, NaNRollback, Treatment, default_callbacks
+from lightning_gradguard import (
+    Change,
+    InitializationCheck,
+    LearningRateBackoff,
+    NaNRollback,
+    Treatment,
+    default_callbacks,
+)
 from lightning_gradguard.callbacks.defaults import callbacks_of
 from tests.core.remedies.networks import mlp, networks
 from tests.launching import launch
@@ -201,6 +208,20 @@ def test_a_module_is_changed_once(capsys: pytest.CaptureFixture[str]) -> None:
     fit(trained, batches(2), [treatment])
     assert list(trained.state_dict()) == names
     assert "Changed the module" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("is_treated", [False, True])
+def test_the_check_advises_nothing_against_a_treatment(
+    is_treated: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trained = module()
+    with torch.no_grad():
+        [*trained.parameters()][4].zero_()
+    treatment = [Treatment([Change("learning_rate", {"scale": 1e-3})])] if is_treated else []
+    fit(trained, batches(2), [*treatment, InitializationCheck()])
+    printed = capsys.readouterr().err
+    assert "zero_weights" in printed
+    assert ("FAIL" in printed) == ("cure" in printed) == ("Poor init" in printed) == (not is_treated)
 
 
 def test_layers_that_are_made_late_are_changed() -> None:

@@ -25,6 +25,8 @@ def test_configuration_trains_through_fit(command: Command) -> None:
     assert code == 0
     assert out.startswith("tests.treatment.programs.Deep: cured by ")
     assert "best so far" in progress
+    assert "(search, seed 0): " in progress
+    assert "(verification, seed 101): " in progress
     written = Path("treatment/treatment.yaml").read_text()
     # of a run that is short, more is logged, so that `report` has a verdict on it
     assert written.splitlines()[1].endswith(" -c treatment/treatment.yaml --trainer.log_every_n_steps 2")

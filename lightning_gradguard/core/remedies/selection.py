@@ -25,6 +25,7 @@ Present = Literal[
     "backoff",
     "rollback",
     "check",
+    "treatment",
     "feed_forward",
     "no_attention",
     "normalized",

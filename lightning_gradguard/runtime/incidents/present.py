@@ -18,6 +18,7 @@ _CALLBACKS: dict[Present, str] = {
     "backoff": "LearningRateBackoff",
     "rollback": "NaNRollback",
     "check": "InitializationCheck",
+    "treatment": "Treatment",
 }
 #: Classes with attention, whose layers are added to what they get, and others that do so.
 _ATTENTION, _RESIDUAL = re.compile("Attention|Transformer"), re.compile("Resid|ResNet|BasicBlock|Bottleneck")

@@ -189,6 +189,8 @@ def _formatted(counts: Mapping[str, float], steps: int) -> dict[str, str]:
     rows = {name: printed(counts[tag]) for tag, (name, printed) in _ROWS.items() if counts.get(tag)}
     if counts.get(tags.LR_SCALE) == 1:
         del rows["learning rate scale"]  # of the configured rate, as if there was no backoff
+    if "train with" in rows and "steps clipped" in rows:
+        rows["train with"] += ", and with the clipping of this run"
     if 0 < (skips := counts.get(tags.SKIPS, 0)) <= steps:
         rows["steps skipped"] += f" of {steps} ({percent(skips / steps)}); a skip does not mend its cause"
     if "steps skipped" in rows and "largest norm" in rows:
