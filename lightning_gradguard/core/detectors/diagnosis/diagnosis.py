@@ -104,7 +104,7 @@ class Diagnosis:
     def update(self, sample: Sample) -> list[Symptom]:
         """Adds a sample; returns the roots that it confirms, usually none."""
         self._progress.update(sample)
-        is_known = sample.step >= self.patience and rules.is_whole(sample) and len(sample.updates) == 1
+        is_known = sample.step >= self.patience and sample.is_whole and len(sample.updates) == 1
         self.over_constant = self._progress.over_constant_now if is_known else math.nan
         causes = {cause for cause, *_ in sample.mistakes} - {root.cause for root in self.roots}
         self._may_be_constant = "single_value" in causes and not self._is_related

@@ -39,6 +39,7 @@ class Progress:
 
     Attributes:
         first: The first loss.
+        began_whole: True if a known loss was all of it.
         largest_update: Largest norm of an update over that of all weights.
         has_rate: True once a schedule has left a rate.
         had_gradient: True once a layer's output has had a gradient.
@@ -47,7 +48,7 @@ class Progress:
     """
 
     def __init__(self) -> None:
-        self.first = math.nan
+        self.first, self.began_whole = math.nan, False
         self.largest_update = 0.0
         self.has_rate = False
         self.had_gradient = False
@@ -67,6 +68,8 @@ class Progress:
 
     def update(self, sample: Sample) -> None:
         """Adds a sample."""
+        if math.isnan(self.first):
+            self.began_whole = sample.is_whole
         if math.isfinite(sample.loss):
             self.first = sample.loss if math.isnan(self.first) else self.first
             self._losses.append(sample.loss)
@@ -207,6 +210,7 @@ class Progress:
         calls = {key: list(recent) for key, recent in self._calls.items()}
         return {
             "first": self.first,
+            "whole": self.began_whole,
             "losses": list(self._losses),
             "calls": calls,
             "range": list(self._range),
@@ -221,7 +225,7 @@ class Progress:
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Continues with saved losses."""
-        self.first = state_dict["first"]
+        self.first, self.began_whole = state_dict["first"], state_dict.get("whole", False)
         self._losses = deque(state_dict["losses"], maxlen=RECENT)
         self._range = tuple(state_dict.get("range", (math.inf, -math.inf)))
         self._spreads = tuple(state_dict.get("spreads", (math.nan, math.nan)))

@@ -55,6 +55,8 @@ FAR_ANSWER, FAR_GUESS, FIRST_GUESSES = 1e3, 5.0, 20
 SAME_ANSWERS, SAME_BESIDE, AT_CONSTANT = 0.03, 0.15, 1.2
 #: The first loss over that of a constant, for one of its terms, from which on the other terms outweigh it.
 OUTWEIGHED = 5.0
+#: Step from which on the other terms are nearly gone for good.
+PRESSED_STEPS = 20
 #: Spread of all losses over the first one up to which a loss is flat.
 FLAT = 0.003
 #: Nouns of rows of weights, and of what gates.
@@ -291,16 +293,16 @@ def same_answers(sample: Sample, progress: Progress, patience: int) -> Iterator[
 
     It is one of distances between answers, or has a second term beside that of the targets, as in a VAE.
     """
-    if sample.step < patience:
-        return
-    is_worse = STUCK < progress.over_constant < AT_CONSTANT and not is_whole(sample)
+    is_worse = STUCK < progress.over_constant < AT_CONSTANT and not progress.began_whole
     outweighed = [call for call in sample.calls if progress.first > OUTWEIGHED * call.constant > 0]
-    if is_worse and outweighed:
+    # a term that has been pressed down to nothing, with all that answers differ by, was the larger one
+    is_pressed = any(sample.loss < AT_CONSTANT * call.value for call in outweighed)
+    if is_worse and outweighed and (sample.step >= patience or (is_pressed and sample.step >= PRESSED_STEPS)):
         name, ratio = outweighed[0].function, progress.over_constant
         evidence = f"{name} is {ratio:.3g} times that of the best constant answer; the loss has other terms, "
         evidence += f"and began at {progress.first / outweighed[0].constant:.3g} times that"
-        yield Symptom("stuck_loss", "second_term", sample.head, ratio, evidence, "stuck", 3)
-    if progress.spreads_out:
+        yield Symptom("stuck_loss", "second_term", sample.head, ratio, evidence, "stuck", 2)
+    if sample.step < patience or progress.spreads_out:
         return
     is_alone = math.isnan(progress.over_constant) and not sample.meets_data
     if sample.spread < (SAME_BESIDE if is_worse else SAME_ANSWERS if is_alone else 0):
@@ -325,7 +327,7 @@ def stuck_loss(sample: Sample, progress: Progress, patience: int) -> Iterator[Sy
     ):
         evidence = f"all losses so far are within {progress.spread:.1%} of the first, {progress.first:.3g}"
         yield Symptom("stuck_loss", "unknown", sample.head, sample.loss, evidence, "stuck", 2)
-    if math.isnan(permuted) and (math.isnan(ratio) or not is_whole(sample)):
+    if math.isnan(permuted) and (math.isnan(ratio) or not sample.is_whole):
         return  # beside a second term, as in a VAE, a reconstruction may be no better than a constant
     if math.isnan(ratio) and permuted < -UNRELATED:
         return  # the loss depends on them, or they are flags, such as the ends of episodes
@@ -367,7 +369,7 @@ def random_layers(
     if sample.step < patience or not ratio > STUCK or not untrained:
         return
     is_explained = input_cause(sample) != "unknown" or sample.input_rms < SMALL_INPUT
-    if untrained[0] == sample.layers[0].name and is_whole(sample) and not is_explained:
+    if untrained[0] == sample.layers[0].name and sample.is_whole and not is_explained:
         evidence = (
             f"the loss is {ratio:.3g} times that of the best constant answer; the weights of the first "
             "layers are random, and have requires_grad=False"
@@ -383,11 +385,6 @@ def size_of_data(sample: Sample) -> str:
     sizes = [] if is_usual else [f"inputs{named} have an rms of {rms:.3g}"]
     sizes += [f"targets have an rms of {target:.3g}"] if target > LARGE_TARGET else []
     return f"; {', '.join(sizes)} (usual: about 1)" if sizes else ""
-
-
-def is_whole(sample: Sample) -> bool:
-    """True if a known loss is all of that of the step."""
-    return any(math.isclose(call.value, sample.loss, rel_tol=0.01) for call in sample.calls)
 
 
 def is_related(permuted: float, ratio: float) -> bool:

@@ -299,6 +299,11 @@ class Sample:
         """The name of the first layer that a normalization can be put before, if any was called."""
         return tuple(layer.name for layer in sorted(self.layers, key=lambda one: one.is_lookup)[:1])
 
+    @property
+    def is_whole(self) -> bool:
+        """True if a known loss is all of that of the step."""
+        return any(math.isclose(call.value, self.loss, rel_tol=0.01) for call in self.calls)
+
     def output_gradients(self) -> dict[str, float]:
         """Returns the gradient at each layer's output, where one arrives."""
         return {layer.name: layer.gradient for layer in self.layers if math.isfinite(layer.gradient)}
