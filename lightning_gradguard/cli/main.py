@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             sys.path.insert(0, os.getcwd())
             # ahead of the callbacks, whose base class depends on the package of Lightning that comes first
             with usage_errors_reported(verb):
-                import_module("lightning_gradguard.cli.parsing.user_source").import_once(rest)
+                rest = import_module("lightning_gradguard.cli.parsing.user_source").import_once(rest)
         import_module(f"lightning_gradguard.cli.{verb}").main(rest)
     else:
         hint = nearest(verb, VERBS) or f" There are: {', '.join(VERBS)}."

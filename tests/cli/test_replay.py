@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +123,20 @@ def test_nan_batch_is_reproduced(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert printed.startswith(head)
     assert "  cause     bad input\n  at fault  batch[0]\n" in printed
     assert "what to do: Look at batch[0]" in printed
+
+
+@pytest.mark.parametrize("sign", [" ", "="])
+def test_a_module_whose_name_is_no_identifier(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, sign: str
+) -> None:
+    dossier = record(Classifier(), poisoned(batches(12), nan=[6]), tmp_path)
+    (tmp_path / "01_own-model.py").write_text(
+        "from tests.tasks import Classifier\n\n\nclass Own(Classifier): ...\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    code, printed = replayed(capsys, dossier, *f"--model{sign}01_own-model.Own".split())
+    assert (code, printed.startswith("Reproduced: ")) == (0, True), printed
 
 
 def test_a_detail_to_which_the_run_has_added_samples_is_printed_once(tmp_path: Path) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ast
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from importlib import import_module
 from importlib.machinery import PathFinder
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 from lightning_gradguard.cli.messages import UsageError, one_line, relative, source_line
@@ -31,31 +33,51 @@ def reject_script(class_path: str) -> None:
         )
 
 
-def import_once(arguments: Sequence[str]) -> None:
+def import_once(arguments: Sequence[str]) -> list[str]:
     """Imports the module of the class that `--model` or a file names.
 
     A module that fails would be run again by each further try to import it, so that nothing else tries.
+
+    Returns:
+        The arguments, with a name of the module that is an identifier: that of `01_train.py` is none.
 
     Raises:
         UsageError: If it would start a run, or raises an exception of its own.
     """
     class_path = named_path(arguments)
-    module = class_path.rpartition(".")[0]
+    module, _, name = class_path.rpartition(".")
     if not module:
-        return
+        return [*arguments]
     if class_path.endswith(".py"):
         named = f"{Path(module).name}.MyModule"
         raise UsageError(f"--model {class_path} is a file: name the class in it, as {named}.")
     reject_script(class_path)
     try:
-        import_module(module)
+        identifier = _imported(module)
     except (Exception, SystemExit) as error:  # the user's own code
         if isinstance(error, ModuleNotFoundError) and f"{module}.".startswith(f"{error.name}."):
-            return  # nothing was run, and the parser has suggestions
+            return [*arguments]  # nothing was run, and the parser has suggestions
         contents = {path: read_config(path) for path in config_files(arguments)}
-        name, _ = find_option(arguments, contents, "model")
+        option, _ = find_option(arguments, contents, "model")
         text = f"importing {module} failed with {type(error).__name__}: {one_line(str(error))}"
-        raise UsageError(f"{name} {class_path}: {text}{source_line(error)}.") from None
+        raise UsageError(f"{option} {class_path}: {text}{source_line(error)}.") from None
+    given = {prefix + class_path: f"{prefix}{identifier}.{name}" for prefix in ("", "--model=")}
+    return [given.get(argument, argument) for argument in arguments]
+
+
+def _imported(module: str) -> str:
+    """Imports a module, under another name if its own is no identifier; returns the name."""
+    identifier = re.sub(r"[^\w.]|^(?=\d)", "_", module)
+    spec = PathFinder.find_spec(module) if identifier != module else None
+    if spec is None or spec.origin is None:
+        import_module(module)
+        return module
+    renamed = spec_from_file_location(identifier, spec.origin)
+    assert renamed is not None
+    assert renamed.loader is not None
+    sys.modules[identifier] = module_from_spec(renamed)
+    renamed.loader.exec_module(sys.modules[identifier])
+    return identifier
 
 
 def _source(module: str) -> tuple[str, ast.Module] | None:
