@@ -321,7 +321,7 @@ def unknown_averages(trainer: pl.Trainer, before: Callback | None = None) -> lis
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
     return [
         name
-        for callback in (callbacks if before is None else callbacks[: callbacks.index(before)])
+        for callback in callbacks[: next((i for i, c in enumerate(callbacks) if c is before), None)]
         if _AVERAGES.search(name := type(callback).__name__)
         and id(callback) not in known
         and _module_of_hook(callback, "on_train_batch_end") not in _NO_HOOKS

@@ -306,8 +306,9 @@ def test_two_callbacks_whose_states_have_one_name_are_rejected() -> None:
         [GradientNormMonitor(), GradientNormMonitor(every_n_steps=3)],
         [AdaptiveGradientClipping(), AdaptiveGradientClipping()],
     ):
-        keyword = "gradient_norm_monitor" if isinstance(callbacks[0], GradientNormMonitor) else "adaptive"
-        words = f"The Trainer has 2 {type(callbacks[0]).__name__} callbacks, .*keep one of them.*{keyword}"
+        words = (
+            f"The Trainer has 2 {type(callbacks[0]).__name__} callbacks, .*keep one .* in place of its own"
+        )
         with pytest.raises(MisconfigurationException, match=words):
             fit(Classifier(), batches(1), callbacks)
     total = GradientNormMonitor(level="total", every_n_steps=1)

@@ -171,51 +171,67 @@ def _trials(
     measured: SignalPropagation | None,
 ) -> Iterator[Trial]:
     """Yields what is tried, the smallest change first."""
-    criteria = {f.criterion for f in findings}
-    named = {f.module for f in findings}
-    if "nonfinite_weights" in criteria:
-        yield Initializers(module, {name: _reset_line(module, name) for name in named})
+    if any(f.criterion == "nonfinite_weights" for f in findings):
+        yield Initializers(module, {f.module: _reset_line(module, f.module) for f in findings})
     if measured is None:
         return
-    layers = {layer.name: layer for layer in measured.layers}
     for finding in findings:
         if finding.criterion == "loss_over_guessing":
             weight = f"{code_of(finding.module, module)}.weight"
             for line in (f"nn.init.normal_({weight}, std=0.02)", f"nn.init.zeros_({weight})"):
                 yield Initializers(module, {finding.module: line})
-    named = {f.module for f in findings if f.criterion != "loss_over_guessing"}
+    others = [f for f in findings if f.criterion != "loss_over_guessing"]
+    yield from _of_layers(module, run_loss, others, measured)
+    yield from _of_recurrences(module, others, measured)
+
+
+def _of_layers(
+    module: nn.Module,
+    run_loss: Callable[[], Tensor],
+    findings: Sequence[Finding],
+    measured: SignalPropagation,
+) -> Iterator[Trial]:
+    """Yields initializers of the layers at fault, or of all hidden ones, then repairs and other layers."""
+    gains = [f.value for f in findings if f.criterion == "gradient_gain"]
+    named = {f.module for f in findings}
     hidden = measured.layers[:-1]
-    chosen = [layer for layer in layers.values() if layer.name in named]
-    if "gradient_gain" in criteria and len(chosen) > len(hidden) / 2:
+    by_name = {layer.name: layer for layer in measured.layers}
+    chosen = [layer for layer in by_name.values() if layer.name in named]
+    if gains and len(chosen) > len(hidden) / 2:
         chosen = hidden
-    if measured.branches and any(f.criterion == "gradient_gain" and f.value > 0 for f in findings):
+    if measured.branches and max(gains, default=0.0) > 0:
         yield Initializers(module, {x.name: zero_line(module, x) for x in measured.branches})
     for bias in (False, True):
         if chosen:
             lines = {layer.name: feed_forward_line(module, layer, bias=bias) for layer in chosen}
             yield Initializers(module, lines)
-    if "gradient_gain" in criteria and chosen != hidden:
+    if gains and chosen != hidden:
         chosen = hidden
         yield Initializers(module, {x.name: feed_forward_line(module, x, bias=True) for x in hidden})
     if chosen := [layer for layer in chosen if layer in hidden]:
-        if fails([f for f in findings if f.criterion != "loss_over_guessing"]):  # else nothing is repaired
+        if fails(findings):  # else nothing is repaired
             yield Repaired(module, run_loss, [layer.name for layer in chosen])
         yield from _changes_of_architecture(module, chosen)
+
+
+def _of_recurrences(
+    module: nn.Module, findings: Sequence[Finding], measured: SignalPropagation
+) -> Iterator[Trial]:
+    """Yields gated cells, and initializers of recurrent weights; of the two, gates first if it vanishes."""
+    named = {f.module for f in findings}
+    vanishes = any(f.criterion == "gain_through_time" and f.value < 0 for f in findings)
     for name, n_steps in measured.recurrent_steps.items():
-        if name in named:
-            recurrent = module.get_submodule(name)
-            vanishes = any(f.criterion == "gain_through_time" and f.value < 0 for f in findings)
-            assert isinstance(recurrent, (nn.RNNBase, nn.RNNCellBase))
-            gated = []
-            if isinstance(recurrent, (nn.RNN, nn.GRU)):
-                gated.append(Gated(module, name, recurrent, n_steps))
-            # of the two, an LSTM learns in fewer steps: docs/callbacks/initialization_check.md
-            if vanishes:
-                yield from gated
-            for statement in recurrent_lines(module, name, recurrent, n_steps):
-                yield Initializers(module, {name: statement})
-            if not vanishes:
-                yield from gated
+        if name not in named:
+            continue
+        recurrent = module.get_submodule(name)
+        assert isinstance(recurrent, (nn.RNNBase, nn.RNNCellBase))
+        gated: list[Trial] = []
+        if isinstance(recurrent, (nn.RNN, nn.GRU)):
+            gated.append(Gated(module, name, recurrent, n_steps))
+        lines = recurrent_lines(module, name, recurrent, n_steps)
+        initialized: list[Trial] = [Initializers(module, {name: line}) for line in lines]
+        # an LSTM learns in fewer steps: docs/callbacks/initialization_check.md
+        yield from [*gated, *initialized] if vanishes else [*initialized, *gated]
 
 
 def _changes_of_architecture(module: nn.Module, layers: Sequence[Layer]) -> Iterator[Trial]:

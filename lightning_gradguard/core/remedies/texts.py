@@ -179,8 +179,8 @@ BY_CAUSE = {
         "Use one output for each class, or binary_cross_entropy_with_logits on the one output of {where}."
     ),
     "not_log_probabilities": (
-        "Use cross_entropy on the output of {where}, without a softmax, or give nll_loss "
-        "torch.nn.functional.log_softmax(output, 1) of it: over the classes, not the batch."
+        "Use cross_entropy on the output of {where}, without a softmax, or give nll_loss, or "
+        "kl_div, torch.nn.functional.log_softmax(output, 1) of it: over the classes, not the batch."
     ),
     "broadcast_targets": "Give both one shape: {answer}.view_as({target}) in place of {answer}.",
     "labels_ignored": "Check the labels and ignore_index: none is left for the loss.",

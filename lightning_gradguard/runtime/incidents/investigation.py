@@ -6,6 +6,7 @@ import dataclasses
 import sys
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ from lightning_gradguard.runtime.incidents.lost_batches import sample_ids
 from lightning_gradguard.runtime.incidents.replay import SeenBatch, replay, without_logging
 from lightning_gradguard.runtime.lightning_packages import FRAMEWORKS
 from lightning_gradguard.runtime.logging import console
+from lightning_gradguard.runtime.steps.skipped_hooks import hooks_on_gradients
 from lightning_gradguard.runtime.treatment.module import changes_made
 
 #: Causes that exclude few others, by how few.
@@ -334,13 +336,16 @@ def _in_weights(
 def _hooks_before_step(trainer: pl.Trainer) -> dict[str, Callable[[Optimizer], Any]]:
     """Returns the module's own hooks that may write gradients, by name."""
     module = trainer.lightning_module
-    clipping = trainer.gradient_clip_val, trainer.gradient_clip_algorithm
-    hooks: dict[str, Callable[[Optimizer], Any]] = {
-        "on_before_optimizer_step": module.on_before_optimizer_step,
-        "configure_gradient_clipping": lambda o: module.configure_gradient_clipping(o, *clipping),
+    clipping = {
+        "gradient_clip_val": trainer.gradient_clip_val,
+        "gradient_clip_algorithm": trainer.gradient_clip_algorithm,
     }
-    name = type(module).__name__
-    return {f"{name}.{k}": hook for k, hook in hooks.items() if lightning_api.overrides(module, k)}
+    return {
+        f"{type(module).__name__}.{name}": partial(
+            getattr(module, name), **(clipping if name == "configure_gradient_clipping" else {})
+        )
+        for name in hooks_on_gradients(module)
+    }
 
 
 def _importable(module: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import warnings
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -215,8 +214,7 @@ class StepCallback(StepMember, lightning_api.Callback, Configured):
             alike = [c for c in alike if c._has_state and c.state_arguments == self.state_arguments]
             why = "whose states have one name in a checkpoint"
         if any(other is not self for other in alike):
-            keyword = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", kind.__name__.replace("NaN", "Nan")).lower()
-            of_suite = f" default_callbacks({keyword}=...) takes yours in place of its own."
+            of_suite = " default_callbacks takes yours in place of its own."
             raise MisconfigurationException(
                 f"The Trainer has {len(alike)} {kind.__name__} callbacks, {why}: keep one of them."
                 + of_suite * type(self).__module__.startswith("lightning_gradguard.")
