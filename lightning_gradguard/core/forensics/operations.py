@@ -126,7 +126,7 @@ class OperationFault:
         used = [name for name in ("x", "y") if re.search(rf"\b{name}\b", cure)]
         is_alike = name == usual or used == ["y"] or call_in(cure, name) is not None
         replaced = replacement(code, name, cure, is_inside=bool(self.called)) if is_alike else None
-        if replaced is not None and self.underflow and "div" not in map(_called_name, self.operations):
+        if replaced is not None and self.underflow and "log" in map(_called_name, self.operations):
             replaced = _with_logarithm(*replaced, logarithm)
         if replaced is not None:
             return f"{self.why}. In place of {replaced[0]} use {replaced[1]}."

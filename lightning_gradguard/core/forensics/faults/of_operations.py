@@ -325,9 +325,9 @@ _OVERFLOWS = (
         )
         for operations, cure in (
             (("sum", "cumsum"), "x.float().sum(-1)"),
-            (("mul",), "x.float() * y.float()"),
-            (("add",), "x.float() + y.float()"),
-            (("sub",), "x.float() - y.float()"),
+            (("mul",), "x.float() * y"),
+            (("add",), "x.float() + y"),
+            (("sub",), "x.float() - y"),
         )
     ),
     Fault(
