@@ -521,6 +521,34 @@ def test_warm_up_that_begins_at_0_and_steps_once_an_epoch_is_told_to_step_once_a
     assert diagnosed(Task(optimizer=warm_up("step")), 40) == []
 
 
+@pytest.mark.parametrize(
+    ("length", "found"), [(1e7, [("weight_stagnation", "learning_rate_schedule", 25)]), (60, [])]
+)
+def test_warm_up_that_is_longer_than_the_run_is_named(
+    length: float, found: list[tuple[str, str, int]]
+) -> None:
+    def warm_up(net: Any) -> Any:
+        optimizer = torch.optim.Adam(net.parameters(), 1e-3)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: step / length)
+        return [optimizer], [{"scheduler": schedule, "interval": "step"}]
+
+    incidents = diagnosed(Task(optimizer=warm_up), 60)
+    assert [(i.kind, i.cause, i.step) for i in incidents] == found
+
+
+def test_tiny_inputs_of_a_loss_that_does_not_fall_are_named_early() -> None:
+    data = [(x / 3000, y) for x, y in batches(40)]
+    (incident,) = diagnosed(Task(deep(nn.Tanh, 3), optimizer=_adam), data=data)
+    assert (incident.kind, incident.cause, incident.step) == ("stuck_loss", "input_scale", 25)
+
+
+@pytest.mark.parametrize(("last", "found"), [(0.01, ["same_answers"]), (0.2, [])])
+def test_answers_that_become_one_are_named_early(last: float, found: list[str]) -> None:
+    """As of views without negatives."""
+    spreads = {0: 0.6, 10: 0.3, 20: last, 25: last}
+    assert _found(Sample(s, -1.0, spread=spread) for s, spread in spreads.items()) == found
+
+
 def test_small_outputs_are_no_dead_units_and_follow_from_the_initialization() -> None:
     listener = Listener()
     module = Task(deep(nn.GELU, 14, 0.02))

@@ -40,10 +40,10 @@ _RULES = (
     rules.dead_or_saturated_units,
     clipped.clipped_elsewhere,
     clipped.vanishing_weights,
+    rules.unbounded_loss,
     rules.large_updates,
     rules.overshooting_steps,
     rules.far_answers,
-    rules.unbounded_loss,
     depth.through_layers,
     depth.cut_recurrences,
     depth.through_time,
@@ -69,6 +69,7 @@ class Diagnosis:
         self._rates: dict[int, tuple[float, ...]] = {}
         self._is_related = self._may_be_constant = False
         self._frozen: tuple[str, ...] = ()
+        self._planned = 0
 
     def plan(self, steps: int, frozen: Sequence[str] = ()) -> None:
         """Takes the number of steps of the run, 0 if unknown, by which a slow start is measured.
@@ -77,6 +78,7 @@ class Diagnosis:
         """
         self._frozen = tuple(frozen)
         self._progress.ends_early = EARLY_SHARE * steps
+        self._planned = steps
         patience = max(PATIENCE, int(PATIENT_SHARE * steps), min(SLOW_STEPS, int(SLOW_SHARE * steps)))
         self.patience = min(patience, max(MIN_PATIENCE, 2 * steps // 3)) if steps else patience
 
@@ -178,8 +180,7 @@ class Diagnosis:
         for rule in _RULES:
             yield from rule(sample, self._progress)
         yield from rules.constant_loss(sample, self._progress)
-        if not rising:
-            yield from stagnation(sample, self._progress)
+        yield from stagnation(sample, self._progress, self._planned if rising else None)
         yield from rules.far_targets(sample, self._progress, self.patience)
         yield from rules.random_layers(sample, self._progress, self.patience, self._frozen)
         if not self._is_related:

@@ -23,6 +23,8 @@ UNBOUNDED, UNBOUNDED_GROWTH = 1e4, 2.0
 SLOWLY, SLOW_GROWTH, RISEN_OUTPUT = 1e2, 1.1, 30.0
 #: Spread of the answers over that in the sample before, from which on it is more than noise of the batch.
 SPREADING = 1.1
+#: The same, over that of the most spread answers so far, of a network whose answers have become one.
+COLLAPSED = 0.1
 #: Share of the loss that is left of one that a network has learned halfway.
 HALFWAY = 0.5
 #: Rows by which it is known if targets depend on inputs, standard deviations up to which it is chance, and
@@ -61,7 +63,7 @@ class Progress:
         self._sizes: dict[int, tuple[float, ...]] = {}
         self._fixed: dict[int, list[float]] = {}
         self._largest_weights: dict[str, float] = {}
-        self._spreads = (math.nan, math.nan)
+        self._spreads, self._widest = (math.nan, math.nan), 0.0
         self._outputs = (math.nan, math.nan)
         self._is_alone = False
         self._dependence = (math.nan, 0.0)
@@ -77,6 +79,7 @@ class Progress:
         if not math.isnan(sample.dependence[0]):
             self._dependence = sample.dependence
         self._spreads = self._spreads[1], sample.spread
+        self._widest = max(self._widest, sample.spread)  # as before if that is NaN
         last = next((layer.output for layer in sample.layers if layer.is_last), math.nan)
         self._outputs = last if math.isnan(self._outputs[0]) else self._outputs[0], last
         # of several optimizers, one may follow what another one moves, as a policy does its critic
@@ -181,6 +184,11 @@ class Progress:
         return self._range[0] == self._range[1]
 
     @property
+    def has_collapsed(self) -> bool:
+        """True if answers differ by far less than they have."""
+        return self._spreads[1] < COLLAPSED * self._widest
+
+    @property
     def spread(self) -> float:
         """The highest sampled loss less the lowest one, over the first; NaN if unknown."""
         return (self._range[1] - self._range[0]) / abs(self.first) if self.first else math.nan
@@ -215,6 +223,7 @@ class Progress:
             "calls": calls,
             "range": list(self._range),
             "spreads": list(self._spreads),
+            "widest": self._widest,
             "outputs": list(self._outputs),
             "sizes": {index: list(sizes) for index, sizes in self._sizes.items()},
             "weights": dict(self._largest_weights),
@@ -229,6 +238,7 @@ class Progress:
         self._losses = deque(state_dict["losses"], maxlen=RECENT)
         self._range = tuple(state_dict.get("range", (math.inf, -math.inf)))
         self._spreads = tuple(state_dict.get("spreads", (math.nan, math.nan)))
+        self._widest = state_dict.get("widest", 0.0)
         self._outputs = tuple(state_dict.get("outputs", (math.nan, math.nan)))
         self._calls.clear()
         for key, recent in state_dict["calls"].items():

@@ -55,7 +55,7 @@ FAR_ANSWER, FAR_GUESS, FIRST_GUESSES = 1e3, 5.0, 20
 SAME_ANSWERS, SAME_BESIDE, AT_CONSTANT = 0.03, 0.15, 1.2
 #: The first loss over that of a constant, for one of its terms, from which on the other terms outweigh it.
 OUTWEIGHED = 5.0
-#: Step from which on the other terms are nearly gone for good.
+#: Step from which on other terms are nearly gone for good, or tiny inputs explain that nothing is learned.
 PRESSED_STEPS = 20
 #: Spread of all losses over the first one up to which a loss is flat.
 FLAT = 0.003
@@ -302,9 +302,9 @@ def same_answers(sample: Sample, progress: Progress, patience: int) -> Iterator[
         evidence = f"{name} is {ratio:.3g} times that of the best constant answer; the loss has other terms, "
         evidence += f"and began at {progress.first / outweighed[0].constant:.3g} times that"
         yield Symptom("stuck_loss", "second_term", sample.head, ratio, evidence, "stuck", 2)
-    if sample.step < patience or progress.spreads_out:
-        return
     is_alone = math.isnan(progress.over_constant) and not sample.meets_data
+    if (sample.step < patience and not (is_alone and progress.has_collapsed)) or progress.spreads_out:
+        return
     if sample.spread < (SAME_BESIDE if is_worse else SAME_ANSWERS if is_alone else 0):
         name, spread = ", ".join(sample.head), f"{sample.spread:.1g} of their size"
         evidence = f"the rows of the output of {name} differ by {spread}: all inputs get nearly one answer"
@@ -317,7 +317,8 @@ def same_answers(sample: Sample, progress: Progress, patience: int) -> Iterator[
 def stuck_loss(sample: Sample, progress: Progress, patience: int) -> Iterator[Symptom]:
     """Yields a loss that is no better than that of the best constant, or does not depend on the targets."""
     ratio, permuted = progress.over_constant, sample.permuted
-    if sample.step < patience or ratio <= STUCK or progress.falls or is_related(permuted, ratio):
+    is_early = sample.step < (PRESSED_STEPS if sample.input_rms < SMALL_INPUT else patience)
+    if is_early or ratio <= STUCK or progress.falls or is_related(permuted, ratio):
         return
     if (
         math.isnan(ratio)

@@ -18,15 +18,21 @@ from lightning_gradguard.core.incidents import SymptomCause
 SMALL_UPDATE, NO_UPDATE = 1e-5, 1e-7
 #: Share of the smallest update that a dtype keeps, below which most are lost, and steps of a slow start.
 ROUNDED, ROUNDED_STEPS = 0.25, 100
+#: Steps after which a warm-up may be too long, and the share of its norm that a weight moves at most by it.
+LONG_STEPS, SHORT_WAY = 20, 0.01
 
 
-def stagnation(sample: Sample, progress: Progress) -> Iterator[Symptom]:
-    """Yields weights that do not move, or hardly, while their rate does not rise."""
-    if sample.step < 5:
+def stagnation(sample: Sample, progress: Progress, planned: int | None = None) -> Iterator[Symptom]:
+    """Yields weights that do not move, or hardly.
+
+    While their rate changes, they have to be those of a run of so many `planned` steps that ends before they
+    move, as in a warm-up that is longer than the run; `None` if it does not change.
+    """
+    if sample.step < (5 if planned is None else LONG_STEPS):
         return
     for index, one in enumerate(sample.updates):
         scheduled = one.scheduled(has_begun=progress.has_rate)
-        if one.rates and not any(one.rates):
+        if one.rates and not any(one.rates) and planned is None:
             where = modules_of(one.names[:3])
             evidence = f"the learning rate of every parameter group is 0{scheduled}"
             yield Symptom("weight_stagnation", _too_low(one, sample), where, 0.0, evidence, "stagnation", 3)
@@ -36,6 +42,10 @@ def stagnation(sample: Sample, progress: Progress) -> Iterator[Symptom]:
             continue
         ratios = {i: one.ratios[i] for i in matrices}
         largest, where = max(ratios.values()), modules_of([one.names[i] for i in matrices[:3]])
+        if planned is not None:
+            moves = largest * planned**2 / (2 * sample.step)  # by a rate in proportion to the steps
+            if not (0 < moves < SHORT_WAY and progress.over_constant > STUCK):
+                continue
         if sample.updates_are_undone and largest > SMALL_UPDATE and not progress.learns:
             evidence = f"updates are up to {largest:.1g} of a weight's norm, and before the next step, "
             evidence += "weights are nearly what they were before"
