@@ -32,7 +32,8 @@ class Restoration:
         self._fit.policy.on_rollback()
         self._lost_batches.mark_undone(step)
         facts: dict[str, Any] = {"value": step, "action": "rolled_back"}
-        if (cause := self._fit.investigation.likely_cause) in AT_ANY_RATE and not has_diverged:
+        cause = self._fit.investigation.likely_cause
+        if cause in (*AT_ANY_RATE, "corrupted_weights", "transient") and not has_diverged:
             facts |= {"cause": cause, "advice": "The weights are those of an earlier step."}
         elif not self._fit.policy.has_good_step:  # no update has made it so
             facts["advice"] = "The weights are those of the start."

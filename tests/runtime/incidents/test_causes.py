@@ -287,6 +287,19 @@ def test_weights_that_are_nonfinite_from_the_start_are_no_update(tmp_path: Path)
     assert not [i for i in found if "learning rate" in i["advice"]]
 
 
+def test_a_rollback_of_corrupted_weights_is_no_reason_for_a_lower_rate(tmp_path: Path) -> None:
+    class Written(Network):
+        def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+            if batch_idx == 4:
+                with torch.no_grad():
+                    self.get_parameter("net.2.weight")[0, 0] = 1e38
+
+    fit(Written(squares), data(20, bad=99), [NaNRollback(patience=1)], tmp_path)
+    found = {i["kind"]: i for i in incidents(tmp_path)}
+    assert found["rollback"]["cause"] == "corrupted_weights"
+    assert found["rollback"]["advice"] == "The weights are those of an earlier step."
+
+
 def test_parameter_at_the_edge_of_a_domain_is_trained_as_its_logarithm(tmp_path: Path) -> None:
     def likelihood(module: Any, batch: Any) -> Tensor:
         loss: Tensor = module.net(batch[0]).abs().mean() + (module.scale.log() + batch[1].sum() * 0)

@@ -23,6 +23,24 @@ BACKWARD = (
         argument=None,
         is_infinite=True,
     ),
+    *(
+        Fault(
+            names,
+            "The gradient exceeds 65504, the largest number of float16: divide the loss by a constant, use "
+            "bfloat16, or compute this in float32",
+            cure,
+            phase="backward",
+            argument=None,
+            dtypes=("float16",),
+            made="inf",
+        )
+        for names, cure in (
+            (("Mm", "Addmm", "Bmm", "Baddbmm", "Mv", "Dot"), "(x.float() @ y.float())"),
+            (("Convolution",), "F.conv1d(x.float(), y.float())"),
+            (("Mul",), "x.float() * y"),
+            (("ToCopy",), "x.float()"),
+        )
+    ),
     Fault(
         ("Log", "Log2", "Log10"),
         "The loss is finite, as torch.where or a product with 0 hides the value, but its gradient is 0/0: "
