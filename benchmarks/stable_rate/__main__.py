@@ -79,7 +79,7 @@ def runs() -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
     for name, optimizer in itertools.product(NETWORKS, OPTIMIZERS):
 
         def cell(name: str = name, optimizer: str = optimizer) -> dict[str, Any]:
-            data = NETWORKS[name].data(12, SIZE, torch.Generator().manual_seed(7))
+            data = NETWORKS[name].data(40, SIZE, torch.Generator().manual_seed(7))
             return tried(Cell(name, optimizer), data)
 
         yield f"cell: {name}, {optimizer}", cell

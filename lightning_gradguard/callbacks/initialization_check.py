@@ -14,6 +14,7 @@ from typing_extensions import override
 from lightning_gradguard.core import arguments, tags
 from lightning_gradguard.core.incidents import CURE, Cause, IncidentKind, SymptomCause, first_names
 from lightning_gradguard.core.initialization import Finding, InitializationError, fails, one_line, table
+from lightning_gradguard.core.initialization.rate_trial import TRIAL_STEPS
 from lightning_gradguard.core.parameter_names import plain_name, warn_unknown
 from lightning_gradguard.core.remedies import advice_for_cause
 from lightning_gradguard.runtime.incidents.journal import incident_now, open_journal, publish, remember_cures
@@ -50,8 +51,9 @@ _NOT_TRIED = "Learning rates were not tried, because of {}."
 _NO_LARGEST = "There is no largest stable learning rate: {}."
 #: The trial is right within a factor of 3: docs/stable_rate.md.
 _RISES = (
-    "The loss rises within 12 steps at the learning rate, {:.3g}, and at none up to {:.3g}: little above, it "
-    "may train all the same. Lower it if the loss rises in training."
+    f"The learning rate, {{:.3g}}, is not stable within {TRIAL_STEPS} steps: the loss rises, or its gradient "
+    "no longer reaches the first layer. Those up to {:.3g} are; little above, it may train all the same. "
+    "Lower it if the loss rises in training, or does not fall."
 )
 #: Criteria that a trial of rates has measured, whose warnings are incidents.
 _RATES = ("learning_rate_too_high", "learning_rate_too_low")
@@ -104,7 +106,7 @@ class InitializationCheck(Callback, Configured):
         repair_modules: Names of modules that are repaired whatever weights they hold; others only while they
             hold the default initialization of their class.
         seed: Seed of the repair; the global random number generators are not used.
-        rate_trial: Estimate the largest stable learning rate before step 1: 12 steps at each of about 6 rates
+        rate_trial: Estimate the largest stable learning rate before step 1: 36 steps at each of about 6 rates
             on further batches of the data, after which everything is restored. A finding names a rate whose
             peak is too high, or far too low. It needs one device, automatic optimization and one optimizer.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,10 +17,12 @@ from torch.utils._pytree import tree_map
 from lightning_gradguard.core.initialization.findings import Finding, Severity
 from lightning_gradguard.core.snapshots import preserve_state, preserve_weights
 
-#: Steps of a trial, and batches on which the loss is compared afterwards.
-TRIAL_STEPS, HELD_OUT = 12, 4
-#: Share of the loss by which it may rise: where there is nothing to learn in a few steps, any rate raises it.
-NOISE = 0.01
+#: Steps of a trial, those after which the loss is compared each time, and the batches on which it is. With
+#: momentum, a step has its full length after about 1 / (1 - momentum) steps.
+TRIAL_STEPS, JUDGED_EVERY, HELD_OUT = 36, 12, 4
+#: Share of the loss by which it may rise: where there is nothing to learn in a few steps, any rate raises it;
+#: and the share of the progress so far that it may lose: a network that dies does not rise above its start.
+NOISE, LOST = 0.01, 0.5
 #: Ratios of the configured to the largest stable rate from which on it is too high, warn and fail, if the
 #: loss rises by half at least. Of 123 pairs of a cell and a rate beyond the first (docs/stable_rate.md), 3
 #: train, and of 76 beyond the second none.
@@ -58,8 +60,8 @@ class RateTrial:
         >>> held_out, batches = torch.randn(4, 64, 2), torch.randn(8, 1, 64, 2)
         >>> sgd = torch.optim.SGD(network.parameters(), 1.0)
         >>> trial = RateTrial(network, sgd, loss, batches, held_out, [1.0])
-        >>> trial.is_stable(0.1), trial.is_stable(10.0)
-        (True, False)
+        >>> rises(trial.path(0.1)), rises(trial.path(10.0))
+        (False, True)
     """
 
     module: nn.Module
@@ -70,21 +72,13 @@ class RateTrial:
     rates: Sequence[float]
     clip: Callable[[Optimizer], None] = lambda optimizer: None
 
-    def is_stable(self, factor: float) -> bool:
-        """True if steps at the rates times a factor do not raise the loss by more than noise does.
-
-        Weights, gradients, buffers, optimizer state and random numbers are as before afterwards.
-        """
-        before, after = self.losses(factor)
-        return after <= before + NOISE * abs(before)
-
     def best(self, factors: Iterable[float]) -> tuple[float, float] | None:
         """Returns the largest factor whose loss is the lowest but for noise, and by how much it changes.
 
         `None` if all raise it.
         """
-        tried = ((self.losses(factor), factor) for factor in factors)
-        ends = [(a, f, b) for (b, a), f in tried if a <= b + NOISE * abs(b)]
+        tried = ((self.path(factor), factor) for factor in factors)
+        ends = [(path[-1], factor, path[0]) for path, factor in tried if not rises(path)]
         if not ends:
             return None
         lowest = min(after for after, _, _ in ends)
@@ -94,43 +88,62 @@ class RateTrial:
         return factor, (after - before) / max(abs(before), 1e-45)
 
     def losses(self, factor: float, watch: Callable[[], None] = lambda: None) -> tuple[float, float]:
-        """Returns the mean loss of the held-out batches before and after the steps; NaN if it diverged.
+        """Returns the first and the last loss of a path."""
+        path = self.path(factor, watch)
+        return path[0], path[-1]
 
-        `watch` runs before the steps, and after them before all is restored.
+    def path(self, factor: float, watch: Callable[[], None] = lambda: None) -> list[float]:
+        """Returns the mean losses of the held-out batches before the steps, and after each twelfth of them.
+
+        It ends where the loss has risen; NaN if it diverged. `watch` runs before the steps, and after them
+        before all is restored: weights, gradients, buffers, optimizer state and random numbers.
         """
         with preserve_weights(self.module), preserve_state(self.module), torch.enable_grad():
-            before = math.nan
+            path: list[float] = []
             try:
-                before = self._held_out_loss()
+                path.append(self._held_out_loss())
                 watch()
-                return before, self._loss_after_steps(factor, watch)
+                for loss in self._losses_after_steps(factor):
+                    path.append(loss)
+                    if rises(path):
+                        break
+                watch()
             except Exception:  # of code that does not take what weights at this rate give
-                return before, math.nan
+                path += [math.nan] * max(2 - len(path), 1)
+            return path
 
-    def _loss_after_steps(self, factor: float, watch: Callable[[], None]) -> float:
+    def _losses_after_steps(self, factor: float) -> Iterator[float]:
         optimizer = optimizer_copy(self.optimizer)
         for group, rate in zip(optimizer.param_groups, self.rates, strict=True):
             is_tensor = isinstance(group["lr"], Tensor)
             group["lr"] = torch.full_like(group["lr"], rate * factor) if is_tensor else rate * factor
         torch.manual_seed(0)
-        for batches in self.batches:
+        for number, batches in enumerate(self.batches, 1):
             for parameter in self.module.parameters():
                 parameter.grad = None
             for batch in batches:
                 loss = self.loss_of(_fresh(batch)) / len(batches)
                 if not bool(loss.isfinite()):
-                    return math.nan
+                    yield math.nan
+                    return
                 loss.backward()  # type: ignore[no-untyped-call]
             self.clip(optimizer)
             _step_of(optimizer)(optimizer)
-        watch()
-        return self._held_out_loss()
+            if number % JUDGED_EVERY == 0 or number == len(self.batches):
+                yield self._held_out_loss()
 
     def _held_out_loss(self) -> float:
         """Returns the mean loss of the held-out batches, with the same random numbers at each call."""
         torch.manual_seed(0)
         losses = [float(self.loss_of(_fresh(batch)).detach()) for batch in self.held_out]
         return sum(losses) / len(losses)
+
+
+def rises(path: Sequence[float]) -> bool:
+    """True if the last loss is above the lowest before it, by more than noise and half of the progress."""
+    *before, last = path
+    lowest = min(before)
+    return not last <= lowest + NOISE * abs(path[0]) + LOST * (path[0] - lowest)
 
 
 def largest_stable_factor(is_stable: Callable[[float], bool]) -> float | None:
@@ -183,7 +196,7 @@ def rate_finding(
     Example:
         >>> finding = rate_finding("param_groups[0]", 0.1, 0.044, (2.3, 90.0), 1000)
         >>> finding.describe()
-        'learning_rate_too_high of param_groups[0]: 0.1, usual: at most about 0.0044 (12 steps on a copy)'
+        'learning_rate_too_high of param_groups[0]: 0.1, usual: at most about 0.0044 (36 steps on a copy)'
     """
     if factor is None or factor == math.inf:
         return None
@@ -211,10 +224,10 @@ def shrunk(before: Mapping[str, float], after: Mapping[str, float]) -> float:
         >>> shrunk({"first": 1e-3, "last": 1e-2}, {"first": 1e-6, "last": 1e-3})
         2.0
     """
-    common = [name for name in before if before[name] > 0 and after.get(name, math.nan) > 0]
+    common = [name for name in before if before[name] > 0 and name in after]
     if len(common) < 2:
         return 0.0
-    first, last = (math.log10(before[name] / after[name]) for name in (common[0], common[-1]))
+    first, last = (math.log10(before[name] / max(after[name], 1e-45)) for name in (common[0], common[-1]))
     return round(first - last, 6)
 
 

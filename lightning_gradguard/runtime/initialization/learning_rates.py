@@ -14,6 +14,7 @@ from typing import Any
 import pytorch_lightning as pl
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_gradguard.core.forensics import parts_of, parts_out_of_scale, standardizing
@@ -31,6 +32,7 @@ from lightning_gradguard.core.initialization.rate_trial import (
     largest_stable_factor,
     optimizer_copy,
     rate_finding,
+    rises,
     shrunk,
 )
 from lightning_gradguard.core.snapshots import preserve_randomness
@@ -51,8 +53,9 @@ from lightning_gradguard.runtime.optimizer_hooks import NO_CURE, largest_usual_r
 OVERFLOWS = 1e3
 #: Steps of a schedule that are followed.
 MAX_SCHEDULED = 100_000
-#: Batches that are accumulated in a step of the trial, at most.
-MAX_ACCUMULATED = 8
+#: Batches that are accumulated in a step of the trial, at most; those that are held, and beyond so many of
+#: them their bytes.
+MAX_ACCUMULATED, MAX_HELD, FEW, MAX_BYTES = 8, 100, 16, 2**30
 
 
 def reason_against_trial(trainer: pl.Trainer, pl_module: pl.LightningModule) -> str:
@@ -122,7 +125,14 @@ def try_rates(
     losses = trial.losses(1.0, watch)
     if not math.isfinite(losses[0]):
         return [], {}, "the loss of the next batches is nonfinite, or cannot be computed"
-    factor = largest_stable_factor(trial.is_stable)
+
+    def is_stable(factor: float) -> bool:
+        seen: list[dict[str, float]] = []
+        path = trial.path(factor, partial(_watch, trainer, pl_module, trial, seen))
+        is_cut_off = len(seen) == 2 and path[-1] >= LEFT * path[0] and shrunk(*seen) > USUAL_SHRUNK
+        return not (rises(path) or is_cut_off)
+
+    factor = largest_stable_factor(is_stable)
     group = max(range(len(rates)), key=lambda i: rates[i])
     name, rate = f"optimizer.param_groups[{group}]", rates[group]
     values = {"learning_rate": rate}
@@ -222,7 +232,7 @@ def _trial(
         pl_module.configure_gradient_clipping(copied, value, algorithm)
 
     per_step = min(trainer.accumulate_grad_batches, MAX_ACCUMULATED)
-    batches = [batch, *_further_batches(trainer, TRIAL_STEPS * per_step + HELD_OUT - 1)]
+    batches = [batch, *_further_batches(trainer, min(TRIAL_STEPS * per_step + HELD_OUT, MAX_HELD) - 1)]
     n_held_out = min(HELD_OUT, max(len(batches) // 3, 1))
     held_out, rest = batches[-n_held_out:], batches[:-n_held_out] or batches
     steps = [[rest[(i * per_step + j) % len(rest)] for j in range(per_step)] for i in range(TRIAL_STEPS)]
@@ -261,9 +271,15 @@ def _further_batches(trainer: pl.Trainer, n: int) -> list[Any]:
         return []
     sampler = loader.sampler if loader.batch_sampler is None else loader.batch_sampler
     is_known = all(type(s).__module__ == "torch.utils.data.sampler" for s in (sampler, loader.sampler))
+    found: list[Any] = []
+    n_bytes = 0
     with preserve_randomness(loader.sampler):
-        chosen = list(islice(sampler, n)) if is_known else []
-        return [batch_on_device(trainer, _collated(loader, indices)) for indices in chosen]
+        for indices in islice(sampler, n) if is_known else ():
+            if len(found) >= FEW and n_bytes > MAX_BYTES:
+                break
+            found.append(batch_on_device(trainer, _collated(loader, indices)))
+            n_bytes += sum(leaf.nbytes for leaf in tree_leaves(found[-1]) if isinstance(leaf, Tensor))
+    return found
 
 
 def _collated(loader: DataLoader[Any], indices: Any) -> Any:

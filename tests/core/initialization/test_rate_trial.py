@@ -17,6 +17,7 @@ from lightning_gradguard.core.initialization.rate_trial import (
     largest_stable_factor,
     optimizer_copy,
     rate_finding,
+    rises,
 )
 
 
@@ -47,9 +48,36 @@ def trial_of(network: nn.Module, optimizer: torch.optim.Optimizer, rate: float) 
 def test_the_edge_is_found_from_below_and_above(rate: float) -> None:
     network = Quadratic()
     trial = trial_of(network, torch.optim.SGD(network.parameters(), rate), rate)
-    factor = largest_stable_factor(trial.is_stable)
+    factor = largest_stable_factor(lambda factor: not rises(trial.path(factor)))
     assert factor is not None
     assert 0.25 <= rate * factor <= 1.0
+
+
+@pytest.mark.parametrize(
+    ("losses", "is_stable", "n_steps"),
+    [
+        ([2.35, 2.26, 2.22, 2.33], False, 36),  # it dies, with momentum, later than it learns
+        ([2.35, 2.2, 2.0, 2.1], True, 36),
+        ([2.35, 2.4], False, 12),
+        ([2.35, math.nan], False, 12),
+    ],
+)
+def test_a_rate_is_stable_if_the_loss_keeps_its_progress(
+    losses: list[float], is_stable: bool, n_steps: int
+) -> None:
+    network, steps, expected = nn.Linear(1, 1), [], iter(losses)
+
+    def loss_of(batch: Tensor) -> Tensor:
+        if batch.ndim:
+            return torch.tensor(next(expected))
+        steps.append(batch)
+        return network.weight.square().sum()
+
+    batch = torch.ones(())
+    sgd = torch.optim.SGD(network.parameters(), 0.1, momentum=0.9)
+    trial = RateTrial(network, sgd, loss_of, [[batch]] * 36, [torch.ones(1)], [0.1])
+    assert rises(trial.path(1.0)) is not is_stable
+    assert len(steps) == n_steps
 
 
 OPTIMIZERS: list[Callable[[Any], torch.optim.Optimizer]] = [
