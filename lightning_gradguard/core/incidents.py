@@ -138,7 +138,7 @@ _TITLES = {
     "training_diverged": "training stopped",
     "nonfinite_buffers": "corrupted buffers",
     "amp_overflow": "float16 overflow",
-    "constant_clipping": "hard clipping of most steps",
+    "constant_clipping": "clipping of most steps",
     "exception_in_step": "exception in the step",
     "falling_learning_rate": "a learning rate that keeps falling",
     "large_norm": "a gradient norm out of scale",

@@ -215,7 +215,7 @@ def test_clipping_of_most_steps_is_one_incident() -> None:
     assert (found.kind, found.step, found.action) == ("constant_clipping", 100, "none")
     assert re.search(r"multiply the learning rate by \d[\d.e-]+: steps are as long then", found.advice)
     assert found.describe() == (
-        "Hard clipping of most steps at step 100 (epoch 0): 100% of the steps to less than half of their norm"
+        "Clipping of most steps at step 100 (epoch 0): 100% of the steps to less than half of their norm"
     )
 
 

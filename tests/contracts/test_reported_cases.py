@@ -355,7 +355,7 @@ def test_scaled_gradients_that_are_clipped(run: Any, clip: Any) -> None:
     assert (found["kind"], found["cause"]) == ("constant_clipping", "scaled_gradients_clipped")
     assert "on_before_optimizer_step" in found["advice"]
     assert "clipped before they were unscaled" in found["detail"]
-    assert told.headline == "hard clipping of most steps (cause: scaled gradients clipped)"
+    assert told.headline == "clipping of most steps (cause: scaled gradients clipped)"
 
 
 @pytest.mark.parametrize("alone", [False, True])
@@ -366,7 +366,7 @@ def test_a_clip_value_that_is_too_small(run: Any, alone: bool) -> None:
     if not alone:
         assert [i["cause"] for i in told.incidents] == ["clip_value_too_small"]
         assert "gradient_clip_val=0.01 of the Trainer" in told.incidents[0]["detail"]
-    assert told.headline == "hard clipping of most steps (cause: clip value too small)"
+    assert told.headline == "clipping of most steps (cause: clip value too small)"
     assert "Raise the value to which gradients are clipped" in " ".join(told.report.next_steps)
     assert "Raise the learning rate." not in told.report.next_steps
 

@@ -125,7 +125,8 @@ def _constant_clipping(log: RunLog, gradients: GradientLog, outcome: Outcome) ->
         return
     share = sum(fractions) / len(fractions)
     usual = median(coefficients) if coefficients else 0.0
-    if share <= CONSTANT_CLIPPING or usual > HARD_CLIPPING:
+    is_hard = share > CONSTANT_CLIPPING and usual <= HARD_CLIPPING
+    if not is_hard and (log.clipped_fraction or 0.0) <= CONSTANT_CLIPPING:
         return
     evidence = f"{describe_clipping(share, usual)}, in the second half of the run"
     if log.clipped_fraction is not None:  # the numbers that the end of the run has
@@ -133,7 +134,7 @@ def _constant_clipping(log: RunLog, gradients: GradientLog, outcome: Outcome) ->
         evidence = describe_clipping(share, usual)
     cause = next((i.cause for i in log.incidents if i.cause in TOO_LARGE), "")
     is_far = share > NEARLY_ALL and usual < (FAR_IF_TOO_LARGE if cause else FAR_CLIPPING)
-    is_sure = len(fractions) >= MIN_POINTS and (is_far or not outcome.has_learned)
+    is_sure = is_hard and len(fractions) >= MIN_POINTS and (is_far or not outcome.has_learned)
     since = gradients.clip_fraction.steps[len(gradients.clip_fraction) // 2]
     present: tuple[Present, ...] = ("explained",) if cause else ()
     next_steps = (advice("constant_clipping", present=present, coefficient=usual or None),)

@@ -10,7 +10,7 @@ from typing import Literal
 from lightning_gradguard.core.incidents import AT_ANY_RATE, CAUSES, SYMPTOM_CAUSES, label, title
 from lightning_gradguard.core.remedies import remedies
 from lightning_gradguard.report.analysis.failure import failure_cause
-from lightning_gradguard.report.analysis.gradient_symptoms import TOO_LARGE, gradient_symptoms
+from lightning_gradguard.report.analysis.gradient_symptoms import gradient_symptoms
 from lightning_gradguard.report.analysis.incident_symptoms import (
     INITIALIZATION,
     found_rate,
@@ -183,20 +183,9 @@ def _headline(status: Status, symptoms: Sequence[RunSymptom]) -> str:
         is_known = cause not in ("", "unknown")
         worst = title(symptoms[0].kind) + (f" (cause: {label(cause)})" if is_known else "")
     if status == "healthy":
-        kinds = {symptom.kind for symptom in symptoms}
         if flat := [s.value for s in symptoms if s.kind == "stuck_loss"]:
             return f"healthy, with a flat loss of {flat[0]:.3g}"
-        large = [s.cause for s in symptoms if s.cause in TOO_LARGE]
-        if large and "constant_clipping" in kinds:
-            return f"healthy, with {title('constant_clipping')} (cause: {label(large[0])})"
-        exploding = [s for s in symptoms if s.kind == "exploding_gradient" and s.cause in SYMPTOM_CAUSES]
-        if exploding:
-            return f"healthy, with {title('exploding_gradient')} (cause: {label(exploding[0].cause)})"
-        if "rising_loss" in kinds:
-            return f"healthy, with {title('rising_loss')}"
-        if "large_norm" in kinds:
-            return f"healthy, with {title('large_norm')}"
-        return "healthy"
+        return f"healthy, with {worst}" if worst else "healthy"
     if status == "unknown":
         return "too little was logged for a verdict"
     if status == "recovered":
