@@ -19,9 +19,9 @@ from lightning_gradguard.core.snapshots import preserve_state, preserve_weights
 
 #: Steps of a trial, those after which the loss is compared each time, and the batches on which it is. With
 #: momentum, a step has its full length after about 1 / (1 - momentum) steps.
-TRIAL_STEPS, JUDGED_EVERY, HELD_OUT = 36, 12, 4
+TRIAL_STEPS, COMPARED_EVERY, HELD_OUT = 36, 12, 4
 #: Share of the loss by which it may rise: where there is nothing to learn in a few steps, any rate raises it;
-#: and the share of the progress so far that it may lose: a network that dies does not rise above its start.
+#: and the share of the progress so far that it may lose: that of a dead network is not above its start.
 NOISE, LOST = 0.01, 0.5
 #: Ratios of the configured to the largest stable rate from which on it is too high, warn and fail, if the
 #: loss rises by half at least. Of 123 pairs of a cell and a rate beyond the first (docs/stable_rate.md), 3
@@ -129,7 +129,7 @@ class RateTrial:
                 loss.backward()  # type: ignore[no-untyped-call]
             self.clip(optimizer)
             _step_of(optimizer)(optimizer)
-            if number % JUDGED_EVERY == 0 or number == len(self.batches):
+            if number % COMPARED_EVERY == 0 or number == len(self.batches):
                 yield self._held_out_loss()
 
     def _held_out_loss(self) -> float:
