@@ -70,7 +70,7 @@ def test_rows_with_nan_are_named() -> None:
     (one,) = prescriptions(Net(), [], [(torch.ones(4, 2), None), (batch, None)], None)
     assert one.fault == "bad_input"
     assert one.text.startswith(
-        "Batch 1 of training has nonfinite values in rows 2 of a tensor of shape (4, 2)"
+        "Batch 1 of training has nonfinite values in row 2 of a tensor of shape (4, 2)"
     )
 
 
