@@ -28,7 +28,7 @@ from lightning_gradguard.cli.messages import (
 from lightning_gradguard.cli.parsing.lightning_cli import command_line, fit_argv, fit_parser, trainer_alone
 from lightning_gradguard.cli.parsing.preparse import named_class
 from lightning_gradguard.core.detectors.diagnosis import LossBaselines, TargetDependence
-from lightning_gradguard.core.initialization import SEVERITIES, Finding, table
+from lightning_gradguard.core.initialization import SEVERITIES, Finding, table, with_unit
 from lightning_gradguard.runtime.diagnosis.sampled_step import SampledStep
 from lightning_gradguard.runtime.initialization.losses import findings_of_losses
 from lightning_gradguard.runtime.lightning_api import Callback
@@ -109,10 +109,10 @@ def as_text(result: CheckResult) -> str:
 
     Example:
         >>> print(as_text(CheckResult("my.Net", "", [], {"loss": 2.31, "gradient_gain": -0.4})))
-        my.Net: nothing found; loss 2.31, gradient_gain -0.4
+        my.Net: nothing found; loss 2.31, gradient_gain -0.4 decades
     """
     whole = {name: value for name, value in result.values.items() if "/" not in name}
-    measured = ", ".join(f"{name} {value:.3g}" for name, value in whole.items())
+    measured = ", ".join(f"{name} {with_unit(name, value)}" for name, value in whole.items())
     origin = f" with the weights of {result.checkpoint}" if result.checkpoint else ""
     verdicts = {"pass": "it can train", "warn": "it may not train", "fail": "it will not train"}
     text = f"{result.model}{origin}: {verdicts[result.verdict] if result.findings else 'nothing found'}; "

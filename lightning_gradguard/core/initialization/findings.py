@@ -78,7 +78,7 @@ class Finding:
     @property
     def measured(self) -> str:
         """The value with its unit."""
-        return _UNITS.get(self.criterion, "{:.3g}").format(self.value)
+        return with_unit(self.criterion, self.value)
 
     def as_advice(self) -> Finding:
         """Returns the finding as a warning if the task decides whether it is a fault.
@@ -103,6 +103,16 @@ def tried_cure(findings: Sequence[Finding]) -> str:
 def fails(findings: Sequence[Finding]) -> bool:
     """True if a criterion failed."""
     return any(finding.severity == "fail" for finding in findings)
+
+
+def with_unit(criterion: str, value: float) -> str:
+    """Returns a measured value with the unit of its criterion.
+
+    Example:
+        >>> with_unit("gradient_gain", -0.4)
+        '-0.4 decades'
+    """
+    return _UNITS.get(criterion, "{:.3g}").format(value)
 
 
 def table(findings: Sequence[Finding]) -> str:

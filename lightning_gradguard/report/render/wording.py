@@ -49,17 +49,17 @@ def intervention_sentences(interventions: Interventions) -> list[str]:
         total = _count(sum(interventions.lost_batches.values()), "lost batch", "lost batches")
         on = f" on {interventions.ranks} ranks" if interventions.ranks > 1 else ""
         sentences.append(f"{total}{on} ({reasons}): lost_batches.rank*.jsonl")
-    if interventions.learning_rate_scale is not None:
+    if interventions.learning_rate_scale not in (None, 1.0):
         rates = ", ".join(f"{rate:.3g}" for rate in interventions.learning_rates.values())
         final = f"final learning rate {rates}," if rates else "learning rate"
         sentences.append(f"{final} scaled by {interventions.learning_rate_scale:.3g}")
-    if interventions.clipped_share is not None:
+    if interventions.clipped_share:
         clipped = describe_clipping(interventions.clipped_share)
         sentences.append(f"{clipped} by AdaptiveGradientClipping")
     if interventions.clipped_elsewhere_share is not None:
         share = f"{interventions.clipped_elsewhere_share:.0%} of the logged steps clipped"
         sentences.append(f"{share} by the Trainer or the module")
-    return sentences or ["none: no callback that intervenes has logged anything"]
+    return sentences or ["none"]
 
 
 def comparison_table(reports: Sequence[RunReport]) -> list[tuple[str, ...]]:

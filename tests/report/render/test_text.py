@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from lightning_gradguard.core import tags
 from lightning_gradguard.report.render.text import text_table
 from tests.report.runs import printed, write_events
 
@@ -109,3 +110,12 @@ def test_code_of_a_cure_is_pasted_as_it_is_printed(
         " ".join(" ".join(above).split()) == "1. nn.ReLU() in place of sigmoid, and at the end of __init__:"
     )
     assert "  1. nothing that was tried betters it" in printed(capsys, "prose")
+
+
+def test_a_rate_as_configured_is_no_intervention(capsys: pytest.CaptureFixture[str]) -> None:
+    for name, scale, found in (
+        ("as_is", 1.0, "\nInterventions\n  none\n"),
+        ("cut", 0.5, "rate scaled by 0.5"),
+    ):
+        write_events(name, {"train_loss": [1.0] * 20, tags.LR_SCALE: [scale] * 20})
+        assert found in printed(capsys, name)
