@@ -336,6 +336,19 @@ def test_the_remedy_of_a_known_cause_is_a_next_step(capsys: pytest.CaptureFixtur
     }
 
 
+def test_what_to_try_with_a_loss_that_is_stuck_for_no_known_cause_is_a_next_step(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    class Found(pl.Callback):
+        def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+            publish(trainer, pl_module, incident_now(trainer, "stuck_loss", cause="unknown"))
+
+    fit_with_bar([Found(), GradientNormMonitor()], batches(10), logger=False)
+    printed = lines(capsys)
+    assert "overfit_batches=1" in " ".join(printed)
+    assert "10 times higher" in table(printed, "Next steps")["stuck loss"]
+
+
 class Accumulating(Classifier):
     """Steps at every fourth batch, by hand."""
 

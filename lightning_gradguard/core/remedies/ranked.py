@@ -38,15 +38,17 @@ REMEDIES = {
         "[rollback|Roll back automatically: NaNRollback() with LearningRateBackoff().]",
     ),
     "stuck_loss": (
-        "Raise the learning rate.",
+        "Try the learning rate 10 times higher, and 10 times lower; lightning-gradguard treat tries rates "
+        "and other changes by itself.",
         "Change saturating activations for ReLU or GELU[check|, and check the initialization "
         "(InitializationCheck)].",
-        "Check that labels match their inputs: can the network learn one batch by heart?",
+        "Check that labels match their inputs: can the network learn one batch alone, "
+        "Trainer(overfit_batches=1)?",
     ),
     "little_learned": (
         "Check that labels match their inputs, also where a view or reshape stands for a transpose: can the "
         "network learn one batch by heart?",
-        "Train for longer, where the loss still falls, or raise the learning rate.",
+        "Train for longer, where the loss still falls, or raise the learning rate 3 to 10 times.",
     ),
     "large_norm": (
         "Look for a sum where the loss needs a mean, and at the initialization and the scale of the data.",

@@ -111,8 +111,8 @@ def remedies(kind: str, where: Sequence[str] = (), present: Collection[Present] 
         present: What the run has: a remedy that it has is left away.
 
     Example:
-        >>> remedies("stuck_loss")[0]
-        'Raise the learning rate.'
+        >>> remedies("stuck_loss")[0].partition(";")[0]
+        'Try the learning rate 10 times higher, and 10 times lower'
     """
     texts = REMEDIES.get(kind, (BY_KIND.get(kind, ""),))
     return tuple(filter(None, (_applied(text, where, present) for text in texts)))

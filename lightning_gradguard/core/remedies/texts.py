@@ -97,9 +97,11 @@ BY_KIND = {
         "learning rate is above zero, and that weights are not kept in half precision."
     ),
     "stuck_loss": (
-        "The loss does not fall: raise the learning rate, change saturating activations for ReLU or "
-        "GELU,[check| check the initialization (InitializationCheck)] and check that labels match their "
-        "inputs."
+        "The loss does not fall, and the cause is not known. Train on one batch alone, "
+        "Trainer(overfit_batches=1): if its loss falls, check that labels match their inputs; else look for "
+        "saturating activations, a detach, or a term that outweighs the others[check|, and check the "
+        "initialization (InitializationCheck)]. Try the learning rate 10 times higher, and 10 times lower; "
+        "lightning-gradguard treat tries rates and other changes by itself."
     ),
     "dead_units": (
         "Most units of {where} are zero for every sample: [untrained|lower the learning rate, ]use LeakyReLU "

@@ -12,7 +12,7 @@ import pytorch_lightning as pl
 from lightning_gradguard.core import tags
 from lightning_gradguard.core.detectors import Explosion, describe_clipping, percent
 from lightning_gradguard.core.detectors.best_constant import describe_loss
-from lightning_gradguard.core.incidents import HELD
+from lightning_gradguard.core.incidents import HELD, title
 from lightning_gradguard.core.remedies import advice, remedies
 from lightning_gradguard.runtime import lightning_api
 from lightning_gradguard.runtime.incidents.journal import (
@@ -124,6 +124,8 @@ def summarize(
         lines = [TITLE, *_aligned({**rows, **_folders(trainer)})]
         # what is known explains a large norm
         of_unusual = {k: next_step for k, (_, next_step) in unusual.items() if k == "clipping" or not known}
+        if "stuck_loss" in incidents and not known:  # its cause is not
+            known = {title("stuck_loss"): remedies("stuck_loss")[0]}
         if next_steps := {**known, **of_unusual, **_commands(trainer)}:
             lines += ["Next steps", *_aligned(next_steps)]
         console.print_last_message(trainer, "\n".join(lines))

@@ -20,7 +20,7 @@ from lightning_gradguard.core.detectors.diagnosis.contracts import (
 from lightning_gradguard.core.detectors.diagnosis.progress import Progress
 from lightning_gradguard.core.detectors.diagnosis.sample import CLIPPED_AT_ALL, MIN_TIMES, Sample, UnitSignal
 from lightning_gradguard.core.detectors.diagnosis.signals.units import PASS_SMALL, RECTIFIERS
-from lightning_gradguard.core.detectors.diagnosis.symptom import Symptom, modules_of
+from lightning_gradguard.core.detectors.diagnosis.symptom import Symptom, describe_updates, modules_of
 from lightning_gradguard.core.incidents import Cause, IncidentKind, SymptomCause
 
 # thresholds of docs/diagnosis.md
@@ -354,7 +354,7 @@ def stuck_loss(sample: Sample, progress: Progress, patience: int) -> Iterator[Sy
     largest = max((one.ratio for one in sample.updates), default=math.nan)
     if cause == "unknown" and largest < LOW_UPDATE:
         cause = "learning_rate_too_low"
-        facts.append(f"updates are {largest:.1g} of the norm of the weights (usual: about 1e-3)")
+        facts.append(describe_updates(largest))
     value = permuted if math.isnan(ratio) else ratio
     yield Symptom("stuck_loss", cause, where, value, "; ".join(facts), "stuck", 2)
 

@@ -6,10 +6,22 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
+from lightning_gradguard.core.detectors.constant_clipping import USUAL_UPDATE
 from lightning_gradguard.core.incidents import Cause, IncidentKind, SymptomCause
 
 #: What a symptom rests on, causes before their consequences.
 Tier = Literal["contract", "coverage", "units", "update", "depth", "stuck", "stagnation"]
+
+
+def describe_updates(share: float) -> str:
+    """Returns small updates in words, with the rate at which they are as usual.
+
+    Example:
+        >>> describe_updates(3.1e-6)
+        'updates are 3e-06 of the norm of the weights (usual: about 1e-3, at a rate 300 times as high)'
+    """
+    factor = f", at a rate {float(f'{USUAL_UPDATE / share:.1g}'):,.0f} times as high" if share > 0 else ""
+    return f"updates are {share:.1g} of the norm of the weights (usual: about 1e-3{factor})"
 
 
 def modules_of(names: Sequence[str]) -> tuple[str, ...]:
