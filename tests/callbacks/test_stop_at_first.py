@@ -78,16 +78,11 @@ def test_a_healthy_run_is_not_stopped() -> None:
 
 
 @pytest.mark.parametrize(
-    ("other", "keyword"),
-    [
-        (NaNRollback(), "nan_rollback"),
-        (NaNRollback(patience=5), "nan_rollback"),
-        (LearningRateBackoff(factor=0.3), "learning_rate_backoff"),
-        (TrainingDiagnosis(), "training_diagnosis"),
-    ],
+    "other",
+    [NaNRollback(), NaNRollback(patience=5), LearningRateBackoff(factor=0.3), TrainingDiagnosis()],
 )
-def test_a_second_one_is_rejected_in_our_own_words(other: StepCallback, keyword: str) -> None:
-    words = rf"has 2 {type(other).__name__} callbacks.*keep one.*default_callbacks\({keyword}="
+def test_a_second_one_is_rejected_in_our_own_words(other: StepCallback) -> None:
+    words = rf"has 2 {type(other).__name__} callbacks.*keep one.*default_callbacks takes yours in place"
     with pytest.raises(MisconfigurationException, match=words):
         fit(Classifier(), batches(2), [*default_callbacks(), other])
 
