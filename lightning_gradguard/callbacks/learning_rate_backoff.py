@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections import Counter
 from functools import partial
@@ -15,6 +16,7 @@ from lightning_gradguard.core import arguments, tags
 from lightning_gradguard.core.backoff import Backoff, ScaledLearningRate
 from lightning_gradguard.core.incidents import AT_ANY_RATE, OF_OPTIMIZER, Incident
 from lightning_gradguard.runtime.incidents.journal import incident_now, publish
+from lightning_gradguard.runtime.logging import console
 from lightning_gradguard.runtime.logging.hyperparameters import non_defaults
 from lightning_gradguard.runtime.optimizer_hooks import NO_CURE, largest_usual_rate
 from lightning_gradguard.runtime.steps.step import Step
@@ -31,6 +33,7 @@ class LearningRateBackoff(StepCallback):
     A run that is rolled back to its start, or again to the same snapshot, has a rate that does not train it.
     Then the highest rate that trains is searched, within a factor of 16; it is kept, logged, and reported as
     the rate to train with. If the weights have diverged from the start, the search begins with a sixteenth.
+    A cut for a divergence is taken back if the next losses are as high: it is the data that raise them.
 
     | tag | value |
     |---|---|
@@ -79,6 +82,7 @@ class LearningRateBackoff(StepCallback):
         self._is_first_batch = False
         self._has_updated = False
         self._has_diverged = False
+        self._risen_loss = math.inf
         self._has_ended = False
         self._left: Counter[str] = Counter()
         self._rates: list[ScaledLearningRate] = []
@@ -121,6 +125,7 @@ class LearningRateBackoff(StepCallback):
                 self._found_rate = None
         self._scale = self._backoff.scale
         self._counted = self._has_diverged = False
+        self._risen_loss = math.inf
         for rate in self._rates:
             rate.scale = self._scale
 
@@ -132,7 +137,13 @@ class LearningRateBackoff(StepCallback):
         self._has_updated |= step.accepted
         if step.accepted and not self._counted:
             self._counted = True
-            self._backoff.step(float(step.loss) if self._backoff.is_searching else None)
+            self._backoff.step(float(step.loss) if self._backoff.needs_loss else None)
+            if self._backoff.has_returned:
+                console.print_message(
+                    trainer,
+                    "The loss is as high with the weights before the divergence: it rises with the data."
+                    f" The learning rate is set back to {self._backoff.level:.4g}x the configured rate.",
+                )
 
     def on_training_incident(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, incident: Incident
@@ -141,6 +152,8 @@ class LearningRateBackoff(StepCallback):
         if incident.kind == "training_diverged":
             self._found_rate = None  # the run has ended at it
         self._has_diverged |= incident.kind in ("divergence", "gradient_collapse")
+        if incident.kind == "divergence" and incident.value is not None:
+            self._risen_loss = incident.value
         if incident.kind != "rollback" or incident.value is None:
             return
         if not self._initial_rates():
@@ -151,7 +164,9 @@ class LearningRateBackoff(StepCallback):
         if incident.cause in fails_alike or not self._has_updated:
             self._left[tags.ROLLBACKS_AT_ANY_RATE] += 1
             return
-        if self._backoff.on_rollback(int(incident.value), has_diverged=self._has_diverged):
+        if self._backoff.on_rollback(
+            int(incident.value), has_diverged=self._has_diverged, risen_loss=self._risen_loss
+        ):
             self._found_rate = None
             facts: dict[str, Any] = {"step": incident.step, "batch_idx": incident.batch_idx}
             facts |= {"value": self._backoff.level, "action": "backed_off"}

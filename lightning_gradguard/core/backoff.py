@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from statistics import median
+from statistics import fmean, median
 from typing import Any
 
 from torch import Tensor
@@ -21,6 +21,8 @@ SEARCH_PRECISION = 1 / 16
 AHEAD = 2
 #: Losses at the beginning of a trial, and at its end, whose medians are compared.
 COMPARED_LOSSES = 10
+#: Losses after the rollback of a divergence, and the share of its loss from which on their mean is as high.
+RETURN_AFTER, AS_HIGH = 3, 0.85
 
 
 class Backoff:
@@ -34,6 +36,9 @@ class Backoff:
     steps is raised to the geometric mean of itself and the lowest level that has failed, until they are
     within a factor of 16. What was found is kept, and recovers no further.
 
+    A cut for a divergence is taken back if the next losses are as high: with earlier weights, that is due to
+    the data.
+
     Args:
         factor: A cut multiplies the scale by it; in (0, 1).
         min_scale: Lower bound of every cut; in (0, 1].
@@ -46,6 +51,7 @@ class Backoff:
 
     Attributes:
         has_found: True if the last good step has ended a search with a level at which the loss has fallen.
+        has_returned: True if the last good step has taken a cut back.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -93,7 +99,14 @@ class Backoff:
         self._good_steps = 0
         self._rewarm_left = 0
         self._cooldown_left = 0
-        self.has_found = False
+        self._before_cut: dict[str, Any] = {}
+        self._risen_loss, self._later_losses = math.inf, list[float]()
+        self.has_found = self.has_returned = False
+
+    @property
+    def needs_loss(self) -> bool:
+        """True if `step` must be given the loss."""
+        return self.is_searching or bool(self._before_cut)
 
     @property
     def level(self) -> float:
@@ -113,23 +126,27 @@ class Backoff:
         warmed = 1 - self._rewarm_left / self._rewarm_steps
         return self._level * (REWARM_START + (1 - REWARM_START) * warmed)
 
-    def on_rollback(self, position: int, *, has_diverged: bool = False) -> bool:
+    def on_rollback(self, position: int, *, has_diverged: bool = False, risen_loss: float = math.inf) -> bool:
         """Cuts the scale; searches it if the run was rolled back to here or before already, or began here.
 
         Args:
             position: That of the snapshot, as in `begin`.
             has_diverged: True if the weights were bad, and not a step alone.
+            risen_loss: That of a divergence.
 
         Returns:
             True unless the last cut is within the cooldown.
         """
-        search = position <= self._returned_to
+        before, search = self.state_dict(), position <= self._returned_to
         self._returned_to = position
         is_from_start = search and position == 0
         if is_from_start and has_diverged:
             self._cuts = max(self._cuts, AHEAD)  # half of such a rate seldom trains
         # a rate that fails at once is tried as it is: re-warming would hide that it fails
-        return self.reduce(search=search, rewarm=not is_from_start)
+        is_cut = self.reduce(search=search, rewarm=not is_from_start)
+        self._before_cut = before if is_cut and risen_loss < math.inf else {}
+        self._risen_loss, self._later_losses = risen_loss, list[float]()
+        return is_cut
 
     def reduce(self, *, search: bool = False, rewarm: bool = True) -> bool:
         """Cuts the scale; at `min_scale` it is only re-warmed.
@@ -158,10 +175,17 @@ class Backoff:
         return True
 
     def step(self, loss: float | None = None) -> None:
-        """Counts a good step; its loss is asked for while the scale is searched."""
+        """Counts a good step; its loss is asked for if `needs_loss`."""
         self._cooldown_left = max(self._cooldown_left - 1, 0)
         self._rewarm_left = max(self._rewarm_left - 1, 0)
-        self.has_found = False
+        self.has_found = self.has_returned = False
+        if self._before_cut and loss is not None:
+            self._later_losses.append(loss)
+            if len(self._later_losses) == RETURN_AFTER:
+                before, self._before_cut = self._before_cut, {}
+                if fmean(self._later_losses) >= AS_HIGH * self._risen_loss:
+                    self.load_state_dict(before)
+                    self.has_returned = True
         if self._level >= self._ceiling:
             return
         self._good_steps += 1

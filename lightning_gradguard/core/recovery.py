@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable
 from operator import attrgetter
@@ -21,9 +22,10 @@ MOVED = 1.0
 #: The same where the loss is not far above everything seen, but has made no progress since the start, by
 #: whether it is worse than there.
 MOVED_WITHOUT_PROGRESS = {"worse_than_first": 2.5, "no_progress": 10.0}
-#: The same, at least, for each step where the loss rises in the first ones: rates that are too high move the
-#: weights by 0.07 and more, a curriculum of which only the data get harder by 0.03 (docs/evidence_rates.md).
-MOVED_EARLY = 0.04
+#: By how much, and by which share of it, a step must add to that distance after the loss has risen in the
+#: first ones; `MOVED` is enough after so many. RMSprop and Adagrad make one large step, the first, and
+#: recover; so does a run after bad batches, whose next steps are small (docs/evidence_rates.md).
+STILL_MOVES, MOVED_SHARE, FIRST_UPDATES = 0.05, 0.1, 5
 #: Steps from one measurement of that distance to the next.
 DISTANCE_INTERVAL = 10
 #: Rollbacks that cannot help, before the run is stopped: no step was good yet, or eps is at fault.
@@ -50,6 +52,7 @@ class RecoveryPolicy:
         rollbacks: Number of rollbacks so far.
         stopped_at_first: True if the run stops at its first nonfinite step, and not for want of a budget.
         has_good_step: True if any step was not skipped, in this run or the one that it resumes.
+        risen_loss: The loss by which the last step is a divergence; infinite if it is none.
         is_spiking: True if the last step of any optimizer was part of a spike, and so not a good step.
         is_adversarial: True if several optimizers may train networks against each other, whose losses rise
             and fall in healthy training. Set before the first step.
@@ -73,6 +76,7 @@ class RecoveryPolicy:
         self._max_skip_fraction = max_skip_fraction
         self.rollbacks = 0
         self.has_good_step = False
+        self.risen_loss = math.inf
         self._stop_cause = ""
         self.is_spiking = False
         self.is_adversarial = False
@@ -82,12 +86,14 @@ class RecoveryPolicy:
         self._outcomes: deque[bool] = deque(maxlen=OUTCOMES)
         self._health: dict[int, OptimizerHealth] = {}
         self._asked_ago = DISTANCE_INTERVAL
+        self._moved_early: dict[int, float] = {}
 
     def on_skip(self, index: int, is_nonfinite: bool = True) -> Decision:
         """Counts a skipped step of optimizer `index`; a finite one was rejected by a callback."""
         self.stopped_at_first = self._stops_at_first and is_nonfinite
         self._skipped_in_a_row[index] = self._skipped_in_a_row.get(index, 0) + 1
         self._outcomes.append(True)
+        self.risen_loss = math.inf
         if self.skips_too_often or self.stopped_at_first:
             return "stop"
         return self.escalate() if self._skipped_in_a_row[index] >= self._patience else "continue"
@@ -112,7 +118,7 @@ class RecoveryPolicy:
             total_norm: Finite.
             is_collapsed: See above.
             distance: Measures how far the weights are from the last trusted snapshot, in units of their norm
-                there; called at most once in ten steps after the first 20. Without it no divergence is found.
+                there; called at most once in ten steps after the first 22. Without it no divergence is found.
 
         Returns:
             The decision, and the anomaly that begins with this step.
@@ -128,16 +134,25 @@ class RecoveryPolicy:
         anomaly = self._health[index].update(loss, total_norm, is_collapsed)
         self.is_spiking = any(map(_SPIKING, self._health.values()))
         self._asked_ago += 1
-        if anomaly in ("divergence", "early_rise", "worse_than_first", "no_progress", "lasting_spike"):
-            bound = MOVED_WITHOUT_PROGRESS.get(anomaly, MOVED)
-            if anomaly == "early_rise":
-                health = self._health[index]
-                bound = max(EARLY_RISE / health.early_rise, MOVED_EARLY * health.n_steps)
-            elif self._asked_ago < DISTANCE_INTERVAL:
+        self.risen_loss = math.inf
+        is_early, before = anomaly == "early_rise", self._moved_early.pop(index, math.inf)
+        if distance is not None and (is_early or before < math.inf):
+            moved, health = distance(), self._health[index]
+            still_moves = moved - before >= max(STILL_MOVES, MOVED_SHARE * before)
+            if still_moves or (is_early and moved >= MOVED and health.n_steps > FIRST_UPDATES):
+                self.risen_loss = health.highest_recent_loss
+                return self.escalate(), "divergence"
+            if is_early and moved >= EARLY_RISE / health.early_rise:
+                self._moved_early[index] = moved
+        if is_early:
+            return "continue", ""
+        if anomaly in ("divergence", "worse_than_first", "no_progress", "lasting_spike"):
+            if self._asked_ago < DISTANCE_INTERVAL:
                 return "continue", ""
             self._asked_ago = 0
-            if distance is None or not distance() >= bound:
+            if distance is None or not distance() >= MOVED_WITHOUT_PROGRESS.get(anomaly, MOVED):
                 return "continue", ""
+            self.risen_loss = loss
             return self.escalate(), "" if anomaly == "lasting_spike" else "divergence"  # a spike was reported
         return (self.escalate() if anomaly == "gradient_collapse" else "continue"), anomaly
 
@@ -184,6 +199,7 @@ class RecoveryPolicy:
         self._spent += 1
         self._good_steps = 0
         self._skipped_in_a_row.clear()
+        self._moved_early.clear()
         for health in self._health.values():
             health.on_rollback()
         self.is_spiking = False
@@ -216,6 +232,7 @@ class RecoveryPolicy:
             "skipped_in_a_row": dict(self._skipped_in_a_row),
             "outcomes": list(self._outcomes),
             "asked_ago": self._asked_ago,
+            "moved_early": dict(self._moved_early),
             "windows": self.detector_state(),
         }
 
@@ -227,5 +244,6 @@ class RecoveryPolicy:
         self._good_steps = state_dict["good_steps"]
         self._skipped_in_a_row = dict(state_dict["skipped_in_a_row"])
         self._outcomes = deque(state_dict["outcomes"], maxlen=OUTCOMES)
-        self._asked_ago = state_dict.get("asked_ago", DISTANCE_INTERVAL)  # version 0.5 has none
+        self._asked_ago = state_dict.get("asked_ago", DISTANCE_INTERVAL)  # version 0.5 has neither
+        self._moved_early = dict(state_dict.get("moved_early", {}))
         self.load_detector_state(state_dict["windows"])

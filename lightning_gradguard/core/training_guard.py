@@ -342,7 +342,8 @@ class TrainingGuard:
                 "initialization and the skipped batches. Weights are those of the newest qualified snapshot."
             )
         self.recovery.on_rollback()
-        self.backoff.on_rollback(extra_state["index"], has_diverged=trusted)
+        risen_loss = self.recovery.risen_loss
+        self.backoff.on_rollback(extra_state["index"], has_diverged=trusted, risen_loss=risen_loss)
 
     def _copy_state(self, snapshot: Snapshot) -> None:
         # the next forward pass writes buffers while the copy is still being made

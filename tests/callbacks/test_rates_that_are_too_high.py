@@ -202,3 +202,20 @@ def test_first_update_of_adam_that_blows_the_loss_up_is_undone(tmp_path: Path) -
     assert recorded(tmp_path, "rollback") == [0]
     assert recorded(tmp_path, "learning_rate_found") == [0.1 / 16]
     assert len([loss for loss in module.losses if loss > 2 * module.losses[0]]) <= 3
+
+
+class Ramped(Regression):
+    """A loss that is switched on in 20 steps."""
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        return min(1.0, 1e-3 + batch_idx / 20) * super().training_step(batch, batch_idx)
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.Adam(self.parameters(), self.lr)
+
+
+def test_a_cut_is_taken_back_where_the_loss_is_as_high_with_earlier_weights(tmp_path: Path) -> None:
+    backoff, rollback = LearningRateBackoff(), NaNRollback()
+    fit(Ramped(lr=0.02), regression(40), [backoff, rollback], tmp_path)
+    assert rollback.rollbacks == len(recorded(tmp_path, "learning_rate_backoff")) == 1
+    assert backoff.scale == 1.0

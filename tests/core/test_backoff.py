@@ -122,3 +122,19 @@ def test_scale_recovers_after_good_steps_up_to_one() -> None:
 def test_bad_arguments_are_quoted(name: str, value: Any) -> None:
     with pytest.raises(ValueError, match=f"{name}={value}"):
         Backoff(**{name: value})
+
+
+@pytest.mark.parametrize(("losses", "level"), [((9.0, 8.0, 10.0), 1.0), ((9.0, 1.0, 1.0), 1 / 16)])
+def test_cut_for_a_divergence_is_taken_back_if_the_next_losses_are_as_high(
+    losses: tuple[float, ...], level: float
+) -> None:
+    backoff = Backoff()
+    backoff.begin(0)
+    assert backoff.on_rollback(0, has_diverged=True, risen_loss=10.0)
+    for loss in losses:
+        assert backoff.needs_loss
+        assert not backoff.has_returned
+        backoff.step(loss)
+    assert backoff.has_returned == (level == 1.0)
+    assert backoff.level == backoff.scale == level
+    assert backoff.is_searching == (level < 1.0)

@@ -60,6 +60,7 @@ class DivergenceDetector:
 
     Attributes:
         n_steps: Steps so far.
+        recent_losses: The last ten.
         made_progress: True if the loss was ever a tenth lower than at the first step.
         early_rise: That ratio; 0 without an early rise.
 
@@ -72,7 +73,7 @@ class DivergenceDetector:
     """
 
     def __init__(self) -> None:
-        self._losses: deque[float] = deque(maxlen=EVIDENCE_STEPS)
+        self.recent_losses: deque[float] = deque(maxlen=EVIDENCE_STEPS)
         self._norms: deque[float] = deque(maxlen=EVIDENCE_STEPS)
         self._recent: deque[tuple[float, float]] = deque()
         self._highest: tuple[float, float] | None = None
@@ -90,13 +91,15 @@ class DivergenceDetector:
         is_due = self.n_steps > 0 and self.n_steps % NO_PROGRESS_STEPS == 0
         if not is_due or self.made_progress or self._first <= 0:
             return ""
-        return "worse_than_first" if median(self._losses) > MIN_LOSS_RATIO * self._first else "no_progress"
+        return (
+            "worse_than_first" if median(self.recent_losses) > MIN_LOSS_RATIO * self._first else "no_progress"
+        )
 
     def update(self, loss: float, total_norm: float) -> float:
         """Adds a step with finite numbers; returns the ratio to what was seen, 0 without a rise."""
         if self._highest is None:
             self._highest, self._first = (loss, total_norm), loss
-        self._losses.append(loss)
+        self.recent_losses.append(loss)
         self._norms.append(total_norm)
         self.n_steps += 1
         self._has_learned |= loss < LEARNED * self._first
@@ -105,10 +108,10 @@ class DivergenceDetector:
         self._rise = self._ratio(loss, total_norm, *self._highest, EARLY_LOSS_RATIO) if is_first else 0.0
         is_due = self.n_steps % EVIDENCE_STEPS == 0
         # no median is above the largest
-        may_rise = is_due or self._ratio(max(self._losses), 0.0, *self._highest) > 0
-        if len(self._losses) < EVIDENCE_STEPS or not may_rise:
+        may_rise = is_due or self._ratio(max(self.recent_losses), 0.0, *self._highest) > 0
+        if len(self.recent_losses) < EVIDENCE_STEPS or not may_rise:
             return 0.0
-        now = (median(self._losses), median(self._norms))
+        now = (median(self.recent_losses), median(self._norms))
         ratio = self._ratio(*now, *self._highest)
         if is_due:
             self._lowest = min(self._lowest, now[0])
@@ -121,14 +124,14 @@ class DivergenceDetector:
 
     def forget(self) -> None:
         """Discards the last steps after a rollback: they were made with other weights."""
-        self._losses.clear()
+        self.recent_losses.clear()
         self._norms.clear()
         self.n_steps -= self.n_steps % EVIDENCE_STEPS
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the last steps, and what they are compared with."""
         return {
-            "losses": list(self._losses),
+            "losses": list(self.recent_losses),
             "norms": list(self._norms),
             "recent": list(self._recent),
             "start": self._highest,
@@ -142,13 +145,13 @@ class DivergenceDetector:
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continues with saved steps; those of version 0.5 have less."""
-        self._losses = deque(state_dict["losses"], maxlen=EVIDENCE_STEPS)
+        self.recent_losses = deque(state_dict["losses"], maxlen=EVIDENCE_STEPS)
         self._norms = deque(state_dict["norms"], maxlen=EVIDENCE_STEPS)
         self._recent = deque(state_dict.get("recent", ()))
         self._highest = state_dict["start"]
         self._lowest = state_dict.get("lowest", math.inf)
         self._first = state_dict.get("first", 0.0)
-        self.n_steps = state_dict.get("n_steps", len(self._losses))
+        self.n_steps = state_dict.get("n_steps", len(self.recent_losses))
         self.made_progress = state_dict.get("made_progress", True)
         self._rise, self._has_learned = state_dict.get("rise", 0.0), state_dict.get("has_learned", True)
 
@@ -228,6 +231,11 @@ class OptimizerHealth:
     def early_rise(self) -> float:
         """That of `DivergenceDetector`; 0 for adversarial optimizers."""
         return 0.0 if self._is_adversarial else self._divergence.early_rise
+
+    @property
+    def highest_recent_loss(self) -> float:
+        """The largest of the last ten losses."""
+        return max(self._divergence.recent_losses)
 
     @property
     def n_steps(self) -> int:

@@ -261,7 +261,8 @@ class RollbackSession:
         if decision != "continue":
             self._outcome.decide(decision)
         if anomaly and not self._fit.trainer.interrupted:  # other ranks may be elsewhere then
-            self._reporter.report_anomaly(anomaly, measurement.loss, transaction.window.batches)
+            loss = self._fit.policy.risen_loss if anomaly == "divergence" else measurement.loss
+            self._reporter.report_anomaly(anomaly, loss, transaction.window.batches)
 
     def _on_skip(self, transaction: StepTransaction, n_following: int) -> None:
         measurement, window = transaction.measurement, transaction.window
