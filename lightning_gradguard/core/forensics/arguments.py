@@ -16,6 +16,7 @@ _NAMES = {
     "to_copy": ("half", "to", "type"),
     "linalg_vector_norm": ("norm", "vector_norm"),
     "nll_loss_forward": ("cross_entropy",),
+    "cudnn_ctc_loss": ("ctc_loss",),
     "linalg_inv": ("inv", "inverse"),
 }
 _ATOMS = (ast.Constant, ast.Name, ast.Attribute, ast.Call, ast.Subscript, ast.Tuple, ast.List)
@@ -97,6 +98,9 @@ def replacement(code: str, function: str, cure: str, *, is_inside: bool = False)
     call = whole if is_caller else call
     if call is None:
         return None
+    same = None if is_caller else _with_keywords(cure, function, call)
+    if same is not None:
+        return (call.code, same) if same else None
     given = call.arguments
     if function == "reciprocal" and len(given) == 2:
         cure, given = cure.replace("1 /", f"{given[0]} /"), given[1:]
@@ -140,6 +144,28 @@ def _in_place(code: str) -> tuple[str, str, str] | None:
     return None
 
 
+def _with_keywords(cure: str, function: str, call: Call) -> str | None:
+    """Returns a call with the keyword arguments of a cure that differs in nothing else.
+
+    Empty if there is no place for them, `None` for any other cure.
+    """
+    same, statement = ast.parse(cure, mode="eval").body, ast.parse(call.code).body[0]
+    if not (isinstance(same, ast.Call) and _call(cure, same, function) and isinstance(statement, ast.Expr)):
+        return None
+    new = {str(k.arg): _source(cure, k.value) for k in same.keywords if k.arg != "dim"}
+    is_plain = all(isinstance(a, (ast.Name, ast.Starred)) for a in same.args)
+    node = statement.value
+    if not (new and is_plain and isinstance(node, ast.Call)) or re.search(r"\b[xy]\b", str(new.values())):
+        return None
+    if len(call.arguments) > len(same.args) and not isinstance(same.args[-1], ast.Starred):
+        return ""
+    kept = [k for k in node.keywords if k.arg not in new]
+    given = [_source(call.code, argument) for argument in node.args]
+    given += [(f"{k.arg}=" if k.arg else "**") + _source(call.code, k.value) for k in kept]
+    given += [f"{name}={value}" for name, value in new.items()]
+    return f"{_source(call.code, node.func)}({', '.join(given)})"
+
+
 def _with_options(cure: str, function: str, call: Call, used: Sequence[str]) -> tuple[str, str] | None:
     """Returns a cure with the dimension of a call, and its other options, which are to be the last arguments.
 
@@ -162,10 +188,16 @@ def _with_options(cure: str, function: str, call: Call, used: Sequence[str]) -> 
         cure = cure.replace(", keepdim=True", "")
     cure = _with_dimension(cure, extra[0] if extra else "")
     whole = ast.parse(cure, mode="eval").body
-    is_alike = isinstance(whole, ast.Call) and _call(cure, whole, function) is not None
+    inner = whole.left if isinstance(whole, ast.BinOp) else whole
+    is_alike = isinstance(inner, ast.Call) and _call(cure, inner, function) is not None
     if options and not (is_alike and all(options.values())):
         return None
-    return cure, "".join(f", {name}={value}" for name, value in options.items() if f"{name}=" not in cure)
+    others = "".join(f", {name}={value}" for name, value in options.items() if f"{name}=" not in cure)
+    if inner is whole or not is_alike:
+        return cure, others
+    code = _source(cure, inner)
+    cure = cure.replace(code, f"{code[:-1]}{others})").replace("-100", options.get("ignore_index", "-100"))
+    return None if "weight" in options else (cure, "")
 
 
 def _enclosed(text: str, code: str) -> str:

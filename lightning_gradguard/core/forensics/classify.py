@@ -300,11 +300,15 @@ def _advice(record: OperationRecord, fault: OperationFault | None, trace: Operat
         name = record.node.removesuffix("Backward")
         whose = f"The backward pass of your own autograd.Function {name}: "
     failed = record.called if fault.called else short_name(record)
-    code = record.location.called_code if record.location else ""
+    place = record.location
+    code = place.called_code if place else ""
     underflow = _underflow(record, fault)
     if fault.underflow and underflow is not None:
         underflowed = underflow.location.called_code if underflow.location else ""
         return whose + fault.advice(underflow.operation, underflowed, logarithm=code)
+    if place is not None and place.functional:
+        advice = fault.advice(failed, place.functional)
+        return advice.replace(f"In place of {place.functional} use", f"In place of {code} use")
     return whose + fault.advice(failed, code)
 
 

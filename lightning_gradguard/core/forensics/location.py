@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
 import linecache
 import os
 import site
@@ -14,12 +16,14 @@ from pathlib import Path
 from types import FrameType, TracebackType
 
 import torch
+from torch import nn
 
 #: Folders with code that is never the user's: torch, and this one.
 _FRAMEWORKS = (os.path.dirname(torch.__file__), str(Path(__file__).parents[1]))
 #: Files with functions of torch that consist of several operations.
 _DISTRIBUTIONS = os.path.dirname(torch.distributions.__file__)
 _FUNCTIONAL = torch.nn.functional.__file__
+_LOSSES = torch.nn.modules.loss.__file__
 _LIBRARIES = (*site.getsitepackages(), site.getusersitepackages(), sysconfig.get_paths()["stdlib"])
 #: Functions in which a run of a batch begins, and the backward pass: frames outside of them ran no operation.
 _BOUNDARIES = ("investigate", "_engine_run_backward")
@@ -37,6 +41,8 @@ class Location:
             `gumbel_softmax` or `Categorical`; empty for any other.
         expression: The call or operator in it that ran; empty where Python does not know it.
         generated: Code without a file that this line runs, and in which the operation is; empty as a rule.
+        functional: The expression as a call of the function of torch that a loss module calls; empty for any
+            other.
     """
 
     file: str
@@ -45,6 +51,7 @@ class Location:
     called: str = ""
     expression: str = ""
     generated: str = ""
+    functional: str = ""
 
     def __str__(self) -> str:
         inside = "" if self.function == "<module>" else f" in {self.function}"
@@ -71,7 +78,7 @@ def user_location(frameworks: Sequence[str] = ()) -> Location | None:
     A library of others counts as the user's code only if nothing else called the operation.
     """
     frame: FrameType | None = sys._getframe(1)
-    in_library, called, generated = None, "", ""
+    in_library, called, generated, loss = None, "", "", None
     while frame is not None and frame.f_code.co_name not in _BOUNDARIES:
         file = frame.f_code.co_filename
         if file.startswith(_DISTRIBUTIONS):
@@ -79,11 +86,14 @@ def user_location(frameworks: Sequence[str] = ()) -> Location | None:
             called = frame.f_code.co_name if owner is None else type(owner).__name__
         elif file == _FUNCTIONAL:
             called = frame.f_code.co_name
+        elif file == _LOSSES:
+            loss = frame.f_locals.get("self")
         if file.startswith("<") and not (_is_cell(file) or file.startswith("<frozen")):
             generated = generated or f"{file}:{frame.f_lineno} in {frame.f_code.co_name}"
         elif not file.startswith(("<frozen", *_FRAMEWORKS, *frameworks)):
             name, expression = frame.f_code.co_name, "" if generated else _expression(frame)
-            here = Location(file, frame.f_lineno, name, called, expression, generated)
+            functional = _functional(expression, called, loss) if isinstance(loss, nn.Module) else ""
+            here = Location(file, frame.f_lineno, name, called, expression, generated, functional)
             if not file.startswith(_LIBRARIES):
                 return here
             in_library = in_library or here
@@ -126,6 +136,28 @@ def _expression(frame: FrameType) -> str:
     lines[-1] = lines[-1][:end_column]
     lines[0] = lines[0][column:]
     return b"".join(lines).decode(errors="replace")
+
+
+def _functional(expression: str, called: str, loss: nn.Module) -> str:
+    """Returns the call of a function with the arguments and options of a call of a loss module.
+
+    Empty if the code, or an option, has no such form.
+    """
+    known = next((c for c in type(loss).__mro__ if c.__module__ == nn.modules.loss.__name__), type(loss))
+    defaults = {n: p.default for n, p in inspect.signature(known).parameters.items()}
+    options = {n: getattr(loss, n, default) for n, default in defaults.items()}
+    options = {n: value for n, value in options.items() if value is not defaults[n] and value != defaults[n]}
+    if not (expression and called and all(isinstance(v, (int, float, str)) for v in options.values())):
+        return ""
+    try:
+        node = ast.parse(expression, mode="eval").body
+    except SyntaxError:
+        return ""
+    if not isinstance(node, ast.Call):
+        return ""
+    node.func = ast.parse(f"F.{called}", mode="eval").body
+    node.keywords += [ast.keyword(n, ast.Constant(value)) for n, value in options.items()]
+    return ast.unparse(node)
 
 
 def _shortened(file: str) -> str:

@@ -118,3 +118,36 @@ def test_a_cure_does_not_fit_another_function_with_other_arguments() -> None:
 def test_a_class_of_a_module_is_no_method() -> None:
     replaced = replacement("d.Normal(a, b).log_prob(t)", "Normal", "Normal(x, y + 1)", is_inside=True)
     assert replaced == ("d.Normal(a, b)", "Normal(a, b + 1)")
+
+
+CTC = "F.ctc_loss(x, *y, zero_infinity=True)"
+CE = "F.cross_entropy(x, y, reduction='sum') / (y != -100).sum().clamp_min(1)"
+
+
+@pytest.mark.parametrize(
+    ("code", "function", "cure", "text"),
+    [
+        (
+            "F.ctc_loss(p, t, n, m, blank=3)",
+            "ctc_loss",
+            CTC,
+            "F.ctc_loss(p, t, n, m, blank=3, zero_infinity=True)",
+        ),
+        ("ctc_loss(*given)", "cudnn_ctc_loss", CTC, "ctc_loss(*given, zero_infinity=True)"),
+        ("F.normalize(h, 2, eps=0)", "normalize", "F.normalize(x, dim=-1, eps=1e-6)", None),
+        (
+            "F.normalize(h, **how)",
+            "normalize",
+            "F.normalize(x, dim=-1, eps=1e-6)",
+            "F.normalize(h, **how, eps=1e-6)",
+        ),
+        (
+            "F.cross_entropy(h, t, ignore_index=pad)",
+            "nll_loss_forward",
+            CE,
+            "(F.cross_entropy(h, t, reduction='sum', ignore_index=pad) / (t != pad).sum().clamp_min(1))",
+        ),
+    ],
+)
+def test_the_options_of_a_call_are_kept(code: str, function: str, cure: str, text: str | None) -> None:
+    assert replacement(code, function, cure) == (text and (code, text))

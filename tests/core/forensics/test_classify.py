@@ -550,3 +550,37 @@ def test_a_failure_of_the_advice_leaves_the_origin(monkeypatch: pytest.MonkeyPat
     assert (origin.operation, origin.cause) == ("aten::log", "loss")
     assert "test_classify.py" in origin.location
     assert "log" in origin.advice
+
+
+@pytest.mark.filterwarnings("ignore:reduction")
+@pytest.mark.parametrize("loss", [nn.MSELoss(), nn.SmoothL1Loss(beta=0.5), nn.L1Loss(), nn.KLDivLoss()])
+def test_the_cure_of_a_loss_module_is_written_out_with_its_options(loss: nn.Module) -> None:
+    net, x, y = network(), inputs(), torch.full((6, 3), 0.5)
+
+    def value(code: str, rows: slice) -> Tensor:
+        found: Tensor = eval(code, {"F": F, "loss": loss, "p": net(x)[rows], "y": y[rows]})
+        return found
+
+    origin = examine(net, lambda: loss(net(x)[:0], y[:0]))
+    assert "In place of loss(net(x)[:0], y[:0]) use " in origin.advice
+    cure = origin.advice.partition(" use ")[2].rstrip(".").replace("net(x)[:0]", "p").replace("y[:0]", "y")
+    assert not value(cure, slice(0, 0)).isnan()
+    torch.testing.assert_close(value(cure, slice(0, 6)), value("loss(p, y)", slice(0, 6)))
+
+
+def test_a_transcript_is_ignored_by_a_loss_module_with_the_blank_that_it_has() -> None:
+    net, x, ctc = network(), inputs(), nn.CTCLoss(blank=2)
+    lengths = torch.tensor([6]), torch.tensor([4])
+    targets = torch.tensor([[0, 0, 1, 1]])
+    origin = examine(net, lambda: ctc(net(x)[:, None].log_softmax(-1), targets, *lengths) + 0 * net(x).sum())
+    assert origin.cause == "transient"  # two neighbours are equal twice: 6 frames are enough
+    origin = examine(
+        net, lambda: ctc(net(x)[:5, None].log_softmax(-1), targets, 5 + 0 * lengths[0], lengths[1])
+    )
+    assert origin.advice.endswith("5 + 0 * lengths[0], lengths[1], blank=2, zero_infinity=True).")
+
+
+def test_class_weights_of_a_loss_module_are_not_left_out_of_its_cure() -> None:
+    net, x, loss = network(), inputs(), nn.CrossEntropyLoss(torch.ones(3))
+    origin = examine(net, lambda: loss(net(x), torch.full((6,), -100)))
+    assert "In place of" not in origin.advice
