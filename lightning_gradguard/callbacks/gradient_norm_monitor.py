@@ -17,7 +17,7 @@ from lightning_gradguard.core.clipping import Scalar
 from lightning_gradguard.core.detectors import NormBand
 from lightning_gradguard.core.norms import total_norm_from_norms
 from lightning_gradguard.core.parameter_names import warn_unmatched
-from lightning_gradguard.runtime.logging.chart_groups import ChartGroups, Level
+from lightning_gradguard.runtime.logging.chart_groups import MAX_ROWS, ChartGroups, Level
 from lightning_gradguard.runtime.logging.heat_map_schedule import HeatMapSchedule
 from lightning_gradguard.runtime.logging.hyperparameters import non_defaults
 from lightning_gradguard.runtime.logging.metrics import log_scalars
@@ -71,8 +71,9 @@ class GradientNormMonitor(StepCallback):
         norm_type: Any number of at least 1, or `inf`.
         every_n_steps: Steps between logs; `trainer.log_every_n_steps` if `None`.
         level: One chart for each `"parameter"`, each `"module"`, or the `"total"` alone; `"auto"` is by
-            parameter up to 50 of them and by module above; where modules are more than 50, by the deepest
-            modules around them that are no more than that, or by groups of neighbours.
+            parameter up to 12 of them and by module above; where modules are more than 12, by the deepest
+            modules around them that are no more than that, or by groups of neighbours. The heat map has up
+            to 50 rows.
         include: Names of parameters or modules, or wildcards, that get charts; all if `None`.
         exclude: Those that get none.
         update_ratio: Measure updates, by a copy of the weights at logged steps.
@@ -135,6 +136,7 @@ class GradientNormMonitor(StepCallback):
         self._logged: dict[int, LoggedStep] = {}
         self._pending: list[LoggedStep] = []
         self._heat_map = HeatMapSchedule(figure_every_n_steps)
+        self._rows = ChartGroups(level, self.include, self.exclude, self.norm_type, MAX_ROWS)
 
     @override
     def on_begin(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -253,7 +255,7 @@ class GradientNormMonitor(StepCallback):
             self._publish_total(trainer, index, numbers.total_norm)
         charts = self._charts[index]
         if index == 0:
-            self._heat_map.append(trainer, logged.step, charts.norms(logged.names, numbers.grad_norms))
+            self._heat_map.append(trainer, logged.step, self._rows.norms(logged.names, numbers.grad_norms))
         scalars = logged.scalars(numbers, charts, band, len(trainer.optimizers))
         largest = clip_norm(trainer)
         if logged.accepted and largest is not None and not suite_clips(trainer):

@@ -94,7 +94,7 @@ class InitializationCheck(Callback, Configured):
     | tag | value |
     |---|---|
     | `init/gradient_gain` | log10 of the gain back to the first block |
-    | `init/layer_gain/<module>` | log10 of the gain back to a layer, for layers with a finding |
+    | `init/layer_gain/<module>` | log10 of the gain back to a layer, for the first with a finding |
     | `init/dead_units/<module>` · `init/saturated_units/<module>` | shares, likewise |
     | `init/gain_through_time/<module>` | log10, first step over last, of a recurrent module, likewise |
     | `init/learning_rate` · `init/largest_stable_rate` | peak of the schedule; largest rate of a trial |
@@ -206,12 +206,12 @@ class InitializationCheck(Callback, Configured):
                 rate, largest = (values.get(name, nan) for name in ("learning_rate", "largest_stable_rate"))
                 if largest < rate and not of_rates:
                     self._note(trainer, _RISES.format(rate, largest))
-        # of single layers, only what is found: a network has as many numbers as layers
         self._input_rms = first_batch.input_rms(LARGE_INPUT)
         if self._input_rms > HUGE_INPUT:
             findings = first_batch.with_huge_inputs(findings, self._input_rms)
-        found = {f"{f.criterion}/{f.module}" for f in findings}
-        values = {name: v for name, v in self.values.items() if "/" not in name or name in found}
+        # of single layers, only the first that is found: a network has as many numbers as layers
+        first = {f.criterion: f"{f.criterion}/{f.module}" for f in reversed(findings)}
+        values = {name: v for name, v in self.values.items() if "/" not in name or name in first.values()}
         scalars = {tags.tag(tags.INITIALIZATION, name): value for name, value in values.items()}
         metrics.log_scalars(trainer, scalars, batches_that_stepped(trainer))
         self._report(trainer, pl_module, findings)

@@ -11,22 +11,28 @@ from lightning_gradguard.core.parameter_names import match_names
 
 Level = Literal["auto", "parameter", "module", "total"]
 
-#: Charts of one kind that a person still looks through.
-MAX_CHARTS = 50
+#: Charts of one kind by default, of which there are three, and rows of the heat map.
+MAX_CHARTS, MAX_ROWS = 12, 50
 #: Fewer groups no longer locate a problem within a network.
-MIN_CHARTS = 10
+MIN_CHARTS = 8
 
 
 class ChartGroups:
     """Charts that the included parameters count in, kept from step to step."""
 
     def __init__(
-        self, level: Level, include: Sequence[str] | None, exclude: Sequence[str], norm_type: float
+        self,
+        level: Level,
+        include: Sequence[str] | None,
+        exclude: Sequence[str],
+        norm_type: float,
+        most: int = MAX_CHARTS,
     ) -> None:
         self._level: Level = level
         self._include = include
         self._exclude = exclude
         self._norm_type = norm_type
+        self._most = most
         self._charts: dict[str, str] = {}
 
     def select(self, names: Sequence[str]) -> dict[int, str]:
@@ -38,7 +44,7 @@ class ChartGroups:
             known = list(dict.fromkeys([*self._charts, *names]))
             shown = set(known if self._include is None else match_names(known, self._include))
             shown -= set(match_names(known, self._exclude))
-            named = zip(known, chart_names(known, self._level) or [""] * len(known), strict=True)
+            named = zip(known, chart_names(known, self._level, self._most) or [""] * len(known), strict=True)
             self._charts = {name: chart if name in shown else "" for name, chart in named}
         return {i: self._charts[name] for i, name in enumerate(names) if self._charts[name]}
 
@@ -58,15 +64,16 @@ class ChartGroups:
         return values
 
 
-def chart_names(names: Sequence[str], level: Level) -> list[str]:
+def chart_names(names: Sequence[str], level: Level, most: int = MAX_CHARTS) -> list[str]:
     """Returns the name of the chart that each parameter counts in.
 
     Args:
         names: Names of the parameters.
         level: `"parameter"`: each has its own. `"module"`: those of a module share one. `"auto"`: by
-            parameter up to 50 of them, by module above; where modules are more than 50, by the deepest
-            modules around them that are no more than that, or by neighbours together, as `layers.0-1`.
+            parameter up to `most` of them, by module above; where modules are more than that, by the
+            deepest modules around them that are not, or by neighbours together, as `layers.0-1`.
             `"total"`: there are none.
+        most: Charts under `"auto"`.
 
     Returns:
         One for each parameter, in their order; empty under `"total"`.
@@ -77,24 +84,24 @@ def chart_names(names: Sequence[str], level: Level) -> list[str]:
     """
     if level == "total":
         return []
-    if level == "parameter" or (level == "auto" and len(names) <= MAX_CHARTS):
+    if level == "parameter" or (level == "auto" and len(names) <= most):
         return list(names)
     modules = [tuple((name.rpartition(".")[0] or name).split(".")) for name in names]
     if level == "auto":
-        while len(set(modules)) > MAX_CHARTS:
+        while len(set(modules)) > most:
             around = [path[:-1] if len(path) == max(map(len, modules)) else path for path in modules]
             if len(set(around)) < MIN_CHARTS or () in around:
-                return _group_neighbours(modules)
+                return _group_neighbours(modules, most)
             modules = around
     return [".".join(path) for path in modules]
 
 
-def _group_neighbours(modules: Sequence[tuple[str, ...]]) -> list[str]:
-    """Groups adjacent modules into about 50 charts."""
+def _group_neighbours(modules: Sequence[tuple[str, ...]], most: int) -> list[str]:
+    """Groups adjacent modules into about as many charts as `most`."""
     members: dict[tuple[str, ...], list[str]] = defaultdict(list)
     for path in dict.fromkeys(modules):
         members[path[:-1]].append(path[-1])
-    size = math.ceil(len(set(modules)) / MAX_CHARTS)
+    size = math.ceil(len(set(modules)) / most)
     charts: dict[tuple[str, ...], str] = {}
     for parent, owned in members.items():
         for start in range(0, len(owned), size):
