@@ -305,11 +305,22 @@ def _advice(record: OperationRecord, fault: OperationFault | None, trace: Operat
     underflow = _underflow(record, fault)
     if fault.underflow and underflow is not None:
         underflowed = underflow.location.called_code if underflow.location else ""
-        return whose + fault.advice(underflow.operation, underflowed, logarithm=code)
+        advice = whose + fault.advice(underflow.operation, underflowed, logarithm=code)
+        return advice if "In place of" in advice else advice + _bounded(record, underflow, code)
     if place is not None and place.functional:
         advice = fault.advice(failed, place.functional)
         return advice.replace(f"In place of {place.functional} use", f"In place of {code} use")
     return whose + fault.advice(failed, code)
+
+
+def _bounded(record: OperationRecord, underflow: Underflow, code: str) -> str:
+    """Returns the cure of what is given the zeros of an underflow, where that is on another line."""
+    plain = known_fault(record, [f for f in FAULTS if not (f.underflow or f.called)])
+    is_root = underflow.operation in ("sqrt", "pow")  # where a bound has no finite gradient
+    found = (
+        None if plain is None or is_root else plain.advice(short_name(record), code).partition("In place of")
+    )
+    return f" Or bound it, without a gradient there. In place of{found[2]}" if found and found[2] else ""
 
 
 def _rows_at_fault(source: OperationRecord, parts: Mapping[str, Tensor]) -> tuple[int, ...]:

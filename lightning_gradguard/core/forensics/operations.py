@@ -145,10 +145,16 @@ def _called_name(operation: str) -> str:
 
 def _with_logarithm(underflow: str, cure: str, code: str) -> tuple[str, str] | None:
     """Returns the logarithm of an underflow in code, and its cure; `None` if it is not of that alone."""
-    call = call_in(code, "log")
-    inner = f"{underflow}.sum(-1)" if "logsumexp" in cure else underflow
-    is_alone = call is not None and not call.keywords and call.arguments in ((inner,), (f"({inner})",))
-    return (call.code, cure) if call is not None and is_alone else None
+    call, alone = call_in(code, "log"), (underflow, f"({underflow})")
+    if call is None or call.keywords or len(call.arguments) != 1:
+        return None
+    for name in ("sum", "cumsum") if "logsumexp" in cure else ():
+        inner = call_in(call.arguments[0], name)
+        if inner is not None and inner.code == call.arguments[0] and inner.arguments[0] in alone:
+            options = [*inner.arguments[1:], *(f"{n}={value}" for n, value in inner.keywords.items())]
+            given = cure.removeprefix("torch.logsumexp(").removesuffix(", -1)")
+            return (call.code, f"torch.log{name}exp({', '.join([given, *options])})") if options else None
+    return (call.code, cure) if call.arguments[0] in alone and "logsumexp" not in cure else None
 
 
 def short_name(record: OperationRecord) -> str:
@@ -169,9 +175,12 @@ def what_made_it_large(record: OperationRecord, faults: Iterable[OperationFault]
     """Follows large values back from an operation that overflows to the first one that made them large.
 
     That is the first one with a jump and a known fault, such as `exp` where its square overflows; else the
-    operation itself.
+    operation itself, as if it fails at a zero.
     """
     known = list(faults)
+    fault = known_fault(record, known)
+    if fault is not None and (fault.underflow or (fault.has_zero and record.made != "inf")):
+        return record
     before = [r for r in largest_first(record) if r.growth >= JUMP and known_fault(r, known)]
     return before[-1] if before else record
 

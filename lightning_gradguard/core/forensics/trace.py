@@ -346,8 +346,12 @@ def _passes_on(name: str, arguments: Sequence[Argument]) -> bool:
 
 
 def _takes_mask(name: str, position: int) -> bool:
-    """Checks that an operation adds this argument to others."""
-    return _short(name) in _ADDS and (position == 0 or "mm" not in name)
+    """Checks that an operation adds this argument to others, or subtracts it from them."""
+    return (
+        _short(name) in _ADDS
+        and (position == 0 or "mm" not in name)
+        and (position, _short(name)) != (0, "sub")
+    )
 
 
 def _is_masked(factors: Sequence[Tensor]) -> bool:
