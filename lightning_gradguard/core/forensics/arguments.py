@@ -17,6 +17,7 @@ _NAMES = {
     "linalg_vector_norm": ("norm", "vector_norm"),
     "nll_loss_forward": ("cross_entropy",),
     "cudnn_ctc_loss": ("ctc_loss",),
+    "pow": ("pow", "square"),
     "linalg_inv": ("inv", "inverse"),
 }
 _ATOMS = (ast.Constant, ast.Name, ast.Attribute, ast.Call, ast.Subscript, ast.Tuple, ast.List)
@@ -119,7 +120,9 @@ def replacement(code: str, function: str, cure: str, *, is_inside: bool = False)
     text = re.sub(rf"\b({'|'.join(used)})\b(?!=)", lambda name: named[name[0]], cure)
     text = f"{text[:-1]}{others})" if others else text
     if is_caller:
-        return named[used[0]], text
+        place = named[used[0]]
+        is_enclosed = place[0] == "(" and not isinstance(ast.parse(place, mode="eval").body, _ATOMS)
+        return (place[1:-1] if is_enclosed else place), text  # the code has its own parentheses there
     parts = _in_place(call.code)
     if parts is None:
         return call.code, _enclosed(text, call.code)
@@ -234,7 +237,9 @@ def _call(code: str, node: ast.AST, function: str) -> Call | None:
             return None
     given += [k.value for name in ("input", "other")[len(given) :] for k in keywords if k.arg == name]
     named = {str(k.arg): _argument(code, k.value) if k.arg else "" for k in keywords if k.value not in given}
-    return Call(_source(code, node), tuple(_argument(code, part) for part in given), named)
+    source, arguments = _source(code, node), tuple(_argument(code, part) for part in given)
+    is_square = function == "pow" and len(arguments) == 1
+    return Call(source, (*arguments, "2") if is_square else arguments, named)
 
 
 def _is(name: str, function: str) -> bool:

@@ -120,6 +120,13 @@ def test_a_class_of_a_module_is_no_method() -> None:
     assert replaced == ("d.Normal(a, b)", "Normal(a, b + 1)")
 
 
+def test_what_a_distribution_is_given_is_replaced_within_its_parentheses() -> None:
+    code, cure = "-d.Gamma(a, b).log_prob(t * (n - 1)).mean()", "y.clamp_min(1e-6)"
+    given = "d.Gamma(a, b).log_prob(t * (n - 1))"
+    place, text = replacement(given, "Gamma", cure, is_inside=True) or ("", "")
+    assert code.replace(place, text) == "-d.Gamma(a, b).log_prob((t * (n - 1)).clamp_min(1e-6)).mean()"
+
+
 CTC = "F.ctc_loss(x, *y, zero_infinity=True)"
 CE = "F.cross_entropy(x, y, reduction='sum') / (y != -100).sum().clamp_min(1)"
 

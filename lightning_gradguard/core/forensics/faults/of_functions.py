@@ -258,7 +258,7 @@ _UNDERFLOW = (
     ),
 )
 _DIVISOR = (
-    "exp(x) underflows to 0 below -103, and is divided by: keep its argument above -40 (divide it by a "
+    "exp(x) underflows to 0 below -103, and is divided by: keep its argument above -15 (divide it by a "
     "larger temperature or regularization), or stay with logarithms"
 )
 _ROOT = "The divisor is a root of 0, whose gradient is infinite, too: a bound after the root does not help"
@@ -270,8 +270,8 @@ UNDERFLOW = (
         for names, why, cure in _UNDERFLOW
         if names != ("sigmoid",)  # which is 0 where its logarithm's gradient would overflow
     ),
-    Fault(("div", "true_divide"), _DIVISOR, "torch.exp(x.clamp_min(-40))", argument=1, underflow=("exp",)),
-    Fault(("reciprocal",), _DIVISOR, "torch.exp(x.clamp_min(-40))", underflow=("exp",)),
+    Fault(("div", "true_divide"), _DIVISOR, "torch.exp(x.clamp_min(-15))", argument=1, underflow=("exp",)),
+    Fault(("reciprocal",), _DIVISOR, "torch.exp(x.clamp_min(-15))", underflow=("exp",)),
     *(
         Fault(names, _ROOT, cure, argument=argument, underflow=(root,))
         for names, argument in ((("div", "true_divide"), 1), (("reciprocal",), 0))

@@ -143,7 +143,7 @@ _DIVISIONS = (
     Fault(
         ("div", "true_divide"),
         "A divisor of either sign is 0",
-        "x / torch.where(y.abs() < 1e-6, 1e-6, y)",
+        "x / torch.where(y.abs() < 1e-6, 1.0, y)",
         argument=1,
         has_zero=True,
         at_most=-1e-45,
@@ -151,7 +151,7 @@ _DIVISIONS = (
     Fault(
         ("reciprocal",),
         "A divisor of either sign is 0",
-        "1 / torch.where(x.abs() < 1e-6, 1e-6, x)",
+        "1 / torch.where(x.abs() < 1e-6, 1.0, x)",
         has_zero=True,
         at_most=-1e-45,
     ),
@@ -163,15 +163,21 @@ _DIVISIONS = (
         has_zero=True,
         made="nan",
     ),
-    Fault(("div", "true_divide"), "The divisor is 0", "x / y.clamp_min(1e-6)", argument=1, has_zero=True),
-    Fault(("div", "true_divide"), "The divisor is 0", "x / max(y, 1e-6)", numbers=(0.0,)),
+    Fault(
+        ("div", "true_divide"),
+        "The divisor is 0",
+        "x / torch.where(y < 1e-6, 1.0, y)",
+        argument=1,
+        has_zero=True,
+    ),
+    Fault(("div", "true_divide"), "The divisor is 0", "x / (y or 1)", numbers=(0.0,)),
     Fault(
         ("div", "true_divide"),
         "Divided by a number far below 1, the result overflows: bound the divisor from below",
         "x / y.clamp_min(1e-6)",
         argument=None,
     ),
-    Fault(("reciprocal",), "The divisor is 0", "1 / x.clamp_min(1e-6)", has_zero=True),
+    Fault(("reciprocal",), "The divisor is 0", "1 / torch.where(x < 1e-6, 1.0, x)", has_zero=True),
     Fault(("rsqrt",), "rsqrt of a negative number is NaN", "torch.rsqrt(x.clamp_min(1e-6))", at_most=-1e-45),
     Fault(("rsqrt",), "rsqrt of 0 is infinite: add an epsilon", "torch.rsqrt(x + 1e-6)", has_zero=True),
     Fault(
@@ -191,8 +197,15 @@ _POWERS = (
     ),
     Fault(
         ("pow", "float_power"),
+        "The power of large numbers overflows: bound them",
+        "x.clamp(-1e3, 1e3).pow(y)",
+        argument=None,
+        at_least=1e3,
+    ),
+    Fault(
+        ("pow", "float_power"),
         "0 to a negative power is infinite",
-        "(x.abs() + 1e-6).pow(y)",
+        "torch.where(x.abs() < 1e-6, 1.0, x).pow(y)",
         has_zero=True,
         made="inf",
     ),
@@ -204,9 +217,9 @@ _POWERS = (
         made="nan",
     ),
     Fault(
-        ("pow", "square", "prod", "cumprod"),
-        "The power or product of large numbers overflows: bound them, or add logarithms instead",
-        "x.clamp(-1e3, 1e3).pow(2)",
+        ("prod", "cumprod"),
+        "The product of large numbers overflows: add logarithms instead",
+        "x.abs().clamp_min(1e-6).log().sum(-1)",
         argument=None,
         at_least=1e3,
     ),
@@ -280,7 +293,12 @@ _STATISTICS = (
 
 _LINEAR_ALGEBRA = (
     Fault(
-        ("linalg_inv_ex", "_linalg_solve_ex", "linalg_solve_triangular"),
+        ("_linalg_solve_ex",),
+        "The matrix is singular: add a multiple of the identity",
+        "torch.linalg.solve(x + 1e-3 * x.new_ones(x.shape[-1]).diag(), y)",
+    ),
+    Fault(
+        ("linalg_inv_ex", "linalg_solve_triangular"),
         "The matrix is singular: add a multiple of the identity",
         "torch.linalg.inv(x + 1e-3 * x.new_ones(x.shape[-1]).diag())",
     ),
