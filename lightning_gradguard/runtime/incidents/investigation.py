@@ -41,8 +41,8 @@ from lightning_gradguard.runtime.logging import console
 from lightning_gradguard.runtime.steps.skipped_hooks import hooks_on_gradients
 from lightning_gradguard.runtime.treatment.module import changes_made
 
-#: Causes that exclude few others, by how few.
-_VAGUE = {"transient": 1, "unknown": 2}
+#: Causes that exclude few others; a rank whose batch is finite reveals nothing of one whose step raised.
+_VAGUE = {"unknown": 1, "transient": 2}
 #: Hooks of the module that may have made a bad batch.
 _HOOKS = ("on_after_batch_transfer", "on_before_batch_transfer")
 

@@ -83,6 +83,8 @@ class IncidentReporter:
                 facts.update(self._fit.investigation.facts_unexamined(present))
             else:
                 found = origin_facts(result.origin, present, facts.get("where", ()))
+                if result.origin.cause == "unknown" and result.origin.phase:  # the step raised
+                    found["advice"] = result.origin.detail
                 facts.update(found, dossier=result.dossier)
         self.publish(kind, ends_run=ends_run, **facts)
 

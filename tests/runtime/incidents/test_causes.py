@@ -17,6 +17,8 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, Subset, TensorDataset, random_split
 
 from lightning_gradguard import LearningRateBackoff, NaNRollback, TrainingDiagnosis, TrainingDivergedError
+from lightning_gradguard.core.forensics import Origin
+from lightning_gradguard.runtime.incidents import investigation
 from tests.tasks import Classifier, batches, fit, poisoned, weights
 
 Step = Callable[[pl.LightningModule, Any], Tensor]
@@ -508,6 +510,27 @@ def test_invalid_batches_are_skipped_if_told_so(
     assert "training_step" not in vars(module)
     twin = trained([b for i, b in enumerate(batch) if i != 5])
     assert all(map(torch.equal, weights(module), weights(twin)))
+
+
+def test_a_skipped_step_that_raised_for_an_unknown_reason_has_the_exception_as_advice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where another rank, which had other data, finds nothing in them."""
+
+    def with_other_rank(own: Any) -> list[Any]:
+        other = Origin("transient", detail="finite") if isinstance(own, Origin) else own
+        return [own, other]
+
+    def unreadable(module: Any, batch: Any) -> Tensor:
+        if module.global_step == 5:
+            raise ValueError("unknown speaker")
+        return squares(module, batch)
+
+    monkeypatch.setattr(investigation, "gather_objects", with_other_rank)
+    fit(Network(unreadable), data(), [NaNRollback(skip_invalid_batches=True)], tmp_path)
+    (found,) = incidents(tmp_path)
+    assert (found["action"], found["cause"]) == ("skipped", "unknown")
+    assert found["advice"].startswith("The step raised ValueError: unknown speaker, at ")
 
 
 def test_a_mistake_in_the_code_leaves_nothing(tmp_path: Path) -> None:
