@@ -189,7 +189,8 @@ def _headline(status: Status, symptoms: Sequence[RunSymptom]) -> str:
     if status == "unknown":
         return "too little was logged for a verdict"
     if status == "recovered":
-        return f"recovered from {worst}" if worst else "recovered"
+        is_past = symptoms and symptoms[0].severity == "minor"  # the suite intervened for something else
+        return f"recovered{', with' if is_past else ' from'} {worst}" if worst else "recovered"
     if status == "unhealthy":
         return worst or "the loss did not fall after the interventions"
     return worst or "stopped"

@@ -192,6 +192,18 @@ def test_a_run_that_ends_at_the_loss_of_a_constant_has_not_recovered(
         assert f"{over:g} times that of the best constant answer" in verdict.symptoms[0].evidence
 
 
+def test_a_loss_that_falls_below_0_by_targets_out_of_range_has_not_learned() -> None:
+    found = Incident("stuck_loss", 1, where=("head",), cause="targets_out_of_range")
+    unbounded = RunLog(series([0.7 - i for i in range(150)]), incidents=[found])
+    assert analyze_run(unbounded).headline == "stuck loss (cause: targets out of range)"
+    assert analyze_run(replace(unbounded, loss=series(falling(150)))).status == "healthy"
+
+
+def test_a_resumed_run_has_not_recovered_from_what_is_minor() -> None:
+    log = RunLog(series(falling(start=5e10)), [gradients(falling(start=1e11))], skips=series([7.0] * 150))
+    assert analyze_run(log).headline == "recovered, with a gradient norm out of scale"
+
+
 def test_adversarial_optimizers_are_not_stuck() -> None:
     assert "stuck_loss" not in kinds(analyze_run(RunLog(series([2.3] * 150), [still(1e-9), still(1e-9)])))
 
