@@ -179,6 +179,7 @@ class AdaptiveGradientClipping(StepCallback):
         if 0 < last < 1:
             self._factors = (self._factors[0] + math.log(last), self._factors[1] + 1)
         share = self._detectors[index].update(hard, steps)
+        self.suite.clipped[index] = self._detectors[index].of_last
         if share is not None and not self._is_explained:
             text = advice("constant_clipping", coefficient=self._usual_coefficient())
             incident = incident_now(trainer, "constant_clipping", value=share, advice=text)

@@ -22,6 +22,9 @@ MOVED = 1.0
 #: The same where the loss is not far above everything seen, but has made no progress since the start, by
 #: whether it is worse than there.
 MOVED_WITHOUT_PROGRESS = {"worse_than_first": 2.5, "no_progress": 10.0}
+#: The same without progress where clipping has set the length of this share of the last steps: the rate is
+#: too large for all of them.
+MOVED_IF_CLIPPED, MOSTLY_CLIPPED = 0.3, 0.8
 #: By how much, and by which share of it, a step must add to that distance after the loss has risen in the
 #: first ones; `MOVED` is enough after so many. RMSprop and Adagrad make one large step, the first, and
 #: recover; so does a run after bad batches, whose next steps are small (docs/evidence_rates.md).
@@ -52,7 +55,8 @@ class RecoveryPolicy:
         rollbacks: Number of rollbacks so far.
         stopped_at_first: True if the run stops at its first nonfinite step, and not for want of a budget.
         has_good_step: True if any step was not skipped, in this run or the one that it resumes.
-        risen_loss: The loss by which the last step is a divergence; infinite if it is none.
+        risen_loss: The loss by which the last step is a divergence; infinite if it is none, or no loss has
+            risen.
         is_spiking: True if the last step of any optimizer was part of a spike, and so not a good step.
         is_adversarial: True if several optimizers may train networks against each other, whose losses rise
             and fall in healthy training. Set before the first step.
@@ -106,6 +110,7 @@ class RecoveryPolicy:
         is_collapsed: bool = False,
         *,
         distance: Callable[[], float] | None = None,
+        clipped: float = 0.0,
     ) -> tuple[Decision, Anomaly]:
         """Counts a step of optimizer `index` whose loss and gradient norm are finite.
 
@@ -119,6 +124,7 @@ class RecoveryPolicy:
             is_collapsed: See above.
             distance: Measures how far the weights are from the last trusted snapshot, in units of their norm
                 there; called at most once in ten steps after the first 22. Without it no divergence is found.
+            clipped: Share of the last steps whose length clipping has set.
 
         Returns:
             The decision, and the anomaly that begins with this step.
@@ -150,9 +156,12 @@ class RecoveryPolicy:
             if self._asked_ago < DISTANCE_INTERVAL:
                 return "continue", ""
             self._asked_ago = 0
-            if distance is None or not distance() >= MOVED_WITHOUT_PROGRESS.get(anomaly, MOVED):
+            least, has_risen = MOVED_WITHOUT_PROGRESS.get(anomaly, MOVED), anomaly != "no_progress"
+            if not has_risen and clipped >= MOSTLY_CLIPPED:
+                least = MOVED_IF_CLIPPED
+            if distance is None or not distance() >= least:
                 return "continue", ""
-            self.risen_loss = loss
+            self.risen_loss = loss if has_risen else math.inf
             return self.escalate(), "" if anomaly == "lasting_spike" else "divergence"  # a spike was reported
         return (self.escalate() if anomaly == "gradient_collapse" else "continue"), anomaly
 

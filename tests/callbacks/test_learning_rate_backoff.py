@@ -12,7 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim import lr_scheduler as schedulers
 
-from lightning_gradguard import Incident, LearningRateBackoff, NaNRollback
+from lightning_gradguard import (
+    AdaptiveGradientClipping,
+    Incident,
+    LearningRateBackoff,
+    NaNRollback,
+    ZScoreClipping,
+)
 from lightning_gradguard.core import tags
 from lightning_gradguard.core.backoff import ScaledLearningRate, pending_rate_scale
 from tests.tasks import OPTIMIZERS, Batch, Classifier, RateSpy, batches, fit, poisoned
@@ -264,3 +270,36 @@ def test_an_operation_that_fails_again_after_one_cut_costs_no_further_one(
     summary = capsys.readouterr().err
     assert f"as it was after {rollback.rollbacks - 1} of the rollbacks, which no rate avoids" in summary
     assert "Learning rate backed off to 0.5x" in summary
+
+
+class Stuck(pl.LightningModule):
+    """Its weight is moved by every step, and its loss is the same."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(1))
+        self.incidents: list[Incident] = []
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        return 2 + 3 * (self.weight - self.weight.detach()).sum()
+
+    def on_training_incident(self, trainer: pl.Trainer, pl_module: Any, incident: Incident) -> None:
+        self.incidents.append(incident)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.05)
+
+
+@pytest.mark.parametrize("is_clipped", [True, False])
+def test_without_progress_a_run_that_is_clipped_goes_back_to_its_start_and_keeps_the_lower_rate(
+    is_clipped: bool,
+) -> None:
+    module, backoff = Stuck(), LearningRateBackoff()
+    clipping = AdaptiveGradientClipping(ZScoreClipping(max_norm=1.0 if is_clipped else 2.0))
+    fit(module, batches(60), [clipping, NaNRollback(), backoff])
+    found = {i.kind: i.value for i in module.incidents}
+    if not is_clipped:  # to less than half: the weights are not far enough for a divergence by that alone
+        assert "rollback" not in found
+        return
+    assert (found["divergence"], found["rollback"]) == (None, 0)  # no loss has risen
+    assert backoff.scale == 1 / 16  # it would be taken back if the loss had risen with the data

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import random
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_gradguard.core.detectors import EVIDENCE_STEPS
 from lightning_gradguard.core.recovery import (
+    MOSTLY_CLIPPED,
     MOVED,
+    MOVED_IF_CLIPPED,
     REFUND_AFTER_STEPS,
     RecoveryPolicy,
 )
@@ -181,6 +185,27 @@ def test_losses_of_adversarial_optimizers_may_rise_and_fall() -> None:
             assert policy.on_good_step(0, loss, norm, distance=lambda: 9.0)[0] == "continue"
     steps = [policy.on_good_step(0, 1e5, 1e5, distance=lambda: 9.0)[0] for _ in range(2 * EVIDENCE_STEPS)]
     assert "roll_back" in steps
+
+
+@pytest.mark.parametrize(
+    ("loss", "distance", "clipped", "expected"),
+    [
+        (2.1, MOVED_IF_CLIPPED, MOSTLY_CLIPPED, "roll_back"),
+        (2.1, MOVED_IF_CLIPPED, 0.7, "continue"),  # some steps are as long as they are without clipping
+        (2.1, 0.2, MOSTLY_CLIPPED, "continue"),
+        (1.7, MOVED_IF_CLIPPED, MOSTLY_CLIPPED, "continue"),  # progress
+        (9.0, MOVED_IF_CLIPPED, MOSTLY_CLIPPED, "continue"),  # as where the task is another one
+    ],
+)
+def test_without_progress_steps_of_the_length_that_clipping_sets_are_a_divergence_without_a_risen_loss(
+    loss: float, distance: float, clipped: float, expected: str
+) -> None:
+    policy = recovery()
+    losses = [2.0] + [loss] * 49
+    steps = [policy.on_good_step(0, x, 1.0, distance=lambda: distance, clipped=clipped) for x in losses]
+    assert {decision for decision, _ in steps[:-1]} == {"continue"}
+    assert steps[-1][0] == expected
+    assert policy.risen_loss == math.inf
 
 
 def test_a_small_rise_that_lasts_is_a_loss_spike_unless_optimizers_are_adversarial() -> None:

@@ -15,6 +15,8 @@ NEARLY_ALL, FAR_CLIPPING, FAR_IF_TOO_LARGE = 0.9, 1e-4, 0.1
 USUAL_UPDATE = 1e-3
 #: Steps over which the share is taken.
 SHARE_STEPS = 100
+#: Weight of a step in the share of the last ones.
+LAST_STEPS = 1 / 20
 
 
 def describe_clipping(share: float, coefficient: float | None = None) -> str:
@@ -41,6 +43,9 @@ def percent(share: float) -> str:
 class ConstantClippingDetector:
     """Finds out whether clipping sets the length of most steps, once an episode.
 
+    Attributes:
+        of_last: Share of the last steps that were clipped hard, by an average over about twenty.
+
     Example:
         >>> detector = ConstantClippingDetector()
         >>> detector.update(90, 100), detector.update(90, 100), detector.update(10, 100)
@@ -50,12 +55,14 @@ class ConstantClippingDetector:
     """
 
     def __init__(self) -> None:
+        self.of_last = 0.0
         self._hard = 0.0
         self._steps = 0
         self._is_constant = False
 
     def update(self, hard: float, steps: int) -> float | None:
         """Adds steps; returns the share of those that were clipped hard if an episode begins, else `None`."""
+        self.of_last += (1 - (1 - LAST_STEPS) ** steps) * (hard / steps - self.of_last)
         self._hard += hard
         self._steps += steps
         if self._steps < SHARE_STEPS:
@@ -66,9 +73,11 @@ class ConstantClippingDetector:
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the counts, and whether an episode lasts."""
-        return {"hard": self._hard, "steps": self._steps, "is_constant": self._is_constant}
+        counts = {"hard": self._hard, "steps": self._steps, "is_constant": self._is_constant}
+        return {**counts, "of_last": self.of_last}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continues from a saved state."""
         self._hard, self._steps = state_dict["hard"], state_dict["steps"]
         self._is_constant = state_dict["is_constant"]
+        self.of_last = state_dict.get("of_last", 0.0)  # version 0.5 has none

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,12 @@ from lightning_gradguard.runtime.incidents.present import present_in
 from lightning_gradguard.runtime.incidents.replay import SeenBatch
 from lightning_gradguard.runtime.rollback.fit_context import FitContext
 from lightning_gradguard.runtime.steps.transaction import StepTransaction
+
+#: Of a divergence whose loss has not risen.
+_NO_PROGRESS = {
+    "detail": "The loss is no lower than at the start, though the weights were moved far.",
+    "advice": "Lower the learning rate, or warm it up for longer.",
+}
 
 
 class IncidentReporter:
@@ -43,8 +50,10 @@ class IncidentReporter:
         origin = self._fit.investigation.scan_weights(self._fit.trainer, self._fit.snapshots.newest())
         if origin is None and kind == "loss_spike":
             origin = scan_batches(self._fit.trainer, batches)
-        facts = origin_facts(origin, present_in(self._fit.trainer)) if origin is not None else {}
-        self.publish(kind, value=loss, **facts)
+        facts: dict[str, Any] = {"value": loss} if math.isfinite(loss) else {**_NO_PROGRESS}
+        if origin is not None:
+            facts |= origin_facts(origin, present_in(self._fit.trainer))
+        self.publish(kind, **facts)
 
     def report_exception(self, error: Exception, result: Result, last_good: Path | None) -> None:
         """Publishes that a step has raised, with what is known of its batch."""

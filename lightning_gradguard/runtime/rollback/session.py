@@ -256,6 +256,7 @@ class RollbackSession:
             measurement.total_norm,
             measurement.is_collapsed,
             distance=self._distance,
+            clipped=self._fit.suite.clipped.get(measurement.optimizer_index, 0.0),
         )
         self._outcome.has_diverged |= decision != "continue"
         if decision != "continue":

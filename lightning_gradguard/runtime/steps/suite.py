@@ -42,6 +42,7 @@ class Suite:
         is_over: True after the end.
         has_stepped: True if an optimizer stepped in the running batch, and gradients did not only accumulate.
         is_logged: True if the running step is one that the Trainer logs.
+        clipped: Share of the last steps of each optimizer whose length clipping has set, as far as known.
     """
 
     def __init__(self) -> None:
@@ -53,6 +54,7 @@ class Suite:
         self.is_over = False
         self.has_stepped = False
         self.is_logged = False
+        self.clipped: dict[int, float] = {}
         self._checkers: list[StepMember] = []
         self._flagging: list[StepMember] = []
         self._weighing: list[StepMember] = []
