@@ -24,7 +24,7 @@ from lightning_gradguard.core.detectors.diagnosis import (
 from lightning_gradguard.core.forensics import advice_on_schedules
 from lightning_gradguard.core.incidents import CURE, Incident, IncidentKind
 from lightning_gradguard.core.initialization import frozen_layers, tried_cure
-from lightning_gradguard.core.remedies import advice_for_symptom
+from lightning_gradguard.core.remedies import Present, advice_for_symptom
 from lightning_gradguard.runtime import distributed, lightning_api
 from lightning_gradguard.runtime.diagnosis.epoch_ends import EpochEnds
 from lightning_gradguard.runtime.diagnosis.followed_steps import FollowedSteps
@@ -122,7 +122,7 @@ class TrainingDiagnosis(StepCallback):
         self._steps = Steps()
         self._started = 0
         self._finite_at = -1
-        self._has_residuals = False
+        self._facts: set[Present] = set()
         self._is_publishing = False
 
     @override
@@ -222,7 +222,8 @@ class TrainingDiagnosis(StepCallback):
             self._publish(trainer, pl_module, decoded(numbers), {})
             return
         sample = record.read(numbers)
-        self._has_residuals = sample.has_residuals
+        self._facts = {"residual"} if sample.has_residuals else set()
+        self._facts |= {"no_divergence"} if sample.divergence[1] is None else set()
         if self.charts:
             self.suite.metrics.add_scalars_at(sample.step, sample.scalars())
             self._history.append(sample.step, sample.output_gradients())
@@ -328,7 +329,7 @@ class TrainingDiagnosis(StepCallback):
         present = present_in(trainer)
         # a schedule that has left a rate is not to step more often
         present |= {"sampled", *(("has_rate", "by_batch") if self.diagnosis.has_rate else ("no_rate",))}
-        present |= {"residual"} if self._has_residuals else set()
+        present |= self._facts
         schedules = [config.scheduler for config in trainer.lr_scheduler_configs]
         for symptom in symptoms:
             if symptom.kind in self.symptoms:

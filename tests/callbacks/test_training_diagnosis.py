@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 import warnings
 from collections.abc import Callable
 from copy import deepcopy
@@ -788,11 +789,59 @@ class Autoencoder(Task):
         return self.make(self)
 
 
-@pytest.mark.parametrize(("weight", "found"), [(10.0, [("second_term", 125)]), (1e-3, [])])
+@pytest.mark.parametrize(("weight", "found"), [(10.0, [("second_term", 50)]), (1e-3, [])])
 def test_answers_of_an_autoencoder_that_are_all_the_mean_are_named(
     weight: float, found: list[tuple[str, int]]
 ) -> None:
-    assert [(i.cause, i.step) for i in diagnosed(Autoencoder(weight), 226)] == found
+    incidents = diagnosed(Autoencoder(weight), 226)
+    assert [(i.cause, i.step) for i in incidents] == found
+    for incident in incidents:
+        assert re.search(r"the divergence at \S+\.py:\d+ in training_step weighs 200 times", incident.detail)
+        assert "the divergence of a VAE is" in incident.advice
+
+
+class Decayed(Task):
+    """A classifier with a penalty on its weights within the loss."""
+
+    def __init__(self, weight: float) -> None:
+        super().__init__()
+        self.weight = weight
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        loss = super().training_step(batch, batch_idx)
+        loss += self.weight * sum(p.square().sum() for p in self.parameters())
+        return loss
+
+
+@pytest.mark.parametrize(("weight", "found"), [(1.0, ["second_term"]), (1e-3, [])])
+def test_a_penalty_that_outweighs_the_loss_is_named_and_no_autoencoder(
+    weight: float, found: list[str]
+) -> None:
+    incidents = diagnosed(Decayed(weight), 126)
+    assert [i.cause for i in incidents] == found
+    assert "VAE" not in "".join(i.advice for i in incidents)
+
+
+@pytest.mark.parametrize(
+    ("reduction", "weight", "divergence"), [("mean", 3.0, 1.0), ("sum", 64 * 20 / 64 * 3.0, 20 * 3.0)]
+)
+def test_a_term_has_the_weight_that_it_has_in_the_loss(
+    reduction: str, weight: float, divergence: float
+) -> None:
+    """Also where the loss is scaled, as for half precision, or added to in place."""
+    x, encode = torch.randn(64, 20), nn.Linear(20, 40)
+    trace = StepTrace(encode, (x,), LossBaselines())
+    with trace:
+        mean, log_variance = encode(x).chunk(2, 1)
+        out = mean + torch.randn_like(mean) * (log_variance / 2).exp()
+        loss = 3 * functional.mse_loss(out, x, reduction=reduction) / (64 if reduction == "sum" else 1)
+        of_rows = (mean.square() + log_variance.exp() - log_variance - 1).sum(1) / 2
+        loss += divergence * of_rows.mean()
+    trace.losses.add_total(loss)
+    (1024 * loss).backward()
+    sample = trace.sample(0, trace.close(torch.device("cpu")).tolist())
+    assert sample.calls[0].weight == pytest.approx(weight)
+    assert sample.divergence[0] == pytest.approx(divergence)
 
 
 @pytest.mark.parametrize(
@@ -802,7 +851,7 @@ def test_a_term_that_outweighs_the_reconstruction_is_named(
     first: float, ratio: float, found: list[str]
 ) -> None:
     """As the divergence of a VAE, which is summed over the batch; the mean of the data may be 0."""
-    calls = [LossSignal("mse_loss", value=ratio, constant=1.0, constant_here=1.0)]
+    calls = [LossSignal("mse_loss", value=ratio, constant=1.0, constant_here=1.0, weight=1.0)]
     steps = {0: first, 250: 1.4, 300: 1.3, 400: 1.2}
     assert _found(Sample(s, loss, calls=calls, spread=0.9) for s, loss in steps.items()) == found
 

@@ -30,6 +30,7 @@ Present = Literal[
     "no_attention",
     "normalized",
     "residual",
+    "no_divergence",
     "untrained",
     "by_batch",
     "has_rate",

@@ -267,9 +267,10 @@ BY_CAUSE = {
     ),
     "second_term": (
         "The other terms of the loss outweigh the one that compares the answers of {where}: take the mean or "
-        "the sum of all alike, then a smaller weight of the others, or one that rises from 0. Beside a mean "
-        "over samples and features x, the divergence of a VAE is (-0.5 * (1 + logvar - mu**2 - "
-        "logvar.exp())).sum(1).mean() / x[0].numel(); beside a mean over samples alone, without the division."
+        "the sum of all alike, then a smaller weight of the others, or one that rises from 0.[no_divergence| "
+        "Beside a mean over samples and features x, the divergence of a VAE is (-0.5 * (1 + logvar - mu**2 - "
+        "logvar.exp())).sum(1).mean() / (x.numel() / len(x)); beside a mean over samples alone, without the "
+        "division.]"
     ),
     "target_scale": (
         "Standardize the targets, (target - mean) / std, and scale the answers of {where} back where they "

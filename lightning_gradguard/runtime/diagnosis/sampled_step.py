@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -174,7 +174,11 @@ class SampledStep:
         def traced(*args: Any, **kwargs: Any) -> Any:
             self._restore()  # a closure that is called again is not traced
             with trace:
-                return training_step(*args, **kwargs)
+                result = training_step(*args, **kwargs)
+            loss = result.get("loss") if isinstance(result, Mapping) else result
+            if isinstance(loss, Tensor) and loss.requires_grad:
+                trace.losses.add_total(loss)
+            return result
 
         return traced
 

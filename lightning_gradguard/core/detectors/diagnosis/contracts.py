@@ -62,9 +62,8 @@ def broken_contracts(sample: Sample, progress: Progress) -> Iterator[Symptom]:
                     bound, needs = SOME_UNREACHABLE, 3
             if share >= bound:
                 name = "a difference" if call.function == "difference" else call.function
-                place = "" if call.location is None else f" at {call.location}"
                 of_some = f" ({share:.0%} of the values)" if share < 1 else ""
-                evidence = f"{name}{place}: {words}{of_some}"
+                evidence = f"{name}{call.place}: {words}{of_some}"
                 yield Symptom(
                     "stuck_loss",
                     cause,

@@ -13,6 +13,7 @@ from lightning_gradguard.core.detectors.diagnosis.progress import Progress
 from lightning_gradguard.core.detectors.diagnosis.sample import Sample
 from lightning_gradguard.core.detectors.diagnosis.stagnation import stagnation
 from lightning_gradguard.core.detectors.diagnosis.symptom import Symptom, Tier, modules_of
+from lightning_gradguard.core.detectors.diagnosis.terms import outweighing_terms
 from lightning_gradguard.core.incidents import IncidentKind
 
 #: Steps before which a loss is not stuck but may start slowly, the share of the planned steps, and the steps
@@ -184,6 +185,7 @@ class Diagnosis:
         yield from rules.far_targets(sample, self._progress, self.patience)
         yield from rules.random_layers(sample, self._progress, self.patience, self._frozen)
         if not self._is_related:
+            yield from outweighing_terms(sample, self._progress, self.patience)
             yield from rules.same_answers(sample, self._progress, self.patience)
             yield from rules.stuck_loss(sample, self._progress, self.patience)
 

@@ -46,6 +46,7 @@ class Progress:
         has_rate: True once a schedule has left a rate.
         had_gradient: True once a layer's output has had a gradient.
         over_constant_now: As `over_constant`, or that of the last sample alone if it is lower.
+        others: What terms beside the first call of a loss have added at first, in the sample before, and now.
         ends_early: Step before which no schedule of a run of this length takes the rate away.
     """
 
@@ -55,6 +56,7 @@ class Progress:
         self.has_rate = False
         self.had_gradient = False
         self.ends_early = 0.0
+        self.others = (math.nan, math.nan, math.nan)
         self._losses: deque[float] = deque(maxlen=RECENT)
         self._calls: dict[str, deque[tuple[float, float]]] = defaultdict(partial(deque, maxlen=RECENT))
         self._ratios: list[float] = []
@@ -76,6 +78,8 @@ class Progress:
             self.first = sample.loss if math.isnan(self.first) else self.first
             self._losses.append(sample.loss)
             self._range = min(self._range[0], sample.loss), max(self._range[1], sample.loss)
+        rest = next((sample.loss - call.weight * call.value for call in sample.calls), math.nan)
+        self.others = rest if math.isnan(self.others[0]) else self.others[0], self.others[2], rest
         if not math.isnan(sample.dependence[0]):
             self._dependence = sample.dependence
         self._spreads = self._spreads[1], sample.spread
@@ -219,6 +223,7 @@ class Progress:
         return {
             "first": self.first,
             "whole": self.began_whole,
+            "others": list(self.others),
             "losses": list(self._losses),
             "calls": calls,
             "range": list(self._range),
@@ -235,6 +240,7 @@ class Progress:
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Continues with saved losses."""
         self.first, self.began_whole = state_dict["first"], state_dict.get("whole", False)
+        self.others = tuple(state_dict.get("others", self.others))
         self._losses = deque(state_dict["losses"], maxlen=RECENT)
         self._range = tuple(state_dict.get("range", (math.inf, -math.inf)))
         self._spreads = tuple(state_dict.get("spreads", (math.nan, math.nan)))

@@ -53,8 +53,6 @@ FAR_ANSWER, FAR_GUESS, FIRST_GUESSES = 1e3, 5.0, 20
 #: Spread of the answers over their size below which they are nearly the same, and that of answers that are no
 #: better than a constant, and the loss over that of the constant up to which it is one.
 SAME_ANSWERS, SAME_BESIDE, AT_CONSTANT = 0.03, 0.15, 1.2
-#: The first loss over that of a constant, for one of its terms, from which on the other terms outweigh it.
-OUTWEIGHED = 5.0
 #: Step from which on other terms are nearly gone for good, or tiny inputs explain that nothing is learned.
 PRESSED_STEPS = 20
 #: Spread of all losses over the first one up to which a loss is flat.
@@ -291,17 +289,9 @@ def of_first_losses(sample: Sample) -> Iterator[Symptom]:
 def same_answers(sample: Sample, progress: Progress, patience: int) -> Iterator[Symptom]:
     """Yields a network that answers all inputs alike under a loss that does not show it.
 
-    It is one of distances between answers, or has a second term beside that of the targets, as in a VAE.
+    It is one of distances between answers, or has a second term beside that of the targets.
     """
     is_worse = STUCK < progress.over_constant < AT_CONSTANT and not progress.began_whole
-    outweighed = [call for call in sample.calls if progress.first > OUTWEIGHED * call.constant > 0]
-    # a term that has been pressed down to nothing, with all that answers differ by, was the larger one
-    is_pressed = any(sample.loss < AT_CONSTANT * call.value for call in outweighed)
-    if is_worse and outweighed and (sample.step >= patience or (is_pressed and sample.step >= PRESSED_STEPS)):
-        name, ratio = outweighed[0].function, progress.over_constant
-        evidence = f"{name} is {ratio:.3g} times that of the best constant answer; the loss has other terms, "
-        evidence += f"and began at {progress.first / outweighed[0].constant:.3g} times that"
-        yield Symptom("stuck_loss", "second_term", sample.head, ratio, evidence, "stuck", 2)
     is_alone = math.isnan(progress.over_constant) and not sample.meets_data
     if (sample.step < patience and not (is_alone and progress.has_collapsed)) or progress.spreads_out:
         return

@@ -106,6 +106,8 @@ class LossSignal:
         answer: The same of the answers.
         guess: Loss of a classification that gives all classes one probability; NaN if unknown.
         location: The line of the user's code that calls it; `None` if unknown.
+        weight: What it adds to the loss of the step, over `value`; NaN if unknown.
+        n_per_row: Elements of its targets in a row of the batch.
     """
 
     function: str
@@ -117,6 +119,13 @@ class LossSignal:
     answer: float = math.nan
     guess: float = math.nan
     location: Location | None = None
+    weight: float = math.nan
+    n_per_row: float = math.nan
+
+    @property
+    def place(self) -> str:
+        """Words for its line; empty if unknown."""
+        return "" if self.location is None else f" at {self.location}"
 
     @property
     def arguments(self) -> tuple[str, ...]:
@@ -261,6 +270,7 @@ class Sample:
         spread: Distance of the last layer's output, in rows of unit norm, from its mean; NaN if unknown.
         meets_data: True if what the network gives is compared, or combined, with the batch.
         has_residuals: True if something is added to what was computed from it by a layer.
+        divergence: Weight of the divergence of a VAE within the loss, NaN without one, and its line.
         n_updates: Number of steps that optimizers have taken, fewer than those of the run where a module
             accumulates by itself.
     """
@@ -287,6 +297,7 @@ class Sample:
     spread: float = math.nan
     meets_data: bool = False
     has_residuals: bool = False
+    divergence: tuple[float, Location | None] = (math.nan, None)
     n_updates: float = math.inf
 
     @property

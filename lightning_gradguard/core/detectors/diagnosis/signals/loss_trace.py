@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lightning_gradguard.core.detectors.diagnosis.sample import LossSignal
 from lightning_gradguard.core.detectors.diagnosis.signals import loss_calls
 from lightning_gradguard.core.detectors.diagnosis.signals.loss_baseline import LossBaselines
 from lightning_gradguard.core.detectors.diagnosis.signals.records import LossRecord
 from lightning_gradguard.core.detectors.diagnosis.signals.scalars import DeviceScalars, is_measurable
-from lightning_gradguard.core.forensics.location import user_location
+from lightning_gradguard.core.forensics.location import Location, user_location
 
 #: Calls of losses that are recorded.
 MAX_CALLS = 32
@@ -34,6 +36,9 @@ class LossTrace:
         self.records: list[LossRecord] = []
         self._scalars = scalars
         self._baselines = baselines
+        self._scale: int | None = None
+        self._variances: list[tuple[int, Location | None]] = []
+        self._has_noise, self._is_open = False, True
 
     def add(
         self,
@@ -69,7 +74,58 @@ class LossTrace:
         if is_data:
             key = f"{len(self.records)}.{name}"
             constants = self._baselines.constant(key, name, answer.detach(), target, options)
-        self._add(name, answer, target, options, value, constants)
+        if record := self._add(name, answer, target, options, value, constants):
+            hook = partial(self._on_gradient, record, result.detach().clone(), value)
+            result.register_hook(hook)  # type: ignore[no-untyped-call]
+
+    def add_total(self, loss: Tensor) -> None:
+        """Adds the loss of the step, to which the calls add."""
+        hook = partial(self._on_gradient, None, loss.detach(), loss.detach())
+        loss.register_hook(hook)  # type: ignore[no-untyped-call]
+
+    def add_latent(self, name: str, result: Tensor) -> None:
+        """Adds an operation by which latents are sampled: the exponential of their log variance, or noise."""
+        if name == "exp" and result.requires_grad:
+            hook = partial(self._on_variance, user_location())
+            result.register_hook(hook)  # type: ignore[no-untyped-call]
+        self._has_noise |= name.startswith("randn")
+
+    def divergence(self) -> tuple[float, Location | None]:
+        """Returns the weight of the divergence of a VAE within the loss, and its line; NaN if there is none.
+
+        It has the exponential of a log variance, of which the noise of the latents has another one.
+        """
+        scale = self._scalars[self._scale]
+        found = [(self._scalars[index] / scale, location) for index, location in self._variances if scale]
+        is_known = self._has_noise and len(found) > 1
+        return max(found, key=lambda one: one[0]) if is_known else (math.nan, None)
+
+    def signals(self) -> list[LossSignal]:
+        """Returns the calls, whose numbers are on the host."""
+        return [record.signal(self._scalars, self._scalars[self._scale]) for record in self.records]
+
+    def close(self) -> None:
+        """Stops recording."""
+        self._is_open = False
+
+    def _on_variance(self, location: Location | None, gradient: Tensor) -> None:
+        if self._is_open and len(self._variances) < MAX_CALLS:
+            with torch._C.DisableTorchFunction(), torch.no_grad():
+                # the divergence has half of each variance
+                index = self._scalars.add(2 * len(gradient) * gradient.float().mean())
+            self._variances.append((index, location))
+
+    def _on_gradient(
+        self, record: LossRecord | None, result: Tensor, value: Tensor, gradient: Tensor
+    ) -> None:
+        if not self._is_open:
+            return
+        with torch._C.DisableTorchFunction(), torch.no_grad():
+            index = self._scalars.add((gradient.float() * result.float()).sum() / value.float())
+        if record is None:
+            self._scale = index
+        else:
+            record.added = index
 
     def add_difference(self, args: Sequence[Any], is_data: Callable[[Tensor], bool]) -> None:
         """Adds a subtraction of targets, as in a loss that is written by hand, if it breaks a condition."""
@@ -88,16 +144,16 @@ class LossTrace:
         options: dict[str, Any],
         value: Tensor | None,
         constants: tuple[Tensor, Tensor] | None,
-    ) -> None:
+    ) -> LossRecord | None:
         if len(self.records) >= MAX_CALLS:
-            return
+            return None
         add = self._scalars.add
         flags = {
             cause: add(torch.as_tensor(flag, device=answer.device))
             for cause, flag in loss_calls.broken_conditions(name, answer, target, options)
         }
         if name == "difference" and not flags:
-            return
+            return None
         nothing = torch.full((), torch.nan, device=answer.device)
         index = add(nothing if value is None else value)
         scales = (
@@ -108,5 +164,6 @@ class LossTrace:
         best = (None, None) if constants is None else (add(constants[0]), add(constants[1]))
         # against labels that are made up, as by a generator or between views, a large loss may be usual
         guess = math.nan if constants is None else loss_calls.loss_of_guessing(name, answer, options)
-        location = user_location() if flags else None
-        self.records.append(LossRecord(name, flags, index, best, scales, guess, location))
+        rows = target.numel() / max(len(target), 1)
+        self.records.append(LossRecord(name, flags, index, best, scales, guess, user_location(), rows))
+        return self.records[-1]

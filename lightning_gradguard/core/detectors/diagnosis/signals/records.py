@@ -55,7 +55,10 @@ class UnitRecord:
 
 @dataclass
 class LossRecord:
-    """A call of a loss: broken conditions, value, those of a constant and of guessing, rms, its line."""
+    """A call of a loss: broken conditions, value, those of a constant and of guessing, rms, its line.
+
+    `added` is what it adds to the loss of the step, over its value.
+    """
 
     function: str
     flags: dict[SymptomCause, int]
@@ -64,10 +67,14 @@ class LossRecord:
     scales: tuple[int, int] | None = None
     guess: float = math.nan
     location: Location | None = None
+    n_per_row: float = math.nan
+    added: int | None = None
 
-    def signal(self, numbers: DeviceScalars) -> LossSignal:
+    def signal(self, numbers: DeviceScalars, scale: float) -> LossSignal:
         """Returns the call with its numbers, which are on the host."""
         flags = {cause: numbers[i] for cause, i in self.flags.items()}
         scales = (None, None) if self.scales is None else self.scales
         value, best, here, target, given = (numbers[i] for i in (self.value, *self.constants, *scales))
-        return LossSignal(self.function, flags, value, best, here, target, given, self.guess, self.location)
+        weight = numbers[self.added] / scale if scale else math.nan
+        known = value, best, here, target, given, self.guess, self.location, weight, self.n_per_row
+        return LossSignal(self.function, flags, *known)

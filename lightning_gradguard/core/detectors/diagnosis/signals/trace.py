@@ -68,13 +68,12 @@ class StepTrace(TorchFunctionMode):
         self._layers: dict[str, LayerRecord] = {}
         self._units: list[UnitRecord] = []
         self._times: dict[str, tuple[int, ...]] = {}
-        self._losses = LossTrace(self._scalars, baselines)
+        self.losses = LossTrace(self._scalars, baselines)
         self._one_signed: dict[str, int] = {}
-        self._last = ""
         self._answer: Tensor | None = None
         self._spread: int | None = None
         self._meets_data = self._has_residuals = False
-        self._n_calls = 0
+        self._last, self._n_calls, self._is_open = "", 0, True
         self._gradients: list[int] = []
         self._blocked = units.UnitGradients()
         self._dead = units.DeadShares()
@@ -84,7 +83,6 @@ class StepTrace(TorchFunctionMode):
         self._sigmoids: WeakValueDictionary[int, Tensor] = WeakValueDictionary()
         self._of_sigmoid: dict[int, UnitRecord] = {}
         self._hooks = ExitStack()
-        self._is_open = True
         self._bare = BareMatrices(module)
         parts = parts_of(batch)
         self._dimensions = Dimensions(self._scalars, list(parts.values()), self._is_data)
@@ -144,6 +142,7 @@ class StepTrace(TorchFunctionMode):
     def close(self, device: torch.device) -> Tensor:
         """Stops recording, and returns all numbers, shape `(n,)`, on the device."""
         self._is_open = False
+        self.losses.close()
         self._hooks.close()
         with _silent(), torch.no_grad():
             if self._largest is not None:
@@ -183,7 +182,7 @@ class StepTrace(TorchFunctionMode):
             layers=layers,
             units=found,
             times=times,
-            calls=[loss.signal(numbers) for loss in self._losses.records],
+            calls=self.losses.signals(),
             mistakes=self._dimensions.mistakes(self._n_calls),
             input_rms=numbers[self._input],
             input_name=self._input_name,
@@ -192,6 +191,7 @@ class StepTrace(TorchFunctionMode):
             spread=numbers[self._spread],
             meets_data=self._meets_data,
             has_residuals=self._has_residuals,
+            divergence=self.losses.divergence(),
         )
 
     def _measure_input(self, tensor: Tensor) -> None:
@@ -231,13 +231,14 @@ class StepTrace(TorchFunctionMode):
             self._meets_data = any(map(self._is_data, given))
         if name in loss_calls.LOSSES:
             answer, target, options = loss_calls.arguments_of(function, args, kwargs)
-            self._losses.add(name, answer, target, options, result, is_data=self._is_data(target))
+            self.losses.add(name, answer, target, options, result, is_data=self._is_data(target))
             return
         if name in attention.FUNCTIONS:
             self._record_attention(name, attention.arguments_of(function, args, kwargs), result)
         if not isinstance(result, Tensor):
             return
         plain = name.strip("_")
+        self.losses.add_latent(plain, result)
         place = self._modules[-1] if self._modules else self._last
         self._dimensions.add_call(plain, args, kwargs, result, place, self._n_calls)
         if plain == "hardtanh" and units.is_rectifier(function, args, kwargs):
@@ -247,7 +248,7 @@ class StepTrace(TorchFunctionMode):
         elif plain in units.ACTIVATIONS:
             self._record_units(plain, result)
         elif plain in ("sub", "rsub", "subtract") and self._n_calls:
-            self._losses.add_difference(args, self._is_data)
+            self.losses.add_difference(args, self._is_data)
         elif plain in ("mul", "rmul", "multiply"):
             self._record_gate(given)
         elif plain in ("add", "radd", "iadd") and not self._has_residuals:
