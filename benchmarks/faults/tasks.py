@@ -185,6 +185,7 @@ class GAN(Task):
         """Distance of the mean of generated samples from that of the data."""
         with torch.no_grad():
             noise = torch.randn(1000, 4, generator=torch.Generator().manual_seed(5))
+            noise = noise.to(next(self.parameters()).dtype)
             return float((self.generator(noise).mean(0) - batch["x"].mean(0)).norm())
 
     def configure_optimizers(self) -> Any:

@@ -321,7 +321,7 @@ def origin_in_epsilon(
 ) -> Origin | None:
     """Finds nonfinite weights whose update was divided by a second moment and an epsilon that are 0.
 
-    `None` unless this explains at least half of the nonfinite elements.
+    `None` unless this explains at least half of the nonfinite elements that no nonfinite gradient explains.
 
     Example:
         >>> weight = torch.nn.Parameter(torch.tensor([0.5, 0.5], dtype=torch.float16))
@@ -339,16 +339,16 @@ def origin_in_epsilon(
             for parameter in group["params"]:
                 values = local_shard(parameter.detach())
                 nonfinite = ~values.isfinite()
-                total += (count := int(nonfinite.sum()))
                 state = optimizer.state.get(parameter, {})
                 moment = next((state[key] for key in _SECOND_MOMENTS if key in state), None)
-                if not count or moment is None or "eps" not in group:
+                if moment is None or moment.shape != parameter.shape or "eps" not in group:
+                    total += int(nonfinite.sum())
                     continue
                 moment = local_shard(moment)
-                if (
-                    moment.shape == values.shape
-                    and float(torch.tensor(group["eps"], dtype=moment.dtype)) == 0
-                ):
+                # a nonfinite moment is of a nonfinite gradient, as of another optimizer's weights
+                nonfinite &= moment.isfinite()
+                total += (count := int(nonfinite.sum()))
+                if count and float(torch.tensor(group["eps"], dtype=moment.dtype)) == 0:
                     explained[names.get(parameter, "a parameter")] = int((moment[nonfinite] == 0).sum())
                     eps, dtype = group["eps"], str(moment.dtype).removeprefix("torch.")
     if not total or sum(explained.values()) * 2 < total:

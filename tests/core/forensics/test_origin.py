@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lightning_gradguard.core.forensics import Origin, or_bad_input, out_of_range_elements
-from lightning_gradguard.core.forensics.origin import advice_on_schedules, nonfinite_input
+from lightning_gradguard.core.forensics.origin import advice_on_schedules, nonfinite_input, origin_in_epsilon
 
 NAN, INF = math.nan, math.inf
 
@@ -63,3 +63,16 @@ def test_a_schedule_whose_rates_cannot_be_read_gives_no_advice() -> None:
 
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1)
     assert advice_on_schedules([Unstepped(optimizer, 1)]) == ("", None)
+
+
+def test_an_epsilon_of_zero_is_the_cause_where_another_network_has_passed_the_nan_on() -> None:
+    first, second = (torch.nn.Parameter(torch.ones(n, dtype=torch.float16)) for n in (4, 8))
+    optimizers = [torch.optim.Adam([weight], lr=1e-3, eps=1e-8) for weight in (first, second)]
+    first.grad = torch.full_like(first, 1e-4)
+    optimizers[0].step()
+    second.grad = torch.full_like(second, first[0].item())  # NaN by now
+    optimizers[1].step()
+    assert not second.isfinite().any()
+    found = origin_in_epsilon([("critic", first), ("generator", second)], optimizers)
+    assert found is not None
+    assert (found.cause, found.where) == ("optimizer_epsilon", ("critic",))
