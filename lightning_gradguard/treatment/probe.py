@@ -223,7 +223,7 @@ def probe(program: Program, least: int, most: int, deadline: float) -> Probe:
         deadline: When it ends, on the clock of `time.monotonic`.
 
     Raises:
-        TreatmentError: If a step raises an exception.
+        TreatmentError: If a step raises an exception, or there is no optimizer.
     """
     began = time.monotonic()
     job = Job(None, program.seed, most)
@@ -246,6 +246,8 @@ def probe(program: Program, least: int, most: int, deadline: float) -> Probe:
                 raise TreatmentError(f"a training step of the program fails: {described(error)}") from error
             raised = described(error)
         metrics = logged(trainer)
+    if not any(optimizer.param_groups for optimizer in trainer.optimizers):
+        raise TreatmentError("configure_optimizers of the module returns no optimizer: nothing is trained.")
     trial = Trial(
         job=job,
         curve=held_out.curve,

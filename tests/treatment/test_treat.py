@@ -13,7 +13,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
-from torch.utils.data import TensorDataset
+from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_gradguard
 from lightning_gradguard import Change, TreatmentError, TreatmentResult
@@ -200,6 +200,20 @@ class TestBadInput:
     def test_module_that_cannot_be_built(self) -> None:
         with pytest.raises(TreatmentError, match=r"could not be built: TypeError.*test_treat.py"):
             treated(lambda: Net(*"four"))
+
+    def test_module_or_data_of_another_kind(self) -> None:
+        with pytest.raises(TreatmentError, match=r"is a Net, and no function that builds one: lambda: Net"):
+            treated(Net())
+        with pytest.raises(TreatmentError, match=r"is a DataLoader, and no LightningDataModule"):
+            treated(Net, DataLoader(TensorDataset(torch.zeros(2, 3))))
+
+    def test_no_optimizer(self) -> None:
+        class Untrained(Net):
+            def configure_optimizers(self) -> Any:
+                return None
+
+        with pytest.raises(TreatmentError, match="no optimizer: nothing is trained"):
+            treated(Untrained)
 
     def test_step_that_raises(self) -> None:
         class Wrong(Net):

@@ -118,7 +118,7 @@ def try_rates(
     """
     rates = peak_rates(trainer, pl_module)
     if not max(rates, default=0.0) > 0:
-        return [], {}, "the learning rate is 0"
+        return [], {}, "the learning rate is 0" if rates else "there is no optimizer"
     trial = _trial(trainer, pl_module, batch, batch_idx, rates)
     gradients: list[dict[str, float]] = []
     watch = partial(_watch, trainer, pl_module, trial, gradients)

@@ -155,6 +155,16 @@ def recorded_program(
     Raises:
         TreatmentError: If the module cannot be built twice, or there are no batches.
     """
+    if isinstance(make_module, torch.nn.Module):
+        kind = type(make_module).__name__
+        raise TreatmentError(
+            f"make_module is a {kind}, and no function that builds one: lambda: {kind}(...)."
+        )
+    if datamodule is not None and not hasattr(datamodule, "train_dataloader"):
+        raise TreatmentError(
+            f"datamodule is a {type(datamodule).__name__}, and no LightningDataModule: pass one, such as "
+            "LightningDataModule.from_datasets(train_dataset, batch_size=32)."
+        )
     module, again = built(make_module, seed), built(make_module, seed)
     if module is again or {id(p) for p in module.parameters()} & {id(p) for p in again.parameters()}:
         raise TreatmentError(

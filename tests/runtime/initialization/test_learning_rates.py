@@ -228,6 +228,11 @@ class Round(nn.Module):
         return x.round()
 
 
+class Untrained(AtRate):
+    def configure_optimizers(self) -> None:
+        return None
+
+
 class Rounded(AtRate):
     def __init__(self, rate: float) -> None:
         super().__init__(rate)
@@ -235,11 +240,13 @@ class Rounded(AtRate):
         self.net = nn.Sequential(*layers, nn.Linear(16, 4))
 
 
+@pytest.mark.filterwarnings("ignore:.*no optimizer")
 @pytest.mark.parametrize(
     ("module", "reason"),
     [
         (Bounded(0.1), "There is no largest stable learning rate: numbers overflow before the loss rises."),
         (AtRate(0.0), "There is no largest stable learning rate: the learning rate is 0."),
+        (Untrained(0.1), "There is no largest stable learning rate: there is no optimizer."),
         (Rounded(0.1), "Learning rates were not tried, because of criteria that fail."),
     ],
 )
