@@ -180,13 +180,14 @@ def _check_loss(measured: SignalPropagation, bounds: Bounds) -> list[Finding]:
         return [
             Finding("loss", "", measured.loss, "finite", "fail", "check the batch, the labels and the loss")
         ]
-    if measured.n_classes is None or measured.n_classes < 2:
+    guess = measured.constant if measured.n_classes is None else math.log(measured.n_classes)
+    if not guess:
         return []
-    ratio = measured.loss / math.log(measured.n_classes)
+    ratio = measured.loss / guess
     if ratio <= MAX_LOSS_RATIO:
         return []
     name = measured.layers[-1].name if measured.layers else ""
-    severity = _severity(ratio, bounds.loss)
+    severity = _severity(ratio, bounds.loss) if measured.constant is None else "info"
     return [Finding("loss_over_guessing", name, ratio, f"<= {MAX_LOSS_RATIO}", severity)]
 
 

@@ -23,6 +23,7 @@ from lightning_gradguard.core.initialization.trials import (
     Rectified,
     Repaired,
     Trial,
+    embedding_lines,
     feed_forward_line,
     recurrent_lines,
     zero_line,
@@ -93,6 +94,9 @@ def with_cures(
     trials: dict[int, Trial] = {}
     for finding in findings:
         result = whole if finding.criterion == "layer_gain" else best.get(finding)
+        is_of_loss = finding.criterion == "loss_over_guessing"
+        if is_of_loss and measured is not None and measured.constant is not None and result is None:
+            continue  # the targets may be far from 0
         if finding not in uncured:
             cured.append(replace(finding, cure=finding.cure or "none needed"))
         elif (
@@ -127,7 +131,8 @@ class _Result:
         if now is None:
             usual = finding.expected.partition(" (")[0]
             return cls(trial, f"{finding.criterion} is as usual, {usual}", passes=True, value=0.0)
-        is_closer = "gain" in finding.criterion and abs(now.value) <= _BETTER * abs(finding.value)
+        is_ratio = "gain" in finding.criterion or finding.criterion == "loss_over_guessing"
+        is_closer = is_ratio and abs(now.value) <= _BETTER * abs(finding.value)
         if SEVERITIES.index(now.severity) <= SEVERITIES.index(finding.severity) and not is_closer:
             return None
         change = f"{finding.criterion} is {now.measured}, not {finding.measured}"
@@ -180,6 +185,8 @@ def _trials(
             weight = f"{code_of(finding.module, module)}.weight"
             for line in (f"nn.init.normal_({weight}, std=0.02)", f"nn.init.zeros_({weight})"):
                 yield Initializers(module, {finding.module: line})
+            if lines := embedding_lines(module):
+                yield Initializers(module, lines)
     others = [f for f in findings if f.criterion != "loss_over_guessing"]
     yield from _of_layers(module, run_loss, others, measured)
     yield from _of_recurrences(module, others, measured)

@@ -24,6 +24,11 @@ ZERO_GAIN = -45.0
 RECTIFIERS = frozenset({"relu", "leaky_relu", "elu", "selu", "gelu", "silu", "mish", "relu6", "celu"})
 SATURATING = {"tanh": 0.97, "sigmoid": 0.985}
 LOSSES = frozenset({"cross_entropy", "nll_loss"})
+#: The loss of a constant answer to targets, of losses of products of embeddings.
+_OF_CONSTANT: dict[str, Callable[[Tensor], Tensor | float]] = {
+    "mse_loss": lambda target: target.var(correction=0),
+    "binary_cross_entropy_with_logits": lambda target: math.log(2),
+}
 _FACTORS = ("mul", "rmul", "div", "truediv")
 #: Calls in one pass from which on a cell counts as a loop through time.
 MIN_CALLS = 4
@@ -62,6 +67,7 @@ class SignalPropagation:
     recurrent_losses: dict[str, float] = field(default_factory=dict)
     recurrent_steps: dict[str, int] = field(default_factory=dict)
     gradients: dict[str, Tensor | None] = field(default_factory=dict)
+    constant: float | None = None
 
 
 def propagate(module: nn.Module, run_loss: Callable[[], Tensor]) -> SignalPropagation:
@@ -80,6 +86,7 @@ def propagate(module: nn.Module, run_loss: Callable[[], Tensor]) -> SignalPropag
         n_classes = trace.n_classes if is_of_classes else None  # or other terms make up most of the loss
         facts = n_classes, trace.layers, trace.branches, trace.kept
         result = SignalPropagation(float(loss.detach()), *facts)
+        result.constant = trace.constant if is_of_classes else None
         generator = torch.Generator().manual_seed(0)
         if trace.last_input is not None and len(trace.layers) > 1:
             hidden = trace.layers[:-1]
@@ -224,6 +231,7 @@ class ForwardTrace(TorchFunctionMode):
         self.last_input: Tensor | None = None
         self.n_classes: int | None = None
         self.class_loss: Tensor | float = 0.0
+        self.constant: float | None = None
         self._module = module
         self._hooks = ExitStack()
 
@@ -254,8 +262,12 @@ class ForwardTrace(TorchFunctionMode):
     ) -> Any:
         name = getattr(function, "__name__", "").strip("_")
         result = function(*args, **(kwargs or {}))
-        if name in LOSSES and args and (kwargs or {}).get("reduction", "mean") == "mean":
+        is_mean = (kwargs or {}).get("reduction", "mean") == "mean"
+        if name in LOSSES and args and is_mean:
             self.n_classes = args[0].shape[1] if args[0].ndim > 1 else None
+            self.class_loss = result.detach()
+        elif name in _OF_CONSTANT and not self.layers and is_mean and len(args) > 1:
+            self.constant = float(_OF_CONSTANT[name](args[1].detach().double()))
             self.class_loss = result.detach()
         elif self.layers and (name in RECTIFIERS or name in SATURATING) and result.requires_grad:
             self._record_activation(self.layers[-1], name, result)

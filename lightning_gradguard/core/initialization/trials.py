@@ -18,6 +18,9 @@ from lightning_gradguard.core.initialization.repair import holds_default_initial
 from lightning_gradguard.core.parameter_names import code_of
 from lightning_gradguard.core.remedies.gates import gate_lines, gated_code
 
+#: Standard deviation of embeddings from which on they are about that of their default.
+WIDE = 0.5
+
 
 def feed_forward_line(module: nn.Module, layer: Layer, *, bias: bool = False) -> str:
     """Returns the line that initializes a linear or convolutional layer for the activation after it.
@@ -41,6 +44,19 @@ def zero_line(module: nn.Module, layer: Layer) -> str:
     target = code_of(layer.name, module)
     line = f"nn.init.zeros_({target}.weight)"
     return line if layer.module.bias is None else f"{line}; nn.init.zeros_({target}.bias)"
+
+
+def embedding_lines(module: nn.Module) -> dict[str, str]:
+    """Returns lines that scale embeddings of std 1 so that a product of two is no larger than an element.
+
+    What is zero stays so, as the row of `padding_idx`.
+    """
+    found = {name: m for name, m in module.named_modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag))}
+    return {
+        name: f"{code_of(name, module)}.weight.data.mul_({m.embedding_dim**-0.5:.2g})"
+        for name, m in found.items()
+        if m.embedding_dim > 1 and float(m.weight.detach().float().std()) > WIDE
+    }
 
 
 def _initializer(weight: str, activation: str | None) -> str:

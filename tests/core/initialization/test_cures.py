@@ -240,3 +240,50 @@ def test_layers_of_any_name_share_a_row_and_a_cure() -> None:
     assert f"fc0 to fc{2 * len(named) - 2} ({len(named)} layers)" in row
     exec(cure.partition("cure: ")[2], {"nn": nn, "model": named})
     assert not any(weight.any() for name, weight in named.named_parameters() if name.endswith("weight"))
+
+
+class Embedded(nn.Module):
+    """Scores of pairs, as in matrix factorization, or of a next word by the embeddings of the first layer."""
+
+    def __init__(self, loss: str, padding: int | None = None) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.users, self.items = nn.Embedding(40, 64, padding), nn.Embedding(50, 64)
+        self.kind, self.pairs = loss, (torch.randint(40, (128,)), torch.randint(50, (128,)))
+        self.ratings = torch.rand(128)
+
+    def loss(self) -> Tensor:
+        users, items = (table(ids) for table, ids in zip((self.users, self.items), self.pairs, strict=True))
+        if self.kind == "tied":
+            users = nn.functional.layer_norm(users, (64,))
+            return nn.functional.cross_entropy(users @ self.items.weight.T, self.pairs[1])
+        of_pairs = nn.functional.mse_loss if self.kind == "mse" else bce
+        return of_pairs((users * items).sum(1), self.ratings)
+
+
+bce = nn.functional.binary_cross_entropy_with_logits
+
+
+@pytest.mark.parametrize(("kind", "padding"), [("mse", None), ("bce", None), ("tied", None), ("mse", 0)])
+def test_smaller_embeddings_are_advised_where_their_products_are_far_from_the_targets(
+    kind: str, padding: int | None
+) -> None:
+    network = Embedded(kind, padding)
+    before = network.loss().item()
+    (finding,) = check(network, network.loss, scale_free=False)[0]
+    assert (finding.criterion, finding.is_tried) == ("loss_over_guessing", True)
+    assert kind == "tied" or finding.severity == "info"
+    exec(finding.cure, {"nn": nn, "model": network})
+    assert network.loss().item() < before / 2
+    assert padding is None or not network.users.weight[padding].any()
+    assert [f for f in check(network, network.loss, scale_free=False)[0] if kind == "mse"] == []
+
+
+@pytest.mark.parametrize("targets", [0.0, 1000.0])
+def test_embeddings_that_are_not_at_fault_have_no_finding(targets: float) -> None:
+    """As small ones, or where the targets are far from 0."""
+    network = Embedded("mse")
+    network.ratings += targets
+    if not targets:
+        network.users.weight.data.mul_(0.02)
+    assert check(network, network.loss, scale_free=False)[0] == []
