@@ -64,7 +64,7 @@ def learning_of(trial: Trial) -> Learning:
         return Learning(falls, False, False, f"the held-out loss goes from {first:.4g} to {trial.loss:.4g}")
     # a loss close to zero may rise by a factor and is no worse
     is_low = trial.loss <= RISES * trial.lowest or ratio < bound / 2
-    evidence = f"the held-out loss is {trial.loss:.4g}, {ratio:.2f} times that {reference}"
+    evidence = f"the held-out loss is {trial.loss:.4g}, {ratio:.3g} times that {reference}"
     if is_known and bound > HAS_LEARNED:
         evidence += f" (plain learners: {trial.reachable:.2f})"
     learns = ratio < LEARNS and is_low

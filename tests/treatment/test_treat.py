@@ -17,6 +17,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_gradguard
 from lightning_gradguard import Change, TreatmentError, TreatmentResult
+from lightning_gradguard.cli.messages import UsageError
+from lightning_gradguard.cli.parsing.preparse import read_config
 from lightning_gradguard.strict_json import to_json
 from lightning_gradguard.treatment.candidates import MAX_CANDIDATES, Candidate
 from lightning_gradguard.treatment.learning import learning_of
@@ -431,6 +433,8 @@ def test_network_that_nothing_ails_has_no_treatment_and_no_file(monkeypatch: pyt
     assert result.evidence.endswith("; no cause was found, and its data may allow no more")
     assert text_of(result).endswith("report.html; no treatment.yaml was written")
     assert not (result.folder / "treatment.yaml").exists()
+    with pytest.raises(UsageError, match=r"no such file. `treat` writes one only where it has found a treat"):
+        read_config(str(result.folder / "treatment.yaml"))
     assert "No treatment.yaml was written." in (result.folder / "report.html").read_text()
 
 

@@ -167,6 +167,10 @@ def test_loss_that_is_low_enough_is_that_of_the_first_seed_or_a_quarter_of_the_b
     assert settled_loss(trial(Job(CHANGES, 101, WHOLE), math.nan)) is None
 
 
+def test_loss_that_explodes_has_three_digits() -> None:
+    assert "6.19e+24 times that of" in learning_of(trial(Job(None, 0, 40), 1.423e25)).evidence
+
+
 @pytest.mark.parametrize(("is_likelihood", "is_enough"), [(True, True), (False, False)])
 def test_fifth_of_the_loss_is_enough_for_classes_and_not_for_values(
     is_likelihood: bool, is_enough: bool

@@ -47,6 +47,8 @@ def read_config(path: str) -> dict[str, Any]:
         missing = Path(path)
         stems = [other.stem for other in missing.parent.glob(f"*{missing.suffix}")]
         near = nearest(missing.stem, stems).replace("?", f"{missing.suffix}?")
+        if (missing.parent / "trials.jsonl").exists():
+            near = " `treat` writes one only where it has found a treatment."
         raise UsageError(f"--config {path} cannot be read: there is no such file.{near}") from None
     except yaml.MarkedYAMLError as error:
         line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
