@@ -41,11 +41,24 @@ from lightning_gradguard.core.forensics.origin import (
     nonfinite_input,
     origin_in_weights,
 )
-from lightning_gradguard.core.forensics.records import OperationRecord, Underflow, nonfinite_sources
+from lightning_gradguard.core.forensics.records import (
+    LARGE,
+    OperationRecord,
+    Underflow,
+    largest_first,
+    nonfinite_sources,
+)
 from lightning_gradguard.core.forensics.trace import OperationTrace, is_nonfinite
 from lightning_gradguard.core.incidents import Cause
 from lightning_gradguard.core.norms import tensor_norms, total_norm_from_norms
 from lightning_gradguard.core.snapshots import preserve_state
+
+#: Advice where no operation makes values large at once.
+_GROWTH = (
+    "Values grow in {0} and what follows it: initialize its weights for a gain of 1 (recurrent ones by "
+    "torch.nn.init.orthogonal_, He before ReLU, Xavier before tanh), normalize there, or, if this begins "
+    "only after updates, lower the learning rate."
+)
 
 Run = Callable[[], tuple[Sequence[Tensor], Sequence[Tensor]]]
 
@@ -259,6 +272,16 @@ def _origin_of_operation(
         advice=_advice(source, fault, trace),
     )
     origin = located(origin, source.location)
+    of_rows = outliers(rows, parts)  # of which any layer makes large values
+    if source is overflowing and not of_rows and (first := _where_values_grow(source, trace)) is not None:
+        detail = f"{origin.detail.rstrip('.')}; values are above {LARGE:.0e} from module `{first.module}` on"
+        origin = replace(
+            origin,
+            cause="forward_pass",
+            where=(first.module,),
+            detail=detail,
+            advice=_GROWTH.format(first.module),
+        )
     # an infinite part would have been the source, unless it is a mask
     huge = {name: high for name, high in huge_inputs(parts).items() if math.isfinite(high)}
     largest = max(abs(source.low or 0.0), abs(source.high or 0.0))
@@ -270,6 +293,15 @@ def _origin_of_operation(
         # the cure of the operation would hide bad data
         return replace(origin, cause="bad_input", where=tuple(huge), rows=rows, detail=detail, advice="")
     return origin
+
+
+def _where_values_grow(record: OperationRecord, trace: OperationTrace) -> OperationRecord | None:
+    """Returns the first operation with large values before one that overflows, if a layer runs it."""
+    if record.phase == "backward" or record.made == "nan":
+        return None
+    first = list(largest_first(record))[-1]
+    is_layer = first.module not in ("", record.module) and not trace.computes_loss(first)
+    return first if is_layer else None
 
 
 def _underflow(record: OperationRecord, fault: OperationFault | None) -> Underflow | None:

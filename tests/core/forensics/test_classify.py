@@ -618,3 +618,28 @@ def test_the_logarithm_of_a_one_hot_target_is_no_mask() -> None:
     origin = examine(net, lambda: (target * (target.log() - net(x).log_softmax(1))).mean())
     assert origin.operation == "aten::log"
     assert "In place of target.log() use torch.log(target.clamp_min(1e-6))" in origin.advice
+
+
+@pytest.mark.parametrize("kind", ["recurrent", "deep"])
+def test_values_that_grow_from_layer_to_layer_are_followed_to_where_they_begin_to(kind: str) -> None:
+    torch.manual_seed(0)
+    layer: nn.Module = nn.RNN(4, 32, nonlinearity="relu") if kind == "recurrent" else nn.Linear(4, 32)
+    net = nn.ModuleDict({"first": layer, "last": nn.Linear(32, 1)})
+    for p in layer.parameters():
+        nn.init.normal_(p, 0, 2.0 if kind == "recurrent" else 100.0)
+    deep = nn.Sequential(*[nn.Linear(32, 32, bias=False) for _ in range(10)])
+    for p in deep.parameters():
+        nn.init.normal_(p, 0, 20.0)
+    net["deep"] = deep if kind == "deep" else nn.Identity()
+    x = inputs()
+
+    def loss() -> Tensor:
+        h = net["first"](x) if kind == "deep" else net["first"](x.repeat(7, 1))[0]
+        found: Tensor = (net["last"](net["deep"](h)) - 1).square().mean()
+        return found
+
+    origin = examine(net, loss)
+    assert origin.cause == "forward_pass"
+    assert origin.where[0] in ("first", "deep.0")
+    assert origin.location.endswith("in loss")
+    assert "gain of 1" in origin.advice
