@@ -201,6 +201,7 @@ CASES: list[tuple[str, Program, Program, Callable[[Tensor], Any] | None, str]] =
         lambda h: 2,
         "overflows",
     ),
+    ("square of -1e20", lambda x, y: x**y, lambda h: -1e20 * h, lambda h: 2, "overflows"),
     ("product", lambda x: x.prod(), lambda h: shifted(h, 1e20), None, "product"),
     ("cumulative product", lambda x: x.cumprod(-1), lambda h: shifted(h, 1e20), None, "product"),
     ("acos beyond 1", torch.acos, lambda h: first(h * 0.5, 1.1), None, "acos"),

@@ -195,12 +195,16 @@ _POWERS = (
         "torch.sqrt(x.clamp_min(1e-6))",
         at_most=-1e-45,
     ),
-    Fault(
-        ("pow", "float_power"),
-        "The power of large numbers overflows: bound them",
-        "x.clamp(-1e3, 1e3).pow(y)",
-        argument=None,
-        at_least=1e3,
+    *(
+        Fault(
+            ("pow", "float_power"),
+            "The power of large numbers overflows: bound them",
+            "x.clamp(-1e3, 1e3).pow(y)",
+            argument=None,
+            at_most=low,
+            at_least=high,
+        )
+        for low, high in ((-1e3, None), (None, 1e3))
     ),
     Fault(
         ("pow", "float_power"),
