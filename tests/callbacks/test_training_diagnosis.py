@@ -872,12 +872,15 @@ def test_answers_on_the_way_to_a_far_mean_or_that_differ_are_not_stuck(
     assert sum(len(diagnosis.update(sample)) for sample in samples) == found
 
 
+@pytest.mark.parametrize("constant", [1.2, 0.01])
 @pytest.mark.parametrize(("losses", "found"), [((25, 20, 18, 16), 0), ((18, 18, 18, 18), 1), ((45,) * 4, 1)])
-def test_a_loss_on_its_way_down_to_a_constant_is_not_stuck(losses: tuple[float, ...], found: int) -> None:
-    """As of embeddings whose products are far above the targets at first."""
+def test_a_loss_on_its_way_down_to_a_constant_is_not_stuck(
+    losses: tuple[float, ...], found: int, constant: float
+) -> None:
+    """As of embeddings whose products are far above the targets at first, and of tiny targets."""
     diagnosis = Diagnosis()
     for step, loss in zip((0, 125, 150, 175, 200), (49, *losses), strict=True):
-        calls = [LossSignal("mse_loss", value=loss, constant=1.2, constant_here=1.2)]
+        calls = [LossSignal("mse_loss", value=loss, constant=constant, constant_here=constant)]
         found -= len(diagnosis.update(Sample(step, loss, calls=calls, permuted=0.0)))
     assert not found
 

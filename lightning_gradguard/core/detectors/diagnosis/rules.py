@@ -345,6 +345,8 @@ def stuck_loss(sample: Sample, progress: Progress, patience: int) -> Iterator[Sy
     if cause == "unknown" and largest < LOW_UPDATE:
         cause = "learning_rate_too_low"
         facts.append(describe_updates(largest))
+    if cause == "unknown" and ratio > 2 and progress.has_fallen:
+        return  # on its way, however far, as where the targets are tiny
     value = permuted if math.isnan(ratio) else ratio
     yield Symptom("stuck_loss", cause, where, value, "; ".join(facts), "stuck", 2)
 
