@@ -153,6 +153,13 @@ def candidates(found: Probe) -> list[Candidate]:
     return list(chosen.values())[:MAX_CANDIDATES]
 
 
+def unfit(found: Probe) -> list[str]:
+    """Returns the kinds of changes that symptoms suggest, and that find no place in the module."""
+    suggested = [change for one in _suggestions(found) for suggestion in one for change in suggestion.changes]
+    kinds = {c.kind: applies(found.module, c, found.run_loss) for c in suggested if found.is_automatic}
+    return sorted(kind for kind, fits in kinds.items() if not fits)
+
+
 def _together(firsts: Sequence[Candidate]) -> list[Candidate]:
     """Returns what is likeliest against each of several symptoms as one candidate."""
     by_kind = {change.kind: change for one in reversed(firsts) for change in one.changes}

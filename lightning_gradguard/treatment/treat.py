@@ -18,7 +18,7 @@ from lightning_gradguard.core.remedies.changes import Change
 from lightning_gradguard.core.snapshots import rng_state, set_rng_state
 from lightning_gradguard.treatment import files
 from lightning_gradguard.treatment.budget import Clock, seconds
-from lightning_gradguard.treatment.candidates import Candidate, applies, candidates, has_far_targets
+from lightning_gradguard.treatment.candidates import Candidate, applies, candidates, has_far_targets, unfit
 from lightning_gradguard.treatment.learning import LEARNED_ENOUGH, fails_beside, learned_enough, learning_of
 from lightning_gradguard.treatment.prescriptions import Prescription, prescriptions
 from lightning_gradguard.treatment.probe import Probe, probe
@@ -39,6 +39,7 @@ from lightning_gradguard.treatment.verification import (
     SeedResult,
     TreatmentVerdict,
     Verification,
+    open_ends,
     unverified,
     verdict_of,
     whole_length,
@@ -230,24 +231,23 @@ class _Treatment:
             verdict, evidence, changes, results = best
             kept = changes if verdict == "better" else ()
             return self._result(verdict, evidence, kept, results, suggested)
-        return self._result("no_treatment_found", self._shortfall(ahead), (), (), suggested)
+        results = best[3] if best is not None else ()
+        return self._result("no_treatment_found", self._shortfall(ahead, results), (), results, suggested)
 
-    def _shortfall(self, ahead: Trial | None) -> str:
+    def _shortfall(self, ahead: Trial | None, results: Sequence[SeedResult]) -> str:
         """Returns why no treatment is known: none has proved better, or the budget has ended before."""
         if not self.runner.was_cut:
             tried = ", ".join(dict.fromkeys(name_of(t.job.changes) for t in self.log.trials.values()))
             evidence = f"{self.found.learning.evidence}; none that was tried has proved better: {tried}"
+            if kinds := unfit(self.found):
+                evidence += f"; suggested as well, and without a place in the module: {', '.join(kinds)}"
             reached = self.program.reachable
             if self.found.is_unexplained and not reached < LEARNS:
                 evidence += "; no cause was found, and its data may allow no more"
                 evidence += f" (plain learners: {reached:.2f})" if math.isfinite(reached) else ""
             return evidence
-        evidence = f"{self.found.learning.evidence}; {self._cut} before a treatment was verified"
-        if ahead is not None:
-            name, steps = name_of(ahead.job.changes), ahead.job.steps
-            evidence += f". {name} has a held-out loss of {ahead.loss:.4g} after {steps} steps of a trial: "
-            evidence += "run the command again with a larger budget to verify it"
-        return evidence
+        left = open_ends(results, ahead, whole_length(self.runner), self._cut)
+        return f"{self.found.learning.evidence}; {left}"
 
     def _verified(
         self, suggested: Sequence[Candidate]
@@ -271,7 +271,7 @@ class _Treatment:
         if runner.was_cut and not waiting:  # there is nothing yet to verify in the time that was kept
             runner.was_cut, until = False, MOST_SEARCHED
             waiting = search(runner, suggested, full, until, promising)[:MAX_VERIFIED]
-        has_rate = False
+        has_rate = is_lowered = False
         verified: set[str] = set()
         late: list[tuple[float, Trial]] = []
         while waiting or late:
@@ -290,6 +290,7 @@ class _Treatment:
             if not has_rate and (first is None or not learned_enough(first) or explodes):
                 has_rate = True
                 if first is not None and (learned_enough(trial) or explodes):
+                    is_lowered = True
                     waiting = [*at_lower_rate(runner, trial, until), trial, *waiting]
                 else:
                     waiting = [*at_best_rate(runner, trial, until), *waiting]
@@ -311,13 +312,15 @@ class _Treatment:
                 reason = "their comparison ended with the budget" if beats is None else "do as much"
                 evidence += f"; the suite's callbacks alone: {reason}"
             yield trial, results, verdict, evidence
+            if not is_lowered and not all(r.learning.has_learned for r in results):
+                has_rate = is_lowered = True
+                if lower := at_lower_rate(runner, trial, VERIFIED):
+                    waiting = [*lower, *waiting]
+                    continue
             if first is None or first.job.steps < whole:
                 # what is left of the budget shows less of the next ones, which are open if the program fails
                 runner.was_cut |= bool(waiting) and not self._is_open
                 break
-            if not has_rate and not all(r.learning.has_learned for r in results):
-                has_rate = True
-                waiting = [*at_lower_rate(runner, trial, until), *waiting]
 
     @property
     def _is_open(self) -> bool:

@@ -17,12 +17,14 @@ from lightning_gradguard.treatment.learning import (
     settled_loss,
 )
 from lightning_gradguard.treatment.search import LEAST_NOISE, LEAST_RUNG, TrialRunner, noise_of
-from lightning_gradguard.treatment.trials.trial import OUT_OF_TIME, Job, Trial
+from lightning_gradguard.treatment.trials.trial import OUT_OF_TIME, Job, Trial, name_of
 
 #: Seeds of the verification, and how far they are from those of the search.
 N_SEEDS, FIRST_SEED = 3, 101
 #: Relative difference of losses that are equal but for rounding.
 EQUAL = 1e-3
+#: Share of the steps that the budget allows with which runs of an earlier treatment are not repeated.
+A_FEW_LESS = 0.8
 #: Time that a run may take over what it took in the search.
 RESERVE = 1.2
 
@@ -177,9 +179,10 @@ class Verification:
         if affordable >= self._n_long * whole + beside:
             return whole
         # what was verified before the treatment was stopped is not run again for a few steps more or less
-        known = [t.job.steps for t in runner.log.trials.values() if t.job.seed == self._seeds[0]]
+        fresh = [t.job for t in runner.log.trials.values() if t.job.seed == self._seeds[0]]
+        known = [job.steps for job in fresh if job.changes == trial.job.changes]
         steps = max((affordable - beside) // self._n_long, LEAST_RUNG)
-        return next((n for n in known if 0.5 * steps <= n), min(steps, whole))
+        return next((n for n in known if A_FEW_LESS * steps <= n), min(steps, whole))
 
     def _run(self, jobs: Sequence[Job]) -> dict[str, Trial]:
         return {t.job.key: t for t in self.runner.run(jobs, self.until) if not is_unfinished(t)}
@@ -189,8 +192,38 @@ def unverified(trials: Iterable[Trial], probed: Trial) -> Trial | None:
     """Returns the best trial that is better than the program as it is, and was run with no fresh seed."""
     ended = [t for t in trials if t.job.changes is not None and math.isfinite(t.loss)]
     fresh = {str(t.job.changes) for t in ended if t.job.seed != probed.job.seed}
-    better = [t for t in ended if t.loss < (1 - LEAST_NOISE) * probed.lowest]
-    return min((t for t in better if str(t.job.changes) not in fresh), key=lambda t: t.loss, default=None)
+    # what is worse than one that has failed promises no more
+    failed = min((t.loss for t in ended if str(t.job.changes) in fresh), default=math.inf)
+    bar = min((1 - LEAST_NOISE) * probed.lowest, failed)
+    better = [t for t in ended if t.loss < bar and str(t.job.changes) not in fresh]
+    return min(better, key=lambda t: t.loss, default=None)
+
+
+def open_ends(results: Sequence[SeedResult], ahead: Trial | None, whole: int, cut: str) -> str:
+    """Returns what was verified in vain, and what was not, where the budget has ended the treatment.
+
+    Args:
+        results: Those of the best treatment that was verified.
+        ahead: The best trial of those that were not.
+        whole: Steps of the program's own run.
+        cut: What has ended, in words.
+    """
+    if len(results) > 1:
+        job = results[0].treated.job
+        found = (
+            f"{name_of(job.changes)} was verified, and has not proved better: {verdict_of(results, whole)[1]}"
+        )
+        more = "runs are longer" if job.steps < whole else "more is tried"
+    else:
+        found, more = f"{cut} before a treatment was verified", ""
+    if ahead is not None:
+        found += (
+            f". {name_of(ahead.job.changes)} has a held-out loss of {ahead.loss:.4g} after {ahead.job.steps} "
+        )
+        found += "steps of a trial: run the command again with a larger budget to verify it"
+    elif more:
+        found += f". With a larger budget, {more}"
+    return found
 
 
 def is_unfinished(trial: Trial) -> bool:
@@ -244,6 +277,8 @@ def verdict_of(results: Sequence[SeedResult], whole: int) -> tuple[TreatmentVerd
         return "cured", f"{evidence}. With the last seed, {results[-1].learning.evidence}"
     if all(beats) and not any(exceeds_constant(r.treated) for r in results):
         return "better", f"{evidence}: better so far" if steps < whole else evidence
+    for one in (r for r in results if exceeds_constant(r.treated)):
+        evidence += f"; not learned with seed {one.treated.job.seed}: {one.learning.evidence}"
     return "no_treatment_found", evidence
 
 

@@ -15,7 +15,7 @@ from lightning_gradguard.core.detectors.diagnosis import Symptom
 from lightning_gradguard.core.incidents import SymptomCause
 from lightning_gradguard.core.remedies.changes import Change, places
 from lightning_gradguard.core.remedies.kinds import ChangeKind
-from lightning_gradguard.treatment.candidates import Candidate, candidates
+from lightning_gradguard.treatment.candidates import Candidate, candidates, unfit
 from lightning_gradguard.treatment.learning import learning_of
 from lightning_gradguard.treatment.probe import Probe, in_words, probe
 from lightning_gradguard.treatment.trials.program import recorded_program
@@ -25,26 +25,44 @@ from tests.treatment.programs import SHORT, Data, Net
 VANISHING = Symptom("vanishing_gradient", "through_time", ("rnn",), -5.0, "", "depth")
 
 
+class Sine(nn.Module):
+    """An activation that is none of torch's."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.sin(30 * x)
+
+
 def suggested(module: nn.Module, *symptoms: Symptom, moved: float = 1.0, **facts: Any) -> Sequence[Candidate]:
     """Candidates for a module that does not learn."""
+    return candidates(probed(module, *symptoms, moved=moved, **facts))
+
+
+def probed(module: nn.Module, *symptoms: Symptom, moved: float = 1.0, **facts: Any) -> Probe:
+    """The probe of a module that does not learn."""
     trial = Trial(job=Job(None, 0, 100), curve=[(0, 2.3), (100, 2.3)], over_constant=1.0)
-    return candidates(
-        Probe(
-            trial=trial,
-            steps=60,
-            symptoms=symptoms,
-            initialization=[],
-            incidents=[],
-            module=module,
-            is_automatic=True,
-            has_epsilon=False,
-            learning=learning_of(trial),
-            moved=moved,
-            decay="",
-            run_loss=lambda: module(torch.ones(2, 8, 4))[0].sum(),
-            **facts,
-        )
+    return Probe(
+        trial=trial,
+        steps=60,
+        symptoms=symptoms,
+        initialization=[],
+        incidents=[],
+        module=module,
+        is_automatic=True,
+        has_epsilon=False,
+        learning=learning_of(trial),
+        moved=moved,
+        decay="",
+        run_loss=lambda: module(torch.ones(2, 8, 4))[0].sum(),
+        **facts,
     )
+
+
+def test_changes_without_a_place_are_named() -> None:
+    deep = Symptom("exploding_gradient", "depth", ("0",), 4.4, "", "depth")
+    own = nn.Sequential(*(part for _ in range(4) for part in (nn.Linear(4, 4), Sine())))
+    assert unfit(probed(own, deep)) == ["add_normalization", "add_residual"]
+    known = nn.Sequential(*(part for _ in range(4) for part in (nn.Linear(4, 4), nn.Tanh())))
+    assert unfit(probed(known, deep)) == []
 
 
 def test_gru_in_the_place_of_a_plain_recurrence_keeps_its_state() -> None:

@@ -27,7 +27,7 @@ from lightning_gradguard.treatment.search import TrialRunner
 from lightning_gradguard.treatment.trials.program import Program
 from lightning_gradguard.treatment.trials.trial import Job, Trial
 from lightning_gradguard.treatment.trials.trial_log import content_of
-from lightning_gradguard.treatment.verification import SeedResult, Verification
+from lightning_gradguard.treatment.verification import SeedResult, Verification, verdict_of
 from tests.treatment.programs import Data, Net, treated
 
 SCHEMA = json.loads((Path(lightning_gradguard.__file__).parent / "treatment" / "schema.json").read_text())
@@ -467,6 +467,63 @@ def test_budget_that_ends_in_a_verification_is_named(monkeypatch: pytest.MonkeyP
     result = treated(deep_sigmoid, trainer={"max_steps": 40})
     assert "has ended, " in result.evidence
     assert result.evidence.endswith("before a treatment was verified")
+
+
+def test_what_was_verified_and_failed_is_named_with_its_seed(monkeypatch: pytest.MonkeyPatch) -> None:
+    changes = (Change("clipping", {"max_norm": 1.0}),)
+
+    def run(seed: int, loss: float, steps: int) -> Trial:
+        curve = [(0, 1.4), (20, loss), (steps, loss)]
+        return Trial(job=Job(changes, seed, steps), curve=curve, over_constant=loss / 1.4)
+
+    def cut(treatment: Any, _: Any) -> Any:
+        treatment.runner.was_cut = True
+        losses = {101: 0.2, 102: 0.3, 103: 1.35}
+        results = [SeedResult(run(seed, 1.4, 30), run(seed, loss, 30)) for seed, loss in losses.items()]
+        yield run(0, 0.9, 40), results, *verdict_of(results, 40)
+
+    monkeypatch.setattr("lightning_gradguard.treatment.treat._Treatment._verified", cut)
+    result = treated(deep_sigmoid, trainer={"max_steps": 40})
+    assert result.verdict == "no_treatment_found"
+    assert "clipping(max_norm=1.0) was verified, and has not proved better: held-out losses: seed 101" in (
+        result.evidence
+    )
+    assert "; not learned with seed 103: the held-out loss is 1.35, 0.964 times that of" in result.evidence
+    assert result.evidence.endswith(". With a larger budget, runs are longer")
+    assert len(result.verification) == 3
+
+
+@pytest.mark.parametrize("steps", [40, 20])
+def test_what_learns_with_some_seeds_alone_is_tried_at_a_lower_rate(
+    monkeypatch: pytest.MonkeyPatch, steps: int
+) -> None:
+    """So it is after a search of the rate, and if the budget allows no whole runs."""
+    clip = (Change("clipping", {"max_norm": 1.0}),)
+    lower = (*clip, Change("learning_rate", {"scale": 0.1}))
+
+    def run(changes: tuple[Change, ...], seed: int, loss: float) -> Trial:
+        return Trial(job=Job(changes, seed, steps), curve=[(0, 1.4), (steps, loss)], over_constant=loss / 1.4)
+
+    def others(_: Verification, first: Trial) -> list[SeedResult]:
+        verified.append(first.job.changes or ())
+        losses = {101: 0.2, 102: 0.2, 103: 0.2 if first.job.changes == lower else 1.35}
+        return [SeedResult(run((), s, 1.4), run(first.job.changes or (), s, n)) for s, n in losses.items()]
+
+    verified: list[tuple[Change, ...]] = []
+    replaced: dict[str, Any] = {
+        "search": lambda *_: [run(clip, 0, 0.2)],
+        "with_needed_changes": lambda _, trial, *__: trial,
+        "at_best_rate": lambda _, trial, *__: [trial],
+        "at_lower_rate": lambda *_: [run(lower, 0, 0.2)],
+    }
+    for name, function in replaced.items():
+        monkeypatch.setattr(f"lightning_gradguard.treatment.treat.{name}", function)
+    monkeypatch.setattr(Verification, "first", lambda _, trial: run(trial.job.changes or (), 101, 0.2))
+    monkeypatch.setattr(Verification, "beats_suite", lambda *_: True)
+    monkeypatch.setattr(Verification, "others", others)
+    result = treated(deep_sigmoid, trainer={"max_steps": 40})
+    assert verified == [clip, lower]
+    assert (result.verdict, result.changes) == ("cured" if steps == 40 else "better", lower)
 
 
 class Late(Data):

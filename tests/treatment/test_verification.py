@@ -67,7 +67,9 @@ def test_runs_shorter_than_the_own_are_better_so_far() -> None:
     assert "the budget has allowed 150 of the 400 steps of your run: better so far" in evidence
     verdict, evidence = verdict_of(results([2.2, 0.4, 0.2], [2.3, 2.31, 2.29], steps=150), WHOLE)
     assert verdict == "no_treatment_found"
-    assert evidence.endswith("the budget has allowed 150 of the 400 steps of your run")
+    assert (
+        "the budget has allowed 150 of the 400 steps of your run; not learned with seed 101: the" in evidence
+    )
 
 
 @pytest.mark.parametrize(("ratio", "verdict"), [(0.94, "no_treatment_found"), (0.75, "better")])
@@ -184,7 +186,9 @@ def test_a_better_trial_is_unverified_until_it_was_run_with_a_fresh_seed() -> No
     probed, short = trial(Job(None, 0, WHOLE), 2.2), trial(Job(CHANGES, 0, 60), 0.4)
     cut = replace(trial(Job(CHANGES, 0, 150), 0.3), error=OUT_OF_TIME)
     assert unverified([trial(Job((), 0, 60), 2.19), short, cut], probed) is short
-    assert unverified([short, trial(Job(CHANGES, 101, WHOLE), 2.2)], probed) is None
+    fresh, other = trial(Job(CHANGES, 101, WHOLE), 2.2), Job((Change("add_normalization"),), 0, 60)
+    assert unverified([short, fresh], probed) is None
+    assert unverified([short, fresh, trial(other, 0.9)], probed) is None, "worse than one that has failed"
 
 
 @pytest.mark.parametrize(("training", "is_overfit"), [(0.2, True), (2.2, False)])
