@@ -583,3 +583,8 @@ def test_a_function_that_is_compiled_stays_compiled(run: Any) -> None:
 
     run(Program(step, mlp(6, 8, 1)), *columns(80), callbacks=[TrainingDiagnosis()])
     assert factors == [3.0] * 10
+
+
+def test_the_exponential_of_a_loss_is_trained(run: Any) -> None:
+    outcome = run(Program(lambda m, b: regression(m, b).exp(), mlp(6, 8, 1), sgd(1e-2)), *columns())
+    assert outcome.error is None

@@ -85,7 +85,7 @@ class LossTrace:
 
     def add_latent(self, name: str, result: Tensor) -> None:
         """Adds an operation by which latents are sampled: the exponential of their log variance, or noise."""
-        if name == "exp" and result.requires_grad:
+        if name == "exp" and result.requires_grad and result.ndim:
             hook = partial(self._on_variance, user_location())
             result.register_hook(hook)  # type: ignore[no-untyped-call]
         self._has_noise |= name.startswith("randn")
