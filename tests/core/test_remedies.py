@@ -182,3 +182,26 @@ def test_advice_on_depth_names_nothing_that_is_there() -> None:
     assert early.startswith("Use residual connections")
     assert "InitializationCheck" in early
     assert advice_for_symptom(of_depth, ["untrained", "residual", "check"])
+
+
+@pytest.mark.parametrize(
+    ("scale", "expected"),
+    [(1.0, "nn.init.zeros_(model[2].weight)"), (9.0, "normal_(model[2].weight, 0, 16 ** -0.5)")],
+)
+def test_a_head_is_not_initialized_larger_than_it_is(scale: float, expected: str) -> None:
+    net = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 1))
+    nn.init.constant_(net[2].weight, scale / 4)
+    assert expected in advice_for_cause("large_answers", ["2"], model=net)
+
+
+@pytest.mark.parametrize(
+    ("recurrent", "weight"),
+    [(nn.RNN(4, 4), "weight_hh_l0"), (nn.RNNCell(4, 4), "weight_hh"), (nn.Linear(4, 4), "weight")],
+)
+def test_pasted_orthogonal_weight_is_that_of_the_module(recurrent: nn.Module, weight: str) -> None:
+    model = nn.ModuleDict({"cell": recurrent})
+    text = advice_for_cause("through_time", ["cell"], model=model)
+    code = text[text.index("nn.init") : text.index(",", text.index("nn.init"))]
+    exec(code, {"nn": nn, "model": model})
+    found = getattr(recurrent, weight)
+    assert torch.allclose(found.T @ found, torch.eye(4), atol=1e-5)

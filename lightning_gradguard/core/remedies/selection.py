@@ -143,6 +143,8 @@ def _applied(
         gated=_gated(name, code, found, n_steps),
         packed=packed_code(code, found),
         small=_small(where, model),
+        start=_start_of_head(code, found),
+        recurrent=next((w for w in ("weight_hh_l0", "weight_hh") if hasattr(found, w)), "weight"),
         parameters=f"[{code}]" if is_bare else f"{code}.parameters()",
         weight="m.weight" if has_layers else "p",
         coefficient="the usual clip/coefficient" if coefficient is None else f"{coefficient:.2g}",
@@ -171,6 +173,20 @@ def _small(names: Sequence[str], model: nn.Module | None) -> str:
         code = code if hasattr(found, "ndim") else f"{code}.{weight}"
         lines.append(f"torch.nn.init.normal_({code}, std=0.02)")
     return "; ".join(lines)
+
+
+def _start_of_head(code: str, head: Any) -> str:
+    """Returns how to initialize a last layer so that its answers are not large."""
+    std = "n ** -0.5) for n inputs"
+    if getattr(head, "weight", None) is not None and head.weight.ndim > 1:
+        n_outputs, n_inputs = head.weight.flatten(1).shape
+        if head.weight.norm() ** 2 <= 1.44 * n_outputs:
+            return f"begin with answers of 0, nn.init.zeros_({code}.weight)"
+        std = f"{n_inputs} ** -0.5)"
+    return (
+        f"initialize it for unit variance, nn.init.normal_({code}.weight, 0, {std}, and with it an embedding "
+        "that is tied to it"
+    )
 
 
 def _find(name: str, model: nn.Module) -> object:

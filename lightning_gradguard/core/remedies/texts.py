@@ -311,9 +311,7 @@ BY_CAUSE = {
         "xavier_normal_({weight}, gain=5 / 3); or normalize after each."
     ),
     "large_answers": (
-        "The answers of {where} are far larger than the targets ask for: initialize it for unit variance, "
-        "nn.init.normal_({code}.weight, 0, n ** -0.5) for n inputs, and with it an embedding that is tied to "
-        "it, and normalize before it."
+        "The answers of {where} are far larger than the targets ask for: {start}, and normalize before it."
     ),
     "saturating_activations": (
         "Use activations that do not saturate (ReLU, GELU), and initialize all layers for them: "
@@ -360,6 +358,7 @@ BY_CAUSE = {
     ),
     "through_time": (
         "[clipping|Clip gradients (AdaptiveGradientClipping). ]Use an orthogonal recurrent weight, "
-        "nn.init.orthogonal_({code}.weight_hh_l0), gated cells or truncated BPTT."
+        "nn.init.orthogonal_({code}.{recurrent}), gated cells or truncated BPTT (state = state.detach() "
+        "every 10 to 50 steps)."
     ),
 }
