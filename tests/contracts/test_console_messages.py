@@ -349,6 +349,19 @@ def test_what_to_try_with_a_loss_that_is_stuck_for_no_known_cause_is_a_next_step
     assert "10 times higher" in table(printed, "Next steps")["stuck loss"]
 
 
+def test_what_to_do_about_dead_units_is_a_next_step(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    class Dead(pl.Callback):
+        def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+            publish(trainer, pl_module, incident_now(trainer, "dead_units", advice="Use LeakyReLU."))
+            publish(trainer, pl_module, incident_now(trainer, "loss_spike", advice="Check the batch."))
+
+    fit_with_bar([Dead(), GradientNormMonitor()], batches(10), logger=False)
+    next_steps = table(lines(capsys), "Next steps")
+    assert (next_steps.pop("dead units"), [*next_steps]) == ("Use LeakyReLU.", ["report"])
+
+
 class Accumulating(Classifier):
     """Steps at every fourth batch, by hand."""
 

@@ -45,6 +45,10 @@ MAX_DETAILS = 5
 MAX_REMEDIES, LONGEST_ADVICE = 3, 300
 
 
+#: Symptoms with advice for a layer, also where no cause is known.
+_LOCATED = ("dead_units", "saturated_units", "vanishing_gradient", "exploding_gradient")
+
+
 class _Journal:
     """The incidents of one Trainer: counts, the latest, and the file.
 
@@ -63,7 +67,7 @@ class _Journal:
         self.counts: Counter[str] = Counter()
         self.published: Counter[tuple[str, str, str]] = Counter()  # by kind, cause, why it was not examined
         self.no_longer_printed: set[str] = set()
-        self.explained: dict[str, Incident] = {}  # the first of each cause
+        self.explained: dict[str, Incident] = {}  # the first of each cause, or located symptom
         self.recent: deque[Incident] = deque(maxlen=MAX_ROWS)
         self.in_table: set[str] = set()  # code of cures
         self._writes = writes
@@ -204,7 +208,7 @@ def count_incidents(trainer: pl.Trainer) -> dict[str, int]:
 
 
 def known_remedies(trainer: pl.Trainer) -> dict[str, str]:
-    """Returns the first remedy of each known cause, by the titles of its incidents; a long one by place."""
+    """Returns the first remedy of each known cause or layer, by the titles of its incidents; a long one by place."""
     journal = _journals.get(trainer)
     by_advice: dict[str, list[Incident]] = {}
     for incident in journal.explained.values() if journal else ():
@@ -239,7 +243,7 @@ def publish(
     journal.counts[incident.kind] += 1
     group = incident.kind, incident.cause, "" if incident.examined else incident.detail
     journal.published[group] += 1
-    if incident.advice and incident.is_explained:
+    if incident.advice and (incident.is_explained or incident.kind in _LOCATED):
         journal.explained.setdefault(incident.cause or incident.kind, incident)
     journal.write(incident)
     times, at_most = journal.published[group], MAX_PRINTED if incident.examined else 1
