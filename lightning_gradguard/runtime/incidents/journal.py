@@ -208,7 +208,7 @@ def count_incidents(trainer: pl.Trainer) -> dict[str, int]:
 
 
 def known_remedies(trainer: pl.Trainer) -> dict[str, str]:
-    """Returns the first remedy of each known cause or layer, by the titles of its incidents; a long one by place."""
+    """Returns the first remedy of each known cause or layer, by titles of incidents; a long one by place."""
     journal = _journals.get(trainer)
     by_advice: dict[str, list[Incident]] = {}
     for incident in journal.explained.values() if journal else ():
