@@ -71,7 +71,7 @@ class GradientNormMonitor(StepCallback):
         norm_type: Any number of at least 1, or `inf`.
         every_n_steps: Steps between logs; `trainer.log_every_n_steps` if `None`.
         level: One chart for each `"parameter"`, each `"module"`, or the `"total"` alone; `"auto"` is by
-            parameter up to 12 of them and by module above; where modules are more than 12, by the deepest
+            parameter up to 12 of them and by module above; where modules are more than 24, by the deepest
             modules around them that are no more than that, or by groups of neighbours. The heat map has up
             to 50 rows.
         include: Names of parameters or modules, or wildcards, that get charts; all if `None`.

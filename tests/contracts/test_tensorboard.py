@@ -141,7 +141,7 @@ def test_three_hundred_parameters_do_not_make_three_hundred_charts(tmp_path: Pat
     with tensorboard(tmp_path) as server:
         tags = server.scalar_tags("run")
         norms = {tag for tag in tags if tag.startswith("grad_norm/")}
-        assert norms == {f"grad_norm/blocks.{i}-{i + 2}" for i in range(0, 30, 3)} | {
+        assert norms == {f"grad_norm/blocks.{i}-{i + 1}" for i in range(0, 30, 2)} | {
             "grad_norm/total",
             "grad_norm/nonfinite_fraction",
         }
@@ -171,8 +171,10 @@ def test_histograms_never_raise(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize(("depth", "first"), [(2, "net.0.weight"), (12, "net.0"), (24, "net.0-2")])
-def test_a_network_has_few_scalars(depth: int, first: str) -> None:
+@pytest.mark.parametrize(
+    ("depth", "first", "most"), [(2, "net.0.weight", 60), (12, "net.0", 64), (48, "net.0-2", 100)]
+)
+def test_a_network_has_few_scalars(depth: int, first: str, most: int) -> None:
     logger = TensorBoardLogger("logs", name="", version="run")
     hidden = [layer for _ in range(depth - 1) for layer in (nn.Linear(16, 16), nn.ReLU())]
     module = Classifier()
@@ -181,6 +183,6 @@ def test_a_network_has_few_scalars(depth: int, first: str) -> None:
     events = EventAccumulator("logs/run")
     events.Reload()
     scalars = events.Tags()["scalars"]
-    assert len(scalars) <= 64, "about 60"
+    assert len(scalars) <= most
     assert len([tag for tag in scalars if tag.startswith("init/layer_gain")]) == (depth > 2)
     assert {"log10/grad_norm_band/low", f"grad_norm/{first}", "init/gradient_gain"} <= {*scalars}

@@ -12,7 +12,7 @@ from lightning_gradguard.core.parameter_names import match_names
 Level = Literal["auto", "parameter", "module", "total"]
 
 #: Charts of one kind by default, of which there are three, and rows of the heat map.
-MAX_CHARTS, MAX_ROWS = 12, 50
+MAX_CHARTS, MAX_ROWS = 24, 50
 #: Fewer groups no longer locate a problem within a network.
 MIN_CHARTS = 8
 
@@ -70,8 +70,8 @@ def chart_names(names: Sequence[str], level: Level, most: int = MAX_CHARTS) -> l
     Args:
         names: Names of the parameters.
         level: `"parameter"`: each has its own. `"module"`: those of a module share one. `"auto"`: by
-            parameter up to `most` of them, by module above; where modules are more than that, by the
-            deepest modules around them that are not, or by neighbours together, as `layers.0-1`.
+            parameter up to half of `most` of them, by module above; where modules are more than `most`, by
+            the deepest modules around them that are not, or by neighbours together, as `layers.0-1`.
             `"total"`: there are none.
         most: Charts under `"auto"`.
 
@@ -84,7 +84,7 @@ def chart_names(names: Sequence[str], level: Level, most: int = MAX_CHARTS) -> l
     """
     if level == "total":
         return []
-    if level == "parameter" or (level == "auto" and len(names) <= most):
+    if level == "parameter" or (level == "auto" and len(names) <= most // 2):
         return list(names)
     modules = [tuple((name.rpartition(".")[0] or name).split(".")) for name in names]
     if level == "auto":

@@ -90,7 +90,7 @@ def test_exploding_gradients() -> None:
 def test_vanishing_gradients() -> None:
     found = report_of(train(Deep(nn.Sigmoid, None), digits(60), [GradientNormMonitor()]))
     assert (found.verdict.status, found.verdict.headline) == ("unhealthy", "vanishing gradients")
-    assert found.worst_layer == "net.0.weight"
+    assert found.worst_layer == "net.0"
     assert "He initialization" in found.verdict.symptoms[0].remedies[0]
 
 

@@ -19,7 +19,7 @@ def transformer(blocks: int) -> list[str]:
 
 def test_few_parameters_have_one_chart_each() -> None:
     names = transformer(1)
-    assert len(names) == MAX_CHARTS
+    assert len(names) == MAX_CHARTS // 2
     assert chart_names(names, "auto") == names
 
 
@@ -31,25 +31,25 @@ def test_more_parameters_are_grouped_by_module() -> None:
 
 
 def test_more_modules_are_grouped_by_block() -> None:
-    charts = chart_names(transformer(8), "auto")
-    assert len(charts) == 96
-    assert set(charts) == {f"blocks.{i}" for i in range(8)}
-    assert len(set(chart_names(transformer(8), "module"))) == 48
-    assert len(set(chart_names(transformer(8), "parameter"))) == 96
+    charts = chart_names(transformer(16), "auto")
+    assert len(charts) == 192
+    assert set(charts) == {f"blocks.{i}" for i in range(16)}
+    assert len(set(chart_names(transformer(16), "module"))) == 96
+    assert len(set(chart_names(transformer(16), "parameter"))) == 192
 
 
 def test_blocks_of_a_deep_network_keep_separate_charts() -> None:
     names = [f"model.layers.{i}.{part}.weight" for i in range(60) for part in ("attention", "mlp")]
     charts = chart_names(["model.embed.weight", *names, "head.weight"], "auto")
     assert len(set(charts)) <= MAX_CHARTS + 2, "those at the ends have no neighbours"
-    assert charts[:3] == ["model.embed", *["model.layers.0-5"] * 2]
-    assert charts[-3:] == ["model.layers.54-59"] * 2 + ["head"]
+    assert charts[:3] == ["model.embed", *["model.layers.0-2"] * 2]
+    assert charts[-3:] == ["model.layers.57-59"] * 2 + ["head"]
 
 
 def test_flat_network_has_few_charts() -> None:
     charts = chart_names([f"net.{i}.{kind}" for i in range(150) for kind in ("weight", "bias")], "auto")
-    assert charts[:27] == ["net.0-12"] * 26 + ["net.13-25"]
-    assert len(set(charts)) == MAX_CHARTS
+    assert charts[:15] == ["net.0-6"] * 14 + ["net.7-13"]
+    assert len(set(charts)) == 22
 
 
 def test_level_total_has_no_charts() -> None:
