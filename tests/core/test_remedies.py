@@ -189,8 +189,8 @@ def test_advice_on_depth_names_nothing_that_is_there() -> None:
     [(1.0, "nn.init.zeros_(model[2].weight)"), (9.0, "normal_(model[2].weight, 0, 16 ** -0.5)")],
 )
 def test_a_head_is_not_initialized_larger_than_it_is(scale: float, expected: str) -> None:
-    net = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 1))
-    nn.init.constant_(net[2].weight, scale / 4)
+    net = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), head := nn.Linear(16, 1))
+    nn.init.constant_(head.weight, scale / 4)
     assert expected in advice_for_cause("large_answers", ["2"], model=net)
 
 
