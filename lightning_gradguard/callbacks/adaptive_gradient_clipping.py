@@ -36,6 +36,7 @@ from lightning_gradguard.core.parameter_names import match_names, warn_unmatched
 from lightning_gradguard.core.remedies import advice
 from lightning_gradguard.runtime import lightning_api
 from lightning_gradguard.runtime.incidents.journal import incident_now, publish
+from lightning_gradguard.runtime.incidents.present import present_in
 from lightning_gradguard.runtime.logging import console
 from lightning_gradguard.runtime.logging.hyperparameters import non_defaults
 from lightning_gradguard.runtime.other_clipping import clip_norm, clips_otherwise, describe_other_clipper
@@ -180,7 +181,8 @@ class AdaptiveGradientClipping(StepCallback):
             self._factors = (self._factors[0] + math.log(last), self._factors[1] + 1)
         share = self._detectors[index].update(hard, steps)
         self.suite.clipped[index] = self._detectors[index].of_last
-        if share is not None and not self._is_explained:
+        # a bound that a treatment has chosen was tried as it is
+        if share is not None and not self._is_explained and "treatment" not in present_in(trainer):
             text = advice("constant_clipping", coefficient=self._usual_coefficient())
             incident = incident_now(trainer, "constant_clipping", value=share, advice=text)
             publish(trainer, pl_module, incident)

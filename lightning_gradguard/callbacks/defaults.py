@@ -113,7 +113,7 @@ def callbacks_of(changes: Sequence[Change]) -> list[Callback]:
         ['Treatment', 'AdaptiveGradientClipping']
     """
     treated = [change for change in changes if change.is_of_treatment]
-    callbacks: list[Callback] = [Treatment(treated)] if treated else []
+    callbacks: list[Callback] = [Treatment(treated)] if changes else []
     for change in changes:
         if change.kind == "clipping":
             callbacks.append(AdaptiveGradientClipping(GlobalNormClipping(change["max_norm"])))

@@ -349,6 +349,11 @@ class TrainingDiagnosis(StepCallback):
                     )
                     own = tried_cure(found) or (found[0].cure if is_stuck else own)
                     cause = "" if is_stuck else cause
+                if not own:
+                    facts: set[Present] = {*present, "untrained"} if is_first else present
+                    own = advice_for_symptom(symptom, facts, pl_module)
+                    if "treatment" in present and symptom.kind == "exploding_gradient":
+                        own = f"If the loss falls, the changes of the treatment suffice. If not: {own}"
                 incident = incident_now(
                     trainer,
                     symptom.kind,
@@ -356,10 +361,7 @@ class TrainingDiagnosis(StepCallback):
                     value=None if math.isnan(symptom.value) else symptom.value,
                     cause=cause,
                     detail=detail,
-                    advice=own
-                    or advice_for_symptom(
-                        symptom, present.union(("untrained",) if is_first else ()), pl_module
-                    ),
+                    advice=own,
                     **now,
                 )
                 # a cure is printed with its finding

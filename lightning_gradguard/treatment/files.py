@@ -55,7 +55,8 @@ def write(result: TreatmentResult, command: str, callbacks: Sequence[Any]) -> No
 def configuration(changes: Sequence[Change], callbacks: Sequence[Any]) -> dict[str, Any]:
     """Returns what LightningCLI needs to train with changes, beside the callbacks that `fit` adds itself."""
     of_treatment = [c.as_dict() for c in changes if c.is_of_treatment]
-    added = [*callbacks, _class("Treatment", changes=of_treatment)] if of_treatment else [*callbacks]
+    # without changes of its own, it marks the bounds of others as those of a treatment
+    added = [*callbacks, *([_class("Treatment", changes=of_treatment)] if changes else [])]
     trainer: dict[str, Any] = {"callbacks": added}
     for change in changes:
         if change.kind == "clipping":

@@ -15,12 +15,14 @@ from torch import Tensor, nn
 
 from lightning_gradguard import (
     AdaptiveGradientClipping,
+    Change,
     GlobalNormClipping,
     Incident,
     LearningRateBackoff,
     NaNRollback,
     RelativeNormClipping,
     ZScoreClipping,
+    callbacks_of,
     default_callbacks,
 )
 from lightning_gradguard.core import tags
@@ -217,6 +219,13 @@ def test_clipping_of_most_steps_is_one_incident() -> None:
     assert found.describe() == (
         "Clipping of most steps at step 100 (epoch 0): 100% of the steps to less than half of their norm"
     )
+
+
+def test_bound_that_a_treatment_has_chosen_is_not_to_be_raised(capsys: pytest.CaptureFixture[str]) -> None:
+    incidents = Incidents()
+    fit(Classifier(), clusters(350), [*callbacks_of([Change("clipping", {"max_norm": 1e-4})]), incidents])
+    assert not incidents.found
+    assert "raise the bound" not in "".join(capsys.readouterr())
 
 
 def test_clipping_that_follows_from_a_symptom_is_not_named_beside_it(tmp_path: Path) -> None:

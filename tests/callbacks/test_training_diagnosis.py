@@ -22,7 +22,15 @@ from torch.nn import functional
 from torch.optim.lr_scheduler import ExponentialLR
 from torch.utils.checkpoint import checkpoint
 
-from lightning_gradguard import Incident, InitializationCheck, TrainingDiagnosis, default_callbacks
+from lightning_gradguard import (
+    AdaptiveGradientClipping,
+    GlobalNormClipping,
+    Incident,
+    InitializationCheck,
+    TrainingDiagnosis,
+    Treatment,
+    default_callbacks,
+)
 from lightning_gradguard.cli.main import main
 from lightning_gradguard.core.detectors.diagnosis import Diagnosis, LossBaselines, StepTrace
 from lightning_gradguard.core.detectors.diagnosis.sample import (
@@ -206,6 +214,14 @@ FAILING: dict[str, tuple[str, str, str, Callable[[], Any], Any]] = {
                                   lambda: Task(nn.Sequential(nn.Linear(20, 32), nn.Dropout(1.0), nn.Linear(32, 4))),  # noqa: E501
                                   None),
 }  # fmt: skip
+
+
+def test_advice_beside_a_treatment_is_for_a_run_that_does_not_learn() -> None:
+    listener = Listener()
+    clipping = AdaptiveGradientClipping(GlobalNormClipping(1.0))
+    fit(Task(optimizer=rate(100.0)), batches(12), [Treatment([]), clipping, TrainingDiagnosis(), listener])
+    found = next(one for one in listener.found if one.kind == "exploding_gradient")
+    assert found.advice.startswith("If the loss falls, the changes of the treatment suffice. If not: ")
 
 
 def test_the_part_of_the_batch_that_is_huge_is_named() -> None:

@@ -110,7 +110,13 @@ def summarize(
         **_formatted(counts, trainer.global_step - counts_since),
         "incidents": describe_counts(most_frequent_first) or "none",
     }
-    if unusual := _unusual(counts, totals.explosion.largest, incidents, is_explained=bool(known)):
+    if unusual := _unusual(
+        counts,
+        totals.explosion.largest,
+        incidents,
+        is_explained=bool(known),
+        is_treated="treatment" in present_in(trainer),
+    ):
         rows["unusual"] = "; ".join(text for text, _ in unusual.values())
     if first_step > 0:
         # counts in checkpoints are of the whole run, the others of this part of it
@@ -156,6 +162,7 @@ def _unusual(
     incidents: Mapping[str, int],
     *,
     is_explained: bool,
+    is_treated: bool,
 ) -> dict[str, tuple[str, str]]:
     """Returns numbers of the whole run that are no incident, and not those of a healthy run either.
 
@@ -167,7 +174,8 @@ def _unusual(
         found["loss"] = describe_loss(over), remedies("little_learned", ())[0]
     clipped, largest = counts.get(tags.CLIPPED_FRACTION, 0.0), counts.get(tags.LARGEST_NORM, 0.0)
     coefficient = counts.get(tags.USUAL_COEFFICIENT)
-    if clipped > USUAL_CLIPPED_FRACTION and tags.FOUND_LR not in counts:
+    # a bound that a treatment has chosen was tried as it is
+    if clipped > USUAL_CLIPPED_FRACTION and not (is_treated or tags.FOUND_LR in counts):
         found["clipping"] = (
             f"{describe_clipping(clipped, coefficient)}, usual: up to {percent(USUAL_CLIPPED_FRACTION)}",
             advice("constant_clipping", (), ["explained"] if is_explained else [], coefficient),
