@@ -1530,6 +1530,34 @@ class Manual(Classifier):
         return [torch.optim.Adam(self.net[:4].parameters()), torch.optim.SGD(self.net[4:].parameters(), 0.1)]
 
 
+class Players(Task):
+    """A generator and a critic, whose losses move by nature."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Sequential(nn.Linear(4, 32), nn.ReLU(), nn.Linear(32, 20)))
+        self.critic = nn.Sequential(nn.Linear(20, 32), nn.LeakyReLU(0.2), nn.Linear(32, 1))
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
+        made = self.net(torch.randn(len(batch[0]), 4))
+        optimizers: Any = self.optimizers()
+        for optimizer, real, wanted in zip(optimizers, (batch[0], None), (0.0, 1.0), strict=True):
+            scores = self.critic(made.detach() if real is not None else made)
+            loss = functional.binary_cross_entropy_with_logits(scores, torch.full_like(scores, wanted))
+            if real is not None:
+                loss = loss + functional.softplus(-self.critic(real)).mean()
+            optimizer.zero_grad()
+            self.manual_backward(loss)
+            optimizer.step()
+
+    def configure_optimizers(self) -> Any:
+        return [torch.optim.Adagrad(n.parameters(), 0.06) for n in (self.critic, self.net)]
+
+
+def test_large_updates_of_two_players_are_no_explosion() -> None:
+    assert diagnosed(Players(), 40) == []
+
+
 class Keeping(Task):
     """Never clears its gradients."""
 

@@ -98,6 +98,8 @@ def _symptoms_of(log: RunLog, outcome: Outcome) -> list[RunSymptom]:
     found += loss_symptoms(log, outcome)
     diagnosed = {*_DIAGNOSED, *(i.kind for i in log.incidents if i.cause in SYMPTOM_CAUSES)}
     recorded = [*incident_symptoms(log, outcome, {s.kind for s in found} - diagnosed)]
+    if any(s.kind == "little_learned" for s in found):  # a cause that was diagnosed is its reason
+        recorded = [replace(s, severity="serious") if _is_minor_cause(s) else s for s in recorded]
     known = {symptom.kind for symptom in recorded}
     if any(s.severity == "serious" and s.cause in SYMPTOM_CAUSES for s in (*found, *recorded)):
         known.add("stuck_loss")  # which follows from it
@@ -129,6 +131,10 @@ def _symptoms_of(log: RunLog, outcome: Outcome) -> list[RunSymptom]:
         )
         for symptom in found
     ]
+
+
+def _is_minor_cause(symptom: RunSymptom) -> bool:
+    return symptom.severity == "minor" and symptom.cause in SYMPTOM_CAUSES
 
 
 def _by_outcome(symptom: RunSymptom, outcome: Outcome, found: Sequence[RunSymptom]) -> SymptomSeverity:

@@ -192,6 +192,15 @@ def test_a_run_that_ends_at_the_loss_of_a_constant_has_not_recovered(
         assert f"{over:g} times that of the best constant answer" in verdict.symptoms[0].evidence
 
 
+def test_a_diagnosed_cause_is_the_headline_of_a_run_that_has_learned_little() -> None:
+    found = Incident("stuck_loss", 1, where=("head",), cause="unreachable_targets")
+    log = RunLog(series(falling(150)), incidents=[found])
+    assert analyze_run(log).status == "healthy"
+    verdict = analyze_run(replace(log, over_constant=1.15))
+    assert verdict.headline == "stuck loss (cause: unreachable targets)"
+    assert [*kinds(verdict)] == ["stuck_loss"]
+
+
 def test_a_loss_that_falls_below_0_by_targets_out_of_range_has_not_learned() -> None:
     found = Incident("stuck_loss", 1, where=("head",), cause="targets_out_of_range")
     unbounded = RunLog(series([0.7 - i for i in range(150)]), incidents=[found])

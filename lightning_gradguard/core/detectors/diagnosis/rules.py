@@ -171,7 +171,8 @@ def large_updates(sample: Sample, progress: Progress) -> Iterator[Symptom]:
         is_certain = before > 1 or has_risen
         # of few weights that are far from their values, updates are large while the loss falls
         is_certain |= is_huge and progress.rise >= 1 and input_cause(sample) != "unknown"
-        is_certain |= min(sample.step, sample.n_updates) >= 5 and progress.over_first > LEARNS
+        has_stayed = min(sample.step, sample.n_updates) >= 5 and progress.over_first > LEARNS
+        is_certain |= has_stayed and len(sample.updates) == 1  # losses of players move by nature
         if before > LARGE_UPDATE and is_certain and (is_huge or after > CLIPPED_UPDATE):
             where = modules_of(one.steepest)
             if is_decay:
