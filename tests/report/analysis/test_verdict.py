@@ -194,8 +194,11 @@ def test_a_run_that_ends_at_the_loss_of_a_constant_has_not_recovered(
 
 def test_a_diagnosed_cause_is_the_headline_of_a_run_that_has_learned_little() -> None:
     found = Incident("stuck_loss", 1, where=("head",), cause="unreachable_targets")
-    log = RunLog(series(falling(150)), incidents=[found])
-    assert analyze_run(log).status == "healthy"
+    assert (
+        analyze_run(RunLog(series(falling(150)), incidents=[found])).headline
+        == "healthy, with stuck loss (cause: unreachable targets)"
+    )
+    log = RunLog(series([1.6 - 5e-4 * i for i in range(150)]), incidents=[found])
     verdict = analyze_run(replace(log, over_constant=1.15))
     assert verdict.headline == "stuck loss (cause: unreachable targets)"
     assert [*kinds(verdict)] == ["stuck_loss"]
