@@ -33,8 +33,9 @@ from lightning_gradguard.runtime.steps.dispatch import pass_over, separate
 
 #: Rms of the inputs above which they, not the weights, saturate units or leave them dead.
 LARGE_INPUT = 10.0
-#: Rms of the inputs from which on no initialization makes up for it.
-HUGE_INPUT = 1e4
+#: Rms of the inputs from which on no initialization makes up for it, and from which on no unit of measurement
+#: does: the batch is corrupt, and the next one may not be.
+HUGE_INPUT, CORRUPT_INPUT = 1e4, 1e15
 #: Incidents by criterion; other criteria are of a poor initialization.
 _KINDS: dict[str, IncidentKind] = {
     "loss": "nonfinite_loss",
@@ -336,6 +337,8 @@ class InitializationCheck(Callback, Configured):
                 detail = members[0].describe()
                 if kind in ("dead_units", "saturated_units") and self._input_rms > LARGE_INPUT:
                     cure = {"cause": "input_scale", "advice": advice_for_cause("input_scale", where)}
+                    if self._input_rms > CORRUPT_INPUT:
+                        cure = {"cause": "bad_input", "advice": advice_for_cause("bad_input", ["the batch"])}
                     detail += f"; inputs have an rms of {self._input_rms:.3g} (usual: about 1)"
                 if following:
                     detail += f"; with it {following[0].describe()}"

@@ -63,6 +63,7 @@ def test_warn_changes_nothing_and_reports_all_findings(
         (nn.ReLU, None, 1.0, "poor_initialization", "", "dead_units"),
         (nn.Tanh, 20.0, 1.0, "poor_initialization", "", "saturated_units"),
         (nn.Tanh, 0.0, 1e4, "saturated_units", "input_scale", ""),
+        (nn.Tanh, 0.0, 1e20, "saturated_units", "bad_input", ""),
     ],
 )
 def test_what_has_one_cause_is_one_incident(
