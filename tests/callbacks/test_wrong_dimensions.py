@@ -127,7 +127,8 @@ def windows() -> Batches:
 
 
 def padded() -> Batches:
-    found = [torch.randint(1, 12, (16, 6)) for _ in range(30)]
+    generator = torch.Generator().manual_seed(0)  # of one data set in eight the loss falls by chance
+    found = [torch.randint(1, 12, (16, 6), generator=generator) for _ in range(30)]
     return [(t * (torch.arange(6) < 4), t[:, 2]) for t in found]
 
 
