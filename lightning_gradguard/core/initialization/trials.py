@@ -138,8 +138,8 @@ class Repaired:
         """Returns the callback that does it, with the names that it needs."""
         named = [n for n in self.names if not holds_default_initialization(self.module.get_submodule(n))]
         modules = f", repair_modules={named}" if named else ""
-        among = "among the Trainer's callbacks, as by default_callbacks(initialization_check=...):"
-        return f"{among}\nInitializationCheck(on_failure='repair'{modules})  # {change}"
+        place = "Put among the Trainer's callbacks, as by default_callbacks(initialization_check=...):"
+        return f"{place}\nInitializationCheck(on_failure='repair'{modules})  # {change}"
 
 
 @dataclass(frozen=True)
