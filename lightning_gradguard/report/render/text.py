@@ -34,7 +34,7 @@ def to_text(reports: Sequence[RunReport], width: int) -> str:
     for report in reports:
         if report.verdict.symptoms or report.verdict.status != "healthy":
             lines += ["", *_brief(report, width)]
-    return "\n".join([*lines, "", *_wrapped("Name one folder for all details, or look at the page of --html.", width)])
+    return "\n".join([*lines, "", *_wrapped("For all details name one folder, or look at --html.", width)])
 
 
 def text_table(rows: Sequence[Sequence[str]], width: int, flexible: Sequence[int] = (0,)) -> list[str]:
