@@ -67,12 +67,14 @@ def _some(tensor: Tensor) -> Tensor:
 
 def _centered_distances(rows: Tensor) -> Tensor:
     """Returns distances between rows of standardized columns, or if labels differ, less their means."""
-    n, found = len(rows), (rows != rows.T).float() if rows.shape[1] == 1 else rows
+    n = len(rows)
     if rows.is_floating_point():
         rows, least = rows.float(), torch.finfo(torch.float32)
         scale = rows.std(0).clamp(min=least.eps * rows.abs().max().clamp(min=least.tiny / least.eps))
         rows = (rows - rows.mean(0)) / scale
         found = torch.cdist(rows, rows, compute_mode="donot_use_mm_for_euclid_dist")
+    else:
+        found = (rows != rows.T).float()  # labels are one column
     means = found.sum(0) / (n - 2)
     centered = found - means - means[:, None] + found.sum() / ((n - 1) * (n - 2))
     return centered.fill_diagonal_(0)
