@@ -87,13 +87,13 @@ class RateTrial:
         )
         return factor, (after - before) / max(abs(before), 1e-45)
 
-    def losses(self, factor: float, watch: Callable[[], None] = lambda: None) -> tuple[float, float]:
+    def losses(self, factor: float) -> tuple[float, float]:
         """Returns the first and the last loss of a path."""
-        path = self.path(factor, watch)
+        path = self.path(factor)
         return path[0], path[-1]
 
     def path(self, factor: float, watch: Callable[[], None] = lambda: None) -> list[float]:
-        """Returns the mean losses of the held-out batches before the steps, and after each twelfth of them.
+        """Returns the mean losses of the held-out batches before the steps, and after every 12 of them.
 
         It ends where the loss has risen; NaN if it diverged. `watch` runs before the steps, and after them
         before all is restored: weights, gradients, buffers, optimizer state and random numbers.

@@ -7,7 +7,7 @@ import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from itertools import islice
 from typing import Any
 
@@ -56,6 +56,8 @@ MAX_SCHEDULED = 100_000
 #: Batches that are accumulated in a step of the trial, at most; those that are held, and beyond so many of
 #: them their bytes.
 MAX_ACCUMULATED, MAX_HELD, FEW, MAX_BYTES = 8, 100, 16, 2**30
+#: Losses along the steps of a trial, and the gradients at layers before and after them.
+_Followed = tuple[list[float], list[dict[str, float]]]
 
 
 def reason_against_trial(trainer: pl.Trainer, pl_module: pl.LightningModule) -> str:
@@ -120,18 +122,21 @@ def try_rates(
     if not max(rates, default=0.0) > 0:
         return [], {}, "the learning rate is 0" if rates else "there is no optimizer"
     trial = _trial(trainer, pl_module, batch, batch_idx, rates)
-    gradients: list[dict[str, float]] = []
-    watch = partial(_watch, trainer, pl_module, trial, gradients)
-    losses = trial.losses(1.0, watch)
-    if not math.isfinite(losses[0]):
-        return [], {}, "the loss of the next batches is nonfinite, or cannot be computed"
+
+    @cache
+    def follow(factor: float) -> _Followed:
+        seen: list[dict[str, float]] = []
+        return trial.path(factor, partial(_watch, trainer, pl_module, trial, seen)), seen
 
     def is_stable(factor: float) -> bool:
-        seen: list[dict[str, float]] = []
-        path = trial.path(factor, partial(_watch, trainer, pl_module, trial, seen))
+        path, seen = follow(factor)
         is_cut_off = len(seen) == 2 and path[-1] >= LEFT * path[0] and shrunk(*seen) > USUAL_SHRUNK
         return not (rises(path) or is_cut_off)
 
+    path, _ = follow(1.0)
+    losses = path[0], path[-1]
+    if not math.isfinite(losses[0]):
+        return [], {}, "the loss of the next batches is nonfinite, or cannot be computed"
     factor = largest_stable_factor(is_stable)
     group = max(range(len(rates)), key=lambda i: rates[i])
     name, rate = f"optimizer.param_groups[{group}]", rates[group]
@@ -144,7 +149,7 @@ def try_rates(
     steps = planned_steps(trainer)
     finding = rate_finding(name, rate, factor, losses, steps, warms_up=warms_up)
     if finding is None:
-        finding = None if warms_up else _shrinking(trial, gradients, losses, name, rate, watch)
+        finding = None if warms_up else _shrinking(follow, name, rate)
         if finding is None:
             return [], values, reason
         values.pop("largest_stable_rate", None)
@@ -188,20 +193,12 @@ def _without_end(trial: RateTrial, factor: float | None, usual: float) -> str:
     return "numbers overflow before the loss rises" if is_overflow else ""
 
 
-def _shrinking(
-    trial: RateTrial,
-    gradients: list[dict[str, float]],
-    losses: tuple[float, float],
-    name: str,
-    rate: float,
-    watch: Callable[[], None],
-) -> Finding | None:
+def _shrinking(follow: Callable[[float], _Followed], name: str, rate: float) -> Finding | None:
     """Returns a finding if the steps shrink the gradient at the first layer, and those at a tenth do not."""
-    before, after = losses
-    if len(gradients) < 2 or after < LEFT * before or shrunk(*gradients) < SHRUNK:
+    path, gradients = follow(1.0)
+    if len(gradients) < 2 or path[-1] < LEFT * path[0] or shrunk(*gradients) < SHRUNK:
         return None
-    gradients.clear()
-    trial.losses(0.1, watch)
+    _, gradients = follow(0.1)
     if len(gradients) < 2 or shrunk(*gradients) > USUAL_SHRUNK:
         return None
     return Finding("learning_rate_too_high", name, rate, f"at most about {rate / 10:.1g}", "warn")
