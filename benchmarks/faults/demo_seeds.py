@@ -36,10 +36,7 @@ def main(seeds: int = 5, max_steps: int = 300) -> dict[str, list[Run]]:
 
 
 def is_promised(runs: dict[str, list[Run]]) -> bool:
-    """True if the suite ends no worse than the hand-tuned clip, while every bare run fails."""
-    mean = {name: sum(run.final_loss for run in members) / len(members) for name, members in runs.items()}
-    return (
-        all(math.isnan(run.final_loss) and run.survived < 10 for run in runs["bare"])
-        and all(run.final_loss <= 2.1 for run in runs["guarded"])
-        and mean["guarded"] <= mean["clip 1.0"] + 0.01  # the spread between seeds is 0.03
+    """True if every guarded run ends at a loss of 2.0 or less, while every bare run fails."""
+    return all(math.isnan(run.final_loss) and run.survived < 10 for run in runs["bare"]) and all(
+        run.final_loss <= 2.0 for run in runs["guarded"]
     )
