@@ -305,9 +305,10 @@ def is_defined(case: Case, incidents: Sequence[str], lost: set[tuple[int, int]])
     """True if the run has a twin without the lost batches.
 
     It has none under manual optimization with two optimizers, where one step of a batch may be committed; if
-    no batch is lost; if a GradScaler skips; or if a fault of the state is not rolled back.
+    no batch is lost; if a GradScaler skips; or if a fault of the state is not undone.
     """
-    is_undone = case.kind in OF_DATA or "gradient" in case.kind or "rollback" in incidents
+    is_undone = case.kind in OF_DATA or "gradient" in case.kind
+    is_undone |= not {"rollback", "unequal_learning_rates"}.isdisjoint(incidents)
     return case.model != "GAN" and bool(lost) and is_undone
 
 

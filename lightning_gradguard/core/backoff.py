@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from statistics import fmean, median
 from typing import Any
 
@@ -291,6 +292,12 @@ def pending_rate_scale(optimizer: Optimizer) -> float:
     """Returns the factor that is still to be put on the rates of the next update; 1 while it steps."""
     hooks = _rate_hooks(optimizer)
     return 1.0 if hooks is None or hooks._scheduled else hooks.factor
+
+
+def total_rate(optimizer: Optimizer) -> float | Tensor:
+    """Returns the learning rates of the next update, added up; 0 for an optimizer without one."""
+    rates: Iterable[float | Tensor] = (group.get("lr", 0.0) for group in optimizer.param_groups)
+    return sum(rates) * pending_rate_scale(optimizer)
 
 
 class _RateHooks:

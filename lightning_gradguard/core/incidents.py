@@ -13,6 +13,7 @@ IncidentKind = Literal[
     "nonfinite_weights",
     "nonfinite_buffers",
     "corrupted_gradient",
+    "unequal_learning_rates",
     "amp_overflow",
     "loss_spike",
     "divergence",

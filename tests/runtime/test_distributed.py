@@ -141,7 +141,11 @@ from tests.tasks import Classifier, batches, plain_loader
 
 
 class Corrupts(pl.Callback):
-    \"\"\"Writes to the gradient of one rank after the ranks have averaged it.\"\"\"
+    \"\"\"Writes to the gradient of one rank after the ranks have averaged it, and to its learning rate.\"\"\"
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        for group in trainer.optimizers[0].param_groups:
+            group["lr"] = 1e-3 * (1e4 if trainer.global_rank == 1 and batch_idx in (0, 17) else 1)
 
     def on_before_optimizer_step(self, trainer, module, optimizer):
         if trainer.global_rank == 1 and trainer.global_step in (5, 9, 13):
@@ -170,16 +174,17 @@ torch.distributed.destroy_process_group()
 
 @pytest.mark.slow
 @pytest.mark.parametrize("check", ["exact", "deferred"])
-def test_a_gradient_corrupted_on_one_rank_is_dropped_on_all(tmp_path: Path, check: str) -> None:
+def test_a_gradient_or_a_rate_corrupted_on_one_rank_is_dropped_on_all(tmp_path: Path, check: str) -> None:
     first, second = run(tmp_path, check, source=CORRUPTED)
-    assert first["counts"] == second["counts"] == [3, 0]
+    assert first["counts"] == second["counts"] == [5, 0]
     for one, other in zip(first["weights"], second["weights"], strict=True):
         assert torch.equal(one, other)
         assert bool(torch.isfinite(one).all())
     incidents = [json.loads(line) for line in (tmp_path / "incidents.jsonl").read_text().splitlines()]
     told = [i for i in incidents if i["action"] == "skipped"]
-    assert [i["kind"] for i in told] == ["corrupted_gradient"] * 3
-    assert {i["cause"] for i in told} == {"transient"}
+    rate, gradient = "unequal_learning_rates", "corrupted_gradient"
+    assert [i["kind"] for i in told] == [rate, *[gradient] * 3, rate]
+    assert [i["cause"] for i in told] == ["update_too_large", *["transient"] * 3, "update_too_large"]
 
 
 GATHERS = """

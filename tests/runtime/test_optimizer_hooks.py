@@ -311,19 +311,23 @@ numbers = st.sampled_from([0.0, 1e-3, 1.0, 2.0, 1e4, 1e38, 3.5e38, 1e300, math.i
 @given(
     loss=st.sampled_from([1.0, -2.0, 1e300, math.inf, -math.inf, math.nan]),
     told=st.lists(st.sampled_from([0.0, 0.0, 0.0, 1.0, 3.0]), min_size=4, max_size=4),
-    totals=st.lists(numbers, min_size=1, max_size=4),
+    by_rank=st.lists(st.tuples(numbers, st.sampled_from([0.0, 1e-4, 0.1, 2.0])), min_size=1, max_size=4),
+    has_rates=st.booleans(),
 )
 def test_kernel_skips_the_steps_that_the_check_skips(
-    loss: float, told: list[float], totals: list[float]
+    loss: float, told: list[float], by_rank: list[tuple[float, float]], has_rates: bool
 ) -> None:
-    asked = PackedMeasurement(torch.tensor([loss, 1.0, *told, 1.0, 0.0, *totals], dtype=torch.float64))
+    totals, rates = zip(*by_rank, strict=True)
+    packed = [loss, 1.0, *told, 1.0, 0.0, *totals, *(rates if has_rates else ())]
+    asked = PackedMeasurement(torch.tensor(packed, dtype=torch.float64), has_rates)
     assert bool(asked.must_skip()) == asked.measurement(0).must_skip
 
 
 def test_ranks_disagree_from_a_thousandfold_on() -> None:
     for factor, expected in ((0.99, False), (1.01, True)):
-        totals = [1.0, factor * DISAGREEMENT]
-        packed = [1.0, 1.0, 0, 0, 0, 0, 1.0, 0.0, *totals]
-        asked = PackedMeasurement(torch.tensor(packed, dtype=torch.float64))
-        assert bool(asked.must_skip()) == asked.measurement(0).must_skip == expected
+        alike, unlike = [1.0, 1.0], [1.0, factor * DISAGREEMENT]
+        for by_rank in ([*unlike, *alike], [*alike, *unlike]):
+            packed = [1.0, 1.0, 0, 0, 0, 0, 1.0, 0.0, *by_rank]
+            asked = PackedMeasurement(torch.tensor(packed, dtype=torch.float64), has_rates=True)
+            assert bool(asked.must_skip()) == asked.measurement(0).must_skip == expected
     assert OVERFLOW > 3e38

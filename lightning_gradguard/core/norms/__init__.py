@@ -10,7 +10,7 @@ from .gradients import (
     total_norm_of,
     with_gradient,
 )
-from .measurement import Measurement, OwnMeasurement, PackedMeasurement, Sent
+from .measurement import DISAGREEMENT, Measurement, OwnMeasurement, PackedMeasurement, Sent
 from .norms import (
     default_norm,
     power_sums,

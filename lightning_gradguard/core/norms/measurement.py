@@ -16,7 +16,7 @@ from lightning_gradguard.core.incidents import IncidentKind
 
 #: Largest total norm of a step that is not skipped: the largest number of float32.
 OVERFLOW = torch.finfo(torch.float32).max
-#: Ranks disagree if the largest total norm on any of them is this many times the smallest.
+#: Ranks disagree if the largest total norm, or learning rate, of any of them is this many times the smallest.
 DISAGREEMENT = 1000.0
 
 
@@ -34,6 +34,8 @@ class Measurement:
             parameter has.
         ranks_disagree: True if gradients that ranks have averaged are nonfinite, or a thousand times larger,
             on some ranks only: they were written to after the reduction.
+        rates_disagree: True if the learning rate of one rank is a thousand times that of another: after the
+            step each would have weights of its own.
         nonfinite_weights: True if any rank has reported nonfinite weights since the step before.
         nonfinite_buffers: True if the forward passes of any rank left nonfinite buffers.
         repeats_lost_batch: True if any rank has a batch that the run, before it was resumed, had lost.
@@ -50,6 +52,7 @@ class Measurement:
     nonfinite_weights: bool
     nonfinite_buffers: bool
     repeats_lost_batch: bool
+    rates_disagree: bool = False
     rejected_by: tuple[str, ...] = ()
     weight_norm: float = 0.0
 
@@ -57,7 +60,7 @@ class Measurement:
     def is_corrupt(self) -> bool:
         """True if the step must be skipped for a reason other than the overflow of a loss scale."""
         seen = self.nonfinite_losses or self.nonfinite_weights or self.nonfinite_buffers
-        return bool(seen or self.ranks_disagree or self.repeats_lost_batch)
+        return bool(seen or self.ranks_disagree or self.rates_disagree or self.repeats_lost_batch)
 
     @property
     def must_skip(self) -> bool:
@@ -82,6 +85,8 @@ class Measurement:
             return "nonfinite_buffers"
         if self.ranks_disagree:
             return "corrupted_gradient"
+        if self.rates_disagree:
+            return "unequal_learning_rates"
         return "amp_overflow" if has_scaler else "nonfinite_gradient"
 
 
@@ -145,8 +150,13 @@ class PackedMeasurement(Sent):
     """The numbers that checks of a step are based on, between the device and the host.
 
     Args:
-        values: A `Head`, then the total norms by rank; float64.
+        values: A `Head`, then the total norms by rank, and their learning rates if it has them; float64.
+        has_rates: True if it has them.
     """
+
+    def __init__(self, values: Tensor, has_rates: bool = False) -> None:
+        super().__init__(values)
+        self._by_rank = 1 + has_rates
 
     @property
     def head(self) -> Tensor:
@@ -165,17 +175,19 @@ class PackedMeasurement(Sent):
         """Returns 1 where `Measurement.must_skip` will be true, else 0; float32, shape `()`."""
         if self.is_on_host:
             return torch.tensor(float(self.measurement(0).must_skip))
-        totals = self.head[_N_HEAD:]
-        is_good = (self.head.abs() <= _bounds(len(totals), totals.device)).all()
-        if len(totals) > 1:
-            lowest, highest = torch.aminmax(totals)
-            is_good &= highest <= DISAGREEMENT * lowest
+        by_rank = self.head[_N_HEAD:]
+        is_good = (self.head.abs() <= _bounds(len(by_rank), by_rank.device)).all()
+        if len(by_rank) > self._by_rank:
+            lowest, highest = torch.aminmax(by_rank.view(self._by_rank, -1), dim=1)
+            is_good &= (highest <= DISAGREEMENT * lowest).all()
         return (~is_good).float()
 
     def measurement(self, optimizer_index: int) -> Measurement:
         """Moves the numbers to the host: the step's one host synchronization."""
         # in the order of a `Head`
-        loss, finite, nonfinite, weights, buffers, repeats, matrices, squares, *total_norms = self.read()
+        loss, finite, nonfinite, weights, buffers, repeats, matrices, squares, *by_rank = self.read()
+        n = len(by_rank) // self._by_rank
+        total_norms, rates = by_rank[:n], by_rank[n:]
         if not math.isfinite(loss):
             nonfinite, finite = 1, 0
         is_finite = all(map(math.isfinite, total_norms))
@@ -195,6 +207,7 @@ class PackedMeasurement(Sent):
             nonfinite_weights=bool(weights),
             nonfinite_buffers=bool(buffers),
             repeats_lost_batch=bool(repeats),
+            rates_disagree=bool(rates) and max(rates) > DISAGREEMENT * min(rates),
             weight_norm=math.sqrt(squares),
         )
 

@@ -54,6 +54,10 @@ BY_KIND = {
         "The gradient of one rank differed by far after the all-reduce: suspect its memory, or code of your "
         "own that writes gradients. If it repeats on one machine, exclude that machine."
     ),
+    "unequal_learning_rates": (
+        "Ranks that train one network need one learning rate: log what ReduceLROnPlateau monitors with "
+        "sync_dist=True, and set rates by what all ranks share."
+    ),
     "amp_overflow": (
         "The loss scale has fallen to 1 and gradients still overflow in float16: train in bf16-mixed, or "
         "compute the overflowing layer in float32."

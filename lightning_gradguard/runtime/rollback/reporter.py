@@ -11,6 +11,7 @@ import torch
 
 from lightning_gradguard.core.forensics import Origin
 from lightning_gradguard.core.incidents import IncidentKind
+from lightning_gradguard.core.norms import DISAGREEMENT
 from lightning_gradguard.core.remedies import Present, advice
 from lightning_gradguard.runtime import lightning_api
 from lightning_gradguard.runtime.incidents.investigation import Result, scan_batches
@@ -25,6 +26,8 @@ _NO_PROGRESS = {
     "detail": "The loss is no lower than at the start, though the weights were moved far.",
     "advice": "Lower the learning rate, or warm it up for longer.",
 }
+#: Skipped steps that no batch explains.
+_UNEXAMINED = ("lost_batch", "rejected_step", "unequal_learning_rates")
 
 
 class IncidentReporter:
@@ -75,7 +78,7 @@ class IncidentReporter:
         has_scaler = lightning_api.gradient_scaler(self._fit.trainer) is not None
         kind, facts = describe_skip(transaction, has_scaler=has_scaler)
         window = transaction.window
-        if examine and window.batches and kind not in ("lost_batch", "rejected_step"):
+        if examine and window.batches and kind not in _UNEXAMINED:
             result = self._fit.investigation.examine(
                 self._fit.trainer,
                 self._fit.pl_module,
@@ -110,6 +113,11 @@ def describe_skip(transaction: StepTransaction, *, has_scaler: bool) -> tuple[In
     }
     if kind in ("rejected_step", "corrupted_gradient"):
         facts["value"] = measurement.total_norm
+    if kind == "unequal_learning_rates":
+        facts["cause"] = "update_too_large"
+        facts["detail"] = (
+            f"The learning rate of one rank is {DISAGREEMENT:,.0f} times that of another, or more."
+        )
     if kind == "rejected_step":
         facts["where"] = measurement.rejected_by
     if kind == "nonfinite_gradient":

@@ -33,6 +33,7 @@ class StepRequest:
         norm_types: Norms of every gradient; 2 is one of them.
         weights: True if norms of the weights are requested.
         units: True if norms of single units are requested.
+        rate: Learning rates of the optimizer, added up; ranks compare them.
         loss_scale: The factor that gradients still carry, which is divided out of their norms.
         pending: Local sums of shape `(n,)`, on the device of the gradients, to be included in the collective.
     """
@@ -42,6 +43,7 @@ class StepRequest:
     norm_types: Sequence[float] = (2.0,)
     weights: bool = False
     units: bool = False
+    rate: float | Tensor = 0.0
     loss_scale: float = 1.0
     pending: Tensor | None = None
 
@@ -76,7 +78,7 @@ def measure(selection: Selection, request: StepRequest) -> Measured:
 
 
 def _measure_whole(selection: Selection, request: StepRequest) -> Measured:
-    """Measures gradients of which every rank has all, averaged; the total norms show ranks that disagree."""
+    """Measures gradients of which every rank has all, averaged; norms and rates show ranks that disagree."""
     tensors = selection.gradients()
     scale = request.loss_scale
     weight_norms = squares = None
@@ -101,11 +103,13 @@ def _measure_whole(selection: Selection, request: StepRequest) -> Measured:
     else:
         norms_2 = selection.norms(tensors) / scale
         *head, own_norm = make_head(norms_2).unbind()
-        total_norms = own_norm.new_zeros(selection.n_ranks)
-        total_norm = total_norms[distributed.rank()] = own_norm
-        parts = {"head": torch.stack(head), "total_norms": total_norms}
+        by_rank = own_norm.new_zeros(2, selection.n_ranks)
+        total_norm = by_rank[0, distributed.rank()] = own_norm
+        by_rank[1, distributed.rank()] = request.rate
+        by_rank[1].nan_to_num_(0.0, 0.0, 0.0)  # a rate of NaN on all ranks is no disagreement
+        parts = {"head": torch.stack(head), "by_rank": by_rank.view(-1)}
         seen = distributed.reduce_together(parts if pending is None else {**parts, "pending": pending}, {})
-        packed = PackedMeasurement(torch.cat([seen["head"], seen["total_norms"]]))
+        packed = PackedMeasurement(torch.cat([seen["head"], seen["by_rank"]]), has_rates=True)
         pending = seen.get("pending")
     others: dict[float, Tensor] = {}
     if len(request.norm_types) > 1:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_gradguard.core.backoff import total_rate
 from lightning_gradguard.core.norms import Measurement
 from lightning_gradguard.core.parameter_names import parameter_names
 from lightning_gradguard.runtime import distributed, lightning_api
@@ -144,6 +145,7 @@ class Suite:
             norm_types=self._norm_types,
             weights=weights,
             units=self._wants_units,
+            rate=total_rate(optimizer) if selection.n_ranks > 1 else 0.0,
             loss_scale=lightning_api.scale_of_gradients(trainer, optimizer) if self._has_scaler else 1.0,
             pending=torch.cat([sums for sums, _ in pending]) if pending else None,
         )
