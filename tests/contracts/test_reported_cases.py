@@ -588,3 +588,30 @@ def test_a_function_that_is_compiled_stays_compiled(run: Any) -> None:
 def test_the_exponential_of_a_loss_is_trained(run: Any) -> None:
     outcome = run(Program(lambda m, b: regression(m, b).exp(), mlp(6, 8, 1), sgd(1e-2)), *columns())
     assert outcome.error is None
+
+
+class Overwrites(Program):
+    """Weights are written between two steps, as a faulty constraint or a restored average does."""
+
+    by: float
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        if self.trainer.global_step == 10:
+            self.net.get_parameter("0.weight").data.mul_(self.by)
+
+
+@pytest.mark.parametrize("by", [1e22, 1e36])
+def test_weights_that_a_hook_makes_huge_are_no_matter_of_the_rate(run: Any, by: float) -> None:
+    module = Overwrites(regression, mlp(6, 16, 1))
+    module.by = by
+    told = run(module, *columns(), max_epochs=3, callbacks=default_callbacks(nan_rollback=often()))
+    found = told.first("nonfinite_weights")
+    assert (found["cause"], found["where"]) == ("corrupted_weights", ["net.0.weight"])
+    assert "farther than Adam can move it at a learning rate of 0.003" in found["detail"]
+    assert "Look for code that writes net.0.weight" in found["advice"]
+    assert told.is_finite
+    assert told.error is None
+
+
+def often() -> NaNRollback:
+    return NaNRollback(snapshot_every_n_steps=20)

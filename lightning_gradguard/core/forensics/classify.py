@@ -14,6 +14,14 @@ from torch import Tensor, nn
 from lightning_gradguard.core.forensics.buffers import buffers_of, corrupted_buffers, origin_in_buffers
 from lightning_gradguard.core.forensics.exceptions import origin_of_exception
 from lightning_gradguard.core.forensics.faults import FAULTS
+from lightning_gradguard.core.forensics.growth import (
+    GROWTH,
+    LOOP,
+    growth_in_loop,
+    made_outside,
+    origin_in_write,
+    where_values_grow,
+)
 from lightning_gradguard.core.forensics.inputs import (
     HUGE_INPUT,
     Rescaled,
@@ -35,9 +43,9 @@ from lightning_gradguard.core.forensics.operations import (
 from lightning_gradguard.core.forensics.origin import (
     Origin,
     OutOfRange,
+    corrupted_buffer,
     in_rows,
     located,
-    nonfinite_buffer,
     nonfinite_input,
     origin_in_weights,
 )
@@ -45,20 +53,12 @@ from lightning_gradguard.core.forensics.records import (
     LARGE,
     OperationRecord,
     Underflow,
-    largest_first,
     nonfinite_sources,
 )
 from lightning_gradguard.core.forensics.trace import OperationTrace, is_nonfinite
 from lightning_gradguard.core.incidents import Cause
 from lightning_gradguard.core.norms import tensor_norms, total_norm_from_norms
 from lightning_gradguard.core.snapshots import preserve_state
-
-#: Advice where no operation makes values large at once.
-_GROWTH = (
-    "Values grow in {0} and what follows it: initialize its weights for a gain of 1 (recurrent ones by "
-    "torch.nn.init.orthogonal_, He before ReLU, Xavier before tanh), normalize there, or, if this begins "
-    "only after updates, lower the learning rate."
-)
 
 Run = Callable[[], tuple[Sequence[Tensor], Sequence[Tensor]]]
 
@@ -110,6 +110,9 @@ def investigate(
     with preserve_state(module), torch.enable_grad(), OperationTrace(module, named, frameworks) as trace:
         losses, gradients, error = _run(run)
         corrupted = corrupted_buffers(module, before, parts.values())
+    written = trace.written(out_of_range)
+    if written is not None:
+        return origin_in_write(written, trace)
     if error is not None:
         last = trace.last_nonfinite()
         if last is not None:
@@ -193,12 +196,15 @@ def _classify(
             return _masked_input(nonfinite_input(source, parts[source]), trace.masked)
         leaf = trace.leaf(source)
         if not isinstance(leaf, nn.Parameter):
-            return nonfinite_buffer(source, leaf)
+            return corrupted_buffer(source, leaf)
         out_of_range = out_of_range or {source: _nonfinite_elements(leaf)}
     if out_of_range:
         return origin_in_weights(out_of_range)
     if source is None or isinstance(source, str):
         return Origin("unknown", detail="No traced operation made the nonfinite value.")
+    outside = made_outside(source, parts, trace)
+    if outside is not None:
+        return outside
     origin = _origin_of_operation(source, parts, trace)
     others = (r for r in sources[1:] if isinstance(r, OperationRecord) and r.phase == source.phase)
     return (
@@ -252,6 +258,9 @@ def _origin_of_operation(
         elsewhere = f" at {underflow.location}" if underflow.location not in (None, source.location) else ""
         why = "a root of 0" if underflow.operation in ("sqrt", "pow") else "which underflows"
         sentence += f"; its 0 comes from {underflow.operation}{elsewhere}, {why}"
+    factor = growth_in_loop(source)
+    if factor:
+        sentence += f", as values grow {factor:.3g} times each time that this line runs"
     rows = _rows_at_fault(source, parts)
     sentence += f",{in_rows(rows)}" if rows else ""
     sentence += "".join(f"; {outlier}" for outlier in outliers(rows, parts))
@@ -269,18 +278,18 @@ def _origin_of_operation(
         high=source.high,
         detail=sentence,
         rows=rows,
-        advice=_advice(source, fault, trace),
+        advice=LOOP.format(factor) * bool(factor) + _advice(source, fault, trace),
     )
     origin = located(origin, source.location)
     of_rows = outliers(rows, parts)  # of which any layer makes large values
-    if source is overflowing and not of_rows and (first := _where_values_grow(source, trace)) is not None:
+    if source is overflowing and not of_rows and (first := where_values_grow(source, trace)) is not None:
         detail = f"{origin.detail.rstrip('.')}; values are above {LARGE:.0e} from module `{first.module}` on"
         origin = replace(
             origin,
             cause="forward_pass",
             where=(first.module,),
             detail=detail,
-            advice=_GROWTH.format(first.module),
+            advice=GROWTH.format(first.module),
         )
     # an infinite part would have been the source, unless it is a mask
     huge = {name: high for name, high in huge_inputs(parts).items() if math.isfinite(high)}
@@ -293,15 +302,6 @@ def _origin_of_operation(
         # the cure of the operation would hide bad data
         return replace(origin, cause="bad_input", where=tuple(huge), rows=rows, detail=detail, advice="")
     return origin
-
-
-def _where_values_grow(record: OperationRecord, trace: OperationTrace) -> OperationRecord | None:
-    """Returns the first operation with large values before one that overflows, if a layer runs it."""
-    if record.phase == "backward" or record.made == "nan":
-        return None
-    first = list(largest_first(record))[-1]
-    is_layer = first.module not in ("", record.module) and not trace.computes_loss(first)
-    return first if is_layer else None
 
 
 def _underflow(record: OperationRecord, fault: OperationFault | None) -> Underflow | None:
@@ -367,6 +367,9 @@ def _overflowing_norm(
     detail = "Every gradient is finite, but their norm overflows float32"
     largest = max(gradients, key=lambda g: float(g.detach().abs().amax()) if g.numel() else 0.0)
     record = trace.record_of(largest)
+    outside = None if record is None else made_outside(record, parts, trace)
+    if outside is not None:
+        return outside
     source = None if record is None else what_made_it_large(record, FAULTS)
     if record is None or source is None or source.growth < JUMP or not known_fault(source, FAULTS):
         return or_bad_input(Origin("backward_pass", "backward", detail=detail), parts)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
@@ -14,10 +15,13 @@ from torch.optim import Optimizer
 
 from lightning_gradguard.core.forensics.faults import FAULTS
 from lightning_gradguard.core.forensics.operations import known_fault, short_name
-from lightning_gradguard.core.forensics.origin import Origin, located
+from lightning_gradguard.core.forensics.origin import FLIP, Origin, located
 from lightning_gradguard.core.forensics.records import OperationRecord, nonfinite_sources
 from lightning_gradguard.core.forensics.trace import OperationTrace, is_nonfinite
 from lightning_gradguard.core.snapshots import preserve_weights, rng_state, set_rng_state
+
+#: Optimizers whose updates are about as long as the learning rate, whatever the gradient is.
+_BOUNDED = (torch.optim.Adam, torch.optim.AdamW, torch.optim.NAdam, torch.optim.RAdam, torch.optim.Adamax)
 
 
 def origin_in_optimizer_step(
@@ -64,6 +68,46 @@ def origin_in_optimizer_step(
             if source is not None:
                 return _origin(source, name, tuple(values[id(p)][0] for p in at_fault))
     return None
+
+
+def origin_beyond_updates(
+    healthy: Iterable[tuple[str, Tensor, Tensor]], optimizers: Iterable[Optimizer], steps: int
+) -> Origin | None:
+    """Finds weights that so many steps cannot have moved, as their optimizer divides by the gradient's size.
+
+    Args:
+        healthy: Name, current value and healthy value of parameters.
+        optimizers: Those that train them.
+        steps: Number of steps between the two.
+
+    Example:
+        >>> weight = nn.Parameter(torch.full((2,), 1e30))
+        >>> adam = torch.optim.Adam([weight], lr=1e-3)
+        >>> origin_beyond_updates([("weight", weight, torch.ones(2))], [adam], 5).cause
+        'corrupted_weights'
+    """
+    found = {}
+    bounds = {}
+    for optimizer in optimizers:
+        for group in optimizer.param_groups if isinstance(optimizer, _BOUNDED) else ():
+            rate = max(float(group.get(name, 0.0)) for name in ("lr", "initial_lr", "max_lr"))
+            bounds.update({p: (rate, type(optimizer).__name__) for p in group["params"]})
+    for name, now, before in healthy:
+        moved = float((now.detach() - before.to(now)).abs().amax()) if now in bounds and now.numel() else 0.0
+        if bounds.get(now, (0.0,))[0] * max(steps, 1) * FLIP < moved < math.inf:
+            found[name] = (moved, *bounds[now])
+    if not found:
+        return None
+    name = max(found, key=lambda n: found[n][0])
+    moved, rate, optimizer_name = found[name]
+    return Origin(
+        "corrupted_weights",
+        where=tuple(found),
+        detail=f"{name} has moved by {moved:.3g} in {max(steps, 1)} steps or fewer, farther than "
+        f"{optimizer_name} can move it at a learning rate of {rate:.3g}.",
+        advice=f"Look for code that writes {name} (.data, copy_, a hook or callback); else suspect memory. A "
+        "lower learning rate does not help.",
+    )
 
 
 def _nonfinite_source(

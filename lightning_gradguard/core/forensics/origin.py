@@ -122,22 +122,23 @@ def nonfinite_input(name: str, part: Tensor) -> Origin:
     return Origin("bad_input", where=(name,), rows=rows, detail=detail)
 
 
-def nonfinite_buffer(name: str, buffer: Tensor) -> Origin:
-    """Returns the origin of a nonfinite value that is in a buffer, which no optimizer changes.
+def corrupted_buffer(name: str, buffer: Tensor) -> Origin:
+    """Returns the origin of a nonfinite value that is due to a buffer, nonfinite itself or far too large.
 
     Example:
-        >>> nonfinite_buffer("pos_weight", torch.tensor([3.0, float("inf")])).cause
+        >>> corrupted_buffer("pos_weight", torch.tensor([3.0, float("inf")])).cause
         'forward_pass'
+        >>> corrupted_buffer("scale", torch.tensor([3.0, 1e20])).detail
+        'scale, a buffer, which no optimizer changes, holds values up to 1e+20.'
     """
-    n = int((~buffer.detach().isfinite()).sum())
-    return Origin(
-        "forward_pass",
-        where=(name,),
-        detail=f"{n} of {buffer.numel()} elements of {name} are nonfinite, a buffer, which no optimizer "
-        "changes.",
-        advice=f"Look at the code that computes {name}, for a division by a count of 0 (x / y.clamp_min(1)), "
-        "or for data that are not finite.",
-    )
+    n, whose = int((~buffer.detach().isfinite()).sum()), "a buffer, which no optimizer changes"
+    detail = f"{n} of {buffer.numel()} elements of {name} are nonfinite, {whose}."
+    advice = "for a division by a count of 0 (x / y.clamp_min(1)), or for data that are not finite."
+    if not n:
+        detail = f"{name}, {whose}, holds values up to {float(buffer.detach().abs().amax()):.3g}."
+        advice = "for a sum or product that grows from step to step: average there, as in x.lerp_(y, 0.1)."
+    advice = f"Look at the code that computes {name}, {advice}"
+    return Origin("forward_pass", where=(name,), detail=detail, advice=advice)
 
 
 class OutOfRange(NamedTuple):

@@ -92,6 +92,8 @@ class OperationRecord:
     is_custom: bool = False
     #: Its place among the recorded ones.
     index: int = 0
+    #: Name of the parameter or buffer that it wrote in place.
+    writes: str = ""
 
     @property
     def operation(self) -> str:
@@ -129,6 +131,13 @@ class OperationRecord:
         """Largest result relative to the largest argument, of which numbers below 1 count as 1."""
         given = max([1.0, *(a.largest for a in self.arguments if a.is_floating)])
         return (self.largest if self.made == "large" else math.inf) / given
+
+    @property
+    def largest_argument(self) -> Argument | None:
+        """The one with the largest finite value, if that is large."""
+        floating = (a for a in self.arguments if a.is_floating)
+        found = max(floating, key=lambda a: a.largest, default=None)
+        return found if found is not None and found.largest > LARGE else None
 
 
 @dataclass(frozen=True)
@@ -173,8 +182,7 @@ def largest_first(record: OperationRecord) -> Iterator[OperationRecord]:
     while id(record) not in seen:
         seen.add(id(record))
         yield record
-        floating = (a for a in record.arguments if a.is_floating)
-        largest = max(floating, key=lambda a: a.largest, default=None)
-        if largest is None or largest.record is None or largest.largest <= LARGE:
+        largest = record.largest_argument
+        if largest is None or largest.record is None:
             return
         record = largest.record

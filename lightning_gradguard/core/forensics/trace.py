@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -133,7 +133,8 @@ class OperationTrace(TorchDispatchMode):
             self._kept += zeros
         if notable:
             arguments = self._inspect(inputs, name) if before is None else before
-            self._record(name, node, here, (args, kwargs), arguments, notable)
+            writes = self._leaf_of(inputs[0], False) if function._schema.is_mutable and node is None else None
+            self._record(name, node, here, (args, kwargs), arguments, notable, writes or "")
             if self.masked is None and _short(name) == "mul" and _is_masked(inputs):
                 self.masked = self._in_order[-1]
         return result
@@ -146,6 +147,7 @@ class OperationTrace(TorchDispatchMode):
         given: tuple[Any, ...],
         arguments: list[Argument],
         notable: Sequence[Tensor],
+        writes: str,
     ) -> None:
         """Records an operation that returned notable values, the nonfinite ones first."""
         made, node_name = _describe_nonfinite(notable[0]), ""
@@ -172,6 +174,7 @@ class OperationTrace(TorchDispatchMode):
             numbers=numbers,
             is_custom=isinstance(node, torch.autograd.function.BackwardCFunction),
             index=len(self._in_order),
+            writes=writes,
         )
         self._in_order.append(record)
         for tensor in notable:
@@ -205,6 +208,10 @@ class OperationTrace(TorchDispatchMode):
     def record_of(self, tensor: Tensor) -> OperationRecord | None:
         """Returns the operation that wrote a tensor; `None` if none was recorded."""
         return self._records.get(_storage(tensor))
+
+    def written(self, names: Collection[str]) -> OperationRecord | None:
+        """Returns the first operation that wrote large values to one of these tensors; `None` if none did."""
+        return next((r for r in self._in_order if r.writes in names), None)
 
     def leaf(self, name: str) -> Tensor:
         """Returns the parameter, buffer or part of the batch of this name."""

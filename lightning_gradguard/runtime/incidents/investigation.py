@@ -19,7 +19,9 @@ from lightning_gradguard.core.forensics import (
     OutOfRange,
     advice_on_decay,
     advice_on_schedules,
+    corrupted_buffer,
     or_bad_input,
+    origin_beyond_updates,
     origin_in_epsilon,
     origin_in_learning_rate,
     origin_in_optimizer_step,
@@ -29,7 +31,7 @@ from lightning_gradguard.core.forensics import (
 )
 from lightning_gradguard.core.incidents import Cause, first_names, label
 from lightning_gradguard.core.remedies import Present
-from lightning_gradguard.core.snapshots import Snapshot, preserve_state, preserve_weights
+from lightning_gradguard.core.snapshots import Snapshot, any_nonfinite, preserve_state, preserve_weights
 from lightning_gradguard.runtime import lightning_api
 from lightning_gradguard.runtime.distributed import gather_objects, world_size
 from lightning_gradguard.runtime.incidents.dataset_indices import behind_subsets
@@ -133,7 +135,9 @@ class Investigation:
         origin, seen = _first_origin(trainer, pl_module, window, out_of_range)
         is_finite = weights_are_nonfinite and origin.cause == "transient"
         if out_of_range and (is_finite or origin.cause in ("update_too_large", "corrupted_weights")):
-            origin = _in_weights(trainer, out_of_range, snapshot)
+            origin = origin if origin.location else _in_weights(trainer, out_of_range, snapshot)
+        elif is_finite:
+            origin = _in_buffers(pl_module) or origin
         are_large = origin.cause == "update_too_large" and not weights_are_nonfinite
         if any(gather_objects(are_large)):
             healthy = _origin_at_healthy_weights(trainer, pl_module, seen, snapshot)
@@ -324,6 +328,9 @@ def _in_weights(
             hooks = _hooks_before_step(trainer)
             found = origin_in_optimizer_step(healthy, trainer.optimizers, hooks, FRAMEWORKS)
     found = found or origin_in_weights(out_of_range)
+    if found.cause == "update_too_large" and snapshot is not None:
+        steps = trainer.global_step - int(snapshot.extra_state.step)
+        found = origin_beyond_updates(snapshot.compare(named, ()), trainer.optimizers, steps) or found
     if found.cause != "update_too_large":
         return found
     advice, function = advice_on_schedules(schedules)
@@ -331,6 +338,12 @@ def _in_weights(
     return dataclasses.replace(
         found, advice=advice, location=str(function or ""), code=function.code if function else ""
     )
+
+
+def _in_buffers(pl_module: pl.LightningModule) -> Origin | None:
+    """Returns the origin in a buffer that a scan of the weights has found out of range, too."""
+    found = ((name, b) for name, b in pl_module.named_buffers() if bool(any_nonfinite([], [b])))
+    return next((corrupted_buffer(name, buffer) for name, buffer in found), None)
 
 
 def _hooks_before_step(trainer: pl.Trainer) -> dict[str, Callable[[Optimizer], Any]]:

@@ -643,3 +643,58 @@ def test_values_that_grow_from_layer_to_layer_are_followed_to_where_they_begin_t
     assert origin.where[0] in ("first", "deep.0")
     assert origin.location.endswith("in loss")
     assert "gain of 1" in origin.advice
+
+
+class Piles(nn.Module):
+    """A running sum of the user's own, which grows from step to step."""
+
+    scale: Tensor
+
+    def __init__(self, start: float, *, writes: bool) -> None:
+        super().__init__()
+        self.writes = writes
+        self.register_buffer("scale", torch.full((4,), start))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.writes:
+            self.scale.mul_(1 + x.square().mean(0))
+        return x * self.scale
+
+
+@pytest.mark.parametrize(("writes", "line"), [(True, "self.scale.mul_("), (False, "")])
+def test_a_large_buffer_is_told_beside_the_line_that_writes_it(writes: bool, line: str) -> None:
+    module = nn.Sequential(Piles(1e21, writes=writes), network())
+    origin = examine(module, lambda: module(inputs()).square().mean())
+    assert (origin.cause, origin.where) == ("forward_pass", ("0.scale",))
+    assert line in origin.code
+    assert ("learning rate does not help" if writes else "average there") in origin.advice
+
+
+def test_a_step_that_writes_its_weights_is_told_so() -> None:
+    module = network()
+    last: Any = module[2]
+
+    def loss() -> Tensor:
+        last.bias.data.fill_(1e30)
+        return F.mse_loss(module(inputs()), torch.zeros(6, 3))
+
+    for out_of_range in ({}, {"2.bias": OutOfRange(3, 3, 1e30)}):
+        origin = examine(module, loss, out_of_range=out_of_range)
+        assert (origin.cause, origin.where) == ("corrupted_weights", ("2.bias",))
+        assert "fill_(1e30)" in origin.code
+
+
+@pytest.mark.parametrize("step", [lambda h: h * 2, lambda h: h @ (2 * torch.eye(3))])
+def test_values_that_grow_in_a_loop_are_told_with_their_factor(step: Callable[[Tensor], Tensor]) -> None:
+    def loss() -> Tensor:
+        h: Tensor = module(inputs())
+        for _ in range(150):
+            h = step(h)
+        return h.mean()
+
+    module = network()
+    origin = examine(module, loss)
+    assert "lambda" in origin.location
+    assert "values grow 2 times each time that this line runs" in origin.detail
+    assert origin.advice.startswith("Scale values by 1/2 in the loop")
+    assert "In place of h" in origin.advice

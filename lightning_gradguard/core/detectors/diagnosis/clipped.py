@@ -99,5 +99,5 @@ def vanishing_weights(sample: Sample, progress: Progress) -> Iterator[Symptom]:
 
 def _decays(one: Update, i: int, share: float, step: int, at_least: float = DOMINATES) -> bool:
     """True if weights shrink by decay: it is larger than their gradient, or explains half of the decrease."""
-    explained = one.decay * max(one.rates, default=0.0) * step > math.log(1 / max(share, 1e-45)) / 2
+    explained = one.decay * max(one.rates, default=0.0) * step > -math.log(max(share, 1e-45)) / 2
     return one.decay > 0 and (explained or one.decay * one.weights[i] > at_least * one.gradients[i])

@@ -360,13 +360,23 @@ _OVERFLOWS = (
         argument=None,
         dtypes=_HALF,
     ),
-    Fault(
-        (*_MATMUL, "mul", "add", "sum", "convolution"),
-        "Sums and products of huge numbers overflow float32: bound what goes in, or normalize where it "
-        "is still small",
-        "x.clamp(-1e3, 1e3) @ y.clamp(-1e3, 1e3)",
-        argument=None,
-        at_least=1e6,
+    *(
+        Fault(
+            operations,
+            "Sums and products of huge numbers overflow float32: bound what goes in, or normalize where it "
+            "is still small",
+            cure,
+            argument=None,
+            at_least=1e6,
+        )
+        for operations, cure in (
+            (_MATMUL, "x.clamp(-1e3, 1e3) @ y.clamp(-1e3, 1e3)"),
+            (("convolution",), "F.conv1d(x.clamp(-1e3, 1e3), y.clamp(-1e3, 1e3))"),
+            (("mul",), "(x * y).clamp(-1e6, 1e6)"),
+            (("add",), "(x + y).clamp(-1e6, 1e6)"),
+            (("sub",), "(x - y).clamp(-1e6, 1e6)"),
+            (("sum", "cumsum"), "x.clamp(-1e6, 1e6).sum(-1)"),
+        )
     ),
 )
 
