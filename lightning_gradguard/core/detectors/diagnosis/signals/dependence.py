@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -37,7 +36,8 @@ class TargetDependence:
 
         The shape is `(2,)`. The first is the correlation of distances between rows, without bias (Székely and
         Rizzo, 2013); NaN for other inputs than a table or images, as sequences, of which one place may be all
-        that counts, for few rows, and for rows that are the same.
+        that counts, for few rows, and for rows that are the same. A row that comes again with its target, as
+        in another epoch, counts once.
         """
         if sum(len(target) for _, target in self._kept) < MAX_ALL and _is_fitting(inputs, target):
             assert target is not None
@@ -47,10 +47,12 @@ class TargetDependence:
             self._kept.append(kept)
         if not (self._kept and self.is_wanted):
             return torch.full((2,), torch.nan)
-        a, b = (_centered_distances(torch.cat(parts)) for parts in zip(*self._kept, strict=True))
-        n = len(a)
-        found = math.sqrt(n * (n - 3) / 2) * (a * b).sum() / (a.norm() * b.norm())
-        return torch.stack([found, torch.full_like(found, n)])
+        a, b = (_distances(torch.cat(parts)) for parts in zip(*self._kept, strict=True))
+        is_new = (~(a == 0).tril(-1).any(1)).to(a)
+        n = is_new.sum()
+        a, b = _centered(a, is_new), _centered(b, is_new)
+        found = (n * (n - 3) / 2).sqrt() * (a * b).sum() / (a.norm() * b.norm())
+        return torch.stack([found, n])
 
 
 def _is_fitting(inputs: Sequence[Tensor], target: Tensor | None) -> bool:
@@ -65,16 +67,20 @@ def _some(tensor: Tensor) -> Tensor:
     return rows[:, :: -(-rows.shape[1] // MAX_COLUMNS)].clone()
 
 
-def _centered_distances(rows: Tensor) -> Tensor:
-    """Returns distances between rows of standardized columns, or if labels differ, less their means."""
-    n = len(rows)
-    if rows.is_floating_point():
-        rows, least = rows.float(), torch.finfo(torch.float32)
-        scale = rows.std(0).clamp(min=least.eps * rows.abs().max().clamp(min=least.tiny / least.eps))
-        rows = (rows - rows.mean(0)) / scale
-        found = torch.cdist(rows, rows, compute_mode="donot_use_mm_for_euclid_dist")
-    else:
-        found = (rows != rows.T).float()  # labels are one column
-    means = found.sum(0) / (n - 2)
-    centered = found - means - means[:, None] + found.sum() / ((n - 1) * (n - 2))
-    return centered.fill_diagonal_(0)
+def _distances(rows: Tensor) -> Tensor:
+    """Returns distances between rows of standardized columns, or if labels differ."""
+    if not rows.is_floating_point():
+        return (rows != rows.T).float()  # labels are one column
+    rows, least = rows.float(), torch.finfo(torch.float32)
+    scale = rows.std(0).clamp(min=least.eps * rows.abs().max().clamp(min=least.tiny / least.eps))
+    rows = (rows - rows.mean(0)) / scale
+    return torch.cdist(rows, rows, compute_mode="donot_use_mm_for_euclid_dist")
+
+
+def _centered(distances: Tensor, is_new: Tensor) -> Tensor:
+    """Returns the distances between new rows, less their means; 0 for others, and from a row to itself."""
+    pairs, n = is_new * is_new[:, None], is_new.sum()
+    distances = distances * pairs
+    means = distances.sum(0) / (n - 2)
+    centered = distances - means - means[:, None] + distances.sum() / ((n - 1) * (n - 2))
+    return (centered * pairs).fill_diagonal_(0)
