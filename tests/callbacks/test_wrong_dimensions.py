@@ -181,6 +181,8 @@ FAULTY: dict[str, tuple[str, str, Callable[[], Any], Batches | None]] = {
                    lambda: Task(nn.Sequential(nn.Linear(20, 1), nn.Flatten(), nn.LayerNorm(1)),
                                 functional.mse_loss),
                    [(x, x[:, :1]) for x, _ in batches(4)]),
+    "batches of two": ("single_value", "net.1", lambda: Task(normalized(nn.BatchNorm1d(16))),
+                       [(x[:2], torch.tensor([i % 4, i // 4 % 4])) for i, (x, _) in enumerate(batches(30))]),
     "softmax": ("softmax_over_batch", "net.6", lambda: Task(loss=over_batch), None),
     "softmax by hand": ("softmax_over_batch", "net.6", lambda: Task(loss=over_batch_by_hand), None),
     "recurrent": ("batch_as_time", "net.layer", lambda: Task(Sequences(nn.LSTM(8, 8))), sequences()),
@@ -198,6 +200,10 @@ FAULTY: dict[str, tuple[str, str, Callable[[], Any], Batches | None]] = {
     "later steps by hand": ("inverted_mask", "net.embed", lambda: Task(ByHand(LATER), of_tokens), texts()),
 }  # fmt: skip
 HEALTHY: dict[str, tuple[Callable[[], Any], Batches | None]] = {
+    "two samples, by channels": (
+        lambda: Task(nn.Sequential(nn.Unflatten(1, (4, 5)), nn.BatchNorm1d(4), nn.Flatten(),
+                                   nn.Linear(20, 4)), optimizer=slow),
+        [(x[:2], y[:2]) for x, y in batches(4)]),
     "two channels in a group": (lambda: Task(normalized(nn.GroupNorm(8, 16))), None),
     "transposed": (lambda: Task(Sequences(nn.LSTM(8, 8), transposed=True)), sequences()),
     "between samples": (lambda: Task(nn.Sequential(nn.Unflatten(0, (1, -1)), nn.TransformerEncoderLayer(

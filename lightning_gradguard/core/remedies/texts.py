@@ -193,9 +193,11 @@ BY_CAUSE = {
     "targets_out_of_range": "Scale the targets to 0 .. 1, or use a loss for regression or for classes.",
     "unreachable_targets": (
         "Remove the activation after {where}, or scale the targets into its range (sigmoid 0 .. 1, "
-        "tanh -1 .. 1)."
+        "tanh -1 .. 1); of a softmax, rows sum to 1: take a sigmoid for several labels at once."
     ),
-    "single_value": "Normalize over more values, as over channels or in fewer groups, or remove {where}.",
+    "single_value": (
+        "Normalize over more values, as over channels, in fewer groups or larger batches, or remove {where}."
+    ),
     "softmax_over_batch": "Take the softmax over the classes or the steps of a sample, dim=1, not 0.",
     "batch_as_time": "Make {where} with batch_first=True, or give it x.transpose(0, 1).",
     "view_for_transpose": "Exchange dimensions by transpose or permute, not by view or reshape.",

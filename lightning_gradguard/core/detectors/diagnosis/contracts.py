@@ -35,7 +35,7 @@ CONTRACT: dict[SymptomCause, tuple[float, str]] = {
     "labels_ignored": (0.9, "every label is ignored"),
     "targets_out_of_range": (0.01, "targets are outside of the range that the loss expects"),
     "unreachable_targets": (0.5, "targets are outside of the range of the output's activation"),
-    "single_value": (1, "statistics of one value normalize it to 0, whatever it is"),
+    "single_value": (0.5, "statistics of one value normalize it to 0, of two to 1 and -1, whatever they are"),
     "softmax_over_batch": (1, "a softmax over the batch, not over the classes or the steps of a sample"),
     "batch_as_time": (1, "the first dimension is the batch, and the module takes it for the time"),
     "view_for_transpose": (
@@ -86,7 +86,7 @@ def wrong_dimensions(sample: Sample, progress: Progress) -> Iterator[Symptom]:
         is_stuck = is_late and not progress.learns
         if symptom.cause == "softmax_over_batch":  # a loss by hand falls, as samples compete for a class
             is_stuck = is_late and not progress.over_constant < LEARNS
-        if symptom.cause == "single_value" and not math.isnan(sample.permuted):
+        if symptom.cause == "single_value" and symptom.value == 1 and not math.isnan(sample.permuted):
             is_stuck &= abs(sample.permuted) < ALIKE  # in a side branch, it does no harm
         is_leak = symptom.cause == "inverted_mask" and symptom.value >= 1
         if symptom.cause not in MAY_BE_MEANT or is_leak or is_stuck:

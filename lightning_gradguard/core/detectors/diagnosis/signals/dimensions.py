@@ -93,6 +93,10 @@ class Dimensions:
             over = args[1] if len(args) > 1 else kwargs[_NORMALIZATIONS[name]]
             if (result[0].numel() // over if isinstance(over, int) else math.prod(over)) == 1:
                 self._add("single_value", where)
+        elif name == "batch_norm" and result.numel() == 2 * result.shape[1]:
+            is_of_batch = args[5] if len(args) > 5 else kwargs.get("training", False)
+            if is_of_batch:
+                self._add("single_value", where, torch.full((), 0.5))
         elif name in ("view", "reshape"):
             before, now = list(args[0].shape), list(result.shape)
             # relative attention shifts scores by a view whose last sizes differ by one

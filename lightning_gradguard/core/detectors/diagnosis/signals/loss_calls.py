@@ -110,6 +110,8 @@ def _of_alignments(call: _Call) -> _Conditions:
 
 def _of_flags(call: _Call) -> _Conditions:
     yield "targets_out_of_range", call.share_out_of(0, 1)
+    if call.head == "Softmax":
+        yield "unreachable_targets", _share_of_other_sums(call)
 
 
 def _of_flag_logits(call: _Call) -> _Conditions:
@@ -124,7 +126,8 @@ def _of_regression(call: _Call) -> _Conditions:
         yield "broadcast_targets", True
     if call.head in _RANGES and not _is_sigmoid_twice(call):
         low, high = _RANGES[call.head]
-        yield "unreachable_targets", call.share_out_of(low - _OUTSIDE, high + _OUTSIDE)
+        share = call.share_out_of(low - _OUTSIDE, high + _OUTSIDE)
+        yield "unreachable_targets", torch.maximum(share, _share_of_other_sums(call))
 
 
 def _of_sigmoids(call: _Call) -> _Conditions:
@@ -166,6 +169,15 @@ def broken_conditions(
 def _share_unnormalized(values: Tensor, dim: int) -> Tensor:
     """Returns the share of rows whose probabilities do not sum to 1, of their logarithms."""
     return (values.logsumexp(dim).abs() > 0.01).float().mean()
+
+
+def _share_of_other_sums(call: _Call) -> Tensor:
+    """Returns the share of rows behind a softmax whose targets do not sum to 1, as several labels at once."""
+    node = _values_of(call.answer.grad_fn)
+    if call.head != "Softmax" or not node._saved_result.shape == call.answer.shape == call.target.shape:
+        return call.values.new_zeros(())
+    sums = call.target.sum(_signed(node._saved_dim))
+    return ((sums - 1).abs() > _OUTSIDE).float().mean()
 
 
 def _is_sigmoid_twice(call: _Call) -> bool:
@@ -211,9 +223,8 @@ def has_single_softmax(answer: Tensor) -> bool:
         if node is None or _name(node) in _LAYERS:
             continue
         if _name(node) in ("Softmax", "LogSoftmax"):
-            result, dim = node._saved_result, node._saved_dim
-            dim = dim - 2**64 if dim >= 2**63 else dim
-            if result.ndim and result.shape[dim] == 1:
+            result = node._saved_result
+            if result.ndim and result.shape[_signed(node._saved_dim)] == 1:
                 return True
         nodes.extend(following for following, _ in node.next_functions)
     return False
@@ -249,6 +260,10 @@ def _values_of(node: Any) -> Any:
     while node is not None and _name(node) in _SHAPE_ONLY and node.next_functions:
         node = node.next_functions[0][0]
     return node
+
+
+def _signed(dim: int) -> int:
+    return dim - 2**64 if dim >= 2**63 else dim
 
 
 def _name(node: Any) -> str:
