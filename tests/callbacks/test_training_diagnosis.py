@@ -32,7 +32,12 @@ from lightning_gradguard import (
     default_callbacks,
 )
 from lightning_gradguard.cli.main import main
-from lightning_gradguard.core.detectors.diagnosis import Diagnosis, LossBaselines, StepTrace
+from lightning_gradguard.core.detectors.diagnosis import (
+    Diagnosis,
+    LossBaselines,
+    StepTrace,
+    TargetDependence,
+)
 from lightning_gradguard.core.detectors.diagnosis.sample import (
     LayerSignal,
     LossSignal,
@@ -159,6 +164,10 @@ FAILING: dict[str, tuple[str, str, str, Callable[[], Any], Any]] = {
     "sigmoid twice": ("stuck_loss", "unreachable_targets", "net.2",
                       lambda: Task(one_unit(nn.Sigmoid()), lambda p, y: functional.binary_cross_entropy(p.sigmoid(), y)),  # noqa: E501
                       [(x, (y > 0).float()) for x, y in values()]),
+    "several labels": ("stuck_loss", "unreachable_targets", "net.3",
+                       lambda: Task(one_unit(nn.Linear(1, 4), nn.Softmax(1)),
+                                    functional.binary_cross_entropy),
+                       [(x, (x[:, :4] > 0).float()) for x, _ in batches(12)]),
     "dead": ("dead_units", "", "net.2", lambda: Task(biased(deep(nn.ReLU, 4), 2, -20.0)), None),
     "saturated": ("saturated_units", "", "net.2", lambda: Task(biased(deep(nn.Tanh, 4), 2, 20.0)), None),
     "dead, by hand": ("dead_units", "", "net.2", lambda: Task(biased(deep(Clamped, 4), 2, -20.0)), None),
@@ -1097,6 +1106,45 @@ def test_weights_that_stand_still_have_a_cause(numbers: Any, loss: float, found:
     assert _found(Sample(40 + i, loss, calls=calls, updates=[u]) for i, u in enumerate(updates)) == found
 
 
+@pytest.mark.parametrize(
+    ("loss", "planned", "size", "found"),
+    [
+        (1.0, 200, 1.0, ["learning_rate_too_low"]),
+        (0.98, 200, 1.0, []),
+        (1.0, 800, 1.0, []),
+        (1.0, 200, 1e3, []),  # of raw inputs, these are the cause
+        (1.0, 50, 1.0, []),
+        (1.0, 0, 1.0, []),
+    ],
+    ids=["flat", "falls", "long", "raw", "short", "unknown"],
+)
+def test_weights_that_hardly_move_in_the_whole_run_stand_still(
+    loss: float, planned: int, size: float, found: list[str]
+) -> None:
+    diagnosis = Diagnosis()
+    diagnosis.plan(planned)
+    samples = [
+        Sample(step, loss if step else 1.0, updates=[one], input_rms=size)
+        for step in (0, 10, 20, 25)
+        for one in [_update(ratios=[2e-5] * 2, total_norm=1 + step / 7)]
+    ]
+    assert [root.cause for sample in samples for root in diagnosis.update(sample)] == found
+
+
+@pytest.mark.parametrize(("answer", "found"), [(1.0, ["target_scale"]), (40.0, [])])
+def test_targets_that_growing_answers_do_not_come_near_are_named_early(
+    answer: float, found: list[str]
+) -> None:
+    calls = [LossSignal("mse_loss", target=1e5, answer=answer)]
+    assert _found(Sample(step, 1e10, calls=calls) for step in (0, 10, 20, 25)) == found
+
+
+@pytest.mark.parametrize(("step", "found"), [(25, []), (150, ["dead_units"])])
+def test_a_layer_that_is_dead_late_needs_one_sample(step: int, found: list[str]) -> None:
+    unit = UnitSignal("net.0", "net.1", "relu", 1.0, float("nan"), is_head=False)
+    assert _found([Sample(step, 2.0, units=[unit])]) == found
+
+
 @pytest.mark.parametrize(("ratio", "found"), [(5e-4, []), (5e-5, ["scaled_gradients_clipped"])])
 def test_scaled_gradients_may_be_clipped_where_a_network_learns(ratio: float, found: list[str]) -> None:
     update = _update(ratios=[ratio, ratio], loss_scale=1024.0, total_norm=0.5 / 1024)
@@ -1627,6 +1675,17 @@ def test_targets_of_other_rows_are_named_noise_is_not(
     data = [(x, wrong(x[:, :1])) for x in inputs]
     incidents = diagnosed(Task(one_unit(), loss, rate(1e-3)), data=data)
     assert [(i.kind, i.cause, i.step) for i in incidents] == found
+
+
+@pytest.mark.parametrize("is_related", [True, False])
+def test_rows_that_come_again_show_no_dependence(is_related: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(256, 20, generator=generator)
+    y = (x[:, :1] if is_related else x[:, :1].roll(1, 0)).clone()
+    dependence = TargetDependence()
+    for rows in torch.randperm(512, generator=generator).split(64):
+        found, n_rows = dependence.add([x[rows % 256]], y[rows % 256])
+    assert (found > 3, n_rows == 256) == (is_related, True)
 
 
 def test_weights_that_are_reset_for_each_fold_are_not_named() -> None:

@@ -181,7 +181,7 @@ class Diagnosis:
         for rule in _RULES:
             yield from rule(sample, self._progress)
         yield from rules.constant_loss(sample, self._progress)
-        yield from stagnation(sample, self._progress, self._planned if rising else None)
+        yield from stagnation(sample, self._progress, self._planned, rate_changes=rising)
         yield from rules.far_targets(sample, self._progress, self.patience)
         yield from rules.random_layers(sample, self._progress, self.patience, self._frozen)
         if not self._is_related:

@@ -47,6 +47,8 @@ SMALL_INPUT = 0.01
 UNEQUAL_COLUMNS = 50.0
 #: Rms of the targets, and its ratio to that of the answers, from which on they are too large for the network.
 LARGE_TARGET, FAR_TARGET = 100.0, 10.0
+#: Power of the steps by which answers grow at most, as where three layers are moved.
+GROWTH = 3
 #: Ratio of the answers to the targets from which on the forward pass explodes; that of the loss of classes
 #: to that of guessing, and the steps in which a network may come back from there.
 FAR_ANSWER, FAR_GUESS, FIRST_GUESSES = 1e3, 5.0, 20
@@ -101,7 +103,8 @@ def dead_or_saturated_units(sample: Sample, progress: Progress) -> Iterator[Symp
         evidence = (
             f"{share:.0%} of the units of {where[0]} are zero for every sample (usual: below 60 %){inputs}"
         )
-        yield Symptom("dead_units", origin, where, share, evidence, "units")
+        is_certain = share == 1 and sample.step >= UPDATE_STEPS  # nothing passes, and samples are far apart
+        yield Symptom("dead_units", origin, where, share, evidence, "units", 1 if is_certain else 2)
     elif inactive := inactive_output(sample, progress):
         yield inactive
     if saturated:
@@ -259,11 +262,12 @@ def constant_loss(sample: Sample, progress: Progress) -> Iterator[Symptom]:
 
 
 def far_targets(sample: Sample, progress: Progress, patience: int) -> Iterator[Symptom]:
-    """Yields targets that the answers have not come near."""
-    if sample.step < patience:
+    """Yields targets that the answers have not come near, or will not: they grow by a power of the steps."""
+    if sample.step < min(patience, PRESSED_STEPS):
         return
+    ahead = max(patience / max(sample.step, 1), 1) ** GROWTH
     for call in sample.calls:
-        if call.target > LARGE_TARGET and call.target > FAR_TARGET * call.answer:
+        if call.target > LARGE_TARGET and call.target > FAR_TARGET * ahead * call.answer:
             evidence = (
                 f"{call.function}: the rms of the targets is {call.target:.2g}, that of the answers "
                 f"{call.answer:.2g}"

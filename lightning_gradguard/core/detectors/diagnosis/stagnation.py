@@ -20,19 +20,25 @@ SMALL_UPDATE, NO_UPDATE = 1e-5, 1e-7
 ROUNDED, ROUNDED_STEPS = 0.25, 100
 #: Steps after which a warm-up may be too long, and the share of its norm that a weight moves at most by it.
 LONG_STEPS, SHORT_WAY = 20, 0.01
+#: Steps of a run that is meant to train, and loss over the first one from which on it is as it was.
+SHORT_RUN, UNCHANGED = 100, 0.99
 
 
-def stagnation(sample: Sample, progress: Progress, planned: int | None = None) -> Iterator[Symptom]:
-    """Yields weights that do not move, or hardly.
+def stagnation(
+    sample: Sample, progress: Progress, planned: int = 0, *, rate_changes: bool = False
+) -> Iterator[Symptom]:
+    """Yields weights that do not move, or hardly, also in all of the `planned` steps (0 if unknown).
 
-    While their rate changes, they have to be those of a run of so many `planned` steps that ends before they
-    move, as in a warm-up that is longer than the run; `None` if it does not change.
+    While their rate changes, they have to be those of a run that ends before they move, as in a warm-up that
+    is longer than the run.
     """
-    if sample.step < (5 if planned is None else LONG_STEPS):
+    if sample.step < (LONG_STEPS if rate_changes else 5):
         return
+    is_flat = sample.step >= LONG_STEPS and progress.over_first > UNCHANGED
+    is_flat &= len(sample.updates) == 1 and not progress.over_constant <= STUCK and not size_of_data(sample)
     for index, one in enumerate(sample.updates):
         scheduled = one.scheduled(has_begun=progress.has_rate)
-        if one.rates and not any(one.rates) and planned is None:
+        if one.rates and not any(one.rates) and not rate_changes:
             where = modules_of(one.names[:3])
             evidence = f"the learning rate of every parameter group is 0{scheduled}"
             yield Symptom("weight_stagnation", _too_low(one, sample), where, 0.0, evidence, "stagnation", 3)
@@ -42,7 +48,7 @@ def stagnation(sample: Sample, progress: Progress, planned: int | None = None) -
             continue
         ratios = {i: one.ratios[i] for i in matrices}
         largest, where = max(ratios.values()), modules_of([one.names[i] for i in matrices[:3]])
-        if planned is not None:
+        if rate_changes:
             moves = largest * planned**2 / (2 * sample.step)  # by a rate in proportion to the steps
             if not (0 < moves < SHORT_WAY and progress.over_constant > STUCK):
                 continue
@@ -54,7 +60,9 @@ def stagnation(sample: Sample, progress: Progress, planned: int | None = None) -
         is_late = sample.step >= ROUNDED_STEPS and progress.over_constant > STUCK
         bound = max(SMALL_UPDATE, ROUNDED * one.resolution) if is_late else SMALL_UPDATE
         is_cut_short = bool(scheduled) and sample.step < progress.ends_early and progress.is_halfway
-        if largest < bound and (is_cut_short or not progress.learns):
+        way = one.share * planned
+        is_slow = is_flat and planned >= SHORT_RUN and not rate_changes and 0 < way < SHORT_WAY
+        if (largest < bound or is_slow) and (is_cut_short or not progress.learns):
             if not any(one.gradients[i] for i in matrices):
                 evidence = "the gradient of every weight matrix is exactly zero"
                 yield Symptom("weight_stagnation", "zero_gradient", where, 0.0, evidence, "stagnation", 2)
@@ -62,6 +70,8 @@ def stagnation(sample: Sample, progress: Progress, planned: int | None = None) -
             evidence = (
                 f"updates are at most {largest:.1g} of any weight's norm (usual: about 1e-3){scheduled}"
             )
+            if is_slow:
+                evidence += f"; in all {planned} steps, weights move by at most {way:.1g} of their norm"
             is_clipped = one.unclipped > CLIPPED_FAR and largest * one.unclipped > SMALL_UPDATE
             size = clipped_before(index, progress)
             is_of_clipping = is_clipped or not math.isnan(size)
