@@ -219,6 +219,9 @@ FAILING: dict[str, tuple[str, str, str, Callable[[], Any], Any]] = {
                      lambda: Task(deep(nn.ReLU, 4).insert(4, Round())), None),
     "stack of tiny weights": ("vanishing_gradient", "small_weights", "rnn",
                               lambda: tiny(gated(nn.LSTM, slice(0), 0.0, num_layers=4)), None),
+    "a triplet of one sample": ("weight_stagnation", "zero_gradient", "net.0", lambda: Triplets(), None),
+    "labels of no class": ("stuck_loss", "labels_ignored", "net.6", Task,
+                           [(x, torch.zeros(len(x), 4)) for x, _ in batches(12)]),
     "no gradient of any weight": ("weight_stagnation", "zero_gradient", "net.0",
                                   lambda: Task(nn.Sequential(nn.Linear(20, 32), nn.Dropout(1.0), nn.Linear(32, 4))),  # noqa: E501
                                   None),
@@ -248,6 +251,13 @@ def test_the_part_of_the_batch_that_is_huge_is_named() -> None:
     assert (incident.kind, incident.cause) == ("exploding_gradient", "input_scale")
     assert "inputs batch['age'] have an rms of" in incident.detail
     assert "Scale the inputs" in incident.advice
+
+
+class Triplets(Task):
+    """Compares each sample with itself: what three passes give to a weight adds up to nothing."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return functional.triplet_margin_loss(*(self.net(batch[0]) for _ in range(3)))
 
 
 class Round(nn.Module):
@@ -1325,6 +1335,34 @@ def test_loss_that_falls_with_permuted_targets_depends_on_them(permuted: float, 
     diagnosis = Diagnosis()
     samples = [Sample(step, 2.0, permuted=permuted) for step in (0, 150, 175)]
     assert [root.kind for sample in samples for root in diagnosis.update(sample)] == found
+
+
+@pytest.mark.parametrize(("spread", "found"), [(0.9, []), (0.01, ["stuck_loss"])])
+def test_a_loss_between_views_does_not_depend_on_labels(spread: float, found: list[str]) -> None:
+    losses = ((0, 3.0), (150, 1.0), (175, 0.9))
+    calls = [LossSignal("cross_entropy")]
+    assert (
+        _found(
+            Sample(step, loss, calls=calls, permuted=0.0, spread=spread, meets_data=True)
+            for step, loss in losses
+        )
+        == found
+    )
+
+
+def test_answers_that_become_one_while_the_loss_falls_to_nothing_are_named_before_units_die() -> None:
+    dead = UnitSignal("net.0", "net.1", "relu", 1.0, float("nan"), is_head=False)
+    first = [Sample(step, 0.01 if step else 1.0, spread=0.5) for step in (0, 10, 20, 25)]
+    after = [Sample(step, 0.001, spread=0.1) for step in (35, 50)]
+    last = Sample(75, 1e-4, spread=0.05, units=[dead])
+    assert _found([*first, *after, last]) == ["same_answers"]
+
+
+@pytest.mark.parametrize(("last", "found"), [(-5.0, ["update_too_large"]), (-90.0, [])])
+def test_updates_of_a_loss_below_0_are_too_large_where_it_rises(last: float, found: list[str]) -> None:
+    large = [_update(ratios=[0.15, 0.15])]
+    losses = ((0, -50.0), (5, last), (10, last))
+    assert _found(Sample(step, loss, updates=large) for step, loss in losses) == found
 
 
 @pytest.mark.parametrize(("output", "found"), [(0.3, ["dead_units"]), (0.0, [])])

@@ -23,8 +23,9 @@ UNBOUNDED, UNBOUNDED_GROWTH = 1e4, 2.0
 SLOWLY, SLOW_GROWTH, RISEN_OUTPUT = 1e2, 1.1, 30.0
 #: Spread of the answers over that in the sample before, from which on it is more than noise of the batch.
 SPREADING = 1.1
-#: The same, over that of the most spread answers so far, of a network whose answers have become one.
-COLLAPSED = 0.1
+#: The same, over that of the most spread answers so far, of a network whose answers have become one; and
+#: where hardly any loss is left with it.
+COLLAPSED, COLLAPSED_FOR_NOTHING = 0.1, 0.25
 #: Share of the loss that is left of one that a network has learned halfway.
 HALFWAY = 0.5
 #: Rows by which it is known if targets depend on inputs, standard deviations up to which it is chance, and
@@ -139,6 +140,11 @@ class Progress:
         return mean(self._losses) / self.first if self._losses and self.first > 0 else math.nan
 
     @property
+    def has_stayed(self) -> bool:
+        """True if the recent loss is not clearly below the first one; of one below 0, not below it."""
+        return self.over_first > LEARNS or (self.first <= 0 and mean(self._losses) >= self.first)
+
+    @property
     def falls(self) -> bool:
         """True if the loss is on its way to that of the best constant, as of answers that begin large.
 
@@ -194,7 +200,8 @@ class Progress:
     @property
     def has_collapsed(self) -> bool:
         """True if answers differ by far less than they have."""
-        return self._spreads[1] < COLLAPSED * self._widest
+        share = COLLAPSED_FOR_NOTHING if self.has_converged else COLLAPSED
+        return self._spreads[1] < share * self._widest
 
     @property
     def spread(self) -> float:

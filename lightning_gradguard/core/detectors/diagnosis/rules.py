@@ -12,6 +12,7 @@ from lightning_gradguard.core.detectors.best_constant import LEARNS, STUCK
 from lightning_gradguard.core.detectors.diagnosis import depth
 from lightning_gradguard.core.detectors.diagnosis.clipped import CLIPPED_FAR
 from lightning_gradguard.core.detectors.diagnosis.contracts import (
+    ALIKE,
     CONTRACT,
     SOME_UNREACHABLE,
     broken_contracts,
@@ -174,7 +175,7 @@ def large_updates(sample: Sample, progress: Progress) -> Iterator[Symptom]:
         is_certain = before > 1 or has_risen
         # of few weights that are far from their values, updates are large while the loss falls
         is_certain |= is_huge and progress.rise >= 1 and input_cause(sample) != "unknown"
-        has_stayed = min(sample.step, sample.n_updates) >= 5 and progress.over_first > LEARNS
+        has_stayed = min(sample.step, sample.n_updates) >= 5 and progress.has_stayed
         is_certain |= has_stayed and len(sample.updates) == 1  # losses of players move by nature
         if before > LARGE_UPDATE and is_certain and (is_huge or after > CLIPPED_UPDATE):
             where = modules_of(one.steepest)
@@ -300,7 +301,8 @@ def same_answers(sample: Sample, progress: Progress, patience: int) -> Iterator[
     is_alone = math.isnan(progress.over_constant) and not sample.meets_data
     if (sample.step < patience and not (is_alone and progress.has_collapsed)) or progress.spreads_out:
         return
-    if sample.spread < (SAME_BESIDE if is_worse else SAME_ANSWERS if is_alone else 0):
+    is_beside = is_worse or (is_alone and progress.has_collapsed and progress.has_converged)
+    if sample.spread < (SAME_BESIDE if is_beside else SAME_ANSWERS if is_alone else 0):
         name, spread = ", ".join(sample.head), f"{sample.spread:.1g} of their size"
         evidence = f"the rows of the output of {name} differ by {spread}: all inputs get nearly one answer"
         if is_worse:
@@ -327,6 +329,9 @@ def stuck_loss(sample: Sample, progress: Progress, patience: int) -> Iterator[Sy
         return  # beside a second term, as in a VAE, a reconstruction may be no better than a constant
     if math.isnan(ratio) and permuted < -UNRELATED:
         return  # the loss depends on them, or they are flags, such as the ends of episodes
+    is_unused = abs(permuted) < ALIKE and sample.spread > SAME_BESIDE and progress.over_first < LEARNS
+    if math.isnan(ratio) and is_unused:
+        return  # answers differ, and the loss falls without a use of the targets, as between views
     facts = []
     if not math.isnan(ratio):
         facts.append(f"the loss is {ratio:.3g} times that of the best constant answer")

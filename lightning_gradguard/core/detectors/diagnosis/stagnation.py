@@ -44,7 +44,9 @@ def stagnation(
             yield Symptom("weight_stagnation", _too_low(one, sample), where, 0.0, evidence, "stagnation", 3)
             continue
         matrices = [i for i, is_matrix in enumerate(one.is_matrix) if is_matrix and one.weights[i] > 0]
-        if not one.ratios or not matrices or not math.isfinite(one.total_norm) or one.total_norm == 0:
+        if not one.ratios or not matrices or not math.isfinite(one.total_norm):
+            continue
+        if one.total_norm == 0 and not progress.is_constant:
             continue
         ratios = {i: one.ratios[i] for i in matrices}
         largest, where = max(ratios.values()), modules_of([one.names[i] for i in matrices[:3]])

@@ -103,7 +103,8 @@ class Symptom:
         if self.cause == other.cause != "unknown":
             return True
         if self.tier == "stuck" or self.tier == "stagnation":
-            return other.tier in ("stuck", "stagnation")
+            is_collapse = self.cause == "same_answers"  # of which units may die
+            return other.tier in ("stuck", "stagnation") or (is_collapse and other.tier == "units")
         if self.tier == "coverage":
             return other.tier in ("coverage", "stuck", "stagnation")
         return other.tier != "coverage" and (self.tier == "contract" or other.tier != "contract")

@@ -87,6 +87,8 @@ def _of_labels(call: _Call) -> _Conditions:
         yield "single_class", True
     if not call.target.is_floating_point():
         yield "labels_ignored", (call.target == call.options.get("ignore_index", -100)).all()
+    elif call.target.ndim > 1:
+        yield "labels_ignored", (call.target.sum(1) == 0).all()  # each is of no class
 
 
 def _of_log_probabilities(call: _Call) -> _Conditions:

@@ -31,7 +31,7 @@ NEAR_ZERO = 1e-3
 #: Share of the samples for which a saturated unit is saturated.
 MOST_SAMPLES = 0.95
 #: Share of the outputs from which on the activation is saturated, whatever single units do.
-NEARLY_ALL = 0.85
+NEARLY_ALL = 0.8
 #: Share of the saturated outputs on the other side up to which gates are saturated on one side.
 ONE_SIDED = 0.1
 
