@@ -133,6 +133,22 @@ class Change:
         return {"kind": self.kind, "arguments": dict(self.arguments)}
 
 
+#: Names of the modules that a change fits, by its kind: of all, or of those that are named.
+_RECURRENT = {"rnn_to_gru": ungated, "gate_bias": gated, "orthogonal_recurrent": recurrent}
+_FITTING = {"add_residual": blocks, "standardize_input": inputs, "scale_output": heads}
+#: What is made of the named modules.
+_MADE: dict[ChangeKind, Callable[[nn.Module, list[str], Change], None]] = {
+    "replace_activation": lambda module, names, change: replace_activations(module, names, change["to"]),
+    "rnn_to_gru": lambda module, names, _: replace_by_gru(module, names),
+    "add_normalization": lambda module, names, change: add_normalizations(module, names, change["norms"]),
+    "add_residual": lambda module, names, change: add_residuals(module, names, change["weight"]),
+    "standardize_input": lambda module, names, _: standardize_inputs(module, names),
+    "scale_output": lambda module, names, c: scale_outputs(module, names, c["mean"], c["std"]),
+    "orthogonal_recurrent": lambda module, names, c: make_orthogonal(module, names, c["gain"], c["seed"]),
+    "gate_bias": lambda module, names, c: set_gate_biases(module, names, c["value"], c["input_value"]),
+}
+
+
 def places(module: nn.Module, change: Change, run_loss: Callable[[], Tensor] | None = None) -> list[str]:
     """Returns names of the submodules that a change would alter, and alters nothing.
 
@@ -150,8 +166,7 @@ def resolve(module: nn.Module, change: Change, run_loss: Callable[[], Tensor] | 
         ValueError: If the change names a module that the network does not have.
     """
     _check_names(module, change)
-    flow = DataFlow.of(module, run_loss)
-    names = change.modules
+    flow, names = DataFlow.of(module, run_loss), change.modules
     if change.kind == "replace_activation":
         return change.with_arguments(modules=replaceable(module, flow, change["to"], names))
     if change.kind == "add_normalization":
@@ -162,17 +177,10 @@ def resolve(module: nn.Module, change: Change, run_loss: Callable[[], Tensor] | 
         layers = initializable(module, flow, names)
         activations = [layer.activation or "" for layer in layers]
         return change.with_arguments(modules=[layer.name for layer in layers], activations=activations)
-    if change.kind == "add_residual":
-        found = names if any(":" in name for name in names) else blocks(module, flow, names)
-    elif change.kind == "standardize_input":
-        found = inputs(module, flow, names)
-    elif change.kind == "scale_output":
-        found = heads(module, flow, names)
-    else:
-        fitting = {"rnn_to_gru": ungated, "gate_bias": gated}
-        found = fitting[change.kind](module) if change.kind in fitting else recurrent(module, flow)
-        found = [name for name in found if not names or name in names]
-    return change.with_arguments(modules=found)
+    if change.kind in _RECURRENT:
+        found = _RECURRENT[change.kind](module, flow)
+        return change.with_arguments(modules=[name for name in found if not names or name in names])
+    return change.with_arguments(modules=_FITTING[change.kind](module, flow, names))
 
 
 def apply(
@@ -200,23 +208,11 @@ def apply(
         torch.compiler.reset()  # compiled code of before does not run the hooks that are added
     with preserve_randomness():
         torch.manual_seed(0)  # the same numbers on every rank
-        if change.kind == "replace_activation":
-            return replace_activations(module, names, change["to"])
-        if change.kind == "rnn_to_gru":
-            return replace_by_gru(module, names)
-        if change.kind == "add_normalization":
-            return add_normalizations(module, names, change["norms"])
-        if change.kind == "add_residual":
-            return add_residuals(module, names, change["weight"])
-        if change.kind == "standardize_input":
-            return standardize_inputs(module, names)
-        if change.kind == "scale_output":
-            return scale_outputs(module, names, change["mean"], change["std"])
-        if change.kind == "gate_bias":
-            return set_gate_biases(module, names, change["value"], change["input_value"])
-        if change.kind == "orthogonal_recurrent":
-            return make_orthogonal(module, names, change["gain"], change["seed"])
-        return initialize(module, names, change["activations"], change["to"], change["seed"], run_loss)
+        if change.kind == "initialize":
+            initialize(module, names, change["activations"], change["to"], change["seed"], run_loss)
+        else:
+            _MADE[change.kind](module, names, change)
+    return names
 
 
 def in_order(changes: Sequence[Change]) -> list[Change]:

@@ -83,8 +83,8 @@ def _explodes(activation: nn.Module) -> bool:
     )
 
 
-def replace_activations(module: nn.Module, names: Collection[str], to: str) -> list[str]:
-    """Exchanges activations in place, and returns their names; a shared one is exchanged everywhere."""
+def replace_activations(module: nn.Module, names: Collection[str], to: str) -> None:
+    """Exchanges activations in place; a shared one is exchanged everywhere."""
     for name in names:
         parent, _, attribute = name.rpartition(".")
         owner = module.get_submodule(parent)
@@ -97,7 +97,6 @@ def replace_activations(module: nn.Module, names: Collection[str], to: str) -> l
             setattr(owner, attribute, _FUNCTIONS[to])
             if isinstance(owner, (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)):
                 owner.activation_relu_or_gelu = {"relu": 1, "gelu": 2}.get(to, 0)
-    return list(names)
 
 
 def replace_module(module: nn.Module, old: nn.Module, new: nn.Module) -> None:

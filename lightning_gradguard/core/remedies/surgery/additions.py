@@ -55,14 +55,13 @@ def fitting_norm(layer: Layer) -> str:
     return "batch" if is_large and not has_time and not layer.is_recurrent else "layer"
 
 
-def add_normalizations(module: nn.Module, names: Collection[str], norms: Sequence[str]) -> list[str]:
+def add_normalizations(module: nn.Module, names: Collection[str], norms: Sequence[str]) -> None:
     """Normalizes the outputs of layers."""
     for name, norm in zip(names, norms, strict=True):
         layer = module.get_submodule(name)
         assert isinstance(layer, WEIGHTED)
         layer.add_module(NORMALIZATION, _norm(layer, norm).train(layer.training))
         layer.register_forward_hook(normalize_output)
-    return list(names)
 
 
 def _norm(layer: nn.Linear | _ConvNd, norm: str) -> nn.Module:
@@ -87,7 +86,7 @@ def inputs(module: nn.Module, flow: DataFlow, names: Collection[str]) -> list[st
     ]
 
 
-def standardize_inputs(module: nn.Module, names: Collection[str]) -> list[str]:
+def standardize_inputs(module: nn.Module, names: Collection[str]) -> None:
     """Standardizes what layers get, by feature."""
     for name in names:
         layer = module.get_submodule(name)
@@ -95,7 +94,6 @@ def standardize_inputs(module: nn.Module, names: Collection[str]) -> list[str]:
         like = next(layer.parameters())
         layer.add_module(STANDARDIZATION, StandardizedInput(size, dim, like).train(layer.training))
         layer.register_forward_pre_hook(standardize_input)
-    return list(names)
 
 
 def _features(layer: nn.Module) -> tuple[int, int]:
@@ -117,11 +115,10 @@ def heads(module: nn.Module, flow: DataFlow, names: Collection[str]) -> list[str
     return last if names or len(last) == 1 else []
 
 
-def scale_outputs(module: nn.Module, names: Collection[str], mean: float, std: float) -> list[str]:
+def scale_outputs(module: nn.Module, names: Collection[str], mean: float, std: float) -> None:
     """Scales what layers give to the mean and the deviation of the targets."""
     for name in names:
         module.get_submodule(name).register_forward_hook(ScaledOutput(mean, std))
-    return list(names)
 
 
 def blocks(module: nn.Module, flow: DataFlow, names: Collection[str]) -> list[str]:
@@ -130,6 +127,8 @@ def blocks(module: nn.Module, flow: DataFlow, names: Collection[str]) -> list[st
     The innermost ones: a layer with its activation where an `nn.Sequential` has them, else a module of the
     user's that holds both. None that has a residual addition, is in a recurrence, or ends with the output.
     """
+    if any(":" in name for name in names):
+        return list(names)
     found: list[str] = []
     children = {name: child for name, child in module.named_modules() if name}
     for name, child in [("", module), *children.items()]:
@@ -182,11 +181,10 @@ def _runs(name: str, sequential: nn.Sequential, flow: DataFlow) -> Iterator[str]
             yield f"{first}:{last}"
 
 
-def add_residuals(module: nn.Module, found: Sequence[str], weight: float | None) -> list[str]:
+def add_residuals(module: nn.Module, found: Sequence[str], weight: float | None) -> None:
     """Adds the inputs of blocks to their outputs; the weight of these is `1 / sqrt(n_blocks)` by default."""
     weight = 1 / math.sqrt(max(len(found), 1)) if weight is None else weight
     for block in found:
         first, _, last = block.partition(":")
         opening, closing = module.get_submodule(first), module.get_submodule(last or first)
         ResidualAddition().attach(opening, closing, weight)
-    return list(found)

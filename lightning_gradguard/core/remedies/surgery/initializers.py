@@ -47,7 +47,7 @@ def initialize(
     to: str,
     seed: int,
     run_loss: Callable[[], Tensor] | None,
-) -> list[str]:
+) -> None:
     """Draws weights anew, with biases of zero; `"lsuv"` also scales outputs to unit variance on a batch.
 
     Recurrent modules get orthogonal recurrent weights and Xavier's for their inputs, attention Xavier's.
@@ -67,7 +67,6 @@ def initialize(
             draw_weights(layer, activation, generator, None if to == "lsuv" else to)
     if run_loss is not None and to == "lsuv":
         scale_to_unit_variance(module, run_loss, [x for x in layers if isinstance(x, WEIGHTED)])
-    return list(names)
 
 
 @torch.no_grad()

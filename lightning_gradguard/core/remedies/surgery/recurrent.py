@@ -16,12 +16,12 @@ _GATED = (nn.LSTM, nn.GRU, nn.LSTMCell, nn.GRUCell)
 _PLAIN = (nn.RNN, nn.RNNCell)
 
 
-def ungated(module: nn.Module) -> list[str]:
+def ungated(module: nn.Module, _: DataFlow) -> list[str]:
     """Returns the names of recurrent modules without gates."""
     return [name for name, child in module.named_modules() if type(child) in _PLAIN]
 
 
-def gated(module: nn.Module) -> list[str]:
+def gated(module: nn.Module, _: DataFlow) -> list[str]:
     """Returns the names of recurrent modules with gates that have a bias."""
     return [name for name, child in module.named_modules() if type(child) in _GATED and child.bias]
 
@@ -33,7 +33,7 @@ def recurrent(module: nn.Module, flow: DataFlow) -> list[str]:
     return found + [x.name for x in repeated if x.module.in_features == x.module.out_features]
 
 
-def replace_by_gru(module: nn.Module, names: Collection[str]) -> list[str]:
+def replace_by_gru(module: nn.Module, names: Collection[str]) -> None:
     """Puts a GRU in the place of recurrent modules; its arguments, inputs and outputs are theirs."""
     for name in names:
         old = module.get_submodule(name)
@@ -48,13 +48,12 @@ def replace_by_gru(module: nn.Module, names: Collection[str]) -> list[str]:
         else:
             new = nn.GRUCell(old.input_size, old.hidden_size, **arguments)
         replace_module(module, old, new)
-    return list(names)
 
 
 @torch.no_grad()
 def set_gate_biases(
     module: nn.Module, names: Collection[str], value: float, input_value: float | None
-) -> list[str]:
+) -> None:
     """Sets the biases of the gates that keep the state: forget gates of an LSTM, update gates of a GRU.
 
     The input gates of an LSTM keep theirs without an `input_value`.
@@ -69,11 +68,10 @@ def set_gate_biases(
                 parameter[size : 2 * size] = value * is_set
                 if input_value is not None and isinstance(child, (nn.LSTM, nn.LSTMCell)):
                     parameter[:size] = input_value * is_set
-    return list(names)
 
 
 @torch.no_grad()
-def make_orthogonal(module: nn.Module, names: Collection[str], gain: float, seed: int) -> list[str]:
+def make_orthogonal(module: nn.Module, names: Collection[str], gain: float, seed: int) -> None:
     """Initializes recurrent weights as orthogonal matrices, one for each gate."""
     generator = torch.Generator().manual_seed(seed)
     for name in names:
@@ -82,7 +80,6 @@ def make_orthogonal(module: nn.Module, names: Collection[str], gain: float, seed
                 drawn = torch.empty(block.shape)
                 nn.init.orthogonal_(drawn, gain=gain, generator=generator)
                 block.copy_(drawn)
-    return list(names)
 
 
 def _recurrent_weights(child: nn.Module) -> list[tuple[Tensor, int]]:
