@@ -176,8 +176,7 @@ class _Examination(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Keeps the batch."""
-        kept = copy.copy(batch) if isinstance(batch, dict) else batch  # the step may take entries out
-        self._seen = SeenBatch(kept, batch_idx, rng_state(), trainer.global_step)
+        self._seen = SeenBatch(batch, batch_idx, rng_state(), trainer.global_step)
 
     @override
     def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

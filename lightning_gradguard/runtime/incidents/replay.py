@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -33,7 +34,7 @@ class SeenBatch:
     """A batch as `training_step` gets it.
 
     Args:
-        batch: From the data loader, on the device.
+        batch: From the data loader, on the device; a dictionary as a copy, of which a step may take entries.
         batch_idx: Its place in the epoch.
         rng: State of the random number generators just before, from `core.snapshots.StepRandomness`.
         step: `trainer.global_step` then.
@@ -49,6 +50,10 @@ class SeenBatch:
     indices: Sequence[int] = ()
     tensors: Sequence[Tensor] = ()
     versions: Sequence[int] = ()
+
+    def __post_init__(self) -> None:
+        """Keeps entries that the step takes out of the batch."""
+        self.batch = copy.copy(self.batch) if isinstance(self.batch, dict) else self.batch
 
     @property
     def is_unchanged(self) -> bool:

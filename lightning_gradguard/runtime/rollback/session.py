@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -89,8 +88,6 @@ class RollbackSession:
         tensors = self.lost_batches.record(step, epoch, batch_in_epoch, batch)
         if self._indices is not None:
             indices, rng = self._indices.next_batch(), self._randomness.before_step()
-            if isinstance(batch, dict):
-                batch = copy.copy(batch)  # of which the step may take entries out
             seen = SeenBatch(batch, batch_idx, rng, step, indices, tensors, versions_of(tensors))
             window.batches.append(seen)
         if (reason := self._lost_earlier.get((epoch, batch_in_epoch))) is not None:
