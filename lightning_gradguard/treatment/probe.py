@@ -6,7 +6,6 @@ import copy
 import math
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import fmean
@@ -39,8 +38,7 @@ from lightning_gradguard.treatment.learning import Learning, learning_of, overfi
 from lightning_gradguard.treatment.prescriptions import keeps_from_learning
 from lightning_gradguard.treatment.trials.held_out import HeldOutLoss
 from lightning_gradguard.treatment.trials.program import Program, TreatmentError, described, quiet
-from lightning_gradguard.treatment.trials.recording import RecordedBatches
-from lightning_gradguard.treatment.trials.trial import Job, Listener, Trial, logged, thinned
+from lightning_gradguard.treatment.trials.trial import Job, Trial, logged
 
 #: Mean learning rate of a run, over that before any schedule, below which a schedule takes it away: one that
 #: falls to 0 along a line or a cosine leaves 0.5, a tenfold fall at 30, 60 and 80 % 0.33, an exponential fall
@@ -225,19 +223,16 @@ def probe(program: Program, least: int, most: int, deadline: float) -> Probe:
         TreatmentError: If a step raises an exception, or there is no optimizer.
     """
     began = time.monotonic()
-    job = Job(None, program.seed, most)
     n_least, n_most = program.n_batches(least), program.n_batches(most)
     held_out = HeldOutLoss(program.batches.held_out, n_most, deadline, every=n_least // 4)
-    diagnosis, check, listener = TrainingDiagnosis(), InitializationCheck(), Listener()
-    examination = _Examination()
+    diagnosis, check, examination = TrainingDiagnosis(), InitializationCheck(), _Examination()
     ending = _Ending(n_least, n_most, deadline, diagnosis, held_out)
     raised = ""
     untrained = program.module(program.seed)
     module = program.module(program.seed)
     with quiet(), tempfile.TemporaryDirectory() as folder:
-        trainer = program.trainer_of(
-            module, [check, diagnosis, listener, examination, held_out, ending], most, folder
-        )
+        watching = [check, diagnosis, examination, held_out, ending]
+        trainer = program.trainer_of(module, watching, most, folder)
         try:
             program.fit(trainer, module)
         except Exception as error:  # the user's own code
@@ -248,21 +243,17 @@ def probe(program: Program, least: int, most: int, deadline: float) -> Probe:
     if not any(optimizer.param_groups for optimizer in trainer.optimizers):
         raise TreatmentError("configure_optimizers of the module returns no optimizer: nothing is trained.")
     trial = Trial(
-        job=job,
-        curve=held_out.curve,
-        training=thinned(held_out.training),
-        over_constant=held_out.last.over_constant,
-        over_permuted=held_out.last.over_permuted,
-        is_likelihood=held_out.last.is_likelihood,
+        job=Job(None, program.seed, most),
         metrics=metrics,
-        incidents=dict(Counter(incident.kind for incident in listener.incidents)),
         parameters=sum(p.numel() for p in module.parameters()),
-        seconds_per_step=held_out.seconds_per_step,
         seconds=time.monotonic() - began,
         error=raised,
+        **held_out.outcome(),
     )
     decay = _decay(ending.rates)
-    run_loss = _runnable(untrained, program.batches.epochs[0][0], trainer)
+    first = program.batches.epochs[0][0]
+    run_loss = _runnable(untrained, first, trainer)
+    has_large_inputs = run_loss and input_cause(traced_pass(untrained, first, run_loss)) != "unknown"
     is_automatic = module.automatic_optimization and len(trainer.optimizers) == 1
     roots = diagnosis.diagnosis.roots
     if is_automatic and decay:  # trials are made without the schedule
@@ -272,7 +263,7 @@ def probe(program: Program, least: int, most: int, deadline: float) -> Probe:
         steps=trainer.global_step,
         symptoms=list(roots),
         initialization=[f for f in check.findings if f.severity != "info"],
-        incidents=[*listener.incidents, *examination.incidents],
+        incidents=[*held_out.incidents, *examination.incidents],
         module=untrained,
         is_automatic=is_automatic,
         has_epsilon=any("eps" in group for one in trainer.optimizers for group in one.param_groups),
@@ -281,7 +272,7 @@ def probe(program: Program, least: int, most: int, deadline: float) -> Probe:
         decay=decay,
         targets=None if trial.is_likelihood else _scale_of_targets(program.batches.epochs[0]),
         plain_rate=_plain_rate(trainer.optimizers[0]) if is_automatic else math.nan,
-        has_large_inputs=run_loss is not None and _has_large_inputs(untrained, program.batches, run_loss),
+        has_large_inputs=bool(has_large_inputs),
         run_loss=run_loss,
     )
 
@@ -326,12 +317,6 @@ def _plain_rate(optimizer: torch.optim.Optimizer) -> float:
     if is_scale_free(optimizer) or not rate:
         return math.nan
     return float(rate) / (1 - float(group.get("momentum", 0.0)))
-
-
-def _has_large_inputs(
-    module: pl.LightningModule, batches: RecordedBatches, run_loss: Callable[[], Tensor]
-) -> bool:
-    return input_cause(traced_pass(module, batches.epochs[0][0], run_loss)) != "unknown"
 
 
 def _runnable(module: pl.LightningModule, batch: Any, trainer: pl.Trainer) -> Callable[[], Tensor] | None:

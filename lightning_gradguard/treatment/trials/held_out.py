@@ -1,10 +1,11 @@
-"""Measures the held-out loss of a module, beside that of the best constant answer."""
+"""Records what a trial is known by: its held-out loss, beside that of the best constant answer, its incidents."""
 
 from __future__ import annotations
 
 import copy
 import math
 import time
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_gradguard.core.detectors.diagnosis import LossBaselines, Sample, StepTrace
+from lightning_gradguard.core.incidents import Incident
 from lightning_gradguard.core.snapshots import preserve_state
 from lightning_gradguard.runtime.diagnosis.permutation import target_of
 from lightning_gradguard.runtime.incidents.replay import loss_without_trace, without_logging
@@ -89,7 +91,7 @@ def evaluate(
 
 
 class HeldOutLoss(Callback):
-    """Records the held-out loss of a run and its losses, and ends it at a deadline.
+    """Records the held-out loss of a run, its losses and its incidents, and ends it at a deadline.
 
     Args:
         batches: The held-out batches.
@@ -103,6 +105,7 @@ class HeldOutLoss(Callback):
         curve: Step and held-out loss.
         training: Step and loss of the batch.
         last: The last evaluation.
+        incidents: Of the run, in their order.
         is_out_of_time: True if the deadline has ended the run.
     """
 
@@ -119,6 +122,7 @@ class HeldOutLoss(Callback):
         self.curve: list[tuple[int, float]] = []
         self.training: list[tuple[int, float]] = []
         self.last = Evaluation(math.nan)
+        self.incidents: list[Incident] = []
         self.is_out_of_time = False
         self._batches = batches
         self._deadline = deadline
@@ -130,11 +134,6 @@ class HeldOutLoss(Callback):
         self._seen = 0
         self._began = 0.0
         self._durations: list[float] = []
-
-    @property
-    def seconds_per_step(self) -> float:
-        """Median duration of a batch, with its optimizer step."""
-        return median(self._durations) if self._durations else math.nan
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -175,11 +174,35 @@ class HeldOutLoss(Callback):
         self.last = evaluate(trainer, pl_module, self._batches, in_full=True)
         self._add(self.last)
 
+    def on_training_incident(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, incident: Incident
+    ) -> None:
+        """Keeps an incident."""
+        self.incidents.append(incident)
+
+    def outcome(self) -> dict[str, Any]:
+        """Returns what was recorded, by the names that a trial has for it."""
+        return {
+            "curve": self.curve,
+            "training": _thinned(self.training),
+            "over_constant": self.last.over_constant,
+            "over_permuted": self.last.over_permuted,
+            "is_likelihood": self.last.is_likelihood,
+            "incidents": dict(Counter(incident.kind for incident in self.incidents)),
+            "seconds_per_step": median(self._durations) if self._durations else math.nan,
+        }
+
     def _evaluate(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._add(evaluate(trainer, pl_module, self._batches, in_full=False))
 
     def _add(self, evaluation: Evaluation) -> None:
         self.curve.append((self._seen, evaluation.loss))
+
+
+def _thinned(curve: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
+    """Returns at most 200 points of a curve, the last among them."""
+    every = max(-(-len(curve) // 200), 1)
+    return [*curve[::-1][::every]][::-1]
 
 
 def _mean(losses: Sequence[float]) -> float:

@@ -6,7 +6,6 @@ import json
 import math
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,7 +16,6 @@ import torch
 from lightning_gradguard.callbacks.defaults import callbacks_of, default_callbacks
 from lightning_gradguard.callbacks.training_diagnosis import TrainingDiagnosis
 from lightning_gradguard.core import tags
-from lightning_gradguard.core.incidents import Incident
 from lightning_gradguard.core.remedies.changes import Change
 from lightning_gradguard.core.remedies.kinds import KINDS
 from lightning_gradguard.runtime.lightning_api import Callback
@@ -145,63 +143,38 @@ def run(program: Program, job: Job, deadline: float) -> Trial:
     steps = program.n_batches(job.steps)
     patience = None if job.patience is None else program.n_batches(job.patience)
     held_out = HeldOutLoss(program.batches.held_out, steps, deadline, enough=job.enough, patience=patience)
-    listener = Listener()
-    outcome: dict[str, Any] = {"error": ""}
+    error = ""
+    parameters, metrics = 0, {}
     with quiet(), tempfile.TemporaryDirectory() as folder:
         try:
             module = program.module(job.seed)
             callbacks = [] if job.changes is None else treated(_seeded(job.changes, job.seed))
             arguments = {c.kind: c["value"] for c in job.changes or () if c.alters == "trainer"}
-            watching = [listener, held_out]
+            watching: list[Callback] = [held_out]
             # what explodes in a long run is no treatment; short ones of the search end before
             if job.enough is None and (job.patience is None or job.seed != program.seed):
                 watching.append(TrainingDiagnosis())
             trainer = program.trainer_of(module, [*callbacks, *watching], job.steps, folder, **arguments)
             program.fit(trainer, module)
-            outcome |= {
-                "metrics": logged(trainer),
-                "parameters": sum(p.numel() for p in module.parameters()),
-                "over_constant": held_out.last.over_constant,
-                "over_permuted": held_out.last.over_permuted,
-                "is_likelihood": held_out.last.is_likelihood,
-                "reachable": program.reachable,
-            }
+            parameters, metrics = sum(p.numel() for p in module.parameters()), logged(trainer)
         except torch.OutOfMemoryError:
-            outcome["error"] = "the device is out of memory"
+            error = "the device is out of memory"
             torch.cuda.empty_cache()
-        except TreatmentError as error:
-            outcome["error"] = str(error)
-        except Exception as error:  # the program's own, or a change that does not fit it
-            outcome["error"] = described(error)
-    if held_out.is_out_of_time and not outcome["error"]:
-        outcome["error"] = OUT_OF_TIME
+        except TreatmentError as unbuilt:
+            error = str(unbuilt)
+        except Exception as raised:  # the program's own, or a change that does not fit it
+            error = described(raised)
+    if held_out.is_out_of_time and not error:
+        error = OUT_OF_TIME
     return Trial(
         job=job,
-        curve=held_out.curve,
-        training=thinned(held_out.training),
-        incidents=dict(Counter(incident.kind for incident in listener.incidents)),
-        seconds_per_step=held_out.seconds_per_step,
+        reachable=program.reachable,
+        metrics=metrics,
+        parameters=parameters,
         seconds=time.monotonic() - began,
-        **outcome,
+        error=error,
+        **held_out.outcome(),
     )
-
-
-class Listener(Callback):
-    """Keeps the incidents of a run.
-
-    Attributes:
-        incidents: In their order.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.incidents: list[Incident] = []
-
-    def on_training_incident(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, incident: Incident
-    ) -> None:
-        """Keeps an incident."""
-        self.incidents.append(incident)
 
 
 def logged(trainer: pl.Trainer) -> dict[str, float]:
@@ -209,9 +182,3 @@ def logged(trainer: pl.Trainer) -> dict[str, float]:
     numbers = {name: float(value) for name, value in trainer.callback_metrics.items() if value.numel() == 1}
     own = tuple(form.partition("/")[0] for form in (tags.GRAD_NORM_TOTAL, tags.SKIPS, tags.LR_SCALE))
     return {name: value for name, value in numbers.items() if not name.startswith(own)}
-
-
-def thinned(curve: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
-    """Returns at most 200 points of a curve, the last among them."""
-    every = max(-(-len(curve) // 200), 1)
-    return [*curve[::-1][::every]][::-1]
