@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import logging
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -21,7 +22,6 @@ from lightning_gradguard.cli.messages import (
     UsageError,
     is_raised_by_suite,
     one_line,
-    silence_lightning,
     source_line,
     usage_errors_reported,
 )
@@ -32,6 +32,7 @@ from lightning_gradguard.core.initialization import SEVERITIES, Finding, table, 
 from lightning_gradguard.runtime.diagnosis.sampled_step import SampledStep
 from lightning_gradguard.runtime.initialization.losses import findings_of_losses
 from lightning_gradguard.runtime.lightning_api import Callback
+from lightning_gradguard.runtime.logging.silence import messages_silenced
 from lightning_gradguard.runtime.treatment.module import change_as_saved
 from lightning_gradguard.strict_json import to_json
 
@@ -56,7 +57,7 @@ def main(arguments: Sequence[str]) -> None:
     """Checks with the first training batch, without a step; exits with code 1 if a criterion fails."""
     options, rest = _own_parser().parse_known_args(arguments)
     stdout = sys.stdout
-    with usage_errors_reported("check"), fit_argv(rest), silence_lightning():
+    with usage_errors_reported("check"), fit_argv(rest), messages_silenced(logging.ERROR):
         # standard output holds nothing but the result; what the user's code prints goes to standard error
         with contextlib.redirect_stdout(sys.stderr):
             result = _check(rest)

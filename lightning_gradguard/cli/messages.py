@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import functools
 import inspect
-import logging
 import re
 import sys
 import sysconfig
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
 import lightning_gradguard
-from lightning_gradguard.runtime.logging.silence import messages_silenced
 
 _PACKAGE = str(Path(lightning_gradguard.__file__).parent)
 #: Paths of code that is not the user's.
@@ -38,11 +36,6 @@ def usage_errors_reported(verb: str) -> Iterator[None]:
     except UsageError as error:
         print(f"lightning-gradguard {verb}: {error}", file=sys.stderr)
         raise SystemExit(2) from None
-
-
-def silence_lightning() -> AbstractContextManager[None]:
-    """Suppresses warnings and messages about idle devices, few workers and the like; errors are logged."""
-    return messages_silenced(logging.ERROR)
 
 
 def one_line(text: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import linecache
+import logging
 import os
 import warnings
 from collections.abc import Mapping, Sequence
@@ -23,7 +24,6 @@ from lightning_gradguard.cli.messages import (
     instantiate,
     one_line,
     recording_failures,
-    silence_lightning,
     usage_errors_reported,
 )
 from lightning_gradguard.cli.parsing.parse_errors import parse_error_message
@@ -34,7 +34,8 @@ from lightning_gradguard.report.readers.incident_files import read_incidents
 from lightning_gradguard.runtime import lightning_api
 from lightning_gradguard.runtime.incidents.dossier import Dossier, DossierError, model_options, read_dossier
 from lightning_gradguard.runtime.incidents.replay import SeenBatch, replay
-from lightning_gradguard.runtime.lightning_packages import lightning_package_of
+from lightning_gradguard.runtime.lightning_packages import lightning_package_of, without_output
+from lightning_gradguard.runtime.logging.silence import messages_silenced
 from lightning_gradguard.runtime.treatment.module import KEY, change_as_saved
 
 _HELP = """\
@@ -264,16 +265,9 @@ def _trainer(dossier: Dossier, module: pl.LightningModule, weights: Mapping[str,
         scaler = torch.amp.GradScaler("cpu", init_scale=dossier.loss_scale)
         precision = import_module(f"{package.__name__}.plugins.precision")
         arguments = {"plugins": [precision.MixedPrecision("16-mixed", "cpu", scaler=scaler)]}
-    logger = import_module(f"{package.__name__}.loggers.logger")
-    with silence_lightning():  # about an idle GPU, and the like
+    with messages_silenced(logging.ERROR):  # about an idle GPU, and the like
         trainer: pl.Trainer = package.Trainer(
-            accelerator="cpu",
-            devices=1,
-            logger=logger.DummyLogger(),  # accepts all that the user's step may log
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            **arguments,
+            accelerator="cpu", devices=1, **without_output(package), **arguments
         )
     lightning_api.attach_for_replay(trainer, module, dossier.epoch)
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import logging
 import shlex
 import sys
 import tempfile
@@ -13,7 +14,7 @@ from typing import Any
 from jsonargparse import ArgumentParser, Namespace
 
 from lightning_gradguard.cli.fit import parser_beside_fit
-from lightning_gradguard.cli.messages import UsageError, silence_lightning, usage_errors_reported
+from lightning_gradguard.cli.messages import UsageError, usage_errors_reported
 from lightning_gradguard.cli.parsing.lightning_cli import (
     SuiteCLI,
     command_line,
@@ -23,6 +24,7 @@ from lightning_gradguard.cli.parsing.lightning_cli import (
 )
 from lightning_gradguard.cli.parsing.preparse import config_files, named_class, read_config
 from lightning_gradguard.runtime.lightning_api import Callback
+from lightning_gradguard.runtime.logging.silence import messages_silenced
 from lightning_gradguard.treatment.budget import seconds
 from lightning_gradguard.treatment.page import text_of
 from lightning_gradguard.treatment.result import TreatmentResult
@@ -51,7 +53,7 @@ def main(arguments: Sequence[str]) -> None:
     stdout = sys.stdout
     # standard output holds nothing but the result; progress goes to standard error
     redirected = contextlib.redirect_stdout(sys.stderr)
-    with usage_errors_reported("treat"), fit_argv(rest), silence_lightning(), redirected:
+    with usage_errors_reported("treat"), fit_argv(rest), messages_silenced(logging.ERROR), redirected:
         result = _treat(options, rest)
     print(text_of(result), file=stdout)
     code = {"no_treatment_found": 1, "budget_too_small": 2}.get(result.verdict, 0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
@@ -34,6 +35,17 @@ def lightning_package_of(module_class: Any) -> ModuleType:
 def is_instance_by_name(thing: object, name: str) -> bool:
     """True for an instance of a class of Lightning, of either package, or of a subclass."""
     return any(kind.__name__ == name for kind in type(thing).__mro__)
+
+
+def without_output(package: ModuleType) -> dict[str, Any]:
+    """Returns arguments with which a Trainer of a package prints and writes nothing."""
+    logger = import_module(f"{package.__name__}.loggers.logger")
+    return {
+        "logger": logger.DummyLogger(),  # accepts all that the user's step may log
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
 
 
 def callback_base_class() -> type[pl.Callback]:

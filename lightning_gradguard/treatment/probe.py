@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import math
 import tempfile
 import time
@@ -32,12 +33,13 @@ from lightning_gradguard.runtime.incidents.investigation import Investigation
 from lightning_gradguard.runtime.incidents.present import present_in
 from lightning_gradguard.runtime.incidents.replay import SeenBatch, training_loss_or_nan, without_logging
 from lightning_gradguard.runtime.lightning_api import Callback
+from lightning_gradguard.runtime.logging.silence import messages_silenced
 from lightning_gradguard.runtime.optimizer_hooks import is_scale_free
 from lightning_gradguard.runtime.rollback.reporter import origin_facts
 from lightning_gradguard.treatment.learning import Learning, learning_of, overfits
 from lightning_gradguard.treatment.prescriptions import keeps_from_learning
 from lightning_gradguard.treatment.trials.held_out import HeldOutLoss
-from lightning_gradguard.treatment.trials.program import Program, TreatmentError, described, quiet
+from lightning_gradguard.treatment.trials.program import Program, TreatmentError, described
 from lightning_gradguard.treatment.trials.trial import Job, Trial, logged
 
 #: Mean learning rate of a run, over that before any schedule, below which a schedule takes it away: one that
@@ -230,7 +232,7 @@ def probe(program: Program, least: int, most: int, deadline: float) -> Probe:
     raised = ""
     untrained = program.module(program.seed)
     module = program.module(program.seed)
-    with quiet(), tempfile.TemporaryDirectory() as folder:
+    with messages_silenced(logging.CRITICAL), tempfile.TemporaryDirectory() as folder:
         watching = [check, diagnosis, examination, held_out, ending]
         trainer = program.trainer_of(module, watching, most, folder)
         try:

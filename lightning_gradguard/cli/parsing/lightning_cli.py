@@ -31,7 +31,7 @@ from lightning_gradguard.cli.messages import (
 from lightning_gradguard.cli.parsing.parse_errors import no_arguments, parse_error_message
 from lightning_gradguard.cli.parsing.preparse import config_files, named_class
 from lightning_gradguard.runtime.lightning_api import Callback
-from lightning_gradguard.runtime.lightning_packages import lightning_package_of
+from lightning_gradguard.runtime.lightning_packages import lightning_package_of, without_output
 
 if TYPE_CHECKING:
     from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
@@ -45,10 +45,8 @@ _MODULE_FLAG = re.compile(r"--model\.(?:init_args\.)?(\w+)")
 
 def trainer_alone(folder: str, model_class: Any) -> dict[str, Any]:
     """Returns arguments of a Trainer that leaves nothing behind, on one device, without limits of its own."""
-    logger = import_module(f"{lightning_package_of(model_class).__name__}.loggers.logger")
     return {
         "default_root_dir": folder,
-        "logger": logger.DummyLogger(),  # accepts all that the user's step may log
         "devices": 1,
         "num_nodes": 1,
         "strategy": "auto",
@@ -56,9 +54,7 @@ def trainer_alone(folder: str, model_class: Any) -> dict[str, Any]:
         "barebones": False,
         "profiler": None,
         "max_time": None,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
+        **without_output(lightning_package_of(model_class)),
     }
 
 

@@ -1,4 +1,4 @@
-"""Records what a trial is known by: its held-out loss, beside that of the best constant answer, its incidents."""
+"""Records the held-out loss of a run, beside that of the best constant answer, and its incidents."""
 
 from __future__ import annotations
 

@@ -8,9 +8,7 @@ import math
 import random
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +17,7 @@ import pytorch_lightning as pl
 import torch
 
 from lightning_gradguard.core.forensics.location import innermost_of_traceback
-from lightning_gradguard.runtime.lightning_packages import FRAMEWORKS, lightning_package_of
+from lightning_gradguard.runtime.lightning_packages import FRAMEWORKS, lightning_package_of, without_output
 from lightning_gradguard.runtime.logging.silence import messages_silenced
 from lightning_gradguard.treatment.trials.recording import Batches, Recorded, RecordedBatches, Recorder
 
@@ -72,18 +70,11 @@ class Program:
         self, module: pl.LightningModule, callbacks: Sequence[Any], steps: int, folder: str, **more: Any
     ) -> pl.Trainer:
         """Returns a Trainer for a number of optimizer steps that prints and keeps nothing."""
-        package = lightning_package_of(type(module))
-        arguments = {
-            **_quiet(package, folder),
-            **{name: value for name, value in self.trainer.items() if name in OF_USER and value is not None},
-            **more,
-        }
-        if len(self.batches.epochs[0]) > self.n_batches(steps):
-            arguments["val_check_interval"] = self.n_batches(steps)
-        trainer: pl.Trainer = package.Trainer(
-            **arguments, max_steps=steps, max_epochs=-1, callbacks=list(callbacks)
-        )
-        return trainer
+        n_batches = self.n_batches(steps)
+        if len(self.batches.epochs[0]) > n_batches:
+            more["val_check_interval"] = n_batches
+        length = {"max_steps": steps, "max_epochs": -1}
+        return _trainer(module, self.trainer, folder, **more, **length, callbacks=list(callbacks))
 
     def n_batches(self, steps: int) -> int:
         """Returns the batches of a number of optimizer steps."""
@@ -171,12 +162,10 @@ def recorded_program(
             "make_module gives the same module, or the same parameters, each time; have it build a new one."
         )
     module.configure_callbacks = list  # type: ignore[method-assign]
-    package = lightning_package_of(type(module))
     recorder = Recorder(wanted, deadline)
     length = {name: trainer[name] for name in LENGTH if trainer.get(name) is not None}
-    used = {name: value for name, value in trainer.items() if name in OF_USER and value is not None}
-    with quiet(), tempfile.TemporaryDirectory() as folder:
-        fitting = package.Trainer(**{**_quiet(package, folder), **used, **length}, callbacks=[recorder])
+    with messages_silenced(logging.CRITICAL), tempfile.TemporaryDirectory() as folder:
+        fitting = _trainer(module, trainer, folder, **length, callbacks=[recorder])
         seed_all(seed)
         try:
             if datamodule is None:
@@ -195,21 +184,18 @@ def recorded_program(
     return Program(make_module, datamodule, trainer, recorder.result(), planned, accumulated, seed)
 
 
-def quiet() -> AbstractContextManager[None]:
-    """Suppresses what Lightning and the suite print while a program runs."""
-    return messages_silenced(logging.CRITICAL)
-
-
-def _quiet(package: Any, folder: str) -> dict[str, Any]:
-    logger = import_module(f"{package.__name__}.loggers.logger").DummyLogger()
-    has_gpu = torch.cuda.is_available()
-    return {
-        "accelerator": "auto" if has_gpu else "cpu",
+def _trainer(
+    module: pl.LightningModule, settings: Mapping[str, Any], folder: str, **arguments: Any
+) -> pl.Trainer:
+    """Returns a Trainer with settings of the user that prints and keeps nothing."""
+    package = lightning_package_of(type(module))
+    used = {name: value for name, value in settings.items() if name in OF_USER and value is not None}
+    fixed = {
+        "accelerator": "auto" if torch.cuda.is_available() else "cpu",
         "devices": 1,
-        "logger": logger,  # accepts all that the user's step may log
         "default_root_dir": folder,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
         "num_sanity_val_steps": 0,
+        **without_output(package),
     }
+    trainer: pl.Trainer = package.Trainer(**{**fixed, **used, **arguments})
+    return trainer

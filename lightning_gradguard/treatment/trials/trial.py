@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import tempfile
 import time
@@ -19,8 +20,9 @@ from lightning_gradguard.core import tags
 from lightning_gradguard.core.remedies.changes import Change
 from lightning_gradguard.core.remedies.kinds import KINDS
 from lightning_gradguard.runtime.lightning_api import Callback
+from lightning_gradguard.runtime.logging.silence import messages_silenced
 from lightning_gradguard.treatment.trials.held_out import HeldOutLoss
-from lightning_gradguard.treatment.trials.program import Program, TreatmentError, described, quiet
+from lightning_gradguard.treatment.trials.program import Program, TreatmentError, described
 
 #: The error of a trial that was not finished for want of time.
 OUT_OF_TIME = "the budget was spent before its end"
@@ -145,7 +147,7 @@ def run(program: Program, job: Job, deadline: float) -> Trial:
     held_out = HeldOutLoss(program.batches.held_out, steps, deadline, enough=job.enough, patience=patience)
     error = ""
     parameters, metrics = 0, {}
-    with quiet(), tempfile.TemporaryDirectory() as folder:
+    with messages_silenced(logging.CRITICAL), tempfile.TemporaryDirectory() as folder:
         try:
             module = program.module(job.seed)
             callbacks = [] if job.changes is None else treated(_seeded(job.changes, job.seed))
