@@ -30,25 +30,16 @@ class Clock:
 
     Args:
         budget: In seconds.
-
-    Attributes:
-        deadline: When it is spent, on the clock of `time.monotonic`.
     """
 
     def __init__(self, budget: float) -> None:
         self.budget = budget
         self._start = time.monotonic()
-        self.deadline = self._start + budget
 
     @property
     def spent(self) -> float:
         """Seconds since the start."""
         return time.monotonic() - self._start
-
-    @property
-    def left(self) -> float:
-        """Seconds until the deadline, negative after it."""
-        return self.deadline - time.monotonic()
 
     def share(self, fraction: float) -> float:
         """Returns the moment at which a fraction of the budget is spent."""

@@ -46,6 +46,8 @@ from lightning_gradguard.treatment.trials.trial import Job, Trial, logged
 #: falls to 0 along a line or a cosine leaves 0.5, a tenfold fall at 30, 60 and 80 % 0.33, an exponential fall
 #: to 1e-3 0.145. Where no rate comes near that before the schedule, it is no rate to train with.
 LEAST_MEAN_RATE, NEAR_INITIAL = 0.14, 0.5
+#: Steps below which a run shows nothing.
+TOO_FEW_STEPS = 30
 #: Batches that are examined at most.
 MAX_EXAMINED = 2
 
@@ -92,6 +94,13 @@ class Probe:
         """Returns the outcome beside what plain learners reach on the same data."""
         trial = replace(self.trial, reachable=reachable)
         return replace(self, trial=trial, learning=learning_of(trial))
+
+    @property
+    def seconds_per_step(self) -> float:
+        """Duration of a step in a trial, with its share of evaluations."""
+        # before the first few, a run spends its time on its start
+        of_steps = self.steps < TOO_FEW_STEPS and math.isfinite(self.trial.seconds_per_step)
+        return self.trial.seconds_per_step if of_steps else self.trial.seconds / max(self.steps, 1)
 
     @property
     def learns_unhindered(self) -> bool:

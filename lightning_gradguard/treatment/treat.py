@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytorch_lightning as pl
 
@@ -21,7 +21,7 @@ from lightning_gradguard.treatment.budget import Clock, seconds
 from lightning_gradguard.treatment.candidates import Candidate, applies, candidates, has_far_targets, unfit
 from lightning_gradguard.treatment.learning import LEARNED_ENOUGH, fails_beside, learned_enough, learning_of
 from lightning_gradguard.treatment.prescriptions import Prescription, prescriptions
-from lightning_gradguard.treatment.probe import Probe, probe
+from lightning_gradguard.treatment.probe import TOO_FEW_STEPS, Probe, probe
 from lightning_gradguard.treatment.result import TreatmentResult
 from lightning_gradguard.treatment.search import (
     TrialRunner,
@@ -47,8 +47,6 @@ from lightning_gradguard.treatment.verification import (
 
 #: Steps of a trial of full length: this share of the user's run, at least and at most so many.
 SHARE, LEAST_STEPS, MOST_STEPS, USUAL_STEPS = 0.25, 150, 2000, 400
-#: Steps below which a trial shows nothing.
-TOO_FEW_STEPS = 30
 #: Steps below which a run logs too little for a report by default, and the points that it then logs.
 FEW_STEPS, LOGGED = 500, 30
 #: Steps of a probe at most, and batches that are recorded.
@@ -147,6 +145,16 @@ def _length(planned: int) -> int:
     return min(max(round(SHARE * planned), LEAST_STEPS), MOST_STEPS, planned)
 
 
+class Verified(NamedTuple):
+    """Changes that were run with fresh seeds; none are tried after the last."""
+
+    changes: tuple[Change, ...]
+    results: Sequence[SeedResult]
+    verdict: TreatmentVerdict
+    evidence: str
+    is_last: bool
+
+
 class _Treatment:
     """The steps of a treatment after its probe."""
 
@@ -193,9 +201,11 @@ class _Treatment:
         if is_healthy and not self._is_open and not any(one.is_beside_learning for one in self.prescriptions):
             return self._result("healthy", healthy)
         if self.steps < TOO_FEW_STEPS:
+            duration = self.found.seconds_per_step
+            least = self.clock.spent + TOO_FEW_STEPS * COST_IN_TRIALS * duration / VERIFIED
             evidence = (
                 f"{self.clock.budget:.0f} s do not allow {TOO_FEW_STEPS} steps a trial, the least, of "
-                f"{1e3 * self._seconds_per_step():.3g} ms each; give at least {self._least_budget():.0f} s"
+                f"{1e3 * duration:.3g} ms each; give at least {least:.0f} s"
             )
             return self._result("budget_too_small", evidence)
         blocking = [p for p in self.prescriptions if p.is_blocking]
@@ -210,29 +220,22 @@ class _Treatment:
             f"{self._time}, probe: {learning.evidence}; "
             f"{len(suggested)} treatments to try: {', '.join(name_of(c.changes) for c in suggested)}"
         )
-        best: tuple[TreatmentVerdict, str, tuple[Change, ...], Sequence[SeedResult]] | None = None
-        for trial, results, verdict, evidence in self._verified(suggested):
-            changes = trial.job.changes or ()
-            left = next((one.place for one in self.prescriptions if one.remains), "")
-            ends = verdict == "cured"
-            if ends and left:
-                verdict, evidence = "better", f"{evidence}. The fault of the code at {left} remains"
-            self.report(f"{self._time}, {verdict}: {name_of(changes)}")
-            if ends:
-                return self._result(verdict, evidence, changes, results, suggested)
-            if results and (best is None or (verdict == "better" and best[0] != "better")):
-                best = verdict, evidence, changes, results
+        best: Verified | None = None
+        for one in self._verified(suggested):
+            self.report(f"{self._time}, {one.verdict}: {name_of(one.changes)}")
+            if one.is_last:
+                return self._result(one.verdict, one.evidence, one.changes, one.results, suggested)
+            if one.results and (best is None or (one.verdict == "better" and best.verdict != "better")):
+                best = one
         ahead = unverified(self.log.trials.values(), self.found.trial)
         if self._is_open and not (self.runner.was_cut and ahead):
             rest = f"; {self._cut} before more was tried" if self.runner.was_cut else ""
             return self._result("healthy", f"{healthy}; no change that was tried learns far more{rest}")
-        is_known = best is not None and (best[0] == "better" or not self.runner.was_cut)
-        if best is not None and is_known and not self._is_open:
-            verdict, evidence, changes, results = best
-            kept = changes if verdict == "better" else ()
-            return self._result(verdict, evidence, kept, results, suggested)
-        results = best[3] if best is not None else ()
-        return self._result("no_treatment_found", self._shortfall(ahead, results), (), results, suggested)
+        if best is None or self._is_open or (best.verdict != "better" and self.runner.was_cut):
+            results = best.results if best is not None else ()
+            return self._result("no_treatment_found", self._shortfall(ahead, results), (), results, suggested)
+        kept = best.changes if best.verdict == "better" else ()
+        return self._result(best.verdict, best.evidence, kept, best.results, suggested)
 
     def _shortfall(self, ahead: Trial | None, results: Sequence[SeedResult]) -> str:
         """Returns why no treatment is known: none has proved better, or the budget has ended before."""
@@ -249,28 +252,17 @@ class _Treatment:
         left = open_ends(results, ahead, whole_length(self.runner), self._cut)
         return f"{self.found.learning.evidence}; {left}"
 
-    def _verified(
-        self, suggested: Sequence[Candidate]
-    ) -> Iterator[tuple[Trial, Sequence[SeedResult], TreatmentVerdict, str]]:
+    def _verified(self, suggested: Sequence[Candidate]) -> Iterator[Verified]:
         """Yields treatments as they are verified, with their verdicts.
 
         The learning rate is searched around the first of them that does not learn, or that ends its own run
         with little learned; it is lowered for the first that does not learn with each seed.
         """
-        runner = self.runner
-        whole = whole_length(runner)
-        verification = Verification(runner, self.found.trial if self._is_probed(whole) else None, VERIFIED)
-        needed = verification.share(self._seconds_per_step())
-        until = min(max(VERIFIED - needed, LEAST_SEARCHED), MOST_SEARCHED)
-        short, full = self._untreated(runner.short_steps), self._untreated(self.steps)
-        if self._is_open and min(short, full) > 0:
-            promising, full = PROMISING * short, PROMISING * full
-        else:
-            promising = math.inf
-        waiting = search(runner, suggested, full, until, promising)[:MAX_VERIFIED]
-        if runner.was_cut and not waiting:  # there is nothing yet to verify in the time that was kept
-            runner.was_cut, until = False, MOST_SEARCHED
-            waiting = search(runner, suggested, full, until, promising)[:MAX_VERIFIED]
+        runner, whole = self.runner, whole_length(self.runner)
+        is_probed = self.found.steps >= whole or not math.isfinite(self.found.trial.loss)
+        verification = Verification(runner, self.found.trial if is_probed else None, VERIFIED)
+        needed = verification.share(self.found.seconds_per_step)
+        waiting, bar, until = self._searched(suggested, VERIFIED - needed)
         has_rate = is_lowered = False
         verified: set[str] = set()
         late: list[tuple[float, Trial]] = []
@@ -281,37 +273,30 @@ class _Treatment:
             is_known = str(trial.job.changes) in verified and not is_late
             if is_known or (verified and not learning_of(trial).learns):
                 continue
+            first = None
             if has_rate or learning_of(trial).has_learned:
-                fewer = with_needed_changes(runner, trial, full, until)
+                fewer = with_needed_changes(runner, trial, bar, until)
                 if fewer is not trial and str(fewer.job.changes) not in verified:
                     trial, waiting = fewer, [trial, *waiting]
-            first = verification.first(trial) if has_rate or learning_of(trial).has_learned else None
-            explodes = first is not None and not first.is_undisturbed
-            if not has_rate and (first is None or not learned_enough(first) or explodes):
+                first = verification.first(trial)
+            if not has_rate and not (first and learned_enough(first) and first.is_undisturbed):
                 has_rate = True
-                if first is not None and (learned_enough(trial) or explodes):
-                    is_lowered = True
-                    waiting = [*at_lower_rate(runner, trial, until), trial, *waiting]
-                else:
-                    waiting = [*at_best_rate(runner, trial, until), *waiting]
+                is_lowered = first is not None and (learned_enough(trial) or not first.is_undisturbed)
+                lowered = [*at_lower_rate(runner, trial, until), trial] if is_lowered else []
+                waiting = [*(lowered or at_best_rate(runner, trial, until)), *waiting]
                 continue
             verified.add(str(trial.job.changes))
-            is_better = first is not None and fails_beside(self.found.trial, first)
-            if first is not None and is_better and not is_late and first.job.steps >= whole:
-                has_learned = learning_of(first).has_learned
-                if not has_learned or verification.beats_suite(first) is False:
+            better = first if first and fails_beside(self.found.trial, first) else None
+            if better and not is_late and better.job.steps >= whole:
+                has_learned = learning_of(better).has_learned
+                if not has_learned or verification.beats_suite(better) is False:
                     # no cure: it gets its other seeds if nothing else is one
-                    late.append((first.loss, trial))
+                    late.append((better.loss, trial))
                     alone, has_rate = replace(trial, job=replace(trial.job, changes=())), True
                     waiting = [alone, *waiting] if has_learned else waiting
                     continue
-            results = verification.others(first) if first is not None and is_better else []
-            verdict, evidence = verdict_of(results, whole)
-            if verdict == "cured" and not (beats := verification.beats_suite(results[0].treated, results)):
-                verdict = "better"
-                reason = "their comparison ended with the budget" if beats is None else "do as much"
-                evidence += f"; the suite's callbacks alone: {reason}"
-            yield trial, results, verdict, evidence
+            results = verification.others(better) if better else []
+            yield self._with_verdict(trial.job.changes or (), results, verification)
             if not is_lowered and not all(r.learning.has_learned for r in results):
                 has_rate = is_lowered = True
                 if lower := at_lower_rate(runner, trial, VERIFIED):
@@ -322,6 +307,33 @@ class _Treatment:
                 runner.was_cut |= bool(waiting) and not self._is_open
                 break
 
+    def _searched(self, suggested: Sequence[Candidate], latest: float) -> tuple[list[Trial], float, float]:
+        """Returns trials to verify, the held-out loss that they beat, and the share at which searches end."""
+        runner = self.runner
+        until = min(max(latest, LEAST_SEARCHED), MOST_SEARCHED)
+        short, bar, promising = self._untreated(runner.short_steps), self._untreated(self.steps), math.inf
+        if self._is_open and min(short, bar) > 0:
+            promising, bar = PROMISING * short, PROMISING * bar
+        found = search(runner, suggested, bar, until, promising)
+        if runner.was_cut and not found:  # there is nothing yet to verify in the time that was kept
+            runner.was_cut, until = False, MOST_SEARCHED
+            found = search(runner, suggested, bar, until, promising)
+        return found[:MAX_VERIFIED], bar, until
+
+    def _with_verdict(
+        self, changes: tuple[Change, ...], results: Sequence[SeedResult], verification: Verification
+    ) -> Verified:
+        """Returns the verdict on changes: none is a cure that the suite does as well, or beside a fault."""
+        verdict, evidence = verdict_of(results, whole_length(self.runner))
+        if verdict == "cured" and not (beats := verification.beats_suite(results[0].treated, results)):
+            reason = "their comparison ended with the budget" if beats is None else "do as much"
+            verdict, evidence = "better", f"{evidence}; the suite's callbacks alone: {reason}"
+        is_last = verdict == "cured"
+        left = next((one.place for one in self.prescriptions if one.remains), "")
+        if is_last and left:
+            verdict, evidence = "better", f"{evidence}. The fault of the code at {left} remains"
+        return Verified(changes, results, verdict, evidence, is_last)
+
     @property
     def _is_open(self) -> bool:
         """True for a whole run that learns a part: it may lack something, or be as good as its data allow."""
@@ -329,10 +341,6 @@ class _Treatment:
         if self.found.learning.has_learned:
             return is_long and self.found.trial.over_constant > LEARNED_ENOUGH
         return is_long and self.found.learns_unhindered
-
-    def _is_probed(self, steps: int) -> bool:
-        """True if the probe shows what the program does in a number of optimizer steps."""
-        return self.found.steps >= steps or not math.isfinite(self.found.trial.loss)
 
     def _result(
         self,
@@ -383,16 +391,6 @@ class _Treatment:
         reached = [loss for step, loss in curve if step <= self.program.n_batches(steps)]
         return reached[-1] if math.isfinite(reached[-1]) else math.inf
 
-    def _seconds_per_step(self) -> float:
-        """Returns the duration of a step in a trial, with its share of evaluations."""
-        # before the first few, a run spends its time on its start
-        of_steps = self.found.steps < TOO_FEW_STEPS and math.isfinite(self.found.trial.seconds_per_step)
-        total = self.found.trial.seconds / max(self.found.steps, 1)
-        return self.found.trial.seconds_per_step if of_steps else total
-
     def _affordable(self, processes: int) -> int:
-        total = COST_IN_TRIALS * self._seconds_per_step() / min(processes, 4)
-        return int(max(self.clock.left, 0.0) * VERIFIED / max(total, 1e-9))
-
-    def _least_budget(self) -> float:
-        return self.clock.spent + TOO_FEW_STEPS * COST_IN_TRIALS * self._seconds_per_step() / VERIFIED
+        total = COST_IN_TRIALS * self.found.seconds_per_step / min(processes, 4)
+        return int(max(self.clock.budget - self.clock.spent, 0.0) * VERIFIED / max(total, 1e-9))

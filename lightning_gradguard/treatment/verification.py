@@ -185,7 +185,8 @@ class Verification:
         return next((n for n in known if A_FEW_LESS * steps <= n), min(steps, whole))
 
     def _run(self, jobs: Sequence[Job]) -> dict[str, Trial]:
-        return {t.job.key: t for t in self.runner.run(jobs, self.until) if not is_unfinished(t)}
+        ran = self.runner.run(jobs, self.until)
+        return {t.job.key: t for t in ran if t.error != OUT_OF_TIME}
 
 
 def unverified(trials: Iterable[Trial], probed: Trial) -> Trial | None:
@@ -224,11 +225,6 @@ def open_ends(results: Sequence[SeedResult], ahead: Trial | None, whole: int, cu
     elif more:
         found += f". With a larger budget, {more}"
     return found
-
-
-def is_unfinished(trial: Trial) -> bool:
-    """True if the budget has ended a trial."""
-    return trial.error == OUT_OF_TIME
 
 
 def _is_equal(trial: Trial, other: Trial) -> bool:

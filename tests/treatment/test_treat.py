@@ -24,6 +24,7 @@ from lightning_gradguard.treatment.candidates import MAX_CANDIDATES, Candidate
 from lightning_gradguard.treatment.learning import learning_of
 from lightning_gradguard.treatment.page import text_of
 from lightning_gradguard.treatment.search import TrialRunner
+from lightning_gradguard.treatment.treat import Verified
 from lightning_gradguard.treatment.trials.program import Program
 from lightning_gradguard.treatment.trials.trial import Job, Trial
 from lightning_gradguard.treatment.trials.trial_log import content_of
@@ -461,7 +462,10 @@ def test_budget_that_ends_in_a_verification_is_named(monkeypatch: pytest.MonkeyP
     def cut(treatment: Any, _: Any) -> Any:
         treatment.runner.was_cut = True
         one = Trial(job=Job((Change("initialize"),), 101, 40), curve=[(0, 1.4), (40, 0.4)])
-        yield one, [SeedResult(one, one)], "no_treatment_found", "1 of 3 fresh seeds were run"
+        results = [SeedResult(one, one)]
+        yield Verified(
+            one.job.changes or (), results, "no_treatment_found", "1 of 3 fresh seeds were run", False
+        )
 
     monkeypatch.setattr("lightning_gradguard.treatment.treat._Treatment._verified", cut)
     result = treated(deep_sigmoid, trainer={"max_steps": 40})
@@ -480,7 +484,7 @@ def test_what_was_verified_and_failed_is_named_with_its_seed(monkeypatch: pytest
         treatment.runner.was_cut = True
         losses = {101: 0.2, 102: 0.3, 103: 1.35}
         results = [SeedResult(run(seed, 1.4, 30), run(seed, loss, 30)) for seed, loss in losses.items()]
-        yield run(0, 0.9, 40), results, *verdict_of(results, 40)
+        yield Verified(changes, results, *verdict_of(results, 40), False)
 
     monkeypatch.setattr("lightning_gradguard.treatment.treat._Treatment._verified", cut)
     result = treated(deep_sigmoid, trainer={"max_steps": 40})
