@@ -7,8 +7,9 @@ import logging
 import os
 import warnings
 from collections import Counter, deque
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from itertools import chain, count, groupby
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -20,14 +21,13 @@ from lightning_gradguard.core.incidents import (
     RUN_FOLDER,
     Incident,
     IncidentKind,
-    first_names,
     label,
-    sentence_case,
     title,
 )
 from lightning_gradguard.core.remedies import advice
 from lightning_gradguard.runtime.distributed import gather_objects
 from lightning_gradguard.runtime.incidents.present import present_in
+from lightning_gradguard.runtime.incidents.table import incident_table
 from lightning_gradguard.runtime.lightning_api import batches_that_stepped
 from lightning_gradguard.runtime.lightning_packages import is_instance_by_name
 from lightning_gradguard.runtime.logging import console, metrics
@@ -38,11 +38,8 @@ from lightning_gradguard.strict_json import to_json
 MAX_PRINTED = 5
 #: From then on, one table of incidents in so many is logged, and one at the end of the run.
 LOGGED_EVERY = 50
-#: Rows of that table, and rows with a sentence below it.
+#: Rows of that table.
 MAX_ROWS = 30
-MAX_DETAILS = 5
-#: Remedies that are repeated at the end of the run; a longer one is not.
-MAX_REMEDIES, LONGEST_ADVICE = 3, 300
 
 
 #: Symptoms with advice for a layer, also where no cause is known.
@@ -64,29 +61,41 @@ class _Journal:
         self, folder: Path | None, *, writes: bool, waits: bool = False, others: Sequence[Path] = ()
     ) -> None:
         self.folder = folder
+        self._writes = writes
+        self._waits = waits
+        self._others = others
+        self._unwritten: list[Incident] = []
+        self.restart()
+
+    def restart(self) -> None:
+        """Counts and prints as from the first incident on, in the same file."""
         self.counts: Counter[str] = Counter()
         self.published: Counter[tuple[str, str, str]] = Counter()  # by kind, cause, why it was not examined
         self.no_longer_printed: set[str] = set()
         self.explained: dict[str, Incident] = {}  # the first of each cause, or located symptom
         self.recent: deque[Incident] = deque(maxlen=MAX_ROWS)
         self.in_table: set[str] = set()  # code of cures
-        self._writes = writes
-        self._waits = waits
-        self._others = others
-        self._unwritten: list[Incident] = []
 
-    def has_several_causes(self, kind: str) -> bool:
-        """True if examined incidents of a kind have different causes, or some have one and some do not."""
-        return sum(known == kind and not why for known, _, why in self.published) > 1
-
-    def restart(self) -> None:
-        """Counts and prints as from the first incident on, in the same file."""
-        self.counts.clear()
-        self.published.clear()
-        self.no_longer_printed.clear()
-        self.explained.clear()
-        self.recent.clear()
-        self.in_table.clear()
+    def in_words(self, incident: Incident, *, has_advice: bool, ends_run: bool, is_last: bool) -> str:
+        """Returns the message on an incident, the last that is printed of those like it or not."""
+        page = more = ""
+        if incident.dossier and self.folder is not None:
+            page = f"See {self.folder / incident.dossier / 'index.html'}."
+        text, _, code = incident.advice.partition("\n")
+        is_known = code and _statement(code) in self.in_table
+        text = f"{text.rstrip(':')}, what the table of the check has." if is_known else incident.advice
+        advice = text if has_advice else ""
+        if not incident.examined:
+            advice = incident.detail  # the advice is that of the step which it follows
+            more = "Further ones like it are only written to the file."
+        elif is_last:
+            of_cause = f" of cause {label(incident.cause)}" if incident.cause else " without a cause"
+            # examined incidents of the kind have different causes, or some have one and some do not
+            is_one_of_several = sum(kind == incident.kind and not why for kind, _, why in self.published) > 1
+            which = f"{title(incident.kind)}{of_cause if is_one_of_several else ''}"
+            more = f"Further incidents of {which} are only written to the file."
+        sentences = f"{incident.describe()}{'; the run stops' if ends_run else ''}.", page, advice, more
+        return " ".join(filter(None, sentences))
 
     @property
     def path(self) -> Path | None:
@@ -144,6 +153,20 @@ def begin_journal(trainer: pl.Trainer) -> None:
     """Opens the journal of a fit: its counts begin, while its file is that of a fit before. Collective."""
     open_journal(trainer)
     _journals[trainer].restart()
+
+
+def set_aside_earlier_run(trainer: pl.Trainer) -> None:
+    """Renames records in the logger's folder, as of a fixed `version`, if this run resumes none of them.
+
+    A folder that was named for them may be that of several runs at a time, and is left as it is.
+    """
+    file = incidents_file(trainer)
+    if file is None or trainer.global_step > 0 or count_incidents(trainer):
+        return
+    if str(file.parent) in [str(logger.log_dir) for logger in trainer.loggers if hasattr(logger, "log_dir")]:
+        for earlier in (file, *file.parent.glob("lost_batches.rank*.jsonl")):
+            with suppress(OSError):  # most folders are new
+                earlier.replace(f"{earlier}.1")
 
 
 def _folder_of_run(trainer: pl.Trainer) -> Path:
@@ -207,19 +230,10 @@ def count_incidents(trainer: pl.Trainer) -> dict[str, int]:
     return dict(journal.counts) if journal else {}
 
 
-def known_remedies(trainer: pl.Trainer) -> dict[str, str]:
-    """Returns the first remedy of each known cause or layer, by titles of incidents; a long one by place."""
+def explained_incidents(trainer: pl.Trainer) -> list[Incident]:
+    """Returns the first incident of each known cause, or located symptom, that has advice."""
     journal = _journals.get(trainer)
-    by_advice: dict[str, list[Incident]] = {}
-    for incident in journal.explained.values() if journal else ():
-        by_advice.setdefault(incident.advice, []).append(incident)
-    remedies: dict[str, str] = {}
-    for text, incidents in [*by_advice.items()][:MAX_REMEDIES]:
-        is_short = "\n" not in text and len(text) <= LONGEST_ADVICE
-        titles = ", ".join(dict.fromkeys(title(incident.kind) for incident in incidents))
-        at = f"the cure printed above, at step {incidents[0].step}"
-        remedies.setdefault(titles, text if is_short else at)
-    return remedies
+    return [*journal.explained.values()] if journal else []
 
 
 def publish(
@@ -246,35 +260,16 @@ def publish(
     if incident.advice and (incident.is_explained or incident.kind in _LOCATED):
         journal.explained.setdefault(incident.cause or incident.kind, incident)
     journal.write(incident)
-    times, at_most = journal.published[group], MAX_PRINTED if incident.examined else 1
+    times = journal.published[group]
     if times <= MAX_PRINTED or times % LOGGED_EVERY == 0:
         log_incidents(trainer, batches_that_stepped(trainer))
-    if not incident.examined and incident.kind in journal.no_longer_printed:
-        at_most = 0
+    at_most = MAX_PRINTED if incident.examined else int(incident.kind not in journal.no_longer_printed)
     if times <= at_most and incident.kind != "training_diverged":  # its error is what a person reads
-        has_advice = times == 1 and incident.advice and prints_advice and not ends_run
-        text, _, code = incident.advice.partition("\n")
-        is_known = code and _statement(code) in journal.in_table
-        text = f"{text.rstrip(':')}, what the table of the check has." if is_known else incident.advice
-        advice = f" {text}" if has_advice else ""
-        page = ""
-        if incident.dossier and journal.folder is not None:
-            page = f" See {journal.folder / incident.dossier / 'index.html'}."
-        more = ""
-        if not incident.examined:
-            advice = f" {incident.detail}"  # the advice is that of the step which it follows
-            more = " Further ones like it are only written to the file."
-        elif times == at_most:
+        has_advice, is_last = times == 1 and prints_advice and not ends_run, times == at_most
+        text = journal.in_words(incident, has_advice=has_advice, ends_run=ends_run, is_last=is_last)
+        if incident.examined and is_last:
             journal.no_longer_printed.add(incident.kind)
-            of_cause = f" of cause {label(incident.cause)}" if incident.cause else " without a cause"
-            which = f"{title(incident.kind)}{of_cause if journal.has_several_causes(incident.kind) else ''}"
-            more = f" Further incidents of {which} are only written to the file."
-        level = logging.INFO if incident.action == "none" else logging.WARNING
-        console.print_message(
-            trainer,
-            f"{incident.describe()}{'; the run stops' if ends_run else ''}.{page}{advice}{more}",
-            level,
-        )
+        console.print_message(trainer, text, logging.INFO if incident.action == "none" else logging.WARNING)
     for listener in (*trainer.callbacks, pl_module):  # type: ignore[attr-defined]
         on_training_incident = getattr(listener, "on_training_incident", None)
         if callable(on_training_incident):
@@ -295,94 +290,6 @@ def log_incidents(trainer: pl.Trainer, step: int) -> None:
     """Logs the table of the latest incidents to the loggers that take text."""
     journal = _journals[trainer]
     metrics.log_text(trainer, tags.INCIDENTS, incident_table(journal.recent, journal.counts), step)
-
-
-def incident_table(incidents: Collection[Incident], counts: Mapping[str, int]) -> str:
-    """Returns incidents as a table in Markdown, with advice below it.
-
-    Example:
-        >>> spike = Incident("loss_spike", step=7, epoch=0, batch_idx=7, value=12.0)
-        >>> incident_table([spike], {"loss_spike": 1}).splitlines()[4]
-        '| 7 | **Loss spike** |  | loss 12 | none |  |'
-    """
-    rows = _like_ones_together(incidents)
-    known = [i for i in incidents if not _is_bare(i)]
-    detailed = [i for i in known if i.detail or i.dossier or len(i.where) > 1]
-    advised = {incident.kind: incident.advice for incident in incidents if incident.advice}
-    return "\n".join(
-        [
-            describe_counts(counts),
-            "",
-            "| Step | Incident | Where | Value | Action | Cause |",
-            "|---|---|---|---|---|---|",
-            *map(_row, rows),
-            "",
-            *map(_detail, detailed[:MAX_DETAILS]),
-            *(f"\n**{sentence_case(title(kind))}**: {advice}" for kind, advice in advised.items()),
-        ]
-    )
-
-
-def describe_counts(counts: Mapping[str, int]) -> str:
-    """Returns the numbers of incidents in words.
-
-    Example:
-        >>> describe_counts({"loss_spike": 2, "rollback": 1})
-        'loss spike (2), rollback (1)'
-    """
-    return ", ".join(f"{title(kind)} ({n})" for kind, n in counts.items())
-
-
-def _like_ones_together(incidents: Collection[Incident]) -> list[list[Incident]]:
-    """Groups neighbours that differ in their step alone; those that were not examined come last."""
-    groups = [
-        [*members]
-        for _, members in groupby(incidents, key=lambda i: (i.kind, i.action, i.cause, i.where, i.detail))
-    ]
-    return sorted(groups, key=lambda members: _is_bare(members[0]))
-
-
-def _is_bare(incident: Incident) -> bool:
-    """True if there is nothing to read about an incident but its kind, as if it was not examined."""
-    is_known = incident.where or incident.cause or (incident.detail and incident.examined)
-    return incident.action == "skipped" and not is_known
-
-
-def _row(members: Sequence[Incident]) -> str:
-    """Returns a narrow row, for TensorBoard breaks words in a table that is wider than its page."""
-    incident, first = members[0], min(i.step for i in members)
-    last = max(i.step for i in members)
-    times = f" ({len(members)} times)" if len(members) > 1 else ""
-    cells = (
-        str(first) if first == last else f"{first} to {last}",
-        f"**{sentence_case(title(incident.kind))}**{times}",
-        first_names(1, _as_code(incident.where)),
-        incident.measured,
-        label(incident.action),
-        label(incident.cause) or ("not examined" if _is_bare(incident) else ""),
-    )
-    return "| " + " | ".join(map(markdown_cell, cells)) + " |"
-
-
-def _detail(incident: Incident) -> str:
-    batch = "" if incident.batch_idx is None else f", batch {incident.batch_idx}"
-    page = f"See `{incident.dossier}/index.html`." if incident.dossier else ""
-    text = " ".join(filter(None, (incident.detail, page))) or first_names(5, _as_code(incident.where))
-    return f"* Step {incident.step} (epoch {incident.epoch}{batch}): {markdown_cell(text)}"
-
-
-def _as_code(names: Sequence[str]) -> list[str]:
-    return [f"`{name}`" for name in names]
-
-
-def markdown_cell(text: str) -> str:
-    r"""Returns text that stays within its cell of a Markdown table.
-
-    Example:
-        >>> print(markdown_cell("a|b"))
-        a\|b
-    """
-    return " ".join(text.split()).replace("|", "\\|")
 
 
 def incident_now(trainer: pl.Trainer, kind: IncidentKind | str, **facts: Any) -> Incident:

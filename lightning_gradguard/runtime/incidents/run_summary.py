@@ -12,20 +12,19 @@ import pytorch_lightning as pl
 from lightning_gradguard.core import tags
 from lightning_gradguard.core.detectors import Explosion, describe_clipping, percent
 from lightning_gradguard.core.detectors.best_constant import describe_loss
-from lightning_gradguard.core.incidents import HELD, title
+from lightning_gradguard.core.incidents import HELD, Incident, title
 from lightning_gradguard.core.remedies import advice, remedies
 from lightning_gradguard.runtime import lightning_api
 from lightning_gradguard.runtime.incidents.journal import (
     count_incidents,
-    describe_counts,
+    explained_incidents,
     incident_now,
     incidents_file,
-    known_remedies,
     log_incidents,
-    markdown_cell,
     publish,
 )
 from lightning_gradguard.runtime.incidents.present import present_in
+from lightning_gradguard.runtime.incidents.table import describe_counts, markdown_cell
 from lightning_gradguard.runtime.lightning_packages import is_instance_by_name
 from lightning_gradguard.runtime.logging import console, metrics
 from lightning_gradguard.runtime.logging.console import relative_to_cwd, shell_command
@@ -33,6 +32,8 @@ from lightning_gradguard.runtime.logging.hyperparameters import hyperparameters_
 
 #: Above this, a run without an incident is not called clean: clipping acts on most steps.
 USUAL_CLIPPED_FRACTION = 0.5
+#: Remedies that are repeated at the end of the run; a longer one is not.
+MAX_REMEDIES, LONGEST_ADVICE = 3, 300
 TITLE = "Run summary"
 #: Final counts in the order of the table: name and how it is printed.
 _ROWS = {
@@ -94,7 +95,7 @@ def summarize(
     """
     first_step, step = totals.first_step, totals.last_step
     _publish_nonfinite(trainer, counts, totals)
-    incidents, known = count_incidents(trainer), known_remedies(trainer)
+    incidents, known = count_incidents(trainer), _known_remedies(trainer)
     settings = hyperparameters_of(trainer.callbacks)  # type: ignore[attr-defined]
     final = {**counts, tags.N_INCIDENTS: sum(incidents.values())}
     # counts that are logged at the last step already are not logged again
@@ -154,6 +155,20 @@ def _publish_nonfinite(trainer: pl.Trainer, counts: Mapping[str, float], totals:
         text = advice("nonfinite_gradient", present={*present_in(trainer), "sampled"})
         incident = incident_now(trainer, "nonfinite_gradient", advice=text, **totals.nonfinite_since)
         publish(trainer, trainer.lightning_module, incident)
+
+
+def _known_remedies(trainer: pl.Trainer) -> dict[str, str]:
+    """Returns the first remedy of each known cause or layer, by titles of incidents; a long one by place."""
+    by_advice: dict[str, list[Incident]] = {}
+    for incident in explained_incidents(trainer):
+        by_advice.setdefault(incident.advice, []).append(incident)
+    known: dict[str, str] = {}
+    for text, incidents in [*by_advice.items()][:MAX_REMEDIES]:
+        is_short = "\n" not in text and len(text) <= LONGEST_ADVICE
+        titles = ", ".join(dict.fromkeys(title(incident.kind) for incident in incidents))
+        at = f"the cure printed above, at step {incidents[0].step}"
+        known.setdefault(titles, text if is_short else at)
+    return known
 
 
 def _unusual(

@@ -17,7 +17,7 @@ from lightning_gradguard.core.backoff import total_rate
 from lightning_gradguard.core.norms import Measurement
 from lightning_gradguard.core.parameter_names import parameter_names
 from lightning_gradguard.runtime import distributed, lightning_api
-from lightning_gradguard.runtime.incidents.earlier_run import set_aside_earlier_run
+from lightning_gradguard.runtime.incidents.journal import set_aside_earlier_run
 from lightning_gradguard.runtime.incidents.run_summary import RunTotals
 from lightning_gradguard.runtime.logging.metrics import MetricBuffer
 from lightning_gradguard.runtime.optimizer_hooks import FusedStepOverride

@@ -19,7 +19,8 @@ from lightning_gradguard import (
 )
 from lightning_gradguard.report.readers.incident_files import read_incidents
 from lightning_gradguard.report.readers.runs import read_run
-from lightning_gradguard.runtime.incidents.journal import MAX_PRINTED, incident_table
+from lightning_gradguard.runtime.incidents.journal import MAX_PRINTED
+from lightning_gradguard.runtime.incidents.table import incident_table
 from tests.tasks import Batch, Classifier, batches, clusters, fit, plain_loader, poisoned
 
 
