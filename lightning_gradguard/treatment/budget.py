@@ -36,6 +36,10 @@ class Clock:
         self.budget = budget
         self._start = time.monotonic()
 
+    def __str__(self) -> str:
+        """Returns what is spent of the budget."""
+        return f"{self.spent:4.0f} s of {self.budget:.0f} s"
+
     @property
     def spent(self) -> float:
         """Seconds since the start."""

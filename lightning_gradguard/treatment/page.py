@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from lightning_gradguard.report.analysis.run_log import Series
 from lightning_gradguard.runtime.logging.html_page import Section, render_page
 from lightning_gradguard.treatment.learning import learning_of
 from lightning_gradguard.treatment.result import TreatmentResult
 from lightning_gradguard.treatment.trials.trial import Trial, name_of
-
-#: Wide enough for the table of trials.
-_STYLE = "body{max-width:62rem}"
 
 
 def to_html(result: TreatmentResult, command: str) -> str:
@@ -25,7 +23,7 @@ def to_html(result: TreatmentResult, command: str) -> str:
         *_prescribed(result),
         Section("Changes", rows={c.describe(): result.reason for c in result.changes}),
         Section("Held-out loss", figures=_figures(result)),
-        Section("Trials", table=_table(result)),
+        Section("Trials", table=[HEAD, *map(row_of, (result.probe, *result.trials))]),
         Section("Fresh seeds", table=_verification(result)),
         Section(
             "Measured",
@@ -42,8 +40,7 @@ def to_html(result: TreatmentResult, command: str) -> str:
         ),
         Section("Notes", items=result.notes),
     ]
-    kept = [s for s in sections if s.text or s.command or s.items or s.table or s.figures or s.rows]
-    return render_page(result.headline, kept, _STYLE)
+    return render_page(result.headline, sections, is_wide=True)
 
 
 def row_of(trial: Trial) -> tuple[str, ...]:
@@ -51,19 +48,20 @@ def row_of(trial: Trial) -> tuple[str, ...]:
     is_known = math.isfinite(trial.over_constant)
     over = trial.over_constant if is_known else trial.over_permuted
     ratio = f"{over:.2f}{'' if is_known else ' (permuted)'}" if math.isfinite(over) else "-"
-    loss = f"{trial.loss:.4g}" if math.isfinite(trial.loss) else "nonfinite"
     logged = ", ".join(f"{name} {value:.4g}" for name, value in list(trial.metrics.items())[:3])
     time = f"{1e3 * trial.seconds_per_step:.3g} ms" if math.isfinite(trial.seconds_per_step) else "-"
     parts = [name_of(trial.job.changes), str(trial.job.seed), str(trial.reached)]
-    return (*parts, "-" if trial.error else loss, ratio, f"{trial.parameters:,}", time, trial.error or logged)
+    return (
+        *parts,
+        "-" if trial.error else trial.loss_in_words,
+        ratio,
+        f"{trial.parameters:,}",
+        time,
+        trial.error or logged,
+    )
 
 
 HEAD = ("changes", "seed", "steps", "held-out loss", "over constant", "parameters", "step", "logged")
-
-
-def _table(result: TreatmentResult) -> list[tuple[str, ...]]:
-    rows = [row_of(trial) for trial in (result.probe, *result.trials)]
-    return [HEAD, *rows]
 
 
 def _verification(result: TreatmentResult) -> list[tuple[str, ...]]:
@@ -91,25 +89,19 @@ def _figures(result: TreatmentResult) -> dict[str, str]:
 
     mine = [t for t in result.trials if t.job.changes == result.changes and t.curve]
     best = max(mine, key=lambda t: t.curve[-1][0], default=None) if result.is_treated else None
-    lines = {"untreated": _series(result.probe)}
-    if best is not None:
-        lines[name_of(best.job.changes)] = _series(best)
-    shown = [result.probe, best]
-    others = [_series(t) for t in result.trials if t.curve and t not in shown]
+    shown = {"untreated": result.probe, **({} if best is None else {name_of(best.job.changes): best})}
+    lines = {name: _series(trial.curve) for name, trial in shown.items()}
+    others = [_series(t.curve) for t in result.trials if t.curve and t not in shown.values()]
     figures = {f"{result.metric.capitalize()}; all other trials in grey": curves(lines, others)}
     if best is not None:
-        losses = {name: _training(t) for name, t in zip(lines, (result.probe, best), strict=True)}
+        losses = {name: _series(trial.training) for name, trial in shown.items()}
         if any(map(len, losses.values())):  # manual optimization may return no loss
             figures["Loss of the training batches"] = curves(losses, ())
     return figures
 
 
-def _series(trial: Trial) -> Series:
-    return Series([step for step, _ in trial.curve], [loss for _, loss in trial.curve])
-
-
-def _training(trial: Trial) -> Series:
-    return Series([step for step, _ in trial.training], [loss for _, loss in trial.training])
+def _series(curve: Sequence[tuple[int, float]]) -> Series:
+    return Series([step for step, _ in curve], [loss for _, loss in curve])
 
 
 def text_of(result: TreatmentResult) -> str:

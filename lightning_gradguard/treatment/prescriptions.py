@@ -7,6 +7,7 @@ import inspect
 import os
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -22,6 +23,7 @@ from lightning_gradguard.core.remedies import advice_for_cause, advice_for_sympt
 from lightning_gradguard.core.remedies.changes import functional_activations
 from lightning_gradguard.core.remedies.surgery.data_flow import SATURATING_FUNCTIONS
 from lightning_gradguard.runtime.lightning_packages import FRAMEWORKS
+from lightning_gradguard.runtime.logging.console import relative_to_cwd
 from lightning_gradguard.treatment.patches import patched_call
 
 #: Causes that lie in code or data, where no change of a module or of its training helps, and the calls or
@@ -209,7 +211,7 @@ class _Line:
     @property
     def place(self) -> str:
         """The file from the current folder, and the line."""
-        return f"{_relative(self.file)}:{self.number}"
+        return f"{relative_to_cwd(Path(self.file))}:{self.number}"
 
     def patch(self, new: str) -> str:
         """Returns a unified diff that replaces the call; empty if nothing does, or it has several lines."""
@@ -221,11 +223,6 @@ class _Line:
         return f"--- {file}\n+++ {file}\n@@ -{self.number} +{self.number} @@\n-{self.code}\n+{changed}"
 
 
-def _relative(file: str) -> str:
-    relative = os.path.relpath(file)
-    return file if relative.startswith("..") else relative
-
-
 def _calls(module: nn.Module, names: Sequence[str], functions: Sequence[str] = _FUNCTIONS) -> Iterator[_Line]:
     """Yields the lines of the user's classes that call one of the names, the first name first."""
     lines = [line for kind in _own_classes(module) for line in _lines(kind, tuple(functions))]
@@ -234,16 +231,12 @@ def _calls(module: nn.Module, names: Sequence[str], functions: Sequence[str] = _
 
 
 def _own_classes(module: nn.Module) -> list[type]:
-    kinds = dict.fromkeys(kind for child in module.modules() for kind in type(child).__mro__)
-    return [kind for kind in kinds if _is_own(kind)]
-
-
-def _is_own(kind: type) -> bool:
-    try:
-        file = inspect.getfile(kind)
-    except (TypeError, OSError):
-        return False
-    return not file.startswith((os.path.dirname(torch.__file__), *FRAMEWORKS))
+    own = []
+    for kind in dict.fromkeys(kind for child in module.modules() for kind in type(child).__mro__):
+        with suppress(TypeError, OSError):  # of a class that is not written in Python
+            if not inspect.getfile(kind).startswith((os.path.dirname(torch.__file__), *FRAMEWORKS)):
+                own.append(kind)
+    return own
 
 
 @cache

@@ -89,10 +89,10 @@ class TrialRunner:
             if t.job.changes is not None and t.job.seed == seed and math.isfinite(t.loss)
         ]
         best = min(known, key=lambda t: (-t.job.steps, t.loss), default=None)
-        loss = f"{trial.loss:.4g}" if math.isfinite(trial.loss) else "nonfinite"
-        outcome = trial.error or f"held-out loss {loss} after {trial.reached} of {trial.job.steps} steps"
+        reached = f"after {trial.reached} of {trial.job.steps} steps"
+        outcome = trial.error or f"held-out loss {trial.loss_in_words} {reached}"
         phase = "search" if trial.job.seed == seed else "verification"
-        line = f"{self.clock.spent:4.0f} s of {self.clock.budget:.0f} s, trial {len(self.log.trials)} "
+        line = f"{self.clock}, trial {len(self.log.trials)} "
         line += f"({phase}, seed {trial.job.seed}): {name_of(trial.job.changes)}: {outcome}"
         if best is not None and phase == "search":
             line += f"; best so far: {name_of(best.job.changes)}, {best.loss:.4g}"

@@ -217,12 +217,12 @@ class _Treatment:
             return self._result("no_treatment_found", evidence)
         suggested = candidates(self.found)
         self.report(
-            f"{self._time}, probe: {learning.evidence}; "
+            f"{self.clock}, probe: {learning.evidence}; "
             f"{len(suggested)} treatments to try: {', '.join(name_of(c.changes) for c in suggested)}"
         )
         best: Verified | None = None
         for one in self._verified(suggested):
-            self.report(f"{self._time}, {one.verdict}: {name_of(one.changes)}")
+            self.report(f"{self.clock}, {one.verdict}: {name_of(one.changes)}")
             if one.is_last:
                 return self._result(one.verdict, one.evidence, one.changes, one.results, suggested)
             if one.results and (best is None or (one.verdict == "better" and best.verdict != "better")):
@@ -380,10 +380,6 @@ class _Treatment:
         if self.clock.spent > VERIFIED * self.clock.budget:
             return "the budget has ended"
         return f"the time for a search has ended, {spent}, as the rest is for a verification,"
-
-    @property
-    def _time(self) -> str:
-        return f"{self.clock.spent:4.0f} s of {self.clock.budget:.0f} s"
 
     def _untreated(self, steps: int) -> float:
         """Returns the held-out loss of the probe after the steps of a trial."""

@@ -63,7 +63,8 @@ class SeedResult:
         has_ended = mine.job.enough is not None and mine.loss <= mine.job.enough
         early = ", when it had learned" if has_ended else ""
         other = f" (seed {bare.job.seed})" if bare.job.seed != mine.job.seed else ""
-        return f"seed {mine.job.seed}: treated {_loss(mine)}{early}, untreated {_loss(bare)}{other}"
+        treated, untreated = (f"{t.loss_in_words} after {t.reached} steps" for t in (mine, bare))
+        return f"seed {mine.job.seed}: treated {treated}{early}, untreated {untreated}{other}"
 
 
 def whole_length(runner: TrialRunner) -> int:
@@ -276,8 +277,3 @@ def verdict_of(results: Sequence[SeedResult], whole: int) -> tuple[TreatmentVerd
     for one in (r for r in results if exceeds_constant(r.treated)):
         evidence += f"; not learned with seed {one.treated.job.seed}: {one.learning.evidence}"
     return "no_treatment_found", evidence
-
-
-def _loss(trial: Trial) -> str:
-    loss = f"{trial.loss:.4g}" if math.isfinite(trial.loss) else "nonfinite"
-    return f"{loss} after {trial.reached} steps"

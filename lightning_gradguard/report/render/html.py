@@ -21,8 +21,6 @@ from lightning_gradguard.runtime.logging.html_page import Section, render_page
 
 #: Rows of the table of layers.
 MAX_LAYERS = 20
-#: Wide enough for the comparison of runs.
-_STYLE = "body{max-width:62rem}"
 #: Colours by status and by severity.
 _STATUS = {"healthy": "good", "recovered": "good", "unhealthy": "worrying", "failed": "bad", "unknown": ""}
 _SEVERITY = {"fatal": "bad", "serious": "worrying", "handled": "good", "minor": ""}
@@ -31,7 +29,7 @@ _SEVERITY = {"fatal": "bad", "serious": "worrying", "handled": "good", "minor": 
 def to_html(reports: Sequence[RunReport], folder: Path = Path()) -> str:
     """Returns the page of a report; links to dossiers are relative to the folder of the page."""
     if len(reports) == 1:
-        return render_page(_heading(reports[0]), _sections(reports[0], folder, level=2), _STYLE)
+        return render_page(_heading(reports[0]), _sections(reports[0], folder, level=2), is_wide=True)
     anchors = {report.run.name: f"run-{i}" for i, report in enumerate(reports)}
     sections = [
         Section(
@@ -44,7 +42,7 @@ def to_html(reports: Sequence[RunReport], folder: Path = Path()) -> str:
     for report in reports:
         sections.append(Section(_heading(report), anchor=anchors[report.run.name]))
         sections += _sections(report, folder, level=3)
-    return render_page(f"{len(reports)} runs", sections, _STYLE)
+    return render_page(f"{len(reports)} runs", sections, is_wide=True)
 
 
 def _heading(report: RunReport) -> str:
@@ -57,7 +55,7 @@ def _sections(report: RunReport, folder: Path, level: int) -> list[Section]:
 
     severities = {title(symptom.kind): _SEVERITY[symptom.severity] for symptom in report.verdict.symptoms}
     dossiers = {f"step {d.step}: {label(d.cause)}": d for d in report.run.dossiers}
-    sections = [
+    return [
         Section("Run summary", outcome_sentence(report), level=level),
         Section("Symptoms", rows=_symptoms(report), colours=severities, level=level),
         Section("Next steps", items=report.next_steps, is_ordered=True, level=level),
@@ -75,7 +73,6 @@ def _sections(report: RunReport, folder: Path, level: int) -> list[Section]:
         Section("Hyperparameters", rows=report.run.hparams, level=level),
         Section("Notes", items=report.notes, level=level),
     ]
-    return [s for s in sections if s.text or s.rows or s.items or s.table or s.figures]
 
 
 def _symptoms(report: RunReport) -> dict[str, str]:

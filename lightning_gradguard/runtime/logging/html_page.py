@@ -43,15 +43,24 @@ class Section:
     anchor: str = ""
     colours: Mapping[str, str] = field(default_factory=dict)
 
+    @property
+    def is_empty(self) -> bool:
+        """True if there is nothing below the heading, and it is no place that a link leads to."""
+        content = self.text, self.rows, self.command, self.items, self.table, self.figures, self.anchor
+        return not any(content)
 
-def render_page(title: str, sections: Sequence[Section], style: str = "") -> str:
-    """Renders a page; everything but figures and the additional style is escaped.
+
+def render_page(title: str, sections: Sequence[Section], *, is_wide: bool = False) -> str:
+    """Renders a page of the sections that are not empty; everything but figures is escaped.
+
+    It is wide enough for tables of many columns if it `is_wide`.
 
     Example:
         >>> "<h1>1 &lt; 2</h1>" in render_page("1 < 2", [Section("Why", "It is.")])
         True
     """
-    return _template().render(title=title, sections=sections, style=style)
+    kept = [section for section in sections if not section.is_empty]
+    return _template().render(title=title, sections=kept, is_wide=is_wide)
 
 
 @cache

@@ -98,6 +98,11 @@ class Trial:
         return final if math.isfinite(final) else math.inf
 
     @property
+    def loss_in_words(self) -> str:
+        """The final held-out loss with four digits, or that it is nonfinite."""
+        return f"{self.loss:.4g}" if math.isfinite(self.loss) else "nonfinite"
+
+    @property
     def reached(self) -> int:
         """Optimizer steps that were made."""
         return min(self.curve[-1][0], self.job.steps) if self.curve else 0
