@@ -12,28 +12,8 @@ from torch import Tensor, nn
 
 from lightning_gradguard.core.arguments import nearest
 from lightning_gradguard.core.remedies.kinds import CHOICES, FOUND, KINDS, Alters, Argument, ChangeKind
-from lightning_gradguard.core.remedies.surgery.activations import replace_activations, replaceable
-from lightning_gradguard.core.remedies.surgery.additions import (
-    add_normalizations,
-    add_residuals,
-    blocks,
-    fitting_norm,
-    heads,
-    inputs,
-    normalizable,
-    scale_outputs,
-    standardize_inputs,
-)
+from lightning_gradguard.core.remedies.surgery import activations, additions, initializers, recurrent
 from lightning_gradguard.core.remedies.surgery.data_flow import DataFlow
-from lightning_gradguard.core.remedies.surgery.initializers import initializable, initialize
-from lightning_gradguard.core.remedies.surgery.recurrent import (
-    gated,
-    make_orthogonal,
-    recurrent,
-    replace_by_gru,
-    set_gate_biases,
-    ungated,
-)
 from lightning_gradguard.core.snapshots.preservation import preserve_randomness
 
 
@@ -134,18 +114,26 @@ class Change:
 
 
 #: Names of the modules that a change fits, by its kind: of all, or of those that are named.
-_RECURRENT = {"rnn_to_gru": ungated, "gate_bias": gated, "orthogonal_recurrent": recurrent}
-_FITTING = {"add_residual": blocks, "standardize_input": inputs, "scale_output": heads}
+_RECURRENT = {
+    "rnn_to_gru": recurrent.ungated,
+    "gate_bias": recurrent.gated,
+    "orthogonal_recurrent": recurrent.recurrent,
+}
+_FITTING = {
+    "add_residual": additions.blocks,
+    "standardize_input": additions.inputs,
+    "scale_output": additions.heads,
+}
 #: What is made of the named modules.
 _MADE: dict[ChangeKind, Callable[[nn.Module, list[str], Change], None]] = {
-    "replace_activation": lambda module, names, change: replace_activations(module, names, change["to"]),
-    "rnn_to_gru": lambda module, names, _: replace_by_gru(module, names),
-    "add_normalization": lambda module, names, change: add_normalizations(module, names, change["norms"]),
-    "add_residual": lambda module, names, change: add_residuals(module, names, change["weight"]),
-    "standardize_input": lambda module, names, _: standardize_inputs(module, names),
-    "scale_output": lambda module, names, c: scale_outputs(module, names, c["mean"], c["std"]),
-    "orthogonal_recurrent": lambda module, names, c: make_orthogonal(module, names, c["gain"], c["seed"]),
-    "gate_bias": lambda module, names, c: set_gate_biases(module, names, c["value"], c["input_value"]),
+    "replace_activation": lambda m, names, c: activations.replace_activations(m, names, c["to"]),
+    "rnn_to_gru": lambda m, names, _: recurrent.replace_by_gru(m, names),
+    "add_normalization": lambda m, names, c: additions.add_normalizations(m, names, c["norms"]),
+    "add_residual": lambda m, names, c: additions.add_residuals(m, names, c["weight"]),
+    "standardize_input": lambda m, names, _: additions.standardize_inputs(m, names),
+    "scale_output": lambda m, names, c: additions.scale_outputs(m, names, c["mean"], c["std"]),
+    "orthogonal_recurrent": lambda m, names, c: recurrent.make_orthogonal(m, names, c["gain"], c["seed"]),
+    "gate_bias": lambda m, names, c: recurrent.set_gate_biases(m, names, c["value"], c["input_value"]),
 }
 
 
@@ -168,15 +156,15 @@ def resolve(module: nn.Module, change: Change, run_loss: Callable[[], Tensor] | 
     _check_names(module, change)
     flow, names = DataFlow.of(module, run_loss), change.modules
     if change.kind == "replace_activation":
-        return change.with_arguments(modules=replaceable(module, flow, change["to"], names))
+        return change.with_arguments(modules=activations.replaceable(module, flow, change["to"], names))
     if change.kind == "add_normalization":
-        layers = normalizable(module, flow, names)
-        norms = [fitting_norm(x) if change["norm"] == "auto" else change["norm"] for x in layers]
+        layers = additions.normalizable(module, flow, names)
+        norms = [additions.fitting_norm(x) if change["norm"] == "auto" else change["norm"] for x in layers]
         return change.with_arguments(modules=[layer.name for layer in layers], norms=norms)
     if change.kind == "initialize":
-        layers = initializable(module, flow, names)
-        activations = [layer.activation or "" for layer in layers]
-        return change.with_arguments(modules=[layer.name for layer in layers], activations=activations)
+        layers = initializers.initializable(module, flow, names)
+        followers = [layer.activation or "" for layer in layers]
+        return change.with_arguments(modules=[layer.name for layer in layers], activations=followers)
     if change.kind in _RECURRENT:
         found = _RECURRENT[change.kind](module, flow)
         return change.with_arguments(modules=[name for name in found if not names or name in names])
@@ -209,7 +197,8 @@ def apply(
     with preserve_randomness():
         torch.manual_seed(0)  # the same numbers on every rank
         if change.kind == "initialize":
-            initialize(module, names, change["activations"], change["to"], change["seed"], run_loss)
+            of_layers, to, seed = change["activations"], change["to"], change["seed"]
+            initializers.initialize(module, names, of_layers, to, seed, run_loss)
         else:
             _MADE[change.kind](module, names, change)
     return names

@@ -54,7 +54,6 @@ class Layer:
         module: The module.
         calls: Number of times that it ran.
         activation: Of a layer, name of the function that its output goes to before the next layer.
-        location: Of a function, the line of the user's code that calls it.
         is_normalized: True if a normalization comes between the layer and its activation.
         is_hidden: True if its output reaches another layer.
         is_gate: True if the activation multiplies another tensor.
@@ -72,7 +71,6 @@ class Layer:
     module: nn.Module
     calls: int = 0
     activation: str | None = None
-    location: str = ""
     is_normalized: bool = False
     is_hidden: bool = False
     is_gate: bool = False
@@ -340,7 +338,7 @@ class _Tracer(TorchFunctionMode):
         self._derive(output, origin)
         if not (self._running and isinstance(self._running[-1], ACTIVATIONS)):
             location = str(user_location() or "a line that was not found")
-            found = Layer(f"{name} at {location}", self._module, function=name, location=location)
+            found = Layer(f"{name} at {location}", self._module, function=name)
             found = self.layers.setdefault(found.name, found)
             found.calls += 1
             self._record_output(found, output)
