@@ -65,6 +65,11 @@ class TrialRunner:
         """Optimizer steps of a trial of the first rung."""
         return min(max(round(FIRST_RUNG * self.steps), LEAST_RUNG), self.steps)
 
+    @property
+    def whole_steps(self) -> int:
+        """Optimizer steps of the program's own run; those of a trial if they are unknown."""
+        return self.program.planned or self.steps
+
     def short_job(self, changes: tuple[Change, ...] | None, seed: int) -> Job:
         """Returns a trial of the first rung, which ends at half of it if nothing is learned."""
         return Job(changes, seed, self.short_steps, patience=self.short_steps // 2)

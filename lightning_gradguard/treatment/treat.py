@@ -42,7 +42,6 @@ from lightning_gradguard.treatment.verification import (
     open_ends,
     unverified,
     verdict_of,
-    whole_length,
 )
 
 #: Steps of a trial of full length: this share of the user's run, at least and at most so many.
@@ -249,7 +248,7 @@ class _Treatment:
                 evidence += "; no cause was found, and its data may allow no more"
                 evidence += f" (plain learners: {reached:.2f})" if math.isfinite(reached) else ""
             return evidence
-        left = open_ends(results, ahead, whole_length(self.runner), self._cut)
+        left = open_ends(results, ahead, self.runner.whole_steps, self._cut)
         return f"{self.found.learning.evidence}; {left}"
 
     def _verified(self, suggested: Sequence[Candidate]) -> Iterator[Verified]:
@@ -258,7 +257,7 @@ class _Treatment:
         The learning rate is searched around the first of them that does not learn, or that ends its own run
         with little learned; it is lowered for the first that does not learn with each seed.
         """
-        runner, whole = self.runner, whole_length(self.runner)
+        runner, whole = self.runner, self.runner.whole_steps
         is_probed = self.found.steps >= whole or not math.isfinite(self.found.trial.loss)
         verification = Verification(runner, self.found.trial if is_probed else None, VERIFIED)
         needed = verification.share(self.found.seconds_per_step)
@@ -324,7 +323,7 @@ class _Treatment:
         self, changes: tuple[Change, ...], results: Sequence[SeedResult], verification: Verification
     ) -> Verified:
         """Returns the verdict on changes: none is a cure that the suite does as well, or beside a fault."""
-        verdict, evidence = verdict_of(results, whole_length(self.runner))
+        verdict, evidence = verdict_of(results, self.runner.whole_steps)
         if verdict == "cured" and not (beats := verification.beats_suite(results[0].treated, results)):
             reason = "their comparison ended with the budget" if beats is None else "do as much"
             verdict, evidence = "better", f"{evidence}; the suite's callbacks alone: {reason}"

@@ -67,11 +67,6 @@ class SeedResult:
         return f"seed {mine.job.seed}: treated {treated}{early}, untreated {untreated}{other}"
 
 
-def whole_length(runner: TrialRunner) -> int:
-    """Returns the optimizer steps of the program's own run; those of a trial if they are unknown."""
-    return runner.program.planned or runner.steps
-
-
 @dataclass(frozen=True)
 class Verification:
     """Runs a treatment, and the program as it is, with fresh seeds.
@@ -93,7 +88,7 @@ class Verification:
 
     def share(self, seconds_per_step: float) -> float:
         """Returns the share of the budget that it takes."""
-        steps = self._n_long * whole_length(self.runner) + self._n_beside * self._beside
+        steps = self._n_long * self.runner.whole_steps + (N_SEEDS - 1) * self._beside
         return steps * seconds_per_step * RESERVE / self._lanes / self.runner.clock.budget
 
     def first(self, trial: Trial) -> Trial | None:
@@ -149,17 +144,13 @@ class Verification:
         return N_SEEDS + 1 + (self.probed is None)
 
     @property
-    def _n_beside(self) -> int:
-        return N_SEEDS - 1
-
-    @property
     def _learns(self) -> bool:
         return self.probed is not None and learned_at_lowest(self.probed)
 
     @property
     def _beside(self) -> int:
         """Steps of the untreated runs with the other seeds."""
-        return whole_length(self.runner) if self._learns else self.runner.short_steps // 2
+        return self.runner.whole_steps if self._learns else self.runner.short_steps // 2
 
     @property
     def _lanes(self) -> int:
@@ -176,7 +167,7 @@ class Verification:
         runner = self.runner
         left = runner.clock.share(self.until) - time.monotonic()
         affordable = int(left * self._lanes / (trial.seconds / trial.job.steps * RESERVE))
-        whole, beside = whole_length(runner), self._n_beside * self._beside
+        whole, beside = runner.whole_steps, (N_SEEDS - 1) * self._beside
         if affordable >= self._n_long * whole + beside:
             return whole
         # what was verified before the treatment was stopped is not run again for a few steps more or less

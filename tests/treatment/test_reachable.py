@@ -13,9 +13,6 @@ from lightning_gradguard.treatment.learning import learned_enough, learning_of
 from lightning_gradguard.treatment.trials.reachable import reachable_loss
 from lightning_gradguard.treatment.trials.trial import Job, Trial
 
-#: Cross-entropy of classes of which a fifth is wrong, over that of a coin.
-FIFTH_WRONG = 0.72
-
 
 def samples(wrong: float) -> tuple[Tensor, Tensor]:
     """Vectors on both sides of a line, and these as classes, some of them wrong."""

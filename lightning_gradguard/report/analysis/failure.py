@@ -34,10 +34,9 @@ def failure_cause(failed_at: int, log: RunLog) -> RunSymptom:
 
 def _diagnosed_explosion(failed_at: int, log: RunLog) -> RunSymptom | None:
     """Returns an explosion that was diagnosed at a step after which nothing finite was logged."""
-    logged = (log.loss, *(g.total for g in log.gradients))
-    last = max((step for s in logged for step, _ in s.finite() if step < failed_at), default=-1)
+    last = _last_finite(failed_at, log)
     for i in log.incidents:
-        if i.kind == "exploding_gradient" and last <= i.step <= failed_at:
+        if i.kind == "exploding_gradient" and (last or 0) <= i.step <= failed_at:
             evidence = f"{i.detail.rstrip('.')}; nonfinite from step {failed_at} on, or before"
             steps = (i.advice,) if i.advice else ()
             return RunSymptom(i.kind, "fatal", i.step, evidence, i.value or math.inf, i.where, steps, i.cause)
@@ -59,8 +58,7 @@ def _sudden_failure(failed_at: int, log: RunLog) -> RunSymptom:
         what = f"the loss was finite, {which} were not" if len(log.loss) else f"{which} were nonfinite"
         # the nonfinite layer nearest to the output is next to the fault
         where = () if len(layers) == n_layers else tuple(reversed(layers[-5:]))
-    logged = (log.loss, *(g.total for g in log.gradients))
-    last = max((step for s in logged for step, _ in s.finite() if step < failed_at), default=None)
+    last = _last_finite(failed_at, log)
     unlogged = failed_at if last is None else failed_at - last - 1
     if last is not None:
         before = f"from step {failed_at} on; step {last} showed nothing unusual"
@@ -114,6 +112,12 @@ def largest_layers_at(step: int, gradients: GradientLog) -> tuple[tuple[str, ...
     ratio = known[where[0]] / total
     how_much = "nearly all" if ratio > 0.95 else "most" if ratio > 0.71 else "the largest part"
     return where, f", {how_much} of it in {where[0]}"
+
+
+def _last_finite(failed_at: int, log: RunLog) -> int | None:
+    """Returns the last step before a failure at which something finite was logged."""
+    logged = (log.loss, *(g.total for g in log.gradients))
+    return max((step for s in logged for step, _ in s.finite() if step < failed_at), default=None)
 
 
 def _is_nonfinite(value: float | None) -> bool:
