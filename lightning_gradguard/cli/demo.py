@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import math
+import sys
 import time
 import warnings
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ import pytorch_lightning as pl
 from pytorch_lightning.loggers import TensorBoardLogger
 
 from lightning_gradguard import GradientNormMonitor, LearningRateBackoff, TrainingDiagnosis, default_callbacks
+from lightning_gradguard.report.render.text import text_table
 from lightning_gradguard.runtime.incidents.journal import count_incidents
 from lightning_gradguard.runtime.logging.console import shell_command
 
@@ -130,8 +132,7 @@ def summary(runs: Sequence[Run], logdir: Path) -> str:
         )
         for run in runs
     ]
-    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
-    lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in (head, *rows)]
+    lines = text_table([head, *rows], sys.maxsize)
     bare, guarded = runs[0], runs[-1]
     ended = f"ended at a loss of {bare.final_loss:.2f}"
     if math.isnan(bare.final_loss):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import linecache
 import logging
 import os
+import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -31,6 +32,7 @@ from lightning_gradguard.cli.parsing.preparse import config_files, named_class, 
 from lightning_gradguard.core.forensics import Origin, OutOfRange, out_of_range_elements
 from lightning_gradguard.core.incidents import label, title
 from lightning_gradguard.report.readers.incident_files import read_incidents
+from lightning_gradguard.report.render.text import text_table
 from lightning_gradguard.runtime import lightning_api
 from lightning_gradguard.runtime.incidents.dossier import Dossier, DossierError, model_options, read_dossier
 from lightning_gradguard.runtime.incidents.replay import SeenBatch, replay
@@ -107,8 +109,7 @@ def comparison(dossier: Dossier, found: Origin, notes: Sequence[str] = ()) -> st
         ("at fault", *(", ".join(origin.where[:3]) for origin in origins)),
     )
     rows = [row for row in table if any(row[1:])]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join(["", *map(str.ljust, row, widths)]).rstrip() for row in rows]
+    lines = [f"  {line}" for line in text_table(rows, sys.maxsize)]
     batch = (
         f"the batch of step {dossier.step} (epoch {dossier.epoch}, batch {dossier.batch_idx}, rank "
         f"{dossier.rank}, {dossier.precision})"
