@@ -20,9 +20,8 @@ from lightning_gradguard.cli.checkpoints import load_weights, read_checkpoint
 from lightning_gradguard.cli.fit import parser_beside_fit
 from lightning_gradguard.cli.messages import (
     UsageError,
+    described,
     is_raised_by_suite,
-    one_line,
-    source_line,
     usage_errors_reported,
 )
 from lightning_gradguard.cli.parsing.lightning_cli import command_line, fit_argv, fit_parser, trainer_alone
@@ -185,8 +184,7 @@ def _check(arguments: Sequence[str]) -> CheckResult:
 def _batch_error(error: Exception) -> UsageError:
     if is_raised_by_suite(error):
         return UsageError(f"the first batch could not be checked: {error}")
-    text = f"{type(error).__name__}: {one_line(str(error))}{source_line(error)}"
-    return UsageError(f"the first batch could not be run: {text}")
+    return UsageError(f"the first batch could not be run: {described(error)}")
 
 
 class _CheckDone(Exception):

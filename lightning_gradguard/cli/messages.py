@@ -56,6 +56,11 @@ def source_line(error: BaseException) -> str:
     return f" ({relative(own.filename)}, line {own.lineno})" if own else ""
 
 
+def described(error: BaseException) -> str:
+    """Returns an exception in one line, with its class and the line of the user's own code."""
+    return f"{type(error).__name__}: {one_line(str(error))}{source_line(error)}"
+
+
 def is_raised_by_suite(error: BaseException) -> bool:
     """Checks that the suite has rejected a value; such a message needs no name of an exception."""
     raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
@@ -99,12 +104,11 @@ def failure_message(failures: Failures, error: Exception) -> str:
     if (taken := re.search(r"got multiple values for argument '(\w+)'", str(error))) and not failures:
         return taken_name(taken[1])
     kind, cause, unset = failures[-1] if failures else (type(None), error, [])
-    text = one_line(str(cause))
     if kind.__module__.startswith("lightning_gradguard.") and isinstance(cause, ValueError):
-        return f"{kind.__name__}: {text}"
+        return f"{kind.__name__}: {one_line(str(cause))}"
     subject = f"{kind.__module__}.{kind.__qualname__} could not be built: " if failures else ""
     needs = f"; it needs {', '.join(unset)}, which no option gives." if unset else ""
-    return f"{subject}{type(cause).__name__}: {text}{source_line(cause)}{needs}"
+    return f"{subject}{described(cause)}{needs}"
 
 
 def taken_name(name: str) -> str:

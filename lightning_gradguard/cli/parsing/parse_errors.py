@@ -14,7 +14,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from lightning_gradguard.callbacks.defaults import DEFAULTS
-from lightning_gradguard.cli.messages import one_line, source_line, taken_name
+from lightning_gradguard.cli.messages import described, one_line, taken_name
 from lightning_gradguard.cli.parsing.preparse import find_option, read_config, values_at
 from lightning_gradguard.core.arguments import nearest
 
@@ -196,8 +196,7 @@ def _import_problem(path: str, base: type) -> str | None:
             folders = getattr(sys.modules[parent], "__path__", []) if parent else [os.getcwd()]
             known = [info.name for info in pkgutil.iter_modules(folders)]
             return f"there is no module {absent}.{nearest(last, known, f'{parent}.' if parent else '')}"
-        text = f"importing {package} failed with {type(error).__name__}: {one_line(str(error))}"
-        return f"{text}{source_line(error)}."
+        return f"importing {package} failed with {described(error)}."
     found = getattr(module, name, None)
     if _is_subclass(found, base):
         return None

@@ -11,7 +11,7 @@ from importlib.machinery import PathFinder
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
-from lightning_gradguard.cli.messages import UsageError, one_line, relative, source_line
+from lightning_gradguard.cli.messages import UsageError, described, relative
 from lightning_gradguard.cli.parsing.preparse import config_files, find_option, named_path, read_config
 
 #: Calls that train, or run a network, when a script is imported.
@@ -59,8 +59,9 @@ def import_once(arguments: Sequence[str]) -> list[str]:
             return [*arguments]  # nothing was run, and the parser has suggestions
         contents = {path: read_config(path) for path in config_files(arguments)}
         option, _ = find_option(arguments, contents, "model")
-        text = f"importing {module} failed with {type(error).__name__}: {one_line(str(error))}"
-        raise UsageError(f"{option} {class_path}: {text}{source_line(error)}.") from None
+        raise UsageError(
+            f"{option} {class_path}: importing {module} failed with {described(error)}."
+        ) from None
     given = {prefix + class_path: f"{prefix}{identifier}.{name}" for prefix in ("", "--model=")}
     return [given.get(argument, argument) for argument in arguments]
 

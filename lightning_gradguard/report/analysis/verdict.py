@@ -100,22 +100,23 @@ def _symptoms_of(log: RunLog, outcome: Outcome) -> list[RunSymptom]:
     recorded = [*incident_symptoms(log, outcome, {s.kind for s in found} - diagnosed)]
     if any(s.kind == "little_learned" for s in found):  # a cause that was diagnosed is its reason
         recorded = [replace(s, severity="serious") if _is_minor_cause(s) else s for s in recorded]
-    known = {symptom.kind for symptom in recorded}
-    if any(s.severity == "serious" and s.cause in SYMPTOM_CAUSES for s in (*found, *recorded)):
-        known.add("stuck_loss")  # which follows from it
-    if any(s.severity == "serious" and s.kind in INITIALIZATION for s in recorded):
-        known |= {"stuck_loss", "weight_stagnation"}  # which follow from it, and have other remedies
-    if any(s.cause == "clip_value_too_small" for s in recorded):
-        known.add("constant_clipping")  # which is measured from charts alone
-    if any(s.severity == "serious" and s.kind != "little_learned" for s in (*found, *recorded)):
-        known.add("little_learned")  # which follows from it
+    serious = [s for s in (*found, *recorded) if s.severity == "serious"]
+    begins_badly = any(s.kind in INITIALIZATION for s in serious)
     rolled_back = [i.cause in AT_ANY_RATE for i in log.incidents if i.kind == "rollback"]
-    if any(s.severity == "fatal" and s.cause in AT_ANY_RATE for s in recorded) or (
-        rolled_back and all(rolled_back) and found_rate(log) is None
-    ):
+    is_at_any_rate = any(s.severity == "fatal" and s.cause in AT_ANY_RATE for s in recorded)
+    if is_at_any_rate or (rolled_back and all(rolled_back) and found_rate(log) is None):
         recorded = [s for s in recorded if s.kind != "falling_learning_rate"]
-    if any(s.severity != "minor" or s.kind == "exploding_gradient" for s in (*found, *recorded)):
-        known.add("large_norm")  # of which it is the number
+    # what follows from other symptoms, and has other remedies, or is measured from charts alone
+    follows = {
+        "stuck_loss": begins_badly or any(s.cause in SYMPTOM_CAUSES for s in serious),
+        "weight_stagnation": begins_badly,
+        "constant_clipping": any(s.cause == "clip_value_too_small" for s in recorded),
+        "little_learned": any(s.kind != "little_learned" for s in serious),
+        "large_norm": any(
+            s.severity != "minor" or s.kind == "exploding_gradient" for s in (*found, *recorded)
+        ),
+    }
+    known = {s.kind for s in recorded} | {kind for kind, does_so in follows.items() if does_so}
     outliers = {s.since for s in recorded if s.kind == "loss_spike" and s.cause == "bad_input"}
     found = [
         s
