@@ -86,6 +86,15 @@ class TrialRunner:
         self.was_cut |= len(ran) < len(wanted) or any(trial.error == OUT_OF_TIME for trial in ran)
         return ran
 
+    def run_in_waves(self, jobs: Sequence[Job], until: float, ends: Callable[[Trial], bool]) -> list[Trial]:
+        """Runs jobs, as many at a time as there are processes, up to a trial that `ends` them."""
+        ran: list[Trial] = []
+        for start in range(0, len(jobs), self.processes):
+            ran += self.run(jobs[start : start + self.processes], until)
+            if any(map(ends, ran)):
+                break
+        return ran
+
     def _progress(self, trial: Trial) -> str:
         seed = self.program.seed
         known = [
@@ -120,12 +129,17 @@ def search(
     Returns trials that are better than the program as it is, the one to adopt first.
     """
     bar = untreated - LEAST_NOISE * abs(untreated) if math.isfinite(untreated) else math.inf
-    ends = _has_learned if promising == math.inf else _has_learned_enough
+
+    def ends(trial: Trial) -> bool:
+        has_learned = learning_of(trial).has_learned and trial.is_undisturbed
+        return has_learned and (promising == math.inf or learned_enough(trial))
+
     short: list[Trial] = []
     ordered: list[Trial] = []
     guesses = [one for one in candidates if not one.is_suggested]
     for group in ([one for one in candidates if one.is_suggested], guesses):
-        short += _first_rung(runner, group, until, ends)
+        jobs = [runner.short_job(one.changes, runner.program.seed) for one in group]
+        short += runner.run_in_waves(jobs, until, ends)
         if group is not guesses and guesses and not any(learning_of(trial).learns for trial in short):
             continue
         kept = [trial for trial in short if trial.loss < promising]
@@ -136,20 +150,6 @@ def search(
     else:  # a whole run of one after the other costs more than what a smaller change is worth
         ordered.sort(key=lambda trial: (not trial.is_undisturbed, trial.loss))
     return [trial for trial in ordered if trial.loss < bar]
-
-
-def _first_rung(
-    runner: TrialRunner, candidates: Sequence[Candidate], until: float, ends: Callable[[Trial], bool]
-) -> list[Trial]:
-    """Returns short trials of candidates, up to one that ends them."""
-    first: list[Trial] = []
-    for start in range(0, len(candidates), runner.processes):
-        wave = candidates[start : start + runner.processes]
-        jobs = [runner.short_job(one.changes, runner.program.seed) for one in wave]
-        first += runner.run(jobs, until)
-        if any(map(ends, first)):
-            break
-    return first
 
 
 def _second_rung(
@@ -168,24 +168,11 @@ def _second_rung(
             return enough or ranked
     elif ranked and ranked[0].over_constant <= DOMINATES:
         ranked = [trial for trial in ranked if trial.over_constant < LEARNS]
-    full: list[Trial] = []
-    for start in range(0, len(ranked), runner.processes):
-        wave = ranked[start : start + runner.processes]
-        full += runner.run([Job(t.job.changes, seed, steps) for t in wave], until)
-        if any(map(ends, full)):
-            break
+    full = runner.run_in_waves([Job(t.job.changes, seed, steps) for t in ranked], until, ends)
     if not any(map(ends, full)):
         merged = _combined(sorted((t for t in full if not t.error), key=lambda t: t.loss))
         full += runner.run([Job(one, seed, steps) for one in merged], until)
     return full
-
-
-def _has_learned(trial: Trial) -> bool:
-    return learning_of(trial).has_learned and trial.is_undisturbed
-
-
-def _has_learned_enough(trial: Trial) -> bool:
-    return _has_learned(trial) and learned_enough(trial)
 
 
 def at_best_rate(runner: TrialRunner, trial: Trial, until: float) -> list[Trial]:

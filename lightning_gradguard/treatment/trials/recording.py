@@ -83,7 +83,6 @@ class Recorder(Callback):
     validation: list[list[Any]] = field(default_factory=list)
     unserved: list[Any] = field(default_factory=list)
     steps: float = 0.0
-    is_whole: bool = False
     is_repeatable: bool = True
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -94,22 +93,21 @@ class Recorder(Callback):
             self.validation.append([batch for batch, _ in zip(loader, range(MAX_HELD_OUT), strict=False)])
         if not self.validation:
             self.unserved = _validation_of(trainer, pl_module)
-        left = MAX_BYTES
-        while len(self.epochs) * len(self.epochs[0] if self.epochs else []) < self.wanted:
+        left, is_whole = MAX_BYTES, True
+        while is_whole and len(self.epochs) * len(self.epochs[0] if self.epochs else []) < self.wanted:
             torch.manual_seed(len(self.epochs))
             epoch: list[Any] = []
-            self.is_whole = True
             for batch, *_ in CombinedLoader(trainer.train_dataloader, "max_size_cycle"):
                 epoch.append(batch)
                 left -= sum(t.numel() * t.element_size() for t in tree_leaves(batch) if isinstance(t, Tensor))
                 recorded = sum(map(len, self.epochs)) + len(epoch)
                 if recorded >= self.wanted or left < 0 or time.monotonic() > self.deadline:
-                    self.is_whole = len(epoch) >= trainer.num_training_batches
+                    is_whole = len(epoch) >= trainer.num_training_batches
                     break
             if not epoch or (self.epochs and len(epoch) != len(self.epochs[0])):
                 break
             self.epochs.append(epoch)
-            if left < 0 or time.monotonic() > self.deadline or not self.is_whole:
+            if left < 0 or time.monotonic() > self.deadline:
                 break
         if self.epochs and self.epochs[0]:
             torch.manual_seed(0)
