@@ -88,7 +88,7 @@ def _write_runs(folder: Path, trials: Sequence[Trial]) -> None:
     for i, trial in enumerate(trials):
         name = re.sub(r"[^\w.=-]+", "_", name_of(trial.job.changes)).strip("_")[:60]
         with SummaryWriter(str(folder / f"{i:02d}_{name}_seed{trial.job.seed}")) as writer:
-            for tag, curve in ((HELD_OUT_LOSS, trial.curve), (TRAINING_LOSS, trial.training)):
-                for step, value in curve:
-                    if math.isfinite(value):
-                        writer.add_scalar(tag, value, step)
+            curves = {HELD_OUT_LOSS: trial.curve, TRAINING_LOSS: trial.training}
+            for tag, step, value in ((tag, *point) for tag, curve in curves.items() for point in curve):
+                if math.isfinite(value):
+                    writer.add_scalar(tag, value, step)

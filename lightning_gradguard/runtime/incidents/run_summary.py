@@ -129,11 +129,7 @@ def summarize(
         if incidents:
             log_incidents(trainer, step)
         lines = [TITLE, *_aligned({**rows, **_folders(trainer)})]
-        # what is known explains a large norm
-        of_unusual = {k: next_step for k, (_, next_step) in unusual.items() if k == "clipping" or not known}
-        if "stuck_loss" in incidents and not known:  # its cause is not
-            known = {title("stuck_loss"): remedies("stuck_loss")[0]}
-        if next_steps := {**known, **of_unusual, **_commands(trainer)}:
+        if next_steps := _next_steps(trainer, known, unusual):
             lines += ["Next steps", *_aligned(next_steps)]
         console.print_last_message(trainer, "\n".join(lines))
     else:
@@ -155,6 +151,17 @@ def _publish_nonfinite(trainer: pl.Trainer, counts: Mapping[str, float], totals:
         text = advice("nonfinite_gradient", present={*present_in(trainer), "sampled"})
         incident = incident_now(trainer, "nonfinite_gradient", advice=text, **totals.nonfinite_since)
         publish(trainer, trainer.lightning_module, incident)
+
+
+def _next_steps(
+    trainer: pl.Trainer, known: Mapping[str, str], unusual: Mapping[str, tuple[str, str]]
+) -> dict[str, str]:
+    """Returns what to do about known causes or, without any, about what is unusual; and the commands."""
+    # what is known explains a large norm
+    of_unusual = {name: step for name, (_, step) in unusual.items() if name == "clipping" or not known}
+    if "stuck_loss" in count_incidents(trainer) and not known:  # its cause is not
+        known = {title("stuck_loss"): remedies("stuck_loss")[0]}
+    return {**known, **of_unusual, **_commands(trainer)}
 
 
 def _known_remedies(trainer: pl.Trainer) -> dict[str, str]:
