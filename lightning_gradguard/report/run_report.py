@@ -181,20 +181,20 @@ def _is_explained(symptom: RunSymptom) -> bool:
 
 
 def _missing(run: Run, verdict: RunVerdict) -> list[str]:
+    """Returns what a run has not logged; nothing of one that had no finite step, or has incidents alone."""
     notes = []
-    is_unlogged = not run.log.gradients and not len(run.log.loss)
-    if is_unlogged and verdict.status == "unknown":
-        notes.append(f"neither a loss nor a gradient norm was logged; {_MONITOR_LOGS}")
-    elif is_unlogged:
-        pass  # of a run that had no finite step, or has incidents alone
-    elif not run.log.gradients:
+    log, is_unknown = run.log, verdict.status == "unknown"
+    if not log.gradients and not len(log.loss):
+        if is_unknown:
+            notes.append(f"neither a loss nor a gradient norm was logged; {_MONITOR_LOGS}")
+    elif not log.gradients:
         notes.append(
             f"no gradient norms were logged, the verdict rests on {run.loss_tag} alone; {_MONITOR_LOGS}"
         )
-    elif not any(g.layers for g in run.log.gradients):
+    elif not any(g.layers for g in log.gradients):
         notes.append("only the total norm was logged; GradientNormMonitor() logs the norm of each layer")
-    if run.log.gradients and not len(run.log.loss):
+    if log.gradients and not len(log.loss):
         notes.append("no training loss was logged; add self.log('train_loss', loss)")
-    elif verdict.status == "unknown" and verdict.outcome.steps:
+    elif is_unknown and verdict.outcome.steps:
         notes.append("for a verdict log more often, Trainer(log_every_n_steps=10), or train for longer")
     return notes

@@ -131,7 +131,7 @@ def _applied(
     """Returns a text without the parts that do not apply, and with the name of what is at fault."""
     name = where[0] if where else ""
     fitting = _CONDITIONAL.sub(lambda part: "" if part[1] in present else part[2], text).strip()
-    code, found = code_of(name, model), None if model is None else _find(name, model)
+    code, found = code_of(name, model), _find(name, model)
     is_bare = found is not None and getattr(found, "ndim", None) is not None
     has_layers = found is None or type(found).__name__ in ("Linear", "Conv2d")
     answer, target = arguments or (f"{code}(inputs)", "target")
@@ -168,7 +168,7 @@ def _small(names: Sequence[str], model: nn.Module | None) -> str:
     """Returns statements that initialize modules, or parameters, with small weights."""
     lines = []
     for name in names:
-        found, code = None if model is None else _find(name, model), code_of(name, model)
+        found, code = _find(name, model), code_of(name, model)
         weight = "in_proj_weight" if hasattr(found, "in_proj_weight") else "weight"
         code = code if hasattr(found, "ndim") else f"{code}.{weight}"
         lines.append(f"torch.nn.init.normal_({code}, std=0.02)")
@@ -189,7 +189,9 @@ def _start_of_head(code: str, head: Any) -> str:
     )
 
 
-def _find(name: str, model: nn.Module) -> object:
-    """Returns the module or the parameter of a name; `None` if there is none."""
+def _find(name: str, model: nn.Module | None) -> object:
+    """Returns the module or the parameter of a name; `None` if there is none, or no model."""
+    if model is None:
+        return None
     named = {**dict(model.named_parameters()), **dict(model.named_modules())}
     return named.get(name)

@@ -256,8 +256,7 @@ class RollbackSession:
             clipped=self._fit.suite.clipped.get(measurement.optimizer_index, 0.0),
         )
         self._outcome.has_diverged |= decision != "continue"
-        if decision != "continue":
-            self._outcome.decide(decision)
+        self._outcome.decide(decision)
         if anomaly and not self._fit.trainer.interrupted:  # other ranks may be elsewhere then
             loss = self._fit.policy.risen_loss if anomaly == "divergence" else measurement.loss
             self._reporter.report_anomaly(anomaly, loss, transaction.window.batches)
