@@ -208,6 +208,23 @@ def accuracy(module: Classifier) -> float:
     return float((module.eval().net(inputs).argmax(1) == target).float().mean())
 
 
+class Adversaries(pl.LightningModule):
+    """A generator and a critic, each with its optimizer, under manual optimization."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        torch.manual_seed(0)
+        self.generator = nn.Sequential(nn.Linear(4, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 20))
+        self.critic = nn.Sequential(nn.Linear(20, 16), nn.ReLU(), nn.Linear(16, 1))
+
+    def configure_optimizers(self) -> Any:
+        return [
+            torch.optim.Adam(self.critic.parameters(), 1e-3),
+            torch.optim.Adam(self.generator.parameters(), 1e-3),
+        ], []
+
+
 class Listener(pl.Callback):
     """Keeps the incidents of a run."""
 

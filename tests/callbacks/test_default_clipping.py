@@ -17,7 +17,6 @@ from lightning_gradguard import (
     AdaptiveGradientClipping,
     Change,
     GlobalNormClipping,
-    Incident,
     LearningRateBackoff,
     NaNRollback,
     RelativeNormClipping,
@@ -27,7 +26,7 @@ from lightning_gradguard import (
 )
 from lightning_gradguard.core import tags
 from lightning_gradguard.runtime.incidents.journal import incident_now, publish
-from tests.tasks import Batch, Classifier, accuracy, batches, clusters, fit, same, weights
+from tests.tasks import Batch, Classifier, Listener, accuracy, batches, clusters, fit, same, weights
 
 
 class Regression(Classifier):
@@ -57,14 +56,6 @@ class TooFast(Classifier):
 
     def configure_optimizers(self) -> Any:
         return self.make(self.parameters())
-
-
-class Incidents(pl.Callback):
-    def __init__(self) -> None:
-        self.found: list[Incident] = []
-
-    def on_training_incident(self, trainer: Any, pl_module: Any, incident: Incident) -> None:
-        self.found.append(incident)
 
 
 HEALTHY: dict[str, Callable[[], pl.LightningModule]] = {
@@ -210,7 +201,7 @@ def test_checkpoint_of_another_policy_starts_the_history_afresh(tmp_path: Path) 
 
 
 def test_clipping_of_most_steps_is_one_incident() -> None:
-    incidents = Incidents()
+    incidents = Listener()
     callbacks = [AdaptiveGradientClipping(GlobalNormClipping(1e-4)), incidents]
     fit(Classifier(), clusters(350), callbacks)
     (found,) = incidents.found
@@ -222,7 +213,7 @@ def test_clipping_of_most_steps_is_one_incident() -> None:
 
 
 def test_bound_that_a_treatment_has_chosen_is_not_to_be_raised(capsys: pytest.CaptureFixture[str]) -> None:
-    incidents = Incidents()
+    incidents = Listener()
     fit(Classifier(), clusters(350), [*callbacks_of([Change("clipping", {"max_norm": 1e-4})]), incidents])
     assert not incidents.found
     assert "raise the bound" not in "".join(capsys.readouterr())
@@ -233,7 +224,7 @@ def test_clipping_that_follows_from_a_symptom_is_not_named_beside_it(tmp_path: P
         def on_train_start(self, trainer: Any, pl_module: Any) -> None:
             publish(trainer, pl_module, incident_now(trainer, "exploding_gradient"))
 
-    incidents, policy = Incidents(), GlobalNormClipping(1e-4)
+    incidents, policy = Listener(), GlobalNormClipping(1e-4)
     trainer = fit(Classifier(), clusters(20), [AdaptiveGradientClipping(policy), Symptom(), incidents])
     trainer.save_checkpoint(tmp_path / "last.ckpt")
     callbacks = [AdaptiveGradientClipping(policy), incidents]
@@ -242,6 +233,6 @@ def test_clipping_that_follows_from_a_symptom_is_not_named_beside_it(tmp_path: P
 
 
 def test_usual_clipping_is_no_incident() -> None:
-    incidents = Incidents()
+    incidents = Listener()
     fit(Classifier(), clusters(250), [AdaptiveGradientClipping(), NaNRollback(), incidents])
     assert not [incident for incident in incidents.found if incident.kind == "constant_clipping"]

@@ -21,7 +21,7 @@ from lightning_gradguard import (
 )
 from lightning_gradguard.core import tags
 from lightning_gradguard.core.backoff import ScaledLearningRate, pending_rate_scale
-from tests.tasks import OPTIMIZERS, Batch, Classifier, RateSpy, batches, fit, poisoned
+from tests.tasks import OPTIMIZERS, Batch, Classifier, Listener, RateSpy, batches, fit, poisoned
 
 Make = Callable[[torch.optim.Optimizer], Any]
 SCHEDULERS: dict[str, Make] = {
@@ -230,22 +230,14 @@ def test_an_optimizer_without_a_rate_is_left_alone_and_named() -> None:
         def configure_optimizers(self) -> torch.optim.Optimizer:
             return Descent(self.parameters(), {"step_size": 0.05})
 
-    seen: list[str] = []
-
-    class Spy(pl.Callback):
-        def on_training_incident(self, trainer: pl.Trainer, pl_module: Any, incident: Incident) -> None:
-            seen.append(incident.kind)
-
-    callbacks: list[Any] = [
-        LearningRateBackoff(),
-        NaNRollback(max_dossiers=0, snapshot_every_n_steps=5),
-        Spy(),
-    ]
+    listener, backoff = Listener(), LearningRateBackoff()
+    callbacks = [backoff, NaNRollback(max_dossiers=0, snapshot_every_n_steps=5), listener]
     with pytest.warns(UserWarning, match="LearningRateBackoff does not act: the parameter groups of Descent"):
         fit(Module(), poisoned(batches(40), nan=[20, 21, 22]), callbacks)
+    seen = [incident.kind for incident in listener.found]
     assert "rollback" in seen
     assert "learning_rate_backoff" not in seen
-    assert dict(callbacks[0].final_counts())["summary/unscaled_rollbacks"] == seen.count("rollback")
+    assert dict(backoff.final_counts())["summary/unscaled_rollbacks"] == seen.count("rollback")
 
 
 @pytest.mark.parametrize("max_dossiers", [10, 1])

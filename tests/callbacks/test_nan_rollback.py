@@ -29,6 +29,7 @@ from tests.tasks import (
     OPTIMIZERS,
     Batch,
     Classifier,
+    Listener,
     StateRecorder,
     batches,
     copy_late,
@@ -385,17 +386,10 @@ def test_incidents_reach_callbacks_module_and_file(tmp_path: Path) -> None:
         def on_training_incident(self, trainer: Any, pl_module: Any, incident: Incident) -> None:
             self.heard = [*getattr(self, "heard", []), incident]
 
-    class Listener(pl.Callback):
-        def __init__(self) -> None:
-            self.heard: list[Incident] = []
-
-        def on_training_incident(self, trainer: Any, pl_module: Any, incident: Incident) -> None:
-            self.heard.append(incident)
-
     module, listener = Listens(), Listener()
     fit(module, poisoned(batches(20), nan=[6]), [NaNRollback(incident_dir=str(tmp_path)), listener])
     (incident,) = module.heard
-    assert listener.heard == [incident]
+    assert listener.found == [incident]
     assert (incident.kind, incident.step, incident.batch_idx) == ("nonfinite_loss", 6, 6)
     assert incident.action == "skipped"
     assert json.loads((tmp_path / "incidents.jsonl").read_text())["kind"] == "nonfinite_loss"

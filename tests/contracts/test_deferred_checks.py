@@ -20,6 +20,7 @@ from torchmetrics import MeanMetric
 from lightning_gradguard import AdaptiveGradientClipping, Incident, NaNRollback
 from tests.tasks import (
     OPTIMIZERS,
+    Adversaries,
     Batch,
     Classifier,
     averaged,
@@ -390,15 +391,8 @@ def test_under_lbfgs_it_is_exact() -> None:
     assert same(weights(bare), weights(late))
 
 
-class Gan(pl.LightningModule):
-    """Two networks and optimizers; every batch names the losses that are NaN."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.automatic_optimization = False
-        torch.manual_seed(0)
-        self.generator = nn.Sequential(nn.Linear(4, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 20))
-        self.critic = nn.Sequential(nn.Linear(20, 16), nn.ReLU(), nn.Linear(16, 1))
+class Gan(Adversaries):
+    """Every batch names the losses that are NaN."""
 
     def training_step(self, batch: tuple[Tensor, Tensor, str], batch_idx: int) -> None:
         optimizers: Any = self.optimizers()
@@ -412,12 +406,6 @@ class Gan(pl.LightningModule):
             self.manual_backward(loss)
             optimizers[index].step()
             self.untoggle_optimizer(optimizers[index])
-
-    def configure_optimizers(self) -> Any:
-        return [
-            torch.optim.Adam(self.critic.parameters(), 1e-3),
-            torch.optim.Adam(self.generator.parameters(), 1e-3),
-        ], []
 
 
 def gan_batches(n: int, bad: dict[int, str] | None = None) -> Any:

@@ -8,8 +8,8 @@ import pytest
 import pytorch_lightning as pl
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 
-from lightning_gradguard import Incident, Measurement, NaNRollback, Step, StepCallback
-from tests.tasks import Classifier, batches, fit, poisoned, same, weights
+from lightning_gradguard import Measurement, NaNRollback, Step, StepCallback
+from tests.tasks import Classifier, Listener, batches, fit, poisoned, same, weights
 
 
 class Veto(StepCallback):
@@ -26,27 +26,18 @@ class Veto(StepCallback):
         self.steps.append(step)
 
 
-class Listening(Classifier):
-    def __init__(self) -> None:
-        super().__init__()
-        self.incidents: list[Incident] = []
-
-    def on_training_incident(self, trainer: Any, pl_module: Any, incident: Incident) -> None:
-        self.incidents.append(incident)
-
-
 @pytest.mark.parametrize("stop", [False, True])
 @pytest.mark.parametrize("first", [True, False])
 @pytest.mark.parametrize("check", ["exact", "deferred"])
 def test_a_rejected_step(check: Any, first: bool, stop: bool) -> None:
     """It is no nonfinite one, and no reason to stop at the first of those."""
     data = poisoned(batches(12), spikes=[6])
-    module, expected = Listening(), Classifier()
+    module, expected, listener = Classifier(), Classifier(), Listener()
     rollback = NaNRollback(check=check, on_nonfinite="stop" if stop else "skip")
     veto = Veto(defers_check=check == "deferred")
-    fit(module, data, [veto, rollback] if first else [rollback, veto])
+    fit(module, data, [listener, *((veto, rollback) if first else (rollback, veto))])
     fit(expected, data[:6] + data[7 + (check == "deferred") :])
-    (incident,) = module.incidents
+    (incident,) = listener.found
     assert (incident.kind, incident.step, incident.action) == ("rejected_step", 6, "skipped")
     assert incident.where == ("Veto",)
     assert incident.describe().startswith("Rejected step at step 6 (epoch 0, batch 6): Veto; total norm ")
@@ -54,9 +45,9 @@ def test_a_rejected_step(check: Any, first: bool, stop: bool) -> None:
 
 
 def test_a_nonfinite_step_is_not_a_rejected_one() -> None:
-    module = Listening()
-    fit(module, poisoned(batches(12), nan=[6]), [Veto(), NaNRollback()])
-    assert [incident.kind for incident in module.incidents] == ["nonfinite_loss"]
+    listener = Listener()
+    fit(Classifier(), poisoned(batches(12), nan=[6]), [Veto(), NaNRollback(), listener])
+    assert [incident.kind for incident in listener.found] == ["nonfinite_loss"]
 
 
 def test_a_veto_that_nobody_carries_out() -> None:

@@ -19,7 +19,6 @@ from lightning_gradguard import (
     AdaptiveGradientClipping,
     GlobalNormClipping,
     GradientNormMonitor,
-    Incident,
     LearningRateBackoff,
     NaNRollback,
     PerTensorClipping,
@@ -28,7 +27,7 @@ from lightning_gradguard import (
 )
 from lightning_gradguard.runtime.steps import trainer_state
 from lightning_gradguard.runtime.steps.step import Step
-from tests.tasks import NOT_A_NUMBER, Batch, Classifier, batches, fit, insert, plain_loader
+from tests.tasks import NOT_A_NUMBER, Batch, Classifier, Listener, batches, fit, insert, plain_loader
 
 
 def is_finite(module: nn.Module) -> bool:
@@ -152,19 +151,11 @@ class _AdamThenLBFGS(pl.LightningModule):
         ]
 
 
-class _Incidents(pl.Callback):
-    def __init__(self) -> None:
-        self.actions: list[str] = []
-
-    def on_training_incident(self, trainer: Any, pl_module: Any, incident: Incident) -> None:
-        self.actions.append(incident.action)
-
-
 def test_a_skip_ahead_of_lbfgs_counts_once() -> None:
-    rollback, incidents = NaNRollback(patience=3), _Incidents()
+    rollback, incidents = NaNRollback(patience=3), Listener()
     fit(_AdamThenLBFGS(), batches(10), [rollback, incidents])
     assert (rollback.skips, rollback.rollbacks) == (1, 0)
-    assert incidents.actions.count("skipped") == 1
+    assert [incident.action for incident in incidents.found].count("skipped") == 1
 
 
 @pytest.mark.parametrize("check", ["exact", "deferred"])

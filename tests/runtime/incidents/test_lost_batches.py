@@ -15,12 +15,13 @@ import torch
 from pytorch_lightning.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 
-from lightning_gradguard import Incident, NaNRollback
+from lightning_gradguard import NaNRollback
 from lightning_gradguard.core.snapshots.ring import PATIENCE
 from lightning_gradguard.runtime.incidents.lost_batches import RECOGNIZED_BY, LostBatches
 from tests.tasks import (
     Batch,
     Classifier,
+    Listener,
     ResumableLoader,
     batches,
     fit,
@@ -129,14 +130,6 @@ def first_run(folder: Path, served: Sequence[Batch]) -> None:
     )
 
 
-class Hears(pl.Callback):
-    def __init__(self) -> None:
-        self.heard: list[Incident] = []
-
-    def on_training_incident(self, trainer: Any, pl_module: Any, incident: Incident) -> None:
-        self.heard.append(incident)
-
-
 @pytest.mark.parametrize("check", ["exact", "deferred"])
 def test_resumed_run_omits_lost_batches(tmp_path: Path, check: Any) -> None:
     """Batches that were undone are finite, and are left out for what they led to."""
@@ -147,11 +140,11 @@ def test_resumed_run_omits_lost_batches(tmp_path: Path, check: Any) -> None:
     assert undone[0] >= 15
     lost = {*undone, 30, 31, 32}
     later = {i for i in lost if i >= 20}
-    hears = Hears()
-    module, rollback = resume(tmp_path, poisoned(clean, nan=[30, 31, 32]), [hears], check=check)
+    listener = Listener()
+    module, rollback = resume(tmp_path, poisoned(clean, nan=[30, 31, 32]), [listener], check=check)
     assert rollback.skips == 3
-    assert [i.kind for i in hears.heard] == ["lost_batch"] * len(later)
-    assert {i.batch_idx for i in hears.heard} == later
+    assert [i.kind for i in listener.found] == ["lost_batch"] * len(later)
+    assert {i.batch_idx for i in listener.found} == later
     # as if only the others had been served
     expected = Classifier("adam", norm=True, seed=3)
     kept = [b for i, b in enumerate(clean) if i not in later]
@@ -172,10 +165,10 @@ def test_resumed_run_omits_lost_batches(tmp_path: Path, check: Any) -> None:
 
 def test_other_data_under_the_same_index_are_trained_on(tmp_path: Path) -> None:
     first_run(tmp_path, poisoned(batches(40), nan=[30]))
-    hears = Hears()
-    _, rollback = resume(tmp_path, batches(40, seed=8), [hears])
+    listener = Listener()
+    _, rollback = resume(tmp_path, batches(40, seed=8), [listener])
     assert rollback.skips == 0
-    assert not hears.heard
+    assert not listener.found
 
 
 def test_a_lost_batch_in_another_epoch_is_trained_on(tmp_path: Path) -> None:
