@@ -73,9 +73,9 @@ class NaNRollback(StepCallback):
         check: `"exact"` synchronizes host and device once a step, and no bad step takes place. `"deferred"`
             does not synchronize: a step is checked when the next one is about to be made, and both are undone
             if it was bad. A fused optimizer skips the bad one by itself; for any other, the training state is
-            copied, on the device, at every step. The check takes place earlier ahead of a checkpoint,
-            validation and the end of an epoch, and on an exception. A GradScaler and LBFGS synchronize
-            anyway, so that under them both are the same.
+            copied, on the device, at every step (on a CPU, which knows the numbers at once, at a bad one).
+            The check takes place earlier ahead of a checkpoint, validation and the end of an epoch, and on
+            an exception. A GradScaler and LBFGS synchronize anyway, so that under them both are the same.
         restore_rng: True to restore random number generators too, on a rollback and on a skip.
         rewind_schedulers: True to restore learning rate schedules and the scale of a GradScaler too, on a
             rollback and on a skip; not schedules that advance once an epoch, as no epoch is repeated.

@@ -261,11 +261,9 @@ def unscaled_losses(
 
 def validates_next(trainer: pl.Trainer, batch_idx: int) -> bool:
     """True if validation follows the running batch; unknown where it is scheduled by time."""
-    every = getattr(trainer, "val_check_batch", None)
-    if not every or every == float("inf") or not trainer.enable_validation:
-        return False
-    by_epoch = trainer.check_val_every_n_epoch is not None
-    return bool(((batch_idx if by_epoch else trainer.fit_loop.total_batch_idx) + 1) % every == 0)
+    every = getattr(trainer, "val_check_batch", None) or float("inf")
+    n = (batch_idx if trainer.check_val_every_n_epoch is not None else trainer.fit_loop.total_batch_idx) + 1
+    return bool(n % every == 0 and trainer.enable_validation)
 
 
 def is_swa_bn_update(trainer: pl.Trainer) -> bool:
@@ -311,8 +309,8 @@ def average_counts(trainer: pl.Trainer) -> list[Tensor]:
     return [count for count in _kept(trainer, "n_averaged") if isinstance(count, Tensor)]
 
 
-def _kept(trainer: pl.Trainer, attribute: str) -> Iterator[Any]:
-    return (getattr(callback, attribute, None) for callback in trainer.callbacks)  # type: ignore[attr-defined]
+def _kept(trainer: pl.Trainer, attribute: str) -> list[Any]:
+    return [getattr(callback, attribute, None) for callback in trainer.callbacks]  # type: ignore[attr-defined]
 
 
 def unknown_averages(trainer: pl.Trainer, before: Callback | None = None) -> list[str]:

@@ -122,8 +122,10 @@ def test_the_kernel_skips_bit_for_bit(optimizer: str) -> None:
     assert not watch.left
 
 
-def test_a_deferred_check_copies_no_weights_where_the_kernel_skips() -> None:
+def test_a_deferred_check_copies_no_weights_where_the_kernel_skips(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = {}
+    # else the host knows that all steps are good
+    monkeypatch.setattr(PackedMeasurement, "is_on_host", False)
     for name, optimizer in {"fused": FUSED["adamw"], "not": lambda p: AdamW(p, lr=3e-3)}.items():
         rollback = NaNRollback(check="deferred")
 

@@ -163,7 +163,9 @@ class RollbackSession:
                 self._transaction = closed
                 self._record(closed)
         if self._mode.deferred is not None:
-            is_last = trainer.is_last_batch or trainer.should_stop or trainer.global_step == trainer.max_steps
+            is_last = (
+                trainer.is_last_batch or trainer.should_stop or -1 < trainer.max_steps == trainer.global_step
+            )
             if is_last or lightning_api.validates_next(trainer, batch_idx):
                 self._fit.suite.resolve(trainer, self._fit.pl_module)
         self._conclude()

@@ -30,6 +30,7 @@ class CheckMode:
     def __init__(self, trainer: pl.Trainer, side_effects: SideEffects) -> None:
         self._trainer = trainer
         self._side_effects = side_effects
+        self._has_several = len(trainer.optimizers) > 1
         self.deferred: StepTransaction | None = None
 
     def on_window_start(self, window: Window) -> None:
@@ -50,7 +51,7 @@ class CheckMode:
     def _commit(self) -> None:
         if self._side_effects.has_averages:
             lightning_api.resume_weight_averages(self._trainer)
-        if len(self._trainer.optimizers) > 1:
+        if self._has_several:
             # a later step of the same batch may be skipped, this one stays
             self._side_effects.save(within_step=True)
 
@@ -106,29 +107,32 @@ class DeferredCheck(ExactCheck):
         self._before = Snapshot("same")
 
     def on_step(self, step: Step, transaction: StepTransaction) -> StepTransaction:
-        """Keeps what is needed to undo the step; less if the optimizer's kernel skips a bad one by itself."""
+        """Keeps what is needed to undo the step, unless the host knows already that it is good.
+
+        It is less if the optimizer's kernel skips a bad one by itself.
+        """
         if not step.is_deferred:
             return super().on_step(step, transaction)
-        assert transaction.window.before is not None
+        has_one_rule = self._kernel_may_skip and self._suite.has_one_checker
+        if not has_one_rule or step.measurement is None or step.measurement.must_skip:
+            self._prepare_undo(step, transaction.window, has_one_rule=has_one_rule)
+        self.deferred = transaction.close("deferred", step)
+        self._commit()
+        return self.deferred
+
+    def _prepare_undo(self, step: Step, window: Window, *, has_one_rule: bool) -> None:
+        assert window.before is not None
         kernel_skips = (
-            self._kernel_may_skip
+            has_one_rule
             and step.supports_fused_override
-            and self._suite.has_one_checker
             and not lightning_api.writes_after_step(self._trainer.lightning_module)
             and skip_is_exact(step.optimizer, step.gradients.parameters)
         )
         trainer_state.capture(
-            self._trainer,
-            self._before,
-            transaction.window.before,
-            self._side_effects,
-            stepped=not kernel_skips,
+            self._trainer, self._before, window.before, self._side_effects, stepped=not kernel_skips
         )
-        if kernel_skips and (step.measurement is None or step.measurement.must_skip):
+        if kernel_skips:
             self._suite.override_fused_step(step, found_inf=step.packed.must_skip())
-        self.deferred = transaction.close("deferred", step)
-        self._commit()
-        return self.deferred
 
     def undo(self) -> TrainerState:
         """Restores the state from before the deferred step."""
