@@ -12,14 +12,14 @@ import pytorch_lightning as pl
 from lightning_gradguard.runtime.lightning_api import Callback
 from lightning_gradguard.runtime.lightning_packages import is_instance_by_name
 
-START = "on_train_batch_start"
+START, END = "on_train_batch_start", "on_train_batch_end"
 HOOKS = (
     START,
     "on_before_zero_grad",
     "on_before_backward",
     "on_after_backward",
     "on_before_optimizer_step",
-    "on_train_batch_end",
+    END,
 )
 Hook = Callable[..., None]
 
@@ -36,22 +36,30 @@ class _Joint:
 
 
 class _Start:
-    """Calls the first hook of a batch; joins neighbours anew before if the list of callbacks has changed."""
+    """Calls the first hooks of a batch of neighbours, for one of two that look for changes of the list.
 
-    def __init__(self, hook: Hook, callbacks: Sequence[Any], join_anew: Callable[[], None]) -> None:
-        self._hook, self._callbacks, self._join_anew = hook, list(callbacks), join_anew
+    Args:
+        hooks: Those of all neighbours for the first of the two, none for the second.
+        callbacks: The list as it was when the neighbours were joined.
+        on_change: Called in place of the hooks once the list is another.
+    """
+
+    def __init__(self, hooks: Sequence[Hook], callbacks: Sequence[Any], on_change: Hook) -> None:
+        self._hooks, self._callbacks, self._on_change = hooks, list(callbacks), on_change
 
     def __call__(self, trainer: pl.Trainer, *arguments: Any, **named: Any) -> None:
-        if trainer.callbacks != self._callbacks:  # type: ignore[attr-defined]
-            self._join_anew()
-        self._hook(trainer, *arguments, **named)
+        if trainer.callbacks == self._callbacks:  # type: ignore[attr-defined]
+            for hook in self._hooks:
+                hook(trainer, *arguments, **named)
+        else:
+            self._on_change(trainer, *arguments, **named)
 
 
 def join(trainer: pl.Trainer, members: Sequence[object], of_first: Hook) -> None:
     """Has Lightning call one hook for members that are neighbours in its list, and none that does nothing.
 
     No other callback has its turn between neighbours, and hooks that a subclass overrides are called. What a
-    profiler shows is left as it is. The first hook of a batch is called for each member, to find out if the
+    profiler shows is left as it is. The first hook of a batch is called for two of them, to find out if the
     list has changed: neighbours without two such hooks are not joined, as either may be removed.
 
     Args:
@@ -74,14 +82,38 @@ def join(trainer: pl.Trainer, members: Sequence[object], of_first: Hook) -> None
                     vars(callback).setdefault(name, None)
             if len(acting[START]) < 2 or not is_plain:
                 continue
+            for callback in those:
+                vars(callback)[name] = None
             if name == START:
-                anew = partial(join, trainer, members, of_first)
-                for callback, hook in zip(those, hooks, strict=True):
-                    vars(callback)[name] = _Start(hook, callbacks, anew)
+                for callback, called in ((those[0], hooks), (those[1], ())):
+                    on_change = partial(_part, members, of_first, those, callback)
+                    vars(callback)[name] = _Start(called, callbacks, on_change)
             elif those:
-                for callback in those:
-                    vars(callback)[name] = None
                 vars(those[0])[name] = _Joint(hooks)
+
+
+def _part(
+    members: Sequence[object],
+    of_first: Hook,
+    neighbours: Sequence[Any],
+    caller: object,
+    trainer: pl.Trainer,
+    *arguments: Any,
+    **named: Any,
+) -> None:
+    """Starts a batch in which the list has changed: each hook is called by itself until the end of the batch.
+
+    Lightning is at the caller in its list, and has passed over its neighbours up to there.
+    """
+    for member in members:
+        separate(member)
+    callbacks: Sequence[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    for callback in callbacks[: callbacks.index(caller) + 1]:
+        if callback in neighbours:
+            getattr(callback, START)(trainer, *arguments, **named)
+    last = [callback for callback in callbacks if callback in members][-1]
+    rejoin = lambda *_, **__: join(trainer, members, of_first)  # noqa: E731
+    vars(last).setdefault(END, _Joint([getattr(last, END), rejoin]))
 
 
 def pass_over(trainer: pl.Trainer, callback: Callback, kind: type[Callback]) -> None:

@@ -59,7 +59,6 @@ def test_neighbours_share_a_hook_while_training_runs() -> None:
         assert looks.called == [
             ("TrainingDiagnosis", "on_train_batch_start"),
             ("NaNRollback", "on_train_batch_start"),
-            ("LearningRateBackoff", "on_train_batch_start"),
             ("Counts", "on_before_backward"),
             ("Counts", "on_after_backward"),
             ("Counts", "on_before_optimizer_step"),
