@@ -11,9 +11,11 @@ import sys
 import sysconfig
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import islice
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import CodeType, FrameType, TracebackType
+from typing import Any
 
 import torch
 from torch import nn
@@ -91,7 +93,10 @@ def user_location(frameworks: Sequence[str] = ()) -> Location | None:
         if file.startswith("<") and not (_is_cell(file) or file.startswith("<frozen")):
             generated = generated or f"{file}:{frame.f_lineno} in {frame.f_code.co_name}"
         elif not file.startswith(("<frozen", *_FRAMEWORKS, *frameworks)):
-            name, expression = frame.f_code.co_name, "" if generated else _expression(frame)
+            name, expression = (
+                frame.f_code.co_name,
+                "" if generated else _expression(frame.f_code, frame.f_lasti),
+            )
             functional = _functional(expression, called, loss) if isinstance(loss, nn.Module) else ""
             here = Location(file, frame.f_lineno, name, called, expression, generated, functional)
             if not file.startswith(_LIBRARIES):
@@ -123,14 +128,15 @@ def _is_cell(file: str) -> bool:
     return file.startswith(("<ipython-input", "<python-input")) and file in linecache.cache
 
 
-def _expression(frame: FrameType) -> str:
-    """Returns the source of the call or operator that a frame is at; empty ahead of Python 3.11."""
-    if not hasattr(frame.f_code, "co_positions"):
+@lru_cache(maxsize=256)  # a loss is called from one line in every step
+def _expression(code: CodeType, instruction: int) -> str:
+    """Returns the source of the call or operator that code is at; empty ahead of Python 3.11."""
+    if not hasattr(code, "co_positions"):
         return ""
-    line, end, column, end_column = next(islice(frame.f_code.co_positions(), frame.f_lasti // 2, None))
+    line, end, column, end_column = next(islice(code.co_positions(), instruction // 2, None))
     if line is None or end is None or column is None or end_column is None:
         return ""
-    lines = [text.encode() for text in linecache.getlines(frame.f_code.co_filename)[line - 1 : end]]
+    lines = [text.encode() for text in linecache.getlines(code.co_filename)[line - 1 : end]]
     if len(lines) <= end - line:
         return ""
     lines[-1] = lines[-1][:end_column]
@@ -143,12 +149,24 @@ def _functional(expression: str, called: str, loss: nn.Module) -> str:
 
     Empty if the code, or an option, has no such form.
     """
-    known = next((c for c in type(loss).__mro__ if c.__module__ == nn.modules.loss.__name__), type(loss))
-    defaults = {n: p.default for n, p in inspect.signature(known).parameters.items()}
+    kind: type = type(loss)
+    defaults = _defaults(kind)
     options = {n: getattr(loss, n, default) for n, default in defaults.items()}
     options = {n: value for n, value in options.items() if value is not defaults[n] and value != defaults[n]}
     if not (expression and called and all(isinstance(v, (int, float, str)) for v in options.values())):
         return ""
+    return _as_function(expression, called, tuple(options.items()))
+
+
+@lru_cache(maxsize=256)
+def _defaults(kind: type) -> dict[str, Any]:
+    """Returns the defaults of the options of a loss module."""
+    known = next((c for c in kind.__mro__ if c.__module__ == nn.modules.loss.__name__), kind)
+    return {n: p.default for n, p in inspect.signature(known).parameters.items()}
+
+
+@lru_cache(maxsize=256)
+def _as_function(expression: str, called: str, options: tuple[tuple[str, Any], ...]) -> str:
     try:
         node = ast.parse(expression, mode="eval").body
     except SyntaxError:
@@ -156,7 +174,7 @@ def _functional(expression: str, called: str, loss: nn.Module) -> str:
     if not isinstance(node, ast.Call):
         return ""
     node.func = ast.parse(f"F.{called}", mode="eval").body
-    node.keywords += [ast.keyword(n, ast.Constant(value)) for n, value in options.items()]
+    node.keywords += [ast.keyword(n, ast.Constant(value)) for n, value in options]
     return ast.unparse(node)
 
 
