@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal
 
 #: A parameter, a module, a parameter group or a criterion stands in place of `<name>`; with several
@@ -145,6 +146,7 @@ class Meaning:
     rank: int = 0
 
 
+@cache
 def tag(form: str, name: str = "", *, optimizer: int = 0, of: int = 1) -> str:
     """Returns the tag that a number is logged under.
 
@@ -178,6 +180,7 @@ def pattern(form: str, name: str = ".*", index: str = r"(\.\d+)?") -> str:
     return f"{family}{index}{slash}{what}".replace("<name>", name)
 
 
+@cache
 def log10_tag(tag: str) -> str:
     """Returns the tag of the log10 copy; empty where no chart needs one.
 
@@ -188,6 +191,7 @@ def log10_tag(tag: str) -> str:
     return LOG10.replace("<name>", tag) if _SPANS_DECADES.fullmatch(tag) else ""
 
 
+@cache
 def is_band(tag: str) -> bool:
     """True for the ends of the usual band, and for the total norm within it."""
     return _BAND.fullmatch(tag) is not None

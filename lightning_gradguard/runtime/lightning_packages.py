@@ -34,7 +34,7 @@ def lightning_package_of(module_class: Any) -> ModuleType:
 
 def is_instance_by_name(thing: object, name: str) -> bool:
     """True for an instance of a class of Lightning, of either package, or of a subclass."""
-    return any(kind.__name__ == name for kind in type(thing).__mro__)
+    return name in [kind.__name__ for kind in type(thing).__mro__]
 
 
 def without_output(package: ModuleType) -> dict[str, Any]:

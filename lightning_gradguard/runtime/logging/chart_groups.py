@@ -112,6 +112,8 @@ def _group_neighbours(modules: Sequence[tuple[str, ...]], most: int) -> list[str
 
 
 def _total_norm(norms: Sequence[float], norm_type: float) -> float:
+    if len(norms) == 1:
+        return norms[0]
     largest = max(norms)
     if any(map(math.isnan, norms)):
         return math.nan

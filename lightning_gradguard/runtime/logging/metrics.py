@@ -13,7 +13,7 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
-from lightning_gradguard.runtime.lightning_api import batches_that_stepped, set_callback_metric
+from lightning_gradguard.runtime.lightning_api import batches_that_stepped, set_callback_metrics
 from lightning_gradguard.runtime.logging.loggers import write_hyperparameters, write_medium, write_scalars
 
 if TYPE_CHECKING:
@@ -148,13 +148,11 @@ def publish_metrics(
     """Publishes metrics to `trainer.callback_metrics`, and some to the progress bar."""
     if pl_module.trainer.barebones:
         return
-    for tag, value in metrics.items():
-        if tag not in on_bar:
-            set_callback_metric(pl_module.trainer, tag, value)
-            continue
+    set_callback_metrics(pl_module.trainer, {tag: metrics[tag] for tag in metrics if tag not in on_bar})
+    for tag in (tag for tag in metrics if tag in on_bar):
         pl_module.log(
             tag,
-            torch.tensor(value),  # from a number, Lightning makes one on the device, and synchronizes
+            torch.tensor(metrics[tag]),  # from a number, Lightning makes one on the device, and synchronizes
             prog_bar=True,
             on_step=True,
             on_epoch=False,

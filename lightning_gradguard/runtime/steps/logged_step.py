@@ -92,7 +92,7 @@ class LoggedStep:
         self.is_pending = False
         self.is_late = False
         self._suite = suite
-        self._loss = step.loss
+        self._loss: Scalar = step.loss if step.measurement is None else step.measurement.loss
         self._norm_type = norm_type
         self._grad_norms = step.tensor_norms[norm_type]
         self._weight_norms = step.weight_norms if step.accepted else None
@@ -124,8 +124,11 @@ class LoggedStep:
     def values(self) -> Tensor:
         """Returns all numbers of the step in one tensor, which `read` takes apart on the host."""
         total = self.total_norm()
-        fraction = torch.full_like(total, 0.0) + self._nonfinite_fraction
-        parts = [torch.stack([fraction, total, self._loss.to(total)]), self._grad_norms]
+        fraction, loss = (
+            number.to(total) if isinstance(number, Tensor) else torch.full_like(total, number)
+            for number in (self._nonfinite_fraction, self._loss)
+        )
+        parts = [torch.stack([fraction, total, loss]), self._grad_norms]
         if self._weight_norms is not None:
             parts.append(self._weight_norms)
             if self._update_norms is not None:
@@ -169,6 +172,9 @@ class LoggedStep:
 
     def _measure_updates(self, selection: Selection, exact: bool, before: list[Tensor]) -> None:
         torch._foreach_sub_(before, _weights(selection, exact))
+        if exact and not selection.is_sharded:
+            self._update_norms = selection.norms(before)
+            return
         self.is_pending = True
         sums = power_sums(before)
         if not exact:

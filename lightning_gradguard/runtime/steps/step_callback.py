@@ -233,9 +233,8 @@ class StepCallback(StepMember, lightning_api.Callback, Configured):
             if totals.largest_norm:
                 tag = tags.LARGEST_NORM if totals.has_all_norms else tags.LARGEST_LOGGED_NORM
                 counts[tag] = totals.largest_norm
-            for tag in (tags.SKIPS, tags.ROLLBACKS):
-                if tag in counts:  # the last batch was published only if it ended
-                    lightning_api.set_callback_metric(trainer, tag, counts[tag])
+            last = {tag: counts[tag] for tag in (tags.SKIPS, tags.ROLLBACKS) if tag in counts}
+            lightning_api.set_callback_metrics(trainer, last)  # of a batch that ended, it was published
             since = max(member.counts_since for member in suite.members)
             summarize(trainer, counts, totals, suite.metrics.last_logged, since)
         except Exception as error:  # of a device that an exception has left unusable, for one
