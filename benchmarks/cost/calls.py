@@ -1,8 +1,8 @@
 """Counts the package's Python calls in one healthy, unlogged batch of the six default callbacks.
 
-`python -m benchmarks.cost.calls` prints them by folder. A small network with batch normalization is trained
-by Adam on the CPU. Nothing is timed, so that the counts do not depend on the machine; they do on Python: from
-3.12 on, list comprehensions make no calls.
+`python -m benchmarks.cost.calls` prints them by folder, and what the suite adds to the calls of all packages.
+A small network with batch normalization is trained by Adam on the CPU. Nothing is timed: the counts do not
+depend on the machine; they do on Python: from 3.12 on, list comprehensions make no calls.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 import lightning_gradguard
 from benchmarks.quiet_trainer import QUIET
-from lightning_gradguard import default_callbacks
+from lightning_gradguard import NaNRollback, default_callbacks
 
 PACKAGE = Path(lightning_gradguard.__file__).parent
 #: The batch whose calls are counted: state has been created by then, and no snapshot or log is due.
@@ -41,11 +41,13 @@ class CallCounter:
         calls: By code object. Comprehensions, lambdas and resumed generators count.
         moves: Calls into another file than that of the call before. Comprehensions and lambdas are no moves:
             they run where they are written.
+        of_all: Calls of functions of all packages.
     """
 
     def __init__(self) -> None:
         self.calls: Counter[CodeType] = Counter()
         self.moves = 0
+        self.of_all = 0
         self._file = ""
 
     def start(self) -> None:
@@ -58,6 +60,7 @@ class CallCounter:
 
     def _observe(self, frame: FrameType, event: str, _: Any) -> None:
         code = frame.f_code
+        self.of_all += event == "call"
         if event != "call" or not code.co_filename.startswith(str(PACKAGE)):
             return
         self.calls[code] += 1
@@ -100,16 +103,16 @@ class Network(pl.LightningModule):
         return torch.optim.Adam(self.parameters())
 
 
-def count() -> CallCounter:
+def count(callbacks: list[pl.Callback], log_every: int = LOG_EVERY) -> CallCounter:
     """Trains up to the batch after the one that is counted."""
     torch.manual_seed(0)
     counter = CallCounter()
     with tempfile.TemporaryDirectory() as folder:
         trainer = pl.Trainer(
             **QUIET,
-            callbacks=default_callbacks(),
+            callbacks=callbacks,
             default_root_dir=folder,
-            log_every_n_steps=LOG_EVERY,
+            log_every_n_steps=log_every,
             max_epochs=1,
         )
         trainer.fit(Network(), Data(counter))
@@ -135,4 +138,10 @@ def table(counter: CallCounter) -> str:
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
-    print(table(count()))
+    print(table(count(default_callbacks())))
+    deferred = NaNRollback(check="deferred")
+    for kind, every in (("hot", LOG_EVERY), ("logged", (COUNTED + 1) // 2)):
+        bare = count([], every).of_all
+        exact = count(default_callbacks(), every).of_all
+        late = count(default_callbacks(nan_rollback=deferred), every).of_all
+        print(f"in all packages, {kind}: bare {bare}, suite +{exact - bare}, deferred +{late - bare}")
