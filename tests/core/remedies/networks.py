@@ -51,6 +51,40 @@ class Loop(nn.Module):
         return output
 
 
+class Cell(nn.Module):
+    """A cell that gets its input and its state."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inputs = nn.Linear(4, 16)
+        self.state = nn.Linear(16, 16)
+
+    def forward(self, step: Tensor, state: Tensor) -> Tensor:
+        return torch.tanh(self.inputs(step) + self.state(state))
+
+
+class GatedCell(Cell):
+    def forward(self, step: Tensor, state: Tensor) -> Tensor:
+        keep = torch.sigmoid(self.inputs(step))
+        return keep * state + (1 - keep) * super().forward(step, state)
+
+
+class OfCells(nn.Module):
+    """A recurrence of a cell of the user's."""
+
+    def __init__(self, cell: Callable[[], nn.Module] = Cell) -> None:
+        super().__init__()
+        self.cell = cell()
+        self.head = nn.Linear(16, 3)
+
+    def forward(self, sequence: Tensor) -> Tensor:
+        state = sequence.new_zeros(len(sequence), 16)
+        for step in sequence.unbind(1):
+            state = self.cell(step, state)
+        output: Tensor = self.head(state)
+        return output
+
+
 class Recurrent(nn.Module):
     def __init__(self, kind: Any = nn.RNN) -> None:
         super().__init__()

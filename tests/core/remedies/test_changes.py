@@ -45,6 +45,7 @@ EXPECTED: dict[ChangeKind, dict[str, list[str]]] = {
     },
     "add_residual": {
         "mlp": ["2:3", "4:5", "6:7", "8:9"],
+        "convolutional": ["second"],
         "blocks": ["blocks.0", "blocks.1", "blocks.2"],
         "gated": ["blocks.0", "blocks.1", "blocks.2"],
     },

@@ -14,7 +14,7 @@ from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
 
 from lightning_gradguard.core.remedies.changes import Change, apply, places, resolve
-from tests.core.remedies.networks import mlp
+from tests.core.remedies.networks import GatedCell, OfCells, mlp
 from tests.core.remedies.test_changes import MODULE_CHANGES, loss_of
 
 
@@ -161,7 +161,7 @@ def test_what_is_shared_or_frozen() -> None:
     assert found("frozen", "add_residual") == ["head.0:head.1"]
     assert found("frozen", "standardize_input") == []
     assert found("one activation", "replace_activation") == ["1"]
-    assert found("one activation", "add_residual") == []
+    assert found("one activation", "add_residual") == ["2"]
     assert found("tied", "initialize") == ["0", "6", "8"]
     assert found("normalized weights", "initialize") == []
     assert found("in place", "replace_activation", to="leaky_relu") == ["1", "3", "5", "7", "9"]
@@ -190,6 +190,46 @@ def test_a_part_of_a_block_that_runs_alone_is_as_it_was() -> None:
     hidden = torch.randn(4, 16)
     assert torch.equal(module[3](hidden), torch.sigmoid(hidden))
     assert not torch.equal(module[2:4](hidden), torch.sigmoid(module[2](hidden)))
+
+
+class Plain(nn.Module):
+    """Layers in a loop of the user's, with a function as their activation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Linear(10, 16)
+        self.layers = nn.ModuleList(nn.Linear(16, 16) for _ in range(2))
+        self.head = nn.Linear(16, 3)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        hidden = torch.relu(self.embed(inputs))
+        for layer in self.layers:
+            hidden = torch.relu(layer(hidden))
+        output: Tensor = self.head(hidden)
+        return output
+
+
+def test_the_input_of_a_layer_is_added_before_an_activation_function() -> None:
+    module = Plain()
+    assert apply(module, Change("add_residual", {"weight": 0.0}), loss_of(module, INPUTS)) == [
+        "layers.0",
+        "layers.1",
+    ]
+    assert torch.equal(module(INPUTS), module.head(torch.relu(module.embed(INPUTS))))
+
+
+def test_the_state_of_a_cell_is_added_to_what_it_returns() -> None:
+    module, sequence = OfCells(), torch.randn(16, 9, 4)
+    change = resolve(module, Change("add_residual"), lambda: module(sequence).sum())
+    assert change.modules == ["cell:cell"]
+    plain = copy.deepcopy(module)
+    apply(module, change, resolved=True)
+    state = torch.randn(16, 16)
+    expected = state + plain.cell(sequence[:, 0], state)
+    assert torch.allclose(module.cell(sequence[:, 0], state), expected)
+    assert not places(module, change.with_arguments(modules=[]), lambda: module(sequence).sum())
+    gated = OfCells(GatedCell)
+    assert not places(gated, Change("add_residual"), lambda: gated(sequence).sum())
 
 
 def test_one_sample_is_normalized_as_in_evaluation() -> None:

@@ -124,8 +124,10 @@ def scale_outputs(module: nn.Module, names: Collection[str], mean: float, std: f
 def blocks(module: nn.Module, flow: DataFlow, names: Collection[str]) -> list[str]:
     """Returns blocks of equal input and output shape, as one module or as `first:last` of an `nn.Sequential`.
 
+    The user's cells of a recurrence, which get their state as an argument, are among them, as `cell:cell`.
     The innermost ones: a layer with its activation where an `nn.Sequential` has them, else a module of the
-    user's that holds both. None that has a residual addition, is in a recurrence, or ends with the output.
+    user's that holds both, else a layer alone, whose input is added before its activation. None that has a
+    residual addition, or lies in one, is in a recurrence, or ends with the output.
     """
     if any(":" in name for name in names):
         return list(names)
@@ -141,6 +143,14 @@ def blocks(module: nn.Module, flow: DataFlow, names: Collection[str]) -> list[st
         has_inner = any(block.startswith(f"{name}.") for block in found)
         if not has_inner and _is_block(layer) and _has_layer_and_activation(name, flow):
             found.append(name)
+    cells = [layer for layer in flow.layers.values() if _is_cell(layer)]
+    found += [f"{layer.name}:{layer.name}" for layer in cells]
+    holds = [block.partition(":")[0] for block in found]
+    holds += [n for n, layer in flow.layers.items() if layer.is_residual or hasattr(layer.module, RESIDUAL)]
+    for layer in flow.weighted():
+        is_alone = not any(f"{layer.name}.".startswith(f"{one}.") for one in holds)
+        if is_alone and layer.activation and layer.is_hidden and _is_block(layer):
+            found.append(layer.name)
     order = list(flow.layers)
     found.sort(key=lambda block: order.index(block.partition(":")[0]))
     return [block for block in found if not names or block.partition(":")[0] in names or block in names]
@@ -153,6 +163,10 @@ def _is_block(layer: Layer) -> bool:
         and not (layer.is_recurrent or layer.is_frozen)
         and not hasattr(layer.module, RESIDUAL)
     )
+
+
+def _is_cell(layer: Layer) -> bool:
+    return layer.is_cell and not (layer.is_residual or layer.is_frozen or hasattr(layer.module, RESIDUAL))
 
 
 def _has_layer_and_activation(name: str, flow: DataFlow) -> bool:
@@ -187,4 +201,4 @@ def add_residuals(module: nn.Module, found: Sequence[str], weight: float | None)
     for block in found:
         first, _, last = block.partition(":")
         opening, closing = module.get_submodule(first), module.get_submodule(last or first)
-        ResidualAddition().attach(opening, closing, weight)
+        ResidualAddition(is_cell=first == last).attach(opening, closing, weight)

@@ -62,6 +62,7 @@ class Layer:
         shapes: Shapes of its first input and of its output, if both are tensors.
         overwrites_input: True if it writes to its input.
         is_recurrent: Of a layer, True if what it is given comes from an earlier output of its own.
+        is_cell: Of a module of the user's, True if the state that it is given comes from its earlier output.
         is_attribute: True for an activation function that `module` has as an attribute.
         function: Name of an activation function that the user's code calls.
         follows: Of an activation, the layers that its input comes from.
@@ -79,6 +80,7 @@ class Layer:
     shapes: tuple[torch.Size, torch.Size] | None = None
     overwrites_input: bool = False
     is_recurrent: bool = False
+    is_cell: bool = False
     is_attribute: bool = False
     function: str = ""
     follows: dict[str, Layer] = field(default_factory=dict)
@@ -236,7 +238,7 @@ class _Tracer(TorchFunctionMode):
 
     def _hook(self, child: nn.Module, name: str) -> None:
         before = child.register_forward_pre_hook(lambda m, args: self._enter_module(m, args, name))
-        after = child.register_forward_hook(lambda m, _, output: self._leave_module(m, output, name))
+        after = child.register_forward_hook(lambda m, args, output: self._leave_module(m, args, output, name))
         self._hooks.callback(before.remove)
         self._hooks.callback(after.remove)
 
@@ -270,8 +272,10 @@ class _Tracer(TorchFunctionMode):
             layer.is_recurrent |= isinstance(child, WEIGHTED) and name in origin.ancestors
             origin.blocks |= {name}
             self._origins[id(given)] = origin
+        for state in filter(lambda tensor: self._is_from(tensor, name), _tensors(args[1:])):
+            self._origins[id(state)].blocks |= {name}
 
-    def _leave_module(self, child: nn.Module, output: Any, name: str) -> None:
+    def _leave_module(self, child: nn.Module, args: tuple[Any, ...], output: Any, name: str) -> None:
         layer = self.layers[name]
         self._running.pop()
         given, version = self._versions.pop()
@@ -280,6 +284,8 @@ class _Tracer(TorchFunctionMode):
         if given is not None:
             layer.shapes = (given.shape, output.shape)
             layer.overwrites_input |= given._version != version
+        state = state_of(args, output)
+        layer.is_cell |= state is not None and self._is_from(state, name)
         if isinstance(child, WEIGHTED):
             ancestors = self._origin([output]).ancestors | {name}
             self._origins[id(output)] = _Origin(output, {name: layer}, {name: layer}, ancestors=ancestors)
@@ -349,6 +355,10 @@ class _Tracer(TorchFunctionMode):
             for name in first ^ second:
                 self.layers[name].is_residual = True
 
+    def _is_from(self, tensor: Tensor, name: str) -> bool:
+        """True if a tensor comes from a layer within a module."""
+        return any(layer.startswith(f"{name}.") for layer in self._origin([tensor]).ancestors)
+
     def _is_input(self, tensor: Tensor) -> bool:
         return tensor.is_floating_point() and not (tensor.requires_grad or self._origin([tensor]).ancestors)
 
@@ -363,6 +373,12 @@ class _Tracer(TorchFunctionMode):
             whole.ancestors |= origin.ancestors
             whole.has_input |= origin.has_input
         return whole
+
+
+def state_of(args: Sequence[Any], output: Tensor) -> Tensor | None:
+    """Returns the state that a cell is given, as in `cell(inputs, state)`: the last of the output's shape."""
+    same = [one for one in args if isinstance(one, Tensor) and one.shape == output.shape]
+    return same[-1] if same else None
 
 
 def _tensors(values: Sequence[Any]) -> Iterator[Tensor]:

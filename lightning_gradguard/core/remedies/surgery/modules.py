@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from lightning_gradguard.core.remedies.surgery.data_flow import state_of
+
 #: Names of the children, and of the parameter of a residual addition.
 NORMALIZATION = "added_normalization"
 RESIDUAL = "added_residual"
@@ -22,7 +24,7 @@ MEASURED_BATCHES = 100
 
 
 class ResidualAddition:
-    """Adds the input of a block to its output, with two hooks: `x + weight * f(x)`.
+    """Adds the input of a block to its output, with two hooks: `x + weight * f(x)`; of a cell, its state.
 
     The weight is a parameter of the block's last module, as a child would be one more step of an
     `nn.Sequential`.
@@ -32,8 +34,9 @@ class ResidualAddition:
         Depth, 2020, arXiv:2003.04887.
     """
 
-    def __init__(self) -> None:
-        self._input: Tensor | None = None
+    def __init__(self, is_cell: bool = False) -> None:
+        self._is_cell = is_cell
+        self._inputs: tuple[Any, ...] = ()
 
     def attach(self, first: nn.Module, last: nn.Module, weight: float) -> None:
         """Hooks into the modules that a block begins and ends with."""
@@ -44,11 +47,11 @@ class ResidualAddition:
         last.register_forward_hook(self._add)
 
     def _keep(self, first: nn.Module, args: tuple[Any, ...]) -> None:
-        self._input = args[0]
+        self._inputs = args if self._is_cell else args[:1]
 
     def _add(self, last: nn.Module, args: Any, output: Tensor) -> Tensor:
-        inputs, self._input = self._input, None
-        if inputs is None or inputs.shape != output.shape:  # the user's code runs a part of the block
+        inputs, self._inputs = state_of(self._inputs, output), ()
+        if inputs is None:  # the user's code runs a part of the block
             return output
         added: Tensor = inputs + getattr(last, RESIDUAL) * output
         return added
