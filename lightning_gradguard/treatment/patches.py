@@ -10,6 +10,13 @@ _WITH_LOG_SOFTMAX = {"nll_loss": "cross_entropy", "NLLLoss": "CrossEntropyLoss"}
 _NAMESPACES = ("torch", "F", "functional", "nn")
 
 
+def patched_code(fault: str, node: ast.expr) -> str:
+    """Returns the code of a call, or of a list of modules, without its fault; empty if only a text helps."""
+    if isinstance(node, ast.Call):
+        return patched_call(fault, node)
+    return f"torch.nn.Module{'Dict' if isinstance(node, ast.Dict) else 'List'}({ast.unparse(node)})"
+
+
 def patched_call(fault: str, call: ast.Call) -> str:
     """Returns the code of a call without its fault; empty if only a text describes the remedy.
 

@@ -20,11 +20,11 @@ from lightning_gradguard.core.detectors.diagnosis import Symptom
 from lightning_gradguard.core.forensics.origin import in_rows
 from lightning_gradguard.core.incidents import Incident, sentence_case
 from lightning_gradguard.core.remedies import advice_for_cause, advice_for_symptom
-from lightning_gradguard.core.remedies.changes import functional_activations
+from lightning_gradguard.core.remedies.changes import Change, functional_activations, places
 from lightning_gradguard.core.remedies.surgery.data_flow import SATURATING_FUNCTIONS
 from lightning_gradguard.runtime.lightning_packages import FRAMEWORKS
 from lightning_gradguard.runtime.logging.console import relative_to_cwd
-from lightning_gradguard.treatment.patches import patched_call
+from lightning_gradguard.treatment.patches import patched_code
 
 #: Causes that lie in code or data, where no change of a module or of its training helps, and the calls or
 #: attributes whose line is named.
@@ -60,6 +60,7 @@ _IN_CODE: dict[str, tuple[str, ...]] = {
     "target_scale": ("train_dataloader",),
     "data_scale": ("train_dataloader",),
     "unbounded_loss": ("log_prob",),
+    "large_logits": ("softmax", "Softmax", "scaled_dot_product_attention"),
 }
 #: Faults with which a loss may fall: of how it is called, and of what the optimizer holds.
 _BESIDE_LEARNING = frozenset(
@@ -76,7 +77,12 @@ _TREATABLE = _OPERATIONS | {
     "bad_input",
     "saturating_activations",
     "exception_in_step",
+    "large_logits",
+    "depth",
+    "through_time",
 }
+#: Name of a line in a loop that gives a tensor anew.
+_LOOP = "for"
 #: Where a fault lies is searched in these functions first.
 _FUNCTIONS = ("training_step", "forward", "configure_optimizers", "__init__")
 
@@ -127,6 +133,10 @@ def prescriptions(
     found += _nonfinite_rows(batches)
     if any(f.cause == "saturating_activations" for f in symptoms) and run_loss is not None:
         found += _functional(module, run_loss)
+    for symptom in symptoms:
+        is_long = symptom.kind == "vanishing_gradient" and symptom.cause in ("depth", "through_time")
+        if is_long and run_loss is not None and not places(module, Change("add_residual"), run_loss):
+            found += _loops(module, symptom)
     return found
 
 
@@ -148,13 +158,15 @@ def _of_symptom(module: nn.Module, symptom: Symptom) -> Prescription | None:
         return None
     advice = advice_for_symptom(symptom)
     text = f"{sentence_case(symptom.evidence)}. {advice}" if symptom.evidence else advice
+    if symptom.cause == "not_registered":  # the list that has them is the cause
+        names = [part for name in symptom.where[:1] for part in name.split(".")] + [*names]
     lines = list(_calls(module, names))
     same = [line for line in lines if line.name == lines[0].name]
     # a module is made where it runs, so that the last is the nearest to the loss
     line = (same[-1] if same[0].name[0].isupper() else same[0]) if same else None
     if line is None:
         return Prescription(symptom.cause, text)
-    patch = "" if symptom.is_partial else line.patch(patched_call(symptom.cause, line.node))
+    patch = "" if symptom.is_partial else line.patch(patched_code(symptom.cause, line.node))
     return Prescription(symptom.cause, text, line.place, patch)
 
 
@@ -186,16 +198,30 @@ def _nonfinite_rows(batches: Sequence[object]) -> list[Prescription]:
 def _functional(module: nn.Module, run_loss: Callable[[], Tensor]) -> list[Prescription]:
     """Returns a patch for each line that calls a saturating activation as a function."""
     found = []
-    places = functional_activations(module, run_loss)
+    called = functional_activations(module, run_loss)
     for line in _calls(module, SATURATING_FUNCTIONS, functions=("forward",)):
-        if not any(f"{Path(line.file).name}:{line.number}" in place for place in places):
+        if not any(f"{Path(line.file).name}:{line.number}" in place for place in called):
             continue
         text = (
             f"{line.name} is called as a function, which no change can replace: use an activation that does "
             "not saturate, and initialize the layers before it with torch.nn.init.kaiming_normal_."
         )
-        new = patched_call("saturating_activations", line.node)
+        new = patched_code("saturating_activations", line.node)
         found.append(Prescription("saturating_activations", text, line.place, line.patch(new)))
+    return found
+
+
+def _loops(module: nn.Module, symptom: Symptom) -> list[Prescription]:
+    """Returns a patch for each loop of `forward` that gives a tensor anew without its last value."""
+    found = []
+    for line in _calls(module, (_LOOP,), functions=("forward",)):
+        last = line.code.partition("=")[0].rpartition(":")[2].strip()
+        text = (
+            f"{sentence_case(symptom.evidence)}. In this loop, what {last} was is lost: add it, which no "
+            "change of the module does."
+        )
+        new = f"(new := {ast.unparse(line.node)}) + ({last} if {last}.shape == new.shape else 0)"
+        found.append(Prescription(symptom.cause, text, line.place, line.patch(new)))
     return found
 
 
@@ -205,7 +231,7 @@ class _Line:
     number: int
     code: str
     name: str
-    node: ast.Call
+    node: ast.expr
     indent: int
 
     @property
@@ -224,7 +250,7 @@ class _Line:
 
 
 def _calls(module: nn.Module, names: Sequence[str], functions: Sequence[str] = _FUNCTIONS) -> Iterator[_Line]:
-    """Yields the lines of the user's classes that call one of the names, the first name first."""
+    """Yields the lines of the user's classes that call, or assign, one of the names, the first name first."""
     lines = [line for kind in _own_classes(module) for line in _lines(kind, tuple(functions))]
     for name in names:
         yield from (line for line in lines if line.name == name)
@@ -251,9 +277,25 @@ def _lines(kind: type, functions: tuple[str, ...]) -> list[_Line]:
             file = inspect.getfile(kind)
         except (TypeError, OSError, SyntaxError):
             continue
-        for node in ast.walk(tree):
-            if isinstance(node, ast.Call):
-                code = source[node.lineno - 1].rstrip("\n")
-                name = ast.unparse(node.func).rpartition(".")[2]
-                found.append(_Line(file, start + node.lineno - 1, code, name, node, indent))
+        for node, name in _named(tree):
+            code = source[node.lineno - 1].rstrip("\n")
+            found.append(_Line(file, start + node.lineno - 1, code, name, node, indent))
     return found
+
+
+def _named(tree: ast.AST) -> Iterator[tuple[ast.expr, str]]:
+    """Yields calls, by the name of what is called, and lists that an attribute gets, by its name.
+
+    A call that gives a tensor anew from its last value, once in a loop, has the name `_LOOP` as well.
+    """
+    for node in ast.walk(tree):
+        if isinstance(node, ast.For):
+            lines = [one for one in ast.walk(node) if isinstance(one, ast.Assign)]
+            if len(lines) == 1 and isinstance(lines[0].value, ast.Call):
+                given = {n.id for a in lines[0].value.args for n in ast.walk(a) if isinstance(n, ast.Name)}
+                if isinstance(lines[0].targets[0], ast.Name) and lines[0].targets[0].id in given:
+                    yield lines[0].value, _LOOP
+        if isinstance(node, ast.Call):
+            yield node, ast.unparse(node.func).rpartition(".")[2]
+        elif isinstance(node, ast.Assign) and isinstance(node.value, ast.List | ast.ListComp | ast.Dict):
+            yield from ((node.value, one.attr) for one in node.targets if isinstance(one, ast.Attribute))

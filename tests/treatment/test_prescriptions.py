@@ -85,6 +85,46 @@ def test_function_is_prescribed_as_a_patch() -> None:
     ]
 
 
+class Looped(nn.Module):
+    """Layers on a graph, whose products no module holds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(2, 2) for _ in range(3))
+        self.graph = torch.eye(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = torch.relu(self.graph @ layer(x))
+        return x
+
+
+def test_residual_addition_without_a_place_is_prescribed_as_a_patch() -> None:
+    net, symptom = Looped(), Symptom("vanishing_gradient", "depth", ("layers.0",), 4.0, "", "depth")
+    (one,) = prescriptions(net, [symptom], [], lambda: net(torch.ones(8, 2)).sum())
+    assert line_of(one) == "x = torch.relu(self.graph @ layer(x))"
+    assert one.patch.endswith(
+        "+            x = (new := torch.relu(self.graph @ layer(x))) + (x if x.shape == new.shape else 0)"
+    )
+    assert not one.is_blocking
+
+
+class Listed(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = [nn.Linear(2, 2) for _ in range(2)]
+        self.head = nn.Linear(2, 1)
+
+
+def test_list_of_modules_is_prescribed_as_a_module_list() -> None:
+    symptom = Symptom("weight_stagnation", "not_registered", ("blocks.0",), 4.0, "", "stagnation")
+    (one,) = prescriptions(Listed(), [symptom], [], None)
+    assert line_of(one) == "self.blocks = [nn.Linear(2, 2) for _ in range(2)]"
+    assert one.patch.endswith(
+        "+        self.blocks = torch.nn.ModuleList([nn.Linear(2, 2) for _ in range(2)])"
+    )
+
+
 @pytest.mark.parametrize("file", ["model.py", "lightning_logs/own (1).py", "<ipython-input-3>"])
 def test_operation_is_prescribed_at_the_location_of_its_incident(file: str) -> None:
     incident = Incident(
