@@ -95,7 +95,15 @@ _BY_CAUSE: Mapping[tuple[str, str], Sequence[tuple[Change, ...]]] = {
         _WHOLE,
         _ACTIVATE + _RESIDUAL,
     ),
-    ("vanishing_gradient", "through_time"): (_OPEN, _GATED, _GATED + _HIGHER, _SHUT, _ORTHOGONAL),
+    ("vanishing_gradient", "through_time"): (
+        _OPEN,
+        _GATED,
+        _RESIDUAL,
+        _GATED + _HIGHER,
+        _RESIDUAL + _HIGHER,
+        _SHUT,
+        _ORTHOGONAL,
+    ),
     ("vanishing_gradient", "padding"): (_OPEN, _GATED, _GATED + _HIGHER, _SHUT, _ORTHOGONAL),
     ("exploding_gradient", "through_time"): (_ORTHOGONAL, _SUITE, _GATED, _CLIP, _LOWER),
     ("exploding_gradient", "large_weights"): (_INITIALIZE, _INITIALIZE + _NORMALIZE, _NORMALIZE, _LOWER),
@@ -135,13 +143,15 @@ _BY_CRITERION: Mapping[str, Sequence[tuple[Change, ...]]] = {
 
 def candidates(found: Probe) -> list[Candidate]:
     """Returns what to try for a program that fails, at most `MAX_CANDIDATES`, each fit for its module."""
-    lists = [*_suggestions(found), *_rates_to_move(found)]
+    suggestions = list(_suggestions(found))
+    lists = [*suggestions, *_rates_to_move(found)]
     # no factor of the rates makes good what a schedule takes away
     always = _CONSTANT if found.decay else ()
     # the first of each list, then the second of each: several symptoms share the trials
     longest = max(map(len, lists), default=0)
     ordered = [suggested[rank] for rank in range(longest) for suggested in lists if rank < len(suggested)]
-    ordered[len(lists) : len(lists)] = _together([suggested[0] for suggested in lists if suggested])
+    # with what helps against several symptoms, weights move at the rate that they have
+    ordered[len(lists) : len(lists)] = _together(suggestions) or _together(lists)
     reason = f"the loss {'falls little' if found.learning.learns else 'is stuck'}"
     reason += "" if found.symptoms else ", and no cause was found"
     ordered += [Candidate(one, reason, not lists) for one in _BY_KIND["stuck_loss"]]
@@ -160,11 +170,13 @@ def unfit(found: Probe) -> list[str]:
     return sorted(kind for kind, fits in kinds.items() if not fits)
 
 
-def _together(firsts: Sequence[Candidate]) -> list[Candidate]:
+def _together(lists: Sequence[Sequence[Candidate]]) -> list[Candidate]:
     """Returns what is likeliest against each of several symptoms as one candidate."""
+    firsts = [suggested[0] for suggested in lists if suggested]
     by_kind = {change.kind: change for one in reversed(firsts) for change in one.changes}
     reason = "; ".join(dict.fromkeys(one.reason for one in firsts))
-    return [Candidate(tuple(by_kind.values()), reason)] if 1 < len(by_kind) <= MAX_TOGETHER else []
+    are_several = len(firsts) > 1 and 1 < len(by_kind) <= MAX_TOGETHER
+    return [Candidate(tuple(by_kind.values()), reason)] if are_several else []
 
 
 def _suggestions(found: Probe) -> Iterator[list[Candidate]]:

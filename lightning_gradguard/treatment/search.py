@@ -200,9 +200,12 @@ def at_best_rate(runner: TrialRunner, trial: Trial, until: float) -> list[Trial]
     return [trial] if best is reference else [best, trial]
 
 
-def at_lower_rate(runner: TrialRunner, trial: Trial, until: float) -> list[Trial]:
-    """Returns what has learned in a trial, and not in each longer run, at a lower rate, if it learns."""
-    changes = _at_rate(trial, min(FAR_RATE_FACTORS))
+def at_lower_rate(runner: TrialRunner, trial: Trial, until: float, *, is_slow: bool = False) -> list[Trial]:
+    """Returns what has learned in a trial, and not in each longer run, at a lower rate, if it learns.
+
+    One that was lowered, and `is_slow`, is tried at a rate between.
+    """
+    changes = _at_rate(trial, max(RATE_FACTORS) if is_slow else min(FAR_RATE_FACTORS))
     lower = runner.run([Job(changes, trial.job.seed, runner.steps)], until)
     return [t for t in lower if learning_of(t).learns]
 

@@ -58,8 +58,8 @@ RECORDED, PROBED, VERIFIED = 0.1, 0.35, 0.93
 LEAST_SEARCHED, MOST_SEARCHED = 0.45, 0.75
 #: Share of the loss of a program that learns at which a short trial shows that it may learn far more.
 PROMISING = 0.9
-#: Treatments that are verified before none is found.
-MAX_VERIFIED = 3
+#: Treatments that are verified before none is found, and times that a rate is lowered for other seeds.
+MAX_VERIFIED, MAX_LOWERED = 3, 2
 
 
 def treat(
@@ -255,14 +255,14 @@ class _Treatment:
         """Yields treatments as they are verified, with their verdicts.
 
         The learning rate is searched around the first of them that does not learn, or that ends its own run
-        with little learned; it is lowered for the first that does not learn with each seed.
+        with little learned; it is lowered, twice at most, for those that do not learn with each seed.
         """
         runner, whole = self.runner, self.runner.whole_steps
         is_probed = self.found.steps >= whole or not math.isfinite(self.found.trial.loss)
         verification = Verification(runner, self.found.trial if is_probed else None, VERIFIED)
         needed = verification.share(self.found.seconds_per_step)
         waiting, bar, until = self._searched(suggested, VERIFIED - needed)
-        has_rate = is_lowered = False
+        has_rate, n_lowered = False, 0
         verified: set[str] = set()
         late: list[tuple[float, Trial]] = []
         while waiting or late:
@@ -281,7 +281,10 @@ class _Treatment:
             if not has_rate and not (first and learned_enough(first) and first.is_undisturbed):
                 has_rate = True
                 is_lowered = first is not None and (learned_enough(trial) or not first.is_undisturbed)
+                n_lowered += is_lowered
                 lowered = [*at_lower_rate(runner, trial, until), trial] if is_lowered else []
+                # what has learned comes before a rate at which little is learned
+                lowered.sort(key=lambda one: not learning_of(one).has_learned)
                 waiting = [*(lowered or at_best_rate(runner, trial, until)), *waiting]
                 continue
             verified.add(str(trial.job.changes))
@@ -296,9 +299,10 @@ class _Treatment:
                     continue
             results = verification.others(better) if better else []
             yield self._with_verdict(trial.job.changes or (), results, verification)
-            if not is_lowered and not all(r.learning.has_learned for r in results):
-                has_rate = is_lowered = True
-                if lower := at_lower_rate(runner, trial, VERIFIED):
+            if n_lowered < MAX_LOWERED and not all(r.learning.has_learned for r in results):
+                is_slow = n_lowered > 0 and all(r.learning.learns for r in results)
+                has_rate, n_lowered = True, n_lowered + 1
+                if lower := at_lower_rate(runner, trial, VERIFIED, is_slow=is_slow):
                     waiting = [*lower, *waiting]
                     continue
             if first is None or first.job.steps < whole:

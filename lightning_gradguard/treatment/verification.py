@@ -106,8 +106,8 @@ class Verification:
         if not math.isfinite(first.loss) or exceeds_constant(first):
             return []
         steps = first.job.steps
-        # beside a run that learns, another must show how much more can be learned
-        enough = first.loss if self._learns else settled_loss(first)
+        # beside a run that learns, another must show how much more can be learned; what explodes may fail yet
+        enough = first.loss if self._learns else settled_loss(first) if first.is_undisturbed else None
         treated = [Job(first.job.changes, seed, steps, enough, steps // 2) for seed in self._seeds[1:]]
         untreated = self._untreated(steps)
         found = self._run([*treated, *untreated])

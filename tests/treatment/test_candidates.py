@@ -101,6 +101,16 @@ def test_what_helps_if_gradients_vanish_is_tried_before_a_higher_rate() -> None:
     assert {*both.changes} == {*first.changes, *second.changes}
 
 
+def test_rate_is_not_raised_beside_what_helps_against_several_symptoms() -> None:
+    """A rate of a thousand times learned in short trials, and failed in a run with another seed."""
+    layers = [part for _ in range(4) for part in (nn.Linear(4, 4), nn.ReLU())]
+    symptoms = [replace(VANISHING, cause=cause) for cause in ("depth", "small_weights")]
+    found = suggested(nn.Sequential(*layers), *symptoms, moved=0.004)
+    kinds = [{change.kind for change in one.changes} for one in found]
+    assert {"add_residual", "initialize"} in kinds
+    assert {"add_residual", "initialize", "learning_rate"} not in kinds
+
+
 class Exponential(nn.Module):
     """An activation of the user's own."""
 

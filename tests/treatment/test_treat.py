@@ -518,7 +518,7 @@ def test_what_learns_with_some_seeds_alone_is_tried_at_a_lower_rate(
         "search": lambda *_: [run(clip, 0, 0.2)],
         "with_needed_changes": lambda _, trial, *__: trial,
         "at_best_rate": lambda _, trial, *__: [trial],
-        "at_lower_rate": lambda *_: [run(lower, 0, 0.2)],
+        "at_lower_rate": lambda *_, **__: [run(lower, 0, 0.2)],
     }
     for name, function in replaced.items():
         monkeypatch.setattr(f"lightning_gradguard.treatment.treat.{name}", function)
@@ -606,7 +606,7 @@ def test_other_seeds_are_run_of_what_may_be_a_cure(monkeypatch: pytest.MonkeyPat
         "search": lambda *_: found,
         "with_needed_changes": lambda _, trial, *__: trial,
         "at_best_rate": lambda *_: [],
-        "at_lower_rate": lambda *_: [],
+        "at_lower_rate": lambda *_, **__: [],
     }
     for name, function in replaced.items():
         monkeypatch.setattr(f"lightning_gradguard.treatment.treat.{name}", function)

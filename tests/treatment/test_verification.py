@@ -163,6 +163,22 @@ def test_cure_is_compared_with_the_callbacks_of_the_suite_alone(
         assert Verification(runner, probed, 1.0 if alone else 0.0).beats_suite(first, known) is beats
 
 
+@pytest.mark.parametrize("incidents", [{}, {"exploding_gradient": 1}])
+def test_what_explodes_is_run_to_its_end_with_each_seed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, incidents: dict[str, int]
+) -> None:
+    """A rate that is too high learns for a while."""
+    log = TrialLog(tmp_path / "trials.jsonl", {}, 150)
+    program = recorded_program(Net, Data(), {"max_steps": WHOLE}, 0, 4, math.inf)
+    runner = TrialRunner(program, log, Clock(60.0), 1, 150, lambda _: None)
+    asked: list[Job] = []
+    monkeypatch.setattr(runner, "run", lambda jobs, _: asked.__iadd__(jobs)[:0])
+    probed, first = trial(Job(None, 0, WHOLE), 2.3), trial(Job(CHANGES, 101, WHOLE), 0.3)
+    Verification(runner, probed, 1.0).others(replace(first, incidents=incidents))
+    ends_early = [job.enough is not None for job in asked if job.changes]
+    assert ends_early == [not incidents] * 2
+
+
 def test_loss_that_is_low_enough_is_that_of_the_first_seed_or_a_quarter_of_the_best_constant_answer() -> None:
     assert settled_loss(trial(Job(CHANGES, 101, WHOLE), 0.3)) == pytest.approx(0.25 * 2.3)
     assert settled_loss(trial(Job(CHANGES, 101, WHOLE), 0.9)) == pytest.approx(0.9)
