@@ -1263,6 +1263,39 @@ def test_first_step_that_clipping_alone_keeps_from_overshooting(
     assert [(root.kind, root.cause) for root in roots] == [("exploding_gradient", "update_too_large")] * found
 
 
+class Rollout(nn.Module):
+    """A simulator that is called for each of 100 steps, `state + scale * f(state)`."""
+
+    def __init__(self, scale: float) -> None:
+        super().__init__()
+        self.scale, self.f = scale, nn.Sequential(nn.Linear(20, 64), nn.ReLU(), nn.Linear(64, 20))
+
+    def forward(self, state: Tensor) -> Tensor:
+        """Returns the states of all steps."""
+        states = []
+        for _ in range(100):
+            state = state + self.scale * self.f(state)
+            states.append(state)
+        return torch.stack(states, 1)
+
+
+@pytest.mark.parametrize(("scale", "found"), [(1.0, ["through_time"]), (0.01, [])])
+def test_states_that_grow_in_a_loop_are_named_at_the_first_step(scale: float, found: list[str]) -> None:
+    torch.manual_seed(0)
+    module = Task(Rollout(scale), functional.mse_loss)
+    targets = [(x, x[:, None].expand(-1, 100, -1)) for x, _ in batches(3)]
+    incidents = diagnosed(module, data=targets)
+    assert [incident.cause for incident in incidents] == found
+    assert all(one.where == ("net.f.0", "net.f.2") and one.step == 0 for one in incidents)
+
+
+def test_growth_through_time_explains_a_first_step_that_overshoots() -> None:
+    update = _update(total_norm=40.0, unclipped=15.0, rates=[0.03], momentum=0.9)
+    times, diagnosis = [TimeSignal("net.0", 1.0, 1e-4, 1.0, 60)], Diagnosis()
+    samples = [Sample(step, 5.0, times=times, updates=[update]) for step in (0, 1)]
+    assert [root.cause for one in samples for root in diagnosis.update(one)] == ["through_time"]
+
+
 @pytest.mark.parametrize(("decay", "found"), [(1.0, "vanishing_weights"), (0.01, "exploding_gradient")])
 def test_weights_that_decay_under_momentum_do_not_explode(decay: float, found: str) -> None:
     one = _update(ratios=[0.25, 0.25], rates=[0.05], momentum=0.9, decay=decay)

@@ -173,6 +173,21 @@ def test_one_incident_has_one_usual_value(kind: IncidentKind, value: float) -> N
     assert "last layer" not in incident.describe()
 
 
+def test_pasted_small_steps_are_those_of_the_last_layer_in_a_loop() -> None:
+    model = nn.Sequential(nn.Linear(2, 8), nn.ReLU(), nn.Linear(8, 2), nn.Linear(8, 1))
+
+    def advised(*where: str) -> str:
+        return advice_for_cause("through_time", where, ["clipping"], model, "exploding_gradient", 50)
+
+    words, _, code = advised("0", "2").rpartition("\n")
+    assert "state + 0.2 * f(state)" in words
+    exec(code, {"torch": torch, "model": model})
+    assert not any(p.any() for p in model[2].parameters())
+    assert all(p.any() for p in model[0].parameters())
+    assert advised("0", "3").startswith("Use Adam")  # of a policy
+    assert "orthogonal" not in advised("0", "3")
+
+
 def test_advice_on_depth_names_nothing_that_is_there() -> None:
     of_depth = symptom("depth", ("embed",))
     late = advice_for_symptom(of_depth, ["residual", "check"])

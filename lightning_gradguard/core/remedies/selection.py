@@ -144,7 +144,7 @@ def _applied(
         packed=packed_code(code, found),
         small=_small(where, model),
         start=_start_of_head(code, found),
-        recurrent=next((w for w in ("weight_hh_l0", "weight_hh") if hasattr(found, w)), "weight"),
+        steadied=_steadied(where, model, n_steps),
         parameters=f"[{code}]" if is_bare else f"{code}.parameters()",
         weight="m.weight" if has_layers else "p",
         coefficient="the usual clip/coefficient" if coefficient is None else f"{coefficient:.2g}",
@@ -161,6 +161,32 @@ def _gated(name: str, code: str, recurrent: Any, n_steps: int) -> str:
     return (
         f"use an LSTM for {name or 'the network'} whose forget gates are open at the start (a bias of log(n) "
         "for n steps)."
+    )
+
+
+def _steadied(names: Sequence[str], model: nn.Module | None, n_steps: int) -> str:
+    """Returns how to keep what is carried through time from growing.
+
+    Where layers in a loop return what they are given, as `state + f(state)` takes it, a step is made small.
+    """
+    loop = [None if model is None else _find(name, model) for name in names] or [None]
+    n_inputs, n_outputs = (
+        getattr(getattr(loop[i], "weight", None), "shape", ())[1 + i : 2 + i] for i in (0, -1)
+    )
+    if n_steps and len(loop) > 1 and n_inputs and n_inputs == n_outputs:
+        return (
+            f"Let each of the {n_steps} steps change the state little: state + {min(1, 10 / n_steps):.2g} * "
+            "f(state), a learning rate 10 times lower and, pasted at the end of __init__ with model = self:\n"
+            f"for p in {code_of(names[-1], model)}.parameters(): torch.nn.init.zeros_(p)"
+        )
+    if len(loop) > 1:
+        use = "Use Adam, whose steps are no longer where gradients are larger, or fewer steps at first"
+        return f"{use}; in a cell of your own, gates."
+    weight = next((w for w in ("weight_hh_l0", "weight_hh") if hasattr(loop[0], w)), "weight")
+    code = code_of("".join(names), model)
+    return (
+        f"Use an orthogonal recurrent weight, nn.init.orthogonal_({code}.{weight}), gated cells or truncated "
+        "BPTT (state = state.detach() every 10 to 50 steps)."
     )
 
 

@@ -362,9 +362,5 @@ BY_CAUSE = {
         "Most sequences of {where} end in padding, steps that are all the same. Read the answer before them, "
         "with model = self and x for what {code} gets:\n{packed}"
     ),
-    "through_time": (
-        "[clipping|Clip gradients (AdaptiveGradientClipping). ]Use an orthogonal recurrent weight, "
-        "nn.init.orthogonal_({code}.{recurrent}), gated cells or truncated BPTT (state = state.detach() "
-        "every 10 to 50 steps)."
-    ),
+    "through_time": ("[clipping|Clip gradients (AdaptiveGradientClipping). ]{steadied}"),
 }

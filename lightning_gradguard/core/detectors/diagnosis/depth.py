@@ -25,6 +25,8 @@ ONE_JUMP = 0.5
 #: Decades of a gradient of exactly zero, and of that of the next layer where no underflow explains it.
 ZERO, FAR_FROM_ZERO = -45, -12
 TIME_VANISHING, TIME_VANISHING_EARLY, TIME_EXPLODING = -3.0, -6.0, 3.0
+#: Loss over that of the best constant from which on one sample shows that states explode.
+FAR_LOSS = 1e3
 #: Decades by which a gradient that explodes through time is larger than at the outputs.
 LARGER = 1.0
 #: Rms of inputs of tanh up to which it is nearly linear.
@@ -124,7 +126,12 @@ def through_time(sample: Sample, progress: Progress) -> Iterator[Symptom]:
             evidence = (
                 f"the gradient grows by {forth:.1f} decades from the last step of {time.name} to the first"
             )
-            yield _through_time("exploding_gradient", time, forth, evidence)
+            symptom = _through_time("exploding_gradient", time, forth, evidence)
+            if ratio > FAR_LOSS:
+                loss = f"the loss is {ratio:.2g} times that of the best constant answer"
+                symptom = replace(symptom, evidence=f"{symptom.evidence}; {loss}", needs=1)
+            loop = [name for name, calls in n_calls.items() if calls == n > 1]
+            yield replace(symptom, where=tuple(loop) or symptom.where)
 
 
 def _back(time: TimeSignal) -> float:

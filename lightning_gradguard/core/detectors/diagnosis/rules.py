@@ -205,14 +205,12 @@ def large_updates(sample: Sample, progress: Progress) -> Iterator[Symptom]:
 
 def overshooting_steps(sample: Sample, progress: Progress) -> Iterator[Symptom]:
     """Yields first steps of SGD that clipping alone keeps from going far beyond where they lower the loss."""
-    for one in sample.updates:
+    for one in () if any(map(depth.grows, sample.times)) else sample.updates:  # growth explains them
         promised = one.promise(sample.loss)
         if sample.step < FIRST_STEPS and promised > OVERSHOOT and one.unclipped > CLIPPED_FAR:
-            evidence = (
-                f"a step along the gradient, of norm {one.total_norm:.3g}, promises to lower the loss by "
-                f"{promised:.2g} times itself (stable: below {4 * (1 + one.momentum) ** 2:.3g}); clipping "
-                f"makes it {one.unclipped:.2g} times smaller"
-            )
+            far = promised / (4 * (1 + one.momentum) ** 2)
+            evidence = f"a step along the gradient, of norm {one.total_norm:.3g}, goes {far:.2g} times as far"
+            evidence += f" as is stable; clipping makes it {one.unclipped:,.0f} times shorter"
             where = modules_of(one.steepest)
             yield Symptom("exploding_gradient", "update_too_large", where, promised, evidence, "update", 1)
 
