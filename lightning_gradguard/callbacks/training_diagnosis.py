@@ -349,6 +349,10 @@ class TrainingDiagnosis(StepCallback):
                     )
                     own = tried_cure(found) or (found[0].cure if is_stuck else own)
                     cause = "" if is_stuck else cause
+                    if cause == "depth" and symptom.kind == "exploding_gradient":
+                        cause = cause if "normalized" in present else "large_weights"
+                    elif cause == "depth" and "residual" not in present:
+                        own = ""  # weights alone do not keep rows apart that each layer averages
                 if not own:
                     facts: set[Present] = {*present, "untrained"} if is_first else present
                     own = advice_for_symptom(symptom, facts, pl_module)

@@ -600,6 +600,29 @@ def test_small_outputs_are_no_dead_units_and_follow_from_the_initialization() ->
     assert "rate" not in dead.advice, "before the first update, it is not at fault"
 
 
+class Averaging(nn.Module):
+    """A layer of a graph in which each node is a neighbour of every other."""
+
+    def __init__(self, n_inputs: int) -> None:
+        super().__init__()
+        self.lin = nn.Linear(n_inputs, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns the mean of the neighbours and the node itself."""
+        y = self.lin(x)
+        return torch.relu(0.3 * y + 0.7 * y.mean(0))
+
+
+def test_residual_connections_are_advised_beside_the_cure_of_the_check() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(*(Averaging(20 if i == 0 else 32) for i in range(16)), nn.Linear(32, 4))
+    listener = Listener()
+    fit(Task(net), batches(12), [InitializationCheck(), TrainingDiagnosis(), listener])
+    assert [(i.kind, i.cause) for i in listener.found[1:]] == [("vanishing_gradient", "depth")]
+    assert listener.found[0].advice.startswith(CURE)
+    assert listener.found[1].advice.startswith("Use residual connections")
+
+
 def test_a_stuck_loss_has_what_the_check_has_found() -> None:
     """Gradients that vanish a little less than is named in training, and updates that are small for it."""
     listener = Listener()

@@ -26,6 +26,7 @@ from lightning_gradguard.core.initialization.trials import (
     embedding_lines,
     feed_forward_line,
     recurrent_lines,
+    smaller_lines,
     zero_line,
 )
 from lightning_gradguard.core.parameter_names import code_of
@@ -215,6 +216,8 @@ def _of_layers(
     if gains and chosen != hidden:
         chosen = hidden
         yield Initializers(module, {x.name: feed_forward_line(module, x, bias=True) for x in hidden})
+    if lines := smaller_lines(module, findings):
+        yield Initializers(module, lines)
     if chosen := [layer for layer in chosen if layer in hidden]:
         if fails(findings):  # else nothing is repaired
             yield Repaired(module, run_loss, [layer.name for layer in chosen])

@@ -59,6 +59,18 @@ def embedding_lines(module: nn.Module) -> dict[str, str]:
     }
 
 
+def smaller_lines(module: nn.Module, findings: Sequence[Finding]) -> dict[str, str]:
+    """Returns lines that divide weights by the gain of their layer, where each amplifies the gradient.
+
+    So it is before activations that are steep, as sin(30 x) is: outputs of unit variance are too large there.
+    """
+    return {
+        f.module: f"{code_of(f.module, module)}.weight.data.mul_({10**-f.value:.1g})"
+        for f in findings
+        if f.criterion == "layer_gain" and f.value > 0
+    }
+
+
 def _initializer(weight: str, activation: str | None) -> str:
     if activation in RECTIFIERS:
         return f"nn.init.kaiming_normal_({weight}, nonlinearity='relu')"

@@ -157,6 +157,23 @@ def test_what_residual_blocks_multiply_is_told(of_input: float, of_sum: float) -
     assert [told in f.cure for f in found if f.criterion == "gradient_gain"] == [True]
 
 
+class Steep(nn.Module):
+    """The sine of 30 x."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns it."""
+        return torch.sin(30 * x)
+
+
+def test_pasted_smaller_weights_cure_steep_activations() -> None:
+    network = mlp(4, Steep)
+    (finding,) = (f for f in check(network, loss_of(network))[0] if f.criterion == "gradient_gain")
+    assert finding.value > 2
+    assert "weight.data.mul_(" in finding.cure
+    pasted(table([finding]), network)
+    assert all(f.criterion != "gradient_gain" for f in check(network, loss_of(network))[0])
+
+
 def test_another_activation_is_advised_where_no_initializer_betters_a_sigmoid() -> None:
     network = mlp(20, nn.Sigmoid)
     findings, _ = check(network, loss_of(network))
@@ -202,7 +219,7 @@ def test_a_repair_is_not_advised_where_it_does_nothing() -> None:
     network = nn.Sequential(*(layer for pair in layers for layer in pair))
     findings = {f.criterion: f for f in check(network, loss_of(network))[0]}
     assert {f.severity for f in findings.values()} == {"warn"}
-    assert findings["gradient_gain"].cure.startswith("normalization after each layer but the last")
+    assert "weight.data.mul_(0.6)" in findings["gradient_gain"].cure
 
 
 def test_like_rows_share_one() -> None:
