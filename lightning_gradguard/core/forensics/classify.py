@@ -372,7 +372,8 @@ def _overflowing_norm(
         return outside
     source = None if record is None else what_made_it_large(record, FAULTS)
     if record is None or source is None or source.growth < JUMP or not known_fault(source, FAULTS):
-        return or_bad_input(Origin("backward_pass", "backward", detail=detail), parts)
+        advice = "Normalize between layers, and take means of neighbours, steps or elements in place of sums."
+        return or_bad_input(Origin("backward_pass", "backward", detail=detail, advice=advice), parts)
     origin = _origin_of_operation(record, parts, trace)
     sentence = origin.detail.replace(f"{record.operation} overflowed", "the norm of the gradients overflowed")
     return replace(origin, detail=sentence)

@@ -444,6 +444,7 @@ def test_norm_beyond_float32_is_in_the_backward_pass() -> None:
     net, x = network(), inputs()
     origin = examine(net, lambda: net(x).sum(), (x,), scale=3e38)
     assert (origin.cause, origin.phase) == ("backward_pass", "backward")
+    assert "sqrt" not in origin.advice, "each gradient is finite"
 
 
 def test_nonfinite_weight_called_batch_is_no_part_of_the_batch() -> None:
