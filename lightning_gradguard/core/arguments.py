@@ -21,8 +21,11 @@ def nearest(name: str, known: Iterable[str], before: str = "") -> str:
     Example:
         >>> nearest("patienc", ["patience", "check"], "--nan_rollback.")
         ' Did you mean --nan_rollback.patience?'
+        >>> nearest("Gcn", ["GCN", "Graph"])
+        ' Did you mean GCN?'
     """
-    near = get_close_matches(name, [*known], n=1)
+    names = [*known]
+    near = [one for one in names if one.lower() == name.lower()] or get_close_matches(name, names, n=1)
     return f" Did you mean {before}{near[0]}?" if near else ""
 
 
