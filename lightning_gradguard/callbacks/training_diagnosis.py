@@ -341,7 +341,7 @@ class TrainingDiagnosis(StepCallback):
                 if cause == "update_too_large":
                     own, _ = advice_on_schedules(schedules)
                 if found := findings_of_check(trainer, symptom):
-                    is_stuck = symptom.kind == "stuck_loss"
+                    is_stuck = not symptom.is_of_initialization
                     detail += (
                         f" The check of the initialization reports: {found[0].describe()}."
                         if is_stuck

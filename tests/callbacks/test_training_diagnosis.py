@@ -8,6 +8,7 @@ import re
 import warnings
 from collections.abc import Callable
 from copy import deepcopy
+from dataclasses import replace
 from math import nan
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ from lightning_gradguard.core.detectors.diagnosis import (
     Diagnosis,
     LossBaselines,
     StepTrace,
+    Symptom,
     TargetDependence,
 )
 from lightning_gradguard.core.detectors.diagnosis.sample import (
@@ -49,7 +51,9 @@ from lightning_gradguard.core.detectors.diagnosis.sample import (
 from lightning_gradguard.core.detectors.diagnosis.signals.recurrences import saturated_gates
 from lightning_gradguard.core.detectors.diagnosis.signals.units import UnitGradients, extremes
 from lightning_gradguard.core.incidents import CURE
+from lightning_gradguard.core.initialization import Finding
 from lightning_gradguard.core.remedies import advice_for_cause
+from lightning_gradguard.runtime.incidents.present import findings_of_check
 from tests.launching import launch_on
 from tests.runtime.logging.test_loggers import events_in
 from tests.tasks import Classifier, Listener, ResumableLoader, batches, fit, optimizer_state, same, weights
@@ -598,6 +602,19 @@ def test_small_outputs_are_no_dead_units_and_follow_from_the_initialization() ->
     assert dead.kind == "dead_units"
     assert "GELU" not in dead.advice
     assert "rate" not in dead.advice, "before the first update, it is not at fault"
+
+
+@pytest.mark.parametrize(("ratio", "n_found"), [(21.5, 1), (1.3, 0)])
+@pytest.mark.parametrize(("kind", "cause"), [("saturated_units", "large_logits"), ("stuck_loss", "unknown")])
+def test_large_answers_at_the_start_explain_what_is_stuck(
+    kind: Any, cause: Any, ratio: float, n_found: int
+) -> None:
+    check = InitializationCheck()
+    check.findings = [Finding("loss_over_guessing", "head", ratio, "<= 1.2", "info", "code", is_tried=True)]
+    trainer = pl.Trainer(callbacks=[check], logger=False, enable_checkpointing=False)
+    symptom = Symptom(kind, cause, ("0",), 1.0, "", "stuck", since=100)
+    assert len(findings_of_check(trainer, symptom)) == n_found
+    assert findings_of_check(trainer, replace(symptom, cause="input_scale")) == []
 
 
 class Averaging(nn.Module):

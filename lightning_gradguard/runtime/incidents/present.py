@@ -20,6 +20,8 @@ _CALLBACKS: dict[Present, str] = {
     "check": "InitializationCheck",
     "treatment": "Treatment",
 }
+#: Loss over that of guessing from which on the last weights explain one that is stuck.
+FAR_GUESS = 5.0
 #: Classes with attention, whose layers are added to what they get, and others that do so.
 _ATTENTION, _RESIDUAL = re.compile("Attention|Transformer"), re.compile("Resid|ResNet|BasicBlock|Bottleneck")
 
@@ -53,10 +55,12 @@ def findings_of_check(trainer: pl.Trainer, symptom: Symptom) -> list[Finding]:
     """Returns what the check of the initialization has found of a symptom that the first weights explain."""
     # updates are small where gradients vanish
     is_stuck = symptom.kind == "stuck_loss" and symptom.cause in ("unknown", "learning_rate_too_low")
+    is_stuck = is_stuck or symptom.cause == "large_logits"
     criterion = "gradient_gain" if symptom.tier == "depth" or is_stuck else symptom.kind
     sign = {"vanishing_gradient": -1, "exploding_gradient": 1}.get(symptom.kind, 0)
     callbacks = trainer.callbacks  # type: ignore[attr-defined]
     checks = [callback for callback in callbacks if is_instance_by_name(callback, "InitializationCheck")]
     found = [f for check in checks for f in check.findings if symptom.is_of_initialization or is_stuck]
     fitting = [f for f in found if f.criterion == criterion and f.severity != "info" and f.value * sign >= 0]
-    return fitting or [f for f in found if f.severity == "fail"]
+    far = [f for f in found if f.criterion == "loss_over_guessing" and f.is_tried and f.value > FAR_GUESS]
+    return fitting or [f for f in found if f.severity == "fail"] or (far if is_stuck else [])
