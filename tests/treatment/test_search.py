@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from torch import nn
 
 from lightning_gradguard import Change
 from lightning_gradguard.treatment.budget import Clock
@@ -91,3 +92,18 @@ def test_change_without_an_effect_of_its_own_is_omitted(
 def test_whole_run_in_which_updates_are_too_large_is_not_undisturbed() -> None:
     program = recorded_program(partial(Net, rate=1.0), Data(), SHORT, 0, 60, math.inf)
     assert not run(program, Job((), 0, 60), math.inf).is_undisturbed
+
+
+class Lagging(Net):
+    """Its running statistics are far behind, as those of many normalizations are in the first steps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net.insert(0, nn.BatchNorm1d(8, momentum=1e-6))
+        self.net[0].running_mean.fill_(30.0)  # type: ignore[operator]
+
+
+def test_what_is_learned_in_training_mode_is_followed_while_statistics_lag() -> None:
+    program = recorded_program(Lagging, Data(), SHORT, 0, 60, math.inf)
+    trial = run(program, Job((), 0, 60, patience=30), math.inf)
+    assert trial.curve[-1][0] == 60

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from statistics import median
+from statistics import fmean, median
 from typing import Any
 
 import pytorch_lightning as pl
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_gradguard.core.detectors.best_constant import LEARNS
 from lightning_gradguard.core.detectors.diagnosis import LossBaselines, Sample, StepTrace
 from lightning_gradguard.core.incidents import Incident
 from lightning_gradguard.core.snapshots import preserve_state
@@ -30,6 +31,8 @@ N_EVALUATIONS, N_EVALUATIONS_UNTIL_ENOUGH = 10, 30
 MAX_NONFINITE, N_ENOUGH = 3, 2
 #: Share of the first held-out loss above which little is learned: with momentum, the first steps are slow.
 LITTLE_FALLEN = 0.98
+#: Losses of the last batches that are compared with it.
+N_RECENT = 10
 #: Losses whose exponential is one over the probability of the right class.
 LIKELIHOODS = frozenset(
     {"cross_entropy", "nll_loss", "binary_cross_entropy", "binary_cross_entropy_with_logits"}
@@ -159,7 +162,7 @@ class HeldOutLoss(Callback):
             self._evaluate(trainer, pl_module)
             if self._enough is not None and max(loss for _, loss in self.curve[-N_ENOUGH:]) <= self._enough:
                 trainer.should_stop = True
-            if self._seen >= self._patience and self.curve[-1][1] > LITTLE_FALLEN * self.curve[0][1]:
+            if self._seen >= self._patience and self._is_stuck():
                 trainer.should_stop = True
         # running statistics of normalization may need more steps than the loss in training mode
         recent = [value for curve in (self.curve, self.training) for _, value in curve[-MAX_NONFINITE:]]
@@ -167,6 +170,13 @@ class HeldOutLoss(Callback):
             trainer.should_stop = True
         if time.monotonic() > self._deadline:
             self.is_out_of_time = trainer.should_stop = True
+
+    def _is_stuck(self) -> bool:
+        """True if the held-out loss has not fallen, and in training mode that of the last batches has not."""
+        first, last = self.curve[0][1], self.curve[-1][1]
+        # running statistics of normalization settle after what is learned
+        of_batches = fmean([loss for _, loss in self.training[-N_RECENT:]] or [math.nan])
+        return last > LITTLE_FALLEN * first and not of_batches < LEARNS * first
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
