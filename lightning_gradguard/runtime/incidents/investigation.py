@@ -329,7 +329,8 @@ def _in_weights(
             found = origin_in_optimizer_step(healthy, trainer.optimizers, hooks, FRAMEWORKS)
     found = found or origin_in_weights(out_of_range)
     if found.cause == "update_too_large" and snapshot is not None:
-        steps = trainer.global_step - int(snapshot.extra_state.step)
+        taken = snapshot.extra_state  # a snapshot of the initial weights alone has none
+        steps = trainer.global_step - (taken.step if taken else 0)
         found = origin_beyond_updates(snapshot.compare(named, ()), trainer.optimizers, steps) or found
     if found.cause != "update_too_large":
         return found
