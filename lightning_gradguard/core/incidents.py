@@ -77,6 +77,7 @@ SymptomCause = Literal[
     "batch_as_time",
     "inverted_mask",
     "view_for_transpose",
+    "dropout",
     "constant_loss",
     "not_in_optimizer",
     "not_registered",

@@ -51,7 +51,7 @@ from lightning_gradguard.core.detectors.diagnosis.sample import (
 from lightning_gradguard.core.detectors.diagnosis.signals.recurrences import saturated_gates
 from lightning_gradguard.core.detectors.diagnosis.signals.units import UnitGradients, extremes
 from lightning_gradguard.core.incidents import CURE
-from lightning_gradguard.core.initialization import Finding
+from lightning_gradguard.core.initialization import Finding, frozen_layers
 from lightning_gradguard.core.remedies import advice_for_cause
 from lightning_gradguard.runtime.incidents.present import findings_of_check
 from tests.launching import launch_on
@@ -196,6 +196,9 @@ FAILING: dict[str, tuple[str, str, str, Callable[[], Any], Any]] = {
                    lambda: Task(one_unit(), functional.mse_loss, _adam), values(160, 1e4, 1e5)),
     "labels of one class": ("stuck_loss", "constant_target", "net.6", Task,
                             [(x, y * 0 + 2) for x, y in batches(101)]),
+    "smoothed labels": ("stuck_loss", "constant_target", "net.6",
+                        lambda: Task(loss=lambda p, y: functional.cross_entropy(p, y, label_smoothing=1.0)),
+                        batches(51)),
     "large logits": ("exploding_gradient", "large_answers", "net.6",
                      lambda: Task(scaled(deep(nn.ReLU, 3), 6, 1e3), optimizer=_adam), batches(26)),
     "collapsed embeddings": ("stuck_loss", "same_answers", "net.3",
@@ -988,7 +991,7 @@ def test_a_state_may_be_detached_a_few_times_in_a_sequence(n: int, found: list[s
     layers = [LayerSignal("net.cell", False, 1.0, [1.0] * n, n_attached=16)]
     calls = [LossSignal("cross_entropy", value=1.0, constant=1.0, constant_here=1.0)]
     diagnosis = Diagnosis()
-    samples = [Sample(step, 1.0, layers, calls=calls) for step in (50, 75)]
+    samples = [Sample(step, 1.0, layers, calls=calls) for step in (20, 25)]
     assert [root.cause for sample in samples for root in diagnosis.update(sample)] == found
 
 
@@ -1053,6 +1056,32 @@ def test_random_layers_that_are_frozen_are_named_where_nothing_is_learned() -> N
     assert (incident.kind, incident.cause) == ("weight_stagnation", "frozen_weights")
     assert incident.where[0] == "net.0"
     assert "requires_grad_(True)" in incident.advice
+
+
+@pytest.mark.parametrize("kind", [nn.GRU, nn.LSTM])
+def test_random_recurrence_that_is_frozen_is_named(kind: Any) -> None:
+    rnn = kind(8, 8).requires_grad_(False)
+    assert frozen_layers(nn.Sequential(rnn)) == ["0"]
+    nn.init.orthogonal_(rnn.weight_hh_l0)
+    assert frozen_layers(nn.Sequential(rnn)) == []
+
+
+@pytest.mark.parametrize(("cause", "names_both"), [("second_term", False), ("unknown", True)])
+def test_flat_recurrence_follows_from_a_known_cause_of_a_stuck_loss(cause: Any, names_both: bool) -> None:
+    stuck = Symptom("stuck_loss", cause, ("net.head",), 1.0, "", "stuck")
+    flat = Symptom("vanishing_gradient", "through_time", ("net.rnn",), 4.0, "", "depth")
+    assert stuck.explains(flat) is not names_both
+
+
+@pytest.mark.parametrize(("over_constant", "found"), [(1.0, ["large_logits"]), (0.93, [])])
+def test_half_of_attention_is_saturated_in_a_network_that_is_stuck(
+    over_constant: float, found: list[str]
+) -> None:
+    rows = [UnitSignal("net.q", "", "attention", nan, 0.6, is_head=False)]
+    calls = [LossSignal("cross_entropy", value=over_constant, constant=1.0, constant_here=1.0)]
+    diagnosis = Diagnosis()
+    samples = [Sample(step, over_constant, units=rows, calls=calls) for step in (20, 25)]
+    assert [root.cause for sample in samples for root in diagnosis.update(sample)] == found
 
 
 def test_random_layers_that_pass_a_little_are_named_where_next_to_nothing_is_learned() -> None:
@@ -1234,9 +1263,19 @@ def test_a_difference_to_far_targets_is_wrong_where_all_answers_are_on_one_side(
     assert _found(Sample(i, 1 / (i + 1), calls=calls, one_signed=one_signed) for i in range(3)) == found
 
 
-@pytest.mark.parametrize(("steps", "found"), [((1, 2, 5), []), ((5, 10, 20), ["through_time"])])
-def test_gradients_may_vanish_through_time_in_the_first_steps(steps: Any, found: list[str]) -> None:
-    times = [TimeSignal("rnn", 1e-9, 1e-1, 1e-1, 20)]
+@pytest.mark.parametrize(
+    ("steps", "decades", "found"),
+    [
+        ((1, 2, 5), 8.0, []),
+        ((5, 10, 20), 8.0, ["through_time"]),
+        ((50, 75), 3.6, []),
+        ((100, 125), 3.6, ["through_time"]),
+    ],
+)
+def test_gradients_may_vanish_through_time_in_the_first_steps(
+    steps: Any, decades: float, found: list[str]
+) -> None:
+    times = [TimeSignal("rnn", 0.1 / 10**decades, 1e-1, 1e-1, 20)]
     assert _found(Sample(step, 1.0, times=times, calls=_whole_loss(1.0)) for step in steps) == found
 
 

@@ -185,6 +185,9 @@ FAULTY: dict[str, tuple[str, str, Callable[[], Any], Batches | None]] = {
                        [(x[:2], torch.tensor([i % 4, i // 4 % 4])) for i, (x, _) in enumerate(batches(30))]),
     "softmax": ("softmax_over_batch", "net.6", lambda: Task(loss=over_batch), None),
     "softmax by hand": ("softmax_over_batch", "net.6", lambda: Task(loss=over_batch_by_hand), None),
+    "dropout": ("dropout", "net.1",
+                lambda: Task(nn.Sequential(nn.Linear(20, 16), nn.Dropout(0.95), nn.Linear(16, 4)),
+                             optimizer=slow), None),
     "recurrent": ("batch_as_time", "net.layer", lambda: Task(Sequences(nn.LSTM(8, 8))), sequences()),
     "transformer": ("batch_as_time", "net.layer.self_attn",
                     lambda: Task(Sequences(nn.TransformerEncoderLayer(8, 2, 8))), sequences()),
@@ -220,6 +223,8 @@ HEALTHY: dict[str, tuple[Callable[[], Any], Batches | None]] = {
                            texts()),
     "backwards": (lambda: Task(Tokens(LATER), of_tokens, _adam), texts(backwards=True)),
     "both ways": (lambda: Task(BothWays(), of_tokens), texts()),
+    "usual dropout": (lambda: Task(nn.Sequential(nn.Linear(20, 16), nn.Dropout(0.8), nn.Linear(16, 4)),
+                                   optimizer=slow), None),
     "side branch": (lambda: Task(Tabular(), optimizer=slow), None),
     "balanced": (lambda: Task(loss=balanced, optimizer=slow), None),
     "pairs": (lambda: Task(loss=lambda z, y: -(z @ z.T).softmax(0).log().diag().mean()), None),
@@ -229,7 +234,7 @@ HEALTHY: dict[str, tuple[Callable[[], Any], Batches | None]] = {
 @pytest.mark.parametrize("name", FAULTY)
 def test_wrong_dimension_is_named_with_the_layer(name: str) -> None:
     cause, where, make, data = FAULTY[name]
-    may_be_meant = cause in ("single_value", "softmax_over_batch") or name == "padding"
+    may_be_meant = cause in ("single_value", "softmax_over_batch", "dropout") or name == "padding"
     torch.manual_seed(0)
     first, *_ = diagnosed(make(), 30, (data or batches(4)) * 8, max_steps=30)
     step = 25 if may_be_meant else 1

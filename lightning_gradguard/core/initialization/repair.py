@@ -80,12 +80,17 @@ def repair(
 def holds_default_initialization(layer: nn.Module) -> bool:
     """Returns True if a layer's weights look like the default initialization of its class.
 
-    For linear and convolutional layers it is uniform within `1 / sqrt(fan_in)`.
+    For linear and convolutional layers it is uniform within `1 / sqrt(fan_in)`, for recurrent ones within
+    `1 / sqrt(hidden_size)`.
     """
-    if not isinstance(layer, LAYERS):
+    if isinstance(layer, nn.RNNBase):
+        weight = nn.utils.parameters_to_vector(layer.parameters()).detach().float()
+        bound = 1 / math.sqrt(layer.hidden_size)
+    elif isinstance(layer, LAYERS):
+        weight = layer.weight.detach().float()
+        bound = 1 / math.sqrt(nn.init._calculate_fan_in_and_fan_out(weight)[0])
+    else:
         return False
-    weight = layer.weight.detach().float()
-    bound = 1 / math.sqrt(nn.init._calculate_fan_in_and_fan_out(weight)[0])
     largest, spread = float(weight.abs().max()), float(weight.std())
     tolerance = 0.05 + 3 / math.sqrt(weight.numel())
     uniform = abs(spread / (bound / math.sqrt(3)) - 1) < tolerance

@@ -201,6 +201,7 @@ BY_CAUSE = {
     "softmax_over_batch": "Take the softmax over the classes or the steps of a sample, dim=1, not 0.",
     "batch_as_time": "Make {where} with batch_first=True, or give it x.transpose(0, 1).",
     "view_for_transpose": "Exchange dimensions by transpose or permute, not by view or reshape.",
+    "dropout": "Lower p of {where}, as to 0.1: it is the share that is set to 0, not the one that is kept.",
     "inverted_mask": (
         "Invert the mask of {where}: True means to ignore a key in nn.MultiheadAttention and nn.Transformer, "
         "and to attend to it in scaled_dot_product_attention; masked_fill fills where the mask is True."
@@ -258,7 +259,7 @@ BY_CAUSE = {
     "constant_target": (
         "Look at the labels that the data loader yields: a column that is filled with one value, files that "
         "are sorted by class and need shuffle=True, or a class that is rare and is to be drawn more often "
-        "(torch.utils.data.WeightedRandomSampler)."
+        "(torch.utils.data.WeightedRandomSampler); and at label_smoothing, usually 0.1."
     ),
     "unrelated_targets": (
         "Look at what the data loader yields: inputs or targets that are shuffled or sorted without the "

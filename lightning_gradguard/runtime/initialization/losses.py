@@ -13,6 +13,7 @@ from lightning_gradguard.core.remedies import advice_for_symptom
 _OF_SCALE = ("target_scale", "data_scale")
 _MAY_TRAIN = (
     *("softmax_before_loss", "labels_ignored", "softmax_over_batch", "inverted_mask", "view_for_transpose"),
+    "dropout",
     *_OF_SCALE,
 )
 

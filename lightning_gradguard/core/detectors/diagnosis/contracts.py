@@ -19,7 +19,7 @@ DATA_STEPS = 25
 MEANT_STEPS = 20
 #: The causes of these, of which an inverted mask is certain where it shows what is asked for; and the share
 #: of one of later steps in other networks, which may read backwards.
-MAY_BE_MEANT, HALF = ("single_value", "softmax_over_batch", "inverted_mask"), 0.5
+MAY_BE_MEANT, HALF = ("single_value", "softmax_over_batch", "dropout", "inverted_mask"), 0.5
 #: Change of the loss by permuted targets up to which the network answers all inputs alike, but for rounding.
 ALIKE = 1e-6
 #: Lowest loss over the first one down to which epochs have trained weights that are reset on purpose.
@@ -42,6 +42,7 @@ CONTRACT: dict[SymptomCause, tuple[float, str]] = {
         1,
         "a view exchanges dimensions and keeps the order of the numbers: it mixes them",
     ),
+    "dropout": (1, "of each input, dropout leaves a tenth or less: p is the share that is set to zero"),
     "inverted_mask": (
         0.75,
         "attention is to padding alone, or to later steps and to no earlier one",
@@ -114,10 +115,12 @@ def constant_inputs(sample: Sample, progress: Progress) -> Iterator[Symptom]:
 
 
 def labels_of_one_class(sample: Sample, progress: Progress) -> Iterator[Symptom]:
-    """Yields labels that have all been of one class."""
+    """Yields labels that have all been of one class, or that smoothing has made alike."""
     for call in sample.calls:
         if call.constant == 0 and sample.step >= LABEL_STEPS:
-            evidence = f"{call.function}: all labels of the sampled steps are of one class"
+            evidence = (
+                f"{call.function}: all labels of the sampled steps are of one class, or smoothed to one"
+            )
             yield Symptom("stuck_loss", "constant_target", sample.head, math.nan, evidence, "contract", 3)
 
 

@@ -24,7 +24,9 @@ MIN_LAYERS = 3
 ONE_JUMP = 0.5
 #: Decades of a gradient of exactly zero, and of that of the next layer where no underflow explains it.
 ZERO, FAR_FROM_ZERO = -45, -12
-TIME_VANISHING, TIME_VANISHING_EARLY, TIME_EXPLODING = -3.0, -6.0, 3.0
+TIME_EXPLODING = 3.0
+#: The same through time, from a step on, as a network that learns gets more of it back.
+TIME_VANISHING = ((100, -3.0), (50, -4.0), (10, -6.0))
 #: Loss over that of the best constant from which on one sample shows that states explode.
 FAR_LOSS = 1e3
 #: Decades by which a gradient that explodes through time is larger than at the outputs.
@@ -35,8 +37,9 @@ LINEAR = 0.5
 PADDED = 0.25
 #: Norm of weights over that of the default initialization, below which they explain a gradient that vanishes.
 SMALL = 0.5
-#: Steps after which a network that is no better than a constant has learned nothing.
-STUCK_STEPS = 50
+#: Steps after which a network that is no better than a constant has learned nothing, and after which most
+#: calls of a cell that get no gradient explain that.
+STUCK_STEPS, CUT_STEPS = 50, 20
 
 
 def through_layers(sample: Sample, progress: Progress) -> Iterator[Symptom]:
@@ -77,7 +80,7 @@ def through_layers(sample: Sample, progress: Progress) -> Iterator[Symptom]:
 
 def cut_recurrences(sample: Sample, progress: Progress) -> Iterator[Symptom]:
     """Yields cells in a loop that get a gradient at few steps alone, in a network that does not learn."""
-    if sample.step < STUCK_STEPS or not progress.over_constant > STUCK:
+    if sample.step < CUT_STEPS or not progress.over_constant > STUCK:
         return
     cut = [one for one in sample.layers if 0 < len(one.gradients) * MIN_TIMES <= one.n_attached]
     if cut:
@@ -103,8 +106,8 @@ def through_time(sample: Sample, progress: Progress) -> Iterator[Symptom]:
             continue
         n = n_calls.get(time.name, 1)
         back = recurrences[n] if n > 1 else _back(time)
-        early = back <= TIME_VANISHING_EARLY and sample.step >= 10
-        if is_flat and (early or (back <= TIME_VANISHING and sample.step >= 50)):
+        bound = next((decades for step, decades in TIME_VANISHING if sample.step >= step), -math.inf)
+        if is_flat and back <= bound:
             evidence = (
                 f"the gradient shrinks by {-back:.1f} decades from the last step of {time.name} to the first"
             )

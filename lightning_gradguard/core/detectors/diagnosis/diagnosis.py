@@ -16,8 +16,8 @@ from lightning_gradguard.core.detectors.diagnosis.symptom import Symptom, Tier, 
 from lightning_gradguard.core.detectors.diagnosis.terms import outweighing_terms
 from lightning_gradguard.core.incidents import IncidentKind
 
-#: Steps before which a loss is not stuck but may start slowly, the share of the planned steps, and the steps
-#: for a run that ends soon.
+#: Steps before which a loss is not stuck but may start slowly, of a run without an end, the share of the
+#: planned ones, and the fewest.
 PATIENCE, PATIENT_SHARE, MIN_PATIENCE = 150, 0.2, 100
 #: The share of a short run in which a deep narrow network may only start slowly, and its steps at most.
 SLOW_SHARE, SLOW_STEPS = 0.6, 300
@@ -80,8 +80,8 @@ class Diagnosis:
         self._frozen = tuple(frozen)
         self._progress.ends_early = EARLY_SHARE * steps
         self._planned = steps
-        patience = max(PATIENCE, int(PATIENT_SHARE * steps), min(SLOW_STEPS, int(SLOW_SHARE * steps)))
-        self.patience = min(patience, max(MIN_PATIENCE, 2 * steps // 3)) if steps else patience
+        slow = int(PATIENT_SHARE * steps), min(SLOW_STEPS, int(SLOW_SHARE * steps))
+        self.patience = max(MIN_PATIENCE, *slow) if steps else PATIENCE
 
     def wants_permutation(self, step: int) -> bool:
         """True if it is in doubt that the loss depends on the targets."""

@@ -95,7 +95,9 @@ def dead_or_saturated_units(sample: Sample, progress: Progress) -> Iterator[Symp
         is_harmless |= noun != "units" and (progress.learns or starts_well)
         is_harmless |= noun == _GATES and is_head  # probabilities of classes
         is_harmless |= progress.has_converged
-        if share > (SATURATED if noun not in (_ROWS, _GATES) else SATURATED_ROWS) and not is_harmless:
+        is_stuck = sample.step >= PRESSED_STEPS and progress.over_constant > STUCK
+        bound = SATURATED_ROWS if noun in (_ROWS, _GATES) and not is_stuck else SATURATED
+        if share > bound and not is_harmless:
             saturated.append((share, names, noun))
     origin = input_cause(sample)
     inputs = size_of_data(sample)
@@ -362,10 +364,7 @@ def stuck_loss(sample: Sample, progress: Progress, patience: int) -> Iterator[Sy
 def random_layers(
     sample: Sample, progress: Progress, patience: int, frozen: Collection[str]
 ) -> Iterator[Symptom]:
-    """Yields first layers with random weights that are not trained, in a network that learns next to nothing.
-
-    What passes them may depend a little on the targets.
-    """
+    """Yields random first layers that are not trained, where next to nothing of what they pass is learned."""
     ratio, untrained = progress.over_constant, tuple(one.name for one in sample.layers if one.name in frozen)
     if sample.step < patience or not ratio > STUCK or not untrained:
         return

@@ -103,8 +103,11 @@ class Symptom:
         if self.cause == other.cause != "unknown":
             return True
         if self.tier == "stuck" or self.tier == "stagnation":
+            # recurrences are examined while the loss is flat, of which the cause is known
+            is_known = self.cause != "unknown" and not self.is_partial
             is_collapse = self.cause == "same_answers"  # of which units may die
-            return other.tier in ("stuck", "stagnation") or (is_collapse and other.tier == "units")
+            follows = (is_collapse and other.tier == "units") or (is_known and other.cause == "through_time")
+            return other.tier in ("stuck", "stagnation") or follows
         if self.tier == "coverage":
             return other.tier in ("coverage", "stuck", "stagnation")
         return other.tier != "coverage" and (self.tier == "contract" or other.tier != "contract")

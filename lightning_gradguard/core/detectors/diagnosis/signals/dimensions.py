@@ -1,4 +1,4 @@
-"""Mistakes in dimensions: statistics of one value, batch and time exchanged, a view in place of transpose."""
+"""Mistakes in dimensions and shares: statistics of one value, batch and time exchanged, dropout of most."""
 
 from __future__ import annotations
 
@@ -25,6 +25,8 @@ SHIFTED = 0.95
 SUMS_TO_ONE = 1e-3
 #: Share of attention to padding alone: queries may look at marks of one kind on purpose.
 PADDING = 0.75
+#: Share that dropout sets to zero, from which on it may be meant for the share that is kept.
+MOST = 0.9
 #: Mistakes that are kept, and the place of one that is a mistake wherever it is, not after all layers alone.
 MAX_FOUND, ANYWHERE = 64, -1
 
@@ -97,6 +99,10 @@ class Dimensions:
             is_of_batch = args[5] if len(args) > 5 else kwargs.get("training", False)
             if is_of_batch:
                 self._add("single_value", where, torch.full((), 0.5))
+        elif "dropout" in name:
+            given = {**dict(zip(("p", "training"), args[1:3], strict=False)), **kwargs}
+            if given.get("p", 0.5) >= MOST and given.get("training", True):
+                self._add("dropout", where)
         elif name in ("view", "reshape"):
             before, now = list(args[0].shape), list(result.shape)
             # relative attention shifts scores by a view whose last sizes differ by one

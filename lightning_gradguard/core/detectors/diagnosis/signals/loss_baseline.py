@@ -15,6 +15,8 @@ MAX_COLUMNS = 65_536
 MIN_PER_CLASS = 10
 #: Samples whose labels are of one class by no chance; with fewer, a constant has no known loss.
 MIN_ALIKE = 256
+#: Smoothing of labels from which on all classes have nearly one label.
+MAX_SMOOTHING = 0.99
 #: Rows below which a variance or a median is too uncertain.
 MIN_ROWS = 16
 
@@ -112,6 +114,8 @@ class LossBaselines:
         entropy = torch.where(enough, torch.special.entr(p).sum(), torch.nan)
         of_sample = labels.numel() / max(len(target), 1)  # pixels of one image are of one class more often
         is_single = ((pooled > 0).sum() == 1) & (pooled.sum() >= MIN_ALIKE * of_sample)
+        is_single |= smoothing > MAX_SMOOTHING
+        entropy = torch.where(is_single, 0.0, entropy)
         return _positive(entropy, _cross_entropy(here, p).sum(), is_single)
 
     def _divergence(self, key: str, target: Tensor, options: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
