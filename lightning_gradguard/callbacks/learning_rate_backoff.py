@@ -139,6 +139,7 @@ class LearningRateBackoff(StepCallback):
             self._counted = True
             self._backoff.step(float(step.loss) if self._backoff.needs_loss else None)
             if self._backoff.has_returned:
+                self.suite.rises_with_data.append(trainer.global_step)
                 console.print_message(
                     trainer,
                     "The loss is as high with the weights before the divergence: it rises with the data."

@@ -36,11 +36,11 @@ class NaNRollback(StepCallback):
     and logged epoch means are as if the batch had never been seen. (`trainer.global_step` and learning rate
     schedules advance.) Training rolls back, in place, to the last *qualified* snapshot (finite on all ranks
     and followed by 10 good steps) after `patience` skips in a row, nonfinite weights, a divergence (a high
-    loss that lasts, with weights that are far from the snapshot), or a collapse (no weight matrix gets a
-    gradient any more). A rollback before another snapshot is qualified restores the one before, unless the
-    data was found to be at fault. Under a GradScaler, an overflow (finite loss, nonfinite gradients) is left
-    to the scaler and counted, until it repeats `patience` times at a scale of 1 or less. Under LBFGS a batch
-    is the unit: it is undone if it began, or left anything, nonfinite.
+    loss that lasts, with weights that are far from the snapshot, whose loss on the same batch is lower), or a
+    collapse (no weight matrix gets a gradient any more). A rollback before another snapshot is qualified
+    restores the one before, unless the data was found to be at fault. Under a GradScaler, an overflow (finite
+    loss, nonfinite gradients) is left to the scaler and counted, until it repeats `patience` times at a scale
+    of 1 or less. Under LBFGS a batch is the unit: it is undone if it began, or left anything, nonfinite.
 
     The first skipped batch of an episode is run once more with every operation recorded, and the incident
     names the operation and module that made the first nonfinite value, and the cause. The folder
@@ -84,7 +84,7 @@ class NaNRollback(StepCallback):
         incident_dir: Folder of `incidents.jsonl`, dossiers and lost batches; the run's own folder if `None`,
             where a Trainer without a logger gets no file before the first intervention.
         max_dossiers: Episodes that are examined in a run; 0 or more. While it is above 0, references to the
-            batches of the running step are kept.
+            batches of the running step are kept, and in the first steps to those of one before.
         on_nonfinite: `"skip"` goes on after a bad step, within the budgets. `"stop"` ends the run at the
             first one: `fit` raises, and `last_good.ckpt` has weights and optimizer as they were before it.
             To only watch, omit this callback and the others that act:

@@ -22,7 +22,7 @@ SEARCH_PRECISION = 1 / 16
 AHEAD = 2
 #: Losses at the beginning of a trial, and at its end, whose medians are compared.
 COMPARED_LOSSES = 10
-#: Losses after the rollback of a divergence, and the share of its loss from which on their mean is as high.
+#: Losses after the rollback of a divergence, and the share of its loss from which on others are as high.
 RETURN_AFTER, AS_HIGH = 3, 0.85
 
 

@@ -165,6 +165,11 @@ class RecoveryPolicy:
             return self.escalate(), "" if anomaly == "lasting_spike" else "divergence"  # a spike was reported
         return (self.escalate() if anomaly == "gradient_collapse" else "continue"), anomaly
 
+    def accept_rise(self, index: int) -> None:
+        """Called if the data have raised the loss of optimizer `index`: later ones are compared with it."""
+        if index in self._health:
+            self._health[index].accept_rise()
+
     def escalate(self) -> Decision:
         """Returns the decision for bad weights: roll back, or stop when the budget is used up."""
         is_useless = self.is_useless and not self.has_good_step

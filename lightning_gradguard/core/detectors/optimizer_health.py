@@ -122,6 +122,15 @@ class DivergenceDetector:
                 self._highest = (max(self._highest[0], loss), max(self._highest[1], total_norm))
         return ratio
 
+    def accept_rise(self) -> None:
+        """Takes the highest of the last steps for what training has seen, and for the first loss."""
+        if not self.recent_losses:
+            return
+        loss, norm = max(self.recent_losses), max(self._norms)
+        highest_loss, highest_norm = self._highest or (loss, norm)
+        self._highest = (max(highest_loss, loss), max(highest_norm, norm))
+        self._first = max(self._first, loss)
+
     def forget(self) -> None:
         """Discards the last steps after a rollback: they were made with other weights."""
         self.recent_losses.clear()
@@ -265,6 +274,10 @@ class OptimizerHealth:
         if self.spiking >= SPIKE_PATIENCE:
             return "lasting_spike"
         return "loss_spike" if is_new_spike else ""
+
+    def accept_rise(self) -> None:
+        """Compares later losses with the last ones, which the data have raised."""
+        self._divergence.accept_rise()
 
     def on_rollback(self) -> None:
         """Discards what was detected of weights that are no longer in use."""

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
-from torch import nn
 from torch.optim import Optimizer
 
 from lightning_gradguard.core.forensics import (
@@ -37,7 +36,7 @@ from lightning_gradguard.runtime.distributed import gather_objects, world_size
 from lightning_gradguard.runtime.incidents.dataset_indices import behind_subsets
 from lightning_gradguard.runtime.incidents.dossier import Dossier, versions, write_dossier
 from lightning_gradguard.runtime.incidents.lost_batches import sample_ids
-from lightning_gradguard.runtime.incidents.replay import SeenBatch, replay, without_logging
+from lightning_gradguard.runtime.incidents.replay import SeenBatch, obstacle, replay, without_logging
 from lightning_gradguard.runtime.lightning_packages import FRAMEWORKS
 from lightning_gradguard.runtime.logging import console
 from lightning_gradguard.runtime.steps.skipped_hooks import hooks_on_gradients
@@ -127,8 +126,8 @@ class Investigation:
             return None
         self.in_episode = True
         self.examined += 1
-        if (obstacle := _obstacle(trainer, pl_module)) is not None:
-            origin = Origin("unknown", detail=obstacle)
+        if (why_not := obstacle(trainer, pl_module)) is not None:
+            origin = Origin("unknown", detail=why_not)
             self.last = _in_words(origin, step)
             return Result(origin)
         out_of_range = _out_of_range(trainer, snapshot)
@@ -171,7 +170,7 @@ class Investigation:
         `None` if the batch cannot be run again, or if nothing is found out about its values and it is not
         certain that they are at fault.
         """
-        if _obstacle(trainer, pl_module) is not None:
+        if obstacle(trainer, pl_module) is not None:
             return None
         out_of_range = _out_of_range(trainer, snapshot)
         origin = replay(trainer, pl_module, seen, out_of_range)
@@ -239,16 +238,6 @@ def _with_samples(trainer: pl.Trainer, seen: SeenBatch, origin: Origin) -> Origi
     places += [f"rank {trainer.global_rank}"] if world_size() > 1 else []
     detail = f"{origin.detail.rstrip('.')} ({', '.join(places)})." if places else origin.detail
     return dataclasses.replace(origin, detail=detail, samples=", ".join(first))
-
-
-def _obstacle(trainer: pl.Trainer, pl_module: pl.LightningModule) -> str | None:
-    if lightning_api.takes_iterator(pl_module):
-        return "The batch was not run again: training_step takes it from the iterator."
-    if not lightning_api.allows_extra_pass(trainer):
-        return f"The batch was not run again: {type(trainer.strategy).__name__} shards the network."
-    if world_size() > 1 and any(isinstance(m, nn.SyncBatchNorm) for m in pl_module.modules()):
-        return "The batch was not run again: SyncBatchNorm synchronizes with the other ranks."
-    return None
 
 
 def _first_origin(

@@ -5,10 +5,11 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import filterfalse
 from operator import attrgetter
+from statistics import fmean
 from typing import Any
 
 import pytorch_lightning as pl
@@ -16,11 +17,18 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from lightning_gradguard.core.backoff import AS_HIGH
 from lightning_gradguard.core.forensics import Origin, OutOfRange, investigate
 from lightning_gradguard.core.forensics.trace import is_nonfinite
-from lightning_gradguard.core.snapshots import StepRandomness, preserve_weights, set_rng_state
+from lightning_gradguard.core.snapshots import (
+    Snapshot,
+    StepRandomness,
+    preserve_state,
+    preserve_weights,
+    set_rng_state,
+)
 from lightning_gradguard.runtime import lightning_api
-from lightning_gradguard.runtime.distributed import world_size
+from lightning_gradguard.runtime.distributed import gather_objects, world_size
 from lightning_gradguard.runtime.incidents.invalid_batches import is_check_of_values
 from lightning_gradguard.runtime.incidents.lost_batches import tensors_of
 from lightning_gradguard.runtime.lightning_packages import FRAMEWORKS
@@ -68,6 +76,17 @@ class SeenBatch:
 def versions_of(tensors: Sequence[Tensor]) -> Sequence[int]:
     """Returns the version counters of tensors, as far as they have one."""
     return list(map(_VERSION, filterfalse(Tensor.is_inference, tensors)))
+
+
+def obstacle(trainer: pl.Trainer, pl_module: pl.LightningModule) -> str | None:
+    """Returns why no batch can be run again, as a sentence; `None` if it can."""
+    if lightning_api.takes_iterator(pl_module):
+        return "The batch was not run again: training_step takes it from the iterator."
+    if not lightning_api.allows_extra_pass(trainer):
+        return f"The batch was not run again: {type(trainer.strategy).__name__} shards the network."
+    if world_size() > 1 and any(isinstance(m, nn.SyncBatchNorm) for m in pl_module.modules()):
+        return "The batch was not run again: SyncBatchNorm synchronizes with the other ranks."
+    return None
 
 
 def replay(
@@ -129,6 +148,28 @@ def replay(
     return origin
 
 
+def rises_with_data(
+    trainer: pl.Trainer,
+    pl_module: pl.LightningModule,
+    loss: float,
+    window: Sequence[SeenBatch],
+    snapshot: Snapshot,
+) -> bool:
+    """True if the loss of a step is as high with the weights of a snapshot, on its batches. Collective.
+
+    Then a rollback would not lower it. False where no batch is kept, or none can be run again.
+    """
+    losses: list[float] = []
+    may_run = pl_module.automatic_optimization and obstacle(trainer, pl_module) is None
+    if may_run and all(seen.is_unchanged for seen in window):
+        losses = _losses_at(trainer, pl_module, window, snapshot)
+    by_rank: list[list[float]] = gather_objects(losses)
+    if not all(by_rank):
+        return False
+    before = fmean(fmean(losses) for losses in by_rank)
+    return before >= AS_HIGH * loss * trainer.accumulate_grad_batches
+
+
 @contextmanager
 def without_logging(pl_module: pl.LightningModule) -> Iterator[None]:
     """Discards what `training_step` logs and prints."""
@@ -181,6 +222,35 @@ def loss_without_trace(pl_module: pl.LightningModule, batch: Any, batch_idx: int
     if not losses:
         raise TypeError("training_step calls manual_backward with no loss")
     return torch.stack([loss.detach().reshape(()) for loss in losses]).sum()
+
+
+def _losses_at(
+    trainer: pl.Trainer, pl_module: pl.LightningModule, window: Sequence[SeenBatch], snapshot: Snapshot
+) -> list[float]:
+    """Returns the losses of batches with the trained weights of a snapshot; none where they cannot be run.
+
+    Frozen weights and buffers are as they are, as those of a network that makes the targets. The passes leave
+    no trace.
+    """
+    losses: list[float] = []
+    try:
+        with ExitStack() as stack:
+            for context in (
+                preserve_weights(pl_module),
+                preserve_state(pl_module),
+                without_logging(pl_module),
+            ):
+                stack.enter_context(context)
+            trained = [(name, p) for name, p in pl_module.named_parameters() if p.requires_grad]
+            for _, now, before in snapshot.compare(trained, ()):
+                now.detach().copy_(before)
+            for seen in window:
+                set_rng_state(seen.rng)
+                with _at_step(trainer, seen.step), trainer.precision_plugin.train_step_context():
+                    losses.append(float(training_loss(pl_module, seen.batch, seen.batch_idx)))
+    except Exception:  # a step that differs the second time, or memory that is short
+        return []
+    return losses
 
 
 def _training_step(pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> Any:

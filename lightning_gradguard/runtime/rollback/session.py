@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
+from lightning_gradguard.core.detectors.optimizer_health import FIRST_STEPS
 from lightning_gradguard.core.incidents import OF_OPTIMIZER, label
 from lightning_gradguard.core.norms import Measurement
 from lightning_gradguard.core.snapshots import StepRandomness
@@ -13,7 +15,7 @@ from lightning_gradguard.runtime.distributed import gather_objects, largest_of_r
 from lightning_gradguard.runtime.incidents.dataset_indices import DatasetIndices
 from lightning_gradguard.runtime.incidents.journal import run_folder
 from lightning_gradguard.runtime.incidents.lost_batches import LostBatches, Reason
-from lightning_gradguard.runtime.incidents.replay import SeenBatch, versions_of
+from lightning_gradguard.runtime.incidents.replay import SeenBatch, rises_with_data, versions_of
 from lightning_gradguard.runtime.rollback.fit_context import FitContext
 from lightning_gradguard.runtime.rollback.outcome import BatchOutcome
 from lightning_gradguard.runtime.rollback.reporter import IncidentReporter
@@ -63,6 +65,9 @@ class RollbackSession:
         self._transaction = StepTransaction(Window(trainer.global_step), state="discarded")
         self._outcome = BatchOutcome()
         self._skipped: list[StepTransaction] = []
+        self._first_step = trainer.global_step
+        #: Of the first steps that with the highest loss, later the last one: its loss and batches.
+        self._highest: tuple[float, Sequence[SeenBatch]] = -math.inf, ()
         self._flags = StepFlags()
         self._batch_idx_offset = {trainer.current_epoch: lightning_api.resumed_batch_idx_offset(trainer)}
         self._lost_earlier: dict[tuple[int, int], Reason] = {}
@@ -249,6 +254,9 @@ class RollbackSession:
         if self._fit.investigation.in_episode:
             self._fit.investigation.end_episode()
         self._outcome.loss = None if self._fit.policy.is_adversarial else measurement.loss
+        if self._fit.suite.rises_with_data:
+            self._fit.suite.rises_with_data.clear()
+            self._fit.policy.accept_rise(measurement.optimizer_index)
         decision, anomaly = self._fit.policy.on_good_step(
             measurement.optimizer_index,
             measurement.loss,
@@ -257,6 +265,15 @@ class RollbackSession:
             distance=self._distance,
             clipped=self._fit.suite.clipped.get(measurement.optimizer_index, 0.0),
         )
+        is_first = transaction.window.step < self._first_step + FIRST_STEPS
+        if not (is_first and self._highest[0] > measurement.loss):
+            self._highest = measurement.loss, transaction.window.batches
+        if decision != "continue" and self._fit.policy.risen_loss < math.inf:
+            snapshot = self._fit.snapshots.trusted()
+            if rises_with_data(self._fit.trainer, self._fit.pl_module, *self._highest, snapshot):
+                self._fit.policy.accept_rise(measurement.optimizer_index)
+                decision, anomaly = "continue", ""
+            self._highest = -math.inf, ()
         self._outcome.has_diverged |= decision != "continue"
         self._outcome.decide(decision)
         if anomaly and not self._fit.trainer.interrupted:  # other ranks may be elsewhere then

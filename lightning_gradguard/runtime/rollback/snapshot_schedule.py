@@ -115,7 +115,7 @@ class SnapshotSchedule:
 
     def distance(self, trainer: pl.Trainer) -> float:
         """Measures how far the weights are from the newest trusted snapshot, in units of its norm."""
-        return self._ring.trusted().distance(trainer.optimizers)
+        return self.trusted().distance(trainer.optimizers)
 
     def restore_newest(self, trainer: pl.Trainer) -> int:
         """Restores the newest qualified snapshot, without counting it as tried; returns its step."""
@@ -124,6 +124,10 @@ class SnapshotSchedule:
     def newest(self) -> Snapshot:
         """Returns the newest qualified snapshot."""
         return self._ring.newest()
+
+    def trusted(self) -> Snapshot:
+        """Returns the newest trusted snapshot."""
+        return self._ring.trusted()
 
     def oldest_step(self) -> int:
         """Returns `trainer.global_step` of the oldest snapshot."""

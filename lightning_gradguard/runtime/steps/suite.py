@@ -44,6 +44,7 @@ class Suite:
         has_stepped: True if an optimizer stepped in the running batch, and gradients did not only accumulate.
         is_logged: True if the running step is one that the Trainer logs.
         clipped: Share of the last steps of each optimizer whose length clipping has set, as far as known.
+        rises_with_data: Steps whose losses were as high after a rollback, until the detectors know.
     """
 
     def __init__(self) -> None:
@@ -56,6 +57,7 @@ class Suite:
         self.has_stepped = False
         self.is_logged = False
         self.clipped: dict[int, float] = {}
+        self.rises_with_data: list[int] = []
         self._checkers: list[StepMember] = []
         self._flagging: list[StepMember] = []
         self._weighing: list[StepMember] = []
