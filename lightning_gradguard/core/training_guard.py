@@ -21,6 +21,7 @@ from lightning_gradguard.core.clipping import (
     smallest,
     step_context,
 )
+from lightning_gradguard.core.detectors import HARD_CLIPPING, ConstantClippingDetector
 from lightning_gradguard.core.incidents import IncidentKind, TrainingDivergedError
 from lightning_gradguard.core.norms import (
     Gradients,
@@ -161,6 +162,7 @@ class TrainingGuard:
         self.policy = RelativeNormClipping() if policy is None else policy
         self.backoff = Backoff() if backoff is None else backoff
         self.recovery = RecoveryPolicy(patience, max_rollbacks, max_skip_fraction)
+        self._clipping = ConstantClippingDetector()
         self.skips = 0
         self._learning_rate = ScaledLearningRate(optimizer)
         self._buffers = BufferCopies(self._module)
@@ -210,6 +212,7 @@ class TrainingGuard:
                 measurement.total_norm,
                 measurement.is_collapsed,
                 distance=lambda: self._snapshots.trusted().distance([self._optimizer]),
+                clipped=self._clipping.of_last,
             )
             outcome = replace(outcome, kind=cast("IncidentKind", anomaly))
             if decision == "continue":
@@ -227,6 +230,7 @@ class TrainingGuard:
                 "policy": self.policy.state_dict(),
                 "recovery": self.recovery.state_dict(),
                 "backoff": self.backoff.state_dict(),
+                "clipping": self._clipping.state_dict(),
                 "skips": self.skips,
             }
         )
@@ -241,6 +245,8 @@ class TrainingGuard:
         self.policy.load_state_dict(state_dict["policy"])
         self.recovery.load_state_dict(state_dict["recovery"])
         self.backoff.load_state_dict(state_dict["backoff"])
+        if "clipping" in state_dict:  # version 0.5 has none
+            self._clipping.load_state_dict(state_dict["clipping"])
         self.skips = state_dict["skips"]
         self._buffers.refresh()
         self._snapshots.clear()
@@ -303,6 +309,8 @@ class TrainingGuard:
         self._snapshots.wait()
         self._optimizer.step()
         self.backoff.step(outcome.loss)
+        if self.backoff.has_returned:
+            self.recovery.accept_rise(0)
         self._buffers.refresh()
         if not self.recovery.is_spiking:
             self._snapshots.good_step(outcome.loss)
@@ -311,8 +319,10 @@ class TrainingGuard:
             self._good_steps = 0
             self._snapshots.capture(self._copy_state)
             self._nonfinite_state = self._scan()
-        scale = self._learning_rate.scale
-        return replace(outcome, coefficient=smallest(coefficients), learning_rate_scale=scale)
+        coefficient, scale = smallest(coefficients), self._learning_rate.scale
+        if not isinstance(coefficient, Tensor):  # to read one would synchronize
+            self._clipping.update(coefficient < HARD_CLIPPING, 1)
+        return replace(outcome, coefficient=coefficient, learning_rate_scale=scale)
 
     def _skip(self, measurement: Measurement) -> Decision:
         self.skips += 1

@@ -400,3 +400,17 @@ def test_step_needs_one_loss_and_gradients() -> None:
         guard.step(torch.ones(()))
     with pytest.raises(ValueError, match=r"loss of shape \(2,\) must be one number"):
         guard.step(torch.ones(2))
+
+
+def test_without_progress_a_rate_whose_steps_are_all_clipped_is_lowered() -> None:
+    weight = nn.Parameter(torch.linspace(0, 1, 200))
+    optimizer = torch.optim.SGD([weight], 1000.0)
+    guard = TrainingGuard(nn.ParameterList([weight]), optimizer, policy=GlobalNormClipping(1e-3))
+    kinds = []
+    for _ in range(50):
+        optimizer.zero_grad()
+        loss = 3 + (1e4 * weight).sin().mean()
+        loss.backward()
+        kinds.append(guard.step(loss).kind)
+    assert kinds == [""] * 49 + ["divergence"]
+    assert guard.backoff.level == 1 / 16
