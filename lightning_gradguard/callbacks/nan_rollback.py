@@ -9,6 +9,7 @@ import pytorch_lightning as pl
 from typing_extensions import override
 
 from lightning_gradguard.core import arguments
+from lightning_gradguard.core.incidents import Incident
 from lightning_gradguard.core.norms import Measurement
 from lightning_gradguard.core.recovery import RecoveryPolicy
 from lightning_gradguard.runtime import lightning_api
@@ -273,6 +274,12 @@ class NaNRollback(StepCallback):
     ) -> None:
         """Commits or undoes the step before."""
         self._session.on_deferred_verdict(measurement, verdict)
+
+    def on_training_incident(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, incident: Incident
+    ) -> None:
+        """Takes note of updates that were too large."""
+        self._policy.has_large_updates |= incident.cause == "update_too_large" and incident.action == "none"
 
     @override
     def on_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch_idx: int) -> None:

@@ -22,8 +22,8 @@ MOVED = 1.0
 #: The same where the loss is not far above everything seen, but has made no progress since the start, by
 #: whether it is worse than there.
 MOVED_WITHOUT_PROGRESS = {"worse_than_first": 2.5, "no_progress": 10.0}
-#: The same without progress where clipping has set the length of this share of the last steps: the rate is
-#: too large for all of them.
+#: The same without progress where updates are known to be too large, or clipping has set the length of this
+#: share of the last steps: the rate is too large for all of them.
 MOVED_IF_CLIPPED, MOSTLY_CLIPPED = 0.3, 0.8
 #: By how much, and by which share of it, a step must add to that distance after the loss has risen in the
 #: first ones; `MOVED` is enough after so many. RMSprop and Adagrad make one large step, the first, and
@@ -60,6 +60,7 @@ class RecoveryPolicy:
         is_spiking: True if the last step of any optimizer was part of a spike, and so not a good step.
         is_adversarial: True if several optimizers may train networks against each other, whose losses rise
             and fall in healthy training. Set before the first step.
+        has_large_updates: True if updates are known to have been too large since the last rollback.
 
     Example:
         >>> recovery = RecoveryPolicy(patience=2, max_rollbacks=1, max_skip_fraction=0.5)
@@ -84,6 +85,7 @@ class RecoveryPolicy:
         self._stop_cause = ""
         self.is_spiking = False
         self.is_adversarial = False
+        self.has_large_updates = False
         self._spent = 0
         self._good_steps = 0
         self._skipped_in_a_row: dict[int, int] = {}
@@ -157,7 +159,7 @@ class RecoveryPolicy:
                 return "continue", ""
             self._asked_ago = 0
             least, has_risen = MOVED_WITHOUT_PROGRESS.get(anomaly, MOVED), anomaly != "no_progress"
-            if not has_risen and clipped >= MOSTLY_CLIPPED:
+            if not has_risen and (clipped >= MOSTLY_CLIPPED or self.has_large_updates):
                 least = MOVED_IF_CLIPPED
             if distance is None or not distance() >= least:
                 return "continue", ""
@@ -216,7 +218,7 @@ class RecoveryPolicy:
         self._moved_early.clear()
         for health in self._health.values():
             health.on_rollback()
-        self.is_spiking = False
+        self.is_spiking = self.has_large_updates = False
 
     def reset_budgets(self) -> None:
         """Starts counting again, as before any intervention."""

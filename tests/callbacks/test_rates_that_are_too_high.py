@@ -24,6 +24,7 @@ from lightning_gradguard import (
 )
 from lightning_gradguard.cli.main import main
 from lightning_gradguard.core import tags
+from lightning_gradguard.runtime.incidents.journal import incident_now, publish
 
 Data = list[tuple[Tensor, Tensor]]
 
@@ -230,3 +231,27 @@ def test_a_cut_is_taken_back_where_the_loss_is_as_high_with_earlier_weights(tmp_
     fit(Ramped(lr=0.02), regression(40), [backoff, rollback], tmp_path)
     assert rollback.rollbacks == len(recorded(tmp_path, "learning_rate_backoff")) == 1
     assert backoff.scale == 1.0
+
+
+class Stuck(Regression):
+    """A loss that does not fall, at a rate that `found` names as too large."""
+
+    def __init__(self, found: bool) -> None:
+        super().__init__(lr=1e-3)
+        self.net, self.found = nn.Sequential(), found
+        self.weight = nn.Parameter(torch.linspace(0, 1, 200))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        if self.found and batch_idx == 20:
+            incident = incident_now(self.trainer, "exploding_gradient", cause="update_too_large")
+            publish(self.trainer, self, incident)
+        return 3 + (1e4 * self.weight).sin().mean()
+
+
+@pytest.mark.parametrize("found", [False, True])
+def test_a_loss_that_does_not_fall_after_updates_that_were_too_large_has_a_lower_rate(
+    found: bool, tmp_path: Path
+) -> None:
+    backoff, rollback = LearningRateBackoff(), NaNRollback()
+    fit(Stuck(found), regression(52), [backoff, rollback], tmp_path)
+    assert (rollback.rollbacks, backoff.scale) == ((1, 1 / 16) if found else (0, 1.0))

@@ -208,6 +208,16 @@ def test_without_progress_steps_of_the_length_that_clipping_sets_are_a_divergenc
     assert policy.risen_loss == math.inf
 
 
+@pytest.mark.parametrize(("loss", "expected"), [(2.1, "roll_back"), (1.7, "continue")])
+def test_without_progress_updates_that_were_too_large_are_a_divergence(loss: float, expected: str) -> None:
+    policy = recovery()
+    policy.has_large_updates = True
+    steps = [policy.on_good_step(0, x, 1.0, distance=lambda: 1.0)[0] for x in [2.0] + [loss] * 49]
+    assert steps == ["continue"] * 49 + [expected]
+    policy.on_rollback()
+    assert not policy.has_large_updates
+
+
 def test_a_small_rise_that_lasts_is_a_loss_spike_unless_optimizers_are_adversarial() -> None:
     for is_adversarial, expected in ((False, {"", "loss_spike"}), (True, {""})):
         policy, generator = RecoveryPolicy(3, 10, 0.5), random.Random(0)
