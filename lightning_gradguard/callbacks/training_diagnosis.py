@@ -352,7 +352,7 @@ class TrainingDiagnosis(StepCallback):
                     if cause == "depth" and symptom.kind == "exploding_gradient":
                         cause = cause if "normalized" in present else "large_weights"
                     elif cause == "depth" and "residual" not in present:
-                        own = ""  # weights alone do not keep rows apart that each layer averages
+                        own = ""  # it trains where other weights do not, as in a deep GCN
                 if not own:
                     facts: set[Present] = {*present, "untrained"} if is_first else present
                     own = advice_for_symptom(symptom, facts, pl_module)

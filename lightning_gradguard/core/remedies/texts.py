@@ -332,7 +332,8 @@ BY_CAUSE = {
     ),
     "depth": (
         "[untrained|Lower the learning rate, or warm it up for longer, if this begins only after updates. ]"
-        "[residual|Use residual connections, and fewer layers without them. ]"
+        "[residual|Use residual connections, x = x + f(x), and PyTorch's default weights: He's are too large "
+        "beside them. ]"
         "[check|Check the initialization from {where} on (InitializationCheck).]"
     ),
     "inactive_output": (
