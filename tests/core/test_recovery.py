@@ -275,3 +275,19 @@ def test_resumed_policy_makes_the_same_decisions(events: list[str], cut: int) ->
     play(first, events[:cut])
     resumed.load_state_dict(first.state_dict())
     assert play(resumed, events[cut:]) == expected[cut:]
+
+
+def test_of_two_players_a_loss_spikes_with_its_norm_from_twice_the_usual_distance() -> None:
+    values = [1 + (37 * n % 100) / 100 for n in range(100)]
+    median, spread = 1.5, 0.44  # half of the sum of the upper decile and the highest, above the median
+    for distance, is_adversarial, expected in (
+        (4.5, False, "loss_spike"),
+        (4.5, True, ""),
+        (9.0, True, "loss_spike"),
+    ):
+        policy = recovery()
+        policy.is_adversarial = is_adversarial
+        for value in values:
+            policy.on_good_step(0, value, value)
+        risen = median + distance * spread
+        assert policy.on_good_step(0, risen, risen)[1] == expected

@@ -7,7 +7,7 @@ from collections import deque
 from statistics import median
 from typing import Any, Literal
 
-from lightning_gradguard.core.detectors.spike import SpikeAlarm, SpikeDetector
+from lightning_gradguard.core.detectors.spike import SPIKE_THRESHOLD, SpikeAlarm, SpikeDetector
 
 #: Steps whose medians are compared for a divergence, and that a collapse must last.
 EVIDENCE_STEPS = 10
@@ -22,6 +22,9 @@ SPIKE_PATIENCE = 10
 DIVERGENCE_RATIO = 300.0
 #: The same for adversarial optimizers, whose losses may rise tenfold in healthy training.
 ADVERSARIAL_DIVERGENCE_RATIO = 1e6
+#: Spreads above the median from which on a loss or norm of an adversarial optimizer is a spike: losses of a
+#: healthy GAN (`python -m benchmarks.faults --part false-alarms`) rise with their norms by up to 5.1.
+ADVERSARIAL_SPIKE_THRESHOLD = 6.0
 #: Ratio to the first loss below which a run has made progress.
 PROGRESS = 0.9
 #: Steps after which a run without progress is suspected, and again after as many.
@@ -230,7 +233,8 @@ class OptimizerHealth:
     def __init__(self, is_adversarial: bool) -> None:
         self._is_adversarial = is_adversarial
         self._bound = ADVERSARIAL_DIVERGENCE_RATIO if is_adversarial else DIVERGENCE_RATIO
-        self._loss, self._norm = SpikeDetector(), SpikeDetector()
+        threshold = ADVERSARIAL_SPIKE_THRESHOLD if is_adversarial else SPIKE_THRESHOLD
+        self._loss, self._norm = SpikeDetector(threshold), SpikeDetector(threshold)
         self._alarm = SpikeAlarm()
         self._divergence = DivergenceDetector()
         self._collapse = CollapseDetector()

@@ -10,6 +10,8 @@ from lightning_gradguard.core.detectors.sorted_window import SortedWindow
 
 #: While the history is too short for a spread, a spike is this many times the largest value so far.
 EARLY_SPIKE_RATIO = 100.0
+#: A spike is so many spreads above the median.
+SPIKE_THRESHOLD = 3.0
 #: The upper spread of a window is the distance from its median to this quantile.
 UPPER_QUANTILE = 0.9
 #: Lower bound of the spread as a share of the median.
@@ -58,7 +60,7 @@ class SpikeDetector:
         (False, True)
     """
 
-    def __init__(self, threshold: float = 3.0) -> None:
+    def __init__(self, threshold: float = SPIKE_THRESHOLD) -> None:
         self._threshold = threshold
         self._window = SortedWindow(WINDOW)
         self._delayed: deque[float] = deque()
