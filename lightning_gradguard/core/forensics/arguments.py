@@ -218,7 +218,7 @@ def _with_dimension(cure: str, dimension: str) -> str:
 
 
 def _is_number(text: str) -> bool:
-    return bool(re.fullmatch(r"-?[\d.e-]+", text))
+    return bool(re.fullmatch(r"-?\.?\d[\d.e-]*", text))
 
 
 def _call(code: str, node: ast.AST, function: str) -> Call | None:

@@ -100,7 +100,7 @@ def origin_of_exception(
         detail += "".join(f"; {outlier}" for outlier in described_outliers(parts))
     cause: Cause = "unknown" if known is None else "bad_input" if where else known.cause
     operation = failed.name if failed is not None and known is not None else ""
-    advice = "" if known is None else known.advice
+    advice = "" if known is None else known.advice(message, location.called_code if location else "")
     origin = Origin(cause, "forward", "", operation, where, detail=detail, rows=rows, advice=advice)
     return located(origin, location)
 

@@ -25,7 +25,9 @@ _FRAMEWORKS = (os.path.dirname(torch.__file__), str(Path(__file__).parents[1]))
 #: Files with functions of torch that consist of several operations.
 _DISTRIBUTIONS = os.path.dirname(torch.distributions.__file__)
 _FUNCTIONAL = torch.nn.functional.__file__
-_LOSSES = torch.nn.modules.loss.__file__
+_LOSSES = (torch.nn.modules.loss.__file__, torch.nn.modules.distance.__file__)
+#: Functions that consist of several operations and are not written in Python.
+_COMPOSITE = ("corrcoef", "cosine_similarity", "cov", "nanmean")
 _LIBRARIES = (*site.getsitepackages(), site.getusersitepackages(), sysconfig.get_paths()["stdlib"])
 #: Functions in which a run of a batch begins, and the backward pass: frames outside of them ran no operation.
 _BOUNDARIES = ("investigate", "_engine_run_backward")
@@ -39,8 +41,8 @@ class Location:
         file: Its file.
         line: Its number.
         function: The function that it is in.
-        called: The function or distribution of torch that it calls and that is written in Python, such as
-            `gumbel_softmax` or `Categorical`; empty for any other.
+        called: The function or distribution of torch that it calls and that consists of several operations,
+            such as `gumbel_softmax` or `Categorical`; empty for any other.
         expression: The call or operator in it that ran; empty where Python does not know it.
         generated: Code without a file that this line runs, and in which the operation is; empty as a rule.
         functional: The expression as a call of the function of torch that a loss module calls; empty for any
@@ -88,15 +90,16 @@ def user_location(frameworks: Sequence[str] = ()) -> Location | None:
             called = frame.f_code.co_name if owner is None else type(owner).__name__
         elif file == _FUNCTIONAL:
             called = frame.f_code.co_name
-        elif file == _LOSSES:
+        elif file in _LOSSES:
             loss = frame.f_locals.get("self")
+            called = called or ("cosine_similarity" if isinstance(loss, nn.CosineSimilarity) else "")
         if file.startswith("<") and not (_is_cell(file) or file.startswith("<frozen")):
             generated = generated or f"{file}:{frame.f_lineno} in {frame.f_code.co_name}"
         elif not file.startswith(("<frozen", *_FRAMEWORKS, *frameworks)):
-            name, expression = (
-                frame.f_code.co_name,
-                "" if generated else _expression(frame.f_code, frame.f_lasti),
-            )
+            name = frame.f_code.co_name
+            expression = "" if generated else _expression(frame.f_code, frame.f_lasti)
+            code = expression or linecache.getline(file, frame.f_lineno)
+            called = called or next((f for f in _COMPOSITE if f"{f}(" in code), "")
             functional = _functional(expression, called, loss) if isinstance(loss, nn.Module) else ""
             here = Location(file, frame.f_lineno, name, called, expression, generated, functional)
             if not file.startswith(_LIBRARIES):
@@ -118,7 +121,8 @@ def innermost_of_traceback(
             generated = f"{file}:{traceback.tb_lineno} in {name}"
             found = replace(found, generated=generated) if found and not found.generated else found
         elif not file.startswith(("<frozen", *_FRAMEWORKS, *frameworks, *_LIBRARIES)):
-            found = Location(file, traceback.tb_lineno, name)
+            expression = _expression(code, traceback.tb_lasti)
+            found = Location(file, traceback.tb_lineno, name, expression=expression)
         traceback = traceback.tb_next
     return found
 
@@ -161,7 +165,7 @@ def _functional(expression: str, called: str, loss: nn.Module) -> str:
 @lru_cache(maxsize=256)
 def _defaults(kind: type) -> dict[str, Any]:
     """Returns the defaults of the options of a loss module."""
-    known = next((c for c in kind.__mro__ if c.__module__ == nn.modules.loss.__name__), kind)
+    known = next((c for c in kind.__mro__ if c.__module__.startswith("torch.nn.")), kind)
     return {n: p.default for n, p in inspect.signature(known).parameters.items()}
 
 

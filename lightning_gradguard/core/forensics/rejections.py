@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
+
+from lightning_gradguard.core.forensics.arguments import call_in
 from lightning_gradguard.core.incidents import Cause
 
 
@@ -20,6 +24,9 @@ class Rejection:
         cause: Of the incident.
         argument: The argument of the operation that has to be within 0 to 1; `None` for no such bounds.
         extreme: The integers of the batch that are rejected, if no more is known of them.
+        called: Regular expression of the function that rejects them; empty for a distribution.
+        place: The argument of it that the cure replaces; `None` for the whole call.
+        n: Number of arguments of a call that the cure can replace.
     """
 
     message: str
@@ -28,11 +35,59 @@ class Rejection:
     cause: Cause = "forward_pass"
     argument: int | None = None
     extreme: Literal["", "largest", "smallest"] = ""
+    called: str = ""
+    place: int | None = 0
+    n: int = 1
 
-    @property
-    def advice(self) -> str:
-        """The cause and the cure in words."""
+    def advice(self, message: str, code: str) -> str:
+        """Returns the cause and the cure in words, with the arguments of the code that has raised."""
+        replaced = self._replacement(message, code) if self.cure and code else None
+        if replaced is not None:
+            return f"{self.why}. In place of {replaced[0]} use {replaced[1]}."
         return f"{self.why}. Use {self.cure}." if self.cure else f"{self.why}."
+
+    def _replacement(self, message: str, code: str) -> tuple[str, str] | None:
+        cure = self.cure.partition(" (`")[0]
+        parameter = re.search(r"parameter (\w+) .*?distribution (\w+)", message)
+        if parameter is not None and not call_in(code, self.called or "none"):
+            given = _parameter(code, *parameter.groups())
+            if given is not None and parameter[1] == "probs":
+                is_named = re.search(rf"\bprobs\s*=\s*{re.escape(given)}", code)
+                return (is_named[0] if is_named else given), f"logits={given}"
+            return None if given is None else (given, _filled(cure, x=given))
+        if "within the support" in message:
+            call = call_in(code, "log_prob")
+            value = call.arguments[1] if call is not None and len(call.arguments) == 2 else ""
+            return (value, _filled(cure, y=value)) if value else None
+        function = next((f for f in self.called.split("|") if f and call_in(code, f) is not None), "")
+        call = call_in(code, function) if function else None
+        if call is None or not all(call.arguments):
+            return None
+        if self.place is not None:
+            replaced = "".join(call.arguments[self.place : self.place + 1])
+            x = call.arguments[0] if self.place == 1 else replaced
+            return (replaced, _filled(cure, x=x, y=replaced)) if replaced else None
+        if len(call.arguments) != self.n or (call.keywords and not cure.endswith("(x, y)")):
+            return None
+        x, y = (*call.arguments, "")[:2]
+        options = "".join(f", {name}={value}" for name, value in call.keywords.items())
+        cure = cure.replace(f".{self.called.split('|')[0]}(", f".{function}(")
+        return call.code, f"{_filled(cure, x=x, y=y).removesuffix(')')}{options})"
+
+
+def _parameter(code: str, name: str, distribution: str) -> str | None:
+    """Returns the code of a parameter of a distribution that code makes; `None` without one."""
+    call = call_in(code, distribution)
+    known = getattr(torch.distributions, distribution, None)
+    if call is None or known is None:
+        return None
+    names = list(inspect.signature(known).parameters)
+    return {**dict(zip(names, call.arguments, strict=False)), **call.keywords}.get(name) or None
+
+
+def _filled(cure: str, **given: str) -> str:
+    """Returns a cure with arguments in place of `x` and `y`."""
+    return re.sub(r"\b[xy]\b(?!=)", lambda name: given.get(name[0], name[0]), cure)
 
 
 _OUTPUT = "(`x` is the output of the network)"
@@ -52,6 +107,15 @@ REJECTIONS = (
         r"constraint (IndependentConstraint\()?GreaterThan(Eq)?\(lower_bound=0|var has negative entry",
         "A scale, variance or concentration has to be positive",
         f"torch.nn.functional.softplus(x) + 1e-3 {_OUTPUT}",
+        called="gaussian_nll_loss",
+        place=2,
+    ),
+    Rejection(
+        "parameter low .*LessThan",
+        "The upper bound of a uniform distribution has to be above the lower one",
+        "x + torch.nn.functional.softplus(y) + 1e-3 (`x` is the lower bound, `y` the upper one)",
+        called="Uniform",
+        place=1,
     ),
     Rejection(
         r"constraint (IndependentConstraint\()?(HalfOpen)?Interval",
@@ -75,12 +139,14 @@ REJECTIONS = (
         "The matrix is not positive definite: add a multiple of the identity, to x @ x.mT where x is not "
         "symmetric",
         "x + 1e-3 * x.new_ones(x.shape[-1]).diag() (`x` is the matrix)",
+        called="cholesky|cholesky_ex",
     ),
     Rejection(
         "failed to converge",
         "The matrix is ill-conditioned, or has equal singular values: add a small diagonal of different "
         "numbers",
         "x + torch.linspace(1e-3, 2e-3, x.shape[-1], device=x.device).diag() (`x` is the matrix)",
+        called="svd|svdvals|eigh|eigvalsh|eig|eigvals|pinv",
     ),
     Rejection(
         r"within the support \(Simplex",
@@ -93,7 +159,18 @@ REJECTIONS = (
         "y.round().clamp_min(0) (`y` are the targets)",
     ),
     Rejection(
-        r"within the support \((IndependentConstraint\()?(IntegerInterval|Boolean)",
+        r"within the support \((IndependentConstraint\()?Boolean",
+        "Targets of this distribution have to be 0 or 1; of probabilities between them take "
+        "F.binary_cross_entropy_with_logits",
+        "y.round().clamp(0, 1) (`y` are the targets)",
+    ),
+    Rejection(
+        r"within the support \((IndependentConstraint\()?OneHot",
+        "Targets of this distribution have to be one-hot",
+        "torch.nn.functional.one_hot(y.argmax(-1), y.shape[-1]).to(y) (`y` are the targets)",
+    ),
+    Rejection(
+        r"within the support \((IndependentConstraint\()?IntegerInterval",
         "Targets are no class or count of this distribution: correct the labels, which count from 0, or give "
         "the network an output for each",
     ),
@@ -111,7 +188,10 @@ REJECTIONS = (
     Rejection(
         "cannot be converted to type .* without overflow",
         "A number does not fit into the dtype, as -1e9 in float16: mask with the smallest number of it",
-        "x.masked_fill(mask, torch.finfo(x.dtype).min) (`x` are the scores)",
+        "x.masked_fill(y, torch.finfo(x.dtype).min) (`x` are the scores, `y` is the mask)",
+        called="masked_fill|masked_fill_",
+        place=None,
+        n=3,
     ),
     Rejection(
         "elements of target should be between 0 and 1",
@@ -119,17 +199,23 @@ REJECTIONS = (
         "y / 255 (`y` are the targets)",
         cause="bad_input",
         argument=1,
+        called="binary_cross_entropy",
+        place=1,
     ),
     Rejection(
         "elements of input should be between 0 and 1",
         "Probabilities are beyond 0..1: give scores, without sigmoid, to a loss that applies it",
         "torch.nn.functional.binary_cross_entropy_with_logits(x, y) (`x` are the scores, `y` the targets)",
         argument=0,
+        called="binary_cross_entropy",
+        place=None,
+        n=2,
     ),
     Rejection(
         "probability tensor contains|invalid multinomial distribution|sum of probabilities",
         "Probabilities to be sampled are negative, nonfinite, or 0 throughout a row",
-        "torch.multinomial(x.clamp_min(0) + 1e-6, 1) (`x` are the probabilities)",
+        "x.clamp_min(0) + 1e-6 (`x` are the probabilities)",
+        called="multinomial",
     ),
     Rejection(
         "Expected (input|target)_lengths|(input|target)_lengths must be",
@@ -160,12 +246,17 @@ REJECTIONS = (
     Rejection(
         r"input.numel\(\) == 0|to have non-zero size|on tensor with no elements|must be non-empty|zero-size",
         "The largest or smallest value of an empty selection does not exist: leave it out",
-        "x.max() if x.numel() else x.sum() (`x` is what is selected)",
+        "(x.max() if x.numel() else x.sum()) (`x` is what is selected)",
+        called="max|min|amax|amin",
+        place=None,
     ),
     Rejection(
         "selected index k out of range",
         "topk asks for more values than there are",
-        "x.topk(min(k, x.shape[-1])) (`x` are the values)",
+        "x.topk(min(y, x.shape[-1])) (`x` are the values, `y` is their number)",
+        called="topk",
+        place=None,
+        n=2,
     ),
     Rejection(
         "Length of all samples has to be greater than 0",

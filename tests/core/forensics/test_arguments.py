@@ -27,6 +27,7 @@ def test_comments_between_the_lines_of_a_call_are_left_out() -> None:
         ("log_rate = torch.log(rate)", "log", LOG, "torch.log(rate)", "torch.log(rate.clamp_min(1e-6))"),
         ("return F.relu(f(x).log_())", "log", LOG, "f(x).log_()", "torch.log(f(x).clamp_min(1e-6))"),
         ("y = (p - q).log() + exp(z)", "log", LOG, "(p - q).log()", "torch.log((p - q).clamp_min(1e-6))"),
+        ("e.log()", "log", LOG, "e.log()", "torch.log(e.clamp_min(1e-6))"),
         ("log(-log(u))", "log", LOG, "log(-log(u))", "torch.log((-log(u)).clamp_min(1e-6))"),
         ("(1 - p) ** g", "pow", "(x.abs() + 1e-6).pow(y)", "(1 - p) ** g", "((1 - p).abs() + 1e-6).pow(g)"),
         ("a / (b + 1e-8)", "div", "x / y.clamp_min(1)", "a / (b + 1e-8)", "a / (b + 1e-8).clamp_min(1)"),

@@ -575,6 +575,13 @@ def test_the_cure_of_a_loss_module_is_written_out_with_its_options(loss: nn.Modu
 
 
 @OLD
+def test_the_cure_of_a_similarity_module_has_its_dimension() -> None:
+    net, similarity = network(), nn.CosineSimilarity(dim=-1, eps=0.0)
+    origin = examine(net, lambda: similarity(0 * net(inputs()), torch.ones(6, 3)).mean())
+    assert "use F.cosine_similarity(0 * net(inputs()), torch.ones(6, 3), dim=-1, eps=1e-6)" in origin.advice
+
+
+@OLD
 def test_a_transcript_is_ignored_by_a_loss_module_with_the_blank_that_it_has() -> None:
     net, x, ctc = network(), inputs(), nn.CTCLoss(blank=2)
     lengths = torch.tensor([6]), torch.tensor([4])

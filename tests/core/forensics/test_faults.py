@@ -151,7 +151,13 @@ CASES: list[tuple[str, Program, Program, Callable[[Tensor], Any] | None, str]] =
         lambda h: (h * 0 + 1).std(0),
         "standard deviation",
     ),
-    ("cosine similarity", lambda x, y: F.cosine_similarity(x, y, eps=0), zero, lambda h: h, "norm of 0"),
+    (
+        "cosine similarity",
+        lambda x, y: F.cosine_similarity(x, y, eps=0),
+        zero,
+        lambda h: h,
+        "eps of cosine_similarity",
+    ),
     (
         "normalize",
         lambda x: F.normalize(x, dim=-1, eps=0),
@@ -483,6 +489,9 @@ CASES += [
         None,
         "second derivative of a norm",
     ),
+    ("correlation of a constant", lambda x: torch.corrcoef(x), zero, None, "little noise"),
+    ("covariance of one sample", lambda x: torch.cov(x[:, :1]), lambda h: h, None, "drop_last"),
+    ("mean of NaN alone", lambda x: x.nanmean(), lambda h: torch.where(h > 9, h, math.nan), None, "count"),
 ]
 NAMES = [case[0] for case in CASES]
 

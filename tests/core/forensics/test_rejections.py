@@ -47,6 +47,12 @@ def targets(bad: float) -> Tensor:
     return values
 
 
+def labels(bad: float) -> Tensor:
+    values = F.one_hot(torch.zeros(ROWS, dtype=torch.long), 4).float()
+    values[BAD] = bad
+    return values
+
+
 def one_hot(h: Tensor, y: Tensor) -> Tensor:
     return F.binary_cross_entropy_with_logits(h, F.one_hot(y, 4).float())
 
@@ -82,13 +88,34 @@ CASES: list[tuple[str, Callable[[Tensor], Tensor], Program, Tensor, str]] = [
     ("one position", lambda h: h[..., None], lambda x, y: F.instance_norm(x), torch.zeros(ROWS), ""),
     ("positive", positive, lambda x, y: d.Normal(0.0, x, validate_args=True).log_prob(y), targets(0.5), "x"),
     ("variance", positive, lambda x, y: F.gaussian_nll_loss(x, y, x), targets(0.5), "x"),
-    ("interval", positive, lambda x, y: d.Bernoulli(x, validate_args=True).entropy(), targets(0.5), "x"),
+    ("interval", positive, lambda x, y: d.Bernoulli(x, validate_args=True).entropy(), targets(0.5), "logits"),
+    (
+        "upper bound",
+        lambda h: h - h.max(),
+        lambda x, y: d.Uniform(y - 0.1, x, validate_args=True).entropy(),
+        targets(0.5),
+        "x",
+    ),
+    (
+        "0 or 1",
+        lambda h: h,
+        lambda x, y: d.Bernoulli(logits=x, validate_args=True).log_prob(y),
+        labels(0.5),
+        "y",
+    ),
+    (
+        "one-hot",
+        lambda h: h,
+        lambda x, y: d.OneHotCategorical(logits=x, validate_args=True).log_prob(y),
+        labels(0.5),
+        "y",
+    ),
     (
         "add up to 1",
         lambda h: h.sigmoid() - 2 * F.one_hot(torch.tensor(0), 4) * (torch.arange(ROWS) == BAD)[:, None],
         lambda x, y: d.Categorical(x, validate_args=True).entropy(),
         targets(0.5),
-        "call",
+        "logits",
     ),
     (
         "triangular",
@@ -137,14 +164,14 @@ CASES: list[tuple[str, Callable[[Tensor], Tensor], Program, Tensor, str]] = [
     ),
     ("Targets are beyond", torch.sigmoid, lambda x, y: F.binary_cross_entropy(x, y), targets(255), "y"),
     ("Probabilities are beyond", positive, lambda x, y: F.binary_cross_entropy(x, y), targets(1), "call"),
-    ("sampled", lambda h: positive(h).clamp_min(0), sampled, targets(1), "x first"),
+    ("sampled", lambda h: positive(h).clamp_min(0), sampled, targets(1), "x"),
     ("CTC", lambda h: h, ctc, alike(2, 9), ""),
     ("one_hot", lambda h: h, one_hot, alike(2, 9), ""),
     ("one_hot", lambda h: h, one_hot, alike(2, -9), ""),
     ("empty", lambda h: h, packed, alike(2, 0), ""),
     ("goes beyond", lambda h: h, through_gru, alike(2, 9), ""),
-    ("float16", lambda h: h.half(), lambda x, y: x.masked_fill(y > 0, -1e9), targets(0.5), ""),
-    ("more values", lambda h: h, lambda x, y: x.topk(9).values, targets(0.5), ""),
+    ("float16", lambda h: h.half(), lambda x, y: x.masked_fill(y > 0, -1e9), targets(0.5), "call"),
+    ("more values", lambda h: h, lambda x, y: x.topk(9), targets(0.5), "call"),
     ("empty selection", lambda h: h[h > 99], lambda x, y: x.max(), targets(0.5), "call"),
     ("empty selection", lambda h: h[:, :0], lambda x, y: x.max(1).values, targets(0.5), "call"),
 ]
@@ -159,7 +186,8 @@ def test_a_rejected_value_is_told_and_its_cure_trains(
     net, data = network(), torch.randn(ROWS, 3, generator=torch.Generator().manual_seed(1))
 
     def loss(program: Program) -> Tensor:
-        mean: Tensor = program(x(net(data)), y).float().mean()
+        result = program(x(net(data)), y)
+        mean: Tensor = (result[0] if isinstance(result, tuple) else result).float().mean()
         return mean
 
     origin = examine(net, lambda: loss(f), (data, y))
@@ -168,15 +196,20 @@ def test_a_rejected_value_is_told_and_its_cure_trains(
     assert __file__.endswith(origin.location.partition(":")[0])
     if origin.cause == "bad_input":
         assert origin.rows in ((BAD,), ())
-    code = origin.advice.partition(" Use ")[2].partition(" (`")[0].rstrip(".")
+    replaced, _, code = origin.advice.rpartition(". ")[2].removeprefix("In place of ").partition(" use ")
+    code = code.rstrip(".") or origin.advice.partition(" Use ")[2].partition(" (`")[0]
+    if cures == "logits":
+        assert (replaced, code) == ("x", "logits=x")
 
     def cured(given: Tensor, other: Tensor) -> Any:
-        value = eval(code, {"torch": torch, "x": given, "y": other})
+        if cures == "logits":
+            return d.Categorical(logits=given, validate_args=True).entropy()
+        value = eval(code, {"torch": torch, "x": given, "y": other, "w": given})
         if cures == "call":
-            return value.entropy() if isinstance(value, d.Distribution) else value
+            return value
         return f(value, other) if cures == "x" else f(given, value)
 
-    if cures in ("x", "y", "call"):
+    if cures:
         gradients = torch.autograd.grad(loss(cured), list(net.parameters()))
         assert all(bool(g.isfinite().all()) for g in gradients)
 

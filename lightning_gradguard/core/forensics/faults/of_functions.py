@@ -56,6 +56,37 @@ FUNCTIONS = (
         has_zero=True,
     ),
     Fault(
+        ("div",),
+        "A vector is 0, and so is the eps of cosine_similarity",
+        "F.cosine_similarity(x, y, eps=1e-6)",
+        called="cosine_similarity",
+        argument=1,
+        has_zero=True,
+    ),
+    Fault(
+        ("div",),
+        "A row is constant, and its correlations divide by its standard deviation, 0: leave it out, or add a "
+        "little noise",
+        "torch.corrcoef(x + 1e-3 * torch.randn_like(x))",
+        called="corrcoef",
+        made="nan",
+    ),
+    Fault(
+        ("div",),
+        "The covariance of one sample is NaN (it divides by n - 1). Of a batch of one sample: give "
+        "drop_last=True to the DataLoader",
+        "torch.cov(x, correction=0)",
+        called="cov",
+        made="nan",
+    ),
+    Fault(
+        ("div",),
+        "All values are NaN, and their mean divides by their count, 0",
+        "x.nansum(-1) / (~x.isnan()).sum(-1).clamp_min(1)",
+        called="nanmean",
+        made="nan",
+    ),
+    Fault(
         ("rsqrt",),
         "All values of a row are 0, and so is the eps of rms_norm",
         "F.rms_norm(x, y, eps=1e-6)",
