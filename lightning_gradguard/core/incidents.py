@@ -79,6 +79,7 @@ SymptomCause = Literal[
     "view_for_transpose",
     "dropout",
     "constant_loss",
+    "tiny_gradient",
     "not_in_optimizer",
     "not_registered",
     "replaced_parameters",

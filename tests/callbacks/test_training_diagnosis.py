@@ -663,6 +663,27 @@ def test_updates_that_are_lost_by_rounding_are_not_a_rate_that_is_too_low() -> N
     assert "bf16-mixed" in incident.advice
 
 
+@pytest.mark.parametrize(
+    ("factor", "make", "kind"),
+    [
+        (1e-12, rate(0.1), "weight_stagnation"),
+        (1e-12, None, "weight_stagnation"),
+        (1e-30, rate(0.1), "stuck_loss"),
+        (1e-30, None, "stuck_loss"),
+    ],
+)
+def test_a_gradient_that_a_factor_makes_tiny_is_no_rate_that_is_too_low(
+    factor: float, make: Any, kind: str
+) -> None:
+    def loss(answer: Tensor, target: Tensor) -> Tensor:
+        return factor * functional.cross_entropy(answer, target)
+
+    (incident,) = diagnosed(Task(loss=loss, optimizer=make))
+    assert (incident.kind, incident.cause) == (kind, "tiny_gradient")
+    assert "multiply the loss" in incident.advice
+    assert "aise the learning rate" not in incident.advice
+
+
 def test_loss_that_is_made_anew_does_not_depend_on_the_network() -> None:
     class Wrapped(Task):
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:
@@ -1340,6 +1361,8 @@ def test_first_step_that_clipping_alone_keeps_from_overshooting(
     update = _update(total_norm=norm, unclipped=unclipped, rates=[0.03], momentum=0.9)
     roots = Diagnosis().update(Sample(step, 5.0, updates=[update]))
     assert [(root.kind, root.cause) for root in roots] == [("exploding_gradient", "update_too_large")] * found
+    roots = Diagnosis().update(Sample(step, 5.0, updates=[update], input_rms=137.0))
+    assert [root.cause for root in roots] == ["input_scale"] * found, "raw pixels are the reason"
 
 
 class Rollout(nn.Module):

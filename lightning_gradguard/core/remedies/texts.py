@@ -210,6 +210,10 @@ BY_CAUSE = {
         "The loss does not depend on {where}: check that it is computed from the network's output, without "
         "detach, item, argmax or rounding in between, and in float32: gradients below 6e-8 are 0 in float16."
     ),
+    "tiny_gradient": (
+        "The gradient of {where} is too small for any learning rate: multiply the loss by a constant that "
+        "makes it about 1, or look for a tiny factor in the loss or in the network."
+    ),
     "not_in_optimizer": (
         "Give them to an optimizer, optimizer.add_param_group({{'params': {parameters}}}), or, if "
         "they are not to be trained, {code}.requires_grad_(False)."

@@ -42,6 +42,8 @@ WORSE, UNRELATED_IF_WORSE = 1.0, 0.05
 #: Rms of a layer's output up to which units after it that pass small inputs are small and not dead.
 SMALL_OUTPUT = 0.1
 LARGE_INPUT = 10.0
+#: Loss below which the squares of its gradients underflow float32.
+UNDERFLOW = 1e-15
 #: Rms of the inputs below which they explain a loss that is stuck.
 SMALL_INPUT = 0.01
 #: Largest rms of a column over the median one beyond which columns have different units.
@@ -213,8 +215,11 @@ def overshooting_steps(sample: Sample, progress: Progress) -> Iterator[Symptom]:
             far = promised / (4 * (1 + one.momentum) ** 2)
             evidence = f"a step along the gradient, of norm {one.total_norm:.3g}, goes {far:.2g} times as far"
             evidence += f" as is stable; clipping makes it {one.unclipped:,.0f} times shorter"
-            where = modules_of(one.steepest)
-            yield Symptom("exploding_gradient", "update_too_large", where, promised, evidence, "update", 1)
+            origin = input_cause(sample)
+            cause: Cause | SymptomCause = "update_too_large" if origin == "unknown" else origin
+            where = modules_of(one.steepest) if origin == "unknown" else sample.entry
+            evidence += size_of_data(sample)
+            yield Symptom("exploding_gradient", cause, where, promised, evidence, "update", 1)
 
 
 def far_answers(sample: Sample, progress: Progress) -> Iterator[Symptom]:
@@ -259,6 +264,8 @@ def constant_loss(sample: Sample, progress: Progress) -> Iterator[Symptom]:
         evidence = "the gradient at the output of every layer is exactly zero, and the loss is "
         evidence += "not" if sample.loss else "0 since the start"
         cause: SymptomCause = "zero_gradient" if progress.had_gradient else "constant_loss"
+        if 0 < abs(sample.loss) < UNDERFLOW:
+            cause, evidence = "tiny_gradient", f"the loss is {sample.loss:.1g}, and its gradients underflow"
         yield Symptom("stuck_loss", cause, sample.head, sample.loss, evidence, "stuck", 3)
 
 

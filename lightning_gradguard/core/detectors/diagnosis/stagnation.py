@@ -16,6 +16,8 @@ from lightning_gradguard.core.incidents import SymptomCause
 
 #: Update over weight below which weights hardly move, and below which one does not; see docs/diagnosis.md.
 SMALL_UPDATE, NO_UPDATE = 1e-5, 1e-7
+#: Norm of a gradient below which no learning rate that is in use moves a weight.
+TINY_NORM = 1e-9
 #: Share of the smallest update that a dtype keeps, below which most are lost, and steps of a slow start.
 ROUNDED, ROUNDED_STEPS = 0.25, 100
 #: Steps after which a warm-up may be too long, and the share of its norm that a weight moves at most by it.
@@ -78,6 +80,10 @@ def stagnation(
             size = clipped_before(index, progress)
             is_of_clipping = is_clipped or not math.isnan(size)
             small = "clip_value_too_small" if is_of_clipping else _too_low(one, sample)
+            if small == "tiny_gradient":
+                evidence += (
+                    f"; the gradient has a norm of {one.total_norm:.1g}, the loss is {sample.loss:.1g}"
+                )
             if small == "rounded_updates":
                 evidence += f", and those below {one.resolution:.1g} of a weight are lost by rounding"
             if is_clipped:
@@ -99,6 +105,8 @@ def _too_low(one: Update, sample: Sample) -> SymptomCause:
         return "learning_rate_schedule"
     if sample.input_rms < SMALL_INPUT and any(one.rates):
         return "input_scale"
+    if 0 < one.total_norm < TINY_NORM and any(one.rates):
+        return "tiny_gradient"
     return "rounded_updates" if one.resolution > SMALL_UPDATE and any(one.rates) else "learning_rate_too_low"
 
 
