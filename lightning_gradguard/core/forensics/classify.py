@@ -339,6 +339,11 @@ def _advice(record: OperationRecord, fault: OperationFault | None, trace: Operat
         underflowed = underflow.location.called_code if underflow.location else ""
         advice = whose + fault.advice(underflow.operation, underflowed, logarithm=code)
         return advice if "In place of" in advice else advice + _bounded(record, underflow, code)
+    if place is not None and failed == "exp" and "logsumexp" in fault.why:
+        within = replace(fault, operations=("log",), cure="torch.logsumexp(x, -1)", underflow=("exp",))
+        advice = within.advice(failed, code, logarithm=place.code)
+        if "In place of torch.log" in advice:
+            return whose + advice
     if place is not None and place.functional:
         advice = fault.advice(failed, place.functional)
         return advice.replace(f"In place of {place.functional} use", f"In place of {code} use")

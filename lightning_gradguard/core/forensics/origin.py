@@ -136,7 +136,8 @@ def corrupted_buffer(name: str, buffer: Tensor) -> Origin:
     advice = "for a division by a count of 0 (x / y.clamp_min(1)), or for data that are not finite."
     if not n:
         detail = f"{name}, {whose}, holds values up to {float(buffer.detach().abs().amax()):.3g}."
-        advice = "for a sum or product that grows from step to step: average there, as in x.lerp_(y, 0.1)."
+        advice = "for a sum or product that grows from step to step (average there, as in x.lerp_(y, 0.1)), "
+        advice += "or a mask of huge numbers (-1e4 is enough)."
     advice = f"Look at the code that computes {name}, {advice}"
     return Origin("forward_pass", where=(name,), detail=detail, advice=advice)
 

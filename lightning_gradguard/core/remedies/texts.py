@@ -211,8 +211,9 @@ BY_CAUSE = {
         "detach, item, argmax or rounding in between, and in float32: gradients below 6e-8 are 0 in float16."
     ),
     "tiny_gradient": (
-        "The gradient of {where} is too small for any learning rate: multiply the loss by a constant that "
-        "makes it about 1, or look for a tiny factor in the loss or in the network."
+        "The gradient of {where} is too small for any learning rate: multiply a tiny loss by a constant that "
+        "makes it about 1; else look for a tiny factor in the network, or for what passes no gradient, as a "
+        "clamp whose argument lies beyond its bounds."
     ),
     "not_in_optimizer": (
         "Give them to an optimizer, optimizer.add_param_group({{'params': {parameters}}}), or, if "

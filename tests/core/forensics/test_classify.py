@@ -706,3 +706,17 @@ def test_values_that_grow_in_a_loop_are_told_with_their_factor(step: Callable[[T
     assert "values grow 2 times each time that this line runs" in origin.detail
     assert origin.advice.startswith("Scale values by 1/2 in the loop")
     assert "In place of h" in origin.advice
+
+
+@OLD
+def test_a_sum_of_exponentials_that_overflows_within_a_logarithm_is_a_logsumexp() -> None:
+    net, x = network(), inputs()
+
+    def partition(score: Tensor) -> Tensor:
+        return torch.log(torch.exp(100 * score).sum(1)).mean()
+
+    origin = examine(net, lambda: partition(1 + net(x).square()))
+    cure = "In place of torch.log(torch.exp(100 * score).sum(1)) use torch.logsumexp((100 * score), 1)."
+    assert origin.advice.endswith(cure)
+    assert origin.advice.startswith("exp overflows")
+    assert bool(torch.logsumexp(100 * (1 + net(x).square()), 1).isfinite().all())
