@@ -11,6 +11,8 @@ from lightning_gradguard.core.detectors.diagnosis.sample import Sample
 from lightning_gradguard.core.detectors.diagnosis.symptom import Symptom, modules_of
 from lightning_gradguard.core.incidents import SymptomCause
 
+#: Loss below which the squares of its gradients underflow float32.
+UNDERFLOW = 1e-15
 #: Steps before which labels of one class may be those of the first files alone.
 LABEL_STEPS = 25
 #: Step from which on targets that do not depend on the inputs explain a loss that does not fall.
@@ -182,3 +184,21 @@ def kept_gradients(sample: Sample, progress: Progress) -> Iterator[Symptom]:
         evidence = "the gradients of a step are its own plus those of the step before: they are never cleared"
         where = modules_of(names)
         yield Symptom("exploding_gradient", "gradients_not_cleared", where, math.nan, evidence, "contract")
+
+
+def has_no_gradient(sample: Sample, progress: Progress) -> bool:
+    """True if the gradient at every layer's output is exactly zero, and the loss is not."""
+    gradients = [g for layer in sample.layers for g in layer.gradients if not math.isnan(g)]
+    has_loss = progress.is_constant or not abs(sample.loss) <= 1e-3 * abs(progress.first)
+    return bool(gradients) and not any(gradients) and has_loss and sample.step > 0
+
+
+def constant_loss(sample: Sample, progress: Progress) -> Iterator[Symptom]:
+    """Yields a loss that does not depend on the network, from the start or any more."""
+    if has_no_gradient(sample, progress):
+        evidence = "the gradient at the output of every layer is exactly zero, and the loss is "
+        evidence += "not" if sample.loss else "0 since the start"
+        cause: SymptomCause = "zero_gradient" if progress.had_gradient else "constant_loss"
+        if 0 < abs(sample.loss) < UNDERFLOW:
+            cause, evidence = "tiny_gradient", f"the loss is {sample.loss:.1g}, and its gradients underflow"
+        yield Symptom("stuck_loss", cause, sample.head, sample.loss, evidence, "stuck", 3)

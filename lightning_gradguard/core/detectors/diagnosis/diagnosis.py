@@ -180,7 +180,7 @@ class Diagnosis:
         rising = self._rises(sample)
         for rule in _RULES:
             yield from rule(sample, self._progress)
-        yield from rules.constant_loss(sample, self._progress)
+        yield from contracts.constant_loss(sample, self._progress)
         yield from stagnation(sample, self._progress, self._planned, rate_changes=rising)
         yield from rules.far_targets(sample, self._progress, self.patience)
         yield from rules.random_layers(sample, self._progress, self.patience, self._frozen)

@@ -16,6 +16,7 @@ from lightning_gradguard.core.detectors.diagnosis.contracts import (
     CONTRACT,
     SOME_UNREACHABLE,
     broken_contracts,
+    has_no_gradient,
     mistakes,
 )
 from lightning_gradguard.core.detectors.diagnosis.progress import Progress
@@ -42,8 +43,6 @@ WORSE, UNRELATED_IF_WORSE = 1.0, 0.05
 #: Rms of a layer's output up to which units after it that pass small inputs are small and not dead.
 SMALL_OUTPUT = 0.1
 LARGE_INPUT = 10.0
-#: Loss below which the squares of its gradients underflow float32.
-UNDERFLOW = 1e-15
 #: Rms of the inputs below which they explain a loss that is stuck.
 SMALL_INPUT = 0.01
 #: Largest rms of a column over the median one beyond which columns have different units.
@@ -154,13 +153,6 @@ def inactive_output(sample: Sample, progress: Progress) -> Symptom | None:
     return Symptom("dead_units", "inactive_output", (name,), math.nan, evidence, "units", 3)
 
 
-def has_no_gradient(sample: Sample, progress: Progress) -> bool:
-    """True if the gradient at every layer's output is exactly zero, and the loss is not."""
-    gradients = [g for layer in sample.layers for g in layer.gradients if not math.isnan(g)]
-    has_loss = progress.is_constant or not abs(sample.loss) <= 1e-3 * abs(progress.first)
-    return bool(gradients) and not any(gradients) and has_loss and sample.step > 0
-
-
 def large_updates(sample: Sample, progress: Progress) -> Iterator[Symptom]:
     """Yields updates that are too large for the weights."""
     if sample.step > UPDATE_STEPS or progress.learns:
@@ -256,17 +248,6 @@ def unbounded_loss(sample: Sample, progress: Progress) -> Iterator[Symptom]:
         yield Symptom(
             "exploding_gradient", "unbounded_loss", sample.head, sample.loss, evidence, "update", needs=1
         )
-
-
-def constant_loss(sample: Sample, progress: Progress) -> Iterator[Symptom]:
-    """Yields a loss that does not depend on the network, from the start or any more."""
-    if has_no_gradient(sample, progress):
-        evidence = "the gradient at the output of every layer is exactly zero, and the loss is "
-        evidence += "not" if sample.loss else "0 since the start"
-        cause: SymptomCause = "zero_gradient" if progress.had_gradient else "constant_loss"
-        if 0 < abs(sample.loss) < UNDERFLOW:
-            cause, evidence = "tiny_gradient", f"the loss is {sample.loss:.1g}, and its gradients underflow"
-        yield Symptom("stuck_loss", cause, sample.head, sample.loss, evidence, "stuck", 3)
 
 
 def far_targets(sample: Sample, progress: Progress, patience: int) -> Iterator[Symptom]:
