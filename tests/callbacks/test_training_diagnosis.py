@@ -680,7 +680,7 @@ def test_a_gradient_that_a_factor_makes_tiny_is_no_rate_that_is_too_low(
 
     (incident,) = diagnosed(Task(loss=loss, optimizer=make))
     assert (incident.kind, incident.cause) == (kind, "tiny_gradient")
-    assert "multiply the loss" in incident.advice
+    assert "multiply a tiny loss" in incident.advice
     assert "aise the learning rate" not in incident.advice
 
 
