@@ -38,6 +38,10 @@ LEVEL_RATIO = 3.0
 #: Under optimizers that normalize gradients, a norm this many times the level is a spike if the loss is as
 #: many times the usual one.
 ADAPTIVE_RATIO = 3.0
+#: Under the same optimizers, a norm above its bound is clipped only beyond this multiple of it, while the
+#: loss is at most twice the usual one: what is clipped does not enter their second moments, which keep the
+#: steps after it short.
+ADAPTIVE_CALM_RATIO = 10.0
 #: A loss this many times the highest level so far, times 1 + momentum / 2, has risen: a healthy run swings
 #: with momentum.
 RISE = 1.2
@@ -61,14 +65,14 @@ class RelativeNormClipping(ClippingPolicy):
     with at most its bound. The *level* is the highest usual norm so far; after the first 20 steps it grows
     by at most 0.5 % a step, so that a slow explosion is not followed.
 
-    **Spikes**, under every optimizer, rise at once: a norm above its bound, the largest of `max_ratio`
-    times the usual one, 3 times the level and 3 times the *recent* one, is clipped to the level; up to 3
-    times the bound only if the loss is more than twice the usual one. The recent norm is the largest after
-    clipping, 10 % less with each later step: norms that rise step by step, as where a plateau is left, are
-    no spikes. Where no loss was seen, the usual and the recent norm count as at most the level. Under SGD, a
-    step is no spike if it does not overshoot its own loss: *p* below 4 without momentum, see below. Under any
-    other optimizer a norm above 3 times the level with a loss above 3 times the usual one is a spike too.
-    Neither holds once a loss was negative.
+    **Spikes**, under every optimizer, rise at once: a norm above its bound, the largest of `max_ratio` times
+    the usual one, 3 times the level and 3 times the *recent* one, is clipped to the level; up to 3 times the
+    bound (10 times, unless under SGD) only if the loss is more than twice the usual one. The recent norm is
+    the largest after clipping, 10 % less with each later step: norms that rise step by step, as where a
+    plateau is left, are no spikes. Where no loss was seen, the usual and the recent norm count as at most
+    the level. Under SGD, a step is no spike if it does not overshoot its own loss: *p* below 4 without
+    momentum, see below. Under any other optimizer a norm above 3 times the level with a loss above 3 times
+    the usual one is a spike too. Neither holds once a loss was negative.
 
     **Overshoot**, under SGD while no loss was negative: *p = rate × norm² / loss* compares the decrease that
     a step along the gradient promises with the loss. On a quadratic with minimum 0, plain SGD overshoots
@@ -208,7 +212,8 @@ class RelativeNormClipping(ClippingPolicy):
         # what is false on the host needs no further look
         is_spike = norm > bound
         if is_spike is not False:
-            is_calm = (loss <= usual_loss + abs(usual_loss)) & (norm <= CALM_RATIO * bound)
+            calm_ratio = CALM_RATIO if self._has_rate else ADAPTIVE_CALM_RATIO
+            is_calm = (loss <= usual_loss + abs(usual_loss)) & (norm <= calm_ratio * bound)
             is_spike = is_spike & negate(is_calm)
         if has_ratio and not self._has_rate:
             stands_out = norm > level_bound

@@ -44,7 +44,7 @@ def test_spike_without_a_rise_of_the_loss_must_be_larger() -> None:
     assert applied(policy, [4.0], loss=3.1) == pytest.approx([1.0])
     assert applied(policy, [1.0, 4.0, 1.0], losses=[1.0, 2.9, 1.0]) == pytest.approx([1.0, 4.0, 1.0])
     assert applied(policy, [20.0, 1.0], losses=[2.1, 1.0]) == pytest.approx([1.0, 1.0])
-    assert applied(policy, [40.0, 20.0], loss=1.0) == pytest.approx([1.0, 20.0])
+    assert applied(policy, [140.0, 90.0], loss=1.0) == pytest.approx([1.0, 90.0])
 
 
 def test_spike_enters_the_history_with_at_most_its_bound() -> None:
