@@ -20,9 +20,11 @@ from lightning_gradguard.core.initialization.trials import (
     Gated,
     Initializers,
     Normalized,
+    NormalizedFactors,
     Rectified,
     Repaired,
     Trial,
+    Zeroed,
     embedding_lines,
     feed_forward_line,
     recurrent_lines,
@@ -183,9 +185,13 @@ def _trials(
         return
     for finding in findings:
         if finding.criterion == "loss_over_guessing":
+            factors = NormalizedFactors(measured.n_classes or 0)
+            yield factors
+            if factors.has_product:  # smaller weights on both sides of it do not train
+                continue
             weight = f"{code_of(finding.module, module)}.weight"
-            for line in (f"nn.init.normal_({weight}, std=0.02)", f"nn.init.zeros_({weight})"):
-                yield Initializers(module, {finding.module: line})
+            yield Initializers(module, {finding.module: f"nn.init.normal_({weight}, std=0.02)"})
+            yield Zeroed(module, {finding.module: f"nn.init.zeros_({weight})"}, run_loss)
             if lines := embedding_lines(module):
                 yield Initializers(module, lines)
     others = [f for f in findings if f.criterion != "loss_over_guessing"]

@@ -17,6 +17,7 @@ from lightning_gradguard.core.initialization.propagation import RECTIFIERS, SATU
 from lightning_gradguard.core.initialization.repair import holds_default_initialization, repair
 from lightning_gradguard.core.parameter_names import code_of
 from lightning_gradguard.core.remedies.gates import gate_lines, gated_code
+from lightning_gradguard.core.snapshots import preserve_state, preserve_weights
 
 #: Standard deviation of embeddings from which on they are about that of their default.
 WIDE = 0.5
@@ -130,6 +131,88 @@ class Initializers:
         if finding.module in self.lines:
             return self.lines[finding.module]
         return f"{one_line([*self.lines.values()])}  # {change}"
+
+
+@dataclass(frozen=True)
+class Zeroed(Initializers):
+    """Lines that set weights to zero, of use where a step from there lowers the loss.
+
+    None does where both factors of a product are of zeros.
+    """
+
+    run_loss: Callable[[], Tensor]
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Runs the lines.
+
+        Raises:
+            RuntimeError: If no step lowers the loss.
+        """
+        with super().applied():
+            if not _descends(self.module, self.run_loss):
+                raise RuntimeError("a step along the gradient does not lower the loss")
+            yield
+
+
+def _descends(module: nn.Module, run_loss: Callable[[], Tensor]) -> bool:
+    """True if a step that is to lower the loss by a hundredth lowers it by half of that."""
+    with preserve_weights(module), preserve_state(module), torch.enable_grad():
+        parameters = [p for p in module.parameters() if p.requires_grad]
+        torch.manual_seed(0)
+        loss = run_loss()
+        found = torch.autograd.grad(loss, parameters, allow_unused=True)
+        square = sum(float(g.double().square().sum()) for g in found if g is not None)
+        fall = 0.01 * abs(float(loss.detach()))
+        with torch.no_grad():
+            for parameter, gradient in zip(parameters, found, strict=True):
+                if gradient is not None:
+                    parameter.sub_(gradient * min(fall / max(square, 1e-30), 1e30))
+        torch.manual_seed(0)
+        return bool(run_loss().detach() < loss.detach() - fall / 2)
+
+
+@dataclass(eq=False)
+class NormalizedFactors(TorchFunctionMode):
+    """Vectors of unit length in the product of two outputs that gives the logits of so many classes.
+
+    References:
+        Chen, Kornblith, Norouzi, Hinton, A Simple Framework for Contrastive Learning of Visual
+        Representations, 2020, arXiv:2002.05709.
+    """
+
+    n_classes: int
+    has_product: bool = False
+
+    def __post_init__(self) -> None:
+        super().__init__()
+
+    def applied(self) -> AbstractContextManager[None]:
+        """Normalizes both factors."""
+        return self
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        is_product = getattr(function, "__name__", "").strip("_") in ("matmul", "mm")
+        if is_product and all(map(_is_output, args)) and args[1].shape[1] == self.n_classes:
+            self.has_product = True
+            args = [nn.functional.normalize(x, dim=dim) for x, dim in zip(args, (1, 0), strict=True)]
+        return function(*args, **(kwargs or {}))
+
+    def describe(self, finding: Finding, change: str) -> str:
+        """Returns the change in words."""
+        return (
+            "give both factors of the product that makes the logits unit length, x = nn.functional.normalize"
+            f"(x, dim=1), and divide the product by a temperature of about 0.1 if by none yet  # {change}"
+        )
+
+
+def _is_output(x: Any) -> bool:
+    """True of a matrix that is computed from weights, and not a weight itself or its transpose."""
+    if not (isinstance(x, Tensor) and x.ndim == 2 and x.requires_grad):
+        return False
+    return not (x.is_leaf or (x._base is not None and x._base.is_leaf))
 
 
 @dataclass(frozen=True)

@@ -304,3 +304,32 @@ def test_embeddings_that_are_not_at_fault_have_no_finding(targets: float) -> Non
     if not targets:
         network.users.weight.data.mul_(0.02)
     assert check(network, network.loss, scale_free=False)[0] == []
+
+
+class Contrastive(nn.Module):
+    """Two views of a sample, and the product of what one network makes of them."""
+
+    def __init__(self, product: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.net, self.product = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64)), product
+        self.views = [digits()[0][:64] + 0.1 * torch.randn(64, 64) for _ in range(2)]
+
+    def loss(self) -> Tensor:
+        first, second = (10 * self.net(view) for view in self.views)
+        return nn.functional.cross_entropy(self.product(first, second), torch.arange(64))
+
+
+def test_factors_are_normalized_where_small_weights_on_both_sides_of_a_product_do_not_train() -> None:
+    network = Contrastive(lambda a, b: a @ b.T / 0.01)
+    (finding, *_) = check(network, network.loss)[0]
+    assert "both factors of the product" in finding.cure
+    assert "zeros_" not in finding.cure
+    network.product = lambda a, b: nn.functional.normalize(a) @ nn.functional.normalize(b).T / 0.01
+    assert network.loss().item() < 20
+
+
+def test_weights_of_zero_are_no_cure_where_no_step_from_there_lowers_the_loss() -> None:
+    network = Contrastive(lambda a, b: (a[:, None] * b).sum(2) / 0.01)
+    (finding, *_) = check(network, network.loss)[0]
+    assert "zeros_" not in finding.cure
