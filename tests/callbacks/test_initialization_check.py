@@ -496,3 +496,31 @@ def test_the_cure_of_several_layers_is_that_of_all(repairs: bool, tmp_path: Path
     check = InitializationCheck()
     fit(cured, batches(1), [check])
     assert not [finding for finding in check.findings if finding.severity != "info"]
+
+
+class Walk:
+    """An environment of the user's, with random numbers of its own."""
+
+    def __init__(self) -> None:
+        self.random, self.state = torch.Generator().manual_seed(0), (0.0,)
+
+    def step(self) -> float:
+        self.state = (self.state[0] + torch.randn(1, generator=self.random).item(),)
+        return self.state[0]
+
+
+def test_an_environment_that_the_step_moves_is_where_it_would_be_without_the_check() -> None:
+    class Walker(Classifier):
+        def __init__(self) -> None:
+            super().__init__()
+            self.walk = Walk()
+
+        def training_step(self, batch: Batch, batch_idx: int) -> Any:
+            x, y = batch
+            return super().training_step((x + self.walk.step(), y), batch_idx)
+
+    bare, module = Walker(), Walker()
+    fit(bare, batches(5))
+    fit(module, batches(5), default_callbacks(adaptive_gradient_clipping=None))
+    assert bare.walk.state == module.walk.state
+    assert same(weights(bare), weights(module))

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import copy
 import random
+import sys
+import sysconfig
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -16,6 +19,18 @@ from torch import Tensor, nn
 from lightning_gradguard.core.snapshots.buffers import BufferCopies
 
 _INTERNAL = frozenset(nn.Module().__dict__)
+#: Packages whose objects hold the run, or have no state that a step changes; and folders of libraries.
+_PACKAGES = (
+    "torch",
+    "pytorch_lightning",
+    "lightning",
+    "lightning_fabric",
+    "torchmetrics",
+    "lightning_gradguard",
+)
+_LIBRARIES = tuple(sysconfig.get_paths()[key] for key in ("stdlib", "purelib", "platlib"))
+#: Elements of a list or dictionary that are searched for objects, and bytes of an array that is copied.
+_MOST_ELEMENTS, _MOST_BYTES = 100, 2**28
 
 
 def rng_state() -> dict[str, Any]:
@@ -114,7 +129,8 @@ def preserve_randomness(*owners: object) -> Iterator[None]:
 def preserve_state(module: nn.Module) -> Iterator[None]:
     """Restores on exit the buffers, random numbers, training modes and plain attributes of a module.
 
-    Weights and their `.grad` are not included: a forward pass does not write them.
+    Attributes of objects that the module holds, such as an environment or a replay buffer, are included.
+    Weights and their `.grad` are not: a forward pass does not write them.
 
     Example:
         >>> network = nn.Sequential(nn.Dropout(), nn.BatchNorm1d(2))
@@ -126,18 +142,20 @@ def preserve_state(module: nn.Module) -> Iterator[None]:
     """
     buffers = BufferCopies(module)
     random_numbers = rng_state()
-    owners = [(m, m.training, {k: _copied(v) for k, v in _attributes(m).items()}) for m in module.modules()]
+    modes = [(m, m.training) for m in module.modules()]
+    holders = [(h, {k: _copied(v) for k, v in _attributes(h).items()}) for h in _holders(module)]
     try:
         yield
     finally:
         buffers.restore()
         set_rng_state(random_numbers)
-        for owner, mode, saved in owners:
+        for owner, mode in modes:
             owner.training = mode
-            for key in _attributes(owner).keys() - saved.keys():
-                del owner.__dict__[key]
+        for holder, saved in holders:
+            for key in _attributes(holder).keys() - saved.keys():
+                del holder.__dict__[key]
             for key, (original, content) in saved.items():
-                owner.__dict__[key] = _restored(original, content)
+                holder.__dict__[key] = _restored(original, content)
 
 
 @contextmanager
@@ -154,30 +172,76 @@ def preserve_weights(module: nn.Module) -> Iterator[None]:
                 parameter.requires_grad_(requires_grad)
 
 
-def _attributes(module: nn.Module) -> dict[str, Any]:
-    """Returns plain attributes of a module, such as the states of a metric or a list of outputs."""
-    types = (Tensor, list, dict, set, deque, int, float, bool, str, type(None))
-    return {
-        key: value
-        for key, value in module.__dict__.items()
-        if key not in _INTERNAL and isinstance(value, types)
-    }
+def _holders(module: nn.Module) -> list[Any]:
+    """Returns the submodules, and the objects with a state that they hold, directly or in each other."""
+    holders: dict[int, Any] = {}
+    waiting: list[Any] = [*module.modules()]
+    while waiting:
+        holder = waiting.pop()
+        if id(holder) not in holders:
+            holders[id(holder)] = holder
+            for value in _attributes(holder).values():
+                elements = value.values() if isinstance(value, dict) else value
+                is_searched = isinstance(value, (list, tuple, dict)) and len(value) <= _MOST_ELEMENTS
+                waiting += filter(_has_state, elements if is_searched else [value])
+    return [*holders.values()]
+
+
+def _has_state(value: Any) -> bool:
+    """True for an object of the user's code, or an environment, whose attributes a step may change."""
+    kind = type(value)
+    is_code = isinstance(value, (type, ModuleType)) or (callable(value) and hasattr(value, "__name__"))
+    if is_code or not isinstance(getattr(value, "__dict__", None), dict):
+        return False
+    file = getattr(sys.modules.get(kind.__module__), "__file__", None) or ""
+    is_own = kind.__module__ == "__main__" or (file and not file.startswith(_LIBRARIES))
+    is_environment = any(
+        all(hasattr(kind, n) for n in names) for names in (("reset", "step"), ("seed", "sample"))
+    )
+    return bool(is_own or is_environment) and kind.__module__.partition(".")[0] not in _PACKAGES
+
+
+def _attributes(holder: Any) -> dict[str, Any]:
+    """Returns plain attributes, such as the states of a metric or a list of outputs."""
+    return {key: value for key, value in vars(holder).items() if key not in _INTERNAL}
 
 
 def _copied(value: Any) -> tuple[Any, Any]:
-    content = value.detach().clone() if isinstance(value, Tensor) else copy.copy(value)
+    """Returns an object and its content, where that can be restored."""
+    content: Any = None
+    if isinstance(value, (Tensor, np.ndarray)):
+        if value.nbytes <= _MOST_BYTES:
+            content = value.detach().clone() if isinstance(value, Tensor) else value.copy()
+    elif isinstance(value, (list, deque, dict, set)):
+        content = copy.copy(value)
+    elif isinstance(value, torch.Generator):
+        content = value.get_state()
+    elif isinstance(value, random.Random):
+        content = value.getstate()
+    elif isinstance(value, np.random.Generator):
+        content = value.bit_generator.state
     return value, content
 
 
 def _restored(original: Any, content: Any) -> Any:
     """Returns the original object with the copied content."""
+    if content is None:
+        return original
     if isinstance(original, Tensor):
         with torch.no_grad():
             original.copy_(content)
+    elif isinstance(original, np.ndarray):
+        original[...] = content
     elif isinstance(original, (list, deque)):
         original.clear()
         original.extend(content)
     elif isinstance(original, (dict, set)):
         original.clear()
         original.update(content)
+    elif isinstance(original, torch.Generator):
+        original.set_state(content)
+    elif isinstance(original, random.Random):
+        original.setstate(content)
+    else:
+        original.bit_generator.state = content
     return original
