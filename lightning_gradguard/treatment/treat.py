@@ -154,6 +154,11 @@ class Verified(NamedTuple):
     is_last: bool
 
 
+def _rank(one: Verified) -> tuple[bool, float]:
+    """Returns what is lowest for the best treatment, of which the worst seed counts."""
+    return one.verdict != "better", max(result.treated.loss for result in one.results)
+
+
 class _Treatment:
     """The steps of a treatment after its probe."""
 
@@ -224,8 +229,8 @@ class _Treatment:
             self.report(f"{self.clock}, {one.verdict}: {name_of(one.changes)}")
             if one.is_last:
                 return self._result(one.verdict, one.evidence, one.changes, one.results, suggested)
-            if one.results and (best is None or (one.verdict == "better" and best.verdict != "better")):
-                best = one
+            if one.results:
+                best = min(filter(None, (best, one)), key=_rank)
         ahead = unverified(self.log.trials.values(), self.found.trial)
         if self._is_open and not (self.runner.was_cut and ahead):
             rest = f"; {self._cut} before more was tried" if self.runner.was_cut else ""

@@ -497,6 +497,23 @@ def test_what_was_verified_and_failed_is_named_with_its_seed(monkeypatch: pytest
     assert len(result.verification) == 3
 
 
+def test_best_of_several_that_are_better_is_returned(monkeypatch: pytest.MonkeyPatch) -> None:
+    def runs(scale: float, losses: list[float]) -> Verified:
+        changes = (Change("learning_rate", {"scale": scale}),)
+        results = [
+            SeedResult(Trial(job=Job(None, seed, 40)), Trial(job=Job(changes, seed, 40), curve=[(40, loss)]))
+            for seed, loss in enumerate(losses, 101)
+        ]
+        return Verified(changes, results, "better", f"a factor of {scale}", False)
+
+    found = [runs(0.1, [0.40, 0.37, 0.39]), runs(0.3, [0.18, 0.14, 0.23]), runs(0.9, [0.1, 0.1, 0.9])]
+    monkeypatch.setattr("lightning_gradguard.treatment.treat._Treatment._verified", lambda *_: iter(found))
+    result = treated(deep_sigmoid, trainer={"max_steps": 40})
+    assert result.verdict == "better"
+    assert result.evidence == "a factor of 0.3"
+    assert result.changes == found[1].changes
+
+
 @pytest.mark.parametrize("steps", [40, 20])
 def test_what_learns_with_some_seeds_alone_is_tried_at_a_lower_rate(
     monkeypatch: pytest.MonkeyPatch, steps: int
