@@ -336,7 +336,7 @@ class _Treatment:
         if verdict == "cured" and not (beats := verification.beats_suite(results[0].treated, results)):
             reason = "their comparison ended with the budget" if beats is None else "do as much"
             verdict, evidence = "better", f"{evidence}; the suite's callbacks alone: {reason}"
-        is_last = verdict == "cured"
+        is_last = verdict == "cured" or (verdict == "better" and bool(results[0].scores))
         left = next((one.place for one in self.prescriptions if one.remains), "")
         if is_last and left:
             verdict, evidence = "better", f"{evidence}. The fault of the code at {left} remains"

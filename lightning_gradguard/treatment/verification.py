@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import re
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from lightning_gradguard.treatment.learning import (
+    HAS_LEARNED_OVER_PERMUTED,
     Learning,
     exceeds_constant,
     fails_beside,
@@ -27,6 +29,9 @@ EQUAL = 1e-3
 A_FEW_LESS = 0.8
 #: Time that a run may take over what it took in the search.
 RESERVE = 1.2
+#: Words in the names of metrics of which 1 is best, and share of another's that is no less than it.
+SCORES = frozenset({"acc", "accuracy", "f1", "auc", "auroc", "precision", "recall", "iou", "dice", "r2"})
+EQUAL_SCORE = 0.9
 
 TreatmentVerdict = Literal["healthy", "cured", "better", "no_treatment_found", "budget_too_small"]
 
@@ -50,8 +55,21 @@ class SeedResult:
 
     @property
     def fails(self) -> bool:
-        """True if the untreated run fails beside the treated one."""
-        return fails_beside(self.untreated, self.treated)
+        """True if the untreated run fails beside the treated one, by its loss and by what it logs."""
+        return fails_beside(self.untreated, self.treated) and not self.scores
+
+    @property
+    def scores(self) -> str:
+        """Scores that both runs log, if the untreated one is as good by all of them; empty if not.
+
+        Its answers depend on its inputs: that of a rare class, or of the frequent one alone, is no score.
+        """
+        mine, bare = self.treated.metrics, self.untreated.metrics
+        names = [name for name in bare if name in mine and SCORES & set(re.split("[^a-z0-9]+", name.lower()))]
+        is_as_good = all(bare[name] >= EQUAL_SCORE * mine[name] > 0 for name in names)
+        if not (is_as_good and self.untreated.over_permuted <= HAS_LEARNED_OVER_PERMUTED):
+            return ""
+        return ", ".join(f"{name} {bare[name]:.3g} untreated and {mine[name]:.3g} treated" for name in names)
 
     def keeps(self, noise: float) -> bool:
         """True if the untreated run learns with this seed, and the treated one as well."""
@@ -234,7 +252,7 @@ def verdict_of(results: Sequence[SeedResult], whole: int) -> tuple[TreatmentVerd
     constant answer, is not on its way up, has settled, and is below that of the untreated run by more than
     these differ between seeds; with at most two seeds, it may equal that of an untreated run that learns as
     well. The first treated run has the whole length, and of the untreated runs of that length, one at least,
-    most have not learned, or far less.
+    most have not learned, or far less, and are not as good by the scores that they log.
     *Better*: with each seed the treated run learns, by its loss beside that of the best constant answer, or
     with permuted targets where that is unknown, and beats the untreated one by more than that, also if
     the budget has allowed two seeds alone, or shorter runs.
@@ -258,6 +276,8 @@ def verdict_of(results: Sequence[SeedResult], whole: int) -> tuple[TreatmentVerd
         evidence += f"; the budget has allowed {steps} of the {whole} steps of your run"
     elif slow is not None:
         evidence += f"; {slow.evidence}: a longer run learns more"
+    if scores := next((r.scores for r in results if r.scores and r.untreated.job.steps >= whole), ""):
+        evidence += f"; {scores}: by that the program does not fail"
     is_better = all(b or r.keeps(noise) for b, r in zip(beats, results, strict=True)) and any(beats)
     long = [r.fails for r in results if r.untreated.job.steps >= whole]
     fails = 2 * sum(long) > len(long)

@@ -56,6 +56,29 @@ def test_program_that_was_not_run_to_its_end_is_not_known_to_fail() -> None:
     assert verdict_of(results([0.3, 0.4, 0.2], [0.3, 2.31, 2.29]), WHOLE)[0] != "cured"
 
 
+@pytest.mark.parametrize(
+    ("logged", "over_permuted", "expected"),
+    [
+        ({"val_acc": 0.959, "val_loss": 59.0}, 0.03, "better"),
+        ({"accuracy": 0.6}, 0.03, "cured"),
+        ({"accuracy": 0.95}, 1.0, "cured"),  # the frequent class alone
+        ({"val_accuracy": 0.95, "recall": 0.2}, 0.03, "cured"),
+        ({"val_loss": 59.0, "lr": 0.1}, 0.03, "cured"),
+    ],
+)
+def test_program_that_is_as_good_by_its_own_score_does_not_fail(
+    logged: dict[str, float], over_permuted: float, expected: str
+) -> None:
+    first, *rest = results([0.1, 0.2, 0.2], [59.0, 2.31, 2.29])
+    good = dict.fromkeys(logged, 0.962)
+    beside = replace(first.untreated, metrics=logged, over_permuted=over_permuted)
+    pairs = [SeedResult(beside, replace(first.treated, metrics=good)), *rest]
+    verdict, evidence = verdict_of(pairs, WHOLE)
+    assert verdict == expected, evidence
+    says = "; val_acc 0.959 untreated and 0.962 treated: by that the program does not fail"
+    assert (says in evidence) == (expected == "better")
+
+
 @pytest.mark.parametrize("treated", [[0.3, 0.4, 1.4], [0.3, 0.4, 2.3]])
 def test_one_seed_that_has_not_learned_is_no_cure(treated: list[float]) -> None:
     assert verdict_of(results(treated, [2.3, 2.31, 2.29]), WHOLE)[0] != "cured"
