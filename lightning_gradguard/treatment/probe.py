@@ -22,7 +22,7 @@ from lightning_gradguard.callbacks.training_diagnosis import TrainingDiagnosis
 from lightning_gradguard.core import initialization
 from lightning_gradguard.core.detectors.diagnosis import Symptom
 from lightning_gradguard.core.detectors.diagnosis.rules import input_cause
-from lightning_gradguard.core.incidents import Incident, IncidentKind, title
+from lightning_gradguard.core.incidents import Incident, IncidentKind, sentence_case, title
 from lightning_gradguard.core.norms import tensor_norms
 from lightning_gradguard.core.snapshots import Snapshot, preserve_state, rng_state
 from lightning_gradguard.runtime.configured_rates import initial_rate
@@ -36,7 +36,13 @@ from lightning_gradguard.runtime.lightning_api import Callback
 from lightning_gradguard.runtime.logging.silence import messages_silenced
 from lightning_gradguard.runtime.optimizer_hooks import is_scale_free
 from lightning_gradguard.runtime.rollback.reporter import origin_facts
-from lightning_gradguard.treatment.learning import Learning, learning_of, overfits
+from lightning_gradguard.treatment.learning import (
+    LEARNED_ENOUGH_OF_VALUES,
+    RISES,
+    Learning,
+    learning_of,
+    overfits,
+)
 from lightning_gradguard.treatment.prescriptions import keeps_from_learning
 from lightning_gradguard.treatment.trials.held_out import HeldOutLoss
 from lightning_gradguard.treatment.trials.program import Program, TreatmentError, described
@@ -106,6 +112,21 @@ class Probe:
     def learns_unhindered(self) -> bool:
         """True if the run learns, if only little, or overfits, and nothing was found that hinders it."""
         return (self.learning.learns or overfits(self.trial)) and not self.problems
+
+    @property
+    def is_healthy(self) -> bool:
+        """True if the run has learned, or learns as far as nothing hinders it."""
+        return self.learning.has_learned or self.learns_unhindered
+
+    @property
+    def doubt(self) -> str:
+        """Reason that a run that learns may fail with another seed; empty if nothing was found."""
+        for one in self.incidents:
+            if one.kind == "exploding_gradient":
+                return f"{title(one.kind)}: {one.detail}"
+        has_risen = self.trial.loss > RISES * self.trial.lowest and not overfits(self.trial)
+        matters = self.trial.over_constant > LEARNED_ENOUGH_OF_VALUES
+        return f"the held-out loss has risen from {self.trial.lowest:.4g}" if has_risen and matters else ""
 
     @property
     def is_unexplained(self) -> bool:
@@ -286,6 +307,23 @@ def probe(program: Program, least: int, most: int, deadline: float) -> Probe:
         has_large_inputs=bool(has_large_inputs),
         run_loss=run_loss,
     )
+
+
+def confirmed(program: Program, found: Probe, least: int, deadline: float) -> tuple[Program, Probe]:
+    """Returns a program and its probe, with a second seed if that fails: with one it may learn by chance."""
+    doubt, other = found.doubt, replace(program, seed=program.seed + 1)
+    second: Probe | None = None
+    if time.monotonic() + found.trial.seconds < deadline:
+        second = probe(other, least, found.steps, deadline).with_reachable(program.reachable)
+    if second is None or time.monotonic() > deadline:
+        more = "the budget allows no second seed"
+    else:
+        more = f"with seed {other.seed}, {second.learning.evidence}"
+        if not second.is_healthy:
+            program, found, more = other, second, f"seed {program.seed} learns, and {more}"
+    batches = program.batches
+    note = f"{sentence_case(doubt)}; {more}."
+    return replace(program, batches=replace(batches, notes=(*batches.notes, note))), found
 
 
 def _decay(rates: Sequence[float]) -> str:

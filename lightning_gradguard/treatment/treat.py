@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytorch_lightning as pl
 
@@ -21,7 +21,7 @@ from lightning_gradguard.treatment.budget import Clock, seconds
 from lightning_gradguard.treatment.candidates import Candidate, applies, candidates, has_far_targets, unfit
 from lightning_gradguard.treatment.learning import LEARNED_ENOUGH, fails_beside, learned_enough, learning_of
 from lightning_gradguard.treatment.prescriptions import Prescription, prescriptions
-from lightning_gradguard.treatment.probe import TOO_FEW_STEPS, Probe, probe
+from lightning_gradguard.treatment.probe import TOO_FEW_STEPS, Probe, confirmed, probe
 from lightning_gradguard.treatment.result import TreatmentResult
 from lightning_gradguard.treatment.search import (
     TrialRunner,
@@ -39,7 +39,9 @@ from lightning_gradguard.treatment.verification import (
     SeedResult,
     TreatmentVerdict,
     Verification,
+    Verified,
     open_ends,
+    rank_of,
     unverified,
     verdict_of,
 )
@@ -126,6 +128,8 @@ def treat(
             )
             program = replace(program, reachable=reachable)
             found = found.with_reachable(reachable)
+        if found.is_healthy and found.doubt:
+            program, found = confirmed(program, found, least, clock.share(MOST_SEARCHED))
         treatment = _Treatment(program, found, clock, folder, report, processes or usable_processes(), least)
         result = treatment.run()
     finally:
@@ -142,21 +146,6 @@ def _length(planned: int) -> int:
     if not planned:
         return USUAL_STEPS
     return min(max(round(SHARE * planned), LEAST_STEPS), MOST_STEPS, planned)
-
-
-class Verified(NamedTuple):
-    """Changes that were run with fresh seeds; none are tried after the last."""
-
-    changes: tuple[Change, ...]
-    results: Sequence[SeedResult]
-    verdict: TreatmentVerdict
-    evidence: str
-    is_last: bool
-
-
-def _rank(one: Verified) -> tuple[bool, float]:
-    """Returns what is lowest for the best treatment, of which the worst seed counts."""
-    return one.verdict != "better", max(result.treated.loss for result in one.results)
 
 
 class _Treatment:
@@ -201,8 +190,11 @@ class _Treatment:
         """Searches and verifies."""
         learning = self.found.learning
         healthy = f"after {self.found.steps} steps {learning.evidence}"
-        is_healthy = learning.has_learned or self.found.learns_unhindered
-        if is_healthy and not self._is_open and not any(one.is_beside_learning for one in self.prescriptions):
+        if (
+            self.found.is_healthy
+            and not self._is_open
+            and not any(one.is_beside_learning for one in self.prescriptions)
+        ):
             return self._result("healthy", healthy)
         if self.steps < TOO_FEW_STEPS:
             duration = self.found.seconds_per_step
@@ -230,7 +222,7 @@ class _Treatment:
             if one.is_last:
                 return self._result(one.verdict, one.evidence, one.changes, one.results, suggested)
             if one.results:
-                best = min(filter(None, (best, one)), key=_rank)
+                best = min(filter(None, (best, one)), key=rank_of)
         ahead = unverified(self.log.trials.values(), self.found.trial)
         if self._is_open and not (self.runner.was_cut and ahead):
             rest = f"; {self._cut} before more was tried" if self.runner.was_cut else ""

@@ -7,8 +7,9 @@ import re
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
+from lightning_gradguard.core.remedies.changes import Change
 from lightning_gradguard.treatment.learning import (
     HAS_LEARNED_OVER_PERMUTED,
     Learning,
@@ -83,6 +84,21 @@ class SeedResult:
         other = f" (seed {bare.job.seed})" if bare.job.seed != mine.job.seed else ""
         treated, untreated = (f"{t.loss_in_words} after {t.reached} steps" for t in (mine, bare))
         return f"seed {mine.job.seed}: treated {treated}{early}, untreated {untreated}{other}"
+
+
+class Verified(NamedTuple):
+    """Changes that were run with fresh seeds; none are tried after the last."""
+
+    changes: tuple[Change, ...]
+    results: Sequence[SeedResult]
+    verdict: TreatmentVerdict
+    evidence: str
+    is_last: bool
+
+
+def rank_of(one: Verified) -> tuple[bool, float]:
+    """Returns what is lowest for the best treatment, of which the worst seed counts."""
+    return one.verdict != "better", max(result.treated.loss for result in one.results)
 
 
 @dataclass(frozen=True)

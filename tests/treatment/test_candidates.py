@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_gradguard.core.detectors.diagnosis import Symptom
-from lightning_gradguard.core.incidents import SymptomCause
+from lightning_gradguard.core.incidents import Incident, SymptomCause
 from lightning_gradguard.core.remedies.changes import Change, places
 from lightning_gradguard.core.remedies.kinds import ChangeKind
 from lightning_gradguard.treatment.candidates import Candidate, candidates, unfit
@@ -55,6 +55,22 @@ def probed(module: nn.Module, *symptoms: Symptom, moved: float = 1.0, **facts: A
         run_loss=lambda: module(torch.ones(2, 8, 4))[0].sum(),
         **facts,
     )
+
+
+def test_explosion_and_a_loss_that_rises_leave_a_doubt() -> None:
+    found = probed(nn.Linear(4, 4))
+    assert not found.doubt
+    exploding = Incident("exploding_gradient", 20, detail="An update of 0.66 of the norm.")
+    assert (
+        replace(found, incidents=[exploding]).doubt == "exploding gradients: An update of 0.66 of the norm."
+    )
+    curve = [(0, 1.4), (30, 0.14), (60, 0.33)]
+    risen = replace(found.trial, curve=curve, over_constant=0.24)
+    assert replace(found, trial=risen).doubt == "the held-out loss has risen from 0.14"
+    assert not replace(found, trial=replace(risen, over_constant=0.02)).doubt
+    overfit = [*((i, 1.0) for i in range(30)), *((i, 0.1) for i in range(30, 60))]
+    risen = replace(risen, curve=[(0, 1.4), (30, 0.14), (60, 0.9)], training=overfit)
+    assert not replace(found, trial=risen).doubt
 
 
 def test_changes_without_a_place_are_named() -> None:

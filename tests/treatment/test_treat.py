@@ -23,12 +23,12 @@ from lightning_gradguard.strict_json import to_json
 from lightning_gradguard.treatment.candidates import MAX_CANDIDATES, Candidate
 from lightning_gradguard.treatment.learning import learning_of
 from lightning_gradguard.treatment.page import text_of
+from lightning_gradguard.treatment.probe import Probe
 from lightning_gradguard.treatment.search import TrialRunner
-from lightning_gradguard.treatment.treat import Verified
 from lightning_gradguard.treatment.trials.program import Program
 from lightning_gradguard.treatment.trials.trial import Job, Trial
 from lightning_gradguard.treatment.trials.trial_log import content_of
-from lightning_gradguard.treatment.verification import SeedResult, Verification, verdict_of
+from lightning_gradguard.treatment.verification import SeedResult, Verification, Verified, verdict_of
 from tests.treatment.programs import Data, Net, treated
 
 SCHEMA = json.loads((Path(lightning_gradguard.__file__).parent / "treatment" / "schema.json").read_text())
@@ -67,6 +67,28 @@ def test_schema_has_each_field_of_a_trial() -> None:
     assert set(fields) == set(SCHEMA["$defs"]["trial"]["properties"])
 
 
+@pytest.mark.parametrize("learns", [True, False])
+def test_program_with_a_doubt_is_run_with_a_second_seed_before_it_is_healthy(
+    monkeypatch: pytest.MonkeyPatch, learns: bool
+) -> None:
+    class Lucky(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            if not learns and torch.initial_seed() == 1:
+                for weight in self.net.parameters():
+                    weight.data.mul_(1e4)
+
+    monkeypatch.setattr(Probe, "doubt", property(lambda _: "a doubt"))
+    monkeypatch.setattr("lightning_gradguard.treatment.treat.candidates", lambda _: [])
+    result = treated(Lucky)
+    assert (result.verdict == "healthy") == learns
+    assert result.seed == (0 if learns else 1)
+    begins = (
+        "A doubt; with seed 1, the held-out" if learns else "A doubt; seed 0 learns, and with seed 1, the"
+    )
+    assert result.notes[-1].startswith(begins)
+
+
 def test_healthy_program_is_left_alone() -> None:
     state = torch.get_rng_state()
     result = treated(Net)
@@ -74,6 +96,7 @@ def test_healthy_program_is_left_alone() -> None:
     assert result.verdict == "healthy"
     assert not result.changes
     assert not result.trials
+    assert not result.notes, "no second seed is run"
     assert "times that of the best constant answer" in result.evidence
     assert not Path("treatment/treatment.yaml").exists()
     with pytest.raises(ValueError, match="There is no treatment"):
