@@ -259,6 +259,11 @@ class Incident:
         """True if its cause is known, or its advice has been tried."""
         return self.cause not in ("", "transient", "unknown") or self.advice.startswith(CURE)
 
+    @property
+    def is_of_depth(self) -> bool:
+        """True if the network is too deep, and no trial of other weights is its advice."""
+        return self.cause == "depth" and not self.advice.startswith(CURE)
+
     def describe(self) -> str:
         """Returns the incident in one line."""
         batch = "" if self.batch_idx is None else f", batch {self.batch_idx}"

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 
-from lightning_gradguard.core.incidents import SYMPTOM_CAUSES
+from lightning_gradguard.core.incidents import CURE, SYMPTOM_CAUSES
 from lightning_gradguard.report.analysis.gradient_symptoms import clipped_elsewhere
 from lightning_gradguard.report.analysis.outcome import RunSymptom
 from lightning_gradguard.report.analysis.run_log import GradientLog, RunLog, Series
@@ -59,7 +59,7 @@ class RunReport:
     """The report on one run, as `schema.json` describes it.
 
     `next_steps` are the remedies of all symptoms, the worst first, each once; before them those
-    that were tried in the run.
+    that were tried in the run, and first those of a network that is too deep.
     """
 
     run: Run
@@ -157,12 +157,17 @@ def _count_of(log: RunLog, series: Series, action: str) -> int | None:
     return int(counts[-1][1]) if counts else sum(i.action == action for i in log.incidents) or None
 
 
+def _is_of_depth(symptom: RunSymptom) -> bool:
+    return symptom.cause == "depth" and not any(text.startswith(CURE) for text in symptom.remedies)
+
+
 def _next_steps(verdict: RunVerdict) -> list[str]:
     """Returns the remedies of all symptoms, tried ones first; of those that begin alike, the first.
 
+    Ahead of them are those of a network that is too deep, which other weights alone often do not train.
     General remedies of a symptom are omitted where one that is as severe has a known cause.
     """
-    symptoms = sorted(verdict.symptoms, key=lambda symptom: not symptom.is_tried)
+    symptoms = sorted(verdict.symptoms, key=lambda symptom: (not _is_of_depth(symptom), not symptom.is_tried))
     known = {symptom.severity for symptom in symptoms if _is_explained(symptom)}
     remedies = (
         remedy

@@ -336,6 +336,22 @@ def test_the_remedy_of_a_known_cause_is_a_next_step(capsys: pytest.CaptureFixtur
     }
 
 
+def test_residual_connections_come_before_weights_of_a_network_that_is_too_deep(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    class Found(pl.Callback):
+        def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+            cure = f"{CURE}nn.init.kaiming_normal_(model.net[0].weight)"
+            publish(trainer, pl_module, incident_now(trainer, "poor_initialization", advice=cure))
+            facts = {"cause": "depth", "advice": "Use residual connections."}
+            publish(trainer, pl_module, incident_now(trainer, "vanishing_gradient", **facts))
+
+    fit_with_bar([Found(), GradientNormMonitor()], batches(10), logger=False)
+    first, second, *_ = table(lines(capsys), "Next steps").items()
+    assert first == ("vanishing gradients", "Use residual connections.")
+    assert second[1].startswith("Only where that is not possible: Cure: nn.init.kaiming_normal_")
+
+
 def test_what_to_try_with_a_loss_that_is_stuck_for_no_known_cause_is_a_next_step(
     capsys: pytest.CaptureFixture[str],
 ) -> None:

@@ -12,7 +12,7 @@ import pytorch_lightning as pl
 from lightning_gradguard.core import tags
 from lightning_gradguard.core.detectors import Explosion, describe_clipping, percent
 from lightning_gradguard.core.detectors.best_constant import describe_loss
-from lightning_gradguard.core.incidents import HELD, Incident, title
+from lightning_gradguard.core.incidents import CURE, HELD, Incident, title
 from lightning_gradguard.core.remedies import advice, remedies
 from lightning_gradguard.runtime import lightning_api
 from lightning_gradguard.runtime.incidents.journal import (
@@ -167,14 +167,17 @@ def _next_steps(
 def _known_remedies(trainer: pl.Trainer) -> dict[str, str]:
     """Returns the first remedy of each known cause or layer, by titles of incidents; a long one by place."""
     by_advice: dict[str, list[Incident]] = {}
-    for incident in explained_incidents(trainer):
+    # of a network that is too deep, other weights alone often do not train it
+    for incident in sorted(explained_incidents(trainer), key=lambda i: not i.is_of_depth):
         by_advice.setdefault(incident.advice, []).append(incident)
+    is_of_depth = any(members[0].is_of_depth for members in by_advice.values())
     known: dict[str, str] = {}
     for text, incidents in [*by_advice.items()][:MAX_REMEDIES]:
         is_short = "\n" not in text and len(text) <= LONGEST_ADVICE
         titles = ", ".join(dict.fromkeys(title(incident.kind) for incident in incidents))
         at = f"the cure printed above, at step {incidents[0].step}"
-        known.setdefault(titles, text if is_short else at)
+        instead = "Only where that is not possible: " if is_of_depth and text.startswith(CURE) else ""
+        known.setdefault(titles, instead + (text if is_short else at))
     return known
 
 
