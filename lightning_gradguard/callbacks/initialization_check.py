@@ -336,7 +336,8 @@ class InitializationCheck(Callback, Configured):
                     cure = {"cause": origin.cause, "advice": origin.cure, "location": origin.location}
                 detail = members[0].describe()
                 if kind in ("dead_units", "saturated_units") and self._input_rms > LARGE_INPUT:
-                    cure = {"cause": "input_scale", "advice": advice_for_cause("input_scale", where)}
+                    own = advice_for_cause("input_scale", where, model=pl_module)
+                    cure = {"cause": "input_scale", "advice": own}
                     if self._input_rms > CORRUPT_INPUT:
                         cure = {"cause": "bad_input", "advice": advice_for_cause("bad_input", ["the batch"])}
                     detail += f"; inputs have an rms of {self._input_rms:.3g} (usual: about 1)"

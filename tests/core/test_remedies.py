@@ -220,3 +220,12 @@ def test_pasted_orthogonal_weight_is_that_of_the_module(recurrent: nn.Module, we
     exec(code, {"nn": nn, "model": model})
     found = getattr(recurrent, weight)
     assert torch.allclose(found.T @ found, torch.eye(4), atol=1e-5)
+
+
+@pytest.mark.parametrize(("n_inputs", "are_waves_advised"), [(1, True), (20, False)])
+def test_coordinates_are_given_as_waves(n_inputs: int, are_waves_advised: bool) -> None:
+    """Scaling alone leaves the periods of a long time too close for a small network to learn."""
+    network = nn.Sequential(nn.Linear(n_inputs, 8), nn.Tanh())
+    text = advice_for_cause("input_scale", ["0"], model=network)
+    assert ("f(2**k * x)" in text) == are_waves_advised
+    assert len(text) <= 300, "it is repeated at the end of the run"

@@ -43,6 +43,14 @@ Present = Literal[
 _OF_LAYERS = "for m in model.modules() if isinstance(m, (torch.nn.Linear, torch.nn.Conv2d))"
 _OF_MATRICES = "for p in model.parameters() if p.ndim > 1"
 
+#: Scaled coordinates have the same waves in less room, which is too fast for a network of a few layers.
+_WAVES = (
+    " Of a coordinate such as time, give sines and cosines of the scaled x: "
+    "torch.cat([f(2**k * x) for k in range(6) for f in (torch.sin, torch.cos)], 1)."
+)
+#: Inputs up to which they may be coordinates.
+_COORDINATES = 3
+
 _CONDITIONAL = re.compile(r"\[(\w+)\|([^]]*)\]")
 
 
@@ -134,6 +142,7 @@ def _applied(
     code, found = code_of(name, model), _find(name, model)
     is_bare = found is not None and getattr(found, "ndim", None) is not None
     has_layers = found is None or type(found).__name__ in ("Linear", "Conv2d")
+    shape: Sequence[int] = getattr(getattr(found, "weight", None), "shape", ())
     answer, target = arguments or (f"{code}(inputs)", "target")
     applied = fitting.format(
         answer=answer,
@@ -142,6 +151,7 @@ def _applied(
         code=code,
         gated=_gated(name, code, found, n_steps),
         packed=packed_code(code, found),
+        waves=_WAVES if len(shape) == 2 and shape[1] <= _COORDINATES else "",
         small=_small(where, model),
         start=_start_of_head(code, found),
         steadied=_steadied(where, model, n_steps),

@@ -305,7 +305,7 @@ BY_CAUSE = {
     ),
     "input_scale": (
         "Scale the inputs to zero mean and unit variance, (x - x.mean(0)) / x.std(0), or begin with a "
-        "normalization layer before {where}."
+        "normalization layer before {where}.{waves}"
     ),
     "data_scale": (
         "Standardize inputs x and targets y, both by the training data and before they are batched: "
