@@ -50,6 +50,8 @@ def _of(kind: ChangeKind, **arguments: Argument) -> Change:
 
 
 _INITIALIZE = (_of("initialize"),)
+# queries and keys of the usual size, whose products no width divides, saturate attention at any width
+_SMALL = (_of("initialize", to="small"),)
 _NORMALIZE = (_of("add_normalization"),)
 _RESIDUAL = (_of("add_residual"),)
 _CLIP = (_of("clipping", max_norm=1.0),)
@@ -112,6 +114,7 @@ _BY_CAUSE: Mapping[tuple[str, str], Sequence[tuple[Change, ...]]] = {
     ("exploding_gradient", "update_too_large"): (_LOWER, _LOWEST, _SUITE, _WARM_UP + _LOWER, _MAX_NORM),
     ("dead_units", "input_scale"): (_STANDARDIZE, _STANDARDIZE + _INITIALIZE, _NORMALIZE, _LEAKY),
     ("saturated_units", "input_scale"): (_STANDARDIZE, _STANDARDIZE + _INITIALIZE, _NORMALIZE, _ACTIVATE),
+    ("saturated_units", "large_logits"): (_SMALL, _INITIALIZE, _NORMALIZE, _LOWER),
     ("weight_stagnation", "learning_rate_too_low"): (_HIGHER, _HIGHEST),
     ("vanishing_weights", "weight_decay"): (_NO_DECAY, _NO_DECAY + _LOWER),
 }

@@ -57,6 +57,12 @@ def probed(module: nn.Module, *symptoms: Symptom, moved: float = 1.0, **facts: A
     )
 
 
+def test_saturated_attention_gets_small_weights() -> None:
+    saturated = Symptom("saturated_units", "large_logits", ("0",), 0.8, "", "depth")
+    net = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4))
+    assert suggested(net, saturated)[0].changes == (Change("initialize", {"to": "small"}),)
+
+
 def test_explosion_and_a_loss_that_rises_leave_a_doubt() -> None:
     found = probed(nn.Linear(4, 4))
     assert not found.doubt

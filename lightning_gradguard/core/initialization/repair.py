@@ -121,6 +121,8 @@ def draw_weights(
         nn.init.kaiming_normal_(drawn, nonlinearity=nonlinearity, generator=generator)  # type: ignore[arg-type]
     elif scheme == "xavier":
         nn.init.xavier_normal_(drawn, gain=gain, generator=generator)
+    elif scheme == "small":
+        nn.init.normal_(drawn, std=0.02, generator=generator)
     else:
         nn.init.orthogonal_(drawn, gain=gain, generator=generator)
     layer.weight.data.copy_(drawn)

@@ -29,7 +29,7 @@ class Change:
     | `add_residual` | `weight` of the block in `x + weight * f(x)`; `1 / sqrt(n_blocks)` by default |
     | `standardize_input` | of the layers that get the network's inputs |
     | `scale_output` | `mean` and `std` of the targets, of the layer that gives the values |
-    | `initialize` | `to`: `kaiming`, `xavier`, `orthogonal`, `lsuv`; `seed` |
+    | `initialize` | `to`: `kaiming`, `xavier`, `orthogonal`, `small`, `lsuv`; `seed` |
     | `orthogonal_recurrent` | `gain`, `seed` |
     | `gate_bias` | `value` of forget and update gates, `input_value` of the input gates of an LSTM |
     | `learning_rate` | `scale` |

@@ -119,6 +119,16 @@ def test_a_change_is_made_once(kind: ChangeKind) -> None:
         assert not places(module, Change(kind), loss_of(module, inputs))
 
 
+def test_small_weights_are_those_of_a_transformer() -> None:
+    net = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 3))
+    changed = apply(net, Change("initialize", {"to": "small"}), loss_of(net, torch.randn(16, 64)))
+    assert changed == ["0", "2"]
+    weights = dict(net.named_parameters())
+    assert all(
+        float(weights[f"{name}.weight"].detach().std()) == pytest.approx(0.02, rel=0.1) for name in changed
+    )
+
+
 def test_scaled_output_trains_as_with_standardized_targets() -> None:
     torch.manual_seed(0)
     x, y = torch.randn(16, 4), 1000 * torch.randn(16, 1) + 4000

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lightning_gradguard.core.initialization.repair import draw_weights, scale_to_unit_variance
 from lightning_gradguard.core.remedies.surgery.data_flow import RECURRENT, WEIGHTED, DataFlow, Layer
 
-INITIALIZERS = ("kaiming", "xavier", "orthogonal", "lsuv")
+INITIALIZERS = ("kaiming", "xavier", "orthogonal", "small", "lsuv")
 #: Modules of several weights, which are initialized as they are in torch's own recipes for any of the above.
 _WHOLE = (*RECURRENT, nn.MultiheadAttention)
 
