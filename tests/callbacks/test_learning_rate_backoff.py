@@ -260,7 +260,7 @@ def test_an_operation_that_fails_again_after_one_cut_costs_no_further_one(
     counts = dict(backoff.final_counts())
     assert counts[tags.ROLLBACKS_AT_ANY_RATE] == rollback.rollbacks - 1
     summary = capsys.readouterr().err
-    assert f"as it was after {rollback.rollbacks - 1} of the rollbacks, which no rate avoids" in summary
+    assert f"unchanged by {rollback.rollbacks - 1} of the rollbacks, whose cause is not the rate" in summary
     assert "Learning rate backed off to 0.5x" in summary
 
 

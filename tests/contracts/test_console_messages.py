@@ -201,7 +201,7 @@ def test_a_table_at_the_end(bar: Any, bar_first: bool, capsys: pytest.CaptureFix
         "steps": "30",
         "steps skipped": "4 of 30 (13.3%); a skip does not mend its cause",
         "rollbacks": "1",
-        "learning rate": "as it was after 1 of the rollbacks, which no rate avoids",
+        "learning rate": "unchanged by 1 of the rollbacks, whose cause is not the rate",
         "incidents": "nonfinite loss (4), rollback (1)",
         "written to": "logs/storm/version_0/incidents.jsonl",
         "pages": "logs/storm/version_0/incidents, one for the first skip of each episode",

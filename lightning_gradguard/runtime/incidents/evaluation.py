@@ -95,8 +95,8 @@ def _place(in_metrics: bool, first: tuple[int, int] | None, rank: int | None) ->
 
 
 def _watching(trainer: pl.Trainer, metrics: Collection[str]) -> list[Any]:
-    """Returns each `EarlyStopping` of a metric, which acts in a fit alone, after its sanity check."""
-    if trainer.sanity_checking or trainer.state.fn != "fit":
+    """Returns each `EarlyStopping` of a metric, which acts in a fit alone."""
+    if trainer.state.fn != "fit":
         return []
     return [
         callback

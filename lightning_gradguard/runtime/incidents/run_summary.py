@@ -43,11 +43,11 @@ _ROWS = {
     tags.LR_SCALE: ("learning rate scale", "{:.3g}".format),
     tags.UNSCALED_ROLLBACKS: (
         "learning rate",
-        "as it was after {:.0f} of the rollbacks: no group has 'lr'".format,
+        "unchanged by {:.0f} of the rollbacks: no group has 'lr'".format,
     ),
     tags.ROLLBACKS_AT_ANY_RATE: (
         "learning rate",
-        "as it was after {:.0f} of the rollbacks, which no rate avoids".format,
+        "unchanged by {:.0f} of the rollbacks, whose cause is not the rate".format,
     ),
     tags.FOUND_LR: ("train with", f"lr={{:.3g}}, {HELD}".format),
     tags.CLIPPED_FRACTION: ("steps clipped", percent),

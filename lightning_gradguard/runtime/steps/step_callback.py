@@ -151,15 +151,15 @@ class StepCallback(StepMember, lightning_api.Callback, Configured):
         dataloader_idx: int = 0,
     ) -> None:
         """Watches for nonfinite metrics, once for all callbacks."""
-        if self._is_first_of(trainer):
+        if self._is_first_of(trainer) and not trainer.sanity_checking:
             self._evaluation.on_batch_end(trainer, outputs, batch_idx, dataloader_idx)
 
     on_test_batch_end = on_validation_batch_end
 
     @override
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Publishes nonfinite metrics."""
-        if self._is_first_of(trainer):
+        """Publishes nonfinite metrics; not before the first step, which names the cause."""
+        if self._is_first_of(trainer) and not trainer.sanity_checking:
             self._evaluation.publish(trainer, pl_module, "nonfinite_validation")
 
     @override
