@@ -256,7 +256,7 @@ def _origin_of_operation(
     sentence = f"{source.operation}{called} in {place}{given} {returned} ({source.dtype})"
     if underflow is not None:
         elsewhere = f" at {underflow.location}" if underflow.location not in (None, source.location) else ""
-        why = "a root of 0" if underflow.operation in ("sqrt", "pow") else "which underflows"
+        why = "a root of 0" if underflow.operation in ("sqrt", "pow") else "which rounds to 0"
         sentence += f"; its 0 comes from {underflow.operation}{elsewhere}, {why}"
     factor = growth_in_loop(source)
     if factor:

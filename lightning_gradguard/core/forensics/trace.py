@@ -128,7 +128,8 @@ class OperationTrace(TorchDispatchMode):
             if _covers_storage(tensor) and not any(tensor is t for t in notable):
                 self._records.pop(_storage(tensor), None)
         if underflow is not None:
-            zeros = [t for t in made if _has_zero(t)]
+            saturates = _short(name) == "sigmoid"  # at 1, which 1 - sigmoid takes to 0
+            zeros = [t for t in made if _has_zero(t) or (saturates and _has_zero(1 - t))]
             self._underflows.update((_storage(t), underflow) for t in zeros)
             self._kept += zeros
         if notable:
@@ -190,20 +191,24 @@ class OperationTrace(TorchDispatchMode):
         self, name: str, inputs: Sequence[Tensor], args: Sequence[Any], location: Location | None
     ) -> Underflow | None:
         """Returns the operation that zeros of a result come from: an earlier one, or this one."""
-        earlier = (self._underflows.get(_storage(t)) for t in inputs)
-        passed = (
-            u for u in earlier if u is not None and (_short(name) == "mul" or u.operation not in _ROOTS)
-        )
+        earlier = [(t, u) for t in inputs if (u := self._underflows.get(_storage(t))) is not None]
+        short, numbers = _short(name), [arg for arg in args if type(arg) in (int, float, bool)]
+        if short in ("sub", "rsub"):  # 0 where two numbers are alike
+            sigmoids = (
+                u for _, u in earlier if u.operation == "sigmoid" and (short, numbers) == ("rsub", [1])
+            )
+            return next((Underflow("1 - sigmoid", u.location) for u in sigmoids), None)
+        if short == "add" and any(bool((_values(t) < 0).any()) for t, _ in earlier):
+            return None
+        passed = (u for t, u in earlier if _has_zero(t) and (short == "mul" or u.operation not in _ROOTS))
         found = next(passed, None)
         if found is None and inputs and _is_root(name, args) and _has_zero(inputs[0]):
-            return Underflow(_short(name), location)
-        if found is not None or _short(name) not in _UNDERFLOW or not inputs:
+            return Underflow(short, location)
+        if found is not None or short not in _UNDERFLOW or not inputs:
             return found
         if any(is_nonfinite(t) or _has_zero(t) for t in inputs):  # a zero is of a mask, or of a ReLU
             return None
-        if _short(name) == "mul" and any(type(arg) in (int, float, bool) and arg == 0 for arg in args):
-            return None
-        return Underflow(_short(name).lstrip("_"), location)
+        return None if short == "mul" and 0 in numbers else Underflow(short.lstrip("_"), location)
 
     def record_of(self, tensor: Tensor) -> OperationRecord | None:
         """Returns the operation that wrote a tensor; `None` if none was recorded."""

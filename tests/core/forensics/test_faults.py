@@ -424,7 +424,16 @@ CASES: list[tuple[str, Program, Program, Callable[[Tensor], Any] | None, str]] =
     ("weight_norm of a row of zeros", lambda x, y: torch._weight_norm(x, y), zero, column, "weight_norm"),
     ("gradient of QR", lambda x: torch.linalg.qr(x)[1], lambda h: 0 * h[:COLUMNS], None, "inverse"),
 ]
-CASES += [("log of sigmoid", lambda x: x.sigmoid().log(), lambda h: shifted(h, -200), None, "logsigmoid")]
+CASES += [("log of sigmoid", lambda x: x.sigmoid().log(), lambda h: shifted(h, -200), None, "logsigmoid(x)")]
+CASES += [
+    (
+        "log of 1 - sigmoid",
+        lambda x: (1 - x.sigmoid()).log(),
+        lambda h: shifted(h, 200),
+        None,
+        "logsigmoid(-x)",
+    )
+]
 #: Logarithms of what underflows to 0, or next to it, where their gradient overflows.
 for place, by, small in (("log", -200.0, 1e-15), ("gradient of log", -95.0, 1e-10)):
     squared = partial(torch.mul, other=small**2)
@@ -571,6 +580,31 @@ def trains(program: Callable[[Tensor], Tensor]) -> None:
 def test_every_entry_has_a_case() -> None:
     found = {id(known_fault(examined(call(f, x, y)), FAULTS)) for _, f, x, y, _ in CASES}
     assert [fault.why for fault in FAULTS if id(fault) not in found] == []
+
+
+@pytest.mark.parametrize(
+    ("code", "function"),
+    [
+        ("torch.log(1 - torch.sigmoid(h))", "logsigmoid(-x)"),
+        ("torch.log(1 - torch.sigmoid(h)[:, :2])", "logsigmoid(-x)"),
+        ("torch.log(torch.sigmoid(h))", "logsigmoid(x)"),
+        ("torch.log(torch.ones_like(h) - torch.sigmoid(h))", "clamp_min"),
+        ("torch.log(-torch.sigmoid(h) + 1)", "clamp_min"),
+        ("torch.log(2 - 2 * torch.sigmoid(h))", "clamp_min"),
+        ("torch.log(1 - torch.softmax(h, 1))", "clamp_min"),
+        ("torch.log(1 - torch.exp(h.clamp(max=0)))", "clamp_min"),
+        ("torch.log(1 - torch.tanh(h))", "clamp_min"),
+        ("torch.log(torch.sigmoid(h) * (h < 0).float() + 1 - torch.sigmoid(h))", "clamp_min"),
+    ],
+)
+def test_a_difference_is_0_where_its_terms_are_alike_and_not_by_an_underflow(
+    code: str, function: str
+) -> None:
+    far = 400 * (torch.eye(ROWS, COLUMNS) - torch.eye(ROWS, COLUMNS).roll(1, 1))  # both ends of each function
+    record = examined(lambda h: eval(code, {"torch": torch, "h": h + far}))
+    fault = known_fault(record, FAULTS)
+    assert fault is not None
+    assert function in fault.cure, fault
 
 
 @pytest.mark.parametrize("function", ["asin", "acos"])

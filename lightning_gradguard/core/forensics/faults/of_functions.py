@@ -277,6 +277,11 @@ _UNDERFLOW = (
         "torch.nn.functional.logsigmoid(x)",
     ),
     (
+        ("1 - sigmoid",),
+        "1 - sigmoid(x) is 0 where sigmoid(x) rounds to 1, and the logarithm of 0 is -inf: take both at once",
+        "torch.nn.functional.logsigmoid(-x)",
+    ),
+    (
         ("softmax",),
         "softmax(x) underflows to 0, and the logarithm of 0 is -inf: take both at once",
         "torch.log_softmax(x, -1)",
@@ -299,7 +304,7 @@ UNDERFLOW = (
     *(
         Fault(("Log", "Log2", "Log10"), why, cure, phase="backward", argument=None, underflow=names)
         for names, why, cure in _UNDERFLOW
-        if names != ("sigmoid",)  # which is 0 where its logarithm's gradient would overflow
+        if "sigmoid" not in names[0]  # which is 0 where its logarithm's gradient would overflow
     ),
     Fault(("div", "true_divide"), _DIVISOR, "torch.exp(x.clamp_min(-15))", argument=1, underflow=("exp",)),
     Fault(("reciprocal",), _DIVISOR, "torch.exp(x.clamp_min(-15))", underflow=("exp",)),
