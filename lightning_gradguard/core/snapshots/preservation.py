@@ -8,7 +8,7 @@ import sys
 import sysconfig
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import ModuleType
 from typing import Any
 
@@ -206,36 +206,51 @@ def _attributes(holder: Any) -> dict[str, Any]:
     return {key: value for key, value in vars(holder).items() if key not in _INTERNAL}
 
 
-def _copied(value: Any) -> tuple[Any, Any]:
+def _copied(value: Any, depth: int = 3) -> tuple[Any, Any]:
     """Returns an object and its content, where that can be restored."""
     content: Any = None
     if isinstance(value, (Tensor, np.ndarray)):
-        if value.nbytes <= _MOST_BYTES:
+        is_dense = not isinstance(value, Tensor) or value.layout == torch.strided
+        if is_dense and value.nbytes <= _MOST_BYTES:
             content = value.detach().clone() if isinstance(value, Tensor) else value.copy()
-    elif isinstance(value, (list, deque, dict, set)):
+    elif isinstance(value, dict):
+        is_searched = depth > 0 and len(value) <= _MOST_ELEMENTS
+        content = {
+            k: _copied(v, depth - 1) if is_searched and _is_container(v) else (v, None)
+            for k, v in value.items()
+        }
+    elif _is_container(value):
         content = copy.copy(value)
     elif isinstance(value, torch.Generator):
         content = value.get_state()
     elif isinstance(value, random.Random):
-        content = value.getstate()
+        with suppress(NotImplementedError):  # that of the system has no state
+            content = value.getstate()
     elif isinstance(value, np.random.Generator):
         content = value.bit_generator.state
     return value, content
+
+
+def _is_container(value: Any) -> bool:
+    return isinstance(value, (list, deque, dict, set))
 
 
 def _restored(original: Any, content: Any) -> Any:
     """Returns the original object with the copied content."""
     if content is None:
         return original
-    if isinstance(original, Tensor):
-        with torch.no_grad():
-            original.copy_(content)
-    elif isinstance(original, np.ndarray):
-        original[...] = content
+    if isinstance(original, (Tensor, np.ndarray)):
+        # a read-only array, an expanded tensor or one of inference cannot be written, and so was not
+        with suppress(RuntimeError, ValueError), torch.no_grad():
+            original[...] = content
     elif isinstance(original, (list, deque)):
         original.clear()
         original.extend(content)
-    elif isinstance(original, (dict, set)):
+    elif isinstance(original, dict):
+        restored = {k: _restored(v, saved) for k, (v, saved) in content.items()}
+        original.clear()
+        original.update(restored)
+    elif isinstance(original, set):
         original.clear()
         original.update(content)
     elif isinstance(original, torch.Generator):

@@ -87,3 +87,31 @@ def test_an_attribute_that_a_preserved_pass_makes_is_gone() -> None:
     with preserve_state(player):
         player(torch.ones(2))
     assert not hasattr(player.agent, "last")
+
+
+def test_what_cannot_be_written_or_has_no_state_is_left_as_it_is() -> None:
+    module: Any = nn.Module()
+    module.fixed = np.zeros(2)
+    module.fixed.flags.writeable = False
+    module.system = random.SystemRandom()
+    with torch.inference_mode():
+        module.from_validation = torch.zeros(2)
+    module.expanded, module.sparse = torch.ones(1).expand(4), torch.eye(2).to_sparse()
+    before = dict(vars(module))
+    with preserve_state(module):
+        module.fixed = None
+    assert vars(module).keys() == before.keys()
+    assert all(vars(module)[name] is value for name, value in before.items())
+
+
+def test_entries_of_nested_containers_are_restored() -> None:
+    module: Any = nn.Module()
+    module.outputs = {"train": [1.0], "counts": {"steps": 0}}
+    module.outputs["itself"] = module.outputs
+    train = module.outputs["train"]
+    with preserve_state(module):
+        module.outputs["train"].append(2.0)
+        module.outputs["counts"]["steps"] += 1
+    assert module.outputs["train"] is train
+    assert train == [1.0]
+    assert module.outputs["counts"] == {"steps": 0}
