@@ -15,11 +15,13 @@ from lightning_gradguard.core.forensics.buffers import buffers_of, corrupted_buf
 from lightning_gradguard.core.forensics.exceptions import origin_of_exception
 from lightning_gradguard.core.forensics.faults import FAULTS
 from lightning_gradguard.core.forensics.growth import (
+    BOUND,
     GROWTH,
     LOOP,
     growth_in_loop,
     made_outside,
     origin_in_write,
+    trained_in,
     where_values_grow,
 )
 from lightning_gradguard.core.forensics.inputs import (
@@ -267,6 +269,10 @@ def _origin_of_operation(
     cause: Cause = "loss" if trace.computes_loss(source) else "forward_pass"
     cause = "backward_pass" if source.phase == "backward" or writes_gradients else cause
     cause = (fault.cause if fault is not None else "") or cause
+    advice = LOOP.format(factor) * bool(factor)
+    factors = source.arguments if factor and short_name(source) == "mul" else []
+    name = trained_in(factors, source, trace)  # a clamp of the product has no gradient
+    advice += BOUND.format(name) if name else _advice(source, fault, trace)
     origin = Origin(
         cause,
         source.phase,
@@ -278,7 +284,7 @@ def _origin_of_operation(
         high=source.high,
         detail=sentence,
         rows=rows,
-        advice=LOOP.format(factor) * bool(factor) + _advice(source, fault, trace),
+        advice=advice,
     )
     origin = located(origin, source.location)
     of_rows = outliers(rows, parts)  # of which any layer makes large values
@@ -320,12 +326,11 @@ def _advice(record: OperationRecord, fault: OperationFault | None, trace: Operat
         )
     if fault is None:
         return ""
-    names = (a.leaf for a in record.arguments[fault.argument or 0 :][:1] if "clamp" in fault.cure)
-    name = next((name for name in names if name and isinstance(trace.leaf(name), nn.Parameter)), None)
-    if name is not None:
+    is_positive = "clamp_min(1e-" in fault.cure  # it makes its argument so
+    if name := trained_in(record.arguments[fault.argument or 0 :][:is_positive], record, trace):
         return (
-            f"{fault.why}. `{name}` is trained, and a step has moved it there, where a clamp has no "
-            f"gradient: train its logarithm, and use torch.exp(self.{name}) in place of self.{name}."
+            f"{fault.why}. `{name}` is trained, and a clamp has no gradient there: train its logarithm, and "
+            f"use torch.exp(self.{name}) in place of self.{name}."
         )
     whose = ""
     if record.is_custom:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from torch import Tensor, nn
 
@@ -10,7 +10,7 @@ from lightning_gradguard.core.forensics.faults import FAULTS
 from lightning_gradguard.core.forensics.inputs import HUGE_INPUT
 from lightning_gradguard.core.forensics.operations import what_made_it_large
 from lightning_gradguard.core.forensics.origin import Origin, corrupted_buffer, located
-from lightning_gradguard.core.forensics.records import OperationRecord, largest_first
+from lightning_gradguard.core.forensics.records import Argument, OperationRecord, largest_first
 from lightning_gradguard.core.forensics.trace import OperationTrace
 
 #: Advice where no operation makes values large at once.
@@ -21,6 +21,11 @@ GROWTH = (
 )
 #: Advice where a line that runs in a loop makes values larger each time.
 LOOP = "Scale values by 1/{0:.3g} in the loop, or normalize them there. "
+#: Advice where that line multiplies by a trained factor.
+BOUND = (
+    "Or bound the trained factor below 1: use torch.sigmoid(self.{0}), or torch.tanh(self.{0}) for either "
+    "sign, in place of self.{0}."
+)
 #: Times that a line is to have run on large values.
 REPEATED = 5
 
@@ -69,6 +74,12 @@ def growth_in_loop(record: OperationRecord) -> float:
     if len(same) < REPEATED or record.location is None:
         return 0.0
     return float((same[1].largest / same[-1].largest) ** (1 / (len(same) - 2)))
+
+
+def trained_in(arguments: Iterable[Argument], record: OperationRecord, trace: OperationTrace) -> str:
+    """Returns the name of the first parameter among arguments, in the module that runs the operation."""
+    names = (a.leaf for a in arguments if a.leaf and isinstance(trace.leaf(a.leaf), nn.Parameter))
+    return next(names, "").removeprefix(f"{record.module}.")
 
 
 def where_values_grow(record: OperationRecord, trace: OperationTrace) -> OperationRecord | None:

@@ -720,3 +720,49 @@ def test_a_sum_of_exponentials_that_overflows_within_a_logarithm_is_a_logsumexp(
     assert origin.advice.endswith(cure)
     assert origin.advice.startswith("exp overflows")
     assert bool(torch.logsumexp(100 * (1 + net(x).square()), 1).isfinite().all())
+
+
+class Recurrence(nn.Module):
+    """A state that a trained factor multiplies at each step."""
+
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.decay = nn.Parameter(torch.full((3,), factor))
+
+    def forward(self, u: Tensor) -> Tensor:
+        h = u
+        for _ in range(100):
+            h = self.decay * h + u
+        return h
+
+
+def test_a_trained_factor_by_which_values_grow_in_a_loop_is_bounded() -> None:
+    net = nn.Sequential(network(), recurrence := Recurrence(10.0))
+    origin = examine(net, lambda: net(inputs()).mean())
+    assert origin.advice.startswith("Scale values by 1/10 in the loop, or normalize them there. ")
+    assert "torch.sigmoid(self.decay)" in origin.advice
+    assert "torch.exp" not in origin.advice
+    assert "step has moved" not in origin.advice
+    recurrence.decay.data.sigmoid_()
+    assert examine(net, lambda: net(inputs()).mean()).cause == "transient"
+
+
+@pytest.mark.parametrize(
+    ("operation", "value", "is_logarithm"),
+    [
+        (torch.log, -1.0, True),
+        (lambda p: 1 / p.sqrt(), -1.0, True),
+        (lambda p: p**0.5, -1.0, True),
+        (torch.exp, 200.0, False),
+        (torch.asin, 2.0, False),
+        (lambda p: (p * 1e30) * (p * 1e30), 1e9, False),
+    ],
+)
+def test_the_logarithm_of_a_weight_is_trained_where_it_has_to_be_positive(
+    operation: Callable[[Tensor], Tensor], value: float, is_logarithm: bool
+) -> None:
+    net = network()
+    net.scale = scale = nn.Parameter(torch.full((3,), value))
+    origin = examine(net, lambda: (net[2](net[1](net[0](inputs()))) * operation(scale)).mean())
+    assert ("train its logarithm" in origin.advice) == is_logarithm, origin.advice
+    assert "step has moved" not in origin.advice
