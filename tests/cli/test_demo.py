@@ -49,8 +49,8 @@ def test_demo(capsys: pytest.CaptureFixture[str]) -> None:
     bare.Reload()
     assert "incidents/text_summary" in bare.Tags()["tensors"]
     incidents = [json.loads(line) for line in Path("runs/bare/incidents.jsonl").read_text().splitlines()]
-    assert [incident["kind"] for incident in incidents] == ["nonfinite_gradient"]
-    assert "rnn.weight_hh_l0" in incidents[0]["where"]
+    assert [incident["kind"] for incident in incidents] == ["exploding_gradient", "nonfinite_gradient"]
+    assert (incidents[0]["where"], incidents[0]["cause"]) == (["rnn"], "through_time")
 
 
 def test_summary_of_healthy_and_failed_runs() -> None:

@@ -102,7 +102,7 @@ def test_the_incidents_as_a_table(server: Server) -> None:
     newest = server.get("data/plugin/text/text", run="bare", tag="incidents/text_summary")[-1]
     assert "<table>" in newest["text"]
     assert "Nonfinite gradients" in newest["text"]
-    assert "embedding.weight" in newest["text"]
+    assert "nn.init.orthogonal_(model.rnn.weight_hh_l0)" in newest["text"]
 
 
 class Deep(pl.LightningModule):
