@@ -19,6 +19,7 @@ from lightning_gradguard.core.initialization.propagation import (
 from lightning_gradguard.core.initialization.trials import (
     Gated,
     Initializers,
+    MeansOfNeighbours,
     Normalized,
     NormalizedFactors,
     Rectified,
@@ -213,6 +214,8 @@ def _of_layers(
     chosen = [layer for layer in by_name.values() if layer.name in named]
     if gains and len(chosen) > len(hidden) / 2:
         chosen = hidden
+    if max(gains, default=0.0) > 0:  # normalization of such a network does not train it
+        yield MeansOfNeighbours()
     if measured.branches and max(gains, default=0.0) > 0:
         yield Initializers(module, {x.name: zero_line(module, x) for x in measured.branches})
     for bias in (False, True):

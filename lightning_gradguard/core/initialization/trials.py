@@ -208,6 +208,37 @@ class NormalizedFactors(TorchFunctionMode):
         )
 
 
+class MeansOfNeighbours(TorchFunctionMode):
+    """Means in place of the sums over neighbours that a product with an adjacency matrix makes."""
+
+    def applied(self) -> AbstractContextManager[None]:
+        """Divides the rows of such matrices by their sums."""
+        return self
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        name = getattr(function, "__name__", "").strip("_")
+        if name in ("matmul", "mm", "bmm") and _sums_neighbours(*args):
+            args = [args[0] / args[0].sum(-1, keepdim=True).clamp(min=1), args[1]]
+        return function(*args, **(kwargs or {}))
+
+    def describe(self, finding: Finding, change: str) -> str:
+        """Returns the change as code."""
+        return (
+            "take means of neighbours in place of sums, a = a / a.sum(-1, keepdim=True).clamp(min=1) for the "
+            "adjacency matrix a, and of nodes, as h.mean(1), where their sum is the answer"
+            f"  # {change}"
+        )
+
+
+def _sums_neighbours(a: Any, h: Any) -> bool:
+    """True if a square matrix that is not computed from weights is multiplied by what is."""
+    if not (isinstance(a, Tensor) and isinstance(h, Tensor) and h.requires_grad and not a.requires_grad):
+        return False
+    return a.ndim > 1 and a.shape[-1] == a.shape[-2] and a.is_floating_point() and bool((a >= 0).all())
+
+
 def _is_output(x: Any) -> bool:
     """True of a matrix that is computed from weights, and not a weight itself or its transpose."""
     if not (isinstance(x, Tensor) and x.ndim == 2 and x.requires_grad):

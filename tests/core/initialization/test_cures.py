@@ -333,3 +333,22 @@ def test_weights_of_zero_are_no_cure_where_no_step_from_there_lowers_the_loss() 
     network = Contrastive(lambda a, b: (a[:, None] * b).sum(2) / 0.01)
     (finding, *_) = check(network, network.loss)[0]
     assert "zeros_" not in finding.cure
+
+
+def test_means_of_neighbours_are_advised_where_their_sums_explode() -> None:
+    torch.manual_seed(0)
+    neighbours, nodes = (torch.rand(20, 20) < 0.5).float(), torch.randn(20, 32)
+    first, message, head = (nn.Linear(32, n) for n in (32, 32, 1))
+
+    def loss(divisor: Tensor | float = 1.0) -> Tensor:
+        h = first(nodes)
+        for _ in range(12):
+            h = h + torch.relu((neighbours / divisor) @ message(h))
+        answers: Tensor = head(h)
+        return answers.square().mean()
+
+    network = nn.ModuleList([first, message, head])
+    (finding, *_) = check(network, loss)[0]
+    assert "means of neighbours" in finding.cure
+    degrees = neighbours.sum(-1, keepdim=True).clamp(min=1)
+    assert [f for f in check(network, lambda: loss(degrees))[0] if f.severity != "info"] == []
