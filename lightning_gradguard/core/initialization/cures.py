@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_gradguard.core.initialization.findings import SEVERITIES, Finding, fails
+from lightning_gradguard.core.initialization.products import MeansOfNeighbours, NormalizedFactors
 from lightning_gradguard.core.initialization.propagation import (
     SATURATING,
     ZERO_GAIN,
@@ -19,9 +20,7 @@ from lightning_gradguard.core.initialization.propagation import (
 from lightning_gradguard.core.initialization.trials import (
     Gated,
     Initializers,
-    MeansOfNeighbours,
     Normalized,
-    NormalizedFactors,
     Rectified,
     Repaired,
     Trial,
