@@ -145,6 +145,7 @@ class InitializationCheck(Callback, Configured):
         self._is_due = False
         self._checks_first_step = False
         self._input_rms = 0.0
+        self._entry: tuple[str, ...] = ()
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -208,6 +209,7 @@ class InitializationCheck(Callback, Configured):
                 if largest < rate and not of_rates:
                     self._note(trainer, _RISES.format(rate, largest))
         self._input_rms = first_batch.input_rms(LARGE_INPUT)
+        self._entry = first_batch.entry
         if self._input_rms > HUGE_INPUT:
             findings = first_batch.with_huge_inputs(findings, self._input_rms)
         # of single layers, only the first that is found: a network has as many numbers as layers
@@ -336,7 +338,7 @@ class InitializationCheck(Callback, Configured):
                     cure = {"cause": origin.cause, "advice": origin.cure, "location": origin.location}
                 detail = members[0].describe()
                 if kind in ("dead_units", "saturated_units") and self._input_rms > LARGE_INPUT:
-                    own = advice_for_cause("input_scale", where, model=pl_module)
+                    own = advice_for_cause("input_scale", self._entry, model=pl_module)
                     cure = {"cause": "input_scale", "advice": own}
                     if self._input_rms > CORRUPT_INPUT:
                         cure = {"cause": "bad_input", "advice": advice_for_cause("bad_input", ["the batch"])}

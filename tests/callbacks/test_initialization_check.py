@@ -98,6 +98,17 @@ def test_inputs_that_the_network_standardizes_are_no_cause(first: nn.Module, cau
     assert listener.found
 
 
+def test_a_normalization_is_put_before_the_first_layer_and_not_before_the_one_that_saturates() -> None:
+    listener = Listener()
+    torch.manual_seed(0)
+    module = Classifier()
+    module.net = nn.Sequential(nn.Linear(20, 20), nn.ReLU(), nn.Linear(20, 20), nn.Tanh(), nn.Linear(20, 4))
+    fit(module, [(x * 1e4, y) for x, y in batches(1)], [InitializationCheck(), listener])
+    (incident,) = (one for one in listener.found if one.cause == "input_scale")
+    assert incident.where == ("net.2",)
+    assert "a normalization layer before net.0." in incident.advice
+
+
 def test_raise_stops_before_the_first_step() -> None:
     module = Deep()
     before = weights(module)

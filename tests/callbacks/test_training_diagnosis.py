@@ -260,6 +260,14 @@ def test_the_part_of_the_batch_that_is_huge_is_named() -> None:
     assert "Scale the inputs" in incident.advice
 
 
+def test_inputs_are_normalized_before_the_layer_that_gets_them() -> None:
+    net = nn.Sequential(nn.Linear(20, 20), nn.ReLU(), deep(nn.Tanh, 3))
+    (incident,) = diagnosed(Task(net), data=[(x * 1e4, y) for x, y in batches(26)])
+    assert (incident.kind, incident.cause) == ("saturated_units", "input_scale")
+    assert "100% of the units of net.2.0 are saturated" in incident.detail
+    assert "a normalization layer before net.0." in incident.advice
+
+
 class Triplets(Task):
     """Compares each sample with itself: what three passes give to a weight adds up to nothing."""
 

@@ -66,12 +66,14 @@ class FirstBatch:
 
     Attributes:
         problem: The reason if the network could not be checked.
+        entry: The layer that gets the inputs, known where these are large.
     """
 
     def __init__(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         self.problem: Exception | None = None
+        self.entry: tuple[str, ...] = ()
         self._trainer = trainer
         self._pl_module = pl_module
         self._batch = batch
@@ -93,6 +95,7 @@ class FirstBatch:
         batch = copy.deepcopy(self._batch)
         with preserve_state(self._pl_module):
             sample = traced_pass(self._pl_module, batch, lambda: self._loss_of(batch))
+        self.entry = sample.entry
         of_layers: list[float] = gather_objects(sample.input_rms)
         return max(of_layers)
 

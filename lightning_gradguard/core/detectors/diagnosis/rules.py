@@ -108,6 +108,7 @@ def dead_or_saturated_units(sample: Sample, progress: Progress) -> Iterator[Symp
             f"{share:.0%} of the units of {where[0]} are zero for every sample (usual: below 60 %){inputs}"
         )
         is_certain = share == 1 and sample.step >= UPDATE_STEPS  # nothing passes, and samples are far apart
+        where = _with_entry(where, origin, sample)
         yield Symptom("dead_units", origin, where, share, evidence, "units", 1 if is_certain else 2)
     elif inactive := inactive_output(sample, progress):
         yield inactive
@@ -115,7 +116,14 @@ def dead_or_saturated_units(sample: Sample, progress: Progress) -> Iterator[Symp
         share, where, noun = _first(saturated)
         evidence = f"{share:.0%} of the {noun} of {where[0]} are saturated (usual: below 25 %){inputs}"
         cause = "large_logits" if noun == _ROWS and origin == "unknown" else origin
+        where = _with_entry(where, cause, sample)
         yield Symptom("saturated_units", cause, where, share, evidence, "units")
+
+
+def _with_entry(where: tuple[str, ...], cause: str, sample: Sample) -> tuple[str, ...]:
+    """Returns layers with the first one, which a normalization of the inputs is put before."""
+    is_of_inputs = cause in ("input_scale", "data_scale")
+    return tuple(dict.fromkeys([*sample.entry, *where]))[:5] if is_of_inputs else where
 
 
 def input_cause(sample: Sample) -> Literal["input_scale", "data_scale", "unknown"]:
@@ -186,8 +194,7 @@ def large_updates(sample: Sample, progress: Progress) -> Iterator[Symptom]:
             cause: Cause | SymptomCause = input_cause(sample)
             if cause == "unknown":
                 cause = "target_scale" if largest_target(sample) > LARGE_TARGET else "update_too_large"
-            if cause in ("input_scale", "data_scale"):  # a normalization is put before the first layer
-                where = tuple(dict.fromkeys([*sample.entry, *where]))[:5]
+            where = _with_entry(where, cause, sample)
             if cause == "target_scale":  # its answers are scaled back
                 where = sample.head or where
             evidence = f"an update of {before:.2g} of the norm of the weights (usual: below 0.1)"
