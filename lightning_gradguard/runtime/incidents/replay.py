@@ -247,7 +247,7 @@ def _losses_at(
             for seen in window:
                 set_rng_state(seen.rng)
                 with _at_step(trainer, seen.step), trainer.precision_plugin.train_step_context():
-                    losses.append(float(training_loss(pl_module, seen.batch, seen.batch_idx)))
+                    losses.append(float(training_loss(pl_module, seen.batch, seen.batch_idx).detach()))
     except Exception:  # a step that differs the second time, or memory that is short
         return []
     return losses
