@@ -108,12 +108,13 @@ def _part(
     for member in members:
         separate(member)
     callbacks: Sequence[Any] = trainer.callbacks  # type: ignore[attr-defined]
-    for callback in callbacks[: callbacks.index(caller) + 1]:
+    walked = callbacks if caller in callbacks else neighbours  # of another list, Lightning walks the former
+    for callback in walked[: walked.index(caller) + 1]:
         if callback in neighbours:
             getattr(callback, START)(trainer, *arguments, **named)
-    last = [callback for callback in callbacks if callback in members][-1]
     rejoin = lambda *_, **__: join(trainer, members, of_first)  # noqa: E731
-    vars(last).setdefault(END, _Joint([getattr(last, END), rejoin]))
+    for last in [callback for callback in callbacks if callback in members][-1:]:
+        vars(last).setdefault(END, _Joint([getattr(last, END), rejoin]))
 
 
 def pass_over(trainer: pl.Trainer, callback: Callback, kind: type[Callback]) -> None:

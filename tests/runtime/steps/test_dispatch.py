@@ -153,3 +153,13 @@ def test_hooks_are_called_again_after_an_exception() -> None:
     with pytest.raises(ZeroDivisionError):
         fit(Classifier(), batches(3), [*callbacks, Raises()])
     assert all(callable(getattr(callback, hook)) for callback in callbacks for hook in HOOKS)
+
+
+def test_another_list_without_the_suite_ends_its_part_and_not_the_fit() -> None:
+    class Leaves(pl.Callback):
+        def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, i: int) -> None:
+            if i == 3:
+                trainer.callbacks = [self]
+
+    trainer = fit(Classifier(), batches(8), [Leaves(), *default_callbacks()])
+    assert trainer.global_step == 8
