@@ -159,10 +159,11 @@ def rises_with_data(
 
     Then a rollback would not lower it. False where no batch is kept, or none can be run again.
     """
-    losses: list[float] = []
     may_run = pl_module.automatic_optimization and obstacle(trainer, pl_module) is None
-    if may_run and all(seen.is_unchanged for seen in window):
-        losses = _losses_at(trainer, pl_module, window, snapshot)
+    # of one rank alone, a step that communicates would wait for ever
+    if not all(gather_objects(may_run and all(seen.is_unchanged for seen in window))):
+        return False
+    losses = _losses_at(trainer, pl_module, window, snapshot)
     by_rank: list[list[float]] = gather_objects(losses)
     if not all(by_rank):
         return False

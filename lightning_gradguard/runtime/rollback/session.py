@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from operator import itemgetter
 from typing import Any
 
 from lightning_gradguard.core.detectors.optimizer_health import FIRST_STEPS
@@ -25,6 +26,9 @@ from lightning_gradguard.runtime.steps import trainer_state
 from lightning_gradguard.runtime.steps.check_modes import CheckMode, ClosureCheck, DeferredCheck, ExactCheck
 from lightning_gradguard.runtime.steps.step import Step, StepFlags, StepVerdict
 from lightning_gradguard.runtime.steps.transaction import StepTransaction, Window
+
+#: Loss and batches of that of the first steps with the highest loss, before there is one.
+NO_STEP: tuple[float, Sequence[SeenBatch]] = -math.inf, ()
 
 
 class RollbackSession:
@@ -66,8 +70,7 @@ class RollbackSession:
         self._outcome = BatchOutcome()
         self._skipped: list[StepTransaction] = []
         self._first_step = trainer.global_step
-        #: Of the first steps that with the highest loss, later the last one: its loss and batches.
-        self._highest: tuple[float, Sequence[SeenBatch]] = -math.inf, ()
+        self._highest = NO_STEP
         self._flags = StepFlags()
         self._batch_idx_offset = {trainer.current_epoch: lightning_api.resumed_batch_idx_offset(trainer)}
         self._lost_earlier: dict[tuple[int, int], Reason] = {}
@@ -265,15 +268,17 @@ class RollbackSession:
             distance=self._distance,
             clipped=self._fit.suite.clipped.get(measurement.optimizer_index, 0.0),
         )
-        is_first = transaction.window.step < self._first_step + FIRST_STEPS
-        if not (is_first and self._highest[0] > measurement.loss):
-            self._highest = measurement.loss, transaction.window.batches
+        risen: tuple[float, Sequence[SeenBatch]] = measurement.loss, transaction.window.batches
+        if transaction.window.step < self._first_step + FIRST_STEPS:
+            risen = self._highest = max(risen, self._highest, key=itemgetter(0))
+        else:
+            self._highest = NO_STEP
         if decision != "continue" and self._fit.policy.risen_loss < math.inf:
             snapshot = self._fit.snapshots.trusted()
-            if rises_with_data(self._fit.trainer, self._fit.pl_module, *self._highest, snapshot):
+            if rises_with_data(self._fit.trainer, self._fit.pl_module, *risen, snapshot):
                 self._fit.policy.accept_rise(measurement.optimizer_index)
                 decision, anomaly = "continue", ""
-            self._highest = -math.inf, ()
+            self._highest = NO_STEP
         self._outcome.has_diverged |= decision != "continue"
         self._outcome.decide(decision)
         if anomaly and not self._fit.trainer.interrupted:  # other ranks may be elsewhere then
