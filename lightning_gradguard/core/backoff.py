@@ -294,9 +294,14 @@ def pending_rate_scale(optimizer: Optimizer) -> float:
     return 1.0 if hooks is None or hooks._scheduled else hooks.factor
 
 
+def groups_with_rate(optimizer: Optimizer) -> list[dict[str, Any]]:
+    """Returns the parameter groups with a learning rate; it is `None` for relative steps, as of Adafactor."""
+    return [group for group in optimizer.param_groups if group.get("lr") is not None]
+
+
 def total_rate(optimizer: Optimizer) -> float | Tensor:
     """Returns the learning rates of the next update, added up; 0 for an optimizer without one."""
-    rates: Iterable[float | Tensor] = (group.get("lr", 0.0) for group in optimizer.param_groups)
+    rates: Iterable[float | Tensor] = (group["lr"] for group in groups_with_rate(optimizer))
     return sum(rates) * pending_rate_scale(optimizer)
 
 
@@ -314,7 +319,7 @@ class _RateHooks:
 
     def groups(self) -> list[dict[str, Any]]:
         # an optimizer of the user's own may have no rate, or another name for it
-        return [group for group in self.optimizer.param_groups if "lr" in group]
+        return groups_with_rate(self.optimizer)
 
     @property
     def factor(self) -> float:

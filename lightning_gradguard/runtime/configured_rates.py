@@ -56,8 +56,8 @@ def scale_rates(optimizer: Optimizer, schedules: Iterable[Any], ratios: Sequence
 
 
 def initial_rate(group: dict[str, Any]) -> float:
-    """Returns the learning rate of a parameter group before any schedule."""
-    return float(group.get("initial_lr", group["lr"]))
+    """Returns the learning rate of a parameter group before any schedule; 0 if it has none."""
+    return float(group.get("initial_lr", group.get("lr")) or 0.0)
 
 
 def _scale_group(group: dict[str, Any], ratio: float) -> None:

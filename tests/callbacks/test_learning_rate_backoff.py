@@ -18,6 +18,7 @@ from lightning_gradguard import (
     LearningRateBackoff,
     NaNRollback,
     ZScoreClipping,
+    default_callbacks,
 )
 from lightning_gradguard.core import tags
 from lightning_gradguard.core.backoff import ScaledLearningRate, pending_rate_scale
@@ -295,3 +296,30 @@ def test_without_progress_a_run_that_is_clipped_goes_back_to_its_start_and_keeps
         return
     assert (found["divergence"], found["rollback"]) == (None, 0)  # no loss has risen
     assert backoff.scale == 1 / 16  # it would be taken back if the loss had risen with the data
+
+
+class Relative(torch.optim.Optimizer):
+    """Steps of a length of its own, with a rate of `None`, as Adafactor with relative steps."""
+
+    def __init__(self, parameters: Any) -> None:
+        super().__init__(parameters, {"lr": None})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        """Goes along the gradient."""
+        loss = None if closure is None else torch.enable_grad()(closure)()
+        for parameter in self.param_groups[0]["params"]:
+            if parameter.grad is not None:
+                parameter.sub_(0.01 * parameter.grad)
+        return loss
+
+
+def test_an_optimizer_with_a_rate_of_none_is_guarded_without_cuts() -> None:
+    class Module(Classifier):
+        def configure_optimizers(self) -> Any:
+            return Relative(self.parameters())
+
+    callbacks = default_callbacks()
+    with pytest.warns(UserWarning, match="the parameter groups of Relative have no 'lr'"):
+        trainer = fit(Module(), poisoned(batches(12), nan=[5]), callbacks)
+    assert trainer.callback_metrics["rollback/skips"] == 1

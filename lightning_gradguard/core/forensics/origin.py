@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_gradguard.core.backoff import groups_with_rate
 from lightning_gradguard.core.forensics.location import Location
 from lightning_gradguard.core.incidents import Cause
 from lightning_gradguard.core.norms import local_shard
@@ -248,7 +249,7 @@ def origin_in_learning_rate(
         >>> origin_in_learning_rate([sgd], [schedule]).cause
         'nonfinite_learning_rate'
     """
-    rates = [float(group["lr"]) for o in optimizers for group in o.param_groups if "lr" in group]
+    rates = [float(group["lr"]) for o in optimizers for group in groups_with_rate(o)]
     rate = next((rate for rate in rates if not math.isfinite(rate)), None)
     if rate is None:
         return None

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
 from lightning_gradguard.core import tags
+from lightning_gradguard.core.backoff import groups_with_rate
 from lightning_gradguard.core.detectors.diagnosis import (
     CLIPPED_AT_ALL,
     Coverage,
@@ -192,7 +193,7 @@ class _SampledUpdate:
 
     def __init__(self, suite: Suite, trainer: pl.Trainer, step: Step, wants_largest: bool) -> None:
         self.logged = LoggedStep(suite, trainer, step, 2.0, update_ratio=True, exact=False)
-        groups = [group for group in step.optimizer.param_groups if "lr" in group]
+        groups = groups_with_rate(step.optimizer)
         self._rates = [float(group["lr"]) for group in groups]
         self._initial_rates = [initial_rate(group) for group in groups]
         self._decay = max(float(group.get("weight_decay", 0)) for group in step.optimizer.param_groups)
