@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import filterfalse
 from operator import attrgetter
@@ -235,13 +235,7 @@ def _losses_at(
     """
     losses: list[float] = []
     try:
-        with ExitStack() as stack:
-            for context in (
-                preserve_weights(pl_module),
-                preserve_state(pl_module),
-                without_logging(pl_module),
-            ):
-                stack.enter_context(context)
+        with preserve_weights(pl_module), preserve_state(pl_module), without_logging(pl_module):
             trained = [(name, p) for name, p in pl_module.named_parameters() if p.requires_grad]
             for _, now, before in snapshot.compare(trained, ()):
                 now.detach().copy_(before)
