@@ -6,9 +6,7 @@ import ast
 import inspect
 import linecache
 import os
-import site
 import sys
-import sysconfig
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -20,15 +18,16 @@ from typing import Any
 import torch
 from torch import nn
 
+from lightning_gradguard.core.snapshots.libraries import LIBRARIES, TORCH
+
 #: Folders with code that is never the user's: torch, and this one.
-_FRAMEWORKS = (os.path.dirname(torch.__file__), str(Path(__file__).parents[1]))
+_FRAMEWORKS = (TORCH, str(Path(__file__).parents[1]))
 #: Files with functions of torch that consist of several operations.
 _DISTRIBUTIONS = os.path.dirname(torch.distributions.__file__)
 _FUNCTIONAL = torch.nn.functional.__file__
 _LOSSES = (torch.nn.modules.loss.__file__, torch.nn.modules.distance.__file__)
 #: Functions that consist of several operations and are not written in Python.
 _COMPOSITE = ("corrcoef", "cosine_similarity", "cov", "nanmean")
-_LIBRARIES = (*site.getsitepackages(), site.getusersitepackages(), sysconfig.get_paths()["stdlib"])
 #: Functions in which a run of a batch begins, and the backward pass: frames outside of them ran no operation.
 _BOUNDARIES = ("investigate", "_engine_run_backward")
 
@@ -102,7 +101,7 @@ def user_location(frameworks: Sequence[str] = ()) -> Location | None:
             called = called or next((f for f in _COMPOSITE if f"{f}(" in code), "")
             functional = _functional(expression, called, loss) if isinstance(loss, nn.Module) else ""
             here = Location(file, frame.f_lineno, name, called, expression, generated, functional)
-            if not file.startswith(_LIBRARIES):
+            if not file.startswith(LIBRARIES):
                 return here
             in_library = in_library or here
         frame = frame.f_back
@@ -120,7 +119,7 @@ def innermost_of_traceback(
         if file.startswith("<") and not (_is_cell(file) or file.startswith("<frozen")):
             generated = f"{file}:{traceback.tb_lineno} in {name}"
             found = replace(found, generated=generated) if found and not found.generated else found
-        elif not file.startswith(("<frozen", *_FRAMEWORKS, *frameworks, *_LIBRARIES)):
+        elif not file.startswith(("<frozen", *_FRAMEWORKS, *frameworks, *LIBRARIES)):
             expression = _expression(code, traceback.tb_lasti)
             found = Location(file, traceback.tb_lineno, name, expression=expression)
         traceback = traceback.tb_next

@@ -5,9 +5,8 @@ from __future__ import annotations
 import copy
 import random
 import sys
-import sysconfig
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from types import ModuleType
 from typing import Any
@@ -17,18 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from lightning_gradguard.core.snapshots.buffers import BufferCopies
+from lightning_gradguard.core.snapshots.libraries import LIBRARIES, TORCH
 
 _INTERNAL = frozenset(nn.Module().__dict__)
-#: Packages whose objects hold the run, or have no state that a step changes; and folders of libraries.
-_PACKAGES = (
-    "torch",
-    "pytorch_lightning",
-    "lightning",
-    "lightning_fabric",
-    "torchmetrics",
-    "lightning_gradguard",
-)
-_LIBRARIES = tuple(sysconfig.get_paths()[key] for key in ("stdlib", "purelib", "platlib"))
+_PACKAGE = __name__.partition(".")[0]
+#: Methods of environments and of their spaces, and those of what runs the module, as a Trainer.
+_ENVIRONMENT, _SPACE, _RUNS = ("reset", "step"), ("seed", "sample"), ("fit", "validate", "predict")
 #: Elements of a list or dictionary that are searched for objects, and bytes of an array that is copied.
 _MOST_ELEMENTS, _MOST_BYTES = 100, 2**28
 
@@ -194,11 +187,15 @@ def _has_state(value: Any) -> bool:
     if is_code or not isinstance(getattr(value, "__dict__", None), dict):
         return False
     file = getattr(sys.modules.get(kind.__module__), "__file__", None) or ""
-    is_own = kind.__module__ == "__main__" or (file and not file.startswith(_LIBRARIES))
-    is_environment = any(
-        all(hasattr(kind, n) for n in names) for names in (("reset", "step"), ("seed", "sample"))
-    )
-    return bool(is_own or is_environment) and kind.__module__.partition(".")[0] not in _PACKAGES
+    is_own = kind.__module__ == "__main__" or (file and not file.startswith((TORCH, *LIBRARIES)))
+    is_ours = kind.__module__.partition(".")[0] == _PACKAGE
+    if is_ours or _has_methods(kind, _RUNS):
+        return False
+    return bool(is_own) or _has_methods(kind, _ENVIRONMENT) or _has_methods(kind, _SPACE)
+
+
+def _has_methods(kind: type, names: Sequence[str]) -> bool:
+    return all(hasattr(kind, name) for name in names)
 
 
 def _attributes(holder: Any) -> dict[str, Any]:
