@@ -8,6 +8,7 @@ from typing import Literal
 
 from benchmarks.cost import timings
 from benchmarks.cost.counts import Count
+from benchmarks.cost.interleaved import is_logged
 from benchmarks.cost.memory import Look
 from benchmarks.cost.networks import ELEMENTS, LARGE
 from benchmarks.cost.peers import BARE, CLIP, DEFERRED, EXACT, IDLE, PEERS, SINGLE, VARIANTS
@@ -21,6 +22,8 @@ BESIDE, MANY_BYTES = 0.01, 10e6
 SHARE_OF_CLIP = 0.75
 #: Of a bare step of the BoringModel, which is all overhead: the suite, and each callback by itself.
 BORING = {EXACT: 1.35, DEFERRED: 1.6, **{name: 1.2 for name in SINGLE if name != IDLE}}
+#: A logged step of the suite, of a bare one.
+LOGGED = {"GPT": 1.06, "ResNet-34": 1.15, "2,000 small tensors": 1.15, "BoringModel": 3}
 #: A snapshot every 50 steps: of a step, and times cheaper than `copy.deepcopy`.
 SHARE_OF_STEP, TIMES_CHEAPER = 0.01, 4
 #: A long run: how much slower it may have become, and MB that it may have gained on a bare one.
@@ -90,6 +93,18 @@ def of_boring(timed: Timed) -> Iterator[Bar]:
             ratio = timings.ratio(timed, variant)
             yield Bar(
                 f"{variant}: a hot step of the BoringModel takes at most {limit} times a bare one",
+                f"{ratio.middle:.2f}",
+                _below(ratio, limit),
+            )
+
+
+def of_logged_steps(whole: Mapping[str, Timed]) -> Iterator[Bar]:
+    """Bars of the steps that write to the logger."""
+    for network, limit in LOGGED.items():
+        if network in whole and EXACT in whole[network]:
+            ratio = timings.ratio(whole[network], EXACT, is_logged)
+            yield Bar(
+                f"{network}: a logged step takes at most {limit} times a bare one",
                 f"{ratio.middle:.2f}",
                 _below(ratio, limit),
             )

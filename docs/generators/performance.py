@@ -48,7 +48,7 @@ REASONS = """## Why it is not less
   neighbours in its list share one hook: 5 calls a step, not 36. A callback of another kind in between has its
   turn, and under a profiler each hook is called. The suite adds 236 calls of all packages to the 998 of that
   batch (252 before), 290 under `check="deferred"` (677), where a CPU copies nothing for a step that it knows
-  to be good, and 469 to a logged one (654). The times of callbacks and suite above were taken before that.
+  to be good, and 469 to a logged one (654).
 * *First calls of a step.* After a backward pass the processor's caches hold other code: an operation on
   tensors that takes 1 to 3 microseconds in a loop takes 5 to 10 in a step. Of a hot step of the BoringModel,
   measuring takes about 60 microseconds, what a replay needs of the batch and the generators 40, the
@@ -168,7 +168,7 @@ def _whole(found: Found) -> list[str]:
         ]
         if network not in LARGE:
             parts.append(_bar_table(bars.of_boring(timed)))
-    return parts
+    return [*parts, "### Logged steps\n", _bar_table(bars.of_logged_steps(found.whole))]
 
 
 def _prepared(found: Found) -> list[str]:

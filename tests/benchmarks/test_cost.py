@@ -164,6 +164,11 @@ def test_times_can_miss_and_be_left_open() -> None:
     assert [bar.verdict for bar in bars.of_boring(noisy)] == ["open", "open", "miss"]
 
 
+def test_logged_steps_can_miss() -> None:
+    whole = {network: steady(**{BARE: 100, EXACT: 140}) for network in ("GPT", "BoringModel")}
+    assert [bar.verdict for bar in bars.of_logged_steps(whole)] == ["miss", "pass"]
+
+
 @pytest.mark.parametrize(
     ("snapshot", "verdicts"),
     [(10, ["pass", "pass"]), (60, ["miss", "miss"]), (30, ["pass", "miss"]), (-1, ["pass", "open"])],
