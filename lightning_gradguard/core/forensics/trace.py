@@ -25,10 +25,13 @@ from lightning_gradguard.core.forensics.records import (
 _UNINITIALIZED = ("aten::empty", "aten::new_empty", "aten::resize", "aten::set_")
 #: Operations that add a mask to scores.
 _ADDS = ("add", "sub", "addmm", "baddbmm", "_scaled_dot_product_flash_attention_for_cpu")
+#: Operations that write an argument to places of another one, where a number that nothing made is a mask's.
+_WRITES = ("fill", "masked_fill", "index_fill", "index_put", "scatter", "copy", "where")
 #: Operations through which the infinities of a mask remain a mask.
 _MOVES = (
-    *("add", "sub", "mul", "div", "addmm", "baddbmm", "neg", "_log_softmax", "where", "cat", "stack"),
-    *("expand", "clone", "_to_copy", "copy", "masked_fill", "repeat", "triu", "tril"),
+    *("add", "sub", "mul", "div", "addmm", "baddbmm", "neg", "_log_softmax", "cat", "stack", *_WRITES),
+    *("expand", "clone", "_to_copy", "repeat", "triu", "tril", "index_select", "index_copy"),
+    *("masked_scatter", "roll", "flip", "sort", "topk", "maximum", "minimum", "clamp_max"),
 )
 #: Operations that return 0 of numbers that are none.
 _UNDERFLOW = ("prod", "cumprod", "exp", "sigmoid", "_softmax", "mul")
@@ -224,8 +227,7 @@ class OperationTrace(TorchDispatchMode):
 
     def last_nonfinite(self) -> OperationRecord | None:
         """Returns the last operation that returned unintended nonfinite values."""
-        found = (r for r in reversed(self._in_order) if r.made != "large" and not r.is_intended)
-        return next(found, None)
+        return next((r for r in reversed(self._in_order) if r.made != "large" and not r.is_intended), None)
 
     def follows_backward(self, record: OperationRecord) -> bool:
         """Checks that an operation is neither part of a backward pass nor ahead of one."""
@@ -340,8 +342,7 @@ def _has_zero(tensor: Tensor) -> bool:
 
 
 def _largest_finite(tensor: Tensor) -> float:
-    values = _values(tensor.detach())
-    return float(values.nan_to_num(0.0, 0.0, 0.0).abs().amax())
+    return float(_values(tensor.detach()).nan_to_num(0.0, 0.0, 0.0).abs().amax())
 
 
 def _is_root(name: str, args: Sequence[Any]) -> bool:
@@ -352,18 +353,18 @@ def _is_root(name: str, args: Sequence[Any]) -> bool:
 def _passes_on(name: str, arguments: Sequence[Argument]) -> bool:
     """Checks that an operation only moves the intended infinities of a mask."""
     masks = [(n, a) for n, a in enumerate(arguments) if a.is_nonfinite and not a.has_nan]
-    intended = all(a.is_mask or (a.record is not None and a.record.is_intended) for _, a in masks)
+    short = _short(name)
+    intended = all(
+        a.is_mask or (a.record.is_intended if a.record else short in _WRITES and not (a.shape or a.leaf))
+        for _, a in masks
+    )
     added = all(n == 0 for n, _ in masks) or "mm" not in name  # factors of a matrix product are no masks
-    return bool(masks) and intended and added and _short(name) in _MOVES
+    return bool(masks) and intended and added and short in _MOVES
 
 
 def _takes_mask(name: str, position: int) -> bool:
     """Checks that an operation adds this argument to others, or subtracts it from them."""
-    return (
-        _short(name) in _ADDS
-        and (position == 0 or "mm" not in name)
-        and (position, _short(name)) != (0, "sub")
-    )
+    return _short(name) in _ADDS and (position == 0 if "mm" in name else position > 0 or "sub" not in name)
 
 
 def _is_masked(factors: Sequence[Tensor]) -> bool:

@@ -242,6 +242,34 @@ def test_fully_masked_attention_row_names_softmax() -> None:
     assert summary(origin) == ("forward_pass", "forward", "attention", "aten::_softmax")
 
 
+NUMBER = torch.tensor(-INF)
+ROWS = torch.tensor([0, 3])
+KEPT = torch.arange(4).expand(2, 5, 4)
+
+
+@pytest.mark.parametrize(
+    "masked",
+    [
+        pytest.param(lambda s, m: s.index_put((m,), NUMBER), id="index_put"),
+        pytest.param(lambda s, m: s.masked_fill(m, NUMBER), id="masked_fill"),
+        pytest.param(lambda s, m: torch.where(m, NUMBER, s), id="where"),
+        pytest.param(lambda s, m: s.__setitem__(m, -INF) or s, id="mask"),
+        pytest.param(lambda s, m: s[1, 3].fill_(NUMBER).expand(2, 5, 5) * 1, id="fill"),
+        pytest.param(lambda s, m: s.__setitem__((1, 3), -INF) or s, id="row"),
+        pytest.param(lambda s, m: torch.full_like(s, -INF).scatter(-1, KEPT[:1], s[:1, :, :4]), id="scatter"),
+        pytest.param(lambda s, m: s.masked_fill(m, -INF).topk(3).values, id="topk"),
+        pytest.param(lambda s, m: torch.minimum(s, torch.zeros_like(s).masked_fill(m, -INF)), id="minimum"),
+        pytest.param(lambda s, m: s.masked_fill(m, -INF).index_select(1, ROWS), id="index_select"),
+    ],
+)
+def test_a_mask_is_one_however_it_is_written(masked: Callable[[Tensor, Tensor], Tensor]) -> None:
+    torch.manual_seed(0)
+    net, x, mask = nn.Linear(4, 5), torch.randn(2, 5, 4), torch.zeros(2, 5, 5).bool()
+    mask[1, 3] = True
+    origin = examine(net, lambda: masked(net(x), mask).softmax(-1).mean(), (x, mask))
+    assert summary(origin) == ("loss", "forward", "", "aten::_softmax")
+
+
 def test_every_softmax_of_masked_rows_is_listed_the_first_one_of_the_forward_pass_first() -> None:
     cured: set[str] = set()
 
