@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 #: Characters of an argument, beyond which advice is easier to read without it.
-MAX_ARGUMENT = 60
+MAX_ARGUMENT = 100
 #: What functions of torch are called on, and no argument of theirs.
 _NAMESPACES = ("torch", "nn", "F", "functional", "linalg", "special")
 #: Names of functions whose operation has another one.
@@ -19,6 +19,13 @@ _NAMES = {
     "cudnn_ctc_loss": ("ctc_loss",),
     "pow": ("pow", "square"),
     "linalg_inv": ("inv", "inverse"),
+    "native_layer_norm": ("layer_norm",),
+    "native_group_norm": ("group_norm",),
+    "lgamma": ("lgamma", "gammaln"),
+    "digamma": ("digamma", "psi"),
+    **{name: (name, f"arc{name[1:]}") for name in ("acos", "asin", "acosh", "asinh", "atan", "atanh")},
+    **dict.fromkeys(("div", "true_divide"), ("div", "divide", "true_divide")),
+    **{name: (name, longer) for name, longer in (("mul", "multiply"), ("sub", "subtract"))},
 }
 _ATOMS = (ast.Constant, ast.Name, ast.Attribute, ast.Call, ast.Subscript, ast.Tuple, ast.List)
 #: One dimension, or several.

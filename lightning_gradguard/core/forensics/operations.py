@@ -40,6 +40,7 @@ class OperationFault:
         argument: The argument that the bounds are about; `None` for any of them.
         at_most: That argument has a value at or below this.
         at_least: That argument has a value at or above this.
+        beyond: That argument has a value of at least this magnitude.
         has_zero: That argument has a zero.
         is_empty: That argument has no elements.
         is_infinite: That argument has the infinity of a mask.
@@ -58,6 +59,7 @@ class OperationFault:
     argument: int | None = 0
     at_most: float | None = None
     at_least: float | None = None
+    beyond: float | None = None
     has_zero: bool = False
     is_empty: bool = False
     is_infinite: bool = False
@@ -87,7 +89,7 @@ class OperationFault:
 
     @property
     def _is_bounded(self) -> bool:
-        is_bounded = self.at_most is not None or self.at_least is not None
+        is_bounded = (self.at_most, self.at_least, self.beyond) != (None, None, None)
         return is_bounded or self.has_zero or self.is_empty or self.is_infinite or bool(self.underflow)
 
     def _is_in_range(self, argument: Argument) -> bool:
@@ -102,6 +104,7 @@ class OperationFault:
         return (
             (self.at_most is None or argument.low <= self.at_most)
             and (self.at_least is None or argument.high >= self.at_least)
+            and (self.beyond is None or argument.largest >= self.beyond)
             and (not self.has_zero or argument.smallest == 0)
         )
 

@@ -73,7 +73,7 @@ def test_a_cure_of_the_arguments_of_a_call(
         ("x.pow(3)", "pow", "x.clamp(-1e3, 1e3).pow(2)"),
         ("y = torch.log(torch.log(x))", "log", LOG),
         ("2 ** -h", "pow", "(x.abs() + 1e-6).pow(y)"),
-        ("torch.log(first_of_all_the_many_values + second_of_all_the_many_values + 1)", "log", LOG),
+        (f"torch.log({' + '.join(['a_value_of_many'] * 9)})", "log", LOG),
         ("if torch.log(x) > 0:", "log", LOG),
         ("g /= g.norm()", "div", "torch.nan_to_num(x) / y"),
         ("g *= a / b", "mul", "torch.nan_to_num(x) * y"),

@@ -347,6 +347,8 @@ CASES: list[tuple[str, Program, Program, Callable[[Tensor], Any] | None, str]] =
     ("convolution of 1e20", F.conv1d, lambda h: h.T[None] * 1e20, lambda h: h[:, :, None] * 1e20, "huge"),
     ("product of 1e20", torch.mul, lambda h: h * 1e20, lambda h: h * 1e20, "huge"),
     ("addition of 1e38", torch.add, lambda h: h * 2.2e38, lambda h: h * 2.2e38, "huge"),
+    ("two masks of the least number", torch.add, lambda h: h * -2.2e38, lambda h: h * -2.2e38, "two masks"),
+    ("product of -1e20", lambda x: x.prod(), lambda h: h * -1e20, None, "logarithms"),
     ("difference of 1e38", torch.sub, lambda h: h * 2.2e38, lambda h: h * -2.2e38, "huge"),
     ("sum of 1e38", lambda x: x.sum(-1), lambda h: h * 2e38, None, "huge"),
     # the value is finite, its gradient is not
@@ -475,6 +477,7 @@ CASES += [
     ("a divisor of exp", lambda x: 2 / x.exp(), lambda h: h - 200, None, "temperature"),
     ("divided by exp", lambda x: x / x.exp(), lambda h: h - 200, None, "temperature"),
     ("negative determinant", torch.logdet, lambda h: -h[0].diag()[:3, :3], None, "slogdet"),
+    ("determinant of a rank of 1", torch.logdet, lambda h: -zero(h)[:COLUMNS], None, "slogdet"),
     (
         "an action at its bound",
         lambda x, y: d.TransformedDistribution(
@@ -605,6 +608,26 @@ def test_a_difference_is_0_where_its_terms_are_alike_and_not_by_an_underflow(
     fault = known_fault(record, FAULTS)
     assert fault is not None
     assert function in fault.cure, fault
+
+
+@pytest.mark.parametrize(
+    ("code", "cure"),
+    [
+        ("torch.arccos(h)", "torch.acos(h.clamp(-1 + 1e-6, 1 - 1e-6))"),
+        ("h.arcsin()", "torch.asin(h.clamp(-1 + 1e-6, 1 - 1e-6))"),
+        ("torch.arctanh(h)", "torch.atanh(h.clamp(-1 + 1e-6, 1 - 1e-6))"),
+        ("torch.arccosh(h + 0)", "torch.acosh((h + 0).clamp_min(1 + 1e-6))"),
+        ("torch.special.gammaln(h - 1)", "torch.lgamma((h - 1).clamp_min(1e-6))"),
+        ("torch.special.psi(h - 1)", "torch.digamma((h - 1).clamp_min(1e-6))"),
+        ("h.divide(h - 1)", "(h / torch.where((h - 1).abs() < 1e-6, 1.0, (h - 1)))"),
+        ("torch.divide(h, h - 1)", "(h / torch.where((h - 1).abs() < 1e-6, 1.0, (h - 1)))"),
+    ],
+)
+def test_another_name_of_a_function_is_read(code: str, cure: str) -> None:
+    record = examined(lambda h: eval(code, {"torch": torch, "h": one(h)}))
+    fault = known_fault(record, FAULTS)
+    assert fault is not None
+    assert fault.advice(short_name(record), code).endswith(f"In place of {code} use {cure}.")
 
 
 @pytest.mark.parametrize("function", ["asin", "acos"])

@@ -195,16 +195,12 @@ _POWERS = (
         "torch.sqrt(x.clamp_min(1e-6))",
         at_most=-1e-45,
     ),
-    *(
-        Fault(
-            ("pow", "float_power"),
-            "The power of large numbers overflows: bound them",
-            "x.clamp(-1e3, 1e3).pow(y)",
-            argument=None,
-            at_most=low,
-            at_least=high,
-        )
-        for low, high in ((-1e3, None), (None, 1e3))
+    Fault(
+        ("pow", "float_power"),
+        "The power of large numbers overflows: bound them",
+        "x.clamp(-1e3, 1e3).pow(y)",
+        argument=None,
+        beyond=1e3,
     ),
     Fault(
         ("pow", "float_power"),
@@ -225,7 +221,7 @@ _POWERS = (
         "The product of large numbers overflows: add logarithms instead",
         "x.abs().clamp_min(1e-6).log().sum(-1)",
         argument=None,
-        at_least=1e3,
+        beyond=1e3,
     ),
 )
 
@@ -289,7 +285,7 @@ _STATISTICS = (
     ),
     Fault(
         ("native_layer_norm", "native_group_norm", "native_batch_norm", "_fused_rms_norm"),
-        "All values to be normalized are equal and eps is 0: 0/0",
+        "All values to be normalized are equal and eps is 0: 0/0. Give the layer one, such as eps=1e-5",
         "F.layer_norm(x, x.shape[-1:], eps=1e-5)",
         made="nan",
     ),
@@ -308,8 +304,9 @@ _LINEAR_ALGEBRA = (
     ),
     Fault(
         ("scalar_tensor",),
-        "torch.logdet of a matrix whose determinant is negative is NaN, as is a NaN in the code itself",
-        "torch.linalg.slogdet(x)[1]",
+        "torch.logdet of a matrix whose determinant is negative, or 0 but for rounding, is NaN, as is a NaN "
+        "in the code itself",
+        "torch.linalg.slogdet(x + 1e-3 * x.new_ones(x.shape[-1]).diag())[1]",
         argument=None,
         made="nan",
     ),
@@ -363,11 +360,11 @@ _OVERFLOWS = (
     *(
         Fault(
             operations,
-            "Sums and products of huge numbers overflow float32: bound what goes in, or normalize where it "
-            "is still small",
+            "Sums and products of huge numbers overflow float32, as do two masks of torch.finfo(dtype).min "
+            "that are added: bound what goes in, or normalize where it is still small",
             cure,
             argument=None,
-            at_least=1e6,
+            beyond=1e6,
         )
         for operations, cure in (
             (_MATMUL, "x.clamp(-1e3, 1e3) @ y.clamp(-1e3, 1e3)"),
