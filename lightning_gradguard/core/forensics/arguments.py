@@ -132,7 +132,7 @@ def replacement(code: str, function: str, cure: str, *, is_inside: bool = False)
         return (place[1:-1] if is_enclosed else place), text  # the code has its own parentheses there
     parts = _in_place(call.code)
     if parts is None:
-        return call.code, _enclosed(text, call.code)
+        return call.code, enclosed(text, call.code)
     start, before, after = parts
     return (call.code, f"{before}{text.removeprefix(start)}{after}") if text.startswith(start) else None
 
@@ -144,12 +144,12 @@ def _in_place(code: str) -> tuple[str, str, str] | None:
     """
     match ast.parse(code).body[0]:
         case ast.AugAssign(target):
-            written = _source(code, target)
+            written = source_of(code, target)
             sign = code[len(written) :].partition("=")[0].strip()
             return f"{written} {sign} ", f"{written} {sign}= ", ""
         case ast.Expr(ast.Call(ast.Attribute(value, name))) if name.endswith("_"):
             if not isinstance(value, ast.Call):  # what a call returns is in no other's hands
-                written = _source(code, value)
+                written = source_of(code, value)
                 return f"{written} / ", f"{written}.{name}(", ")"
     return None
 
@@ -162,7 +162,7 @@ def _with_keywords(cure: str, function: str, call: Call) -> str | None:
     same, statement = ast.parse(cure, mode="eval").body, ast.parse(call.code).body[0]
     if not (isinstance(same, ast.Call) and _call(cure, same, function) and isinstance(statement, ast.Expr)):
         return None
-    new = {str(k.arg): _source(cure, k.value) for k in same.keywords if k.arg != "dim"}
+    new = {str(k.arg): source_of(cure, k.value) for k in same.keywords if k.arg != "dim"}
     is_plain = all(isinstance(a, (ast.Name, ast.Starred)) for a in same.args)
     node = statement.value
     if not (new and is_plain and isinstance(node, ast.Call)) or re.search(r"\b[xy]\b", str(new.values())):
@@ -170,10 +170,10 @@ def _with_keywords(cure: str, function: str, call: Call) -> str | None:
     if len(call.arguments) > len(same.args) and not isinstance(same.args[-1], ast.Starred):
         return ""
     kept = [k for k in node.keywords if k.arg not in new]
-    given = [_source(call.code, argument) for argument in node.args]
-    given += [(f"{k.arg}=" if k.arg else "**") + _source(call.code, k.value) for k in kept]
+    given = [source_of(call.code, argument) for argument in node.args]
+    given += [(f"{k.arg}=" if k.arg else "**") + source_of(call.code, k.value) for k in kept]
     given += [f"{name}={value}" for name, value in new.items()]
-    return f"{_source(call.code, node.func)}({', '.join(given)})"
+    return f"{source_of(call.code, node.func)}({', '.join(given)})"
 
 
 def _with_options(cure: str, function: str, call: Call, used: Sequence[str]) -> tuple[str, str] | None:
@@ -205,12 +205,12 @@ def _with_options(cure: str, function: str, call: Call, used: Sequence[str]) -> 
     others = "".join(f", {name}={value}" for name, value in options.items() if f"{name}=" not in cure)
     if inner is whole or not is_alike:
         return cure, others
-    code = _source(cure, inner)
+    code = source_of(cure, inner)
     cure = cure.replace(code, f"{code[:-1]}{others})").replace("-100", options.get("ignore_index", "-100"))
     return None if "weight" in options else (cure, "")
 
 
-def _enclosed(text: str, code: str) -> str:
+def enclosed(text: str, code: str) -> str:
     """Returns an expression that can take the place of another one within a third."""
     new, old = (ast.parse(expression, mode="eval").body for expression in (text, code))
     is_alike = isinstance(new, ast.BinOp) and isinstance(old, ast.BinOp) and type(new.op) is type(old.op)
@@ -236,7 +236,7 @@ def _call(code: str, node: ast.AST, function: str) -> Call | None:
         case ast.AugAssign(left, operator, right) if function in _OPERATORS.get(type(operator), ()):
             given = [left, right]
         case ast.Call(ast.Attribute(value, name), given, keywords) if _is(name, function):
-            is_method = not (_is_namespace(value) or name[:1].isupper())
+            is_method = not (is_namespace(value) or name[:1].isupper())
             given = [value, *given] if is_method else given
         case ast.Call(ast.Name(name), given, keywords) if _is(name, function):
             pass
@@ -244,7 +244,7 @@ def _call(code: str, node: ast.AST, function: str) -> Call | None:
             return None
     given += [k.value for name in ("input", "other")[len(given) :] for k in keywords if k.arg == name]
     named = {str(k.arg): _argument(code, k.value) if k.arg else "" for k in keywords if k.value not in given}
-    source, arguments = _source(code, node), tuple(_argument(code, part) for part in given)
+    source, arguments = source_of(code, node), tuple(_argument(code, part) for part in given)
     is_square = function == "pow" and len(arguments) == 1
     return Call(source, (*arguments, "2") if is_square else arguments, named)
 
@@ -254,19 +254,21 @@ def _is(name: str, function: str) -> bool:
     return not function or name.rstrip("_") in _NAMES.get(function, names)
 
 
-def _is_namespace(node: ast.expr) -> bool:
+def is_namespace(node: ast.expr) -> bool:
+    """Returns True for what functions of torch are called on, and no argument of theirs."""
     while isinstance(node, ast.Attribute):
         node = node.value
     return isinstance(node, ast.Name) and node.id in _NAMESPACES
 
 
 def _argument(code: str, node: ast.expr) -> str:
-    text = _source(code, node)
+    text = source_of(code, node)
     if len(text) > MAX_ARGUMENT or isinstance(node, ast.Starred):
         return ""
     return text if isinstance(node, _ATOMS) or _is_number(text) else f"({text})"
 
 
-def _source(code: str, node: ast.AST) -> str:
+def source_of(code: str, node: ast.AST) -> str:
+    """Returns the source of a part of code, on one line."""
     segment = ast.get_source_segment(code, node) or ""
     return ast.unparse(node) if "\n" in segment else " ".join(segment.split())  # lines may have comments

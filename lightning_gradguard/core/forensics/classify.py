@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import linecache
 import math
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from lightning_gradguard.core.forensics.buffers import buffers_of, corrupted_buffers, origin_in_buffers
 from lightning_gradguard.core.forensics.exceptions import origin_of_exception
 from lightning_gradguard.core.forensics.faults import FAULTS
+from lightning_gradguard.core.forensics.faults.logarithms import in_logarithms
 from lightning_gradguard.core.forensics.growth import (
     BOUND,
     GROWTH,
@@ -209,19 +211,20 @@ def _classify(
         return outside
     origin = _origin_of_operation(source, parts, trace)
     others = (r for r in sources[1:] if isinstance(r, OperationRecord) and r.phase == source.phase)
-    return (
-        replace(origin, advice=origin.advice + _likewise(source, others, trace)) if origin.advice else origin
-    )
+    advice = origin.advice and origin.advice + _likewise(origin.advice, source, others, trace)
+    return replace(origin, advice=advice)
 
 
-def _likewise(source: OperationRecord, others: Iterable[OperationRecord], trace: OperationTrace) -> str:
+def _likewise(
+    advice: str, source: OperationRecord, others: Iterable[OperationRecord], trace: OperationTrace
+) -> str:
     """Returns the other lines with the fault of the first, whose cure alone leaves nonfinite values."""
     fault = known_fault(source, FAULTS)
     by_line = {str(r.location): r for r in others if r.location and known_fault(r, FAULTS) == fault}
     by_line.pop(str(source.location), None)
     why = "" if fault is None else f"{fault.why}. "
     cures = {place: _advice(r, fault, trace).removeprefix(why) for place, r in by_line.items()}
-    return "".join(f" Also at {place}: {cure[:1].lower()}{cure[1:]}" for place, cure in cures.items())
+    return "".join(f" Also at {p}: {c[:1].lower()}{c[1:]}" for p, c in cures.items() if c not in advice)
 
 
 def _masked_input(origin: Origin, product: OperationRecord | None) -> Origin:
@@ -332,23 +335,24 @@ def _advice(record: OperationRecord, fault: OperationFault | None, trace: Operat
             f"{fault.why}. `{name}` is trained, and a clamp has no gradient there: train its logarithm, and "
             f"use torch.exp(self.{name}) in place of self.{name}."
         )
-    whose = ""
-    if record.is_custom:
-        name = record.node.removesuffix("Backward")
-        whose = f"The backward pass of your own autograd.Function {name}: "
+    name = record.node.removesuffix("Backward")
+    whose = f"The backward pass of your own autograd.Function {name}: " * record.is_custom
     failed = record.called if fault.called else short_name(record)
     place = record.location
     code = place.called_code if place else ""
-    underflow = _underflow(record, fault)
-    if fault.underflow and underflow is not None:
-        underflowed = underflow.location.called_code if underflow.location else ""
-        advice = whose + fault.advice(underflow.operation, underflowed, logarithm=code)
+    underflow = _underflow(record, fault) if fault.underflow else None
+    computed = place if underflow is None else underflow.location
+    if computed is not None and (underflow is not None or failed == "exp"):
+        source = "".join(linecache.getlines(computed.file))
+        found = in_logarithms(source, computed.line, "exp" if underflow is None else underflow.operation)
+        cures = ", and in place of ".join(f"{old} use {new}" for old, new in found)
+        if cures:
+            return f"{whose}{fault.why}. In place of {cures}."
+    if underflow is not None:
+        underflowed = computed.called_code if computed else ""
+        is_logarithm = "log" in short_name(record).lower()  # of which the cure takes the place, too
+        advice = whose + fault.advice(underflow.operation, "" if is_logarithm else underflowed)
         return advice if "In place of" in advice else advice + _bounded(record, underflow, code)
-    if place is not None and failed == "exp" and "logsumexp" in fault.why:
-        within = replace(fault, operations=("log",), cure="torch.logsumexp(x, -1)", underflow=("exp",))
-        advice = within.advice(failed, code, logarithm=place.code)
-        if "In place of torch.log" in advice:
-            return whose + advice
     if place is not None and place.functional:
         advice = fault.advice(failed, place.functional)
         return advice.replace(f"In place of {place.functional} use", f"In place of {code} use")

@@ -108,18 +108,17 @@ class OperationFault:
             and (not self.has_zero or argument.smallest == 0)
         )
 
-    def advice(self, function: str, code: str = "", logarithm: str = "") -> str:
+    def advice(self, function: str, code: str = "") -> str:
         """Returns the cause and the cure in words, with the function that failed in place of its like.
 
-        `code` calls it: its arguments take the places of `x` and `y`. If the cure takes the place of the
-        logarithm of an underflow, too, `logarithm` is the code of that.
+        `code` calls it: its arguments take the places of `x` and `y`.
         """
         try:
-            return self._advice(function, code, logarithm)
+            return self._advice(function, code)
         except Exception:  # of code that no rule for it foresees: the operation and its line are known
             return f"{self.why}."
 
-    def _advice(self, function: str, code: str, logarithm: str) -> str:
+    def _advice(self, function: str, code: str) -> str:
         cure, failed = self.cure, function.lower()
         for alike in _ALIKE:
             if failed in alike:
@@ -129,8 +128,6 @@ class OperationFault:
         used = [name for name in ("x", "y") if re.search(rf"\b{name}\b", cure)]
         is_alike = name == usual or used == ["y"] or call_in(cure, name) is not None
         replaced = replacement(code, name, cure, is_inside=bool(self.called)) if is_alike else None
-        if replaced is not None and self.underflow and "log" in map(_called_name, self.operations):
-            replaced = _with_logarithm(*replaced, logarithm)
         if replaced is not None:
             return f"{self.why}. In place of {replaced[0]} use {replaced[1]}."
         if used == ["x"] and is_alike and not (self.called or self.underflow):
@@ -144,20 +141,6 @@ def _called_name(operation: str) -> str:
     """Returns the name of the function of torch that consists of an operation, or made an autograd node."""
     name = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", operation).strip("_").lower().removesuffix("_ex")
     return "logdet" if name == "scalar_tensor" else name  # which makes the NaN that logdet returns
-
-
-def _with_logarithm(underflow: str, cure: str, code: str) -> tuple[str, str] | None:
-    """Returns the logarithm of an underflow in code, and its cure; `None` if it is not of that alone."""
-    call, alone = call_in(code, "log"), (underflow, f"({underflow})")
-    if call is None or call.keywords or len(call.arguments) != 1:
-        return None
-    for name in ("sum", "cumsum") if "logsumexp" in cure else ():
-        inner = call_in(call.arguments[0], name)
-        if inner is not None and inner.code == call.arguments[0] and inner.arguments[0] in alone:
-            options = [*inner.arguments[1:], *(f"{n}={value}" for n, value in inner.keywords.items())]
-            given = cure.removeprefix("torch.logsumexp(").removesuffix(", -1)")
-            return (call.code, f"torch.log{name}exp({', '.join([given, *options])})") if options else None
-    return (call.code, cure) if call.arguments[0] in alone and "logsumexp" not in cure else None
 
 
 def short_name(record: OperationRecord) -> str:

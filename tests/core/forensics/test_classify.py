@@ -632,7 +632,9 @@ def test_an_underflow_on_another_line_has_a_bound_for_that_of_its_logarithm() ->
     net, x = network(), inputs()
 
     def loss() -> Tensor:
-        density = torch.exp(-200 - net(x))
+        return likelihood(torch.exp(-200 - net(x)))
+
+    def likelihood(density: Tensor) -> Tensor:
         return -torch.log(density.mean(1)).mean()
 
     origin = examine(net, loss)
@@ -736,7 +738,31 @@ def test_values_that_grow_in_a_loop_are_told_with_their_factor(step: Callable[[T
     assert "In place of h" in origin.advice
 
 
-@OLD
+@pytest.mark.parametrize("shift", [300, -300])
+def test_both_parts_of_a_contrastive_loss_are_told(shift: float) -> None:
+    net, x = network(), inputs()
+
+    def similarities() -> Tensor:
+        h = F.normalize(net(x), dim=1)
+        return 10 * h @ h.T + shift
+
+    def loss() -> Tensor:
+        s = similarities()
+        return -(torch.log(torch.exp(s.diag())) - torch.log(torch.exp(s).sum(1))).mean()
+
+    def loss_of_lines() -> Tensor:
+        s = similarities()
+        positive = torch.exp(s.diag())
+        negative = torch.exp(s).sum(1)
+        return -torch.log(positive / negative).mean()
+
+    both = "In place of torch.log(torch.exp(s.diag())) use s.diag(), and in place of "
+    both += "torch.log(torch.exp(s).sum(1)) use torch.logsumexp(s, 1)."
+    assert examine(net, loss).advice.endswith(both)
+    one = "In place of torch.log(positive / negative) use (s.diag() - torch.logsumexp(s, 1))."
+    assert examine(net, loss_of_lines).advice.endswith(one)
+
+
 def test_a_sum_of_exponentials_that_overflows_within_a_logarithm_is_a_logsumexp() -> None:
     net, x = network(), inputs()
 
@@ -744,7 +770,7 @@ def test_a_sum_of_exponentials_that_overflows_within_a_logarithm_is_a_logsumexp(
         return torch.log(torch.exp(100 * score).sum(1)).mean()
 
     origin = examine(net, lambda: partition(1 + net(x).square()))
-    cure = "In place of torch.log(torch.exp(100 * score).sum(1)) use torch.logsumexp((100 * score), 1)."
+    cure = "In place of torch.log(torch.exp(100 * score).sum(1)) use torch.logsumexp(100 * score, 1)."
     assert origin.advice.endswith(cure)
     assert origin.advice.startswith("exp overflows")
     assert bool(torch.logsumexp(100 * (1 + net(x).square()), 1).isfinite().all())

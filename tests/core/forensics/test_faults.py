@@ -16,6 +16,7 @@ from torch import distributions as d
 from torch.nn import functional as F
 
 from lightning_gradguard.core.forensics.faults import FAULTS
+from lightning_gradguard.core.forensics.faults.logarithms import in_logarithms
 from lightning_gradguard.core.forensics.operations import known_fault, short_name, what_made_it_large
 from lightning_gradguard.core.forensics.records import OperationRecord, nonfinite_sources
 from lightning_gradguard.core.forensics.trace import OperationTrace, is_nonfinite
@@ -426,6 +427,15 @@ CASES: list[tuple[str, Program, Program, Callable[[Tensor], Any] | None, str]] =
     ("weight_norm of a row of zeros", lambda x, y: torch._weight_norm(x, y), zero, column, "weight_norm"),
     ("gradient of QR", lambda x: torch.linalg.qr(x)[1], lambda h: 0 * h[:COLUMNS], None, "inverse"),
 ]
+CASES += [
+    (
+        "quotient next to 0",
+        lambda x: torch.log(torch.exp(x) / torch.exp(x).sum(1, keepdim=True)),
+        lambda h: shifted(h, -103),
+        None,
+        "keep its argument above",
+    )
+]
 CASES += [("log of sigmoid", lambda x: x.sigmoid().log(), lambda h: shifted(h, -200), None, "logsigmoid(x)")]
 CASES += [
     (
@@ -685,11 +695,59 @@ def test_a_cure_pasted_into_a_line_gives_the_number_of_the_line(code: str, x: Pr
     underflow = next((a.underflow for a in record.arguments if fault.underflow and a.underflow), None)
     function = record.called if fault.called else short_name(record)
     function = underflow.operation if underflow else function
-    advice = fault.advice(function, code, logarithm=code)
-    replaced, cure = re.findall(r"In place of (.*) use (.*)\.$", advice)[0]
+    advice = fault.advice(function, code)
+    logarithms = in_logarithms(code, 1, function) if underflow else []
+    replaced, cure = (logarithms or re.findall(r"In place of (.*) use (.*)\.$", advice))[0]
     assert replaced in code
     h = outputs(network()).detach() + torch.eye(ROWS, COLUMNS)
     torch.testing.assert_close(run(code.replace(replaced, cure), h), run(code, h), rtol=0.05, atol=0.0)
+
+
+LOGARITHMS = [
+    "torch.log(torch.exp(h)) - torch.log(torch.exp(h).sum(1, keepdim=True))",
+    "-torch.log(torch.exp(h / 2)[:, 0] / torch.exp(h / 2).sum(1)).mean()",
+    "-(h[:, 0].exp().log() - h.exp().sum(axis=1).log())",
+    "2 * torch.log((torch.exp(h) * (torch.arange(h.shape[1]) > 0)).sum(1) + 1e-8)",
+    "torch.log(h.exp().mean()) - torch.log(torch.exp(h).mean(1))",
+    "torch.log1p(torch.exp(h)) + (1 + torch.exp(h.T)).log().T",
+    "torch.log(torch.softmax(h, 1)[:, :2]) - torch.log(h.sigmoid()[:, :2])",
+]
+FUNCTIONS = [
+    ("p = torch.exp(h[:, 0])\nn = torch.exp(h).sum(1)\nreturn -torch.log(p / (p + 2 * n + 1e-8))", True),
+    ("if True:\n  p = torch.exp(h)\nelse:\n  p = 0\nreturn torch.log(p)", False),
+    ("p = torch.exp(h)\nh = h / 2\nreturn torch.log(p)", False),
+    ("p = torch.exp(h)\np = p * 2\nreturn torch.log(p)", False),
+    ("for _ in range(3):\n  p = torch.exp(h)\n  h = torch.log(p) / 2\nreturn h", True),
+    ("p = torch.exp(h)\nfor _ in range(3):\n  p = p * 2\nreturn torch.log(p)", False),
+    ("return torch.log(torch.exp(h).sum(1) - torch.exp(h[:, 0]))", False),
+    ("return torch.log(torch.exp(torch.relu(h)).mean(1))", False),
+]
+
+
+@pytest.mark.parametrize(
+    ("code", "is_rewritten"), [*((f"return {line}", True) for line in LOGARITHMS), *FUNCTIONS]
+)
+def test_a_logarithm_of_exponentials_has_the_number_of_the_code_and_trains(
+    code: str, is_rewritten: bool
+) -> None:
+    def run(code: str, h: Tensor) -> Tensor:
+        names: dict[str, Any] = {"torch": torch}
+        exec(code, names)
+        result: Tensor = names["f"](h)
+        return result
+
+    code = "def f(h):\n" + "\n".join(f"  {line}" for line in code.split("\n"))
+    line = next(i for i, text in enumerate(code.split("\n"), 1) if "exp" in text or "softmax" in text)
+    pairs = in_logarithms(code, line, "exp") or in_logarithms(code, line, "softmax")
+    assert bool(pairs) == is_rewritten
+    cured = code
+    for replaced, cure in pairs:
+        cured = cured.replace(replaced, cure)
+    h = outputs(network()).detach() + torch.eye(ROWS, COLUMNS)
+    torch.testing.assert_close(run(cured, h), run(code, h))
+    if pairs:
+        trains(lambda h: run(cured, h + 200))
+        trains(lambda h: run(cured, h - 200))
 
 
 @pytest.mark.parametrize(

@@ -308,6 +308,9 @@ UNDERFLOW = (
     ),
     Fault(("div", "true_divide"), _DIVISOR, "torch.exp(x.clamp_min(-15))", argument=1, underflow=("exp",)),
     Fault(("reciprocal",), _DIVISOR, "torch.exp(x.clamp_min(-15))", underflow=("exp",)),
+    Fault(
+        ("Div",), _DIVISOR, "torch.exp(x.clamp_min(-15))", phase="backward", argument=None, underflow=("exp",)
+    ),
     *(
         Fault(names, _ROOT, cure, argument=argument, underflow=(root,))
         for names, argument in ((("div", "true_divide"), 1), (("reciprocal",), 0))
