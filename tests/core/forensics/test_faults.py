@@ -750,6 +750,25 @@ def test_a_logarithm_of_exponentials_has_the_number_of_the_code_and_trains(
         trains(lambda h: run(cured, h - 200))
 
 
+def test_the_logarithm_of_a_masked_state_remains_that_of_nothing() -> None:
+    """The forward algorithm of a model in which no state leads to the first one."""
+
+    def total(h: Tensor, log: Callable[[Tensor], Tensor]) -> Tensor:
+        allowed = torch.ones(h.shape[1], h.shape[1]).index_fill(1, torch.tensor([0]), 0.0)
+        forward = h.softmax(1)
+        for row in h:
+            forward = torch.exp(log(forward @ allowed) + row - 2)
+        return forward.sum(1)
+
+    record = examined(lambda h: total(h, torch.log))
+    fault = known_fault(record, FAULTS)
+    assert fault is not None
+    cured = partial(total, log=lambda x: eval(fault.cure, {"torch": torch, "x": x}))
+    trains(cured)
+    h = outputs(network()).detach()
+    torch.testing.assert_close(cured(h), total(h, torch.log))
+
+
 @pytest.mark.parametrize(
     ("function", "other"),
     [

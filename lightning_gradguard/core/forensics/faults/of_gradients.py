@@ -43,9 +43,9 @@ BACKWARD = (
     ),
     Fault(
         ("Log", "Log2", "Log10"),
-        "The loss is finite, as torch.where or a product with 0 hides the value, but its gradient is 0/0: "
+        "The loss is finite, as torch.where, exp or a factor of 0 hides the -inf, but its gradient is 0/0: "
         "replace the argument before the logarithm, too; of a softmax use log_softmax of the scores",
-        "torch.log(torch.where(x > 0, x, 1.0))",
+        "torch.log(torch.where(x > 0, x, 1e-30))",
         phase="backward",
         argument=None,
         has_zero=True,
