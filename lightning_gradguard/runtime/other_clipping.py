@@ -24,15 +24,15 @@ def suite_clips(trainer: pl.Trainer) -> bool:
 def clip_norm(trainer: pl.Trainer) -> float | None:
     """Returns the norm to which the Trainer itself clips; `None` if it does not, or clips otherwise."""
     by_value = trainer.gradient_clip_algorithm == "value"
-    if not trainer.gradient_clip_val or by_value or _clips_in_hook(trainer):
+    if not trainer.gradient_clip_val or by_value or _hook_that_clips(trainer):
         return None
     return float(trainer.gradient_clip_val)
 
 
 def describe_other_clipper(trainer: pl.Trainer) -> str:
     """Returns the clipping that follows that of the suite, in words; empty if there is none."""
-    if _clips_in_hook(trainer):
-        return f"{type(trainer.lightning_module).__name__}.configure_gradient_clipping"
+    if hook := _hook_that_clips(trainer):
+        return f"{type(trainer.lightning_module).__name__}.{hook}"
     if trainer.gradient_clip_val:
         how = " by value" if clip_norm(trainer) is None else ""
         return f"gradient_clip_val={trainer.gradient_clip_val:g}{how} of the Trainer"
@@ -65,13 +65,26 @@ def restore_clipping(trainer: pl.Trainer) -> None:
 def clips_in_code(pl_module: pl.LightningModule) -> bool:
     """True if a method of the module calls a function that clips, as under manual optimization."""
     functions = (value for owner in type(pl_module).__mro__ for value in vars(owner).values())
-    return any(
-        inspect.isfunction(function)
-        and str(function.__module__).split(".")[0] not in lightning_api.PACKAGES
-        and not _CLIPPERS.isdisjoint(function.__code__.co_names)
-        for function in functions
-    )
+    return any(map(_clips, functions))
 
 
-def _clips_in_hook(trainer: pl.Trainer) -> bool:
-    return lightning_api.overrides(trainer.lightning_module, "configure_gradient_clipping")
+def _clips(function: object) -> bool:
+    """True if a function of the user's own calls one that clips, or bounds gradients in place."""
+    if not inspect.isfunction(function) or function.__module__.split(".")[0] in lightning_api.PACKAGES:
+        return False
+    names = {*function.__code__.co_names}
+    return not _CLIPPERS.isdisjoint(names) or {"grad", "clamp_"} <= names
+
+
+def _hook_that_clips(trainer: pl.Trainer) -> str:
+    """Returns the hook in which the module clips after the suite; empty if there is none."""
+    module, name = trainer.lightning_module, "configure_gradient_clipping"
+    if lightning_api.overrides(module, name):
+        return name
+    name = "on_before_optimizer_step"
+    if not lightning_api.overrides(module, name):
+        return ""
+    hook = getattr(type(module), name)
+    names = hook.__code__.co_names if inspect.isfunction(hook) else ()
+    called = (getattr(type(module), method, None) for method in names)
+    return name if any(map(_clips, (hook, *called))) else ""

@@ -44,6 +44,19 @@ class ClipsInHook(Hot):
         self.clip_gradients(optimizer, gradient_clip_val=0.5, gradient_clip_algorithm="norm")
 
 
+class ClipsBeforeStep(Hot):
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        self.bound()
+
+    def bound(self) -> None:
+        nn.utils.clip_grad_norm_(self.parameters(), 0.5)
+
+
+class LogsBeforeStep(Classifier):
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        self.log("norm", nn.utils.get_total_norm([p.grad for p in self.parameters() if p.grad is not None]))
+
+
 class ClipsByHand(Hot):
     def __init__(self) -> None:
         super().__init__()
@@ -64,6 +77,7 @@ CLIPPED: dict[str, tuple[type[Hot], dict[str, Any], str]] = {
     "by norm": (Hot, BY_NORM, "gradient_clip_val=0.5 of the Trainer"),
     "by value": (Hot, BY_VALUE, "gradient_clip_val=0.05 by value of the Trainer"),
     "in a hook": (ClipsInHook, {}, "ClipsInHook.configure_gradient_clipping"),
+    "before the step": (ClipsBeforeStep, {}, "ClipsBeforeStep.on_before_optimizer_step"),
     "by hand": (ClipsByHand, {}, ""),
 }
 
@@ -102,12 +116,15 @@ def test_advice_does_not_propose_what_is_there_and_says_who_clips(
         assert "of the logged steps clipped by the Trainer or the module" in report
 
 
-def test_of_healthy_gradients_nothing_is_said_to_be_clipped(tmp_path: Path) -> None:
+@pytest.mark.parametrize("make", [Classifier, LogsBeforeStep])
+def test_of_healthy_gradients_nothing_is_said_to_be_clipped(make: type[Classifier], tmp_path: Path) -> None:
     logger = CSVLogger(tmp_path, "", "run")
     callbacks = [GradientNormMonitor(), NaNRollback()]
-    arguments: dict[str, Any] = {**BY_VALUE, "gradient_clip_val": 100.0}
-    fit(Classifier(), batches(20), callbacks, logger=logger, log_every_n_steps=1, **arguments)
+    arguments: dict[str, Any] = {**BY_VALUE, "gradient_clip_val": 100.0} if make is Classifier else {}
+    fit(make(), batches(20), callbacks, logger=logger, log_every_n_steps=1, **arguments)
     assert "clipped" not in to_text([report_of(tmp_path / "run")], 500)
+    columns = (tmp_path / "run" / "metrics.csv").read_text().partition("\n")[0]
+    assert ("grad_norm_clipped/total" in columns) == (make is Classifier)
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
@@ -192,7 +209,7 @@ class AfterBackward(Classifier):
 @pytest.mark.parametrize(
     ("make", "arguments", "who"),
     [
-        (InHook, {}, "are clipped to 0.0001 by code of yours"),
+        (InHook, {}, "are clipped to 0.0001 by InHook.on_before_optimizer_step"),
         (
             AfterBackward,
             {},
