@@ -71,27 +71,34 @@ def origin_in_optimizer_step(
 
 
 def origin_beyond_updates(
-    healthy: Iterable[tuple[str, Tensor, Tensor]], optimizers: Iterable[Optimizer], steps: int
+    healthy: Iterable[tuple[str, Tensor, Tensor]],
+    optimizers: Iterable[Optimizer],
+    steps: int,
+    largest_norm: float,
 ) -> Origin | None:
-    """Finds weights that so many steps cannot have moved, as their optimizer divides by the gradient's size.
+    """Finds weights that so many steps cannot have moved.
 
     Args:
         healthy: Name, current value and healthy value of parameters.
         optimizers: Those that train them.
         steps: Number of steps between the two.
+        largest_norm: Of the gradients in steps of this run, to which the steps of SGD are proportional.
 
     Example:
         >>> weight = nn.Parameter(torch.full((2,), 1e30))
         >>> adam = torch.optim.Adam([weight], lr=1e-3)
-        >>> origin_beyond_updates([("weight", weight, torch.ones(2))], [adam], 5).cause
+        >>> origin_beyond_updates([("weight", weight, torch.ones(2))], [adam], 5, 1.0).cause
         'corrupted_weights'
     """
     found = {}
     bounds = {}
     for optimizer in optimizers:
-        for group in optimizer.param_groups if isinstance(optimizer, _BOUNDED) else ():
+        for group in optimizer.param_groups:
             rate = max(float(group.get(name, 0.0)) for name in ("lr", "initial_lr", "max_lr"))
-            bounds.update({p: (rate, type(optimizer).__name__) for p in group["params"]})
+            length = rate if isinstance(optimizer, _BOUNDED) else 0.0
+            if type(optimizer) is torch.optim.SGD and group["momentum"] < 1 > rate * group["weight_decay"]:
+                length = rate * largest_norm / (1 - group["momentum"])
+            bounds.update({p: (length, rate, type(optimizer).__name__) for p in group["params"] if length})
     for name, now, before in healthy:
         moved = float((now.detach() - before.to(now)).abs().amax()) if now in bounds and now.numel() else 0.0
         if bounds.get(now, (0.0,))[0] * max(steps, 1) * FLIP < moved < math.inf:
@@ -99,7 +106,7 @@ def origin_beyond_updates(
     if not found:
         return None
     name = max(found, key=lambda n: found[n][0])
-    moved, rate, optimizer_name = found[name]
+    moved, _, rate, optimizer_name = found[name]
     return Origin(
         "corrupted_weights",
         where=tuple(found),

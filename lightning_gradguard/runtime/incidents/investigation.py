@@ -65,6 +65,7 @@ class Investigation:
         cause: Cause of the running episode; `None` outside of one, or if it was not examined.
         in_episode: True from a skipped step to the next good one.
         last: What the last examination has found, as the end of a sentence; empty before one.
+        largest_norm: Of the gradients in accepted steps.
     """
 
     def __init__(self, max_dossiers: int, megabytes: float) -> None:
@@ -75,6 +76,7 @@ class Investigation:
         self.cause: Cause | None = None
         self.in_episode = False
         self.last = ""
+        self.largest_norm = 0.0
 
     @property
     def likely_cause(self) -> Cause | None:
@@ -103,7 +105,9 @@ class Investigation:
     def scan_weights(self, trainer: pl.Trainer, snapshot: Snapshot) -> Origin | None:
         """Finds weights out of range of a snapshot's, if any rank has some, without a replay. Collective."""
         out_of_range = _out_of_range(trainer, snapshot)
-        origins = gather_objects(_in_weights(trainer, out_of_range, snapshot) if out_of_range else None)
+        origins = gather_objects(
+            _in_weights(trainer, out_of_range, snapshot, self.largest_norm) if out_of_range else None
+        )
         return next((origin for origin in origins if origin is not None), None)
 
     def examine(
@@ -134,7 +138,9 @@ class Investigation:
         origin, seen = _first_origin(trainer, pl_module, window, out_of_range)
         is_finite = weights_are_nonfinite and origin.cause == "transient"
         if out_of_range and (is_finite or origin.cause in ("update_too_large", "corrupted_weights")):
-            origin = origin if origin.location else _in_weights(trainer, out_of_range, snapshot)
+            origin = (
+                origin if origin.location else _in_weights(trainer, out_of_range, snapshot, self.largest_norm)
+            )
         elif is_finite:
             origin = _in_buffers(pl_module) or origin
         are_large = origin.cause == "update_too_large" and not weights_are_nonfinite
@@ -177,7 +183,7 @@ class Investigation:
         if origin.cause in _VAGUE and not is_certain:
             return None
         if out_of_range and origin.cause in ("update_too_large", "corrupted_weights"):
-            origin = _in_weights(trainer, out_of_range, snapshot)
+            origin = _in_weights(trainer, out_of_range, snapshot, self.largest_norm)
         origin = _with_samples(trainer, seen, origin)
         path = self._write(
             trainer, folder, lambda: _dossier(trainer, step, origin, seen, out_of_range, snapshot)
@@ -304,7 +310,7 @@ def _out_of_range(trainer: pl.Trainer, snapshot: Snapshot | None) -> dict[str, O
 
 
 def _in_weights(
-    trainer: pl.Trainer, out_of_range: dict[str, OutOfRange], snapshot: Snapshot | None
+    trainer: pl.Trainer, out_of_range: dict[str, OutOfRange], snapshot: Snapshot | None, largest_norm: float
 ) -> Origin:
     named = list(trainer.lightning_module.named_parameters())
     healthy = () if snapshot is None else snapshot.compare(named, ())
@@ -320,7 +326,8 @@ def _in_weights(
     if found.cause == "update_too_large" and snapshot is not None:
         taken = snapshot.extra_state  # a snapshot of the initial weights alone has none
         steps = trainer.global_step - (taken.step if taken else 0)
-        found = origin_beyond_updates(snapshot.compare(named, ()), trainer.optimizers, steps) or found
+        healthy = snapshot.compare(named, ())
+        found = origin_beyond_updates(healthy, trainer.optimizers, steps, largest_norm) or found
     if found.cause != "update_too_large":
         return found
     advice, function = advice_on_schedules(schedules)

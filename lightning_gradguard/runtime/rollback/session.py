@@ -254,8 +254,10 @@ class RollbackSession:
         assert measurement is not None
         self._outcome.committed_step = transaction.window.step
         self._fit.counts.overflows_at_floor = 0
-        if self._fit.investigation.in_episode:
-            self._fit.investigation.end_episode()
+        investigation = self._fit.investigation
+        investigation.largest_norm = max(investigation.largest_norm, measurement.total_norm)
+        if investigation.in_episode:
+            investigation.end_episode()
         self._outcome.loss = None if self._fit.policy.is_adversarial else measurement.loss
         if self._fit.suite.rises_with_data:
             self._fit.suite.rises_with_data.clear()

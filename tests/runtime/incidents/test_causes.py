@@ -302,6 +302,28 @@ def test_a_rollback_of_corrupted_weights_is_no_reason_for_a_lower_rate(tmp_path:
     assert found["rollback"]["advice"] == "The weights are those of an earlier step."
 
 
+@pytest.mark.parametrize(("value", "cause"), [(3e38, "corrupted_weights"), (0.0, "update_too_large")])
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_weights_that_the_gradients_of_sgd_cannot_have_moved_are_no_update(
+    tmp_path: Path, momentum: float, value: float, cause: str
+) -> None:
+    class Written(Network):
+        def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+            if batch_idx == 4 and value:
+                self.get_parameter("net.weight").data.fill_(value)
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), lr=1e-2 if value else 1e4, momentum=momentum)
+
+    module = Written(squares, linear())
+    fit(module, data(20, bad=99), [NaNRollback(patience=1, max_rollbacks=99)], tmp_path)
+    found = incidents(tmp_path)
+    assert found[0]["cause"] == cause
+    if value:
+        assert "farther than SGD can move it" in found[0]["detail"]
+        assert not [i for i in found if "lower the learning rate" in i["advice"].lower()]
+
+
 def test_parameter_at_the_edge_of_a_domain_is_trained_as_its_logarithm(tmp_path: Path) -> None:
     def likelihood(module: Any, batch: Any) -> Tensor:
         loss: Tensor = module.net(batch[0]).abs().mean() + (module.scale.log() + batch[1].sum() * 0)
