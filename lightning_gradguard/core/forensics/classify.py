@@ -40,6 +40,7 @@ from lightning_gradguard.core.forensics.inputs import (
 from lightning_gradguard.core.forensics.operations import (
     JUMP,
     OperationFault,
+    advice_on_number,
     known_fault,
     short_name,
     what_made_it_large,
@@ -327,8 +328,8 @@ def _advice(record: OperationRecord, fault: OperationFault | None, trace: Operat
             "of the batch nor a weight or buffer: look at the code that makes it, for a division by a count "
             "of 0, torch.empty, or a state that is kept from an earlier batch."
         )
-    if fault is None:
-        return ""
+    if (of_number := advice_on_number(record)) or fault is None:
+        return of_number
     is_positive = "clamp_min(1e-" in fault.cure  # it makes its argument so
     if name := trained_in(record.arguments[fault.argument or 0 :][:is_positive], record, trace):
         return (

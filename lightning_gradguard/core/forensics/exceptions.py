@@ -56,8 +56,10 @@ _INDEX_ADVICE = {
 }
 #: Labels of the losses that are no class, by default.
 IGNORED = -100
-
-
+#: Messages of operations that take indices about something else than their values.
+_OF_SHAPES = re.compile(
+    "D target tensor expected|batch_size|same number of dimensions|scalar types|to be a vector"
+)
 #: Parts of the messages of `torch.distributions` without news.
 _DETAILS = re.compile(
     r" \(Tensor of shape \([^)]*\)\)|\(\w+: torch\.Size.*?\)\)|, but found invalid values.*|"
@@ -82,7 +84,7 @@ def origin_of_exception(
     location = raised_at or (failed.location if failed else None)
     whole = " ".join(f"{type(error).__name__}: {error}".split())
     message = _DETAILS.sub("", whole)[:200].rstrip(".")
-    indexed = None if failed is None else _out_of_bounds(failed, parts)
+    indexed = None if failed is None or _OF_SHAPES.search(whole) else _out_of_bounds(failed, parts)
     if indexed is not None:
         return located(indexed, location)
     for name, part in parts.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -153,6 +154,7 @@ def short_name(record: OperationRecord) -> str:
     return record.name.rpartition("::")[2].rstrip("_")
 
 
+_ARITHMETIC = ("mul", "add", "sub", "rsub", "div", "pow")
 #: A result this many times larger than the argument is a jump; normalized networks have smaller ones.
 JUMP = 1e3
 
@@ -165,10 +167,26 @@ def what_made_it_large(record: OperationRecord, faults: Iterable[OperationFault]
     """
     known = list(faults)
     fault = known_fault(record, known)
-    if fault is not None and (fault.underflow or (fault.has_zero and record.made != "inf")):
+    if advice_on_number(record) or (fault and (fault.underflow or (fault.has_zero and record.made != "inf"))):
         return record
     before = [r for r in largest_first(record) if r.growth >= JUMP and known_fault(r, known)]
     return before[-1] if before else record
+
+
+def advice_on_number(record: OperationRecord) -> str:
+    """Returns what to do about a number of the user's code that is not finite; empty if there is none.
+
+    The infinity of a mask is one whose product with 0 fails.
+    """
+    number = next((n for n in record.numbers if not math.isfinite(n)), None)
+    is_of_mask = math.isinf(number or 0.0) and record.made == "nan"
+    if number is None or is_of_mask or short_name(record) not in _ARITHMETIC:
+        return ""
+    return (
+        f"A number that this line gives to {short_name(record)} is {number}: look at the code that computes "
+        "it, for a division by a count of 0, a mean of nothing or a logarithm of 0, and leave its term out "
+        "then."
+    )
 
 
 def known_fault(record: OperationRecord, faults: Iterable[OperationFault]) -> OperationFault | None:

@@ -169,7 +169,7 @@ def out_of_range_elements(named: Iterable[tuple[str, Tensor, Tensor]]) -> dict[s
     for name, now, before in named:
         now = local_shard(now.detach())
         if now.is_floating_point() and now.numel():
-            healthy = max(MIN_LARGEST, float(before.abs().nan_to_num(math.inf).amax()))
+            healthy = max(MIN_LARGEST, float(before.abs().nan_to_num(math.inf, math.inf).amax()))
             if healthy == math.inf and (n := int((~now.isfinite()).sum())):
                 found[name] = OutOfRange(n, now.numel(), math.nan)
                 continue

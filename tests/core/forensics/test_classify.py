@@ -233,6 +233,16 @@ PADDING = torch.zeros(2, 5)
 PADDING[1, 0] = -INF
 
 
+@pytest.mark.parametrize("number", [NAN, INF])
+@pytest.mark.parametrize("scale", [1.0, 1e6])
+def test_a_number_of_the_code_that_is_not_finite_is_told_as_that(number: float, scale: float) -> None:
+    net, x = network(), inputs()
+    weight = number
+    origin = examine(net, lambda: (net(x) * scale).square().mean() * weight, (x,))
+    assert summary(origin) == ("loss", "forward", "", "aten::mul")
+    assert f"A number that this line gives to mul is {number}: look at the code" in origin.advice
+
+
 def test_fully_masked_attention_row_names_softmax() -> None:
     torch.manual_seed(0)
     net = nn.ModuleDict({"attention": Attention(), "head": nn.Linear(4, 1)})

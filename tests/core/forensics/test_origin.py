@@ -38,6 +38,13 @@ def test_out_of_range_elements_of_known_tensors(
     assert {name: elements.n for name, elements in found.items()} == expected
 
 
+@pytest.mark.parametrize("value", [NAN, INF, -INF])
+def test_weights_that_were_never_finite_are_no_update(value: float) -> None:
+    weight = torch.tensor([value])
+    (found,) = out_of_range_elements([("w", weight, weight.clone())]).values()
+    assert math.isnan(found.growth)
+
+
 def test_integers_are_never_out_of_range() -> None:
     assert out_of_range_elements([("step", torch.tensor([10_000]), torch.tensor([1]))]) == {}
 

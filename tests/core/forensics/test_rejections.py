@@ -242,6 +242,13 @@ def test_an_index_beyond_its_range_is_told_with_its_row(name: str, index: Progra
     assert words in origin.advice
 
 
+def test_a_target_of_another_shape_is_not_told_to_have_wrong_labels() -> None:
+    net, data, y = network(), torch.ones(ROWS, 3), alike(1, 4)
+    origin = examine(net, lambda: F.cross_entropy(net(data), y[:, None]), (data, y))
+    assert origin.cause == "unknown"
+    assert "multi-target not supported" in origin.detail
+
+
 def test_a_label_that_losses_ignore_is_no_index() -> None:
     net, data, y = network(), torch.ones(ROWS, 3), alike(1, -100)
     origin = examine(net, lambda: net(data).scatter(1, y[:, None], 1.0).mean(), (data, y))
