@@ -33,6 +33,9 @@ NOTABLE = 0.1
 #: Steps in a row with a loss this many times that before the jump are a new task, and the factor between
 #: their losses.
 TASK_STEPS, TASK_RISE, TASK_SPREAD = 3, 2.0, 20.0
+#: Batches of a kind with losses of its own are at least four, and one in sixteen more; of as many last losses
+#: one is at most the usual one, as none is where all have risen.
+KIND_STEPS, KIND_SHARE = 4, 16
 #: First steps of a new task: the level follows the norms, overshoot is not looked for, and a spike is above
 #: `max_ratio` times the recent norm.
 GRACE = 20
@@ -113,6 +116,15 @@ class History:
         plain = {name: number for name, number in vars(self).items() if not name.startswith("usual_")}
         return plain | {"norms": list(self.norms.values), "losses": list(self.losses.values)}
 
+    @property
+    def recurring_loss(self) -> float:
+        """The usual loss, or that of a kind of batches with higher ones, as of a task among others."""
+        ordered = self.losses.ordered
+        rank = KIND_STEPS + len(ordered) // KIND_SHARE
+        if len(ordered) < 2 * rank or min(islice(reversed(self.losses.values), rank)) > self.usual_loss:
+            return self.usual_loss
+        return ordered[-rank]
+
     def relief(self, rate: Scalar) -> Scalar:
         """Returns how many times the cap is larger, as the rate is lower than when it was set."""
         has_rate = isinstance(rate, Tensor) or rate == rate
@@ -157,8 +169,11 @@ class History:
         self.seen += 1
         self.recent = max(float(decision.allowed), RECENT_SHARE * self.recent)
         self.lowest_loss = min(self.lowest_loss, loss)
-        self.highest_loss = max(abs(usual_loss), self.highest_loss)
         self.usual_norm, self.usual_loss = usual, usual_loss
+        recurring_loss = self.recurring_loss
+        if recurring_loss > max(TASK_RISE * self.highest_loss, usual_loss):
+            self.cap, self.alarm = math.inf, 0  # no step of another kind has caused these losses
+        self.highest_loss = max(abs(usual_loss), recurring_loss, self.highest_loss)
 
     def _follow(self, loss: float) -> None:
         """Counts the steps that may begin a new task, or are its first."""

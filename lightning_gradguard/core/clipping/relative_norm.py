@@ -94,6 +94,11 @@ class RelativeNormClipping(ClippingPolicy):
     only norms above `max_ratio` times the recent one are spikes. No new task begins in the first 20 steps,
     or in an alarm.
 
+    **Batches of another kind**, as of a task among others, have losses that recur between usual ones: four
+    and one in sixteen more of those in the window, with a usual one among as many last. The least of them
+    takes the place of the usual loss in the rules above, its ratio to that raises the bound of norms without
+    a rise of the loss, and the cap is lifted once it is twice the highest usual one so far.
+
     Without a loss, or after a negative one, only spikes are clipped. The norm of the weights is measured
     once in 50 steps. A norm of 0 or a nonfinite number changes nothing. Numbers on a device enter the
     history a step later, when they have arrived on the host: decisions are the same, without a
@@ -212,13 +217,18 @@ class RelativeNormClipping(ClippingPolicy):
         # what is false on the host needs no further look
         is_spike = norm > bound
         if is_spike is not False:
-            calm_ratio = CALM_RATIO if self._has_rate else ADAPTIVE_CALM_RATIO
-            is_calm = (loss <= usual_loss + abs(usual_loss)) & (norm <= calm_ratio * bound)
+            calm_ratio, recurring = (
+                CALM_RATIO if self._has_rate else ADAPTIVE_CALM_RATIO,
+                history.recurring_loss,
+            )
+            if has_ratio and recurring > usual_loss:
+                calm_ratio *= recurring / max(usual_loss, TINY)
+            is_calm = (loss <= recurring + abs(recurring)) & (norm <= calm_ratio * bound)
             is_spike = is_spike & negate(is_calm)
         if has_ratio and not self._has_rate:
             stands_out = norm > level_bound
             if stands_out is not False:
-                is_spike = is_spike | (stands_out & (loss > ADAPTIVE_RATIO * usual_loss))
+                is_spike = is_spike | (stands_out & (loss > ADAPTIVE_RATIO * history.recurring_loss))
         elif has_ratio and is_spike is not False:
             first_decrease = step.rate * (1 + step.momentum) * norm * norm
             is_spike = is_spike & negate(first_decrease < OVERSHOOT * fmax(loss, usual_loss))

@@ -168,6 +168,24 @@ def test_bad_batches_are_no_new_task() -> None:
     assert applied(policy, [2e3], loss=2e3, **rate) == pytest.approx([0.5])
 
 
+@pytest.mark.parametrize("rate", [{}, {"learning_rate": 0.001, "momentum": 0.9}], ids=["adam", "sgd"])
+@pytest.mark.parametrize("period", [2, 4])
+def test_batches_of_a_kind_with_losses_of_its_own_are_not_clipped(rate: dict[str, Any], period: int) -> None:
+    policy = RelativeNormClipping()
+    sizes = [100.0 if i % period == 1 else 1.0 for i in range(200)]
+    found = applied(policy, sizes, losses=sizes, **rate)
+    assert found[10 * period :] == pytest.approx(sizes[10 * period :])
+    # their norms have a bound, too
+    assert applied(policy, [1e7], loss=100.0, **rate)[0] < 1e3
+
+
+@pytest.mark.parametrize("high", [[100.0] * 9, [100.0, *[1.0] * 24] * 8], ids=["all", "rare"])
+def test_losses_that_have_all_risen_and_rare_ones_are_of_no_kind(high: list[float]) -> None:
+    policy = RelativeNormClipping()
+    sizes = [1.0] * 11 + high
+    assert max(applied(policy, sizes, losses=sizes)) == pytest.approx(1.0)
+
+
 def test_loss_that_jumps_during_an_alarm_is_no_new_task() -> None:
     policy, rate = RelativeNormClipping(), {"learning_rate": 0.5}
     applied(policy, [0.5] * 30 + [1.5, 4.5, 13.0], losses=[1.0] * 32 + [2.0], **rate)
