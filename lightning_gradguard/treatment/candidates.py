@@ -50,6 +50,7 @@ def _of(kind: ChangeKind, **arguments: Argument) -> Change:
 
 
 _INITIALIZE = (_of("initialize"),)
+_SCALED = (_of("initialize", to="lsuv"),)
 # queries and keys of the usual size, whose products no width divides, saturate attention at any width
 _SMALL = (_of("initialize", to="small"),)
 _NORMALIZE = (_of("add_normalization"),)
@@ -77,7 +78,7 @@ _SUITE: tuple[Change, ...] = ()
 #: What helps against a cause, the likeliest first; the order of AUTOTRAINER's repairs where it has one.
 _BY_CAUSE: Mapping[tuple[str, str], Sequence[tuple[Change, ...]]] = {
     ("vanishing_gradient", "small_weights"): (
-        _INITIALIZE,
+        _SCALED,
         _INITIALIZE + _NORMALIZE,
         _WHOLE,
         _ACTIVATE,
@@ -131,8 +132,8 @@ _BY_KIND: Mapping[str, Sequence[tuple[Change, ...]]] = {
 }
 #: What a network with a failing criterion of the initialization needs.
 _BY_CRITERION: Mapping[str, Sequence[tuple[Change, ...]]] = {
-    "gradient_gain": (_INITIALIZE, _ACTIVATE, _NORMALIZE),
-    "layer_gain": (_INITIALIZE,),
+    "gradient_gain": (_SCALED, _ACTIVATE, _NORMALIZE),
+    "layer_gain": (_SCALED,),
     "gain_through_time": (_OPEN, _GATED),
     "dead_units": (_INITIALIZE, _LEAKY),
     "saturated_units": (_INITIALIZE, _NORMALIZE),

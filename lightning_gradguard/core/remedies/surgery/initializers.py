@@ -18,14 +18,19 @@ _WHOLE = (*RECURRENT, nn.MultiheadAttention)
 
 
 def initializable(module: nn.Module, flow: DataFlow, names: Collection[str]) -> list[Layer]:
-    """Returns hidden layers whose weights are trained and no other module's, or those that are named."""
+    """Returns hidden layers whose weights are trained and no other module's, or those that are named.
+
+    The layer that runs last is not hidden, also if its outputs meet a weight that the code multiplies them by,
+    such as that of a tied embedding: they are the scale of the answers.
+    """
+    last = next(reversed(flow.layers.values()), None)
     holders = Counter(id(p) for _, p in module.named_parameters(remove_duplicate=False))
     places = Counter(id(m) for _, m in module.named_modules(remove_duplicate=False))
     return [
         layer
         for layer in (flow.named(module, names) if names else flow.layers.values())
         if isinstance(layer.module, (*WEIGHTED, *_WHOLE))
-        and (names or layer.is_hidden or isinstance(layer.module, _WHOLE))
+        and (names or (layer.is_hidden and layer is not last) or isinstance(layer.module, _WHOLE))
         and (weights := _weights_of(layer.module))
         and all(weight.requires_grad for weight in weights)
         and not any(isinstance(weight, nn.parameter.UninitializedParameter) for weight in weights)
