@@ -176,7 +176,7 @@ def _as_function(expression: str, called: str, options: tuple[tuple[str, Any], .
         return ""
     if not isinstance(node, ast.Call):
         return ""
-    node.func = ast.parse(f"F.{called}", mode="eval").body
+    node.func = ast.parse(f"torch.nn.functional.{called}", mode="eval").body
     node.keywords += [ast.keyword(n, ast.Constant(value)) for n, value in options]
     return ast.unparse(node)
 

@@ -121,6 +121,8 @@ class OperationFault:
 
     def _advice(self, function: str, code: str) -> str:
         cure, failed = self.cure, function.lower()
+        if re.search(r"\bF\.", code):  # the name that most code has for it
+            cure = cure.replace("torch.nn.functional.", "F.")
         for alike in _ALIKE:
             if failed in alike:
                 cure = re.sub(rf"(?<=\.)({'|'.join(alike)})\(", f"{failed}(", cure)

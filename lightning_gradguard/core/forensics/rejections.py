@@ -161,7 +161,7 @@ REJECTIONS = (
     Rejection(
         r"within the support \((IndependentConstraint\()?Boolean",
         "Targets of this distribution have to be 0 or 1; of probabilities between them take "
-        "F.binary_cross_entropy_with_logits",
+        "torch.nn.functional.binary_cross_entropy_with_logits",
         "y.round().clamp(0, 1) (`y` are the targets)",
     ),
     Rejection(
@@ -227,13 +227,13 @@ REJECTIONS = (
     ),
     Rejection(
         "Class values must be smaller",
-        "F.one_hot got a class beyond num_classes: correct the labels, or raise num_classes",
+        "one_hot got a class beyond num_classes: correct the labels, or raise num_classes",
         cause="bad_input",
         extreme="largest",
     ),
     Rejection(
         "Class values must be non-negative",
-        "F.one_hot got a negative class: correct the labels, or leave out those that are to be ignored",
+        "one_hot got a negative class: correct the labels, or leave out those that are to be ignored",
         cause="bad_input",
         extreme="smallest",
     ),

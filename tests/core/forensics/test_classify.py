@@ -602,7 +602,7 @@ def test_the_cure_of_a_loss_module_is_written_out_with_its_options(loss: nn.Modu
     net, x, y = network(), inputs(), torch.full((6, 3), 0.5)
 
     def value(code: str, rows: slice) -> Tensor:
-        found: Tensor = eval(code, {"F": F, "loss": loss, "p": net(x)[rows], "y": y[rows]})
+        found: Tensor = eval(code, {"torch": torch, "loss": loss, "p": net(x)[rows], "y": y[rows]})
         return found
 
     origin = examine(net, lambda: loss(net(x)[:0], y[:0]))
@@ -616,7 +616,10 @@ def test_the_cure_of_a_loss_module_is_written_out_with_its_options(loss: nn.Modu
 def test_the_cure_of_a_similarity_module_has_its_dimension() -> None:
     net, similarity = network(), nn.CosineSimilarity(dim=-1, eps=0.0)
     origin = examine(net, lambda: similarity(0 * net(inputs()), torch.ones(6, 3)).mean())
-    assert "use F.cosine_similarity(0 * net(inputs()), torch.ones(6, 3), dim=-1, eps=1e-6)" in origin.advice
+    assert (
+        "use torch.nn.functional.cosine_similarity(0 * net(inputs()), torch.ones(6, 3), dim=-1, eps=1e-6)"
+        in origin.advice
+    )
 
 
 @OLD

@@ -19,14 +19,14 @@ FUNCTIONS = (
         ("sum",),
         "label_smoothing gives a part of the target to every class, also to those that a mask has set to "
         "-inf: leave it out, or mask with a finite number, as in masked_fill(mask, -20)",
-        "F.cross_entropy(x, y)",
+        "torch.nn.functional.cross_entropy(x, y)",
         called="cross_entropy",
         made="inf",
     ),
     Fault(
         ("mean",),
         "The loss of an empty selection is a mean of nothing",
-        "F.l1_loss(x, y, reduction='sum') / max(x.numel(), 1)",
+        "torch.nn.functional.l1_loss(x, y, reduction='sum') / max(x.numel(), 1)",
         called="l1_loss|kl_div|poisson_nll_loss|gaussian_nll_loss|hinge_embedding_loss|soft_margin_loss"
         "|cosine_embedding_loss|margin_ranking_loss|triplet_margin_loss",
         is_empty=True,
@@ -34,14 +34,14 @@ FUNCTIONS = (
     Fault(
         ("div",),
         "The temperature tau is 0",
-        "F.gumbel_softmax(x, tau=max(y, 0.1))",
+        "torch.nn.functional.gumbel_softmax(x, tau=max(y, 0.1))",
         called="gumbel_softmax",
         numbers=(0.0,),
     ),
     Fault(
         ("div",),
         "A vector is 0, and the eps of normalize is 0 in float16",
-        "F.normalize(x.float(), dim=-1)",
+        "torch.nn.functional.normalize(x.float(), dim=-1)",
         called="normalize",
         argument=1,
         has_zero=True,
@@ -50,7 +50,7 @@ FUNCTIONS = (
     Fault(
         ("div",),
         "A vector is 0, and so is the eps of normalize",
-        "F.normalize(x, dim=-1, eps=1e-6)",
+        "torch.nn.functional.normalize(x, dim=-1, eps=1e-6)",
         called="normalize",
         argument=1,
         has_zero=True,
@@ -58,7 +58,7 @@ FUNCTIONS = (
     Fault(
         ("div",),
         "A vector is 0, and so is the eps of cosine_similarity",
-        "F.cosine_similarity(x, y, eps=1e-6)",
+        "torch.nn.functional.cosine_similarity(x, y, eps=1e-6)",
         called="cosine_similarity",
         argument=1,
         has_zero=True,
@@ -89,14 +89,14 @@ FUNCTIONS = (
     Fault(
         ("rsqrt",),
         "All values of a row are 0, and so is the eps of rms_norm",
-        "F.rms_norm(x, y, eps=1e-6)",
+        "torch.nn.functional.rms_norm(x, y, eps=1e-6)",
         called="rms_norm",
         has_zero=True,
     ),
     Fault(
         ("exp",),
         "The rate, exp of the answer, overflows float32: bound its logarithm",
-        "F.poisson_nll_loss(x.clamp(max=20), y)",
+        "torch.nn.functional.poisson_nll_loss(x.clamp(max=20), y)",
         called="poisson_nll_loss",
         at_least=20.0,
     ),
@@ -111,7 +111,7 @@ FUNCTIONS = (
         ("log",),
         "A rate is negative, whose logarithm the loss takes: make it positive, or give its logarithm, with "
         "log_input=True",
-        "F.poisson_nll_loss(F.softplus(x), y, log_input=False)",
+        "torch.nn.functional.poisson_nll_loss(torch.nn.functional.softplus(x), y, log_input=False)",
         called="poisson_nll_loss",
         at_most=-1e-45,
     ),
@@ -119,7 +119,7 @@ FUNCTIONS = (
         ("xlogy",),
         "Targets are negative, as log-probabilities are, and the loss takes their logarithm: give "
         "log_target=True",
-        "F.kl_div(x, y, log_target=True)",
+        "torch.nn.functional.kl_div(x, y, log_target=True)",
         called="kl_div",
         at_most=-1e-45,
     ),
@@ -170,13 +170,13 @@ LOSSES = (
     Fault(
         (*_ERRORS, "soft_margin_loss", "binary_cross_entropy", "binary_cross_entropy_with_logits"),
         "The loss of an empty selection is a mean of nothing",
-        "F.mse_loss(x, y, reduction='sum') / max(x.numel(), 1)",
+        "torch.nn.functional.mse_loss(x, y, reduction='sum') / max(x.numel(), 1)",
         is_empty=True,
     ),
     Fault(
         _ERRORS,
         "The square of the error exceeds 65504, the largest number of float16: compute the loss in float32",
-        "F.mse_loss(x.float(), y.float())",
+        "torch.nn.functional.mse_loss(x.float(), y.float())",
         argument=None,
         dtypes=("float16",),
         made="inf",
@@ -184,7 +184,7 @@ LOSSES = (
     Fault(
         _ERRORS,
         "The square of the error overflows float32: answers, or targets, are huge",
-        "F.mse_loss(x.clamp(-1e3, 1e3), y.clamp(-1e3, 1e3))",
+        "torch.nn.functional.mse_loss(x.clamp(-1e3, 1e3), y.clamp(-1e3, 1e3))",
         argument=None,
         made="inf",
     ),
@@ -192,7 +192,7 @@ LOSSES = (
         ("nll_loss_forward", "nll_loss2d_forward", "gather", "index"),
         "The class of the target is masked: its score is -inf, and so is its log-probability. Leave out such "
         "samples, or mask with a finite number",
-        "F.cross_entropy(torch.nan_to_num(x, neginf=-1e4), y)",
+        "torch.nn.functional.cross_entropy(torch.nan_to_num(x, neginf=-1e4), y)",
         made="inf",
     ),
     Fault(
@@ -201,7 +201,7 @@ LOSSES = (
         "out such "
         "samples, comparing target_lengths with input_lengths after subsampling, or ignore them with "
         "CTCLoss(zero_infinity=True)",
-        "F.ctc_loss(x, *y, zero_infinity=True)",
+        "torch.nn.functional.ctc_loss(x, *y, zero_infinity=True)",
         made="inf",
         cause="bad_input",
     ),
@@ -209,13 +209,14 @@ LOSSES = (
         ("nll_loss_forward", "nll_loss2d_forward"),
         "The loss is a mean of nothing: no sample is left, all labels are ignored (ignore_index), or their "
         "class weights are 0",
-        "F.cross_entropy(x, y, reduction='sum') / (y != -100).sum().clamp_min(1)",
+        "torch.nn.functional.cross_entropy(x, y, reduction='sum') / (y != -100).sum().clamp_min(1)",
         made="nan",
     ),
     Fault(
         ("binary_cross_entropy_with_logits", "binary_cross_entropy"),
         "A target is not finite, or beyond 0..1",
-        "F.binary_cross_entropy_with_logits(x, torch.nan_to_num(y, posinf=1.0, neginf=0.0).clamp(0, 1))",
+        "torch.nn.functional.binary_cross_entropy_with_logits("
+        "x, torch.nan_to_num(y, posinf=1.0, neginf=0.0).clamp(0, 1))",
         argument=None,
     ),
 )

@@ -36,7 +36,7 @@ BACKWARD = (
         )
         for names, cure in (
             (("Mm", "Addmm", "Bmm", "Baddbmm", "Mv", "Dot"), "(x.float() @ y.float())"),
-            (("Convolution",), "F.conv1d(x.float(), y.float())"),
+            (("Convolution",), "torch.nn.functional.conv1d(x.float(), y.float())"),
             (("Mul",), "x.float() * y"),
             (("ToCopy",), "x.float()"),
         )

@@ -286,7 +286,7 @@ _STATISTICS = (
     Fault(
         ("native_layer_norm", "native_group_norm", "native_batch_norm", "_fused_rms_norm"),
         "All values to be normalized are equal and eps is 0: 0/0. Give the layer one, such as eps=1e-5",
-        "F.layer_norm(x, x.shape[-1:], eps=1e-5)",
+        "torch.nn.functional.layer_norm(x, x.shape[-1:], eps=1e-5)",
         made="nan",
     ),
 )
@@ -330,7 +330,7 @@ _OVERFLOWS = (
         ("convolution", "_convolution", "mkldnn_convolution", "cudnn_convolution"),
         "The convolution exceeds 65504, the largest number of float16: use bfloat16, or compute it in "
         "float32",
-        "F.conv1d(x.float(), y.float())",
+        "torch.nn.functional.conv1d(x.float(), y.float())",
         argument=None,
         dtypes=_HALF,
     ),
@@ -368,7 +368,7 @@ _OVERFLOWS = (
         )
         for operations, cure in (
             (_MATMUL, "x.clamp(-1e3, 1e3) @ y.clamp(-1e3, 1e3)"),
-            (("convolution",), "F.conv1d(x.clamp(-1e3, 1e3), y.clamp(-1e3, 1e3))"),
+            (("convolution",), "torch.nn.functional.conv1d(x.clamp(-1e3, 1e3), y.clamp(-1e3, 1e3))"),
             (("mul",), "(x * y).clamp(-1e6, 1e6)"),
             (("add",), "(x + y).clamp(-1e6, 1e6)"),
             (("sub",), "(x - y).clamp(-1e6, 1e6)"),

@@ -20,8 +20,8 @@ _WHOLE = (*RECURRENT, nn.MultiheadAttention)
 def initializable(module: nn.Module, flow: DataFlow, names: Collection[str]) -> list[Layer]:
     """Returns hidden layers whose weights are trained and no other module's, or those that are named.
 
-    The layer that runs last is not hidden, also if its outputs meet a weight that the code multiplies them by,
-    such as that of a tied embedding: they are the scale of the answers.
+    The layer that runs last is not hidden, also if the code multiplies its outputs by a weight, such as that
+    of a tied embedding: they are the scale of the answers.
     """
     last = next(reversed(flow.layers.values()), None)
     holders = Counter(id(p) for _, p in module.named_parameters(remove_duplicate=False))
