@@ -1,6 +1,7 @@
 """The operation of a batch that made the first nonfinite value, and its cause."""
 
 from .classify import investigate
+from .exceptions import origin_of_exception
 from .inputs import or_bad_input, parts_of, parts_out_of_scale, standardizing
 from .optimizer_step import origin_beyond_updates, origin_in_optimizer_step
 from .origin import (

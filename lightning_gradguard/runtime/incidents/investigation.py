@@ -25,6 +25,7 @@ from lightning_gradguard.core.forensics import (
     origin_in_learning_rate,
     origin_in_optimizer_step,
     origin_in_weights,
+    origin_of_exception,
     out_of_range_elements,
     parts_of,
 )
@@ -168,13 +169,14 @@ class Investigation:
         seen: SeenBatch,
         snapshot: Snapshot | None,
         folder: Path | None,
+        error: Exception | None = None,
         *,
         is_certain: bool,
     ) -> Result | None:
         """Runs the batch again whose step has raised. Not collective: other ranks may be elsewhere.
 
         `None` if the batch cannot be run again, or if nothing is found out about its values and it is not
-        certain that they are at fault.
+        certain that the step is at fault.
         """
         if obstacle(trainer, pl_module) is not None:
             return None
@@ -182,6 +184,8 @@ class Investigation:
         origin = replay(trainer, pl_module, seen, out_of_range)
         if origin.cause in _VAGUE and not is_certain:
             return None
+        if origin.cause in _VAGUE and not origin.phase and error is not None:  # it has not raised again
+            origin = origin_of_exception(error, None, {}, {}, FRAMEWORKS)
         if out_of_range and origin.cause in ("update_too_large", "corrupted_weights"):
             origin = _in_weights(trainer, out_of_range, snapshot, self.largest_norm)
         origin = _with_samples(trainer, seen, origin)

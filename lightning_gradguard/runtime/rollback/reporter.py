@@ -14,6 +14,7 @@ from lightning_gradguard.core.incidents import IncidentKind
 from lightning_gradguard.core.norms import DISAGREEMENT
 from lightning_gradguard.core.remedies import Present, advice
 from lightning_gradguard.runtime import lightning_api
+from lightning_gradguard.runtime.incidents.invalid_batches import is_check_of_values
 from lightning_gradguard.runtime.incidents.investigation import Result, scan_batches
 from lightning_gradguard.runtime.incidents.journal import incident_now, publish, run_folder
 from lightning_gradguard.runtime.incidents.present import present_in
@@ -63,12 +64,14 @@ class IncidentReporter:
         kind = "exception_in_step"
         present = present_in(self._fit.trainer)
         facts = {**origin_facts(result.origin, present), "dossier": result.dossier}
-        facts["advice"] = " ".join([*filter(None, [facts.get("advice")]), advice(kind, present=present)])
+        is_of_batch = self._fit.policy.has_good_step or result.origin.cause == "bad_input"
+        can_skip = self._fit.pl_module.automatic_optimization and is_check_of_values(error) and is_of_batch
+        sentences = [facts.get("advice", ""), advice(kind, present=present) * can_skip]
+        sentences += [] if last_good is None else [f"Training can be resumed from {last_good}."]
+        facts["advice"] = " ".join(filter(None, sentences))
         if type(error).__name__ not in facts["detail"]:
             message = " ".join(f"{type(error).__name__}: {error}".split())[:200]
             facts["detail"] += f" The step raised {message}"
-        if last_good is not None:
-            facts["advice"] += f" Training can be resumed from {last_good}."
         self.publish(kind, **facts)
 
     def report_skip(

@@ -215,8 +215,7 @@ class RollbackSession:
     def report_exception(self, error: BaseException) -> None:
         """Examines the batch of the running step, if that has raised."""
         if self._transaction.state == "open":
-            window, is_first = self._transaction.window, not self._fit.policy.has_good_step
-            report_step_exception(error, window, self._fit, self._reporter, may_be_mistake=is_first)
+            report_step_exception(error, self._transaction.window, self._fit, self._reporter)
 
     def _open_transaction(self, step: int) -> None:
         trainer, snapshots = self._fit.trainer, self._fit.snapshots

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from lightning_gradguard.core.incidents import OF_WEIGHTS
+from lightning_gradguard.core.incidents import OF_WEIGHTS, TrainingDivergedError
 from lightning_gradguard.runtime.distributed import world_size
-from lightning_gradguard.runtime.incidents.invalid_batches import is_check_of_values, was_raised_in_step
+from lightning_gradguard.runtime.incidents.invalid_batches import was_raised_in_step
 from lightning_gradguard.runtime.incidents.journal import run_folder
 from lightning_gradguard.runtime.incidents.termination import save_last_good
 from lightning_gradguard.runtime.rollback.fit_context import FitContext
@@ -13,14 +13,16 @@ from lightning_gradguard.runtime.steps.transaction import Window
 
 
 def report_step_exception(
-    error: BaseException, window: Window, fit: FitContext, reporter: IncidentReporter, *, may_be_mistake: bool
+    error: BaseException, window: Window, fit: FitContext, reporter: IncidentReporter
 ) -> None:
     """Examines the batch whose step has raised, and writes the last good state. No other rank is asked.
 
-    Nothing is done if the step is not at fault, or if nothing is known of its values and the exception is no
-    check of values: that is a mistake in the code, which the traceback shows.
+    Nothing is done if the step is not at fault, or if it has never been finite and nothing is known of its
+    values: that is a mistake in the code, which the traceback shows.
     """
-    if not window.batches or not isinstance(error, Exception) or not was_raised_in_step(error):
+    if not isinstance(error, Exception) or isinstance(error, TrainingDivergedError):
+        return
+    if not window.batches or not was_raised_in_step(error):
         return
     trainer, snapshots = fit.trainer, fit.snapshots
     result = fit.investigation.examine_exception(
@@ -30,7 +32,8 @@ def report_step_exception(
         window.batches[-1],
         None if snapshots.is_empty else snapshots.newest(),
         run_folder(trainer),
-        is_certain=not may_be_mistake and is_check_of_values(error),
+        error,
+        is_certain=fit.policy.has_good_step,
     )
     fit.side_effects.restore()
     if result is None:

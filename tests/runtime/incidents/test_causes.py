@@ -555,6 +555,42 @@ def test_a_skipped_step_that_raised_for_an_unknown_reason_has_the_exception_as_a
     assert found["advice"].startswith("The step raised ValueError: unknown speaker, at ")
 
 
+@pytest.mark.parametrize("repeats", [True, False])
+def test_any_exception_of_a_step_after_good_ones_is_an_incident(tmp_path: Path, repeats: bool) -> None:
+    raised: list[int] = []
+
+    def lost(module: Any, batch: Any) -> Tensor:
+        if module.global_step == 5 and (repeats or not raised):
+            raised.append(module.global_step)
+            raise KeyError("speaker")
+        return squares(module, batch)
+
+    with pytest.raises(KeyError):
+        fit(Network(lost), data(bad=99), [NaNRollback()], tmp_path)
+    (found,) = incidents(tmp_path)
+    assert (found["kind"], found["step"], found["cause"]) == ("exception_in_step", 5, "unknown")
+    assert found["detail"].startswith("The step raised KeyError: 'speaker', at ")
+    assert " in lost" in found["location"]
+    assert found["advice"] == f"Training can be resumed from {tmp_path / 'last_good.ckpt'}."
+
+
+@pytest.mark.parametrize("first", [0, 3])
+def test_batches_are_not_offered_to_be_skipped_where_the_network_is_at_fault(
+    tmp_path: Path, first: int
+) -> None:
+    def negative(module: Any, batch: Any) -> Tensor:
+        scale = module.net(batch[0]).square() + (0.1 if module.global_step < first else -9.0)
+        normal: Any = torch.distributions.Normal(0.0, scale, validate_args=True)
+        loss: Tensor = -normal.log_prob(scale.detach()).mean()
+        return loss
+
+    with pytest.raises(ValueError, match="scale"):
+        fit(Network(negative), data(bad=99), [NaNRollback()], tmp_path)
+    (found,) = incidents(tmp_path)
+    assert "softplus" in found["advice"]
+    assert ("skip_invalid_batches" in found["advice"]) == (first > 0)
+
+
 def test_a_mistake_in_the_code_leaves_nothing(tmp_path: Path) -> None:
     def mistaken(module: Any, batch: Any) -> Tensor:
         loss: Tensor = module.net(batch[1][0]).unknown()
