@@ -316,6 +316,25 @@ def test_failing_step_is_not_reproduced(tmp_path: Path, capsys: pytest.CaptureFi
     assert "The step raised ValueError: not enough values to unpack" in printed
 
 
+class Bounded(Classifier):
+    def training_step(self, batch: Batch, batch_idx: int) -> Any:
+        assert float(batch[0].abs().max()) < 30, "inputs are too large"
+        return super().training_step(batch, batch_idx)
+
+
+def test_an_exception_of_an_unknown_cause_is_reproduced_by_its_message(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(AssertionError):
+        record(Bounded(), marked(), tmp_path)
+    (path,) = tmp_path.glob("**/dossier.pt")
+    assert read_dossier(path.parent).origin.cause == "unknown"
+    code, printed = replayed(capsys, path.parent, "--model", f"{HERE}.Bounded")
+    assert code == 0, printed
+    assert "Reproduced: " in printed
+    assert replayed(capsys, path.parent, "--model", "tests.tasks.Classifier")[0] == 1
+
+
 def test_frozen_weights_and_modes_are_restored(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     class Still(Logarithm):
         def on_train_start(self) -> None:
