@@ -37,11 +37,13 @@ class NaNRollback(StepCallback):
     and logged epoch means are as if the batch had never been seen. (`trainer.global_step` and learning rate
     schedules advance.) Training rolls back, in place, to the last *qualified* snapshot (finite on all ranks
     and followed by 10 good steps) after `patience` skips in a row, nonfinite weights, a divergence (a high
-    loss that lasts, with weights that are far from the snapshot, whose loss on the same batch is lower), or a
-    collapse (no weight matrix gets a gradient any more). A rollback before another snapshot is qualified
-    restores the one before, unless the data was found to be at fault. Under a GradScaler, an overflow (finite
-    loss, nonfinite gradients) is left to the scaler and counted, until it repeats `patience` times at a scale
-    of 1 or less. Under LBFGS a batch is the unit: it is undone if it began, or left anything, nonfinite.
+    loss that lasts, with weights that are far from the snapshot, whose loss on the same batch is lower), or
+    a collapse (no weight matrix gets a gradient any more). A rollback before another snapshot is qualified
+    restores the one before, unless the data was found to be at fault; after a collapse or without progress,
+    the state at the start is restored if no snapshot of the next 200 steps has a lower loss. Under a
+    GradScaler, an overflow (finite loss, nonfinite gradients) is left to the scaler and counted, until it
+    repeats `patience` times at a scale of 1 or less. Under LBFGS a batch is the unit: it is undone if it
+    began, or left anything, nonfinite.
 
     The first skipped batch of an episode is run once more with every operation recorded, and the incident
     names the operation and module that made the first nonfinite value, and the cause. The folder

@@ -249,6 +249,7 @@ class RecoveryPolicy:
             "outcomes": list(self._outcomes),
             "asked_ago": self._asked_ago,
             "moved_early": dict(self._moved_early),
+            "has_large_updates": self.has_large_updates,
             "windows": self.detector_state(),
         }
 
@@ -260,6 +261,7 @@ class RecoveryPolicy:
         self._good_steps = state_dict["good_steps"]
         self._skipped_in_a_row = dict(state_dict["skipped_in_a_row"])
         self._outcomes = deque(state_dict["outcomes"], maxlen=OUTCOMES)
-        self._asked_ago = state_dict.get("asked_ago", DISTANCE_INTERVAL)  # version 0.5 has neither
+        self._asked_ago = state_dict.get("asked_ago", DISTANCE_INTERVAL)  # version 0.5 has none of these
         self._moved_early = dict(state_dict.get("moved_early", {}))
+        self.has_large_updates = state_dict.get("has_large_updates", False)
         self.load_detector_state(state_dict["windows"])

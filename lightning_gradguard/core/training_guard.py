@@ -337,7 +337,8 @@ class TrainingGuard:
     def _roll_back(self, decision: Decision, *, trusted: bool) -> None:
         """Restores a snapshot; raises if the budget is used up."""
         ring = self._snapshots
-        snapshot = ring.newest() if decision == "stop" else ring.roll_back(trusted=trusted)
+        learned = trusted and self.recovery.risen_loss == math.inf  # a collapse, or no progress
+        snapshot = ring.newest() if decision == "stop" else ring.roll_back(trusted=trusted, learned=learned)
         snapshot.restore([self._module], [self._optimizer])
         self._buffers.refresh()
         self._optimizer.zero_grad()

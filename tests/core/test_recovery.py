@@ -210,8 +210,9 @@ def test_without_progress_steps_of_the_length_that_clipping_sets_are_a_divergenc
 
 @pytest.mark.parametrize(("loss", "expected"), [(2.1, "roll_back"), (1.7, "continue")])
 def test_without_progress_updates_that_were_too_large_are_a_divergence(loss: float, expected: str) -> None:
-    policy = recovery()
-    policy.has_large_updates = True
+    updated, policy = recovery(), recovery()
+    updated.has_large_updates = True
+    policy.load_state_dict(updated.state_dict())
     steps = [policy.on_good_step(0, x, 1.0, distance=lambda: 1.0)[0] for x in [2.0] + [loss] * 49]
     assert steps == ["continue"] * 49 + [expected]
     policy.on_rollback()

@@ -12,7 +12,10 @@ from lightning_gradguard.core.snapshots.snapshot import Snapshot
 GOOD_STEPS = 10
 #: A snapshot whose loss is higher than at the trusted one before by this share of it is not trusted.
 WORSE = 0.5
-#: Snapshots in a row that are not trusted, after which the level of the loss counts as changed for good.
+#: Share of the loss at the start below which a run has learned.
+LEARNED = 0.9
+#: Snapshots in a row that are not trusted, after which the level of the loss counts as changed for good; and
+#: those that have not learned, after which the start is far.
 PATIENCE = 4
 
 
@@ -21,7 +24,8 @@ class SnapshotRing:
 
     A snapshot is *qualified* when ten good steps have followed it, and *pending* until then. A qualified
     one is *trusted* if the loss is not worse than at the trusted one before: a run that drifts into a
-    divergence takes snapshots on the way. The last trusted one is kept while up to four follow that are not.
+    divergence takes snapshots on the way. The last trusted one is kept while up to four follow that are not,
+    and the one of the start while up to four follow whose loss is as high: units may be dying in these.
     Memory is recycled: at most `keep + 1` snapshots exist.
 
     Args:
@@ -38,8 +42,10 @@ class SnapshotRing:
         self._qualified: deque[Snapshot] = deque()
         self._free: list[Snapshot] = []
         self.pending: Snapshot | None = None
+        self._start: Snapshot | None = None
         self._newest_was_tried = False
         self._untrusted_in_a_row = 0
+        self._since_start = 0
 
     def capture(self, fill: Callable[[Snapshot], None], *, qualified: bool = False) -> None:
         """Takes a snapshot, which `fill` writes and which replaces the pending one.
@@ -51,6 +57,7 @@ class SnapshotRing:
         fill(snapshot)
         if qualified:
             self._promote(snapshot)
+            self._start, self._since_start = snapshot, 0
         else:
             self.pending = snapshot
 
@@ -87,6 +94,7 @@ class SnapshotRing:
         self.discard_pending()
         self._free.extend(self._qualified)
         self._qualified.clear()
+        self._start = None
         self._newest_was_tried = False
         self._untrusted_in_a_row = 0
 
@@ -94,15 +102,16 @@ class SnapshotRing:
         """Returns the number of qualified snapshots."""
         return len(self._qualified)
 
-    def roll_back(self, *, trusted: bool = False) -> Snapshot:
+    def roll_back(self, *, trusted: bool = False, learned: bool = False) -> Snapshot:
         """Returns the snapshot to restore: the newest qualified one, or the one before if that was tried.
 
         Args:
             trusted: True to discard those that are newer than the newest trusted one first.
+            learned: True to discard those since the start while none has learned.
         """
         self.discard_pending()
-        is_discarded = False
-        while trusted and len(self._qualified) > 1 and not self._qualified[-1].is_trusted:
+        is_discarded, to_start = False, learned and self._start is not None
+        while len(self._qualified) > 1 and (to_start or (trusted and not self._qualified[-1].is_trusted)):
             self._free.append(self._qualified.pop())
             is_discarded = True
         if self._newest_was_tried and not is_discarded and len(self._qualified) > 1:
@@ -126,7 +135,11 @@ class SnapshotRing:
     def _promote(self, snapshot: Snapshot) -> None:
         if self._qualified:
             before = self.trusted()
-            snapshot.is_trusted = not _is_worse(snapshot.losses, before.losses)
+            snapshot.is_trusted = not _has_risen(snapshot.losses, before.losses, WORSE)
+            self._since_start += 1
+            start_losses = [] if self._start is None else self._start.losses
+            if self._since_start > PATIENCE or not _has_risen(snapshot.losses, start_losses, LEARNED - 1):
+                self._start = None
             self._untrusted_in_a_row = 0 if snapshot.is_trusted else self._untrusted_in_a_row + 1
             if self._untrusted_in_a_row > PATIENCE:
                 snapshot.is_trusted, self._untrusted_in_a_row = True, 0
@@ -134,14 +147,15 @@ class SnapshotRing:
         self._newest_was_tried = False
         while len(self._qualified) > self._keep:
             # the last trusted one is worth more than the newer ones that are not
-            keeps_oldest = self._keep > 1 and self.trusted() is self._qualified[0]
+            keeps_oldest = self._keep > 1 and self._qualified[0] in (self.trusted(), self._start)
             oldest = self._qualified[1] if keeps_oldest else self._qualified[0]
             self._qualified.remove(oldest)
             self._free.append(oldest)
+            self._start = None if oldest is self._start else self._start
 
 
-def _is_worse(losses: list[float], before: list[float]) -> bool:
+def _has_risen(losses: list[float], before: list[float], share: float) -> bool:
     if not (losses and before):
         return False
     level, level_before = median(losses), median(before)
-    return level - level_before > WORSE * abs(level_before)
+    return level - level_before > share * abs(level_before)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NoReturn
 
 from lightning_gradguard.core import tags
@@ -28,7 +29,11 @@ class Restoration:
     def roll_back(self, *, has_diverged: bool) -> None:
         """Restores a snapshot; bad data, without a divergence, is no reason to doubt the newest one."""
         is_bad_data = self._fit.investigation.cause == "bad_input" and not has_diverged
-        step = self._fit.snapshots.roll_back(self._fit.trainer, again=is_bad_data, trusted=has_diverged)
+        # a collapse, or no progress
+        learned = has_diverged and self._fit.policy.risen_loss == math.inf
+        step = self._fit.snapshots.roll_back(
+            self._fit.trainer, again=is_bad_data, trusted=has_diverged, learned=learned
+        )
         self._fit.policy.on_rollback()
         self._lost_batches.mark_undone(step)
         facts: dict[str, Any] = {"value": step, "action": "rolled_back"}

@@ -101,17 +101,14 @@ class SnapshotSchedule:
         if pending is not None and pending.extra_state.step > step:
             self._ring.discard_pending()
 
-    def roll_back(self, trainer: pl.Trainer, *, again: bool, trusted: bool) -> int:
+    def roll_back(self, trainer: pl.Trainer, *, again: bool, trusted: bool, learned: bool) -> int:
         """Restores the newest qualified snapshot, or the one before if that was tried; returns its step.
 
-        `again` restores the newest even if it was tried, `trusted` takes the newest trusted one for the
-        newest.
+        `again` restores the newest even if it was tried; see `SnapshotRing.roll_back` for the others.
         """
-        return (
-            self.restore_newest(trainer)
-            if again
-            else self._restore(trainer, self._ring.roll_back(trusted=trusted))
-        )
+        if again:
+            return self.restore_newest(trainer)
+        return self._restore(trainer, self._ring.roll_back(trusted=trusted, learned=learned))
 
     def distance(self, trainer: pl.Trainer) -> float:
         """Measures how far the weights are from the newest trusted snapshot, in units of its norm."""

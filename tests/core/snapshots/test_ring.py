@@ -43,6 +43,22 @@ def test_ring_qualifies_rolls_back_further_and_recycles() -> None:
     assert [roll_back(), roll_back()] == [5.0, 4.0]
 
 
+@pytest.mark.parametrize(
+    ("loss", "snapshots", "restored"), [(2.29, 3, 0.0), (2.29, 6, 6.0), (1.9, 3, 3.0)], ids=str
+)
+def test_a_network_that_is_dead_goes_back_to_its_start_unless_it_had_learned(
+    loss: float, snapshots: int, restored: float
+) -> None:
+    layer, ring = nn.Linear(1, 1, bias=False), SnapshotRing(keep=2)
+    for value in range(snapshots + 1):
+        nn.init.constant_(layer.weight, value)
+        ring.capture(lambda snapshot: snapshot.capture([layer], []), qualified=value == 0)
+        for _ in range(GOOD_STEPS):
+            ring.good_step(loss if value else 2.3)
+    ring.roll_back(trusted=True, learned=True).restore([layer], [])
+    assert layer.weight.item() == restored
+
+
 @pytest.mark.parametrize(("optimizer", "bytes_a_weight"), [("adam", 12), ("sgd", 8)])
 def test_snapshots_take_the_documented_memory(optimizer: str, bytes_a_weight: int) -> None:
     net = nn.Linear(500, 400)
