@@ -237,8 +237,9 @@ def has_far_targets(found: Probe) -> bool:
 
 def _rates_to_move(found: Probe) -> Iterator[list[Candidate]]:
     """Yields rates at which weights move that have not moved, after what helps if gradients vanish."""
-    is_dead = any(symptom.kind == "dead_units" for symptom in found.symptoms)
-    if 0 < found.moved < LITTLE_MOVED and not is_dead:  # without a gradient nothing moves at any rate
+    # without a gradient nothing moves at any rate, and beside large weights, all steps are small
+    others = any(s.kind == "dead_units" or s.cause == "large_weights" for s in found.symptoms)
+    if 0 < found.moved < LITTLE_MOVED and not others:
         scale = 10.0 ** round(math.log10(TRIED_MOVED / found.moved))
         reason = f"no weight has gone further than {found.moved:.2g} of its norm in the whole run"
         yield [Candidate((_of("learning_rate", scale=s),), reason) for s in (scale, scale / 10)]
@@ -254,12 +255,16 @@ def _contradicts(found: Probe, changes: tuple[Change, ...]) -> bool:
 
 
 def _estimated(symptom: Symptom) -> Iterator[tuple[Change, ...]]:
-    """Yields the learning rate at which the measured update would be `TRIED_UPDATE` of the weights."""
+    """Yields the learning rate at which the measured update would be `TRIED_UPDATE` of the weights.
+
+    One that is too low is raised further: without an adaptive step, small gradients need more.
+    """
     is_rate = symptom.cause in ("update_too_large", "learning_rate_too_low")
     if is_rate and symptom.value > 0 and math.isfinite(symptom.value):
         exponent = round(math.log10(TRIED_UPDATE / symptom.value))
+        more = (0, 1, 2) if symptom.cause == "learning_rate_too_low" else (0,)
         if exponent and abs(exponent) <= 6:
-            yield (_of("learning_rate", scale=10.0**exponent),)
+            yield from ((_of("learning_rate", scale=10.0 ** (exponent + n)),) for n in more)
 
 
 def _fitting(found: Probe, changes: tuple[Change, ...]) -> tuple[Change, ...] | None:

@@ -40,6 +40,7 @@ from lightning_gradguard.treatment.learning import (
     LEARNED_ENOUGH_OF_VALUES,
     RISES,
     Learning,
+    exceeds_constant,
     learning_of,
     overfits,
 )
@@ -54,6 +55,8 @@ from lightning_gradguard.treatment.trials.trial import Job, Trial, logged
 LEAST_MEAN_RATE, NEAR_INITIAL = 0.14, 0.5
 #: Steps below which a run shows nothing.
 TOO_FEW_STEPS = 30
+#: Causes with which a run may learn in its second half alone.
+LEARNS_LATE = frozenset({"through_time", "padding"})
 #: Batches that are examined at most.
 MAX_EXAMINED = 2
 
@@ -77,6 +80,7 @@ class Probe:
         plain_rate: Learning rate, as without momentum, if steps scale with the gradients; NaN for others.
         has_large_inputs: True if the first layer gets inputs far from a scale of 1.
         decay: Words for what a schedule leaves of the learning rate; empty while it leaves enough.
+        has_luck: True if the program has learned with another seed.
         run_loss: Runs `module` on the first batch; `None` if it cannot be run outside of a fit.
     """
 
@@ -94,6 +98,7 @@ class Probe:
     targets: tuple[float, float] | None = None
     plain_rate: float = math.nan
     has_large_inputs: bool = False
+    has_luck: bool = False
     run_loss: Callable[[], Tensor] | None
 
     def with_reachable(self, reachable: float) -> Probe:
@@ -108,6 +113,11 @@ class Probe:
         of_steps = self.steps < TOO_FEW_STEPS and math.isfinite(self.trial.seconds_per_step)
         return self.trial.seconds_per_step if of_steps else self.trial.seconds / max(self.steps, 1)
 
+    def shows(self, steps: int) -> bool:
+        """True if the run shows what one of so many steps does: nothing is learned in half of it or more."""
+        is_stuck = 2 * self.steps >= steps and exceeds_constant(self.trial)
+        return self.steps >= steps or is_stuck or not math.isfinite(self.trial.loss)
+
     @property
     def learns_unhindered(self) -> bool:
         """True if the run learns, if only little, or overfits, and nothing was found that hinders it."""
@@ -121,9 +131,9 @@ class Probe:
     @property
     def doubt(self) -> str:
         """Reason that a run that learns may fail with another seed; empty if nothing was found."""
-        for one in self.incidents:
-            if one.kind == "exploding_gradient":
-                return f"{title(one.kind)}: {one.detail}"
+        exploding = [one for one in self.incidents if one.kind == "exploding_gradient"]
+        if found := [f"{title(one.kind)}: {one.detail}" for one in exploding] or self.problems:
+            return found[0]
         has_risen = self.trial.loss > RISES * self.trial.lowest and not overfits(self.trial)
         matters = self.trial.over_constant > LEARNED_ENOUGH_OF_VALUES
         return f"the held-out loss has risen from {self.trial.lowest:.4g}" if has_risen and matters else ""
@@ -155,7 +165,8 @@ def in_words(symptom: Symptom) -> str:
 class _Ending(Callback):
     """Ends a probe that does not learn, after `least` batches: with a fault of code; others may learn late.
 
-    With another cause it ends if the deadline does not allow `most` batches, so that time is left for trials.
+    With another cause it ends if the deadline does not allow `most` batches, so that time is left for trials,
+    or if nothing is learned in half of these.
     """
 
     least: int
@@ -168,7 +179,7 @@ class _Ending(Callback):
     rates: list[float] = field(default_factory=list, init=False)
 
     @override
-    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         """Ends a run that does not learn, and of which a cause is known."""
         self.seen += 1
         for schedule in trainer.lr_scheduler_configs[:1]:
@@ -177,6 +188,11 @@ class _Ending(Callback):
         roots = self.diagnosis.diagnosis.roots if self.seen >= self.least else []
         if any(map(keeps_from_learning, roots)) or (roots and self._is_too_long()):
             trainer.should_stop = trainer.should_stop or self._is_stuck()
+        # what is to be kept through time, or waits for another learning rate, is learned late
+        has_cause = any(r.kind != "stuck_loss" and r.cause not in LEARNS_LATE for r in roots)
+        is_constant = pl_module.automatic_optimization and not trainer.lr_scheduler_configs
+        if has_cause and is_constant and self.seen == max(self.most // 2, self.least):
+            trainer.should_stop |= self.held_out.learns_nothing(trainer, pl_module)
 
     def _is_too_long(self) -> bool:
         elapsed = time.monotonic() - self.began
@@ -320,7 +336,8 @@ def confirmed(program: Program, found: Probe, least: int, deadline: float) -> tu
     else:
         more = f"with seed {other.seed}, {second.learning.evidence}"
         if not second.is_healthy:
-            program, found, more = other, second, f"seed {program.seed} learns, and {more}"
+            program, more = other, f"seed {program.seed} learns, and {more}"
+            found = replace(second, has_luck=True)
     batches = program.batches
     note = f"{sentence_case(doubt)}; {more}."
     return replace(program, batches=replace(batches, notes=(*batches.notes, note))), found

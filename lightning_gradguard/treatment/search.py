@@ -12,7 +12,7 @@ from lightning_gradguard.core.remedies.changes import Change
 from lightning_gradguard.core.remedies.kinds import KINDS
 from lightning_gradguard.treatment.budget import Clock
 from lightning_gradguard.treatment.candidates import Candidate
-from lightning_gradguard.treatment.learning import learned_enough, learning_of
+from lightning_gradguard.treatment.learning import fails_beside, learned_enough, learning_of
 from lightning_gradguard.treatment.trials.program import Program
 from lightning_gradguard.treatment.trials.trial import OUT_OF_TIME, Job, Trial, name_of
 from lightning_gradguard.treatment.trials.trial_log import TrialLog
@@ -116,6 +116,7 @@ class TrialRunner:
 def search(
     runner: TrialRunner,
     candidates: Sequence[Candidate],
+    probed: Trial,
     untreated: float,
     until: float,
     promising: float = math.inf,
@@ -125,14 +126,14 @@ def search(
     Candidates of which one has learned end the first rung: those behind it are less likely, and cost as much.
     Those that no symptom suggests are tried only if none of the others learns. `until` is the share of the
     budget at which the search ends. Of a program that learns by itself, only short trials with a held-out
-    loss below `promising` are followed, and one ends a rung that has learned enough.
+    loss below `promising` are followed, and one ends a rung beside which its whole run, `probed`, fails.
     Returns trials that are better than the program as it is, the one to adopt first.
     """
     bar = untreated - LEAST_NOISE * abs(untreated) if math.isfinite(untreated) else math.inf
 
     def ends(trial: Trial) -> bool:
         has_learned = learning_of(trial).has_learned and trial.is_undisturbed
-        return has_learned and (promising == math.inf or learned_enough(trial))
+        return has_learned and (learned_enough(trial) or fails_beside(probed, trial))
 
     short: list[Trial] = []
     ordered: list[Trial] = []
@@ -160,7 +161,10 @@ def _second_rung(
     One that alone has learned in a short trial, and those that have learned enough, need no longer one.
     """
     seed, steps = runner.program.seed, runner.steps
-    ranked = sorted((t for t in short if not t.error), key=lambda t: t.loss)[:FINALISTS]
+    # of losses that have not fallen, the least is one by chance: the likelier candidates come first
+    ranked = sorted(
+        (t for t in short if not t.error), key=lambda t: t.loss if learning_of(t).learns else math.inf
+    )[:FINALISTS]
     if any(map(ends, ranked)):
         ranked = list(filter(ends, ranked))
         enough = [trial for trial in ranked if learned_enough(trial)]
@@ -223,16 +227,20 @@ def _rate_and_rest(trial: Trial) -> tuple[float, tuple[Change, ...]]:
     return scale, tuple(change for change in changes if change.kind != "learning_rate")
 
 
-def with_needed_changes(runner: TrialRunner, trial: Trial, bar: float, until: float) -> Trial:
+def with_needed_changes(
+    runner: TrialRunner, trial: Trial, bar: float, until: float, *, may_be_empty: bool = True
+) -> Trial:
     """Returns the trial with those changes of another one alone without which it is worse.
 
-    Without the last one there is the suite alone. `bar` is the held-out loss of what is no better than the
-    program as it is.
+    Without the last one there is the suite alone, if it `may_be_empty`. `bar` is the held-out loss of what is
+    no better than the program as it is.
     """
     parts = sorted(trial.job.changes or (), key=lambda change: -size_of([change]))
     while parts:
         part = parts.pop(0)
         rest = tuple(change for change in trial.job.changes or () if change is not part)
+        if not (rest or may_be_empty):
+            break
         for fewer in runner.run([replace(trial.job, changes=rest)], until):
             learns = learning_of(fewer).has_learned or not learning_of(trial).has_learned
             if learns and fewer.loss < bar and _smallest_first([trial, fewer], bar)[0] is fewer:

@@ -255,8 +255,9 @@ class _Treatment:
         with little learned; it is lowered, twice at most, for those that do not learn with each seed.
         """
         runner, whole = self.runner, self.runner.whole_steps
-        is_probed = self.found.steps >= whole or not math.isfinite(self.found.trial.loss)
-        verification = Verification(runner, self.found.trial if is_probed else None, VERIFIED)
+        verification = Verification(
+            runner, self.found.trial if self.found.shows(whole) else None, VERIFIED, self.found.has_luck
+        )
         needed = verification.share(self.found.seconds_per_step)
         waiting, bar, until = self._searched(suggested, VERIFIED - needed)
         has_rate, n_lowered = False, 0
@@ -271,7 +272,7 @@ class _Treatment:
                 continue
             first = None
             if has_rate or learning_of(trial).has_learned:
-                fewer = with_needed_changes(runner, trial, bar, until)
+                fewer = with_needed_changes(runner, trial, bar, until, may_be_empty=self._may_be_suite)
                 if fewer is not trial and str(fewer.job.changes) not in verified:
                     trial, waiting = fewer, [trial, *waiting]
                 first = verification.first(trial)
@@ -286,16 +287,12 @@ class _Treatment:
                 continue
             verified.add(str(trial.job.changes))
             better = first if first and fails_beside(self.found.trial, first) else None
-            if better and not is_late and better.job.steps >= whole:
-                has_learned = learning_of(better).has_learned
-                if not has_learned or verification.beats_suite(better) is False:
-                    # no cure: it gets its other seeds if nothing else is one
-                    late.append((better.loss, trial))
-                    alone, has_rate = replace(trial, job=replace(trial.job, changes=())), True
-                    waiting = [alone, *waiting] if has_learned else waiting
-                    continue
+            if better and not (is_late or learning_of(better).has_learned) and better.job.steps >= whole:
+                # no cure: it gets its other seeds if nothing else is one
+                late.append((better.loss, trial))
+                continue
             results = verification.others(better) if better else []
-            yield self._with_verdict(trial.job.changes or (), results, verification)
+            yield self._with_verdict(trial.job.changes or (), results)
             if n_lowered < MAX_LOWERED and not all(r.learning.has_learned for r in results):
                 is_slow = n_lowered > 0 and all(r.learning.learns for r in results)
                 has_rate, n_lowered = True, n_lowered + 1
@@ -314,25 +311,25 @@ class _Treatment:
         short, bar, promising = self._untreated(runner.short_steps), self._untreated(self.steps), math.inf
         if self._is_open and min(short, bar) > 0:
             promising, bar = PROMISING * short, PROMISING * bar
-        found = search(runner, suggested, bar, until, promising)
+        found = search(runner, suggested, self.found.trial, bar, until, promising)
         if runner.was_cut and not found:  # there is nothing yet to verify in the time that was kept
             runner.was_cut, until = False, MOST_SEARCHED
-            found = search(runner, suggested, bar, until, promising)
+            found = search(runner, suggested, self.found.trial, bar, until, promising)
         return found[:MAX_VERIFIED], bar, until
 
-    def _with_verdict(
-        self, changes: tuple[Change, ...], results: Sequence[SeedResult], verification: Verification
-    ) -> Verified:
-        """Returns the verdict on changes: none is a cure that the suite does as well, or beside a fault."""
+    def _with_verdict(self, changes: tuple[Change, ...], results: Sequence[SeedResult]) -> Verified:
+        """Returns the verdict on changes: none is a cure beside a fault that remains."""
         verdict, evidence = verdict_of(results, self.runner.whole_steps)
-        if verdict == "cured" and not (beats := verification.beats_suite(results[0].treated, results)):
-            reason = "their comparison ended with the budget" if beats is None else "do as much"
-            verdict, evidence = "better", f"{evidence}; the suite's callbacks alone: {reason}"
         is_last = verdict == "cured" or (verdict == "better" and bool(results[0].scores))
         left = next((one.place for one in self.prescriptions if one.remains), "")
         if is_last and left:
             verdict, evidence = "better", f"{evidence}. The fault of the code at {left} remains"
         return Verified(changes, results, verdict, evidence, is_last)
+
+    @property
+    def _may_be_suite(self) -> bool:
+        """True if there is something for the suite's callbacks alone to prevent."""
+        return not (self.found.trial.is_undisturbed and math.isfinite(self.found.trial.loss))
 
     @property
     def _is_open(self) -> bool:

@@ -24,8 +24,6 @@ from lightning_gradguard.treatment.trials.trial import OUT_OF_TIME, Job, Trial, 
 
 #: Seeds of the verification, and how far they are from those of the search.
 N_SEEDS, FIRST_SEED = 3, 101
-#: Relative difference of losses that are equal but for rounding.
-EQUAL = 1e-3
 #: Share of the steps that the budget allows with which runs of an earlier treatment are not repeated.
 A_FEW_LESS = 0.8
 #: Time that a run may take over what it took in the search.
@@ -114,11 +112,13 @@ class Verification:
         runner: Runs the trials.
         probed: The program as it is in a run of the whole length; `None` if the probe was shorter.
         until: Share of the budget at which it ends.
+        has_luck: True if the program as it is has learned with a seed, and not with that of the search.
     """
 
     runner: TrialRunner
     probed: Trial | None
     until: float
+    has_luck: bool = False
 
     def share(self, seconds_per_step: float) -> float:
         """Returns the share of the budget that it takes."""
@@ -154,21 +154,6 @@ class Verification:
                 pairs.append(SeedResult(found[bare.key], found[mine.key]))
         return pairs
 
-    def beats_suite(self, first: Trial, results: Sequence[SeedResult] = ()) -> bool | None:
-        """True if the treated run with the first seed ends below one with the suite's callbacks alone.
-
-        It does so by more than seeds differ, once there are `results`. A short trial that goes as the probe
-        does shows that the callbacks change nothing. `None` if the budget ends before it is known.
-        """
-        if not first.job.changes:
-            return True
-        short = self.runner.run([self.runner.short_job((), self.runner.program.seed)], self.until)
-        if short and self.probed is not None and _is_equal(short[0], self.probed):
-            return True
-        job = Job((), first.job.seed, first.job.steps, first.loss, first.job.steps // 3)
-        alone = self._run([job]).get(job.key)
-        return None if alone is None else alone.loss > first.loss + noise_of([r.untreated for r in results])
-
     @property
     def _seeds(self) -> list[int]:
         return [self.runner.program.seed + FIRST_SEED + i for i in range(N_SEEDS)]
@@ -179,7 +164,7 @@ class Verification:
 
     @property
     def _learns(self) -> bool:
-        return self.probed is not None and learned_at_lowest(self.probed)
+        return self.has_luck or (self.probed is not None and learned_at_lowest(self.probed))
 
     @property
     def _beside(self) -> int:
@@ -251,14 +236,6 @@ def open_ends(results: Sequence[SeedResult], ahead: Trial | None, whole: int, cu
     elif more:
         found += f". With a larger budget, {more}"
     return found
-
-
-def _is_equal(trial: Trial, other: Trial) -> bool:
-    """True if two runs are equal in the losses of batches, as far as both go, and nothing explodes later."""
-    losses = dict(other.training)
-    pairs = [(loss, losses[step]) for step, loss in trial.training if step in losses]
-    is_quiet = math.isfinite(other.loss) and other.is_undisturbed
-    return is_quiet and bool(pairs) and all(math.isclose(a, b, rel_tol=EQUAL) for a, b in pairs)
 
 
 def verdict_of(results: Sequence[SeedResult], whole: int) -> tuple[TreatmentVerdict, str]:

@@ -74,6 +74,7 @@ def test_explosion_and_a_loss_that_rises_leave_a_doubt() -> None:
     risen = replace(found.trial, curve=curve, over_constant=0.24)
     assert replace(found, trial=risen).doubt == "the held-out loss has risen from 0.14"
     assert not replace(found, trial=replace(risen, over_constant=0.02)).doubt
+    assert replace(found, symptoms=[VANISHING]).doubt == in_words(VANISHING)
     overfit = [*((i, 1.0) for i in range(30)), *((i, 0.1) for i in range(30, 60))]
     risen = replace(risen, curve=[(0, 1.4), (30, 0.14), (60, 0.9)], training=overfit)
     assert not replace(found, trial=risen).doubt
@@ -116,6 +117,14 @@ def test_rate_is_raised_by_what_the_weights_lack() -> None:
     assert "no weight has gone further than 0.004 of its norm" in found[0].reason
 
 
+def test_rate_is_raised_further_than_by_what_the_updates_lack() -> None:
+    """An LSTM under SGD learns at 10,000 times its rate; at a hundred times its updates are of the usual size."""
+    slow = Symptom("weight_stagnation", "learning_rate_too_low", ("rnn",), 1e-4, "", "rate")
+    found = suggested(nn.LSTM(4, 8, batch_first=True), slow, moved=0.009)
+    rates = [c["scale"] for one in found[:3] for c in one.changes if c.kind == "learning_rate"]
+    assert rates == [100.0, 1000.0, 10000.0]
+
+
 def test_what_helps_if_gradients_vanish_is_tried_before_a_higher_rate() -> None:
     first, second, both, *_ = suggested(nn.RNN(4, 8, batch_first=True), VANISHING, moved=0.004)
     assert [change.kind for change in first.changes] == ["orthogonal_recurrent"]
@@ -151,9 +160,15 @@ def test_blocks_with_an_activation_of_ones_own_get_residuals_once_it_is_replaced
     assert {"add_residual"} not in kinds
 
 
-def test_rate_is_not_raised_where_units_are_dead() -> None:
-    dead = Symptom("dead_units", "unknown", ("0",), 1.0, "", "units")
-    found = suggested(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), dead, moved=0.004)
+@pytest.mark.parametrize(
+    "symptom",
+    [
+        Symptom("dead_units", "unknown", ("0",), 1.0, "", "units"),
+        Symptom("exploding_gradient", "large_weights", ("0",), 3.0, "", "depth"),
+    ],
+)
+def test_rate_is_not_raised_where_units_are_dead_or_weights_large(symptom: Symptom) -> None:
+    found = suggested(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), symptom, moved=0.004)
     rates = [c["scale"] for one in found for c in one.changes if c.kind == "learning_rate"]
     assert all(rate <= 10 for rate in rates)
 
@@ -216,6 +231,24 @@ def test_layers_before_functions_are_found_where_the_step_asks_its_trainer(kind:
     found = probe(program, 4, 4, math.inf)
     names = ["layers.0"] if kind == "standardize_input" else ["layers.0", "layers.1"]
     assert places(found.module, Change(kind), found.run_loss)[:2] == names
+
+
+def test_program_that_learns_nothing_in_half_of_its_run_has_shown_that() -> None:
+    """What a schedule may teach it late is waited for."""
+
+    class Deeper(Net):
+        def __init__(self) -> None:
+            super().__init__(12, nn.Sigmoid)
+
+    class Scheduled(Deeper):
+        def configure_optimizers(self) -> Any:
+            optimizer = super().configure_optimizers()
+            return [optimizer], [torch.optim.lr_scheduler.ConstantLR(optimizer)]
+
+    for make, steps in ((Deeper, 40), (Scheduled, 80), (Net, 80)):
+        found = probe(recorded_program(make, Data(), {"max_steps": 80}, 0, 80, math.inf), 30, 80, math.inf)
+        assert found.steps == steps
+        assert found.shows(80)
 
 
 class Lazy(Net):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -30,6 +32,7 @@ def test_budget_has_ended_only_if_a_trial_was_cut(tmp_path: Path, until: float, 
 
 LOWER, LOWEST = ((Change("learning_rate", {"scale": scale}),) for scale in (0.1, 0.01))
 INITIALIZED = (Change("initialize"),)
+FAILS = Trial(job=Job(None, 0, 60), curve=[(0, 2.3), (60, 2.3)], over_constant=1.0, is_likelihood=True)
 
 
 @pytest.mark.parametrize(
@@ -45,7 +48,7 @@ def test_of_changes_that_have_learned_enough_the_smallest_is_adopted(
     for changes, loss in ((best, 0.08), (adopted, 0.3)):
         job = runner.short_job(changes, 0)
         log.add(Trial(job=job, curve=[(0, 2.3), (60, loss)], over_constant=loss / 2.3, is_likelihood=True))
-    found = search(runner, [Candidate(changes, "") for changes in (best, adopted)], 2.3, 1.0)
+    found = search(runner, [Candidate(changes, "") for changes in (best, adopted)], FAILS, 2.3, 1.0)
     assert [trial.job.changes for trial in found] == [adopted, best]
 
 
@@ -70,7 +73,7 @@ def test_of_changes_that_have_not_learned_the_best_is_verified_first(tmp_path: P
             log.add(
                 Trial(job=job, curve=[(0, 2.3), (60, loss)], over_constant=loss / 2.3, is_likelihood=True)
             )
-    found = search(runner, [Candidate(changes, "") for changes in (larger, smaller)], 2.3, 1.0)
+    found = search(runner, [Candidate(changes, "") for changes in (larger, smaller)], FAILS, 2.3, 1.0)
     assert [trial.job.changes for trial in found][:2] == [larger, smaller]
 
 
@@ -87,6 +90,42 @@ def test_change_without_an_effect_of_its_own_is_omitted(
         log.add(Trial(job=job, curve=[(0, 2.3), (60, loss)], over_constant=loss / 2.3, is_likelihood=True))
     best = log.trials[runner.short_job((*INITIALIZED, *LOWER), 0).key]
     assert with_needed_changes(runner, best, 2.25, 1.0).job.changes == kept
+    assert with_needed_changes(runner, best, 2.25, 1.0, may_be_empty=False).job.changes == INITIALIZED
+
+
+def test_of_changes_with_which_nothing_is_learned_the_likeliest_are_run_for_longer(tmp_path: Path) -> None:
+    """An LSTM at a thousandth of its rate needs more steps than a short trial has at any rate."""
+    log = TrialLog(tmp_path / "trials.jsonl", {}, 150)
+    program = recorded_program(Net, Data(), SHORT, 0, 4, math.inf)
+    runner = TrialRunner(program, log, Clock(60.0), 1, 150, lambda _: None)
+    offered = [*((Change("learning_rate", {"scale": scale}),) for scale in (1e3, 1e2, 10.0)), INITIALIZED]
+    for n, changes in enumerate(offered):
+        for job, loss in ((runner.short_job(changes, 0), 2.29 - 1e-3 * n), (Job(changes, 0, 150), 0.3)):
+            log.add(
+                Trial(job=job, curve=[(0, 2.3), (60, loss)], over_constant=loss / 2.3, is_likelihood=True)
+            )
+    found = search(runner, [Candidate(changes, "") for changes in offered], FAILS, 2.3, 1.0)
+    assert [trial.job.changes for trial in found] == [offered[0]]
+
+
+@pytest.mark.parametrize(("learned", "n_tried"), [(1.6, 1), (0.9, 2)])
+def test_search_ends_once_the_program_fails_beside_a_short_trial(
+    tmp_path: Path, learned: float, n_tried: int
+) -> None:
+    """So it does if the program itself learns a part, and far less than the trial."""
+    log = TrialLog(tmp_path / "trials.jsonl", {}, 150)
+    program = recorded_program(Net, Data(), SHORT, 0, 4, math.inf)
+    runner = TrialRunner(program, log, Clock(60.0), 1, 150, lambda _: None)
+    probed = replace(FAILS, curve=[(0, 2.3), (60, learned)], over_constant=learned / 2.3)
+    asked: list[Job] = []
+
+    def run(jobs: Iterable[Job], _: float) -> list[Trial]:
+        asked.extend(jobs)
+        return [replace(FAILS, job=job, curve=[(0, 2.3), (60, 0.8)], over_constant=0.35) for job in jobs]
+
+    runner.run = run  # type: ignore[method-assign, assignment]
+    search(runner, [Candidate(changes, "") for changes in (LOWER, INITIALIZED)], probed, 2.3, 1.0, 2.0)
+    assert len([job for job in asked if job.steps == runner.short_steps]) == n_tried
 
 
 def test_whole_run_in_which_updates_are_too_large_is_not_undisturbed() -> None:

@@ -166,26 +166,6 @@ def test_two_seeds_are_better_at_most_and_one_is_nothing() -> None:
     assert verdict_of([], WHOLE)[0] == "no_treatment_found"
 
 
-@pytest.mark.parametrize(
-    ("alone", "moved", "beats"), [(0.3, 0.5, False), (1.6, 0.5, True), (None, 0.5, None), (None, 0.0, True)]
-)
-def test_cure_is_compared_with_the_callbacks_of_the_suite_alone(
-    tmp_path: Path, alone: float | None, moved: float, beats: bool | None
-) -> None:
-    """Where these change no loss of a batch, the probe shows what they do."""
-    log = TrialLog(tmp_path / "trials.jsonl", {}, 150)
-    program = recorded_program(Net, Data(), {"max_steps": WHOLE}, 0, 4, math.inf)
-    runner = TrialRunner(program, log, Clock(60.0), 1, 150, lambda _: None)
-    found = results([0.3, 0.4, 0.2], [2.3, 2.31, 2.29])
-    probed = replace(found[0].untreated, training=[(1, 2.3), (2, 2.2)])
-    log.add(replace(trial(runner.short_job((), 0), 2.2), training=[(1, 2.3), (2, 2.2 - moved)]))
-    first = found[0].treated
-    if alone is not None:
-        log.add(trial(Job((), 101, WHOLE, first.loss, WHOLE // 3), alone))
-    for known in ([], found):
-        assert Verification(runner, probed, 1.0 if alone else 0.0).beats_suite(first, known) is beats
-
-
 @pytest.mark.parametrize("incidents", [{}, {"exploding_gradient": 1}])
 def test_what_explodes_is_run_to_its_end_with_each_seed(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, incidents: dict[str, int]
@@ -200,6 +180,9 @@ def test_what_explodes_is_run_to_its_end_with_each_seed(
     Verification(runner, probed, 1.0).others(replace(first, incidents=incidents))
     ends_early = [job.enough is not None for job in asked if job.changes]
     assert ends_early == [not incidents] * 2
+    assert all(job.steps < WHOLE for job in asked if not job.changes)
+    Verification(runner, probed, 1.0, has_luck=True).others(first)
+    assert [job.steps for job in asked[-2:]] == [WHOLE] * 2, "it has learned with another seed"
 
 
 def test_loss_that_is_low_enough_is_that_of_the_first_seed_or_a_quarter_of_the_best_constant_answer() -> None:

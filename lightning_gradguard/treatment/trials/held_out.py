@@ -171,6 +171,14 @@ class HeldOutLoss(Callback):
         if time.monotonic() > self._deadline:
             self.is_out_of_time = trainer.should_stop = True
 
+    def learns_nothing(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> bool:
+        """True if the held-out loss is not below that of the best constant answer, and no longer falls."""
+        before = next(loss for step, loss in self.curve if 2 * step >= self.curve[-1][0])
+        if self.curve[-1][1] <= LITTLE_FALLEN * before:
+            return False
+        now = evaluate(trainer, pl_module, self._batches, in_full=True)
+        return (now.over_constant if math.isfinite(now.over_constant) else now.over_permuted) > LITTLE_FALLEN
+
     def _is_stuck(self) -> bool:
         """True if the held-out loss has not fallen, and in training mode that of the last batches has not."""
         first, last = self.curve[0][1], self.curve[-1][1]
