@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -252,7 +252,8 @@ class _Treatment:
         """Yields treatments as they are verified, with their verdicts.
 
         The learning rate is searched around the first of them that does not learn, or that ends its own run
-        with little learned; it is lowered, twice at most, for those that do not learn with each seed.
+        with little learned; it is lowered, twice at most, for those that do not learn with each seed. If none
+        is a cure, candidates without a trial follow.
         """
         runner, whole = self.runner, self.runner.whole_steps
         verification = Verification(
@@ -263,7 +264,10 @@ class _Treatment:
         has_rate, n_lowered = False, 0
         verified: set[str] = set()
         late: list[tuple[float, Trial]] = []
-        while waiting or late:
+        while waiting or late or self._untried(suggested, verified):
+            if not waiting and (rest := self._untried(suggested, verified)):
+                waiting, bar, until = self._searched(rest, VERIFIED - needed)
+                continue
             if is_late := not waiting:
                 waiting, late = [min(late, key=lambda pair: pair[0])[1]], []
             trial = waiting.pop(0)
@@ -303,6 +307,13 @@ class _Treatment:
                 # what is left of the budget shows less of the next ones, which are open if the program fails
                 runner.was_cut |= bool(waiting) and not self._is_open
                 break
+
+    def _untried(self, suggested: Sequence[Candidate], verified: Collection[str]) -> list[Candidate]:
+        """Returns candidates without a trial: those behind one that has learned, and was no cure."""
+        if self._is_open or self.runner.was_cut or not 0 < len(verified) < MAX_VERIFIED:
+            return []
+        seed = self.program.seed
+        return [c for c in suggested if self.runner.short_job(c.changes, seed).key not in self.log.trials]
 
     def _searched(self, suggested: Sequence[Candidate], latest: float) -> tuple[list[Trial], float, float]:
         """Returns trials to verify, the held-out loss that they beat, and the share at which searches end."""

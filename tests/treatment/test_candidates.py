@@ -118,8 +118,8 @@ def test_rate_is_raised_by_what_the_weights_lack() -> None:
 
 
 def test_rate_is_raised_further_than_by_what_the_updates_lack() -> None:
-    """An LSTM under SGD learns at 10,000 times its rate; at a hundred times its updates are of the usual size."""
-    slow = Symptom("weight_stagnation", "learning_rate_too_low", ("rnn",), 1e-4, "", "rate")
+    """An LSTM under SGD learns at 10,000 times its rate; its updates are as usual at a hundred times."""
+    slow = Symptom("weight_stagnation", "learning_rate_too_low", ("rnn",), 1e-4, "", "stagnation")
     found = suggested(nn.LSTM(4, 8, batch_first=True), slow, moved=0.009)
     rates = [c["scale"] for one in found[:3] for c in one.changes if c.kind == "learning_rate"]
     assert rates == [100.0, 1000.0, 10000.0]

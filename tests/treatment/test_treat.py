@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -553,6 +555,7 @@ def test_what_learns_with_some_seeds_alone_is_tried_at_a_lower_rate(
 
     verified: list[tuple[Change, ...]] = []
     replaced: dict[str, Any] = {
+        "candidates": lambda _: [],
         "search": lambda *_: [run(clip, 0, 0.2)],
         "with_needed_changes": lambda _, trial, *__, **___: trial,
         "at_best_rate": lambda _, trial, *__: [trial],
@@ -638,6 +641,7 @@ def test_other_seeds_are_run_of_what_may_be_a_cure(monkeypatch: pytest.MonkeyPat
 
     found = [run(changes, 0, 0.3) for changes in (failing, curing)]
     replaced: dict[str, Any] = {
+        "candidates": lambda _: [],
         "search": lambda *_: found,
         "with_needed_changes": lambda _, trial, *__, **___: trial,
         "at_best_rate": lambda *_: [],
@@ -649,6 +653,42 @@ def test_other_seeds_are_run_of_what_may_be_a_cure(monkeypatch: pytest.MonkeyPat
         monkeypatch.setattr(Verification, method.__name__, method)
     treated(deep_sigmoid, trainer=SETTLING)
     assert verified == [curing, failing]
+
+
+def test_candidates_behind_one_that_learns_are_tried_if_that_is_no_cure(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A plain recurrence learns with some seeds, and is a GRU in each that learns with all."""
+    offered = [Candidate((Change(kind),), "a test") for kind in ("add_residual", "add_normalization")]
+
+    def run(job: Job, loss: float) -> Trial:
+        return Trial(job=job, curve=[(0, 1.4), (90, loss)], over_constant=loss / 1.4, is_likelihood=True)
+
+    def found(runner: TrialRunner, rest: Sequence[Candidate], *_: Any) -> list[Trial]:
+        trial = run(runner.short_job(rest[0].changes, 0), 0.2)
+        runner.log.add(trial)
+        return [trial]
+
+    def others(_: Verification, first: Trial) -> list[SeedResult]:
+        losses = [0.2, 0.2, 1.35 if first.job.changes == offered[0].changes else 0.2]
+        jobs = [Job(first.job.changes, 101 + i, 90) for i in range(3)]
+        return [
+            SeedResult(run(replace(job, changes=None), 1.4), run(job, loss))
+            for job, loss in zip(jobs, losses, strict=True)
+        ]
+
+    replaced: dict[str, Any] = {
+        "candidates": lambda _: offered,
+        "search": found,
+        "with_needed_changes": lambda _, trial, *__, **___: trial,
+        "at_lower_rate": lambda *_, **__: [],
+    }
+    for name, function in replaced.items():
+        monkeypatch.setattr(f"lightning_gradguard.treatment.treat.{name}", function)
+    monkeypatch.setattr(Verification, "first", lambda _, trial: run(Job(trial.job.changes, 101, 90), 0.2))
+    monkeypatch.setattr(Verification, "others", others)
+    result = treated(deep_sigmoid, trainer={"max_steps": 90})
+    assert (result.verdict, result.changes) == ("cured", offered[1].changes)
 
 
 def test_operation_with_a_nonfinite_gradient_is_prescribed_and_no_change_cures_it(
