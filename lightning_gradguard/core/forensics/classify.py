@@ -219,13 +219,13 @@ def _classify(
 def _likewise(
     advice: str, source: OperationRecord, others: Iterable[OperationRecord], trace: OperationTrace
 ) -> str:
-    """Returns the other lines with the fault of the first, whose cure alone leaves nonfinite values."""
-    fault = known_fault(source, FAULTS)
-    by_line = {str(r.location): r for r in others if r.location and known_fault(r, FAULTS) == fault}
-    by_line.pop(str(source.location), None)
+    """Returns the other places with a known fault, without whose cures nonfinite values are left."""
+    first, *made = (what_made_it_large(r, FAULTS) for r in (source, *others))
+    faults = [(r.location, r, fault) for r in made if r.location and (fault := known_fault(r, FAULTS))]
+    fault = known_fault(first, FAULTS)
     why = "" if fault is None else f"{fault.why}. "
-    cures = {place: _advice(r, fault, trace).removeprefix(why) for place, r in by_line.items()}
-    return "".join(f" Also at {p}: {c[:1].lower()}{c[1:]}" for p, c in cures.items() if c not in advice)
+    cures = {_advice(r, fault, trace).removeprefix(why): place for place, r, fault in faults}
+    return "".join(f" Also at {p}: {c[:1].lower()}{c[1:]}" for c, p in cures.items() if c not in advice)
 
 
 def _masked_input(origin: Origin, product: OperationRecord | None) -> Origin:

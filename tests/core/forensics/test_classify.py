@@ -312,6 +312,38 @@ def test_every_softmax_of_masked_rows_is_listed_the_first_one_of_the_forward_pas
     assert examine(net, loss, (x, mask)).cause == "transient"
 
 
+def test_lines_with_other_faults_are_listed_and_values_followed_to_those_that_made_them_large() -> None:
+    cured: set[str] = set()
+
+    def spread(h: Tensor) -> Tensor:
+        return torch.exp((h / 2).clamp(max=20)) if "exp" in cured else torch.exp(h / 2)
+
+    def divergence(h: Tensor) -> Tensor:
+        return torch.exp(h.clamp(max=20)) if "other" in cured else torch.exp(h)
+
+    def density(h: Tensor) -> Tensor:
+        none = h * 0
+        if "log" in cured:
+            none = none + 1e-6
+        return torch.log(none) - h / none
+
+    net, x = network(), inputs()
+
+    def loss() -> Tensor:
+        h = net(x) * 1e-3 + 110
+        return spread(h).square().mean() + divergence(h).mean() + density(h).mean()
+
+    first, *others = examine(net, loss, (x,)).advice.split(" Also at ")
+    assert first.endswith("In place of torch.exp(h / 2) use torch.exp((h / 2).clamp(max=20)).")
+    assert [other.partition(": ")[2] for other in others] == [
+        "in place of torch.exp(h) use torch.exp(h.clamp(max=20)).",
+        "the logarithm of 0 is -inf. In place of torch.log(none) use torch.log(none.clamp_min(1e-6)).",
+        "the divisor is 0. In place of h / none use h / torch.where(none < 1e-6, 1.0, none).",
+    ]
+    cured.update(("exp", "other", "log"))
+    assert examine(net, loss, (x,)).cause == "transient"
+
+
 @pytest.mark.parametrize("kind", ["fill", "buffer", "batch", "attribute", "attention"])
 def test_a_row_that_is_masked_twice_is_told_as_that(kind: str) -> None:
     class Masked(nn.Module):
