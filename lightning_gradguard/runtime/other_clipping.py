@@ -70,7 +70,10 @@ def clips_in_code(pl_module: pl.LightningModule) -> bool:
 
 def _clips(function: object) -> bool:
     """True if a function of the user's own calls one that clips, or bounds gradients in place."""
-    if not inspect.isfunction(function) or function.__module__.split(".")[0] in lightning_api.PACKAGES:
+    if (
+        not inspect.isfunction(function)
+        or (function.__module__ or "").split(".")[0] in lightning_api.PACKAGES
+    ):
         return False
     names = {*function.__code__.co_names}
     return not _CLIPPERS.isdisjoint(names) or {"grad", "clamp_"} <= names
