@@ -6,6 +6,7 @@ import ast
 import inspect
 import linecache
 import os
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -27,7 +28,7 @@ _DISTRIBUTIONS = os.path.dirname(torch.distributions.__file__)
 _FUNCTIONAL = torch.nn.functional.__file__
 _LOSSES = (torch.nn.modules.loss.__file__, torch.nn.modules.distance.__file__)
 #: Functions that consist of several operations and are not written in Python.
-_COMPOSITE = ("corrcoef", "cosine_similarity", "cov", "nanmean")
+_COMPOSITE = ("corrcoef", "cosine_similarity", "cov", "logdet", "nanmean")
 #: Functions in which a run of a batch begins, and the backward pass: frames outside of them ran no operation.
 _BOUNDARIES = ("investigate", "_engine_run_backward")
 
@@ -98,7 +99,7 @@ def user_location(frameworks: Sequence[str] = ()) -> Location | None:
             name = frame.f_code.co_name
             expression = "" if generated else _expression(frame.f_code, frame.f_lasti)
             code = expression or linecache.getline(file, frame.f_lineno)
-            called = called or next((f for f in _COMPOSITE if f"{f}(" in code), "")
+            called = called or next((f for f in _COMPOSITE if re.search(rf"\b{f}\(", code)), "")
             functional = _functional(expression, called, loss) if isinstance(loss, nn.Module) else ""
             here = Location(file, frame.f_lineno, name, called, expression, generated, functional)
             if not file.startswith(LIBRARIES):

@@ -46,7 +46,7 @@ class OperationFault:
         is_empty: That argument has no elements.
         is_infinite: That argument has the infinity of a mask.
         underflow: Its zeros come from one of these operations, which underflowed; `x` is that one's argument.
-        numbers: One of the operation's number arguments is one of these.
+        number_at_most: One of the operation's number arguments is at or below this.
         dtypes: Of the result; empty for all.
         called: Regular expression of the function or distribution that the user's line calls.
         made: What the operation returned, `"nan"` or `"inf"`; empty for both.
@@ -65,7 +65,7 @@ class OperationFault:
     is_empty: bool = False
     is_infinite: bool = False
     underflow: tuple[str, ...] = ()
-    numbers: tuple[float, ...] = ()
+    number_at_most: float | None = None
     dtypes: tuple[str, ...] = ()
     called: str = ""
     made: str = ""
@@ -83,7 +83,7 @@ class OperationFault:
             return False
         if self.made and self.made not in (record.made, record.made.removeprefix("-")):
             return False
-        if self.numbers and not set(self.numbers) & set(record.numbers):
+        if self.number_at_most is not None and not any(n <= self.number_at_most for n in record.numbers):
             return False
         given = record.arguments if self.argument is None else record.arguments[self.argument :][:1]
         return not self._is_bounded or any(map(self._is_in_range, given))
@@ -142,8 +142,7 @@ class OperationFault:
 
 def _called_name(operation: str) -> str:
     """Returns the name of the function of torch that consists of an operation, or made an autograd node."""
-    name = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", operation).strip("_").lower().removesuffix("_ex")
-    return "logdet" if name == "scalar_tensor" else name  # which makes the NaN that logdet returns
+    return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", operation).strip("_").lower().removesuffix("_ex")
 
 
 def short_name(record: OperationRecord) -> str:
@@ -156,6 +155,7 @@ def short_name(record: OperationRecord) -> str:
     return record.name.rpartition("::")[2].rstrip("_")
 
 
+_WRITES = ("scalar_tensor", "full", "full_like", "fill", "masked_fill", "index_fill", "index_put")
 _ARITHMETIC = ("mul", "add", "sub", "rsub", "div", "pow")
 #: A result this many times larger than the argument is a jump; normalized networks have smaller ones.
 JUMP = 1e3
@@ -181,13 +181,20 @@ def advice_on_number(record: OperationRecord) -> str:
     The infinity of a mask is one whose product with 0 fails.
     """
     number = next((n for n in record.numbers if not math.isfinite(n)), None)
-    is_of_mask = math.isinf(number or 0.0) and record.made == "nan"
-    if number is None or is_of_mask or short_name(record) not in _ARITHMETIC:
+    name = short_name(record)
+    if number is None or (math.isinf(number) and record.made == "nan"):
+        return ""
+    if math.isnan(number) and name in _WRITES:
+        return (
+            "The NaN that this line writes reaches the loss: a product with 0 does not hide it, as NaN times "
+            "0 is NaN, nor does torch.where its gradient. Write a finite number, and mask what is computed "
+            "of it."
+        )
+    if name not in _ARITHMETIC:
         return ""
     return (
-        f"A number that this line gives to {short_name(record)} is {number}: look at the code that computes "
-        "it, for a division by a count of 0, a mean of nothing or a logarithm of 0, and leave its term out "
-        "then."
+        f"A number that this line gives to {name} is {number}: look at the code that computes it, for a "
+        "division by a count of 0, a mean of nothing or a logarithm of 0, and leave its term out then."
     )
 
 

@@ -243,6 +243,20 @@ def test_a_number_of_the_code_that_is_not_finite_is_told_as_that(number: float, 
     assert f"A number that this line gives to mul is {number}: look at the code" in origin.advice
 
 
+@pytest.mark.parametrize(
+    "missing",
+    [
+        lambda y, m: torch.where(m, y, NAN),
+        lambda y, m: y.masked_fill(~m, NAN),
+        lambda y, m: torch.full_like(y, NAN).where(~m, y),
+    ],
+)
+def test_nan_that_the_code_writes_is_told_as_that(missing: Callable[[Tensor, Tensor], Tensor]) -> None:
+    net, x, mask = network(), inputs(), (torch.arange(6) < 4)[:, None]
+    origin = examine(net, lambda: ((net(x) - missing(x[:, :3], mask)) * mask).square().mean(), (x,))
+    assert "The NaN that this line writes reaches the loss" in origin.advice
+
+
 def test_fully_masked_attention_row_names_softmax() -> None:
     torch.manual_seed(0)
     net = nn.ModuleDict({"attention": Attention(), "head": nn.Linear(4, 1)})

@@ -185,6 +185,7 @@ CASES: list[tuple[str, Program, Program, Callable[[Tensor], Any] | None, str]] =
     ("division by a signed 0", lambda x, y: x / y, lambda h: h, lambda h: first(-h, 0), "either sign"),
     ("reciprocal of a signed 0", torch.reciprocal, lambda h: first(-h, 0), None, "either sign"),
     ("division by the number 0", lambda x, y: x / y, lambda h: h, lambda h: 0, "divisor is 0"),
+    ("division by a small number", lambda x, y: x / y, lambda h: h, lambda h: 1e-39, "far below 1"),
     ("division by 1e-38", lambda x, y: x * 9 / y, lambda h: h, lambda h: first(h, 1e-38), "far below 1"),
     ("reciprocal", torch.reciprocal, zero, None, "divisor is 0"),
     ("rsqrt of 0", torch.rsqrt, zero, None, "rsqrt of 0"),
@@ -486,8 +487,8 @@ CASES += [
     ),
     ("a divisor of exp", lambda x: 2 / x.exp(), lambda h: h - 200, None, "temperature"),
     ("divided by exp", lambda x: x / x.exp(), lambda h: h - 200, None, "temperature"),
-    ("negative determinant", torch.logdet, lambda h: -h[0].diag()[:3, :3], None, "slogdet"),
-    ("determinant of a rank of 1", torch.logdet, lambda h: -zero(h)[:COLUMNS], None, "slogdet"),
+    ("negative determinant", lambda x: torch.logdet(x), lambda h: -h[0].diag()[:3, :3], None, "slogdet"),
+    ("determinant of a rank of 1", lambda x: torch.logdet(x), lambda h: -zero(h)[:COLUMNS], None, "slogdet"),
     (
         "an action at its bound",
         lambda x, y: d.TransformedDistribution(

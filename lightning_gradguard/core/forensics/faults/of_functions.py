@@ -36,7 +36,7 @@ FUNCTIONS = (
         "The temperature tau is 0",
         "torch.nn.functional.gumbel_softmax(x, tau=max(y, 0.1))",
         called="gumbel_softmax",
-        numbers=(0.0,),
+        number_at_most=0.0,
     ),
     Fault(
         ("div",),

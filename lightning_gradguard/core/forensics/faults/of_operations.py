@@ -170,12 +170,16 @@ _DIVISIONS = (
         argument=1,
         has_zero=True,
     ),
-    Fault(("div", "true_divide"), "The divisor is 0", "x / (y or 1)", numbers=(0.0,)),
-    Fault(
-        ("div", "true_divide"),
-        "Divided by a number far below 1, the result overflows: bound the divisor from below",
-        "x / y.clamp_min(1e-6)",
-        argument=None,
+    Fault(("div", "true_divide"), "The divisor is 0", "x / (y or 1)", number_at_most=0.0),
+    *(
+        Fault(
+            ("div", "true_divide"),
+            "Divided by a number far below 1, the result overflows: bound the divisor from below",
+            cure,
+            argument=None,
+            number_at_most=number,
+        )
+        for number, cure in ((1e-3, "x / max(y, 1e-6)"), (None, "x / y.clamp_min(1e-6)"))
     ),
     Fault(("reciprocal",), "The divisor is 0", "1 / torch.where(x < 1e-6, 1.0, x)", has_zero=True),
     Fault(("rsqrt",), "rsqrt of a negative number is NaN", "torch.rsqrt(x.clamp_min(1e-6))", at_most=-1e-45),
@@ -304,9 +308,9 @@ _LINEAR_ALGEBRA = (
     ),
     Fault(
         ("scalar_tensor",),
-        "torch.logdet of a matrix whose determinant is negative, or 0 but for rounding, is NaN, as is a NaN "
-        "in the code itself",
+        "torch.logdet of a matrix whose determinant is negative, or 0 but for rounding, is NaN",
         "torch.linalg.slogdet(x + 1e-3 * x.new_ones(x.shape[-1]).diag())[1]",
+        called="logdet",
         argument=None,
         made="nan",
     ),
@@ -360,8 +364,9 @@ _OVERFLOWS = (
     *(
         Fault(
             operations,
-            "Sums and products of huge numbers overflow float32, as do two masks of torch.finfo(dtype).min "
-            "that are added: bound what goes in, or normalize where it is still small",
+            "Sums and products of huge numbers overflow float32"
+            + ", as do two masks of torch.finfo(dtype).min that are added" * ("add" in operations)
+            + ": bound what goes in, or normalize where it is still small",
             cure,
             argument=None,
             beyond=1e6,
