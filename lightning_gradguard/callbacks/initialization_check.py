@@ -362,7 +362,7 @@ class InitializationCheck(Callback, Configured):
         healthy = [f for f in shown if f.severity == "info" and not f.is_tried]
         if rows := [f for f in shown if f not in healthy]:
             console.print_message(trainer, "Initialization\n" + table(rows))
-            remember_cures(trainer, [f.cure for f in rows if f.is_tried])
+            remember_cures(trainer, [f.cure for f in rows if f.cure])
         if healthy:
             seen = first_names(3, [f.describe() for f in healthy])
             console.print_message(trainer, f"Initialization: {seen}; healthy networks have that too.")

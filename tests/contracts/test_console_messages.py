@@ -336,6 +336,32 @@ def test_the_remedy_of_a_known_cause_is_a_next_step(capsys: pytest.CaptureFixtur
     }
 
 
+@pytest.mark.parametrize("n_batches", [4, 20])
+def test_a_cure_is_not_printed_with_each_message_on_it(
+    n_batches: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Undefined(Classifier):
+        def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+            loss: Tensor = (self.net(batch[0]).relu() * 0).log().mean()
+            return loss
+
+    error = ""
+    try:
+        fit_with_bar(default_callbacks(), batches(n_batches), module=Undefined())
+    except TrainingDivergedError as stopped:
+        error = str(stopped)
+    printed = "\n".join(lines(capsys))
+    cure = "use torch.log((self.net(batch[0]).relu() * 0).clamp_min(1e-6))"
+    assert bool(error) == (n_batches == 20)
+    assert (printed.count(cure), error.count(cure)) == ((1, 1) if error else (2, 0))
+    assert "The table of the check has its cure." in printed
+    if error:
+        assert (
+            table(printed.splitlines(), "Next steps")["nonfinite loss"]
+            == "the cure in the error that ends the run"
+        )
+
+
 def test_residual_connections_come_before_weights_of_a_network_that_is_too_deep(
     capsys: pytest.CaptureFixture[str],
 ) -> None:

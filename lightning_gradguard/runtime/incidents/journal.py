@@ -74,7 +74,7 @@ class _Journal:
         self.no_longer_printed: set[str] = set()
         self.explained: dict[str, Incident] = {}  # the first of each cause, or located symptom
         self.recent: deque[Incident] = deque(maxlen=MAX_ROWS)
-        self.in_table: set[str] = set()  # code of cures
+        self.in_table: set[str] = set()  # cures
 
     def in_words(self, incident: Incident, *, has_advice: bool, ends_run: bool, is_last: bool) -> str:
         """Returns the message on an incident, the last that is printed of those like it or not."""
@@ -84,6 +84,8 @@ class _Journal:
         text, _, code = incident.advice.partition("\n")
         is_known = code and _statement(code) in self.in_table
         text = f"{text.rstrip(':')}, what the table of the check has." if is_known else incident.advice
+        if text and any(text in cure for cure in self.in_table):
+            text = "The table of the check has its cure."
         advice = text if has_advice else ""
         if not incident.examined:
             advice = incident.detail  # the advice is that of the step which it follows
@@ -277,7 +279,7 @@ def publish(
 
 
 def remember_cures(trainer: pl.Trainer, cures: Iterable[str]) -> None:
-    """Takes note of code that a table has printed, so that an incident with the same code names the table."""
+    """Takes note of cures that a table has printed, so that an incident with one of them names the table."""
     _journals.setdefault(trainer, _Journal(None, writes=False)).in_table.update(map(_statement, cures))
 
 

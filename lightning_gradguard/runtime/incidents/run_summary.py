@@ -165,19 +165,25 @@ def _next_steps(
 
 
 def _known_remedies(trainer: pl.Trainer) -> dict[str, str]:
-    """Returns the first remedy of each known cause or layer, by titles of incidents; a long one by place."""
+    """Returns the first remedy of each known cause or layer, by titles of incidents.
+
+    A long one, and one that the error which ends the run has, is told by its place.
+    """
     by_advice: dict[str, list[Incident]] = {}
     # of a network that is too deep, other weights alone often do not train it
     for incident in sorted(explained_incidents(trainer), key=lambda i: not i.is_of_depth):
         by_advice.setdefault(incident.advice, []).append(incident)
     is_of_depth = any(members[0].is_of_depth for members in by_advice.values())
     known: dict[str, str] = {}
+    has_error = "training_diverged" in count_incidents(trainer)
     for text, incidents in [*by_advice.items()][:MAX_REMEDIES]:
-        is_short = "\n" not in text and len(text) <= LONGEST_ADVICE
+        is_short = "\n" not in text and len(text) <= LONGEST_ADVICE and not has_error
         titles = ", ".join(dict.fromkeys(title(incident.kind) for incident in incidents))
-        at = f"the cure printed above, at step {incidents[0].step}"
+        place = (
+            "in the error that ends the run" if has_error else f"printed above, at step {incidents[0].step}"
+        )
         instead = "Only where that is not possible: " if is_of_depth and text.startswith(CURE) else ""
-        known.setdefault(titles, instead + (text if is_short else at))
+        known.setdefault(titles, instead + (text if is_short else f"the cure {place}"))
     return known
 
 
