@@ -148,6 +148,11 @@ _TITLES = {
     "little_learned": "little or nothing learned",
     "rising_loss": "a loss that rises",
 }
+#: Causes that are found in what a loss is given, also while it falls.
+_OF_ARGUMENTS: tuple[SymptomCause, ...] = (
+    *("softmax_before_loss", "not_log_probabilities", "softmax_over_batch", "broadcast_targets"),
+    *("labels_ignored", "targets_out_of_range", "unreachable_targets"),
+)
 #: Interventions on the console, with the value of the incident.
 _INTERVENTIONS = {
     "rollback": "Rolled back to step {:.0f}",
@@ -189,9 +194,15 @@ def label(value: str) -> str:
     return value.replace("_", " ")
 
 
-def title(kind: str) -> str:
-    """Returns the name of an incident or a symptom as people call it, such as `exploding gradients`."""
-    return _TITLES.get(kind, label(kind))
+def title(kind: str, cause: str = "") -> str:
+    """Returns the name of an incident or a symptom as people call it, such as `exploding gradients`.
+
+    Example:
+        >>> title("stuck_loss"), title("stuck_loss", "softmax_before_loss")
+        ('stuck loss', 'misused loss')
+    """
+    is_misused = kind == "stuck_loss" and cause in _OF_ARGUMENTS
+    return "misused loss" if is_misused else _TITLES.get(kind, label(kind))
 
 
 class TrainingDivergedError(RuntimeError):
@@ -285,7 +296,7 @@ class Incident:
             facts.append(f"cause: {label(self.cause)}")
         if self.action != "none":
             facts.append(label(self.action))
-        return sentence_case(title(self.kind)) + at + (f": {'; '.join(facts)}" if facts else "")
+        return sentence_case(title(self.kind, self.cause)) + at + (f": {'; '.join(facts)}" if facts else "")
 
 
 def sentence_case(text: str) -> str:

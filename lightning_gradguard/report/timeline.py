@@ -45,7 +45,7 @@ def timeline(log: RunLog, verdict: RunVerdict) -> list[TimelineEntry]:
     for symptom in verdict.symptoms:
         if symptom.kind not in recorded:
             where = f" at {symptom.where[0]}" if symptom.where else ""
-            text = f"First sign of {title(symptom.kind)}{where}"
+            text = f"First sign of {title(symptom.kind, symptom.cause)}{where}"
             entries.append(TimelineEntry(symptom.since, symptom.since, text))
     entries += _merged(log.incidents) if recorded else _counted(log)
     failed_at = verdict.outcome.failed_at
@@ -57,7 +57,7 @@ def timeline(log: RunLog, verdict: RunVerdict) -> list[TimelineEntry]:
 def _merged(incidents: Sequence[Incident]) -> list[TimelineEntry]:
     """Returns at most `MAX_ENTRIES` entries: repeats in one, then neighbours across the smallest gaps."""
     ordered = sorted(incidents, key=lambda incident: incident.step)
-    groups = [list(group) for _, group in groupby(ordered, key=lambda i: (i.kind, i.action))]
+    groups = [list(group) for _, group in groupby(ordered, key=lambda i: (title(i.kind, i.cause), i.action))]
     gaps = sorted(range(1, len(groups)), key=lambda i: groups[i - 1][-1].step - groups[i][0].step)
     starts = sorted({0, *gaps[: MAX_ENTRIES - 1]})
     merged = (groups[start:end] for start, end in zip(starts, [*starts[1:], None], strict=True))
@@ -68,10 +68,10 @@ def _entry(members: Sequence[Incident]) -> TimelineEntry:
     if len(members) == 1:
         text = _event(members[0])
     else:
-        counts = Counter((incident.kind, incident.action) for incident in members)
+        counts = Counter((i.kind, title(i.kind, i.cause), i.action) for i in members)
         text = "; ".join(
-            f"{title(kind)}{f' ({n} times)' if n > 1 else ''}{_action(kind, action)}"
-            for (kind, action), n in counts.items()
+            f"{name}{f' ({n} times)' if n > 1 else ''}{_action(kind, action)}"
+            for (kind, name, action), n in counts.items()
         )
     return TimelineEntry(members[0].step, members[-1].step, text[:1].upper() + text[1:])
 
@@ -83,7 +83,7 @@ def _event(incident: Incident) -> str:
         return f"learning rate scaled by {incident.value:.3g}"
     where = f" at {incident.where[0]}" if incident.where else ""
     cause = f"; cause: {label(incident.cause)}" if incident.cause else ""
-    return f"{title(incident.kind)}{where}{_action(incident.kind, incident.action)}{cause}"
+    return f"{title(incident.kind, incident.cause)}{where}{_action(incident.kind, incident.action)}{cause}"
 
 
 def _action(kind: str, action: str) -> str:

@@ -157,8 +157,8 @@ class Probe:
 def in_words(symptom: Symptom) -> str:
     """Returns a symptom with its place, and what is known of it."""
     cause = "" if symptom.cause == "unknown" else symptom.cause.replace("_", " ")
-    place = f" at {symptom.where[0]}" if symptom.where else ""
-    return ": ".join(filter(None, [f"{title(symptom.kind)}{place}", symptom.evidence or cause]))
+    name = title(symptom.kind, symptom.cause) + (f" at {symptom.where[0]}" if symptom.where else "")
+    return ": ".join(filter(None, [name, symptom.evidence or cause]))
 
 
 @dataclass(eq=False)

@@ -188,7 +188,7 @@ def _headline(status: Status, symptoms: Sequence[RunSymptom]) -> str:
     if symptoms:
         cause = symptoms[0].cause
         is_known = cause not in ("", "unknown")
-        worst = title(symptoms[0].kind) + (f" (cause: {label(cause)})" if is_known else "")
+        worst = title(symptoms[0].kind, cause) + (f" (cause: {label(cause)})" if is_known else "")
     if status == "healthy":
         if flat := [s.value for s in symptoms if s.kind == "stuck_loss" and not s.cause]:
             return f"healthy, with a flat loss of {flat[0]:.3g}"

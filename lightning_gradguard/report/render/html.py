@@ -53,7 +53,7 @@ def _sections(report: RunReport, folder: Path, level: int) -> list[Section]:
     # matplotlib takes longer to import than a report without charts takes
     from lightning_gradguard.report.render.charts import charts
 
-    severities = {title(symptom.kind): _SEVERITY[symptom.severity] for symptom in report.verdict.symptoms}
+    severities = {title(s.kind, s.cause): _SEVERITY[s.severity] for s in report.verdict.symptoms}
     dossiers = {f"step {d.step}: {label(d.cause)}": d for d in report.run.dossiers}
     return [
         Section("Run summary", outcome_sentence(report), level=level),
@@ -80,7 +80,7 @@ def _symptoms(report: RunReport) -> dict[str, str]:
     for symptom in report.verdict.symptoms:
         where = f"; {', '.join(symptom.where[:3])}" if symptom.where else ""
         details = f"{symptom.severity}, from step {symptom.since}{where}"
-        rows[title(symptom.kind)] = f"{symptom.evidence} ({details})"
+        rows[title(symptom.kind, symptom.cause)] = f"{symptom.evidence} ({details})"
     return rows
 
 

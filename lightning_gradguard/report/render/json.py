@@ -38,7 +38,7 @@ def _run(report: RunReport) -> dict[str, Any]:
         "largest_norm_at": report.largest_norm_at,
         "largest_norm_of_all": run.log.largest_norm,
         "worst_layer": report.worst_layer,
-        "symptoms": [{**dataclasses.asdict(s), "title": title(s.kind)} for s in verdict.symptoms],
+        "symptoms": [{**dataclasses.asdict(s), "title": title(s.kind, s.cause)} for s in verdict.symptoms],
         "next_steps": list(report.next_steps),
         "timeline": [dataclasses.asdict(entry) for entry in report.timeline],
         "incidents": dict(report.incidents),

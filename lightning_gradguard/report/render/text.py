@@ -137,7 +137,7 @@ def _symptoms(report: RunReport, width: int) -> list[str]:
     lines = []
     for symptom in report.verdict.symptoms:
         where = f" at {symptom.where[0]}" if symptom.where else ""
-        name = f"{title(symptom.kind)}{where} ({symptom.severity}, from step {symptom.since})"
+        name = f"{title(symptom.kind, symptom.cause)}{where} ({symptom.severity}, from step {symptom.since})"
         lines += _wrapped(name, width, indent=2)
         lines += _wrapped(symptom.evidence, width, indent=4)
     return lines

@@ -64,7 +64,7 @@ def intervention_sentences(interventions: Interventions) -> list[str]:
 
 def comparison_table(reports: Sequence[RunReport]) -> list[tuple[str, ...]]:
     """Returns several runs side by side: a head, and a row for each."""
-    head = ("run", "verdict", "survived", "final loss", "max norm", "skips", "rollbacks", "worst layer")
+    head = ("run", "verdict", "finite steps", "final loss", "max norm", "skips", "rollbacks", "worst layer")
     return [head, *map(_row, reports)]
 
 
@@ -97,11 +97,10 @@ def short_number(value: float | None) -> str:
 
 
 def _largest_norm(report: RunReport) -> str:
-    logged = f"{short_number(report.largest_norm)}{{}} at step {report.largest_norm_at}"
+    logged = f"{short_number(report.largest_norm)} at step {report.largest_norm_at}"
     of_all = short_number(_largest_of_all(report))
-    if of_all == short_number(report.largest_norm):
-        return logged.format("")
-    return f"{of_all} ({logged.format(' among logged steps,')})"
+    is_logged = of_all == short_number(report.largest_norm)
+    return logged if is_logged else f"{of_all} (of the logged steps: {logged})"
 
 
 def _largest_of_all(report: RunReport) -> float | None:
@@ -114,7 +113,7 @@ def _row(report: RunReport) -> tuple[str, ...]:
     return (
         report.run.name,
         report.verdict.headline,
-        _survived(outcome),
+        _finite_steps(outcome),
         short_number(outcome.final_loss),
         short_number(_largest_of_all(report)),
         "-" if interventions.skips is None else str(interventions.skips),
@@ -123,10 +122,12 @@ def _row(report: RunReport) -> tuple[str, ...]:
     )
 
 
-def _survived(outcome: Outcome) -> str:
+def _finite_steps(outcome: Outcome) -> str:
     if outcome.failed_at is None and outcome.was_stopped:
         return f"{outcome.steps}, stopped"  # of a number of steps that was not logged
-    return "-" if outcome.survived is None else f"{outcome.survived} of {outcome.steps}"
+    if outcome.survived in (None, outcome.steps):
+        return "-" if outcome.survived is None else f"all {outcome.steps}"
+    return f"{outcome.survived} of {outcome.steps}"
 
 
 def _count(n: int, singular: str, plural: str = "") -> str:

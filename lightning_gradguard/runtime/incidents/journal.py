@@ -94,7 +94,7 @@ class _Journal:
             of_cause = f" of cause {label(incident.cause)}" if incident.cause else " without a cause"
             # examined incidents of the kind have different causes, or some have one and some do not
             is_one_of_several = sum(kind == incident.kind and not why for kind, _, why in self.published) > 1
-            which = f"{title(incident.kind)}{of_cause if is_one_of_several else ''}"
+            which = f"{title(incident.kind, incident.cause)}{of_cause if is_one_of_several else ''}"
             more = f"Further incidents of {which} are only written to the file."
         sentences = f"{incident.describe()}{'; the run stops' if ends_run else ''}.", page, advice, more
         return " ".join(filter(None, sentences))
@@ -232,6 +232,20 @@ def count_incidents(trainer: pl.Trainer) -> dict[str, int]:
     return dict(journal.counts) if journal else {}
 
 
+def count_titles(trainer: pl.Trainer) -> Counter[str]:
+    """Returns how often incidents of each title were published by this Trainer."""
+    counts: Counter[str] = Counter()
+    for (kind, cause, _), n in _journals[trainer].published.items() if trainer in _journals else ():
+        counts[title(kind, cause)] += n
+    return counts
+
+
+def advice_of_error(trainer: pl.Trainer) -> str:
+    """Returns the advice of the error that ends the run of this Trainer; empty without one."""
+    recent = _journals[trainer].recent if trainer in _journals else ()
+    return next((incident.advice for incident in recent if incident.kind == "training_diverged"), "")
+
+
 def explained_incidents(trainer: pl.Trainer) -> list[Incident]:
     """Returns the first incident of each known cause, or located symptom, that has advice."""
     journal = _journals.get(trainer)
@@ -291,7 +305,7 @@ def _statement(cure: str) -> str:
 def log_incidents(trainer: pl.Trainer, step: int) -> None:
     """Logs the table of the latest incidents to the loggers that take text."""
     journal = _journals[trainer]
-    metrics.log_text(trainer, tags.INCIDENTS, incident_table(journal.recent, journal.counts), step)
+    metrics.log_text(trainer, tags.INCIDENTS, incident_table(journal.recent, count_titles(trainer)), step)
 
 
 def incident_now(trainer: pl.Trainer, kind: IncidentKind | str, **facts: Any) -> Incident:

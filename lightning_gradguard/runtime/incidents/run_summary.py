@@ -16,7 +16,9 @@ from lightning_gradguard.core.incidents import CURE, HELD, Incident, title
 from lightning_gradguard.core.remedies import advice, remedies
 from lightning_gradguard.runtime import lightning_api
 from lightning_gradguard.runtime.incidents.journal import (
+    advice_of_error,
     count_incidents,
+    count_titles,
     explained_incidents,
     incident_now,
     incidents_file,
@@ -102,14 +104,13 @@ def summarize(
     scalars = {tag: count for tag, count in final.items() if last_logged.get(tag) != (step, count)}
     metrics.log_scalars(trainer, scalars, step)
     metrics.log_hyperparameters(trainer, settings)
-    most_frequent_first = dict(sorted(incidents.items(), key=lambda item: -item[1]))
     n_optimizers = len(trainer.optimizers)
     batches = lightning_api.batches_that_stepped(trainer)
     by_each = f" of {n_optimizers} optimizers, in {batches} batches" * (n_optimizers > 1)
     rows = {
         "steps": f"{trainer.global_step}{by_each}",
         **_formatted(counts, trainer.global_step - counts_since),
-        "incidents": describe_counts(most_frequent_first) or "none",
+        "incidents": describe_counts(dict(count_titles(trainer).most_common())) or "none",
     }
     if unusual := _unusual(
         counts,
@@ -167,7 +168,7 @@ def _next_steps(
 def _known_remedies(trainer: pl.Trainer) -> dict[str, str]:
     """Returns the first remedy of each known cause or layer, by titles of incidents.
 
-    A long one, and one that the error which ends the run has, is told by its place.
+    A long one, and one that the error which ends the run has, is named by its place.
     """
     by_advice: dict[str, list[Incident]] = {}
     # of a network that is too deep, other weights alone often do not train it
@@ -175,12 +176,14 @@ def _known_remedies(trainer: pl.Trainer) -> dict[str, str]:
         by_advice.setdefault(incident.advice, []).append(incident)
     is_of_depth = any(members[0].is_of_depth for members in by_advice.values())
     known: dict[str, str] = {}
-    has_error = "training_diverged" in count_incidents(trainer)
+    of_error = advice_of_error(trainer)
     for text, incidents in [*by_advice.items()][:MAX_REMEDIES]:
-        is_short = "\n" not in text and len(text) <= LONGEST_ADVICE and not has_error
-        titles = ", ".join(dict.fromkeys(title(incident.kind) for incident in incidents))
+        is_short = "\n" not in text and len(text) <= LONGEST_ADVICE and text not in of_error
+        titles = ", ".join(dict.fromkeys(title(incident.kind, incident.cause) for incident in incidents))
         place = (
-            "in the error that ends the run" if has_error else f"printed above, at step {incidents[0].step}"
+            "in the error that ends the run"
+            if text in of_error
+            else f"printed above, at step {incidents[0].step}"
         )
         instead = "Only where that is not possible: " if is_of_depth and text.startswith(CURE) else ""
         known.setdefault(titles, instead + (text if is_short else f"the cure {place}"))

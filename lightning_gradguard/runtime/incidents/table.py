@@ -22,7 +22,7 @@ def incident_table(incidents: Collection[Incident], counts: Mapping[str, int]) -
     rows = _like_ones_together(incidents)
     known = [i for i in incidents if not _is_bare(i)]
     detailed = [i for i in known if i.detail or i.dossier or len(i.where) > 1]
-    advised = {incident.kind: incident.advice for incident in incidents if incident.advice}
+    advised = {title(i.kind, i.cause): i.advice for i in incidents if i.advice}
     return "\n".join(
         [
             describe_counts(counts),
@@ -32,7 +32,7 @@ def incident_table(incidents: Collection[Incident], counts: Mapping[str, int]) -
             *map(_row, rows),
             "",
             *map(_detail, detailed[:MAX_DETAILS]),
-            *(f"\n**{sentence_case(title(kind))}**: {advice}" for kind, advice in advised.items()),
+            *(f"\n**{sentence_case(name)}**: {advice}" for name, advice in advised.items()),
         ]
     )
 
@@ -69,7 +69,7 @@ def _row(members: Sequence[Incident]) -> str:
     times = f" ({len(members)} times)" if len(members) > 1 else ""
     cells = (
         str(first) if first == last else f"{first} to {last}",
-        f"**{sentence_case(title(incident.kind))}**{times}",
+        f"**{sentence_case(title(incident.kind, incident.cause))}**{times}",
         first_names(1, _as_code(incident.where)),
         incident.measured,
         label(incident.action),

@@ -196,18 +196,18 @@ def test_a_diagnosed_cause_is_the_headline_of_a_run_that_has_learned_little() ->
     found = Incident("stuck_loss", 1, where=("head",), cause="unreachable_targets")
     assert (
         analyze_run(RunLog(series(falling(150)), incidents=[found])).headline
-        == "healthy, with stuck loss (cause: unreachable targets)"
+        == "healthy, with misused loss (cause: unreachable targets)"
     )
     log = RunLog(series([1.6 - 5e-4 * i for i in range(150)]), incidents=[found])
     verdict = analyze_run(replace(log, over_constant=1.15))
-    assert verdict.headline == "stuck loss (cause: unreachable targets)"
+    assert verdict.headline == "misused loss (cause: unreachable targets)"
     assert [*kinds(verdict)] == ["stuck_loss"]
 
 
 def test_a_loss_that_falls_below_0_by_targets_out_of_range_has_not_learned() -> None:
     found = Incident("stuck_loss", 1, where=("head",), cause="targets_out_of_range")
     unbounded = RunLog(series([0.7 - i for i in range(150)]), incidents=[found])
-    assert analyze_run(unbounded).headline == "stuck loss (cause: targets out of range)"
+    assert analyze_run(unbounded).headline == "misused loss (cause: targets out of range)"
     assert analyze_run(replace(unbounded, loss=series(falling(150)))).status == "healthy"
 
 

@@ -14,7 +14,10 @@ from lightning_gradguard.report.render.text import text_table
 from tests.report.runs import printed, write_events
 
 NAN = math.nan
-HEAD = ["run", "verdict", "survived", "final", "loss", "max", "norm", "skips", "rollbacks", "worst", "layer"]
+HEAD = [
+    *("run", "verdict", "finite", "steps", "final", "loss", "max", "norm", "skips", "rollbacks", "worst"),
+    "layer",
+]
 TRANSPOSED = ["run      first_of_the_runs", "verdict  exploding", "         gradients", "loss     1.0"]
 
 
@@ -26,7 +29,7 @@ def test_unknown_values_are_dashes(
     Path("runs/incidents/incidents.jsonl").write_text('{"kind": "loss_spike", "step": 3}\n')
     monkeypatch.setenv("COLUMNS", "120")
     _, incidents, norms = printed(capsys, "runs").splitlines()[:3]
-    assert re.split(r" {2,}", norms)[2:] == ["20 of 20", "-", "1", "-", "-", "-"]
+    assert re.split(r" {2,}", norms)[2:] == ["all 20", "-", "1", "-", "-", "-"]
     assert re.split(r" {2,}", incidents)[2:] == ["-"] * 6
     first, second = json.loads(printed(capsys, "runs", "--json"))["runs"]
     assert (second["final_loss"], second["first_loss"], first["survived"]) == (None, None, None)

@@ -19,7 +19,7 @@ NAN = math.nan
 def test_largest_norm_of_all_steps_is_beside_that_of_logged_steps() -> None:
     norms = [0.5, 0.564, 0.4]
     found = report_of(write_events("run", {"grad_norm/total": norms, "summary/largest_norm": [1.16]}))
-    assert "largest gradient norm 1.16 (0.564 among logged steps, at step 1)" in outcome_sentence(found)
+    assert "largest gradient norm 1.16 (of the logged steps: 0.564 at step 1)" in outcome_sentence(found)
     assert [layer.name for layer in found.layers] == []
     same = report_of(
         write_events("same", {"grad_norm/total": norms, "summary/largest_logged_norm": [0.5640001]})
