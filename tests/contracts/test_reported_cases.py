@@ -210,6 +210,35 @@ def test_a_fill_value_leaves_statistics_alone(run: Any, fill: float, at: int) ->
     assert told.headline == "recovered from corrupted buffers (cause: bad input)"
 
 
+class RunningNorm(nn.Module):
+    """As of observations: statistics of the user's own, from a variance of 0 on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(6))
+        self.register_buffer("var", torch.zeros(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.get_buffer("mean").lerp_(x.mean(0), 0.1)
+        self.get_buffer("var").lerp_(x.var(0), 0.1)
+        return (x - self.get_buffer("mean")) / (self.get_buffer("var") + 1e-5).sqrt()
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e4])
+def test_a_fill_value_leaves_statistics_of_the_users_own_alone(run: Any, scale: float) -> None:
+    x = draw(320, 6)
+    y = x[:, :1].clone()
+    x *= scale
+    x[15 * ROWS + 5, 2] = 1e9 * scale
+    net = nn.Sequential(RunningNorm(), *mlp(6, 16, 1, activation=nn.ReLU))
+    told = run(Program(regression, net, sgd(0.1)), x, y)
+    found = told.first("nonfinite_buffers")
+    assert (found["where"], found["cause"], found["step"]) == (["batch[0]"], "bad_input", 15)
+    assert "0.var" in found["detail"]
+    assert told.module.net[0].var.max() < 10 * scale**2
+    assert len([i for i in told.incidents if i["kind"] == "nonfinite_buffers"]) == 1
+
+
 def test_inputs_that_a_normalization_scales_are_accepted(run: Any) -> None:
     x, y = columns()
     net = nn.Sequential(nn.BatchNorm1d(6), *mlp(6, 16, 1, activation=nn.ReLU))

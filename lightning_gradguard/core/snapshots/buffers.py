@@ -16,6 +16,7 @@ from torch.nn.parameter import is_lazy
 
 from lightning_gradguard.core.norms import local_shard
 from lightning_gradguard.core.snapshots.nonfinite import any_nonfinite
+from lightning_gradguard.core.snapshots.statistics import running_variances
 
 #: Size up to which a buffer is copied at every step. The version counter shows that a larger one was written;
 #: for small ones it is not reliable: torch writes the running statistics of batch normalization without
@@ -190,10 +191,13 @@ class FiniteBuffers:
 
     def statistics(self) -> list[tuple[nn.Module, str]]:
         """Returns owner and name of the running statistics of normalization among them."""
+        own = running_variances({owner for owner, _, _ in self._finite})
         return [
             (owner, name)
             for owner, name, buffer in self._finite
-            if isinstance(owner, _NormBase) and buffer.is_floating_point() and buffer.numel()
+            if (isinstance(owner, _NormBase) or (owner, name) in own)
+            and buffer.is_floating_point()
+            and buffer.numel()
         ]
 
 

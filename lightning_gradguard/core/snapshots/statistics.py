@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Sequence
 from operator import methodcaller
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import is_lazy
 
 from lightning_gradguard.core.snapshots.nonfinite import MAX_MAGNITUDE
@@ -21,16 +21,23 @@ JUMP = 1e4
 OUTLYING_ROW = 1e3
 #: Batches after which statistics have settled: they begin at 1, whatever the scale of the data.
 SEEN = 10
+_VARIANCE = re.compile(r"(^|_)var(iance)?$|^running_std$")
 
 
 def running_variances(modules: Iterable[nn.Module]) -> list[tuple[nn.Module, str]]:
-    """Returns the places of the running variances: the module, and the name of the buffer."""
+    """Returns the places of the running variances: the module, and the name of the buffer.
+
+    Those of a normalization of the user's own are beside a mean.
+    """
     return [
-        (module, "running_var")
+        (module, name)
         for module in modules
-        if isinstance(module, _NormBase)
-        and module.running_var is not None
-        and not is_lazy(module.running_var)
+        if any("mean" in name for name in module._buffers)
+        for name, buffer in module._buffers.items()
+        if _VARIANCE.search(name)
+        and buffer is not None
+        and not is_lazy(buffer)
+        and buffer.is_floating_point()
     ]
 
 
@@ -62,7 +69,8 @@ def has_jumped(now: Sequence[Tensor], before: Sequence[Tensor]) -> Tensor:
         tensor(True)
     """
     after, then = _joined(now), _joined(before)
-    return (after > JUMP * torch.maximum(then, then.mean())).any()
+    usual = torch.maximum(then, then.mean())
+    return ((after > JUMP * usual) & (usual > 0)).any()
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 from torchmetrics import Metric
 
 from lightning_gradguard.core.snapshots import (
@@ -58,7 +59,10 @@ class SideEffects:
         self.finite_buffers = FiniteBuffers(pl_module)
         self._normalizing = self.finite_buffers.statistics()
         self.has_statistics = bool(self._normalizing)
-        self._variances = running_variances(pl_module.modules())
+        variances = running_variances(pl_module.modules())
+        self._variances = [place for place in variances if isinstance(place[0], _NormBase)]
+        #: Of a normalization of the user's own, which may begin with anything, or be set to it.
+        self._own_variances = [place for place in variances if not isinstance(place[0], _NormBase)]
         self._epoch_means = lightning_api.epoch_mean_metrics(trainer)
         self._had_jumped: Tensor | None = None
         self._n_scans = 0
@@ -96,20 +100,24 @@ class SideEffects:
 
         They are corrupted if they are nonfinite, or if the batches of this step have raised a variance out of
         proportion and those of the one before have not: what lasts is the data. Without the tensors of the
-        batches, no variance is out of proportion in the first steps.
+        batches, no variance is out of proportion in the first steps, nor one of the user's own at any.
         """
         statistics, _ = self.buffers.now_and_saved(self._normalizing)
         if not statistics:
             return None
-        variances, before = self.buffers.now_and_saved(self._variances)
         flag = is_out_of_range(statistics)
         self._n_scans += 1
-        if not variances or (not batches and self._n_scans <= SEEN):
+        found = []
+        for places, needs_outlier in ((self._variances, self._n_scans <= SEEN), (self._own_variances, True)):
+            variances, before = self.buffers.now_and_saved(places)
+            if variances and (batches or not needs_outlier):
+                jumped = has_jumped(variances, before)
+                if needs_outlier:
+                    jumped = jumped & has_outlying_row(chain.from_iterable(batches)).to(jumped.device)
+                found.append(jumped)
+        if not found:
             return flag
-        jumped = has_jumped(variances, before)
-        if self._n_scans <= SEEN:
-            parts = chain.from_iterable(batches)
-            jumped = jumped & has_outlying_row(parts).to(jumped.device)
+        jumped = found[0] if len(found) == 1 else found[0] | found[1]
         had_jumped, self._had_jumped = self._had_jumped, jumped
         return flag | (jumped if had_jumped is None else jumped & ~had_jumped)
 
