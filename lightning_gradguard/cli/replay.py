@@ -31,7 +31,7 @@ from lightning_gradguard.cli.messages import (
 from lightning_gradguard.cli.parsing.parse_errors import parse_error_message
 from lightning_gradguard.cli.parsing.preparse import config_files, named_class, read_config
 from lightning_gradguard.core.forensics import Origin, OutOfRange, out_of_range_elements
-from lightning_gradguard.core.incidents import label, title
+from lightning_gradguard.core.incidents import OF_WEIGHTS, label, title
 from lightning_gradguard.report.readers.incident_files import read_incidents
 from lightning_gradguard.report.render.text import text_table
 from lightning_gradguard.runtime import lightning_api
@@ -89,6 +89,8 @@ def is_reproduced(recorded: Origin, found: Origin) -> bool:
     if found.cause == "unknown":  # all that is known of an exception is its message, but for addresses
         messages = [re.sub("0x[0-9a-f]+", "", o.detail.partition(f", at {o.location}")[0]) for o in both]
         return messages[0] == messages[1] and messages[0].startswith("The step raised")
+    if all(o.cause in OF_WEIGHTS for o in both):  # of what has written them, a dossier has nothing
+        return True
     same = [(o.cause, o.module, o.operation) for o in both]
     return same[0] == same[1]
 
@@ -97,6 +99,7 @@ def comparison(dossier: Dossier, found: Origin, notes: Sequence[str] = ()) -> st
     """Describes an origin, with the remedy if it is the recorded one, else beside that."""
     recorded = dossier.origin
     reproduced = is_reproduced(recorded, found)
+    found = recorded if reproduced and recorded.cause in OF_WEIGHTS else found
     same_place = recorded.detail.replace(recorded.location or found.location, found.location)
     if same_place.startswith(f"{found.detail.rstrip('.')} ("):
         found = replace(found, detail=same_place)  # the run has added samples, and the rank

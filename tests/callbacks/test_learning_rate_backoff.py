@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.loggers import CSVLogger
 from torch import Tensor, nn
 from torch.optim import lr_scheduler as schedulers
 
@@ -323,3 +325,13 @@ def test_an_optimizer_with_a_rate_of_none_is_guarded_without_cuts() -> None:
     with pytest.warns(UserWarning, match="the parameter groups of Relative have no 'lr'"):
         trainer = fit(Module(), poisoned(batches(12), nan=[5]), callbacks)
     assert trainer.callback_metrics["rollback/skips"] == 1
+
+
+def test_a_rate_that_is_a_tensor_of_one_element_is_logged(tmp_path: Path) -> None:
+    class Rated(Classifier):
+        def configure_optimizers(self) -> Any:
+            return torch.optim.Adam(self.parameters(), lr=torch.tensor([1e-3]))
+
+    logger = CSVLogger(tmp_path)
+    fit(Rated(), batches(4), default_callbacks(), logger=logger, log_every_n_steps=1)
+    assert "lr_backoff/lr" in (Path(logger.log_dir) / "metrics.csv").read_text()

@@ -254,6 +254,17 @@ class Huge(Corrupted):
     value = 1e38  # finite, and too much for the layers above
 
 
+class Undefined(Classifier):
+    """A learning rate that its schedule makes NaN."""
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        if batch_idx == 6:
+            self.trainer.optimizers[0].param_groups[0]["lr"].fill_(math.nan)
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.Adam(self.parameters(), lr=torch.tensor([1e-3]))
+
+
 def test_a_line_that_is_mended_is_no_longer_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recorded = read_dossier(record(Logarithm(fails_in="loss"), marked(), tmp_path))
     before = dataclasses.replace(recorded.origin, code="loss = loss + loss.log()")
@@ -266,17 +277,21 @@ def test_a_line_that_is_mended_is_no_longer_found(tmp_path: Path, capsys: pytest
 
 @pytest.mark.parametrize(
     ("kind", "cause"),
-    [(Corrupted, "corrupted_weights"), (Overwritten, "update_too_large"), (Huge, "corrupted_weights")],
+    [
+        *((Corrupted, "corrupted_weights"), (Overwritten, "update_too_large"), (Huge, "corrupted_weights")),
+        (Undefined, "nonfinite_learning_rate"),
+    ],
 )
 def test_causes_in_weights_are_found_again(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: type[Corrupted], cause: str
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: type[Classifier], cause: str
 ) -> None:
-    path = record(kind(), batches(12), tmp_path)
+    path = record(kind(), batches(8), tmp_path)
     recorded = read_dossier(path)
     assert recorded.origin.cause == cause
     code, printed = replayed(capsys, path, "--model", f"{HERE}.{kind.__name__}")
     assert (code, printed.startswith("Reproduced: ")) == (0, True), printed
-    assert "at fault  net.0.weight" in printed
+    assert f"cause     {cause.replace('_', ' ')}" in printed
+    assert kind is Undefined or "at fault  net.0.weight" in printed
     # with healthy weights no cause is found, whatever was recorded
     sound = dataclasses.replace(recorded, weights=dict(kind().state_dict()))
     path = write_dossier(tmp_path / "sound", sound, megabytes=1)
