@@ -325,10 +325,12 @@ def test_the_remedy_of_a_known_cause_is_a_next_step(capsys: pytest.CaptureFixtur
             cure = CURE + "nn.init.xavier_normal_(model.net[0].weight)\n" * 3
             for kind in ("dead_units", "stuck_loss"):
                 publish(trainer, pl_module, incident_now(trainer, kind, advice=cure))
+            publish(trainer, pl_module, incident_now(trainer, "gradient_collapse"))
 
     fit_with_bar([Found(), AdaptiveGradientClipping(GlobalNormClipping(1e-3))], batches(30), logger=False)
     next_steps = table(lines(capsys), "Next steps")
     assert "a sum where the loss needs a mean" not in next_steps.pop("clipping")
+    assert "no longer gets gradients" in next_steps.pop("collapsed gradients")
     assert next_steps == {
         "exploding gradients": "Lower the learning rate.",
         "dead units, stuck loss": "the cure printed above, at step 0",

@@ -42,8 +42,8 @@ LOGGED_EVERY = 50
 MAX_ROWS = 30
 
 
-#: Symptoms with advice for a layer, also where no cause is known.
-_LOCATED = ("dead_units", "saturated_units", "vanishing_gradient", "exploding_gradient")
+#: Symptoms of layers, which have advice also where no cause is known.
+_LOCATED = ("dead_units", "saturated_units", "vanishing_gradient", "exploding_gradient", "gradient_collapse")
 
 
 class _Journal:
