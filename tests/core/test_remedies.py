@@ -220,6 +220,9 @@ def test_pasted_orthogonal_weight_is_that_of_the_module(recurrent: nn.Module, we
     exec(code, {"nn": nn, "model": model})
     found = getattr(recurrent, weight)
     assert torch.allclose(found.T @ found, torch.eye(4), atol=1e-5)
+    again = advice_for_cause("through_time", ["cell"], model=model)
+    assert "orthogonal" not in again
+    assert "Use gated cells or truncated BPTT" in again
 
 
 @pytest.mark.parametrize(("n_inputs", "are_waves_advised"), [(1, True), (20, False)])

@@ -193,11 +193,13 @@ def _steadied(names: Sequence[str], model: nn.Module | None, n_steps: int) -> st
         use = "Use Adam, whose steps are no longer where gradients are larger, or fewer steps at first"
         return f"{use}; in a cell of your own, gates."
     weight = next((w for w in ("weight_hh_l0", "weight_hh") if hasattr(loop[0], w)), "weight")
-    code = code_of("".join(names), model)
-    return (
-        f"Use an orthogonal recurrent weight, nn.init.orthogonal_({code}.{weight}), gated cells or truncated "
-        "BPTT (state = state.detach() every 10 to 50 steps)."
-    )
+    code, others = code_of("".join(names), model), "gated cells or truncated BPTT"
+    orthogonal = f"an orthogonal recurrent weight, nn.init.orthogonal_({code}.{weight}), "
+    found: Any = getattr(loop[0], weight, None)
+    if getattr(found, "ndim", 0) == 2:
+        rest = found.T @ found - found.new_ones(found.shape[1]).diag()
+        orthogonal *= not bool(rest.abs().max() < 0.01)  # it is one already
+    return f"Use {orthogonal}{others} (state = state.detach() every 10 to 50 steps)."
 
 
 def _small(names: Sequence[str], model: nn.Module | None) -> str:
