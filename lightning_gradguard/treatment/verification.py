@@ -261,7 +261,7 @@ def verdict_of(results: Sequence[SeedResult], whole: int) -> tuple[TreatmentVerd
     learned = [r.learning.has_learned and r.learning.is_settled for r in results]
     steps = min(r.treated.job.steps for r in results)
     evidence = f"held-out losses: {'; '.join(r.describe() for r in results)}"
-    evidence += f"; seed noise {noise:.2g}"
+    evidence += f"; seed noise {noise:.2g}" if noise else ""  # 0 where no untreated loss is finite
     if missing:
         evidence += f"; the budget has allowed {len(results)} of {N_SEEDS} fresh seeds"
     slow = next((r.learning for r in results if r.learning.has_learned and not r.learning.is_settled), None)
@@ -277,6 +277,12 @@ def verdict_of(results: Sequence[SeedResult], whole: int) -> tuple[TreatmentVerd
     if all(learned) and is_better and fails and not missing and steps >= whole:
         return "cured", f"{evidence}. With the last seed, {results[-1].learning.evidence}"
     if all(beats) and not any(exceeds_constant(r.treated) for r in results):
+        weak = next((r for r in results if not r.learning.has_learned), None)
+        if weak is not None:
+            evidence += f"; not cured, as with seed {weak.treated.job.seed}, {weak.learning.evidence}"
+        elif not fails:
+            evidence += f"; not cured, as {'most' if long else 'no'} untreated runs of the whole length "
+            evidence += "have learned, too" if long else "were made"
         return "better", f"{evidence}: better so far" if steps < whole else evidence
     for one in (r for r in results if exceeds_constant(r.treated)):
         evidence += f"; not learned with seed {one.treated.job.seed}: {one.learning.evidence}"

@@ -52,7 +52,9 @@ def test_program_is_cured_that_learns_with_each_seed() -> None:
 
 
 def test_program_that_was_not_run_to_its_end_is_not_known_to_fail() -> None:
-    assert verdict_of(results([0.3, 0.4, 0.2], [2.3, 2.31, 2.29], probed=100), WHOLE)[0] == "better"
+    verdict, evidence = verdict_of(results([0.3, 0.4, 0.2], [2.3, 2.31, 2.29], probed=100), WHOLE)
+    assert verdict == "better"
+    assert evidence.endswith("; not cured, as no untreated runs of the whole length were made")
     assert verdict_of(results([0.3, 0.4, 0.2], [0.3, 2.31, 2.29]), WHOLE)[0] != "cured"
 
 
@@ -105,7 +107,9 @@ def test_loss_of_ones_own_is_compared_with_that_of_permuted_targets(ratio: float
 
 
 def test_loss_that_has_risen_is_no_cure() -> None:
-    assert verdict_of(results([1.1] * 3, [2.3, 2.31, 2.29], before=0.5), WHOLE)[0] == "better"
+    verdict, evidence = verdict_of(results([1.1] * 3, [2.3, 2.31, 2.29], before=0.5), WHOLE)
+    assert verdict == "better"
+    assert "; not cured, as with seed 101, the held-out loss is 1.1, " in evidence
 
 
 def test_loss_that_still_falls_is_no_cure() -> None:
@@ -151,6 +155,10 @@ def test_noise_is_measured_after_the_same_steps() -> None:
     verdict, evidence = verdict_of([SeedResult(probed, found[0].treated), *found[1:]], WHOLE)
     assert verdict == "cured"
     assert "seed noise 0.046" in evidence
+
+
+def test_untreated_runs_without_a_finite_loss_have_no_noise() -> None:
+    assert "seed noise" not in verdict_of(results([0.3, 0.4, 0.2], [math.nan] * 3), WHOLE)[1]
 
 
 def test_how_far_untreated_runs_diverge_is_no_noise_between_seeds() -> None:
