@@ -239,6 +239,14 @@ def test_a_fill_value_leaves_statistics_of_the_users_own_alone(run: Any, scale: 
     assert len([i for i in told.incidents if i["kind"] == "nonfinite_buffers"]) == 1
 
 
+def test_an_outlier_of_the_first_batch_is_no_jump_of_a_variance_of_0(run: Any) -> None:
+    x = draw(320, 6)
+    y = x[:, :1].clone()
+    x[5, 2] = 1e4
+    told = run(Program(regression, nn.Sequential(RunningNorm(), *mlp(6, 16, 1)), sgd(0.1)), x, y)
+    assert not [i for i in told.incidents if i["kind"] == "nonfinite_buffers"]
+
+
 def test_inputs_that_a_normalization_scales_are_accepted(run: Any) -> None:
     x, y = columns()
     net = nn.Sequential(nn.BatchNorm1d(6), *mlp(6, 16, 1, activation=nn.ReLU))

@@ -233,6 +233,14 @@ PADDING = torch.zeros(2, 5)
 PADDING[1, 0] = -INF
 
 
+def test_a_mask_that_is_a_factor_of_a_matrix_product_fails_there() -> None:
+    net, x, mask = network(), inputs(), torch.zeros(6, 3).bool()
+    mask[2] = True
+    weight = torch.ones(3, 2)
+    origin = examine(net, lambda: (net(x).masked_fill(mask, -INF) @ weight).square().mean(), (x,))
+    assert summary(origin) == ("loss", "forward", "", "aten::mm")
+
+
 @pytest.mark.parametrize("number", [NAN, INF])
 @pytest.mark.parametrize("scale", [1.0, 1e6])
 def test_a_number_of_the_code_that_is_not_finite_is_told_as_that(number: float, scale: float) -> None:

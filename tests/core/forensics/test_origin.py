@@ -7,7 +7,13 @@ import math
 import pytest
 import torch
 
-from lightning_gradguard.core.forensics import Origin, or_bad_input, out_of_range_elements
+from lightning_gradguard.core.forensics import (
+    Origin,
+    OutOfRange,
+    or_bad_input,
+    origin_in_weights,
+    out_of_range_elements,
+)
 from lightning_gradguard.core.forensics.origin import advice_on_schedules, nonfinite_input, origin_in_epsilon
 
 NAN, INF = math.nan, math.inf
@@ -43,6 +49,12 @@ def test_weights_that_were_never_finite_are_no_update(value: float) -> None:
     weight = torch.tensor([value])
     (found,) = out_of_range_elements([("w", weight, weight.clone())]).values()
     assert math.isnan(found.growth)
+
+
+@pytest.mark.parametrize(("of_others", "cause"), [(1e20, "corrupted_weights"), (1e29, "update_too_large")])
+def test_one_element_is_corrupted_if_it_is_far_beyond_all_others(of_others: float, cause: str) -> None:
+    found = {"bias": OutOfRange(9, 9, of_others), "head.weight": OutOfRange(1, 64, 1e30)}
+    assert origin_in_weights(found).cause == cause
 
 
 def test_integers_are_never_out_of_range() -> None:
