@@ -236,9 +236,9 @@ PADDING[1, 0] = -INF
 def test_a_mask_that_is_a_factor_of_a_matrix_product_fails_there() -> None:
     net, x, mask = network(), inputs(), torch.zeros(6, 3).bool()
     mask[2] = True
-    weight = torch.ones(3, 2)
-    origin = examine(net, lambda: (net(x).masked_fill(mask, -INF) @ weight).square().mean(), (x,))
-    assert summary(origin) == ("loss", "forward", "", "aten::mm")
+    weight, bias = torch.ones(2, 3), torch.zeros(2)
+    origin = examine(net, lambda: F.linear(net(x).masked_fill(mask, -INF), weight, bias).mean(), (x,))
+    assert summary(origin) == ("loss", "forward", "", "aten::addmm")
 
 
 @pytest.mark.parametrize("number", [NAN, INF])
