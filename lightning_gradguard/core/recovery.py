@@ -20,8 +20,8 @@ REFUND_AFTER_STEPS = 500
 #: the most.
 MOVED = 1.0
 #: The same where the loss is not far above everything seen, but has made no progress since the start, by
-#: whether it is worse than there.
-MOVED_WITHOUT_PROGRESS = {"worse_than_first": 2.5, "no_progress": 10.0}
+#: whether it is worse than there, or has lost most of what it had made (0.76 is the least at rates too high).
+MOVED_WITHOUT_PROGRESS = {"worse_than_first": 2.5, "no_progress": 10.0, "lost_progress": 0.7}
 #: The same without progress where updates are known to be too large, or clipping has set the length of this
 #: share of the last steps: the rate is too large for all of them.
 MOVED_IF_CLIPPED, MOSTLY_CLIPPED = 0.3, 0.8
@@ -60,6 +60,8 @@ class RecoveryPolicy:
         is_spiking: True if the last step of any optimizer was part of a spike, and so not a good step.
         is_adversarial: True if several optimizers may train networks against each other, whose losses rise
             and fall in healthy training. Set before the first step.
+        compares_batches: True if a batch whose loss has risen is run with the earlier weights ahead of a
+            rollback; only then is progress found to be lost. Set before the first step, too.
         has_large_updates: True if updates are known to have been too large since the last rollback.
 
     Example:
@@ -84,7 +86,7 @@ class RecoveryPolicy:
         self.risen_loss = math.inf
         self._stop_cause = ""
         self.is_spiking = False
-        self.is_adversarial = False
+        self.is_adversarial = self.compares_batches = False
         self.has_large_updates = False
         self._spent = 0
         self._good_steps = 0
@@ -140,6 +142,8 @@ class RecoveryPolicy:
         if index not in self._health:
             self._health[index] = OptimizerHealth(self.is_adversarial)
         anomaly = self._health[index].update(loss, total_norm, is_collapsed)
+        if anomaly == "lost_progress" and not self.compares_batches:
+            anomaly = ""
         self.is_spiking = any(map(_SPIKING, self._health.values()))
         self._asked_ago += 1
         self.risen_loss = math.inf
@@ -154,7 +158,7 @@ class RecoveryPolicy:
                 self._moved_early[index] = moved
         if is_early:
             return "continue", ""
-        if anomaly in ("divergence", "worse_than_first", "no_progress", "lasting_spike"):
+        if anomaly in ("divergence", "lasting_spike", *MOVED_WITHOUT_PROGRESS):
             if self._asked_ago < DISTANCE_INTERVAL:
                 return "continue", ""
             self._asked_ago = 0

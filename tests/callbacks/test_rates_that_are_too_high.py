@@ -128,6 +128,26 @@ def test_harder_data_causes_no_rollback_and_no_cut(tmp_path: Path) -> None:
     assert max(module.losses[80:]) > 10 * max(module.losses[:80])
 
 
+class Forgetful(Regression):
+    """Has other weights from step 65 on."""
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if batch_idx == 65:
+            with torch.no_grad():
+                for parameter in self.net.parameters():
+                    parameter.copy_(parameter.flip(0) if parameter.ndim == 1 else parameter.flip(1))
+            self.trainer.optimizers[0].param_groups[0]["lr"] = 1e-6
+
+
+def test_weights_that_have_lost_what_they_had_learned_are_those_of_before(tmp_path: Path) -> None:
+    module, rollback = Forgetful(lr=0.03), NaNRollback()
+    fit(module, regression(150), [rollback], tmp_path)
+    lost = module.losses[66:76]
+    assert 0.5 * module.losses[0] < min(lost) < max(lost) < 3 * module.losses[0]
+    assert rollback.rollbacks == 1
+    assert max(module.losses[-60:]) < 0.5 * min(lost)
+
+
 def stopped(folder: Path, backoff: LearningRateBackoff | None = None, gamma: float | None = None) -> str:
     """Trains until the run is stopped; returns the message."""
     callbacks = [NaNRollback(max_rollbacks=2, max_dossiers=0), *([backoff] if backoff else [])]

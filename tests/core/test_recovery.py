@@ -92,6 +92,32 @@ def test_run_without_progress_has_diverged_if_its_weights_are_far_away() -> None
         assert found == decisions
 
 
+@pytest.mark.parametrize(
+    ("loss", "distance", "expected"),
+    [(1.8, 0.7, "roll_back"), (1.8, 0.6, "continue"), (1.4, 9.0, "continue")],
+)
+def test_progress_that_is_lost_by_weights_far_away_is_a_divergence(
+    loss: float, distance: float, expected: str
+) -> None:
+    policy = recovery()
+    policy.compares_batches = True
+    losses = [2.3] * 10 + [0.8] * 60 + [loss] * 40
+    steps = [policy.on_good_step(0, x, 1.0, distance=lambda: distance)[0] for x in losses]
+    assert {"continue", expected} == set(steps)
+    assert set(steps[:70]) == {"continue"}
+    unable = recovery()  # to see if the data are the reason
+    assert {unable.on_good_step(0, x, 1.0, distance=lambda: distance)[0] for x in losses} == {"continue"}
+
+
+def test_progress_that_the_data_have_undone_is_not_lost() -> None:
+    policy = recovery()
+    policy.compares_batches = True
+    for loss in [2.3] * 10 + [0.8] * 60 + [1.8] * 9:
+        policy.on_good_step(0, loss, 1.0, distance=lambda: MOVED)
+    policy.accept_rise(0)
+    assert {policy.on_good_step(0, 1.8, 1.0, distance=lambda: MOVED)[0] for _ in range(40)} == {"continue"}
+
+
 def test_loss_that_rises_in_the_first_steps_with_its_weights_is_a_divergence() -> None:
     """A bad batch is none, nor is a rise once the task is learned, or where weights stay from then on."""
     for losses, first, move, expected in [

@@ -29,6 +29,8 @@ ADVERSARIAL_SPIKE_THRESHOLD = 6.0
 PROGRESS = 0.9
 #: Steps after which a run without progress is suspected, and again after as many.
 NO_PROGRESS_STEPS = 50
+#: Share of the progress since the first step that must be lost for a suspicion.
+LOST = 0.5
 #: First steps, in which a loss is compared with the very first one until it was once below this share of it,
 #: and the ratio below which it has not risen.
 FIRST_STEPS, LEARNED, EARLY_LOSS_RATIO = 20, 0.2, 1.2
@@ -44,6 +46,7 @@ Anomaly = Literal[
     "early_rise",
     "worse_than_first",
     "no_progress",
+    "lost_progress",
     "gradient_collapse",
 ]
 
@@ -65,6 +68,7 @@ class DivergenceDetector:
         n_steps: Steps so far.
         recent_losses: The last ten.
         made_progress: True if the loss was ever a tenth lower than at the first step.
+        lost_progress: True if half of that progress, and a third of the loss, have been lost again.
         early_rise: That ratio; 0 without an early rise.
 
     Example:
@@ -86,7 +90,7 @@ class DivergenceDetector:
         self._rise = 0.0
         self._has_learned = False
         self.early_rise = 0.0
-        self.made_progress = False
+        self.made_progress = self.lost_progress = False
 
     @property
     def suspicion(self) -> Anomaly:
@@ -110,6 +114,7 @@ class DivergenceDetector:
         self.early_rise = self._rise if loss > self._first else 0.0
         self._rise = self._ratio(loss, total_norm, *self._highest, EARLY_LOSS_RATIO) if is_first else 0.0
         is_due = self.n_steps % EVIDENCE_STEPS == 0
+        self.lost_progress = False
         # no median is above the largest
         may_rise = is_due or self._ratio(max(self.recent_losses), 0.0, *self._highest) > 0
         if len(self.recent_losses) < EVIDENCE_STEPS or not may_rise:
@@ -117,6 +122,9 @@ class DivergenceDetector:
         now = (median(self.recent_losses), median(self._norms))
         ratio = self._ratio(*now, *self._highest)
         if is_due:
+            if self.made_progress and self._lowest > 0 and self.n_steps > NO_PROGRESS_STEPS:
+                lost = self._lowest + LOST * (self._first - self._lowest)
+                self.lost_progress = now[0] > max(lost, MIN_LOSS_RATIO * self._lowest)
             self._lowest = min(self._lowest, now[0])
             self.made_progress |= now[0] < self._first - (1 - PROGRESS) * abs(self._first)
             self._recent.append(now)
@@ -126,13 +134,15 @@ class DivergenceDetector:
         return ratio
 
     def accept_rise(self) -> None:
-        """Takes the highest of the last steps for what training has seen, and for the first loss."""
+        """Takes the highest of the last steps for what training has seen, and for its progress so far."""
         if not self.recent_losses:
             return
         loss, norm = max(self.recent_losses), max(self._norms)
         highest_loss, highest_norm = self._highest or (loss, norm)
         self._highest = (max(highest_loss, loss), max(highest_norm, norm))
         self._first = max(self._first, loss)
+        if self._lowest > 0:
+            self._lowest = loss
 
     def forget(self) -> None:
         """Discards the last steps after a rollback: they were made with other weights."""
@@ -277,7 +287,10 @@ class OptimizerHealth:
             return suspicion
         if self.spiking >= SPIKE_PATIENCE:
             return "lasting_spike"
-        return "loss_spike" if is_new_spike else ""
+        if is_new_spike:
+            return "loss_spike"
+        has_lost = self._divergence.lost_progress and not self._is_adversarial
+        return "lost_progress" if has_lost else ""
 
     def accept_rise(self) -> None:
         """Compares later losses with the last ones, which the data have raised."""

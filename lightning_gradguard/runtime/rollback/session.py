@@ -55,6 +55,7 @@ class RollbackSession:
         self._takes_iterator = lightning_api.takes_iterator(fit.pl_module)
         fit.snapshots.begin(trainer, side_effects)
         fit.policy.is_adversarial = len(trainer.optimizers) > 1
+        fit.policy.compares_batches = keeps_batches and fit.pl_module.automatic_optimization
         self._mode: CheckMode = ExactCheck(trainer, side_effects)
         if defers_check:
             self._mode = DeferredCheck(trainer, side_effects, fit.suite, kernel_may_skip=kernel_may_skip)
