@@ -239,11 +239,15 @@ def test_a_fill_value_leaves_statistics_of_the_users_own_alone(run: Any, scale: 
     assert len([i for i in told.incidents if i["kind"] == "nonfinite_buffers"]) == 1
 
 
-def test_an_outlier_of_the_first_batch_is_no_jump_of_a_variance_of_0(run: Any) -> None:
+@pytest.mark.parametrize(("begin", "at"), [(1.0, 0), (0.0, 1)])
+def test_an_outlier_is_no_jump_of_a_variance_that_no_batch_has_set(run: Any, begin: float, at: int) -> None:
     x = draw(320, 6)
     y = x[:, :1].clone()
-    x[5, 2] = 1e4
-    told = run(Program(regression, nn.Sequential(RunningNorm(), *mlp(6, 16, 1)), sgd(0.1)), x, y)
+    x[: at * ROWS] = 0.0
+    x[at * ROWS + 5, 2] = 1e4
+    norm = RunningNorm()
+    norm.get_buffer("var").fill_(begin)
+    told = run(Program(regression, nn.Sequential(norm, *mlp(6, 16, 1)), sgd(0.1)), x, y)
     assert not [i for i in told.incidents if i["kind"] == "nonfinite_buffers"]
 
 

@@ -108,7 +108,8 @@ class SideEffects:
         flag = is_out_of_range(statistics)
         self._n_scans += 1
         found = []
-        for places, needs_outlier in ((self._variances, self._n_scans <= SEEN), (self._own_variances, True)):
+        own = self._own_variances if self._n_scans > 1 else []  # the first batch may set it
+        for places, needs_outlier in ((self._variances, self._n_scans <= SEEN), (own, True)):
             variances, before = self.buffers.now_and_saved(places)
             if variances and (batches or not needs_outlier):
                 jumped = has_jumped(variances, before)
