@@ -14,9 +14,9 @@ from lightning_gradguard.treatment.trials.trial import Trial
 HAS_LEARNED, HAS_LEARNED_OVER_PERMUTED = 0.5, 1 / 3
 #: Final loss over the lowest of the run above which it rises again: that of small batches varies by less.
 RISES = 1.5
-#: Loss over that at two thirds of the run below which it still falls, and share of the bound of a run that
-#: has learned above which that matters.
-FALLS, LITTLE_LEFT = 0.7, 0.5
+#: Loss over that at two thirds of the run below which it still falls, unless little is left; of classes, this
+#: share of the bound of a run that has learned.
+FALLS, LITTLE_LEFT = 0.8, 0.5
 #: Held-out loss over that of the best constant answer above which more may be learned: of classes, and of
 #: values, of which that is the share of the variance that is not explained.
 LEARNED_ENOUGH, LEARNED_ENOUGH_OF_VALUES = LITTLE_LEFT * HAS_LEARNED, 0.1
@@ -74,7 +74,7 @@ def learning_of(trial: Trial) -> Learning:
         evidence += ", while that of training batches falls: it overfits" if is_overfit else ""
     before = next((loss for step, loss in trial.curve if 3 * step >= 2 * trial.curve[-1][0]), math.inf)
     has_ended = trial.job.enough is not None and trial.loss <= trial.job.enough
-    is_settled = has_ended or ratio <= LITTLE_LEFT * bound or trial.loss > FALLS * before
+    is_settled = has_ended or learned_enough(trial) or trial.loss > FALLS * before
     if not is_settled:
         evidence += f", and still falls, from {before:.4g} after two thirds of the run"
     return Learning(learns, ratio <= bound and is_low, is_settled, evidence)

@@ -6,7 +6,7 @@ import math
 import re
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 from lightning_gradguard.core.remedies.changes import Change
@@ -145,6 +145,10 @@ class Verification:
         treated = [Job(first.job.changes, seed, steps, enough, steps // 2) for seed in self._seeds[1:]]
         untreated = self._untreated(steps)
         found = self._run([*treated, *untreated])
+        if not self._learns and any(
+            learned_at_lowest(found[job.key]) for job in untreated if job.key in found
+        ):
+            return replace(self, has_luck=True).others(first)  # a whole run may lose it, as the probe has
         pairs = [] if self.probed is None else [SeedResult(self.probed, first)]
         found[first.job.key] = first
         of_seed = {job.seed: job for job in [first.job, *treated]}

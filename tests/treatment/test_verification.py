@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -112,6 +113,21 @@ def test_loss_that_has_risen_is_no_cure() -> None:
     assert "; not cured, as with seed 101, the held-out loss is 1.1, " in evidence
 
 
+@pytest.mark.parametrize(
+    ("loss", "is_likelihood", "expected"),
+    [(0.4, True, "cured"), (0.4, False, "better"), (0.2, False, "cured"), (0.8, True, "better")],
+)
+def test_what_falls_by_a_quarter_is_no_cure_unless_little_is_left(
+    loss: float, is_likelihood: bool, expected: str
+) -> None:
+    """Of values, a fifth of the loss that is left is a fifth of the variance."""
+    found = [
+        SeedResult(r.untreated, trial(r.treated.job, loss, before=1.3 * loss, is_likelihood=is_likelihood))
+        for r in results([loss] * 3, [2.3, 2.31, 2.29])
+    ]
+    assert verdict_of(found, WHOLE)[0] == expected
+
+
 def test_loss_that_still_falls_is_no_cure() -> None:
     verdict, evidence = verdict_of(results([1.0] * 3, [2.3, 2.31, 2.29], before=1.6), WHOLE)
     assert verdict == "better"
@@ -191,6 +207,22 @@ def test_what_explodes_is_run_to_its_end_with_each_seed(
     assert all(job.steps < WHOLE for job in asked if not job.changes)
     Verification(runner, probed, 1.0, has_luck=True).others(first)
     assert [job.steps for job in asked[-2:]] == [WHOLE] * 2, "it has learned with another seed"
+
+
+def test_program_that_learns_in_a_short_run_of_another_seed_is_run_to_its_end(tmp_path: Path) -> None:
+    """Layers with normalization behind the sum learn in some tens of steps, and lose it."""
+    log = TrialLog(tmp_path / "trials.jsonl", {}, 150)
+    program = recorded_program(Net, Data(), {"max_steps": WHOLE}, 0, 4, math.inf)
+    runner = TrialRunner(program, log, Clock(60.0), 1, 150, lambda _: None)
+
+    def run(jobs: Iterable[Job], _: float) -> list[Trial]:
+        return [trial(job, 0.2 if job.changes else 2.3 if job.steps == WHOLE else 0.6) for job in jobs]
+
+    runner.run = run  # type: ignore[method-assign, assignment]
+    verification = Verification(runner, trial(Job(None, 0, WHOLE), 2.3), 1.0)
+    found = verification.others(trial(Job(CHANGES, 101, WHOLE), 0.2))
+    assert [r.untreated.job.steps for r in found] == [WHOLE] * 3
+    assert verdict_of(found, WHOLE)[0] == "cured"
 
 
 def test_loss_that_is_low_enough_is_that_of_the_first_seed_or_a_quarter_of_the_best_constant_answer() -> None:
