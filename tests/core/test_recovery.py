@@ -174,6 +174,16 @@ def test_first_step_of_a_spike_is_reported() -> None:
     assert anomalies == ["loss_spike", "", "", "", ""]
 
 
+@pytest.mark.parametrize(("spikes", "found"), [((4.0,), []), ((4.0, 4.0), [201]), ((8.0,), [200])])
+def test_one_step_is_a_spike_if_it_gives_back_half_of_what_was_learned(
+    spikes: tuple[float, ...], found: list[int]
+) -> None:
+    generator, policy = random.Random(0), recovery()
+    losses = [10.0, *(noise(generator) for _ in range(199)), *spikes, 1.0, 1.0]
+    anomalies = [policy.on_good_step(0, loss, loss)[1] for loss in losses]
+    assert [i for i, anomaly in enumerate(anomalies) if anomaly == "loss_spike"] == found
+
+
 def test_alarms_become_fewer_where_spikes_are_the_nature_of_the_run() -> None:
     generator, policy = random.Random(0), recovery()
     alarms = 0

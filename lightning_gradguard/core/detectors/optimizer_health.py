@@ -34,6 +34,8 @@ LOST = 0.5
 #: First steps, in which a loss is compared with the very first one until it was once below this share of it,
 #: and the ratio below which it has not risen.
 FIRST_STEPS, LEARNED, EARLY_LOSS_RATIO = 20, 0.2, 1.2
+#: Share of the decrease of the loss that a spike of one step gives back: tails of a healthy run are within it.
+GIVEN_BACK = 0.5
 #: Ratio of loss times norm, times the distance of the weights (1 at most), from which on that is a
 #: divergence; docs/evidence_rates.md has those of healthy programs.
 EARLY_RISE = 20.0
@@ -132,6 +134,11 @@ class DivergenceDetector:
                 loss, total_norm = self._recent.popleft()
                 self._highest = (max(self._highest[0], loss), max(self._highest[1], total_norm))
         return ratio
+
+    def gives_back(self, loss: float) -> bool:
+        """True for a loss with which half of what training has gained is lost."""
+        lowest = min(self._lowest, self._first)
+        return loss - lowest >= GIVEN_BACK * (self._first - lowest)
 
     def accept_rise(self) -> None:
         """Takes the highest of the last steps for what training has seen, and for its progress so far."""
@@ -275,8 +282,10 @@ class OptimizerHealth:
         self.spiking = self.spiking + 1 if loss_spikes and norm_spikes else 0
         # of two players, one loses what the other wins
         is_rise = self._loss.is_persistent and not self._is_adversarial
-        is_new_spike = self._alarm.update(self.spiking > 0 or is_rise)
         ratio = self._divergence.update(loss, total_norm)
+        # one step of a heavy tail that leaves training where it was is no spike
+        is_spike = self.spiking > 1 or (self.spiking > 0 and self._divergence.gives_back(loss))
+        is_new_spike = self._alarm.update(is_spike or is_rise)
         if self._collapse.update(is_collapsed):
             return "gradient_collapse"
         if ratio >= self._bound:
