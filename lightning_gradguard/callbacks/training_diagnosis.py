@@ -242,7 +242,7 @@ class TrainingDiagnosis(StepCallback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, incident: Incident
     ) -> None:
         """Takes note of a symptom that another callback has named, and names why training has diverged."""
-        if incident.kind == "divergence" and incident.cause == "update_too_large":
+        if incident.kind == "divergence" and incident.cause in ("", "update_too_large"):
             evidence = incident.detail.rstrip(".") or "training has diverged"
             symptoms = self.diagnosis.add_divergence(incident.where, evidence, incident.step)
             now = {"step": incident.step, "epoch": incident.epoch}

@@ -34,7 +34,7 @@ LOST = 0.5
 #: First steps, in which a loss is compared with the very first one until it was once below this share of it,
 #: and the ratio below which it has not risen.
 FIRST_STEPS, LEARNED, EARLY_LOSS_RATIO = 20, 0.2, 1.2
-#: Share of the decrease of the loss that a spike of one step gives back: tails of a healthy run are within it.
+#: Share of the decrease of the loss that a spike of one step gives back; tails of a healthy run give less.
 GIVEN_BACK = 0.5
 #: Ratio of loss times norm, times the distance of the weights (1 at most), from which on that is a
 #: divergence; docs/evidence_rates.md has those of healthy programs.

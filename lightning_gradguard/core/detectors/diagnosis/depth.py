@@ -25,8 +25,11 @@ ONE_JUMP = 0.5
 #: Decades of a gradient of exactly zero, and of that of the next layer where no underflow explains it.
 ZERO, FAR_FROM_ZERO = -45, -12
 TIME_EXPLODING = 3.0
-#: The same through time, from a step on, as a network that learns gets more of it back.
-TIME_VANISHING = ((100, -3.0), (50, -4.0), (10, -6.0))
+#: Steps, decades through time, and the loss over that of the best constant, from which on a gradient
+#: vanishes: a network that learns gets more of it back; one that is asked for the last steps begins to learn.
+TIME_VANISHING = ((150, -3.0, STUCK), (75, -6.0, STUCK), (35, -6.0, 0.985))
+#: The same where the end of sequences is padding, behind which nothing may be read.
+VANISHING_BY_PADDING = (10, -6.0, STUCK)
 #: Loss over that of the best constant from which on one sample shows that states explode.
 FAR_LOSS = 1e3
 #: Decades by which a gradient that explodes through time is larger than at the outputs.
@@ -93,8 +96,8 @@ def cut_recurrences(sample: Sample, progress: Progress) -> Iterator[Symptom]:
 
 def through_time(sample: Sample, progress: Progress) -> Iterator[Symptom]:
     """Yields gradients that shrink or grow in a recurrent network that does not learn."""
-    ratio = progress.over_constant
-    is_flat = ratio > STUCK or (math.isnan(ratio) and not progress.over_first <= STUCK)
+    ratio = progress.over_constant_now
+    is_flat = math.isnan(ratio) and not progress.over_first <= STUCK
     outputs = {layer.name: layer.gradient for layer in sample.layers if len(layer.gradients) == 1}
     n_calls = {layer.name: len(layer.gradients) for layer in sample.layers}
     recurrences: dict[int, float] = {}  # by their length: what passes at one layer of a cell, passes
@@ -106,13 +109,16 @@ def through_time(sample: Sample, progress: Progress) -> Iterator[Symptom]:
             continue
         n = n_calls.get(time.name, 1)
         back = recurrences[n] if n > 1 else _back(time)
-        bound = next((decades for step, decades in TIME_VANISHING if sample.step >= step), -math.inf)
-        if is_flat and back <= bound:
+        is_padded = time.padded >= PADDED
+        bounds = (*TIME_VANISHING, VANISHING_BY_PADDING) if is_padded else TIME_VANISHING
+        never = (0, -math.inf, math.inf)
+        _, bound, least = next((found for found in bounds if sample.step >= found[0]), never)
+        if (is_flat or ratio > least) and back <= bound:
             evidence = (
                 f"the gradient shrinks by {-back:.1f} decades from the last step of {time.name} to the first"
             )
             symptom = _through_time("vanishing_gradient", time, -back, evidence)
-            if time.padded >= PADDED:
+            if is_padded:
                 evidence = f"{symptom.evidence}; {time.padded:.0%} of its steps, at the end, are all the same"
                 symptom = replace(symptom, cause="padding", evidence=evidence)
             yield symptom

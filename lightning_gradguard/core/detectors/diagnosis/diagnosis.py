@@ -11,7 +11,7 @@ from lightning_gradguard.core.detectors.best_constant import LEARNS
 from lightning_gradguard.core.detectors.diagnosis import clipped, contracts, depth, rules
 from lightning_gradguard.core.detectors.diagnosis.progress import Progress
 from lightning_gradguard.core.detectors.diagnosis.sample import Sample
-from lightning_gradguard.core.detectors.diagnosis.stagnation import stagnation
+from lightning_gradguard.core.detectors.diagnosis.stagnation import random_layers, stagnation
 from lightning_gradguard.core.detectors.diagnosis.symptom import Symptom, Tier, modules_of
 from lightning_gradguard.core.detectors.diagnosis.terms import outweighing_terms
 from lightning_gradguard.core.incidents import IncidentKind
@@ -71,6 +71,7 @@ class Diagnosis:
         self._is_related = self._may_be_constant = False
         self._frozen: tuple[str, ...] = ()
         self._planned = 0
+        self._steepest: tuple[str, ...] = ()
 
     def plan(self, steps: int, frozen: Sequence[str] = ()) -> None:
         """Takes the number of steps of the run, 0 if unknown, by which a slow start is measured.
@@ -107,6 +108,7 @@ class Diagnosis:
     def update(self, sample: Sample) -> list[Symptom]:
         """Adds a sample; returns the roots that it confirms, usually none."""
         self._progress.update(sample)
+        self._steepest = modules_of([name for one in sample.updates[:1] for name in one.steepest])
         is_known = sample.step >= self.patience and sample.is_whole and len(sample.updates) == 1
         self.over_constant = self._progress.over_constant_now if is_known else math.nan
         causes = {cause for cause, *_ in sample.mistakes} - {root.cause for root in self.roots}
@@ -148,7 +150,7 @@ class Diagnosis:
 
     def add_divergence(self, where: tuple[str, ...], evidence: str, step: int) -> list[Symptom]:
         """Adds that training has diverged because an update was too large; returns it if it is new."""
-        places = modules_of(where)
+        places = modules_of(where) or self._steepest
         symptom = Symptom(
             "exploding_gradient", "update_too_large", places, math.nan, evidence, "update", since=step
         )
@@ -183,7 +185,7 @@ class Diagnosis:
         yield from contracts.constant_loss(sample, self._progress)
         yield from stagnation(sample, self._progress, self._planned, rate_changes=rising)
         yield from rules.far_targets(sample, self._progress, self.patience)
-        yield from rules.random_layers(sample, self._progress, self.patience, self._frozen)
+        yield from random_layers(sample, self._progress, self.patience, self._frozen)
         if not self._is_related:
             yield from outweighing_terms(sample, self._progress, self.patience)
             yield from rules.same_answers(sample, self._progress, self.patience)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from statistics import mean
 from typing import Literal
 
@@ -59,8 +59,9 @@ FAR_ANSWER, FAR_GUESS, FIRST_GUESSES = 1e3, 5.0, 20
 SAME_ANSWERS, SAME_BESIDE, AT_CONSTANT = 0.03, 0.15, 1.2
 #: Step from which on other terms are nearly gone for good, or tiny inputs explain that nothing is learned.
 PRESSED_STEPS = 20
-#: Spread of all losses over the first one up to which a loss is flat.
-FLAT = 0.003
+#: Spread of all losses over the first one up to which a loss is flat, and steps of updates of this size, over
+#: the weights, after which it is so for good.
+FLAT, FLAT_STEPS, MOVING = 0.003, 35, 1e-3
 #: Nouns of rows of weights, and of what gates.
 _ROWS, _GATES = "rows of the attention", "gates of the softmax"
 #: Units that are no outputs of an activation.
@@ -163,7 +164,7 @@ def inactive_output(sample: Sample, progress: Progress) -> Symptom | None:
 
 def large_updates(sample: Sample, progress: Progress) -> Iterator[Symptom]:
     """Yields updates that are too large for the weights."""
-    if sample.step > UPDATE_STEPS or progress.learns:
+    if sample.step > UPDATE_STEPS or progress.learns or _is_enlarged(sample):
         return
     is_rising = progress.rise > RISEN
     for one in sample.updates:
@@ -208,7 +209,8 @@ def large_updates(sample: Sample, progress: Progress) -> Iterator[Symptom]:
 
 def overshooting_steps(sample: Sample, progress: Progress) -> Iterator[Symptom]:
     """Yields first steps of SGD that clipping alone keeps from going far beyond where they lower the loss."""
-    for one in () if any(map(depth.grows, sample.times)) else sample.updates:  # growth explains them
+    is_explained = any(map(depth.grows, sample.times)) or _is_enlarged(sample)
+    for one in () if is_explained else sample.updates:
         promised = one.promise(sample.loss)
         if sample.step < FIRST_STEPS and promised > OVERSHOOT and one.unclipped > CLIPPED_FAR:
             far = promised / (4 * (1 + one.momentum) ** 2)
@@ -309,8 +311,12 @@ def same_answers(sample: Sample, progress: Progress, patience: int) -> Iterator[
 def stuck_loss(sample: Sample, progress: Progress, patience: int) -> Iterator[Symptom]:
     """Yields a loss that is no better than that of the best constant, or does not depend on the targets."""
     ratio, permuted = progress.over_constant, sample.permuted
-    is_early = sample.step < (PRESSED_STEPS if sample.input_rms < SMALL_INPUT else patience)
-    if is_early or ratio <= STUCK or progress.falls or is_related(permuted, ratio):
+    largest = max((one.ratio for one in sample.updates), default=math.nan)
+    if sample.input_rms < SMALL_INPUT:
+        patience = PRESSED_STEPS
+    elif math.isnan(ratio) and progress.spread <= FLAT and largest > MOVING:
+        patience = min(patience, FLAT_STEPS)
+    if sample.step < patience or ratio <= STUCK or progress.falls or is_related(permuted, ratio):
         return
     if (
         math.isnan(ratio)
@@ -346,7 +352,6 @@ def stuck_loss(sample: Sample, progress: Progress, patience: int) -> Iterator[Sy
     is_bounded = any(layer.is_last and layer.activation for layer in sample.layers)
     if cause == "unknown" and sample.one_signed and not is_bounded and progress.over_first < 1:
         cause = "learning_rate_too_low"  # the answers are on their way to the targets
-    largest = max((one.ratio for one in sample.updates), default=math.nan)
     if cause == "unknown" and largest < LOW_UPDATE:
         cause = "learning_rate_too_low"
         facts.append(describe_updates(largest))
@@ -354,22 +359,6 @@ def stuck_loss(sample: Sample, progress: Progress, patience: int) -> Iterator[Sy
         return  # on its way, however far, as where the targets are tiny
     value = permuted if math.isnan(ratio) else ratio
     yield Symptom("stuck_loss", cause, where, value, "; ".join(facts), "stuck", 2)
-
-
-def random_layers(
-    sample: Sample, progress: Progress, patience: int, frozen: Collection[str]
-) -> Iterator[Symptom]:
-    """Yields random first layers that are not trained, where next to nothing of what they pass is learned."""
-    ratio, untrained = progress.over_constant, tuple(one.name for one in sample.layers if one.name in frozen)
-    if sample.step < patience or not ratio > STUCK or not untrained:
-        return
-    is_explained = input_cause(sample) != "unknown" or sample.input_rms < SMALL_INPUT
-    if untrained[0] == sample.layers[0].name and sample.is_whole and not is_explained:
-        evidence = (
-            f"the loss is {ratio:.3g} times that of the best constant answer; the weights of the first "
-            "layers are random, and have requires_grad=False"
-        )
-        yield Symptom("weight_stagnation", "frozen_weights", untrained[:5], ratio, evidence, "stuck", 2)
 
 
 def size_of_data(sample: Sample) -> str:
@@ -385,6 +374,11 @@ def size_of_data(sample: Sample) -> str:
 def is_related(permuted: float, ratio: float) -> bool:
     """True if permuted targets raise the loss so much that it depends on them; NaN is unknown."""
     return permuted >= (UNRELATED_IF_WORSE if ratio > WORSE else UNRELATED)
+
+
+def _is_enlarged(sample: Sample) -> bool:
+    """True if dropout of most inputs enlarges those that it leaves, and gradients with them."""
+    return any(cause == "dropout" for cause, *_ in sample.mistakes)
 
 
 def _first(found: Sequence[tuple[float, tuple[str, ...], str]]) -> tuple[float, tuple[str, ...], str]:

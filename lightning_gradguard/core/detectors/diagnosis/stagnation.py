@@ -1,15 +1,15 @@
-"""The rule on weights that their optimizer hardly moves."""
+"""The rules on weights that their optimizer hardly moves, or never, as those of layers that are frozen."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from statistics import median
 
 from lightning_gradguard.core.detectors.best_constant import STUCK
 from lightning_gradguard.core.detectors.diagnosis.clipped import CLIPPED_FAR, clipped_before, of_one_size
 from lightning_gradguard.core.detectors.diagnosis.progress import Progress
-from lightning_gradguard.core.detectors.diagnosis.rules import SMALL_INPUT, size_of_data
+from lightning_gradguard.core.detectors.diagnosis.rules import SMALL_INPUT, input_cause, size_of_data
 from lightning_gradguard.core.detectors.diagnosis.sample import Sample, Update
 from lightning_gradguard.core.detectors.diagnosis.symptom import Symptom, Tier, modules_of
 from lightning_gradguard.core.incidents import SymptomCause
@@ -97,6 +97,22 @@ def stagnation(
             continue
         if not progress.has_converged:
             yield from _some_stagnate(one, sample, ratios)
+
+
+def random_layers(
+    sample: Sample, progress: Progress, patience: int, frozen: Collection[str]
+) -> Iterator[Symptom]:
+    """Yields random first layers that are not trained, where next to nothing of what they pass is learned."""
+    ratio, untrained = progress.over_constant, tuple(one.name for one in sample.layers if one.name in frozen)
+    if sample.step < patience or not ratio > STUCK or not untrained:
+        return
+    is_explained = input_cause(sample) != "unknown" or sample.input_rms < SMALL_INPUT
+    if untrained[0] == sample.layers[0].name and sample.is_whole and not is_explained:
+        evidence = (
+            f"the loss is {ratio:.3g} times that of the best constant answer; the weights of the first "
+            "layers are random, and have requires_grad=False"
+        )
+        yield Symptom("weight_stagnation", "frozen_weights", untrained[:5], ratio, evidence, "stuck", 2)
 
 
 def _too_low(one: Update, sample: Sample) -> SymptomCause:

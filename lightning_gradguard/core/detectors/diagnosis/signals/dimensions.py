@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -37,21 +37,19 @@ class Dimensions:
     Args:
         scalars: To which numbers are added.
         batch: Tensors of the batch, by which samples and steps of a sequence differ.
-        is_data: True for a tensor that is of the batch, or computed from it alone.
+        data: Contains tensors that are of the batch, or computed from it alone.
 
     Example:
         >>> scalars = DeviceScalars()
-        >>> dimensions = Dimensions(scalars, [torch.ones(4, 7, 3), torch.arange(4)], lambda _: True)
+        >>> dimensions = Dimensions(scalars, [torch.ones(4, 7, 3), torch.arange(4)], data=[])
         >>> dimensions.add_sequence("rnn", torch.ones(4, 7, 3))
         >>> scalars.read(scalars.stacked(torch.device("cpu")).tolist())
         >>> dimensions.mistakes(n_calls=1)
         [('batch_as_time', 'rnn', 1.0)]
     """
 
-    def __init__(
-        self, scalars: DeviceScalars, batch: Sequence[Tensor], is_data: Callable[[Tensor], bool]
-    ) -> None:
-        self._scalars, self._is_data = scalars, is_data
+    def __init__(self, scalars: DeviceScalars, batch: Sequence[Tensor], data: Container[Tensor]) -> None:
+        self._scalars, self._data = scalars, data
         self._found: list[tuple[SymptomCause, str, int, int]] = []
         self._tokens = [t for t in batch if t.ndim == 2 and not (t.is_floating_point() or t.is_complex())]
         labels = {len(t) for t in batch if t.ndim > 0 and t.numel() == len(t)}
@@ -108,7 +106,7 @@ class Dimensions:
             # relative attention shifts scores by a view whose last sizes differ by one
             is_other = any(abs(a - b) > 1 for a, b in zip(_long(before), _long(now), strict=False))
             if sorted(before) == sorted(now) and len(_long(now)) > 2 and is_other:
-                self._add("view_for_transpose", where, after=ANYWHERE if self._is_data(args[0]) else after)
+                self._add("view_for_transpose", where, after=ANYWHERE if args[0] in self._data else after)
         elif result.requires_grad and result.ndim > 1 and 0 < self._n == len(result) < result.numel():
             if name.endswith("softmax"):
                 dim = args[1] if len(args) > 1 else kwargs.get("dim")

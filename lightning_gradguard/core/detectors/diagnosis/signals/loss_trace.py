@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Container, Sequence
 from functools import partial
 from typing import Any
 
@@ -127,13 +127,13 @@ class LossTrace:
         else:
             record.added = index
 
-    def add_difference(self, args: Sequence[Any], is_data: Callable[[Tensor], bool]) -> None:
+    def add_difference(self, args: Sequence[Any], data: Container[Tensor]) -> None:
         """Adds a subtraction of targets, as in a loss that is written by hand, if it breaks a condition."""
         both = [arg for arg in args if isinstance(arg, Tensor)]
         if len(both) != 2 or both[0].requires_grad == both[1].requires_grad:
             return
         answer, target = sorted(both, key=lambda tensor: not tensor.requires_grad)
-        if is_measurable(answer) and is_measurable(target) and is_data(target):
+        if is_measurable(answer) and is_measurable(target) and target in data:
             self._add("difference", answer, target, {}, None, None)
 
     def _add(

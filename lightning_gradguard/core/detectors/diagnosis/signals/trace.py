@@ -22,6 +22,7 @@ from lightning_gradguard.core.detectors.diagnosis.sample import (
     UnitSignal,
 )
 from lightning_gradguard.core.detectors.diagnosis.signals import attention, loss_calls, recurrences, units
+from lightning_gradguard.core.detectors.diagnosis.signals.batch_data import BatchData
 from lightning_gradguard.core.detectors.diagnosis.signals.dimensions import Dimensions
 from lightning_gradguard.core.detectors.diagnosis.signals.loss_baseline import LossBaselines
 from lightning_gradguard.core.detectors.diagnosis.signals.loss_trace import LossTrace
@@ -72,7 +73,7 @@ class StepTrace(TorchFunctionMode):
         self._one_signed: dict[str, int] = {}
         self._answer: Tensor | None = None
         self._spread: int | None = None
-        self._meets_data = self._has_residuals = False
+        self._has_residuals = False
         self._last, self._n_calls, self._is_open = "", 0, True
         self._gradients: list[int] = []
         self._blocked = units.UnitGradients()
@@ -85,8 +86,8 @@ class StepTrace(TorchFunctionMode):
         self._hooks = ExitStack()
         self._bare = BareMatrices(module)
         parts = parts_of(batch)
-        self._dimensions = Dimensions(self._scalars, list(parts.values()), self._is_data)
-        self._data = WeakValueDictionary({id(tensor): tensor for tensor in parts.values()})
+        self._data = BatchData(parts.values())
+        self._dimensions = Dimensions(self._scalars, list(parts.values()), self._data)
         self._used: set[int] = set()
         inputs = [name for name, part in parts.items() if is_measurable(part)]
         self._input_name = max(inputs, key=lambda name: parts[name].numel(), default="")
@@ -189,7 +190,7 @@ class StepTrace(TorchFunctionMode):
             columns=None if self._columns is None else tuple(numbers[i] for i in self._columns),
             one_signed=numbers[self._one_signed.get(self._last)] == 1,
             spread=numbers[self._spread],
-            meets_data=self._meets_data,
+            meets_data=self._data.is_met,
             has_residuals=self._has_residuals,
             divergence=self.losses.divergence(),
         )
@@ -227,17 +228,17 @@ class StepTrace(TorchFunctionMode):
     ) -> None:
         given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         self._used.update(map(id, given))
-        if not self._meets_data and any(tensor.grad_fn is not None for tensor in given):
-            self._meets_data = any(map(self._is_data, given))
+        plain = name.strip("_")
+        if isinstance(result, Tensor):
+            self._data.add_call(plain, given, result)
         if name in loss_calls.LOSSES:
             answer, target, options = loss_calls.arguments_of(function, args, kwargs)
-            self.losses.add(name, answer, target, options, result, is_data=self._is_data(target))
+            self.losses.add(name, answer, target, options, result, is_data=target in self._data)
             return
         if name in attention.FUNCTIONS:
             self._record_attention(name, attention.arguments_of(function, args, kwargs), result)
         if not isinstance(result, Tensor):
             return
-        plain = name.strip("_")
         self.losses.add_latent(plain, result)
         place = self._modules[-1] if self._modules else self._last
         self._dimensions.add_call(plain, args, kwargs, result, place, self._n_calls)
@@ -248,19 +249,13 @@ class StepTrace(TorchFunctionMode):
         elif plain in units.ACTIVATIONS:
             self._record_units(plain, result)
         elif plain in ("sub", "rsub", "subtract") and self._n_calls:
-            self.losses.add_difference(args, self._is_data)
+            self.losses.add_difference(args, self._data)
         elif plain in ("mul", "rmul", "multiply"):
             self._record_gate(given)
         elif plain in ("add", "radd", "iadd") and not self._has_residuals:
             self._has_residuals = self._n_calls <= loss_calls.MAX_SEARCHED and loss_calls.adds_its_input(
                 given
             )
-        is_of_data = bool(given) and all(map(self._is_data, given)) and name not in loss_calls.CONSTANTS
-        if is_of_data and not result.requires_grad:
-            self._data[id(result)] = result
-
-    def _is_data(self, tensor: Tensor) -> bool:
-        return self._data.get(id(tensor)) is tensor
 
     def _record_attention(self, name: str, arguments: dict[str, Any], result: Any) -> None:
         where = self._attention[-1] if self._attention else self._last
