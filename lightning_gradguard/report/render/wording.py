@@ -64,7 +64,7 @@ def intervention_sentences(interventions: Interventions) -> list[str]:
 
 def comparison_table(reports: Sequence[RunReport]) -> list[tuple[str, ...]]:
     """Returns several runs side by side: a head, and a row for each."""
-    head = ("run", "verdict", "finite steps", "final loss", "max norm", "skips", "rollbacks", "worst layer")
+    head = ("run", "verdict", "finite", "final loss", "max norm", "skips", "rollbacks", "worst layer")
     return [head, *map(_row, reports)]
 
 

@@ -14,10 +14,7 @@ from lightning_gradguard.report.render.text import text_table
 from tests.report.runs import printed, write_events
 
 NAN = math.nan
-HEAD = [
-    *("run", "verdict", "finite", "steps", "final", "loss", "max", "norm", "skips", "rollbacks", "worst"),
-    "layer",
-]
+HEAD = ["run", "verdict", "finite", "final", "loss", "max", "norm", "skips", "rollbacks", "worst", "layer"]
 TRANSPOSED = ["run      first_of_the_runs", "verdict  exploding", "         gradients", "loss     1.0"]
 
 
