@@ -820,6 +820,24 @@ def test_distances_that_labels_select_let_all_answers_become_one(has_negatives: 
     assert [incident.cause for incident in diagnosed(module, 80)] == found
 
 
+def test_a_state_of_zeros_is_not_taken_for_inputs_of_as_many_numbers() -> None:
+    class Recurrence(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.again, self.enter, self.head = nn.Linear(20, 20), nn.Linear(4, 20), nn.Linear(20, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            state = torch.zeros(len(x), 20)
+            for now in x.view(len(x), 5, 4).unbind(1):
+                state = torch.tanh(self.again(state) + self.enter(now))
+            out: Tensor = self.head(state)
+            return out
+
+    torch.manual_seed(0)
+    data = [(torch.randn(32, 20), torch.randint(4, (32,))) for _ in range(30)]
+    assert diagnosed(Task(Recurrence()), data=data) == []
+
+
 def test_flat_loss_without_a_target_is_stuck() -> None:
     def views(net: Any, batch: Any) -> Tensor:
         a, b = (functional.normalize(net(batch[0] + 0.1 * torch.randn_like(batch[0]))) for _ in range(2))

@@ -305,7 +305,7 @@ class StepTrace(TorchFunctionMode):
             return
         with _silent(), torch._C.DisableTorchFunction():
             given = next((leaf for leaf in _tensors(inputs) if is_measurable(leaf)), None)
-            if given is not None:
+            if given is not None and not self._data.is_made(given):
                 self._measure_input(given)
             if (tensor := next((leaf for leaf in _tensors(output) if is_measurable(leaf)), None)) is None:
                 return
