@@ -343,15 +343,15 @@ def _advice(record: OperationRecord, fault: OperationFault | None, trace: Operat
     code = place.called_code if place else ""
     underflow = _underflow(record, fault) if fault.underflow else None
     computed = place if underflow is None else underflow.location
+    is_logarithm = "log" in short_name(record).lower()  # of which the cure takes the place, too
     if computed is not None and (underflow is not None or failed == "exp"):
         source = "".join(linecache.getlines(computed.file))
         found = in_logarithms(source, computed.line, "exp" if underflow is None else underflow.operation)
         cures = ", and in place of ".join(f"{old} use {new}" for old, new in found)
-        if cures:
+        if cures and (underflow is None or is_logarithm or any(code in old for old, _ in found)):
             return f"{whose}{fault.why}. In place of {cures}."
     if underflow is not None:
         underflowed = computed.called_code if computed else ""
-        is_logarithm = "log" in short_name(record).lower()  # of which the cure takes the place, too
         advice = whose + fault.advice(underflow.operation, "" if is_logarithm else underflowed)
         return advice if "In place of" in advice else advice + _bounded(record, underflow, code)
     if place is not None and place.functional:

@@ -265,6 +265,19 @@ def test_nan_that_the_code_writes_is_told_as_that(missing: Callable[[Tensor, Ten
     assert "The NaN that this line writes reaches the loss" in origin.advice
 
 
+def test_the_divisor_is_cured_beside_a_logarithm_of_it() -> None:
+    net, x = network(), inputs()
+
+    def loss() -> Tensor:
+        raw: Tensor = net(x) - 200
+        var = raw.exp()
+        return (1 / var + torch.log(var)).mean()
+
+    advice = examine(net, loss, (x,)).advice
+    assert "In place of raw.exp() use torch.exp(raw.clamp_min(-15))." in advice
+    assert "In place of torch.log(var) use raw." in advice
+
+
 def test_fully_masked_attention_row_names_softmax() -> None:
     torch.manual_seed(0)
     net = nn.ModuleDict({"attention": Attention(), "head": nn.Linear(4, 1)})
