@@ -62,9 +62,9 @@ class MetricBuffer:
 
     def add_scalars(self, scalars: Mapping[str, float | Tensor]) -> None:
         """Adds scalars of the running step, on the host or still on the device, by tag."""
-        on_device = {tag: v.double().flatten() for tag, v in scalars.items() if isinstance(v, Tensor)}
+        on_device = {tag: v.double().reshape(()) for tag, v in scalars.items() if isinstance(v, Tensor)}
         if on_device:
-            values = torch.cat(list(on_device.values())).detach()
+            values = torch.stack(list(on_device.values())).detach()
             self._pending.append(_Tagged(values, tuple(on_device)))
         self._scalars |= {tag: value for tag, value in scalars.items() if not isinstance(value, Tensor)}
 
