@@ -708,7 +708,8 @@ LOGARITHMS = [
     "torch.log(torch.exp(h)) - torch.log(torch.exp(h).sum(1, keepdim=True))",
     "-torch.log(torch.exp(h / 2)[:, 0] / torch.exp(h / 2).sum(1)).mean()",
     "-(h[:, 0].exp().log() - h.exp().sum(axis=1).log())",
-    "2 * torch.log((torch.exp(h) * (torch.arange(h.shape[1]) > 0)).sum(1) + 1e-8)",
+    "2 * torch.log((torch.exp(h) * (torch.arange(h.shape[1]) > 0)).sum(1))",
+    "torch.log(torch.exp(h).sum(1) * float(h.size(0)) * math.exp(0.5) / h.shape[1])",
     "torch.log(h.exp().mean()) - torch.log(torch.exp(h).mean(1))",
     "torch.log1p(torch.exp(h)) + (1 + torch.exp(h.T)).log().T",
     "torch.log(torch.softmax(h, 1)[:, :2]) - torch.log(h.sigmoid()[:, :2])",
@@ -722,6 +723,18 @@ FUNCTIONS = [
     ("p = torch.exp(h)\nfor _ in range(3):\n  p = p * 2\nreturn torch.log(p)", False),
     ("return torch.log(torch.exp(h).sum(1) - torch.exp(h[:, 0]))", False),
     ("return torch.log(torch.exp(torch.relu(h)).mean(1))", False),
+    # a row without any has the logarithm of the epsilon
+    ("return torch.log((torch.exp(h) * (torch.arange(h.shape[1]) > 9)).sum(1) + 1e-8)", False),
+    ("return torch.log(torch.exp(h) + 0.5 + torch.tanh(h) / 2)", False),
+    ("return torch.log1p(torch.exp(h) * torch.tanh(h) / 9)", False),
+    ("p = torch.exp(h)\np[:, 0] = 0\nreturn torch.log(p.sum(1))", False),
+    ("p = torch.exp(h[:4, :4])\np.fill_diagonal_(0)\nreturn torch.log(p.sum(1))", False),
+    ("p = torch.exp(h)\nfor _ in range(3):\n  q = torch.log(p.sum(1))\n  p = p * 2\nreturn q", False),
+    ("p = torch.exp(torch.dropout(h, 0.5, False))\nreturn torch.log(p / p.sum())", False),
+    ("p = torch.exp(f.net(h)) if 0 else torch.exp(abs(h))\nreturn torch.log(p)", False),
+    ("p = torch.exp(abs(h))\nq = h.exp()\nf = lambda p: torch.log(p.sum(1))\nreturn f(h**2)", False),
+    ("return torch.log(sum(torch.exp(h)))", False),
+    ("return torch.log(torch.exp(h).sum(1, dtype=torch.float32))", False),
 ]
 
 
@@ -732,7 +745,7 @@ def test_a_logarithm_of_exponentials_has_the_number_of_the_code_and_trains(
     code: str, is_rewritten: bool
 ) -> None:
     def run(code: str, h: Tensor) -> Tensor:
-        names: dict[str, Any] = {"torch": torch}
+        names: dict[str, Any] = {"torch": torch, "math": math}
         exec(code, names)
         result: Tensor = names["f"](h)
         return result
@@ -749,6 +762,28 @@ def test_a_logarithm_of_exponentials_has_the_number_of_the_code_and_trains(
     if pairs:
         trains(lambda h: run(cured, h + 200))
         trains(lambda h: run(cured, h - 200))
+
+
+@pytest.mark.parametrize(
+    ("code", "operation"),
+    [
+        ("return torch.log(x.prod(1) + 1)", "prod"),
+        ("return torch.log(x.prod(1) + 1e-8)", "prod"),
+        ("return torch.log1p(x * y)", "mul"),
+        ("return torch.log((x * y).sum(1))", "mul"),
+        ("x = torch.log((x * y))", "mul"),
+        ("return torch.log(self.softmax(x))", "softmax"),
+        ("return torch.log(self.act.sigmoid(x))", "sigmoid"),
+        ("p = torch.exp(self.net(x))\n  return torch.log(p / p.sum(1))", "exp"),
+        ("p = torch.exp(self.a)\n  self.a = x\n  return torch.log(p.sum(1))", "exp"),
+        ("return torch.log(eps + eps) + torch.log(x.exp())", "mul"),
+    ],
+)
+def test_a_logarithm_without_another_form_of_the_same_number_is_left(code: str, operation: str) -> None:
+    pairs = in_logarithms(f"def f(self, x, y, eps):\n  {code}", 2, operation)
+    assert [
+        new for _, new in pairs if new != "(torch.log(torch.as_tensor(x)) + torch.log(torch.as_tensor(y)))"
+    ] == []
 
 
 def test_the_logarithm_of_a_masked_state_remains_that_of_nothing() -> None:
