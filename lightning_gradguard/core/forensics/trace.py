@@ -197,10 +197,8 @@ class OperationTrace(TorchDispatchMode):
         earlier = [(t, u) for t in inputs if (u := self._underflows.get(_storage(t))) is not None]
         short, numbers = _short(name), [arg for arg in args if type(arg) in (int, float, bool)]
         if short in ("sub", "rsub"):  # 0 where two numbers are alike
-            sigmoids = (
-                u for _, u in earlier if u.operation == "sigmoid" and (short, numbers) == ("rsub", [1])
-            )
-            return next((Underflow("1 - sigmoid", u.location) for u in sigmoids), None)
+            ones = (u for _, u in earlier * (numbers == [1]) if u.operation == "sigmoid" and short == "rsub")
+            return next((Underflow("1 - sigmoid", u.location) for u in ones), None)
         if short == "add" and any(bool((_values(t) < 0).any()) for t, _ in earlier):
             return None
         passed = (u for t, u in earlier if _has_zero(t) and (short == "mul" or u.operation not in _ROOTS))
@@ -211,7 +209,9 @@ class OperationTrace(TorchDispatchMode):
             return found
         if any(is_nonfinite(t) or _has_zero(t) for t in inputs):  # a zero is of a mask, or of a ReLU
             return None
-        return None if short == "mul" and 0 in numbers else Underflow(short.lstrip("_"), location)
+        is_signed = short.endswith(("prod", "mul")) and any(bool((_values(t) < 0).any()) for t in inputs)
+        is_out = is_signed or (short == "mul" and 0 in numbers)
+        return None if is_out else Underflow(short.lstrip("_"), location)
 
     def record_of(self, tensor: Tensor) -> OperationRecord | None:
         """Returns the operation that wrote a tensor; `None` if none was recorded."""

@@ -641,6 +641,15 @@ def test_another_name_of_a_function_is_read(code: str, cure: str) -> None:
     assert fault.advice(short_name(record), code).endswith(f"In place of {code} use {cure}.")
 
 
+@pytest.mark.parametrize("code", ["h.prod(1)", "torch.cumprod(h, 1)", "h * h"])
+@pytest.mark.parametrize(("sign", "is_product"), [(1, True), (-1, False)])
+def test_factors_below_0_have_no_logarithms_to_add(code: str, sign: int, is_product: bool) -> None:
+    record = examined(lambda h: torch.log(eval(code, {"torch": torch, "h": sign * tiny(h).square()})))
+    fault = known_fault(record, FAULTS)
+    assert fault is not None
+    assert bool(fault.underflow) == is_product
+
+
 @pytest.mark.parametrize("function", ["asin", "acos"])
 def test_a_cure_has_the_function_that_failed(function: str) -> None:
     record = examined(lambda h: getattr(torch, function)(one(h)))
