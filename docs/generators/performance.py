@@ -39,16 +39,16 @@ overhead seems small.
 
 REASONS = """## Why it is not less
 
-* *Python calls.* One healthy, unlogged batch of a network with batch normalization makes 135 calls of the
-  package, with 90 moves between its files (`python -m benchmarks.cost.calls`, Python 3.11; from 3.12 on list
+* *Python calls.* One healthy, unlogged batch of a network with batch normalization makes 140 calls of the
+  package, with 96 moves between its files (`python -m benchmarks.cost.calls`, Python 3.11; from 3.12 on list
   comprehensions make no calls). It was 273 and 114. No call takes more than a few percent of what is added
   to a step of the BoringModel. Lightning calls each hook of each callback in a context of its profiler,
   whether it is overridden or not: six callbacks that do nothing take as much as a third of it. While the
   suite trains, its hooks that do nothing are `None`, which Lightning passes over, and callbacks that are
   neighbours in its list share one hook: 5 calls a step, not 36. A callback of another kind in between has its
-  turn, and under a profiler each hook is called. The suite adds 236 calls of all packages to the 998 of that
-  batch (252 before), 290 under `check="deferred"` (677), where a CPU copies nothing for a step that it knows
-  to be good, and 469 to a logged one (654).
+  turn, and under a profiler each hook is called. The suite adds 241 calls of all packages to the 998 of that
+  batch (252 before), 295 under `check="deferred"` (677), where a CPU copies nothing for a step that it knows
+  to be good, and 477 to a logged one (654).
 * *First calls of a step.* After a backward pass the processor's caches hold other code: an operation on
   tensors that takes 1 to 3 microseconds in a loop takes 5 to 10 in a step. Of a hot step of the BoringModel,
   measuring takes about 60 microseconds, what a replay needs of the batch and the generators 40, the

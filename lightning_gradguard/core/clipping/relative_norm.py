@@ -217,10 +217,8 @@ class RelativeNormClipping(ClippingPolicy):
         # what is false on the host needs no further look
         is_spike = norm > bound
         if is_spike is not False:
-            calm_ratio, recurring = (
-                CALM_RATIO if self._has_rate else ADAPTIVE_CALM_RATIO,
-                history.recurring_loss,
-            )
+            calm_ratio = CALM_RATIO if self._has_rate else ADAPTIVE_CALM_RATIO
+            recurring = history.recurring_loss
             if has_ratio and recurring > usual_loss:
                 calm_ratio *= recurring / max(usual_loss, TINY)
             is_calm = (loss <= recurring + abs(recurring)) & (norm <= calm_ratio * bound)
