@@ -245,7 +245,13 @@ def test_an_index_beyond_its_range_is_told_with_its_row(name: str, index: Progra
 def test_a_target_beyond_the_support_is_named_by_its_part_of_the_batch() -> None:
     net, data, y = network(), torch.ones(ROWS, 3), torch.ones(ROWS, 1)
     y[BAD] = -2.0
-    origin = examine(net, lambda: -d.Poisson(net(data)[:, :1].exp()).log_prob(y).mean(), (data, y))
+
+    def loss() -> Tensor:
+        poisson: Any = d.Poisson(net(data)[:, :1].exp(), validate_args=True)
+        log_likelihood: Tensor = poisson.log_prob(y)
+        return -log_likelihood.mean()
+
+    origin = examine(net, loss, (data, y))
     assert (origin.cause, origin.where, origin.rows) == ("bad_input", ("batch[1]",), (BAD,))
     assert "In place of y use y.round().clamp_min(0)." in origin.advice
 
