@@ -17,6 +17,7 @@ from lightning_gradguard.runtime.incidents.dataset_indices import DatasetIndices
 from lightning_gradguard.runtime.incidents.journal import run_folder
 from lightning_gradguard.runtime.incidents.lost_batches import LostBatches, Reason
 from lightning_gradguard.runtime.incidents.replay import SeenBatch, rises_with_data, versions_of
+from lightning_gradguard.runtime.logging import console
 from lightning_gradguard.runtime.rollback.fit_context import FitContext
 from lightning_gradguard.runtime.rollback.outcome import BatchOutcome
 from lightning_gradguard.runtime.rollback.reporter import IncidentReporter
@@ -216,7 +217,11 @@ class RollbackSession:
     def report_exception(self, error: BaseException) -> None:
         """Examines the batch of the running step, if that has raised."""
         if self._transaction.state == "open":
-            report_step_exception(error, self._transaction.window, self._fit, self._reporter)
+            try:
+                report_step_exception(error, self._transaction.window, self._fit, self._reporter)
+            except Exception as failed:  # that of the step is the one to raise
+                message = f"The step that raised was not examined: {type(failed).__name__}"
+                console.print_message(self._fit.trainer, message)
 
     def _open_transaction(self, step: int) -> None:
         trainer, snapshots = self._fit.trainer, self._fit.snapshots

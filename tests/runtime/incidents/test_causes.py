@@ -658,3 +658,37 @@ def test_index_in_the_data_set_is_told_where_the_sampler_has_it(
     loader = DataLoader(TensorDataset(x, y, mask), batch_size=8, shuffle=True, **options)
     fit(twin, [], [NaNRollback(max_dossiers=0)], loader=loader, max_epochs=3)
     assert all(map(torch.equal, weights(module), weights(twin)))
+
+
+class WithoutMessageError(Exception):
+    def __str__(self) -> str:
+        raise RuntimeError("this exception has no message")
+
+
+def test_an_exception_without_a_message_is_raised_as_it_is(tmp_path: Path) -> None:
+    class Raising(pl.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(2, 1)
+
+        def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+            if batch_idx == 3:
+                raise WithoutMessageError
+            loss: Tensor = self.layer(batch[0]).square().mean()
+            return loss
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.parameters(), lr=0.01)
+
+    trainer = pl.Trainer(
+        max_epochs=1,
+        callbacks=[NaNRollback()],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        accelerator="cpu",
+        default_root_dir=tmp_path,
+    )
+    with pytest.raises(WithoutMessageError):
+        trainer.fit(Raising(), DataLoader(TensorDataset(torch.randn(10, 2))))
