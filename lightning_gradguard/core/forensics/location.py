@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import inspect
 import linecache
 import os
@@ -21,8 +22,8 @@ from torch import nn
 
 from lightning_gradguard.core.snapshots.libraries import LIBRARIES, TORCH
 
-#: Folders with code that is never the user's: torch, and this one.
-_FRAMEWORKS = (TORCH, str(Path(__file__).parents[1]))
+#: Code that is never the user's: torch, this one, and what enters and leaves context managers of both.
+_FRAMEWORKS = (TORCH, str(Path(__file__).parents[1]), contextlib.__file__)
 #: Files with functions of torch that consist of several operations.
 _DISTRIBUTIONS = os.path.dirname(torch.distributions.__file__)
 _FUNCTIONAL = torch.nn.functional.__file__

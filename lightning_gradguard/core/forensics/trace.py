@@ -218,8 +218,8 @@ class OperationTrace(TorchDispatchMode):
         return self._records.get(_storage(tensor))
 
     def written(self, names: Collection[str]) -> OperationRecord | None:
-        """Returns the first operation that wrote large values to one of these tensors; `None` if none did."""
-        return next((r for r in self._in_order if r.writes in names), None)
+        """Returns the user's first operation that wrote large values to one of these; `None` if none did."""
+        return next((r for r in self._in_order if r.writes in names and r.location is not None), None)
 
     def leaf(self, name: str) -> Tensor:
         """Returns the parameter, buffer or part of the batch of this name."""

@@ -150,6 +150,23 @@ def test_epsilon_of_adam_in_half_precision(tmp_path: Path) -> None:
     assert all(bool(w.isfinite().all()) for w in weights(module))
 
 
+def test_epsilon_of_adam_under_manual_optimization_and_deferred_checks(tmp_path: Path) -> None:
+    class Manual(Network):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            optimizer: Any = self.optimizers()
+            loss: Tensor = self.net(batch[0]).float().square().mean() * 1e-3
+            self.manual_backward(loss)
+            optimizer.step()
+            optimizer.zero_grad()
+            return loss
+
+    module = Manual(masked)
+    module.automatic_optimization = False
+    batch: Any = [[t.half() for t in batch[:2]] for batch in data(20)]
+    with pytest.raises(TrainingDivergedError, match=r"\(optimizer epsilon\).*eps=1e-4"):
+        fit(module, batch, [NaNRollback(check="deferred")], tmp_path, precision="16-true")
+
+
 def test_schedule_that_is_nonfinite(tmp_path: Path) -> None:
     def factor(step: int) -> float:
         return 1.0 if step < 10 else math.nan
