@@ -40,6 +40,7 @@ from lightning_gradguard.core.forensics.inputs import (
 from lightning_gradguard.core.forensics.operations import (
     JUMP,
     OperationFault,
+    advice_on_argument,
     advice_on_number,
     known_fault,
     short_name,
@@ -321,15 +322,10 @@ def _underflow(record: OperationRecord, fault: OperationFault | None) -> Underfl
 
 
 def _advice(record: OperationRecord, fault: OperationFault | None, trace: OperationTrace) -> str:
-    given = record.given_nonfinite
-    if given is not None:
-        return (
-            f"An argument of shape {given.shape} is nonfinite before {record.name} runs, and is neither part "
-            "of the batch nor a weight or buffer: look at the code that makes it, for a division by a count "
-            "of 0, torch.empty, or a state that is kept from an earlier batch."
-        )
-    if (of_number := advice_on_number(record)) or fault is None:
+    if of_number := advice_on_number(record):
         return of_number
+    if fault is None or record.given_nonfinite is not None:
+        return advice_on_argument(record)
     is_positive = "clamp_min(1e-" in fault.cure  # it makes its argument so
     if name := trained_in(record.arguments[fault.argument or 0 :][:is_positive], record, trace):
         return (

@@ -24,8 +24,12 @@ from lightning_gradguard.core.snapshots.libraries import LIBRARIES, TORCH
 
 #: Code that is never the user's: torch, this one, and what enters and leaves context managers of both.
 _FRAMEWORKS = (TORCH, str(Path(__file__).parents[1]), contextlib.__file__)
-#: Files with functions of torch that consist of several operations.
-_DISTRIBUTIONS = os.path.dirname(torch.distributions.__file__)
+#: Files with classes, and functions, of torch that consist of several operations.
+_UTILS = os.path.dirname(nn.utils.__file__)
+_CLASSES = (
+    os.path.dirname(torch.distributions.__file__),
+    *(os.path.join(_UTILS, file) for file in ("parametrizations.py", "spectral_norm.py", "weight_norm.py")),
+)
 _FUNCTIONAL = torch.nn.functional.__file__
 _LOSSES = (torch.nn.modules.loss.__file__, torch.nn.modules.distance.__file__)
 #: Functions that consist of several operations and are not written in Python.
@@ -86,7 +90,7 @@ def user_location(frameworks: Sequence[str] = ()) -> Location | None:
     in_library, called, generated, loss = None, "", "", None
     while frame is not None and frame.f_code.co_name not in _BOUNDARIES:
         file = frame.f_code.co_filename
-        if file.startswith(_DISTRIBUTIONS):
+        if file.startswith(_CLASSES):
             owner = frame.f_locals.get("self")
             called = frame.f_code.co_name if owner is None else type(owner).__name__
         elif file == _FUNCTIONAL:

@@ -181,10 +181,12 @@ def advice_on_number(record: OperationRecord) -> str:
     The infinity of a mask is one whose product with 0 fails.
     """
     number = next((n for n in record.numbers if not math.isfinite(n)), None)
-    name = short_name(record)
+    name, given = short_name(record), record.given_nonfinite
+    if number is None and given is not None and given.has_nan and given.shape == ():  # as `x[mask] = nan`
+        number = math.nan
     if number is None or (math.isinf(number) and record.made == "nan"):
         return ""
-    if math.isnan(number) and name in _WRITES:
+    if math.isnan(number) and name in _WRITES and not record.called:
         return (
             "The NaN that this line writes reaches the loss: a product with 0 does not hide it, as NaN times "
             "0 is NaN, nor does torch.where its gradient. Write a finite number, and mask what is computed "
@@ -195,6 +197,25 @@ def advice_on_number(record: OperationRecord) -> str:
     return (
         f"A number that this line gives to {name} is {number}: look at the code that computes it, for a "
         "division by a count of 0, a mean of nothing or a logarithm of 0, and leave its term out then."
+    )
+
+
+def advice_on_argument(record: OperationRecord) -> str:
+    """Returns what to do about an argument that was nonfinite before; empty if there is none."""
+    given = record.given_nonfinite
+    if given is not None:
+        return (
+            f"An argument of shape {given.shape} is nonfinite before {record.name} runs, and is neither part "
+            "of the batch nor a weight or buffer: look at the code that makes it, for a division by a count "
+            "of 0, torch.empty, or a state that is kept from an earlier batch."
+        )
+    written = (a.record for a in record.arguments if a.is_nonfinite and a.record is not None)
+    place = next((r.location for r in written if r.is_intended), None)
+    if place is None or record.node:
+        return ""
+    return (
+        f"An argument is infinite, as {place} writes it (`{place.code}`). A mask of -inf belongs right "
+        "before a softmax; elsewhere write a finite number."
     )
 
 

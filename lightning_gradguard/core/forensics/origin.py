@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
@@ -25,6 +25,8 @@ MIN_LARGEST = 0.1
 MAX_CORRUPTED = 2
 #: A flip of one of the three highest exponent bits of float32 changes a value at least by this factor.
 FLIP = 2.0**15
+#: Steps within which a rate that has destroyed the weights is seen, at deferred checks too.
+_STEPS_BEFORE = 3
 #: Keys under which optimizers keep the mean of squared gradients that they divide by.
 _SECOND_MOMENTS = ("max_exp_avg_sq", "exp_avg_sq", "square_avg", "sum", "exp_inf")
 
@@ -241,7 +243,7 @@ def origin_in_learning_rate(
     """Finds a nonfinite learning rate, and the function of a schedule that has set it.
 
     Returns:
-        The origin; `None` if all rates are finite.
+        The origin; `None` if all rates are finite, those of the last steps too where a function gives them.
 
     Example:
         >>> sgd = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1)
@@ -249,14 +251,14 @@ def origin_in_learning_rate(
         >>> origin_in_learning_rate([sgd], [schedule]).cause
         'nonfinite_learning_rate'
     """
+    schedules = list(schedules)
     rates = [float(group["lr"]) for o in optimizers for group in groups_with_rate(o)]
-    rate = next((rate for rate in rates if not math.isfinite(rate)), None)
+    rate = next((rate for rate in (*rates, *_rates_before(schedules)) if not math.isfinite(rate)), None)
     if rate is None:
         return None
-    schedules = list(schedules)
     function = _function_of(schedules)
     names = [type(schedule).__name__ for schedule in schedules] or ["the code that sets lr"]
-    detail = f"The learning rate is {rate}, and so are the weights that it has updated."
+    detail = f"The learning rate was {rate}, and so are the weights that it has updated."
     origin = Origin("nonfinite_learning_rate", where=() if function else tuple(names), detail=detail)
     return located(origin, function)
 
@@ -310,6 +312,15 @@ def advice_on_decay(optimizers: Iterable[torch.optim.Optimizer]) -> str:
                         f"{1 - rate * decay:.3g} in each step (usual: 0.99 to 1), whatever the loss is."
                     )
     return ""
+
+
+def _rates_before(schedules: Iterable[Any]) -> Iterator[float]:
+    """Yields the rates of a few steps before, from schedules that are a function of the step."""
+    for schedule in schedules:
+        with contextlib.suppress(Exception):  # of the user's function, or of a schedule of the user's own
+            for function in getattr(schedule, "lr_lambdas", ()):
+                steps = range(max(schedule.last_epoch - _STEPS_BEFORE, 0), schedule.last_epoch)
+                yield from map(float, map(function, steps))
 
 
 def _function_of(schedules: Iterable[object]) -> Location | None:

@@ -61,6 +61,10 @@ _NOT_FOUND_FOR = {
         "no initialization helps, the values are nonfinite before this layer: check the batch, and the code "
         "before it for a division by 0, a log or root of 0, or exp of a large number"
     ),
+    "nonfinite_output": (
+        "no initializer that was tried betters it: look in this layer for a division by 0, as by the norm of "
+        "weights of zero, for a number that code writes, and for values beyond the range of the dtype"
+    ),
 }
 
 

@@ -900,3 +900,43 @@ def test_the_logarithm_of_a_weight_is_trained_where_it_has_to_be_positive(
     origin = examine(net, lambda: (net[2](net[1](net[0](inputs()))) * operation(scale)).mean())
     assert ("train its logarithm" in origin.advice) == is_logarithm, origin.advice
     assert "step has moved" not in origin.advice
+
+
+def test_an_infinity_that_code_writes_into_features_is_no_overflow_of_the_layer() -> None:
+    module = network()
+
+    def loss() -> Tensor:
+        x = inputs().clone()
+        x[1, 0] = math.inf
+        mean: Tensor = module(x).mean()
+        return mean
+
+    origin = examine(module, loss)
+    assert "x[1, 0] = math.inf" in origin.advice, origin.advice
+    assert "finite number" in origin.advice
+
+
+def test_nan_that_a_hook_writes_is_named_as_that() -> None:
+    module = network()
+
+    def hook(_: nn.Module, __: Any, out: Tensor) -> Tensor:
+        out = out.clone()
+        out[out > 0] = math.nan
+        return out
+
+    module[0].register_forward_hook(hook)
+    origin = examine(module, lambda: module(inputs()).mean())
+    assert "The NaN that this line writes reaches the loss" in origin.advice
+    assert "out[out > 0] = math.nan" in origin.code
+
+
+@pytest.mark.parametrize("apply", [nn.utils.parametrizations.spectral_norm, nn.utils.spectral_norm])
+def test_spectral_norm_of_weights_of_zero(apply: Callable[[nn.Module], nn.Module]) -> None:
+    module = network()
+    last: Any = module[2]
+    last.weight.data.zero_()
+    apply(last)
+    origin = examine(module, lambda: module(inputs()).mean())
+    assert "initialize it otherwise" in origin.advice, origin.advice
+    assert "In place of" not in origin.advice
+    assert "torch.nn.init.orthogonal_(x) (`x` is its argument)" in origin.advice

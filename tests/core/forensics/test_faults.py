@@ -425,7 +425,20 @@ CASES: list[tuple[str, Program, Program, Callable[[Tensor], Any] | None, str]] =
     ("masked scores over a temperature", lambda x, y: (x / y).softmax(-1), scores, mean, "divisor"),
     ("masked scores times a scale", lambda x, y: (x * y).softmax(-1), scores, mean, "factor"),
     ("negative rate", rated, lambda h: shifted(h, -5), lambda h: torch.ones_like(h), "log_input=True"),
-    ("weight_norm of a row of zeros", lambda x, y: torch._weight_norm(x, y), zero, column, "weight_norm"),
+    (
+        "weight_norm of a row of zeros",
+        lambda x, y: nn.utils.parametrizations._WeightNorm()(y, x),
+        zero,
+        column,
+        "weight_norm",
+    ),
+    (
+        "spectral_norm of zeros",
+        lambda x: nn.utils.parametrizations._SpectralNorm(x.detach())(x),
+        lambda h: 0 * h,
+        None,
+        "spectral_norm",
+    ),
     ("gradient of QR", lambda x: torch.linalg.qr(x)[1], lambda h: 0 * h[:COLUMNS], None, "inverse"),
 ]
 CASES += [

@@ -184,6 +184,19 @@ def test_schedule_that_is_nonfinite(tmp_path: Path) -> None:
     assert [i["kind"] for i in found].count("learning_rate_backoff") == 0
 
 
+@pytest.mark.parametrize("check", ["exact", "deferred"])
+def test_schedule_that_is_nonfinite_once(tmp_path: Path, check: Any) -> None:
+    class Scheduled(Network):
+        def configure_optimizers(self) -> Any:
+            optimizer = torch.optim.Adam(self.parameters())
+            schedule = LambdaLR(optimizer, lambda step: math.inf if step == 6 else 1.0)
+            return [optimizer], [{"scheduler": schedule, "interval": "step"}]
+
+    fit(module := Scheduled(squares), data(20, bad=-1), [NaNRollback(check=check)], tmp_path)
+    assert {i["cause"] for i in incidents(tmp_path) if i["cause"]} == {"nonfinite_learning_rate"}
+    assert all(bool(w.isfinite().all()) for w in weights(module))
+
+
 def test_weights_that_have_grown_are_not_blamed_for_a_batch_that_fails_without_it(tmp_path: Path) -> None:
     fit(Network(masked, lr=0.2), data(), [NaNRollback()], tmp_path)
     (found,) = incidents(tmp_path)

@@ -152,7 +152,18 @@ FUNCTIONS = (
         "(parametrizations.weight.original1) otherwise. To begin with outputs of 0, set the lengths, "
         "original0, to 0",
         "torch.nn.init.normal_(x, std=0.05)",
+        called="_WeightNorm|WeightNorm",
         made="nan",
+    ),
+    Fault(
+        ("div",),
+        "The weight is 0 throughout, and spectral_norm divides by its largest singular value: initialize it "
+        "otherwise, before spectral_norm is applied. To begin with outputs of 0, multiply them by a trained "
+        "factor of 0",
+        "torch.nn.init.orthogonal_(x)",
+        called="_SpectralNorm|SpectralNorm",
+        argument=1,
+        has_zero=True,
     ),
     Fault(
         ("div", "pow", "mul", "reciprocal", "log"),
