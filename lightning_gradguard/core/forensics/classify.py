@@ -333,7 +333,8 @@ def _advice(record: OperationRecord, fault: OperationFault | None, trace: Operat
             f"use torch.exp(self.{name}) in place of self.{name}."
         )
     name = record.node.removesuffix("Backward")
-    whose = f"The backward pass of your own autograd.Function {name}: " * record.is_custom
+    is_function = record.is_custom and name != record.node  # torch's own nodes end in a number
+    whose = f"The backward pass of your own autograd.Function {name}: " * is_function
     failed = record.called if fault.called else short_name(record)
     place = record.location
     code = place.called_code if place else ""

@@ -54,6 +54,7 @@ def made_outside(
 def origin_in_write(record: OperationRecord, trace: OperationTrace) -> Origin:
     """Returns the origin in code of the step that has written large values to a parameter or buffer."""
     is_weight = isinstance(trace.leaf(record.writes), nn.Parameter)
+    written = f"values up to {record.largest:.3g}" if record.made == "large" else record.made
     origin = Origin(
         "corrupted_weights" if is_weight else "forward_pass",
         record.phase,
@@ -61,7 +62,7 @@ def origin_in_write(record: OperationRecord, trace: OperationTrace) -> Origin:
         record.operation,
         (record.writes,),
         dtype=record.dtype,
-        detail=f"{record.operation} writes values up to {record.largest:.3g} to {record.writes}",
+        detail=f"{record.operation} writes {written} to {record.writes}",
         advice=f"This line writes {record.writes}: correct it, or bound what it writes. A lower learning "
         "rate does not help.",
     )

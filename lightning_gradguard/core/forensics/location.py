@@ -28,7 +28,7 @@ _FRAMEWORKS = (TORCH, str(Path(__file__).parents[1]), contextlib.__file__)
 _UTILS = os.path.dirname(nn.utils.__file__)
 _CLASSES = (
     os.path.dirname(torch.distributions.__file__),
-    *(os.path.join(_UTILS, file) for file in ("parametrizations.py", "spectral_norm.py", "weight_norm.py")),
+    *(os.path.join(_UTILS, f"{name}.py") for name in ("parametrizations", "spectral_norm", "weight_norm")),
 )
 _FUNCTIONAL = torch.nn.functional.__file__
 _LOSSES = (torch.nn.modules.loss.__file__, torch.nn.modules.distance.__file__)

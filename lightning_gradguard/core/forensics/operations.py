@@ -73,7 +73,7 @@ class OperationFault:
 
     def matches(self, record: OperationRecord) -> bool:
         """Checks that a recorded operation is one of these, and its arguments are in the range."""
-        # code of a user's own backward pass is like any other
+        # code of the user's own in a backward pass is like any other
         phase = "forward" if record.is_custom else record.phase
         if phase != self.phase or short_name(record) not in self.operations:
             return False

@@ -88,7 +88,7 @@ class OperationRecord:
     rows: tuple[int, ...] = ()
     #: The arguments that are numbers.
     numbers: tuple[float, ...] = ()
-    #: True if a `torch.autograd.Function` of the user's ran it in its backward pass.
+    #: True if code of the user's ran it in a backward pass: of a `torch.autograd.Function`, or a hook.
     is_custom: bool = False
     #: Its place among the recorded ones.
     index: int = 0

@@ -154,10 +154,8 @@ class OperationTrace(TorchDispatchMode):
         writes: str,
     ) -> None:
         """Records an operation that returned notable values, the nonfinite ones first."""
-        made, node_name = _describe_nonfinite(notable[0]), ""
-        if node is not None:
-            made_at, node_name = self._made_by(node)
-            location = location or made_at
+        made = _describe_nonfinite(notable[0])
+        made_at, node_name = (None, "") if node is None else self._made_by(node)
         is_intended = node is None and made != "nan"
         numbers = tuple(float(n) for n in tree_leaves(given) if type(n) in (int, float))
         record = OperationRecord(
@@ -172,11 +170,11 @@ class OperationTrace(TorchDispatchMode):
             is_intended=is_intended
             and (not arguments or any(not math.isfinite(n) for n in numbers) or _passes_on(name, arguments)),
             arguments=arguments,
-            location=location,
+            location=location or made_at,
             length=len(notable[0]) if notable[0].ndim else 0,
             rows=_rows(notable[0]),
             numbers=numbers,
-            is_custom=isinstance(node, torch.autograd.function.BackwardCFunction),
+            is_custom=node is not None and location is not None,
             index=len(self._in_order),
             writes=writes,
         )

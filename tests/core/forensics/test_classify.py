@@ -940,3 +940,25 @@ def test_spectral_norm_of_weights_of_zero(apply: Callable[[nn.Module], nn.Module
     assert "initialize it otherwise" in origin.advice, origin.advice
     assert "In place of" not in origin.advice
     assert "torch.nn.init.orthogonal_(x) (`x` is its argument)" in origin.advice
+
+
+def test_a_hook_on_gradients_gets_the_cure_of_its_operation() -> None:
+    module = network()
+    first: Any = module[0]
+    first.weight.register_hook(lambda g: g / (g.norm() * 0))
+    origin = examine(module, lambda: module(inputs()).mean())
+    assert "In place of g / (g.norm() * 0) use g / " in origin.advice, origin.advice
+    assert (origin.cause, origin.phase) == ("backward_pass", "backward")
+
+
+def test_infinity_that_the_step_writes_to_weights_is_no_large_value() -> None:
+    module = network()
+    first: Any = module[0]
+
+    def loss() -> Tensor:
+        first.weight.data.div_(first.weight.new_zeros(()))
+        mean: Tensor = module(inputs()).mean()
+        return mean
+
+    origin = examine(module, loss, out_of_range={"0.weight": OutOfRange(9, 9, math.inf)})
+    assert "writes inf to 0.weight" in origin.detail

@@ -230,6 +230,7 @@ def far_answers(sample: Sample, progress: Progress) -> Iterator[Symptom]:
     where = sample.head if origin == "unknown" else sample.entry
     for call in sample.calls:
         is_far = call.answer > max(LARGE_TARGET, FAR_ANSWER * call.target) and not progress.learns
+        is_far &= math.isfinite(call.answer + call.target)
         if is_far and origin == "unknown":  # else the loss that is stuck has the inputs as its cause
             sizes = f"answers is {call.answer:.2g}, that of the targets {call.target:.2g}"
             evidence = f"{call.function}: the rms of the {sizes} (usual: alike)"
