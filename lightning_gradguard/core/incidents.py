@@ -105,6 +105,7 @@ SymptomCause = Literal[
     "large_weights",
     "large_answers",
     "saturating_activations",
+    "saturating_loss",
     "large_logits",
     "depth",
     "through_time",

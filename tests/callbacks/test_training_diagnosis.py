@@ -1158,6 +1158,27 @@ def test_random_layers_that_pass_a_little_are_named_where_next_to_nothing_is_lea
         assert [root.cause for sample in samples for root in diagnosis.update(sample)] == found
 
 
+@pytest.mark.parametrize(("permuted", "found"), [(-0.2, ["stuck_loss"]), (0.2, []), (nan, [])])
+def test_a_loss_that_has_become_worse_than_a_constant_is_no_slow_start(
+    permuted: float, found: list[str]
+) -> None:
+    losses = {0: 1.0, 10: 1.1, 20: 1.3, 25: 1.6, 35: 2.0, 50: 2.0}
+    wanted = {step: permuted if step >= 35 else nan for step in losses}
+    samples = [Sample(i, loss, calls=_whole_loss(loss), permuted=wanted[i]) for i, loss in losses.items()]
+    assert _found(samples) == found
+
+
+@pytest.mark.parametrize(
+    ("loss", "growth", "found"), [(1.0, 1.0, ["stuck_loss"]), (0.98, 1.0, []), (1.0, 1.5, [])]
+)
+def test_a_loss_that_begins_to_depend_on_its_targets_is_not_stuck(
+    loss: float, growth: float, found: list[str]
+) -> None:
+    known: dict[str, Any] = {"calls": _whole_loss(loss), "permuted": 0.012}
+    steps = enumerate((0, 100, 150, 175, 200))
+    assert _found(Sample(i, loss, spread=0.04 * growth**n, **known) for n, i in steps) == found
+
+
 def test_rare_positives_that_are_learned_slowly_are_no_stuck_loss() -> None:
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(20, 32), nn.ReLU(), nn.Linear(32, 1))
@@ -1305,7 +1326,14 @@ def test_weights_shrink_by_a_decay_that_is_larger_than_gradients(gradient: float
 
 
 @pytest.mark.parametrize(
-    ("decay", "loss", "found"), [(3.0, 1.0, ["weight_decay"]), (0.01, 1.0, []), (3.0, 0.5, [])]
+    ("decay", "loss", "found"),
+    [
+        (3.0, 1.0, ["weight_decay"]),
+        (0.01, 1.0, []),
+        (3.0, 0.5, []),
+        (60.0, 0.5, ["weight_decay"]),
+        (60.0, 0.1, []),
+    ],
 )
 def test_weights_that_decay_are_named_long_before_they_are_gone_if_nothing_is_learned(
     decay: float, loss: float, found: list[str]
@@ -1817,8 +1845,9 @@ class Manual(Classifier):
 class Players(Task):
     """A generator and a critic, whose losses move by nature."""
 
-    def __init__(self) -> None:
+    def __init__(self, saturates: bool = False) -> None:
         super().__init__(nn.Sequential(nn.Linear(4, 32), nn.ReLU(), nn.Linear(32, 20)))
+        self.saturates = saturates
         self.critic = nn.Sequential(nn.Linear(20, 32), nn.LeakyReLU(0.2), nn.Linear(32, 1))
         self.automatic_optimization = False
 
@@ -1830,12 +1859,36 @@ class Players(Task):
             loss = functional.binary_cross_entropy_with_logits(scores, torch.full_like(scores, wanted))
             if real is not None:
                 loss = loss + functional.softplus(-self.critic(real)).mean()
+            elif self.saturates:
+                loss = -functional.softplus(scores).mean()
             optimizer.zero_grad()
             self.manual_backward(loss)
             optimizer.step()
 
     def configure_optimizers(self) -> Any:
         return [torch.optim.Adagrad(n.parameters(), 0.06) for n in (self.critic, self.net)]
+
+
+class CertainCritic(Players):
+    def configure_optimizers(self) -> Any:
+        rates = ((self.critic, 0.05), (self.net, 1e-4))
+        return [torch.optim.Adam(network.parameters(), rate) for network, rate in rates]
+
+
+@pytest.mark.parametrize("saturates", [True, False])
+def test_a_generator_whose_loss_is_flat_before_a_certain_critic_is_named(saturates: bool) -> None:
+    data = [(x / 9 + 2, y) for x, y in batches(60)]
+    found = diagnosed(CertainCritic(saturates), data=data)
+    assert [(one.kind, one.cause, one.where[0]) for one in found] == [
+        ("vanishing_gradient", "saturating_loss", "net.0")
+    ] * saturates
+
+
+def test_gradients_of_two_losses_are_no_profile_of_one() -> None:
+    made = [LayerSignal(f"net.{i}", False, 1.0, [1e-5]) for i in range(3)]
+    judged = [LayerSignal(f"critic.{i}", i == 2, 1.0, [0.1, 1e-5, 1e-5]) for i in range(3)]
+    updates = [_update(names=[f"{of}.0.weight", f"{of}.1.weight"]) for of in ("net", "critic")]
+    assert _found(Sample(i, 1.0, [*made, *judged], updates=updates) for i in range(1, 4)) == []
 
 
 def test_large_updates_of_two_players_are_no_explosion() -> None:

@@ -330,6 +330,12 @@ BY_CAUSE = {
         "[torch.nn.init.kaiming_normal_({weight}, nonlinearity='relu') {for_all}]; or normalization, or "
         "residual connections."
     ),
+    "saturating_loss": (
+        "The loss of {where} is flat where the other network is certain. For a generator, minimize "
+        "-log D(G(z)) in place of log(1 - D(G(z))), with logits "
+        "torch.nn.functional.softplus(-discriminator(fake)).mean(); then fewer steps or a lower learning "
+        "rate of the other network."
+    ),
     "large_logits": (
         "The products of queries and keys are too large for the softmax. Divide them by the root of their "
         "width, q @ k.transpose(-2, -1) / q.shape[-1] ** 0.5, and begin with small weights: paste at the end "

@@ -250,6 +250,7 @@ class _SampledUpdate:
             initial_rates=self._initial_rates,
             resolution=self._resolution,
             total_norm=found.total_norm,
+            loss=found.loss,
             largest=largest,
             loss_scale=self._loss_scale,
             decay=self._decay,

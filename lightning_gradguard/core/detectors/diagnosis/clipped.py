@@ -23,6 +23,9 @@ VANISHED, VANISHED_IF_STUCK = 1e-3, 1e-2
 #: The same by weight decay alone, in a network that learns nothing, with the steps from which on it should,
 #: and the ratio of the decay to the gradient.
 DECAYED, DECAY_STEPS, DOMINATES = 0.8, 20, 10.0
+#: Share of the weights that a decay takes in each step which no network is meant to lose, and the share of
+#: the loss that is left of one that learns nevertheless.
+LARGE_DECAY, LEARNED = 0.05, 0.25
 
 
 def clipped_elsewhere(sample: Sample, progress: Progress) -> Iterator[Symptom]:
@@ -76,8 +79,9 @@ def _is_clip_value(size: float) -> bool:
 def vanishing_weights(sample: Sample, progress: Progress) -> Iterator[Symptom]:
     """Yields weight matrices that have shrunk to a small share of their norm, or shrink by decay alone."""
     bound = VANISHED if progress.learns else VANISHED_IF_STUCK
-    is_stuck = sample.step >= DECAY_STEPS and not progress.learns
     for one in sample.updates:
+        is_large = one.decay * max(one.rates, default=0.0) > LARGE_DECAY and progress.over_constant > LEARNED
+        is_stuck = sample.step >= DECAY_STEPS and (is_large or not progress.learns)
         left = {
             i: progress.shrunk(name, one.weights[i])
             for i, name in enumerate(one.names)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from statistics import median
@@ -12,7 +13,7 @@ from lightning_gradguard.core.detectors.depth import slope
 from lightning_gradguard.core.detectors.diagnosis.progress import Progress
 from lightning_gradguard.core.detectors.diagnosis.sample import MIN_TIMES, LayerSignal, Sample, TimeSignal
 from lightning_gradguard.core.detectors.diagnosis.signals.units import SATURATING
-from lightning_gradguard.core.detectors.diagnosis.symptom import Symptom
+from lightning_gradguard.core.detectors.diagnosis.symptom import Symptom, modules_of
 from lightning_gradguard.core.incidents import IncidentKind, SymptomCause
 
 # thresholds of docs/diagnosis.md, in decades
@@ -47,7 +48,16 @@ STUCK_STEPS, CUT_STEPS = 50, 20
 
 def through_layers(sample: Sample, progress: Progress) -> Iterator[Symptom]:
     """Yields gradients that shrink or grow on the way from the last layer to the first."""
-    layers = [layer for layer in sample.layers if not (layer.is_last or math.isnan(layer.gradient))]
+    passes: dict[int, list[LayerSignal]] = defaultdict(list)
+    for layer in sample.layers:
+        if not (layer.is_last or math.isnan(layer.gradient)):
+            # of players, one gets gradients of its own losses and of those of the other
+            passes[len(layer.gradients) if len(sample.updates) > 1 else 0].append(layer)
+    for layers in passes.values():
+        yield from _through(layers, sample, progress)
+
+
+def _through(layers: Sequence[LayerSignal], sample: Sample, progress: Progress) -> Iterator[Symptom]:
     heights = [math.log10(max(layer.gradient, 1e-45)) for layer in layers]
     if len(layers) < MIN_LAYERS or max(heights) == ZERO:
         return
@@ -79,6 +89,25 @@ def through_layers(sample: Sample, progress: Progress) -> Iterator[Symptom]:
             f"(usual: below 2){rise}"
         )
         yield Symptom("exploding_gradient", _why(layers, sample), where, ends, evidence, "depth")
+
+
+def saturated_losses(sample: Sample, progress: Progress) -> Iterator[Symptom]:
+    """Yields networks that learn through one of another optimizer, which leaves them no gradient.
+
+    Their loss has not fallen by it: it is flat where the other network is certain.
+    """
+    n_calls = {layer.name: sum(gradient > 0 for gradient in layer.gradients) for layer in sample.layers}
+    for one in sample.updates:
+        own = {name.rpartition(".")[0] for name in one.names}
+        # the other network is called with data, too, for a step of its own
+        more = max((n for name, n in n_calls.items() if name not in own), default=0)
+        is_fed = more > max((n_calls.get(name, 0) for name in own), default=0)
+        shrunk = progress.vanished(one)
+        if is_fed and shrunk >= -VANISHING and len(sample.updates) > 1:
+            where = modules_of(one.names)
+            evidence = f"the gradient of {where[0]} has shrunk by {shrunk:.1f} decades, and its loss not: "
+            evidence += f"it is {one.loss:.3g}"
+            yield Symptom("vanishing_gradient", "saturating_loss", where, shrunk, evidence, "depth")
 
 
 def cut_recurrences(sample: Sample, progress: Progress) -> Iterator[Symptom]:

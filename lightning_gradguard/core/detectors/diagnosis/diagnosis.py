@@ -26,7 +26,7 @@ EARLY_SHARE = 0.6
 #: Share of a learning rate, from one sample to the next, below which it falls for good.
 NO_RATE = 1e-2
 #: Causes of a gradient that vanishes which no update brings about.
-_OF_ANY_STEP = ("through_time", "padding", "detached", "small_weights")
+_OF_ANY_STEP = ("through_time", "padding", "detached", "small_weights", "saturating_loss")
 #: Symptoms on the same sample: the first is the root.
 _ORDER = ("contract", "coverage", "units", "update", "depth", "stuck", "stagnation")
 _RULES = (
@@ -46,6 +46,7 @@ _RULES = (
     rules.overshooting_steps,
     rules.far_answers,
     depth.through_layers,
+    depth.saturated_losses,
     depth.cut_recurrences,
     depth.through_time,
 )
@@ -89,7 +90,8 @@ class Diagnosis:
         if self._may_be_constant and step >= contracts.MEANT_STEPS:
             return True
         is_known = self._is_related or any(root.tier == "stuck" for root in self.roots)
-        return step >= self.patience and not is_known and not self._progress.over_constant < LEARNS
+        patience = rules.WORSE_STEPS if self._progress.gets_worse else self.patience
+        return step >= patience and not is_known and not self._progress.over_constant < LEARNS
 
     def wants_dependence(self, step: int) -> bool:
         """True if it is in doubt that the targets depend on the inputs."""

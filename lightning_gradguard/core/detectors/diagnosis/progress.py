@@ -11,7 +11,7 @@ from statistics import mean
 from typing import Any
 
 from lightning_gradguard.core.detectors.best_constant import CONVERGED, LEARNS, STUCK
-from lightning_gradguard.core.detectors.diagnosis.sample import Sample
+from lightning_gradguard.core.detectors.diagnosis.sample import Sample, Update
 
 #: Sampled losses that are averaged.
 RECENT = 3
@@ -28,6 +28,8 @@ SPREADING = 1.1
 COLLAPSED, COLLAPSED_FOR_NOTHING = 0.1, 0.25
 #: Share of the loss that is left of one that a network has learned halfway.
 HALFWAY = 0.5
+#: Loss over the first one, and over that of the best constant, of a network that training makes worse.
+WORSE = 1.2
 #: Rows by which it is known if targets depend on inputs, standard deviations up to which it is chance, and
 #: from which on it is none.
 KNOWN_ROWS, CHANCE, CERTAIN = 192, 1.3, 3.0
@@ -35,6 +37,8 @@ KNOWN_ROWS, CHANCE, CERTAIN = 192, 1.3, 3.0
 STARTED_BY = 5
 #: Two sizes of gradients differ by more than this share, unless both were clipped to one value.
 CLIPPED_ALIKE = 1e-4
+#: The smallest norm of a gradient that differs from zero.
+TINY = 1e-45
 
 
 class Progress:
@@ -65,6 +69,7 @@ class Progress:
         self._range = (math.inf, -math.inf)
         self._sizes: dict[int, tuple[float, ...]] = {}
         self._fixed: dict[int, list[float]] = {}
+        self._players: dict[str, tuple[float, float]] = {}
         self._largest_weights: dict[str, float] = {}
         self._spreads, self._widest = (math.nan, math.nan), 0.0
         self._outputs = (math.nan, math.nan)
@@ -110,6 +115,8 @@ class Progress:
                 now if now > 0 and math.isclose(now, then, rel_tol=CLIPPED_ALIKE) else math.nan
                 for then, now in zip(before, update.sizes, strict=False)
             ]
+            first, largest = self._players.get(update.names[0], (update.loss, 0.0))
+            self._players[update.names[0]] = first, max(update.total_norm, largest)
             for name, norm in zip(update.names, update.weights, strict=False):
                 if math.isfinite(norm):
                     self._largest_weights[name] = max(norm, self._largest_weights.get(name, 0.0))
@@ -123,6 +130,12 @@ class Progress:
         """True until the largest elements of two samples differ."""
         # after one sample there is none to compare it with
         return not self._fixed or any(not (fixed and math.isnan(fixed[1])) for fixed in self._fixed.values())
+
+    def vanished(self, update: Update) -> float:
+        """Returns the decades by which the gradient of an update has shrunk while its loss has not fallen."""
+        first, largest = self._players[update.names[0]]
+        has_fallen = not update.loss >= first
+        return 0.0 if has_fallen or not largest > 0 else math.log10(largest / max(update.total_norm, TINY))
 
     def shrunk(self, name: str, norm: float) -> float:
         """Returns the norm of a weight over the largest that was sampled; 1 if that is unknown or 0."""
@@ -143,6 +156,11 @@ class Progress:
     def has_stayed(self) -> bool:
         """True if the recent loss is not clearly below the first one; of one below 0, not below it."""
         return self.over_first > LEARNS or (self.first <= 0 and mean(self._losses) >= self.first)
+
+    @property
+    def gets_worse(self) -> bool:
+        """True if the recent loss is clearly above the first one and above that of the best constant."""
+        return self.over_first > WORSE and self.over_constant > WORSE
 
     @property
     def falls(self) -> bool:
@@ -243,6 +261,7 @@ class Progress:
             "outputs": list(self._outputs),
             "sizes": {index: list(sizes) for index, sizes in self._sizes.items()},
             "weights": dict(self._largest_weights),
+            "players": {name: list(known) for name, known in self._players.items()},
             "update": self.largest_update,
             "has_rate": self.has_rate,
             "had_gradient": self.had_gradient,
@@ -262,6 +281,7 @@ class Progress:
             self._calls[key] = deque(map(tuple, recent), maxlen=RECENT)
         self._sizes = {index: tuple(sizes) for index, sizes in state_dict.get("sizes", {}).items()}
         self._largest_weights = dict(state_dict.get("weights", {}))
+        self._players = {name: tuple(known) for name, known in state_dict.get("players", {}).items()}
         self.largest_update = state_dict.get("update", 0.0)
         self.has_rate = state_dict.get("has_rate", True)
         self.had_gradient = state_dict.get("had_gradient", False)

@@ -38,8 +38,9 @@ LOW_UPDATE = 1e-4
 #: Loss over the first one from which on an update has made it worse.
 RISEN = 2.0
 UNRELATED = 0.02
-#: The same for a loss that is worse than a constant's, as under much noise.
+#: The same for a loss that is worse than a constant's, as under much noise, and for one that is better.
 WORSE, UNRELATED_IF_WORSE = 1.0, 0.05
+BETTER, UNRELATED_IF_BETTER = 0.99, 0.01
 #: Rms of a layer's output up to which units after it that pass small inputs are small and not dead.
 SMALL_OUTPUT = 0.1
 LARGE_INPUT = 10.0
@@ -62,6 +63,8 @@ PRESSED_STEPS = 20
 #: Spread of all losses over the first one up to which a loss is flat, and steps of updates of this size, over
 #: the weights, after which it is so for good.
 FLAT, FLAT_STEPS, MOVING = 0.003, 35, 1e-3
+#: Steps after which a loss that has become worse than a constant's is no slow start.
+WORSE_STEPS = 35
 #: Nouns of rows of weights, and of what gates.
 _ROWS, _GATES = "rows of the attention", "gates of the softmax"
 #: Units that are no outputs of an activation.
@@ -82,7 +85,7 @@ def dead_or_saturated_units(sample: Sample, progress: Progress) -> Iterator[Symp
         groups[signal.layer, signal.module, signal.function].append(signal)
     dead, saturated = [], []
     for (layer, module, function), members in groups.items():
-        is_head = members[-1].is_head
+        is_head = members[-1].is_head or layer in sample.head  # of a critic, another call follows
         names = tuple(dict.fromkeys(filter(None, (layer, module))))
         share = min((s.dead for s in members if not math.isnan(s.dead)), default=0.0)
         is_silent = outputs.get(layer, 1.0) <= (SMALL_OUTPUT if function in PASS_SMALL else 0)
@@ -317,8 +320,12 @@ def stuck_loss(sample: Sample, progress: Progress, patience: int) -> Iterator[Sy
         patience = PRESSED_STEPS
     elif math.isnan(ratio) and progress.spread <= FLAT and largest > MOVING:
         patience = min(patience, FLAT_STEPS)
+    elif progress.gets_worse and not math.isnan(permuted):
+        patience = min(patience, WORSE_STEPS)
     if sample.step < patience or ratio <= STUCK or progress.falls or is_related(permuted, ratio):
         return
+    if permuted >= UNRELATED_IF_BETTER and progress.spreads_out:
+        return  # a slow start: answers begin to differ, by what is asked for
     if (
         math.isnan(ratio)
         and math.isnan(permuted)
@@ -374,6 +381,8 @@ def size_of_data(sample: Sample) -> str:
 
 def is_related(permuted: float, ratio: float) -> bool:
     """True if permuted targets raise the loss so much that it depends on them; NaN is unknown."""
+    if ratio < BETTER:
+        return permuted >= UNRELATED_IF_BETTER
     return permuted >= (UNRELATED_IF_WORSE if ratio > WORSE else UNRELATED)
 
 

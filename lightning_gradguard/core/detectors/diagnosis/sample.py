@@ -159,6 +159,7 @@ class Update:
         initial_rates: The same before any schedule.
         resolution: Update of a weight, relative to it, that its dtype rounds away.
         total_norm: Norm of all gradients before clipping.
+        loss: Mean loss of the backward passes since the step before; NaN if unknown.
         largest: Largest magnitude of an element of these gradients; NaN if unknown.
         loss_scale: The GradScaler's; 1 without one.
         decay: Largest weight decay of a parameter group.
@@ -176,6 +177,7 @@ class Update:
     unclipped: float
     rates: Sequence[float]
     total_norm: float
+    loss: float = math.nan
     largest: float = math.nan
     loss_scale: float = 1.0
     decay: float = 0.0
