@@ -128,6 +128,33 @@ def test_harder_data_causes_no_rollback_and_no_cut(tmp_path: Path) -> None:
     assert max(module.losses[80:]) > 10 * max(module.losses[:80])
 
 
+class Adder(Regression):
+    """Sums short sequences, then long ones, on which its loss rises before it falls."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__(lr=0.01)
+        torch.manual_seed(seed)
+        self.net = nn.Sequential(nn.GRU(1, 32, batch_first=True), nn.Linear(32, 1))
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        return nn.functional.mse_loss(self.net[1](self.net[0](batch[0])[0][:, -1]), batch[1])
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), self.lr, momentum=0.9)
+
+
+@pytest.mark.parametrize("seed", [0, 4])
+def test_a_curriculum_on_which_weights_fall_behind_first_is_no_lost_progress(
+    seed: int, tmp_path: Path
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    lengths = [5] * 150 + [30] * 100
+    sequences = [torch.randn(32, length, 1, generator=generator) for length in lengths]
+    kinds = IncidentKinds()
+    fit(Adder(seed), [(x, x.sum(1)) for x in sequences], [*default_callbacks(), kinds], tmp_path)
+    assert {"rollback", "learning_rate_backoff"}.isdisjoint(kinds.found)
+
+
 class Forgetful(Regression):
     """Has other weights from step 65 on."""
 

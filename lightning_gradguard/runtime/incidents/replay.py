@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 import inspect
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import filterfalse
 from operator import attrgetter
-from statistics import fmean
+from statistics import fmean, median
 from typing import Any
 
 import pytorch_lightning as pl
@@ -35,6 +36,8 @@ from lightning_gradguard.runtime.lightning_packages import FRAMEWORKS
 from lightning_gradguard.runtime.training_step import own_step
 
 _VERSION = attrgetter("_version")
+#: Times the loss at a snapshot that the loss of a batch has with its weights if the data have become harder.
+HARDER = 2.0
 
 
 @dataclass(slots=True)
@@ -157,7 +160,8 @@ def rises_with_data(
 ) -> bool:
     """True if the loss of a step is as high with the weights of a snapshot, on its batches. Collective.
 
-    Then a rollback would not lower it. False where no batch is kept, or none can be run again.
+    Then a rollback would not lower it. Where these batches are harder than those of then, it is enough if the
+    data explain half of the rise, in decades. False where no batch is kept, or none can be run again.
     """
     may_run = pl_module.automatic_optimization and obstacle(trainer, pl_module) is None
     # of one rank alone, a step that communicates would wait for ever
@@ -167,8 +171,10 @@ def rises_with_data(
     by_rank: list[list[float]] = gather_objects(losses)
     if not all(by_rank):
         return False
-    before = fmean(fmean(losses) for losses in by_rank)
-    return before >= AS_HIGH * loss * trainer.accumulate_grad_batches
+    before = fmean(fmean(losses) for losses in by_rank) / trainer.accumulate_grad_batches
+    usual = median(snapshot.losses) if snapshot.losses else math.inf
+    is_harder = 0 < HARDER * usual < before
+    return before >= (min(AS_HIGH * loss, math.sqrt(usual * loss)) if is_harder else AS_HIGH * loss)
 
 
 @contextmanager
