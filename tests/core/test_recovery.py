@@ -314,6 +314,16 @@ def test_resumed_policy_makes_the_same_decisions(events: list[str], cut: int) ->
     assert play(resumed, events[cut:]) == expected[cut:]
 
 
+@pytest.mark.parametrize("jump", [0.0, 20.0])
+def test_losses_of_two_players_may_drift_far_within_few_steps(jump: float) -> None:
+    policy = recovery()
+    policy.is_adversarial = True
+    drift = [0.5 * max(n - 60, 0) + (37 * n % 100) / 400 for n in range(90)]
+    found = [policy.on_good_step(0, value, 1 + value)[1] for value in [*drift, drift[-1] + jump]]
+    assert found.count("loss_spike") == (jump > 0)
+    assert jump == 0 or found[-1] == "loss_spike"
+
+
 def test_of_two_players_a_loss_spikes_with_its_norm_from_twice_the_usual_distance() -> None:
     values = [1 + (37 * n % 100) / 100 for n in range(100)]
     median, spread = 1.5, 0.44  # half of the sum of the upper decile and the highest, above the median

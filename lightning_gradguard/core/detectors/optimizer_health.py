@@ -140,6 +140,11 @@ class DivergenceDetector:
         lowest = min(self._lowest, self._first)
         return loss - lowest >= GIVEN_BACK * (self._first - lowest)
 
+    def jumps(self, loss: float) -> bool:
+        """True for a loss that rises above the last ones by more than these differ."""
+        highest, lowest = max(self.recent_losses, default=0.0), min(self.recent_losses, default=0.0)
+        return loss - highest > highest - lowest
+
     def accept_rise(self) -> None:
         """Takes the highest of the last steps for what training has seen, and for its progress so far."""
         if not self.recent_losses:
@@ -279,6 +284,8 @@ class OptimizerHealth:
         weights have moved that far.
         """
         loss_spikes, norm_spikes = self._loss.update(loss), self._norm.update(total_norm)
+        if self._is_adversarial and not self.spiking:
+            loss_spikes &= self._divergence.jumps(loss)  # a drift is how players learn
         self.spiking = self.spiking + 1 if loss_spikes and norm_spikes else 0
         # of two players, one loses what the other wins
         is_rise = self._loss.is_persistent and not self._is_adversarial
