@@ -23,6 +23,7 @@ from torch.nn import functional
 from torch.optim.lr_scheduler import ExponentialLR
 from torch.utils.checkpoint import checkpoint
 
+from benchmarks.evidence.adversarial import gan
 from lightning_gradguard import (
     AdaptiveGradientClipping,
     GlobalNormClipping,
@@ -1873,6 +1874,11 @@ class CertainCritic(Players):
     def configure_optimizers(self) -> Any:
         rates = ((self.critic, 0.05), (self.net, 1e-4))
         return [torch.optim.Adam(network.parameters(), rate) for network, rate in rates]
+
+
+def test_targets_of_a_discriminator_that_is_fooled_are_not_unrelated() -> None:
+    program = gan(1)
+    assert diagnosed(program.module, data=program.batches[:100]) == []
 
 
 @pytest.mark.parametrize("saturates", [True, False])

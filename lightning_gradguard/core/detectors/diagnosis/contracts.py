@@ -128,7 +128,8 @@ def labels_of_one_class(sample: Sample, progress: Progress) -> Iterator[Symptom]
 
 def unrelated_targets(sample: Sample, progress: Progress) -> Iterator[Symptom]:
     """Yields targets that do not depend on the inputs, in a network that learns nothing."""
-    if progress.may_be_unrelated and progress.is_unrelated:
+    # a discriminator that is fooled has targets that no longer depend on its inputs
+    if progress.may_be_unrelated and progress.is_unrelated and len(sample.updates) <= 1:
         evidence = (
             "the loss does not fall, and rows that are alike have targets that are as far apart as others"
         )
