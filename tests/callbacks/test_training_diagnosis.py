@@ -1114,6 +1114,31 @@ def test_a_loss_that_ends_near_that_of_a_constant_is_told_at_the_end(
         assert ("little or nothing learned" in capsys.readouterr().out.splitlines()[0]) == is_told
 
 
+class Adapted(nn.Module):
+    """Two frozen layers, each with a low-rank adapter."""
+
+    def __init__(self, first: float) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.base = nn.ModuleList([nn.Linear(20, 32), nn.Linear(32, 4)]).requires_grad_(False)
+        sizes = ((20, 32), (32, 4))
+        self.down = nn.ParameterList(nn.Parameter(first * torch.randn(n, 4)) for n, _ in sizes)
+        self.up = nn.ParameterList(nn.Parameter(torch.zeros(4, n)) for _, n in sizes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for base, down, up in zip(self.base, self.down, self.up, strict=True):
+            x = (base(x) + x @ down @ up).tanh()
+        return 4 * x
+
+
+@pytest.mark.parametrize("first", [0.0, 0.3])
+def test_adapters_whose_factors_are_both_zero_are_named(first: float) -> None:
+    found = [
+        (one.kind, one.cause, one.where[0]) for one in diagnosed(Task(Adapted(first), optimizer=_adam), 25)
+    ]
+    assert found == [("weight_stagnation", "zero_gradient", "net.down")] * (first == 0)
+
+
 def test_random_layers_that_are_frozen_are_named_where_nothing_is_learned() -> None:
     net = deep(nn.ReLU, 8)  # by which hardly anything is left of what differs between the samples
     net[:16].requires_grad_(False)

@@ -235,7 +235,8 @@ BY_CAUSE = {
     "zero_gradient": (
         "The gradient of {where} is exactly zero: look for what passes none after it, such as a clamp whose "
         "argument lies beyond its bounds, round, sign, argmax or a comparison (x + (x.round() - x).detach() "
-        "passes it), dead or saturated units, or a factor of 0."
+        "passes it), dead or saturated units, or a factor of 0, as where both matrices of a low-rank adapter "
+        "begin with zeros (the one that is nearer to the inputs begins with random weights)."
     ),
     "never_stepped": (
         "Call step() of the optimizer that holds the parameters of {where}, or, if they are not to be "

@@ -58,6 +58,9 @@ def through_layers(sample: Sample, progress: Progress) -> Iterator[Symptom]:
 
 
 def _through(layers: Sequence[LayerSignal], sample: Sample, progress: Progress) -> Iterator[Symptom]:
+    reached = [layer for layer in layers if layer.gradient > 0]
+    if reached and any(layer.gradient == 0 for layer in layers[layers.index(reached[0]) :]):
+        layers = reached  # what gets none between others that do is beside them, as an adapter
     heights = [math.log10(max(layer.gradient, 1e-45)) for layer in layers]
     if len(layers) < MIN_LAYERS or max(heights) == ZERO:
         return

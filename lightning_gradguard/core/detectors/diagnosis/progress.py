@@ -137,6 +137,10 @@ class Progress:
         has_fallen = not update.loss >= first
         return 0.0 if has_fallen or not largest > 0 else math.log10(largest / max(update.total_norm, TINY))
 
+    def had_no_gradient(self, update: Update) -> bool:
+        """True if the gradient of an update has been exactly zero in all samples."""
+        return self._players[update.names[0]][1] == 0
+
     def shrunk(self, name: str, norm: float) -> float:
         """Returns the norm of a weight over the largest that was sampled; 1 if that is unknown or 0."""
         largest = self._largest_weights.get(name, 0.0)

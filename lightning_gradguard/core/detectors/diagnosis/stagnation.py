@@ -45,6 +45,11 @@ def stagnation(
             evidence = f"the learning rate of every parameter group is 0{scheduled}"
             yield Symptom("weight_stagnation", _too_low(one, sample), where, 0.0, evidence, "stagnation", 3)
             continue
+        if progress.had_no_gradient(one) and len(sample.updates) == 1 and not progress.learns:
+            evidence = "the gradient of every weight has been exactly zero in all samples"
+            where = modules_of(one.names)
+            yield Symptom("weight_stagnation", "zero_gradient", where, 0.0, evidence, "stagnation", 2)
+            continue
         matrices = [i for i, is_matrix in enumerate(one.is_matrix) if is_matrix and one.weights[i] > 0]
         if not one.ratios or not matrices or not math.isfinite(one.total_norm):
             continue
