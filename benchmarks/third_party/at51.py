@@ -1,8 +1,8 @@
 """AT-51: the 31 failing and 20 healthy networks of AUTOTRAINER's archive that can be rebuilt.
 
 Zhang, Zhai, Ma, Shen, AUTOTRAINER: An Automatic DNN Training Problem Detection and Repair System, 2021.
-Layers of five units on two inputs; depths, activations and initializers are facts of the archive. 60 epochs
-in place of 300. Circles and blobs come from scikit-learn, as theirs do.
+Layers of five units on two inputs; depths, activations and initializers are facts of the archive, as are its
+300 epochs. Circles and blobs come from scikit-learn, as theirs do.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from benchmarks.third_party.programs import (
     stack,
 )
 
-EPOCHS, WIDTH = 60, 5
+EPOCHS, WIDTH = 300, 5
 Init = Callable[[Tensor], Any]
 
 #: Identifier and number of layers by data set and family.

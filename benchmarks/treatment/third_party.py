@@ -15,8 +15,6 @@ from benchmarks.treatment.casebook import Case
 
 #: Healthy networks of the archive that stand for those that fail, by data set.
 _TWINS = {"Circle": "Circle simplednn", "Blob": "Blob simplednn_blob"}
-#: Times that the batches of the rebuilt networks are gone through: the archive trains for 300 epochs.
-_TIMES = 300 // at51.EPOCHS
 
 
 def cases() -> Iterator[Case]:
@@ -43,7 +41,7 @@ def _case(one: Any) -> Case:
         f"at51: {one.name}, {one.title}",
         make,
         lambda: _Batches(batches),
-        {"max_steps": _TIMES * len(batches)},
+        {"max_steps": len(batches)},
         lambda module: made[id(module)].score(),
     )
 
