@@ -53,7 +53,9 @@ class Rejection:
             given = _parameter(code, *parameter.groups())
             if given is not None and parameter[1] == "probs":
                 is_named = re.search(rf"\bprobs\s*=\s*{re.escape(given)}", code)
-                return (is_named[0] if is_named else given), f"logits={given}"
+                made = next((c for f in ("sigmoid", "softmax") if (c := call_in(given, f)) is not None), None)
+                logits = made.arguments[0] if made is not None and made.code == given else given
+                return (is_named[0] if is_named else given), f"logits={logits}"
             return None if given is None else (given, _filled(cure, x=given))
         if "within the support" in message:
             call = call_in(code, "log_prob")

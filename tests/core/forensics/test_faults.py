@@ -492,6 +492,13 @@ CASES += [
         "keep targets inside",
     ),
     (
+        "a part of a whole is 0",
+        lambda x, y: d.Dirichlet(x, validate_args=True).log_prob(y),
+        lambda h: h.sigmoid(),
+        lambda h: F.one_hot(h.argmax(-1), h.shape[-1]).to(h),
+        "a sum of 1",
+    ),
+    (
         "a waiting time of 0",
         lambda x, y: d.Gamma(x, x, validate_args=False).log_prob(y),
         lambda h: h,

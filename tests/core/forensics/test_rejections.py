@@ -256,6 +256,18 @@ def test_a_target_beyond_the_support_is_named_by_its_part_of_the_batch() -> None
     assert "In place of y use y.round().clamp_min(0)." in origin.advice
 
 
+def test_logits_are_what_the_probabilities_were_computed_of() -> None:
+    net, data = network(), 999 * torch.ones(ROWS, 3)
+
+    def loss() -> Tensor:
+        x = net(data).abs()
+        p: Any = d.NegativeBinomial(4.0, torch.sigmoid(x), validate_args=True)
+        mean: Tensor = p.log_prob(torch.ones(())).mean()
+        return mean
+
+    assert "In place of torch.sigmoid(x) use logits=x." in examine(net, loss, (data,)).advice
+
+
 def test_a_target_of_another_shape_is_not_told_to_have_wrong_labels() -> None:
     net, data, y = network(), torch.ones(ROWS, 3), alike(1, 4)
     origin = examine(net, lambda: F.cross_entropy(net(data), y[:, None]), (data, y))
