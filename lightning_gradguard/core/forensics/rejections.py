@@ -52,10 +52,11 @@ class Rejection:
         if parameter is not None and not call_in(code, self.called or "none"):
             given = _parameter(code, *parameter.groups())
             if given is not None and parameter[1] == "probs":
-                is_named = re.search(rf"\bprobs\s*=\s*{re.escape(given)}", code)
                 made = next((c for f in ("sigmoid", "softmax") if (c := call_in(given, f)) is not None), None)
                 logits = made.arguments[0] if made is not None and made.code == given else given
-                return (is_named[0] if is_named else given), f"logits={logits}"
+                if logits != given or ".clamp_min(" not in cure:
+                    is_named = re.search(rf"\bprobs\s*=\s*{re.escape(given)}", code)
+                    return (is_named[0] if is_named else given), f"logits={logits}"
             return None if given is None else (given, _filled(cure, x=given))
         if "within the support" in message:
             call = call_in(code, "log_prob")
@@ -118,6 +119,11 @@ REJECTIONS = (
         "x + torch.nn.functional.softplus(y) + 1e-3 (`x` is the lower bound, `y` the upper one)",
         called="Uniform",
         place=1,
+    ),
+    Rejection(
+        "parameter probs .*to be positive",
+        "A probability is 0, as the sigmoid of a low answer rounds to: keep it above 0, or give logits",
+        f"x.clamp_min(1e-6) {_OUTPUT}",
     ),
     Rejection(
         r"constraint (IndependentConstraint\()?(HalfOpen)?Interval",

@@ -147,6 +147,13 @@ CASES: list[tuple[str, Callable[[Tensor], Tensor], Program, Tensor, str]] = [
         "y",
     ),
     ("positive", positive, lambda x, y: d.Dirichlet(x, validate_args=True).entropy(), targets(0.5), "x"),
+    (
+        "A probability is 0",
+        lambda h: h.sigmoid() * (torch.arange(ROWS) != BAD)[:, None],
+        lambda x, y: d.Geometric(x, validate_args=True).log_prob(y),
+        targets(2) * 2,
+        "x",
+    ),
     ("counts", torch.exp, lambda x, y: d.Poisson(x, validate_args=True).log_prob(y), targets(1.25) * 2, "y"),
     (
         "correct the labels",
@@ -256,16 +263,23 @@ def test_a_target_beyond_the_support_is_named_by_its_part_of_the_batch() -> None
     assert "In place of y use y.round().clamp_min(0)." in origin.advice
 
 
-def test_logits_are_what_the_probabilities_were_computed_of() -> None:
+@pytest.mark.parametrize(
+    "distribution",
+    [
+        lambda x: d.NegativeBinomial(4.0, torch.sigmoid(x), validate_args=True),
+        lambda x: d.Geometric(torch.sigmoid(-x), validate_args=True),
+    ],
+)
+def test_logits_are_what_the_probabilities_were_computed_of(distribution: Callable[[Tensor], Any]) -> None:
     net, data = network(), 999 * torch.ones(ROWS, 3)
 
     def loss() -> Tensor:
-        x = net(data).abs()
-        p: Any = d.NegativeBinomial(4.0, torch.sigmoid(x), validate_args=True)
-        mean: Tensor = p.log_prob(torch.ones(())).mean()
+        mean: Tensor = distribution(net(data).abs()).log_prob(torch.ones(())).mean()
         return mean
 
-    assert "In place of torch.sigmoid(x) use logits=x." in examine(net, loss, (data,)).advice
+    assert examine(net, loss, (data,)).advice.endswith(
+        ("In place of torch.sigmoid(x) use logits=x.", "In place of torch.sigmoid(-x) use logits=(-x).")
+    )
 
 
 def test_a_target_of_another_shape_is_not_told_to_have_wrong_labels() -> None:
