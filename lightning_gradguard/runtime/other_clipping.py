@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import inspect
+import re
+from types import FunctionType, MethodType
 
 import pytorch_lightning as pl
 from torch.optim import Optimizer
@@ -13,6 +15,10 @@ from lightning_gradguard.runtime.lightning_packages import is_instance_by_name
 
 #: Functions that clip, of a module and of torch, by which code of the user's own clips.
 _CLIPPERS = {"clip_gradients", "clip_grad_norm_", "clip_grad_value_", "clip_grads_with_norm_"}
+#: Code that bounds a gradient in place, also one that has a name; not that which bounds weights.
+_BOUNDS_GRADIENTS = re.compile(
+    r"\.grad(\.data)?\.clamp_\(|\b(\w+) = [^\n=]*\.grad\n.*?\b\2(\.data)?\.clamp_\(", re.DOTALL
+)
 
 
 def suite_clips(trainer: pl.Trainer) -> bool:
@@ -70,13 +76,20 @@ def clips_in_code(pl_module: pl.LightningModule) -> bool:
 
 def _clips(function: object) -> bool:
     """True if a function of the user's own calls one that clips, or bounds gradients in place."""
+    function = _undecorated(function)
     if (
         not inspect.isfunction(function)
         or (function.__module__ or "").split(".")[0] in lightning_api.PACKAGES
     ):
         return False
-    names = {*function.__code__.co_names}
-    return not _CLIPPERS.isdisjoint(names) or {"grad", "clamp_"} <= names
+    if function.__name__ in _CLIPPERS or not _CLIPPERS.isdisjoint(function.__code__.co_names):
+        return True
+    if "clamp_" not in function.__code__.co_names:
+        return False
+    try:
+        return _BOUNDS_GRADIENTS.search(inspect.getsource(function)) is not None
+    except OSError:  # code without a file
+        return False
 
 
 def _hook_that_clips(trainer: pl.Trainer) -> str:
@@ -87,7 +100,17 @@ def _hook_that_clips(trainer: pl.Trainer) -> str:
     name = "on_before_optimizer_step"
     if not lightning_api.overrides(module, name):
         return ""
-    hook = getattr(type(module), name)
-    names = hook.__code__.co_names if inspect.isfunction(hook) else ()
-    called = (getattr(type(module), method, None) for method in names)
+    hook = _undecorated(getattr(module, name))
+    if not inspect.isfunction(hook):
+        return ""
+    known = {**hook.__globals__, **vars(module)}
+    called = (getattr(type(module), used, known.get(used)) for used in hook.__code__.co_names)
     return name if any(map(_clips, (hook, *called))) else ""
+
+
+def _undecorated(function: object) -> object:
+    """Returns a function without what binds or decorates it; anything else as it is."""
+    if isinstance(function, (classmethod, staticmethod, MethodType)):
+        function = function.__func__
+    is_function = isinstance(function, (FunctionType, functools._lru_cache_wrapper))
+    return inspect.unwrap(function) if is_function else function  # type: ignore[arg-type]

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import csv
+import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import pytorch_lightning as pl
 import torch
 from pytorch_lightning.loggers import CSVLogger
 from torch import nn
+from torch.nn.utils import clip_grad_norm_ as clip
 
 from lightning_gradguard import (
     AdaptiveGradientClipping,
@@ -25,6 +28,7 @@ from lightning_gradguard import (
 from lightning_gradguard.report.analysis.present import present_in
 from lightning_gradguard.report.analysis.run_log import GradientLog, RunLog, Series
 from lightning_gradguard.report.render.text import to_text
+from lightning_gradguard.runtime.other_clipping import describe_other_clipper
 from tests.report.runs import report_of
 from tests.tasks import Classifier, batches, fit, poisoned, same, weights
 
@@ -229,3 +233,42 @@ def test_only_what_has_clipped_is_named(
     assert [one["cause"] for one in found] == ["clip_value_too_small"]
     assert who in found[0]["detail"]
     assert "AdaptiveGradientClipping" not in found[0]["detail"]
+
+
+@functools.lru_cache(maxsize=2)
+def bound_all(module: nn.Module) -> None:
+    for p in module.parameters():
+        gradient = p.grad
+        if gradient is not None:
+            gradient.clamp_(-0.1, 0.1)
+
+
+class ThroughFunction(Classifier):
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        bound_all(self)
+
+
+class ThroughAnotherName(Classifier):
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        clip(self.parameters(), 0.1)
+
+
+class OnInstance(Classifier):
+    def __init__(self) -> None:
+        super().__init__()
+        vars(self)["on_before_optimizer_step"] = lambda _: clip(self.parameters(), 0.1)
+
+
+class BoundsWeights(Classifier):
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        for p in self.parameters():
+            if p.grad is not None:
+                p.data.clamp_(-1, 1)
+
+
+@pytest.mark.parametrize("make", [ThroughFunction, ThroughAnotherName, OnInstance, BoundsWeights])
+def test_a_hook_that_clips_is_found_by_what_it_calls(make: type[Classifier]) -> None:
+    trainer = pl.Trainer(logger=False, enable_checkpointing=False, accelerator="cpu", barebones=True)
+    trainer.strategy.connect(make())
+    clips = make is not BoundsWeights
+    assert describe_other_clipper(trainer) == f"{make.__name__}.on_before_optimizer_step" * clips
