@@ -43,7 +43,7 @@ class Rejection:
         """Returns the cause and the cure in words, with the arguments of the code that has raised."""
         replaced = self._replacement(message, code) if self.cure and code else None
         if replaced is not None:
-            return f"{self.why}. In place of {replaced[0]} use {replaced[1]}."
+            return f"{self.why}. In place of {_as_written(replaced[0], code)} use {replaced[1]}."
         return f"{self.why}. Use {self.cure}." if self.cure else f"{self.why}."
 
     def _replacement(self, message: str, code: str) -> tuple[str, str] | None:
@@ -55,7 +55,7 @@ class Rejection:
                 made = next((c for f in ("sigmoid", "softmax") if (c := call_in(given, f)) is not None), None)
                 logits = made.arguments[0] if made is not None and made.code == given else given
                 if logits != given or ".clamp_min(" not in cure:
-                    is_named = re.search(rf"\bprobs\s*=\s*{re.escape(given)}", code)
+                    is_named = re.search(rf"\bprobs\s*=\s*{re.escape(_as_written(given, code))}", code)
                     return (is_named[0] if is_named else given), f"logits={logits}"
             return None if given is None else (given, _filled(cure, x=given))
         if "within the support" in message:
@@ -80,12 +80,17 @@ class Rejection:
 
 def _parameter(code: str, name: str, distribution: str) -> str | None:
     """Returns the code of a parameter of a distribution that code makes; `None` without one."""
-    call = call_in(code, distribution)
-    known = getattr(torch.distributions, distribution, None)
-    if call is None or known is None:
-        return None
-    names = list(inspect.signature(known).parameters)
-    return {**dict(zip(names, call.arguments, strict=False)), **call.keywords}.get(name) or None
+    for made in (distribution, *torch.distributions.__all__):  # another may be made of this one
+        known, call = getattr(torch.distributions, made, None), call_in(code, made)
+        if call is not None and known is not None:
+            names = list(inspect.signature(known).parameters)
+            return {**dict(zip(names, call.arguments, strict=False)), **call.keywords}.get(name) or None
+    return None
+
+
+def _as_written(given: str, code: str) -> str:
+    """Returns an argument without the parentheses that it has as a part of other code alone."""
+    return given[1:-1] if given[0] == "(" and given not in code else given
 
 
 def _filled(cure: str, **given: str) -> str:
@@ -183,15 +188,19 @@ REJECTIONS = (
         "the network an output for each",
     ),
     Rejection(
-        r"within the support \((IndependentConstraint\()?GreaterThan",
+        r"within the support \((IndependentConstraint\()?GreaterThan(Eq)?\(lower_bound=0(\.0)?\)",
         "Targets of this distribution have to be positive",
         "y.clamp_min(1e-6) (`y` are the targets)",
     ),
     Rejection(
-        "within the support",
-        "log_prob got a value that the distribution cannot take: check the targets, and keep them inside its "
-        "range, for Beta and others on 0..1",
+        r"within the support \((IndependentConstraint\()?Interval\(lower_bound=0\.0, upper_bound=1\.0",
+        "Targets of this distribution have to be within 0 to 1",
         "y.clamp(1e-6, 1 - 1e-6) (`y` are the targets)",
+    ),
+    Rejection(
+        "within the support",
+        "log_prob got a value that the distribution cannot take: check the targets, or keep the bounds of "
+        "the distribution beyond them",
     ),
     Rejection(
         "cannot be converted to type .* without overflow",

@@ -133,7 +133,35 @@ CASES: list[tuple[str, Callable[[Tensor], Tensor], Program, Tensor, str]] = [
     ),
     ("positive definite", matrix, lambda x, y: torch.linalg.cholesky(x), targets(0.5), "x"),
     (
-        "cannot take",
+        "keep the bounds of the distribution",
+        lambda h: h.sigmoid() + 0.1,
+        lambda x, y: d.Pareto(x, 1.0, validate_args=True).log_prob(y),
+        targets(0.01) * 4,
+        "",
+    ),
+    (
+        "keep the bounds of the distribution",
+        lambda h: h.sigmoid(),
+        lambda x, y: d.Uniform(x, x + 3, validate_args=True).log_prob(y),
+        targets(9) * 2,
+        "",
+    ),
+    (
+        "has to be positive",
+        positive,
+        lambda x, y: d.StudentT(x, validate_args=True).log_prob(y),
+        targets(0.5),
+        "x",
+    ),
+    (
+        "has to be positive",
+        positive,
+        lambda x, y: d.HalfNormal(x, validate_args=True).log_prob(y),
+        targets(1),
+        "x",
+    ),
+    (
+        "within 0 to 1",
         lambda h: h.sigmoid() + 1,
         lambda x, y: d.Beta(x, x, validate_args=True).log_prob(y),
         targets(1.5),
@@ -264,22 +292,25 @@ def test_a_target_beyond_the_support_is_named_by_its_part_of_the_batch() -> None
 
 
 @pytest.mark.parametrize(
-    "distribution",
+    ("distribution", "cure"),
     [
-        lambda x: d.NegativeBinomial(4.0, torch.sigmoid(x), validate_args=True),
-        lambda x: d.Geometric(torch.sigmoid(-x), validate_args=True),
+        (
+            lambda x: d.NegativeBinomial(4, torch.sigmoid(x), validate_args=True),
+            "torch.sigmoid(x) use logits=x",
+        ),
+        (lambda x: d.Geometric(torch.sigmoid(-x), validate_args=True), "torch.sigmoid(-x) use logits=(-x)"),
+        (lambda x: d.Bernoulli(probs=x + 1, validate_args=True), "probs=x + 1 use logits=(x + 1)"),
+        (lambda x: d.StudentT(-x, validate_args=True), "-x use torch.nn.functional.softplus((-x)) + 1e-3"),
     ],
 )
-def test_logits_are_what_the_probabilities_were_computed_of(distribution: Callable[[Tensor], Any]) -> None:
+def test_parameters_are_those_of_the_code(distribution: Callable[[Tensor], Any], cure: str) -> None:
     net, data = network(), 999 * torch.ones(ROWS, 3)
 
     def loss() -> Tensor:
         mean: Tensor = distribution(net(data).abs()).log_prob(torch.ones(())).mean()
         return mean
 
-    assert examine(net, loss, (data,)).advice.endswith(
-        ("In place of torch.sigmoid(x) use logits=x.", "In place of torch.sigmoid(-x) use logits=(-x).")
-    )
+    assert f"In place of {cure}." in examine(net, loss, (data,)).advice
 
 
 def test_a_target_of_another_shape_is_not_told_to_have_wrong_labels() -> None:
