@@ -121,4 +121,5 @@ def _write(path: Path, text: str) -> None:
         path.write_text(text + "\n", encoding="utf-8")
     except OSError as error:
         raise UsageError(f"{path} cannot be written: {error.strerror or error}") from None
-    print(f"wrote {path}", file=sys.stderr)
+    how = "; open it in a browser" if path.suffix == ".html" else ""
+    print(f"wrote {path.absolute()}{how}", file=sys.stderr)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from lightning_gradguard.cli import report
-from tests.report.runs import ROOT, printed, write_events
+from tests.report.runs import ROOT, write_events
 
 WRONG_INPUTS: list[tuple[tuple[str, ...], str]] = [
     (("runs/version_1",), "there is no folder runs/version_1. Did you mean runs/version_0?"),
@@ -85,7 +85,9 @@ def test_report_loads_neither_torch_nor_lightning() -> None:
 def test_a_page_without_a_name(arguments: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("bare", "guarded"):
         write_events(f"runs/{name}/version_0", {"train_loss": [2.0 * 0.9**i for i in range(30)]})
-    text = printed(capsys, *arguments)
+    report.main(arguments)
+    text, written = capsys.readouterr()
+    assert written == f"wrote {Path('report.html').absolute()}; open it in a browser\n"
     assert [line.split()[0] for line in text.splitlines()[1:3]] == ["bare", "guarded"]
     assert "Comparison" in Path("report.html").read_text()
     assert set(Path().iterdir()) == {Path("runs"), Path("report.html")}

@@ -30,7 +30,7 @@ from lightning_gradguard import (
 )
 from lightning_gradguard.cli.main import main
 from lightning_gradguard.core.incidents import CURE
-from lightning_gradguard.runtime.incidents.journal import incident_now, publish
+from lightning_gradguard.runtime.incidents.journal import incident_now, publish, remember_cures
 from lightning_gradguard.runtime.logging.console import print_message, shell_command
 from tests.fake_cuda import BatchTracker, fake_cuda, strategy
 from tests.launching import launch
@@ -336,6 +336,21 @@ def test_the_remedy_of_a_known_cause_is_a_next_step(capsys: pytest.CaptureFixtur
         "dead units, stuck loss": "the cure printed above, at step 0",
         "report": "give the Trainer a logger: lightning-gradguard report reads what it writes",
     }
+
+
+def test_a_cure_of_the_table_before_the_first_step_is_named_by_its_place(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    class Found(pl.Callback):
+        def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+            cures = [f"nn.init.xavier_normal_(model.net[{i}].weight)" for i in range(12)]
+            remember_cures(trainer, cures)
+            facts = {"advice": CURE + "; ".join(cures)}
+            publish(trainer, pl_module, incident_now(trainer, "poor_initialization", **facts))
+
+    fit_with_bar([Found(), GradientNormMonitor()], batches(10), logger=False)
+    next_steps = table(lines(capsys), "Next steps")
+    assert "the cure in the table of the check, before step 1" in next_steps.values()
 
 
 @pytest.mark.parametrize("n_batches", [4, 20])

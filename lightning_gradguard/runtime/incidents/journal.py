@@ -297,6 +297,11 @@ def remember_cures(trainer: pl.Trainer, cures: Iterable[str]) -> None:
     _journals.setdefault(trainer, _Journal(None, writes=False)).in_table.update(map(_statement, cures))
 
 
+def is_in_table(trainer: pl.Trainer, advice: str) -> bool:
+    """True if a table has printed the cure that an advice has."""
+    return any(cure in advice or advice in cure for cure in _journals[trainer].in_table)
+
+
 def _statement(cure: str) -> str:
     """Returns the code of a cure without the comment behind it."""
     return cure.partition("  #")[0]

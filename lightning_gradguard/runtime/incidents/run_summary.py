@@ -22,6 +22,7 @@ from lightning_gradguard.runtime.incidents.journal import (
     explained_incidents,
     incident_now,
     incidents_file,
+    is_in_table,
     log_incidents,
     publish,
 )
@@ -180,11 +181,11 @@ def _known_remedies(trainer: pl.Trainer) -> dict[str, str]:
     for text, incidents in [*by_advice.items()][:MAX_REMEDIES]:
         is_short = "\n" not in text and len(text) <= LONGEST_ADVICE and text not in of_error
         titles = ", ".join(dict.fromkeys(title(incident.kind, incident.cause) for incident in incidents))
-        place = (
-            "in the error that ends the run"
-            if text in of_error
-            else f"printed above, at step {incidents[0].step}"
-        )
+        place = f"printed above, at step {incidents[0].step}"
+        if text in of_error:
+            place = "in the error that ends the run"
+        elif is_in_table(trainer, text):
+            place = "in the table of the check, before step 1"
         instead = "Only where that is not possible: " if is_of_depth and text.startswith(CURE) else ""
         known.setdefault(titles, instead + (text if is_short else f"the cure {place}"))
     return known
