@@ -141,7 +141,7 @@ def _has_learned_since(kind: str, members: Sequence[Incident], log: RunLog, outc
     if not (outcome.has_learned and is_stuck and len(losses) >= MIN_POINTS):
         return outcome.has_learned
     first, final = ends(losses, share=3)
-    if members[0].cause == "targets_out_of_range" and final < 0:
+    if members[0].cause in ("targets_out_of_range", "not_log_probabilities") and final < 0:
         return False  # such a loss has no bound
     over_constant = members[0].value if members[0].cause in _MEASURED_RATIO else None
     if kind == "stuck_loss" and over_constant and first > 0 and over_constant * final / first > STUCK:

@@ -6,6 +6,7 @@ import math
 import random
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -204,10 +205,11 @@ def test_a_diagnosed_cause_is_the_headline_of_a_run_that_has_learned_little() ->
     assert [*kinds(verdict)] == ["stuck_loss"]
 
 
-def test_a_loss_that_falls_below_0_by_targets_out_of_range_has_not_learned() -> None:
-    found = Incident("stuck_loss", 1, where=("head",), cause="targets_out_of_range")
+@pytest.mark.parametrize("cause", ["targets_out_of_range", "not_log_probabilities"])
+def test_a_loss_that_falls_below_0_by_what_it_is_given_has_not_learned(cause: Any) -> None:
+    found = Incident("stuck_loss", 1, where=("head",), cause=cause)
     unbounded = RunLog(series([0.7 - i for i in range(150)]), incidents=[found])
-    assert analyze_run(unbounded).headline == "misused loss (cause: targets out of range)"
+    assert analyze_run(unbounded).headline == f"misused loss (cause: {cause.replace('_', ' ')})"
     assert analyze_run(replace(unbounded, loss=series(falling(150)))).status == "healthy"
 
 
