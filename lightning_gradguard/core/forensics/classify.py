@@ -343,7 +343,8 @@ def _advice(record: OperationRecord, fault: OperationFault | None, trace: Operat
     is_logarithm = "log" in short_name(record).lower()  # of which the cure takes the place, too
     if computed is not None and (underflow is not None or failed == "exp"):
         source = "".join(linecache.getlines(computed.file))
-        found = in_logarithms(source, computed.line, "exp" if underflow is None else underflow.operation)
+        operation = "exp" if underflow is None else underflow.operation.removeprefix("1 / ")
+        found = in_logarithms(source, computed.line, operation)
         cures = ", and in place of ".join(f"{old} use {new}" for old, new in found)
         if cures and (underflow is None or is_logarithm or any(code in old for old, _ in found)):
             return f"{whose}{fault.why}. In place of {cures}."

@@ -186,3 +186,10 @@ def largest_first(record: OperationRecord) -> Iterator[OperationRecord]:
         if largest is None or largest.record is None:
             return
         record = largest.record
+
+
+def overflowed_exp(record: OperationRecord | None) -> Underflow | None:
+    """Returns what makes 0 of a quotient by a result, if that is infinite as an `exp` has overflowed."""
+    sources = [] if record is None or record.made != "inf" else nonfinite_sources(record)
+    exps = (r for r in sources if isinstance(r, OperationRecord) and r.name == "aten::exp")
+    return next((Underflow("1 / exp", r.location) for r in exps), None)

@@ -20,6 +20,7 @@ from lightning_gradguard.core.forensics.records import (
     FailedOperation,
     OperationRecord,
     Underflow,
+    overflowed_exp,
 )
 
 _UNINITIALIZED = ("aten::empty", "aten::new_empty", "aten::resize", "aten::set_")
@@ -204,7 +205,8 @@ class OperationTrace(TorchDispatchMode):
         if found is None and inputs and _is_root(name, args) and _has_zero(inputs[0]):
             return Underflow(short, location)
         if found is not None or short not in _UNDERFLOW or not inputs:
-            return found
+            is_quotient = found is None and short in ("div", "reciprocal") and inputs
+            return overflowed_exp(self.record_of(inputs[-1])) if is_quotient else found
         if any(is_nonfinite(t) or _has_zero(t) for t in inputs):  # a zero is of a mask, or of a ReLU
             return None
         is_signed = short.endswith(("prod", "mul")) and any(bool((_values(t) < 0).any()) for t in inputs)

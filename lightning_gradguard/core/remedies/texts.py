@@ -186,7 +186,8 @@ BY_CAUSE = {
     ),
     "not_log_probabilities": (
         "Use cross_entropy on the output of {where}, without a softmax, or give nll_loss, or "
-        "kl_div, torch.nn.functional.log_softmax(output, 1) of it: over the classes, not the batch."
+        "kl_div, torch.nn.functional.log_softmax(output, 1) of it, and ctc_loss that over dimension -1: "
+        "over the classes, not the batch."
     ),
     "broadcast_targets": "Give both one shape: {answer}.view_as({target}) in place of {answer}.",
     "labels_ignored": "Check the labels and ignore_index: none is left for the loss.",

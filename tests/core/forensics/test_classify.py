@@ -962,3 +962,10 @@ def test_infinity_that_the_step_writes_to_weights_is_no_large_value() -> None:
 
     origin = examine(module, loss, out_of_range={"0.weight": OutOfRange(9, 9, math.inf)})
     assert "writes inf to 0.weight" in origin.detail
+
+
+def test_the_logarithm_of_a_sigmoid_by_hand_is_a_softplus() -> None:
+    module = network()
+    origin = examine(module, lambda: -torch.log(1 / (1 + torch.exp(module(inputs()) + 200))).mean())
+    assert "(-torch.nn.functional.softplus(module(inputs()) + 200))" in origin.advice
+    assert origin.cause == "loss"

@@ -450,6 +450,15 @@ CASES += [
         "keep its argument above",
     )
 ]
+CASES += [
+    (
+        "log of a sigmoid by hand",
+        lambda x: torch.log(1 / (1 + torch.exp(x))),
+        lambda h: shifted(h, 200),
+        None,
+        "softplus(x)",
+    )
+]
 CASES += [("log of sigmoid", lambda x: x.sigmoid().log(), lambda h: shifted(h, -200), None, "logsigmoid(x)")]
 CASES += [
     (
@@ -744,6 +753,8 @@ LOGARITHMS = [
     "torch.log(torch.softmax(h, 1)[:, :2]) - torch.log(h.sigmoid()[:, :2])",
 ]
 FUNCTIONS = [
+    ("return torch.log(1 / (1 + torch.exp(-h)))", True),
+    ("p = 1 / (1 + torch.exp(h))\nreturn torch.log(p)", True),
     ("p = torch.exp(h[:, 0])\nn = torch.exp(h).sum(1)\nreturn -torch.log(p / (p + 2 * n + 1e-8))", True),
     ("if True:\n  p = torch.exp(h)\nelse:\n  p = 0\nreturn torch.log(p)", False),
     ("p = torch.exp(h)\nh = h / 2\nreturn torch.log(p)", False),

@@ -135,10 +135,11 @@ class _Scope:
                 self._computed |= {("mul", line) for line in _lines(node)}
                 return f"({self._log(left)} + {self._log(right)})"
             case ast.BinOp(left, ast.Div(), right):
-                return f"({self._log(left)} - {self._log(right)})"
+                logarithm = self._log(right)
+                return f"(-{logarithm})" if _is_one(left) else f"({self._log(left)} - {logarithm})"
             case ast.BinOp(left, ast.Add(), right):
                 terms = [term for term in (left, right) if not _is_epsilon(term)]
-                logarithms = [self._term(term) for term in terms if ast.unparse(term) != "1"]
+                logarithms = [self._term(term) for term in terms if not _is_one(term)]
                 if not logarithms or len(terms) > len(logarithms) + 1:
                     raise _UnknownError
                 if len(logarithms) < len(terms):
@@ -252,6 +253,10 @@ def _root(node: ast.expr) -> str:
 
 def _lines(node: ast.stmt | ast.expr) -> range:
     return range(node.lineno, (node.end_lineno or node.lineno) + 1)
+
+
+def _is_one(node: ast.expr) -> bool:
+    return isinstance(node, ast.Constant) and node.value == 1
 
 
 def _is_epsilon(node: ast.expr) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from lightning_gradguard.core.forensics.operations import OperationFault as Fault
 
 _ERRORS = ("mse_loss", "smooth_l1_loss", "huber_loss")
@@ -292,6 +294,12 @@ _UNDERFLOW = (
         "torch.logsumexp(x, -1)",
     ),
     (
+        ("1 / exp",),
+        "exp(x) overflows above 88, so that 1 divided by it, or by a sum with it, is 0, and the logarithm of "
+        "0 is -inf: take both at once",
+        "-torch.nn.functional.softplus(x)",
+    ),
+    (
         ("sigmoid",),
         "sigmoid(x) underflows to 0, and the logarithm of 0 is -inf: take both at once",
         "torch.nn.functional.logsigmoid(x)",
@@ -324,7 +332,7 @@ UNDERFLOW = (
     *(
         Fault(("Log", "Log2", "Log10"), why, cure, phase="backward", argument=None, underflow=names)
         for names, why, cure in _UNDERFLOW
-        if "sigmoid" not in names[0]  # which is 0 where its logarithm's gradient would overflow
+        if not re.search("sigmoid|/", names[0])  # which is 0 where its logarithm's gradient would overflow
     ),
     Fault(("div", "true_divide"), _DIVISOR, "torch.exp(x.clamp_min(-15))", argument=1, underflow=("exp",)),
     Fault(("reciprocal",), _DIVISOR, "torch.exp(x.clamp_min(-15))", underflow=("exp",)),
