@@ -30,6 +30,16 @@ def test_budget_has_ended_only_if_a_trial_was_cut(tmp_path: Path, until: float, 
     assert runner.was_cut == is_cut
 
 
+def test_a_budget_that_allowed_no_trial_sets_no_length_of_later_ones(tmp_path: Path) -> None:
+    TrialLog(tmp_path / "trials.jsonl", {}, 22)
+    log = TrialLog(tmp_path / "trials.jsonl", {}, 150)
+    assert (log.steps, log.was_resumed) == (150, False)
+    clock = Clock(60.0)
+    program = recorded_program(Net, Data(), SHORT, 0, 4, clock.share(1.0))
+    TrialRunner(program, log, clock, 1, 4, lambda _: None).run([Job((), 0, 4)], 1.0)
+    assert TrialLog(tmp_path / "trials.jsonl", {}, 22).steps == 150
+
+
 LOWER, LOWEST = ((Change("learning_rate", {"scale": scale}),) for scale in (0.1, 0.01))
 INITIALIZED = (Change("initialize"),)
 FAILS = Trial(job=Job(None, 0, 60), curve=[(0, 2.3), (60, 2.3)], over_constant=1.0, is_likelihood=True)

@@ -42,7 +42,7 @@ BY_KIND = {
         "[check|, check the initialization (InitializationCheck)]."
     ),
     "constant_clipping": (
-        "With SGD, multiply the learning rate by {coefficient}: steps are as long then, without clipping. "
+        "With SGD, multiply the learning rate by {coefficient}: steps are as long then as clipped ones are. "
         "Else raise the bound, where clipping has one (max_norm, clipping, gradient_clip_val)."
         "[explained| Find out why norms are large (initialization, a sum where the loss needs a mean).]"
     ),

@@ -25,7 +25,7 @@ class TrialLog:
     Args:
         path: The file.
         identity: What a program and its batches are known by.
-        steps: Optimizer steps of a trial of full length; those of the file if it is continued.
+        steps: Optimizer steps of a trial of full length; those of the file if it has trials.
 
     Attributes:
         trials: By the keys of their jobs.
@@ -42,10 +42,10 @@ class TrialLog:
         lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
         head = _decoded(lines[0]) if lines else None
         if isinstance(head, dict) and {**head, "steps": 0} == {**identity, "steps": 0}:
-            self.steps = head["steps"]
             found = [trial_of(content) for line in lines[1:] if (content := _decoded(line))]
             # what an exception or the budget has ended is run again
             self.trials = {trial.job.key: trial for trial in found if not trial.error}
+            self.steps = head["steps"] if self.trials else steps
         elif len(lines) > 1:
             raise TreatmentError(
                 f"{path} has the trials of another program, or of yours with other code, data or settings. "
